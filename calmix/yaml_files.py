@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,20 +58,15 @@ class YamlText:
         """Return `FILE line N` for the deepest part of a path of keys that there is."""
         return f"{self.where} line {_locate(self.node, path)[0]}"
 
-    def problems(
-        self, error: ValidationError, keys: Callable[[Sequence[Any]], Iterable[str]]
-    ) -> list[str]:
-        """Return every problem of a failed validation as `FILE line N: key: what is wrong`.
-
-        `keys` returns the keys known at a path, for the hint at a misspelt one.
-        """
+    def problems(self, error: ValidationError, model: type[BaseModel]) -> list[str]:
+        """Return every problem of a failed validation as `FILE line N: key: what is wrong`."""
         found: dict[tuple[Any, ...], str] = {}
         for problem in error.errors():
             path = [part for part in problem["loc"] if part != "[key]"]
             line, depth = _locate(self.node, path)
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "extra_forbidden":
-                message = f"unknown key: {nearest(str(path[-1]), keys(path[:-1]))}"
+                message = f"unknown key: {nearest(str(path[-1]), _names(model))}"
             elif problem["type"] == "missing":
                 path, depth, message = path[:-1], len(path), f"lacks '{path[-1]}'"
             # Parts below a value are pydantic's own: which member of a union it tried.
@@ -115,8 +110,7 @@ def parse_model(model: type[Parsed], text: str, where: str) -> Parsed:
         return model.model_validate(yaml_text.value)
     except ValidationError as error:
         # A misspelt key is also a missing one; the misspelling says more.
-        known = _names(model)
-        lines = yaml_text.problems(error, lambda path: known)
+        lines = yaml_text.problems(error, model)
         raise InputError(next((x for x in lines if ": unknown key" in x), lines[0])) from None
 
 
@@ -127,7 +121,7 @@ def _names(model: Any) -> set[str]:
         found |= _names(part)
     if isinstance(model, type) and issubclass(model, BaseModel):
         for name, field in model.model_fields.items():
-            found |= {name} | _names(field.annotation)
+            found |= {field.alias or name} | _names(field.annotation)
     return found
 
 

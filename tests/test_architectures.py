@@ -12,24 +12,14 @@ from transformers import AutoModelForMultimodalLM
 from tests.tiny import quick
 
 ROOT = Path(__file__).parents[1]
-FAMILIES = (
-    "mixtral",  # fused experts, stored one by one
-    "zamba2",  # blocks that share weights
-)
+# Fused experts that are stored one by one; blocks that share weights.
+FAMILIES = "mixtral", "zamba2"
+# Latent attention; several streams; several parameters stored as one; biases; state spaces; soft
+# caps and windows; transposed maps; the text of a model of images; linear attention.
 MORE = (
-    "deepseek_v32",  # latent attention, an index of tokens
-    "gemma3n_text",  # several streams, shared keys and values
-    "sarvam_moe",  # several parameters stored as one
-    "bloom",  # no rotary positions, biases
-    "falcon_h1",  # attention beside a state space, multipliers everywhere
-    "gemma2",  # soft caps, windows
-    "granitemoehybrid",  # state space, attention and experts by turns
-    "mamba",
-    "gpt2",  # transposed linear maps
-    "mamba2",
-    "mllama",  # the text of a model of images
-    "qwen3_next",  # linear attention
-)
+    "deepseek_v32", "gemma3n_text", "sarvam_moe", "bloom", "falcon_h1", "gemma2",
+    "granitemoehybrid", "mamba", "gpt2", "mamba2", "mllama", "qwen3_next",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -80,37 +80,29 @@ def documents(draw):
 
 @given(texts=documents(), rows=st.integers(1, 6), length=st.integers(1, 12), joined=st.booleans())
 def test_joined_rows_are_the_text_cut_up(texts, rows, length, joined):
-    end = -1 if joined else None
-    packed = pack_concat(iter(texts), rows, length, end)
-    stream = [(t, n) for n, (_, ids) in enumerate(texts) for t in [*ids, *([-1] if joined else [])]]
+    cut, used = pack_concat(iter(texts), rows, length, -1 if joined else None)
+    stream = [token for _, ids in texts for token in [*ids, *([-1] if joined else [])]]
     whole = min(rows, len(stream) // length)
-    assert packed.rows == [
-        [token for token, _ in stream[i * length : (i + 1) * length]] for i in range(whole)
-    ]
-    for row, (first, last) in enumerate(packed.spans):
-        owners = {owner for _, owner in stream[row * length : (row + 1) * length]}
-        held = {n for n in range(first, last + 1) if texts[n][1] or joined}
-        assert owners == held
-    assert packed.used == texts[: len(packed.used)]
-    assert len(packed.used) == len(texts) or len(packed.rows) == rows
+    assert cut == [stream[i * length : (i + 1) * length] for i in range(whole)]
+    assert used == texts[: len(used)]
+    assert len(used) == len(texts) or len(cut) == rows
 
 
 @given(texts=documents(), rows=st.integers(1, 6), length=st.integers(1, 12), seed=SEEDS)
 def test_windows_are_runs_of_documents_of_their_own(texts, rows, length, seed):
-    packed = pack_window(iter(texts), rows, length, np.random.default_rng(seed))
+    cut, used = pack_window(iter(texts), rows, length, np.random.default_rng(seed))
     enough = [pair for pair in texts if len(pair[1]) >= length]
-    assert packed.used == enough[:rows]
-    for row, (_, ids), span in zip(packed.rows, packed.used, packed.spans, strict=True):
+    assert used == enough[:rows]
+    for row, (_, ids) in zip(cut, used, strict=True):
         start = ids.index(row[0])
         assert row == ids[start : start + length]
         assert len(row) == length
-        assert packed.used[span[0]][1] == packed.used[span[1]][1] == ids
 
 
 def test_every_window_of_a_document_is_drawn():
     text = [(Document(id="a", text="x"), list(range(6)))]
     found = {
-        pack_window(iter(text), 1, 4, np.random.default_rng(seed)).rows[0][0] for seed in range(60)
+        pack_window(iter(text), 1, 4, np.random.default_rng(seed))[0][0][0] for seed in range(60)
     }
     assert found == {0, 1, 2}
 

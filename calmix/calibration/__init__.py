@@ -1,30 +1,16 @@
 """Calibration sets: full rows of token ids drawn from one source or a weighted mix."""
 
-from calmix.calibration.build import build
-from calmix.calibration.dataset import CalibrationSet, is_saved_set, saved_set
-from calmix.calibration.resolving import Asked, ask, resolve
-from calmix.calibration.spec import (
-    Mix,
-    make_mix,
-    parse_mix,
-    parse_spec,
-    rows_per_source,
-)
-from calmix.calibration.tokenizer import OpenTokenizer, open_tokenizer
-
-__all__ = [
-    "Asked",
-    "CalibrationSet",
-    "Mix",
-    "OpenTokenizer",
-    "ask",
-    "build",
-    "is_saved_set",
-    "make_mix",
-    "open_tokenizer",
-    "parse_mix",
-    "parse_spec",
-    "resolve",
-    "rows_per_source",
-    "saved_set",
-]
+from calmix.calibration.build import Mix as Mix
+from calmix.calibration.build import build as build
+from calmix.calibration.build import make_mix as make_mix
+from calmix.calibration.build import parse_mix as parse_mix
+from calmix.calibration.build import rows_per_source as rows_per_source
+from calmix.calibration.dataset import CalibrationSet as CalibrationSet
+from calmix.calibration.dataset import is_saved_set as is_saved_set
+from calmix.calibration.dataset import saved_set as saved_set
+from calmix.calibration.resolving import Asked as Asked
+from calmix.calibration.resolving import ask as ask
+from calmix.calibration.resolving import parse_spec as parse_spec
+from calmix.calibration.resolving import resolve as resolve
+from calmix.calibration.tokenizer import OpenTokenizer as OpenTokenizer
+from calmix.calibration.tokenizer import open_tokenizer as open_tokenizer

@@ -1,4 +1,4 @@
-"""Build a calibration set: documents in seeded order, tokenised, checked, packed into full rows.
+"""Build a calibration set from a mix: documents in seeded order, tokenised, checked, and packed.
 
 Rows hold no padding, and no row holds text of two sources.
 """
@@ -6,7 +6,8 @@ Rows hold no padding, and no row holds text of two sources.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,6 @@ import torch
 
 from calmix.calibration.dataset import CalibrationSet, own_record
 from calmix.calibration.leakage import Guard, Tokenized
-from calmix.calibration.spec import Mix, rows_per_source
 from calmix.calibration.tokenizer import (
     HasTokenizer,
     Tokenize,
@@ -34,14 +34,68 @@ Packing = Literal["concat", "window"]
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Rows cut from documents: their token ids, the documents taken, in order, and for each row the
-    first and the last index into `used` it holds text of.
-    """
+class Mix:
+    """Source names with positive weights that sum to 1, in the order they were written."""
 
-    rows: list[list[int]]
-    used: list[Tokenized]
-    spans: list[tuple[int, int]]
+    weights: dict[str, float]
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}:{weight:.4g}" for name, weight in self.weights.items())
+
+
+def parse_mix(text: str) -> Mix:
+    """Parse `name`, `a:0.5,b:0.3,c:0.2` or `uniform:a,b,c` into a mix.
+
+    Names may be paths. Weights are relative; those of 0 drop their source.
+    """
+    text = text.strip()
+    uniform = text.startswith("uniform:")
+    weights: dict[str, float] = {}
+    for part in (piece.strip() for piece in text.removeprefix("uniform:").split(",")):
+        if not part:
+            raise InputError(f"calibration '{text}' names no source between its commas")
+        name, _, number = part.rpartition(":")
+        try:
+            named, weight = (part, 1.0) if uniform or not name else (name.strip(), float(number))
+        except ValueError:
+            named, weight = part, 1.0
+        if named == part and "," in text and not uniform:
+            raise InputError(
+                f"calibration '{text}': '{part}' has no weight: write {part}:0.5, or "
+                "uniform:a,b,c for equal weights"
+            )
+        if named in weights:
+            raise InputError(f"calibration '{text}' names '{named}' twice")
+        weights[named] = weight
+    return make_mix(weights, text)
+
+
+def make_mix(weights: Mapping[str, float], text: str) -> Mix:
+    """Return a mix with its weights normalised to sum to 1."""
+    for name, weight in weights.items():
+        if not math.isfinite(weight) or weight < 0:
+            raise InputError(f"calibration '{text}': the weight of '{name}' is {weight}, not >= 0")
+    total = sum(weights.values())
+    if not total > 0:
+        raise InputError(f"calibration '{text}': all weights are zero")
+    return Mix({name: weight / total for name, weight in weights.items() if weight > 0})
+
+
+def rows_per_source(mix: Mix, rows: int) -> dict[str, int]:
+    """Share out `rows` by weight with the largest-remainder method; the counts add up to `rows`.
+
+    Ties between remainders go to the source written first.
+    """
+    exact = {name: weight * rows for name, weight in mix.weights.items()}
+    # Weights such as 0.1 are not exact in binary: what is an integer but for rounding is one.
+    counts = {name: math.floor(value + 1e-9) for name, value in exact.items()}
+    order = sorted(exact, key=lambda name: round(counts[name] - exact[name], 9))
+    for name in order[: rows - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+Packed = tuple[list[list[int]], list[Tokenized]]  # rows, and the documents taken, in order
 
 
 def pack_concat(documents: Iterator[Tokenized], rows: int, length: int, end: int | None) -> Packed:
@@ -51,18 +105,13 @@ def pack_concat(documents: Iterator[Tokenized], rows: int, length: int, end: int
     """
     stream: list[int] = []
     used: list[Tokenized] = []
-    starts: list[int] = []
     for document, ids in documents:
         used.append((document, ids))
-        starts.append(len(stream))
         stream += ids if end is None else [*ids, end]
         if len(stream) >= rows * length:
             break
     whole = min(rows, len(stream) // length)
-    cut = [stream[i * length : (i + 1) * length] for i in range(whole)]
-    first = np.searchsorted(starts, np.arange(whole) * length, side="right") - 1
-    last = np.searchsorted(starts, np.arange(1, whole + 1) * length, side="left") - 1
-    return Packed(cut, used, list(zip(first.tolist(), last.tolist(), strict=True)))
+    return [stream[i * length : (i + 1) * length] for i in range(whole)], used
 
 
 def pack_window(
@@ -83,7 +132,7 @@ def pack_window(
         used.append((document, ids))
         if len(packed) == rows:
             break
-    return Packed(packed, used, [(i, i) for i in range(len(packed))])
+    return packed, used
 
 
 def build(
@@ -119,7 +168,7 @@ def build(
         raise InputError(f"length {length} leaves no room for text after the begin token")
     counts = {name: count for name, count in rows_per_source(mix, rows).items() if count}
     sources = {name: get_source(name, own) for name in counts}
-    packs: dict[str, Packed] = {}
+    packed: dict[str, list[list[int]]] = {}
     described: dict[str, dict[str, Any]] = {}
     for name, count in counts.items():
         documents = list(sources[name].documents())
@@ -129,17 +178,17 @@ def build(
         if guard is not None:
             stream = guard.filter(name, stream)
         if packing == "concat":
-            packs[name] = packed = pack_concat(stream, count, body, end)
+            packed[name], used = pack_concat(stream, count, body, end)
         else:
-            packs[name] = packed = pack_window(stream, count, body, rng)
+            packed[name], used = pack_window(stream, count, body, rng)
         if guard is not None:
             guard.verdict(name, stream)
-        if len(packed.rows) < count:
-            has, need = sum(len(ids) + (end is not None) for _, ids in packed.used), count * body
+        if len(packed[name]) < count:
+            has, need = sum(len(ids) + (end is not None) for _, ids in used), count * body
             what = f"{has} tokens, but {count} rows of {length} need {need}"
             hint = "give it less weight in a mix"
             if packing == "window":
-                what = f"{len(packed.used)} documents of {body} tokens or more, but {count} rows"
+                what = f"{len(used)} documents of {body} tokens or more, but {count} rows"
                 hint = "use --packing concat"
             raise SourceError(
                 f"source {name} has {what}: add text, {hint}, or ask for fewer rows "
@@ -151,22 +200,14 @@ def build(
             "licence": sources[name].licence,
             "documents": len(documents),
             "sha256": documents_hash(documents),
+            "drawn": [document.id for document, _ in used],
+            "drawn_tokens": sum(len(ids) for _, ids in used),
         }
         if tick is not None:
             tick(name)
     drawn = [(name, i) for name in counts for i in range(counts[name])]
     drawn = [drawn[at] for at in np.random.default_rng(seed).permutation(len(drawn))]
-    for name, packed in packs.items():
-        spans = [packed.spans[i] for source, i in drawn if source == name]
-        held = held_documents(spans)
-        lengths = [len(packed.used[document][1]) for document in held]
-        described[name] |= {
-            "drawn": [packed.used[document][0].id for document in held],
-            "drawn_tokens": sum(lengths),
-            "lengths": lengths,
-            "spans": [[held.index(first), held.index(last)] for first, last in spans],
-        }
-    ids = torch.tensor([head + packs[name].rows[i] for name, i in drawn])
+    ids = torch.tensor([head + packed[name][i] for name, i in drawn])
     manifest = {
         "kind": "calibration set",
         "model": {"name": opened.name},
@@ -184,11 +225,6 @@ def build(
     made = CalibrationSet(ids, tuple(name for name, _ in drawn), manifest)
     manifest["sha256"] = made.sha256
     return made
-
-
-def held_documents(spans: Iterable[Sequence[int]]) -> list[int]:
-    """Return the documents rows hold text of, ascending, from the first and last of each row."""
-    return sorted({document for first, last in spans for document in range(first, last + 1)})
 
 
 def tokenized(

@@ -24,7 +24,7 @@ from calmix.errors import InputError
 from calmix.files import (
     atomic_folder,
     check_output_folder,
-    parse_json,
+    read_object,
     sha256_json,
     user_path,
     write_json,
@@ -91,23 +91,23 @@ class CalibrationSet(Shown):
         check_output_folder(folder, overwrite=overwrite)
         names = list(dict.fromkeys(self.sources))
         source = torch.tensor([names.index(name) for name in self.sources], dtype=torch.int32)
-        manifest = {
-            **self.manifest,
-            "kind": KIND,
-            "format": FORMAT,
-            "calmix": metadata.version("calmix"),
-            "rows": self.rows,
-            "length": self.length,
-            "names": names,
-            "sources_sha256": sha256_json(list(self.sources)),
-            "sha256": self.sha256,
-        }
+        named = {"kind": KIND, "format": FORMAT, "calmix": metadata.version("calmix")}
+        manifest = {**self.manifest, **named, "names": names, **self._kept()}
         with atomic_folder(folder) as beside:
             tensors = {"ids": self.ids.to(torch.int64).contiguous(), "source": source}
             save_file(tensors, beside / TENSORS)
             (beside / TENSORS).chmod(0o644)  # safetensors lets only the owner read
             write_json(beside / MANIFEST, sealed(manifest))
         return folder
+
+    def _kept(self) -> dict[str, Any]:
+        """Return what of the ids and sources stands in the manifest too."""
+        return {
+            "rows": self.rows,
+            "length": self.length,
+            "sources_sha256": sha256_json(list(self.sources)),
+            "sha256": self.sha256,
+        }
 
     @classmethod
     def open(cls, folder: Path | str, opened: HasTokenizer | None = None) -> CalibrationSet:
@@ -125,12 +125,7 @@ class CalibrationSet(Shown):
             tensors = load_file(folder / TENSORS)
             sources = tuple(manifest["names"][i] for i in tensors["source"].tolist())
             found = cls(tensors["ids"], sources, manifest)
-            kept = {
-                "rows": found.rows,
-                "length": found.length,
-                "sha256": found.sha256,
-                "sources_sha256": sha256_json(list(sources)),
-            }
+            kept = found._kept()
             if found.ids.dtype != torch.int64 or kept != {key: manifest[key] for key in kept}:
                 raise ValueError
         except (SafetensorError, OSError, KeyError, IndexError, ValueError) as error:
@@ -164,25 +159,16 @@ def own_record(own: Mapping[str, Source] | None, used: Iterable[str]) -> dict[st
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise InputError(f"there is no calibration set at {folder}")
-    try:
-        manifest = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no {MANIFEST}: not a calibration set") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"calibration set {folder} is damaged: make it again") from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise InputError(f"{folder} is not a calibration set: its {MANIFEST} is of another kind")
-    if manifest.get("format") != FORMAT:
+    manifest = read_object(folder / MANIFEST, f"there is no calibration set at {folder}")
+    if (manifest.get("kind"), manifest.get("format")) != (KIND, FORMAT):
         raise InputError(
-            f"calibration set {folder} has format {manifest.get('format')}, but this calmix "
-            f"reads format {FORMAT}: make it again"
+            f"{folder} holds no calibration set of format {FORMAT}, which this calmix reads: its "
+            f"{MANIFEST} is of kind {manifest.get('kind')} and format {manifest.get('format')}"
         )
     if not seal_holds(manifest):
         raise InputError(f"calibration set {folder} is damaged ({MANIFEST}): make it again")
-    return {key: value for key, value in manifest.items() if key != SEAL}
+    manifest.pop(SEAL)
+    return manifest
 
 
 def export_jsonl(made: CalibrationSet, tokenizer: Any, path: Path | str) -> None:
@@ -190,9 +176,6 @@ def export_jsonl(made: CalibrationSet, tokenizer: Any, path: Path | str) -> None
 
     Tokenising the text again may give other ids at the edges of a row.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a .jsonl file")
     texts = tokenizer.batch_decode(made.ids.tolist(), skip_special_tokens=True)
     rows = [{"text": t, "source": s} for t, s in zip(texts, made.sources, strict=True)]
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

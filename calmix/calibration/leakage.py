@@ -1,7 +1,7 @@
 """The leakage guard: no calibration text that shares a long run of tokens with a scored item.
 
-Windows of n ids of all items are hashed into one sorted array; a document's windows are looked
-up in it, and every match is confirmed id by id, so that the answer is exact.
+Windows of n ids of all items are hashed to 64 bits in one sorted array, in which a document's
+windows are looked up: that two of them meet by chance takes 10^13 tokens of text.
 
 A run counts only if at least three in four of its ids are distinct: `([1, 2, 3, 4])` is twelve
 tokens under a tokenizer that takes digits one by one, and stands in much code, but is not an item.
@@ -12,17 +12,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calmix.calibration.tokenizer import HasTokenizer, tokenizer_function
 from calmix.errors import SourceError
+from calmix.evaluation import evaluate
+from calmix.evaluation.suites import Suite, load_suite
 from calmix.sources import Document
-
-if TYPE_CHECKING:
-    from calmix.evaluation.suites import Suite
 
 TOKENS = 13  # the run length common since GPT-3's contamination study (arXiv 2005.14165)
 LIMIT = 0.05  # the share of a source's documents above which the source is refused
@@ -68,36 +67,27 @@ class ItemIndex:
         self.names = [(task, item) for task, item, _ in entries]
         ids = tokenize([text for _, _, text in entries]) if entries else []
         lengths = np.array([len(row) for row in ids], dtype=np.int64)
-        self._ids = np.fromiter((i for row in ids for i in row), np.int64, int(lengths.sum()))
-        hashes = window_hashes(self._ids, n)
-        self._owner = owner = np.repeat(np.arange(len(ids)), lengths)
+        joined = np.fromiter((i for row in ids for i in row), np.int64, int(lengths.sum()))
+        hashes = window_hashes(joined, n)
+        owner = np.repeat(np.arange(len(ids)), lengths)
         # A window that runs from one item into the next belongs to neither.
         starts = np.flatnonzero(owner[: len(hashes)] == owner[n - 1 : n - 1 + len(hashes)])
         if len(starts):
-            windows = np.lib.stride_tricks.sliding_window_view(self._ids, n)[starts]
+            windows = np.lib.stride_tricks.sliding_window_view(joined, n)[starts]
             windows = np.sort(windows, axis=1)
             distinct = 1 + (windows[:, 1:] != windows[:, :-1]).sum(axis=1)
             starts = starts[distinct >= DISTINCT * n]
         order = np.argsort(hashes[starts], kind="stable")
-        self._starts = starts[order]
-        self._hashes = hashes[starts][order]
+        self._hashes, self._owner = hashes[starts][order], owner[starts][order]
 
     def find(self, ids: list[int]) -> tuple[str, str] | None:
-        """Return task and id of the first item that shares a run of `n` tokens, or None."""
-        row = np.asarray(ids, dtype=np.int64)
-        hashes = window_hashes(row, self.n)
+        """Return task and id of an item that shares a run of `n` tokens, or None."""
+        hashes = window_hashes(np.asarray(ids, dtype=np.int64), self.n)
         if not len(hashes) or not len(self._hashes):
             return None
-        at = np.searchsorted(self._hashes, hashes)
-        hits = np.flatnonzero(self._hashes[np.minimum(at, len(self._hashes) - 1)] == hashes)
-        for window in hits:
-            place = int(at[window])
-            while place < len(self._hashes) and self._hashes[place] == hashes[window]:
-                start = int(self._starts[place])
-                if np.array_equal(self._ids[start : start + self.n], row[window : window + self.n]):
-                    return self.names[int(self._owner[start])]
-                place += 1
-        return None
+        at = np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)
+        hits = at[self._hashes[at] == hashes]
+        return self.names[int(self._owner[hits[0]])] if len(hits) else None
 
 
 @dataclass
@@ -172,13 +162,9 @@ def guard_of(suite: str, tokens: int, opened: HasTokenizer) -> Guard | None:
 
 def suite_items(suite: str) -> list[Item]:
     """Return task, item id and text of every item that a suite scores, or several with commas."""
-    from calmix.evaluation.evaluate import suite_items as items_of
-
-    return [item for one in guarded_suites(suite) for item in items_of(one)]
+    return [item for one in guarded_suites(suite) for item in evaluate.suite_items(one)]
 
 
 def guarded_suites(suite: str) -> list[Suite]:
     """Return the suites that a guard is against."""
-    from calmix.evaluation.suites import load_suite
-
     return [load_suite(name) for name in suite.split(",")]

@@ -10,9 +10,10 @@ from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet, is_saved_set
 from calmix.calibration.resolving import ask, resolve
-from calmix.calibration.text_metrics import ORDERS, Ids, coverage, mismatch, of_ids
+from calmix.calibration.text_metrics import compared, of_ids
 from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError
+from calmix.evaluation.perplexity import perplexity_of_rows
 from calmix.files import user_path
 from calmix.models import OpenModel
 from calmix.options import DrawOptions, checked
@@ -30,22 +31,15 @@ def measure_set(
         documents = sum(len(source["drawn"]) for source in described)
         tokens = sum(source["drawn_tokens"] for source in described)
         values |= {"scope_documents": documents, "granularity": tokens / max(1, documents)}
-    values["bytes"] = _bytes(opened, made.ids.numpy())
+    texts = opened.tokenizer.batch_decode(made.ids.tolist(), skip_special_tokens=False)
+    values["bytes"] = sum(len(text.encode()) for text in texts)
     return values | distortion(opened, made) if perplexity else values
 
 
 def distortion(opened: Any, made: CalibrationSet) -> dict[str, float]:
     """Return distortion, the model's own perplexity on a set, and its bits per byte, by name."""
-    from calmix.evaluation.perplexity import perplexity_of_rows
-
     found = perplexity_of_rows(opened, made.ids)
     return dict(zip(("distortion", "bits_per_byte"), found, strict=True))
-
-
-def _bytes(opened: HasTokenizer, ids: Ids) -> int:
-    """Return the UTF-8 bytes of the text of rows of ids, special tokens included."""
-    texts = opened.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=False)
-    return sum(len(text.encode()) for text in texts)
 
 
 @dataclass(frozen=True)
@@ -92,19 +86,16 @@ class Measurement(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a JSON-serialisable value."""
+        results = []
+        for name, draws in self.draws.items():
+            metrics = {key: asdict(value) for key, value in self[name].items()}
+            note = self.notes.get(name, "")
+            results.append({"name": name, "note": note, "metrics": metrics, "draws": draws})
         return {
             "kind": "measurement",
             "definitions": "calmix's own, after Objective Information Theory (method section 3)",
             "budget": self.budget,
-            "results": [
-                {
-                    "name": name,
-                    "note": self.notes.get(name, ""),
-                    "metrics": {key: asdict(value) for key, value in self[name].items()},
-                    "draws": draws,
-                }
-                for name, draws in self.draws.items()
-            ],
+            "results": results,
         }
 
 
@@ -159,25 +150,20 @@ def measure(
     for number in range(draws):
         sets = [saved.get(spec) or resolve(spec, opened, seed=seed + number, leakage="off", **draw)
                 for spec in specs]  # fmt: skip
-        compared = _compared([made.ids.numpy() for made in sets])
-        for spec, made, extra in zip(specs, sets, compared, strict=True):
+        named = [(spec, made.ids.numpy()) for spec, made in zip(specs, sets, strict=True)]
+        extras = compared(named, dict(named)) if len(named) > 1 else [{}]
+        for spec, made, extra in zip(specs, sets, extras, strict=True):
             if number and spec in saved:
                 continue
             found[spec].append(measure_set(made, opened, perplexity=perplexity) | extra)
             if tick is not None:
                 tick(spec)
     budget = {
-        "rows": rows,
-        "length": length,
-        "tokens": rows * length,
-        "draws": draws,
-        "seed": seed,
-        "packing": packing,
-        "reference": "all others pooled" if len(specs) > 1 else None,
-        "vocabulary": len(opened.tokenizer),
-        "model": opened.name,
+        "rows": rows, "length": length, "tokens": rows * length, "draws": draws, "seed": seed,
+        "packing": packing, "reference": "all others pooled" if len(specs) > 1 else None,
+        "vocabulary": len(opened.tokenizer), "model": opened.name,
         "tokenizer": opened.tokenizer_fingerprint,
-    }
+    }  # fmt: skip
     return Measurement(budget, found, dict.fromkeys(saved if draws > 1 else (), "saved: one draw"))
 
 
@@ -209,19 +195,6 @@ def check_request(specs: Sequence[str], *, draws: int, perplexity: bool, **draw:
                 f"{held.rows} --length {held.length}"
             )
     return files
-
-
-def _compared(sets: list[Ids]) -> list[dict[str, float]]:
-    """Return coverage and mismatch of every set against the others."""
-    if len(sets) < 2:
-        return [{}]
-    shares = {f"coverage_{n}": coverage(sets, n) for n in ORDERS}
-    found = []
-    for number, ids in enumerate(sets):
-        others = [other for at, other in enumerate(sets) if at != number]
-        values = {key: share[number] for key, share in shares.items()}
-        found.append(values | {"mismatch": mismatch(ids, others)})
-    return found
 
 
 COMPACT = {

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from calmix.calibration.build import Packing, build
+from calmix.calibration.build import Mix, Packing, build, make_mix, parse_mix, rows_per_source
 from calmix.calibration.dataset import CalibrationSet, is_saved_set
 from calmix.calibration.leakage import TOKENS, guard_of, guarded_suites
-from calmix.calibration.selfgen.generators import Chat, Generator, generate
+from calmix.calibration.selfgen.generators import (
+    GENERATORS,
+    WITHOUT_CHATS,
+    Chat,
+    Generator,
+    generate,
+)
 from calmix.calibration.selfgen.prompts import chat_turns, count_turns
-from calmix.calibration.spec import YAML, Mix, Spec, make_mix, parse_spec, rows_per_source
 from calmix.calibration.tokenizer import HasTokenizer, check_length
-from calmix.errors import InputError
+from calmix.errors import InputError, nearest
 from calmix.files import user_path
 from calmix.models import OpenModel
-from calmix.options import DrawOptions, checked
-from calmix.sources import builtin_sources, get_source, own_sources
-from calmix.sources.licences import refuse
+from calmix.options import DrawOptions, checked, named_options
+from calmix.sources import Source, builtin_sources, get_source, offline_sources, own_sources
+from calmix.sources.licences import allowed, check_licence, refuse
 from calmix.sources.readers import LocalFile
-from calmix.sources.registry import MIXES
+from calmix.sources.registry import MIXES, parse_sources
+from calmix.yaml_files import parse_model, read_text
 
+YAML = (".yaml", ".yml")
+GROUP = "offline"  # in a mix: every builtin source that needs no hub
 # Of the manifest of written text, what does not hold for a mix that it is a part of.
 OF_TEXT = ("generated", "settings", "pieces", "perplexity", "temperature", "aggregation_4", "J")
 CHATLESS = (
@@ -36,6 +45,124 @@ UNWRITABLE = (
     "calmix finds no token that ends a turn in this model's template, so it writes no chats. "
     "A model pruned without them forgets how to answer: give your own (rows with 'messages')"
 )
+
+
+class SpecFile(DrawOptions):
+    """A YAML file that describes a calibration set; options on the command line come first.
+
+    Exactly one of `mix` (a mapping of weights, or text as on the command line), `uniform` (a
+    list of names) and `generate` (a generator, with its settings in `options`). `sources`
+    describes the user's own, as in a file of sources.
+    """
+
+    mix: dict[str, float] | str | None = None
+    uniform: list[str] | None = None
+    generate: str | None = None
+    options: dict[str, Any] = Field(default={})
+    sources: dict[str, Any] = Field(default={})
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed specification: a mix of sources, or a generator, and what its file says.
+
+    Attributes:
+        mix: empty if the model writes the text.
+        own: the user's own sources.
+        fixed: the options of the draw that the file gives.
+        generator: how the model writes the text; None for a mix.
+    """
+
+    mix: Mix
+    own: dict[str, Source] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+    generator: Generator | None = None
+
+    @property
+    def written(self) -> dict[str, Generator]:
+        """The generators that have a share in the mix, by name; chats have a share of their own."""
+        names = [name for name in self.mix.weights if name in GENERATORS and name not in self.own]
+        return {n: WITHOUT_CHATS if n == "self-written" else GENERATORS[n]() for n in names}
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of the sources that have a share in the mix."""
+        return [name for name in self.mix.weights if name not in self.written]
+
+    @property
+    def generate(self) -> str | None:
+        """The generator's name."""
+        return None if self.generator is None else self.generator.name
+
+
+def parse_spec(
+    text: str, own: Mapping[str, Source] | None = None, licence: str | None = None
+) -> Spec:
+    """Parse `name`, `a:0.5,b:0.5`, `uniform:a,b`, `self-written,temperature=0.8` or a YAML path.
+
+    Among the names, those of `MIXES` stand for their sources, and `offline` for every builtin
+    source that needs no hub.
+    """
+    check_licence(licence)
+    spec = _parsed(text, dict(own or {}))
+    named = spec.fixed.pop("licence", None)
+    for name in [] if spec.generator is None else spec.generator.sources:
+        refuse(name, get_source(name, spec.own).licence, licence or named)
+    return replace(spec, mix=_grouped(spec.mix, spec.own, text, licence or named))
+
+
+def _parsed(text: str, known: dict[str, Source]) -> Spec:
+    mix, fixed, generator = Mix({}), {}, None
+    path = user_path(text)
+    if text.partition(",")[0].strip() in GENERATORS:
+        generator = read_generator(*named_options("calibration", text), f"calibration '{text}'")
+    elif path.suffix.lower() not in YAML:
+        mix = parse_mix(text)
+    else:
+        file = parse_model(SpecFile, read_text(path), str(path))
+        if sum(part is not None for part in (file.mix, file.uniform, file.generate)) != 1:
+            raise InputError(
+                f"{path}: give exactly one of 'mix' (names with weights), 'uniform' (names) and "
+                f"'generate' ({', '.join(GENERATORS)})"
+            )
+        if file.generate is not None:
+            generator = read_generator(file.generate, file.options, str(path))
+        elif file.options:
+            raise InputError(f"{path}: 'options' are those of 'generate'")
+        elif isinstance(file.mix, dict):
+            mix = make_mix(file.mix, str(path))
+        else:
+            mix = parse_mix(file.mix or "uniform:" + ",".join(file.uniform or ()))
+        known |= parse_sources(file.sources, path)
+        fixed = {key: value for key, value in file.drawn().items() if key != "sources"}
+    return Spec(mix, known, fixed, generator)
+
+
+def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generator:
+    """Return a generator with its settings."""
+    if name not in GENERATORS:
+        raise InputError(f"unknown generator '{name}': {nearest(name, GENERATORS)}")
+    try:
+        return checked(GENERATORS[name], options)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None) -> Mix:
+    """Put the members in the place of a named mix, and refuse what the licence leaves out."""
+    weights: dict[str, float] = {}
+    for name, weight in mix.weights.items():
+        members = {name: 1.0} if name in own else MIXES.get(name, {name: 1.0})
+        if name == GROUP and name not in own:
+            held = offline_sources()
+            members = {one: 1.0 for one in held if allowed(held[one].licence, wanted)}
+        for member, share in members.items():
+            if wanted is not None and (member not in GENERATORS or member in own):
+                refuse(member, get_source(member, own).licence, wanted)
+            if member in weights or (member in mix.weights and member != name):
+                raise InputError(f"calibration '{text}' names '{member}' twice: {name} holds it")
+            weights[member] = weight * share / sum(members.values())
+    return mix if list(weights) == list(mix.weights) else Mix(weights)
 
 
 @dataclass(frozen=True)
@@ -143,9 +270,7 @@ def resolve(
             reader = get_source(name, spec.own).reader
             if isinstance(reader, LocalFile) and (left := reader.left):
                 note(f"{name}: left out are {left}")
-        turns = made.manifest.get("chat_turns")
-        if turns is None:  # a set of before they were counted, or of a model without chats
-            turns = count_turns(made.ids, opened.tokenizer)
+        turns = count_turns(made.ids, opened.tokenizer)
         if turns == 0:
             note(f"warning: {text} {CHATLESS}")
         elif turns is None and getattr(opened.tokenizer, "chat_template", None):
@@ -165,31 +290,24 @@ def make(
     **draw: Any,
 ) -> CalibrationSet:
     """Return a set as a parsed specification says; `draw` has length, seed and guard."""
-
-    def written(generator: Generator, rows: int) -> CalibrationSet:
-        if not isinstance(opened, OpenModel):
-            raise InputError(f"{generator.name} runs the model: open it, not its tokenizer alone")
-        how = {"own": spec.own, "writing": writing, "note": note, **draw}
-        return generate(generator, opened, rows=rows, **how)
-
-    def drawn(mix: Mix, rows: int) -> CalibrationSet:
-        how = {"own": spec.own, "packing": packing, "tick": tick, **draw}
-        return build(mix, opened, rows=rows, **how)
-
-    parts: dict[str, CalibrationSet] = {}
-    if spec.generator is not None:
+    if spec.generator is None:
+        counts, generators = rows_per_source(spec.mix, rows), spec.written
+    else:
         share = getattr(spec.generator, "chat", 0.0) if chat_turns(opened.tokenizer) else 0.0
         counts = rows_per_source(Mix({"own": 1 - share, "chat": share}), rows)
-        if counts["own"]:
-            parts["own"] = written(spec.generator, counts["own"])
-        if counts["chat"]:
-            parts["chat"] = written(Chat(batch=spec.generator.batch), counts["chat"])
-    else:
-        counts = rows_per_source(spec.mix, rows)
-        if rest := {name: float(counts[name]) for name in spec.sources if counts[name]}:
-            mix = make_mix(rest, str(spec.mix)) if spec.written else spec.mix
-            parts["own"] = drawn(mix, round(sum(rest.values())))
-        parts |= {n: written(one, counts[n]) for n, one in spec.written.items() if counts[n]}
+        generators = {"own": spec.generator, "chat": Chat(batch=spec.generator.batch)}
+    parts: dict[str, CalibrationSet] = {}
+    if drawn := {name: float(counts[name]) for name in spec.sources if counts[name]}:
+        mix = make_mix(drawn, str(spec.mix)) if spec.written else spec.mix
+        how = {"own": spec.own, "packing": packing, "tick": tick, **draw}
+        parts["own"] = build(mix, opened, rows=round(sum(drawn.values())), **how)
+    for name, generator in generators.items():
+        if counts[name]:
+            if not isinstance(opened, OpenModel):
+                line = f"{generator.name} runs the model: open it, not its tokenizer alone"
+                raise InputError(line)
+            how = {"own": spec.own, "writing": writing, "note": note, **draw}
+            parts[name] = generate(generator, opened, rows=counts[name], **how)
     made = _together(parts, spec, draw["seed"])
     if (turns := count_turns(made.ids, opened.tokenizer)) is not None:
         made.manifest["chat_turns"] = turns

@@ -10,7 +10,7 @@ N-grams never cross a row. A begin token, where the tokenizer puts one before ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,18 @@ def mismatch(ids: Ids, others: Sequence[Ids]) -> float:
     size = int(max(ids.max(), pooled.max())) + 1
     p, q = (np.bincount(part, minlength=size) / part.size for part in (ids.ravel(), pooled))
     return min(1.0, max(0.0, entropy(p + q) - (entropy(p) + entropy(q)) / 2))
+
+
+def compared(sets: Sequence[tuple[str, Ids]], pool: Mapping[str, Ids]) -> list[dict[str, float]]:
+    """Return for each named set its coverage of the pool, and its mismatch with what has another
+    name there."""
+    shares = {n: coverage([ids for _, ids in sets], n, list(pool.values())) for n in ORDERS}
+    found = []
+    for at, (name, ids) in enumerate(sets):
+        others = [other for label, other in pool.items() if label != name]
+        values = {f"coverage_{n}": share[at] for n, share in shares.items()}
+        found.append(values | {"mismatch": mismatch(ids, others)})
+    return found
 
 
 def of_ids(ids: Ids, vocabulary: int) -> dict[str, float]:

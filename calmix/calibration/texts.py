@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import yaml
 from torch import Tensor
 
 from calmix.calibration.build import pack_concat
-from calmix.calibration.leakage import Tokenized
 from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
 from calmix.errors import InputError
 from calmix.evaluation.suites import ARCHIVE
@@ -70,8 +69,6 @@ def texts(
     Returns:
         int64, shape (rows, length) by dimension.
     """
-    if rows < 1 or length < 2:
-        raise InputError(f"a text needs a row of two tokens at least, not {rows} of {length}")
     readers: dict[str, Sequence[Reader]] = {
         name: found
         for name, found in builtin_readers().items()
@@ -87,25 +84,19 @@ def texts(
 def _rows(
     name: str, readers: Sequence[Reader], opened: HasTokenizer, rows: int, length: int
 ) -> Tensor:
-    tokenizer = opened.tokenizer
+    tokenizer, tokenize = opened.tokenizer, tokenizer_function(opened.tokenizer)
     begin = begin_token(tokenizer)
     head = [] if begin is None else [begin]
     made: list[list[int]] = []
     tokens = 0
     for number, reader in enumerate(readers):
         share = rows // len(readers) + (number < rows % len(readers))
-        stream = _tokenized(reader, opened, LONGEST * share * length)
-        packed = pack_concat(stream, share, length - len(head), tokenizer.eos_token_id)
-        made += [head + row for row in packed.rows]
-        tokens += sum(len(ids) for _, ids in packed.used)
+        most, documents = LONGEST * share * length, list(reader.read())
+        order = np.random.default_rng(SEED).permutation(len(documents))
+        stream = ((documents[i], tokenize([documents[i].text[:most]])[0]) for i in order)
+        packed, used = pack_concat(stream, share, length - len(head), tokenizer.eos_token_id)
+        made += [head + row for row in packed]
+        tokens += sum(len(ids) for _, ids in used)
     if not made:
         raise InputError(f"the text {name} has {tokens} tokens, less than one row of {length}")
     return torch.tensor(made, dtype=torch.int64)
-
-
-def _tokenized(reader: Reader, opened: HasTokenizer, most: int) -> Iterator[Tokenized]:
-    """Yield documents in seeded order with their ids, of each its first `most` characters."""
-    tokenize = tokenizer_function(opened.tokenizer)
-    documents = list(reader.read())
-    for index in np.random.default_rng(SEED).permutation(len(documents)):
-        yield documents[index], tokenize([documents[index].text[:most]])[0]

@@ -171,7 +171,7 @@ def _executor(options: RunOptions) -> Execute | None:
     names = ("address", "workers", "cpus", "gpus", "retries")
     given = {key: value for key in names if (value := getattr(options, key)) is not None}
     if options.executor == "ray":
-        from calmix.study.cluster import on_ray
+        from calmix.study.running import on_ray
 
         return on_ray(**given)
     if given:

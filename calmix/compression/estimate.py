@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import Mix, ask
-from calmix.calibration.spec import Spec
+from calmix.calibration.resolving import Spec
 from calmix.compression.plan import (
     BEHAVIOUR,
     CALIBRATION,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmix import assets
 from calmix.calibration import CalibrationSet, open_tokenizer
+from calmix.deploy.checking import difference
 from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import check_output_file, hidden, read_object, real_place, replacing
 from calmix.models import OpenModel, check_models, open_model, resolve_model
 from calmix.models.blocks import Prunable, find_blocks
-from calmix.models.opening import BuiltinModel, known_model, loading
+from calmix.models.opening import gguf_file, known_model, loading, reading_gguf
 from calmix.models.shards import weight_bytes
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.pruning.engine import Run, run_through
@@ -80,24 +81,22 @@ def export(
     template = str(like) if like is not None else _origin(name)
     check_output_file(output, inputs=[name, template], overwrite=overwrite)
     check_models(name)
-    with _file_of(template, output) as file, disk_errors(output):
+    real_place(output).parent.mkdir(parents=True, exist_ok=True)
+    with hidden(real_place(output)) as beside, disk_errors(output):
+        found = known_model(template)
+        if found is None or (isinstance(found, Path) and not found.is_file()):
+            raise InputError(f"{template} is not a GGUF file")
         with loading(f"cannot read {template}"):
-            reader = GGUFReader(file)
+            reader = GGUFReader(gguf_file(found, beside))
         say("convert")
         opened, folder = open_model(name, device="cpu"), resolve_model(name)
         places = _places(opened, reader, template)
-        grids = read_grids(folder)
-        with hidden(real_place(output), Path.touch) as beside:
-            types, ours = _write(beside, reader, opened, places, grids, weights)
-            say("check")
-            kl = _divergence(opened, beside)
-            if not kl <= TYPES[weights]:
-                raise ModelError(
-                    f"the GGUF file of {name} is another model (KL {kl:.3g} nats a token, at most "
-                    f"{TYPES[weights]:g} with {weights} weights): nothing was written"
-                )
-            beside.chmod(0o644)
-            beside.replace(real_place(output))
+        made = beside / output.name
+        types, ours = _write(made, reader, opened, places, read_grids(folder), weights)
+        say("check")
+        kl, _ = difference(opened, partial(_logits, made), TYPES[weights], weights)
+        made.chmod(0o644)
+        made.replace(real_place(output))
     return Written(weight_bytes(folder), output.stat().st_size, types, ours, kl)
 
 
@@ -118,21 +117,6 @@ def _origin(name: str) -> str:
             "FILE.gguf"
         )
     return name
-
-
-@contextlib.contextmanager
-def _file_of(template: str, beside: Path) -> Iterator[Path]:
-    found = known_model(template)
-    if isinstance(found, BuiltinModel):
-        with hidden(real_place(beside)) as folder:
-            for asset in found.parts:
-                assets.install(asset)
-            assets.extract(found.parts, folder / "model.gguf")
-            yield folder / "model.gguf"
-    elif isinstance(found, Path) and found.is_file():
-        yield found
-    else:
-        raise InputError(f"{template} is not a GGUF file")
 
 
 @dataclass(frozen=True)
@@ -304,20 +288,13 @@ def _levels(
     return np.concatenate([head, data], axis=-1).reshape(rows, -1), kind
 
 
-def _divergence(opened: OpenModel, path: Path) -> float:
-    """Return KL(model || file) in nats a token, on random ids."""
+def _logits(file: Path, ids: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    vocabulary = opened.model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-    with loading(f"cannot read {path.name} back"), torch.no_grad():
-        read = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        )
-        after = read.eval()(ids).logits.double().log_softmax(-1)
-        del read
-        before = opened.model.float()(ids).logits.double().log_softmax(-1)
-    return float((before.exp() * (before - after)).sum(-1).mean())
+    where, name = file.parent, file.name
+    with loading(f"cannot read {name} back"), reading_gguf():
+        read: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
+        return read.eval()(ids).logits
 
 
 class _Sums(Run):

@@ -14,17 +14,18 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
-import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from calmix.deploy.checking import difference, random_ids
 from calmix.errors import (
     InputError,
     MissingExtraError,
@@ -45,7 +46,6 @@ from calmix.precision import dtype_name
 WEIGHTS = {"int8": 0.2, "own": 1e-4}
 MANIFEST, RUN = EXPORT, "calmix-run.json"
 GRAPH = "openvino_model.xml"
-ROWS, LENGTH = 2, 16  # token ids the graph is traced and checked with
 STEPS = ("convert", "check", "hash")
 
 
@@ -150,17 +150,12 @@ def export(
     )  # fmt: skip
     with atomic_folder(output) as beside, disk_errors(output):
         say("convert")
-        with _quiet():
+        with quiet_transformers(), contextlib.redirect_stdout(io.StringIO()):
             _convert(opened, weights, beside)
         converted = time.perf_counter() - began
         opened.tokenizer.save_pretrained(beside)
         say("check")
-        kl, top1 = _difference(opened, beside)
-        if not kl <= WEIGHTS[weights]:
-            raise ModelError(
-                f"the export of {name} is another model (KL {kl:.3g} nats a token, at most "
-                f"{WEIGHTS[weights]:g} with {weights} weights): nothing was written"
-            )
+        kl, top1 = difference(opened, partial(_logits, beside), WEIGHTS[weights], weights)
         say("hash")
         libraries = {one: importlib.metadata.version(one) for one in ("openvino", "nncf")}
         manifest = {
@@ -190,11 +185,6 @@ def _library(name: str) -> Any:
         raise MissingExtraError("an export to OpenVINO", "export") from error
 
 
-def _ids(vocabulary: int) -> Tensor:
-    """Return random token ids (ROWS, LENGTH), the same each time."""
-    return torch.randint(vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-
-
 def _convert(opened: OpenModel, weights: str, folder: Path) -> None:
     """Write the graph of a decoding step of any number of tokens, its cache a state inside it."""
     import nncf
@@ -206,7 +196,7 @@ def _convert(opened: OpenModel, weights: str, folder: Path) -> None:
     )
     from transformers.exporters.utils import decompose_for_generation
 
-    ids = _ids(opened.model.config.get_text_config().vocab_size)
+    ids = random_ids(opened)
     mask = torch.ones_like(ids)
     mask[0, 0] = 0  # of ones alone, the graph would have no mask
     quantizer = None
@@ -228,31 +218,7 @@ def _convert(opened: OpenModel, weights: str, folder: Path) -> None:
         raise ModelError(f"transformers cannot export {opened.name}: {reason}") from error
 
 
-def _difference(opened: OpenModel, folder: Path) -> tuple[float, float]:
-    """Return mean KL(model || export) in nats, and how often both have one likeliest token."""
-    ids = _ids(opened.model.config.get_text_config().vocab_size)
+def _logits(folder: Path, ids: Tensor) -> Tensor:
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     session = Session(folder, **exact, KV_CACHE_PRECISION="f32")
-    half = LENGTH // 2
-    after = torch.cat([session(ids[:, :half]), session(ids[:, half:])], 1)
-    after = after.double().log_softmax(-1)
-    with torch.no_grad():
-        before = opened.model.float()(ids).logits.double().log_softmax(-1)
-    kl = (before.exp() * (before - after)).sum(-1)
-    same = before.argmax(-1) == after.argmax(-1)
-    return float(kl.mean()), float(same.float().mean())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep tables, bars and advice of the libraries from the terminal.
-
-    All loggers are silenced: NNCF warns through one that it names by a path.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with quiet_transformers(), contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
+    return torch.cat([session(part) for part in ids.chunk(2, 1)], 1)

@@ -21,13 +21,16 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterator
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import safetensors.torch
 import torch
 import zstandard
 from numpy.typing import NDArray
@@ -53,13 +56,16 @@ FORMATS = 1, 2  # without and with levels
 CHUNK = 1 << 22  # values that are compressed together: a few megabytes
 SPARSE = 0.08  # share of zeros from which a mask, a bit a value, pays in 16 bits
 HELPS = 0.98  # compressed parts are kept where they are smaller by this factor
-LEVEL = 3  # zstandard's; higher levels do not shrink exponents further
 RARE = 5e-4  # share of levels beyond half a byte, and
 ASTRAY = 1e-2  # share of weights off the grid, up to which levels are stored so
 MAGIC = b"\x28\xb5\x2f\xfd"  # how a zstandard frame begins
 
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
+LEVEL = 3  # zstandard's; higher levels do not shrink exponents further
+# Levels hardly repeat in long runs: matches of zstandard would cost more than they save.
+LEVELS = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, chain_log=6)
+
 Words = NDArray[Any]
+Parts = Mapping[str, Sequence[bytes]]  # of a tensor, by kind, a part a chunk
 Progress = Callable[[int, int], None]
 
 
@@ -96,39 +102,40 @@ def pack(
     if (folder / PACK).is_file():
         raise InputError(f"{folder} is a pack already")
     check_folder(folder)
-    files = [*_scale_files(folder), *weight_files(folder)]
+    scales = [f"{SCALES}/{path.name}" for path in sorted((folder / SCALES).glob("[!.]*"))]
+    places = {name: _in_order(folder / name) for name in [*scales, *weight_files(folder)]}
+    others = _other_files(folder, places)
     grids = read_grids(folder)
-    others = _other_files(folder, files)
-    places = {name: _in_order(folder / name) for name in files}
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
-    total = sum((folder / name).stat().st_size for name in files)
-    done = packed = 0
-    sparse = [0, 0]
+    total = sum((folder / name).stat().st_size for name in places)
+    done, sparse, weights = 0, [0, 0], dict[str, dict[str, Any]]()
     with atomic_folder(output) as beside, ThreadPoolExecutor(cores()) as pool, disk_errors(output):
-        weights: dict[str, Any] = {}
-        for name in files:
+        for name, tensors in places.items():
             (beside / name).parent.mkdir(exist_ok=True)
-            made = _Writer(beside / name)
+            made, entries = _Writer(beside / name), {}
             made.add("header", [header_bytes(folder / name)])
-            tensors: dict[str, Any] = {}
-            with (folder / name).open("rb") as source:
-                for tensor, place in places[name]:
-                    before = made.size
-                    grid = grids.get(tensor)
-                    tensors[tensor] = _pack_tensor(made, source, tensor, place, pool, grid)
-                    done += place.size
-                    if tensors[tensor]["mask"] or "levels" in tensors[tensor]:
-                        sparse[0] += place.size
-                        sparse[1] += made.size - before
-                    if progress is not None:
-                        progress(done, total)
+            for tensor, place in tensors:
+                words = np.fromfile(
+                    folder / name, f"u{place.dtype.itemsize}", math.prod(place.shape),
+                    offset=place.start,
+                )  # fmt: skip
+                entry, parts = _encoded(words, place, grids.get(tensor), pool)
+                sizes = {kind: made.add(f"{tensor}|{kind}", one) for kind, one in parts.items()}
+                entries[tensor] = entry | {"sizes": sizes}
+                done += place.size
+                if entry["mask"] or "levels" in entry:
+                    sparse[0] += place.size
+                    sparse[1] += sum(map(sum, sizes.values()))
+                if progress is not None:
+                    progress(done, total)
             made.close()
-            packed += (beside / name).stat().st_size
-            hashes = {"sha256": sha256_file(folder / name), "packed": sha256_file(beside / name)}
-            weights[name] = hashes | {"tensors": tensors}
-        levels = any(
-            "levels" in one for file in weights.values() for one in file["tensors"].values()
-        )
+            weights[name] = {
+                "sha256": sha256_file(folder / name), "packed": sha256_file(beside / name),
+                "tensors": entries,
+            }  # fmt: skip
+        packed = sum((beside / name).stat().st_size for name in weights)
+        levels = any("levels" in one for file in weights.values()
+                     for one in file["tensors"].values())  # fmt: skip
         kept = {name: _copy(folder / name, beside / name) for name in others}
         write_json(
             beside / PACK,
@@ -163,16 +170,13 @@ def unpack(
         for name, expected in manifest["files"].items():
             _check(_copy(folder / name, beside / name) == expected, folder / name)
         for name, entry in manifest["weights"].items():
-            found = hashlib.sha256()
             (beside / name).parent.mkdir(exist_ok=True)
             with (beside / name).open("wb") as file:
                 for part in _unpacked(folder / name, entry, grids):
                     file.write(part)
-                    found.update(part)
                     done += len(part)
                     if progress is not None:
                         progress(done, total)
-            _check(found.hexdigest() == entry["sha256"], folder / name)
     return done
 
 
@@ -184,7 +188,7 @@ def load(
     Args:
         folder: the pack.
         device: torch device.
-        progress: called with tensors done and in all, of one file at a time.
+        progress: called with files done and in all.
         **options: for transformers' `from_pretrained`, such as `dtype`.
 
     Raises:
@@ -195,23 +199,12 @@ def load(
     manifest = _manifest(folder)
     for name, expected in manifest["files"].items():
         _check(sha256_file(folder / name) == expected, folder / name)
-    state: dict[str, torch.Tensor] = {}
-    for name, entry in manifest["weights"].items():
-        _check(sha256_file(folder / name) == entry["packed"], folder / name)
-    grids = _grids(folder, manifest)
-    for name, entry in manifest["weights"].items():
-        if name.startswith(SCALES):
-            continue
-        parts = _unpacked(folder / name, entry, grids)
-        for tensor, place in _places(next(parts), folder / name):
-            state[tensor] = torch.empty(place.shape, dtype=place.dtype)
-            flat, at = tensor_bytes(state[tensor]), 0
-            while at < place.size:
-                part = next(parts)
-                flat[at : at + len(part)] = part
-                at += len(part)
-            if progress is not None:
-                progress(len(state), len(entry["tensors"]))
+    grids, state = _grids(folder, manifest), dict[str, torch.Tensor]()
+    weights = {n: one for n, one in manifest["weights"].items() if not n.startswith(SCALES)}
+    for number, (name, entry) in enumerate(weights.items(), start=1):
+        state |= _tensors(folder / name, entry, grids)
+        if progress is not None:
+            progress(number, len(weights))
     config = load_config(folder, str(folder), False)
     if options.setdefault("dtype", "auto") == "auto":
         options["dtype"] = getattr(config, "dtype", None) or torch.float32
@@ -241,25 +234,20 @@ def _other_files(folder: Path, weights: Collection[str]) -> list[str]:
     return found
 
 
-def _scale_files(folder: Path) -> list[str]:
-    """Return the files of scales beside a model's weights."""
-    return [f"{SCALES}/{path.name}" for path in sorted((folder / SCALES).glob("[!.]*"))]
-
-
 def _grids(folder: Path, manifest: dict[str, Any]) -> dict[str, Grid]:
     """Return the grids of a pack's quantised tensors."""
     found: dict[str, torch.Tensor] = {}
     for name, entry in manifest["weights"].items():
-        if not name.startswith(SCALES):
-            continue
-        _check(sha256_file(folder / name) == entry["packed"], folder / name)
-        parts = _unpacked(folder / name, entry, {})
-        header = next(parts)
-        held = header + b"".join(parts)
-        for tensor, place in _places(header, folder / name):
-            part = bytearray(held[place.start : place.start + place.size])
-            found[tensor] = torch.frombuffer(part, dtype=place.dtype).view(place.shape)
+        if name.startswith(SCALES):
+            found |= _tensors(folder / name, entry, {})
     return as_grids(found)
+
+
+def _tensors(
+    path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]
+) -> dict[str, torch.Tensor]:
+    """Return all tensors of a packed file."""
+    return safetensors.torch.load(b"".join(_unpacked(path, entry, grids)))
 
 
 def _copy(source: Path, target: Path) -> str:
@@ -304,9 +292,9 @@ class _Writer:
         self.path = path
         self.size = 0
         self._entries: dict[str, Any] = {"__metadata__": {"format": "calmix-pack"}}
-        self._data = path.with_name(f".{path.name}.data").open("w+b")
+        self._data = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115
 
-    def add(self, name: str, parts: list[bytes]) -> list[int]:
+    def add(self, name: str, parts: Sequence[bytes]) -> list[int]:
         """Write parts one behind the other; return their sizes."""
         sizes, start = [len(part) for part in parts], self.size
         self._data.writelines(parts)
@@ -322,7 +310,6 @@ class _Writer:
             file.write(with_length(self._entries))
             data.seek(0)
             shutil.copyfileobj(data, file, length=1 << 22)
-        Path(self._data.name).unlink()
 
 
 def _places(header: bytes, path: Path) -> list[tuple[str, Place]]:
@@ -343,69 +330,61 @@ def _in_order(path: Path) -> list[tuple[str, Place]]:
     return places
 
 
-def _pack_tensor(
-    made: _Writer,
-    source: BinaryIO,
-    name: str,
-    place: Place,
-    pool: ThreadPoolExecutor,
-    grid: Grid | None,
-) -> dict[str, Any]:
-    width = place.dtype.itemsize
-    source.seek(place.start)
-    count = place.size // width
-    raw = np.frombuffer(bytearray(source.read(place.size)), f"u{width}")
-    if grid is not None:
-        quantised = _pack_levels(made, raw, name, place, pool, grid)
-        if quantised is not None:
-            return quantised
-    zeros = count - np.count_nonzero(raw)
-    masked = place.dtype.is_floating_point and bool(count) and bool(zeros >= SPARSE * count)
-    chunks = [raw[at : at + CHUNK] for at in range(0, count, CHUNK)]
-    coded = list(pool.map(lambda chunk: _encode(chunk, masked, place.dtype), chunks))
-    entry: dict[str, Any] = {"count": count, "mask": masked, "sizes": {}}
-    for part in range(len(coded[0]) if coded else 0):
-        kind = "mask" if masked and not part else str(part - masked)
-        entry["sizes"][kind] = made.add(f"{name}|{kind}", [chunk[part] for chunk in coded])
-    return entry
+def _encoded(
+    raw: Words, place: Place, grid: Grid | None, pool: ThreadPoolExecutor
+) -> tuple[dict[str, Any], Parts]:
+    """Return what a tensor is stored as, and its parts."""
+    if grid is not None and (levels := _encoded_levels(raw, place, grid, pool)) is not None:
+        return levels
+    zeros = len(raw) - np.count_nonzero(raw)
+    masked = place.dtype.is_floating_point and bool(0 < SPARSE * len(raw) <= zeros)
+    chunks = [raw[at : at + CHUNK] for at in range(0, len(raw), CHUNK)]
+    coded = pool.map(lambda chunk: _encode(chunk, masked, place.dtype), chunks)
+    parts = dict(zip(_kinds(masked, place), zip(*coded, strict=True), strict=False))
+    return {"count": len(raw), "mask": masked}, parts
 
 
-def _pack_levels(
-    made: _Writer, raw: Words, name: str, place: Place, pool: ThreadPoolExecutor, grid: Grid
-) -> dict[str, Any] | None:
-    """Write a tensor's levels; None, and nothing, where too many weights are off the grid."""
-    rows, columns = place.shape
-    step = max(1, CHUNK // columns)
-    spans = [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
+def _kinds(masked: bool, place: Place) -> list[str]:
+    return ["mask"] * masked + [str(plane) for plane in range(place.dtype.itemsize)]
 
-    def read(span: slice) -> tuple[Words, Words]:
-        own = raw[span.start * columns : span.stop * columns]
-        weight = torch.from_numpy(own.view(f"i{own.itemsize}")).view(place.dtype).view(-1, columns)
-        part = grid.part(span)
-        levels = part.levels(weight)
-        return levels.numpy().reshape(-1), own != _words(part.values(levels), place.dtype)
 
+def _encoded_levels(
+    raw: Words, place: Place, grid: Grid, pool: ThreadPoolExecutor
+) -> tuple[dict[str, Any], Parts] | None:
+    """Return a tensor as the levels of its grid; None where too many weights are off the grid."""
+
+    def read(rows: slice) -> tuple[Words, Words]:
+        part = grid.part(rows)
+        levels = part.levels(whole[rows])
+        made = part.values(levels).to(place.dtype)
+        return levels.numpy(), _words(whole[rows]) != _words(made)
+
+    whole = torch.from_numpy(raw.view(np.uint8)).view(place.dtype).view(place.shape)
+    spans = _spans(place)
     found = list(pool.map(read, spans))
-    astray = np.flatnonzero(np.concatenate([off for _, off in found]))
     levels = np.concatenate([own for own, _ in found])
-    far = np.flatnonzero((levels < -8) | (levels > 7))
-    small = len(far) <= RARE * len(levels)
-    if small:
-        astray = np.union1d(astray, far)
-    else:
-        astray = np.union1d(astray, np.flatnonzero((levels < -128) | (levels > 127)))
-    if len(astray) > ASTRAY * len(levels):
+    small = bool(np.count_nonzero((levels < -8) | (levels > 7)) <= RARE * levels.size)
+    most = 8 if small else 128
+    far = ((levels < -most) | (levels >= most)).reshape(-1)
+    astray = np.flatnonzero(np.concatenate([off for _, off in found]) | far)
+    if len(astray) > ASTRAY * levels.size:
         return None
     if small:
         np.clip(levels, -8, 7, out=levels)
         levels += 8
-    ends = [(span.start * columns, span.stop * columns) for span in spans]
-    coded = list(pool.map(lambda end: _coded(levels[end[0] : end[1]], small), ends))
     kind = "half" if small else "whole"
-    sizes = {kind: made.add(f"{name}|{kind}", coded)}
-    beside = [_squeezed(astray.astype("<u4").tobytes()), _squeezed(raw[astray].tobytes())]
-    sizes["astray"] = made.add(f"{name}|astray", beside)
-    return {"count": len(raw), "mask": False, "levels": kind, "astray": len(astray), "sizes": sizes}
+    parts = {
+        kind: list(pool.map(lambda rows: _coded(levels[rows].reshape(-1), small), spans)),
+        "astray": [_squeezed(astray.astype("<u4").tobytes()), _squeezed(raw[astray].tobytes())],
+    }
+    return {"count": len(raw), "mask": False, "levels": kind, "astray": len(astray)}, parts
+
+
+def _spans(place: Place) -> list[slice]:
+    """Return the rows of each chunk of a matrix."""
+    rows, columns = place.shape
+    step = max(1, CHUNK // columns)
+    return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
 
 
 def _coded(levels: Words, small: bool) -> bytes:
@@ -414,17 +393,12 @@ def _coded(levels: Words, small: bool) -> bytes:
     if small:
         low = np.pad(low, (0, len(low) % 2))
         low = low[::2] | (low[1::2] << 4)
-    # Levels hardly repeat in long runs: matches of zstandard would cost more than they save.
-    how = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, chain_log=6)
-    part = low.tobytes()
-    made = zstandard.ZstdCompressor(compression_params=how).compress(part)
-    return made if len(made) < HELPS * len(part) or part.startswith(MAGIC) else part
+    return _squeezed(low.tobytes(), compression_params=LEVELS)
 
 
-def _words(values: torch.Tensor, dtype: torch.dtype) -> Words:
+def _words(values: torch.Tensor) -> Words:
     """Return weights as words of their bits."""
-    flat = values.to(dtype).reshape(-1)
-    return flat.view(INTEGERS[dtype.itemsize]).numpy().view(f"u{dtype.itemsize}")
+    return np.frombuffer(tensor_bytes(values), f"u{values.dtype.itemsize}")
 
 
 def _encode(chunk: Words, masked: bool, dtype: torch.dtype) -> list[bytes]:
@@ -447,9 +421,9 @@ def compressed_share(words: Words, dtype: torch.dtype) -> float:
     return sum(map(len, _encode(words, False, dtype))) / max(1, words.nbytes)
 
 
-def _squeezed(part: bytes) -> bytes:
+def _squeezed(part: bytes, **how: Any) -> bytes:
     """Return a zstandard frame if that is smaller, or the bytes look like one, else the bytes."""
-    made = zstandard.ZstdCompressor(level=LEVEL).compress(part)
+    made = zstandard.ZstdCompressor(**(how or {"level": LEVEL})).compress(part)
     return made if len(made) < HELPS * len(part) or part.startswith(MAGIC) else part
 
 
@@ -462,20 +436,6 @@ def _expanded(part: bytes, size: int) -> Words:
     if len(part) != size:
         raise ValueError("another size")
     return np.frombuffer(part, np.uint8)
-
-
-def _values(part: bytes, small: bool, grid: Grid, shape: tuple[int, int], place: Place) -> Words:
-    """Return the words of some rows of a quantised tensor."""
-    count = shape[0] * shape[1]
-    low = _expanded(part, -(-count // 2) if small else count)
-    if small:
-        both = np.empty((len(low), 2), np.uint8)
-        np.bitwise_and(low, 15, out=both[:, 0])
-        np.right_shift(low, 4, out=both[:, 1])
-        levels = torch.from_numpy(both.reshape(-1)[:count].view(np.int8)).sub_(8)
-    else:
-        levels = torch.from_numpy(low.copy()).view(torch.int8)
-    return _words(grid.values(levels.view(shape)), place.dtype)
 
 
 def _decode(parts: list[bytes], masked: bool, count: int, dtype: torch.dtype) -> bytes:
@@ -498,32 +458,45 @@ def _decode(parts: list[bytes], masked: bool, count: int, dtype: torch.dtype) ->
     return whole.tobytes()
 
 
-def _unpacked(path: Path, entry: dict[str, Any], grids: dict[str, Grid]) -> Iterator[bytes]:
+def _decode_levels(
+    part: bytes, small: bool, grid: Grid, shape: tuple[int, int], dtype: torch.dtype,
+    astray: Words, put: Words,
+) -> bytes:  # fmt: skip
+    """Return the bytes of some rows of a quantised tensor, in which weights astray are `put`."""
+    count = math.prod(shape)
+    low = _expanded(part, -(-count // 2) if small else count)
+    if small:
+        low = np.stack([low & 15, low >> 4], axis=1).reshape(-1)[:count]
+    levels = torch.from_numpy(low.astype(np.int8)).view(shape)
+    found = _words(grid.values(levels - 8 if small else levels).to(dtype))
+    found[astray] = put
+    return found.tobytes()
+
+
+def _unpacked(path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]) -> Iterator[bytes]:
     """Yield a packed file's original bytes: its header, then chunk by chunk in order.
 
-    Raises InputError where the file is cut or altered, as far as that shows before its hash.
+    Raises InputError where the file is cut or altered; of what its hash alone shows, at the end.
     """
     try:
         held = read_header(path)
         with path.open("rb") as file, ThreadPoolExecutor(cores()) as pool:
             file.seek(held["header"].start)
             header = file.read(held["header"].size)
-            places = _places(header, path)
+            digest, places = hashlib.sha256(header), _places(header, path)
             yield header
             waiting: list[Future[bytes]] = []
             for name, place in places:
                 own = entry["tensors"][name]
-                if "levels" in own:
-                    jobs = _level_jobs(file, held, name, place, own, grids[name], pool)
-                else:
-                    jobs = (pool.submit(_decode, *job)
-                            for job in _jobs(file, held, name, place, own))  # fmt: skip
-                for job in jobs:
-                    waiting.append(job)
+                for job in _chunks(file, held, name, place, own, grids.get(name)):
+                    waiting.append(pool.submit(job))
                     if len(waiting) > 2 * cores():
-                        yield waiting.pop(0).result()
+                        digest.update(part := waiting.pop(0).result())
+                        yield part
             for one in waiting:
-                yield one.result()
+                digest.update(part := one.result())
+                yield part
+        _check(digest.hexdigest() == entry["sha256"], path)
     except (
         KeyError, ValueError, TypeError, OSError, RuntimeError, ModelError, zstandard.ZstdError,
     ) as error:  # fmt: skip
@@ -534,51 +507,30 @@ def _unpacked(path: Path, entry: dict[str, Any], grids: dict[str, Grid]) -> Iter
         ) from error
 
 
-def _level_jobs(
-    file: BinaryIO,
-    held: dict[str, Place],
-    name: str,
-    place: Place,
-    entry: dict[str, Any],
-    grid: Grid,
-    pool: ThreadPoolExecutor,
-) -> Iterator[Future[bytes]]:
-    """Yield the work that makes the bytes of each chunk of a quantised tensor."""
-    rows, columns = place.shape
-    step, kind = max(1, CHUNK // columns), entry["levels"]
-    file.seek(held[f"{name}|astray"].start)
-    words = f"<u{place.dtype.itemsize}"
-    where, value = (file.read(size) for size in entry["sizes"]["astray"])
-    astray = _expanded(where, 4 * entry["astray"]).view("<u4")
-    put = _expanded(value, place.dtype.itemsize * entry["astray"]).view(words)
-    at = held[f"{name}|{kind}"].start
+def _chunks(
+    file: BinaryIO, held: Mapping[str, Place], name: str, place: Place, entry: dict[str, Any],
+    grid: Grid | None,
+) -> Iterator[Callable[[], bytes]]:  # fmt: skip
+    """Yield what makes the bytes of each chunk of a tensor."""
 
-    def made(part: bytes, first: int, count: int) -> bytes:
-        own = slice(first, first + count)
-        found = _values(part, kind == "half", grid.part(own), (count, columns), place)
-        low, high = np.searchsorted(astray, [first * columns, (first + count) * columns])
-        found[astray[low:high] - first * columns] = put[low:high]
-        return found.tobytes()
+    def read(kind: str, number: int) -> bytes:
+        sizes = entry["sizes"][kind]
+        file.seek(held[f"{name}|{kind}"].start + sum(sizes[:number]))
+        return file.read(sizes[number])
 
-    for number, first in enumerate(range(0, rows, step)):
-        file.seek(at)
-        size = entry["sizes"][kind][number]
-        at += size
-        yield pool.submit(made, file.read(size), first, min(step, rows - first))
-
-
-def _jobs(
-    file: BinaryIO, held: dict[str, Place], name: str, place: Place, entry: dict[str, Any]
-) -> Iterator[tuple[list[bytes], bool, int, torch.dtype]]:
-    """Yield what `_decode` takes for each chunk of a tensor."""
+    if grid is not None and "levels" in entry:
+        kind, width, columns = entry["levels"], place.dtype.itemsize, place.shape[1]
+        astray = _expanded(read("astray", 0), 4 * entry["astray"]).view("<u4")
+        put = _expanded(read("astray", 1), width * entry["astray"]).view(f"<u{width}")
+        for number, rows in enumerate(_spans(place)):
+            first, last = rows.start * columns, rows.stop * columns
+            here = slice(*np.searchsorted(astray, [first, last]))
+            yield partial(
+                _decode_levels, read(kind, number), kind == "half", grid.part(rows),
+                (rows.stop - rows.start, columns), place.dtype, astray[here] - first, put[here],
+            )  # fmt: skip
+        return
     count, masked = math.prod(place.shape), entry["mask"] is True
-    kinds = [*(["mask"] if masked else []), *map(str, range(place.dtype.itemsize))]
-    starts = {kind: held[f"{name}|{kind}"].start for kind in kinds} if count else {}
     for number, at in enumerate(range(0, count, CHUNK)):
-        parts = []
-        for kind in kinds:
-            size = entry["sizes"][kind][number]
-            file.seek(starts[kind])
-            parts.append(file.read(size))
-            starts[kind] += size
-        yield parts, masked, min(CHUNK, count - at), place.dtype
+        parts = [read(kind, number) for kind in _kinds(masked, place)]
+        yield partial(_decode, parts, masked, min(CHUNK, count - at), place.dtype)

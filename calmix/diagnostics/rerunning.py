@@ -17,8 +17,7 @@ from calmix.calibration import CalibrationSet, Mix, make_mix, open_tokenizer
 from calmix.calibration.dataset import MANIFEST as SET_MANIFEST
 from calmix.calibration.dataset import TENSORS
 from calmix.calibration.leakage import guard_of
-from calmix.calibration.resolving import make
-from calmix.calibration.spec import Spec, read_generator
+from calmix.calibration.resolving import Spec, make, read_generator
 from calmix.errors import InputError
 from calmix.files import check_output_folder, holds_result, read_object
 from calmix.manifest import SEAL, read_sealed

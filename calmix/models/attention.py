@@ -25,8 +25,6 @@ MARK = "_calmix_attention"  # on modules that use it
 SLICE = 64  # queries whose scores are held at a time
 AT_ONCE = 2  # times `values_at_once`: scores that are held, of one row at least
 
-Part = tuple[slice, slice, Tensor, Tensor, Tensor]  # rows, lines; queries, keys, values of these
-
 
 def use_own_attention(model: nn.Module) -> None:
     """Let a model attend by `attention` where it attends by transformers' `sdpa`.
@@ -116,12 +114,8 @@ class _Sliced(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, mask)
         ctx.scale = scale
-        rows, heads, positions, _ = query.shape
-        made = query.new_empty(rows, heads, positions, value.shape[-1])
-        bias = _bias(mask)
-        for own, lines, queries, keys, values in _parts(query, key, value):
-            hidden = _hidden(bias, own, lines, keys)
-            shares = _shares(queries, keys, hidden, scale, heads)
+        made = query.new_empty(*query.shape[:3], value.shape[-1])
+        for own, lines, _, _, values, shares in _parts(query, key, value, mask, scale):
             mixed = torch.bmm(shares.to(value.dtype), values)
             made[own, :, lines] = mixed.view_as(made[own, :, lines])
         return made.transpose(1, 2).contiguous()
@@ -129,69 +123,57 @@ class _Sliced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
-        grad, bias = grads[0].transpose(1, 2), _bias(mask)
+        grad, scale = grads[0].transpose(1, 2), ctx.scale
         to_query = torch.empty_like(query)
         to_key, to_value = (torch.zeros_like(one, dtype=torch.float32) for one in (key, value))
-        for own, lines, queries, keys, values in _parts(query, key, value):
+        for own, lines, queries, keys, values, shares in _parts(query, key, value, mask, scale):
             seen, here = keys.shape[1], _together(grad[own, :, lines], key)
-            hidden = _hidden(bias, own, lines, keys)
-            shares = _shares(queries, keys, hidden, ctx.scale, query.shape[1])
             with _fast(query):
                 to_shares = torch.bmm(here.float(), values.float().transpose(1, 2))
             to_scores = torch.ops.aten._softmax_backward_data(
                 to_shares, shares, -1, torch.float32
             ).to(query.dtype)
-            more = torch.bmm(to_scores, keys).mul_(ctx.scale)
+            more = torch.bmm(to_scores, keys).mul_(scale)
             to_query[own, :, lines] = more.view_as(to_query[own, :, lines])
             more = torch.bmm(to_scores.transpose(1, 2), queries)
             to_key[own, :, :seen] += more.view_as(key[own, :, :seen])
             more = torch.bmm(shares.to(query.dtype).transpose(1, 2), here)
             to_value[own, :, :seen] += more.view_as(value[own, :, :seen])
-        return to_query, to_key.mul_(ctx.scale).to(key.dtype), to_value.to(value.dtype), None, None
+        return to_query, to_key.mul_(scale).to(key.dtype), to_value.to(value.dtype), None, None
 
 
-def _parts(query: Tensor, key: Tensor, value: Tensor) -> Iterator[Part]:
-    """Yield some rows and lines, their queries, and keys and values of the tokens these may see."""
+def _parts(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, Tensor]]:
+    """Yield some rows and lines, their queries, keys and values of the tokens these may see, and
+    how much of every token's value each query takes, float32: all but the first as `_together`."""
     rows, heads, positions, _ = query.shape
-    tokens = key.shape[2]
+    tokens, bias = key.shape[2], mask
+    if mask is not None and mask.dtype == torch.bool:
+        least = torch.finfo(torch.float32).min
+        bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, least)
     step = max(1, AT_ONCE * values_at_once(query.device) // (heads * SLICE * tokens))
     for first in range(0, rows, step):
         own = slice(first, first + step)
         for start in range(0, positions, SLICE):
             lines = slice(start, min(start + SLICE, positions))
-            seen = tokens - positions + lines.stop
+            count, seen = lines.stop - start, tokens - positions + lines.stop
+            if bias is None:  # of the tokens seen only the last ones are hidden from some
+                hidden = torch.full((1, 1, count, count), -torch.inf, device=key.device).triu_(1)
+            else:
+                hidden = (bias if len(bias) == 1 else bias[own])[:, :, lines, :seen].float()
+            queries = _together(query[own, :, lines], key)
             keys, values = (one[own, :, :seen].flatten(0, 1) for one in (key, value))
-            yield own, lines, _together(query[own, :, lines], key), keys, values
+            with _fast(query):
+                scores = torch.bmm(queries.float() * scale, keys.float().transpose(1, 2))
+            scores.view(-1, heads, count, seen)[..., -hidden.shape[-1] :] += hidden
+            scores = scores.softmax(-1)
+            yield own, lines, queries, keys, values, scores
 
 
 def _together(some: Tensor, key: Tensor) -> Tensor:
     """Stack the query heads of a key head: (rows x key heads, heads x lines, width)."""
     return some.reshape(len(some) * key.shape[1], -1, some.shape[-1])
-
-
-def _bias(mask: Tensor | None) -> Tensor | None:
-    """Return what a mask adds to the scores, in float32."""
-    if mask is None or mask.dtype != torch.bool:
-        return None if mask is None else mask.float()
-    hidden = torch.finfo(torch.float32).min
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, hidden)
-
-
-def _hidden(bias: Tensor | None, own: slice, lines: slice, keys: Tensor) -> Tensor:
-    """Return what is added to the scores of a part: for all its tokens, or only the last ones."""
-    if bias is not None:
-        return (bias if len(bias) == 1 else bias[own])[:, :, lines, : keys.shape[1]]
-    count = lines.stop - lines.start
-    return torch.full((1, 1, count, count), -torch.inf, device=keys.device).triu_(1)
-
-
-def _shares(queries: Tensor, keys: Tensor, hidden: Tensor, scale: float, heads: int) -> Tensor:
-    """Return how much of every token's value each query takes, float32, as `_together`."""
-    with _fast(queries):
-        scores = torch.bmm(queries.float() * scale, keys.float().transpose(1, 2))
-    lines, last = hidden.shape[2:]
-    scores.view(-1, heads, lines, scores.shape[-1])[..., -last:] += hidden
-    return scores.softmax(-1)
 
 
 def _fast(query: Tensor) -> AbstractContextManager[None]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,13 @@ TOWERS = re.compile(r"vision|visual|image|audio|speech")  # names of parts besid
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def _is_transposed(module: nn.Module) -> bool:
     """Whether a module is GPT-2's Conv1D: a linear map with its weight transposed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
 @dataclass(frozen=True)
@@ -173,13 +174,12 @@ class DecoderBlocks:
                 parent = self.blocks[index].get_submodule(owner)
                 found.append(Mixture(f"{prefix}.{owner}".rstrip("."), parent, module, len(module)))
             elif fused := _fused(module, self.width):
-                found.append(Mixture(f"{prefix}.{name}", module, None, fused[0].count))
+                found.append(Mixture(f"{prefix}.{name}", module, None, fused.count))
         return found
 
     def _layers(self, index: int) -> tuple[list[Prunable], list[Dense]]:
         block, prefix, mixtures = self.blocks[index], f"{self.name}.{index}", self.mixtures(index)
         layers: list[Prunable] = []
-        taken: set[int] = set()
         others: dict[int, str] = {}  # why a linear map is left out
         for name, module in block.named_modules():
             path = f"{prefix}.{name}"
@@ -194,24 +194,22 @@ class DecoderBlocks:
                         f"weight {path}.weight is {weight.dtype}: only floats can be pruned"
                     )
                 else:
-                    layer = Prunable(path, module, transposed=_is_conv1d(module), key=name)
+                    layer = Prunable(path, module, transposed=_is_transposed(module), key=name)
                     layers.append(_in_mixture(layer, mixtures))
-                    taken.add(id(weight))
-                continue
-            for fused in _fused(module, self.width):
-                parameter = module._parameters[fused.name]
-                if id(parameter) in self.shared:
-                    others[id(parameter)] = "used elsewhere too"
-                    continue
-                taken.add(id(parameter))
-                layers += [
-                    Prunable(
-                        f"{path}.{expert}.{key}", module, fused.name, fused.transposed, path,
-                        expert, True, rows, fused.name,
-                    )
-                    for expert in range(fused.count)
-                    for key, rows in fused.parts.items()
-                ]  # fmt: skip
+            elif fused := _fused(module, self.width):
+                for own, parts in fused.parts.items():
+                    if (number := id(module._parameters[own])) in self.shared:
+                        others[number] = "used elsewhere too"
+                        continue
+                    layers += [
+                        Prunable(
+                            f"{path}.{expert}.{key}", module, own, fused.transposed, path, expert,
+                            True, rows, own,
+                        )
+                        for expert in range(fused.count)
+                        for key, rows in parts.items()
+                    ]  # fmt: skip
+        taken = {layer.parameter_id for layer in layers}
         dense = []
         for name, p in block.named_parameters():
             vector = p.ndim < 2 or p.numel() == max(p.shape) or name.endswith("bias")
@@ -261,16 +259,15 @@ def _routes(path: str, weight: Tensor, mixtures: list[Mixture]) -> bool:
 
 @dataclass(frozen=True)
 class _Fused:
-    """A parameter of shape (experts, ...) that holds a linear map of every expert."""
+    """Parameters of shape (experts, ...) that hold linear maps of all experts."""
 
-    name: str
     count: int
     transposed: bool
-    parts: Mapping[str, slice]  # the outputs that are one layer, by the layer's name
+    parts: Mapping[str, Mapping[str, slice]]  # by parameter, outputs that are one layer, by name
 
 
-def _fused(module: nn.Module, width: int | None) -> list[_Fused]:
-    """Return a module's own parameters that hold all experts, in order, or none.
+def _fused(module: nn.Module, width: int | None) -> _Fused | None:
+    """Return a module's own parameters that hold all experts, in order; None where there are none.
 
     The name of the module or of an attribute has "expert" in it. Experts map from the input's width
     to that of the neurons (or twice that: gate and up in one) and back, which shows whether they
@@ -283,7 +280,7 @@ def _fused(module: nn.Module, width: int | None) -> list[_Fused]:
     }
     words = [type(module).__name__, *vars(module)]
     if len(own) < 2 or not any("expert" in word.lower() for word in words):
-        return []
+        return None
     down = next((name for name in own if DOWN.search(name)), list(own)[-1])
     stated = getattr(module, "is_transposed", None)
     found = []
@@ -294,22 +291,20 @@ def _fused(module: nn.Module, width: int | None) -> list[_Fused]:
         if len(ups) == 1 and (up := ups.pop())[1] == back and up[0] in (neurons, 2 * neurons):
             found.append((back == width, transposed, neurons if up[0] != neurons else None))
     if not found:
-        return []
+        return None
     _, transposed, half = max(found, key=lambda one: one[0])
-    count = min(shape[0] for shape in own.values())
-    return [
-        _Fused(name, count, transposed, _parts(module, name, None if name == down else half))
-        for name in own
-    ]
+    parts = {name: _parts(module, name, None if name == down else half) for name in own}
+    return _Fused(min(shape[0] for shape in own.values()), transposed, parts)
 
 
 def _parts(module: nn.Module, name: str, half: int | None) -> Mapping[str, slice]:
     """Return the outputs of gate and up where they lie in one parameter, by name of the layer."""
     if half is None:
         return {name: slice(None)}
-    gate, up = f"{name}.gate", f"{name}.up"
     if "gate_up" in name:
         gate, up = name.replace("gate_up", "gate"), name.replace("gate_up", "up")
+    else:
+        gate, up = f"{name}.gate", f"{name}.up"
     if not getattr(module, "is_concatenated", True):
         return {gate: slice(0, None, 2), up: slice(1, None, 2)}
     return {gate: slice(0, half), up: slice(half, None)}
@@ -374,14 +369,7 @@ def decoder_of(model: Any) -> Any:
 @contextmanager
 def forwards(pairs: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Replace the forward of modules for a while."""
-    before = [vars(module).get("forward") for module, _ in pairs]
-    try:
+    with ExitStack() as stack:
         for module, forward in pairs:
-            vars(module)["forward"] = forward
+            stack.enter_context(patch.object(module, "forward", forward))
         yield
-    finally:
-        for (module, _), old in zip(pairs, before, strict=True):
-            if old is None:
-                vars(module).pop("forward", None)
-            else:
-                vars(module)["forward"] = old

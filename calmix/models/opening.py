@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import math
 import os
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -42,6 +40,7 @@ from calmix.machine import cores
 from calmix.models.attention import use_own_attention
 from calmix.models.shards import INDEX, PACK, Shards, weight_files
 from calmix.precision import fast_half_precision
+from calmix.progress import quiet
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
@@ -215,14 +214,18 @@ def resolve_model(name: str) -> Path:
         return folder
     with alone(folder), disk_errors(folder), hidden(folder) as beside:
         if not (folder / "config.json").is_file():
-            if isinstance(found, BuiltinModel):
-                for asset in found.parts:
-                    assets.install(asset)
-                name = Path(next(iter(found.parts.values()))).name.partition(".gguf")[0]
-                assets.extract(found.parts, beside / f"{name}.gguf")
-                found = beside / f"{name}.gguf"
-            _dequantise(found, folder)
+            _dequantise(gguf_file(found, beside), folder)
     return folder
+
+
+def gguf_file(found: Path | BuiltinModel, folder: Path) -> Path:
+    """Return a GGUF file; a builtin model's is put together in a folder."""
+    if isinstance(found, Path):
+        return found
+    for asset in found.parts:
+        assets.install(asset)
+    assets.extract(found.parts, file := folder / f"{found.name}.gguf")
+    return file
 
 
 @contextlib.contextmanager
@@ -268,35 +271,27 @@ def open_model(
     """
     name, target, chosen = str(name), device_of(device), dtype_of(dtype)
     folder = resolve_model(name)
-    model = _load(folder, name, chosen, target, trust_remote_code)
-    embeddings = model.get_input_embeddings()
-    tokenizer = load_tokenizer(folder, name, trust_remote_code)
-    if max(tokenizer.get_vocab().values(), default=0) >= embeddings.weight.shape[0]:
-        # Other tokenizers' ids are not looked at, which makes the host wait for a device.
-        embeddings.register_forward_pre_hook(lambda module, ids: check_ids(name, module, *ids))
-    return OpenModel(name, folder, model, tokenizer, trust_remote_code)
-
-
-def _load(
-    folder: Path, name: str, dtype: torch.dtype | str, device: torch.device, trust: bool
-) -> Any:
-    load_config(folder, name, trust)
+    load_config(folder, name, trust_remote_code)
     with loading(f"cannot open {name}"):
         from transformers import AutoModelForCausalLM
 
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True,
-            trust_remote_code=trust, output_loading_info=True,
+            folder, dtype=chosen, local_files_only=True, use_safetensors=True,
+            trust_remote_code=trust_remote_code, output_loading_info=True,
         )  # fmt: skip
     if missing := sorted(info.get("missing_keys", ())):
         raise ModelError(
             f"{name} lacks {len(missing)} weights its configuration asks for, first '{missing[0]}'"
         )
-    if dtype == "auto" and device.type == "cpu" and not fast_half_precision(model.dtype):
+    if dtype == "auto" and target.type == "cpu" and not fast_half_precision(model.dtype):
         model = model.float()
-    model.requires_grad_(False)
-    use_own_attention(model)
-    return model.to(device).eval()
+    use_own_attention(model.requires_grad_(False))
+    embeddings = model.get_input_embeddings()
+    tokenizer = load_tokenizer(folder, name, trust_remote_code)
+    if max(tokenizer.get_vocab().values(), default=0) >= embeddings.weight.shape[0]:
+        # Other tokenizers' ids are not looked at, which makes the host wait for a device.
+        embeddings.register_forward_pre_hook(lambda module, ids: check_ids(name, module, *ids))
+    return OpenModel(name, folder, model.to(target).eval(), tokenizer, trust_remote_code)
 
 
 def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
@@ -398,19 +393,24 @@ def dtype_of(name: str) -> torch.dtype | str:
     return DTYPES.get(name, name)
 
 
-def _dequantise(file: Path, folder: Path) -> None:
+@contextlib.contextmanager
+def reading_gguf() -> Iterator[None]:
+    """Let transformers read a GGUF file once, not three times, and map all names once, not once a
+    module; its own bar would stand beside our line of progress."""
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    # transformers reads the file three times, and maps all names once a module; its own bar would
-    # stand beside our line of progress.
     read, names = functools.cache(gguf.GGUFReader), functools.cache(gguf.get_tensor_name_map)
     with (
-        loading(f"cannot open {file}"),
         patch.object(gguf, "GGUFReader", lambda path: read(str(path))),
         patch.object(gguf, "get_tensor_name_map", names),
         patch.object(reading, "tqdm", lambda tensors, **_: tensors, create=True),
     ):
+        yield
+
+
+def _dequantise(file: Path, folder: Path) -> None:
+    with loading(f"cannot open {file}"), reading_gguf():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         where, name, dtype = file.parent, file.name, _gguf_dtype(file)
@@ -487,16 +487,12 @@ def quiet_transformers() -> Iterator[None]:
     """Silence progress bars and advice of transformers; errors still raise."""
     from transformers.utils import logging as transformers_logging
 
-    level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     finally:
-        transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
 

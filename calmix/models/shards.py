@@ -146,13 +146,11 @@ def read_header(path: Path) -> dict[str, Place]:
 def read_tensor(folder: Path, place: Place) -> Tensor:
     """Return one tensor, read into memory of its own."""
     tensor = torch.empty(place.shape, dtype=place.dtype)
-    view, at = tensor_bytes(tensor), 0
-    with (folder / place.file).open("rb", buffering=0) as file:
+    view = tensor_bytes(tensor)
+    with (folder / place.file).open("rb") as file:
         file.seek(place.start)
-        while at < len(view):
-            if not (got := file.readinto(view[at:])):
-                raise ModelError(f"{folder / place.file} is cut short: fetch it again")
-            at += got
+        if file.readinto(view) < len(view):
+            raise ModelError(f"{folder / place.file} is cut short: fetch it again")
     return tensor
 
 
@@ -161,12 +159,20 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
     Tensors come to the host one at a time and are not copied there. Raises DiskError.
     """
-    header, places = _header(path.name, {n: (t.dtype, t.shape) for n, t in tensors.items()})
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # Wide types first, as the library writes them, so that every tensor is aligned.
+    ordered, at = sorted(tensors.items(), key=lambda t: (-t[1].dtype.itemsize, t[0])), 0
+    for name, tensor in ordered:
+        entries[name] = {
+            "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
+            "data_offsets": [at, at := at + tensor.nbytes],
+        }  # fmt: skip
+    header = with_length(entries)
     digest = hashlib.sha256(header)
     with replacing(path) as file:
         file.write(header)
-        for name in places:
-            view = tensor_bytes(tensors[name].detach().to("cpu").contiguous())
+        for _, tensor in ordered:
+            view = tensor_bytes(tensor.detach().to("cpu").contiguous())
             file.write(view)
             digest.update(view)
     return digest.hexdigest()
@@ -192,20 +198,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor, not copied."""
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
-
-
-def _header(
-    file: str, tensors: Mapping[str, tuple[torch.dtype, Any]]
-) -> tuple[bytes, dict[str, Place]]:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    # Wide types first, as the library writes them, so that every tensor is aligned.
-    for name, (dtype, shape) in sorted(tensors.items(), key=lambda t: (-t[1][0].itemsize, t[0])):
-        end = at + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    header = with_length(entries)
-    return header, parse_header(header, Path(file))
 
 
 def with_length(entries: Mapping[str, Any]) -> bytes:

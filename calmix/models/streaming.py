@@ -3,13 +3,17 @@
 `StreamedModel`: only the block at hand has its weights in memory. The modules are built without
 weights; what stands outside the blocks is read once, and a block's weights are read when it is
 asked for, the next one's meanwhile. `WholeModel`: the same for a model that transformers has to
-load as a whole. Knows nothing about pruning.
+load as a whole. Knows nothing about pruning. Where a checkpoint has other names than the model,
+`find_parts` follows transformers' own rules, those it loads and saves with: renamings, and
+converters that merge what is stored apart (experts one by one) or split what is stored together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,6 @@ from torch import Tensor, nn
 
 from calmix.models.attention import use_own_attention
 from calmix.models.blocks import DecoderBlocks, find_blocks
-from calmix.models.converting import Conversions, Part
 from calmix.models.opening import (
     device_of,
     dtype_of,
@@ -27,7 +30,7 @@ from calmix.models.opening import (
     open_model,
     resolve_model,
 )
-from calmix.models.shards import Shards, read_file, write_index
+from calmix.models.shards import Place, Shards, read_file, write_index
 from calmix.precision import dtype_name, fast_half_precision
 
 
@@ -69,18 +72,16 @@ class StreamedModel:
         for pair in getattr(self.model, "all_tied_weights_keys", {}).items():
             if any(name.startswith(f"{self.blocks.name}.") for name in pair):
                 raise NotStreamableError(f"its blocks share weights (first {pair[0]})")
-        self._conversions = Conversions(
-            self.model, {n: (p.dtype, p.shape) for n, p in self.shards.places.items()}
-        )
-        own, kept = self._own(), self.model.state_dict().keys()
-        buffers = {name: b for name, b in self.model.named_buffers() if name in kept}
-        self._parts, held = self._held(own), self._held(buffers)
+        parts, own = find_parts(self.model, self.shards.places), self._own()
+        kept = self.model.state_dict().keys()
+        buffers = [name for name, _ in self.model.named_buffers() if name in kept]
+        self._parts = {name: part for name, part in parts.items() if name in own}
         self.names, self.buffers = (
-            {name: part.stored[0] for name, part in parts.items() if not part.patterns}
-            for parts in (self._parts, held)
+            {n: parts[n].stored[0] for n in names if n in parts and parts[n].rule is None}
+            for names in (own, buffers)
         )
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
-        lacking = [name for name in own if name not in self._parts and name not in tied]
+        lacking = [name for name in own if name not in parts and name not in tied]
         lacking += [name for name in buffers if name not in self.buffers]
         if lacking:
             raise NotStreamableError(CONVERTED.format(lacking[0]))
@@ -92,19 +93,6 @@ class StreamedModel:
 
     def _own(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters(remove_duplicate=False))
-
-    def _held(self, own: Mapping[str, Tensor]) -> dict[str, Part]:
-        """Return the part of the files that each of the model's own tensors is in."""
-        held = {
-            name: part
-            for part in self._conversions.parts
-            for name, shape in part.shapes.items()
-            if name in own and shape == tuple(own[name].shape)
-        }
-        shapes = {name: place.shape for name, place in self.shards.places.items()}
-        if (name := self._conversions.faulty(held.values(), shapes)) is not None:
-            raise NotStreamableError(CONVERTED.format(name))
-        return held
 
     @property
     def merges(self) -> bool:
@@ -118,7 +106,7 @@ class StreamedModel:
     def stored(self, name: str) -> Tensor:
         """Return a parameter as it is stored, on the CPU."""
         part = self._parts[name]
-        return self._conversions.merge(part, self.shards.read(part.stored))[name]
+        return part.merge(self.shards.read(part.stored))[name]
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -167,7 +155,7 @@ class StreamedModel:
 
     def fetch_outside(self) -> None:
         """Read what is outside the blocks: embeddings, norms, and buffers the files hold."""
-        self._put(self._read(self.outside_names))
+        self._put(*self._read(self.outside_names))
         for name, buffer in list(self.model.named_buffers()):
             value = buffer
             if (stored := self.buffers.get(name)) is not None:
@@ -182,19 +170,11 @@ class StreamedModel:
     def fetch(self, index: int, *, ahead: bool = False) -> None:
         """Read a block's weights if they are not there; begin to read the next's if `ahead`."""
         if next(self.blocks.blocks[index].parameters()).is_meta:
-            if (reading := self._ahead.pop(index, None)) is not None:
-                read, copied = reading.result()
-                if copied is not None:
-                    now = torch.cuda.current_stream(self.device)
-                    now.wait_event(copied)
-                    for value in read.values():
-                        value.record_stream(now)
-            else:
-                read = self._read(self.block_names(index))
-            self._put(read)
+            reading = self._ahead.pop(index, None)
+            names = self.block_names(index)
+            self._put(*(self._read(names) if reading is None else reading.result()))
         if ahead and index + 1 < len(self.blocks) and index + 1 not in self._ahead:
-            names = self.block_names(index + 1)
-            self._ahead[index + 1] = self._pool.submit(self._read_ahead, names)
+            self._ahead[index + 1] = self._pool.submit(self._read, self.block_names(index + 1))
 
     def drop(self, index: int) -> None:
         """Forget a block's weights."""
@@ -224,7 +204,7 @@ class StreamedModel:
         names = self.names | self.buffers
         held = {names[name]: value for name, value in tensors.items() if name in names}
         merged = {name: value for name, value in tensors.items() if name not in names}
-        return held | self._conversions.split(merged) if merged else held
+        return held | split(self.model, merged) if merged else held
 
     @property
     def layout(self) -> dict[str, list[str]]:
@@ -283,27 +263,28 @@ class StreamedModel:
         for name in names:
             if name not in made:
                 part, dtype = self._parts[name], own[name].dtype
-                made |= self._conversions.merge(part, {n: value(n, dtype) for n in part.stored})
+                made |= part.merge({n: value(n, dtype) for n in part.stored})
         return made
 
-    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def _read(self, names: Iterable[str]) -> tuple[dict[str, Tensor], Any]:
+        """Read parameters and begin to copy them to the device; return what marks the end of it."""
         read = self._merged(names, lambda n, dtype: self.shards.read([n])[n].to(dtype))
-        if self.device.type == "cuda":
-            # Copies from pinned memory overlap with what the device computes.
-            read = {name: value.pin_memory() for name, value in read.items()}
-        return read
-
-    def _read_ahead(self, names: list[str]) -> tuple[dict[str, Tensor], Any]:
-        """Read in a thread, and begin to copy to the device; return what marks the end of it."""
-        read = self._read(names)
         if self._queue is None:
             return read, None
         with torch.cuda.stream(self._queue):
-            there = {n: value.to(self.device, non_blocking=True) for n, value in read.items()}
-        return there, self._queue.record_event()
+            # Copies from pinned memory overlap with what the device computes.
+            for name, value in read.items():
+                read[name] = value.pin_memory().to(self.device, non_blocking=True)
+        return read, self._queue.record_event()
 
-    def _put(self, values: Mapping[str, Tensor]) -> None:
+    def _put(self, values: Mapping[str, Tensor], copied: Any = None) -> None:
+        """Give the model parameters, once the device has `copied` them."""
+        now = None if copied is None else torch.cuda.current_stream(self.device)
+        if now is not None:
+            now.wait_event(copied)
         for name, value in values.items():
+            if now is not None:
+                value.record_stream(now)
             module, last = self._owner(name)
             here = value.to(self.device, non_blocking=True)
             module._parameters[last] = nn.Parameter(here, requires_grad=False)
@@ -414,3 +395,94 @@ def _skeleton(
     model.requires_grad_(False)
     use_own_attention(model)
     return model.eval()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Stored tensors that make up parameters, in the order in which a `rule` merges them.
+
+    `roles` say which stored tensor takes which part in the rule, whose outcome is named `target`.
+    Without a rule the one stored tensor is the parameter `target`.
+    """
+
+    model: Any
+    stored: tuple[str, ...]
+    target: str
+    roles: tuple[str, ...] = ()
+    rule: Any = None
+
+    def merge(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters, by name, that stored tensors make up."""
+        if self.rule is None:
+            return {self.target: tensors[self.stored[0]]}
+        rule = deepcopy(self.rule)
+        for name, role in zip(self.stored, self.roles, strict=True):
+            rule.add_tensor(self.target, name, role, tensors[name])
+        made = rule.convert(self.target, model=self.model, config=self.model.config)
+        return {n: value[0] if isinstance(value, list) else value for n, value in made.items()}
+
+
+def split(model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the stored tensors, by name, that parameters were merged from."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    made: dict[str, Tensor] = revert_weight_conversion(model, dict(parameters))
+    return made
+
+
+def find_parts(model: Any, places: Mapping[str, Place]) -> dict[str, Part]:
+    """Return the part of a checkpoint that each of a model's parameters and buffers is in.
+
+    Raises NotStreamableError where parameters do not convert back to what is stored.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    own = dict(model.state_dict(keep_vars=True))
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    prefix = model.base_model_prefix
+    merged: dict[str, list[tuple[str, str]]] = {}
+    parts = []
+    for name in sorted(places, key=dot_natural_key):
+        target, role = rename_source_key(name, renamings, converters, prefix, own)
+        if target not in own and name in own:  # as it stands, but for the prefix
+            target, role = rename_source_key(name, [], [], prefix, own)
+        if target in own and role is None:
+            parts.append(Part(model, (name,), target))
+        elif target in own:
+            merged.setdefault(target, []).append((name, role))
+    # What has not matched would be reverted to no purpose when the model is saved.
+    model._weight_conversions = [rule for rule in rules if rule.was_used()]
+    for target, held in merged.items():
+        names, roles = zip(*held, strict=True)
+        rule = next(one for one in converters if roles[0] in one.source_patterns)
+        parts.append(Part(model, names, target, roles, rule))
+    found: dict[str, Part] = {}
+    for part in parts:
+        stored = {n: _empty(places[n].shape, places[n].dtype) for n in part.stored}
+        try:
+            made = part.merge(stored)
+        except (RuntimeError, ValueError):  # one is missing: so is what they would make up
+            continue
+        fitting = [n for n, value in made.items() if n in own and value.shape == own[n].shape]
+        if fitting and part.rule is not None:
+            back = split(model, {n: _empty(own[n].shape, own[n].dtype) for n in made})
+            if _shapes(back) != _shapes(stored):
+                raise NotStreamableError(CONVERTED.format(part.stored[0]))
+        found |= dict.fromkeys(fitting, part)
+    return found
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -5,13 +5,10 @@ Once streamed, a source works offline and gives the same documents in every late
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
-import logging
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -20,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from calmix.errors import SourceError
 from calmix.files import cache_dir, sha256_json, write_bytes
+from calmix.progress import quiet
 from calmix.sources.readers import Document, Reader, fill, lookup
 
 MIRROR = "CALMIX_HUB_DIR"
@@ -88,11 +86,9 @@ class HubText(Reader):
             raise SourceError(f"{kept} is damaged: delete it to fetch it again") from error
 
     def _mirror(self) -> Path | None:
-        root = os.environ.get(MIRROR)
-        places = [Path(root).expanduser() / self.id] if root else []
-        if Path(self.id).is_absolute():
-            places.insert(0, Path(self.id))
-        return next((place for place in places if place.is_dir()), None)
+        root = os.environ.get(MIRROR, "")
+        place = Path(root).expanduser() / self.id  # which may be absolute
+        return place if (root or place.is_absolute()) and place.is_dir() else None
 
     def _kept(self) -> Path:
         name = sha256_json(self.model_dump(mode="json"))[:16]
@@ -142,41 +138,28 @@ class HubText(Reader):
 def _stream(reader: HubText, where: str, subset: str | None) -> Iterator[dict[str, Any]]:
     """Yield the rows of one subset from the hub, or from a local copy at `where`."""
     local = where != reader.id or Path(where).is_absolute()
-    rows: Iterator[dict[str, Any]] | None = None
-    while True:
-        try:
-            with _quiet():
-                if rows is None:
-                    import datasets
-
-                    rows = iter(datasets.load_dataset(
-                        where, subset, split=reader.split, streaming=True,
-                        revision=None if local else reader.revision,
-                    ))  # fmt: skip
-                row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # the hub client gives being offline many forms
-            which = f"{reader.id} ({', '.join(filter(None, [subset, reader.split]))})"
-            if local or (isinstance(error, ValueError) and not isinstance(error, UnicodeError)):
-                reason = " ".join(str(error).split())[:160] or type(error).__name__
-                copy = "the local copy of " if local else ""
-                raise SourceError(f"{copy}{which} cannot be read: {reason}") from error
-            raise SourceError(
-                f"the hub cannot be reached for {which}: go online once to fetch it, put a copy "
-                f"at {reader.id} in a folder and name that folder in {MIRROR}, or take an offline "
-                "source (calmix calibrate sources)"
-            ) from error
-        yield row
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the hub client's warnings and retries; errors still raise."""
-    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+        with quiet():
+            import datasets
+
+            rows = iter(datasets.load_dataset(
+                where, subset, split=reader.split, streaming=True,
+                revision=None if local else reader.revision,
+            ))  # fmt: skip
+        while True:
+            with quiet():
+                row = next(rows, None)
+            if row is None:
+                return
+            yield row
+    except Exception as error:  # the hub client gives being offline many forms
+        which = f"{reader.id} ({', '.join(filter(None, [subset, reader.split]))})"
+        if local or (isinstance(error, ValueError) and not isinstance(error, UnicodeError)):
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            copy = "the local copy of " if local else ""
+            raise SourceError(f"{copy}{which} cannot be read: {reason}") from error
+        raise SourceError(
+            f"the hub cannot be reached for {which}: go online once to fetch it, put a copy "
+            f"at {reader.id} in a folder and name that folder in {MIRROR}, or take an offline "
+            "source (calmix calibrate sources)"
+        ) from error

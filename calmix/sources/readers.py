@@ -14,10 +14,9 @@ import platform
 import re
 import shlex
 import sysconfig
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -27,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from calmix import assets
 from calmix.errors import MissingExtraError, SourceError
 from calmix.files import parse_json
+from calmix.progress import quiet
 
 LINE = 64 << 20  # bytes of a line of .jsonl
 ROWS = 1024  # of a .parquet file, held at a time
@@ -45,6 +45,7 @@ PAGES = {".css", ".html"}  # which lie beside notes too
 LEFT = {"node_modules", "__pycache__", "venv", "site-packages"}  # folders of others' code
 
 Items = Literal["all", "odd", "even"]
+Rows = Iterator[tuple[int, Any]]  # of a file, by number
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class PythonStdlib(Reader):
         root = Path(sysconfig.get_path("stdlib"))
         skip = {"test", "tests", "site-packages", "dist-packages", "idle_test", "__pycache__"}
         skip |= {"ensurepip", "lib2to3", "pydoc_data"}
-        yield from _source_files(root, _globbed(root, ["**/*.py"], skip))
+        yield from _source_files(root, root.glob("**/*.py"), skip)
 
 
 class PythonDocs(Reader):
@@ -128,7 +129,7 @@ class PackageFiles(Reader):
 
     def _root(self) -> Path | None:
         spec = importlib.util.find_spec(self.package)
-        held = None if spec is None else spec.submodule_search_locations
+        held = spec and spec.submodule_search_locations
         return Path(held[0]) if held else None
 
     def check(self) -> None:
@@ -139,7 +140,8 @@ class PackageFiles(Reader):
         self.check()
         skip = {"test", "tests", "testing", "_vendor", "__pycache__"}
         if root := self._root():
-            yield from _source_files(root, _globbed(root, self.files, skip))
+            files = (path for pattern in self.files for path in root.glob(pattern))
+            yield from _source_files(root, files, skip)
 
 
 def _version(package: str) -> str:
@@ -149,20 +151,16 @@ def _version(package: str) -> str:
         return package
 
 
-def _globbed(root: Path, patterns: list[str], skip: set[str]) -> list[Path]:
-    found = sorted({path for pattern in patterns for path in root.glob(pattern)})
-    return [path for path in found if not skip & set(path.relative_to(root).parts)]
-
-
-def _source_files(root: Path, files: Iterable[Path]) -> Iterator[Document]:
-    for path in files:
+def _source_files(
+    root: Path, files: Iterable[Path], skip: Collection[str] = ()
+) -> Iterator[Document]:
+    for path in sorted(set(files)):
         relative = path.relative_to(root)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (UnicodeDecodeError, OSError):
-            continue
-        if len(text) >= SHORTEST:
-            yield Document(relative.as_posix(), text)
+        with suppress(UnicodeDecodeError, OSError):
+            if set(skip).isdisjoint(relative.parts):
+                text = path.read_text(encoding="utf-8-sig")
+                if len(text) >= SHORTEST:
+                    yield Document(relative.as_posix(), text)
 
 
 class Apart(BaseModel):
@@ -214,7 +212,7 @@ class AssetText(Reader):
             for _, request in self._requests(self.apart.members, self.apart.items):
                 scored |= word_runs(self.text(request), self.apart.words)
         wanted = {k: [v] if isinstance(v, str) else v for k, v in self.where.items()}
-        seen: set[str] = set()
+        seen = {""}
         for member, request in self._requests(self.members, self.items):
             if any(lookup(request, key) not in values for key, values in wanted.items()):
                 continue
@@ -223,8 +221,7 @@ class AssetText(Reader):
                 text = text.partition(self.after)[2]
             if self.before is not None:
                 text = text.partition(self.before)[0]
-            text = text.strip()
-            if not text or text in seen:
+            if (text := text.strip()) in seen:
                 continue
             seen.add(text)
             if self.apart is None or scored.isdisjoint(word_runs(text, self.apart.words)):
@@ -277,8 +274,7 @@ class ReasoningGym(Reader):
 
     def read(self) -> Iterator[Document]:
         self.check()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of its own cellpylib
+        with quiet():  # its cellpylib warns
             import reasoning_gym
         size = -(-self.documents // len(self.datasets))
         made = [reasoning_gym.create_dataset(name, size=size, seed=0) for name in self.datasets]
@@ -286,10 +282,8 @@ class ReasoningGym(Reader):
         for index in range(self.documents):
             item, which = divmod(index, len(made))
             entry = made[which][item]
-            question = entry["question"]
-            if self.strip:
-                question = re.sub(self.strip, "", question)
-            text = f"{question.strip()}\nAnswer: {entry['answer']}"
+            question = re.sub(self.strip or "", "", entry["question"]).strip()
+            text = f"{question}\nAnswer: {entry['answer']}"
             if text not in seen:
                 seen.add(text)
                 yield Document(f"{self.datasets[which]}/{item}", text)
@@ -326,194 +320,156 @@ class LocalFile(Reader):
                 empty = False
                 yield document
         if empty:
-            is_code = self.path.is_dir() and self._files()[2]
-            short = f", and no source file of {SHORTEST} characters" if is_code else ""
+            short = f", and no source file of {SHORTEST} characters" if self.path.is_dir() else ""
             raise SourceError(f"{self.path} is empty: it holds no text{short}")
 
     @property
     def left(self) -> str:
         """Which files of a folder are not read, in a few words; nothing where all are."""
-        _, left, are_code = self._files()
-        kind = "other files than source code" if are_code else "files of source code"
+        files, left = self._files()
+        kind = "other files than source code" if _are_code(files) else "files of source code"
         return f"{kind} ({len(left)})" if left else ""
 
-    def _files(self) -> tuple[list[Path], list[Path], bool]:
-        """Return the files of the folder that are read, those that are not, and whether the first
-        are source code."""
-        files = [
-            file for file in sorted(self.path.rglob("*"))
-            if file.suffix.lower() in {*FORMATS, *CODE}
-            and not _is_left(file.relative_to(self.path)) and file.is_file()
-        ]  # fmt: skip
-        code = [file for file in files if file.suffix.lower() in CODE]
-        rest = [file for file in files if file.suffix.lower() in FORMATS]
-        are_code = not rest or sum(file.suffix.lower() not in PAGES for file in code) > len(rest)
-        return (code, rest, True) if are_code else (rest, code, False)
+    def _files(self) -> tuple[list[Path], list[Path]]:
+        """Return the files of the folder that are read, and those that are not."""
+        rest, code = list[Path](), list[Path]()
+        for file in sorted(self.path.rglob("*")):
+            inside, ending = file.relative_to(self.path).parts, file.suffix.lower()
+            hidden = any(part.startswith(".") or part in LEFT for part in inside)
+            if ending in {*FORMATS, *CODE} and not hidden and file.is_file():
+                (code if ending in CODE else rest).append(file)
+        are_code = sum(file.suffix.lower() not in PAGES for file in code) > len(rest)
+        return (code, rest) if are_code or not rest else (rest, code)
 
     def _documents(self) -> Iterator[Document]:
         path, files = self.path, [self.path]
         if path.is_dir():
-            files, _, are_code = self._files()
+            files, _ = self._files()
             if not files:
                 raise SourceError(f"folder {path} holds no {', '.join(FORMATS)} file and no code")
-            if are_code:
+            if _are_code(files):
                 yield from _source_files(path, files)
                 return
         elif not path.is_file():
             raise SourceError(f"there is no file {path}")
         for file in files:
-            prefix, ending = "", file.suffix.lower()
-            if path.is_dir():
-                prefix = f"{file.relative_to(path).as_posix()}/"
-            reads = _read_txt if ending in CODE else FORMATS.get(ending)
-            if reads is None:
+            ending = file.suffix.lower()
+            if ending not in {*FORMATS, *CODE}:
                 known_ones = f"{', '.join(FORMATS)} and those of source code"
                 raise SourceError(f"cannot read {file}: known endings are {known_ones}")
-            for document in reads(file, self.template):
-                yield replace(document, id=prefix + document.id)
+            prefix = f"{file.relative_to(path).as_posix()}/" if path.is_dir() else ""
+            if (rows := FORMATS.get(ending)) is None:
+                yield Document(f"{prefix}0", _read_text(file))
+                continue
+            kind = "line" if ending == ".jsonl" else "row"
+            for number, row in rows(file, self.template):
+                where = f"{file} {kind} {number}"
+                yield _of_row(f"{prefix}{number}", self.template, row, where)
 
 
-def _is_left(path: Path) -> bool:
-    return any(part.startswith(".") or part in LEFT for part in path.parts)
+def _are_code(files: list[Path]) -> bool:
+    return bool(files) and files[0].suffix.lower() in CODE
 
 
-def _read_txt(path: Path, template: str) -> Iterator[Document]:
+def _read_text(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(1 << 20)
         if b"\0" in head:  # refused before all of it is read
             _decoded(path, head)
-        yield Document("0", _decoded(path, head + file.read()))
+        return _decoded(path, head + file.read())
 
 
-def _read_jsonl(path: Path, template: str) -> Iterator[Document]:
+def _read_jsonl(path: Path, template: str) -> Rows:
     with path.open("rb") as file:
         for number, raw in enumerate(iter(lambda: file.readline(LINE + 1), b""), start=1):
             where = f"{path} line {number}"
             if len(raw) > LINE:
                 raise SourceError(f"{where} has more than {LINE >> 20} MiB: split the document")
-            line = _decoded(path, raw, f" line {number}")
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise SourceError(f"{where} is not JSON: {error}") from error
-            yield _of_row(str(number), template, row, where)
+            if (line := _decoded(where, raw)).strip():
+                yield number, _json(where, line)
 
 
-def _read_json(path: Path, template: str) -> Iterator[Document]:
-    try:
-        rows = parse_json(_decoded(path, path.read_bytes()))
-    except ValueError as error:
-        raise SourceError(f"{path} is not JSON: {error}") from error
+def _read_json(path: Path, template: str) -> Rows:
+    rows = _json(path, _decoded(path, path.read_bytes()))
     if not isinstance(rows, list):
         raise SourceError(f"{path} is not a list of rows but {type(rows).__name__}")
-    for number, row in enumerate(rows):
-        yield _of_row(str(number), template, row, f"{path} row {number}")
+    yield from enumerate(rows)
 
 
-def _read_csv(path: Path, template: str) -> Iterator[Document]:
+def _read_csv(path: Path, template: str) -> Rows:
     csv.field_size_limit(LINE)
-    where = str(path)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            head = file.readline()
-            file.seek(0)
-            rows = csv.DictReader(
-                _texts(file, path), delimiter=max(",;\t", key=head.count), strict=True
-            )
+    with path.open("rb") as file:
+        head = file.readline().decode("utf-8", "replace")
+        file.seek(0)
+        lines = (_decoded(path, line) for line in file)
+        rows = csv.DictReader(lines, delimiter=max(",;\t", key=head.count), strict=True)
+        try:
             for number, row in enumerate(rows, start=1):
-                where = f"{path} row {number}"
                 row.pop(None, None)
-                yield _of_row(str(number), template, row, where)
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is not UTF-8 text: convert it first") from error
-    except csv.Error as error:
-        raise SourceError(f"{where}: not CSV ({error})") from error
+                yield number, row
+        except csv.Error as error:
+            raise SourceError(f"{path} line {rows.line_num}: not CSV ({error})") from error
 
 
-def _texts(lines: Iterable[str], path: Path) -> Iterator[str]:
-    for line in lines:
-        if "\0" in line:
-            raise SourceError(f"{path} is binary, not text")
-        yield line
-
-
-def _read_parquet(path: Path, template: str) -> Iterator[Document]:
+def _read_parquet(path: Path, template: str) -> Rows:
     import pyarrow.parquet as parquet
 
     try:
         file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        columns: list[str] | None = fields(template, names)
+        if template == TEXT and "text" not in names:
+            columns = [name for name in CHATS if name in names][:1]
+        if not columns or not set(columns) <= set(names):
+            columns = None  # the first row will be refused with all it has
+        batches = file.iter_batches(batch_size=ROWS, columns=columns)
+        yield from enumerate(row for batch in batches for row in batch.to_pylist())
     except Exception as error:  # pyarrow raises its own classes for foreign bytes
-        raise SourceError(f"{path} is not a parquet file") from error
-    names = file.schema_arrow.names
-    columns = fields(template, names)
-    if template == TEXT and "text" not in names:
-        columns = [name for name in CHATS if name in names][:1] or columns
-    if missing := next((column for column in columns if column not in names), None):
-        told = f"{path} has no column '{missing}' (has: {', '.join(names)})"
-        kinds = {one.name: str(one.type) for one in file.schema_arrow}
-        row = {name: "" for name, kind in kinds.items() if kind.endswith("string")}
-        row |= {name: [{}] for name, kind in kinds.items() if re.match(r"\w*list<.*struct<", kind)}
-        raise SourceError(told + _other_field(template, row))
-    number = 0
-    batches = file.iter_batches(batch_size=ROWS, columns=columns)
-    while True:
-        try:
-            batch = next(batches, None)
-            rows = [] if batch is None else batch.to_pylist()
-        except Exception as error:  # as above
-            raise SourceError(f"{path} is damaged after row {number}") from error
-        for row in rows:
-            yield _of_row(str(number), template, row, f"{path} row {number}")
-            number += 1
-        if batch is None:
-            return
+        raise SourceError(f"{path} is not a parquet file, or is damaged") from error
 
 
-FORMATS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
-    ".txt": _read_txt,
-    ".md": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-}
+FORMATS: dict[str, Callable[[Path, str], Rows] | None] = {  # None: the file is one document
+    ".txt": None, ".md": None, ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv,
+    ".tsv": _read_csv, ".parquet": _read_parquet,
+}  # fmt: skip
 
 
-def _decoded(path: Path, raw: bytes, where: str = "") -> str:
+def _json(where: Path | str, text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise SourceError(f"{where} is not JSON: {error}") from error
+
+
+def _decoded(where: Path | str, raw: bytes) -> str:
     try:
         text = raw.decode("utf-8-sig")  # a mark that some editors set is no text
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"{path}{where} is not UTF-8 text (byte {error.start}): convert it first"
+            f"{where} is not UTF-8 text (byte {error.start}): convert it first"
         ) from error
     if "\0" in text:
-        raise SourceError(f"{path}{where} is binary, not text")
+        raise SourceError(f"{where} is binary, not text")
     return text
 
 
 def _of_row(key: str, template: str, row: Any, where: str) -> Document:
     """Return a row as a document: its template filled, or its chat."""
-    messages, text = None, ""
-    plain = template != TEXT or (isinstance(row, Mapping) and "text" in row)
-    named = [template[1:-1]] if plain else CHATS
+    messages, held = None, row if isinstance(row, Mapping) else {}
+    plain = template != TEXT or "text" in held
+    named = next((n for n in ([template[1:-1]] if plain else CHATS) if n in held), None)
     try:
-        if isinstance(row, Mapping):
-            for name in named:
-                if name in row and (_is_chat(chat := _chat(row[name])) or not plain):
-                    messages = chat_messages(chat, name)
-                    text = "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
-                    break
-        if messages is None:
-            for path in fields(template, row if isinstance(row, Mapping) else ()):
+        if named is not None and (_is_chat(chat := _chat(held[named])) or not plain):
+            messages = chat_messages(chat, named)
+            text = "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
+        else:
+            for path in fields(template, held):
                 if not isinstance(value := lookup(row, path), str | list | dict | None):
                     raise SourceError(f"field '{path}' is not text but {type(value).__name__}")
             text = fill(template, row)
         text.encode("utf-8")
     except SourceError as error:
-        names = row if isinstance(row, Mapping) and "no field" in str(error) else {}
+        names = held if "no field" in str(error) else {}
         raise SourceError(f"{where}: {error}{_other_field(template, names)}") from error
     except UnicodeEncodeError as error:
         raise SourceError(f"{where}: invalid Unicode: unpaired surrogate") from error
@@ -568,17 +524,13 @@ def lookup(row: Any, path: str) -> Any:
     """Return the value of a field, or at a dotted path of nested mappings; `*` maps over a list."""
     if isinstance(row, Mapping) and path in row:
         return row[path]
-    value: Any = row
-    parts = path.split(".")
-    for at, part in enumerate(parts):
-        if part == "*" and isinstance(value, list):
-            rest = ".".join(parts[at + 1 :])
-            return [lookup(item, rest) if rest else item for item in value]
-        if not isinstance(value, Mapping) or part not in value:
-            has = ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
-            raise SourceError(f"there is no field '{path}' (has: {has})")
-        value = value[part]
-    return value
+    first, _, rest = path.partition(".")
+    if first == "*" and isinstance(row, list):
+        return [lookup(item, rest) if rest else item for item in row]
+    if not rest or not isinstance(row, Mapping) or first not in row:
+        has = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise SourceError(f"there is no field '{path}' (has: {has})")
+    return lookup(row[first], rest)
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:

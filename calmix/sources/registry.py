@@ -158,10 +158,8 @@ def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:
     for name, entry in entries.items():
         if not isinstance(name, str) or not name.strip() or set(name) & set(":,"):
             raise InputError(f"{path}: '{name}' cannot name a source (no ':' and no ',')")
-        if not isinstance(entry, dict):
-            raise InputError(f"{path}: source '{name}' is not a mapping with a reader")
         try:
-            source = Source(name=name, **{str(key): value for key, value in entry.items()})
+            source = Source(name=name, **entry)
         except (ValidationError, TypeError) as error:
             what = first_problem(error) if isinstance(error, ValidationError) else str(error)
             raise InputError(f"{path}: source '{name}': {what}") from error
@@ -188,12 +186,8 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
     path = reader.path
     with suppress(OSError):  # longer than a name may be
         if path.exists():
-            files = [path] if path.is_file() else path.rglob("*")
-            size = sum(file.stat().st_size for file in files if file.is_file())
-            return Source(
-                name=name, kind="local file" if path.is_file() else "local folder",
-                size=f"{size / 1e6:.1f} MB", description=str(path), reader=reader,
-            )  # fmt: skip
+            kind = "local file" if path.is_file() else "local folder"
+            return Source(name=name, kind=kind, description=str(path), reader=reader)
     is_file = path.suffix.lower() in {*FORMATS, *CODE}
     if HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file:
         identifier, _, subset = name.partition("@")

@@ -1,18 +1,16 @@
 """Where one process runs trials, with an open model and what the trials share.
 
-Before a prune the dense weights are put back from a copy in memory, which is faster than reading
-them again. Trials that differ in recovery alone are pruned once.
+Trials that differ in recovery alone are pruned once; before another prune the model is opened anew.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration.measuring import distortion, measure_set
@@ -22,23 +20,19 @@ from calmix.evaluation.distance import Reference, distance, reference
 from calmix.evaluation.evaluate import SCORER, evaluate, form_of
 from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import load_scores
-from calmix.files import atomic_folder, sha256_json, write_json
+from calmix.files import atomic_folder, read_object, sha256_json, write_json
 from calmix.manifest import run_record, versions
-from calmix.models import OpenModel, find_blocks, open_model
+from calmix.models import OpenModel, open_model
 from calmix.options import TrialOptions
 from calmix.precision import dtype_name
 from calmix.pruning import PruneReport, allocate, prune
 from calmix.pruning.checkpoint import write_checkpoint
 from calmix.pruning.engine import Patterns
 from calmix.recovery import recover
-from calmix.recovery.training import trained_names
 from calmix.study.results import TaskOutcome, Trial
 from calmix.study.spec import Study
 from calmix.study.store import RESULT, SCORES, Store
-from calmix.study.trials import Key, Planned, Resolved, halves_of, kind_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from calmix.study.trials import Key, Planned, Resolved, traits
 
 INFORMATION, PRUNING, RECOVERY = "information.json", "pruning.json", "recovery.json"
 CHECKPOINT = "checkpoint"
@@ -56,8 +50,7 @@ class Bench:
         }  # fmt: skip
         self.opened: OpenModel | Any = None
         self._label: str | None = None
-        self._weights: dict[str, Tensor] = {}  # the dense ones
-        self._changed = False  # whether the open model has other weights
+        self._changed = False  # whether the open model has other weights than the dense ones
         self._pruned: tuple[Key, PruneReport] | None = None  # what its weights are now
         self._reference: Reference | None = None
         self._set: tuple[str, CalibrationSet, dict[str, float]] | None = None
@@ -67,11 +60,9 @@ class Bench:
         if self._label == label:
             return
         stage("opening the model", 0, 1)
-        self._label = self.opened = self._set = self._pruned = self._reference = None
-        self._weights = {}  # before the next model takes their place in memory
-        entry, suite = self.study.file.models[label], self.study.suite
-        self.opened = opened = open_model(entry.name, dtype=entry.dtype, **self.how)
-        self._changed = False
+        self._label = self._set = self._reference = None
+        self._open(label)
+        opened, suite = self.opened, self.study.suite
         known = [name for name in suite.dimensions if name in builtin_readers()]
         if known:
             self._reference = reference(opened, texts(opened, dimensions=known), cache=True)
@@ -88,12 +79,12 @@ class Bench:
                     progress=lambda *of: stage("scoring the dense model", *of),
                 )  # fmt: skip
                 self._dense.save(path)
-        named = dict(opened.model.named_parameters())
-        self._weights = {
-            name: named[name].to("cpu", copy=True)
-            for name in trained_names(opened.model, find_blocks(opened.model))
-        }
         self._label = label
+
+    def _open(self, label: str) -> None:
+        self.opened = self._pruned = None  # before others take their place in memory
+        entry, self._changed = self.study.file.models[label], False
+        self.opened = open_model(entry.name, dtype=entry.dtype, **self.how)
 
     def run(self, trial: Resolved, stage: Stage) -> Trial:
         """Run one trial of the model that is ready, write it to the store and return it."""
@@ -111,19 +102,22 @@ class Bench:
         lap("prune")
         with self.store.writing(trial) as folder:
             write_json(folder / PRUNING, report.to_json())
+            scored = self.opened
             if planned.recovery is not None:
-                self._recover(trial, report, made, folder, stage)
+                scored = self._recovered(trial, report, made, folder, stage)
                 lap("recover")
             elif self.study.file.keep_checkpoints:
                 write_checkpoint(self.opened, folder / CHECKPOINT, report, made)
             scores = evaluate(
-                self.opened, self.study.suite, floors=False, allow_code_execution=self.allows,
+                scored, self.study.suite, floors=False, allow_code_execution=self.allows,
                 progress=lambda *of: stage("scoring", *of),
             )  # fmt: skip
             if self._reference is not None:
-                found = distance(self.opened, self._reference,
+                found = distance(scored, self._reference,
                                  progress=lambda *of: stage("distance", *of))  # fmt: skip
                 scores = replace(scores, distance=found.to_dict())
+            if not self.study.file.keep_checkpoints:
+                shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
             lap("evaluate")
             kept = scores.retention(self._dense)
             seconds["total"] = round(time.perf_counter() - began, 3)
@@ -138,30 +132,19 @@ class Bench:
             write_json(folder / RESULT, record)
         return outcome
 
-    def _restore(self) -> None:
-        """Put the dense weights back, if others are in their place."""
-        if self._changed:
-            self._put(self._weights)
-        self._changed, self._pruned = False, None
-
-    def _put(self, weights: Mapping[str, Tensor]) -> None:
-        for name, value in weights.items():
-            self.opened.model.get_parameter(name).data.copy_(value)
-
-    def _recover(
+    def _recovered(
         self,
         trial: Resolved,
         report: PruneReport,
         made: CalibrationSet | None,
         folder: Path,
         stage: Stage,
-    ) -> None:
-        """Recover the pruned model, by files in the trial's folder."""
+    ) -> OpenModel:
+        """Return the pruned model recovered, by files in the trial's folder."""
         assert trial.planned.recovery is not None
         assert trial.calibration_id is not None
         held = str(self.store.calibration(trial.calibration_id))
         write_checkpoint(self.opened, folder / "pruned", report, made)
-        self._pruned = None
         recovered = recover(
             str(folder / "pruned"),
             self.study.file.models[trial.planned.model].name,
@@ -172,11 +155,9 @@ class Bench:
         )
         write_json(folder / RECOVERY, recovered.to_json())
         kind = dtype_name(self.opened.model.dtype)
-        again = open_model(str(folder / CHECKPOINT), dtype=kind, **self.how).model
-        self._put({name: again.get_parameter(name).data for name in self._weights})
+        scored = open_model(str(folder / CHECKPOINT), dtype=kind, **self.how)
         shutil.rmtree(folder / "pruned")
-        if not self.study.file.keep_checkpoints:
-            shutil.rmtree(folder / CHECKPOINT)
+        return scored
 
     def _prune(
         self, planned: Planned, made: CalibrationSet | None, progress: Callable[[int, int], None]
@@ -184,13 +165,14 @@ class Bench:
         """Prune the dense model, unless the trial before did just that and no more."""
         if self._pruned is not None and self._pruned[0] == planned.pruned:
             return self._pruned[1]
-        self._restore()
+        if self._changed:
+            self._open(planned.model)
         model, request, method = self.opened.model, planned.request, planned.method
         pattern: Patterns = request.target
         if isinstance(request.allocation, str):
             assert made is not None
             pattern = allocate(
-                model, made.ids, planned.sparsity, request.allocation, method=method.text
+                model, made.ids, request.target.sparsity, request.allocation, method=method.text
             )
         self._changed = True
         report = prune(
@@ -211,8 +193,9 @@ class Bench:
         folder, planned = self.store.calibration(trial.calibration_id), trial.planned
         stage("calibration set", 0, 1)
         with self.store.lock(f"set-{trial.calibration_id}"):
+            if self._changed:  # the dense model writes and measures
+                self._open(planned.model)
             if not folder.is_dir():
-                self._restore()
                 drawn = resolve(
                     planned.request.calibration or "", self.opened, sources=self.study.own,
                     writing=stage, **planned.request.drawn(),
@@ -223,14 +206,14 @@ class Bench:
                     named = {"label": planned.calibration, "metrics": metrics}
                     write_json(beside / INFORMATION, named)
             made = CalibrationSet.open(folder, self.opened)
-            information = json.loads((folder / INFORMATION).read_text(encoding="utf-8"))
+            path = folder / INFORMATION
+            information = read_object(path, f"{path} is missing: delete its folder")
             if self.study.file.perplexity and "perplexity" not in information["metrics"]:
                 stage("measuring the set", 0, 1)
-                self._restore()
                 found = distortion(self.opened, made)
                 found["perplexity"] = found.pop("distortion")
                 information["metrics"] |= found
-                write_json(folder / INFORMATION, information)
+                write_json(path, information)
         self._set = (trial.calibration_id, made, information["metrics"])
         return self._set[1:]
 
@@ -245,30 +228,16 @@ def describe(
 ) -> Trial:
     """Return the record of a finished trial."""
     planned = trial.planned
-    same = set(TaskOutcome.model_fields) - {"task", "retention"}
+    copied = ("model", "calibration", "strategy", "pattern", "rows", "length", "seed")
+    measured = set(TaskOutcome.model_fields) - {"task", "retention"}
+    tasks = tuple(
+        TaskOutcome(task=task.name, retention=task.kept, **{n: getattr(task, n) for n in measured})
+        for task in kept.tasks
+    )
     return Trial(
-        id=trial.id,
-        strategy=planned.strategy,
-        kind=kind_of(planned, study),
-        halves=halves_of(planned, study),
-        mix=(trial.request["calibration"] or {}).get("mix", {}),
-        method=planned.way,
-        sparsity=sparsity,
-        propagation=planned.request.propagation,
-        suite=study.suite.name,
-        information=information,
-        total=kept.total,
-        worst=kept.worst,
-        dimensions={one.name: one.kept for one in kept.dimensions},
-        tasks=tuple(
-            TaskOutcome(
-                task=task.name, retention=task.kept, **{name: getattr(task, name) for name in same}
-            )
-            for task in kept.tasks
-        ),
-        seconds=seconds,
-        **{
-            name: getattr(planned, name)
-            for name in ("model", "calibration", "pattern", "rows", "length", "seed")
-        },
+        id=trial.id, mix=(trial.request["calibration"] or {}).get("mix", {}), method=planned.way,
+        sparsity=sparsity, propagation=planned.request.propagation, suite=study.suite.name,
+        information=information, total=kept.total, worst=kept.worst, tasks=tasks, seconds=seconds,
+        dimensions={one.name: one.kept for one in kept.dimensions}, **traits(planned, study),
+        **{name: getattr(planned, name) for name in copied},
     )  # fmt: skip

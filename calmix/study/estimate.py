@@ -1,8 +1,8 @@
 """What work will take before it runs: one real block is timed, everything else extrapolated.
 
-A model is built from its configuration alone. Of each kind of block one gets random weights and is
-pruned by the real method, run and trained on a micro-batch. Time per token times tokens, and time
-per block times blocks, is the estimate. Memory is that of `pruning.budget.plan_for` and
+A model is built from its configuration alone. Its largest block gets random weights, is pruned by
+the real method and run on a micro-batch. Time per token times tokens, and time per block times as
+many blocks as the weights make, is the estimate. Memory is that of `pruning.budget.plan_for` and
 `recovery.memory`.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -19,8 +21,7 @@ from torch import Tensor, nn
 
 from calmix import assets
 from calmix.calibration import ask, open_tokenizer
-from calmix.calibration.resolving import CHATLESS
-from calmix.calibration.spec import Spec
+from calmix.calibration.resolving import CHATLESS, Spec
 from calmix.calibration.texts import LENGTH as TEXT_LENGTH
 from calmix.calibration.texts import ROWS as TEXT_ROWS
 from calmix.calibration.texts import builtin_readers
@@ -30,7 +31,7 @@ from calmix.evaluation.suites import ARCHIVE, Suite
 from calmix.evaluation.tasks import load_items, preamble
 from calmix.machine import device_memory, tokens_at_once, total_memory
 from calmix.models import find_blocks, resolve_model
-from calmix.models.attention import cache_argument, use_own_attention
+from calmix.models.attention import use_own_attention
 from calmix.models.opening import DTYPES, device_of, known_model, loading
 from calmix.options import Recovering
 from calmix.precision import fast_half_precision
@@ -48,8 +49,10 @@ from calmix.study.trials import Planned, plan
 PROGRAM = 0.6e9  # bytes of Python, torch and transformers before any weight is read
 START = 8.0  # seconds until they are imported
 FILES = 0.3e9  # bytes of a checkpoint a second, read, hashed, written and hashed again
-MOMENT = 0.15  # seconds that each timing takes, at least
+MOMENT = 0.3  # seconds that each timing takes, at least
+LONG = 10.0  # seconds of a first call that is not off by its start
 BATCH = 64  # rows written at a time
+TRAINED = 3.2  # what a token that is trained takes, in tokens that are read
 VOCABULARY = 16_384  # rows of the output head that are timed
 CHARACTERS = 3.6  # a token, in English text and code
 # Tokens written for each that is kept.
@@ -85,18 +88,14 @@ class Timed:
         self.model: Any = model.requires_grad_(False).eval()
         use_own_attention(self.model)
         self.blocks = find_blocks(self.model)
-        self.weights = sum(p.numel() for p in self.model.parameters())
+        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.weights = sum(p.numel() for p in self.parameters.values())
         self.block_weights = sum(p.numel() for p in self.blocks.blocks.parameters())
         self.vocabulary, self.hidden = self.model.get_output_embeddings().weight.shape
         self.bytes = self.weights * self.dtype.itemsize
         self.files = self.bytes / FILES  # seconds to read a checkpoint and write another
         self.prune = cache(self._prune)
-        self._rates = cache(self._measure)
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """All parameters, without data."""
-        return dict(self.model.named_parameters())
+        self._token, self._position = cache(self._measure), cache(self._head)
 
     @property
     def outside_bytes(self) -> int:
@@ -110,123 +109,84 @@ class Timed:
         return sum(p.nbytes for p in self.blocks.blocks[index].parameters())
 
     @cached_property
-    def _kinds(self) -> list[tuple[Any, float]]:
-        """The kinds of blocks, each as a model of one such block, and how many there are."""
-        from copy import deepcopy
+    def _sample(self) -> tuple[Any, float]:
+        """A model of the largest block alone, and how many such blocks the weights make."""
+        largest = max(range(len(self.blocks)), key=self.block_bytes)
+        model = self._of_block(largest)
+        try:
+            model.base_model(self._ids(1, 8), use_cache=False)
+        except Exception:  # the largest reads what another block has written
+            largest, model = 0, self._of_block(0)
+        return model, self.block_weights * self.dtype.itemsize / self.block_bytes(largest)
 
-        kinds: dict[Any, list[int]] = {}
-        for index, block in enumerate(self.blocks.blocks):
-            shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
-            kinds.setdefault(shapes, []).append(index)
-        made: list[tuple[Any, float]] = []
-        for first, *rest in kinds.values():
-            model = deepcopy(self.model)
-            config = model.config.get_text_config(decoder=True)
-            if types := getattr(config, "layer_types", None):  # the block is the first now
-                config.layer_types = types[first:] + types[:first]
-            owner, _, last = self.blocks.name.rpartition(".")
-            setattr(
-                model.get_submodule(owner), last, nn.ModuleList([find_blocks(model).blocks[first]])
-            )
-            for name, p in list(model.named_parameters(remove_duplicate=False)):
+    def _of_block(self, index: int) -> Any:
+        """Return the model with one block, of random weights."""
+        model = deepcopy(self.model)
+        config = model.config.get_text_config(decoder=True)
+        if types := getattr(config, "layer_types", None):  # the block is the first now
+            config.layer_types = types[index:] + types[:index]
+        owner, _, last = self.blocks.name.rpartition(".")
+        setattr(model.get_submodule(owner), last, nn.ModuleList([find_blocks(model).blocks[index]]))
+        for module in model.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
                 value = torch.empty(p.shape, dtype=p.dtype, device=self.device)
                 if p.ndim == 1:
-                    value.fill_("bias" not in name)
-                else:  # outside the blocks only what few ids and positions read
-                    (value if name.startswith(self.blocks.name) else value[:4096]).normal_(0, 0.02)
-                owner, _, last = name.rpartition(".")
-                parameter = nn.Parameter(value, requires_grad=False)
-                model.get_submodule(owner)._parameters[last] = parameter
-            count: float = 1 + len(rest)
-            try:
-                model.to(self.device).base_model(self._ids(1, 8), use_cache=False)
-            except Exception:  # it reads what another block has written: as the first, by size
-                if not made:
-                    raise
-                count *= self.block_bytes(first) / self.block_bytes(next(iter(kinds.values()))[0])
-                model = made[0][0]
-            made.append((model, count))
-        return made
+                    value.fill_(name != "bias")
+                else:  # of an embedding only the first rows are read
+                    value[:VOCABULARY].normal_(0, 0.02)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        return model.to(self.device)
 
     def _ids(self, rows: int, length: int) -> Tensor:
         return torch.randint(0, min(self.vocabulary, 256), (rows, length), device=self.device)
 
     def _prune(self, method: Method, propagation: str | None, length: int) -> tuple[float, float]:
         """Return the seconds that pruning all blocks takes, and those of each token."""
-        rows = max(1, tokens_at_once(self.device) // max(1, length))
-        ids = None if method.needs is None else self._ids(rows, length)
-        fixed = each = 0.0
-        for model, count in self._kinds:
-            before = {n: p.clone() for n, p in find_blocks(model).blocks.named_parameters()}
-            reports: list[dict[str, float]] = []
+        model, times = self._sample
+        ids = self._ids(max(1, tokens_at_once(self.device) // max(1, length)), length)
+        pattern: Any = Rate(3) if isinstance(method, Quantiser) else Unstructured(0.5)
+        taken: list[dict[str, float]] = []
 
-            def act(model: Any = model, before: Any = before, reports: Any = reports) -> None:
-                for name, value in before.items():
-                    find_blocks(model).blocks.get_parameter(name).data.copy_(value)
-                found = prune(
-                    model, ids, method=method,
-                    pattern=Rate(3) if isinstance(method, Quantiser) else Unstructured(0.5),
-                    propagation="block" if propagation == "block" else "sequential",
-                )  # fmt: skip
-                reports.append(found.seconds)
+        def act() -> None:
+            report = prune(
+                model, None if method.needs is None else ids, method=method, pattern=pattern,
+                propagation="block" if propagation == "block" else "sequential",
+            )  # fmt: skip
+            taken.append(report.seconds)
 
-            seconds(act, self.device)
-            used = reports[1:] or reports  # the first one warms up
-            mean = {k: statistics.median(one[k] for one in used) for k in used[0]}
-            fixed += count * mean["solve"]
-            if ids is not None:
-                each += count * (mean["statistics"] + mean["forward"]) / ids.numel()
-        return fixed, each
+        seconds(act, self.device)
+        last = taken[-1]
+        each = 0.0 if method.needs is None else last["statistics"] + last["forward"]
+        return times * last["solve"], times * each / max(1, ids.numel())
 
-    def _measure(self, what: str, length: int) -> float:
-        """Return seconds a token of a pass through the blocks (`forward`), of one with gradients
-        and the way back (`train`), of the output head (`head`), of a token written (`write`), or
-        those of a weight in an optimiser's step (`step`)."""
-        device = self.device
-        with torch.set_grad_enabled(what == "train"):
-            if what == "head":
-                rows = min(self.vocabulary, VOCABULARY)
-                weight = torch.randn(rows, self.hidden, device=device).to(self.dtype)
-                states = torch.randn(512, self.hidden, device=device).to(self.dtype)
-                once = seconds(lambda: (states @ weight.T).float().log_softmax(-1), device)
-                return once / 512 * self.vocabulary / rows
-            if what == "step":
-                values = nn.Parameter(torch.zeros(2**24, device=device))
-                values.grad = torch.ones_like(values)
-                return seconds(torch.optim.AdamW([values]).step, device) / 2**24
-            return sum(count * self._pass(model, what, length) for model, count in self._kinds)
+    def _measure(self, rows: int, length: int) -> float:
+        """Return the seconds of a token of such rows through the blocks."""
+        model, times = self._sample
+        ids = self._ids(rows, length)
+        with torch.no_grad():
+            once = seconds(lambda: model.base_model(ids, use_cache=False), self.device)
+        return times * once / ids.numel()
 
-    def _pass(self, model: Any, what: str, length: int) -> float:
-        rows = BATCH if what == "write" else max(1, tokens_at_once(self.device) // length)
-        ids, decoder = self._ids(rows, length), model.base_model
-        if what == "train":
-            within = list(find_blocks(model).blocks.requires_grad_(True).parameters())
+    def _head(self) -> float:
+        """Return the seconds of the output head and its softmax at a position."""
+        rows = min(self.vocabulary, VOCABULARY)
+        weight = torch.randn(rows, self.hidden, device=self.device).to(self.dtype)
+        states = torch.randn(512, self.hidden, device=self.device).to(self.dtype)
+        once = seconds(lambda: (states @ weight.T).float().log_softmax(-1), self.device)
+        return once / 512 * self.vocabulary / rows
 
-            def act() -> None:
-                loss = decoder(ids, use_cache=False)[0].float().square().mean()
-                torch.autograd.grad(loss, within, allow_unused=True)
-
-            found = seconds(act, self.device) / ids.numel()
-            find_blocks(model).blocks.requires_grad_(False)
-            return found
-        if what == "forward":
-            return seconds(lambda: decoder(ids, use_cache=False), self.device) / ids.numel()
-        found = decoder(ids[:, :32], use_cache=True)
-        named = cache_argument(decoder)
-        kept = {named: found.get(named)}
-        return seconds(lambda: decoder(ids[:, :1], use_cache=True, **kept), self.device) / rows
-
-    def forward(self, tokens: float, length: int) -> float:
-        """Return the seconds of one pass of tokens in rows of `length` through the blocks."""
-        return tokens * self._rates("forward", length) if tokens else 0.0
-
-    def head(self, positions: float) -> float:
-        """Return the seconds of the output head and its softmax."""
-        return positions * self._rates("head", 0)
+    def forward(self, tokens: float, length: int, positions: float = 0.0) -> float:
+        """Return the seconds of one pass of tokens in rows of `length` through the blocks, and of
+        the output head at so many positions."""
+        found = positions * self._position() if positions else 0.0
+        if tokens:
+            rows = max(1, tokens_at_once(self.device) // length)
+            found += tokens * self._token(rows, length)
+        return found
 
     def write(self, tokens: float) -> float:
         """Return the seconds of writing tokens, `BATCH` rows at a time."""
-        return tokens * (self._rates("write", 64) + self._rates("head", 0)) if tokens else 0.0
+        return tokens * (self._token(BATCH, 1) + self._position()) if tokens else 0.0
 
     def pruning(
         self,
@@ -246,40 +206,25 @@ class Timed:
     def calibration(self, rows: int, length: int, spec: Spec, measured: bool = True) -> float:
         """Return the seconds of writing a calibration set's text and measuring its perplexity."""
         tokens = rows * length
-        found = self.forward(tokens, length) + self.head(tokens) if measured else 0.0
+        found = self.forward(tokens, length, tokens) if measured else 0.0
         parts = {name: spec.mix.weights[name] for name in spec.written}
         parts |= {} if spec.generate is None else {spec.generate: 1.0}
         return found + self.write(sum(PASSES[name] * part for name, part in parts.items()) * tokens)
 
     def evaluation(self, work: SuiteWork, texts: float = 0.0) -> float:
         """Return the seconds of scoring a suite, and the distance to the dense model on texts."""
-        found = self.forward(work.tokens, 512) + self.head(work.tokens / 2)
-        found += self.forward(texts, 512) + self.head(2 * texts)
-        return found + self.write(work.written)
+        read = self.forward(work.tokens + texts, 512, work.tokens / 2 + 2 * texts)
+        return read + self.write(work.written)
 
     def recovery(self, request: Recovering, rows: int, length: int) -> float:
         """Return the seconds of a recovery, without reading and writing files."""
         held = held_out(rows)
         trained = max(0, rows - held) * length * request.epochs
-        read = held * length * request.epochs
-        steps = max(0, rows - held) // request.batch * request.epochs
-        found = trained * self._rates("train", length)
-        found += steps * self.block_weights * self._rates("step", 0)
+        read, once = held * length * request.epochs, rows * length
         if request.method == "blocks":
-            return found + self.forward(2 * rows * length + read, length)
-        found += self.forward(rows * length + trained + 2 * read, length)
-        return found + self.head(4 * trained + 4 * read)
-
-    def prune_memory(self, methods: Sequence[Method], rows: int, length: int) -> float:
-        """Return the bytes a prune of the whole model in memory takes, program and copy of the
-        dense weights included."""
-        kept = self.block_weights * self.dtype.itemsize if self.device.type == "cpu" else 0
-        source: Any = self
-        used = any(method.needs is not None for method in methods)
-        needed = plan_for(source, (rows, length) if used else (0, 0), methods, budget=2**62).needed
-        blocks = 2 * max(map(self.block_bytes, range(len(self.blocks))))
-        logits = 3 * 512 * self.vocabulary * 4
-        return self.bytes + kept + max(needed - blocks, PROGRAM + logits)
+            return self.forward(TRAINED * trained + read + 2 * once, length)
+        passes = (1 + TRAINED) * trained + 2 * read + once
+        return self.forward(passes, length, 4 * (trained + read))
 
     def recovery_memory(self, request: Recovering, length: int, room: float | None = None) -> int:
         """Return the bytes a recovery takes beside the program; some is spared within `room`."""
@@ -288,18 +233,29 @@ class Timed:
         rows, most = (rows[:1], float("inf")) if room is None else (rows, room)
         return recovery.make_plan(source, request.method, self.dtype, length, rows, most).needed
 
+    def trial_memory(self, trial: Planned) -> float:
+        """Return the bytes a trial takes at its peak on the device that prunes."""
+        source: Any = self
+        shape = trial.rows, trial.length
+        needed = plan_for(source, shape, [trial.method], budget=2**62).needed
+        blocks = 2 * max(map(self.block_bytes, range(len(self.blocks))))  # held with all the others
+        logits = 3 * 512 * self.vocabulary * 4
+        peak = max(needed - blocks, PROGRAM + logits)
+        if trial.recovery is not None:
+            peak = max(peak, PROGRAM + self.recovery_memory(trial.recovery, trial.length))
+        return self.bytes + peak
+
 
 def seconds(act: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of one call, the median of as many as fit into a moment."""
+    """Return the seconds of one call, the median of as many as fit into a moment; the first of
+    several warms up."""
     taken: list[float] = []
-    while len(taken) < 2 or (len(taken) < 50 and sum(taken) < 2 * MOMENT):
+    while not taken or sum(taken) < (LONG if len(taken) == 1 and MOMENT else MOMENT):
         began = time.perf_counter()
         act()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         taken.append(time.perf_counter() - began)
-        if taken[0] > 60 * MOMENT:  # too long to be off by its start
-            break
     return statistics.median(taken[1:] or taken)
 
 
@@ -317,25 +273,23 @@ def suite_work(suite: Suite) -> SuiteWork:
     items = tokens = written = 0
     exact, here = True, assets.get_asset(ARCHIVE).state == "ok"
     for spec in suite.tasks.values():
-        if spec.writes and (here or spec.file is not None):
-            asked = task_of(spec)
-            texts = [one.chat or one.plain for one in asked.picked(spec)]
-            shared = preamble(texts)
-            count, held = len(texts), shared + sum(len(text) - shared for text in texts)
-            held = round(held / CHARACTERS)
-            written += count * asked.tokens // 2
-        elif here or spec.file is not None:
-            found = load_items(spec)
-            contexts = list(dict.fromkeys(text for item in found for text in item.contexts))
-            shared = preamble(contexts)
-            characters = shared + sum(len(text) - shared for text in contexts)
-            characters += sum(len(choice) for item in found for choice in item.choices)
-            count, held = len(found), round(characters / CHARACTERS)
-        else:
+        if not here and spec.file is None:
             exact = False
             count = min(ITEMS, spec.limit or ITEMS)
-            held = count * EACH
-        items, tokens = items + count, tokens + held
+            items, tokens = items + count, tokens + count * EACH
+            continue
+        if spec.writes:
+            asked = task_of(spec)
+            contexts = [one.chat or one.plain for one in asked.picked(spec)]
+            count, choices = len(contexts), list[str]()
+            written += count * asked.tokens // 2
+        else:
+            found = load_items(spec)
+            contexts = list(dict.fromkeys(text for item in found for text in item.contexts))
+            count, choices = len(found), [choice for item in found for choice in item.choices]
+        shared = preamble(contexts)  # read once
+        characters = shared + sum(len(text) - shared for text in contexts) + sum(map(len, choices))
+        items, tokens = items + count, tokens + round(characters / CHARACTERS)
     return SuiteWork(items, tokens, written, exact)
 
 
@@ -363,12 +317,10 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
             size = trial.model, trial.calibration, trial.rows, trial.length, trial.seed
             sets.setdefault(size, trial)
     found: list[dict[str, Any]] = []
-    notes = []
-    if not work.exact:
-        notes.append(
-            f"the data of suite {study.suite.name} is not here: scoring is estimated from assumed "
-            "sizes of its tasks"
-        )
+    notes = [] if work.exact else [
+        f"the data of suite {study.suite.name} is not here: scoring is estimated from assumed "
+        "sizes of its tasks"
+    ]  # fmt: skip
     for members in groups.values():
         like, model = members[0], models[members[0].model]
         pruned = sum(prunes[trial.pruned] is trial for trial in members) / len(members)
@@ -377,7 +329,7 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
         taken = {"prune": pruned * once, "evaluate": model.evaluation(work, texts)}
         if like.recovery is not None:
             taken["recover"] = model.recovery(like.recovery, *shape)
-        memory = trial_memory(model, like)
+        memory = model.trial_memory(like)
         found.append({
             "model": like.model, "method": like.way, "pattern": like.pattern, "rows": like.rows,
             "length": like.length, "trials": len(members), "seconds": taken, "memory": memory,
@@ -386,15 +338,13 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
         there = device_memory(model.device)[2] or total_memory()
         if memory > there:
             notes.append(too_large(f"{like.model} {like.way} {like.pattern}", memory, there))
-    made, chatless = 0.0, dict[str, list[str]]()
+    made, chatless = 0.0, dict[str, None]()
     for one in sets.values():
         asked = ask(one.request.calibration or "", sources=study.own, **one.request.drawn())
         measured = study.file.perplexity
         made += models[one.model].calibration(one.rows, one.length, asked.spec, measured)
         if asked.chatless(_tokenizer(study.file.models[one.model].name)):
-            chatless.setdefault(one.model, []).append(one.calibration)
-    notes += [f"{model}: {', '.join(dict.fromkeys(named))} {CHATLESS}"
-              for model, named in chatless.items()]  # fmt: skip
+            chatless[f"{one.model}: {one.calibration} {CHATLESS}"] = None
     dense = sum(model.evaluation(work) for model in models.values())
     run = sum(group["trials"] * sum(group["seconds"].values()) for group in found)
     kept = sum(group["trials"] * group["disk"] for group in found)
@@ -403,31 +353,14 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
         "memory": max(group["memory"] for group in found),
         "disk": kept + sum(8.0 * one.rows * one.length for one in sets.values()),
         "sets": len(sets), "sets_seconds": made, "dense_seconds": dense, "groups": found,
-        "notes": list(dict.fromkeys(notes)),
+        "notes": list(dict.fromkeys([*notes, *chatless])),
     }  # fmt: skip
 
 
 @cache
 def _tokenizer(name: str) -> Any:
-    try:
+    with suppress(CalmixError):  # else the configuration alone is at hand
         return open_tokenizer(name).tokenizer
-    except CalmixError:  # the configuration alone is at hand
-        return None
-
-
-def trial_memory(model: Timed, trial: Planned) -> float:
-    """Return the bytes a trial takes at its peak on the device that prunes."""
-    peak = model.prune_memory([trial.method], trial.rows, trial.length)
-    if trial.recovery is None:
-        return peak
-    kept = model.block_weights * model.dtype.itemsize if model.device.type == "cpu" else 0
-    needed = model.recovery_memory(trial.recovery, trial.length)
-    return max(peak, PROGRAM + model.bytes + kept + needed)
-
-
-def passing_memory(model: Timed, trial: Planned) -> float:
-    """Return the bytes of a machine's own memory where an accelerator prunes."""
-    return PROGRAM + model.bytes
 
 
 def too_large(named: str, needed: float, there: float) -> str:
@@ -435,30 +368,19 @@ def too_large(named: str, needed: float, there: float) -> str:
     return f"{named} needs {needed / 1e9:.1f} GB of {there / 1e9:.1f} GB: use fewer or shorter rows"
 
 
-def largest(
-    study: Study,
-    trials: Sequence[Planned],
-    device: str,
-    memory: Callable[[Timed, Planned], float] = trial_memory,
-) -> tuple[str, float]:
-    """Return the label of the trial that takes most memory, and its bytes; of models whose
-    configuration cannot be read nothing is known."""
-    found = "", 0.0
-    for label in dict.fromkeys(trial.model for trial in trials):
-        try:
-            model = Timed(study.file.models[label].name, study.file.models[label].dtype, device)
-        except CalmixError:
-            continue
-        kinds = {trial.condition: trial for trial in trials if trial.model == label}
-        for trial in kinds.values():
-            found = max(found, (trial.label, memory(model, trial)), key=lambda one: one[1])
-    return found
+def largest(study: Study, trials: Sequence[Planned], device: str) -> tuple[str, float]:
+    """Return the label of the trial that takes most memory, and its bytes."""
+    files = study.file.models
+    timed = cache(lambda label: Timed(files[label].name, files[label].dtype, device))
+    kinds = {trial.condition: trial for trial in trials}.values()
+    needed = {trial.label: timed(trial.model).trial_memory(trial) for trial in kinds}
+    return max(needed.items(), key=lambda one: one[1])
 
 
 def check_memory(study: Study, trials: Sequence[Planned], device: torch.device) -> None:
     """Refuse trials that an accelerator cannot hold. On a CPU they would be swapped."""
     there = device_memory(device)[2]
-    if there is not None:
+    if there is not None and trials:
         label, needed = largest(study, trials, str(device))
         if needed > there:
             raise InputError(too_large(label, needed, there))

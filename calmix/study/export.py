@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from calmix.calibration import CalibrationSet, text_metrics
 from calmix.evaluation.scores import load_scores
 from calmix.files import write_text
-from calmix.study.results import Estimate, StudyResults, Trial
+from calmix.study.results import StudyResults, Trial
 from calmix.study.store import Run, Store, open_store
 
 CSV = "results.csv"
 KEYS = ("machine", "system", "threads", "device", "dtype")  # of a run
-MIXED = ", "  # between values of what differed
-OF_TRIAL = (
-    "id", "model", "calibration", "strategy", "method", "pattern", "sparsity", "propagation",
-    "rows", "length", "seed", "suite",
-)  # fmt: skip
-OF_TASK = (
-    "dimension", "task", "score", "items", "floor", "dense", "pruned", "dense_accuracy",
-    "pruned_accuracy", "signal",
-)  # fmt: skip
+LEFT_OUT = {"kind", "halves", "mix", "dimensions", "tasks", "seconds", "distance", "information"}
 
 
 def read_results(path: Path | str) -> StudyResults:
@@ -59,45 +51,29 @@ def read_results(path: Path | str) -> StudyResults:
 
 
 def write_table(results: StudyResults, folder: Path) -> None:
-    """Write the table of `tidy` as `results.csv`."""
-    import pandas as pd
-
-    write_text(folder / CSV, pd.DataFrame(list(tidy(results))).to_csv(index=False))
-
-
-def tidy(results: StudyResults) -> Iterator[dict[str, Any]]:
-    """Yield a row per trial and task, trials in the order of the plan.
+    """Write `results.csv`: a row per trial and task, trials in the order of the plan.
 
     Retentions are shares (1.0 is all of it), `kl` is in nats a token. Times are left out: the
     same study gives the same table wherever and however often it is run.
     """
+    import pandas as pd
 
-    def interval(name: str, one: Estimate) -> dict[str, float | None]:
-        return {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
+    def distance(far: dict[str, Any] | None) -> dict[str, Any]:
+        return {"kl": (far or {}).get("kl_mean"), "top1": (far or {}).get("top1")}
 
-    def distance(head: str, one: dict[str, Any] | None) -> dict[str, float | None]:
-        far = one or {}
-        return {f"{head}kl": far.get("kl_mean"), f"{head}top1": far.get("top1")}
-
+    rows: list[dict[str, Any]] = []
     for trial in results.trials:
         far = trial.distance or {"total": None, "dimensions": {}}
-        head = {
-            "study": results.name,
-            **{name: getattr(trial, name) for name in OF_TRIAL},
-            **interval("total", trial.total),
-            "worst": trial.worst,
-            **distance("", far["total"]),
-        }
-        information = {f"info_{name}": value for name, value in trial.information.items()}
+        head = {"study": results.name, **trial.model_dump(exclude=LEFT_OUT)}
         for task in trial.tasks:
-            yield {
-                **head,
-                **{name: getattr(task, name) for name in OF_TASK},
-                **interval("retention", task.retention),
-                **interval("dimension_retention", trial.dimensions[task.dimension]),
-                **distance("dimension_", far["dimensions"].get(task.dimension)),
-                **information,
-            }
+            own = distance(far["dimensions"].get(task.dimension))
+            own["retention"] = asdict(trial.dimensions[task.dimension])
+            rows.append(head | distance(far["total"]) | task.model_dump()
+                        | {f"dimension_{name}": one for name, one in own.items()}
+                        | {"info": trial.information})  # fmt: skip
+    table = pd.json_normalize(rows, sep="_")
+    table.columns = table.columns.str.removesuffix("_value")
+    write_text(folder / CSV, table.to_csv(index=False))
 
 
 def environment(runs: list[Run]) -> dict[str, Any]:
@@ -107,7 +83,7 @@ def environment(runs: list[Run]) -> dict[str, Any]:
 
     def all_of(values: list[Any]) -> Any:
         distinct = list(dict.fromkeys(values))
-        return distinct[0] if len(distinct) == 1 else MIXED.join(map(str, distinct))
+        return distinct[0] if len(distinct) == 1 else ", ".join(map(str, distinct))
 
     names = dict.fromkeys(name for run in runs for name in run.versions)
     return {
@@ -138,12 +114,7 @@ def _compared(store: Store, sets: dict[str, Trial]) -> dict[str, dict[str, float
         if len(singles) < 2:
             continue
         ids = {name: CalibrationSet.open(store.calibration(name)).ids.numpy() for name in members}
-        pool = [ids[name] for name in singles.values()]
-        for n in text_metrics.ORDERS:
-            shares = text_metrics.coverage(list(ids.values()), n, pool)
-            for name, share in zip(ids, shares, strict=True):
-                found.setdefault(name, {})[f"coverage_{n}"] = share
-        for name, trial in members.items():
-            others = [ids[o] for label, o in singles.items() if label != trial.calibration]
-            found[name]["mismatch"] = text_metrics.mismatch(ids[name], others)
+        named = [(trial.calibration, ids[name]) for name, trial in members.items()]
+        pool = {label: ids[name] for label, name in singles.items()}
+        found |= dict(zip(members, text_metrics.compared(named, pool), strict=True))
     return found

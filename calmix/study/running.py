@@ -1,9 +1,17 @@
-"""Run a study: what is left of its trials, here or by several workers on one store."""
+"""Run a study: what is left of its trials, in this process or by Ray workers on one store.
+
+A store is a folder that all workers reach. Each trial gets the memory the largest takes by
+formula, so that no machine runs more of them than it can hold. Ray runs a trial whose worker died
+again.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,17 +19,22 @@ from typing import Any
 
 from filelock import Timeout
 
-from calmix.errors import CalmixError, DiskError, InputError, first_line
+from calmix import machine
+from calmix.errors import CalmixError, DiskError, InputError, MissingExtraError, first_line, nearest
 from calmix.evaluation.evaluate import check_code
 from calmix.files import check_free
+from calmix.models import resolve_model
 from calmix.models.opening import check_models, device_of
+from calmix.models.shards import weight_bytes
 from calmix.options import TrialOptions
 from calmix.study.bench import Bench
-from calmix.study.estimate import check_memory
-from calmix.study.export import KEYS, MIXED, read_results, write_table
+from calmix.study.estimate import PROGRAM, check_memory, largest
+from calmix.study.export import read_results, write_table
 from calmix.study.spec import Study
 from calmix.study.store import RESULT, Store, check_folder, claim_store, is_store, open_store
 from calmix.study.trials import Planned, Resolved, checkpoint_bytes, plan, resolve_all
+
+PASSED = 2**27  # bytes Ray may pass in calls: what is too large for a call is in files
 
 
 class Observer:
@@ -42,22 +55,11 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
 
-    def add(self, trial: Resolved, ended: Ended, observer: Observer) -> None:
-        """Take what came of a trial, and tell the observer."""
-        (how, what), label = ended, trial.planned.label
-        self.elsewhere.pop(label, None)
-        if how == "finished":
-            observer.finished(trial, what)
-        elif how == "failed":
-            self.failed[label] = what
-            observer.failed(trial, what)
-        elif how == "elsewhere":
-            self.elsewhere[label] = what
-
 
 # `finished` with the trial, `failed` with the error, or left to what runs it `elsewhere`.
 Ended = tuple[str, Any]
-Execute = Callable[[Study, Store, Sequence[Resolved], TrialOptions, Observer], Outcome]
+Ends = Iterator[tuple[Resolved, Ended]]
+Execute = Callable[[Study, Store, Sequence[Resolved], TrialOptions, Observer], Ends]
 
 
 def run_study(
@@ -76,7 +78,7 @@ def run_study(
     check_folder(path, study.files)
     check_code(study.suite, options.allow_code_execution)
     planned = plan(study)
-    wanted = chosen_trials(planned, only, skip)
+    chosen = {trial.key for trial in chosen_trials(planned, only, skip)}
     if execute is None:  # a cluster has devices of its own
         device_of(options.device)
     models = (model.name for model in study.file.models.values())
@@ -87,26 +89,26 @@ def run_study(
         first, own = names.setdefault(trial.id, trial.planned.label), trial.planned.label
         if first != own:
             raise InputError(f"'{first}' and '{own}' are the same trial: name it once")
-    chosen = {trial.key for trial in wanted}
+    wanted = [trial for trial in resolved if trial.planned.key in chosen]
     done = open_store(path) if is_store(path) else None
-    left = [t.planned for t in resolved if t.planned.key in chosen
-            and (done is None or done.state(t.id) != "finished")]  # fmt: skip
+    left = [t.planned for t in wanted if done is None or done.state(t.id) != "finished"]
     check_free(path, checkpoint_bytes(study, left), "checkpoints take")
     store = claim_store(path, study, resolved)
     states = ("pending", "running", "failed") if retry_failed else ("pending", "running")
-    todo = [t for t in resolved if t.planned.key in chosen and store.state(t.id) in states]
+    todo = [trial for trial in wanted if store.state(trial.id) in states]
     observer.begin(len(todo), len(resolved))
-    outcome = (execute or run_locally)(study, store, todo, options, observer)
-    results = read_results(path)
-    found = dict(results.environment)
-    facts = found.pop("versions", {}) | {key: found.get(key) for key in KEYS[2:]}
-    for key, value in facts.items():
-        if MIXED in str(value):
-            observer.note(
-                f"finished trials were computed with different {key} ({value}): their figures may "
-                "differ by rounding or more"
-            )
-    write_table(results, path)
+    outcome = Outcome()
+    for trial, (how, what) in (execute or run_locally)(study, store, todo, options, observer):
+        label = trial.planned.label
+        outcome.elsewhere.pop(label, None)
+        if how == "finished":
+            observer.finished(trial, what)
+        elif how == "failed":
+            outcome.failed[label] = what
+            observer.failed(trial, what)
+        elif how == "elsewhere":
+            outcome.elsewhere[label] = what
+    write_table(read_results(path), path)
     return store, outcome
 
 
@@ -121,11 +123,8 @@ def chosen_trials(
 
     for pattern in [*only, *skip]:
         if not any(matches(trial, [pattern]) for trial in trials):
-            known = [", ".join(dict.fromkeys(getattr(trial, of) for trial in trials))
-                     for of in ("calibration", "model")]  # fmt: skip
-            raise InputError(
-                f"no trial matches '{pattern}' (calibrations: {known[0]}; models: {known[1]})"
-            )
+            known = dict.fromkeys(n for trial in trials for n in (trial.model, trial.calibration))
+            raise InputError(f"no trial matches '{pattern}': {nearest(pattern, known)}")
     kept = [t for t in trials if (not only or matches(t, only)) and not matches(t, skip)]
     if not kept:
         raise InputError("--only and --skip together leave no trial")
@@ -134,16 +133,16 @@ def chosen_trials(
 
 def run_locally(
     study: Study, store: Store, todo: Sequence[Resolved], how: TrialOptions, observer: Observer
-) -> Outcome:
+) -> Ends:
     """Run trials one after another in this process; what another one runs is left to it."""
     check_memory(study, [trial.planned for trial in todo], device_of(how.device))
-    bench, outcome = Bench(study, store, how), Outcome()
+    bench, left = Bench(study, store, how), []
     for trial in todo:
-        outcome.add(trial, run_one(bench, trial, observer), observer)
-    for trial in todo:  # what others ran may have been given up meanwhile
-        if trial.planned.label in outcome.elsewhere and store.state(trial.id) == "pending":
-            outcome.add(trial, run_one(bench, trial, observer), observer)
-    return outcome
+        yield trial, (ended := run_one(bench, trial, observer))
+        left += [trial] if ended[0] == "elsewhere" else []
+    for trial in left:  # what others ran may have been given up meanwhile
+        if store.state(trial.id) == "pending":
+            yield trial, run_one(bench, trial, observer)
 
 
 def run_one(bench: Bench, trial: Resolved, observer: Observer) -> Ended:
@@ -172,3 +171,98 @@ def run_one(bench: Bench, trial: Resolved, observer: Observer) -> Ended:
                 return "failed", line
     except Timeout:
         return "elsewhere", store.runner(trial.id) or "another process"
+
+
+def on_ray(
+    address: str | None = None,
+    workers: int | None = None,
+    cpus: float = 1,
+    gpus: float | None = None,
+    retries: int = 2,
+) -> Execute:
+    """Return what runs trials on a Ray cluster, for `run_study`."""
+    try:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported, which reads it once
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+    except ImportError:
+        raise MissingExtraError("running on Ray", "ray") from None
+    start: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is None:
+        cores = max(machine.cores(), round((workers or 0) * cpus))
+        start |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": PASSED}
+    elif address != "auto":  # at once: Ray itself tries for a minute
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=5.0).close()
+        except (OSError, ValueError, OverflowError) as error:
+            raise InputError(
+                f"no Ray cluster answers at '{address}' ({error}): write auto, HOST:PORT or "
+                "ray://HOST:PORT, or leave it out to run on this machine"
+            ) from error
+
+    def execute(
+        study: Study, store: Store, todo: Sequence[Resolved], how: TrialOptions, observer: Observer
+    ) -> Ends:
+        if not todo:
+            return
+        try:
+            ray.init(address=address or "local", **start)
+        except Exception as error:  # Ray raises anything
+            line = f"Ray does not start ({first_line(error)}): check --address"
+            raise InputError(line) from error
+        try:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            any_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
+            given = float(any_gpu) if gpus is None else gpus
+            label, memory = largest(study, [trial.planned for trial in todo], "cpu")
+            if given and how.device != "cpu":  # weights only pass through a machine's own memory
+                names = (model.name for model in study.file.models.values())
+                memory = PROGRAM + max(weight_bytes(resolve_model(name)) for name in names)
+            check_room(nodes, {"CPU": cpus, "GPU": given, "memory": memory}, label)
+            observer.note(f"each trial is given {memory / 1e9:.1f} GB of memory")
+            remote: Any = ray.remote(
+                num_cpus=cpus, num_gpus=given, memory=memory, max_retries=retries, max_calls=1
+            )(_on_worker)
+            shared = Path.cwd(), study, Store(store.path.absolute(), store.index), how
+            left, at_work = list(todo), dict[Any, Resolved]()
+            while left or at_work:
+                while left and len(at_work) < (workers or len(todo)):
+                    trial = left.pop(0)
+                    at_work[remote.remote(*shared, trial)] = trial
+                ended = ray.wait(list(at_work))[0][0]
+                trial = at_work.pop(ended)
+                try:
+                    yield trial, ray.get(ended)
+                except ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, CalmixError):
+                        raise InputError(str(error.cause)) from None
+                    raise
+                except ray.exceptions.RayError as error:
+                    line = f"its worker died {retries + 1} times, last: {first_line(error)}"
+                    yield trial, ("failed", line)
+        finally:
+            ray.shutdown()
+
+    return execute
+
+
+def check_room(
+    nodes: Sequence[Mapping[str, float]], needs: Mapping[str, float], label: str
+) -> None:
+    """Refuse trials that no machine of a cluster can hold: Ray would wait for one that can."""
+    if not any(all(node.get(key, 0) >= need for key, need in needs.items()) for node in nodes):
+        raise InputError(
+            f"no machine of the cluster has {needs['CPU']:g} CPUs, {needs['GPU']:g} GPUs and "
+            f"{needs['memory'] / 1e9:.1f} GB of memory, which {label} takes: use larger machines, "
+            "or fewer or shorter rows"
+        )
+
+
+def _on_worker(
+    folder: Path, study: Study, store: Store, how: TrialOptions, trial: Resolved
+) -> Ended:
+    """Run one trial in a process of Ray's."""
+    if folder.is_dir():  # paths in the study are relative to where it was started
+        os.chdir(folder)
+    return run_one(Bench(study, store, how), trial, Observer())

@@ -6,14 +6,13 @@ relative to the file's own folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     Field,
     ValidationError,
@@ -23,16 +22,16 @@ from pydantic import (
 
 from calmix.calibration import ask
 from calmix.errors import CalmixError, InputError, nearest
-from calmix.evaluation.suites import Suite, load_suite
+from calmix.evaluation.evaluate import choose
+from calmix.evaluation.suites import Suite
 from calmix.models.opening import known_model
 from calmix.options import Propagation
 from calmix.pruning.methods import get_method
-from calmix.pruning.patterns import Unstructured
 from calmix.sources import Source
 from calmix.sources.licences import Licence
 from calmix.sources.registry import parse_sources
 from calmix.specs import SEED, recovery_of, target_of
-from calmix.study.results import Record, Strategy
+from calmix.study.results import Record
 from calmix.yaml_files import parse_yaml, read_text
 
 NONE = "none"  # the calibration of a method that needs none, and no recovery
@@ -95,7 +94,6 @@ class Calibration(_Draw):
     text: str | None = Field(default=None, alias="from")
     mix: dict[str, float] | None = None
     uniform: list[str] | None = None
-    strategy: Strategy | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Calibration:
@@ -196,26 +194,21 @@ class Study:
     @property
     def grids(self) -> list[Grid]:
         """The grids, with what each leaves open filled in from the top of the file."""
-        own = self.file
-        top: dict[str, Any] = {
-            "models": list(own.models), "calibrations": list(own.calibrations),
-            "methods": own.methods or {}, "rows": own.rows, "length": own.length,
-            "seeds": [SEED] if own.seeds is None else own.seeds,
-            "propagation": own.propagation, "allocation": own.allocation or [UNIFORM],
-            "recovery": own.recovery or [NONE],
-        }  # fmt: skip
-        return [
-            Grid.model_construct(**top | {key: value for key, value in grid if value is not None})
-            for grid in own.grids or [Grid()]
-        ]
+        own, default = self.file, {"seeds": [SEED], "allocation": [UNIFORM], "recovery": [NONE]}
+        top = {name: getattr(own, name) for name in Grid.model_fields}
+
+        def filled(grid: Grid) -> Grid:
+            parts = [*default.items(), *top.items(), *grid]
+            return Grid.model_construct(**{key: one for key, one in parts if one is not None})
+
+        return [filled(grid) for grid in own.grids or [Grid()]]
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(NamedTuple):
     """What reading a study file found: the study, or every mistake with its line."""
 
     study: Study | None
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
 
 
 def load_study(path: Path) -> Study:
@@ -239,47 +232,38 @@ def parse_study(text: str, path: Path) -> Checked:
     try:
         file = StudyFile.model_validate(yaml.value)
     except ValidationError as error:
-        return Checked(None, sorted(yaml.problems(error, _keys), key=_line))
+        return Checked(None, sorted(yaml.problems(error, StudyFile), key=_line))
     problems: list[str] = []
 
-    def check(at: Sequence[Any], act: Callable[..., Any], *given: Any) -> Any:
+    def check(at: Sequence[Any], act: Callable[..., Any], *given: Any, **more: Any) -> Any:
         try:
-            return act(*given)
+            return act(*given, **more)
         except CalmixError as error:
             problems.append(f"{yaml.at(at)}: {'.'.join(map(str, at))}: {error}")
 
     own = check(["sources"], parse_sources, file.sources, path) or {}
-    suite = check(["suite"], _suite, file)
+    suite = check(["suite"], choose, file.suite, quick=file.quick, limit=file.limit)
     for label, model in file.models.items():
         check(["models", label], known_model, model.name)  # of the hub's, opening it says
     for label, entry in file.calibrations.items():
-        check(["calibrations", label], _check_calibration, label, entry, own, file.licence)
+        draw = {"licence": file.licence, **entry.given()}
+        check(["calibrations", label], ask, entry.written, sources=own, **draw)
     problems += [f"{yaml.at(at)}: {line}" for at, line in _faults(file)]
     if problems:
         return Checked(None, sorted(problems, key=_line))
-    return Checked(Study(file, text, path, own, suite))
-
-
-def _keys(path: Sequence[Any]) -> list[str]:
-    """Return the keys a study file knows at a path."""
-    kinds: dict[str, type[BaseModel]] = {
-        "grids": Grid, "calibrations": Calibration, "models": Model,
-    }  # fmt: skip
-    found = kinds.get(str(path[0]), StudyFile) if path else StudyFile
-    return [field.alias or name for name, field in found.model_fields.items()]
-
-
-def _parts(file: StudyFile) -> list[tuple[list[Any], StudyFile | Grid]]:
-    """Return the file itself and its grids, each with its place."""
-    return [([], file), *((["grids", n], grid) for n, grid in enumerate(file.grids))]
+    return Checked(Study(file, text, path, own, suite), [])
 
 
 def _faults(file: StudyFile) -> Iterator[tuple[list[Any], str]]:
     """Yield the place and a line for what is empty, unknown, or without effect."""
-    known = {"models": list(file.models), "calibrations": list(file.calibrations)}
+    known: dict[str, Any] = {"models": file.models, "calibrations": file.calibrations}
     if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
         yield ["methods"], "methods is empty or missing: the grid has no trials"
-    for at, part in _parts(file):
+    if NONE in file.calibrations:
+        line = f"calibrations.{NONE}: '{NONE}' stands for a method without calibration: rename it"
+        yield ["calibrations", NONE], line
+    grids = ((["grids", number], grid) for number, grid in enumerate(file.grids))
+    for at, part in (([], file), *grids):
         where = "".join(f"{key}." for key in at)
         for key in ("models", "calibrations", "methods", "seeds", "allocation", "recovery"):
             value = getattr(part, key)
@@ -289,39 +273,15 @@ def _faults(file: StudyFile) -> Iterator[tuple[list[Any], str]]:
                 if name not in known[key]:
                     hint = nearest(name, known[key])
                     yield [*at, key, value.index(name)], f"{where}{key}: unknown '{name}': {hint}"
-        methods = part.methods or file.methods or {}
         for method, targets in (part.methods or {}).items():
             if not targets:
                 yield [*at, "methods", method], f"{where}methods.{method} names no sparsity"
-        calibrated = [name for name in methods if get_method(name).needs is not None]
-        fixed = [t for name in calibrated for t in methods[name]
-                 if not isinstance(t, Unstructured)]  # fmt: skip
-        for key, idle in (("allocation", UNIFORM), ("recovery", NONE)):
-            given = getattr(part, key)
-            used = given if given is not None else getattr(file, key)
-            if not methods or not set(used or ()) - {idle} or (part is file and file.grids):
-                continue
-            place = [*at, key] if given is not None else [key]
-            line = f"{'.'.join(map(str, place))} has no effect with"
-            if not calibrated:
-                yield place, f"{line} {', '.join(methods)}"
-            elif key == "allocation" and fixed:
-                line += f" {fixed[0]}, the same in every layer: give it a grid of its own"
-                yield place, line
-
-
-def _suite(file: StudyFile) -> Suite:
-    suite = load_suite(file.suite)
-    suite = suite.quick() if file.quick else suite
-    return suite if file.limit is None else suite.limited(file.limit)
-
-
-def _check_calibration(
-    label: str, entry: Calibration, own: Mapping[str, Source], licence: str | None
-) -> None:
-    if label == NONE:
-        raise InputError(f"'{NONE}' stands for a method without calibration: name it otherwise")
-    ask(entry.written, sources=own, **{"licence": licence, **entry.given()})
+        methods = part.methods or file.methods or {}
+        if methods and all(get_method(name).needs is None for name in methods):
+            for key, idle in (("allocation", UNIFORM), ("recovery", NONE)):
+                if set(getattr(part, key) or ()) - {idle}:
+                    names = ", ".join(methods)
+                    yield [*at, key], f"{where}{key} has no effect with {names}"
 
 
 def _line(problem: str) -> int:

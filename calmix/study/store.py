@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -24,7 +25,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from calmix.errors import InputError, disk_errors
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
-from calmix.files import atomic_folder, check_apart, check_writable, write_json
+from calmix.files import atomic_folder, check_apart, check_writable, read_object, write_json
 from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study
 from calmix.study.trials import Resolved, differences
@@ -112,12 +113,12 @@ def _read(path: Path, kind: type[Record], remedy: str) -> Record:
         raise InputError(f"{path} is damaged: {remedy}") from error
 
 
+@dataclass
 class Store:
     """A study's folder on disk. Open one with `open_store` or `claim_store`."""
 
-    def __init__(self, path: Path, index: Index) -> None:
-        self.path = path
-        self.index = index
+    path: Path
+    index: Index
 
     @property
     def entries(self) -> list[Entry]:
@@ -215,10 +216,7 @@ def open_store(path: Path) -> Store:
     """Open an existing store."""
     if not path.exists():
         raise InputError(f"there is no study store at {path}: calmix study run makes one")
-    if not is_store(path):
-        raise InputError(f"{path} is not a study store: it has no {INDEX}")
-    remedy = "run the study into another folder"
-    found = (_read(path / INDEX, _Kept, remedy).model_extra) or {}
+    found = read_object(path / INDEX, f"{path} is not a study store: it has no {INDEX}")
     if found.get("kind") != KIND:
         raise InputError(f"{path} is not a study store: its {INDEX} is of another kind")
     if found.get("format") != FORMAT:
@@ -230,7 +228,7 @@ def open_store(path: Path) -> Store:
         for place in (path / part, *(path / part).glob("*")):
             if place.is_symlink() and not place.resolve().is_relative_to(path.resolve()):
                 raise InputError(f"{place} is a link out of the store: put there what it leads to")
-    return Store(path, _read(path / INDEX, Index, remedy))
+    return Store(path, _read(path / INDEX, Index, "run the study into another folder"))
 
 
 def check_folder(path: Path, inputs: Iterable[object] = ()) -> None:
@@ -270,8 +268,8 @@ def claim_store(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store
                 f"the study no longer asks for '{entry.label}', which has finished in {path}: put "
                 "it back, or name another store"
             )
-        request = _read(store.trial(entry.id) / REQUEST, _Kept, "name another store")
-        before = {k: v for k, v in (request.model_extra or {}).items() if k != "label"}
+        before = read_object(store.trial(entry.id) / REQUEST, f"{entry.label} has no {REQUEST}")
+        before.pop("label", None)
         what = next(differences(before, trial.request), "its definition")
         raise InputError(
             f"the study has changed since '{entry.label}' finished in {path} ({what}): undo the "

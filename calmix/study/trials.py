@@ -35,6 +35,7 @@ from calmix.specs import PruneRequest, printed, prune_request, recovery_of
 from calmix.study.results import Strategy
 from calmix.study.spec import NONE, UNIFORM, Calibration, Grid, Study
 
+PROSE = dict.fromkeys(("general", "commonsense"), "prose")
 FORMAT = 1  # of the request; raised when the same request would give another outcome
 
 Condition = tuple[Any, ...]  # what trials share that differ in calibration set and seed alone
@@ -49,7 +50,7 @@ class Planned:
         request: as the command line's; `request.drawn()` is passed to `calmix.calibration.resolve`.
         rows, length, seed: of the calibration set, defaults considered; 0 without one.
         allocation: `owl` or `error`; None for the same everywhere.
-        named: the name of its condition among those of its study, of `condition_names`.
+        named: the name of its condition among those of its study.
     """
 
     model: str
@@ -74,11 +75,6 @@ class Planned:
         return printed(self.request.target)
 
     @property
-    def sparsity(self) -> float:
-        """Share of weights to prune."""
-        return self.request.target.sparsity
-
-    @property
     def way(self) -> str:
         """Method, allocation and recovery: `sparsegpt + owl + distill,epochs=1`."""
         recovery = None if self.recovery is None else self.recovery.text
@@ -87,9 +83,8 @@ class Planned:
     @property
     def condition(self) -> Condition:
         """All that is asked for but the calibration set and the seed."""
-        return (
-            self.model, self.way, self.pattern, self.rows, self.length, self.request.propagation,
-        )  # fmt: skip
+        sizes = self.rows, self.length, self.request.propagation
+        return self.model, self.way, self.pattern, *sizes
 
     @property
     def pruned(self) -> Key:
@@ -133,24 +128,20 @@ def plan(study: Study) -> list[Planned]:
         for trial in _of_grid(study, grid):
             found.setdefault(trial.pruned, {}).setdefault(trial.key, trial)
     trials = [trial for alike in found.values() for trial in alike.values()]
-    names = condition_names(dict.fromkeys(trial.condition for trial in trials))
-    return [replace(trial, named=names[trial.condition]) for trial in trials]
+    conditions = {trial.condition for trial in trials}
+    return [replace(trial, named=_named(trial.condition, conditions)) for trial in trials]
 
 
-def condition_names(conditions: Collection[Condition]) -> dict[Condition, str]:
-    """Return names of conditions: method and pattern, and what else tells them apart."""
+def _named(own: Condition, conditions: Collection[Condition]) -> str:
+    """Return the name of a condition: method and pattern, and what else tells it apart."""
 
     def parts(condition: Condition) -> tuple[str, ...]:
         model, _, _, rows, length, propagation = condition
         return model, f"{rows} x {length}", f"{propagation} propagation"
 
-    named = {}
-    for own in conditions:
-        alike = [parts(other) for other in conditions if other[1:3] == own[1:3]]
-        more = [part for part, *all_of in zip(parts(own), *alike, strict=True)
-                if len(set(all_of)) > 1]  # fmt: skip
-        named[own] = ", ".join([f"{own[1]} {own[2]}", *more])
-    return named
+    alike = [parts(other) for other in conditions if other[1:3] == own[1:3]]
+    more = [part for part, *all_of in zip(parts(own), *alike, strict=True) if len({*all_of}) > 1]
+    return ", ".join([f"{own[1]} {own[2]}", *more])
 
 
 def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
@@ -166,17 +157,17 @@ def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
         for seed, label in product(grid.seeds or (), grid.calibrations or ()):
             entry = study.file.calibrations[label]
             made, draw = _asked(study, entry, grid, seed)
-            saved, size = made.saved, made.draw
-            drawn = size.seed if saved is None else saved.manifest.get("seed") or 0
-            sizes = size.rows, size.length, drawn
+            drawn = made.draw.seed if made.saved is None else made.saved.manifest.get("seed") or 0
             how = {"calibration": entry.written, "propagation": grid.propagation, **draw}
             ways = product(grid.allocation or (), grid.recovery or (), calibrated)
-            for allocation, recovery, (method, target) in ways:
-                spread = None if allocation == UNIFORM else allocation
-                how["allocation"] = spread
+            for named, recovery, (method, target) in ways:
+                allocation = None if named == UNIFORM else named
                 yield Planned(
-                    model, label, entry.strategy or _strategy(made),
-                    prune_request(method=method.text, pattern=target, **how), *sizes, spread,
+                    model, label, _strategy(made),
+                    prune_request(
+                        method=method.text, pattern=target, allocation=allocation, **how
+                    ),
+                    made.draw.rows, made.draw.length, drawn, allocation,
                     None if recovery == NONE else recovery_of(recovery),
                 )  # fmt: skip
 
@@ -212,14 +203,13 @@ def _strategy(asked: Asked) -> Strategy:
 def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
     """Return trials with their requests and hashes."""
     content, suite = cache(_content), study.suite
-
-    @cache
-    def model_of(label: str) -> dict[str, Any]:
-        entry = study.file.models[label]
-        return {"sha256": fingerprint(resolve_model(entry.name)), "dtype": entry.dtype}
-
-    def one(trial: Planned) -> Resolved:
-        model, method = model_of(trial.model), trial.method
+    models = {
+        label: {"sha256": fingerprint(resolve_model(entry.name)), "dtype": entry.dtype}
+        for label, entry in study.file.models.items()
+    }
+    found = []
+    for trial in trials:
+        model, method = models[trial.model], trial.method
         calibration = _calibration(study, trial, content) if trial.rows else None
         # Options at their defaults are left out, but for damping, which has always been there.
         more = {k: v for k, v in method.changed.items() if k != "damping"}
@@ -229,7 +219,7 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
             "calibration": calibration,
             "method": method.name,
             "pattern": trial.pattern,
-            "sparsity": trial.sparsity,
+            "sparsity": trial.request.target.sparsity,
             "propagation": trial.request.propagation,
             "damping": method.options.get("damping"),
             **({"options": more} if more else {}),
@@ -241,9 +231,8 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
             names = ("method", *RECOVERY_OPTIONS)
             request["recovery"] = {name: getattr(trial.recovery, name) for name in names}
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
-        return Resolved(trial, sha256_json(request), request, shared)
-
-    return [one(trial) for trial in trials]
+        found.append(Resolved(trial, sha256_json(request), request, shared))
+    return found
 
 
 def checkpoint_bytes(study: Study, trials: Iterable[Planned]) -> int:
@@ -301,36 +290,24 @@ def _content(path: Path) -> str:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
-def kind_of(trial: Planned, study: Study) -> str:
-    """Return what a single source leans to: prose (general and commonsense), code, math, or what
-    a user's own source says; nothing for other sets."""
-    if trial.strategy != "single":
-        return ""
-    dimensions = {source.dimension for source in _sources_of(trial, study)}
-    if dimensions <= {"general", "commonsense"}:
-        return "prose" if dimensions else ""
-    return dimensions.pop() if len(dimensions) == 1 else ""
-
-
-def halves_of(trial: Planned, study: Study) -> tuple[str, ...]:
-    """Return the tasks that are the other half of a benchmark which the set's sources read."""
+def traits(trial: Planned, study: Study) -> dict[str, Any]:
+    """Return what a single source leans to, its `kind`: prose (general and commonsense), code, math
+    or what a user's own says; and `halves`, tasks that are the other half of a benchmark which the
+    set's sources read. Of saved sets and of text the model writes nothing is known."""
+    text, sources = trial.request.calibration, list[Source]()
+    if text is not None and not is_saved_set(user_path(text)):
+        spec = parse_spec(text, study.own, trial.request.drawn().get("licence"))
+        sources = [get_source(name, spec.own) for name in spec.sources]
+    kinds = {PROSE.get(source.dimension, source.dimension) for source in sources}
     read = {
         benchmark_of(member.split("/")[2])
-        for source in _sources_of(trial, study)
-        if isinstance(source.reader, AssetText)
-        for member in source.reader.members
-        if member.count("/") > 2
+        for source in sources if isinstance(source.reader, AssetText)
+        for member in source.reader.members if member.count("/") > 2
+    }  # fmt: skip
+    return {
+        "kind": kinds.pop() if trial.strategy == "single" and len(kinds) == 1 else "",
+        "halves": tuple(n for n, task in study.suite.tasks.items() if task.benchmark in read),
     }
-    return tuple(name for name, task in study.suite.tasks.items() if task.benchmark in read)
-
-
-def _sources_of(trial: Planned, study: Study) -> list[Source]:
-    """Return the sources of a set; none where it was saved, or the model writes it."""
-    text = trial.request.calibration
-    if text is None or is_saved_set(user_path(text)):
-        return []
-    spec = parse_spec(text, study.own, trial.request.drawn().get("licence"))
-    return [get_source(name, spec.own) for name in spec.sources]
 
 
 def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:

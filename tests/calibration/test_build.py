@@ -94,27 +94,18 @@ def test_a_begin_token_opens_every_row(sources, tiny):
 
 
 def test_the_manifest_names_the_documents(sources, tiny):
-    made = build(parse_mix(sources["lower"]), tiny, rows=3, length=40, packing="window")
-    entry = made.manifest["sources"][sources["lower"]]
-    assert entry["documents"] == 60
-    assert len(entry["drawn"]) == len(set(entry["drawn"])) == 3
-    assert entry["lengths"] == [39 + int(name) for name in entry["drawn"]]
-    assert entry["drawn_tokens"] == sum(entry["lengths"])
-
-
-def test_the_manifest_names_the_documents_of_every_row(sources, tiny):
     made = build(mix_of(sources), tiny, rows=9, length=32)
-    texts = {name: {d.id: d.text for d in get_source(name).documents()} for name in made.counts}
-    at = dict.fromkeys(made.counts, 0)
-    for ids, name in zip(made.ids.tolist(), made.sources, strict=True):
-        entry = made.manifest["sources"][name]
-        first, last = entry["spans"][at[name]]
-        at[name] += 1
-        held = [texts[name][document] for document in entry["drawn"][first : last + 1]]
-        row = tiny.tokenizer.decode(ids)
-        assert row in "</s>".join([*held, ""])
-        assert row.removesuffix("</s>").count("</s>") == len(held) - 1
-    assert at == made.counts
+    for name, entry in made.manifest["sources"].items():
+        texts = {d.id: d.text for d in get_source(name).documents()}
+        held = [texts[document] for document in entry["drawn"]]
+        joined = "</s>".join([*held, ""])
+        assert entry["drawn_tokens"] == sum(map(len, held))
+        assert len(joined) - len(held[-1]) - 5 < 32 * entry["rows"] <= len(joined)
+        for ids, source in zip(made.ids.tolist(), made.sources, strict=True):
+            assert source != name or tiny.tokenizer.decode(ids) in joined
+    drawn = build(parse_mix(sources["lower"]), tiny, rows=3, length=40, packing="window")
+    entry = drawn.manifest["sources"][sources["lower"]]
+    assert (entry["documents"], len(set(entry["drawn"]))) == (60, 3)
 
 
 def test_too_little_text_tells_has_and_needs(sources, tiny):

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calmix.calibration import build, leakage, parse_mix, resolve
-from calmix.calibration.leakage import Guard, ItemIndex, suite_items
+from calmix.calibration.leakage import Guard, ItemIndex
 from calmix.calibration.tokenizer import tokenizer_function
-from calmix.errors import InputError, SourceError
+from calmix.errors import SourceError
 
 ids = st.lists(st.integers(0, 6), max_size=20)
 
@@ -117,7 +117,7 @@ def test_the_suite_is_asked_for_by_name(tmp_path, tiny, monkeypatch):
         return [("gsm8k", "7", ITEM)]
 
     monkeypatch.setattr(leakage, "suite_items", items)
-    monkeypatch.setattr("calmix.evaluation.suites.load_suite", lambda name: None)
+    monkeypatch.setattr(leakage, "load_suite", lambda name: None)
     path = planted(tmp_path, 100, 2)
     made = resolve(path, tiny, rows=95, length=50, packing="window")
     assert asked == ["offline"]
@@ -127,11 +127,3 @@ def test_the_suite_is_asked_for_by_name(tmp_path, tiny, monkeypatch):
     assert asked == ["offline"]
     assert resolve(path, tiny, rows=9, length=50, leakage="mine").manifest["leakage"]["items"] == 1
     assert asked == ["offline", "mine"]
-
-
-@pytest.mark.real
-def test_a_guard_may_be_against_several_suites():
-    both = suite_items("smoke,abilities")
-    assert len(both) == len(suite_items("smoke")) + len(suite_items("abilities"))
-    with pytest.raises(InputError, match="unknown suite 'abilites': did you mean abilities"):
-        suite_items("smoke,abilites")

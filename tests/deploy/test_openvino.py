@@ -17,10 +17,8 @@ from calmix.cli import app
 from calmix.deploy import openvino as exported
 from calmix.deploy.openvino import MANIFEST, Session, export
 from calmix.errors import ModelError
-from calmix.files import sha256_file
-from calmix.manifest import seal_holds
 from calmix.models.opening import fingerprint
-from tests.tiny import VOCABULARY, save_tiny_model, tiny_ids, tiny_model
+from tests.tiny import VOCABULARY, save_tiny_model, tiny_ids
 
 needs_openvino = pytest.mark.skipif(
     not (find_spec("openvino") and find_spec("nncf"))
@@ -61,16 +59,13 @@ def test_an_export_computes_what_the_model_does(pruned, made):
     ids = tiny_ids(3, 24, seed=7)
     wanted = calmix.open_model(str(pruned)).model(ids).logits
     session = Session(made, **EXACT)
-    whole = session(ids)
-    scale = float(wanted.abs().max())
+    whole, scale = session(ids), float(wanted.abs().max())
     assert float((whole - wanted).abs().max()) < 0.05 * scale  # 8 bits: 1/254 of a row's largest
     session.reset()
     assert torch.equal(session(ids[0].tolist()), Session(made, **EXACT)(ids[:1].numpy()))
     session.reset()
     parts = [session(ids[:, :20]), *(session(ids[:, at : at + 1]) for at in range(20, 24))]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4 * scale, rtol=0)
-    other = tiny_model("llama", seed=1)(ids).logits
-    assert float((whole - other).abs().max()) > 0.5 * scale
 
 
 @needs_openvino
@@ -88,14 +83,10 @@ def test_an_export_is_small_keeps_zeros_and_says_what_it_is_of(pruned, made, tmp
     size = (made / "openvino_model.bin").stat().st_size
     assert size < 0.3 * (pruned / "model.safetensors").stat().st_size
     manifest = json.loads((made / MANIFEST).read_text(encoding="utf-8"))
-    assert seal_holds(manifest)
     assert manifest["model"]["sha256"] == fingerprint(pruned)
     assert {"openvino", "nncf", "calmix"} <= set(manifest["versions"])
-    for name, value in manifest["files"].items():
-        assert sha256_file(made / name) == value
     assert {"openvino_model.xml", "tokenizer.json", "config.json"} <= set(manifest["files"])
-    ended = calmix("doctor", "inspect", made)
-    assert (ended.code, "openvino, int8 weights" in ended.out) == (0, True), ended.err
+    assert "openvino, int8 weights" in calmix("doctor", "inspect", made).ok().out
     shutil.copytree(made, tmp_path / "changed")
     with (tmp_path / "changed" / "openvino_model.bin").open("ab") as file:
         file.write(b"\0")
@@ -119,31 +110,27 @@ def test_with_its_own_weights_an_export_is_the_model(kind, tmp_path):
     torch.testing.assert_close(parts, wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
 
 
-def test_what_is_another_model_is_not_written(pruned, tmp_path, monkeypatch):
+@pytest.mark.parametrize("wrong", [0.5, float("nan")])
+def test_what_is_another_model_is_not_written(pruned, tmp_path, monkeypatch, wrong):
     monkeypatch.setattr(exported, "_library", lambda name: None)
     monkeypatch.setattr(exported, "_convert", lambda opened, weights, folder: None)
-    for kl in (0.5, float("nan")):
-        monkeypatch.setattr(exported, "_difference", lambda *_, kl=kl: (kl, 0.0))
-        with pytest.raises(ModelError, match=f"is another model \\(KL {kl:.3g} nats"):
-            export(str(pruned), tmp_path / "out")
+    shape = (*tiny_ids(2, 16).shape, VOCABULARY)
+    logits = torch.full(shape, wrong) * torch.arange(VOCABULARY)
+    monkeypatch.setattr(exported, "_logits", lambda folder, ids: logits)
+    with pytest.raises(ModelError, match=r"is another model \(KL .* nats a token, at most 0\.2"):
+        export(str(pruned), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_mistakes_are_one_line(pruned, tmp_path, calmix, monkeypatch):
-    full, out = tmp_path / "full", tmp_path / "out"
-    full.mkdir()
-    (full / "thesis.txt").write_text("mine")
     (inside := pruned.parent / "model").symlink_to(pruned)
 
     def refused(words, *arguments):
-        ended = calmix("export", "--to", "openvino", *arguments)
-        assert (ended.code, words in ended.line) == (2, True), ended.err
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+        ended = calmix("export", "--to", "openvino", "-o", tmp_path / "out", *arguments)
+        assert words in ended.line
+        assert not list(tmp_path.iterdir())
 
-    refused("--to onnx: must be 'pack'", pruned, "-o", out, "--to", "onnx")
-    refused("--weights int4: must be 'int8'", pruned, "-o", out, "--weights", "int4")
-    refused("exists and is not empty", pruned, "-o", full)
-    refused("has no config.json: it is not a model folder", full, "-o", out)
-    refused(f"it is not a model folder, but {inside} is", pruned.parent, "-o", out)
+    refused("--weights int4: must be 'int8'", pruned, "--weights", "int4")
+    refused(f"it is not a model folder, but {inside} is", pruned.parent)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    refused("needs an optional dependency: pip install 'calmix[export]'", pruned, "-o", out)
+    refused("needs an optional dependency: pip install 'calmix[export]'", pruned)

@@ -73,7 +73,7 @@ def test_a_device_without_a_queue_for_it_copies_in_one_thread(numberless):
     streamed, *_ = numberless
     streamed._queue = None
     with tracing(None) as traced:
-        read, copied = streamed._read_ahead(streamed.block_names(0))
+        read, copied = streamed._read(streamed.block_names(0))
     assert copied is None
     assert not traced.copies
     assert {value.device.type for value in read.values()} == {"cpu"}
@@ -120,7 +120,7 @@ def test_a_block_comes_and_goes_once(numberless, tmp_path, monkeypatch, case):
     given = {("cuda", "cpu"): weights + outside, ("cpu", "cuda"): weights + outside}
     last = {("cuda", "cpu"): weights, ("cpu", "cuda"): outside}
     assert [+copies for _, copies in blocks] == [+Counter(given), +Counter(last)]
-    assert waited == ["copied"]  # for the second block
+    assert waited == ["copied"] * 3  # for what is outside, and for each block
     assert len(pinned) == 2 * weights + len(streamed.outside_names)
     # Before the blocks, what is handed to them is compared with what other micro-batches brought.
     assert first[0] == {"equal": 3 * BATCHES}

@@ -138,7 +138,7 @@ def _parquet(path):
 def _set(folder):
     ids = torch.arange(3 * 8).reshape(3, 8)
     tokenizer = open_tokenizer(str(folder / "model")).tokenizer_fingerprint
-    source = {"licence": "MIT", "sha256": "0" * 64, "spans": [[0, 0]], "lengths": [24]}
+    source = {"licence": "MIT", "sha256": "0" * 64}
     manifest = {
         "kind": "calibration set", "model": {"name": str(folder / "model")}, "seed": 0,
         "mix": {str(folder / "text.txt"): 1.0}, "packing": "concat",

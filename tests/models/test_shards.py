@@ -27,12 +27,14 @@ def same(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
-def test_the_library_and_calmix_read_what_the_other_has_written(tmp_path):
+def test_the_library_and_calmix_write_the_same_bytes(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors", {"format": "pt"})
     same(Shards(tmp_path).read(TENSORS), TENSORS)
-    same(read_file(tmp_path / "model.safetensors"), TENSORS)
     write_file(tmp_path / "own.safetensors", TENSORS)
     same(load_file(tmp_path / "own.safetensors"), TENSORS)
+    same(read_file(tmp_path / "own.safetensors"), TENSORS)
+    one, two = (tmp_path / f"{name}.safetensors" for name in ("model", "own"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_an_index_is_written_where_there_are_several_files(tmp_path):
@@ -48,22 +50,26 @@ def test_an_index_is_written_where_there_are_several_files(tmp_path):
     assert list(Shards(tmp_path).places) == ["b", "a"]
 
 
-def header(text):
-    return struct.pack("<Q", len(text)) + text
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    text = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(8)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a readable safetensors"),
-        (b"\xff" * 40, "not a readable safetensors"),
-        (header(b"not json"), "not a readable safetensors"),
-        (header(b'{"a": 1}'), "not a readable safetensors"),
-        (header(b'{"a":{"dtype":"F4","shape":[1],"data_offsets":[0,1]}}') + b"x", "F4"),
-        (header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}') + b"1234", "cut short"),
+        (b"", "not a readable"), (b"\xff" * 40, "not a readable"),
+        (struct.pack("<Q", 8) + b"not json", "not a readable"),
+        (struct.pack("<Q", 8) + b'{"a": 1}', "not a readable"),
+        (struct.pack("<Q", 8) + b'{"a": []', "not a readable"),
+        (entry("F4", [1], [0, 1]), "F4"), (entry()[:-4], "cut short"),
+        (entry(shape=[1 << 40]), "not a"), (entry(shape=[-2]), "not a"), (entry(shape=2), "not a"),
+        (entry(shape=[2.0]), "not a"), (entry(shape=[True, 2]), "not a"),
+        (entry(offsets=[-8, 0]), "not a"),
+        (entry(offsets=[1 << 62, (1 << 62) + 8]), "cut short"),
     ],
-)
-def test_a_damaged_file_is_named(tmp_path, content, message):
+)  # fmt: skip
+def test_a_damaged_file_or_a_header_that_lies_is_named(tmp_path, content, message):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=message):

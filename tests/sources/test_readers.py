@@ -25,28 +25,35 @@ from calmix.sources.readers import (
     lookup,
 )
 
+CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]
 
-def _texts(path, **more):
+
+def texts(path, **more):
     return [d.text for d in LocalFile(type="file", path=path, **more).read()]
 
 
-def test_txt_jsonl_parquet_and_folders_in_order_of_path(tmp_path):
-    rows = [{"text": "x", "n": {"m": "y"}}, {"text": "z", "n": {"m": "w"}}]
-    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
-    for name in ("b.jsonl", "c.parquet"):
-        assert _texts(tmp_path / name) == ["x", "z"]
-        assert _texts(tmp_path / name, template="{text}-{n.m}") == ["x-y", "z-w"]
-    folder = tmp_path / "folder"
-    for name, text in (
-        ("z/a.txt", "last\nline"), ("b.md", "first"), (".hidden/a.txt", "no"), ("notes.rtf", "no"),
-    ):  # fmt: skip
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
-    documents = list(get_source(str(folder)).documents())
-    assert [(d.id, d.text) for d in documents] == [
-        ("b.md/0", "first"), ("z/a.txt/0", "last\nline"),
-    ]  # fmt: skip
+def write(folder, files):
+    """Write files by name: bytes, text, or rows in the form of the ending."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, str):
+            path.write_text(content, encoding="utf-8")
+        elif path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(content), path)
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(content), encoding="utf-8")
+        elif path.suffix == ".jsonl":
+            path.write_text("\n\n".join(map(json.dumps, content)) + "\n", encoding="utf-8-sig")
+        else:
+            delimiter = {".tsv": "\t", ".csv": ";" if "semi" in name else ","}[path.suffix]
+            with path.open("w", encoding="utf-8-sig", newline="") as file:
+                table = csv.DictWriter(file, list(content[0]), delimiter=delimiter)
+                table.writeheader()
+                table.writerows(content)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -57,148 +64,114 @@ def test_txt_jsonl_parquet_and_folders_in_order_of_path(tmp_path):
         ("a.txt", b" \n", "is empty"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', r"line 2 is not UTF-8"),
         ("a.jsonl", b'{"text": "x"\n', "line 1 is not JSON"),
-        ("a.jsonl", b'{"body": "x"}\n', r"line 1: there is no field 'text' \(has: body\)"),
         ("a.jsonl", b'["x"]\n', r"line 1: there is no field 'text' \(has: list\)"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' is not text but int"),
+        ("a.jsonl", b'{"id": "1", "prompt": "xyz"}\n', r"\(has: id, prompt\): .* as FILE@prompt"),
+        ("a.jsonl", b'{"messages": "no"}\n', "message 0 of 'messages' has no role and content"),
+        ("a.jsonl", b'{"messages": [{"x": 1}]}\n', "message 0 of 'messages' has no role and co"),
         ("a.parquet", b"PAR0", "is not a parquet file"),
-        ("b.parquet", None, r"has no column 'text' \(has: body\)"),
+        ("b.parquet", [{"body": "x"}], r"row 0: .* 'text' \(has: body\): .* FILE@body"),
         ("a.doc", b"x", r"known endings are .txt, .*, .parquet and those of source code"),
         ("a.csv", b"text\na\0b", "is binary"),
         ("a.csv", b"text\n\xff", "is not UTF-8 text"),
         ("a.csv", b'text\n"open', "not CSV"),
         ("a.csv", b"prompt\nx\n", r"row 1: .* 'text' \(has: prompt\): .* FILE@prompt"),
         ("a.json", b'{"text": "x"}', "is not a list of rows but dict"),
-        ("a.jsonl", b'{"id": "1", "prompt": "xyz"}\n', "as FILE@prompt"),
-        ("a.jsonl", b'{"messages": "no"}\n', "message 0 of 'messages' has no role and content"),
-        (
-            "a.jsonl",
-            b'{"messages": [{"x": 1}]}\n',
-            "message 0 of 'messages' has no role and content",
-        ),
+        ("d.json", [{"long": "x" * 99, "dialog": CHAT}], "name one, as FILE@dialog"),
+        ("d.parquet", [{"long": "x" * 99, "dialog": CHAT}], "name one, as FILE@dialog"),
         ("no.txt", None, "there is no file"),
         ("", None, r"holds no \.txt"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
-    path = tmp_path / name
     if content is not None:
-        path.write_bytes(content)
-    elif name == "b.parquet":
-        pq.write_table(pa.table({"body": ["x"]}), path)
+        write(tmp_path, {name: content})
     with pytest.raises(SourceError, match=message):
-        _texts(path)
-
-
-CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]
+        texts(tmp_path / name)
 
 
 def test_rows_of_every_kind_of_file_and_their_fields(tmp_path):
     rows = [{"prompt": "a, b\nc", "answer": 'say "d"'}, {"prompt": "é", "answer": "f"}]
-    (tmp_path / "r.json").write_text(json.dumps(rows), encoding="utf-8")
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
-    for name, delimiter in (("r.csv", ","), ("s.csv", ";"), ("r.tsv", "\t")):
-        with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
-            table = csv.DictWriter(file, ["prompt", "answer"], delimiter=delimiter)
-            table.writeheader()
-            table.writerows(rows)
-    for name in ("r.json", "r.parquet", "r.csv", "s.csv", "r.tsv"):
-        one = get_source(f"{tmp_path / name}@prompt")
-        assert [d.text for d in one.documents()] == ["a, b\nc", "é"]
-        both = get_source(f"{tmp_path / name}@prompt+answer")
+    names = ("r.json", "r.jsonl", "r.parquet", "r.csv", "semi.csv", "r.tsv")
+    for name in names:
+        path = write(tmp_path, {name: rows}) / name
+        assert [d.text for d in get_source(f"{path}@prompt").documents()] == ["a, b\nc", "é"]
+        both = get_source(f"{path}@prompt+answer")
         assert [d.text for d in both.documents()] == ['a, b\nc\n\nsay "d"', "é\n\nf"]
+        assert texts(path, template="{answer}-{prompt}") == ['say "d"-a, b\nc', "f-é"]
         with pytest.raises(SourceError, match=r"name one, as FILE@(prompt|answer)"):
-            _texts(tmp_path / name)
-    assert get_source(f"{tmp_path}/r.csv@prompt").check() == [tmp_path / "r.csv"]
-
-
-def test_chats_of_every_usual_form(tmp_path):
-    shared = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Ho."}]
-    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi?"}]}, CHAT[1]]
-    for key, chat in (("messages", CHAT), ("conversations", shared), ("conversation", parts)):
-        path = tmp_path / f"{key}.jsonl"
-        path.write_text(json.dumps({"id": 3, key: chat}) + "\n", encoding="utf-8")
-        files = [path, f"{path}@{key}"]
-        if chat is not parts:
-            files.append(path.with_suffix(".parquet"))
-            pq.write_table(pa.Table.from_pylist([{"id": 3, key: chat}]), files[-1])
-        for file in files:
-            (document,) = get_source(str(file)).documents()
-            assert list(document.messages) == CHAT
-            assert document.text == "user: Hi?\n\nassistant: Ho."
-    both = tmp_path / "both.jsonl"
-    both.write_text(json.dumps({"text": "plain", "messages": CHAT}), encoding="utf-8")
-    assert [(d.text, d.messages) for d in get_source(str(both)).documents()] == [("plain", None)]
-    assert _texts(both, template="{messages.*.content}") == ["Hi?\n\nHo."]
+            texts(path)
+        assert get_source(f"{path}@prompt").check() == [path]
 
 
 def test_fields_of_any_name(tmp_path):
     row = {"Customer message": "hi", "Text (en)": "ho", "body.text": "he", "body": {"text": "no"}}
-    rows = tmp_path / "r.jsonl"
-    rows.write_text(json.dumps(row), encoding="utf-8")
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "r.parquet")
-    for file in (rows, tmp_path / "r.parquet"):
-        for name in ("Customer message", "Text (en)", "body.text"):
-            assert [d.text for d in get_source(f"{file}@{name}").documents()] == [row[name]]
-        with pytest.raises(SourceError, match=r"no (field|column) 'nosuch col'"):
+    for name in ("r.jsonl", "r.parquet"):
+        file = write(tmp_path, {name: [row]}) / name
+        for field in ("Customer message", "Text (en)", "body.text"):
+            assert [d.text for d in get_source(f"{file}@{field}").documents()] == [row[field]]
+        with pytest.raises(SourceError, match="no field 'nosuch col'"):
             list(get_source(f"{file}@nosuch col").documents())
         for empty in ("@", "@body+"):
             with pytest.raises(SourceError, match="name a field after the @"):
                 get_source(f"{file}{empty}")
         with pytest.raises(SourceError, match="as 'FILE@Customer message'"):
-            _texts(file)
+            texts(file)
 
 
-def test_a_chat_as_json_in_a_string_or_under_another_name(tmp_path):
-    path = tmp_path / "c.csv"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["messages"], [json.dumps(CHAT)]])
-    (document,) = get_source(str(path)).documents()
-    assert list(document.messages) == CHAT
-    rows = [{"long": "x" * 99, "dialog": CHAT}]
-    (tmp_path / "d.json").write_text(json.dumps(rows), encoding="utf-8")
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
-    for name in ("d.json", "d.parquet"):
-        with pytest.raises(SourceError, match="name one, as FILE@dialog"):
-            _texts(tmp_path / name)
+def test_chats_of_every_usual_form(tmp_path):
+    shared = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Ho."}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi?"}]}, CHAT[1]]
+    rows = {"messages": CHAT, "conversations": shared, "conversation": parts}
+    files = {f"{key}.jsonl": [{"id": 3, key: chat}] for key, chat in rows.items()}
+    write(tmp_path, files | {"c.csv": [{"messages": json.dumps(CHAT)}]})
+    write(tmp_path, {"p.parquet": [{"other": 1, "messages": CHAT}]})
+    named = [f"{tmp_path}/{key}.jsonl@{key}" for key in rows]
+    for file in (*tmp_path.iterdir(), *named):
+        (document,) = get_source(str(file)).documents()
+        assert list(document.messages) == CHAT
+        assert document.text == "user: Hi?\n\nassistant: Ho."
+    write(tmp_path, {"both.jsonl": [{"text": "plain", "messages": CHAT}]})
+    both = tmp_path / "both.jsonl"
+    assert [(d.text, d.messages) for d in get_source(str(both)).documents()] == [("plain", None)]
+    assert texts(both, template="{messages.*.content}") == ["Hi?\n\nHo."]
 
 
-def test_a_folder_of_code_is_read_as_code_alone(tmp_path):
-    long = "x = 1\n" * 50
-    for name, text in (
-        ("src/b.py", long), ("a.rs", long), ("data.jsonl", "{}"), ("notes.txt", long),
-        ("short.py", "x"), (".git/c.py", long), ("node_modules/d.js", long), ("latin.py", None),
-    ):  # fmt: skip
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"\xff" * 300 if text is None else text.encode())
-    assert [d.id for d in get_source(str(tmp_path)).documents()] == ["a.rs", "src/b.py"]
-    assert _texts(tmp_path / "src" / "b.py") == [long]
-    assert LocalFile(type="file", path=tmp_path).left == "other files than source code (2)"
-
-
-def test_a_folder_of_notes_with_a_page_is_read_as_notes(tmp_path, tiny_folder):
-    for name in ("a.md", "b.txt", "style.css", "index.html", "more.css", "one.py"):
-        (tmp_path / name).write_text(f"{name}\n" * 200, encoding="utf-8")
-    lines = []
-    how = {"rows": 2, "length": 16, "leakage": "off", "note": lines.append}
-    resolve(str(tmp_path), open_tokenizer(str(tiny_folder)), **how)
-    assert [d.id for d in get_source(str(tmp_path)).documents()] == ["a.md/0", "b.txt/0"]
-    assert lines == [f"{tmp_path}: left out are files of source code (4)"]
+@pytest.mark.parametrize(
+    ("files", "read", "left"),
+    [
+        ({"z/a.txt": "last\nline", "b.md": "first", ".hidden/a.txt": "no", "notes.rtf": "no"},
+         {"b.md/0": "first", "z/a.txt/0": "last\nline"}, ""),
+        ({"src/b.py": "x = 1\n" * 50, "a.rs": "x" * 300, "data.jsonl": "{}", "notes.txt": "x" * 300,
+          "short.py": "x", ".git/c.py": "x" * 300, "node_modules/d.js": "x" * 300,
+          "latin.py": b"\xff" * 300}, {"a.rs": "x" * 300, "src/b.py": "x = 1\n" * 50},
+         "other files than source code (2)"),
+        (dict.fromkeys(("a.md", "style.css", "index.html", "b.css", "one.py"), "text\n" * 200),
+         {"a.md/0": "text\n" * 200}, "files of source code (4)"),
+    ],
+)  # fmt: skip
+def test_a_folder_is_read_as_text_or_as_code(tmp_path, tiny_folder, files, read, left):
+    folder, lines = write(tmp_path / "folder", files), []
+    source = get_source(str(folder))
+    assert {d.id: d.text for d in source.documents()} == read
+    assert [d.id for d in source.documents()] == sorted(read)
+    assert source.reader.left == left
+    how = {"rows": 1, "length": 8, "leakage": "off", "note": lines.append}
+    resolve(str(folder), open_tokenizer(str(tiny_folder)), **how)
+    assert lines == ([f"{folder}: left out are {left}"] if left else [])
 
 
 def test_a_folder_of_short_code_holds_no_text(tmp_path):
-    (tmp_path / "short.py").write_text("x", encoding="utf-8")
     with pytest.raises(SourceError, match="holds no text, and no source file of 200 characters"):
-        get_source(str(tmp_path)).check()
+        get_source(str(write(tmp_path, {"short.py": "x"}))).check()
+    assert texts(tmp_path / "short.py") == ["x"]
 
 
 @pytest.mark.parametrize(
     "reader",
-    [
-        PythonStdlib(type="python-stdlib"),
-        PythonDocs(type="python-docs"),
-        PackageFiles(type="package", package="networkx", files=["algorithms/*.py"]),
-    ],
-)
+    [PythonStdlib(type="python-stdlib"), PythonDocs(type="python-docs"),
+     PackageFiles(type="package", package="networkx", files=["algorithms/*.py"])],
+)  # fmt: skip
 def test_installed_text(reader):
     documents = [d for d, _ in zip(reader.read(), range(20), strict=False)]
     assert len(documents) == 20
@@ -215,16 +188,15 @@ def test_a_package_that_is_not_installed():
         list(reader.read())
 
 
-def test_reasoning_gym_is_repeatable_and_stripped():
+def test_reasoning_gym_is_stripped():
     reader = ReasoningGym(
         type="reasoning-gym", datasets=["chain_sum", "products"], documents=20,
         strip=r" Give only[^\n]*",
     )  # fmt: skip
-    first, second = list(reader.read()), list(reader.read())
-    assert first == second
-    assert len({d.text for d in first}) == len(first) > 15
-    assert all("Answer: " in d.text and "Give only" not in d.text for d in first)
-    assert {d.id.split("/")[0] for d in first} == {"chain_sum", "products"}
+    made = list(reader.read())
+    assert len({d.text for d in made}) == len(made) > 15
+    assert all("Answer: " in d.text and "Give only" not in d.text for d in made)
+    assert {d.id.split("/")[0] for d in made} == {"chain_sum", "products"}
 
 
 PROGRAM = """
@@ -269,36 +241,22 @@ def test_items_are_split_by_their_number(monkeypatch):
     assert read(items="odd", number="doc_id") == []
 
 
-ROW = {
-    "a": {"b": "x"}, "turns": [{"say": "hi"}, {"say": "ho"}], "deep": [["p"], ["q", ""]],
-    "instruction": "Add.", "none": None, "empty": "", "maths": "{b} \\frac{1}{2}",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("template", "text"),
-    [
-        ("{a.b}: {turns.*.say}", "x: hi\n\nho"),
-        ("{deep}", "p\n\nq"),
-        ("{instruction}\n\n{empty}\n\n{a.b}", "Add.\n\nx"),
-        ("{instruction}\n\n{none}\n\n{a.b}", "Add.\n\nx"),
-        ("Note\n\n{a.b}", "Note\n\nx"),
-        ("{maths}", "{b} \\frac{1}{2}"),  # what was filled in is not scanned again
-    ],
-)
-def test_a_template_is_filled_and_paragraphs_of_empty_fields_are_left_out(template, text):
-    assert fill(template, ROW) == text
-
-
-def test_fields_of_a_template():
-    assert lookup(ROW, "turns.*.say") == ["hi", "ho"]
+def test_a_template_is_filled_and_paragraphs_of_empty_fields_are_left_out():
+    row = {
+        "a": {"b": "x"}, "turns": [{"say": "hi"}, {"say": "ho"}], "deep": [["p"], ["q", ""]],
+        "instruction": "Add.", "none": None, "empty": "", "maths": "{b} \\frac{1}{2}",
+    }  # fmt: skip
+    for template, text in {
+        "{a.b}: {turns.*.say}": "x: hi\n\nho",
+        "{deep}": "p\n\nq",
+        "{instruction}\n\n{empty}\n\n{a.b}": "Add.\n\nx",
+        "{instruction}\n\n{none}\n\n{a.b}": "Add.\n\nx",
+        "Note\n\n{a.b}": "Note\n\nx",
+        "{maths}": "{b} \\frac{1}{2}",  # what was filled in is not scanned again
+    }.items():
+        assert fill(template, row) == text
+    assert lookup(row, "turns.*.say") == ["hi", "ho"]
     assert fields("{a.b} {turns.*.say} {a.c}") == ["a", "turns"]
     for template in ("{missing}", "{a.missing}", "{a.b.c}", "{turns.*.no}"):
         with pytest.raises(SourceError, match=r"there is no field .* \(has: "):
-            fill(template, ROW)
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    for name, content in (("a.jsonl", '{"text": "hello there"}\n'), ("b.txt", "hello there")):
-        (tmp_path / name).write_text(content, encoding="utf-8-sig")
-        assert [d.text for d in get_source(str(tmp_path / name)).documents()] == ["hello there"]
+            fill(template, row)

@@ -11,7 +11,7 @@ from calmix.models import find_blocks
 from calmix.pruning.methods import get_method
 from calmix.specs import recover_request
 from calmix.study import estimate, load_study
-from calmix.study.estimate import SuiteWork, Timed, suite_work, trial_memory
+from calmix.study.estimate import SuiteWork, Timed, suite_work
 from calmix.study.trials import plan
 from tests.calibration.selfgen.test_chat import TEMPLATE
 from tests.tiny import ARCHITECTURES, MIXTURES, quick, save_tiny_model, tiny_model, tiny_tokenizer
@@ -26,9 +26,9 @@ def at_once(monkeypatch):
 
 @pytest.fixture
 def known(monkeypatch):
-    """Every block, token, position and weight takes a time that is easy to add up."""
-    rates = {"forward": 1.0, "train": 10.0, "head": 100.0, "write": 1e3, "step": 1e6}
-    monkeypatch.setattr(Timed, "_measure", lambda self, what, length: rates[what])
+    """Every token, position and block takes a time that is easy to add up."""
+    monkeypatch.setattr(Timed, "_measure", lambda self, rows, length: 1.0 if length > 1 else 1e3)
+    monkeypatch.setattr(Timed, "_head", lambda self: 100.0)
     monkeypatch.setattr(Timed, "_prune", lambda *of: (7.0, 0.5))
 
 
@@ -42,7 +42,6 @@ def test_a_model_is_timed_from_its_configuration(tmp_path, kind):
     blocks = find_blocks(model)
     assert found.weights == sum(p.numel() for p in model.parameters())
     assert found.block_weights == sum(p.numel() for b in blocks.blocks for p in b.parameters())
-    assert sum(count for _, count in found._kinds) >= len(blocks)
     recovery = recover_request(calibration="x", method="distill")
     seconds = [
         found.pruning(SPARSEGPT, "sequential", 8, 32), found.pruning(SPARSEGPT, "block", 8, 32),
@@ -50,8 +49,6 @@ def test_a_model_is_timed_from_its_configuration(tmp_path, kind):
         found.pruning(SPARSEGPT, None, 8, 32, "owl"), found.recovery(recovery, 16, 32),
     ]  # fmt: skip
     assert all(0 < one < 60 for one in seconds)
-    memory = [found.prune_memory([SPARSEGPT], rows, 32) for rows in (8, 50_000)]
-    assert found.bytes < memory[0] < memory[1]
 
 
 def test_time_is_that_of_a_block_times_blocks_and_of_a_token_times_tokens(tmp_path, known):
@@ -66,14 +63,13 @@ def test_time_is_that_of_a_block_times_blocks_and_of_a_token_times_tokens(tmp_pa
     work = SuiteWork(tokens=100, written=20)
     assert model.evaluation(work) == 100 + 50 * 100 + 20 * 1100
     assert model.evaluation(SuiteWork(), 10) == 10 + 20 * 100
-    weights = model.block_weights
     blocks, distill = (
         recover_request(calibration="x", method=name, epochs=3) for name in ("blocks", "distill")
     )
     trained, read = 30 * 32 * 3, 2 * 32 * 3  # 2 of 32 rows are held out
-    common = 10 * trained + 7 * 3 * weights * 1e6
-    assert model.recovery(blocks, 32, 32) == common + 2 * 32 * 32 + read
-    assert model.recovery(distill, 32, 32) == (
+    common = estimate.TRAINED * trained
+    assert model.recovery(blocks, 32, 32) == pytest.approx(common + 2 * 32 * 32 + read)
+    assert model.recovery(distill, 32, 32) == pytest.approx(
         common + 32 * 32 + trained + 2 * read + 100 * 4 * (trained + read)
     )
 
@@ -106,13 +102,10 @@ def test_trials_an_accelerator_cannot_hold_are_refused(tiny_study, known, monkey
     study = load_study(tiny_study(more="recovery: [none, distill]\n"))
     trials, cpu = plan(study), torch.device("cpu")
     model = Timed(study.file.models["tiny"].name)
-    needed = [trial_memory(model, trial) for trial in trials]
+    needed = [model.trial_memory(trial) for trial in trials]
     label, most = estimate.largest(study, trials, "cpu")
     assert most == pytest.approx(max(needed), rel=0.05)  # what this process holds is in it
     assert label in [trial.label for trial in trials]
-    passing = estimate.largest(study, trials, "cpu", estimate.passing_memory)[1]
-    assert passing == estimate.PROGRAM + model.bytes
-    assert estimate.largest(study, [], "cpu") == ("", 0.0)
     estimate.check_memory(study, trials, cpu)  # what does not fit is swapped
     monkeypatch.setattr(estimate, "device_memory", lambda device: (0, 10, 10))
     with pytest.raises(InputError, match=r"seed 0 needs .* GB of 0\.0 GB: use fewer or shorter"):

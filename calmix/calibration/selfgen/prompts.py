@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 from torch import Tensor
 
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError
 from calmix.files import sha256_json
 from calmix.models.opening import TEMPLATE, in_chat
-from calmix.yaml_files import first_problem, read_yaml
+from calmix.yaml_files import parse_model, read_text
 
 Start = Literal["auto", "bos", "separator"]
 # What tokenizers call the token that stands after every document in pretraining.
@@ -54,6 +54,10 @@ class Dimension(BaseModel):
         return {"prompts": value} if isinstance(value, list) else value
 
 
+class Prompts(RootModel[dict[str, Dimension]]):
+    """A file of prompts: dimensions by name."""
+
+
 @dataclass(frozen=True)
 class Beginnings:
     """Token ids that texts of one kind begin with, and the temperature of what follows.
@@ -68,14 +72,10 @@ class Beginnings:
 
 def load_prompts(path: Path | None = None) -> dict[str, Dimension]:
     """Read a file of prompts by dimension; without a path, calmix's own."""
-    read = read_yaml(path or Path(__file__).with_name("prompts.yaml"))
-    where = str(path or "prompts.yaml")
-    try:
-        found = TypeAdapter(dict[str, Dimension]).validate_python(read)
-    except ValidationError as error:
-        raise InputError(f"{where}: {first_problem(error)}") from error
+    path = path or Path(__file__).with_name("prompts.yaml")
+    found = parse_model(Prompts, read_text(path), str(path)).root
     if not found:
-        raise InputError(f"{where} names no dimension: give each a list of prompts")
+        raise InputError(f"{path} names no dimension: give each a list of prompts")
     return found
 
 

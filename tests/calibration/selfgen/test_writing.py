@@ -1,5 +1,6 @@
 """Sampling and writing rows: openers, restarts, seeds a row, the cache, what memory allows."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -12,11 +13,13 @@ from transformers import (
 )
 
 from calmix.calibration.selfgen import writing
-from calmix.calibration.selfgen.writing import Request, draw, end_tokens, penalised, write
+from calmix.calibration.selfgen.writing import Request, draw, penalised, write
 from calmix.errors import InputError
+from calmix.files import cache_dir
 from tests.tiny import ARCHITECTURES, quick, tiny_model
 
 END = 2  # of the tiny tokenizer
+LOGITS = torch.tensor([[2.0, 0.5, 1.0, -1.0, 0.0, 1.5]])
 
 
 def request(rows=6, length=24, seed=0, openers=None, temperature=1.0, **how):
@@ -24,19 +27,21 @@ def request(rows=6, length=24, seed=0, openers=None, temperature=1.0, **how):
     return Request(openers, length, [temperature] * len(openers), seed, **how)
 
 
-def forget(opened, asked):
-    for file in writing._folder(opened, asked, end_tokens(opened)).glob("*"):
+def kept():
+    """The parts that are in the cache."""
+    return sorted(cache_dir().rglob("*.safetensors"))
+
+
+def forget():
+    for file in kept():
         file.unlink()
-
-
-LOGITS = torch.tensor([[2.0, 0.5, 1.0, -1.0, 0.0, 1.5]])
 
 
 @pytest.mark.parametrize(
     ("temperature", "cut"),
     [
-        (1.0, {}), (0.6, {}), (1.7, {}), (1.0, {"top_k": 3}), (1.0, {"top_k": 1}),
-        (1.0, {"top_p": 0.7}), (1.0, {"top_p": 0.35}), (0.6, {"top_k": 4, "top_p": 0.8}),
+        (0.6, {}), (1.7, {}), (1.0, {"top_k": 3}), (1.0, {"top_k": 1}), (1.0, {"top_p": 0.35}),
+        (0.6, {"top_k": 4, "top_p": 0.8}),
     ],
 )  # fmt: skip
 def test_draws_follow_the_distribution_transformers_would_sample_from(temperature, cut):
@@ -56,12 +61,8 @@ def test_a_token_without_probability_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
     uniform = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits, torch.ones(4), uniform).tolist() == [1, 1, 3, 3]
-
-
-def test_rows_have_temperatures_of_their_own():
-    uniform = torch.full((2,), 0.999, dtype=torch.float64)
-    tokens = draw(LOGITS.expand(2, -1), torch.tensor([0.01, 100.0]), uniform)
-    assert tokens.tolist() == [0, 5]
+    uniform = torch.full((2,), 0.999, dtype=torch.float64)  # rows have temperatures of their own
+    assert draw(LOGITS.expand(2, -1), torch.tensor([0.01, 100.0]), uniform).tolist() == [0, 5]
 
 
 def test_penalty_equals_transformers():
@@ -70,28 +71,27 @@ def test_penalty_equals_transformers():
     torch.testing.assert_close(penalised(LOGITS, ids, 1.3), theirs)
 
 
+@contextlib.contextmanager
 def ending(opened, bias):
-    """The tiny model with the end token made likely."""
+    """Make the end token likely."""
 
     def more(module, args, output):
         output[..., END] += bias
         return output
 
-    return opened.model.get_output_embeddings().register_forward_hook(more)
+    handle = opened.model.get_output_embeddings().register_forward_hook(more)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def test_rows_begin_with_their_openers_and_are_full(opened):
-    asked = request()
-    made = write(opened, asked)
+def test_rows_are_full_begin_with_their_openers_and_have_the_models_likelihood(opened):
+    made = write(opened, request(temperature=0.7, repetition_penalty=1.5))
     assert made.ids.shape == (6, 24)
-    for i in range(6):
-        assert made.ids[i, :3].tolist() == [10 + i, 20 + i, 30 + i]
+    assert made.ids[:, :3].tolist() == [[10 + i, 20 + i, 30 + i] for i in range(6)]
     assert not made.sampled[:, :3].any()
     assert made.sampled[:, 3:4].all()
-
-
-def test_nll_is_the_models_own(opened):
-    made = write(opened, request(temperature=0.7, repetition_penalty=1.5))
     logits = opened.model(made.ids).logits[:, :-1].flatten(0, 1)
     nll = F.cross_entropy(logits, made.ids[:, 1:].flatten(), reduction="none").view(6, -1)
     torch.testing.assert_close(made.nll[:, 1:], nll, atol=1e-4, rtol=1e-4)
@@ -109,11 +109,8 @@ def texts_of(made, row):
 
 
 def test_after_the_end_token_the_next_opener_follows(opened):
-    handle = ending(opened, 4.0)
-    try:
+    with ending(opened, 4.0):
         made = write(opened, request(rows=8, length=48))
-    finally:
-        handle.remove()
     restarts = 0
     for i in range(8):
         turns, texts = [[10 + i, 20 + i, 30 + i], [40 + i]], texts_of(made, i)
@@ -127,24 +124,15 @@ def test_after_the_end_token_the_next_opener_follows(opened):
     assert restarts > 8
 
 
-@pytest.mark.parametrize("kind", quick(["gemma3_text", "opt"], ["llama", "gpt2"]))
-def test_batches_do_not_change_the_rows(opened, kind):
+@pytest.mark.parametrize("kind", quick(["gemma3_text", "gpt_bigcode"], ARCHITECTURES))
+def test_every_architecture_writes_the_same_rows_in_any_batch(opened, kind):
     other = dataclasses.replace(opened, model=tiny_model(kind))
-    asked = request(rows=7, temperature=0.9, repetition_penalty=1.1)
-    parts = []
+    asked, parts = request(rows=7, length=12, temperature=0.9, repetition_penalty=1.1), []
     for batch in (1, 3, 7):
-        forget(other, asked)
-        parts.append(write(other, asked, batch=batch).ids)
-    assert torch.equal(parts[0], parts[1])
-    assert torch.equal(parts[0], parts[2])
-
-
-@pytest.mark.parametrize("kind", quick(["bloom", "gpt_bigcode"], ARCHITECTURES))
-def test_every_architecture_writes(opened, kind):
-    other = dataclasses.replace(opened, model=tiny_model(kind))
-    made = write(other, request(rows=2, length=8))
-    assert made.ids.shape == (2, 8)
-    assert made.nll[:, 1:].isfinite().all()
+        forget()
+        parts.append(write(other, asked, batch=batch))
+    assert parts[0].nll[:, 1:].isfinite().all()
+    assert all(torch.equal(parts[0].ids, part.ids) for part in parts)
 
 
 def test_seeds(opened):
@@ -157,11 +145,8 @@ def test_seeds(opened):
 
 def test_repetition_penalty_forgets_earlier_texts(opened):
     """With a crushing penalty hardly a token comes twice in a text, but one may in a row."""
-    handle = ending(opened, 3.0)
-    try:
+    with ending(opened, 3.0):
         made = write(opened, request(length=60, repetition_penalty=1e6))
-    finally:
-        handle.remove()
     again = 0
     for i in range(len(made.ids)):
         seen = set()
@@ -171,92 +156,71 @@ def test_repetition_penalty_forgets_earlier_texts(opened):
     assert again > 0
 
 
-def test_the_models_own_generation_settings_have_no_say(opened):
+def test_the_models_own_generation_settings_have_no_say(opened, monkeypatch):
     plain = write(opened, request(seed=8)).ids
-    config = opened.model.generation_config
-    changed = type(config)(repetition_penalty=9.0, temperature=0.1, top_k=1, eos_token_id=[2])
-    opened.model.generation_config = changed
-    try:
-        forget(opened, request(seed=8))
-        assert torch.equal(write(opened, request(seed=8)).ids, plain)
-        assert opened.model.generation_config is changed
-    finally:
-        opened.model.generation_config = config
+    forget()
+    config = type(opened.model.generation_config)
+    changed = config(repetition_penalty=9.0, temperature=0.1, top_k=1, eos_token_id=[2])
+    monkeypatch.setattr(opened.model, "generation_config", changed)
+    assert torch.equal(write(opened, request(seed=8)).ids, plain)
+    assert opened.model.generation_config is changed
 
 
-def test_interrupted_work_goes_on(opened, monkeypatch):
+def test_interrupted_work_goes_on_from_the_parts_that_are_whole(opened):
     whole = write(opened, request(seed=5), batch=2)
-    forget(opened, request(seed=5))
-    real, calls = writing._batch, []
-
-    def fails_at_third(*arguments):
-        calls.append(arguments[2])
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(writing, "_batch", fails_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        write(opened, request(seed=5), batch=2)
+    forget()
     ticks = []
+
+    def stop(tokens):
+        ticks.append(tokens)
+        if sum(ticks) > 2 * 2 * 24:  # within the third part
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(opened, request(seed=5), batch=2, tick=stop)
+    assert len(kept()) == 2
+    ticks.clear()
     again = write(opened, request(seed=5), batch=4, tick=ticks.append)
-    assert calls == [0, 2, 4, 4]
     assert ticks[:2] == [2 * 24, 2 * 24]  # from the cache
     assert sum(ticks) == 6 * 24
-    assert torch.equal(again.ids, whole.ids)
     assert torch.equal(again.nll.nan_to_num(), whole.nll.nan_to_num())
-    calls.clear()
-    write(opened, request(seed=5))
-    assert calls == []
-
-
-def test_a_damaged_part_is_written_again(opened):
-    whole = write(opened, request(seed=6), batch=3)
-    folder = writing._folder(opened, request(seed=6), [2])
-    (folder / "00000003.safetensors").write_bytes(b"damaged")
-    assert torch.equal(write(opened, request(seed=6)).ids, whole.ids)
+    kept()[1].write_bytes(b"damaged")
+    for made in (again, write(opened, request(seed=5))):
+        assert torch.equal(made.ids, whole.ids)
 
 
 def test_little_memory_means_smaller_batches(opened, monkeypatch):
-    plain = write(opened, request(seed=7)).ids
-    forget(opened, request(seed=7))
-    room = writing._room
-    monkeypatch.setattr(writing, "_room", lambda opened, length: 2)
-    notes = []
+    plain, notes = write(opened, request(seed=7)).ids, []
+    forget()
+    monkeypatch.setattr(writing, "device_memory", lambda device: (0, 60_000, None))
     assert torch.equal(write(opened, request(seed=7), note=notes.append).ids, plain)
-    assert notes == ["memory holds 2 rows at a time, not 6: writing in smaller batches"]
-    monkeypatch.setattr(writing, "_room", room)
+    (note,) = notes
+    assert note.startswith("memory holds ")
+    assert note.endswith(" rows at a time, not 6: writing in smaller batches")
     monkeypatch.setattr(writing, "device_memory", lambda device: (0, 0, None))
     with pytest.raises(InputError, match="memory does not hold one row of 24 tokens"):
         write(opened, request(seed=70))
 
 
 def test_running_out_of_memory_halves_the_batch(opened, monkeypatch):
-    real = writing._batch
+    real = opened.model.generate
 
-    def small_only(opened, part, *rest):
-        if len(part.openers) > 2:
+    def small_only(ids, **how):
+        if len(ids) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(opened, part, *rest)
+        return real(ids, **how)
 
-    monkeypatch.setattr(writing, "_batch", small_only)
+    monkeypatch.setattr(opened.model, "generate", small_only)
     notes = []
     assert write(opened, request(), note=notes.append).ids.shape == (6, 24)
-    assert notes == [
-        "out of memory with 6 rows at a time: resuming with 3",
-        "out of memory with 3 rows at a time: resuming with 1",
-    ]
+    assert [note.partition(": ")[2] for note in notes] == ["resuming with 3", "resuming with 1"]
 
 
-def test_a_model_that_only_ends_its_texts_is_refused(opened):
-    handle = ending(opened, 50.0)
-    try:
-        with pytest.raises(InputError, match=r"ends 57 of 57 texts \(100%\) before their first"):
-            write(opened, request(rows=3, length=38, openers=[[[9]]] * 3))
-    finally:
-        handle.remove()
-
-
-def test_rows_of_one_token_are_refused(opened):
+def test_what_holds_nothing_is_refused(opened):
+    with (
+        ending(opened, 50.0),
+        pytest.raises(InputError, match=r"ends 57 of 57 texts \(100%\) before their first"),
+    ):
+        write(opened, request(rows=3, length=38, openers=[[[9]]] * 3))
     with pytest.raises(InputError, match="nothing the model could write"):
         write(opened, request(length=1))

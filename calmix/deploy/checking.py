@@ -1,0 +1,39 @@
+"""Is what was written the model? Both compute the same random token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from calmix.errors import ModelError
+from calmix.models import OpenModel
+
+ROWS, LENGTH = 2, 16
+
+
+def random_ids(opened: OpenModel) -> Tensor:
+    """Return random token ids (ROWS, LENGTH), the same each time."""
+    vocabulary = opened.model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def difference(
+    opened: OpenModel, logits: Callable[[Tensor], Tensor], most: float, weights: str
+) -> tuple[float, float]:
+    """Return mean KL(model || export) in nats, and how often both have one likeliest token.
+
+    Raises ModelError where the first is more than `most`, of an export with such `weights`.
+    """
+    ids = random_ids(opened)
+    with torch.no_grad():
+        after = logits(ids).double().log_softmax(-1)
+        before = opened.model.float()(ids).logits.double().log_softmax(-1)
+    kl = float((before.exp() * (before - after)).sum(-1).mean())
+    if not kl <= most:
+        raise ModelError(
+            f"the export of {opened.name} is another model (KL {kl:.3g} nats a token, at most "
+            f"{most:g} with {weights} weights): nothing was written"
+        )
+    return kl, float((before.argmax(-1) == after.argmax(-1)).float().mean())

@@ -1,0 +1,29 @@
+"""Models that were quantised, from a GGUF file."""
+
+import pytest
+
+from calmix.pruning.checkpoint import prune_checkpoints
+from calmix.specs import prune_request
+from tests.fuzz.readers import tiny_gguf
+
+QUANTISED = {
+    "four": {"method": "gptq,group=32", "bits": 4},
+    "eight": {"method": "gptq,group=64", "bits": 8},
+    "ecq": {"bits": 2.8},
+    "joint": {"sparsity": 0.5, "bits": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def quantised(tmp_path_factory):
+    """A folder with `tiny.gguf`, and models made of it: levels of half a byte, or a byte."""
+    folder = tmp_path_factory.mktemp("quantised")
+    tiny_gguf(folder / "tiny.gguf")
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(f"Line {n} of some text." for n in range(400)))
+    drawn = {"calibration": str(text), "rows": 6, "length": 32, "leakage": "off"}
+    targets = {folder / name: prune_request(**asked, **drawn) for name, asked in QUANTISED.items()}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CALMIX_CACHE", str(folder / "cache"))
+        prune_checkpoints(str(folder / "tiny.gguf"), targets)
+    return folder
