@@ -13,21 +13,14 @@ from threading import Thread
 
 import pytest
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--remote-debugging-port=0", "about:blank",
 )  # fmt: skip
 START_S = 60
-
-
-def chromium():
-    """Return the path of an installed Chromium, if there is one."""
-    return next((found for name in NAMES if (found := shutil.which(name))), None)
-
-
-PROGRAM = chromium()
+PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+               None)  # fmt: skip
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed")
 
 
@@ -216,21 +209,28 @@ def served(folder):
         server.shutdown()
 
 
-def readable(page, width, *, figures, texts, home="file:"):
-    """Check an open page: no error, no network, nothing wider than it, every mark of a chart in its
-    plot, every text legible."""
-    assert page.complaints == []
-    assert all(address.startswith((home, "data:")) for address in page.requests)
-    assert page.run("document.documentElement.scrollWidth") <= width
-    boxes = page.run(
-        "[...document.querySelectorAll('figure svg')].filter(e => e.checkVisibility())"
-        ".map(e => e.getBoundingClientRect()).map(b => [b.width, b.height])"
-    )
-    assert len(boxes) == figures
-    assert all(wide > 250 and high > 100 for wide, high in boxes)
-    assert page.run(CUT) == []
-    found = page.run(TEXTS)
-    assert len(found) > texts
-    for text in found:
-        assert text["size"] >= 11, text
-        assert text["contrast"] >= 4.5, text
+def readable(page, place, *, figures, texts, home="file:", then=lambda: None):
+    """Check a page wide and on a telephone, in light and dark, `then` run once it is open: no
+    error, no network, nothing wider than it, every mark of a chart in its plot, every text
+    legible."""
+    backs = set()
+    for width, dark in ((1280, True), (1280, False), (390, False), (390, True)):
+        page.open(place, width=width, dark=dark)
+        then()
+        assert page.complaints == []
+        assert all(address.startswith((home, "data:")) for address in page.requests)
+        assert page.run("document.documentElement.scrollWidth") <= width
+        boxes = page.run(
+            "[...document.querySelectorAll('figure svg')].filter(e => e.checkVisibility())"
+            ".map(e => e.getBoundingClientRect()).map(b => [b.width, b.height])"
+        )
+        assert len(boxes) == figures
+        assert all(wide > 250 and high > 100 for wide, high in boxes)
+        assert page.run(CUT) == []
+        found = page.run(TEXTS)
+        assert len(found) > texts
+        for text in found:
+            assert text["size"] >= 11, text
+            assert text["contrast"] >= 4.5, text
+        backs.add(page.run("getComputedStyle(document.body).backgroundColor"))
+    assert len(backs) == 2

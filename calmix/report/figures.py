@@ -47,6 +47,18 @@ def condition_charts(analysis: Analysis, found: ConditionAnalysis) -> list[Chart
     return [*made, *_perplexity(analysis, found), *_correlations(analysis, found)]
 
 
+def _names(rows: Sequence[Ranked]) -> list[tuple[str, str | None]]:
+    return [(one.calibration, STRATEGY_COLOURS[one.strategy]) for one in rows]
+
+
+def _cell(one: Ranked, name: str, kept: Estimate, text: str, note: str, marks: bool) -> Cell:
+    """Return a cell of a map of retention; `note` says why it is marked."""
+    tip = f"{one.calibration}, {name}: "
+    if kept.value is None:
+        return Cell(None, "", f"{tip}no value")
+    return Cell(kept.value, text, f"{tip}{words.with_span(kept)} %{note * marks}", marks)
+
+
 def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     """Return the map of calibration sets by dimension."""
     kept = np.concatenate([each.cells.means[:, : len(each.cells.quantities)].ravel()
@@ -54,18 +66,15 @@ def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     kept = kept[~np.isnan(kept)]
     low = math.floor(10 * kept.min(initial=1)) / 10  # one colour range for the whole study
     high = max(low + 0.1, math.ceil(10 * kept.max(initial=0)) / 10)
-
-    def cell(one: Ranked, name: str) -> Cell:
-        kept = one.total if name == TOTAL else one.dimensions[name]
-        worst = name == one.worst and len(one.dimensions) > 1
-        tip = f"{one.calibration}, {name}: "
-        if kept.value is None:
-            return Cell(None, "", f"{tip}no value")
-        tip += f"{words.with_span(kept)} %{' (its worst dimension)' if worst else ''}"
-        return Cell(kept.value, words.percent(kept.value), tip, worst or name == TOTAL, worst)
-
     columns = (*analysis.dimensions, TOTAL)
-    rows, best = found.ranking, found.ranking[0]
+    rows, best, cells = found.ranking, found.ranking[0], []
+    for one in rows:
+        own = {**one.dimensions, TOTAL: one.total}
+        told = [_cell(one, name, own[name], words.percent(own[name].value),
+                      " (its worst dimension)", name == one.worst and len(own) > 2)
+                for name in columns]  # fmt: skip
+        cells.append([cell._replace(bold=cell.bold or name == TOTAL, corner=cell.bold)
+                      for cell, name in zip(told, columns, strict=True)])  # fmt: skip
     return Chart(
         f"heat-map-{slug(found.condition.label)}",
         f"Retention by calibration set and dimension, {found.condition.label}",
@@ -73,30 +82,20 @@ def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
         "dimension. One colour scale for the whole study.",
         f"Heat map of {len(rows)} calibration sets by {len(columns)} columns. Highest total: "
         f"{best.calibration}, {words.with_span(best.total)} %. The ranking holds the numbers.",
-        lambda width: charts.heat(
-            width, _names(rows), columns, [[cell(one, name) for name in columns] for one in rows],
-            low=low, high=high, keys=_by_strategy(rows),
-        ),
+        partial(charts.heat, rows=_names(rows), columns=columns, cells=cells, low=low, high=high,
+                keys=_by_strategy(rows)),
     )  # fmt: skip
-
-
-def _names(rows: Sequence[Ranked]) -> list[tuple[str, str | None]]:
-    return [(one.calibration, STRATEGY_COLOURS[one.strategy]) for one in rows]
 
 
 def _tasks(found: ConditionAnalysis) -> Chart:
     """Sets by tasks, each headed by the dense model's score."""
     rows, tasks = found.ranking, found.cells.tasks
     known = [one.value for row in rows for one in row.tasks.values() if one.value is not None]
-
-    def cell(row: Ranked, name: str) -> Cell:
-        kept, own = row.tasks[name], name in row.halves
-        tip = f"{row.calibration}, {name}: "
-        if kept.value is None:
-            return Cell(None, "", f"{tip}no signal")
-        tip += f"{words.with_span(kept)} %{' (made of its other half)' if own else ''}"
-        return Cell(kept.value, words.percent(kept.value, 0) + "*" * own, tip, own)
-
+    cells = [
+        [_cell(row, name, kept, words.percent(kept.value, 0) + "*" * (name in row.halves),
+               " (made of its other half)", name in row.halves) for name, kept in row.tasks.items()]
+        for row in rows
+    ]  # fmt: skip
     return Chart(
         f"tasks-{slug(found.condition.label)}",
         f"Retention by calibration set and task, {found.condition.label}",
@@ -104,11 +103,9 @@ def _tasks(found: ConditionAnalysis) -> Chart:
         "set was made of the other half of that benchmark.",
         f"Heat map of {len(rows)} calibration sets by {len(tasks)} tasks. The numbers are in "
         "tasks.csv of calmix study analyse.",
-        lambda width: charts.heat(
-            width, _names(rows), [f"{task.name} {task.dense:.2f}" for task in tasks],
-            [[cell(row, task.name) for task in tasks] for row in rows],
-            low=min([0.0, *known]), high=max([1.0, *known]), tilted=True,
-        ),
+        partial(charts.heat, rows=_names(rows),
+                columns=[f"{task.name} {task.dense:.2f}" for task in tasks], cells=cells,
+                low=min([0.0, *known]), high=max([1.0, *known]), tilted=True),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
@@ -40,14 +40,13 @@ COMPARED = (  # sets made one way, against sets made another way or a contender 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one condition (of a series of sparsities, the sparsest) says of a claim: `way` is its
-    label without the model, `where` what is printed, `because` the figures."""
+    """What one condition (of a series of sparsities, the sparsest) says of a claim: `where` is what
+    is printed of it, `because` the figures."""
 
-    model: str
-    way: str
-    where: str
+    at: Condition
     verdict: str
     because: str
+    where: str
 
     def __str__(self) -> str:
         return f"{self.where}: {self.verdict} ({self.because})"
@@ -62,7 +61,7 @@ class Claim:
 
     def of(self, way: str) -> dict[str, Verdict]:
         """Return what is said of it with one way to prune, by model."""
-        return {one.model: one for one in self.verdicts if one.way == way}
+        return {one.at.model: one for one in self.verdicts if one.at.way == way}
 
     @property
     def tally(self) -> str:
@@ -234,38 +233,34 @@ def claims(analysis: Analysis) -> Iterator[Claim]:
          [_pulled(each, "sources") for each in found]),
         ("The same among texts of one kind", [_pulled(each, "kinds") for each in found]),
         ("The lead of a mix grows with sparsity",
-         [_moved(analysis, each, "sparsity") for each in found]),
+         [_moved(analysis, each, "sparsity", 1) for each in found]),
         ("The lead of a mix shrinks with recovery",
-         [_moved(analysis, each, "recovery") for each in found]),
+         [_moved(analysis, each, "recovery", -1) for each in found]),
     ]  # fmt: skip
     ways = list(dict.fromkeys(each.condition.way for each in found))
     for text, verdicts in made:
-        known = sorted(filter(None, verdicts), key=lambda one: ways.index(one.way))
+        known = sorted(filter(None, verdicts), key=lambda one: ways.index(one.at.way))
         if known:
             yield Claim(text, tuple(known))
-
-
-def _at(at: Condition, verdict: str, because: str, where: str = "") -> Verdict:
-    return Verdict(at.model, at.way, where or at.label, verdict, because)
 
 
 Gap = tuple[str, Estimate, bool]  # which sets, how far ahead, and whether that is found
 
 
-def _judged(gaps: Iterable[Gap], wanted: int = 1) -> tuple[str, str] | None:
-    """Return what gaps say together, with the figures: one that is found in the wanted direction
-    bears it out."""
+def _judged(at: Condition, gaps: Iterable[Gap], *, wanted: int = 1) -> Verdict | None:
+    """Return what gaps say together: one that is found in the wanted direction bears it out."""
     some = list(gaps)
     if not some:
         return None
     signs = {0 if not found or not gap.value else wanted if gap.value > 0 else -wanted
              for _, gap, found in some}  # fmt: skip
     verdict = HOLDS if signs == {1} else IN_PART if 1 in signs else FAILS if -1 in signs else OPEN
-    return verdict, "; ".join(
+    because = "; ".join(
         f"{name} {words.with_points(gap)}"
         + (" (not after correction for the number of tests)" if gap.clear and not found else "")
         for name, gap, found in some
     )
+    return Verdict(at, verdict, because, at.label)
 
 
 def _compared(each: ConditionAnalysis, left: str, right: str, quantity: str) -> Verdict | None:
@@ -282,29 +277,25 @@ def _compared(each: ConditionAnalysis, left: str, right: str, quantity: str) -> 
             elif one.quantity == quantity and names(one.right, left) and names(one.left, right):
                 yield f"{one.right} over {one.left}", -one.gap, one.significant
 
-    judged = _judged(gaps())
-    return judged and _at(each.condition, *judged)
+    return _judged(each.condition, gaps())
 
 
-def _moved(analysis: Analysis, each: ConditionAnalysis, by: str) -> Verdict | None:
+def _moved(analysis: Analysis, each: ConditionAnalysis, by: str, wanted: int) -> Verdict | None:
     """Say whether mixes are further ahead than at the lowest sparsity, or less than without the
     recovery."""
     mixes = {one.calibration for one in each.cells.made if one.strategy == "mix"}
     own = [one for one in analysis.gains
            if (one.by, one.more, one.quantity) == (by, each.condition.label, TOTAL)
            and one.over and one.calibration in mixes]  # fmt: skip
-    if by == "recovery":
-        judged = _judged(
-            ((f"{one.calibration} over {one.over}", one.gap, one.gap.clear) for one in own), -1
-        )
-        return judged and _at(each.condition, *judged)
-    judged = _judged((one.calibration, one.gap, one.gap.clear) for one in own)
-    if judged is None:
-        return None
+    over = {one: f" over {one.over}" if by == "recovery" else "" for one in own}
+    found = _judged(each.condition, ((one.calibration + over[one], one.gap, one.gap.clear)
+                                     for one in own), wanted=wanted)  # fmt: skip
+    if found is None or by == "recovery":
+        return found
     low = next(one.condition.sparsity for one in analysis.conditions
                if one.condition.label == own[0].less)  # fmt: skip
     ends = f"{100 * low:g} % to {100 * each.condition.sparsity:g} %"
-    return _at(each.condition, judged[0], f"{ends}: {judged[1]}", each.condition.series)
+    return replace(found, because=f"{ends}: {found.because}", where=each.condition.series)
 
 
 def _cancelled(each: ConditionAnalysis) -> Verdict | None:
@@ -318,7 +309,8 @@ def _cancelled(each: ConditionAnalysis) -> Verdict | None:
         f"({widest.lowest} to {widest.highest}), {100 * total.range:.1f} in total; "
         f"p {words.p_value(total.p_cancel)} against unrelated dimensions"
     )
-    return _at(each.condition, HOLDS if total.p_cancel <= ALPHA else NOT_FOUND, because)
+    verdict = HOLDS if total.p_cancel <= ALPHA else NOT_FOUND
+    return Verdict(each.condition, verdict, because, each.condition.label)
 
 
 def _pulled(each: ConditionAnalysis, among: Among) -> Verdict | None:
@@ -336,19 +328,21 @@ def _pulled(each: ConditionAnalysis, among: Among) -> Verdict | None:
             (low, falls), (high, rises) = strong[0], strong[-1]
             pairs.append((max(low, -high), f"{words.metric_name(metric)}: {rises} "
                           f"{words.rho(high)}, {falls} {words.rho(low)}"))  # fmt: skip
+    verdict, because = HOLDS, ""
     if pairs:
         some = [text for _, text in sorted(pairs, key=lambda one: one[0])]  # the strongest first
         more = f"; {words.counted(len(some) - 2, 'more metric')}" if some[2:] else ""
-        return _at(each.condition, HOLDS, f"{'; '.join(some[:2])}{more}; {n}")
-    because = "no two signs survive correction"
-    if known := [one for one in tested if one.rho is not None]:
-        near = max(known, key=lambda one: (one.significant, abs(one.rho or 0)))
-        because += (
-            f"; strongest: {words.metric_name(near.metric)} with {near.quantity}, "
-            f"ρ {words.rho(near.rho)}, corrected p {words.p_value(near.p_corrected)}"
-        )
-    few = min(one.least_p or 0.0 for one in tested) > ALPHA
-    return _at(each.condition, OPEN if few else NOT_FOUND, f"{because}; {n}")
+        because = "; ".join(some[:2]) + more
+    else:
+        few = min(one.least_p or 0.0 for one in tested) > ALPHA
+        verdict, because = OPEN if few else NOT_FOUND, "no two signs survive correction"
+        if known := [one for one in tested if one.rho is not None]:
+            near = max(known, key=lambda one: (one.significant, abs(one.rho or 0)))
+            because += (
+                f"; strongest: {words.metric_name(near.metric)} with {near.quantity}, "
+                f"ρ {words.rho(near.rho)}, corrected p {words.p_value(near.p_corrected)}"
+            )
+    return Verdict(each.condition, verdict, f"{because}; {n}", each.condition.label)
 
 
 def _certainty(analysis: Analysis) -> Iterator[str]:

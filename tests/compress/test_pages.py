@@ -1,28 +1,24 @@
 """Every page in a real browser: readable at any width and in both themes, tables sort."""
 
-from tests.browser import needs_chromium, readable
+from pathlib import Path
+
+import pytest
+
+from tests.browser import needs_chromium, readable, served
 from tests.report.conftest import whole
 
 __all__ = ["whole"]
 OPEN = "document.querySelectorAll('details').forEach(e => e.open = true)"
+SITE = Path(__file__).parents[2] / "out/site"
 
 
 @needs_chromium
 def test_pages_are_readable_and_sort(page, whole, calmix, compressed, tmp_path):
     several = tmp_path / "several.html"
     assert calmix("report", compressed, compressed, "-o", several).code == 0
-    for path, every, figures, texts in (
-        (compressed / "card.html", True, 1, 60), (several, True, 1, 40),
-        (whole / "report.html", False, 6, 200),
-    ):  # fmt: skip
-        backs = set()
-        for width, dark in ((1280, True), (1280, False), (390, False), (390, True)):
-            page.open(path, width=width, dark=dark)
-            if every:
-                page.run(OPEN)
-            readable(page, width, figures=figures, texts=texts)
-            backs.add(page.run("getComputedStyle(document.body).backgroundColor"))
-        assert len(backs) == 2
+    for place, texts in ((compressed / "card.html", 60), (several, 40)):
+        readable(page, place, figures=1, texts=texts, then=lambda: page.run(OPEN))
+    readable(page, whole / "report.html", figures=6, texts=200)
     page.open(whole / "report.html", width=1280)
     page.run(OPEN)
     table = "document.querySelector('.condition[open] table')"
@@ -41,3 +37,15 @@ def test_pages_are_readable_and_sort(page, whole, calmix, compressed, tmp_path):
     page.open(broken, width=800)
     assert len(page.complaints) == 2
     page.complaints.clear()
+
+
+@needs_chromium
+@pytest.mark.long
+@pytest.mark.skipif(not (SITE / "index.html").exists(), reason="make docs has built no site")
+def test_the_home_page_is_readable(page):
+    def shown():
+        assert page.run("document.images.length")
+        assert page.run("[...document.images].every(e => e.complete && e.naturalWidth > 0)")
+
+    with served(SITE) as address:
+        readable(page, address, figures=0, texts=60, home=address, then=shown)

@@ -110,7 +110,7 @@ def test_claims_say_what_was_planted(planted):
         "The same among texts of one kind": "holds",
     }
     (one,) = found["A mix keeps more than IGSP"].verdicts
-    assert (one.where, one.way) == ("SparseGPT 60%", "SparseGPT 60%")
+    assert (one.where, one.at.way) == ("SparseGPT 60%", "SparseGPT 60%")
     assert one.because.startswith("mix-8 over igsp +")
     (one,) = found["A mix keeps more than single sources do on average"].verdicts
     assert one.because.startswith("mix-8 +")
@@ -160,7 +160,7 @@ def test_a_default_and_sparsities_have_their_claims(planted):
     for lift, verdict in ((0.2, "holds"), (0.0, "undecided")):
         plan = Plan(conditions=pairs, others={"mix-8": ("mix", lift)}, noise=0.0, draw=0.005)
         (one,) = said(study(plan))["The lead of a mix grows with sparsity"].verdicts
-        assert (one.where, one.way, one.verdict) == ("SparseGPT", "SparseGPT 60%", verdict)
+        assert (one.where, one.at.way, one.verdict) == ("SparseGPT", "SparseGPT 60%", verdict)
         assert one.because.startswith("30 % to 60 %: mix-8 ")
 
 
@@ -239,14 +239,11 @@ def test_an_unfinished_study_says_so():
 def test_conditions_of_one_seed_are_named_without_their_model_where_all_are():
     pairs = [("sparsegpt", "50%"), ("sparsegpt", "60%")]
     one = study(Plan(sources=("a", "b", "c", "d"), conditions=pairs, seeds=(0, 1)))
-    both = [
-        trial.model_copy(update={"model": model, "id": f"{model}-{trial.id}"})
-        for model in ("this", "that") for trial in one.trials
-    ]  # fmt: skip
-    for kept, name in ((("this", "that"), "SparseGPT 50%"), (("this",), "SparseGPT 50%, this")):
+    for once, name in ((("this", "that"), "SparseGPT 50%"), (("this",), "SparseGPT 50%, this")):
         left = [
-            trial for trial in both
-            if (trial.seed, trial.pattern) != (1, "50%") or trial.model not in kept
+            trial.model_copy(update={"model": model, "id": f"{model}-{trial.id}"})
+            for model in ("this", "that") for trial in one.trials
+            if (trial.seed, trial.pattern) != (1, "50%") or model not in once
         ]  # fmt: skip
         told = of(study(Plan(), trials=tuple(left), planned=len(left)))
         (line,) = [line for line in told.certainty if "one seed" in line]
@@ -304,7 +301,7 @@ def test_the_text_has_every_sentence_and_a_terminal_only_what_many_say_together(
 def test_whether_recovery_evens_texts_out_is_a_claim(tuned, verdict):
     made = {one.text: one.verdicts for one in claims(analysed({**KEPT, TUNED: tuned}))}
     (one,) = made["The lead of a mix shrinks with recovery"]
-    assert (one.way, one.verdict) == ("ADMM + distill,epochs=4 60%", verdict)
+    assert (one.at.way, one.verdict) == ("ADMM + distill,epochs=4 60%", verdict)
     assert one.because.startswith("mix over prose ")
 
 
