@@ -72,9 +72,9 @@ def test_a_layer_is_solved_by_it(monkeypatch):
 
 
 def as_on_a_device(block):
-    def there(weights, mask, upper, inverse, leverage, pattern, rounding=None):
+    def there(weights, mask, upper, inverse, leverage, pattern, rounding=None, at_once=False):
         m, go = (4, 2) if isinstance(pattern, SemiStructured) else (0, 0)
-        if fused.usable(weights.device, len(weights), m, go, surgeon.kernel_agrees):
+        if not at_once and fused.usable(weights.device, len(weights), m, go, surgeon.kernel_agrees):
             return fused.prune_columns(weights, mask, upper, inverse, leverage, m, go)
         return block(weights, mask, upper, inverse, leverage, pattern, at_once=True)
 

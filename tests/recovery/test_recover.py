@@ -339,7 +339,7 @@ def mistakes(place, tmp_path):
         ((half, *against), "calibration"),
         ((half, *data), "against"),
         ((tmp_path / "none", *against, *data), "no model folder"),
-        ((kind, *against, *data), "it is a Qwen2ForCausalLM, the dense model a LlamaForCausalLM"),
+        ((kind, *against, *data), "q_proj.bias is (32,), and none in the dense model"),
         ((wide, *against, *data), "mlp.gate_proj.weight is (96, 32), and (64, 32) in the dense"),
         ((tokens, *against, *data), "has another tokenizer than"),
         ((half, "--against", other, *data), "their embeddings are of different models"),

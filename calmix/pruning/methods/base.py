@@ -160,9 +160,6 @@ class Method(BaseModel, ABC):
         """The method as a user writes it, with the options that differ from their defaults."""
         return ",".join([self.name, *(f"{key}={value}" for key, value in self.changed.items())])
 
-    def __str__(self) -> str:
-        return self.text
-
 
 def by_kind(kinds: Sequence[Hashable], act: Callable[[list[int]], Sequence[T]]) -> list[T]:
     """Return what `act` makes of the places of each kind, all of one at a time, by place."""
@@ -246,7 +243,6 @@ class Quantiser(Method):
 
         def rounded(places: list[int]) -> list[tuple[Tensor, Grid]]:
             rate = self.rate(patterns[places[0]])
-            self.check(rate, len(statistic))
             done = self.round([weights[place] for place in places], factor, rate.bits)
             return list(zip(*done, strict=True))
 

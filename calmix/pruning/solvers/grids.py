@@ -41,8 +41,11 @@ class Grid:
 
     def levels(self, weight: Tensor) -> Tensor:
         """Return the levels (rows, columns), int16, of weights that lie on the grid."""
-        scaled = weight.float() * _inverse(self._spread(weight.shape[1]))
-        return scaled.round_().clamp_(-(2**15), 2**15 - 1).to(torch.int16)
+        scale = self.scale.repeat_interleave(weight.shape[1] // self.scale.shape[1], 1)
+        if self.octaves is not None:
+            scale = scale * factors(self.octaves)
+        levels = (weight.float() * _inverse(scale)).round_()
+        return levels.clamp_(-(2**15), 2**15 - 1).to(torch.int16)
 
     def values(self, levels: Tensor) -> Tensor:
         """Return the weights of levels, float32."""
@@ -55,11 +58,6 @@ class Grid:
     def part(self, rows: slice) -> Grid:
         """Return the grid of some rows."""
         return replace(self, scale=self.scale[rows]) if len(self.scale) > 1 else self
-
-    def _spread(self, columns: int) -> Tensor:
-        """Return the scale of every weight, (rows or 1, columns)."""
-        whole = self.scale.repeat_interleave(columns // self.scale.shape[1], 1)
-        return whole if self.octaves is None else whole * factors(self.octaves)
 
 
 def stored(grids: Mapping[str, Grid]) -> dict[str, Tensor]:
@@ -129,9 +127,6 @@ class Rounding(ABC):
         group: columns that share a scale, which is found as the loop comes to the first of them.
     """
 
-    bits: int
-    top: float  # the level of a group's largest weight
-
     def __init__(self, weights: Sequence[Tensor], group: int) -> None:
         columns, outputs = weights[0].shape[1], sum(map(len, weights))
         self.group = check_group(group, columns)
@@ -139,26 +134,13 @@ class Rounding(ABC):
         self._start, self._masked = 0, False
         self._inverse: dict[int, Tensor] = {}
 
+    @abstractmethod
     def fit(self, values: Tensor, importance: Tensor) -> Tensor:
         """Return the scales (outputs,) of a group of columns (group, outputs).
-
-        By its scale the largest weight comes to the level `top`, or beyond it: of a few, the scale
-        that loses least.
 
         Args:
             importance: (group, 1), what a squared error in a column counts.
         """
-        scale = _largest(values, 0)[0] / self.top
-        if self.bits >= FINE:
-            return scale
-        best, least = scale, torch.full_like(scale, math.inf)
-        for shrink in SHRINKS:
-            tried = (scale * shrink).bfloat16().float()
-            lost = self.nearest(values * _inverse(tried)).mul_(tried).sub_(values).square_()
-            error = lost.mul_(importance).sum(0)
-            best = torch.where(error < least, tried, best)
-            least = torch.minimum(error, least)
-        return best
 
     @abstractmethod
     def nearest(self, scaled: Tensor) -> Tensor:
@@ -224,7 +206,22 @@ class Symmetric(Rounding):
     def __init__(self, weights: Sequence[Tensor], group: int, bits: int) -> None:
         super().__init__(weights, group)
         self.bits, self._half = bits, 2 ** (bits - 1)
-        self.top: float = -self._half
+
+    def fit(self, values: Tensor, importance: Tensor) -> Tensor:
+        """Bring the largest weight to the lowest level, or beyond it: of a few scales the one that
+        loses least."""
+        largest = values.gather(0, values.abs().argmax(0, keepdim=True))[0]
+        scale = largest / -self._half
+        if self.bits >= FINE:
+            return scale
+        best, least = scale, torch.full_like(scale, math.inf)
+        for shrink in SHRINKS:
+            tried = (scale * shrink).bfloat16().float()
+            lost = self.nearest(values * _inverse(tried)).mul_(tried).sub_(values).square_()
+            error = lost.mul_(importance).sum(0)
+            best = torch.where(error < least, tried, best)
+            least = torch.minimum(error, least)
+        return best
 
     def nearest(self, scaled: Tensor) -> Tensor:
         return scaled.round_().clamp_(-self._half, self._half - 1)
@@ -260,10 +257,6 @@ class DeadZone(Rounding):
     def beside(weight: Tensor) -> float:
         """Return the bits a weight that the step and the columns' scales take."""
         return 16 / weight.numel() + 8 / len(weight)
-
-
-def _largest(values: Tensor, dim: int) -> Tensor:
-    return values.gather(dim, values.abs().argmax(dim, keepdim=True))
 
 
 def _inverse(scale: Tensor) -> Tensor:

@@ -107,10 +107,8 @@ def prune_block(
         at = weights.device, len(weights), m, go
         if at_once and m <= fused.LARGEST and fused.usable(*at, kernel_agrees):
             return fused.prune_columns(weights, mask, upper, inverse, leverage, m, go)
-    if at_once:
-        return prune_at_once(weights, mask, upper, leverage, pattern)
     size = len(weights)
-    panel = _multiple(PANEL, pattern)
+    panel = _multiple(AT_ONCE if at_once else PANEL, pattern)
     width = pattern.group if semi else panel
     errors = torch.empty_like(weights)
     # Views are made once: a step's arithmetic takes no longer than making one.
@@ -126,6 +124,11 @@ def prune_block(
             if semi:
                 score = (weights[group:last] * leverage[group:last]).abs_()
                 mask[group:last] = pattern.group_mask(score)
+            if at_once:
+                own = upper[group:last, group:last]
+                errors[group:last] = _errors(weights[group:last], mask[group:last], own)
+                weights[group:last].addmm_(own.triu(1).T, errors[group:last], alpha=-1)
+                continue
             if rounding is None:
                 torch.mul(mask[group:last], inverse[group:last], out=errors[group:last])
             for j in range(group, last):
@@ -141,41 +144,14 @@ def prune_block(
     return errors
 
 
-def prune_at_once(
-    weights: Tensor, mask: Tensor, upper: Tensor, leverage: Tensor, pattern: Pattern
-) -> Tensor:
-    """Do what `prune_block` does in few kernels: for all columns whose mask is known at once."""
-    size, semi = len(weights), pattern.group > 1
-    width = pattern.group if semi else AT_ONCE
-    panel = _multiple(AT_ONCE, pattern)
-    errors = torch.empty_like(weights)
-    strict, identity = upper.triu(1), torch.eye(width, device=upper.device)
-    for start in range(0, size, panel):
-        stop = min(start + panel, size)
-        for group in range(start, stop, width):
-            last = min(group + width, stop)
-            here = weights[group:last]
-            if semi:
-                if group > start:
-                    here.addmm_(strict[start:group, group:last].T, errors[start:group], alpha=-1)
-                mask[group:last] = pattern.group_mask((here * leverage[group:last]).abs_())
-            own, ones = upper[group:last, group:last], identity[: last - group, : last - group]
-            errors[group:last] = _errors(here, mask[group:last], own, ones)
-            if semi:
-                here.addmm_(strict[group:last, group:last].T, errors[group:last], alpha=-1)
-        behind = stop if semi else start  # the columns of a group themselves are corrected too
-        if behind < size:
-            weights[behind:].addmm_(strict[start:stop, behind:].T, errors[start:stop], alpha=-1)
-    return errors
-
-
-def _errors(weights: Tensor, mask: Tensor, upper: Tensor, identity: Tensor) -> Tensor:
+def _errors(weights: Tensor, mask: Tensor, upper: Tensor) -> Tensor:
     """Return the scaled errors of a group of columns whose mask is known, all at once.
 
     The column's rule e_j = m_j (w_j - sum_{i<j} e_i U_ij) / U_jj is, for one output, the
     triangular system e A = m w, where A takes the columns of U that are pruned and those of the
     identity elsewhere. The systems of all outputs are solved in one call.
     """
+    identity = torch.eye(len(upper), device=upper.device)
     system = torch.where(mask.T[:, None, :] > 0, upper, identity)
     right = (weights * mask).T[:, None, :]
     return torch.linalg.solve_triangular(system, right, upper=True, left=False)[:, 0, :].T
@@ -191,7 +167,7 @@ def kernel_agrees(device: torch.device, size: int, m: int, go: int) -> bool:
     inverse = upper.diagonal().reciprocal()[:, None]
     pattern = SemiStructured(m - go, m) if m else Unstructured(0.5)
     plain, mask = given.clone(), (given > 0.5).float()
-    expected = prune_at_once(plain, mask, upper, inverse, pattern)
+    expected = prune_block(plain, mask, upper, inverse, inverse, pattern, at_once=True)
     weights, found = given.clone(), (given > 0.5).float()
     errors = fused.prune_columns(weights, found, upper, inverse, inverse, m, go)
     pairs = ((errors, expected), (clear(weights, found), clear(plain, mask)))
