@@ -198,7 +198,7 @@ def formula(sizes: Sizes, method: str, rows: int, length: int, device: torch.dev
     held = Held(
         block_bytes=2 * sizes.block_weights // sizes.blocks, copies=0, outside_bytes=0,
         layers=layers, hidden=sizes.hidden, rows=rows, length=length, value_bytes=2,
-        methods=[get_method(method)], accelerator=device.type != "cpu",
+        method=get_method(method), accelerator=device.type != "cpu",
     )  # fmt: skip
     paused = rows * length * (3 * sizes.hidden + 2 * sizes.inner) * 2
     running = micro_bytes(held, tokens_at_once(device))

@@ -26,7 +26,7 @@ from calmix.machine import MICRO_TOKENS
 from calmix.models import find_blocks, open_model
 from calmix.pruning import Unstructured, prune
 from calmix.pruning.patterns import Pattern, as_pattern
-from calmix.pruning.trace import Calls, observe
+from calmix.pruning.trace import Calls, observe_block
 
 MODEL = "builtin:smollm2-135m"
 SIXTY = Unstructured(0.6)
@@ -41,17 +41,18 @@ def floor(ids: torch.Tensor, name: str = MODEL) -> tuple[float, float]:
     device = next(model.parameters()).device
     found, ids = find_blocks(model), ids.to(device)
     with torch.inference_mode(False):
-        layout = observe(model, found, ids[:1, :8].clone())
-    calls = Calls(model, found, ids[:1, :8])
-    batches = [calls.record(batch) for batch in ids.split(MICRO_TOKENS // ids.shape[1])]
-    hidden = [first for first, _, _ in batches]
+        few = ids[:1, :8].clone()
+        calls = Calls(model, found, few)
+        states, batch = calls.record(few)
+        layout = [observe_block(found, i, batch, states)[0] for i in range(len(found))]
+    hidden, batches = zip(*map(calls.record, ids.split(MICRO_TOKENS // ids.shape[1])), strict=True)
+    hidden = list(hidden)
     for number in range(2):  # a warm-up: the first products of a process are slow
-        first, recorded, written = batches[number % len(batches)]
-        recorded[0].run(found.blocks[0], first, written)
+        batches[number % len(batches)].run(0, hidden[number % len(batches)], keep=False)
     began = now(device)
-    for index, block in enumerate(found.blocks):
-        for number, (_, recorded, written) in enumerate(batches):
-            hidden[number] = recorded[index].run(block, hidden[number], written)
+    for index in range(len(found)):
+        for number, batch in enumerate(batches):
+            hidden[number] = batch.run(index, hidden[number])
     forward = now(device) - began
     torch.set_float32_matmul_precision("medium")
     gram = 0.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-import re
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -40,14 +39,6 @@ def versions() -> dict[str, str]:
 def deciding_versions(*more: str) -> dict[str, str]:
     """Return the versions that may change the bytes of a result: `DECIDING`, and others by name."""
     return {name: version(name) for name in (*DECIDING, *more)}
-
-
-def other_versions(deciding: Collection[str]) -> dict[str, str]:
-    """Return the versions of Python and of all that calmix depends on, but for the deciding."""
-    told = importlib.metadata.requires("calmix") or []
-    names = {re.split(r"[^\w.-]", line)[0] for line in told if "extra ==" not in line}
-    found = {name: version(name) for name in sorted(names - set(deciding))}
-    return {"python": platform.python_version()} | found
 
 
 def run_record(seconds: dict[str, float]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def test_pruning_is_planned_within_the_containers_memory(groups, tiny_folder, mo
         )[1],
     )  # fmt: skip
     streamed = StreamedModel(str(tiny_folder))
-    budget.plan_for(streamed, (0, 0), [get_method("magnitude")], budget=None)
+    budget.plan_for(streamed, (0, 0), get_method("magnitude"), budget=None)
     streamed.close()
     assert rooms[-1] == int(budget.FREE_SHARE * 48 * MIB) - budget.KERNELS
 

@@ -79,8 +79,8 @@ class RecoverOptions(Recovering, WorkOptions):
 def prune(options: PruneOptions) -> None:
     """Prune or quantise a model in one shot and write a checkpoint that loads anywhere.
 
-    With several methods, sparsities or patterns the model is read once, and every target gets a
-    folder of its own. Under torchrun several processes, with a GPU each, prune one model together.
+    Several methods, sparsities or patterns share one calibration set; every target gets a folder of
+    its own. Under torchrun several processes, with a GPU each, prune one model together.
     """
     targeted = {name: getattr(options, name) for name in ("method", "sparsity", "pattern", "bits")}
     asked = requests(**targeted, **options.asked(Pruning))

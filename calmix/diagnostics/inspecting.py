@@ -311,7 +311,6 @@ def _parts(folder: Path, names: Iterable[str], health: Health, say: Say) -> dict
 def _work(folder: Path, health: Health, say: Say) -> None:
     """Say how far an interrupted pruning run or recovery is."""
     record = read_work(folder)
-    assert record is not None
     asked, done = record["request"], record["kept"].get("done", 0)
     unit = "steps" if asked["method"] == "distill" else "blocks"
     health.kind = "unfinished recovery" if "against" in asked else "unfinished prune"

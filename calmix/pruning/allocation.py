@@ -210,7 +210,6 @@ class DensePass(Run):
     Args:
         by: `owl` or `error`.
         sparsities: of the whole; the error is taken at half of each.
-        paused: as for `Run`.
     """
 
     def __init__(
@@ -219,9 +218,8 @@ class DensePass(Run):
         found: DecoderBlocks,
         by: str,
         sparsities: Sequence[float],
-        paused: int | None = None,
     ) -> None:
-        super().__init__(model, found, looker(by), Unstructured(0.5), "sequential", paused)
+        super().__init__(model, found, looker(by), Unstructured(0.5))
         self._by = by
         self._squares: dict[str, Tensor] = {}
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}

@@ -41,11 +41,11 @@ KERNELS = GIB // 16  # that oneDNN's take on a CPU; the command line bounds thei
 class Sizes:
     """What decides the memory that pruning takes.
 
-    `block_bytes` are the weights of the largest block, `copies` how often they are kept beside (for
-    another target, or to be merged), `outside_bytes` the weights outside the blocks without the
-    output head. `layers` are (outputs, inputs) of one block's linear maps; `experts` those of one
-    expert of each mixture, of which there are `expert_count`. `hidden` values a token lie between
-    two blocks, each of `value_bytes`; `rows` and `length` are 0 without calibration.
+    `block_bytes` are the weights of the largest block, `copies` how often they are kept beside (to
+    be merged), `outside_bytes` the weights outside the blocks without the output head. `layers` are
+    (outputs, inputs) of one block's linear maps; `experts` those of one expert of each mixture, of
+    which there are `expert_count`. `hidden` values a token lie between two blocks, each of
+    `value_bytes`; `rows` and `length` are 0 without calibration.
     """
 
     block_bytes: int
@@ -56,7 +56,7 @@ class Sizes:
     rows: int
     length: int
     value_bytes: int
-    methods: Sequence[Method]
+    method: Method
     accelerator: bool = False
     experts: Sequence[tuple[int, int]] = ()
     expert_count: int = 0
@@ -65,12 +65,6 @@ class Sizes:
     def inner(self) -> int:
         """Width of the widest input."""
         return max(columns for _, columns in (*self.layers, *self.experts))
-
-    @property
-    def states(self) -> int:
-        """Bytes of the hidden states between two blocks, those of all targets."""
-        own = sum(method.needs is not None for method in self.methods)
-        return own * self.rows * self.length * self.hidden * self.value_bytes
 
 
 @dataclass(frozen=True)
@@ -107,8 +101,7 @@ def solver_bytes(sizes: Sizes) -> int:
         for width in {columns for _, columns in layers}:
             rows = [rows for rows, columns in layers if columns == width]
             wide = AT_ONCE * min(ENTRIES, width * max(rows)) if sizes.accelerator else 0
-            found = (m.memory(width, sum(rows)) for m in sizes.methods)
-            most = max([most, *(held + wide for held in found)])
+            most = max(most, sizes.method.memory(width, sum(rows)) + wide)
     return most
 
 
@@ -139,12 +132,14 @@ def make_plan(
     """
     room = int((1 - SLACK) * budget)
     held = -(-held // (GIB // 4)) * (GIB // 4)
-    kinds = [method.needs for method in sizes.methods if method.needs is not None]
+    kind, all_states = sizes.method.needs, 0
     # The statistics of one expert's widest input, its own and that of all.
-    expert = max((2 * kind.memory(w) for kind in kinds for _, w in sizes.experts), default=0)
+    expert = max((2 * kind.memory(width) for _, width in sizes.experts), default=0) if kind else 0
     solver = solver_bytes(sizes) + expert
-    if not sequential:  # a block's statistics are summed together
-        solver += max((sum(kind.memory(w) for _, w in sizes.layers) for kind in kinds), default=0)
+    if kind is not None:
+        all_states = sizes.rows * sizes.length * sizes.hidden * sizes.value_bytes
+        if not sequential:  # a block's statistics are summed together
+            solver += sum(kind.memory(width) for _, width in sizes.layers)
     at_once = max(1, micro_tokens // sizes.length) if sizes.length else 1
     while True:
         tokens = at_once * sizes.length
@@ -152,24 +147,21 @@ def make_plan(
         first = held + sizes.block_bytes + sizes.outside_bytes + running
         wanted = -(-sizes.rows // at_once) if sequential else 0
         each = max(1, paused_bytes(sizes, tokens))
-        found: list[Plan] = []
-        for copies in (2, 1):
-            weights = (copies + sizes.copies) * sizes.block_bytes
+        found: list[tuple[int, Plan]] = []
+        for overlap in (True, False):
+            weights = (1 + overlap + sizes.copies) * sizes.block_bytes
             least = held + weights + max(solver, running)
             if max(first, least) <= room:
                 # Several experts at a time save a replay of those that do not stay paused.
                 more = min(EXPERT_BYTES, sizes.expert_count * expert, (room - least) // 2)
                 paused = min(wanted, (room - least - more) // each)
                 needed = max(first, least + more + paused * each)
-                states = min(sizes.states, room - needed)
-                found.append(
-                    Plan(
-                        tokens, None if paused == wanted else paused, copies > 1, needed + states,
-                        max(more, expert), states,
-                    )
-                )  # fmt: skip
+                states = min(all_states, room - needed)
+                stay = None if paused == wanted else paused
+                plan = Plan(tokens, stay, overlap, needed + states, max(more, expert), states)
+                found.append((paused, plan))
         if found:
-            return max(found, key=lambda plan: wanted if plan.paused is None else plan.paused)
+            return max(found, key=lambda one: one[0])[1]
         if fixed or at_once == 1:
             needed = int(max(first, least) / (1 - SLACK)) + 1
             raise InputError(
@@ -182,23 +174,22 @@ def make_plan(
 
 def plan_for(
     source: WeightSource,
-    shape: tuple[int, int],
-    methods: Sequence[Method],
+    shape: Sequence[int],
+    method: Method,
     *,
     budget: int | None,
     sequential: bool = True,
-    targets: int = 1,
     rows_at_once: int = 0,
 ) -> Plan:
-    """Return how to prune a model within a budget, or within what is free now.
+    """Return how to prune a model within a budget, or within what is free now; of several processes
+    all do as the one that has least.
 
     Args:
         source: the model.
         shape: of the calibration ids, (0, 0) without.
-        methods: of all targets, and of what else looks at the model.
+        method: that prunes the model, or looks at it.
         budget: bytes of each process; None for what is free, of which a CPU may take more.
         sequential: whether micro-batches pause within a block.
-        targets: how many share the work.
         rows_at_once: rows of a micro-batch of the work that is resumed, which must stay.
     """
     blocks, (rows, length) = source.blocks, shape
@@ -208,7 +199,7 @@ def plan_for(
     one = {layer.mixture: layer.expert for layer in inside}
     sizes = Sizes(
         block_bytes=max(map(source.block_bytes, range(len(blocks)))),
-        copies=(targets > 1) + source.merges,
+        copies=source.merges,
         outside_bytes=source.outside_bytes if rows else 0,
         layers=[layer.shape for layer in layers if layer.expert is None],
         experts=[layer.shape for layer in inside if layer.expert == one[layer.mixture]],
@@ -217,23 +208,24 @@ def plan_for(
         rows=-(-rows // distributed.processes()[1]),
         length=length,
         value_bytes=source.dtype.itemsize,
-        methods=methods,
+        method=method,
         accelerator=source.device.type != "cpu",
     )
     held, free, total = device_memory(source.device)
     swaps = total is None
     if swaps:  # memory that processes here share, as they do not a device
         free //= distributed.here()
-    room = held + int(FREE_SHARE * free) if budget is None else budget
-    held += KERNELS if swaps else WORKSPACE
+    room = min(distributed.everyone(held + int(FREE_SHARE * free) if budget is None else budget))
+    held = max(distributed.everyone(held + (KERNELS if swaps else WORKSPACE)))
     at_once = rows_at_once * length or tokens_at_once(source.device)
     # On a CPU the micro-batch is the same whatever happens to be free, so that no number depends
     # on the moment; what does not fit is swapped.
-    fixed = rows_at_once > 0 or (budget is None and swaps)
+    swaps = swaps and budget is None
+    fixed = rows_at_once > 0 or swaps
     try:
         return make_plan(sizes, room, held, at_once, sequential=sequential, fixed=fixed)
     except InputError:
-        if budget is not None or not swaps:
+        if not swaps:
             raise
     whole = make_plan(sizes, 2**62, held, at_once, sequential=sequential, fixed=True)
     return Plan(whole.micro_tokens, 0 if sequential else None, False, whole.needed)

@@ -50,12 +50,12 @@ from calmix.precision import dtype_name
 from calmix.pruning import distributed
 from calmix.pruning.allocation import SPREAD, DensePass, from_shares, looker
 from calmix.pruning.budget import Plan, plan_for
-from calmix.pruning.engine import Patterns, check_pattern, with_room
+from calmix.pruning.engine import Patterns, Run, check_pattern, with_room
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
-from calmix.pruning.methods import Method
+from calmix.pruning.methods import Look, Method
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped, PruneReport
-from calmix.pruning.streamed import Target, pass_through, prune_streamed
+from calmix.pruning.streamed import prune_streamed, take_through
 from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder
 from calmix.specs import NONE, How, PruneRequest
@@ -95,8 +95,6 @@ def prune_checkpoints(
         work.jobs = [job for job in work.jobs if job.output not in done]
         try:
             if work.jobs:
-                work.claim()
-                work.draw()
                 done |= work.prune()
         except BaseException as error:
             for job in work.jobs:
@@ -134,17 +132,23 @@ def planned(
     """
     work = _Pruning(name, targets, How.of(**how))
     try:
-        return work.plan((rows, length)).needed, work.checkpoint_bytes
+        return max(plan.needed for plan in work.plans((rows, length))), work.checkpoint_bytes
     finally:
         work.source.close()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job(Target):
-    """One target with its output; `asked` decides its bytes, as far as it is known by then."""
+@dataclass(frozen=True)
+class Job:
+    """One target: its work folder, what was asked, and what that means for the model.
+
+    `asked` decides its bytes, as far as it is known before the draw.
+    """
 
     output: Path
+    work: WorkFolder
     request: PruneRequest
+    method: Method
+    pattern: Patterns
     asked: dict[str, Any]
 
 
@@ -152,8 +156,7 @@ class _Pruning:
     """A call of `prune_checkpoints`: the model, the targets and what they share."""
 
     def __init__(self, name: str, targets: Mapping[Path, PruneRequest], run: How) -> None:
-        self.run, self.say = run, run.note
-        self.began = time.perf_counter()
+        self.run, self.began = run, time.perf_counter()
         self.drawn: CalibrationSet | None = None
         self.source: WeightSource
         try:
@@ -177,10 +180,6 @@ class _Pruning:
             raise
 
     @property
-    def works(self) -> list[WorkFolder]:
-        return [job.work for job in self.jobs]
-
-    @property
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint."""
         source = self.source
@@ -195,78 +194,40 @@ class _Pruning:
         """Return the reports of outputs that an earlier run of the same requests has finished."""
         found = {}
         for job in self.jobs:
-            told = [read_told(job.output / name) for name in (MANIFEST, RUN)]
+            manifest, run = (read_told(job.output / name) for name in (MANIFEST, RUN))
             with suppress(KeyError, TypeError):
-                if told[0]["request_sha256"] == sha256_json(job.asked):
-                    found[job.output] = told_report(*told)
-                    job.work.remove_leftover(job.asked)
+                if manifest["request_sha256"] == sha256_json(job.asked):
+                    told = manifest["pruning"] | {"seconds": run["seconds"]}
+                    found[job.output] = PruneReport.from_json(told)
+                    job.work.remove_leftover()
         return found
 
-    def claim(self) -> None:
-        """Take the work folders, and refuse what there is no room for."""
-        how = {"resume": self.run.resume, "overwrite": self.run.overwrite}
+    def plan(self, shape: Sequence[int], method: Method, job: Job | None = None) -> Plan:
+        """Return how a job, or else a look at the dense model, stays within its memory."""
+        how: dict[str, Any] = {}
+        if job is not None:
+            how["sequential"] = job.request.propagation == "sequential"
+            how["rows_at_once"] = job.work.kept.get("report", {}).get("rows_at_once", 0)
+        return plan_for(self.source, shape, method, budget=self.run.max_memory, **how)
 
-        def take(job: Job) -> tuple[dict[str, Any], bool]:
-            return job.work.claim(job.asked, **how), job.work.resumes
+    def plans(self, shape: Sequence[int]) -> list[Plan]:
+        """Return how each job stays within its memory, and each look before them."""
+        asked = [job.request.allocation for job in self.jobs]
+        methods = [looker(by) for by in SPREAD if by in asked]
+        methods += [Look()] if self.share is not None else []
+        plans = [self.plan(shape, job.method, job) for job in self.jobs]
+        return plans + [self.plan(shape, method) for method in methods]
 
-        for job in self.jobs:
-            job.work.kept, job.work.resumes = distributed.once(partial(take, job))
-        resumed = any(work.resumes for work in self.works)
-        if self.share is None and not resumed:  # else it gets smaller, or its set is known
-            calibrated = [job.request for job in self.jobs if job.request.calibration is not None]
-            shape = 0, 0
-            if calibrated:
-                asked = ask(str(calibrated[0].calibration), **calibrated[0].drawn())
-                shape = asked.draw.rows, asked.draw.length
-            self.checked_plan(shape)
-
-    def plan(self, shape: tuple[int, int], *beside: Method) -> Plan:
-        """Return how to stay within the memory that every process has."""
-        looks = [looker(job.allocation) for job in self.jobs if job.allocation in SPREAD]
-        looks += beside
-        if self.share is not None and not beside:
-            looks.append(ScorePass(self.source.model, self.source.blocks).method)
-        jobs = [] if beside else self.jobs
-        reports = [work.kept.get("report", {}) for work in self.works]
-        earlier = {report.get("rows_at_once", 0) for report in reports} - {0}
-        if len(earlier) > 1:
-            counts = " and ".join(map(str, sorted(earlier)))
-            raise InputError(
-                f"the interrupted runs had micro-batches of {counts} rows, because their "
-                "--max-memory differed: resume them one by one"
-            )
-        plans = distributed.everyone(
-            plan_for(
-                self.source, shape, [job.method for job in jobs] + looks,
-                budget=self.run.max_memory, sequential=bool(looks)
-                or any(job.propagation == "sequential" and job.method.needs for job in jobs),
-                targets=len(jobs), rows_at_once=max(earlier, default=0),
-            )
-        )  # fmt: skip
-        return Plan(
-            micro_tokens=min(one.micro_tokens for one in plans),
-            paused=min((one.paused for one in plans if one.paused is not None), default=None),
-            overlap=all(one.overlap for one in plans),
-            needed=max(one.needed for one in plans),
-            expert_bytes=min(one.expert_bytes for one in plans),
-            states=min(one.states for one in plans),
-        )
-
-    def checked_plan(self, shape: tuple[int, int]) -> Plan:
-        """Return the plan, and refuse what the disk has no room for."""
-        plan = self.plan(shape)
+    def check_room(self, shape: Sequence[int]) -> None:
+        """Refuse what memory and disk have no room for."""
         tokens = shape[0] * shape[1]
         states = tokens and tokens * token_bytes(self.source.model, self.source.blocks)
-        if plan.states * distributed.processes()[1] >= len(self.jobs) * states:
+        if min(plan.states for plan in self.plans(shape)) * distributed.processes()[1] >= states:
             states = 0
-        what = "the checkpoint takes" if not tokens else "checkpoint and hidden states take"
-        needed = len(self.jobs) * (self.checkpoint_bytes + states)
-
-        first = self.works[0].output
-        distributed.once(
-            lambda: check_free(first, needed - sum(one.bytes for one in self.works), what)
-        )
-        return plan
+        what = "checkpoint and hidden states take" if tokens else "the checkpoint takes"
+        needed = len(self.jobs) * self.checkpoint_bytes + states
+        needed -= sum(job.work.bytes for job in self.jobs)
+        distributed.once(lambda: check_free(self.jobs[0].output, needed, what))
 
     def draw(self) -> None:
         """Take the set the targets share from work that is resumed, or draw it, and keep it."""
@@ -277,6 +238,7 @@ class _Pruning:
             self.drawn = distributed.once(lambda: self._drawn(calibrated))
             embeddings = self.source.model.get_input_embeddings()
             check_ids(self.source.name, embeddings, self.drawn.ids)
+            distributed.own_rows(self.drawn.ids)  # too few are refused before anything is written
 
     def _drawn(self, calibrated: Sequence[Job]) -> CalibrationSet:
         kept = next((job.work for job in calibrated if job.work.resumes), None)
@@ -297,94 +259,115 @@ class _Pruning:
         return made
 
     def prune(self) -> dict[Path, PruneReport]:
-        """Do the work and write the outputs; return their reports."""
-        ids = None if self.drawn is None else self.drawn.ids
-        dropped: list[Dropped] = []
-        if self.share is not None:
-            assert ids is not None
-            dropped = self._drop(ids)
-        shape = (0, 0) if ids is None else (len(ids), ids.shape[1])
-        plan = self.checked_plan(shape)
+        """Do the work and write the outputs, one after another; return their reports."""
+        for job in self.jobs:
+            job.work.claim(job.asked, resume=self.run.resume, overwrite=self.run.overwrite)
+        # Else the model gets smaller, or the set is known.
+        if self.share is None and not any(job.work.resumes for job in self.jobs):
+            asked = [one.request for one in self.jobs if one.request.calibration is not None]
+            draws = [ask(str(one.calibration), **one.drawn()).draw for one in asked[:1]]
+            self.check_room((draws[0].rows, draws[0].length) if draws else (0, 0))
+        self.draw()
+        ids = torch.empty(0, 0) if self.drawn is None else self.drawn.ids
+        dropped = [] if self.share is None else self._drop(ids, self.share)
+        self.check_room((len(ids), ids.shape[1]))
         self.run.started(self.drawn)
-        for work in self.works:
-            if work.upgraded:
-                self.say(work.upgraded)
-            if work.resumes and not self.drops_alone:
-                self.say(f"resuming after {work.done} of {len(self.source.blocks)} blocks")
-        if self.drops_alone:
-            assert ids is not None
-            seconds = {"total": time.perf_counter() - self.began}
-            reports: list[PruneReport | SolverError] = [
-                PruneReport("reap", "none", None, ids.numel(), rows=len(ids), seconds=seconds)
-                for _ in self.jobs
-            ]
-        else:
-            named = () if self.drawn is None else self.drawn.sources
-
-            def pruned(own: Plan) -> list[PruneReport | SolverError]:
-                jobs, tick = self._allocated(ids, own), self.run.progress
-                return prune_streamed(self.source, ids, jobs, own, sources=named, progress=tick)
-
-            reports = self._with_room(pruned, plan, shape)
-        done = {}
-        for job, report in zip(self.jobs, reports, strict=True):
-            if isinstance(report, SolverError):
+        self._allocate(ids)
+        done: dict[Path, PruneReport] = {}
+        failed: dict[Path, SolverError] = {}
+        for number, job in enumerate(self.jobs):
+            if number:
+                self.source.reset()
+            try:
+                report = self._pruned(number, job, ids)
+            except SolverError as error:
+                failed[job.output] = error
                 continue
             report.dropped = dropped
             if distributed.processes()[0] == 0:
                 self._finish(job, report)
             done[job.output] = report
-        for job, report in zip(self.jobs, reports, strict=True):
-            if isinstance(report, SolverError):
-                raise SolverError(f"{job.output}: {report}; all others are done") from report
+        for output, failure in failed.items():
+            told = f"{output}: {failure}; all others are done" if done else str(failure)
+            raise SolverError(told) from failure
         return done
 
-    def _with_room(self, act: Callable[[Plan], Any], plan: Plan, shape: tuple[int, int]) -> Any:
+    def _pruned(self, number: int, job: Job, ids: Tensor) -> PruneReport:
+        """Do the work of a job, all but what stands beside the weights."""
+        request, work, count = job.request, job.work, len(self.source.blocks)
+        if self.drops_alone:
+            report = PruneReport("reap", "none", None, ids.numel(), rows=len(ids))
+            report.seconds = {"total": time.perf_counter() - self.began}
+            return report
+        if work.resumes:
+            self.run.note(f"resuming after {work.done} of {count} blocks")
+        shares = work.kept.get("allocation") or {}
+        by_layer = {name: Unstructured(share) for name, share in shares.items()}
+
+        def progress(blocks: int) -> None:
+            self.run.progress(number * count + blocks, len(self.jobs) * count)
+
+        def act(plan: Plan) -> PruneReport:
+            run = Run(
+                self.source.model, self.source.blocks, job.method, by_layer or job.pattern,
+                request.propagation or "sequential",
+            )  # fmt: skip
+            run.sources = () if self.drawn is None else self.drawn.sources
+            told = request.allocation
+            run.report.allocation = "given" if isinstance(told, dict) else told
+            return prune_streamed(self.source, ids, run, work, plan, progress)
+
+        return self._with_room(act, self.plan(ids.shape, job.method, job), ids, work)
+
+    def _look(self, make: Callable[[], Any], ids: Tensor) -> Any:
+        """Take a run that changes nothing through all blocks."""
+
+        def act(plan: Plan) -> Any:
+            look = make()
+            for _ in take_through(self.source, ids, look, self.jobs[0].work, plan):
+                pass
+            return look
+
+        return self._with_room(act, self.plan(ids.shape, make().method), ids)
+
+    def _with_room(
+        self, act: Callable[[Plan], Any], plan: Plan, ids: Tensor, work: WorkFolder | None = None
+    ) -> Any:
         """Act on a plan; where a device has no room for its micro-batch, on smaller ones."""
-        rows, length = shape if shape[0] else (1, 1)
+        rows, length = max(1, len(ids)), max(1, ids.shape[1])
 
         def undone() -> bool:
-            if any(work.done for work in self.works):
-                return False
             self.source.reset()
-            return True
+            return work is None or not work.done
 
         return with_room(
             lambda count: act(replace(plan, micro_tokens=count * length)),
-            min(rows, plan.micro_tokens // length), self.source.device, undone, self.say,
+            min(rows, plan.micro_tokens // length), self.source.device, undone, self.run.note,
         )  # fmt: skip
 
-    def _drop(self, ids: Tensor) -> list[Dropped]:
+    def _drop(self, ids: Tensor, share: float) -> list[Dropped]:
         """Score the experts and let the model without those that count least be the source."""
-        source, work, share = self.source, self.works[0], self.share
-        assert share is not None
+        source, works = self.source, [job.work for job in self.jobs]
         blocks = source.blocks.select()
         mixtures = [one for index in range(len(blocks)) for one in blocks.mixtures(index)]
         if not mixtures:
             raise InputError("--drop-experts has no effect: this model has no experts")
         if not isinstance(source, StreamedModel):
             raise ModelError("--drop-experts needs a model that can be read block by block")
-        kept: list[dict[str, Any]]
-        kept = next((one.kept["dropped"] for one in self.works if "dropped" in one.kept), [])
-        dropped = [Dropped(**one) for one in kept]
+        kept = [work.kept["dropped"] for work in works if "dropped" in work.kept]
+        dropped = [Dropped(**one) for one in kept[0]] if kept else []
         if not dropped:
             chosen_experts(source.model, {one.name: [0.0] * one.count for one in mixtures}, share)
-
-            def scored(own: Plan) -> dict[str, list[float]]:
-                look = ScorePass(source.model, blocks)
-                return pass_through(source, ids, look, work, own).scores
-
-            shape = len(ids), ids.shape[1]
-            plan = self.plan(shape, ScorePass(source.model, blocks).method)
-            scores = self._with_room(scored, plan, shape)
-            dropped = chosen_experts(source.model, scores, share)
+            look = self._look(partial(ScorePass, source.model, blocks), ids)
+            dropped = chosen_experts(source.model, look.scores, share)
         if lost := unscored(source):
             names = ", ".join(sorted(layer.strip(".") for layer in lost))
-            self.say(f"{names}: left out, as it predicts further tokens with unscored experts")
-        # Where nothing is pruned it is the result.
-        folder = work.checkpoint if self.drops_alone else work.path / "scratch" / "dropped"
-        for one in self.works:
-            one.keep(dropped=[asdict(mixture) for mixture in dropped])
+            self.run.note(f"{names}: left out, as it predicts further tokens with unscored experts")
+        # Where nothing is pruned it is the result; else it stays until the last target is done.
+        last = works[-1]
+        folder = last.checkpoint if self.drops_alone else last.path / "scratch" / "dropped"
+        for work in works:
+            work.keep(dropped=[asdict(mixture) for mixture in dropped])
         distributed.once(partial(write_dropped, source, dropped, folder))
         try:
             made = StreamedModel(
@@ -401,68 +384,40 @@ class _Pruning:
         self.source = made
         return dropped
 
-    def _allocated(self, ids: Tensor | None, plan: Plan) -> list[Job]:
-        """Return jobs with patterns by layer where a look at the dense model decides them."""
+    def _allocate(self, ids: Tensor) -> None:
+        """Keep sparsities by layer for the jobs where a look at the dense model decides them."""
         for by in SPREAD:
-            asking = [
-                j for j in self.jobs if j.allocation == by and "allocation" not in j.work.kept
-            ]
-            if not asking:
-                continue
-            assert ids is not None
-            shares = sorted({job.request.sparsity or 0.0 for job in asking})
-            look = DensePass(self.source.model, self.source.blocks, by, shares, plan.paused)
-            look.expert_bytes = plan.expert_bytes
-            pass_through(self.source, ids, look, asking[0].work, plan)
-            for job in asking:
-                found = look.patterns(job.request.sparsity or 0.0, job.method)
-                job.work.keep(allocation={name: one.sparsity for name, one in found.items()})
-        made = []
-        for job in self.jobs:
-            kept = job.work.kept.get("allocation") or {}
-            patterns = {name: Unstructured(share) for name, share in kept.items()}
-            made.append(replace(job, pattern=patterns or job.pattern))
-        return made
+            jobs = [job for job in self.jobs if job.request.allocation == by]
+            jobs = [job for job in jobs if "allocation" not in job.work.kept]
+            if jobs:
+                shares = sorted({job.request.sparsity or 0.0 for job in jobs})
+                made = partial(DensePass, self.source.model, self.source.blocks, by, shares)
+                look = self._look(made, ids)
+                for job in jobs:
+                    found = look.patterns(job.request.sparsity or 0.0, job.method)
+                    job.work.keep(allocation={name: one.sparsity for name, one in found.items()})
 
     def _finish(self, job: Job, report: PruneReport) -> None:
         """Write all that stands beside the weights, and turn the work into the output."""
-        source, work = self.source, job.work
-        drawn = self.drawn if job.request.calibration is not None else None
-        manifest, seconds = _manifest(
-            source.name, job.asked["model"], source.dtype, source.device.type, report, drawn,
-            job.request, source.trust_remote_code,
-        )  # fmt: skip
-        manifest["request_sha256"] = sha256_json(job.asked)
+        source, work, request = self.source, job.work, job.request
+        drawn = self.drawn if request.calibration is not None else None
         with disk_errors(work.path), quiet_transformers():
             if not self.drops_alone:
                 source.save_config(work.checkpoint, work.path / "blocks")
             self.tokenizer.tokenizer.save_pretrained(work.checkpoint)
-            run = run_record(seconds) | {
-                "batch": report.rows_at_once, "processes": distributed.processes()[1],
-            }  # fmt: skip
-            work.check(_write_beside(work.checkpoint, source, manifest, run))
+            work.check(_write_beside(work.checkpoint, source, job.asked, report, drawn, request))
         work.complete()
 
 
 def _job(output: Path, request: PruneRequest, source: WeightSource) -> Job:
     """Return what a request means for a model; a look at the model may decide its pattern yet."""
-    method, allocation = request.chosen, request.allocation
+    method = request.chosen
     pattern: Patterns = request.target
-    if isinstance(allocation, dict):
+    if isinstance(request.allocation, dict):
         assert request.sparsity is not None
-        pattern = from_shares(allocation, source.blocks, request.sparsity, method)
-        allocation = "given"
+        pattern = from_shares(request.allocation, source.blocks, request.sparsity, method)
     check_pattern(source.blocks, pattern, method)
-    return Job(
-        work=WorkFolder(output), method=method, pattern=pattern, allocation=allocation,
-        propagation=request.propagation or "sequential", output=output, request=request,
-        asked=asked_of(request, source),
-    )  # fmt: skip
-
-
-def asked_of(request: PruneRequest, source: WeightSource) -> dict[str, Any]:
-    """Return what decides the bytes of a result, as far as it is known before the draw."""
-    return {
+    asked = {
         "model": distributed.once(partial(fingerprint, source.folder)),
         "dtype": dtype_name(source.dtype),
         "device": source.device.type,
@@ -471,6 +426,7 @@ def asked_of(request: PruneRequest, source: WeightSource) -> dict[str, Any]:
         **request.record(),
         "versions": deciding_versions(),
     }
+    return Job(output, WorkFolder(output), request, method, pattern, asked)
 
 
 def read_told(path: Path) -> dict[str, Any]:
@@ -481,42 +437,13 @@ def read_told(path: Path) -> dict[str, Any]:
         return {}
 
 
-def told_report(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> PruneReport:
-    """Return the report that a manifest and its run record hold."""
-    return PruneReport.from_json(manifest["pruning"] | {"seconds": run["seconds"]})
-
-
-def _manifest(
-    name: str,
-    model_sha256: str,
-    dtype: torch.dtype,
-    device: str,
-    report: PruneReport,
-    calibration: CalibrationSet | None,
-    request: PruneRequest | None,
-    trusted: bool,
-) -> tuple[dict[str, Any], dict[str, float]]:
-    done = report.to_json()
-    seconds = done.pop("seconds")
-    manifest: dict[str, Any] = {
-        "kind": "pruned checkpoint",
-        "model": {"name": name, "sha256": model_sha256},
-        "dtype": dtype_name(dtype),
-        "device": device,
-        "trust_remote_code": trusted,
-        "request": None if request is None else request.record(),
-        "calibration": None if calibration is None else calibration.manifest,
-        "pruning": done,
-        "versions": versions(),
-    }
-    return manifest, seconds
-
-
 def _write_beside(
     folder: Path,
     source: OpenModel | WeightSource,
-    manifest: dict[str, Any],
-    run: dict[str, Any],
+    asked: Mapping[str, Any],
+    report: PruneReport,
+    calibration: CalibrationSet | None,
+    request: PruneRequest | None = None,
 ) -> dict[str, str]:
     """Write code and processor files that came with the model, the manifest and the run record;
     return the files' hashes."""
@@ -527,23 +454,36 @@ def _write_beside(
     if source.trust_remote_code:
         for code in source.folder.glob("*.py"):
             shutil.copy(code, folder / code.name)
-    hashed = {"files": file_hashes(folder, without=(MANIFEST, RUN))}
-    write_json(folder / MANIFEST, sealed(manifest | hashed))
+    done, files = report.to_json(), file_hashes(folder, without=(MANIFEST, RUN))
+    run = run_record(done.pop("seconds")) | {
+        "batch": report.rows_at_once, "processes": distributed.processes()[1],
+    }  # fmt: skip
+    manifest = {
+        "kind": "pruned checkpoint",
+        "model": {"name": source.name, "sha256": asked["model"]},
+        "dtype": asked["dtype"],
+        "device": asked["device"],
+        "trust_remote_code": source.trust_remote_code,
+        "request": None if request is None else request.record(),
+        "calibration": None if calibration is None else calibration.manifest,
+        "pruning": done,
+        "versions": versions(),
+        "request_sha256": sha256_json(asked),
+        "files": files,
+    }
+    write_json(folder / MANIFEST, sealed(manifest))
     write_json(folder / RUN, run)
-    return hashed["files"]
+    return files
 
 
 def write_checkpoint(
     opened: OpenModel, output: Path, report: PruneReport, calibration: CalibrationSet | None
 ) -> None:
     """Write model, tokenizer, manifest and run record to a folder, whole or not at all."""
-    model = opened.model
+    model, device = opened.model, opened.model.device.type
     check_free(output, sum(p.nbytes for p in model.parameters()), "the checkpoint takes")
-    manifest, seconds = _manifest(
-        opened.name, opened.fingerprint, model.dtype, model.device.type, report, calibration,
-        None, opened.trust_remote_code,
-    )  # fmt: skip
+    asked = {"model": opened.fingerprint, "dtype": dtype_name(model.dtype), "device": device}
     with atomic_folder(output) as folder, quiet_transformers():
         model.save_pretrained(folder)
         opened.tokenizer.save_pretrained(folder)
-        _write_beside(folder, opened, manifest, run_record(seconds))
+        _write_beside(folder, opened, asked, report, calibration)

@@ -183,25 +183,6 @@ def own_rows(ids: Tensor) -> Tensor:
     return ids[own.start : own.stop]
 
 
-def of_all_rows(own: Tensor, rows: int, device: torch.device) -> Tensor:
-    """Return what all processes know of their rows, (rows, ...), from what this one does."""
-    if processes()[1] == 1:
-        return own
-    whole = own.new_zeros(rows, *own.shape[1:])
-    at = share(rows)
-    whole[at.start : at.stop] = own
-    return total(whole, device)
-
-
-def total(own: Tensor, device: torch.device) -> Tensor:
-    """Return the sum of what all processes have; of several it lies on the device they work on."""
-    if processes()[1] == 1:
-        return own
-    whole = own.to(device, copy=True)
-    _together(lambda: dist.all_reduce(whole))
-    return whole
-
-
 def gather(statistic: Statistic) -> None:
     """Make a statistic that of all processes' rows."""
     if processes()[1] > 1:

@@ -18,31 +18,24 @@ Knows nothing about architectures (see trace.py), files (see streamed.py) or com
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.errors import (
-    CalmixError,
-    DeviceMemoryError,
-    InputError,
-    ModelError,
-    SolverError,
-    nearest,
-)
+from calmix.errors import DeviceMemoryError, InputError, ModelError, SolverError, nearest
 from calmix.machine import Laps, give_memory_back, out_of_memory, tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
-from calmix.options import BITS_METHOD, METHOD
-from calmix.precision import bfloat16_products, reproducible
+from calmix.options import BITS_METHOD, METHOD, Propagation
+from calmix.precision import bfloat16_products, dtype_name, reproducible
 from calmix.pruning import distributed
 from calmix.pruning.experts import EXPERT_BYTES, Gathering, Routed, Step, sampled
 from calmix.pruning.gram import Gram, Statistic, relative_error
@@ -50,9 +43,8 @@ from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 from calmix.pruning.solvers.grids import Grid
-from calmix.pruning.trace import TOKENS, BlockCall, Calls, SharedInput, observe_block
+from calmix.pruning.trace import TOKENS, Batch, Calls, SharedInput, observe_block
 
-Propagation = Literal["sequential", "block"]
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
 Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch's arguments
 T = TypeVar("T")
@@ -129,7 +121,8 @@ def prune(
 
     def act(rows: int) -> PruneReport:
         nonlocal run
-        run = Run(model, found, chosen, pattern, propagation, paused, sources=sources)
+        run = Run(model, found, chosen, pattern, propagation)
+        run.paused, run.sources = paused, sources
         run_through(run, ids, rows * length, progress)
         return run.report
 
@@ -145,13 +138,8 @@ def prune(
         return with_room(act, min(rows, count), device, undone)
     except BaseException as error:
         if run is not None and (run.done or run.begun):
-            done = f"blocks 0 to {run.done - 1}" if run.done > 1 else "block 0"
-            parts = [done] * (run.done > 0) + [f"part of block {run.done}"] * run.begun
-            state = f"the model is left with {' and '.join(parts)} pruned, so open it again"
-            if isinstance(error, CalmixError):
-                error.args = (f"{state}: {error}",)
-            else:
-                error.add_note(state)
+            last = run.done - (not run.begun)
+            error.add_note(f"the model is left pruned in blocks 0 to {last}: open it again")
         raise
 
 
@@ -194,14 +182,13 @@ def run_through(
     training = [module for module in model.modules() if module.training]
     model.eval()  # no dropout
     try:
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            if run.needs_ids:
-                for number, hidden in run.record(check_ids(ids, run.method.name), micro_tokens):
-                    run.states[number] = hidden
-            for index in range(len(found)):
-                run.block(index)
-                if progress is not None:
-                    progress(index + 1, len(found))
+        if run.needs_ids:
+            with _no_autocast(next(model.parameters()).device):
+                run.record(check_ids(ids, run.method.name), micro_tokens)
+        for index in range(len(found)):
+            run.block(index)
+            if progress is not None:
+                progress(index + 1, len(found))
     finally:
         for module in training:
             module.training = True
@@ -272,15 +259,13 @@ class Run:
             `record`, with all that is outside the blocks).
         found: its blocks.
         method: with its options.
-        pattern, propagation, paused, sources: as for `prune`.
-        shared: statistics of the first block's inputs that are the same for other runs, by kind
-            and number: taken from here, or left here.
-        expert_bytes: bytes that statistics of several experts may take at a time.
+        pattern, propagation: as for `prune`.
 
     Attributes:
+        paused, sources: as for `prune`.
+        expert_bytes: bytes that statistics of several experts may take at a time.
         states: hidden states by number of the micro-batch: those that lead into the block at hand.
-        written: what blocks have written into their arguments (keys and values that later ones
-            share), of the few tokens that are observed and then of every micro-batch.
+        grids: those of the quantised layers of the block at hand, by parameter.
         done: blocks that this run has pruned.
         begun: whether layers of the block at hand have been pruned.
         report: what has been done so far.
@@ -292,156 +277,114 @@ class Run:
         found: DecoderBlocks,
         method: Method,
         pattern: Patterns,
-        propagation: Propagation,
-        paused: int | None = None,
-        shared: dict[tuple[type[Statistic], int], Tensor] | None = None,
-        *,
-        expert_bytes: int = EXPERT_BYTES,
-        sources: Sequence[str] = (),
+        propagation: Propagation = "sequential",
     ) -> None:
         self.model, self.found, self.method, self.pattern = model, found, method, pattern
-        self.propagation, self.paused = propagation, paused
-        self.expert_bytes, self.sources, self._shared = expert_bytes, sources, shared
+        self.propagation = propagation
+        self.paused: int | None = None
+        self.sources: Sequence[str] = ()
+        self.expert_bytes = EXPERT_BYTES
         self.states: MutableMapping[int, Tensor] = {}
-        self.written: list[list[Any]] = []
+        self.grids: dict[str, Grid] = {}
         self.done, self.begun = 0, False
         self.report = PruneReport(
             method.name, "by layer" if isinstance(pattern, Mapping) else str(pattern),
             propagation if self.needs_ids else None, 0, method.options,
+            seconds=dict.fromkeys(("prepare", "statistics", "solve", "forward"), 0.0),
         )  # fmt: skip
-        activities = ("prepare", "statistics", "solve", "forward") if self.needs_ids else ("solve",)
-        self.report.seconds = dict.fromkeys(activities, 0.0)
-        self._calls: list[list[BlockCall]] = []
-        self._rows: list[int] = []
-        self._length = 0
-        self._counts: dict[str, dict[int, Tensor]] = {}
-        self._by_row: dict[str, Tensor] = {}
-        self._tiny: tuple[Tensor, list[BlockCall]] | None = None
-        self._laps = Laps(torch.device("cpu"))
-        self.grids: dict[str, Grid] = {}  # of the block at hand, by parameter
+        self._kind: Any = method.needs
+        self._batches: list[Batch] = []
+        self._counts: dict[str, dict[int, Tensor]] = {}  # tokens by mixture and micro-batch
 
     @property
     def needs_ids(self) -> bool:
         """Whether the method looks at calibration data."""
         return self.method.needs is not None
 
-    def record(self, ids: Tensor, micro_tokens: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Yield the hidden states each micro-batch brings into the first block.
-
-        What the decoder hands to the blocks beside them is kept.
-        """
+    def record(self, ids: Tensor, micro_tokens: int | None = None) -> None:
+        """Make the states that lead into the first block, and keep what else blocks are given."""
         began = time.perf_counter()
-        device = self._device(0)
-        self.report.tokens, self.report.rows = ids.numel(), len(ids)
-        # The layout is observed outside inference mode, where tensors count their versions.
+        device, (rows, length) = self._device(0), ids.shape
+        self.report.tokens, self.report.rows = ids.numel(), rows
+        # Blocks are observed outside inference mode, where tensors count their versions.
         with torch.inference_mode(False), torch.no_grad():
             few = ids[:1, :TOKENS].clone().to(device)
             calls = Calls(self.model, self.found, few)
-            hidden, recorded, written = calls.record(few)
-        self._tiny = hidden, recorded
-        self._calls, self.written, self._rows, self._length = [], [written], [], ids.shape[1]
+            self._few = calls.record(few)
         own = distributed.own_rows(ids)
-        at_once = max(1, (micro_tokens or tokens_at_once(device)) // ids.shape[1])
+        at_once = max(1, (micro_tokens or tokens_at_once(device)) // length)
         self.report.rows_at_once = min(at_once, len(own))
-        for number, batch in enumerate(own.split(at_once)):
-            with torch.inference_mode(), reproducible(device):
-                hidden, recorded, written = calls.record(batch.to(device))
-            self._calls.append(recorded)
-            self._rows.append(len(batch))
-            self.written.append(written)
-            yield number, hidden
+        with torch.inference_mode(), reproducible(device):
+            for number, part in enumerate(own.split(at_once)):
+                self.states[number], batch = calls.record(part.to(device))
+                self._batches.append(batch)
         self.report.seconds["prepare"] += time.perf_counter() - began
-
-    def recorded_by(self, other: Run) -> None:
-        """Take what another run of the same model and ids, yet to prune a block, has recorded."""
-        self._calls, self._tiny = other._calls, other._tiny
-        self._rows, self._length = other._rows, other._length
-        self.written = [list(values) for values in other.written]
-        self.report.tokens, self.report.rows = other.report.tokens, other.report.rows
-        self.report.rows_at_once = other.report.rows_at_once
 
     def block(self, index: int) -> None:
         """Prune one block, whose weights are in memory, and move the states on to the next."""
-        began = time.perf_counter()
-        before = sum(self.report.seconds.values())
-        device = self._device(index)
+        began, seconds, device = time.perf_counter(), self.report.seconds, self._device(index)
+        before = sum(seconds.values())
         self._laps = Laps(device)
         self.report.dense += self.found.dense(index)
         self._counts.clear()
-        self._by_row.clear()
         self.grids.clear()
-        with torch.inference_mode(), reproducible(device):
+        with torch.inference_mode(), reproducible(device), _no_autocast(device):
             if self.needs_ids:
-                self._with_states(index)
+                hidden, batch = self._few
+                with torch.inference_mode(False):
+                    inputs, dense = observe_block(self.found, index, batch, hidden)
+                self.report.dense += dense
+                self._through(index, inputs)
             else:
                 for layer in self.found.prunables(index):
                     self._prune([layer], None)
         self.done, self.begun = self.done + 1, False
-        self._laps.read(self.report.seconds)
-        spent = sum(self.report.seconds.values()) - before
+        self._laps.read(seconds)
+        spent = sum(seconds.values()) - before
         rest = "forward" if self.needs_ids else "solve"
-        self.report.seconds[rest] += time.perf_counter() - began - spent
+        seconds[rest] += time.perf_counter() - began - spent
 
     def replay(self, index: int) -> None:
         """Move the states through a block that an earlier run has pruned."""
-        assert self._tiny is not None
-        hidden, recorded = self._tiny
+        hidden, batch = self._few
         with torch.inference_mode(False), torch.no_grad():
-            recorded[index].run(self.found.blocks[index], hidden, self.written[0])
+            batch.run(index, hidden)
         with torch.inference_mode(), reproducible(self._device(index)):
             self._advance(index)
 
     def _advance(self, index: int) -> None:
         """Replace the states by the block's outputs, unless it is the last."""
         if index + 1 < len(self.found):
-            for number in range(len(self._calls)):
+            for number in range(len(self._batches)):
                 self.states[number] = self._run(index, number)
 
-    def _with_states(self, index: int) -> None:
-        assert self._tiny is not None
-        with torch.inference_mode(False):
-            hidden, recorded = self._tiny
-            seen = observe_block(self.found, index, recorded[index], hidden, self.written[0])
-        self.report.dense += seen.dense
-        if self.propagation == "sequential":
-            self._sequential(index, seen.inputs, 0 if index else 1)
-        else:
-            self._two_pass(index, seen.inputs, 0 if index else len(seen.inputs))
-
     def _run(self, index: int, number: int, *, keep: bool = True) -> Tensor:
-        """Run a block on a micro-batch; what it writes into its arguments stays if `keep`."""
-        written = self.written[1 + number]
-        return self._calls[number][index].run(
-            self.found.blocks[index], self.states[number], written if keep else list(written)
-        )
+        return self._batches[number].run(index, self.states[number], keep=keep)
 
-    def _sequential(self, index: int, inputs: list[SharedInput | Routed], common: int) -> None:
-        """Prune one block in one pass; replace the states by its outputs unless it is the last.
+    def _through(self, index: int, inputs: list[SharedInput | Routed]) -> None:
+        """Prune one block; replace the states by its outputs unless it is the last."""
+        (self._sequential if self.propagation == "sequential" else self._two_pass)(index, inputs)
 
-        The first `common` inputs are the same whatever the block is pruned to.
-        """
-        outside = _autocast_state({"cpu", self._device(index).type})
-        current = 0
+    def _sequential(self, index: int, inputs: list[SharedInput | Routed]) -> None:
+        """Prune one block in one pass."""
+        device, current = self._device(index), 0
 
         def pause(number: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 while number >= current:  # else a micro-batch that begins the block anew
-                    with _autocast(outside):
+                    with _no_autocast(device):  # which all coroutines of a thread share
                         work = getcurrent().parent.switch(number)
                     if not work:
                         return
                     work(args, kwargs)
+                    del work  # and the statistic that it adds to
 
             return hook
 
-        handles = [
-            shared.module.register_forward_pre_hook(pause(number), with_kwargs=True)
-            for number, shared in enumerate(inputs)
-        ]
-        batches = range(len(self._calls))
+        batches = range(len(self._batches))
         held = len(batches) if self.paused is None else self.paused
         tasks: dict[int, greenlet] = {}
-        arrived: set[int] = set()
+        reached: dict[int, Any] = {}
 
         def proceed(number: int) -> Any:
             if number in tasks:
@@ -452,100 +395,85 @@ class Run:
         def gather(work: Work) -> None:
             """Take every micro-batch to the input at hand, and do some work on it there."""
             for number in batches:
-                if number not in arrived:
+                if reached.get(number) != current:
                     # A task that has ended, or stands elsewhere, took a path of its own.
-                    reached = proceed(number)
-                    if tasks[number].dead or reached != current:
+                    found = proceed(number)
+                    if tasks[number].dead or found != current:
                         raise ModelError(
                             f"{inputs[current].name} is not reached by every micro-batch: the "
                             "engine cannot prune layers that only some tokens pass through"
                         )
-                    arrived.add(number)
+                    reached[number] = found
                 tasks[number].switch(partial(work, number))
                 if number >= held:
-                    arrived.discard(number)
+                    del reached[number]
                     tasks.pop(number).throw()
 
-        try:
-            for current, shared in enumerate(inputs):
-                arrived.clear()
-                if isinstance(shared, Routed):
-                    for step, experts in self._waves(shared):
-                        self._experts(shared, step, experts, gather)
-                    continue
-                statistic = self._statistic(shared, current, common)
+        with ExitStack() as hooks:
+            for number, one in enumerate(inputs):
+                hooks.enter_context(
+                    one.module.register_forward_pre_hook(pause(number), with_kwargs=True)
+                )
+            try:
+                for one in inputs:
+                    if isinstance(one, Routed):
+                        for step, experts in self._waves(one):
+                            self._experts(one, step, experts, gather)
+                    else:
+                        statistic = self._statistic(one)
+                        gather(partial(self._add, statistic))
+                        self._solve(one, statistic)
+                        del statistic
+                    current += 1
+                if index + 1 < len(self.found):
+                    for number in batches:
+                        self.states[number] = proceed(number)
+                        del tasks[number]
+            finally:
+                for task in tasks.values():
+                    if task and not task.dead:
+                        task.throw()
 
-                def add(number: int, args: Any, kwargs: Any, to: Any = statistic) -> None:
-                    with _autocast(outside):
-                        self._add(to, args[0])
-
-                gather(add)
-                self._solve(shared, statistic, current, common)
-                del statistic, add
-            current = len(inputs)
-            if index + 1 < len(self.found):
-                for number in batches:
-                    self.states[number] = proceed(number)
-                    del tasks[number]
-        finally:
-            for handle in handles:
-                handle.remove()
-            for task in tasks.values():
-                if task and not task.dead:
-                    task.throw()
-
-    def _two_pass(self, index: int, inputs: list[SharedInput | Routed], common: int) -> None:
+    def _two_pass(self, index: int, inputs: list[SharedInput | Routed]) -> None:
         """Prune one block on its dense inputs, then run it again for the next one's inputs."""
-        plain = [
-            (shared, self._statistic(shared, number, common), number)
-            for number, shared in enumerate(inputs)
-            if isinstance(shared, SharedInput)
-        ]
-        gathered = False
+        sums = [(one, self._statistic(one)) for one in inputs if isinstance(one, SharedInput)]
+        waves = [(one, *wave) for one in inputs if isinstance(one, Routed)
+                 for wave in self._waves(one)]  # fmt: skip
+        empty = list(sums)
 
-        def gather(work: Work, at: nn.Module | None) -> None:
-            """Run the block on every micro-batch, and do some work at a mixture of experts."""
-            nonlocal gathered
+        def gather(work: Work, at: nn.Module) -> None:
+            """Run the block on every micro-batch, and do some work at a module."""
             number = 0
 
-            def collect(to: Statistic | Tensor) -> Callable[..., None]:
-                return lambda module, args: self._add(to, args[0])
+            def adding(statistic: Statistic) -> Callable[..., None]:
+                return lambda module, args: self._add(statistic, number, args, {})
 
-            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                work(number, args, kwargs)
-
-            handles = [
-                shared.module.register_forward_pre_hook(collect(statistic))
-                for shared, statistic, _ in plain
-                if not gathered
-            ]
-            if at is not None:
-                handles.append(at.register_forward_pre_hook(hook, with_kwargs=True))
-            try:
-                for number in range(len(self._calls)):
+            with ExitStack() as hooks:
+                for one, statistic in empty:
+                    hooks.enter_context(one.module.register_forward_pre_hook(adding(statistic)))
+                hooks.enter_context(
+                    at.register_forward_pre_hook(
+                        lambda module, args, kwargs: work(number, args, kwargs), with_kwargs=True
+                    )
+                )
+                for number in range(len(self._batches)):
                     self._run(index, number, keep=False)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            gathered = True
+            empty.clear()
 
         # From the last input to the first: what is upstream of experts has to be dense still.
-        for routed in reversed([shared for shared in inputs if isinstance(shared, Routed)]):
-            for step, experts in reversed(self._waves(routed)):
-                self._experts(routed, step, experts, partial(gather, at=routed.module))
-        if not gathered:
-            gather(lambda number, args, kwargs: None, None)
-        while plain:
-            self._solve(*plain.pop(0), common)
+        for routed, step, experts in reversed(waves):
+            self._experts(routed, step, experts, partial(gather, at=routed.module))
+        if empty:
+            gather(lambda number, args, kwargs: None, self.found.blocks[index])
+        while sums:
+            self._solve(*sums.pop(0))
         self._advance(index)
 
     def _waves(self, routed: Routed) -> list[tuple[Step, list[int | None]]]:
         """Return a mixture's steps, each with as many experts as have room for statistics."""
-        kind = self.method.needs
-        assert kind is not None
         waves = []
         for step in (step for step in routed.steps if step.layers):
-            at_once = max(1, self.expert_bytes // (2 * kind.memory(step.columns)))
+            at_once = max(1, self.expert_bytes // (2 * self._kind.memory(step.columns)))
             experts = list(step.layers)
             waves += [(step, experts[at : at + at_once]) for at in range(0, len(experts), at_once)]
         return waves
@@ -558,70 +486,54 @@ class Run:
         gather: Callable[[Work], None],
     ) -> None:
         """Gather the statistics of some experts at one step, and prune them."""
-        kind = self.method.needs
-        assert kind is not None
-        lap = partial(self._laps.lap, "statistics")
-        gathering = Gathering(routed, step, experts, kind, lap)
-        every = sampled(routed, self._length)
+        report, lap = self.report, partial(self._laps.lap, "statistics")
+        gathering = Gathering(routed, step, experts, self._kind, lap)
+        length = report.tokens // report.rows
+        every, first = sampled(routed, length), distributed.share(report.rows).start
         counts = self._counts.setdefault(routed.name, {})
 
         def collect(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rows = self._rows[number]
+            rows = self._batches[number].rows
             if number not in counts:
                 counts[number] = routed.counts(rows, args, kwargs)
-            before = distributed.share(self.report.rows).start + sum(self._rows[:number])
-            first = before * self._length
-            sample = torch.arange(-first % every, rows * self._length, every)
+            before = (first + number * report.rows_at_once) * length
+            sample = torch.arange(-before % every, rows * length, every)
             gathering.collect(sample.to(routed.device), args, kwargs)
 
         gather(collect)
-        if routed.name not in self._by_row:  # read once a mixture
-            own = torch.cat([counts[number] for number in range(len(self._rows))])
-            whole = distributed.of_all_rows(own, self.report.rows, routed.device)
-            self._by_row[routed.name] = whole.cpu()
-        by_row = self._by_row[routed.name]
-        with self._laps.lap("solve"):
-            for layers, statistic, tokens in gathering.statistics(by_row.sum(0).tolist()):
-                self._prune(layers, statistic, tokens)
-                del statistic
-        if not any(report.name == routed.name for report in self.report.experts):
-            sources = {
+        told = next((one for one in report.experts if one.name == routed.name), None)
+        if told is None:  # tokens are counted once a mixture
+            own = torch.cat([counts[number] for number in range(len(counts))]).cpu()
+            by_row = torch.cat(distributed.everyone(own))
+            chosen = {
                 source: by_row[torch.tensor([one == source for one in self.sources])]
                 for source in dict.fromkeys(self.sources)
             }
-            self.report.experts.append(
-                ExpertsReport(
-                    routed.name, by_row.sum(0).tolist(),
-                    {source: rows.sum(0).tolist() for source, rows in sources.items()},
-                )
+            told = ExpertsReport(
+                routed.name, by_row.sum(0).tolist(),
+                {source: rows.sum(0).tolist() for source, rows in chosen.items()},
             )  # fmt: skip
+            report.experts.append(told)
+        with self._laps.lap("solve"):
+            for layers, statistic, tokens in gathering.statistics(told.tokens):
+                self._prune(layers, statistic, tokens)
+                del statistic
 
     def _device(self, index: int) -> torch.device:
         return next(self.found.blocks[index].parameters()).device
 
-    def _statistic(self, shared: SharedInput, number: int, common: int) -> Statistic | Tensor:
-        """Return an input's empty statistic, or another run's full one that is the same."""
-        kind = self.method.needs
-        assert kind is not None
-        if self._shared is not None and number < common and (kind, number) in self._shared:
-            return self._shared[kind, number]
-        return kind(shared.columns, shared.layers[0].view().device)
+    def _statistic(self, shared: SharedInput) -> Statistic:
+        made: Statistic = self._kind(shared.columns, shared.layers[0].view().device)
+        return made
 
-    def _add(self, statistic: Statistic | Tensor, inputs: Tensor) -> None:
-        if isinstance(statistic, Statistic):
-            with self._laps.lap("statistics"):
-                statistic.add(inputs)
+    def _add(self, statistic: Statistic, number: int, args: Any, kwargs: Any) -> None:
+        with self._laps.lap("statistics"), _no_autocast(args[0].device):
+            statistic.add(args[0])
 
-    def _solve(
-        self, shared: SharedInput, statistic: Statistic | Tensor, number: int = 0, common: int = 0
-    ) -> None:
+    def _solve(self, shared: SharedInput, statistic: Statistic) -> None:
         with self._laps.lap("solve"):
-            if isinstance(statistic, Statistic):
-                distributed.gather(statistic)
-                kind, statistic = type(statistic), statistic.matrix()
-                if self._shared is not None and number < common:
-                    self._shared[kind, number] = statistic
-            self._prune(shared.layers, statistic)
+            distributed.gather(statistic)
+            self._prune(shared.layers, statistic.matrix())
 
     def _prune(
         self, layers: list[Prunable], statistic: Tensor | None, tokens: int | None = None
@@ -646,9 +558,9 @@ class Run:
             layers, solved.pruned, solved.errors, grids, strict=True
         ):
             rows, columns = layer.shape
+            precision = None if solved.dtype is None else dtype_name(solved.dtype)
             if grid is not None and layer.whole_matrix:
                 self.grids[layer.parameter_name] = grid
-            precision = None if solved.dtype is None else str(solved.dtype)[6:]
             self.report.layers.append(
                 LayerReport(
                     layer.name, rows, columns, pruned, pruned / (rows * columns), error,
@@ -658,28 +570,8 @@ class Run:
             )  # fmt: skip
 
 
-def _autocast_state(kinds: set[str]) -> dict[str, tuple[bool, torch.dtype]]:
-    """Return whether autocast is on, and to what type, by kind of device."""
-    return {
-        kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds
-    }
-
-
-@contextmanager
-def _autocast(state: dict[str, tuple[bool, torch.dtype]]) -> Iterator[None]:
-    """Set autocast, which all coroutines of a thread share, for a while."""
-    before = _autocast_state(set(state))
-
-    def put(values: dict[str, tuple[bool, torch.dtype]]) -> None:
-        for kind, (enabled, dtype) in values.items():
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
-
-    put(state)
-    try:
-        yield
-    finally:
-        put(before)
+def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    return torch.autocast(device.type, enabled=False)
 
 
 def _check_finite(layers: list[Prunable], otherwise: str, inputs: Sequence[Tensor] = ()) -> None:

@@ -30,7 +30,7 @@ from calmix.pruning.experts import Given, Routed
 from calmix.pruning.methods import Look
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped
-from calmix.pruning.trace import observe_block
+from calmix.pruning.trace import SharedInput
 
 COUNTS = (
     "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
@@ -50,14 +50,10 @@ class ScorePass(Run):
         super().__init__(model, found, Look(), Unstructured(0.5), "block")
         self.scores: dict[str, list[float]] = {}
 
-    def _with_states(self, index: int) -> None:
-        assert self._tiny is not None
-        with torch.inference_mode(False):
-            hidden, recorded = self._tiny
-            seen = observe_block(self.found, index, recorded[index], hidden, self.written[0])
+    def _through(self, index: int, inputs: list[SharedInput | Routed]) -> None:
         handles = []
         sums: dict[str, Tensor] = {}
-        for routed in (one for one in seen.inputs if isinstance(one, Routed)):
+        for routed in (one for one in inputs if isinstance(one, Routed)):
             if routed.kind not in ("indexed", "stacked"):
                 raise ModelError(
                     f"the gates of the experts in {routed.name} cannot be seen: --drop-experts "
@@ -69,13 +65,13 @@ class ScorePass(Run):
             )
             handles.append(_scored(routed, sums[routed.name]))
         try:
-            for number in range(len(self._calls)):
+            for number in range(len(self._batches)):
                 self.states[number] = self._run(index, number)
         finally:
             for handle in handles:
                 handle.remove()
         for name, own in sums.items():
-            total, tokens = distributed.total(own, self._device(index)).cpu()
+            total, tokens = torch.stack(distributed.everyone(own.cpu())).sum(0)
             self.scores[name] = (total / tokens.clamp(min=1)).tolist()
 
 

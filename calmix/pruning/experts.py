@@ -392,7 +392,7 @@ class Gathering:
             counts: tokens routed to each expert of the mixture.
         """
         if self._numbers:
-            self._all = int(distributed.total(torch.tensor(self._all), self._routed.device))
+            self._all = sum(distributed.everyone(self._all))
         common = self._step.common and self._numbers
         whole = self._summed(self._every, self._numbers[0]) if common else None
         for expert in self._experts:

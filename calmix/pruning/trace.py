@@ -49,59 +49,59 @@ class SharedInput:
 
 
 class Slot(NamedTuple):
-    """The place, among a block's arguments, of a dict or list that blocks may write into."""
+    """The place, among a block's arguments, of a dict or list that blocks may write into, or of one
+    of its entries."""
 
     number: int
+    entry: int | None = None
 
 
-class Handed(NamedTuple):
-    """The place, in the first slot, of what the block before has returned beside hidden states."""
+@dataclass
+class Batch:
+    """A micro-batch of so many rows on its way through the blocks.
 
-    number: int
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """The arguments a decoder calls one block with, the hidden states left out.
-
-    Nothing that runs changes them: for every dict and list there is a `Slot`, and where blocks
-    hand one another more than hidden states, `Handed`.
+    `calls` are the arguments the decoder calls each block with, hidden states left out. Nothing
+    that runs changes them: for every dict and list there is a `Slot` of `written`. Where blocks
+    hand one another more than hidden states, the first slot takes that.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    hands: bool = False
+    blocks: Any
+    rows: int
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    written: list[Any]
+    hands: bool
 
-    def run(self, block: nn.Module, hidden: Tensor, written: list[Any]) -> Tensor:
-        """Call the block on hidden states and return its hidden states.
+    def run(self, index: int, hidden: Tensor, *, keep: bool = True) -> Tensor:
+        """Run a block on hidden states and return its own.
 
-        What it makes of `written`, the contents of the slots, takes its place once the block has
-        run to its end, so that one begun anew finds what it found before.
+        What it writes into its arguments stays if `keep`, once the block has run to its end: one
+        begun anew finds what it found before.
         """
-        own = [copied(value) for value in written]
-        args = _filled(self.args, own)
-        result = block(hidden, *args, **{k: _filled(v, own) for k, v in self.kwargs.items()})
+        own = [_copied(value) for value in self.written]
+        args, kwargs = self.calls[index]
+        named = {name: _filled(value, own) for name, value in kwargs.items()}
+        result = self.blocks[index](hidden, *_filled(args, own), **named)
         if self.hands:
             own[0] = list(result[1:])
-        written[:] = own
+        if keep:
+            self.written = own
         return first_tensor(result)
 
 
-def copied(value: Any) -> Any:
+def _copied(value: Any) -> Any:
     """Return a copy of a dict or list, and of all dicts and lists in it; the rest is shared."""
     if not isinstance(value, MutableMapping | MutableSequence):
         return value
     made: Any = copy.copy(value)
     for key in value if isinstance(value, MutableMapping) else range(len(value)):
-        made[key] = copied(value[key])
+        made[key] = _copied(value[key])
     return made
 
 
 def _filled(value: Any, written: list[Any]) -> Any:
     if isinstance(value, Slot):
-        return written[value.number]
-    if isinstance(value, Handed):
-        return written[0][value.number]
+        found = written[value.number]
+        return found if value.entry is None else found[value.entry]
     return tuple(_filled(v, written) for v in value) if type(value) is tuple else value
 
 
@@ -174,23 +174,23 @@ class Calls:
         with forwards([(b, forward(i)) for i, b in enumerate(self._found.blocks)]):
             self._decoder(input_ids=ids, use_cache=False)
 
-    def _handed(self, value: Any) -> Handed | None:
+    def _handed(self, value: Any) -> Slot | None:
         """Return which of the things a block returns beside hidden states an argument is."""
-        for number, own in enumerate(self._rest or ()):
-            if isinstance(own, Tensor) and value is own:
-                return Handed(number)
-        return None
+        rest = enumerate(self._rest or ())
+        found = (n for n, own in rest if isinstance(own, Tensor) and value is own)
+        return next((Slot(0, number) for number in found), None)
 
     def _returned(self, hidden: Tensor) -> Any:
         return hidden if self._rest is None else (hidden, *self._rest)
 
-    def record(self, ids: Tensor) -> tuple[Tensor, list[BlockCall], list[Any]]:
-        """Return the first block's hidden states, every block's other arguments, and their slots.
+    def record(self, ids: Tensor) -> tuple[Tensor, Batch]:
+        """Return the hidden states that lead into the first block, and what else blocks are given.
 
         Equal tensors of different micro-batches (masks, position embeddings) are kept once.
         """
-        recorded: list[tuple[Tensor, BlockCall]] = []
+        first: list[Tensor] = []
         written: list[Any] = [[None] * len(self._rest or ())] if self._hands else []
+        batch = Batch(self._found.blocks, len(ids), [], written, self._hands)
         # What all blocks are given is looked at once: comparing makes the host wait for a device.
         looked_at: dict[tuple[int, str], tuple[Any, Any]] = {}
 
@@ -200,10 +200,9 @@ class Calls:
             if isinstance(value, tuple):
                 return tuple(kept((key[0], f"{key[1]}.{i}"), v) for i, v in enumerate(value))
             if isinstance(value, MutableMapping | MutableSequence):
-                numbers = [number for number, known in enumerate(written) if known is value]
-                if not numbers:
+                if not any(known is value for known in written):
                     written.append(value)
-                return Slot(numbers[0] if numbers else len(written) - 1)
+                return Slot(next(n for n, known in enumerate(written) if known is value))
             place = id(value), key[1]
             if place not in looked_at:
                 looked_at[place] = value, self._shared(key, value)
@@ -211,18 +210,18 @@ class Calls:
 
         def stub(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden, args, kwargs = _hidden_of(args, kwargs)
+            first.append(hidden)
             args = tuple(kept((index, str(i)), value) for i, value in enumerate(args))
-            kwargs = {key: kept((index, key), v) for key, v in kwargs.items()}
-            recorded.append((hidden, BlockCall(args, kwargs, self._hands)))
+            batch.calls.append((args, {key: kept((index, key), v) for key, v in kwargs.items()}))
             return self._returned(hidden)
 
         self._decode(stub, ids)
-        if len(recorded) != len(self._found):
+        if len(batch.calls) != len(self._found):
             raise ModelError(
                 f"the decoder takes rows of {ids.shape[1]} tokens through the blocks in "
                 f"{self._found.name} piece by piece: use a shorter --length"
             )
-        return recorded[0][0], [call for _, call in recorded], written
+        return first[0], batch
 
     def _shared(self, key: tuple[int, str], value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -238,21 +237,15 @@ class Calls:
         return value
 
 
-class Layout(NamedTuple):
-    """The distinct inputs of a block in order of appearance, and linear maps that stay dense."""
-
-    inputs: list[SharedInput | Routed]
-    dense: list[Dense]
-
-
 @torch.no_grad()
 def observe_block(
-    found: DecoderBlocks, index: int, call: BlockCall, hidden: Tensor, written: list[Any]
-) -> Layout:
-    """Run one block, whose weights are there, on the few tokens of a call and its hidden states.
+    found: DecoderBlocks, index: int, batch: Batch, hidden: Tensor
+) -> tuple[list[SharedInput | Routed], list[Dense]]:
+    """Run one block, whose weights are there, on a few tokens; return the distinct inputs in it, in
+    order of appearance, and the linear maps that stay dense.
 
-    Linear maps that are never called, or more than once a pass, or do anything else than multiply
-    stay dense. Must run outside inference mode, where tensors count their versions.
+    Those are never called, or more than once a pass, or do anything else than multiply. Must run
+    outside inference mode, where tensors count their versions.
     """
     seen: list[tuple[Prunable | Routed, tuple[Any, ...]]] = []
     kept: list[Tensor] = []  # keeps inputs alive, so that no address is used twice
@@ -303,7 +296,7 @@ def observe_block(
             handles.append(layer.module.register_forward_hook(partial(on_output, layer)))
     try:
         with forwards([(one.mixture.module, on_mixture(one)) for one in routed]):
-            call.run(found.blocks[index], hidden, written)
+            batch.run(index, hidden)
     finally:
         for handle in handles:
             handle.remove()
@@ -331,19 +324,13 @@ def observe_block(
             shared = inputs.setdefault(key, SharedInput([]))
             assert isinstance(shared, SharedInput)
             shared.layers.append(one)
-    return Layout(list(inputs.values()), dense)
+    return list(inputs.values()), dense
 
 
 def _identity(value: Tensor) -> tuple[Any, ...]:
     """Return what two tensors have in common only if they are one, unchanged in between."""
     place = value.untyped_storage()._cdata, value.storage_offset()
     return *place, value._version, value.shape.numel(), value.dtype
-
-
-def observe(model: Any, found: DecoderBlocks, ids: Tensor) -> list[list[SharedInput | Routed]]:
-    """Return the distinct inputs of every block of a model in memory, on ids (1, tokens)."""
-    hidden, calls, written = Calls(model, found, ids).record(ids)
-    return [observe_block(found, i, call, hidden, written).inputs for i, call in enumerate(calls)]
 
 
 class _Reached(Exception):  # noqa: N818

@@ -15,7 +15,9 @@ A run goes through it in this order:
     work.complete()                                         # checkpoint/ becomes the output
 
 and `work.leave(error)` where something goes wrong. work.json is replaced in one step, so what it
-names is whole; a file saved after it is written again when the run resumes.
+names is whole; a file saved after it is written again when the run resumes. Of several processes
+the first one holds the folder; `claim` tells the others what there is, and their `keep` writes
+nothing.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ from calmix.files import (
     give_back,
     hidden,
     holds_result,
-    parse_json,
     put_folder,
     real_place,
     sha256_file,
     write_json,
 )
-from calmix.manifest import other_versions, seal_holds, sealed
+from calmix.manifest import read_sealed, sealed
 from calmix.models.shards import read_file, write_file
+from calmix.pruning import distributed
 from calmix.pruning.distributed import PeerError
 
 SUFFIX, RECORD, CHECKPOINT, SET = ".unfinished", "work.json", "checkpoint", "calibration"
@@ -54,9 +56,6 @@ SUFFIX, RECORD, CHECKPOINT, SET = ".unfinished", "work.json", "checkpoint", "cal
 class WorkFolder:
     """The work folder of one run.
 
-    Of several processes the first one claims it; the others take what `claim` returned as `kept`,
-    and their `keep` writes nothing.
-
     Args:
         output: the checkpoint it is to become.
         unit: what `done` counts: blocks or steps.
@@ -64,7 +63,6 @@ class WorkFolder:
     Attributes:
         kept: what counts: `done`, `files` (SHA-256 by name), and what else was given to `keep`.
         resumes: whether an earlier run's work was there when it was claimed.
-        upgraded: versions that have changed since and cannot change the output's bytes; or "".
     """
 
     def __init__(self, output: Path, unit: str = "blocks") -> None:
@@ -72,9 +70,9 @@ class WorkFolder:
         self.path = self.output.with_name(self.output.name + SUFFIX)
         self.checkpoint = self.path / CHECKPOINT
         self.kept: dict[str, Any] = {}
-        self.resumes, self.upgraded = False, ""
+        self.resumes = self._overwrite = False
         self._asked: dict[str, Any] = {}
-        self._overwrite, self._new = False, not self.output.parent.exists()
+        self._new = not self.output.parent.exists()
         place = self.output.with_name(f".{self.output.name}.lock")
         self._lock = FileLock(place, thread_local=False)
 
@@ -98,68 +96,70 @@ class WorkFolder:
         """Whether there is something to resume."""
         return bool(self.done or self.kept.get("dropped"))
 
-    def claim(self, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any]:
-        """Take the folder for a request and return `kept`."""
+    def claim(self, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Take the folder for a request; all processes learn what an earlier run has left."""
+        plain = json.loads(json.dumps(asked))
+        self.kept = distributed.once(lambda: self._claim(plain, resume, overwrite))
+        self.resumes = self.begun
+
+    def _claim(self, asked: dict[str, Any], resume: bool, overwrite: bool) -> dict[str, Any]:
         with disk_errors(self.output), contextlib.suppress(Timeout):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(blocking=False)
         if not self.claimed:
             raise InputError(f"another process is at work on {self.output}: wait, or stop it")
+        self._asked, self._overwrite = asked, overwrite
         try:
             check_output_folder(self.output, overwrite=overwrite)  # nobody else makes it now
-            self._take(json.loads(json.dumps(asked)), resume, overwrite)
+            return self._take(resume, overwrite)
         except BaseException:
             give_back(self._lock)
             raise
-        self._overwrite = overwrite
-        return self.kept
 
-    def _take(self, asked: dict[str, Any], resume: bool, overwrite: bool) -> None:
-        others = other_versions(asked.get("versions", ()))
-        self._asked = {"request": asked, "other_versions": others}
+    def _take(self, resume: bool, overwrite: bool) -> dict[str, Any]:
         try:
             record = read_record(self.path)
         except InputError:
             if not overwrite:
                 raise
             record = {"kept": {}}
-        self.kept = {} if record is None else record["kept"]
-        if record is not None and self.begun and self.checkpoint.is_dir():
-            if resume:
-                if differs := _differing(record["request"], asked):
-                    raise InputError(
-                        f"{self.path} is the work of another request ({differs[0]}): "
-                        "ask for the same, name another output, or delete it"
-                    )
-                if changed := _differing(record["other_versions"], others):
-                    self.upgraded = (
-                        f"other versions than at the start ({'; '.join(changed)}): the result "
-                        "is the same"
-                    )
-                self._asked = {key: record[key] for key in self._asked}
-                self.resumes = True
-                shutil.rmtree(self.path / "scratch", ignore_errors=True)
-                return
-            if not overwrite:
+        self.kept = record.get("kept", {})
+        if self.begun and self.checkpoint.is_dir() and (resume or not overwrite):
+            if not resume:
                 raise InputError(
                     f"{self.path} holds an interrupted run with {self.done} {self.unit} done: "
                     "resume it with --resume, start over with --overwrite, or name another output"
                 )
-        if record is None and self.path.exists() and not _empty(self.path):
+            held, wanted = _flat(record["request"], ""), _flat(self._asked, "")
+            differ = [
+                f"{name}: {held.get(name)!s:.40}, now {wanted.get(name)!s:.40}"
+                for name in held | wanted
+                if held.get(name) != wanted.get(name)
+            ]
+            if differ:
+                raise InputError(
+                    f"{self.path} is the work of another request ({differ[0]}): ask for the same, "
+                    "name another output, or delete it"
+                )
+            shutil.rmtree(self.path / "scratch", ignore_errors=True)
+            return self.kept
+        empty = not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+        if not record and not empty:
             raise InputError(f"{self.path} is in the way and was not made by calmix: move it")
         self.kept = {}
         with atomic_folder(self.path) as folder:
             (folder / CHECKPOINT).mkdir()
-            write_json(folder / RECORD, self._record())
+            self._write(folder)
+        return self.kept
 
-    def _record(self) -> dict[str, Any]:
-        return sealed(self._asked | {"kept": self.kept})
+    def _write(self, folder: Path) -> None:
+        write_json(folder / RECORD, sealed({"request": self._asked, "kept": self.kept}))
 
     def keep(self, **facts: Any) -> None:
         """Make saved files and JSON-serialisable facts count."""
         self.kept |= facts
         if self.claimed:
-            write_json(self.path / RECORD, self._record())
+            self._write(self.path)
 
     def keep_calibration(self, drawn: CalibrationSet) -> None:
         """Keep the calibration set, so that it need not be drawn again."""
@@ -177,20 +177,10 @@ class WorkFolder:
         self.kept.setdefault("files", {})[name] = write_file(self.path / name, tensors)
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of a saved file.
-
-        Raises:
-            InputError: they are not what was saved.
-        """
-        path = self.path / name
-        wanted = self.kept.get("files", {}).get(name)
-        if not path.is_file():
-            raise InputError(
-                f"there is no {path}: several processes need one disk; else start over with "
-                "--overwrite"
-            )
-        if wanted != sha256_file(path):
-            raise damaged(path)
+        """Return the tensors of a saved file; an InputError where they are not what was saved."""
+        path, wanted = self.path / name, self.kept.get("files", {}).get(name)
+        if not path.is_file() or wanted != sha256_file(path):
+            raise _damaged(path)
         return read_file(path)
 
     def check(self, hashes: Mapping[str, str]) -> None:
@@ -199,7 +189,7 @@ class WorkFolder:
             place, _, file = name.partition("/")
             found = hashes.get(file) if place == CHECKPOINT else sha256_file(self.path / name)
             if found != wanted:
-                raise damaged(self.path / name)
+                raise _damaged(self.path / name)
 
     def scratch(self, name: str) -> Path:
         """Return a new folder for files of this run alone."""
@@ -245,54 +235,31 @@ class WorkFolder:
                 self.path.rename(aside / RECORD)
         self.close()
 
-    def remove_leftover(self, asked: Mapping[str, Any]) -> None:
-        """Remove the folder of a run of this request that ended after the output had its name."""
-        with contextlib.suppress(InputError):
-            record = read_record(self.path)
-            if record is not None and record["request"] == json.loads(json.dumps(asked)):
-                with contextlib.suppress(Timeout):
-                    self._lock.acquire(blocking=False)
-                self.abandon()
+    def remove_leftover(self) -> None:
+        """Remove the folder of a run that ended after the output had its name."""
+        if (self.path / RECORD).is_file() and not self.checkpoint.exists():
+            with contextlib.suppress(Timeout):
+                self._lock.acquire(blocking=False)
+            self.abandon()
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return what work.json of a work folder says: `request`, `other_versions` and `kept`.
-
-    None where there is no such file.
-    """
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what work.json of a work folder says: `request` and `kept`; {} where there is none."""
     path = folder / RECORD
     try:
-        record = parse_json(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise damaged(path) from error
-    if not isinstance(record, dict) or not seal_holds(record) or "kept" not in record:
-        raise damaged(path)
-    return record
+        return read_sealed(path, "") if path.exists() else {}
+    except InputError as error:
+        raise _damaged(path) from error
 
 
-def damaged(path: Path) -> InputError:
-    """Return the error about a file of the work folder that is not what was written."""
-    return InputError(f"{path} is damaged: start over with --overwrite")
+def _damaged(path: Path) -> InputError:
+    what = "damaged or missing (several processes need one disk)"
+    return InputError(f"{path} is {what}: start over with --overwrite")
 
 
-def _empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
-def _differing(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Return what differs, those within by their own names, as `torch: 2.12, now 2.13`."""
-    found: list[str] = []
-    for key, value in asked.items():
-        before = held.get(key)
-        if isinstance(before, dict) and isinstance(value, dict):
-            found += _differing(before, dict.fromkeys(before) | value)
-        elif before != value:
-            found.append(f"{key}: {_short(before)}, now {_short(value)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "..."
+def _flat(value: Any, name: str) -> dict[str, Any]:
+    """Return values by name, those within others as `versions.torch`."""
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = ((f"{name}.{key}".lstrip("."), part) for key, part in value.items())
+    return {own: one for key, part in parts for own, one in _flat(part, key).items()}

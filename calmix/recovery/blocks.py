@@ -19,7 +19,7 @@ from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import widest
 from calmix.pruning.states import States
-from calmix.pruning.trace import TOKENS, BlockCall, Calls
+from calmix.pruning.trace import TOKENS, Batch, Calls
 from calmix.pruning.work import CHECKPOINT
 from calmix.recovery.job import Job
 from calmix.recovery.losses import relative_error
@@ -37,8 +37,7 @@ class Stream:
         self, model: nn.Module, found: DecoderBlocks, states: MutableMapping[int, Tensor] | States
     ) -> None:
         self._model, self._found, self.states = model, found, states
-        self._calls: list[list[BlockCall]] = []
-        self.written: list[list[Any]] = []
+        self._batches: list[Batch] = []
         self.tokens: list[int] = []  # of each micro-batch
 
     @torch.no_grad()
@@ -47,23 +46,18 @@ class Stream:
         device = next(self._found.blocks[0].parameters()).device
         calls = Calls(self._model, self._found, ids[:1, :TOKENS].to(device))
         for number, group in enumerate(groups):
-            hidden, recorded, written = calls.record(ids[list(group)].to(device))
-            self._calls.append(recorded)
-            self.written.append(written)
+            self.states[number], batch = calls.record(ids[list(group)].to(device))
+            self._batches.append(batch)
             self.tokens.append(len(group) * ids.shape[1])
-            self.states[number] = hidden
 
     def run(self, index: int, number: int, *, keep: bool) -> Tensor:
         """Run a block on a micro-batch; what it writes into its arguments stays if `keep`."""
-        written = self.written[number]
-        return self._calls[number][index].run(
-            self._found.blocks[index], self.states[number], written if keep else list(written)
-        )
+        return self._batches[number].run(index, self.states[number], keep=keep)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Run a block on every micro-batch: its outputs are the states from now on."""
-        for number in range(len(self._calls)):
+        for number in range(len(self._batches)):
             self.states[number] = self.run(index, number, keep=True)
 
 

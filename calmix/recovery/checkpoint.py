@@ -88,15 +88,12 @@ def recover(
         asked = job.asked()
         if finished and (report := finished_report(job, asked)) is not None:
             return report
-        take = {"resume": run.resume, "overwrite": run.overwrite}
-        work.kept = once(lambda: work.claim(asked, **take))
+        work.claim(asked, resume=run.resume, overwrite=run.overwrite)
         try:
             calibration = once(lambda: _calibration(job, tokenizers[1]))
             check_ids(pruned, job.pruned.model.get_input_embeddings(), calibration.ids)
             job.begin(calibration)
             run.started(calibration)
-            if work.upgraded:
-                job.say(work.upgraded)
             if work.done:
                 job.say(f"resuming after {work.done} {work.unit}")
             with reproducible(job.device):
@@ -184,6 +181,6 @@ def finished_report(job: Job, asked: dict[str, Any]) -> RecoveryReport | None:
     with suppress(KeyError, TypeError):
         report = RecoveryReport(**manifest["recovery"], seconds=run["seconds"])
         job.say(f"{job.output} was finished by an earlier run")
-        job.work.remove_leftover(asked)
+        job.work.remove_leftover()
         return report
     return None

@@ -237,7 +237,7 @@ class Timed:
         """Return the bytes a trial takes at its peak on the device that prunes."""
         source: Any = self
         shape = trial.rows, trial.length
-        needed = plan_for(source, shape, [trial.method], budget=2**62).needed
+        needed = plan_for(source, shape, trial.method, budget=2**62).needed
         blocks = 2 * max(map(self.block_bytes, range(len(self.blocks))))  # held with all the others
         logits = 3 * 512 * self.vocabulary * 4
         peak = max(needed - blocks, PROGRAM + logits)

@@ -15,7 +15,7 @@ from calmix.pruning.engine import Run, run_through
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods.admm import Admm
-from calmix.pruning.trace import BlockCall, Calls
+from calmix.pruning.trace import Batch, Calls
 from tests.pruning.test_experts import OldMixture
 from tests.tiny import VOCABULARY, quick, tiny_config, tiny_ids, tiny_model
 
@@ -86,7 +86,7 @@ def test_a_device_sums_in_one_order(monkeypatch, kind):
 
         monkeypatch.setattr(owner, name, acting)
 
-    for owner, name in ((Calls, "record"), (Gram, "add"), (Admm, "solve"), (BlockCall, "run")):
+    for owner, name in ((Calls, "record"), (Gram, "add"), (Admm, "solve"), (Batch, "run")):
         told(owner, name)
     add = torch.Tensor.scatter_add_
 
@@ -134,7 +134,8 @@ def test_other_blocks_are_read_a_few_times(kind):
     paused = 1 if kind == "gpt2" else None
     with tracing() as traced:
         model = empty_model(tiny_config(kind))
-        run = Run(model, find_blocks(model), get_method("wanda"), HALF, "sequential", paused)
+        run = Run(model, find_blocks(model), get_method("wanda"), HALF)
+        run.paused = paused
         _, *blocks = by_block(traced, run)
     assert len(blocks) == len(run.found)
     for reads, copies in blocks:

@@ -13,7 +13,8 @@ from calmix.models.shards import Shards
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import Unstructured, get_method
 from calmix.pruning.budget import Plan
-from calmix.pruning.streamed import Target, prune_streamed
+from calmix.pruning.engine import Run
+from calmix.pruning.streamed import prune_streamed
 from calmix.pruning.work import WorkFolder
 from tests.tiny import VOCABULARY, quick
 
@@ -89,9 +90,7 @@ def test_a_block_comes_and_goes_once(numberless, tmp_path, monkeypatch, case):
     (streamed, pinned, waited), (method, room) = numberless, case
     work = WorkFolder(tmp_path / "out")
     work.claim({}, resume=False, overwrite=False)
-    target = Target(
-        work=work, method=get_method(method), pattern=Unstructured(0.5), propagation="sequential"
-    )
+    run = Run(streamed.model, streamed.blocks, get_method(method), Unstructured(0.5))
     plan = Plan(ROWS * LENGTH, None, True, 0, states=room)
     seen = []
     with tracing() as traced:
@@ -110,7 +109,7 @@ def test_a_block_comes_and_goes_once(numberless, tmp_path, monkeypatch, case):
 
         monkeypatch.setattr(streamed, "fetch", fetched)
         ids = torch.randint(VOCABULARY, (BATCHES * ROWS, LENGTH), device="cpu")
-        prune_streamed(streamed, ids, [target], plan, progress=mark)
+        prune_streamed(streamed, ids, run, work, plan, lambda done: mark() if done else None)
     work.abandon()
     weights = len(streamed.block_names(0))
     outside = 0 if room > STATES else BATCHES - 1

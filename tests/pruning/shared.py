@@ -38,7 +38,6 @@ class Case:
     method: str
     pattern: Pattern
     propagation: str = "sequential"
-    trust: bool = False
     kind: str = "llama"
     experts: int = 0
 
@@ -51,21 +50,17 @@ class Case:
 
 
 CASES = [
-    Case("admm,iterations=4,refit=2", SemiStructured(2, 4), trust=True),
-    Case("wanda,refit=2", Unstructured(0.5), "block", trust=True),
+    Case("admm,iterations=4,refit=2", SemiStructured(2, 4)),
+    Case("wanda,refit=2", Unstructured(0.5), "block"),
     Case("sparsegpt", Unstructured(0.5), kind="mixtral", experts=16),
-    Case("sparsegpt", SemiStructured(2, 4), "block", True, "qwen3_moe", 16),
+    Case("sparsegpt", SemiStructured(2, 4), "block", "qwen3_moe", 16),
 ]
 
 
 def pruned(case):
-    Run.trusts = lambda self, device: case.trust
     model, ids = case.model(), case.ids()
-    run = Run(
-        model, find_blocks(model), get_method(case.method), case.pattern, case.propagation,
-        expert_bytes=SOME,
-        sources=["first", "first", "second"] if case.experts else [],
-    )  # fmt: skip
+    run = Run(model, find_blocks(model), get_method(case.method), case.pattern, case.propagation)
+    run.expert_bytes, run.sources = SOME, ["first", "first", "second"] if case.experts else []
     run_through(run, ids, micro_tokens=2 * ids.shape[1])
     return dict(model.named_parameters()), run.report
 

@@ -27,77 +27,55 @@ LLAMA_8B = Sizes(
     rows=128,
     length=2048,
     value_bytes=2,
-    methods=[get_method("sparsegpt")],
+    method=get_method("sparsegpt"),
 )  # fmt: skip
 
 
-def plan(budget, sizes=LLAMA_8B, held=GIB // 2, sequential=True):
+def plan(budget, sizes=LLAMA_8B, held=GIB // 2, sequential=True, **changed):
+    sizes = dataclasses.replace(sizes, **changed)
     return make_plan(sizes, int(budget * GIB), held, 2048, sequential=sequential)
 
 
-def test_with_plenty_everything_stays_paused_and_overlaps():
-    made = plan(80)
-    assert made.paused is None
-    assert made.overlap
-    assert made.micro_tokens == 2048
-    assert made.needed < 80 * GIB
-
-
-def test_less_memory_pauses_fewer_micro_batches():
+def test_what_is_spared_first_where_memory_is_short():
+    """Hidden states in memory, then overlap and paused micro-batches, and at last rows at once."""
+    states = 128 * 2048 * 4096 * 2
+    plenty = plan(80)
+    assert (plenty.paused, plenty.overlap, plenty.micro_tokens) == (None, True, 2048)
+    assert plenty.needed < 80 * GIB
+    assert plenty.states == states
+    some = plan((plenty.needed - states) / 0.95 / GIB)
+    assert (some.paused, some.overlap) == (None, False)
+    assert some.states < states
     wide, narrow = plan(12), plan(6)
     assert 0 < narrow.paused < wide.paused < 128
     assert narrow.micro_tokens == wide.micro_tokens == 2048
+    assert narrow.states < paused_bytes(LLAMA_8B, 2048)
     for made, budget in ((wide, 12), (narrow, 6)):
         assert made.needed <= budget * GIB
-
-
-def test_hidden_states_take_what_is_left():
-    states = 128 * 2048 * 4096 * 2
-    wide = plan(80)
-    assert wide.states == states
-    without = dataclasses.replace(LLAMA_8B, methods=[get_method("magnitude")])
-    assert plan(80, without).states == 0
-    some = plan((wide.needed - states) / 0.95 / GIB)
-    assert some.paused is None
-    assert not some.overlap
-    assert some.states < states
-    assert plan(6).states < paused_bytes(LLAMA_8B, 2048)  # micro-batches that pause come first
+    short = {"length": 256, "rows": 1024}
+    assert plan(5, **short).micro_tokens == 2048
+    short |= {"hidden": 65536, "method": get_method("wanda")}
+    assert plan(8, **short).micro_tokens == 2048
+    assert plan(4, **short).micro_tokens < 2048
 
 
 def test_what_is_needed_is_told_and_is_enough():
     with pytest.raises(InputError, match=r"3\.00 GiB of memory cannot hold one block") as told:
         plan(3)
     needed = float(str(told.value).split(": ")[1].split(" GiB")[0])
-    made = plan(needed + 0.01)
-    assert made.paused == 0
+    assert plan(needed + 0.01).paused == 0
     with pytest.raises(InputError):
         plan(needed - 0.3)
 
 
-def test_rows_at_once_shrink_last():
-    short = dataclasses.replace(LLAMA_8B, length=256, rows=1024)
-    assert plan(5, short).micro_tokens == 2048
-    wide = dataclasses.replace(short, hidden=65536, methods=[get_method("wanda")])
-    assert plan(8, wide).micro_tokens == 2048
-    assert plan(4, wide).micro_tokens < 2048
-
-
-def test_a_little_more_in_the_process_changes_nothing():
-    assert plan(6, held=300 * MIB) == plan(6, held=500 * MIB)
-
-
-def test_several_targets_keep_the_dense_weights_beside():
-    several = dataclasses.replace(LLAMA_8B, copies=True)
-    assert plan(80, several).needed - plan(80).needed == LLAMA_8B.block_bytes
-
-
-def test_other_methods_need_less():
-    wanda = dataclasses.replace(LLAMA_8B, methods=[get_method("wanda")])
-    assert solver_bytes(wanda) < solver_bytes(LLAMA_8B)
-    magnitude = dataclasses.replace(
-        LLAMA_8B, methods=[get_method("magnitude")], rows=0, length=0, outside_bytes=0
-    )
-    assert plan(3, magnitude, sequential=False).paused is None
+def test_what_decides_the_plan():
+    assert plan(6, held=300 * MIB) == plan(6, held=500 * MIB)  # rounded up
+    assert plan(80, copies=True).needed - plan(80).needed == LLAMA_8B.block_bytes
+    wanda, magnitude = (get_method(name) for name in ("wanda", "magnitude"))
+    assert solver_bytes(dataclasses.replace(LLAMA_8B, method=wanda)) < solver_bytes(LLAMA_8B)
+    assert plan(80, method=magnitude).states == 0
+    alone = {"method": magnitude, "rows": 0, "length": 0, "outside_bytes": 0}
+    assert plan(3, sequential=False, **alone).paused is None
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.experts import SMOOTHING, Routed
 from calmix.pruning.gram import Gram, relative_error
-from calmix.pruning.trace import observe
 from tests.pruning.test_engine import input_gram, weights_of
+from tests.pruning.toy import wiring
 from tests.tiny import MIXTURES, quick, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
@@ -139,7 +139,7 @@ def reference(model, ids, method, pattern, propagation):
             errors[layer.name] = float(relative_error(dense, weight, gram)) if known else None
             todo.append((layer, weight)) if propagation == "block" else layer.assign(weight)
 
-    for inputs in observe(model, find_blocks(model), ids[:1, :8]):
+    for inputs in wiring(model, ids):
         todo = []
         for shared in inputs:
             if not isinstance(shared, Routed):

@@ -17,7 +17,7 @@ from calmix.pruning.budget import Plan
 from calmix.pruning.experts import starved
 from tests.forks import stopped
 from tests.pruning.stopper import arm
-from tests.pruning.test_streamed import HALF, streamed_prune, target
+from tests.pruning.test_streamed import HALF, streamed_prune
 from tests.tiny import MIXTURES, hashes, load_weights, quick, save_tiny_model, tiny_ids
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
@@ -38,8 +38,8 @@ def test_weights_are_those_of_a_prune_in_memory(kind, tmp_path):
     folder = save_tiny_model(tmp_path / "model", kind)
     expected, model = in_memory(folder, tmp_path / "whole", pattern=HALF)
     little = Plan(5 * 32, 1, True, 0, 1)  # one expert at a time, and replays
-    (found,) = streamed_prune(folder, [target(tmp_path / "out")], tiny_ids())
-    (again,) = streamed_prune(folder, [target(tmp_path / "little")], tiny_ids(), little)
+    found = streamed_prune(folder, tmp_path / "out")
+    again = streamed_prune(folder, tmp_path / "little", little)
     assert found.keys() == expected.keys() == load_weights(folder).keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -59,7 +59,7 @@ def test_a_checkpoint_of_merged_experts_keeps_its_names(tmp_path):
     merged = {name: value.clone() for name, value in model.state_dict().items()}
     merged.pop("lm_head.weight")
     save_file(merged, folder / "model.safetensors", {"format": "pt"})
-    (found,) = streamed_prune(folder, [target(tmp_path / "out")], tiny_ids())
+    found = streamed_prune(folder, tmp_path / "out")
     assert found.keys() == merged.keys() != apart.keys()
     expected, _ = in_memory(folder, tmp_path / "whole", pattern=HALF)
     assert found.keys() == expected.keys()

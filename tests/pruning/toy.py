@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
+from calmix.models import find_blocks
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import METHODS, Method, Solution
 from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.patterns import clear
+from calmix.pruning.trace import Calls, observe_block
 
 SPARSE = [name for name, kind in METHODS.items() if not issubclass(kind, Quantiser)]
 
@@ -49,3 +51,10 @@ class Toy(Method):
         masks = [pattern.mask(w.abs() * statistic**self.strength) for w, pattern in pairs]
         pruned = [clear(w.clone(), m) for w, m in zip(full, masks, strict=True)]
         return Solution(pruned, [int(m.sum()) for m in masks])
+
+
+def wiring(model, ids):
+    """The distinct inputs of every block of a model in memory, as the engine sees them."""
+    found = find_blocks(model)
+    hidden, batch = Calls(model, found, ids[:1, :8]).record(ids[:1, :8])
+    return [observe_block(found, index, batch, hidden)[0] for index in range(len(found))]

@@ -154,11 +154,10 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(
         patched.setattr("calmix.manifest.version", lambda n: others.get(n) or real(n))
         if unfinished:
             ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
-            assert "another request (accelerate: " in ended.line
+            assert "another request (versions.accelerate: " in ended.line
         others = {"rich": "0.1"}  # which trains nothing
         ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
     assert ended.code == 0, ended.err
-    assert ("now 0.1): the result is the same" in ended.err) == unfinished
     assert ("resuming after" if unfinished else "finished by an earlier run") in ended.err
     assert hashes(tmp_path / "cut") == hashes(whole(method))
     assert [p.name for p in tmp_path.iterdir()] == ["cut"]
