@@ -164,15 +164,6 @@ def test_ria_takes_inputs_without_weights():
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_equal_weights_are_pruned_exactly(name):
-    for pattern, whole in ((Unstructured(0.3), 29), (SemiStructured(2, 4), 48)):
-        made = solved(name, [torch.ones(6, 16)], torch.eye(16), [pattern])
-        expected = 30 if (name, whole) == ("wanda", 29) else whole  # five of every row
-        assert made.pruned == [expected]
-        assert int((made.weights[0] == 0).sum()) == expected
-
-
-@pytest.mark.parametrize("name", SPARSE)
 def test_every_layer_has_its_own_pattern(name):
     """Shares and N:M side by side: each layer as if it were alone. Nothing given is changed."""
     h = as_tensors(*problem(columns=160))[1]

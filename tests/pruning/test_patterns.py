@@ -42,14 +42,6 @@ def test_smallest_marks_exactly_and_ties_by_index(groups, size, levels, seed, sh
     assert (elsewhere.numpy() == marked).all()
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 1700, 4999, 5000])
-def test_the_smallest_of_a_long_row_are_those_of_a_sort(count):
-    score = np.random.default_rng(count).standard_normal((3, 5000)).astype(np.float32)
-    marked = smallest(torch.from_numpy(score), count).numpy()
-    assert marked.dtype == bool
-    assert (marked == stable_mask(score, count, 1)).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_accelerator_marks_the_same_whatever_the_values(dtype):
     generator = torch.Generator().manual_seed(0)
