@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import safetensors.torch
 import torch
 import zstandard
 from numpy.typing import NDArray
@@ -247,7 +246,16 @@ def _tensors(
     path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]
 ) -> dict[str, torch.Tensor]:
     """Return all tensors of a packed file."""
-    return safetensors.torch.load(b"".join(_unpacked(path, entry, grids)))
+    parts, found = _unpacked(path, entry, grids), dict[str, torch.Tensor]()
+    for name, place in _places(next(parts), path):
+        found[name] = torch.empty(place.shape, dtype=place.dtype)
+        flat, at = tensor_bytes(found[name]), 0
+        while at < place.size:
+            part = next(parts)
+            flat[at : at + len(part)] = part
+            at += len(part)
+    next(parts, None)  # sees that the hash is right
+    return found
 
 
 def _copy(source: Path, target: Path) -> str:
@@ -497,9 +505,7 @@ def _unpacked(path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]) -> I
                 digest.update(part := one.result())
                 yield part
         _check(digest.hexdigest() == entry["sha256"], path)
-    except (
-        KeyError, ValueError, TypeError, OSError, RuntimeError, ModelError, zstandard.ZstdError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # damaged bytes can be anything
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise InputError(

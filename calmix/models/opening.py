@@ -42,7 +42,6 @@ from calmix.models.shards import INDEX, PACK, Shards, weight_files
 from calmix.precision import fast_half_precision
 from calmix.progress import quiet
 
-PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
 REPEATED = ["*consolidated*.safetensors"]  # the weights once more, in Mistral's own form
 # What a configuration or GGUF header can say of sizes: no more blocks than weights, none wider.
@@ -157,13 +156,11 @@ def check_folder(folder: Path) -> None:
     if (folder / INDEX).is_file():
         if lacking := next((name for name in files if not (folder / name).is_file()), None):
             raise ModelError(f"{folder} lacks the weight file {lacking} its index names")
-    elif not files and any(next(folder.glob(pattern), None) for pattern in PICKLES):
-        raise ModelError(
-            f"{folder} holds pickled weights only, which can run code when opened: "
-            "convert them to safetensors first"
-        )
     elif not files:
-        raise ModelError(f"{folder} holds no weights (*.safetensors)")
+        raise ModelError(
+            f"{folder} holds no weights (*.safetensors): convert pickled ones, which can run code "
+            "when opened"
+        )
 
 
 def check_models(
