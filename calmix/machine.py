@@ -11,7 +11,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,47 +146,29 @@ def tried(what: str, device: torch.device, check: Callable[..., bool], *given: o
 
 def _memory() -> Iterator[tuple[int, int]]:
     """Yield limit and use of every control group this process is in, in bytes."""
-    for folder in _groups("memory"):
-        for limit, use, idle in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.high", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ):
-            most, used = _numbers(folder / limit), _numbers(folder / use)
-            if most and used:
-                stat = pairwise(_text(folder / "memory.stat").split())
-                given_back = sum(int(count) for key, count in stat if key == idle)
-                yield most[0], max(0, used[0] - given_back)
+    for folder in _groups():
+        stat = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
+        for limit in ("memory.max", "memory.high"):
+            most, used = _text(folder / limit).strip(), _text(folder / "memory.current").strip()
+            if most.isdecimal() and used.isdecimal():  # it says `max` where there is none
+                yield int(most), max(0, int(used) - int(stat.get("inactive_file", 0)))
 
 
 def _quotas() -> Iterator[float]:
     """Yield how many cores every control group this process is in may keep busy."""
-    for folder in _groups("cpu"):
-        one = _numbers(folder / "cpu.max")
-        two = _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")
-        for both in (one, two):
-            if len(both) == 2 and min(both) > 0:
-                yield both[0] / both[1]
+    for folder in _groups():
+        quota = _text(folder / "cpu.max").split()
+        if len(quota) == 2 and all(map(str.isdecimal, quota)):
+            yield int(quota[0]) / int(quota[1])
 
 
-def _groups(controller: str) -> Iterator[Path]:
-    """Yield the folders of the control groups this process is in, innermost first."""
+def _groups() -> Iterator[Path]:
+    """Yield the folders of the control groups (version 2) this process is in, innermost first."""
     # A container sees its own group at the root, under whatever path the host gives it.
     for line in _text(OWN).splitlines():
-        _, _, rest = line.partition(":")
-        kinds, _, path = rest.partition(":")
-        if kinds and controller not in kinds.split(","):
-            continue
-        root = CGROUPS / controller if kinds else CGROUPS
-        own = root / path.strip("/")
-        yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
-
-
-def _numbers(path: Path) -> list[int]:
-    """Return the numbers in a small file; none where it says `max` or is not there."""
-    words = _text(path).split()
-    whole = all(word.removeprefix("-").isdecimal() for word in words)
-    return [int(word) for word in words] if whole else []
+        if line.startswith("0::"):
+            own = CGROUPS / line[3:].strip("/")
+            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(CGROUPS))
 
 
 def _text(path: Path) -> str:

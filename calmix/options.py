@@ -213,10 +213,15 @@ class DrawOptions(SizeOptions):
 Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
 
 
-class Settings(Options):
-    """How an analysis is made."""
+class MeasureOptions(Options):
+    """How retention is computed from scores."""
 
     measure: Measure = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
+
+
+class Settings(MeasureOptions):
+    """How an analysis is made."""
+
     default: str | None = option(
         None, "The set that leads are over.", shown="mean of the single sources", advanced=True
     )

@@ -15,7 +15,6 @@ from yaml.constructor import ConstructorError
 from calmix.errors import InputError, nearest
 
 LARGEST = 500_000  # characters of a file: PyYAML takes seconds for so many
-MOST_NODES = 200_000  # values, aliases written out
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
@@ -42,6 +41,16 @@ def _integer(loader: _Strict, node: yaml.ScalarNode) -> int | str:
     return node.value if ":" in node.value else loader.construct_yaml_int(node)
 
 
+def _string(loader: _Strict, node: yaml.ScalarNode) -> str:
+    try:
+        node.value.encode("utf-8")
+    except UnicodeEncodeError:
+        problem = "invalid Unicode: unpaired surrogate"
+        raise ConstructorError(None, None, problem, node.start_mark) from None
+    return str(node.value)
+
+
+_Strict.add_constructor("tag:yaml.org,2002:str", _string)
 _Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _Strict.add_constructor("tag:yaml.org,2002:int", _integer)
 
@@ -82,11 +91,6 @@ def parse_yaml(text: str, where: str) -> YamlText:
         raise InputError(f"{where} is larger than {LARGEST:,} characters, the most YAML may have")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        size = 0 if node is None else _size(node, {})
-        if size > MOST_NODES:
-            raise InputError(
-                f"{where} has aliases that make it {size:,} values, not {MOST_NODES:,}"
-            )
         value = None if node is None else _Strict("").construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -123,25 +127,6 @@ def _names(model: Any) -> set[str]:
         for name, field in model.model_fields.items():
             found |= {field.alias or name} | _names(field.annotation)
     return found
-
-
-def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Return how many values a node holds once every alias is written out."""
-    if id(node) in known:
-        return known[id(node)]
-    held: Iterable[yaml.Node] = ()
-    if isinstance(node, yaml.ScalarNode):
-        try:
-            node.value.encode("utf-8")
-        except UnicodeEncodeError:
-            problem = "invalid Unicode: unpaired surrogate"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
-    elif isinstance(node, yaml.SequenceNode):
-        held = node.value
-    elif isinstance(node, yaml.MappingNode):
-        held = (part for pair in node.value for part in pair)
-    known[id(node)] = size = 1 + sum(_size(part, known) for part in held)
-    return size
 
 
 def _locate(node: yaml.Node, path: Sequence[Any]) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from calmix import machine
 from calmix.models import opening
 
 MIB = 2**20
-UNLIMITED = 9223372036854771712  # what version 1 says
 
 
 @pytest.fixture
@@ -41,18 +40,6 @@ LIMITED = {
     "a group within a limited one": ("0::/a/b\n", {
         "a/b/memory.max": "max", "a/b/memory.current": 5, "a/b/cpu.max": "max 100000",
         "a/memory.max": 96 * MIB, "a/memory.current": 48 * MIB, "a/cpu.max": "100000 100000",
-    }),
-    "version 1": ("5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n0::/docker/x\n", {
-        "memory/docker/x/memory.limit_in_bytes": 96 * MIB,
-        "memory/docker/x/memory.usage_in_bytes": 64 * MIB,
-        "memory/docker/x/memory.stat": f"inactive_file 3\ntotal_inactive_file {16 * MIB}",
-        "memory/memory.limit_in_bytes": UNLIMITED, "memory/memory.usage_in_bytes": 99,
-        "cpu/docker/x/cpu.cfs_quota_us": 100000, "cpu/docker/x/cpu.cfs_period_us": 100000,
-        "cpu/cpu.cfs_quota_us": -1, "cpu/cpu.cfs_period_us": 100000,
-    }),
-    "version 1, seen from inside": ("5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n", {
-        "memory/memory.limit_in_bytes": 96 * MIB, "memory/memory.usage_in_bytes": 48 * MIB,
-        "cpu/cpu.cfs_quota_us": 50000, "cpu/cpu.cfs_period_us": 100000,
     }),
 }  # fmt: skip
 

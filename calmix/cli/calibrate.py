@@ -114,17 +114,12 @@ def draw(options: CalibrateOptions) -> None:
         dropped = leakage if leakage == "off" else {
             "dropped": {name: len(entries) for name, entries in leakage["dropped"].items()}
         }  # fmt: skip
-        print_json(
-            {
-                "folder": str(output),
-                "rows": made.rows,
-                "length": made.length,
-                "counts": made.counts,
-                "chat_turns": manifest.get("chat_turns"),
-            }
-            | {key: manifest[key] for key in WRITTEN if key in manifest}
-            | {"sha256": made.sha256, "leakage": dropped}
-        )
+        kept = {key: manifest[key] for key in WRITTEN if key in manifest}
+        print_json({
+            "folder": str(output), "rows": made.rows, "length": made.length, "counts": made.counts,
+            "chat_turns": manifest.get("chat_turns"), **kept, "sha256": made.sha256,
+            "leakage": dropped,
+        })  # fmt: skip
         return
     shares = ", ".join(f"{name} {count}" for name, count in made.counts.items())
     line(f"{output}: {made.rows} rows of {made.length} tokens ({shares})")
@@ -218,11 +213,9 @@ def predict(options: PredictOptions) -> None:
     if options.as_json:
         print_json([asdict(one) for one in made])
         return
-    rows = [
-        {"calibration": one.calibration, "total": f"{one.total:.2%}"}
-        | {name: f"{value:.2%}" for name, value in one.lost.items()}
-        for one in made
-    ]
+    rows = [{"calibration": one.calibration, "total": f"{one.total:.2%}",
+             **{name: f"{value:.2%}" for name, value in one.lost.items()}}
+            for one in made]  # fmt: skip
     print_table(rows, text=["calibration"], title="output energy lost, lower is better")
     line("this orders sets, it is not retention")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from calmix import assets
 from calmix.cli.common import line, note, print_json, result
-from calmix.cli.tables import print_table
+from calmix.cli.tables import print_layers, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.options import Json, option, path_option
@@ -20,7 +20,6 @@ from calmix.progress import Progress
 
 if TYPE_CHECKING:
     from calmix.diagnostics.inspecting import Health
-    from calmix.pruning.report import LayerReport
 
 WORST = 5  # layers that are named
 WARNINGS = 10  # that are printed one by one
@@ -120,19 +119,12 @@ def _print_health(health: Health, *, each: bool) -> None:
     line(f"{health.path}: {health.kind}")
     for name, value in health.facts.items():
         line(f"  {name}: {f'{value:,}' if isinstance(value, int) else value}")
-    if health.layers:
-        kinds: dict[str, list[LayerReport]] = {}
-        for layer in health.layers:
-            kinds.setdefault(layer.name if each else layer.name.rsplit(".", 1)[-1], []).append(
-                layer
-            )
-        rows = [_layers(name, held) for name, held in kinds.items()]
-        print_table(rows, title="error: output energy lost, lower is better")
-        measured = [layer for layer in health.layers if layer.error is not None]
-        worst = sorted(measured, key=lambda layer: -(layer.error or 0))[:WORST]
-        if worst and not each:
-            named = ", ".join(f"{layer.name} {layer.error:.1%}" for layer in worst)
-            line(f"largest reconstruction errors: {named}")
+    print_layers(health.layers, each=each)
+    measured = [layer for layer in health.layers if layer.error is not None]
+    worst = sorted(measured, key=lambda layer: -(layer.error or 0))[:WORST]
+    if worst and not each:
+        named = ", ".join(f"{layer.name} {layer.error:.1%}" for layer in worst)
+        line(f"largest reconstruction errors: {named}")
     for warning in health.warnings[:WARNINGS]:
         line(f"warning: {warning}")
     if len(health.warnings) > WARNINGS:
@@ -142,29 +134,6 @@ def _print_health(health: Health, *, each: bool) -> None:
     if not health.problems:
         fine = "every file matches its manifest" if health.hashed else "nothing missing or damaged"
         line(f"intact: {fine}")
-
-
-def _layers(name: str, held: list[LayerReport]) -> dict[str, Any]:
-    """Return a row of the layers of one name."""
-    return {
-        "layer": name,
-        "blocks": len(held),
-        "sparsity": _range([layer.sparsity for layer in held]),
-        "error": _range([layer.error for layer in held if layer.error is not None]),
-        "damping": max((f"{layer.damping:g}" for layer in held if layer.damping is not None),
-                       key=float, default=""),
-        "dead inputs": sum(layer.dead_inputs for layer in held),
-        **({"bits": f"{sum(layer.bits or 0 for layer in held) / len(held):.2f}"}
-           if held[0].bits is not None else {}),
-    }  # fmt: skip
-
-
-def _range(shares: list[float]) -> str:
-    """Return percentages as one, or from the least to the largest."""
-    if not shares:
-        return ""
-    low, high = (f"{100 * end:.2f}" for end in (min(shares), max(shares)))
-    return f"{low}%" if low == high else f"{low}-{high}%"
 
 
 @verb("models", of=doctor)

@@ -10,20 +10,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.cli.common import line, note, percent, print_json, result
+from calmix.cli.common import line, note, print_json, result
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
-from calmix.evaluation.suites import Measure
 from calmix.files import check_output_file, user_path, write_text
-from calmix.options import MODEL, Json, ModelOptions, Options, option, path_option
+from calmix.options import MODEL, Json, Measure, MeasureOptions, ModelOptions, option, path_option
 from calmix.progress import Progress
 
 if TYPE_CHECKING:
-    from calmix.evaluation.distance import Flipped
-    from calmix.evaluation.retention import Estimate
+    from calmix.evaluation.retention import Retention
     from calmix.evaluation.scores import CapabilityScores
-    from calmix.evaluation.suites import TaskSpec
+    from calmix.evaluation.suites import Suite
 
 BESIDE = 3  # models whose intervals fit next to each other into 80 columns
 UNITS = "Bits and smoothed: bits per byte, lower is better; other scores: higher."
@@ -31,13 +29,7 @@ DENSE = "Dense model, or a .json file of its scores."
 evaluate = group("evaluate", default="run")
 
 
-class RetentionOptions(Options):
-    """How retention is computed from scores."""
-
-    measure: Measure = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
-
-
-class EvaluateOptions(RetentionOptions, ModelOptions, Json):
+class EvaluateOptions(MeasureOptions, ModelOptions, Json):
     model: str = option(..., MODEL, argument=True)
     suite: str = option("offline", "Suite by name, or a YAML file.")
     against: str | None = option(None, DENSE, metavar="DENSE")
@@ -61,12 +53,12 @@ class EvaluateOptions(RetentionOptions, ModelOptions, Json):
     overwrite: bool = option(False, "Replace the output file.")
 
 
-class RescoreOptions(RetentionOptions, Json):
+class RescoreOptions(MeasureOptions, Json):
     file: Path = option(..., "A file of calmix evaluate -o.", argument=True)
     against: Path | None = option(None, "The dense model's file.", shown="the one in FILE")
 
 
-class CompareOptions(RetentionOptions, Json):
+class CompareOptions(MeasureOptions, Json):
     scores: tuple[Path, ...] = option(..., "Files of calmix evaluate -o.", argument=True)
     against: Path | None = option(None, "The dense model's file.", shown="the one in SCORES")
 
@@ -104,7 +96,7 @@ def run(options: EvaluateOptions) -> None:
     from calmix.evaluation.suites import suite_file
     from calmix.models import OpenModel, check_models, open_model
 
-    model, against, output = options.model, options.against, options.output
+    model, against, output, how = options.model, options.against, options.output, options.opening()
     chosen = capability.choose(
         options.suite, dimensions=options.dimension, tasks=options.task, quick=options.quick,
         limit=options.limit,
@@ -115,11 +107,11 @@ def run(options: EvaluateOptions) -> None:
         note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
     saved = against is not None and against.lower().endswith(".json")
     own = parse_texts(options.text)
-    if own and (against is None or saved):
-        raise InputError("--text measures the distance to a dense model: name it with --against")
-    if own and options.no_distance:
-        raise InputError("--text measures the distance, which --no-distance leaves out")
-    how = options.opening()
+    if own and (against is None or saved or options.no_distance):
+        raise InputError(
+            "--text measures the distance to a dense model: name it with --against, and leave out "
+            "--no-distance"
+        )
     named = [model] if against is None or saved else [model, against]
     if output is not None:
         rows = [task.file for task in chosen.tasks.values()]
@@ -137,7 +129,7 @@ def run(options: EvaluateOptions) -> None:
             )  # fmt: skip
 
     # All is read, and refused if it does not fit, before anything is scored.
-    dense, kept_of = None, None
+    dense = found = kept_of = None
     if against is not None and saved:
         dense = load_scores(user_path(against))
         check_same_suite(describe(chosen), dense.suite)
@@ -155,7 +147,6 @@ def run(options: EvaluateOptions) -> None:
         dense = score(whole, True)
         del whole
     pruned = open_model(model, **how)
-    found = None
     if kept_of is not None:
         with Progress() as bar:
             found = distance(
@@ -199,7 +190,6 @@ def rescore(options: RescoreOptions) -> None:
 def compare(options: CompareOptions) -> None:
     """Put the retention of several models next to each other, dimension by dimension."""
     from calmix.evaluation.behaviour import behaviour, likelihood
-    from calmix.evaluation.distance import flips
     from calmix.evaluation.scores import load_dense, load_scores
     from calmix.report import words
 
@@ -234,22 +224,39 @@ def compare(options: CompareOptions) -> None:
             told = told[1:]
         line(words.wrapped(f"{name}: {' '.join(told)}", rest="  "))
     line("")
-    suite, far = dense.suite, [(one.distance or {}).get("total") for one in models]
-    rows = {}
-    if found[0].answers is not None:
-        rows["answers kept"] = [interval(one.answers.share) for one in found if one.answers]
-    rows |= {one.name: [interval(each.of(one.name)) for each in kept] for one in kept[0].dimensions}
-    rows["total"] = [interval(each.total) for each in kept]
-    rows["worst"] = [each.worst or "-" for each in kept]
+    _print_kept(names, models, dense, kept, options.measure)
+
+
+def _print_kept(
+    names: Sequence[str],
+    models: Sequence[CapabilityScores],
+    dense: CapabilityScores,
+    kept: Sequence[Retention],
+    measure: str,
+) -> None:
+    """Print what models have kept of a dense one by dimension, and how far they are from it."""
+    from calmix.evaluation.behaviour import behaviour
+    from calmix.evaluation.distance import flips
+    from calmix.evaluation.retention import RESAMPLES
+    from calmix.report.words import number, percent, with_span
+
+    found, far = [behaviour((dense, one)) for one in models], [one.distance for one in models]
+    rows: dict[str, list[str]] = {}
+    if all(one.answers for one in found):
+        rows["answers kept"] = [with_span(one.answers.share) for one in found if one.answers]
+    for part in kept[0].dimensions:
+        rows[part.name] = [with_span(one.of(part.name)) for one in kept]
+    rows["total"] = [with_span(one.total) for one in kept]
+    rows["worst"] = [one.worst or "-" for one in kept]
     if all(one.choices for one in found):
-        rows["accuracy %"] = [interval(one.choices.accuracy[1]) for one in found if one.choices]
+        rows["accuracy %"] = [with_span(one.choices.accuracy[1]) for one in found if one.choices]
     if any(far):
-        rows["KL to dense"] = [_far(one).get("KL", "-") for one in far]
-        rows["top-1 %"] = [_far(one).get("top-1 %", "-") for one in far]
-    rows["flips %"] = [_share(flips(dense.tasks, one.tasks).total) for one in models]
-    title = (f"retention %, suite {suite['name']} version {suite['version']}, by "
-             f"{options.measure}; KL and flips: lower is better")  # fmt: skip
-    table: list[dict[str, str] | None] = []
+        totals = [(one or {}).get("total") for one in far]
+        for name, key, shown in (("KL to dense", "kl_mean", number), ("top-1 %", "top1", percent)):
+            rows[name] = [shown(one and one[key]) for one in totals]
+    changed = [flips(dense.tasks, one.tasks).total for one in models]
+    rows["flips %"] = ["-" if one is None else with_span(one.share) for one in changed]
+    table: list[Row] = []
     if len(models) <= BESIDE:
         for label, cells in rows.items():
             if label in ("total", "accuracy %", "KL to dense"):
@@ -261,9 +268,17 @@ def compare(options: CompareOptions) -> None:
                           for label, cells in rows.items()}
             for at, name in enumerate(names)
         ]  # fmt: skip
+    suite = dense.suite
     least = ["accuracy %", "top-1 %", "flips %", "worst", "KL to dense"]
-    print_table(table, title=title, least=least if len(models) > BESIDE else [])
-    _legend()
+    print_table(
+        table, least=least if len(models) > BESIDE else [],
+        title=f"retention %, suite {suite['name']} version {suite['version']}, by {measure}; "
+        "KL and flips: lower is better",
+    )  # fmt: skip
+    line(UNITS)
+    line("Retention: 100 = dense model; 0 = no task knowledge, chance, or no answer kept.")
+    line("KL(dense || pruned): nats a token; flips: items right under one alone.")
+    line(f"Brackets: 95 %, over items, {RESAMPLES} resamples, seed 0.")
 
 
 def score_rows(scores: CapabilityScores, measure: Measure) -> list[dict[str, Any]]:
@@ -288,147 +303,62 @@ def _headed(tasks: Sequence[Any], of: Callable[[Any], str], row: Callable[[Any],
 
 
 def _print(
-    scores: CapabilityScores, dense: CapabilityScores | None, options: RetentionOptions
+    scores: CapabilityScores, dense: CapabilityScores | None, options: MeasureOptions
 ) -> None:
     """Print scores, or what they are of a dense model's."""
-    title = f"suite {scores.suite['name']} version {scores.suite['version']}, {scores.dtype}"
-    if dense is not None:
-        _print_retention(scores, dense, options, title)
-        return
-    rows = _headed(
-        score_rows(scores, options.measure), lambda row: row["dimension"],
-        lambda row: {
-            "task": f"  {row['task']}", "scored by": row["score"], "n": row["n"],
-            "baseline": _number(row["floor"]), "score": _number(row["value"]),
-            "signal": "yes" if row["signal"] else "no", "accuracy": _number(row["accuracy"]),
-        },
-    )  # fmt: skip
-    print_table(rows, title=f"{scores.model}: {title}, {scores.seconds:.0f} s",
-                least=["scored by", "baseline", "accuracy", "n"])  # fmt: skip
-    line(UNITS)
-
-
-def _print_retention(
-    scores: CapabilityScores, dense: CapabilityScores, options: RetentionOptions, title: str
-) -> None:
     from calmix.evaluation.behaviour import behaviour, likelihood
-    from calmix.report import words
+    from calmix.report.words import measuring, number, short, verdict, with_span, wrapped
 
-    kept = scores.retention(dense, measure=options.measure)
-    found = behaviour((dense, scores))
-    for said in words.verdict(found, likelihood(dense, scores),
-                              words.measuring(scores.model, dense.model)):  # fmt: skip
-        line(words.wrapped(said))
+    title = f"suite {scores.suite['name']} version {scores.suite['version']}, {scores.dtype}"
+    if dense is None:
+        rows = _headed(
+            score_rows(scores, options.measure), lambda row: row["dimension"],
+            lambda row: {
+                "task": f"  {row['task']}", "scored by": row["score"], "n": row["n"],
+                "baseline": number(row["floor"]), "score": number(row["value"]),
+                "signal": "yes" if row["signal"] else "no", "accuracy": number(row["accuracy"]),
+            },
+        )  # fmt: skip
+        print_table(rows, title=f"{scores.model}: {title}, {scores.seconds:.0f} s",
+                    least=["scored by", "baseline", "accuracy", "n"])  # fmt: skip
+        line(UNITS)
+        return
+    kept, found = scores.retention(dense, measure=options.measure), behaviour((dense, scores))
+    for said in verdict(found, likelihood(dense, scores), measuring(scores.model, dense.model)):
+        line(wrapped(said))
     line("")
     if found.abilities:
         counts = [{"ability": one.name, "asked": one.asked, "dense right": one.dense,
-                   "still right": one.kept, "kept %": interval(one.share), "gained": one.gained}
+                   "still right": one.kept, "kept %": with_span(one.share), "gained": one.gained}
                   for one in found.abilities]  # fmt: skip
         print_table(counts, title="generated answers, higher is better", least=["asked", "gained"])
     rows = _headed(
         kept.tasks, lambda task: task.dimension,
         lambda task: {
             "task": f"  {task.name}", "n": task.items, "scored by": task.score,
-            "dense": _number(task.dense), "pruned": _number(task.pruned),
+            "dense": number(task.dense), "pruned": number(task.pruned),
             "accuracy": "-" if task.dense_accuracy is None
-            else f"{_number(task.dense_accuracy)} {_number(task.pruned_accuracy)}",
-            "retention %": interval(task.kept) if task.signal else "no signal",
+            else f"{number(task.dense_accuracy)} {number(task.pruned_accuracy)}",
+            "retention %": with_span(task.kept) if task.signal else "no signal",
         },
     )  # fmt: skip
     print_table(rows, title=f"{scores.model} against {dense.model}: {title}",
                 least=["scored by", "n", "accuracy", "dense", "pruned"])  # fmt: skip
-
-    summary: list[Row] = [
-        {"dimension": one.name, "tasks": f"{one.tasks - len(one.without_signal)} of {one.tasks}",
-         f"by {options.measure}": interval(one.kept)}
-        for one in kept.dimensions
-    ]  # fmt: skip
-    summary += [None, {"dimension": "total", f"by {options.measure}": interval(kept.total)}]
-    if kept.worst is not None:
-        worst = kept.of(kept.worst)
-        summary.append({"dimension": f"worst: {kept.worst}",
-                        f"by {options.measure}": interval(worst)})  # fmt: skip
-    print_table(summary, title="retention %, higher is better, mean over tasks with signal")
-    if silent := [task.name for task in kept.tasks if not task.signal]:
-        line("no signal (dense score within its noise of the baseline, left out): "
-             + ", ".join(silent))  # fmt: skip
-    _legend()
-    _print_distance(scores, dense)
-
-
-def _print_distance(scores: CapabilityScores, dense: CapabilityScores) -> None:
-    """Print KL to the dense model on texts, if measured, and flips on items."""
-    from calmix.evaluation.distance import flips
-
-    changed = flips(dense.tasks, scores.tasks)
-    far = scores.distance
-    parts = far["dimensions"] if far else {}
-
-    def row(name: str, found: Any, share: Flipped | None) -> Row:
-        return {"text": name, **_far(found), "flips %": _share(share)}
-
-    names = dict.fromkeys([*parts, *changed.dimensions])
-    rows = [row(name, parts.get(name), changed.dimensions.get(name)) for name in names]
-    rows += [None, row("total", far["total"] if far else None, changed.total)]
-    print_table(rows, title="distance to the dense model, lower is better; of top-1 higher",
-                least=["median", "99 %", "top-1 %"])  # fmt: skip
-    if far is None:
-        line("KL: not measured; it takes --against MODEL, not scores, and likelihood tasks")
-    else:
-        line("KL(dense || pruned) in nats a token; flips: items right under one alone")
-
-
-def _far(found: dict[str, Any] | None) -> dict[str, str]:
-    """Return a distance in cells."""
-    if found is None:
-        return {}
-    mean = f"{found['kl_mean']:.3f}"
-    if found["kl_low"] is not None:
-        mean += f" [{found['kl_low']:.3f}, {found['kl_high']:.3f}]"
-    return {"KL": mean, "median": f"{found['kl_median']:.3f}", "99 %": f"{found['kl_p99']:.2f}",
-            "top-1 %": percent(found["top1"])}  # fmt: skip
-
-
-def _share(found: Flipped | None) -> str:
-    return "-" if found is None else interval(found.share)
-
-
-def _legend() -> None:
-    from calmix.evaluation.retention import RESAMPLES
-
-    line(UNITS)
-    line("Retention: 100 = dense model; 0 = no task knowledge, chance, or no answer kept.")
-    line(f"Brackets: 95 %, over items, {RESAMPLES} resamples, seed 0.")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def interval(value: Estimate) -> str:
-    """Return an estimate in per cent with its interval."""
-    if value.value is None:
-        return "-"
-    return f"{percent(value.value)} [{percent(value.low)}, {percent(value.high)}]"
+    if any(not task.signal for task in kept.tasks):
+        line("no signal: left out, as the dense score is within its noise of the baseline")
+    _print_kept([short(scores.model)], [scores], dense, [kept], options.measure)
 
 
 @verb("answers", of=evaluate)
 def answers(options: AnswerOptions) -> None:
     """Put the answers of several models to ten plain questions side by side, greedily."""
-    from calmix.evaluation.generations import (
-        TOKENS,
-        Answered,
-        answer,
-        panel,
-        read_prompts,
-    )  # fmt: skip
+    from calmix.evaluation.generations import TOKENS, Answered, answer, panel, read_prompts
     from calmix.models import check_models, open_model
     from calmix.report import words
     from calmix.sources.registry import local_file
 
     models, prompts, output = options.models, options.prompts, options.output
-    how = options.opening()
-    read = None if prompts is None else local_file(str(prompts)).path
+    how, read = options.opening(), None if prompts is None else local_file(str(prompts)).path
     check_output_file(output, inputs=[*models, read], overwrite=options.overwrite)
     check_models(*models, **how)
     asked = panel() if prompts is None else read_prompts(prompts)
@@ -470,29 +400,28 @@ def suites(options: Json) -> None:
     """List the builtin suites; the path of a YAML file is a suite too."""
     from calmix.evaluation.suites import builtin_suites
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for each in builtin_suites().values():
-        whose = {name: _whose(spec) for name, spec in each.tasks.items()}
+        whose = _whose(each)
         closed = [name for name, told in whose.items() if told["use"] == "non-commercial"]
-        row: dict[str, Any] = {
+        rows.append({
             "name": each.name, "version": each.version, "dimensions": ", ".join(each.dimensions),
             "tasks": len(each.tasks), "not for commercial use": ", ".join(closed),
-            "description": each.description,
-        }  # fmt: skip
-        rows.append(row | ({"task": whose} if options.as_json else {}))
+            "description": each.description, **({"task": whose} if options.as_json else {}),
+        })  # fmt: skip
     print_table(
         rows, as_json=options.as_json, text=["dimensions", "not for commercial use", "description"],
         least=["not for commercial use", "tasks"],
     )  # fmt: skip
 
 
-def _whose(spec: TaskSpec) -> dict[str, str]:
-    """Return licence, permitted use and origin of a task's items."""
+def _whose(suite: Suite) -> dict[str, dict[str, str]]:
+    """Return licence, permitted use and origin of the items of each task."""
     from calmix.evaluation.suites import provenance
     from calmix.sources.licences import use_of
 
-    found = provenance(spec)
-    return {**found, "use": use_of(found["licence"])}
+    found = {name: provenance(spec) for name, spec in suite.tasks.items()}
+    return {name: {**one, "use": use_of(one["licence"])} for name, one in found.items()}
 
 
 @verb("suite", of=evaluate)
@@ -506,13 +435,13 @@ def suite(options: SuiteOptions) -> None:
         name = Path(re.sub(r"\.ya?ml$", "", options.name))
         files = {name.with_name(file): text for file, text in template(name.name).items()}
         for path in files:
-            check_output_file(path, inputs=[], overwrite=False)
+            check_output_file(path)
         for path, text in files.items():
             write_text(path, text)
         line(f"wrote {', '.join(map(str, files))}; calmix evaluate suite {name}.yaml checks them")
         return
     shown = load_suite(options.name)
-    whose = {name: _whose(spec) for name, spec in shown.tasks.items()}
+    whose = _whose(shown)
     if options.as_json:
         told = shown.model_dump(mode="json", exclude_none=True)
         print_json({**told, "hash": shown.hash, "provenance": whose})
@@ -526,8 +455,7 @@ def suite(options: SuiteOptions) -> None:
             "shots": "own" if spec.shots is None else spec.shots,
             "items": which if spec.limit is None else f"{which}, {spec.limit}",
             "quick": spec.quick if spec.quick is not None else spec.limit or "all",
-            "chance": spec.chance,
-            "data": spec.archive or spec.asked or spec.file,
+            "chance": spec.chance, "data": spec.archive or spec.asked or spec.file,
         }  # fmt: skip
 
     print_table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from calmix.cli.common import result, size
 from calmix.cli.verbs import verb
@@ -44,93 +44,89 @@ def export(options: ExportOptions) -> None:
         kind = "a calibration set" if of_set else "no saved calibration set"
         raise InputError(f"{options.what} is {kind}: it cannot be exported to {form}")
     act, own = FORMS[form]
-    idle = options.given().keys() - own - {"what", "to", "as_json"}
-    if idle:
+    if idle := options.given().keys() - own - {"what", "to", "as_json"}:
         flag = min(idle).replace("_", "-")
         raise InputError(f"--{flag} has no effect with --to {form}: leave it out")
     if of_set and options.model is None:
         raise InputError(f"{options.what} is a calibration set: name the model it is for: --model")
-    act(options, output)
+    with Progress() as bar:
+        value, text = act(options, output, bar)
+    result(options, value, f"{text}: {output}")
 
 
-def _pack(options: ExportOptions, output: Path) -> None:
+Made = tuple[dict[str, Any], str]  # the result as JSON, and in words
+
+
+def _pack(options: ExportOptions, output: Path, bar: Progress) -> Made:
     from calmix.deploy.pack import pack
 
-    with Progress() as bar:
-        made = pack(Path(options.what), output, overwrite=options.overwrite,
-                    progress=bar.of("packing"))  # fmt: skip
+    made = pack(Path(options.what), output, overwrite=options.overwrite,
+                progress=bar.of("packing"))  # fmt: skip
     before, after = made.sparse
     sparse = f", {after / before:.3f} where weights are pruned or quantised" if before else ""
-    result(
-        options, {"dense": made.dense, "packed": made.packed, "sparse": list(made.sparse)},
+    return (
+        {"dense": made.dense, "packed": made.packed, "sparse": list(made.sparse)},
         f"{made.dense / 1e6:,.1f} MB of weights in {made.packed / 1e6:,.1f} MB "
-        f"({made.packed / made.dense:.3f}{sparse}): {output}",
-    )  # fmt: skip
+        f"({made.packed / made.dense:.3f}{sparse})",
+    )
 
 
-def _unpack(options: ExportOptions, output: Path) -> None:
+def _unpack(options: ExportOptions, output: Path, bar: Progress) -> Made:
     from calmix.deploy.pack import unpack
 
-    with Progress() as bar:
-        dense = unpack(Path(options.what), output, overwrite=options.overwrite,
-                       progress=bar.of("unpacking"))  # fmt: skip
-    result(options, {"output": str(output), "dense": dense},
-           f"{dense / 1e6:,.1f} MB of weights: {output}")  # fmt: skip
+    dense = unpack(Path(options.what), output, overwrite=options.overwrite,
+                   progress=bar.of("unpacking"))  # fmt: skip
+    return {"output": str(output), "dense": dense}, f"{dense / 1e6:,.1f} MB of weights"
 
 
 def _weights(options: ExportOptions, known: Collection[str]) -> str:
     """Return how weights are stored: the first that a form knows, if none is asked for."""
-    first = next(iter(known))
-    asked: str = options.weights or first
+    asked: str = options.weights or next(iter(known))
     if asked not in known:
         raise InputError(f"--to {options.to} has no --weights {asked}: {nearest(asked, known)}")
     return asked
 
 
-def _gguf(options: ExportOptions, output: Path) -> None:
+def _gguf(options: ExportOptions, output: Path, bar: Progress) -> Made:
     from calmix.deploy.gguf import TYPES, export
 
-    with Progress() as bar:
-        made = export(
-            options.what, output, weights=_weights(options, TYPES), like=options.like,
-            overwrite=options.overwrite, say=bar.each("export", 2),
-        )  # fmt: skip
-    kinds = ", ".join(f"{count} {kind}" for kind, count in made.types.items())
-    result(
-        options, asdict(made),
-        f"{size(made.before)} of weights in {size(made.after)} ({kinds}; {made.ours} with the "
-        f"levels of calmix), KL to the model {made.kl:.2g} nats a token: {output}",
+    made = export(
+        options.what, output, weights=_weights(options, TYPES), like=options.like,
+        overwrite=options.overwrite, say=bar.each("export", 2),
     )  # fmt: skip
+    kinds = ", ".join(f"{count} {kind}" for kind, count in made.types.items())
+    return asdict(made), (
+        f"{size(made.before)} of weights in {size(made.after)} ({kinds}; {made.ours} with the "
+        f"levels of calmix), KL to the model {made.kl:.2g} nats a token"
+    )
 
 
-def _imatrix(options: ExportOptions, output: Path) -> None:
+def _imatrix(options: ExportOptions, output: Path, bar: Progress) -> Made:
     from calmix.deploy.gguf import export_imatrix
 
     count = export_imatrix(
         user_path(options.what), str(options.model), output, overwrite=options.overwrite,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
-    result(options, {"output": str(output), "matrices": count},
-           f"importance of the inputs of {count} matrices: {output}")  # fmt: skip
+    found = {"output": str(output), "matrices": count}
+    return found, f"importance of the inputs of {count} matrices"
 
 
-def _openvino(options: ExportOptions, output: Path) -> None:
+def _openvino(options: ExportOptions, output: Path, bar: Progress) -> Made:
     from calmix.deploy.openvino import STEPS, WEIGHTS
     from calmix.deploy.openvino import export as write
 
-    with Progress() as bar:
-        made = write(
-            options.what, output, weights=_weights(options, WEIGHTS), overwrite=options.overwrite,
-            trust_remote_code=options.trust_remote_code, say=bar.each("export", len(STEPS)),
-        )  # fmt: skip
-    result(
-        options, asdict(made),
-        f"{size(made.before)} of weights in {size(made.after)}, KL to the model {made.kl:.2g} nats "
-        f"a token, same first choice {made.top1:.0%}: {output}",
+    made = write(
+        options.what, output, weights=_weights(options, WEIGHTS), overwrite=options.overwrite,
+        trust_remote_code=options.trust_remote_code, say=bar.each("export", len(STEPS)),
     )  # fmt: skip
+    return asdict(made), (
+        f"{size(made.before)} of weights in {size(made.after)}, KL to the model {made.kl:.2g} nats "
+        f"a token, same first choice {made.top1:.0%}"
+    )
 
 
-def _jsonl(options: ExportOptions, output: Path) -> None:
+def _jsonl(options: ExportOptions, output: Path, bar: Progress) -> Made:
     from calmix.calibration import CalibrationSet, open_tokenizer
     from calmix.calibration.dataset import export_jsonl
     from calmix.models import check_models
@@ -142,8 +138,8 @@ def _jsonl(options: ExportOptions, output: Path) -> None:
     opened = open_tokenizer(model, trust_remote_code=options.trust_remote_code)
     made = CalibrationSet.open(folder, opened)
     export_jsonl(made, opened.tokenizer, output)
-    result(options, {"output": str(output), "rows": made.rows, "length": made.length},
-           f"{output}: {made.rows} rows of {made.length} tokens")  # fmt: skip
+    found = {"output": str(output), "rows": made.rows, "length": made.length}
+    return found, f"{made.rows} rows of {made.length} tokens"
 
 
 PLACE, SET = {"output", "overwrite"}, {"output", "overwrite", "model", "trust_remote_code"}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmix.cli.common import line, note, print_json, size
-from calmix.cli.tables import print_table, print_taken
+from calmix.cli.tables import print_layers, print_taken
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_apart, user_path
@@ -32,7 +33,6 @@ from calmix.specs import recover_request, requests
 if TYPE_CHECKING:
     from calmix.calibration import CalibrationSet
     from calmix.pruning import PruneReport
-    from calmix.recovery import RecoveryReport
 
 LOSSES = {"distill": "KL of the logits, nats a token", "blocks": "relative error of a block"}
 
@@ -108,20 +108,16 @@ def prune(options: PruneOptions) -> None:
     with distributed.launched(options.device) as own:
         leads = distributed.processes()[0] == 0  # of several processes one prints
         with Progress(shown=leads) as bar:
-            how |= {
-                "device": own, "writing": bar.writing, "started": _started("calibrating"),
-            }  # fmt: skip
+            how |= {"device": own, "writing": bar.writing, "started": _started("calibrating")}
             reports = prune_checkpoints(model, targets, progress=bar.of("pruning blocks"), **how)
     if not leads:
         return
-    told = [
-        {"output": str(path)} | report.to_json()
-        for path, report in zip(targets, reports, strict=True)
-    ]
+    made = list(zip(targets, reports, strict=True))
     if options.as_json:
+        told = [{"output": str(path)} | report.to_json() for path, report in made]
         print_json(told if several else told[0])
         return
-    for path, report in zip(targets, reports, strict=True):
+    for path, report in made:
         _print_pruned(path, report, brief=several)
 
 
@@ -137,49 +133,35 @@ def _started(what: str, shown: bool = True) -> Callable[[CalibrationSet | None],
 
 
 def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
-    """Print the outcome of a target: a line, and if not `brief` a table of the layers' errors."""
+    """Print the outcome of a target: a line, and if not `brief` a table of the layers."""
     from calmix.pruning.experts import starved
 
-    kinds: dict[str, list[float]] = {}
-    bits: dict[str, list[float]] = {}
-    for layer in report.layers:
-        if layer.error is not None:
-            kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer.error)
-        if layer.bits is not None:
-            bits.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer.bits)
-    if kinds and not brief:
-        rows = [
-            {
-                "layer": kind, "blocks": len(errors),
-                "mean error": f"{sum(errors) / len(errors):.2%}", "worst": f"{max(errors):.2%}",
-            } | ({"bits": f"{sum(bits[kind]) / len(bits[kind]):.2f}"} if bits else {})
-            for kind, errors in kinds.items()
-        ]  # fmt: skip
-        print_table(rows, title="output energy lost, lower is better")
+    if not brief:
+        print_layers([layer for layer in report.layers if layer.error is not None])
     damping = report.options.get("damping", 0)
     if raised := [layer.name for layer in report.layers if (layer.damping or 0) > damping]:
         line(f"damping was raised for {len(raised)} layers, first {raised[0]} (calmix.json)")
     if told := starved(report.layers, report.rows):
         line(told)
-    dense: dict[str, int] = {}
+    dense, whole = Counter[str](), report.weights + report.dense_weights
     for one in report.dense:
-        dense[one.reason] = dense.get(one.reason, 0) + one.weights
-    whole = report.weights + report.dense_weights
+        dense[one.reason] += one.weights
     if dense:
         why = ", ".join(f"{reason} {weights / whole:.1%}" for reason, weights in dense.items())
         line(f"left dense, of the blocks' weights: {why}")
+    done = f"in {report.seconds['total']:.1f} s: {path}"
     if report.dropped:
         before = sum(len(one.scores) for one in report.dropped)
         after = sum(len(one.kept) for one in report.dropped)
-        alone = "" if report.layers else f" in {report.seconds['total']:.1f} s: {path}"
+        alone = "" if report.layers else f" {done}"
         line(f"{before - after} of {before} experts dropped (calmix.json){alone}")
     if report.bits is not None:
         line(f"{report.bits:.2f} bits a weight, {report.sparsity:.1%} zeros: "
              f"{size(2 * report.weights)} in {size(report.weights * report.bits / 8)} once packed "
-             f"(calmix export --to pack), in {report.seconds['total']:.1f} s: {path}")  # fmt: skip
+             f"(calmix export --to pack), {done}")  # fmt: skip
     elif report.layers:
         line(f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) "
-             f"in {report.seconds['total']:.1f} s: {path}")  # fmt: skip
+             f"{done}")  # fmt: skip
 
 
 @verb("recover")
@@ -203,14 +185,10 @@ def recover(options: RecoverOptions) -> None:
     if leads and options.as_json:
         print_json({"output": str(options.output)} | report.to_json())
     elif leads:
-        _print_recovered(options.output, report)
-
-
-def _print_recovered(output: Path, report: RecoveryReport) -> None:
-    line(f"held-out rows ({len(report.held_out)} of {report.rows}), {LOSSES[report.method]}: "
-         f"{report.before:.4f} before, {report.after:.4f} after")  # fmt: skip
-    line(f"{report.zeros:,} of {report.weights:,} weights stay zero "
-         f"({report.zeros / report.weights:.4%}), {report.seconds['total']:.1f} s: "
-         f"{output}")  # fmt: skip
-    if report.after >= report.before:
-        note("the held-out rows did not improve: the weights are unchanged")
+        line(f"held-out rows ({len(report.held_out)} of {report.rows}), {LOSSES[report.method]}: "
+             f"{report.before:.4f} before, {report.after:.4f} after")  # fmt: skip
+        line(f"{report.zeros:,} of {report.weights:,} weights stay zero "
+             f"({report.zeros / report.weights:.4%}), {report.seconds['total']:.1f} s: "
+             f"{options.output}")  # fmt: skip
+        if report.after >= report.before:
+            note("the held-out rows did not improve: the weights are unchanged")

@@ -1,4 +1,4 @@
-"""The root of the command line: where each verb is, and how help is laid out, in plain text."""
+"""The root of the command line: where each verb is; a verb is imported when it is called."""
 
 from __future__ import annotations
 
@@ -42,33 +42,26 @@ class Plain:
     """Help in plain text: the words of the usage, then lists; nothing is cut at any width."""
 
     def collect_usage_pieces(self: Any, ctx: Any) -> list[str]:
-        """Return what follows the command's name: arguments, options it needs, the rest."""
-        listed = [one for one in self.get_params(ctx) if one.required or _argument(one)]
-        listed.sort(key=lambda one: not _argument(one))
-        pieces = [_word(one) if _argument(one) else f"{_flag(one)} {one.metavar}" for one in listed]
+        """Return arguments, options that are required, the rest."""
+        pieces = [_word(one) for one in self.params if _argument(one)]
+        pieces += [f"{min(one.opts, key=len)} {one.metavar}" for one in self.params
+                   if one.required and not _argument(one)]  # fmt: skip
         return [*pieces, *(["COMMAND"] if hasattr(self, "commands") else []), "[OPTIONS]"]
 
     def format_options(self: Any, ctx: Any, formatter: Any) -> None:
         """Write commands, then arguments, then options."""
-        if hasattr(self, "commands"):
-            rows = [(name, self.line_of(ctx, name)) for name in self.list_commands(ctx)
-                    if name not in CALLED]  # fmt: skip
-            self.write(formatter, "Commands", rows)
-        shown = [one for one in self.get_params(ctx) if not one.hidden]
-        self.write(formatter, "Arguments", [(_word(p), p.help) for p in shown if _argument(p)])
-        rows = [
-            (", ".join(sorted(one.opts, key=len)) + ("" if one.is_flag else f" {one.metavar}"),
-             one.help)
-            for one in shown if not _argument(one)
-        ]  # fmt: skip
-        self.write(formatter, "Options", rows)
-
-    @staticmethod
-    def write(formatter: Any, title: str, rows: list[tuple[str, str]]) -> None:
-        """Write a list under its title, if it has rows."""
-        if rows:
-            with formatter.section(title):
-                formatter.write_dl(rows, col_max=26)
+        params = [one for one in self.get_params(ctx) if not one.hidden]
+        lists = {
+            "Commands": self.lines() if hasattr(self, "commands") else [],
+            "Arguments": [(_word(one), one.help) for one in params if _argument(one)],
+            "Options": [(", ".join(sorted(one.opts, key=len))
+                         + ("" if one.is_flag else f" {one.metavar}"), one.help)
+                        for one in params if not _argument(one)],
+        }  # fmt: skip
+        for title, rows in lists.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows, col_max=26)
 
 
 def _argument(param: Any) -> bool:
@@ -76,13 +69,8 @@ def _argument(param: Any) -> bool:
 
 
 def _word(param: Any) -> str:
-    name = (param.metavar or param.name.upper()).removesuffix("...")
-    name = name if param.required else f"[{name}]"
+    name = param.metavar if param.required else f"[{param.metavar}]"
     return name if param.nargs == 1 else f"{name}..."
-
-
-def _flag(param: Any) -> str:
-    return str(min(param.opts, key=len))
 
 
 class Command(Plain, TyperCommand):
@@ -94,9 +82,9 @@ class Group(Plain, TyperGroup):
 
     default = ""
 
-    def line_of(self, ctx: Any, name: str) -> str:
-        """Return the line of a command in the group's list."""
-        return str(self.commands[name].get_short_help_str(100))
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the group's commands with a line of each."""
+        return [(name, one.get_short_help_str(100)) for name, one in self.commands.items()]
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that the first word names, or the default one."""
@@ -139,9 +127,9 @@ class Root(Group):
         """Return the names of all verbs."""
         return [*VERBS, *CALLED]
 
-    def line_of(self, ctx: Any, name: str) -> str:
-        """Return a verb's line, without importing it."""
-        return (VERBS | CALLED)[name][1]
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the verbs that are listed, without importing one."""
+        return [(name, line) for name, (_, line) in VERBS.items()]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a verb; None if there is none of that name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from calmix.cli.common import line, note, print_json, result, size
 from calmix.cli.tables import print_table
@@ -115,12 +115,13 @@ def plan(options: PlanOptions) -> None:
         return
     rows = []
     for each in found["groups"]:
-        taken = {stage: duration(seconds) for stage, seconds in each["seconds"].items()}
+        taken = each["seconds"]
         rows.append({
             "model": each["model"] if len(study.file.models) > 1 else None,
             **{name: each[name] for name in ("trials", "method", "pattern")},
             "tokens": f"{each['rows']}x{each['length']}" if each["rows"] else None,
-            **{stage: taken.get(stage) for stage in ("prune", "recover", "evaluate")},
+            **{stage: duration(taken[stage]) if stage in taken else None
+               for stage in ("prune", "recover", "evaluate")},
             "memory": size(each["memory"]), "disk": size(each["disk"]),
         })  # fmt: skip
     print_table(rows, title=f"study {study.file.name}, each trial",
@@ -143,9 +144,9 @@ def run(options: RunOptions) -> None:
 
     execute = _executor(options)
     study = load_study(options.study)
-    with Watch() as watch:
+    with Progress() as bar:
         store, outcome = run_study(
-            study, options.store, watch, options=options, only=options.only, skip=options.skip,
+            study, options.store, Watch(bar), options=options, only=options.only, skip=options.skip,
             retry_failed=options.retry_failed, execute=execute,
         )  # fmt: skip
     states = [store.state(entry.id) for entry in store.entries]
@@ -221,19 +222,11 @@ def outcome_line(trial: Trial) -> str:
 
 
 class Watch(Observer):
-    """The observer of a run: a bar on a terminal, and a line for every trial that ends."""
+    """The observer of a run: a line of progress, and a line for every trial that ends."""
 
-    def __init__(self) -> None:
-        self._bar = Progress()
-        self._total = self._ended = 0
+    def __init__(self, bar: Progress) -> None:
+        self._bar, self._total, self._ended = bar, 0, 0
         self._seconds: list[float] = []
-
-    def __enter__(self) -> Watch:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.__exit__()
 
     def begin(self, todo: int, planned: int) -> None:
         self._total = todo

@@ -14,7 +14,7 @@ from calmix.cli.tables import print_table
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_output_folder, real_place
-from calmix.options import Json, Measure, Settings, Weights, option, path_option
+from calmix.options import Json, MeasureOptions, Settings, Weights, option, path_option
 
 if TYPE_CHECKING:
     from calmix.analysis import Analysis
@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 MANY = 999  # seeds, or times the items: more are not counted out
 
 
-class StudyOptions(Json):
+class StudyOptions(MeasureOptions, Json):
     """Which trials of a study are looked at, and by what."""
 
     study: Path = option(..., "A study's results folder.", argument=True)
     method: str | None = option(None, "Only trials of this pruning method.")
     sparsity: str | None = option(None, "Only this sparsity or pattern: 0.6 or 2:4.")
-    measure: Measure = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
 
 
 class AnalyseOptions(Settings, StudyOptions):

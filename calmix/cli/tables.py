@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -14,6 +14,9 @@ from rich.text import Text
 
 from calmix.cli.common import Terminal, line, out, print_json, size
 from calmix.progress import duration
+
+if TYPE_CHECKING:
+    from calmix.pruning.report import LayerReport
 
 ENDLESS, GAP = 10_000, 2  # columns where no terminal reads, and what each cell has beside it
 NUMBER = re.compile(r"[-\N{MINUS SIGN}>]?\d")
@@ -110,3 +113,33 @@ def print_taken(taken: Sequence[Any], title: str) -> None:
     line(f"\nabout {duration(sum(one.seconds for one in taken))}, "
          f"{size(max(one.memory for one in taken))} of memory at the peak, "
          f"{size(sum(one.disk for one in taken))} on disk; nothing was written")  # fmt: skip
+
+
+def print_layers(layers: Sequence[LayerReport], *, each: bool = False) -> None:
+    """Print a row for the layers of each kind, or for `each` layer; nothing of none."""
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.name if each else layer.name.rpartition(".")[2], []).append(layer)
+    rows = [
+        {
+            "layer": name, "blocks": len(held),
+            "sparsity": _range([one.sparsity for one in held]),
+            "error": _range([one.error for one in held if one.error is not None]),
+            "damping": max((f"{one.damping:g}" for one in held if one.damping is not None),
+                           key=float, default=None),
+            "dead inputs": sum(one.dead_inputs for one in held) or None,
+            "bits": None if held[0].bits is None
+            else f"{sum(one.bits or 0 for one in held) / len(held):.2f}",
+        }
+        for name, held in kinds.items()
+    ]  # fmt: skip
+    if rows:
+        print_table(rows, title="error: output energy lost, lower is better")
+
+
+def _range(shares: list[float]) -> str | None:
+    """Return percentages as one, or from the least to the largest."""
+    if not shares:
+        return None
+    low, high = (f"{100 * end:.2f}" for end in (min(shares), max(shares)))
+    return f"{low}%" if low == high else f"{low}-{high}%"

@@ -127,7 +127,7 @@ def test_retention_fits(calmix, tmp_path, monkeypatch, count):
         total = one["total"]
         shown = "{:.1f} [{:.1f}, {:.1f}]".format(
             *(100 * total[k] for k in ("value", "low", "high"))
-        )
+        ).replace("-", "\N{MINUS SIGN}")
         check(ended.out, 80, shown)
     check(calmix("evaluate", "rescore", files[0]).out, 80, "a_rather_long_name_of_it")
 
@@ -159,8 +159,8 @@ def test_what_a_prune_did_and_what_is_wrong_with_it_fit(
     ).ok()  # fmt: skip
     table, _, _ = ended.out.rpartition(" weights pruned")
     errors = re.findall(r"\d+\.\d\d%", table)
-    assert len(errors) == 2 * 7 if columns == 80 else len(errors) >= 7
-    check(table, columns, "mean error", *errors)
+    assert len(errors) >= 7
+    check(table, columns, "error", *errors)
     for more in ((), ("--layers",)):
         ended = calmix("doctor", "inspect", pruned, *more)
         rows = [line for line in ended.out.splitlines() if "_proj " in line and "error" not in line]
