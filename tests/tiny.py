@@ -7,6 +7,7 @@ import inspect
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,39 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 VOCABULARY = 320
 ARCHITECTURES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "olmo2",
-    "gpt_neox",
-    "opt",
-    "gpt2",
-    "phi",
-    "falcon",
-    "stablelm",
-    "granite",
-    "cohere",
-    "starcoder2",
-    "glm",
-    "bloom",
-    "gpt_bigcode",
-    "smollm3",
-    "gemma4_text",
-)
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt_neox",
+    "opt", "gpt2", "phi", "falcon", "stablelm", "granite", "cohere", "starcoder2", "glm", "bloom",
+    "gpt_bigcode", "smollm3", "gemma4_text",
+)  # fmt: skip
 MIXTURES = (
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-    "deepseek_v3",
-    "gpt_oss",
-    "granitemoe",
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe",
     "llama4_text",
-)
+)  # fmt: skip
 
 
 def tiny_config(kind):
@@ -198,3 +174,48 @@ def longer(model, folder):
     settings = json.loads(config.read_text(encoding="utf-8")) | {"max_position_embeddings": 2048}
     config.write_text(json.dumps(settings), encoding="utf-8")
     return folder
+
+
+def tiny_gguf(path):
+    """Write the tiny llama as GGUF, in float32, with a byte-level vocabulary."""
+    from gguf import GGUFWriter, TokenType
+
+    config, model = tiny_config("llama"), tiny_model("llama")
+    writer = GGUFWriter(path, "llama")
+    writer.add_file_type(0)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    vocabulary = tiny_tokenizer().get_vocab()
+    tokens = [token for token, _ in sorted(vocabulary.items(), key=lambda pair: pair[1])]
+    tokens += ["ab", "bc"]
+    tokens += [f"<unused{n}>" for n in range(config.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(tokens) - 3))
+    writer.add_token_merges(["a b", "b c"])  # older transformers take a list of one for text
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm",
+        "input_layernorm": "attn_norm", "model.layers": "blk",
+    }  # fmt: skip
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, np.ascontiguousarray(tensor.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

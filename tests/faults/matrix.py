@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
-import threading
-import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +25,6 @@ from tests.tiny import save_tiny_model
 
 RUN = ("calmix-run.json",)  # holds date and seconds
 SMALL = ("--rows", 8, "--length", 64, "--leakage", "off")
-DAY = 86_400.0
 NAMES = (
     "prune sparsegpt", "prune wanda", "prune magnitude", "prune block", "prune targets",
     "recover distill", "recover blocks", "calibrate", "generate", "evaluate", "study",
@@ -39,12 +34,8 @@ CACHED = ("generate", "evaluate", "study")  # what keeps something in the cache
 
 @dataclass
 class Row:
-    """One line of the table.
-
-    Attributes:
-        tried: how often; `ended` how many of them the fault met at work.
-        found: what went wrong, a line each.
-    """
+    """One line of the table: how often it was tried, how many of them the fault met at work, and
+    what went wrong, a line each."""
 
     what: str
     fault: str
@@ -60,14 +51,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Verb:
-    """A command that writes `out` in a folder.
-
-    Attributes:
-        arguments: of the command line, given the folder to write in; asked again after a fault.
-        result: what must be the same, given that folder.
-        reading: of the command line that reads the result and tells damage; None if none can.
-        anew: options that start over.
-    """
+    """A command that writes `out` in a folder: its arguments, and what must be the same, given that
+    folder; what reads the result and tells damage, if anything does; and options to start over."""
 
     arguments: Callable[[Path], tuple[object, ...]]
     result: Callable[[Path], Mapping[str, object]]
@@ -165,18 +150,11 @@ class Place:
 
     def fresh(self, name):
         """Return an empty folder; the cache is empty too."""
-        folder = self.folder / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self.empty_cache()
-        return folder
-
-    def empty_cache(self):
-        """Remove all that is in the verb's cache but the archives."""
-        cache = self.folder / "cache"
-        shutil.rmtree(cache, ignore_errors=True)
-        cache.mkdir(exist_ok=True)
-        (cache / "assets").symlink_to(self.assets)
+        for folder in (self.folder / "cache", self.folder / name):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        (self.folder / "cache" / "assets").symlink_to(self.assets)
+        return self.folder / name
 
     def run(self, at, *options, **how):
         """Run the verb in a fork."""
@@ -284,94 +262,39 @@ def _damage(rng, files):
     return f"{path.name} {way} at {at}"
 
 
-def vanished_cache(place, count):
-    """Remove the cache while a verb is at work: it ends as ever, or in one line."""
-    row = Row(place.name, "vanished cache")
-    for number in range(count):
-        folder = place.fresh("tried")
-
-        def act(folder=folder):
-            def vanish(*_):
-                place.empty_cache()
-
-            signal.signal(signal.SIGVTALRM, vanish)
-            moment = place.moment(place.seeded("vanish", number))  # noqa: B023
-            signal.setitimer(signal.ITIMER_VIRTUAL, moment, 0.1)
-            place.acts(folder)()
-
-        ended = run(act, place.log)
-        row.tried, row.ended = row.tried + 1, row.ended + 1
-        if ended.code and not ended.line:
-            row.found.append(f"{number}: {ended.errors[-300:]}")
-        elif wrong := place.judged(folder, place.run(folder)):
-            row.found.append(f"{number}: {wrong}")
-    return row
-
-
-def clock_step(place, count):
-    """Step the clock by a day while two processes are at work: stamps of files move with it."""
-    row = Row(place.name, "clock step")
-    for number in range(count):
-        rng = place.seeded("clock", number)
-        row.tried += 1
-        row.found += _two(place, row, number, rng.choice([-DAY, DAY]), place.moment(rng))
-    return row
-
-
 def two_at_once(place, count):
     """Start a verb twice on one output: one makes it, the other stops in one line or finds it."""
-    row = Row(place.name, "two processes")
+    row = Row(place.name, "two processes", count, count)
     for number in range(count):
-        row.tried += 1
-        row.found += _two(place, row, number)
+        folder = place.fresh("tried")
+        ended = _both(place, [folder, folder])
+        done = next((one for one in ended if not one.code), None)
+        if bad := [one.errors[-300:] for one in ended if one.code and not one.line]:
+            row.found.append(f"{number}: {bad}")
+        elif done is None:
+            row.found.append(f"{number}: {[one.errors[-200:] for one in ended]}")
+        elif wrong := place.judged(folder, done):
+            row.found.append(f"{number}: {wrong}")
     return row
 
 
 def one_cache(place, count):
     """Start a verb twice on two outputs and one cache: both have what one alone would."""
-    row = Row(place.name, "one cache")
+    row = Row(place.name, "one cache", count, count)
     for number in range(count):
         folders = [place.fresh("tried"), place.fresh("other")]
-        row.tried, row.ended = row.tried + 1, row.ended + 1
         for folder, ended in zip(folders, _both(place, folders), strict=True):
-            if ended.code:
-                row.found.append(f"{number}: {ended.errors[-300:]}")
-            elif wrong := place.judged(folder, ended):
+            if wrong := ended.errors[-300:] if ended.code else place.judged(folder, ended):
                 row.found.append(f"{number}: {wrong}")
                 break
     return row
 
 
-def _both(place, folders, step=0, at=0):
-    def act(folder):
-        if step:
-            real = time.time
-
-            def stepped(*_):
-                time.time = lambda: real() + step
-                for path in folder.rglob("*"):
-                    if path.suffix == ".lock":
-                        stamp = path.stat().st_mtime + step
-                        os.utime(path, (stamp, stamp))
-
-            signal.signal(signal.SIGVTALRM, stepped)
-            signal.setitimer(signal.ITIMER_VIRTUAL, max(at, 1e-3))
-        place.acts(folder)()
-
+def _both(place, folders):
     logs = [place.folder / f"log-{number}" for number in (0, 1)]
-    children = [start(partial(act, folder), log) for folder, log in zip(folders, logs, strict=True)]
+    pairs = list(zip(folders, logs, strict=True))
+    children = [start(place.acts(folder), log) for folder, log in pairs]
     return [wait(child, log) for child, log in zip(children, logs, strict=True)]
-
-
-def _two(place, row, number, step=0, at=0):
-    folder = place.fresh("tried")
-    ended = _both(place, [folder, folder], step, at)
-    row.ended += 1
-    bad = [one.errors[-300:] for one in ended if one.code and not one.line]
-    if bad or all(one.code for one in ended):
-        return [f"{number}: {bad or [one.errors[-200:] for one in ended]}"]
-    wrong = place.judged(folder, next(one for one in ended if not one.code))
-    return [f"{number}: {wrong}"] if wrong else []
 
 
 def small_disk(place, *, read_only):
@@ -403,81 +326,21 @@ def small_disk(place, *, read_only):
     return row
 
 
-def dying_workers(place, count):
-    """Run a study on Ray and kill workers at work, up to three a run: the others take over.
-
-    Moments are drawn by the clock: processor time of another process sends no signal.
-    """
-    row = Row("study on Ray", "SIGKILL")
-    verb, *rest = place.verb.arguments(place.folder)
-    assert verb == "study"
-    study = rest[1]
-    while row.tried < count:
-        rng = place.seeded("worker", row.tried)
-        folder = place.fresh("tried")
-        kills = min(rng.choice([1, 1, 2, 3]), count - row.tried)
-        waits = [rng.uniform(0, 2 * place.whole.seconds / 6) for _ in range(kills)]
-        met = folder.with_name("met")
-        met.write_text("")
-        ended = run(partial(_on_ray, place, study, folder / "out", waits, met), place.log)
-        row.tried, row.ended = row.tried + kills, row.ended + len(met.read_text().split())
-        if ended.code:
-            row.found.append(f"{row.tried}: {ended.errors[-300:]}")
-        elif wrong := place.judged(folder, ended):
-            row.found.append(f"{row.tried}: {wrong}")
-    return row
-
-
-def _on_ray(place, study, store, waits, met):
-    os.environ |= {
-        "CALMIX_CACHE": str(place.folder / "cache"),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "RAY_worker_niceness": "0",
-    }
-
-    def kill():
-        left, known = list(waits), {os.getpid()}
-        while left:
-            for lock in store.glob("locks/*.lock"):
-                try:
-                    found = int(lock.read_text().partition("pid=")[2].partition("\n")[0])
-                except (OSError, ValueError):
-                    continue
-                if len(lock.stem) == 64 and found not in known:
-                    time.sleep(left.pop())
-                    known.add(found)
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(found, signal.SIGKILL)
-                        with met.open("a") as log:
-                            log.write(f"{found}\n")
-                    break
-            time.sleep(0.01)
-
-    threading.Thread(target=kill, daemon=True).start()
-    options = "--executor", "ray", "--workers", "2", "--retries", "3"
-    command("study", "run", study, "-o", store, *options)()
-
-
 def everything(name, verb, folder, count, tell):
     """Bring every fault upon a verb: `count` kills and damaged files, less of the others."""
     torch.set_num_threads(1)
     place = Place(name, verb, folder)
     few, fewer = -(-count // 5), -(-count // 25)
-    tried = [
+    rows = []
+    for fault in (
         partial(faults, place, count, "kill"),
         partial(faults, place, few, "interrupt"),
         partial(damage, place, count),
         partial(two_at_once, place, fewer),
-        partial(clock_step, place, fewer),
+        *([partial(one_cache, place, fewer)] if name in CACHED else []),
         partial(small_disk, place, read_only=False),
         partial(small_disk, place, read_only=True),
-    ]
-    if name in CACHED:
-        tried += [partial(vanished_cache, place, few), partial(one_cache, place, fewer)]
-    if name == "study":
-        tried.append(partial(dying_workers, place, count))
-    rows = []
-    for fault in tried:
+    ):
         if (row := fault()) is not None:
             tell(row)
             rows.append(row)

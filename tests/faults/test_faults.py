@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults.matrix import CACHED, Place, damage, faults, vanished_cache, verbs
+from tests.faults.matrix import CACHED, Place, damage, faults, one_cache, verbs
 from tests.tiny import quick
 
 SAMPLE = quick(["prune targets"], ["recover distill", "generate"])
@@ -19,7 +19,7 @@ def test_after_a_fault_there_are_the_same_bytes_or_a_line(name, chosen, tmp_path
     place = Place(name, chosen[name], tmp_path)
     rows = [faults(place, 1, "kill"), damage(place, 2)]
     if name in CACHED:
-        rows.append(vanished_cache(place, 1))
+        rows.append(one_cache(place, 1))
     for row in rows:
         assert row.tried, row
         assert not row.found, row

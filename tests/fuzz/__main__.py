@@ -15,15 +15,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CALMIX_CACHE"] = str(Path(folder) / "fuzz" / "files" / "cache")
         found = run(Path(folder) / "fuzz", int(count or 10_000), int(seed or 0), only)
+    read, refused, faults = found
     print(f"{'kind':20}{'read':>8}{'refused':>9}")
     for name in KINDS:
-        if found.read[name] or found.refused[name]:
-            print(f"{name:20}{found.read[name]:8}{found.refused[name]:9}")
-    print(f"{'all':20}{found.read.total():8}{found.refused.total():9}")
-    for place, (seeds, trace) in found.faults.items():
-        print(f"\n{place} ({len(seeds)}: {', '.join(seeds[:5])})\n{trace}")
-    faults = sum(len(seeds) for seeds, _ in found.faults.values())
-    print(f"{faults} faults in {len(found.faults)} places")
+        print(f"{name:20}{read[name]:8}{refused[name]:9}")
+    for place, (numbers, trace) in faults.items():
+        print(f"\n{place} ({len(numbers)}: {numbers[:5]})\n{trace}")
+    print(f"{read.total()} read, {refused.total()} refused, faults in {len(faults)} places")
     sys.exit(bool(faults))
 
 
