@@ -4,7 +4,7 @@ import pytest
 
 from calmix.pruning.checkpoint import prune_checkpoints
 from calmix.specs import prune_request
-from tests.fuzz.readers import tiny_gguf
+from tests.tiny import tiny_gguf
 
 QUANTISED = {
     "four": {"method": "gptq,group=32", "bits": 4},
