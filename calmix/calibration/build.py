@@ -184,15 +184,11 @@ def build(
         if guard is not None:
             guard.verdict(name, stream)
         if len(packed[name]) < count:
-            has, need = sum(len(ids) + (end is not None) for _, ids in used), count * body
-            what = f"{has} tokens, but {count} rows of {length} need {need}"
-            hint = "give it less weight in a mix"
-            if packing == "window":
-                what = f"{len(used)} documents of {body} tokens or more, but {count} rows"
-                hint = "use --packing concat"
+            hint = "less weight in a mix" if packing == "concat" else "--packing concat"
             raise SourceError(
-                f"source {name} has {what}: add text, {hint}, or ask for fewer rows "
-                "(--rows; of compress, --effort quick)"
+                f"source {name} has text for {len(packed[name])} rows of {length} tokens, not "
+                f"{count}: add text, take {hint}, or ask for fewer rows (--rows; of compress, "
+                "--effort quick)"
             )
         described[name] = {
             "rows": count,

@@ -65,20 +65,16 @@ class ItemIndex:
         self.n = n
         entries = list(items)
         self.names = [(task, item) for task, item, _ in entries]
-        ids = tokenize([text for _, _, text in entries]) if entries else []
-        lengths = np.array([len(row) for row in ids], dtype=np.int64)
-        joined = np.fromiter((i for row in ids for i in row), np.int64, int(lengths.sum()))
-        hashes = window_hashes(joined, n)
-        owner = np.repeat(np.arange(len(ids)), lengths)
-        # A window that runs from one item into the next belongs to neither.
-        starts = np.flatnonzero(owner[: len(hashes)] == owner[n - 1 : n - 1 + len(hashes)])
-        if len(starts):
-            windows = np.lib.stride_tricks.sliding_window_view(joined, n)[starts]
-            windows = np.sort(windows, axis=1)
-            distinct = 1 + (windows[:, 1:] != windows[:, :-1]).sum(axis=1)
-            starts = starts[distinct >= DISTINCT * n]
-        order = np.argsort(hashes[starts], kind="stable")
-        self._hashes, self._owner = hashes[starts][order], owner[starts][order]
+        hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+        for number, row in enumerate(tokenize([text for _, _, text in entries]) if entries else []):
+            if len(row) >= n:
+                windows = np.sort(np.lib.stride_tricks.sliding_window_view(row, n), axis=1)
+                distinct = 1 + (windows[:, 1:] != windows[:, :-1]).sum(axis=1)
+                hashes.append(window_hashes(np.array(row), n)[distinct >= DISTINCT * n])
+                owners.append(np.full(len(hashes[-1]), number))
+        joined = np.concatenate(hashes)
+        order = np.argsort(joined, kind="stable")
+        self._hashes, self._owner = joined[order], np.concatenate(owners)[order]
 
     def find(self, ids: list[int]) -> tuple[str, str] | None:
         """Return task and id of an item that shares a run of `n` tokens, or None."""

@@ -27,7 +27,7 @@ from calmix.errors import InputError, nearest
 from calmix.files import user_path
 from calmix.models import OpenModel
 from calmix.options import DrawOptions, checked, named_options
-from calmix.sources import Source, builtin_sources, get_source, offline_sources, own_sources
+from calmix.sources import Source, get_source, offline_sources, own_sources
 from calmix.sources.licences import allowed, check_licence, refuse
 from calmix.sources.readers import LocalFile
 from calmix.sources.registry import MIXES, parse_sources
@@ -185,16 +185,6 @@ class Asked:
     def runs_model(self) -> bool:
         """Whether making it takes the model, and not its tokenizer alone."""
         return self.spec.generator is not None or bool(self.spec.written)
-
-    def chatless(self, tokenizer: Any) -> bool:
-        """Whether the set is known to hold no chats, and the model has a chat template."""
-        if self.saved is not None:
-            return count_turns(self.saved.ids, tokenizer) == 0
-        spec = self.spec
-        if getattr(spec.generator, "chat", 0) or "chat" in (spec.generate, *spec.written):
-            return False
-        known = all(name in builtin_sources() and name not in spec.own for name in spec.sources)
-        return known and chat_turns(tokenizer) is not None
 
 
 def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:

@@ -190,11 +190,11 @@ def status(options: OfStore) -> None:
     for entry in store.entries:
         state, told = store.state(entry.id), ""
         if state == "failed":
-            told = store.read_failure(entry.id).error
+            told = store.read_failure(entry).error
         elif state == "running":
             told = store.runner(entry.id) or ""
         elif state == "finished":
-            found = store.result(entry.id).trial
+            found = store.result(entry).trial
             seconds.append(found.seconds.get("total", 0.0))
             told = f"{outcome_line(found)}, {seconds[-1]:.0f} s"
         rows.append({"trial": entry.label, "state": state, "note": told})

@@ -254,15 +254,16 @@ def _store(folder: Path, health: Health, say: Say) -> None:
     states = {entry.id: store.state(entry.id) for entry in store.entries}
     counts = dict(Counter(states.values()))
     health.facts = {"study": store.index.name, "trials": len(states)} | counts
-    for trial, state in states.items():
+    for entry in store.entries:
+        state = states[entry.id]
         if state == "failed":
-            health.warnings.append(f"{store.read_failure(trial).label} failed")
+            health.warnings.append(f"{entry.label} failed")
         for read in (store.result, store.scores) if state == "finished" else ():
             try:
-                read(trial)
+                read(entry)
             except CalmixError as error:
                 health.problems.append(str(error))
-        say(trial)
+        say(entry.id)
     for pattern in ("trials/*/checkpoint", "calibration/[!.]*", "dense/[!.]*.json"):
         for place in sorted(folder.glob(pattern)):
             health.problems += inspect(place, tick=say).problems

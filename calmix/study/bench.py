@@ -86,7 +86,7 @@ class Bench:
         entry, self._changed = self.study.file.models[label], False
         self.opened = open_model(entry.name, dtype=entry.dtype, **self.how)
 
-    def run(self, trial: Resolved, stage: Stage) -> Trial:
+    def run(self, trial: Resolved, stage: Stage, note: Callable[[str], None]) -> Trial:
         """Run one trial of the model that is ready, write it to the store and return it."""
         planned, seconds = trial.planned, {}
         began = at = time.perf_counter()
@@ -96,7 +96,7 @@ class Bench:
             before, at = at, time.perf_counter()
             seconds[name] = round(at - before, 3)
 
-        made, information = self._calibration(trial, stage)
+        made, information = self._calibration(trial, stage, note)
         lap("calibration")
         report = self._prune(planned, made, lambda *of: stage("pruning", *of))
         lap("prune")
@@ -183,7 +183,7 @@ class Bench:
         return report
 
     def _calibration(
-        self, trial: Resolved, stage: Stage
+        self, trial: Resolved, stage: Stage, note: Callable[[str], None]
     ) -> tuple[CalibrationSet | None, dict[str, float]]:
         """Return a trial's calibration set with its metrics, made if it is not in the store."""
         if trial.calibration_id is None:
@@ -198,7 +198,7 @@ class Bench:
             if not folder.is_dir():
                 drawn = resolve(
                     planned.request.calibration or "", self.opened, sources=self.study.own,
-                    writing=stage, **planned.request.drawn(),
+                    writing=stage, note=note, **planned.request.drawn(),
                 )  # fmt: skip
                 metrics = measure_set(drawn, self.opened, perplexity=False)
                 with atomic_folder(folder) as beside:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -20,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from calmix import assets
-from calmix.calibration import ask, open_tokenizer
-from calmix.calibration.resolving import CHATLESS, Spec
+from calmix.calibration import ask
+from calmix.calibration.resolving import Spec
 from calmix.calibration.texts import LENGTH as TEXT_LENGTH
 from calmix.calibration.texts import ROWS as TEXT_ROWS
 from calmix.calibration.texts import builtin_readers
-from calmix.errors import CalmixError, InputError
+from calmix.errors import InputError
 from calmix.evaluation.abilities import task_of
 from calmix.evaluation.suites import ARCHIVE, Suite
 from calmix.evaluation.tasks import load_items, preamble
@@ -338,13 +337,11 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
         there = device_memory(model.device)[2] or total_memory()
         if memory > there:
             notes.append(too_large(f"{like.model} {like.way} {like.pattern}", memory, there))
-    made, chatless = 0.0, dict[str, None]()
+    made = 0.0
     for one in sets.values():
         asked = ask(one.request.calibration or "", sources=study.own, **one.request.drawn())
         measured = study.file.perplexity
         made += models[one.model].calibration(one.rows, one.length, asked.spec, measured)
-        if asked.chatless(_tokenizer(study.file.models[one.model].name)):
-            chatless[f"{one.model}: {one.calibration} {CHATLESS}"] = None
     dense = sum(model.evaluation(work) for model in models.values())
     run = sum(group["trials"] * sum(group["seconds"].values()) for group in found)
     kept = sum(group["trials"] * group["disk"] for group in found)
@@ -353,14 +350,8 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
         "memory": max(group["memory"] for group in found),
         "disk": kept + sum(8.0 * one.rows * one.length for one in sets.values()),
         "sets": len(sets), "sets_seconds": made, "dense_seconds": dense, "groups": found,
-        "notes": list(dict.fromkeys([*notes, *chatless])),
+        "notes": list(dict.fromkeys(notes)),
     }  # fmt: skip
-
-
-@cache
-def _tokenizer(name: str) -> Any:
-    with suppress(CalmixError):  # else the configuration alone is at hand
-        return open_tokenizer(name).tokenizer
 
 
 def too_large(named: str, needed: float, there: float) -> str:

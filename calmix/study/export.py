@@ -23,15 +23,15 @@ def read_results(path: Path | str) -> StudyResults:
     store = open_store(Path(path))
     states = {entry.id: store.state(entry.id) for entry in store.entries}
     done = [entry for entry in store.entries if states[entry.id] == "finished"]
-    kept = {entry.id: store.result(entry.id) for entry in done}
-    scored = {entry.id: store.scores(entry.id) for entry in done}
+    kept = {entry.id: store.result(entry) for entry in done}
+    scored = {entry.id: store.scores(entry) for entry in done}
     extra = _compared(store, {e.set: kept[e.id].trial for e in done if e.set is not None})
     trials = []
     for entry in done:
         trial, distance = kept[entry.id].trial, scored[entry.id].distance
         information = trial.information | extra.get(entry.set or "", {})
         trials.append(trial.model_copy(update={"information": information, "distance": distance}))
-    failed = [store.read_failure(name) for name, state in states.items() if state == "failed"]
+    failed = [store.read_failure(e) for e in store.entries if states[e.id] == "failed"]
     # Another processor scores a dense model once more: of several the one that most trials name.
     named = Counter((record.trial.model, record.dense) for record in kept.values())
     dense = {model: key for (model, key), _ in reversed(named.most_common())}
@@ -72,7 +72,7 @@ def write_table(results: StudyResults, folder: Path) -> None:
                         | {f"dimension_{name}": one for name, one in own.items()}
                         | {"info": trial.information})  # fmt: skip
     table = pd.json_normalize(rows, sep="_")
-    table.columns = table.columns.str.removesuffix("_value")
+    table.columns = [str(name).removesuffix("_value") for name in table.columns]
     write_text(folder / CSV, table.to_csv(index=False))
 
 

@@ -89,13 +89,18 @@ def run_study(
         first, own = names.setdefault(trial.id, trial.planned.label), trial.planned.label
         if first != own:
             raise InputError(f"'{first}' and '{own}' are the same trial: name it once")
-    wanted = [trial for trial in resolved if trial.planned.key in chosen]
-    done = open_store(path) if is_store(path) else None
-    left = [t.planned for t in wanted if done is None or done.state(t.id) != "finished"]
-    check_free(path, checkpoint_bytes(study, left), "checkpoints take")
+    before = open_store(path).entries if is_store(path) else []
     store = claim_store(path, study, resolved)
-    states = ("pending", "running", "failed") if retry_failed else ("pending", "running")
-    todo = [trial for trial in wanted if store.state(trial.id) in states]
+    stale = [e.label for e in before if e.id not in names and store.state(e.id) == "finished"]
+    if stale:
+        observer.note(
+            f"the study has changed: {len(stale)} finished trials, first '{stale[0]}', are no "
+            f"longer asked for and stay in {path / 'trials'}"
+        )
+    wanted = [trial for trial in resolved if trial.planned.key in chosen]
+    left = [trial for trial in wanted if store.state(trial.id) != "finished"]
+    check_free(path, checkpoint_bytes(study, [t.planned for t in left]), "checkpoints take")
+    todo = [trial for trial in left if retry_failed or store.state(trial.id) != "failed"]
     observer.begin(len(todo), len(resolved))
     outcome = Outcome()
     for trial, (how, what) in (execute or run_locally)(study, store, todo, options, observer):
@@ -160,7 +165,7 @@ def run_one(bench: Bench, trial: Resolved, observer: Observer) -> Ended:
             # A model that does not open or cannot be scored fails every trial alike.
             bench.ready(trial.planned.model, stage)
             try:
-                return "finished", bench.run(trial, stage)
+                return "finished", bench.run(trial, stage, observer.note)
             except DiskError:
                 raise
             except Exception as error:

@@ -28,7 +28,7 @@ from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.files import atomic_folder, check_apart, check_writable, read_object, write_json
 from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study
-from calmix.study.trials import Resolved, differences
+from calmix.study.trials import Resolved
 from calmix.yaml_files import first_problem
 
 KIND, FORMAT = "study store", 2
@@ -55,7 +55,8 @@ def _named(key: list[Scalar]) -> list[Scalar]:
 
 
 class Entry(_Kept):
-    """A trial of the study: its hash, its label, `Planned.key`, and the hash of its set."""
+    """A trial of the study: its hash, its label, the names of its model and set and what else has
+    told it apart, and the hash of its set."""
 
     id: Id
     label: str
@@ -97,7 +98,6 @@ class Result(_Kept):
 
 
 class _Failure(_Kept):
-    label: str
     error: str
 
 
@@ -170,28 +170,23 @@ class Store:
             return "running"
         return "failed" if (folder / ERROR).is_file() else "pending"
 
-    def result(self, trial_id: str) -> Result:
+    def result(self, entry: Entry) -> Result:
         """Return a finished trial; its model and set have the names the study has for them now."""
-        path = self.trial(trial_id) / RESULT
+        path = self.trial(entry.id) / RESULT
         record = _read(path, Result, "delete the trial's folder and run the study again")
-        if (entry := self._entry(trial_id)) is not None:
-            named = dict(zip(("model", "calibration"), entry.key, strict=False))
-            record.trial = record.trial.model_copy(update=named)
+        named = dict(zip(("model", "calibration"), entry.key, strict=False))
+        record.trial = record.trial.model_copy(update=named)
         return record
 
-    def scores(self, trial_id: str) -> CapabilityScores:
+    def scores(self, entry: Entry) -> CapabilityScores:
         """Return what a finished trial's model did on every item, and its distance."""
-        return load_scores(self.trial(trial_id) / SCORES)
+        return load_scores(self.trial(entry.id) / SCORES)
 
-    def read_failure(self, trial_id: str) -> FailedTrial:
+    def read_failure(self, entry: Entry) -> FailedTrial:
         """Return the error a trial ended with."""
-        path = self.trial(trial_id) / ERROR
+        path = self.trial(entry.id) / ERROR
         kept = _read(path, _Failure, "run the study with --retry-failed")
-        label = (self._entry(trial_id) or kept).label
-        return FailedTrial(id=trial_id, label=label, error=kept.error)
-
-    def _entry(self, trial_id: str) -> Entry | None:
-        return next((entry for entry in self.entries if entry.id == trial_id), None)
+        return FailedTrial(id=entry.id, label=entry.label, error=kept.error)
 
     @contextmanager
     def writing(self, trial: Resolved) -> Iterator[Path]:
@@ -246,34 +241,17 @@ def check_folder(path: Path, inputs: Iterable[object] = ()) -> None:
 
 
 def claim_store(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store:
-    """Open the store at `path` for a study, or make one there.
+    """Return the store at `path`, made if there is none, with a study's trials.
 
-    The study may have more trials than the store, and other names for them.
+    What else has finished there stays, for a study that asks for it again.
     """
-    check_folder(path)
-    suite, new = study.suite, {trial.planned.key: trial for trial in resolved}
     store = Store(path, Index(
         name=study.file.name, text=study.text,
-        suite={**describe(suite), "dimensions": list(suite.dimensions)},
-        trials=[Entry(id=t.id, label=t.planned.label, key=list(key), set=t.calibration_id)
-                for key, t in new.items()],
+        suite={**describe(study.suite), "dimensions": list(study.suite.dimensions)},
+        trials=[
+            Entry(id=t.id, label=t.planned.label, key=list(t.planned.key), set=t.calibration_id)
+            for t in resolved
+        ],
     ))  # fmt: skip
-    asked = {entry.id for entry in store.entries}
-    for entry in open_store(path).entries if is_store(path) else ():
-        if entry.id in asked or store.state(entry.id) != "finished":
-            continue
-        trial = new.get(tuple(entry.key))
-        if trial is None:
-            raise InputError(
-                f"the study no longer asks for '{entry.label}', which has finished in {path}: put "
-                "it back, or name another store"
-            )
-        before = read_object(store.trial(entry.id) / REQUEST, f"{entry.label} has no {REQUEST}")
-        before.pop("label", None)
-        what = next(differences(before, trial.request), "its definition")
-        raise InputError(
-            f"the study has changed since '{entry.label}' finished in {path} ({what}): undo the "
-            "change, give it another name, or name another store"
-        )
     write_json(path / INDEX, store.index.model_dump())
     return store

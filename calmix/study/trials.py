@@ -95,8 +95,7 @@ class Planned:
     def key(self) -> Key:
         """Identifies the trial within its study."""
         model, *how, propagation = self.condition
-        damping = self.request.options.get("damping")  # stores have always had it
-        return model, self.calibration, *how, self.seed, propagation, damping
+        return model, self.calibration, *how, self.seed, propagation
 
     @property
     def label(self) -> str:

@@ -109,10 +109,11 @@ def test_the_manifest_names_the_documents(sources, tiny):
 
 
 def test_too_little_text_tells_has_and_needs(sources, tiny):
-    with pytest.raises(SourceError, match=r"has 4230 tokens, but 100 rows of 64 need 6400"):
-        build(parse_mix(sources["lower"]), tiny, rows=100, length=64)
-    with pytest.raises(SourceError, match=r"has 10 documents of 90 tokens or more, but 11 rows"):
-        build(parse_mix(sources["lower"]), tiny, rows=11, length=90, packing="window")
+    mix = parse_mix(sources["lower"])
+    with pytest.raises(SourceError, match=r"has text for 66 rows of 64 tokens, not 100: add text"):
+        build(mix, tiny, rows=100, length=64)
+    with pytest.raises(SourceError, match=r"for 10 rows .* take --packing concat, or ask for"):
+        build(mix, tiny, rows=11, length=90, packing="window")
 
 
 def test_chats_are_written_by_the_models_template(tmp_path, tiny):

@@ -54,7 +54,7 @@ def test_a_saved_set_is_no_spec_for_calibrate(calibrate, sources, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "more", "message"),
     [
-        ("{lower}", ["--rows", "1000"], "tokens, but 1000 rows of 32 need 32000"),
+        ("{lower}", ["--rows", "1000"], "rows of 32 tokens, not 1000: add text"),
         ("{lower}", ["--sources", "no.yaml"], "there is no file no.yaml"),
         ("missing.jsonl", [], "there is no file missing.jsonl"),
         ("{bytes}", [], "is not UTF-8 text"),

@@ -1,9 +1,6 @@
 """Saving, opening and exporting calibration sets."""
 
 import json
-import os
-import subprocess
-import textwrap
 
 import pytest
 import torch
@@ -111,46 +108,3 @@ def test_jsonl(made, tiny, tmp_path):
     rows = [json.loads(line) for line in lines]
     assert [row["source"] for row in rows] == list(made.sources)
     assert rows[0]["text"] == tiny.tokenizer.decode(made.ids[0], skip_special_tokens=True)
-
-
-RIVAL = """
-    import sys
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.pruning import SparseGPTModifier
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from safetensors.torch import load_file
-
-    model_folder, set_file = sys.argv[1:]
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    ids = load_file(set_file)["ids"].tolist()
-    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
-    oneshot(
-        model=model,
-        tokenizer=AutoTokenizer.from_pretrained(model_folder),
-        dataset=rows,
-        num_calibration_samples=len(rows),
-        max_seq_length=len(rows[0]["input_ids"]),
-        recipe=SparseGPTModifier(sparsity=0.5, targets=["Linear"], ignore=["re:.*lm_head"]),
-    )
-    weight = model.model.layers[0].self_attn.q_proj.weight
-    print("zeros", float((weight == 0).float().mean()))
-"""
-
-
-@pytest.mark.skipif(
-    not os.environ.get("CALMIX_RIVAL_PYTHON"),
-    reason="CALMIX_RIVAL_PYTHON names no Python with llm-compressor",
-)
-def test_llm_compressor_prunes_with_an_exported_set(made, tiny, tiny_folder, tmp_path):
-    made.save(tmp_path / "set")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    run = subprocess.run(
-        [os.environ["CALMIX_RIVAL_PYTHON"], "-c", textwrap.dedent(RIVAL), tiny_folder,
-         tmp_path / "set" / "calibration.safetensors"],
-        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    zeros = float(run.stdout.split("zeros")[-1])
-    assert zeros == pytest.approx(0.5, abs=0.02)

@@ -13,8 +13,7 @@ from calmix.specs import recover_request
 from calmix.study import estimate, load_study
 from calmix.study.estimate import SuiteWork, Timed, suite_work
 from calmix.study.trials import plan
-from tests.calibration.selfgen.test_chat import TEMPLATE
-from tests.tiny import ARCHITECTURES, MIXTURES, quick, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.tiny import ARCHITECTURES, MIXTURES, quick, save_tiny_model, tiny_model
 
 SPARSEGPT = get_method("sparsegpt")
 
@@ -86,16 +85,6 @@ def test_a_plan_counts_what_is_shared_once(tiny_study, known):
     parts = sum(group["trials"] * sum(group["seconds"].values()) for group in groups)
     assert found["seconds"] == parts + found["sets_seconds"] + found["dense_seconds"]
     assert found["disk"] > 36 * 50_000
-
-
-def test_a_plan_names_the_sets_without_chats_for_a_chat_model(tiny_study, known, monkeypatch):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    monkeypatch.setattr(estimate, "_tokenizer", lambda name: tokenizer)
-    sets = "plain: python-docs\n  ours: self-written\n  letters: "
-    study = load_study(tiny_study(("letters: ", sets)))
-    (*_, note) = estimate.estimate(study, "cpu")["notes"]
-    assert note.startswith("tiny: plain has no row in this model's chat format")
 
 
 def test_trials_an_accelerator_cannot_hold_are_refused(tiny_study, known, monkeypatch):

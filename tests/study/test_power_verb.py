@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
 from calmix.analysis import power as module
-from calmix.analysis.power import needed
+from calmix.analysis.power import Noise, needed
 from calmix.study import load_study, run_study
 from tests.study.conftest import writer
 from tests.study.test_running import Recorder
 
-
-@dataclass(frozen=True)
-class Noise:
-    """As `calmix.analysis.power.Noise`."""
-
-    condition: str = "SparseGPT 60%"
-    quantity: str = "total"
-    kind: str = "total"
-    sets: int = 14
-    draw: float | None = 0.012
-    freedom: int = 21
-    item: float | None = 0.003
-    items: int = 2000
-    signal: float | None = 0.021
-    ratio: float | None = 1.7
+NOISE = Noise(
+    condition="SparseGPT 60%", quantity="total", kind="total", sets=14, draw=0.012, freedom=21,
+    item=0.003, items=2000, signal=0.021, ratio=1.7,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +33,8 @@ def store(tmp_path_factory, tiny_folder):
 @pytest.fixture
 def made_up(monkeypatch):
     """The noise that is found, to be changed at will."""
-    found = [Noise(), Noise(quantity="arc_challenge_of_24_ch", kind="task", item=0.02, draw=0.03)]
+    task = {"quantity": "arc_challenge_of_24_ch", "kind": "task", "item": 0.02, "draw": 0.03}
+    found = [NOISE, replace(NOISE, **task)]
     monkeypatch.setattr(module, "noises", lambda *_, **__: found)
     return found
 

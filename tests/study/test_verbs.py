@@ -69,14 +69,12 @@ def test_every_mistake_is_one_line(calmix, tiny_study, tmp_path):
     other.mkdir()
     (other / "file").write_text("x")
     assert calmix("study", "run", path, "-o", store, "--only", "code").code == 0
-    changed = tiny_study(("length: 32", "length: 32\npacking: window"), name="changed.yaml")
     cases = [
         (("run", tmp_path / "none.yaml", "-o", store), "there is no file"),
         (("run", wrong, "-o", store), "line 4: rows: Input should be a valid integer"),
         (("run", empty, "-o", store), "seeds is empty: the grid has no trials"),
         (("run", gone, "-o", store), "no model folder"),
         (("run", path, "-o", other), "not empty and is not a study store"),
-        (("run", changed, "-o", store), "packing: concat, now window"),
         (("run", path, "-o", store, "--only", "zz"), "no trial matches 'zz'"),
         (
             ("run", path, "-o", store, "--executor", "rya"),

@@ -391,7 +391,7 @@ def _enough(
                 "(--leakage off to use such text) or writes nothing (other prompts)"
             )
         usable[least] = True
-    written = Written.joined(parts)
+    written = Written(*map(torch.cat, zip(*parts, strict=True)))
     nll = torch.where(written.sampled, written.nll.double(), 0.0).sum(1).numpy()
     counted = {
         "written": len(names),

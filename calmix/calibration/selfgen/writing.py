@@ -11,15 +11,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from calmix.errors import InputError
-from calmix.files import cache_dir, hidden, sha256_json
+from calmix.files import cache_dir, sha256_json, write_bytes
 from calmix.machine import device_memory
 from calmix.manifest import versions
 from calmix.models import OpenModel
@@ -55,8 +57,7 @@ class Request:
     repetition_penalty: float = 1.0
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """Rows the model wrote.
 
     Attributes:
@@ -69,12 +70,6 @@ class Written:
     ids: Tensor
     nll: Tensor
     sampled: Tensor
-
-    @classmethod
-    def joined(cls, parts: Sequence[Written]) -> Written:
-        """Return the rows of several, in their order."""
-        tensors = [(part.ids, part.nll, part.sampled) for part in parts]
-        return cls(*map(torch.cat, zip(*tensors, strict=True)))
 
 
 class Sampler:
@@ -245,10 +240,10 @@ def write(
                 size = wanted // 2
                 say(f"out of memory with {wanted} rows at a time: resuming with {size}")
                 continue
-            _keep(path, part)
+            write_bytes(path, save(part._asdict()))
         parts.append(part)
         at += len(part.ids)
-    written = Written.joined(parts)
+    written = Written(*map(torch.cat, zip(*parts, strict=True)))
     first = written.sampled[:, 1:] & ~written.sampled[:, :-1]
     empty = first & torch.isin(written.ids[:, 1:], torch.tensor(ends))
     texts, none = int(first.sum()), int(empty.sum())
@@ -330,23 +325,10 @@ def _folder(opened: OpenModel, request: Request, ends: Sequence[int]) -> Path:
     return cache_dir() / "written" / sha256_json(key)[:32]
 
 
-def _keep(path: Path, part: Written) -> None:
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with hidden(path, Path.touch) as beside:
-        save_file({"ids": part.ids, "nll": part.nll, "sampled": part.sampled}, beside)
-        beside.replace(path)
-
-
 def _kept(path: Path, length: int) -> Written | None:
     """Return the rows that an earlier run of the same request has finished, if there are any."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        held = load_file(path)
-        part = Written(held["ids"], held["nll"], held["sampled"])
-    except (SafetensorError, OSError, KeyError):  # none there, or damaged: write it again
+        part = Written(**load_file(path))
+    except (SafetensorError, OSError, TypeError):  # none there, or damaged: write it again
         return None
     return part if part.ids.shape[1:] == (length,) else None

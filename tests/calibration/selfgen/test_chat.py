@@ -2,7 +2,7 @@
 
 import pytest
 
-from calmix.calibration import CalibrationSet, ask, resolve
+from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration.measuring import measure
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.diagnostics.rerunning import rerun
@@ -77,12 +77,6 @@ def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path):
     written.write_text('{"text": "u:hello a:hello u:bye a:bye"}\n' * 40, encoding="utf-8")
     resolve(str(written), talker, **how)
     assert len(lines) == 2
-    tokenizer = talker.tokenizer
-    bare = ("mix-8", "igsp", "self-written,chat=0", str(tmp_path / "set"))
-    assert all(ask(text).chatless(tokenizer) for text in bare)
-    assert not any(ask(text).chatless(opened.tokenizer) for text in bare[:3])
-    held = ("chat", "self-written", "chat:1,news:3", str(written))
-    assert not any(ask(text).chatless(tokenizer) for text in held)
 
 
 def test_a_template_in_which_no_chat_can_be_written_is_warned_of(talker, sources):
