@@ -25,7 +25,7 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from calmix.analysis.recommend import check_weights
-from calmix.calibration import ask, is_saved_set, parse_spec, resolve
+from calmix.calibration import ask, is_saved_set, resolve
 from calmix.calibration.texts import texts
 from calmix.errors import InputError, ModelError
 from calmix.files import cache_dir, check_free, sha256_json, user_path
@@ -241,8 +241,8 @@ def _parts(text: str, asked: Mapping[str, Any]) -> list[tuple[float, tuple[str, 
     if is_saved_set(user_path(text)):
         return [(1.0, (text, {}))]
     given = {name: value for name, value in asked.items() if value is not None}
-    spec = parse_spec(text, asked["sources"], asked.get("licence"))
-    if spec.generate is not None or len(spec.mix.weights) == 1:
+    found = ask(text, **given)
+    if found.generate is not None or len(found.mix.weights) == 1:
         return [(1.0, (text, given))]
-    options = {**spec.fixed, **given, "sources": spec.own}
-    return [(weight, (name, options)) for name, weight in spec.mix.weights.items()]
+    options = {**found.draw.drawn(), "sources": found.own}
+    return [(weight, (name, options)) for name, weight in found.mix.weights.items()]

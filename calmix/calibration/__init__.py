@@ -10,7 +10,6 @@ from calmix.calibration.dataset import is_saved_set as is_saved_set
 from calmix.calibration.dataset import saved_set as saved_set
 from calmix.calibration.resolving import Asked as Asked
 from calmix.calibration.resolving import ask as ask
-from calmix.calibration.resolving import parse_spec as parse_spec
 from calmix.calibration.resolving import resolve as resolve
 from calmix.calibration.tokenizer import OpenTokenizer as OpenTokenizer
 from calmix.calibration.tokenizer import open_tokenizer as open_tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from calmix.calibration.build import Mix, Packing, build, make_mix, parse_mix, rows_per_source
+from calmix.calibration.build import Mix, build, make_mix, parse_mix, rows_per_source
 from calmix.calibration.dataset import CalibrationSet, is_saved_set
-from calmix.calibration.leakage import TOKENS, guard_of, guarded_suites
+from calmix.calibration.leakage import TOKENS, Guard, guard_of, guarded_suites
 from calmix.calibration.selfgen.generators import (
     GENERATORS,
     WITHOUT_CHATS,
@@ -28,7 +28,7 @@ from calmix.files import user_path
 from calmix.models import OpenModel
 from calmix.options import DrawOptions, checked, named_options
 from calmix.sources import Source, get_source, offline_sources, own_sources
-from calmix.sources.licences import allowed, check_licence, refuse
+from calmix.sources.licences import allowed, refuse
 from calmix.sources.readers import LocalFile
 from calmix.sources.registry import MIXES, parse_sources
 from calmix.yaml_files import parse_model, read_text
@@ -63,20 +63,24 @@ class SpecFile(DrawOptions):
 
 
 @dataclass(frozen=True)
-class Spec:
-    """A parsed specification: a mix of sources, or a generator, and what its file says.
+class Asked:
+    """A calibration set that is asked for, checked as far as that goes without its model.
 
     Attributes:
-        mix: empty if the model writes the text.
-        own: the user's own sources.
-        fixed: the options of the draw that the file gives.
-        generator: how the model writes the text; None for a mix.
+        mix: sources and generators with their shares; empty for one generator, or a saved set.
+        generator: how the model writes all of the text.
+        saved: the set, if it lies in a folder already.
+        own: the user's own sources by name.
+        draw: how it is drawn or written; of a saved set `rows` and `length` alone.
+        files: the user's own files and folders it is made from.
     """
 
     mix: Mix
-    own: dict[str, Source] = field(default_factory=dict)
-    fixed: dict[str, Any] = field(default_factory=dict)
     generator: Generator | None = None
+    saved: CalibrationSet | None = None
+    own: dict[str, Source] = field(default_factory=dict)
+    draw: DrawOptions = field(default_factory=DrawOptions)
+    files: list[Path] = field(default_factory=list)
 
     @property
     def written(self) -> dict[str, Generator]:
@@ -91,27 +95,18 @@ class Spec:
 
     @property
     def generate(self) -> str | None:
-        """The generator's name."""
+        """The name of the generator of all of the text."""
         return None if self.generator is None else self.generator.name
 
-
-def parse_spec(
-    text: str, own: Mapping[str, Source] | None = None, licence: str | None = None
-) -> Spec:
-    """Parse `name`, `a:0.5,b:0.5`, `uniform:a,b`, `self-written,temperature=0.8` or a YAML path.
-
-    Among the names, those of `MIXES` stand for their sources, and `offline` for every builtin
-    source that needs no hub.
-    """
-    check_licence(licence)
-    spec = _parsed(text, dict(own or {}))
-    named = spec.fixed.pop("licence", None)
-    for name in [] if spec.generator is None else spec.generator.sources:
-        refuse(name, get_source(name, spec.own).licence, licence or named)
-    return replace(spec, mix=_grouped(spec.mix, spec.own, text, licence or named))
+    @property
+    def runs_model(self) -> bool:
+        """Whether making it takes the model, and not its tokenizer alone."""
+        return self.generator is not None or bool(self.written)
 
 
-def _parsed(text: str, known: dict[str, Source]) -> Spec:
+def _parsed(text: str, own: dict[str, Source]) -> tuple[Mix, Generator | None, dict[str, Any]]:
+    """Return the mix or the generator that a text names, and the options of the draw that its file
+    gives; sources of the file are added to the user's `own`."""
     mix, fixed, generator = Mix({}), {}, None
     path = user_path(text)
     if text.partition(",")[0].strip() in GENERATORS:
@@ -133,9 +128,9 @@ def _parsed(text: str, known: dict[str, Source]) -> Spec:
             mix = make_mix(file.mix, str(path))
         else:
             mix = parse_mix(file.mix or "uniform:" + ",".join(file.uniform or ()))
-        known |= parse_sources(file.sources, path)
+        own |= parse_sources(file.sources, path)
         fixed = {key: value for key, value in file.drawn().items() if key != "sources"}
-    return Spec(mix, known, fixed, generator)
+    return mix, generator, fixed
 
 
 def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generator:
@@ -165,28 +160,6 @@ def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None)
     return mix if list(weights) == list(mix.weights) else Mix(weights)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A calibration set that is asked for, checked as far as that goes without its model.
-
-    Attributes:
-        saved: the set, if it lies in a folder already.
-        spec: what it is made from otherwise.
-        draw: how it is drawn or written; of a saved set `rows` and `length` alone.
-        files: the user's own files and folders it is made from.
-    """
-
-    saved: CalibrationSet | None
-    spec: Spec
-    draw: DrawOptions
-    files: list[Path]
-
-    @property
-    def runs_model(self) -> bool:
-        """Whether making it takes the model, and not its tokenizer alone."""
-        return self.spec.generator is not None or bool(self.spec.written)
-
-
 def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
     """Check what a user asks for as a calibration set, before a model is opened or text fetched.
 
@@ -201,22 +174,25 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
         found = _saved(path, given, licence)
         check_length(found.length, context)
         size = DrawOptions(rows=found.rows, length=found.length)
-        return Asked(found, Spec(Mix({})), size, [path])
-    spec = parse_spec(text, own, licence)
-    draw = DrawOptions(**(spec.fixed | given))
+        return Asked(Mix({}), saved=found, draw=size, files=[path])
+    mix, generator, fixed = _parsed(text, own)
+    named = fixed.pop("licence", None)
+    licence = licence or named
+    for name in [] if generator is None else generator.sources:
+        refuse(name, get_source(name, own).licence, licence)
+    draw = DrawOptions(**(fixed | given))
     check_length(draw.length, context)
     if draw.leakage != "off":
         guarded_suites(draw.leakage)
+    if generator is not None and draw.packing != DrawOptions().packing:
+        raise InputError(f"'packing' has no effect with {generator.name}: leave it out")
     files = [path] if path.suffix.lower() in YAML else []
-    if spec.generator is not None:
-        if draw.packing != DrawOptions().packing:
-            raise InputError(f"'packing' has no effect with {spec.generate}: leave it out")
-        files += spec.generator.check(spec.own)
-    for name in spec.sources:
-        files += get_source(name, spec.own).check()
-    for generator in spec.written.values():
-        files += generator.check(spec.own)
-    return Asked(None, spec, draw, files)
+    asked = Asked(_grouped(mix, own, text, licence), generator, None, own, draw, files)
+    for name in asked.sources:
+        files += get_source(name, own).check()
+    for one in [*asked.written.values(), *([] if generator is None else [generator])]:
+        files += one.check(own)
+    return asked
 
 
 def resolve(
@@ -246,18 +222,14 @@ def resolve(
         SourceError: a source is unknown, unreadable, too small, or leaks.
     """
     asked = ask(text, context=opened.context, **options)
-    spec, draw = asked.spec, asked.draw
     if asked.saved is not None:
         made = CalibrationSet.open(user_path(text), opened)
     else:
-        made = make(
-            spec, opened, rows=draw.rows, length=draw.length, seed=draw.seed,
-            packing=draw.packing, guard=guard_of(draw.leakage, TOKENS, opened),
-            tick=tick, writing=writing, note=note,
-        )  # fmt: skip
+        guard = guard_of(asked.draw.leakage, TOKENS, opened)
+        made = make(asked, opened, guard, tick=tick, writing=writing, note=note)
     if note is not None:
-        for name in spec.sources:
-            reader = get_source(name, spec.own).reader
+        for name in asked.sources:
+            reader = get_source(name, asked.own).reader
             if isinstance(reader, LocalFile) and (left := reader.left):
                 note(f"{name}: left out are {left}")
         turns = count_turns(made.ids, opened.tokenizer)
@@ -269,50 +241,54 @@ def resolve(
 
 
 def make(
-    spec: Spec,
+    asked: Asked,
     opened: HasTokenizer,
+    guard: Guard | None,
     *,
-    rows: int,
-    packing: Packing,
     tick: Callable[[str], None] | None = None,
     writing: Callable[[str, int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
-    **draw: Any,
 ) -> CalibrationSet:
-    """Return a set as a parsed specification says; `draw` has length, seed and guard."""
-    if spec.generator is None:
-        counts, generators = rows_per_source(spec.mix, rows), spec.written
+    """Draw or write a set as it is asked for, away from what the guard refuses."""
+    rows, seed = asked.draw.rows, asked.draw.seed
+    how: dict[str, Any] = {"length": asked.draw.length, "seed": seed, "guard": guard}
+    how["own"] = asked.own
+    if asked.generator is None:
+        counts, generators = rows_per_source(asked.mix, rows), asked.written
     else:
-        share = getattr(spec.generator, "chat", 0.0) if chat_turns(opened.tokenizer) else 0.0
+        share = getattr(asked.generator, "chat", 0.0) if chat_turns(opened.tokenizer) else 0.0
         counts = rows_per_source(Mix({"own": 1 - share, "chat": share}), rows)
-        generators = {"own": spec.generator, "chat": Chat(batch=spec.generator.batch)}
+        generators = {"own": asked.generator, "chat": Chat(batch=asked.generator.batch)}
     parts: dict[str, CalibrationSet] = {}
-    if drawn := {name: float(counts[name]) for name in spec.sources if counts[name]}:
-        mix = make_mix(drawn, str(spec.mix)) if spec.written else spec.mix
-        how = {"own": spec.own, "packing": packing, "tick": tick, **draw}
-        parts["own"] = build(mix, opened, rows=round(sum(drawn.values())), **how)
+    if drawn := {name: float(counts[name]) for name in asked.sources if counts[name]}:
+        mix = make_mix(drawn, str(asked.mix)) if asked.written else asked.mix
+        parts["own"] = build(
+            mix, opened, rows=round(sum(drawn.values())), packing=asked.draw.packing, tick=tick,
+            **how,
+        )  # fmt: skip
     for name, generator in generators.items():
         if counts[name]:
             if not isinstance(opened, OpenModel):
                 line = f"{generator.name} runs the model: open it, not its tokenizer alone"
                 raise InputError(line)
-            how = {"own": spec.own, "writing": writing, "note": note, **draw}
-            parts[name] = generate(generator, opened, rows=counts[name], **how)
-    made = _together(parts, spec, draw["seed"])
+            parts[name] = generate(
+                generator, opened, rows=counts[name], writing=writing, note=note, **how
+            )
+    made = _together(parts, asked, seed)
     if (turns := count_turns(made.ids, opened.tokenizer)) is not None:
         made.manifest["chat_turns"] = turns
     return made
 
 
-def _together(parts: Mapping[str, CalibrationSet], spec: Spec, seed: int) -> CalibrationSet:
+def _together(parts: Mapping[str, CalibrationSet], asked: Asked, seed: int) -> CalibrationSet:
     """Return the parts of a set as one, shuffled; the rows of each keep their order."""
     each = list(parts.values())
-    if len(each) == 1 and not spec.written:
+    if len(each) == 1 and not asked.written:
         return each[0]
     first, last = each[0].manifest, each[-1].manifest
-    if spec.generator is None:
+    if asked.generator is None:
         first = {key: value for key, value in first.items() if key not in OF_TEXT}
-        first["mix"] = spec.mix.weights
+        first["mix"] = asked.mix.weights
     owner = np.repeat(list(parts), [part.rows for part in each])
     owner = np.random.default_rng(seed).permutation(owner)
     left = {name: iter(range(part.rows)) for name, part in parts.items()}

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import Mix, ask
-from calmix.calibration.resolving import Spec
+from calmix.calibration import ask
 from calmix.compression.plan import (
     BEHAVIOUR,
     CALIBRATION,
@@ -65,7 +64,7 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
         if leaves == CALIBRATION:
             disk = 8.0 * rows * length
             memory = memory if asked.generated else PROGRAM
-            seconds = model.calibration(rows, length, ask(asked.calibration).spec, measured=False)
+            seconds = model.calibration(ask(asked.calibration, rows=rows, length=length), False)
         elif stage.arguments[0] == "prune":
             seconds = _pruning(model, request, rows, length)
             memory, disk = planned(
@@ -104,13 +103,13 @@ def estimate_prune(
     """Return what a prune to one or several targets will take here."""
     check_models(name, **how)
     asked = next((r for r in targets.values() if r.calibration is not None), None)
-    rows, length, spec = 0, 0, Spec(Mix({}))
+    rows, length, drawn = 0, 0, None
     found: list[Taken] = []
     if asked is not None:
         drawn = ask(asked.calibration or "", **asked.drawn())
-        rows, length, spec = drawn.draw.rows, drawn.draw.length, drawn.spec
+        rows, length = drawn.draw.rows, drawn.draw.length
     model = Timed(name, **how)
-    if seconds := model.calibration(rows, length, spec, measured=False):
+    if drawn is not None and (seconds := model.calibration(drawn, False)):
         stage = Stage("write the calibration set", (), None)
         found.append(Taken(stage, START + seconds, model.bytes + PROGRAM, 0.0))
     needed, checkpoint = planned(name, targets, rows, length, max_memory=max_memory, **how)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.analysis.recommend import check_weights
-from calmix.calibration import Mix, ask, is_saved_set, open_tokenizer, parse_mix, parse_spec
+from calmix.calibration import Mix, ask, is_saved_set, open_tokenizer, parse_mix
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.compression.sizes import bits_for, parse_size
@@ -248,17 +248,17 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
 
     Within a dimension the sources keep their proportions; one that is not named gets nothing.
     """
-    spec = parse_spec(text)
-    if spec.generate is not None or user_path(text).suffix.lower() in (".yaml", ".yml"):
+    asked = ask(text)
+    if asked.generate is not None or user_path(text).suffix.lower() in (".yaml", ".yml"):
         raise InputError(f"--keep weighs the sources of a mix, and {text} is none: leave it out")
-    dimensions = {name: get_source(name, spec.own).dimension for name in spec.sources}
-    dimensions |= {name: name for name in spec.written}
+    dimensions = {name: get_source(name, asked.own).dimension for name in asked.sources}
+    dimensions |= {name: name for name in asked.written}
     known = tuple(dict.fromkeys(dimensions.values()))
     shares = check_weights(keep, known, "the calibration set")
-    whole = {d: sum(w for n, w in spec.mix.weights.items() if dimensions[n] == d) for d in known}
+    whole = {d: sum(w for n, w in asked.mix.weights.items() if dimensions[n] == d) for d in known}
     found = {
         name: weight / whole[dimensions[name]] * shares[dimensions[name]]
-        for name, weight in spec.mix.weights.items()
+        for name, weight in asked.mix.weights.items()
     }
     return {name: weight for name, weight in found.items() if weight > 0}
 

@@ -17,7 +17,7 @@ from calmix.calibration import CalibrationSet, Mix, make_mix, open_tokenizer
 from calmix.calibration.dataset import MANIFEST as SET_MANIFEST
 from calmix.calibration.dataset import TENSORS
 from calmix.calibration.leakage import guard_of
-from calmix.calibration.resolving import Spec, make, read_generator
+from calmix.calibration.resolving import Asked, make, read_generator
 from calmix.errors import InputError
 from calmix.files import check_output_folder, holds_result, read_object
 from calmix.manifest import SEAL, read_sealed
@@ -153,10 +153,11 @@ def _calibrate(path: Path, kept: dict[str, Any], _: Progress, how: dict[str, Any
         make_mix(kept["mix"], str(path))  # used as it is kept: this would round the weights
         if not math.isclose(sum(kept["mix"].values()), 1):
             raise InputError(f"{path} has weights that do not sum to 1")
-        spec = Spec(Mix(kept["mix"]), own)
+        asked = Asked(Mix(kept["mix"]), own=own, draw=draw)
     else:
         settings = {k: v for k, v in kept["settings"].items() if not k.endswith("_sha256")}
-        spec = Spec(Mix({}), own, {}, read_generator(kept["generated"], settings, str(path)))
+        generator = read_generator(kept["generated"], settings, str(path))
+        asked = Asked(Mix({}), generator, own=own, draw=draw)
     if (sha256 := kept["model"].get("fingerprint")) is not None:
         _check_model(name, sha256)
 
@@ -167,10 +168,7 @@ def _calibrate(path: Path, kept: dict[str, Any], _: Progress, how: dict[str, Any
         )  # fmt: skip
         if opened.tokenizer_fingerprint != tokenizer:
             raise InputError(f"the tokenizer of {name} has changed since {path} was written")
-        made = make(
-            spec, opened, rows=draw.rows, length=draw.length, seed=draw.seed, packing=draw.packing,
-            guard=guard_of(suite, tokens, opened), **how,
-        )  # fmt: skip
+        made = make(asked, opened, guard_of(suite, tokens, opened), **how)
         made.save(output)
 
     return work

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from calmix import assets
-from calmix.calibration import ask
-from calmix.calibration.resolving import Spec
+from calmix.calibration import Asked, ask
 from calmix.calibration.texts import LENGTH as TEXT_LENGTH
 from calmix.calibration.texts import ROWS as TEXT_ROWS
 from calmix.calibration.texts import builtin_readers
@@ -202,12 +201,12 @@ class Timed:
             each += self.prune(looker(allocation), None, length)[1]
         return fixed + rows * length * each
 
-    def calibration(self, rows: int, length: int, spec: Spec, measured: bool = True) -> float:
+    def calibration(self, asked: Asked, measured: bool = True) -> float:
         """Return the seconds of writing a calibration set's text and measuring its perplexity."""
-        tokens = rows * length
-        found = self.forward(tokens, length, tokens) if measured else 0.0
-        parts = {name: spec.mix.weights[name] for name in spec.written}
-        parts |= {} if spec.generate is None else {spec.generate: 1.0}
+        tokens = asked.draw.rows * asked.draw.length
+        found = self.forward(tokens, asked.draw.length, tokens) if measured else 0.0
+        parts = {name: asked.mix.weights[name] for name in asked.written}
+        parts |= {} if asked.generate is None else {asked.generate: 1.0}
         return found + self.write(sum(PASSES[name] * part for name, part in parts.items()) * tokens)
 
     def evaluation(self, work: SuiteWork, texts: float = 0.0) -> float:
@@ -340,8 +339,7 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
     made = 0.0
     for one in sets.values():
         asked = ask(one.request.calibration or "", sources=study.own, **one.request.drawn())
-        measured = study.file.perplexity
-        made += models[one.model].calibration(one.rows, one.length, asked.spec, measured)
+        made += models[one.model].calibration(asked, study.file.perplexity)
     dense = sum(model.evaluation(work) for model in models.values())
     run = sum(group["trials"] * sum(group["seconds"].values()) for group in found)
     kept = sum(group["trials"] * group["disk"] for group in found)

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import ask, is_saved_set, parse_spec
+from calmix.calibration import ask, is_saved_set
 from calmix.calibration.leakage import TOKENS, guarded_suites
 from calmix.calibration.resolving import Asked
 from calmix.calibration.selfgen.generators import Generator
@@ -182,7 +182,7 @@ def _asked(study: Study, entry: Calibration, grid: Grid, seed: int) -> tuple[Ask
         draw = {k: v for k, v in top.items() if k == "licence"} | entry.given()
     else:
         sizes = {k: v for k in ("rows", "length") if (v := getattr(grid, k)) is not None}
-        if parse_spec(text, study.own).generate is not None:  # how text is drawn has no effect
+        if ask(text, sources=study.own).generate is not None:  # how text is drawn has no effect
             top.pop("packing", None)
         draw = {**top, **sizes, **entry.given(), "seed": seed}
     return ask(text, sources=study.own, **draw), draw
@@ -193,7 +193,7 @@ def _strategy(asked: Asked) -> Strategy:
     if asked.saved is not None:
         method, names = asked.saved.manifest.get("generated"), asked.saved.manifest["names"]
     else:
-        method, names = asked.spec.generate, asked.spec.sources
+        method, names = asked.generate, asked.sources
     if method == "chat" or not (method or names):
         return "self-written"
     return method or ("mix" if len(names) > 1 else "single")
@@ -246,19 +246,19 @@ def _calibration(study: Study, trial: Planned, content: Callable[[Path], str]) -
     asked = ask(trial.request.calibration or "", sources=study.own, **draw)
     if asked.saved is not None:
         return {"saved": asked.saved.manifest["sha256"], **draw}
-    spec, made = asked.spec, asked.draw
 
     def described(name: str) -> dict[str, Any]:
-        reader = get_source(name, spec.own).reader
+        reader = get_source(name, asked.own).reader
         known = reader.model_dump(mode="json", exclude_defaults=True)
         if isinstance(reader, LocalFile):  # by its content, wherever it lies
             known["path"] = content(reader.path.expanduser())
         return {"reader": known, "version": reader.version}
 
     options: dict[str, Any] = {k: v for k, v in draw.items() if k == "licence"}
-    options |= {"rows": made.rows, "length": made.length, "seed": made.seed, "leakage": "off"}
-    if made.leakage != "off":
-        options["leakage"] = ",".join(one.hash for one in guarded_suites(made.leakage))
+    options |= {name: getattr(asked.draw, name) for name in ("rows", "length", "seed")}
+    options["leakage"] = "off"
+    if asked.draw.leakage != "off":
+        options["leakage"] = ",".join(one.hash for one in guarded_suites(asked.draw.leakage))
         options["leakage_tokens"] = TOKENS
 
     def settings(generator: Generator) -> dict[str, Any]:
@@ -269,15 +269,15 @@ def _calibration(study: Study, trial: Planned, content: Callable[[Path], str]) -
         seeds = {"seeds": {name: described(name) for name in generator.sources}}
         return chosen | (seeds if generator.sources else {})
 
-    if spec.generator is not None:
-        chosen = settings(spec.generator)
-        return {"generated": spec.generate, "version": VERSION, "settings": chosen} | options
-    options |= {"packing": made.packing, "select": "random"}  # there was a choice once
-    sources = {name: described(name) for name in spec.sources}
-    if spec.written:
-        options["written"] = {name: settings(one) for name, one in spec.written.items()}
+    if asked.generator is not None:
+        chosen = settings(asked.generator)
+        return {"generated": asked.generate, "version": VERSION, "settings": chosen} | options
+    options |= {"packing": asked.draw.packing, "select": "random"}  # there was a choice once
+    sources = {name: described(name) for name in asked.sources}
+    if asked.written:
+        options["written"] = {name: settings(one) for name, one in asked.written.items()}
         options["writing"] = VERSION
-    return {"mix": spec.mix.weights, "sources": sources, **options}
+    return {"mix": asked.mix.weights, "sources": sources, **options}
 
 
 def _content(path: Path) -> str:
@@ -295,8 +295,8 @@ def traits(trial: Planned, study: Study) -> dict[str, Any]:
     set's sources read. Of saved sets and of text the model writes nothing is known."""
     text, sources = trial.request.calibration, list[Source]()
     if text is not None and not is_saved_set(user_path(text)):
-        spec = parse_spec(text, study.own, trial.request.drawn().get("licence"))
-        sources = [get_source(name, spec.own) for name in spec.sources]
+        asked = ask(text, sources=study.own, licence=trial.request.licence)
+        sources = [get_source(name, asked.own) for name in asked.sources]
     kinds = {PROSE.get(source.dimension, source.dimension) for source in sources}
     read = {
         benchmark_of(member.split("/")[2])

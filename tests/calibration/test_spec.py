@@ -7,7 +7,6 @@ from calmix.calibration import (
     ask,
     open_tokenizer,
     parse_mix,
-    parse_spec,
     resolve,
     rows_per_source,
 )
@@ -42,13 +41,13 @@ def test_mixes(text, expected):
 
 def test_a_named_mix_stands_for_its_sources():
     web = {"c4": 0.7, "github-code": 0.1, "gutenberg": 0.1, "stackexchange": 0.1}
-    assert parse_spec("web-mix-70").mix.weights == pytest.approx(web)
-    mix = parse_spec("chat:1,web-mix:3").mix.weights
+    assert ask("web-mix-70").mix.weights == pytest.approx(web)
+    mix = ask("chat:1,web-mix:3").mix.weights
     assert mix == {"chat": 0.25} | dict.fromkeys(web, 0.1875)
     eight = "encyclopedia,books,stories,activities,python-stdlib,code-compiled,math-solutions"
-    assert parse_spec("mix-8") == parse_spec(f"uniform:{eight},word-problems")
+    assert ask("mix-8") == ask(f"uniform:{eight},word-problems")
     with pytest.raises(InputError, match="names 'c4' twice: web-mix holds it"):
-        parse_spec("uniform:c4,web-mix")
+        ask("uniform:c4,web-mix")
 
 
 def test_mix_clean_reads_no_benchmark_that_a_suite_scores():
@@ -96,7 +95,7 @@ def test_mix_clean_reads_no_benchmark_that_a_suite_scores():
 )
 def test_wrong_texts(text, message):
     with pytest.raises(InputError, match=message):
-        parse_spec(text)
+        ask(text)
 
 
 def test_names_mixes_and_yaml_files_agree(sources, tiny, tmp_path):
@@ -155,8 +154,8 @@ def test_settings_of_a_generator_agree_with_a_file(tmp_path):
     prompts, file = tmp_path / "a.yaml", tmp_path / "own.yaml"
     prompts.write_text("law: [{text: The court}]\n", encoding="utf-8")
     file.write_text(f"generate: igsp\noptions: {{candidates: 2, prompts: '{prompts}'}}\n")
-    assert parse_spec(str(file)) == parse_spec(f"igsp, candidates=2,prompts={prompts}")
-    assert parse_spec("self-cal,start=bos").generator.start == "bos"
+    assert ask(str(file)).generator == ask(f"igsp, candidates=2,prompts={prompts}").generator
+    assert ask("self-cal,start=bos").generator.start == "bos"
 
 
 @pytest.mark.parametrize(

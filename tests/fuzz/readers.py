@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from calmix.calibration import CalibrationSet, open_tokenizer, parse_spec
+from calmix.calibration import CalibrationSet, ask, open_tokenizer
 from calmix.calibration.tokenizer import OpenTokenizer, tokenizer_function
 from calmix.diagnostics.inspecting import inspect
 from calmix.diagnostics.rerunning import rerun
@@ -148,7 +148,7 @@ def _sources(folder):
 
 
 def _mix(folder):
-    spec = parse_spec(str(folder / "mix.yaml"))
+    spec = ask(str(folder / "mix.yaml"))
     for name in spec.mix.weights:
         source = get_source(name, spec.own)
         if isinstance(source.reader, LocalFile):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from calmix.calibration import parse_spec
+from calmix.calibration import ask
 from calmix.errors import InputError
 from calmix.evaluation.suites import builtin_suites, provenance
 from calmix.models import builtin_models
@@ -52,14 +52,14 @@ def test_everything_builtin_has_licence_and_origin(calmix):
 
 
 def test_a_group_leaves_out_what_a_licence_forbids_and_shares_its_weight():
-    spec = parse_spec("uniform:offline", licence="permissive")
+    spec = ask("uniform:offline", licence="permissive")
     allowed = [n for n, s in offline_sources().items() if s.use == "permissive"]
     assert list(spec.mix.weights) == allowed
     assert "textbook" not in allowed
     assert set(spec.mix.weights.values()) == {1 / len(allowed)}
-    assert list(parse_spec("offline").mix.weights) == list(offline_sources())
+    assert list(ask("offline").mix.weights) == list(offline_sources())
     with pytest.raises(InputError, match="names 'stories' twice: offline holds it"):
-        parse_spec("offline:0.5,stories:0.5")
+        ask("offline:0.5,stories:0.5")
 
 
 def test_a_source_named_outright_is_refused_wherever_it_is_named(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calmix.calibration import parse_spec
+from calmix.calibration import ask
 from calmix.errors import InputError, ModelError
 from calmix.evaluation.suites import load_suite
 from calmix.evaluation.tasks import load_items, preamble
@@ -54,11 +54,12 @@ def test_time_is_that_of_a_block_times_blocks_and_of_a_token_times_tokens(tmp_pa
     model = timed(tmp_path)
     assert model.pruning(SPARSEGPT, "sequential", 4, 32) == 7 + 0.5 * 4 * 32
     assert model.pruning(SPARSEGPT, None, 4, 32, "error") == 2 * (7 + 0.5 * 4 * 32)
-    assert model.calibration(4, 32, parse_spec("stories")) == 4 * 32 * 101
-    assert model.calibration(4, 32, parse_spec("stories"), measured=False) == 0
-    assert model.calibration(4, 32, parse_spec("self-cal"), measured=False) == 4 * 32 * 1100
-    quarter = parse_spec("chat:1,stories:3")
-    assert model.calibration(4, 32, quarter, measured=False) == 32 * 1100 * 1.3
+    size = {"rows": 4, "length": 32}
+    assert model.calibration(ask("stories", **size)) == 4 * 32 * 101
+    assert model.calibration(ask("stories", **size), measured=False) == 0
+    assert model.calibration(ask("self-cal", **size), measured=False) == 4 * 32 * 1100
+    quarter = ask("chat:1,stories:3", **size)
+    assert model.calibration(quarter, measured=False) == 32 * 1100 * 1.3
     work = SuiteWork(tokens=100, written=20)
     assert model.evaluation(work) == 100 + 50 * 100 + 20 * 1100
     assert model.evaluation(SuiteWork(), 10) == 10 + 20 * 100
