@@ -184,10 +184,12 @@ def build(
         if guard is not None:
             guard.verdict(name, stream)
         if len(packed[name]) < count:
-            hint = "less weight in a mix" if packing == "concat" else "--packing concat"
+            hint = "give it less weight in a mix"
+            if packing == "window":
+                hint = "use --packing concat"
             raise SourceError(
                 f"source {name} has text for {len(packed[name])} rows of {length} tokens, not "
-                f"{count}: add text, take {hint}, or ask for fewer rows (--rows; of compress, "
+                f"{count}: add text, {hint}, or ask for fewer rows (--rows; of compress, "
                 "--effort quick)"
             )
         described[name] = {

@@ -112,7 +112,7 @@ def test_too_little_text_tells_has_and_needs(sources, tiny):
     mix = parse_mix(sources["lower"])
     with pytest.raises(SourceError, match=r"has text for 66 rows of 64 tokens, not 100: add text"):
         build(mix, tiny, rows=100, length=64)
-    with pytest.raises(SourceError, match=r"for 10 rows .* take --packing concat, or ask for"):
+    with pytest.raises(SourceError, match=r"for 10 rows .* use --packing concat, or ask for"):
         build(mix, tiny, rows=11, length=90, packing="window")
 
 
