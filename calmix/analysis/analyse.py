@@ -108,7 +108,7 @@ class Analysis:
         return {
             "kind": "analysis",
             **{name: getattr(self, name) for name in heads},
-            "settings": {name: getattr(self.settings, name) for name in Settings.model_fields},
+            "settings": self.settings.model_dump(include=set(Settings.model_fields)),
             "conditions": [
                 asdict(found.condition)
                 | {"seeds": found.cells.seeds, "points": found.points, "missing": found.missing,

@@ -139,7 +139,7 @@ def _options(request: dict[str, Any], path: Path) -> dict[str, Any]:
 def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
     """Return the user's own sources; relative paths start from the current folder."""
     entries = {n: {k: v for k, v in e.items() if k != "name"} for n, e in record.items()}
-    return parse_sources(entries, Path.cwd() / path.name)
+    return parse_sources(entries, Path(path.name))
 
 
 def _calibrate(path: Path, kept: dict[str, Any], _: Progress, how: dict[str, Any]) -> Work:

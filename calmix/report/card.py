@@ -114,14 +114,19 @@ class Card:
         return flips(self.dense.tasks, self.scores.tasks)
 
     @property
+    def asked(self) -> Mapping[str, Any]:
+        """The request, as the record has it."""
+        return self.record.request
+
+    @property
     def target(self) -> str:
         """What was asked for, as it is printed."""
-        return target(self.record.request)
+        return target(self.asked)
 
     @property
     def model(self) -> str:
         """The dense model, as the user named it."""
-        return str(self.record.request["model"])
+        return str(self.asked["model"])
 
     @property
     def suite(self) -> str:
@@ -136,13 +141,12 @@ class Card:
     @property
     def title(self) -> str:
         """What was done to which model."""
-        asked = self.record.request
-        how = [self.model.rstrip("/").rpartition("/")[2].removeprefix("builtin:")]
+        text, asked = self.model.rstrip("/").rpartition("/")[2].removeprefix("builtin:"), self.asked
         if asked["pattern"]:
-            how.append(f"pruned to {asked['pattern']}")
+            text += f" pruned to {asked['pattern']}"
         elif asked["sparsity"]:
-            how.append(f"with {100 * asked['sparsity']:g} % of its weights pruned")
-        return " ".join([*how, *([f"at {asked['bits']:g} bits a weight"] if self.bits else [])])
+            text += f" with {100 * asked['sparsity']:g} % of its weights pruned"
+        return text + (f" at {asked['bits']:g} bits a weight" if self.bits else "")
 
     @cached_property
     def verdict(self) -> list[str]:
@@ -170,9 +174,9 @@ class Card:
     @property
     def measure(self) -> str:
         """The command that measures what the model writes, programs too."""
-        asked = self.record.request
-        how = ["--trust-remote-code"] if asked["trust_remote_code"] else []
-        how += [] if asked["device"] == "auto" else ["--device", asked["device"]]
+        how = ["--trust-remote-code"] * self.asked["trust_remote_code"]
+        if self.asked["device"] != "auto":
+            how += ["--device", self.asked["device"]]
         return words.measuring(
             self.out / "model", self.model, "--quick", "--allow-code-execution", *how,
             "-o", self.out / BEHAVIOUR, "--overwrite",
@@ -181,7 +185,7 @@ class Card:
     @property
     def next(self) -> str:
         """What to do next: measure what is missing, or pass the model on."""
-        builtin = self.record.request["suite"] in ("offline", "abilities")  # else not by `measure`
+        builtin = self.asked["suite"] in ("offline", "abilities")  # else not by `measure`
         if self.behaved.answers is None or (builtin and self.behaved.not_run):
             return self.measure
         return f"hf upload NAME/{self.out.name} {self.out / 'model'}"
@@ -191,9 +195,9 @@ class Card:
         """What usually keeps more at the size of a sparse model; empty for a quantised one."""
         if self.bits or not self.packed:
             return ""
-        command = ["compress", self.model, "-o", f"{self.out}-bits"]
-        size = ["--size", f"{self.packed / 1e6:.0f}MB"]
-        return f"bits usually keep more than zeros: {shlex.join(['calmix', *command, *size])}"
+        place, size = shlex.quote(f"{self.out}-bits"), f"{self.packed / 1e6:.0f}MB"
+        command = f"calmix compress {shlex.quote(self.model)} -o {place} --size {size}"
+        return f"bits usually keep more than zeros: {command}"
 
     @property
     def removed(self) -> str:
@@ -207,8 +211,7 @@ class Card:
     @property
     def done(self) -> str:
         """What was done to the weights, in a word."""
-        asked = self.record.request
-        return "pruned" if asked["sparsity"] or asked["pattern"] else "quantised"
+        return "pruned" if self.asked["sparsity"] or self.asked["pattern"] else "quantised"
 
     @property
     def guarded(self) -> str:

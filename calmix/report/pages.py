@@ -17,20 +17,10 @@ def render(name: str, **context: Any) -> str:
         loader=PackageLoader("calmix.report"), autoescape=select_autoescape(),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    found.globals |= {"w": words, "flat": flat, "use_of": use_of, "zip": zip}
+    found.globals |= {"w": words, "use_of": use_of, "zip": zip}
     found.filters |= {"heads": _heads, "metric_name": words.metric_name}
     return found.get_template(name).render(context)
 
 
 def _heads(names: Iterable[str], *forms: str) -> list[str]:
     return [form.format(name) for name in names for form in forms]
-
-
-def flat(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """Return nested mappings as rows of dotted name and text."""
-    if isinstance(value, dict):
-        parts = [(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
-        return [row for key, part in parts for row in flat(part, key)]
-    if isinstance(value, list | tuple):
-        return [(name, ", ".join(map(str, value)))]
-    return [(name, "–" if value is None else str(value))]

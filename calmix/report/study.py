@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import yaml
+
 from calmix.analysis import Analysis
 from calmix.analysis.cells import TOTAL
 from calmix.analysis.ranking import Ranked, leaders
 from calmix.files import atomic_folder, write_text
+from calmix.options import Settings
 from calmix.report import figures, words
 from calmix.report.findings import MARKS, main_condition, summarise
-from calmix.report.pages import flat, render
+from calmix.report.pages import render
 from calmix.study.results import StudyResults
 
 FIGURES = "figures"
@@ -50,9 +53,8 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
         words.MEASURES[analysis.settings.measure],
         f"{analysis.finished} of {words.counted(analysis.planned, 'trial')} finished",
     ]  # fmt: skip
-    environment = results.environment | {
-        "suite": results.suite, "analysis": analysis.settings.model_dump(),
-    }  # fmt: skip
+    settings = analysis.settings.model_dump(include=set(Settings.model_fields))
+    environment = results.environment | {"suite": results.suite, "analysis": settings}
     return {
         "report.html": render(
             "study.html", results=results, analysis=analysis, summary=summary, marks=MARKS,
@@ -60,7 +62,8 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
             main=main, best=leaders(main.ranking), facts=facts,
             conditions=[(each, told, figures.condition_charts(analysis, each))
                         for each, told in zip(found, summary.conditions, strict=True)],
-            slug=figures.slug, figures=FIGURES, environment=flat(environment),
+            slug=figures.slug, figures=FIGURES,
+            environment=yaml.safe_dump(environment, sort_keys=False, allow_unicode=True),
         ),
         "summary.txt": summary_text(analysis) + "\n",
     }  # fmt: skip

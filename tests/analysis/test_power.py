@@ -46,6 +46,7 @@ def test_by_hand_with_much_freedom():
     # (1.96 + 0.84)^2 x 2 x s^2 / d^2 = 7.849 x 2
     assert needed(0.01, 0.01, 1e7, 0.0).draws == 16
     assert detectable(16, 0.01, 1e7) == pytest.approx(2.8016 * 0.01 * math.sqrt(1 / 8), rel=1e-4)
+    assert (needed(0.01, 0.0, 3, 0.001).draws_items, detectable(2, 0.0, 3)) == (1, 0)
 
 
 def test_where_items_are_the_limit_more_draws_do_not_help():
@@ -53,12 +54,4 @@ def test_where_items_are_the_limit_more_draws_do_not_help():
     assert (found.draws_items, found.items) == (None, pytest.approx(7.849, rel=1e-3))
     # With so many times the items, seeds without number just detect it.
     assert detectable(10**9, 0.001, 12, 0.01 / math.sqrt(found.items)) == pytest.approx(0.01)
-    enough = needed(0.01, 0.001, 12, 0.01 / math.sqrt(1.1 * found.items))
-    assert enough.items == pytest.approx(1 / 1.1)
-    assert enough.draws_items is not None
-
-
-def test_draws_that_do_not_differ_need_one():
-    assert needed(0.01, 0.0, 3, 0.0).draws == 1
-    assert needed(0.01, 0.0, 3, 0.001).draws_items == 1
-    assert detectable(2, 0.0, 3) == 0
+    assert needed(0.01, 0.001, 12, 0.01 / math.sqrt(1.1 * found.items)).draws_items is not None

@@ -11,7 +11,7 @@ from calmix.report.findings import claims, measured, summarise
 from calmix.report.study import MANY, pages, summary_text
 from tests.analysis.test_differences import BETTER, KEPT, PLAIN, TUNED, analysed
 from tests.report.conftest import SMALL
-from tests.synthetic import SLOPES, Plan, failed, full_plan, save, study, trial
+from tests.synthetic import SLOPES, Plan, failed, full_plan, study, trial
 
 QUICK = Settings(permutations=999, resamples=100)
 LIFTS = {"mix-8": ("mix", 0.2), "igsp": ("igsp", 0.1), "self-cal": ("self-cal", 0.1),
@@ -78,14 +78,6 @@ def test_a_part_of_a_study_has_the_answer_of_the_whole():
     whole, part = analyse(results, QUICK), analyse(results, QUICK, sparsity="60%")
     assert whole.conditions[1].ranking == part.conditions[0].ranking
     assert recommend(results, sparsity="60%")[0] == recommend(results)[1]
-
-
-def test_recommend_says_a_tie(calmix, tmp_path):
-    folder = save(made({"lower": 0.600, "higher": 0.604}), tmp_path / "tied")
-    text = " ".join(calmix("study", "recommend", folder).out.split())
-    assert "take higher or another that is tied: expect " in text
-    assert "higher and lower are tied (" in text
-    assert "keeps the most" not in text
 
 
 # Claims
