@@ -19,14 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calmix.calibration import (
-    CalibrationSet,
-    OpenTokenizer,
-    ask,
-    open_tokenizer,
-    resolve,
-    saved_set,
-)
+from calmix.calibration import CalibrationSet, ask, open_tokenizer, saved_set
 from calmix.errors import InputError, ModelError, SolverError, disk_errors
 from calmix.files import (
     atomic_folder,
@@ -46,6 +39,7 @@ from calmix.manifest import (
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import check_ids, check_models, fingerprint, quiet_transformers
 from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSource, WholeModel
+from calmix.options import Recovering
 from calmix.precision import dtype_name
 from calmix.pruning import distributed
 from calmix.pruning.allocation import SPREAD, DensePass, from_shares, looker
@@ -57,7 +51,7 @@ from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.streamed import prune_streamed, take_through
 from calmix.pruning.trace import token_bytes
-from calmix.pruning.work import WorkFolder
+from calmix.pruning.work import WorkFolder, draw_set
 from calmix.specs import NONE, How, PruneRequest
 
 # Of models of images or sound, opened as models of text.
@@ -86,7 +80,7 @@ def prune_checkpoints(
     run = How.of(**how)
     if distributed.processes()[0] != 0:
         run = replace(run, note=How.note, started=How.started)
-    distributed.once(lambda: check_request(name, targets, run))
+    distributed.once(lambda: check_request([name], targets, run))
     work = _Pruning(name, targets, run)
     try:
         done = distributed.once(work.finished) if run.resume else {}
@@ -98,20 +92,20 @@ def prune_checkpoints(
                 done |= work.prune()
         except BaseException as error:
             for job in work.jobs:
-                if job.work.claimed and job.work.leave(error):
-                    what = f"{job.work.done} blocks" if job.work.done else "the experts' scores"
-                    run.note(f"{what} are kept in {job.work.path}: resume with --resume")
+                job.work.leave(error, run.note)
             raise
     finally:
         work.source.close()
     return [done[output] for output in targets]
 
 
-def check_request(name: str, targets: Mapping[Path, PruneRequest], run: How) -> None:
-    """Refuse what can be known to go wrong before a model is fetched or text is drawn."""
+def check_request(
+    names: Sequence[str], targets: Mapping[Path, PruneRequest] | Mapping[Path, Recovering], run: How
+) -> None:
+    """Refuse what can be known to go wrong before models are fetched or text is drawn."""
     calibrated = (request for request in targets.values() if request.calibration is not None)
     request = next(calibrated, None)
-    inputs: list[object] = [name]
+    inputs: list[object] = [*names]
     if request is not None:
         inputs.append(saved_set(request.calibration))
         if not run.resume:
@@ -119,7 +113,7 @@ def check_request(name: str, targets: Mapping[Path, PruneRequest], run: How) -> 
     for output in targets:
         finished = run.resume and (output / MANIFEST).is_file()
         check_output_folder(output, inputs=inputs, overwrite=run.overwrite or finished)
-    check_models(name, **run.opening)
+    check_models(*names, **run.opening)
 
 
 def planned(
@@ -235,28 +229,17 @@ class _Pruning:
         self.tokenizer = open_tokenizer(self.source.name, trust_remote_code=trusted)
         calibrated = [job for job in self.jobs if job.request.calibration is not None]
         if calibrated:
-            self.drawn = distributed.once(lambda: self._drawn(calibrated))
+            first, works = calibrated[0].request, [job.work for job in calibrated]
+            self.drawn = distributed.once(
+                lambda: draw_set(
+                    works, str(first.calibration), self.tokenizer,
+                    lambda: self.source.opened or open_model(self.source.name, **self.run.opening),
+                    first.drawn(), writing=self.run.writing, note=self.run.note,
+                )
+            )  # fmt: skip
             embeddings = self.source.model.get_input_embeddings()
             check_ids(self.source.name, embeddings, self.drawn.ids)
             distributed.own_rows(self.drawn.ids)  # too few are refused before anything is written
-
-    def _drawn(self, calibrated: Sequence[Job]) -> CalibrationSet:
-        kept = next((job.work for job in calibrated if job.work.resumes), None)
-        if kept is not None:
-            made = kept.calibration()
-        else:
-            request = calibrated[0].request
-            assert request.calibration is not None
-            opened: OpenModel | OpenTokenizer = self.tokenizer
-            asked = ask(request.calibration, context=self.tokenizer.context, **request.drawn())
-            if asked.runs_model:
-                opened = self.source.opened or open_model(self.source.name, **self.run.opening)
-            how = {"writing": self.run.writing, "note": self.run.note, **request.drawn()}
-            made = resolve(request.calibration, opened, **how)
-        for job in calibrated:
-            if not job.work.resumes:
-                job.work.keep_calibration(made)
-        return made
 
     def prune(self) -> dict[Path, PruneReport]:
         """Do the work and write the outputs, one after another; return their reports."""

@@ -14,8 +14,8 @@ A run goes through it in this order:
     work.keep(done=3, anything=value)                       # from here on it counts
     work.complete()                                         # checkpoint/ becomes the output
 
-and `work.leave(error)` where something goes wrong. work.json is replaced in one step, so what it
-names is whole; a file saved after it is written again when the run resumes. Of several processes
+and `work.leave(error, note)` where something goes wrong. work.json is replaced in one step, so what
+it names is whole; a file saved after it is written again when the run resumes. Of several processes
 the first one holds the folder; `claim` tells the others what there is, and their `keep` writes
 nothing.
 """
@@ -25,14 +25,14 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from calmix.calibration import CalibrationSet
+from calmix.calibration import CalibrationSet, OpenTokenizer, ask, resolve
 from calmix.errors import CalmixError, DeviceMemoryError, DiskError, InputError, disk_errors
 from calmix.files import (
     atomic_folder,
@@ -46,6 +46,7 @@ from calmix.files import (
     write_json,
 )
 from calmix.manifest import read_sealed, sealed
+from calmix.models import OpenModel
 from calmix.models.shards import read_file, write_file
 from calmix.pruning import distributed
 from calmix.pruning.distributed import PeerError
@@ -209,17 +210,21 @@ class WorkFolder:
             put_folder(self.checkpoint, self.output)
         self.abandon()
 
-    def leave(self, error: BaseException) -> bool:
-        """Keep what a later run can resume, and nothing else; return whether that is worth trying.
+    def leave(self, error: BaseException, note: Callable[[str], None]) -> None:
+        """Keep what a later run can resume, and nothing else; say so where that is worth trying.
 
         A mistake would end the next run too, unlike a full disk, an interrupt or a defect. What an
         earlier run has left stays whatever happens.
         """
+        if not self.claimed:
+            return
         passing = DiskError | DeviceMemoryError | PeerError
         again = isinstance(error, passing) or not isinstance(error, CalmixError)
         stays = self.resumes or (self.begun and again)
         (self.close if stays else self.abandon)()
-        return stays and again
+        if stays and again:
+            what = f"{self.done} {self.unit}" if self.done else "the experts' scores"
+            note(f"{what} are kept in {self.path}: resume with --resume")
 
     def close(self) -> None:
         """Let go of the folder; what is in it stays."""
@@ -241,6 +246,30 @@ class WorkFolder:
             with contextlib.suppress(Timeout):
                 self._lock.acquire(blocking=False)
             self.abandon()
+
+
+def draw_set(
+    works: Sequence[WorkFolder],
+    calibration: str,
+    tokenizer: OpenTokenizer,
+    model: Callable[[], OpenModel],
+    draw: dict[str, Any],
+    **how: Any,
+) -> CalibrationSet:
+    """Return the set of the works that are resumed, or draw it, and keep it in all.
+
+    `model` opens the one that writes text where that is asked for; `how` is for `resolve`.
+    """
+    kept = next((work for work in works if work.resumes), None)
+    if kept is not None:
+        made = kept.calibration()
+    else:
+        written = ask(calibration, context=tokenizer.context, **draw).runs_model
+        made = resolve(calibration, model() if written else tokenizer, **how, **draw)
+    for work in works:
+        if not work.resumes:
+            work.keep_calibration(made)
+    return made
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -11,25 +11,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import (
-    CalibrationSet,
-    OpenTokenizer,
-    ask,
-    open_tokenizer,
-    resolve,
-    saved_set,
-)
+from calmix.calibration import CalibrationSet, ask, open_tokenizer
 from calmix.errors import InputError, ModelError, disk_errors
-from calmix.files import check_output_folder, sha256_json, write_json
+from calmix.files import sha256_json, write_json
 from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import open_model
-from calmix.models.opening import check_ids, check_models
+from calmix.models.opening import check_ids
 from calmix.models.shards import write_index
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.options import Recovering
 from calmix.precision import reproducible
-from calmix.pruning.checkpoint import MANIFEST, RUN, read_told
+from calmix.pruning.checkpoint import MANIFEST, RUN, check_request, read_told
 from calmix.pruning.distributed import everyone, once
+from calmix.pruning.work import draw_set
 from calmix.recovery.blocks import recover_blocks
 from calmix.recovery.distill import distill_model
 from calmix.recovery.job import Job, RecoveryReport
@@ -68,13 +62,20 @@ def recover(
     work, finished = job.work, run.resume and (job.output / MANIFEST).is_file()
 
     def check() -> None:
-        inputs: list[object] = [pruned, against, saved_set(request.calibration)]
-        if not run.resume:  # else what it was drawn from may be gone
-            made_of = ask(request.calibration, **request.drawn())
-            split_rows([""] * made_of.draw.rows, request.batch, 0)  # whether there are enough
-            inputs += made_of.files
-        check_output_folder(job.output, inputs=inputs, overwrite=run.overwrite or finished)
-        check_models(pruned, against, trust_remote_code=trust)
+        check_request([pruned, against], {job.output: request}, run)
+        if not run.resume:  # whether there are enough rows; what they are drawn from may be gone
+            rows = ask(request.calibration, **request.drawn()).draw.rows
+            split_rows([""] * rows, request.batch, 0)
+
+    def draw() -> CalibrationSet:
+        if not work.resumes:
+            size = ask(request.calibration, context=tokenizers[1].context, **request.drawn()).draw
+            job.check_room(size.rows * size.length)
+        return draw_set(
+            [work], request.calibration, tokenizers[1],
+            lambda: open_model(against, **job.opening | {"dtype": "auto"}), request.drawn(),
+            writing=run.writing, note=run.note,
+        )  # fmt: skip
 
     once(check)
     models = [streamed(name, job.opening) for name in (pruned, against)]
@@ -90,7 +91,7 @@ def recover(
             return report
         work.claim(asked, resume=run.resume, overwrite=run.overwrite)
         try:
-            calibration = once(lambda: _calibration(job, tokenizers[1]))
+            calibration = once(draw)
             check_ids(pruned, job.pruned.model.get_input_embeddings(), calibration.ids)
             job.begin(calibration)
             run.started(calibration)
@@ -108,9 +109,7 @@ def recover(
                 _finish(job, asked, report)
             everyone(None)
         except BaseException as error:
-            if work.claimed and work.leave(error):
-                kept = f"{work.done} {work.unit} are kept in {work.path}"
-                job.say(f"{kept}: resume with --resume")
+            work.leave(error, job.say)
             raise
         return report
     finally:
@@ -124,22 +123,6 @@ def streamed(name: str, opening: dict[str, Any]) -> StreamedModel:
         return StreamedModel(name, **opening)
     except NotStreamableError as error:
         raise ModelError(f"{name} cannot be recovered, because {error}") from error
-
-
-def _calibration(job: Job, tokenizer: OpenTokenizer) -> CalibrationSet:
-    """Return the set of the work that is resumed, or draw it; the dense model writes text."""
-    request = job.request
-    if job.work.resumes:
-        return job.work.calibration()
-    asked = ask(request.calibration, context=tokenizer.context, **request.drawn())
-    job.check_room(asked.draw.rows * asked.draw.length)
-    opened: Any = tokenizer
-    if asked.runs_model:
-        opened = open_model(job.dense.name, **job.opening | {"dtype": "auto"})
-    how = {"writing": job.run.writing, "note": job.say, **request.drawn()}
-    made = resolve(request.calibration, opened, **how)
-    job.work.keep_calibration(made)
-    return made
 
 
 def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
