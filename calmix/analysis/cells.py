@@ -44,11 +44,6 @@ class Condition:
     series: str = ""  # the label without the pattern
     way: str = ""  # the label without the model
 
-    @property
-    def unstructured(self) -> bool:
-        """Whether the pattern is a share of each group, not N:M."""
-        return self.pattern.endswith("%")
-
 
 @dataclass(frozen=True)
 class Task:

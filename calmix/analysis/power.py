@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -30,7 +29,6 @@ from calmix.study.results import StudyResults
 
 POWER = 0.80
 Z_POWER = 0.8416212335729143  # normal quantile of it
-Kind = Literal["total", "dimension", "task"]
 MOST = 1_000_000  # seeds beyond which none are counted; freedom beyond which t is normal
 
 
@@ -55,7 +53,7 @@ class Noise:
 
     condition: str
     quantity: str
-    kind: Kind
+    kind: str  # total, dimension or task
     sets: int
     draw: float | None
     freedom: int
@@ -78,7 +76,7 @@ class Needed:
 def noise_of(found: Joint) -> list[Noise]:
     """Return the noise of the total, of every dimension and of every task with signal."""
     cells, count = found.cells, len(found.cells.sets)
-    names: list[tuple[str, Kind]] = [
+    names = [
         (TOTAL, "total"), *((name, "dimension") for name in cells.dimensions),
         *((task.name, "task") for task in cells.tasks),
     ]  # fmt: skip

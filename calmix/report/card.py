@@ -7,9 +7,9 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from calmix.analysis.bootstrap import Estimate
 from calmix.calibration import CalibrationSet, is_saved_set
@@ -35,7 +35,7 @@ from calmix.manifest import file_hashes, read_sealed
 from calmix.models import builtin_models
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.report import charts, words
-from calmix.report.charts import COLOURS, MARKERS, Chart, Mark, Row
+from calmix.report.charts import COLOURS, MARKERS, Chart, Mark
 from calmix.report.pages import render
 from calmix.sources import builtin_sources
 
@@ -54,17 +54,6 @@ TEXTS: dict[str, Any] = {
 }
 
 
-class Source(NamedTuple):
-    """A part of the calibration set: rows and tokens of it, and whose text it is."""
-
-    name: str
-    dimension: str
-    rows: int
-    tokens: int
-    licence: str
-    version: str
-
-
 @dataclass(frozen=True)
 class Card:
     """What is known of one compressed model; `calibration` and `recoveries` are of its manifest,
@@ -80,7 +69,7 @@ class Card:
     bits: float | None
     size: int
     packed: int
-    sources: tuple[Source, ...]
+    sources: tuple[Mapping[str, Any], ...]  # parts of the set: rows, tokens, whose text it is
     calibration: Mapping[str, Any]
     recoveries: tuple[Mapping[str, Any], ...]
     scores: CapabilityScores
@@ -319,7 +308,7 @@ def _checked(out: Path, dense: CapabilityScores, scores: CapabilityScores) -> st
         return f"{path.name} is damaged: {again}."
 
 
-def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> Iterator[Source]:
+def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the parts of the set; of text the model wrote, one a dimension."""
     told: Mapping[str, Any] = manifest.get("sources") or {}
     written = {} if "generated" in manifest else manifest.get("written") or {}
@@ -330,15 +319,13 @@ def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> Iterator
         counts = {} if held is None else CalibrationSet.open(held).counts
     known, own = builtin_sources(), manifest.get("own") or {}
     for name, rows in counts.items():
-        tokens = rows * int(manifest["length"])
-        if "generated" in manifest or name in written:
-            yield Source(name, name, rows, tokens, BY_MODEL, "")
-        else:
+        whose = {"dimension": name, "licence": BY_MODEL, "version": ""}
+        if "generated" not in manifest and name not in written:
             dimension = own.get(name, {}).get("dimension", "-")
-            yield Source(
-                name, known[name].dimension if name in known else dimension, rows, tokens,
-                told[name].get("licence", "unstated"), told[name].get("version", ""),
-            )  # fmt: skip
+            whose = {"dimension": known[name].dimension if name in known else dimension,
+                     "licence": told[name].get("licence", "unstated"),
+                     "version": told[name].get("version", "")}  # fmt: skip
+        yield {"name": name, "rows": rows, "tokens": rows * int(manifest["length"]), **whose}
 
 
 # Charts
@@ -359,13 +346,11 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
             kept = card.kept
             held.append({one.name: one.kept for one in kept.dimensions} | {"all": kept.total})
     looks = [(card.name, COLOURS[at % 6], MARKERS[at % 6]) for at, card in enumerate(cards)]
-    rows = [
-        Row(name, [
-            [Mark(100 * one.value, f"{card}, {name}: {words.with_span(one)} %", colour, marker,
-                  100 * one.low, 100 * one.high)]
-            for (card, colour, marker), kept in zip(looks, held, strict=True)
-            if (one := kept.get(name)) is not None and one.low is not None
-        ])
+    lanes = [
+        [[Mark(100 * one.value, f"{card}, {name}: {words.with_span(one)} %", colour, marker,
+               100 * one.low, 100 * one.high)]
+         for (card, colour, marker), kept in zip(looks, held, strict=True)
+         if (one := kept.get(name)) is not None and one.low is not None]
         for name in held[0]
     ]  # fmt: skip
     keys = [(name, colour, {"marker": marker, "linestyle": "none"})
@@ -379,7 +364,8 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
     return Chart(
         "kept", what, "Lines: 95 % intervals over items. The dashed line is the dense model.",
         f"{what}, in percent. {said}.",
-        lambda width: charts.bars(width, rows, "kept, %", keys, rule=100),
+        partial(charts.bars, rows=[(name, None) for name in held[0]], lanes=lanes,
+                below="kept, %", keys=keys, rule=100),
     )  # fmt: skip
 
 

@@ -79,6 +79,7 @@ WIDTH = 8.6  # inches of 72 units; drawn 1.15 times as large in a page, or more
 NARROW = 3.35  # the same on a telephone
 DOT = {"marker": "o", "linestyle": "none"}
 Key = tuple[str, str, Mapping[str, Any]]  # of a legend: name, colour, look
+Named = tuple[str, str | None]  # a row: its name, and the colour of a dot before it
 
 
 class Mark(NamedTuple):
@@ -93,14 +94,6 @@ class Mark(NamedTuple):
     y: float = 0.0
     hollow: bool = False
     label: str = ""
-
-
-class Row(NamedTuple):
-    """A row of bars and dots: lanes one below the other, a dot of a colour before its name."""
-
-    name: str
-    lanes: Sequence[Sequence[Mark]]
-    colour: str | None = None
 
 
 class Cell(NamedTuple):
@@ -191,7 +184,7 @@ def _legend(figure: Any, keys: Sequence[Key], narrow: bool) -> None:
         figure.legend(handles=handles, loc="outside lower left", ncols=min(most, len(handles)))
 
 
-def _named(axes: Any, rows: Sequence[tuple[str, str | None]], narrow: bool, lines: int = 1) -> None:
+def _named(axes: Any, rows: Sequence[Named], narrow: bool, lines: int = 1) -> None:
     """Name the rows of a chart from the top, each after a dot where it has a colour."""
     wide = 15 if narrow else 40
     names = ["\n".join(textwrap.wrap(words.short(name, wide * lines), wide)[:lines])
@@ -223,25 +216,27 @@ def _mark(axes: Any, mark: Mark, y: float, height: float = 0.0) -> None:
 
 
 def bars(
-    width: float, rows: Sequence[Row], below: str, keys: Sequence[Key] = (), *, rule: float
-) -> Any:
-    """Rows of bars and dots with their intervals, and a line at `rule`."""
+    width: float, rows: Sequence[Named], lanes: Sequence[Sequence[Sequence[Mark]]], below: str,
+    keys: Sequence[Key], rule: float,
+) -> Any:  # fmt: skip
+    """Rows of bars and dots with their intervals, lanes of a row one below the other; a line at
+    `rule`."""
     narrow = width < WIDTH
-    high = 0.8 + 0.3 * bool(keys) + sum(0.24 + 0.12 * len(row.lanes) for row in rows)
+    high = 0.8 + 0.3 * bool(keys) + sum(0.24 + 0.12 * len(own) for own in lanes)
     figure = Figure(figsize=(width, high), layout="constrained")
     axes = figure.subplots()
-    for at, row in enumerate(rows):
-        for number, lane in enumerate(row.lanes):
-            y = at + 0.6 * ((number + 0.5) / len(row.lanes) - 0.5)
-            for mark in lane:
-                _mark(axes, mark, y, 0.6 / len(row.lanes))
-    _named(axes, [(row.name, row.colour) for row in rows], narrow, 1 + narrow)
+    marks = [(mark, at + 0.6 * ((number + 0.5) / len(own) - 0.5), 0.6 / len(own))
+             for at, own in enumerate(lanes) for number, lane in enumerate(own)
+             for mark in lane]  # fmt: skip
+    for mark, y, wide in marks:
+        _mark(axes, mark, y, wide)
+    _named(axes, rows, narrow, 1 + narrow)
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
     axes.axvline(rule, color=MUTED, linewidth=1, linestyle="--" if rule else "-")
-    marks = [mark for row in rows for lane in row.lanes for mark in lane]
-    if any(mark.marker == "bar" for mark in marks):
-        ends = [end for mark in marks for end in (mark.x, mark.low, mark.high) if end is not None]
+    if any(mark.marker == "bar" for mark, *_ in marks):
+        ends = [end for mark, *_ in marks for end in (mark.x, mark.low, mark.high)
+                if end is not None]  # fmt: skip
         axes.set_xlim(1.03 * min([0.0, *ends]), 1.03 * max(ends))
     axes.set_xlabel(below)
     _legend(figure, keys, narrow)
@@ -290,7 +285,7 @@ def scatter(
 
 def heat(
     width: float,
-    rows: Sequence[tuple[str, str | None]],
+    rows: Sequence[Named],
     columns: Sequence[str],
     cells: Sequence[Sequence[Cell]],
     *,

@@ -26,7 +26,7 @@ from calmix.report.charts import (
     Chart,
     Key,
     Mark,
-    Row,
+    Named,
 )
 
 
@@ -47,7 +47,7 @@ def condition_charts(analysis: Analysis, found: ConditionAnalysis) -> list[Chart
     return [*made, *_perplexity(analysis, found), *_correlations(analysis, found)]
 
 
-def _names(rows: Sequence[Ranked]) -> list[tuple[str, str | None]]:
+def _names(rows: Sequence[Ranked]) -> list[Named]:
     return [(one.calibration, STRATEGY_COLOURS[one.strategy]) for one in rows]
 
 
@@ -119,15 +119,14 @@ def _mark(one: Estimate, tip: str, colour: str, marker: str) -> Mark:
 def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     ranked = [one for one in found.ranking if one.total.value is not None]
     look = {name: (COLOURS[at % 6], MARKERS[at % 6]) for at, name in enumerate(analysis.dimensions)}
-    rows = []
+    lanes = []
     for one in ranked:
-        colour = STRATEGY_COLOURS[one.strategy]
         notch = Mark(100 * (one.shrunken.value or 0), "", INK, "|")
-        lanes = [[_mark(one.total, f"{one.calibration}, total", colour, "bar"), notch]]
+        bar = _mark(one.total, f"{one.calibration}, total", STRATEGY_COLOURS[one.strategy], "bar")
+        lanes.append([[bar, notch]])
         if one.worst is not None:
-            lanes.append([_mark(one.lowest, f"{one.calibration}, worst: {one.worst}",
-                                *look[one.worst])])  # fmt: skip
-        rows.append(Row(one.calibration, lanes, colour))
+            tip = f"{one.calibration}, worst: {one.worst}"
+            lanes[-1].append([_mark(one.lowest, tip, *look[one.worst])])
     worst = [(f"worst: {name}", colour, {"marker": marker, "linestyle": "none"})
              for name, (colour, marker) in look.items()
              if any(one.worst == name for one in ranked)]  # fmt: skip
@@ -142,8 +141,8 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
             + (f", worst {one.worst} {words.percent(one.lowest.value)}" if one.worst else "")
             for one in found.ranking
         ) + ".",
-        lambda width: charts.bars(width, rows, "retention, %", [*_by_strategy(ranked), *worst],
-                                  rule=0),
+        partial(charts.bars, rows=_names(ranked), lanes=lanes, below="retention, %",
+                keys=[*_by_strategy(ranked), *worst], rule=0),
     )  # fmt: skip
 
 
@@ -183,8 +182,8 @@ def _perplexity(analysis: Analysis, found: ConditionAnalysis) -> Iterator[Chart]
         f"Each dot is a calibration set, seeds averaged. {how}",
         "Scatter plots of retention against perplexity: "
         + "; ".join(f"{name}: {note}" for name, (note, _) in panels.items()) + ".",
-        lambda width: charts.scatter(width, panels, "perplexity (log)", "retention, %",
-                                     _by_strategy(outside, "{} (hollow)")),
+        partial(charts.scatter, panels=panels, below="perplexity (log)", beside="retention, %",
+                keys=_by_strategy(outside, "{} (hollow)")),
     )  # fmt: skip
 
 

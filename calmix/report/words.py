@@ -33,7 +33,6 @@ MEASURES = {
 }
 AMONG = {"sources": "all sources", "kinds": "within kinds of text"}
 METRICS = {
-    "distortion": "perplexity",
     "bits_per_byte": "bits per byte",
     "entropy": "unigram entropy",
     "scope_documents": "documents",

@@ -349,8 +349,9 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
     assert card.pruned * 2 == card.weights
     assert card.answers is not None
     assert [p.shown for p in card.answers.prompts] == ["one <b>& two", "three"]
-    assert sum(one.tokens for one in card.sources) == (16 + 4) * 64
-    assert (card.sources[-1].name, card.sources[-1].licence) == ("chat", "written by the model")
+    assert sum(one["tokens"] for one in card.sources) == (16 + 4) * 64
+    chat = card.sources[-1]
+    assert (chat["name"], chat["licence"]) == ("chat", "written by the model")
     assert 'written by the model</td><td class="">–<' in card_page(card)
     page = (out / "card.html").read_text(encoding="utf-8")
     assert "one &lt;b&gt;&amp; two" in page
