@@ -1,21 +1,9 @@
 """Named text sources: what can be calibrated on, as data, and how each is read."""
 
-from calmix.sources.readers import Document
-from calmix.sources.registry import (
-    Source,
-    builtin_sources,
-    get_source,
-    load_sources,
-    offline_sources,
-    own_sources,
-)
-
-__all__ = [
-    "Document",
-    "Source",
-    "builtin_sources",
-    "get_source",
-    "load_sources",
-    "offline_sources",
-    "own_sources",
-]
+from calmix.sources.readers import Document as Document
+from calmix.sources.registry import Source as Source
+from calmix.sources.registry import builtin_sources as builtin_sources
+from calmix.sources.registry import get_source as get_source
+from calmix.sources.registry import load_sources as load_sources
+from calmix.sources.registry import offline_sources as offline_sources
+from calmix.sources.registry import own_sources as own_sources
