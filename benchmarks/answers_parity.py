@@ -18,8 +18,8 @@ from typing import Any
 from common import machine, quiet_harness
 from lm_eval.models.huggingface import HFLM
 
-from calmix.evaluation.abilities import load_asked, prompts
-from calmix.evaluation.greedy import answers
+from calmix.evaluation.abilities import task_of
+from calmix.evaluation.greedy import answers, prompt
 from calmix.evaluation.suites import load_suite
 from calmix.models import open_model
 from calmix.models.opening import quiet_transformers
@@ -29,28 +29,28 @@ TASKS = "common_knowledge,sums,gsm8k,small_programs,requests"
 
 def ours(opened: Any, name: str, count: int) -> tuple[float, list[str]]:
     """Processor seconds and answers."""
-    task, items = chosen(name, count)
+    task = chosen(name, count)
     start = time.process_time()
-    found = answers(opened, prompts(task, items, opened.tokenizer, chat=False))
+    asked = [prompt(opened.tokenizer, None, one.plain, task.tokens, task.until)
+             for one in task.items]  # fmt: skip
+    found = answers(opened, asked)
     return time.process_time() - start, [one.text for one in found]
 
 
 def theirs(lm: HFLM, name: str, count: int) -> tuple[float, list[str]]:
     """The same of HFLM."""
-    task, items = chosen(name, count)
+    task = chosen(name, count)
     how = {"until": list(task.until), "max_gen_toks": task.tokens, "do_sample": False}
-    requests: Any = [SimpleNamespace(args=(item.plain, dict(how))) for item in items]
+    requests: Any = [SimpleNamespace(args=(item.plain, dict(how))) for item in task.items]
     start = time.process_time()
     with quiet_harness(), quiet_transformers():
         found = lm.generate_until(requests, disable_tqdm=True)
     return time.process_time() - start, found
 
 
-def chosen(name: str, count: int) -> tuple[Any, Any]:
-    """A task, and so many of its items."""
-    spec = load_suite("abilities").limited(count).tasks[name]
-    task = load_asked(name)
-    return task, task.picked(spec)
+def chosen(name: str, count: int) -> Any:
+    """A task with so many of its items."""
+    return task_of(load_suite("abilities").limited(count).tasks[name])
 
 
 def main() -> None:

@@ -421,7 +421,7 @@ class Sweep:
         words = "".join(dict.fromkeys((self.folder / "text.txt").read_text()))
         asked = [(words[:size], words[at : at + 3]) for size in (24, 12) for at in (50, 60, 70)]
         answers = Scorer(opened).loglikelihood([Request("task", *one) for one in asked])
-        for (context, rest), (value, _) in zip(asked, answers, strict=True):
+        for (context, rest), value in zip(asked, answers, strict=True):
             ids = opened.tokenizer(context + rest, return_tensors="pt")["input_ids"]
             with torch.no_grad():
                 likely = opened.model(ids[:, :-1], use_cache=False).logits[0].log_softmax(-1)

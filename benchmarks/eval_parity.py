@@ -27,7 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.scorer import Request, Scorer
 from calmix.evaluation.suites import Suite
-from calmix.evaluation.tasks import check, load_items
+from calmix.evaluation.tasks import accuracies, load_items
 from calmix.models import open_model
 
 TIE = 1e-3  # choices whose log-likelihoods are this close, relatively, may swap by rounding
@@ -43,7 +43,7 @@ def run(lm: Any, suite: Suite) -> tuple[float, float, dict[str, list[list[float]
         start, wall = time.process_time(), time.perf_counter()
         found = lm.loglikelihood(requests, **({} if ours else {"disable_tqdm": True}))
         seconds = time.process_time() - start, time.perf_counter() - wall
-    answers = (value for value, _ in found)
+    answers = iter(found if ours else [value for value, _ in found])
     return *seconds, {
         name: [list(islice(answers, len(item.requests))) for item in held]
         for name, held in items.items()
@@ -83,10 +83,10 @@ def beside(lm: Scorer, rival: HFLM, suite: Suite, task: str) -> dict[str, Any]:
     spec, items = suite.tasks[task], load_items(suite.tasks[task])
     same = ties = 0
     for item, mine, other, scores in zip(
-        items, check(spec, items, a), check(spec, items, b), b, strict=True
+        items, accuracies(spec, items, a), accuracies(spec, items, b), b, strict=True
     ):
-        same += mine.value == other.value
-        if mine.value != other.value:
+        same += mine == other
+        if mine != other:
             sizes = [len(c) - 1 if spec.metric == "acc_norm" else 1 for c in item.choices]
             first, second = sorted(np.divide(scores, sizes))[-2:][::-1]
             ties += abs(first - second) <= TIE * abs(first)

@@ -30,14 +30,13 @@ from calmix.evaluation.behaviour import Pair
 from calmix.evaluation.floors import (
     ACCURACY,
     ANSWERS,
-    FITS,
     LIKELIHOOD,
+    MEASURES,
     Tested,
-    expected,
     judge,
     lower_bound,
 )
-from calmix.evaluation.measures import Measure, Parts, has_signal, parts
+from calmix.evaluation.measures import Parts, has_signal, parts
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.scores import CapabilityScores
 from calmix.study import StudyResults, read_results
@@ -78,13 +77,12 @@ def halves(results: StudyResults, splits: int, told: dict[str, list[Any]]) -> No
     """Add (proven, broken) of checkpoints, abilities and floors to what is told of each measure."""
     for model, dense in results.dense.items():
         pruned = [results.scores[one.id] for one in results.trials if one.model == model]
-        for measure, fits in FITS.items():
+        for measure, (fits, score) in MEASURES.items():
             at = [i for i, task in enumerate(dense) if fits(task)]
             # Alone, so that each measure is tested on whatever has it.
             bare: dict[str, Any] = {"values": ()} if measure == LIKELIHOOD else {}
             own = [replace(dense[i], **bare) for i in at]
             theirs = [[replace(of[i], **bare) for i in at] for of in pruned]
-            score: Measure = "accuracy" if measure == ACCURACY else "primary"
             made = [[parts(task, of[i], score) for of in theirs] for i, task in enumerate(own)]
             for seed in range(splits if at else 0):
                 split(own, theirs, made, measure, seed, told[measure])
@@ -96,8 +94,8 @@ def split(own: Scores, theirs: Sequence[Scores], made: Sequence[Sequence[Parts]]
     rng = np.random.default_rng(seed)
     cuts = [np.array_split(rng.permutation(len(task.items)), 2) for task in own]
     first = [some(task, cut[0]) for task, cut in zip(own, cuts, strict=True)]
-    score: Measure = "accuracy" if measure == ACCURACY else "primary"
-    for one in expected({"": 0.5}, [pair(first, first)[0]]):
+    score = MEASURES[measure][1]
+    for one in tested(first, first).values():
         if one.measure != measure:
             continue
         use = [i for i, task in enumerate(first) if task.dimension == one.ability

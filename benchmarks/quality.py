@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from common import commit, data_file, machine, run_rival
 
 from calmix.calibration import build, parse_mix
-from calmix.evaluation.perplexity import perplexity
+from calmix.evaluation.likelihood import perplexity
 from calmix.models import open_model
 from calmix.pruning import Unstructured, prune
 from calmix.sources.readers import LocalFile

@@ -83,8 +83,8 @@ def main() -> None:
             row = {
                 "variant": text,
                 "seed": seed,
-                "kl": {key: one.kl_mean for key, one in found.dimensions.items()}
-                | {"total": found.total.kl_mean},
+                "kl": {key: one["kl_mean"] for key, one in found["dimensions"].items()}
+                | {"total": found["total"]["kl_mean"]},
                 "top1": found.total.top1,
                 "seconds": [round(drawn - began), round(time.perf_counter() - drawn)],
                 "manifest": {

@@ -34,7 +34,7 @@ def test_all_that_is_imported_is_required():
     required |= {one.name.lower() for one in brought if not one.marker or one.marker.evaluate()}
     homes = packages_distributions()
     names = {name for path in (ROOT / "calmix").rglob("*.py") for name in imported(path)}
-    assert {"torch", "lm_eval", "datasets", "pyarrow", *EXTRAS} <= names
+    assert {"torch", "datasets", "pyarrow", *EXTRAS} <= names
     for name in sorted(names - set(EXTRAS) - BROUGHT):
         known = {home.lower() for home in homes.get(name, [name])}
         assert known & required, f"{name} is imported, and no dependency brings it"

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calmix.errors import SolverError
-from calmix.evaluation.perplexity import perplexity
+from calmix.evaluation.likelihood import perplexity
 from calmix.models import find_blocks, open_model
 from calmix.models.streaming import NotStreamableError
 from calmix.pruning.methods.wanda import Wanda

@@ -13,7 +13,7 @@ from calmix.calibration.resolving import ask, resolve
 from calmix.calibration.text_metrics import compared, of_ids
 from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError
-from calmix.evaluation.perplexity import perplexity_of_rows
+from calmix.evaluation.likelihood import perplexity_of_rows
 from calmix.files import user_path
 from calmix.models import OpenModel
 from calmix.options import DrawOptions, checked

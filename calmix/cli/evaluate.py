@@ -102,7 +102,6 @@ def run(options: EvaluateOptions) -> None:
         limit=options.limit,
     )  # fmt: skip
     chosen, left_out = capability.runnable(chosen, options.allow_code_execution)
-    capability.check_code(chosen, options.allow_code_execution)
     if left_out:
         note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
     saved = against is not None and against.lower().endswith(".json")
@@ -152,7 +151,7 @@ def run(options: EvaluateOptions) -> None:
             found = distance(
                 pruned, kept_of, dense=lambda: open_model(str(against), **how),
                 progress=bar.of("distance to the dense model"),
-            ).to_dict()  # fmt: skip
+            )  # fmt: skip
     scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
     made: dict[str, Any] = {"scores": scores.to_dict()}
     if dense is not None:
@@ -174,10 +173,10 @@ def run(options: EvaluateOptions) -> None:
 @verb("rescore", of=evaluate)
 def rescore(options: RescoreOptions) -> None:
     """Compute scores and retention again from a file, by another measure, without the model."""
-    from calmix.evaluation.scores import load_dense, load_scores
+    from calmix.evaluation.scores import load_pair, load_scores
 
-    scores, against = load_scores(options.file), options.against
-    dense = load_dense(options.file) if against is None else load_scores(against)
+    dense, scores = load_pair(options.file)
+    dense = dense if options.against is None else load_scores(options.against)
     if not options.as_json:
         _print(scores, dense, options)
     elif dense is None:
@@ -190,7 +189,7 @@ def rescore(options: RescoreOptions) -> None:
 def compare(options: CompareOptions) -> None:
     """Put the retention of several models next to each other, dimension by dimension."""
     from calmix.evaluation.behaviour import behaviour, likelihood
-    from calmix.evaluation.scores import load_dense, load_scores
+    from calmix.evaluation.scores import load_pair, load_scores
     from calmix.report import words
 
     files = options.scores
@@ -199,14 +198,14 @@ def compare(options: CompareOptions) -> None:
              for path in files]  # fmt: skip
     if doubles := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two files are called {doubles[0]}: rename one, to tell them apart")
-    dense = load_dense(files[0]) if options.against is None else load_scores(options.against)
+    pairs = [load_pair(path) for path in files]
+    models = [scores for _, scores in pairs]
+    dense = pairs[0][0] if options.against is None else load_scores(options.against)
     if dense is None:
         raise InputError(
             f"{files[0]} was scored without a dense model: name its file with --against"
         )
-    models = [load_scores(path) for path in files]
-    for path in files:  # each may have been scored against another
-        own = load_dense(path)
+    for path, (own, _) in zip(files, pairs, strict=True):  # each may be scored against another
         if own is not None and own.fingerprint != dense.fingerprint:
             raise InputError(
                 f"{path} was scored against {own.model}, which is not the dense model of the "
@@ -236,8 +235,7 @@ def _print_kept(
 ) -> None:
     """Print what models have kept of a dense one by dimension, and how far they are from it."""
     from calmix.evaluation.behaviour import behaviour
-    from calmix.evaluation.distance import flips
-    from calmix.evaluation.retention import RESAMPLES
+    from calmix.evaluation.retention import RESAMPLES, flips
     from calmix.report.words import number, percent, with_span
 
     found, far = [behaviour((dense, one)) for one in models], [one.distance for one in models]
@@ -254,8 +252,8 @@ def _print_kept(
         totals = [(one or {}).get("total") for one in far]
         for name, key, shown in (("KL to dense", "kl_mean", number), ("top-1 %", "top1", percent)):
             rows[name] = [shown(one and one[key]) for one in totals]
-    changed = [flips(dense.tasks, one.tasks).total for one in models]
-    rows["flips %"] = ["-" if one is None else with_span(one.share) for one in changed]
+    changed = [flips(dense.tasks, one.tasks).get("total") for one in models]
+    rows["flips %"] = ["-" if one is None else with_span(one) for one in changed]
     table: list[Row] = []
     if len(models) <= BESIDE:
         for label, cells in rows.items():
@@ -378,7 +376,7 @@ def answers(options: AnswerOptions) -> None:
 @verb("perplexity", of=evaluate)
 def perplexity(options: PerplexityOptions) -> None:
     """Perplexity and bits per byte of a text, in non-overlapping windows of one length."""
-    from calmix.evaluation.perplexity import perplexity as measure
+    from calmix.evaluation.likelihood import perplexity as measure
     from calmix.models import check_models, open_model
     from calmix.sources.registry import local_file
 

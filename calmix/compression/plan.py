@@ -18,7 +18,7 @@ from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.compression.sizes import bits_for, parse_size
 from calmix.errors import InputError, nearest
-from calmix.evaluation.evaluate import check_code, choose, runnable, suite_items
+from calmix.evaluation.evaluate import choose, runnable, suite_items
 from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
 from calmix.evaluation.generations import read_prompts
 from calmix.evaluation.suites import suite_file
@@ -178,7 +178,7 @@ def request(asked: Compression) -> Request:
             bits = BITS
         prune_request(**_aim(asked.sparsity, asked.pattern, bits), calibration=text)
     allowed = asked.allow_code_execution
-    check_code(runnable(choose(asked.suite), allowed)[0], allowed)
+    runnable(choose(asked.suite), allowed)
     if asked.prompts is not None:
         read_prompts(asked.prompts)
     if asked.max_memory is not None:

@@ -75,23 +75,41 @@ def behaviour(*pairs: Pair) -> Behaviour:
     """Return what pruned models' scores say of behaviour, beside the dense model's on the same
     suites; a task that several hold counts where it has most items."""
     check_pairs(pairs)
-    written = held(pairs, lambda task: bool(task.values) and task.metric in WRITTEN)
-    chosen = held(pairs, lambda task: bool(task.values) and task.metric not in WRITTEN)
-    run = {before.name for before, _ in (*written, *chosen)}
+    written, chosen = held(pairs, answered), held(pairs, chosen_from)
     known = [one for one in chosen if has_signal(one[0], "accuracy")]
     abilities = dict.fromkeys(before.dimension for before, _ in written)
+    counts = (counted(name, [both for both in written if both[0].dimension == name])
+              for name in abilities)  # fmt: skip
     return Behaviour(
         counted("all", written),
-        tuple(
-            one for name in abilities
-            if (one := counted(name, [two for two in written if two[0].dimension == name]))
-        ),
+        tuple(one for one in counts if one),
         counted("choices", known),
         tuple(one[0].name for one in chosen if one not in known),
-        tuple(dict.fromkeys(name for _, pruned in pairs for name in pruned.not_run
-                            if name not in run)),
+        not_run(pairs),
         next((pruned.form for _, pruned in pairs if pruned.form), ""),
-    )  # fmt: skip
+    )
+
+
+def answered(task: TaskScores) -> bool:
+    """Whether a task's answers were generated, and checked."""
+    return bool(task.values) and task.metric in WRITTEN
+
+
+def chosen_from(task: TaskScores) -> bool:
+    """Whether a task's answers were chosen from several."""
+    return bool(task.values) and task.metric not in WRITTEN
+
+
+def likely(task: TaskScores) -> bool:
+    """Whether retention of a task is of likelihood."""
+    return task.primary not in RIGHT_OR_WRONG
+
+
+def not_run(pairs: Sequence[Pair]) -> tuple[str, ...]:
+    """Return the tasks that were left out in all suites, as they run code."""
+    run = {task.name for dense, _ in pairs for task in dense.tasks if task.values}
+    return tuple(dict.fromkeys(name for _, pruned in pairs for name in pruned.not_run
+                               if name not in run))  # fmt: skip
 
 
 def check_pairs(pairs: Sequence[Pair]) -> None:
@@ -118,6 +136,7 @@ def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[Task
 
 
 def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
+    """Return the items of several tasks, counted; None where there are none."""
     items = [both for before, after in tasks
              for both in zip(before.values, after.values, strict=True)]  # fmt: skip
     if not items:
@@ -130,7 +149,7 @@ def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
 def proportion(right: int, of: int) -> Estimate:
     """Return a share of items with Wilson's 95 % interval."""
     if not of:
-        return Estimate(None, None, None)
+        return Estimate(None)
     share, z = right / of, Z**2 / of
     middle = (share + z / 2) / (1 + z)
     half = math.sqrt(z * share * (1 - share) + z**2 / 4) / (1 + z)
@@ -138,11 +157,11 @@ def proportion(right: int, of: int) -> Estimate:
 
 
 def likelihood(dense: CapabilityScores, pruned: CapabilityScores, **how: Any) -> Retention | None:
-    """Return the retention of the tasks scored by likelihood; None where there are none."""
+    """Return the retention of the tasks scored by likelihood; None where there are none, or where
+    the dense model's baselines were not kept."""
     check_same_suite(pruned.suite, dense.suite)
-    places = [at for at, one in enumerate(dense.tasks) if one.primary not in RIGHT_OR_WRONG]
-    own = [[one.tasks[at] for at in places] for one in (dense, pruned)]
+    own = [both for both in zip(dense.tasks, pruned.tasks, strict=True) if likely(both[0])]
     try:
-        return retention(*own, **how) if places else None
-    except InputError:  # the dense model's baselines were not kept
+        return retention(*zip(*own, strict=True), **how) if own else None
+    except InputError:
         return None

@@ -46,38 +46,77 @@ def same_text(answer: str, right: Sequence[str]) -> bool:
     return given in {one.strip("'\"` ").replace('"', "'") for one in right}
 
 
-def last_number(answer: str) -> float | None:
-    """Return the last number an answer has."""
-    found = NUMBER.findall(answer.replace("\N{MINUS SIGN}", "-"))
-    return float(found[-1].replace(",", "")) if found else None
-
-
 def same_number(answer: str, right: str) -> bool:
     """Tell whether the last number of an answer is the right one."""
-    return last_number(answer) == float(right.replace(",", ""))
+    found = NUMBER.findall(answer.replace("\N{MINUS SIGN}", "-"))
+    return bool(found) and float(found[-1].replace(",", "")) == float(right.replace(",", ""))
 
 
 def same_result(answer: str, solution: str) -> bool:
     """Tell whether an answer's last boxed result, or else its last formula or number, is that of a
-    solution (normalised as by Hendrycks et al., arXiv 2103.03874)."""
-    from lm_eval.tasks.hendrycks_math.utils import is_equiv
-
-    plain = [re.sub(r"\\(?:text|mathrm|mbox)\{([^}]*)\}|\\[!,;]|\\(?:left|right)\b", r"\1", one)
-             for one in (_result(answer), _result(solution))]  # fmt: skip
-    return bool(plain[0].strip()) and bool(is_equiv(plain[0].strip(), plain[1].strip()))
+    solution."""
+    given, wanted = (
+        re.sub(r"\\(?:text|mathrm|mbox)\{([^}]*)\}|\\[!,;]|\\(?:left|right)\b", r"\1", one).strip()
+        for one in (_result(answer), _result(solution))
+    )
+    return same_formula(given, wanted)
 
 
 def _result(text: str) -> str:
-    from lm_eval.tasks.hendrycks_math.utils import last_boxed_only_string, remove_boxed
-
-    boxed = last_boxed_only_string(text)
-    if boxed is not None and boxed.startswith("\\boxed{"):
-        return str(remove_boxed(boxed))
+    _, boxed, rest = text.rpartition("\\boxed")
+    if boxed and rest.startswith("{") and "\\boxed " not in text:
+        depth = 0
+        for at, char in enumerate(rest):
+            depth += (char == "{") - (char == "}")
+            if not depth:
+                return rest[1:at]
     formulas = re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)", text)
     if formulas:
         return next(filter(None, formulas[-1]))
     found = NUMBER.findall(text)
     return str(found[-1]).replace(",", "") if found else ""
+
+
+def same_formula(given: str, wanted: str) -> bool:
+    """Tell whether two formulas have one normal form; those that have none, letter by letter."""
+    try:
+        return bool(given) and _normal(given) == _normal(wanted)
+    except (ValueError, IndexError):
+        return given == wanted
+
+
+def _normal(text: str) -> str:
+    """Return the normal form of Hendrycks et al. (arXiv 2103.03874), just as
+    lm-evaluation-harness makes it."""
+    for piece, other in (
+        ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
+        ("\\left", ""), ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""),
+    ):  # fmt: skip
+        text = text.replace(piece, other)
+    if "\\text{ " in text:  # a unit
+        text, _ = text.split("\\text{ ")
+    text = text.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
+    text = f"0{text}" if text.startswith(".") else text
+    head, equals, tail = text.partition("=")
+    if equals and len(head) <= 2 and "=" not in tail:  # x = 5
+        text = tail
+    first, *roots = text.split("\\sqrt")
+    text = first + "".join(f"\\sqrt{_braced(one)}" for one in roots)
+    first, *fractions = text.replace(" ", "").split("\\frac")
+    text = "\\frac".join([first, *fractions])
+    if all(one[0] == "{" or len(one) > 1 for one in fractions):
+        parts = [one if one[0] == "{" else _braced(one[0]) + _braced(one[1:]) for one in fractions]
+        text = "\\frac".join([first, *parts])
+    text = "\\frac{1}{2}" if text == "0.5" else text
+    if text.count("/") == 1:
+        over, under = map(int, text.split("/"))
+        text = f"\\frac{{{over}}}{{{under}}}" if text == f"{over}/{under}" else text
+    return text
+
+
+def _braced(text: str) -> str:
+    """Put the first letter of a text into braces, unless they are there."""
+    return text if text[0] == "{" else f"{{{text[0]}}}{text[1:]}"
 
 
 def program(answer: str, head: str, entry: str) -> str:
@@ -97,11 +136,8 @@ def as_requested(answer: str, expected: Mapping[str, Any]) -> bool:
     text = answer.strip()
     words = re.findall(r"\w+", text.lower())
     looping = len(words) > 4 and max(Counter(words).values()) > len(words) / 2
-    return (
-        bool(text)
-        and not looping
-        and all(_REQUESTED[key](text, value) for key, value in expected.items())
-    )
+    right = all(_REQUESTED[key](text, value) for key, value in expected.items())
+    return bool(text) and not looping and right
 
 
 def _plain(text: str) -> str:

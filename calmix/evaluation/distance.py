@@ -1,8 +1,7 @@
 """Distance of a pruned model to its dense one, which needs no labels.
 
 On texts, the Kullback-Leibler divergence KL(dense || pruned) of the next token, exact over the
-whole vocabulary, and how often both models' likeliest token is the same. On items with answers,
-how many change sides (*flips*, arXiv 2407.09141).
+whole vocabulary, and how often both models' likeliest token is the same.
 
 The dense model is run once: what its output head sees is kept (`Reference`), and is turned into
 logits again beside the pruned model's, a few positions at a time.
@@ -12,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -34,14 +33,10 @@ from calmix.evaluation.likelihood import (
     in_cache,
     logit_settings,
 )
-from calmix.evaluation.measures import Array
-from calmix.evaluation.records import TaskScores
 from calmix.evaluation.retention import (
     RESAMPLES,
     Estimate,
     Point,
-    by_dimension,
-    check_paired,
     estimate,
     item_weights,
     mean_point,
@@ -69,40 +64,6 @@ class Reference:
     head: str
     texts: Texts
     hidden: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Distance on one text, or the mean over texts.
-
-    KL(dense || pruned) is of a token's prediction, in nats, with a 95 % interval of its mean by
-    bootstrap over rows; `top1` is the share of tokens whose likeliest next one is the same.
-    """
-
-    tokens: int
-    kl_mean: float
-    kl_median: float
-    kl_p99: float
-    top1: float
-    kl_low: float | None
-    kl_high: float | None
-
-
-@dataclass(frozen=True)
-class Distances:
-    """Distance by dimension, and in total: the mean over dimensions (of tokens, the sum).
-
-    `dense` is the fingerprint of the dense model, `texts` a hash: other texts do not compare.
-    """
-
-    dense: str
-    texts: str
-    dimensions: dict[str, Distance]
-    total: Distance
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON-serialisable data."""
-        return asdict(self)
 
 
 @torch.inference_mode()
@@ -153,11 +114,15 @@ def distance(
     reference: Reference,
     *,
     dense: Callable[[], OpenModel] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
     progress: Progress | None = None,
-) -> Distances:
-    """Return how far a pruned model's predictions are from the dense one's.
+) -> dict[str, Any]:
+    """Return how far a pruned model's predictions are from the dense one's, as a record.
+
+    Of each dimension, and in `total` (the mean over dimensions; of tokens, the sum): `kl_mean`,
+    `kl_median`, `kl_p99` of KL(dense || pruned) of a token's prediction, in nats; `kl_low` and
+    `kl_high`, a 95 % interval of its mean by bootstrap over rows, None for a single row; `top1`,
+    the share of tokens whose likeliest next one is the same. `dense` is the dense model's
+    fingerprint, `texts` a hash: other texts do not compare.
 
     Args:
         opened: the pruned model, in the dtype the reference was computed in.
@@ -175,10 +140,10 @@ def distance(
             f"{opened.name} has another tokenizer than the dense model: their distance per token "
             "cannot be measured"
         )
-    if dtype_name(opened.model.dtype) != reference.dtype:
+    if (own := dtype_name(opened.model.dtype)) != reference.dtype:
         raise InputError(
-            f"{opened.name} is open in {dtype_name(opened.model.dtype)} and the dense model was in "
-            f"{reference.dtype}: open both in one --dtype"
+            f"{opened.name} is open in {own} and the dense model was in {reference.dtype}: open "
+            "both in one --dtype"
         )
     decoder, after = decoder_and_head(opened.model)
     before = after
@@ -191,7 +156,7 @@ def distance(
         before = decoder_and_head(whole)[1]
     device = opened.model.device
     tick = Ticker(progress, sum(map(len, reference.texts.values())))
-    found: dict[str, Distance] = {}
+    found: dict[str, dict[str, Any]] = {}
     points: list[Point] = []
     for name, ids in reference.texts.items():
         divergence, agree = [], []
@@ -207,96 +172,25 @@ def distance(
         kls = torch.cat(divergence).cpu().double().numpy().reshape(len(ids), -1)
         if not np.isfinite(kls).all():
             raise ModelError(f"{opened.name} gives no finite distance on the text {name}")
-        times = item_weights(name, len(ids), resamples=resamples, seed=seed)
+        times = item_weights(name, len(ids), resamples=RESAMPLES, seed=0)
         points.append((float(kls.mean()), times @ kls.mean(1) / len(ids)))
-        spread = estimate(*points[-1]) if len(ids) > 1 else Estimate(None, None, None)
         median, high = np.quantile(kls, [0.5, 0.99])
         top1 = float(torch.cat(agree).cpu().double().mean())
-        found[name] = Distance(
-            kls.size, points[-1][0], float(median), float(high), top1, spread.low, spread.high
-        )
-    total = _total(list(found.values()), points)
-    return Distances(reference.dense, texts_hash(reference.texts), found, total)
+        told = {"kl_median": float(median), "kl_p99": float(high), "top1": top1}
+        found[name] = _record(kls.size, points[-1], told, len(ids) > 1)
+    told = {key: float(np.mean([one[key] for one in found.values()]))
+            for key in ("kl_median", "kl_p99", "top1")}  # fmt: skip
+    tokens = sum(one["tokens"] for one in found.values())
+    several = all(len(ids) > 1 for ids in reference.texts.values())
+    total = _record(tokens, mean_point(points), told, several)
+    return {"dense": reference.dense, "texts": texts_hash(reference.texts), "dimensions": found,
+            "total": total}  # fmt: skip
 
 
-def _total(found: list[Distance], points: list[Point]) -> Distance:
-    means = {
-        field: float(np.mean([getattr(part, field) for part in found]))
-        for field in ("kl_mean", "kl_median", "kl_p99", "top1")
-    }
-    drawn = estimate(*mean_point(points))
-    if any(part.kl_low is None for part in found):
-        drawn = Estimate(None, None, None)
-    tokens = sum(part.tokens for part in found)
-    return Distance(tokens, **means, kl_low=drawn.low, kl_high=drawn.high)
-
-
-@dataclass(frozen=True)
-class Flipped:
-    """How many items with an accuracy changed sides.
-
-    `share` are right under one model and wrong under the other: `lost` under the pruned one,
-    `gained` under the dense one.
-    """
-
-    items: int
-    share: Estimate
-    lost: float
-    gained: float
-
-
-@dataclass(frozen=True)
-class Flips:
-    """Flips by task, by dimension (mean over its tasks) and in total (mean over dimensions)."""
-
-    tasks: dict[str, Flipped]
-    dimensions: dict[str, Flipped]
-    total: Flipped | None
-
-
-def flips(
-    dense: Sequence[TaskScores],
-    pruned: Sequence[TaskScores],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Flips:
-    """Return the share of items whose correctness differs between two models.
-
-    Tasks of single answers, which are neither right nor wrong, are left out. Intervals are from
-    the bootstrap over items that `retention` uses, and so are the errors.
-    """
-    check_paired(dense, pruned)
-    tasks: dict[str, Flipped] = {}
-    points: dict[str, Point] = {}
-    for before, after in zip(dense, pruned, strict=True):
-        if before.values and after.values:
-            change: Array = np.subtract(after.values, before.values)
-            times = item_weights(before.name, len(change), resamples=resamples, seed=seed)
-            point = float((change != 0).mean()), times @ (change != 0) / len(change)
-            points[before.name] = point
-            lost, gained = float((change < 0).mean()), float((change > 0).mean())
-            tasks[before.name] = Flipped(len(change), estimate(*point), lost, gained)
-    rolled = by_dimension(dense, points)
-    dimensions = {
-        name: _mean(
-            [tasks[t.name] for t in dense if t.dimension == name and t.name in tasks], point
-        )
-        for name, point in rolled.items()
-    }
-    total = None
-    if dimensions:
-        total = _mean(list(dimensions.values()), mean_point(list(rolled.values())))
-    return Flips(tasks, dimensions, total)
-
-
-def _mean(parts: Sequence[Flipped], point: Point) -> Flipped:
-    return Flipped(
-        sum(part.items for part in parts),
-        estimate(*point),
-        float(np.mean([part.lost for part in parts])),
-        float(np.mean([part.gained for part in parts])),
-    )
+def _record(tokens: int, kl: Point, told: dict[str, float], several: bool) -> dict[str, Any]:
+    spread = estimate(*kl) if several else Estimate(None)
+    return {"tokens": tokens, "kl_mean": kl[0], **told, "kl_low": spread.low,
+            "kl_high": spread.high}  # fmt: skip
 
 
 def texts_hash(texts: Texts) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmix.errors import CalmixError, InputError
-from calmix.evaluation.records import Floor, Outcome, TaskScores, rounded
+from calmix.evaluation.records import TaskScores, rounded
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.evaluation.suites import Suite, TaskSpec, load_suite
-from calmix.evaluation.tasks import Item, check, item_texts, load_items, task_texts
+from calmix.evaluation.tasks import Item, accuracies, item_texts, load_items, task_texts
 from calmix.files import cache_dir, sha256_json
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import end_tokens, in_chat
 from calmix.precision import dtype_name
 
 if TYPE_CHECKING:
+    from calmix.evaluation.likelihood import Progress
     from calmix.evaluation.scorer import Scorer
 
 CUE = "Answer:"  # what stands in place of a question
@@ -48,23 +49,17 @@ def choose(
     return chosen if limit is None else chosen.limited(limit)
 
 
-def runnable(suite: Suite, allowed: bool) -> tuple[Suite, list[str]]:
+def runnable(suite: Suite, allowed: bool, *, whole: bool = False) -> tuple[Suite, list[str]]:
     """Return what of a suite is run, and the tasks left out: those that ask for programs, unless
-    these may be run."""
-    left = [name for name, one in suite.tasks.items() if one.runs_code]
-    rest = [name for name in suite.tasks if name not in left]
-    return (suite, []) if allowed or not left or not rest else (suite.only(tasks=rest), left)
-
-
-def check_code(suite: Suite, allowed: bool) -> None:
-    """Refuse a suite that runs code the model wrote, with an `InputError`, unless allowed."""
-    running = [name for name, task in suite.tasks.items() if task.runs_code]
-    if running and not allowed:
+    these may be run. An `InputError` if nothing is left or, with `whole`, if any is left out."""
+    left = [name for name, task in suite.tasks.items() if task.runs_code and not allowed]
+    if left and (whole or len(left) == len(suite.tasks)):
         raise InputError(
-            f"task {', '.join(running)} runs code the model writes: pass --allow-code-execution "
+            f"task {', '.join(left)} runs code the model writes: pass --allow-code-execution "
             "(allow_code_execution=True) to run it in a limited subprocess, or leave it out "
             "with --task"
         )
+    return suite.only(tasks=[name for name in suite.tasks if name not in left]), left
 
 
 def evaluate(
@@ -82,7 +77,7 @@ def evaluate(
     allow_code_execution: bool = False,
     floors: bool = True,
     cache: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> CapabilityScores:
     """Score a model on a suite.
 
@@ -110,7 +105,6 @@ def evaluate(
 
     chosen = choose(suite, dimensions=dimensions, tasks=tasks, quick=quick, limit=limit)
     chosen, left = runnable(chosen, allow_code_execution)
-    check_code(chosen, allow_code_execution)
     if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     size = BATCH_TOKENS if batch_tokens is None else batch_tokens
@@ -123,7 +117,9 @@ def evaluate(
             scores.save(kept)
     else:
         scores = _run(model, chosen, size, floors, progress)
-    return replace(scores, not_run=tuple(left), form=_form(model, chosen))
+    form = "" if in_chat(model.tokenizer, "Hello") is None else "chat template"
+    form = (form or "worked examples") if chosen.asks else ""
+    return replace(scores, not_run=tuple(left), form=form)
 
 
 def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:
@@ -131,14 +127,9 @@ def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:
     # key a model compared with its own cached scores has kept exactly all.
     import torch
 
-    key = sha256_json(
-        [
-            model.fingerprint, model.tokenizer_fingerprint, form_of(model, suite), suite.hash,
-            dtype_name(model.model.dtype),
-            [model.model.device.type, torch.get_num_threads(), batch_tokens], SCORER, FLOORS,
-            _versions(),
-        ]
-    )  # fmt: skip
+    about = [model.fingerprint, model.tokenizer_fingerprint, *form_of(model, suite), suite.hash]
+    rounding = [dtype_name(model.model.dtype), model.model.device.type, torch.get_num_threads()]
+    key = sha256_json([*about, *rounding, batch_tokens, SCORER, FLOORS, _versions()])
     return cache_dir() / "scores" / f"{key}.json"
 
 
@@ -149,22 +140,12 @@ def form_of(model: OpenModel, suite: Suite) -> list[Any]:
     return [str(getattr(model.tokenizer, "chat_template", None)), end_tokens(model)]
 
 
-def _form(model: OpenModel, suite: Suite) -> str:
-    if not suite.asks:
-        return ""
-    return "worked examples" if in_chat(model.tokenizer, "Hello") is None else "chat template"
-
-
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("calmix", "lm_eval", "torch", "transformers")}
+    return {name: version(name) for name in ("calmix", "torch", "transformers")}
 
 
 def _run(
-    model: OpenModel,
-    suite: Suite,
-    batch_tokens: int,
-    floors: bool,
-    progress: Callable[[int, int], None] | None,
+    model: OpenModel, suite: Suite, batch_tokens: int, floors: bool, progress: Progress | None
 ) -> CapabilityScores:
     from calmix.evaluation.scorer import Request, Scorer
 
@@ -173,17 +154,23 @@ def _run(
     scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
     # All of the archive's requests at once: what they share runs once.
     asked = [Request(name, *one) for name in loaded for i in loaded[name] for one in i.requests]
-    answers = (value for value, _ in scorer.loglikelihood(asked))
+    answers = iter(scorer.loglikelihood(asked))
     tasks = []
     for name, spec in suite.tasks.items():
         if spec.writes:
             from calmix.evaluation.abilities import ask
 
-            outcomes = ask(scorer, spec)
+            found = ask(scorer, name, spec)
         else:
             rows = [list(islice(answers, len(item.requests))) for item in loaded[name]]
-            outcomes = check(spec, loaded[name], rows)
-        tasks.append(_task_scores(suite, name, outcomes, scorer, floors))
+            found = _likely(name, spec, loaded[name], rows)
+            found |= _ignorant(scorer, name, spec, loaded[name]) if floors else {}
+        about: dict[str, Any] = {
+            "dimension": suite.dimension_of(name),
+            "metric": spec.metric,
+            "chance": 0.0,
+        }
+        tasks.append(TaskScores(name, primary=spec.primary, **about | found))
     return CapabilityScores(
         model.name, model.fingerprint, dtype_name(model.model.dtype), describe(suite), tuple(tasks),
         truncated=dict(scorer.truncated), seconds=round(time.perf_counter() - start, 2),
@@ -201,73 +188,47 @@ def _load(name: str, spec: TaskSpec) -> list[Item]:
 
 def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
     """Yield task, id and text of every item a suite scores, without worked examples."""
+    from calmix.evaluation.abilities import asked_texts
+
     for name, spec in suite.tasks.items():
-        if spec.writes:
-            from calmix.evaluation.abilities import asked_texts
-
-            yield from ((name, *one) for one in asked_texts(spec))
-        else:
-            yield from ((name, *one) for one in item_texts(spec))
+        for one in asked_texts(spec) if spec.writes else item_texts(spec):
+            yield (name, *one)
 
 
-def _task_scores(
-    suite: Suite, name: str, outcomes: Sequence[Outcome], scorer: Scorer, floors: bool
-) -> TaskScores:
-    """Return the record of a task, with what its items score without the knowledge if wanted."""
-    spec = suite.tasks[name]
-    chance = 0.0 if spec.chance in (None, "choices") else float(spec.chance)
-    if spec.chance == "choices":
-        chance = sum(1 / len(one.requests) for one in outcomes) / len(outcomes)
-    scores = TaskScores(
-        name, suite.dimension_of(name), spec.metric, spec.primary, chance,
-        tuple(one.id for one in outcomes),
-        tuple(one.value for one in outcomes if one.value is not None),
-    )  # fmt: skip
-    if spec.writes:
-        return replace(
-            scores,
-            answers=tuple(one.answer or "" for one in outcomes),
-            ended=tuple(int(one.ended) for one in outcomes),
-        )
-    answers = [[answer for _, answer in one.requests] for one in outcomes]
-    floor: Floor = "none" if spec.form == "passage" else "context-free"
-    if any(len({context for context, _ in one.requests}) > 1 for one in outcomes):
-        floor = "uniform"
-    known: dict[str, float] = {}
-    unigram: list[float] = []
-    if floors:
-        if floor == "context-free":
-            known = _without_question(scorer, name, answers)
-        right = [row[one.gold] for row, one in zip(answers, outcomes, strict=True)]
-        unigram = _single_tokens(scorer.tokenizer, task_texts(spec), right)
-    return replace(
-        scores,
-        gold=tuple(one.gold for one in outcomes),
-        loglikelihoods=rounded([one.loglikelihoods for one in outcomes]),
-        bytes=tuple(tuple(len(answer.encode()) for answer in row) for row in answers),
-        floor=floor,
-        floors=rounded([[known[answer] for answer in row] for row in answers if known]),
-        unigram=rounded([unigram])[0],
-    )
+def _likely(
+    name: str, spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """Return the record of a task scored by likelihood, as fields of `TaskScores`."""
+    chance = spec.chance or 0.0
+    if chance == "choices":
+        chance = sum(1 / len(item.requests) for item in items) / len(items)
+    return {
+        "chance": float(chance),
+        "items": tuple(item.id for item in items),
+        "values": tuple(accuracies(spec, items, rows)),
+        "gold": tuple(item.gold for item in items),
+        "loglikelihoods": rounded(rows),
+        "bytes": tuple(tuple(len(answer.encode()) for _, answer in i.requests) for i in items),
+        "floor": {"passage": "none", "contexts": "uniform"}.get(str(spec.form), "context-free"),
+    }
 
 
-def _without_question(scorer: Scorer, task: str, answers: list[list[str]]) -> dict[str, float]:
-    """Return the log-likelihood of every answer after a cue alone, as OLMES takes it."""
+def _ignorant(scorer: Scorer, name: str, spec: TaskSpec, items: Sequence[Item]) -> dict[str, Any]:
+    """Return what a task's items score without the knowledge, as fields of `TaskScores`: after a
+    cue alone, as OLMES has it, and by the frequencies of single tokens in all that the archive has
+    of the task, scored or not."""
     from calmix.evaluation.scorer import Request
 
-    distinct = list(dict.fromkeys(answer for row in answers for answer in row))
-    found = scorer.loglikelihood([Request(task, CUE, answer) for answer in distinct])
-    return {answer: value for answer, (value, _) in zip(distinct, found, strict=True)}
-
-
-def _single_tokens(tokenizer: Any, texts: Sequence[str], answers: list[str]) -> list[float]:
-    """Return the log-likelihood of every answer under the frequencies of single tokens in texts
-    and answers: all that the archive has of the task, scored or not."""
-
-    def ids(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    counts = Counter(token for row in ids(list(dict.fromkeys([*texts, *answers]))) for token in row)
+    floors = []
+    if spec.form not in ("passage", "contexts"):
+        distinct = list(dict.fromkeys(choice for item in items for choice in item.choices))
+        found = scorer.loglikelihood([Request(name, CUE, answer) for answer in distinct])
+        known = dict(zip(distinct, found, strict=True))
+        floors = [[known[choice] for choice in item.choices] for item in items]
+    right = [item.right[1] for item in items]
+    seen = scorer.encode(list(dict.fromkeys([*task_texts(spec), *right])), special=False)
+    counts = Counter(token for row in seen for token in row)
     total = math.log(counts.total())
     cost = {token: math.log(count) - total for token, count in counts.items()}
-    return [math.fsum(cost[token] for token in encoded) for encoded in ids(answers)]
+    costs = [math.fsum(cost[token] for token in row) for row in scorer.encode(right, special=False)]
+    return {"floors": rounded(floors), "unigram": rounded([costs])[0]}

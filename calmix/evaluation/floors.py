@@ -21,12 +21,21 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from calmix.errors import InputError
-from calmix.evaluation.behaviour import FEW, Pair, TaskPair, check_pairs, counted, held
-from calmix.evaluation.measures import RIGHT_OR_WRONG, Measure, has_signal, parts
+from calmix.evaluation.behaviour import (
+    FEW,
+    Pair,
+    TaskPair,
+    answered,
+    check_pairs,
+    chosen_from,
+    counted,
+    held,
+    likely,
+    not_run,
+)
+from calmix.evaluation.measures import Measure, has_signal, parts
 from calmix.evaluation.records import TaskScores
-from calmix.evaluation.retention import retention
-from calmix.evaluation.scores import CapabilityScores
-from calmix.evaluation.suites import WRITTEN
+from calmix.evaluation.retention import Estimate, retention
 from calmix.manifest import sealed, versions
 from calmix.options import parse_share
 
@@ -34,43 +43,28 @@ CONFIDENCE = 0.95
 FILE = "check.json"  # in a folder of calmix compress: a verdict of `calmix check`
 FLAG = "--keep-at-least"
 ANSWERS, ACCURACY, LIKELIHOOD = "generated answers", "accuracy", "likelihood"
-FITS: dict[str, Callable[[TaskScores], bool]] = {
-    ANSWERS: lambda task: bool(task.values) and task.metric in WRITTEN,
-    ACCURACY: lambda task: bool(task.values) and task.metric not in WRITTEN,
-    LIKELIHOOD: lambda task: task.primary not in RIGHT_OR_WRONG,
+# Which tasks a measure is of, and the score it judges them by.
+MEASURES: dict[str, tuple[Callable[[TaskScores], bool], Measure]] = {
+    ANSWERS: (answered, "primary"),
+    ACCURACY: (chosen_from, "accuracy"),
+    LIKELIHOOD: (likely, "primary"),
 }
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What can be proven of an ability at best, from the dense model's scores alone.
-
-    `measure` is None without signal; `items` are those the dense model gets right, all of them for
-    likelihood; `needed` of them prove the floor if all are kept, and `provable` is the highest
-    floor that those there are can prove.
-    """
-
-    ability: str
-    measure: str | None
-    floor: float
-    items: int
-    needed: int
-    provable: float
-
-    @property
-    def possible(self) -> bool:
-        """Whether the floor can be proven at all."""
-        return self.measure is not None and self.provable >= self.floor
-
-
-@dataclass(frozen=True)
 class Tested:
-    """An ability's floor against what is kept: a share, and its lower bound at the confidence."""
+    """An ability's floor against what is kept: a share, and its lower bound at the confidence.
+
+    `items` are those the dense model gets right, all of them for likelihood; `needed` of them prove
+    the floor if all are kept, and `provable` is the highest floor that those there are can prove.
+    """
 
     ability: str
     measure: str
     floor: float
     items: int
+    needed: int
+    provable: float
     kept: float
     bound: float
 
@@ -113,7 +107,7 @@ class Verdict:
                 "checkpoint; another draw of calibration text may keep more or less."
             )
         missed = ", ".join(
-            f"{one.ability} (keeps {_percent(one.kept)}, proven {_percent(one.bound)}, asked "
+            f"{one.ability} (keeps {100 * one.kept:.1f} %, proven {100 * one.bound:.1f} %, asked "
             f"{100 * one.floor:g} %; {one.basis}"
             f"{'; more items may prove it' * (one.kept > one.floor)})"
             for one in self.tested if not one.passed
@@ -160,18 +154,16 @@ def parse_floors(text: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.rpartition("="))
-        if not value or bool(equals) != bool(name):
-            form = "0.9 or ABILITY=0.9,..."
-            raise InputError(f"{FLAG} '{text}': '{part.strip()}' is not of the form {form}")
-        if name in found:
-            raise InputError(f"{FLAG} '{text}' gives {name or 'a floor of all abilities'} twice")
         try:
+            if not value or bool(equals) != bool(name):
+                raise ValueError(f"'{part.strip()}' is not of the form 0.9 or ABILITY=0.9,...")
+            if name in found:
+                raise ValueError(f"{name or 'a floor of all abilities'} is given twice")
             found[name] = parse_share(value)
+            if not 0 < found[name] < 1:
+                raise ValueError(f"a floor is between 0 and 1, such as 0.9, not {value}")
         except ValueError as error:
             raise InputError(f"{FLAG} '{text}': {error}") from None
-        if not 0 < found[name] < 1:
-            raise InputError(f"{FLAG} '{text}': a floor is between 0 and 1, such as 0.9, "
-                             f"not {value}")  # fmt: skip
     return found
 
 
@@ -192,139 +184,92 @@ def lower_bound(kept: int, of: int, confidence: float = CONFIDENCE) -> float:
     return float(betaincinv(kept, of - kept + 1, 1 - confidence)) if kept else 0.0
 
 
-def expected(
-    floors: Mapping[str, float],
-    dense: Sequence[CapabilityScores],
-    confidence: float = CONFIDENCE,
-) -> tuple[Expected, ...]:
-    """Return what can be proven at best of every ability with a floor, from the dense model's
-    scores on one or several suites.
-
-    Raises:
-        InputError: an ability is asked for that no suite has.
-    """
-    return tuple(one for one, _ in _planned(floors, [(one, one) for one in dense], confidence))
-
-
 def judge(
     floors: Mapping[str, float], pairs: Sequence[Pair], confidence: float = CONFIDENCE
 ) -> Verdict:
     """Test whether a pruned model keeps at least the floors of `parse_floors`.
 
-    `pairs` are (dense, pruned) scores on one or several suites, 0.5 < confidence < 1.
+    `pairs` are (dense, pruned) scores on one or several suites, 0.5 < confidence < 1. With the
+    dense model's in both places it says whether the floors can be proven at all.
 
     Raises:
         InputError: an ability is asked for that no suite has, that the dense model has no signal
             in, or whose items are too few to prove the floor even if all are kept.
     """
     check_pairs(pairs)
-    planned = _planned(floors, pairs, confidence)
-    check_possible([one for one, _ in planned], floors, confidence)
-    tested, untested = [], []
-    for one, tasks in planned:
-        if one.measure is None:
-            untested.append(one.ability)
-        else:
-            kept, bound = _bounded(one, tasks, confidence)
-            tested.append(Tested(one.ability, one.measure, one.floor, one.items, kept, bound))
-    run = {task.name for dense, _ in pairs for task in dense.tasks if task.values}
-    missing = (name for _, pruned in pairs for name in pruned.not_run if name not in run)
-    return Verdict(confidence, tuple(tested), tuple(untested), tuple(dict.fromkeys(missing)))
-
-
-def check_possible(
-    found: Sequence[Expected], floors: Mapping[str, float], confidence: float = CONFIDENCE
-) -> None:
-    """Refuse floors that nothing could prove, with the nearest that can be proven."""
-    silent = [one.ability for one in found if one.measure is None]
+    tasks = {measure: held(pairs, fits) for measure, (fits, _) in MEASURES.items()}
+    known = list(dict.fromkeys(one[0].dimension for some in tasks.values() for one in some))
+    if unknown := [name for name in floors if name and name not in known]:
+        left = ", ".join(
+            dict.fromkeys(task for pair in pairs for one in pair for task in one.not_run)
+        )
+        more = f" (not run without --allow-code-execution: {left})" if left else ""
+        raise InputError(f"{FLAG} names '{unknown[0]}', which the scores lack: they have "
+                         f"{', '.join(known)}{more}")  # fmt: skip
+    chosen = known if "" in floors else [name for name in known if name in floors]
+    found = {name: _judged(name, floors.get(name, floors.get("", 0.0)), tasks, confidence)
+             for name in chosen}  # fmt: skip
+    tested = tuple(one for one in found.values() if one is not None)
+    silent = tuple(name for name, one in found.items() if one is None)
     if named := [name for name in silent if name in floors]:
         raise InputError(
             f"{FLAG} {named[0]}={floors[named[0]]:g}: the dense model has no signal in {named[0]}, "
             "so nothing can be proven to be kept: leave it out, or evaluate more items"
         )
-    if len(silent) == len(found):
+    if not tested:
         raise InputError("the dense model has no signal in any ability: evaluate more items")
-    if few := [one for one in found if one.measure and not one.possible]:
+    if few := [one for one in tested if one.provable < one.floor]:
         short = ", ".join(
             f"{one.ability}={one.floor:g} needs {one.needed} "
             f"{'items' if one.measure == LIKELIHOOD else 'right answers'} and has {one.items}"
             for one in few
         )
         nearest = dict(floors) | {one.ability: math.floor(100 * one.provable) / 100 for one in few}
-        asked = ",".join(f"{name}={floor:g}" if name else f"{floor:g}"
-                         for name, floor in nearest.items())  # fmt: skip
+        asked = ",".join(f"{name}={floor:g}".lstrip("=") for name, floor in nearest.items())
         raise InputError(
             f"{FLAG} cannot be proven at {100 * confidence:g} % confidence even if all is kept: "
             f"{short}; evaluate more items, or ask for {FLAG} {asked}"
         )
+    return Verdict(confidence, tested, silent, not_run(pairs))
 
 
-def _planned(
-    floors: Mapping[str, float], pairs: Sequence[Pair], confidence: float
-) -> list[tuple[Expected, list[TaskPair]]]:
-    """Return by which tasks every ability with a floor is judged, and what they could prove."""
-    tasks = {measure: held(pairs, fits) for measure, fits in FITS.items()}
-    known = list(dict.fromkeys(one[0].dimension for some in tasks.values() for one in some))
-    for name in floors:
-        if name and name not in known:
-            left = {task for both in pairs for one in both for task in one.not_run}
-            more = f" (not run without --allow-code-execution: {', '.join(sorted(left))})"
-            raise InputError(f"{FLAG} names '{name}', which the scores lack: they have "
-                             f"{', '.join(known)}{more if left else ''}")  # fmt: skip
-    planned = []
-    for ability in known if "" in floors else [name for name in known if name in floors]:
-        floor = floors.get(ability, floors.get("", 0.0))
-        for measure, of in tasks.items():
-            score: Measure = "accuracy" if measure == ACCURACY else "primary"
-            some = [one for one in of if one[0].dimension == ability
-                    and (measure == ANSWERS or has_signal(one[0], score))]  # fmt: skip
-            if some:
-                planned.append((_at_best(ability, measure, floor, some, confidence), some))
-                break
-        else:
-            planned.append((Expected(ability, None, floor, 0, needed(floor, confidence), 0.0), []))
-    return planned
-
-
-def _at_best(
-    ability: str, measure: str, floor: float, tasks: Sequence[TaskPair], confidence: float
-) -> Expected:
-    dense = [before for before, _ in tasks]
-    if measure == LIKELIHOOD:
-        items = whole = float(sum(len(task.items) for task in dense))
+def _judged(
+    ability: str, floor: float, tasks: Mapping[str, Sequence[TaskPair]], confidence: float
+) -> Tested | None:
+    """Return an ability against its floor, by the first measure it has; None without signal."""
+    for measure, (_, score) in MEASURES.items():
+        own = [both for both in tasks[measure] if both[0].dimension == ability
+               and (measure == ANSWERS or has_signal(both[0], score))]  # fmt: skip
+        if own:
+            break
     else:
-        items = whole = math.fsum(value for task in dense for value in task.values)
-    if measure == ACCURACY:  # a right answer counts for more than one above chance
-        whole = math.fsum(float(parts(task, task, "accuracy").whole.sum()) for task in dense)
-    if measure == ANSWERS and items < FEW:
-        return Expected(ability, None, floor, round(items), needed(floor, confidence), 0.0)
-    each = items / whole
-    best = 1 - each * (1 - provable(round(items), confidence))
-    strict = max(1 - (1 - floor) / each, 1e-9)
-    known = measure if best >= 0.01 else None
-    return Expected(ability, known, floor, round(items), needed(strict, confidence), best)
-
-
-def _bounded(one: Expected, tasks: Sequence[TaskPair], confidence: float) -> tuple[float, float]:
-    """Return the share that is kept and its lower bound."""
-    if one.measure == ANSWERS:
-        count = counted(one.ability, tasks)
+        return None
+    each, level = 1.0, 2 * confidence - 1
+    if measure == ANSWERS:
+        count = counted(ability, own)
         assert count is not None
-        return count.kept / count.dense, lower_bound(count.kept, count.dense, confidence)
-    level = 2 * confidence - 1
-    if one.measure == ACCURACY:
-        made = [parts(*both, "accuracy") for both in tasks]
-        value = sum(some.kept.sum() for some in made) / sum(some.whole.sum() for some in made)
-        drawn = retention(
-            *zip(*_one_more_lost(tasks), strict=True), measure="accuracy", level=level
-        )
-        low = drawn.of(one.ability).low
+        if (items := count.dense) < FEW:
+            return None
+        kept = Estimate(count.kept / items, lower_bound(count.kept, items, confidence))
+    elif measure == ACCURACY:
+        made = [parts(*both, "accuracy") for both in own]
+        whole = math.fsum(float(one.whole.sum()) for one in made)
+        items = round(math.fsum(value for before, _ in own for value in before.values))
+        each = items / whole  # a right answer counts for more than one above chance
+        drawn = retention(*zip(*_one_more_lost(own), strict=True), measure=score, level=level)
+        value = sum(one.kept.sum() for one in made) / sum(one.whole.sum() for one in made)
+        kept = Estimate(float(value), drawn.of(ability).low)
     else:
-        kept = retention(*zip(*tasks, strict=True), level=level).of(one.ability)
-        value, low = kept.value, kept.low
-    assert value is not None
-    assert low is not None
-    return float(value), min(low, one.provable)
+        items = sum(len(before.items) for before, _ in own)
+        kept = retention(*zip(*own, strict=True), level=level).of(ability)
+    best = 1 - each * (1 - provable(items, confidence))
+    if best < 0.01:
+        return None
+    low = kept.low or 0.0
+    return Tested(
+        ability, measure, floor, items, needed(max(1 - (1 - floor) / each, 1e-9), confidence), best,
+        kept.value or 0.0, low if measure == ANSWERS else min(low, best),
+    )  # fmt: skip
 
 
 def _one_more_lost(tasks: Sequence[TaskPair]) -> list[TaskPair]:
@@ -335,7 +280,3 @@ def _one_more_lost(tasks: Sequence[TaskPair]) -> list[TaskPair]:
         return replace(task, items=(*task.items, ""), values=(*task.values, value))
 
     return [(more(both[0], 1.0), more(both[1], 0.0)) if both is most else both for both in tasks]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

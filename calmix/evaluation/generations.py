@@ -5,20 +5,19 @@ Ten answers read side by side are no score: they show what figures do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
 from calmix.errors import InputError
+from calmix.evaluation.greedy import answers, prompt
+from calmix.evaluation.likelihood import Progress, Ticker
 from calmix.evaluation.suites import read_own
 from calmix.files import read_object, write_json
+from calmix.models import OpenModel
 from calmix.yaml_files import first_problem
-
-if TYPE_CHECKING:
-    from calmix.models import OpenModel
 
 KIND = "answers"
 MOST = 50  # prompts of a file
@@ -52,7 +51,6 @@ def load_answers(path: Path) -> Answered:
     value = read_object(path, f"there is no file {path}")
     if value.pop("kind", None) != KIND:
         raise InputError(f"{path} holds no answers of calmix")
-    value.pop("tokens", None)
     try:
         found = TypeAdapter(Answered).validate_python(value)
     except ValidationError as error:
@@ -85,21 +83,11 @@ def panel() -> list[Prompt]:
 
 
 def answer(
-    opened: OpenModel,
-    prompts: Sequence[Prompt],
-    *,
-    progress: Callable[[int, int], None] | None = None,
+    opened: OpenModel, prompts: Sequence[Prompt], *, progress: Progress | None = None
 ) -> tuple[str, ...]:
     """Return a model's likeliest answer to each prompt, in its chat template where it has one; one
     that does not end within `TOKENS` ends in an ellipsis."""
-    from calmix.evaluation import abilities
-    from calmix.evaluation.greedy import answers
-    from calmix.evaluation.likelihood import Ticker
-
-    items = tuple(abilities.Ask(str(number), number, one.shown, one.plain, None)
-                  for number, one in enumerate(prompts))  # fmt: skip
-    task = abilities.Asked("panel", "request", TOKENS, ("\nQuestion:",), items)
-    tokenizer = opened.tokenizer
-    tick = Ticker(progress, len(items))
-    found = answers(opened, abilities.prompts(task, items, tokenizer, chat=True), tick=tick)
+    asked = [prompt(opened.tokenizer, one.shown, one.plain, TOKENS, ("\nQuestion:",))
+             for one in prompts]  # fmt: skip
+    found = answers(opened, asked, tick=Ticker(progress, len(asked)))
     return tuple(one.text.strip() + ("" if one.ended else " …") for one in found)

@@ -7,18 +7,19 @@ cache of keys and values (Mamba, hybrids) are batched by equal length, through t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from calmix.evaluation.likelihood import Tick
 from calmix.evaluation.scorer import attention_window
 from calmix.evaluation.tasks import shared_start
 from calmix.machine import tokens_at_once
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, reserved_cache
-from calmix.models.opening import end_tokens, generating, quiet_transformers
+from calmix.models.opening import end_tokens, generating, in_chat, quiet_transformers
 
 ROWS = 64  # at a time
 SHARED = 8  # tokens that all prompts of a batch begin with, to be worth a pass of their own
@@ -45,80 +46,94 @@ class Answer:
     ended: bool
 
 
+def prompt(
+    tokenizer: Any, chat: str | None, plain: str, tokens: int, until: tuple[str, ...]
+) -> Prompt:
+    """Return what a model is asked: in its chat template where there is one, else as plain text."""
+    made = None if chat is None else in_chat(tokenizer, chat)
+    if made is None:
+        return Prompt(tokenizer(plain)["input_ids"], tokens, until)
+    return Prompt(tokenizer(made, add_special_tokens=False)["input_ids"], tokens)
+
+
 @torch.inference_mode()
 def answers(
-    opened: OpenModel,
-    prompts: Sequence[Prompt],
-    *,
-    tick: Callable[[int], None] | None = None,
+    opened: OpenModel, prompts: Sequence[Prompt], *, tick: Tick | None = None
 ) -> list[Answer]:
     """Return a model's greedy answer to each prompt, in order.
 
     A prompt too long for the model's context is cut on the left. `tick` is called with the number
     of answers that have just ended.
     """
-    writer = _Writer(opened, prompts, tick or (lambda count: None))
+    writer = _Writer(opened, tick)
+    rows = [writer.row(one) for one in prompts]
     with quiet_transformers():
-        for batch in writer.batches():
-            writer.answer(batch)
-    return [writer.cut(row) for row in range(len(prompts))]
+        for batch in writer.batches(rows):
+            (writer.answer if writer.padded else writer.by_transformers)(batch)
+    return [writer.answered(row) for row in rows]
+
+
+@dataclass
+class _Row:
+    """An answer while it is written: `room` is what it may take, `over` says that it is done."""
+
+    ids: list[int]
+    room: int
+    until: tuple[str, ...]
+    written: list[int] = field(default_factory=list)
+    ended: bool = False
+    over: bool = False
 
 
 class _Writer:
-    def __init__(
-        self, opened: OpenModel, prompts: Sequence[Prompt], tick: Callable[[int], None]
-    ) -> None:
+    def __init__(self, opened: OpenModel, tick: Tick | None) -> None:
         self.model: Any = opened.model
         self.tokenizer, self.tick = opened.tokenizer, tick
         self.device = next(self.model.parameters()).device
         self.ends = torch.tensor(end_tokens(opened), device=self.device)
-        context = opened.context or 2**31
-        self.room = [min(one.tokens, context // 2) for one in prompts]
-        self.ids = [
-            (list(one.ids) or self.ends[:1].tolist() or [0])[-(context - room) :]
-            for one, room in zip(prompts, self.room, strict=True)
-        ]
-        self.until = [one.until for one in prompts]
-        self.written: list[list[int]] = [[] for _ in prompts]
-        self.ended, self.looping = [False] * len(prompts), [False] * len(prompts)
+        self.context = opened.context or 2**31
         known = inspect.signature(self.model.forward).parameters
         self.takes = {name for name in ("position_ids", "logits_to_keep") if name in known}
         config = self.model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        self.padded = not {"cache", "past_key_values"}.isdisjoint(known)
-        self.padded &= kinds <= {"full_attention", "sliding_attention"}
-        self.padded &= not getattr(self.model, "_is_stateful", False)
+        self.padded = (
+            not {"cache", "past_key_values"}.isdisjoint(known)
+            and kinds <= {"full_attention", "sliding_attention"}
+            and not getattr(self.model, "_is_stateful", False)
+        )
         # A window would count what rows are padded with, and so would a model that knows where a
         # token stands by counting alone.
-        window = min(context, attention_window(self.model))
-        self.window = window if "position_ids" in known else 0
+        window = min(self.context, attention_window(self.model))
+        self.window = window if self.padded and "position_ids" in known else 0
 
-    def batches(self) -> Iterator[list[int]]:
+    def row(self, prompt: Prompt) -> _Row:
+        room = min(prompt.tokens, self.context // 2)
+        ids = list(prompt.ids) or self.ends[:1].tolist() or [0]
+        return _Row(ids[-(self.context - room) :], room, prompt.until)
+
+    def batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         """Yield rows to answer together: of about one length, the longest first."""
-        order = sorted(range(len(self.ids)), key=lambda row: (-len(self.ids[row]), self.ids[row]))
+        order = sorted(rows, key=lambda row: (-len(row.ids), row.ids))
         most = 8 * tokens_at_once(self.device)
         while order:
-            longest = len(self.ids[order[0]]) + max(self.room[row] for row in order[:ROWS])
+            longest = len(order[0].ids) + max(row.room for row in order[:ROWS])
             stop = min(len(order), ROWS, max(1, most // longest))
-            if not self.padded or longest > self.window:
-                same = [len(self.ids[row]) == len(self.ids[order[0]]) for row in order[:stop]]
+            if longest > self.window:
+                same = [len(row.ids) == len(order[0].ids) for row in order[:stop]]
                 stop = (*same, False).index(False)
             yield order[:stop]
             order = order[stop:]
 
-    def answer(self, rows: list[int]) -> None:
-        if not self.padded:
-            self._by_transformers(rows)
-            return
-        ids = [self.ids[row] for row in rows]
+    def answer(self, rows: list[_Row]) -> None:
+        ids = [row.ids for row in rows]
         shared = min(shared_start(ids), min(map(len, ids)) - 1)
         shared = shared if shared >= SHARED and len(rows) > 1 else 0
-        longest = max(map(len, ids)) - shared
-        held = reserved_cache(self.model, shared + longest + max(self.room[row] for row in rows))
-        mask = torch.ones(len(rows), shared + longest, dtype=torch.long, device=self.device)
-        given = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
+        longest = max(map(len, ids))
+        held = reserved_cache(self.model, longest + max(row.room for row in rows))
+        mask = torch.ones(len(rows), longest, dtype=torch.long, device=self.device)
+        given = torch.zeros(len(rows), longest - shared, dtype=torch.long, device=self.device)
         for row, one in enumerate(ids):
-            pad = longest - len(one) + shared
+            pad = longest - len(one)
             mask[row, shared : shared + pad] = 0
             given[row, pad:] = torch.tensor(one[shared:])
         place = mask.cumsum(-1) - 1
@@ -126,17 +141,17 @@ class _Writer:
             self._forward(torch.tensor([ids[0][:shared]], device=self.device), held, None, None)
             held.batch_repeat_interleave(len(rows))
         scores = self._forward(given, held, mask, place[:, shared:].clamp(min=0))
-        active, at = torch.arange(len(rows)), place[:, -1:]
+        at = place[:, -1:]
         while True:
             tokens = scores.argmax(-1)
-            over = self._take([rows[row] for row in active.tolist()], tokens)
-            if all(over):
+            self._take(rows, tokens)
+            left = [n for n, row in enumerate(rows) if not row.over]
+            if not left:
                 return
-            left = torch.tensor([n for n, done in enumerate(over) if not done])
-            if len(active) - len(left) >= max(1, len(active) // LEAVING):
-                held.batch_select_indices(left.to(self.device))
-                active, here = active[left], left.to(self.device)
-                tokens, mask, at = tokens[here], mask[here], at[here]
+            if len(rows) - len(left) >= max(1, len(rows) // LEAVING):
+                here = torch.tensor(left, device=self.device)
+                held.batch_select_indices(here)
+                rows, tokens, mask, at = [rows[n] for n in left], tokens[here], mask[here], at[here]
             at = at + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             scores = self._forward(tokens[:, None], held, mask, at)
@@ -149,45 +164,37 @@ class _Writer:
         )
         return found.logits[:, -1]
 
-    def _take(self, rows: list[int], tokens: Any) -> list[bool]:
-        """Note each row's next token; return which rows have ended by now."""
+    def _take(self, rows: Sequence[_Row], tokens: Any) -> None:
+        """Note each row's next token, and which rows are over by now."""
         final = torch.isin(tokens, self.ends).tolist()
-        over = []
         for row, token, end in zip(rows, tokens.tolist(), final, strict=True):
-            if not self._over(row):
-                if not end:
-                    self.written[row].append(token)
-                self.ended[row] = end or self._stopped(row)
-                self.looping[row] = loops(self.written[row])
-                if self._over(row):
-                    self.tick(1)
-            over.append(self._over(row))
-        return over
+            if row.over:
+                continue
+            if not end:
+                row.written.append(token)
+            row.ended = end or self._stopped(row)
+            row.over = row.ended or len(row.written) >= row.room or loops(row.written)
+            if row.over and self.tick is not None:
+                self.tick(1)
 
-    def _over(self, row: int) -> bool:
-        full = len(self.written[row]) >= self.room[row]
-        return self.ended[row] or self.looping[row] or full
+    def _stopped(self, row: _Row) -> bool:
+        tail = self.tokenizer.decode(row.written[-TAIL:]) if row.until else ""
+        return any(stop in tail for stop in row.until)
 
-    def _stopped(self, row: int) -> bool:
-        if not self.until[row]:
-            return False
-        tail = self.tokenizer.decode(self.written[row][-TAIL:])
-        return any(stop in tail for stop in self.until[row])
-
-    def cut(self, row: int) -> Answer:
+    def answered(self, row: _Row) -> Answer:
         """Return a row's answer, without the text that ended it."""
-        text = self.tokenizer.decode(self.written[row], skip_special_tokens=True)
-        for stop in self.until[row]:
+        text = self.tokenizer.decode(row.written, skip_special_tokens=True)
+        for stop in row.until:
             text = text.partition(stop)[0]
-        return Answer(text, len(self.written[row]), self.ended[row])
+        return Answer(text, len(row.written), row.ended)
 
-    def _by_transformers(self, rows: list[int]) -> None:
+    def by_transformers(self, rows: list[_Row]) -> None:
         from transformers import GenerationConfig
 
-        given = torch.tensor([self.ids[row] for row in rows], device=self.device)
+        given = torch.tensor([row.ids for row in rows], device=self.device)
         ends = self.ends.tolist()
         config = GenerationConfig(
-            do_sample=False, num_beams=1, max_new_tokens=max(self.room[row] for row in rows),
+            do_sample=False, num_beams=1, max_new_tokens=max(row.room for row in rows),
             eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,
         )  # fmt: skip
         with generating(self.model, config):

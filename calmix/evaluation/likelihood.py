@@ -1,4 +1,4 @@
-"""Logits and likelihoods of full rows of tokens: the fast path under scores and distance.
+"""Logits and likelihoods of full rows of tokens: the fast path under scores, distance, perplexity.
 
 The blocks run in micro-batches that stay in cache, and the output head in slices, so that no
 full-vocabulary tensor of a whole batch is ever held. Its float32 logits are worked on in smaller
@@ -7,6 +7,7 @@ slices again: out of cache softmax takes longer than the product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from calmix.errors import ModelError
+from calmix.errors import InputError, ModelError
 from calmix.machine import tokens_at_once, values_at_once
+from calmix.models import OpenModel
 from calmix.models.blocks import decoder_of, forwards
 
 HEAD_TOKENS = 512
@@ -64,16 +66,15 @@ def in_cache(product: Tensor) -> tuple[Tensor, ...]:
     return product.split(max(1, values_at_once(product.device) // product.shape[-1]))
 
 
-def peaks_and_sums(head: Head, product: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the place of the largest logit and the logsumexp of every row of a head's product,
-    shape (rows, vocabulary), which may be overwritten."""
-    tops, sums = [], []
+def log_sums(head: Head, product: Tensor) -> Tensor:
+    """Return the logsumexp of every row of a head's product, shape (rows, vocabulary), which may be
+    overwritten."""
+    sums = []
     for part in in_cache(product):
         logits = head.logits(part)
-        peak, top = logits.max(-1)
+        peak = logits.amax(-1)
         sums.append(logits.sub_(peak[:, None]).exp_().sum(-1).log_().add_(peak))
-        tops.append(top)
-    return torch.cat(tops), torch.cat(sums)
+    return torch.cat(sums)
 
 
 def divergences(before: Tensor, after: Tensor) -> Tensor:
@@ -222,6 +223,58 @@ def row_nll(model: Any, ids: Tensor, *, tick: Tick | None = None) -> Tensor:
         ):
             product = head.product(hidden)
             right = head.logits(product.gather(1, own[:, None]))[:, 0]
-            parts.append(peaks_and_sums(head, product)[1] - right)
+            parts.append(log_sums(head, product) - right)
         result[rows] = torch.cat(parts).view(len(states), -1)
     return result.cpu()
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity with what it must always be quoted with.
+
+    `bits_per_byte` is the same likelihood over the UTF-8 bytes of the scored text; `length` is of a
+    window in tokens. A last partial window is left out.
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    length: int
+    windows: int
+    tokens: int
+
+
+def perplexity(
+    opened: OpenModel, text: str, *, length: int = 2048, tick: Progress | None = None
+) -> Perplexity:
+    """Score a text in non-overlapping windows, as the SparseGPT and Wanda papers do.
+
+    The whole text is tokenised once (with the tokenizer's own begin token, if any, at its very
+    start) and cut into windows; the first token of each window is context only.
+
+    Raises:
+        InputError: the length is below 2 or beyond the context, or the text is shorter.
+    """
+    if length < 2:
+        raise InputError(f"length {length} is too short to predict anything")
+    if opened.context is not None and length > opened.context:
+        raise InputError(
+            f"length {length} is beyond the model's context of {opened.context} tokens"
+        )
+    ids = torch.tensor(opened.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    windows = len(ids) // length
+    if not windows:
+        raise InputError(f"the text has {len(ids)} tokens, less than one window of {length}")
+    rows = ids[: windows * length].view(windows, length)
+    found = perplexity_of_rows(opened, rows, tick)
+    return Perplexity(*found, length, windows, windows * (length - 1))
+
+
+def perplexity_of_rows(
+    opened: OpenModel, ids: Tensor, tick: Progress | None = None
+) -> tuple[float, float]:
+    """Return perplexity and bits per byte of full rows of token ids, shape (rows, length)."""
+    nll = float(row_nll(opened.model, ids, tick=Ticker(tick, len(ids))).double().sum())
+    predicted = ids[:, 1:]
+    texts = opened.tokenizer.batch_decode(predicted.tolist(), skip_special_tokens=False)
+    size = sum(len(text.encode()) for text in texts)
+    return math.exp(nll / predicted.numel()), nll / (math.log(2) * size)

@@ -95,10 +95,8 @@ def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
     ordered = sorted(sequences, key=lambda scored: (scored.ids, scored.start))
     arrays = [np.asarray(scored.ids[:-1], dtype=np.int64) for scored in ordered]
     shared = [0, *(_common(a, b) for a, b in pairwise(arrays))]  # tokens of k and k - 1 in common
-    runs: list[Run] = []
-    loose: list[Scored] = []
+    runs, loose, end = list[Run](), list[Scored](), 0
     beside: list[int] = []  # tokens that each loose sequence has in common with the one before
-    end = 0
     for low, high, length in _prefixes(ordered, shared, row_tokens):
         members = ordered[low:high]
         if length:
@@ -127,9 +125,8 @@ def _prefixes(
     """Cut the sorted sequences into stretches (low, high, prefix length or 0)."""
 
     def size(low: int, high: int, prefix: int) -> int:
-        return sum(len(ordered[k].ids) - 1 - shared[k] for k in range(low, high)) + (
-            shared[low] - prefix
-        )
+        own = sum(len(ordered[k].ids) - 1 - shared[k] for k in range(low, high))
+        return own + shared[low] - prefix
 
     def length(low: int, high: int) -> int:
         # One context token must stay in the row: the first scored token is predicted there.
@@ -163,12 +160,10 @@ def _trees(
 
     `shared` says how many tokens beyond the prefix each sequence has in common with the last.
     """
-    trees: list[Row] = []
-    path: list[int] = []
+    trees, path = list[Row](), list[int]()
     for scored, kept in zip(members, shared, strict=True):
         ids = scored.ids[prefix:]
-        fits = bool(trees) and len(trees[-1]) + len(ids) - 1 - kept <= row_tokens
-        if kept < MIN_SHARED or not fits:
+        if kept < MIN_SHARED or len(trees[-1]) + len(ids) - 1 - kept > row_tokens:
             trees.append(Row())
             path, kept = [], 0
         tree, path = trees[-1], path[:kept]

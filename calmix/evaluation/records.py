@@ -18,19 +18,6 @@ Floor = Literal["context-free", "uniform", "none"]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One item after scoring: (context, continuation) of each choice, and what the model gave."""
-
-    id: str
-    requests: Sequence[tuple[str, str]]
-    gold: int = 0
-    loglikelihoods: Sequence[float] = ()
-    value: float | None = None  # accuracy, 0 to 1
-    answer: str | None = None  # that the model wrote
-    ended: bool = True  # by itself
-
-
-@dataclass(frozen=True)
 class TaskScores:
     """What one model did on one task, item by item.
 
@@ -73,14 +60,12 @@ class TaskScores:
     def consistent(self) -> bool:
         """Whether all parts are of one length, and the right choice is one of the choices."""
         tables = [t for t in (self.loglikelihoods, self.bytes, self.floors) if t]
-        needed = {len(self.gold)} if self.loglikelihoods else set()
-        needed |= {len(self.bytes)} if self.loglikelihoods and self.primary == "bits" else set()
-        lengths = {len(part) for part in (self.values, self.gold, self.unigram, self.answers,
-                                                self.ended, *tables) if part}  # fmt: skip
+        needed = (self.gold, self.bytes) if self.loglikelihoods else ()
+        parts = (self.values, self.gold, self.unigram, self.answers, self.ended, *tables)
         choices = [len(row) for row in tables[0]] if tables else []
         return (
-            lengths | needed <= {len(self.items)}
-            and all(list(map(len, table)) == choices for table in tables)
+            all(len(part) == len(self.items) for part in (*needed, *filter(None, parts)))
+            and all([len(row) for row in table] == choices for table in tables)
             and all(0 <= at < count for at, count in zip(self.gold, choices, strict=False))
         )
 

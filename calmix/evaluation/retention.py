@@ -111,7 +111,7 @@ class Retention(Shown):
     def of(self, dimension: str) -> Estimate:
         """Return the retention of a dimension; all None where the measure has none."""
         found = (one.kept for one in self.dimensions if one.name == dimension)
-        return next(found, Estimate(None, None, None))
+        return next(found, Estimate(None))
 
 
 def retention(
@@ -140,7 +140,11 @@ def retention(
     tasks, points = [], {}
     for before, after in zip(dense, pruned, strict=True):
         made, signal = parts(before, after, measure), has_signal(before, measure)
-        points[before.name] = point = _point(before.name, made, signal, resamples, seed)
+        point: Point = math.nan, np.full(resamples, np.nan)
+        if signal:
+            drawn = resampled(before.name, made, resamples=resamples, seed=seed)
+            point = made.retention, drawn
+        points[before.name] = point
         tasks.append(
             TaskRetention(
                 before.name, before.dimension, made.score, len(before.items),
@@ -156,21 +160,9 @@ def retention(
         silent = tuple(task.name for task in members if not task.signal)
         dimensions.append(DimensionRetention(name, len(members), silent, estimate(*point, level)))
     known = [name for name, (value, _) in rolled.items() if not math.isnan(value)]
-    return Retention(
-        measure,
-        tuple(tasks),
-        tuple(dimensions),
-        estimate(*mean_point(list(rolled.values())), level),
-        min(known, key=lambda name: rolled[name][0]) if known else None,
-        resamples,
-        seed,
-    )
-
-
-def _point(task: str, made: Parts, signal: bool, resamples: int, seed: int) -> Point:
-    if not signal:
-        return math.nan, np.full(resamples, np.nan)
-    return made.retention, resampled(task, made, resamples=resamples, seed=seed)
+    total = estimate(*mean_point(list(rolled.values())), level)
+    worst = min(known, key=lambda name: rolled[name][0], default=None)
+    return Retention(measure, tuple(tasks), tuple(dimensions), total, worst, resamples, seed)
 
 
 def by_dimension(
@@ -197,6 +189,28 @@ def nan_mean(values: Array, axis: int, weights: Array | float = 1.0) -> Array:
     times = weights * known
     total, count = (np.where(known, values, 0.0) * times).sum(axis), times.sum(axis)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def flips(
+    dense: Sequence[TaskScores], pruned: Sequence[TaskScores], *, resamples: int = RESAMPLES
+) -> dict[str, Estimate]:
+    """Return the share of items that are right under one of two models alone (*flips*, arXiv
+    2407.09141): by dimension the mean over its tasks, and as `total` the mean over dimensions.
+
+    Tasks of single answers, which are neither right nor wrong, are left out. Intervals are from
+    the bootstrap over items that `retention` uses, and so are the errors.
+    """
+    check_paired(dense, pruned)
+    points: dict[str, Point] = {}
+    for before, after in zip(dense, pruned, strict=True):
+        if before.values and after.values:
+            changed = np.not_equal(before.values, after.values)
+            times = item_weights(before.name, len(changed), resamples=resamples, seed=0)
+            points[before.name] = float(changed.mean()), times @ changed / len(changed)
+    rolled = by_dimension(dense, points)
+    if rolled:
+        rolled["total"] = mean_point(list(rolled.values()))
+    return {name: estimate(*point) for name, point in rolled.items()}
 
 
 def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> None:
@@ -234,11 +248,8 @@ def resampled(task: str, made: Parts, *, resamples: int, seed: int) -> Array:
 
 def estimate(value: float, draws: Array, level: float = LEVEL) -> Estimate:
     """Return a value with the central part of its resamples, 95 % unless another is asked."""
-    if math.isnan(value):
-        return Estimate(None, None, None)
     known = draws[~np.isnan(draws)]
-    if not len(known):
-        return Estimate(value, None, None)
+    if math.isnan(value) or not len(known):
+        return Estimate(None if math.isnan(value) else value)
     tail = (1 - level) / 2
-    low, high = np.quantile(known, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high))
+    return Estimate(value, *map(float, np.quantile(known, [tail, 1 - tail])))

@@ -117,11 +117,8 @@ def failure(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> s
         told = " ".join(report.read(200).decode(errors="replace").split())
     if told == token:
         return ""
-    code = process.returncode
-    if code == 13:
+    if (code := process.returncode) == 13:
         return "tried to write a file, start a process or use the network"
-    if code < 0:
-        return f"ended by signal {signal.Signals(-code).name}"
     return told if code and told else f"left early with exit code {code}"
 
 

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from calmix.errors import InputError, ModelError
+from calmix.errors import ModelError
 from calmix.evaluation.likelihood import (
     HEAD_TOKENS,
     Progress,
     Ticker,
     close,
     decoder_and_head,
-    peaks_and_sums,
+    log_sums,
 )
 from calmix.evaluation.packing import Row, Scored, chain, plan
 from calmix.models import OpenModel
@@ -61,8 +61,6 @@ class Scorer:
         batch_tokens: int = BATCH_TOKENS,
         progress: Progress | None = None,
     ) -> None:
-        if batch_tokens < 1:
-            raise InputError(f"batch tokens must be positive, not {batch_tokens}")
         self.opened, self.model, self.tokenizer = opened, opened.model, opened.tokenizer
         self.batch_tokens = batch_tokens
         self.device = next(self.model.parameters()).device
@@ -77,9 +75,9 @@ class Scorer:
     @property
     def prefix(self) -> int:
         """The token that stands before a text without context."""
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if (token := last if first is None else first) is not None:
+            return int(token)
         raise ModelError(
             f"the tokenizer of {self.opened.name} has neither a begin nor an end token, and a "
             "task without context needs one to start from"
@@ -93,20 +91,15 @@ class Scorer:
             special = False  # the text brings its own, as lm-evaluation-harness has it
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
 
-    def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        """Return of each answer its log-likelihood in nats, and whether it is the greedy one."""
+    def loglikelihood(self, requests: Sequence[Request]) -> list[float]:
+        """Return the log-likelihood of each answer in nats."""
         pairs = self.pairs([(request.context, request.answer) for request in requests])
         scored = []
         for owner, (request, (context, answer)) in enumerate(zip(requests, pairs, strict=True)):
-            if not answer:
+            if not 0 < len(answer) <= self.max_length:
                 raise ModelError(
-                    f"the tokenizer of {self.opened.name} gives no tokens for a text of task "
-                    f"{request.task}: {request.answer[:40]!r}"
-                )
-            if len(answer) > self.max_length:
-                raise ModelError(
-                    f"task {request.task} has an answer of {len(answer)} tokens, but the context "
-                    f"of {self.opened.name} is {self.max_length}: leave that task out"
+                    f"task {request.task} has an answer of {len(answer)} tokens; "
+                    f"{self.opened.name} takes 1 to {self.max_length}: leave that task out"
                 )
             ids = [*context, *answer]
             if len(ids) > self.max_length + 1:  # the last token is only predicted
@@ -127,26 +120,22 @@ class Scorer:
         alone = iter(self.encode([b for a, b in cut if not a], special=False))
         pairs = []
         for context, _ in cut:
-            if context:
-                head = known[context]
-                pairs.append((head, next(whole)[len(head) :]))
-                continue
-            ids, prefix = next(alone), self.prefix
-            pairs.append((ids[:1], ids[1:]) if ids[:1] == [prefix] else ([prefix], ids))
+            head = known[context] if context else [self.prefix]
+            ids = next(whole) if context else next(alone)
+            own = len(head) if context or ids[:1] == head else 0  # it may bring the prefix
+            pairs.append((head, ids[own:]))
         return pairs
 
     @torch.inference_mode()
-    def _score(self, scored: list[Scored]) -> list[tuple[float, bool]]:
+    def _score(self, scored: list[Scored]) -> list[float]:
         self.tick.total += len(scored)
-        totals, greedy = [0.0] * len(scored), [True] * len(scored)
+        totals = [0.0] * len(scored)
         for rows, hidden in self._hidden(scored):
-            values, best = self._values(rows, hidden)
             targets = [target for row in rows for target in row.targets]
-            for target, value, is_best in zip(targets, values.tolist(), best.tolist(), strict=True):
+            for target, value in zip(targets, self._values(rows, hidden).tolist(), strict=True):
                 totals[target.owner] += value
-                greedy[target.owner] &= is_best
             self.tick(len({target.owner for target in targets}))  # a sequence is in one row whole
-        return list(zip(totals, greedy, strict=True))
+        return totals
 
     def _hidden(self, scored: list[Scored]) -> Iterator[tuple[list[Row], Tensor]]:
         """Yield batches of rows with the last hidden states of their nodes."""
@@ -180,9 +169,8 @@ class Scorer:
         """Return the last hidden states of packed rows, shape (rows, nodes, width)."""
         from transformers import DynamicCache
 
-        count, length = len(rows), len(rows[0])
-        ids = torch.zeros(count, length, dtype=torch.int64)
-        positions = torch.zeros(count, length, dtype=torch.int64)
+        count, length, dtype = len(rows), len(rows[0]), self.model.dtype
+        ids, positions = torch.zeros(2, count, length, dtype=torch.int64)
         visible = torch.zeros(count, 1, length, prefix + length, dtype=torch.bool)
         visible[..., :prefix] = True
         # A padded node sees itself, so that no line of the mask is empty.
@@ -192,48 +180,38 @@ class Scorer:
             ids[number, :size] = torch.tensor(row.ids)
             positions[number, :size] = torch.tensor(row.depth)
             visible[number, 0, :size, prefix : prefix + size] = torch.from_numpy(row.visible())
-        dtype = self.model.dtype
-        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(
-            ~visible, torch.finfo(dtype).min
-        )
-        past = None
+        mask = torch.zeros(visible.shape, dtype=dtype)
+        mask.masked_fill_(~visible, torch.finfo(dtype).min)
+        past = {}
         if cache is not None:
-            past = DynamicCache()
+            past[self._cache_key] = copy = DynamicCache()
             for number, layer in enumerate(cache.layers):
-                past.update(
-                    layer.keys.expand(count, -1, -1, -1),
-                    layer.values.expand(count, -1, -1, -1),
-                    number,
-                )
+                parts = (part.expand(count, -1, -1, -1) for part in (layer.keys, layer.values))
+                copy.update(*parts, number)
         return self._decoder(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
             position_ids=(positions + prefix).to(self.device),
-            use_cache=past is not None,
-            **({} if past is None else {self._cache_key: past}),
+            use_cache=bool(past),
+            **past,
         )[0]
 
-    def _values(self, rows: list[Row], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probability and greediness of every target of the rows, in order."""
-        width = hidden.shape[1]
+    def _values(self, rows: list[Row], hidden: Tensor) -> Tensor:
+        """Return the log-probability of every target of the rows, in order."""
+        width, device = hidden.shape[1], hidden.device
         places = torch.tensor([n * width + t.node for n, r in enumerate(rows) for t in r.targets])
         tokens = torch.tensor([t.token for row in rows for t in row.targets])
         distinct, which = places.unique(return_inverse=True)
-        device = hidden.device
         states = hidden.flatten(0, 1)[distinct.to(device)]
         values = torch.empty(len(tokens), device=device)
-        best = torch.empty(len(tokens), dtype=torch.bool, device=device)
-        head = self._head
         for at in range(0, len(states), HEAD_TOKENS):
-            product = head.product(states[at : at + HEAD_TOKENS])
+            product = self._head.product(states[at : at + HEAD_TOKENS])
             here = ((which >= at) & (which < at + HEAD_TOKENS)).nonzero().flatten()
             # Counted on the host, and sent at once: nothing waits for the device.
             line, token, here = torch.stack([which[here] - at, tokens[here], here]).to(device)
-            right = head.logits(product[line, token])
-            top, whole = peaks_and_sums(head, product)
-            values[here] = right - whole[line]
-            best[here] = top[line] == token
-        return values.cpu(), best.cpu()
+            right = self._head.logits(product[line, token])
+            values[here] = right - log_sums(self._head, product)[line]
+        return values.cpu()
 
     @torch.inference_mode()
     def _packs(self) -> bool:
@@ -248,18 +226,19 @@ class Scorer:
             [*range(8), *range(4, 8), *range(6)],
         )
         other = Row(row.ids[:5], row.parent[:5], row.depth[:5])  # shorter: padding is tried too
-        limit = TOLERANCE.get(self.model.dtype, 1e-1)
+        chains = [chain(Scored([*line, 0], 1)) for line in lines]
         with quiet_transformers():
             try:
                 packed = self._run_packed([row, other], self._remember(ids[:4]), 4)
-                chains = [chain(Scored([*line, 0], 1)) for line in lines]
                 bare = self._run_packed(chains[:1], None, 0)
             except Exception:  # a model without masks, caches or positions fails in its own way
                 return False
-            first, *rest = (self._run_plain([one])[0] for one in chains)
-        pairs = [(packed[0, end], one[-1]) for end, one in zip((11, 17), rest, strict=True)]
-        pairs += [(packed[0, 7], first[-1]), (packed[1, :5], first[4:9]), (bare[0], first)]
-        return all(close(one, alone, limit) for one, alone in pairs)
+            first, second, third = (self._run_plain([one])[0] for one in chains)
+        limit = TOLERANCE.get(self.model.dtype, 1e-1)
+        return all(close(one, alone, limit) for one, alone in (
+            (packed[0, 7], first[-1]), (packed[0, 11], second[-1]), (packed[0, 17], third[-1]),
+            (packed[1, :5], first[4:9]), (bare[0], first),
+        ))  # fmt: skip
 
 
 def attention_window(model: Any) -> float:
@@ -270,11 +249,9 @@ def attention_window(model: Any) -> float:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "use_sliding_window", True) is False:
         return float("inf")
-    found = [
-        getattr(config, key, None)
-        for key in ("sliding_window", "window_size", "attention_chunk_size")
-    ]
-    return float(min((value for value in found if isinstance(value, int)), default=float("inf")))
+    keys = ("sliding_window", "window_size", "attention_chunk_size")
+    known = (getattr(config, key, None) for key in keys)
+    return float(min((value for value in known if isinstance(value, int)), default=float("inf")))
 
 
 def batches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:

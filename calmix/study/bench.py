@@ -115,7 +115,7 @@ class Bench:
             if self._reference is not None:
                 found = distance(scored, self._reference,
                                  progress=lambda *of: stage("distance", *of))  # fmt: skip
-                scores = replace(scores, distance=found.to_dict())
+                scores = replace(scores, distance=found)
             if not self.study.file.keep_checkpoints:
                 shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
             lap("evaluate")

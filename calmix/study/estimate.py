@@ -278,7 +278,7 @@ def suite_work(suite: Suite) -> SuiteWork:
             continue
         if spec.writes:
             asked = task_of(spec)
-            contexts = [one.chat or one.plain for one in asked.picked(spec)]
+            contexts = [one.chat or one.plain for one in asked.items]
             count, choices = len(contexts), list[str]()
             written += count * asked.tokens // 2
         else:

@@ -21,7 +21,7 @@ from filelock import Timeout
 
 from calmix import machine
 from calmix.errors import CalmixError, DiskError, InputError, MissingExtraError, first_line, nearest
-from calmix.evaluation.evaluate import check_code
+from calmix.evaluation.evaluate import runnable
 from calmix.files import check_free
 from calmix.models import resolve_model
 from calmix.models.opening import check_models, device_of
@@ -76,7 +76,7 @@ def run_study(
     """Run what is left of a study and keep it in the store at `path`."""
     options = options or TrialOptions()
     check_folder(path, study.files)
-    check_code(study.suite, options.allow_code_execution)
+    runnable(study.suite, options.allow_code_execution, whole=True)
     planned = plan(study)
     chosen = {trial.key for trial in chosen_trials(planned, only, skip)}
     if execute is None:  # a cluster has devices of its own

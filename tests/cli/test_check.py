@@ -5,8 +5,8 @@ import json
 import pytest
 
 from calmix.manifest import seal_holds
-from tests.evaluation.test_behaviour import scored
-from tests.evaluation.test_floors import written
+from tests.evaluation.helpers import scored
+from tests.evaluation.test_floors import answered
 
 
 def saved(path, dense, pruned, **changed):
@@ -20,9 +20,9 @@ def saved(path, dense, pruned, **changed):
 @pytest.fixture
 def files(tmp_path):
     """Files of a model that keeps 97 of 100 answers, of another's, and of none's."""
-    code, chat = written(100, 120), written(60, 60, "chat")
+    code, chat = answered(100, 120), answered(60, 60, "chat")
     found = {
-        "code": saved(tmp_path / "code.json", scored(code), scored(written(100, 120, kept=97))),
+        "code": saved(tmp_path / "code.json", scored(code), scored(answered(100, 120, kept=97))),
         "chat": saved(tmp_path / "chat.json", scored(chat, suite="t"), scored(chat, suite="t")),
         "other": saved(tmp_path / "other.json", scored(chat), scored(chat), fingerprint="x"),
         "alone": tmp_path / "alone.json",

@@ -26,7 +26,7 @@ from calmix.options import Compression
 from calmix.report.card import TEXTS, card_page, read_card
 from calmix.sources import builtin_sources
 from tests.calibration.selfgen.test_chat import TEMPLATE
-from tests.evaluation.test_behaviour import written
+from tests.evaluation.helpers import written
 from tests.tiny import load_weights, tiny_tokenizer
 
 

@@ -24,7 +24,7 @@ from calmix.manifest import sealed
 from calmix.options import Compression, parse_duration
 from calmix.report.card import Card
 from tests.conftest import Ended
-from tests.evaluation.test_behaviour import written
+from tests.evaluation.helpers import written
 
 Run = Callable[..., Ended]
 Command = Callable[..., tuple[str, ...]]
@@ -247,7 +247,7 @@ def test_what_own_rows_cannot_prove_is_refused_at_once(calmix, command, tmp_path
         (
             "support=0.9",
             "needs 29 items that the dense model gets right, and --effort quick scores"
-            " 6 rows of support: add rows",
+            " 3 rows of support: add rows",
         ),
     ):
         for more in ((), ("--dry-run",)):
@@ -265,7 +265,7 @@ def test_rows_that_change_make_another_request(tiny_folder, text_file, tmp_path)
         suite=str(tmp_path / "mine.yaml"),
     )
     before = request(given)
-    (tmp_path / "mine-choices.jsonl").write_text(json.dumps(EXAMPLES["choices"][0]))
+    (tmp_path / "mine-choices.jsonl").write_text(json.dumps(EXAMPLES["choices"] | {"answer": 0}))
     with pytest.raises(InputError, match=r"another request .suite_sha256"):
         check_same(request(given), before.model_dump(mode="json"), tmp_path)
     assert request(given.model_copy(update={"suite": "offline"})).suite_sha256 is None

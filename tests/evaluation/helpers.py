@@ -1,12 +1,14 @@
 """What the tests of evaluation share: requests, a reference scorer, made-up task scores."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.scorer import Request
+from calmix.evaluation.scores import CapabilityScores
 from calmix.models import OpenModel
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -48,9 +50,9 @@ def reference(model, requests, pairs=None):
         with torch.inference_mode():
             ids = torch.tensor([head + rest])
             logits = model.model(input_ids=ids).logits[0].float().log_softmax(-1)
-        places = [*enumerate(rest, len(head) - 1)]
-        value = sum(float(logits[at, token]) for at, token in places)
-        answers.append((value, all(int(logits[at].argmax()) == token for at, token in places)))
+        answers.append(
+            sum(float(logits[at, token]) for at, token in enumerate(rest, len(head) - 1))
+        )
     return answers
 
 
@@ -58,6 +60,18 @@ def accuracy(values, name="quiz", dimension="general", chance=0.25):
     """Made-up accuracies of answers a model wrote."""
     items = tuple(map(str, range(len(values))))
     return TaskScores(name, dimension, "acc", "accuracy", chance, items, tuple(values))
+
+
+def written(name, dimension, right):
+    """Made-up answers of a model, right or wrong."""
+    one = accuracy([float(value) for value in right], name, dimension, chance=0.0)
+    return replace(one, metric="as_asked", primary="kept", answers=("x",) * len(right))
+
+
+def scored(*tasks, suite="s", not_run=()):
+    """Scores of a model on tasks."""
+    about = {"name": suite, "version": 1, "hash": suite}
+    return CapabilityScores("m", "f", "float32", about, tasks, not_run=not_run)
 
 
 def bits(nats, sizes, name="text", dimension="code", floor=3.0):

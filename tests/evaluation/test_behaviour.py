@@ -6,19 +6,8 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.evaluation.behaviour import behaviour, likelihood, proportion
-from calmix.evaluation.scores import CapabilityScores
 from calmix.report import words
-from tests.evaluation.helpers import accuracy, bits
-
-
-def written(name, dimension, right):
-    one = accuracy([float(value) for value in right], name, dimension, chance=0.0)
-    return replace(one, metric="as_asked", primary="kept", answers=("x",) * len(right))
-
-
-def scored(*tasks, suite="s", not_run=()):
-    about = {"name": suite, "version": 1, "hash": suite}
-    return CapabilityScores("m", "f", "float32", about, tasks, not_run=not_run)
+from tests.evaluation.helpers import accuracy, bits, scored, written
 
 
 def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from calmix.errors import InputError
-from calmix.evaluation import greedy
+from calmix.evaluation import generations
 from calmix.evaluation.generations import (
     Answered,
     Prompt,
@@ -15,6 +15,7 @@ from calmix.evaluation.generations import (
     panel,
     read_prompts,
 )
+from calmix.evaluation.greedy import Answer
 from tests.evaluation.helpers import opened
 
 
@@ -23,13 +24,12 @@ def test_the_panel_is_asked_in_the_chat_template_or_behind_worked_examples(monke
 
     def answers(_, asked, **more):
         seen.append(model.tokenizer.decode(asked[0].ids))
-        return [greedy.Answer(" Paris. ", 3, number > 0) for number, _ in enumerate(asked)]
+        return [Answer(" Paris. ", 3, number > 0) for number, _ in enumerate(asked)]
 
-    monkeypatch.setattr(greedy, "answers", answers)
+    monkeypatch.setattr(generations, "answers", answers)
     prompts = panel()
     assert len(prompts) == len({one.shown for one in prompts}) == 10
-    written = answer(model, prompts)
-    assert written[:2] == ("Paris. …", "Paris.")
+    assert answer(model, prompts)[:2] == ("Paris. …", "Paris.")
     model.tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
     answer(model, prompts)
     question = prompts[0].shown
@@ -39,12 +39,13 @@ def test_the_panel_is_asked_in_the_chat_template_or_behind_worked_examples(monke
 
 
 def test_prompts_of_a_file_and_the_file_of_answers(tmp_path):
-    path, out = tmp_path / "mine.txt", tmp_path / "answers.json"
+    path, out, rows = tmp_path / "mine.txt", tmp_path / "answers.json", tmp_path / "mine.csv"
     path.write_text("first\n\n  second \n", encoding="utf-8")
+    rows.write_text("ask\nfirst\n", encoding="utf-8")
     prompts = read_prompts(path)
     assert prompts == [Prompt("mine.txt", text, text) for text in ("first", "second")]
-    written = answer(opened(), prompts)
-    made = Answered(tuple(prompts), (("tiny", "hash"),), (written,))
+    assert read_prompts(Path(f"{rows}@ask")) == [Prompt("mine.csv", "first", "first")]
+    made = Answered(tuple(prompts), (("tiny", "hash"),), (answer(opened(), prompts),))
     made.save(out)
     assert load_answers(out) == made
     value = json.loads(out.read_text(encoding="utf-8"))
@@ -55,9 +56,6 @@ def test_prompts_of_a_file_and_the_file_of_answers(tmp_path):
         out.write_text(json.dumps(value | wrong), encoding="utf-8")
         with pytest.raises(InputError, match=says):
             load_answers(out)
-    rows = tmp_path / "mine.csv"
-    rows.write_text("ask\nfirst\n", encoding="utf-8")
-    assert read_prompts(Path(f"{rows}@ask")) == [Prompt("mine.csv", "first", "first")]
     path.write_text("line\n" * 51, encoding="utf-8")
     with pytest.raises(InputError, match="holds 51 prompts: 50 are the most"):
         read_prompts(path)

@@ -8,8 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import likelihood
-from calmix.evaluation.likelihood import behind, decoder_and_head, row_nll
-from calmix.evaluation.perplexity import perplexity
+from calmix.evaluation.likelihood import behind, decoder_and_head, perplexity, row_nll
 from calmix.models import find_blocks
 from calmix.recovery.distill import Student
 from calmix.recovery.training import trained_names

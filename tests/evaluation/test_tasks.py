@@ -4,13 +4,14 @@ import warnings
 from collections import Counter
 
 import pytest
+from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
 from calmix import assets
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import suite_items
 from calmix.evaluation.suites import TaskSpec, load_suite, parse_suite, spread
-from calmix.evaluation.tasks import check, load_items, preamble
+from calmix.evaluation.tasks import accuracies, load_items, preamble
 from tests.evaluation.archive import suite_text, use_archive
 
 
@@ -63,15 +64,13 @@ def test_a_passage_is_scored_once_from_its_middle_on(monkeypatch):
     assert long.id == "quiz/2"
     assert long.choices[0] == " word" * 119  # words, not a part of one
     texts.append("single")
-    with pytest.raises(InputError, match="item 3 of quiz in the archive has no passage before"):
+    with pytest.raises(InputError, match="item quiz/3 of the archive has no passage before"):
         load_items(passages)
 
 
 @pytest.mark.usefixtures("archive")
 @pytest.mark.parametrize("metric", ["acc", "acc_norm"])
 def test_answers_are_checked_as_the_harness_checks_them(metric):
-    from datasets import Dataset
-
     items = load_items(spec(metric=metric))
     docs = [{"q": i.contexts[0], "c": [c[1:] for c in i.choices], "g": i.gold} for i in items]
     with warnings.catch_warnings():
@@ -84,7 +83,7 @@ def test_answers_are_checked_as_the_harness_checks_them(metric):
     rows = [[-1.0 - (3 * at + n) % 7 / 20 for at in range(3)] for n in range(len(items))]
     wanted = [task.process_results(doc, [(v, False) for v in row])[metric]
               for doc, row in zip(docs, rows, strict=True)]  # fmt: skip
-    assert [one.value for one in check(spec(metric=metric), items, rows)] == wanted
+    assert accuracies(spec(metric=metric), items, rows) == wanted
     assert set(wanted) == {0.0, 1.0}
 
 
@@ -108,8 +107,8 @@ def test_preamble_ends_with_the_last_shared_example():
     [
         ({"archive": "quizz/rc"}, "no 'quizz/rc' with 2 shots: did you mean quiz/rc_2shot"),
         ({"shots": 7}, "no 'quiz/rc' with 7 shots"),
-        ({"form": "contexts", "metric": "acc"}, "not of form 'contexts'"),
-        ({"archive": "which/rc", "shots": 0}, "are of form 'contexts'"),
+        ({"form": "contexts", "metric": "acc"}, "item quiz/0 of the archive is not of form 'con"),
+        ({"archive": "which/rc", "shots": 0}, "item which/0 of the archive is not of form 'quest"),
     ],
 )
 def test_what_the_archive_lacks_is_one_line(fields, says):

@@ -17,7 +17,7 @@ from calmix.calibration.tokenizer import OpenTokenizer, tokenizer_function
 from calmix.diagnostics.inspecting import inspect
 from calmix.diagnostics.rerunning import rerun
 from calmix.errors import InputError
-from calmix.evaluation.scores import load_dense, load_scores
+from calmix.evaluation.scores import load_pair, load_scores
 from calmix.evaluation.suites import load_suite
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint, tokenizer_fingerprint
@@ -187,7 +187,7 @@ def _again(name):
 
 def _scores(folder):
     inspect(folder / "scores.json")
-    load_dense(folder / "scores.json")
+    load_pair(folder / "scores.json")
     scores = load_scores(folder / "scores.json")
     for measure in ("primary", "accuracy"):
         with contextlib.suppress(InputError):
