@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,6 @@ from calmix.files import check_free
 from calmix.machine import device_memory, give_memory_back
 from calmix.manifest import deciding_versions
 from calmix.models import open_model
-from calmix.models.blocks import EXPERTS
 from calmix.models.opening import device_of, fingerprint
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
@@ -103,10 +101,6 @@ class Job:
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if launched and request.method == "blocks":
             raise InputError("recovery by blocks runs in one process: start it without a launcher")
-        if launched and run.device not in ("auto", "cpu"):
-            raise InputError(
-                "--device has no effect under a launcher, which gives each process its own"
-            )
         self.device = device_of(run.device)
         self.rank, self.processes = 0, 1
         if request.method == "distill":
@@ -148,7 +142,8 @@ class Job:
         kept, count = (experts_of(one.model.config) for one in (pruned, dense))
         for name in dict.fromkeys([*own, *other]):
             here, there = own.get(name), other.get(name)
-            if here != there and not (kept < count and _dropped(name, here, there, kept, count)):
+            fewer = kept < count and (here is None or (there and here == (kept, *there[1:])))
+            if here != there and not fewer:
                 raise InputError(
                     f"{line}: {name} is {here or 'none'}, and {there or 'none'} in the dense model"
                 )
@@ -259,16 +254,6 @@ class Job:
                 made[name] = value.to(made[name].dtype)
         self.work.save(f"{CHECKPOINT}/{file}", made)
         return made
-
-
-def _dropped(
-    name: str, own: tuple[int, ...] | None, other: tuple[int, ...] | None, kept: int, count: int
-) -> bool:
-    """Whether a parameter differs as it does where some of the experts were dropped."""
-    if own is None:
-        number = re.search(rf"\.{EXPERTS}\.(\d+)\.", name)
-        return number is not None and int(number[1]) >= kept
-    return other is not None and own == (kept, *own[1:]) and other == (count, *own[1:])
 
 
 def _near(pruned: StreamedModel, dense: StreamedModel) -> bool:
