@@ -23,24 +23,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from calmix.errors import InputError, ModelError
-from calmix.evaluation.likelihood import (
-    Progress,
-    Ticker,
-    behind,
-    decoder_and_head,
-    divergences,
-    hidden_states,
-    in_cache,
-    logit_settings,
-)
-from calmix.evaluation.retention import (
-    RESAMPLES,
-    Estimate,
-    Point,
-    estimate,
-    item_weights,
-    mean_point,
-)
+from calmix.evaluation import likelihood, retention
+from calmix.evaluation.likelihood import Progress, Ticker
+from calmix.evaluation.retention import Estimate, Point, estimate, item_weights, mean_point
 from calmix.files import cache_dir, sha256_json, write_bytes
 from calmix.models import OpenModel
 from calmix.precision import dtype_name
@@ -87,12 +72,12 @@ def reference(
         with contextlib.suppress(OSError, SafetensorError):  # none there, or damaged
             hidden = load(kept.read_bytes())
     if hidden is None:
-        decoder, _ = decoder_and_head(opened.model)
+        decoder, _ = likelihood.decoder_and_head(opened.model)
         tick = Ticker(progress, sum(map(len, texts.values())))
-        hidden = {
-            name: torch.cat([part.cpu() for _, part in hidden_states(decoder, ids, device, tick)])
-            for name, ids in texts.items()
-        }
+        hidden = {}
+        for name, ids in texts.items():
+            parts = likelihood.hidden_states(decoder, ids, device, tick)
+            hidden[name] = torch.cat([part.cpu() for _, part in parts])
         if cache:
             write_bytes(kept, save(hidden))
     return Reference(*about, head_hash(opened.model), texts, hidden)
@@ -100,8 +85,8 @@ def reference(
 
 def head_hash(model: Any) -> str:
     """Return a SHA-256 of what is behind the decoder: weights, and what is done to logits."""
-    digest = hashlib.sha256(repr(logit_settings(model)).encode())
-    weights = model.get_output_embeddings().state_dict() | behind(model)
+    digest = hashlib.sha256(repr(likelihood.logit_settings(model)).encode())
+    weights = model.get_output_embeddings().state_dict() | likelihood.behind(model)
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(memoryview(weight.cpu().contiguous().view(torch.uint8).numpy()))
@@ -145,7 +130,7 @@ def distance(
             f"{opened.name} is open in {own} and the dense model was in {reference.dtype}: open "
             "both in one --dtype"
         )
-    decoder, after = decoder_and_head(opened.model)
+    decoder, after = likelihood.decoder_and_head(opened.model)
     before = after
     if head_hash(opened.model) != reference.head:
         if dense is None:
@@ -153,26 +138,26 @@ def distance(
         whole = dense().model
         if head_hash(whole) != reference.head:
             raise InputError("the reference is of another dense model: make it again")
-        before = decoder_and_head(whole)[1]
+        before = likelihood.decoder_and_head(whole)[1]
     device = opened.model.device
     tick = Ticker(progress, sum(map(len, reference.texts.values())))
     found: dict[str, dict[str, Any]] = {}
     points: list[Point] = []
     for name, ids in reference.texts.items():
         divergence, agree = [], []
-        for rows, states in hidden_states(decoder, ids, device, tick):
+        for rows, states in likelihood.hidden_states(decoder, ids, device, tick):
             kept = reference.hidden[name][rows].to(device)
             pairs = (all_rows.flatten(0, 1).split(POSITIONS) for all_rows in (kept, states))
             for old, new in zip(*pairs, strict=True):
                 products = before.product(old), after.product(new)
-                for one, other in zip(*map(in_cache, products), strict=True):
+                for one, other in zip(*map(likelihood.in_cache, products), strict=True):
                     first, second = before.logits(one), after.logits(other)
                     agree.append(first.argmax(-1) == second.argmax(-1))
-                    divergence.append(divergences(first, second))
+                    divergence.append(likelihood.divergences(first, second))
         kls = torch.cat(divergence).cpu().double().numpy().reshape(len(ids), -1)
         if not np.isfinite(kls).all():
             raise ModelError(f"{opened.name} gives no finite distance on the text {name}")
-        times = item_weights(name, len(ids), resamples=RESAMPLES, seed=0)
+        times = item_weights(name, len(ids), resamples=retention.RESAMPLES, seed=0)
         points.append((float(kls.mean()), times @ kls.mean(1) / len(ids)))
         median, high = np.quantile(kls, [0.5, 0.99])
         top1 = float(torch.cat(agree).cpu().double().mean())

@@ -21,18 +21,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from calmix.errors import InputError
-from calmix.evaluation.behaviour import (
-    FEW,
-    Pair,
-    TaskPair,
-    answered,
-    check_pairs,
-    chosen_from,
-    counted,
-    held,
-    likely,
-    not_run,
-)
+from calmix.evaluation import behaviour
+from calmix.evaluation.behaviour import Pair, TaskPair
 from calmix.evaluation.measures import Measure, has_signal, parts
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.retention import Estimate, retention
@@ -45,9 +35,9 @@ FLAG = "--keep-at-least"
 ANSWERS, ACCURACY, LIKELIHOOD = "generated answers", "accuracy", "likelihood"
 # Which tasks a measure is of, and the score it judges them by.
 MEASURES: dict[str, tuple[Callable[[TaskScores], bool], Measure]] = {
-    ANSWERS: (answered, "primary"),
-    ACCURACY: (chosen_from, "accuracy"),
-    LIKELIHOOD: (likely, "primary"),
+    ANSWERS: (behaviour.answered, "primary"),
+    ACCURACY: (behaviour.chosen_from, "accuracy"),
+    LIKELIHOOD: (behaviour.likely, "primary"),
 }
 
 
@@ -196,8 +186,8 @@ def judge(
         InputError: an ability is asked for that no suite has, that the dense model has no signal
             in, or whose items are too few to prove the floor even if all are kept.
     """
-    check_pairs(pairs)
-    tasks = {measure: held(pairs, fits) for measure, (fits, _) in MEASURES.items()}
+    behaviour.check_pairs(pairs)
+    tasks = {measure: behaviour.held(pairs, fits) for measure, (fits, _) in MEASURES.items()}
     known = list(dict.fromkeys(one[0].dimension for some in tasks.values() for one in some))
     if unknown := [name for name in floors if name and name not in known]:
         left = ", ".join(
@@ -230,7 +220,7 @@ def judge(
             f"{FLAG} cannot be proven at {100 * confidence:g} % confidence even if all is kept: "
             f"{short}; evaluate more items, or ask for {FLAG} {asked}"
         )
-    return Verdict(confidence, tested, silent, not_run(pairs))
+    return Verdict(confidence, tested, silent, behaviour.not_run(pairs))
 
 
 def _judged(
@@ -246,9 +236,9 @@ def _judged(
         return None
     each, level = 1.0, 2 * confidence - 1
     if measure == ANSWERS:
-        count = counted(ability, own)
+        count = behaviour.counted(ability, own)
         assert count is not None
-        if (items := count.dense) < FEW:
+        if (items := count.dense) < behaviour.FEW:
             return None
         kept = Estimate(count.kept / items, lower_bound(count.kept, items, confidence))
     elif measure == ACCURACY:

@@ -252,10 +252,8 @@ def perplexity(
     start) and cut into windows; the first token of each window is context only.
 
     Raises:
-        InputError: the length is below 2 or beyond the context, or the text is shorter.
+        InputError: the length is beyond the context, or the text is shorter.
     """
-    if length < 2:
-        raise InputError(f"length {length} is too short to predict anything")
     if opened.context is not None and length > opened.context:
         raise InputError(
             f"length {length} is beyond the model's context of {opened.context} tokens"

@@ -17,17 +17,8 @@ from typing import Any
 import numpy as np
 
 from calmix.errors import InputError
-from calmix.evaluation.measures import (
-    Array,
-    Measure,
-    Parts,
-    has_signal,
-    mean_floor,
-    mean_score,
-    noise,
-    parts,
-    task_weights,
-)
+from calmix.evaluation import measures
+from calmix.evaluation.measures import Array, Measure, Parts, noise, parts
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.suites import Score
 from calmix.shown import Shown, percent
@@ -139,7 +130,7 @@ def retention(
             raise InputError("none of the tasks has right and wrong answers: there is no accuracy")
     tasks, points = [], {}
     for before, after in zip(dense, pruned, strict=True):
-        made, signal = parts(before, after, measure), has_signal(before, measure)
+        made, signal = parts(before, after, measure), measures.has_signal(before, measure)
         point: Point = math.nan, np.full(resamples, np.nan)
         if signal:
             drawn = resampled(before.name, made, resamples=resamples, seed=seed)
@@ -148,12 +139,12 @@ def retention(
         tasks.append(
             TaskRetention(
                 before.name, before.dimension, made.score, len(before.items),
-                mean_floor(before, made.score, measure),
-                mean_score(before, made.score), mean_score(after, made.score),
+                measures.mean_floor(before, made.score, measure),
+                measures.mean_score(before, made.score), measures.mean_score(after, made.score),
                 before.accuracy, after.accuracy, noise(made.whole), signal, estimate(*point, level),
             )
         )  # fmt: skip
-    rolled = by_dimension(dense, points, task_weights(dense, measure))
+    rolled = by_dimension(dense, points, measures.task_weights(dense, measure))
     dimensions = []
     for name, point in rolled.items():
         members = [task for task in tasks if task.dimension == name]

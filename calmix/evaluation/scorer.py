@@ -19,14 +19,8 @@ import torch
 from torch import Tensor
 
 from calmix.errors import ModelError
-from calmix.evaluation.likelihood import (
-    HEAD_TOKENS,
-    Progress,
-    Ticker,
-    close,
-    decoder_and_head,
-    log_sums,
-)
+from calmix.evaluation import likelihood
+from calmix.evaluation.likelihood import Progress, Ticker, close, decoder_and_head, log_sums
 from calmix.evaluation.packing import Row, Scored, chain, plan
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument
@@ -204,9 +198,9 @@ class Scorer:
         distinct, which = places.unique(return_inverse=True)
         states = hidden.flatten(0, 1)[distinct.to(device)]
         values = torch.empty(len(tokens), device=device)
-        for at in range(0, len(states), HEAD_TOKENS):
-            product = self._head.product(states[at : at + HEAD_TOKENS])
-            here = ((which >= at) & (which < at + HEAD_TOKENS)).nonzero().flatten()
+        for at in range(0, len(states), likelihood.HEAD_TOKENS):
+            product = self._head.product(states[at : at + likelihood.HEAD_TOKENS])
+            here = ((which >= at) & (which < at + likelihood.HEAD_TOKENS)).nonzero().flatten()
             # Counted on the host, and sent at once: nothing waits for the device.
             line, token, here = torch.stack([which[here] - at, tokens[here], here]).to(device)
             right = self._head.logits(product[line, token])

@@ -94,8 +94,11 @@ class TaskSpec(BaseModel):
         if not isinstance(values, dict) or values.get("file") is None:
             return values
         kind = str(values.get("kind"))
+        standing = STANDING if kind == "choices" else {}
+        if given := sorted(standing.keys() & values.keys()):
+            raise ValueError(f"'{given[0]}' has no effect on choices in a file")
         metric = TAKES[kind][0][0] if kind in TAKES else "as_asked"
-        return {"metric": metric, **(STANDING if kind == "choices" else {}), **values}
+        return {"metric": metric, **standing, **values}
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskSpec:
@@ -105,15 +108,11 @@ class TaskSpec(BaseModel):
         metrics, scores, needs = TAKES[self._what]
         given = {key for key in KEYS if getattr(self, key) is not None}
         extra = given - needs - ({"shots"} if self.file is not None else set())
-        standing = STANDING if self.kind == "choices" else {}
         rules = {
             f"a task with '{sources[0]}' needs '{min(needs - given, default='')}'": needs <= given,
             f"'{min(extra, default='')}' has no effect on such a task": not extra,
             f"'metric' of such a task is {' or '.join(metrics)}": self.metric in metrics,
             f"'score' of such a task is {' or '.join(scores)}": self.primary in scores,
-            "choices stand alone: leave out 'form', 'chance' and 'shots'": all(
-                getattr(self, key) == value for key, value in standing.items()
-            ),
         }
         for rule, kept in rules.items():
             if not kept:

@@ -8,55 +8,37 @@ from calmix.evaluation import checks
 
 
 @pytest.mark.parametrize(
-    ("answer", "right", "ok"),
+    ("check", "answer", "right", "ok"),
     [
-        (" The Sunset Boulevard.\nIt is", ["Sunset Blvd", "sunset boulevard"], True),
-        ("Answer: Paris", ["Paris"], True),
-        ("It is Paris", ["Paris"], False),
-        ("", ["Paris"], False),
+        # A short answer is compared as SQuAD does.
+        ("exact_match", " The Sunset Boulevard.\nIt is", ["Sunset Blvd", "sunset boulevard"], True),
+        ("exact_match", "Answer: Paris", ["Paris"], True),
+        ("exact_match", "It is Paris", ["Paris"], False),
+        ("exact_match", "", ["Paris"], False),
+        ("exact_match", "the", ["...."], False),
+        ("same_text", " 'GOOD MORNING'", ["GOOD MORNING"], True),
+        ("same_text", "good morning", ["GOOD MORNING"], False),
+        ("same_text", '["red", "green"]', ["['red', 'green']"], True),
+        # The last number counts.
+        ("same_number", "So she has 1,200 left. The answer is $1,200.", "1200", True),
+        ("same_number", "3 + 4 = 7", "7", True),
+        ("same_number", "\N{MINUS SIGN}5", "-5", True),
+        ("same_number", "about 3.50", "3.5", True),
+        ("same_number", "12 in all, of 7", "12", False),
+        ("same_number", "none", "0", False),
+        # A result is boxed, or stated last.
+        ("same_result", r"so we get $\boxed{\frac{1}{2}}$.", r"It is $\boxed{\frac12}$.", True),
+        ("same_result", r"first $\boxed{3}$, then $\boxed{4}$", r"\boxed{4}", True),
+        ("same_result", r"It is $-\frac{2}{3}$. I hope so.", r"\boxed{-\frac{2}{3}}", True),
+        ("same_result", r"Therefore $x = 2$ and $7$", r"\boxed{7}", True),
+        ("same_result", r"It points to \(\text{east}\)", r"\boxed{\text{east}}", True),
+        ("same_result", "the sum is 1234567", r"\boxed{1,\!234,\!567}", False),
+        ("same_result", "the sum is 45", r"$\boxed{45}$", True),
+        ("same_result", "no idea", r"\boxed{45}", False),
     ],
 )
-def test_a_short_answer_is_compared_as_squad_does(answer, right, ok):
-    assert checks.exact_match(answer, right) == ok
-
-
-def test_an_exact_answer_is_compared_letter_by_letter():
-    assert checks.same_text(" 'GOOD MORNING'", ["GOOD MORNING"])
-    assert not checks.same_text("good morning", ["GOOD MORNING"])
-    assert checks.same_text('["red", "green"]', ["['red', 'green']"])
-    assert not checks.exact_match("the", ["...."])
-
-
-@pytest.mark.parametrize(
-    ("answer", "right", "ok"),
-    [
-        ("So she has 1,200 left. The answer is $1,200.", "1200", True),
-        ("3 + 4 = 7", "7", True),
-        ("-5", "-5", True),
-        ("about 3.50", "3.5", True),
-        ("12 in all, of 7", "12", False),
-        ("none", "0", False),
-    ],
-)
-def test_the_last_number_counts(answer, right, ok):
-    assert checks.same_number(answer, right) == ok
-
-
-@pytest.mark.parametrize(
-    ("answer", "right", "ok"),
-    [
-        (r"so we get $\boxed{\frac{1}{2}}$.", r"It is $\boxed{\frac12}$.", True),
-        (r"first $\boxed{3}$, then $\boxed{4}$", r"\boxed{4}", True),
-        (r"The final answer is $-\frac{2}{3}$. I hope so.", r"\boxed{-\frac{2}{3}}", True),
-        (r"Therefore $x = 2$ and $7$", r"\boxed{7}", True),
-        (r"It points to \(\text{east}\)", r"\boxed{\text{east}}", True),
-        ("the sum is 1234567", r"\boxed{1,\!234,\!567}", False),
-        ("the sum is 45", r"$\boxed{45}$", True),
-        ("no idea", r"\boxed{45}", False),
-    ],
-)
-def test_a_result_is_boxed_or_stated_last(answer, right, ok):
-    assert checks.same_result(answer, right) == ok
+def test_an_answer_is_compared_with_what_is_right(check, answer, right, ok):
+    assert getattr(checks, check)(answer, right) is ok
 
 
 def test_results_are_compared_as_the_harness_compares_them():

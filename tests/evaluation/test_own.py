@@ -16,10 +16,6 @@ from tests.tiny import tiny_tokenizer
 CITY = {"question": "What is the capital of France? Answer with one word.", "answer": "Paris"}
 
 
-def said(text, ended=True):
-    return Answer(text, 1, ended)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A new suite, with another question."""
@@ -50,9 +46,9 @@ def test_the_template_is_a_suite_whose_examples_are_right(folder):
         ("my_programs", "    return 2 * x", "def double(x):\n    return 3 * x"),
     ):  # fmt: skip
         task = task_of(suite.tasks[name])
-        assert verdict(task, task.items[0], said(text)), (name, text)
-        assert not verdict(task, task.items[0], said(other)), (name, other)
-        assert not verdict(task, task.items[0], said(text, ended=False))
+        assert verdict(task, task.items[0], Answer(text, 1, True)), (name, text)
+        assert not verdict(task, task.items[0], Answer(other, 1, True)), (name, other)
+        assert not verdict(task, task.items[0], Answer(text, 1, False))
         assert len(prompts(task, task.items, tiny_tokenizer())) == len(task.items)
     texts = [text for _, _, text in suite_items(suite)]  # what leakage is looked for in
     assert f"{CITY['question']}\nParis" in texts
@@ -135,7 +131,7 @@ def test_a_row_that_is_wrong_is_named_with_its_line(tmp_path, kind, row, said):
         ("{file: a.jsonl, kind: answers, archive: x}", "needs one of 'archive', 'asked' and"),
         ("{file: a.jsonl, kind: answers, metric: acc}", "'metric' of such a task is as_asked"),
         ("{file: a.jsonl, kind: answers, chance: 0.5}", "'chance' has no effect"),
-        ("{file: a.jsonl, kind: choices, shots: 3}", "choices stand alone"),
+        ("{file: a.jsonl, kind: choices, shots: 3}", "'shots' has no effect on choices"),
         ("{asked: sums, metric: as_asked, kind: answers}", "'kind' has no effect"),
     ],
 )
@@ -152,8 +148,8 @@ def test_rows_hold_any_text_and_long_numbers(folder):
     row = {"question": "one\u2028line\x85?", "answer": long}
     path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
     task = task_of(load_suite(folder / "mine.yaml").tasks["my_numbers"])
-    assert verdict(task, task.items[0], said(f"It is {long}."))
-    assert not verdict(task, task.items[0], said(f"It is {long + 1}."))
+    assert verdict(task, task.items[0], Answer(f"It is {long}.", 1, True))
+    assert not verdict(task, task.items[0], Answer(f"It is {long + 1}.", 1, True))
     path.write_bytes(b'{"question": "caf\xe9", "answer": 1}\n')
     with pytest.raises(InputError, match="is not UTF-8 text"):
         read_rows(str(path), "numbers")
