@@ -38,6 +38,7 @@ class EvaluateOptions(MeasureOptions, ModelOptions, Json):
     limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1)
     dimension: tuple[str, ...] = option((), "Only this dimension (repeat).")
     task: tuple[str, ...] = option((), "Only this task (repeat).")
+    without: tuple[str, ...] = option((), "Not this task (repeat).", metavar="TASK")
     allow_code_execution: bool = option(
         False, "Run code the model writes, in a limited subprocess."
     )
@@ -98,8 +99,8 @@ def run(options: EvaluateOptions) -> None:
 
     model, against, output, how = options.model, options.against, options.output, options.opening()
     chosen = capability.choose(
-        options.suite, dimensions=options.dimension, tasks=options.task, quick=options.quick,
-        limit=options.limit,
+        options.suite, dimensions=options.dimension, tasks=options.task,
+        without=options.without, quick=options.quick, limit=options.limit,
     )  # fmt: skip
     chosen, left_out = capability.runnable(chosen, options.allow_code_execution)
     if left_out:

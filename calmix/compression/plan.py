@@ -63,6 +63,7 @@ class Effort:
 
 
 QUICK = {"quick": True}
+SHORT = {**QUICK, "without": ("gsm8k",)}  # the task whose answers take longest
 
 
 def guarded(suite: str) -> str:
@@ -71,7 +72,7 @@ def guarded(suite: str) -> str:
 
 
 EFFORTS = {
-    "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 10}, QUICK, distance=False),
+    "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 10}, SHORT, distance=False),
     "standard": Effort(64, ("distill",), 2, {}, QUICK),
     "best": Effort(192, ("blocks", "distill"), 2, {}, {}),
 }
@@ -343,6 +344,7 @@ def _flags(**given: object) -> tuple[str, ...]:
     found: list[str] = []
     for name, value in given.items():
         if value is not None and value is not False:
-            found += ["-o" if name == "output" else f"--{name.replace('_', '-')}"]
-            found += [] if value is True else [str(value)]
+            flag = "-o" if name == "output" else f"--{name.replace('_', '-')}"
+            values = value if isinstance(value, tuple) else (value,)
+            found += [flag] if value is True else [s for one in values for s in (flag, str(one))]
     return tuple(found)

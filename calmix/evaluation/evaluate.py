@@ -39,12 +39,13 @@ def choose(
     *,
     dimensions: Sequence[str] = (),
     tasks: Sequence[str] = (),
+    without: Sequence[str] = (),
     quick: bool = False,
     limit: int | None = None,
 ) -> Suite:
     """Return the suite as it is to be run."""
     chosen = suite if isinstance(suite, Suite) else load_suite(suite)
-    chosen = chosen.only(dimensions=dimensions, tasks=tasks)
+    chosen = chosen.only(dimensions=dimensions, tasks=tasks, without=without)
     chosen = chosen.quick() if quick else chosen
     return chosen if limit is None else chosen.limited(limit)
 

@@ -253,10 +253,17 @@ class Suite(BaseModel):
         }
         return self.model_copy(update={"dimensions": dimensions})
 
-    def only(self, *, dimensions: Sequence[str] = (), tasks: Sequence[str] = ()) -> Suite:
-        """Return the suite reduced to some dimensions and tasks; none named keeps all."""
+    def only(
+        self,
+        *,
+        dimensions: Sequence[str] = (),
+        tasks: Sequence[str] = (),
+        without: Sequence[str] = (),
+    ) -> Suite:
+        """Return the suite reduced to some dimensions and tasks, none named keeps all, and
+        `without` others."""
         for what, names, known in (
-            ("dimension", dimensions, self.dimensions), ("task", tasks, self.tasks),
+            ("dimension", dimensions, self.dimensions), ("task", [*tasks, *without], self.tasks),
         ):  # fmt: skip
             if unknown := [name for name in names if name not in known]:
                 hint = nearest(unknown[0], known)
@@ -265,12 +272,12 @@ class Suite(BaseModel):
             dimension: members
             for dimension, held in self.dimensions.items()
             if (not dimensions or dimension in dimensions)
-            and (members := {n: t for n, t in held.items() if not tasks or n in tasks})
-        }
+            and (members := {
+                n: t for n, t in held.items() if n not in without and (not tasks or n in tasks)
+            })
+        }  # fmt: skip
         if not kept:
-            raise InputError(
-                f"none of the tasks {', '.join(tasks)} belongs to {', '.join(dimensions)}"
-            )
+            raise InputError(f"no task of suite {self.name} is left: name fewer, or others")
         return self.model_copy(update={"dimensions": kept})
 
 

@@ -116,9 +116,13 @@ def test_unknown_names_come_with_the_nearest():
     for selection, says in (
         ({"dimensions": ["maths"]}, "no dimension 'maths': did you mean math"),
         ({"tasks": ["gsm"]}, "no task 'gsm': did you mean gsm8k"),
-        ({"dimensions": ["code"], "tasks": ["gsm8k"]}, "none of the tasks gsm8k belongs to code"),
+        ({"dimensions": ["code"], "tasks": ["gsm8k"]}, "no task of suite offline is left"),
+        ({"dimensions": ["code"], "without": ["mmlu", "nosuch"]}, "has no task 'nosuch'"),
     ):
         with pytest.raises(InputError, match=says):
             suite.only(**selection)
     with pytest.raises(InputError, match="at least 1 item"):
         suite.limited(0)
+    assert suite.only(dimensions=["math"], without=["gsm8k"]).tasks.keys() == (
+        suite.only(dimensions=["math"]).tasks.keys() - {"gsm8k"}
+    )
