@@ -48,22 +48,19 @@ def test_a_difference_of_seeds_is_students_t_of_the_pooled_spread():
     assert sum(side.startswith(BEST) for side in sides) == 1
 
 
-def test_sets_of_unequal_seeds_are_compared_by_the_pooled_spread():
+def test_sets_of_few_seeds_are_compared_by_the_pooled_spread_or_about_items_alone():
     """As in a study that spends its seeds where they matter: sources once, mixes three times."""
     whole = study(full_plan(conditions=SPARSE))
-    kept = tuple(one for one in whole.trials if one.seed == 0 or one.strategy != "single")
-    found = analyse(whole.model_copy(update={"trials": kept}), QUICK).conditions[0]
-    one = gap(found, "mix-8", SINGLES)
-    assert (found.joint.freedom, len(found.missing)) == (12, 32)
-    assert None not in (one.gap.draw_low, one.p_corrected)
-
-
-def test_from_single_seeds_a_difference_is_about_items_alone():
-    found = analyse(study(full_plan(seeds=(0,), conditions=[("wanda", "50%")])), QUICK)
-    one = gap(found.conditions[0], "mix-8", SINGLES)
-    assert (one.gap.low, one.gap.high) == (one.gap.item_low, one.gap.item_high)
-    assert (one.gap.draw_low, one.gap.draw_p, one.draw_p_corrected) == (None, None, None)
-    assert one.p_corrected is not None
+    for single, freedom, missing in ((True, 0, 0), (False, 12, 32)):
+        kept = tuple(one for one in whole.trials
+                     if one.seed == 0 or not (single or one.strategy == "single"))  # fmt: skip
+        found = analyse(whole.model_copy(update={"trials": kept}), QUICK).conditions[0]
+        one = gap(found, "mix-8", SINGLES)
+        assert (found.joint.freedom, len(found.missing)) == (freedom, missing)
+        assert one.p_corrected is not None
+        seeds = (one.gap.draw_low, one.gap.draw_p, one.draw_p_corrected)
+        assert [value is None for value in seeds] == [single] * 3
+        assert ((one.gap.low, one.gap.high) == (one.gap.item_low, one.gap.item_high)) == single
 
 
 def test_worst_is_each_sides_own_lowest_mean():
