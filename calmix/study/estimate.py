@@ -24,9 +24,9 @@ from calmix.calibration.texts import LENGTH as TEXT_LENGTH
 from calmix.calibration.texts import ROWS as TEXT_ROWS
 from calmix.calibration.texts import builtin_readers
 from calmix.errors import InputError
-from calmix.evaluation.abilities import task_of
+from calmix.evaluation.abilities import asked_texts, task_of
 from calmix.evaluation.suites import ARCHIVE, Suite
-from calmix.evaluation.tasks import load_items, preamble
+from calmix.evaluation.tasks import item_texts
 from calmix.machine import device_memory, tokens_at_once, total_memory
 from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import use_own_attention
@@ -55,7 +55,7 @@ VOCABULARY = 16_384  # rows of the output head that are timed
 CHARACTERS = 3.6  # a token, in English text and code
 # Tokens written for each that is kept.
 PASSES = {"self-written": 1.2, "chat": 1.3, "igsp": 3.0, "self-cal": 1.0, "sgs": 1.25}
-ITEMS, EACH = 1000, 300  # of a task whose data is not at hand, and tokens of each
+ITEMS, EACH = 1000, 1000  # of a task whose data is not at hand, and characters of each
 
 
 class Timed:
@@ -268,27 +268,19 @@ class SuiteWork(NamedTuple):
 
 def suite_work(suite: Suite) -> SuiteWork:
     """Return what scoring a suite takes, counted where its data is at hand, else assumed."""
-    items = tokens = written = 0
+    items = characters = written = 0
     exact, here = True, assets.get_asset(ARCHIVE).state == "ok"
     for spec in suite.tasks.values():
         if not here and spec.file is None:
             exact = False
             count = min(ITEMS, spec.limit or ITEMS)
-            items, tokens = items + count, tokens + count * EACH
+            items, characters = items + count, characters + count * EACH
             continue
+        texts = asked_texts(spec) if spec.writes else item_texts(spec)
+        items, characters = items + len(texts), characters + sum(len(text) for _, text in texts)
         if spec.writes:
-            asked = task_of(spec)
-            contexts = [one.chat or one.plain for one in asked.items]
-            count, choices = len(contexts), list[str]()
-            written += count * asked.tokens // 2
-        else:
-            found = load_items(spec)
-            contexts = list(dict.fromkeys(text for item in found for text in item.contexts))
-            count, choices = len(found), [choice for item in found for choice in item.choices]
-        shared = preamble(contexts)  # read once
-        characters = shared + sum(len(text) - shared for text in contexts) + sum(map(len, choices))
-        items, tokens = items + count, tokens + round(characters / CHARACTERS)
-    return SuiteWork(items, tokens, written, exact)
+            written += len(texts) * task_of(spec).tokens // 2
+    return SuiteWork(items, round(characters / CHARACTERS), written, exact)
 
 
 def text_tokens(suite: Suite) -> int:

@@ -164,7 +164,7 @@ def test_scores_are_read_once_a_batch():
 def test_a_step_of_writing_reads_once(cut):
     request = Request([[[3, 4]], [[5]]], 6, [1.0, 0.9], seed=0, **cut)
     with tracing(None) as traced:
-        sampler = Sampler(request, 0, [2], CUDA, None)
+        sampler = Sampler(request, 0, [2], CUDA, lambda tokens: None)
         ids = torch.ones(2, 1, dtype=torch.int64, device=CUDA)
         for _ in range(3):
             traced.reads.clear()
@@ -179,7 +179,7 @@ def test_a_step_of_writing_reads_once(cut):
 def test_where_float64_is_not_known_tokens_are_drawn_on_the_cpu():
     request = Request([[[3]]], 4, [1.0], seed=0)
     with tracing(None):
-        sampler = Sampler(request, 0, [2], torch.device("mps"), None)
+        sampler = Sampler(request, 0, [2], torch.device("mps"), lambda tokens: None)
         ids = torch.ones(1, 1, dtype=torch.int64, device="mps")
         left = sampler(ids, torch.randn(1, VOCABULARY, device="mps"))
     assert left.device.type == "mps"

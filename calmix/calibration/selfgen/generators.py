@@ -7,7 +7,8 @@ one, add a class to `GENERATORS`: texts of several turns are rows whose openers 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -39,7 +40,6 @@ from calmix.sources.registry import MIXES
 
 ROUNDS = 8  # of writing, the later ones in place of text that cannot be used
 ANOTHER = 1_000_003  # between the seeds of two rounds
-TURNS = 64  # openers a row has at hand
 PREFIX, PREFIXES = 2, 1000  # tokens of a seed text, and of how many
 CHAT = 0.25  # of rows: chats in what a model with a chat template writes, and in default mixes
 
@@ -259,36 +259,21 @@ def generate(
     share, rest = divmod(rows, len(held))
     quota = {name: per_row * (share + (at < rest)) for at, name in enumerate(held)}
     quota = {name: count for name, count in quota.items() if count}
-    warmth = {name: generator.temperature or one.temperature for name, one in held.items()}
-    openers = {  # those that leave the model half of a piece; else the shortest
-        name: [opener for opener in one.openers if len(opener) <= size // 2]
-        or [min(one.openers, key=len)]
-        for name, one in held.items()
-        if not one.turns
-    }
+    warmth = {name: generator.temperature or held[name].temperature for name in quota}
 
     def more(counts: Mapping[str, int], number: int) -> tuple[Written, list[str]]:
         """Write so many pieces of each dimension, in turn: a stop leaves some of each."""
         place = [(d, j) for j in range(max(counts.values())) for d in counts if j < counts[d]]
         own_seed = seed + 1 + number * ANOTHER
         request = Request(
-            [_turned(openers[d], j, own_seed) if d in openers else _in_turn(held[d].openers)
-             for d, j in place], size,
+            [held[d].of_piece(j, size, own_seed) for d, j in place], size,
             [warmth[d] for d, _ in place], own_seed, generator.top_k, generator.top_p,
             generator.repetition_penalty,
         )  # fmt: skip
         label = "writing more in place of what cannot be used" if number else "writing"
-        done = 0
-
-        def tick(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            if writing is not None:
-                writing(label, done, len(place) * size)
-
-        return write(opened, request, batch=generator.batch, tick=tick, note=note), [
-            d for d, _ in place
-        ]
+        told = None if writing is None else partial(writing, label)
+        made = write(opened, request, batch=generator.batch, progress=told, note=note)
+        return made, [d for d, _ in place]
 
     pieces, counted = _enough(generator, more, quota, guard)
     picked = generator.choose(pieces, quota)
@@ -319,7 +304,7 @@ def generate(
         "tokenizer": opened.tokenizer_fingerprint,
         "leakage": "off" if guard is None else guard.report(),
         "aggregation_4": aggregation(rows_made.numpy(), ORDER),
-        "temperature": {name: warmth[name] for name in quota},
+        "temperature": warmth,
         "perplexity": {
             name: math.exp(nll[groups == name].sum() / tokens[groups == name].sum())
             for name in quota
@@ -335,20 +320,6 @@ def generate(
 def _some(pieces: Pieces, places: Any) -> Pieces:
     ids, groups, nll, tokens = pieces
     return ids[places], groups[places], nll[places], tokens[places]
-
-
-def _turned(openers: Sequence[Sequence[int]], number: int, seed: int) -> list[Sequence[int]]:
-    """Return a dimension's openers in the order piece `number` takes them.
-
-    Pieces go through seeded permutations, so that every opener begins as many as any other.
-    """
-    count = len(openers)
-    order = np.random.default_rng([seed, number // count]).permutation(count)
-    return [openers[order[(number + turn) % count]] for turn in range(min(count, TURNS))]
-
-
-def _in_turn(openers: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    return [openers[0], *list(openers[1:]) * (TURNS // len(openers))]
 
 
 def _enough(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 from torch import Tensor
 
@@ -21,6 +22,7 @@ Start = Literal["auto", "bos", "separator"]
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
 
 
+TURNS = 64  # openers a row has at hand
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>")
 
 
@@ -68,6 +70,20 @@ class Beginnings:
     openers: Sequence[Sequence[int]]
     temperature: float
     turns: bool = False
+
+    def of_piece(self, number: int, size: int, seed: int) -> list[Sequence[int]]:
+        """Return the openers that piece `number` of so many tokens takes in turn.
+
+        Those that leave the model half of it, or the shortest: pieces go through seeded
+        permutations, so that every opener begins as many as any other.
+        """
+        if self.turns:
+            return [self.openers[0], *list(self.openers[1:]) * (TURNS // len(self.openers))]
+        usable = [one for one in self.openers if len(one) <= size // 2]
+        usable = usable or [min(self.openers, key=len)]
+        order = np.random.default_rng([seed, number // len(usable)]).permutation(len(usable))
+        return [usable[order[(number + turn) % len(usable)]]
+                for turn in range(min(len(usable), TURNS))]  # fmt: skip
 
 
 def load_prompts(path: Path | None = None) -> dict[str, Dimension]:

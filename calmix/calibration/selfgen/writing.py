@@ -81,7 +81,7 @@ class Sampler:
         first: int,
         ends: Sequence[int],
         device: Any,
-        tick: Callable[[int], None] | None = None,
+        tick: Callable[[int], None],
     ) -> None:
         self.request, self.ends, self.tick = request, set(ends), tick
         count, length = len(request.openers), request.length
@@ -112,8 +112,7 @@ class Sampler:
                 self.turn[row] += 1
                 self.pending[row] = list(turns[self.turn[row] % len(turns)])
                 self.start[row] = at + 1
-        if self.tick is not None:
-            self.tick(len(tokens))
+        self.tick(len(tokens))
         left = torch.full_like(logits, -torch.inf)
         return left.scatter_(1, tokens[:, None], 0.0).to(scores.device)
 
@@ -194,7 +193,7 @@ def write(
     request: Request,
     *,
     batch: int | None = None,
-    tick: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Written:
     """Sample rows from a model.
@@ -205,7 +204,7 @@ def write(
 
     Args:
         batch: rows at a time; None for 128. Fewer are taken where memory does not allow them.
-        tick: called with the number of tokens after each step (and for those from the cache).
+        progress: called with tokens done and in all, after each step and for those in the cache.
         note: called with a line when the batch had to be made smaller.
     """
     if request.length < 2:
@@ -214,11 +213,18 @@ def write(
     ends, total = end_tokens(opened), len(request.openers)
     folder, size, room = _folder(opened, request, ends), batch or BATCH, 0
     parts: list[Written] = []
-    at = 0
+    at = done = 0
+
+    def tick(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        if progress is not None:
+            progress(done, total * request.length)
+
     while at < total:
         path = folder / f"{at:08d}.safetensors"
         part = _kept(path, request.length)
-        if part is not None and tick is not None:
+        if part is not None:
             tick(part.ids.numel())
         if part is None:
             wanted = min(size, total - at)
@@ -260,7 +266,7 @@ def _batch(
     request: Request,
     first: int,
     ends: Sequence[int],
-    tick: Callable[[int], None] | None,
+    tick: Callable[[int], None],
 ) -> Written:
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -271,8 +277,7 @@ def _batch(
         do_sample=False, num_beams=1, max_new_tokens=request.length - 1, use_cache=True,
         pad_token_id=opened.tokenizer.pad_token_id or ids[0, 0].item(),
     )  # fmt: skip
-    if tick is not None:
-        tick(len(ids))
+    tick(len(ids))
     with quiet_transformers(), generating(opened.model, plain), torch.inference_mode():
         made = opened.model.generate(
             ids,

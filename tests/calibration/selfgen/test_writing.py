@@ -169,20 +169,18 @@ def test_the_models_own_generation_settings_have_no_say(opened, monkeypatch):
 def test_interrupted_work_goes_on_from_the_parts_that_are_whole(opened):
     whole = write(opened, request(seed=5), batch=2)
     forget()
-    ticks = []
+    told = []
 
-    def stop(tokens):
-        ticks.append(tokens)
-        if sum(ticks) > 2 * 2 * 24:  # within the third part
+    def stop(done, total):
+        if done > 2 * 2 * 24:  # within the third part
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(opened, request(seed=5), batch=2, tick=stop)
+        write(opened, request(seed=5), batch=2, progress=stop)
     assert len(kept()) == 2
-    ticks.clear()
-    again = write(opened, request(seed=5), batch=4, tick=ticks.append)
-    assert ticks[:2] == [2 * 24, 2 * 24]  # from the cache
-    assert sum(ticks) == 6 * 24
+    again = write(opened, request(seed=5), batch=4, progress=lambda *of: told.append(of))
+    assert told[:2] == [(2 * 24, 6 * 24), (4 * 24, 6 * 24)]  # from the cache
+    assert told[-1] == (6 * 24, 6 * 24)
     assert torch.equal(again.nll.nan_to_num(), whole.nll.nan_to_num())
     kept()[1].write_bytes(b"damaged")
     for made in (again, write(opened, request(seed=5))):
