@@ -51,30 +51,32 @@ def _names(rows: Sequence[Ranked]) -> list[Named]:
     return [(one.calibration, STRATEGY_COLOURS[one.strategy]) for one in rows]
 
 
-def _cell(one: Ranked, name: str, kept: Estimate, text: str, note: str, marks: bool) -> Cell:
-    """Return a cell of a map of retention; `note` says why it is marked."""
+def _cell(one: Ranked, name: str, kept: Estimate, digits: int, note: str) -> Cell:
+    """Return a cell of a map of retention."""
     tip = f"{one.calibration}, {name}: "
     if kept.value is None:
         return Cell(None, "", f"{tip}no value")
-    return Cell(kept.value, text, f"{tip}{words.with_span(kept)} %{note * marks}", marks)
+    return Cell(
+        kept.value, words.percent(kept.value, digits), f"{tip}{words.with_span(kept)} %{note}"
+    )
 
 
 def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     """Return the map of calibration sets by dimension."""
-    kept = np.concatenate([each.cells.means[:, : len(each.cells.quantities)].ravel()
-                           for each in analysis.conditions])  # fmt: skip
-    kept = kept[~np.isnan(kept)]
-    low = math.floor(10 * kept.min(initial=1)) / 10  # one colour range for the whole study
-    high = max(low + 0.1, math.ceil(10 * kept.max(initial=0)) / 10)
+    means = np.concatenate([each.cells.means[:, : len(each.cells.quantities)].ravel()
+                            for each in analysis.conditions])  # fmt: skip
+    means = means[~np.isnan(means)]
+    low = math.floor(10 * means.min(initial=1)) / 10  # one colour range for the whole study
+    high = max(low + 0.1, math.ceil(10 * means.max(initial=0)) / 10)
     columns = (*analysis.dimensions, TOTAL)
-    rows, best, cells = found.ranking, found.ranking[0], []
+    rows, best, cells = found.ranking, found.ranking[0], list[list[Cell]]()
     for one in rows:
-        own = {**one.dimensions, TOTAL: one.total}
-        told = [_cell(one, name, own[name], words.percent(own[name].value),
-                      " (its worst dimension)", name == one.worst and len(own) > 2)
-                for name in columns]  # fmt: skip
-        cells.append([cell._replace(bold=cell.bold or name == TOTAL, corner=cell.bold)
-                      for cell, name in zip(told, columns, strict=True)])  # fmt: skip
+        cells.append([])
+        for name in columns:
+            kept = one.total if name == TOTAL else one.dimensions[name]
+            worst = name == one.worst and len(one.dimensions) > 1
+            cell = _cell(one, name, kept, 1, " (its worst dimension)" if worst else "")
+            cells[-1].append(cell._replace(bold=worst or name == TOTAL, corner=worst))
     return Chart(
         f"heat-map-{slug(found.condition.label)}",
         f"Retention by calibration set and dimension, {found.condition.label}",
@@ -91,11 +93,13 @@ def _tasks(found: ConditionAnalysis) -> Chart:
     """Sets by tasks, each headed by the dense model's score."""
     rows, tasks = found.ranking, found.cells.tasks
     known = [one.value for row in rows for one in row.tasks.values() if one.value is not None]
-    cells = [
-        [_cell(row, name, kept, words.percent(kept.value, 0) + "*" * (name in row.halves),
-               " (made of its other half)", name in row.halves) for name, kept in row.tasks.items()]
-        for row in rows
-    ]  # fmt: skip
+    cells = list[list[Cell]]()
+    for row in rows:
+        cells.append([])
+        for name, kept in row.tasks.items():
+            own = name in row.halves
+            cell = _cell(row, name, kept, 0, " (made of its other half)" if own else "")
+            cells[-1].append(cell._replace(text=cell.text + "*" * own, bold=own))
     return Chart(
         f"tasks-{slug(found.condition.label)}",
         f"Retention by calibration set and task, {found.condition.label}",

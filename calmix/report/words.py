@@ -119,11 +119,6 @@ def short(name: str, width: int = 26) -> str:
     return name if len(name) <= width else name[: width - 1] + "…"
 
 
-def quantity_name(name: str) -> str:
-    """Return a quantity's name in words."""
-    return QUANTITIES.get(name, name)
-
-
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
@@ -197,9 +192,7 @@ def which_is_best(placed: Sequence[Ranked]) -> str:
             if second.behind and second.behind.value is not None:
                 text += f", ahead of {second.calibration} by {with_span(second.behind)} points"
         return text
-    names = [one.calibration for one in sets]
-    gap = ties[0].behind
-    apart = "no difference expected"
+    names, gap, apart = [one.calibration for one in sets], ties[0].behind, "no difference expected"
     if gap and gap.value is not None:
         apart = f"expected difference {with_span(gap)} points"
     if len(ties) > 1:
