@@ -31,7 +31,7 @@ from calmix.study.bench import Bench
 from calmix.study.estimate import PROGRAM, check_memory, largest
 from calmix.study.export import read_results, write_table
 from calmix.study.spec import Study
-from calmix.study.store import RESULT, Store, check_folder, claim_store, is_store, open_store
+from calmix.study.store import RESULT, Store, check_folder, is_store, open_store, store_of
 from calmix.study.trials import Planned, Resolved, checkpoint_bytes, plan, resolve_all
 
 PASSED = 2**27  # bytes Ray may pass in calls: what is too large for a call is in files
@@ -90,7 +90,7 @@ def run_study(
         if first != own:
             raise InputError(f"'{first}' and '{own}' are the same trial: name it once")
     before = open_store(path).entries if is_store(path) else []
-    store = claim_store(path, study, resolved)
+    store = store_of(path, study, resolved)
     stale = [e.label for e in before if e.id not in names and store.state(e.id) == "finished"]
     if stale:
         observer.note(
@@ -100,6 +100,7 @@ def run_study(
     wanted = [trial for trial in resolved if trial.planned.key in chosen]
     left = [trial for trial in wanted if store.state(trial.id) != "finished"]
     check_free(path, checkpoint_bytes(study, [t.planned for t in left]), "checkpoints take")
+    store.save()
     todo = [trial for trial in left if retry_failed or store.state(trial.id) != "failed"]
     observer.begin(len(todo), len(resolved))
     outcome = Outcome()

@@ -115,10 +115,14 @@ def _read(path: Path, kind: type[Record], remedy: str) -> Record:
 
 @dataclass
 class Store:
-    """A study's folder on disk. Open one with `open_store` or `claim_store`."""
+    """A study's folder on disk. Open one with `open_store` or `store_of`."""
 
     path: Path
     index: Index
+
+    def save(self) -> None:
+        """Write the list of its trials."""
+        write_json(self.path / INDEX, self.index.model_dump())
 
     @property
     def entries(self) -> list[Entry]:
@@ -240,12 +244,12 @@ def check_folder(path: Path, inputs: Iterable[object] = ()) -> None:
         raise InputError(f"{path} is not empty and is not a study store: name another folder")
 
 
-def claim_store(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store:
-    """Return the store at `path`, made if there is none, with a study's trials.
+def store_of(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store:
+    """Return the store at `path` with a study's trials, not saved yet.
 
     What else has finished there stays, for a study that asks for it again.
     """
-    store = Store(path, Index(
+    return Store(path, Index(
         name=study.file.name, text=study.text,
         suite={**describe(study.suite), "dimensions": list(study.suite.dimensions)},
         trials=[
@@ -253,5 +257,3 @@ def claim_store(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store
             for t in resolved
         ],
     ))  # fmt: skip
-    write_json(path / INDEX, store.index.model_dump())
-    return store
