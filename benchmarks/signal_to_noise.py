@@ -21,18 +21,11 @@ import numpy as np
 from calmix.analysis.cells import select, tables
 from calmix.analysis.power import Noise, needed, noises
 from calmix.analysis.statistics import spearman
-from calmix.evaluation.measures import Measure, check_measure
 from calmix.evaluation.suites import Score
+from calmix.options import Measure
 from calmix.study import StudyResults, read_results
 
 SCORES: tuple[Score, ...] = ("bits", "smoothed", "probability", "margin", "accuracy")
-
-
-def ratio(noise: Noise) -> float | None:
-    """Signal between single sources over the noise of one trial: its draw and its items."""
-    if noise.signal is None or noise.draw is None or noise.item is None:
-        return None
-    return noise.signal / math.sqrt(noise.draw**2 + noise.item**2 / 2)
 
 
 def number(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
@@ -57,7 +50,7 @@ def overview(results: StudyResults, method: str, sparsity: str, measure: Measure
         print(
             form.format(
                 name, one.items, number(one.signal, 1, 100), number(one.draw, 2, 100),
-                number(one.item, 2, 100), number(ratio(one)), draws(one, 2), draws(one, 1),
+                number(one.item, 2, 100), number(one.ratio), draws(one, 2), draws(one, 1),
             )
         )  # fmt: skip
 
@@ -65,13 +58,13 @@ def overview(results: StudyResults, method: str, sparsity: str, measure: Measure
 def scores(results: StudyResults, method: str, sparsity: str, agreement: str) -> None:
     """Print for every task with accuracies the ratio and the agreement of each score."""
     ratios = {
-        score: {n.quantity: ratio(n) for n in noises(results, method=method, sparsity=sparsity,
-                                                     measure=check_measure(score))
+        score: {n.quantity: n.ratio for n in noises(results, method=method, sparsity=sparsity,
+                                                     measure=score)
                 if n.kind == "task"}
         for score in SCORES
     }  # fmt: skip
     there = select(results, method=method, sparsity=agreement)
-    means = {score: tables(results, there, check_measure(score))[0] for score in SCORES}
+    means = {score: tables(results, there, score)[0] for score in SCORES}
     cells = means["accuracy"]
     first = 1 + len(cells.dimensions)
     suite = next(iter(results.dense.values()))
@@ -123,10 +116,10 @@ def main() -> None:
     parser.add_argument("--measure", default="primary", choices=get_args(Measure))
     options = parser.parse_args()
     results = read_results(options.store)
-    overview(results, options.method, options.sparsity, check_measure(options.measure))
+    overview(results, options.method, options.sparsity, options.measure)
     for measure in ("accuracy", "ratio"):
         if options.measure == "primary":
-            overview_total(results, options.method, options.sparsity, check_measure(measure))
+            overview_total(results, options.method, options.sparsity, measure)
     of_kinds(results, options.method, options.sparsity)
     scores(results, options.method, options.sparsity, options.agreement or options.sparsity)
 
@@ -137,7 +130,7 @@ def overview_total(results: StudyResults, method: str, sparsity: str, measure: M
     print(
         f"the total by {measure}: signal {number(total.signal, 1, 100)}, draw "
         f"{number(total.draw, 2, 100)}, item {number(total.item, 2, 100)}, "
-        f"s/n {number(ratio(total))}"
+        f"s/n {number(total.ratio)}"
     )
 
 
