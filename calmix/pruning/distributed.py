@@ -57,9 +57,7 @@ def launched(device: str) -> Iterator[str]:
         yield own
         dist.destroy_process_group()
     except Exception:
-        first = _is_first(store, rank)
-        _leave(store, rank)
-        if not first:
+        if not _leave(store, rank):
             sys.exit(2)
         raise
     finally:
@@ -85,20 +83,14 @@ def _own_device(name: str) -> tuple[str, str]:
     return kind, f"{kind}:{local}"
 
 
-def _is_first(store: Any, rank: int) -> bool:
-    """Tell whether this process is the first in which something went wrong."""
-    key = f"calmix/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    try:
-        return bool(store.compare_set(key, "", str(rank)) == str(rank).encode())
-    except RuntimeError:  # the process that keeps the store has ended, and has said why
-        return False
+def _leave(store: Any, rank: int) -> bool:
+    """Let go of the others, so that they end too; return whether something went wrong here first.
 
-
-def _leave(store: Any, rank: int) -> None:
-    """Let go of the others, so that they end too; the first one tidies up before any has ended.
-
-    A launcher ends all that are left as soon as one has.
+    A launcher ends all that are left as soon as one has: the first process tidies up before.
     """
+    key, first = f"calmix/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", False
+    with contextlib.suppress(RuntimeError):  # the process that keeps the store has said why
+        first = store.compare_set(key, "", str(rank)) == str(rank).encode()
     if dist.is_initialized():
         alone = dist.get_backend() == "gloo"  # a device's group may wait for the others
         for group in [*_hosts, *([None] * alone)]:
@@ -108,6 +100,7 @@ def _leave(store: Any, rank: int) -> None:
             store.set("calmix/tidy", "")
         else:
             store.wait(["calmix/tidy"], TIDYING)
+    return first
 
 
 def _host() -> Any:

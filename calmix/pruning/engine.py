@@ -95,7 +95,8 @@ def prune(
     """
     if isinstance(model, OpenModel):
         model = model.model
-    ids = ids.ids if isinstance(ids, CalibrationSet) else ids
+    if isinstance(ids, CalibrationSet):
+        ids = ids.ids
     if not isinstance(model, nn.Module):
         name = model if isinstance(model, str) else "NAME"
         raise InputError(
@@ -183,8 +184,7 @@ def run_through(
     model.eval()  # no dropout
     try:
         if run.needs_ids:
-            with _no_autocast(next(model.parameters()).device):
-                run.record(check_ids(ids, run.method.name), micro_tokens)
+            run.record(ids, micro_tokens)
         for index in range(len(found)):
             run.block(index)
             if progress is not None:
@@ -211,10 +211,8 @@ def check_names(layers: Sequence[str], named: Mapping[str, Any], what: str) -> N
             raise InputError(
                 f"the {what} names '{name}', which is not a layer: {nearest(name, layers)}"
             )
-    missing = [name for name in layers if name not in named]
-    if missing:
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise InputError(f"the {what} misses the layer {missing[0]}{more}")
+    if missing := [name for name in layers if name not in named]:
+        raise InputError(f"the {what} misses {len(missing)} layers, first {missing[0]}")
 
 
 def _of_layer(pattern: Patterns, name: str) -> Pattern:
@@ -301,20 +299,20 @@ class Run:
         """Whether the method looks at calibration data."""
         return self.method.needs is not None
 
-    def record(self, ids: Tensor, micro_tokens: int | None = None) -> None:
+    def record(self, ids: Tensor | None, micro_tokens: int | None = None) -> None:
         """Make the states that lead into the first block, and keep what else blocks are given."""
-        began = time.perf_counter()
+        began, ids = time.perf_counter(), check_ids(ids, self.method.name)
         device, (rows, length) = self._device(0), ids.shape
         self.report.tokens, self.report.rows = ids.numel(), rows
         # Blocks are observed outside inference mode, where tensors count their versions.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _no_autocast(device):
             few = ids[:1, :TOKENS].clone().to(device)
             calls = Calls(self.model, self.found, few)
             self._few = calls.record(few)
         own = distributed.own_rows(ids)
         at_once = max(1, (micro_tokens or tokens_at_once(device)) // length)
         self.report.rows_at_once = min(at_once, len(own))
-        with torch.inference_mode(), reproducible(device):
+        with torch.inference_mode(), reproducible(device), _no_autocast(device):
             for number, part in enumerate(own.split(at_once)):
                 self.states[number], batch = calls.record(part.to(device))
                 self._batches.append(batch)

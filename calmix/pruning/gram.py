@@ -74,18 +74,27 @@ class Statistic(ABC):
         return 16 * columns
 
 
-class Gram(Statistic):
-    """Running sum of x x^T in float32, of which only the upper triangle is computed."""
+class Sums(Statistic):
+    """Running sums over tokens in float32: those of several processes add up."""
 
     sums = True
+    _sum: Tensor
+
+    def matrix(self) -> Tensor:
+        return self._sum
+
+    def reduce(self, total: Callable[[Tensor], Any]) -> None:
+        total(self._sum)
+
+
+class Gram(Sums):
+    """Running sum of x x^T in float32, of which only the upper triangle is computed."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self._sum = torch.zeros(columns, columns, device=device)
-        self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         flat = inputs.reshape(-1, inputs.shape[-1])
-        self.tokens += len(flat)
         cpu = flat.device.type == "cpu"
         steps = _steps(flat.shape[1], cpu=cpu)
         if flat.dtype != torch.float32 and float32_sums(flat.device, flat.dtype):
@@ -99,9 +108,6 @@ class Gram(Statistic):
                 x = flat[start : start + CHUNK].float()
                 for at, to in steps:
                     self._sum[at:to, at:].addmm_(x[:, at:to].T, x[:, at:])
-
-    def reduce(self, total: Callable[[Tensor], Any]) -> None:
-        total(self._sum)
 
     def matrix(self) -> Tensor:
         """Return the symmetric sum, float32 (columns, columns): the running sum itself."""
@@ -121,31 +127,20 @@ class Gram(Statistic):
         return total
 
 
-class Squares(Statistic):
+class Squares(Sums):
     """Running sum of squares of every column in float32: the diagonal of the Gram matrix."""
-
-    sums = True
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self._sum = torch.zeros(columns, device=device)
-        self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         flat = inputs.reshape(-1, inputs.shape[-1])
-        self.tokens += len(flat)
         if flat.device.type != "cpu":
             self._sum += torch.linalg.vector_norm(flat, dim=0, dtype=torch.float32).square_()
             return
         for start in range(0, len(flat), ROWS):
             rows = flat[start : start + ROWS].to(torch.float32, copy=True)
             self._sum += rows.square_().sum(0)
-
-    def reduce(self, total: Callable[[Tensor], Any]) -> None:
-        total(self._sum)
-
-    def matrix(self) -> Tensor:
-        """Return the sums, float32 (columns,)."""
-        return self._sum
 
 
 def _panels(width: int, panel: int) -> list[tuple[int, int]]:

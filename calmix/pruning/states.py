@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,9 @@ class States(MutableMapping[int, Tensor]):
         self, folder: Path, device: torch.device, on_device: int = 0, on_host: int = 0
     ) -> None:
         self.folder, self.device = folder, device
-        self._free: dict[Where, int] = {"device": on_device, "host": on_host}
+        self._free: dict[Where, float] = {
+            "device": on_device, "host": on_host, "file": math.inf,
+        }  # fmt: skip
         self._held: dict[int, tuple[Where, Tensor]] = {}
 
     def __getitem__(self, number: int) -> Tensor:
@@ -45,16 +48,13 @@ class States(MutableMapping[int, Tensor]):
         return held.to(self.device, copy=True, non_blocking=True)
 
     def __setitem__(self, number: int, hidden: Tensor) -> None:
-        before: Where = "file"
-        old = None
-        if number in self._held:
-            before, old = self._held.pop(number)
-        if old is not None and before != "file":
-            self._free[before] += _taken(before, old)
-        fits: list[Where] = [w for w, free in self._free.items() if free >= _taken(w, hidden)]
-        where: Where = fits[0] if fits else "file"
+        before, old = self._held.get(number, (None, hidden))
+        if before is not None:
+            del self[number]
+        where = next(w for w, free in self._free.items() if free >= _taken(w, hidden))
+        self._free[where] -= _taken(where, hidden)
         if where == "host":
-            if before != "host" or old is None or old.nbytes != hidden.nbytes:
+            if before != "host" or old.nbytes != hidden.nbytes:
                 old = torch.empty(hidden.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
             same: Any = old.view(-1).view(torch.uint8)
             hidden = same.view(hidden.dtype).view(hidden.shape).copy_(hidden, non_blocking=True)
@@ -62,14 +62,11 @@ class States(MutableMapping[int, Tensor]):
             with disk_errors(self.folder):
                 self._file(number).write_bytes(tensor_bytes(hidden.to("cpu").contiguous()))
             hidden = torch.empty_like(hidden, device="meta")
-        if where != "file":
-            self._free[where] -= _taken(where, hidden)
         self._held[number] = where, hidden
 
     def __delitem__(self, number: int) -> None:
         where, held = self._held.pop(number)
-        if where != "file":
-            self._free[where] += _taken(where, held)
+        self._free[where] += _taken(where, held)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._held)

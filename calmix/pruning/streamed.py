@@ -17,7 +17,7 @@ from calmix.machine import free_memory
 from calmix.models.streaming import WeightSource
 from calmix.pruning import distributed
 from calmix.pruning.budget import Plan
-from calmix.pruning.engine import Run, check_ids
+from calmix.pruning.engine import Run
 from calmix.pruning.report import PruneReport
 from calmix.pruning.solvers.grids import SCALES, stored
 from calmix.pruning.states import States
@@ -84,7 +84,7 @@ def take_through(
         run.states = States(folder, source.device, plan.states, host)
         source.fetch_outside()
         source.fetch(0)
-        run.record(check_ids(ids, run.method.name), plan.micro_tokens)
+        run.record(ids, plan.micro_tokens)
         source.drop_outside()
     for index in range(len(source.blocks)):
         if index >= len(done):

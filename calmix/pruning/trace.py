@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, MutableMapping, MutableSequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from calmix.models.blocks import DecoderBlocks, Dense, Prunable, decoder_of, for
 from calmix.pruning.experts import Routed
 
 TOKENS = 8  # that a block is observed on
+UNSEEN = "it cannot be seen what experts are applied to"
 KNOWN = 3  # values of one argument that are compared with: the few tokens', full and last rows'
 
 
@@ -258,72 +260,58 @@ def observe_block(
         if any(layer.mixture == mixture.name for layer in layers)
     ]
     layers = [layer for layer in layers if layer.mixture not in within]
-    odd: set[str] = set()
-    unseen: set[str] = set()  # mixtures whose experts' inputs cannot be seen
+    why: dict[str, str] = {}  # those that stay dense do
 
-    def on_linear(layer: Prunable, module: Any, args: tuple[Any, ...]) -> None:
+    def on_linear(layer: Prunable, module: Any, args: tuple[Any, ...], output: Any) -> None:
         kept.append(args[0])
         seen.append((layer, _identity(args[0])))
-
-    def on_output(layer: Prunable, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        """Look whether a linear map with a forward of its own is one."""
-        fits = args[0].shape[-1] == layer.shape[1]
-        plain = nn.Linear.forward(module, args[0]).float() if fits else args[0]
-        same = plain.shape == output.shape
-        if not same or not torch.allclose(plain, output.float(), rtol=1e-2, atol=1e-4):
-            odd.add(layer.name)
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            fits = args[0].shape[-1] == layer.shape[1]
+            plain = nn.Linear.forward(module, args[0]).float() if fits else args[0]
+            same = plain.shape == output.shape
+            if not same or not torch.allclose(plain, output.float(), rtol=1e-2, atol=1e-4):
+                why[layer.name] = "not a plain linear map"
 
     def on_mixture(mixture: Routed) -> Callable[..., Any]:
         module = mixture.mixture.module
         run = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            seen.append((mixture, ()))
+            seen.append((mixture, (mixture.name,)))
             with forwards([(module, run)]):
                 try:
                     return mixture.learn(args, kwargs)
                 except ModelError:
-                    unseen.add(mixture.name)
+                    why[mixture.name] = UNSEEN
                     return run(*args, **kwargs)
 
         return forward
 
-    handles = []
-    for layer in layers:
-        handles.append(layer.module.register_forward_pre_hook(partial(on_linear, layer)))
-        own = type(layer.module).forward is not nn.Linear.forward
-        if isinstance(layer.module, nn.Linear) and own:
-            handles.append(layer.module.register_forward_hook(partial(on_output, layer)))
-    try:
-        with forwards([(one.mixture.module, on_mixture(one)) for one in routed]):
-            batch.run(index, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.module.register_forward_hook(partial(on_linear, layer)))
+        stack.enter_context(forwards([(one.module, on_mixture(one)) for one in routed]))
+        batch.run(index, hidden)
     times = Counter(one.name for one, _ in seen)
-    why = {
-        layer.name: "called more than once in a pass" if times[layer.name] else "never called"
-        for layer in layers
-        if times[layer.name] != 1
-    } | dict.fromkeys(odd, "not a plain linear map")
+    for layer in layers:
+        if not times[layer.name]:
+            why[layer.name] = "never called"
+        elif times[layer.name] > 1:
+            why.setdefault(layer.name, "called more than once in a pass")
     for mixture in routed:
-        if times[mixture.name] != 1 or mixture.name in unseen:
+        if times[mixture.name] != 1 or mixture.name in why:
             names = [mixture.name, *(one.name for one in mixture.layers if one.name in wanted)]
-            why |= dict.fromkeys(names, "it cannot be seen what experts are applied to")
+            why |= dict.fromkeys(names, UNSEEN)
     layers += [one for mixture in routed for one in mixture.layers]
     dense = [
         Dense(one.name, one.view().numel(), why[one.name]) for one in layers if one.name in why
     ]
     inputs: dict[tuple[Any, ...], SharedInput | Routed] = {}
     for one, key in seen:
-        if one.name in why:
-            continue
-        if isinstance(one, Routed):
-            inputs[(one.name,)] = one
-        else:
-            shared = inputs.setdefault(key, SharedInput([]))
-            assert isinstance(shared, SharedInput)
-            shared.layers.append(one)
+        if one.name not in why:
+            place = inputs.setdefault(key, one if isinstance(one, Routed) else SharedInput([]))
+            if isinstance(place, SharedInput) and isinstance(one, Prunable):
+                place.layers.append(one)
     return list(inputs.values()), dense
 
 
@@ -331,10 +319,6 @@ def _identity(value: Tensor) -> tuple[Any, ...]:
     """Return what two tensors have in common only if they are one, unchanged in between."""
     place = value.untyped_storage()._cdata, value.storage_offset()
     return *place, value._version, value.shape.numel(), value.dtype
-
-
-class _Reached(Exception):  # noqa: N818
-    """The first block has returned: nothing behind it needs to run."""
 
 
 def token_bytes(model: Any, found: DecoderBlocks) -> int:
@@ -356,16 +340,11 @@ def token_bytes(model: Any, found: DecoderBlocks) -> int:
 
     def stop(module: nn.Module, args: Any, result: Any) -> None:
         sizes.append(first_tensor(result).nbytes)
-        raise _Reached
+        raise StopIteration  # nothing behind it needs to run
 
-    handle = block.register_forward_hook(stop)
-    try:
-        with torch.no_grad():
-            functional_call(decoder, none, kwargs={"input_ids": ids, "use_cache": False})
-    except Exception:  # of whatever kind: the configuration is asked instead
-        pass
-    finally:
-        handle.remove()
+    # Where it fails, however it does, the configuration is asked instead.
+    with block.register_forward_hook(stop), suppress(Exception), torch.no_grad():
+        functional_call(decoder, none, kwargs={"input_ids": ids, "use_cache": False})
     if sizes:
         return sizes[0] // ids.numel()
     width = found.width or max(layer.shape[1] for layer in found.prunables(0, every=True))

@@ -21,55 +21,78 @@ from tests.tiny import VOCABULARY, quick, tiny_config, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
 FEW = 20  # times at most that the host reads numbers of an input and its layers
-
-
-def by_block(traced, run, micro_tokens=64):
-    """What was read and copied before the blocks, and in each of them."""
-    ids = torch.randint(VOCABULARY, (5, 32), device="cpu") if run.needs_ids else None
-    marks = []
-
-    def mark(*_):
-        marks.append((traced.reads.copy(), traced.copies.copy()))
-        traced.reads.clear()
-        traced.copies.clear()
-
-    begin = run.block
-    run.block = lambda index: (mark() if not index else None, begin(index))
-    run_through(run, ids, micro_tokens, mark)
-    return marks
-
-
-def numbers(reads):
-    """How often numbers are read; take that out of the reads."""
-    return reads.pop("tolist", 0) + reads.pop("_local_scalar_dense", 0)
-
-
 QUICK = "admm,iterations=1,refit=1"
-CASES = quick(
-    [(QUICK, HALF, "block"), ("wanda", SemiStructured(2, 4), "sequential")],
-    [("sparsegpt", HALF, "sequential"), ("sparsegpt", SemiStructured(2, 4), "block"),
-     ("wanda,refit=2", HALF, "sequential"), ("ria", HALF, "sequential"),
-     ("magnitude", SemiStructured(2, 4), "sequential")],
+
+
+def a_run(method, propagation="sequential", pattern=HALF, paused=None):
+    """Return what makes a run of a model."""
+
+    def make(model):
+        run = Run(model, find_blocks(model), get_method(method), pattern, propagation)
+        run.paused = paused
+        return run
+
+    return make
+
+
+def a_look(by):
+    return lambda model: DensePass(model, find_blocks(model), by, [0.5])
+
+
+def by_block(kind, make, micro_tokens=64, change=lambda model: None, more=()):
+    """Run; return how often numbers are read in each block, what else is read, and copies; `copies`
+    before the first one are the ids of the few tokens that are observed, and of micro-batches."""
+    marks, ids = [], torch.randint(VOCABULARY, (5, 32))
+    with tracing(*more) as traced:
+        run = make(empty_model(tiny_config(kind), change=change))
+
+        def mark(*_):
+            reads = traced.reads.copy()
+            numbers = reads.pop("tolist", 0) + reads.pop("_local_scalar_dense", 0)
+            marks.append((numbers, reads, traced.copies.copy()))
+            traced.reads.clear()
+            traced.copies.clear()
+
+        begin = run.block
+        run.block = lambda index: (mark() if not index else None, begin(index))
+        ids = torch.randint(VOCABULARY, (5, 32), device="cpu") if run.needs_ids else None
+        run_through(run, ids, micro_tokens, mark)
+    (_, _, copies), *blocks = marks
+    if run.needs_ids:
+        assert copies == {("cpu", "cuda"): 1 + -(-5 // (micro_tokens // 32))}
+    assert len(blocks) == len(run.found)
+    return run, blocks
+
+
+@pytest.mark.parametrize(
+    "case",
+    quick(
+        [("llama", QUICK, "block", HALF), ("llama", "wanda", "sequential", SemiStructured(2, 4)),
+         ("gpt2", "wanda", "sequential", HALF, 1)],
+        [("llama", "sparsegpt", "sequential", HALF), ("gemma3_text", "wanda", "sequential", HALF),
+         ("llama", "sparsegpt", "block", SemiStructured(2, 4)),
+         ("llama", "wanda,refit=2", "sequential", HALF), ("llama", "ria", "sequential", HALF),
+         ("llama", "magnitude", "sequential", SemiStructured(2, 4)),
+         ("gemma4_text", "wanda", "sequential", HALF)],
+    ),
+    ids=str,
 )  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_block_is_read_a_few_times_however_many_its_rows(case):
-    method, pattern, propagation = case
+    kind, *how = case
     found = []
     for micro_tokens in (64, 160):
-        with tracing() as traced:
-            model = empty_model(tiny_config("llama"))
-            run = Run(model, find_blocks(model), get_method(method), pattern, propagation)
-            first, *blocks = by_block(traced, run, micro_tokens)
-        assert not any(copies for _, copies in blocks)
-        if run.needs_ids:  # the ids of the few tokens that are observed, and of the micro-batches
-            assert first[1] == {("cpu", "cuda"): 1 + (3 if micro_tokens == 64 else 1)}
-        assert len(run.report.layers) == 14
-        found += [(numbers(reads), reads) for reads, _ in blocks]
-    assert found == [found[0]] * 4
-    assert found[0][0] <= FEW * 4  # inputs
-    assert not found[0][1]
+        _, blocks = by_block(kind, a_run(*how), micro_tokens)
+        assert not any(reads or copies for _, reads, copies in blocks)
+        assert max(numbers for numbers, *_ in blocks) <= FEW * 4  # inputs
+        found.append(blocks)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("by", "times"), [("owl", 1), ("error", 7)])
+def test_a_look_reads_a_few_times(by, times):
+    look, blocks = by_block("llama", a_look(by))
+    assert blocks == [(times, {}, {})] * 2
+    assert len(look.importance[0.5]) == 14
 
 
 @pytest.mark.parametrize("kind", quick(["mixtral"], ["llama"]))
@@ -129,29 +152,7 @@ def test_out_of_memory_a_prune_starts_over_with_fewer_rows(monkeypatch):
     assert traced.copies[("cpu", "cuda")] == copies[("cpu", "cuda")] + 7 + 4  # and ids anew
 
 
-@pytest.mark.parametrize("kind", quick(["gpt2"], ["gemma3_text", "gemma4_text"]))
-def test_other_blocks_are_read_a_few_times(kind):
-    paused = 1 if kind == "gpt2" else None
-    with tracing() as traced:
-        model = empty_model(tiny_config(kind))
-        run = Run(model, find_blocks(model), get_method("wanda"), HALF)
-        run.paused = paused
-        _, *blocks = by_block(traced, run)
-    assert len(blocks) == len(run.found)
-    for reads, copies in blocks:
-        assert numbers(reads) <= FEW * 4
-        assert not reads
-        assert not copies
-
-
-@pytest.mark.parametrize(("by", "times"), [("owl", 1), ("error", 7)])
-def test_a_look_reads_a_few_times(by, times):
-    with tracing() as traced:
-        model = empty_model(tiny_config("llama"))
-        look = DensePass(model, find_blocks(model), by, [0.5])
-        _, *blocks = by_block(traced, look)
-    assert [(numbers(reads), reads, copies) for reads, copies in blocks] == [(times, {}, {})] * 2
-    assert len(look.importance[0.5]) == 14
+# Mixtures of experts
 
 
 def as_lists(model):
@@ -186,14 +187,11 @@ def as_slices(model):
 def test_experts_are_read_a_few_times_besides_what_routing_asks(case):
     """A module that sends tokens to experts asks which; ours ask if experts see the same tokens."""
     method, propagation, change = case
-    with tracing(None) as traced:
-        model = empty_model(tiny_config("mixtral"), change=change)
-        run = Run(model, find_blocks(model), get_method(method), HALF, propagation)
-        _, *blocks = by_block(traced, run)
-    for reads, copies in blocks:
+    run, blocks = by_block("mixtral", a_run(method, propagation), 64, change, [None])
+    for numbers, reads, copies in blocks:
         assert reads.pop("where") > 0
         assert reads.pop("nonzero") > 0
-        assert numbers(reads) <= FEW * (2 + 2 * 4)  # inputs of attention, and of each expert
+        assert numbers <= FEW * (2 + 2 * 4)  # inputs of attention, and of each expert
         assert reads == {"equal": 2}  # of the first two experts, a step
         # How many tokens reach each expert of all.
         counted = {} if change is as_lists else {("cuda", "cpu"): 1}
@@ -203,21 +201,18 @@ def test_experts_are_read_a_few_times_besides_what_routing_asks(case):
 
 
 @pytest.mark.parametrize(
-    ("kind", "look"),
-    [("llama", lambda *given: DensePass(*given, "owl", [0.5])),
-     ("llama", lambda *given: DensePass(*given, "error", [0.5])),
-     ("llama", lambda *given: Run(*given, get_method(QUICK), HALF, "sequential")),
-     pytest.param("mixtral", lambda *given: Run(*given, get_method("sparsegpt"), HALF, "block"),
-                  marks=pytest.mark.long),
-     ("mixtral", ScorePass)],
+    ("kind", "make"),
+    [("llama", a_look("owl")), ("llama", a_look("error")), ("llama", a_run(QUICK)),
+     pytest.param("mixtral", a_run("sparsegpt", "block"), marks=pytest.mark.long),
+     ("mixtral", lambda model: ScorePass(model, find_blocks(model)))],
     ids=["owl", "error", "admm", "experts", "scores"],
 )  # fmt: skip
-def test_apples_gpus_are_given_no_float64(kind, look):
+def test_apples_gpus_are_given_no_float64(kind, make):
     """Nor is it made there on the way: the tracer refuses it, as they do."""
     change = as_slices if kind == "mixtral" else lambda model: None
     with tracing(None) as traced:
         model = empty_model(tiny_config(kind), device="mps", change=change)
-        run_through(look(model, find_blocks(model)), torch.zeros(5, 32, dtype=torch.int64))
+        run_through(make(model), torch.zeros(5, 32, dtype=torch.int64))
         assert traced.operations
         with pytest.raises(TypeError, match="float64"):
             torch.zeros((), device="mps").double()

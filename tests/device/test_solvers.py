@@ -34,7 +34,6 @@ def test_statistics_stay_on_the_device(kind, dtype):
         made = sums.matrix()
         assert on_device(made)
         assert made.dtype == torch.float32
-    assert sums.tokens == 141
     assert not traced.reads
     assert not traced.copies
 

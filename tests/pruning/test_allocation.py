@@ -142,7 +142,7 @@ def test_a_mapping_may_mix_kinds_but_names_every_layer():
         assert layer.sparsity == pytest.approx(0.5 if "mlp" in layer.name else 0.7, abs=1e-3)
     few = {name: Unstructured(0.5) for name in names[1:]}
     for pattern, says in (
-        (few, f"the pattern misses the layer {names[0]}$"),
+        (few, f"the pattern misses 1 layers, first {names[0]}$"),
         (few | {"x": Unstructured(0.5)}, "the pattern names 'x', which is not a layer"),
         (mixed | {names[0]: SemiStructured(2, 5)}, "does not divide the 32 inputs of model"),
     ):
@@ -207,7 +207,7 @@ def test_the_command_line_allocates(calmix, tiny_folder, text_file, tmp_path):
     assert all(torch.equal(value, uniform[name]) for name, value in given.items())
     first = next(iter(shares))
     for content, says in [
-        (dict(list(shares.items())[1:]), f"the allocation misses the layer {first}"),
+        (dict(list(shares.items())[1:]), f"misses 1 layers, first {first}"),
         (shares | {"x.y": 0.6}, "the allocation names 'x.y', which is not a layer"),
         ([], "holds no mapping"),
     ]:

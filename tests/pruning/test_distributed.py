@@ -24,12 +24,6 @@ ROOT = Path(__file__).parents[2]
 SMALL = ("--rows", 7, "--length", 32, "--leakage", "off", "--sparsity", 0.5)
 
 
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory):
-    """Its last two blocks read what the first two have written."""
-    return save_tiny_model(tmp_path_factory.mktemp("gemma") / "model", "gemma4_text")
-
-
 def launched(arguments, log):
     """Run the command line in two processes of the real launcher; return what they print."""
     launch = [
@@ -49,8 +43,11 @@ def forked(arguments, log):
     return "".join(one.errors for one in ended)
 
 
-def tensors(folder):
-    return load_weights(folder)
+def check_masks(folder, other):
+    one, two = load_weights(folder), load_weights(other)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert ((value == 0) == (two[name] == 0)).float().mean() > 0.99, name
 
 
 def test_two_processes_prune_as_one(tmp_path):
@@ -60,34 +57,23 @@ def test_two_processes_prune_as_one(tmp_path):
 
 @pytest.mark.parametrize("launch", [forked, pytest.param(launched, marks=pytest.mark.long)])
 def test_the_command_line_shares_the_work(calmix, tiny_folder, text_file, tmp_path, launch):
-    asked = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--allocation", "owl", "-o")
-    assert launch((*asked, tmp_path / "two"), tmp_path / "log").count("weights pruned") == 1
-    assert calmix(*asked, tmp_path / "one").code == 0
-    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        assert ((value == 0) == (two[name] == 0)).float().mean() > 0.99, name
-    run = json.loads((tmp_path / "two" / "calmix-run.json").read_text())
-    assert run["processes"] == 2
-    assert sorted(p.name for p in tmp_path.iterdir() if "log" not in p.name) == [
-        "one", "text.txt", "two",
-    ]  # fmt: skip
-
-
-def test_several_targets_count_apart(calmix, tiny_folder, text_file, tmp_path):
-    asked = ("prune", tiny_folder, "--calibration", text_file, *SMALL[:-1], "0.4,0.6", "-o")
-    told = forked((*asked, tmp_path / "two"), tmp_path / "log")
-    assert told.count("weights pruned") == 2
+    """Several targets, and a look at the dense model before."""
+    asked = ("prune", tiny_folder, "--calibration", text_file, *SMALL[:-1], "0.4,0.6",
+             "--allocation", "owl", "-o")  # fmt: skip
+    assert launch((*asked, tmp_path / "two"), tmp_path / "log").count("weights pruned") == 2
     assert calmix(*asked, tmp_path / "one").code == 0
     for name in ("sparsegpt-0.4", "sparsegpt-0.6"):
-        one, two = tensors(tmp_path / "one" / name), tensors(tmp_path / "two" / name)
-        same = [((one[key] == 0) == (two[key] == 0)).float().mean() for key in one]
-        assert min(same) > 0.99
+        check_masks(tmp_path / "one" / name, tmp_path / "two" / name)
+        run = json.loads((tmp_path / "two" / name / "calmix-run.json").read_text())
+        assert run["processes"] == 2
+    assert len(list((tmp_path / "two").iterdir())) == 2
 
 
 @pytest.mark.long
-def test_what_two_have_begun_two_go_on_with(calmix, gemma, text_file, tmp_path, monkeypatch):
+def test_what_two_have_begun_two_go_on_with(calmix, text_file, tmp_path, monkeypatch):
+    """The last two blocks of the model read what the first two have written."""
     monkeypatch.setattr(distributed, "TIDYING", timedelta(seconds=0.1))  # the first one is killed
+    gemma = save_tiny_model(tmp_path / "model", "gemma4_text")
     asked = ("prune", gemma, "--calibration", text_file, *SMALL, "-o")
     cut, log = tmp_path / "cut", tmp_path / "log"
 
@@ -104,7 +90,8 @@ def test_what_two_have_begun_two_go_on_with(calmix, gemma, text_file, tmp_path, 
     assert "is the work of another request (processes: 2, now 1)" in ended.line
     assert "resuming after 2 of 4 blocks" in forked((*asked, cut, "--resume"), log)
     forked((*asked, tmp_path / "whole"), log)
-    assert all(torch.equal(a, tensors(cut)[n]) for n, a in tensors(tmp_path / "whole").items())
+    whole = load_weights(tmp_path / "whole")
+    assert all(torch.equal(a, load_weights(cut)[n]) for n, a in whole.items())
 
 
 def test_two_drop_the_experts_that_one_drops(calmix, text_file, tmp_path, monkeypatch):
@@ -133,10 +120,7 @@ def test_two_drop_the_experts_that_one_drops(calmix, text_file, tmp_path, monkey
         assert ours["kept"] == theirs["kept"]
         assert ours["scores"] == pytest.approx(theirs["scores"])
     assert one["experts"] == two["experts"]
-    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        assert ((value == 0) == (two[name] == 0)).float().mean() > 0.99, name
+    check_masks(tmp_path / "one", tmp_path / "two")
 
 
 def damaged(folder):
@@ -146,13 +130,14 @@ def damaged(folder):
     return folder
 
 
-def told_once(act, log):
-    """The one line of two processes that both end with exit code 2."""
-    ended = ranks(act, 2, log)
+def told_once(act, tmp_path):
+    """The one line of two processes that both end with exit code 2 and leave nothing."""
+    ended = ranks(act, 2, tmp_path / "log")
     assert [one.code for one in ended] == [2, 2], [one.errors for one in ended]
     lines = [text for one in ended for text in one.errors.splitlines()]
     (told,) = [text for text in lines if not text.startswith(("calibrating", "[Gloo]"))]
     assert told.startswith("error: ")
+    assert not list(tmp_path.glob("out*"))
     return told
 
 
@@ -168,8 +153,17 @@ def test_a_mistake_is_told_once_and_all_end(tiny_folder, text_file, tmp_path):
         "there is none": (tiny_folder, *drawn, *SMALL, "--device", "cuda"),
     }
     for line, arguments in asked.items():
-        assert line in told_once(command("prune", *arguments, *output), tmp_path / "log")
-        assert not list(tmp_path.glob("out*"))
+        assert line in told_once(command("prune", *arguments, *output), tmp_path)
+
+    def fail(self, index):
+        raise SolverError("met alone")
+
+    def act():
+        if os.environ["RANK"] == "1":
+            Run.block = fail
+        command("prune", tiny_folder, *drawn, *SMALL, *output)()
+
+    assert told_once(act, tmp_path) == "error: met alone"
 
 
 def test_without_a_launcher_there_is_one_process(calmix, tiny_folder, tmp_path, monkeypatch):
@@ -179,17 +173,3 @@ def test_without_a_launcher_there_is_one_process(calmix, tiny_folder, tmp_path, 
     assert "WORLD_SIZE is set, but there is no launcher: " in calmix(*asked).line
     monkeypatch.delenv("WORLD_SIZE")
     assert "every block" in calmix(*asked, "--checkpoint-every", 0).line
-
-
-def test_what_one_process_meets_ends_the_other(tiny_folder, text_file, tmp_path):
-    def act():
-        if os.environ["RANK"] == "1":
-            Run.block = lambda self, index: fail()
-        asked = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "-o", tmp_path / "out")
-        command(*asked)()
-
-    def fail():
-        raise SolverError("met alone")
-
-    assert told_once(act, tmp_path / "log") == "error: met alone"
-    assert not list(tmp_path.glob("out*"))

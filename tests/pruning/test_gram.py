@@ -1,3 +1,5 @@
+"""Statistics of inputs and the factor of a damped Gram matrix, beside float64."""
+
 from contextlib import nullcontext
 
 import pytest
@@ -5,32 +7,41 @@ import torch
 
 from benchmarks.traced import tracing
 from calmix.errors import InputError, SolverError
-from calmix.pruning import Unstructured, prune
+from calmix.pruning import Unstructured, get_method, prune
 from calmix.pruning import gram as gram_module
 from calmix.pruning.gram import Gram, Squares, inverse_factor, relative_error, squared
-from calmix.pruning.methods import get_method
 from calmix.pruning.methods.wanda import Wanda
 from tests.pruning.toy import Elsewhere, Means
 from tests.tiny import tiny_ids, tiny_model
 
+CPU = torch.device("cpu")
 
-@pytest.mark.parametrize("columns", [1, 7, 33, 600])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gram_matches_float64(columns, dtype):
-    torch.manual_seed(columns)
-    x = torch.randn(3, 900, columns).to(dtype)
-    gram, squares = Gram(columns, x.device), Squares(columns, x.device)
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "as on an accelerator"])
+@pytest.mark.parametrize("columns", [1, 33, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_statistics_match_float64(columns, dtype, elsewhere, monkeypatch):
+    """And those of several processes add up."""
+    if elsewhere:
+        monkeypatch.setattr(gram_module, "bfloat16_products", lambda allowed: nullcontext())
+    x = torch.randn(3, 900, columns, generator=torch.Generator().manual_seed(columns)).to(dtype)
+    gram, squares = Gram(columns, CPU), Squares(columns, CPU)
     for batch in x:
-        gram.add(batch)
-        squares.add(batch)
+        for statistic in (gram, squares):
+            statistic.add(batch.as_subclass(Elsewhere) if elsewhere else batch)
     flat = x.double().reshape(-1, columns)
     exact = flat.T @ flat
-    scale = exact.diagonal().max()
-    assert gram.tokens == squares.tokens == 2700
+    gram.reduce(lambda held: held.mul_(2))
+    squares.reduce(lambda held: held.mul_(2))
     # Half-precision inputs must not cost precision: a bfloat16 result would be off by 4e-3.
-    assert (gram.matrix().double() - exact).abs().max() / scale < 1e-5
-    assert torch.allclose(squares.matrix().double(), exact.diagonal(), rtol=1e-5)
+    assert (gram.matrix().double() - 2 * exact).abs().max() / exact.diagonal().max() < 2e-5
+    assert torch.allclose(squares.matrix().double(), 2 * exact.diagonal(), rtol=1e-5)
     assert torch.equal(gram.matrix(), gram.matrix().T)
+
+
+def test_a_statistic_that_is_no_sum_is_not_shared():
+    with pytest.raises(InputError, match=r"^Means cannot be gathered by several processes$"):
+        Means(3, CPU).reduce(lambda held: held)
 
 
 def test_grams_of_sources_give_a_mix_and_the_error_on_another_text():
@@ -58,18 +69,7 @@ def test_grams_of_sources_give_a_mix_and_the_error_on_another_text():
     assert relative_error(torch.zeros_like(weight), weight, mix) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_way_taken_on_an_accelerator_gives_the_same_sums(dtype, monkeypatch):
-    monkeypatch.setattr(gram_module, "bfloat16_products", lambda allowed: nullcontext())  # no TF32
-    x = 30 * torch.randn(2, 500, 40).to(dtype)
-    gram, squares = Gram(40, torch.device("cpu")), Squares(40, torch.device("cpu"))
-    for part in x:
-        gram.add(part.as_subclass(Elsewhere))
-        squares.add(part.as_subclass(Elsewhere))
-    flat = x.double().reshape(-1, 40)
-    exact = flat.T @ flat
-    assert (gram.matrix().double() - exact).abs().max() / exact.max() < 1e-5
-    assert torch.allclose(squares.matrix().double(), exact.diagonal(), rtol=1e-5)
+# The precision of products
 
 
 def test_half_types_may_be_multiplied_as_bfloat16_where_that_is_exact(monkeypatch):
@@ -82,47 +82,18 @@ def test_half_types_may_be_multiplied_as_bfloat16_where_that_is_exact(monkeypatc
     monkeypatch.setattr(gram_module, "bfloat16_products", allowed)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         x = torch.ones(5, 4, dtype=dtype)
-        Gram(4, torch.device("cpu")).add(x)
-        Gram(4, torch.device("cpu")).add(x.as_subclass(Elsewhere))
+        Gram(4, CPU).add(x)
+        Gram(4, CPU).add(x.as_subclass(Elsewhere))
     assert seen == [False, False, False, True, True, True]  # float16 in tf32, not in bfloat16
 
 
-@pytest.mark.parametrize("kind", [Gram, Squares])
-def test_statistics_of_several_processes_are_summed(kind):
-    one, x = kind(300, torch.device("cpu")), torch.randn(20, 300)
-    one.add(x)
-    one.reduce(lambda held: held.mul_(3))
-    exact = 3 * (x.T @ x)
-    torch.testing.assert_close(one.matrix(), exact if kind is Gram else exact.diagonal())
-
-
-def test_a_statistic_that_is_no_sum_is_not_shared():
-    with pytest.raises(InputError, match=r"^Means cannot be gathered by several processes$"):
-        Means(3, torch.device("cpu")).reduce(lambda held: held)
-
-
-@pytest.mark.parametrize("precision", ["none", "ieee", "tf32"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matmul_precision_setting_is_restored(precision, dtype):
-    """Of the backends: torch refuses to tell one for all of them where they differ."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    at_first = [backend.fp32_precision for backend in backends]
-    try:
-        torch.backends.cuda.matmul.fp32_precision = precision
-        before = [backend.fp32_precision for backend in backends]
-        gram = Gram(4, torch.device("cpu"))
-        gram.add(torch.randn(5, 4, dtype=dtype))
-        assert [backend.fp32_precision for backend in backends] == before
-    finally:
-        for backend, value in zip(backends, at_first, strict=True):
-            backend.fp32_precision = value
-
-
 SETTINGS = [
+    lambda: None,
     lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
     lambda: torch.set_float32_matmul_precision("high"),
     lambda: torch.set_float32_matmul_precision("medium"),
     lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"),
     lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
 ]
 
@@ -159,6 +130,7 @@ def test_precision_is_what_it_was_whatever_way_it_was_set(setting, monkeypatch):
     try:
         setting()
         before = told()
+        Gram(4, CPU).add(torch.randn(5, 4, dtype=torch.bfloat16))
         prune(tiny_model("llama"), tiny_ids(2, 8), method="wanda", pattern=Unstructured(0.5))
         assert told() == before
         assert set(seen) == {"ieee"}
@@ -168,70 +140,71 @@ def test_precision_is_what_it_was_whatever_way_it_was_set(setting, monkeypatch):
             backend.fp32_precision = "none"
 
 
+# The factor
+
+
 def correlated(columns, tokens):
-    x = torch.randn(tokens, columns, dtype=torch.float64) @ torch.randn(
-        columns, columns, dtype=torch.float64
-    )
+    torch.manual_seed(0)
+    x, mixing = (torch.randn(n, columns, dtype=torch.float64) for n in (tokens, columns))
+    x = x @ mixing
     return (x.T @ x).float()
+
+
+def check_factor(factor, gram, damping):
+    damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(len(gram))
+    inverse, upper = torch.linalg.inv(damped), factor.upper.double()
+    assert torch.equal(factor.upper, factor.upper.triu())
+    assert torch.allclose(upper.T @ upper, inverse, rtol=1e-3, atol=1e-4 * inverse.max())
+    assert factor.upper.dtype == torch.float32
 
 
 @pytest.mark.parametrize("columns", [40, 311])  # LAPACK's alone, and of blocks
 def test_factor_is_that_of_the_damped_inverse(columns):
-    torch.manual_seed(0)
     gram = correlated(columns, 12 * columns)
     factor = inverse_factor(gram, 0.01)
-    damped = gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(columns)
-    inverse = torch.linalg.inv(damped)
-    upper = factor.upper.double()
-    assert torch.equal(factor.upper, factor.upper.triu())
-    assert torch.allclose(upper.T @ upper, inverse, rtol=1e-3, atol=1e-4 * inverse.max())
+    check_factor(factor, gram, 0.01)
     assert (factor.damping, factor.dtype, int(factor.dead.sum())) == (0.01, torch.float32, 0)
-    assert factor.upper.dtype == torch.float32
     for scale in (2.0**-30, 2.0**30):  # of whatever units the inputs are
         scaled = inverse_factor(scale * gram)
         assert (scaled.damping, scaled.raised) == (0.01, 1)
         torch.testing.assert_close(scaled.upper * scale**0.5, factor.upper)
+    gram[3] = gram[:, 3] = 0
+    assert inverse_factor(gram).dead.nonzero().flatten().tolist() == [3]
 
 
 @pytest.mark.parametrize("columns", [1, 40, 311])
 def test_square_of_a_triangle(columns):
-    torch.manual_seed(0)
-    upper = torch.randn(columns, columns).triu()
-    expected = upper.double().T @ upper.double()
+    upper = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0)).triu()
     found = squared(upper)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found.double(), upper.double().T @ upper.double(), rtol=1e-4, atol=1e-4
+    )
     assert torch.equal(found, found.T)
 
 
 def test_damping_is_raised_and_recorded_never_skipped():
+    """Not positive definite at 1 % damping: one eigenvalue is so much of the mean diagonal."""
     torch.manual_seed(0)
-    # Not positive definite at 1 % damping: one eigenvalue is -5 % of the mean diagonal.
     basis = torch.linalg.qr(torch.randn(30, 30, dtype=torch.float64)).Q
     values = torch.linspace(0.5, 1.5, 30, dtype=torch.float64)
-    values[0] = -0.05
-    gram = (basis * values @ basis.T).float()
-    factor = inverse_factor(gram, 0.01)
-    assert factor.damping == pytest.approx(0.1)
-    values[0] = -0.5
-    factor = inverse_factor((basis * values @ basis.T).float(), 0.01)
-    assert factor.dtype == torch.float64
-    assert factor.damping == pytest.approx(1.0)
-    values[0] = -5
+
+    def factor_with(least):
+        values[0] = least
+        return inverse_factor((basis * values @ basis.T).float(), 0.01)
+
+    assert factor_with(-0.05).damping == pytest.approx(0.1)
+    factor = factor_with(-0.5)
+    assert (factor.dtype, factor.damping) == (torch.float64, pytest.approx(1.0))
     with pytest.raises(SolverError, match="not positive definite even with damping 1: use more"):
-        inverse_factor((basis * values @ basis.T).float(), 0.01)
+        factor_with(-5)
 
 
 def test_a_factor_beyond_single_precision_is_made_in_double():
     """Whole numbers of rank 20 in 40, damped by less than float32 can add to them."""
     x = torch.randint(-3, 4, (20, 40), generator=torch.Generator().manual_seed(0)).float()
-    gram = x.T @ x
-    factor = inverse_factor(gram, 1e-9)
+    factor = inverse_factor(x.T @ x, 1e-9)
     assert (factor.dtype, factor.damping) == (torch.float64, pytest.approx(1e-8))
-    assert factor.upper.dtype == torch.float32
-    damped = gram.double() + 1e-8 * gram.diagonal().double().mean() * torch.eye(40)
-    inverse = torch.linalg.inv(damped)
-    upper = factor.upper.double()
-    assert torch.allclose(upper.T @ upper, inverse, rtol=1e-3, atol=1e-4 * inverse.max())
+    check_factor(factor, x.T @ x, 1e-8)
 
 
 def test_attempts_at_a_factor_in_order(monkeypatch):
@@ -264,13 +237,6 @@ def test_unusable_inputs():
         inverse_factor(torch.zeros(3, 3))
     with pytest.raises(SolverError, match="not finite"):
         inverse_factor(torch.full((3, 3), float("nan")))
-
-
-def test_dead_inputs_are_reported():
-    torch.manual_seed(0)
-    gram = correlated(10, 100)
-    gram[3] = gram[:, 3] = 0
-    assert inverse_factor(gram).dead.nonzero().flatten().tolist() == [3]
 
 
 def test_where_float64_is_not_known_the_factor_is_made_on_the_cpu():
