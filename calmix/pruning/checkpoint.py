@@ -176,7 +176,13 @@ class _Pruning:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint."""
-        return sum(p.nbytes for p in self.source.model.parameters())
+        source = self.source
+        if isinstance(source, WholeModel):
+            return sum(p.nbytes for p in source.model.parameters())
+        rest = [name for names in list(source.layout.values())[len(source.blocks) :]
+                for name in names]  # fmt: skip
+        blocks = sum(map(source.block_bytes, range(len(source.blocks))))
+        return blocks + sum(source.shards.places[name].size for name in rest)
 
     def finished(self) -> dict[Path, PruneReport]:
         """Return the reports of outputs that an earlier run of the same requests has finished."""
