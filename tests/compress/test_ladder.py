@@ -219,10 +219,8 @@ def test_a_stop_before_the_first_record_leaves_nothing_to_refuse(
 @pytest.mark.parametrize(("suite", "after"), [("offline", "measure"), ("mine.yaml", "hf upload")])
 def test_programs_of_own_rows_are_no_reason_to_measure_abilities(suite, after):
     known = SimpleNamespace(answers=1, not_run=("programs",))
-    card = SimpleNamespace(
-        behaved=known, record=SimpleNamespace(request={"suite": suite}), measure="measure",
-        out=Path("out"),
-    )  # fmt: skip
+    card = SimpleNamespace(behaved=known, asked={"suite": suite}, measure="measure",
+                           out=Path("out"))  # fmt: skip
     assert Card.next.fget(card).startswith(after)
 
 
