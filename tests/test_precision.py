@@ -71,11 +71,9 @@ def test_what_is_set_for_large_products_is_the_cpus_alone_and_does_not_last(monk
     assert [cpu.fp32_precision, cuda.fp32_precision] == before
 
 
-def test_an_older_torch_names_fewer_instructions(monkeypatch):
+@pytest.mark.parametrize("able", [True, False])
+def test_an_older_torch_names_fewer_instructions(monkeypatch, able):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    for able in (True, False):
-        monkeypatch.setattr(
-            torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able, raising=False
-        )
-        assert precision.fast_half_precision(torch.bfloat16) == able
+    for name, told in (("amx_tile", False), ("avx512_bf16", able)):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda t=told: t, raising=False)
+    assert precision.fast_half_precision(torch.bfloat16) == able

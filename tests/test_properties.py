@@ -99,14 +99,6 @@ def test_windows_are_runs_of_documents_of_their_own(texts, rows, length, seed):
         assert len(row) == length
 
 
-def test_every_window_of_a_document_is_drawn():
-    text = [(Document(id="a", text="x"), list(range(6)))]
-    found = {
-        pack_window(iter(text), 1, 4, np.random.default_rng(seed))[0][0][0] for seed in range(60)
-    }
-    assert found == {0, 1, 2}
-
-
 @st.composite
 def token_rows(draw):
     shape = draw(st.integers(1, 6)), draw(st.integers(1, 9))
@@ -259,22 +251,19 @@ def test_orders_stay_within_their_strata(sizes):
 
 
 def test_more_orders_than_are_counted_are_drawn():
-    strata = (9,)
+    strata, rng = (9,), np.random.default_rng(0)
     found = orders(strata, 500, 3)
     assert found.shape == (500, 9)
     assert (np.sort(found, 1) == range(9)).all()
     assert len(set(map(tuple, found.tolist()))) > 490
-    assert least_p(strata, 499) == 1 / 500
-    rng = np.random.default_rng(0)
-    x, y = rng.random(9), rng.random((2, 9))
+    x, y = rng.random(9), rng.random(9)
     p, exact = permutation_p(x, y, permutations=499, seed=5)
     assert not exact
-    for row, value in zip(y, p, strict=True):
-        every = [abs(spearman(x[order], row)) for order in orders(strata, 499, 5)]
-        reached = sum(one >= abs(spearman(x, row)) - 1e-9 for one in every)
-        assert value == pytest.approx((reached + 1) / 500)
+    every = [abs(spearman(x[order], y)) for order in orders(strata, 499, 5)]
+    reached = sum(one >= abs(spearman(x, y)) - 1e-9 for one in every)
+    assert float(p) == pytest.approx((reached + 1) / 500)
     alone = permutation_p(x, x, permutations=499, seed=5)[0]
-    assert float(alone) == least_p(strata, 499)
+    assert float(alone) == least_p(strata, 499) == 1 / 500
 
 
 @given(p=st.lists(st.floats(0, 1), max_size=8))
