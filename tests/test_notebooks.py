@@ -9,7 +9,6 @@ import pytest
 from nbclient import NotebookClient
 
 from calmix.files import cache_dir
-from calmix.report.card import read_card
 from tests.tiny import longer
 
 ROOT = Path(__file__).parents[1]
@@ -28,58 +27,31 @@ def outputs(book):
     ]
 
 
-@pytest.fixture
-def ran(tmp_path, tiny_folder, monkeypatch):
-    """Run a notebook in a folder of its own and return what its code cells leave."""
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "assets").symlink_to(cache_dir() / "assets")
-    settings = {
-        "CALMIX_CACHE": tmp_path / "cache",
-        "CALMIX_NOTEBOOK_MODEL": longer(tiny_folder, tmp_path / "model"),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": ROOT,
-    }
-
-    def run(name, **more):
-        for key, value in {**settings, **more}.items():
-            monkeypatch.setenv(key, str(value))
-        book = nbformat.read(BOOKS / name, 4)
-        where = {"metadata": {"path": str(tmp_path)}}
-        NotebookClient(book, timeout=300, kernel_name="python3", resources=where).execute()
-        return outputs(book)
-
-    return run
-
-
 @pytest.mark.real
 @pytest.mark.long  # a minute of processor time, and tests/compress has all it does
-def test_a_model_compressed_on_its_own_text(ran, tmp_path):
-    told = ran("compress.ipynb", CALMIX_NOTEBOOK_SUITE="smoke")
-    card = read_card(tmp_path / "out" / "no-corpus")
-    assert {source.licence for source in card.sources} == {"written by the model"}
-    assert sum(source.rows for source in card.sources) == 32
-    assert card.pruned / card.weights == pytest.approx(0.6, abs=0.001)
-    assert "$ calmix calibrate self-written" in told[1]
-    assert "| commonsense |" in told[2]
-    assert "pruned:" in told[3]
-
-
-@pytest.mark.real
-@pytest.mark.long  # a quarter of a minute, most of it a kernel's imports
-def test_two_sets_compared_and_a_mix_built(ran, tmp_path):
-    told = ran(
-        "compare-sets.ipynb",
-        CALMIX_NOTEBOOK_ROWS=8,
-        CALMIX_NOTEBOOK_LENGTH=64,
-        CALMIX_NOTEBOOK_LEAKAGE="off",
-    )
-    table = {line[:12].strip(): line[12:].split() for line in told[2].splitlines()}
-    assert table[""][-1] == "total"
-    for name in ("code alone", "mix"):
-        assert len(table[name]) == 5
-        assert all(0 < float(value) < 5 for value in table[name])
-    assert (tmp_path / "out" / "own-set" / "manifest.json").is_file()
-    assert "'out/mine.txt': 2" in told[3]
+@pytest.mark.parametrize(
+    ("name", "more", "made"),
+    [
+        ("compress", {"SUITE": "smoke"}, "no-corpus/card.html"),
+        ("compare-sets", {"ROWS": 8, "LENGTH": 64, "LEAKAGE": "off"}, "own-set/manifest.json"),
+    ],
+)
+def test_a_notebook_runs(name, more, made, tmp_path, tiny_folder, monkeypatch):
+    """In a folder of its own."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "assets").symlink_to(cache_dir() / "assets")
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CALMIX_NOTEBOOK_MODEL", str(longer(tiny_folder, tmp_path / "model")))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for key, value in more.items():
+        monkeypatch.setenv(f"CALMIX_NOTEBOOK_{key}", str(value))
+    book = nbformat.read(BOOKS / f"{name}.ipynb", 4)
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(book, timeout=300, kernel_name="python3", resources=where).execute()
+    assert all(outputs(book)[1:])
+    assert (tmp_path / "out" / made).is_file()
 
 
 @pytest.mark.parametrize("path", sorted(BOOKS.glob("*.ipynb")), ids=lambda path: path.stem)

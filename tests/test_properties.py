@@ -99,6 +99,12 @@ def test_windows_are_runs_of_documents_of_their_own(texts, rows, length, seed):
         assert len(row) == length
 
 
+def test_every_window_of_a_document_is_drawn():
+    text = [(Document(id="a", text="x"), list(range(6)))]
+    drawn = [pack_window(iter(text), 1, 4, np.random.default_rng(seed)) for seed in range(60)]
+    assert {packed.rows[0][0] for packed in drawn} == {0, 1, 2}
+
+
 @st.composite
 def token_rows(draw):
     shape = draw(st.integers(1, 6)), draw(st.integers(1, 9))

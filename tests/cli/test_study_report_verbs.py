@@ -56,24 +56,24 @@ def test_recommend_names_the_best_and_its_doubt(calmix, tmp_path):
         for name, by in kept.items()
         for seed in (0, 1)
     )  # fmt: skip
-    folder = save(study(full_plan(), trials=trials), tmp_path / "small")
-    ended = calmix("study", "recommend", folder, "--weights", "general=1,code=3").ok()
-    assert "take coder: expect 6" in ended.out
-    assert "coder keeps the most: 6" in " ".join(ended.out.split())
-    assert "ahead of reader by " in " ".join(ended.out.split())
-    assert "brackets: 95 %, over test items and seeds (" in ended.out
-    assert max(map(len, ended.out.splitlines())) <= 80
-    told = json.loads(calmix("study", "recommend", folder, "--weights", "general=1", "--json").out)
+
+    def recommended(trials, *more):
+        place = tmp_path / str(len(trials))
+        folder = place if place.exists() else save(study(full_plan(), trials=trials), place)
+        return calmix("study", "recommend", folder, *more).ok().out
+
+    text = recommended(trials, "--weights", "general=1,code=3")
+    assert max(map(len, text.splitlines())) <= 80
+    for words in ("take coder: expect 6", "coder keeps the most: 6", "ahead of reader by ",
+                  "brackets: 95 %, over test items and seeds ("):  # fmt: skip
+        assert words in " ".join(text.split())
+    told = json.loads(recommended(trials, "--weights", "general=1", "--json"))
     assert told[0]["candidates"][0]["calibration"] == "reader"
-    once = tuple(one for one in trials if one.seed == 0)
-    single = save(study(full_plan(), trials=once), tmp_path / "single")
-    text = calmix("study", "recommend", single, "--weights", "general=1").out
+    text = recommended(tuple(one for one in trials if one.seed == 0))
     assert "over test items; one seed each says nothing of others" in text
-    text = calmix("study", "recommend", single).out
     assert "weights all equal" in text
     assert "take coder or another that is tied: expect 55" in text
-    alone = save(study(full_plan(), trials=once[:1]), tmp_path / "alone")
-    assert "no other set than coder: " in calmix("study", "recommend", alone).out
+    assert "no other set than coder: " in recommended(trials[:1])
 
 
 def test_mistakes_are_one_line(calmix, folder, tmp_path):
