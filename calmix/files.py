@@ -217,8 +217,6 @@ def check_output_folder(
     with disk_errors(path):
         place = real_place(path)
         _sweep(place)
-        if place.is_symlink():
-            raise InputError(f"{path} is a link in a circle: name another folder for the output")
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file: name a folder for the output")
         check_apart(path, inputs)

@@ -154,18 +154,18 @@ class Stages(Progress):
 
     def part(self, inside: str = "") -> None:
         """Show how far the stage will be by now, and what is done inside it."""
+        text = f"{self._at + 1}/{len(self._names)} {self._names[self._at]}"
+        text += f": {textwrap.shorten(inside, WIDE, placeholder='...')}" if inside else ""
         before, own = sum(self._expected[: self._at]), self._expected[self._at]
+        whole = sum(self._expected)
+        if not whole:  # nothing is known of the time
+            self.show(text, None)
+            return
         pace = self._taken / before if min(self._taken, before) > 1 else 1.0
         spent = (time.monotonic() - self._start) / pace
         # Past 70 % of its time a stage slows down and never stands: it may take longer.
-        done = spent if spent <= 0.7 * own else own * spent / (spent + 0.3 * own)
-        whole = sum(self._expected)
-        text = f"{self._at + 1}/{len(self._names)} {self._names[self._at]}"
-        text += f": {textwrap.shorten(inside, WIDE, placeholder='...')}" if inside else ""
-        if whole:
-            self.show(text, (before + done) / whole, "all", pace * (whole - before - done))
-        else:  # nothing is known of the time
-            self.show(text, None)
+        done = before + (spent if spent <= 0.7 * own else own * spent / (spent + 0.3 * own))
+        self.show(text, done / whole, "all", pace * (whole - done))
 
 
 def _watched() -> bool:

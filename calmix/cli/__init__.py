@@ -55,10 +55,6 @@ def _refuse(error: Any) -> NoReturn:
         from calmix.options import METHOD
         from calmix.pruning.methods import methods
 
-        if name in ("--experts", "--expert-smoothing"):
-            fail(f"{name} is gone: experts are pruned on their own tokens, and a little on all")
-        if name == "--checkpoint-every":
-            fail("--checkpoint-every is gone: an interrupted run resumes at every block")
         key = name.lstrip("-").replace("-", "_")
         for method in sorted(methods().values(), key=lambda one: one.name != METHOD):
             if key in method.model_fields:

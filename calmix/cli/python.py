@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,14 +71,7 @@ class Compressed(Shown):
 
 
 def compress(
-    model: str | Path,
-    output: str | Path,
-    *,
-    keep: Mapping[str, float] | str | None = None,
-    no_corpus: bool = False,
-    within: str | None = None,
-    shown: bool = True,
-    **options: Any,
+    model: str | Path, output: str | Path, *, shown: bool = True, **options: Any
 ) -> Compressed:
     """Quantise a model (or prune it and distil into it), evaluate it, and write its report card.
 
@@ -88,20 +80,18 @@ def compress(
     Args:
         model: hub id, folder, `.gguf` file or `builtin:NAME`.
         output: folder to write, or to resume in.
-        keep: shares of dimensions in the calibration text, such as `{"code": 2, "general": 1}`
-            or `"code=2,general=1"`.
-        no_corpus: calibrate on text the model writes itself.
-        within: with `keep_at_least`, time to look for it, such as `"2h"`.
         shown: show a line of progress, in a notebook too.
         **options: those of `calmix compress` that decide the result, such as `sparsity=0.6`,
-            `bits=2.8`, `keep_at_least="code=0.9"`, `pattern="2:4"`, `effort="quick"`,
-            `calibration="mine.csv"`, `text_field="prompt"`.
+            `bits=2.8`, `pattern="2:4"`, `effort="quick"`, `calibration="mine.csv"`,
+            `text_field="prompt"`, `no_corpus=True` (text that the model writes itself);
+            `keep={"code": 2, "general": 1}`, shares of dimensions in the calibration text;
+            `keep_at_least="code=0.9"`, with `within="2h"` the time to look for it.
 
     Raises:
         NotKeptError: no candidate keeps what `keep_at_least` asks for.
         CalmixError: anything a user can mend, before work or download where that can be known.
     """
-    given = options | {"model": model, "keep": keep, "no_corpus": no_corpus, "within": within}
+    given = {"model": model, **options}
     given = {key: str(one) if isinstance(one, Path) else one for key, one in given.items()}
     asked, folder = checked(Compression, given), Path(output)
     found, _ = make(asked, folder, shown=shown)
