@@ -48,13 +48,9 @@ class Plan:
 
 SLOPES = {"general": 0.08, "commonsense": 0.02, "code": -0.12, "math": -0.08}
 OTHERS = {
-    "mix-4": ("mix", 0.06),
-    "mix-8": ("mix", 0.08),
-    "mix-all": ("mix", 0.07),
-    "self-cal": ("self-cal", 0.0),
-    "sgs": ("sgs", 0.01),
-    "igsp": ("igsp", 0.04),
-}
+    "mix-4": ("mix", 0.06), "mix-8": ("mix", 0.08), "mix-all": ("mix", 0.07),
+    "self-cal": ("self-cal", 0.0), "sgs": ("sgs", 0.01), "igsp": ("igsp", 0.04),
+}  # fmt: skip
 CONDITIONS = (("sparsegpt", "50%"), ("sparsegpt", "60%"), ("wanda", "50%"))
 
 
@@ -66,8 +62,7 @@ def full_plan(**changes):
 
 def study(plan, **changes):
     """Return the results of a made-up study."""
-    rng = np.random.default_rng(plan.seed)
-    slopes = plan.slopes or {}
+    rng, slopes = np.random.default_rng(plan.seed), plan.slopes or {}
     heights = rng.permutation(np.linspace(-1.5, 1.5, len(plan.sources)))
     sets = {
         name: ("single", float(height)) for name, height in zip(plan.sources, heights, strict=True)
@@ -94,38 +89,19 @@ def study(plan, **changes):
                     for dimension, value in own.items()
                 }
                 perplexity = 15 * math.exp(height + 0.02 * float(rng.standard_normal()))
-                information = {
-                    "perplexity": perplexity,
-                    "entropy": float(7 + rng.random()),
-                    **extra,
-                    "tokens": 32768.0,
-                }
-                trials.append(
-                    trial(
-                        name,
-                        made,
-                        method,
-                        pattern,
-                        seed,
-                        kept,
-                        information,
-                        kind=kinds.get(name, "") if made == "single" else "",
-                    )
-                )
+                entropy = float(7 + rng.random())
+                information = {"perplexity": perplexity, "entropy": entropy, **extra}
+                kind = kinds.get(name, "") if made == "single" else ""
+                trials.append(trial(name, made, method, pattern, seed, kept,
+                                    information | {"tokens": 32768.0}, kind=kind))  # fmt: skip
     fields = {
-        "name": "made-up",
-        "text": "name: made-up\nmodel: builtin:smollm2-135m\n",
-        "planned": len(trials),
-        "trials": tuple(trials),
+        "name": "made-up", "text": "name: made-up\nmodel: builtin:smollm2-135m\n",
+        "planned": len(trials), "trials": tuple(trials),
         "environment": {"machine": {"cores": 2, "system": "Linux"}, "python": "3.11.7"},
         "suite": {"name": "offline", "version": 1, "dimensions": list(plan.dimensions)},
-    }
-    fields |= changes
-    known = {
-        (one.model, task.task): task
-        for one in sorted(fields["trials"], key=lambda one: one.tasks[0].signal)
-        for task in one.tasks
-    }
+    } | changes  # fmt: skip
+    ordered = sorted(fields["trials"], key=lambda one: one.tasks[0].signal)
+    known = {(one.model, task.task): task for one in ordered for task in one.tasks}
     fields["dense"] = {
         model: tuple(scores(task, None) for (label, _), task in known.items() if label == model)
         for model, _ in known

@@ -58,20 +58,22 @@ def test_a_shell_is_told_how_a_line_may_go_on(calmix, monkeypatch, words, offere
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("words", "said"),
     [
-        (("prune", "x", "--zzzzz"), "error: No such option: --zzzzz (see calmix prune --help)"),
-        (("prune",), "error: Missing argument 'MODEL' (see calmix prune --help)"),
-        (("prue", "x"), "error: No such command 'prue'"),
-        (
-            ("prune", "x", "-o", "y", "--rows", "many"),
-            "error: --rows many: must be a valid integer",
-        ),
+        ("prune x --zzzzz", "error: No such option: --zzzzz (see calmix prune --help)"),
+        ("prune", "error: Missing argument 'MODEL' (see calmix prune --help)"),
+        ("prue x", "error: No such command 'prue'"),
+        ("prune x -o y --rows many", "error: --rows many: must be a valid integer"),
+        ("compress x -o y --effort quik", "did you mean quick?"),
+        ("compress x -o y --effort fast", "did you mean quick?"),
+        ("prune x -o y --ratio 0.5", "did you mean --sparsity?"),
+        ("quantize x", "did you mean prune?"),
+        ("compress x -o y --seed fast", "--seed fast: must be a valid integer"),
+        *((old, f"calmix {old} is now calmix {new}") for old, new in MOVED.items()),
     ],
 )
-def test_what_the_parser_refuses_is_one_line(calmix, arguments, said):
-    ended = calmix(*arguments)
-    assert ended.line.startswith(said)
+def test_what_the_parser_refuses_is_one_line(calmix, words, said):
+    assert said in calmix(*words.split()).line
 
 
 def test_an_interrupt_is_said_and_has_its_own_code(calmix, monkeypatch):
@@ -114,16 +116,6 @@ def test_help_is_given_however_it_is_asked_for(calmix):
     assert "[0]" in calmix("calibrate", "draw", "--help").out.partition("--seed")[2][:60]
 
 
-def test_a_choice_that_is_nearly_right_is_suggested(calmix):
-    ended = calmix("compress", "x", "-o", "y", "--effort", "quik")
-    assert ended.line.endswith("did you mean quick?")
-
-
-@pytest.mark.parametrize("old", MOVED)
-def test_a_verb_that_has_moved_says_where_to(calmix, old):
-    assert f"calmix {old} is now calmix {MOVED[old]}" in calmix(old).line
-
-
 def test_ten_verbs_are_at_the_top_and_fifteen_options_of_prune_are_shown(calmix):
     ended = calmix()
     assert (ended.code, ended.err) == (2, "")
@@ -154,16 +146,3 @@ def test_every_help_is_whole(calmix, monkeypatch, columns):
                 assert "".join(param.help.split()) in page, (name, param.name)
                 assert param.is_flag if param.metavar is None else param.metavar in page
         assert "".join(command.help.split()) in page, name
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("compress", "x", "-o", "y", "--effort", "fast"), "did you mean quick?"),
-        (("prune", "x", "-o", "y", "--ratio", "0.5"), "did you mean --sparsity?"),
-        (("quantize", "x"), "did you mean prune?"),
-        (("compress", "x", "-o", "y", "--seed", "fast"), "--seed fast: must be a valid integer"),
-    ],
-)
-def test_a_suggestion_is_what_is_meant(calmix, arguments, said):
-    assert said in calmix(*arguments).line

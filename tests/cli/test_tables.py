@@ -49,9 +49,12 @@ def test_columns_are_left_out_before_anything_is_broken(columns, capsys):
         assert re.search(rf"(^|\s){word}(\s|$)", printed, re.MULTILINE), word
 
 
-def test_a_heading_of_a_group_does_not_narrow_other_columns(columns, capsys):
+def test_headings_narrow_nothing_and_what_has_no_room_is_not_cut(columns, capsys):
     print_table(["a heading of a group", {"task": "x", "scored": "probability", "n": "1"}])
     check(capsys.readouterr().out, columns, "a heading of a group", "scored", "probability")
+    name = "model.layers.10.self_attention.query_key_value_projection" * 2
+    print_table([{"a": name, "b": "1.25"}], title="a title of more words than columns " * 4)
+    assert name in capsys.readouterr().out
 
 
 def test_without_a_terminal_a_table_is_as_wide_as_it_likes(capsys, monkeypatch):
@@ -65,13 +68,6 @@ def test_without_a_terminal_a_table_is_as_wide_as_it_likes(capsys, monkeypatch):
     *_, first, second, _ = capsys.readouterr().out.splitlines()
     assert first.rstrip() == " x   1.5 %"
     assert second.rstrip() == " y       -  w"
-
-
-def test_what_no_terminal_has_room_for_is_not_cut(columns, capsys):
-    name = "model.layers.10.self_attention.query_key_value_projection" * 2
-    title = "a title of more words than there are columns in it, by far" * 2
-    print_table([{"a": name, "b": "1.25"}], title=title)
-    assert name in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -109,26 +105,16 @@ def scores(model, nats):
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_retention_fits(calmix, tmp_path, monkeypatch, count):
     monkeypatch.setenv("COLUMNS", "80")
-    dense = tmp_path / "dense.json"
+    dense, *files = (tmp_path / f"model-{number}.json" for number in range(count + 1))
     scores("builtin:smollm2-135m", 0.1).save(dense)
-    files = []
-    for number in range(count):
-        files.append(tmp_path / f"model-{number}.json")
-        scores("out/smollm2-pruned/model", 0.6 + 0.1 * number).save(files[-1])
-    if count == 1:
-        whole = calmix("evaluate", "rescore", files[0], "--against", dense, "--json")
-        ended = calmix("evaluate", "rescore", files[0], "--against", dense)
-    else:
-        whole = calmix("compare", *files, "--against", dense, "--json")
-        ended = calmix("compare", *files, "--against", dense)
-    assert ended.code == 0, ended.err
-    told = json.loads(whole.out)
+    for number, file in enumerate(files):
+        scores("out/smollm2-pruned/model", 0.6 + 0.1 * number).save(file)
+    verb = ("evaluate", "rescore") if count == 1 else ("compare",)
+    told = json.loads(calmix(*verb, *files, "--against", dense, "--json").out)
+    ended = calmix(*verb, *files, "--against", dense).ok()
     for one in [told] if count == 1 else told.values():
-        total = one["total"]
-        shown = "{:.1f} [{:.1f}, {:.1f}]".format(
-            *(100 * total[k] for k in ("value", "low", "high"))
-        ).replace("-", "\N{MINUS SIGN}")
-        check(ended.out, 80, shown)
+        low, value, high = (f"{100 * one['total'][k]:.1f}" for k in ("low", "value", "high"))
+        check(ended.out, 80, f"{value} [{low}, {high}]".replace("-", "\N{MINUS SIGN}"))
     check(calmix("evaluate", "rescore", files[0]).out, 80, "a_rather_long_name_of_it")
 
 
