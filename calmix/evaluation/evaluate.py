@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.errors import CalmixError, InputError
+from calmix.errors import InputError
 from calmix.evaluation.records import TaskScores, rounded
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.evaluation.suites import Suite, TaskSpec, load_suite
@@ -151,7 +151,7 @@ def _run(
     from calmix.evaluation.scorer import Request, Scorer
 
     start = time.perf_counter()
-    loaded = {name: _load(name, spec) for name, spec in suite.tasks.items() if not spec.writes}
+    loaded = {name: load_items(spec) for name, spec in suite.tasks.items() if not spec.writes}
     scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
     # All of the archive's requests at once: what they share runs once.
     asked = [Request(name, *one) for name in loaded for i in loaded[name] for one in i.requests]
@@ -177,14 +177,6 @@ def _run(
         truncated=dict(scorer.truncated), seconds=round(time.perf_counter() - start, 2),
         versions=_versions(),
     )  # fmt: skip
-
-
-def _load(name: str, spec: TaskSpec) -> list[Item]:
-    """Return a task's items in the archive."""
-    try:
-        return load_items(spec)
-    except CalmixError as error:
-        raise type(error)(f"task {name}: {error}") from error
 
 
 def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:

@@ -93,7 +93,8 @@ class _Writer:
         self.ends = torch.tensor(end_tokens(opened), device=self.device)
         self.context = opened.context or 2**31
         known = inspect.signature(self.model.forward).parameters
-        self.takes = {name for name in ("position_ids", "logits_to_keep") if name in known}
+        self.takes = {"position_ids", "logits_to_keep"} & set(known)
+        self.cache = cache_argument(self.model)
         config = self.model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         self.padded = (
@@ -158,11 +159,8 @@ class _Writer:
 
     def _forward(self, ids: Any, held: Any, mask: Any, place: Any) -> Any:
         more = {"position_ids": place, "logits_to_keep": 1}
-        more = {key: more[key] for key in self.takes if more[key] is not None}
-        found = self.model(
-            ids, attention_mask=mask, use_cache=True, **{cache_argument(self.model): held}, **more
-        )
-        return found.logits[:, -1]
+        more = {key: more[key] for key in self.takes if more[key] is not None} | {self.cache: held}
+        return self.model(ids, attention_mask=mask, use_cache=True, **more).logits[:, -1]
 
     def _take(self, rows: Sequence[_Row], tokens: Any) -> None:
         """Note each row's next token, and which rows are over by now."""

@@ -17,10 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError, ModelError, first_line
 from calmix.machine import tokens_at_once, values_at_once
 from calmix.models import OpenModel
 from calmix.models.blocks import decoder_of, forwards
+from calmix.precision import dtype_name
 
 HEAD_TOKENS = 512
 COMPARED = 8  # tokens on which a head is compared with its model's forward
@@ -120,9 +121,8 @@ def _compare(model: Any, decoder: Any, head: Head) -> tuple[bool, Any]:
         states = (states * 2 ** torch.arange(COMPARED)[:, None]).to(output[0])
         found, own = (_own_logits(model, decoder, output, x) for x in (output[0], states))
     except Exception as error:  # models fail in their own ways
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        kind = str(model.dtype)[6:]
-        raise ModelError(f"{name} gives no logits for token ids in {kind}: {line}") from error
+        kind, why = dtype_name(model.dtype), first_line(error)
+        raise ModelError(f"{name} gives no logits for token ids in {kind}: {why}") from error
     # Far beyond rounding: it may send a token to another expert.
     if not close(few.nan_to_num(), wanted[:, : few.shape[1]].nan_to_num(), AHEAD):
         raise ModelError(

@@ -76,7 +76,7 @@ def load_items(spec: TaskSpec) -> list[Item]:
         items = _archive_items(str(spec.archive), str(spec.form), spec.shots or 0)
     picked = spec.pick([item.number for item in items], [item.group for item in items])
     if not picked:
-        raise InputError("no items are left to score")
+        raise InputError(f"no items of {spec.archive or spec.file} are left to score")
     return [items[at] for at in picked]
 
 

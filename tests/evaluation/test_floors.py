@@ -57,14 +57,12 @@ def test_bounds_are_exact():
         assert binom.sf(kept - 1, of, bound) == pytest.approx(1 - confidence)
 
 
-@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
-def test_what_a_number_of_right_answers_can_prove(confidence):
-    for floor in (0.5, 0.77, 0.9, 0.95):
-        few = needed(floor, confidence)
-        assert provable(few, confidence) >= floor > provable(few - 1, confidence)
-    assert needed(0.9) == 29
-    assert needed(provable(40)) == 40
-    assert provable(0) == 0
+def test_what_a_number_of_right_answers_can_prove():
+    for confidence in (0.9, 0.95, 0.99):
+        for floor in (0.5, 0.77, 0.95):
+            few = needed(floor, confidence)
+            assert provable(few, confidence) >= floor > provable(few - 1, confidence)
+    assert (needed(0.9), needed(provable(40)), provable(0)) == (29, 40, 0)
 
 
 def test_each_ability_is_judged_by_the_first_measure_it_has():
@@ -110,14 +108,6 @@ def test_no_bound_is_above_what_the_items_can_prove():
         assert found.bound == pytest.approx(found.provable, abs=0.03)
         assert 0.5 < found.bound <= found.provable < 1
         assert judged(f"{found.provable - 0.03}", one, one).passed
-
-
-def test_a_task_of_two_suites_counts_where_it_has_most_items():
-    few, many = scored(answered(30, 30), suite="a"), scored(answered(50, 50), suite="b")
-    for pairs in ([(few, few), (many, many)], [(many, many), (few, few)]):
-        assert judge({"code": 0.9}, pairs).tested[0].items == 50
-    with pytest.raises(InputError, match="cannot be compared"):
-        judge({"code": 0.9}, [(few, many)])
 
 
 def test_what_cannot_be_proven_is_said_with_the_nearest_that_can():
