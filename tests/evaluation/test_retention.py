@@ -103,50 +103,44 @@ def test_other_tasks_or_items_are_refused():
     ("measure", "floors"),
     [
         ("primary", (0.25, 0.25, 3 / math.log(2))),
-        ("accuracy", (0.25, 0.25, None)),
+        ("accuracy", (0.25, 0.25)),  # bits have none
         ("ratio", (None, None, None)),
     ],
 )
 def test_all_that_is_told_of_tasks_and_dimensions(measure, floors):
     rng = np.random.default_rng(0)
-    nats, sizes = rng.uniform(2, 6, 40).tolist(), rng.integers(9, 20, 40).tolist()
+    nats, sizes = rng.uniform(2, 6, 40), rng.integers(9, 20, 40)
     dense, pruned = (
-        [
-            right(count, 80, name="a"),
-            right(count, 50, name="b"),
-            bits([worse * value for value in nats], sizes, "c", "code"),
-        ]
-        for count, worse in ((40, 1.0), (30, 1.3))
+        [right(count, 80, name="a"), right(count, 50, name="b"), bits(own, sizes, "c", "code")]
+        for count, own in ((40, nats), (30, 1.3 * nats))
     )
     found = retention(dense, pruned, measure=measure, resamples=50)
-    draws, points, whole = [], [], []
-    assert len(found.tasks) == (2 if measure == "accuracy" else 3)  # bits have no accuracy
+    points, whole = [], []
     for one, two, floor, told in zip(dense, pruned, floors, found.tasks, strict=False):
         made = parts(one, two, measure)
-        draws.append(resampled(one.name, made, resamples=50, seed=0))
-        points.append(made.retention)
+        points.append((made.retention, resampled(one.name, made, resamples=50, seed=0)))
         whole.append(made.whole.sum())
         assert told == TaskRetention(
             one.name, one.dimension, made.score, len(one.items),
             None if floor is None else pytest.approx(floor),
             mean_score(one, made.score), mean_score(two, made.score),
-            one.accuracy, two.accuracy, noise(made.whole), True, estimate(points[-1], draws[-1]),
+            one.accuracy, two.accuracy, noise(made.whole), True, estimate(*points[-1]),
         )  # fmt: skip
     shares = [1.0, 1.0] if measure == "ratio" else whole[:2]  # items are pooled but for the paper's
-    value = np.average(points[:2], weights=shares)
-    general = value, np.average(draws[:2], axis=0, weights=shares)
-    rolled = [general, *zip(points[2:], draws[2:], strict=True)]
-    for told, (value, drawn) in zip(found.dimensions, rolled, strict=True):
-        assert told.kept.value == pytest.approx(value)
-        assert told.kept.low == pytest.approx(estimate(value, drawn).low)
+    value, draws = (np.average(some, axis=0, weights=shares)
+                    for some in zip(*points[:2], strict=True))  # fmt: skip
+    rolled = [(value, draws), *points[2:]]
+    assert len(found.tasks) == len(points) == len(floors)
+    for told, point in zip(found.dimensions, rolled, strict=True):
+        assert told.kept.value == pytest.approx(point[0])
+        assert told.kept.low == pytest.approx(estimate(*point).low)
         assert found.of(told.name) == told.kept
-    value, drawn = mean_point(rolled)
+    value, draws = mean_point(rolled)
     assert found.total.value == pytest.approx(value)
-    assert found.total.high == pytest.approx(estimate(value, drawn).high)
+    assert found.total.high == pytest.approx(estimate(value, draws).high)
     assert (found.measure, found.resamples, found.seed) == (measure, 50, 0)
     alone = retention(dense[:1], pruned[:1], measure=measure, resamples=50)
     assert alone.tasks[0] == found.tasks[0]  # whatever its neighbours are
-    assert retention(dense, pruned, resamples=50).measure == "primary"
     assert found.to_dict()["tasks"][1]["name"] == "b"
 
 
