@@ -60,7 +60,7 @@ def runnable(suite: Suite, allowed: bool, *, whole: bool = False) -> tuple[Suite
             "(allow_code_execution=True) to run it in a limited subprocess, or leave it out "
             "with --task"
         )
-    return suite.only(tasks=[name for name in suite.tasks if name not in left]), left
+    return suite.only(without=left), left
 
 
 def evaluate(

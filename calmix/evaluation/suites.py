@@ -236,7 +236,7 @@ class Suite(BaseModel):
 
     def quick(self) -> Suite:
         """Return the quick slice: each task's `quick` items in place of `limit`, 0 for none."""
-        some = self.only(tasks=[name for name, task in self.tasks.items() if task.quick != 0])
+        some = self.only(without=[name for name, task in self.tasks.items() if task.quick == 0])
         return some.changed(lambda task: {"limit": task.quick or task.limit, "quick": None})
 
     def limited(self, limit: int) -> Suite:
