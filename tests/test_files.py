@@ -188,7 +188,7 @@ def test_an_output_may_be_called_like_a_source(tiny_folder, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "encyclopedia").mkdir()
     request = prune_request(sparsity=0.5, calibration="encyclopedia", allocation="owl")
-    checkpoint.check_request(str(tiny_folder), {Path("encyclopedia"): request}, How())
+    checkpoint.check_request([str(tiny_folder)], {Path("encyclopedia"): request}, How())
 
 
 def test_overwrite_replaces_results_of_calmix_alone(calmix, tiny_folder, tmp_path):
