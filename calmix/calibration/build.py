@@ -161,8 +161,7 @@ def build(
     """
     check_length(length, opened.context)
     tokenize = tokenizer_function(opened.tokenizer)
-    begin, end = begin_token(opened.tokenizer), opened.tokenizer.eos_token_id
-    head = [] if begin is None else [begin]
+    head, end = begin_token(opened.tokenizer), opened.tokenizer.eos_token_id
     body = length - len(head)
     if body < 1:
         raise InputError(f"length {length} leaves no room for text after the begin token")
@@ -214,7 +213,7 @@ def build(
         "length": length,
         "seed": seed,
         "packing": packing,
-        "begin_token": begin,
+        "begin_token": next(iter(head), None),
         "tokenizer": opened.tokenizer_fingerprint,
         "leakage": "off" if guard is None else guard.report(),
         "own": own_record(own, counts),

@@ -85,8 +85,7 @@ def _rows(
     name: str, readers: Sequence[Reader], opened: HasTokenizer, rows: int, length: int
 ) -> Tensor:
     tokenizer, tokenize = opened.tokenizer, tokenizer_function(opened.tokenizer)
-    begin = begin_token(tokenizer)
-    head = [] if begin is None else [begin]
+    head = begin_token(tokenizer)
     made: list[list[int]] = []
     tokens = 0
     for number, reader in enumerate(readers):

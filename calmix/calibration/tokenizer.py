@@ -56,10 +56,10 @@ def tokenizer_function(tokenizer: Any) -> Tokenize:
     return tokenize
 
 
-def begin_token(tokenizer: Any) -> int | None:
-    """Return the token the tokenizer itself puts before every text, or None."""
-    ids = tokenizer("", add_special_tokens=True)["input_ids"]
-    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+def begin_token(tokenizer: Any) -> list[int]:
+    """Return the token the tokenizer itself puts before every text; nothing where it puts none."""
+    ids = tokenizer("", add_special_tokens=True)["input_ids"][:1]
+    return ids if ids == [tokenizer.bos_token_id] else []
 
 
 def check_length(length: int, context: int | None) -> None:

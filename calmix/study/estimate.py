@@ -315,7 +315,8 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
         like, model = members[0], models[members[0].model]
         pruned = sum(prunes[trial.pruned] is trial for trial in members) / len(members)
         shape = like.rows, like.length
-        once = model.pruning(like.method, like.request.propagation, *shape, like.allocation)
+        how = like.request
+        once = model.pruning(like.method, how.propagation, *shape, how.allocation)
         taken = {"prune": pruned * once, "evaluate": model.evaluation(work, texts)}
         if like.recovery is not None:
             taken["recover"] = model.recovery(like.recovery, *shape)

@@ -33,7 +33,7 @@ from calmix.sources import Source, get_source
 from calmix.sources.readers import AssetText, LocalFile
 from calmix.specs import PruneRequest, printed, prune_request, recovery_of
 from calmix.study.results import Strategy
-from calmix.study.spec import NONE, UNIFORM, Calibration, Grid, Study
+from calmix.study.spec import NONE, Calibration, Grid, Study
 
 PROSE = dict.fromkeys(("general", "commonsense"), "prose")
 FORMAT = 1  # of the request; raised when the same request would give another outcome
@@ -49,7 +49,6 @@ class Planned:
     Attributes:
         request: as the command line's; `request.drawn()` is passed to `calmix.calibration.resolve`.
         rows, length, seed: of the calibration set, defaults considered; 0 without one.
-        allocation: `owl` or `error`; None for the same everywhere.
         named: the name of its condition among those of its study.
     """
 
@@ -60,7 +59,6 @@ class Planned:
     rows: int = 0
     length: int = 0
     seed: int = 0
-    allocation: str | None = None
     recovery: Recovering | None = None
     named: str = field(default="", compare=False)
 
@@ -78,7 +76,7 @@ class Planned:
     def way(self) -> str:
         """Method, allocation and recovery: `sparsegpt + owl + distill,epochs=1`."""
         recovery = None if self.recovery is None else self.recovery.text
-        return " + ".join(filter(None, (self.method.text, self.allocation, recovery)))
+        return " + ".join(filter(None, (self.method.text, self.request.allocation, recovery)))
 
     @property
     def condition(self) -> Condition:
@@ -157,17 +155,13 @@ def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
             entry = study.file.calibrations[label]
             made, draw = _asked(study, entry, grid, seed)
             drawn = made.draw.seed if made.saved is None else made.saved.manifest.get("seed") or 0
-            how = {"calibration": entry.written, "propagation": grid.propagation, **draw}
+            how = draw | {"calibration": entry.written, "propagation": grid.propagation}
             ways = product(grid.allocation or (), grid.recovery or (), calibrated)
-            for named, recovery, (method, target) in ways:
-                allocation = None if named == UNIFORM else named
+            for allocation, recovery, (method, target) in ways:
+                how |= {"method": method.text, "pattern": target, "allocation": allocation}
                 yield Planned(
-                    model, label, _strategy(made),
-                    prune_request(
-                        method=method.text, pattern=target, allocation=allocation, **how
-                    ),
-                    made.draw.rows, made.draw.length, drawn, allocation,
-                    None if recovery == NONE else recovery_of(recovery),
+                    model, label, _strategy(made), prune_request(**how), made.draw.rows,
+                    made.draw.length, drawn, None if recovery == NONE else recovery_of(recovery),
                 )  # fmt: skip
 
 
@@ -224,8 +218,8 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
             **({"options": more} if more else {}),
             "suite": {"name": suite.name, "hash": suite.hash, "scorer": SCORER},
         }
-        if trial.allocation is not None:
-            request["allocation"] = trial.allocation
+        if trial.request.allocation is not None:
+            request["allocation"] = trial.request.allocation
         if trial.recovery is not None:
             names = ("method", *RECOVERY_OPTIONS)
             request["recovery"] = {name: getattr(trial.recovery, name) for name in names}

@@ -76,8 +76,8 @@ def test_a_begin_token_opens_every_row(sources, tiny):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    assert begin_token(tokenizer) == 1
-    assert begin_token(tiny.tokenizer) is None
+    assert begin_token(tokenizer) == [1]
+    assert begin_token(tiny.tokenizer) == []
 
     class Begins:
         name = "begins"

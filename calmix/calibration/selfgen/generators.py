@@ -204,8 +204,7 @@ class Sgs(Generator):
         return [path for name in self.sources for path in get_source(name, own).check()]
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
-        begin = begin_token(tokenizer)
-        head = [] if begin is None else [begin]
+        head = begin_token(tokenizer)
         found: dict[str, list[list[int]]] = {}
         for source in [get_source(name, own) for name in self.sources]:
             documents = list(source.documents())
@@ -300,7 +299,7 @@ def generate(
         "rows": rows,
         "length": length,
         "seed": seed,
-        "begin_token": begin_token(opened.tokenizer),
+        "begin_token": next(iter(begin_token(opened.tokenizer)), None),
         "tokenizer": opened.tokenizer_fingerprint,
         "leakage": "off" if guard is None else guard.report(),
         "aggregation_4": aggregation(rows_made.numpy(), ORDER),

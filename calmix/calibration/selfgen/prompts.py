@@ -110,8 +110,7 @@ def beginnings(
     template only what follows the user's words is used: the system prompt would take a large
     share of every short text.
     """
-    begin, start = begin_token(tokenizer), start_token(tokenizer)
-    head = [] if begin is None else [begin]
+    head, start = begin_token(tokenizer), start_token(tokenizer)
     found: dict[str, Beginnings] = {}
     for name, dimension in dimensions.items():
         rows = []
@@ -181,8 +180,8 @@ def start_token(tokenizer: Any, start: Start = "auto") -> int | None:
     but at its very beginning.
     """
     begin = tokenizer.bos_token_id
-    own = begin_token(tokenizer) is not None
-    if start == "bos" or (start == "auto" and (own or _of_text(tokenizer, begin))):
+    own = begin_token(tokenizer) or _of_text(tokenizer, begin)
+    if start == "bos" or (start == "auto" and own):
         return begin
     separator = tokenizer.eos_token_id
     if not _of_text(tokenizer, separator):
