@@ -166,7 +166,7 @@ def test_a_mistake_is_told_once_and_all_end(tiny_folder, text_file, tmp_path):
     assert told_once(act, tmp_path) == "error: met alone"
 
 
-def test_a_number_of_processes_without_a_launcher_is_refused(calmix, tiny_folder, tmp_path, monkeypatch):
+def test_a_world_size_without_a_launcher_is_refused(calmix, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     asked = ("prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "x")
