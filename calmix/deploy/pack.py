@@ -248,7 +248,10 @@ def _tensors(
     """Return all tensors of a packed file."""
     parts, found = _unpacked(path, entry, grids), dict[str, torch.Tensor]()
     for name, place in _places(next(parts), path):
-        found[name] = torch.empty(place.shape, dtype=place.dtype)
+        try:
+            found[name] = torch.empty(place.shape, dtype=place.dtype)
+        except RuntimeError as error:  # a header that asks for more than there is
+            raise InputError(f"{path}: {name} takes {place.size:,} bytes: too many") from error
         flat, at = tensor_bytes(found[name]), 0
         while at < place.size:
             part = next(parts)
@@ -506,7 +509,7 @@ def _unpacked(path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]) -> I
                 yield part
         _check(digest.hexdigest() == entry["sha256"], path)
     except Exception as error:  # damaged bytes can be anything
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno):
             raise
         raise InputError(
             f"{path} is not what it was packed as ({type(error).__name__}): fetch the pack again"

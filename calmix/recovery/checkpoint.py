@@ -92,6 +92,8 @@ def recover(
         work.claim(asked, resume=run.resume, overwrite=run.overwrite)
         try:
             calibration = once(draw)
+            if work.resumes:
+                once(lambda: job.check_room(calibration.ids.numel()))
             check_ids(pruned, job.pruned.model.get_input_embeddings(), calibration.ids)
             job.begin(calibration)
             run.started(calibration)

@@ -122,8 +122,10 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
     request, work, accelerator = job.request, job.work, job.accelerator
     folder, dense_head, weights = _dense_states(job)
     model = job.open(job.pruned.name)
-    same = zip(_head_weights(model), weights, strict=True)
-    if shared := all(torch.equal(a.bfloat16(), b.bfloat16()) for a, b in same):
+    if shared := all(
+        torch.equal(own.bfloat16(), other.bfloat16())
+        for own, other in zip(_head_weights(model), weights, strict=True)
+    ):
         dense_head = None
     del weights
     student: Any = Student(model, find_blocks(model), dense_head, recompute=job.plan.sparing)

@@ -101,6 +101,10 @@ class Job:
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if launched and request.method == "blocks":
             raise InputError("recovery by blocks runs in one process: start it without a launcher")
+        if launched and ":" in run.device:
+            raise InputError(
+                f"--device {run.device} is one device: several processes need one each"
+            )
         self.device = device_of(run.device)
         self.rank, self.processes = 0, 1
         if request.method == "distill":

@@ -399,9 +399,13 @@ def _read_json(path: Path, template: str) -> Rows:
 def _read_csv(path: Path, template: str) -> Rows:
     csv.field_size_limit(LINE)
     with path.open("rb") as file:
-        head = file.readline().decode("utf-8", "replace")
+        head = file.readline().partition(b"\r")[0].decode("utf-8", "replace")
         file.seek(0)
-        lines = (_decoded(path, line) for line in file)
+        lines = (
+            _decoded(f"{path} line {number}", line)
+            for number, raw in enumerate(file, start=1)
+            for line in raw.splitlines(keepends=True)
+        )
         rows = csv.DictReader(lines, delimiter=max(",;\t", key=head.count), strict=True)
         try:
             for number, row in enumerate(rows, start=1):

@@ -15,7 +15,7 @@ from calmix.deploy.pack import load, pack, unpack
 from calmix.errors import InputError, ModelError
 from calmix.models import open_model
 from calmix.models.attention import use_own_attention
-from calmix.models.shards import PACK
+from calmix.models.shards import PACK, with_length
 from tests.tiny import save_tiny_model
 
 
@@ -201,9 +201,16 @@ def test_scales_of_another_pack_are_refused(quantised, tmp_path):
         pack(quantised / name, tmp_path / name)
     scales = next((tmp_path / "joint" / "calmix-scales").iterdir())
     shutil.copy(scales, tmp_path / "ecq" / "calmix-scales" / scales.name)
-    for act in (lambda: load(tmp_path / "ecq"), lambda: unpack(tmp_path / "ecq", tmp_path / "x")):
-        with pytest.raises(InputError, match="is not what it was packed as"):
-            act()
+    ecq, entry = (
+        tmp_path / "ecq",
+        {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 1 << 62]},
+    )
+    header = torch.frombuffer(bytearray(with_length({"a": entry})), dtype=torch.uint8)
+    for match in ("is not what it was packed as", "bytes: too many"):
+        for act in (lambda: load(ecq), lambda: unpack(ecq, tmp_path / "x")):
+            with pytest.raises(InputError, match=match):
+                act()
+        save_file({"header": header}, ecq / "calmix-scales" / scales.name)
     assert not (tmp_path / "x").exists()
     scales.unlink()
     with pytest.raises(InputError, match="lacks calmix-scales"):

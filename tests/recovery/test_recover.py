@@ -316,6 +316,12 @@ def test_two_processes_that_were_killed_go_on_to_the_same_bytes(place, tmp_path,
     assert not work.exists()
 
 
+def test_processes_are_not_sent_to_one_device(place, tmp_path, calmix, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = calmix(*command(place, tmp_path / "out", "distill", "--device", "cuda:0"))
+    assert "--device cuda:0 is one device" in ended.line
+
+
 def mistakes(place, tmp_path):
     """Arguments of `recover`, and what the line must contain."""
     half, dense, data = place / "half", place / "dense", ("--calibration", place / "set")

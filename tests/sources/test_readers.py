@@ -102,6 +102,8 @@ def test_rows_of_every_kind_of_file_and_their_fields(tmp_path):
         with pytest.raises(SourceError, match=r"name one, as FILE@(prompt|answer)"):
             texts(path)
         assert get_source(f"{path}@prompt").check() == [path]
+    old = write(tmp_path, {"old.csv": b'text;n\rhello;1\r"a\rb";2\r'}) / "old.csv"
+    assert texts(old) == ["hello", "a\rb"]
 
 
 def test_fields_of_any_name(tmp_path):
