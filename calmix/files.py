@@ -136,7 +136,7 @@ def hidden(
                 yield beside
                 return
         finally:  # also if it was interrupted before it was locked, or somebody swept it
-            _remove(beside)
+            remove(beside)
             if handle is not None:
                 os.close(handle)
 
@@ -174,12 +174,13 @@ def _sweep(path: Path) -> None:
                 try:
                     if kind == OLD and (left / path.name).exists() and not path.exists():
                         (left / path.name).rename(path)
-                    _remove(left)
+                    remove(left)
                 finally:
                     os.close(handle)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -18,6 +18,7 @@ from calmix.compression.plan import (
     BEHAVIOUR,
     CALIBRATION,
     EFFORTS,
+    MANIFEST,
     SCORES,
     Request,
     Stage,
@@ -27,6 +28,7 @@ from calmix.compression.plan import (
 from calmix.compression.running import (
     CANDIDATES,
     LADDER,
+    RUN,
     Run,
     check,
     check_same,
@@ -44,7 +46,7 @@ from calmix.evaluation.floors import (
     record,
 )
 from calmix.evaluation.scores import load_scores
-from calmix.files import alone, write_bytes, write_json
+from calmix.files import alone, remove, write_bytes, write_json
 from calmix.manifest import sealed
 from calmix.progress import duration
 
@@ -99,10 +101,7 @@ class Ladder:
     def why(self) -> str:
         """Return in a sentence why the walk ended where it did."""
         if self.ended == "time":
-            return (
-                "the time given was over before the next candidate: for a smaller one, name "
-                "another folder and more time"
-            )
+            return "the time given was over before the next candidate: run it again to go on"
         if self.ended == "bottom":
             return f"{RUNGS[-1]:g} bits are the fewest that are tried"
         last = self.rungs[-1]
@@ -225,6 +224,7 @@ def walk(
                 f"{duration(due)} here"
             )
     with alone(out, wait=False):
+        found = _taken_back(found, asked, out)
         found = _kept(found, asked, out)  # before anything else, so that OUT is known as a walk's
         if found.left:
             floors, confidence = _floors(asked)
@@ -259,6 +259,19 @@ def _kept(ladder: Ladder, asked: Request, out: Path) -> Ladder:
         if other.bits != ladder.bits:
             shutil.rmtree(out / _folder(other.bits) / "model", ignore_errors=True)
     return ladder
+
+
+def _taken_back(ladder: Ladder, asked: Request, out: Path) -> Ladder:
+    """Let a walk that time ended go on: its model is a candidate again, and what was made of it for
+    OUT goes."""
+    if ladder.ended != "time":
+        return ladder
+    if (out / "model").exists():
+        (out / "model").rename(out / _folder(ladder.bits or RUNGS[0]) / "model")
+    made = {stage.leaves for stage in stages(asked, out)} - {CALIBRATION, None}
+    for name in (*made, MANIFEST, RUN, FILE, "card.html"):
+        remove(out / str(name))
+    return replace(ladder, ended="")
 
 
 def _placed(ladder: Ladder, out: Path) -> Ladder:

@@ -129,7 +129,15 @@ def test_all_may_pass_none_may_pass_and_time_may_end(tiny_folder, text_file, tmp
     found = walk(want, out, run, lambda *_: None, within=45)
     assert (len(found.rungs), found.ended, found.bits) == (2, "time", 5)
     assert "the time given was over" in found.why()
-    assert walk(want, out, run, lambda *_: None).ended == "time"
+    for name in ("pack", "answers.json", "compress.json"):  # what is made of its model
+        (out / name).write_text("of 5 bits")
+    run = Fake(out, dict.fromkeys(RUNGS, 95) | {3.5: 20})
+    found = walk(want, out, run, lambda *_: None)
+    assert (run.run_, found.ended, found.bits) == (["prune", "evaluate"] * 2, "failed", 4)
+    assert (out / "model/made").read_text().count("'4'")
+    assert {path.name for path in out.iterdir()} == {
+        "abilities.json", "calibration", "candidates", "check.json", "ladder.json", "model"
+    }  # fmt: skip
 
 
 def test_what_cannot_be_proven_is_said_before_anything_is_built(tiny_folder, text_file, tmp_path):
