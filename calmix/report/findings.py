@@ -387,7 +387,7 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
             f"mix would count its parts twice). p is two-sided, by permutation, corrected over "
             f"{families} (Benjamini-Hochberg at {ALPHA:g})."
         )
-        least = max(one.least_p or 0.0 for each in tested for one in each.correlations)
+        least = min(one.least_p or 0.0 for each in tested for one in each.correlations)
         if least > ALPHA:
             yield (
                 f"So few points cannot give p below {least:.2g}: no correlation could have "

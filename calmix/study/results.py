@@ -51,7 +51,7 @@ class Trial(Record):
         information: metrics of the calibration set under the dense model.
         worst: the dimension with the lowest retention.
         seconds: wall time by stage.
-        distance: to the dense model (`capability.distance.Distances`), where it was measured.
+        distance: to the dense model (`evaluation.distance.distance`), where it was measured.
     """
 
     id: str

@@ -22,7 +22,7 @@ from calmix.evaluation.scores import describe
 from calmix.files import write_json
 from calmix.manifest import sealed
 from calmix.options import Compression
-from calmix.report.card import TEXTS, card_page, read_card
+from calmix.report.card import TEXTS, card_page, read_card, several_page
 from calmix.sources import builtin_sources
 from tests.calibration.selfgen.test_chat import TEMPLATE
 from tests.evaluation.helpers import written
@@ -141,6 +141,9 @@ def test_the_card_says_of_which_questions_it_is(calmix, compressed, tmp_path):
     assert Compressed(out)._rows()[0] == {
         "kept": "answers", "dimension": "math", "kept %": 100.0, "from": 67.6, "to": 100.0
     }  # fmt: skip
+    bare = {name: replace(one, tasks=tuple(replace(task, values=()) for task in one.tasks))
+            for name, one in (("dense", card.dense), ("scores", card.scores))}  # fmt: skip
+    assert several_page([replace(card, **bare)] * 2)  # of items that are neither right nor wrong
     asked = {**card.record.request, "trust_remote_code": True, "device": "cuda:1"}
     line = replace(card, record=replace(card.record, request=asked)).measure
     assert "--trust-remote-code --device cuda:1 -o " in line

@@ -137,10 +137,20 @@ def test_a_lead_from_the_benchmarks_themselves_has_claims_of_its_own(planted):
 
 
 def test_few_sources_leave_signs_open_and_noise_has_none():
-    few = said(study(Plan(others=LIFTS, seeds=(0,), sources=("a", "b", "c", "d"))))
+    small = study(Plan(others=LIFTS, seeds=(0,), sources=("a", "b", "c", "d")))
+    few = said(small)
     assert few[METRIC].tally == "undecided"
     assert few[METRIC].verdicts[0].because.endswith("; 4 sources")
-    noise = said(study(Plan(noise=0.05)))
+    assert any("no correlation could" in one for one in of(small).certainty)
+    many = study(Plan(noise=0.05))
+    known = {name: at for at, name in enumerate(Plan().sources[:3])}  # of a metric of their own
+    trials = tuple(
+        one.model_copy(update={"information": one.information | {"own": known[one.calibration]}})
+        if one.calibration in known else one for one in many.trials
+    )  # fmt: skip
+    told = of(study(Plan(noise=0.05), trials=trials)).certainty
+    assert not any("no correlation could" in one for one in told)
+    noise = said(many)
     assert noise[METRIC].tally == "not found"
     assert "no two signs survive correction; strongest: " in noise[METRIC].verdicts[0].because
     assert "A mix keeps more than the best single source" not in noise
