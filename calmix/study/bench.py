@@ -60,7 +60,7 @@ class Bench:
         if self._label == label:
             return
         stage("opening the model", 0, 1)
-        self._label = self._set = self._reference = None
+        self._set = self._reference = None
         self._open(label)
         opened, suite = self.opened, self.study.suite
         known = [name for name in suite.dimensions if name in builtin_readers()]
@@ -79,12 +79,12 @@ class Bench:
                     progress=lambda *of: stage("scoring the dense model", *of),
                 )  # fmt: skip
                 self._dense.save(path)
-        self._label = label
 
     def _open(self, label: str) -> None:
-        self.opened = self._pruned = None  # before others take their place in memory
+        self._label = self.opened = self._pruned = None  # before others take their place in memory
         entry, self._changed = self.study.file.models[label], False
         self.opened = open_model(entry.name, dtype=entry.dtype, **self.how)
+        self._label = label
 
     def run(self, trial: Resolved, stage: Stage, note: Callable[[str], None]) -> Trial:
         """Run one trial of the model that is ready, write it to the store and return it."""
@@ -100,6 +100,8 @@ class Bench:
         lap("calibration")
         report = self._prune(planned, made, lambda *of: stage("pruning", *of))
         lap("prune")
+        if self.opened.fingerprint != trial.request["model"]["sha256"]:
+            raise InputError(f"the files of {self.opened.name} have changed: run the study again")
         with self.store.writing(trial) as folder:
             write_json(folder / PRUNING, report.to_json())
             scored = self.opened

@@ -240,7 +240,8 @@ class Timed:
         logits = 3 * 512 * self.vocabulary * 4
         peak = max(needed - blocks, PROGRAM + logits)
         if trial.recovery is not None:
-            peak = max(peak, PROGRAM + self.recovery_memory(trial.recovery, trial.length))
+            recovered = self.recovery_memory(trial.recovery, trial.length)
+            peak = max(peak, PROGRAM + max(recovered, self.bytes + logits))  # both are open
         return self.bytes + peak
 
 
@@ -350,19 +351,23 @@ def too_large(named: str, needed: float, there: float) -> str:
     return f"{named} needs {needed / 1e9:.1f} GB of {there / 1e9:.1f} GB: use fewer or shorter rows"
 
 
-def largest(study: Study, trials: Sequence[Planned], device: str) -> tuple[str, float]:
+def largest(
+    study: Study, trials: Sequence[Planned], device: str, trust_remote_code: bool = False
+) -> tuple[str, float]:
     """Return the label of the trial that takes most memory, and its bytes."""
-    files = study.file.models
-    timed = cache(lambda label: Timed(files[label].name, files[label].dtype, device))
+    files, how = study.file.models, (device, trust_remote_code)
+    timed = cache(lambda label: Timed(files[label].name, files[label].dtype, *how))
     kinds = {trial.condition: trial for trial in trials}.values()
     needed = {trial.label: timed(trial.model).trial_memory(trial) for trial in kinds}
     return max(needed.items(), key=lambda one: one[1])
 
 
-def check_memory(study: Study, trials: Sequence[Planned], device: torch.device) -> None:
+def check_memory(
+    study: Study, trials: Sequence[Planned], device: torch.device, trust_remote_code: bool = False
+) -> None:
     """Refuse trials that an accelerator cannot hold. On a CPU they would be swapped."""
     there = device_memory(device)[2]
     if there is not None and trials:
-        label, needed = largest(study, trials, str(device))
+        label, needed = largest(study, trials, str(device), trust_remote_code)
         if needed > there:
             raise InputError(too_large(label, needed, there))

@@ -141,7 +141,8 @@ def run_locally(
     study: Study, store: Store, todo: Sequence[Resolved], how: TrialOptions, observer: Observer
 ) -> Ends:
     """Run trials one after another in this process; what another one runs is left to it."""
-    check_memory(study, [trial.planned for trial in todo], device_of(how.device))
+    planned, trusts = [trial.planned for trial in todo], how.trust_remote_code
+    check_memory(study, planned, device_of(how.device), trusts)
     bench, left = Bench(study, store, how), []
     for trial in todo:
         yield trial, (ended := run_one(bench, trial, observer))
@@ -221,7 +222,8 @@ def on_ray(
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             any_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
             given = float(any_gpu) if gpus is None else gpus
-            label, memory = largest(study, [trial.planned for trial in todo], "cpu")
+            planned = [trial.planned for trial in todo]
+            label, memory = largest(study, planned, "cpu", how.trust_remote_code)
             if given and how.device != "cpu":  # weights only pass through a machine's own memory
                 names = (model.name for model in study.file.models.values())
                 memory = PROGRAM + max(weight_bytes(resolve_model(name)) for name in names)
@@ -271,4 +273,5 @@ def _on_worker(
     """Run one trial in a process of Ray's."""
     if folder.is_dir():  # paths in the study are relative to where it was started
         os.chdir(folder)
+    check_memory(study, [trial.planned], device_of(how.device), how.trust_remote_code)
     return run_one(Bench(study, store, how), trial, Observer())

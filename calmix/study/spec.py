@@ -277,7 +277,8 @@ def _faults(file: StudyFile) -> Iterator[tuple[list[Any], str]]:
             if not targets:
                 yield [*at, "methods", method], f"{where}methods.{method} names no sparsity"
         methods = part.methods or file.methods or {}
-        if methods and all(get_method(name).needs is None for name in methods):
+        filled = part is file and file.grids  # then the grids say what it is used with
+        if methods and not filled and all(get_method(name).needs is None for name in methods):
             for key, idle in (("allocation", UNIFORM), ("recovery", NONE)):
                 if set(getattr(part, key) or ()) - {idle}:
                     names = ", ".join(methods)

@@ -12,7 +12,7 @@ import pytest
 from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration import text_metrics as metrics
 from calmix.calibration.measuring import measure
-from calmix.errors import InputError
+from calmix.errors import CalmixError, InputError
 from calmix.evaluation.evaluate import evaluate, load_scores
 from calmix.models import open_model
 from calmix.options import TrialOptions
@@ -25,6 +25,7 @@ from calmix.study.running import Observer, chosen_trials
 from calmix.study.store import SILENCE, open_store
 from calmix.study.trials import plan
 from tests.study.conftest import writer
+from tests.tiny import save_tiny_model
 
 
 class Recorder(Observer):
@@ -183,6 +184,22 @@ def test_a_defect_in_one_trial_does_not_stop_the_others(ran, tmp_path, monkeypat
     # The model was left pruned by the failure, and the next trial began with the dense one.
     alone = [t.total for t in read_results(ran[1]).trials if t.method == "sparsegpt"]
     assert [t.total for t in read_results(store).trials] == alone
+
+
+def test_a_model_that_changes_meanwhile_gives_no_result(tiny_study, tiny_folder, tmp_path):
+    model, store, seen = tmp_path / "model", tmp_path / "store", Recorder()
+    path = tiny_study((str(tiny_folder), str(shutil.copytree(tiny_folder, model))))
+    seen.finished = lambda *_: save_tiny_model(model, seed=5)
+    run_study(load_study(path), store, seen)
+    line = f"the files of {model} have changed: run the study again"
+    assert list(seen.errors.values()) == [line] * 5
+    # One that is gone fails the trial at work, and ends the run with the next.
+    path = tiny_study((str(tiny_folder), str(model)), more="seeds: [1]\n")
+    seen = Recorder()
+    seen.finished = lambda *_: shutil.rmtree(model)
+    with pytest.raises(CalmixError, match=str(model)):
+        run_study(load_study(path), store, seen)
+    assert (len(seen.ran), len(seen.errors)) == (3, 1)
 
 
 def test_an_interrupt_leaves_a_consistent_store(ran, tmp_path, monkeypatch):

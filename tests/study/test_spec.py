@@ -160,6 +160,8 @@ def test_what_has_no_effect_is_told_with_its_line():
         "s.yaml line 6: grids.0.recovery is empty: the grid has no trials",
         "s.yaml line 7: grids.1.recovery has no effect with magnitude",
     ]
+    grid = "grids:\n  - methods: {wanda: 0.5}\n"  # what stands at the top is for the grids
+    assert not problems(NEWS + "methods: {magnitude: 0.5}\nallocation: owl\n" + grid)
     (line,) = problems(NEWS + "methods:\n  wanda,damping=1: 0.5\n")
     assert line.endswith("damping has no effect with method wanda: known: bits, group, refit")
     with pytest.raises(InputError, match="--allocation has no effect with an N:M pattern"):
