@@ -218,7 +218,7 @@ def check_output_folder(
     with disk_errors(path):
         place = real_place(path)
         _sweep(place)
-        if path.exists() and not path.is_dir():
+        if os.path.lexists(place) and not path.is_dir():  # it may be a link in a circle
             raise InputError(f"{path} is a file: name a folder for the output")
         check_apart(path, inputs)
         mounted = "a disk's mount point" if _holds_mount(place) else None

@@ -240,15 +240,17 @@ def test_a_place_that_takes_no_files_is_one_line(calmix, tiny_folder, tmp_path):
             2, f"error: cannot write to {output}: /proc takes no new files",
         )  # fmt: skip
     (tmp_path / "file").touch()
+    (tmp_path / "circle").symlink_to("circle")
     for output, told in {
         tmp_path / "file" / "out": "cannot write to",
         tmp_path / ("x" * 300): "cannot write to",
+        tmp_path / "circle": "is a file",
     }.items():
         with pytest.raises(InputError, match=told):
             check_output_folder(output)
     check_output_folder(tmp_path / "a" / "b")
     check_output_file(tmp_path / "c" / "d.json")
-    assert names(tmp_path) == ["file"]  # checking makes nothing
+    assert names(tmp_path) == ["circle", "file"]  # checking makes nothing
     with pytest.raises(InputError, match="no regular file"):
         check_output_file(Path("/dev/null"), overwrite=True)
     with pytest.raises(InputError, match="is a file"):
