@@ -276,7 +276,7 @@ def scatter(
                 xytext=(6 if right else -6, 8), textcoords="offset points",
                 ha="left" if right else "right", fontsize=9.5,
             )  # fmt: skip
-        ticks = [float(f"{x:.2g}") for x in np.geomspace(low, high, 4)]
+        ticks = sorted({float(f"{x:.2g}") for x in np.geomspace(low, high, 4)})
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.set_xticks([], minor=True)
     _legend(figure, keys, narrow)
