@@ -16,6 +16,7 @@ from pathlib import Path
 
 from calmix.evaluation.behaviour import behaviour
 from calmix.evaluation.scores import load_pair
+from calmix.report.words import with_span
 
 QUANTISE = """
 import ctypes, llama_cpp, sys
@@ -53,8 +54,7 @@ def main() -> None:
         found = behaviour(load_pair(scores))
         told = ", ".join(f"{one.name} {one.kept}/{one.dense}" for one in found.abilities)
         all_, size = found.answers, file.stat().st_size / 1e6
-        share = ", ".join(f"{100 * end:.1f}" for end in (all_.share.low, all_.share.high))
-        kept = f"{all_.kept} of {all_.dense}: {100 * all_.share.value:.1f} [{share}] %"
+        kept = f"{all_.kept} of {all_.dense}: {with_span(all_.share)} %"
         print(f"{kind}: {size:.1f} MB, {kept}, {told}")
 
 

@@ -15,7 +15,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from common import machine, quiet_harness
+from common import machine
 from lm_eval.models.huggingface import HFLM
 
 from calmix.evaluation.abilities import task_of
@@ -23,6 +23,7 @@ from calmix.evaluation.greedy import answers, prompt
 from calmix.evaluation.suites import load_suite
 from calmix.models import open_model
 from calmix.models.opening import quiet_transformers
+from calmix.progress import quiet
 
 TASKS = "common_knowledge,sums,gsm8k,small_programs,requests"
 
@@ -43,7 +44,7 @@ def theirs(lm: HFLM, name: str, count: int) -> tuple[float, list[str]]:
     how = {"until": list(task.until), "max_gen_toks": task.tokens, "do_sample": False}
     requests: Any = [SimpleNamespace(args=(item.plain, dict(how))) for item in task.items]
     start = time.process_time()
-    with quiet_harness(), quiet_transformers():
+    with quiet_transformers():
         found = lm.generate_until(requests, disable_tqdm=True)
     return time.process_time() - start, found
 
@@ -66,12 +67,12 @@ def main() -> None:
     print(machine())
     tried = {}
     for size in map(int, options.batch_sizes.split(",")):
-        with quiet_harness():
+        with quiet():
             lm = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=size)
         tried[size] = theirs(lm, names[0], options.items)[0]
         print(f"HFLM, batches of {size}: {tried[size]:.1f} s for {names[0]}", flush=True)
     size = min(tried, key=lambda size: tried[size])
-    with quiet_harness():
+    with quiet():
         lm = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=size)
     whole = [0.0, 0.0]
     for name in names:

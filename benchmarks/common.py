@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import logging
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +43,6 @@ def machine() -> str:
             break
     isa = "AMX" if capabilities().get("amx_bf16") else "no AMX"
     return f"{name} ({isa}), {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-@contextlib.contextmanager
-def quiet_harness() -> Iterator[None]:
-    """Keep lm-evaluation-harness's advice off the error stream."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def commit() -> str:

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from common import commit, machine, quiet_harness
+from common import commit, machine
 from lm_eval.models.huggingface import HFLM
 
 from calmix.evaluation.evaluate import choose
@@ -29,6 +29,7 @@ from calmix.evaluation.scorer import Request, Scorer
 from calmix.evaluation.suites import Suite
 from calmix.evaluation.tasks import accuracies, load_items
 from calmix.models import open_model
+from calmix.progress import quiet
 
 TIE = 1e-3  # choices whose log-likelihoods are this close, relatively, may swap by rounding
 
@@ -39,7 +40,7 @@ def run(lm: Any, suite: Suite) -> tuple[float, float, dict[str, list[list[float]
     asked = [Request(name, *one) for name in items for i in items[name] for one in i.requests]
     ours = isinstance(lm, Scorer)
     requests: Any = asked if ours else [SimpleNamespace(args=request[1:]) for request in asked]
-    with quiet_harness():
+    with quiet():
         start, wall = time.process_time(), time.perf_counter()
         found = lm.loglikelihood(requests, **({} if ours else {"disable_tqdm": True}))
         seconds = time.process_time() - start, time.perf_counter() - wall
@@ -54,7 +55,7 @@ def hflm(opened: Any, batch_size: int) -> HFLM:
     import lm_eval.models.huggingface as module
 
     module.tqdm = lambda *a, **k: _Silent(*a)
-    with quiet_harness():
+    with quiet():
         return HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=batch_size)
 
 

@@ -19,6 +19,7 @@ from calmix.options import MODEL, Json, Measure, MeasureOptions, ModelOptions, o
 from calmix.progress import Progress
 
 if TYPE_CHECKING:
+    from calmix.evaluation.behaviour import Behaviour
     from calmix.evaluation.retention import Retention
     from calmix.evaluation.scores import CapabilityScores
     from calmix.evaluation.suites import Suite
@@ -224,7 +225,7 @@ def compare(options: CompareOptions) -> None:
             told = told[1:]
         line(words.wrapped(f"{name}: {' '.join(told)}", rest="  "))
     line("")
-    _print_kept(names, models, dense, kept, options.measure)
+    _print_kept(names, models, dense, kept, found, options.measure)
 
 
 def _print_kept(
@@ -232,14 +233,14 @@ def _print_kept(
     models: Sequence[CapabilityScores],
     dense: CapabilityScores,
     kept: Sequence[Retention],
+    found: Sequence[Behaviour],
     measure: str,
 ) -> None:
     """Print what models have kept of a dense one by dimension, and how far they are from it."""
-    from calmix.evaluation.behaviour import behaviour
     from calmix.evaluation.retention import RESAMPLES, flips
     from calmix.report.words import number, percent, with_span
 
-    found, far = [behaviour((dense, one)) for one in models], [one.distance for one in models]
+    far = [one.distance for one in models]
     rows: dict[str, list[str]] = {}
     if all(one.answers for one in found):
         rows["answers kept"] = [with_span(one.answers.share) for one in found if one.answers]
@@ -345,7 +346,7 @@ def _print(
                 least=["scored by", "n", "accuracy", "dense", "pruned"])  # fmt: skip
     if any(not task.signal for task in kept.tasks):
         line("no signal: left out, as the dense score is within its noise of the baseline")
-    _print_kept([short(scores.model)], [scores], dense, [kept], options.measure)
+    _print_kept([short(scores.model)], [scores], dense, [kept], [found], options.measure)
 
 
 @verb("answers", of=evaluate)

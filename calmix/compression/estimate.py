@@ -9,17 +9,15 @@ from typing import Any
 
 from calmix.calibration import ask
 from calmix.compression.plan import (
-    BEHAVIOUR,
     CALIBRATION,
     EFFORTS,
     PACK,
     SCORES,
     Request,
     Stage,
-    part_of,
+    scored,
 )
 from calmix.compression.sizes import timed
-from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.generations import TOKENS
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
@@ -57,7 +55,7 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
     model = timed(asked.model, asked.device, asked.trust_remote_code)
     rows, length = _drawn(asked)
     request = prune_request(**asked.aim, calibration=asked.calibration)
-    found = []
+    suites, found = scored(asked), []
     for stage in listed:
         seconds, memory, disk = 0.0, PROGRAM + model.bytes, 0.0
         leaves = Path(stage.leaves or "").name.removeprefix("dense-")
@@ -77,14 +75,11 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
             memory = _recovery_memory(model, recovery, length, asked.most)
         elif leaves == PACK:
             seconds, memory, disk = model.bytes / ZIPPED, PROGRAM, SMALLER * model.bytes
-        elif leaves in (SCORES, BEHAVIOUR):
-            effort, does = EFFORTS[asked.effort], leaves == BEHAVIOUR
-            named, part = ("abilities", effort.behaviour) if does else (asked.suite, part_of(asked))
-            suite, _ = runnable(choose(named, **part), asked.allow_code_execution)
-            work = suite_work(suite)
+        elif leaves in suites:
+            work = suite_work(suites[leaves])
             both = asked.model in stage.arguments[2:]  # the dense model is scored with it
-            far = both and not does and "--no-distance" not in stage.arguments
-            texts = text_tokens(suite) if far else 0
+            far = both and leaves == SCORES and "--no-distance" not in stage.arguments
+            texts = text_tokens(suites[leaves]) if far else 0
             seconds = (1 + both) * model.evaluation(work) + model.evaluation(SuiteWork(), texts)
             disk = 160.0 * work.items
         elif leaves == "answers.json":

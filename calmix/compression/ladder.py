@@ -17,11 +17,11 @@ from typing import Any
 from calmix.compression.plan import (
     BEHAVIOUR,
     CALIBRATION,
-    EFFORTS,
     MANIFEST,
     SCORES,
     Request,
     Stage,
+    scored,
     scoring,
     stages,
 )
@@ -36,7 +36,7 @@ from calmix.compression.running import (
     read_ladder_file,
 )
 from calmix.errors import InputError
-from calmix.evaluation.evaluate import choose, runnable
+from calmix.evaluation.evaluate import choose
 from calmix.evaluation.floors import (
     CONFIDENCE,
     FILE,
@@ -172,8 +172,7 @@ def suites_of(asked: Request) -> list[str]:
     not judged by generated answers, so that `calmix check OUT` sees the same items."""
     if asked.suite != "offline":
         return [SCORES]
-    held = choose("abilities", **EFFORTS[asked.effort].behaviour)
-    suite, _ = runnable(held, asked.allow_code_execution)
+    suite = scored(asked)[BEHAVIOUR]
     written = {suite.dimension_of(name) for name, task in suite.tasks.items() if task.writes}
     floors = {*parse_floors(asked.keep_at_least or "")}
     named = floors if "" not in floors else {*suite.dimensions, *choose("offline").dimensions}

@@ -21,7 +21,7 @@ from calmix.errors import InputError, nearest
 from calmix.evaluation.evaluate import choose, runnable, suite_items
 from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
 from calmix.evaluation.generations import read_prompts
-from calmix.evaluation.suites import suite_file
+from calmix.evaluation.suites import Suite, suite_file
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
@@ -78,10 +78,19 @@ EFFORTS = {
 }
 
 
-def part_of(asked: Target) -> dict[str, Any]:
-    """Return how much of its suite is scored; a limit is for the suite of likelihood alone."""
-    part = EFFORTS[asked.effort].likelihood
-    return {key: one for key, one in part.items() if key != "limit" or asked.suite == "offline"}
+def slices(asked: Target) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return which suite each file of scores is of, and how much of it is scored. A suite other
+    than the builtin one of likelihood is scored alone, and without a limit."""
+    effort, offline = EFFORTS[asked.effort], asked.suite == "offline"
+    part = {key: one for key, one in effort.likelihood.items() if key != "limit" or offline}
+    behaviour = {BEHAVIOUR: ("abilities", dict(effort.behaviour))} if offline else {}
+    return {SCORES: (asked.suite, part), **behaviour}
+
+
+def scored(asked: Target) -> dict[str, Suite]:
+    """Return what each file of scores is of, without tasks that may not run."""
+    return {file: runnable(choose(name, **part), asked.allow_code_execution)[0]
+            for file, (name, part) in slices(asked).items()}  # fmt: skip
 
 
 class Request(Target):
@@ -219,19 +228,16 @@ def _check_idle(asked: Compression, saved: bool) -> None:
 
 def _check_floors(asked: Target) -> None:
     """Refuse floors of abilities that are not scored, or of which a user's own rows are too few."""
-    parts: dict[str, Mapping[str, Any]] = {asked.suite: part_of(asked)}
-    if asked.suite == "offline":
-        parts["abilities"] = EFFORTS[asked.effort].behaviour
-    scored = [runnable(choose(name, **part), asked.allow_code_execution)[0]
-              for name, part in parts.items()]  # fmt: skip
-    whole = dict.fromkeys(name for suite in parts for name in choose(suite).dimensions)
+    suites = scored(asked)
+    whole = dict.fromkeys(name for suite, _ in slices(asked).values()
+                          for name in choose(suite).dimensions)  # fmt: skip
     rows = None if suite_file(asked.suite) is None else Counter(
-        scored[0].dimension_of(task) for task, *_ in suite_items(scored[0]))  # fmt: skip
+        suites[SCORES].dimension_of(task) for task, *_ in suite_items(suites[SCORES]))  # fmt: skip
     for name, floor in parse_floors(asked.keep_at_least or "").items():
         said = f"--keep-at-least names '{name}', "
         if name and name not in whole:
             raise InputError(f"{said}which suite {asked.suite} lacks: {nearest(name, whole)}")
-        if name and not any(name in suite.dimensions for suite in scored):
+        if name and not any(name in suite.dimensions for suite in suites.values()):
             raise InputError(
                 f"{said}whose tasks are not run: pass --allow-code-execution, or a larger --effort"
             )
@@ -315,17 +321,11 @@ def scoring(
 ) -> list[Stage]:
     """Return the stages that score a model on the suites, `against` a dense one or its scores by
     the file that each leaves; its name begins with `leaves`."""
-    effort, offline = EFFORTS[asked.effort], asked.suite == "offline"
-    suites: dict[str, dict[str, Any]] = {SCORES: {
-        "suite": None if offline else asked.suite, **part_of(asked),
-        "no_distance": not effort.distance and bool(against),
-    }}  # fmt: skip
-    if offline:  # another suite is scored alone
-        suites[BEHAVIOUR] = {"suite": "abilities", **effort.behaviour}
-    found = []
-    for file, part in suites.items():
+    near, found = not EFFORTS[asked.effort].distance and bool(against), []
+    for file, (suite, part) in slices(asked).items():
         flags = _flags(
-            against=against.get(file), **part, allow_code_execution=asked.allow_code_execution,
+            against=against.get(file), suite=None if suite == "offline" else suite, **part,
+            no_distance=near and file == SCORES, allow_code_execution=asked.allow_code_execution,
             **_where(asked), output=out / f"{leaves}{file}",
         )  # fmt: skip
         named = "evaluate" if file == SCORES else "evaluate behaviour"
