@@ -91,7 +91,7 @@ def export(
         say("convert")
         opened, folder = open_model(name, device="cpu"), resolve_model(name)
         places = _places(opened, reader, template)
-        made = beside / output.name
+        made = beside / f".{output.name}"  # by no name that a builtin template has there
         types, ours = _write(made, reader, opened, places, read_grids(folder), weights)
         say("check")
         kl, _ = difference(opened, partial(_logits, made), TYPES[weights], weights)
