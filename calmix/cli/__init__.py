@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import os
-import re
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -65,18 +62,6 @@ def _refuse(error: Any) -> NoReturn:
     fail(f"{error.format_message().rstrip('.')} (see {verb} --help)")
 
 
-def _complete_in_bash() -> NoReturn:
-    """Complete a line for bash, which takes every colon for a word, and the last word alone."""
-    words = re.split(r"\s", re.sub(r"\s?:\s?", ":", os.environ["COMP_WORDS"]))
-    os.environ |= {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
-    told = io.StringIO()
-    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(told):
-        _command()(prog_name="calmix")
-    before = re.sub(r"[^:]*$", "", words[-1])
-    sys.stdout.write("".join(f"{one.removeprefix(before)}\n" for one in told.getvalue().split()))
-    sys.exit()
-
-
 @functools.cache
 def _command() -> Any:
     """Return the parser, which takes a tenth of a second to make; the verbs do not change."""
@@ -90,8 +75,6 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     for cache in CACHES:
         os.environ.setdefault(cache, KERNELS)
-    if os.environ.get("_CALMIX_COMPLETE") == "complete_bash":
-        _complete_in_bash()
     try:
         code = _command()(prog_name="calmix", standalone_mode=False)
     except UsageError as error:

@@ -23,7 +23,7 @@ VERBS = {
     "study": (("study", "study_report"), "Many sets, methods and sparsities from one file"),
     "doctor": (("doctor",), "Check the installation; inspect or re-run a result"),
 }
-# Verbs that are called, completed and documented, but not listed.
+# Verbs that are called and documented, but not listed.
 CALLED = {"check": (("check",), "Test whether a compressed model keeps what it must")}
 # Where a verb of version 0.2 is now; each is refused with this line for one release.
 MOVED = {
@@ -103,17 +103,6 @@ class Group(Plain, TyperGroup):
         if self.default and not named and (args or not ctx.resilient_parsing):
             args = [self.default, *args]
         return super().parse_args(ctx, args)
-
-    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
-        """Return the commands that a word may become, and what the default one may take there."""
-        found = super().shell_complete(ctx, incomplete)
-        if self.default:
-            default = self.commands[self.default]
-            inner = default.make_context(self.default, [], parent=ctx, resilient_parsing=True)
-            words = [one for one in default.params if _argument(one)][:1]
-            for one in [default] if incomplete.startswith("-") else words:
-                found += one.shell_complete(inner, incomplete)
-        return found
 
 
 class Root(Group):

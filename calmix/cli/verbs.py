@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -107,12 +106,6 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
         held = bool
     else:
         how["metavar"] = extra.get("metavar") or _metavar(kind)
-    if typing.get_origin(kind) is Literal:
-        how["autocompletion"] = _completer(lambda: map(str, typing.get_args(kind)))
-    elif "|" in how.get("metavar", ""):
-        how["autocompletion"] = _completer(lambda: how["metavar"].split("|"))
-    elif named := [key for key in VALUES if {name, model.__name__} & set(key.split())]:
-        how["autocompletion"] = _completer(VALUES[named[0]])
     if extra.get("argument"):
         how["metavar"] = extra.get("metavar") or name.upper()
         info: Any = typer.Argument(**how)
@@ -124,39 +117,6 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
         default=inspect.Parameter.empty if required else False if kind is bool else None,
         annotation=Annotated[held if required or kind is bool else held | None, info],
     )  # fmt: skip
-
-
-def _found(pattern: str, *files: str) -> Iterator[str]:
-    """Yield what a pattern finds in files of the package, which take long to import."""
-    for path in (path for file in files for path in sorted(Path(__file__).parents[1].glob(file))):
-        yield from re.findall(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
-
-
-KEY = r"^([\w.-]+):"
-# What completes an option, by names of it.
-VALUES: dict[str, Callable[[], Iterable[str]]] = {
-    "model models against": lambda: (f"builtin:{k}" for k in _found(KEY, "models/builtin.yaml")),
-    "suite SuiteOptions": lambda: _found(r"^name: ([\w-]+)", "evaluation/suites/*.yaml"),
-    "calibration calibrations spec specs name": lambda: [
-        *_found(KEY, "sources/*.yaml"), *_found(r'^    "([\w-]+)":', "sources/registry.py"),
-        *_found(r'^    name = "([\w-]+)"', "calibration/selfgen/generators.py"),
-    ],
-    "allocation": lambda: ("owl", "error"),
-    "dimension": lambda: sorted({*_found(r"^  dimension: (\w+)", "sources/*.yaml")}),
-    "method": lambda: _found(r'^    name, title = "([\w-]+)"', "pruning/methods/*.py"),
-}  # fmt: skip
-
-
-def _completer(values: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """Return what completes a word; of `a,b` or `uniform:a,b` its last part."""
-
-    def complete(incomplete: str) -> list[str]:
-        if found := [one for one in values() if one.startswith(incomplete)]:
-            return found
-        at = max(incomplete.rfind(","), incomplete.rfind(":")) + 1
-        return [incomplete[:at] + one for one in values() if at and one.startswith(incomplete[at:])]
-
-    return complete
 
 
 def _bare(kind: Any) -> Any:

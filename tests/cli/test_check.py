@@ -88,12 +88,7 @@ def test_mistakes_are_one_line_and_write_nothing(calmix, files, tmp_path, names,
     assert not list(files["folder"].iterdir())
 
 
-def test_it_is_called_and_completed_but_not_listed(calmix, monkeypatch):
+def test_it_is_called_but_not_listed(calmix):
     assert "check" not in calmix("--help").out.partition("Start with")[0].split("\n  ")
     assert "--keep-at-least FLOORS" in calmix("check", "--help").out
     assert "did you mean check?" in calmix("chek").line
-    monkeypatch.setenv("_CALMIX_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_CWORD", "2")
-    for words, offered in (("calmix che", "check"), ("calmix check --k", "--keep-at-least")):
-        monkeypatch.setenv("COMP_WORDS", words)
-        assert calmix().out.split() == [offered]

@@ -32,25 +32,11 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(monkeypatch):
     [
         ("calmix comp", ["compare", "compress"]),
         ("calmix calibrate sources --d", ["--dimension"]),
-        ("calmix prune builtin:g", ["gemma3-270m"]),
-        ("calmix prune x --method w", ["wanda"]),
-        ("calmix recover x --method d", ["distill"]),
-        ("calmix prune x --calibration uniform:books,sto", ["books,stories"]),
-        ("calmix evaluate x --suite off", ["offline"]),
-        ("calmix compress x --effort q", ["quick"]),
-        ("calmix evaluate suite pap", ["paper"]),
-        ("calmix prune x --calibration mix-c", ["mix-clean"]),
-        ("calmix calibrate self-w", ["self-written"]),
         ("calmix doctor ins", ["inspect"]),
-        ("calmix evaluate an", ["answers"]),
-        ("calmix prune x --allocation o", ["owl"]),
-        ("calmix calibrate sources --dimension m", ["math"]),
-        ("calmix calibrate sources --licence p", ["permissive"]),
-        ("calmix compress builtin : sm", ["smollm2-135m"]),  # as bash hands it over
-        ("calmix prune x --calibration uniform : books,sto", ["books,stories"]),
+        ("calmix check --k", ["--keep-at-least"]),
     ],
 )
-def test_a_shell_is_told_how_a_line_may_go_on(calmix, monkeypatch, words, offered):
+def test_a_shell_is_told_which_commands_and_options_there_are(calmix, monkeypatch, words, offered):
     monkeypatch.setenv("_CALMIX_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", words)
     monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
