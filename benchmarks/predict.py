@@ -25,12 +25,13 @@ from pathlib import Path
 
 import numpy as np
 from common import commit, machine
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from calmix.analysis.cells import Cells, select, tables
-from calmix.analysis.correlations import distinct, points
+from calmix.analysis.correlations import distinct
 from calmix.analysis.predict import EVERY, ROWS, every_block, keep_grams, lost_output, prediction
-from calmix.analysis.statistics import Array, spearman
+from calmix.analysis.statistics import Array
 from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration.texts import texts
 from calmix.models import open_model
@@ -47,12 +48,12 @@ def set_ids(store: Store, model: str, name: str, rows: int) -> Tensor:
     return CalibrationSet.open(store.calibration(entry.set)).ids[:rows]
 
 
-def table(cells: Cells, candidates: dict[str, Array], sets: list[int], strata: list[int]) -> None:
-    """Print rank correlations with retention over some sets, a row a candidate."""
+def table(cells: Cells, candidates: dict[str, Array]) -> None:
+    """Print rank correlations with retention, a row a candidate."""
     print("| predictor | " + " | ".join(cells.quantities) + " |")
     print("|---|" + "---|" * len(cells.quantities))
     for name, values in candidates.items():
-        found = [spearman(values[sets, at], cells.means[sets, at], strata)
+        found = [spearmanr(values[:, at], cells.means[:, at]).statistic
                  for at in range(len(cells.quantities))]  # fmt: skip
         print(f"| {name} | " + " | ".join(f"{rho:+.2f}" for rho in found) + " |")
 
@@ -121,12 +122,7 @@ def main() -> None:
         f"a dimension; {solving / len(cells.sets):.1f} s a set once the Gram matrices are there"
     )
     print("\nrank correlation with retention")
-    table(cells, candidates, list(range(len(cells.sets))), [len(cells.sets)])
-    groups = points(cells).get("kinds", [])
-    kinds = [at for group in groups for at in group]
-    if kinds:
-        print(f"\nthe same within kinds of text (prose, code, math), {len(kinds)} single sources")
-        table(cells, candidates, kinds, [*map(len, groups)])
+    table(cells, candidates)
 
 
 if __name__ == "__main__":

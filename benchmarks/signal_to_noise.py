@@ -17,10 +17,10 @@ import math
 from typing import get_args
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from calmix.analysis.cells import select, tables
 from calmix.analysis.power import Noise, needed, noises
-from calmix.analysis.statistics import spearman
 from calmix.evaluation.suites import Score
 from calmix.options import Measure
 from calmix.study import StudyResults, read_results
@@ -80,7 +80,7 @@ def scores(results: StudyResults, method: str, sparsity: str, agreement: str) ->
         for score in SCORES:
             kept = means[score].means[:, first + at]
             known = ~np.isnan(truth) & ~np.isnan(kept)
-            rho = spearman(kept[known], truth[known]) if known.sum() > 3 else math.nan
+            rho = spearmanr(kept[known], truth[known]).statistic if known.sum() > 3 else math.nan
             text = number(ratios[score].get(task.name))
             row.append(text if score == "accuracy" else f"{text} ({number(rho, 2)})")
         print(form.format(task.name, *row, task.primary))

@@ -21,7 +21,6 @@ SOURCES = (
     "procedures", "social", "python-stdlib", "code-compiled", "code-scripting",
     "python-exercises", "math-solutions", "word-problems",
 )  # fmt: skip
-KINDS = ("prose",) * 10 + ("code",) * 4 + ("math",) * 2
 COUNT = 40  # of a task
 
 
@@ -67,7 +66,6 @@ def study(plan, **changes):
     sets = {
         name: ("single", float(height)) for name, height in zip(plan.sources, heights, strict=True)
     }
-    kinds = dict(zip(SOURCES, KINDS, strict=True))
     sets |= {name: (made, 0.0) for name, (made, _) in (plan.others or {}).items()}
     lifts = {name: lift for name, (_, lift) in (plan.others or {}).items()}
     trials = []
@@ -91,9 +89,8 @@ def study(plan, **changes):
                 perplexity = 15 * math.exp(height + 0.02 * float(rng.standard_normal()))
                 entropy = float(7 + rng.random())
                 information = {"perplexity": perplexity, "entropy": entropy, **extra}
-                kind = kinds.get(name, "") if made == "single" else ""
                 trials.append(trial(name, made, method, pattern, seed, kept,
-                                    information | {"tokens": 32768.0}, kind=kind))  # fmt: skip
+                                    information | {"tokens": 32768.0}))  # fmt: skip
     fields = {
         "name": "made-up", "text": "name: made-up\nmodel: builtin:smollm2-135m\n",
         "planned": len(trials), "trials": tuple(trials),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,18 +68,11 @@ class ConditionAnalysis:
         return {name: [asdict(one) for one in rows] for name, rows in parts.items()}
 
     def of_tasks(self) -> Iterator[dict[str, Any]]:
-        """Yield a row for each set and task, and for the total and dimensions without the set's own
-        benchmark."""
+        """Yield a row for each set and task."""
         for one in self.ranking:
             head = {"condition": one.condition, "calibration": one.calibration}
             for task in self.cells.tasks:
-                own = {
-                    "own_benchmark": task.name in one.halves,
-                    "kept": asdict(one.tasks[task.name]),
-                }
-                yield head | asdict(task) | own
-            for name, kept in one.without_own.items():
-                yield head | {"name": f"{name} without its own benchmark", "kept": asdict(kept)}
+                yield head | asdict(task) | {"kept": asdict(one.tasks[task.name])}
 
 
 @dataclass(frozen=True)
@@ -97,14 +89,13 @@ class Analysis:
     gains: tuple[Gain, ...]
 
     @property
-    def families(self) -> dict[str, int]:
-        """Correlations corrected together, by `among`."""
-        return Counter(one.among for found in self.conditions for one in found.correlations
-                       if one.p is not None)  # fmt: skip
+    def tests(self) -> int:
+        """Correlations corrected together."""
+        return sum(one.p is not None for found in self.conditions for one in found.correlations)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a JSON-serialisable value."""
-        heads = ("study", "planned", "finished", "failed", "dimensions", "families")
+        heads = ("study", "planned", "finished", "failed", "dimensions", "tests")
         return {
             "kind": "analysis",
             **{name: getattr(self, name) for name in heads},
@@ -131,7 +122,7 @@ class Analysis:
                 made.setdefault(name, []).extend(rows)
         del made["agreements"]
         for row in made["ranking"]:  # in a table of their own
-            del row["tasks"], row["without_own"]
+            del row["tasks"]
         return {name: json_normalize(rows, sep="_").astype(object) for name, rows in made.items()}
 
     def save(self, folder: Path) -> None:
@@ -161,7 +152,7 @@ def analyse(
         )
     made = joints(results, tables(results, trials, asked.measure), asked.resamples, asked.seed)
     correlations = corrected([one for found in made for one in correlate(found.cells, asked)],
-                             lambda one: one.among, p_corrected=lambda one: one.p)  # fmt: skip
+                             p_corrected=lambda one: one.p)  # fmt: skip
     differences = correct([one for found in made for one in compare(found, asked.default)])
     conditions = [
         ConditionAnalysis(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,6 @@ from calmix.specs import printed, target_of
 from calmix.study.results import StudyResults, Trial
 
 TOTAL, WORST = "total", "worst"
-APART = "apart"  # the total without the tasks whose benchmark either set holds a half of
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,7 @@ class Cells:
     @cached_property
     def weights(self) -> Array:
         """How every quantity is made of the tasks with signal, shape (quantities, tasks)."""
-        return self.weigh(())
-
-    def weigh(self, left_out: Collection[str]) -> Array:
-        """Return the weights without some tasks."""
-        known = [task.signal and task.name not in left_out for task in self.tasks]
+        known = [task.signal for task in self.tasks]
         unit = np.where(known, np.eye(len(self.tasks)), np.nan)
         return np.nan_to_num(rolled_up(unit, self.tasks, self.dimensions).T)
 

@@ -2,8 +2,7 @@
 
 Method section 5. A calibration set is one point; its seeds are averaged first, since they are not
 independent points. Only single sources count: a mix is made of them, and would count its parts
-twice. Correlations within kinds of text (prose, code, math) are ours: over all sources a
-metric may only tell code from prose.
+twice.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from calmix.analysis.statistics import (
 )
 from calmix.options import Settings
 
-Among = Literal["sources", "kinds", "sets"]
 Over = Literal["single", "all"]
 METRIC = "perplexity"
 
@@ -41,15 +39,14 @@ class Correlation:
     metric: str
     aliases: tuple[str, ...]  # that order the sets alike; `-` before one that turns the order round
     quantity: str
-    among: Among  # all sources; ranked and permuted within kinds of source; or all sets (KL)
-    n: int  # sets counted
+    n: int  # sets counted: single sources; of KL all
     rho: float | None = None  # None where metric or retention do not vary
     low: float | None = None
     high: float | None = None
     p: float | None = None  # two-sided; exact if all orders were counted
     exact: bool = False
     least_p: float | None = None  # that so many points without ties can give
-    p_corrected: float | None = None  # over one `among` of all conditions
+    p_corrected: float | None = None  # over all metrics of all conditions
 
     @property
     def significant(self) -> bool:
@@ -80,22 +77,6 @@ class Spread:
     p_cancel: float | None  # one-sided p of so close totals, dimensions dealt anew (ours)
 
 
-def points(cells: Cells) -> dict[Among, list[list[int]]]:
-    """Return the positions of the sets that count, in the groups that are permuted by themselves.
-
-    Without `kinds` if fewer than two kinds have two sources, or those are fewer than four sources.
-    """
-    singles = cells.of("single")
-    kind_of = {at: cells.made[at].kind for at in singles}
-    groups = [[at for at in singles if kind_of[at] == kind]
-              for kind in dict.fromkeys(kind_of.values()) if kind]  # fmt: skip
-    groups = [group for group in groups if len(group) > 1]
-    found: dict[Among, list[list[int]]] = {"sources": [singles]}
-    if len(groups) > 1 and sum(map(len, groups)) >= LEAST:
-        found["kinds"] = groups
-    return found
-
-
 def distinct(cells: Cells, chosen: Sequence[int]) -> list[tuple[int, tuple[str, ...]]]:
     """Return the metrics that order the chosen sets differently, with the names of the others.
 
@@ -124,14 +105,12 @@ def distinct(cells: Cells, chosen: Sequence[int]) -> list[tuple[int, tuple[str, 
 def correlate(cells: Cells, settings: Settings) -> list[Correlation]:
     """Correlate every metric with every quantity of one condition, p not corrected yet; with fewer
     than four sets there is nothing."""
-    made = []
-    for among, every in points(cells).items():
-        chosen = [at for group in every for at in group]
-        for column, aliases in distinct(cells, chosen) if len(chosen) >= LEAST else ():
-            x = cells.information[:, column]
-            groups = [[at for at in group if not np.isnan(x[at])] for group in every]
-            head = cells.condition.label, cells.metrics[column], aliases
-            made += _correlated(head, cells, x, cells.quantities, among, groups, settings)
+    chosen, made = cells.of("single"), []
+    for column, aliases in distinct(cells, chosen) if len(chosen) >= LEAST else ():
+        x = cells.information[:, column]
+        known = [at for at in chosen if not np.isnan(x[at])]
+        head = cells.condition.label, cells.metrics[column], aliases
+        made += _correlated(head, cells, x, cells.quantities, known, settings)
     return made
 
 
@@ -144,7 +123,7 @@ def agreements(cells: Cells, settings: Settings) -> list[Correlation]:
         known = np.flatnonzero(~np.isnan(x + cells.means[:, at])).tolist()
         if len(known) >= LEAST:
             head = cells.condition.label, "kl", ()
-            made += _correlated(head, cells, x, [name], "sets", [known], settings)
+            made += _correlated(head, cells, x, [name], known, settings)
     return made
 
 
@@ -153,29 +132,26 @@ def _correlated(
     cells: Cells,
     x: Array,
     quantities: Sequence[str],
-    among: Among,
-    groups: Sequence[Sequence[int]],
+    own: Sequence[int],
     settings: Settings,
 ) -> list[Correlation]:
-    """Correlate x, shape (sets,), with quantities over groups of sets, permuted by themselves;
-    `rho` is None where x or the quantity do not vary, or of fewer than four sets."""
-    own, strata = [at for group in groups for at in group], [len(one) for one in groups if one]
+    """Correlate x, shape (sets,), with quantities over its `own` sets; `rho` is None where x or the
+    quantity do not vary, or of fewer than four sets."""
     y = cells.means[own][:, [cells.quantities.index(name) for name in quantities]].T
     known = np.flatnonzero(~np.isnan(y).any(1)).tolist() if len(own) >= LEAST else []
     found: dict[int, dict[str, Any]] = {}
     if known:
         x, y = x[own], y[known]
-        rho = (unit_ranks(y, strata) @ unit_ranks(x, strata)).tolist()
-        p, exact = permutation_p(x, y, strata, permutations=settings.permutations,
-                                 seed=settings.seed)  # fmt: skip
-        ends = bootstrap_intervals(x, y, strata, resamples=settings.resamples, seed=settings.seed)
+        rho = (unit_ranks(y) @ unit_ranks(x)).tolist()
+        p, exact = permutation_p(x, y, permutations=settings.permutations, seed=settings.seed)
+        ends = bootstrap_intervals(x, y, resamples=settings.resamples, seed=settings.seed)
         low, high = (np.where(np.isnan(end), None, end) for end in ends.T)
         found = {
             at: {"rho": rho[n], "low": low[n], "high": high[n], "p": float(p[n]), "exact": exact}
             for n, at in enumerate(known) if not math.isnan(rho[n])
         }  # fmt: skip
-    least = least_p(strata, settings.permutations)
-    return [Correlation(*head, name, among, len(own), least_p=least, **found.get(at, {}))
+    least = least_p(len(own), settings.permutations)
+    return [Correlation(*head, name, len(own), least_p=least, **found.get(at, {}))
             for at, name in enumerate(quantities)]  # fmt: skip
 
 

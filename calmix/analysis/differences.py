@@ -16,8 +16,8 @@ from typing import TypeVar
 import numpy as np
 
 from calmix.analysis.bootstrap import Contrast, Estimate, Joint
-from calmix.analysis.cells import APART, TOTAL, WORST
-from calmix.analysis.ranking import in_order, lowest_of, shrink, weighed, without
+from calmix.analysis.cells import TOTAL, WORST
+from calmix.analysis.ranking import in_order, lowest_of, shrink, weighed
 from calmix.analysis.statistics import ALPHA, Array, corrected
 from calmix.options import RECOVERIES
 
@@ -32,8 +32,7 @@ Leads = dict[tuple[str, str], Contrast]  # over the default, by set and quantity
 class Difference:
     """How much more one way to calibrate keeps than another: `gap` is left - right.
 
-    Quantities are `total`, `worst` (each side's own worst dimension), the dimensions, and `apart`:
-    the total without the tasks whose benchmark a source of either side holds the other half of.
+    Quantities are `total`, `worst` (each side's own worst dimension) and the dimensions.
     """
 
     condition: str
@@ -41,7 +40,7 @@ class Difference:
     right: str
     quantity: str
     gap: Estimate
-    p_corrected: float | None = None  # over all differences of the analysis, `apart` by itself
+    p_corrected: float | None = None  # over all differences of the analysis
     draw_p_corrected: float | None = None
 
     @property
@@ -53,8 +52,8 @@ class Difference:
 @dataclass(frozen=True)
 class Gain:
     """How much more is kept under one condition than under another that differs in method alone,
-    of a set or of the mean of all `sets` that both have; or, with `over`, how much further ahead
-    of that set (or the mean of the single sources) it is, between sparsities too.
+    in the mean of all `sets` that both have; or, with `over`, how much further ahead of that set
+    (or the mean of the single sources) a set is, between sparsities too.
 
     `more` is the method with a recovery where that is the difference, else the one that keeps more
     over the sets of both; of sparsities the highest that the set was run at.
@@ -116,24 +115,17 @@ def compare(found: Joint, default: str | None = None) -> list[Difference]:
     for left, right in itertools.combinations(sides, 2):
         if left.made == right.made == "single":
             continue  # the best of them against the mean of them says nothing
-        halves = {name for at in (*left.sets, *right.sets) for name in cells.made[at].halves}
-        rest = without(cells, halves).get(TOTAL)
-        gaps = between(every[left], every[right])
-        if rest is not None and rest.any():
-            gaps |= between(*({APART: side.kept(found, rest)} for side in (left, right)))
         made += [
             Difference(cells.condition.label, left.name, right.name, name, gap.estimate(test=True))
-            for name, gap in gaps.items()
+            for name, gap in between(every[left], every[right]).items()
         ]
     return made
 
 
 def correct(differences: Sequence[Difference]) -> list[Difference]:
     """Return all differences of an analysis with both p-values corrected."""
-    return corrected(
-        differences, lambda one: one.quantity == APART, p_corrected=lambda one: one.gap.p,
-        draw_p_corrected=lambda one: one.gap.draw_p,
-    )  # fmt: skip
+    return corrected(differences, p_corrected=lambda one: one.gap.p,
+                     draw_p_corrected=lambda one: one.gap.draw_p)  # fmt: skip
 
 
 def leads_over(made: Sequence[Joint], default: str | None) -> list[Leads]:
@@ -172,13 +164,10 @@ def gains(made: Sequence[Joint], default: str | None) -> list[Gain]:
         more, less = recovered[0] if recovered else by_total
         head = (more.cells.condition.label, less.cells.condition.label,
                 "recovery" if recovered else "method")  # fmt: skip
-        asked = {name: [name] for name in common} | {MEAN: common}
-        for (name, names), (at, quantity) in itertools.product(
-            asked.items(), enumerate(more.cells.quantities)
-        ):
-            gap = (_mean(more, names, at) - _mean(less, names, at)).estimate()
+        for at, quantity in enumerate(more.cells.quantities):
+            gap = (_mean(more, common, at) - _mean(less, common, at)).estimate()
             if gap.value is not None:
-                found.append(Gain(*head, name, "", len(names), quantity, gap))
+                found.append(Gain(*head, MEAN, "", len(common), quantity, gap))
         leads = between(*leads_over((more, less), default))
         found += [Gain(*head, name, over, 1, quantity, gap.estimate())
                   for (name, quantity), gap in leads.items()]  # fmt: skip

@@ -7,13 +7,12 @@ whether two sets are apart is decided by the shrunken ones, since the first was 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from calmix.analysis.bootstrap import Estimate, Joint
-from calmix.analysis.cells import Cells
 from calmix.analysis.statistics import ROUNDING, Array
 
 SMALL = 4  # a group of fewer sets says nothing of its own spread
@@ -33,7 +32,6 @@ class Ranked:
     best: float | None  # probability of being the highest; None of one set
     behind: Estimate | None  # shrunken total of the first set less this one's; None for the first
     condition: str
-    kind: str
     rank: int | None  # by total, from 1; None without a value
     rank_worst: int | None  # by worst dimension
     worst: str | None  # the dimension with the lowest mean over seeds, whose estimate is `lowest`
@@ -42,8 +40,6 @@ class Ranked:
     tasks: dict[str, Estimate]
     accuracy: dict[str, float | None]  # retention of accuracy (the paper's), total and dimensions
     distance: dict[str, dict[str, float | None]]  # as in `Cells`, total and dimensions
-    halves: tuple[str, ...]  # tasks that are the other half of a benchmark the set was made of
-    without_own: dict[str, Estimate]  # total and dimensions without those, where that matters
 
 
 def shrink(found: Joint, weight: Array) -> tuple[Array, Array]:
@@ -137,15 +133,13 @@ def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
         worst = None if (low := lowest_of(parts[at])) is None else cells.dimensions[low]
         made.append(Ranked(
             own.calibration, own.strategy, total, estimate(coefficients[at], float(values[at])),
-            best[at], behind, cells.condition.label, own.kind,
+            best[at], behind, cells.condition.label,
             None if total.value is None else place,
             by_worst.index(at) + 1 if at in by_worst else None, worst,
             Estimate(None) if worst is None else dimensions[worst], dimensions,
             {task.name: found.one(at, q) for q, task in enumerate(cells.tasks, len(names))},
             _named(names, cells.accuracy[at]),
-            {key: _named(names, far[at]) for key, far in cells.distance.items()}, own.halves,
-            {name: found.contrast(np.outer(unit[at], rest)).estimate()
-             for name, rest in without(cells, own.halves).items()},
+            {key: _named(names, far[at]) for key, far in cells.distance.items()},
         ))  # fmt: skip
     return made
 
@@ -153,19 +147,6 @@ def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
 def _named(names: Sequence[str], values: Array) -> dict[str, float | None]:
     pairs = zip(names, values.tolist(), strict=False)
     return {name: None if math.isnan(value) else value for name, value in pairs}
-
-
-def without(cells: Cells, left_out: Collection[str]) -> dict[str, Array]:
-    """Return weights of the quantities, for the total and dimensions without some tasks, where
-    that makes a difference; all 0 where no task is left."""
-    rest, width = cells.weigh(left_out), len(cells.quantities)
-    same = (rest == cells.weights).all(1)
-    found = np.hstack([np.zeros((len(rest), width)), rest])
-    kept = same & rest.any(1)
-    found[kept] = np.eye(len(found))[kept]
-    parts = found[1:width]
-    found[0] = parts.sum(0) / max(1, parts.any(1).sum())
-    return {name: found[at] for at, name in enumerate(cells.quantities) if not same[at]}
 
 
 def lowest_of(dimensions: Array) -> int | None:

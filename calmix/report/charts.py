@@ -1,4 +1,4 @@
-"""The chart kit: bars and dots, heat maps, scatter plots; in a page and as files.
+"""The chart kit: bars and dots, and heat maps; in a page and as files.
 
 Matplotlib draws with plain colours. In a page those of the theme become CSS variables, so that one
 drawing is right in light and dark. What an artist's tip says is carried by its group id. Every
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import html
 import io
-import math
 import re
 import textwrap
 import warnings
@@ -83,7 +82,7 @@ Named = tuple[str, str | None]  # a row: its name, and the colour of a dot befor
 
 
 class Mark(NamedTuple):
-    """A value with its interval: a bar, a dot or a notch; in a scatter plot at x and y."""
+    """A value with its interval: a bar, a dot or a notch."""
 
     x: float
     tip: str
@@ -91,9 +90,6 @@ class Mark(NamedTuple):
     marker: str = "o"
     low: float | None = None
     high: float | None = None
-    y: float = 0.0
-    hollow: bool = False
-    label: str = ""
 
 
 class Cell(NamedTuple):
@@ -205,10 +201,10 @@ def _mark(axes: Any, mark: Mark, y: float, height: float = 0.0) -> None:
     if bar:
         [drawn] = axes.barh(y, mark.x, height=height, color=mark.colour)
     else:
-        edge = {"markeredgecolor": mark.colour if mark.hollow or mark.marker == "|" else PAPER}
         [drawn] = axes.plot([mark.x], [y], marker=mark.marker, markersize=8, linestyle="none",
-                            color=PAPER if mark.hollow else mark.colour, zorder=3,
-                            **edge)  # fmt: skip
+                            color=mark.colour, zorder=3,
+                            markeredgecolor=mark.colour if mark.marker == "|" else PAPER
+                            )  # fmt: skip
     _tip(drawn, mark.tip)
     if mark.low is not None and mark.high is not None:
         axes.plot([mark.low, mark.high], [y, y], color=INK if bar else mark.colour, linewidth=1.5,
@@ -239,46 +235,6 @@ def bars(
                 if end is not None]  # fmt: skip
         axes.set_xlim(1.03 * min([0.0, *ends]), 1.03 * max(ends))
     axes.set_xlabel(below)
-    _legend(figure, keys, narrow)
-    return figure
-
-
-def scatter(
-    width: float,
-    panels: Mapping[str, tuple[str, Sequence[Mark]]],
-    below: str,
-    beside: str,
-    keys: Sequence[Key] = (),
-) -> Any:
-    """Dots over a logarithmic axis, hollow or filled, some with their name beside them; panels by
-    title, each with a note."""
-    narrow = width < WIDTH
-    columns = 1 if narrow else min(2 if len(panels) in (2, 4) else 3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(width, 0.5 + 2.75 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    for axes, (title, (note, marks)) in zip(grid, panels.items(), strict=False):
-        axes.set_title(words.short(title, 24), pad=20)
-        axes.annotate(note, (0, 1), xycoords="axes fraction", xytext=(0, 6), fontsize=9.5,
-                      textcoords="offset points", color=MUTED)  # fmt: skip
-        axes.set(xlabel=below, ylabel=beside, xscale="log")
-        axes.margins(y=0.12)
-        axes.grid()
-        axes.tick_params(labelcolor=MUTED)
-        low, high = (end((mark.x for mark in marks), default=1) for end in (min, max))
-        for mark in marks:
-            _mark(axes, mark, mark.y)
-            right = mark.x <= math.sqrt(low * high)
-            axes.annotate(
-                words.short(mark.label, 12 if narrow else 18), (mark.x, mark.y),
-                xytext=(6 if right else -6, 8), textcoords="offset points",
-                ha="left" if right else "right", fontsize=9.5,
-            )  # fmt: skip
-        ticks = sorted({float(f"{x:.2g}") for x in np.geomspace(low, high, 4)})
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        axes.set_xticks([], minor=True)
     _legend(figure, keys, narrow)
     return figure
 

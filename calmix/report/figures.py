@@ -12,9 +12,8 @@ import numpy as np
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import TOTAL
-from calmix.analysis.correlations import METRIC, Correlation
+from calmix.analysis.correlations import Correlation
 from calmix.analysis.ranking import Ranked
-from calmix.analysis.statistics import LEAST
 from calmix.report import charts, words
 from calmix.report.charts import (
     COLOURS,
@@ -35,16 +34,16 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("%", "pct")).strip("-")
 
 
-def _by_strategy(rows: Sequence[Ranked], label: str = "{}") -> list[Key]:
+def _by_strategy(rows: Sequence[Ranked]) -> list[Key]:
     made = {one.strategy for one in rows}
-    return [(label.format(name), STRATEGY_COLOURS[key], DOT)
+    return [(name, STRATEGY_COLOURS[key], DOT)
             for key, name in words.STRATEGIES.items() if key in made]  # fmt: skip
 
 
 def condition_charts(analysis: Analysis, found: ConditionAnalysis) -> list[Chart]:
     """Return the charts of one condition, without those that nothing can be drawn in."""
     made = [_abilities(analysis, found), _ranking(analysis, found), _tasks(found)]
-    return [*made, *_perplexity(analysis, found), *_correlations(analysis, found)]
+    return [*made, *_correlations(analysis, found)]
 
 
 def _names(rows: Sequence[Ranked]) -> list[Named]:
@@ -96,15 +95,11 @@ def _tasks(found: ConditionAnalysis) -> Chart:
     cells = list[list[Cell]]()
     for row in rows:
         cells.append([])
-        for name, kept in row.tasks.items():
-            own = name in row.halves
-            cell = _cell(row, name, kept, 0, " (made of its other half)" if own else "")
-            cells[-1].append(cell._replace(text=cell.text + "*" * own, bold=own))
+        cells[-1] += [_cell(row, name, kept, 0, "") for name, kept in row.tasks.items()]
     return Chart(
         f"tasks-{slug(found.condition.label)}",
         f"Retention by calibration set and task, {found.condition.label}",
-        "In percent; tasks are headed by their dense score (bits per byte: lower is better). * the "
-        "set was made of the other half of that benchmark.",
+        "In percent; tasks are headed by their dense score (bits per byte: lower is better).",
         f"Heat map of {len(rows)} calibration sets by {len(tasks)} tasks. The numbers are in "
         "tasks.csv of calmix study analyse.",
         partial(charts.heat, rows=_names(rows),
@@ -150,47 +145,6 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     )  # fmt: skip
 
 
-def _perplexity(analysis: Analysis, found: ConditionAnalysis) -> Iterator[Chart]:
-    """Yield retention over perplexity, where that was measured and is not the same throughout."""
-    cells, inside = found.cells, set(found.cells.of("single"))
-    if METRIC not in cells.metrics:
-        return
-    x = cells.information[:, cells.metrics.index(METRIC)]
-    if len(np.unique(x[~np.isnan(x)])) < 2:
-        return
-    told = {one.quantity: one for one in found.correlations
-            if (one.metric, one.among) == (METRIC, "sources")}  # fmt: skip
-    panels = {}
-    for number, name in enumerate(analysis.dimensions):
-        y = 100 * cells.means[:, cells.quantities.index(name)]
-        known = np.flatnonzero(~np.isnan(x + y)).tolist()
-        ends = sorted(inside & set(known), key=lambda at: y[at])
-        marks = [
-            Mark(x[at], f"{cells.sets[at]}: perplexity {x[at]:.1f}, {name} {y[at]:.1f} %",
-                 COLOURS[number % 6] if at in inside else STRATEGY_COLOURS[cells.made[at].strategy],
-                 y=y[at], hollow=at not in inside,
-                 label=cells.sets[at] if at in (ends[:1] + ends[1:][-1:]) else "")
-            for at in known
-        ]  # fmt: skip
-        panels[name] = _correlation(told.get(name)), marks
-    outside = [one for one in found.ranking if one.strategy != "single"]
-    how = f"Too few sets for a correlation (over single sources only, at least {LEAST})."
-    if told:
-        how = (
-            "ρ is Spearman's, over single sources only, with its 95 % bootstrap interval; q: p "
-            f"corrected over {analysis.families['sources']} tests. Hollow dots do not count."
-        )
-    yield Chart(
-        f"perplexity-{slug(found.condition.label)}",
-        f"Perplexity of the calibration text and retention, {found.condition.label}",
-        f"Each dot is a calibration set, seeds averaged. {how}",
-        "Scatter plots of retention against perplexity: "
-        + "; ".join(f"{name}: {note}" for name, (note, _) in panels.items()) + ".",
-        partial(charts.scatter, panels=panels, below="perplexity (log)", beside="retention, %",
-                keys=_by_strategy(outside, "{} (hollow)")),
-    )  # fmt: skip
-
-
 def _correlation(one: Correlation | None) -> str:
     if one is None or one.rho is None:
         return "too few sets for a correlation"
@@ -201,26 +155,24 @@ def _correlation(one: Correlation | None) -> str:
 
 def _correlations(analysis: Analysis, found: ConditionAnalysis) -> Iterator[Chart]:
     columns = (*analysis.dimensions, TOTAL)
-    for among, kinds in words.AMONG.items():
-        own = {(one.metric, one.quantity): one for one in found.correlations if one.among == among}
-        if all(one.rho is None for one in own.values()):
-            continue
-        metrics = list(dict.fromkeys(name for name, _ in own))
-        within = "" if among == "sources" else f" {kinds}"
-        cells = [
-            [Cell(one.rho, words.rho(one.rho) + " ●" * one.significant,
-                  f"{words.metric_name(metric)} and {name}: {_correlation(one)}", one.significant)
-             for name in columns for one in [own[metric, name]]]
-            for metric in metrics
-        ]  # fmt: skip
-        rows = [(words.metric_name(metric), None) for metric in metrics]
-        strong = sum(one.significant for one in own.values())
-        yield Chart(
-            f"correlations{'-within' if within else ''}-{slug(found.condition.label)}",
-            f"Properties of the text and what is kept{within}, {found.condition.label}",
-            f"Spearman's ρ over {own[metrics[0], TOTAL].n} calibration sets{within}; ● survives "
-            f"correction over {analysis.families[among]} tests at 0.05.",
-            f"Correlation map of {len(metrics)} metrics by {len(columns)} columns; "
-            f"{words.counted(strong, 'correlation')} survive correction.",
-            partial(charts.heat, rows=rows, columns=columns, cells=cells, ramp="RdBu", low=-1),
-        )  # fmt: skip
+    own = {(one.metric, one.quantity): one for one in found.correlations}
+    if all(one.rho is None for one in own.values()):
+        return
+    metrics = list(dict.fromkeys(name for name, _ in own))
+    cells = [
+        [Cell(one.rho, words.rho(one.rho) + " ●" * one.significant,
+              f"{words.metric_name(metric)} and {name}: {_correlation(one)}", one.significant)
+         for name in columns for one in [own[metric, name]]]
+        for metric in metrics
+    ]  # fmt: skip
+    rows = [(words.metric_name(metric), None) for metric in metrics]
+    strong = sum(one.significant for one in own.values())
+    yield Chart(
+        f"correlations-{slug(found.condition.label)}",
+        f"Properties of the text and what is kept, {found.condition.label}",
+        f"Spearman's ρ over {own[metrics[0], TOTAL].n} calibration sets; ● survives correction "
+        f"over {analysis.tests} tests at 0.05.",
+        f"Correlation map of {len(metrics)} metrics by {len(columns)} columns; "
+        f"{words.counted(strong, 'correlation')} survive correction.",
+        partial(charts.heat, rows=rows, columns=columns, cells=cells, ramp="RdBu", low=-1),
+    )  # fmt: skip

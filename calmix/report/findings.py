@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
-from calmix.analysis.cells import APART, TOTAL, Condition
-from calmix.analysis.correlations import Among
-from calmix.analysis.differences import BEST, MEAN, SINGLES, Gain
+from calmix.analysis.cells import TOTAL, Condition
+from calmix.analysis.differences import BEST, SINGLES, Gain
 from calmix.analysis.ranking import leaders
 from calmix.analysis.statistics import ALPHA, LEAST
 from calmix.report import words
@@ -27,14 +26,12 @@ NO_ANSWERS = (
 )
 MARKS = {HOLDS: "✓", IN_PART: "◐", OPEN: "?", NOT_FOUND: "–", FAILS: "✗"}
 COMPARED = (  # sets made one way, against sets made another way or a contender among the sources
-    ("A mix keeps more than the best single source", "mix", BEST, TOTAL),
-    ("The same on the benchmarks that neither holds text of", "mix", BEST, APART),
-    ("A mix keeps more than single sources do on average", "mix", SINGLES, TOTAL),
-    ("IGSP keeps more than the best single source", "igsp", BEST, TOTAL),
-    ("IGSP keeps more than Self-Cal", "igsp", "self-cal", TOTAL),
-    ("IGSP keeps more than SGS", "igsp", "sgs", TOTAL),
-    ("A mix keeps more than IGSP", "mix", "igsp", TOTAL),
-    ("The same on the benchmarks that the mix holds no text of", "mix", "igsp", APART),
+    ("A mix keeps more than the best single source", "mix", BEST),
+    ("A mix keeps more than single sources do on average", "mix", SINGLES),
+    ("IGSP keeps more than the best single source", "igsp", BEST),
+    ("IGSP keeps more than Self-Cal", "igsp", "self-cal"),
+    ("IGSP keeps more than SGS", "igsp", "sgs"),
+    ("A mix keeps more than IGSP", "mix", "igsp"),
 )
 
 
@@ -155,7 +152,6 @@ def _condition(each: ConditionAnalysis) -> Findings:
     if len(ranked) > 1:
         told.best = f"{words.which_is_best(ranked)}."
         told.say(len(leaders(ranked)) == 1, told.best)
-    _contest(each, told)
     if len(each.ranking) > 1 and each.points and not each.correlations:
         sources = words.counted(each.points, "single source")
         told.say(False, f"With {sources} no metric can be correlated with retention "
@@ -173,51 +169,17 @@ def _condition(each: ConditionAnalysis) -> Findings:
     return told
 
 
-def _contest(each: ConditionAnalysis, told: Findings) -> None:
-    """Every set against the mean of the single sources, and against the best of them."""
-    once = "" if each.joint.freedom else " (one seed each)"
-    for right in dict.fromkeys(one.right for one in each.differences):
-        if right != SINGLES and not right.startswith(BEST):
-            continue
-        names: dict[str, list[str]] = {"more": [], "less": [], "these": [], "none": []}
-        for one in each.differences:
-            if one.quantity == TOTAL and one.right == right:
-                ahead = "more" if (one.gap.value or 0) > 0 else "less"
-                these = one.draw_p_corrected is not None and one.draw_p_corrected <= ALPHA
-                key = ahead if one.significant else "these" if these else "none"
-                names[key].append(f"{one.left} ({words.with_points(one.gap)})")
-        for key in ("more", "less"):
-            if some := names[key]:
-                verb = "keeps" if len(some) == 1 else "keep"
-                told.say(True, f"{words.listed(some)} {verb} {key} than the {right}{once}.")
-        for key, text in (
-            ("these", "Different on these test items, but perhaps not on others, from"),
-            ("none", "No difference in total survives correction from"),
-        ):
-            if some := names[key]:
-                told.say(False, f"{text} the {right}: {words.listed(some)}.")
-
-
 def _methods(analysis: Analysis) -> Findings:
-    """Each method against the one that keeps next less, and how leads differ between them."""
-    told = Findings("Method by method")
-    totals = sorted((one for one in analysis.gains if one.quantity == TOTAL and not one.over),
-                    key=lambda one: one.gap.value or 0.0)  # fmt: skip
-    nearest: dict[str, Gain] = {}
-    for one in totals:
-        if one.calibration == MEAN:
-            nearest.setdefault(one.more, one)
+    """Each method against the one that keeps next less."""
+    told, nearest = Findings("Method by method"), dict[str, Gain]()
+    totals = (one for one in analysis.gains if one.quantity == TOTAL and not one.over)
+    for one in sorted(totals, key=lambda one: one.gap.value or 0.0):
+        nearest.setdefault(one.more, one)
     for each in analysis.conditions:
-        if (mean := nearest.get(each.condition.label)) is None:
-            continue
-        sets = [one for one in totals if one is not mean
-                and (one.more, one.less) == (mean.more, mean.less)]  # fmt: skip
-        ends = [f"{words.points(one.gap.value)} ({one.calibration})" for one in (sets[0], sets[-1])]
-        over = f"mean of {mean.sets} sets, {' to '.join(ends)}"
-        if mean.sets == 1:
-            over = f"of {sets[0].calibration}"
-        told.say(mean.gap.clear, f"{mean.more} against {mean.less}: "
-                 f"{words.with_points(mean.gap)} points in total, {over}.")  # fmt: skip
+        if (mean := nearest.get(each.condition.label)) is not None:
+            told.say(mean.gap.clear, f"{mean.more} against {mean.less}: "
+                     f"{words.with_points(mean.gap)} points in total, mean of "
+                     f"{words.counted(mean.sets, 'set')}.")  # fmt: skip
     return told
 
 
@@ -225,13 +187,12 @@ def claims(analysis: Analysis) -> Iterator[Claim]:
     """Return the claims that this study can say anything of."""
     found, compared = analysis.conditions, list(COMPARED)
     if (default := analysis.settings.default) is not None:
-        compared.insert(3, (f"A mix keeps more than {default}", "mix", default, TOTAL))
+        compared.insert(2, (f"A mix keeps more than {default}", "mix", default))
     made = [(text, [_compared(each, *sides) for each in found]) for text, *sides in compared]
     made += [
         ("Dimensions are far apart where the total is close", [_cancelled(each) for each in found]),
         ("A metric of the text raises one dimension and lowers another",
-         [_pulled(each, "sources") for each in found]),
-        ("The same among texts of one kind", [_pulled(each, "kinds") for each in found]),
+         [_pulled(each) for each in found]),
         ("The lead of a mix grows with sparsity",
          [_moved(analysis, each, "sparsity", 1) for each in found]),
         ("The lead of a mix shrinks with recovery",
@@ -263,7 +224,7 @@ def _judged(at: Condition, gaps: Iterable[Gap], *, wanted: int = 1) -> Verdict |
     return Verdict(at, verdict, because, at.label)
 
 
-def _compared(each: ConditionAnalysis, left: str, right: str, quantity: str) -> Verdict | None:
+def _compared(each: ConditionAnalysis, left: str, right: str) -> Verdict | None:
     made = {one.calibration: one.strategy for one in each.cells.made}
 
     def names(side: str, wanted: str) -> bool:
@@ -271,10 +232,10 @@ def _compared(each: ConditionAnalysis, left: str, right: str, quantity: str) -> 
 
     def gaps() -> Iterator[Gap]:
         for one in each.differences:
-            if one.quantity == quantity and names(one.left, left) and names(one.right, right):
+            if one.quantity == TOTAL and names(one.left, left) and names(one.right, right):
                 over = "" if right == SINGLES else f" over {one.right.removeprefix(BEST)}"
                 yield one.left + over, one.gap, one.significant
-            elif one.quantity == quantity and names(one.right, left) and names(one.left, right):
+            elif one.quantity == TOTAL and names(one.right, left) and names(one.left, right):
                 yield f"{one.right} over {one.left}", -one.gap, one.significant
 
     return _judged(each.condition, gaps())
@@ -313,11 +274,10 @@ def _cancelled(each: ConditionAnalysis) -> Verdict | None:
     return Verdict(each.condition, verdict, because, each.condition.label)
 
 
-def _pulled(each: ConditionAnalysis, among: Among) -> Verdict | None:
+def _pulled(each: ConditionAnalysis) -> Verdict | None:
     """Say whether a metric goes up with one dimension and down with another, both after
     correction."""
-    tested = [one for one in each.correlations if one.among == among]
-    if not tested:
+    if not (tested := each.correlations):
         return None
     n = words.counted(max(one.n for one in tested), "source")
     pairs = []
@@ -373,19 +333,13 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
             f"Every set has one seed{where}: intervals there cover test items alone, and nothing "
             "is known of other seeds."
         )
-    if shared := {one.calibration for each in found for one in each.ranking if one.without_own}:
-        yield (
-            f"{words.counted(len(shared), 'set was', 'sets were')} made of the other half of a "
-            "benchmark that is scored; the ranking also gives them without those tasks."
-        )
     tested = [each for each in found if each.correlations]
     if tested:
         numbers = words.listed(str(n) for n in sorted({each.points for each in tested}))
-        families = words.listed(f"{n} tests ({name})" for name, n in analysis.families.items())
         yield (
             f"Correlations are over {numbers} points, seeds averaged first: single sources only (a "
             f"mix would count its parts twice). p is two-sided, by permutation, corrected over "
-            f"{families} (Benjamini-Hochberg at {ALPHA:g})."
+            f"{analysis.tests} tests (Benjamini-Hochberg at {ALPHA:g})."
         )
         least = min(one.least_p or 0.0 for each in tested for one in each.correlations)
         if least > ALPHA:

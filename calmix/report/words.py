@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from calmix.analysis.cells import APART, WORST
 from calmix.analysis.ranking import Ranked, leaders
 from calmix.evaluation.behaviour import Behaviour
 
@@ -31,7 +30,6 @@ MEASURES = {
     "accuracy": "retention of accuracy above chance",
     "ratio": "ratio of accuracies, not corrected for chance",
 }
-AMONG = {"sources": "all sources", "kinds": "within kinds of text"}
 METRICS = {
     "bits_per_byte": "bits per byte",
     "entropy": "unigram entropy",
@@ -39,7 +37,6 @@ METRICS = {
     "scope_tokens": "share of the vocabulary",
     "granularity": "tokens per document",
 }
-QUANTITIES = {WORST: "worst dimension", APART: "total on other benchmarks"}
 FORMS = {
     "chat template": " in its chat template, short answers by worked examples",
     "worked examples": " by worked examples",

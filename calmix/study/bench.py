@@ -32,7 +32,7 @@ from calmix.recovery import recover
 from calmix.study.results import TaskOutcome, Trial
 from calmix.study.spec import Study
 from calmix.study.store import RESULT, SCORES, Store
-from calmix.study.trials import Key, Planned, Resolved, traits
+from calmix.study.trials import Key, Planned, Resolved
 
 INFORMATION, PRUNING, RECOVERY = "information.json", "pruning.json", "recovery.json"
 CHECKPOINT = "checkpoint"
@@ -240,6 +240,6 @@ def describe(
         id=trial.id, mix=(trial.request["calibration"] or {}).get("mix", {}), method=planned.way,
         sparsity=sparsity, propagation=planned.request.propagation, suite=study.suite.name,
         information=information, total=kept.total, worst=kept.worst, tasks=tasks, seconds=seconds,
-        dimensions={one.name: one.kept for one in kept.dimensions}, **traits(planned, study),
+        dimensions={one.name: one.kept for one in kept.dimensions},
         **{name: getattr(planned, name) for name in copied},
     )  # fmt: skip

@@ -15,7 +15,7 @@ from calmix.study.store import Run, Store, open_store
 
 CSV = "results.csv"
 KEYS = ("machine", "system", "threads", "device", "dtype")  # of a run
-LEFT_OUT = {"kind", "halves", "mix", "dimensions", "tasks", "seconds", "distance", "information"}
+LEFT_OUT = {"mix", "dimensions", "tasks", "seconds", "distance", "information"}
 
 
 def read_results(path: Path | str) -> StudyResults:

@@ -42,8 +42,6 @@ class Trial(Record):
     Attributes:
         id: hash of the resolved request, the trial's folder in the store.
         calibration: the calibration set's name in the study file; `strategy`, how it was made.
-        kind: what a single source leans to: `prose`, `code`, `math` or as its entry says.
-        halves: tasks that are the other half of a benchmark which this set's sources read.
         mix: sources with their shares; empty for a saved set, and text the model wrote.
         method: with the options that differ from their defaults, allocation and recovery.
         pattern: as printed: `60%` or `2:4`; `sparsity`, the share of weights pruned.
@@ -54,12 +52,12 @@ class Trial(Record):
         distance: to the dense model (`evaluation.distance.distance`), where it was measured.
     """
 
+    model_config = ConfigDict(extra="ignore", frozen=True)  # earlier versions kept more
+
     id: str
     model: str
     calibration: str
     strategy: Strategy
-    kind: str = ""
-    halves: tuple[str, ...] = ()
     mix: dict[str, float] = {}
     method: str
     pattern: str

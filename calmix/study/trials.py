@@ -21,7 +21,6 @@ from calmix.calibration.selfgen.generators import Generator
 from calmix.calibration.selfgen.writing import VERSION
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import SCORER
-from calmix.evaluation.suites import benchmark_of
 from calmix.files import sha256_file, sha256_json, user_path
 from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
@@ -29,13 +28,12 @@ from calmix.models.shards import weight_bytes
 from calmix.options import RECOVERY_OPTIONS, Recovering
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Pattern
-from calmix.sources import Source, get_source
-from calmix.sources.readers import AssetText, LocalFile
+from calmix.sources import get_source
+from calmix.sources.readers import LocalFile
 from calmix.specs import PruneRequest, printed, prune_request, recovery_of
 from calmix.study.results import Strategy
 from calmix.study.spec import NONE, Calibration, Grid, Study
 
-PROSE = dict.fromkeys(("general", "commonsense"), "prose")
 FORMAT = 1  # of the request; raised when the same request would give another outcome
 
 Condition = tuple[Any, ...]  # what trials share that differ in calibration set and seed alone
@@ -281,26 +279,6 @@ def _content(path: Path) -> str:
         return sha256_json([[p.relative_to(path).as_posix(), sha256_file(p)] for p in files])
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-
-
-def traits(trial: Planned, study: Study) -> dict[str, Any]:
-    """Return what a single source leans to, its `kind`: prose (general and commonsense), code, math
-    or what a user's own says; and `halves`, tasks that are the other half of a benchmark which the
-    set's sources read. Of saved sets and of text the model writes nothing is known."""
-    text, sources = trial.request.calibration, list[Source]()
-    if text is not None and not is_saved_set(user_path(text)):
-        asked = ask(text, sources=study.own, licence=trial.request.licence)
-        sources = [get_source(name, asked.own) for name in asked.sources]
-    kinds = {PROSE.get(source.dimension, source.dimension) for source in sources}
-    read = {
-        benchmark_of(member.split("/")[2])
-        for source in sources if isinstance(source.reader, AssetText)
-        for member in source.reader.members if member.count("/") > 2
-    }  # fmt: skip
-    return {
-        "kind": kinds.pop() if trial.strategy == "single" and len(kinds) == 1 else "",
-        "halves": tuple(n for n, task in study.suite.tasks.items() if task.benchmark in read),
-    }
 
 
 def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:

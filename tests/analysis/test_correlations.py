@@ -12,7 +12,7 @@ from calmix.analysis.cells import select, tables
 from calmix.analysis.correlations import cancellation, correlate
 from calmix.analysis.statistics import benjamini_hochberg, permutation_p
 from calmix.evaluation.retention import flips
-from tests.synthetic import SLOPES, Plan, full_plan, study, trial
+from tests.synthetic import SLOPES, Plan, full_plan, study
 
 QUICK = Settings(permutations=1999, resamples=200)
 
@@ -23,8 +23,7 @@ def of(results):
 
 def test_a_planted_trade_off_is_found_with_its_signs():
     found = of(study(Plan(slopes=SLOPES, noise=0.02)))
-    known = {(one.metric, one.quantity): one for one in found.correlations
-             if one.among == "sources"}  # fmt: skip
+    known = {(one.metric, one.quantity): one for one in found.correlations}
     for dimension, sign in {"general": 1, "code": -1, "math": -1}.items():
         one = known["perplexity", dimension]
         assert sign * one.rho > 0.8
@@ -43,8 +42,8 @@ def test_rho_is_that_of_the_seed_means_of_single_sources_alone():
     x = [np.mean([t.information["perplexity"] for t in each]) for each in own]
     y = [np.mean([t.dimensions["code"].value for t in each]) for each in own]
     settings = Settings(permutations=99, resamples=10)
-    (one,) = [c for c in correlate(cells, settings) if c.among == "sources"
-              and (c.metric, c.quantity) == ("perplexity", "code")]  # fmt: skip
+    (one,) = [c for c in correlate(cells, settings)
+              if (c.metric, c.quantity) == ("perplexity", "code")]  # fmt: skip
     assert (one.n, one.rho) == (16, pytest.approx(stats.spearmanr(x, y).statistic))
 
 
@@ -66,37 +65,14 @@ def test_among_planted_effects_false_discoveries_stay_below_nominal():
     assert np.mean(power) > 0.9
 
 
-def test_each_family_is_the_whole_study():
+def test_all_of_a_study_is_corrected_together():
     results = study(full_plan(seeds=(0,)))
     whole = analyse(results, QUICK)
     every = [one for found in whole.conditions for one in found.correlations]
-    assert set(whole.families) == {"sources", "kinds"}
-    assert sum(whole.families.values()) == len(every)
-    for family in {one.among for one in every}:
-        own = [one for one in every if one.among == family]
-        q = [one.p_corrected for one in own]
-        assert q == pytest.approx(benjamini_hochberg([one.p for one in own]))
-    part = analyse(results, QUICK, method="wanda")
-    assert part.families == {name: count // 3 for name, count in whole.families.items()}
-
-
-def test_what_only_tells_kinds_apart_is_no_correlation_within_them():
-    """Code is of low perplexity and keeps code: over all sources, not within a kind."""
-    trials = []
-    for one in study(Plan(noise=0.03, draw=0.002)).trials:
-        lift = 0.3 if one.kind == "code" else 0.0
-        kept = {name: (part.value or 0) + lift * (name == "code")
-                for name, part in one.dimensions.items()}  # fmt: skip
-        metrics = one.information | {"perplexity": one.information["perplexity"] - 90 * (lift > 0)}
-        trials.append(
-            trial(one.calibration, "single", one.method, one.pattern, one.seed, kept, metrics,
-                  kind=one.kind)
-        )  # fmt: skip
-    found = {one.among: one for one in of(study(Plan(), trials=tuple(trials))).correlations
-             if (one.metric, one.quantity) == ("perplexity", "code")}  # fmt: skip
-    sources, kinds = found["sources"], found["kinds"]
-    assert (sources.rho < -0.5, sources.p < 0.05) == (True, True)
-    assert (abs(kinds.rho) < 0.45, kinds.p > 0.05, kinds.n) == (True, True, 16)
+    assert whole.tests == len(every)
+    q = [one.p_corrected for one in every]
+    assert q == pytest.approx(benjamini_hochberg([one.p for one in every]))
+    assert analyse(results, QUICK, method="wanda").tests == whole.tests // 3
 
 
 def test_metrics_that_order_the_sets_alike_are_one_test():
@@ -107,7 +83,7 @@ def test_metrics_that_order_the_sets_alike_are_one_test():
         twins = {"bits_per_byte": math.log(perplexity), "volume": -perplexity}
         trials.append(one.model_copy(update={"information": twins | one.information}))
     before, after = (analyse(each, QUICK) for each in (whole, study(Plan(), trials=tuple(trials))))
-    assert after.families == before.families
+    assert after.tests == before.tests
     aliases = {one.metric: one.aliases for one in after.conditions[0].correlations}
     assert aliases["perplexity"] == ("bits_per_byte", "-volume")
 

@@ -66,9 +66,9 @@ def made(truth, rng):
     table = np.full((count, max(truth.draws), 7), np.nan)
     table[tuple(zip(*trials, strict=True))] = rolled_up(np.stack(values, 1), TASKS, "ab")
     sets = tuple(
-        SimpleNamespace(calibration=f"s{at}", strategy="single" if at < singles else "mix",
-                        halves=()) for at in range(count)
-    )  # fmt: skip
+        SimpleNamespace(calibration=f"s{at}", strategy="single" if at < singles else "mix")
+        for at in range(count)
+    )
     cells = Cells(AT, sets, tuple(range(max(truth.draws))), ("a", "b"), TASKS, tuple(trials), items,
                   table, table[:, 0, :3], {}, (), np.zeros((count, 0)))  # fmt: skip
     return cells, rolled_up(np.stack(expected, 1), TASKS, "ab")

@@ -8,10 +8,10 @@ from scipy import stats
 
 from calmix.analysis import Settings, analyse
 from calmix.analysis.bootstrap import Estimate
-from calmix.analysis.cells import APART, TOTAL, WORST, method_name
+from calmix.analysis.cells import TOTAL, WORST, method_name
 from calmix.analysis.differences import BEST, MEAN, SINGLES, Difference, correct
 from calmix.evaluation.retention import retention
-from tests.synthetic import Plan, full_plan, interval, study, trial
+from tests.synthetic import Plan, full_plan, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)
 EXACT = Settings(permutations=199, resamples=2000)
@@ -157,54 +157,11 @@ def test_accuracy_is_read_beside_the_primary_scores():
         assert (one.accuracy["code"], text) == (pytest.approx(answers), None)
 
 
-def halved(ways, of_half):
-    """Trials of two seeds by strategy and retention of tasks; one set read half of code_a."""
-    trials = []
-    for name, (strategy, parts) in ways.items():
-        for seed in (0, 1):
-            one = trial(name, strategy, "wanda", "50%", seed, {"general": 0.5, "code": 0.6})
-            changed = {"tasks": tuple(
-                task.model_copy(update={"retention": interval(parts.get(task.task, 0.5))})
-                for task in one.tasks
-            ), "halves": ("code_a",) if name == of_half else ()}  # fmt: skip
-            trials.append(one.model_copy(update=changed))
-    return tuple(trials)
-
-
-def test_a_sets_own_benchmark_is_marked_and_left_out_beside():
-    parts = {"code_a": 0.9, "code_b": 0.3}
-    trials = halved({"a": ("single", parts), "b": ("single", parts)}, "a")
-    found = analyse(study(Plan(), trials=trials), QUICK)
-    a, b = sorted(found.conditions[0].ranking, key=lambda one: one.calibration)
-    assert (a.halves, b.without_own) == (("code_a",), {})
-    assert a.dimensions["code"].value == pytest.approx(0.6, abs=1e-3)
-    assert {name: one.value for name, one in a.without_own.items()} == pytest.approx(
-        {"total": 0.4, "code": 0.3}, abs=1e-3
-    )
-    table = found.tables()["tasks"]
-    (marked,) = table[table["own_benchmark"].eq(True)].to_dict("records")
-    assert (marked["calibration"], marked["name"]) == ("a", "code_a")
-
-
-def test_sets_are_also_compared_on_the_benchmarks_that_neither_holds_a_half_of():
-    """The mix leads by the task whose other half it read; without it the written text does."""
-    ways = {"m": ("mix", {"code_a": 0.9, "code_b": 0.2}), "w": ("igsp", {"code_b": 0.5}),
-            "s": ("single", {}), "t": ("single", {"code_a": 0.4})}  # fmt: skip
-    found = of(halved(ways, "m"))
-    for right in ("w", SINGLES):
-        one = gap(found, "m", right, APART)
-        assert one.gap.value == pytest.approx((0.2 - 0.5) / 2, abs=1e-3)
-        assert one.p_corrected is not None
-    told = {(one.left, one.right) for one in found.differences if one.quantity == APART}
-    assert ("w", SINGLES) not in told  # neither holds a half of any
-
-
-def test_corrections_of_the_total_do_not_depend_on_what_is_told_apart():
+def test_both_corrections_are_of_all_differences():
     one = Difference("c", "a", "b", TOTAL, Estimate(0.1, p=0.03, draw_p=0.2))
-    other = replace(one, quantity=APART, gap=Estimate(0.1, p=0.001, draw_p=0.3))
-    found = correct([one, other, replace(one, gap=Estimate(0.1))])
-    assert [each.p_corrected for each in found] == [0.03, 0.001, None]
-    assert [each.draw_p_corrected for each in found] == [0.2, 0.3, None]
+    found = correct([one, replace(one, gap=Estimate(0.1, p=0.5)), replace(one, gap=Estimate(0.1))])
+    assert [each.p_corrected for each in found] == [0.06, 0.5, None]
+    assert [each.draw_p_corrected for each in found] == [0.2, None, None]
 
 
 def test_bits_per_byte_resample_as_the_ratio_they_are():
@@ -271,18 +228,16 @@ def gain(found, more, less, name, quantity=TOTAL, over=""):
     return one
 
 
-def test_every_two_methods_are_compared_set_by_set():
+def test_every_two_methods_are_compared():
     found = analysed(KEPT)
     pairs = ((BETTER, PLAIN), (TUNED, PLAIN), (TUNED, BETTER))
     assert {(one.more, one.less) for one in found.gains} == {
         (NAMES[more], NAMES[less]) for more, less in pairs
     }
-    for name, quantity, wanted in (
-        ("prose", TOTAL, 0.05), ("mix", "general", 0.2), (MEAN, TOTAL, (0.05 + 0.05 + 0.2) / 3),
-    ):  # fmt: skip
-        one = gain(found, BETTER, PLAIN, name, quantity)
+    for quantity, wanted in ((TOTAL, (0.05 + 0.05 + 0.2) / 3), ("general", (0.1 + 0.1 + 0.2) / 3)):
+        one = gain(found, BETTER, PLAIN, MEAN, quantity)
         assert one.gap.value == pytest.approx(wanted, abs=1e-3)
-        assert (one.sets, one.by) == (3 if name == MEAN else 1, "method")
+        assert (one.sets, one.by) == (3, "method")
     mean = gain(found, TUNED, BETTER, MEAN)
     assert (mean.sets, mean.by) == (2, "recovery")  # what one of them lacks is left out
     assert mean.gap.value == pytest.approx((0.2 + 0.1) / 2, abs=1e-3)
@@ -292,14 +247,14 @@ def test_every_two_methods_are_compared_set_by_set():
 def test_items_and_seeds_are_the_same_on_both_sides():
     """A gap of two methods is as sure as what they have in common lets it be."""
     once, twice = analysed(KEPT), analysed(KEPT, seeds=2)
-    one = gain(once, BETTER, PLAIN, "mix").gap
-    of_mix = [each.joint.one(each.cells.sets.index("mix"), 0) for each in once.conditions[:2]]
-    widths = [each.high - each.low for each in of_mix]
+    one = gain(once, BETTER, PLAIN, MEAN).gap
+    means = [each.joint.mean(range(3), 0).estimate() for each in once.conditions[::2]]
+    widths = [each.high - each.low for each in means]
     assert one.low < one.value < one.high
     assert one.high - one.low < 0.9 * (widths[0] ** 2 + widths[1] ** 2) ** 0.5
     assert (one.draws, one.draw_low) == (1, None)
-    one = gain(twice, BETTER, PLAIN, "mix").gap
-    total = twice.conditions[0].joint.one(twice.conditions[0].cells.sets.index("mix"), 0)
+    one = gain(twice, BETTER, PLAIN, MEAN).gap
+    total = twice.conditions[0].joint.mean(range(3), 0).estimate()
     assert one.draws == 2
     assert one.draw_high - one.draw_low < 0.1 * (total.draw_high - total.draw_low)
 
@@ -322,7 +277,7 @@ def test_leads_are_followed_from_method_to_method(more, less, default, quantity,
 def test_only_conditions_alike_but_for_the_method_are_compared():
     conditions = [("sparsegpt", "60%"), ("admm", "60%")]
     one = study(Plan(sources=("a", "b"), conditions=conditions))
-    assert len(analyse(one, QUICK).gains) == 3 * 5
+    assert len(analyse(one, QUICK).gains) == 5
     for field, value in (("model", "other"), ("pattern", "50%"), ("rows", 8)):
         trials = [t.model_copy(update={field: value} if t.method == "admm" else {})
                   for t in one.trials]  # fmt: skip

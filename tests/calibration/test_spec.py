@@ -11,10 +11,11 @@ from calmix.calibration import (
     rows_per_source,
 )
 from calmix.errors import InputError, SourceError
-from calmix.evaluation.suites import benchmark_of, load_suite
+from calmix.evaluation.suites import load_suite
 from calmix.options import DrawOptions
 from calmix.sources import get_source, load_sources
 from calmix.sources.registry import MIXES
+from tests.evaluation.helpers import benchmark, benchmarks_read
 
 
 def drawn(spec, opened, **options):
@@ -53,13 +54,12 @@ def test_a_named_mix_stands_for_its_sources():
 def test_mix_clean_reads_no_benchmark_that_a_suite_scores():
     sources = [get_source(name) for name in MIXES["mix-clean"]]
     assert {source.dimension for source in sources} == {"general", "commonsense", "code", "math"}
-    read = {benchmark_of(member.split("/")[2]) for source in sources
-            for member in getattr(source.reader, "members", [])}  # fmt: skip
+    read = benchmarks_read(sources)
     for suite in ("offline", "abilities"):
         for name, task in load_suite(suite).tasks.items():
-            assert task.benchmark not in read, (suite, name)
+            assert benchmark(task) not in read, (suite, name)
     asked = load_suite("abilities").tasks
-    assert [asked[name].benchmark for name in ("mbpp", "math500", "triviaqa", "sums")] == [
+    assert [benchmark(asked[name]) for name in ("mbpp", "math500", "triviaqa", "sums")] == [
         "mbpp", "minerva_math", "trivia_qa", None
     ]  # fmt: skip
 

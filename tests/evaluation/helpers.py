@@ -9,6 +9,7 @@ import torch
 from calmix.evaluation.records import TaskScores
 from calmix.evaluation.scorer import Request
 from calmix.evaluation.scores import CapabilityScores
+from calmix.evaluation.suites import ASKED, read_own
 from calmix.models import OpenModel
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -16,6 +17,26 @@ from tests.tiny import tiny_model, tiny_tokenizer
 def opened(kind="llama", seed=0):
     """A tiny model in memory, as `open_model` would give it."""
     return OpenModel(f"tiny-{kind}", Path("nowhere"), tiny_model(kind, seed), tiny_tokenizer())
+
+
+def benchmark_of(folder):
+    """Return the benchmark that a folder of the archive is a part of: `minerva_math_algebra` and
+    `minerva_math_500` are parts of one, and so is MBPP in every language."""
+    return next((name for name in ("mbpp", "minerva_math") if name in folder), folder)
+
+
+def benchmarks_read(sources):
+    """Return the benchmarks of the archive that sources read."""
+    members = [one for source in sources for one in getattr(source.reader, "members", ())]
+    return {benchmark_of(member.split("/")[2]) for member in members}
+
+
+def benchmark(spec):
+    """Return the benchmark that a task's items are of; None where they are made here."""
+    if spec.asked is None:
+        return spec.archive and benchmark_of(spec.archive.split("/")[0])
+    parts = read_own(ASKED)[spec.asked]["from"].split("/")
+    return benchmark_of(parts[2]) if len(parts) > 2 else None
 
 
 def request(context, answer, task="task"):

@@ -2,10 +2,11 @@
 
 import pytest
 
-from calmix.analysis.cells import APART, TOTAL, WORST
+from calmix.analysis.cells import TOTAL, WORST
 from calmix.errors import InputError
-from calmix.evaluation.suites import benchmark_of, builtin_suites, load_suite, parse_suite
+from calmix.evaluation.suites import builtin_suites, load_suite, parse_suite
 from calmix.sources.registry import offline_sources
+from tests.evaluation.helpers import benchmark, benchmarks_read
 
 GOOD = """\
 name: mine
@@ -41,12 +42,8 @@ def test_offline_leaves_the_odd_items_to_the_sources():
         "mmlu", "common_knowledge", "passages", "arc_easy", "arc_challenge", "csqa", "logic",
         "coding", "humaneval", "pattern", "gsm8k", "math500",
     }  # fmt: skip
-    read = {
-        benchmark_of(member.split("/")[2])
-        for source in offline_sources().values()
-        for member in getattr(source.reader, "members", ())
-    }
-    parts = {name for name in whole if load_suite("offline").tasks[name].benchmark in read}
+    read = benchmarks_read(offline_sources().values())
+    parts = {name for name in whole if benchmark(load_suite("offline").tasks[name]) in read}
     assert parts == {"math500"}  # of which its source leaves out all that is close
 
 
@@ -100,7 +97,7 @@ def test_each_mistake_gives_one_line_with_line_and_key(old, new, line, says):
     assert (f"mine.yaml line {line}: " in told, says in told, "\n" in told) == (True, True, False)
 
 
-@pytest.mark.parametrize("name", [TOTAL, WORST, APART])
+@pytest.mark.parametrize("name", [TOTAL, WORST])
 def test_names_that_mean_something_else_are_no_dimensions(name):
     with pytest.raises(InputError, match=f"line 1: '{name}' has another meaning"):
         parse_suite(GOOD.replace("general", name), "mine.yaml")

@@ -12,7 +12,7 @@ from calmix.report.study import pages, write_report
 from tests.synthetic import SOURCES, Plan, failed, full_plan, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)
-KINDS = ("heat-map", "tasks", "ranking", "perplexity", "correlations", "correlations-within")
+KINDS = ("heat-map", "tasks", "ranking", "correlations")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def page_of(results):
 
 def test_every_figure_is_there_as_a_file_and_in_the_page(whole, page):
     names = {f"{kind}-sparsegpt-50pct" for kind in KINDS}
-    names |= {f"{kind}-sparsegpt-60pct" for kind in KINDS[:4]}  # of few sets
+    names |= {f"{kind}-sparsegpt-60pct" for kind in KINDS[:3]}  # of few sets
     kept = {path.name for path in (whole / "figures").iterdir()}
     assert kept == {f"{name}.svg" for name in names}
     for name in names:
@@ -91,7 +91,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
     for name in ("one", "two"):
         write_report(results, analyse(results, QUICK), tmp_path / name)
     one = sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert len(one) == 2 + len(KINDS[:4])
+    assert len(one) == 2 + len(KINDS[:3])
     for path in one:
         twin = tmp_path / "two" / path.relative_to(tmp_path / "one")
         assert path.read_bytes() == twin.read_bytes(), path.name
@@ -169,18 +169,6 @@ def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line():
     page = page_of(study(Plan(), trials=trials))
     assert re.findall(r">−20(?:\.0)?<", page)
     assert re.findall(r">-\d", page) == []
-
-
-def test_what_a_set_shares_with_a_benchmark_is_marked():
-    kept = {"general": 0.5, "code": 0.6}
-    trials = [trial(name, "single", "wanda", "50%", 0, kept) for name in "ab"]
-    plain = page_of(study(Plan(), trials=tuple(trials[1:])))
-    trials[0] = trials[0].model_copy(update={"halves": ("code_a",)})
-    page = page_of(study(Plan(), trials=tuple(trials)))
-    assert page.count("60*") == 2  # wide and narrow
-    for text in ("made of its other half", "without its own benchmark", "total 55.0, code 60.0"):
-        assert text in page
-        assert text not in plain
 
 
 def test_the_ranking_is_the_first_thing_told_and_holds_both_readings(page):
