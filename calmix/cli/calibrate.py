@@ -28,61 +28,25 @@ from calmix.options import (
     path_option,
 )
 from calmix.progress import Progress
+from calmix.specs import BOTH
 
 WRITTEN = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of text a model wrote
 calibrate = group("calibrate", default="draw")
 
 
-class CalibrateOptions(TextField, DrawOptions, ModelOptions, Json):
+@verb("draw", of=calibrate)
+def draw(
+    own: TextField,
+    drawn: DrawOptions,
+    how: ModelOptions,
+    shown: Json,
     spec: str = option(
         ..., "Source, a:0.5,b:0.5, uniform:a,b, YAML, file; or self-written.", argument=True
-    )
-    model: str = option(..., "The model it is for.", flag="--model -m")
-    output: Path = path_option("Folder to write.")
-    overwrite: bool = option(False, "Replace a calibration set.")
-
-
-class MeasureOptions(SizeOptions, ModelOptions, Json):
-    specs: tuple[str, ...] = option(..., "Sources, mixes or saved sets; offline: all.",
-                                    argument=True)  # fmt: skip
-    model: str = option(..., "The model whose tokens count.", flag="--model -m")
-    rows: int = option(32, "Rows of the budget.", ge=1)
-    draws: int = option(3, "Draws, each with its own seed.", ge=1)
-    no_perplexity: bool = option(False, "Skip what runs the model.")
-    output: Path | None = path_option("A .json or .csv file to write.", default=None)
-
-
-class PredictOptions(DrawOptions, ModelOptions, Json):
-    calibrations: tuple[str, ...] = option(..., "Sets, as for calmix prune.", argument=True)
-    model: str = option(..., "The model to be pruned.", flag="--model -m")
-    method: str = option(METHOD, "Pruning method, e.g. admm,refit=5.")
-    sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.", shown="0.6")
-    pattern: str | None = option(None, "N:M in place of a sparsity.")
-    weights: Weights | None = option(
-        None, "What counts, e.g. general=1,code=2.", shown="all equal", metavar="NAME=WEIGHT,..."
-    )
-    text: tuple[str, ...] = option(
-        (), "Held-out text of yours: code=mine.jsonl (repeat).", metavar="NAME=PATH", advanced=True
-    )
-    rows: int = option(16, "Rows of each source.", ge=1)
-    every: int = option(7, "Look at every k-th block.", ge=1, advanced=True)
-
-
-class ListOptions(Json):
-    sources: Path | None = own_sources_option(advanced=False)
-    licence: Licence = licence_option(advanced=False)
-    dimension: str | None = option(None, "Only sources of this dimension, e.g. code.")
-
-
-class ShowOptions(Json):
-    name: str = option(..., "A source, file or hub id.", argument=True)
-    documents: int = option(1, "Documents to show.", ge=1)
-    characters: int = option(600, "Characters of each.", ge=1)
-    sources: Path | None = own_sources_option(advanced=False)
-
-
-@verb("draw", of=calibrate)
-def draw(options: CalibrateOptions) -> None:
+    ),
+    model: str = option(..., "The model it is for.", flag="--model -m"),
+    output: Path = path_option("Folder to write."),
+    overwrite: bool = option(False, "Replace a calibration set."),
+) -> None:
     """Draw a calibration set from sources and save it; or let the model write it.
 
     SPEC may be self-written, chat, igsp, self-cal or sgs, and take settings:
@@ -91,26 +55,25 @@ def draw(options: CalibrateOptions) -> None:
     from calmix.calibration import ask, open_tokenizer, resolve
     from calmix.models import check_models, open_model
 
-    spec, model, output = options.spec, options.model, options.output
-    asked = ask(spec, **options.drawn())
+    asked = ask(spec, **drawn.drawn())
     if asked.saved is not None:
         raise InputError(f"{spec} is a calibration set already: copy the folder, or export it")
     written = asked.runs_model
-    if not written and (options.dtype, options.device) != ("auto", "auto"):
+    if not written and (how.dtype, how.device) != ("auto", "auto"):
         raise InputError("--dtype and --device have no effect: this set is drawn without the model")
-    inputs = [model, options.sources, *asked.files]
-    check_output_folder(output, inputs=inputs, overwrite=options.overwrite)
-    check_models(model, **options.opening())
-    opened: Any = open_tokenizer(model, trust_remote_code=options.trust_remote_code)
-    ask(spec, context=opened.context, **options.drawn())
+    inputs = [model, drawn.sources, *asked.files]
+    check_output_folder(output, inputs=inputs, overwrite=overwrite)
+    check_models(model, **how.opening())
+    opened: Any = open_tokenizer(model, trust_remote_code=how.trust_remote_code)
+    ask(spec, context=opened.context, **drawn.drawn())
     if written:
-        opened = open_model(model, **options.opening())
+        opened = open_model(model, **how.opening())
     with Progress() as bar:
-        made = resolve(spec, opened, **options.drawn(), writing=bar.writing, note=note,
+        made = resolve(spec, opened, **drawn.drawn(), writing=bar.writing, note=note,
                        tick=bar.each("drawing"))  # fmt: skip
-    made.save(output, overwrite=options.overwrite)
+    made.save(output, overwrite=overwrite)
     manifest, leakage = made.manifest, made.manifest["leakage"]
-    if options.as_json:
+    if shown.as_json:
         dropped = leakage if leakage == "off" else {
             "dropped": {name: len(entries) for name, entries in leakage["dropped"].items()}
         }  # fmt: skip
@@ -140,7 +103,19 @@ def draw(options: CalibrateOptions) -> None:
 
 
 @verb("measure", of=calibrate)
-def measure(options: MeasureOptions) -> None:
+def measure(
+    size: SizeOptions,
+    how: ModelOptions,
+    shown: Json,
+    specs: tuple[str, ...] = option(
+        ..., "Sources, mixes or saved sets; offline: all.", argument=True
+    ),
+    model: str = option(..., "The model whose tokens count.", flag="--model -m"),
+    rows: int = option(32, "Rows of the budget.", ge=1),
+    draws: int = option(3, "Draws, each with its own seed.", ge=1),
+    no_perplexity: bool = option(False, "Skip what runs the model."),
+    output: Path | None = path_option("A .json or .csv file to write.", default=None),
+) -> None:
     """Measure what calibration text is like, all at one token budget."""
     from calmix.calibration import open_tokenizer
     from calmix.calibration.measuring import check_request, table
@@ -148,39 +123,55 @@ def measure(options: MeasureOptions) -> None:
     from calmix.models import check_models, open_model
     from calmix.sources import offline_sources
 
-    model, output = options.model, options.output
-    specs = [offline_sources() if one == "offline" else [one] for one in options.specs]
-    names = [name for some in specs for name in some]
-    fields = ("rows", "length", "draws", "seed", "packing", "sources")
-    asked: dict[str, Any] = {name: getattr(options, name) for name in fields}
-    asked["perplexity"] = not options.no_perplexity
+    names = [name for one in specs for name in (offline_sources() if one == "offline" else [one])]
+    asked: dict[str, Any] = {
+        "rows": rows, "length": size.length, "draws": draws, "seed": size.seed,
+        "packing": size.packing, "sources": size.sources, "perplexity": not no_perplexity,
+    }  # fmt: skip
     files = check_request(names, **asked)
     if output is not None:
-        check_result_file(output, [model, options.sources, *files])
-    check_models(model, **options.opening())
+        check_result_file(output, [model, size.sources, *files])
+    check_models(model, **how.opening())
     opened: Any
-    if options.no_perplexity:
-        opened = open_tokenizer(model, trust_remote_code=options.trust_remote_code)
+    if no_perplexity:
+        opened = open_tokenizer(model, trust_remote_code=how.trust_remote_code)
     else:
-        opened = open_model(model, **options.opening())
+        opened = open_model(model, **how.opening())
     with Progress() as bar:
-        made = run(names, opened, **asked, tick=bar.each("measured", len(names) * options.draws))
+        made = run(names, opened, **asked, tick=bar.each("measured", len(names) * draws))
     if output is not None:
         made.save(output)
-    if options.as_json:
+    if shown.as_json:
         print_json(made.to_dict())
         return
     print_table(
         table(made), least=[] if len(names) <= 4 else None,
-        title=f"{made.budget['tokens']} tokens a draw ({options.rows} x {options.length}), "
-        f"{options.draws} draws from seed {options.seed}; mean ± half of the 95 % interval",
+        title=f"{made.budget['tokens']} tokens a draw ({rows} x {size.length}), "
+        f"{draws} draws from seed {size.seed}; mean ± half of the 95 % interval",
     )  # fmt: skip
     for name, told in made.notes.items():
         line(f"{name}: {told}")
 
 
 @verb("predict", of=calibrate)
-def predict(options: PredictOptions) -> None:
+def predict(
+    drawn: DrawOptions,
+    how: ModelOptions,
+    shown: Json,
+    calibrations: tuple[str, ...] = option(..., "Sets, as for calmix prune.", argument=True),
+    model: str = option(..., "The model to be pruned.", flag="--model -m"),
+    method: str = option(METHOD, "Pruning method, e.g. admm,refit=5."),
+    sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.", shown="0.6"),
+    pattern: str | None = option(None, "N:M in place of a sparsity."),
+    weights: Weights | None = option(
+        None, "What counts, e.g. general=1,code=2.", shown="all equal", metavar="NAME=WEIGHT,..."
+    ),
+    text: tuple[str, ...] = option(
+        (), "Held-out text of yours: code=mine.jsonl (repeat).", metavar="NAME=PATH", advanced=True
+    ),
+    rows: int = option(16, "Rows of each source.", ge=1),
+    every: int = option(7, "Look at every k-th block.", ge=1, advanced=True),
+) -> None:
     """Order calibration sets by the error a prune on them would leave, without pruning.
 
     Each source runs through the dense model once; further mixes of it take seconds.
@@ -192,87 +183,96 @@ def predict(options: PredictOptions) -> None:
     from calmix.models import check_models, open_model
     from calmix.pruning.patterns import as_pattern
 
-    if options.sparsity is not None and options.pattern is not None:
-        raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
-    target = options.sparsity if options.pattern is None else options.pattern
-    shares, own_texts = options.weights, parse_texts(options.text)
-    if shares is not None:
-        check_weights(shares, (*builtin_readers(), *own_texts), "the held-out text")
-    names = ("method", "rows", "length", "every")
-    asked: dict[str, Any] = {name: getattr(options, name) for name in names} | options.drawn()
+    if sparsity is not None and pattern is not None:
+        raise InputError(BOTH)
+    target, own_texts = sparsity if pattern is None else pattern, parse_texts(text)
+    if weights is not None:
+        check_weights(weights, (*builtin_readers(), *own_texts), "the held-out text")
+    asked = {"method": method, "length": drawn.length, "every": every, **drawn.drawn(),
+             "rows": rows}  # fmt: skip
     pruned_to = None if target is None else as_pattern(target)
-    check_request(options.calibrations, **asked)
-    check_models(options.model, **options.opening())
-    opened = open_model(options.model, **options.opening())
+    check_request(calibrations, **asked)
+    check_models(model, **how.opening())
+    opened = open_model(model, **how.opening())
     with Progress() as bar:
         made = run(
-            opened, options.calibrations, pattern=pruned_to, weights=shares,
+            opened, calibrations, pattern=pruned_to, weights=weights,
             held_out=texts(opened, own_texts, rows=ROWS, length=LENGTH),
             tick=bar.each("predicting"), note=note, writing=bar.writing, **asked,
         )  # fmt: skip
-    if options.as_json:
+    if shown.as_json:
         print_json([asdict(one) for one in made])
         return
-    rows = [{"calibration": one.calibration, "total": f"{one.total:.2%}",
+    table = [{"calibration": one.calibration, "total": f"{one.total:.2%}",
              **{name: f"{value:.2%}" for name, value in one.lost.items()}}
             for one in made]  # fmt: skip
-    print_table(rows, text=["calibration"], title="output energy lost, lower is better")
+    print_table(table, text=["calibration"], title="output energy lost, lower is better")
     line("this orders sets, it is not retention")
 
 
 @verb("sources", of=calibrate)
-def list_sources(options: ListOptions) -> None:
+def list_sources(
+    shown: Json,
+    sources: Path | None = own_sources_option(advanced=False),
+    licence: Licence = licence_option(advanced=False),
+    dimension: str | None = option(None, "Only sources of this dimension, e.g. code."),
+) -> None:
     """List the sources; files, folders and hub ids (owner/name) are sources too."""
     from calmix.sources import builtin_sources, own_sources
     from calmix.sources.licences import allowed, short
     from calmix.sources.registry import MIXES
 
-    known = {**builtin_sources(), **own_sources(options.sources)}
+    known = {**builtin_sources(), **own_sources(sources)}
     dimensions = {source.dimension for source in known.values()}
-    wanted = options.dimension
-    if wanted is not None and wanted not in dimensions:
-        raise InputError(f"no source is of dimension '{wanted}': {nearest(wanted, dimensions)}")
-    chosen = [source for source in known.values() if allowed(source.licence, options.licence)
-              and wanted in (None, source.dimension)]  # fmt: skip
+    if dimension is not None and dimension not in dimensions:
+        hint = nearest(dimension, dimensions)
+        raise InputError(f"no source is of dimension '{dimension}': {hint}")
+    chosen = [source for source in known.values() if allowed(source.licence, licence)
+              and dimension in (None, source.dimension)]  # fmt: skip
     rows: list[dict[str, Any]] = [
         {
             "name": source.name, "dimension": source.dimension, "use": source.use,
-            "licence": source.licence if options.as_json else short(source.licence),
+            "licence": source.licence if shown.as_json else short(source.licence),
             "available": source.reader.availability,
         } | ({
             "kind": source.kind, "size": source.size, "from": source.reader.origin,
             "version": source.reader.version, "description": source.description,
-        } if options.as_json else {})
+        } if shown.as_json else {})
         for source in chosen
     ]  # fmt: skip
-    print_table(rows, as_json=options.as_json, text=["licence", "available"],
+    print_table(rows, as_json=shown.as_json, text=["licence", "available"],
                 least=["available", "licence"])  # fmt: skip
-    if not options.as_json:
+    if not shown.as_json:
         line(f"mixes: {', '.join(MIXES)}; offline: all that need no hub")
 
 
 @verb("show", of=calibrate)
-def show_source(options: ShowOptions) -> None:
+def show_source(
+    shown: Json,
+    name: str = option(..., "A source, file or hub id.", argument=True),
+    documents: int = option(1, "Documents to show.", ge=1),
+    characters: int = option(600, "Characters of each.", ge=1),
+    sources: Path | None = own_sources_option(advanced=False),
+) -> None:
     """Show a source's entry and the beginning of its first documents."""
     from calmix.calibration import Mix
     from calmix.sources import get_source, own_sources
     from calmix.sources.registry import MIXES
 
-    own = own_sources(options.sources)
-    if options.name in MIXES and options.name not in own:
-        weights = MIXES[options.name]
-        result(options, {"mix": weights}, f"{options.name}: {Mix(weights)}")
+    own = own_sources(sources)
+    if name in MIXES and name not in own:
+        result(shown, {"mix": MIXES[name]}, f"{name}: {Mix(MIXES[name])}")
         return
-    source = get_source(options.name, own)
+    source = get_source(name, own)
     source.check()
-    shown: list[dict[str, Any]] = [
-        {"id": one.id, "characters": len(one.text), "text": one.text[: options.characters]}
-        for one in itertools.islice(source.documents(), options.documents)
+    first: list[dict[str, Any]] = [
+        {"id": one.id, "characters": len(one.text), "text": one.text[:characters]}
+        for one in itertools.islice(source.documents(), documents)
     ]
     entry, version = source.model_dump(mode="json") | {"use": source.use}, source.reader.version
     result(
-        options, {"source": entry, "version": version, "documents": shown},
+        shown, {"source": entry, "version": version, "documents": first},
         f"{source.name}: {source.description}",
         f"{source.dimension}, {source.kind}, {source.licence} ({source.use}), {version}",
-        *(f"--- {one['id']} ({one['characters']} characters)\n{one['text']}" for one in shown),
+        *(f"--- {one['id']} ({one['characters']} characters)\n{one['text']}" for one in first),
     )  # fmt: skip

@@ -19,21 +19,19 @@ if TYPE_CHECKING:
     from calmix.evaluation.behaviour import Pair
 
 
-class CheckOptions(Json):
+@verb("check")
+def check(
+    shown: Json,
     results: tuple[Path, ...] = option(
         ..., "Folder of calmix compress, or files of calmix evaluate -o.", argument=True
-    )
+    ),
     keep_at_least: str = option(
         ..., "Shares to keep, e.g. 0.9 or code=0.9,general=80%.", metavar="FLOORS"
-    )
-    confidence: Share = option(0.95, "Confidence of the test, e.g. 0.99.", ge=0.8, le=0.999)
-    output: Path | None = path_option("JSON file to write.", default=None,
-                                      shown="OUT/check.json")  # fmt: skip
-    overwrite: bool = option(False, "Replace the output file.")
-
-
-@verb("check")
-def check(options: CheckOptions) -> None:
+    ),
+    confidence: Share = option(0.95, "Confidence of the test, e.g. 0.99.", ge=0.8, le=0.999),
+    output: Path | None = path_option("JSON file to write.", default=None, shown="OUT/check.json"),
+    overwrite: bool = option(False, "Replace the output file."),
+) -> None:
     """Test whether a model keeps what it must; the exit code is 1 if it does not.
 
     No model is opened: the scores that compress, or evaluate --against, has written are read.
@@ -41,24 +39,23 @@ def check(options: CheckOptions) -> None:
     from calmix.evaluation.floors import FILE, judge, parse_floors, record
     from calmix.report import words
 
-    floors = parse_floors(options.keep_at_least)
-    folders, files = [path for path in options.results if path.is_dir()], options.results
+    floors = parse_floors(keep_at_least)
+    folders, files = [path for path in results if path.is_dir()], results
     if folders:
-        if len(options.results) > 1:
+        if len(results) > 1:
             raise InputError("a folder is checked by itself: name one folder, or files alone")
         files = _measured(folders[0])
-    output, overwrite = options.output, options.overwrite
-    if output is None and folders:
-        output, overwrite = folders[0] / FILE, True
-    if output is not None:
-        check_output_file(output, inputs=files, overwrite=overwrite)
+    carded = output is None and bool(folders)
+    place = folders[0] / FILE if carded else output
+    if place is not None:
+        check_output_file(place, inputs=files, overwrite=overwrite or carded)
     pairs = _pairs(files)
-    verdict = judge(floors, pairs, options.confidence)
+    verdict = judge(floors, pairs, confidence)
     dense, pruned = pairs[0]
     made = record(verdict, floors, pairs)
-    if output is not None:
-        write_json(output, made)
-    if options.as_json:
+    if place is not None:
+        write_json(place, made)
+    if shown.as_json:
         print_json(made)
     else:
         rows = [
@@ -70,9 +67,9 @@ def check(options: CheckOptions) -> None:
         print_table(rows, title=f"{pruned.model} against {dense.model}", least=["measure", "items"])
         for said in verdict.lines():
             line(words.wrapped(said))
-        if output is not None:
-            note(f"wrote {output}")
-        if folders and options.output is None:
+        if place is not None:
+            note(f"wrote {place}")
+        if carded:
             note(f"next: calmix report {folders[0]} puts it on the card")
     if not verdict.passed:
         raise typer.Exit(1)

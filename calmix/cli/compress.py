@@ -18,7 +18,7 @@ from calmix.cli.tables import print_table, print_taken
 from calmix.cli.verbs import verb
 from calmix.errors import CalmixError, InputError
 from calmix.files import check_output_file
-from calmix.options import Compression, Json, Options, option, path_option
+from calmix.options import Compression, Json, option, path_option
 from calmix.progress import Stages, duration
 
 if TYPE_CHECKING:
@@ -26,23 +26,17 @@ if TYPE_CHECKING:
     from calmix.compression.plan import Request, Stage
 
 
-class CompressOptions(Compression, Json):
-    output: Path = path_option("Folder to write, or to resume in.")
-    dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing.")
+@verb("compress")
+def compress(
+    asked: Compression,
+    shown: Json,
+    output: Path = path_option("Folder to write, or to resume in."),
+    dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing."),
     resume: bool = option(
         False, "Resume an interrupted run, as compress always does.", advanced=True
-    )
-    open: bool = option(False, "Show the card in the browser at the end.")
-
-
-class ReportOptions(Options):
-    folders: tuple[Path, ...] = option(..., "Folders of calmix compress.", argument=True)
-    output: Path | None = path_option("Page to write; needed for several.", default=None,
-                                      shown="OUT/card.html")  # fmt: skip
-
-
-@verb("compress")
-def compress(options: CompressOptions) -> None:
+    ),
+    open: bool = option(False, "Show the card in the browser at the end."),
+) -> None:
     """Quantise a model (or prune it and distil into it), evaluate it, and write its report card.
 
     Every stage keeps its result in the output folder. Run the same command again to resume. calmix
@@ -52,41 +46,40 @@ def compress(options: CompressOptions) -> None:
     from calmix.report import words
     from calmix.report.card import read_card
 
-    output, as_json = options.output, options.as_json
-    if options.dry_run:
-        _print_dry(options)
+    if dry_run:
+        _print_dry(asked, output, shown.as_json)
         return
-    found, seconds = make(options, output)
+    found, seconds = make(asked, output)
     told: dict[str, Any] = {"output": str(output), "model": None}
     if found is not None:
         told |= {"ladder": asdict(found)}
-        if not as_json:
+        if not shown.as_json:
             print_table(found.rows(), title="candidates: kept % (proven %)")
             line(words.wrapped(found.why()))
         if found.bits is None:
             said = f"refused: no candidate keeps what is asked. {ladder.HELPS}"
-            result(options, told, words.wrapped(said))
+            result(shown, told, words.wrapped(said))
             raise typer.Exit(1)
     page, card = output / "card.html", read_card(output)
     told |= {"model": str(output / "model"), "card": str(page), "seconds": seconds,
              "behaviour": asdict(card.behaved)}  # fmt: skip
     result(
-        options, told, card.shortly, f"size: {card.sizes}", f"speed: {card.SPEED}",
+        shown, told, card.shortly, f"size: {card.sizes}", f"speed: {card.SPEED}",
         f"card: {page}, after {duration(sum(seconds.values()))}", f"next: {card.next}",
         *([f"at this size: {card.instead}"] if card.instead else []),
     )  # fmt: skip
-    if options.open:
+    if open:
         webbrowser.open(page.resolve().as_uri())
 
 
-def _print_dry(options: CompressOptions) -> None:
+def _print_dry(options: Compression, output: Path, as_json: bool) -> None:
     """Print what a compression would take."""
     from calmix.compression import ladder
     from calmix.compression.estimate import estimate
     from calmix.compression.plan import stages
     from calmix.report import words
 
-    asked, output = _asked(options, options.output), options.output
+    asked = _asked(options, output)
     if asked.keep_at_least is None:
         taken, more = estimate(asked, stages(asked, output)), ""
         title = f"{asked.model} at {asked.target}, effort {asked.effort}, on this machine"
@@ -94,7 +87,7 @@ def _print_dry(options: CompressOptions) -> None:
         taken = estimate(ladder.at(asked, ladder.RUNGS[0]), ladder.whole(asked, output))
         title = f"{asked.model} to keep {asked.keep_at_least}, if no candidate fails"
         more = words.wrapped(ladder.provable(asked))
-    if options.as_json:
+    if as_json:
         print_json([asdict(one) | {"command": one.stage.command} for one in taken])
         return
     print_taken(taken, title)
@@ -179,12 +172,16 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 @verb("report")
-def report(options: ReportOptions) -> None:
+def report(
+    folders: tuple[Path, ...] = option(..., "Folders of calmix compress.", argument=True),
+    output: Path | None = path_option(
+        "Page to write; needed for several.", default=None, shown="OUT/card.html"
+    ),
+) -> None:
     """Write the report card of a compressed model, or one page of several."""
     from calmix.files import write_text
     from calmix.report.card import card_page, model_card, read_card, several_page
 
-    folders, output = options.folders, options.output
     if output is not None:  # beside the default page another may stand
         held = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
         inputs = [path for path in held if path.suffix != ".html"]

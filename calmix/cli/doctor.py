@@ -26,35 +26,15 @@ WARNINGS = 10  # that are printed one by one
 doctor = group("doctor", default="check")
 
 
-class InspectOptions(Json):
-    path: Path = option(..., "A result of calmix.", argument=True, metavar="OUT")
-    layers: bool = option(False, "One row for every layer.")
-
-
-class RerunOptions(Json):
-    manifest: Path = option(
-        ..., "A checkpoint's calmix.json, a set's manifest.json.", argument=True
-    )
-    output: Path | None = path_option("Keep the new one here.", default=None)
-    trust_remote_code: bool = option(False, "Run modelling code shipped with the model.")
-
-
-class AssetOptions(Json):
-    names: tuple[str, ...] = option(
-        (), "Names of archives.", shown="all that are needed", argument=True
-    )
-    install: bool = option(False, "Fetch them into the cache.")
-
-
 @verb("check", of=doctor)
-def check(options: Json) -> None:
+def check(shown: Json) -> None:
     """Check this installation and machine; exit code 0 if pruning works."""
     from calmix.diagnostics.doctor import examine, works
 
     with Progress() as bar:
         checks = examine(tick=bar.each("looking at"))
     fine = works(checks)
-    if options.as_json:
+    if shown.as_json:
         print_json({"works": fine, "checks": [asdict(one) for one in checks]})
     else:
         rows = [{"what": one.name, "state": one.state, "found": one.found} for one in checks]
@@ -68,7 +48,11 @@ def check(options: Json) -> None:
 
 
 @verb("inspect", of=doctor)
-def inspect(options: InspectOptions) -> None:
+def inspect(
+    shown: Json,
+    path: Path = option(..., "A result of calmix.", argument=True, metavar="OUT"),
+    layers: bool = option(False, "One row for every layer."),
+) -> None:
     """Check a result against its manifest and summarise it.
 
     Exit code 2 if a file is missing, damaged or changed.
@@ -76,40 +60,47 @@ def inspect(options: InspectOptions) -> None:
     from calmix.diagnostics.inspecting import inspect as look
 
     with Progress() as bar:
-        health = look(options.path, tick=bar.each("checked"))
-    if options.as_json:
+        health = look(path, tick=bar.each("checked"))
+    if shown.as_json:
         print_json(asdict(health))
     else:
-        _print_health(health, each=options.layers)
+        _print_health(health, each=layers)
     if health.problems:
         more = f" (and {len(health.problems) - 1} more)" if health.problems[1:] else ""
         raise InputError(f"{health.problems[0]}{more}: make it again")
 
 
 @verb("rerun", of=doctor)
-def rerun(options: RerunOptions) -> None:
+def rerun(
+    shown: Json,
+    manifest: Path = option(
+        ..., "A checkpoint's calmix.json, a set's manifest.json.", argument=True
+    ),
+    output: Path | None = path_option("Keep the new one here.", default=None),
+    trust_remote_code: bool = option(False, "Run modelling code shipped with the model."),
+) -> None:
     """Make a result again from its manifest and compare hashes; exit code 2 if they differ.
 
     Relative paths in the manifest are relative to the current folder.
     """
     from calmix.diagnostics.rerunning import rerun as again
 
-    manifest, output = options.manifest, options.output
     beside = (manifest if manifest.is_dir() else manifest.parent).resolve().parent
     place = beside if os.access(beside, os.W_OK) else None
     with contextlib.ExitStack() as held:
-        if output is None:
+        target = output
+        if target is None:
             folder = tempfile.TemporaryDirectory(dir=place, prefix=".calmix-rerun-")
-            output = Path(held.enter_context(folder)) / "again"
+            target = Path(held.enter_context(folder)) / "again"
         bar = held.enter_context(Progress())
         made = again(
-            manifest, output, trust_remote_code=options.trust_remote_code,
+            manifest, target, trust_remote_code=trust_remote_code,
             progress=bar.of("making it again"), writing=bar.writing, note=note,
         )  # fmt: skip
-    kept = None if options.output is None else str(options.output)
+    kept = None if output is None else str(output)
     same = ["the same: every file has the hash of the manifest"] if made.same else []
     changed = (f"changed since: {told}" for told in made.inputs)
-    result(options, asdict(made) | {"output": kept}, *changed, *same)
+    result(shown, {"output": kept, **asdict(made)}, *changed, *same)
     if not made.same:
         why = made.inputs[0] if made.inputs else "though all inputs are the same"
         raise InputError(f"not the same: {', '.join(made.differing)} ({why})")
@@ -137,7 +128,7 @@ def _print_health(health: Health, *, each: bool) -> None:
 
 
 @verb("models", of=doctor)
-def models(options: Json) -> None:
+def models(shown: Json) -> None:
     """List the builtin models."""
     from calmix.models import builtin_models
     from calmix.sources.licences import use_of
@@ -150,7 +141,7 @@ def models(options: Json) -> None:
         }
         for model in builtin_models().values()
     ]  # fmt: skip
-    if options.as_json:
+    if shown.as_json:
         print_json(rows)
         return
     print_table(
@@ -170,7 +161,7 @@ def _states(names: list[str]) -> str:
 
 
 @verb("methods", of=doctor)
-def methods(options: Json) -> None:
+def methods(shown: Json) -> None:
     """List the pruning methods, other packages' too, with their options and papers."""
     from calmix.pruning.methods import methods as known
 
@@ -183,14 +174,20 @@ def methods(options: Json) -> None:
         }
         for method in known().values()
     ]
-    print_table(rows, as_json=options.as_json, text=["options", "paper"], least=["paper", "needs"])
+    print_table(rows, as_json=shown.as_json, text=["options", "paper"], least=["paper", "needs"])
 
 
 @verb("assets", of=doctor)
-def archives(options: AssetOptions) -> None:
+def archives(
+    shown: Json,
+    names: tuple[str, ...] = option(
+        (), "Names of archives.", shown="all that are needed", argument=True
+    ),
+    install: bool = option(False, "Fetch them into the cache."),
+) -> None:
     """List the data archives in the cache, checked by hash, or fetch them."""
-    if options.install:
-        for name in options.names or assets.needed():
+    if install:
+        for name in names or assets.needed():
             line(f"{name}: {assets.install(name)}")
         return
     rows = [
@@ -199,7 +196,7 @@ def archives(options: AssetOptions) -> None:
             "size": f"{one.size / 1e6:.0f} MB", "state": one.state, "licence": one.licence,
             "purpose": one.purpose,
         }
-        for one in map(assets.get_asset, options.names or assets.assets())
+        for one in map(assets.get_asset, names or assets.assets())
     ]  # fmt: skip
-    print_table(rows, as_json=options.as_json, text=["package", "licence", "purpose"],
+    print_table(rows, as_json=shown.as_json, text=["package", "licence", "purpose"],
                 least=["package", "licence"])  # fmt: skip

@@ -30,63 +30,39 @@ DENSE = "Dense model, or a .json file of its scores."
 evaluate = group("evaluate", default="run")
 
 
-class EvaluateOptions(MeasureOptions, ModelOptions, Json):
-    model: str = option(..., MODEL, argument=True)
-    suite: str = option("offline", "Suite by name, or a YAML file.")
-    against: str | None = option(None, DENSE, metavar="DENSE")
-    output: Path | None = path_option("JSON file to write, with every item.", default=None)
-    quick: bool = option(False, "The suite's quick slice.")
-    limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1)
-    dimension: tuple[str, ...] = option((), "Only this dimension (repeat).")
-    task: tuple[str, ...] = option((), "Only this task (repeat).")
-    without: tuple[str, ...] = option((), "Not this task (repeat).", metavar="TASK")
-    allow_code_execution: bool = option(
-        False, "Run code the model writes, in a limited subprocess."
-    )
-    text: tuple[str, ...] = option(
-        (), "Text to measure distance on, e.g. code=mine.jsonl (repeat).", metavar="NAME=PATH",
-        advanced=True,
-    )  # fmt: skip
-    no_distance: bool = option(False, "Leave out the distance to the dense model.", advanced=True)
-    batch_tokens: int | None = option(
-        None, "Tokens per forward pass.", shown="2048", ge=1, advanced=True
-    )
-    no_cache: bool = option(False, "Score the dense model again.", advanced=True)
-    overwrite: bool = option(False, "Replace the output file.")
-
-
-class RescoreOptions(MeasureOptions, Json):
-    file: Path = option(..., "A file of calmix evaluate -o.", argument=True)
-    against: Path | None = option(None, "The dense model's file.", shown="the one in FILE")
-
-
-class CompareOptions(MeasureOptions, Json):
-    scores: tuple[Path, ...] = option(..., "Files of calmix evaluate -o.", argument=True)
-    against: Path | None = option(None, "The dense model's file.", shown="the one in SCORES")
-
-
-class AnswerOptions(ModelOptions):
-    models: tuple[str, ...] = option(..., "Models, the dense one first.", argument=True)
-    output: Path = path_option("JSON file to write.")
-    prompts: Path | None = option(None, "Prompts of your own: .txt, .jsonl or .parquet.",
-                                  shown="ten plain questions")  # fmt: skip
-    overwrite: bool = option(False, "Replace the output file.")
-
-
-class PerplexityOptions(ModelOptions, Json):
-    model: str = option(..., MODEL, argument=True)
-    text: Path = option(..., "A .txt, .jsonl or .parquet file.")
-    length: int = option(2048, "Tokens per window.", ge=2)
-    separator: str = option("", "Text between the documents of the file.", advanced=True)
-
-
-class SuiteOptions(Json):
-    name: str = option(..., "Suite by name, or a YAML file.", argument=True)
-    new: bool = option(False, "Write a suite of your own to start from: NAME.yaml and its rows.")
+class Measured(MeasureOptions, Json):
+    """Options of what reads scores."""
 
 
 @verb("run", of=evaluate)
-def run(options: EvaluateOptions) -> None:
+def run(
+    measured: Measured,
+    opening: ModelOptions,
+    model: str = option(..., MODEL, argument=True),
+    suite: str = option("offline", "Suite by name, or a YAML file."),
+    against: str | None = option(None, DENSE, metavar="DENSE"),
+    output: Path | None = path_option("JSON file to write, with every item.", default=None),
+    quick: bool = option(False, "The suite's quick slice."),
+    limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1),
+    dimension: tuple[str, ...] = option((), "Only this dimension (repeat)."),
+    task: tuple[str, ...] = option((), "Only this task (repeat)."),
+    without: tuple[str, ...] = option((), "Not this task (repeat).", metavar="TASK"),
+    allow_code_execution: bool = option(
+        False, "Run code the model writes, in a limited subprocess."
+    ),
+    text: tuple[str, ...] = option(
+        (),
+        "Text to measure distance on, e.g. code=mine.jsonl (repeat).",
+        metavar="NAME=PATH",
+        advanced=True,
+    ),
+    no_distance: bool = option(False, "Leave out the distance to the dense model.", advanced=True),
+    batch_tokens: int | None = option(
+        None, "Tokens per forward pass.", shown="2048", ge=1, advanced=True
+    ),
+    no_cache: bool = option(False, "Score the dense model again.", advanced=True),
+    overwrite: bool = option(False, "Replace the output file."),
+) -> None:
     """Score a model on a suite; with --against, report what it kept, with intervals."""
     from calmix.calibration import open_tokenizer
     from calmix.calibration.texts import builtin_readers, parse_texts, texts
@@ -98,34 +74,33 @@ def run(options: EvaluateOptions) -> None:
     from calmix.evaluation.suites import suite_file
     from calmix.models import OpenModel, check_models, open_model
 
-    model, against, output, how = options.model, options.against, options.output, options.opening()
+    how = opening.opening()
     chosen = capability.choose(
-        options.suite, dimensions=options.dimension, tasks=options.task,
-        without=options.without, quick=options.quick, limit=options.limit,
-    )  # fmt: skip
-    chosen, left_out = capability.runnable(chosen, options.allow_code_execution)
+        suite, dimensions=dimension, tasks=task, without=without, quick=quick, limit=limit
+    )
+    chosen, left_out = capability.runnable(chosen, allow_code_execution)
     if left_out:
         note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
     saved = against is not None and against.lower().endswith(".json")
-    own = parse_texts(options.text)
-    if own and (against is None or saved or options.no_distance):
+    own = parse_texts(text)
+    if own and (against is None or saved or no_distance):
         raise InputError(
             "--text measures the distance to a dense model: name it with --against, and leave out "
             "--no-distance"
         )
     named = [model] if against is None or saved else [model, against]
     if output is not None:
-        rows = [task.file for task in chosen.tasks.values()]
-        inputs = [model, against, suite_file(options.suite), *own.values(), *rows]
-        check_output_file(output, inputs=inputs, overwrite=options.overwrite)
+        rows = [one.file for one in chosen.tasks.values()]
+        inputs = [model, against, suite_file(suite), *own.values(), *rows]
+        check_output_file(output, inputs=inputs, overwrite=overwrite)
     check_models(*named, **how)
 
     def score(opened: OpenModel, dense: bool) -> CapabilityScores:
         with Progress() as bar:
             return capability.evaluate(
-                opened, chosen, batch_tokens=options.batch_tokens,
-                allow_code_execution=options.allow_code_execution,
-                floors=dense or against is None, cache=dense and not options.no_cache,
+                opened, chosen, batch_tokens=batch_tokens,
+                allow_code_execution=allow_code_execution,
+                floors=dense or against is None, cache=dense and not no_cache,
                 progress=bar.of(f"scoring {opened.name}"),
             )  # fmt: skip
 
@@ -134,17 +109,17 @@ def run(options: EvaluateOptions) -> None:
     if against is not None and saved:
         dense = load_scores(user_path(against))
         check_same_suite(describe(chosen), dense.suite)
-        dense.retention(dense, measure=options.measure, resamples=1)
+        dense.retention(dense, measure=measured.measure, resamples=1)
     for name in named:
-        open_tokenizer(name, trust_remote_code=options.trust_remote_code)
+        open_tokenizer(name, trust_remote_code=opening.trust_remote_code)
     if against is not None and not saved:
         whole = open_model(against, **how)
-        by_likelihood = not options.no_distance and any(
+        by_likelihood = not no_distance and any(
             one.primary not in RIGHT_OR_WRONG for one in chosen.tasks.values())  # fmt: skip
         known = [n for n in chosen.dimensions if n in builtin_readers() and by_likelihood]
         if known or own:
             held_out = texts(whole, own, dimensions=known)
-            kept_of = reference(whole, held_out, cache=not options.no_cache)
+            kept_of = reference(whole, held_out, cache=not no_cache)
         dense = score(whole, True)
         del whole
     pruned = open_model(model, **how)
@@ -157,15 +132,15 @@ def run(options: EvaluateOptions) -> None:
     scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
     made: dict[str, Any] = {"scores": scores.to_dict()}
     if dense is not None:
-        kept = scores.retention(dense, measure=options.measure)
+        kept = scores.retention(dense, measure=measured.measure)
         made |= {"dense": dense.to_dict(), "retention": kept.to_dict(),
                  "behaviour": asdict(behaviour((dense, scores)))}  # fmt: skip
     if output is not None:
         write_text(output, json.dumps(made, ensure_ascii=False) + "\n")
-    if options.as_json:
+    if measured.as_json:
         print_json(made)
         return
-    _print(scores, dense, options)
+    _print(scores, dense, measured.measure)
     for name, count in scores.truncated.items():
         note(f"task {name}: {count} requests were cut to fit the model's context")
     if output is not None:
@@ -173,48 +148,55 @@ def run(options: EvaluateOptions) -> None:
 
 
 @verb("rescore", of=evaluate)
-def rescore(options: RescoreOptions) -> None:
+def rescore(
+    measured: Measured,
+    file: Path = option(..., "A file of calmix evaluate -o.", argument=True),
+    against: Path | None = option(None, "The dense model's file.", shown="the one in FILE"),
+) -> None:
     """Compute scores and retention again from a file, by another measure, without the model."""
     from calmix.evaluation.scores import load_pair, load_scores
 
-    dense, scores = load_pair(options.file)
-    dense = dense if options.against is None else load_scores(options.against)
-    if not options.as_json:
-        _print(scores, dense, options)
+    dense, scores = load_pair(file)
+    dense = dense if against is None else load_scores(against)
+    if not measured.as_json:
+        _print(scores, dense, measured.measure)
     elif dense is None:
-        print_json(score_rows(scores, options.measure))
+        print_json(score_rows(scores, measured.measure))
     else:
-        print_json(scores.retention(dense, measure=options.measure).to_dict())
+        print_json(scores.retention(dense, measure=measured.measure).to_dict())
 
 
 @verb("compare")
-def compare(options: CompareOptions) -> None:
+def compare(
+    measured: Measured,
+    scores: tuple[Path, ...] = option(..., "Files of calmix evaluate -o.", argument=True),
+    against: Path | None = option(None, "The dense model's file.", shown="the one in SCORES"),
+) -> None:
     """Put the retention of several models next to each other, dimension by dimension."""
     from calmix.evaluation.behaviour import behaviour, likelihood
     from calmix.evaluation.scores import load_pair, load_scores
     from calmix.report import words
 
-    files = options.scores
     # A folder of calmix compress is known by its own name.
     names = [path.resolve().parent.name if path.stem in ("scores", "abilities") else path.stem
-             for path in files]  # fmt: skip
+             for path in scores]  # fmt: skip
     if doubles := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two files are called {doubles[0]}: rename one, to tell them apart")
-    pairs = [load_pair(path) for path in files]
-    models = [scores for _, scores in pairs]
-    dense = pairs[0][0] if options.against is None else load_scores(options.against)
+    pairs = [load_pair(path) for path in scores]
+    models = [pruned for _, pruned in pairs]
+    dense = pairs[0][0] if against is None else load_scores(against)
     if dense is None:
         raise InputError(
-            f"{files[0]} was scored without a dense model: name its file with --against"
+            f"{scores[0]} was scored without a dense model: name its file with --against"
         )
-    for path, (own, _) in zip(files, pairs, strict=True):  # each may be scored against another
+    for path, (own, _) in zip(scores, pairs, strict=True):  # each may be scored against another
         if own is not None and own.fingerprint != dense.fingerprint:
             raise InputError(
                 f"{path} was scored against {own.model}, which is not the dense model of the "
                 f"others ({dense.model}): compare it by itself"
             )
-    kept = [one.retention(dense, measure=options.measure) for one in models]
-    if options.as_json:
+    kept = [one.retention(dense, measure=measured.measure) for one in models]
+    if measured.as_json:
         print_json({name: one.to_dict() for name, one in zip(names, kept, strict=True)})
         return
     found = [behaviour((dense, one)) for one in models]
@@ -225,7 +207,7 @@ def compare(options: CompareOptions) -> None:
             told = told[1:]
         line(words.wrapped(f"{name}: {' '.join(told)}", rest="  "))
     line("")
-    _print_kept(names, models, dense, kept, found, options.measure)
+    _print_kept(names, models, dense, kept, found, measured.measure)
 
 
 def _print_kept(
@@ -234,7 +216,7 @@ def _print_kept(
     dense: CapabilityScores,
     kept: Sequence[Retention],
     found: Sequence[Behaviour],
-    measure: str,
+    measure: Measure,
 ) -> None:
     """Print what models have kept of a dense one by dimension, and how far they are from it."""
     from calmix.evaluation.retention import RESAMPLES, flips
@@ -302,9 +284,7 @@ def _headed(tasks: Sequence[Any], of: Callable[[Any], str], row: Callable[[Any],
     return [one for name, own in groupby(tasks, of) for one in (name, *map(row, own))]
 
 
-def _print(
-    scores: CapabilityScores, dense: CapabilityScores | None, options: MeasureOptions
-) -> None:
+def _print(scores: CapabilityScores, dense: CapabilityScores | None, measure: Measure) -> None:
     """Print scores, or what they are of a dense model's."""
     from calmix.evaluation.behaviour import behaviour, likelihood
     from calmix.report.words import measuring, number, short, verdict, with_span, wrapped
@@ -312,7 +292,7 @@ def _print(
     title = f"suite {scores.suite['name']} version {scores.suite['version']}, {scores.dtype}"
     if dense is None:
         rows = _headed(
-            score_rows(scores, options.measure), lambda row: row["dimension"],
+            score_rows(scores, measure), lambda row: row["dimension"],
             lambda row: {
                 "task": f"  {row['task']}", "scored by": row["score"], "n": row["n"],
                 "baseline": number(row["floor"]), "score": number(row["value"]),
@@ -323,7 +303,7 @@ def _print(
                     least=["scored by", "baseline", "accuracy", "n"])  # fmt: skip
         line(UNITS)
         return
-    kept, found = scores.retention(dense, measure=options.measure), behaviour((dense, scores))
+    kept, found = scores.retention(dense, measure=measure), behaviour((dense, scores))
     for said in verdict(found, likelihood(dense, scores), measuring(scores.model, dense.model)):
         line(wrapped(said))
     line("")
@@ -346,20 +326,27 @@ def _print(
                 least=["scored by", "n", "accuracy", "dense", "pruned"])  # fmt: skip
     if any(not task.signal for task in kept.tasks):
         line("no signal: left out, as the dense score is within its noise of the baseline")
-    _print_kept([short(scores.model)], [scores], dense, [kept], [found], options.measure)
+    _print_kept([short(scores.model)], [scores], dense, [kept], [found], measure)
 
 
 @verb("answers", of=evaluate)
-def answers(options: AnswerOptions) -> None:
+def answers(
+    opening: ModelOptions,
+    models: tuple[str, ...] = option(..., "Models, the dense one first.", argument=True),
+    output: Path = path_option("JSON file to write."),
+    prompts: Path | None = option(
+        None, "Prompts of your own: .txt, .jsonl or .parquet.", shown="ten plain questions"
+    ),
+    overwrite: bool = option(False, "Replace the output file."),
+) -> None:
     """Put the answers of several models to ten plain questions side by side, greedily."""
     from calmix.evaluation.generations import TOKENS, Answered, answer, panel, read_prompts
     from calmix.models import check_models, open_model
     from calmix.report import words
     from calmix.sources.registry import local_file
 
-    models, prompts, output = options.models, options.prompts, options.output
-    how, read = options.opening(), None if prompts is None else local_file(str(prompts)).path
-    check_output_file(output, inputs=[*models, read], overwrite=options.overwrite)
+    how, read = opening.opening(), None if prompts is None else local_file(str(prompts)).path
+    check_output_file(output, inputs=[*models, read], overwrite=overwrite)
     check_models(*models, **how)
     asked = panel() if prompts is None else read_prompts(prompts)
     named, written = [], []
@@ -376,27 +363,33 @@ def answers(options: AnswerOptions) -> None:
 
 
 @verb("perplexity", of=evaluate)
-def perplexity(options: PerplexityOptions) -> None:
+def perplexity(
+    opening: ModelOptions,
+    shown: Json,
+    model: str = option(..., MODEL, argument=True),
+    text: Path = option(..., "A .txt, .jsonl or .parquet file."),
+    length: int = option(2048, "Tokens per window.", ge=2),
+    separator: str = option("", "Text between the documents of the file.", advanced=True),
+) -> None:
     """Perplexity and bits per byte of a text, in non-overlapping windows of one length."""
     from calmix.evaluation.likelihood import perplexity as measure
     from calmix.models import check_models, open_model
     from calmix.sources.registry import local_file
 
-    documents = local_file(str(options.text)).read()
-    whole = options.separator.join(document.text for document in documents)
-    check_models(options.model, **options.opening())
-    opened = open_model(options.model, **options.opening())
+    whole = separator.join(document.text for document in local_file(str(text)).read())
+    check_models(model, **opening.opening())
+    opened = open_model(model, **opening.opening())
     with Progress() as bar:
-        made = measure(opened, whole, length=options.length, tick=bar.of("scoring windows"))
+        made = measure(opened, whole, length=length, tick=bar.of("scoring windows"))
     result(
-        options, {"model": options.model, "text": str(options.text)} | asdict(made),
+        shown, {"model": model, "text": str(text)} | asdict(made),
         f"perplexity {made.perplexity:.3f}, {made.bits_per_byte:.4f} bits per byte "
         f"(lower is better; context {made.length}, {made.windows} windows)",
     )  # fmt: skip
 
 
 @verb("suites", of=evaluate)
-def suites(options: Json) -> None:
+def suites(shown: Json) -> None:
     """List the builtin suites; the path of a YAML file is a suite too."""
     from calmix.evaluation.suites import builtin_suites
 
@@ -407,10 +400,10 @@ def suites(options: Json) -> None:
         rows.append({
             "name": each.name, "version": each.version, "dimensions": ", ".join(each.dimensions),
             "tasks": len(each.tasks), "not for commercial use": ", ".join(closed),
-            "description": each.description, **({"task": whose} if options.as_json else {}),
+            "description": each.description, **({"task": whose} if shown.as_json else {}),
         })  # fmt: skip
     print_table(
-        rows, as_json=options.as_json, text=["dimensions", "not for commercial use", "description"],
+        rows, as_json=shown.as_json, text=["dimensions", "not for commercial use", "description"],
         least=["not for commercial use", "tasks"],
     )  # fmt: skip
 
@@ -425,30 +418,34 @@ def _whose(suite: Suite) -> dict[str, dict[str, str]]:
 
 
 @verb("suite", of=evaluate)
-def suite(options: SuiteOptions) -> None:
+def suite(
+    shown: Json,
+    name: str = option(..., "Suite by name, or a YAML file.", argument=True),
+    new: bool = option(False, "Write a suite of your own to start from: NAME.yaml and its rows."),
+) -> None:
     """Show a suite's tasks, which also checks a file of your own."""
     from calmix.evaluation.suites import load_suite
 
-    if options.new:
+    if new:
         from calmix.evaluation.own import template
 
-        name = Path(re.sub(r"\.ya?ml$", "", options.name))
-        files = {name.with_name(file): text for file, text in template(name.name).items()}
+        stem = Path(re.sub(r"\.ya?ml$", "", name))
+        files = {stem.with_name(file): text for file, text in template(stem.name).items()}
         for path in files:
             check_output_file(path)
         for path, text in files.items():
             write_text(path, text)
-        line(f"wrote {', '.join(map(str, files))}; calmix evaluate suite {name}.yaml checks them")
+        line(f"wrote {', '.join(map(str, files))}; calmix evaluate suite {stem}.yaml checks them")
         return
-    shown = load_suite(options.name)
-    whose = _whose(shown)
-    if options.as_json:
-        told = shown.model_dump(mode="json", exclude_none=True)
-        print_json({**told, "hash": shown.hash, "provenance": whose})
+    found = load_suite(name)
+    whose = _whose(found)
+    if shown.as_json:
+        told = found.model_dump(mode="json", exclude_none=True)
+        print_json({**told, "hash": found.hash, "provenance": whose})
         return
 
     def row(name: str) -> Row:
-        spec = shown.tasks[name]
+        spec = found.tasks[name]
         which = "even" if spec.items == "even" else "all"
         return {
             "task": f"  {name}", "metric": spec.metric,
@@ -459,8 +456,8 @@ def suite(options: SuiteOptions) -> None:
         }  # fmt: skip
 
     print_table(
-        _headed(list(shown.tasks), shown.dimension_of, row), text=["data"],
-        title=f"{shown.name} version {shown.version}: {shown.description}",
+        _headed(list(found.tasks), found.dimension_of, row), text=["data"],
+        title=f"{found.name} version {found.version}: {found.description}",
         least=["chance", "shots", "metric", "data"],
     )  # fmt: skip
     print_table([{"task": name, **told} for name, told in whose.items()], text=["licence"],

@@ -59,53 +59,46 @@ class WorkOptions(TextField, MemoryOptions, DrawOptions, ModelOptions, Json):
         }
 
 
-class PruneOptions(Pruning, WorkOptions):
-    model: str = option(..., MODEL, argument=True)
-    output: Path = path_option("Folder to write; several targets get folders inside it.")
-    method: str | None = option(None, "Methods, e.g. admm or wanda,refit=10.", shown=METHOD)
-    sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%; or 0.5,0.6.")
-    pattern: str | None = option(None, "N:M, keep N of every M inputs: 2:4.")
-    bits: str | None = option(None, "Bits per weight, e.g. 2.8; or 2.4,3.")
-    dry_run: bool = option(False, "Print time, memory and disk; write nothing.")
-
-
-class RecoverOptions(Recovering, WorkOptions):
-    pruned: str = option(..., "The pruned model: what calmix prune wrote.", argument=True)
-    against: str = option(..., "The dense model it was pruned from.", metavar="DENSE")
-    output: Path = path_option("Folder to write.")
-
-
 @verb("prune")
-def prune(options: PruneOptions) -> None:
+def prune(
+    pruning: Pruning,
+    work: WorkOptions,
+    model: str = option(..., MODEL, argument=True),
+    output: Path = path_option("Folder to write; several targets get folders inside it."),
+    method: str | None = option(None, "Methods, e.g. admm or wanda,refit=10.", shown=METHOD),
+    sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%; or 0.5,0.6."),
+    pattern: str | None = option(None, "N:M, keep N of every M inputs: 2:4."),
+    bits: str | None = option(None, "Bits per weight, e.g. 2.8; or 2.4,3."),
+    dry_run: bool = option(False, "Print time, memory and disk; write nothing."),
+) -> None:
     """Prune or quantise a model in one shot and write a checkpoint that loads anywhere.
 
     Several methods, sparsities or patterns share one calibration set; every target gets a folder of
     its own. Under torchrun several processes, with a GPU each, prune one model together.
     """
-    targeted = {name: getattr(options, name) for name in ("method", "sparsity", "pattern", "bits")}
-    asked = requests(**targeted, **options.asked(Pruning))
+    asked = requests(method=method, sparsity=sparsity, pattern=pattern, bits=bits,
+                     **work.asked(Pruning))  # fmt: skip
     from calmix.pruning import distributed
     from calmix.pruning.checkpoint import prune_checkpoints
 
-    model, output, several = options.model, options.output, len(asked) > 1
+    several = len(asked) > 1
     if several and (output / "config.json").is_file():
         raise InputError(f"{output} is a model folder: name another one for several checkpoints")
     targets = {output / one.name if several else output: one for one in asked}
-    shares = user_path(options.allocation or "")
+    shares = user_path(pruning.allocation or "")
     for target in targets:
-        check_apart(target, [options.sources, shares if shares.is_file() else None])
-    how = options.work()
-    if options.dry_run:
+        check_apart(target, [work.sources, shares if shares.is_file() else None])
+    how = work.work()
+    if dry_run:
         from calmix.compression.estimate import estimate_prune
 
-        how = options.opening() | {"max_memory": how["max_memory"]}
-        taken = estimate_prune(model, targets, **how)
-        if options.as_json:
+        taken = estimate_prune(model, targets, max_memory=how["max_memory"], **work.opening())
+        if work.as_json:
             print_json([asdict(one) | {"stage": one.stage.name} for one in taken])
         else:
             print_taken(taken, f"{model}, on this machine")
         return
-    with distributed.launched(options.device) as own:
+    with distributed.launched(work.device) as own:
         leads = distributed.processes()[0] == 0  # of several processes one prints
         with Progress(shown=leads) as bar:
             how |= {"device": own, "writing": bar.writing, "started": _started("calibrating")}
@@ -113,7 +106,7 @@ def prune(options: PruneOptions) -> None:
     if not leads:
         return
     made = list(zip(targets, reports, strict=True))
-    if options.as_json:
+    if work.as_json:
         told = [{"output": str(path)} | report.to_json() for path, report in made]
         print_json(told if several else told[0])
         return
@@ -165,30 +158,35 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
 
 
 @verb("recover")
-def recover(options: RecoverOptions) -> None:
+def recover(
+    recovering: Recovering,
+    work: WorkOptions,
+    pruned: str = option(..., "The pruned model: what calmix prune wrote.", argument=True),
+    against: str = option(..., "The dense model it was pruned from.", metavar="DENSE"),
+    output: Path = path_option("Folder to write."),
+) -> None:
     """Distil the dense model into the remaining weights; pruned weights stay zero.
 
     Held-out rows decide when to stop. Under accelerate launch or torchrun, distill shares the work
     among processes.
     """
-    request = recover_request(**options.asked(Recovering))
+    request = recover_request(**work.asked(Recovering))
     from calmix.recovery import recover as run
 
-    check_apart(options.output, [options.sources])
+    check_apart(output, [work.sources])
     leads = os.environ.get("RANK", "0") == "0"  # of several processes one prints
     with Progress(shown=leads) as bar:
         report = run(
-            options.pruned, options.against, request, options.output,
-            started=_started("recovering", leads), progress=bar.of(options.method),
-            writing=bar.writing, **options.work(),
+            pruned, against, request, output, started=_started("recovering", leads),
+            progress=bar.of(recovering.method), writing=bar.writing, **work.work(),
         )  # fmt: skip
-    if leads and options.as_json:
-        print_json({"output": str(options.output)} | report.to_json())
+    if leads and work.as_json:
+        print_json({"output": str(output)} | report.to_json())
     elif leads:
         line(f"held-out rows ({len(report.held_out)} of {report.rows}), {LOSSES[report.method]}: "
              f"{report.before:.4f} before, {report.after:.4f} after")  # fmt: skip
         line(f"{report.zeros:,} of {report.weights:,} weights stay zero "
              f"({report.zeros / report.weights:.4%}), {report.seconds['total']:.1f} s: "
-             f"{options.output}")  # fmt: skip
+             f"{output}")  # fmt: skip
         if report.after >= report.before:
             note("the held-out rows did not improve: the weights are unchanged")

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from calmix.cli.common import line, note, print_json, result, size
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, write_text
-from calmix.options import Json, Options, TrialOptions, option
+from calmix.options import Json, TrialOptions, option
 from calmix.progress import Progress, duration
 
 if TYPE_CHECKING:
     from calmix.study.results import Trial
-    from calmix.study.running import Execute, Observer
+    from calmix.study.running import Observer
     from calmix.study.trials import Resolved
 else:  # torch is imported once a verb needs it
     Observer = object
@@ -25,106 +25,67 @@ else:  # torch is imported once a verb needs it
 studies = group("study")
 
 
-class OfFile(Json):
-    """Options of what reads a study file."""
-
-    study: Path = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
-
-
-class OfStore(Json):
-    """Options of what reads a store."""
-
-    store: Path = option(..., "A study's results folder.", argument=True, metavar="STORE")
-
-
-class InitOptions(Options):
-    study: Path = option(..., "The .yaml file to write.", argument=True, metavar="STUDY")
-    overwrite: bool = option(False, "Replace the file if it exists.")
-
-
-class PlanOptions(OfFile):
-    device: str = option("auto", "Torch device to plan for, e.g. cuda:1.")
-
-
-class RunOptions(TrialOptions, OfFile):
-    store: Path = option(..., "Folder that keeps the results.", flag="--store -o", metavar="STORE")
-    only: list[str] = option(
-        [], "Only trials whose set, model or label matches, e.g. 'mix*'.", metavar="PATTERN"
-    )
-    skip: list[str] = option([], "Not these trials (repeat).", metavar="PATTERN")
-    retry_failed: bool = option(False, "Run failed trials again.")
-    executor: Literal["local", "ray"] = option("local", "In this process, or on a Ray cluster.")
-    address: str | None = option(
-        None, "Ray cluster: auto, HOST:PORT or ray://HOST:PORT.", shown="one on this machine",
-        advanced=True,
-    )  # fmt: skip
-    workers: int | None = option(
-        None, "Ray: trials at a time.", shown="as many as fit", ge=1, advanced=True
-    )
-    cpus: float | None = option(None, "Ray: CPUs per trial.", shown="1", gt=0, advanced=True)
-    gpus: float | None = option(
-        None, "Ray: GPUs per trial.", shown="1 if there are any", ge=0, advanced=True
-    )
-    retries: int | None = option(
-        None, "Ray: restarts of a trial whose worker died.", shown="2", ge=0, advanced=True
-    )
+FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
 
 
 @verb("init", of=studies)
-def init(options: InitOptions) -> None:
+def init(
+    study: Path = option(..., "The .yaml file to write.", argument=True, metavar="STUDY"),
+    overwrite: bool = option(False, "Replace the file if it exists."),
+) -> None:
     """Write a commented study file to start from."""
-    path = options.study
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        raise InputError(f"name a .yaml file for the study, not {path}")
-    check_output_file(path, overwrite=options.overwrite)
+    if study.suffix.lower() not in (".yaml", ".yml"):
+        raise InputError(f"name a .yaml file for the study, not {study}")
+    check_output_file(study, overwrite=overwrite)
     template = resources.files("calmix.study").joinpath("template.yaml")
-    write_text(path, template.read_text(encoding="utf-8"))
-    note(f"wrote {path}: calmix study validate {path}")
+    write_text(study, template.read_text(encoding="utf-8"))
+    note(f"wrote {study}: calmix study validate {study}")
 
 
 @verb("validate", of=studies)
-def validate(options: OfFile) -> None:
+def validate(shown: Json, study: Path = FILE) -> None:
     """Check a study file and list every mistake with its line."""
     from calmix.study.spec import check_study
     from calmix.study.trials import plan
 
-    path, say = options.study, (lambda text: None) if options.as_json else line
-    checked = check_study(path)
-    trials = plan(checked.study) if checked.study is not None else []
-    if options.as_json:
-        print_json({"problems": checked.problems, "trials": [trial.label for trial in trials]})
-    for problem in checked.problems:
-        say(problem)
-    if checked.study is None:
-        count = len(checked.problems)
-        raise InputError(f"{path} has {count} mistake{'s' if count > 1 else ''}")
+    checked, problems = check_study(study)
+    trials = [] if checked is None else plan(checked)
     sets = len({trial.calibration for trial in trials if trial.rows})
-    say(f"{path}: {len(trials)} trials over {sets} calibration sets")
+    right = f"{study}: {len(trials)} trials over {sets} calibration sets"
+    result(shown, {"problems": problems, "trials": [trial.label for trial in trials]},
+           *(problems or [right]))  # fmt: skip
+    if problems:
+        count = len(problems)
+        raise InputError(f"{study} has {count} mistake{'s' if count > 1 else ''}")
 
 
 @verb("plan", of=studies)
-def plan(options: PlanOptions) -> None:
+def plan(
+    shown: Json,
+    study: Path = FILE,
+    device: str = option("auto", "Torch device to plan for, e.g. cuda:1."),
+) -> None:
     """Estimate trials, time, memory and disk before anything runs."""
     from calmix.study.estimate import estimate
     from calmix.study.spec import load_study
 
-    study = load_study(options.study)
-    found = estimate(study, options.device)
-    if options.as_json:
-        print_json({"study": study.file.name, **found})
+    file = load_study(study)
+    found = estimate(file, device)
+    if shown.as_json:
+        print_json({"study": file.file.name, **found})
         return
     rows = []
     for each in found["groups"]:
         taken = each["seconds"]
         rows.append({
-            "model": each["model"] if len(study.file.models) > 1 else None,
+            "model": each["model"] if len(file.file.models) > 1 else None,
             **{name: each[name] for name in ("trials", "method", "pattern")},
             "tokens": f"{each['rows']}x{each['length']}" if each["rows"] else None,
             **{stage: duration(taken[stage]) if stage in taken else None
                for stage in ("prune", "recover", "evaluate")},
             "memory": size(each["memory"]), "disk": size(each["disk"]),
         })  # fmt: skip
-    print_table(rows, title=f"study {study.file.name}, each trial",
+    print_table(rows, title=f"study {file.file.name}, each trial",
                 least=["disk", "memory", "tokens", "model"])  # fmt: skip
     line(
         f"{found['trials']} trials, {found['sets']} calibration sets "
@@ -137,25 +98,55 @@ def plan(options: PlanOptions) -> None:
 
 
 @verb("run", of=studies)
-def run(options: RunOptions) -> None:
+def run(
+    how: TrialOptions,
+    shown: Json,
+    study: Path = FILE,
+    store: Path = option(..., "Folder that keeps the results.", flag="--store -o", metavar="STORE"),
+    only: list[str] = option(
+        [], "Only trials whose set, model or label matches, e.g. 'mix*'.", metavar="PATTERN"
+    ),
+    skip: list[str] = option([], "Not these trials (repeat).", metavar="PATTERN"),
+    retry_failed: bool = option(False, "Run failed trials again."),
+    executor: Literal["local", "ray"] = option("local", "In this process, or on a Ray cluster."),
+    address: str | None = option(
+        None,
+        "Ray cluster: auto, HOST:PORT or ray://HOST:PORT.",
+        shown="one on this machine",
+        advanced=True,
+    ),
+    workers: int | None = option(
+        None, "Ray: trials at a time.", shown="as many as fit", ge=1, advanced=True
+    ),
+    cpus: float | None = option(None, "Ray: CPUs per trial.", shown="1", gt=0, advanced=True),
+    gpus: float | None = option(
+        None, "Ray: GPUs per trial.", shown="1 if there are any", ge=0, advanced=True
+    ),
+    retries: int | None = option(
+        None, "Ray: restarts of a trial whose worker died.", shown="2", ge=0, advanced=True
+    ),
+) -> None:
     """Run what is left of a study; if interrupted, run the same command again to resume."""
-    from calmix.study.running import run_study
+    from calmix.study.running import on_ray, run_study
     from calmix.study.spec import load_study
 
-    execute = _executor(options)
-    study = load_study(options.study)
+    on = {"address": address, "workers": workers, "cpus": cpus, "gpus": gpus, "retries": retries}
+    given: dict[str, Any] = {key: value for key, value in on.items() if value is not None}
+    if given and executor == "local":
+        raise InputError(f"--{next(iter(given))} has no effect without --executor ray")
+    execute = on_ray(**given) if executor == "ray" else None
     with Progress() as bar:
-        store, outcome = run_study(
-            study, options.store, Watch(bar), options=options, only=options.only, skip=options.skip,
-            retry_failed=options.retry_failed, execute=execute,
+        kept, outcome = run_study(
+            load_study(study), store, Watch(bar), options=how, only=only, skip=skip,
+            retry_failed=retry_failed, execute=execute,
         )  # fmt: skip
-    states = [store.state(entry.id) for entry in store.entries]
+    states = [kept.state(entry.id) for entry in kept.entries]
     done = states.count("finished")
     result(
-        options,
-        {"store": str(options.store), "planned": len(states), "finished": done,
+        shown,
+        {"store": str(store), "planned": len(states), "finished": done,
          "failed": outcome.failed, "elsewhere": outcome.elsewhere},
-        f"{done} of {len(states)} trials finished: {options.store}",
+        f"{done} of {len(states)} trials finished: {store}",
     )  # fmt: skip
     for label, who in outcome.elsewhere.items():
         note(f"left to {who}: {label}")
@@ -167,34 +158,23 @@ def run(options: RunOptions) -> None:
         )
 
 
-def _executor(options: RunOptions) -> Execute | None:
-    """Return what runs the trials; None for this process."""
-    names = ("address", "workers", "cpus", "gpus", "retries")
-    given = {key: value for key in names if (value := getattr(options, key)) is not None}
-    if options.executor == "ray":
-        from calmix.study.running import on_ray
-
-        return on_ray(**given)
-    if given:
-        raise InputError(f"--{next(iter(given))} has no effect without --executor ray")
-    return None
-
-
 @verb("status", of=studies)
-def status(options: OfStore) -> None:
+def status(
+    shown: Json,
+    store: Path = option(..., "A study's results folder.", argument=True, metavar="STORE"),
+) -> None:
     """Show how far a study is: finished, running, failed and still to run."""
     from calmix.study.store import open_store
 
-    store = open_store(options.store)
-    rows, seconds = [], []
-    for entry in store.entries:
-        state, told = store.state(entry.id), ""
+    kept, rows, seconds = open_store(store), [], []
+    for entry in kept.entries:
+        state, told = kept.state(entry.id), ""
         if state == "failed":
-            told = store.read_failure(entry).error
+            told = kept.read_failure(entry).error
         elif state == "running":
-            told = store.runner(entry.id) or ""
+            told = kept.runner(entry.id) or ""
         elif state == "finished":
-            found = store.result(entry).trial
+            found = kept.result(entry).trial
             seconds.append(found.seconds.get("total", 0.0))
             told = f"{outcome_line(found)}, {seconds[-1]:.0f} s"
         rows.append({"trial": entry.label, "state": state, "note": told})
@@ -202,8 +182,8 @@ def status(options: OfStore) -> None:
     counts = {name: states.count(name) for name in ("finished", "running", "failed", "pending")}
     left = counts["running"] + counts["pending"]
     ahead = sum(seconds) / len(seconds) * left if seconds else None
-    name = store.index.name
-    if options.as_json:
+    name = kept.index.name
+    if shown.as_json:
         print_json({"study": name, **counts, "seconds_left": ahead, "trials": rows})
         return
     print_table(rows, title=f"study {name}", text=["trial", "note"], least=[])

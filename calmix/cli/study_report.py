@@ -37,18 +37,6 @@ class AnalyseOptions(Settings, StudyOptions):
     overwrite: bool = option(False, "Replace what calmix wrote there.")
 
 
-class RecommendOptions(StudyOptions):
-    weights: Weights | None = option(
-        None, "Weight of each dimension, e.g. general=1,code=2.", shown="all equal",
-        metavar="NAME=WEIGHT,...",
-    )  # fmt: skip
-    top: int = option(5, "Sets to list for each condition.", ge=1)
-
-
-class PowerOptions(StudyOptions):
-    difference: str = option("1,2,3", "Points of retention to detect.", metavar="POINTS,...")
-
-
 @verb("analyse", of=studies)
 def analyse(options: AnalyseOptions) -> None:
     """Ranking, differences and correlations as JSON and CSV, with a summary."""
@@ -100,14 +88,23 @@ def _print(found: Analysis, written: Path, as_json: bool) -> None:
 
 
 @verb("recommend", of=studies)
-def recommend(options: RecommendOptions) -> None:
+def recommend(
+    options: StudyOptions,
+    weights: Weights | None = option(
+        None,
+        "Weight of each dimension, e.g. general=1,code=2.",
+        shown="all equal",
+        metavar="NAME=WEIGHT,...",
+    ),
+    top: int = option(5, "Sets to list for each condition.", ge=1),
+) -> None:
     """Which calibration set of those studied keeps the most, by your weights."""
     from calmix.analysis import recommend as best_of
     from calmix.report import words
     from calmix.study import read_results
 
     found = best_of(
-        read_results(options.study), options.weights, measure=options.measure,
+        read_results(options.study), weights, measure=options.measure,
         method=options.method, sparsity=options.sparsity,
     )  # fmt: skip
     if options.as_json:
@@ -128,7 +125,7 @@ def recommend(options: RecommendOptions) -> None:
                 "best": "–" if each.best is None else words.sure(each.best),
                 "seeds": each.total.draws,
             }
-            for each in one.candidates[: options.top]
+            for each in one.candidates[:top]
         ]  # fmt: skip
         print_table(rows, least=["seeds", "made", "best", "shrunken"],
                     title=f"{one.condition}, weights {shares}; higher is better")  # fmt: skip
@@ -143,13 +140,16 @@ def recommend(options: RecommendOptions) -> None:
 
 
 @verb("power", of=studies)
-def power(options: PowerOptions) -> None:
+def power(
+    options: StudyOptions,
+    difference: str = option("1,2,3", "Points of retention to detect.", metavar="POINTS,..."),
+) -> None:
     """How noisy retention is, and how many seeds and items detect a difference."""
     from calmix.analysis.power import needed, noises
     from calmix.report import words
     from calmix.study import read_results
 
-    points = parse_points(options.difference)
+    points = parse_points(difference)
     noisy = noises(
         read_results(options.study), method=options.method, sparsity=options.sparsity,
         measure=options.measure,

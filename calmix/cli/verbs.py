@@ -1,4 +1,4 @@
-"""Verbs of the command line, made from their models of options."""
+"""Verbs of the command line, made from functions and models of options."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from pydantic import create_model
 from pydantic.fields import FieldInfo
 
 from calmix.cli.root import VERBS, Command, Group, app
@@ -24,7 +25,7 @@ from calmix.options import (
     flags,
 )
 
-Handler = Callable[[Any], None]
+Handler = Callable[..., None]
 # Options that many verbs have come after a verb's own.
 COMMON = {
     name for model in (DrawOptions, ModelOptions, MemoryOptions, TextField, Json)
@@ -45,24 +46,31 @@ def group(name: str, default: str = "") -> typer.Typer:
     return made
 
 
-def verb(name: str, *, of: typer.Typer = app) -> Callable[..., Handler]:
-    """Register a function of one options model as a command: fields are flags or arguments.
+def verb(name: str, *, of: typer.Typer = app) -> Callable[[Handler], Handler]:
+    """Register a function as a command.
 
-    Values reach the model as they were written: it alone parses and checks them.
+    Parameters without a default are models of options that verbs share; each gets all that was
+    asked for. The others are options of the verb's own. One model of them all parses and checks
+    the values, which reach it as they were written.
     """
 
     def register(handler: Handler) -> Handler:
-        model = typing.get_type_hints(handler)["options"]
-        fields: dict[str, Any] = model.model_fields
-        own = model.__annotations__  # before what is inherited
+        hints = typing.get_type_hints(handler, include_extras=True)
+        given = inspect.signature(handler).parameters.values()
+        shared = [hints[one.name] for one in given if one.default is one.empty]
+        own: Any = {one.name: (hints[one.name], one.default)
+                    for one in given if one.default is not one.empty}  # fmt: skip
+        model = create_model(handler.__name__, __base__=tuple(shared) or Options, **own)
 
         def command(**values: Any) -> None:
             values.pop("help_all", None)
-            handler(checked(model, {k: v for k, v in values.items() if v not in ([], False)}))
+            asked = checked(model, {k: v for k, v in values.items() if v not in ([], False)})
+            handler(*[asked] * len(shared), **{key: getattr(asked, key) for key in own})
 
+        fields: dict[str, Any] = model.model_fields
         parameters = [_parameter(model, key, field) for key, field in fields.items()]
         parameters.sort(
-            key=lambda one: (one.default is not inspect.Parameter.empty,
+            key=lambda one: (one.default is not one.empty,
                              one.name in COMMON and one.name not in own)
         )  # fmt: skip
         more = any((field.json_schema_extra or {}).get("advanced") for field in fields.values())

@@ -41,11 +41,9 @@ Work = Callable[[Path], Any]  # makes the artefact in a folder
 
 @dataclass
 class Rerun:
-    """How a second run compares: the new folder, whether every file has the hash of the manifest,
-    files whose hashes differ, and inputs that differ, as `what: then, now`.
-    """
+    """How a second run compares: whether every file has the hash of the manifest, files whose
+    hashes differ, and inputs that differ, as `what: then, now`."""
 
-    output: str
     same: bool
     differing: list[str]
     inputs: list[str]
@@ -185,7 +183,7 @@ def _compared(path: Path, kept: dict[str, Any], output: Path) -> Rerun:
     if (path.parent / RUN).is_file():
         then, now = (read_object(one / RUN, "") for one in (path.parent, output))
         inputs += [line for key in WHERE for line in differences(then.get(key), now.get(key), key)]
-    return Rerun(str(output), not differing, differing, inputs)
+    return Rerun(not differing, differing, inputs)
 
 
 def _check_model(name: str, sha256: str) -> None:

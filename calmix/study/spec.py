@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -204,35 +204,23 @@ class Study:
         return [filled(grid) for grid in own.grids or [Grid()]]
 
 
-class Checked(NamedTuple):
-    """What reading a study file found: the study, or every mistake with its line."""
-
-    study: Study | None
-    problems: list[str]
-
-
 def load_study(path: Path) -> Study:
     """Read a study file."""
-    checked = check_study(path)
-    if checked.study is None:
-        more = len(checked.problems) - 1
+    study, problems = check_study(path)
+    if study is None:
+        more = len(problems) - 1
         rest = f" (and {more} more: calmix study validate {path})" if more else ""
-        raise InputError(checked.problems[0] + rest)
-    return checked.study
+        raise InputError(problems[0] + rest)
+    return study
 
 
-def check_study(path: Path) -> Checked:
-    """Read a study file and collect its mistakes, as `parse_study`."""
-    return parse_study(read_text(path), path)
-
-
-def parse_study(text: str, path: Path) -> Checked:
-    """Parse a study's text; `path` names it in messages and is where its sources are rooted."""
-    yaml = parse_yaml(text, str(path))
+def check_study(path: Path) -> tuple[Study | None, list[str]]:
+    """Read a study file: return the study, or None and every mistake with its line."""
+    yaml = parse_yaml(text := read_text(path), str(path))
     try:
         file = StudyFile.model_validate(yaml.value)
     except ValidationError as error:
-        return Checked(None, sorted(yaml.problems(error, StudyFile), key=_line))
+        return None, sorted(yaml.problems(error, StudyFile), key=_line)
     problems: list[str] = []
 
     def check(at: Sequence[Any], act: Callable[..., Any], *given: Any, **more: Any) -> Any:
@@ -250,8 +238,8 @@ def parse_study(text: str, path: Path) -> Checked:
         check(["calibrations", label], ask, entry.written, sources=own, **draw)
     problems += [f"{yaml.at(at)}: {line}" for at, line in _faults(file)]
     if problems:
-        return Checked(None, sorted(problems, key=_line))
-    return Checked(Study(file, text, path, own, suite), [])
+        return None, sorted(problems, key=_line)
+    return Study(file, text, path, own, suite), []
 
 
 def _faults(file: StudyFile) -> Iterator[tuple[list[Any], str]]:

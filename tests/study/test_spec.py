@@ -6,21 +6,32 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.pruning.patterns import Pattern
-from calmix.study.spec import check_study, load_study, parse_study
+from calmix.study.spec import check_study, load_study
 from calmix.study.trials import differences, plan, resolve_all
 
 HEAD = "name: s\nmodels: [builtin:smollm2-135m]\n"
 NEWS = HEAD + "calibrations: {a: news}\n"
 
 
-def parsed(text, path=Path("s.yaml")):
-    checked = parse_study(text, path)
-    assert not checked.problems, checked.problems
-    return checked.study
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def checked(text):
+    path = Path("s.yaml")
+    path.write_text(text, encoding="utf-8")
+    return check_study(path)
+
+
+def parsed(text):
+    study, problems = checked(text)
+    assert not problems, problems
+    return study
 
 
 def problems(text):
-    return parse_study(text, Path("s.yaml")).problems
+    return checked(text)[1]
 
 
 def labels(text):
@@ -210,7 +221,7 @@ def test_sources_of_ones_own_are_rooted_at_the_file(tmp_path):
     (tmp_path / "notes.txt").write_text("a b c", encoding="utf-8")
     own = "sources:\n  mine: {reader: {type: file, path: notes.txt}}\n"
     text = HEAD + own + "calibrations: {a: mine}\nmethods: {wanda: 0.5}\n"
-    study = parsed(text, tmp_path / "s.yaml")
+    study = parsed(text)
     assert [d.text for d in study.own["mine"].documents()] == ["a b c"]
     (line,) = problems(NEWS + "methods: {wanda: 0.5}\nsources:\n  mine: {red: 1}\n")
     assert line.startswith("s.yaml line 5: sources: s.yaml: source 'mine'")
@@ -233,7 +244,7 @@ def test_allocations_and_recoveries_are_part_of_a_condition(tmp_path):
         NEWS + "methods: {sparsegpt: 0.6, magnitude: 0.5}\nallocation: [owl, error]\n"
         "recovery: [none, 'blocks,epochs=2', 'distill,lr=2e-3']\n"
     )
-    study = parsed(text, tmp_path / "s.yaml")
+    study = parsed(text)
     trials = plan(study)
     assert len({trial.condition for trial in trials}) == len(trials) == 7
     found = {one.planned.way: one.request for one in resolve_all(study, trials)}
