@@ -17,7 +17,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -91,6 +90,8 @@ def parse_duration(text: Any) -> float:
 
 Share = Annotated[float, BeforeValidator(parse_share), Field(gt=0, lt=1)]
 Weights = Annotated[dict[str, float], BeforeValidator(parse_weights)]
+# YAML reads a bare `off` as false.
+Leakage = Annotated[str, BeforeValidator(lambda value: "off" if value is False else value)]
 
 
 class DeviceOptions(Options):
@@ -189,13 +190,10 @@ class SizeOptions(Options):
 class DrawOptions(SizeOptions):
     """How a calibration set is drawn; the same on the command line, in YAML and in Python."""
 
-    leakage: str = option("offline", "Suites to share no text with; off: no check.", advanced=True)
+    leakage: Leakage = option(
+        "offline", "Suites to share no text with; off: no check.", advanced=True
+    )
     licence: Licence = licence_option()
-
-    @field_validator("leakage", mode="before")
-    @classmethod
-    def _off(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads a bare `off` as false
 
     def drawn(self) -> dict[str, Any]:
         """Return the options of the draw that were set, by name."""

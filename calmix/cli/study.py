@@ -99,7 +99,7 @@ def plan(
 
 @verb("run", of=studies)
 def run(
-    how: TrialOptions,
+    trials: TrialOptions,
     shown: Json,
     study: Path = FILE,
     store: Path = option(..., "Folder that keeps the results.", flag="--store -o", metavar="STORE"),
@@ -136,24 +136,26 @@ def run(
         raise InputError(f"--{next(iter(given))} has no effect without --executor ray")
     execute = on_ray(**given) if executor == "ray" else None
     with Progress() as bar:
-        kept, outcome = run_study(
-            load_study(study), store, Watch(bar), options=how, only=only, skip=skip,
+        kept, left = run_study(
+            load_study(study), store, Watch(bar), options=trials, only=only, skip=skip,
             retry_failed=retry_failed, execute=execute,
         )  # fmt: skip
     states = [kept.state(entry.id) for entry in kept.entries]
     done = states.count("finished")
+    failed, elsewhere = ({label: what for label, (how, what) in left.items() if how == ended}
+                         for ended in ("failed", "elsewhere"))  # fmt: skip
     result(
         shown,
         {"store": str(store), "planned": len(states), "finished": done,
-         "failed": outcome.failed, "elsewhere": outcome.elsewhere},
+         "failed": failed, "elsewhere": elsewhere},
         f"{done} of {len(states)} trials finished: {store}",
     )  # fmt: skip
-    for label, who in outcome.elsewhere.items():
+    for label, who in elsewhere.items():
         note(f"left to {who}: {label}")
-    if outcome.failed:
-        label, error = next(iter(outcome.failed.items()))
+    if failed:
+        label, error = next(iter(failed.items()))
         raise InputError(
-            f"{len(outcome.failed)} trials failed, first '{label}' ({error}): correct the cause "
+            f"{len(failed)} trials failed, first '{label}' ({error}): correct the cause "
             "and run again with --retry-failed"
         )
 

@@ -18,7 +18,6 @@ from calmix.calibration.texts import builtin_readers, texts
 from calmix.errors import InputError
 from calmix.evaluation.distance import Reference, distance, reference
 from calmix.evaluation.evaluate import SCORER, evaluate, form_of
-from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import load_scores
 from calmix.files import atomic_folder, read_object, sha256_json, write_json
 from calmix.manifest import run_record, versions
@@ -123,7 +122,17 @@ class Bench:
             lap("evaluate")
             kept = scores.retention(self._dense)
             seconds["total"] = round(time.perf_counter() - began, 3)
-            outcome = describe(trial, self.study, information, kept, report.sparsity, seconds)
+            outcome = Trial(
+                id=trial.id, mix=(trial.request["calibration"] or {}).get("mix", {}),
+                model=planned.model, calibration=planned.calibration, strategy=planned.strategy,
+                method=planned.way, pattern=planned.pattern, sparsity=report.sparsity,
+                propagation=planned.request.propagation, rows=planned.rows, length=planned.length,
+                seed=planned.seed, suite=self.study.suite.name, information=information,
+                total=kept.total, worst=kept.worst, seconds=seconds,
+                dimensions={one.name: one.kept for one in kept.dimensions},
+                tasks=tuple(TaskOutcome(task=one.name, retention=one.kept, **vars(one))
+                            for one in kept.tasks),
+            )  # fmt: skip
             run = run_record(seconds) | {
                 "versions": versions() | scores.versions,
                 "dtype": scores.dtype,
@@ -218,28 +227,3 @@ class Bench:
                 write_json(path, information)
         self._set = (trial.calibration_id, made, information["metrics"])
         return self._set[1:]
-
-
-def describe(
-    trial: Resolved,
-    study: Study,
-    information: dict[str, float],
-    kept: Retention,
-    sparsity: float,
-    seconds: dict[str, float],
-) -> Trial:
-    """Return the record of a finished trial."""
-    planned = trial.planned
-    copied = ("model", "calibration", "strategy", "pattern", "rows", "length", "seed")
-    measured = set(TaskOutcome.model_fields) - {"task", "retention"}
-    tasks = tuple(
-        TaskOutcome(task=task.name, retention=task.kept, **{n: getattr(task, n) for n in measured})
-        for task in kept.tasks
-    )
-    return Trial(
-        id=trial.id, mix=(trial.request["calibration"] or {}).get("mix", {}), method=planned.way,
-        sparsity=sparsity, propagation=planned.request.propagation, suite=study.suite.name,
-        information=information, total=kept.total, worst=kept.worst, tasks=tasks, seconds=seconds,
-        dimensions={one.name: one.kept for one in kept.dimensions},
-        **{name: getattr(planned, name) for name in copied},
-    )  # fmt: skip

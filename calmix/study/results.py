@@ -15,9 +15,9 @@ Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "self-written", "
 
 
 class Record(BaseModel):
-    """What is refused with a key too many, and does not change."""
+    """What is kept of a study; keys of other versions are left out."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
 
 class TaskOutcome(Record):
@@ -52,8 +52,6 @@ class Trial(Record):
         distance: to the dense model (`evaluation.distance.distance`), where it was measured.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True)  # earlier versions kept more
-
     id: str
     model: str
     calibration: str
@@ -77,10 +75,10 @@ class Trial(Record):
 
 
 class FailedTrial(Record):
-    """A trial that ended in an error."""
+    """A trial that ended in an error; its file names neither."""
 
-    id: str
-    label: str
+    id: str = ""
+    label: str = ""
     error: str
 
 

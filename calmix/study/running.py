@@ -12,7 +12,6 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -48,14 +47,6 @@ class Observer:
         return lambda *_: None
 
 
-@dataclass
-class Outcome:
-    """What a run did not finish: trials that failed or are left to other processes, by label."""
-
-    failed: dict[str, str] = field(default_factory=dict)
-    elsewhere: dict[str, str] = field(default_factory=dict)
-
-
 # `finished` with the trial, `failed` with the error, or left to what runs it `elsewhere`.
 Ended = tuple[str, Any]
 Ends = Iterator[tuple[Resolved, Ended]]
@@ -72,8 +63,11 @@ def run_study(
     skip: Sequence[str] = (),
     retry_failed: bool = False,
     execute: Execute | None = None,
-) -> tuple[Store, Outcome]:
-    """Run what is left of a study and keep it in the store at `path`."""
+) -> tuple[Store, dict[str, Ended]]:
+    """Run what is left of a study and keep it in the store at `path`.
+
+    Returned are the store, and by label the trials that failed or are left to other processes.
+    """
     options = options or TrialOptions()
     check_folder(path, study.files)
     runnable(study.suite, options.allow_code_execution, whole=True)
@@ -103,19 +97,15 @@ def run_study(
     store.save()
     todo = [trial for trial in left if retry_failed or store.state(trial.id) != "failed"]
     observer.begin(len(todo), len(resolved))
-    outcome = Outcome()
-    for trial, (how, what) in (execute or run_locally)(study, store, todo, options, observer):
-        label = trial.planned.label
-        outcome.elsewhere.pop(label, None)
+    ends: dict[str, Ended] = {}
+    for trial, ended in (execute or run_locally)(study, store, todo, options, observer):
+        ends[trial.planned.label] = how, what = ended
         if how == "finished":
             observer.finished(trial, what)
         elif how == "failed":
-            outcome.failed[label] = what
             observer.failed(trial, what)
-        elif how == "elsewhere":
-            outcome.elsewhere[label] = what
     write_table(read_results(path), path)
-    return store, outcome
+    return store, {n: ended for n, ended in ends.items() if ended[0] in ("failed", "elsewhere")}
 
 
 def chosen_trials(

@@ -16,7 +16,6 @@ from pydantic import (
     BeforeValidator,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -25,13 +24,12 @@ from calmix.errors import CalmixError, InputError, nearest
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.suites import Suite
 from calmix.models.opening import known_model
-from calmix.options import Propagation
+from calmix.options import Leakage, Options, Propagation
 from calmix.pruning.methods import get_method
 from calmix.sources import Source
 from calmix.sources.licences import Licence
 from calmix.sources.registry import parse_sources
 from calmix.specs import SEED, recovery_of, target_of
-from calmix.study.results import Record
 from calmix.yaml_files import parse_yaml, read_text
 
 NONE = "none"  # the calibration of a method that needs none, and no recovery
@@ -61,26 +59,21 @@ Recovery = Annotated[str, _by(lambda text: NONE if text == NONE else recovery_of
 Targets = Annotated[list[Annotated[Any, _by(target_of)]], Listed]
 
 
-class Model(Record):
+class Model(Options):
     """A model by its name, as `open_model` takes it."""
 
     name: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
-class _Draw(Record):
+class _Draw(Options):
     """How rows are drawn; what is not given is left to `calmix.calibration.resolve`."""
 
     rows: Count | None = None
     length: Count | None = None
     packing: Literal["concat", "window"] | None = None
-    leakage: str | None = None
+    leakage: Leakage | None = None
     licence: Licence | None = None
-
-    @field_validator("leakage", mode="before")
-    @classmethod
-    def _off(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads a bare `off` as false
 
     def given(self) -> dict[str, Any]:
         """Return the options of a draw that were given."""
@@ -111,7 +104,7 @@ class Calibration(_Draw):
         return ",".join(f"{name}:{weight!r}" for name, weight in (self.mix or {}).items())
 
 
-class _Pruning(Record):
+class _Pruning(Options):
     """What is done with each calibration set, and with which seeds of it.
 
     `allocation` and `recovery` (`none`, or as `blocks,epochs=3`) may list several; methods

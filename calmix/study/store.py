@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from filelock import SoftFileLease, Timeout
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from calmix.errors import InputError, disk_errors
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.files import atomic_folder, check_apart, check_writable, read_object, write_json
-from calmix.study.results import FailedTrial, Trial
+from calmix.study.results import FailedTrial, Record, Trial
 from calmix.study.spec import Study
 from calmix.study.trials import Resolved
 from calmix.yaml_files import first_problem
@@ -42,19 +42,13 @@ Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # names a file of 
 Scalar = str | int | float | None
 
 
-class _Kept(BaseModel):
-    """What a file of the store holds, checked when it is read: anyone may have written it."""
-
-    model_config = ConfigDict(extra="allow")
-
-
 def _named(key: list[Scalar]) -> list[Scalar]:
     if len(key) < 2 or not all(isinstance(name, str) for name in key[:2]):
         raise ValueError("names no model and calibration set")
     return key
 
 
-class Entry(_Kept):
+class Entry(Record):
     """A trial of the study: its hash, its label, the names of its model and set and what else has
     told it apart, and the hash of its set."""
 
@@ -64,7 +58,7 @@ class Entry(_Kept):
     set: Id | None
 
 
-class Index(_Kept):
+class Index(Record):
     """The study as last run: its name, the text of its file, and its trials in order; of the suite
     that scores were made with name, version, hash and dimensions."""
 
@@ -76,7 +70,7 @@ class Index(_Kept):
     trials: list[Entry]
 
 
-class Run(_Kept):
+class Run(Record):
     """When and where a trial ran, and for how many seconds by stage."""
 
     finished: str
@@ -89,7 +83,7 @@ class Run(_Kept):
     versions: dict[str, str]
 
 
-class Result(_Kept):
+class Result(Record):
     """A finished trial; `dense` names the scores of its dense model."""
 
     trial: Trial
@@ -97,14 +91,10 @@ class Result(_Kept):
     dense: Id
 
 
-class _Failure(_Kept):
-    error: str
+Kept = TypeVar("Kept", bound=Record)
 
 
-Record = TypeVar("Record", bound=BaseModel)
-
-
-def _read(path: Path, kind: type[Record], remedy: str) -> Record:
+def _read(path: Path, kind: type[Kept], remedy: str) -> Kept:
     try:
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -179,8 +169,7 @@ class Store:
         path = self.trial(entry.id) / RESULT
         record = _read(path, Result, "delete the trial's folder and run the study again")
         named = dict(zip(("model", "calibration"), entry.key, strict=False))
-        record.trial = record.trial.model_copy(update=named)
-        return record
+        return record.model_copy(update={"trial": record.trial.model_copy(update=named)})
 
     def scores(self, entry: Entry) -> CapabilityScores:
         """Return what a finished trial's model did on every item, and its distance."""
@@ -189,8 +178,8 @@ class Store:
     def read_failure(self, entry: Entry) -> FailedTrial:
         """Return the error a trial ended with."""
         path = self.trial(entry.id) / ERROR
-        kept = _read(path, _Failure, "run the study with --retry-failed")
-        return FailedTrial(id=entry.id, label=entry.label, error=kept.error)
+        kept = _read(path, FailedTrial, "run the study with --retry-failed")
+        return kept.model_copy(update={"id": entry.id, "label": entry.label})
 
     @contextmanager
     def writing(self, trial: Resolved) -> Iterator[Path]:
