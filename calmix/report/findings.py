@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
@@ -49,24 +50,12 @@ class Verdict:
         return f"{self.where}: {self.verdict} ({self.because})"
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A claim, and what each condition says of it that can say anything."""
-
-    text: str
-    verdicts: tuple[Verdict, ...]
-
-    def of(self, way: str) -> dict[str, Verdict]:
-        """Return what is said of it with one way to prune, by model."""
-        return {one.at.model: one for one in self.verdicts if one.at.way == way}
-
-    @property
-    def tally(self) -> str:
-        """In how many conditions it holds; of a single one, its verdict."""
-        if len(self.verdicts) == 1:
-            return self.verdicts[0].verdict
-        held = sum(one.verdict == HOLDS for one in self.verdicts)
-        return f"holds in {held} of {len(self.verdicts)}"
+def tally(verdicts: Sequence[Verdict]) -> str:
+    """Return in how many conditions a claim holds; of a single one, its verdict."""
+    if len(verdicts) == 1:
+        return verdicts[0].verdict
+    held = sum(one.verdict == HOLDS for one in verdicts)
+    return f"holds in {held} of {len(verdicts)}"
 
 
 @dataclass
@@ -83,23 +72,14 @@ class Findings:
         (self.found if found else self.not_found).append(text)
 
 
-@dataclass(frozen=True)
-class Summary:
-    """All that is said of a study."""
-
-    headline: str
-    conditions: tuple[Findings, ...]
-    methods: Findings
-    claims: tuple[Claim, ...]
-    certainty: tuple[str, ...]
-
-
-def summarise(analysis: Analysis) -> Summary:
-    """Return the sentences of an analysis."""
-    return Summary(
-        _headline(analysis), tuple(map(_condition, analysis.conditions)), _methods(analysis),
-        tuple(claims(analysis)), tuple(_certainty(analysis)),
-    )  # fmt: skip
+def summarise(analysis: Analysis) -> dict[str, Any]:
+    """Return the sentences of an analysis: the headline, findings of each condition and of
+    methods, claims with their verdicts, and how certain all that is."""
+    return {
+        "headline": _headline(analysis), "conditions": list(map(_condition, analysis.conditions)),
+        "methods": _methods(analysis), "claims": claims(analysis),
+        "certainty": list(_certainty(analysis)),
+    }  # fmt: skip
 
 
 def main_condition(conditions: Sequence[ConditionAnalysis]) -> ConditionAnalysis:
@@ -183,26 +163,24 @@ def _methods(analysis: Analysis) -> Findings:
     return told
 
 
-def claims(analysis: Analysis) -> Iterator[Claim]:
-    """Return the claims that this study can say anything of."""
+def claims(analysis: Analysis) -> dict[str, list[Verdict]]:
+    """Return the claims that this study can say anything of, and what each condition says."""
     found, compared = analysis.conditions, list(COMPARED)
     if (default := analysis.settings.default) is not None:
         compared.insert(2, (f"A mix keeps more than {default}", "mix", default))
-    made = [(text, [_compared(each, *sides) for each in found]) for text, *sides in compared]
-    made += [
-        ("Dimensions are far apart where the total is close", [_cancelled(each) for each in found]),
-        ("A metric of the text raises one dimension and lowers another",
-         [_pulled(each) for each in found]),
-        ("The lead of a mix grows with sparsity",
-         [_moved(analysis, each, "sparsity", 1) for each in found]),
-        ("The lead of a mix shrinks with recovery",
-         [_moved(analysis, each, "recovery", -1) for each in found]),
-    ]  # fmt: skip
+    made = {text: [_compared(each, *sides) for each in found] for text, *sides in compared} | {
+        "Dimensions are far apart where the total is close": [_cancelled(each) for each in found],
+        "A metric of the text raises one dimension and lowers another":
+            [_pulled(each) for each in found],
+        "The lead of a mix grows with sparsity":
+            [_moved(analysis, each, "sparsity", 1) for each in found],
+        "The lead of a mix shrinks with recovery":
+            [_moved(analysis, each, "recovery", -1) for each in found],
+    }  # fmt: skip
     ways = list(dict.fromkeys(each.condition.way for each in found))
-    for text, verdicts in made:
-        known = sorted(filter(None, verdicts), key=lambda one: ways.index(one.at.way))
-        if known:
-            yield Claim(text, tuple(known))
+    known = {text: sorted(filter(None, verdicts), key=lambda one: ways.index(one.at.way))
+             for text, verdicts in made.items()}  # fmt: skip
+    return {text: verdicts for text, verdicts in known.items() if verdicts}
 
 
 Gap = tuple[str, Estimate, bool]  # which sets, how far ahead, and whether that is found

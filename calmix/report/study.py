@@ -13,7 +13,7 @@ from calmix.analysis.ranking import Ranked, leaders
 from calmix.files import atomic_folder, write_text
 from calmix.options import Settings
 from calmix.report import figures, words
-from calmix.report.findings import MARKS, main_condition, summarise
+from calmix.report.findings import MARKS, main_condition, summarise, tally
 from calmix.report.pages import render
 from calmix.study.results import StudyResults
 
@@ -61,7 +61,7 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
             waiting=max(0, analysis.planned - analysis.finished - analysis.failed),
             main=main, best=leaders(main.ranking), facts=facts,
             conditions=[(each, told, figures.condition_charts(analysis, each))
-                        for each, told in zip(found, summary.conditions, strict=True)],
+                        for each, told in zip(found, summary["conditions"], strict=True)],
             slug=figures.slug, figures=FIGURES,
             environment=yaml.safe_dump(environment, sort_keys=False, allow_unicode=True),
         ),
@@ -74,7 +74,7 @@ def summary_text(analysis: Analysis, *, short: bool = False) -> str:
     best set alone."""
     summary, conditions = summarise(analysis), []
     best: list[tuple[str, ...]] = [("", "set", "total", "tied with", "worst dimension")]
-    for each, told in zip(analysis.conditions, summary.conditions, strict=True):
+    for each, told in zip(analysis.conditions, summary["conditions"], strict=True):
         rows = [("", "total", "acc.", "shrunken", "best", "worst dimension")]
         rows += [(one.calibration, words.with_span(one.total), words.percent(one.accuracy[TOTAL]),
                   words.percent(one.shrunken.value), words.sure(one.best), _worst(one, 16))
@@ -86,7 +86,7 @@ def summary_text(analysis: Analysis, *, short: bool = False) -> str:
                      words.with_span(first.total), tied if ties else "",
                      _worst(first, 12)))  # fmt: skip
     text = render("summary.txt", summary=summary, brief=short and len(conditions) > MANY,
-                  best=best, conditions=conditions)  # fmt: skip
+                  best=best, conditions=conditions, tally=tally)  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", text.strip())
 
 
