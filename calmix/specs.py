@@ -217,27 +217,28 @@ def requests(
     numbers of bits."""
     from calmix.pruning.methods import get_method
 
-    given, used = _given(options), set[str]()
+    given = _given(options)
     if sparsity is not None and pattern is not None:
         raise InputError(BOTH)
-    bare = sparsity is None and pattern is None
-    if bare and bits is None and "drop_experts" in given:  # only experts are dropped
-        return [prune_request(method=method, **given)]
-    default = BITS_METHOD if bare and bits is not None else METHOD
-    # Behind a comma stands another method, unless it is an option of the one before.
-    methods = _listed("method", default if method is None else method, r",(?![^,]*=)")
+    methods: list[str | None] = [None]  # `prune_request` chooses
+    if method is not None:  # behind a comma stands another, unless it is an option of the one before
+        methods = [*_listed("method", method, r",(?![^,]*=)")]
     key, text = ("sparsity", sparsity) if pattern is None else ("pattern", pattern)
-    targets: list[dict[str, Any]] = [{}] if bare else [{key: each} for each in _listed(key, text)]
+    targets: list[dict[str, Any]] = [{}]
+    if text is not None:
+        targets = [{key: each} for each in _listed(key, text)]
     rates = [{}] if bits is None else [{"bits": each} for each in _listed("bits", bits)]
-    made = []
+    made, idle = [], set(given)
     for name in methods:
-        joint = rates[0] if "bits" in get_method(name).options else {}
-        read = given.keys() - _unread(get_method(name, **joint), given)
-        used |= read
-        own = {name: given[name] for name in read}
+        unread = set[str]()
+        if name is not None:
+            joint = rates[0] if "bits" in get_method(name).options else {}
+            unread = _unread(get_method(name, **joint), given)
+        idle &= unread
+        own = {key: value for key, value in given.items() if key not in unread}
         made += [prune_request(method=name, **target, **rate, **own)
                  for target in targets for rate in rates]  # fmt: skip
-    _check_idle(given.keys() - used, f"with method {','.join(methods)}: leave it out")
+    _check_idle(idle, f"with method {method}: leave it out")
     names = [one.name for one in made]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"two targets are the same, {twice}: leave one out")
@@ -259,9 +260,9 @@ def recovery_of(text: str) -> Recovering:
     return recover_request(method=method, calibration="", **given)
 
 
-def _listed(option: str, text: str | None, between: str = ",") -> list[str]:
+def _listed(option: str, text: str, between: str = ",") -> list[str]:
     """Return what stands between commas, none of it twice."""
-    parts = [part.strip() for part in re.split(between, text or "")]
+    parts = [part.strip() for part in re.split(between, text)]
     if "" in parts:
         raise InputError(f"--{option} '{text}' has nothing between its commas")
     if twice := next((part for part in parts if parts.count(part) > 1), None):
