@@ -221,7 +221,9 @@ def requests(
     if sparsity is not None and pattern is not None:
         raise InputError(BOTH)
     methods: list[str | None] = [None]  # `prune_request` chooses
-    if method is not None:  # behind a comma stands another, unless it is an option of the one before
+    if (
+        method is not None
+    ):  # behind a comma stands another, unless it is an option of the one before
         methods = [*_listed("method", method, r",(?![^,]*=)")]
     key, text = ("sparsity", sparsity) if pattern is None else ("pattern", pattern)
     targets: list[dict[str, Any]] = [{}]

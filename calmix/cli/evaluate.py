@@ -222,33 +222,31 @@ def _print_kept(
     from calmix.evaluation.retention import RESAMPLES, flips
     from calmix.report.words import number, percent, with_span
 
-    far = [one.distance for one in models]
-    rows: dict[str, list[str]] = {}
-    if all(one.answers for one in found):
-        rows["answers kept"] = [with_span(one.answers.share) for one in found if one.answers]
-    for part in kept[0].dimensions:
-        rows[part.name] = [with_span(one.of(part.name)) for one in kept]
-    rows["total"] = [with_span(one.total) for one in kept]
-    rows["worst"] = [one.worst or "-" for one in kept]
-    if all(one.choices for one in found):
-        rows["accuracy %"] = [with_span(one.choices.accuracy[1]) for one in found if one.choices]
-    if any(far):
-        totals = [(one or {}).get("total") for one in far]
-        for name, key, shown in (("KL to dense", "kl_mean", number), ("top-1 %", "top1", percent)):
-            rows[name] = [shown(one and one[key]) for one in totals]
-    changed = [flips(dense.tasks, one.tasks).get("total") for one in models]
-    rows["flips %"] = ["-" if one is None else with_span(one) for one in changed]
+    records: list[dict[str, Any]] = []
+    for scores, own, does in zip(models, kept, found, strict=True):
+        far = scores.distance and scores.distance.get("total")
+        changed = flips(dense.tasks, scores.tasks).get("total")
+        records.append({
+            "answers kept": does.answers and with_span(does.answers.share),
+            **{part.name: with_span(part.kept) for part in own.dimensions},
+            "total": with_span(own.total), "worst": own.worst,
+            "accuracy %": does.choices and with_span(does.choices.accuracy[1]),
+            "KL to dense": far and number(far["kl_mean"]), "top-1 %": far and percent(far["top1"]),
+            "flips %": changed and with_span(changed),
+        })  # fmt: skip
     table: list[Row] = []
     if len(models) <= BESIDE:
-        for label, cells in rows.items():
-            if label in ("total", "accuracy %", "KL to dense"):
-                table.append(None)
-            table.append({"": label, **dict(zip(names, cells, strict=True))})
+        for label in records[0]:
+            if any(one[label] for one in records):
+                if label in ("total", "accuracy %", "KL to dense"):
+                    table.append(None)
+                cells = (one[label] for one in records)
+                table.append({"": label, **dict(zip(names, cells, strict=True))})
     else:  # a row a model, the intervals but the total's left out
         table += [
-            {"": name} | {label: cells[at] if label == "total" else cells[at].split(" ")[0]
-                          for label, cells in rows.items()}
-            for at, name in enumerate(names)
+            {"": name} | {label: cell and (cell if label == "total" else cell.split(" ")[0])
+                          for label, cell in one.items()}
+            for name, one in zip(names, records, strict=True)
         ]  # fmt: skip
     suite = dense.suite
     least = ["accuracy %", "top-1 %", "flips %", "worst", "KL to dense"]
