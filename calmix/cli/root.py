@@ -10,21 +10,21 @@ from typer.core import TyperCommand, TyperGroup
 
 from calmix.errors import InputError, nearest
 
-# What `calmix --help` shows, in this order; a verb's modules are imported when it is called.
+# What `calmix --help` shows, in this order; a verb's module is imported when it is called.
 VERBS = {
-    "compress": (("compress",), "From a model to a smaller one and its report card"),
-    "prune": (("prune",), "Prune or quantise by SparseGPT, ADMM, Wanda, GPTQ, ..."),
-    "recover": (("prune",), "Distil the dense model into the remaining weights"),
-    "evaluate": (("evaluate",), "Score a model, and what it kept of a dense one"),
-    "compare": (("evaluate",), "Retention of several models next to each other"),
-    "report": (("compress",), "The report card of a compressed model, or of several"),
-    "calibrate": (("calibrate",), "Draw a calibration set, or let the model write it"),
-    "export": (("export",), "As a pack, GGUF or OpenVINO; sets and imatrix"),
-    "study": (("study", "study_report"), "Many sets, methods and sparsities from one file"),
-    "doctor": (("doctor",), "Check the installation; inspect or re-run a result"),
+    "compress": ("compress", "From a model to a smaller one and its report card"),
+    "prune": ("prune", "Prune or quantise by SparseGPT, ADMM, Wanda, GPTQ, ..."),
+    "recover": ("prune", "Distil the dense model into the remaining weights"),
+    "evaluate": ("evaluate", "Score a model, and what it kept of a dense one"),
+    "compare": ("evaluate", "Retention of several models next to each other"),
+    "report": ("compress", "The report card of a compressed model, or of several"),
+    "calibrate": ("calibrate", "Draw a calibration set, or let the model write it"),
+    "export": ("export", "As a pack, GGUF or OpenVINO; sets and imatrix"),
+    "study": ("study", "Many sets, methods and sparsities from one file"),
+    "doctor": ("doctor", "Check the installation; inspect or re-run a result"),
 }
 # Verbs that are called and documented, but not listed.
-CALLED = {"check": (("check",), "Test whether a compressed model keeps what it must")}
+CALLED = {"check": ("check", "Test whether a compressed model keeps what it must")}
 # Where a verb of version 0.2 is now; each is refused with this line for one release.
 MOVED = {
     "generate": "calibrate SPEC, such as calmix calibrate self-written",
@@ -124,8 +124,7 @@ class Root(Group):
         """Return a verb; None if there is none of that name."""
         known = VERBS | CALLED
         if cmd_name in known and cmd_name not in self.commands:
-            for module in known[cmd_name][0]:
-                importlib.import_module(f"calmix.cli.{module}")
+            importlib.import_module(f"calmix.cli.{known[cmd_name][0]}")
             self.commands = typer.main.get_group(app).commands
         return self.commands.get(cmd_name)
 
