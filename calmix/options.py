@@ -306,6 +306,10 @@ class Target(MemoryOptions, DeviceOptions):
         None, "Confidence of --keep-at-least, e.g. 0.99.", shown="0.95", ge=0.8, le=0.999,
         advanced=True,
     )  # fmt: skip
+    seeds: int | None = option(
+        None, "Draws of text for --keep-at-least: the models of all must keep.", shown="1", ge=1,
+        le=9, advanced=True,
+    )  # fmt: skip
     effort: Literal["quick", "standard", "best"] = option(
         "standard", "Time for quality: rows, recovery, evaluation."
     )

@@ -3,6 +3,8 @@
 A fixed sequence: each candidate is tested at the whole confidence, and the first that fails ends
 the walk, so that no bound has to be widened for the number of candidates (Maurer, Hothorn and
 Lehmacher, 1995). Nothing else is chosen by the items: all of them decide.
+With several draws of the calibration text a candidate is a model of each; all must pass, and the
+first draw's is the one that stays.
 """
 
 from __future__ import annotations
@@ -60,16 +62,23 @@ HELPS = (
 
 @dataclass(frozen=True)
 class Rung:
-    """A candidate that was built and tested; `verdict` is of `calmix.evaluation.floors`."""
+    """A candidate that was built and tested; `verdicts` are of `calmix.evaluation.floors`, one a
+    draw of the text."""
 
     bits: float
     seconds: float
-    verdict: dict[str, Any]
+    verdicts: list[dict[str, Any]]
 
     @property
     def kept(self) -> bool:
         """Whether it keeps all that is asked for."""
-        return bool(self.verdict["passed"])
+        return all(one["passed"] for one in self.verdicts)
+
+    @property
+    def tested(self) -> list[dict[str, Any]]:
+        """What was tested of every ability, of the draw that proves least of it."""
+        drawn = zip(*(one["tested"] for one in self.verdicts), strict=True)
+        return [min(same, key=lambda one: one["bound"] - one["floor"]) for same in drawn]
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ class Ladder:
         return [
             {"bits": f"{rung.bits:g}", "kept": "yes" if rung.kept else "no"}
             | {one["ability"]: f"{100 * one['kept']:.1f} ({100 * one['bound']:.1f})"
-               for one in rung.verdict["tested"]}
+               for one in rung.tested}
             for rung in self.rungs
         ]  # fmt: skip
 
@@ -108,9 +117,11 @@ class Ladder:
         told = ", ".join(
             f"{one['ability']} keeps {100 * one['kept']:.1f} % of {one['items']} items by "
             f"{one['measure']}, proven {100 * one['bound']:.1f} %, asked {100 * one['floor']:g} %"
-            for one in last.verdict["tested"] if not one["passed"]
+            for one in last.tested if not one["passed"]
         )  # fmt: skip
-        return f"{last.bits:g} bits fail: {told}"
+        drawn = len(last.verdicts)
+        of = f" (the worst of {drawn} draws of text)" if drawn > 1 else ""
+        return f"{last.bits:g} bits fail: {told}{of}"
 
 
 def whole(asked: Request, out: Path) -> list[Stage]:
@@ -121,9 +132,13 @@ def whole(asked: Request, out: Path) -> list[Stage]:
 
 
 def opening(asked: Request, out: Path, suites: Sequence[str]) -> list[Stage]:
-    """Return the stages before the first candidate: the set is drawn, unless it is there, and the
+    """Return the stages before the first candidate: sets are drawn, unless they are there, and the
     dense model scored."""
-    found = [one for one in stages(asked, out) if one.leaves == CALIBRATION]
+    found = []
+    for draw in draws(asked):
+        place = out / draw
+        own = [one for one in stages(_drawn(asked, draw), place) if one.leaves == CALIBRATION]
+        found += [_within(draw, one) for one in own]
     scored = scoring(at(asked, RUNGS[0]), asked.model, out / CANDIDATES, {}, "dense-")
     return found + [
         replace(one, name=f"{one.name}, dense", leaves=f"{CANDIDATES}/{one.leaves}")
@@ -133,19 +148,38 @@ def opening(asked: Request, out: Path, suites: Sequence[str]) -> list[Stage]:
 
 def building(asked: Request, out: Path, bits: float, suites: Sequence[str]) -> list[Stage]:
     """Return the stages of a candidate: it is quantised, and scored against the dense scores."""
-    held = asked.calibration if asked.saved else str(out / CALIBRATION)
-    wanted, place = at(asked, bits), out / _folder(bits)
     dense = {name: out / CANDIDATES / f"dense-{name}" for name in suites}
-    quantised = stages(wanted, place, held)[0]
-    made = [quantised, *scoring(wanted, str(place / "model"), place, dense)]
-    return [
-        replace(one, name=f"{bits:g} bits, {one.name}", leaves=f"{_folder(bits)}/{one.leaves}")
-        for one in made if one.leaves in ("model", *suites)
-    ]  # fmt: skip
+    found = []
+    for draw in draws(asked):
+        held = asked.calibration if asked.saved else str(out / draw / CALIBRATION)
+        wanted, place = at(asked, bits), out / _folder(bits, draw)
+        made = [stages(wanted, place, held)[0],
+                *scoring(wanted, str(place / "model"), place, dense)]  # fmt: skip
+        found += [
+            _within(_folder(bits, draw), replace(one, name=f"{bits:g} bits, {one.name}"))
+            for one in made if one.leaves in ("model", *suites)
+        ]  # fmt: skip
+    return found
 
 
-def _folder(bits: float) -> str:
-    return f"{CANDIDATES}/{bits:g}"
+def draws(asked: Request) -> list[str]:
+    """Return the folder of each draw of the text; the first is OUT itself."""
+    return ["", *(f"{CANDIDATES}/draw-{number}" for number in range(2, (asked.seeds or 1) + 1))]
+
+
+def _drawn(asked: Request, draw: str) -> Request:
+    return asked.model_copy(update={"seed": asked.seed + draws(asked).index(draw)})
+
+
+def _within(folder: str, stage: Stage) -> Stage:
+    """Return a stage that leaves its result in a folder of OUT, and is named after its draw."""
+    number = folder.partition("draw-")[2].partition("/")[0]
+    name = stage.name + f", draw {number}" * bool(number)
+    return replace(stage, name=name, leaves=str(Path(folder) / (stage.leaves or "")))
+
+
+def _folder(bits: float, draw: str = "") -> str:
+    return f"{draw or CANDIDATES}/{bits:g}"
 
 
 def provable(asked: Request) -> str:
@@ -236,11 +270,16 @@ def walk(
             if within is not None and start - began + due > within and found.rungs:
                 return _placed(_kept(Ladder(found.rungs, "time"), asked, out), out)
             list(do(building(asked, out, bits, suites), out, run, say))
-            scored = [load_scores(out / _folder(bits) / one) for one in suites]
-            pairs = list(zip(dense, scored, strict=True))
-            verdict = judge(floors, pairs, confidence)
-            write_json(out / _folder(bits) / FILE, record(verdict, floors, pairs))
-            rung = Rung(bits, round(time.monotonic() - start, 1), verdict.to_dict())
+            places = [out / _folder(bits, draw) for draw in draws(asked)]
+            scored = [[load_scores(place / one) for one in suites] for place in places]
+            pairs = [list(zip(dense, own, strict=True)) for own in scored]
+            verdicts = [judge(floors, own, confidence) for own in pairs]
+            if all(one.passed for one in verdicts):
+                verdicts = [replace(one, draws=len(verdicts)) for one in verdicts]
+            for place, own, verdict in zip(places, pairs, verdicts, strict=True):
+                write_json(place / FILE, record(verdict, floors, own))
+            took = round(time.monotonic() - start, 1)
+            rung = Rung(bits, took, [one.to_dict() for one in verdicts])
             ended = "failed" if not rung.kept else "bottom" if bits == RUNGS[-1] else ""
             found = _kept(Ladder((*found.rungs, rung), ended), asked, out)
             if ended:
@@ -255,8 +294,9 @@ def _kept(ladder: Ladder, asked: Request, out: Path) -> Ladder:
              "rungs": [asdict(one) for one in ladder.rungs]}  # fmt: skip
     write_json(out / LADDER, sealed(value))
     for other in ladder.rungs:
-        if other.bits != ladder.bits:
-            shutil.rmtree(out / _folder(other.bits) / "model", ignore_errors=True)
+        for draw in draws(asked):
+            if draw or other.bits != ladder.bits:
+                shutil.rmtree(out / _folder(other.bits, draw) / "model", ignore_errors=True)
     return ladder
 
 

@@ -216,10 +216,10 @@ def _check_idle(asked: Compression, saved: bool) -> None:
     sizes = ("sparsity", "pattern", "bits")
     for where, holds, idle in (
         ("with --no-corpus", asked.no_corpus, ("calibration", "keep", "licence")),
-        (f"with {asked.calibration}, which is drawn already", saved, ("seed", "keep")),
+        (f"with {asked.calibration}, which is drawn already", saved, ("seed", "seeds", "keep")),
         ("with --size", asked.size is not None, sizes),
         ("with --keep-at-least", asked.keep_at_least is not None, (*sizes, "size")),
-        ("without --keep-at-least", asked.keep_at_least is None, ("confidence", "within")),
+        ("without --keep-at-least", asked.keep_at_least is None, ("confidence", "within", "seeds")),
     ):
         for name in idle if holds else ():
             if getattr(asked, name) is not None:

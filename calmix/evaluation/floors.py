@@ -73,12 +73,13 @@ class Tested:
 @dataclass(frozen=True)
 class Verdict:
     """Whether a model keeps what it must; abilities without signal are `untested`, tasks that run
-    code may be `not_run`."""
+    code may be `not_run`; of `draws` of the calibration text the models keep it too."""
 
     confidence: float
     tested: tuple[Tested, ...]
     untested: tuple[str, ...] = ()
     not_run: tuple[str, ...] = ()
+    draws: int = 1
 
     @property
     def passed(self) -> bool:
@@ -92,9 +93,12 @@ class Verdict:
         if self.passed:
             kept = ", ".join(f"{one.ability} {100 * one.floor:g} % ({one.basis})"
                              for one in self.tested)  # fmt: skip
+            others = "another draw of calibration text may keep more or less"
+            if self.draws > 1:
+                others = f"the models of all {self.draws} draws of calibration text keep it"
             return (
                 f"Kept at {sure}, at least: {kept}. This holds for items like these and for this "
-                "checkpoint; another draw of calibration text may keep more or less."
+                f"checkpoint; {others}."
             )
         missed = ", ".join(
             f"{one.ability} (keeps {100 * one.kept:.1f} %, proven {100 * one.bound:.1f} %, asked "

@@ -89,6 +89,31 @@ def test_the_walk_ends_at_the_first_that_fails_and_keeps_the_one_before(
         walk(asked(tiny_folder, text_file, seed=1), out, run, lambda *_: None)
 
 
+def test_a_candidate_passes_if_the_models_of_all_draws_do(tiny_folder, text_file, tmp_path):
+    """The second draw's model fails where the first one's does not."""
+    out, want = tmp_path / "out", asked(tiny_folder, text_file, seeds=2)
+    runs, sets = [], []
+
+    def run(words):
+        runs.append(words[0])
+        place = Path(words[words.index("-o") + 1])
+        if words[0] == "calibrate":
+            sets.append((words[words.index("--seed") + 1], place.relative_to(out)))
+        kept = 50 if "draw-2/5" in str(place) else 97
+        Fake(out, dict.fromkeys(RUNGS, kept))(words)
+
+    found = walk(want, out, run, lambda *_: None)
+    assert sets == [("0", Path("calibration")), ("1", Path("candidates/draw-2/calibration"))]
+    assert runs == ["calibrate", "calibrate", "evaluate", *["prune", "evaluate"] * 4]
+    assert (found.bits, found.ended, len(found.rungs)) == (6, "failed", 2)
+    assert "math keeps 50.0 % of 100 items" in found.why()
+    assert found.why().endswith("(the worst of 2 draws of text)")
+    assert (out / "model/made").read_text().count("draw-2") == 0
+    assert not list((out / CANDIDATES).glob("**/model"))
+    assert "the models of all 2 draws" in json.loads((out / "check.json").read_text())["lines"][0]
+    assert walk(want, out, stop, lambda *_: None) == found
+
+
 @pytest.mark.parametrize("after", range(7))
 def test_a_stop_goes_on_to_the_same_ladder(tiny_folder, text_file, tmp_path, after):
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
@@ -317,6 +342,7 @@ def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, m
         ("--keep-at-least cod=0.4", "which suite"),
         ("--keep-at-least code=0.4 --within 2d", "is no time, such as 90m or 2h"),
         ("--within 2h", "has no effect without --keep-at-least"),
+        ("--seeds 2", "--seeds has no effect without --keep-at-least"),
         ("--confidence 90%", "has no effect without --keep-at-least"),
         ("--keep-at-least code=0.4 --confidence 0.6", "greater than or equal to 0.8"),
     ],
