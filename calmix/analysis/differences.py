@@ -17,8 +17,8 @@ import numpy as np
 
 from calmix.analysis.bootstrap import Contrast, Estimate, Joint
 from calmix.analysis.cells import TOTAL, WORST
-from calmix.analysis.ranking import in_order, lowest_of, shrink, weighed
-from calmix.analysis.statistics import ALPHA, Array, corrected
+from calmix.analysis.ranking import in_order, lowest_of, shrink
+from calmix.analysis.statistics import ALPHA, corrected
 from calmix.options import RECOVERIES
 
 SINGLES = "mean of the single sources"
@@ -69,29 +69,22 @@ class Gain:
     gap: Estimate
 
 
-@dataclass(frozen=True)
-class Side:
-    """One side of a comparison: a set, several whose mean counts, or one `picked` for its numbers,
-    which lie too high for that: it counts by its shrunken ones."""
+def every(found: Joint, sets: Sequence[int], *, picked: bool = False) -> dict[str, Contrast]:
+    """Return what sets keep in the mean, by position: total, worst and dimensions by name.
 
-    name: str
-    made: str
-    sets: tuple[int, ...]
-    picked: bool = False
-
-    def kept(self, found: Joint, weight: Array) -> Contrast:
-        """Return a weighted quantity."""
-        unit, sets = np.eye(len(found.counts)), list(self.sets)
-        values, own = shrink(found, weight) if self.picked else (weighed(found, weight), unit)
-        return found.contrast(np.outer(own[sets].mean(0), weight), float(values[sets].mean()))
-
-    def every(self, found: Joint) -> dict[str, Contrast]:
-        """Return total, worst and dimensions by name; the worst by its own, unshrunken numbers."""
-        names = found.cells.quantities
-        total, *rest = (self.kept(found, found.alone(at)) for at in range(len(names)))
-        low = lowest_of(found.values[list(self.sets), 1 : len(names)].mean(0))
-        worst = Contrast(math.nan, {}) if low is None else rest[low]
-        return {TOTAL: total, WORST: worst, **dict(zip(found.cells.dimensions, rest, strict=True))}
+    One that was `picked` for its numbers, which lie too high for that, counts by its shrunken ones;
+    its worst dimension is that of its own numbers.
+    """
+    names, sets = found.cells.quantities, list(sets)
+    kept = [found.mean(sets, at) for at in range(len(names))]
+    if picked:
+        weights = np.eye(found.values.shape[1])[: len(names)]
+        shrunken = [(weight, *shrink(found, weight)) for weight in weights]
+        kept = [found.contrast(np.outer(unit[sets].mean(0), weight), float(values[sets].mean()))
+                for weight, values, unit in shrunken]  # fmt: skip
+    low = lowest_of(found.values[sets, 1 : len(names)].mean(0))
+    worst = Contrast(math.nan, {}) if low is None else kept[1 + low]
+    return {TOTAL: kept[0], WORST: worst, **dict(zip(names[1:], kept[1:], strict=True))}
 
 
 def between(left: Mapping[Key, Contrast], right: Mapping[Key, Contrast]) -> dict[Key, Contrast]:
@@ -104,21 +97,20 @@ def compare(found: Joint, default: str | None = None) -> list[Difference]:
     """Compare every two ways to calibrate, p not corrected yet: mixes and written text set by set,
     the single source with the highest total, the mean of all single sources, and the default."""
     cells, singles, made = found.cells, found.cells.of("single"), []
-    sides = [Side(one.calibration, one.strategy, (at,)) for at, one in enumerate(cells.made)
+    sides = [(one.calibration, one.strategy, [at]) for at, one in enumerate(cells.made)
              if one.strategy != "single" or one.calibration == default]  # fmt: skip
-    sides.sort(key=lambda side: side.name == default)  # that others are compared with it
+    sides.sort(key=lambda side: side[0] == default)  # that others are compared with it
     ordered = [at for at in in_order(found.values[:, 0]) if at in singles]
-    sides += [Side(BEST + cells.sets[at], "single", (at,), picked=True) for at in ordered[:1]]
+    sides += [(BEST + cells.sets[at], "single", [at]) for at in ordered[:1]]
     if len(singles) > 1:
-        sides.append(Side(SINGLES, "single", tuple(singles)))
-    every = {side: side.every(found) for side in sides}
-    for left, right in itertools.combinations(sides, 2):
-        if left.made == right.made == "single":
+        sides.append((SINGLES, "single", singles))
+    kept = [(name, strategy, every(found, sets, picked=name.startswith(BEST)))
+            for name, strategy, sets in sides]  # fmt: skip
+    for (left, one, ours), (right, other, theirs) in itertools.combinations(kept, 2):
+        if one == other == "single":
             continue  # the best of them against the mean of them says nothing
-        made += [
-            Difference(cells.condition.label, left.name, right.name, name, gap.estimate(test=True))
-            for name, gap in between(every[left], every[right]).items()
-        ]
+        made += [Difference(cells.condition.label, left, right, name, gap.estimate(test=True))
+                 for name, gap in between(ours, theirs).items()]  # fmt: skip
     return made
 
 
@@ -136,38 +128,37 @@ def leads_over(made: Sequence[Joint], default: str | None) -> list[Leads]:
     """
     singles = [{one.cells.sets[at] for at in one.cells.of("single")} for one in made]
     there = [names for names in singles if names] if default is None else [{default}]
-    named, every = set.intersection(*there) if there else set(), []
+    named, found_leads = set.intersection(*there) if there else set(), []
     for found in made:
         leads: Leads = {}
-        against = tuple(at for at, name in enumerate(found.cells.sets) if name in named)
-        theirs = Side("", "", against).every(found) if against else {}
+        against = [at for at, name in enumerate(found.cells.sets) if name in named]
+        theirs = every(found, against) if against else {}
         for at, one in enumerate(found.cells.made if against else ()):
             if one.strategy != "single" and at not in against:
-                gaps = between(Side("", "", (at,)).every(found), theirs)
+                gaps = between(every(found, [at]), theirs)
                 leads |= {(one.calibration, name): gap for name, gap in gaps.items()}
-        every.append(leads)
-    return every
+        found_leads.append(leads)
+    return found_leads
 
 
 def gains(made: Sequence[Joint], default: str | None) -> list[Gain]:
     """Compare every two methods, model by model and pattern by pattern, and the leads of mixes and
     written text between methods, and between the lowest and the highest sparsity."""
     over, found = default or SINGLES, []
+    same = ("model", "pattern", "propagation", "rows", "length", "suite")
     for pair in itertools.combinations(made, 2):
         common = [name for name in pair[0].cells.sets if name in pair[1].cells.sets]
-        rest = ("model", "pattern", "propagation", "rows", "length", "suite")
         if not common or any(len({getattr(one.cells.condition, name) for one in pair}) > 1
-                             for name in rest):  # fmt: skip
+                             for name in same):  # fmt: skip
             continue
+        means = {one: every(one, [one.cells.sets.index(name) for name in common]) for one in pair}
         recovered = [each for each in (pair, pair[::-1]) if _recovered(*each)]
-        by_total = sorted(pair, key=lambda one: _mean(one, common, 0).value, reverse=True)
+        by_total = sorted(pair, key=lambda one: means[one][TOTAL].value, reverse=True)
         more, less = recovered[0] if recovered else by_total
         head = (more.cells.condition.label, less.cells.condition.label,
                 "recovery" if recovered else "method")  # fmt: skip
-        for at, quantity in enumerate(more.cells.quantities):
-            gap = (_mean(more, common, at) - _mean(less, common, at)).estimate()
-            if gap.value is not None:
-                found.append(Gain(*head, MEAN, "", len(common), quantity, gap))
+        found += [Gain(*head, MEAN, "", len(common), quantity, gap.estimate())
+                  for quantity, gap in between(means[more], means[less]).items()]  # fmt: skip
         leads = between(*leads_over((more, less), default))
         found += [Gain(*head, name, over, 1, quantity, gap.estimate())
                   for (name, quantity), gap in leads.items()]  # fmt: skip
@@ -183,9 +174,9 @@ def _grown(made: Sequence[Joint], default: str | None, over: str) -> Iterator[Ga
         if at.rows and at.pattern.endswith("%"):
             series.setdefault(at.series, []).append(one)
     for members in series.values():
-        every = leads_over(members, default)
-        for key in dict.fromkeys(key for leads in every for key in leads):
-            known = [(one, own[key]) for one, own in zip(members, every, strict=True) if key in own]
+        leads = leads_over(members, default)
+        for key in dict.fromkeys(key for own in leads for key in own):
+            known = [(one, own[key]) for one, own in zip(members, leads, strict=True) if key in own]
             if len(known) > 1:
                 (less, low), *_, (more, high) = known
                 labels = more.cells.condition.label, less.cells.condition.label
@@ -197,7 +188,3 @@ def _recovered(more: Joint, less: Joint) -> bool:
     before, after, recovery = more.cells.condition.method.rpartition(" + ")
     asked = recovery.split(",")[0]
     return bool(after) and before == less.cells.condition.method and asked in RECOVERIES
-
-
-def _mean(found: Joint, names: Sequence[str], quantity: int) -> Contrast:
-    return found.mean([found.cells.sets.index(name) for name in names], quantity)

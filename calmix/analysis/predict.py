@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from calmix.analysis.recommend import check_weights
+from calmix.analysis.ranking import check_weights
 from calmix.calibration import ask, is_saved_set, resolve
 from calmix.calibration.texts import texts
 from calmix.errors import InputError, ModelError

@@ -178,7 +178,7 @@ def predict(
     """
     from calmix.analysis.predict import LENGTH, ROWS, check_request
     from calmix.analysis.predict import predict as run
-    from calmix.analysis.recommend import check_weights
+    from calmix.analysis.ranking import check_weights
     from calmix.calibration.texts import builtin_readers, parse_texts, texts
     from calmix.models import check_models, open_model
     from calmix.pruning.patterns import as_pattern

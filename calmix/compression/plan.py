@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calmix.analysis.recommend import check_weights
+from calmix.analysis.ranking import check_weights
 from calmix.calibration import Mix, ask, is_saved_set, open_tokenizer, parse_mix
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns

@@ -277,7 +277,7 @@ def test_leads_are_followed_from_method_to_method(more, less, default, quantity,
 def test_only_conditions_alike_but_for_the_method_are_compared():
     conditions = [("sparsegpt", "60%"), ("admm", "60%")]
     one = study(Plan(sources=("a", "b"), conditions=conditions))
-    assert len(analyse(one, QUICK).gains) == 5
+    assert len(analyse(one, QUICK).gains) == 6
     for field, value in (("model", "other"), ("pattern", "50%"), ("rows", 8)):
         trials = [t.model_copy(update={field: value} if t.method == "admm" else {})
                   for t in one.trials]  # fmt: skip
