@@ -158,10 +158,6 @@ class Joint:
         """Return the estimate of one set's quantity, by position."""
         return self.mean([at], quantity).estimate()
 
-    def alone(self, quantity: int) -> Array:
-        """Return the weights that take one quantity alone, shape (quantities,)."""
-        return np.eye(self.values.shape[1])[quantity]
-
 
 @lru_cache(maxsize=64)
 def _times(task: str, size: int, resamples: int, seed: int) -> NDArray[np.uint8]:

@@ -117,7 +117,7 @@ def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
     """Return the calibration sets of a condition by total, or another weighted quantity, the
     highest first; those without a value are last."""
     cells, names = found.cells, found.cells.quantities
-    weight = found.alone(0) if weight is None else weight
+    weight = np.eye(found.values.shape[1])[0] if weight is None else weight
     measured, (values, coefficients) = weighed(found, weight), shrink(found, weight)
     best = _chances(found, weight, values, coefficients)
     order = np.argsort(-measured, kind="stable").tolist()

@@ -29,11 +29,11 @@ doctor = group("doctor", default="check")
 @verb("check", of=doctor)
 def check(shown: Json) -> None:
     """Check this installation and machine; exit code 0 if pruning works."""
-    from calmix.diagnostics.doctor import examine, works
+    from calmix.diagnostics.doctor import examine
 
     with Progress() as bar:
-        checks = examine(tick=bar.each("looking at"))
-    fine = works(checks)
+        checks = examine(bar.each("looking at"))
+    fine = all(one.state == "ok" for one in checks if one.core)
     if shown.as_json:
         print_json({"works": fine, "checks": [asdict(one) for one in checks]})
     else:
@@ -60,7 +60,7 @@ def inspect(
     from calmix.diagnostics.inspecting import inspect as look
 
     with Progress() as bar:
-        health = look(path, tick=bar.each("checked"))
+        health = look(path, bar.each("checked"))
     if shown.as_json:
         print_json(asdict(health))
     else:
@@ -98,12 +98,12 @@ def rerun(
             progress=bar.of("making it again"), writing=bar.writing, note=note,
         )  # fmt: skip
     kept = None if output is None else str(output)
-    same = ["the same: every file has the hash of the manifest"] if made.same else []
-    changed = (f"changed since: {told}" for told in made.inputs)
-    result(shown, {"output": kept, **asdict(made)}, *changed, *same)
-    if not made.same:
-        why = made.inputs[0] if made.inputs else "though all inputs are the same"
-        raise InputError(f"not the same: {', '.join(made.differing)} ({why})")
+    same = ["the same: every file has the hash of the manifest"] if made["same"] else []
+    changed = [f"changed since: {told}" for told in made["inputs"]]
+    result(shown, {"output": kept, **made}, *changed, *same)
+    if not made["same"]:
+        why = next(iter(made["inputs"]), "though all inputs are the same")
+        raise InputError(f"not the same: {', '.join(made['differing'])} ({why})")
 
 
 def _print_health(health: Health, *, each: bool) -> None:

@@ -45,18 +45,13 @@ class Check:
     core: bool = False
 
 
-def examine(*, tick: Callable[[str], None] = lambda name: None) -> list[Check]:
+def examine(tick: Callable[[str], None]) -> list[Check]:
     """Look at everything, in some seconds; `tick` is called with what comes next."""
     found: list[Check] = []
     for look in (versions, machine, cache, archives, extras, engine):
         tick(look.__name__)
         found += look()
     return found
-
-
-def works(checks: list[Check]) -> bool:
-    """Whether pruning works."""
-    return all(check.state == "ok" for check in checks if check.core)
 
 
 def versions() -> Iterator[Check]:

@@ -59,15 +59,15 @@ class Health:
 Check = Callable[[Path, Health, Say], None]
 
 
-def inspect(path: Path, *, tick: Say = lambda name: None) -> Health:
+def inspect(path: Path, tick: Say = lambda name: None) -> Health:
     """Check anything calmix has written, finished or not: a folder, its manifest, or a file."""
     if not path.exists():
         unfinished = path.with_name(path.name + SUFFIX)
         if not unfinished.is_dir():
             raise InputError(f"there is nothing at {path}")
         path = unfinished
+    place, name, kind = path, "", ""
     if path.is_file() and path.name not in MARKS:
-        kind = ""
         with suppress(InputError):
             kind = str(read_object(path, "").get("kind", SCORES))
         if kind not in FILES:
@@ -75,30 +75,26 @@ def inspect(path: Path, *, tick: Say = lambda name: None) -> Health:
                 f"{path} is no file that can be checked: name a folder that calmix wrote, or a "
                 f"file of {', '.join(FILES)}"
             )
-        return _checked(path, "", Health(str(path), kind), FILES[kind], tick)
-    folder = path.parent if path.is_file() else path
-    for mark, kind in MARKS.items():
-        if (folder / mark).exists():
-            return _checked(folder, mark, Health(str(folder), kind), CHECKS[kind], tick)
-    inside = sorted({one.parent.name for mark in MARKS for one in folder.glob(f"[!.]*/{mark}")})
-    if not inside:
-        raise InputError(f"{path} holds nothing calmix has written: none of {', '.join(MARKS)}")
-    health = Health(str(path), "folder of results")
-    _parts(folder, inside, health, tick)
-    return health
-
-
-def _checked(folder: Path, name: str, health: Health, check: Check, say: Say) -> Health:
-    """Let a check fill in `health`; what it cannot read is a problem of the file `name`."""
+    else:
+        place = path.parent if path.is_file() else path
+        name = next((mark for mark in MARKS if (place / mark).exists()), "")
+        kind = MARKS.get(name, "folder of results")
+    health = Health(str(place), kind)
+    if kind == "folder of results":
+        inside = {one.parent.name for mark in MARKS for one in place.glob(f"[!.]*/{mark}")}
+        if not inside:
+            raise InputError(f"{path} holds nothing calmix has written: none of {', '.join(MARKS)}")
+        _parts(place, sorted(inside), health, tick)
+        return health
     try:
-        check(folder, health, say)
+        (CHECKS | FILES)[kind](place, health, tick)
     except CalmixError as error:
         health.problems.append(str(error))
     except (
         OSError, LookupError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError,
     ) as error:  # fmt: skip
         told = f"{type(error).__name__} {first_line(error)}"
-        health.problems.append(f"{folder / name} cannot be checked: {told}")
+        health.problems.append(f"{place / name} cannot be checked: {told}")
     return health
 
 
@@ -266,7 +262,7 @@ def _store(folder: Path, health: Health, say: Say) -> None:
         say(entry.id)
     for pattern in ("trials/*/checkpoint", "calibration/[!.]*", "dense/[!.]*.json"):
         for place in sorted(folder.glob(pattern)):
-            health.problems += inspect(place, tick=say).problems
+            health.problems += inspect(place, say).problems
 
 
 def _compressed(folder: Path, health: Health, say: Say) -> None:
@@ -301,7 +297,7 @@ def _ladder(folder: Path, health: Health, say: Say) -> None:
 
 def _parts(folder: Path, names: Iterable[str], health: Health, say: Say) -> dict[str, Health]:
     """Check what lies in a folder, part by part."""
-    parts = {name: inspect(folder / name, tick=say) for name in names}
+    parts = {name: inspect(folder / name, say) for name in names}
     for name, part in parts.items():
         health.facts[name] = part.kind + (", damaged" if part.problems else "")
         health.problems += part.problems
@@ -317,7 +313,7 @@ def _work(folder: Path, health: Health, say: Say) -> None:
     health.kind = "unfinished recovery" if "against" in asked else "unfinished prune"
     health.facts = {"method": asked["method"], f"{unit} done": done, **RESUME}
     if is_saved_set(folder / SET):
-        health.problems += inspect(folder / SET, tick=say).problems
+        health.problems += inspect(folder / SET, say).problems
 
 
 def _answers(path: Path, health: Health, say: Say) -> None:

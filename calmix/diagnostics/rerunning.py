@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +38,20 @@ Progress = Callable[[int, int], None]
 Work = Callable[[Path], Any]  # makes the artefact in a folder
 
 
-@dataclass
-class Rerun:
-    """How a second run compares: whether every file has the hash of the manifest, files whose
-    hashes differ, and inputs that differ, as `what: then, now`."""
-
-    same: bool
-    differing: list[str]
-    inputs: list[str]
-
-
 def rerun(
     manifest: Path,
     output: Path,
     *,
     trust_remote_code: bool = False,
-    progress: Progress = lambda done, total: None,
-    writing: Callable[[str, int, int], None] | None = None,
-    note: Callable[[str], None] | None = None,
-) -> Rerun:
-    """Make a pruned or recovered checkpoint, or a calibration set, again.
+    progress: Progress,
+    writing: Callable[[str, int, int], None],
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Make a pruned or recovered checkpoint, or a calibration set, again; a recovery from the
+    pruned model.
 
-    A recovery is made again from the pruned model.
+    Returned is whether all is the `same`, that is every file has the hash of the manifest, which
+    files are `differing`, and which `inputs` do, as `what: then, now`.
     """
     path = _found(manifest) if manifest.is_dir() else manifest
     missing = f"there is no manifest {path}"
@@ -172,7 +163,7 @@ def _calibrate(path: Path, kept: dict[str, Any], _: Progress, how: dict[str, Any
     return work
 
 
-def _compared(path: Path, kept: dict[str, Any], output: Path) -> Rerun:
+def _compared(path: Path, kept: dict[str, Any], output: Path) -> dict[str, Any]:
     """Compare a new artefact with the manifest of an old one."""
     own = next(name for name in (MANIFEST, SET_MANIFEST) if (output / name).is_file())
     new = read_sealed(output / own, "")
@@ -183,7 +174,7 @@ def _compared(path: Path, kept: dict[str, Any], output: Path) -> Rerun:
     if (path.parent / RUN).is_file():
         then, now = (read_object(one / RUN, "") for one in (path.parent, output))
         inputs += [line for key in WHERE for line in differences(then.get(key), now.get(key), key)]
-    return Rerun(not differing, differing, inputs)
+    return {"same": not differing, "differing": differing, "inputs": inputs}
 
 
 def _check_model(name: str, sha256: str) -> None:
