@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from calmix.cli.common import percent, size
+from calmix.compression.plan import target
 from calmix.evaluation.retention import Estimate
 from calmix.report.card import read_card
 
@@ -32,7 +33,7 @@ def row(folder: Path) -> list[str]:
     card = read_card(folder)
     asked, answers, worst = card.record.request, card.behaved.answers, card.behaved.worst
     return [
-        f"{asked['model']}, {card.target}, effort {asked['effort']}",
+        f"{asked['model']}, {target(asked)}, effort {asked['effort']}",
         f"{size(card.size)}, {size(card.packed)}",
         "not asked" if answers is None else f"{span(answers.share)} of {answers.dense}",
         "–" if worst is None else f"{worst.name} {span(worst.share)}",

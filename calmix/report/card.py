@@ -32,13 +32,14 @@ from calmix.manifest import file_hashes, read_sealed
 from calmix.models import builtin_models
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.report import charts, words
-from calmix.report.charts import COLOURS, MARKERS, Chart, Mark
+from calmix.report.charts import Chart, look, mark
 from calmix.report.pages import render
 from calmix.sources import builtin_sources
 
 WEIGHTS = ".safetensors"
 BY_MODEL = "written by the model"
 TEXTS: dict[str, Any] = {
+    "target": target,
     "BY_MODEL": BY_MODEL,
     "TOKENS": TOKENS,
     "HEADS": ["dimension", "#likelihood kept %", "#KL", "#top-1 %", "#flips %"],
@@ -103,11 +104,6 @@ class Card:
     def asked(self) -> Mapping[str, Any]:
         """The request, as the record has it."""
         return self.record.request
-
-    @property
-    def target(self) -> str:
-        """What was asked for, as it is printed."""
-        return target(self.asked)
 
     @property
     def model(self) -> str:
@@ -335,17 +331,15 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
         if answers:
             some = (*card.behaved.abilities, card.behaved.answers)
             held.append({one.name: one.share for one in some if one})
-        elif card.kept is None:
+        elif (kept := card.kept) is None:
             return None
         else:
-            kept = card.kept
             held.append({one.name: one.kept for one in kept.dimensions} | {"all": kept.total})
-    looks = [(card.name, COLOURS[at % 6], MARKERS[at % 6]) for at, card in enumerate(cards)]
+    looks = [(card.name, *look(at)) for at, card in enumerate(cards)]
     lanes = [
-        [[Mark(100 * one.value, f"{card}, {name}: {words.with_span(one)} %", colour, marker,
-               100 * one.low, 100 * one.high)]
-         for (card, colour, marker), kept in zip(looks, held, strict=True)
-         if (one := kept.get(name)) is not None and one.low is not None]
+        [[mark(one, f"{label}, {name}", colour, marker)]
+         for (label, colour, marker), own in zip(looks, held, strict=True)
+         if (one := own.get(name)) is not None and one.low is not None]
         for name in held[0]
     ]  # fmt: skip
     keys = [(name, colour, {"marker": marker, "linestyle": "none"})
@@ -353,8 +347,8 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
     what = "Answers kept, by ability" if answers else "Likelihood kept, by dimension"
     said = "; ".join(
         f"{card.name}: " + ", ".join(f"{name} {words.percent(one.value)}"
-                                     for name, one in kept.items())
-        for card, kept in zip(cards, held, strict=True)
+                                     for name, one in own.items())
+        for card, own in zip(cards, held, strict=True)
     )  # fmt: skip
     return Chart(
         "kept", what, "Lines: 95 % intervals over items. The dashed line is the dense model.",

@@ -92,6 +92,18 @@ class Mark(NamedTuple):
     high: float | None = None
 
 
+def mark(one: Any, tip: str, colour: str, marker: str) -> Mark:
+    """Return an estimate as a mark in percent."""
+    low, high = (None if end is None else 100 * end for end in (one.low, one.high))
+    tip = f"{tip}: {words.with_span(one)} %"
+    return Mark(100 * (one.value or 0), tip, colour, marker, low, high)
+
+
+def look(at: int) -> tuple[str, str]:
+    """Return the colour and the marker of one of several things."""
+    return COLOURS[at % 6], MARKERS[at % 6]
+
+
 class Cell(NamedTuple):
     """A cell of a heat map; hatched without a value, with a mark in its corner or none."""
 

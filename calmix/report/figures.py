@@ -16,10 +16,8 @@ from calmix.analysis.correlations import Correlation
 from calmix.analysis.ranking import Ranked
 from calmix.report import charts, words
 from calmix.report.charts import (
-    COLOURS,
     DOT,
     INK,
-    MARKERS,
     STRATEGY_COLOURS,
     Cell,
     Chart,
@@ -108,26 +106,20 @@ def _tasks(found: ConditionAnalysis) -> Chart:
     )  # fmt: skip
 
 
-def _mark(one: Estimate, tip: str, colour: str, marker: str) -> Mark:
-    """Return an estimate as a mark in percent."""
-    low, high = (None if end is None else 100 * end for end in (one.low, one.high))
-    return Mark(100 * (one.value or 0), f"{tip}: {words.with_span(one)} %", colour, marker, low,
-                high)  # fmt: skip
-
-
 def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     ranked = [one for one in found.ranking if one.total.value is not None]
-    look = {name: (COLOURS[at % 6], MARKERS[at % 6]) for at, name in enumerate(analysis.dimensions)}
+    looks = {name: charts.look(at) for at, name in enumerate(analysis.dimensions)}
     lanes = []
     for one in ranked:
         notch = Mark(100 * (one.shrunken.value or 0), "", INK, "|")
-        bar = _mark(one.total, f"{one.calibration}, total", STRATEGY_COLOURS[one.strategy], "bar")
+        tip, colour = f"{one.calibration}, total", STRATEGY_COLOURS[one.strategy]
+        bar = charts.mark(one.total, tip, colour, "bar")
         lanes.append([[bar, notch]])
         if one.worst is not None:
             tip = f"{one.calibration}, worst: {one.worst}"
-            lanes[-1].append([_mark(one.lowest, tip, *look[one.worst])])
+            lanes[-1].append([charts.mark(one.lowest, tip, *looks[one.worst])])
     worst = [(f"worst: {name}", colour, {"marker": marker, "linestyle": "none"})
-             for name, (colour, marker) in look.items()
+             for name, (colour, marker) in looks.items()
              if any(one.worst == name for one in ranked)]  # fmt: skip
     over = "test items and seeds" if found.joint.freedom else "test items alone (one seed each)"
     return Chart(

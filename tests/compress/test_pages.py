@@ -18,7 +18,7 @@ def test_pages_are_readable_and_sort(page, whole, calmix, compressed, tmp_path):
     assert calmix("report", compressed, compressed, "-o", several).code == 0
     for place, texts in ((compressed / "card.html", 60), (several, 40)):
         readable(page, place, figures=1, texts=texts, then=lambda: page.run(OPEN))
-    readable(page, whole / "report.html", figures=6, texts=200)
+    readable(page, whole / "report.html", figures=4, texts=200)
     page.open(whole / "report.html", width=1280)
     page.run(OPEN)
     table = "document.querySelector('.condition[open] table')"
