@@ -1,4 +1,3 @@
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -18,11 +17,6 @@ def test_every_public_name_is_there():
         assert name in dir(calmix)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         calmix.nothing  # noqa: B018
-
-
-def test_importing_calmix_does_not_import_torch():
-    code = "import sys, calmix; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("told", [None, ":16:8"])
@@ -54,10 +48,6 @@ def test_models_may_be_paths_and_a_bare_word_is_no_list(tmp_path):
         calmix.evaluate(tmp_path / "none", "smoke")
     with pytest.raises(calmix.CalmixError, match="model"):
         calmix.export(str(folder), str(folder))
-
-
-def test_the_version_is_told():
-    assert calmix.__version__ == importlib.metadata.version("calmix")
 
 
 def test_results_show_themselves(tmp_path, text_file):

@@ -51,14 +51,9 @@ def test_mistakes_are_one_line(calmix, files, tmp_path):
     (tmp_path / "x").mkdir()
     twin = saved(tmp_path / "x" / "half.json", [1, 0, 1, 0, 1, 0, 0, 1])
     for arguments, words in [
-        ((half, tmp_path / "no.json", "--against", dense), "there is no file"),
         ((other, "--against", dense), "cannot be compared"),
         ((half, twin, "--against", dense), "two files are called half:"),
         ((half,), "was scored without a dense model"),
-        (
-            (half, foreign, "--against", dense),
-            "foreign.json was scored against other, which is not",
-        ),
+        ((half, foreign, "--against", dense), "foreign.json was scored against other, which is"),
     ]:
-        ended = calmix("compare", *arguments)
-        assert words in ended.line
+        assert words in calmix("compare", *arguments).line

@@ -215,23 +215,6 @@ def test_overwrite_replaces_results_of_calmix_alone(calmix, tiny_folder, tmp_pat
             check_output_folder(folder, overwrite=True)
 
 
-def test_a_prune_that_was_asked_to_overwrite_spares_what_was_put_there_meanwhile(
-    calmix, tiny_folder, tmp_path, monkeypatch
-):
-    output = tmp_path / "out"
-    write = checkpoint._write_beside
-
-    def slow(*given):
-        output.mkdir()
-        (output / "thesis.tex").touch()
-        return write(*given)
-
-    monkeypatch.setattr(checkpoint, "_write_beside", slow)
-    ended = calmix("prune", tiny_folder, *MAGNITUDE, "-o", output, "--overwrite")
-    assert (ended.code, names(output)) == (2, ["thesis.tex"])
-    assert "has been filled meanwhile" in ended.err
-
-
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a place that takes no files is needed")
 def test_a_place_that_takes_no_files_is_one_line(calmix, tiny_folder, tmp_path):
     for output in ("/proc/out", "/proc/deep/out"):
@@ -255,18 +238,6 @@ def test_a_place_that_takes_no_files_is_one_line(calmix, tiny_folder, tmp_path):
         check_output_file(Path("/dev/null"), overwrite=True)
     with pytest.raises(InputError, match="is a file"):
         check_output_folder(Path("/dev/null"), overwrite=True)
-
-
-def test_folders_and_files_written_through_a_link(tmp_path):
-    (tmp_path / "folder").symlink_to(tmp_path / "real")
-    (tmp_path / "file").symlink_to(tmp_path / "text")
-    with atomic_folder(tmp_path / "folder") as beside:
-        write_text(beside / "a", "a")
-    write_text(tmp_path / "file", "b")
-    assert (tmp_path / "real" / "a").read_text() == "a"
-    assert (tmp_path / "text").read_text() == "b"
-    assert (tmp_path / "folder").is_symlink()
-    assert (tmp_path / "file").is_symlink()
 
 
 def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, synced):
@@ -334,3 +305,15 @@ def test_a_disk_that_is_full_for_the_library_that_writes_weights(disk):
     with pytest.raises(DiskError, match="no space left"), atomic_folder(disk / "out") as beside:
         save_file(tensors, beside / "model.safetensors")
     assert names(disk) == []
+
+
+def test_folders_and_files_written_through_a_link(tmp_path):
+    for name in ("folder", "file"):
+        (tmp_path / name).symlink_to(tmp_path / f"real {name}")
+    with atomic_folder(tmp_path / "folder") as beside:
+        write_text(beside / "a", "a")
+    write_text(tmp_path / "file", "b")
+    assert (tmp_path / "real folder" / "a").read_text() == "a"
+    assert (tmp_path / "real file").read_text() == "b"
+    assert (tmp_path / "folder").is_symlink()
+    assert (tmp_path / "file").is_symlink()

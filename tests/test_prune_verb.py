@@ -60,12 +60,12 @@ def test_a_pruned_checkpoint_loads_anywhere_and_tells_what_was_done(
 
 def test_several_targets_are_what_each_would_be_alone(calmix, tiny_folder, text_file, tmp_path):
     common = ("prune", tiny_folder, "--calibration", text_file, *SMALL)
-    together, methods = tmp_path / "together", "sparsegpt,wanda,refit=5,admm,magnitude"
+    together, methods = tmp_path / "together", "sparsegpt,wanda,refit=5,magnitude"
     ended = calmix(*common, "--method", methods, "--sparsity", "0.5,0.6", "-o", together).ok()
     names = sorted(p.name for p in together.iterdir())
-    assert names == sorted(f"{m}-{s}" for m in ("sparsegpt", "wanda-refit=5", "admm", "magnitude")
+    assert names == sorted(f"{m}-{s}" for m in ("sparsegpt", "wanda-refit=5", "magnitude")
                            for s in (0.5, 0.6))  # fmt: skip
-    assert ended.out.count("weights pruned") == 8
+    assert ended.out.count("weights pruned") == 6
     for name in names[1::2]:
         method, _, sparsity = name.replace("-refit", ",refit").rpartition("-")
         alone, data = tmp_path / name, () if method == "magnitude" else common[2:]
@@ -73,9 +73,8 @@ def test_several_targets_are_what_each_would_be_alone(calmix, tiny_folder, text_
         calmix("prune", tiny_folder, *data, *asked).ok()
         assert hashes(together / name) == hashes(alone), name
     ended = calmix(*common, "--pattern", "2:4,4:8", "--json", "-o", tmp_path / "patterns")
-    assert [Path(told["output"]).name for told in json.loads(ended.out)] == [
-        "sparsegpt-2of4", "sparsegpt-4of8",
-    ]  # fmt: skip
+    told = [Path(told["output"]).name for told in json.loads(ended.out)]
+    assert told == ["sparsegpt-2of4", "sparsegpt-4of8"]
 
 
 def test_one_target_that_cannot_be_solved_leaves_the_others(
@@ -102,52 +101,28 @@ def test_one_target_that_cannot_be_solved_leaves_the_others(
 
 
 def mistakes(tiny_folder, text_file, tmp_path):
-    """Arguments after `prune MODEL`, and what the line must contain."""
+    """Arguments after `prune MODEL`, and what the line must contain; what a model, a source, a
+    mix, a pattern or a method refuses stands with their own tests."""
     data, half = ("--calibration", text_file, *SMALL), ("--sparsity", 0.5)
     full = tmp_path / "full"
-    for name, content in {
-        "empty.txt": b"  \n", "binary.txt": b"\x00\xff\xfe\x01", "zero.txt": b"a\x00b",
-        "rows.jsonl": b'{"text": "a"}\n{"body": "b"}\n', "bad.jsonl": b"not json\n",
-        "full/file": b"x",
-    }.items():  # fmt: skip
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "bare").mkdir()
+    full.mkdir()
+    (full / "file").write_bytes(b"x")
     odd = save_tiny_model(tmp_path / "mixture", "mixtral")
-    for model, words in {
-        tmp_path / "none": "no model folder", "builtin:smollm": "did you mean smollm2-135m",
-        tmp_path / "bare": "no config.json",
-    }.items():  # fmt: skip
-        yield (model, *data, *half), words
     yield (odd, *data, *half, "--drop-experts", 0.75), "is sent to 2: drop fewer"
-    for text, words in {
-        "python-stdlb": "did you mean python-stdlib", "a:-1,b:2": "the weight of 'a' is -1.0",
-        "a:0,b:0": "all weights are zero", "a:1,a:2": "names 'a' twice", "a,b": "has no weight",
-        "uniform:a,,b": "between its commas", tmp_path / "empty.txt": "empty",
-        tmp_path / "binary.txt": "not UTF-8", tmp_path / "zero.txt": "binary",
-        tmp_path / "rows.jsonl": "line 2: there is no field 'text'",
-        tmp_path / "bad.jsonl": "line 1 is not JSON", tmp_path / "no.txt": "there is no file",
-        full: "holds no",
-    }.items():  # fmt: skip
-        yield (tiny_folder, *half, *SMALL, "--calibration", text), words
+    yield (tiny_folder, *half, *SMALL, "--calibration", "python-stdlb"), "did you mean python-stdli"
+    yield (tiny_folder, *half, *SMALL, "--calibration", full), "holds no"
     for more, words in {
         (): "either --sparsity", (*half, "--pattern", "2:4"): "either --sparsity",
-        ("--sparsity", 0): "between 0 and 1", ("--sparsity", 1): "between 0 and 1",
-        ("--sparsity", "nan"): "between 0 and 1", ("--sparsity", "half"): "is not a share",
+        ("--sparsity", 1): "between 0 and 1", ("--sparsity", "half"): "is not a share",
         ("--sparsity", "0.5,"): "nothing between its commas",
         ("--sparsity", "0.5,0.5"): "names 0.5 twice", ("--sparsity", "0.5,1.5"): "mean 0.015",
-        ("--pattern", "2of4"): "N:M", ("--pattern", "4:4"): "less than M",
-        ("--pattern", "2:5"): "does not divide",
-        (*half, "--method", "sparsegtp"): "did you mean sparsegpt",
+        ("--pattern", "2of4"): "N:M", ("--pattern", "2:5"): "does not divide",
         (*half, "--method", "wanda,damping=0.1"): "damping has no effect with method wanda",
         (*half, "--method", "sparsegpt,damping=0"): "damping 0: Input should be greater",
         (*half, "--method", "magnitude"): "--calibration has no effect",
         (*half, "--damping", 1): "sparsegpt,damping=VALUE",
-        (*half, "--max-memory", "much"): "is not an amount of memory",
-        (*half, "--length", 9999): "beyond the model's context of 256",
-        (*half, "--rows", 9999): "has", (*half, "--device", "warp"): "cannot be used",
-        ("--sparsity", "0.5,0.6", "--rows", 9999): "has",
-        (*half, "-o", full): "not empty", (*half, "-o", full / "file"): "is a file",
+        (*half, "--rows", 9999): "has", ("--sparsity", "0.5,0.6", "--rows", 9999): "has",
+        (*half, "-o", full): "not empty",
     }.items():  # fmt: skip
         yield (tiny_folder, *data, *more), words
     yield (tiny_folder, *half), "needs --calibration"
@@ -169,13 +144,12 @@ def test_every_mistake_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_
         assert sorted(path.name for path in tmp_path.iterdir()) == before, arguments
 
 
-@pytest.mark.parametrize("number", ["1.5", "99999999999", "null"])
+@pytest.mark.parametrize("number", ["1.5", "99999999999"])
 def test_a_damaged_tokenizer_is_one_line(calmix, tiny_folder, text_file, tmp_path, number):
     """In a number of its vocabulary, where the file is still JSON."""
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     file = model / "tokenizer.json"
-    damaged, count = re.subn(r'("a": )\d+', rf"\g<1>{number}", file.read_text(encoding="utf-8"))
-    assert count == 1
+    damaged = re.sub(r'("a": )\d+', rf"\g<1>{number}", file.read_text(encoding="utf-8"))
     file.write_text(damaged, encoding="utf-8")
     ended = calmix("prune", model, "--calibration", text_file, *SMALL, "--sparsity", 0.5,
                    "-o", tmp_path / "out")  # fmt: skip
@@ -264,15 +238,6 @@ def test_a_failure_while_writing_leaves_the_old_folder_alone(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_perplexity_of_a_text(calmix, tiny_folder, text_file):
-    ended = calmix(
-        "evaluate", "perplexity", tiny_folder, "--text", text_file, "--length", 64, "--json"
-    )
-    opened, text = open_model(str(tiny_folder)), text_file.read_text(encoding="utf-8")
-    found = perplexity(opened, text, length=64)
-    assert json.loads(ended.out).items() >= asdict(found).items()
-
-
 @pytest.mark.parametrize(("kind", "more", "stages"), [
     ("llama", ("--sparsity", "0.4,0.6", "--allocation", "owl"), [
         "prune, sparsegpt-0.4", "prune, sparsegpt-0.6",
@@ -297,3 +262,10 @@ def test_a_dry_run_tells_what_it_takes_and_writes_nothing(
         assert 0.9 * stored < one["disk"] < stored
     assert "cannot hold one block" in calmix(*asked, "--max-memory", "1MiB").line
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_perplexity_of_a_text(calmix, tiny_folder, text_file):
+    asked = ("evaluate", "perplexity", tiny_folder, "--text", text_file, "--length", 64, "--json")
+    opened, text = open_model(str(tiny_folder)), text_file.read_text(encoding="utf-8")
+    found = perplexity(opened, text, length=64)
+    assert json.loads(calmix(*asked).out).items() >= asdict(found).items()

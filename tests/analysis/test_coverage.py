@@ -127,18 +127,6 @@ def test_among_equal_sets_no_more_is_claimed_than_the_level_allows():
     assert drawn_at_all / times <= 0.05 + slack(times)
 
 
-def test_a_planted_difference_is_found():
-    kept = np.full((8, 4), 0.5)
-    kept[-1] = 0.6  # the third mix: 5 standard errors
-    truth = Truth(draws=(1, 2, 1, 2, 1, 3, 3, 3), kept=kept, others=3)
-    hits = []
-    for found, _ in studies(truth, 40, seed=3):
-        gaps = correct(compare(found))
-        totals = [one for one in gaps if one.quantity == "total"]
-        hits += [one.significant for one in totals if "s7" in (one.left, one.right)]
-    assert np.mean(hits) > 0.9
-
-
 def test_the_one_that_was_picked_is_not_favoured():
     """The raw total of the highest of 12 sources lies too high, the shrunken one does not."""
     rng = np.random.default_rng(4)

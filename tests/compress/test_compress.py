@@ -181,8 +181,6 @@ def test_mistakes_are_one_line_before_any_work(calmix, command, tmp_path, tiny_f
     cases = [
         ((*base, "--keep", "cod=1"), "the calibration set has no dimension 'cod': did you mean"),
         ((*base, "--keep", "code=0"), "all weights are 0"),
-        ((*base, "--keep", "code=-1"), "must be a number from 0 up"),
-        ((*base, "--keep", "code"), "'code' is not of the form NAME=NUMBER"),
         ((*base, "--keep", "code=1", "--no-corpus"), "--keep has no effect with --no-corpus"),
         ((*base, "--no-corpus", "--calibration", "news"),
          "--calibration has no effect with --no-corpus"),
@@ -190,11 +188,8 @@ def test_mistakes_are_one_line_before_any_work(calmix, command, tmp_path, tiny_f
         ((*base, "--licence", "permissive", "--calibration", "books"), "is unstated"),
         ((*base, "--calibration", text_file, "--sparsity", 0.6, "--max-memory", "0.5GiB"),
          "0.50 GiB of memory are not enough: "),
-        ((*base, "--sparsity", 1.5), "1.5 is above 1: did you mean 0.015?"),
-        ((*base, "--sparsity", 0.5, "--pattern", "2:4"), "give either --sparsity"),
         ((*base, "--prompts", tmp_path / "empty.txt"), "is empty: it holds no text"),
         (command(thesis), "is not empty and was not made by calmix compress"),
-        (command(text_file), "is a file"),
         (("report", thesis), "is no folder that calmix compress made"),
         (("report", thesis, thesis), "name it with -o"),
     ]  # fmt: skip

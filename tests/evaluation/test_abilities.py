@@ -7,7 +7,7 @@ from calmix.evaluation import abilities
 from calmix.evaluation.abilities import load_asked, prompts, verdict
 from calmix.evaluation.evaluate import evaluate, runnable
 from calmix.evaluation.greedy import Answer
-from calmix.evaluation.suites import ASKED, TaskSpec, load_suite, read_own
+from calmix.evaluation.suites import ASKED, load_suite, read_own
 from calmix.models import open_model
 from tests.tiny import tiny_tokenizer
 
@@ -94,21 +94,6 @@ def test_an_asked_task_is_scored_and_its_answers_are_kept(tiny_folder, monkeypat
     assert len(task.items) == len(task.answers) == len(task.ended) == 30
     assert sum(task.ended) == 22
     assert set(task.values) <= {0.0, 1.0}
-
-
-@pytest.mark.parametrize(
-    ("more", "says"),
-    [
-        ({"asked": "sums", "metric": "acc"}, "'metric' of such a task is pass@1 or as_asked"),
-        ({"asked": "sums", "archive": "mmlu", "metric": "as_asked"}, "needs one of 'archive', "),
-        ({"metric": "as_asked"}, "needs one of 'archive', "),
-        ({"asked": "sums", "metric": "as_asked", "shots": 2}, "'shots' has no effect"),
-        ({"asked": "nothing", "metric": "as_asked"}, "unknown asked task 'nothing'"),
-    ],
-)
-def test_a_task_that_contradicts_itself_is_refused(more, says):
-    with pytest.raises(ValueError, match=says):
-        TaskSpec(**more)
 
 
 @pytest.mark.real

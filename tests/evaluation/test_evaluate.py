@@ -151,12 +151,6 @@ def test_different_suites_versions_and_selections_are_not_compared():
     assert made(suite).retention(made(suite), measure="ratio").total.value == 1.0
 
 
-def test_code_runs_only_if_allowed(tiny):
-    code = load_suite("paper").only(dimensions=["code"])
-    with pytest.raises(InputError, match=r"task humaneval, mbpp .* --allow-code-execution"):
-        evaluate(tiny, code)
-
-
 @pytest.mark.real
 def test_the_builtin_model_on_the_smoke_suite():
     scores = evaluate("builtin:smollm2-135m", load_suite("smoke").limited(4))

@@ -1,8 +1,6 @@
 """The verbs `evaluate` and `suites`: tables and JSON, and one line for every mistake."""
 
 import json
-import re
-import shutil
 
 import pytest
 
@@ -85,14 +83,10 @@ def test_a_file_is_scored_anew_by_another_measure(calmix, tiny_folder, suite_fil
     ("arguments", "says"),
     [
         (("--suite", "offlin"), "unknown suite 'offlin': did you mean offline"),
-        (("--suite", "none.yaml"), "there is no file none.yaml"),
         (("--dimension", "maths"), "no dimension 'maths': did you mean math"),
         (("--limit", "-3"), "--limit -3: must be greater"),
         (("--suite", "paper", "--dimension", "code"), "--allow-code-execution"),
-        (("--against", "none.json"), "there is no file none.json"),
         (("-o", "taken.json"), "exists: choose another file or --overwrite"),
-        (("-o", "taken.json/below.json"), "Not a directory"),
-        (("-o", "."), "is a folder"),
     ],
 )
 def test_each_mistake_is_one_line_before_any_work(
@@ -101,8 +95,7 @@ def test_each_mistake_is_one_line_before_any_work(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken.json").write_text("kept", encoding="utf-8")
     ended = calmix("evaluate", tiny_folder, *arguments)
-    assert says in ended.line
-    assert ended.out == ""
+    assert (says in ended.line, ended.out) == (True, "")
     assert (tmp_path / "taken.json").read_text(encoding="utf-8") == "kept"
 
 
@@ -117,17 +110,3 @@ def test_suites_are_listed_and_shown_and_a_mistake_names_line_and_key(calmix, su
     suite_file.write_text(suite_text().replace("metric: acc,", "metric: ac,"), encoding="utf-8")
     ended = calmix("evaluate", "suite", suite_file)
     assert "made.yaml line 7: dimensions.general.which.metric" in ended.line
-
-
-def test_ids_beyond_the_vocabulary_are_one_line(
-    calmix, tiny_folder, suite_file, text_file, tmp_path
-):
-    model = shutil.copytree(tiny_folder, tmp_path / "model")
-    file = model / "tokenizer.json"
-    file.write_text(re.sub(r'("a": )\d+', r"\g<1>5000", file.read_text(encoding="utf-8")))
-    for verb in (
-        ("evaluate", model, "--suite", suite_file),
-        ("calibrate", "measure", text_file, "-m", model, "--rows", 4, "--length", 32),
-    ):
-        ended = calmix(*verb)
-        assert "has no embedding for token id 5000, its last is 319" in ended.line

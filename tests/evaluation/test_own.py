@@ -133,6 +133,9 @@ def test_a_row_that_is_wrong_is_named_with_its_line(tmp_path, kind, row, said):
         ("{file: a.jsonl, kind: answers, chance: 0.5}", "'chance' has no effect"),
         ("{file: a.jsonl, kind: choices, shots: 3}", "'shots' has no effect on choices"),
         ("{asked: sums, metric: as_asked, kind: answers}", "'kind' has no effect"),
+        ("{asked: sums, metric: acc}", "'metric' of such a task is pass@1 or as_asked"),
+        ("{asked: sums, metric: as_asked, shots: 2}", "'shots' has no effect"),
+        ("{asked: nothing, metric: as_asked}", "unknown asked task 'nothing'"),
     ],
 )
 def test_a_task_that_is_wrong_is_one_line(tmp_path, task, said):

@@ -56,15 +56,6 @@ def test_tasks_and_dimensions_without_signal_do_not_count():
     assert (silent.total.value, silent.worst) == (None, None)
 
 
-def test_dimension_total_and_worst():
-    dense = [right(80, 100, name="a"), right(80, 100, name="b", dimension="math")]
-    pruned = [right(69, 100, name="a"), right(36, 100, name="b", dimension="math")]
-    found = retention(dense, pruned, resamples=100)
-    assert [d.kept.value for d in found.dimensions] == pytest.approx([0.8, 0.2])
-    assert found.total.value == pytest.approx(0.5)
-    assert found.worst == "math"
-
-
 def test_the_accuracy_of_every_task_stands_beside_its_score():
     rng = np.random.default_rng(0)
     rows = rng.normal(-3, 1, (80, 4))
@@ -135,6 +126,7 @@ def test_all_that_is_told_of_tasks_and_dimensions(measure, floors):
         assert told.kept.value == pytest.approx(point[0])
         assert told.kept.low == pytest.approx(estimate(*point).low)
         assert found.of(told.name) == told.kept
+    assert found.worst == min(found.dimensions, key=lambda one: one.kept.value).name
     value, draws = mean_point(rolled)
     assert found.total.value == pytest.approx(value)
     assert found.total.high == pytest.approx(estimate(value, draws).high)

@@ -98,15 +98,10 @@ def test_every_architecture_is_pruned_exactly_and_nothing_else_changes(kind):
     with torch.no_grad():
         assert torch.isfinite(model(tiny_ids()).logits).all()
     assert all(0 < layer.error < 1 for layer in report.layers)
-
-
-@pytest.mark.parametrize("method", SPARSE)
-def test_n_of_m_holds_in_every_group(method):
-    for kind in ("phi3", "gpt2"):
-        model, ids = tiny_model(kind), None if method == "magnitude" else tiny_ids()
-        prune(model, ids, method=method, pattern=SemiStructured(2, 4))
-        for name, weight in weights_of(model).items():
-            assert ((weight.view(len(weight), -1, 4) == 0).sum(-1) == 2).all(), name
+    semi = tiny_model(kind)
+    prune(semi, method="magnitude", pattern=SemiStructured(2, 4))
+    for name, weight in weights_of(semi).items():
+        assert ((weight.view(len(weight), -1, 4) == 0).sum(-1) == 2).all(), name
 
 
 def test_layers_that_read_one_input_share_it():
@@ -114,26 +109,6 @@ def test_layers_that_read_one_input_share_it():
     assert [[layer.name.rsplit(".", 1)[-1] for layer in one.layers] for one in first] == [
         ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"],
     ]  # fmt: skip
-
-
-def test_micro_batches_do_not_change_the_outcome():
-    whole, parts, seen = tiny_model("llama"), tiny_model("llama"), []
-    prune(whole, tiny_ids(), pattern=HALF, micro_tokens=10_000)
-    # 12 rows in micro-batches of 5: the last one is smaller.
-    prune(parts, tiny_ids(), pattern=HALF, micro_tokens=160, progress=lambda *of: seen.append(of))
-    assert seen == [(1, 2), (2, 2)]
-    check_near(whole, parts)
-
-
-@pytest.mark.parametrize(
-    ("kind", "paused"), [("llama", 0), ("llama", 1), ("bloom", 2), ("gemma4_text", 1)]
-)
-def test_fewer_paused_micro_batches_give_the_same_bytes(kind, paused):
-    """Those that do not stay paused begin the block anew; the last one is smaller."""
-    all_stay, some = tiny_model(kind), tiny_model(kind)
-    for model, held in ((all_stay, None), (some, paused)):
-        prune(model, tiny_ids(), pattern=HALF, micro_tokens=5 * 32, paused=held)
-    check_equal(all_stay, some)
 
 
 class ReachedError(Exception):
@@ -160,17 +135,21 @@ class Replay(Run):
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"),
-    [("llama", "wanda"), ("bloom", "sparsegpt"), ("phi", "wanda"), ("gemma4_text", "sparsegpt")],
-)
-def test_coroutines_give_the_bytes_of_a_replay(kind, method):
-    """They are the optimisation: a block that pauses is a block begun anew, bit by bit."""
-    ours, theirs = tiny_model(kind), tiny_model(kind)
-    report = prune(ours, tiny_ids(), method=method, pattern=HALF, micro_tokens=5 * 32)
+    ("kind", "method", "paused"),
+    [("llama", "wanda", None), ("llama", "sparsegpt", 0), ("bloom", "sparsegpt", 2),
+     ("phi", "wanda", None), ("gemma4_text", "sparsegpt", 1)],
+)  # fmt: skip
+def test_coroutines_give_the_bytes_of_a_replay(kind, method, paused):
+    """They are the optimisation: a block that pauses is a block begun anew, bit by bit. Those that
+    do not stay paused begin anew; of 12 rows in micro-batches of 5 the last one is smaller."""
+    ours, theirs, seen = tiny_model(kind), tiny_model(kind), []
+    how = {"micro_tokens": 5 * 32, "paused": paused, "progress": lambda *of: seen.append(of)}
+    report = prune(ours, tiny_ids(), method=method, pattern=HALF, **how)
     replay = Replay(theirs, find_blocks(theirs), get_method(method), HALF)
     run_through(replay, tiny_ids(), 5 * 32)
     check_equal(ours, theirs)
     assert replay.report.layers == report.layers
+    assert seen == [(number + 1, len(seen)) for number in range(len(replay.found))]
 
 
 @pytest.mark.parametrize("paused", [None, 1])
@@ -213,13 +192,6 @@ def test_what_the_caller_has_set_changes_no_bytes(around):
     prune(plain, tiny_ids(), pattern=HALF)
     assert [module.training for module in model.modules()] == modes
     check_equal(model, plain)
-
-
-def test_half_precision_models_keep_their_dtype_and_exact_counts():
-    model = tiny_model("llama").bfloat16()
-    report = prune(model, tiny_ids(), pattern=Unstructured(0.6))
-    assert model.dtype == torch.bfloat16
-    assert sum(int((w == 0).sum()) for w in weights_of(model).values()) == report.pruned
 
 
 @pytest.mark.parametrize("massive", [1.0, 1e3])
@@ -289,14 +261,15 @@ def test_nothing_of_the_engine_is_left_in_the_model(fails, monkeypatch):
 # What is wrong with a model
 
 
-@pytest.mark.parametrize("method", SPARSE)
-def test_a_weight_that_is_not_finite_is_named(method):
-    for pattern, value in ((HALF, float("nan")), (SemiStructured(2, 4), float("inf"))):
-        model = tiny_model("llama")
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
-        ids = None if method == "magnitude" else tiny_ids()
-        with pytest.raises(SolverError, match=r"layers\.1\.mlp\.up_proj: its weights are not fini"):
-            prune(model, ids, method=method, pattern=pattern)
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("pattern", [HALF, SemiStructured(2, 4)], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(method, pattern, value):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    ids = None if method == "magnitude" else tiny_ids()
+    with pytest.raises(SolverError, match=r"layers\.1\.mlp\.up_proj: its weights are not fini"):
+        prune(model, ids, method=method, pattern=pattern)
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])

@@ -125,13 +125,6 @@ def test_sparsegpt_groups_solved_at_once_equal_columns_one_by_one(pattern, colum
     torch.testing.assert_close(corrected[kept], weights[kept], rtol=1e-3, atol=1e-5 * scale)
 
 
-def test_sparsegpt_counts_are_exact_in_every_block():
-    w, h = as_tensors(*problem(rows=7, columns=300, tokens=1000))
-    pruned = solved("sparsegpt", [w], h, [Unstructured(0.55)]).weights[0]
-    for start, stop in ((0, 128), (128, 256), (256, 300)):
-        assert int((pruned[:, start:stop] == 0).sum()) == round(0.55 * 7 * (stop - start))
-
-
 def ria_score(size, gram):
     share = size / size.sum(0) + size / size.sum(1, keepdims=True)
     return share * np.diag(gram) ** 0.25
@@ -226,6 +219,5 @@ def test_the_engine_gathers_what_a_refit_needs():
     assert before.sparsity == after.sparsity
     assert all(layer.error is None for layer in before.layers)
     assert all(0 < layer.error < 1 for layer in after.layers)
-    prune(tiny_model("llama"), tiny_ids(), method="magnitude", pattern=HALF, refit=3)
     with pytest.raises(InputError, match="method magnitude needs --calibration"):
         prune_request(method="magnitude", sparsity=0.5, refit=5)

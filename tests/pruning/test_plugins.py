@@ -1,8 +1,5 @@
 """Methods from outside the package: registered, or shipped by another one, through every door."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from pydantic import model_validator
@@ -139,12 +136,10 @@ def test_an_option_of_another_method_is_refused(calmix, shipped, tiny_folder, te
     common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
     for how, says in [
         (("--strength", 2), "goes with its method: --method toy,strength=VALUE"),
-        (("--method", "toy,strength=x"), "strength x: Input should be a valid integer"),
         (("--method", "toy,strength=1,toy"), "two targets are the same, toy-0.5"),
         (("--method", "strength=1,toy"), "unknown method 'strength=1'"),
     ]:
-        ended = calmix(*common, "-o", tmp_path / "out", *how)
-        assert says in ended.line
+        assert says in calmix(*common, "-o", tmp_path / "out", *how).line
         assert not (tmp_path / "out").exists()
 
 
@@ -169,9 +164,3 @@ def test_what_cannot_be_a_method_is_refused(kind, says):
     with pytest.raises(InputError, match=says):
         register(kind())
     assert "wanda" in methods()
-
-
-def test_the_command_line_starts_without_torch():
-    """Only a verb that prunes asks the methods what options they have."""
-    code = "import sys, calmix.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -25,6 +25,7 @@ from calmix.pruning.work import WorkFolder
 from calmix.recovery.checkpoint import streamed as streamed_for_recovery
 from tests.forks import stopped
 from tests.pruning.stopper import arm
+from tests.pruning.test_engine import check_equal
 from tests.tiny import ARCHITECTURES, hashes, load_weights, save_tiny_model, tiny_ids
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
@@ -54,15 +55,19 @@ def in_memory(folder, **opening):
     return model
 
 
+def check_same(found, expected):
+    """The tensors that are expected have the same bytes."""
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_weights_are_those_of_a_prune_in_memory(kind, tmp_path):
     folder = save_tiny_model(tmp_path / "model", kind)
     in_memory(folder).save_pretrained(tmp_path / "whole")
-    expected = load_weights(tmp_path / "whole")
-    found = streamed_prune(folder, tmp_path / "out")
+    found, expected = streamed_prune(folder, tmp_path / "out"), load_weights(tmp_path / "whole")
     assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+    check_same(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "gemma3n_text"])
@@ -78,9 +83,8 @@ def test_states_of_another_type_or_shape_give_the_same_bytes(kind, tmp_path):
     for states in (0, 3 * BATCH // 2):
         plan = Plan(5 * 32, None, True, 0, states=states)
         found = streamed_prune(folder, tmp_path / "out", plan, dtype="bfloat16")
-        for name, value in model.state_dict().items():
-            if name in found:
-                assert torch.equal(found[name].bfloat16(), value), name
+        found = {name: value.bfloat16() for name, value in found.items()}
+        check_same(found, {n: v for n, v in model.state_dict().items() if n in found})
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
@@ -136,8 +140,7 @@ def test_what_makes_a_model_be_opened_whole(tmp_path):
 )  # fmt: skip
 def test_plans_with_less_memory_give_the_same_bytes(tmp_path, tiny_folder, plan):
     expected = streamed_prune(tiny_folder, tmp_path / "a")
-    found = streamed_prune(tiny_folder, tmp_path / "b", plan)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    check_same(streamed_prune(tiny_folder, tmp_path / "b", plan), expected)
 
 
 def test_half_precision_and_a_file_a_block(calmix, tmp_path):
@@ -148,17 +151,15 @@ def test_half_precision_and_a_file_a_block(calmix, tmp_path):
     opened.tokenizer.save_pretrained(folder)
     asked = ("--method", "magnitude", "--sparsity", 0.5, "--dtype", "bfloat16")
     assert calmix("prune", folder, *asked, "-o", tmp_path / "out").code == 0
-    files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
-    assert files == [f"model-0000{n}-of-00004.safetensors" for n in range(1, 5)]
-    held = [sorted(load_file(tmp_path / "out" / file)) for file in files]
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    held = [sorted(load_file(file)) for file in files]
     assert [all(f"layers.{n}." in name for name in held[n]) for n in (0, 1)] == [True, True]
     assert held[2:] == [["model.embed_tokens.weight"], ["model.norm.weight"]]
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert found.dtype == torch.bfloat16
     whole = open_model(str(folder), dtype="bfloat16").model
     prune(whole, method="magnitude", pattern=HALF)
-    for (name, a), b in zip(found.named_parameters(), whole.parameters(), strict=True):
-        assert torch.equal(a, b), name
+    check_equal(found, whole)
 
 
 def test_only_the_block_at_hand_is_in_memory(tiny_folder):
@@ -219,7 +220,6 @@ def test_only_versions_that_may_change_the_bytes_are_another_request(
     calmix, command, tmp_path, monkeypatch
 ):
     stopped(partial(arm, "counted", 1), *command, tmp_path / "out")
-    assert "2 blocks done: resume it with --resume" in calmix(*command, tmp_path / "out").line
     real, others = importlib.metadata.version, {"torch": "1.0"}
     monkeypatch.setattr("calmix.manifest.version", lambda n: others.get(n) or real(n))
     ended = calmix(*command, tmp_path / "out", "--resume")
@@ -230,8 +230,6 @@ def test_only_versions_that_may_change_the_bytes_are_another_request(
     calmix(*command, tmp_path / "out", "--resume").ok()
     others.clear()
     assert "finished by an earlier run" in calmix(*command, tmp_path / "out", "--resume").err
-    assert calmix(*command, tmp_path / "whole").code == 0
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
 def interrupt_before(patched, number):
@@ -280,17 +278,15 @@ def test_a_resumed_run_goes_through_the_finished_blocks_once_more(
         assert hashes(tmp_path / "cut" / name) == hashes(tmp_path / "whole" / name)
 
 
-@pytest.mark.parametrize("which", [1, -1], ids=["a block", "beside the blocks"])
-def test_a_damaged_file_is_one_line(which, calmix, command, tmp_path, monkeypatch):
+def test_a_damaged_file_is_one_line(calmix, command, tmp_path, monkeypatch):
+    """Beside the blocks; `tests/pruning/test_work.py` has those of blocks."""
     with monkeypatch.context() as patched:
         interrupt_before(patched, 3)
         assert calmix(*command, tmp_path / "out").code == 130
     work = tmp_path / "out.unfinished"
-    path = sorted(work.rglob("model-*.safetensors"))[which]
+    path = sorted(work.rglob("model-*.safetensors"))[-1]
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    ended = calmix(*command, tmp_path / "out", "--resume")
-    assert ended.code == 2
-    assert "is damaged" in ended.err.splitlines()[-1]
+    assert "is damaged" in calmix(*command, tmp_path / "out", "--resume").err.splitlines()[-1]
     assert work.exists()
     assert calmix(*command, tmp_path / "out", "--overwrite").code == 0
 
@@ -309,18 +305,6 @@ def test_resuming_keeps_the_size_of_a_micro_batch(calmix, command, tmp_path, mon
     manifest = json.loads((tmp_path / "cut" / "calmix.json").read_text())
     assert manifest["pruning"]["rows_at_once"] == 1
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
-
-
-def test_weights_that_are_not_finite_leave_nothing(calmix, text_file, tmp_path):
-    opened = open_model(str(save_tiny_model(tmp_path / "model")))
-    opened.model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
-    opened.model.save_pretrained(tmp_path / "model")
-    command = ("prune", tmp_path / "model", "--calibration", text_file, *SMALL, "--sparsity", 0.5)
-    ended = calmix(*command, "-o", tmp_path / "out")
-    assert ended.code == 2
-    last = ended.err.splitlines()[-1]
-    assert last == "error: model.layers.1.mlp.up_proj: its weights are not finite"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -1,15 +1,10 @@
 """The work folder: claimed by one, resumed by the same request, damage told and not built on."""
 
-import os
-import signal
-
 import pytest
 import torch
 
 from calmix.errors import DiskError, InputError
-from calmix.pruning import work as module
 from calmix.pruning.work import WorkFolder, read_record
-from tests.forks import run
 
 ASKED = {"sparsity": 0.5, "only": [], "versions": {"torch": "2"}, "draw": {"torch": "x"}}
 SHARD = "checkpoint/model-00001-of-00002.safetensors"
@@ -134,33 +129,3 @@ def test_work_whose_files_became_the_output_is_not_resumed(cut):
     again = claimed(cut, resume=True)
     assert not again.resumes
     again.abandon()
-
-
-@pytest.mark.parametrize("moment", ["write_json", "write_file", "abandon"])
-def test_killed_at_any_moment_it_starts_over_or_resumes(tmp_path, tmp_path_factory, moment):
-    """While it is claimed, while a file is saved, after the output has its name."""
-
-    def stop(*given):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def act():
-        if moment == "abandon":
-            WorkFolder.abandon = stop
-        else:
-            setattr(module, moment, stop)
-        work = claimed(tmp_path / "out")
-        work.save(SHARD, TENSORS)
-        work.keep(done=1)
-        work.complete()
-
-    log = tmp_path_factory.mktemp("log") / "log"
-    assert run(act, log).code == -signal.SIGKILL
-    if moment == "abandon":
-        WorkFolder(tmp_path / "out").remove_leftover()
-        assert [p.name for p in tmp_path.iterdir()] == ["out"]
-        return
-    again = claimed(tmp_path / "out", resume=True)
-    assert not again.resumes
-    again.save(SHARD, TENSORS)
-    again.complete()
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]

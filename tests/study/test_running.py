@@ -266,23 +266,24 @@ def test_folders_that_are_no_store(ran, tmp_path):
     for folder in (other, index.parent):
         folder.mkdir()
     (other / "file").write_text("x")
+
+    def runs(place):
+        run(ran[0], place)
+
     for act, place, says in (
-        (lambda place: run(ran[0], place), other, "not empty and is not a study store"),
-        (lambda place: run(ran[0], place), other / "file", "is a file"),
+        (runs, other, "not empty and is not a study store"), (runs, other / "file", "is a file"),
         (open_store, other, "not a study store"),
         (read_results, tmp_path / "none", "there is no study store"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(InputError, match=says):
             act(place)
     for text, says in (
         ('{"kind": "study store", "format": 99}', "has format 99, but this calmix reads format 2"),
-        ('{"kind": "other"}', "of another kind"),
-        ("{", "damaged"),
-    ):
+        ('{"kind": "other"}', "of another kind"), ("{", "damaged"),
+    ):  # fmt: skip
         index.write_text(text)
-        for act in (lambda place: run(ran[0], place), read_results):
-            with pytest.raises(InputError, match=says):
-                act(index.parent)
+        with pytest.raises(InputError, match=says):
+            runs(index.parent)
 
 
 def test_patterns_choose_trials(ran):

@@ -39,18 +39,18 @@ def labels(text):
 
 
 def test_the_grid_is_every_combination_and_one_set_stands_together():
-    study = parsed(
+    trials = plan(parsed(
         HEAD + "calibrations: {a: news, b: 'uniform:news,books'}\n"
         "methods: {sparsegpt: [50%, 2:4], wanda: 0.5, magnitude: 0.5}\nseeds: [0, 1]\n"
-    )
-    assert [trial.label for trial in plan(study)] == ["magnitude 50%"] + [
+    ))  # fmt: skip
+    assert [trial.label for trial in trials] == ["magnitude 50%"] + [
         f"{name} {method} seed {seed}"
         for seed in (0, 1)
         for name in ("a", "b")
         for method in ("sparsegpt 50%", "sparsegpt 2:4", "wanda 50%")
     ]
-    assert [trial.strategy for trial in plan(study)[:5]] == ["none"] + ["single"] * 3 + ["mix"]
-    first = plan(study)[0]
+    assert [trial.strategy for trial in trials[:5]] == ["none"] + ["single"] * 3 + ["mix"]
+    first = trials[0]
     assert (first.calibration, first.request.calibration, first.rows) == ("none", None, 0)
 
 

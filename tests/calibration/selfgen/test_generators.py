@@ -100,8 +100,7 @@ def test_what_loops_is_written_anew_unless_it_is_allowed(made):
     assert LOOP not in pieces(found)
     counts = found.manifest["pieces"]
     assert (counts["refused"], counts["passed_over"], counts["looping"]) == (0, 7, 0)
-    found = made(fill=fill, repeats=1.0)
-    assert pieces(found).count(LOOP) == 7
+    assert pieces(made(fill=fill, repeats=1.0)).count(LOOP) == 7
     assert len(made.requests) == 1
 
 
@@ -188,23 +187,6 @@ def test_sgs_continues_documents_and_drops_the_least_likely_fifth_of_each_dimens
     assert found.counts == {"code": 4, "math": 4}
     assert 9 not in found.ids
     assert set(found.manifest["own"]) == set(own)
-
-
-@pytest.mark.parametrize("name", [name for name in GENERATORS if name != "chat"])
-def test_sets_of_a_tiny_model(name, opened, text_file):
-    options = {"seeds": str(text_file)} if name == "sgs" else {}
-    sets = [
-        generate(GENERATORS[name](**options), opened, rows=4, length=40, seed=seed)
-        for seed in (1, 1, 2)
-    ]
-    assert sets[0].ids.shape == (4, 40)
-    assert sets[0].sha256 == sets[1].sha256 != sets[2].sha256
-    manifest = sets[0].manifest
-    assert manifest["generated"] == name
-    assert manifest["model"]["fingerprint"] == opened.fingerprint
-    assert 0 <= manifest["aggregation_4"] < 1
-    several = name in ("self-written", "igsp", "self-cal")
-    assert sets[0].counts == (dict.fromkeys(sets[0].counts, 1) if several else {name: 4})
 
 
 CHATML = (

@@ -48,27 +48,3 @@ def test_against_exhaustive_search(weight):
     assert equal >= 8
     assert max(gaps) < 0.04
     assert np.mean(gaps) < 0.01
-
-
-def test_balance_pulls_perplexities_together():
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, 5000, (40, 20))  # no repeats to speak of: only balance is left
-    groups = np.array(["a", "b"] * 20)
-    logs = np.where(groups == "a", 2.0, 3.0) + rng.uniform(-1, 1, 40)
-    spread = {}
-    for weight in (0.0, 1.0):
-        found = select_rows(ids, groups, logs * 20, np.full(40, 20), {"a": 5, "b": 5}, weight)
-        spread[weight] = abs(np.subtract(*[logs[[r for r in found if groups[r] == g]].mean()
-                                           for g in "ab"]))  # fmt: skip
-    assert spread[0.0] > 0.5
-    assert spread[1.0] < 0.02
-
-
-def test_degenerate_rows_are_left():
-    """Repeating n-grams, endless punctuation and copies lose to any plain row."""
-    rng = np.random.default_rng(1)
-    plain = rng.integers(10, 4000, (20, 64))
-    ids = np.concatenate([np.tile([1, 2, 3, 4], (4, 16)), np.full((4, 64), 5), plain, plain[:4]])
-    found = select_rows(ids, np.full(32, "a"), np.full(32, 100.0), np.full(32, 64), {"a": 18})
-    assert not set(found) & set(range(8))
-    assert len({tuple(ids[row]) for row in found}) == 18
