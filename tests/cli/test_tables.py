@@ -21,7 +21,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=[80, 60, 40])
+@pytest.fixture(params=[80, 40])
 def columns(request, monkeypatch):
     """A width of the terminal."""
     monkeypatch.setenv("COLUMNS", str(request.param))
@@ -42,10 +42,9 @@ def test_columns_are_left_out_before_anything_is_broken(columns, capsys):
     printed = capsys.readouterr().out
     numbers = [row["retention %"] for row in ROWS]
     check(printed, columns, "common_knowledge", *numbers)
-    assert ("probability" in printed) == (columns >= 60)
-    assert ("between" in printed) == (columns >= 60)
-    assert ("a wider terminal shows" in printed) == (columns < 60)
-    for word in str(ROWS[0][HEADS[-1]]).split() if columns >= 60 else ():
+    assert ("probability" in printed) == ("between" in printed) == (columns == 80)
+    assert ("a wider terminal shows" in printed) == (columns == 40)
+    for word in str(ROWS[0][HEADS[-1]]).split() if columns == 80 else ():
         assert re.search(rf"(^|\s){word}(\s|$)", printed, re.MULTILINE), word
 
 
@@ -66,8 +65,10 @@ def test_without_a_terminal_a_table_is_as_wide_as_it_likes(capsys, monkeypatch):
     print_table([{"a": "x", "number": "1.5 %", "word": "", "none": None},
                  {"a": "y", "number": None, "word": "w", "none": None}])  # fmt: skip
     *_, first, second, _ = capsys.readouterr().out.splitlines()
-    assert first.rstrip() == " x   1.5 %"
-    assert second.rstrip() == " y       -  w"
+    assert (first.rstrip(), second.rstrip()) == (" x   1.5 %", " y       -  w")
+    monkeypatch.setattr(Terminal, "is_terminal", True)
+    monkeypatch.setattr(Terminal, "width", 72)
+    assert tables.room() == 72
 
 
 @pytest.mark.parametrize(
@@ -126,13 +127,6 @@ def test_sources_are_listed_by_dimension_and_licence(calmix):
     assert {row["use"] for row in json.loads(both.out)} == {"permissive"}
     line = calmix("calibrate", "sources", "--dimension", "cod").line
     assert "no source is of dimension 'cod': did you mean code" in line
-
-
-def test_a_terminal_is_asked_for_its_width(monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    monkeypatch.setattr(Terminal, "is_terminal", True)
-    monkeypatch.setattr(Terminal, "width", 72)
-    assert tables.room() == 72
 
 
 def test_what_a_prune_did_and_what_is_wrong_with_it_fit(

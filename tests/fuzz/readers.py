@@ -175,10 +175,13 @@ def _calibration(folder):
     CalibrationSet.open(folder / "set", opened)
 
 
+SILENT = dict.fromkeys(("progress", "writing", "note"), lambda *of: None)
+
+
 def _again(name):
     def read(folder):
         try:
-            rerun(folder / name, folder / "again")
+            rerun(folder / name, folder / "again", **SILENT)
         finally:
             shutil.rmtree(folder / "again", ignore_errors=True)
 

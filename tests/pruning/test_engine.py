@@ -11,7 +11,6 @@ from calmix.pruning.engine import Run, run_through, solve
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import Solution
 from calmix.pruning.methods.magnitude import Magnitude
-from calmix.specs import prune_request
 from tests.pruning.toy import SPARSE, wiring
 from tests.tiny import ARCHITECTURES, quick, tiny_ids, tiny_model
 
@@ -211,25 +210,6 @@ def test_errors_are_exact_whatever_the_method(name, massive):
         dense, lost = weight.double(), weight.double() - made.bfloat16().double()
         exact = ((lost @ gram.double()) * lost).sum() / ((dense @ gram.double()) * dense).sum()
         assert float(error) == pytest.approx(float(exact), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("given", "pattern"), [(0.5, HALF), ("0.5", HALF), ("2:4", SemiStructured(2, 4))]
-)
-def test_patterns_are_taken_as_users_write_them(given, pattern):
-    models = [tiny_model("llama") for _ in range(3)]
-    by_layer = dict.fromkeys(weights_of(models[0]), given)
-    reports = [
-        prune(model, method="magnitude", pattern=one)
-        for model, one in zip(models, [pattern, given, by_layer], strict=True)
-    ]
-    assert reports[0].pattern == reports[1].pattern == str(pattern)
-    check_equal(models[0], models[1])
-    check_equal(models[0], models[2])
-    asked = {"pattern": "2:4"} if ":" in str(given) else {"sparsity": 0.5}
-    assert prune_request(method="magnitude", pattern=given) == prune_request(
-        method="magnitude", **asked
-    )
 
 
 def test_reports_count_what_the_mask_removes_and_not_zeros():

@@ -186,17 +186,6 @@ def test_inputs_that_never_fired_are_counted(name):
             assert not made.weights[0][:, [3, 7]].any()
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.6), SemiStructured(2, 4)])
-@pytest.mark.parametrize("name", ["sparsegpt", "wanda", "ria", "magnitude"])
-def test_a_refit_keeps_the_mask_and_lowers_the_error(name, pattern):
-    w, h = as_tensors(*problem(columns=48))
-    before, after = (solved(name, [w], h, [pattern], refit=steps) for steps in (0, 10))
-    assert torch.equal(before.weights[0] == 0, after.weights[0] == 0)
-    assert after.pruned == before.pruned == [int((after.weights[0] == 0).sum())]
-    least, most = (output_error(w, made.weights[0], h) for made in (after, before))
-    assert least < most * (1 if name == "sparsegpt" else 0.7)
-
-
 def test_options_reach_the_solver():
     w, h = as_tensors(*problem())
     options = {"iterations": 3, "rho": 2, "damping": 0.1, "refit": 1}

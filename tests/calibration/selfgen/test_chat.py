@@ -5,7 +5,6 @@ import pytest
 from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration.measuring import measure
 from calmix.calibration.selfgen.prompts import chat_turns
-from calmix.diagnostics.rerunning import rerun
 from calmix.errors import InputError
 from calmix.models import open_model
 from tests.tiny import save_tiny_model, tiny_tokenizer
@@ -43,7 +42,7 @@ def test_a_row_is_a_conversation(talker):
         assert heads == ["u:", "a:"] * (len(heads) // 2) + ["u:"] * (len(heads) % 2)
 
 
-def test_a_quarter_of_what_a_chat_model_writes_are_chats(talker, opened, tmp_path):
+def test_a_quarter_of_what_a_chat_model_writes_are_chats(calmix, talker, opened, tmp_path):
     made = resolve("self-written", talker, rows=8, length=64, leakage="off")
     assert made.counts["chat"] == 2
     assert len(made.counts) == 5
@@ -58,7 +57,7 @@ def test_a_quarter_of_what_a_chat_model_writes_are_chats(talker, opened, tmp_pat
     assert "chat" not in plain.counts  # no chat template
     assert "chat_turns" not in plain.manifest
     made.save(tmp_path / "set")
-    assert rerun(tmp_path / "set", tmp_path / "again").same
+    calmix("doctor", "rerun", tmp_path / "set").ok()
 
 
 def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path):
