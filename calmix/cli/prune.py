@@ -185,8 +185,10 @@ def recover(
     elif leads:
         line(f"held-out rows ({len(report.held_out)} of {report.rows}), {LOSSES[report.method]}: "
              f"{report.before:.4f} before, {report.after:.4f} after")  # fmt: skip
-        line(f"{report.zeros:,} of {report.weights:,} weights stay zero "
-             f"({report.zeros / report.weights:.4%}), {report.seconds['total']:.1f} s: "
-             f"{output}")  # fmt: skip
+        held, what = report.zeros, "zero"
+        if report.quantised:
+            held, what = report.quantised, "on their grid"
+        line(f"{held:,} of {report.weights:,} weights stay {what} "
+             f"({held / report.weights:.4%}), {report.seconds['total']:.1f} s: {output}")  # fmt: skip
         if report.after >= report.before:
             note("the held-out rows did not improve: the weights are unchanged")

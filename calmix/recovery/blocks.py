@@ -141,7 +141,7 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
             own = dict(found.blocks[index].named_parameters(prefix=f"{found.name}.{index}"))
             for parameter in own.values():
                 parameter.requires_grad_(True)
-            masters = Masters(own, job.pruned.stored, job.masked.__contains__)
+            masters = job.masters(own)
             report, best = tune(
                 pruned, index, masters, dense.states, steps, numbers[-1], job.request,
                 functools.partial(job.as_stored, masters, copy=True),

@@ -23,6 +23,7 @@ from calmix.options import Recovering
 from calmix.precision import reproducible
 from calmix.pruning.checkpoint import MANIFEST, RUN, check_request, read_told
 from calmix.pruning.distributed import everyone, once
+from calmix.pruning.solvers.grids import SCALES
 from calmix.pruning.work import draw_set
 from calmix.recovery.blocks import recover_blocks
 from calmix.recovery.distill import distill_model
@@ -105,7 +106,7 @@ def recover(
             report = RecoveryReport(
                 request.method, request.epochs, request.lr, request.batch, job.plan.rows, job.seed,
                 calibration.rows, calibration.length, job.rows.held_out, before, after,
-                job.weights, job.zeros, curve, {"total": job.seconds},
+                job.weights, job.zeros, curve, {"total": job.seconds}, job.quantised,
             )  # fmt: skip
             if job.main:
                 _finish(job, asked, report)
@@ -151,6 +152,8 @@ def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
         for path in (path for kind in kinds for path in pruned.folder.glob(kind)):
             if path.name not in (MANIFEST, RUN) and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, place / path.name)
+        if (scales := pruned.folder / SCALES).is_dir():
+            shutil.copytree(scales, place / SCALES, dirs_exist_ok=True)
         write_index(place)
         hashed = {"files": file_hashes(place, without=(MANIFEST, RUN))}
         write_json(place / MANIFEST, sealed(manifest | hashed))

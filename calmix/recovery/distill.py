@@ -140,7 +140,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
         for name, p in student.named_parameters()
         if p.requires_grad
     }
-    masters = Masters(trained, job.pruned.stored, job.masked.__contains__)
+    masters = job.masters(trained)
     steps = steps_of(job.rows.training, request.batch, request.epochs, job.seed)
     progress = Progress(len(steps))
     state, best = counted = tuple(work.kept.get("counted", (0, 0)))

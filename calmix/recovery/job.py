@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -24,7 +25,9 @@ from calmix.options import Recovering
 from calmix.precision import fast_half_precision
 from calmix.pruning import distributed
 from calmix.pruning.budget import GIB
+from calmix.pruning.checkpoint import MANIFEST, read_told
 from calmix.pruning.expert_pruning import experts_of
+from calmix.pruning.solvers.grids import Grid, read_grids
 from calmix.pruning.work import CHECKPOINT, WorkFolder
 from calmix.recovery.memory import Plan, check_memory, make_plan
 from calmix.recovery.training import Masters, Rows, rows_at_once, split_rows, trained_names
@@ -45,7 +48,7 @@ class RecoveryReport(Shown):
     `before` and `after` are the loss of the held-out rows (their numbers in `held_out`): mean KL a
     token in nats (distill), or the mean relative error a token, over blocks (blocks). `curve` has
     the losses on the way, as `Progress` or as `tune` returns them of each block. Of the `weights`
-    of the linear maps, `zeros` are and stay zero.
+    of the linear maps, `zeros` are and stay zero, and `quantised` stay on their grid.
     """
 
     method: str
@@ -63,6 +66,7 @@ class RecoveryReport(Shown):
     zeros: int
     curve: Any
     seconds: dict[str, float] = field(default_factory=dict)
+    quantised: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable values."""
@@ -85,11 +89,13 @@ class Job:
         pruned, dense: the models, their blocks on disk.
         masked: names in the pruned model of the linear maps whose zeros stay (one may be that of
             all experts); `weights` and `zeros` are how many they hold.
+        grids: of the quantised linear maps, by name.
     """
 
     pruned: StreamedModel
     dense: StreamedModel
     masked: frozenset[str]
+    grids: dict[str, Grid]
     calibration: CalibrationSet
     rows: Rows
     plan: Plan
@@ -154,12 +160,26 @@ class Job:
         if not _near(pruned, dense):
             raise InputError(f"{line}: their embeddings are of different models")
         blocks = [pruned.blocks.prunables(index) for index in range(len(pruned.blocks))]
-        self.masked = frozenset(layer.parameter_name for block in blocks for layer in block)
-        for name in self.masked:
+        layers = [layer for block in blocks for layer in block]
+        told, self.grids = read_told(pruned.folder / MANIFEST), read_grids(pruned.folder)
+        while told.get("pruned"):  # it was recovered before
+            told = told["pruned"]
+        done = told.get("pruning", {})
+        free = self.grids if "bits" in str(done.get("pattern")) else {}  # zero is a level there
+        self.masked = frozenset(layer.parameter_name for layer in layers) - free.keys()
+        for name in self.masked | free.keys():
             value = pruned.stored(name)
             self.weights += value.numel()
-            self.zeros += int((value == 0).sum())
-        if self.zeros < LEAST * self.weights and kept == count:
+            self.zeros += int((value == 0).sum()) if name in self.masked else 0
+        self.quantised = sum(math.prod(own[name]) for name in self.grids)
+        plugin = getattr(getattr(self.accelerator, "state", None), "fsdp_plugin", None)
+        if self.grids and plugin is not None:
+            raise InputError(f"{pruned.name} is quantised: recover it without FSDP")
+        if done.get("bits") and not all(layer.whole_matrix for layer in layers):
+            raise InputError(
+                f"{pruned.name} has quantised experts in one tensor, which cannot be recovered"
+            )
+        if self.zeros < LEAST * self.weights and kept == count and not self.grids:
             raise InputError(
                 f"{pruned.name} is not sparse ({self.zeros / self.weights:.2%} of its linear maps' "
                 "weights are zero): prune it first"
@@ -237,6 +257,11 @@ class Job:
         for part in distributed.everyone({name: files[name] for name in own}):
             files |= part
         self.work.keep(done=done, rows_at_once=self.plan.rows, seconds=self.seconds, **facts)
+
+    def masters(self, parameters: Mapping[str, torch.nn.Parameter]) -> Masters:
+        """Return the masters of parameters of the pruned model."""
+        source, masked = self.pruned.stored, self.masked.__contains__
+        return Masters(parameters, source, masked, self.grids, self.dense.stored)
 
     def as_stored(self, masters: Masters, *, copy: bool = False) -> dict[str, Tensor]:
         """Return masters whole, in the types the pruned model is stored in; {} if not `main`."""

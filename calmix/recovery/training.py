@@ -1,8 +1,9 @@
 """What both ways of recovery share: rows, steps, learning rate, and weights in float32.
 
 The modules compute in the type they have (bfloat16); what is optimised are float32 copies, the
-masters, which are rounded into the modules after every step. Zeros of the linear maps get no
-gradient, so that Adam leaves them as they are.
+masters, which are rounded into the modules after every step. Zeros of a mask get no gradient, so
+that Adam leaves them as they are. Masters of quantised weights are rounded to levels that occur,
+with gradients as if they were not (the straight-through estimator, arXiv 1308.3432).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from calmix.errors import InputError, SolverError
 from calmix.evaluation.likelihood import behind
 from calmix.machine import MICRO_TOKENS
 from calmix.models.blocks import DecoderBlocks
+from calmix.pruning.solvers.grids import Grid
 
 T = TypeVar("T")
 BETAS = (0.9, 0.95)
@@ -26,6 +28,8 @@ WARM_UP = 0.05  # of all steps, one at least
 HELD_OUT = 16  # one row in so many, two at least
 SIZES = (1e-3, 1.0)  # least and most size of a tensor that the learning rate is times
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+STEP = 2.0  # size of a quantised tensor in steps between its levels (ours)
+NEAR = 0.4999  # steps that its masters are from their level at first, at most
 PATIENCE = 3  # readings of the held-out rows without a better one before it stops
 
 
@@ -209,11 +213,33 @@ def _sharded_as(like: Any, full: Tensor) -> Tensor:
     return distribute_tensor(full, like.device_mesh, like.placements)
 
 
+class Levels:
+    """What quantised weights are rounded to: those of a grid between the levels that occur."""
+
+    def __init__(self, grid: Grid, stored: Tensor) -> None:
+        levels = grid.levels(stored)
+        self.grid, self.range = grid, (int(levels.min()), int(levels.max()))
+        self.size = STEP * float(grid.steps().abs().mean())
+
+    def begin(self, stored: Tensor, dense: Tensor, mask: Tensor | None) -> Tensor:
+        """Return masters that round to the stored weights, and lean to where the dense ones are."""
+        steps = self.grid.steps().abs().clamp(min=torch.finfo(torch.float32).tiny)
+        most = NEAR * steps[:, :, None]
+        own, other = (one.float().view(len(one), most.shape[1], -1) for one in (stored, dense))
+        value = torch.tanh((other - own) / most).mul_(most).add_(own).view(stored.shape)
+        return value if mask is None else value.masked_fill_(mask, 0)
+
+    def round(self, master: Tensor) -> Tensor:
+        """Return the weights that masters stand for, float32."""
+        return self.grid.nearest(master, *self.range)
+
+
 class Masters:
     """Float32 copies of parameters, with Adam's moments (arXiv 1412.6980, betas 0.9 and 0.95).
 
     Parameters are whole, or sharded as DTensors. `stored` returns one by name in the precision of
-    the files; `masked` says whether its zeros stay.
+    the files; `masked` says whether its zeros stay. Quantised ones, never sharded, have `levels`,
+    and `dense` returns what they were.
     """
 
     def __init__(
@@ -221,14 +247,22 @@ class Masters:
         parameters: Mapping[str, nn.Parameter],
         stored: Callable[[str], Tensor],
         masked: Callable[[str], bool],
+        grids: Mapping[str, Grid] | None = None,
+        dense: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.values: dict[str, nn.Parameter] = {}
+        self._levels: dict[str, Levels] = {}
         groups: list[dict[str, Any]] = []
         for name, parameter in self.parameters.items():
             full = stored(name)
+            size = size_of(full)
+            if grids and dense and name in grids:
+                own = self._levels[name] = Levels(grids[name].to(parameter.device), full)
+                mask = full == 0 if masked(name) else None
+                full, size = own.begin(full, dense(name), mask), own.size
             self.values[name] = nn.Parameter(_sharded_as(parameter, full))
-            groups.append({"params": [self.values[name]], "size": size_of(full)})
+            groups.append({"params": [self.values[name]], "size": size})
         self._masked = [value for name, value in self.values.items() if masked(name)]
         fused = next(iter(self.values.values())).device.type in ("cpu", "cuda")
         self._adam = torch.optim.Adam(groups, lr=0.0, betas=BETAS, fused=fused)
@@ -263,13 +297,18 @@ class Masters:
     def round(self) -> None:
         """Round the masters into the parameters."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.values[name])
+            parameter.copy_(self._rounded(name))
+
+    def _rounded(self, name: str) -> Any:
+        """Return the weights that a master stands for, float32."""
+        value, levels = self.values[name].detach(), self._levels.get(name)
+        return value if levels is None else levels.round(value)
 
     def full(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every master whole; where they are sharded all processes must ask together."""
-        for name, value in self.values.items():
-            master: Any = value.detach()
-            yield name, master.full_tensor() if hasattr(master, "full_tensor") else master
+        """Yield all weights whole; where they are sharded all processes must ask together."""
+        for name in self.values:
+            value = self._rounded(name)
+            yield name, value.full_tensor() if hasattr(value, "full_tensor") else value
 
     def state(self) -> dict[str, Tensor]:
         """Return masters and moments, all it takes to resume."""

@@ -55,6 +55,22 @@ class Grid:
             value.mul_(factors(self.octaves))
         return value.add_(0.0)  # no -0.0
 
+    def to(self, device: torch.device) -> Grid:
+        """Return the grid on a device."""
+        octaves = None if self.octaves is None else self.octaves.to(device)
+        return replace(self, scale=self.scale.to(device), octaves=octaves)
+
+    def steps(self) -> Tensor:
+        """Return what a level is worth (rows or 1, parts of the columns), float32."""
+        return self.scale if self.octaves is None else self.scale * factors(self.octaves)
+
+    def nearest(self, weight: Tensor, least: int, most: int) -> Tensor:
+        """Return the nearest of the grid's weights (rows, columns), between two levels, float32."""
+        step = self.steps()[:, :, None]
+        parts = weight.view(len(weight), step.shape[1], -1)
+        levels = (parts * _inverse(step)).round_().clamp_(least, most)
+        return levels.mul_(step).view(weight.shape).add_(0.0)  # no -0.0
+
     def part(self, rows: slice) -> Grid:
         """Return the grid of some rows."""
         return replace(self, scale=self.scale[rows]) if len(self.scale) > 1 else self

@@ -1,0 +1,77 @@
+"""Recovery of quantised models: levels move, while grids and the zeros of a mask stay."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from calmix.cli import app
+from calmix.pruning.solvers.grids import SCALES, Grid, read_grids
+from calmix.recovery.training import Levels
+from tests.forks import stopped
+from tests.recovery.stopper import arm
+from tests.recovery.test_recover import command, manifest, place, tensors  # noqa: F401
+from tests.tiny import hashes
+
+KINDS = {
+    "ecq": ("ecq", "--bits", 3),
+    "groups": ("gptq,group=16", "--bits", 3),
+    "joint": ("sparsegpt,bits=3,group=16", "--sparsity", 0.5),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def quantised(request, place):  # noqa: F811
+    """The folder of the models, with one more that is quantised, and its name."""
+    name, output = request.param, place / request.param
+    asked = ("prune", place / "dense", "--method", *KINDS[name], "--calibration", place / "set")
+    app([str(one) for one in (*asked, "-o", output)], standalone_mode=False)
+    return place, name
+
+
+def test_levels_move_on_their_grid(calmix, quantised, tmp_path):
+    place, name = quantised  # noqa: F811
+    output, more = tmp_path / "out", ("--epochs", 4, "--lr", 0.02)
+    ended = calmix(*command(place, output, "distill", *more, pruned=name)).ok()
+    assert "weights stay on their grid" in ended.out
+    told = manifest(output)["recovery"]
+    assert told["after"] < 0.9 * told["before"]
+    before, after, grids = tensors(place / name), tensors(output), read_grids(output)
+    assert hashes(output / SCALES) == hashes(place / name / SCALES)
+    assert told["quantised"] == sum(after[one].numel() for one in grids) == told["weights"]
+    moved = 0
+    for one, grid in grids.items():
+        levels, old = grid.levels(after[one]), grid.levels(before[one])
+        assert torch.equal(grid.values(levels).to(after[one].dtype), after[one])
+        assert old.min() <= levels.min() <= levels.max() <= old.max()
+        assert not after[one][after[one] == 0].signbit().any()
+        if name == "joint":
+            assert not after[one][before[one] == 0].any()
+        moved += int((levels != old).sum())
+    assert 0.01 * told["weights"] < moved < 0.5 * told["weights"]
+    calmix("export", output, "--to", "pack", "-o", tmp_path / "pack").ok()
+    again = calmix(*command(place, tmp_path / "again", "distill", pruned=output)).ok()
+    assert "weights stay on their grid" in again.out
+
+
+def test_a_killed_recovery_of_levels_goes_on_to_the_same_bytes(calmix, quantised, tmp_path):
+    place, name = quantised  # noqa: F811
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    calmix(*command(place, whole, "distill", pruned=name)).ok()
+    stopped(partial(arm, "counted", 2), *command(place, cut, "distill", pruned=name))
+    assert "resuming after" in calmix(*command(place, cut, "distill", "--resume", pruned=name)).err
+    assert manifest(cut)["files"] == manifest(whole)["files"]
+
+
+def test_masters_begin_within_their_level():
+    grid = Grid(torch.tensor([[0.5], [-0.25]]), 3.0, torch.zeros(8, dtype=torch.int8))
+    stored = grid.values(torch.randint(-3, 4, (2, 8), generator=torch.Generator().manual_seed(0)))
+    dense = stored + torch.linspace(-3, 3, 16).view(2, 8)
+    levels = Levels(grid, stored)
+    begun = levels.begin(stored, dense, None)
+    assert torch.equal(levels.round(begun), stored)
+    moved = (begun - stored).sign() == (dense - stored).sign()
+    assert moved[dense != stored].all()
+    held = levels.begin(stored, dense, stored == 0)
+    assert not held[stored == 0].any()
+    assert levels.round(torch.full((2, 8), 99.0)).abs().max() == stored.abs().max()
