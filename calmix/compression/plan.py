@@ -73,7 +73,7 @@ def guarded(suite: str) -> str:
 
 EFFORTS = {
     "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 10}, SHORT, distance=False),
-    "standard": Effort(64, ("distill",), 2, {}, QUICK),
+    "standard": Effort(64, ("distill",), 2, QUICK, QUICK),
     "best": Effort(192, ("blocks", "distill"), 2, {}, {}),
 }
 

@@ -270,7 +270,7 @@ def test_every_effort_asks_more_than_the_one_before(tiny_folder):
         listed = stages(request(asked), Path("out"))
         verbs[effort] = [stage.arguments[0] for stage in listed]
         likelihood, behaviour = listed[-4:-2]
-        assert ("--quick" in likelihood.arguments) == (effort == "quick")
+        assert ("--quick" in likelihood.arguments) == (effort != "best")
         assert ("--no-distance" in likelihood.arguments) == (effort == "quick")
         assert ("--quick" in behaviour.arguments) == (effort != "best")
         assert {"--suite", "abilities"} <= set(behaviour.arguments)
