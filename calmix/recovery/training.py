@@ -28,7 +28,7 @@ WARM_UP = 0.05  # of all steps, one at least
 HELD_OUT = 16  # one row in so many, two at least
 SIZES = (1e-3, 1.0)  # least and most size of a tensor that the learning rate is times
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
-STEP = 2.0  # size of a quantised tensor in steps between its levels (ours)
+STEP = 4.0  # size of a quantised tensor in steps between its levels (ours)
 NEAR = 0.4999  # steps that its masters are from their level at first, at most
 PATIENCE = 3  # readings of the held-out rows without a better one before it stops
 
