@@ -31,42 +31,30 @@ def groups(tmp_path, monkeypatch):
     return make
 
 
-LIMITED = {
-    "version 2": ("0::/\n", {
-        "memory.max": 96 * MIB, "memory.current": 64 * MIB,
-        "memory.stat": f"anon 1\ninactive_file {16 * MIB}\nactive_file 7",
-        "cpu.max": "50000 100000",
-    }),
-    "a group within a limited one": ("0::/a/b\n", {
-        "a/b/memory.max": "max", "a/b/memory.current": 5, "a/b/cpu.max": "max 100000",
-        "a/memory.max": 96 * MIB, "a/memory.current": 48 * MIB, "a/cpu.max": "100000 100000",
-    }),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", LIMITED)
-def test_a_containers_limits_count(groups, kind):
-    own, files = LIMITED[kind]
-    groups(own, **files)
-    assert machine.free_memory() == 48 * MIB
-    assert machine.total_memory() == 96 * MIB
-    assert machine.cores() == 1
-
-
 @pytest.mark.parametrize(
-    ("own", "files"),
+    ("own", "files", "limited"),
     [
-        ("", {}),
-        ("0::/\n", {"memory.max": "max", "memory.current": 5, "cpu.max": "max 100000"}),
-        ("nonsense\n0::/../..\n", {"memory.max": "what", "cpu.max": ""}),
+        ("0::/\n", {
+            "memory.max": 96 * MIB, "memory.current": 64 * MIB, "cpu.max": "50000 100000",
+            "memory.stat": f"anon 1\ninactive_file {16 * MIB}\nactive_file 7",
+        }, True),
+        ("0::/a/b\n", {  # a group within a limited one
+            "a/b/memory.max": "max", "a/b/memory.current": 5, "a/b/cpu.max": "max 100000",
+            "a/memory.max": 96 * MIB, "a/memory.current": 48 * MIB, "a/cpu.max": "100000 100000",
+        }, True),
+        ("", {}, False),
+        ("0::/\n", {"memory.max": "max", "memory.current": 5, "cpu.max": "max 100000"}, False),
+        ("nonsense\n0::/../..\n", {"memory.max": "what", "cpu.max": ""}, False),
     ],
-)
-def test_without_limits_the_host_counts(groups, own, files):
+)  # fmt: skip
+def test_limits_are_a_containers_or_else_the_hosts(groups, own, files, limited):
     groups(own, **files)
-    total = psutil.virtual_memory().total
-    assert machine.total_memory() == total
-    assert 0 < machine.free_memory() <= total
-    assert machine.cores() == len(os.sched_getaffinity(0))
+    found = machine.total_memory(), machine.cores()
+    if limited:
+        assert (*found, machine.free_memory()) == (96 * MIB, 1, 48 * MIB)
+        return
+    assert found == (psutil.virtual_memory().total, len(os.sched_getaffinity(0)))
+    assert 0 < machine.free_memory() <= found[0]
 
 
 def test_memory_of_a_device_is_its_own_and_what_its_allocator_keeps(monkeypatch):

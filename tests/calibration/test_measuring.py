@@ -94,7 +94,6 @@ def test_mixes_and_saved_sets(opened, tmp_path):
     ("specs", "options", "message"),
     [
         ([], {}, "name at least one source"),
-        (["few.jsonl", "few.jsonl"], {}, "is named twice"),
         (["few.jsonl"], {"draws": 0}, "--draws 0: must be 1 or more"),
         (["few.jsonl"], {"length": 1}, "too short to predict"),
     ],

@@ -38,16 +38,6 @@ def test_analyse_writes_beside_the_study_and_prints_the_summary(calmix, folder):
     assert written == told
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_report_writes_one_page_and_its_figures(calmix, folder, tmp_path):
-    ended = calmix(
-        "study", "report", folder, "-o", tmp_path / "r", "--sparsity", "60%", *QUICK
-    ).ok()
-    assert (tmp_path / "r" / "report.html").is_file()
-    assert (tmp_path / "r" / "figures" / "heat-map-sparsegpt-60pct.svg").is_file()
-    assert "report.html" in ended.out
-
-
 def test_recommend_names_the_best_and_its_doubt(calmix, tmp_path):
     kept = {"coder": {"general": 0.3, "code": 0.8}, "reader": {"general": 0.9, "code": 0.2}}
     trials = tuple(

@@ -138,17 +138,3 @@ def test_what_cannot_be_proven_is_said_with_the_nearest_that_can():
     assert found.needed == needed(0.9)
     with pytest.raises(InputError, match=f"needs {needed(0.95)} right answers and has 50"):
         judged("0.9", strict, strict)
-
-
-def test_a_bound_is_above_the_truth_in_one_of_twenty_at_most():
-    for of in (20, 47):
-        bounds = [lower_bound(kept, of) for kept in range(of + 1)]
-        for true in (0.5, 0.8, 0.9, 0.97):
-            chances = binom.pmf(range(of + 1), of, true)
-            assert sum(p for p, bound in zip(chances, bounds, strict=True) if bound > true) <= 0.05
-    for kept in (100, 99, 97, 90, 60):  # the bootstrap's bound, where a guess is never right
-        both = [scored(accuracy([1.0] * right + [0.0] * (100 - right), chance=0.0))
-                for right in (100, kept)]  # fmt: skip
-        (found,) = judged("0.1", *both).tested
-        assert found.measure == "accuracy"
-        assert found.bound == pytest.approx(lower_bound(kept, 100), abs=0.01)

@@ -5,11 +5,9 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from calmix.errors import InputError
-from calmix.evaluation.measures import Parts, mean_score, noise, parts
+from calmix.evaluation.measures import mean_score, noise, parts
 from calmix.evaluation.retention import (
     Estimate,
     TaskRetention,
@@ -27,18 +25,6 @@ def right(count, of, **fields):
     return accuracy([1.0] * count + [0.0] * (of - count), **fields)
 
 
-@given(st.integers(0, 1000))
-def test_retention_against_itself_is_exactly_one(seed):
-    rng = np.random.default_rng(seed)
-    known = [(rng.random(count) < share).astype(float) for count, share in ((80, 0.7), (50, 0.3))]
-    sizes = rng.integers(5, 50, 40)
-    scores = [accuracy(known[0], "a"), accuracy(known[1], "b"),
-              bits(sizes * rng.uniform(0.3, 1.0, 40), sizes, "c", "code")]  # fmt: skip
-    found = retention(scores, scores, resamples=200)
-    own = [*(t.kept for t in found.tasks if t.signal), *(d.kept for d in found.dimensions)]
-    assert {*own, found.total} == {Estimate(1.0, 1.0, 1.0)}
-
-
 def test_tasks_and_dimensions_without_signal_do_not_count():
     dense = [
         right(80, 100, name="good"), right(27, 100, name="weak"),
@@ -54,30 +40,6 @@ def test_tasks_and_dimensions_without_signal_do_not_count():
     assert found.worst == "general"
     silent = retention(dense[1:], dense[1:], resamples=50)
     assert (silent.total.value, silent.worst) == (None, None)
-
-
-def test_the_accuracy_of_every_task_stands_beside_its_score():
-    rng = np.random.default_rng(0)
-    rows = rng.normal(-3, 1, (80, 4))
-    rows[:, 0] += 2
-    dense = choices(rows.tolist(), [0] * 80, np.full((80, 4), -3.0).tolist())
-    pruned = choices((rows / 2).tolist(), [0] * 80)
-    found = retention([dense], [pruned], resamples=100).tasks[0]
-    assert (found.score, found.floor) == ("probability", pytest.approx(0.25))
-    assert found.dense_accuracy == found.pruned_accuracy == dense.accuracy  # the same order
-    assert 0 < found.kept.low < found.kept.value < found.kept.high < 1
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    covered, trials = 0, 200
-    rng = np.random.default_rng(3)
-    for _ in range(trials):
-        dense = rng.random(200) < 0.8
-        pruned = dense & (rng.random(200) < 0.7)
-        scores = [accuracy(x.astype(float).tolist(), chance=0.0) for x in (dense, pruned)]
-        found = retention(scores[:1], scores[1:], resamples=300).tasks[0].kept
-        covered += found.low <= 0.7 <= found.high
-    assert 0.90 <= covered / trials <= 0.99
 
 
 def test_other_tasks_or_items_are_refused():
@@ -155,14 +117,6 @@ def test_draws_are_those_of_seed_name_and_count():
     assert found.dtype == float
     other = item_weights("quiz", 7, resamples=20, seed=4)
     assert not np.array_equal(found, other)
-
-
-def test_a_resample_with_nothing_to_keep_has_no_value():
-    made = Parts("accuracy", np.array([0.5, 0.0]), np.array([1.0, 0.0]))
-    times = item_weights("quiz", 2, resamples=20, seed=0)[:, 0]
-    assert {0.0, 1.0, 2.0} == set(times)
-    found = resampled("quiz", made, resamples=20, seed=0)
-    assert np.array_equal(found, np.where(times > 0, 0.5, np.nan), equal_nan=True)
 
 
 def test_flips_are_counted_both_ways_and_texts_have_none():

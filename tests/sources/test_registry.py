@@ -93,8 +93,6 @@ def test_a_wrong_file_of_sources(tmp_path):
         file.write_bytes(text)
         with pytest.raises(InputError, match=message):
             load_sources(file)
-    with pytest.raises(InputError, match="there is no file"):
-        load_sources(tmp_path / "none.yaml")
 
 
 def test_the_folder_of_data_is_read_in_place_of_the_hub(tmp_path, monkeypatch):
