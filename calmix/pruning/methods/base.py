@@ -247,7 +247,7 @@ class Quantiser(Method):
             return list(zip(*done, strict=True))
 
         made, grids = zip(*by_kind(patterns, rounded), strict=True)
-        zeros = [int((weight == 0).sum()) for weight in made]
+        zeros = [weight.numel() - int(weight.count_nonzero()) for weight in made]
         dead = int(factor.dead.sum())
         return Solution(list(made), zeros, [], factor.damping, factor.dtype, dead, list(grids))
 

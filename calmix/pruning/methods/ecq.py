@@ -15,16 +15,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from calmix.precision import large_products
 from calmix.pruning.gram import Factor
 from calmix.pruning.methods.base import Quantiser, sampled
-from calmix.pruning.solvers.grids import DeadZone, Grid, dead_zone, entropy, factors
+from calmix.pruning.solvers.grids import DEAD_ZONE, DeadZone, Grid, entropy, entropy_of, factors
 from calmix.pruning.solvers.surgeon import solve_columns
 
 POWER = 0.5  # of U_jj in a column's step
-TRIED, TRIES = 48, 2  # rows of a layer solved to see what rate a step comes to, and how often
+TRIED, TRIES = 48, 3  # rows of a layer corrected to see what rate a step comes to, and how often
 STEPS = -8.0, 4.0  # logarithms of the finest and the coarsest step, in deviations of the weights
 FINE = 2.0**-8  # of a logarithm, to which a step is found
 SAMPLE = 2**16  # weights of a layer whose entropy is taken
@@ -33,8 +36,8 @@ SAMPLE = 2**16  # weights of a layer whose entropy is taken
 class Ecq(Quantiser):
     """Quantise to a rate, any number of bits a weight, as an entropy coder will store it.
 
-    A layer's step is found by bisection on the entropy of its rounded weights, corrected by what
-    the loop makes of some of its rows.
+    A layer's step is found by bisection on the entropy of its rounded weights, and of what the loop
+    will correct them to in some rows.
     """
 
     name, title = "ecq", "ECQ"
@@ -49,38 +52,43 @@ class Ecq(Quantiser):
         column = factors(octaves)
         scaled = [weight.float() / column for weight in weights]
         factor = replace(factor, upper=factor.upper / column)
-        steps = self._steps(scaled, factor, bits)
+        steps = [_step(weight, factor, bits) for weight in scaled]
         rounding = DeadZone(scaled, steps)
         made = solve_columns(scaled, factor, None, rounding)
         grids = [replace(one, octaves=octaves) for one in rounding.grids(made, [0] * len(made))]
         return [weight.mul_(column) for weight in made], grids
 
-    def _steps(self, weights: Sequence[Tensor], factor: Factor, bits: float) -> list[float]:
-        """Return the layers' steps, those that take so many bits."""
-        size = [float(weight.square().mean().sqrt()) or 1.0 for weight in weights]
-        goals = [max(bits - DeadZone.beside(weight), 0.0) for weight in weights]
-        pairs = list(zip(weights, goals, strict=True))
-        ends = [[one * 2**end for end in STEPS] for one in size]
-        steps = [_step_of(*pair, *own) for pair, own in zip(pairs, ends, strict=True)]
-        some = [weight[:: max(1, len(weight) // TRIED)] for weight in weights]
-        for _ in range(TRIES):
-            made = solve_columns(some, factor, None, DeadZone(some, steps))
-            beyond = [
-                entropy((kept / step).round_()) - entropy(dead_zone(weight / step))
-                for weight, kept, step in zip(some, made, steps, strict=True)
-            ]
-            goals = [max(goal - more, 0.0) for (_, goal), more in zip(pairs, beyond, strict=True)]
-            near = zip(weights, goals, steps, strict=True)
-            steps = [_step_of(w, goal, 0.7 * step, 1.4 * step) for w, goal, step in near]
-        return steps
+
+def _step(weight: Tensor, factor: Factor, bits: float) -> float:
+    """Return a layer's step, the one that takes so many bits.
+
+    All columns of some rows are corrected at once by the errors that others have by now: not what
+    the loop, which takes them in turn, comes to, but after two or three times as spread out.
+    """
+    grid = DeadZone([weight], [1.0])
+    size = float(weight.square().mean().sqrt()) or 1.0
+    goal = max(bits - grid.beside(weight), 0.0)
+    ordered = np.sort(sampled(weight, SAMPLE).cpu().numpy())
+    step = _step_of(ordered, goal, *(size * 2**end for end in STEPS))
+    now = some = weight[:: max(1, len(weight) // TRIED)]
+    for _ in range(TRIES):
+        wrong = now - grid.nearest(now / step).mul_(step)
+        with large_products():
+            now = some + wrong - (wrong / factor.upper.diagonal()) @ factor.upper
+        more = entropy(grid.nearest(now / step)) - entropy(grid.nearest(some / step))
+        step = _step_of(ordered, max(goal - more, 0.0), 0.7 * step, 1.4 * step)
+    return step
 
 
-def _step_of(weight: Tensor, bits: float, low: float, high: float) -> float:
-    """Return the step between two at which a layer's weights, rounded, take so many bits."""
-    sample = sampled(weight, SAMPLE).contiguous()
+def _step_of(ordered: NDArray[np.float32], bits: float, low: float, high: float) -> float:
+    """Return the step between two at which weights in order, rounded, take so many bits."""
     while math.log2(high / low) > FINE:
         middle = math.sqrt(low * high)
-        if entropy(dead_zone(sample / middle)) > bits:
+        most = math.ceil(np.abs(ordered[[0, -1]]).max() / middle)
+        ends = (np.arange(1, most + 1, dtype=np.float32) - np.float32(DEAD_ZONE)) * middle
+        cuts = ordered.searchsorted(np.concatenate([-ends[::-1], ends]).astype(np.float32))
+        counts = np.diff(cuts, prepend=0, append=len(ordered))
+        if entropy_of(torch.from_numpy(counts)) > bits:
             low = middle
         else:
             high = middle

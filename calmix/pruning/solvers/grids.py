@@ -22,6 +22,7 @@ from calmix.pruning.patterns import clear
 SCALES = "calmix-scales"  # the folder, beside the weights of a model, of a file a block
 SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)  # of the largest weight, tried for a scale
 FINE = 6  # bits from which the largest weight decides
+CACHED = 1024  # outputs whose scales are found at a time on a CPU: a group of them is in its cache
 DEAD_ZONE = 0.42  # what is added before a magnitude is cut to a level: 0.5 would be rounding
 
 
@@ -111,11 +112,22 @@ def factors(octaves: Tensor) -> Tensor:
     return torch.ldexp(quarters[whole & 3], whole >> 2)
 
 
-def entropy(levels: Tensor) -> float:
-    """Return the bits a level takes of an ideal coder that knows how often each occurs."""
-    low = levels.min()
-    counts = torch.bincount((levels - low).flatten().int()).double()
-    share = counts[counts > 0] / levels.numel()
+def entropy(values: Tensor, inverse: float = 1.0) -> float:
+    """Return the bits a level, value * inverse, takes of a coder that knows how often each occurs.
+
+    Of a matrix whose rows are contiguous; some are counted at a time, in a processor's cache.
+    """
+    low, high = (round(float(end) * inverse) for end in values.aminmax())
+    counts = torch.zeros(high - low + 1, dtype=torch.int64, device=values.device)
+    for part in values.split(64):
+        levels = (part * inverse).round_().sub_(low).int().flatten()
+        counts += torch.bincount(levels, minlength=len(counts))
+    return entropy_of(counts)
+
+
+def entropy_of(counts: Tensor) -> float:
+    """Return the bits a value takes of an ideal coder, by how often each occurs."""
+    share = counts[counts > 0].double() / counts.sum()
     return float(-(share * share.log2()).sum())
 
 
@@ -148,7 +160,7 @@ class Rounding(ABC):
         self.group = check_group(group, columns)
         self.scales = torch.zeros(columns // self.group, outputs, device=weights[0].device)
         self._start, self._masked = 0, False
-        self._inverse: dict[int, Tensor] = {}
+        self._found: list[tuple[Tensor, Tensor]] = []  # scales of groups, and their inverse
 
     @abstractmethod
     def fit(self, values: Tensor, importance: Tensor) -> Tensor:
@@ -185,20 +197,28 @@ class Rounding(ABC):
             own = leverage[here].square()
             importance = own.new_ones(len(values), 1).mul_(own.mean())
             importance[: len(own)] = own
-            number = at // self.group
-            self.scales[number] = self.fit(values, importance).bfloat16()
-            self._inverse[number] = _inverse(self.scales[number])
+            scale = self.scales[at // self.group].copy_(self.fit(values, importance).bfloat16())
+            self._found.append((scale, _inverse(scale)))
 
     def step(
-        self, number: int, column: Tensor, mask: Tensor, inverse: Tensor, wrong: Tensor
-    ) -> None:
-        """Round a column of a block in place, and write its scaled error."""
-        group = (self._start + number) // self.group
-        scale, level = self.scales[group], self.nearest(column * self._inverse[group])
+        self, number: int, column: Tensor, level: Tensor, mask: Tensor, inverse: Tensor,
+        wrong: Tensor,
+    ) -> None:  # fmt: skip
+        """Write the level and the scaled error of a block's column."""
+        scale, units = self._found[(self._start + number) // self.group]
+        self.nearest(torch.mul(column, units, out=level))
         if self._masked:
             clear(level, mask)
         torch.addcmul(column, level, scale, value=-1, out=wrong).mul_(inverse)
-        torch.mul(level, scale, out=column)
+
+    def finish(self, weights: Tensor, levels: Tensor) -> None:
+        """Write a block's weights, whose levels are known."""
+        at = 0
+        while at < len(levels):
+            group = (self._start + at) // self.group
+            to = min(len(levels), (group + 1) * self.group - self._start)
+            torch.mul(levels[at:to], self._found[group][0], out=weights[at:to])
+            at = to
 
     def grids(self, weights: Sequence[Tensor], pruned: Sequence[int]) -> list[Grid]:
         """Return the layers' grids after the loop; the masks of `pruned` weights count."""
@@ -226,15 +246,24 @@ class Symmetric(Rounding):
     def fit(self, values: Tensor, importance: Tensor) -> Tensor:
         """Bring the largest weight to the lowest level, or beyond it: of a few scales the one that
         loses least."""
-        largest = values.gather(0, values.abs().argmax(0, keepdim=True))[0]
+        size = CACHED if values.device.type == "cpu" else values.shape[1]
+        return torch.cat([self._fit(part, importance) for part in values.split(size, dim=1)])
+
+    def _fit(self, values: Tensor, importance: Tensor) -> Tensor:
+        high, low = values.amax(0), values.amin(0)
+        largest = torch.where(high > -low, high, low)
+        if len(tied := (high == -low).nonzero()[:, 0]):  # the first of both counts
+            own = values[:, tied]
+            largest[tied] = own.gather(0, own.abs().argmax(0, keepdim=True))[0]
         scale = largest / -self._half
         if self.bits >= FINE:
             return scale
         best, least = scale, torch.full_like(scale, math.inf)
+        lost = torch.empty_like(values)
         for shrink in SHRINKS:
             tried = (scale * shrink).bfloat16().float()
-            lost = self.nearest(values * _inverse(tried)).mul_(tried).sub_(values).square_()
-            error = lost.mul_(importance).sum(0)
+            self.nearest(torch.mul(values, _inverse(tried), out=lost))
+            error = lost.mul_(tried).sub_(values).square_().mul_(importance).sum(0)
             best = torch.where(error < least, tried, best)
             least = torch.minimum(error, least)
         return best
@@ -258,16 +287,18 @@ class DeadZone(Rounding):
         super().__init__(weights, weights[0].shape[1])
         parts = [torch.full((len(w),), step) for w, step in zip(weights, steps, strict=True)]
         self._steps = torch.cat(parts).to(self.scales)
+        self._zone = torch.full((), DEAD_ZONE, device=self.scales.device)
 
     def fit(self, values: Tensor, importance: Tensor) -> Tensor:
         return self._steps
 
     def nearest(self, scaled: Tensor) -> Tensor:
-        return dead_zone(scaled)
+        """Move to sign(w) floor(|w| + 0.42)."""
+        return scaled.add_(torch.copysign(self._zone, scaled)).trunc_()
 
     def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
-        levels = (weight * _inverse(scale[:1])).round_()
-        return Grid(scale[:1].clone(), entropy(levels) + self.beside(weight))
+        bits = entropy(weight.T, float(_inverse(scale[:1])))
+        return Grid(scale[:1].clone(), bits + self.beside(weight))
 
     @staticmethod
     def beside(weight: Tensor) -> float:
@@ -278,9 +309,3 @@ class DeadZone(Rounding):
 def _inverse(scale: Tensor) -> Tensor:
     """Return 1 / scale, zero where that is zero."""
     return torch.where(scale != 0, scale.reciprocal(), 0)
-
-
-def dead_zone(scaled: Tensor) -> Tensor:
-    """Move weights in units of a step to whole ones, sign(w) floor(|w| + 0.42), in place."""
-    zone = torch.full((), DEAD_ZONE, device=scaled.device)
-    return scaled.add_(torch.copysign(zone, scaled)).trunc_()

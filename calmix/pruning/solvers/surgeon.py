@@ -52,13 +52,14 @@ def solve_columns(
         layer.copy_(weight.T)
     first = patterns[0] if patterns else Unstructured(0.5)  # any that has no groups
     size = _multiple(BLOCK, first)
+    # Masks are 1.0 and 0.0, not booleans: the loop multiplies by them.
+    masks = torch.empty_like(stacked[:size])
     for start in range(0, columns, size):
         stop = min(start + size, columns)
         inverse = upper.diagonal()[start:stop].reciprocal()[:, None]
         # Inputs that never fired carry nothing: their weights are the first to go.
         leverage = inverse.masked_fill(factor.dead[start:stop, None], 0)
-        # Masks are 1.0 and 0.0, not booleans: the loop multiplies by them.
-        mask = torch.zeros_like(stacked[start:stop])
+        mask = masks[: stop - start].zero_()
         for i, part in enumerate(mask.split(heights, dim=1)):
             if held:
                 part.copy_(weights[i][:, start:stop].T == 0)
@@ -70,7 +71,8 @@ def solve_columns(
         errors = prune_block(
             stacked[start:stop], mask, local, inverse, leverage, first, rounding=rounding
         )
-        clear(stacked[start:stop], mask)
+        if rounding is None:
+            clear(stacked[start:stop], mask)
         with large_products():
             stacked[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     if rounding is not None:
@@ -114,6 +116,9 @@ def prune_block(
     # Views are made once: a step's arithmetic takes no longer than making one.
     before, across = errors.T, upper.T.contiguous().unbind()
     columns, wrong = weights.unbind(), errors.unbind()
+    if rounding is not None:
+        levels = torch.empty_like(weights)
+        rows = list(zip(weights, levels, mask, inverse, errors, strict=True))
     for start in range(0, size, panel):
         stop = min(start + panel, size)
         for group in range(start, stop, width):
@@ -138,9 +143,11 @@ def prune_block(
                 if rounding is None:
                     wrong[j].mul_(columns[j])
                 else:
-                    rounding.step(j, columns[j], mask[j], inverse[j], wrong[j])
+                    rounding.step(j, *rows[j])
         if stop < size:
             weights[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
+    if rounding is not None:
+        rounding.finish(weights, levels)
     return errors
 
 
