@@ -47,7 +47,7 @@ from transformers.models.auto import modeling_auto
 from calmix.deploy import pack as packed
 from calmix.errors import CalmixError
 from calmix.evaluation.likelihood import row_nll
-from calmix.evaluation.scorer import Request, Scorer
+from calmix.evaluation.scorer import Scorer
 from calmix.models import find_blocks, open_model
 from calmix.models.blocks import Prunable
 from calmix.pruning import Unstructured, budget, experts, get_method, streamed
@@ -164,7 +164,7 @@ def reference(model: Any, ids: Tensor, report: PruneReport) -> dict[str, Tensor]
             layer = layers[told.name]
             whole = layer.whole()
             # A fused parameter's gate and up have one input: that of their expert's first weight.
-            place = whole[layer.expert].data_ptr() if layer.fused else whole.data_ptr()
+            place = whole.data_ptr() if layer.expert is None else whole[layer.expert].data_ptr()
             watch = Products({place: layer.name}, {layer.name: layer.shape})
             with watch:
                 model(ids, use_cache=False)
@@ -420,7 +420,7 @@ class Sweep:
         # No token twice: a choice among equal ones would depend on how many rows run together.
         words = "".join(dict.fromkeys((self.folder / "text.txt").read_text()))
         asked = [(words[:size], words[at : at + 3]) for size in (24, 12) for at in (50, 60, 70)]
-        answers = Scorer(opened).loglikelihood([Request("task", *one) for one in asked])
+        answers = Scorer(opened).loglikelihood([("task", *one) for one in asked])
         for (context, rest), value in zip(asked, answers, strict=True):
             ids = opened.tokenizer(context + rest, return_tensors="pt")["input_ids"]
             with torch.no_grad():

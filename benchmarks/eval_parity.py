@@ -25,7 +25,7 @@ from common import commit, machine
 from lm_eval.models.huggingface import HFLM
 
 from calmix.evaluation.evaluate import choose
-from calmix.evaluation.scorer import Request, Scorer
+from calmix.evaluation.scorer import Scorer
 from calmix.evaluation.suites import Suite
 from calmix.evaluation.tasks import accuracies, load_items
 from calmix.models import open_model
@@ -37,7 +37,7 @@ TIE = 1e-3  # choices whose log-likelihoods are this close, relatively, may swap
 def run(lm: Any, suite: Suite) -> tuple[float, float, dict[str, list[list[float]]]]:
     """Return processor seconds, seconds on the wall, and log-likelihoods by task and item."""
     items = {name: load_items(spec) for name, spec in suite.tasks.items()}
-    asked = [Request(name, *one) for name in items for i in items[name] for one in i.requests]
+    asked = [(name, *one) for name in items for i in items[name] for one in i.requests]
     ours = isinstance(lm, Scorer)
     requests: Any = asked if ours else [SimpleNamespace(args=request[1:]) for request in asked]
     with quiet():

@@ -15,15 +15,14 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
 from rich.console import Console
 
 from calmix.errors import AssetError, disk_errors, nearest
 from calmix.files import alone, cache_dir, hidden, sha256_file
+from calmix.yaml_files import packaged
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ def _hash(path: Path, size: int, mtime_ns: int) -> str:
 @functools.cache
 def assets() -> dict[str, Asset]:
     """Return every known asset by name."""
-    text = resources.files("calmix").joinpath("assets.yaml").read_text(encoding="utf-8")
-    return {name: Asset(name=name, **fields) for name, fields in yaml.safe_load(text).items()}
+    return {name: Asset(name=name, **fields) for name, fields in packaged("assets.yaml").items()}
 
 
 def needed() -> list[str]:

@@ -46,8 +46,8 @@ class SolverError(CalmixError):
     """Numbers no solver can work with (not finite, no positive definite Gram matrix)."""
 
 
-class DeviceMemoryError(CalmixError):
-    """A device that has too little memory left, which another run may find otherwise."""
+class PassingError(CalmixError):
+    """What another run may find otherwise: a device without memory, a process that has ended."""
 
 
 class MissingExtraError(CalmixError):

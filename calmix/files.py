@@ -199,13 +199,6 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def sync_all(folder: Path) -> None:
-    """Wait until all that lies in a folder is on the disk: a rename may come before the bytes."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir() or path.is_file():
-            sync(path)
-
-
 def real_place(path: Path) -> Path:
     """Return where a path leads: a rename would replace a link, not what it names."""
     return Path(os.path.realpath(path))
@@ -377,7 +370,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def put_folder(beside: Path, path: Path) -> None:
     """Rename a folder onto `path`; what stands there is replaced, and put back on any failure."""
-    sync_all(beside)
+    for part in [*beside.rglob("*"), beside]:  # a rename may come before the bytes
+        if part.is_dir() or part.is_file():
+            sync(part)
     if not path.exists():
         beside.rename(path)
         sync(path.parent)

@@ -50,10 +50,14 @@ def give_memory_back() -> None:
 def cores() -> int:
     """Return how many processor cores this process can keep busy."""
     try:
-        own = len(os.sched_getaffinity(0))
+        most = len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
-        own = os.cpu_count() or 1
-    return max(1, min([own, *(math.ceil(quota) for quota in _quotas())]))
+        most = os.cpu_count() or 1
+    for folder in _groups():
+        quota = _text(folder / "cpu.max").split()
+        if len(quota) == 2 and all(map(str.isdecimal, quota)):
+            most = min(most, math.ceil(int(quota[0]) / int(quota[1])))
+    return max(1, most)
 
 
 def device_memory(device: torch.device) -> tuple[int, int, int | None]:
@@ -152,14 +156,6 @@ def _memory() -> Iterator[tuple[int, int]]:
             most, used = _text(folder / limit).strip(), _text(folder / "memory.current").strip()
             if most.isdecimal() and used.isdecimal():  # it says `max` where there is none
                 yield int(most), max(0, int(used) - int(stat.get("inactive_file", 0)))
-
-
-def _quotas() -> Iterator[float]:
-    """Yield how many cores every control group this process is in may keep busy."""
-    for folder in _groups():
-        quota = _text(folder / "cpu.max").split()
-        if len(quota) == 2 and all(map(str.isdecimal, quota)):
-            yield int(quota[0]) / int(quota[1])
 
 
 def _groups() -> Iterator[Path]:

@@ -32,6 +32,13 @@ def fast_half_precision(dtype: torch.dtype) -> bool:
     return False
 
 
+def suited(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type to compute in with weights of `dtype`: float32 where a CPU has no fast half
+    precision."""
+    slow = device.type == "cpu" and not fast_half_precision(dtype)
+    return torch.float32 if slow else dtype
+
+
 def dtype_name(dtype: torch.dtype | str) -> str:
     """Return a type's name as users and manifests have it: `bfloat16`."""
     return str(dtype).removeprefix("torch.")

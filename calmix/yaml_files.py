@@ -5,6 +5,8 @@ from __future__ import annotations
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +18,12 @@ from calmix.errors import InputError, nearest
 
 LARGEST = 500_000  # characters of a file: PyYAML takes seconds for so many
 Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+@cache
+def packaged(file: str) -> Any:
+    """Return what a YAML file of the package holds; not to be changed."""
+    return yaml.safe_load(resources.files("calmix").joinpath(file).read_text(encoding="utf-8"))
 
 
 class _Strict(yaml.SafeLoader):

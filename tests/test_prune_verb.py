@@ -168,7 +168,7 @@ def test_a_models_processor_files_stay_with_it(calmix, tiny_folder, tmp_path, mo
     if whole:
 
         def refuse(*_, **__):
-            raise NotStreamableError("a.b")
+            raise NotStreamableError("model", "a.b")
 
         monkeypatch.setattr("calmix.pruning.checkpoint.StreamedModel", refuse)
     calmix("prune", model, "--method", "magnitude", "--sparsity", 0.5, "-o", output).ok()
@@ -185,7 +185,7 @@ def test_a_model_that_is_loaded_whole_is_pruned_like_any_other(
     assert calmix(*common, tmp_path / "streamed").code == 0
 
     def refuse(*_, **__):
-        raise NotStreamableError("a.b")
+        raise NotStreamableError("model", "a.b")
 
     monkeypatch.setattr("calmix.pruning.checkpoint.StreamedModel", refuse)
     assert calmix(*common, tmp_path / "whole").code == 0
@@ -207,7 +207,7 @@ def test_a_model_that_is_loaded_whole_is_pruned_like_any_other(
         expected = load_weights(tmp_path / "streamed" / name)
         assert all(torch.equal(found[key], value) for key, value in expected.items())
     ended = calmix(*common, tmp_path / "other", "--max-memory", "6GiB")
-    assert "cannot be pruned block by block" in ended.line
+    assert "model cannot be worked on block by block, because a.b: leave out" in ended.line
 
 
 def test_a_failure_while_writing_leaves_the_old_folder_alone(

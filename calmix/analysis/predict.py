@@ -17,11 +17,9 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import PrivateAttr
 from torch import Tensor
 
 from calmix.analysis.ranking import check_weights
@@ -29,13 +27,13 @@ from calmix.calibration import ask, is_saved_set, resolve
 from calmix.calibration.texts import texts
 from calmix.errors import InputError, ModelError
 from calmix.files import cache_dir, check_free, sha256_json, user_path
-from calmix.models import OpenModel, find_blocks
+from calmix.models import OpenModel, Prunable, find_blocks
 from calmix.models.shards import read_header, read_tensor, write_file
 from calmix.options import METHOD
 from calmix.precision import dtype_name
-from calmix.pruning.engine import check_pattern, prune
+from calmix.pruning.engine import Looking, check_pattern, run_through
 from calmix.pruning.gram import Gram, Squares, output_energy
-from calmix.pruning.methods import Look, Method, Solution, get_method
+from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Pattern, as_pattern
 from calmix.sources import Source, own_sources
 
@@ -51,19 +49,6 @@ class Prediction:
     calibration: str
     total: float
     lost: dict[str, float]
-
-
-class _Look(Look):
-    """Sees every Gram matrix of a pass, and leaves all weights as they are."""
-
-    _seen: list[tuple[int, Tensor]] = PrivateAttr(default_factory=list)
-
-    def solve(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
-    ) -> Solution:
-        assert statistic is not None
-        self._seen.append((len(weights), statistic.clone()))
-        return Solution([weight.float() for weight in weights], [0] * len(weights))
 
 
 def every_block(opened: OpenModel, every: int) -> list[str]:
@@ -89,11 +74,14 @@ def keep_grams(opened: OpenModel, ids: Tensor, only: Sequence[str], folder: Path
     with contextlib.suppress(ModelError, OSError):  # none there, or damaged
         read_header(path)
         return path
-    look = _Look(gram=True)
-    report = prune(opened.model, ids, method=look, pattern=0.5, only=only)
-    names = iter(layer.name for layer in report.layers)
-    write_file(path, {",".join(islice(names, count)): gram / ids.numel()
-                      for count, gram in look._seen})  # fmt: skip
+    grams: dict[str, Tensor] = {}
+
+    def seen(layers: list[Prunable], gram: Tensor) -> None:
+        grams[",".join(layer.name for layer in layers)] = gram / ids.numel()
+
+    blocks = find_blocks(opened.model).select(only)
+    run_through(Looking(opened.model, blocks, seen, gram=True), ids)
+    write_file(path, grams)
     return path
 
 

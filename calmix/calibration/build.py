@@ -171,7 +171,14 @@ def build(
     described: dict[str, dict[str, Any]] = {}
     for name, count in counts.items():
         documents = list(sources[name].documents())
-        rng = np.random.default_rng(_seed_of(seed, sources[name], own))
+        # Every source has a stream of its own, so that adding one does not move the others; a file
+        # that is named by its path that of its last part, wherever it lies.
+        reader = sources[name].reader
+        key = sources[name].name
+        if isinstance(reader, LocalFile) and name not in (own or {}):
+            key = reader.path.resolve().name
+        digest = hashlib.sha256(key.encode()).digest()[:8]
+        rng = np.random.default_rng([seed, int.from_bytes(digest, "little")])
         order = [documents[i] for i in rng.permutation(len(documents))]
         stream = tokenized(order, tokenize, opened.tokenizer, name)
         if guard is not None:
@@ -246,14 +253,3 @@ def _text(document: Document, tokenizer: Any, name: str) -> str:
             "change the roles or the order of its messages, or remove it"
         ) from error
     return str(text).removeprefix(tokenizer.bos_token or "")
-
-
-def _seed_of(seed: int, source: Source, own: Mapping[str, Source] | None) -> list[int]:
-    """Give every source a stream of its own, so that adding one does not move the others.
-
-    A file that is named by its path has that of its last part, wherever it lies.
-    """
-    name, reader = source.name, source.reader
-    if isinstance(reader, LocalFile) and name not in (own or {}):
-        name = reader.path.resolve().name
-    return [seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from calmix.calibration.build import pack_concat
@@ -20,6 +18,7 @@ from calmix.files import user_path
 from calmix.options import named_values
 from calmix.sources.readers import AssetText, Reader
 from calmix.sources.registry import local_file
+from calmix.yaml_files import packaged
 
 ROWS, LENGTH, SEED = 8, 256, 0
 LONGEST = 16  # characters of a token, on average, of a text worth reading
@@ -28,10 +27,9 @@ LONGEST = 16  # characters of a token, on average, of a text worth reading
 @functools.cache
 def builtin_readers() -> dict[str, list[AssetText]]:
     """Return what the builtin texts of each dimension are read from (texts.yaml)."""
-    text = resources.files("calmix.calibration").joinpath("texts.yaml").read_text(encoding="utf-8")
     return {
         dimension: [AssetText(type="asset", asset=ARCHIVE, **entry) for entry in entries]
-        for dimension, entries in yaml.safe_load(text).items()
+        for dimension, entries in packaged("calibration/texts.yaml").items()
     }
 
 

@@ -144,20 +144,16 @@ def models(shown: Json) -> None:
     if shown.as_json:
         print_json(rows)
         return
-    print_table(
-        [{key: row[key] for key in ("name", "parameters", "licence", "use")}
-         | {"assets": _states(row["assets"])} for row in rows],
-        text=["licence", "assets"], least=["parameters", "assets"],
-    )  # fmt: skip
+    shown_rows = []
+    for row in rows:
+        first, *more = row["assets"]
+        states = ", ".join(sorted({assets.get_asset(name).state for name in row["assets"]}))
+        cell = f"{first}{f' and {len(more)} more' if more else ''} ({states})"
+        shown_rows.append({key: row[key] for key in ("name", "parameters", "licence", "use")}
+                          | {"assets": cell})  # fmt: skip
+    print_table(shown_rows, text=["licence", "assets"], least=["parameters", "assets"])
     for row in rows:
         line(f"{row['name']}: {row['description']}; from {row['from']}")
-
-
-def _states(names: list[str]) -> str:
-    """Return assets in a cell: the first, how many more, and in which states they are."""
-    states = ", ".join(sorted({assets.get_asset(name).state for name in names}))
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more} ({states})"
 
 
 @verb("methods", of=doctor)

@@ -30,14 +30,11 @@ DENSE = "Dense model, or a .json file of its scores."
 evaluate = group("evaluate", default="run")
 
 
-class Measured(MeasureOptions, Json):
-    """Options of what reads scores."""
-
-
 @verb("run", of=evaluate)
 def run(
-    measured: Measured,
+    measured: MeasureOptions,
     opening: ModelOptions,
+    shown: Json,
     model: str = option(..., MODEL, argument=True),
     suite: str = option("offline", "Suite by name, or a YAML file."),
     against: str | None = option(None, DENSE, metavar="DENSE"),
@@ -137,7 +134,7 @@ def run(
                  "behaviour": asdict(behaviour((dense, scores)))}  # fmt: skip
     if output is not None:
         write_text(output, json.dumps(made, ensure_ascii=False) + "\n")
-    if measured.as_json:
+    if shown.as_json:
         print_json(made)
         return
     _print(scores, dense, measured.measure)
@@ -149,7 +146,8 @@ def run(
 
 @verb("rescore", of=evaluate)
 def rescore(
-    measured: Measured,
+    measured: MeasureOptions,
+    shown: Json,
     file: Path = option(..., "A file of calmix evaluate -o.", argument=True),
     against: Path | None = option(None, "The dense model's file.", shown="the one in FILE"),
 ) -> None:
@@ -158,7 +156,7 @@ def rescore(
 
     dense, scores = load_pair(file)
     dense = dense if against is None else load_scores(against)
-    if not measured.as_json:
+    if not shown.as_json:
         _print(scores, dense, measured.measure)
     elif dense is None:
         print_json(score_rows(scores, measured.measure))
@@ -168,7 +166,8 @@ def rescore(
 
 @verb("compare")
 def compare(
-    measured: Measured,
+    measured: MeasureOptions,
+    shown: Json,
     scores: tuple[Path, ...] = option(..., "Files of calmix evaluate -o.", argument=True),
     against: Path | None = option(None, "The dense model's file.", shown="the one in SCORES"),
 ) -> None:
@@ -196,7 +195,7 @@ def compare(
                 f"others ({dense.model}): compare it by itself"
             )
     kept = [one.retention(dense, measure=measured.measure) for one in models]
-    if measured.as_json:
+    if shown.as_json:
         print_json({name: one.to_dict() for name, one in zip(names, kept, strict=True)})
         return
     found = [behaviour((dense, one)) for one in models]

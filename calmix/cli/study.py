@@ -421,12 +421,7 @@ def parse_points(text: str) -> list[float]:
 
 
 def _seeds(found: Needed) -> str:
-    if found.draws > MANY:
-        return _count(found.draws)
-    if found.draws_items is None:
-        return f"{found.draws}/{_count(math.ceil(found.items))}x"
-    return f"{found.draws}/{_count(found.draws_items)}"
-
-
-def _count(number: int) -> str:
-    return f">{MANY}" if number > MANY else str(number)
+    several = found.draws_items is not None
+    numbers = found.draws, found.draws_items if several else math.ceil(found.items)
+    seeds, more = (f">{MANY}" if (number or 0) > MANY else str(number) for number in numbers)
+    return seeds if found.draws > MANY else f"{seeds}/{more}{'' if several else 'x'}"

@@ -74,7 +74,14 @@ def verb(name: str, *, of: typer.Typer = app) -> Callable[[Handler], Handler]:
                              one.name in COMMON and one.name not in own)
         )  # fmt: skip
         more = any((field.json_schema_extra or {}).get("advanced") for field in fields.values())
-        parameters.append(_help_all(hidden=not more))
+        asked_all: Any = typer.Option(
+            "--help-all", callback=_show_all, is_eager=True, hidden=not more,
+            help="Show advanced options too, and exit.",
+        )  # fmt: skip
+        parameters.append(
+            inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False,
+                              annotation=Annotated[bool, asked_all])
+        )  # fmt: skip
         command.__annotations__ = {one.name: one.annotation for one in parameters}
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__doc__ = handler.__doc__
@@ -92,14 +99,6 @@ def _show_all(ctx: typer.Context, asked: bool) -> None:
         raise typer.Exit
 
 
-def _help_all(hidden: bool) -> inspect.Parameter:
-    told = "Show advanced options too, and exit."
-    asked = typer.Option("--help-all", callback=_show_all, is_eager=True, hidden=hidden, help=told)
-    return inspect.Parameter(
-        "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, asked]
-    )
-
-
 def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Parameter:
     """Return a field as typer takes it: a bool is a switch, a list repeats, all else is text."""
     extra: Any = field.json_schema_extra or {}
@@ -113,7 +112,10 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
     if kind is bool:
         held = bool
     else:
-        how["metavar"] = extra.get("metavar") or _metavar(kind)
+        named = {int: "NUMBER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
+        if typing.get_origin(kind) is Literal:
+            named = "|".join(map(str, typing.get_args(kind)))
+        how["metavar"] = extra.get("metavar") or named
     if extra.get("argument"):
         how["metavar"] = extra.get("metavar") or name.upper()
         info: Any = typer.Argument(**how)
@@ -133,9 +135,3 @@ def _bare(kind: Any) -> Any:
         members = [one for one in typing.get_args(kind) if one is not type(None)]
         kind = members[0] if len(members) == 1 else str
     return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
-
-
-def _metavar(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "|".join(map(str, typing.get_args(kind)))
-    return {int: "NUMBER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")

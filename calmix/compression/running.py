@@ -81,16 +81,11 @@ def do(
             began = time.perf_counter()
             try:
                 run(stage.arguments)
-            except CalmixError:
-                _forget(out)
+            except CalmixError:  # a record that stands alone describes nothing
+                if {path.name for path in out.iterdir()} in ({MANIFEST}, {LADDER}):
+                    shutil.rmtree(out, ignore_errors=True)
                 raise
             yield stage, time.perf_counter() - began
-
-
-def _forget(out: Path) -> None:
-    """Remove a record that stands alone: no stage has left anything for it to describe."""
-    if {path.name for path in out.iterdir()} in ({MANIFEST}, {LADDER}):
-        shutil.rmtree(out, ignore_errors=True)
 
 
 def left_to_do(asked: Request, out: Path) -> list[Stage]:

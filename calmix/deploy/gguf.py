@@ -29,9 +29,7 @@ from calmix.models.blocks import Prunable, find_blocks
 from calmix.models.opening import gguf_file, known_model, loading, reading_gguf
 from calmix.models.shards import weight_bytes
 from calmix.pruning.checkpoint import MANIFEST
-from calmix.pruning.engine import Run, run_through
-from calmix.pruning.methods import Look
-from calmix.pruning.patterns import Unstructured
+from calmix.pruning.engine import Looking, run_through
 from calmix.pruning.solvers.grids import Grid, read_grids
 
 # How weights without a grid of GGUF's are stored, and the divergence from the model (nats a token)
@@ -297,22 +295,6 @@ def _logits(file: Path, ids: Tensor) -> Tensor:
         return read.eval()(ids).logits
 
 
-class _Sums(Run):
-    """A pass that keeps the sums of squares of every layer's inputs, and changes nothing."""
-
-    def __init__(self, opened: OpenModel) -> None:
-        found = find_blocks(opened.model)
-        super().__init__(opened.model, found, Look(), Unstructured(0.5), "sequential")
-        self.sums: dict[str, Tensor] = {}
-
-    def _prune(
-        self, layers: list[Prunable], statistic: Tensor | None, tokens: int | None = None
-    ) -> None:
-        assert statistic is not None
-        for layer in layers:
-            self.sums[layer.parameter_name] = statistic.clone()
-
-
 def export_imatrix(
     folder: Path, model: str, output: Path, *, overwrite: bool = False, **how: Any
 ) -> int:
@@ -338,15 +320,19 @@ def export_imatrix(
     check_models(model, **how)
     drawn = CalibrationSet.open(folder, open_tokenizer(model))
     opened = open_model(model, **how)
-    look = _Sums(opened)
-    if any(look.found.mixtures(index) for index in range(len(look.found))):
+    found, sums = find_blocks(opened.model), dict[str, Any]()
+    if any(found.mixtures(index) for index in range(len(found))):
         raise ModelError("--to imatrix does not work with mixtures of experts yet")
     names = {hf: name for name, hf in _mapped(opened, opened.model.config.model_type)[1].items()}
-    layers = [one for index in range(len(look.found)) for one in look.found.prunables(index)]
+    layers = [one for index in range(len(found)) for one in found.prunables(index)]
     for layer in layers:
         if layer.parameter_name not in names:
             raise ModelError(f"{layer.name} has no name in GGUF: no importance matrix is written")
-    run_through(look, drawn.ids)
+
+    def seen(some: list[Prunable], squares: Tensor) -> None:
+        sums.update(dict.fromkeys((one.name for one in some), squares.float().cpu().numpy()))
+
+    run_through(Looking(opened.model, found, seen), drawn.ids)
     with replacing(output) as file:
         writer = GGUFWriter(file.name, "")
         writer.kv_data[0].clear()  # an importance matrix has no architecture
@@ -355,8 +341,8 @@ def export_imatrix(
         writer.add_uint32("imatrix.chunk_count", drawn.rows)
         writer.add_uint32("imatrix.chunk_size", drawn.length)
         for layer in layers:
-            name, sums = names[layer.parameter_name], look.sums[layer.parameter_name]
-            writer.add_tensor(f"{name}.in_sum2", sums.float().cpu().numpy()[None])
+            name = names[layer.parameter_name]
+            writer.add_tensor(f"{name}.in_sum2", sums[layer.name][None])
             writer.add_tensor(f"{name}.counts", np.full((1, 1), drawn.ids.numel(), np.float32))
         _close(writer)
     return len(layers)

@@ -148,13 +148,13 @@ def _versions() -> dict[str, str]:
 def _run(
     model: OpenModel, suite: Suite, batch_tokens: int, floors: bool, progress: Progress | None
 ) -> CapabilityScores:
-    from calmix.evaluation.scorer import Request, Scorer
+    from calmix.evaluation.scorer import Scorer
 
     start = time.perf_counter()
     loaded = {name: load_items(spec) for name, spec in suite.tasks.items() if not spec.writes}
     scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
     # All of the archive's requests at once: what they share runs once.
-    asked = [Request(name, *one) for name in loaded for i in loaded[name] for one in i.requests]
+    asked = [(name, *one) for name in loaded for i in loaded[name] for one in i.requests]
     answers = iter(scorer.loglikelihood(asked))
     tasks = []
     for name, spec in suite.tasks.items():
@@ -210,12 +210,10 @@ def _ignorant(scorer: Scorer, name: str, spec: TaskSpec, items: Sequence[Item]) 
     """Return what a task's items score without the knowledge, as fields of `TaskScores`: after a
     cue alone, as OLMES has it, and by the frequencies of single tokens in all that the archive has
     of the task, scored or not."""
-    from calmix.evaluation.scorer import Request
-
     floors = []
     if spec.form not in ("passage", "contexts"):
         distinct = list(dict.fromkeys(choice for item in items for choice in item.choices))
-        found = scorer.loglikelihood([Request(name, CUE, answer) for answer in distinct])
+        found = scorer.loglikelihood([(name, CUE, answer) for answer in distinct])
         known = dict(zip(distinct, found, strict=True))
         floors = [[known[choice] for choice in item.choices] for item in items]
     right = [item.right[1] for item in items]

@@ -14,10 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 from calmix.errors import InputError
 from calmix.evaluation.greedy import answers, prompt
 from calmix.evaluation.likelihood import Progress, Ticker
-from calmix.evaluation.suites import read_own
 from calmix.files import read_object, write_json
 from calmix.models import OpenModel
-from calmix.yaml_files import first_problem
+from calmix.yaml_files import first_problem, packaged
 
 KIND = "answers"
 MOST = 50  # prompts of a file
@@ -76,7 +75,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def panel() -> list[Prompt]:
     """Return the ten plain questions of every report card."""
-    held = read_own("panel.yaml")
+    held = packaged("evaluation/panel.yaml")
     head = "".join(f"Question: {one}\nAnswer: {answer}\n\n" for one, answer in held["examples"])
     return [Prompt(about, shown, f"{head}Question: {shown}\nAnswer:")
             for about, shown in held["questions"]]  # fmt: skip

@@ -170,14 +170,11 @@ class _Writer:
                 continue
             if not end:
                 row.written.append(token)
-            row.ended = end or self._stopped(row)
+            tail = self.tokenizer.decode(row.written[-TAIL:]) if row.until else ""
+            row.ended = end or any(stop in tail for stop in row.until)
             row.over = row.ended or len(row.written) >= row.room or loops(row.written)
             if row.over and self.tick is not None:
                 self.tick(1)
-
-    def _stopped(self, row: _Row) -> bool:
-        tail = self.tokenizer.decode(row.written[-TAIL:]) if row.until else ""
-        return any(stop in tail for stop in row.until)
 
     def answered(self, row: _Row) -> Answer:
         """Return a row's answer, without the text that ended it."""

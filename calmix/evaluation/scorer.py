@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,14 +30,6 @@ BATCH_TOKENS = 2048
 ROW_TOKENS = 256
 MAX_LENGTH = 2048  # where a model does not state its context
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-class Request(NamedTuple):
-    """One answer whose likelihood after a context is wanted."""
-
-    task: str
-    context: str
-    answer: str
 
 
 class Scorer:
@@ -85,22 +77,30 @@ class Scorer:
             special = False  # the text brings its own, as lm-evaluation-harness has it
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
 
-    def loglikelihood(self, requests: Sequence[Request]) -> list[float]:
-        """Return the log-likelihood of each answer in nats."""
-        pairs = self.pairs([(request.context, request.answer) for request in requests])
+    def loglikelihood(self, requests: Sequence[tuple[str, str, str]]) -> list[float]:
+        """Return the log-likelihood in nats of each answer, of requests (task, context, answer)."""
+        pairs = self.pairs([one[1:] for one in requests])
         scored = []
-        for owner, (request, (context, answer)) in enumerate(zip(requests, pairs, strict=True)):
+        for owner, ((task, *_), (context, answer)) in enumerate(zip(requests, pairs, strict=True)):
             if not 0 < len(answer) <= self.max_length:
                 raise ModelError(
-                    f"task {request.task} has an answer of {len(answer)} tokens; "
+                    f"task {task} has an answer of {len(answer)} tokens; "
                     f"{self.opened.name} takes 1 to {self.max_length}: leave that task out"
                 )
             ids = [*context, *answer]
             if len(ids) > self.max_length + 1:  # the last token is only predicted
-                self.truncated[request.task] += 1
+                self.truncated[task] += 1
                 ids = ids[-(self.max_length + 1) :]
             scored.append(Scored(ids, len(ids) - len(answer), owner))
-        return self._score(scored)
+        with torch.inference_mode():
+            self.tick.total += len(scored)
+            totals = [0.0] * len(scored)
+            for rows, hidden in self._hidden(scored):
+                targets = [target for row in rows for target in row.targets]
+                for target, value in zip(targets, self._values(rows, hidden).tolist(), strict=True):
+                    totals[target.owner] += value
+                self.tick(len({target.owner for target in targets}))  # it is in one row whole
+        return totals
 
     def pairs(self, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Tokenise pairs as lm-evaluation-harness does: together, then split by the context."""
@@ -119,17 +119,6 @@ class Scorer:
             own = len(head) if context or ids[:1] == head else 0  # it may bring the prefix
             pairs.append((head, ids[own:]))
         return pairs
-
-    @torch.inference_mode()
-    def _score(self, scored: list[Scored]) -> list[float]:
-        self.tick.total += len(scored)
-        totals = [0.0] * len(scored)
-        for rows, hidden in self._hidden(scored):
-            targets = [target for row in rows for target in row.targets]
-            for target, value in zip(targets, self._values(rows, hidden).tolist(), strict=True):
-                totals[target.owner] += value
-            self.tick(len({target.owner for target in targets}))  # a sequence is in one row whole
-        return totals
 
     def _hidden(self, scored: list[Scored]) -> Iterator[tuple[list[Row], Tensor]]:
         """Yield batches of rows with the last hidden states of their nodes."""

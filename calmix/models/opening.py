@@ -15,13 +15,11 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import yaml
 from torch import Tensor
 
 from calmix import assets
@@ -39,8 +37,9 @@ from calmix.files import (
 from calmix.machine import cores
 from calmix.models.attention import use_own_attention
 from calmix.models.shards import INDEX, PACK, Shards, weight_files
-from calmix.precision import fast_half_precision
+from calmix.precision import suited
 from calmix.progress import quiet
+from calmix.yaml_files import packaged
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
 REPEATED = ["*consolidated*.safetensors"]  # the weights once more, in Mistral's own form
@@ -106,8 +105,8 @@ class OpenModel:
 @functools.cache
 def builtin_models() -> dict[str, BuiltinModel]:
     """Return the builtin models by name (without the `builtin:` prefix)."""
-    text = resources.files("calmix.models").joinpath("builtin.yaml").read_text(encoding="utf-8")
-    return {name: BuiltinModel(name=name, **value) for name, value in yaml.safe_load(text).items()}
+    held = packaged("models/builtin.yaml")
+    return {name: BuiltinModel(name=name, **value) for name, value in held.items()}
 
 
 def known_model(name: str) -> Path | BuiltinModel | None:
@@ -280,8 +279,8 @@ def open_model(
         raise ModelError(
             f"{name} lacks {len(missing)} weights its configuration asks for, first '{missing[0]}'"
         )
-    if dtype == "auto" and target.type == "cpu" and not fast_half_precision(model.dtype):
-        model = model.float()
+    if dtype == "auto" and (fits := suited(model.dtype, target)) != model.dtype:
+        model = model.to(fits)
     use_own_attention(model.requires_grad_(False))
     embeddings = model.get_input_embeddings()
     tokenizer = load_tokenizer(folder, name, trust_remote_code)

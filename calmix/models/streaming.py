@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calmix.errors import ModelError
 from calmix.models.attention import use_own_attention
 from calmix.models.blocks import DecoderBlocks, find_blocks
 from calmix.models.opening import (
@@ -31,11 +32,14 @@ from calmix.models.opening import (
     resolve_model,
 )
 from calmix.models.shards import Place, Shards, read_file, write_index
-from calmix.precision import dtype_name, fast_half_precision
+from calmix.precision import dtype_name, suited
 
 
-class NotStreamableError(Exception):
+class NotStreamableError(ModelError):
     """The checkpoint's tensors are not the model's own, and why: open it whole."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name} cannot be worked on block by block, because {why}")
 
 
 CONVERTED = "transformers converts its weights while it loads them (first {})"
@@ -71,8 +75,8 @@ class StreamedModel:
         self.blocks: DecoderBlocks = find_blocks(self.model)
         for pair in getattr(self.model, "all_tied_weights_keys", {}).items():
             if any(name.startswith(f"{self.blocks.name}.") for name in pair):
-                raise NotStreamableError(f"its blocks share weights (first {pair[0]})")
-        parts, own = find_parts(self.model, self.shards.places), self._own()
+                raise NotStreamableError(self.name, f"its blocks share weights (first {pair[0]})")
+        parts, own = find_parts(self.model, self.shards.places, self.name), self._own()
         kept = self.model.state_dict().keys()
         buffers = [name for name, _ in self.model.named_buffers() if name in kept]
         self._parts = {name: part for name, part in parts.items() if name in own}
@@ -84,7 +88,7 @@ class StreamedModel:
         lacking = [name for name in own if name not in parts and name not in tied]
         lacking += [name for name in buffers if name not in self.buffers]
         if lacking:
-            raise NotStreamableError(CONVERTED.format(lacking[0]))
+            raise NotStreamableError(self.name, CONVERTED.format(lacking[0]))
         self._pool = ThreadPoolExecutor(1, "reading")
         self._ahead: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
         # A device copies in a queue of its own what the next block needs.
@@ -378,8 +382,7 @@ def _skeleton(
         if not isinstance(chosen, torch.dtype):
             floats = (p.dtype for p in shards.places.values() if p.dtype.is_floating_point)
             chosen = next(floats, torch.float32)
-        if device.type == "cpu" and not fast_half_precision(chosen):
-            chosen = torch.float32
+        chosen = suited(chosen, device)
     with loading(f"cannot open {shards.folder}"):
         from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -430,10 +433,11 @@ def split(model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
-def find_parts(model: Any, places: Mapping[str, Place]) -> dict[str, Part]:
+def find_parts(model: Any, places: Mapping[str, Place], called: str) -> dict[str, Part]:
     """Return the part of a checkpoint that each of a model's parameters and buffers is in.
 
-    Raises NotStreamableError where parameters do not convert back to what is stored.
+    Raises NotStreamableError, of the model as it is `called`, where parameters do not convert back
+    to what is stored.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -475,7 +479,7 @@ def find_parts(model: Any, places: Mapping[str, Place]) -> dict[str, Part]:
         if fitting and part.rule is not None:
             back = split(model, {n: _empty(own[n].shape, own[n].dtype) for n in made})
             if _shapes(back) != _shapes(stored):
-                raise NotStreamableError(CONVERTED.format(part.stored[0]))
+                raise NotStreamableError(called, CONVERTED.format(part.stored[0]))
         found |= dict.fromkeys(fitting, part)
     return found
 

@@ -26,8 +26,8 @@ from calmix.files import user_path
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.options import METHOD
 from calmix.precision import widest
-from calmix.pruning.engine import Run, check_names, run_through
-from calmix.pruning.gram import relative_error
+from calmix.pruning.engine import Looking, check_names, run_through
+from calmix.pruning.gram import Gram, relative_error
 from calmix.pruning.methods import Look, Method, get_method
 from calmix.pruning.patterns import Unstructured, clear
 from calmix.yaml_files import read_yaml
@@ -204,7 +204,7 @@ def looker(by: str) -> Method:
     return Look(gram=by == "error")
 
 
-class DensePass(Run):
+class DensePass(Looking):
     """A pass over the dense model that looks at its layers, and changes nothing.
 
     Args:
@@ -219,15 +219,12 @@ class DensePass(Run):
         by: str,
         sparsities: Sequence[float],
     ) -> None:
-        super().__init__(model, found, looker(by), Unstructured(0.5))
+        super().__init__(model, found, self._look, gram=looker(by).needs is Gram)
         self._by = by
         self._squares: dict[str, Tensor] = {}
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}
 
-    def _prune(
-        self, layers: list[Prunable], statistic: Tensor | None, tokens: int | None = None
-    ) -> None:
-        assert statistic is not None
+    def _look(self, layers: list[Prunable], statistic: Tensor) -> None:
         for layer in layers:
             if self._by == "owl":
                 self._squares[layer.name] = statistic

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -44,7 +44,7 @@ from calmix.precision import dtype_name
 from calmix.pruning import distributed
 from calmix.pruning.allocation import SPREAD, DensePass, from_shares, looker
 from calmix.pruning.budget import Plan, plan_for
-from calmix.pruning.engine import Patterns, Run, check_pattern, with_room
+from calmix.pruning.engine import Patterns, Run, check_pattern
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.methods import Look, Method
 from calmix.pruning.patterns import Unstructured
@@ -157,10 +157,7 @@ class _Pruning:
             self.source = StreamedModel(name, **run.opening)
         except NotStreamableError as error:
             if run.max_memory is not None:
-                raise InputError(
-                    f"{name} cannot be pruned block by block, because {error}: leave out "
-                    "--max-memory"
-                ) from error
+                raise InputError(f"{error}: leave out --max-memory") from error
             self.source = WholeModel(name, **run.opening)
         try:
             alike = {(r.only, r.skip, r.drop_experts, r.method == NONE) for r in targets.values()}
@@ -290,43 +287,21 @@ class _Pruning:
         def progress(blocks: int) -> None:
             self.run.progress(number * count + blocks, len(self.jobs) * count)
 
-        def act(plan: Plan) -> PruneReport:
-            run = Run(
-                self.source.model, self.source.blocks, job.method, by_layer or job.pattern,
-                request.propagation or "sequential",
-            )  # fmt: skip
-            run.sources = () if self.drawn is None else self.drawn.sources
-            told = request.allocation
-            run.report.allocation = "given" if isinstance(told, dict) else told
-            return prune_streamed(self.source, ids, run, work, plan, progress)
-
-        return self._with_room(act, self.plan(ids.shape, job.method, job), ids, work)
-
-    def _look(self, make: Callable[[], Any], ids: Tensor) -> Any:
-        """Take a run that changes nothing through all blocks."""
-
-        def act(plan: Plan) -> Any:
-            look = make()
-            for _ in take_through(self.source, ids, look, self.jobs[0].work, plan):
-                pass
-            return look
-
-        return self._with_room(act, self.plan(ids.shape, make().method), ids)
-
-    def _with_room(
-        self, act: Callable[[Plan], Any], plan: Plan, ids: Tensor, work: WorkFolder | None = None
-    ) -> Any:
-        """Act on a plan; where a device has no room for its micro-batch, on smaller ones."""
-        rows, length = max(1, len(ids)), max(1, ids.shape[1])
-
-        def undone() -> bool:
-            self.source.reset()
-            return work is None or not work.done
-
-        return with_room(
-            lambda count: act(replace(plan, micro_tokens=count * length)),
-            min(rows, plan.micro_tokens // length), self.source.device, undone, self.run.note,
+        run = Run(
+            self.source.model, self.source.blocks, job.method, by_layer or job.pattern,
+            request.propagation or "sequential",
         )  # fmt: skip
+        run.sources = () if self.drawn is None else self.drawn.sources
+        told = request.allocation
+        run.report.allocation = "given" if isinstance(told, dict) else told
+        plan = self.plan(ids.shape, job.method, job)
+        return prune_streamed(self.source, ids, run, work, plan, progress)
+
+    def _look(self, look: Any, ids: Tensor) -> None:
+        """Take a run that changes nothing through all blocks."""
+        plan = self.plan(ids.shape, look.method)
+        for _ in take_through(self.source, ids, look, self.jobs[0].work, plan):
+            pass
 
     def _drop(self, ids: Tensor, share: float) -> list[Dropped]:
         """Score the experts and let the model without those that count least be the source."""
@@ -341,7 +316,7 @@ class _Pruning:
         dropped = [Dropped(**one) for one in kept[0]] if kept else []
         if not dropped:
             chosen_experts(source.model, {one.name: [0.0] * one.count for one in mixtures}, share)
-            look = self._look(partial(ScorePass, source.model, blocks), ids)
+            self._look(look := ScorePass(source.model, blocks), ids)
             dropped = chosen_experts(source.model, look.scores, share)
         if lost := unscored(source):
             names = ", ".join(sorted(layer.strip(".") for layer in lost))
@@ -352,15 +327,10 @@ class _Pruning:
         for work in works:
             work.keep(dropped=[asdict(mixture) for mixture in dropped])
         distributed.once(partial(write_dropped, source, dropped, folder))
-        try:
-            made = StreamedModel(
-                str(folder), dtype=dtype_name(source.dtype),
-                device=str(source.device), trust_remote_code=source.trust_remote_code,
-            )  # fmt: skip
-        except NotStreamableError as error:
-            raise ModelError(
-                f"--drop-experts does not work with this architecture: {error}"
-            ) from error
+        made = StreamedModel(
+            str(folder), dtype=dtype_name(source.dtype),
+            device=str(source.device), trust_remote_code=source.trust_remote_code,
+        )  # fmt: skip
         source.close()
         made.name, made.folder = source.name, source.folder
         made.blocks = made.blocks.select(source.blocks.only, source.blocks.skip)
@@ -374,8 +344,8 @@ class _Pruning:
             jobs = [job for job in jobs if "allocation" not in job.work.kept]
             if jobs:
                 shares = sorted({job.request.sparsity or 0.0 for job in jobs})
-                made = partial(DensePass, self.source.model, self.source.blocks, by, shares)
-                look = self._look(made, ids)
+                look = DensePass(self.source.model, self.source.blocks, by, shares)
+                self._look(look, ids)
                 for job in jobs:
                     found = look.patterns(job.request.sparsity or 0.0, job.method)
                     job.work.keep(allocation={name: one.sparsity for name, one in found.items()})

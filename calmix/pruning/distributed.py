@@ -19,17 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from calmix.errors import CalmixError, InputError, first_line
+from calmix.errors import CalmixError, InputError, PassingError, first_line
 from calmix.pruning.gram import Statistic
 
 T = TypeVar("T")
 WAIT = timedelta(days=7)  # the first process may draw text or write files for hours meanwhile
 TIDYING = timedelta(seconds=20)  # a launcher waits for 30 s before it kills
 _hosts: list[Any] = []  # the group of hosts, once several processes have used it
-
-
-class PeerError(CalmixError):
-    """Another process has ended before the work was done."""
 
 
 @contextmanager
@@ -155,7 +151,7 @@ def _together(act: Callable[[], Any]) -> None:
     try:
         act()
     except RuntimeError as error:
-        raise PeerError(
+        raise PassingError(
             f"another process has ended before the work was done: {first_line(error)}"
         ) from error
 

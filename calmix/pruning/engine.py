@@ -18,19 +18,19 @@ Knows nothing about architectures (see trace.py), files (see streamed.py) or com
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.errors import DeviceMemoryError, InputError, ModelError, SolverError, nearest
-from calmix.machine import Laps, give_memory_back, out_of_memory, tokens_at_once
+from calmix.errors import InputError, ModelError, PassingError, SolverError, nearest
+from calmix.machine import Laps, out_of_memory, tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
@@ -39,15 +39,14 @@ from calmix.precision import bfloat16_products, dtype_name, reproducible
 from calmix.pruning import distributed
 from calmix.pruning.experts import EXPERT_BYTES, Gathering, Routed, Step, sampled
 from calmix.pruning.gram import Gram, Statistic, relative_error
-from calmix.pruning.methods import Method, Solution, get_method
-from calmix.pruning.patterns import Pattern, as_pattern
+from calmix.pruning.methods import Look, Method, Solution, get_method
+from calmix.pruning.patterns import Pattern, Unstructured, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 from calmix.pruning.solvers.grids import Grid
 from calmix.pruning.trace import TOKENS, Batch, Calls, SharedInput, observe_block
 
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
 Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch's arguments
-T = TypeVar("T")
 
 
 def prune(
@@ -111,64 +110,34 @@ def prune(
         chosen, pattern = chosen.aim(None if pattern is None else as_pattern(pattern))
     found = find_blocks(model).select(only, skip)
     check_pattern(found, pattern, chosen)
-    device = next(model.parameters()).device
-    first = [] if device.type == "cpu" else [(p, p.view().cpu()) for p in found.prunables(0)]
-    count = length = 1
     if chosen.needs is not None:
-        count, length = (ids := check_ids(ids, chosen.name)).shape
         embeddings: Any = model.get_input_embeddings  # a method of transformers' models
-        check_vocabulary(type(model).__name__, embeddings(), ids)
-    run: Run | None = None
-
-    def act(rows: int) -> PruneReport:
-        nonlocal run
-        run = Run(model, found, chosen, pattern, propagation)
-        run.paused, run.sources = paused, sources
-        run_through(run, ids, rows * length, progress)
-        return run.report
-
-    def undone() -> bool:
-        if run is None or run.done:
-            return False
-        for layer, weight in first:
-            layer.assign(weight)
-        return True
-
-    rows = max(1, (micro_tokens or tokens_at_once(device)) // length)
+        check_vocabulary(type(model).__name__, embeddings(), check_ids(ids, chosen.name))
+    run = Run(model, found, chosen, pattern, propagation)
+    run.paused, run.sources = paused, sources
     try:
-        return with_room(act, min(rows, count), device, undone)
+        run_through(run, ids, micro_tokens, progress)
     except BaseException as error:
-        if run is not None and (run.done or run.begun):
+        if run.done or run.begun:
             last = run.done - (not run.begun)
             error.add_note(f"the model is left pruned in blocks 0 to {last}: open it again")
         raise
+    return run.report
 
 
-def with_room(
-    act: Callable[[int], T],
-    rows: int,
-    device: torch.device,
-    undone: Callable[[], bool],
-    say: Callable[[str], None] = lambda line: None,
-) -> T:
-    """Return `act(rows)`; where the device has no room, that of half as many rows at a time.
-
-    `undone` puts back what `act` has changed and returns whether it could.
-    """
-    while True:
-        try:
-            return act(rows)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            if distributed.processes()[1] > 1 or rows < 2 or not undone():
-                raise DeviceMemoryError(
-                    f"{device} has run out of memory, with {rows} calibration rows at a time: free "
-                    "some of it, or draw shorter rows"
-                ) from error
-        rows //= 2
-        give_memory_back()  # here, where nothing of what has failed is kept
-        say(f"{device} has run out of memory: starting over with {rows} rows at a time")
+@contextmanager
+def memory_errors(run: Run, device: torch.device) -> Iterator[None]:
+    """Turn a device's lack of memory into a line that says what would take less."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise PassingError(
+            f"{device} has run out of memory, with {run.report.rows_at_once} calibration rows at a "
+            "time: free some of it, run fewer at a time (--max-memory, in Python micro_tokens), or "
+            "draw shorter rows"
+        ) from error
 
 
 def run_through(
@@ -183,12 +152,13 @@ def run_through(
     training = [module for module in model.modules() if module.training]
     model.eval()  # no dropout
     try:
-        if run.needs_ids:
-            run.record(ids, micro_tokens)
-        for index in range(len(found)):
-            run.block(index)
-            if progress is not None:
-                progress(index + 1, len(found))
+        with memory_errors(run, next(model.parameters()).device):
+            if run.needs_ids:
+                run.record(ids, micro_tokens)
+            for index in range(len(found)):
+                run.block(index)
+                if progress is not None:
+                    progress(index + 1, len(found))
     finally:
         for module in training:
             module.training = True
@@ -467,7 +437,7 @@ class Run:
             self._solve(*sums.pop(0))
         self._advance(index)
 
-    def _waves(self, routed: Routed) -> list[tuple[Step, list[int | None]]]:
+    def _waves(self, routed: Routed) -> list[tuple[Step, list[int]]]:
         """Return a mixture's steps, each with as many experts as have room for statistics."""
         waves = []
         for step in (step for step in routed.steps if step.layers):
@@ -480,7 +450,7 @@ class Run:
         self,
         routed: Routed,
         step: Step,
-        experts: list[int | None],
+        experts: list[int],
         gather: Callable[[Work], None],
     ) -> None:
         """Gather the statistics of some experts at one step, and prune them."""
@@ -566,6 +536,28 @@ class Run:
                     None if grid is None else grid.bits,
                 )
             )  # fmt: skip
+
+
+class Looking(Run):
+    """A pass over the dense model that changes nothing, and hands over the layers of each input
+    with its statistic: the sums of squares, or the Gram matrix if `gram`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: DecoderBlocks,
+        seen: Callable[[list[Prunable], Tensor], None],
+        *,
+        gram: bool = False,
+    ) -> None:
+        super().__init__(model, found, Look(gram=gram), Unstructured(0.5))
+        self._seen = seen
+
+    def _prune(
+        self, layers: list[Prunable], statistic: Tensor | None, tokens: int | None = None
+    ) -> None:
+        assert statistic is not None
+        self._seen(layers, statistic)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[None]:

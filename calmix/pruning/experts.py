@@ -34,8 +34,10 @@ MATMULS = frozenset({
     torch.bmm, torch.Tensor.bmm,
 })  # fmt: skip
 
-Seen = Callable[[str, int | None, Tensor], bool]  # key, expert and input; whether it is computed
-Add = Callable[[int | None, Tensor], None]  # of an expert
+# The parameter that is used, of which expert (None: of all at once) and the input; whether the
+# product is computed.
+Seen = Callable[[str, int | None, Tensor], bool]
+Add = Callable[[int, Tensor], None]  # of an expert
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ class _Products(TorchFunctionMode):
         self._seen = seen
         self._sources: dict[int, list[tuple[Prunable, Tensor]]] = {}
         for layer in {layer.parameter_id: layer for layer in layers}.values():
-            whole = layer.whole() if layer.fused else layer.whole()[None]
-            stored = whole.transpose(1, 2) if layer.transposed else whole
+            stored = layer.whole().transpose(1, 2) if layer.transposed else layer.whole()
             self._sources.setdefault(_memory(stored), []).append((layer, stored))
 
     def __torch_function__(
@@ -101,7 +102,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _place(layer: Prunable, stored: Tensor, used: Tensor, offset: int) -> tuple[str, int | None]:
-    """Return key and expert of a used weight (outputs, inputs); None for no expert, or all.
+    """Return parameter and expert of a used weight (outputs, inputs); None for all experts.
 
     It lies at an offset in what is stored, (experts, outputs, inputs).
     """
@@ -112,9 +113,7 @@ def _place(layer: Prunable, stored: Tensor, used: Tensor, offset: int) -> tuple[
             f"a part of the experts' {layer.parameter} of shape {tuple(used.shape)} is used on "
             "its own: the engine cannot prune these experts"
         )
-    if not layer.fused:
-        return layer.key, layer.expert
-    return layer.key, None if used.ndim == 3 else at
+    return layer.parameter, None if used.ndim == 3 else at
 
 
 @contextmanager
@@ -138,15 +137,15 @@ def watching(mixture: Mixture, layers: Sequence[Prunable], seen: Seen) -> Iterat
 
 @dataclass(frozen=True)
 class Step:
-    """Linear maps that read one input, of every expert; by None those that see all tokens.
+    """Linear maps that read one input, of every expert.
 
     Attributes:
         layers: those to be pruned.
-        keys: of all, the one first that is called first.
+        keys: all parameters, the one first that is used first.
         common: whether every expert's input of one token is the same.
     """
 
-    layers: Mapping[int | None, list[Prunable]]
+    layers: Mapping[int, list[Prunable]]
     keys: tuple[str, ...]
     common: bool = False
 
@@ -167,8 +166,8 @@ class Routed:
         steps: their inputs, in the order in which they can be pruned.
         chosen: experts a token is sent to.
         kind: how the module is called: `indexed` (hidden states, and the experts of each token),
-            `stacked` (an expert's hidden states after another's, zero where it is not chosen),
-            `shared` (all experts see all tokens) or `modules` (each expert is one).
+            `stacked` (an expert's hidden states after another's, zero where it is not chosen) or
+            `shared` (all experts see all tokens).
     """
 
     mixture: Mixture
@@ -215,14 +214,12 @@ class Routed:
             elif not done.issuperset(keys):
                 raise ModelError(f"the experts in {self.name} are not all wired alike")
             done |= set(keys)
-        if missing := {layer.key for layer in self.layers} - done:
+        if missing := {layer.parameter for layer in self.layers} - done:
             raise ModelError(
-                f"it cannot be seen what {min(missing).strip('/')} of the experts in {self.name} "
-                "is applied to: the engine cannot prune them"
+                f"it cannot be seen what {min(missing)} of the experts in {self.name} is applied "
+                "to: the engine cannot prune them"
             )
-        if self.mixture.experts is not None:
-            self.kind = "modules"
-        elif given.index is not None:
+        if given.index is not None:
             self.kind = "indexed"
         else:
             self.kind = "stacked" if len(given.tensors) == 1 else "shared"
@@ -232,9 +229,9 @@ class Routed:
         tokens //= self.mixture.count if self.kind == "stacked" else 1
         self.chosen = round(int(self.counts(1, args, kwargs).sum()) / tokens)
         for number, step in enumerate(self.steps):
-            experts = [expert for expert in step.layers if expert is not None][:2]
+            experts = list(step.layers)[:2]
             if experts and self.kind != "shared":
-                inputs: dict[int | None, Tensor] = {}
+                inputs: dict[int, Tensor] = {}
                 every = torch.arange(tokens, device=hidden.device)
                 self.everything(step, experts, every, given, inputs.__setitem__)
                 common = len(inputs) < 2 or torch.equal(*inputs.values())
@@ -242,13 +239,13 @@ class Routed:
         return result
 
     def _step(self, keys: list[str]) -> Step:
-        layers: dict[int | None, list[Prunable]] = {}
+        layers: dict[int, list[Prunable]] = {}
         for layer in self.layers:
-            if layer.key in keys and layer.name in self.wanted:
-                layers.setdefault(layer.expert, []).append(layer)
+            if layer.parameter in keys and layer.name in self.wanted:
+                layers.setdefault(layer.expert or 0, []).append(layer)
         return Step(layers, tuple(keys))
 
-    def collect(self, step: Step, experts: Collection[int | None], given: Given, add: Add) -> None:
+    def collect(self, step: Step, experts: Collection[int], given: Given, add: Add) -> None:
         """Run the module as far as a step's inputs and hand over those of some experts."""
         with self._as_far_as(step, experts, add):
             given.run(self.module)
@@ -260,15 +257,6 @@ class Routed:
         (hidden, *_), index, count = given.tensors, given.index, self.mixture.count
         flat = hidden.reshape(-1, hidden.shape[-1])
         with self._as_far_as(step, experts, add):
-            if self.kind == "modules":
-                modules: Any = self.mixture.experts
-                try:
-                    for expert in experts:
-                        modules[expert].forward(flat[tokens])
-                except TypeError as error:
-                    line = f"the experts in {self.name} cannot be run on their own"
-                    raise ModelError(line) from error
-                return
             if index is None:
                 apart = flat.view(count, -1, flat.shape[-1])
                 chosen = (apart != 0).any(-1).sum(0).clamp(min=1)
@@ -285,20 +273,18 @@ class Routed:
             given.but(new).run(self.module)
 
     @contextmanager
-    def _as_far_as(self, step: Step, experts: Collection[int | None], add: Add) -> Iterator[None]:
+    def _as_far_as(self, step: Step, experts: Collection[int], add: Add) -> Iterator[None]:
         at = next(number for number, one in enumerate(self.steps) if one is step)
         earlier = {key for one in self.steps[:at] for key in one.keys}
-        fused = {layer.key for layer in self.layers if layer.fused}
 
         def seen(key: str, expert: int | None, inputs: Tensor) -> bool:
             here = key == step.keys[0]
-            if expert is None and key in fused:
+            if expert is None:
                 for one in experts if here else ():
                     add(one, inputs[one][(inputs[one] != 0).any(-1)])
-                return key in earlier
-            if here and expert in experts:
+            elif here and expert in experts:
                 add(expert, inputs)
-            return key in earlier and (expert is None or expert in experts or None in experts)
+            return key in earlier and (expert is None or expert in experts)
 
         with watching(self.mixture, self.layers, seen):
             yield
@@ -316,19 +302,7 @@ class Routed:
         if self.kind == "stacked":
             used = (hidden.reshape(count, rows, -1, hidden.shape[-1]) != 0).any(-1)
             return used.sum(-1).T
-        found = torch.zeros(rows, count, dtype=torch.int64)
-        if self.kind == "shared":
-            return found + hidden.numel() // hidden.shape[-1] // rows
-        plain = {layer.key for layer in self.layers if layer.expert is None}
-        step = next(step for step in self.steps if plain.isdisjoint(step.keys))
-        for row, part in enumerate(hidden.chunk(rows)):
-
-            def add(expert: int | None, inputs: Tensor, row: int = row) -> None:
-                assert expert is not None
-                found[row, expert] += inputs.numel() // inputs.shape[-1]
-
-            self.collect(step, range(count), given.but({id(hidden): part}), add)
-        return found
+        return torch.full((rows, count), hidden.numel() // hidden.shape[-1] // rows)
 
 
 class Gathering:
@@ -339,7 +313,7 @@ class Gathering:
     Args:
         routed: the mixture.
         step: the inputs.
-        experts: whose; `[None]` at a step that all tokens take.
+        experts: whose.
         kind: the statistic.
         lap: counts the seconds of what is done within.
     """
@@ -348,20 +322,18 @@ class Gathering:
         self,
         routed: Routed,
         step: Step,
-        experts: Sequence[int | None],
+        experts: Sequence[int],
         kind: type[Statistic],
         lap: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._routed, self._step, self._experts = routed, step, experts
         self._kind, self._lap = kind, lap
-        self._own: dict[int | None, Statistic] = {}
-        self._every: dict[int | None, Statistic] = {}
+        self._own: dict[int, Statistic] = {}
+        self._every: dict[int, Statistic] = {}
         self._all = 0
-        self._numbers = [expert for expert in experts if expert is not None]
+        self._numbers = list(experts)[: 1 if step.common else None]
         if routed.kind == "shared":  # whose own tokens are all
             self._numbers = []
-        if step.common:
-            self._numbers = self._numbers[:1]
 
     def collect(self, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add a micro-batch.
@@ -377,15 +349,13 @@ class Gathering:
             self._all += len(sample)
             self._routed.everything(self._step, self._numbers, sample, given, every)
 
-    def _add(self, sums: dict[int | None, Statistic], expert: int | None, inputs: Tensor) -> None:
+    def _add(self, sums: dict[int, Statistic], expert: int, inputs: Tensor) -> None:
         with self._lap():
             if expert not in sums:
                 sums[expert] = self._kind(self._step.columns, inputs.device)
             sums[expert].add(inputs)
 
-    def statistics(
-        self, counts: Sequence[int]
-    ) -> Iterator[tuple[list[Prunable], Tensor, int | None]]:
+    def statistics(self, counts: Sequence[int]) -> Iterator[tuple[list[Prunable], Tensor, int]]:
         """Yield linear maps that share an input, its statistic, and the tokens of that expert.
 
         Args:
@@ -398,12 +368,11 @@ class Gathering:
         for expert in self._experts:
             if not (layers := self._step.layers.get(expert, [])):
                 continue
-            if expert is None or not self._numbers:
-                own = self._summed(self._own, expert)
-                yield layers, own, None if expert is None else counts[expert]
+            count = counts[expert]
+            if not self._numbers:
+                yield layers, self._summed(self._own, expert), count
                 continue
             every = self._summed(self._every, expert) if whole is None else whole
-            count = counts[expert]
             own = self._summed(self._own, expert) if count else torch.zeros_like(every)
             if self._kind.sums:
                 own.add_(every, alpha=SMOOTHING / self._all)
@@ -411,7 +380,7 @@ class Gathering:
                 own = (count * own + SMOOTHING * every) / (count + SMOOTHING)
             yield layers, own, count
 
-    def _summed(self, sums: dict[int | None, Statistic], expert: int | None) -> Tensor:
+    def _summed(self, sums: dict[int, Statistic], expert: int) -> Tensor:
         """Return the statistic of all processes' tokens, of which this one may have seen none."""
         found = sums.pop(expert, None) or self._kind(self._step.columns, self._routed.device)
         distributed.gather(found)

@@ -17,7 +17,7 @@ from calmix.machine import free_memory
 from calmix.models.streaming import WeightSource
 from calmix.pruning import distributed
 from calmix.pruning.budget import Plan
-from calmix.pruning.engine import Run
+from calmix.pruning.engine import Run, memory_errors
 from calmix.pruning.report import PruneReport
 from calmix.pruning.solvers.grids import SCALES, stored
 from calmix.pruning.states import States
@@ -82,18 +82,21 @@ def take_through(
             host = int(HOST_SHARE * free_memory()) // distributed.here()
         folder = work.scratch(f"states-{distributed.processes()[0]}")
         run.states = States(folder, source.device, plan.states, host)
-        source.fetch_outside()
-        source.fetch(0)
-        run.record(ids, plan.micro_tokens)
+        with memory_errors(run, source.device):
+            source.fetch_outside()
+            source.fetch(0)
+            run.record(ids, plan.micro_tokens)
         source.drop_outside()
     for index in range(len(source.blocks)):
         if index >= len(done):
-            source.fetch(index, ahead=plan.overlap)
-            run.block(index)
+            with memory_errors(run, source.device):
+                source.fetch(index, ahead=plan.overlap)
+                run.block(index)
             yield index
         elif run.needs_ids:
             source.refill(index, work.load(done[index]))
-            run.replay(index)
+            with memory_errors(run, source.device):
+                run.replay(index)
         source.drop(index)
     if folder is not None:
         rmtree(folder, ignore_errors=True)

@@ -264,7 +264,9 @@ def observe_block(
 
     def on_linear(layer: Prunable, module: Any, args: tuple[Any, ...], output: Any) -> None:
         kept.append(args[0])
-        seen.append((layer, _identity(args[0])))
+        # What two tensors have in common only if they are one, unchanged in between.
+        place = args[0].untyped_storage()._cdata, args[0].storage_offset(), args[0]._version
+        seen.append((layer, (*place, args[0].shape.numel(), args[0].dtype)))
         if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
             fits = args[0].shape[-1] == layer.shape[1]
             plain = nn.Linear.forward(module, args[0]).float() if fits else args[0]
@@ -313,12 +315,6 @@ def observe_block(
             if isinstance(place, SharedInput) and isinstance(one, Prunable):
                 place.layers.append(one)
     return list(inputs.values()), dense
-
-
-def _identity(value: Tensor) -> tuple[Any, ...]:
-    """Return what two tensors have in common only if they are one, unchanged in between."""
-    place = value.untyped_storage()._cdata, value.storage_offset()
-    return *place, value._version, value.shape.numel(), value.dtype
 
 
 def token_bytes(model: Any, found: DecoderBlocks) -> int:

@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from calmix.calibration import CalibrationSet, OpenTokenizer, ask, resolve
-from calmix.errors import CalmixError, DeviceMemoryError, DiskError, InputError, disk_errors
+from calmix.errors import CalmixError, DiskError, InputError, PassingError, disk_errors
 from calmix.files import (
     atomic_folder,
     check_output_folder,
@@ -49,7 +49,6 @@ from calmix.manifest import read_sealed, sealed
 from calmix.models import OpenModel
 from calmix.models.shards import read_file, write_file
 from calmix.pruning import distributed
-from calmix.pruning.distributed import PeerError
 
 SUFFIX, RECORD, CHECKPOINT, SET = ".unfinished", "work.json", "checkpoint", "calibration"
 
@@ -162,16 +161,6 @@ class WorkFolder:
         if self.claimed:
             self._write(self.path)
 
-    def keep_calibration(self, drawn: CalibrationSet) -> None:
-        """Keep the calibration set, so that it need not be drawn again."""
-        drawn.save(self.path / SET, overwrite=True)
-        self.keep(calibration=drawn.manifest)
-
-    def calibration(self) -> CalibrationSet:
-        """Return the calibration set that was kept, as it was drawn."""
-        held = CalibrationSet.open(self.path / SET)
-        return CalibrationSet(held.ids, held.sources, self.kept["calibration"])
-
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors to a safetensors file of the folder, whole or not at all."""
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -218,8 +207,7 @@ class WorkFolder:
         """
         if not self.claimed:
             return
-        passing = DiskError | DeviceMemoryError | PeerError
-        again = isinstance(error, passing) or not isinstance(error, CalmixError)
+        again = isinstance(error, DiskError | PassingError) or not isinstance(error, CalmixError)
         stays = self.resumes or (self.begun and again)
         (self.close if stays else self.abandon)()
         if stays and again:
@@ -262,13 +250,15 @@ def draw_set(
     """
     kept = next((work for work in works if work.resumes), None)
     if kept is not None:
-        made = kept.calibration()
+        held = CalibrationSet.open(kept.path / SET)
+        made = CalibrationSet(held.ids, held.sources, kept.kept["calibration"])
     else:
         written = ask(calibration, context=tokenizer.context, **draw).runs_model
         made = resolve(calibration, model() if written else tokenizer, **how, **draw)
     for work in works:
         if not work.resumes:
-            work.keep_calibration(made)
+            made.save(work.path / SET, overwrite=True)
+            work.keep(calibration=made.manifest)
     return made
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import CalibrationSet, ask, open_tokenizer
-from calmix.errors import InputError, ModelError, disk_errors
+from calmix.errors import InputError, disk_errors
 from calmix.files import sha256_json, write_json
 from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import open_model
 from calmix.models.opening import check_ids
 from calmix.models.shards import write_index
-from calmix.models.streaming import NotStreamableError, StreamedModel
+from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import reproducible
 from calmix.pruning.checkpoint import MANIFEST, RUN, check_request, read_told
@@ -79,7 +79,7 @@ def recover(
         )  # fmt: skip
 
     once(check)
-    models = [streamed(name, job.opening) for name in (pruned, against)]
+    models = [StreamedModel(name, **job.opening) for name in (pruned, against)]
     try:
         job.take(*models)
         tokenizers = [open_tokenizer(one.name, trust_remote_code=trust) for one in models]
@@ -118,14 +118,6 @@ def recover(
     finally:
         for one in models:
             one.close()
-
-
-def streamed(name: str, opening: dict[str, Any]) -> StreamedModel:
-    """Open a model block by block, as it has to be for a recovery (else ModelError)."""
-    try:
-        return StreamedModel(name, **opening)
-    except NotStreamableError as error:
-        raise ModelError(f"{name} cannot be recovered, because {error}") from error
 
 
 def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:

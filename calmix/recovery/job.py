@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from calmix.calibration import CalibrationSet
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError
 from calmix.files import check_free
 from calmix.machine import device_memory, give_memory_back
 from calmix.manifest import deciding_versions
@@ -22,7 +22,7 @@ from calmix.models import open_model
 from calmix.models.opening import device_of, fingerprint
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
-from calmix.precision import fast_half_precision
+from calmix.precision import dtype_name, suited
 from calmix.pruning import distributed
 from calmix.pruning.budget import GIB
 from calmix.pruning.checkpoint import MANIFEST, read_told
@@ -130,8 +130,7 @@ class Job:
             )
         self.type_name = run.dtype
         if run.dtype == "auto":
-            fast = self.device.type != "cpu" or fast_half_precision(torch.bfloat16)
-            self.type_name = "bfloat16" if fast else "float32"
+            self.type_name = dtype_name(suited(torch.bfloat16, self.device))
         if self.type_name not in TYPES:
             raise InputError(f"--dtype {run.dtype} cannot train: use bfloat16 or float32")
         self.dtype = TYPES[self.type_name]
@@ -183,14 +182,6 @@ class Job:
             raise InputError(
                 f"{pruned.name} is not sparse ({self.zeros / self.weights:.2%} of its linear maps' "
                 "weights are zero): prune it first"
-            )
-        # One that no token of a process reaches would keep the others waiting.
-        if self.processes > 1 and any(
-            layer.expert is not None and not layer.fused for block in blocks for layer in block
-        ):
-            raise ModelError(
-                f"{pruned.name} has experts that are modules of their own, which are recovered in "
-                "one process: start it without a launcher"
             )
 
     def asked(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -18,9 +17,8 @@ def render(name: str, **context: Any) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     found.globals |= {"w": words, "use_of": use_of, "zip": zip}
-    found.filters |= {"heads": _heads, "metric_name": words.metric_name}
+    found.filters |= {
+        "heads": lambda names, *forms: [form.format(name) for name in names for form in forms],
+        "metric_name": words.metric_name,
+    }
     return found.get_template(name).render(context)
-
-
-def _heads(names: Iterable[str], *forms: str) -> list[str]:
-    return [form.format(name) for name in names for form in forms]

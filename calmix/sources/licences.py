@@ -10,9 +10,9 @@ own              the user's own text
 from __future__ import annotations
 
 import re
-from typing import Literal, get_args
+from typing import Literal
 
-from calmix.errors import InputError, nearest
+from calmix.errors import InputError
 
 Use = Literal["permissive", "share-alike", "non-commercial", "unstated", "own"]
 Licence = Literal["permissive"]  # what can be asked for
@@ -44,12 +44,6 @@ def use_of(licence: str) -> Use:
 def short(licence: str) -> str:
     """Return a licence line without what stands in brackets: whose it is."""
     return re.sub(r"\s*\([^()]*\)", "", licence)
-
-
-def check_licence(wanted: str | None) -> None:
-    """Raise InputError for another wish than `permissive`."""
-    if wanted is not None and wanted not in get_args(Licence):
-        raise InputError(f"unknown licence '{wanted}': {nearest(wanted, get_args(Licence))}")
 
 
 def allowed(licence: str, wanted: str | None) -> bool:

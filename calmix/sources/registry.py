@@ -8,11 +8,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calmix.errors import InputError, SourceError, nearest
@@ -31,7 +29,7 @@ from calmix.sources.readers import (
     PythonStdlib,
     ReasoningGym,
 )
-from calmix.yaml_files import first_problem, read_yaml
+from calmix.yaml_files import first_problem, packaged, read_yaml
 
 AnyReader = Annotated[
     PythonStdlib | PythonDocs | PackageFiles | AssetText | ReasoningGym | LocalFile | HubText,
@@ -118,12 +116,8 @@ def builtin_sources() -> dict[str, Source]:
 
 @functools.cache
 def _entries() -> dict[str, Source]:
-    found: dict[str, Source] = {}
-    for file in ("builtin.yaml", "hub.yaml"):
-        text = resources.files("calmix.sources").joinpath(file).read_text(encoding="utf-8")
-        entries = yaml.safe_load(text).items()
-        found |= {name: Source(name=name, **entry) for name, entry in entries}
-    return found
+    entries = packaged("sources/builtin.yaml") | packaged("sources/hub.yaml")
+    return {name: Source(name=name, **entry) for name, entry in entries.items()}
 
 
 def offline_sources() -> dict[str, Source]:

@@ -32,7 +32,7 @@ from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import use_own_attention
 from calmix.models.opening import DTYPES, device_of, known_model, loading
 from calmix.options import Recovering
-from calmix.precision import fast_half_precision
+from calmix.precision import suited
 from calmix.pruning import prune
 from calmix.pruning.allocation import looker
 from calmix.pruning.budget import plan_for
@@ -78,8 +78,7 @@ class Timed:
         with loading(f"cannot read the configuration of {name}"):
             config = AutoConfig.from_pretrained(place, **trust)
             chosen = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
-            slow = self.device.type == "cpu" and not fast_half_precision(chosen)
-            self.dtype: torch.dtype = torch.float32 if dtype == "auto" and slow else chosen
+            self.dtype = suited(chosen, self.device) if dtype == "auto" else chosen
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **trust)
             model.tie_weights()

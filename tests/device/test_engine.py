@@ -16,7 +16,6 @@ from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods.admm import Admm
 from calmix.pruning.trace import Batch, Calls
-from tests.pruning.test_experts import OldMixture
 from tests.tiny import VOCABULARY, quick, tiny_config, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
@@ -130,35 +129,7 @@ def test_a_device_sums_in_one_order(monkeypatch, kind):
     assert not any(ordered)
 
 
-def test_out_of_memory_a_prune_starts_over_with_fewer_rows(monkeypatch):
-    """The first block is put back, as far as it was pruned."""
-    add, seen, copies = Gram.add, [], Counter()
-
-    def adding(self, inputs):
-        if inputs.shape[1:] == (32, 64):  # the last input of a block
-            seen.append(len(inputs))
-            if len(inputs) > 2:
-                copies.update(traced.copies)
-                raise torch.OutOfMemoryError
-        add(self, inputs)
-
-    monkeypatch.setattr(Gram, "add", adding)
-    with tracing() as traced:
-        ids = torch.randint(VOCABULARY, (5, 32), device="cpu")
-        report = prune(empty_model(tiny_config("llama")), ids, pattern=HALF, micro_tokens=4 * 32)
-    assert seen == [4, 2, 2, 1, 2, 2, 1]
-    assert report.rows_at_once == 2
-    assert copies[("cuda", "cpu")] == 7  # the layers of one block
-    assert traced.copies[("cpu", "cuda")] == copies[("cpu", "cuda")] + 7 + 4  # and ids anew
-
-
 # Mixtures of experts
-
-
-def as_lists(model):
-    """Experts as modules of their own."""
-    for block in model.model.layers:
-        block.mlp = OldMixture(block.mlp).requires_grad_(False).bfloat16()
 
 
 def as_slices(model):
@@ -181,9 +152,8 @@ def as_slices(model):
 
 @pytest.mark.parametrize(
     "case",
-    quick([("wanda", "sequential", as_slices)],
-          [("wanda", "sequential", as_lists), (QUICK, "block", as_slices)]),
-)  # fmt: skip
+    quick([("wanda", "sequential", as_slices)], [(QUICK, "block", as_slices)]),
+)
 def test_experts_are_read_a_few_times_besides_what_routing_asks(case):
     """A module that sends tokens to experts asks which; ours ask if experts see the same tokens."""
     method, propagation, change = case
@@ -194,8 +164,8 @@ def test_experts_are_read_a_few_times_besides_what_routing_asks(case):
         assert numbers <= FEW * (2 + 2 * 4)  # inputs of attention, and of each expert
         assert reads == {"equal": 2}  # of the first two experts, a step
         # How many tokens reach each expert of all.
-        counted = {} if change is as_lists else {("cuda", "cpu"): 1}
-        told = 2 * 3 + 2 * (change is not as_lists)  # which tokens stand for all; at first, experts
+        counted = {("cuda", "cpu"): 1}
+        told = 2 * 3 + 2  # which tokens stand for all; at first, experts
         assert copies == {("cpu", "cuda"): told} | counted
     assert len(run.report.layers) == 2 * (4 + 4 * 3)
 

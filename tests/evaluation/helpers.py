@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from calmix.evaluation.records import TaskScores
-from calmix.evaluation.scorer import Request
 from calmix.evaluation.scores import CapabilityScores
-from calmix.evaluation.suites import ASKED, read_own
+from calmix.evaluation.suites import ASKED
 from calmix.models import OpenModel
+from calmix.yaml_files import packaged
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -35,13 +35,13 @@ def benchmark(spec):
     """Return the benchmark that a task's items are of; None where they are made here."""
     if spec.asked is None:
         return spec.archive and benchmark_of(spec.archive.split("/")[0])
-    parts = read_own(ASKED)[spec.asked]["from"].split("/")
+    parts = packaged(ASKED)[spec.asked]["from"].split("/")
     return benchmark_of(parts[2]) if len(parts) > 2 else None
 
 
 def request(context, answer, task="task"):
     """One answer whose likelihood is asked for."""
-    return Request(task, context, answer)
+    return task, context, answer
 
 
 def quiz(questions=6, shots=3, seed=0):

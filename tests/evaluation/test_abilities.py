@@ -7,8 +7,9 @@ from calmix.evaluation import abilities
 from calmix.evaluation.abilities import load_asked, prompts, verdict
 from calmix.evaluation.evaluate import evaluate, runnable
 from calmix.evaluation.greedy import Answer
-from calmix.evaluation.suites import ASKED, load_suite, read_own
+from calmix.evaluation.suites import ASKED, load_suite
 from calmix.models import open_model
+from calmix.yaml_files import packaged
 from tests.tiny import tiny_tokenizer
 
 MADE = ("sums", "small_programs", "requests")
@@ -97,7 +98,7 @@ def test_an_asked_task_is_scored_and_its_answers_are_kept(tiny_folder, monkeypat
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", [n for n in read_own(ASKED) if n not in MADE])
+@pytest.mark.parametrize("name", [n for n in packaged(ASKED) if n not in MADE])
 def test_the_archives_items_are_asked_and_have_a_right_answer(name):
     task = load_asked(name)
     assert len(task.items) > 100

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError
 from calmix.models import find_blocks
 from calmix.pruning.engine import run_through
 from calmix.pruning.expert_pruning import ScorePass, choose
@@ -16,7 +16,7 @@ from calmix.pruning.work import WorkFolder
 from calmix.specs import requests
 from tests.forks import stopped
 from tests.pruning.stopper import arm, stop
-from tests.pruning.test_experts import old_mixtral, routed_inputs
+from tests.pruning.test_experts import routed_inputs
 from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
 
@@ -40,11 +40,6 @@ def test_scores_are_those_of_the_definition(kind):
                 made = module(hidden[token : token + 1], torch.tensor([[expert]]), torch.ones(1, 1))
                 parts.append(float(gates[token, place] / gates[token].sum() * made.norm()))
             assert score == pytest.approx(sum(parts) / len(parts), rel=1e-4)
-
-
-def test_gates_that_cannot_be_seen_are_refused():
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp cannot be seen"):
-        scores_of(old_mixtral(), tiny_ids(6))
 
 
 def drop(folder, text, output, *more):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
+from calmix.errors import ModelError
 from calmix.models import find_blocks
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.engine import Run, run_through
@@ -18,55 +18,11 @@ HALF = Unstructured(0.5)
 EVERY = 3  # of how many tokens one stands for all: two of four experts, and no factor of 32
 
 
-class OldExpert(nn.Module):
-    """An expert that is a module, as checkpoints with their own code have it."""
-
-    def __init__(self, gate, up, down):
-        super().__init__()
-        self.w1, self.w3, self.w2 = (
-            nn.Linear(w.shape[1], w.shape[0], bias=False) for w in (gate, up, down)
-        )
-        for linear, weight in ((self.w1, gate), (self.w3, up), (self.w2, down)):
-            linear.weight.data.copy_(weight)
-
-    def forward(self, x):
-        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
-
-
-class OldMixture(nn.Module):
-    """A router and a list of experts."""
-
-    def __init__(self, block):
-        super().__init__()
-        weight = block.gate.weight
-        self.gate = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        self.gate.weight.data.copy_(weight)
-        self.experts = nn.ModuleList(
-            OldExpert(*both.chunk(2), down)
-            for both, down in zip(block.experts.gate_up_proj, block.experts.down_proj, strict=True)
-        )
-
-    def forward(self, hidden):
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        weights, chosen = self.gate(flat).softmax(-1).topk(2, dim=-1)
-        weights = weights / weights.sum(-1, keepdim=True)
-        result = torch.zeros_like(flat)
-        for number, expert in enumerate(self.experts):
-            token, place = torch.where(chosen == number)
-            result.index_add_(0, token, expert(flat[token]) * weights[token, place, None])
-        return result.view_as(hidden)
-
-
-def old_mixtral():
-    """Mixtral with a list of experts in the place of its parameters."""
+def test_experts_that_are_modules_are_refused():
     model = tiny_model("mixtral")
-    for block in model.model.layers:
-        block.mlp = OldMixture(block.mlp).requires_grad_(False)
-    return model
-
-
-def model_of(kind):
-    return old_mixtral() if kind == "modules" else tiny_model(kind)
+    model.model.layers[0].mlp.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.experts are modules of their own"):
+        prune(model, tiny_ids(), pattern=HALF)
 
 
 def routed_inputs(model, module, ids):
@@ -87,9 +43,7 @@ def inputs_of(model, routed, ids, step):
     given = routed_inputs(model, module, ids)
     hidden = given[0]
     flat = hidden.reshape(-1, hidden.shape[-1])
-    if isinstance(module, OldMixture):
-        chosen = module.gate(flat).topk(2, dim=-1).indices
-    elif len(given) > 1:
+    if len(given) > 1:
         chosen = given[1]
     else:  # Llama 4: an expert's tokens after another's, scaled by the router
         apart = flat.view(count, -1, flat.shape[-1])
@@ -108,9 +62,6 @@ def inputs_of(model, routed, ids, step):
 
 def neurons(module, expert, x):
     """What an expert's last linear map is applied to."""
-    if isinstance(module, OldMixture):
-        one = module.experts[expert]
-        return functional.silu(one.w1(x)) * one.w3(x)
     weight = module.gate_up_proj[expert]
     both = x @ (weight if weight.shape[0] == x.shape[1] else weight.T)
     if hasattr(module, "gate_up_proj_bias"):
@@ -154,7 +105,7 @@ def reference(model, ids, method, pattern, propagation):
     return errors
 
 
-EVERY_KIND = quick(["mixtral", "gpt_oss", "llama4_text", "modules"], MIXTURES)
+EVERY_KIND = quick(["mixtral", "gpt_oss", "llama4_text"], MIXTURES)
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
@@ -163,7 +114,7 @@ EVERY_KIND = quick(["mixtral", "gpt_oss", "llama4_text", "modules"], MIXTURES)
 )
 def test_engine_equals_the_definition(kind, method, propagation):
     ids = tiny_ids()
-    ours, theirs = model_of(kind), model_of(kind)
+    ours, theirs = tiny_model(kind), tiny_model(kind)
     found = find_blocks(ours)
     run = Run(ours, found, get_method(method), HALF, propagation)
     run_through(run, ids, 96)
@@ -179,9 +130,9 @@ def test_engine_equals_the_definition(kind, method, propagation):
 
 
 @pytest.mark.parametrize("pattern", [HALF, SemiStructured(2, 4)], ids=str)
-@pytest.mark.parametrize("kind", quick(["qwen2_moe", "granitemoe", "modules"], MIXTURES))
+@pytest.mark.parametrize("kind", quick(["qwen2_moe", "granitemoe"], MIXTURES))
 def test_every_expert_is_pruned_exactly_and_routers_not_at_all(kind, pattern):
-    model = model_of(kind)
+    model = tiny_model(kind)
     before = {name: p.clone() for name, p in model.named_parameters()}
     report = prune(model, tiny_ids(), pattern=pattern)
     for name, weight in weights_of(model).items():
@@ -203,7 +154,7 @@ def test_every_expert_is_pruned_exactly_and_routers_not_at_all(kind, pattern):
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_an_expert_without_tokens_is_pruned_on_all(kind):
     """Tokens that are all alike go to the same two experts."""
-    model = model_of(kind)
+    model = tiny_model(kind)
     report = prune(model, torch.full((2, 32), 7), pattern=HALF)
     for mixture in report.experts:
         assert sorted(mixture.tokens) == [0, 0, 64, 64]
@@ -220,6 +171,3 @@ def test_coverage_is_told_by_source():
         assert list(mixture.sources) == ["prose", "code"]
         assert sum(mixture.sources["code"]) == 4 * 32 * 2
         assert mixture.tokens == [sum(pair) for pair in zip(*mixture.sources.values(), strict=True)]
-    old = prune(old_mixtral(), tiny_ids(), method="wanda", pattern=HALF, sources=names)
-    new = prune(tiny_model("mixtral"), tiny_ids(), method="wanda", pattern=HALF, sources=names)
-    assert old.experts[0].sources == new.experts[0].sources

@@ -12,17 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError
 from calmix.models import open_model
 from calmix.models.streaming import NotStreamableError, StreamedModel
-from calmix.pruning import Unstructured, budget, checkpoint, get_method, prune
+from calmix.pruning import Unstructured, budget, get_method, prune
 from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Run
 from calmix.pruning.gram import Gram
 from calmix.pruning.streamed import prune_streamed
 from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder
-from calmix.recovery.checkpoint import streamed as streamed_for_recovery
 from tests.forks import stopped
 from tests.pruning.stopper import arm
 from tests.pruning.test_engine import check_equal
@@ -128,8 +127,6 @@ def test_what_makes_a_model_be_opened_whole(tmp_path):
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(NotStreamableError, match=r"share weights \(first model\.layers\.3\."):
         StreamedModel(str(folder))
-    with pytest.raises(ModelError, match="cannot be recovered, because its blocks share weights"):
-        streamed_for_recovery(str(folder), {"dtype": "float32", "device": "cpu"})
 
 
 @pytest.mark.parametrize(
@@ -402,43 +399,21 @@ def short_of_memory(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("whole", "error"),
-    [(False, None), (True, RuntimeError("MPS backend out of memory")),
-     (False, RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"))],
+    ("block", "error"),
+    [(1, None), (0, RuntimeError("MPS backend out of memory")),
+     (0, RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"))],
     ids=str,
 )  # fmt: skip
-def test_out_of_memory_a_run_starts_over_with_fewer_rows(
-    calmix, command, tmp_path, monkeypatch, short_of_memory, whole, error
-):
-    if whole:
-
-        def unstreamable(*_, **__):
-            raise NotStreamableError("a.b")
-
-        monkeypatch.setattr(checkpoint, "StreamedModel", unstreamable)
-    with monkeypatch.context() as patched:
-        patched.setattr(budget, "tokens_at_once", lambda device: 96)
-        assert calmix(*command, tmp_path / "three").code == 0
-    short_of_memory(100, error=error)
-    ended = calmix(*command, tmp_path / "halved").ok()
-    assert "cpu has run out of memory: starting over with 3 rows at a time" in ended.err
-    assert hashes(tmp_path / "halved") == hashes(tmp_path / "three")
-    manifest = json.loads((tmp_path / "halved" / "calmix.json").read_text())
-    assert manifest["pruning"]["rows_at_once"] == 3
-
-
-@pytest.mark.parametrize(("block", "rows"), [(1, 6), (0, 1)])
 def test_out_of_memory_what_is_done_is_kept(
-    calmix, command, tmp_path, short_of_memory, block, rows
+    calmix, command, tmp_path, short_of_memory, block, error
 ):
-    """After a block; before the first one rows are halved until there is one."""
-    short_of_memory(0, block=block)
+    short_of_memory(0, block=block, error=error)
     ended = calmix(*command, tmp_path / "out")
     short_of_memory(2**62)
     assert ended.code == 2
     assert ended.err.splitlines()[-1] == (
-        f"error: cpu has run out of memory, with {rows} calibration rows at a time: free some of "
-        "it, or draw shorter rows"
+        "error: cpu has run out of memory, with 6 calibration rows at a time: free some of it, run "
+        "fewer at a time (--max-memory, in Python micro_tokens), or draw shorter rows"
     )
     assert (tmp_path / "out.unfinished").exists() == bool(block)
     if block:

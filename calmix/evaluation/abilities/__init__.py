@@ -19,9 +19,10 @@ from calmix.evaluation import checks
 from calmix.evaluation.greedy import Answer, Prompt, answers, prompt
 from calmix.evaluation.own import asked_of, program_of
 from calmix.evaluation.sandbox import check_sandbox, failure
-from calmix.evaluation.suites import ARCHIVE, ASKED, TaskSpec, read_own
+from calmix.evaluation.suites import ARCHIVE, ASKED, TaskSpec
 from calmix.evaluation.tasks import document_number
 from calmix.machine import cores
+from calmix.yaml_files import packaged
 
 if TYPE_CHECKING:
     from calmix.evaluation.scorer import Scorer
@@ -96,7 +97,7 @@ def task_of(spec: TaskSpec) -> Asked:
     else:
         known, docs = asked_of(spec.file, str(spec.kind), spec.shots or 0)
         if spec.kind == "programs":  # asked as the small ones that come with the evaluation
-            known = read_own(ASKED)["small_programs"] | known
+            known = packaged(ASKED)["small_programs"] | known
         task = _asked(Path(spec.file).stem, known, docs)
     places = spec.pick([item.number for item in task.items], [""] * len(task.items))
     return replace(task, items=tuple(task.items[at] for at in places))
@@ -105,7 +106,7 @@ def task_of(spec: TaskSpec) -> Asked:
 @functools.lru_cache(maxsize=32)
 def load_asked(name: str) -> Asked:
     """Return a task that comes with the evaluation, with all its items."""
-    known = read_own(ASKED)[name]
+    known = packaged(ASKED)[name]
     return _asked(name, known, MADE.get(known["from"], _archive)(known["from"]))
 
 
@@ -157,13 +158,13 @@ def _sums(_: str) -> list[dict[str, Any]]:
 
 
 def _small_programs(_: str) -> list[dict[str, Any]]:
-    return [program_of(head, what, tests)
-            for head, what, *tests in read_own("abilities/small_programs.yaml")]  # fmt: skip
+    held = packaged("evaluation/abilities/small_programs.yaml")
+    return [program_of(head, what, tests) for head, what, *tests in held]
 
 
 def _requests(_: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for one in read_own("abilities/chat.yaml").values():
+    for one in packaged("evaluation/abilities/chat.yaml").values():
         for fill in one["fill"]:
             expected = {key: value.format(*fill) if isinstance(value, str) else value
                         for key, value in one["expect"].items()}  # fmt: skip
