@@ -81,15 +81,6 @@ def out_of_memory(error: RuntimeError) -> bool:
     return told or isinstance(error, torch.OutOfMemoryError)
 
 
-def mark(device: torch.device, *, timed: bool = False) -> torch.Event:
-    """Return an event in a device's own queue of work, whichever device is the current one."""
-    import torch
-
-    event = torch.Event(device, enable_timing=timed)
-    event.record(torch.accelerator.current_stream(device))
-    return event
-
-
 class Laps:
     """Seconds by activity: of the host's clock, or between marks in a device's queue."""
 
@@ -108,9 +99,14 @@ class Laps:
         self._laps.append((activity, began, self._mark()))
 
     def _mark(self) -> Any:
+        """Return the time, or an event in the device's own queue, whichever is the current one."""
+        import torch
+
         if self._device is None:
             return time.perf_counter()
-        return mark(self._device, timed=True)
+        event = torch.Event(self._device, enable_timing=True)
+        event.record(torch.accelerator.current_stream(self._device))
+        return event
 
     def read(self, seconds: MutableMapping[str, float]) -> None:
         """Add what was counted, and begin anew."""

@@ -13,10 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from calmix.errors import SolverError
 from calmix.evaluation.likelihood import perplexity
 from calmix.models import find_blocks, open_model
-from calmix.models.streaming import NotStreamableError
 from calmix.pruning.methods.wanda import Wanda
-from tests.pruning.test_streamed import interrupt_before
-from tests.tiny import hashes, load_weights, save_tiny_model
+from tests.tiny import hashes, save_tiny_model
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 
@@ -157,57 +155,16 @@ def test_a_damaged_tokenizer_is_one_line(calmix, tiny_folder, text_file, tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_models_processor_files_stay_with_it(calmix, tiny_folder, tmp_path, monkeypatch, whole):
+def test_a_models_processor_files_stay_with_it(calmix, tiny_folder, tmp_path):
     """A model of images too is opened as one of text."""
     model, output = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "out"
     kept = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
             "chat_template.json")  # fmt: skip
     for name in kept:
         (model / name).write_text(f'{{"is": "{name}"}}', encoding="utf-8")
-    if whole:
-
-        def refuse(*_, **__):
-            raise NotStreamableError("model", "a.b")
-
-        monkeypatch.setattr("calmix.pruning.checkpoint.StreamedModel", refuse)
     calmix("prune", model, "--method", "magnitude", "--sparsity", 0.5, "-o", output).ok()
     for name in kept:
         assert (output / name).read_bytes() == (model / name).read_bytes()
-
-
-def test_a_model_that_is_loaded_whole_is_pruned_like_any_other(
-    calmix, tiny_folder, text_file, tmp_path, monkeypatch
-):
-    """Several targets, an interruption, and the tensors of a prune block by block."""
-    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", "0.5,0.6",
-              "-o")  # fmt: skip
-    assert calmix(*common, tmp_path / "streamed").code == 0
-
-    def refuse(*_, **__):
-        raise NotStreamableError("model", "a.b")
-
-    monkeypatch.setattr("calmix.pruning.checkpoint.StreamedModel", refuse)
-    assert calmix(*common, tmp_path / "whole").code == 0
-    with monkeypatch.context() as patched:
-        interrupt_before(patched, 1)
-        assert calmix(*common, tmp_path / "cut").code == 130
-    with monkeypatch.context() as patched:  # at the very end, with all but the manifest written
-        patched.setattr("calmix.pruning.checkpoint.write_json", full_disk)
-        ended = calmix(*common, tmp_path / "cut", "--resume")
-    assert "no space left" in ended.err
-    assert ended.err.count("resuming after 1 of 2 blocks") == 1
-    ended = calmix(*common, tmp_path / "cut", "--resume").ok()
-    assert ended.err.count("resuming after 2 of 2 blocks") == 1
-    for name in ("sparsegpt-0.5", "sparsegpt-0.6"):
-        whole, cut = hashes(tmp_path / "whole" / name), hashes(tmp_path / "cut" / name)
-        assert whole == cut
-        assert set(whole) >= {"model.safetensors", "config.json", "tokenizer.json", "calmix.json"}
-        found = load_weights(tmp_path / "whole" / name)
-        expected = load_weights(tmp_path / "streamed" / name)
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
-    ended = calmix(*common, tmp_path / "other", "--max-memory", "6GiB")
-    assert "model cannot be worked on block by block, because a.b: leave out" in ended.line
 
 
 def test_a_failure_while_writing_leaves_the_old_folder_alone(

@@ -22,7 +22,7 @@ import numpy as np
 
 from calmix.analysis.bootstrap import Joint, joint
 from calmix.analysis.cells import TOTAL, select, tables
-from calmix.analysis.statistics import LEVEL, Array
+from calmix.analysis.statistics import LEVEL
 from calmix.evaluation.measures import Z
 from calmix.options import Measure
 from calmix.study.results import StudyResults
@@ -91,24 +91,19 @@ def noise_of(found: Joint) -> list[Noise]:
         pairs = np.maximum(0.0, own[:, None] + own[None] - 2 * by_items)
         apart = pairs[np.triu_indices(count, 1)]
         item = math.sqrt(float(np.median(apart))) if count > 1 else None
-        signal, ratio = _signal(cells.of("single"), values, found.counts, draw, pairs), None
+        signal = ratio = None
+        sets = cells.of("single")
+        if draw is not None and len(sets) > 1:  # the deviation between sets, without noise
+            own_items = pairs[np.ix_(sets, sets)].sum() / (len(sets) * (len(sets) - 1)) / 2
+            own_draws = draw**2 * float(np.mean(1 / found.counts[sets]))
+            apart_by = float(values[sets].var(ddof=1)) - own_draws - own_items
+            signal = math.sqrt(max(0.0, apart_by))
         if signal is not None and draw is not None and item is not None:
             noise = math.sqrt(draw**2 + item**2 / 2)
             ratio = signal / noise if noise else None
         made.append(Noise(cells.condition.label, name, kind, count, draw, found.freedom, item,
                           int(sizes[weight > 0].sum()), signal, ratio))  # fmt: skip
     return made
-
-
-def _signal(
-    sets: list[int], values: Array, counts: Array, draw: float | None, pairs: Array
-) -> float | None:
-    """Return the deviation between sets without noise; `pairs` is their variance by items."""
-    if draw is None or len(sets) < 2:
-        return None
-    by_items = pairs[np.ix_(sets, sets)].sum() / (len(sets) * (len(sets) - 1)) / 2
-    by_draws = draw**2 * float(np.mean(1 / counts[sets]))
-    return math.sqrt(max(0.0, float(values[sets].var(ddof=1)) - by_draws - by_items))
 
 
 def detectable(draws: int, draw: float, freedom: float, item: float = 0.0) -> float:

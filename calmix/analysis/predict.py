@@ -230,7 +230,7 @@ def _parts(text: str, asked: Mapping[str, Any]) -> list[tuple[float, tuple[str, 
         return [(1.0, (text, {}))]
     given = {name: value for name, value in asked.items() if value is not None}
     found = ask(text, **given)
-    if found.generate is not None or len(found.mix.weights) == 1:
+    if found.generate is not None or len(found.mix) == 1:
         return [(1.0, (text, given))]
     options = {**found.draw.drawn(), "sources": found.own}
-    return [(weight, (name, options)) for name, weight in found.mix.weights.items()]
+    return [(weight, (name, options)) for name, weight in found.mix.items()]

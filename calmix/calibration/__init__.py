@@ -1,8 +1,8 @@
 """Calibration sets: full rows of token ids drawn from one source or a weighted mix."""
 
-from calmix.calibration.build import Mix as Mix
 from calmix.calibration.build import build as build
 from calmix.calibration.build import make_mix as make_mix
+from calmix.calibration.build import mix_text as mix_text
 from calmix.calibration.build import parse_mix as parse_mix
 from calmix.calibration.build import rows_per_source as rows_per_source
 from calmix.calibration.dataset import CalibrationSet as CalibrationSet

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -31,16 +30,13 @@ from calmix.sources.registry import documents_hash
 
 BATCH = 64  # documents handed to the tokenizer at a time
 Packing = Literal["concat", "window"]
+# Source names with positive weights that sum to 1, in the order they were written.
+Mix = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Mix:
-    """Source names with positive weights that sum to 1, in the order they were written."""
-
-    weights: dict[str, float]
-
-    def __str__(self) -> str:
-        return ",".join(f"{name}:{weight:.4g}" for name, weight in self.weights.items())
+def mix_text(mix: Mapping[str, float]) -> str:
+    """Return a mix as a user writes it."""
+    return ",".join(f"{name}:{weight:.4g}" for name, weight in mix.items())
 
 
 def parse_mix(text: str) -> Mix:
@@ -78,7 +74,7 @@ def make_mix(weights: Mapping[str, float], text: str) -> Mix:
     total = sum(weights.values())
     if not total > 0:
         raise InputError(f"calibration '{text}': all weights are zero")
-    return Mix({name: weight / total for name, weight in weights.items() if weight > 0})
+    return {name: weight / total for name, weight in weights.items() if weight > 0}
 
 
 def rows_per_source(mix: Mix, rows: int) -> dict[str, int]:
@@ -86,7 +82,7 @@ def rows_per_source(mix: Mix, rows: int) -> dict[str, int]:
 
     Ties between remainders go to the source written first.
     """
-    exact = {name: weight * rows for name, weight in mix.weights.items()}
+    exact = {name: weight * rows for name, weight in mix.items()}
     # Weights such as 0.1 are not exact in binary: what is an integer but for rounding is one.
     counts = {name: math.floor(value + 1e-9) for name, value in exact.items()}
     order = sorted(exact, key=lambda name: round(counts[name] - exact[name], 9))
@@ -215,7 +211,7 @@ def build(
     manifest = {
         "kind": "calibration set",
         "model": {"name": opened.name},
-        "mix": mix.weights,
+        "mix": mix,
         "rows": rows,
         "length": length,
         "seed": seed,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from calmix.calibration.build import Mix, build, make_mix, parse_mix, rows_per_source
+from calmix.calibration.build import Mix, build, make_mix, mix_text, parse_mix, rows_per_source
 from calmix.calibration.dataset import CalibrationSet, is_saved_set
 from calmix.calibration.leakage import TOKENS, Guard, guard_of, guarded_suites
 from calmix.calibration.selfgen.generators import (
@@ -85,13 +85,13 @@ class Asked:
     @property
     def written(self) -> dict[str, Generator]:
         """The generators that have a share in the mix, by name; chats have a share of their own."""
-        names = [name for name in self.mix.weights if name in GENERATORS and name not in self.own]
+        names = [name for name in self.mix if name in GENERATORS and name not in self.own]
         return {n: WITHOUT_CHATS if n == "self-written" else GENERATORS[n]() for n in names}
 
     @property
     def sources(self) -> list[str]:
         """The names of the sources that have a share in the mix."""
-        return [name for name in self.mix.weights if name not in self.written]
+        return [name for name in self.mix if name not in self.written]
 
     @property
     def generate(self) -> str | None:
@@ -107,7 +107,7 @@ class Asked:
 def _parsed(text: str, own: dict[str, Source]) -> tuple[Mix, Generator | None, dict[str, Any]]:
     """Return the mix or the generator that a text names, and the options of the draw that its file
     gives; sources of the file are added to the user's `own`."""
-    mix, fixed, generator = Mix({}), {}, None
+    mix, fixed, generator = Mix(), {}, None
     path = user_path(text)
     if text.partition(",")[0].strip() in GENERATORS:
         generator = read_generator(*named_options("calibration", text), f"calibration '{text}'")
@@ -146,7 +146,7 @@ def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generat
 def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None) -> Mix:
     """Put the members in the place of a named mix, and refuse what the licence leaves out."""
     weights: dict[str, float] = {}
-    for name, weight in mix.weights.items():
+    for name, weight in mix.items():
         members = {name: 1.0} if name in own else MIXES.get(name, {name: 1.0})
         if name == GROUP and name not in own:
             held = offline_sources()
@@ -154,10 +154,10 @@ def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None)
         for member, share in members.items():
             if wanted is not None and (member not in GENERATORS or member in own):
                 refuse(member, get_source(member, own).licence, wanted)
-            if member in weights or (member in mix.weights and member != name):
+            if member in weights or (member in mix and member != name):
                 raise InputError(f"calibration '{text}' names '{member}' twice: {name} holds it")
             weights[member] = weight * share / sum(members.values())
-    return mix if list(weights) == list(mix.weights) else Mix(weights)
+    return mix if list(weights) == list(mix) else weights
 
 
 def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
@@ -174,7 +174,7 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
         found = _saved(path, given, licence)
         check_length(found.length, context)
         size = DrawOptions(rows=found.rows, length=found.length)
-        return Asked(Mix({}), saved=found, draw=size, files=[path])
+        return Asked({}, saved=found, draw=size, files=[path])
     mix, generator, fixed = _parsed(text, own)
     named = fixed.pop("licence", None)
     licence = licence or named
@@ -257,11 +257,11 @@ def make(
         counts, generators = rows_per_source(asked.mix, rows), asked.written
     else:
         share = getattr(asked.generator, "chat", 0.0) if chat_turns(opened.tokenizer) else 0.0
-        counts = rows_per_source(Mix({"own": 1 - share, "chat": share}), rows)
+        counts = rows_per_source({"own": 1 - share, "chat": share}, rows)
         generators = {"own": asked.generator, "chat": Chat(batch=asked.generator.batch)}
     parts: dict[str, CalibrationSet] = {}
     if drawn := {name: float(counts[name]) for name in asked.sources if counts[name]}:
-        mix = make_mix(drawn, str(asked.mix)) if asked.written else asked.mix
+        mix = make_mix(drawn, mix_text(asked.mix)) if asked.written else asked.mix
         parts["own"] = build(
             mix, opened, rows=round(sum(drawn.values())), packing=asked.draw.packing, tick=tick,
             **how,
@@ -288,7 +288,7 @@ def _together(parts: Mapping[str, CalibrationSet], asked: Asked, seed: int) -> C
     first, last = each[0].manifest, each[-1].manifest
     if asked.generator is None:
         first = {key: value for key, value in first.items() if key not in OF_TEXT}
-        first["mix"] = asked.mix.weights
+        first["mix"] = asked.mix
     owner = np.repeat(list(parts), [part.rows for part in each])
     owner = np.random.default_rng(seed).permutation(owner)
     left = {name: iter(range(part.rows)) for name, part in parts.items()}

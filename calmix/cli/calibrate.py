@@ -255,13 +255,13 @@ def show_source(
     sources: Path | None = own_sources_option(advanced=False),
 ) -> None:
     """Show a source's entry and the beginning of its first documents."""
-    from calmix.calibration import Mix
+    from calmix.calibration import mix_text
     from calmix.sources import get_source, own_sources
     from calmix.sources.registry import MIXES
 
     own = own_sources(sources)
     if name in MIXES and name not in own:
-        result(shown, {"mix": MIXES[name]}, f"{name}: {Mix(MIXES[name])}")
+        result(shown, {"mix": MIXES[name]}, f"{name}: {mix_text(MIXES[name])}")
         return
     source = get_source(name, own)
     source.check()

@@ -30,10 +30,7 @@ if TYPE_CHECKING:
     from calmix.analysis import Analysis
     from calmix.analysis.power import Needed
     from calmix.study.results import StudyResults, Trial
-    from calmix.study.running import Observer
     from calmix.study.trials import Resolved
-else:  # torch is imported once a verb needs it
-    Observer = object
 
 
 MANY = 999  # seeds, or times the items: more are not counted out
@@ -229,8 +226,8 @@ def outcome_line(trial: Trial) -> str:
     return f"{found}, worst {trial.worst} {100 * (trial.dimensions[trial.worst].value or 0):.1f} %"
 
 
-class Watch(Observer):
-    """The observer of a run: a line of progress, and a line for every trial that ends."""
+class Watch:
+    """The `Observer` of a run: a line of progress, and a line for every trial that ends."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar, self._total, self._ended = bar, 0, 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.analysis.ranking import check_weights
-from calmix.calibration import Mix, ask, is_saved_set, open_tokenizer, parse_mix
+from calmix.calibration import ask, is_saved_set, mix_text, open_tokenizer, parse_mix
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.compression.sizes import bits_for, parse_size
@@ -170,9 +170,9 @@ def request(asked: Compression) -> Request:
     saved = given is not None and is_saved_set(user_path(given))
     _check_idle(asked, saved)
     mix = MIX if asked.licence is None else PERMISSIVE
-    text = "self-written" if asked.no_corpus else str(Mix(mix)) if given is None else given
+    text = "self-written" if asked.no_corpus else mix_text(mix) if given is None else given
     if asked.keep is not None:
-        text = str(Mix(weighed(text, asked.keep)))
+        text = mix_text(weighed(text, asked.keep))
     draw: dict[str, Any] = {
         "rows": EFFORTS[asked.effort].rows, "leakage": guarded(asked.suite), "seed": asked.seed,
     }  # fmt: skip
@@ -197,8 +197,8 @@ def request(asked: Compression) -> Request:
     check_models(asked.model, device=asked.device, trust_remote_code=trust)
     tokenizer = open_tokenizer(asked.model, trust_remote_code=trust)
     if given is None and not asked.no_corpus and chat_turns(tokenizer.tokenizer) is not None:
-        rest = {name: (1 - CHAT) * weight for name, weight in parse_mix(text).weights.items()}
-        text = str(Mix({"chat": CHAT} | rest))
+        rest = {name: (1 - CHAT) * weight for name, weight in parse_mix(text).items()}
+        text = mix_text({"chat": CHAT} | rest)
     prompts = None if asked.prompts is None else local_file(str(asked.prompts)).path
     if asked.size is not None:
         bits = bits_for(asked)
@@ -262,10 +262,10 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
     dimensions |= {name: name for name in asked.written}
     known = tuple(dict.fromkeys(dimensions.values()))
     shares = check_weights(keep, known, "the calibration set")
-    whole = {d: sum(w for n, w in asked.mix.weights.items() if dimensions[n] == d) for d in known}
+    whole = {d: sum(w for n, w in asked.mix.items() if dimensions[n] == d) for d in known}
     found = {
         name: weight / whole[dimensions[name]] * shares[dimensions[name]]
-        for name, weight in asked.mix.weights.items()
+        for name, weight in asked.mix.items()
     }
     return {name: weight for name, weight in found.items() if weight > 0}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +28,13 @@ KIND, RUN = "compressed model", "compress-run.json"
 LADDER, CANDIDATES = "ladder.json", "candidates"  # of a model that keeps what is asked for
 
 
-@dataclass(frozen=True)
-class Record:
-    """What OUT says of itself: the request, the command of every stage by its name, and the bytes
-    of the dense model's weights."""
-
-    request: dict[str, Any]
-    commands: dict[str, str]
-    versions: dict[str, str]
-    dense_bytes: int | None
-
-
-def read_record(out: Path) -> Record:
-    """Return what OUT says of itself; InputError if it is another folder or damaged."""
+def read_record(out: Path) -> dict[str, Any]:
+    """Return what OUT says of itself: the `request`, the `commands` of all stages by their names,
+    `dense_bytes` of the dense model's weights; InputError if it is another folder or damaged."""
     missing = f"{out} is no folder that calmix compress made: no {MANIFEST}"
     if (out / LADDER).exists():
         missing = f"{out} has no model yet: run its calmix compress again"
-    value = read_sealed(out / MANIFEST, missing)
-    fields = (value["request"], value["commands"], value["versions"])
-    return Record(*fields, value.get("dense_bytes"))
+    return read_sealed(out / MANIFEST, missing)
 
 
 def compress(
@@ -125,7 +112,7 @@ def check(asked: Request, out: Path) -> None:
     """Refuse an output folder that holds another request's work, or files of somebody else."""
     check_place(out)
     if (out / MANIFEST).exists():
-        check_same(asked, read_record(out).request, out)
+        check_same(asked, read_record(out)["request"], out)
     elif (out / LADDER).exists():
         check_same(asked, read_ladder_file(out)["request"], out, but=("bits",))
 

@@ -267,7 +267,7 @@ def _store(folder: Path, health: Health, say: Say) -> None:
 
 def _compressed(folder: Path, health: Health, say: Say) -> None:
     """Check every stage's result, and say what is left to do."""
-    asked = Request(**running.read_record(folder).request)
+    asked = Request(**running.read_record(folder)["request"])
     leaves = {one.name: str(one.leaves) for one in stages(asked, folder) if one.leaves}
     left = [name for name, path in leaves.items() if not (folder / path).exists()]
     health.facts = {"dense model": asked.model, "target": asked.target, "effort": asked.effort}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import CalibrationSet, Mix, make_mix, open_tokenizer
+from calmix.calibration import CalibrationSet, make_mix, open_tokenizer
 from calmix.calibration.dataset import MANIFEST as SET_MANIFEST
 from calmix.calibration.dataset import TENSORS
 from calmix.calibration.leakage import guard_of
@@ -142,11 +142,11 @@ def _calibrate(path: Path, kept: dict[str, Any], _: Progress, how: dict[str, Any
         make_mix(kept["mix"], str(path))  # used as it is kept: this would round the weights
         if not math.isclose(sum(kept["mix"].values()), 1):
             raise InputError(f"{path} has weights that do not sum to 1")
-        asked = Asked(Mix(kept["mix"]), own=own, draw=draw)
+        asked = Asked(kept["mix"], own=own, draw=draw)
     else:
         settings = {k: v for k, v in kept["settings"].items() if not k.endswith("_sha256")}
         generator = read_generator(kept["generated"], settings, str(path))
-        asked = Asked(Mix({}), generator, own=own, draw=draw)
+        asked = Asked({}, generator, own=own, draw=draw)
     if (sha256 := kept["model"].get("fingerprint")) is not None:
         _check_model(name, sha256)
 

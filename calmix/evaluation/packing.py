@@ -73,12 +73,7 @@ class Row:
         return mask
 
 
-@dataclass(frozen=True)
-class Run:
-    """Rows whose sequences all begin with `prefix` (may be empty)."""
-
-    prefix: list[int]
-    rows: list[Row]
+Run = tuple[list[int], list[Row]]  # a prefix, which may be empty, and rows that begin with it
 
 
 def chain(scored: Scored) -> Row:
@@ -102,13 +97,13 @@ def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
         if length:
             kept = [0, *(count - length for count in shared[low + 1 : high])]
             trees = _trees(members, kept, length, row_tokens)
-            runs.append(Run(members[0].ids[:length], fill_rows(trees, row_tokens)))
+            runs.append((members[0].ids[:length], fill_rows(trees, row_tokens)))
         else:
             beside += [shared[low] if low == end else 0, *shared[low + 1 : high]]
             loose += members
             end = high
     if loose:
-        runs.append(Run([], fill_rows(_trees(loose, beside, 0, row_tokens), row_tokens)))
+        runs.append(([], fill_rows(_trees(loose, beside, 0, row_tokens), row_tokens)))
     return runs
 
 

@@ -123,10 +123,10 @@ class Scorer:
     def _hidden(self, scored: list[Scored]) -> Iterator[tuple[list[Row], Tensor]]:
         """Yield batches of rows with the last hidden states of their nodes."""
         short = [one for one in scored if self.packed and len(one.ids) - 1 <= self._window]
-        for run in plan(short, row_tokens=ROW_TOKENS):
-            cache = self._remember(run.prefix) if run.prefix else None
-            for rows in batches(run.rows, self.batch_tokens):
-                yield rows, self._run_packed(rows, cache, len(run.prefix))
+        for prefix, beside in plan(short, row_tokens=ROW_TOKENS):
+            cache = self._remember(prefix) if prefix else None
+            for rows in batches(beside, self.batch_tokens):
+                yield rows, self._run_packed(rows, cache, len(prefix))
         chosen = {one.owner for one in short}
         chains = [chain(one) for one in scored if one.owner not in chosen]
         for rows in batches(chains, self.batch_tokens):

@@ -2,10 +2,10 @@
 
 `StreamedModel`: only the block at hand has its weights in memory. The modules are built without
 weights; what stands outside the blocks is read once, and a block's weights are read when it is
-asked for, the next one's meanwhile. `WholeModel`: the same for a model that transformers has to
-load as a whole. Knows nothing about pruning. Where a checkpoint has other names than the model,
-`find_parts` follows transformers' own rules, those it loads and saves with: renamings, and
-converters that merge what is stored apart (experts one by one) or split what is stored together.
+asked for, the next one's meanwhile. Knows nothing about pruning. Where a checkpoint has other names
+than the model, `find_parts` follows transformers' own rules, those it loads and saves with:
+renamings, and converters that merge what is stored apart (experts one by one) or split what is
+stored together.
 """
 
 from __future__ import annotations
@@ -28,21 +28,20 @@ from calmix.models.opening import (
     dtype_of,
     load_config,
     loading,
-    open_model,
     resolve_model,
 )
-from calmix.models.shards import Place, Shards, read_file, write_index
+from calmix.models.shards import Place, Shards, write_index
 from calmix.precision import dtype_name, suited
 
 
 class NotStreamableError(ModelError):
-    """The checkpoint's tensors are not the model's own, and why: open it whole."""
+    """The checkpoint's tensors are not the model's own, and why."""
 
     def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"{name} cannot be worked on block by block, because {why}")
-
-
-CONVERTED = "transformers converts its weights while it loads them (first {})"
+        super().__init__(
+            f"{name} cannot be worked on block by block, because {why}: only calmix.prune in "
+            "Python takes it"
+        )
 
 
 class StreamedModel:
@@ -53,9 +52,6 @@ class StreamedModel:
     excepted), and for blocks between `fetch` and `drop`. `names` and `buffers` say what the files
     call parameters and buffers, those excepted that are merged from several tensors or split.
     """
-
-    in_place = True  # the files that are written are the checkpoint's own
-    opened = None
 
     def __init__(
         self,
@@ -88,7 +84,8 @@ class StreamedModel:
         lacking = [name for name in own if name not in parts and name not in tied]
         lacking += [name for name in buffers if name not in self.buffers]
         if lacking:
-            raise NotStreamableError(self.name, CONVERTED.format(lacking[0]))
+            why = f"its files lack {lacking[0]}, or hold it in a form that transformers converts"
+            raise NotStreamableError(self.name, why)
         self._pool = ThreadPoolExecutor(1, "reading")
         self._ahead: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
         # A device copies in a queue of its own what the next block needs.
@@ -243,7 +240,7 @@ class StreamedModel:
         names = self.block_names(index)
         self._put(self._merged(names, lambda stored, dtype: held[stored].to(dtype)))
 
-    def save_config(self, folder: Path, shards: Path) -> None:
+    def save_config(self, folder: Path) -> None:
         """Make a folder of the layout's files one that loads: index and configuration."""
         write_index(folder)
         model, config = self.model, self.config
@@ -302,67 +299,6 @@ class StreamedModel:
     def _owner(self, name: str) -> tuple[Any, str]:
         owner, _, last = name.rpartition(".")
         return self.model.get_submodule(owner), last
-
-
-class WholeModel:
-    """A causal language model that is in memory, with the members of `StreamedModel`.
-
-    Its files are transformers' to write: until `save_config` only the blocks' weights are on the
-    disk. Arguments and errors are those of `open_model`.
-    """
-
-    in_place = merges = False
-    outside_bytes = 0  # already in memory, as all is
-
-    def __init__(self, name: str, **how: Any) -> None:
-        self.name, self._how = name, how
-        self.opened = opened = open_model(name, **how)
-        self.trust_remote_code, self.folder = opened.trust_remote_code, opened.folder
-        self.model = opened.model
-        self.blocks: DecoderBlocks = find_blocks(self.model)
-        self.device, self.dtype = self.model.device, self.model.dtype
-
-    def _nothing(self, *_: Any, **__: Any) -> None:
-        """All is in memory and stays there, and transformers writes it."""
-
-    fetch_outside = drop_outside = fetch = drop = close = _nothing
-
-    def block_bytes(self, index: int) -> int:
-        """Return the bytes of a block's weights."""
-        return sum(value.nbytes for value in self.weights(index).values())
-
-    def reset(self) -> None:
-        """Read all weights again."""
-        fresh = open_model(self.name, **self._how | {"device": "cpu"}).model
-        self.model.load_state_dict(fresh.state_dict())
-
-    def weights(self, index: int) -> dict[str, Tensor]:
-        """Return a block's weights by their names in the model."""
-        own = self.blocks.blocks[index].named_parameters(prefix=f"{self.blocks.name}.{index}")
-        return {name: value.detach() for name, value in own}
-
-    @property
-    def layout(self) -> dict[str, list[str]]:
-        """The files the blocks' weights lie in until `save_config`, one a block."""
-        return numbered([list(self.weights(index)) for index in range(len(self.blocks))])
-
-    def rest(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Nothing: transformers writes it."""
-        return {}
-
-    def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
-        """Give a block weights that `weights` has returned."""
-        for name, value in held.items():
-            self.model.get_parameter(name).data.copy_(value)
-
-    def save_config(self, folder: Path, shards: Path) -> None:
-        """Let transformers write the model with the blocks' weights that lie in `shards`."""
-        for index, file in enumerate(self.layout):
-            self.refill(index, read_file(shards / file))
-        self.model.save_pretrained(folder)
-
-
-WeightSource = StreamedModel | WholeModel
 
 
 def numbered(parts: Sequence[list[str]]) -> dict[str, list[str]]:
@@ -479,7 +415,8 @@ def find_parts(model: Any, places: Mapping[str, Place], called: str) -> dict[str
         if fitting and part.rule is not None:
             back = split(model, {n: _empty(own[n].shape, own[n].dtype) for n in made})
             if _shapes(back) != _shapes(stored):
-                raise NotStreamableError(called, CONVERTED.format(part.stored[0]))
+                why = f"transformers converts its weights and not back (first {part.stored[0]})"
+                raise NotStreamableError(called, why)
         found |= dict.fromkeys(fitting, part)
     return found
 

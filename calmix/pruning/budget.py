@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from calmix.errors import InputError
 from calmix.machine import device_memory, tokens_at_once
-from calmix.models.streaming import WeightSource
+from calmix.models.streaming import StreamedModel
 from calmix.pruning import distributed
 from calmix.pruning.experts import EXPERT_BYTES
 from calmix.pruning.gram import ENTRIES
@@ -173,7 +173,7 @@ def make_plan(
 
 
 def plan_for(
-    source: WeightSource,
+    source: StreamedModel,
     shape: Sequence[int],
     method: Method,
     *,

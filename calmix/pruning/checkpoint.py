@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from calmix.calibration import CalibrationSet, ask, open_tokenizer, saved_set
-from calmix.errors import InputError, ModelError, SolverError, disk_errors
+from calmix.errors import InputError, SolverError, disk_errors
 from calmix.files import (
     atomic_folder,
     check_free,
@@ -38,7 +38,7 @@ from calmix.manifest import (
 )
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import check_ids, check_models, fingerprint, quiet_transformers
-from calmix.models.streaming import NotStreamableError, StreamedModel, WeightSource, WholeModel
+from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name
 from calmix.pruning import distributed
@@ -152,13 +152,7 @@ class _Pruning:
     def __init__(self, name: str, targets: Mapping[Path, PruneRequest], run: How) -> None:
         self.run, self.began = run, time.perf_counter()
         self.drawn: CalibrationSet | None = None
-        self.source: WeightSource
-        try:
-            self.source = StreamedModel(name, **run.opening)
-        except NotStreamableError as error:
-            if run.max_memory is not None:
-                raise InputError(f"{error}: leave out --max-memory") from error
-            self.source = WholeModel(name, **run.opening)
+        self.source = StreamedModel(name, **run.opening)
         try:
             alike = {(r.only, r.skip, r.drop_experts, r.method == NONE) for r in targets.values()}
             if len(alike) > 1:
@@ -174,8 +168,6 @@ class _Pruning:
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint."""
         source = self.source
-        if isinstance(source, WholeModel):
-            return sum(p.nbytes for p in source.model.parameters())
         rest = [name for names in list(source.layout.values())[len(source.blocks) :]
                 for name in names]  # fmt: skip
         blocks = sum(map(source.block_bytes, range(len(source.blocks))))
@@ -230,7 +222,7 @@ class _Pruning:
             self.drawn = distributed.once(
                 lambda: draw_set(
                     works, str(first.calibration), self.tokenizer,
-                    lambda: self.source.opened or open_model(self.source.name, **self.run.opening),
+                    lambda: open_model(self.source.name, **self.run.opening),
                     first.drawn(), writing=self.run.writing, note=self.run.note,
                 )
             )  # fmt: skip
@@ -310,8 +302,6 @@ class _Pruning:
         mixtures = [one for index in range(len(blocks)) for one in blocks.mixtures(index)]
         if not mixtures:
             raise InputError("--drop-experts has no effect: this model has no experts")
-        if not isinstance(source, StreamedModel):
-            raise ModelError("--drop-experts needs a model that can be read block by block")
         kept = [work.kept["dropped"] for work in works if "dropped" in work.kept]
         dropped = [Dropped(**one) for one in kept[0]] if kept else []
         if not dropped:
@@ -356,13 +346,13 @@ class _Pruning:
         drawn = self.drawn if request.calibration is not None else None
         with disk_errors(work.path), quiet_transformers():
             if not self.drops_alone:
-                source.save_config(work.checkpoint, work.path / "blocks")
+                source.save_config(work.checkpoint)
             self.tokenizer.tokenizer.save_pretrained(work.checkpoint)
             work.check(_write_beside(work.checkpoint, source, job.asked, report, drawn, request))
         work.complete()
 
 
-def _job(output: Path, request: PruneRequest, source: WeightSource) -> Job:
+def _job(output: Path, request: PruneRequest, source: StreamedModel) -> Job:
     """Return what a request means for a model; a look at the model may decide its pattern yet."""
     method = request.chosen
     pattern: Patterns = request.target
@@ -392,7 +382,7 @@ def read_told(path: Path) -> dict[str, Any]:
 
 def _write_beside(
     folder: Path,
-    source: OpenModel | WeightSource,
+    source: OpenModel | StreamedModel,
     asked: Mapping[str, Any],
     report: PruneReport,
     calibration: CalibrationSet | None,

@@ -206,7 +206,7 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
     if layers and getattr(told, NEXT, None):
         setattr(told, NEXT, 0)
     try:
-        source.save_config(folder, folder)
+        source.save_config(folder)
     finally:
         source.config = before_config
     for path in source.folder.iterdir():

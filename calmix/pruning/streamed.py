@@ -14,7 +14,7 @@ from shutil import rmtree
 from torch import Tensor
 
 from calmix.machine import free_memory
-from calmix.models.streaming import WeightSource
+from calmix.models.streaming import StreamedModel
 from calmix.pruning import distributed
 from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Run, memory_errors
@@ -27,7 +27,7 @@ HOST_SHARE = 0.5  # of the host's free memory, for states an accelerator has no 
 
 
 def prune_streamed(
-    source: WeightSource,
+    source: StreamedModel,
     ids: Tensor | None,
     run: Run,
     work: WorkFolder,
@@ -38,9 +38,7 @@ def prune_streamed(
 
     `progress` is called with the blocks that are done.
     """
-    # A file of the checkpoint lies in it if it is one of the model's own.
-    place = CHECKPOINT if source.in_place else "blocks"
-    files = [(f"{place}/{name}", names) for name, names in source.layout.items()]
+    files = [(f"{CHECKPOINT}/{name}", names) for name, names in source.layout.items()]
     count, began = len(source.blocks), time.perf_counter()
     if work.done:
         run.report = PruneReport.from_json(work.kept["report"])
@@ -63,7 +61,7 @@ def prune_streamed(
 
 
 def take_through(
-    source: WeightSource,
+    source: StreamedModel,
     ids: Tensor | None,
     run: Run,
     work: WorkFolder,

@@ -15,7 +15,7 @@ from calmix.analysis.bootstrap import Estimate
 from calmix.calibration import CalibrationSet, is_saved_set
 from calmix.compression.plan import BEHAVIOUR, PACK, SCORES, target
 from calmix.compression.plan import MANIFEST as RECORD
-from calmix.compression.running import Record, read_record
+from calmix.compression.running import read_record
 from calmix.errors import InputError
 from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
@@ -59,7 +59,7 @@ class Card:
 
     out: Path
     name: str
-    record: Record
+    record: Mapping[str, Any]
     licence: str
     origin: str
     weights: int
@@ -103,7 +103,8 @@ class Card:
     @property
     def asked(self) -> Mapping[str, Any]:
         """The request, as the record has it."""
-        return self.record.request
+        asked: Mapping[str, Any] = self.record["request"]
+        return asked
 
     @property
     def model(self) -> str:
@@ -148,10 +149,9 @@ class Card:
     @property
     def sizes(self) -> str:
         """Bytes of the weights on disk before and after."""
-        made = [f"{size / 1e6:,.0f} MB {name}" for size, name in (
-            (self.record.dense_bytes or 0, "dense"), (self.size, self.done), (self.packed, "packed")
-        ) if size]  # fmt: skip
-        return ", ".join(made)
+        dense = self.record.get("dense_bytes") or 0
+        sizes = (dense, "dense"), (self.size, self.done), (self.packed, "packed")
+        return ", ".join(f"{size / 1e6:,.0f} MB {name}" for size, name in sizes if size)
 
     @property
     def measure(self) -> str:
@@ -225,7 +225,8 @@ class Card:
 def read_card(out: Path) -> Card:
     """Return what is known of the model in a folder of `calmix compress`."""
     record = read_record(out)
-    model, scored = str(record.request["model"]), out / SCORES
+    asked, scored = record["request"], out / SCORES
+    model = str(asked["model"])
     for needed in (out / "model", scored):
         if not needed.exists():
             raise InputError(
@@ -251,7 +252,7 @@ def read_card(out: Path) -> Card:
             manifest = manifest["pruned"]
         done, calibration = manifest["pruning"], manifest["calibration"]
         weights, pruned = int(done["weights"]), int(done["pruned"])
-        sources = tuple(_sources(out, record, calibration))
+        sources = tuple(_sources(out, asked, calibration))
         hashes = {f"dense model {model}": str(manifest["model"]["sha256"]),
                   "calibration set": str(calibration["sha256"])}  # fmt: skip
         if recoveries:
@@ -263,7 +264,7 @@ def read_card(out: Path) -> Card:
     made = file_hashes(out / "model", without=("README.md",))
     hashes |= {f"model/{name}": value for name, value in made.items()
                if name.endswith(WEIGHTS) or name == "config.json"}  # fmt: skip
-    suites = {record.request["suite"]: scores} | ({"abilities": does[1]} if does else {})
+    suites = {asked["suite"]: scores} | ({"abilities": does[1]} if does else {})
     try:
         tasks = {f"{one.name} ({suite})" if does else one.name:
                  provenance(load_suite(suite).tasks[one.name])
@@ -299,13 +300,15 @@ def _checked(out: Path, dense: CapabilityScores, scores: CapabilityScores) -> st
         return f"{path.name} is damaged: {again}."
 
 
-def _sources(out: Path, record: Record, manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the parts of the set; of text the model wrote, one a dimension."""
+def _sources(
+    out: Path, asked: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the parts of the set asked for; of text the model wrote, one a dimension."""
     told: Mapping[str, Any] = manifest.get("sources") or {}
     written = {} if "generated" in manifest else manifest.get("written") or {}
     counts = {name: int(one["rows"]) for name, one in {**told, **written}.items()}
     if not counts:
-        places = out / "calibration", user_path(str(record.request["calibration"]))
+        places = out / "calibration", user_path(str(asked["calibration"]))
         held = next((place for place in places if is_saved_set(place)), None)
         counts = {} if held is None else CalibrationSet.open(held).counts
     known, own = builtin_sources(), manifest.get("own") or {}

@@ -204,7 +204,7 @@ class Timed:
         """Return the seconds of writing a calibration set's text and measuring its perplexity."""
         tokens = asked.draw.rows * asked.draw.length
         found = self.forward(tokens, asked.draw.length, tokens) if measured else 0.0
-        parts = {name: asked.mix.weights[name] for name in asked.written}
+        parts = {name: asked.mix[name] for name in asked.written}
         parts |= {} if asked.generate is None else {asked.generate: 1.0}
         return found + self.write(sum(PASSES[name] * part for name, part in parts.items()) * tokens)
 

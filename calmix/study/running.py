@@ -37,7 +37,7 @@ PASSED = 2**27  # bytes Ray may pass in calls: what is too large for a call is i
 
 
 class Observer:
-    """Is told how a run goes; this one ignores it.
+    """Is told how a run goes, as is what has these methods; this one ignores it.
 
     `begin(todo, planned)`, `note(text)`, and of a trial `started(trial)`, `stage(trial, what, done,
     total)`, `finished(trial, outcome)` and `failed(trial, error)`.
@@ -50,13 +50,13 @@ class Observer:
 # `finished` with the trial, `failed` with the error, or left to what runs it `elsewhere`.
 Ended = tuple[str, Any]
 Ends = Iterator[tuple[Resolved, Ended]]
-Execute = Callable[[Study, Store, Sequence[Resolved], TrialOptions, Observer], Ends]
+Execute = Callable[[Study, Store, Sequence[Resolved], TrialOptions, Any], Ends]
 
 
 def run_study(
     study: Study,
     path: Path,
-    observer: Observer,
+    observer: Any,
     *,
     options: TrialOptions | None = None,
     only: Sequence[str] = (),
@@ -128,7 +128,7 @@ def chosen_trials(
 
 
 def run_locally(
-    study: Study, store: Store, todo: Sequence[Resolved], how: TrialOptions, observer: Observer
+    study: Study, store: Store, todo: Sequence[Resolved], how: TrialOptions, observer: Any
 ) -> Ends:
     """Run trials one after another in this process; what another one runs is left to it."""
     planned, trusts = [trial.planned for trial in todo], how.trust_remote_code
@@ -142,7 +142,7 @@ def run_locally(
             yield trial, run_one(bench, trial, observer)
 
 
-def run_one(bench: Bench, trial: Resolved, observer: Observer) -> Ended:
+def run_one(bench: Bench, trial: Resolved, observer: Any) -> Ended:
     """Run one trial under its lock and keep what comes of it, a failure too."""
     store = bench.store
 
@@ -199,7 +199,7 @@ def on_ray(
             ) from error
 
     def execute(
-        study: Study, store: Store, todo: Sequence[Resolved], how: TrialOptions, observer: Observer
+        study: Study, store: Store, todo: Sequence[Resolved], how: TrialOptions, observer: Any
     ) -> Ends:
         if not todo:
             return

@@ -269,7 +269,7 @@ def _calibration(study: Study, trial: Planned, content: Callable[[Path], str]) -
     if asked.written:
         options["written"] = {name: settings(one) for name, one in asked.written.items()}
         options["writing"] = VERSION
-    return {"mix": asked.mix.weights, "sources": sources, **options}
+    return {"mix": asked.mix, "sources": sources, **options}
 
 
 def _content(path: Path) -> str:

@@ -82,7 +82,7 @@ def test_it_is_what_layers_pruned_on_a_mix_lose_on_other_text(place, tiny_folder
 
     # What has run once is not run again; another mix of it, method or pattern takes no pass.
     with monkeypatch.context() as patch:
-        patch.setattr(module, "prune", None)
+        patch.setattr(module, "run_through", None)
         assert predict(opened, [letters, mix], pattern=Unstructured(0.5), **asked) == found
         other = predict(opened, [f"uniform:{letters},{sums}"], method="wanda", **asked)
         assert other[0].total > 0

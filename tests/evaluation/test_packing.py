@@ -11,13 +11,13 @@ from calmix.evaluation.packing import Row, Scored, Target, fill_rows, plan
 def restored(sequences, row_tokens):
     """For each sequence the (tokens before, token) of its targets, read back from the plan."""
     found = {i: [] for i in range(len(sequences))}
-    for run in plan(sequences, row_tokens=row_tokens):
-        for row in run.rows:
+    for prefix, rows in plan(sequences, row_tokens=row_tokens):
+        for row in rows:
             visible = row.visible()
             for target in row.targets:
                 seen = [node for node in range(len(row)) if visible[target.node, node]]
                 assert [row.depth[node] for node in seen] == list(range(len(seen)))
-                before = run.prefix + [row.ids[node] for node in seen]
+                before = prefix + [row.ids[node] for node in seen]
                 found[target.owner].append((before, target.token))
     return found
 
@@ -41,8 +41,8 @@ def test_every_token_is_predicted_from_what_stands_before_it(
         assert targets == [(ids[:at], ids[at]) for at in range(start, len(ids))]
     # Whatever the order of arrival.
     one, two = (plan(some, row_tokens=row_tokens) for some in (sequences, sequences[::-1]))
-    assert [[row.ids for row in run.rows] for run in one] == [
-        [row.ids for row in run.rows] for run in two
+    assert [[row.ids for row in rows] for _, rows in one] == [
+        [row.ids for row in rows] for _, rows in two
     ]
 
 
@@ -54,11 +54,11 @@ def test_rows_keep_their_size_and_shared_tokens_run_once():
         question = preambles[number % 2] + [rng.randrange(100) for _ in range(20)]
         sequences += [Scored([*question, 200 + choice, 7], len(question)) for choice in range(4)]
     runs = plan(sequences, row_tokens=128)
-    assert sorted(run.prefix for run in runs) == sorted(preambles)  # each task keeps its own
-    for run in runs:
-        assert all(len(row) <= 128 for row in run.rows)
+    assert sorted(prefix for prefix, _ in runs) == sorted(preambles)  # each task keeps its own
+    for _, rows in runs:
+        assert all(len(row) <= 128 for row in rows)
         # The last token of a sequence is only predicted: one node a choice beside the question.
-        assert sum(map(len, run.rows)) == 30 * (20 + 4)
+        assert sum(map(len, rows)) == 30 * (20 + 4)
 
 
 def test_rows_are_filled_closely():
