@@ -173,7 +173,7 @@ def reference(model: Any, ids: Tensor, report: PruneReport) -> dict[str, Tensor]
                     continue
                 raise LookupError(f"{layer.name} is not seen")
             gram = watch.grams[layer.name].float()
-            solved = method.solve([layer.matrix()], gram, [HALF]).weights[0]
+            solved = method.solve([layer.view().float()], gram, [HALF]).weights[0]
             layer.assign(solved)
             masks[layer.name] = solved == 0
     return masks

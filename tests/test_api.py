@@ -61,7 +61,7 @@ def test_results_show_themselves(tmp_path, text_file):
         assert len(one.to_pandas()) == rows
     assert len(repr(opened)) < 160
     report.save(tmp_path / "report.json")
-    assert json.loads((tmp_path / "report.json").read_text()) == report.to_json()
+    assert json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
     report.save(tmp_path / "report.csv")
     assert (tmp_path / "report.csv").read_text().startswith("layer,weights,pruned %")
     with pytest.raises(calmix.CalmixError, match=r"name a \.json or \.csv file"):

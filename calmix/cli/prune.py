@@ -107,7 +107,7 @@ def prune(
         return
     made = list(zip(targets, reports, strict=True))
     if work.as_json:
-        told = [{"output": str(path)} | report.to_json() for path, report in made]
+        told = [{"output": str(path)} | report.to_dict() for path, report in made]
         print_json(told if several else told[0])
         return
     for path, report in made:
@@ -181,7 +181,7 @@ def recover(
             progress=bar.of(recovering.method), writing=bar.writing, **work.work(),
         )  # fmt: skip
     if leads and work.as_json:
-        print_json({"output": str(output)} | report.to_json())
+        print_json({"output": str(output)} | report.to_dict())
     elif leads:
         line(f"held-out rows ({len(report.held_out)} of {report.rows}), {LOSSES[report.method]}: "
              f"{report.before:.4f} before, {report.after:.4f} after")  # fmt: skip

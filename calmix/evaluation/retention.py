@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -81,10 +81,6 @@ class Retention(Shown):
     worst: str | None
     resamples: int
     seed: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON-serialisable data."""
-        return asdict(self)
 
     def _line(self) -> str:
         named = {"kept": "answers", "accuracy": "accuracy"}

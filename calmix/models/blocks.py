@@ -83,10 +83,6 @@ class Prunable:
         weight = self.whole() if self.expert is None else self.whole()[self.expert]
         return (weight.T if self.transposed else weight)[self.rows]
 
-    def matrix(self) -> Tensor:
-        """Return the weight as float32 (rows, columns); a copy or view of the module's own."""
-        return self.view().float()
-
     def assign(self, matrix: Tensor) -> None:
         """Write a (rows, columns) matrix into the module, in the module's own dtype."""
         self.view().copy_(matrix)
@@ -126,6 +122,11 @@ class DecoderBlocks:
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    @property
+    def sizes(self) -> list[int]:
+        """The bytes of each block's weights."""
+        return [sum(p.nbytes for p in block.parameters()) for block in self.blocks]
 
     def prunables(self, index: int, *, every: bool = False) -> list[Prunable]:
         """Return the linear maps of block `index`; `every`: those too that `select` left out.

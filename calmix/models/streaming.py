@@ -131,10 +131,6 @@ class StreamedModel:
         prefix = f"{self.blocks.name}.{index}."
         return [name for name in self._parts if name.startswith(prefix)]
 
-    def block_bytes(self, index: int) -> int:
-        """Return the bytes of a block's weights in memory."""
-        return sum(p.nbytes for p in self.blocks.blocks[index].parameters())
-
     @property
     def outside_names(self) -> list[str]:
         """Names in the model of the parameters outside the blocks, the output head excepted."""
@@ -217,7 +213,7 @@ class StreamedModel:
             list(dict.fromkeys(s for name in self.block_names(i) for s in self._parts[name].stored))
             for i in range(len(self.blocks))
         ]
-        most, size = max(map(self.block_bytes, range(len(parts)))), 0
+        most, size = max(self.blocks.sizes), 0
         inside = {name for part in parts for name in part}
         for name, place in self.shards.places.items():
             if name not in inside:

@@ -194,11 +194,11 @@ def plan_for(
     """
     blocks, (rows, length) = source.blocks, shape
     pruned = [index for index in range(len(blocks)) if blocks.prunables(index)]
-    layers = blocks.prunables(max(pruned, key=source.block_bytes))
+    layers = blocks.prunables(max(pruned, key=blocks.sizes.__getitem__))
     inside = [layer for layer in layers if layer.expert is not None]
     one = {layer.mixture: layer.expert for layer in inside}
     sizes = Sizes(
-        block_bytes=max(map(source.block_bytes, range(len(blocks)))),
+        block_bytes=max(blocks.sizes),
         copies=source.merges,
         outside_bytes=source.outside_bytes if rows else 0,
         layers=[layer.shape for layer in layers if layer.expert is None],

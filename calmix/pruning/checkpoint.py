@@ -170,8 +170,7 @@ class _Pruning:
         source = self.source
         rest = [name for names in list(source.layout.values())[len(source.blocks) :]
                 for name in names]  # fmt: skip
-        blocks = sum(map(source.block_bytes, range(len(source.blocks))))
-        return blocks + sum(source.shards.places[name].size for name in rest)
+        return sum(source.blocks.sizes) + sum(source.shards.places[name].size for name in rest)
 
     def finished(self) -> dict[Path, PruneReport]:
         """Return the reports of outputs that an earlier run of the same requests has finished."""
@@ -397,7 +396,7 @@ def _write_beside(
     if source.trust_remote_code:
         for code in source.folder.glob("*.py"):
             shutil.copy(code, folder / code.name)
-    done, files = report.to_json(), file_hashes(folder, without=(MANIFEST, RUN))
+    done, files = report.to_dict(), file_hashes(folder, without=(MANIFEST, RUN))
     run = run_record(done.pop("seconds")) | {
         "batch": report.rows_at_once, "processes": distributed.processes()[1],
     }  # fmt: skip

@@ -105,12 +105,10 @@ class PruneReport(Shown):
         """Number of weights in matrices of the blocks that stayed as they were."""
         return sum(dense.weights for dense in self.dense)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable values."""
         totals = ("weights", "pruned", "sparsity", "bits", "dense_weights")
         return asdict(self) | {name: getattr(self, name) for name in totals}
-
-    to_dict = to_json
 
     def _line(self) -> str:
         seconds = f", {self.seconds['total']:.0f} s" if "total" in self.seconds else ""
@@ -126,7 +124,7 @@ class PruneReport(Shown):
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> PruneReport:
-        """Return the report that `to_json` gave."""
+        """Return the report that `to_dict` gave."""
         values = {one.name: kept[one.name] for one in fields(cls)}
         for name, kind in PARTS.items():
             values[name] = [kind(**part) for part in values[name]]

@@ -54,7 +54,7 @@ def prune_streamed(
             work.save(files[index][0], source.weights(index))
             if run.grids:
                 work.save(f"{CHECKPOINT}/{SCALES}/{index:05}", stored(run.grids))
-        work.keep(done=index + 1, report=run.report.to_json())
+        work.keep(done=index + 1, report=run.report.to_dict())
         progress(index + 1)
     run.report.seconds["total"] = time.perf_counter() - began
     return run.report

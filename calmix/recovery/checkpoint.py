@@ -123,7 +123,7 @@ def recover(
 def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
     """Write what stands beside the weights, and turn the work into the output."""
     place, pruned = job.work.checkpoint, job.pruned
-    done = report.to_json()
+    done = report.to_dict()
     run = run_record(done.pop("seconds")) | {"pruned": read_told(pruned.folder / RUN) or None}
     manifest = {
         "kind": "recovered checkpoint",

@@ -68,12 +68,6 @@ class RecoveryReport(Shown):
     seconds: dict[str, float] = field(default_factory=dict)
     quantised: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON-serialisable values."""
-        return asdict(self)
-
-    to_dict = to_json
-
     def _line(self) -> str:
         return (f"{self.method}, loss of {len(self.held_out)} held-out rows (lower is better) "
                 f"{self.before:.4f} before, {self.after:.4f} after")  # fmt: skip

@@ -56,7 +56,7 @@ def make_plan(
     blocks, own, size = model.blocks, model.parameters, dtype.itemsize
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
     hidden = token_bytes(model.model, blocks) // size
-    largest = max(range(len(blocks)), key=model.block_bytes)
+    largest = blocks.sizes.index(max(blocks.sizes))
     chosen = experts_per_token(model.model.config)
     # The inputs and outputs of the linear maps in a block that a token goes through.
     widths = sum(

@@ -102,7 +102,7 @@ class Bench:
         if self.opened.fingerprint != trial.request["model"]["sha256"]:
             raise InputError(f"the files of {self.opened.name} have changed: run the study again")
         with self.store.writing(trial) as folder:
-            write_json(folder / PRUNING, report.to_json())
+            write_json(folder / PRUNING, report.to_dict())
             scored = self.opened
             if planned.recovery is not None:
                 scored = self._recovered(trial, report, made, folder, stage)
@@ -164,7 +164,7 @@ class Bench:
             progress=lambda done, total, loss: stage("recovering", done, total),
             **self.how,
         )
-        write_json(folder / RECOVERY, recovered.to_json())
+        write_json(folder / RECOVERY, recovered.to_dict())
         kind = dtype_name(self.opened.model.dtype)
         scored = open_model(str(folder / CHECKPOINT), dtype=kind, **self.how)
         shutil.rmtree(folder / "pruned")

@@ -101,20 +101,17 @@ class Timed:
         head = 0 if tied else self.vocabulary * self.hidden
         return (self.weights - self.block_weights - head) * self.dtype.itemsize
 
-    def block_bytes(self, index: int) -> int:
-        """Return the bytes of a block's weights."""
-        return sum(p.nbytes for p in self.blocks.blocks[index].parameters())
-
     @cached_property
     def _sample(self) -> tuple[Any, float]:
         """A model of the largest block alone, and how many such blocks the weights make."""
-        largest = max(range(len(self.blocks)), key=self.block_bytes)
+        sizes = self.blocks.sizes
+        largest = sizes.index(max(sizes))
         model = self._of_block(largest)
         try:
             model.base_model(self._ids(1, 8), use_cache=False)
         except Exception:  # the largest reads what another block has written
             largest, model = 0, self._of_block(0)
-        return model, self.block_weights * self.dtype.itemsize / self.block_bytes(largest)
+        return model, self.block_weights * self.dtype.itemsize / sizes[largest]
 
     def _of_block(self, index: int) -> Any:
         """Return the model with one block, of random weights."""
@@ -235,7 +232,7 @@ class Timed:
         source: Any = self
         shape = trial.rows, trial.length
         needed = plan_for(source, shape, trial.method, budget=2**62).needed
-        blocks = 2 * max(map(self.block_bytes, range(len(self.blocks))))  # held with all the others
+        blocks = 2 * max(self.blocks.sizes)  # held with all the others
         logits = 3 * 512 * self.vocabulary * 4
         peak = max(needed - blocks, PROGRAM + logits)
         if trial.recovery is not None:

@@ -20,7 +20,7 @@ HALF = Unstructured(0.5)
 def weights_of(model):
     found = find_blocks(model)
     layers = (layer for index in range(len(found)) for layer in found.prunables(index))
-    return {layer.name: layer.matrix().clone() for layer in layers}
+    return {layer.name: layer.view().float().clone() for layer in layers}
 
 
 def check_equal(ours, theirs):
@@ -61,7 +61,7 @@ def reference(model, ids, method, propagation):
             gram = grams.get(number)
             gram = input_gram(model, shared.module, ids) if gram is None else gram
             statistic = gram if kind.name == "sparsegpt" else gram.diagonal()
-            weights = [layer.matrix() for layer in shared.layers]
+            weights = [layer.view().float() for layer in shared.layers]
             solved = kind.solve(weights, statistic, [HALF] * len(weights))
             for layer, weight in zip(shared.layers, solved.weights, strict=True):
                 layer.assign(weight)

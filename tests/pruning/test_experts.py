@@ -82,7 +82,7 @@ def reference(model, ids, method, pattern, propagation):
 
     def solve(layers, gram):
         gram = gram.float()
-        weights = [layer.matrix() for layer in layers]
+        weights = [layer.view().float() for layer in layers]
         statistic = gram if kind.name == "sparsegpt" else gram.diagonal()
         solved = kind.solve(weights, statistic, [pattern] * len(weights))
         for layer, dense, weight in zip(layers, weights, solved.weights, strict=True):
