@@ -149,7 +149,7 @@ def _sources(folder):
 
 def _mix(folder):
     spec = ask(str(folder / "mix.yaml"))
-    for name in spec.mix.weights:
+    for name in spec.mix:
         source = get_source(name, spec.own)
         if isinstance(source.reader, LocalFile):
             list(source.documents())

@@ -54,10 +54,10 @@ def test_everything_builtin_has_licence_and_origin(calmix):
 def test_a_group_leaves_out_what_a_licence_forbids_and_shares_its_weight():
     spec = ask("uniform:offline", licence="permissive")
     allowed = [n for n, s in offline_sources().items() if s.use == "permissive"]
-    assert list(spec.mix.weights) == allowed
+    assert list(spec.mix) == allowed
     assert "textbook" not in allowed
-    assert set(spec.mix.weights.values()) == {1 / len(allowed)}
-    assert list(ask("offline").mix.weights) == list(offline_sources())
+    assert set(spec.mix.values()) == {1 / len(allowed)}
+    assert list(ask("offline").mix) == list(offline_sources())
     with pytest.raises(InputError, match="names 'stories' twice: offline holds it"):
         ask("offline:0.5,stories:0.5")
 
