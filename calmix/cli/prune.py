@@ -189,6 +189,7 @@ def recover(
         if report.quantised:
             held, what = report.quantised, "on their grid"
         line(f"{held:,} of {report.weights:,} weights stay {what} "
-             f"({held / report.weights:.4%}), {report.seconds['total']:.1f} s: {output}")  # fmt: skip
+             f"({held / report.weights:.4%}), {report.seconds['total']:.1f} s: "
+             f"{output}")  # fmt: skip
         if report.after >= report.before:
             note("the held-out rows did not improve: the weights are unchanged")

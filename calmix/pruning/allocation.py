@@ -27,7 +27,7 @@ from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.options import METHOD
 from calmix.precision import widest
 from calmix.pruning.engine import Looking, check_names, run_through
-from calmix.pruning.gram import Gram, relative_error
+from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import Look, Method, get_method
 from calmix.pruning.patterns import Unstructured, clear
 from calmix.yaml_files import read_yaml
@@ -219,7 +219,7 @@ class DensePass(Looking):
         by: str,
         sparsities: Sequence[float],
     ) -> None:
-        super().__init__(model, found, self._look, gram=looker(by).needs is Gram)
+        super().__init__(model, found, self._look, gram=by == "error")
         self._by = by
         self._squares: dict[str, Tensor] = {}
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}
