@@ -9,6 +9,7 @@ first draw's is the one that stays.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from calmix.compression.plan import (
     BEHAVIOUR,
     CALIBRATION,
     MANIFEST,
+    PACK,
     SCORES,
     Request,
     Stage,
@@ -53,6 +55,7 @@ from calmix.manifest import sealed
 from calmix.progress import duration
 
 RUNGS = (6.0, 5.0, 4.0, 3.5, 3.0, 2.6, 2.3, 2.0)  # bits a weight
+MODELS = ("pruned", "blocks", "model")  # of a candidate, one made of the other
 KIND = "ladder of candidates"
 HELPS = (
     "What may help: a lower floor, more items (--effort best), more rows, or text of the abilities "
@@ -153,11 +156,11 @@ def building(asked: Request, out: Path, bits: float, suites: Sequence[str]) -> l
     for draw in draws(asked):
         held = asked.calibration if asked.saved else str(out / draw / CALIBRATION)
         wanted, place = at(asked, bits), out / _folder(bits, draw)
-        made = [stages(wanted, place, held)[0],
-                *scoring(wanted, str(place / "model"), place, dense)]  # fmt: skip
+        made = itertools.takewhile(lambda one: one.leaves != PACK, stages(wanted, place, held))
+        scores = scoring(wanted, str(place / "model"), place, dense)
         found += [
             _within(_folder(bits, draw), replace(one, name=f"{bits:g} bits, {one.name}"))
-            for one in made if one.leaves in ("model", *suites)
+            for one in (*made, *(one for one in scores if one.leaves in suites))
         ]  # fmt: skip
     return found
 
@@ -295,8 +298,8 @@ def _kept(ladder: Ladder, asked: Request, out: Path) -> Ladder:
     write_json(out / LADDER, sealed(value))
     for other in ladder.rungs:
         for draw in draws(asked):
-            if draw or other.bits != ladder.bits:
-                shutil.rmtree(out / _folder(other.bits, draw) / "model", ignore_errors=True)
+            for name in MODELS if draw or other.bits != ladder.bits else ():
+                shutil.rmtree(out / _folder(other.bits, draw) / name, ignore_errors=True)
     return ladder
 
 
@@ -305,8 +308,7 @@ def _taken_back(ladder: Ladder, asked: Request, out: Path) -> Ladder:
     OUT goes."""
     if ladder.ended != "time":
         return ladder
-    if (out / "model").exists():
-        (out / "model").rename(out / _folder(ladder.bits or RUNGS[0]) / "model")
+    _move(out, out / _folder(ladder.bits or RUNGS[0]))
     made = {stage.leaves for stage in stages(asked, out)} - {CALIBRATION, None}
     for name in (*made, MANIFEST, RUN, FILE, "card.html"):
         remove(out / str(name))
@@ -321,6 +323,12 @@ def _placed(ladder: Ladder, out: Path) -> Ladder:
         for name in (BEHAVIOUR, FILE):
             if (chosen / name).exists() and not (out / name).exists():
                 write_bytes(out / name, (chosen / name).read_bytes())
-        if (chosen / "model").exists():
-            (chosen / "model").rename(out / "model")
+        _move(chosen, out)
     return ladder
+
+
+def _move(place: Path, to: Path) -> None:
+    """Move the models of a candidate that are there, the last one last."""
+    for name in MODELS:
+        if (place / name).exists():
+            (place / name).rename(to / name)

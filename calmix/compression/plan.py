@@ -286,9 +286,8 @@ def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
             leakage=guarded(asked.suite), licence=asked.licence, **where, output=held,
         )  # fmt: skip
         found.append(Stage(named, ("calibrate", asked.calibration, *draw), CALIBRATION))
-    # Levels are not trained: a recovery would move weights off their grid.
-    levels = asked.bits is not None or asked.keep_at_least is not None
-    recoveries = () if levels else effort.recoveries
+    sparse = asked.sparsity is not None or asked.pattern is not None
+    recoveries = effort.recoveries if sparse or (asked.bits or BITS) < BITS else ()
     before = "pruned" if recoveries else "model"
     pruned = _flags(
         **asked.aim, calibration=held, licence=asked.licence if asked.saved else None, **work,

@@ -347,19 +347,21 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
 
 
 def test_bits_stand_for_a_sparsity_or_beside_it(calmix, command, tmp_path, tiny_folder):
-    """A model of levels is not trained further; its card says what a weight takes."""
+    """Below four bits a model is trained on its levels; its card says what a weight takes."""
     out = tmp_path / "out"
     ended = calmix(*command(out, "--bits", 3)).ok()
     assert "quantise" in (out / "compress.json").read_text()
-    assert not (out / "pruned").exists()
+    assert (out / "pruned" / "calmix-scales").is_dir()
     card = read_card(out)
     assert card.title.endswith("at 3 bits a weight")
-    assert card.recoveries == ()
+    assert [one["quantised"] for one in card.recoveries] == [card.weights]
     assert card.bits == pytest.approx(3, abs=0.3)
     assert 0 < card.packed < card.size
     told = (out / "model/README.md").read_text(encoding="utf-8")
     assert "Once packed, a weight takes" in told
     assert "left to do" not in calmix("doctor", "inspect", out, "--json").out
+    four = stages(request(Compression(model=str(tiny_folder))), out)
+    assert not [one for one in four if one.arguments[0] == "recover"]
     both = request(Compression(model=str(tiny_folder), bits=4, pattern="2:4"))
     assert (both.target, both.aim["method"]) == ("2:4, 4 bits", "admm")
     ended = calmix(*command(tmp_path / "no", "--bits", 2.5, "--sparsity", 0.5))
