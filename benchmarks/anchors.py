@@ -1,10 +1,12 @@
 """What llama.cpp's own quants of a model keep, at their size on disk: anchors for the frontier.
 
-    python benchmarks/anchors.py MODEL -o FOLDER [--types Q4_K_M,Q3_K_M] --llama PYTHON
+    python benchmarks/anchors.py MODEL -o FOLDER --llama PYTHON [--types Q4_K_M,IQ3_S]
+        [--sets c4=SET mix=SET]
 
-PYTHON is of an environment with llama-cpp-python, which quantises the F16 file of `calmix export`.
-Each file is read back and tested like any other model: suite `abilities`, quick, programs too. What
-is in FOLDER already is not made again.
+PYTHON is of an environment with llama-cpp-py-sync and gguf, which quantises the F16 file of `calmix
+export`; with `--sets` once for the importance matrix of each calibration set. Each file is read
+back and tested like any other model: suite `abilities`, quick, programs too. What is in FOLDER
+already is not made again.
 """
 
 from __future__ import annotations
@@ -19,10 +21,23 @@ from calmix.evaluation.scores import load_pair
 from calmix.report.words import with_span
 
 QUANTISE = """
-import ctypes, llama_cpp, sys
-how = llama_cpp.llama_model_quantize_default_params()
-how.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + sys.argv[3])
-sys.exit(llama_cpp.llama_model_quantize(*map(str.encode, sys.argv[1:3]), ctypes.byref(how)))
+import sys
+from gguf import GGUFReader
+from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+ffi, lib = get_ffi(), get_lib()
+how = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
+how.ftype = getattr(lib, "LLAMA_FTYPE_MOSTLY_" + sys.argv[3])
+if len(sys.argv) > 4:
+    read = {one.name: one.data for one in GGUFReader(sys.argv[4]).tensors}
+    sums = {name[:-8]: value.reshape(-1) / read[name[:-8] + ".counts"].reshape(-1)[0]
+            for name, value in read.items() if name.endswith(".in_sum2")}
+    held = ffi.new("struct llama_model_imatrix_data[]", len(sums) + 1)
+    kept = []
+    for at, (name, value) in enumerate(sums.items()):
+        kept += [ffi.new("char[]", name.encode()), ffi.new("float[]", value.tolist())]
+        held[at].name, held[at].data, held[at].size = *kept[-2:], len(value)
+    how.imatrix = held
+sys.exit(lib.llama_model_quantize(*(ffi.new("char[]", one.encode()) for one in sys.argv[1:3]), how))
 """
 
 
@@ -32,11 +47,12 @@ def run(*words: str | Path) -> None:
 
 
 def main() -> None:
-    """Quantise, score and print a line a type."""
+    """Quantise, score and print a line a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--types", default="Q4_K_M,Q3_K_M")
+    parser.add_argument("--sets", nargs="*", default=[])
     parser.add_argument("--llama", required=True)
     asked = parser.parse_args()
     asked.output.mkdir(parents=True, exist_ok=True)
@@ -44,18 +60,25 @@ def main() -> None:
     whole = asked.output / "F16.gguf"
     if not whole.exists():
         run(*calmix, "export", asked.model, "--to", "gguf", "-o", whole)
+    matrices: dict[str, list[Path]] = {} if asked.sets else {"": []}
+    for name, _, held in (one.partition("=") for one in asked.sets):
+        matrices[f"-{name}"] = [asked.output / f"imatrix-{name}"]
+        if not matrices[f"-{name}"][0].exists():
+            run(*calmix, "export", held, "--to", "imatrix", "--model", asked.model, "-o",
+                *matrices[f"-{name}"])  # fmt: skip
     for kind in asked.types.split(","):
-        file, scores = asked.output / f"{kind}.gguf", asked.output / f"{kind}.json"
-        if not file.exists():
-            run(asked.llama, "-c", QUANTISE, whole, file, kind)
-        if not scores.exists():
-            run(*calmix, "evaluate", file, "--against", asked.model, "--suite", "abilities",
-                "--quick", "--allow-code-execution", "--no-distance", "-o", scores)  # fmt: skip
-        found = behaviour(load_pair(scores))
-        told = ", ".join(f"{one.name} {one.kept}/{one.dense}" for one in found.abilities)
-        all_, size = found.answers, file.stat().st_size / 1e6
-        kept = f"{all_.kept} of {all_.dense}: {with_span(all_.share)} %"
-        print(f"{kind}: {size:.1f} MB, {kept}, {told}")
+        for name, matrix in matrices.items():
+            file, scores = (asked.output / f"{kind}{name}.{end}" for end in ("gguf", "json"))
+            if not file.exists():
+                run(asked.llama, "-c", QUANTISE, whole, file, kind, *matrix)
+            if not scores.exists():
+                run(*calmix, "evaluate", file, "--against", asked.model, "--suite", "abilities",
+                    "--quick", "--allow-code-execution", "-o", scores)  # fmt: skip
+            found = behaviour(load_pair(scores))
+            told = ", ".join(f"{one.name} {one.kept}/{one.dense}" for one in found.abilities)
+            all_, size = found.answers, file.stat().st_size / 1e6
+            kept = f"{all_.kept} of {all_.dense}: {with_span(all_.share)} %"
+            print(f"{kind}{name}: {size:.1f} MB, {kept}, {told}")
 
 
 if __name__ == "__main__":

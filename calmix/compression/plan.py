@@ -52,13 +52,15 @@ CALIBRATION, PACK = "calibration", "pack"
 class Effort:
     """How much time a compression may take: rows of the calibration set, recoveries one after the
     other, epochs of the last one, how much of the suites of likelihood and of behaviour is scored,
-    and whether the distance to the dense model is measured."""
+    most bits of levels that are trained, and whether the distance to the dense model is
+    measured."""
 
     rows: int
     recoveries: tuple[str, ...]
     epochs: int
     likelihood: Mapping[str, Any]
     behaviour: Mapping[str, Any]
+    levels: float = 4.0
     distance: bool = True
 
 
@@ -72,7 +74,7 @@ def guarded(suite: str) -> str:
 
 
 EFFORTS = {
-    "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 10}, SHORT, distance=False),
+    "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 10}, SHORT, 3.9, distance=False),
     "standard": Effort(64, ("distill",), 2, QUICK, QUICK),
     "best": Effort(192, ("blocks", "distill"), 2, {}, {}),
 }
@@ -287,7 +289,8 @@ def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
         )  # fmt: skip
         found.append(Stage(named, ("calibrate", asked.calibration, *draw), CALIBRATION))
     sparse = asked.sparsity is not None or asked.pattern is not None
-    recoveries = effort.recoveries if sparse or (asked.bits or BITS) < BITS else ()
+    trained = sparse or (asked.bits or 8) <= effort.levels
+    recoveries = effort.recoveries if trained else ()
     before = "pruned" if recoveries else "model"
     pruned = _flags(
         **asked.aim, calibration=held, licence=asked.licence if asked.saved else None, **work,
