@@ -347,7 +347,7 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
 
 
 def test_bits_stand_for_a_sparsity_or_beside_it(calmix, command, tmp_path, tiny_folder):
-    """Below four bits a model is trained on its levels; its card says what a weight takes."""
+    """A model is trained on its levels, at four bits not by quick; its card says its bits."""
     out = tmp_path / "out"
     ended = calmix(*command(out, "--bits", 3)).ok()
     assert "quantise" in (out / "compress.json").read_text()
@@ -360,7 +360,7 @@ def test_bits_stand_for_a_sparsity_or_beside_it(calmix, command, tmp_path, tiny_
     told = (out / "model/README.md").read_text(encoding="utf-8")
     assert "Once packed, a weight takes" in told
     assert "left to do" not in calmix("doctor", "inspect", out, "--json").out
-    four = stages(request(Compression(model=str(tiny_folder))), out)
+    four = stages(request(Compression(model=str(tiny_folder), effort="quick")), out)
     assert not [one for one in four if one.arguments[0] == "recover"]
     both = request(Compression(model=str(tiny_folder), bits=4, pattern="2:4"))
     assert (both.target, both.aim["method"]) == ("2:4, 4 bits", "admm")
