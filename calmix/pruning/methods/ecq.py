@@ -52,7 +52,9 @@ class Ecq(Quantiser):
         column = factors(octaves)
         scaled = [weight.float() / column for weight in weights]
         factor = replace(factor, upper=factor.upper / column)
-        steps = [_step(weight, factor, bits) for weight in scaled]
+        found = torch.tensor([_step(weight, factor, bits) for weight in scaled])
+        steps = found.bfloat16().tolist()
+        scaled = [weight.div_(step) for weight, step in zip(scaled, steps, strict=True)]
         rounding = DeadZone(scaled, steps)
         made = solve_columns(scaled, factor, None, rounding)
         grids = [replace(one, octaves=octaves) for one in rounding.grids(made, [0] * len(made))]
@@ -66,7 +68,7 @@ def _step(weight: Tensor, factor: Factor, bits: float) -> float:
     the loop, which takes them in turn, comes to, but after two or three times as spread out.
     """
     grid = DeadZone([weight], [1.0])
-    size = float(weight.square().mean().sqrt()) or 1.0
+    size = float(torch.linalg.vector_norm(weight)) / math.sqrt(weight.numel()) or 1.0
     goal = max(bits - grid.beside(weight), 0.0)
     ordered = np.sort(sampled(weight, SAMPLE).cpu().numpy())
     step = _step_of(ordered, goal, *(size * 2**end for end in STEPS))
@@ -85,10 +87,10 @@ def _step_of(ordered: NDArray[np.float32], bits: float, low: float, high: float)
     while math.log2(high / low) > FINE:
         middle = math.sqrt(low * high)
         most = math.ceil(np.abs(ordered[[0, -1]]).max() / middle)
-        ends = (np.arange(1, most + 1, dtype=np.float32) - np.float32(DEAD_ZONE)) * middle
+        ends = (np.arange(1, most + 2, dtype=np.float32) - DEAD_ZONE) * middle
+        ends[-1] = np.inf
         cuts = ordered.searchsorted(np.concatenate([-ends[::-1], ends]).astype(np.float32))
-        counts = np.diff(cuts, prepend=0, append=len(ordered))
-        if entropy_of(torch.from_numpy(counts)) > bits:
+        if entropy_of(cuts[1:] - cuts[:-1]) > bits:
             low = middle
         else:
             high = middle

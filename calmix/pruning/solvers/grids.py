@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from calmix.errors import InputError
@@ -22,7 +24,7 @@ from calmix.pruning.patterns import clear
 SCALES = "calmix-scales"  # the folder, beside the weights of a model, of a file a block
 SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)  # of the largest weight, tried for a scale
 FINE = 6  # bits from which the largest weight decides
-CACHED = 1024  # outputs whose scales are found at a time on a CPU: a group of them is in its cache
+CACHED = 2**17  # weights whose scales are found at a time on a CPU: they stay in its cache
 DEAD_ZONE = 0.42  # what is added before a magnitude is cut to a level: 0.5 would be rounding
 
 
@@ -122,13 +124,13 @@ def entropy(values: Tensor, inverse: float = 1.0) -> float:
     for part in values.split(64):
         levels = (part * inverse).round_().sub_(low).int().flatten()
         counts += torch.bincount(levels, minlength=len(counts))
-    return entropy_of(counts)
+    return entropy_of(counts.cpu().numpy())
 
 
-def entropy_of(counts: Tensor) -> float:
+def entropy_of(counts: NDArray[np.int64]) -> float:
     """Return the bits a value takes of an ideal coder, by how often each occurs."""
-    share = counts[counts > 0].double() / counts.sum()
-    return float(-(share * share.log2()).sum())
+    share = counts[counts > 0] / counts.sum()
+    return -float(share @ np.log2(share))
 
 
 def mask_bits(sparsity: float) -> float:
@@ -159,21 +161,9 @@ class Rounding(ABC):
         columns, outputs = weights[0].shape[1], sum(map(len, weights))
         self.group = check_group(group, columns)
         self.scales = torch.zeros(columns // self.group, outputs, device=weights[0].device)
-        self._start, self._masked = 0, False
-        self._found: list[tuple[Tensor, Tensor]] = []  # scales of groups, and their inverse
+        self.masked = False
 
     @abstractmethod
-    def fit(self, values: Tensor, importance: Tensor) -> Tensor:
-        """Return the scales (outputs,) of a group of columns (group, outputs).
-
-        Args:
-            importance: (group, 1), what a squared error in a column counts.
-        """
-
-    @abstractmethod
-    def nearest(self, scaled: Tensor) -> Tensor:
-        """Move weights in units of their scale to the grid, in place."""
-
     def begin(
         self, start: int, stacked: Tensor, mask: Tensor, leverage: Tensor, masked: bool
     ) -> None:
@@ -186,39 +176,14 @@ class Rounding(ABC):
             leverage: 1 / U_jj of the block's columns, (block, 1).
             masked: whether any weight goes.
         """
-        self._start, self._masked = start, masked
-        stop = start + len(leverage)
-        for at in range(-(-start // self.group) * self.group, stop, self.group):
-            here = slice(at - start, at - start + self.group)
-            values = stacked[at : at + self.group]
-            if masked:
-                values = values.clone()
-                clear(values[: len(mask[here])], mask[here])
-            own = leverage[here].square()
-            importance = own.new_ones(len(values), 1).mul_(own.mean())
-            importance[: len(own)] = own
-            scale = self.scales[at // self.group].copy_(self.fit(values, importance).bfloat16())
-            self._found.append((scale, _inverse(scale)))
 
-    def step(
-        self, number: int, column: Tensor, level: Tensor, mask: Tensor, inverse: Tensor,
-        wrong: Tensor,
-    ) -> None:  # fmt: skip
-        """Write the level and the scaled error of a block's column."""
-        scale, units = self._found[(self._start + number) // self.group]
-        self.nearest(torch.mul(column, units, out=level))
-        if self._masked:
-            clear(level, mask)
-        torch.addcmul(column, level, scale, value=-1, out=wrong).mul_(inverse)
+    @abstractmethod
+    def step(self, number: int, column: Tensor, level: Tensor, mask: Tensor) -> None:
+        """Write the level of a block's column, and leave the error in its place."""
 
+    @abstractmethod
     def finish(self, weights: Tensor, levels: Tensor) -> None:
         """Write a block's weights, whose levels are known."""
-        at = 0
-        while at < len(levels):
-            group = (self._start + at) // self.group
-            to = min(len(levels), (group + 1) * self.group - self._start)
-            torch.mul(levels[at:to], self._found[group][0], out=weights[at:to])
-            at = to
 
     def grids(self, weights: Sequence[Tensor], pruned: Sequence[int]) -> list[Grid]:
         """Return the layers' grids after the loop; the masks of `pruned` weights count."""
@@ -241,34 +206,82 @@ class Symmetric(Rounding):
 
     def __init__(self, weights: Sequence[Tensor], group: int, bits: int) -> None:
         super().__init__(weights, group)
-        self.bits, self._half = bits, 2 ** (bits - 1)
+        self.bits, self._half, self._start = bits, 2 ** (bits - 1), 0
+        self._found: list[tuple[Tensor, Tensor]] = []  # scales of groups, and their inverse
+
+    def begin(
+        self, start: int, stacked: Tensor, mask: Tensor, leverage: Tensor, masked: bool
+    ) -> None:
+        self._start, self.masked = start, masked
+        first = -(-start // self.group)
+        inside = slice(first * self.group - start, None)
+        own = leverage[inside].square()
+        number = -(-len(own) // self.group)
+        if not number:
+            return
+        values = stacked[start:][inside][: number * self.group]
+        if masked:
+            values = values.clone()
+            clear(values[: len(own)], mask[inside])
+        beyond = own[(number - 1) * self.group :].mean().expand(len(values) - len(own), 1)
+        importance = torch.cat([own, beyond]).view(number, 1, self.group)
+        scales = self.fit(values.unflatten(0, (number, self.group)), importance).bfloat16()
+        here = self.scales[first : first + number].copy_(scales)
+        self._found.extend(zip(here, _inverse(here), strict=True))
+
+    def step(self, number: int, column: Tensor, level: Tensor, mask: Tensor) -> None:
+        scale, units = self._found[(self._start + number) // self.group]
+        self.nearest(torch.mul(column, units, out=level))
+        if self.masked:
+            clear(level, mask)
+        column.addcmul_(level, scale, value=-1)
+
+    def finish(self, weights: Tensor, levels: Tensor) -> None:
+        at = 0
+        while at < len(levels):
+            group = (self._start + at) // self.group
+            to = min(len(levels), (group + 1) * self.group - self._start)
+            torch.mul(levels[at:to], self._found[group][0], out=weights[at:to])
+            at = to
 
     def fit(self, values: Tensor, importance: Tensor) -> Tensor:
-        """Bring the largest weight to the lowest level, or beyond it: of a few scales the one that
-        loses least."""
-        size = CACHED if values.device.type == "cpu" else values.shape[1]
-        return torch.cat([self._fit(part, importance) for part in values.split(size, dim=1)])
+        """Return the scales (groups, outputs) of some columns (groups, group, outputs).
+
+        The largest weight comes to the lowest level, or beyond it: of a few scales the one that
+        loses least. They become smaller for as long as one output in a hundred gains.
+
+        Args:
+            importance: (groups, 1, group), what a squared error in a column counts.
+        """
+        size = max(CACHED // values[..., 0].numel(), 64) if values.device.type == "cpu" else None
+        parts = [self._fit(part, importance) for part in values.split(size or values.shape[2], 2)]
+        return torch.cat(parts, dim=1)
 
     def _fit(self, values: Tensor, importance: Tensor) -> Tensor:
-        high, low = values.amax(0), values.amin(0)
+        high, low = values.amax(1), values.amin(1)
         largest = torch.where(high > -low, high, low)
-        if len(tied := (high == -low).nonzero()[:, 0]):  # the first of both counts
-            own = values[:, tied]
-            largest[tied] = own.gather(0, own.abs().argmax(0, keepdim=True))[0]
+        tied = (high == -low).nonzero(as_tuple=True)  # the first of both counts
+        own = values.transpose(1, 2)[tied]
+        largest[tied] = own.gather(1, own.abs().argmax(1, keepdim=True))[:, 0]
         scale = largest / -self._half
         if self.bits >= FINE:
             return scale
+        shrinks = torch.tensor(SHRINKS, device=scale.device)[:, None, None]
+        tried = (scale * shrinks).bfloat16().float()
         best, least = scale, torch.full_like(scale, math.inf)
         lost = torch.empty_like(values)
-        for shrink in SHRINKS:
-            tried = (scale * shrink).bfloat16().float()
-            self.nearest(torch.mul(values, _inverse(tried), out=lost))
-            error = lost.mul_(tried).sub_(values).square_().mul_(importance).sum(0)
-            best = torch.where(error < least, tried, best)
-            least = torch.minimum(error, least)
+        for one, units in zip(tried, _inverse(tried), strict=True):
+            level = self.nearest(torch.mul(values, units[:, None], out=lost))
+            torch.addcmul(values, level, one[:, None], value=-1, out=lost).square_()
+            error = (importance @ lost)[:, 0]
+            gains = error < least
+            if 100 * int(gains.count_nonzero()) < gains.numel():
+                break
+            best, least = torch.where(gains, one, best), torch.minimum(error, least)
         return best
 
     def nearest(self, scaled: Tensor) -> Tensor:
+        """Move weights in units of their scale to the grid, in place."""
         return scaled.round_().clamp_(-self._half, self._half - 1)
 
     def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
@@ -280,21 +293,30 @@ class DeadZone(Rounding):
     """Whole levels, as many as it takes, of one step a layer; zero reaches further than others.
 
     Args:
-        steps: of each layer.
+        weights: in units of their step.
+        steps: of each layer, bfloat16 values.
     """
 
     def __init__(self, weights: Sequence[Tensor], steps: Sequence[float]) -> None:
         super().__init__(weights, weights[0].shape[1])
         parts = [torch.full((len(w),), step) for w, step in zip(weights, steps, strict=True)]
-        self._steps = torch.cat(parts).to(self.scales)
+        self.scales.copy_(torch.cat(parts))
         self._zone = torch.full((), DEAD_ZONE, device=self.scales.device)
 
-    def fit(self, values: Tensor, importance: Tensor) -> Tensor:
-        return self._steps
+    def begin(
+        self, start: int, stacked: Tensor, mask: Tensor, leverage: Tensor, masked: bool
+    ) -> None:
+        """Nothing is left to find."""
 
-    def nearest(self, scaled: Tensor) -> Tensor:
-        """Move to sign(w) floor(|w| + 0.42)."""
-        return scaled.add_(torch.copysign(self._zone, scaled)).trunc_()
+    def step(self, number: int, column: Tensor, level: Tensor, mask: Tensor) -> None:
+        column.sub_(self.nearest(column, level))
+
+    def finish(self, weights: Tensor, levels: Tensor) -> None:
+        torch.mul(levels, self.scales, out=weights)
+
+    def nearest(self, scaled: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return sign(w) floor(|w| + 0.42)."""
+        return torch.copysign(self._zone, scaled, out=out).add_(scaled).trunc_()
 
     def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
         bits = entropy(weight.T, float(_inverse(scale[:1])))

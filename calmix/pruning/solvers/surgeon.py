@@ -75,8 +75,6 @@ def solve_columns(
             clear(stacked[start:stop], mask)
         with large_products():
             stacked[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    if rounding is not None:
-        stacked.add_(0.0)  # no -0.0
     return [layer.T for layer in layers]
 
 
@@ -112,13 +110,16 @@ def prune_block(
     size = len(weights)
     panel = _multiple(AT_ONCE if at_once else PANEL, pattern)
     width = pattern.group if semi else panel
-    errors = torch.empty_like(weights)
+    errors = torch.empty_like(weights) if rounding is None else weights
     # Views are made once: a step's arithmetic takes no longer than making one.
-    before, across = errors.T, upper.T.contiguous().unbind()
-    columns, wrong = weights.unbind(), errors.unbind()
-    if rounding is not None:
-        levels = torch.empty_like(weights)
-        rows = list(zip(weights, levels, mask, inverse, errors, strict=True))
+    before, columns = errors.T, weights.unbind()
+    if rounding is None:
+        across, wrong = upper.T.contiguous().unbind(), errors.unbind()
+    else:  # errors come in place of weights, and are scaled at the end
+        upper = (upper * inverse).triu_(1)
+        turned, levels = upper.T.contiguous(), torch.empty_like(weights)
+        gone = mask.unbind() if rounding.masked else [mask] * size
+        rows = list(zip(columns, levels, gone, strict=True))
     for start in range(0, size, panel):
         stop = min(start + panel, size)
         for group in range(start, stop, width):
@@ -134,20 +135,25 @@ def prune_block(
                 errors[group:last] = _errors(weights[group:last], mask[group:last], own)
                 weights[group:last].addmm_(own.triu(1).T, errors[group:last], alpha=-1)
                 continue
-            if rounding is None:
-                torch.mul(mask[group:last], inverse[group:last], out=errors[group:last])
+            if rounding is not None:  # what is not an error yet is multiplied by zero
+                own, factors = before[:, group:last], turned[group:last, group:last].unbind()
+                for j, factor in enumerate(factors, start=group):
+                    if j > group:
+                        columns[j].addmv_(own, factor, alpha=-1)
+                    rounding.step(j, *rows[j])
+                continue
+            torch.mul(mask[group:last], inverse[group:last], out=errors[group:last])
             for j in range(group, last):
                 if j > group:
                     seen = across[j].narrow(0, group, j - group)
                     columns[j].addmv_(before.narrow(1, group, j - group), seen, alpha=-1)
-                if rounding is None:
-                    wrong[j].mul_(columns[j])
-                else:
-                    rounding.step(j, *rows[j])
+                wrong[j].mul_(columns[j])
         if stop < size:
             weights[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
     if rounding is not None:
+        errors = weights * inverse
         rounding.finish(weights, levels)
+        weights.add_(0.0)  # no -0.0
     return errors
 
 
