@@ -27,7 +27,7 @@ from calmix.pruning.solvers.grids import DEAD_ZONE, DeadZone, Grid, entropy, ent
 from calmix.pruning.solvers.surgeon import solve_columns
 
 POWER = 0.5  # of U_jj in a column's step
-TRIED, TRIES = 48, 3  # rows of a layer corrected to see what rate a step comes to, and how often
+TRIED, TRIES = 48, 2  # rows of a layer corrected to see what rate a step comes to, and how often
 STEPS = -8.0, 4.0  # logarithms of the finest and the coarsest step, in deviations of the weights
 FINE = 2.0**-8  # of a logarithm, to which a step is found
 SAMPLE = 2**16  # weights of a layer whose entropy is taken
@@ -65,7 +65,7 @@ def _step(weight: Tensor, factor: Factor, bits: float) -> float:
     """Return a layer's step, the one that takes so many bits.
 
     All columns of some rows are corrected at once by the errors that others have by now: not what
-    the loop, which takes them in turn, comes to, but after two or three times as spread out.
+    the loop, which takes them in turn, comes to, but after two times as spread out.
     """
     grid = DeadZone([weight], [1.0])
     size = float(torch.linalg.vector_norm(weight)) / math.sqrt(weight.numel()) or 1.0
