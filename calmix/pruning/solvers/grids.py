@@ -161,7 +161,7 @@ class Rounding(ABC):
         columns, outputs = weights[0].shape[1], sum(map(len, weights))
         self.group = check_group(group, columns)
         self.scales = torch.zeros(columns // self.group, outputs, device=weights[0].device)
-        self.masked = False
+        self.masked, self.levels = False, self.scales  # of a block, once the loop has made room
 
     @abstractmethod
     def begin(
@@ -208,6 +208,7 @@ class Symmetric(Rounding):
         super().__init__(weights, group)
         self.bits, self._half, self._start = bits, 2 ** (bits - 1), 0
         self._found: list[tuple[Tensor, Tensor]] = []  # scales of groups, and their inverse
+        self._lost = self.scales.new_empty(0)  # kept, as new memory costs more than its use
 
     def begin(
         self, start: int, stacked: Tensor, mask: Tensor, leverage: Tensor, masked: bool
@@ -269,7 +270,7 @@ class Symmetric(Rounding):
         shrinks = torch.tensor(SHRINKS, device=scale.device)[:, None, None]
         tried = (scale * shrinks).bfloat16().float()
         best, least = scale, torch.full_like(scale, math.inf)
-        lost = torch.empty_like(values)
+        lost = self._lost.resize_(values.shape)
         for one, units in zip(tried, _inverse(tried), strict=True):
             level = self.nearest(torch.mul(values, units[:, None], out=lost))
             torch.addcmul(values, level, one[:, None], value=-1, out=lost).square_()

@@ -54,6 +54,8 @@ def solve_columns(
     size = _multiple(BLOCK, first)
     # Masks are 1.0 and 0.0, not booleans: the loop multiplies by them.
     masks = torch.empty_like(stacked[:size])
+    if rounding is not None:
+        rounding.levels = torch.empty_like(masks)
     for start in range(0, columns, size):
         stop = min(start + size, columns)
         inverse = upper.diagonal()[start:stop].reciprocal()[:, None]
@@ -117,7 +119,7 @@ def prune_block(
         across, wrong = upper.T.contiguous().unbind(), errors.unbind()
     else:  # errors come in place of weights, and are scaled at the end
         upper = (upper * inverse).triu_(1)
-        turned, levels = upper.T.contiguous(), torch.empty_like(weights)
+        turned, levels = upper.T.contiguous(), rounding.levels[:size]
         gone = mask.unbind() if rounding.masked else [mask] * size
         rows = list(zip(columns, levels, gone, strict=True))
     for start in range(0, size, panel):
@@ -151,7 +153,7 @@ def prune_block(
         if stop < size:
             weights[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
     if rounding is not None:
-        errors = weights * inverse
+        errors = torch.mul(weights, inverse, out=mask)  # which is not needed any more
         rounding.finish(weights, levels)
         weights.add_(0.0)  # no -0.0
     return errors
