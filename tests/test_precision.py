@@ -10,12 +10,13 @@ from calmix.precision import bfloat16_products, large_product, large_products, r
 from calmix.precision import rounded_product as product
 
 
-@pytest.mark.parametrize("has", [True, False])
-def test_float64_is_used_where_a_device_has_it(has, monkeypatch):
-    told = SimpleNamespace(has_fp64=has)
-    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: told)
-    found = [widest(torch.device(kind)) for kind in ("cpu", "cuda", "mps", "xpu")]
-    assert found == [torch.float64] * 2 + [torch.float32, torch.float64 if has else torch.float32]
+def test_float64_is_used_where_a_device_has_it(monkeypatch):
+    for has in (True, False):
+        told = SimpleNamespace(has_fp64=has)
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device, told=told: told)
+        found = [widest(torch.device(kind)) for kind in ("cpu", "cuda", "mps", "xpu")]
+        last = torch.float64 if has else torch.float32
+        assert found == [torch.float64, torch.float64, torch.float32, last]
 
 
 def alone(monkeypatch, yes):

@@ -131,15 +131,6 @@ def test_distances_not_measured_or_on_other_texts_are_left_out():
     assert all(one.distance["kl"]["total"] is None for one in mixed.ranking)
 
 
-def test_the_averaging_artefact_is_planted_and_found():
-    opposite = {"general": 0.1, "commonsense": 0.0, "code": -0.1, "math": 0.0}
-    found = of(study(Plan(slopes=opposite, noise=0.005)))
-    spread = {one.quantity: one for one in found.spreads if one.over == "single"}
-    assert spread["code"].range > 0.25
-    assert spread["total"].range < 0.05
-    assert spread["total"].p_cancel < 0.05
-
-
 def test_cancelling_is_seen_where_it_is_and_not_where_it_is_not():
     rng = np.random.default_rng(4)
     gain = rng.standard_normal(16)

@@ -42,15 +42,12 @@ def test_the_least_draws_are_enough_and_one_less_is_not(difference):
         assert detectable(draws - 1, draw, freedom, other) > difference
 
 
-def test_by_hand_with_much_freedom():
+def test_by_hand_with_much_freedom_and_where_items_are_the_limit():
     # (1.96 + 0.84)^2 x 2 x s^2 / d^2 = 7.849 x 2
     assert needed(0.01, 0.01, 1e7, 0.0).draws == 16
     assert detectable(16, 0.01, 1e7) == pytest.approx(2.8016 * 0.01 * math.sqrt(1 / 8), rel=1e-4)
     assert (needed(0.01, 0.0, 3, 0.001).draws_items, detectable(2, 0.0, 3)) == (1, 0)
-
-
-def test_where_items_are_the_limit_more_draws_do_not_help():
-    found = needed(0.01, 0.001, 12, 0.01)
+    found = needed(0.01, 0.001, 12, 0.01)  # more draws do not help
     assert (found.draws_items, found.items) == (None, pytest.approx(7.849, rel=1e-3))
     # With so many times the items, seeds without number just detect it.
     assert detectable(10**9, 0.001, 12, 0.01 / math.sqrt(found.items)) == pytest.approx(0.01)

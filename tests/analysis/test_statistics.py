@@ -30,18 +30,18 @@ def test_the_sampled_p_nears_the_t_approximation_and_is_seeded():
     assert permutation_p(x, y, seed=0)[0] == ours != permutation_p(x, y, seed=1)[0]
 
 
-def test_the_least_p_is_that_of_a_perfect_order():
+def test_perfect_orders_and_what_does_not_vary():
     for n in (4, 8):
         assert permutation_p(np.arange(n), -np.arange(n))[0] == pytest.approx(least_p(n))
     assert permutation_p(np.arange(20), np.arange(20), permutations=999)[0] == 1 / 1000
     assert least_p(20, 999) == 1 / 1000
-
-
-def test_what_does_not_vary_has_no_correlation():
-    x = np.ones(6)
-    assert np.isnan(unit_ranks(x)).all()
-    assert math.isnan(permutation_p(x, np.arange(6.0))[0])
-    assert np.isnan(bootstrap_intervals(x, np.arange(6.0))).all()
+    for sign, n in itertools.product((1, -1), range(4, 30, 5)):  # no end is beyond one
+        x = np.random.default_rng(n).standard_normal(n)
+        assert np.max(sign * bootstrap_intervals(x, sign * x, resamples=40)) == 1.0
+    same = np.ones(6)
+    assert np.isnan(unit_ranks(same)).all()
+    assert math.isnan(permutation_p(same, np.arange(6.0))[0])
+    assert np.isnan(bootstrap_intervals(same, np.arange(6.0))).all()
 
 
 def test_the_bootstrap_is_a_plain_one():
@@ -66,12 +66,6 @@ def test_the_bootstrap_is_a_plain_one():
             expected = [math.nan] * 2 if len(known) < 5 else np.quantile(known, [0.025, 0.975])
             assert found == pytest.approx(expected, nan_ok=True)
     assert {0, 4, 5} < counts
-
-
-def test_no_end_is_beyond_one():
-    for sign, n in itertools.product((1, -1), range(4, 30, 5)):
-        x = np.random.default_rng(n).standard_normal(n)
-        assert np.max(sign * bootstrap_intervals(x, sign * x, resamples=40)) == 1.0
 
 
 def test_correction_leaves_out_what_has_no_p():

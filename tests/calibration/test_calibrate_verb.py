@@ -32,10 +32,6 @@ def test_a_set_is_made_exported_and_read_back(calibrate, calmix, sources, tiny_f
     ended = calibrate(spec, "--overwrite").ok()
     assert "4 rows of 32 tokens" in ended.out
     assert "not checked for leakage" in ended.out
-
-
-def test_a_saved_set_is_no_spec_for_calibrate(calibrate, sources, tmp_path):
-    assert calibrate(sources["lower"]).code == 0
     (tmp_path / "out").rename(tmp_path / "first")
     assert "is a calibration set already" in calibrate(tmp_path / "first").line
 

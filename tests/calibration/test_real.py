@@ -10,6 +10,7 @@ from calmix.calibration import open_tokenizer
 from calmix.calibration.leakage import suite_items
 from calmix.calibration.selfgen.prompts import start_token
 from calmix.errors import InputError
+from calmix.evaluation.own import template
 from tests.tiny import quick
 
 pytestmark = pytest.mark.real
@@ -33,25 +34,31 @@ def _planted(path, text, leaks):
     path.write_text("".join(lines), encoding="utf-8")
 
 
-@pytest.mark.parametrize("task", quick(["gsm8k"], ["humaneval", "arc_easy", "pattern"]))
-def test_a_planted_item_of_the_offline_suite_is_caught(task, calmix, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("task", "leaks"),
+    quick([("gsm8k", 3)], [("gsm8k", 10), ("humaneval", 10), ("arc_easy", 3), ("pattern", 3)]),
+)
+def test_a_planted_item_of_the_offline_suite_is_caught(task, leaks, calmix, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     item = next(i for i in suite_items("offline") if i[0] == task and len(i[2]) > 60)
-    arguments = ["--model", "builtin:smollm2-135m", "--rows", 110, "--length", 50]
-    _planted(tmp_path / "few.jsonl", item[2], 3)
-    calmix("calibrate", "few.jsonl", *arguments, "-o", "out", "--packing", "window").ok()
-    dropped = CalibrationSet.open("out").manifest["leakage"]["dropped"]["few.jsonl"]
+    _planted(tmp_path / "own.jsonl", item[2], leaks)
+    ended = calmix("calibrate", "own.jsonl", "--model", "builtin:smollm2-135m", "--rows", 110,
+                   "--length", 50, "-o", "out", "--packing", "window")  # fmt: skip
+    if leaks == 10:
+        assert "source own.jsonl leaks" in ended.line
+        assert f"with task {task}" in ended.line
+        assert not (tmp_path / "out").exists()
+        return
+    dropped = CalibrationSet.open("out").manifest["leakage"]["dropped"]["own.jsonl"]
     assert {entry["task"] for entry in dropped} == {task}
     assert 1 <= len(dropped) <= 3
-    _planted(tmp_path / "many.jsonl", item[2], 10)
-    ended = calmix("calibrate", "many.jsonl", *arguments, "-o", "out2", "--packing", "window")
-    assert "source many.jsonl leaks" in ended.line
-    assert f"with task {task}" in ended.line
-    assert not (tmp_path / "out2").exists()
 
 
-def test_a_guard_may_be_against_several_suites():
-    both = suite_items("smoke,abilities")
-    assert len(both) == len(suite_items("smoke")) + len(suite_items("abilities"))
+def test_a_guard_may_be_against_several_suites(tmp_path):
+    for name, text in template("mine").items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    both = suite_items(f"smoke,{tmp_path / 'mine.yaml'}")
+    assert [task for task, *_ in both[-2:]] == ["my_numbers", "my_programs"]
+    assert both[0][0] not in template("mine")["mine.yaml"]
     with pytest.raises(InputError, match="unknown suite 'abilites': did you mean abilities"):
         suite_items("smoke,abilites")

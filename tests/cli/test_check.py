@@ -86,9 +86,3 @@ def test_mistakes_are_one_line_and_write_nothing(calmix, files, tmp_path, names,
     assert (ended.code, said in ended.line) == (2, True), ended.err
     assert not out.exists()
     assert not list(files["folder"].iterdir())
-
-
-def test_it_is_called_but_not_listed(calmix):
-    assert "check" not in calmix("--help").out.partition("Start with")[0].split("\n  ")
-    assert "--keep-at-least FLOORS" in calmix("check", "--help").out
-    assert "did you mean check?" in calmix("chek").line

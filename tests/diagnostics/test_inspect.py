@@ -13,7 +13,7 @@ from calmix.manifest import sealed
 from tests import synthetic
 from tests.conftest import write_text_file
 from tests.pruning.test_streamed import interrupt_before
-from tests.tiny import load_weights, save_tiny_model
+from tests.tiny import save_tiny_model
 
 SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
 # By name: what it is, and a file of it that is checked by its bytes; None where none is.
@@ -108,32 +108,15 @@ def test_a_changed_byte_is_found(calmix, made, tmp_path, name):
     assert str(file.parent) in ended.line
 
 
-def test_the_table_of_a_checkpoint(calmix, made, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+def test_the_table_of_a_checkpoint(calmix, made):
     assert "50.00%" in calmix("doctor", "inspect", made / "pruned").out
-    table = calmix("doctor", "inspect", made / "pruned", "--layers").out.splitlines()
-    assert len([row for row in table if row.startswith(" model.layers")]) == 14
     _, told = health(calmix, made / "pruned" / "calmix.json")
     assert len(told["layers"]) == 14
     assert all(layer["sparsity"] == 0.5 for layer in told["layers"])
     assert all(0 < layer["error"] < 1 and layer["damping"] == 0.01 for layer in told["layers"])
-    ended = calmix("doctor", "inspect", made / "bare").ok()
-    assert "largest reconstruction errors" not in ended.out
-
-
-def test_weights_that_were_zero_before_are_not_counted_as_pruned(
-    calmix, tiny_folder, text_file, tmp_path
-):
-    model = shutil.copytree(tiny_folder, tmp_path / "model")
-    tensors = load_weights(model)
-    tensors["model.layers.0.self_attn.q_proj.weight"][:, ::2] = 0
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    options = ("--sparsity", 0.2, "--calibration", text_file, *SMALL, "-o", tmp_path / "out")
-    assert calmix("prune", model, *options).code == 0
-    weight = load_weights(tmp_path / "out")
-    assert (weight["model.layers.0.self_attn.q_proj.weight"] == 0).float().mean() > 0.4
-    _, told = health(calmix, tmp_path / "out")
-    assert all(abs(layer["sparsity"] - 0.2) < 1e-3 for layer in told["layers"])
+    assert (
+        "largest reconstruction errors" not in calmix("doctor", "inspect", made / "bare").ok().out
+    )
 
 
 def test_a_missing_file_is_named(calmix, pruned):

@@ -4,20 +4,18 @@ import json
 import os
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 
 from calmix.errors import SolverError
 from calmix.models import open_model
-from calmix.pruning import checkpoint, distributed
+from calmix.pruning import checkpoint
 from calmix.pruning.engine import Run
 from calmix.pruning.expert_pruning import ScorePass
 from tests.forks import command, ranks
 from tests.pruning import shared
-from tests.pruning.stopper import arm, stop
+from tests.pruning.stopper import stop
 from tests.tiny import load_weights, save_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -67,31 +65,6 @@ def test_the_command_line_shares_the_work(calmix, tiny_folder, text_file, tmp_pa
         run = json.loads((tmp_path / "two" / name / "calmix-run.json").read_text())
         assert run["processes"] == 2
     assert len(list((tmp_path / "two").iterdir())) == 2
-
-
-@pytest.mark.long
-def test_what_two_have_begun_two_go_on_with(calmix, text_file, tmp_path, monkeypatch):
-    """The last two blocks of the model read what the first two have written."""
-    monkeypatch.setattr(distributed, "TIDYING", timedelta(seconds=0.1))  # the first one is killed
-    gemma = save_tiny_model(tmp_path / "model", "gemma4_text")
-    asked = ("prune", gemma, "--calibration", text_file, *SMALL, "-o")
-    cut, log = tmp_path / "cut", tmp_path / "log"
-
-    def ends():
-        if os.environ["RANK"] == "0":
-            arm("counted", 1)
-        command(*asked, cut)()
-
-    first, second = ranks(ends, 2, log)
-    assert first.code == -9
-    assert second.line
-    assert "another process has ended" in second.errors
-    ended = calmix(*asked, cut, "--resume")
-    assert "is the work of another request (processes: 2, now 1)" in ended.line
-    assert "resuming after 2 of 4 blocks" in forked((*asked, cut, "--resume"), log)
-    forked((*asked, tmp_path / "whole"), log)
-    whole = load_weights(tmp_path / "whole")
-    assert all(torch.equal(a, load_weights(cut)[n]) for n, a in whole.items())
 
 
 def test_two_drop_the_experts_that_one_drops(calmix, text_file, tmp_path, monkeypatch):

@@ -1,10 +1,7 @@
 """Pruning from disk to disk: the same numbers, interruption at any moment, bounded memory."""
 
-import contextlib
 import importlib.metadata
 import json
-import os
-import subprocess
 from functools import partial
 
 import pytest
@@ -302,41 +299,6 @@ def test_resuming_keeps_the_size_of_a_micro_batch(calmix, command, tmp_path, mon
     manifest = json.loads((tmp_path / "cut" / "calmix.json").read_text())
     assert manifest["pruning"]["rows_at_once"] == 1
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_disk_that_fills_up_half_way(calmix, command, tmp_path, monkeypatch):
-    """What is done stays, and the run can be resumed when there is room."""
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(small)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this system does not let tests mount a small disk")
-    filler, block = small / "filler", Run.block
-
-    def filling(self, index):
-        if index == 2:
-            handle = os.open(filler, os.O_WRONLY | os.O_CREAT)
-            with contextlib.suppress(OSError):
-                while os.write(handle, bytes(4096)):
-                    pass
-            os.close(handle)
-        block(self, index)
-
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(Run, "block", filling)
-            ended = calmix(*command, small / "out")
-        assert ended.code == 2
-        assert "error: no space left" in ended.err.splitlines()[-1]
-        assert not (small / "out").exists()
-        filler.unlink()
-        ended = calmix(*command, small / "out", "--resume").ok()
-        assert "resuming after 2" in ended.err
-        assert calmix(*command, tmp_path / "whole").code == 0
-        assert hashes(small / "out") == hashes(tmp_path / "whole")
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 # Memory

@@ -28,18 +28,6 @@ def cut(tmp_path):
     return tmp_path / "out"
 
 
-def test_a_run_is_resumed_and_becomes_the_output(cut, tmp_path):
-    again = claimed(cut, resume=True)
-    assert again.resumes
-    assert (again.done, again.kept["report"]) == (2, {"x": 1})
-    found = again.load(SHARD)
-    assert all(torch.equal(found[name], value) for name, value in TENSORS.items())
-    assert found["a"].dtype == torch.bfloat16
-    again.complete()
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert [p.name for p in cut.iterdir()] == ["model-00001-of-00002.safetensors"]
-
-
 @pytest.mark.parametrize(
     ("asked", "how", "message"),
     [

@@ -180,19 +180,6 @@ def test_models_stand_side_by_side():
 # Sentences
 
 
-def test_whether_kl_could_stand_in_for_the_benchmarks():
-    results = study(Plan())
-    assert any("orders 16 sets as total retention does (ρ −1.00" in line
-               for line in of(results)["conditions"][0].found)  # fmt: skip
-    trials = tuple(
-        one.model_copy(update={"distance": {**(one.distance or {}),
-                                            "total": {"kl_mean": number % 7, "top1": 0.5}}})
-        for number, one in enumerate(results.trials)
-    )  # fmt: skip
-    told = of(results.model_copy(update={"trials": trials}))["conditions"][0]
-    assert any("does not order 16 sets" in line for line in told.not_found)
-
-
 def test_equal_sets_are_not_set_apart():
     told = of(study(Plan(others={"mix-8": ("mix", 0.0)}, noise=0.0, draw=0.02)))["conditions"][0]
     text = "\n".join(told.not_found)
@@ -207,20 +194,6 @@ def test_an_unfinished_study_says_so():
     assert told[0].startswith("29 of 40 planned trials finished, 1 failed, 10 to come")
     assert any("empty cell" in line for line in told)
     assert "to come" not in " ".join(of(whole)["certainty"])
-
-
-def test_conditions_of_one_seed_are_named_without_their_model_where_all_are():
-    pairs = [("sparsegpt", "50%"), ("sparsegpt", "60%")]
-    one = study(Plan(sources=("a", "b", "c", "d"), conditions=pairs, seeds=(0, 1)))
-    for once, name in ((("this", "that"), "SparseGPT 50%"), (("this",), "SparseGPT 50%, this")):
-        left = [
-            trial.model_copy(update={"model": model, "id": f"{model}-{trial.id}"})
-            for model in ("this", "that") for trial in one.trials
-            if (trial.seed, trial.pattern) != (1, "50%") or model not in once
-        ]  # fmt: skip
-        told = of(study(Plan(), trials=tuple(left), planned=len(left)))
-        (line,) = [line for line in told["certainty"] if "one seed" in line]
-        assert line.startswith(f"Every set has one seed in {name}:")
 
 
 def test_little_is_said_of_little():

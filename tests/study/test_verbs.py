@@ -85,9 +85,3 @@ def test_a_failed_trial_is_told_and_the_rest_is_run(calmix, tiny_study, tmp_path
     assert "2 of 6 trials finished" in ended.out
     assert ended.err.strip().splitlines()[-1].startswith("error: 4 trials failed, first 'code")
     assert "4 failed" in calmix("study", "status", tmp_path / "store").out
-
-
-def test_ray_is_optional(calmix, tiny_study, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    ended = calmix("study", "run", tiny_study(), "-o", tmp_path / "s", "--executor", "ray")
-    assert "pip install 'calmix[ray]'" in ended.line
