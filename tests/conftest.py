@@ -1,7 +1,5 @@
 """Fixtures shared by all tests. Nothing here reaches the network."""
 
-from __future__ import annotations
-
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"

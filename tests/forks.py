@@ -5,8 +5,6 @@ however busy the machine is. A timer whose signal nobody handles ends a process 
 once, with nothing tidied up. This process must compute in one thread (`tests/conftest.py`).
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

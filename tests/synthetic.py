@@ -1,7 +1,5 @@
 """Studies made up from known effects, for what only reads results."""
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Mapping, Sequence

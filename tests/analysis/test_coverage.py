@@ -5,8 +5,6 @@ Items shift all sets alike, and each set by itself; draws shift the dimensions o
 together, and single items under one trial.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace

@@ -33,7 +33,7 @@ def test_round_trip(made, folder, tiny, foreign_folder, tmp_path):
     made.save(tmp_path / "other")
     again.save(tmp_path / "third")
     for name in ("calibration.safetensors", "manifest.json"):
-        held = {(place / name).read_bytes() for place in tmp_path.iterdir()}
+        held = {(tmp_path / place / name).read_bytes() for place in ("set", "other", "third")}
         assert len(held) == 1
     export_jsonl(made, tiny.tokenizer, tmp_path / "a.jsonl")
     lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()

@@ -35,11 +35,12 @@ def _planted(path, text, leaks):
 
 
 @pytest.mark.parametrize(
-    ("task", "leaks"),
+    "case",
     quick([("gsm8k", 3)], [("gsm8k", 10), ("humaneval", 10), ("arc_easy", 3), ("pattern", 3)]),
 )
-def test_a_planted_item_of_the_offline_suite_is_caught(task, leaks, calmix, tmp_path, monkeypatch):
+def test_a_planted_item_of_the_offline_suite_is_caught(case, calmix, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    task, leaks = case
     item = next(i for i in suite_items("offline") if i[0] == task and len(i[2]) > 60)
     _planted(tmp_path / "own.jsonl", item[2], leaks)
     ended = calmix("calibrate", "own.jsonl", "--model", "builtin:smollm2-135m", "--rows", 110,

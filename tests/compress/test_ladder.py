@@ -1,7 +1,5 @@
 """The smallest model that keeps what is asked for: the walk, its ends, a stop, a refusal."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from calmix.evaluation.own import EXAMPLES, template
 from calmix.evaluation.scores import CapabilityScores
 from calmix.manifest import sealed
 from calmix.options import Compression, parse_duration
+from calmix.report.card import Card
 from tests.conftest import Ended
 from tests.evaluation.helpers import written
 
@@ -241,6 +240,14 @@ def test_a_first_stage_that_fails_leaves_no_record(tiny_folder, text_file, tmp_p
         with pytest.raises(InputError, match="no such text"):
             walk(want, out, refuse, lambda *_: None)
         assert (out / "calibration/made").exists() == out.exists() == left
+
+
+@pytest.mark.parametrize(("suite", "after"), [("offline", "measure"), ("mine.yaml", "hf upload")])
+def test_programs_of_own_rows_are_no_reason_to_measure_abilities(suite, after):
+    known = SimpleNamespace(answers=1, not_run=("programs",))
+    card = SimpleNamespace(behaved=known, asked={"suite": suite}, measure="measure",
+                           out=Path("out"))  # fmt: skip
+    assert Card.next.fget(card).startswith(after)
 
 
 def test_what_own_rows_cannot_prove_is_refused_at_once(calmix, command, tmp_path, monkeypatch):

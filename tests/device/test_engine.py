@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional
 
 from benchmarks.traced import empty_model, tracing
-from calmix.machine import Laps
 from calmix.models import find_blocks
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.allocation import DensePass
@@ -186,13 +185,3 @@ def test_apples_gpus_are_given_no_float64(kind, make):
         assert traced.operations
         with pytest.raises(TypeError, match="float64"):
             torch.zeros((), device="mps").double()
-
-
-def test_statistics_of_experts_are_counted_in_the_devices_queue(monkeypatch):
-    counted, lap = Counter(), Laps.lap
-    monkeypatch.setattr(
-        Laps, "lap", lambda self, what: (counted.update([what, self._device]), lap(self, what))[1]
-    )
-    prune(tiny_model("mixtral"), tiny_ids(), method="wanda", pattern=HALF)
-    # Of a block two inputs of attention; two of each of four experts, its own tokens and all.
-    assert counted["statistics"] == 2 * (2 + 4 * (2 + 2) - 3)

@@ -5,8 +5,6 @@
 Ends well if the first process ends with the masks of one process, and all with its weights.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from functools import partial

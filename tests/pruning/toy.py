@@ -1,7 +1,5 @@
 """A method as another package would ship it, and a tensor that seems to be on an accelerator."""
 
-from __future__ import annotations
-
 import torch
 from pydantic import Field
 

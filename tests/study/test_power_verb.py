@@ -1,7 +1,5 @@
 """`study power`: what it prints, and one line for every mistake."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace
@@ -56,15 +54,18 @@ def test_the_table_fits_80_columns_and_says_what_tells_so_many_points(calmix, st
     assert [one["difference"] for one in told[0]["needed"]] == [0.025]
 
 
-def test_mistakes_are_one_line(calmix, store, tmp_path, made_up):
+def test_mistakes_are_one_line(calmix, store, made_up):
     for text in ("x", "1,,2", "0", "nan"):
         assert "points above 0" in calmix("study", "power", store, "--difference", text).line
     assert "given twice" in calmix("study", "power", store, "--difference", "1,1.0").line
     made_up[:] = [replace(one, draw=None, freedom=0, signal=None) for one in made_up]
     assert "power needs a set with two seeds" in calmix("study", "power", store).line
+
+
+def test_nothing_finished_is_one_line(calmix, store, tmp_path):
     bare = shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns("trials"))
-    line = "has no finished trials (6 planned): run it first"
-    assert line in calmix("study", "power", bare).line
+    line = calmix("study", "power", bare).line
+    assert "has no finished trials (6 planned): run it first" in line
 
 
 def test_the_noise_of_a_real_study(calmix, store):

@@ -253,14 +253,6 @@ def test_without_any_start_there_is_an_error(monkeypatch, tmp_path, opened):
         beginnings(load_prompts(path), bare, "")
 
 
-def test_builtin_prompts(opened):
-    held = beginnings(load_prompts(), opened.tokenizer, "")
-    assert set(held) == {"general", "commonsense", "code", "math"}
-    assert [1] in held["general"].openers  # the begin token alone
-    for one in held.values():
-        assert len({tuple(row) for row in one.openers}) == len(one.openers) >= 10
-
-
 def test_prompts_use_the_chat_template_from_the_users_words_on(tmp_path):
     path = tmp_path / "prompts.yaml"
     path.write_text("only: [{ask: Tell me.}, {text: 'Once'}]", encoding="utf-8")
