@@ -1,7 +1,5 @@
 """The engine on a device that is not there: a few reads a layer, and no copy between devices."""
 
-from collections import Counter
-
 import pytest
 import torch
 from torch.nn import functional
