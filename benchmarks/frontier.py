@@ -4,8 +4,10 @@
 
 A row a trial, the smallest first: bits a weight of the blocks' matrices, megabytes once packed (a
 quantised trial's bits as its report has them; of a sparse one the mask, and what compression leaves
-of kept weights), and kept of the answers that the dense model gets right. FOLDER is one that
-`benchmarks/anchors.py` has filled. With -o they are drawn too.
+of kept weights), KL to the dense model where it was measured, and kept of the answers that the
+dense model gets right. FOLDER is one that `benchmarks/anchors.py` has filled. With -o they are
+drawn too. `--keep-at-least FLOORS`, once or more, prints the smallest of each line that keeps them
+by the test of `calmix check`.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from calmix.deploy.pack import compressed_share
-from calmix.evaluation.behaviour import behaviour, counted
+from calmix.evaluation.behaviour import Pair, behaviour, counted
+from calmix.evaluation.floors import judge, parse_floors
 from calmix.evaluation.retention import Estimate
-from calmix.evaluation.scores import load_pair
+from calmix.evaluation.scores import CapabilityScores, load_pair
 from calmix.evaluation.suites import WRITTEN
 from calmix.models import resolve_model
 from calmix.models.shards import read_header, weight_bytes, weight_files
@@ -42,9 +45,11 @@ class Point(NamedTuple):
     name: str
     bits: float | None
     size: float
+    kl: float | None
     kept: int
     of: int
     share: Estimate
+    pair: Pair
 
 
 class Sizes:
@@ -86,23 +91,46 @@ def of_store(store: Path, sizes: dict[str, Sizes]) -> Iterator[Point]:
             continue
         told = json.loads((store / "trials" / trial.id / "pruning.json").read_text())
         bits = told.get("bits") or sizes[trial.model].bits(told["sparsity"])
-        pairs = zip(results.paired[trial.id], results.scores[trial.id], strict=True)
-        found = counted("all", [(a, b) for a, b in pairs if a.metric in WRITTEN])
+        both = results.paired[trial.id], results.scores[trial.id]
+        tasks = zip(*both, strict=True)
+        found = counted("all", [(a, b) for a, b in tasks if a.metric in WRITTEN])
         assert found is not None
+        suite = {"name": "abilities", "version": 1, "hash": ""}
+        dense, pruned = (CapabilityScores(trial.model, name, "", suite, tuple(one))
+                         for name, one in zip(("dense", trial.id), both, strict=True))  # fmt: skip
         yield Point(
-            f"{trial.method}, {trial.calibration}",
+            f"{trial.model}: {trial.method}, {trial.calibration}",
             f"{trial.method} {trial.pattern}, {trial.calibration}, seed {trial.seed}", bits,
-            sizes[trial.model].megabytes(bits), found.kept, found.dense, found.share,
+            sizes[trial.model].megabytes(bits), divergence(trial.distance), found.kept,
+            found.dense, found.share,
+            (dense, pruned),
         )  # fmt: skip
+
+
+def divergence(distance: dict[str, Any] | None) -> float | None:
+    """Return the mean KL to the dense model, nats a token, where it was measured."""
+    return distance and distance["total"]["kl_mean"]
 
 
 def of_anchors(folder: Path) -> Iterator[Point]:
     """Yield llama.cpp's quants that were scored."""
-    for path in sorted(folder.glob("Q*.json")):
-        found = behaviour(load_pair(path)).answers
-        size = path.with_suffix(".gguf").stat().st_size / 1e6
-        yield Point("llama.cpp", f"llama.cpp {path.stem}", None, size, found.kept, found.dense,
-                    found.share)  # fmt: skip
+    for path in sorted(folder.glob("*Q*.json")):
+        pair = load_pair(path)
+        found, size = behaviour(pair).answers, path.with_suffix(".gguf").stat().st_size / 1e6
+        text = path.stem.partition("-")[2]
+        line = f"llama.cpp, imatrix of {text}" if text else "llama.cpp"
+        kl = divergence(pair[1].distance)
+        yield Point(line, f"llama.cpp {path.stem}", None, size, kl, found.kept, found.dense,
+                    found.share, pair)  # fmt: skip
+
+
+def smallest(points: list[Point], floors: str) -> Iterator[str]:
+    """Yield the smallest of each line that keeps the floors, or that none does."""
+    for line in dict.fromkeys(one.line for one in points):
+        own = [one for one in points if one.line == line]
+        kept = [one for one in own if judge(parse_floors(floors), [one.pair]).passed]
+        best = f"{kept[0].name} | {kept[0].size:.1f}" if kept else f"none of {len(own)} |"
+        yield f"| {floors} | {line} | {best} |"
 
 
 def draw(points: list[Point], path: Path) -> None:
@@ -119,7 +147,7 @@ def draw(points: list[Point], path: Path) -> None:
             axes.errorbar(
                 [one.size for one in own], values, yerr=ends, label=line, elinewidth=0.8,
                 marker=MARKERS[number % len(MARKERS)], color=COLOURS[number % len(COLOURS)],
-                linestyle="--" if line == "llama.cpp" else "-",
+                linestyle="--" if line.startswith("llama.cpp") else "-",
             )  # fmt: skip
         axes.set(xlabel="size of the model's files, MB", ylabel="right answers kept, %",
                  ylim=(0, 100))  # fmt: skip
@@ -135,6 +163,7 @@ def main() -> None:
     parser.add_argument("stores", type=Path, nargs="+")
     parser.add_argument("--model", action="append", required=True, metavar="LABEL=MODEL")
     parser.add_argument("--anchors", type=Path)
+    parser.add_argument("--keep-at-least", action="append", default=[], metavar="FLOORS")
     parser.add_argument("--only", default="", help="lines to draw, separated by semicolons")
     parser.add_argument("-o", "--output", type=Path)
     asked = parser.parse_args()
@@ -143,11 +172,13 @@ def main() -> None:
     points = [one for store in asked.stores for one in of_store(store, sizes)]
     points += of_anchors(asked.anchors) if asked.anchors else []
     points.sort(key=lambda one: one.size)
-    print("| model | bits a weight | MB | answers kept, % |\n|---|---|---|---|")
+    print("| model | bits a weight | MB | KL | answers kept, % |\n|---|---|---|---|---|")
     for one in points:
-        bits, share = "" if one.bits is None else f"{one.bits:.2f}", one.share
-        kept = f"{one.kept} of {one.of}: {with_span(share)}"
-        print(f"| {one.name} | {bits} | {one.size:.1f} | {kept} |")
+        bits, kl = ("" if x is None else f"{x:.{n}f}" for x, n in ((one.bits, 2), (one.kl, 3)))
+        kept = f"{one.kept} of {one.of}: {with_span(one.share)}"
+        print(f"| {one.name} | {bits} | {one.size:.1f} | {kl} | {kept} |")
+    for floors in asked.keep_at_least:
+        print("", *smallest(points, floors), sep="\n")
     if asked.output:
         only = asked.only.split(";") if asked.only else [one.line for one in points]
         draw([one for one in points if one.line in only], asked.output)
