@@ -6,14 +6,17 @@ A row a trial, the smallest first: bits a weight of the blocks' matrices, megaby
 quantised trial's bits as its report has them; of a sparse one the mask, and what compression leaves
 of kept weights), KL to the dense model where it was measured, and kept of the answers that the
 dense model gets right. FOLDER is one that `benchmarks/anchors.py` has filled. With -o they are
-drawn too. `--keep-at-least FLOORS`, once or more, prints the smallest of each line that keeps them
+drawn too; with `--distance` answers kept against KL, and how well one orders the other.
+`--keep-at-least FLOORS`, once or more, prints the smallest of each line that keeps them
 by the test of `calmix check`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 from calmix.deploy.pack import compressed_share
 from calmix.evaluation.behaviour import Pair, behaviour, counted
@@ -35,6 +39,8 @@ from calmix.report.charts import COLOURS, INK, MARKERS, SETTINGS
 from calmix.report.words import with_span
 from calmix.study import read_results
 
+BITS = ("ecq", "gptq")  # methods whose zeros are levels
+EDGES = (0.05, 0.1, 0.2, 0.4, 0.8)  # of KL, in the table
 SAMPLE = 2**22  # words of a tensor that are compressed
 
 
@@ -157,6 +163,42 @@ def draw(points: list[Point], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
+def draw_distance(points: list[Point], path: Path) -> str:
+    """Draw answers kept against KL, and return how they go together, by KL."""
+    with mpl.rc_context({**SETTINGS, "svg.hashsalt": "distance"}):
+        figure = Figure(figsize=(8.6, 4.6), layout="constrained")
+        axes = figure.subplots()
+        kinds = {name: [one for one in points if family(one) == name]
+                 for name in dict.fromkeys(map(family, points))}  # fmt: skip
+        for number, (name, own) in enumerate(kinds.items()):
+            axes.plot([one.kl for one in own], [100 * one.share.value for one in own], label=name,
+                      linestyle="none", marker=MARKERS[number % len(MARKERS)],
+                      color=COLOURS[number % len(COLOURS)])  # fmt: skip
+        axes.set(xlabel="KL to the dense model, nats a token", ylabel="right answers kept, %",
+                 ylim=(0, 100), xscale="log")  # fmt: skip
+        axes.set_title("What a distance to the dense model means in answers", color=INK)
+        axes.grid()
+        figure.legend(loc="outside lower left", ncols=3)
+        figure.savefig(path, metadata={"Date": None})
+    told = ["| KL, nats a token | models | answers kept, % |", "|---|---|---|"]
+    for least, most in itertools.pairwise((0.0, *EDGES, math.inf)):
+        if own := [100 * one.share.value for one in points if least <= (one.kl or 0) < most]:
+            end = f"to {most:g}" if most < math.inf else "and more"
+            told.append(f"| {least:g} {end} | {len(own)} | {min(own):.0f} to {max(own):.0f} |")
+    order = spearmanr([one.kl for one in points], [one.share.value for one in points]).statistic
+    return "\n".join([*told, "", f"{len(points)} models, rank correlation {order:.2f}"])
+
+
+def family(point: Point) -> str:
+    """Return what was done to a model: zeros, bits, both, or llama.cpp's quants."""
+    if point.line.startswith("llama.cpp"):
+        return "llama.cpp"
+    model, _, rest = point.line.partition(": ")
+    method = rest.partition(", ")[0]
+    kind = "both" if "bits=" in method else "bits" if method.startswith(BITS) else "zeros"
+    return f"{model}, {kind}{', recovered' if '+' in method else ''}"
+
+
 def main() -> None:
     """Print all points, and draw them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -166,6 +208,7 @@ def main() -> None:
     parser.add_argument("--keep-at-least", action="append", default=[], metavar="FLOORS")
     parser.add_argument("--only", default="", help="lines to draw, separated by semicolons")
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--distance", type=Path, metavar="FIGURE.svg")
     asked = parser.parse_args()
     sizes = {label: Sizes(model) for label, _, model in
              (text.partition("=") for text in asked.model)}  # fmt: skip
@@ -182,6 +225,8 @@ def main() -> None:
     if asked.output:
         only = asked.only.split(";") if asked.only else [one.line for one in points]
         draw([one for one in points if one.line in only], asked.output)
+    if asked.distance:
+        print("", draw_distance([one for one in points if one.kl], asked.distance), sep="\n")
 
 
 if __name__ == "__main__":
