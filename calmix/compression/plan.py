@@ -301,11 +301,11 @@ def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
     for way in recoveries:
         last = way == effort.recoveries[-1]
         after = "model" if last else way
-        trained = _flags(
+        flags = _flags(
             against=model, calibration=held, method=way, epochs=effort.epochs if last else None,
             **work, output=out / after,
         )  # fmt: skip
-        found.append(Stage(f"recover by {way}", ("recover", str(out / before), *trained), after))
+        found.append(Stage(f"recover by {way}", ("recover", str(out / before), *flags), after))
         before = after
     made = str(out / "model")
     answered = _flags(prompts=asked.prompts, **_where(asked), output=out / "answers.json")

@@ -242,7 +242,7 @@ def _calibration(study: Study, trial: Planned, content: Callable[[Path], str]) -
     def described(name: str) -> dict[str, Any]:
         reader = get_source(name, asked.own).reader
         known = reader.model_dump(mode="json", exclude_defaults=True)
-        if isinstance(reader, LocalFile):  # by its content, wherever it lies
+        if isinstance(reader, LocalFile):  # by its content; as a mix names it, its path counts too
             known["path"] = content(reader.path.expanduser())
         return {"reader": known, "version": reader.version}
 
