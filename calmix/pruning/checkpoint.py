@@ -121,8 +121,8 @@ def planned(
 ) -> tuple[int, int]:
     """Return the bytes that pruning will hold at its peak, and those of a checkpoint, unpruned.
 
-    Nothing is written, and only headers are read, unless the model must be opened whole. Rows and
-    length are of the calibration set, 0 without one; the others as for `prune_checkpoints`.
+    Nothing is written, and only headers are read. Rows and length are of the calibration set, 0
+    without one; the others as for `prune_checkpoints`.
     """
     work = _Pruning(name, targets, How.of(**how))
     try:
