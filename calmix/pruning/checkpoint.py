@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,19 +131,31 @@ def planned(
         work.source.close()
 
 
-@dataclass(frozen=True)
 class Job:
-    """One target: its work folder, what was asked, and what that means for the model.
+    """One target: its work folder, what was asked, and what that means for the model; a look at the
+    model may decide its pattern yet.
 
     `asked` decides its bytes, as far as it is known before the draw.
     """
 
-    output: Path
-    work: WorkFolder
-    request: PruneRequest
-    method: Method
-    pattern: Patterns
-    asked: dict[str, Any]
+    def __init__(self, output: Path, request: PruneRequest, source: StreamedModel) -> None:
+        self.output, self.work = output, WorkFolder(output)
+        self.request, self.method = request, request.chosen
+        self.pattern: Patterns = request.target
+        if isinstance(request.allocation, dict):
+            assert request.sparsity is not None
+            shares = request.allocation
+            self.pattern = from_shares(shares, source.blocks, request.sparsity, self.method)
+        check_pattern(source.blocks, self.pattern, self.method)
+        self.asked: dict[str, Any] = {
+            "model": distributed.once(partial(fingerprint, source.folder)),
+            "dtype": dtype_name(source.dtype),
+            "device": source.device.type,
+            # Their shares of the rows decide in which order sums are taken.
+            "processes": distributed.processes()[1],
+            **request.record(),
+            "versions": deciding_versions(),
+        }
 
 
 class _Pruning:
@@ -159,7 +171,7 @@ class _Pruning:
                 raise InputError("--only, --skip and --drop-experts are the same for all targets")
             only, skip, self.share, self.drops_alone = alike.pop()
             self.source.blocks = self.source.blocks.select(only, skip)
-            self.jobs = [_job(output, request, self.source) for output, request in targets.items()]
+            self.jobs = [Job(output, request, self.source) for output, request in targets.items()]
         except BaseException:
             self.source.close()
             raise
@@ -349,26 +361,6 @@ class _Pruning:
             self.tokenizer.tokenizer.save_pretrained(work.checkpoint)
             work.check(_write_beside(work.checkpoint, source, job.asked, report, drawn, request))
         work.complete()
-
-
-def _job(output: Path, request: PruneRequest, source: StreamedModel) -> Job:
-    """Return what a request means for a model; a look at the model may decide its pattern yet."""
-    method = request.chosen
-    pattern: Patterns = request.target
-    if isinstance(request.allocation, dict):
-        assert request.sparsity is not None
-        pattern = from_shares(request.allocation, source.blocks, request.sparsity, method)
-    check_pattern(source.blocks, pattern, method)
-    asked = {
-        "model": distributed.once(partial(fingerprint, source.folder)),
-        "dtype": dtype_name(source.dtype),
-        "device": source.device.type,
-        # Their shares of the rows decide in which order sums are taken.
-        "processes": distributed.processes()[1],
-        **request.record(),
-        "versions": deciding_versions(),
-    }
-    return Job(output, WorkFolder(output), request, method, pattern, asked)
 
 
 def read_told(path: Path) -> dict[str, Any]:
