@@ -107,7 +107,7 @@ def lost_output(
         tick: called with the layers of each input that is done.
     """
     found = find_blocks(opened.model).select(only)
-    layers = {layer.name: layer for at in range(len(found)) for layer in found.prunables(at)}
+    layers = {layer.name: layer for layer in found.layers}
     files = {*held_out.values(), *(file for parts in sets.values() for file in parts)}
     headers = {file: read_header(file) for file in files}
     logs: dict[tuple[str, str], list[float]] = {}
@@ -181,8 +181,7 @@ def predict(
     made = {text: _parts(text, draw) for text in calibrations}
     drawn = {repr(asked): asked for parts in made.values() for _, asked in parts}
     folder = folder or cache_dir() / "grams"
-    layers = (layer for at in range(len(blocks)) for layer in blocks.prunables(at))
-    room = (len(drawn) + len(held_out)) * sum(4 * layer.shape[1] ** 2 for layer in layers)
+    room = (len(drawn) + len(held_out)) * sum(4 * one.shape[1] ** 2 for one in blocks.layers)
     check_free(folder / "grams", room, "Gram matrices take up to")  # each of a layer of its own
     if note is not None:
         note(f"Gram matrices take {room / 1e9:.2g} GB at most in {folder}")

@@ -138,9 +138,9 @@ def opening(asked: Request, out: Path, suites: Sequence[str]) -> list[Stage]:
     """Return the stages before the first candidate: sets are drawn, unless they are there, and the
     dense model scored."""
     found = []
-    for draw in draws(asked):
-        place = out / draw
-        own = [one for one in stages(_drawn(asked, draw), place) if one.leaves == CALIBRATION]
+    for number, draw in enumerate(draws(asked)):
+        drawn = asked.model_copy(update={"seed": asked.seed + number})
+        own = [one for one in stages(drawn, out / draw) if one.leaves == CALIBRATION]
         found += [_within(draw, one) for one in own]
     scored = scoring(at(asked, RUNGS[0]), asked.model, out / CANDIDATES, {}, "dense-")
     return found + [
@@ -168,10 +168,6 @@ def building(asked: Request, out: Path, bits: float, suites: Sequence[str]) -> l
 def draws(asked: Request) -> list[str]:
     """Return the folder of each draw of the text; the first is OUT itself."""
     return ["", *(f"{CANDIDATES}/draw-{number}" for number in range(2, (asked.seeds or 1) + 1))]
-
-
-def _drawn(asked: Request, draw: str) -> Request:
-    return asked.model_copy(update={"seed": asked.seed + draws(asked).index(draw)})
 
 
 def _within(folder: str, stage: Stage) -> Stage:

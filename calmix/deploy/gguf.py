@@ -324,8 +324,7 @@ def export_imatrix(
     if any(found.mixtures(index) for index in range(len(found))):
         raise ModelError("--to imatrix does not work with mixtures of experts yet")
     names = {hf: name for name, hf in _mapped(opened, opened.model.config.model_type)[1].items()}
-    layers = [one for index in range(len(found)) for one in found.prunables(index)]
-    for layer in layers:
+    for layer in found.layers:
         if layer.parameter_name not in names:
             raise ModelError(f"{layer.name} has no name in GGUF: no importance matrix is written")
 
@@ -340,9 +339,9 @@ def export_imatrix(
         writer.add_array("imatrix.datasets", list(drawn.counts))
         writer.add_uint32("imatrix.chunk_count", drawn.rows)
         writer.add_uint32("imatrix.chunk_size", drawn.length)
-        for layer in layers:
+        for layer in found.layers:
             name = names[layer.parameter_name]
             writer.add_tensor(f"{name}.in_sum2", sums[layer.name][None])
             writer.add_tensor(f"{name}.counts", np.full((1, 1), drawn.ids.numel(), np.float32))
         _close(writer)
-    return len(layers)
+    return len(sums)

@@ -136,6 +136,11 @@ class DecoderBlocks:
         layers = self._layers(index)[0]
         return layers if every else [layer for layer in layers if self._wanted(layer.name)]
 
+    @property
+    def layers(self) -> list[Prunable]:
+        """The linear maps to prune, of all blocks."""
+        return [layer for index in range(len(self)) for layer in self.prunables(index)]
+
     def dense(self, index: int) -> list[Dense]:
         """Return the other weights of block `index`, vectors excepted."""
         layers, dense = self._layers(index)

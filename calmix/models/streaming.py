@@ -10,7 +10,7 @@ stored together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
@@ -222,7 +222,8 @@ class StreamedModel:
                     size = 0
                 parts[-1].append(name)
                 size += place.size or 1
-        return numbered(parts)
+        count = len(parts)
+        return {f"model-{n:05}-of-{count:05}.safetensors": p for n, p in enumerate(parts, 1)}
 
     def rest(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return tensors of the files by their names there, parameters in their type in memory."""
@@ -295,11 +296,6 @@ class StreamedModel:
     def _owner(self, name: str) -> tuple[Any, str]:
         owner, _, last = name.rpartition(".")
         return self.model.get_submodule(owner), last
-
-
-def numbered(parts: Sequence[list[str]]) -> dict[str, list[str]]:
-    """Return parts of a checkpoint by the names of their files."""
-    return {f"model-{n:05}-of-{len(parts):05}.safetensors": p for n, p in enumerate(parts, 1)}
 
 
 def _skeleton(
@@ -402,24 +398,17 @@ def find_parts(model: Any, places: Mapping[str, Place], called: str) -> dict[str
         parts.append(Part(model, names, target, roles, rule))
     found: dict[str, Part] = {}
     for part in parts:
-        stored = {n: _empty(places[n].shape, places[n].dtype) for n in part.stored}
+        stored = {n: torch.empty(places[n].shape, dtype=places[n].dtype, device="meta")
+                  for n in part.stored}  # fmt: skip
         try:
             made = part.merge(stored)
         except (RuntimeError, ValueError):  # one is missing: so is what they would make up
             continue
         fitting = [n for n, value in made.items() if n in own and value.shape == own[n].shape]
         if fitting and part.rule is not None:
-            back = split(model, {n: _empty(own[n].shape, own[n].dtype) for n in made})
-            if _shapes(back) != _shapes(stored):
+            back = split(model, {n: torch.empty_like(own[n], device="meta") for n in made})
+            if {n: v.shape for n, v in back.items()} != {n: v.shape for n, v in stored.items()}:
                 why = f"transformers converts its weights and not back (first {part.stored[0]})"
                 raise NotStreamableError(called, why)
         found |= dict.fromkeys(fitting, part)
     return found
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}

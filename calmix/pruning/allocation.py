@@ -179,7 +179,7 @@ def from_shares(
     shares: Mapping[str, float], found: DecoderBlocks, sparsity: float, method: Method
 ) -> dict[str, Unstructured]:
     """Return exact patterns from sparsities by layer that a user has named."""
-    shapes = _shapes(found)
+    shapes = {layer.name: layer.shape for layer in found.layers}
     check_names(list(shapes), shares, "allocation")
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
     mean = sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
@@ -191,12 +191,6 @@ def from_shares(
     moved = sparsity - mean if abs(mean - sparsity) > 1e-12 else 0.0
     level = {name: min(max(shares[name] + moved, 1e-6), 1 - 1e-6) for name in shapes}
     return exact(level, shapes, sparsity, method)
-
-
-def _shapes(found: DecoderBlocks) -> dict[str, tuple[int, int]]:
-    return {
-        layer.name: layer.shape for index in range(len(found)) for layer in found.prunables(index)
-    }
 
 
 def looker(by: str) -> Method:
@@ -244,7 +238,7 @@ class DensePass(Looking):
     def patterns(self, sparsity: float, method: Method) -> dict[str, Unstructured]:
         """Return exact patterns by layer, after all blocks."""
         importance = self.importance[sparsity]
-        shapes = {name: s for name, s in _shapes(self.found).items() if name in importance}
+        shapes = {one.name: one.shape for one in self.found.layers if one.name in importance}
         sizes = [rows * columns for rows, columns in shapes.values()]
         values = [importance[name] for name in shapes]
         shares = spread(values, sizes, sparsity, SPREAD[self._by])

@@ -167,7 +167,7 @@ def run_through(
 
 def check_pattern(found: DecoderBlocks, pattern: Patterns, method: Method) -> None:
     """Refuse patterns that do not fit the layers, or the method."""
-    layers = [layer for index in range(len(found)) for layer in found.prunables(index)]
+    layers = found.layers
     if isinstance(pattern, Mapping):
         check_names([layer.name for layer in layers], pattern, "pattern")
     for layer in layers:

@@ -56,7 +56,7 @@ def register(method: type[Method]) -> type[Method]:
 
 def methods() -> dict[str, type[Method]]:
     """Return all methods by name; those of other packages that cannot be loaded are left out."""
-    for name in _others():
+    for name in _others(tuple(sys.path)):
         with suppress(InputError):  # raised when it is asked for
             _load(name)
     return dict(METHODS)
@@ -94,13 +94,9 @@ def _made(found: type[Method], values: dict[str, Any]) -> Method:
         raise InputError(f"method {found.name}: {where} {first['input']}: {says}") from None
 
 
-def _others() -> dict[str, EntryPoint]:
-    """Return the methods that installed packages name."""
-    return _installed(tuple(sys.path))
-
-
 @cache
-def _installed(path: tuple[str, ...]) -> dict[str, EntryPoint]:
+def _others(path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """Return the methods that packages installed on a path name."""
     return {point.name: point for point in entry_points(group="calmix.methods")}
 
 
@@ -108,7 +104,7 @@ def _load(name: str) -> type[Method]:
     """Return a method that is known, or import what an entry point names."""
     if name in METHODS:
         return METHODS[name]
-    others = _others()
+    others = _others(tuple(sys.path))
     if name not in others:
         raise InputError(f"unknown method '{name}': {nearest(name, [*METHODS, *others])}")
     point = others[name]
