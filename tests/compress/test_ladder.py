@@ -12,6 +12,7 @@ import pytest
 import calmix as api
 from calmix.cli import compress as verb
 from calmix.compression import ladder
+from calmix.compression.estimate import _recovery
 from calmix.compression.ladder import RUNGS, walk
 from calmix.compression.plan import request
 from calmix.compression.running import CANDIDATES, check, check_same
@@ -353,3 +354,12 @@ def test_mistakes_are_one_line(calmix, command, tmp_path, more, said):
     ended = calmix(*command(tmp_path / "out", *more.split(), sparse=False))
     assert said in ended.line
     assert (parse_duration("90s"), parse_duration("1.5h")) == (90, 5400)
+
+
+def test_the_recovery_of_a_candidate_is_estimated_with_its_epochs(tiny_folder, text_file, tmp_path):
+    want = asked(tiny_folder, text_file, effort="quick")
+    made = ladder.building(want, tmp_path, 3.0, ["abilities.json"])
+    stage = next(one for one in made if one.arguments[0] == "recover")
+    assert (
+        str(_recovery(want, stage).epochs) == stage.arguments[stage.arguments.index("--epochs") + 1]
+    )
