@@ -121,7 +121,8 @@ def _checkpoint(folder: Path, health: Health, say: Say) -> None:
     _files(folder, kept, (MANIFEST, RUN), health, say)
     done, warn = pruned["pruning"], health.warnings.append
     health.layers = TypeAdapter(list[LayerReport]).validate_python(done["layers"])
-    _zeros(folder, health, say)
+    levels = "recovered" in health.kind and "bits" in str(done["pattern"])  # zero is one of them
+    _zeros(folder, health, say, moved=levels)
     given = done["options"].get("damping")
     asked = math.inf if given is None else given
     for layer in health.layers:
@@ -174,15 +175,16 @@ def _versions(manifest: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
 
 
-def _zeros(folder: Path, health: Health, say: Say) -> None:
-    """Count every block's zeros in the files: at least as many as the manifest says were pruned.
+def _zeros(folder: Path, health: Health, say: Say, *, moved: bool = False) -> None:
+    """Count every block's zeros in the files: at least as many as the manifest says were pruned,
+    unless a recovery has `moved` the levels, zeros among them.
 
     Files may hold a block's layers under other names or fused, so each block is counted as a whole.
     """
     pruned: Counter[str] = Counter()
     for layer in health.layers:
         found = re.search(r"\w+\.\d+\.", layer.name)
-        pruned[found[0] if found else layer.name] += layer.pruned
+        pruned[found[0] if found else layer.name] += 0 if moved else layer.pruned
     places = Shards(folder).places
     for block, wanted in pruned.items():
         own = {name: place for name, place in places.items()

@@ -185,8 +185,10 @@ class Card:
     def removed(self) -> str:
         """How many weights are zeros, and the bits that one takes."""
         rate = f" Once packed, a weight takes {self.bits:.2f} bits." if self.bits else ""
+        moved = self.recoveries and self.done == "quantised"  # zero is a level among others
         return (
-            f"{self.pruned:,} of {self.weights:,} weights of its linear layers are zeros "
+            f"{self.pruned:,} of {self.weights:,} weights of its linear layers "
+            f"{'were zeros before recovery' if moved else 'are zeros'} "
             f"({self.pruned / self.weights:.2%}).{rate}"
         )
 
