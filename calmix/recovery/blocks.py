@@ -138,7 +138,8 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
         if index < len(reports):
             made = work.load(f"{CHECKPOINT}/{files[index]}")
         else:
-            own = dict(found.blocks[index].named_parameters(prefix=f"{found.name}.{index}"))
+            named = found.blocks[index].named_parameters(prefix=f"{found.name}.{index}")
+            own = {name: value for name, value in named if name not in job.fixed}
             for parameter in own.values():
                 parameter.requires_grad_(True)
             masters = job.masters(own)

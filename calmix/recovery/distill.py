@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,18 @@ SAVING = 20  # a state is kept whenever that takes less than 1/20 of the time
 class Student(nn.Module):
     """A pruned model whose forward is the loss, so that whatever wraps it sees one pass.
 
-    `dense_head` is None where the heads are the same. With `recompute` blocks run anew on the way
-    back: the same numbers in less memory and more time.
+    `dense_head` is None where the heads are the same; `fixed` weights are not trained. With
+    `recompute` blocks run anew on the way back: the same numbers in less memory and more time.
     """
 
     def __init__(
-        self, model: Any, found: DecoderBlocks, dense_head: Head | None, *, recompute: bool
+        self,
+        model: Any,
+        found: DecoderBlocks,
+        dense_head: Head | None,
+        *,
+        recompute: bool,
+        fixed: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
@@ -50,7 +56,7 @@ class Student(nn.Module):
         self._dense_head = dense_head
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
         for name in trained_names(model, found):
-            model.get_parameter(name).requires_grad_(True)
+            model.get_parameter(name).requires_grad_(name not in fixed)
         if recompute:
             for block in found.blocks:
                 block.forward = functools.partial(
@@ -128,7 +134,9 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
     ):
         dense_head = None
     del weights
-    student: Any = Student(model, find_blocks(model), dense_head, recompute=job.plan.sparing)
+    student: Any = Student(
+        model, find_blocks(model), dense_head, recompute=job.plan.sparing, fixed=job.fixed
+    )
     if getattr(accelerator, "is_fsdp2", False):
         # Accelerate shards a model only together with an optimiser; ours comes after.
         held = [p for p in student.parameters() if p.requires_grad]

@@ -84,12 +84,15 @@ class Job:
         masked: names in the pruned model of the linear maps whose zeros stay (one may be that of
             all experts); `weights` and `zeros` are how many they hold.
         grids: of the quantised linear maps, by name.
+        fixed: names of those whose grid is not stored (experts in one tensor, or a matrix that lies
+            transposed): they stay as they are.
     """
 
     pruned: StreamedModel
     dense: StreamedModel
     masked: frozenset[str]
     grids: dict[str, Grid]
+    fixed: frozenset[str]
     calibration: CalibrationSet
     rows: Rows
     plan: Plan
@@ -160,19 +163,18 @@ class Job:
         done = told.get("pruning", {})
         free = self.grids if "bits" in str(done.get("pattern")) else {}  # zero is a level there
         self.masked = frozenset(layer.parameter_name for layer in layers) - free.keys()
+        rounded = {one["name"] for one in done.get("layers", []) if one.get("bits") is not None}
+        on_grid = {layer.parameter_name for layer in layers if layer.name in rounded}
+        self.fixed = frozenset(on_grid - self.grids.keys())
         for name in self.masked | free.keys():
             value = pruned.stored(name)
             self.weights += value.numel()
             self.zeros += int((value == 0).sum()) if name in self.masked else 0
-        self.quantised = sum(math.prod(own[name]) for name in self.grids)
+        self.quantised = sum(math.prod(own[name]) for name in self.grids.keys() | self.fixed)
         plugin = getattr(getattr(self.accelerator, "state", None), "fsdp_plugin", None)
-        if self.grids and plugin is not None:
+        if self.quantised and plugin is not None:
             raise InputError(f"{pruned.name} is quantised: recover it without FSDP")
-        if done.get("bits") and not all(layer.whole_matrix for layer in layers):
-            raise InputError(
-                f"{pruned.name} has quantised experts in one tensor, which cannot be recovered"
-            )
-        if self.zeros < LEAST * self.weights and kept == count and not self.grids:
+        if self.zeros < LEAST * self.weights and kept == count and not self.quantised:
             raise InputError(
                 f"{pruned.name} is not sparse ({self.zeros / self.weights:.2%} of its linear maps' "
                 "weights are zero): prune it first"

@@ -11,7 +11,7 @@ from calmix.recovery.training import Levels
 from tests.forks import stopped
 from tests.recovery.stopper import arm
 from tests.recovery.test_recover import command, manifest, place, tensors  # noqa: F401
-from tests.tiny import hashes
+from tests.tiny import hashes, save_tiny_model
 
 KINDS = {
     "ecq": ("ecq", "--bits", 3),
@@ -31,11 +31,11 @@ def quantised(request, place):  # noqa: F811
 
 def test_levels_move_on_their_grid(calmix, quantised, tmp_path):
     place, name = quantised  # noqa: F811
-    output, more = tmp_path / "out", ("--epochs", 4, "--lr", 0.02)
+    output, more = tmp_path / "out", ("--epochs", 4, "--lr", 0.001 if name == "ecq" else 0.02)
     ended = calmix(*command(place, output, "distill", *more, pruned=name)).ok()
     assert "weights stay on their grid" in ended.out
     told = manifest(output)["recovery"]
-    assert told["after"] < 0.9 * told["before"]
+    assert told["after"] < 0.95 * told["before"]
     before, after, grids = tensors(place / name), tensors(output), read_grids(output)
     assert hashes(output / SCALES) == hashes(place / name / SCALES)
     assert told["quantised"] == sum(after[one].numel() for one in grids) == told["weights"]
@@ -48,7 +48,8 @@ def test_levels_move_on_their_grid(calmix, quantised, tmp_path):
         if name == "joint":
             assert not after[one][before[one] == 0].any()
         moved += int((levels != old).sum())
-    assert 0.01 * told["weights"] < moved < 0.5 * told["weights"]
+    assert 0.001 * told["weights"] < moved < 0.5 * told["weights"]
+    assert "problem" not in calmix("doctor", "inspect", output).ok().out  # zeros have moved too
     calmix("export", output, "--to", "pack", "-o", tmp_path / "pack").ok()
     again = calmix(*command(place, tmp_path / "again", "distill", pruned=output)).ok()
     assert "weights stay on their grid" in again.out
@@ -75,3 +76,24 @@ def test_masters_begin_within_their_level():
     held = levels.begin(stored, dense, stored == 0)
     assert not held[stored == 0].any()
     assert levels.round(torch.full((2, 8), 99.0)).abs().max() == stored.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("method", ["distill", "blocks"])
+def test_weights_whose_grid_is_not_stored_stay(calmix, place, tmp_path, kind, method):  # noqa: F811
+    """Matrices that lie transposed, and experts; the rest is trained."""
+    dense, bits, output = (tmp_path / name for name in ("dense", "bits", "out"))
+    save_tiny_model(dense, kind)
+    drawn = ("--calibration", place / "text.txt", "--rows", 32, "--length", 32, "--leakage", "off")
+    calmix("prune", dense, "--method", "ecq", "--bits", 3, *drawn, "-o", bits).ok()
+    how = ("--method", method, "--epochs", 2, "--lr", 0.005)
+    ended = calmix("recover", bits, "--against", dense, *drawn, *how, "-o", output).ok()
+    assert "weights stay on their grid (100" in ended.out
+    before, after, grids = tensors(bits), tensors(output), read_grids(output)
+    same = {name: torch.equal(before[name], after[name]) for name in before}
+    held = [name for name in before if "experts" in name or (kind == "gpt2" and ".h." in name)]
+    assert held
+    assert all(same[name] for name in held if before[name].ndim > 1)
+    assert not {*held} & grids.keys()
+    assert method == "distill" or not all(same.values())
+    calmix("doctor", "inspect", output).ok()
