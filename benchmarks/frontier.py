@@ -177,6 +177,8 @@ def draw_distance(points: list[Point], path: Path) -> str:
         axes.set(xlabel="KL to the dense model, nats a token", ylabel="right answers kept, %",
                  ylim=(0, 100), xscale="log")  # fmt: skip
         axes.set_title("What a distance to the dense model means in answers", color=INK)
+        axes.set_xticks([0.025, *EDGES], [f"{edge:g}" for edge in (0.025, *EDGES)])
+        axes.tick_params(axis="x", which="minor", bottom=False)
         axes.grid()
         figure.legend(loc="outside lower left", ncols=3)
         figure.savefig(path, metadata={"Date": None})
@@ -206,7 +208,9 @@ def main() -> None:
     parser.add_argument("--model", action="append", required=True, metavar="LABEL=MODEL")
     parser.add_argument("--anchors", type=Path)
     parser.add_argument("--keep-at-least", action="append", default=[], metavar="FLOORS")
-    parser.add_argument("--only", default="", help="lines to draw, separated by semicolons")
+    parser.add_argument(
+        "--only", default="", help="LINE or LINE=LABEL to draw, separated by semicolons"
+    )
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--distance", type=Path, metavar="FIGURE.svg")
     asked = parser.parse_args()
@@ -223,8 +227,10 @@ def main() -> None:
     for floors in asked.keep_at_least:
         print("", *smallest(points, floors), sep="\n")
     if asked.output:
-        only = asked.only.split(";") if asked.only else [one.line for one in points]
-        draw([one for one in points if one.line in only], asked.output)
+        only = dict(one.partition("=")[::2] for one in asked.only.split(";") if one)
+        drawn = [one._replace(line=only[one.line] or one.line) for one in points
+                 if one.line in only] if only else points  # fmt: skip
+        draw(drawn, asked.output)
     if asked.distance:
         print("", draw_distance([one for one in points if one.kl], asked.distance), sep="\n")
 
