@@ -60,7 +60,7 @@ class Effort:
     epochs: int
     likelihood: Mapping[str, Any]
     behaviour: Mapping[str, Any]
-    levels: float = 4.0
+    levels: float = 3.9
     distance: bool = True
 
 
@@ -74,9 +74,9 @@ def guarded(suite: str) -> str:
 
 
 EFFORTS = {
-    "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 10}, SHORT, 3.9, distance=False),
+    "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 10}, SHORT, distance=False),
     "standard": Effort(64, ("distill",), 2, QUICK, QUICK),
-    "best": Effort(192, ("blocks", "distill"), 2, {}, {}),
+    "best": Effort(192, ("blocks", "distill"), 2, {}, {}, 4.0),
 }
 
 

@@ -347,7 +347,7 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
 
 
 def test_bits_stand_for_a_sparsity_or_beside_it(calmix, command, tmp_path, tiny_folder):
-    """A model is trained on its levels, at four bits not by quick; its card says its bits."""
+    """Below four bits a model is trained on its levels; its card says its bits."""
     out = tmp_path / "out"
     ended = calmix(*command(out, "--bits", 3)).ok()
     assert "quantise" in (out / "compress.json").read_text()

@@ -74,14 +74,14 @@ def test_the_walk_ends_at_the_first_that_fails_and_keeps_the_one_before(
     found = walk(want, out, run, lambda stage, there: said.append((stage.name, there)))
     assert [one.bits for one in found.rungs] == [6, 5, 4, 3.5]
     assert (found.bits, found.ended, found.left) == (4, "failed", ())
-    assert (out / "model/made").read_text().count("candidates/4/pruned")
+    assert (out / "model/made").read_text().count("candidates/4/model")
     assert not [*(out / CANDIDATES).glob("*/model"), *(out / CANDIDATES).glob("*/pruned")]
     assert json.loads((out / "abilities.json").read_text())["scores"]["fingerprint"] == "92"
     assert found.why().startswith("3.5 bits fail: math keeps 84.0 % of 100 items by generated ")
     assert [row["math"].split()[0] for row in found.rows()] == ["100.0", "98.0", "92.0", "84.0"]
     assert [row["kept"] for row in found.rows()] == ["yes", "yes", "yes", "no"]
     both = ["prune", "evaluate"]
-    assert run.run_ == ["calibrate", "evaluate", *both * 2, *["prune", "recover", "evaluate"] * 2]
+    assert run.run_ == ["calibrate", "evaluate", *both * 3, "prune", "recover", "evaluate"]
     assert said[2] == ("6 bits, quantise", False)
     again = walk(want, out, Fake(out, {}), lambda *_: pytest.fail("nothing is left to do"))
     assert again == found
@@ -131,8 +131,7 @@ def test_a_stop_goes_on_to_the_same_ladder(tiny_folder, text_file, tmp_path, aft
         walk(want, out, stopped, lambda *_: None)
     found = walk(want, out, run, lambda *_: None)
     assert (found.bits, found.ended, len(found.rungs)) == (5, "failed", 3)
-    both = ["prune", "evaluate"] * 2
-    assert run.run_ == ["calibrate", "evaluate", *both, "prune", "recover", "evaluate"]
+    assert run.run_ == ["calibrate", "evaluate", *["prune", "evaluate"] * 3]
 
 
 def test_all_may_pass_none_may_pass_and_time_may_end(tiny_folder, text_file, tmp_path, monkeypatch):
@@ -159,12 +158,11 @@ def test_all_may_pass_none_may_pass_and_time_may_end(tiny_folder, text_file, tmp
         (out / name).write_text("of 5 bits")
     run = Fake(out, dict.fromkeys(RUNGS, 95) | {3.5: 20})
     found = walk(want, out, run, lambda *_: None)
-    assert run.run_ == ["prune", "recover", "evaluate"] * 2
+    assert run.run_ == ["prune", "evaluate", "prune", "recover", "evaluate"]
     assert (found.ended, found.bits) == ("failed", 4)
-    assert (out / "model/made").read_text().count("candidates/4/pruned")
+    assert (out / "model/made").read_text().count("candidates/4/model")
     assert {path.name for path in out.iterdir()} == {
-        "abilities.json", "calibration", "candidates", "check.json", "ladder.json", "model",
-        "pruned",
+        "abilities.json", "calibration", "candidates", "check.json", "ladder.json", "model"
     }  # fmt: skip
 
 
