@@ -31,7 +31,7 @@ def span(one: Estimate) -> str:
 def row(folder: Path) -> list[str]:
     """Return the cells of a folder."""
     card = read_card(folder)
-    asked, answers, worst = card.record.request, card.behaved.answers, card.behaved.worst
+    asked, answers, worst = card.asked, card.behaved.answers, card.behaved.worst
     return [
         f"{asked['model']}, {target(asked)}, effort {asked['effort']}",
         f"{size(card.size)}, {size(card.packed)}",
