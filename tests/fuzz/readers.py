@@ -127,10 +127,10 @@ def make(folder):
 
 
 def _study(folder):
-    checked = check_study(folder / "study.yaml")
-    assert all("\n" not in problem for problem in checked.problems)
-    if checked.study is not None:
-        plan(checked.study)
+    study, problems = check_study(folder / "study.yaml")
+    assert all("\n" not in problem for problem in problems)
+    if study is not None:
+        plan(study)
 
 
 def _suite(folder):
