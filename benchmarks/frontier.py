@@ -166,7 +166,7 @@ def leads(points: list[Point], lines: str) -> Iterator[str]:
 
 
 def draw(points: list[Point], path: Path) -> None:
-    """Draw a line a method and text, with the intervals of the items."""
+    """Draw a line a method and text through the means of draws, with the intervals of items."""
     with mpl.rc_context({**SETTINGS, "svg.hashsalt": "frontier"}):
         figure = Figure(figsize=(8.6, 4.6), layout="constrained")
         axes = figure.subplots()
@@ -176,11 +176,17 @@ def draw(points: list[Point], path: Path) -> None:
             values = [100 * one.share.value for one in own]
             ends = [[100 * (one.share.value - one.share.low) for one in own],
                     [100 * (one.share.high - one.share.value) for one in own]]  # fmt: skip
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             axes.errorbar(
                 [one.size for one in own], values, yerr=ends, label=line, elinewidth=0.8,
-                marker=MARKERS[number % len(MARKERS)], color=COLOURS[number % len(COLOURS)],
-                linestyle="--" if line.startswith("llama.cpp") else "-",
+                marker=marker, color=colour, linestyle="none",
             )  # fmt: skip
+            drawn = [[one for one in own if one.pattern == pattern]
+                     for pattern in dict.fromkeys(one.pattern for one in own)]  # fmt: skip
+            axes.plot([np.mean([one.size for one in some]) for some in drawn],
+                      [100 * np.mean([one.share.value for one in some]) for some in drawn],
+                      color=colour,
+                      linestyle="--" if line.startswith("llama.cpp") else "-")  # fmt: skip
         axes.set(xlabel="size of the model's files, MB", ylabel="right answers kept, %",
                  ylim=(0, 100))  # fmt: skip
         axes.set_title("How many answers are left at which size", color=INK)
