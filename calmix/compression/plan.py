@@ -288,15 +288,15 @@ def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
             leakage=guarded(asked.suite), licence=asked.licence, **where, output=held,
         )  # fmt: skip
         found.append(Stage(named, ("calibrate", asked.calibration, *draw), CALIBRATION))
-    sparse = asked.sparsity is not None or asked.pattern is not None
-    trained = sparse or (asked.bits or 8) <= effort.levels
+    sparse = asked.aim["method"] != BITS_METHOD
+    trained = sparse or (asked.bits is not None and asked.bits <= effort.levels)
     recoveries = effort.recoveries if trained else ()
     before = "pruned" if recoveries else "model"
     pruned = _flags(
         **asked.aim, calibration=held, licence=asked.licence if asked.saved else None, **work,
         output=out / before,
     )  # fmt: skip
-    named = "quantise" if asked.aim["method"] == BITS_METHOD else "prune"
+    named = "prune" if sparse else "quantise"
     found.append(Stage(named, ("prune", model, *pruned), before))
     for way in recoveries:
         last = way == effort.recoveries[-1]

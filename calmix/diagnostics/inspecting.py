@@ -30,6 +30,7 @@ from calmix.manifest import file_hashes, read_sealed
 from calmix.models.shards import PACK, Shards, read_tensor
 from calmix.pruning.checkpoint import MANIFEST, RUN
 from calmix.pruning.experts import starved
+from calmix.pruning.patterns import Rate
 from calmix.pruning.report import LayerReport
 from calmix.pruning.work import RECORD, SET, SUFFIX
 from calmix.pruning.work import read_record as read_work
@@ -121,8 +122,8 @@ def _checkpoint(folder: Path, health: Health, say: Say) -> None:
     _files(folder, kept, (MANIFEST, RUN), health, say)
     done, warn = pruned["pruning"], health.warnings.append
     health.layers = TypeAdapter(list[LayerReport]).validate_python(done["layers"])
-    levels = "recovered" in health.kind and "bits" in str(done["pattern"])  # zero is one of them
-    _zeros(folder, health, say, moved=levels)
+    rate = Rate.parse(str(done["pattern"]))  # zero is a level there
+    _zeros(folder, health, say, moved="recovered" in health.kind and rate is not None)
     given = done["options"].get("damping")
     asked = math.inf if given is None else given
     for layer in health.layers:

@@ -27,6 +27,7 @@ from calmix.pruning import distributed
 from calmix.pruning.budget import GIB
 from calmix.pruning.checkpoint import MANIFEST, read_told
 from calmix.pruning.expert_pruning import experts_of
+from calmix.pruning.patterns import Rate
 from calmix.pruning.solvers.grids import Grid, read_grids
 from calmix.pruning.work import CHECKPOINT, WorkFolder
 from calmix.recovery.memory import Plan, check_memory, make_plan
@@ -100,7 +101,7 @@ class Job:
 
     def __init__(self, request: Recovering, output: Path, run: How) -> None:
         self.request, self.output, self.run = request, output, run
-        self.progress, self.weights, self.zeros = run.progress, 0, 0
+        self.progress = run.progress
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if launched and request.method == "blocks":
             raise InputError("recovery by blocks runs in one process: start it without a launcher")
@@ -155,21 +156,18 @@ class Job:
                 )
         if not _near(pruned, dense):
             raise InputError(f"{line}: their embeddings are of different models")
-        blocks = [pruned.blocks.prunables(index) for index in range(len(pruned.blocks))]
-        layers = [layer for block in blocks for layer in block]
+        layers = pruned.blocks.layers
         told, self.grids = read_told(pruned.folder / MANIFEST), read_grids(pruned.folder)
         while told.get("pruned"):  # it was recovered before
             told = told["pruned"]
         done = told.get("pruning", {})
-        free = self.grids if "bits" in str(done.get("pattern")) else {}  # zero is a level there
+        free = self.grids if Rate.parse(str(done.get("pattern"))) else {}  # zero is a level there
         self.masked = frozenset(layer.parameter_name for layer in layers) - free.keys()
         rounded = {one["name"] for one in done.get("layers", []) if one.get("bits") is not None}
         on_grid = {layer.parameter_name for layer in layers if layer.name in rounded}
         self.fixed = frozenset(on_grid - self.grids.keys())
-        for name in self.masked | free.keys():
-            value = pruned.stored(name)
-            self.weights += value.numel()
-            self.zeros += int((value == 0).sum()) if name in self.masked else 0
+        self.weights = sum(math.prod(own[name]) for name in self.masked | free.keys())
+        self.zeros = sum(int((pruned.stored(name) == 0).sum()) for name in self.masked)
         self.quantised = sum(math.prod(own[name]) for name in self.grids.keys() | self.fixed)
         plugin = getattr(getattr(self.accelerator, "state", None), "fsdp_plugin", None)
         if self.quantised and plugin is not None:

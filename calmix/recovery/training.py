@@ -238,7 +238,7 @@ class Masters:
     """Float32 copies of parameters, with Adam's moments (arXiv 1412.6980, betas 0.9 and 0.95).
 
     Parameters are whole, or sharded as DTensors. `stored` returns one by name in the precision of
-    the files; `masked` says whether its zeros stay. Quantised ones, never sharded, have `levels`,
+    the files; `masked` says whether its zeros stay. Quantised ones, never sharded, have `grids`,
     and `dense` returns what they were.
     """
 
@@ -256,11 +256,12 @@ class Masters:
         groups: list[dict[str, Any]] = []
         for name, parameter in self.parameters.items():
             full = stored(name)
-            size = size_of(full)
             if grids and dense and name in grids:
                 own = self._levels[name] = Levels(grids[name].to(parameter.device), full)
                 mask = full == 0 if masked(name) else None
                 full, size = own.begin(full, dense(name), mask), own.size
+            else:
+                size = size_of(full)
             self.values[name] = nn.Parameter(_sharded_as(parameter, full))
             groups.append({"params": [self.values[name]], "size": size})
         self._masked = [value for name, value in self.values.items() if masked(name)]

@@ -44,35 +44,31 @@ class Grid:
 
     def levels(self, weight: Tensor) -> Tensor:
         """Return the levels (rows, columns), int16, of weights that lie on the grid."""
-        scale = self.scale.repeat_interleave(weight.shape[1] // self.scale.shape[1], 1)
-        if self.octaves is not None:
-            scale = scale * factors(self.octaves)
-        levels = (weight.float() * _inverse(scale)).round_()
-        return levels.clamp_(-(2**15), 2**15 - 1).to(torch.int16)
+        return self._nearest(weight).clamp_(-(2**15), 2**15 - 1).to(torch.int16)
 
     def values(self, levels: Tensor) -> Tensor:
         """Return the weights of levels, float32."""
-        groups = levels.float().view(len(levels), self.scale.shape[1], -1)
-        value = (groups * self.scale[:, :, None]).view(levels.shape)
-        if self.octaves is not None:
-            value.mul_(factors(self.octaves))
-        return value.add_(0.0)  # no -0.0
+        step = self.steps()[:, :, None]
+        value = levels.float().view(len(levels), step.shape[1], -1) * step
+        return value.view(levels.shape).add_(0.0)  # no -0.0
 
-    def to(self, device: torch.device) -> Grid:
-        """Return the grid on a device."""
-        octaves = None if self.octaves is None else self.octaves.to(device)
-        return replace(self, scale=self.scale.to(device), octaves=octaves)
+    def nearest(self, weight: Tensor, least: int, most: int) -> Tensor:
+        """Return the nearest of the grid's weights (rows, columns), between two levels, float32."""
+        return self.values(self._nearest(weight).clamp_(least, most))
 
     def steps(self) -> Tensor:
         """Return what a level is worth (rows or 1, parts of the columns), float32."""
         return self.scale if self.octaves is None else self.scale * factors(self.octaves)
 
-    def nearest(self, weight: Tensor, least: int, most: int) -> Tensor:
-        """Return the nearest of the grid's weights (rows, columns), between two levels, float32."""
+    def _nearest(self, weight: Tensor) -> Tensor:
         step = self.steps()[:, :, None]
-        parts = weight.view(len(weight), step.shape[1], -1)
-        levels = (parts * _inverse(step)).round_().clamp_(least, most)
-        return levels.mul_(step).view(weight.shape).add_(0.0)  # no -0.0
+        parts = weight.float().reshape(len(weight), step.shape[1], -1)
+        return (parts * _inverse(step)).round_().view(weight.shape)
+
+    def to(self, device: torch.device) -> Grid:
+        """Return the grid on a device."""
+        octaves = None if self.octaves is None else self.octaves.to(device)
+        return replace(self, scale=self.scale.to(device), octaves=octaves)
 
     def part(self, rows: slice) -> Grid:
         """Return the grid of some rows."""
