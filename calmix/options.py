@@ -229,6 +229,7 @@ class Settings(MeasureOptions):
 
 
 Propagation = Literal["sequential", "block"]
+MOST_EMBEDDING = 6  # bits, of which nearly all levels fit a byte
 
 
 class Pruning(DrawOptions):
@@ -247,6 +248,10 @@ class Pruning(DrawOptions):
     drop_experts: float | None = option(
         None, "Fraction of experts to drop per MoE layer: 0.25.", advanced=True, gt=0, lt=1
     )
+    embeddings: float | None = option(
+        None, "Bits of a weight of embeddings and output head: 5.", shown="as they are",
+        advanced=True, ge=2, le=MOST_EMBEDDING,
+    )  # fmt: skip
     only: tuple[str, ...] = option((), "Only layers whose names match: '*.mlp.*'.", advanced=True)
     skip: tuple[str, ...] = option((), "No layers whose names match: '*.down_proj'.", advanced=True)
 
@@ -350,7 +355,7 @@ PRUNE = (
     *CALIBRATED, "allocation", "method", "sparsity", "pattern", "model", "ids", "output", "sources",
     "dtype", "device", "trust_remote_code", "max_memory", "micro_tokens", "paused", "progress",
     "resume", "overwrite", "json", "as_json", "help", "only", "skip",
-    "text_field",
+    "text_field", "embeddings",
 )  # fmt: skip
 
 

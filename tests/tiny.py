@@ -158,8 +158,8 @@ def save_tiny_model(folder, kind="llama", seed=0, **settings):
 
 def hashes(folder):
     """Return hashes of all files but the run record, which holds date and seconds."""
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()
-            if p.name != "calmix-run.json"}  # fmt: skip
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in folder.rglob("*") if p.is_file() and p.name != "calmix-run.json"}  # fmt: skip
 
 
 def load_weights(folder):

@@ -366,3 +366,19 @@ def forwards(pairs: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None
         for module, forward in pairs:
             stack.enter_context(patch.object(module, "forward", forward))
         yield
+
+
+def outer_weights(model: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return the weights of a model's output head and of its embeddings; often the same."""
+    head, embedded = model.get_output_embeddings(), model.get_input_embeddings()
+    if getattr(head, "weight", None) is None:
+        raise ModelError(f"{type(model).__name__} has no output head: leave out --embeddings")
+    return head.weight, embedded.weight
+
+
+def tied(model: Any) -> bool:
+    """Whether a model's output head is its embeddings, once it has its weights."""
+    head, embedded = model.get_output_embeddings(), model.get_input_embeddings()
+    names = [f"{name}.weight" for name, one in model.named_modules() if one in (head, embedded)]
+    alike = getattr(head, "weight", None) is embedded.weight
+    return alike or not getattr(model, "all_tied_weights_keys", {}).keys().isdisjoint(names)

@@ -10,7 +10,7 @@ stored together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
@@ -131,11 +131,11 @@ class StreamedModel:
         prefix = f"{self.blocks.name}.{index}."
         return [name for name in self._parts if name.startswith(prefix)]
 
-    @property
-    def outside_names(self) -> list[str]:
-        """Names in the model of the parameters outside the blocks, the output head excepted."""
-        head = self.model.get_output_embeddings()
-        skipped = set() if head is None else {id(p) for p in head.parameters()}
+    def outside_names(self, *, head: bool = False) -> list[str]:
+        """Return names in the model of the parameters outside the blocks; of the output head too if
+        `head`, or where it is the embeddings."""
+        output = None if head else self.model.get_output_embeddings()
+        skipped = set() if output is None else {id(p) for p in output.parameters()}
         skipped -= {id(p) for p in self.model.get_input_embeddings().parameters()}
         prefix = f"{self.blocks.name}."
         return [
@@ -144,15 +144,14 @@ class StreamedModel:
             if name in self._parts and id(p) not in skipped and not name.startswith(prefix)
         ]
 
-    @property
-    def outside_bytes(self) -> int:
-        """Bytes in memory of what `fetch_outside` reads."""
+    def outside_bytes(self, *, head: bool = False) -> int:
+        """Return the bytes in memory of what `fetch_outside` reads."""
         own = self._own()
-        return sum(own[name].nbytes for name in self.outside_names)
+        return sum(own[name].nbytes for name in self.outside_names(head=head))
 
-    def fetch_outside(self) -> None:
+    def fetch_outside(self, *, head: bool = False) -> None:
         """Read what is outside the blocks: embeddings, norms, and buffers the files hold."""
-        self._put(*self._read(self.outside_names))
+        self._put(*self._read(self.outside_names(head=head)))
         for name, buffer in list(self.model.named_buffers()):
             value = buffer
             if (stored := self.buffers.get(name)) is not None:
@@ -162,7 +161,7 @@ class StreamedModel:
 
     def drop_outside(self) -> None:
         """Forget what is outside the blocks; buffers stay."""
-        self._drop(self.outside_names)
+        self._drop(self.outside_names(head=True))
 
     def fetch(self, index: int, *, ahead: bool = False) -> None:
         """Read a block's weights if they are not there; begin to read the next's if `ahead`."""
@@ -225,12 +224,19 @@ class StreamedModel:
         count = len(parts)
         return {f"model-{n:05}-of-{count:05}.safetensors": p for n, p in enumerate(parts, 1)}
 
-    def rest(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return tensors of the files by their names there, parameters in their type in memory."""
+    def rest(self, names: Iterable[str], changed: Collection[str] = ()) -> dict[str, Tensor]:
+        """Return tensors of the files by their names there, parameters in their type in memory;
+        those that were `changed` are in memory."""
         own = self._own()
         types = {s: own[name].dtype for name, part in self._parts.items() for s in part.stored}
         found = self.shards.read(names)
-        return {name: value.to(types.get(name, value.dtype)) for name, value in found.items()}
+        made = {name: value.to(types.get(name, value.dtype)) for name, value in found.items()}
+        alike = getattr(self.model, "all_tied_weights_keys", {})
+        new = self.as_stored(
+            {name: own[alike.get(name, name)].detach()
+             for name in self.names if alike.get(name, name) in changed}
+        )  # fmt: skip
+        return made | {name: value for name, value in new.items() if name in made}
 
     def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
         """Give a block weights by their names in the files, in its own type."""

@@ -6,6 +6,7 @@ Pruning block by block holds
     one block's weights, and another's being read
     what is outside the blocks, until the first hidden states are made
     the solver's work on the widest input
+    what is outside the blocks once more, where embeddings are rounded at the end
     one micro-batch running through a block, and the activations of those that are paused
     hidden states between two blocks, as far as there is room
 
@@ -21,8 +22,10 @@ from dataclasses import dataclass
 
 from calmix.errors import InputError
 from calmix.machine import device_memory, tokens_at_once
+from calmix.models.blocks import outer_weights
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import distributed
+from calmix.pruning.engine import ROUNDED
 from calmix.pruning.experts import EXPERT_BYTES
 from calmix.pruning.gram import ENTRIES
 from calmix.pruning.methods import Method
@@ -33,6 +36,7 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "g
 AT_ONCE = 64  # bytes an entry of the rows that a solver on an accelerator works on at a time
 SLACK = 0.05  # of the budget, for the allocator's rounding
 FREE_SHARE = 0.9  # of the memory that is free, where no budget is given
+ROUNDING = 40  # bytes a weight of what is rounded at a time
 WORKSPACE = GIB // 2  # that libraries take on an accelerator beside tensors, and what they load
 KERNELS = GIB // 16  # that oneDNN's take on a CPU; the command line bounds their number
 
@@ -44,8 +48,9 @@ class Sizes:
     `block_bytes` are the weights of the largest block, `copies` how often they are kept beside (to
     be merged), `outside_bytes` the weights outside the blocks without the output head. `layers` are
     (outputs, inputs) of one block's linear maps; `experts` those of one expert of each mixture, of
-    which there are `expert_count`. `hidden` values a token lie between two blocks, each of
-    `value_bytes`; `rows` and `length` are 0 without calibration.
+    which there are `expert_count`. `last_bytes` are held once all blocks are done. `hidden` values
+    a token lie between two blocks, each of `value_bytes`; `rows` and `length` are 0 without
+    calibration.
     """
 
     block_bytes: int
@@ -60,6 +65,7 @@ class Sizes:
     accelerator: bool = False
     experts: Sequence[tuple[int, int]] = ()
     expert_count: int = 0
+    last_bytes: int = 0
 
     @property
     def inner(self) -> int:
@@ -144,7 +150,7 @@ def make_plan(
     while True:
         tokens = at_once * sizes.length
         running = micro_bytes(sizes, tokens)
-        first = held + sizes.block_bytes + sizes.outside_bytes + running
+        first = held + max(sizes.block_bytes + sizes.outside_bytes, sizes.last_bytes) + running
         wanted = -(-sizes.rows // at_once) if sequential else 0
         each = max(1, paused_bytes(sizes, tokens))
         found: list[tuple[int, Plan]] = []
@@ -180,6 +186,7 @@ def plan_for(
     budget: int | None,
     sequential: bool = True,
     rows_at_once: int = 0,
+    embeddings: bool = False,
 ) -> Plan:
     """Return how to prune a model within a budget, or within what is free now; of several processes
     all do as the one that has least.
@@ -191,6 +198,7 @@ def plan_for(
         budget: bytes of each process; None for what is free, of which a CPU may take more.
         sequential: whether micro-batches pause within a block.
         rows_at_once: rows of a micro-batch of the work that is resumed, which must stay.
+        embeddings: whether they are rounded at the end.
     """
     blocks, (rows, length) = source.blocks, shape
     pruned = [index for index in range(len(blocks)) if blocks.prunables(index)]
@@ -200,7 +208,8 @@ def plan_for(
     sizes = Sizes(
         block_bytes=max(blocks.sizes),
         copies=source.merges,
-        outside_bytes=source.outside_bytes if rows else 0,
+        outside_bytes=source.outside_bytes() if rows else 0,
+        last_bytes=_last_bytes(source) if embeddings else 0,
         layers=[layer.shape for layer in layers if layer.expert is None],
         experts=[layer.shape for layer in inside if layer.expert == one[layer.mixture]],
         expert_count=max((layer.expert or 0 for layer in inside), default=-1) + 1,
@@ -229,3 +238,9 @@ def plan_for(
             raise
     whole = make_plan(sizes, 2**62, held, at_once, sequential=sequential, fixed=True)
     return Plan(whole.micro_tokens, 0 if sequential else None, False, whole.needed)
+
+
+def _last_bytes(source: StreamedModel) -> int:
+    """Return the bytes that rounding embeddings and head takes, the model's weights among them."""
+    largest = max(weight.nbytes for weight in outer_weights(source.model))
+    return source.outside_bytes(head=True) + largest + ROUNDING * ROUNDED

@@ -38,6 +38,7 @@ from calmix.manifest import (
 )
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import check_ids, check_models, fingerprint, quiet_transformers
+from calmix.models.shards import write_file
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name
@@ -49,6 +50,7 @@ from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, w
 from calmix.pruning.methods import Look, Method
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped, PruneReport
+from calmix.pruning.solvers.grids import SCALES, stored
 from calmix.pruning.streamed import prune_streamed, take_through
 from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder, draw_set
@@ -201,6 +203,7 @@ class _Pruning:
         how: dict[str, Any] = {}
         if job is not None:
             how["sequential"] = job.request.propagation == "sequential"
+            how["embeddings"] = job.request.embeddings is not None
             how["rows_at_once"] = job.work.kept.get("report", {}).get("rows_at_once", 0)
         return plan_for(self.source, shape, method, budget=self.run.max_memory, **how)
 
@@ -295,6 +298,7 @@ class _Pruning:
             request.propagation or "sequential",
         )  # fmt: skip
         run.sources = () if self.drawn is None else self.drawn.sources
+        run.embeddings = request.embeddings
         told = request.allocation
         run.report.allocation = "given" if isinstance(told, dict) else told
         plan = self.plan(ids.shape, job.method, job)
@@ -420,4 +424,7 @@ def write_checkpoint(
     with atomic_folder(output) as folder, quiet_transformers():
         model.save_pretrained(folder)
         opened.tokenizer.save_pretrained(folder)
+        if report.grids:
+            (folder / SCALES).mkdir()
+            write_file(folder / SCALES / "all", stored(report.grids))
         _write_beside(folder, opened, asked, report, calibration)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from calmix.calibration.dataset import CalibrationSet
 from calmix.errors import InputError, ModelError, PassingError, SolverError, nearest
 from calmix.machine import Laps, out_of_memory, tokens_at_once
-from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
+from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks, outer_weights, tied
 from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
 from calmix.options import BITS_METHOD, METHOD, Propagation
@@ -40,12 +40,13 @@ from calmix.pruning import distributed
 from calmix.pruning.experts import EXPERT_BYTES, Gathering, Routed, Step, sampled
 from calmix.pruning.gram import Gram, Statistic, relative_error
 from calmix.pruning.methods import Look, Method, Solution, get_method
-from calmix.pruning.patterns import Pattern, Unstructured, as_pattern
+from calmix.pruning.patterns import Pattern, Rate, Unstructured, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 from calmix.pruning.solvers.grids import Grid
 from calmix.pruning.trace import TOKENS, Batch, Calls, SharedInput, observe_block
 
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
+ROUNDED = 2**23  # weights of an embedding that are rounded at a time
 Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch's arguments
 
 
@@ -58,6 +59,7 @@ def prune(
     propagation: Propagation = "sequential",
     micro_tokens: int | None = None,
     paused: int | None = None,
+    embeddings: float | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     sources: Sequence[str] = (),
@@ -66,7 +68,7 @@ def prune(
 ) -> PruneReport:
     """Prune the linear maps in a causal language model's blocks, in place.
 
-    Embeddings, the output head, norms and biases are never touched.
+    Norms and biases are never touched, embeddings and the output head with `embeddings` alone.
 
     Args:
         model: decoder-only causal language model of transformers, or one that `open_model` opened.
@@ -79,6 +81,7 @@ def prune(
         propagation: `sequential` (inputs from already-pruned layers) or `block` (the papers').
         micro_tokens: tokens that run through a block at a time; None for what suits the device.
         paused: micro-batches that may hold a block's activations at a time; None for all.
+        embeddings: bits a weight to which embeddings and output head are rounded; None for none.
         only, skip: patterns of layers' names: those to be pruned, and those to be left dense.
         sources: of each calibration row, to report which experts it reaches.
         progress: called with (blocks done, blocks) after every block.
@@ -111,10 +114,10 @@ def prune(
     found = find_blocks(model).select(only, skip)
     check_pattern(found, pattern, chosen)
     if chosen.needs is not None:
-        embeddings: Any = model.get_input_embeddings  # a method of transformers' models
-        check_vocabulary(type(model).__name__, embeddings(), check_ids(ids, chosen.name))
+        own: Any = model.get_input_embeddings  # a method of transformers' models
+        check_vocabulary(type(model).__name__, own(), check_ids(ids, chosen.name))
     run = Run(model, found, chosen, pattern, propagation)
-    run.paused, run.sources = paused, sources
+    run.paused, run.sources, run.embeddings = paused, sources, embeddings
     try:
         run_through(run, ids, micro_tokens, progress)
     except BaseException as error:
@@ -157,8 +160,11 @@ def run_through(
                 run.record(ids, micro_tokens)
             for index in range(len(found)):
                 run.block(index)
+                run.report.grids |= run.grids
                 if progress is not None:
                     progress(index + 1, len(found))
+            run.outside()
+            run.report.grids |= run.grids
     finally:
         for module in training:
             module.training = True
@@ -172,6 +178,25 @@ def check_pattern(found: DecoderBlocks, pattern: Patterns, method: Method) -> No
         check_names([layer.name for layer in layers], pattern, "pattern")
     for layer in layers:
         method.check(_of_layer(pattern, layer.name), layer.shape[1], layer.name)
+
+
+def round_rows(weight: Tensor, gram: Tensor, bits: float) -> tuple[Tensor, Grid]:
+    """Return a matrix of many rows rounded to a rate by the default method, in its own type, with
+    its grid; some rows at a time, each with their step.
+
+    Args:
+        weight: (rows, columns).
+        gram: (columns, columns), of the inputs.
+    """
+    method, rows = get_method(BITS_METHOD), max(1, ROUNDED // weight.shape[1])
+    made, scales, taken = torch.empty_like(weight), [], 0.0
+    for given, put in zip(weight.split(rows), made.split(rows), strict=True):
+        solved = method.solve([given], gram, [Rate(bits)])
+        put.copy_(solved.weights[0])
+        grid = solved.grids[0]
+        scales.append(grid.scale.expand(len(given), -1))
+        taken += grid.bits * given.numel()
+    return made, replace(grid, scale=torch.cat(scales), bits=taken / weight.numel())
 
 
 def check_names(layers: Sequence[str], named: Mapping[str, Any], what: str) -> None:
@@ -230,7 +255,7 @@ class Run:
         pattern, propagation: as for `prune`.
 
     Attributes:
-        paused, sources: as for `prune`.
+        paused, sources, embeddings: as for `prune`.
         expert_bytes: bytes that statistics of several experts may take at a time.
         states: hidden states by number of the micro-batch: those that lead into the block at hand.
         grids: those of the quantised layers of the block at hand, by parameter.
@@ -251,6 +276,8 @@ class Run:
         self.propagation = propagation
         self.paused: int | None = None
         self.sources: Sequence[str] = ()
+        self.embeddings: float | None = None
+        self._tied = tied(model)
         self.expert_bytes = EXPERT_BYTES
         self.states: MutableMapping[int, Tensor] = {}
         self.grids: dict[str, Grid] = {}
@@ -277,7 +304,7 @@ class Run:
         # Blocks are observed outside inference mode, where tensors count their versions.
         with torch.inference_mode(False), torch.no_grad(), _no_autocast(device):
             few = ids[:1, :TOKENS].clone().to(device)
-            calls = Calls(self.model, self.found, few)
+            self._calls = calls = Calls(self.model, self.found, few)
             self._few = calls.record(few)
         own = distributed.own_rows(ids)
         at_once = max(1, (micro_tokens or tokens_at_once(device)) // length)
@@ -320,9 +347,54 @@ class Run:
         with torch.inference_mode(), reproducible(self._device(index)):
             self._advance(index)
 
+    def outside(self) -> None:
+        """Round embeddings and output head, which are in memory, once all blocks are done.
+
+        The head, whose levels are solved for, on what it sees; apart from it embeddings are just
+        rounded.
+        """
+        if self.embeddings is None:
+            return
+        began = time.perf_counter()
+        self.grids.clear()
+        outer = outer_weights(self.model)
+        head, embedded = outer[self._tied], outer[1]
+        device = head.device
+        with torch.inference_mode(), reproducible(device), _no_autocast(device):
+            seen = self._seen_by_head(head.shape[1]) if self.needs_ids else None
+            for weight in (head,) if self._tied else (head, embedded):
+                gram = seen if weight is head else None
+                if gram is None:
+                    gram = torch.eye(weight.shape[1], device=device)
+                with bfloat16_products(allowed=False):
+                    made, grid = round_rows(weight, gram, self.embeddings)
+                weight.data.copy_(made)
+                own = next(n for n, p in self.model.named_parameters() if p is weight)
+                self.grids[own] = grid
+                self.report.embeddings[own] = grid.bits
+        self.report.seconds["solve"] += time.perf_counter() - began
+
+    def _seen_by_head(self, width: int) -> Tensor | None:
+        """Return the Gram matrix of what the decoder returns; None where the head takes others."""
+        length = self.report.tokens // self.report.rows
+        gram: Gram | None = None
+        for number, batch in enumerate(self._batches):
+            hidden = self._calls.behind(self.states[number], batch.rows, length)
+            if hidden.shape[-1] != width:
+                return None
+            gram = Gram(width, hidden.device) if gram is None else gram
+            gram.add(hidden)
+        assert gram is not None
+        distributed.gather(gram)
+        return gram.matrix()
+
+    def _leads_on(self, index: int) -> bool:
+        """Whether something still needs what a block returns."""
+        return index + 1 < len(self.found) or self.embeddings is not None
+
     def _advance(self, index: int) -> None:
-        """Replace the states by the block's outputs, unless it is the last."""
-        if index + 1 < len(self.found):
+        """Replace the states by the block's outputs, unless nothing needs them."""
+        if self._leads_on(index):
             for number in range(len(self._batches)):
                 self.states[number] = self._run(index, number)
 
@@ -330,7 +402,7 @@ class Run:
         return self._batches[number].run(index, self.states[number], keep=keep)
 
     def _through(self, index: int, inputs: list[SharedInput | Routed]) -> None:
-        """Prune one block; replace the states by its outputs unless it is the last."""
+        """Prune one block; replace the states by its outputs unless nothing needs them."""
         (self._sequential if self.propagation == "sequential" else self._two_pass)(index, inputs)
 
     def _sequential(self, index: int, inputs: list[SharedInput | Routed]) -> None:
@@ -393,7 +465,7 @@ class Run:
                         self._solve(one, statistic)
                         del statistic
                     current += 1
-                if index + 1 < len(self.found):
+                if self._leads_on(index):
                     for number in batches:
                         self.states[number] = proceed(number)
                         del tasks[number]

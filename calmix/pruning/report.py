@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from calmix.models.blocks import Dense
+from calmix.pruning.solvers.grids import Grid
 from calmix.shown import Shown, percent
 
 
@@ -60,7 +61,9 @@ class PruneReport(Shown):
 
     `options` are the method's own; `allocation` says where sparsities by layer are from; `dense`
     are the weights of blocks that stayed as they were, vectors apart. `rows_at_once` ran at a time,
-    in each process: another number of them may round otherwise.
+    in each process: another number of them may round otherwise. `grids`, of quantised parameters
+    of a model in memory, are written beside its weights and not here. `embeddings` are the bits
+    a weight of the matrices outside the blocks that were rounded.
     """
 
     method: str
@@ -75,7 +78,9 @@ class PruneReport(Shown):
     dense: list[Dense] = field(default_factory=list)
     experts: list[ExpertsReport] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
+    embeddings: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict, compare=False)
 
     @property
     def weights(self) -> int:
@@ -108,7 +113,9 @@ class PruneReport(Shown):
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable values."""
         totals = ("weights", "pruned", "sparsity", "bits", "dense_weights")
-        return asdict(self) | {name: getattr(self, name) for name in totals}
+        told = asdict(replace(self, grids={})) | {name: getattr(self, name) for name in totals}
+        del told["grids"]
+        return told
 
     def _line(self) -> str:
         seconds = f", {self.seconds['total']:.0f} s" if "total" in self.seconds else ""
@@ -125,7 +132,7 @@ class PruneReport(Shown):
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> PruneReport:
         """Return the report that `to_dict` gave."""
-        values = {one.name: kept[one.name] for one in fields(cls)}
+        values = {one.name: kept[one.name] for one in fields(cls) if one.name != "grids"}
         for name, kind in PARTS.items():
             values[name] = [kind(**part) for part in values[name]]
         return cls(**values)

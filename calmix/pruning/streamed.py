@@ -43,12 +43,19 @@ def prune_streamed(
     if work.done:
         run.report = PruneReport.from_json(work.kept["report"])
     began -= run.report.seconds.get("total", 0.0)
-    for name, names in files[count:]:
-        if work.claimed and name not in work.kept.get("files", {}):
-            work.save(name, source.rest(names))
+    later = run.embeddings is not None  # what is outside the blocks changes once they are done
+
+    def save_rest() -> None:
+        for name, names in files[count:]:
+            if work.claimed and name not in work.kept.get("files", {}):
+                work.save(name, source.rest(names, run.report.embeddings))
+
+    if not later:
+        save_rest()
     progress(work.done)
     done = [file for file, _ in files[: work.done]]
-    for index in take_through(source, ids, run, work, plan, done) if work.done < count else ():
+    unfinished = work.done < count or later
+    for index in take_through(source, ids, run, work, plan, done) if unfinished else ():
         run.report.seconds["total"] = time.perf_counter() - began
         if work.claimed:
             work.save(files[index][0], source.weights(index))
@@ -56,6 +63,11 @@ def prune_streamed(
                 work.save(f"{CHECKPOINT}/{SCALES}/{index:05}", stored(run.grids))
         work.keep(done=index + 1, report=run.report.to_dict())
         progress(index + 1)
+    if later:
+        save_rest()
+        if work.claimed:
+            work.save(f"{CHECKPOINT}/{SCALES}/outside", stored(run.grids))
+        source.drop_outside()
     run.report.seconds["total"] = time.perf_counter() - began
     return run.report
 
@@ -70,7 +82,8 @@ def take_through(
 ) -> Iterator[int]:
     """Take a run through all blocks; yield the number of each while its weights are there.
 
-    `done` are the files of those that an earlier run has pruned.
+    `done` are the files of those that an earlier run has pruned. What is outside the blocks is
+    there at the end if the run has changed it.
     """
     run.paused, run.expert_bytes = plan.paused, plan.expert_bytes
     folder = None
@@ -96,5 +109,9 @@ def take_through(
             with memory_errors(run, source.device):
                 run.replay(index)
         source.drop(index)
+    if run.embeddings is not None:
+        with memory_errors(run, source.device):
+            source.fetch_outside(head=True)
+            run.outside()
     if folder is not None:
         rmtree(folder, ignore_errors=True)

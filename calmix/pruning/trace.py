@@ -225,6 +225,13 @@ class Calls:
             )
         return first[0], batch
 
+    def behind(self, hidden: Tensor, rows: int, length: int) -> Tensor:
+        """Return what the decoder makes of the last block's hidden states."""
+        returned = self._returned(hidden)
+        with forwards([(b, lambda *_, **__: returned) for b in self._found.blocks]):
+            ids = torch.zeros(rows, length, dtype=torch.int64, device=hidden.device)
+            return first_tensor(self._decoder(input_ids=ids, use_cache=False, return_dict=False))
+
     def _shared(self, key: tuple[int, str], value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value

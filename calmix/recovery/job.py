@@ -157,7 +157,9 @@ class Job:
         if not _near(pruned, dense):
             raise InputError(f"{line}: their embeddings are of different models")
         layers = pruned.blocks.layers
-        told, self.grids = read_told(pruned.folder / MANIFEST), read_grids(pruned.folder)
+        told, known = read_told(pruned.folder / MANIFEST), read_grids(pruned.folder)
+        inside = known.keys() & {layer.parameter_name for layer in layers}
+        self.grids = {name: known[name] for name in known if name in inside}
         while told.get("pruned"):  # it was recovered before
             told = told["pruned"]
         done = told.get("pruning", {})

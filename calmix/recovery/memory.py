@@ -65,7 +65,7 @@ def make_plan(
         if layer.expert is None or layer.expert < chosen
     )
     weights = sum(p.numel() for p in own.values()) * size
-    outside = model.outside_bytes // model.dtype.itemsize * size
+    outside = model.outside_bytes() // model.dtype.itemsize * size
     trained = sum(p.numel() for p in blocks.blocks[largest].parameters())
     if method == "distill":
         trained = sum(own[name].numel() for name in trained_names(model.model, blocks))

@@ -189,6 +189,7 @@ class Bench:
         report = prune(
             model, None if made is None else made.ids, method=method.text, pattern=pattern,
             propagation=request.propagation or "sequential", progress=progress,
+            embeddings=request.embeddings,
         )  # fmt: skip
         self._pruned = planned.pruned, report
         return report

@@ -30,6 +30,7 @@ from calmix.evaluation.tasks import item_texts
 from calmix.machine import device_memory, tokens_at_once, total_memory
 from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import use_own_attention
+from calmix.models.blocks import tied
 from calmix.models.opening import DTYPES, device_of, known_model, loading
 from calmix.options import Recovering
 from calmix.precision import suited
@@ -95,11 +96,14 @@ class Timed:
         self._token, self._position = cache(self._measure), cache(self._head)
 
     @property
-    def outside_bytes(self) -> int:
-        """Bytes of what is outside the blocks, the output head excepted where it is apart."""
-        tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
-        head = 0 if tied else self.vocabulary * self.hidden
-        return (self.weights - self.block_weights - head) * self.dtype.itemsize
+    def outer_weights(self) -> int:
+        """Weights of embeddings and output head."""
+        return (2 - tied(self.model)) * self.vocabulary * self.hidden
+
+    def outside_bytes(self, *, head: bool = False) -> int:
+        """Return the bytes of what is outside the blocks, of a head that is apart if `head`."""
+        apart = 0 if head or tied(self.model) else self.vocabulary * self.hidden
+        return (self.weights - self.block_weights - apart) * self.dtype.itemsize
 
     @cached_property
     def _sample(self) -> tuple[Any, float]:

@@ -24,7 +24,7 @@ from calmix.errors import CalmixError, InputError, nearest
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.suites import Suite
 from calmix.models.opening import known_model
-from calmix.options import Leakage, Options, Propagation
+from calmix.options import MOST_EMBEDDING, Leakage, Options, Propagation
 from calmix.pruning.methods import get_method
 from calmix.sources import Source
 from calmix.sources.licences import Licence
@@ -115,6 +115,7 @@ class _Pruning(Options):
     seeds: list[Annotated[int, Field(ge=0, strict=True)]] | None = None
     propagation: Propagation | None = None
     allocation: Annotated[list[Literal["uniform", "owl", "error"]], Listed] | None = None
+    embeddings: Annotated[float, Field(ge=2, le=MOST_EMBEDDING)] | None = None
     recovery: Annotated[list[Recovery], Listed] | None = None
 
 

@@ -72,9 +72,10 @@ class Planned:
 
     @property
     def way(self) -> str:
-        """Method, allocation and recovery: `sparsegpt + owl + distill,epochs=1`."""
-        recovery = None if self.recovery is None else self.recovery.text
-        return " + ".join(filter(None, (self.method.text, self.request.allocation, recovery)))
+        """Method, allocation, embeddings and recovery: `sparsegpt + owl + distill,epochs=1`."""
+        request, recovery = self.request, None if self.recovery is None else self.recovery.text
+        outside = f"embeddings {request.embeddings:g}" if request.embeddings else None
+        return " + ".join(filter(None, (self.method.text, request.allocation, outside, recovery)))
 
     @property
     def condition(self) -> Condition:
@@ -153,7 +154,8 @@ def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
             entry = study.file.calibrations[label]
             made, draw = _asked(study, entry, grid, seed)
             drawn = made.draw.seed if made.saved is None else made.saved.manifest.get("seed") or 0
-            how = draw | {"calibration": entry.written, "propagation": grid.propagation}
+            how = draw | {"calibration": entry.written, "propagation": grid.propagation,
+                          "embeddings": grid.embeddings}  # fmt: skip
             ways = product(grid.allocation or (), grid.recovery or (), calibrated)
             for allocation, recovery, (method, target) in ways:
                 how |= {"method": method.text, "pattern": target, "allocation": allocation}
@@ -218,6 +220,8 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
         }
         if trial.request.allocation is not None:
             request["allocation"] = trial.request.allocation
+        if trial.request.embeddings is not None:
+            request["embeddings"] = trial.request.embeddings
         if trial.recovery is not None:
             names = ("method", *RECOVERY_OPTIONS)
             request["recovery"] = {name: getattr(trial.recovery, name) for name in names}

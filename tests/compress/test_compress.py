@@ -388,7 +388,8 @@ def test_a_size_becomes_bits_and_the_pack_has_it(calmix, command, tmp_path):
     card = read_card(out)
     assert card.record["request"]["bits"] == pytest.approx(card.bits, abs=0.1)
     packed = sum(path.stat().st_size for path in (out / "pack").glob("*.safetensors"))
-    assert 0.8 * wanted < packed / 1000 < 1.2 * wanted
+    headers = 6  # kB, which weigh in so small a model alone
+    assert 0.8 * wanted < packed / 1000 < 1.2 * wanted + headers
 
 
 def test_inspect_tells_of_every_stage(calmix, compressed, tmp_path):

@@ -120,6 +120,6 @@ def test_a_block_comes_and_goes_once(numberless, tmp_path, monkeypatch, case):
     last = {("cuda", "cpu"): weights, ("cpu", "cuda"): outside}
     assert [+copies for _, copies in blocks] == [+Counter(given), +Counter(last)]
     assert waited == ["copied"] * 3  # for what is outside, and for each block
-    assert len(pinned) == 2 * weights + len(streamed.outside_names)
+    assert len(pinned) == 2 * weights + len(streamed.outside_names())
     # Before the blocks, what is handed to them is compared with what other micro-batches brought.
     assert first[0] == {"equal": 3 * BATCHES}

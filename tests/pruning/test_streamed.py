@@ -30,11 +30,12 @@ PLENTY = Plan(5 * 32, None, True, 0, states=2**30)
 BATCH = 5 * 32 * 32 * 4  # bytes of the hidden states of a micro-batch
 
 
-def streamed_prune(folder, output, plan=PLENTY, **opening):
+def streamed_prune(folder, output, plan=PLENTY, embeddings=None, **opening):
     """Prune from disk to disk and return the tensors written."""
     streamed, work = StreamedModel(str(folder), **opening), WorkFolder(output)
     work.claim({}, resume=False, overwrite=True)
     run = Run(streamed.model, streamed.blocks, get_method("sparsegpt"), HALF)
+    run.embeddings = embeddings
     try:
         report = prune_streamed(streamed, tiny_ids(), run, work, plan)
         assert report.sparsity == pytest.approx(0.5, abs=0.01)

@@ -8,6 +8,7 @@ import socket
 import time
 
 import pytest
+import torch
 
 from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration import text_metrics as metrics
@@ -17,6 +18,7 @@ from calmix.evaluation.evaluate import evaluate, load_scores
 from calmix.models import open_model
 from calmix.options import TrialOptions
 from calmix.pruning import Unstructured, allocate, prune
+from calmix.pruning.solvers.grids import read_grids
 from calmix.recovery import recover
 from calmix.specs import recover_request
 from calmix.study import bench as bench_module
@@ -25,7 +27,7 @@ from calmix.study.running import Observer, chosen_trials
 from calmix.study.store import SILENCE, open_store
 from calmix.study.trials import plan
 from tests.study.conftest import writer
-from tests.tiny import save_tiny_model
+from tests.tiny import load_weights, save_tiny_model
 
 
 class Recorder(Observer):
@@ -376,6 +378,24 @@ def test_a_suite_that_runs_code_needs_leave(tiny_study, tmp_path):
     with pytest.raises(InputError, match="--allow-code-execution"):
         run(path, tmp_path / "store", options=TrialOptions())
     assert not (tmp_path / "store").exists()
+
+
+def test_a_recovery_holds_levels_and_embeddings(tiny_study, tmp_path):
+    path = tiny_study(
+        ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{ecq: [3 bits]}"), ("rows: 6", "rows: 16"),
+        more="embeddings: 4\nrecovery: ['distill,epochs=1']\nkeep_checkpoints: true\n",
+    )  # fmt: skip
+    seen = run(path, tmp_path / "store", only=["mix*"])
+    assert (seen.errors, len(seen.ran)) == ({}, 1)
+    assert "embeddings 4" in seen.ran[0]
+    (made,) = (tmp_path / "store" / "trials").glob("*/checkpoint")
+    grids, found = read_grids(made), load_weights(made)
+    for name, grid in grids.items():
+        assert torch.equal(grid.values(grid.levels(found[name])).to(found[name].dtype), found[name])
+    told = json.loads((made.parent / "recovery.json").read_text(encoding="utf-8"))
+    inside = [name for name in grids if ".layers." in name]
+    assert told["quantised"] == sum(found[name].numel() for name in inside) > 0
+    assert len(grids) > len(inside)
 
 
 def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(tiny_study, tmp_path):
