@@ -148,6 +148,8 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
         after = sum(len(one.kept) for one in report.dropped)
         alone = "" if report.layers else f" {done}"
         line(f"{before - after} of {before} experts dropped (calmix.json){alone}")
+    for name, bits in report.embeddings.items():
+        line(f"{name}: {bits:.2f} bits a weight")
     if report.bits is not None:
         line(f"{report.bits:.2f} bits a weight, {report.sparsity:.1%} zeros: "
              f"{size(2 * report.weights)} in {size(report.weights * report.bits / 8)} once packed "

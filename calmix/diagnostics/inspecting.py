@@ -165,7 +165,8 @@ def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, 
         health.facts["calibration"] = f"{what} ({drawn['rows']} x {drawn['length']} tokens)"
     health.facts |= {"weights": done["weights"], "pruned": done["pruned"]}
     if done.get("bits"):
-        health.facts["bits a weight"] = f"{done['bits']:.3f}"
+        outer = [f", {name} {bits:.3f}" for name, bits in done.get("embeddings", {}).items()]
+        health.facts["bits a weight"] = f"{done['bits']:.3f}" + "".join(outer)
     if gone := sum(len(one["scores"]) - len(one["kept"]) for one in done["dropped"]):
         health.facts["experts dropped"] = gone
     health.facts["versions"] = _versions(manifest)

@@ -65,6 +65,7 @@ class Card:
     weights: int
     pruned: int
     bits: float | None
+    outer: float | None
     size: int
     packed: int
     sources: tuple[Mapping[str, Any], ...]  # parts of the set: rows, tokens, whose text it is
@@ -184,7 +185,9 @@ class Card:
     @property
     def removed(self) -> str:
         """How many weights are zeros, and the bits that one takes."""
-        rate = f" Once packed, a weight takes {self.bits:.2f} bits." if self.bits else ""
+        rate = f" Once packed, a weight takes {self.bits:.2f} bits" if self.bits else ""
+        if rate:
+            rate += f"; one of embeddings or head {self.outer:.2f}." if self.outer else "."
         moved = self.recoveries and self.done == "quantised"  # zero is a level among others
         return (
             f"{self.pruned:,} of {self.weights:,} weights of its linear layers "
@@ -278,7 +281,7 @@ def read_card(out: Path) -> Card:
     return Card(
         out, out.resolve().name, record,
         known.licence if known else "see the model's own card", known.origin if known else model,
-        weights, pruned, done.get("bits"),
+        weights, pruned, done.get("bits"), max(done.get("embeddings", {}).values(), default=None),
         sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS),
         sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()),
         sources, calibration, tuple(recoveries), scores, dense, does,
