@@ -18,7 +18,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +85,10 @@ class Sizes:
             return compressed_share(words, place.dtype)
 
         path, _, head = max(places, key=lambda one: one[2].size)
-        self._rest = outside * share(path, head)
+        self._left = share(path, head)
+        self._rest = outside * self._left
+        self._sizes = {name: one.size for _, name, one in places}
+        self._width = width
         path, _, largest = max((one for one in places if one[2] in blocks),
                                key=lambda one: one[2].size)  # fmt: skip
         self.word = 8 * width * share(path, largest)
@@ -94,9 +97,11 @@ class Sizes:
         """Return the bits a weight of matrices that are sparse, and not quantised."""
         return mask_bits(sparsity) + (1 - sparsity) * self.word
 
-    def megabytes(self, bits: float) -> float:
-        """Return the size of the whole model."""
-        return (self._rest + bits / 8 * self.matrices) / 1e6
+    def megabytes(self, bits: float, outer: Mapping[str, float]) -> float:
+        """Return the size of the whole model; `outer`: bits of embeddings and head, by name."""
+        fewer = sum(self._sizes[name] * (own / 8 / self._width - self._left)
+                    for name, own in outer.items())  # fmt: skip
+        return (self._rest + fewer + bits / 8 * self.matrices) / 1e6
 
 
 def of_store(store: Path, sizes: dict[str, Sizes]) -> Iterator[Point]:
@@ -117,8 +122,8 @@ def of_store(store: Path, sizes: dict[str, Sizes]) -> Iterator[Point]:
         yield Point(
             f"{trial.model}: {trial.method}, {trial.calibration}",
             f"{trial.method} {trial.pattern}, {trial.calibration}, seed {trial.seed}", bits,
-            sizes[trial.model].megabytes(bits), divergence(trial.distance), found.kept,
-            found.dense, found.share,
+            sizes[trial.model].megabytes(bits, told.get("embeddings", {})),
+            divergence(trial.distance), found.kept, found.dense, found.share,
             (dense, pruned), trial.pattern, trial.seed,
         )  # fmt: skip
 
