@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,12 @@ class Bench:
 
     def _open(self, label: str) -> None:
         self._label = self.opened = self._pruned = None  # before others take their place in memory
-        entry, self._changed = self.study.file.models[label], False
-        self.opened = open_model(entry.name, dtype=entry.dtype, **self.how)
+        self.opened, self._changed = self._dense_model(label), False
         self._label = label
+
+    def _dense_model(self, label: str) -> OpenModel:
+        entry = self.study.file.models[label]
+        return open_model(entry.name, dtype=entry.dtype, **self.how)
 
     def run(self, trial: Resolved, stage: Stage, note: Callable[[str], None]) -> Trial:
         """Run one trial of the model that is ready, write it to the store and return it."""
@@ -114,8 +118,10 @@ class Bench:
                 progress=lambda *of: stage("scoring", *of),
             )  # fmt: skip
             if self._reference is not None:
-                found = distance(scored, self._reference,
-                                 progress=lambda *of: stage("distance", *of))  # fmt: skip
+                found = distance(
+                    scored, self._reference, dense=partial(self._dense_model, planned.model),
+                    progress=lambda *of: stage("distance", *of),
+                )  # fmt: skip
                 scores = replace(scores, distance=found)
             if not self.study.file.keep_checkpoints:
                 shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
