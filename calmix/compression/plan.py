@@ -16,7 +16,7 @@ from calmix.analysis.ranking import check_weights
 from calmix.calibration import ask, is_saved_set, mix_text, open_tokenizer, parse_mix
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
-from calmix.compression.sizes import bits_for, embedding_bits, parse_size, timed
+from calmix.compression.sizes import bits_for, embedding_bits, parse_size
 from calmix.errors import InputError, nearest
 from calmix.evaluation.evaluate import choose, runnable, suite_items
 from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
@@ -24,7 +24,6 @@ from calmix.evaluation.generations import read_prompts
 from calmix.evaluation.suites import Suite, suite_file
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
-from calmix.models.blocks import tied
 from calmix.models.opening import fingerprint
 from calmix.options import BITS_METHOD, COMPRESS_METHOD, Compression, Target
 from calmix.pruning.budget import parse_memory
@@ -101,7 +100,7 @@ class Request(Target):
 
     `calibration` is as `calmix calibrate` takes it, `self-written`, or a saved set's folder; the
     hashes are of the model's files and of the user's own prompts and suite; `length` is the tokens
-    of a row, `tied` whether the output head is the embeddings.
+    of a row.
     """
 
     calibration: str
@@ -110,7 +109,6 @@ class Request(Target):
     prompts_sha256: str | None
     suite_sha256: str | None = None
     length: int
-    tied: bool
 
     @property
     def generated(self) -> bool:
@@ -130,7 +128,7 @@ class Request(Target):
     @property
     def aim(self) -> dict[str, Any]:
         """The method and what it is asked for, as a prune takes them."""
-        return _aim(self.sparsity, self.pattern, self.bits, self.tied)
+        return _aim(self.sparsity, self.pattern, self.bits)
 
     @property
     def target(self) -> str:
@@ -145,14 +143,12 @@ def target(asked: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, (asked["pattern"] or share, bits)))
 
 
-def _aim(
-    sparsity: float | None, pattern: str | None, bits: float | None, tied: bool = False
-) -> dict[str, Any]:
+def _aim(sparsity: float | None, pattern: str | None, bits: float | None) -> dict[str, Any]:
     sparse = (sparsity, pattern) != (None, None)
     return {
         "method": COMPRESS_METHOD if sparse else BITS_METHOD, "sparsity": sparsity,
         "pattern": pattern, "bits": None if bits is None else f"{bits:g}",
-        "embeddings": None if bits is None else embedding_bits(bits, tied),
+        "embeddings": None if bits is None else embedding_bits(bits),
     }  # fmt: skip
 
 
@@ -213,7 +209,6 @@ def request(asked: Compression) -> Request:
         "bits": bits, "calibration": text, "seed": asked.seed or SEED,
         "sha256": fingerprint(resolve_model(asked.model)),
         "length": min(LENGTH, tokenizer.context or LENGTH),
-        "tied": tied(timed(asked.model, asked.device, trust).model),
         "prompts_sha256": prompts and sha256_file(prompts),
         "suite_sha256": suite_file(asked.suite) and choose(asked.suite).hash,
     })  # fmt: skip

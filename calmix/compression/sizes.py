@@ -7,7 +7,6 @@ from functools import lru_cache
 
 from calmix.errors import InputError
 from calmix.models import resolve_model
-from calmix.models.blocks import tied
 from calmix.models.shards import read_header, weight_bytes, weight_files
 from calmix.options import MOST_EMBEDDING, Target, parse_share
 from calmix.pruning.budget import parse_memory
@@ -36,12 +35,12 @@ def timed(name: str, device: str, trust_remote_code: bool) -> Timed:
     return Timed(name, "auto", device, trust_remote_code)
 
 
-def embedding_bits(bits: float, whole: bool) -> float:
-    """Return the bits of embeddings and head beside blocks of so many; `whole`: they are one.
+def embedding_bits(bits: float) -> float:
+    """Return the bits of embeddings and head beside blocks of so many.
 
-    At these the error a byte is about the blocks' (benchmarks/embeddings.py).
+    With as many a byte saves as much error there as in the blocks (benchmarks/embeddings.py).
     """
-    return min(max(bits + whole, 2.0), MOST_EMBEDDING)
+    return min(max(bits, 2.0), MOST_EMBEDDING)
 
 
 def bits_for(asked: Target) -> float:
@@ -57,11 +56,10 @@ def bits_for(asked: Target) -> float:
     matrices = sum(p.numel() for p in held.blocks.blocks.parameters() if p.ndim > 1)
     width = max(place.dtype.itemsize for name in weight_files(folder)
                 for place in read_header(folder / name).values())  # fmt: skip
-    whole = tied(held.model)
     rest = dense - width * (matrices + held.outer_weights)
 
     def size(bits: float) -> float:
-        outer = embedding_bits(bits, whole) * held.outer_weights
+        outer = embedding_bits(bits) * held.outer_weights
         return (1 + SPARE) * (rest + (bits * matrices + outer) / 8)
 
     rates = [number / 100 for number in range(round(100 * LEAST), round(100 * MOST) + 1)]
