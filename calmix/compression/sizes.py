@@ -54,8 +54,9 @@ def bits_for(asked: Target) -> float:
     wanted = parse_size(asked.size or "", dense)
     held = timed(asked.model, asked.device, asked.trust_remote_code)
     matrices = sum(p.numel() for p in held.blocks.blocks.parameters() if p.ndim > 1)
-    width = max(place.dtype.itemsize for name in weight_files(folder)
-                for place in read_header(folder / name).values())  # fmt: skip
+    places = (place for name in weight_files(folder)
+              for place in read_header(folder / name).values())  # fmt: skip
+    width = max(places, key=lambda place: place.size).dtype.itemsize
     rest = dense - width * (matrices + held.outer_weights)
 
     def size(bits: float) -> float:

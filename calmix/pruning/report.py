@@ -132,7 +132,7 @@ class PruneReport(Shown):
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> PruneReport:
         """Return the report that `to_dict` gave."""
-        values = {one.name: kept[one.name] for one in fields(cls) if one.name != "grids"}
+        values = {one.name: kept[one.name] for one in fields(cls) if one.name in kept}
         for name, kind in PARTS.items():
             values[name] = [kind(**part) for part in values[name]]
         return cls(**values)

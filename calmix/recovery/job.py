@@ -38,7 +38,7 @@ from calmix.specs import How
 ROOM = 0.8  # of the free memory, for the activations of all blocks at once
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LEAST = 0.01  # share of zeros below which a model is not sparse
-APART = 0.5  # relative distance of embeddings beyond which a model is another one
+APART = 0.9  # relative distance of embeddings beyond which a model is another one
 ROWS = 4096  # of the embeddings that are compared
 
 

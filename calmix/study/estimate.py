@@ -30,7 +30,7 @@ from calmix.evaluation.tasks import item_texts
 from calmix.machine import device_memory, tokens_at_once, total_memory
 from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import use_own_attention
-from calmix.models.blocks import tied
+from calmix.models.blocks import outer_weights, tied
 from calmix.models.opening import DTYPES, device_of, known_model, loading
 from calmix.options import Recovering
 from calmix.precision import suited
@@ -98,7 +98,8 @@ class Timed:
     @property
     def outer_weights(self) -> int:
         """Weights of embeddings and output head."""
-        return (2 - tied(self.model)) * self.vocabulary * self.hidden
+        head, embedded = (weight.numel() for weight in outer_weights(self.model))
+        return embedded if tied(self.model) else head + embedded
 
     def outside_bytes(self, *, head: bool = False) -> int:
         """Return the bytes of what is outside the blocks, of a head that is apart if `head`."""

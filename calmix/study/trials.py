@@ -148,7 +148,9 @@ def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
     for model in grid.models or ():
         for method, target in listed:
             if method.needs is None:
-                asked = prune_request(method=method.text, pattern=target)
+                asked = prune_request(
+                    method=method.text, pattern=target, embeddings=grid.embeddings
+                )
                 yield Planned(model, NONE, "none", asked)
         for seed, label in product(grid.seeds or (), grid.calibrations or ()):
             entry = study.file.calibrations[label]

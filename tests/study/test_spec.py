@@ -54,6 +54,16 @@ def test_the_grid_is_every_combination_and_one_set_stands_together():
     assert (first.calibration, first.request.calibration, first.rows) == ("none", None, 0)
 
 
+def test_embeddings_are_rounded_by_methods_without_a_set_too():
+    trials = plan(parsed(
+        HEAD + "calibrations: {a: news}\nmethods: {wanda: 0.5, magnitude: 0.5}\nembeddings: 4\n"
+    ))  # fmt: skip
+    assert [trial.label for trial in trials] == [
+        "magnitude + embeddings 4 50%", "a wanda + embeddings 4 50% seed 0",
+    ]  # fmt: skip
+    assert {trial.request.embeddings for trial in trials} == {4}
+
+
 def test_grids_replace_what_they_name_and_what_they_share_comes_once():
     study = parsed(
         HEAD + "calibrations: {a: news, b: books, igsp: igsp}\nmethods: {sparsegpt: 0.6}\n"
