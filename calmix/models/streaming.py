@@ -80,6 +80,11 @@ class StreamedModel:
             {n: parts[n].stored[0] for n in names if n in parts and parts[n].rule is None}
             for names in (own, buffers)
         )
+        alike = getattr(self.model, "all_tied_weights_keys", {})
+        for name, other in [pair for pair in alike.items() if {*pair} <= self.names.keys()]:
+            if not torch.equal(self.stored(name), self.stored(other)):  # as loading them sees it
+                del alike[name]
+                self._drop([name])
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
         lacking = [name for name in own if name not in parts and name not in tied]
         lacking += [name for name in buffers if name not in self.buffers]
@@ -227,16 +232,16 @@ class StreamedModel:
     def rest(self, names: Iterable[str], changed: Collection[str] = ()) -> dict[str, Tensor]:
         """Return tensors of the files by their names there, parameters in their type in memory;
         those that were `changed` are in memory."""
-        own = self._own()
+        own, alike = self._own(), getattr(self.model, "all_tied_weights_keys", {})
         types = {s: own[name].dtype for name, part in self._parts.items() for s in part.stored}
-        found = self.shards.read(names)
-        made = {name: value.to(types.get(name, value.dtype)) for name, value in found.items()}
-        alike = getattr(self.model, "all_tied_weights_keys", {})
         new = self.as_stored(
             {name: own[alike.get(name, name)].detach()
              for name in self.names if alike.get(name, name) in changed}
         )  # fmt: skip
-        return made | {name: value for name, value in new.items() if name in made}
+        wanted = list(names)
+        found = self.shards.read(name for name in wanted if name not in new)
+        made = {name: value.to(types.get(name, value.dtype)) for name, value in found.items()}
+        return {name: new[name] if name in new else made[name] for name in wanted}
 
     def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
         """Give a block weights by their names in the files, in its own type."""
