@@ -24,11 +24,12 @@ from calmix.errors import InputError
 from calmix.machine import device_memory, tokens_at_once
 from calmix.models.blocks import outer_weights
 from calmix.models.streaming import StreamedModel
+from calmix.options import BITS_METHOD
 from calmix.pruning import distributed
 from calmix.pruning.engine import ROUNDED
 from calmix.pruning.experts import EXPERT_BYTES
 from calmix.pruning.gram import ENTRIES
-from calmix.pruning.methods import Method
+from calmix.pruning.methods import Method, get_method
 from calmix.pruning.trace import token_bytes
 
 GIB = 2**30
@@ -242,5 +243,6 @@ def plan_for(
 
 def _last_bytes(source: StreamedModel) -> int:
     """Return the bytes that rounding embeddings and head takes, the model's weights among them."""
-    largest = max(weight.nbytes for weight in outer_weights(source.model))
-    return source.outside_bytes(head=True) + largest + ROUNDING * ROUNDED
+    largest = max(outer_weights(source.model), key=lambda weight: weight.nbytes)
+    solver = ROUNDING * ROUNDED + get_method(BITS_METHOD).memory(largest.shape[1], 0)
+    return source.outside_bytes(head=True) + largest.nbytes + solver

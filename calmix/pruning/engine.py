@@ -113,6 +113,8 @@ def prune(
         chosen, pattern = chosen.aim(None if pattern is None else as_pattern(pattern))
     found = find_blocks(model).select(only, skip)
     check_pattern(found, pattern, chosen)
+    if embeddings is not None:  # refused before any block has changed
+        _ = outer_weights(model), Rate(embeddings)
     if chosen.needs is not None:
         own: Any = model.get_input_embeddings  # a method of transformers' models
         check_vocabulary(type(model).__name__, own(), check_ids(ids, chosen.name))
@@ -182,15 +184,15 @@ def check_pattern(found: DecoderBlocks, pattern: Patterns, method: Method) -> No
 
 def round_rows(weight: Tensor, gram: Tensor, bits: float) -> tuple[Tensor, Grid]:
     """Return a matrix of many rows rounded to a rate by the default method, in its own type, with
-    its grid; some rows at a time, each with their step.
+    its grid; some rows at a time, about as many each time, each with their step.
 
     Args:
         weight: (rows, columns).
         gram: (columns, columns), of the inputs.
     """
-    method, rows = get_method(BITS_METHOD), max(1, ROUNDED // weight.shape[1])
+    method, parts = get_method(BITS_METHOD), -(-weight.numel() // ROUNDED)
     made, scales, taken = torch.empty_like(weight), [], 0.0
-    for given, put in zip(weight.split(rows), made.split(rows), strict=True):
+    for given, put in zip(weight.tensor_split(parts), made.tensor_split(parts), strict=True):
         solved = method.solve([given], gram, [Rate(bits)])
         put.copy_(solved.weights[0])
         grid = solved.grids[0]
@@ -277,7 +279,6 @@ class Run:
         self.paused: int | None = None
         self.sources: Sequence[str] = ()
         self.embeddings: float | None = None
-        self._tied = tied(model)
         self.expert_bytes = EXPERT_BYTES
         self.states: MutableMapping[int, Tensor] = {}
         self.grids: dict[str, Grid] = {}
@@ -358,32 +359,35 @@ class Run:
         began = time.perf_counter()
         self.grids.clear()
         outer = outer_weights(self.model)
-        head, embedded = outer[self._tied], outer[1]
+        alike = tied(self.model)
+        head, embedded = outer[alike], outer[1]
         device = head.device
         with torch.inference_mode(), reproducible(device), _no_autocast(device):
-            seen = self._seen_by_head(head.shape[1]) if self.needs_ids else None
-            for weight in (head,) if self._tied else (head, embedded):
+            seen = self._seen_by_head() if self.needs_ids else None
+            for weight in (head,) if alike else (head, embedded):
+                own = next(n for n, p in self.model.named_parameters() if p is weight)
                 gram = seen if weight is head else None
                 if gram is None:
-                    gram = torch.eye(weight.shape[1], device=device)
+                    gram = torch.eye(weight.shape[1])
+                if not torch.stack([*torch.aminmax(weight), *torch.aminmax(gram)]).isfinite().all():
+                    raise SolverError(f"{own}: its weights or inputs are not finite")
                 with bfloat16_products(allowed=False):
-                    made, grid = round_rows(weight, gram, self.embeddings)
+                    made, grid = round_rows(weight, gram.to(weight.device), self.embeddings)
                 weight.data.copy_(made)
-                own = next(n for n, p in self.model.named_parameters() if p is weight)
                 self.grids[own] = grid
                 self.report.embeddings[own] = grid.bits
         self.report.seconds["solve"] += time.perf_counter() - began
 
-    def _seen_by_head(self, width: int) -> Tensor | None:
-        """Return the Gram matrix of what the decoder returns; None where the head takes others."""
+    def _seen_by_head(self) -> Tensor | None:
+        """Return the Gram matrix of what the head is given; None where it is never called."""
         length = self.report.tokens // self.report.rows
         gram: Gram | None = None
         for number, batch in enumerate(self._batches):
-            hidden = self._calls.behind(self.states[number], batch.rows, length)
-            if hidden.shape[-1] != width:
+            seen = self._calls.behind(self.states[number], batch.rows, length)
+            if seen is None:
                 return None
-            gram = Gram(width, hidden.device) if gram is None else gram
-            gram.add(hidden)
+            gram = Gram(seen.shape[-1], seen.device) if gram is None else gram
+            gram.add(seen)
         assert gram is not None
         distributed.gather(gram)
         return gram.matrix()

@@ -115,7 +115,7 @@ class Calls:
     """
 
     def __init__(self, model: Any, found: DecoderBlocks, ids: Tensor) -> None:
-        self._decoder = decoder_of(model)
+        self._model, self._decoder = model, decoder_of(model)
         self._found = found
         self._known: dict[tuple[int, str], list[Tensor]] = {}
         self._rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
@@ -225,12 +225,20 @@ class Calls:
             )
         return first[0], batch
 
-    def behind(self, hidden: Tensor, rows: int, length: int) -> Tensor:
-        """Return what the decoder makes of the last block's hidden states."""
-        returned = self._returned(hidden)
-        with forwards([(b, lambda *_, **__: returned) for b in self._found.blocks]):
-            ids = torch.zeros(rows, length, dtype=torch.int64, device=hidden.device)
-            return first_tensor(self._decoder(input_ids=ids, use_cache=False, return_dict=False))
+    def behind(self, hidden: Tensor, rows: int, length: int) -> Tensor | None:
+        """Return what the output head is given after the last block's hidden states, if it is."""
+        returned, given = self._returned(hidden), list[Tensor]()
+
+        def stop(seen: Tensor, *_: Any, **__: Any) -> None:
+            given.append(seen)
+            raise StopIteration  # nothing behind it needs to run
+
+        stubs = [(b, lambda *_, **__: returned) for b in self._found.blocks]
+        ids = torch.zeros(rows, length, dtype=torch.int64, device=hidden.device)
+        head = self._model.get_output_embeddings()
+        with suppress(StopIteration), forwards([*stubs, (head, stop)]):
+            self._model(input_ids=ids, use_cache=False)
+        return given[0] if given else None
 
     def _shared(self, key: tuple[int, str], value: Any) -> Any:
         if not isinstance(value, Tensor):

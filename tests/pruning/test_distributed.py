@@ -67,6 +67,16 @@ def test_the_command_line_shares_the_work(calmix, tiny_folder, text_file, tmp_pa
     assert len(list((tmp_path / "two").iterdir())) == 2
 
 
+def test_two_round_embeddings_as_one(calmix, tiny_folder, text_file, tmp_path):
+    asked = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--embeddings", 4, "-o")
+    forked((*asked, tmp_path / "two"), tmp_path / "log")
+    calmix(*asked, tmp_path / "one").ok()
+    check_masks(tmp_path / "one", tmp_path / "two")
+    one, two = (load_weights(tmp_path / name) for name in ("one", "two"))
+    (name,) = (name for name in one if "embed_tokens" in name)
+    assert (one[name] == two[name]).float().mean() > 0.99
+
+
 def test_two_drop_the_experts_that_one_drops(calmix, text_file, tmp_path, monkeypatch):
     """And go on with them when the one that does not count was killed."""
     mixture = save_tiny_model(tmp_path / "model", "mixtral")

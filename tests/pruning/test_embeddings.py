@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 
+from calmix.compression.sizes import bits_for
+from calmix.errors import InputError, ModelError, SolverError
 from calmix.models import open_model
 from calmix.models.blocks import outer_weights, tied
 from calmix.models.streaming import StreamedModel
+from calmix.options import Compression
 from calmix.pruning import prune
-from calmix.pruning.engine import Run
+from calmix.pruning.engine import Run, round_rows
+from calmix.pruning.report import PruneReport
 from calmix.pruning.solvers.grids import read_grids
 from tests.pruning.test_streamed import check_same, streamed_prune
 from tests.tiny import (
@@ -128,3 +132,118 @@ def test_mistakes_are_one_line(calmix, text_file, tmp_path):
     assert "less than or equal to 6" in calmix(*command, "--embeddings", 8).line
     assert "greater than or equal to 2" in calmix(*command, "--embeddings", 1).line
     assert not (tmp_path / "no").exists()
+
+
+def test_a_head_that_only_should_be_the_embeddings_is_rounded_apart(tmp_path, calmix, text_file):
+    """As transformers opens it: the configuration ties what the files hold as two."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny_model(tmp_path / "model", "llama", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    model = open_model(str(folder)).model
+    prune(model, tiny_ids(), pattern=0.5, micro_tokens=5 * 32, embeddings=5)
+    found = streamed_prune(folder, tmp_path / "out", embeddings=5)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(found[name], model.get_parameter(name))
+        assert 0 < (found[name] - weights[name]).norm() < 0.2 * weights[name].norm()
+
+
+def test_no_few_rows_are_left_over(monkeypatch):
+    """Whose columns' steps would take all their bits."""
+    monkeypatch.setattr("calmix.pruning.engine.ROUNDED", 64 * 32)
+    weight = torch.randn(129, 32)
+    made, grid = round_rows(weight, torch.eye(32), 4)
+    assert ((made - weight).norm(dim=1) < 0.3 * weight.norm(dim=1)).all()
+    assert torch.equal(grid.values(grid.levels(made)), made)
+
+
+def test_a_head_is_solved_on_what_it_is_given(tmp_path):
+    """Not on what the decoder returns, where something stands between."""
+    folder = save_tiny_model(tmp_path / "model", "bert", is_decoder=True)
+    ids, apart = tiny_ids(), []
+    for calibrated in (True, False):
+        model = open_model(str(folder)).model
+        dense = model.cls.predictions.decoder.weight.clone()
+        with pytest.MonkeyPatch.context() as patched:
+            if not calibrated:
+                patched.setattr(Run, "_seen_by_head", lambda *_: None)
+            prune(model, ids, pattern=0.01, embeddings=3)
+        seen = []
+        head = model.get_output_embeddings()
+        head.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+        model(ids)
+        apart.append(float((seen[0].flatten(0, 1) @ (head.weight - dense).T).norm()))
+    assert apart[0] < 0.9 * apart[1]
+
+
+def test_targets_have_the_bytes_they_have_alone(calmix, text_file, tmp_path):
+    for kind, more in (("llama", ()), ("gpt_neox", ()), ("mixtral", ("--drop-experts", 0.25))):
+        folder = save_tiny_model(tmp_path / kind, kind)
+        command = ("prune", folder, "--calibration", text_file, *SMALL[:6], *more,
+                   "--embeddings", 4, "-o")  # fmt: skip
+        calmix(*command, tmp_path / f"{kind}-both", "--sparsity", "0.5,0.6").ok()
+        calmix(*command, tmp_path / f"{kind}-alone", "--sparsity", 0.6).ok()
+        (both,) = (tmp_path / f"{kind}-both").glob("*0.6")
+        assert hashes(both) == hashes(tmp_path / f"{kind}-alone")
+
+
+def test_what_cannot_be_rounded_is_refused_before_the_first_block(tmp_path):
+    model = open_model(str(save_tiny_model(tmp_path / "model", "llama"))).model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match="9 bits"):
+        prune(model, tiny_ids(), bits=4, embeddings=9)
+    with pytest.raises(ModelError, match="LlamaModel has no output head"):
+        prune(model.model, tiny_ids(), bits=4, embeddings=4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.lm_head.weight.data[0, 0] = torch.inf
+    with pytest.raises(SolverError, match="its weights or inputs are not finite"):
+        prune(model, pattern=0.5, method="magnitude", embeddings=4)
+
+
+def test_two_bits_are_recovered_and_packed(calmix, text_file, tmp_path):
+    """However far from the dense ones they are where the head hardly looks."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    weights = load_file(folder / "model.safetensors")
+    mixed = torch.Generator().manual_seed(0)
+    low = torch.randn(32, 12, generator=mixed) @ torch.randn(12, 64, generator=mixed)
+    weights["model.layers.1.mlp.down_proj.weight"] = low
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    data = ("--calibration", text_file, "--length", 32, "--leakage", "off")
+    calmix("prune", folder, *data, "--rows", 16, "--bits", 4, "--embeddings", 2,
+           "-o", tmp_path / "two").ok()  # fmt: skip
+    calmix("doctor", "rerun", tmp_path / "two", "-o", tmp_path / "again").ok()
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "two")
+    for way in ("blocks", "distill"):
+        made = tmp_path / way
+        calmix("recover", tmp_path / "two", "--against", folder, *data, "--rows", 16,
+               "--method", way, "--epochs", 1, "-o", made).ok()  # fmt: skip
+        name = "model.embed_tokens.weight"
+        assert torch.equal(load_weights(made)[name], load_weights(tmp_path / "two")[name])
+        calmix("export", made, "--to", "pack", "-o", tmp_path / f"{way}-pack").ok()
+        back = tmp_path / f"{way}-back"
+        calmix("export", tmp_path / f"{way}-pack", "--to", "model", "-o", back).ok()
+        assert hashes(back) == hashes(made)
+
+
+def test_a_report_of_an_older_run_has_none():
+    told = PruneReport("sparsegpt", "50%", None, 0).to_dict()
+    del told["embeddings"]
+    assert PruneReport.from_json(told).embeddings == {}
+
+
+def test_one_value_of_another_type_does_not_change_the_bits_of_a_size(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder, found = save_tiny_model(tmp_path / "model", "llama"), []
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: value.bfloat16() for name, value in weights.items()}
+    for wide in (False, True):
+        if wide:
+            weights["model.norm.weight"] = weights["model.norm.weight"].float()
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        found.append(bits_for(Compression(model=str(folder), size="20kB")))
+    assert found[1] == pytest.approx(found[0], abs=0.1)
