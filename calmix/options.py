@@ -299,7 +299,7 @@ class Target(MemoryOptions, DeviceOptions):
     sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.")
     pattern: str | None = option(None, "N:M in place of a sparsity: 2:4.")
     bits: float | None = option(
-        None, "Bits a weight: 2.8; with a sparsity, of what is kept.", shown="4", gt=0, le=8
+        None, "Bits a weight: 2.8; with a sparsity, of what is kept.", shown="4.5", gt=0, le=8
     )  # fmt: skip
     size: str | None = option(
         None, "Size of the packed weights: 120MB, or 0.25 of the dense ones; sets --bits."
