@@ -235,7 +235,7 @@ def family(point: Point) -> str:
     model, _, rest = point.line.partition(": ")
     method = rest.partition(", ")[0]
     kind = "both" if "bits=" in method else "bits" if method.startswith(BITS) else "zeros"
-    return f"{model}, {kind}{', recovered' if '+' in method else ''}"
+    return f"{model}, {kind}{', recovered' if 'distill' in method else ''}"
 
 
 def main() -> None:
