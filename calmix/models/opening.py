@@ -282,6 +282,9 @@ def open_model(
     if dtype == "auto" and (fits := suited(model.dtype, target)) != model.dtype:
         model = model.to(fits)
     use_own_attention(model.requires_grad_(False))
+    if (head := model.get_output_embeddings()) is not None:
+        # Else, of a batch's last positions, torch's product copies the weights for every row.
+        head.register_forward_pre_hook(lambda module, given: given[0].contiguous())
     embeddings = model.get_input_embeddings()
     tokenizer = load_tokenizer(folder, name, trust_remote_code)
     if max(tokenizer.get_vocab().values(), default=0) >= embeddings.weight.shape[0]:
