@@ -18,7 +18,7 @@ from calmix.errors import InputError, ModelError
 from calmix.models import builtin_models, find_blocks, open_model, opening, resolve_model
 from calmix.models.opening import context_of, tokenizer_fingerprint
 from calmix.models.shards import Shards
-from tests.tiny import quick, save_tiny_model, tiny_model
+from tests.tiny import quick, save_tiny_model, tiny_ids, tiny_model
 
 
 def test_a_local_folder_opens_for_inference(tiny_folder, tmp_path):
@@ -199,3 +199,12 @@ def test_a_builtin_model_is_put_together_from_its_parts(name, tmp_path):
         opened.model.save_pretrained(tmp_path)
         assert "quantization_config" not in (tmp_path / "config.json").read_text()
         assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == opened.model.dtype
+
+
+def test_the_output_head_is_given_whole_inputs(tmp_path):
+    """Of the last positions of a batch torch's product would copy its weights for every row."""
+    model = open_model(str(save_tiny_model(tmp_path / "model"))).model
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model(tiny_ids(), logits_to_keep=1)
+    assert (seen[0].shape[:2], seen[0].is_contiguous()) == ((12, 1), True)
