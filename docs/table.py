@@ -12,20 +12,15 @@ import re
 import sys
 from pathlib import Path
 
-from calmix.cli.common import percent, size
+from calmix.cli.common import size
 from calmix.compression.plan import target
-from calmix.evaluation.retention import Estimate
 from calmix.report.card import read_card
+from calmix.report.words import with_span
 
 README = Path(__file__).parents[1] / "README.md"
 BETWEEN = re.compile(r"(<!-- table: .*? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 HEAD = ["model, compressed to", "size, packed", "generated answers kept %", "worst ability",
         "likelihood kept %", "suites"]  # fmt: skip
-
-
-def span(one: Estimate) -> str:
-    """Return a share in per cent with its interval."""
-    return f"{percent(one.value)} [{percent(one.low)}, {percent(one.high)}]"
 
 
 def row(folder: Path) -> list[str]:
@@ -35,9 +30,9 @@ def row(folder: Path) -> list[str]:
     return [
         f"{asked['model']}, {target(asked)}, effort {asked['effort']}",
         f"{size(card.size)}, {size(card.packed)}",
-        "not asked" if answers is None else f"{span(answers.share)} of {answers.dense}",
-        "–" if worst is None else f"{worst.name} {span(worst.share)}",
-        "–" if card.kept is None else span(card.kept.total),
+        "not asked" if answers is None else f"{with_span(answers.share)} of {answers.dense}",
+        "–" if worst is None else f"{worst.name} {with_span(worst.share)}",
+        "–" if card.kept is None else with_span(card.kept.total),
         ", ".join(f"{dense.suite['name']} {dense.suite['version']}" for dense, _ in card.pairs),
     ]  # fmt: skip
 

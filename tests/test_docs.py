@@ -105,16 +105,6 @@ def test_the_studies_of_the_pages_are_studies(page):
         StudyFile.model_validate(yaml.safe_load(one))
 
 
-def test_a_walk_takes_a_file_beside_it(tmp_path):
-    made = "mkdir -p small again; : > small/card.html\n"
-    (tmp_path / "calmix").write_text(f'#!/bin/sh\n[ "$2" != show ] || cat "$3" || exit\n{made}')
-    (tmp_path / "calmix").chmod(0o755)
-    (tmp_path / "chats.jsonl").touch()
-    path = {"CHATS": "chats.jsonl", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    walk = ROOT / "docs" / "walks" / "own-chats.sh"
-    subprocess.run([walk, "walk"], cwd=tmp_path, env=os.environ | path, check=True)
-
-
 @pytest.mark.real
 @pytest.mark.long  # minutes each: the builtin model
 @pytest.mark.parametrize("name", ["first-card", "own-chats", "two-sets"])

@@ -67,25 +67,6 @@ def test_memory_of_a_device_is_its_own_and_what_its_allocator_keeps(monkeypatch)
     assert total is None
 
 
-def test_pruning_is_planned_within_the_containers_memory(groups, tiny_folder, monkeypatch):
-    from calmix.models.streaming import StreamedModel
-    from calmix.pruning import budget, get_method
-
-    groups("0::/\n", **{"memory.max": 96 * MIB, "memory.current": 48 * MIB})
-    rooms = []
-    make = budget.make_plan
-    monkeypatch.setattr(
-        budget, "make_plan",
-        lambda sizes, room, held, *of, **how: (
-            rooms.append(room - held), make(sizes, 2**62, held, *of, **how)
-        )[1],
-    )  # fmt: skip
-    streamed = StreamedModel(str(tiny_folder))
-    budget.plan_for(streamed, (0, 0), get_method("magnitude"), budget=None)
-    streamed.close()
-    assert rooms[-1] == int(budget.FREE_SHARE * 48 * MIB) - budget.KERNELS
-
-
 @pytest.mark.parametrize(("asked", "threads"), [(None, 2), ("8", 8)])
 def test_threads_are_no_more_than_the_container_keeps_busy(groups, monkeypatch, asked, threads):
     groups("0::/\n", **{"cpu.max": "200000 100000"})

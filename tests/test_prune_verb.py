@@ -102,16 +102,12 @@ def mistakes(tiny_folder, text_file, tmp_path):
     """Arguments after `prune MODEL`, and what the line must contain; what a model, a source, a
     mix, a pattern or a method refuses stands with their own tests."""
     data, half = ("--calibration", text_file, *SMALL), ("--sparsity", 0.5)
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "file").write_bytes(b"x")
     odd = save_tiny_model(tmp_path / "mixture", "mixtral")
     yield (odd, *data, *half, "--drop-experts", 0.75), "is sent to 2: drop fewer"
     yield (tiny_folder, *half, *SMALL, "--calibration", "python-stdlb"), "did you mean python-stdli"
-    yield (tiny_folder, *half, *SMALL, "--calibration", full), "holds no"
     for more, words in {
         (): "either --sparsity", (*half, "--pattern", "2:4"): "either --sparsity",
-        ("--sparsity", 1): "between 0 and 1", ("--sparsity", "half"): "is not a share",
+        ("--sparsity", 1): "between 0 and 1",
         ("--sparsity", "0.5,"): "nothing between its commas",
         ("--sparsity", "0.5,0.5"): "names 0.5 twice", ("--sparsity", "0.5,1.5"): "mean 0.015",
         ("--pattern", "2of4"): "N:M", ("--pattern", "2:5"): "does not divide",
@@ -119,8 +115,7 @@ def mistakes(tiny_folder, text_file, tmp_path):
         (*half, "--method", "sparsegpt,damping=0"): "damping 0: Input should be greater",
         (*half, "--method", "magnitude"): "--calibration has no effect",
         (*half, "--damping", 1): "sparsegpt,damping=VALUE",
-        (*half, "--rows", 9999): "has", ("--sparsity", "0.5,0.6", "--rows", 9999): "has",
-        (*half, "-o", full): "not empty",
+        ("--sparsity", "0.5,0.6", "--rows", 9999): "has",
     }.items():  # fmt: skip
         yield (tiny_folder, *data, *more), words
     yield (tiny_folder, *half), "needs --calibration"
@@ -130,9 +125,8 @@ def mistakes(tiny_folder, text_file, tmp_path):
 def test_every_mistake_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_file, tmp_path):
     for number, (arguments, words) in enumerate(mistakes(tiny_folder, text_file, tmp_path)):
         output = tmp_path / f"out{number}"
-        where = () if "-o" in arguments else ("-o", output)
         before = sorted(path.name for path in tmp_path.iterdir())
-        ended = calmix("prune", *arguments, *where)
+        ended = calmix("prune", *arguments, "-o", output)
         assert ended.code == 2, (arguments, ended)
         # What says that calibration began is no part of the mistake's line.
         last = ended.err.strip().splitlines()[-1]
@@ -140,19 +134,6 @@ def test_every_mistake_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_
         assert words in last, (arguments, last)
         assert "Traceback" not in ended.err
         assert sorted(path.name for path in tmp_path.iterdir()) == before, arguments
-
-
-@pytest.mark.parametrize("number", ["1.5", "99999999999"])
-def test_a_damaged_tokenizer_is_one_line(calmix, tiny_folder, text_file, tmp_path, number):
-    """In a number of its vocabulary, where the file is still JSON."""
-    model = shutil.copytree(tiny_folder, tmp_path / "model")
-    file = model / "tokenizer.json"
-    damaged = re.sub(r'("a": )\d+', rf"\g<1>{number}", file.read_text(encoding="utf-8"))
-    file.write_text(damaged, encoding="utf-8")
-    ended = calmix("prune", model, "--calibration", text_file, *SMALL, "--sparsity", 0.5,
-                   "-o", tmp_path / "out")  # fmt: skip
-    assert f"{model} has no usable tokenizer" in ended.line or "damaged" in ended.line
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
 
 
 def test_a_models_processor_files_stay_with_it(calmix, tiny_folder, tmp_path):

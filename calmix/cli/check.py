@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
-from calmix.cli.common import line, note, percent, print_json
+from calmix.cli.common import line, note, print_json
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, write_json
 from calmix.options import Json, Share, option, path_option
-
-if TYPE_CHECKING:
-    from calmix.evaluation.behaviour import Pair
 
 
 @verb("check")
@@ -37,6 +32,7 @@ def check(
     No model is opened: the scores that compress, or evaluate --against, has written are read.
     """
     from calmix.evaluation.floors import FILE, judge, parse_floors, record
+    from calmix.evaluation.scores import load_pairs
     from calmix.report import words
 
     floors = parse_floors(keep_at_least)
@@ -49,7 +45,7 @@ def check(
     place = folders[0] / FILE if carded else output
     if place is not None:
         check_output_file(place, inputs=files, overwrite=overwrite or carded)
-    pairs = _pairs(files)
+    pairs = load_pairs(files)
     verdict = judge(floors, pairs, confidence)
     dense, pruned = pairs[0]
     made = record(verdict, floors, pairs)
@@ -60,8 +56,8 @@ def check(
     else:
         rows = [
             {"ability": one.ability, "measure": one.measure, "items": one.items,
-             "kept %": percent(one.kept), "proven %": percent(one.bound),
-             "asked %": percent(one.floor), "": "kept" if one.passed else "not kept"}
+             "kept %": words.percent(one.kept), "proven %": words.percent(one.bound),
+             "asked %": words.percent(one.floor), "": "kept" if one.passed else "not kept"}
             for one in verdict.tested
         ]  # fmt: skip
         print_table(rows, title=f"{pruned.model} against {dense.model}", least=["measure", "items"])
@@ -89,19 +85,3 @@ def _measured(folder: Path) -> tuple[Path, ...]:
         return scores, answers
     note(f"what the model writes was not measured: {answers} is missing (calmix report shows how)")
     return (scores,)
-
-
-def _pairs(files: Sequence[Path]) -> list[Pair]:
-    """Return the scores of both models in each file, all of the same two."""
-    from calmix.evaluation.scores import load_pair
-
-    pairs: list[Pair] = []
-    for path in files:
-        dense, pruned = load_pair(path)
-        if dense is None:
-            raise InputError(f"{path} was scored without a dense model: evaluate with --against")
-        first = pairs[0] if pairs else (dense, pruned)
-        if [one.fingerprint for one in first] != [dense.fingerprint, pruned.fingerprint]:
-            raise InputError(f"{path} is of other models than {files[0]}: check each by itself")
-        pairs.append((dense, pruned))
-    return pairs

@@ -73,11 +73,6 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def percent(value: float | None) -> str:
-    """Return a share as a percentage with one decimal: `12.3`."""
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
 def size(count: float) -> str:
     """Return bytes in words: `3.2 MB`, `14 GB`."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):

@@ -37,10 +37,9 @@ class Compressed(Shown):
     def retention(self) -> Retention:
         """What the suite's scores say is kept, with intervals: likelihood, of most suites."""
         from calmix.compression.plan import SCORES
-        from calmix.evaluation.scores import load_pair
+        from calmix.evaluation.scores import load_pairs
 
-        dense, scores = load_pair(self.folder / SCORES)
-        assert dense is not None
+        [(dense, scores)] = load_pairs([self.folder / SCORES])
         return scores.retention(dense)
 
     @cached_property

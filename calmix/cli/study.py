@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from calmix.cli.common import line, note, percent, print_json, result, size
+from pydantic import BeforeValidator, Field
+
+from calmix.cli.common import line, note, print_json, result, size
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from calmix.study.trials import Resolved
 
 
+# Differences that `power` may be asked for: 1,2,3.
+Points = Annotated[Sequence[Annotated[float, Field(gt=0, allow_inf_nan=False)]],
+                   BeforeValidator(lambda text: text.split(","))]  # fmt: skip
 MANY = 999  # seeds, or times the items: more are not counted out
 FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
 studies = group("study")
@@ -358,20 +363,21 @@ def recommend(
 @verb("power", of=studies)
 def power(
     options: StudyOptions,
-    difference: str = option("1,2,3", "Points of retention to detect.", metavar="POINTS,..."),
+    difference: Points = option(
+        (1.0, 2.0, 3.0), "Points of retention to detect.", shown="1,2,3", metavar="POINTS,..."
+    ),
 ) -> None:
     """How noisy retention is, and how many seeds and items detect a difference."""
     from calmix.analysis.power import needed, noises
     from calmix.report import words
     from calmix.study import read_results
 
-    points = parse_points(difference)
     noisy = noises(
         read_results(options.study), method=options.method, sparsity=options.sparsity,
         measure=options.measure,
     )  # fmt: skip
     found = [
-        (one, [needed(p / 100, one.draw, one.freedom, one.item or 0.0) for p in points])
+        (one, [needed(p / 100, one.draw, one.freedom, one.item or 0.0) for p in difference])
         for one in noisy if one.draw is not None
     ]  # fmt: skip
     if not found:
@@ -387,10 +393,10 @@ def power(
         own = list(members)
         rows = [
             {
-                "quantity": noise.quantity, "signal": percent(noise.signal),
-                "seed": percent(noise.draw), "items": percent(noise.item),
+                "quantity": noise.quantity, "signal": words.percent(noise.signal),
+                "seed": words.percent(noise.draw), "items": words.percent(noise.item),
                 "s/n": "-" if noise.ratio is None else f"{noise.ratio:.1f}",
-                **{f"{p:g} pt": _seeds(n) for p, n in zip(points, each, strict=True)},
+                **{f"{p:g} pt": _seeds(n) for p, n in zip(difference, each, strict=True)},
             }
             for noise, each in own
         ]  # fmt: skip
@@ -402,19 +408,6 @@ def power(
         "seeds of each set that detect N points in 80 % of studies, on these items/for other items "
         "too; 3x: no number of seeds does, without some 3 times the items."
     ))  # fmt: skip
-
-
-def parse_points(text: str) -> list[float]:
-    """Return differences in points from `1,2,3`; numbers above 0, none twice."""
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < point < math.inf for point in found):
-        raise InputError(f"differences are points above 0, as 1,2,3, not '{text}'")
-    if len(set(found)) < len(found):
-        raise InputError(f"a difference is given twice: {text}")
-    return found
 
 
 def _seeds(found: Needed) -> str:

@@ -16,7 +16,7 @@ from calmix.files import (
     check_apart,
     check_free,
     check_output_folder,
-    parse_json,
+    read_object,
     write_json,
 )
 from calmix.manifest import read_sealed, run_record, sealed, versions
@@ -46,6 +46,7 @@ def compress(
     """Do what `left_to_do` names, and return the seconds of every stage done now."""
     with alone(out, wait=False):
         listed, seconds = stages(asked, out), dict[str, float]()
+        before = read_object(out / RUN, "")["seconds"] if (out / RUN).exists() else {}
         if not (out / MANIFEST).exists():
             commands = {stage.name: stage.command for stage in listed}
             record = {"kind": KIND, "request": asked.model_dump(mode="json"), "commands": commands,
@@ -53,7 +54,7 @@ def compress(
             write_json(out / MANIFEST, sealed(record | {"versions": versions()}))
         for stage, taken in do(listed, out, run, say):
             seconds[stage.name] = taken
-            write_json(out / RUN, run_record(stage_seconds(out) | seconds))
+            write_json(out / RUN, run_record(before | seconds))
     return seconds
 
 
@@ -86,14 +87,6 @@ def left_to_do(asked: Request, out: Path) -> list[Stage]:
 def stands(stage: Stage, out: Path) -> bool:
     """Tell whether a stage has left its result."""
     return stage.leaves is not None and (out / stage.leaves).exists()
-
-
-def stage_seconds(out: Path) -> dict[str, float]:
-    """Return the seconds of the stages that are done; empty if nothing tells."""
-    try:
-        return dict(parse_json((out / RUN).read_text(encoding="utf-8"))["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def check_place(out: Path, inputs: Iterable[object] = ()) -> None:

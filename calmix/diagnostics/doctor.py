@@ -170,9 +170,8 @@ def _requirements(extra: str = "") -> list[Requirement]:
     """Return what calmix asks for, or what an extra adds to it."""
     asked = [Requirement(line) for line in importlib.metadata.requires("calmix") or ()]
     base = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
-    added = [one for one in asked if one not in base and one.marker is not None
-             and one.marker.evaluate({"extra": extra})]  # fmt: skip
-    return added if extra else base
+    return base if not extra else [one for one in asked if one not in base and one.marker
+                                   and one.marker.evaluate({"extra": extra})]  # fmt: skip
 
 
 def _unmet(requirement: Requirement) -> str | None:

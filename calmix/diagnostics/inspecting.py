@@ -6,7 +6,6 @@ A file that is missing, changed or damaged is a problem; what is whole but unusu
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -14,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 
 from calmix.calibration import CalibrationSet, is_saved_set
@@ -27,10 +25,9 @@ from calmix.evaluation.scores import KIND as SCORES
 from calmix.evaluation.scores import load_scores
 from calmix.files import EXPORT, RESULTS, read_object, sha256_json
 from calmix.manifest import file_hashes, read_sealed
-from calmix.models.shards import PACK, Shards, read_tensor
+from calmix.models.shards import PACK
 from calmix.pruning.checkpoint import MANIFEST, RUN
 from calmix.pruning.experts import starved
-from calmix.pruning.patterns import Rate
 from calmix.pruning.report import LayerReport
 from calmix.pruning.work import RECORD, SET, SUFFIX
 from calmix.pruning.work import read_record as read_work
@@ -122,8 +119,6 @@ def _checkpoint(folder: Path, health: Health, say: Say) -> None:
     _files(folder, kept, (MANIFEST, RUN), health, say)
     done, warn = pruned["pruning"], health.warnings.append
     health.layers = TypeAdapter(list[LayerReport]).validate_python(done["layers"])
-    rate = Rate.parse(str(done["pattern"]))  # zero is a level there
-    _zeros(folder, health, say, moved="recovered" in health.kind and rate is not None)
     given = done["options"].get("damping")
     asked = math.inf if given is None else given
     for layer in health.layers:
@@ -175,34 +170,6 @@ def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, 
 
 def _versions(manifest: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-
-
-def _zeros(folder: Path, health: Health, say: Say, *, moved: bool = False) -> None:
-    """Count every block's zeros in the files: at least as many as the manifest says were pruned,
-    unless a recovery has `moved` the levels, zeros among them.
-
-    Files may hold a block's layers under other names or fused, so each block is counted as a whole.
-    """
-    pruned: Counter[str] = Counter()
-    for layer in health.layers:
-        found = re.search(r"\w+\.\d+\.", layer.name)
-        pruned[found[0] if found else layer.name] += 0 if moved else layer.pruned
-    places = Shards(folder).places
-    for block, wanted in pruned.items():
-        own = {name: place for name, place in places.items()
-               if f".{block}" in f".{name}" and len(place.shape) > 1}  # fmt: skip
-        zeros, named = 0, block.rstrip(".")
-        for name, place in own.items():
-            weight = read_tensor(folder, place)
-            zeros += int((weight == 0).sum())
-            if not torch.isfinite(weight).all():
-                health.problems.append(f"{name} holds weights that are not finite")
-        if not own:
-            health.problems.append(f"{folder} lacks the weights of {named}")
-        elif zeros < wanted:
-            line = f"{named} has {zeros} zeros, and the manifest says {wanted} were pruned"
-            health.problems.append(line)
-        say(block)
 
 
 def _pack(folder: Path, health: Health, say: Say) -> None:

@@ -6,13 +6,12 @@ checked first. What may change the last bits (versions, processor, threads) is r
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import CalibrationSet, make_mix, open_tokenizer
+from calmix.calibration import CalibrationSet, open_tokenizer
 from calmix.calibration.dataset import MANIFEST as SET_MANIFEST
 from calmix.calibration.dataset import TENSORS
 from calmix.calibration.leakage import guard_of
@@ -139,9 +138,6 @@ def _calibrate(path: Path, kept: dict[str, Any], _: Progress, how: dict[str, Any
     draw = checked(DrawOptions, {key: kept.get(key) for key in ("rows", "length", "seed",
                                                                 "packing")})  # fmt: skip
     if kept.get("generated") is None:
-        make_mix(kept["mix"], str(path))  # used as it is kept: this would round the weights
-        if not math.isclose(sum(kept["mix"].values()), 1):
-            raise InputError(f"{path} has weights that do not sum to 1")
         asked = Asked(kept["mix"], own=own, draw=draw)
     else:
         settings = {k: v for k, v in kept["settings"].items() if not k.endswith("_sha256")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,21 @@ def load_pair(path: Path) -> tuple[CapabilityScores | None, CapabilityScores]:
         _parsed(dense, path) if isinstance(dense, dict) else None,
         _parsed(scores if isinstance(scores, dict) else value, path),
     )
+
+
+def load_pairs(files: Sequence[Path]) -> list[tuple[CapabilityScores, CapabilityScores]]:
+    """Read the scores of both models in each file, all of the same two."""
+    pairs: list[tuple[CapabilityScores, CapabilityScores]] = []
+    for path in files:
+        dense, scores = load_pair(path)
+        if dense is None:
+            raise InputError(f"{path} was scored without a dense model: evaluate with --against")
+        pairs.append((dense, scores))
+        if len({(one.fingerprint, other.fingerprint) for one, other in pairs}) > 1:
+            raise InputError(
+                f"{path} is of other models than {files[0]}: evaluate both of the same two again"
+            )
+    return pairs
 
 
 _SCORES = TypeAdapter(CapabilityScores)

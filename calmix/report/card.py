@@ -21,13 +21,9 @@ from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.generations import TOKENS, Answered, Prompt, load_answers
 from calmix.evaluation.retention import Retention, flips
-from calmix.evaluation.scores import (
-    CapabilityScores,
-    check_same_suite,
-    load_pair,
-)
+from calmix.evaluation.scores import CapabilityScores, check_same_suite, load_pairs
 from calmix.evaluation.suites import load_suite, provenance
-from calmix.files import parse_json, user_path
+from calmix.files import user_path
 from calmix.manifest import file_hashes, read_sealed
 from calmix.models import builtin_models
 from calmix.pruning.checkpoint import MANIFEST
@@ -54,18 +50,16 @@ TEXTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of one compressed model; `calibration` and `recoveries` are of its manifest,
-    `tasks` are licences and origins of the scored tasks."""
+    """What is known of one compressed model; `asked` is the request, `pruning`, `calibration` and
+    `recoveries` are of its manifest, `tasks` are licences and origins of the scored tasks."""
 
     out: Path
     name: str
     record: Mapping[str, Any]
+    asked: Mapping[str, Any]
     licence: str
     origin: str
-    weights: int
-    pruned: int
-    bits: float | None
-    outer: float | None
+    pruning: Mapping[str, Any]
     size: int
     packed: int
     sources: tuple[Mapping[str, Any], ...]  # parts of the set: rows, tokens, whose text it is
@@ -102,17 +96,6 @@ class Card:
         return flips(self.dense.tasks, self.scores.tasks)
 
     @property
-    def asked(self) -> Mapping[str, Any]:
-        """The request, as the record has it."""
-        asked: Mapping[str, Any] = self.record["request"]
-        return asked
-
-    @property
-    def model(self) -> str:
-        """The dense model, as the user named it."""
-        return str(self.asked["model"])
-
-    @property
     def suite(self) -> str:
         """Name and version of each suite that was scored, and how much of it; behaviour first."""
         return " and ".join(
@@ -125,7 +108,8 @@ class Card:
     @property
     def title(self) -> str:
         """What was done to which model."""
-        text, asked = self.model.rstrip("/").rpartition("/")[2].removeprefix("builtin:"), self.asked
+        asked = self.asked
+        text = asked["model"].rstrip("/").rpartition("/")[2].removeprefix("builtin:")
         if asked["pattern"]:
             text += f" pruned to {asked['pattern']}"
         elif asked["sparsity"]:
@@ -161,7 +145,7 @@ class Card:
         if self.asked["device"] != "auto":
             how += ["--device", self.asked["device"]]
         return words.measuring(
-            self.out / "model", self.model, "--quick", "--allow-code-execution", *how,
+            self.out / "model", self.asked["model"], "--quick", "--allow-code-execution", *how,
             "-o", self.out / BEHAVIOUR, "--overwrite",
         )  # fmt: skip
 
@@ -179,20 +163,27 @@ class Card:
         if self.bits or not self.packed:
             return ""
         place, size = shlex.quote(f"{self.out}-bits"), f"{self.packed / 1e6:.0f}MB"
-        command = f"calmix compress {shlex.quote(self.model)} -o {place} --size {size}"
+        command = f"calmix compress {shlex.quote(self.asked['model'])} -o {place} --size {size}"
         return f"bits usually keep more than zeros: {command}"
+
+    @property
+    def bits(self) -> float | None:
+        """Bits of a quantised weight."""
+        return self.pruning.get("bits")
 
     @property
     def removed(self) -> str:
         """How many weights are zeros, and the bits that one takes."""
-        rate = f" Once packed, a weight takes {self.bits:.2f} bits" if self.bits else ""
-        if rate:
-            rate += f"; one of embeddings or head {self.outer:.2f}." if self.outer else "."
+        rate, weights, pruned = "", self.pruning["weights"], self.pruning["pruned"]
+        if self.bits:
+            rate = f" Once packed, a weight takes {self.bits:.2f} bits"
+            outer = self.pruning.get("embeddings", {}).values()
+            rate += f"; one of embeddings or head {max(outer):.2f}." if outer else "."
         moved = self.recoveries and self.done == "quantised"  # zero is a level among others
         return (
-            f"{self.pruned:,} of {self.weights:,} weights of its linear layers "
+            f"{pruned:,} of {weights:,} weights of its linear layers "
             f"{'were zeros before recovery' if moved else 'are zeros'} "
-            f"({self.pruned / self.weights:.2%}).{rate}"
+            f"({pruned / weights:.2%}).{rate}"
         )
 
     @property
@@ -231,41 +222,27 @@ def read_card(out: Path) -> Card:
     """Return what is known of the model in a folder of `calmix compress`."""
     record = read_record(out)
     asked, scored = record["request"], out / SCORES
-    model = str(asked["model"])
+    model = asked["model"]
     for needed in (out / "model", scored):
         if not needed.exists():
             raise InputError(
                 f"{out} is not finished: it lacks {needed.name}; resume it with the calmix "
                 f"compress command in {out / RECORD}"
             )
-    dense, scores = load_pair(scored)
-    if dense is None:
-        raise InputError(f"{scored} was scored without a dense model: evaluate again")
-    does: Pair | None = None
-    if (measured := out / BEHAVIOUR).exists() and (found := load_pair(measured))[0] is not None:
-        does = found[0], found[1]
-        if [one.fingerprint for one in does] != [dense.fingerprint, scores.fingerprint]:
-            raise InputError(
-                f"{measured} is of other models than {scored}: delete it, and measure "
-                f"again: {words.measuring(out / 'model', model, '--quick', '-o', measured)}"
-            )
+    (dense, scores), *more = load_pairs(
+        [scored, *(path for path in [out / BEHAVIOUR] if path.exists())]
+    )
+    does = more[0] if more else None
     path, recoveries = out / "model" / MANIFEST, list[Mapping[str, Any]]()
-    try:
-        recovered = manifest = parse_json(path.read_text(encoding="utf-8"))
-        while manifest["kind"] == "recovered checkpoint":
-            recoveries.insert(0, manifest["recovery"])
-            manifest = manifest["pruned"]
-        done, calibration = manifest["pruning"], manifest["calibration"]
-        weights, pruned = int(done["weights"]), int(done["pruned"])
-        sources = tuple(_sources(out, asked, calibration))
-        hashes = {f"dense model {model}": str(manifest["model"]["sha256"]),
-                  "calibration set": str(calibration["sha256"])}  # fmt: skip
-        if recoveries:
-            hashes["pruned model, before recovery"] = str(recovered["model"]["sha256"])
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: make {out / 'model'} again") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{path} is damaged: {error!r}") from error
+    recovered = manifest = read_sealed(path, f"{path} is missing: make {out / 'model'} again")
+    while manifest["kind"] == "recovered checkpoint":
+        recoveries.insert(0, manifest["recovery"])
+        manifest = manifest["pruned"]
+    calibration = manifest["calibration"]
+    hashes = {f"dense model {model}": manifest["model"]["sha256"],
+              "calibration set": calibration["sha256"]}  # fmt: skip
+    if recoveries:
+        hashes["pruned model, before recovery"] = recovered["model"]["sha256"]
     made = file_hashes(out / "model", without=("README.md",))
     hashes |= {f"model/{name}": value for name, value in made.items()
                if name.endswith(WEIGHTS) or name == "config.json"}  # fmt: skip
@@ -279,12 +256,13 @@ def read_card(out: Path) -> Card:
     known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
     answers = out / "answers.json"
     return Card(
-        out, out.resolve().name, record,
+        out, out.resolve().name, record, asked,
         known.licence if known else "see the model's own card", known.origin if known else model,
-        weights, pruned, done.get("bits"), max(done.get("embeddings", {}).values(), default=None),
+        manifest["pruning"],
         sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS),
         sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()),
-        sources, calibration, tuple(recoveries), scores, dense, does,
+        tuple(_sources(out, asked, calibration)), calibration, tuple(recoveries),
+        scores, dense, does,
         load_answers(answers) if answers.exists() else None, tasks, hashes,
         _checked(out, dense, scores),
     )  # fmt: skip
@@ -295,14 +273,13 @@ def _checked(out: Path, dense: CapabilityScores, scores: CapabilityScores) -> st
     path = out / floors.FILE
     if not path.exists():
         return ""
-    again = f"run calmix check {out} {floors.FLAG} FLOORS again"
     try:
-        value = read_sealed(path, "")
-        if (value["dense"], value["model"]) != (dense.fingerprint, scores.fingerprint):
-            return f"{path.name} is of another model: {again}."
-        return str(value["lines"][0])
-    except (InputError, KeyError, IndexError, TypeError):
-        return f"{path.name} is damaged: {again}."
+        value, what = read_sealed(path, ""), "of another model"
+        if (value["dense"], value["model"]) == (dense.fingerprint, scores.fingerprint):
+            return str(value["lines"][0])
+    except InputError:
+        what = "damaged"
+    return f"{path.name} is {what}: run calmix check {out} {floors.FLAG} FLOORS again."
 
 
 def _sources(

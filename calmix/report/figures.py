@@ -66,14 +66,14 @@ def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     low = math.floor(10 * means.min(initial=1)) / 10  # one colour range for the whole study
     high = max(low + 0.1, math.ceil(10 * means.max(initial=0)) / 10)
     columns = (*analysis.dimensions, TOTAL)
-    rows, best, cells = found.ranking, found.ranking[0], list[list[Cell]]()
-    for one in rows:
-        cells.append([])
-        for name in columns:
-            kept = one.total if name == TOTAL else one.dimensions[name]
-            worst = name == one.worst and len(one.dimensions) > 1
-            cell = _cell(one, name, kept, 1, " (its worst dimension)" if worst else "")
-            cells[-1].append(cell._replace(bold=worst or name == TOTAL, corner=worst))
+    rows, best = found.ranking, found.ranking[0]
+
+    def cell(one: Ranked, name: str) -> Cell:
+        kept = one.total if name == TOTAL else one.dimensions[name]
+        worst = name == one.worst and len(one.dimensions) > 1
+        made = _cell(one, name, kept, 1, " (its worst dimension)" if worst else "")
+        return made._replace(bold=worst or name == TOTAL, corner=worst)
+
     return Chart(
         f"heat-map-{slug(found.condition.label)}",
         f"Retention by calibration set and dimension, {found.condition.label}",
@@ -81,7 +81,8 @@ def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
         "dimension. One colour scale for the whole study.",
         f"Heat map of {len(rows)} calibration sets by {len(columns)} columns. Highest total: "
         f"{best.calibration}, {words.with_span(best.total)} %. The ranking holds the numbers.",
-        partial(charts.heat, rows=_names(rows), columns=columns, cells=cells, low=low, high=high,
+        partial(charts.heat, rows=_names(rows), columns=columns, low=low, high=high,
+                cells=[[cell(one, name) for name in columns] for one in rows],
                 keys=_by_strategy(rows)),
     )  # fmt: skip
 
@@ -90,10 +91,7 @@ def _tasks(found: ConditionAnalysis) -> Chart:
     """Sets by tasks, each headed by the dense model's score."""
     rows, tasks = found.ranking, found.cells.tasks
     known = [one.value for row in rows for one in row.tasks.values() if one.value is not None]
-    cells = list[list[Cell]]()
-    for row in rows:
-        cells.append([])
-        cells[-1] += [_cell(row, name, kept, 0, "") for name, kept in row.tasks.items()]
+    cells = [[_cell(row, name, kept, 0, "") for name, kept in row.tasks.items()] for row in rows]
     return Chart(
         f"tasks-{slug(found.condition.label)}",
         f"Retention by calibration set and task, {found.condition.label}",

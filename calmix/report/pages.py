@@ -17,8 +17,7 @@ def render(name: str, **context: Any) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     found.globals |= {"w": words, "use_of": use_of, "zip": zip}
-    found.filters |= {
-        "heads": lambda names, *forms: [form.format(name) for name in names for form in forms],
-        "metric_name": words.metric_name,
-    }
+    found.filters["heads"] = lambda names, *forms: [
+        form.format(name) for name in names for form in forms
+    ]
     return found.get_template(name).render(context)

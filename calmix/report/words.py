@@ -116,9 +116,9 @@ def short(name: str, width: int = 26) -> str:
     return name if len(name) <= width else name[: width - 1] + "…"
 
 
-def counted(number: int, noun: str, plural: str | None = None) -> str:
+def counted(number: int, noun: str) -> str:
     """Return a number with its noun."""
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def listed(names: Iterable[str]) -> str:

@@ -14,11 +14,6 @@ from calmix.cli.root import MOVED, VERBS
 from tests.cli.test_mistakes import COMMANDS
 
 
-def test_the_version_is_that_of_the_package(calmix):
-    ended = calmix("--version")
-    assert (ended.code, ended.out) == (0, f"calmix {importlib.metadata.version('calmix')}\n")
-
-
 def test_a_file_is_no_terminal_whatever_the_environment_says(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     console = Terminal(file=io.StringIO())
@@ -88,7 +83,7 @@ def test_few_kernels_are_kept_and_threads_do_not_wait_for_long(calmix, monkeypat
         monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert calmix("--version").code == 0
+    assert calmix("--version").out == f"calmix {importlib.metadata.version('calmix')}\n"
     assert tuple(map(os.environ.get, names)) == told
     assert os.environ["MPLBACKEND"] == "agg"
 

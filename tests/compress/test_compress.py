@@ -144,8 +144,8 @@ def test_the_card_says_of_which_questions_it_is(calmix, compressed, tmp_path):
     bare = {name: replace(one, tasks=tuple(replace(task, values=()) for task in one.tasks))
             for name, one in (("dense", card.dense), ("scores", card.scores))}  # fmt: skip
     assert several_page([replace(card, **bare)] * 2)  # of items that are neither right nor wrong
-    asked = {**card.record["request"], "trust_remote_code": True, "device": "cuda:1"}
-    line = replace(card, record=card.record | {"request": asked}).measure
+    asked = {**card.asked, "trust_remote_code": True, "device": "cuda:1"}
+    line = replace(card, asked=asked).measure
     assert "--trust-remote-code --device cuda:1 -o " in line
     both = ("report", out, other, "-o", tmp_path / "both.html")
     assert "other lacks abilities.json, which out has" in calmix(*both).line
@@ -253,13 +253,6 @@ def test_python_compresses_as_the_verb_does(compressed, command, tmp_path, tiny_
     assert not (tmp_path / "other").exists()
 
 
-def test_a_first_stage_that_is_refused_leaves_nothing(calmix, command, tmp_path):
-    (tmp_path / "short.txt").write_text("A short text of a few words.\n")
-    ended = calmix(*command(tmp_path / "out", "--calibration", tmp_path / "short.txt"))
-    assert (ended.code, "or ask for fewer rows" in ended.err) == (2, True)
-    assert not (tmp_path / "out").exists()
-
-
 def test_every_effort_asks_more_than_the_one_before(tiny_folder):
     rows = [effort.rows for effort in EFFORTS.values()]
     assert list(EFFORTS) == ["quick", "standard", "best"]
@@ -325,9 +318,9 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
     told = json.loads(manifest.read_text(encoding="utf-8"))
     told["recovery"]["zeros"] += 9  # which the dense model had before
     told["pruned"]["calibration"]["written"] = {"chat": {"rows": 4}}
-    manifest.write_text(json.dumps(told), encoding="utf-8")
+    write_json(manifest, sealed(told))
     card = read_card(out)
-    assert card.pruned * 2 == card.weights
+    assert card.pruning["pruned"] * 2 == card.pruning["weights"]
     assert card.answers is not None
     assert [p.shown for p in card.answers.prompts] == ["one <b>& two", "three"]
     assert sum(one["tokens"] for one in card.sources) == (16 + 4) * 64
@@ -354,7 +347,7 @@ def test_bits_stand_for_a_sparsity_or_beside_it(calmix, command, tmp_path, tiny_
     assert (out / "pruned" / "calmix-scales").is_dir()
     card = read_card(out)
     assert card.title.endswith("at 3 bits a weight")
-    assert [one["quantised"] for one in card.recoveries] == [card.weights]
+    assert [one["quantised"] for one in card.recoveries] == [card.pruning["weights"]]
     assert card.bits == pytest.approx(3, abs=0.3)
     assert 0 < card.packed < card.size
     told = (out / "model/README.md").read_text(encoding="utf-8")
@@ -431,7 +424,6 @@ def test_a_check_stands_on_the_card_of_its_model_alone(calmix, compressed, tmp_p
     for changed, said in (
         (sealed(made | {"model": "0"}), "check.json is of another model: run calmix check"),
         (made | {"passed": None}, "check.json is damaged"),
-        (sealed({"kind": "check"}), "check.json is damaged"),
     ):
         write_json(out / "check.json", changed)
         assert read_card(out).checked.startswith(said)

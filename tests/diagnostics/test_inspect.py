@@ -5,7 +5,6 @@ import shutil
 import sys
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from calmix.cli import app
 from calmix.files import sha256_file, write_json
@@ -77,14 +76,12 @@ def health(calmix, path):
     return ended, json.loads(ended.out)
 
 
-def rewritten(folder, changes=None, layer=None):
-    """Change a checkpoint's manifest, or its first layer in it, and seal it again."""
+def rewritten(folder, layer):
+    """Change a checkpoint's first layer in its manifest, and seal it again."""
     path = folder / "calmix.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    for file in folder.glob("*.safetensors"):
-        manifest["files"][file.name] = sha256_file(file)
-    manifest["pruning"]["layers"][0] |= layer or {}
-    write_json(path, sealed(manifest | (changes or {})))
+    manifest["pruning"]["layers"][0] |= layer
+    write_json(path, sealed(manifest))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -119,11 +116,6 @@ def test_the_table_of_a_checkpoint(calmix, made):
     )
 
 
-def test_a_missing_file_is_named(calmix, pruned):
-    (pruned / "tokenizer.json").unlink()
-    assert "tokenizer.json is missing" in calmix("doctor", "inspect", pruned).line
-
-
 def test_a_changed_manifest_is_named_and_an_unlisted_file_told(calmix, pruned):
     (pruned / "model-00002.safetensors").write_bytes(b"")
     ended, told = health(calmix, pruned)
@@ -139,26 +131,8 @@ def test_a_changed_manifest_is_named_and_an_unlisted_file_told(calmix, pruned):
     assert "no JSON" in calmix("doctor", "inspect", pruned).line
 
 
-def test_weights_that_contradict_a_manifest_with_right_hashes_are_found(calmix, pruned):
-    for index, where, value in ((0, slice(None), 1.0), (1, (0, 0), float("nan"))):
-        file = pruned / f"model-0000{index + 1}-of-00004.safetensors"
-        tensors = load_file(file)
-        tensors[f"model.layers.{index}.self_attn.q_proj.weight"][where] = value
-        save_file(tensors, file, metadata={"format": "pt"})
-    rewritten(pruned)
-    ended, told = health(calmix, pruned)
-    assert ended.code == 2
-    for part in ("layers.0 has ", "1.self_attn.q_proj.weight holds weights that are not finite"):
-        assert any(part in line for line in told["problems"])
-    kept = {name: held for name, held in load_file(file).items() if ".layers.1." not in name}
-    save_file(kept, file, metadata={"format": "pt"})
-    rewritten(pruned)
-    assert any("lacks the weights of layers.1" in line
-               for line in health(calmix, pruned)[1]["problems"])  # fmt: skip
-
-
 def test_warnings_name_raised_damping_dead_inputs_and_lost_output(calmix, pruned):
-    rewritten(pruned, layer={"damping": 0.1, "dead_inputs": 9, "error": 0.4})
+    rewritten(pruned, {"damping": 0.1, "dead_inputs": 9, "error": 0.4})
     ended, told = health(calmix, pruned)
     assert ended.code == 0
     for part in ("damping was raised from 0.01 to 0.1", "9 of 32 inputs are dead", "lost 40.0%"):

@@ -119,19 +119,6 @@ def test_a_set_is_made_again(calmix, model, tmp_path, monkeypatch, what, more):
     assert first == second
 
 
-def test_a_set_whose_request_makes_no_sense_is_refused(calmix, model, sources, tmp_path):
-    drawn = ("-m", model, "--sources", sources, *SMALL, "-o", tmp_path / "set")
-    assert calmix("calibrate", "mine", *drawn).code == 0
-    path = tmp_path / "set" / "manifest.json"
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    for changed, message in (
-        ({"mix": {"mine": 1e308, "other": 1e308}}, "has weights that do not sum to 1"),
-        ({"rows": 0}, "--rows 0: must be"),
-    ):
-        path.write_text(json.dumps(sealed(kept | changed)), encoding="utf-8")
-        assert message in calmix("doctor", "rerun", path, "-o", tmp_path / "again").line
-
-
 def test_another_text_or_model_is_told_before_any_work(calmix, model, text_file, tmp_path):
     manifest = prune(calmix, model, tmp_path / "first", "--calibration", text_file, *SMALL)
     text_file.write_text("other words " * 5000)
@@ -161,8 +148,6 @@ def test_code_of_a_model_runs_again_only_if_asked_for(calmix, model, text_file, 
         ('{"kind": "pruned checkpoint"}', "damaged or changed"),
         (json.dumps(sealed({"kind": "pruned checkpoint"})), "a study made it"),
         (json.dumps(sealed({"kind": "pruned checkpoint", "request": {}})), "lacks what it takes"),
-        (json.dumps(sealed({"kind": "recovered checkpoint", "request": {}})), "lacks what"),
-        (json.dumps(sealed({"kind": "calibration set"})), "lacks what it takes"),
         (json.dumps(sealed({"kind": "soup"})), "cannot be made again"),
     ],
 )

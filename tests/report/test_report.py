@@ -51,14 +51,8 @@ class _Strict(HTMLParser):
         self.open, self.ids = [], set()
 
     def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "link", "br", "hr", "img", "input"):
+        if tag not in ("meta", "link", "br"):
             self.open.append(tag)
-        self._note(attrs)
-
-    def handle_startendtag(self, tag, attrs):
-        self._note(attrs)
-
-    def _note(self, attrs):
         if (name := dict(attrs).get("id")) is not None:
             assert name not in self.ids, name
             self.ids.add(name)
