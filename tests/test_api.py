@@ -28,7 +28,7 @@ def test_cuda_is_told_to_sum_in_one_order_unless_it_was_told_already(told):
     assert ended.stdout.strip() == (told or ":4096:8")
 
 
-def test_the_readme_example_in_small(tmp_path, text_file):
+def test_the_readme_example_in_small_and_how_results_show_themselves(tmp_path, text_file):
     opened = calmix.open_model(str(save_tiny_model(tmp_path / "model")))
     drawn = calmix.resolve(str(text_file), opened, rows=4, length=32)
     report = calmix.prune(opened, drawn, method="sparsegpt", pattern=0.5)
@@ -36,24 +36,6 @@ def test_the_readme_example_in_small(tmp_path, text_file):
     assert torch.isfinite(opened.model(drawn.ids).logits).all()
     semi = calmix.prune(opened, drawn, method="wanda", pattern="2:4")
     assert semi.pattern == "2:4"
-
-
-def test_models_may_be_paths_and_a_bare_word_is_no_list(tmp_path):
-    folder = save_tiny_model(tmp_path / "model")
-    opened = calmix.open_model(folder)
-    assert opened.name == str(folder)
-    with pytest.raises(calmix.CalmixError, match="'stories' is one name: give a list of them"):
-        calmix.measure("stories", opened)
-    with pytest.raises(calmix.CalmixError, match="none"):
-        calmix.evaluate(tmp_path / "none", "smoke")
-    with pytest.raises(calmix.CalmixError, match="model"):
-        calmix.export(str(folder), str(folder))
-
-
-def test_results_show_themselves(tmp_path, text_file):
-    opened = calmix.open_model(str(save_tiny_model(tmp_path / "model")))
-    drawn = calmix.resolve(str(text_file), opened, rows=4, length=32)
-    report = calmix.prune(opened, drawn, pattern=0.5)
     for one, rows in ((report, 14), (drawn, 1), (scores("m", 0.5), 3)):
         assert len(repr(one).splitlines()) == 1
         assert len(repr(one)) < 160
@@ -72,3 +54,15 @@ def test_results_show_themselves(tmp_path, text_file):
     kept = scores("m", 0.5).retention(scores("d", 0.1), resamples=10)
     assert repr(kept).startswith("<Retention: ")
     assert list(kept.to_pandas()["dimension"])[-1] == "total"
+
+
+def test_models_may_be_paths_and_a_bare_word_is_no_list(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    opened = calmix.open_model(folder)
+    assert opened.name == str(folder)
+    with pytest.raises(calmix.CalmixError, match="'stories' is one name: give a list of them"):
+        calmix.measure("stories", opened)
+    with pytest.raises(calmix.CalmixError, match="none"):
+        calmix.evaluate(tmp_path / "none", "smoke")
+    with pytest.raises(calmix.CalmixError, match="model"):
+        calmix.export(str(folder), str(folder))

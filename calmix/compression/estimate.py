@@ -98,15 +98,13 @@ def estimate_prune(
     """Return what a prune to one or several targets will take here."""
     check_models(name, **how)
     asked = next((r for r in targets.values() if r.calibration is not None), None)
-    rows, length, drawn = 0, 0, None
-    found: list[Taken] = []
+    model, found, rows, length = Timed(name, **how), list[Taken](), 0, 0
     if asked is not None:
         drawn = ask(asked.calibration or "", **asked.drawn())
         rows, length = drawn.draw.rows, drawn.draw.length
-    model = Timed(name, **how)
-    if drawn is not None and (seconds := model.calibration(drawn, False)):
-        stage = Stage("write the calibration set", (), None)
-        found.append(Taken(stage, START + seconds, model.bytes + PROGRAM, 0.0))
+        if seconds := model.calibration(drawn, False):
+            stage = Stage("write the calibration set", (), None)
+            found.append(Taken(stage, START + seconds, model.bytes + PROGRAM, 0.0))
     needed, checkpoint = planned(name, targets, rows, length, max_memory=max_memory, **how)
     for request in targets.values():
         seconds = _pruning(model, request, rows, length) + (0.0 if found else START)

@@ -67,18 +67,13 @@ class Card:
     recoveries: tuple[Mapping[str, Any], ...]
     scores: CapabilityScores
     dense: CapabilityScores
-    does: Pair | None
+    pairs: Sequence[Pair]  # the scores of both models on each suite
     answers: Answered | None
     tasks: Mapping[str, Mapping[str, str]]
     hashes: Mapping[str, str]
     checked: str = ""
 
     SPEED = "unchanged: plain 16-bit weights (for forms that engines use: calmix export --help)"
-
-    @property
-    def pairs(self) -> tuple[Pair, ...]:
-        """Scores of both models on each suite."""
-        return ((self.dense, self.scores), *([self.does] if self.does else []))
 
     @cached_property
     def kept(self) -> Retention | None:
@@ -229,10 +224,8 @@ def read_card(out: Path) -> Card:
                 f"{out} is not finished: it lacks {needed.name}; resume it with the calmix "
                 f"compress command in {out / RECORD}"
             )
-    (dense, scores), *more = load_pairs(
-        [scored, *(path for path in [out / BEHAVIOUR] if path.exists())]
-    )
-    does = more[0] if more else None
+    pairs = load_pairs([scored, *(path for path in [out / BEHAVIOUR] if path.exists())])
+    dense, scores = pairs[0]
     path, recoveries = out / "model" / MANIFEST, list[Mapping[str, Any]]()
     recovered = manifest = read_sealed(path, f"{path} is missing: make {out / 'model'} again")
     while manifest["kind"] == "recovered checkpoint":
@@ -246,11 +239,11 @@ def read_card(out: Path) -> Card:
     made = file_hashes(out / "model", without=("README.md",))
     hashes |= {f"model/{name}": value for name, value in made.items()
                if name.endswith(WEIGHTS) or name == "config.json"}  # fmt: skip
-    suites = {asked["suite"]: scores} | ({"abilities": does[1]} if does else {})
+    suites = zip((asked["suite"], "abilities"), pairs, strict=False)
     try:
-        tasks = {f"{one.name} ({suite})" if does else one.name:
+        tasks = {f"{one.name} ({suite})" if len(pairs) > 1 else one.name:
                  provenance(load_suite(suite).tasks[one.name])
-                 for suite, told in suites.items() for one in told.tasks}  # fmt: skip
+                 for suite, (_, told) in suites for one in told.tasks}  # fmt: skip
     except (InputError, KeyError):  # the user's own file, which has moved or changed
         tasks = {}
     known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
@@ -262,7 +255,7 @@ def read_card(out: Path) -> Card:
         sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS),
         sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()),
         tuple(_sources(out, asked, calibration)), calibration, tuple(recoveries),
-        scores, dense, does,
+        scores, dense, pairs,
         load_answers(answers) if answers.exists() else None, tasks, hashes,
         _checked(out, dense, scores),
     )  # fmt: skip

@@ -21,59 +21,46 @@ from tests.synthetic import Plan, save, study
 from tests.tiny import save_tiny_model
 
 WRONG = "no-such-thing"
-# A right call of each verb, short of its output, or of each of its forms; names in braces are of
-# the files below.
+# A right call of each verb, or of each of its forms; names in braces are of the files below, and
+# {out} is where it writes.
 VERBS = {
-    "compress": "{model}",
-    "prune": "{model} --calibration {text} --sparsity 0.5 --length 64",
-    "recover": "{model} --against {other} --calibration {text} --length 64",
-    "export --to pack": "{model}",
-    "export --to model": "{pack}",
-    "export --to openvino": "{model}",
-    "export --to jsonl": "{set} --model {model}",
-    "calibrate draw": "{text} --model {model} --length 64",
-    "calibrate measure": "{text} {set} --model {model} --rows 4 --length 32",
+    "compress": "{model} -o {out}",
+    "prune": "{model} --calibration {text} --sparsity 0.5 --length 64 -o {out}",
+    "recover": "{model} --against {other} --calibration {text} --length 64 -o {out}",
+    "export --to pack": "{model} -o {out}",
+    "export --to model": "{pack} -o {out}",
+    "export --to openvino": "{model} -o {out}",
+    "export --to jsonl": "{set} --model {model} -o {out}.jsonl",
+    "calibrate draw": "{text} --model {model} --length 64 -o {out}",
+    "calibrate measure": "{text} {set} --model {model} --rows 4 --length 32 -o {out}.json",
     "calibrate predict": "{text} --model {model} --length 64",
     "calibrate sources": "",
     "calibrate show": "{text}",
-    "evaluate run": "{model} --against {other} --suite {suite}",
+    "evaluate run": "{model} --against {other} --suite {suite} -o {out}.json",
     "evaluate rescore": "{scores}",
-    "evaluate answers": "{model} {other}",
+    "evaluate answers": "{model} {other} -o {out}.json",
     "evaluate perplexity": "{model} --text {text}",
     "evaluate suites": "",
     "evaluate suite": "{suite}",
     "compare": "{scores}",
-    "check": "{scores} --keep-at-least 0.5",
-    "report": "{results}",
-    "study init": "",
+    "check": "{scores} --keep-at-least 0.5 -o {out}.json",
+    "report": "{results} -o {out}.html",
+    "study init": "{out}.yaml",
     "study validate": "{study}",
     "study plan": "{study}",
-    "study run": "{study}",
+    "study run": "{study} -o {out}",
     "study status": "{results}",
     "study power": "{results}",
-    "study analyse": "{results}",
-    "study report": "{results}",
+    "study analyse": "{results} -o {out}",
+    "study report": "{results} -o {out}",
     "study recommend": "{results}",
     "doctor check": "",
     "doctor inspect": "{set}",
-    "doctor rerun": "{set}",
+    "doctor rerun": "{set} -o {out}",
     "doctor models": "",
     "doctor methods": "",
     "doctor assets": "",
 }
-# Where a verb writes: the option (or the argument), and the ending of a file; folders have none.
-OUTPUTS = {
-    "compress": ("-o", ""), "prune": ("-o", ""), "recover": ("-o", ""),
-    "export --to pack": ("-o", ""),
-    "export --to model": ("-o", ""), "export --to openvino": ("-o", ""),
-    "export --to jsonl": ("-o", ".jsonl"),
-    "calibrate draw": ("-o", ""), "calibrate measure": ("-o", ".json"),
-    "evaluate run": ("-o", ".json"), "evaluate answers": ("-o", ".json"),
-    "check": ("-o", ".json"), "report": ("-o", ".html"), "study init": ("", ".yaml"),
-    "study run": ("-o", ""),
-    "study analyse": ("-o", ""), "study report": ("-o", ""),
-    "doctor rerun": ("-o", ""),
-}  # fmt: skip
 # What takes room on the disk that is known before.
 DISK = (
     "compress", "prune", "recover", "export --to openvino",
@@ -147,12 +134,8 @@ def parameters(verb):
 
 
 def right(verb, files):
-    """Return the arguments of a right call, its output among them."""
-    words = [word.format(**files) for word in VERBS[verb].split()]
-    option, ending = OUTPUTS.get(verb, ("", None))
-    if ending is not None:
-        words += [*([option] if option else []), str(files["text"].parent / f"out{ending}")]
-    return words
+    """Return the arguments of a right call."""
+    return [word.format(out=files["text"].parent / "out", **files) for word in VERBS[verb].split()]
 
 
 def without(words, names):
@@ -188,7 +171,7 @@ def mistakes(verb, files):
             values = [WRONG, "", *(["-7"] if numeric(param) else [])]
             if param.name == "device" and not torch.cuda.is_available():
                 values.append("cuda")
-            if (verb, names[0]) not in FREE and OUTPUTS.get(verb, ("",))[0] not in names:
+            if (verb, names[0]) not in FREE and "-o" not in names:
                 for value in values:
                     yield [*rest, names[0], value], value, max(names, key=len).strip("-")
     yield from wrong_words(verb, words, files)
@@ -209,10 +192,10 @@ def wrong_words(verb, words, files):
 
 def wrong_outputs(verb, words, files):
     """Yield calls whose output is, holds or lies in an input, or cannot be written."""
-    if verb not in OUTPUTS:
+    output = next((word for word in words if Path(word).stem == "out"), None)
+    if output is None:
         return
-    _, ending = OUTPUTS[verb]
-    output = str(files["text"].parent / f"out{ending}")
+    ending = Path(output).suffix
     more = ["--overwrite"] if any("--overwrite" in p.opts for p in parameters(verb)) else []
 
     def at(path):

@@ -41,7 +41,6 @@ def test_a_shell_is_told_which_commands_and_options_there_are(calmix, monkeypatc
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("prune x --zzzzz", "error: No such option: --zzzzz (see calmix prune --help)"),
         ("prune", "error: Missing argument 'MODEL' (see calmix prune --help)"),
         ("prue x", "error: No such command 'prue'"),
         ("prune x -o y --rows many", "error: --rows many: must be a valid integer"),
@@ -49,7 +48,6 @@ def test_a_shell_is_told_which_commands_and_options_there_are(calmix, monkeypatc
         ("compress x -o y --effort fast", "did you mean quick?"),
         ("prune x -o y --ratio 0.5", "did you mean --sparsity?"),
         ("quantize x", "did you mean prune?"),
-        ("compress x -o y --seed fast", "--seed fast: must be a valid integer"),
         *((old, f"calmix {old} is now calmix {new}") for old, new in MOVED.items()),
     ],
 )

@@ -12,7 +12,6 @@ import pytest
 import calmix as api
 from calmix.cli import compress as verb
 from calmix.compression import ladder
-from calmix.compression.estimate import _recovery
 from calmix.compression.ladder import RUNGS, walk
 from calmix.compression.plan import request
 from calmix.compression.running import CANDIDATES, check, check_same
@@ -20,7 +19,7 @@ from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.own import EXAMPLES, template
 from calmix.evaluation.scores import CapabilityScores
 from calmix.manifest import sealed
-from calmix.options import Compression, parse_duration
+from calmix.options import Compression
 from calmix.report.card import Card
 from tests.conftest import Ended
 from tests.evaluation.helpers import written
@@ -332,32 +331,3 @@ def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, m
     assert "3.5 bits, quantise" in ended.out
     assert "must get right at least: 4 in code" in ended.out
     assert not (tmp_path / "dry").exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        ("--keep-at-least 1.2", "did you mean 0.012"),
-        ("--keep-at-least code=0.4 --bits 3", "--bits has no effect with --keep-at-least"),
-        ("--keep-at-least code=0.4 --sparsity 0.5", "--sparsity has no effect with"),
-        ("--keep-at-least cod=0.4", "which suite"),
-        ("--keep-at-least code=0.4 --within 2d", "is no time, such as 90m or 2h"),
-        ("--within 2h", "has no effect without --keep-at-least"),
-        ("--seeds 2", "--seeds has no effect without --keep-at-least"),
-        ("--confidence 90%", "has no effect without --keep-at-least"),
-        ("--keep-at-least code=0.4 --confidence 0.6", "greater than or equal to 0.8"),
-    ],
-)
-def test_mistakes_are_one_line(calmix, command, tmp_path, more, said):
-    ended = calmix(*command(tmp_path / "out", *more.split(), sparse=False))
-    assert said in ended.line
-    assert (parse_duration("90s"), parse_duration("1.5h")) == (90, 5400)
-
-
-def test_the_recovery_of_a_candidate_is_estimated_with_its_epochs(tiny_folder, text_file, tmp_path):
-    want = asked(tiny_folder, text_file, effort="quick")
-    made = ladder.building(want, tmp_path, 3.0, ["abilities.json"])
-    stage = next(one for one in made if one.arguments[0] == "recover")
-    assert (
-        str(_recovery(want, stage).epochs) == stage.arguments[stage.arguments.index("--epochs") + 1]
-    )
