@@ -48,14 +48,8 @@ def command(*arguments):
 
 
 def start(act, log, after=None, how="kill"):
-    """Fork, act in the child, and return its process id.
-
-    Args:
-        act: what the child does.
-        log: file that takes what it prints.
-        after: processor seconds to end it after; None lets it end by itself.
-        how: `kill` or `interrupt`.
-    """
+    """Fork, act in the child, and return its process id; `log` takes what it prints, and `after` so
+    many processor seconds it is ended by a `kill` or an `interrupt`."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()

@@ -24,13 +24,9 @@ COUNT = 40  # of a task
 
 @dataclass(frozen=True)
 class Plan:
-    """What to make up.
-
-    Attributes:
-        slopes: by dimension, how much retention follows log perplexity of single sources.
-        draw: standard deviation of the seeds.
-        others: sets that are no single source: name to strategy and retention above the mean.
-    """
+    """What to make up: `slopes` say by dimension how much retention follows log perplexity of
+    single sources, `draw` is the standard deviation of the seeds, `others` are sets that are no
+    single source, name to strategy and retention above the mean."""
 
     sources: Sequence[str] = SOURCES
     seeds: Sequence[int] = (0, 1, 2)

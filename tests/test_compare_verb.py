@@ -3,20 +3,13 @@ from dataclasses import replace
 
 import pytest
 
-from calmix.evaluation.records import TaskScores
-from calmix.evaluation.scores import CapabilityScores, load_scores
-from tests.evaluation.helpers import bits
+from calmix.evaluation.scores import load_scores
+from tests.evaluation.helpers import accuracy, bits, scored
 
 
 def saved(path, values, suite="s"):
-    task = TaskScores(
-        "arith", "math", "acc", "accuracy", 0.0, tuple(map(str, range(len(values)))), tuple(values)
-    )
     text = bits([sum(values) + 1.0, 2.0], [3, 4], "gold")
-    scores = CapabilityScores(
-        path.stem, "f", "float32", {"name": suite, "version": 1, "hash": suite}, (task, text)
-    )
-    scores.save(path)
+    scored(accuracy(values, "arith", "math", 0.0), text, suite=suite).save(path)
     return path
 
 

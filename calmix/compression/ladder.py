@@ -235,15 +235,9 @@ def walk(
     """Build and test candidates until one fails, and move the smallest that keeps what is asked for
     to OUT/model, its scores of behaviour beside it.
 
-    Args:
-        run: runs a command line.
-        say: is told of each stage, and whether its result was there.
-        within: seconds after which no candidate is begun.
-        seconds: what each stage is thought to take, by its name.
-
-    Raises:
-        InputError: the time does not suffice for one candidate, or the dense model's right answers
-            are too few to prove a floor.
+    `say` is told of each stage, and whether its result was there. After `within` seconds no
+    candidate is begun; `seconds` are what each stage is thought to take, by its name. Too little
+    time for one candidate, or too few right answers of the dense model, are an InputError.
     """
     began, suites = time.monotonic(), suites_of(asked)
     found, before = read_ladder(asked, out), opening(asked, out, suites)

@@ -77,8 +77,7 @@ def do(
 
 
 def left_to_do(asked: Request, out: Path) -> list[Stage]:
-    """Return the stages that have left no result, checked before any of them begins."""
-    check(asked, out)
+    """Return the stages that have left no result, once there is room for what they make."""
     left = [stage for stage in stages(asked, out) if not stands(stage, out)]
     check_free(out, check_room(asked, left), "the checkpoints take")
     return left
@@ -102,8 +101,7 @@ def check_place(out: Path, inputs: Iterable[object] = ()) -> None:
 
 
 def check(asked: Request, out: Path) -> None:
-    """Refuse an output folder that holds another request's work, or files of somebody else."""
-    check_place(out)
+    """Refuse an output folder that holds another request's work."""
     if (out / MANIFEST).exists():
         check_same(asked, read_record(out)["request"], out)
     elif (out / LADDER).exists():

@@ -44,11 +44,7 @@ def embedding_bits(bits: float) -> float:
 
 
 def bits_for(asked: Target) -> float:
-    """Return the bits a weight of the blocks' matrices with which a pack has the size asked for.
-
-    Raises:
-        InputError: no number of bits that a method takes comes to that size.
-    """
+    """Return the bits a weight of the blocks' matrices with which a pack has the size asked for."""
     folder = resolve_model(asked.model)
     dense = weight_bytes(folder)
     wanted = parse_size(asked.size or "", dense)

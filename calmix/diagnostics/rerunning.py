@@ -54,10 +54,8 @@ def rerun(
     """
     path = _found(manifest) if manifest.is_dir() else manifest
     missing = f"there is no manifest {path}"
-    if not isinstance(kind := read_object(path, missing).get("kind"), str):
-        raise InputError(f"{path} is no manifest of calmix")
-    if kind not in MAKERS:
-        raise InputError(f"{path} is of kind '{kind}', which cannot be made again")
+    if (kind := str(read_object(path, missing).get("kind"))) not in MAKERS:
+        raise InputError(f"{path} is no manifest of what can be made again: its kind is '{kind}'")
     kept = read_sealed(path, missing)
     if kept.get("trust_remote_code") and not trust_remote_code:
         raise InputError(

@@ -95,16 +95,12 @@ def main_condition(conditions: Sequence[ConditionAnalysis]) -> ConditionAnalysis
     )  # fmt: skip
 
 
-def measured(analysis: Analysis) -> str:
-    """Name what is kept in this study: generated answers, right choices, likelihood."""
+def _headline(analysis: Analysis) -> str:
+    main = main_condition(analysis.conditions)
     scores = {task.score for each in analysis.conditions for task in each.cells.tasks}
     named = {"generated answers": scores & {"kept"}, "right choices": scores & {"accuracy"},
              "likelihood": scores - {"kept", "accuracy"}}  # fmt: skip
-    return words.listed(name for name, some in named.items() if some)
-
-
-def _headline(analysis: Analysis) -> str:
-    main, what = main_condition(analysis.conditions), measured(analysis)
+    what = words.listed(name for name, some in named.items() if some)
     ranked = [one for one in main.ranking if one.total.value is not None]
     where = f"after {main.condition.label}"
     if not ranked:

@@ -14,7 +14,7 @@ import calmix as api
 from calmix.calibration import parse_mix
 from calmix.cli import compress as verb
 from calmix.cli.python import Compressed
-from calmix.compression.plan import EFFORTS, MIX, PERMISSIVE, request, stages, weighed
+from calmix.compression.plan import MIX, PERMISSIVE, request, stages, weighed
 from calmix.compression.running import read_record
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import choose, runnable
@@ -267,22 +267,10 @@ def test_python_compresses_as_the_verb_does(compressed, command, tmp_path, tiny_
     assert not (tmp_path / "other").exists()
 
 
-def test_every_effort_asks_more_than_the_one_before(tiny_folder):
-    rows = [effort.rows for effort in EFFORTS.values()]
-    assert list(EFFORTS) == ["quick", "standard", "best"]
-    assert rows == sorted(set(rows))
-    verbs = {}
-    for effort in EFFORTS:
-        asked = Compression(model=str(tiny_folder), effort=effort, sparsity=0.6)
-        listed = stages(request(asked), Path("out"))
-        verbs[effort] = [stage.arguments[0] for stage in listed]
-        likelihood, behaviour = listed[-4:-2]
-        assert ("--quick" in likelihood.arguments) == (effort != "best")
-        assert ("--no-distance" in likelihood.arguments) == (effort == "quick")
-        assert ("--quick" in behaviour.arguments) == (effort != "best")
-        assert {"--suite", "abilities"} <= set(behaviour.arguments)
-    assert verbs["quick"] == verbs["standard"]
-    assert verbs["best"].count("recover") == 2
+def test_an_effort_and_a_pattern_become_stages(tiny_folder):
+    asked = Compression(model=str(tiny_folder), effort="best", sparsity=0.6)
+    verbs = [stage.arguments[0] for stage in stages(request(asked), Path("out"))]
+    assert verbs.count("recover") == 2
     asked = Compression(
         model=str(tiny_folder), pattern="2:4", trust_remote_code=True, no_corpus=True
     )

@@ -173,7 +173,7 @@ def test_what_has_a_request_is_made_again(calmix, made, name):
     ("name", "line"),
     [
         ("several", "sparsegpt-0.4"), ("dense-pack", "neither calmix.json nor manifest.json"),
-        ("measured.json", "which cannot be made again"), ("nothing", "there is no manifest"),
+        ("measured.json", "no manifest of what can be made"), ("nothing", "there is no manifest"),
     ],
 )  # fmt: skip
 def test_what_has_none_is_one_line(calmix, made, name, line):

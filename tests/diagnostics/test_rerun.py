@@ -148,7 +148,6 @@ def test_code_of_a_model_runs_again_only_if_asked_for(calmix, model, text_file, 
         ('{"kind": "pruned checkpoint"}', "damaged or changed"),
         (json.dumps(sealed({"kind": "pruned checkpoint"})), "a study made it"),
         (json.dumps(sealed({"kind": "pruned checkpoint", "request": {}})), "lacks what it takes"),
-        (json.dumps(sealed({"kind": "soup"})), "cannot be made again"),
     ],
 )
 def test_manifests_that_cannot_be_used_give_one_line(calmix, tmp_path, content, line):

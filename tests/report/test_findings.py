@@ -1,13 +1,11 @@
 """Findings say what was planted, and a tie is never a win."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from calmix.analysis import Settings, analyse, recommend
 from calmix.analysis.ranking import leaders
 from calmix.report import words
-from calmix.report.findings import claims, measured, summarise, tally
+from calmix.report.findings import claims, summarise, tally
 from calmix.report.study import MANY, pages, summary_text
 from tests.analysis.test_differences import BETTER, KEPT, PLAIN, TUNED, analysed
 from tests.report.conftest import SMALL
@@ -260,12 +258,3 @@ def test_each_method_against_the_one_that_keeps_next_less():
     (line,) = summarise(analysed(few, default="mix"))["methods"].not_found
     assert line.startswith("ADMM 60% against SparseGPT 60%: ")
     assert line.endswith(" points in total, mean of 1 set.")
-
-
-def test_what_is_kept_is_named_by_what_was_scored():
-    def study_of(*scores):
-        tasks = [SimpleNamespace(score=score) for score in scores]
-        return SimpleNamespace(conditions=[SimpleNamespace(cells=SimpleNamespace(tasks=tasks))])
-
-    assert measured(study_of("smoothed", "bits")) == "likelihood"
-    assert measured(study_of("kept", "accuracy")) == "generated answers and right choices"
