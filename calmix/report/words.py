@@ -223,14 +223,14 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     )  # fmt: skip
 
 
-def beside(texts: Sequence[str], most: int = 8) -> str:
-    """Return texts in columns of a terminal's width, at most so many lines of each."""
+def beside(texts: Sequence[str]) -> str:
+    """Return texts in columns of a terminal's width, at most eight lines of each."""
     width = (WIDTH - 2) // len(texts) - 2
     held = []
     for text in texts:
         rows = [row for part in text.splitlines() or ["(nothing)"]
                 for row in textwrap.wrap(part, width) or [""]]  # fmt: skip
-        held.append(rows if len(rows) <= most else [*rows[: most - 1], "…"])
+        held.append(rows if len(rows) <= 8 else [*rows[:7], "…"])
     return "\n".join("  " + "  ".join(cell.ljust(width) for cell in row).rstrip()
                      for row in zip_longest(*held, fillvalue=""))  # fmt: skip
 
