@@ -26,11 +26,9 @@ def files(tmp_path):
         "chat": saved(tmp_path / "chat.json", scored(chat, suite="t"), scored(chat, suite="t")),
         "other": saved(tmp_path / "other.json", scored(chat), scored(chat), fingerprint="x"),
         "alone": tmp_path / "alone.json",
-        "broken": tmp_path / "broken.json",
         "folder": tmp_path / "folder",
     }
     found["alone"].write_text(json.dumps(scored(code).to_dict()), encoding="utf-8")
-    found["broken"].write_text("{", encoding="utf-8")
     found["folder"].mkdir()
     return found
 
@@ -71,7 +69,6 @@ def test_a_verdict_is_printed_sealed_and_an_exit_code(calmix, files, tmp_path):
         (["code"], "0.99", "code=0.99 needs 299 right answers and has 100"),
         (["code", "other"], "0.9", "other.json is of other models than"),
         (["alone"], "0.9", "without a dense model"),
-        (["broken"], "0.9", "broken.json"),
         (["folder"], "0.9", "is no folder that calmix compress made"),
         (["folder", "code"], "0.9", "a folder is checked by itself"),
     ],
