@@ -45,12 +45,9 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "calmix"
 
 
-def user_path(text: str) -> Path:
+def user_path(text: str | Path) -> Path:
     """Return what a user wrote as a path, with `~` for the home folder."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # ~name of a user there is none of
-        return Path(text)
+    return Path(os.path.expanduser(text))  # noqa: PTH111  # leaves ~name of nobody as it is
 
 
 def sha256_file(path: Path) -> str:

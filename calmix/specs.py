@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from calmix.pruning.methods import Method
     from calmix.pruning.patterns import Pattern
 
-ROWS, LENGTH, SEED = 64, 512, 0
+LENGTH, SEED = 512, 0
 BOTH = "give either --sparsity (such as 0.5) or --pattern (such as 2:4)"
 NONE = "none"  # the method of a request that drops experts and prunes nothing
 SCORED = {"calibration", "drop_experts", *DRAW}  # all that a drop of experts takes

@@ -21,8 +21,6 @@ from calmix.files import (
     write_text,
 )
 from calmix.manifest import file_hashes
-from calmix.pruning import checkpoint
-from calmix.specs import How, prune_request
 from tests import forks
 
 MAGNITUDE = ("--method", "magnitude", "--sparsity", 0.5)
@@ -171,13 +169,6 @@ def test_an_output_that_is_an_input_lies_in_one_or_holds_one_is_refused(tmp_path
             check_output_file(output, **how)
     check_output_folder(tmp_path / "models" / "b", **how)
     check_output_file(tmp_path / "texts" / "scores.json", **how)
-
-
-def test_an_output_may_be_called_like_a_source(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "encyclopedia").mkdir()
-    request = prune_request(sparsity=0.5, calibration="encyclopedia", allocation="owl")
-    checkpoint.check_request([str(tiny_folder)], {Path("encyclopedia"): request}, How())
 
 
 def test_overwrite_replaces_results_of_calmix_alone(calmix, tiny_folder, tmp_path):

@@ -23,10 +23,10 @@ from typing import Any
 from torch import Tensor
 
 from calmix.analysis.ranking import check_weights
-from calmix.calibration import ask, is_saved_set, resolve
+from calmix.calibration import ask, resolve, saved_set
 from calmix.calibration.texts import texts
 from calmix.errors import InputError, ModelError
-from calmix.files import cache_dir, check_free, sha256_json, user_path
+from calmix.files import cache_dir, check_free, sha256_json
 from calmix.models import OpenModel, Prunable, find_blocks
 from calmix.models.shards import read_header, read_tensor, write_file
 from calmix.options import METHOD
@@ -219,13 +219,13 @@ def check_request(
     if chosen.needs not in (Gram, Squares):
         raise InputError(f"method {chosen.name} cannot be predicted: it goes by no Gram matrix")
     for text in calibrations:
-        ask(text, **({} if is_saved_set(user_path(text)) else draw))
+        ask(text, **({} if saved_set(text) else draw))
 
 
 def _parts(text: str, asked: Mapping[str, Any]) -> list[tuple[float, tuple[str, dict[str, Any]]]]:
     """Return the shares of the texts a set is made of, which are run one by one, each with the
     options to draw it with."""
-    if is_saved_set(user_path(text)):
+    if saved_set(text):
         return [(1.0, (text, {}))]
     given = {name: value for name, value in asked.items() if value is not None}
     found = ask(text, **given)

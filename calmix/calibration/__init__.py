@@ -6,7 +6,6 @@ from calmix.calibration.build import mix_text as mix_text
 from calmix.calibration.build import parse_mix as parse_mix
 from calmix.calibration.build import rows_per_source as rows_per_source
 from calmix.calibration.dataset import CalibrationSet as CalibrationSet
-from calmix.calibration.dataset import is_saved_set as is_saved_set
 from calmix.calibration.dataset import saved_set as saved_set
 from calmix.calibration.resolving import Asked as Asked
 from calmix.calibration.resolving import ask as ask

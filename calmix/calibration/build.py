@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from calmix.sources.readers import LocalFile
 from calmix.sources.registry import documents_hash
 
 BATCH = 64  # documents handed to the tokenizer at a time
-Packing = Literal["concat", "window"]
 # Source names with positive weights that sum to 1, in the order they were written.
 Mix = dict[str, float]
 
@@ -138,7 +137,7 @@ def build(
     rows: int,
     length: int,
     seed: int = 0,
-    packing: Packing = "concat",
+    packing: str = "concat",
     guard: Guard | None = None,
     own: Mapping[str, Source] | None = None,
     tick: Callable[[str], None] | None = None,

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -138,18 +139,13 @@ class CalibrationSet(Shown):
         return found
 
 
-def is_saved_set(path: Path) -> bool:
-    """Tell whether a folder looks like a saved calibration set, whole or not."""
-    try:
-        return path.is_dir() and ((path / TENSORS).exists() or (path / MANIFEST).exists())
-    except OSError:  # a mix of many sources is longer than a file's name may be
-        return False
-
-
-def saved_set(text: str | None) -> Path | None:
-    """Return the folder of the saved set that a text names, if it names one."""
-    path = user_path(text or "")
-    return path if text and is_saved_set(path) else None
+def saved_set(named: str | Path | None) -> Path | None:
+    """Return the folder that a user names, if it looks like a saved set, whole or not."""
+    path = user_path(named or "")
+    with suppress(OSError):  # a mix of many sources is longer than a file's name may be
+        if named and path.is_dir() and any((path / name).exists() for name in (TENSORS, MANIFEST)):
+            return path
+    return None
 
 
 def own_record(own: Mapping[str, Source] | None, used: Iterable[str]) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration.dataset import CalibrationSet, is_saved_set
+from calmix.calibration.dataset import CalibrationSet, saved_set
 from calmix.calibration.resolving import ask, resolve
 from calmix.calibration.text_metrics import compared, of_ids
 from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError
 from calmix.evaluation.likelihood import perplexity_of_rows
-from calmix.files import user_path
 from calmix.models import OpenModel
 from calmix.options import DrawOptions, checked
 from calmix.shown import Shown
@@ -145,7 +144,7 @@ def measure(
         raise InputError("perplexity needs the model, not its tokenizer alone")
 
     saved = {spec: CalibrationSet.open(path, opened) for spec in specs
-             if is_saved_set(path := user_path(spec))}  # fmt: skip
+             if (path := saved_set(spec)) is not None}  # fmt: skip
     found: dict[str, list[dict[str, float]]] = {spec: [] for spec in specs}
     for number in range(draws):
         sets = [saved.get(spec) or resolve(spec, opened, seed=seed + number, leakage="off", **draw)
@@ -182,8 +181,7 @@ def check_request(specs: Sequence[str], *, draws: int, perplexity: bool, **draw:
         raise InputError(f"length {asked.length} is too short to predict anything")
     files: list[Path] = []
     for spec in specs:
-        path = user_path(spec)
-        if not is_saved_set(path):
+        if (path := saved_set(spec)) is None:
             files += ask(spec, **asked.drawn()).files
             continue
         files.append(path)

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from calmix.calibration.build import Mix, build, make_mix, mix_text, parse_mix, rows_per_source
-from calmix.calibration.dataset import CalibrationSet, is_saved_set
+from calmix.calibration.dataset import CalibrationSet, saved_set
 from calmix.calibration.leakage import TOKENS, Guard, guard_of, guarded_suites
 from calmix.calibration.selfgen.generators import (
     GENERATORS,
@@ -169,8 +169,7 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
     """
     given = checked(DrawOptions, options).drawn()
     own, licence = own_sources(given.pop("sources", None)), given.pop("licence", None)
-    path = user_path(text)
-    if is_saved_set(path):
+    if (path := saved_set(text)) is not None:
         found = _saved(path, given, licence)
         check_length(found.length, context)
         size = DrawOptions(rows=found.rows, length=found.length)
@@ -186,7 +185,7 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
         guarded_suites(draw.leakage)
     if generator is not None and draw.packing != DrawOptions().packing:
         raise InputError(f"'packing' has no effect with {generator.name}: leave it out")
-    files = [path] if path.suffix.lower() in YAML else []
+    files = [path] if (path := user_path(text)).suffix.lower() in YAML else []
     asked = Asked(_grouped(mix, own, text, licence), generator, None, own, draw, files)
     for name in asked.sources:
         files += get_source(name, own).check()

@@ -36,9 +36,9 @@ class ExportOptions(Json):
 @verb("export")
 def export(options: ExportOptions) -> None:
     """Write a model for another engine, a smaller pack, or a set for other tools."""
-    from calmix.calibration import is_saved_set
+    from calmix.calibration import saved_set
 
-    of_set, output = is_saved_set(user_path(options.what)), options.output
+    of_set, output = saved_set(options.what) is not None, options.output
     form: str = options.to or ("jsonl" if of_set else "pack")
     if of_set != (form in SETS):
         kind = "a calibration set" if of_set else "no saved calibration set"

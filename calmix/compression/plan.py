@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.analysis.ranking import check_weights
-from calmix.calibration import ask, is_saved_set, mix_text, open_tokenizer, parse_mix
+from calmix.calibration import ask, mix_text, open_tokenizer, parse_mix, saved_set
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.compression.sizes import bits_for, embedding_bits, parse_size
@@ -118,7 +118,7 @@ class Request(Target):
     @property
     def saved(self) -> bool:
         """Whether the calibration set is there already."""
-        return is_saved_set(user_path(self.calibration))
+        return saved_set(self.calibration) is not None
 
     @property
     def most(self) -> int | None:
@@ -170,7 +170,7 @@ class Stage:
 def request(asked: Compression) -> Request:
     """Check what a user asks for, before any work is done."""
     given = asked.calibration
-    saved = given is not None and is_saved_set(user_path(given))
+    saved = saved_set(given) is not None
     _check_idle(asked, saved)
     mix = MIX if asked.licence is None else PERMISSIVE
     text = "self-written" if asked.no_corpus else mix_text(mix) if given is None else given

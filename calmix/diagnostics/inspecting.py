@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from calmix.calibration import CalibrationSet, is_saved_set
+from calmix.calibration import CalibrationSet, saved_set
 from calmix.compression import running
 from calmix.compression.plan import Request, stages
 from calmix.errors import CalmixError, InputError, first_line
@@ -262,7 +262,7 @@ def _ladder(folder: Path, health: Health, say: Say) -> None:
         "bits tested": ", ".join(tested) or "none", "ended": held["ended"] or "not yet",
     }  # fmt: skip
     names = [path.relative_to(folder) for path in sorted(folder.glob("candidates/*/model"))]
-    set_ = ["calibration"] if is_saved_set(folder / "calibration") else []
+    set_ = ["calibration"] if saved_set(folder / "calibration") else []
     _parts(folder, [*set_, *map(str, names)], health, say)
 
 
@@ -283,7 +283,7 @@ def _work(folder: Path, health: Health, say: Say) -> None:
     unit = "steps" if asked["method"] == "distill" else "blocks"
     health.kind = "unfinished recovery" if "against" in asked else "unfinished prune"
     health.facts = {"method": asked["method"], f"{unit} done": done, **RESUME}
-    if is_saved_set(folder / SET):
+    if saved_set(folder / SET):
         health.problems += inspect(folder / SET, say).problems
 
 

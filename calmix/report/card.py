@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.analysis.bootstrap import Estimate
-from calmix.calibration import CalibrationSet, is_saved_set
+from calmix.calibration import CalibrationSet, saved_set
 from calmix.compression.plan import BEHAVIOUR, PACK, SCORES, target
 from calmix.compression.plan import MANIFEST as RECORD
 from calmix.compression.running import read_record
@@ -284,7 +284,7 @@ def _sources(
     counts = {name: int(one["rows"]) for name, one in {**told, **written}.items()}
     if not counts:
         places = out / "calibration", user_path(str(asked["calibration"]))
-        held = next((place for place in places if is_saved_set(place)), None)
+        held = next((place for place in places if saved_set(place)), None)
         counts = {} if held is None else CalibrationSet.open(held).counts
     known, own = builtin_sources(), manifest.get("own") or {}
     for name, rows in counts.items():

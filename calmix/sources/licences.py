@@ -15,7 +15,6 @@ from typing import Literal
 from calmix.errors import InputError
 
 Use = Literal["permissive", "share-alike", "non-commercial", "unstated", "own"]
-Licence = Literal["permissive"]  # what can be asked for
 OWN = "the user's own"
 
 _RESTRICTED = re.compile(r"\bNC\b|non-?commercial|research use|research only|MSR-LA", re.IGNORECASE)

@@ -126,24 +126,16 @@ def offline_sources() -> dict[str, Source]:
 
 
 def own_sources(given: Path | str | Mapping[str, Any] | None) -> dict[str, Source]:
-    """Return a user's own sources by name: of a YAML file, or entries or sources by name.
+    """Return a user's own sources by name: entries or sources by name, or a YAML file's mapping of
+    names to entries, of which only `reader` is required. Relative paths start at its folder.
 
-    Raises InputError as `load_sources`.
+    Raises InputError where the file is unreadable, or an entry has a wrong key or value.
     """
     if isinstance(given, Mapping):
         known = {name: one for name, one in given.items() if isinstance(one, Source)}
         rest = {name: one for name, one in given.items() if name not in known}
         return known | parse_sources(rest, Path.cwd() / "sources")
-    return {} if given is None else load_sources(Path(given))
-
-
-def load_sources(path: Path) -> dict[str, Source]:
-    """Read a user's YAML file of sources: a mapping of names to entries, of which only `reader`
-    is required. Relative paths start at the file's own folder.
-
-    Raises InputError where the file is unreadable, or an entry has a wrong key or value.
-    """
-    return parse_sources(read_yaml(path), path)
+    return {} if given is None else parse_sources(read_yaml(Path(given)), Path(given))
 
 
 def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:

@@ -24,10 +24,9 @@ from calmix.errors import CalmixError, InputError, nearest
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.suites import Suite
 from calmix.models.opening import known_model
-from calmix.options import MOST_EMBEDDING, Leakage, Options, Propagation
+from calmix.options import MOST_EMBEDDING, Leakage, Licence, Options, Propagation
 from calmix.pruning.methods import get_method
 from calmix.sources import Source
-from calmix.sources.licences import Licence
 from calmix.sources.registry import parse_sources
 from calmix.specs import SEED, recovery_of, target_of
 from calmix.yaml_files import parse_yaml, read_text
@@ -73,7 +72,7 @@ class _Draw(Options):
     length: Count | None = None
     packing: Literal["concat", "window"] | None = None
     leakage: Leakage | None = None
-    licence: Licence | None = None
+    licence: Licence = None
 
     def given(self) -> dict[str, Any]:
         """Return the options of a draw that were given."""

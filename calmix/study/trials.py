@@ -14,14 +14,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import ask, is_saved_set
+from calmix.calibration import ask, saved_set
 from calmix.calibration.leakage import TOKENS, guarded_suites
 from calmix.calibration.resolving import Asked
 from calmix.calibration.selfgen.generators import Generator
 from calmix.calibration.selfgen.writing import VERSION
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import SCORER
-from calmix.files import sha256_file, sha256_json, user_path
+from calmix.files import sha256_file, sha256_json
 from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
 from calmix.models.shards import weight_bytes
@@ -174,7 +174,7 @@ def _asked(study: Study, entry: Calibration, grid: Grid, seed: int) -> tuple[Ask
     then the set's own file; a saved set is what it is.
     """
     text, top = entry.written, study.file.given()
-    if is_saved_set(user_path(text)):
+    if saved_set(text):
         draw = {k: v for k, v in top.items() if k == "licence"} | entry.given()
     else:
         sizes = {k: v for k in ("rows", "length") if (v := getattr(grid, k)) is not None}

@@ -36,35 +36,16 @@ def test_a_set_is_made_exported_and_read_back(calibrate, calmix, sources, tiny_f
     assert "is a calibration set already" in calibrate(tmp_path / "first").line
 
 
-@pytest.mark.parametrize(
-    ("spec", "more", "message"),
-    [
-        ("{lower}", ["--rows", "1000"], "rows of 32 tokens, not 1000: add text"),
-        ("{template}", [], "there is no field 'body' (has: text)"),
-        ("c4", [], "the hub cannot be reached for allenai/c4"),
-    ],
-)
-def test_one_line_and_nothing_left(calibrate, sources, tmp_path, monkeypatch, spec, more, message):
-    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
-    own = "sources: {mine: {reader: {type: file, path: lower.jsonl, template: '{body}'}}}\n"
-    (tmp_path / "template.yaml").write_text(f"uniform: [mine]\n{own}", encoding="utf-8")
-    names = {"{lower}": sources["lower"], "{template}": tmp_path / "template.yaml"}
-    ended = calibrate(names.get(spec, spec), *more)
-    assert message in ended.line
-    assert ended.out == ""
-    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
-
-
 def test_export_refuses_a_foreign_model_and_a_foreign_folder(
     calibrate, calmix, sources, foreign_folder, tiny_folder, tmp_path
 ):
     calibrate(sources["lower"])
-    ended = calmix("export", tmp_path / "out", "-m", foreign_folder, "-o", tmp_path / "x.jsonl")
-    assert "another tokenizer" in ended.line
-    ended = calmix("export", tiny_folder, "-m", tiny_folder, "-o", tmp_path / "x.jsonl")
-    assert "--model has no effect with --to pack" in ended.line
-    ended = calmix("export", tmp_path / "out", "-o", tmp_path / "x.jsonl")
-    assert "name the model it is for: --model" in ended.line
-    ended = calmix("export", tmp_path / "out", "--to", "openvino", "-o", tmp_path / "x.jsonl")
-    assert "it cannot be exported to openvino" in ended.line
+    made = tmp_path / "out"
+    for words, line in (
+        ((made, "-m", foreign_folder), "another tokenizer"),
+        ((tiny_folder, "-m", tiny_folder), "--model has no effect with --to pack"),
+        ((made,), "name the model it is for: --model"),
+        ((made, "--to", "openvino"), "it cannot be exported to openvino"),
+    ):
+        assert line in calmix("export", *words, "-o", tmp_path / "x.jsonl").line
     assert not (tmp_path / "x.jsonl").exists()

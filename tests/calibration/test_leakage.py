@@ -94,15 +94,6 @@ def test_a_shorter_run_is_no_leak_and_a_source_that_leaks_is_refused(tmp_path, t
         build(parse_mix(path), tiny, rows=18, length=50, guard=guard(11))
 
 
-def test_counting_up_is_no_leak(tiny):
-    tokenize = tokenizer_function(tiny.tokenizer)
-    index = ItemIndex(
-        [("humaneval", "1", "def counting_up(): return [0, 0, 1, 1, 0, 0, 1, 1]")], tokenize
-    )
-    assert index.find(tokenize(["x = [0, 0, 1, 1, 0, 0, 1]"])[0]) is None
-    assert index.find(tokenize(["my def counting_up"])[0]) == ("humaneval", "1")
-
-
 def test_the_suite_is_asked_for_by_name(tmp_path, tiny, monkeypatch):
     asked = []
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import calmix as package
-from calmix.calibration import open_tokenizer, resolve, text_metrics
+from calmix.calibration import resolve, text_metrics
 from calmix.calibration.measuring import interval
 from calmix.errors import InputError
 from calmix.models import open_model
@@ -98,16 +98,11 @@ def test_mixes_and_saved_sets(opened, tmp_path):
         (["few.jsonl"], {"length": 1}, "too short to predict"),
     ],
 )
-def test_bad_requests(opened, specs, options, message):
+def test_bad_requests(opened, tiny, specs, options, message):
     with pytest.raises(InputError, match=message):
         package.measure(specs, opened, **(BUDGET | options))
-
-
-def test_perplexity_needs_the_model(tiny_folder):
-    alone = open_tokenizer(str(tiny_folder))
     with pytest.raises(InputError, match="needs the model"):
-        package.measure(NAMES, alone, **BUDGET)
-    assert package.measure(NAMES, alone, perplexity=False, draws=1, **BUDGET)
+        package.measure(NAMES, tiny, **BUDGET)
 
 
 def test_the_verb(calmix, tiny_folder, tmp_path):

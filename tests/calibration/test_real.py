@@ -6,22 +6,13 @@ import numpy as np
 import pytest
 
 from calmix import CalibrationSet
-from calmix.calibration import open_tokenizer
 from calmix.calibration.leakage import suite_items
-from calmix.calibration.selfgen.prompts import start_token
 from calmix.errors import InputError
 from calmix.evaluation.own import template
 from tests.tiny import quick
 
 pytestmark = pytest.mark.real
 WORDS = "river stone under bright seven letters carried north along quiet roads"
-
-
-def test_text_starts_at_the_separator_of_pretraining():
-    tokenizer = open_tokenizer("builtin:smollm2-135m").tokenizer
-    assert tokenizer.bos_token == "<|im_start|>"
-    for start in ("auto", "separator"):
-        assert tokenizer.convert_ids_to_tokens(start_token(tokenizer, start)) == "<|endoftext|>"
 
 
 def _planted(path, text, leaks):

@@ -1,18 +1,14 @@
 """What a user may write for a calibration set, and what comes of it."""
 
+from textwrap import indent
+
 import pytest
 import torch
 
-from calmix.calibration import (
-    ask,
-    open_tokenizer,
-    parse_mix,
-    resolve,
-)
+from calmix.calibration import ask, open_tokenizer, parse_mix, resolve
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.suites import load_suite
-from calmix.options import DrawOptions
-from calmix.sources import get_source, load_sources
+from calmix.sources import get_source, own_sources
 from calmix.sources.registry import MIXES
 from tests.evaluation.helpers import benchmark, benchmarks_read
 
@@ -94,26 +90,19 @@ def test_names_mixes_and_yaml_files_agree(sources, tiny, tmp_path):
 
 
 def test_own_sources_come_from_a_file_a_yaml_specification_or_python(sources, tiny, tmp_path):
-    entries = (
-        "  mine: {reader: {type: file, path: lower.jsonl}}\n"
-        "  other: {reader: {type: file, path: upper.jsonl}}\n"
+    entries = "".join(
+        f"{name}: {{reader: {{type: file, path: {file}.jsonl}}}}\n"
+        for name, file in (("mine", "lower"), ("other", "upper"))
     )
     file, own = tmp_path / "mix.yaml", tmp_path / "own.yaml"
-    file.write_text(f"uniform: [mine, other]\nsources:\n{entries}", encoding="utf-8")
-    own.write_text(entries.replace("  mine", "mine").replace("  other", "other"), encoding="utf-8")
+    file.write_text(f"uniform: [mine, other]\nsources:\n{indent(entries, ' ')}", encoding="utf-8")
+    own.write_text(entries, encoding="utf-8")
     size = {"rows": 4, "length": 16}
     made = drawn(file, tiny, **size)
     assert made.manifest["mix"] == {"mine": 0.5, "other": 0.5}
     assert drawn("uniform:mine,other", tiny, sources=own, **size).sha256 == made.sha256
-    given = load_sources(own)
+    given = own_sources(own)
     assert drawn("uniform:mine,other", tiny, sources=given, **size).sha256 == made.sha256
-
-
-def test_defaults(tiny, tmp_path):
-    path = tmp_path / "long.txt"
-    path.write_text("word " * 4000, encoding="utf-8")
-    made = drawn(path, tiny, length=200)
-    assert (made.rows, made.manifest["seed"], made.manifest["packing"]) == (64, 0, "concat")
 
 
 def test_a_saved_folder(sources, tiny, tmp_path, foreign_folder):
@@ -159,30 +148,11 @@ def test_a_wrong_yaml_file(text, message, tmp_path):
         ask(str(file))
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"seed": -1}, "--seed -1: must be greater than or equal to 0"),
-        ({"packing": "windows"}, "--packing windows: must be 'concat' or 'window'"),
-        ({"length": 257}, "length 257 is beyond the model's context of 256 tokens"),
-        ({"select": "igsp"}, "unknown option 'select'"),
-    ],
-)
-def test_options_out_of_range(sources, tiny, given, message):
-    with pytest.raises(InputError, match=message):
-        drawn(sources["lower"], tiny, **given)
-
-
-def test_every_option_of_a_draw_has_a_help_text_of_at_most_ten_words():
-    for name, field in DrawOptions.model_fields.items():
-        assert 2 < len(field.description.split()) <= 10, name
-
-
-def test_a_generator_needs_the_model_and_has_no_packing(tiny):
-    with pytest.raises(InputError, match="self-cal runs the model: open it"):
-        drawn("self-cal", tiny, length=32)
-    with pytest.raises(InputError, match="'packing' has no effect with igsp"):
-        drawn("igsp", tiny, length=32, packing="window")
+def test_options_out_of_range(sources, tiny):
+    with pytest.raises(InputError, match="257 is beyond the model's context of 256 tokens"):
+        drawn(sources["lower"], tiny, length=257)
+    with pytest.raises(InputError, match="unknown option 'select'"):
+        drawn(sources["lower"], tiny, select="igsp")
 
 
 def test_long_mixes_and_odd_names_are_not_paths(tiny):

@@ -24,7 +24,7 @@ from calmix.models.opening import fingerprint, tokenizer_fingerprint
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning.checkpoint import prune_checkpoints
 from calmix.recovery import recover
-from calmix.sources import get_source, load_sources
+from calmix.sources import get_source, own_sources
 from calmix.sources.readers import LocalFile
 from calmix.sources.registry import documents_hash
 from calmix.specs import prune_request, recover_request
@@ -140,7 +140,7 @@ def _suite(folder):
 
 
 def _sources(folder):
-    for name, source in load_sources(folder / "sources.yaml").items():
+    for name, source in own_sources(folder / "sources.yaml").items():
         assert get_source(name, {name: source}) is source
         assert isinstance(source.reader.availability, str)
         if isinstance(source.reader, LocalFile):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from calmix.errors import SourceError
-from calmix.sources import builtin_sources, get_source, load_sources
+from calmix.sources import builtin_sources, get_source, own_sources
 from calmix.sources.hub import HubText
 
 # A row of each data set that has more than a text, as its card shows it, and what is read of it.
@@ -64,16 +64,8 @@ def test_every_entry_reads_its_shape(mirror):
         row, wanted = SHAPES.get(name, ({"text": "some text"}, "some text"))
         rows, reader = [row] * 3, source.reader
         if name == "wikitext2":
-            lines = [
-                "",
-                " = Water = \n",
-                "",
-                " Wet . \n",
-                " = = Uses = = \n",
-                " = Fire = \n",
-                "Hot",
-            ]
-            rows = [{"text": line} for line in lines]
+            lines = "| = Water = \n|| Wet . \n| = = Uses = = \n| = Fire = \n|Hot"
+            rows = [{"text": line} for line in lines.split("|")]
         put(mirror, reader.id, rows, reader.subsets, reader.split)
         assert reader.availability == "offline (local copy)"
         documents = list(source.documents())
@@ -85,12 +77,9 @@ def test_every_entry_reads_its_shape(mirror):
             assert [d.text for d in documents] == [wanted] * (3 * len(reader.subsets)), name
 
 
-def test_the_budget_ends_the_stream(mirror):
-    put(mirror, "a/b", [{"text": "0123456789"}] * 100)
-    assert len(list(HubText(type="hub", id="a/b", characters=95).read())) == 10
-
-
-def test_what_cannot_be_read_is_named(mirror):
+def test_the_budget_ends_the_stream_and_what_cannot_be_read_is_named(mirror):
+    put(mirror, "a/c", [{"text": "0123456789"}] * 100)
+    assert len(list(HubText(type="hub", id="a/c", characters=95).read())) == 10
     put(mirror, "a/content", [{"content": "x"}])
     assert [d.text for d in get_source("a/content").documents()] == ["x"]
     put(mirror, "a/other", [{"body": "x"}])
@@ -133,7 +122,7 @@ def test_a_local_copy_named_in_an_own_file(mirror, tmp_path, monkeypatch):
     file.write_text(
         "mine: {reader: {type: hub, id: here/copy, template: '{body}'}}\n", encoding="utf-8"
     )
-    own = load_sources(file)
+    own = own_sources(file)
     assert [d.text for d in own["mine"].documents()] == ["x"]
     monkeypatch.chdir(tmp_path)  # a folder that happens to be there is not taken for the hub's
     assert HubText(type="hub", id="here/copy").availability == "hub"

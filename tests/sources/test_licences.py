@@ -34,11 +34,8 @@ def test_what_a_licence_lets_one_do():
 def test_everything_builtin_has_licence_and_origin(calmix):
     restricted = {n for n, s in builtin_sources().items() if s.use == "non-commercial"}
     assert restricted == {"school-readings", "textbook", "stories", "alpaca"}
-    uses = {name: use_of(model.licence) for name, model in builtin_models().items()}
-    assert uses == {
-        "smollm2-135m": "permissive", "gemma3-270m": "unstated", "qwen2.5-coder-0.5b": "permissive",
-    }  # fmt: skip
-    assert all("/" in model.origin for model in builtin_models().values())
+    uses = [use_of(model.licence) for model in builtin_models().values()]
+    assert (uses.count("permissive"), uses.count("unstated")) == (2, 1)
     for suite in builtin_suites().values():
         for name, spec in suite.tasks.items():
             assert "/" in provenance(spec)["origin"], (suite.name, name)
@@ -46,9 +43,8 @@ def test_everything_builtin_has_licence_and_origin(calmix):
     assert {"licence", "use", "from", "version"} <= set(rows[0])
     assert json.loads(calmix("doctor", "models", "--json").out)[0]["use"] == "permissive"
     suites = {row["name"]: row for row in json.loads(calmix("evaluate", "suites", "--json").out)}
-    assert suites["offline"]["not for commercial use"] == ""
-    assert suites["smoke"]["not for commercial use"] == "sciq"
-    assert suites["smoke"]["task"]["sciq"]["licence"] == "CC BY-NC 3.0"
+    told = [suites[name]["not for commercial use"] for name in ("offline", "smoke")]
+    assert told == ["", "sciq"]
 
 
 def test_a_group_leaves_out_what_a_licence_forbids_and_shares_its_weight():

@@ -6,7 +6,7 @@ import pytest
 
 from calmix.calibration.selfgen.generators import GENERATORS
 from calmix.errors import InputError, SourceError
-from calmix.sources import builtin_sources, get_source, load_sources, offline_sources
+from calmix.sources import builtin_sources, get_source, offline_sources, own_sources
 from calmix.sources.hub import HubText
 from calmix.sources.readers import AssetText, LocalFile
 from calmix.sources.registry import WRITTEN
@@ -22,10 +22,7 @@ def test_builtin_entries_are_complete():
     assert {source.dimension for source in offline.values()} == DIMENSIONS
     assert {known[name].dimension for name in hub} == DIMENSIONS
     for source in known.values():
-        assert source.kind
-        assert source.licence != "the user's own"
-        assert source.description
-        assert source.size != "-"
+        assert (source.size == "-", source.description == "", source.use == "own") == (False,) * 3
         assert not set(source.name) & set(":, /")
 
 
@@ -56,7 +53,7 @@ def test_an_own_file_of_sources(tmp_path, calmix):
         "web:\n  reader: {type: hub, id: some/where}\nmine: {reader: {type: file, path: a.txt}}\n",
         encoding="utf-8",
     )
-    own = load_sources(file)
+    own = own_sources(file)
     assert [d.text for d in own["notes"].documents()] == ["hello"]
     assert get_source("notes", own) is own["notes"]
     assert own["web"].reader.origin == "hub"
@@ -92,7 +89,7 @@ def test_a_wrong_file_of_sources(tmp_path):
     for text, message in WRONG.items():
         file.write_bytes(text)
         with pytest.raises(InputError, match=message):
-            load_sources(file)
+            own_sources(file)
 
 
 def test_the_folder_of_data_is_read_in_place_of_the_hub(tmp_path, monkeypatch):

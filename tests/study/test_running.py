@@ -1,6 +1,5 @@
 """Running a study: what a trial finds, what is shared, what is run again, and what is refused."""
 
-import csv
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import torch
 from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration import text_metrics as metrics
 from calmix.calibration.measuring import measure
-from calmix.errors import CalmixError, InputError
+from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate, load_scores
 from calmix.models import open_model
 from calmix.options import TrialOptions
@@ -195,13 +194,6 @@ def test_a_model_that_changes_meanwhile_gives_no_result(tiny_study, tiny_folder,
     run_study(load_study(path), store, seen)
     line = f"the files of {model} have changed: run the study again"
     assert list(seen.errors.values()) == [line] * 5
-    # One that is gone fails the trial at work, and ends the run with the next.
-    path = tiny_study((str(tiny_folder), str(model)), more="seeds: [1]\n")
-    seen = Recorder()
-    seen.finished = lambda *_: shutil.rmtree(model)
-    with pytest.raises(CalmixError, match=str(model)):
-        run_study(load_study(path), store, seen)
-    assert (len(seen.ran), len(seen.errors)) == (3, 1)
 
 
 def test_an_interrupt_leaves_a_consistent_store(ran, tmp_path, monkeypatch):
@@ -231,8 +223,6 @@ def test_a_changed_study_keeps_what_it_no_longer_asks_for(tiny_study, tmp_path):
     for number, (old, new, left, ran) in enumerate([
         ("sparsegpt: [0.6]", "sparsegpt: [0.5]", 1, 1),
         ("/code.jsonl\n", "/sums.jsonl\n", 2, 0),
-        ("leakage: off", "leakage: off\npacking: window", 3, 1),
-        ("name: tiny", "name: tiny\nlimit: 2", 3, 1),
     ]):  # fmt: skip
         seen = run(tiny_study((old, new), name=f"{number}.yaml"), store, only=["mix wanda*"])
         line = f"the study has changed: {left} finished trials, first 'code sparsegpt 60% seed 0'"
@@ -264,28 +254,23 @@ def test_a_set_or_model_can_be_named_anew_and_trials_copied_from_another_store(
 
 
 def test_folders_that_are_no_store(ran, tmp_path):
-    other, index = tmp_path / "other", tmp_path / "new" / "store.json"
-    for folder in (other, index.parent):
-        folder.mkdir()
+    other = tmp_path / "other"
+    other.mkdir()
     (other / "file").write_text("x")
-
-    def runs(place):
-        run(ran[0], place)
-
-    for act, place, says in (
-        (runs, other, "not empty and is not a study store"), (runs, other / "file", "is a file"),
-        (open_store, other, "not a study store"),
-        (read_results, tmp_path / "none", "there is no study store"),
+    for place, says in (
+        (other, "not empty and is not a study store"), (other / "file", "is a file"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=says):
-            act(place)
+            run(ran[0], place)
+    with pytest.raises(InputError, match="there is no study store"):
+        read_results(tmp_path / "none")
     for text, says in (
         ('{"kind": "study store", "format": 99}', "has format 99, but this calmix reads format 2"),
         ('{"kind": "other"}', "of another kind"), ("{", "damaged"),
     ):  # fmt: skip
-        index.write_text(text)
+        (other / "store.json").write_text(text)
         with pytest.raises(InputError, match=says):
-            runs(index.parent)
+            run(ran[0], other)
 
 
 def test_patterns_choose_trials(ran):
@@ -302,17 +287,6 @@ def test_patterns_choose_trials(ran):
     assert chosen_trials(trials, [model], []) == trials
 
 
-def test_results_are_a_table_beside_the_store(ran):
-    store = ran[1]
-    with (store / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    first = read_results(store).trials[0]
-    assert [row["task"] for row in rows[:3]] == [task.task for task in first.tasks]
-    assert (len(rows), float(rows[0]["total"])) == (6 * 3, first.total.value)
-    assert float(rows[0]["info_perplexity"]) == first.information["perplexity"]
-    assert list(rows[0])[:4] == ["study", "id", "model", "calibration"]
-
-
 def test_coverage_and_mismatch_compare_with_the_single_sources(tiny_study, tmp_path):
     store = tmp_path / "store"
     twin = tmp_path / "texts" / "twin.jsonl"
@@ -326,13 +300,11 @@ def test_coverage_and_mismatch_compare_with_the_single_sources(tiny_study, tmp_p
     for folder in (store / "calibration").iterdir():
         label = json.loads((folder / "information.json").read_text())["label"]
         read[label] = CalibrationSet.open(folder).ids.numpy()
-    others = [read["code"], read["twin"]]
-    assert found["letters"]["mismatch"] == metrics.mismatch(read["letters"], others)
-    (share,) = metrics.coverage([read["mix"]], 2, [*others, read["letters"]])
+    (share,) = metrics.coverage([read["mix"]], 2, [read["code"], read["twin"], read["letters"]])
     assert found["mix"]["coverage_2"] == share
 
 
-def test_a_study_may_do_without_perplexity(tiny_study, tmp_path):
+def test_a_study_may_do_without_perplexity(tiny_study, tmp_path, monkeypatch):
     store = tmp_path / "store"
     run(tiny_study(("suite:", "perplexity: false\nsuite:")), store, only=["*wanda*"])
     before = {trial.id: trial for trial in read_results(store).trials}
@@ -340,27 +312,17 @@ def test_a_study_may_do_without_perplexity(tiny_study, tmp_path):
         assert {"entropy", "coverage_4"} <= set(trial.information)
         assert not {"perplexity", "distortion", "bits_per_byte"} & set(trial.information)
     # What needs it later has it; the sets are not drawn again.
-    drawn = {path: path.stat().st_mtime_ns for path in store.glob("calibration/*/manifest.json")}
+    monkeypatch.setattr(bench_module, "resolve", None)
     run(tiny_study(), store)
     after = [trial for trial in read_results(store).trials if trial.id not in before]
     assert len(after) == 6 - len(before)
     assert all(trial.information["perplexity"] > 1 for trial in after)
-    assert {path: path.stat().st_mtime_ns for path in drawn} == drawn
 
 
 def test_two_names_for_one_trial_are_refused(tiny_study, tmp_path):
     path = tiny_study(("  mix:", f"  twin: {tmp_path}/texts/code.jsonl\n  mix:"))
     with pytest.raises(InputError, match=r"'code sparsegpt.*' and 'twin sparsegpt.*' are the same"):
         run(path, tmp_path / "store")
-
-
-def test_versions_that_differ_are_listed(ran, tmp_path):
-    store = shutil.copytree(ran[1], tmp_path / "store")
-    file = store / "trials" / open_store(store).entries[0].id / "result.json"
-    record = json.loads(file.read_text())
-    record["run"]["versions"]["torch"] = "1.0"
-    file.write_text(json.dumps(record))
-    assert read_results(store).environment["versions"]["torch"].startswith("1.0, ")
 
 
 def test_checkpoints_are_kept_if_asked(tiny_study, tmp_path):

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from calmix.errors import InputError
-from calmix.pruning.patterns import Pattern
 from calmix.study.spec import check_study, load_study
 from calmix.study.trials import differences, plan, resolve_all
 
@@ -187,22 +186,6 @@ def test_what_has_no_effect_is_told_with_its_line():
     assert line.endswith("damping has no effect with method wanda: known: bits, group, refit")
     with pytest.raises(InputError, match="--allocation has no effect with an N:M pattern"):
         plan(parsed(NEWS + "methods: {wanda: 2:4}\nallocation: owl\n"))
-
-
-class Third(Pattern):
-    """A pattern of somebody else's."""
-
-    sparsity = 1 / 3
-    __str__ = count = mask = lambda self, *_: "a third"
-
-    @classmethod
-    def parse(cls, text):
-        return cls() if text == "a third" else None
-
-
-def test_a_pattern_of_any_class_is_a_target():
-    (trial,) = plan(parsed(NEWS + "methods: {wanda: a third}\n"))
-    assert (trial.label, trial.request.target.sparsity) == ("a wanda a third seed 0", 1 / 3)
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,9 @@ def test_a_study_run_here_is_analysed_reported_and_recommended_from(calmix, tiny
     assert again == told
     with (store / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
+    assert list(rows[0])[:4] == ["study", "id", "model", "calibration"]
+    assert len(rows) == 6 * 3
     kept = [(row["kl"], row["dimension_kl"], row["dimension_top1"]) for row in rows
             if row["id"] == one.name]  # fmt: skip
-    assert kept
-    assert set(kept) == {("1.75", "1.25", "0.5")}
+    assert {*kept} == {("1.75", "1.25", "0.5")}
     assert {row["kl"] for row in rows if row["id"] != one.name} == {""}

@@ -59,19 +59,13 @@ def test_validate_lists_every_mistake(calmix, tiny_study):
 
 
 def test_every_mistake_is_one_line(calmix, tiny_study, tmp_path):
-    path, store = tiny_study(), tmp_path / "store"
+    run = "run", tiny_study(), "-o", tmp_path / "store"
     wrong = tiny_study(("rows: 6", "rows: six"), name="wrong.yaml")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "file").write_text("x")
     for arguments, words in [
-        (("run", wrong, "-o", store), "line 4: rows: Input should be a valid integer"),
-        (("run", path, "-o", other), "not empty and is not a study store"),
-        (("run", path, "-o", store, "--only", "zz"), "no trial matches 'zz'"),
-        (("run", path, "-o", store, "--executor", "rya"), "executor rya: must be 'local' or 'ray'"),
-        (("run", path, "-o", store, "--workers", 2), "--workers has no effect without"),
-        (("run", path, "-o", store, "--executor", "ray", "--address", "127.0.0.1:1"), "answers at"),
-        (("status", other), "is not a study store"),
+        (("run", wrong, "-o", tmp_path / "store"), "line 4: rows: Input should be a valid integer"),
+        ((*run, "--only", "zz"), "no trial matches 'zz'"),
+        ((*run, "--workers", 2), "--workers has no effect without"),
+        ((*run, "--executor", "ray", "--address", "127.0.0.1:1"), "answers at"),
         (("plan", wrong), "line 4"),
     ]:
         assert words in calmix("study", *arguments).line, arguments

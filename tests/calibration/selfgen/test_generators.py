@@ -314,18 +314,8 @@ def test_prompts_and_seed_texts_may_be_the_users_own(calmix, tiny_folder, text_f
     assert sorted(json.loads(ended.out)["counts"].items()) == [("cooking", 2), ("law", 2)]
     assert CalibrationSet.open(tmp_path / "set").manifest["settings"]["repeats"] == 0.3
     own.write_text(f"mine: {{reader: {{type: file, path: '{text_file}'}}}}\n", encoding="utf-8")
-    calmix("calibrate", "sgs,seeds=mine", "-m", tiny_folder, "-o", tmp_path / "sgs", *SMALL,
-           "--sources", own).ok()  # fmt: skip
+    more = ("-m", tiny_folder, "-o", tmp_path / "sgs", *SMALL)
+    calmix("calibrate", "sgs,seeds=mine", *more, "--sources", own).ok()
     assert list(CalibrationSet.open(tmp_path / "sgs").manifest["own"]) == ["mine"]
-
-
-def test_prune_writes_its_text_in_one_go(calmix, tiny_folder, tmp_path, text_file):
-    calmix(
-        "prune", tiny_folder, "-o", tmp_path / "pruned", "--sparsity", 0.5, "--calibration",
-        "self-written", *SMALL,
-    ).ok()  # fmt: skip
-    manifest = json.loads((tmp_path / "pruned" / "calmix.json").read_text(encoding="utf-8"))
-    assert manifest["calibration"]["generated"] == "self-written"
-    ended = calmix("calibrate", text_file, "-m", tiny_folder, "-o", tmp_path / "set", *SMALL,
-                   "--device", "cpu")  # fmt: skip
+    ended = calmix("calibrate", text_file, *more, "--device", "cpu")
     assert "--dtype and --device have no effect" in ended.line

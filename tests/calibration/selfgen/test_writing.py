@@ -135,27 +135,6 @@ def test_every_architecture_writes_the_same_rows_in_any_batch(opened, kind):
     assert all(torch.equal(parts[0].ids, part.ids) for part in parts)
 
 
-def test_seeds(opened):
-    first = write(opened, request(seed=3)).ids
-    assert torch.equal(first, write(opened, request(seed=3)).ids)
-    assert not torch.equal(first, write(opened, request(seed=4)).ids)
-    same = [[[10], [11]]] * 6  # the rows of one request differ even with one opener
-    assert len({tuple(row) for row in write(opened, request(openers=same)).ids.tolist()}) == 6
-
-
-def test_repetition_penalty_forgets_earlier_texts(opened):
-    """With a crushing penalty hardly a token comes twice in a text, but one may in a row."""
-    with ending(opened, 3.0):
-        made = write(opened, request(length=60, repetition_penalty=1e6))
-    again = 0
-    for i in range(len(made.ids)):
-        seen = set()
-        for text in texts_of(made, i):
-            again += len(set(text) & seen)
-            seen |= set(text)
-    assert again > 0
-
-
 def test_the_models_own_generation_settings_have_no_say(opened, monkeypatch):
     plain = write(opened, request(seed=8)).ids
     forget()
