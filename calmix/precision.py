@@ -22,20 +22,12 @@ def capabilities() -> Mapping[str, Any]:
     }
 
 
-def fast_half_precision(dtype: torch.dtype) -> bool:
-    """Tell whether this CPU multiplies matrices of `dtype` natively (float32 always does)."""
-    if dtype == torch.float32:
-        return True
-    if dtype == torch.bfloat16:
-        able = capabilities()
-        return any(able.get(key, False) for key in ("amx_bf16", "avx512_bf16", "bf16"))
-    return False
-
-
 def suited(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the type to compute in with weights of `dtype`: float32 where a CPU has no fast half
     precision."""
-    slow = device.type == "cpu" and not fast_half_precision(dtype)
+    able = capabilities()
+    fast = any(able.get(key, False) for key in ("amx_bf16", "avx512_bf16", "bf16"))
+    slow = device.type == "cpu" and not (fast and dtype == torch.bfloat16)
     return torch.float32 if slow else dtype
 
 

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import shutil
 import subprocess
-import threading
 import zipfile
 
 import pytest
@@ -48,27 +47,6 @@ def test_install_fetches_once_pinned_by_hash_and_without_dependencies(fake):
     assert "--require-hashes" in calls[0]
     pinned = (tmp_path / "requirements").read_text(encoding="utf-8")
     assert pinned == f"thing==1.0 --hash=sha256:{asset.sha256}\n"
-    assert list(asset.path.parent.iterdir()) == [asset.path]
-
-
-def test_two_that_want_an_archive_fetch_it_once(fake, monkeypatch):
-    """A second begins while the first is at it; what a killed one has left is removed."""
-    asset, calls, _ = fake
-    left = asset.path.parent / f".{asset.path.name}.partial-abc"
-    left.mkdir(parents=True)
-    pip, others = subprocess.run, []
-
-    def slowly(command, **options):
-        if not others:
-            others.append(threading.Thread(target=assets.install, args=["thing"]))
-            others[0].start()
-            others[0].join(0.5)
-        return pip(command, **options)
-
-    monkeypatch.setattr(subprocess, "run", slowly)
-    assets.install("thing")
-    others[0].join()
-    assert len(calls) == 1
     assert list(asset.path.parent.iterdir()) == [asset.path]
 
 

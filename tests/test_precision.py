@@ -77,4 +77,5 @@ def test_an_older_torch_names_fewer_instructions(monkeypatch, able):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     for name, told in (("amx_tile", False), ("avx512_bf16", able)):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda t=told: t, raising=False)
-    assert precision.fast_half_precision(torch.bfloat16) == able
+    found = precision.suited(torch.bfloat16, torch.device("cpu"))
+    assert found == (torch.bfloat16 if able else torch.float32)

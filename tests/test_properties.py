@@ -139,6 +139,19 @@ def test_metrics_are_those_of_a_plain_count(ids, other, n):
     assert (told["tokens"], told["scope_tokens"]) == (ids.size, len(share) / 20)
 
 
+@given(ids=token_rows(), n=st.integers(1, 4))
+def test_a_row_is_known_by_what_repeats_within_it(ids, n):
+    alone = [metrics.aggregation(row[None], n) for row in ids]
+    assert metrics.row_aggregation(ids, n) == pytest.approx(alone, abs=1e-12)
+
+
+def test_a_vocabulary_too_large_for_packing():
+    ids = np.random.default_rng(0).permutation(200_000)[:100_000].reshape(100, 1000)
+    ids[50:] = ids[:50]  # every n-gram twice
+    for n in (3, 4, 5):
+        assert metrics.count_ngrams(ids, n) == (50 * (1001 - n), 100 * (1001 - n))
+
+
 @given(left=token_rows(), right=token_rows())
 def test_mismatch_is_a_bounded_symmetric_divergence(left, right):
     found = metrics.mismatch(left, [right])

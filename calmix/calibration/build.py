@@ -147,12 +147,8 @@ def build(
     Each row comes from one source; rows per source are shared out by largest remainder, and all
     rows are shuffled. If the tokenizer puts a begin token before text, every row begins with it.
 
-    Args:
-        packing: `concat` (documents joined by the end token) or `window` (a random window of
-            each long document).
-        guard: drops documents that share a run of tokens with an item of a suite.
-        own: the user's own sources by name.
-        tick: called with the name of each source once it is drawn.
+    `packing` is `concat` (documents joined by the end token) or `window` (a random window of each
+    long document); `guard` drops documents, `tick` is called with each source once it is drawn.
     """
     check_length(length, opened.context)
     tokenize = tokenizer_function(opened.tokenizer)

@@ -24,11 +24,7 @@ Keys = NDArray[np.uint64]
 def ngram_keys(sets: Sequence[Ids], n: int) -> list[Keys]:
     """Return the key of every n-gram of every set; equal keys are equal n-grams, across sets too.
 
-    Args:
-        sets: token ids, each of shape (rows, length); lengths may differ between sets.
-
-    Returns:
-        One flat array a set, of rows * max(0, length - n + 1) keys, row by row.
+    Of ids (rows, length), one flat array of rows * max(0, length - n + 1) keys, row by row.
     """
     tables, size = _numbered([np.asarray(ids) for ids in sets])
     keys, count = tables, size

@@ -56,16 +56,8 @@ def texts(
     Documents come in an order of their own, fixed once and for all, and are joined by the end
     token; a dimension's readers give equally many rows. Rows begin with the tokenizer's begin
     token, if it puts one before text, and are no longer than the model's context.
-
-    Args:
-        opened: the model, or its tokenizer alone.
-        own: `.txt`, `.jsonl` or `.parquet` files by dimension, in place of a builtin text of that
-            name or beside them.
-        dimensions: take the builtin texts of these only; None takes all.
-        rows, length: rows a dimension (own texts may give fewer) and tokens in each.
-
-    Returns:
-        int64, shape (rows, length) by dimension.
+    The user's `own` files stand by dimension in place of a builtin text of that name, or beside
+    them, and may give fewer rows; of the builtin texts those of `dimensions` are taken.
     """
     readers: dict[str, Sequence[Reader]] = {
         name: found

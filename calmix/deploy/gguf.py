@@ -61,18 +61,10 @@ def export(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda step: None,
 ) -> Written:
-    """Write a model as a GGUF file, and check it against the model.
+    """Write a model as a GGUF file, and check it against the model, which is in memory whole.
 
-    Args:
-        name: hub id, local folder, `.gguf` file, or `builtin:NAME`; held in memory whole.
-        output: the new file.
-        weights: of `TYPES`, for matrices that have no grid of GGUF's.
-        like: a GGUF file of the same model; the one it came from if that is known.
-        say: called with each step as it begins.
-
-    Raises:
-        InputError: no template, or one of another model; `output` cannot be written.
-        ModelError: the model cannot be opened, or what was written is another model.
+    Matrices that have no grid of GGUF's become `weights`, one of `TYPES`. `like` is a GGUF file of
+    the same model, if not the one it came from; `say` is called with each step as it begins.
     """
     from gguf import GGUFReader
 
@@ -102,12 +94,12 @@ def _origin(name: str) -> str:
     """Return the GGUF file or builtin model that a model is, or was pruned from."""
     found = known_model(name)
     if isinstance(found, Path) and found.is_dir():
-        manifest: Any = {}
+        manifest: dict[str, Any] = {}
         with contextlib.suppress(InputError):
             manifest = read_object(found / MANIFEST, "")
-        while isinstance(manifest, dict) and "pruned" in manifest:
+        while "pruned" in manifest:
             manifest = manifest["pruned"]
-        name = str(((manifest or {}).get("model") or {}).get("name") or "")
+        name = str(manifest.get("model", {}).get("name", ""))
         found = known_model(name) if name.startswith("builtin:") or Path(name).is_file() else None
     if found is None:
         raise InputError(
@@ -301,18 +293,7 @@ def export_imatrix(
     """Write the importance matrix of a saved calibration set, as llama.cpp's quantiser takes it.
 
     For every matrix of the blocks: the sum of squares of each of its inputs over the set's tokens.
-
-    Args:
-        folder: the saved set.
-        model, **how: as for `open_model`.
-        output: the new file.
-
-    Returns:
-        The number of matrices.
-
-    Raises:
-        InputError: the set is another model's, or `output` cannot be written.
-        ModelError: the model cannot be opened, has experts, or matrices without a name in GGUF.
+    Returns how many there are; `model` and `how` are as for `open_model`.
     """
     from gguf import GGUFWriter
 

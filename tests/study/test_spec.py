@@ -195,9 +195,6 @@ def test_what_has_no_effect_is_told_with_its_line():
         (NEWS, "methods is empty or missing: the grid"),
         (NEWS + "methods: {wanda: 0.5}\nseeds: []\n", "seeds is empty"),
         ("name: s\nmodels: []\ncalibrations: {a: news}\nmethods: {wanda: 0.5}\n", "at least 1"),
-        (HEAD + "models: [x]\n", "'models' is given twice"),
-        ("- a\n", "holds no mapping"),
-        ("a: [\n", "line 2:"),
         (HEAD + "suit: 1\n", r"line 1: lacks 'calibrations' \(and 1 more: calmix"),
     ],
 )

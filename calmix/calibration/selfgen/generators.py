@@ -241,15 +241,10 @@ def generate(
     writing: Callable[[str, int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> CalibrationSet:
-    """Make a calibration set of text the model writes itself; every row is full.
+    """Make a calibration set of text the model (with its dense weights) writes itself; every row is
+    full. The seed decides every token, for one batch size in half types (see `write`).
 
-    Args:
-        opened: the model, with its own (dense) weights.
-        seed: decides every token, for one batch size in half types (see `write`).
-        guard: refuses text that shares a run of tokens with an item of a suite.
-        own: the user's own sources by name, for seed texts.
-        writing: called with what is being written, tokens done and tokens in all.
-        note: called with a line the user should see.
+    `guard`, `own`, `writing` and `note` are as for `calmix.calibration.resolve`.
     """
     check_length(length, opened.context)
     held = generator.beginnings(opened.tokenizer, seed, own)

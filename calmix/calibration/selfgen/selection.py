@@ -52,11 +52,8 @@ def select_rows(
 ) -> list[int]:
     """Choose `quota[g]` rows of every group g so that J is small.
 
-    Args:
-        ids: token ids of the candidates, shape (candidates, length).
-        groups: the group of each candidate; each has as many as its quota or more.
-        nll: negative log-likelihood of each candidate in nats, over so many `tokens`.
-        weight: of the balance; 0 for distinct 4-grams alone.
+    Each group has as many candidates as its quota, or more. A `weight` of 0 is for distinct
+    4-grams alone.
     """
     (keys,) = ngram_keys([ids], ORDER)
     gram, per_row = np.unique(keys, return_inverse=True)[1].ravel(), len(keys) // len(ids)

@@ -141,16 +141,10 @@ def draw(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """Draw one token a row by inverting the cumulative distribution.
+    """Draw one token a row by inverting the cumulative distribution: none of no probability.
 
-    Args:
-        logits: float32 (rows, vocabulary).
-        temperatures: float32 (rows,), positive.
-        uniform: float64 (rows,), in [0, 1).
-        top_k, top_p: as in `Request`, applied in this order after the temperature.
-
-    Returns:
-        int64 (rows,). A token of no probability is never drawn.
+    `logits` are (rows, vocabulary), `temperatures` and `uniform` (float64, in [0, 1)) one a row;
+    `top_k` and `top_p` are applied in this order after the temperature.
     """
     if (top_k is None or top_k >= logits.shape[1]) and (top_p is None or top_p >= 1):
         weights = (logits - logits.amax(-1, keepdim=True)).div_(temperatures[:, None]).exp_()
@@ -202,10 +196,8 @@ def write(
     resumes there, and the same request is not written twice. A row's tokens do not depend on the
     batch it is in, but for the rounding of matrix products in half types.
 
-    Args:
-        batch: rows at a time; None for 128. Fewer are taken where memory does not allow them.
-        progress: called with tokens done and in all, after each step and for those in the cache.
-        note: called with a line when the batch had to be made smaller.
+    `batch` is of rows at a time, fewer where memory does not allow them. `progress` is called with
+    tokens done and in all, `note` with a line when the batch had to be made smaller.
     """
     if request.length < 2:
         raise InputError(f"rows of {request.length} token hold nothing the model could write")
