@@ -38,27 +38,23 @@ if TYPE_CHECKING:
     from calmix.recovery import recover as recover
     from calmix.specs import recover_request as recover_request
 
-_HOMES = {
-    "CalibrationSet": "calmix.calibration",
-    "CalmixError": "calmix.errors",
-    "CapabilityScores": "calmix.evaluation.scores",
-    "Progress": "calmix.progress",
-    "SemiStructured": "calmix.pruning",
-    "Unstructured": "calmix.pruning",
-    "compress": "calmix.cli.python",
-    "evaluate": "calmix.evaluation.evaluate",
-    "export": "calmix.deploy.openvino",
-    "load": "calmix.deploy.pack",
-    "measure": "calmix.calibration.measuring",
-    "open_model": "calmix.models",
-    "pack": "calmix.deploy.pack",
-    "predict": "calmix.analysis.predict",
-    "prune": "calmix.pruning",
-    "recover": "calmix.recovery",
-    "recover_request": "calmix.specs",
-    "resolve": "calmix.calibration",
-    "unpack": "calmix.deploy.pack",
+_NAMES = {
+    "analysis.predict": ("predict",),
+    "calibration": ("CalibrationSet", "resolve"),
+    "calibration.measuring": ("measure",),
+    "cli.python": ("compress",),
+    "deploy.openvino": ("export",),
+    "deploy.pack": ("load", "pack", "unpack"),
+    "errors": ("CalmixError",),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.scores": ("CapabilityScores",),
+    "models": ("open_model",),
+    "progress": ("Progress",),
+    "pruning": ("SemiStructured", "Unstructured", "prune"),
+    "recovery": ("recover",),
+    "specs": ("recover_request",),
 }
+_HOMES = {name: f"calmix.{home}" for home, names in _NAMES.items() for name in names}
 __all__ = ["sources", *_HOMES]
 
 

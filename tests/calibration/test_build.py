@@ -68,14 +68,7 @@ def test_a_begin_token_opens_every_row(sources, tiny):
     )
     assert begin_token(tokenizer) == [1]
     assert begin_token(tiny.tokenizer) == []
-
-    class Begins:
-        name = "begins"
-        context = None
-        tokenizer_fingerprint = "x"
-
-    opened = Begins()
-    opened.tokenizer = tokenizer
+    opened = replace(tiny, tokenizer=tokenizer)
     made = build(mix_of(sources), opened, rows=6, length=20)
     assert (made.ids[:, 0] == 1).all()
     assert (made.ids[:, 1:] != 1).all()
@@ -108,15 +101,11 @@ def test_too_little_text_tells_has_and_needs(sources, tiny):
 
 def test_chats_are_written_by_the_models_template(tmp_path, tiny):
     path = tmp_path / "chats.jsonl"
-    chat = [
-        {"role": "user", "content": "hello there"},
-        {"role": "assistant", "content": "yes " * 9},
-    ]
+    said = {"user": "hello there", "assistant": "yes " * 9}
+    chat = [{"role": role, "content": text} for role, text in said.items()]
     path.write_text(json.dumps({"messages": chat}) + "\n", encoding="utf-8")
     tokenizer = copy.deepcopy(tiny.tokenizer)
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     rendered = replace(tiny, tokenizer=tokenizer)
     made = build(parse_mix(str(path)), rendered, rows=1, length=30)
     text = tokenizer.decode(made.ids[0])

@@ -72,7 +72,7 @@ def test_a_model_comes_back_byte_for_byte_and_loads(pruned, tmp_path):
 
 def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(pruned, tmp_path):
     model = shutil.copytree(pruned, tmp_path / "model")
-    for name in ("1_Pooling/config.json", "code/a/b.py", "code/model.safetensors", ".hidden"):
+    for name in ("code/a/b.py", "code/model.safetensors", ".hidden"):
         (model / name).parent.mkdir(parents=True, exist_ok=True)
         (model / name).write_text(name, encoding="utf-8")
     comes_back(model, tmp_path)
