@@ -25,7 +25,7 @@ from calmix.calibration import make_mix, parse_mix, rows_per_source
 from calmix.calibration import text_metrics as metrics
 from calmix.calibration.build import pack_concat, pack_window
 from calmix.evaluation.measures import Parts
-from calmix.evaluation.retention import estimate, item_weights, mean_point, resampled
+from calmix.evaluation.retention import estimate, item_weights, nan_mean, resampled
 from calmix.pruning.engine import solve
 from calmix.pruning.methods import METHODS, get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured
@@ -273,7 +273,8 @@ def test_more_orders_than_are_counted_are_drawn():
 
 @given(p=st.lists(st.floats(0, 1), max_size=8))
 def test_corrected_ps_are_the_step_up_ones(p):
-    found = benjamini_hochberg(p)
+    found = benjamini_hochberg([None, *p, None])
+    assert (found.pop(0), found.pop()) == (None, None)
     order = sorted(range(len(p)), key=lambda i: p[i])
     expected = [
         min([1.0, *(p[j] * len(p) / (at + 1) for at, j in enumerate(order) if p[j] >= p[i])])
@@ -300,7 +301,7 @@ def test_resamples_draw_items_with_replacement(count, seed, name):
     rng = np.random.default_rng(seed)
     made = Parts("accuracy", rng.random(count), rng.integers(-1, 2, count).astype(float))
     found = resampled(name, made, resamples=20, seed=seed)
-    for row, value in zip(times, found, strict=True):
+    for row, value in zip(times, found[1:], strict=True):
         whole = row @ made.whole
         assert math.isnan(value) if whole <= 0 else value == pytest.approx(row @ made.kept / whole)
     other = item_weights(name + "x", count, resamples=20, seed=seed)
@@ -310,18 +311,17 @@ def test_resamples_draw_items_with_replacement(count, seed, name):
 @given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 2.5, math.nan]), min_size=3, max_size=3),
                 min_size=1, max_size=4))  # fmt: skip
 def test_means_leave_out_what_is_not_defined(rows):
-    first, rest = mean_point([(row[0], np.array(row[1:])) for row in rows])
-    for column, told in zip(zip(*rows, strict=True), (first, *rest), strict=True):
+    for column, told in zip(zip(*rows, strict=True), nan_mean(np.array(rows), 0), strict=True):
         known = [one for one in column if not math.isnan(one)]
         assert math.isnan(told) if not known else told == pytest.approx(np.mean(known))
 
 
 @given(draws=st.lists(st.floats(-3, 3), max_size=40), lost=st.integers(0, 3))
 def test_an_estimate_is_the_central_share_of_its_draws(draws, lost):
-    found = estimate(0.7, np.array([*draws, *[math.nan] * lost]))
+    found = estimate(np.array([0.7, *draws, *[math.nan] * lost]))
     assert found.value == 0.7
     if draws:
         assert [found.low, found.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]))
     else:
         assert (found.low, found.high) == (None, None)
-    assert estimate(math.nan, np.array(draws)).value is None
+    assert estimate(np.array([math.nan, *draws])).value is None

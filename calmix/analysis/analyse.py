@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,13 +67,6 @@ class ConditionAnalysis:
         }  # fmt: skip
         return {name: [asdict(one) for one in rows] for name, rows in parts.items()}
 
-    def of_tasks(self) -> Iterator[dict[str, Any]]:
-        """Yield a row for each set and task."""
-        for one in self.ranking:
-            head = {"condition": one.condition, "calibration": one.calibration}
-            for task in self.cells.tasks:
-                yield head | asdict(task) | {"kept": asdict(one.tasks[task.name])}
-
 
 @dataclass(frozen=True)
 class Analysis:
@@ -118,7 +111,12 @@ class Analysis:
 
         made: dict[str, list[dict[str, Any]]] = {"gains": [asdict(one) for one in self.gains]}
         for found in self.conditions:
-            for name, rows in (found.rows() | {"tasks": [*found.of_tasks()]}).items():
+            tasks = [
+                {"condition": one.condition, "calibration": one.calibration, **asdict(task),
+                 "kept": asdict(one.tasks[task.name])}
+                for one in found.ranking for task in found.cells.tasks
+            ]  # fmt: skip
+            for name, rows in (found.rows() | {"tasks": tasks}).items():
                 made.setdefault(name, []).extend(rows)
         del made["agreements"]
         for row in made["ranking"]:  # in a table of their own

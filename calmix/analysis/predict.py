@@ -142,7 +142,6 @@ def predict(
     weights: Mapping[str, float] | None = None,
     held_out: Mapping[str, Tensor] | None = None,
     sources: Mapping[str, Source] | Path | None = None,
-    folder: Path | None = None,
     tick: Callable[[str], None] = lambda what: None,
     note: Callable[[str], None] | None = None,
     writing: Callable[[str, int, int], None] | None = None,
@@ -161,7 +160,6 @@ def predict(
         held_out: texts by dimension (`calmix.calibration.texts`); 16 x 512 of the builtin ones if
             not given.
         sources: the user's own, by name or as a YAML file.
-        folder: where Gram matrices are kept; in the cache if not given.
         tick: called with what has been done.
         note: called with how much room the Gram matrices take.
         writing, **draw: as for `calmix.resolve`.
@@ -180,7 +178,7 @@ def predict(
                           "the held-out text")  # fmt: skip
     made = {text: _parts(text, draw) for text in calibrations}
     drawn = {repr(asked): asked for parts in made.values() for _, asked in parts}
-    folder = folder or cache_dir() / "grams"
+    folder = cache_dir() / "grams"
     room = (len(drawn) + len(held_out)) * sum(4 * one.shape[1] ** 2 for one in blocks.layers)
     check_free(folder / "grams", room, "Gram matrices take up to")  # each of a layer of its own
     if note is not None:

@@ -25,7 +25,8 @@ from torch import Tensor
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import likelihood, retention
 from calmix.evaluation.likelihood import Progress, Ticker
-from calmix.evaluation.retention import Estimate, Point, estimate, item_weights, mean_point
+from calmix.evaluation.measures import Array
+from calmix.evaluation.retention import Estimate, estimate, item_weights, nan_mean
 from calmix.files import cache_dir, sha256_json, write_bytes
 from calmix.models import OpenModel
 from calmix.precision import dtype_name
@@ -52,9 +53,7 @@ class Reference:
 
 
 @torch.inference_mode()
-def reference(
-    opened: OpenModel, texts: Texts, *, cache: bool = False, progress: Progress | None = None
-) -> Reference:
+def reference(opened: OpenModel, texts: Texts, *, cache: bool = False) -> Reference:
     """Run a dense model over texts and return what distances to it are measured by.
 
     `texts` holds int64 token ids of shape (rows, length) by dimension. With `cache`, hidden states
@@ -73,10 +72,9 @@ def reference(
             hidden = load(kept.read_bytes())
     if hidden is None:
         decoder, _ = likelihood.decoder_and_head(opened.model)
-        tick = Ticker(progress, sum(map(len, texts.values())))
         hidden = {}
         for name, ids in texts.items():
-            parts = likelihood.hidden_states(decoder, ids, device, tick)
+            parts = likelihood.hidden_states(decoder, ids, device)
             hidden[name] = torch.cat([part.cpu() for _, part in parts])
         if cache:
             write_bytes(kept, save(hidden))
@@ -142,7 +140,7 @@ def distance(
     device = opened.model.device
     tick = Ticker(progress, sum(map(len, reference.texts.values())))
     found: dict[str, dict[str, Any]] = {}
-    points: list[Point] = []
+    points: list[Array] = []  # KL's mean, and that of each resample
     for name, ids in reference.texts.items():
         divergence, agree = [], []
         for rows, states in likelihood.hidden_states(decoder, ids, device, tick):
@@ -158,7 +156,7 @@ def distance(
         if not np.isfinite(kls).all():
             raise ModelError(f"{opened.name} gives no finite distance on the text {name}")
         times = item_weights(name, len(ids), resamples=retention.RESAMPLES, seed=0)
-        points.append((float(kls.mean()), times @ kls.mean(1) / len(ids)))
+        points.append(np.append(kls.mean(), times @ kls.mean(1) / len(ids)))
         median, high = np.quantile(kls, [0.5, 0.99])
         top1 = float(torch.cat(agree).cpu().double().mean())
         told = {"kl_median": float(median), "kl_p99": float(high), "top1": top1}
@@ -167,14 +165,14 @@ def distance(
             for key in ("kl_median", "kl_p99", "top1")}  # fmt: skip
     tokens = sum(one["tokens"] for one in found.values())
     several = all(len(ids) > 1 for ids in reference.texts.values())
-    total = _record(tokens, mean_point(points), told, several)
+    total = _record(tokens, nan_mean(np.stack(points), 0), told, several)
     return {"dense": reference.dense, "texts": texts_hash(reference.texts), "dimensions": found,
             "total": total}  # fmt: skip
 
 
-def _record(tokens: int, kl: Point, told: dict[str, float], several: bool) -> dict[str, Any]:
-    spread = estimate(*kl) if several else Estimate(None)
-    return {"tokens": tokens, "kl_mean": kl[0], **told, "kl_low": spread.low,
+def _record(tokens: int, kl: Array, told: dict[str, float], several: bool) -> dict[str, Any]:
+    spread = estimate(kl) if several else Estimate(None)
+    return {"tokens": tokens, "kl_mean": float(kl[0]), **told, "kl_low": spread.low,
             "kl_high": spread.high}  # fmt: skip
 
 

@@ -42,7 +42,6 @@ class Answer:
     """What a model wrote: `ended` is False where it was cut, at the limit or in a loop."""
 
     text: str
-    tokens: int
     ended: bool
 
 
@@ -181,7 +180,7 @@ class _Writer:
         text = self.tokenizer.decode(row.written, skip_special_tokens=True)
         for stop in row.until:
             text = text.partition(stop)[0]
-        return Answer(text, len(row.written), row.ended)
+        return Answer(text, row.ended)
 
     def by_transformers(self, rows: list[_Row]) -> None:
         from transformers import GenerationConfig

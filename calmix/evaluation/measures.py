@@ -131,7 +131,8 @@ def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -
         return Parts(score, kept, whole)
     floor = floor_scores(dense, score)
     if score == "smoothed":
-        before, after = smoothed(before, floor), smoothed(after, floor)
+        # Bits under the even mixture of the model and the floor's code.
+        before, after = (1.0 - np.logaddexp2(-bits, -floor) for bits in (before, after))
     sign = -1.0 if score in BITS else 1.0
     return Parts(score, sign * (after - floor), sign * (before - floor))
 
@@ -149,11 +150,6 @@ def task_weights(dense: Sequence[TaskScores], measure: Measure = "primary") -> l
 def is_anchored(score: Score, measure: Measure) -> bool:
     """Whether a score counts from its floor under a measure, or from 0."""
     return measure != "ratio" and (measure != "accuracy" or score not in BITS)
-
-
-def smoothed(bits: Array, floor: Array) -> Array:
-    """Return the bits of each answer under the even mixture of the model and the floor's code."""
-    return 1.0 - np.logaddexp2(-bits, -floor)
 
 
 def mean_score(task: TaskScores, score: Score) -> float:

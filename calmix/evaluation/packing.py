@@ -90,20 +90,18 @@ def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
     ordered = sorted(sequences, key=lambda scored: (scored.ids, scored.start))
     arrays = [np.asarray(scored.ids[:-1], dtype=np.int64) for scored in ordered]
     shared = [0, *(_common(a, b) for a, b in pairwise(arrays))]  # tokens of k and k - 1 in common
-    runs, loose, end = list[Run](), list[Scored](), 0
-    beside: list[int] = []  # tokens that each loose sequence has in common with the one before
+    runs, loose = list[Run](), list[int]()
     for low, high, length in _prefixes(ordered, shared, row_tokens):
-        members = ordered[low:high]
         if length:
             kept = [0, *(count - length for count in shared[low + 1 : high])]
-            trees = _trees(members, kept, length, row_tokens)
-            runs.append((members[0].ids[:length], fill_rows(trees, row_tokens)))
+            trees = _trees(ordered[low:high], kept, length, row_tokens)
+            runs.append((ordered[low].ids[:length], fill_rows(trees, row_tokens)))
         else:
-            beside += [shared[low] if low == end else 0, *shared[low + 1 : high]]
-            loose += members
-            end = high
+            loose += range(low, high)
     if loose:
-        runs.append(([], fill_rows(_trees(loose, beside, 0, row_tokens), row_tokens)))
+        kept = [0, *(shared[b] if b == a + 1 else 0 for a, b in pairwise(loose))]
+        trees = _trees([ordered[at] for at in loose], kept, 0, row_tokens)
+        runs.append(([], fill_rows(trees, row_tokens)))
     return runs
 
 

@@ -26,8 +26,6 @@ from calmix.shown import Shown, percent
 RESAMPLES = 2000
 LEVEL = 0.95
 
-Point = tuple[float, Array]  # a value, and what it is in each resample; nan where undefined
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -124,20 +122,17 @@ def retention(
         dense, pruned = ([task for task in tasks if task.values] for tasks in (dense, pruned))
         if not dense:
             raise InputError("none of the tasks has right and wrong answers: there is no accuracy")
-    tasks, points = [], {}
-    for before, after in zip(dense, pruned, strict=True):
+    tasks, points = [], np.full((len(dense), 1 + resamples), np.nan)
+    for before, after, point in zip(dense, pruned, points, strict=True):
         made, signal = parts(before, after, measure), measures.has_signal(before, measure)
-        point: Point = math.nan, np.full(resamples, np.nan)
         if signal:
-            drawn = resampled(before.name, made, resamples=resamples, seed=seed)
-            point = made.retention, drawn
-        points[before.name] = point
+            point[:] = resampled(before.name, made, resamples=resamples, seed=seed)
         tasks.append(
             TaskRetention(
                 before.name, before.dimension, made.score, len(before.items),
                 measures.mean_floor(before, made.score, measure),
                 measures.mean_score(before, made.score), measures.mean_score(after, made.score),
-                before.accuracy, after.accuracy, noise(made.whole), signal, estimate(*point, level),
+                before.accuracy, after.accuracy, noise(made.whole), signal, estimate(point, level),
             )
         )  # fmt: skip
     rolled = by_dimension(dense, points, measures.task_weights(dense, measure))
@@ -145,29 +140,22 @@ def retention(
     for name, point in rolled.items():
         members = [task for task in tasks if task.dimension == name]
         silent = tuple(task.name for task in members if not task.signal)
-        dimensions.append(DimensionRetention(name, len(members), silent, estimate(*point, level)))
-    known = [name for name, (value, _) in rolled.items() if not math.isnan(value)]
-    total = estimate(*mean_point(list(rolled.values())), level)
+        dimensions.append(DimensionRetention(name, len(members), silent, estimate(point, level)))
+    known = [name for name, point in rolled.items() if not math.isnan(point[0])]
+    total = estimate(nan_mean(np.stack([*rolled.values()]), 0), level)
     worst = min(known, key=lambda name: rolled[name][0], default=None)
     return Retention(measure, tuple(tasks), tuple(dimensions), total, worst, resamples, seed)
 
 
 def by_dimension(
-    tasks: Sequence[TaskScores], points: dict[str, Point], weights: Sequence[float] = ()
-) -> dict[str, Point]:
-    """Return the weighted mean over each dimension's tasks, of those that have a point."""
-    members: dict[str, list[tuple[Point, float]]] = {}
-    for task, weight in zip(tasks, weights or [1.0] * len(tasks), strict=True):
-        if task.name in points:
-            members.setdefault(task.dimension, []).append((points[task.name], weight))
-    return {name: mean_point(*zip(*held, strict=True)) for name, held in members.items()}
-
-
-def mean_point(points: Sequence[Point], weights: Sequence[float] = ()) -> Point:
-    """Return the weighted means of values and of their resamples, of those that are defined."""
-    rows = np.stack([np.array([value, *drawn]) for value, drawn in points])
-    means = nan_mean(rows, 0, np.asarray(weights or [1.0] * len(rows))[:, None])
-    return float(means[0]), means[1:]
+    tasks: Sequence[TaskScores], points: Array, weights: Sequence[float] | float = 1.0
+) -> dict[str, Array]:
+    """Return the weighted mean over each dimension's tasks; points have shape (tasks, values)."""
+    times = np.broadcast_to(weights, len(tasks))[:, None]
+    places: dict[str, list[int]] = {}
+    for at, task in enumerate(tasks):
+        places.setdefault(task.dimension, []).append(at)
+    return {name: nan_mean(points[own], 0, times[own]) for name, own in places.items()}
 
 
 def nan_mean(values: Array, axis: int, weights: Array | float = 1.0) -> Array:
@@ -188,16 +176,17 @@ def flips(
     the bootstrap over items that `retention` uses, and so are the errors.
     """
     check_paired(dense, pruned)
-    points: dict[str, Point] = {}
-    for before, after in zip(dense, pruned, strict=True):
-        if before.values and after.values:
-            changed = np.not_equal(before.values, after.values)
-            times = item_weights(before.name, len(changed), resamples=resamples, seed=0)
-            points[before.name] = float(changed.mean()), times @ changed / len(changed)
-    rolled = by_dimension(dense, points)
-    if rolled:
-        rolled["total"] = mean_point(list(rolled.values()))
-    return {name: estimate(*point) for name, point in rolled.items()}
+    judged = [both for both in zip(dense, pruned, strict=True) if both[0].values and both[1].values]
+    if not judged:
+        return {}
+    points = []
+    for before, after in judged:
+        changed = np.not_equal(before.values, after.values)
+        times = item_weights(before.name, len(changed), resamples=resamples, seed=0)
+        points.append(np.append(changed.mean(), times @ changed / len(changed)))
+    rolled = by_dimension([before for before, _ in judged], np.stack(points))
+    rolled["total"] = nan_mean(np.stack([*rolled.values()]), 0)
+    return {name: estimate(point) for name, point in rolled.items()}
 
 
 def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> None:
@@ -226,15 +215,18 @@ def item_weights(task: str, count: int, *, resamples: int, seed: int) -> Array:
 
 
 def resampled(task: str, made: Parts, *, resamples: int, seed: int) -> Array:
-    """Return one task's retention in each resample, shape (resamples,); nan where the dense model
-    has nothing to keep among the items drawn."""
+    """Return one task's retention, then that of each resample, shape (1 + resamples,); nan where
+    the dense model has nothing to keep among the items drawn."""
     times = item_weights(task, len(made.kept), resamples=resamples, seed=seed)
     kept, whole = times @ made.kept, times @ made.whole
-    return np.divide(kept, whole, out=np.full(resamples, np.nan), where=whole > 0)
+    drawn = np.divide(kept, whole, out=np.full(resamples, np.nan), where=whole > 0)
+    return np.append(made.retention, drawn)
 
 
-def estimate(value: float, draws: Array, level: float = LEVEL) -> Estimate:
-    """Return a value with the central part of its resamples, 95 % unless another is asked."""
+def estimate(point: Array, level: float = LEVEL) -> Estimate:
+    """Return a value with the central part of the resamples that follow it, 95 % unless another is
+    asked."""
+    value, draws = float(point[0]), point[1:]
     known = draws[~np.isnan(draws)]
     if math.isnan(value) or not len(known):
         return Estimate(None if math.isnan(value) else value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -266,13 +265,7 @@ def provenance(spec: TaskSpec) -> dict[str, str]:
 
 def builtin_suites() -> dict[str, Suite]:
     """Return the suites that come with the tool, by name."""
-    return {name: _builtin(name) for name in _BUILTIN}
-
-
-@functools.cache
-def _builtin(name: str) -> Suite:
-    text = _ROOT.joinpath(f"suites/{name}.yaml").read_text(encoding="utf-8")
-    return parse_suite(text, f"suite {name}")
+    return {name: load_suite(name) for name in _BUILTIN}
 
 
 def load_suite(name: str | Path) -> Suite:
@@ -282,7 +275,7 @@ def load_suite(name: str | Path) -> Suite:
     """
     text, path = str(name), suite_file(name)
     if path is None:
-        return _builtin(text)
+        return Suite.model_validate(packaged(f"evaluation/suites/{text}.yaml"))
     if path.suffix.lower() not in (".yaml", ".yml") and "/" not in text and not path.is_file():
         raise InputError(
             f"unknown suite '{text}': {nearest(text, _BUILTIN)} (or the path of a .yaml file)"
@@ -295,14 +288,9 @@ def load_suite(name: str | Path) -> Suite:
         read_rows(rows, str(task.kind), task.shots or 0)
         return {"file": rows}
 
-    return parse_suite(read_text(path), str(path)).changed(checked)
+    return parse_model(Suite, read_text(path), str(path)).changed(checked)
 
 
 def suite_file(name: str | Path) -> Path | None:
     """Return where a user's own suite is read from; None for a builtin one."""
     return None if str(name) in _BUILTIN else user_path(str(name))
-
-
-def parse_suite(text: str, where: str) -> Suite:
-    """Parse a suite's YAML; `where` names it in errors."""
-    return parse_model(Suite, text, where)

@@ -1,7 +1,6 @@
 """Planted correlations are recovered; noise stays noise; distances and spreads."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from calmix.analysis import Settings, analyse
 from calmix.analysis.cells import select, tables
 from calmix.analysis.correlations import cancellation, correlate
 from calmix.analysis.statistics import benjamini_hochberg
-from calmix.evaluation.retention import flips
 from tests.synthetic import Plan, full_plan, study
 
 QUICK = Settings(permutations=1999, resamples=200)
@@ -39,7 +37,6 @@ def test_all_of_a_study_is_corrected_together():
     results = study(full_plan(seeds=(0,)))
     whole = analyse(results, QUICK)
     every = [one for found in whole.conditions for one in found.correlations]
-    assert whole.tests == len(every)
     q = [one.p_corrected for one in every]
     assert q == pytest.approx(benjamini_hochberg([one.p for one in every]))
     assert analyse(results, QUICK, method="wanda").tests == whole.tests // 3
@@ -58,38 +55,6 @@ def test_metrics_that_order_the_sets_alike_are_one_test():
     assert aliases["perplexity"] == ("bits_per_byte", "-volume")
 
 
-def changed(results, number, **distance):
-    """Return results with another distance of one trial."""
-    trials = list(results.trials)
-    kept = trials[number].distance or {}
-    trials[number] = trials[number].model_copy(update={"distance": {**kept, **distance}})
-    return results.model_copy(update={"trials": tuple(trials)})
-
-
-def test_flips_are_those_of_two_models_compared():
-    results = study(Plan(sources=("a", "b"), seeds=(0,)))
-    rng = np.random.default_rng(0)
-
-    def judged(tasks):
-        return tuple(
-            replace(task, values=tuple((rng.random(len(task.items)) < 0.6).astype(float).tolist()))
-            if task.values else task for task in tasks
-        )  # fmt: skip
-
-    results = results.model_copy(update={
-        "dense": {name: judged(tasks) for name, tasks in results.dense.items()},
-        "scores": {name: judged(tasks) for name, tasks in results.scores.items()},
-    })  # fmt: skip
-    [dense] = results.dense.values()
-    for one in of(results).ranking:
-        [own] = [each for each in results.trials if each.calibration == one.calibration]
-        expected = flips(dense, results.scores[own.id], resamples=1)
-        found = one.distance["flips"]
-        assert found["total"] == pytest.approx(expected["total"].value)
-        assert found["math"] == pytest.approx(expected["math"].value)
-        assert 0.2 < expected["total"].value < 0.8
-
-
 def test_kl_that_orders_as_retention_does_is_said_to():
     results = study(Plan(seeds=(0, 1)))
     first = of(results)
@@ -97,9 +62,7 @@ def test_kl_that_orders_as_retention_does_is_said_to():
            if one.distance and one.calibration == first.ranking[0].calibration]  # fmt: skip
     kept = first.ranking[0].distance
     assert kept["kl"]["total"] == pytest.approx(np.mean([one["total"]["kl_mean"] for one in own]))
-    assert kept["top1"]["code"] == pytest.approx(
-        np.mean([one["dimensions"]["code"]["top1"] for one in own])
-    )
+    assert kept["flips"]["code"] == 1  # no made-up item is as right as it was
     found = {one.quantity: one for one in first.agreements}
     assert list(found) == ["total", "general", "commonsense", "code", "math"]
     assert (found["total"].n, found["total"].rho) == (16, pytest.approx(-1))
@@ -114,7 +77,9 @@ def test_distances_not_measured_or_on_other_texts_are_left_out():
     assert lost.distance["kl"] == dict.fromkeys(lost.distance["kl"])
     assert lost.distance["flips"]["total"] is not None
     assert part.agreements[0].n == 15
-    mixed = of(changed(results, 3, texts="other"))
+    other = results.trials[3].model_copy(update={"distance": {"texts": "other"}})
+    trials = (*results.trials[:3], other, *results.trials[4:])
+    mixed = of(results.model_copy(update={"trials": trials}))
     assert not mixed.agreements
     assert all(one.distance["kl"]["total"] is None for one in mixed.ranking)
 
@@ -125,6 +90,6 @@ def test_cancelling_is_seen_where_it_is_and_not_where_it_is_not():
     quiet = 0.1 * rng.standard_normal((16, 4))
     opposed = np.column_stack([gain, -gain, gain, -gain]) + quiet
     assert cancellation(opposed, permutations=999, seed=0) == 0.001
-    found = [cancellation(rng.standard_normal((16, 4)), permutations=199, seed=0)
+    found = [cancellation(rng.standard_normal((16, 4)), permutations=199, seed=0) <= 0.05
              for _ in range(200)]  # fmt: skip
-    assert np.mean(np.array(found) <= 0.05) == pytest.approx(0.05, abs=0.03)
+    assert np.mean(found) == pytest.approx(0.05, abs=0.03)

@@ -1,15 +1,13 @@
 """Differences, leads against sparsity and method, gains of methods, ranking, names."""
 
 import math
-from dataclasses import replace
 
 import pytest
 from scipy import stats
 
 from calmix.analysis import Settings, analyse
-from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import TOTAL, WORST, method_name
-from calmix.analysis.differences import BEST, MEAN, SINGLES, Difference, correct
+from calmix.analysis.differences import BEST, MEAN, SINGLES
 from calmix.evaluation.retention import retention
 from tests.synthetic import Plan, full_plan, study, trial
 
@@ -43,9 +41,7 @@ def test_a_difference_of_seeds_is_students_t_of_the_pooled_spread():
     assert one.high - one.low < 0.9 * ((one.item_high - one.item_low) + 2 * half)
     back = -one
     assert (back.value, back.low, back.high) == (-one.value, -one.high, -one.low)
-    sides = {d.left for d in found.differences} | {d.right for d in found.differences}
-    assert len(sides & set(found.cells.sets)) == 6
-    assert sum(side.startswith(BEST) for side in sides) == 1
+    assert len({d.left for d in found.differences} | {d.right for d in found.differences}) == 8
 
 
 def test_sets_of_few_seeds_are_compared_by_the_pooled_spread_or_about_items_alone():
@@ -61,20 +57,6 @@ def test_sets_of_few_seeds_are_compared_by_the_pooled_spread_or_about_items_alon
         seeds = (one.gap.draw_low, one.gap.draw_p, one.draw_p_corrected)
         assert [value is None for value in seeds] == [single] * 3
         assert ((one.gap.low, one.gap.high) == (one.gap.item_low, one.gap.item_high)) == single
-
-
-def test_worst_is_each_sides_own_lowest_mean():
-    """Of seeds that each have another lowest dimension, the means decide."""
-    kept = [{"general": 0.3, "code": 0.5}, {"general": 0.6, "code": 0.5}]
-    found = of(tuple(
-        trial(name, made, *SPARSE[0], seed, {key: value + lift for key, value in each.items()})
-        for name, made, lift in (("a", "mix", 0.1), ("b", "sgs", 0.0))
-        for seed, each in enumerate(kept)
-    ))  # fmt: skip
-    first = found.ranking[0]
-    assert (first.worst, first.lowest) == ("general", first.dimensions["general"])
-    assert first.lowest.value == pytest.approx(0.55, abs=1e-3)
-    assert gap(found, "a", "b", WORST).gap.value == pytest.approx(0.1, abs=1e-3)
 
 
 def test_the_worst_dimension_of_the_picked_source_is_by_its_own_numbers():
@@ -105,35 +87,13 @@ def test_leads_grow_with_sparsity_as_planted():
     assert growth.gap.low > 0
     assert growth.gap.value == pytest.approx(leads[-1] - leads[0], abs=1e-9)
     assert growth.gap.value == pytest.approx(0.08 * (1 - 0.5**3), abs=0.02)
-    named = analyse(results, Settings(default="news", permutations=9, resamples=9))
-    assert {one.over for one in named.gains} == {"news"}
-    assert gap(named.conditions[0], "mix-8", "news").gap.value > 0
-
-
-def test_leads_are_over_the_sources_of_every_sparsity():
-    """A lead does not grow because other sources were run."""
-    whole = study(full_plan(conditions=[("sparsegpt", "50%"), ("sparsegpt", "60%")], seeds=(0,)))
-
-    def without(patterns):
-        left = [t for t in whole.trials
-                if t.calibration not in ("news", "books") or t.pattern not in patterns]  # fmt: skip
-        found = analyse(whole.model_copy(update={"trials": tuple(left)}), QUICK)
-        return [one.gap.value for one in found.gains]
-
-    assert without({"50%"}) == pytest.approx(without({"50%", "60%"}))
-    assert without({"50%"}) != pytest.approx(without(set()))
 
 
 def test_ranking_by_total_and_by_worst_dimension():
-    kept = {
-        "even": ("mix", 0.5, 0.5),
-        "lopsided": ("single", 0.9, 0.3),
-        "bad": ("single", 0.4, 0.2),
-    }
-    ranking = of(tuple(
-        trial(name, made, *SPARSE[0], 0, {"general": general, "code": code})
-        for name, (made, general, code) in kept.items()
-    )).ranking  # fmt: skip
+    kept = {"even": ("mix", 0.5, 0.5), "lopsided": ("single", 0.9, 0.3),
+            "bad": ("single", 0.4, 0.2)}  # fmt: skip
+    ranking = of(tuple(trial(name, made, *SPARSE[0], 0, {"general": general, "code": code})
+                       for name, (made, general, code) in kept.items())).ranking  # fmt: skip
     assert [one.calibration for one in ranking] == ["lopsided", "even", "bad"]
     assert [one.rank_worst for one in ranking] == [2, 1, 3]
     assert (ranking[0].worst, ranking[0].behind) == ("code", None)
@@ -150,18 +110,9 @@ def test_accuracy_is_read_beside_the_primary_scores():
         for settings in (QUICK, QUICK.model_copy(update={"measure": "accuracy"}))
     )
     for name, one in found.items():
-        other = by_accuracy[name]
-        assert one.accuracy["math"] == pytest.approx(other.dimensions["math"].value)
-        answers, text = (other.tasks[task].value for task in ("code_a", "code_b"))
+        answers, text = (by_accuracy[name].tasks[task].value for task in ("code_a", "code_b"))
         assert answers == pytest.approx(0.9 * one.tasks["code_a"].value, abs=0.01)
         assert (one.accuracy["code"], text) == (pytest.approx(answers), None)
-
-
-def test_both_corrections_are_of_all_differences():
-    one = Difference("c", "a", "b", TOTAL, Estimate(0.1, p=0.03, draw_p=0.2))
-    found = correct([one, replace(one, gap=Estimate(0.1, p=0.5)), replace(one, gap=Estimate(0.1))])
-    assert [each.p_corrected for each in found] == [0.06, 0.5, None]
-    assert [each.draw_p_corrected for each in found] == [0.2, None, None]
 
 
 def test_bits_per_byte_resample_as_the_ratio_they_are():
@@ -178,24 +129,17 @@ def test_bits_per_byte_resample_as_the_ratio_they_are():
 
 
 def test_conditions_are_named_by_what_differs():
-    names = ["admm", "admm,refit=5 + distill", "ours + distill"]
-    assert [method_name(name) for name in names] == [
-        "ADMM", "ADMM,refit=5 + distill", "ours + distill",
-    ]  # fmt: skip
+    for name, title in (("admm,refit=5 + distill", "ADMM,refit=5 + distill"), ("ours", "ours")):
+        assert method_name(name) == title
     kept = {"general": 0.5, "code": 0.5}
-    trials = (
-        trial("a", "single", *SPARSE[0], 0, kept),
-        trial("a", "single", *SPARSE[0], 0, kept, rows=128),
-        trial("a", "single", *SPARSE[0], 0, kept, propagation="block"),
-        trial("none", "none", "magnitude", "60%", 0, kept, propagation=None, rows=0, length=0),
-    )
-    found = analyse(study(Plan(), trials=trials), QUICK)
+    trials = tuple(trial("a", "single", *SPARSE[0], 0, kept, **more)
+                   for more in ({}, {"rows": 128}, {"propagation": "block"}))  # fmt: skip
+    bare = trial("none", "none", "magnitude", "60%", 0, kept, propagation=None, rows=0, length=0)
+    found = analyse(study(Plan(), trials=(*trials, bare)), QUICK)
     assert {c.condition.label for c in found.conditions} == {
-        "SparseGPT 60%, block propagation, 64 x 512",
-        "SparseGPT 60%, layer propagation, 64 x 512",
-        "SparseGPT 60%, layer propagation, 128 x 512",
-        "Magnitude 60%",
-    }
+        "SparseGPT 60%, block propagation, 64 x 512", "Magnitude 60%",
+        *(f"SparseGPT 60%, layer propagation, {rows} x 512" for rows in (64, 128)),
+    }  # fmt: skip
 
 
 # One method against another
@@ -246,17 +190,14 @@ def test_every_two_methods_are_compared():
 
 def test_items_and_seeds_are_the_same_on_both_sides():
     """A gap of two methods is as sure as what they have in common lets it be."""
-    once, twice = analysed(KEPT), analysed(KEPT, seeds=2)
-    one = gain(once, BETTER, PLAIN, MEAN).gap
-    means = [each.joint.mean(range(3), 0).estimate() for each in once.conditions[::2]]
-    widths = [each.high - each.low for each in means]
+    found = analysed(KEPT, seeds=2)
+    one = gain(found, BETTER, PLAIN, MEAN).gap
+    means = [each.joint.mean(range(3), 0).estimate() for each in found.conditions[::2]]
+    widths = [each.item_high - each.item_low for each in means]
     assert one.low < one.value < one.high
-    assert one.high - one.low < 0.9 * (widths[0] ** 2 + widths[1] ** 2) ** 0.5
-    assert (one.draws, one.draw_low) == (1, None)
-    one = gain(twice, BETTER, PLAIN, MEAN).gap
-    total = twice.conditions[0].joint.mean(range(3), 0).estimate()
+    assert one.item_high - one.item_low < 0.9 * math.hypot(*widths)
     assert one.draws == 2
-    assert one.draw_high - one.draw_low < 0.1 * (total.draw_high - total.draw_low)
+    assert one.draw_high - one.draw_low < 0.1 * (means[0].draw_high - means[0].draw_low)
 
 
 @pytest.mark.parametrize(

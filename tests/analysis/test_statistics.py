@@ -11,23 +11,11 @@ import pytest
 from scipy import stats
 
 from calmix.analysis.statistics import (
-    benjamini_hochberg,
     bootstrap_intervals,
     least_p,
     permutation_p,
     unit_ranks,
 )
-
-
-def test_the_sampled_p_nears_the_t_approximation_and_is_seeded():
-    x, y = np.random.default_rng(3).standard_normal((2, 30))
-    y = y + 0.5 * x
-    ours, exact = permutation_p(x, y)
-    assert not exact
-    theirs = stats.spearmanr(x, y)
-    assert unit_ranks(x) @ unit_ranks(y) == pytest.approx(theirs.statistic, abs=1e-12)
-    assert ours == pytest.approx(theirs.pvalue, abs=0.003)
-    assert permutation_p(x, y, seed=0)[0] == ours != permutation_p(x, y, seed=1)[0]
 
 
 def test_perfect_orders_and_what_does_not_vary():
@@ -47,28 +35,15 @@ def test_perfect_orders_and_what_does_not_vary():
 def test_the_bootstrap_is_a_plain_one():
     """One resample after the other, among them such as have ties only, half of them or more."""
 
-    def ranks(values):
-        found = stats.rankdata(values)
-        return found - found.mean()
-
     x, rows = np.array([1.0, 1, 1, 1, 5]), np.array([[3.0, 1, 4, 1.5, 9], [2, 9, 2, 2, 2], [2] * 5])
     counts = set()
     for seed in range(20):
-        rng = np.random.default_rng([seed, 5])
-        drawn = rng.integers(5, size=(10, 5))
+        drawn = np.random.default_rng([seed, 5]).integers(5, size=(10, 5))
         ends = bootstrap_intervals(x, rows, resamples=10, seed=seed)
         for row, found in zip(rows, ends, strict=True):
-            pairs = [(ranks(x[order]), ranks(row[order])) for order in drawn]
-            known = [
-                (a @ b) / math.sqrt((a @ a) * (b @ b)) for a, b in pairs if a.any() and b.any()
-            ]
+            known = [stats.spearmanr(x[order], row[order]).statistic for order in drawn
+                     if np.ptp(x[order]) and np.ptp(row[order])]  # fmt: skip
             counts.add(len(known))
             expected = [math.nan] * 2 if len(known) < 5 else np.quantile(known, [0.025, 0.975])
             assert found == pytest.approx(expected, nan_ok=True)
     assert {0, 4, 5} < counts
-
-
-def test_correction_leaves_out_what_has_no_p():
-    found = benjamini_hochberg([0.001, None, 0.02, 0.03, 0.5])
-    assert found == pytest.approx([0.004, None, 0.04, 0.04, 0.5])
-    assert benjamini_hochberg([]) == []

@@ -59,21 +59,17 @@ def quiz(questions=6, shots=3, seed=0):
     return requests
 
 
-def reference(model, requests, pairs=None):
+def reference(model, requests):
     """Score one request at a time with the whole model and no tricks."""
     answers, tokenizer = [], model.tokenizer
-    for number, (_, context, answer) in enumerate(requests):
-        head, rest = pairs[number] if pairs else ([], [])
-        if not pairs:
-            stripped = context.rstrip()
-            head = tokenizer(stripped)["input_ids"] or [tokenizer.bos_token_id]
-            rest = tokenizer(context[len(stripped) :] + answer)["input_ids"]
+    for _, context, answer in requests:
+        stripped = context.rstrip()
+        head = tokenizer(stripped)["input_ids"] or [tokenizer.bos_token_id]
+        rest = tokenizer(context[len(stripped) :] + answer)["input_ids"]
         with torch.inference_mode():
-            ids = torch.tensor([head + rest])
-            logits = model.model(input_ids=ids).logits[0].float().log_softmax(-1)
-        answers.append(
-            sum(float(logits[at, token]) for at, token in enumerate(rest, len(head) - 1))
-        )
+            logits = model.model(input_ids=torch.tensor([head + rest])).logits[0]
+        known = logits.float().log_softmax(-1)[len(head) - 1 :]
+        answers.append(sum(float(known[at, token]) for at, token in enumerate(rest)))
     return answers
 
 

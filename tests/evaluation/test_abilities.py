@@ -3,12 +3,10 @@
 import pytest
 
 from calmix.errors import InputError
-from calmix.evaluation import abilities
-from calmix.evaluation.abilities import load_asked, prompts, verdict
-from calmix.evaluation.evaluate import evaluate, runnable
-from calmix.evaluation.greedy import Answer
+from calmix.evaluation.abilities import load_asked, verdict
+from calmix.evaluation.evaluate import runnable
+from calmix.evaluation.greedy import Answer, prompt
 from calmix.evaluation.suites import ASKED, load_suite
-from calmix.models import open_model
 from calmix.yaml_files import packaged
 from tests.tiny import tiny_tokenizer
 
@@ -22,7 +20,8 @@ TEMPLATE = (
 def asked(name, template):
     tokenizer, task = tiny_tokenizer(), load_asked(name)
     tokenizer.chat_template = template
-    (made,) = prompts(task, task.items[:1], tokenizer)
+    first = task.items[0]
+    made = prompt(tokenizer, first.chat, first.plain, task.tokens, task.until)
     return made, tokenizer.decode(made.ids)
 
 
@@ -45,31 +44,19 @@ def test_every_item_that_is_made_here_has_a_right_answer():
     for item in load_asked("sums").items:
         a, sign, b = item.plain.splitlines()[-1].removesuffix(" =").split()
         assert int(item.right) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
-    requests = load_asked("requests")
+    programs, requests = load_asked("small_programs"), load_asked("requests")
+    (double,) = [item for item in programs.items if item.doc["entry_point"] == "double"]
+    assert verdict(programs, double, Answer("    return 2 * x", True))
     assert len(requests.items) == 150
     solved = 0
     for item in requests.items:
         for key in {"is", "json", "same"} & set(item.right):
             answer = str(item.right[key]).split("|")[0]
-            assert verdict(requests, item, Answer(answer, 3, True)), (item.chat, answer)
-            assert not verdict(requests, item, Answer(answer, 3, False)), "cut"
+            assert verdict(requests, item, Answer(answer, True)), (item.chat, answer)
+            assert not verdict(requests, item, Answer(answer, False)), "cut"
             solved += 1
-        assert not verdict(requests, item, Answer("  ", 0, True))
+        assert not verdict(requests, item, Answer("  ", True))
     assert solved >= 80
-
-
-def test_small_programs_can_be_written():
-    task = load_asked("small_programs")
-    bodies = {"double": "return 2 * x", "greet": "return 'Hello, ' + name"}
-    chosen = [item for item in task.items if item.doc["entry_point"] in bodies]
-    assert len(chosen) == len(bodies)
-    for item in chosen:
-        body, head = bodies[item.doc["entry_point"]], item.doc["head"]
-        for code, right in (
-            (f"```python\ndef {head}:\n    {body}\n```", True), (f"    {body}", True),
-            (f"def {head}:\n    return None", False), ("import os\nos._exit(0)", False),
-        ):  # fmt: skip
-            assert verdict(task, item, Answer(code, 9, True)) is right
 
 
 def test_without_leave_programs_are_left_out_and_named():
@@ -81,20 +68,6 @@ def test_without_leave_programs_are_left_out_and_named():
     for refused, whole in ((suite.only(tasks=left), False), (suite, True)):
         with pytest.raises(InputError, match="humaneval, mbpp, small_programs runs code"):
             runnable(refused, allowed=False, whole=whole)
-
-
-def test_an_asked_task_is_scored_and_its_answers_are_kept(tiny_folder, monkeypatch):
-    opened = open_model(str(tiny_folder), dtype="float32")
-    monkeypatch.setattr(
-        abilities, "answers",
-        lambda model, asked, tick: [Answer(str(n % 3), 1, n % 4 > 0) for n in range(len(asked))],
-    )  # fmt: skip
-    scores = evaluate(opened, load_suite("abilities").only(tasks=["sums"]).limited(30))
-    (task,) = scores.tasks
-    assert (scores.form, task.primary, task.consistent) == ("worked examples", "kept", True)
-    assert len(task.items) == len(task.answers) == len(task.ended) == 30
-    assert sum(task.ended) == 22
-    assert set(task.values) <= {0.0, 1.0}
 
 
 @pytest.mark.real
@@ -109,5 +82,5 @@ def test_the_archives_items_are_asked_and_have_a_right_answer(name):
         right = item.right[0]
     else:
         right = f"so the answer is {item.right}" if task.check == "number" else doc["solution"]
-    assert verdict(task, item, Answer(right, 9, True))
-    assert not verdict(task, item, Answer("pass", 9, True))
+    assert verdict(task, item, Answer(right, True))
+    assert not verdict(task, item, Answer("pass", True))

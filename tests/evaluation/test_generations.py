@@ -19,23 +19,14 @@ from calmix.evaluation.greedy import Answer
 from tests.evaluation.helpers import opened
 
 
-def test_the_panel_is_asked_in_the_chat_template_or_behind_worked_examples(monkeypatch):
-    model, seen = opened(), []
-
-    def answers(_, asked, **more):
-        seen.append(model.tokenizer.decode(asked[0].ids))
-        return [Answer(" Paris. ", 3, number > 0) for number, _ in enumerate(asked)]
-
-    monkeypatch.setattr(generations, "answers", answers)
-    prompts = panel()
-    assert len(prompts) == len({one.shown for one in prompts}) == 10
-    assert answer(model, prompts)[:2] == ("Paris. …", "Paris.")
-    model.tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
-    answer(model, prompts)
-    question = prompts[0].shown
-    assert seen[0].endswith(f"Question: {question}\nAnswer:")
-    assert seen[0].count("Answer:") == 4
-    assert seen[1] == f"<{question}>"
+def test_the_panel_is_asked_behind_worked_examples_and_an_answer_that_is_cut_says_so(monkeypatch):
+    model, prompts = opened(), panel()
+    written = [Answer(" Paris. ", False), Answer(" Paris. ", True)]
+    monkeypatch.setattr(generations, "answers", lambda *_, **__: written)
+    assert answer(model, prompts) == ("Paris. …", "Paris.")
+    assert len({one.shown for one in prompts}) == 10
+    assert prompts[0].plain.endswith(f"Question: {prompts[0].shown}\nAnswer:")
+    assert prompts[0].plain.count("Answer:") == 4
 
 
 def test_prompts_of_a_file_and_the_file_of_answers(tmp_path):

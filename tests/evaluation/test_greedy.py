@@ -39,9 +39,7 @@ def one_by_one(opened, asked):
 def test_answers_are_those_given_one_at_a_time(tmp_path, kind):
     opened = open_model(str(save_tiny_model(tmp_path / kind, kind)), dtype="float32")
     asked = prompts(11, 10)
-    found = answers(opened, asked)
-    assert [one.text for one in found] == one_by_one(opened, asked)
-    assert all(one.tokens <= prompt.tokens for one, prompt in zip(found, asked, strict=True))
+    assert [one.text for one in answers(opened, asked)] == one_by_one(opened, asked)
 
 
 def test_an_answer_that_goes_round_in_a_loop_is_cut():

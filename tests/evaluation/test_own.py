@@ -5,13 +5,12 @@ import json
 import pytest
 
 from calmix.errors import InputError
-from calmix.evaluation.abilities import prompts, task_of, verdict
+from calmix.evaluation.abilities import task_of, verdict
 from calmix.evaluation.evaluate import evaluate, suite_items
 from calmix.evaluation.greedy import Answer
 from calmix.evaluation.own import EXAMPLES, read_rows, template
 from calmix.evaluation.suites import load_suite
 from calmix.evaluation.tasks import load_items
-from tests.tiny import tiny_tokenizer
 
 CITY = {"question": "What is the capital of France? Answer with one word.", "answer": "Paris"}
 
@@ -46,26 +45,18 @@ def test_the_template_is_a_suite_whose_examples_are_right(folder):
         ("my_programs", "    return 2 * x", "def double(x):\n    return 3 * x"),
     ):  # fmt: skip
         task = task_of(suite.tasks[name])
-        assert verdict(task, task.items[0], Answer(text, 1, True)), (name, text)
-        assert not verdict(task, task.items[0], Answer(other, 1, True)), (name, other)
-        assert not verdict(task, task.items[0], Answer(text, 1, False))
-        assert len(prompts(task, task.items, tiny_tokenizer())) == len(task.items)
+        assert verdict(task, task.items[0], Answer(text, True)), (name, text)
+        assert not verdict(task, task.items[0], Answer(other, True)), (name, other)
     texts = [text for _, _, text in suite_items(suite)]  # what leakage is looked for in
     assert f"{CITY['question']}\nParis" in texts
     assert "returns x times two.\ndouble(4) == 8\ndouble(0) == 0" in texts
 
 
-def test_the_hash_is_of_the_rows_and_not_of_their_place(folder, tmp_path):
-    suite, other = load_suite(folder / "mine.yaml"), tmp_path / "other"
-    other.mkdir()
-    for path in folder.glob("mine*"):
-        (other / path.name).write_bytes(path.read_bytes())
-    assert load_suite(other / "mine.yaml").hash == suite.hash
-    (other / "mine-answers.jsonl").write_text(json.dumps(CITY), encoding="utf-8")
-    assert load_suite(other / "mine.yaml").hash != suite.hash
-
-
-def test_the_last_rows_are_worked_examples_if_asked_for(folder):
+def test_the_last_rows_are_worked_examples_if_asked_for_and_the_hash_is_of_all(folder):
+    before = load_suite(folder / "mine.yaml").hash
+    with (folder / "mine-answers.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n")
+    assert load_suite(folder / "mine.yaml").hash != before
     suite = changed(folder, "kind: answers", "kind: answers, shots: 1")
     (only,) = task_of(suite.tasks["my_answers"]).items
     assert only.plain.startswith("Question: What is the capital of France?")
@@ -77,8 +68,10 @@ def test_the_last_rows_are_worked_examples_if_asked_for(folder):
 def test_a_model_is_scored_on_all_kinds(folder, tiny_folder, calmix, monkeypatch):
     scores = evaluate(tiny_folder, folder / "mine.yaml", allow_code_execution=True)
     assert [len(one.items) for one in scores.tasks] == [1, 2, 1, 1]
-    assert scores.tasks[0].loglikelihoods
-    assert scores.tasks[3].answers
+    assert scores.form == "worked examples"
+    assert all(one.consistent for one in scores.tasks)
+    assert [len(one.answers) for one in scores.tasks] == [0, 2, 1, 1]
+    assert scores.tasks[1].primary == "kept"
     monkeypatch.setenv("COLUMNS", "300")  # a path as long as it is
     rows = folder / "mine-numbers.jsonl"
     how = ("--suite", folder / "mine.yaml", "-o", rows, "--overwrite", "--allow-code-execution")
@@ -102,16 +95,12 @@ def test_a_new_suite_is_written_and_overwrites_nothing(calmix, tmp_path):
         ("choices", "{", "it is no JSON"),
         ("choices", "[1]", "it is no JSON object"),
         ("choices", {"question": "x", "choices": ["a"], "answer": 0}, "two texts or more"),
-        ("choices", {"question": "x", "choices": 5, "answer": 0}, "two texts or more"),
         ("choices", {"question": "x", "choices": ["a", "b"], "answer": 2}, "the place of"),
-        ("choices", {"question": "x", "choices": ["a", "b"], "answer": True}, "the place of"),
         ("answers", {"question": "x", "answer": []}, "a text, or a list"),
         ("answers", {"question": " ", "answer": "a"}, "'question' must be a text"),
-        ("numbers", {"question": "x", "answer": "4"}, "must be a number"),
         ("numbers", '{"question": "x", "answer": NaN}', "must be a number"),
         ("numbers", {"question": "x", "answer": 10**400}, r"must be a number below 1e\+15"),
         ("programs", {"question": "x", "head": "f", "tests": ["f(1)"]}, "such as double"),
-        ("programs", {"question": "x", "head": "f(x)", "tests": ["f(1) ="]}, "of expressions"),
         ("programs", {"question": "x", "head": "f(x)", "tests": "a"}, "list of expressions"),
     ],
 )
@@ -123,36 +112,14 @@ def test_a_row_that_is_wrong_is_named_with_its_line(tmp_path, kind, row, said):
         read_rows(str(path), kind)
 
 
-@pytest.mark.parametrize(
-    ("task", "said"),
-    [
-        ("{file: a.jsonl}", "a task with 'file' needs 'kind'"),
-        ("{file: a.jsonl, kind: answers}", "there is no file"),
-        ("{file: a.jsonl, kind: answers, archive: x}", "needs one of 'archive', 'asked' and"),
-        ("{file: a.jsonl, kind: answers, metric: acc}", "'metric' of such a task is as_asked"),
-        ("{file: a.jsonl, kind: answers, chance: 0.5}", "'chance' has no effect"),
-        ("{file: a.jsonl, kind: choices, shots: 3}", "'shots' has no effect on choices"),
-        ("{asked: sums, metric: as_asked, kind: answers}", "'kind' has no effect"),
-        ("{asked: sums, metric: acc}", "'metric' of such a task is pass@1 or as_asked"),
-        ("{asked: sums, metric: as_asked, shots: 2}", "'shots' has no effect"),
-        ("{asked: nothing, metric: as_asked}", "unknown asked task 'nothing'"),
-    ],
-)
-def test_a_task_that_is_wrong_is_one_line(tmp_path, task, said):
-    path = tmp_path / "s.yaml"
-    path.write_text(f"name: s\nversion: 1\ndescription: d\ndimensions:\n  a:\n    t: {task}\n")
-    with pytest.raises(InputError, match=said):
-        load_suite(path)
-
-
 def test_rows_hold_any_text_and_long_numbers(folder):
     """A line separator within a text ends no row."""
     path, long = folder / "mine-numbers.jsonl", 123456789012345
     row = {"question": "one\u2028line\x85?", "answer": long}
     path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
     task = task_of(load_suite(folder / "mine.yaml").tasks["my_numbers"])
-    assert verdict(task, task.items[0], Answer(f"It is {long}.", 1, True))
-    assert not verdict(task, task.items[0], Answer(f"It is {long + 1}.", 1, True))
+    assert verdict(task, task.items[0], Answer(f"It is {long}.", True))
+    assert not verdict(task, task.items[0], Answer(f"It is {long + 1}.", True))
     path.write_bytes(b'{"question": "caf\xe9", "answer": 1}\n')
     with pytest.raises(InputError, match="is not UTF-8 text"):
         read_rows(str(path), "numbers")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from calmix import assets
 from calmix.evaluation import checks
-from calmix.evaluation.greedy import Answer, Prompt, answers, prompt
+from calmix.evaluation.greedy import Answer, answers, prompt
 from calmix.evaluation.own import asked_of, program_of
 from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.suites import ARCHIVE, ASKED, TaskSpec
@@ -63,7 +63,8 @@ def ask(scorer: Scorer, name: str, spec: TaskSpec) -> dict[str, Any]:
     if task.check == "program":
         check_sandbox()
     scorer.tick.total += len(task.items)
-    asked = prompts(task, task.items, scorer.tokenizer)
+    asked = [prompt(scorer.tokenizer, one.chat, one.plain, task.tokens, task.until)
+             for one in task.items]  # fmt: skip
     if cut := sum(len(one.ids) + one.tokens > scorer.max_length for one in asked):
         scorer.truncated[name] += cut
     found = answers(scorer.opened, asked, tick=scorer.tick)
@@ -178,11 +179,6 @@ def _requests(_: str) -> list[dict[str, Any]]:
 MADE: dict[str, Callable[[str], list[dict[str, Any]]]] = {
     "sums": _sums, "small_programs": _small_programs, "requests": _requests,
 }  # fmt: skip
-
-
-def prompts(task: Asked, items: Sequence[Ask], tokenizer: Any) -> list[Prompt]:
-    """Return what a model is asked, in its chat template or by worked examples."""
-    return [prompt(tokenizer, one.chat, one.plain, task.tokens, task.until) for one in items]
 
 
 def verdict(task: Asked, item: Ask, answer: Answer) -> bool:
