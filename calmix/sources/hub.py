@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ from calmix.files import cache_dir, sha256_json, write_bytes
 from calmix.progress import quiet
 from calmix.sources.readers import Document, Reader, fill, lookup
 
-MIRROR = "CALMIX_HUB_DIR"
 BUDGET = 8_000_000  # characters: some 2 million tokens, 60 times a usual calibration set
 
 
@@ -39,8 +37,8 @@ class HubText(Reader):
 
     `subset` is the data set's configuration; of several, each gets an equal part of the budget.
     Without a `template` the field `text` or `content` is taken. Where an article is spread over
-    rows, `starts` is a regular expression that matches an article's first row. With
-    CALMIX_HUB_DIR set, a data set `owner/name` that lies in that folder is read from there.
+    rows, `starts` is a regular expression that matches an article's first row. An `id` that is a
+    folder is a copy of a data set on this machine.
     """
 
     type: Literal["hub"]
@@ -66,17 +64,22 @@ class HubText(Reader):
         return " ".join(part for part in parts if part)
 
     @property
+    def local(self) -> bool:
+        """Whether it is a copy on this machine."""
+        return Path(self.id).is_absolute()
+
+    @property
     def availability(self) -> str:
-        if self._mirror() is not None:
+        if self.local:
             return "offline (local copy)"
         return "offline (fetched before)" if self._kept().is_file() else "hub"
 
     def read(self) -> Iterator[Document]:
-        if (mirror := self._mirror()) is not None:
-            yield from self._documents(str(mirror))
+        if self.local:
+            yield from self._documents()
             return
         if not (kept := self._kept()).is_file():
-            lines = [json.dumps([one.id, one.text]) + "\n" for one in self._documents(self.id)]
+            lines = [json.dumps([one.id, one.text]) + "\n" for one in self._documents()]
             write_bytes(kept, gzip.compress("".join(lines).encode(), mtime=0))
         try:
             with gzip.open(kept, "rt", encoding="utf-8") as held:
@@ -85,28 +88,23 @@ class HubText(Reader):
         except (OSError, EOFError, ValueError) as error:
             raise SourceError(f"{kept} is damaged: delete it to fetch it again") from error
 
-    def _mirror(self) -> Path | None:
-        root = os.environ.get(MIRROR, "")
-        place = Path(root).expanduser() / self.id  # which may be absolute
-        return place if (root or place.is_absolute()) and place.is_dir() else None
-
     def _kept(self) -> Path:
         name = sha256_json(self.model_dump(mode="json"))[:16]
         return cache_dir() / "sources" / f"{name}.jsonl.gz"
 
-    def _documents(self, where: str) -> Iterator[Document]:
+    def _documents(self) -> Iterator[Document]:
         for subset in self.subsets:
             left = -(-self.characters // len(self.subsets))
-            for document in self._joined(where, subset):
+            for document in self._joined(subset):
                 yield document
                 left -= len(document.text)
                 if left <= 0:
                     break
 
-    def _joined(self, where: str, subset: str | None) -> Iterator[Document]:
+    def _joined(self, subset: str | None) -> Iterator[Document]:
         """Yield the documents of one subset: a row each, or all rows up to the next start."""
         part, first, prefix = "", 0, subset or self.split
-        for number, row in enumerate(_stream(self, where, subset)):
+        for number, row in enumerate(_stream(self, subset)):
             text = self._text(row, number)
             if self.starts is None or re.search(self.starts, text):
                 if part.strip():
@@ -135,16 +133,15 @@ class HubText(Reader):
         )
 
 
-def _stream(reader: HubText, where: str, subset: str | None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one subset from the hub, or from a local copy at `where`."""
-    local = where != reader.id or Path(where).is_absolute()
+def _stream(reader: HubText, subset: str | None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one subset."""
     try:
         with quiet():
             import datasets
 
             rows = iter(datasets.load_dataset(
-                where, subset, split=reader.split, streaming=True,
-                revision=None if local else reader.revision,
+                reader.id, subset, split=reader.split, streaming=True,
+                revision=None if reader.local else reader.revision,
             ))  # fmt: skip
         while True:
             with quiet():
@@ -154,12 +151,12 @@ def _stream(reader: HubText, where: str, subset: str | None) -> Iterator[dict[st
             yield row
     except Exception as error:  # the hub client gives being offline many forms
         which = f"{reader.id} ({', '.join(filter(None, [subset, reader.split]))})"
-        if local or (isinstance(error, ValueError) and not isinstance(error, UnicodeError)):
+        if reader.local or (isinstance(error, ValueError) and not isinstance(error, UnicodeError)):
             reason = " ".join(str(error).split())[:160] or type(error).__name__
-            copy = "the local copy of " if local else ""
+            copy = "the local copy of " if reader.local else ""
             raise SourceError(f"{copy}{which} cannot be read: {reason}") from error
         raise SourceError(
-            f"the hub cannot be reached for {which}: go online once to fetch it, put a copy "
-            f"at {reader.id} in a folder and name that folder in {MIRROR}, or take an offline "
-            "source (calmix calibrate sources)"
+            f"the hub cannot be reached for {which}: go online once to fetch it, copy "
+            f"{cache_dir() / 'sources'} from a machine that has, or take an offline source "
+            "(calmix calibrate sources)"
         ) from error

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from calmix.errors import SourceError
-from calmix.sources import builtin_sources, get_source, own_sources
+from calmix.sources import builtin_sources, own_sources
 from calmix.sources.hub import HubText
 
 # A row of each data set that has more than a text, as its card shows it, and what is read of it.
@@ -51,7 +51,6 @@ def put(root, identifier, rows, subsets=(None,), split="train"):
 def mirror(tmp_path, monkeypatch):
     root = tmp_path / "mirror"
     root.mkdir()
-    monkeypatch.setenv("CALMIX_HUB_DIR", str(root))
     monkeypatch.delenv("CALMIX_DATA", raising=False)
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
@@ -61,14 +60,15 @@ def mirror(tmp_path, monkeypatch):
 def test_every_entry_reads_its_shape(mirror):
     for name in HUB:
         source = builtin_sources()[name]
+        reader = source.reader.model_copy(update={"id": f"{mirror}/{source.reader.id}"})
         row, wanted = SHAPES.get(name, ({"text": "some text"}, "some text"))
-        rows, reader = [row] * 3, source.reader
+        rows = [row] * 3
         if name == "wikitext2":
             lines = "| = Water = \n|| Wet . \n| = = Uses = = \n| = Fire = \n|Hot"
             rows = [{"text": line} for line in lines.split("|")]
         put(mirror, reader.id, rows, reader.subsets, reader.split)
         assert reader.availability == "offline (local copy)"
-        documents = list(source.documents())
+        documents = list(reader.read())
         assert len({d.id for d in documents}) == len(documents)
         if name == "wikitext2":
             assert [d.text.split("\n")[0].strip() for d in documents] == ["= Water =", "= Fire ="]
@@ -79,9 +79,9 @@ def test_every_entry_reads_its_shape(mirror):
 
 def test_the_budget_ends_the_stream_and_what_cannot_be_read_is_named(mirror):
     put(mirror, "a/c", [{"text": "0123456789"}] * 100)
-    assert len(list(HubText(type="hub", id="a/c", characters=95).read())) == 10
+    assert len(list(HubText(type="hub", id=f"{mirror}/a/c", characters=95).read())) == 10
     put(mirror, "a/content", [{"content": "x"}])
-    assert [d.text for d in get_source("a/content").documents()] == ["x"]
+    assert [d.text for d in HubText(type="hub", id=f"{mirror}/a/content").read()] == ["x"]
     put(mirror, "a/other", [{"body": "x"}])
     put(mirror, "a/b", [{"text": "x"}], ["en"])
     for reader, line in (
@@ -92,7 +92,7 @@ def test_the_budget_ends_the_stream_and_what_cannot_be_read_is_named(mirror):
         ({"id": "a/b", "subset": "en", "split": "test"}, "cannot be read: .*Available"),
     ):  # fmt: skip
         with pytest.raises(SourceError, match=line):
-            list(HubText(type="hub", **reader).read())
+            list(HubText(type="hub", **reader | {"id": f"{mirror}/{reader['id']}"}).read())
 
 
 def test_what_was_streamed_is_kept(mirror, tmp_path, monkeypatch):
