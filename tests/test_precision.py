@@ -24,17 +24,6 @@ def alone(monkeypatch, yes):
     monkeypatch.setattr(precision, "_bfloat16_alone", lambda: yes)
 
 
-@pytest.mark.parametrize(
-    ("able", "expected"),
-    [({}, False), ({"avx512_bf16": True}, True), ({"avx512_bf16": True, "amx_bf16": True}, False)],
-)
-def test_matrix_units_are_what_rounds_on_the_way(able, expected, monkeypatch):
-    precision._bfloat16_alone.cache_clear()
-    monkeypatch.setattr(precision, "capabilities", lambda: able)
-    assert precision._bfloat16_alone() is expected
-    precision._bfloat16_alone.cache_clear()
-
-
 def test_large_products_are_exact_on_this_machine():
     torch.manual_seed(0)
     left, right = torch.randn(256, 300), torch.randn(300, 200)

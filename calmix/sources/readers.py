@@ -104,10 +104,8 @@ class PythonDocs(Reader):
     type: Literal["python-docs"]
 
     def read(self) -> Iterator[Document]:
-        try:
-            from pydoc_data.topics import topics
-        except ImportError:
-            raise SourceError("this Python was installed without pydoc_data") from None
+        from pydoc_data.topics import topics
+
         for name in sorted(topics):
             yield Document(name, topics[name])
 

@@ -6,8 +6,7 @@ import torch
 from gguf import GGUFReader, quants
 
 from calmix.calibration import resolve
-from calmix.deploy.gguf import export, export_imatrix
-from calmix.errors import ModelError
+from calmix.deploy.gguf import export
 from calmix.models import open_model
 from tests.tiny import load_weights, save_tiny_model
 
@@ -101,12 +100,3 @@ def test_an_importance_matrix_is_the_sum_of_squares_of_inputs(
         np.testing.assert_allclose(
             held[f"{name}.in_sum2"].data.reshape(-1), expected.numpy(), rtol=1e-4
         )
-
-
-def test_an_importance_matrix_needs_names(text_file, tmp_path):
-    save_tiny_model(tmp_path / "opt", "opt")
-    opened = open_model(str(tmp_path / "opt"))
-    resolve(str(text_file), opened, rows=2, length=16, leakage="off").save(tmp_path / "set")
-    with pytest.raises(ModelError, match=r"no (form|name) in GGUF"):
-        export_imatrix(tmp_path / "set", str(tmp_path / "opt"), tmp_path / "i.gguf")
-    assert not (tmp_path / "i.gguf").exists()

@@ -15,7 +15,6 @@ from calmix.calibration.measuring import measure
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate, load_scores
 from calmix.models import open_model
-from calmix.options import TrialOptions
 from calmix.pruning import Unstructured, allocate, prune
 from calmix.pruning.solvers.grids import read_grids
 from calmix.recovery import recover
@@ -333,13 +332,6 @@ def test_checkpoints_are_kept_if_asked(tiny_study, tmp_path):
     suite = load_study(tmp_path / "study.yaml").suite
     again = evaluate(str(folder / "checkpoint"), suite, floors=False)
     assert again.tasks == load_scores(folder / "scores.json").tasks
-
-
-def test_a_suite_that_runs_code_needs_leave(tiny_study, tmp_path):
-    path = tiny_study((f"suite: {tmp_path / 'suite.yaml'}", "suite: paper"))
-    with pytest.raises(InputError, match="--allow-code-execution"):
-        run(path, tmp_path / "store", options=TrialOptions())
-    assert not (tmp_path / "store").exists()
 
 
 def test_a_recovery_holds_levels_and_embeddings(tiny_study, tmp_path):

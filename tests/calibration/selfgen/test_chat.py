@@ -3,7 +3,6 @@
 import pytest
 
 from calmix.calibration import CalibrationSet, resolve
-from calmix.calibration.measuring import measure
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.errors import InputError
 from calmix.models import open_model
@@ -97,13 +96,6 @@ def test_a_mix_may_have_a_share_of_chats(talker, sources, tmp_path):
     made.save(tmp_path / "set")
     assert CalibrationSet.open(tmp_path / "set", talker).counts == made.counts
     assert made.manifest["written"]["chat"]["generated"] == "chat"
-
-
-def test_what_the_model_writes_is_measured_at_the_usual_packing(talker):
-    found = measure(["chat"], talker, rows=2, length=64, draws=1, perplexity=False)
-    assert found["chat"]["tokens"].mean == 128
-    with pytest.raises(InputError, match="'packing' has no effect with chat"):
-        measure(["chat"], talker, rows=2, length=64, draws=1, packing="window")
 
 
 def test_a_model_without_a_template_or_its_tokenizer_alone_is_one_line(

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from tokenizers import processors
 
 from calmix.calibration import CalibrationSet
 from calmix.calibration.leakage import Guard, ItemIndex
@@ -224,19 +223,6 @@ def test_text_starts_at_no_token_of_chats(tokens, auto, separator):
     assert start_token(tokenizer) == tokenizer.convert_tokens_to_ids(auto)
     assert start_token(tokenizer, "bos") == tokenizer.bos_token_id
     assert start_token(tokenizer, "separator") == tokenizer.convert_tokens_to_ids(separator)
-
-
-def test_a_begin_token_before_every_text_is_never_one_of_chats(tmp_path):
-    tokenizer = chat_tokenizer(CHATML, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
-    begin = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)]
-    )
-    assert start_token(tokenizer) == begin
-    path = tmp_path / "prompts.yaml"
-    path.write_text("only: [{begin: true}, {text: a}]", encoding="utf-8")
-    held = beginnings(load_prompts(path), tokenizer, "")["only"].openers
-    assert held == [[begin], [begin, tokenizer("a")["input_ids"][1]]]
 
 
 def test_without_any_start_there_is_an_error(monkeypatch, tmp_path, opened):
