@@ -5,7 +5,7 @@ from textwrap import indent
 import pytest
 import torch
 
-from calmix.calibration import ask, open_tokenizer, parse_mix, resolve
+from calmix.calibration import ask, parse_mix, resolve
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.suites import load_suite
 from calmix.sources import get_source, own_sources
@@ -100,7 +100,7 @@ def test_own_sources_come_from_a_file_a_yaml_specification_or_python(sources, ti
     assert drawn("uniform:mine,other", tiny, sources=given, **size).sha256 == made.sha256
 
 
-def test_a_saved_folder(sources, tiny, tmp_path, foreign_folder):
+def test_a_saved_folder(sources, tiny, tmp_path):
     made = drawn(sources["lower"], tiny, rows=4, length=16, seed=3)
     folder = made.save(tmp_path / "set")
     assert torch.equal(resolve(str(folder), tiny).ids, made.ids)
@@ -110,8 +110,6 @@ def test_a_saved_folder(sources, tiny, tmp_path, foreign_folder):
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=f"has {option} .*, not {value}: leave --{option} out"):
             resolve(str(folder), tiny, **{option: value})
-    with pytest.raises(InputError, match="another tokenizer"):
-        resolve(str(folder), open_tokenizer(str(foreign_folder)))
 
 
 def test_settings_of_a_generator_agree_with_a_file(tmp_path):

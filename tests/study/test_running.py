@@ -112,19 +112,6 @@ def test_a_trial_finds_what_its_steps_find_by_hand(ran):
     assert not list((store / "locks").iterdir())
 
 
-def test_finished_trials_are_not_run_again_and_more_may_be_added(tiny_study, tmp_path):
-    path, store = tiny_study(), tmp_path / "store"
-    assert len(run(path, store, skip=["mix"]).ran) == 4
-    assert run(path, store).ran == ["mix sparsegpt 60% seed 0", "mix wanda 2:4 seed 0"]
-    assert run(path, store).ran == []
-    before = read_results(store).trials
-    assert len(run(tiny_study(more="seeds: [0, 1]\n"), store, only=["mix*"]).ran) == 2
-    after = read_results(store).trials
-    assert after[:6] == before
-    assert [trial.seed for trial in after[6:]] == [1, 1]
-    assert before[4].information["perplexity"] != after[6].information["perplexity"]
-
-
 def test_a_lock_is_a_processs_and_goes_with_it(tiny_study, tmp_path):
     path, store = tiny_study(), tmp_path / "store"
     run(path, store, only=["mix wanda*"])
