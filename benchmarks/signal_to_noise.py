@@ -19,6 +19,7 @@ from typing import get_args
 import numpy as np
 from scipy.stats import spearmanr
 
+from calmix.analysis.bootstrap import joint
 from calmix.analysis.cells import select, tables
 from calmix.analysis.power import Noise, needed, noises
 from calmix.evaluation.suites import Score
@@ -91,18 +92,18 @@ def of_kinds(results: StudyResults, method: str, sparsity: str) -> None:
     trials = select(results, method=method, sparsity=sparsity)
     cells = tables(results, trials, "primary")[0]
     item = noises(results, method=method, sparsity=sparsity)[0].item or 0.0
-    total = cells.values[:, :, 0]
+    found = joint(cells, resamples=2, seed=0)
+    more, squares = found.counts - 1, found.deviations[:, 0] ** 2
     print(
         "\none draw of the total by how the set is made (degrees of freedom), draws to tell apart"
     )
     for kind, made in (("single source", ("single",)), ("mix", ("mix",)),
                        ("written by the model", ("self-cal", "sgs", "igsp"))):  # fmt: skip
-        rows = [total[at][~np.isnan(total[at])] for name in made for at in cells.of(name)]
-        rows = [row for row in rows if len(row) > 1]
-        freedom = sum(len(row) - 1 for row in rows)
+        own = [at for name in made for at in cells.of(name) if more[at]]
+        freedom = int(more[own].sum())
         if not freedom:
             continue
-        draw = math.sqrt(sum(np.square(row - row.mean()).sum() for row in rows) / freedom)
+        draw = math.sqrt(squares[own] @ more[own] / freedom)
         told = [needed(points / 100, draw, freedom, item).draws for points in (2, 1)]
         print(f"{kind:<21} {100 * draw:.2f} ({freedom})  2 points {told[0]}, 1 point {told[1]}")
 

@@ -71,7 +71,7 @@ class Cells:
     trials: tuple[tuple[int, int], ...]  # set and seed of each, by position
     items: dict[int, tuple[Array, Array]]  # by task with signal: what every trial keeps of each
     # item, shape (trials, items), and the whole of it; retention is kept.sum() / whole.sum()
-    values: Array  # retention, shape (sets, seeds, quantities)
+    means: Array  # retention, mean over the seeds that are there, shape (sets, quantities)
     accuracy: Array  # retention of accuracy (the paper's), mean over seeds
     # To the dense model: kl in nats a token, top1, flips; of seeds' mean.
     distance: dict[str, Array]
@@ -87,11 +87,6 @@ class Cells:
     def quantities(self) -> tuple[str, ...]:
         """The total and the dimensions."""
         return (TOTAL, *self.dimensions)
-
-    @cached_property
-    def means(self) -> Array:
-        """Retention, mean over the seeds that are there, shape (sets, quantities)."""
-        return nan_mean(self.values, 1)
 
     @cached_property
     def weights(self) -> Array:
@@ -220,22 +215,21 @@ def _cells(
     metrics = tuple(dict.fromkeys(name for trial in trials for name in trial.information))
 
     def table(rows: Any) -> Array:
+        """Return the mean over each set's seeds of a row a trial."""
         found = np.full((len(names), len(seeds), len(rows[0])), np.nan)
         found[tuple(zip(*places, strict=True))] = rows
-        return found
+        return nan_mean(found, 1)
 
     def rolled(of_tasks: Array) -> Array:
         return table(rolled_up(of_tasks, tasks, dimensions))
 
     return Cells(
         condition, tuple(first[name] for name in names), seeds, dimensions, tasks, tuple(places),
-        items, rolled(values), nan_mean(rolled(accuracies), 1),
-        {name: nan_mean(table(_distance(trials, dimensions, field)), 1)
-         for name, field in (("kl", "kl_mean"), ("top1", "top1"))}
-        | {"flips": nan_mean(rolled(flips), 1)},
+        items, rolled(values), rolled(accuracies),
+        {"kl": table(_distance(trials, dimensions, "kl_mean")),
+         "top1": table(_distance(trials, dimensions, "top1")), "flips": rolled(flips)},
         metrics,
-        nan_mean(table([[one.information.get(name, math.nan) for name in metrics]
-                        for one in trials]), 1),
+        table([[one.information.get(name, math.nan) for name in metrics] for one in trials]),
     )  # fmt: skip
 
 

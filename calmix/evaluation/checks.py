@@ -144,10 +144,6 @@ def _plain(text: str) -> str:
     return text.strip("\"'`*_.! \n")
 
 
-def _is(text: str, value: str) -> bool:
-    return _plain(text).lower() in value.lower().split("|")
-
-
 def _same(text: str, value: str) -> bool:
     given, wanted = (re.sub(r"\s+|(?<=,)(?=\S)", " ", _plain(one)) for one in (text, value))
     return given.lower() == wanted.lower()
@@ -189,7 +185,7 @@ def _sentences(text: str) -> int:
 
 _REQUESTED = {
     "words": lambda text, value: len(_plain(text).split()) == int(value),
-    "is": _is,
+    "is": lambda text, value: _plain(text).lower() in value.lower().split("|"),
     "same": _same,
     "case": lambda text, value: _plain(text) == _plain(text).upper(),
     "lines": lambda text, value: len(_items(text)) == int(value),

