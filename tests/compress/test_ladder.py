@@ -68,19 +68,20 @@ def test_the_walk_ends_at_the_first_that_fails_and_keeps_the_one_before(
 ):
     """Even if a smaller one would pass again."""
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
-    run = Fake(out, {6.0: 100, 5.0: 98, 4.0: 92, 3.5: 84, 3.0: 100})
+    run = Fake(out, {6.0: 100, 5.0: 98, 4.5: 95, 4.0: 92, 3.5: 84, 3.0: 100})
     said = []
     found = walk(want, out, run, lambda stage, there: said.append((stage.name, there)))
-    assert [one.bits for one in found.rungs] == [6, 5, 4, 3.5]
+    assert [one.bits for one in found.rungs] == [6, 5, 4.5, 4, 3.5]
     assert (found.bits, found.ended, found.left) == (4, "failed", ())
     assert (out / "model/made").read_text().count("candidates/4/model")
     assert not [*(out / CANDIDATES).glob("*/model"), *(out / CANDIDATES).glob("*/pruned")]
     assert json.loads((out / "abilities.json").read_text())["scores"]["fingerprint"] == "92"
     assert found.why().startswith("3.5 bits fail: math keeps 84.0 % of 100 items by generated ")
-    assert [row["math"].split()[0] for row in found.rows()] == ["100.0", "98.0", "92.0", "84.0"]
-    assert [row["kept"] for row in found.rows()] == ["yes", "yes", "yes", "no"]
+    kept = [row["math"].split()[0] for row in found.rows()]
+    assert kept == ["100.0", "98.0", "95.0", "92.0", "84.0"]
+    assert [row["kept"] for row in found.rows()] == ["yes"] * 4 + ["no"]
     both = ["prune", "evaluate"]
-    assert run.run_ == ["calibrate", "evaluate", *both * 3, "prune", "recover", "evaluate"]
+    assert run.run_ == ["calibrate", "evaluate", *both * 4, "prune", "recover", "evaluate"]
     assert said[2] == ("6 bits, quantise", False)
     again = walk(want, out, Fake(out, {}), lambda *_: pytest.fail("nothing is left to do"))
     assert again == found
@@ -116,7 +117,7 @@ def test_a_candidate_passes_if_the_models_of_all_draws_do(tiny_folder, text_file
 @pytest.mark.parametrize("after", range(7))
 def test_a_stop_goes_on_to_the_same_ladder(tiny_folder, text_file, tmp_path, after):
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
-    kept = dict.fromkeys(RUNGS, 97) | {5.0: 96, 4.0: 20}
+    kept = dict.fromkeys(RUNGS, 97) | {5.0: 96, 4.5: 20}
     run, left = Fake(out, kept), after
 
     def stopped(words):
@@ -155,11 +156,11 @@ def test_all_may_pass_none_may_pass_and_time_may_end(tiny_folder, text_file, tmp
     assert "the time given was over" in found.why()
     for name in ("pack", "answers.json", "compress.json"):  # what is made of its model
         (out / name).write_text("of 5 bits")
-    run = Fake(out, dict.fromkeys(RUNGS, 95) | {3.5: 20})
+    run = Fake(out, dict.fromkeys(RUNGS, 95) | {4.0: 20})
     found = walk(want, out, run, lambda *_: None)
-    assert run.run_ == ["prune", "evaluate", "prune", "recover", "evaluate"]
-    assert (found.ended, found.bits) == ("failed", 4)
-    assert (out / "model/made").read_text().count("candidates/4/model")
+    assert run.run_ == ["prune", "evaluate"] * 2
+    assert (found.ended, found.bits) == ("failed", 4.5)
+    assert (out / "model/made").read_text().count("candidates/4.5/model")
     assert {path.name for path in out.iterdir()} == {
         "abilities.json", "calibration", "candidates", "check.json", "ladder.json", "model"
     }  # fmt: skip
@@ -300,7 +301,7 @@ def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, m
     out, floors = tmp_path / "out", ("--keep-at-least", "code=0.4")
     words = command(out, sparse=False)
     ended = calmix(*words, *floors).ok()
-    assert "4 bits fail: code keeps" in ended.out.replace("\n", " ")
+    assert "4.5 bits fail: code keeps" in ended.out.replace("\n", " ")
     assert "card: " in ended.out
     assert json.loads((out / "compress.json").read_text())["request"]["bits"] == 5
     told = json.loads((out / "check.json").read_text(encoding="utf-8"))
