@@ -30,7 +30,6 @@ from calmix.pruning.budget import GIB, micro_bytes, solver_bytes
 from calmix.pruning.budget import Sizes as Held
 from calmix.pruning.gram import Gram, Squares
 from calmix.pruning.patterns import Pattern, SemiStructured
-from calmix.pruning.solvers import columns, surgeon
 
 
 class Sizes(NamedTuple):
@@ -95,16 +94,6 @@ def check_statistics(device: torch.device, width: int) -> list[tuple[str, bool, 
             error = float((made - expected).abs().max() / expected.max())
             name = f"{kind.__name__} of {str(dtype).removeprefix('torch.')}"
             found.append((name, error < 1e-5, f"error {error:.1e}"))
-    return found
-
-
-def check_kernel(device: torch.device) -> list[tuple[str, bool, str]]:
-    """Whether SparseGPT's column loop is one kernel: it is tried beside the plain way."""
-    found = []
-    for m, go in ((0, 0), (4, 2)):
-        used = columns.usable(device, surgeon.BLOCK, m, go, surgeon.kernel_agrees)
-        told = "is used" if used else "is not used, the plain way is taken"
-        found.append((f"SparseGPT's kernel, M = {m}", used or device.type != "cuda", told))
     return found
 
 
@@ -233,7 +222,7 @@ def main() -> None:
         named = f"{device.type} {torch.get_device_module(device).get_device_name(device)}"
     print(f"{named}; {machine()}; commit {commit()}\n")
     print("| what | right | how near |\n|---|---|---|")
-    checks = check_statistics(device, width) + check_kernel(device) + check_solvers(device, width)
+    checks = check_statistics(device, width) + check_solvers(device, width)
     for name, right, near in checks:
         print(f"| {name} | {'yes' if right else 'NO'} | {near} |")
     shapes = ["tiny"] if options.tiny else [name for name in SHAPES if name != "tiny"]

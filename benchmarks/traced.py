@@ -21,9 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from calmix.pruning import gram
-from calmix.pruning.solvers import columns
-
 aten = torch.ops.aten
 READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2",
          "unique_dim", "unique_consecutive", "repeat_interleave", "allclose"}  # fmt: skip
@@ -45,11 +42,6 @@ class Work(NamedTuple):
 def _flop(func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> tuple[float, str]:
     """Return FLOP of products and factorisations by PyTorch's own formulas, and the precision."""
     packet = func.overloadpacket
-    if packet is torch.ops.calmix.prune_columns:
-        # A column at a time from a whole tile: two operations to read it, two to correct the tile;
-        # a mask is chosen by comparing every group's columns with the tile.
-        size, outputs = args[0].shape
-        return (8.0 if args[5] else 4.0) * size**2 * outputs, "float32"
     if packet is aten.linalg_cholesky_ex:
         return args[0].shape[-1] ** 3 / 3, "float32"
     if packet is aten.linalg_solve_triangular:
@@ -277,12 +269,11 @@ def _is_mask(key: Any) -> bool:
 
 
 @contextmanager
-def tracing(device: str | None = "cuda", *, kernel: bool = False) -> Iterator[Traced]:
+def tracing(device: str | None = "cuda") -> Iterator[Traced]:
     """Make tensors fake and count what is done with them.
 
     Args:
         device: where they are made that nobody says of where; None for the CPU.
-        kernel: whether kernels written in Triton are taken to run there.
     """
     traced = Traced()
     where = torch.device(device or "cpu")
@@ -290,8 +281,6 @@ def tracing(device: str | None = "cuda", *, kernel: bool = False) -> Iterator[Tr
     there: dict[tuple[Any, str], Any] = {
         (FakeTensor, "tolist"): lambda value: traced.listed(value),
         (torch.cuda, "get_device_capability"): lambda device=None: (9, 0),
-        (columns, "usable"): lambda device, *example: kernel and device.type == "cuda",
-        (gram, "_sums_agree"): lambda device, dtype: True,
     }
     with ExitStack() as stack:
         for (owner, name), instead in there.items():

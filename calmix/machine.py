@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import gc
 import math
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-
-from calmix.errors import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -129,19 +125,6 @@ def values_at_once(device: torch.device) -> int:
     import torch
 
     return CACHED_VALUES * torch.get_num_threads() if device.type == "cpu" else 2**31
-
-
-@functools.cache
-def tried(what: str, device: torch.device, check: Callable[..., bool], *given: object) -> bool:
-    """Return whether `check(device, *given)` finds a fast way to work there; else warn."""
-    try:
-        if check(device, *given):
-            return True
-        line = "its results are wrong"
-    except Exception as error:  # a compiler and a driver may raise anything
-        line = first_line(error)
-    warnings.warn(f"{what} is not used on {device}: {line}", stacklevel=2)
-    return False
 
 
 def _memory() -> Iterator[tuple[int, int]]:

@@ -36,9 +36,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | found
 
 
-def deciding_versions(*more: str) -> dict[str, str]:
-    """Return the versions that may change the bytes of a result: `DECIDING`, and others by name."""
-    return {name: version(name) for name in (*DECIDING, *more)}
+def deciding_versions() -> dict[str, str]:
+    """Return the versions that may change the bytes of a result."""
+    return {name: version(name) for name in DECIDING}
 
 
 def run_record(seconds: dict[str, float]) -> dict[str, Any]:

@@ -5,8 +5,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread a process: workers share the cores, sums round alike in all, and a fork can compute.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Triton's kernels run on the CPU: decided when Triton is imported.
-os.environ["TRITON_INTERPRET"] = "1"
 
 import atexit
 import gc

@@ -13,7 +13,6 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = {"nncf": "export", "ray": "ray", "reasoning_gym": "reasoning"}
-BROUGHT = {"triton"}  # by PyTorch's wheels for GPUs; where it is missing there is another way
 
 
 def imported(path):
@@ -35,7 +34,7 @@ def test_all_that_is_imported_is_required():
     homes = packages_distributions()
     names = {name for path in (ROOT / "calmix").rglob("*.py") for name in imported(path)}
     assert {"torch", "datasets", "pyarrow", *EXTRAS} <= names
-    for name in sorted(names - set(EXTRAS) - BROUGHT):
+    for name in sorted(names - set(EXTRAS)):
         known = {home.lower() for home in homes.get(name, [name])}
         assert known & required, f"{name} is imported, and no dependency brings it"
     assert set(project["optional-dependencies"]) >= set(EXTRAS.values())

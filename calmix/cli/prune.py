@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -169,19 +168,21 @@ def recover(
 ) -> None:
     """Distil the dense model into the remaining weights; pruned weights stay zero.
 
-    Held-out rows decide when to stop. Under accelerate launch or torchrun, distill shares the work
-    among processes.
+    Held-out rows decide when to stop. Under torchrun, distill shares the work among processes.
     """
     request = recover_request(**work.asked(Recovering))
+    from calmix.pruning import distributed
     from calmix.recovery import recover as run
 
     check_apart(output, [work.sources])
-    leads = os.environ.get("RANK", "0") == "0"  # of several processes one prints
-    with Progress(shown=leads) as bar:
-        report = run(
-            pruned, against, request, output, started=_started("recovering", leads),
-            progress=bar.of(recovering.method), writing=bar.writing, **work.work(),
-        )  # fmt: skip
+    with distributed.launched(work.device) as own:
+        leads = distributed.processes()[0] == 0  # of several processes one prints
+        with Progress(shown=leads) as bar:
+            report = run(
+                pruned, against, request, output, started=_started("recovering", leads),
+                progress=bar.of(recovering.method), writing=bar.writing,
+                **work.work() | {"device": own},
+            )  # fmt: skip
     if leads and work.as_json:
         print_json({"output": str(output)} | report.to_dict())
     elif leads:

@@ -28,7 +28,7 @@ from calmix.options import METHOD
 from calmix.precision import widest
 from calmix.pruning.engine import Looking, check_names, run_through
 from calmix.pruning.gram import relative_error
-from calmix.pruning.methods import Look, Method, get_method
+from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Unstructured, clear
 from calmix.yaml_files import read_yaml
 
@@ -191,11 +191,6 @@ def from_shares(
     moved = sparsity - mean if abs(mean - sparsity) > 1e-12 else 0.0
     level = {name: min(max(shares[name] + moved, 1e-6), 1 - 1e-6) for name in shapes}
     return exact(level, shapes, sparsity, method)
-
-
-def looker(by: str) -> Method:
-    """Return a method that takes the statistic an allocation looks at, and as much memory."""
-    return Look(gram=by == "error")
 
 
 class DensePass(Looking):

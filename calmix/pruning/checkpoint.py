@@ -43,7 +43,7 @@ from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name
 from calmix.pruning import distributed
-from calmix.pruning.allocation import SPREAD, DensePass, from_shares, looker
+from calmix.pruning.allocation import SPREAD, DensePass, from_shares
 from calmix.pruning.budget import Plan, plan_for
 from calmix.pruning.engine import Patterns, Run, check_pattern
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
@@ -210,7 +210,7 @@ class _Pruning:
     def plans(self, shape: Sequence[int]) -> list[Plan]:
         """Return how each job stays within its memory, and each look before them."""
         asked = [job.request.allocation for job in self.jobs]
-        methods = [looker(by) for by in SPREAD if by in asked]
+        methods = [Look(gram=by == "error") for by in SPREAD if by in asked]
         methods += [Look()] if self.share is not None else []
         plans = [self.plan(shape, job.method, job) for job in self.jobs]
         return plans + [self.plan(shape, method) for method in methods]

@@ -172,7 +172,13 @@ def own_rows(ids: Tensor) -> Tensor:
     return ids[own.start : own.stop]
 
 
+def add_up(part: Tensor) -> None:
+    """Make a tensor the sum of all processes'."""
+    if processes()[1] > 1:
+        _together(lambda: dist.all_reduce(part))
+
+
 def gather(statistic: Statistic) -> None:
     """Make a statistic that of all processes' rows."""
     if processes()[1] > 1:
-        statistic.reduce(lambda part: _together(lambda: dist.all_reduce(part)))
+        statistic.reduce(add_up)

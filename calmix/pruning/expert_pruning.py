@@ -13,6 +13,7 @@ import copy
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +52,20 @@ class ScorePass(Run):
         self.scores: dict[str, list[float]] = {}
 
     def _through(self, index: int, inputs: list[SharedInput | Routed]) -> None:
-        handles = []
         sums: dict[str, Tensor] = {}
-        for routed in (one for one in inputs if isinstance(one, Routed)):
-            if routed.kind not in ("indexed", "stacked"):
-                raise ModelError(
-                    f"the gates of the experts in {routed.name} cannot be seen: --drop-experts "
-                    "does not work with this architecture"
-                )
-            device = routed.device
-            sums[routed.name] = torch.zeros(
-                2, routed.mixture.count, dtype=widest(device), device=device
-            )
-            handles.append(_scored(routed, sums[routed.name]))
-        try:
+        with ExitStack() as hooks:
+            for routed in (one for one in inputs if isinstance(one, Routed)):
+                if routed.kind not in ("indexed", "stacked"):
+                    raise ModelError(
+                        f"the gates of the experts in {routed.name} cannot be seen: --drop-experts "
+                        "does not work with this architecture"
+                    )
+                where, count = routed.device, routed.mixture.count
+                own = torch.zeros(2, count, dtype=widest(where), device=where)
+                sums[routed.name] = own
+                hooks.enter_context(_scored(routed, own))
             for number in range(len(self._batches)):
                 self.states[number] = self._run(index, number)
-        finally:
-            for handle in handles:
-                handle.remove()
         for name, own in sums.items():
             total, tokens = torch.stack(distributed.everyone(own.cpu())).sum(0)
             self.scores[name] = (total / tokens.clamp(min=1)).tolist()

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError, SolverError
-from calmix.machine import tried
 from calmix.precision import bfloat16_products, large_products, widest
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
@@ -97,10 +96,6 @@ class Gram(Sums):
         flat = inputs.reshape(-1, inputs.shape[-1])
         cpu = flat.device.type == "cpu"
         steps = _steps(flat.shape[1], cpu=cpu)
-        if flat.dtype != torch.float32 and float32_sums(flat.device, flat.dtype):
-            for at, to in steps:
-                _add_product(self._sum[at:to, at:], flat[:, at:to], flat[:, at:])
-            return
         # Inputs that are bfloat16 values anyway lose nothing; nor does float16 by TF32.
         exact = (torch.bfloat16,) if cpu else (torch.bfloat16, torch.float16)
         with bfloat16_products(flat.dtype in exact):
@@ -169,30 +164,6 @@ def squared(upper: Tensor) -> Tensor:
     for at, to in _steps(len(upper), cpu=upper.device.type == "cpu"):
         torch.mm(upper[:to, at:to].T, upper[:to, at:], out=full[at:to, at:])
     return mirrored(full)
-
-
-def float32_sums(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether products of a half type can be summed, and kept, in float32 there.
-
-    Where they cannot, inputs are made float32 first.
-    """
-    what = f"a sum in float32 of products of {str(dtype).removeprefix('torch.')}"
-    return device.type == "cuda" and tried(what, device, _sums_agree, dtype)
-
-
-def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add the product of two half-precision matrices, the first transposed, to a float32 one."""
-    torch.addmm(to, left.T, right, out_dtype=torch.float32, out=to)
-
-
-def _sums_agree(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether `_add_product` does on a device what it should, on an example."""
-    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
-    sums, there = torch.ones(48, 48, device=device), x.to(device)
-    _add_product(sums[16:32, 16:], there[:, 16:32], there[:, 16:])
-    expected = torch.ones(48, 48, dtype=torch.float64)
-    expected[16:32, 16:] += x[:, 16:32].double().T @ x[:, 16:].double()
-    return torch.allclose(sums.cpu().double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def chunks(matrix: Tensor) -> Iterator[slice]:
@@ -270,8 +241,6 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
         damping: share of the mean diagonal added to the diagonal.
     """
     diagonal = gram.diagonal()
-    if not torch.isfinite(diagonal).all():
-        raise SolverError("the inputs of this layer are not finite")
     mean = diagonal.mean()
     if not mean > 0:
         raise SolverError("the inputs of this layer are zero on every calibration token")

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from calmix.errors import InputError
 
-AT_ONCE = 2**24  # entries compared at a time on an accelerator
-
 
 class Pattern(ABC):
     """What share of a layer's weights is pruned, and among which it is chosen."""
@@ -232,9 +230,6 @@ def smallest_of_m(score: Tensor, count: int) -> Tensor:
     if m > 16:
         return score.argsort(dim=0, stable=True).argsort(dim=0) < count
     # For small M comparing all pairs is faster than sorting, and exact about ties.
-    if score.device.type != "cpu":
-        parts = score.reshape(m, -1).split(AT_ONCE // m, dim=1)
-        return torch.cat([_ranks(part) < count for part in parts], 1).view(score.shape)
     rank = torch.zeros_like(score, dtype=torch.uint8)
     for i in range(m):
         for j in range(i):
@@ -242,16 +237,3 @@ def smallest_of_m(score: Tensor, count: int) -> Tensor:
             rank[i] += later
             rank[j] += ~later
     return rank < count
-
-
-def _ranks(score: Tensor) -> Tensor:
-    """Return the place of every entry of a column (m, groups) in order, ties by index.
-
-    All pairs at once, in as many kernels whatever M is. An entry comes after those before it that
-    are no larger, and after those behind it that it is not smaller or equal to.
-    """
-    m = len(score)
-    before = torch.ones(m, m, dtype=torch.int8, device=score.device).tril_(-1)
-    later = torch.ge(score[:, None], score[None]) * before[..., None]  # i comes after j < i
-    behind = torch.arange(m - 1, -1, -1, dtype=torch.int8, device=score.device)[:, None]
-    return later.sum(1, dtype=torch.int8).sub_(later.sum(0, dtype=torch.int8)).add_(behind)

@@ -13,7 +13,6 @@ from shutil import rmtree
 
 from torch import Tensor
 
-from calmix.machine import free_memory
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import distributed
 from calmix.pruning.budget import Plan
@@ -22,8 +21,6 @@ from calmix.pruning.report import PruneReport
 from calmix.pruning.solvers.grids import SCALES, stored
 from calmix.pruning.states import States
 from calmix.pruning.work import CHECKPOINT, WorkFolder
-
-HOST_SHARE = 0.5  # of the host's free memory, for states an accelerator has no room for
 
 
 def prune_streamed(
@@ -88,11 +85,8 @@ def take_through(
     run.paused, run.expert_bytes = plan.paused, plan.expert_bytes
     folder = None
     if run.needs_ids:
-        host = 0
-        if source.device.type in ("cuda", "xpu"):
-            host = int(HOST_SHARE * free_memory()) // distributed.here()
         folder = work.scratch(f"states-{distributed.processes()[0]}")
-        run.states = States(folder, source.device, plan.states, host)
+        run.states = States(folder, source.device, plan.states)
         with memory_errors(run, source.device):
             source.fetch_outside()
             source.fetch(0)

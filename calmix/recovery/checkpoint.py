@@ -45,7 +45,7 @@ def recover(
 
     Zeros of the linear maps stay exactly zero; embeddings and output head stay as they are.
     Rows held out of the set decide when to stop, and whose weights are kept. A distillation may
-    run in several processes, started by `accelerate launch` or `torchrun`, which share a disk.
+    run in several processes (`calmix.pruning.distributed`), which share a disk.
 
     Args:
         pruned: the model to recover, as `open_model` takes it.

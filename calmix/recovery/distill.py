@@ -1,32 +1,31 @@
 """Distillation: the whole pruned model towards the dense model's logits, KL(dense || pruned).
 
 The dense model runs once: what its head sees is kept, and logits are made again from that when
-they are needed. How many processes share the work, and how the weights lie among them, is
-accelerate's business.
+they are needed. Of several processes each holds the models and takes a share of every step's rows.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from calmix.evaluation.likelihood import Head, behind, decoder_and_head
 from calmix.models import find_blocks
 from calmix.models.blocks import DecoderBlocks
 from calmix.models.shards import read_file, write_file
-from calmix.options import Recovering
-from calmix.pruning.distributed import everyone, once
+from calmix.pruning.distributed import add_up, everyone, once
 from calmix.recovery.job import Job
 from calmix.recovery.losses import divergence
-from calmix.recovery.training import Masters, Progress, grouped, steps_of, train, trained_names
+from calmix.recovery.training import Progress, grouped, steps_of, train, trained_names
 
 READINGS = 2  # of the held-out rows, an epoch
 WIDE = 0.2  # nats a token between two models, of less than which steps are as much smaller (ours)
@@ -51,7 +50,6 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self._no_split_modules = getattr(model, "_no_split_modules", None)
         self._forwards = decoder_and_head(model)
         self._dense_head = dense_head
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -73,59 +71,14 @@ class Student(nn.Module):
         dense_head = self._dense_head or head
         return divergence(hidden, target.flatten(0, 1), head, dense_head, self._vocabulary)
 
-    def tie_weights(self) -> None:
-        """Tie the model's weights again, once they have been moved."""
-        self.model.tie_weights()
-
-
-def distill(
-    student: Any,
-    masters: Masters,
-    ids: Tensor,
-    targets: Callable[[list[int]], Tensor],
-    steps: Sequence[list[int]],
-    held_out: list[int],
-    request: Recovering,
-    accelerator: Any,
-    progress: Progress,
-    at_once: int,
-) -> Iterator[None]:
-    """Train a student on the rows of every step, which the processes share; as `train` otherwise.
-
-    `targets` returns what the dense model's head sees of rows, of which `at_once` run at a time in
-    a process.
-    """
-    device = next(student.parameters()).device
-    world, rank = accelerator.num_processes, accelerator.process_index
-    share = request.batch // world
-
-    def mean(numbers: list[int], learn: bool) -> Tensor:
-        own = numbers[rank * share : (rank + 1) * share] if learn else numbers
-        tokens = len(own) * ids.shape[1]
-        total = torch.zeros((), dtype=torch.float32, device=device)
-        for part in grouped(own, at_once):
-            with torch.set_grad_enabled(learn):
-                loss = student(ids[part].to(device), targets(part).to(device)) / tokens
-            total += loss.detach()
-            if learn:
-                accelerator.backward(loss)
-                masters.collect()
-        reduced: Tensor = accelerator.reduce(total, reduction="mean")
-        return reduced
-
-    every = max(1, -(-len(steps) // (READINGS * request.epochs)))
-    return train(
-        progress, masters, steps, held_out, mean, request.lr, every=every, wide=WIDE, eager=True
-    )
-
 
 def distill_model(job: Job) -> tuple[float, float, Any]:
     """Distill the whole model; return the held-out loss before and after, and on the way.
 
-    The work folder holds masters and moments in `state-N/RANK`, and the best weights so far, as
-    they are to be written, in `best-N`. Of both there are two, one that counts and one to write.
+    The work folder holds masters and moments in `state-N`, and the best weights so far, as they
+    are to be written, in `best-N`. Of both there are two, one that counts and one to write.
     """
-    request, work, accelerator = job.request, job.work, job.accelerator
+    request, work = job.request, job.work
     folder, dense_head, weights = _dense_states(job)
     model = job.open(job.pruned.name)
     if shared := all(
@@ -137,49 +90,54 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
     student: Any = Student(
         model, find_blocks(model), dense_head, recompute=job.plan.sparing, fixed=job.fixed
     )
-    if getattr(accelerator, "is_fsdp2", False):
-        # Accelerate shards a model only together with an optimiser; ours comes after.
-        held = [p for p in student.parameters() if p.requires_grad]
-        student, _ = accelerator.prepare(student, torch.optim.SGD(held, lr=0.0))
-    else:
-        student = accelerator.prepare_model(student, device_placement=job.processes > 1)
-    trained = {
-        name.removeprefix("module.").removeprefix("model."): p
-        for name, p in student.named_parameters()
-        if p.requires_grad
-    }
-    masters = job.masters(trained)
+    if job.processes > 1:
+        student = DistributedDataParallel(student)
+    masters = job.masters({name: p for name, p in model.named_parameters() if p.requires_grad})
+    ids, share = job.calibration.ids, request.batch // job.processes
+
+    def mean(numbers: list[int], learn: bool) -> Tensor:
+        own = numbers[job.rank * share : (job.rank + 1) * share] if learn else numbers
+        tokens = len(own) * ids.shape[1]
+        total = torch.zeros((), dtype=torch.float32, device=job.device)
+        for part in grouped(own, job.plan.rows):
+            seen = torch.stack([read_file(folder / str(row))["hidden"] for row in part])
+            with torch.set_grad_enabled(learn):
+                loss = student(ids[part].to(job.device), seen.to(job.device)) / tokens
+            total += loss.detach()
+            if learn:
+                loss.backward()
+                masters.collect()
+        add_up(total)
+        return total / job.processes
+
     steps = steps_of(job.rows.training, request.batch, request.epochs, job.seed)
     progress = Progress(len(steps))
     state, best = counted = tuple(work.kept.get("counted", (0, 0)))
     if work.done:
         run = work.kept["run"]
         progress = Progress(**run | {"held_out": [tuple(one) for one in run["held_out"]]})
-        masters.restore(work.load(f"state-{state}/{job.rank}"), progress.done)
+        masters.restore(work.load(f"state-{state}"), progress.done)
     saved, took = time.monotonic(), 0.0
-    for _ in distill(
-        student, masters, job.calibration.ids,
-        lambda rows: torch.stack([read_file(folder / str(row))["hidden"] for row in rows]),
-        steps, job.rows.held_out, request, accelerator, progress, job.plan.rows,
-    ):  # fmt: skip
+    every = max(1, -(-len(steps) // (READINGS * request.epochs)))
+    held_out, lr = job.rows.held_out, request.lr
+    for _ in train(progress, masters, steps, held_out, mean, lr, every=every, wide=WIDE):
         at, loss = progress.held_out[-1]
         job.progress(progress.done, progress.steps, f"KL {loss:.4f}")
         if at != progress.done:
             continue
         if progress.best == progress.done:
             best = 1 - counted[1]
-            made = job.as_stored(masters)
             if job.main:
-                work.save(f"best-{best}", made)
+                work.save(f"best-{best}", job.as_stored(masters))
         now = time.monotonic()
         over = progress.stopped or progress.done == progress.steps
         due = not over and now - saved >= SAVING * took
         if once(functools.partial(bool, due)):
             state = 1 - counted[0]
-            own = f"state-{state}/{job.rank}"
-            work.save(own, masters.state())
+            if job.main:
+                work.save(f"state-{state}", masters.state())
             counted = state, best
-            job.keep(progress.done, own, run=asdict(progress), counted=counted)
+            job.keep(progress.done, run=asdict(progress), counted=counted)
             saved = time.monotonic()
             took = saved - now
     if job.main:

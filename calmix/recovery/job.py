@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,9 +22,9 @@ from calmix.models.opening import device_of, fingerprint
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name, suited
-from calmix.pruning import distributed
 from calmix.pruning.budget import GIB
 from calmix.pruning.checkpoint import MANIFEST, read_told
+from calmix.pruning.distributed import processes
 from calmix.pruning.expert_pruning import experts_of
 from calmix.pruning.patterns import Rate
 from calmix.pruning.solvers.grids import Grid, read_grids
@@ -36,7 +35,6 @@ from calmix.shown import Shown
 from calmix.specs import How
 
 ROOM = 0.8  # of the free memory, for the activations of all blocks at once
-TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LEAST = 0.01  # share of zeros below which a model is not sparse
 APART = 0.9  # relative distance of embeddings beyond which a model is another one
 ROWS = 4096  # of the embeddings that are compared
@@ -97,31 +95,15 @@ class Job:
     calibration: CalibrationSet
     rows: Rows
     plan: Plan
-    accelerator: Any = None
 
     def __init__(self, request: Recovering, output: Path, run: How) -> None:
         self.request, self.output, self.run = request, output, run
         self.progress = run.progress
-        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if launched and request.method == "blocks":
-            raise InputError("recovery by blocks runs in one process: start it without a launcher")
-        if launched and ":" in run.device:
-            raise InputError(
-                f"--device {run.device} is one device: several processes need one each"
-            )
-        self.device = device_of(run.device)
-        self.rank, self.processes = 0, 1
-        if request.method == "distill":
-            from accelerate import Accelerator
-
-            own: Any = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
-            self.accelerator, self.rank, self.processes = own, own.process_index, own.num_processes
-            if launched:
-                self.device = own.device
-            plugin = getattr(own.state, "fsdp_plugin", None)
-            if plugin is not None and plugin.fsdp_version != 2:
-                raise InputError("only version 2 of FSDP can be used: set fsdp_version to 2")
+        self.rank, self.processes = processes()
         self.main = self.rank == 0
+        if self.processes > 1 and request.method == "blocks":
+            raise InputError("recovery by blocks runs in one process: start it without a launcher")
+        self.device = device_of(run.device)
         if request.batch % self.processes:
             raise InputError(
                 f"--batch {request.batch} cannot be shared by {self.processes} processes"
@@ -129,9 +111,9 @@ class Job:
         self.type_name = run.dtype
         if run.dtype == "auto":
             self.type_name = dtype_name(suited(torch.bfloat16, self.device))
-        if self.type_name not in TYPES:
+        if self.type_name not in ("bfloat16", "float32"):
             raise InputError(f"--dtype {run.dtype} cannot train: use bfloat16 or float32")
-        self.dtype = TYPES[self.type_name]
+        self.dtype: torch.dtype = getattr(torch, self.type_name)
         self.opening = run.opening | {"dtype": self.type_name, "device": str(self.device)}
         self.say = run.note if self.main else How.note
         self.work = WorkFolder(output, "steps" if request.method == "distill" else "blocks")
@@ -171,9 +153,6 @@ class Job:
         self.weights = sum(math.prod(own[name]) for name in self.masked | free.keys())
         self.zeros = sum(int((pruned.stored(name) == 0).sum()) for name in self.masked)
         self.quantised = sum(math.prod(own[name]) for name in self.grids.keys() | self.fixed)
-        plugin = getattr(getattr(self.accelerator, "state", None), "fsdp_plugin", None)
-        if self.quantised and plugin is not None:
-            raise InputError(f"{pruned.name} is quantised: recover it without FSDP")
         if self.zeros < LEAST * self.weights and kept == count and not self.quantised:
             raise InputError(
                 f"{pruned.name} is not sparse ({self.zeros / self.weights:.2%} of its linear maps' "
@@ -189,7 +168,7 @@ class Job:
             "device": self.device.type,
             "processes": self.processes,
             **self.request.record(),
-            "versions": deciding_versions("accelerate"),
+            "versions": deciding_versions(),
         }
 
     def begin(self, calibration: CalibrationSet) -> None:
@@ -238,11 +217,8 @@ class Job:
             needed += 2 * states
         check_free(self.output, needed - self.work.bytes, "checkpoint and states take up to")
 
-    def keep(self, done: int, *own: str, **facts: Any) -> None:
-        """Make count what is done, with the files that each process has saved as its `own`."""
-        files = self.work.kept.setdefault("files", {})
-        for part in distributed.everyone({name: files[name] for name in own}):
-            files |= part
+    def keep(self, done: int, **facts: Any) -> None:
+        """Make count what is done."""
         self.work.keep(done=done, rows_at_once=self.plan.rows, seconds=self.seconds, **facts)
 
     def masters(self, parameters: Mapping[str, torch.nn.Parameter]) -> Masters:
@@ -251,19 +227,15 @@ class Job:
         return Masters(parameters, source, masked, self.grids, self.dense.stored)
 
     def as_stored(self, masters: Masters, *, copy: bool = False) -> dict[str, Tensor]:
-        """Return masters whole, in the types the pruned model is stored in; {} if not `main`."""
-        kept = {}
-        for name, value in masters.full():  # in which all processes take part
-            if self.main:
-                kept[name] = value.to(self.pruned.stored_dtype(name), copy=copy)
-        return kept
+        """Return what masters stand for, in the types the pruned model is stored in."""
+        return {
+            name: masters.rounded(name).to(self.pruned.stored_dtype(name), copy=copy)
+            for name in masters.values
+        }
 
     def write(self, file: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write a file of the result, and return it: what was trained, else the pruned tensors."""
         source = self.pruned
-        for name in self.masked & trained.keys():
-            zero = source.stored(name) == 0
-            assert not trained[name].cpu()[zero].any(), f"a zero of {name} has changed"
         made = source.shards.read(source.layout[file])
         for name, value in source.as_stored(trained).items():
             if name in made:

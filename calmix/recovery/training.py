@@ -152,65 +152,42 @@ def train(
     every: int,
     where: str = "",
     wide: float = 0.0,
-    eager: bool = False,
 ) -> Iterator[None]:
     """Train until all steps are taken or what is held out no longer gets better.
 
     Yields after every step; an earlier run's progress is resumed. `mean` returns the mean loss a
     token of some items, and collects its gradients where it is to learn. Held-out items are read
-    `every` so many steps, and with them the losses of the steps between unless `eager`. Where they
-    lose less than `wide` at first, steps are as much smaller.
+    `every` so many steps. Where they lose less than `wide` at first, steps are as much smaller.
     """
-    pending: list[Tensor] = []
 
-    def read(at: str) -> list[float]:
-        values: list[float] = torch.stack(pending).tolist()
-        pending.clear()
-        for number, value in enumerate(values, len(progress.losses) + 1):
-            if not math.isfinite(value):
-                raise SolverError(
-                    f"the loss is not finite {where}{at or f'at step {number}'} of {len(steps)}: "
-                    "lower --lr, or check the models' weights (--dtype float32 computes in more "
-                    "range)"
-                )
-        return values
+    def finite(loss: Tensor, at: str) -> float:
+        value = float(loss)
+        if not math.isfinite(value):
+            raise SolverError(
+                f"the loss is not finite {where}{at} of {len(steps)}: lower --lr, or check the "
+                "models' weights (--dtype float32 computes in more range)"
+            )
+        return value
 
     def reading() -> tuple[int, float]:
-        pending.append(mean(held_out, False))
-        return progress.done, read(f"on the held-out rows after step {progress.done}")[0]
+        at = f"on the held-out rows after step {progress.done}"
+        return progress.done, finite(mean(held_out, False), at)
 
     if not progress.held_out:
         progress.held_out.append(reading())
     peak = lr * min(1.0, progress.held_out[0][1] / wide) if wide else lr
     while progress.done < len(steps) and not progress.stopped:
-        pending.append(mean(steps[progress.done], True))
+        loss = mean(steps[progress.done], True)
+        progress.losses.append(finite(loss, f"at step {progress.done + 1}"))
         masters.step(rate(progress.done, len(steps), peak))
         progress.done += 1
-        due = progress.done % every == 0 or progress.done == len(steps)
-        if due or eager:
-            progress.losses += read("")
-        if due:
+        if progress.done % every == 0 or progress.done == len(steps):
             progress.held_out.append(reading())
             best = min(progress.held_out, key=lambda one: one[1])
             progress.best = best[0]
             idle = len(progress.held_out) - 1 - progress.held_out.index(best)
             progress.stopped = idle >= PATIENCE and progress.done < len(steps)
         yield
-
-
-def local(tensor: Any) -> Tensor:
-    """Return the part of a tensor that this process holds: all of it unless it is sharded."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _sharded_as(like: Any, full: Tensor) -> Tensor:
-    """Return a tensor as it lies in a parameter, in float32."""
-    full = full.to(like.device, torch.float32, copy=True)
-    if not hasattr(like, "to_local"):
-        return full
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(full, like.device_mesh, like.placements)
 
 
 class Levels:
@@ -237,9 +214,8 @@ class Levels:
 class Masters:
     """Float32 copies of parameters, with Adam's moments (arXiv 1412.6980, betas 0.9 and 0.95).
 
-    Parameters are whole, or sharded as DTensors. `stored` returns one by name in the precision of
-    the files; `masked` says whether its zeros stay. Quantised ones, never sharded, have `grids`,
-    and `dense` returns what they were.
+    `stored` returns a parameter by name in the precision of the files; `masked` says whether its
+    zeros stay. Quantised ones have `grids`, and `dense` returns what they were.
     """
 
     def __init__(
@@ -262,7 +238,8 @@ class Masters:
                 full, size = own.begin(full, dense(name), mask), own.size
             else:
                 size = size_of(full)
-            self.values[name] = nn.Parameter(_sharded_as(parameter, full))
+            own_value = full.to(parameter.device, torch.float32, copy=True)
+            self.values[name] = nn.Parameter(own_value)
             groups.append({"params": [self.values[name]], "size": size})
         self._masked = [value for name, value in self.values.items() if masked(name)]
         fused = next(iter(self.values.values())).device.type in ("cpu", "cuda")
@@ -298,35 +275,29 @@ class Masters:
     def round(self) -> None:
         """Round the masters into the parameters."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(self._rounded(name))
+            parameter.copy_(self.rounded(name))
 
-    def _rounded(self, name: str) -> Any:
+    def rounded(self, name: str) -> Tensor:
         """Return the weights that a master stands for, float32."""
         value, levels = self.values[name].detach(), self._levels.get(name)
         return value if levels is None else levels.round(value)
 
-    def full(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all weights whole; where they are sharded all processes must ask together."""
-        for name in self.values:
-            value = self._rounded(name)
-            yield name, value.full_tensor() if hasattr(value, "full_tensor") else value
-
     def state(self) -> dict[str, Tensor]:
         """Return masters and moments, all it takes to resume."""
-        state = {f"value/{name}": local(value.detach()) for name, value in self.values.items()}
+        state = {f"value/{name}": value.detach() for name, value in self.values.items()}
         for name, value in self.values.items():
             for kind in MOMENTS if value in self._adam.state else ():
-                state[f"{kind}/{name}"] = local(self._adam.state[value][kind])
+                state[f"{kind}/{name}"] = self._adam.state[value][kind]
         return state
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Resume from a state, after so many steps."""
         for name, value in self.values.items():
-            local(value).copy_(state[f"value/{name}"])
+            value.copy_(state[f"value/{name}"])
             if f"{MOMENTS[0]}/{name}" in state:
-                own = self._adam.state[value] = {kind: torch.zeros_like(value) for kind in MOMENTS}
-                for kind in MOMENTS:
-                    local(own[kind]).copy_(state[f"{kind}/{name}"])
+                own = self._adam.state[value] = {
+                    kind: torch.empty_like(value).copy_(state[f"{kind}/{name}"]) for kind in MOMENTS
+                }
                 own["step"] = torch.tensor(float(steps), device=value.device)
         self.round()

@@ -35,9 +35,8 @@ from calmix.models.opening import DTYPES, device_of, known_model, loading
 from calmix.options import Recovering
 from calmix.precision import suited
 from calmix.pruning import prune
-from calmix.pruning.allocation import looker
 from calmix.pruning.budget import plan_for
-from calmix.pruning.methods import Method
+from calmix.pruning.methods import Look, Method
 from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.patterns import Rate, Unstructured
 from calmix.recovery import memory as recovery
@@ -198,8 +197,8 @@ class Timed:
         """Return the seconds of a prune with its allocation, without reading and writing files."""
         fixed, each = self.prune(method, propagation, length)
         if allocation is not None:
-            fixed += self.prune(looker("owl"), None, length)[0]
-            each += self.prune(looker(allocation), None, length)[1]
+            fixed += self.prune(Look(), None, length)[0]
+            each += self.prune(Look(gram=allocation == "error"), None, length)[1]
         return fixed + rows * length * each
 
     def calibration(self, asked: Asked, measured: bool = True) -> float:

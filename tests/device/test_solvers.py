@@ -1,7 +1,6 @@
 """Solvers, statistics and patterns on a device that is not there: types, shapes, devices, reads."""
 
 import itertools
-from unittest import mock
 
 import pytest
 import torch
@@ -38,56 +37,6 @@ def test_statistics_stay_on_the_device(kind, dtype):
     assert not traced.copies
 
 
-def test_a_gram_matrix_is_summed_in_place(monkeypatch):
-    """No product is as large as the sum itself: a wide layer's would take gigabytes."""
-    places, addmm = [], torch.addmm
-
-    def told(*given, **options):
-        assert options["out_dtype"] == torch.float32
-        places.append(options["out"]._base)
-        return addmm(*given, **options)
-
-    monkeypatch.setattr(torch, "addmm", told)
-    with tracing() as traced:
-        sums = Gram(4096, CUDA)
-        traced.operations.clear()
-        sums.add(torch.randn(1, 8, 4096, dtype=torch.bfloat16))
-        assert traced.operations == {"randn": 1, "addmm": 2}  # two panels of the upper triangle
-        assert [place is sums.matrix() for place in places] == [True, True]
-
-
-@pytest.mark.parametrize("fails", [RuntimeError("no such kernel\nhere"), None], ids=str)
-def test_without_products_that_sum_in_float32_inputs_are_widened(fails):
-    def agree(device, dtype):
-        if fails is not None:
-            raise fails
-        return False
-
-    with tracing() as traced, mock.patch.object(gram, "_sums_agree", agree):
-        sums = Gram(96, CUDA)
-        with pytest.warns(UserWarning, match="products of float16 is not used on cuda:0: ") as told:
-            sums.add(torch.randn(2, 8, 96, dtype=torch.float16))
-        assert str(told[0].message).endswith("wrong" if fails is None else "no such kernel")
-        assert sums.matrix().dtype == torch.float32
-    assert traced.operations["addmm_"] == 1
-
-
-def test_sums_in_place_are_tried_on_a_part_of_a_matrix(monkeypatch):
-    """A library may read what it has written already, or forget what was there."""
-
-    def right(to, left, right, *, out_dtype, out):
-        out.copy_(to + left.float() @ right.float())
-
-    def forgetful(to, left, right, *, out_dtype, out):
-        out.copy_(left.float() @ right.float())
-
-    for dtype in (torch.bfloat16, torch.float16):
-        monkeypatch.setattr(torch, "addmm", right)
-        assert gram._sums_agree(torch.device("cpu"), dtype)
-        monkeypatch.setattr(torch, "addmm", forgetful)
-        assert not gram._sums_agree(torch.device("cpu"), dtype)
-
-
 @pytest.mark.parametrize(
     "how",
     quick([(torch.bfloat16, PATTERNS[0]), (torch.float32, PATTERNS[1])],
@@ -117,18 +66,6 @@ def test_a_solve_reads_a_few_numbers_and_copies_nothing(name, how):
         assert traced.reads.total() <= 25
         assert not traced.copies, traced.copies
         assert [isinstance(error, float) for error in solved.errors] == [needs is Gram] * 3
-
-
-@pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
-def test_a_block_of_columns_is_one_kernel(pattern):
-    with tracing(kernel=True) as traced:
-        weights = [torch.randn(rows, 192, dtype=torch.bfloat16) for rows in (24, 40)]
-        solved = get_method("sparsegpt").solve(weights, torch.randn(192, 192), [pattern] * 2)
-        assert on_device(*solved.weights)
-    assert traced.operations["prune_columns"] == 2
-    assert traced.operations["linalg_solve_triangular"] == 1  # of the factor
-    assert traced.reads == {"_local_scalar_dense": 4}  # of the factor
-    assert not traced.copies
 
 
 def test_the_error_of_a_large_layer_starts_few_kernels():

@@ -19,7 +19,6 @@ from calmix.pruning.work import WorkFolder
 from tests.tiny import VOCABULARY, quick
 
 BATCHES, ROWS, LENGTH = 3, 2, 32
-STATES = BATCHES * ROWS * LENGTH * 32 * 4
 
 
 class Inline:
@@ -80,18 +79,14 @@ def test_a_device_without_a_queue_for_it_copies_in_one_thread(numberless):
     assert {value.device.type for value in read.values()} == {"cpu"}
 
 
-@pytest.mark.parametrize(
-    "case",
-    quick([("wanda", 2**30), ("wanda,refit=2", STATES // BATCHES)],
-          [("sparsegpt", 2**30), ("sparsegpt", STATES // BATCHES)]),
-)  # fmt: skip
-def test_a_block_comes_and_goes_once(numberless, tmp_path, monkeypatch, case):
-    """Its weights come and go; hidden states stay, those there is no room for in pinned memory."""
-    (streamed, pinned, waited), (method, room) = numberless, case
+@pytest.mark.parametrize("method", quick(["wanda,refit=2"], ["sparsegpt"]))
+def test_a_block_comes_and_goes_once(numberless, tmp_path, monkeypatch, method):
+    """Its weights come and go; hidden states stay."""
+    streamed, pinned, waited = numberless
     work = WorkFolder(tmp_path / "out")
     work.claim({}, resume=False, overwrite=False)
     run = Run(streamed.model, streamed.blocks, get_method(method), Unstructured(0.5))
-    plan = Plan(ROWS * LENGTH, None, True, 0, states=room)
+    plan = Plan(ROWS * LENGTH, None, True, 0, states=2**30)
     seen = []
     with tracing() as traced:
 
@@ -112,13 +107,11 @@ def test_a_block_comes_and_goes_once(numberless, tmp_path, monkeypatch, case):
         prune_streamed(streamed, ids, run, work, plan, lambda done: mark() if done else None)
     work.abandon()
     weights = len(streamed.block_names(0))
-    outside = 0 if room > STATES else BATCHES - 1
     first, *blocks = seen
     assert all(reads.total() <= 50 for reads, _ in blocks)
     # A block's weights come while the one before is at work, and the last block gives no states.
-    given = {("cuda", "cpu"): weights + outside, ("cpu", "cuda"): weights + outside}
-    last = {("cuda", "cpu"): weights, ("cpu", "cuda"): outside}
-    assert [+copies for _, copies in blocks] == [+Counter(given), +Counter(last)]
+    last = {("cuda", "cpu"): weights}
+    assert [copies for _, copies in blocks] == [last | {("cpu", "cuda"): weights}, last]
     assert waited == ["copied"] * 3  # for what is outside, and for each block
     assert len(pinned) == 2 * weights + len(streamed.outside_names())
     # Before the blocks, what is handed to them is compared with what other micro-batches brought.

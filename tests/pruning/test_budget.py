@@ -14,7 +14,6 @@ from calmix.pruning.budget import (
     paused_bytes,
     solver_bytes,
 )
-from calmix.pruning.solvers import refit
 
 MIB = 2**20
 LLAMA_8B = Sizes(
@@ -87,18 +86,3 @@ def test_amounts_of_memory():
     for text in ("", "much", "-1GiB", "6 GiBit", "0", "1e9"):
         with pytest.raises(InputError, match="is not an amount of memory"):
             parse_memory(text)
-
-
-@pytest.mark.parametrize(
-    ("method", "memory"),
-    [
-        ("magnitude", 8 * 1500 * 40),
-        ("wanda", 1500 * (16 + 8 * 40)),
-        ("sparsegpt", 11 * 1500**2 + 8 * 1500 * 40),
-        ("admm", 19 * 1500**2 + 20 * 1500 * 40),
-        ("wanda,refit=7", 4 * 1500**2 + refit.memory(40, 1500)),
-    ],
-)
-def test_memory_by_hand(method, memory):
-    """40 outputs of 1,500 inputs."""
-    assert get_method(method).memory(1500, 40) == memory

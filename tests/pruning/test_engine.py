@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from calmix.errors import InputError, ModelError, SolverError
 from calmix.models import find_blocks
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune
-from calmix.pruning.engine import Run, run_through, solve
+from calmix.pruning.engine import solve
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import Solution
 from calmix.pruning.methods.magnitude import Magnitude
@@ -110,45 +110,22 @@ def test_layers_that_read_one_input_share_it():
     ]  # fmt: skip
 
 
-class ReachedError(Exception):
-    """The input that is asked for is there."""
-
-
-class Replay(Run):
-    """What sequential propagation means: for each input a block is run anew as far as it."""
-
-    def _through(self, index, inputs):
-        for shared in inputs:
-            statistic = self._statistic(shared)
-
-            def stop(module, args, statistic=statistic):
-                statistic.add(args[0])
-                raise ReachedError
-
-            with shared.module.register_forward_pre_hook(stop):
-                for number in range(len(self._batches)):
-                    with pytest.raises(ReachedError):
-                        self._run(index, number, keep=False)
-            self._solve(shared, statistic)
-        self._advance(index)
-
-
 @pytest.mark.parametrize(
     ("kind", "method", "paused"),
-    [("llama", "wanda", None), ("llama", "sparsegpt", 0), ("bloom", "sparsegpt", 2),
-     ("phi", "wanda", None), ("gemma4_text", "sparsegpt", 1)],
-)  # fmt: skip
-def test_coroutines_give_the_bytes_of_a_replay(kind, method, paused):
-    """They are the optimisation: a block that pauses is a block begun anew, bit by bit. Those that
-    do not stay paused begin anew; of 12 rows in micro-batches of 5 the last one is smaller."""
-    ours, theirs, seen = tiny_model(kind), tiny_model(kind), []
-    how = {"micro_tokens": 5 * 32, "paused": paused, "progress": lambda *of: seen.append(of)}
-    report = prune(ours, tiny_ids(), method=method, pattern=HALF, **how)
-    replay = Replay(theirs, find_blocks(theirs), get_method(method), HALF)
-    run_through(replay, tiny_ids(), 5 * 32)
-    check_equal(ours, theirs)
-    assert replay.report.layers == report.layers
-    assert seen == [(number + 1, len(seen)) for number in range(len(replay.found))]
+    [("llama", "sparsegpt", 0), ("bloom", "sparsegpt", 2), ("gemma4_text", "wanda", 1)],
+)
+def test_what_does_not_stay_paused_begins_anew_to_the_same_bytes(kind, method, paused):
+    """Of 12 rows in micro-batches of 5 the last one is smaller."""
+    made, seen = [], []
+    for few in (None, paused):
+        model = tiny_model(kind)
+        how = {"micro_tokens": 5 * 32, "paused": few, "progress": lambda *of: seen.append(of)}
+        report = prune(model, tiny_ids(), method=method, pattern=HALF, **how)
+        made.append((model, report.layers))
+    check_equal(made[0][0], made[1][0])
+    assert made[0][1] == made[1][1]
+    blocks = len(seen) // 2
+    assert seen == 2 * [(number + 1, blocks) for number in range(blocks)]
 
 
 @pytest.mark.parametrize("paused", [None, 1])

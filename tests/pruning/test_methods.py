@@ -8,10 +8,9 @@ import torch
 
 from calmix.errors import InputError
 from calmix.pruning import prune
-from calmix.pruning.gram import Gram, inverse_factor
+from calmix.pruning.gram import Gram
 from calmix.pruning.methods import get_method
-from calmix.pruning.patterns import SemiStructured, Unstructured, smallest
-from calmix.pruning.solvers import surgeon
+from calmix.pruning.patterns import SemiStructured, Unstructured
 from calmix.specs import prune_request
 from tests.pruning.toy import SPARSE
 from tests.tiny import tiny_ids, tiny_model
@@ -97,32 +96,6 @@ def test_sparsegpt_equals_textbook_obs(pattern, columns):
     agree = ((ours == 0) == mask).all(axis=1)
     assert agree.mean() > 0.9
     np.testing.assert_allclose(ours[agree], expected[agree], rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "columns"), [*itertools.product(PATTERNS[1:3], [128, 44]), (UNEVEN, 132)], ids=str
-)
-def test_sparsegpt_groups_solved_at_once_equal_columns_one_by_one(pattern, columns):
-    """What an accelerator does: the same masks and errors, but for rounding."""
-    w, h = as_tensors(*problem(rows=48, columns=columns, tokens=1000, seed=5))
-    upper = inverse_factor(h).upper
-    inverse = upper.diagonal().reciprocal()[:, None]
-    made = []
-    for at_once in (False, True):
-        weights, mask = w.T.contiguous(), torch.zeros(columns, 48)
-        if isinstance(pattern, Unstructured):
-            score = (weights * inverse).abs().view(1, -1)
-            mask.copy_(smallest(score, pattern.count(score.numel())).view(mask.shape))
-        errors = surgeon.prune_block(
-            weights, mask, upper, inverse, inverse, pattern, at_once=at_once
-        )
-        made.append((mask, errors, weights))
-    (mask, errors, weights), (same, close, corrected) = made
-    assert torch.equal(mask, same)
-    assert mask.mean() == pytest.approx(pattern.sparsity, abs=1e-3)
-    torch.testing.assert_close(close, errors, rtol=1e-3, atol=1e-4 * float(errors.abs().max()))
-    kept, scale = mask == 0, float(weights.abs().max())
-    torch.testing.assert_close(corrected[kept], weights[kept], rtol=1e-3, atol=1e-5 * scale)
 
 
 def ria_score(size, gram):

@@ -1,25 +1,45 @@
-"""Methods from outside the package: registered, or shipped by another one, through every door."""
+"""Methods of other packages: through Python, the command line and a study."""
+
+import json
 
 import pytest
 import torch
-from pydantic import model_validator
 
+import calmix as api
+from calmix.analysis.cells import method_name
 from calmix.errors import InputError
-from calmix.pruning import Method, Unstructured, get_method, prune, register
+from calmix.models import open_model
+from calmix.pruning import Method, get_method, register
 from calmix.pruning.methods import METHODS, methods
+from calmix.study import load_study, read_results, run_study
 from tests.pruning.toy import Toy
 from tests.study.conftest import tiny_study  # noqa: F401
-from tests.tiny import tiny_ids, tiny_model
+from tests.study.test_running import Recorder
+from tests.tiny import load_weights, tiny_ids, tiny_model
+
+FILE = '''
+"""Prune by |W| mean(|x|)^strength within a layer."""
+
+from pydantic import Field
+
+from calmix.pruning.gram import Squares
+from calmix.pruning.methods.base import Saliency
 
 
-class Unregistered(Toy):
-    """Passed as an object, it needs no name."""
+class Tempered(Saliency):
+    """Prune by |W| ||x||^strength, within a layer."""
 
-    name = "unregistered"
+    name, title = "tempered", "Tempered"
+    paper = "none"
+    statistic = Squares
 
+    strength: float = Field(default=1.0, ge=0, le=9, description="Exponent of an input's norm.")
+
+    def score(self, weight, statistic):
+        return weight.float().abs() * statistic.pow(self.strength / 2)
+'''
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
-HALF = Unstructured(0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -30,46 +50,62 @@ def as_before(monkeypatch):
 
 @pytest.fixture
 def shipped(tmp_path, monkeypatch):
-    """The toy in an installed package of its own."""
+    """What an installer writes: a method, the toy, and some that cannot be loaded."""
     site = tmp_path / "site"
     info = site / "toy_methods-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-methods\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[calmix.methods]\ntoy = tests.pruning.toy:Toy\ngone = toy_methods_gone:Gone\n"
+        "[calmix.methods]\ntempered = tempered:Tempered\ntoy = tests.pruning.toy:Toy\n"
+        "gone = toy_methods_gone:Gone\n"
         "other = tests.pruning.toy:Toy\nnone = json:dumps\nsilent = toy_silent:Toy\n"
-        "late = toy_late:Late\n"
     )
+    (site / "tempered.py").write_text(FILE)
     (site / "toy_silent.py").write_text("raise RuntimeError\n")
-    (site / "toy_late.py").write_text(
-        "from calmix.pruning import Method\nclass Late(Method):\n"
-        "    name, statistic = 'late', None\n    def solve(self, *given): ...\n"
-    )
     monkeypatch.syspath_prepend(str(site))
 
 
-def pruned(method, **options):
-    """The first layer's queries, of a tiny model pruned by half, and the report."""
+def test_a_method_in_hand_prunes_by_its_own_statistic():
     model = tiny_model("llama")
-    report = prune(model, tiny_ids(), method=method, pattern=HALF, **options)
-    return model.model.layers[0].self_attn.q_proj.weight, report
-
-
-def test_a_registered_method_prunes():
-    register(Toy)
-    weight, report = pruned("toy", strength=2)
-    assert (report.method, report.options, report.propagation) == (
-        "toy", {"strength": 2}, "sequential",
-    )  # fmt: skip
+    api.prune(model, tiny_ids(), method=Toy(), pattern=0.5, strength=2)
     # The first input's mean, by hand: embeddings through the first norm.
     dense = tiny_model("llama").model
     hidden = dense.layers[0].input_layernorm(dense.embed_tokens(tiny_ids()))
     score = dense.layers[0].self_attn.q_proj.weight.abs() * hidden.flatten(0, 1).abs().mean(0) ** 2
     bound = score.flatten().sort().values[score.numel() // 2 - 1]
-    assert torch.equal(weight == 0, score <= bound)
-    assert torch.equal(pruned(Unregistered(), strength=2)[0], weight)
-    assert torch.equal(pruned("toy,strength=2")[0], weight)
-    assert not torch.equal(pruned("toy")[0], weight)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight == 0, score <= bound)
+
+
+def test_a_method_is_one_file(shipped, calmix, tiny_folder, text_file, tmp_path):
+    assert len(FILE.splitlines()) <= 25
+    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL)
+    calmix(
+        *common, "--sparsity", 0.5, "--method", "tempered,strength=3", "-o", tmp_path / "out"
+    ).ok()
+    told = json.loads((tmp_path / "out" / "calmix.json").read_text())["pruning"]
+    assert (told["method"], told["options"]) == (
+        "tempered",
+        {"bits": 0, "group": 64, "refit": 0, "strength": 3.0},
+    )
+    opened = open_model(str(tiny_folder))
+    ids = api.resolve(str(text_file), opened, rows=6, length=32, leakage="off").ids
+    report = api.prune(opened.model, ids, method="tempered", pattern=0.5, strength=3)
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+    found = load_weights(tmp_path / "out")
+    for name, weight in opened.model.state_dict().items():
+        assert name not in found or torch.equal(found[name], weight), name
+    assert "tempered" in calmix("doctor", "methods").out
+
+
+def test_a_study_takes_it(shipped, tiny_study, tmp_path):  # noqa: F811
+    before = 'methods: {sparsegpt: [0.6], wanda: ["2:4"]}'
+    study = load_study(tiny_study((before, "methods:\n  tempered,strength=2: 0.6")))
+    seen = Recorder()
+    run_study(study, tmp_path / "store", seen, only=["code*tempered*"])
+    assert not seen.errors
+    done = read_results(tmp_path / "store").trials
+    assert {trial.method for trial in done} == {"tempered,strength=2.0"}
+    assert method_name("tempered,strength=2.0") == "Tempered,strength=2.0"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +132,7 @@ def test_mistakes_are_one_line(shipped, method, says):
 
 
 def test_methods_that_cannot_be_loaded_are_left_out(shipped):
-    assert {"toy", "late", "wanda"} < set(methods())
+    assert {"toy", "tempered", "wanda"} < set(methods())
     assert not {"gone", "other", "none", "silent"} & set(methods())
 
 
@@ -113,21 +149,6 @@ def test_options_of_a_method_in_hand():
     assert get_method(get_method("sparsegpt,damping=0.5"), refit=3).changed == {
         "damping": 0.5, "refit": 3,
     }  # fmt: skip
-
-
-def test_what_a_method_itself_refuses_is_told_in_its_words():
-    class Odd(Toy):
-        name = "odd"
-
-        @model_validator(mode="after")
-        def odd(self):
-            if self.strength % 2 == 0:
-                raise ValueError("the strength is even")
-            return self
-
-    assert register(Odd) is register(Odd) is Odd  # once more
-    with pytest.raises(InputError, match=r"^method odd: options \{.*\}: the strength is even$"):
-        get_method("odd,strength=2")
 
 
 def test_an_option_of_another_method_is_refused(calmix, shipped, tiny_folder, text_file, tmp_path):

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from calmix import precision
-from calmix.errors import SolverError
 from calmix.pruning.patterns import SemiStructured, Unstructured
-from calmix.pruning.solvers import refit as solvers_refit
 from calmix.pruning.solvers.refit import refit
 from tests.pruning.test_methods import as_tensors, first_k, output_error, problem, solved
 
@@ -65,29 +63,6 @@ def test_refit_reaches_the_least_squares_optimum():
     assert torch.equal(refit([w], [start], h, steps=0)[0], start)
 
 
-def test_refit_takes_the_textbook_steps():
-    """Conjugate gradients on the damped normal equations, preconditioned, one row at a time."""
-    weight, gram = problem(rows=5, tokens=4000)
-    kept = half_mask(weight.shape)
-    h = gram + np.diag(0.05 * np.diag(gram))
-    expected = weight * kept
-    for row, mask in enumerate(kept):
-        inner, diagonal = h[np.ix_(mask, mask)], np.diag(h)[mask]
-        x = weight[row, mask].copy()
-        r = h[mask] @ weight[row] - inner @ x
-        z = r / diagonal
-        p = z.copy()
-        for _ in range(4):
-            length = (r @ z) / (p @ inner @ p)
-            x, new = x + length * p, r - length * (inner @ p)
-            p = new / diagonal + (new @ (new / diagonal)) / (r @ z) * p
-            r, z = new, new / diagonal
-        expected[row, mask] = x
-    w, g = as_tensors(weight, gram)
-    (ours,) = refit([w], [w * torch.tensor(kept)], g, steps=4, damping=0.05)
-    np.testing.assert_allclose(ours.numpy(), expected, rtol=0.02, atol=0.02)
-
-
 def shaped(kind, tokens, columns, generator):
     """Inputs of shapes that layers of real models have."""
     x = torch.randn(tokens, columns, generator=generator)
@@ -130,26 +105,6 @@ def test_refit_is_no_worse_with_more_steps(kind, near, rounded):
     # What is lost is measured on the exact one, of which a rounded one does not tell all.
     assert all(b <= a * (1.01 if near else 1 + 1e-4) for a, b in pairwise(errors)), errors
     assert errors[-1] < 0.6 * errors[0] or kind == "even"
-
-
-def test_refit_stops_a_row_that_got_worse_and_leaves_the_others(monkeypatch):
-    weight, gram = problem(rows=6, tokens=4000)
-    w, h = as_tensors(weight, gram)
-    start = w * torch.tensor(half_mask(weight.shape))
-    alone = {steps: refit([w], [start], h, steps=steps)[0] for steps in (4, 40)}
-    product, calls = solvers_refit.add_rounded_product, []
-
-    def astray(add, left, right, out, scale=1.0):
-        calls.append(product(add, left, right, out, scale))
-        if len(calls) > 5:  # after the check at four steps: so short a product, so long a step
-            out[2].mul_(0.01)
-        return out
-
-    monkeypatch.setattr(solvers_refit, "add_rounded_product", astray)
-    (made,) = refit([w], [start], h, steps=40)
-    assert torch.equal(made[2], alone[4][2])
-    others = [0, 1, 3, 4, 5]
-    torch.testing.assert_close(made[others], alone[40][others])
 
 
 def textbook_admm(weight, gram, pattern, iterations, rho=1.0, damping=0.001, power=4):
@@ -211,17 +166,6 @@ def test_admm_is_exact_and_never_behind_sparsegpt_whatever_the_inputs(kind, roun
             assert share(w, ours, exact) < share(w, other, exact), (columns, pattern)
 
 
-def test_admm_is_monotone_at_the_end():
-    weight, gram = problem(rows=48, columns=64, tokens=600)
-    w, h = as_tensors(weight, gram, torch.bfloat16)
-    for pattern in PATTERNS:
-        made = [admm(w, h, pattern, refit=steps) for steps in (0, 1, 2, 4, 8)]
-        errors = [share(w, one, gram) for one in made]
-        assert all(b <= a * (1 + 1e-3) for a, b in pairwise(errors))
-        assert errors[-1] < errors[0]
-        assert all(torch.equal(made[0] == 0, one == 0) for one in made)
-
-
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_units_and_the_order_in_memory_do_not_matter(pattern):
     """Inputs of other units with weights the other way round, and what GPT-2's layers hold."""
@@ -257,15 +201,3 @@ def test_degenerate_layers_are_solved(pattern):
         assert torch.isfinite(made).all()
         assert share(w, made, gram) <= 1
     assert not admm(torch.zeros(4, 16), torch.eye(16), pattern).any()
-
-
-def test_what_is_not_finite_is_refused():
-    w, h = torch.ones(4, 8), torch.eye(8)
-    broken, sick, infinite = h.clone(), w.clone(), h.clone()
-    broken[2, 3] = broken[3, 2] = sick[1, 1] = torch.nan
-    infinite[2, 2] = torch.inf
-    for weight, gram in ((w, broken), (w, infinite), (sick, h), (w, 0 * h)):
-        with pytest.raises(SolverError):
-            admm(weight, gram, Unstructured(0.5))
-        with pytest.raises(SolverError):
-            refit([weight], [weight * 0.5], gram)

@@ -273,19 +273,6 @@ def test_a_resumed_run_goes_through_the_finished_blocks_once_more(
         assert hashes(tmp_path / "cut" / name) == hashes(tmp_path / "whole" / name)
 
 
-def test_a_damaged_file_is_one_line(calmix, command, tmp_path, monkeypatch):
-    """Beside the blocks; `tests/pruning/test_work.py` has those of blocks."""
-    with monkeypatch.context() as patched:
-        interrupt_before(patched, 3)
-        assert calmix(*command, tmp_path / "out").code == 130
-    work = tmp_path / "out.unfinished"
-    path = sorted(work.rglob("model-*.safetensors"))[-1]
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    assert "is damaged" in calmix(*command, tmp_path / "out", "--resume").err.splitlines()[-1]
-    assert work.exists()
-    assert calmix(*command, tmp_path / "out", "--overwrite").code == 0
-
-
 def test_resuming_keeps_the_size_of_a_micro_batch(calmix, command, tmp_path, monkeypatch):
     """Another budget must not change how sums round; one that is too small takes nothing away."""
     with monkeypatch.context() as patched:

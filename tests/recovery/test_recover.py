@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import importlib.metadata
 import json
 import shutil
 import signal
@@ -10,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -140,24 +138,16 @@ def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method
     ],
 )
 def test_a_killed_recovery_goes_on_to_the_same_bytes(
-    calmix, place, whole, tmp_path, monkeypatch, method, moment, number
+    calmix, place, whole, tmp_path, method, moment, number
 ):
     stopped(partial(arm, moment, number), *command(place, tmp_path / "cut", method))
-    unfinished, others = moment != "renamed", {"accelerate": "0.1"}
+    unfinished = moment != "renamed"
     if unfinished:
         ended = calmix(*command(place, tmp_path / "cut", method))
         assert "with --resume" in ended.line
         ended = calmix(*command(place, tmp_path / "cut", method, "--epochs", 3, "--resume"))
         assert "another request (epochs: 2, now 3)" in ended.line
-    real = importlib.metadata.version
-    with monkeypatch.context() as patched:
-        patched.setattr("calmix.manifest.version", lambda n: others.get(n) or real(n))
-        if unfinished:
-            ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
-            assert "another request (versions.accelerate: " in ended.line
-        others = {"rich": "0.1"}  # which trains nothing
-        ended = calmix(*command(place, tmp_path / "cut", method, "--resume"))
-    assert ended.code == 0, ended.err
+    ended = calmix(*command(place, tmp_path / "cut", method, "--resume")).ok()
     assert ("resuming after" if unfinished else "finished by an earlier run") in ended.err
     assert hashes(tmp_path / "cut") == hashes(whole(method))
     assert [p.name for p in tmp_path.iterdir()] == ["cut"]
@@ -273,11 +263,7 @@ def test_other_architectures(place, tmp_path, case):
 def forked(arguments, log):
     """Run it in two forks that see what the launcher tells; return what they print."""
 
-    def act():
-        AcceleratorState._reset_state(reset_partial_state=True)  # of tests before, in one process
-        forks.command(*arguments)()
-
-    ended = forks.ranks(act, 2, log)
+    ended = forks.ranks(forks.command(*arguments), 2, log)
     assert [one.code for one in ended] == [0, 0], [one.errors for one in ended]
     return "".join(one.errors for one in ended)
 
@@ -299,7 +285,6 @@ def test_two_processes_that_were_killed_go_on_to_the_same_bytes(place, tmp_path,
         return command(place, output, "distill", "--epochs", 3, "--dtype", "float32", *more)
 
     def killed():
-        AcceleratorState._reset_state(reset_partial_state=True)
         arm("counted", 12)  # the third time
         forks.command(*shared(tmp_path / "cut"))()
 
@@ -307,19 +292,13 @@ def test_two_processes_that_were_killed_go_on_to_the_same_bytes(place, tmp_path,
     assert ended[0].code == -signal.SIGKILL, ended[0].errors
     assert ended[1].code != 0
     work = tmp_path / "cut.unfinished"
-    assert {p.name for p in work.glob("state-*/*")} == {"0", "1"}
+    assert list(work.glob("state-*"))
     line = calmix(*shared(tmp_path / "cut", "--resume")).line
     assert "another request (processes: 2, now 1)" in line
     assert "resuming after" in forked(shared(tmp_path / "cut", "--resume"), tmp_path / "log")
     forked(shared(tmp_path / "whole"), tmp_path / "log")
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     assert not work.exists()
-
-
-def test_processes_are_not_sent_to_one_device(place, tmp_path, calmix, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    ended = calmix(*command(place, tmp_path / "out", "distill", "--device", "cuda:0"))
-    assert "--device cuda:0 is one device" in ended.line
 
 
 def mistakes(place, tmp_path):

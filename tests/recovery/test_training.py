@@ -17,7 +17,6 @@ from calmix.recovery.training import (
     steps_of,
     train,
 )
-from tests import forks
 
 
 def test_rows_train_or_are_held_out():
@@ -165,23 +164,3 @@ def test_masters_keep_what_the_modules_type_would_lose():
     torch.testing.assert_close(module.weight.float(), masters.values["weight"], rtol=4e-3, atol=0)
     assert not torch.equal(module.weight.float(), masters.values["weight"])
     assert not torch.equal(before, masters.values["weight"])
-
-
-def test_a_state_goes_on_as_if_nothing_had_been():
-    whole, first, second = layer(), layer(), layer()
-    fit(whole, masters_of(whole), range(6))
-    masters = masters_of(first)
-    fit(first, masters, range(3))
-    state = {name: value.clone() for name, value in masters.state().items()}
-    again = masters_of(second)
-    again.restore(state, 3)
-    fit(second, again, range(3, 6))
-    assert torch.equal(second.weight, whole.weight)
-    assert torch.equal(second.bias, whole.bias)
-
-
-def test_masters_of_sharded_weights_are_those_of_whole_ones(tmp_path):
-    from tests.recovery import sharded  # half a second of imports
-
-    ended = forks.ranks(sharded.main, 2, tmp_path / "log")
-    assert [one.code for one in ended] == [0, 0], [one.errors for one in ended]

@@ -30,7 +30,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from calmix.errors import SolverError
 from calmix.precision import add_rounded_product, bfloat16_products, rounded
 from calmix.pruning.gram import Gram, inverse_factor, squared
 from calmix.pruning.methods.base import Solution, Sparse, by_kind, sampled
@@ -135,8 +134,6 @@ class Admm(Sparse):
                 step = torch.add(part, target[rows]).sub_(sparse, alpha=2)
                 add_rounded_product(sparse, step, reflector, part)
         del target
-        if not torch.isfinite(state.sum()):
-            raise SolverError("the weights or inputs of this layer are not finite")
         mask = _in_panels(state, pattern) if semi else pattern.mask(state.abs()).to(state.dtype)
         state.mul_(scaled.inverse[order])
         # Inputs that never fired keep their weights as they are.

@@ -17,13 +17,11 @@ from torch import Tensor
 
 from calmix.precision import large_products
 from calmix.pruning.gram import Factor
-from calmix.pruning.patterns import Pattern, SemiStructured, Unstructured, clear
-from calmix.pruning.solvers import columns as fused
+from calmix.pruning.patterns import Pattern, Unstructured, clear
 from calmix.pruning.solvers.grids import Rounding
 
 BLOCK = 128  # columns that choose their mask together (SparseGPT's B_s)
 PANEL = 16  # columns corrected one by one before a matrix product corrects the others
-AT_ONCE = 32  # on an accelerator: columns whose errors one call solves for, half as many calls
 
 
 def solve_columns(
@@ -70,9 +68,7 @@ def solve_columns(
         local = upper[start:stop, start:stop]
         if rounding is not None:
             rounding.begin(start, stacked, mask, leverage, held or bool(patterns))
-        errors = prune_block(
-            stacked[start:stop], mask, local, inverse, leverage, first, rounding=rounding
-        )
+        errors = prune_block(stacked[start:stop], mask, local, inverse, leverage, first, rounding)
         if rounding is None:
             clear(stacked[start:stop], mask)
         with large_products():
@@ -87,8 +83,6 @@ def prune_block(
     inverse: Tensor,
     leverage: Tensor,
     pattern: Pattern,
-    *,
-    at_once: bool | None = None,
     rounding: Rounding | None = None,
 ) -> Tensor:
     """Prune one block in place and return its scaled errors (what is lost / U_jj), same shape.
@@ -97,20 +91,9 @@ def prune_block(
     filled group by group from the corrected weights times `leverage` (N:M). A column is
     corrected by all before it in its group at once, just before it is pruned. Pruned entries
     are left for the caller to clear: no later step reads them.
-
-    A CPU goes column by column, and every device where weights are rounded. Otherwise an
-    accelerator, where starting a kernel takes longer than a column's arithmetic, has one kernel do
-    that, or where it is not `usable` takes many columns `at_once`.
     """
-    semi = pattern.group > 1
-    if at_once is None and rounding is None:
-        at_once = weights.device.type != "cpu"
-        m, go = (pattern.group, pattern.count(pattern.group)) if semi else (0, 0)
-        at = weights.device, len(weights), m, go
-        if at_once and m <= fused.LARGEST and fused.usable(*at, kernel_agrees):
-            return fused.prune_columns(weights, mask, upper, inverse, leverage, m, go)
-    size = len(weights)
-    panel = _multiple(AT_ONCE if at_once else PANEL, pattern)
+    semi, size = pattern.group > 1, len(weights)
+    panel = _multiple(PANEL, pattern)
     width = pattern.group if semi else panel
     errors = torch.empty_like(weights) if rounding is None else weights
     # Views are made once: a step's arithmetic takes no longer than making one.
@@ -132,11 +115,6 @@ def prune_block(
             if semi:
                 score = (weights[group:last] * leverage[group:last]).abs_()
                 mask[group:last] = pattern.group_mask(score)
-            if at_once:
-                own = upper[group:last, group:last]
-                errors[group:last] = _errors(weights[group:last], mask[group:last], own)
-                weights[group:last].addmm_(own.triu(1).T, errors[group:last], alpha=-1)
-                continue
             if rounding is not None:  # what is not an error yet is multiplied by zero
                 own, factors = before[:, group:last], turned[group:last, group:last].unbind()
                 for j, factor in enumerate(factors, start=group):
@@ -157,37 +135,6 @@ def prune_block(
         rounding.finish(weights, levels)
         weights.add_(0.0)  # no -0.0
     return errors
-
-
-def _errors(weights: Tensor, mask: Tensor, upper: Tensor) -> Tensor:
-    """Return the scaled errors of a group of columns whose mask is known, all at once.
-
-    The column's rule e_j = m_j (w_j - sum_{i<j} e_i U_ij) / U_jj is, for one output, the
-    triangular system e A = m w, where A takes the columns of U that are pruned and those of the
-    identity elsewhere. The systems of all outputs are solved in one call.
-    """
-    identity = torch.eye(len(upper), device=upper.device)
-    system = torch.where(mask.T[:, None, :] > 0, upper, identity)
-    right = (weights * mask).T[:, None, :]
-    return torch.linalg.solve_triangular(system, right, upper=True, left=False)[:, 0, :].T
-
-
-def kernel_agrees(device: torch.device, size: int, m: int, go: int) -> bool:
-    """Tell whether the kernel does on a device what the plain way does, on an example."""
-    outputs = fused.OUTPUTS + 8  # of two programs, one of which is not full
-    generator = torch.Generator().manual_seed(0)
-    given = torch.rand(size, outputs, generator=generator).to(device)
-    upper = torch.rand(size, size, generator=generator).triu_().to(device)
-    upper.diagonal().add_(size)
-    inverse = upper.diagonal().reciprocal()[:, None]
-    pattern = SemiStructured(m - go, m) if m else Unstructured(0.5)
-    plain, mask = given.clone(), (given > 0.5).float()
-    expected = prune_block(plain, mask, upper, inverse, inverse, pattern, at_once=True)
-    weights, found = given.clone(), (given > 0.5).float()
-    errors = fused.prune_columns(weights, found, upper, inverse, inverse, m, go)
-    pairs = ((errors, expected), (clear(weights, found), clear(plain, mask)))
-    near = all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
-    return near and torch.equal(found, mask)
 
 
 def _multiple(size: int, pattern: Pattern) -> int:
