@@ -18,7 +18,7 @@ Knows nothing about architectures (see trace.py), files (see streamed.py) or com
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -43,6 +43,7 @@ from calmix.pruning.methods import Look, Method, Solution, get_method
 from calmix.pruning.patterns import Pattern, Rate, Unstructured, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 from calmix.pruning.solvers.grids import Grid
+from calmix.pruning.states import States
 from calmix.pruning.trace import TOKENS, Batch, Calls, SharedInput, observe_block
 
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
@@ -280,7 +281,7 @@ class Run:
         self.sources: Sequence[str] = ()
         self.embeddings: float | None = None
         self.expert_bytes = EXPERT_BYTES
-        self.states: MutableMapping[int, Tensor] = {}
+        self.states: dict[int, Tensor] | States = {}
         self.grids: dict[str, Grid] = {}
         self.done, self.begun = 0, False
         self.report = PruneReport(

@@ -130,9 +130,6 @@ class Squares(Sums):
 
     def add(self, inputs: Tensor) -> None:
         flat = inputs.reshape(-1, inputs.shape[-1])
-        if flat.device.type != "cpu":
-            self._sum += torch.linalg.vector_norm(flat, dim=0, dtype=torch.float32).square_()
-            return
         for start in range(0, len(flat), ROWS):
             rows = flat[start : start + ROWS].to(torch.float32, copy=True)
             self._sum += rows.square_().sum(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from calmix.errors import disk_errors
 from calmix.models.shards import tensor_bytes
 
 
-class States(MutableMapping[int, Tensor]):
+class States:
     """The hidden states of micro-batches by number: one set replaces what was there.
 
     They stay on the device as far as there is room; the rest lies in files, one each. A block may
@@ -39,8 +38,9 @@ class States(MutableMapping[int, Tensor]):
         return read.view(held.dtype).view(held.shape).to(self.device)
 
     def __setitem__(self, number: int, hidden: Tensor) -> None:
-        if number in self:
-            del self[number]
+        old = self._held.pop(number, None)
+        if old is not None and not old.is_meta:
+            self._room += old.nbytes
         if hidden.nbytes <= self._room:
             self._room -= hidden.nbytes
         else:
@@ -49,13 +49,3 @@ class States(MutableMapping[int, Tensor]):
                 path.write_bytes(tensor_bytes(hidden.to("cpu").contiguous()))
             hidden = torch.empty_like(hidden, device="meta")
         self._held[number] = hidden
-
-    def __delitem__(self, number: int) -> None:
-        held = self._held.pop(number)
-        self._room += 0 if held.is_meta else held.nbytes
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._held)
-
-    def __len__(self) -> int:
-        return len(self._held)

@@ -8,7 +8,7 @@ that it also corrects errors of earlier blocks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Stream:
     """
 
     def __init__(
-        self, model: nn.Module, found: DecoderBlocks, states: MutableMapping[int, Tensor] | States
+        self, model: nn.Module, found: DecoderBlocks, states: dict[int, Tensor] | States
     ) -> None:
         self._model, self._found, self.states = model, found, states
         self._batches: list[Batch] = []
@@ -65,7 +65,7 @@ def tune(
     stream: Stream,
     index: int,
     masters: Masters,
-    targets: MutableMapping[int, Tensor] | States,
+    targets: dict[int, Tensor] | States,
     steps: Sequence[list[int]],
     held_out: list[int],
     request: Recovering,

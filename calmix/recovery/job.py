@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,9 @@ class RecoveryReport(Shown):
                 f"{self.before:.4f} before, {self.after:.4f} after")  # fmt: skip
 
     def _rows(self) -> list[dict[str, Any]]:
-        return [asdict(one) for one in self.curve]
+        if self.method == "distill":
+            return [{"step": step, "loss": loss} for step, loss in self.curve["held_out"]]
+        return [{name: one[name] for name in ("block", "before", "after")} for one in self.curve]
 
 
 class Job:

@@ -173,7 +173,6 @@ def made(base=Toy, **parts):
         (lambda: made(Method, name="blind", solve=Toy.solve), "has no statistic"),
         (lambda: made(Method, name="unsolved", statistic=None), "has no solve"),
         (lambda: made(name="wanda"), r"'wanda' is calmix\.pruning\.methods\.wanda\.Wanda's"),
-        (lambda: made(name="a", __annotations__={"limit": int}), "limit without a default"),
         (lambda: made(name="a", __annotations__={"rows": int}, rows=1), "rows, which every prune"),
         (lambda: made(name="a,b"), "a method's name has small letters"),
         (lambda: 3, "3 is not a subclass of"),

@@ -258,6 +258,7 @@ def test_other_architectures(place, tmp_path, case):
     request = recover_request(calibration=str(place / "set"), method=method, lr=3e-3)
     report = api.recover(str(tmp_path / "pruned"), str(dense), request, tmp_path / "out")
     assert report.after < report.before
+    assert len(report.to_pandas()) > 1
 
 
 def forked(arguments, log):

@@ -43,11 +43,8 @@ def register(method: type[Method]) -> type[Method]:
         raise InputError(
             f"a method's name has small letters, digits and -_. only, not '{method.name}'"
         )
-    for key, field in method.model_fields.items():
-        if key in PRUNE:
-            raise InputError(f"{where} has an option {key}, which every prune has")
-        if field.is_required():
-            raise InputError(f"{where} has an option {key} without a default")
+    for key in method.model_fields.keys() & PRUNE:
+        raise InputError(f"{where} has an option {key}, which every prune has")
     held = METHODS.setdefault(method.name, method)
     if held is not method:
         raise InputError(f"the method '{method.name}' is {held.__module__}.{held.__qualname__}'s")
