@@ -154,7 +154,7 @@ def test_options_of_a_method_in_hand():
 def test_an_option_of_another_method_is_refused(calmix, shipped, tiny_folder, text_file, tmp_path):
     common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
     for how, says in [
-        (("--strength", 2), "goes with its method: --method toy,strength=VALUE"),
+        (("--strength", 2), "goes with its method: --method tempered,strength=VALUE"),
         (("--method", "toy,strength=1,toy"), "two targets are the same, toy-0.5"),
         (("--method", "strength=1,toy"), "unknown method 'strength=1'"),
     ]:
