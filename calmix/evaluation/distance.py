@@ -26,7 +26,7 @@ from calmix.errors import InputError, ModelError
 from calmix.evaluation import likelihood, retention
 from calmix.evaluation.likelihood import Progress, Ticker
 from calmix.evaluation.measures import Array
-from calmix.evaluation.retention import Estimate, estimate, item_weights, nan_mean
+from calmix.evaluation.retention import estimate, item_weights
 from calmix.files import cache_dir, sha256_json, write_bytes
 from calmix.models import OpenModel
 from calmix.precision import dtype_name
@@ -153,23 +153,23 @@ def distance(
         if not np.isfinite(kls).all():
             raise ModelError(f"{opened.name} gives no finite distance on the text {name}")
         times = item_weights(name, len(ids), resamples=retention.RESAMPLES, seed=0)
-        points.append(np.append(kls.mean(), times @ kls.mean(1) / len(ids)))
+        drawn = times @ kls.mean(1) / len(ids)
+        points.append(np.append(kls.mean(), drawn if len(ids) > 1 else np.full_like(drawn, np.nan)))
         median, high = np.quantile(kls, [0.5, 0.99])
         top1 = float(torch.cat(agree).cpu().double().mean())
         told = {"kl_median": float(median), "kl_p99": float(high), "top1": top1}
-        found[name] = _record(kls.size, points[-1], told, len(ids) > 1)
+        found[name] = _record(kls.size, points[-1], told)
     told = {key: float(np.mean([one[key] for one in found.values()]))
             for key in ("kl_median", "kl_p99", "top1")}  # fmt: skip
     tokens = sum(one["tokens"] for one in found.values())
-    several = all(len(ids) > 1 for ids in reference.texts.values())
-    total = _record(tokens, nan_mean(np.stack(points), 0), told, several)
+    total = _record(tokens, np.mean(points, 0), told)
     return {"dense": reference.dense, "texts": texts_hash(reference.texts), "dimensions": found,
             "total": total}  # fmt: skip
 
 
-def _record(tokens: int, kl: Array, told: dict[str, float], several: bool) -> dict[str, Any]:
-    spread = estimate(kl) if several else Estimate(None)
-    return {"tokens": tokens, "kl_mean": float(kl[0]), **told, "kl_low": spread.low,
+def _record(tokens: int, kl: Array, told: dict[str, float]) -> dict[str, Any]:
+    spread = estimate(kl)
+    return {"tokens": tokens, "kl_mean": spread.value, **told, "kl_low": spread.low,
             "kl_high": spread.high}  # fmt: skip
 
 
