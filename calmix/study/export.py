@@ -100,7 +100,7 @@ def _compared(store: Store, sets: dict[str, Trial]) -> dict[str, dict[str, float
 
     They compare with the study's single sources, pooled (of each its draw of lowest seed, at the
     same model, rows and length); mismatch leaves out the set's own source. Absent where there are
-    fewer than two single sources.
+    fewer than two single sources, or the store was passed on without its sets.
     """
     found: dict[str, dict[str, float]] = {}
     groups: dict[tuple[Any, ...], dict[str, Trial]] = {}
@@ -111,7 +111,8 @@ def _compared(store: Store, sets: dict[str, Trial]) -> dict[str, dict[str, float
         for name, trial in sorted(members.items(), key=lambda member: member[1].seed):
             if trial.strategy == "single":
                 singles.setdefault(trial.calibration, name)
-        if len(singles) < 2:
+        held = all(store.calibration(name).is_dir() for name in members)
+        if len(singles) < 2 or not held:
             continue
         ids = {name: CalibrationSet.open(store.calibration(name)).ids.numpy() for name in members}
         named = [(trial.calibration, ids[name]) for name, trial in members.items()]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 
@@ -47,3 +48,6 @@ def test_a_study_run_here_is_analysed_reported_and_recommended_from(calmix, tiny
             if row["id"] == one.name]  # fmt: skip
     assert {*kept} == {("1.75", "1.25", "0.5")}
     assert {row["kl"] for row in rows if row["id"] != one.name} == {""}
+    # One that is passed on without the text it was calibrated on is read as well.
+    shutil.rmtree(store / "calibration")
+    assert len(json.loads(calmix("study", "analyse", store, "--json").out)["conditions"]) == 1
