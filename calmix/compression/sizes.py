@@ -13,7 +13,7 @@ from calmix.pruning.budget import parse_memory
 from calmix.study.estimate import Timed
 
 LEAST, MOST = 1.0, 8.0  # bits a weight that a size may come to
-SPARE = 0.01  # of a file: headers, and what an entropy coder is from its bound
+SPARE = 0.015  # of a file: headers, and what an entropy coder is from its bound
 
 
 def parse_size(text: str, dense: int) -> float:
