@@ -112,6 +112,7 @@ def pack(
         for name, tensors in places.items():
             (beside / name).parent.mkdir(exist_ok=True)
             made, entries = _Writer(beside / name), {}
+            digest = pool.submit(sha256_file, folder / name)
             made.add("header", [header_bytes(folder / name)])
             for tensor, place in tensors:
                 words = np.fromfile(
@@ -129,7 +130,7 @@ def pack(
                     progress(done, total)
             made.close()
             weights[name] = {
-                "sha256": sha256_file(folder / name), "packed": sha256_file(beside / name),
+                "sha256": digest.result(), "packed": sha256_file(beside / name),
                 "tensors": entries,
             }  # fmt: skip
         packed = sum((beside / name).stat().st_size for name in weights)
@@ -364,28 +365,34 @@ def _encoded_levels(
 ) -> tuple[dict[str, Any], Parts] | None:
     """Return a tensor as the levels of its grid; None where too many weights are off the grid."""
 
-    def read(rows: slice) -> tuple[Words, Words]:
+    def read(rows: slice) -> tuple[Words, Words, int]:
         part = grid.part(rows)
         levels = part.levels(whole[rows])
-        made = part.values(levels).to(place.dtype)
-        return levels.numpy(), _words(whole[rows]) != _words(made)
+        off = _words(whole[rows]) != _words(part.values(levels).to(place.dtype))
+        flat = levels.numpy().reshape(-1)
+        return flat, off, int(np.count_nonzero((flat < -8) | (flat > 7)))
+
+    def code(start: int, levels: Words, off: Words) -> tuple[Words, bytes]:
+        most = 8 if small else 128
+        astray = np.flatnonzero(off | (levels < -most) | (levels >= most)) + start
+        if small:
+            np.clip(levels, -8, 7, out=levels)
+            levels += 8
+        return astray, _coded(levels, small)
 
     whole = torch.from_numpy(raw.view(np.uint8)).view(place.dtype).view(place.shape)
     spans = _spans(place)
     found = list(pool.map(read, spans))
-    levels = np.concatenate([own for own, _ in found])
-    small = bool(np.count_nonzero((levels < -8) | (levels > 7)) <= RARE * levels.size)
-    most = 8 if small else 128
-    far = ((levels < -most) | (levels >= most)).reshape(-1)
-    astray = np.flatnonzero(np.concatenate([off for _, off in found]) | far)
-    if len(astray) > ASTRAY * levels.size:
+    small = sum(wide for *_, wide in found) <= RARE * raw.size
+    starts = [rows.start * place.shape[1] for rows in spans]
+    levels, off, _ = zip(*found, strict=True)
+    wrong, coded = zip(*pool.map(code, starts, levels, off), strict=True)
+    astray = np.concatenate(wrong)
+    if len(astray) > ASTRAY * raw.size:
         return None
-    if small:
-        np.clip(levels, -8, 7, out=levels)
-        levels += 8
     kind = "half" if small else "whole"
     parts = {
-        kind: list(pool.map(lambda rows: _coded(levels[rows].reshape(-1), small), spans)),
+        kind: coded,
         "astray": [_squeezed(astray.astype("<u4").tobytes()), _squeezed(raw[astray].tobytes())],
     }
     return {"count": len(raw), "mask": False, "levels": kind, "astray": len(astray)}, parts
