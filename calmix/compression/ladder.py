@@ -54,7 +54,7 @@ from calmix.files import alone, remove, write_bytes, write_json
 from calmix.manifest import sealed
 from calmix.progress import duration
 
-RUNGS = (6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.6, 2.3)  # bits a weight
+RUNGS = (6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.6)  # bits a weight
 MODELS = ("pruned", "blocks", "model")  # of a candidate, one made of the other
 KIND = "ladder of candidates"
 HELPS = (
