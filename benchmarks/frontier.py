@@ -27,7 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from calmix.deploy.pack import compressed_share
+from calmix.deploy.pack import _encode as encode
 from calmix.evaluation.behaviour import Pair, behaviour, counted
 from calmix.evaluation.floors import judge, parse_floors
 from calmix.evaluation.retention import Estimate
@@ -82,7 +82,7 @@ class Sizes:
 
         def share(path: Path, place: Any) -> float:
             words = np.fromfile(path, f"u{width}", SAMPLE, offset=place.start)
-            return compressed_share(words, place.dtype)
+            return sum(map(len, encode(words, False, place.dtype))) / words.nbytes
 
         path, _, head = max(places, key=lambda one: one[2].size)
         self._left = share(path, head)

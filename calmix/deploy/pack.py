@@ -434,11 +434,6 @@ def _encode(chunk: Words, masked: bool, dtype: torch.dtype) -> list[bytes]:
     return [_squeezed(part) for part in parts]
 
 
-def compressed_share(words: Words, dtype: torch.dtype) -> float:
-    """Return what is left of weights that are packed as they are."""
-    return sum(map(len, _encode(words, False, dtype))) / max(1, words.nbytes)
-
-
 def _squeezed(part: bytes, **how: Any) -> bytes:
     """Return a zstandard frame if that is smaller, or the bytes look like one, else the bytes."""
     made = zstandard.ZstdCompressor(**(how or {"level": LEVEL})).compress(part)

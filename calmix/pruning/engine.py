@@ -38,8 +38,9 @@ from calmix.options import BITS_METHOD, METHOD, Propagation
 from calmix.precision import bfloat16_products, dtype_name, reproducible
 from calmix.pruning import distributed
 from calmix.pruning.experts import EXPERT_BYTES, Gathering, Routed, Step, sampled
-from calmix.pruning.gram import Gram, Statistic, relative_error
+from calmix.pruning.gram import Gram, Statistic, inverse_factor, relative_error
 from calmix.pruning.methods import Look, Method, Solution, get_method
+from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.patterns import Pattern, Rate, Unstructured, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 from calmix.pruning.solvers.grids import Grid
@@ -192,11 +193,12 @@ def round_rows(weight: Tensor, gram: Tensor, bits: float) -> tuple[Tensor, Grid]
         gram: (columns, columns), of the inputs.
     """
     method, parts = get_method(BITS_METHOD), -(-weight.numel() // ROUNDED)
+    assert isinstance(method, Quantiser)
+    factor = inverse_factor(gram, method.damping)
     made, scales, taken = torch.empty_like(weight), [], 0.0
     for given, put in zip(weight.tensor_split(parts), made.tensor_split(parts), strict=True):
-        solved = method.solve([given], gram, [Rate(bits)])
-        put.copy_(solved.weights[0])
-        grid = solved.grids[0]
+        [rounded], [grid] = method.round([given], factor, bits)
+        put.copy_(rounded)
         scales.append(grid.scale.expand(len(given), -1))
         taken += grid.bits * given.numel()
     return made, replace(grid, scale=torch.cat(scales), bits=taken / weight.numel())
