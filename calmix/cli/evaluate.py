@@ -40,6 +40,9 @@ def run(
     against: str | None = option(None, DENSE, metavar="DENSE"),
     output: Path | None = path_option("JSON file to write, with every item.", default=None),
     quick: bool = option(False, "The suite's quick slice."),
+    whole: tuple[str, ...] = option(
+        (), "With --quick: all items of this dimension (repeat).", advanced=True
+    ),
     limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1),
     dimension: tuple[str, ...] = option((), "Only this dimension (repeat)."),
     task: tuple[str, ...] = option((), "Only this task (repeat)."),
@@ -73,8 +76,9 @@ def run(
 
     how = opening.opening()
     chosen = capability.choose(
-        suite, dimensions=dimension, tasks=task, without=without, quick=quick, limit=limit
-    )
+        suite, dimensions=dimension, tasks=task, without=without, quick=quick,
+        whole=whole, limit=limit,
+    )  # fmt: skip
     chosen, left_out = capability.runnable(chosen, allow_code_execution)
     if left_out:
         note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")

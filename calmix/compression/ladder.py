@@ -58,8 +58,8 @@ RUNGS = (6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.6)  # bits a weight
 MODELS = ("pruned", "blocks", "model")  # of a candidate, one made of the other
 KIND = "ladder of candidates"
 HELPS = (
-    "What may help: a lower floor, more items (--effort best), more rows, or text of the abilities "
-    "that failed (--keep)."
+    "What may help: a lower floor, more rows (--effort best), or text of the abilities that failed "
+    "(--keep)."
 )
 
 

@@ -41,12 +41,15 @@ def choose(
     tasks: Sequence[str] = (),
     without: Sequence[str] = (),
     quick: bool = False,
+    whole: Sequence[str] = (),
     limit: int | None = None,
 ) -> Suite:
     """Return the suite as it is to be run."""
     chosen = suite if isinstance(suite, Suite) else load_suite(suite)
     chosen = chosen.only(dimensions=dimensions, tasks=tasks, without=without)
-    chosen = chosen.quick() if quick else chosen
+    if whole and not quick:
+        raise InputError("--whole has no effect without --quick: leave it out")
+    chosen = chosen.quick(whole) if quick else chosen
     return chosen if limit is None else chosen.limited(limit)
 
 
@@ -96,7 +99,7 @@ def evaluate(
         cache: take the scores from the cache if this model's files were scored before, and
             keep them there otherwise. Leave it off for a model changed in memory: its files
             do not say so.
-        progress: called with the number of requests done and in all.
+        progress: called with the work done and in all, in requests; an answer counts for several.
 
     Raises:
         InputError: unknown suite, dimension or task, an empty limit, code execution not allowed.
@@ -148,11 +151,14 @@ def _versions() -> dict[str, str]:
 def _run(
     model: OpenModel, suite: Suite, batch_tokens: int, floors: bool, progress: Progress | None
 ) -> CapabilityScores:
+    from calmix.evaluation.abilities import ask, steps, task_of
     from calmix.evaluation.scorer import Scorer
 
     start = time.perf_counter()
     loaded = {name: load_items(spec) for name, spec in suite.tasks.items() if not spec.writes}
     scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
+    written = [task_of(spec) for spec in suite.tasks.values() if spec.writes]
+    scorer.tick.total += sum(steps(task) * len(task.items) for task in written)
     # All of the archive's requests at once: what they share runs once.
     asked = [(name, *one) for name in loaded for i in loaded[name] for one in i.requests]
     answers = iter(scorer.loglikelihood(asked))
@@ -160,8 +166,6 @@ def _run(
     for name, spec in suite.tasks.items():
         found: dict[str, Any] = {"chance": 0.0}
         if spec.writes:
-            from calmix.evaluation.abilities import ask
-
             found |= ask(scorer, name, spec)
         else:
             rows = [list(islice(answers, len(item.requests))) for item in loaded[name]]

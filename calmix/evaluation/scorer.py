@@ -36,8 +36,8 @@ class Scorer:
     """An open model that gives likelihoods.
 
     Speed and memory depend on `batch_tokens`, the tokens in one forward pass; scores do not.
-    `progress` is called with the number of requests done and in all, `truncated` counts each
-    task's requests whose context was cut on the left to fit the model.
+    `progress` is called with the requests done and in all, `truncated` counts each task's
+    requests whose context was cut on the left to fit the model.
     """
 
     def __init__(

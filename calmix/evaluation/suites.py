@@ -207,10 +207,16 @@ class Suite(BaseModel):
             held |= {"asked": asked, "items": sha256_json(texts)}
         return sha256_json(held)
 
-    def quick(self) -> Suite:
-        """Return the quick slice: each task's `quick` items in place of `limit`, 0 for none."""
+    def quick(self, whole: Sequence[str] = ()) -> Suite:
+        """Return the quick slice: each task's `quick` items in place of `limit`, 0 for none; of
+        the dimensions `whole`, all items."""
+        kept = self.only(dimensions=whole).dimensions if whole else {}
         some = self.only(without=[name for name, task in self.tasks.items() if task.quick == 0])
-        return some.changed(lambda task: {"limit": task.quick or task.limit, "quick": None})
+        sliced = some.changed(lambda task: {"limit": task.quick or task.limit, "quick": None})
+        found = {name: kept.get(name, sliced.dimensions.get(name)) for name in self.dimensions}
+        return self.model_copy(
+            update={"dimensions": {n: held for n, held in found.items() if held}}
+        )
 
     def limited(self, limit: int) -> Suite:
         """Return the suite with at most `limit` items a task."""

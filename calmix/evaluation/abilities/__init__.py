@@ -62,12 +62,11 @@ def ask(scorer: Scorer, name: str, spec: TaskSpec) -> dict[str, Any]:
     task = task_of(spec)
     if task.check == "program":
         check_sandbox()
-    scorer.tick.total += len(task.items)
     asked = [prompt(scorer.tokenizer, one.chat, one.plain, task.tokens, task.until)
              for one in task.items]  # fmt: skip
     if cut := sum(len(one.ids) + one.tokens > scorer.max_length for one in asked):
         scorer.truncated[name] += cut
-    found = answers(scorer.opened, asked, tick=scorer.tick)
+    found = answers(scorer.opened, asked, tick=lambda count: scorer.tick(count * steps(task)))
     with ThreadPoolExecutor(cores()) as pool:  # programs run in processes of their own
         right = pool.map(functools.partial(verdict, task), task.items, found)
     return {
@@ -75,6 +74,11 @@ def ask(scorer: Scorer, name: str, spec: TaskSpec) -> dict[str, Any]:
         "answers": tuple(one.text for one in found),
         "ended": tuple(int(one.ended) for one in found),
     }  # fmt: skip
+
+
+def steps(task: Asked) -> int:
+    """Return how many requests of likelihood take about as long as one answer."""
+    return max(1, task.tokens // 4)
 
 
 def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
