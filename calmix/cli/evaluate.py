@@ -114,15 +114,15 @@ def run(
     for name in named:
         open_tokenizer(name, trust_remote_code=opening.trust_remote_code)
     if against is not None and not saved:
-        whole = open_model(against, **how)
+        original = open_model(against, **how)
         by_likelihood = not no_distance and any(
             one.primary not in RIGHT_OR_WRONG for one in chosen.tasks.values())  # fmt: skip
         known = [n for n in chosen.dimensions if n in builtin_readers() and by_likelihood]
         if known or own:
-            held_out = texts(whole, own, dimensions=known)
-            kept_of = reference(whole, held_out, cache=not no_cache)
-        dense = score(whole, True)
-        del whole
+            held_out = texts(original, own, dimensions=known)
+            kept_of = reference(original, held_out, cache=not no_cache)
+        dense = score(original, True)
+        del original
     pruned = open_model(model, **how)
     if kept_of is not None:
         with Progress() as bar:

@@ -13,9 +13,10 @@ import calmix as api
 from calmix.cli import compress as verb
 from calmix.compression import ladder
 from calmix.compression.ladder import RUNGS, walk
-from calmix.compression.plan import request
+from calmix.compression.plan import request, scored
 from calmix.compression.running import CANDIDATES, check, check_same
 from calmix.errors import InputError, NotKeptError
+from calmix.evaluation.evaluate import choose
 from calmix.evaluation.own import EXAMPLES, template
 from calmix.evaluation.scores import CapabilityScores
 from calmix.manifest import sealed
@@ -199,6 +200,23 @@ def test_choices_are_those_of_both_suites_as_check_has_them(
 ):
     want = asked(tiny_folder, text_file, allow_code_execution=code)
     assert ladder.suites_of(want.model_copy(update={"keep_at_least": floors})) == found
+
+
+@pytest.mark.parametrize(
+    ("effort", "floors", "chosen"),
+    [
+        ("standard", "math=0.8", {"quick": True, "whole": ["math"]}),
+        ("standard", "0.8,math=0.7", {}),
+        ("quick", "math=0.8", {"quick": True, "without": ["gsm8k"]}),
+        ("best", "math=0.8", {}),
+    ],
+)
+def test_all_items_of_an_ability_with_a_floor_decide(
+    tiny_folder, text_file, effort, floors, chosen
+):
+    want = asked(tiny_folder, text_file, effort=effort, allow_code_execution=True)
+    want = want.model_copy(update={"keep_at_least": floors})
+    assert scored(want)["abilities.json"] == choose("abilities", **chosen)
 
 
 def test_a_folder_is_of_one_request(calmix, tiny_folder, text_file, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 
 from calmix.analysis.cells import TOTAL, WORST
 from calmix.errors import InputError
+from calmix.evaluation.evaluate import choose
 from calmix.evaluation.suites import Suite, builtin_suites, load_suite
 from calmix.sources.registry import offline_sources
 from calmix.yaml_files import parse_model
@@ -56,6 +57,16 @@ def test_selections_of_a_users_own_file_have_hashes_of_their_own(tmp_path):
     assert suite.hash == suite.model_copy(update={"description": "other words"}).hash
     assert suite.hash != suite.model_copy(update={"version": 4}).hash
     assert suite.quick().tasks["sciq"].limit == 2
+    assert suite.quick(["general"]).tasks["sciq"].limit == 10
+    abilities = load_suite("abilities")
+    mixed = choose("abilities", quick=True, whole=["math"])
+    assert mixed.dimensions["math"] == abilities.dimensions["math"]
+    assert mixed.dimensions["code"] == abilities.quick().dimensions["code"]
+    assert list(mixed.dimensions) == list(abilities.dimensions)
+    with pytest.raises(InputError, match="no effect without --quick"):
+        choose("abilities", whole=["math"])
+    with pytest.raises(InputError, match="no dimension 'maths': did you mean math"):
+        choose("abilities", quick=True, whole=["maths"])
     assert suite.limited(3).tasks["mbpp"].limit == 3
     assert suite.limited(99).tasks["sciq"].limit == 10
     for chosen in ({"tasks": ["mbpp"]}, {"without": ["sciq"]}, {"dimensions": ["code"]}):
