@@ -75,6 +75,8 @@ def _measured(folder: Path) -> tuple[Path, ...]:
     """Return the files of scores in a folder of `calmix compress`."""
     from calmix.compression.plan import BEHAVIOUR, SCORES
     from calmix.compression.running import read_record
+    from calmix.evaluation.behaviour import answered
+    from calmix.evaluation.scores import load_scores
 
     read_record(folder)
     scores, answers = folder / SCORES, folder / BEHAVIOUR
@@ -83,5 +85,7 @@ def _measured(folder: Path) -> tuple[Path, ...]:
                          "compress again")  # fmt: skip
     if answers.exists():
         return scores, answers
-    note(f"what the model writes was not measured: {answers} is missing (calmix report shows how)")
+    if not any(map(answered, load_scores(scores).tasks)):
+        note(f"what the model writes was not measured: {answers} is missing (calmix report shows "
+             "how)")  # fmt: skip
     return (scores,)

@@ -55,7 +55,8 @@ def compress(
         told |= {"ladder": asdict(found)}
         if not shown.as_json:
             print_table(found.rows(), title="candidates: kept % (proven %)")
-            line(words.wrapped(found.why()))
+            for said in (found.why(), *found.promise):
+                line(words.wrapped(said))
         if found.bits is None:
             said = f"refused: no candidate keeps what is asked. {ladder.HELPS}"
             result(shown, told, words.wrapped(said))

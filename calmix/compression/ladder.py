@@ -110,6 +110,11 @@ class Ladder:
             for rung in self.rungs
         ]  # fmt: skip
 
+    @property
+    def promise(self) -> list[str]:
+        """What is promised of the smallest candidate that keeps what is asked for, in lines."""
+        return next((one.verdicts[0]["lines"] for one in self.rungs if one.bits == self.bits), [])
+
     def why(self) -> str:
         """Return in a sentence why the walk ended where it did."""
         if self.ended == "time":
@@ -218,7 +223,7 @@ def read_ladder(asked: Request, out: Path) -> Ladder:
         check(asked, out)
         return Ladder()
     held = read_ladder_file(out)
-    # Before there is a candidate, nothing in OUT depends on what is to be kept.
+    # Before there is a candidate, only scores depend on what is to be kept (`_forget`).
     free = () if held["rungs"] else ("keep_at_least", "confidence")
     check_same(asked, held["request"], out, free)
     return Ladder(tuple(Rung(**one) for one in held["rungs"]), held["ended"])
@@ -254,6 +259,7 @@ def walk(
         found = _kept(found, asked, out)  # before anything else, so that OUT is known as a walk's
         if found.left:
             floors, confidence = _floors(asked)
+            _forget(found, asked, out)
             list(do(before, out, run, say))
             dense = [load_scores(out / CANDIDATES / f"dense-{one}") for one in suites]
             judge(floors, [(one, one) for one in dense], confidence)  # whether they can be proven
@@ -291,6 +297,16 @@ def _kept(ladder: Ladder, asked: Request, out: Path) -> Ladder:
             for name in MODELS if draw or other.bits != ladder.bits else ():
                 shutil.rmtree(out / _folder(other.bits, draw) / name, ignore_errors=True)
     return ladder
+
+
+def _forget(ladder: Ladder, asked: Request, out: Path) -> None:
+    """Remove scores of other items than are asked now, of floors that were asked before; those of
+    candidates that were tested stay."""
+    tested = [out / _folder(rung.bits, draw) for rung in ladder.rungs for draw in draws(asked)]
+    for name, suite in scored(asked).items():
+        for path in (out / CANDIDATES).rglob(f"*{name}"):
+            if path.parent not in tested and load_scores(path).suite["hash"] != suite.hash:
+                remove(path)
 
 
 def _taken_back(ladder: Ladder, asked: Request, out: Path) -> Ladder:

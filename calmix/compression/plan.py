@@ -85,18 +85,20 @@ def slices(asked: Target) -> dict[str, tuple[str, dict[str, Any]]]:
     than the builtin one of likelihood is scored alone, and without a limit."""
     effort, offline = EFFORTS[asked.effort], asked.suite == "offline"
     part = {key: one for key, one in effort.likelihood.items() if key != "limit" or offline}
-    behaviour = {BEHAVIOUR: ("abilities", _asked_whole(asked, effort))} if offline else {}
-    return {SCORES: (asked.suite, part), **behaviour}
+    if not offline:
+        return {SCORES: (asked.suite, _asked_whole(asked, asked.suite, part))}
+    behaviour = _asked_whole(asked, "abilities", effort.behaviour)
+    return {SCORES: (asked.suite, part), BEHAVIOUR: ("abilities", behaviour)}
 
 
-def _asked_whole(asked: Target, effort: Effort) -> dict[str, Any]:
-    """Return how much of the suite of behaviour is scored; at standard effort all items of the
-    abilities with a floor."""
+def _asked_whole(asked: Target, suite: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how much of the suite that decides is scored: `part`; at standard effort all items of
+    the abilities with a floor."""
     floors = parse_floors(asked.keep_at_least) if asked.keep_at_least else {}
     if not floors or asked.effort != "standard":
-        return dict(effort.behaviour)
-    named = tuple(name for name in choose("abilities").dimensions if name in floors)
-    return {} if "" in floors else {**effort.behaviour, "whole": named}
+        return dict(part)
+    named = tuple(name for name in choose(suite).dimensions if name in floors)
+    return {} if "" in floors else {**part, "whole": named}
 
 
 def scored(asked: Target) -> dict[str, Suite]:

@@ -33,7 +33,7 @@ def read_record(out: Path) -> dict[str, Any]:
     `dense_bytes` of the dense model's weights; InputError if it is another folder or damaged."""
     missing = f"{out} is no folder that calmix compress made: no {MANIFEST}"
     if (out / LADDER).exists():
-        missing = f"{out} has no model yet: run its calmix compress again"
+        missing = f"{out} has no model yet: run its calmix compress again, or see why it refused"
     return read_sealed(out / MANIFEST, missing)
 
 

@@ -66,7 +66,9 @@ class Tested:
     @property
     def basis(self) -> str:
         """What the bound rests on, in words."""
-        of = {ANSWERS: ANSWERS, ACCURACY: "right choices"}.get(self.measure, "items by likelihood")
+        of = {ANSWERS: ANSWERS, ACCURACY: "right choices, by accuracy above chance"}.get(
+            self.measure, "items by likelihood"
+        )
         return f"{self.items} {of}"
 
 
@@ -116,7 +118,7 @@ class Verdict:
         if self.not_run:
             said.append(
                 f"Not run: {', '.join(self.not_run)} (--allow-code-execution runs them); their "
-                "ability is judged by its other tasks."
+                "ability is judged by its other tasks, if any."
             )
         return said
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from calmix.manifest import seal_holds
+from calmix.files import write_json
+from calmix.manifest import seal_holds, sealed
 from tests.evaluation.helpers import scored
 from tests.evaluation.test_floors import answered
 
@@ -80,3 +81,13 @@ def test_mistakes_are_one_line_and_write_nothing(calmix, files, tmp_path, names,
     assert (ended.code, said in ended.line) == (2, True), ended.err
     assert not out.exists()
     assert not list(files["folder"].iterdir())
+
+
+def test_answers_of_an_own_suite_are_measured(calmix, files):
+    """They stand in `scores.json`; nothing is missing."""
+    folder = files["folder"]
+    write_json(folder / "compress.json", sealed({"request": {}}))
+    files["code"].rename(folder / "scores.json")
+    ended = calmix("check", folder, "--keep-at-least", "0.9").ok()
+    assert "code 90 % (100 generated answers)" in ended.out
+    assert "not measured" not in ended.err

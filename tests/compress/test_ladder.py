@@ -16,9 +16,9 @@ from calmix.compression.ladder import RUNGS, walk
 from calmix.compression.plan import request, scored
 from calmix.compression.running import CANDIDATES, check, check_same
 from calmix.errors import InputError, NotKeptError
-from calmix.evaluation.evaluate import choose
+from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.own import EXAMPLES, template
-from calmix.evaluation.scores import CapabilityScores
+from calmix.evaluation.scores import CapabilityScores, describe
 from calmix.manifest import sealed
 from calmix.options import Compression
 from calmix.report.card import Card
@@ -27,7 +27,6 @@ from tests.evaluation.helpers import written
 
 Run = Callable[..., Ended]
 Command = Callable[..., tuple[str, ...]]
-SUITE = {"name": "abilities", "version": 1, "hash": "0" * 64}
 
 
 def asked(model, text, **more):
@@ -36,10 +35,12 @@ def asked(model, text, **more):
     )
 
 
-def scores(kept):
-    """Of a hundred sums so many are right."""
+def scores(words, kept=100):
+    """Of a hundred sums so many are right, by a command line of `evaluate`."""
+    whole = [words[at + 1] for at, word in enumerate(words) if word == "--whole"]
+    suite = describe(runnable(choose("abilities", quick=True, whole=whole), False)[0])
     task = written("sums", "math", [1] * kept + [0] * (100 - kept))
-    return CapabilityScores("m", f"{kept}", "float32", SUITE, (replace(task, chance=0.0),))
+    return CapabilityScores("m", f"{kept}", "float32", suite, (replace(task, chance=0.0),))
 
 
 class Fake:
@@ -54,10 +55,10 @@ class Fake:
         place = Path(words[words.index("-o") + 1])
         if words[0] == "evaluate":
             if "--against" not in words:
-                scores(100).save(place)
+                scores(words).save(place)
                 return
-            told = {"scores": scores(self.kept[float(place.parent.name)]).to_dict(),
-                    "dense": scores(100).to_dict()}  # fmt: skip
+            told = {"scores": scores(words, self.kept[float(place.parent.name)]).to_dict(),
+                    "dense": scores(words).to_dict()}  # fmt: skip
             place.write_text(json.dumps(told), encoding="utf-8")
             return
         place.mkdir(parents=True)
@@ -186,6 +187,33 @@ def test_what_cannot_be_proven_is_said_before_anything_is_built(tiny_folder, tex
     assert (out / "model").exists()
 
 
+def test_other_floors_before_a_candidate_are_tested_on_items_of_theirs(
+    tiny_folder, text_file, tmp_path
+):
+    """Neither the dense scores nor those of a first draw are of the items now asked."""
+    out, want = tmp_path / "out", asked(tiny_folder, text_file, seeds=2)
+    other, left = want.model_copy(update={"keep_at_least": "math=0.8,chat=0.8"}), 5
+    run = Fake(out, dict.fromkeys(RUNGS, 20))
+
+    def stopped(words):
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        run(words)
+
+    with pytest.raises(InputError, match="names 'chat', which the scores lack"):
+        walk(other, out, stopped, lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        walk(want, out, stopped, lambda *_: None)
+    assert run.run_ == ["calibrate", "calibrate", "evaluate", "evaluate", "prune"]
+    run.run_.clear()
+    with pytest.raises(InputError, match="names 'chat'"):
+        walk(other, out, run, lambda *_: None)
+    walk(want, out, run, lambda *_: None)
+    assert run.run_ == ["evaluate", "evaluate", "evaluate", "prune", "evaluate"]
+
+
 @pytest.mark.parametrize(
     ("floors", "code", "found"),
     [
@@ -217,6 +245,9 @@ def test_all_items_of_an_ability_with_a_floor_decide(
     want = asked(tiny_folder, text_file, effort=effort, allow_code_execution=True)
     want = want.model_copy(update={"keep_at_least": floors})
     assert scored(want)["abilities.json"] == choose("abilities", **chosen)
+    own = want.model_copy(update={"suite": "abilities"})  # or a user's
+    alone = {key: one for key, one in chosen.items() if key != "without"}
+    assert scored(own)["scores.json"] == choose("abilities", **alone)
 
 
 def test_a_folder_is_of_one_request(calmix, tiny_folder, text_file, tmp_path):
@@ -321,6 +352,7 @@ def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, m
     ended = calmix(*words, *floors).ok()
     assert "4.5 bits fail: code keeps" in ended.out.replace("\n", " ")
     assert "card: " in ended.out
+    assert "Kept at 95 % confidence, at least: code 40 %" in ended.out
     assert json.loads((out / "compress.json").read_text())["request"]["bits"] == 5
     told = json.loads((out / "check.json").read_text(encoding="utf-8"))
     assert (told["passed"], told["floors"]) == (True, {"code": 0.4})

@@ -79,7 +79,8 @@ def test_each_ability_is_judged_by_the_first_measure_it_has():
     first, left_out = verdict.lines()
     assert first.startswith(
         "Kept at 95 % confidence, at least: code 90 % (100 generated answers), general 90 % (280 "
-        "right choices), prose 90 % (60 items by likelihood). This holds for items like these"
+        "right choices, by accuracy above chance), prose 90 % (60 items by "
+        "likelihood). This holds for items like these"
     )
     assert "Not run: humaneval" in left_out
     strict = judged("code=0.95", dense, pruned)
