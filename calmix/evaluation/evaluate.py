@@ -151,22 +151,23 @@ def _versions() -> dict[str, str]:
 def _run(
     model: OpenModel, suite: Suite, batch_tokens: int, floors: bool, progress: Progress | None
 ) -> CapabilityScores:
-    from calmix.evaluation.abilities import ask, steps, task_of
+    from calmix.evaluation.abilities import ANSWER, ask, task_of
     from calmix.evaluation.scorer import Scorer
 
     start = time.perf_counter()
     loaded = {name: load_items(spec) for name, spec in suite.tasks.items() if not spec.writes}
     scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
-    written = [task_of(spec) for spec in suite.tasks.values() if spec.writes]
-    scorer.tick.total += sum(steps(task) * len(task.items) for task in written)
+    due = sum(len(task_of(spec).items) for spec in suite.tasks.values() if spec.writes)
+    scorer.tick.total += ANSWER * due
     # All of the archive's requests at once: what they share runs once.
     asked = [(name, *one) for name in loaded for i in loaded[name] for one in i.requests]
     answers = iter(scorer.loglikelihood(asked))
+    written = ask(scorer, suite)
     tasks = []
     for name, spec in suite.tasks.items():
         found: dict[str, Any] = {"chance": 0.0}
         if spec.writes:
-            found |= ask(scorer, name, spec)
+            found |= written[name]
         else:
             rows = [list(islice(answers, len(item.requests))) for item in loaded[name]]
             found |= _likely(spec, loaded[name], rows)

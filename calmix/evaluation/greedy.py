@@ -1,12 +1,14 @@
-"""Greedy answers in batches: prompts that begin alike share one cache, rows that have ended leave.
+"""Greedy answers, many at a time: prompts that begin alike are read once, and where an answer has
+ended the next one begins.
 
-Rows of a batch are padded on the left, behind what all of them share. Models whose state is no
-cache of keys and values (Mamba, hybrids) are batched by equal length, through transformers.
+Models whose state is no cache of keys and values (Mamba, hybrids) are batched by equal length,
+through transformers.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +20,14 @@ from calmix.evaluation.scorer import attention_window
 from calmix.evaluation.tasks import shared_start
 from calmix.machine import tokens_at_once
 from calmix.models import OpenModel
-from calmix.models.attention import cache_argument, reserved_cache
+from calmix.models.attention import cache_argument, own_places
 from calmix.models.opening import end_tokens, generating, in_chat, quiet_transformers
 
 ROWS = 64  # at a time
-SHARED = 8  # tokens that all prompts of a batch begin with, to be worth a pass of their own
-LEAVING = 8  # one row in so many has to have ended before the batch is made smaller
+SHARED = 8  # tokens that prompts begin with alike, to be read once for all of them
+HELD = 0.5e9  # bytes of keys and values, where that is room for more than a few rows
+LEAVING = 8  # one row in so many has to have ended before others take their places
+WIDER = 1.25  # by so much more rows there has to be room for, before what is held is moved
 TAIL = 16  # tokens at the end of an answer in which a stop is looked for
 LOOP, PERIOD = 64, 16  # an answer whose last tokens repeat so few is cut: greedily it never ends
 
@@ -66,15 +70,23 @@ def answers(
     """
     writer = _Writer(opened, tick)
     rows = [writer.row(one) for one in prompts]
+    for _, some in itertools.groupby(sorted(rows, key=lambda row: row.ids), key=_Row.begins):
+        alike = list(some)
+        head = min(shared_start([row.ids for row in alike]), min(len(row.ids) for row in alike) - 1)
+        for row in alike:
+            row.head = head if head >= SHARED and len(alike) > 1 else 0
     with quiet_transformers():
-        for batch in writer.batches(rows):
-            (writer.answer if writer.padded else writer.by_transformers)(batch)
+        if writer.padded and rows:
+            writer.measure()
+        for group in writer.groups(rows):
+            (writer.answer if writer.padded else writer.by_transformers)(group)
     return [writer.answered(row) for row in rows]
 
 
 @dataclass
 class _Row:
-    """An answer while it is written: `room` is what it may take, `over` says that it is done."""
+    """An answer while it is written: `room` is what it may take, `over` says that it is done, and
+    its first tokens, the `head`, are those of other rows too."""
 
     ids: list[int]
     room: int
@@ -82,6 +94,14 @@ class _Row:
     written: list[int] = field(default_factory=list)
     ended: bool = False
     over: bool = False
+    head: int = 0
+
+    def begins(self) -> list[int]:
+        return self.ids[:SHARED]
+
+    @property
+    def needs(self) -> int:
+        return len(self.ids) + self.room
 
 
 class _Writer:
@@ -105,56 +125,102 @@ class _Writer:
         # token stands by counting alone.
         window = min(self.context, attention_window(self.model))
         self.window = window if self.padded and "position_ids" in known else 0
+        self.read: tuple[list[int], Any] = ([], None)  # the head that was read last, and its cache
+        self.held = 8 * tokens_at_once(self.device)  # tokens there is room for
+
+    def measure(self) -> None:
+        """Find out how many tokens there is room for, by the keys and values of one."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        self._forward(self.ends.new_zeros(1, 1), cache, None, None)
+        taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        self.held = max(self.held, int(HELD / taken))
 
     def row(self, prompt: Prompt) -> _Row:
         room = min(prompt.tokens, self.context // 2)
         ids = list(prompt.ids) or self.ends[:1].tolist() or [0]
         return _Row(ids[-(self.context - room) :], room, prompt.until)
 
-    def batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-        """Yield rows to answer together: of about one length, the longest first."""
-        order = sorted(rows, key=lambda row: (-len(row.ids), row.ids))
-        most = 8 * tokens_at_once(self.device)
-        while order:
-            longest = len(order[0].ids) + max(row.room for row in order[:ROWS])
-            stop = min(len(order), ROWS, max(1, most // longest))
-            if longest > self.window:
-                same = [len(row.ids) == len(order[0].ids) for row in order[:stop]]
-                stop = (*same, False).index(False)
-            yield order[:stop]
-            order = order[stop:]
+    def groups(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+        """Yield rows to answer together: all, or those of one length where they must not be padded.
+        Those that need most room come first; what begins alike stands together."""
 
-    def answer(self, rows: list[_Row]) -> None:
-        ids = [row.ids for row in rows]
-        shared = min(shared_start(ids), min(map(len, ids)) - 1)
-        shared = shared if shared >= SHARED and len(rows) > 1 else 0
+        def kind(row: _Row) -> int:
+            return len(row.ids) if not self.padded or row.needs > self.window else 0
+
+        def place(row: _Row) -> tuple[Any, ...]:
+            width = self._width([row]).bit_length()
+            return kind(row), width, -row.room, row.begins(), -len(row.ids), row.ids
+
+        for length, some in itertools.groupby(sorted(rows, key=place), key=kind):
+            group = list(some)
+            step = self._width(group) if length else len(group)
+            yield from (group[at : at + step] for at in range(0, len(group), step))
+
+    def _width(self, rows: Sequence[_Row]) -> int:
+        """Return how many rows may be answered at a time."""
+        return max(1, min(ROWS, len(rows), self.held // max(row.needs for row in rows)))
+
+    def answer(self, rows: Sequence[_Row]) -> None:
+        """Answer rows: where one is over, the next one begins."""
+        waiting, inside, held = list(rows), list[_Row](), own_places(self.model)
+        idle, tokens = _Row([], 0, (), over=True), self.ends.new_zeros(0)
+        while waiting or not all(row.over for row in inside):
+            free = [n for n, row in enumerate(inside) if row.over]
+            if len(free) >= max(1, len(inside) // LEAVING) or not inside:
+                left = [n for n, row in enumerate(inside) if not row.over]
+                due = [*(inside[n] for n in left), *waiting]
+                width = self._width(due)
+                if not len(inside) <= width < WIDER * len(inside):
+                    here = torch.tensor(left, dtype=torch.int64, device=self.device)
+                    held.hold(width, max(row.needs for row in due), here)
+                    free = list(range(len(left), width))
+                    inside = [*(inside[n] for n in left), *(idle for _ in free)]
+                    tokens = torch.cat([tokens[here], tokens.new_zeros(len(free))])
+                if waiting:
+                    _, some = next(itertools.groupby(waiting[: len(free)], key=_Row.begins))
+                    joined = list(some)
+                    waiting = waiting[len(joined) :]
+                    for place, row in zip(free, joined, strict=False):
+                        inside[place] = row
+                    places = torch.tensor(free[: len(joined)], device=self.device)
+                    tokens[places] = self._begin(joined, held, places)
+                    continue
+            seen = torch.arange(held.last + 1, device=self.device) <= held.at[:, None]
+            scores = self._forward(tokens[:, None], held, seen.long(), held.at[:, None])
+            tokens = scores.argmax(-1)
+            held.move(torch.tensor([not row.over for row in inside], device=self.device))
+            self._take(inside, tokens)
+
+    def _begin(self, rows: Sequence[_Row], held: Any, places: Any) -> Any:
+        """Read the prompts of rows, of one head, into their places, and return the first token of
+        each."""
+        from transformers import DynamicCache
+
+        ids, head = [row.ids for row in rows], rows[0].head
         longest = max(map(len, ids))
-        held = reserved_cache(self.model, longest + max(row.room for row in rows))
+        cache = DynamicCache()  # without a configuration: it keeps all, sliding windows included
         mask = torch.ones(len(rows), longest, dtype=torch.long, device=self.device)
-        given = torch.zeros(len(rows), longest - shared, dtype=torch.long, device=self.device)
+        given = torch.zeros(len(rows), longest - head, dtype=torch.long, device=self.device)
         for row, one in enumerate(ids):
             pad = longest - len(one)
-            mask[row, shared : shared + pad] = 0
-            given[row, pad:] = torch.tensor(one[shared:])
+            mask[row, head : head + pad] = 0
+            given[row, pad:] = torch.tensor(one[head:])
         place = mask.cumsum(-1) - 1
-        if shared:
-            self._forward(torch.tensor([ids[0][:shared]], device=self.device), held, None, None)
-            held.batch_repeat_interleave(len(rows))
-        scores = self._forward(given, held, mask, place[:, shared:].clamp(min=0))
-        at = place[:, -1:]
-        while True:
-            tokens = scores.argmax(-1)
-            self._take(rows, tokens)
-            left = [n for n, row in enumerate(rows) if not row.over]
-            if not left:
-                return
-            if len(rows) - len(left) >= max(1, len(rows) // LEAVING):
-                here = torch.tensor(left, device=self.device)
-                held.batch_select_indices(here)
-                rows, tokens, mask, at = [rows[n] for n in left], tokens[here], mask[here], at[here]
-            at = at + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            scores = self._forward(tokens[:, None], held, mask, at)
+        if head:
+            if self.read[0] != ids[0][:head]:
+                self.read = (ids[0][:head], DynamicCache())
+                start = torch.tensor([ids[0][:head]], device=self.device)
+                self._forward(start, self.read[1], None, None)
+            for number, layer in enumerate(self.read[1].layers):
+                parts = (one.expand(len(rows), -1, -1, -1) for one in (layer.keys, layer.values))
+                cache.update(*parts, number)
+        scores = self._forward(given, cache, mask, place[:, head:].clamp(min=0))
+        held.fill(places, cache, mask)
+        tokens = scores.argmax(-1)
+        self._take(rows, tokens)
+        return tokens
 
     def _forward(self, ids: Any, held: Any, mask: Any, place: Any) -> Any:
         more = {"position_ids": place, "logits_to_keep": 1}
@@ -182,7 +248,7 @@ class _Writer:
             text = text.partition(stop)[0]
         return Answer(text, row.ended)
 
-    def by_transformers(self, rows: list[_Row]) -> None:
+    def by_transformers(self, rows: Sequence[_Row]) -> None:
         from transformers import GenerationConfig
 
         given = torch.tensor([row.ids for row in rows], device=self.device)

@@ -10,7 +10,7 @@ computes scores again. All other attention is PyTorch's.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -64,9 +64,10 @@ def attention(
     plain = not kwargs.get("dropout") and not any(
         kwargs.get(name) is not None for name in ("position_bias", "softcap")
     )
-    if plain and positions == 1 and attention_mask is None and heads > shared:
+    one_line = attention_mask is None or attention_mask.shape[1:] == (1, 1, tokens)
+    if plain and positions == 1 and one_line and heads > shared:
         folded = query.reshape(rows, shared, heads // shared, width)
-        attended = F.scaled_dot_product_attention(folded, key, value, scale=scale)
+        attended = F.scaled_dot_product_attention(folded, key, value, attention_mask, scale=scale)
         return attended.reshape(rows, 1, heads, value.shape[-1]), None
     causal = kwargs.get("is_causal")
     if causal is None:  # as transformers has it without a mask; one may show what follows
@@ -211,19 +212,76 @@ def reserved_cache(model: Any, length: int) -> Any:
             self.keys, self.values = (held[..., :stop, :] for held in self.room)
             return self.keys, self.values
 
-        def batch_select_indices(self, indices: Tensor) -> None:
-            self._rows(lambda held: held[indices])
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            self._rows(lambda held: held.repeat_interleave(repeats, dim=0))
-
-        def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-            stop = self.get_seq_length()
-            self.room = [change(held) for held in self.room]
-            self.keys, self.values = (held[..., :stop, :] for held in self.room)
-
     cache = DynamicCache(config=model.config)
     cache.layers = [
         ReservedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
+    return cache
+
+
+def own_places(model: Any) -> Any:
+    """Return a cache in which every row has a place of its own: rows enter by `fill`, and are
+    written on a token at a time, each where its `at` is. `hold` says for how many of how many
+    tokens there is room."""
+    from transformers import DynamicCache, DynamicLayer
+
+    class Places(DynamicCache):
+        def __init__(self) -> None:
+            super().__init__(config=model.config)
+            self.layers: list[Any] = [Layer() for _ in self.layers]
+            self.at = torch.zeros(0, dtype=torch.int64, device=model.device)
+            self.last = 0
+
+        def hold(self, rows: int, length: int, left: Tensor) -> None:
+            """Make room for so many rows; of those that are there, `left` stay, as the first."""
+            at = self.at.new_zeros(rows)
+            at[: len(left)] = self.at[left]
+            self.at, self.rows, self.length = at, rows, length
+            self.move(0)
+            for layer in self.layers:
+                if layer.is_initialized:
+                    layer.keys, layer.values = (
+                        self._room(held, held[left, :, : self.last])
+                        for held in (layer.keys, layer.values)
+                    )
+
+        def _room(self, like: Tensor, held: Tensor | None = None) -> Tensor:
+            # What a mask hides must be finite all the same.
+            made = like.new_zeros(self.rows, like.shape[1], self.length, like.shape[3])
+            if held is not None:
+                made[: len(held), :, : held.shape[2]] = held
+            return made
+
+        def fill(self, places: Tensor, cache: DynamicCache, seen: Tensor) -> None:
+            """Copy the tokens of the rows of another cache that a mask (rows, tokens) shows."""
+            shown = [line.nonzero().flatten() for line in seen]
+            for own, other in zip(self.layers, cache.layers, strict=False):  # some share others'
+                if not own.is_initialized:
+                    own.keys, own.values = self._room(other.keys), self._room(other.values)
+                    own.is_initialized = True
+                for held, new in ((own.keys, other.keys), (own.values, other.values)):
+                    for place, row, which in zip(places.tolist(), new, shown, strict=True):
+                        held[place, :, : len(which)] = row[:, which]
+            self.at[places] = seen.sum(-1)
+            self.move(0)
+
+        def move(self, tokens: Tensor | int) -> None:
+            """Go on by so many tokens a row; `last` is the furthest place that is written next."""
+            self.at += tokens
+            self.last = int(self.at.max())
+
+    class Layer(DynamicLayer):
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            line = torch.arange(len(cache.at), device=cache.at.device)
+            for held, new in ((self.keys, key_states), (self.values, value_states)):
+                held[line, :, cache.at] = new[:, :, 0]
+            stop = cache.last + 1
+            return self.keys[..., :stop, :], self.values[..., :stop, :]
+
+        def get_seq_length(self) -> int:
+            return cache.last
+
+    cache = Places()
     return cache

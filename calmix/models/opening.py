@@ -282,9 +282,11 @@ def open_model(
     if dtype == "auto" and (fits := suited(model.dtype, target)) != model.dtype:
         model = model.to(fits)
     use_own_attention(model.requires_grad_(False))
+    plain = torch.contiguous_format
     if (head := model.get_output_embeddings()) is not None:
-        # Else, of a batch's last positions, torch's product copies the weights for every row.
-        head.register_forward_pre_hook(lambda module, given: given[0].contiguous())
+        # Else, of a batch's last positions, torch's product copies the weights for every row, and
+        # of a single one, which it takes to be contiguous, it is several times slower.
+        head.register_forward_pre_hook(lambda module, given: given[0].clone(memory_format=plain))
     embeddings = model.get_input_embeddings()
     tokenizer = load_tokenizer(folder, name, trust_remote_code)
     if max(tokenizer.get_vocab().values(), default=0) >= embeddings.weight.shape[0]:

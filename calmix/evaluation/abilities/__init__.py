@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from calmix.evaluation import checks
 from calmix.evaluation.greedy import Answer, answers, prompt
 from calmix.evaluation.own import asked_of, program_of
 from calmix.evaluation.sandbox import check_sandbox, failure
-from calmix.evaluation.suites import ARCHIVE, ASKED, TaskSpec
+from calmix.evaluation.suites import ARCHIVE, ASKED, Suite, TaskSpec
 from calmix.evaluation.tasks import document_number
 from calmix.machine import cores
 from calmix.yaml_files import packaged
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from calmix.evaluation.scorer import Scorer
 
 SUMS = 120
+ANSWER = 24  # requests of likelihood that take about as long
 CHECKS: dict[str, Callable[[str, Any], bool]] = {
     "text": checks.exact_match, "exact": checks.same_text, "number": checks.same_number,
     "result": checks.same_result, "request": checks.as_requested,
@@ -56,29 +58,35 @@ class Asked:
     items: tuple[Ask, ...]
 
 
-def ask(scorer: Scorer, name: str, spec: TaskSpec) -> dict[str, Any]:
-    """Return what a model answers to the items of a task, and whether that is right, as fields of
-    `TaskScores`."""
-    task = task_of(spec)
-    if task.check == "program":
+def ask(scorer: Scorer, suite: Suite) -> dict[str, dict[str, Any]]:
+    """Return what a model answers to the items of a suite's tasks that ask for answers, and whether
+    that is right, as fields of `TaskScores`."""
+    asked = {name: task_of(spec) for name, spec in suite.tasks.items() if spec.writes}
+    if any(task.check == "program" for task in asked.values()):
         check_sandbox()
-    asked = [prompt(scorer.tokenizer, one.chat, one.plain, task.tokens, task.until)
-             for one in task.items]  # fmt: skip
-    if cut := sum(len(one.ids) + one.tokens > scorer.max_length for one in asked):
-        scorer.truncated[name] += cut
-    found = answers(scorer.opened, asked, tick=lambda count: scorer.tick(count * steps(task)))
-    with ThreadPoolExecutor(cores()) as pool:  # programs run in processes of their own
-        right = pool.map(functools.partial(verdict, task), task.items, found)
-    return {
-        "items": tuple(item.id for item in task.items), "values": tuple(map(float, right)),
-        "answers": tuple(one.text for one in found),
-        "ended": tuple(int(one.ended) for one in found),
+    prompts = {
+        name: [prompt(scorer.tokenizer, one.chat, one.plain, task.tokens, task.until)
+               for one in task.items]
+        for name, task in asked.items()
     }  # fmt: skip
-
-
-def steps(task: Asked) -> int:
-    """Return how many requests of likelihood take about as long as one answer."""
-    return max(1, task.tokens // 4)
+    every = [one for some in prompts.values() for one in some]
+    for name, some in prompts.items():
+        if cut := sum(len(one.ids) + one.tokens > scorer.max_length for one in some):
+            scorer.truncated[name] += cut
+    with ThreadPoolExecutor(cores()) as pool:  # programs run in processes of their own
+        written = iter(answers(scorer.opened, every, tick=lambda n: scorer.tick(n * ANSWER)))
+        made = {name: list(islice(written, len(some))) for name, some in prompts.items()}
+        return {
+            name: {
+                "items": tuple(item.id for item in task.items),
+                "values": tuple(
+                    map(float, pool.map(functools.partial(verdict, task), task.items, made[name]))
+                ),
+                "answers": tuple(one.text for one in made[name]),
+                "ended": tuple(int(one.ended) for one in made[name]),
+            }
+            for name, task in asked.items()
+        }
 
 
 def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
