@@ -1,6 +1,6 @@
 """Checks: is what a model wrote right? Pure functions of the answer and of what is expected of it.
 
-An answer that is empty or was cut is never right.
+One that is empty or was cut is refused before (`abilities.verdict`).
 """
 
 from __future__ import annotations

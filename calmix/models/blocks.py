@@ -1,8 +1,8 @@
-"""Find the decoder blocks of a model and the weights in them, by structure alone.
+"""Find the decoder blocks of a model and the weights in them, by structure.
 
-There is no list of models: the decoder is the list of modules that holds most of the weights, and
-what can be pruned in a block are its linear maps. Experts are linear maps too, each a slice of a
-parameter that holds all of them.
+There is no list of models; names tell only towers, routers and parts of experts apart. The decoder
+is the list of modules that holds most of the weights, and what can be pruned in a block are its
+linear maps. Experts are linear maps too, each a slice of a parameter that holds all of them.
 """
 
 from __future__ import annotations

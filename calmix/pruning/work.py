@@ -4,6 +4,7 @@
                       calibration/   the calibration set, as drawn
                       checkpoint/    finished files of the output
                       scratch/       hidden states and the like, of the run at work alone
+                      state-N, best-N   of a distillation
 
 A run goes through it in this order:
 

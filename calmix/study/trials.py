@@ -1,8 +1,8 @@
 """From a study to its trials: the grid, and what decides the outcome of each.
 
 A trial's id is the hash of its resolved request: the model's files, the calibration set's
-definition with the content of the user's own files, method, pattern and suite. Package versions
-are not part of it; they are recorded with every result.
+definition with the content of the user's own files, method, pattern, recovery, suite and scorer.
+Package versions are not part of it; they are recorded with every result.
 """
 
 from __future__ import annotations
