@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +127,21 @@ def of_store(store: Path, sizes: dict[str, Sizes]) -> Iterator[Point]:
             divergence(trial.distance), found.kept, found.dense, found.share,
             (dense, pruned), trial.pattern, trial.seed,
         )  # fmt: skip
+
+
+def of_smaller(store: Path, sizes: Mapping[str, Sizes]) -> Iterator[str]:
+    """Yield how many of a dense model's right answers a smaller dense model gives too."""
+    results = read_results(store)
+    dense = {trial.model: results.paired[trial.id] for trial in results.trials}
+    order = sorted(dense.keys() & sizes.keys(), key=lambda name: sizes[name].matrices)
+    for small, large in itertools.combinations(order, 2):
+        own = {one.name: dict(zip(one.items, one.values, strict=True)) for one in dense[small]}
+        both = [(one, replace(one, values=tuple(own[one.name][item] for item in one.items)))
+                for one in dense[large] if one.metric in WRITTEN]  # fmt: skip
+        found = counted("all", both)
+        assert found is not None
+        kept = f"{found.kept} of {found.dense}: {with_span(found.share)}"
+        yield f"| {small}, dense, beside {large} | {kept} |"
 
 
 def divergence(distance: dict[str, Any] | None) -> float | None:
@@ -262,6 +278,8 @@ def main() -> None:
         bits, kl = ("" if x is None else f"{x:.{n}f}" for x, n in ((one.bits, 2), (one.kl, 3)))
         kept = f"{one.kept} of {one.of}: {with_span(one.share)}"
         print(f"| {one.name} | {bits} | {one.size:.1f} | {kl} | {kept} |")
+    for store in asked.stores:
+        print(*of_smaller(store, sizes), sep="\n")
     for floors in asked.keep_at_least:
         print("", *smallest(points, floors), sep="\n")
     for lines in asked.lead:
