@@ -50,6 +50,11 @@ def run(
     allow_code_execution: bool = option(
         False, "Run code the model writes, in a limited subprocess."
     ),
+    right_only: bool = option(
+        False,
+        "Ask for answers where DENSE, a .json file, is right; all else counts as wrong.",
+        advanced=True,
+    ),
     text: tuple[str, ...] = option(
         (),
         "Text to measure distance on, e.g. code=mine.jsonl (repeat).",
@@ -89,6 +94,8 @@ def run(
             "--text measures the distance to a dense model: name it with --against, and leave out "
             "--no-distance"
         )
+    if right_only and not saved:
+        raise InputError("--right-only needs the scores of a dense model: --against FILE.json")
     named = [model] if against is None or saved else [model, against]
     if output is not None:
         rows = [one.file for one in chosen.tasks.values()]
@@ -101,16 +108,18 @@ def run(
             return capability.evaluate(
                 opened, chosen, batch_tokens=batch_tokens,
                 allow_code_execution=allow_code_execution,
-                floors=dense or against is None, cache=dense and not no_cache,
+                floors=dense or against is None, right=known_right, cache=dense and not no_cache,
                 progress=bar.of(f"scoring {opened.name}"),
             )  # fmt: skip
 
     # All is read, and refused if it does not fit, before anything is scored.
-    dense = found = kept_of = None
+    dense = found = kept_of = known_right = None
     if against is not None and saved:
         dense = load_scores(user_path(against))
         check_same_suite(describe(chosen), dense.suite)
         dense.retention(dense, measure=measured.measure, resamples=1)
+        if right_only:
+            known_right = {one.name: one.right for one in dense.tasks}
     for name in named:
         open_tokenizer(name, trust_remote_code=opening.trust_remote_code)
     if against is not None and not saved:
@@ -310,7 +319,8 @@ def _print(scores: CapabilityScores, dense: CapabilityScores | None, measure: Me
     line("")
     if found.abilities:
         counts = [{"ability": one.name, "asked": one.asked, "dense right": one.dense,
-                   "still right": one.kept, "kept %": with_span(one.share), "gained": one.gained}
+                   "still right": one.kept, "kept %": with_span(one.share),
+                   "gained": "-" if one.gained is None else one.gained}
                   for one in found.abilities]  # fmt: skip
         print_table(counts, title="generated answers, higher is better", least=["asked", "gained"])
     rows = _headed(

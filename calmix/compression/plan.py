@@ -335,11 +335,13 @@ def scoring(
     asked: Request, model: str, out: Path, against: Mapping[str, object], leaves: str = ""
 ) -> list[Stage]:
     """Return the stages that score a model on the suites, `against` a dense one or its scores by
-    the file that each leaves; its name begins with `leaves`."""
+    the file that each leaves; its name begins with `leaves`. Against saved scores only what these
+    have right is asked, which decides what is kept."""
     near, found = not EFFORTS[asked.effort].distance and bool(against), []
     for file, (suite, part) in slices(asked).items():
         flags = _flags(
             against=against.get(file), suite=None if suite == "offline" else suite, **part,
+            right_only=isinstance(against.get(file), Path) and choose(suite).asks,
             no_distance=near and file == SCORES, allow_code_execution=asked.allow_code_execution,
             **_where(asked), output=out / f"{leaves}{file}",
         )  # fmt: skip

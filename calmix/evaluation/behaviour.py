@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from calmix.errors import InputError
@@ -36,9 +36,9 @@ class Counted:
     chance: float = 0.0
 
     @property
-    def gained(self) -> int:
-        """Items right under the pruned model alone."""
-        return self.pruned - self.kept
+    def gained(self) -> int | None:
+        """Items right under the pruned model alone; None where no other could be."""
+        return self.pruned - self.kept if self.asked > self.dense else None
 
     @property
     def share(self) -> Estimate:
@@ -125,14 +125,24 @@ def check_pairs(pairs: Sequence[Pair]) -> None:
 
 
 def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[TaskPair]:
-    """Return both models' scores of the tasks that fit, each from where it has most items."""
+    """Return both models' scores of the tasks that fit, each from where it has most items; of those
+    that were asked for what the dense model gets right, no others."""
     found: dict[str, TaskPair] = {}
     for dense, pruned in pairs:
         for before, after in zip(dense.tasks, pruned.tasks, strict=True):
             most = len(found[before.name][0].items) if before.name in found else 0
             if fits(before) and len(before.items) > most:
                 found[before.name] = before, after
+                if pruned.right_only and answered(before):
+                    found[before.name] = _right(before, before), _right(before, after)
     return list(found.values())
+
+
+def _right(dense: TaskScores, task: TaskScores) -> TaskScores:
+    """Return scores of the items that the dense model gets right alone."""
+    some = [at for at, value in enumerate(dense.values) if value]
+    items, values = tuple(task.items[at] for at in some), tuple(task.values[at] for at in some)
+    return replace(task, items=items, values=values, answers=(), ended=())
 
 
 def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
@@ -80,6 +80,7 @@ def evaluate(
     batch_tokens: int | None = None,
     allow_code_execution: bool = False,
     floors: bool = True,
+    right: Mapping[str, Collection[str]] | None = None,
     cache: bool = False,
     progress: Progress | None = None,
 ) -> CapabilityScores:
@@ -96,6 +97,7 @@ def evaluate(
             tasks of a suite that ask for programs are left out.
         floors: also score what a model without the knowledge would (`TaskScores.floors`), which
             a dense model's scores must hold; a pruned model's need not.
+        right: by task, the only items that answers are asked for; all others count as wrong.
         cache: take the scores from the cache if this model's files were scored before, and
             keep them there otherwise. Leave it off for a model changed in memory: its files
             do not say so.
@@ -117,13 +119,13 @@ def evaluate(
         try:
             scores = load_scores(kept)
         except InputError:  # none there, or damaged
-            scores = _run(model, chosen, size, floors, progress)
+            scores = _run(model, chosen, size, floors, None, progress)
             scores.save(kept)
     else:
-        scores = _run(model, chosen, size, floors, progress)
+        scores = _run(model, chosen, size, floors, right, progress)
     form = "" if in_chat(model.tokenizer, "Hello") is None else "chat template"
     form = (form or "worked examples") if chosen.asks else ""
-    return replace(scores, not_run=tuple(left), form=form)
+    return replace(scores, not_run=tuple(left), form=form, right_only=right is not None)
 
 
 def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:
@@ -149,20 +151,24 @@ def _versions() -> dict[str, str]:
 
 
 def _run(
-    model: OpenModel, suite: Suite, batch_tokens: int, floors: bool, progress: Progress | None
+    model: OpenModel,
+    suite: Suite,
+    batch_tokens: int,
+    floors: bool,
+    right: Mapping[str, Collection[str]] | None,
+    progress: Progress | None,
 ) -> CapabilityScores:
-    from calmix.evaluation.abilities import ANSWER, ask, task_of
+    from calmix.evaluation.abilities import ANSWER, ask, due
     from calmix.evaluation.scorer import Scorer
 
     start = time.perf_counter()
     loaded = {name: load_items(spec) for name, spec in suite.tasks.items() if not spec.writes}
     scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
-    due = sum(len(task_of(spec).items) for spec in suite.tasks.values() if spec.writes)
-    scorer.tick.total += ANSWER * due
+    scorer.tick.total += ANSWER * sum(map(len, due(suite, right).values()))
     # All of the archive's requests at once: what they share runs once.
     asked = [(name, *one) for name in loaded for i in loaded[name] for one in i.requests]
     answers = iter(scorer.loglikelihood(asked))
-    written = ask(scorer, suite)
+    written = ask(scorer, suite, right)
     tasks = []
     for name, spec in suite.tasks.items():
         found: dict[str, Any] = {"chance": 0.0}

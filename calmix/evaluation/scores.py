@@ -33,6 +33,8 @@ class CapabilityScores(Shown):
         distance: to the dense model, where measured (`calmix.evaluation.distance`).
         not_run: tasks left out because they run code the model writes.
         form: what the model's questions stand in, `chat template` or `worked examples`.
+        right_only: generated answers were asked for where the dense model is right, all else counts
+            as wrong.
     """
 
     model: str
@@ -46,6 +48,7 @@ class CapabilityScores(Shown):
     distance: dict[str, Any] | None = None
     not_run: tuple[str, ...] = ()
     form: str = ""
+    right_only: bool = False
 
     def retention(self, dense: CapabilityScores, **how: Any) -> Retention:
         """Return what this model has kept of a dense one; `how` is as for `retention.retention`.

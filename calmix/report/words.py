@@ -149,7 +149,10 @@ def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
         if (worst := found.worst) is not None:
             text += f", least in {worst.name}, {worst.kept} of {worst.dense}"
         how = FORMS.get(found.form, "")
-        said.append(f"{text} (asked: {all_.asked:,}{how}, gained: {all_.gained}).")
+        asked = f"asked: {all_.asked:,}{how}, gained: {all_.gained}"
+        if all_.gained is None:
+            asked = f"only these were asked{how}"
+        said.append(f"{text} ({asked}).")
     if found.not_run:
         said.append(f"Programs: not run ({listed(found.not_run)}; --allow-code-execution runs "
                     "them).")  # fmt: skip

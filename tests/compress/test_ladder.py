@@ -250,6 +250,15 @@ def test_all_items_of_an_ability_with_a_floor_decide(
     assert scored(own)["scores.json"] == choose("abilities", **alone)
 
 
+def test_candidates_are_asked_what_the_dense_model_gets_right(tiny_folder, text_file, tmp_path):
+    want = asked(tiny_folder, text_file)
+    suites = ladder.suites_of(want)
+    (dense,) = (one for one in ladder.opening(want, tmp_path, suites) if "dense-" in one.leaves)
+    assert "--right-only" not in dense.arguments
+    *_, candidate = ladder.building(want, tmp_path, 4.0, suites)
+    assert "--right-only" in candidate.arguments
+
+
 def test_a_folder_is_of_one_request(calmix, tiny_folder, text_file, tmp_path):
     """Neither goes on in the other's folder: a walk, and a compression of a given size."""
     out, want = tmp_path / "walk", asked(tiny_folder, text_file)

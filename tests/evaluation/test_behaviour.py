@@ -47,6 +47,17 @@ def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named():
         behaviour((replace(dense, form="chat template"), replace(pruned, form="worked examples")))
 
 
+def test_where_only_right_answers_were_asked_for_nothing_is_said_of_others():
+    dense = scored(written("qa", "general", [1] * 8 + [0, 0]))
+    pruned = scored(written("qa", "general", [1] * 6 + [0] * 4))
+    found = behaviour((dense, replace(pruned, right_only=True)))
+    assert (found.answers.asked, found.answers.dense, found.answers.gained) == (8, 8, None)
+    (said,) = words.verdict(found, None, "")
+    assert said.endswith("75.0 [40.9, 92.9] % (only these were asked).")
+    whole = behaviour((dense, pruned))
+    assert (whole.answers.asked, whole.answers.share) == (10, found.answers.share)
+
+
 def test_a_task_of_two_suites_counts_where_it_has_most_items():
     few, many = (scored(accuracy([1.0] * count, "quiz", "general"), suite=f"s{count}")
                  for count in (10, 30))  # fmt: skip

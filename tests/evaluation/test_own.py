@@ -5,6 +5,7 @@ import json
 import pytest
 
 from calmix.errors import InputError
+from calmix.evaluation import abilities
 from calmix.evaluation.abilities import task_of, verdict
 from calmix.evaluation.evaluate import evaluate, suite_items
 from calmix.evaluation.greedy import Answer
@@ -123,3 +124,28 @@ def test_rows_hold_any_text_and_long_numbers(folder):
     path.write_bytes(b'{"question": "caf\xe9", "answer": 1}\n')
     with pytest.raises(InputError, match="is not UTF-8 text"):
         read_rows(str(path), "numbers")
+
+
+def test_only_what_a_dense_model_gets_right_is_asked_and_all_else_is_wrong(
+    folder, calmix, tiny_folder, tmp_path, monkeypatch
+):
+    seen = []
+
+    def fake(opened, prompts, tick=None):
+        seen.append(len(prompts))
+        return [Answer("down", True) for _ in prompts]
+
+    monkeypatch.setattr(abilities, "answers", fake)
+    command = ("evaluate", str(tiny_folder), "--suite", str(folder / "mine.yaml"))
+    whole = ("--task", "my_answers", "--task", "my_numbers")
+    dense, pruned = str(tmp_path / "dense.json"), tmp_path / "pruned.json"
+    assert calmix(*command, *whole, "-o", dense).code == 0
+    again = (*command, *whole, "--against", dense, "--right-only", "-o", str(pruned))
+    assert calmix(*again).code == 0
+    found = json.loads(pruned.read_text(encoding="utf-8"))
+    assert seen == [3, 1]
+    assert found["scores"]["right_only"]
+    for part in ("dense", "scores"):
+        assert [task["values"] for task in found[part]["tasks"]] == [[1.0, 0.0], [0.0]]
+    refused = calmix(*command, "--right-only", "--against", str(tiny_folder))
+    assert (refused.code, "--against FILE.json" in refused.err) == (2, True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from calmix import assets
 from calmix.evaluation import checks
-from calmix.evaluation.greedy import Answer, answers, prompt
+from calmix.evaluation.greedy import Answer, Prompt, answers, prompt
 from calmix.evaluation.own import asked_of, program_of
 from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.suites import ARCHIVE, ASKED, Suite, TaskSpec
@@ -58,35 +58,42 @@ class Asked:
     items: tuple[Ask, ...]
 
 
-def ask(scorer: Scorer, suite: Suite) -> dict[str, dict[str, Any]]:
+def ask(
+    scorer: Scorer, suite: Suite, right: Mapping[str, Collection[str]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Return what a model answers to the items of a suite's tasks that ask for answers, and whether
-    that is right, as fields of `TaskScores`."""
-    asked = {name: task_of(spec) for name, spec in suite.tasks.items() if spec.writes}
-    if any(task.check == "program" for task in asked.values()):
+    that is right, as fields of `TaskScores`; those that `due` leaves out count as wrong."""
+    asked, prompts = due(suite, right), list[Prompt]()
+    tasks = {name: task_of(suite.tasks[name]) for name in asked}
+    if any(task.check == "program" for task in tasks.values()):
         check_sandbox()
-    prompts = {
-        name: [prompt(scorer.tokenizer, one.chat, one.plain, task.tokens, task.until)
-               for one in task.items]
-        for name, task in asked.items()
-    }  # fmt: skip
-    every = [one for some in prompts.values() for one in some]
-    for name, some in prompts.items():
-        if cut := sum(len(one.ids) + one.tokens > scorer.max_length for one in some):
+    for name, task in tasks.items():
+        made = [prompt(scorer.tokenizer, one.chat, one.plain, task.tokens, task.until)
+                for one in asked[name]]  # fmt: skip
+        prompts += made
+        if cut := sum(len(one.ids) + one.tokens > scorer.max_length for one in made):
             scorer.truncated[name] += cut
+    written = iter(answers(scorer.opened, prompts, tick=lambda n: scorer.tick(n * ANSWER)))
+    found = {}
     with ThreadPoolExecutor(cores()) as pool:  # programs run in processes of their own
-        written = iter(answers(scorer.opened, every, tick=lambda n: scorer.tick(n * ANSWER)))
-        made = {name: list(islice(written, len(some))) for name, some in prompts.items()}
-        return {
-            name: {
-                "items": tuple(item.id for item in task.items),
-                "values": tuple(
-                    map(float, pool.map(functools.partial(verdict, task), task.items, made[name]))
-                ),
-                "answers": tuple(one.text for one in made[name]),
-                "ended": tuple(int(one.ended) for one in made[name]),
-            }
-            for name, task in asked.items()
-        }
+        for name, task in tasks.items():
+            given = list(islice(written, len(asked[name])))
+            good = pool.map(functools.partial(verdict, task), asked[name], given)
+            both = zip(asked[name], good, given, strict=True)
+            known = {item.id: (float(value), one.text, int(one.ended)) for item, value, one in both}
+            rows = [known.get(item.id, (0.0, "", 0)) for item in task.items]
+            values, texts, ended = zip(*rows, strict=True)
+            found[name] = {"items": tuple(item.id for item in task.items), "values": values,
+                           "answers": texts, "ended": ended}  # fmt: skip
+    return found
+
+
+def due(suite: Suite, right: Mapping[str, Collection[str]] | None) -> dict[str, list[Ask]]:
+    """Return the items that are asked, by task: all of those that ask for answers, or those that
+    `right` names."""
+    tasks = {name: task_of(spec) for name, spec in suite.tasks.items() if spec.writes}
+    return {name: [one for one in task.items if right is None or one.id in right[name]]
+            for name, task in tasks.items()}  # fmt: skip
 
 
 def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
