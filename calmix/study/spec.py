@@ -153,6 +153,7 @@ class StudyFile(_Draw, _Pruning):
     suite: str = "offline"
     quick: bool = False
     limit: Count | None = None
+    right_only: bool = False
     calibrations: Annotated[dict[str, Calibration], _under("from")]
     sources: dict[str, Any] = Field(default={})
     grids: list[Grid] = Field(default=[])

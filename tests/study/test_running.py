@@ -313,12 +313,13 @@ def test_two_names_for_one_trial_are_refused(tiny_study, tmp_path):
 
 def test_checkpoints_are_kept_if_asked(tiny_study, tmp_path):
     store = tmp_path / "store"
-    run(tiny_study(more="keep_checkpoints: true\n"), store, only=["code"])
+    run(tiny_study(more="keep_checkpoints: true\nright_only: true\n"), store, only=["code"])
     entry = next(e for e in open_store(store).entries if e.label == "code wanda 2:4 seed 0")
     folder = store / "trials" / entry.id
     suite = load_study(tmp_path / "study.yaml").suite
     again = evaluate(str(folder / "checkpoint"), suite, floors=False)
-    assert again.tasks == load_scores(folder / "scores.json").tasks
+    kept = load_scores(folder / "scores.json")
+    assert (again.tasks, again.right_only, kept.right_only) == (kept.tasks, False, True)
 
 
 def test_a_recovery_holds_levels_and_embeddings(tiny_study, tmp_path):
