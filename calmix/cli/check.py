@@ -84,7 +84,7 @@ def _measured(folder: Path) -> tuple[Path, ...]:
         raise InputError(f"{folder} is not finished: it lacks {scores.name}; run its calmix "
                          "compress again")  # fmt: skip
     if answers.exists():
-        return scores, answers
+        return (answers,)
     if not any(map(answered, load_scores(scores).tasks)):
         note(f"what the model writes was not measured: {answers} is missing (calmix report shows "
              "how)")  # fmt: skip

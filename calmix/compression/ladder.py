@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ from calmix.compression.running import (
     read_ladder_file,
 )
 from calmix.errors import InputError
-from calmix.evaluation.evaluate import choose
 from calmix.evaluation.floors import (
     CONFIDENCE,
     FILE,
@@ -134,12 +133,10 @@ class Ladder:
 
 def whole(asked: Request, out: Path) -> list[Stage]:
     """Return all stages of a walk on which no candidate fails."""
-    suites = suites_of(asked)
-    made = [one for bits in RUNGS for one in building(asked, out, bits, suites)]
-    return opening(asked, out, suites) + made
+    return opening(asked, out) + [one for bits in RUNGS for one in building(asked, out, bits)]
 
 
-def opening(asked: Request, out: Path, suites: Sequence[str]) -> list[Stage]:
+def opening(asked: Request, out: Path) -> list[Stage]:
     """Return the stages before the first candidate: sets are drawn, unless they are there, and the
     dense model scored."""
     found = []
@@ -150,14 +147,14 @@ def opening(asked: Request, out: Path, suites: Sequence[str]) -> list[Stage]:
     scored = scoring(at(asked, RUNGS[0]), asked.model, out / CANDIDATES, {}, "dense-")
     return found + [
         replace(one, name=f"{one.name}, dense", leaves=f"{CANDIDATES}/{one.leaves}")
-        for one in scored if one.leaves in {f"dense-{name}" for name in suites}
+        for one in scored if one.leaves == f"dense-{deciding(asked)}"
     ]  # fmt: skip
 
 
-def building(asked: Request, out: Path, bits: float, suites: Sequence[str]) -> list[Stage]:
+def building(asked: Request, out: Path, bits: float) -> list[Stage]:
     """Return the stages of a candidate: it is quantised, and scored against the dense scores."""
-    dense = {name: out / CANDIDATES / f"dense-{name}" for name in suites}
-    found = []
+    file, found = deciding(asked), []
+    dense = {file: out / CANDIDATES / f"dense-{file}"}
     for draw in draws(asked):
         held = asked.calibration if asked.saved else str(out / draw / CALIBRATION)
         wanted, place = at(asked, bits), out / _folder(bits, draw)
@@ -165,7 +162,7 @@ def building(asked: Request, out: Path, bits: float, suites: Sequence[str]) -> l
         scores = scoring(wanted, str(place / "model"), place, dense)
         found += [
             _within(_folder(bits, draw), replace(one, name=f"{bits:g} bits, {one.name}"))
-            for one in (*made, *(one for one in scores if one.leaves in suites))
+            for one in (*made, *(one for one in scores if one.leaves == file))
         ]  # fmt: skip
     return found
 
@@ -205,16 +202,10 @@ def at(asked: Request, bits: float) -> Request:
     return asked.model_copy(update={"bits": bits})
 
 
-def suites_of(asked: Request) -> list[str]:
-    """Return the files of scores that decide: of behaviour, and of likelihood where an ability is
-    not judged by generated answers, so that `calmix check OUT` sees the same items."""
-    if asked.suite != "offline":
-        return [SCORES]
-    suite = scored(asked)[BEHAVIOUR]
-    written = {suite.dimension_of(name) for name, task in suite.tasks.items() if task.writes}
-    floors = {*parse_floors(asked.keep_at_least or "")}
-    named = floors if "" not in floors else {*suite.dimensions, *choose("offline").dimensions}
-    return [BEHAVIOUR, SCORES] if named - written else [BEHAVIOUR]
+def deciding(asked: Request) -> str:
+    """Return the file of scores that decides, as `calmix check OUT` has it: that of behaviour,
+    which holds every ability, or of a suite that is scored alone."""
+    return BEHAVIOUR if asked.suite == "offline" else SCORES
 
 
 def read_ladder(asked: Request, out: Path) -> Ladder:
@@ -244,10 +235,10 @@ def walk(
     candidate is begun; `seconds` are what each stage is thought to take, by its name. Too little
     time for one candidate, or too few right answers of the dense model, are an InputError.
     """
-    began, suites = time.monotonic(), suites_of(asked)
-    found, before = read_ladder(asked, out), opening(asked, out, suites)
+    began, file = time.monotonic(), deciding(asked)
+    found, before = read_ladder(asked, out), opening(asked, out)
     if within is not None and not found.rungs:
-        first = [*before, *building(asked, out, RUNGS[0], suites)]
+        first = [*before, *building(asked, out, RUNGS[0])]
         due = sum((seconds or {}).get(stage.name, 0.0) for stage in first)
         if due > within:
             raise InputError(
@@ -261,22 +252,21 @@ def walk(
             floors, confidence = _floors(asked)
             _forget(found, asked, out)
             list(do(before, out, run, say))
-            dense = [load_scores(out / CANDIDATES / f"dense-{one}") for one in suites]
-            judge(floors, [(one, one) for one in dense], confidence)  # whether they can be proven
+            dense = load_scores(out / CANDIDATES / f"dense-{file}")
+            judge(floors, [(dense, dense)], confidence)  # whether they can be proven
         for bits in found.left:
             start = time.monotonic()
             due = found.rungs[-1].seconds if found.rungs else 0.0
             if within is not None and start - began + due > within and found.rungs:
                 return _placed(_kept(Ladder(found.rungs, "time"), asked, out), out)
-            list(do(building(asked, out, bits, suites), out, run, say))
+            list(do(building(asked, out, bits), out, run, say))
             places = [out / _folder(bits, draw) for draw in draws(asked)]
-            scored = [[load_scores(place / one) for one in suites] for place in places]
-            pairs = [list(zip(dense, own, strict=True)) for own in scored]
-            verdicts = [judge(floors, own, confidence) for own in pairs]
+            pairs = [(dense, load_scores(place / file)) for place in places]
+            verdicts = [judge(floors, [own], confidence) for own in pairs]
             if all(one.passed for one in verdicts):
                 verdicts = [replace(one, draws=len(verdicts)) for one in verdicts]
             for place, own, verdict in zip(places, pairs, verdicts, strict=True):
-                write_json(place / FILE, record(verdict, floors, own))
+                write_json(place / FILE, record(verdict, floors, [own]))
             took = round(time.monotonic() - start, 1)
             rung = Rung(bits, took, [one.to_dict() for one in verdicts])
             ended = "failed" if not rung.kept else "bottom" if bits == RUNGS[-1] else ""

@@ -215,22 +215,6 @@ def test_other_floors_before_a_candidate_are_tested_on_items_of_theirs(
 
 
 @pytest.mark.parametrize(
-    ("floors", "code", "found"),
-    [
-        ("math=0.8", False, ["abilities.json"]),
-        ("code=0.8,chat=0.8", False, ["abilities.json"]),
-        ("math=0.8,commonsense=0.8", True, ["abilities.json", "scores.json"]),
-        ("0.8", True, ["abilities.json", "scores.json"]),
-    ],
-)
-def test_choices_are_those_of_both_suites_as_check_has_them(
-    tiny_folder, text_file, floors, code, found
-):
-    want = asked(tiny_folder, text_file, allow_code_execution=code)
-    assert ladder.suites_of(want.model_copy(update={"keep_at_least": floors})) == found
-
-
-@pytest.mark.parametrize(
     ("effort", "floors", "chosen"),
     [
         ("standard", "math=0.8", {"quick": True, "whole": ["math"]}),
@@ -252,10 +236,9 @@ def test_all_items_of_an_ability_with_a_floor_decide(
 
 def test_candidates_are_asked_what_the_dense_model_gets_right(tiny_folder, text_file, tmp_path):
     want = asked(tiny_folder, text_file)
-    suites = ladder.suites_of(want)
-    (dense,) = (one for one in ladder.opening(want, tmp_path, suites) if "dense-" in one.leaves)
+    (dense,) = (one for one in ladder.opening(want, tmp_path) if "dense-" in one.leaves)
     assert "--right-only" not in dense.arguments
-    *_, candidate = ladder.building(want, tmp_path, 4.0, suites)
+    *_, candidate = ladder.building(want, tmp_path, 4.0)
     assert "--right-only" in candidate.arguments
 
 
