@@ -118,8 +118,7 @@ def run(
         dense = load_scores(user_path(against))
         check_same_suite(describe(chosen), dense.suite)
         dense.retention(dense, measure=measured.measure, resamples=1)
-        if right_only:
-            known_right = {one.name: one.right for one in dense.tasks}
+        known_right = dense.right if right_only else None
     for name in named:
         open_tokenizer(name, trust_remote_code=opening.trust_remote_code)
     if against is not None and not saved:
@@ -320,7 +319,7 @@ def _print(scores: CapabilityScores, dense: CapabilityScores | None, measure: Me
     if found.abilities:
         counts = [{"ability": one.name, "asked": one.asked, "dense right": one.dense,
                    "still right": one.kept, "kept %": with_span(one.share),
-                   "gained": "-" if one.gained is None else one.gained}
+                   "gained": number(one.gained, 0)}
                   for one in found.abilities]  # fmt: skip
         print_table(counts, title="generated answers, higher is better", least=["asked", "gained"])
     rows = _headed(

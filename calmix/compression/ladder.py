@@ -293,10 +293,11 @@ def _forget(ladder: Ladder, asked: Request, out: Path) -> None:
     """Remove scores of other items than are asked now, of floors that were asked before; those of
     candidates that were tested stay."""
     tested = [out / _folder(rung.bits, draw) for rung in ladder.rungs for draw in draws(asked)]
-    for name, suite in scored(asked).items():
-        for path in (out / CANDIDATES).rglob(f"*{name}"):
-            if path.parent not in tested and load_scores(path).suite["hash"] != suite.hash:
-                remove(path)
+    file = deciding(asked)
+    wanted = scored(asked)[file].hash
+    for path in (out / CANDIDATES).rglob(f"*{file}"):
+        if path.parent not in tested and load_scores(path).suite["hash"] != wanted:
+            remove(path)
 
 
 def _taken_back(ladder: Ladder, asked: Request, out: Path) -> Ladder:

@@ -127,15 +127,14 @@ def check_pairs(pairs: Sequence[Pair]) -> None:
 def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[TaskPair]:
     """Return both models' scores of the tasks that fit, each from where it has most items; of those
     that were asked for what the dense model gets right, no others."""
-    found: dict[str, TaskPair] = {}
+    found: dict[str, tuple[TaskScores, TaskScores, bool]] = {}
     for dense, pruned in pairs:
         for before, after in zip(dense.tasks, pruned.tasks, strict=True):
             most = len(found[before.name][0].items) if before.name in found else 0
             if fits(before) and len(before.items) > most:
-                found[before.name] = before, after
-                if pruned.right_only and answered(before):
-                    found[before.name] = _right(before, before), _right(before, after)
-    return list(found.values())
+                found[before.name] = before, after, pruned.right_only and answered(before)
+    return [(_right(before, before), _right(before, after)) if some else (before, after)
+            for before, after, some in found.values()]  # fmt: skip
 
 
 def _right(dense: TaskScores, task: TaskScores) -> TaskScores:

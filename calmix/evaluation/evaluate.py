@@ -114,12 +114,12 @@ def evaluate(
     if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     size = BATCH_TOKENS if batch_tokens is None else batch_tokens
-    if cache and floors:
+    if cache and floors and right is None:
         kept = _cache_file(model, chosen, size)
         try:
             scores = load_scores(kept)
         except InputError:  # none there, or damaged
-            scores = _run(model, chosen, size, floors, None, progress)
+            scores = _run(model, chosen, size, floors, right, progress)
             scores.save(kept)
     else:
         scores = _run(model, chosen, size, floors, right, progress)
@@ -164,11 +164,12 @@ def _run(
     start = time.perf_counter()
     loaded = {name: load_items(spec) for name, spec in suite.tasks.items() if not spec.writes}
     scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
-    scorer.tick.total += ANSWER * sum(map(len, due(suite, right).values()))
+    questions = due(suite, right)
+    scorer.tick.total += ANSWER * sum(len(items) for _, items in questions.values())
     # All of the archive's requests at once: what they share runs once.
     asked = [(name, *one) for name in loaded for i in loaded[name] for one in i.requests]
     answers = iter(scorer.loglikelihood(asked))
-    written = ask(scorer, suite, right)
+    written = ask(scorer, questions)
     tasks = []
     for name, spec in suite.tasks.items():
         found: dict[str, Any] = {"chance": 0.0}

@@ -20,7 +20,7 @@ from calmix.evaluation.scorer import attention_window
 from calmix.evaluation.tasks import shared_start
 from calmix.machine import tokens_at_once
 from calmix.models import OpenModel
-from calmix.models.attention import cache_argument, own_places
+from calmix.models.attention import cache_argument, own_places, repeated_cache
 from calmix.models.opening import end_tokens, generating, in_chat, quiet_transformers
 
 ROWS = 64  # at a time
@@ -200,7 +200,7 @@ class _Writer:
 
         ids, head = [row.ids for row in rows], rows[0].head
         longest = max(map(len, ids))
-        cache = DynamicCache()  # without a configuration: it keeps all, sliding windows included
+        cache = DynamicCache()  # without a configuration, as `repeated_cache`
         mask = torch.ones(len(rows), longest, dtype=torch.long, device=self.device)
         given = torch.zeros(len(rows), longest - head, dtype=torch.long, device=self.device)
         for row, one in enumerate(ids):
@@ -213,9 +213,7 @@ class _Writer:
                 self.read = (ids[0][:head], DynamicCache())
                 start = torch.tensor([ids[0][:head]], device=self.device)
                 self._forward(start, self.read[1], None, None)
-            for number, layer in enumerate(self.read[1].layers):
-                parts = (one.expand(len(rows), -1, -1, -1) for one in (layer.keys, layer.values))
-                cache.update(*parts, number)
+            cache = repeated_cache(self.read[1], len(rows))
         scores = self._forward(given, cache, mask, place[:, head:].clamp(min=0))
         held.fill(places, cache, mask)
         tokens = scores.argmax(-1)

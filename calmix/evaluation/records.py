@@ -56,11 +56,6 @@ class TaskScores:
         return math.fsum(self.values) / len(self.values) if self.values else None
 
     @property
-    def right(self) -> set[str]:
-        """Items that count as right."""
-        return {item for item, value in zip(self.items, self.values, strict=False) if value}
-
-    @property
     def consistent(self) -> bool:
         """Whether all parts are of one length, and the right choice is one of the choices."""
         tables = [t for t in (self.loglikelihoods, self.bytes, self.floors) if t]

@@ -23,7 +23,7 @@ from calmix.evaluation import likelihood
 from calmix.evaluation.likelihood import Progress, Ticker, close, decoder_and_head, log_sums
 from calmix.evaluation.packing import Row, Scored, chain, plan
 from calmix.models import OpenModel
-from calmix.models.attention import cache_argument
+from calmix.models.attention import cache_argument, repeated_cache
 from calmix.models.opening import quiet_transformers
 
 BATCH_TOKENS = 2048
@@ -150,8 +150,6 @@ class Scorer:
 
     def _run_packed(self, rows: list[Row], cache: Any, prefix: int) -> Tensor:
         """Return the last hidden states of packed rows, shape (rows, nodes, width)."""
-        from transformers import DynamicCache
-
         count, length, dtype = len(rows), len(rows[0]), self.model.dtype
         ids, positions = torch.zeros(2, count, length, dtype=torch.int64)
         visible = torch.zeros(count, 1, length, prefix + length, dtype=torch.bool)
@@ -167,10 +165,7 @@ class Scorer:
         mask.masked_fill_(~visible, torch.finfo(dtype).min)
         past = {}
         if cache is not None:
-            past[self._cache_key] = copy = DynamicCache()
-            for number, layer in enumerate(cache.layers):
-                parts = (part.expand(count, -1, -1, -1) for part in (layer.keys, layer.values))
-                copy.update(*parts, number)
+            past[self._cache_key] = repeated_cache(cache, count)
         return self._decoder(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),

@@ -50,6 +50,12 @@ class CapabilityScores(Shown):
     form: str = ""
     right_only: bool = False
 
+    @property
+    def right(self) -> dict[str, set[str]]:
+        """Items that count as right, by task."""
+        both = {one.name: zip(one.items, one.values, strict=False) for one in self.tasks}
+        return {name: {item for item, value in some if value} for name, some in both.items()}
+
     def retention(self, dense: CapabilityScores, **how: Any) -> Retention:
         """Return what this model has kept of a dense one; `how` is as for `retention.retention`.
 

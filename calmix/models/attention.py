@@ -188,6 +188,17 @@ def cache_argument(module: Any) -> str:
     return "cache" if "cache" in known else "past_key_values"
 
 
+def repeated_cache(cache: Any, rows: int) -> Any:
+    """Return a cache of so many rows that are all the one of another, which stays as it is."""
+    from transformers import DynamicCache
+
+    made = DynamicCache()  # without a configuration: it keeps all, sliding windows included
+    for number, layer in enumerate(cache.layers):
+        parts = (part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
+        made.update(*parts, number)
+    return made
+
+
 def reserved_cache(model: Any, length: int) -> Any:
     """Return a cache with room for `length` tokens a row, so that no step copies it.
 

@@ -151,7 +151,7 @@ def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
         how = FORMS.get(found.form, "")
         asked = f"asked: {all_.asked:,}{how}, gained: {all_.gained}"
         if all_.gained is None:
-            asked = f"only these were asked{',' * bool(how)}{how}"
+            asked = f"only these were asked{how and f',{how}'}"
         said.append(f"{text} ({asked}).")
     if found.not_run:
         said.append(f"Programs: not run ({listed(found.not_run)}; --allow-code-execution runs "

@@ -113,10 +113,9 @@ class Bench:
                 lap("recover")
             elif self.study.file.keep_checkpoints:
                 write_checkpoint(self.opened, folder / CHECKPOINT, report, made)
-            right = {one.name: one.right for one in self._dense.tasks}
             scores = evaluate(
                 scored, self.study.suite, floors=False, allow_code_execution=self.allows,
-                right=right if self.study.file.right_only else None,
+                right=self._dense.right if self.study.file.right_only else None,
                 progress=lambda *of: stage("scoring", *of),
             )  # fmt: skip
             if self._reference is not None:

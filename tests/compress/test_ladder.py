@@ -43,6 +43,18 @@ def scores(words, kept=100):
     return CapabilityScores("m", f"{kept}", "float32", suite, (replace(task, chance=0.0),))
 
 
+def stopping(run, after):
+    """Run so many commands, and be interrupted at the next."""
+    left = iter(range(after))
+
+    def stopped(words):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        run(words)
+
+    return stopped
+
+
 class Fake:
     """Runs nothing: a candidate of so many bits keeps what it is said to."""
 
@@ -120,15 +132,8 @@ def test_a_candidate_passes_if_the_models_of_all_draws_do(tiny_folder, text_file
 def test_a_stop_goes_on_to_the_same_ladder(tiny_folder, text_file, tmp_path, after):
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
     kept = dict.fromkeys(RUNGS, 97) | {5.0: 96, 4.5: 20}
-    run, left = Fake(out, kept), after
-
-    def stopped(words):
-        nonlocal left
-        if not left:
-            raise KeyboardInterrupt
-        left -= 1
-        run(words)
-
+    run = Fake(out, kept)
+    stopped = stopping(run, after)
     with pytest.raises(KeyboardInterrupt):
         walk(want, out, stopped, lambda *_: None)
     found = walk(want, out, run, lambda *_: None)
@@ -192,16 +197,9 @@ def test_other_floors_before_a_candidate_are_tested_on_items_of_theirs(
 ):
     """Neither the dense scores nor those of a first draw are of the items now asked."""
     out, want = tmp_path / "out", asked(tiny_folder, text_file, seeds=2)
-    other, left = want.model_copy(update={"keep_at_least": "math=0.8,chat=0.8"}), 5
+    other = want.model_copy(update={"keep_at_least": "math=0.8,chat=0.8"})
     run = Fake(out, dict.fromkeys(RUNGS, 20))
-
-    def stopped(words):
-        nonlocal left
-        if not left:
-            raise KeyboardInterrupt
-        left -= 1
-        run(words)
-
+    stopped = stopping(run, 5)
     with pytest.raises(InputError, match="names 'chat', which the scores lack"):
         walk(other, out, stopped, lambda *_: None)
     with pytest.raises(KeyboardInterrupt):

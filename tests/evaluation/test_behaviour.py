@@ -54,6 +54,9 @@ def test_where_only_right_answers_were_asked_for_nothing_is_said_of_others():
     assert (found.answers.asked, found.answers.dense, found.answers.gained) == (8, 8, None)
     (said,) = words.verdict(found, None, "")
     assert said.endswith("75.0 [40.9, 92.9] % (only these were asked).")
+    few = scored(written("qa", "general", [1] * 2 + [0] * 7), suite="few")  # fewer items, no less
+    again = behaviour((few, few), (dense, replace(pruned, right_only=True)), (few, few))
+    assert again.answers == found.answers
     whole = behaviour((dense, pruned))
     assert (whole.answers.asked, whole.answers.share) == (10, found.answers.share)
 

@@ -58,42 +58,41 @@ class Asked:
     items: tuple[Ask, ...]
 
 
-def ask(
-    scorer: Scorer, suite: Suite, right: Mapping[str, Collection[str]] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Return what a model answers to the items of a suite's tasks that ask for answers, and whether
-    that is right, as fields of `TaskScores`; those that `due` leaves out count as wrong."""
-    asked, prompts = due(suite, right), list[Prompt]()
-    tasks = {name: task_of(suite.tasks[name]) for name in asked}
-    if any(task.check == "program" for task in tasks.values()):
+Due = dict[str, tuple[Asked, list[Ask]]]  # by task: with all its items, and those that are asked
+
+
+def due(suite: Suite, right: Mapping[str, Collection[str]] | None) -> Due:
+    """Return what is asked of a suite's tasks that ask for answers: all, or what `right` names."""
+    tasks = {name: task_of(spec) for name, spec in suite.tasks.items() if spec.writes}
+    return {name: (task, [one for one in task.items if right is None or one.id in right[name]])
+            for name, task in tasks.items()}  # fmt: skip
+
+
+def ask(scorer: Scorer, asked: Due) -> dict[str, dict[str, Any]]:
+    """Return what a model answers, and whether that is right, by task as fields of `TaskScores`;
+    items that are not asked count as wrong."""
+    if any(task.check == "program" for task, _ in asked.values()):
         check_sandbox()
-    for name, task in tasks.items():
+    prompts = list[Prompt]()
+    for name, (task, items) in asked.items():
         made = [prompt(scorer.tokenizer, one.chat, one.plain, task.tokens, task.until)
-                for one in asked[name]]  # fmt: skip
+                for one in items]  # fmt: skip
         prompts += made
         if cut := sum(len(one.ids) + one.tokens > scorer.max_length for one in made):
             scorer.truncated[name] += cut
     written = iter(answers(scorer.opened, prompts, tick=lambda n: scorer.tick(n * ANSWER)))
     found = {}
     with ThreadPoolExecutor(cores()) as pool:  # programs run in processes of their own
-        for name, task in tasks.items():
-            given = list(islice(written, len(asked[name])))
-            good = pool.map(functools.partial(verdict, task), asked[name], given)
-            both = zip(asked[name], good, given, strict=True)
+        for name, (task, items) in asked.items():
+            given = list(islice(written, len(items)))
+            good = pool.map(functools.partial(verdict, task), items, given)
+            both = zip(items, good, given, strict=True)
             known = {item.id: (float(value), one.text, int(one.ended)) for item, value, one in both}
             rows = [known.get(item.id, (0.0, "", 0)) for item in task.items]
             values, texts, ended = zip(*rows, strict=True)
             found[name] = {"items": tuple(item.id for item in task.items), "values": values,
                            "answers": texts, "ended": ended}  # fmt: skip
     return found
-
-
-def due(suite: Suite, right: Mapping[str, Collection[str]] | None) -> dict[str, list[Ask]]:
-    """Return the items that are asked, by task: all of those that ask for answers, or those that
-    `right` names."""
-    tasks = {name: task_of(spec) for name, spec in suite.tasks.items() if spec.writes}
-    return {name: [one for one in task.items if right is None or one.id in right[name]]
-            for name, task in tasks.items()}  # fmt: skip
 
 
 def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
