@@ -86,7 +86,7 @@ def _print_dry(options: Compression, output: Path, as_json: bool) -> None:
         title = f"{asked.model} at {asked.target}, effort {asked.effort}, on this machine"
     else:
         taken = estimate(ladder.at(asked, ladder.RUNGS[0]), ladder.whole(asked, output))
-        title = f"{asked.model} to keep {asked.keep_at_least}, if no candidate fails"
+        title = f"{asked.model} to keep {asked.keep_at_least}, with all candidates"
         more = words.wrapped(ladder.provable(asked))
     if as_json:
         print_json([asdict(one) | {"command": one.stage.command} for one in taken])

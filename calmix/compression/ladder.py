@@ -1,8 +1,10 @@
 """The smallest model that keeps what is asked for: candidates from most bits to fewest.
 
-A fixed sequence: each candidate is tested at the whole confidence, and the first that fails ends
-the walk, so that no bound has to be widened for the number of candidates (Maurer, Hothorn and
-Lehmacher, 1995). Nothing else is chosen by the items: all of them decide.
+A fixed sequence: the first candidate that fails ends the walk, so that no bound has to be widened
+for the number of candidates (Maurer, Hothorn and Lehmacher, 1995). It begins where
+`calmix.compression.start` says, without a look at the items: all of them decide. If that first
+candidate fails, the ones of more bits are walked from the top. Each of the two sequences has its
+share of the errors that the confidence allows (Bonferroni); one that begins at the top has all.
 With several draws of the calibration text a candidate is a model of each; all must pass, and the
 first draw's is the one that stays.
 """
@@ -10,13 +12,15 @@ first draw's is the one that stays.
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from calmix.compression import start
 from calmix.compression.plan import (
     BEHAVIOUR,
     CALIBRATION,
@@ -39,7 +43,7 @@ from calmix.compression.running import (
     do,
     read_ladder_file,
 )
-from calmix.errors import InputError
+from calmix.errors import CalmixError, InputError
 from calmix.evaluation.floors import (
     CONFIDENCE,
     FILE,
@@ -48,12 +52,13 @@ from calmix.evaluation.floors import (
     parse_floors,
     record,
 )
-from calmix.evaluation.scores import load_scores
+from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.files import alone, remove, write_bytes, write_json
 from calmix.manifest import sealed
 from calmix.progress import duration
 
 RUNGS = (6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.6)  # bits a weight
+FIRST = 0.8  # of the errors allowed, those of a sequence that does not begin at the top
 MODELS = ("pruned", "blocks", "model")  # of a candidate, one made of the other
 KIND = "ladder of candidates"
 HELPS = (
@@ -85,10 +90,12 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Candidates so far, and how the walk ended: `failed`, `time` or `bottom`; empty before."""
+    """Candidates so far, the bits of the first, and how the walk ended: `failed`, `time` or
+    `bottom`; empty before."""
 
     rungs: tuple[Rung, ...] = ()
     ended: str = ""
+    first: float = field(default_factory=lambda: RUNGS[0])
 
     @property
     def bits(self) -> float | None:
@@ -98,7 +105,20 @@ class Ladder:
     @property
     def left(self) -> tuple[float, ...]:
         """Bits of the candidates that may be built yet."""
-        return () if self.ended else RUNGS[len(self.rungs) :]
+        done, at = len(self.rungs), RUNGS.index(self.first)
+        if self.rungs and not self.rungs[0].kept:
+            return () if self.ended else RUNGS[done - 1 : at]
+        return () if self.ended else RUNGS[at + done :]
+
+    @property
+    def again(self) -> bool:
+        """Whether only a first candidate has failed that others of more bits stand above."""
+        return len(self.rungs) == 1 and self.first != RUNGS[0]
+
+    def level(self, bits: float, confidence: float) -> float:
+        """Return the confidence that a candidate is tested at."""
+        own = FIRST if bits <= self.first else 1 - FIRST
+        return _level(1.0 if self.first == RUNGS[0] else own, confidence)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a record a candidate: what it keeps of every ability, and what is proven."""
@@ -120,7 +140,7 @@ class Ladder:
             return "the time given was over before the next candidate: run it again to go on"
         if self.ended == "bottom":
             return f"{RUNGS[-1]:g} bits are the fewest that are tried"
-        last = self.rungs[-1]
+        last = max((one for one in self.rungs if not one.kept), key=lambda one: one.bits)
         told = ", ".join(
             f"{one['ability']} keeps {100 * one['kept']:.1f} % of {one['items']} items by "
             f"{one['measure']}, proven {100 * one['bound']:.1f} %, asked {100 * one['floor']:g} %"
@@ -217,7 +237,7 @@ def read_ladder(asked: Request, out: Path) -> Ladder:
     # Before there is a candidate, only scores depend on what is to be kept (`_forget`).
     free = () if held["rungs"] else ("keep_at_least", "confidence")
     check_same(asked, held["request"], out, free)
-    return Ladder(tuple(Rung(**one) for one in held["rungs"]), held["ended"])
+    return Ladder(tuple(Rung(**one) for one in held["rungs"]), held["ended"], held["first"])
 
 
 def walk(
@@ -254,33 +274,61 @@ def walk(
             list(do(before, out, run, say))
             dense = load_scores(out / CANDIDATES / f"dense-{file}")
             judge(floors, [(dense, dense)], confidence)  # whether they can be proven
-        for bits in found.left:
-            start = time.monotonic()
+            if not found.rungs:
+                left = math.inf if within is None else within - (time.monotonic() - began)
+                found = replace(found, first=_first(asked, dense, out, left, seconds or {}))
+        while found.left:
+            bits, at_ = found.left[0], time.monotonic()
             due = found.rungs[-1].seconds if found.rungs else 0.0
-            if within is not None and start - began + due > within and found.rungs:
-                return _placed(_kept(Ladder(found.rungs, "time"), asked, out), out)
+            if within is not None and at_ - began + due > within and found.rungs:
+                return _placed(_kept(replace(found, ended="time"), asked, out), out)
             list(do(building(asked, out, bits), out, run, say))
             places = [out / _folder(bits, draw) for draw in draws(asked)]
             pairs = [(dense, load_scores(place / file)) for place in places]
-            verdicts = [judge(floors, [own], confidence) for own in pairs]
+            level = found.level(bits, confidence)
+            verdicts = [replace(judge(floors, [own], level), confidence=confidence)
+                        for own in pairs]  # fmt: skip
             if all(one.passed for one in verdicts):
                 verdicts = [replace(one, draws=len(verdicts)) for one in verdicts]
             for place, own, verdict in zip(places, pairs, verdicts, strict=True):
                 write_json(place / FILE, record(verdict, floors, [own]))
-            took = round(time.monotonic() - start, 1)
+            took = round(time.monotonic() - at_, 1)
             rung = Rung(bits, took, [one.to_dict() for one in verdicts])
-            ended = "failed" if not rung.kept else "bottom" if bits == RUNGS[-1] else ""
-            found = _kept(Ladder((*found.rungs, rung), ended), asked, out)
-            if ended:
-                break
+            found = replace(found, rungs=(*found.rungs, rung))
+            goes_on = found.left if rung.kept else found.again
+            bottom = rung.kept and bits == RUNGS[-1]
+            ended = "bottom" if bottom else "" if goes_on else "failed"
+            found = _kept(replace(found, ended=ended), asked, out)
         return _placed(found, out)
+
+
+def _level(share: float, confidence: float) -> float:
+    """Return the confidence of a share of the errors allowed."""
+    return 1 - share * (1 - confidence)
+
+
+def _first(
+    asked: Request, dense: CapabilityScores, out: Path, left: float, seconds: Mapping[str, float]
+) -> float:
+    """Return the bits to begin with; the most, where the items, a distance or the time is too
+    little for fewer."""
+    floors, confidence = _floors(asked)
+    try:
+        judge(floors, [(dense, dense)], _level(1 - FIRST, confidence))
+        plain = start.plain_distance(asked.model, asked.device, asked.trust_remote_code)
+    except CalmixError:
+        return RUNGS[0]
+    tested = judge(floors, [(dense, dense)], confidence).tested
+    bits = start.begin(RUNGS, tested, plain, _level(FIRST, confidence))
+    due = sum(seconds.get(stage.name, 0.0) for stage in building(asked, out, bits))
+    return bits if due <= left else RUNGS[0]
 
 
 def _kept(ladder: Ladder, asked: Request, out: Path) -> Ladder:
     """Write down how far a walk is; of its models the smallest that is good stays."""
     out.mkdir(parents=True, exist_ok=True)
     value = {"kind": KIND, "request": asked.model_dump(mode="json"), "ended": ladder.ended,
-             "rungs": [asdict(one) for one in ladder.rungs]}  # fmt: skip
+             "first": ladder.first, "rungs": [asdict(one) for one in ladder.rungs]}  # fmt: skip
     write_json(out / LADDER, sealed(value))
     for other in ladder.rungs:
         for draw in draws(asked):

@@ -2,16 +2,18 @@
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import calmix as api
 from calmix.cli import compress as verb
-from calmix.compression import ladder
+from calmix.compression import ladder, start
 from calmix.compression.ladder import RUNGS, walk
 from calmix.compression.plan import request, scored
 from calmix.compression.running import CANDIDATES, check, check_same
@@ -41,6 +43,17 @@ def scores(words, kept=100):
     suite = describe(runnable(choose("abilities", quick=True, whole=whole), False)[0])
     task = written("sums", "math", [1] * kept + [0] * (100 - kept))
     return CapabilityScores("m", f"{kept}", "float32", suite, (replace(task, chance=0.0),))
+
+
+MEASURED = start.plain_distance
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    """The distance a walk's begin is chosen by: so far that it is the top, unless a test says."""
+    known = {"distance": 100.0}
+    monkeypatch.setattr(start, "plain_distance", lambda *_: known["distance"])
+    return known
 
 
 def stopping(run, after):
@@ -128,6 +141,59 @@ def test_a_candidate_passes_if_the_models_of_all_draws_do(tiny_folder, text_file
     assert walk(want, out, stop, lambda *_: None) == found
 
 
+@pytest.mark.parametrize(
+    ("kept", "tried", "bits"),
+    [
+        ({4.0: 95, 3.5: 80}, [4, 3.5], 4),
+        ({4.0: 80, 6.0: 99, 5.0: 95, 4.5: 80}, [4, 6, 5, 4.5], 5),
+        ({4.0: 80, 6.0: 99, 5.0: 95, 4.5: 95}, [4, 6, 5, 4.5], 4.5),
+        ({4.0: 80, 6.0: 80}, [4, 6], None),
+        ({4.0: 87, 6.0: 99, 5.0: 50}, [4, 6, 5], 6),  # 87 of 100 prove 0.8 at 95 %, not at 96
+        ({4.0: 50, 6.0: 90, 5.0: 89}, [4, 6, 5], 6),  # nor do 89 at 99
+    ],
+)
+def test_a_walk_begins_where_the_distance_says_and_goes_back_to_the_top(
+    tiny_folder, text_file, tmp_path, plain, kept, tried, bits
+):
+    plain["distance"] = 0.05  # 3.5 bits are thought to keep 90 of 100
+    out, want = tmp_path / "out", asked(tiny_folder, text_file)
+    found = walk(want, out, Fake(out, kept), lambda *_: None)
+    assert [one.bits for one in found.rungs] == tried
+    assert (found.bits, found.first) == (bits, 4)
+    assert found.ended == "failed"
+    failed = [one.bits for one in found.rungs if not one.kept]
+    assert found.why().startswith(f"{max(failed):g} bits fail")
+    assert walk(want, out, stop, lambda *_: None) == found
+    assert (out / "model").exists() == (bits is not None)
+
+
+def test_a_walk_begins_at_the_top_where_items_or_time_are_few(
+    tiny_folder, text_file, tmp_path, plain
+):
+    """A hundred right answers prove 0.96 at 95 % alone; candidates below 4 bits are recovered."""
+    plain["distance"] = 1e-3
+    out, want = tmp_path / "few", asked(tiny_folder, text_file)
+    few = want.model_copy(update={"keep_at_least": "math=0.96"})
+    found = walk(few, out, Fake(out, {6.0: 100, 5.0: 50}), lambda *_: None)
+    assert (found.first, found.bits) == (6, 6)
+    out, long = tmp_path / "time", {"3 bits, recover by distill": 1e9}
+    found = walk(want, out, Fake(out, {6.0: 100, 5.0: 50}), lambda *_: None, 1e6, long)
+    assert (found.first, found.bits) == (6, 6)
+
+
+def test_the_distance_is_that_of_rounded_weights(tiny_folder, monkeypatch):
+    ids = {"code": torch.arange(64).reshape(2, 32) % 50}
+    monkeypatch.setattr(start, "texts", lambda _: ids)
+    far = []
+    for bits in (3, 4, 8):
+        with monkeypatch.context() as patched:
+            patched.setattr(start, "BITS", bits)
+            far.append(MEASURED(str(tiny_folder), "cpu", False))
+    assert far[0] > 2 * far[1] > 4 * far[2] > 0
+    assert start.expected(0.1, 4) == pytest.approx(math.exp(-0.1))
+    assert start.expected(0.1, 3) == pytest.approx(math.exp(-0.4))
+
+
 @pytest.mark.parametrize("after", range(7))
 def test_a_stop_goes_on_to_the_same_ladder(tiny_folder, text_file, tmp_path, after):
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
@@ -158,7 +224,7 @@ def test_all_may_pass_none_may_pass_and_time_may_end(tiny_folder, text_file, tmp
     assert not out.exists()
     ticks = itertools.count(0, 10)
     monkeypatch.setattr(ladder, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    found = walk(want, out, run, lambda *_: None, within=45)
+    found = walk(want, out, run, lambda *_: None, within=55)
     assert (len(found.rungs), found.ended, found.bits) == (2, "time", 5)
     assert "the time given was over" in found.why()
     for name in ("pack", "answers.json", "compress.json"):  # what is made of its model
