@@ -9,7 +9,8 @@ dense model gets right. FOLDER is one that `benchmarks/anchors.py` has filled. W
 drawn too; with `--distance` answers kept against KL, and how well one orders the other.
 `--keep-at-least FLOORS`, once or more, prints the smallest of each line that keeps them
 by the test of `calmix check`; `--lead "LINE - LINE"` by how much one keeps more than the other of
-the same pattern, with a 95 % interval of the bootstrap over items and seeds.
+the same pattern, in all and in general, code, mathematics and chat, with a 95 % interval of the
+bootstrap over items and seeds; `--texts LABEL` what each text keeps of a model at each target.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ from calmix.study import read_results
 
 BITS = ("ecq", "gptq")  # methods whose zeros are levels
 EDGES = (0.05, 0.1, 0.2, 0.4, 0.8)  # of KL, in the table
+ABILITIES = ("general", "code", "math", "chat")  # whose answers are generated
+TEXTS = 4  # of one target, that make a row
 SAMPLE = 2**22  # words of a tensor that are compressed
 
 
@@ -61,10 +64,11 @@ class Point(NamedTuple):
     pattern: str
     seed: int
 
-    def right(self) -> np.ndarray:
+    def right(self, ability: str = "") -> np.ndarray:
         """Return 1.0 for each answer of the dense model that is still right, else 0.0."""
         tasks = zip(*(one.tasks for one in self.pair), strict=True)
-        both = [(before, after) for one, other in tasks if one.metric in WRITTEN
+        both = [(before, after) for one, other in tasks
+                if one.metric in WRITTEN and ability in ("", one.dimension)
                 for before, after in zip(one.values, other.values, strict=True)]  # fmt: skip
         return np.array([float(after) for before, after in both if before])
 
@@ -171,19 +175,47 @@ def smallest(points: list[Point], floors: str) -> Iterator[str]:
 
 
 def leads(points: list[Point], lines: str) -> Iterator[str]:
-    """Yield by how much a line keeps more than another, pattern by pattern."""
-    ours, theirs = ({(one.pattern, one.seed): one.right() for one in points if one.line == line}
+    """Yield by how much a line keeps more than another, pattern by pattern, in all and by
+    ability."""
+    ours, theirs = ({(one.pattern, one.seed): one for one in points if one.line == line}
                     for line in lines.split(" - "))  # fmt: skip
     both = sorted(ours.keys() & theirs.keys())
-    random = np.random.default_rng(0)
     for pattern, group in itertools.groupby(both, key=lambda one: one[0]):
-        apart = 100 * np.array([ours[key] - theirs[key] for key in group])
-        seeds, items = apart.shape
-        drawn = [apart[random.integers(seeds, size=seeds)][:, random.integers(items, size=items)]
-                 for _ in range(5000)]  # fmt: skip
-        low, high = np.quantile([one.mean() for one in drawn], [0.025, 0.975])
-        span = f"{apart.mean():+.1f} [{low:.1f}, {high:.1f}]"
-        yield f"| {lines} | {pattern} | {seeds} | {span} |"
+        keys, spans = list(group), []
+        for ability in ("", *ABILITIES):
+            apart = [ours[key].right(ability) - theirs[key].right(ability) for key in keys]
+            spans.append(lead(100 * np.array(apart)))
+        yield f"| {lines} | {pattern} | {len(keys)} | {' | '.join(spans)} |"
+
+
+def lead(apart: np.ndarray) -> str:
+    """Return the mean of differences of shape (seeds, items), with its interval."""
+    seeds, items = apart.shape
+    random = np.random.default_rng(0)
+    drawn = [apart[random.integers(seeds, size=seeds)][:, random.integers(items, size=items)]
+             for _ in range(5000)]  # fmt: skip
+    low, high = np.quantile([one.mean() for one in drawn], [0.025, 0.975])
+    return f"{apart.mean():+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def texts(points: list[Point], model: str) -> Iterator[str]:
+    """Yield what each text keeps at each target that several were run at: answers in %, every draw,
+    and the mean KL."""
+    found: dict[str, dict[str, list[Point]]] = {}
+    for one in points:
+        label, _, rest = one.line.partition(": ")
+        method, _, text = rest.partition(", ")
+        if label == model and not ({"+", "distill"} & set(method.split())):
+            found.setdefault(f"{method} {one.pattern}", {}).setdefault(text, []).append(one)
+    targets = {name: own for name, own in found.items() if len(own) >= TEXTS}
+    names = list(dict.fromkeys(text for own in targets.values() for text in own))
+    yield f"| target | {' | '.join(names)} |\n|---{'|---' * len(names)}|"
+    for target, own in targets.items():
+        cells = []
+        for drawn in (sorted(own.get(name, ()), key=lambda one: one.seed) for name in names):
+            kept = ", ".join(f"{100 * one.share.value:.1f}" for one in drawn)
+            cells.append(f"{kept} ({np.mean([one.kl for one in drawn]):.3f})" if drawn else "")
+        yield f"| {target} | {' | '.join(cells)} |"
 
 
 def draw(points: list[Point], path: Path) -> None:
@@ -262,6 +294,7 @@ def main() -> None:
     parser.add_argument("--anchors", type=Path)
     parser.add_argument("--keep-at-least", action="append", default=[], metavar="FLOORS")
     parser.add_argument("--lead", action="append", default=[], metavar="'LINE - LINE'")
+    parser.add_argument("--texts", action="append", default=[], metavar="LABEL")
     parser.add_argument(
         "--only", default="", help="LINE or LINE=LABEL to draw, separated by semicolons"
     )
@@ -284,6 +317,8 @@ def main() -> None:
         print("", *smallest(points, floors), sep="\n")
     for lines in asked.lead:
         print("", *leads(points, lines), sep="\n")
+    for label in asked.texts:
+        print("", *texts(points, label), sep="\n")
     if asked.output:
         only = dict(one.partition("=")[::2] for one in asked.only.split(";") if one)
         drawn = [one._replace(line=only[one.line] or one.line) for one in points
