@@ -1,8 +1,9 @@
 """Which candidate a walk begins with: the one above the fewest bits that may do. All of it is ours.
 
 No item is used for that, so that all of them decide. In the study of bits (studies/frontier.yaml)
-a model at a distance KL keeps some exp(-2 KL) of its answers, a bit less a weight is four times the
-distance, and levels that are solved on text come to half the distance of plain rounding or more.
+a model at a distance KL keeps some exp(-2 KL) of its answers, up to a tenth less where KL is small;
+a bit less a weight is four times the distance; and levels that are solved on text come to half the
+distance of plain rounding, more or less.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from calmix.evaluation.floors import Tested, lower_bound
 from calmix.models import find_blocks, open_model
 
 BITS = 4  # that weights are rounded to
+LOST = 0.05  # of the answers, at any distance
 
 
 def plain_distance(model: str, device: str, trust_remote_code: bool) -> float:
@@ -38,7 +40,7 @@ def plain_distance(model: str, device: str, trust_remote_code: bool) -> float:
 
 def expected(plain: float, bits: float) -> float:
     """Return the share of answers that a candidate is thought to keep."""
-    return math.exp(-plain * 4 ** (BITS - bits))
+    return (1 - LOST) * math.exp(-plain * 4 ** (BITS - bits))
 
 
 def begin(
