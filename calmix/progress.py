@@ -123,6 +123,8 @@ class Progress:
 class Stages(Progress):
     """The stages of some work, in one line: `3/6 recover, 4 min left`.
 
+    Those that are passed over are not waited for, unless work goes back to them.
+
     Args:
         names: of the stages, in order.
     """
@@ -132,6 +134,7 @@ class Stages(Progress):
         self._names = list(names)
         self.expect({})
         self._at, self._start, self._taken = 0, 0.0, 0.0
+        self._done = set[int]()
 
     def __enter__(self) -> Any:
         Progress._over = self
@@ -148,7 +151,9 @@ class Stages(Progress):
     def begin(self, name: str) -> None:
         """Go on to a stage."""
         now = time.monotonic()
-        self._taken += now - self._start if self._start else 0.0
+        if self._start:
+            self._taken += now - self._start
+            self._done.add(self._at)
         self._at, self._start = self._names.index(name), now
         self.part()
 
@@ -156,8 +161,9 @@ class Stages(Progress):
         """Show how far the stage will be by now, and what is done inside it."""
         text = f"{self._at + 1}/{len(self._names)} {self._names[self._at]}"
         text += f": {textwrap.shorten(inside, WIDE, placeholder='...')}" if inside else ""
-        before, own = sum(self._expected[: self._at]), self._expected[self._at]
-        whole = sum(self._expected)
+        before, own = sum(self._expected[at] for at in self._done), self._expected[self._at]
+        after = range(self._at, len(self._names))
+        whole = before + sum(self._expected[at] for at in after if at not in self._done)
         if not whole:  # nothing is known of the time
             self.show(text, None)
             return

@@ -73,6 +73,25 @@ def test_the_stages_of_some_work_are_one_line_and_hold_what_is_inside(view, monk
     assert Progress._over is None
 
 
+def test_stages_passed_over_are_not_waited_for_until_work_goes_back(view, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    names = ["score", "6 bits", "5 bits", "4 bits", "3 bits"]
+    with Stages(names) as bar:
+        bar.expect(dict.fromkeys(names, 1000.0))
+        for name in ("score", "4 bits", "6 bits", "5 bits"):
+            bar.begin(name)
+            now[0] += 1000
+    assert [text for text, _, _ in view.drawn] == [
+        "1/5 score", "4/5 4 bits", "2/5 6 bits", "3/5 5 bits"
+    ]  # fmt: skip
+    assert [told for *_, told in view.drawn] == [
+        "83 min left", "33 min left", "50 min left", "33 min left"
+    ]  # fmt: skip
+    shares = [share for _, share, _ in view.drawn]
+    assert shares == sorted(shares)
+
+
 def test_a_stage_that_takes_longer_than_thought_never_stands_still(view, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
