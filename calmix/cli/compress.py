@@ -59,6 +59,8 @@ def compress(
                 line(words.wrapped(said))
         if found.bits is None:
             said = f"refused: no candidate keeps what is asked. {ladder.HELPS}"
+            if found.left:
+                said = "stopped: no candidate keeps what is asked yet."
             result(shown, told, words.wrapped(said))
             raise typer.Exit(1)
     page, card = output / "card.html", read_card(output)

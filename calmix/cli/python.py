@@ -95,5 +95,6 @@ def compress(
     asked, folder = checked(Compression, given), Path(output)
     found, _ = make(asked, folder, shown=shown)
     if found is not None and found.bits is None:
-        raise NotKeptError(f"no candidate keeps {asked.keep_at_least}: {found.why()}")
+        yet = " yet" * bool(found.left)
+        raise NotKeptError(f"no candidate keeps {asked.keep_at_least}{yet}: {found.why()}")
     return Compressed(folder)

@@ -2,11 +2,11 @@
 
 A fixed sequence: the first candidate that fails ends the walk, so that no bound has to be widened
 for the number of candidates (Maurer, Hothorn and Lehmacher, 1995). It begins where
-`calmix.compression.start` says, without a look at the items: all of them decide. If that first
-candidate fails, the ones of more bits are walked from the top. Each of the two sequences has its
-share of the errors that the confidence allows (Bonferroni); one that begins at the top has all.
-With several draws of the calibration text a candidate is a model of each; all must pass, and the
-first draw's is the one that stays.
+`calmix.compression.start` says, without a look at any answer of a candidate: all items decide. If
+that first candidate fails, the ones of more bits are walked from the top. Each of the two sequences
+has its share of the errors that the confidence allows (Bonferroni); one that begins at the top has
+all. With several draws of the calibration text a candidate is a model of each; all must pass, and
+the first draw's is the one that stays.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from calmix.compression.running import (
     read_ladder_file,
 )
 from calmix.errors import CalmixError, InputError
+from calmix.evaluation.evaluate import choose
 from calmix.evaluation.floors import (
     CONFIDENCE,
     FILE,
@@ -106,19 +107,14 @@ class Ladder:
     def left(self) -> tuple[float, ...]:
         """Bits of the candidates that may be built yet."""
         done, at = len(self.rungs), RUNGS.index(self.first)
-        if self.rungs and not self.rungs[0].kept:
-            return () if self.ended else RUNGS[done - 1 : at]
-        return () if self.ended else RUNGS[at + done :]
-
-    @property
-    def again(self) -> bool:
-        """Whether only a first candidate has failed that others of more bits stand above."""
-        return len(self.rungs) == 1 and self.first != RUNGS[0]
+        begun, *later = [one.kept for one in self.rungs] or [True]
+        order = RUNGS[at + done :] if begun else RUNGS[done - 1 : at]
+        return order if all(later) else ()
 
     def level(self, bits: float, confidence: float) -> float:
         """Return the confidence that a candidate is tested at."""
-        own = FIRST if bits <= self.first else 1 - FIRST
-        return _level(1.0 if self.first == RUNGS[0] else own, confidence)
+        share = 1.0 if self.first == RUNGS[0] else FIRST if bits <= self.first else 1 - FIRST
+        return _level(share, confidence)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a record a candidate: what it keeps of every ability, and what is proven."""
@@ -237,7 +233,8 @@ def read_ladder(asked: Request, out: Path) -> Ladder:
     # Before there is a candidate, only scores depend on what is to be kept (`_forget`).
     free = () if held["rungs"] else ("keep_at_least", "confidence")
     check_same(asked, held["request"], out, free)
-    return Ladder(tuple(Rung(**one) for one in held["rungs"]), held["ended"], held["first"])
+    first = held.get("first", RUNGS[0])  # of a version that always began there
+    return Ladder(tuple(Rung(**one) for one in held["rungs"]), held["ended"], first)
 
 
 def walk(
@@ -255,11 +252,10 @@ def walk(
     candidate is begun; `seconds` are what each stage is thought to take, by its name. Too little
     time for one candidate, or too few right answers of the dense model, are an InputError.
     """
-    began, file = time.monotonic(), deciding(asked)
+    began, file, seconds = time.monotonic(), deciding(asked), seconds or {}
     found, before = read_ladder(asked, out), opening(asked, out)
     if within is not None and not found.rungs:
-        first = [*before, *building(asked, out, RUNGS[0])]
-        due = sum((seconds or {}).get(stage.name, 0.0) for stage in first)
+        due = _due([*before, *building(asked, out, RUNGS[0])], seconds)
         if due > within:
             raise InputError(
                 f"--within {duration(within)} is too short: the first candidate takes about "
@@ -276,30 +272,44 @@ def walk(
             judge(floors, [(dense, dense)], confidence)  # whether they can be proven
             if not found.rungs:
                 left = math.inf if within is None else within - (time.monotonic() - began)
-                found = replace(found, first=_first(asked, dense, out, left, seconds or {}))
+                found = replace(found, first=_first(asked, dense, out, left, seconds))
         while found.left:
             bits, at_ = found.left[0], time.monotonic()
-            due = found.rungs[-1].seconds if found.rungs else 0.0
-            if within is not None and at_ - began + due > within and found.rungs:
-                return _placed(_kept(replace(found, ended="time"), asked, out), out)
-            list(do(building(asked, out, bits), out, run, say))
-            places = [out / _folder(bits, draw) for draw in draws(asked)]
-            pairs = [(dense, load_scores(place / file)) for place in places]
-            level = found.level(bits, confidence)
-            verdicts = [replace(judge(floors, [own], level), confidence=confidence)
-                        for own in pairs]  # fmt: skip
-            if all(one.passed for one in verdicts):
-                verdicts = [replace(one, draws=len(verdicts)) for one in verdicts]
-            for place, own, verdict in zip(places, pairs, verdicts, strict=True):
-                write_json(place / FILE, record(verdict, floors, [own]))
-            took = round(time.monotonic() - at_, 1)
-            rung = Rung(bits, took, [one.to_dict() for one in verdicts])
+            made = building(asked, out, bits)
+            if within is not None and found.rungs:
+                last = found.rungs[-1]
+                known = _due(building(asked, out, last.bits), seconds)
+                due = last.seconds * (_due(made, seconds) / known if known else 1.0)
+                if at_ - began + due > within:
+                    return _placed(_kept(replace(found, ended="time"), asked, out), asked, out)
+            list(do(made, out, run, say))
+            verdicts = _tested(asked, out, bits, dense, found.level(bits, confidence))
+            rung = Rung(bits, round(time.monotonic() - at_, 1), verdicts)
             found = replace(found, rungs=(*found.rungs, rung))
-            goes_on = found.left if rung.kept else found.again
-            bottom = rung.kept and bits == RUNGS[-1]
-            ended = "bottom" if bottom else "" if goes_on else "failed"
+            ended = "" if found.left else "bottom" if found.bits == RUNGS[-1] else "failed"
             found = _kept(replace(found, ended=ended), asked, out)
-        return _placed(found, out)
+        return _placed(found, asked, out)
+
+
+def _tested(
+    asked: Request, out: Path, bits: float, dense: CapabilityScores, level: float
+) -> list[dict[str, Any]]:
+    """Test the model of each draw at the level its sequence has, and write down beside it what of
+    the confidence asked for comes of it."""
+    (floors, confidence), file = _floors(asked), deciding(asked)
+    places = [out / _folder(bits, draw) for draw in draws(asked)]
+    pairs = [(dense, load_scores(place / file)) for place in places]
+    verdicts = [replace(judge(floors, [own], level), confidence=confidence) for own in pairs]
+    if all(one.passed for one in verdicts):
+        verdicts = [replace(one, draws=len(verdicts)) for one in verdicts]
+    for place, own, verdict in zip(places, pairs, verdicts, strict=True):
+        write_json(place / FILE, record(verdict, floors, [own]))
+    return [one.to_dict() for one in verdicts]
+
+
+def _due(listed: Iterable[Stage], seconds: Mapping[str, float]) -> float:
+    """Return what stages are thought to take, as far as that is known."""
+    return sum(seconds.get(stage.name, 0.0) for stage in listed)
 
 
 def _level(share: float, confidence: float) -> float:
@@ -320,20 +330,20 @@ def _first(
         return RUNGS[0]
     tested = judge(floors, [(dense, dense)], confidence).tested
     bits = start.begin(RUNGS, tested, plain, _level(FIRST, confidence))
-    due = sum(seconds.get(stage.name, 0.0) for stage in building(asked, out, bits))
-    return bits if due <= left else RUNGS[0]
+    return bits if _due(building(asked, out, bits), seconds) <= left else RUNGS[0]
 
 
 def _kept(ladder: Ladder, asked: Request, out: Path) -> Ladder:
-    """Write down how far a walk is; of its models the smallest that is good stays."""
+    """Write down how far a walk is; of its models the smallest that is good stays, and those of
+    candidates that may be built yet."""
     out.mkdir(parents=True, exist_ok=True)
     value = {"kind": KIND, "request": asked.model_dump(mode="json"), "ended": ladder.ended,
              "first": ladder.first, "rungs": [asdict(one) for one in ladder.rungs]}  # fmt: skip
     write_json(out / LADDER, sealed(value))
-    for other in ladder.rungs:
+    for bits in {*RUNGS}.difference(ladder.left):
         for draw in draws(asked):
-            for name in MODELS if draw or other.bits != ladder.bits else ():
-                shutil.rmtree(out / _folder(other.bits, draw) / name, ignore_errors=True)
+            for name in MODELS if draw or bits != ladder.bits else ():
+                shutil.rmtree(out / _folder(bits, draw) / name, ignore_errors=True)
     return ladder
 
 
@@ -360,12 +370,12 @@ def _taken_back(ladder: Ladder, asked: Request, out: Path) -> Ladder:
     return replace(ladder, ended="")
 
 
-def _placed(ladder: Ladder, out: Path) -> Ladder:
-    """Move the smallest candidate that is good to OUT, with its scores of behaviour and what was
-    tested."""
+def _placed(ladder: Ladder, asked: Request, out: Path) -> Ladder:
+    """Move the smallest candidate that is good to OUT, with what was tested, and with its answers:
+    asked again in other batches, a few would differ."""
     if ladder.bits is not None:
         chosen = out / _folder(ladder.bits)
-        for name in (BEHAVIOUR, FILE):
+        for name in (SCORES if choose(asked.suite).asks else BEHAVIOUR, FILE):
             if (chosen / name).exists() and not (out / name).exists():
                 write_bytes(out / name, (chosen / name).read_bytes())
         _move(chosen, out)

@@ -1,9 +1,9 @@
 """Which candidate a walk begins with: the one above the fewest bits that may do. All of it is ours.
 
-No item is used for that, so that all of them decide. In the study of bits (studies/frontier.yaml)
-a model at a distance KL keeps some exp(-2 KL) of its answers, up to a tenth less where KL is small;
-a bit less a weight is four times the distance; and levels that are solved on text come to half the
-distance of plain rounding, more or less.
+No candidate's answer is looked at for that, so that all items decide. In the study of bits
+(studies/frontier.yaml) a model at a distance KL keeps some exp(-2 KL) of its answers, up to a tenth
+less where KL is small; a bit less a weight is four times the distance; and levels that are solved
+on text come to half the distance of plain rounding, more or less.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 
 import calmix as api
 from calmix.cli import compress as verb
+from calmix.cli import python
 from calmix.compression import ladder, start
 from calmix.compression.ladder import RUNGS, walk
 from calmix.compression.plan import request, scored
@@ -165,6 +166,73 @@ def test_a_walk_begins_where_the_distance_says_and_goes_back_to_the_top(
     assert found.why().startswith(f"{max(failed):g} bits fail")
     assert walk(want, out, stop, lambda *_: None) == found
     assert (out / "model").exists() == (bits is not None)
+
+
+def test_time_that_ends_before_the_top_is_tried_leaves_no_verdict(
+    calmix, command, tiny_folder, text_file, tmp_path, plain, monkeypatch
+):
+    """The next candidate is thought to take its share of what the last one took."""
+    plain["distance"] = 0.04
+    out, want = tmp_path / "out", asked(tiny_folder, text_file)
+    run = Fake(out, {4.0: 80, 6.0: 99, 5.0: 99, 4.5: 80})
+    ticks = itertools.count(0, 10)
+    monkeypatch.setattr(ladder, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    found = walk(want, out, run, lambda *_: None, within=45)
+    assert (found.bits, found.ended, found.left) == (None, "time", (6, 5, 4.5))
+    for module in (verb, python):
+        monkeypatch.setattr(module, "make", lambda *_, **__: (found, {}))
+    ended = calmix(*command(out, "--keep-at-least", "math=0.8"))
+    assert (ended.code, "refused" in ended.out) == (1, False)
+    assert ended.out.endswith("stopped: no candidate keeps what is asked yet.\n")
+    with pytest.raises(NotKeptError, match=r"keeps math=0\.8 yet: the time given was over"):
+        api.compress(str(tiny_folder), out, keep_at_least="math=0.8")
+    half = {"4 bits, quantise": 20.0, "6 bits, quantise": 10.0}
+    other = tmp_path / "other"
+    found = walk(want, other, Fake(other, run.kept), lambda *_: None, 45, half)
+    assert ([one.bits for one in found.rungs], found.ended) == ([4, 6], "time")
+    run.run_.clear()
+    found = walk(want, out, run, lambda *_: None)
+    assert (found.bits, found.ended, run.run_) == (5, "failed", ["prune", "evaluate"] * 3)
+
+
+def test_a_walk_of_a_version_that_began_at_the_top_goes_on(tiny_folder, text_file, tmp_path, plain):
+    out, want = tmp_path / "out", asked(tiny_folder, text_file)
+    run = Fake(out, dict.fromkeys(RUNGS, 97) | {5.0: 20})
+    with pytest.raises(KeyboardInterrupt):
+        walk(want, out, stopping(run, 4), lambda *_: None)
+    plain["distance"] = 0.04
+    path = out / "ladder.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(told | {"first": 4.0}), encoding="utf-8")
+    with pytest.raises(InputError, match="is damaged or changed"):
+        walk(want, out, run, lambda *_: None)
+    old = {key: one for key, one in told.items() if key not in ("first", "self_sha256")}
+    path.write_text(json.dumps(sealed(old)), encoding="utf-8")
+    found = walk(want, out, run, lambda *_: None)
+    assert ([one.bits for one in found.rungs], found.first, found.bits) == ([6, 5], 6, 6)
+
+
+def test_no_model_stays_of_a_candidate_that_is_not_reached(tiny_folder, text_file, tmp_path, plain):
+    """It was begun before other floors were asked for."""
+    out, want = tmp_path / "out", asked(tiny_folder, text_file)
+    plain["distance"] = 0.04
+    run = Fake(out, {6.0: 99, 5.0: 20})
+    with pytest.raises(KeyboardInterrupt):
+        walk(want, out, stopping(run, 3), lambda *_: None)
+    assert [path.parent.name for path in out.glob("candidates/*/model")] == ["4"]
+    plain["distance"] = 100.0
+    assert walk(want, out, run, lambda *_: None).bits == 6
+    assert not [*out.glob("candidates/*/model")]
+
+
+def test_answers_to_a_suite_scored_alone_are_those_that_were_tested(
+    tiny_folder, text_file, tmp_path
+):
+    """Asked once more in other batches, some may differ from what is promised."""
+    out, want = tmp_path / "out", asked(tiny_folder, text_file, suite="abilities")
+    walk(want, out, Fake(out, {6.0: 93, 5.0: 20}), lambda *_: None)
+    assert json.loads((out / "scores.json").read_text())["scores"]["fingerprint"] == "93"
+    assert not (out / "abilities.json").exists()
 
 
 def test_a_walk_begins_at_the_top_where_items_or_time_are_few(
