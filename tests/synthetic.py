@@ -3,14 +3,14 @@
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from calmix.evaluation.records import TaskScores, rounded
 from calmix.evaluation.scores import CapabilityScores
 from calmix.files import write_json
-from calmix.study.results import Estimate, FailedTrial, StudyResults, TaskOutcome, Trial
+from calmix.study.results import Estimate, FailedTrial, StudyResults, Trial
 from calmix.study.store import Entry, Index
 
 DIMENSIONS = ("general", "commonsense", "code", "math")
@@ -91,8 +91,8 @@ def study(plan, **changes):
         "environment": {"machine": {"cores": 2, "system": "Linux"}, "python": "3.11.7"},
         "suite": {"name": "offline", "version": 1, "dimensions": list(plan.dimensions)},
     } | changes  # fmt: skip
-    ordered = sorted(fields["trials"], key=lambda one: one.tasks[0].signal)
-    known = {(one.model, task.task): task for one in ordered for task in one.tasks}
+    ordered = sorted(fields["trials"], key=lambda one: one.tasks[0]["signal"])
+    known = {(one.model, task["task"]): task for one in ordered for task in one.tasks}
     fields["dense"] = {
         model: tuple(scores(task, None) for (label, _), task in known.items() if label == model)
         for model, _ in known
@@ -110,23 +110,24 @@ def scores(task, of):
     accuracy; others are texts. An item is off its task's retention by a part that all calibration
     sets share and one of the set's own. Without signal the dense model is at its floor.
     """
-    rng = np.random.default_rng(zlib.crc32(task.task.encode()))
+    rng = np.random.default_rng(zlib.crc32(task["task"].encode()))
     whole = 0.3 + 0.3 * rng.random(COUNT)
     off = rng.standard_normal(COUNT)
-    if not task.signal:
+    if not task["signal"]:
         whole = 0.1 * (-1.0) ** np.arange(COUNT)
     kept, accuracy = whole, np.ones(COUNT)
     if of is not None:
-        name = f"{task.task} {of.calibration} {of.method} {of.pattern}"
+        name = f"{task['task']} {of.calibration} {of.method} {of.pattern}"
         own = np.random.default_rng(zlib.crc32(name.encode()))
         off = 0.1 * (off + own.standard_normal(COUNT))
-        off -= (off @ whole) / whole.sum() if task.signal else 0.0
-        share = task.retention.value or 0.0
+        off -= (off @ whole) / whole.sum() if task["signal"] else 0.0
+        share = task["retention"]["value"] or 0.0
         kept = (share + off) * whole
         accuracy = 0.25 + 0.75 * 0.9 * (share + off - (0.0 if of is None else off.mean()))
-    head = {"name": task.task, "dimension": task.dimension, "items": tuple(map(str, range(COUNT)))}
+    head = {"name": task["task"], "dimension": task["dimension"]}
+    head["items"] = tuple(map(str, range(COUNT)))
     gold = {"gold": (0,) * COUNT}
-    if task.task.endswith("_a"):
+    if task["task"].endswith("_a"):
 
         def choices(p):
             rest = np.log((1 - p) / 3)
@@ -153,11 +154,8 @@ def trial(calibration, strategy, method, pattern, seed, kept, information=None, 
     total = sum(known.values()) / len(known) if known else None
     dimensions = {name: interval(value) for name, value in kept.items()}
     tasks = tuple(
-        TaskOutcome(
-            task=f"{name}_{kind}", dimension=name, score="probability" if kind == "a" else "bits",
-            items=COUNT, floor=0.25, dense=0.6, pruned=0.4, dense_accuracy=None,
-            pruned_accuracy=None, signal=value is not None, retention=interval(value),
-        )
+        {"task": f"{name}_{kind}", "dimension": name, "signal": value is not None,
+         "retention": asdict(interval(value))}
         for name, value in kept.items()
         for kind in ("a", "b")
     )  # fmt: skip

@@ -188,15 +188,14 @@ def predict(
     target, own_texts = sparsity if pattern is None else pattern, parse_texts(text)
     if weights is not None:
         check_weights(weights, (*builtin_readers(), *own_texts), "the held-out text")
-    asked = {"method": method, "length": drawn.length, "every": every, **drawn.drawn(),
-             "rows": rows}  # fmt: skip
+    asked = {"method": method, "length": drawn.length, **drawn.drawn(), "rows": rows}
     pruned_to = None if target is None else as_pattern(target)
     check_request(calibrations, **asked)
     check_models(model, **how.opening())
     opened = open_model(model, **how.opening())
     with Progress() as bar:
         made = run(
-            opened, calibrations, pattern=pruned_to, weights=weights,
+            opened, calibrations, pattern=pruned_to, weights=weights, every=every,
             held_out=texts(opened, own_texts, rows=ROWS, length=LENGTH),
             tick=bar.each("predicting"), note=note, writing=bar.writing, **asked,
         )  # fmt: skip

@@ -144,14 +144,12 @@ def models(shown: Json) -> None:
     if shown.as_json:
         print_json(rows)
         return
-    shown_rows = []
-    for row in rows:
-        first, *more = row["assets"]
-        states = ", ".join(sorted({assets.get_asset(name).state for name in row["assets"]}))
-        cell = f"{first}{f' and {len(more)} more' if more else ''} ({states})"
-        shown_rows.append({key: row[key] for key in ("name", "parameters", "licence", "use")}
-                          | {"assets": cell})  # fmt: skip
-    print_table(shown_rows, text=["licence", "assets"], least=["parameters", "assets"])
+    keys = ("name", "parameters", "licence", "use")
+    states = [", ".join(sorted({assets.get_asset(name).state for name in row["assets"]}))
+              for row in rows]  # fmt: skip
+    print_table([{key: row[key] for key in keys} | {"assets": state}
+                 for row, state in zip(rows, states, strict=True)],
+                text=["licence", "assets"], least=["parameters", "assets"])  # fmt: skip
     for row in rows:
         line(f"{row['name']}: {row['description']}; from {row['from']}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -366,9 +367,10 @@ def answers(
             written.append(answer(opened, asked, progress=bar.of(f"{name} answers")))
         named.append((name, opened.fingerprint))
     Answered(tuple(asked), tuple(named), tuple(written)).save(output)
-    line(words.beside([words.short(name, 36) for name in models]))
     for prompt, *texts in zip(asked, *written, strict=True):
-        line(f"\n{words.wrapped(prompt.shown)}\n{words.beside(texts)}")
+        line(f"\n{words.wrapped(prompt.shown)}")
+        for name, text in zip(models, texts, strict=True):
+            line(f"{name}:\n{textwrap.indent(text, '  ')}")
     note(f"wrote {output}: greedy answers, cut at {TOKENS} tokens")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -33,35 +32,46 @@ class ExportOptions(Json):
     )
 
 
+PLACE, SET = {"output", "overwrite"}, {"output", "overwrite", "model", "trust_remote_code"}
+FORMS = {  # which options a form has
+    "pack": PLACE, "model": PLACE, "gguf": PLACE | {"weights", "like"}, "imatrix": SET,
+    "openvino": PLACE | {"weights", "trust_remote_code"}, "jsonl": SET,
+}  # fmt: skip
+
+
 @verb("export")
 def export(options: ExportOptions) -> None:
     """Write a model for another engine, a smaller pack, or a set for other tools."""
     from calmix.calibration import saved_set
 
-    of_set, output = saved_set(options.what) is not None, options.output
+    of_set = saved_set(options.what) is not None
     form: str = options.to or ("jsonl" if of_set else "pack")
     if of_set != (form in SETS):
         kind = "a calibration set" if of_set else "no saved calibration set"
         raise InputError(f"{options.what} is {kind}: it cannot be exported to {form}")
-    act, own = FORMS[form]
-    if idle := options.given().keys() - own - {"what", "to", "as_json"}:
+    if idle := options.given().keys() - FORMS[form] - {"what", "to", "as_json"}:
         flag = min(idle).replace("_", "-")
         raise InputError(f"--{flag} has no effect with --to {form}: leave it out")
     if of_set and options.model is None:
         raise InputError(f"{options.what} is a calibration set: name the model it is for: --model")
+    act = {"pack": _pack, "model": _pack, "gguf": _engine, "openvino": _engine}.get(form, _set)
     with Progress() as bar:
-        value, text = act(options, output, bar)
-    result(options, value, f"{text}: {output}")
+        value, text = act(options, form, bar)
+    result(options, value, f"{text}: {options.output}")
 
 
 Made = tuple[dict[str, Any], str]  # the result as JSON, and in words
 
 
-def _pack(options: ExportOptions, output: Path, bar: Progress) -> Made:
-    from calmix.deploy.pack import pack
+def _pack(options: ExportOptions, form: str, bar: Progress) -> Made:
+    from calmix.deploy.pack import pack, unpack
 
-    made = pack(Path(options.what), output, overwrite=options.overwrite,
-                progress=bar.of("packing"))  # fmt: skip
+    place, replace = (Path(options.what), options.output), options.overwrite
+    if form == "model":
+        dense = unpack(*place, overwrite=replace, progress=bar.of("unpacking"))
+        text = f"{dense / 1e6:,.1f} MB of weights"
+        return {"output": str(options.output), "dense": dense}, text
+    made = pack(*place, overwrite=replace, progress=bar.of("packing"))
     before, after = made.sparse
     sparse = f", {after / before:.3f} where weights are pruned or quantised" if before else ""
     return (
@@ -71,81 +81,50 @@ def _pack(options: ExportOptions, output: Path, bar: Progress) -> Made:
     )
 
 
-def _unpack(options: ExportOptions, output: Path, bar: Progress) -> Made:
-    from calmix.deploy.pack import unpack
+def _engine(options: ExportOptions, form: str, bar: Progress) -> Made:
+    """Write a model for an engine, by default with weights in the first form it knows."""
+    from calmix.deploy import gguf, openvino
 
-    dense = unpack(Path(options.what), output, overwrite=options.overwrite,
-                   progress=bar.of("unpacking"))  # fmt: skip
-    return {"output": str(output), "dense": dense}, f"{dense / 1e6:,.1f} MB of weights"
-
-
-def _weights(options: ExportOptions, known: Collection[str]) -> str:
-    """Return how weights are stored: the first that a form knows, if none is asked for."""
+    known = gguf.TYPES if form == "gguf" else openvino.WEIGHTS
     asked: str = options.weights or next(iter(known))
     if asked not in known:
-        raise InputError(f"--to {options.to} has no --weights {asked}: {nearest(asked, known)}")
-    return asked
-
-
-def _gguf(options: ExportOptions, output: Path, bar: Progress) -> Made:
-    from calmix.deploy.gguf import TYPES, export
-
-    made = export(
-        options.what, output, weights=_weights(options, TYPES), like=options.like,
-        overwrite=options.overwrite, say=bar.each("export", 2),
+        raise InputError(f"--to {form} has no --weights {asked}: {nearest(asked, known)}")
+    how: dict[str, Any] = {"weights": asked, "overwrite": options.overwrite}
+    if form == "gguf":
+        made = gguf.export(options.what, options.output, like=options.like,
+                           say=bar.each("export", 2), **how)  # fmt: skip
+        kinds = ", ".join(f"{count} {kind}" for kind, count in made.types.items())
+        return asdict(made), (
+            f"{size(made.before)} of weights in {size(made.after)} ({kinds}; {made.ours} with the "
+            f"levels of calmix), KL to the model {made.kl:.2g} nats a token"
+        )
+    ran = openvino.export(
+        options.what, options.output, trust_remote_code=options.trust_remote_code,
+        say=bar.each("export", len(openvino.STEPS)), **how,
     )  # fmt: skip
-    kinds = ", ".join(f"{count} {kind}" for kind, count in made.types.items())
-    return asdict(made), (
-        f"{size(made.before)} of weights in {size(made.after)} ({kinds}; {made.ours} with the "
-        f"levels of calmix), KL to the model {made.kl:.2g} nats a token"
+    return asdict(ran), (
+        f"{size(ran.before)} of weights in {size(ran.after)}, KL to the model {ran.kl:.2g} nats "
+        f"a token, same first choice {ran.top1:.0%}"
     )
 
 
-def _imatrix(options: ExportOptions, output: Path, bar: Progress) -> Made:
-    from calmix.deploy.gguf import export_imatrix
-
-    count = export_imatrix(
-        user_path(options.what), str(options.model), output, overwrite=options.overwrite,
-        trust_remote_code=options.trust_remote_code,
-    )  # fmt: skip
-    found = {"output": str(output), "matrices": count}
-    return found, f"importance of the inputs of {count} matrices"
-
-
-def _openvino(options: ExportOptions, output: Path, bar: Progress) -> Made:
-    from calmix.deploy.openvino import STEPS, WEIGHTS
-    from calmix.deploy.openvino import export as write
-
-    made = write(
-        options.what, output, weights=_weights(options, WEIGHTS), overwrite=options.overwrite,
-        trust_remote_code=options.trust_remote_code, say=bar.each("export", len(STEPS)),
-    )  # fmt: skip
-    return asdict(made), (
-        f"{size(made.before)} of weights in {size(made.after)}, KL to the model {made.kl:.2g} nats "
-        f"a token, same first choice {made.top1:.0%}"
-    )
-
-
-def _jsonl(options: ExportOptions, output: Path, bar: Progress) -> Made:
+def _set(options: ExportOptions, form: str, bar: Progress) -> Made:
     from calmix.calibration import CalibrationSet, open_tokenizer
     from calmix.calibration.dataset import export_jsonl
+    from calmix.deploy.gguf import export_imatrix
     from calmix.models import check_models
 
-    folder, model = user_path(options.what), str(options.model)
+    folder, model, output = user_path(options.what), str(options.model), options.output
+    trust = {"trust_remote_code": options.trust_remote_code}
+    if form == "imatrix":
+        count = export_imatrix(folder, model, output, overwrite=options.overwrite, **trust)
+        found = {"output": str(output), "matrices": count}
+        return found, f"importance of the inputs of {count} matrices"
     CalibrationSet.open(folder)
     check_output_file(output, inputs=[folder, model], overwrite=options.overwrite)
-    check_models(model, trust_remote_code=options.trust_remote_code)
-    opened = open_tokenizer(model, trust_remote_code=options.trust_remote_code)
+    check_models(model, **trust)
+    opened = open_tokenizer(model, **trust)
     made = CalibrationSet.open(folder, opened)
     export_jsonl(made, opened.tokenizer, output)
     found = {"output": str(output), "rows": made.rows, "length": made.length}
     return found, f"{made.rows} rows of {made.length} tokens"
-
-
-PLACE, SET = {"output", "overwrite"}, {"output", "overwrite", "model", "trust_remote_code"}
-FORMS = {  # who writes a form, and which options it has
-    "pack": (_pack, PLACE), "model": (_unpack, PLACE),
-    "gguf": (_gguf, PLACE | {"weights", "like"}), "imatrix": (_imatrix, SET),
-    "openvino": (_openvino, PLACE | {"weights", "trust_remote_code"}),
-    "jsonl": (_jsonl, SET),
-}  # fmt: skip

@@ -31,8 +31,7 @@ from calmix.progress import Progress, duration
 if TYPE_CHECKING:
     from calmix.analysis import Analysis
     from calmix.analysis.power import Needed
-    from calmix.study.results import StudyResults, Trial
-    from calmix.study.trials import Resolved
+    from calmix.study.results import StudyResults
 
 
 # Differences that `power` may be asked for: 1,2,3.
@@ -165,8 +164,8 @@ def run(
     execute = on_ray(**given) if executor == "ray" else None
     with Progress() as bar:
         kept, left = run_study(
-            load_study(study), store, Watch(bar), options=trials, only=only, skip=skip,
-            retry_failed=retry_failed, execute=execute,
+            load_study(study), store, note=note, show=bar.show, options=trials, only=only,
+            skip=skip, retry_failed=retry_failed, execute=execute,
         )  # fmt: skip
     states = [kept.state(entry.id) for entry in kept.entries]
     done = states.count("finished")
@@ -206,7 +205,7 @@ def status(
         elif state == "finished":
             found = kept.result(entry).trial
             seconds.append(found.seconds.get("total", 0.0))
-            told = f"{outcome_line(found)}, {seconds[-1]:.0f} s"
+            told = found.told
         rows.append({"trial": entry.label, "state": state, "note": told})
     states = [row["state"] for row in rows]
     counts = {name: states.count(name) for name in ("finished", "running", "failed", "pending")}
@@ -219,51 +218,6 @@ def status(
     print_table(rows, title=f"study {name}", text=["trial", "note"], least=[])
     work = f"; {duration(ahead)} of work left" if left and ahead is not None else ""
     line(", ".join(f"{count} {name}" for name, count in counts.items() if count) + work)
-
-
-def outcome_line(trial: Trial) -> str:
-    """Return a trial's total and worst retention in a few words."""
-    if trial.total.value is None:
-        return "no retention"
-    found = f"total {100 * trial.total.value:.1f} %"
-    if trial.worst is None:
-        return found
-    return f"{found}, worst {trial.worst} {100 * (trial.dimensions[trial.worst].value or 0):.1f} %"
-
-
-class Watch:
-    """The `Observer` of a run: a line of progress, and a line for every trial that ends."""
-
-    def __init__(self, bar: Progress) -> None:
-        self._bar, self._total, self._ended = bar, 0, 0
-        self._seconds: list[float] = []
-
-    def begin(self, todo: int, planned: int) -> None:
-        self._total = todo
-        if todo < planned:
-            note(f"{todo} of {planned} trials to run")
-
-    def started(self, trial: Resolved) -> None:
-        self.stage(trial, "", 0, 1)
-
-    def stage(self, trial: Resolved, what: str, done: int, total: int) -> None:
-        named = f"trial {self._ended + 1} of {self._total}: {trial.planned.label} {what}".rstrip()
-        ahead = (self._total - self._ended) * sum(self._seconds) / max(1, len(self._seconds))
-        self._bar.show(named, done / total if total else None, left=ahead or None)
-
-    def finished(self, trial: Resolved, outcome: Trial) -> None:
-        self._seconds.append(outcome.seconds.get("total", 0.0))
-        self._end(trial, f"{outcome_line(outcome)}, {self._seconds[-1]:.0f} s")
-
-    def failed(self, trial: Resolved, error: str) -> None:
-        self._end(trial, f"failed: {error}")
-
-    def _end(self, trial: Resolved, text: str) -> None:
-        self._ended += 1
-        note(f"{self._ended}/{self._total} {trial.planned.label}: {text}")
-
-    def note(self, text: str) -> None:
-        note(text)
 
 
 @verb("analyse", of=studies)
@@ -304,7 +258,7 @@ def _analysed(
     if options.as_json:
         print_json(found.to_dict())
     else:
-        line(summary_text(found, short=True))
+        line(summary_text(found))
         line(f"\nwritten to {folder / inside}")
 
 
@@ -404,7 +358,7 @@ def power(
                     f"{own[0][0].freedom} degrees of freedom")  # fmt: skip
     line(words.wrapped(
         "In points of retention. signal: between single sources; seed, items: noise of one seed, "
-        "and of two sets' difference by their items; s/n: signal over both. N\N{NO-BREAK SPACE}pt: "
+        "and of two sets' difference by their items; s/n: signal over both. N pt: "
         "seeds of each set that detect N points in 80 % of studies, on these items/for other items "
         "too; 3x: no number of seeds does, without some 3 times the items."
     ))  # fmt: skip

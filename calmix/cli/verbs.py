@@ -102,7 +102,12 @@ def _show_all(ctx: typer.Context, asked: bool) -> None:
 def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Parameter:
     """Return a field as typer takes it: a bool is a switch, a list repeats, all else is text."""
     extra: Any = field.json_schema_extra or {}
-    required, kind = field.is_required(), _bare(field.annotation)
+    required, kind = field.is_required(), field.annotation
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # without `| None`, and bounds
+        members = [one for one in typing.get_args(kind) if one is not type(None)]
+        kind = members[0] if len(members) == 1 else str
+    if typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
     default = None if field.default is None or required else field.default
     listed = typing.get_origin(kind) in (list, tuple)
     shown = extra.get("shown") or (str(default) if default or type(default) is int else "")
@@ -127,11 +132,3 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
         default=inspect.Parameter.empty if required else False if kind is bool else None,
         annotation=Annotated[held if required or kind is bool else held | None, info],
     )  # fmt: skip
-
-
-def _bare(kind: Any) -> Any:
-    """Return a field's type without `| None` and without bounds."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        members = [one for one in typing.get_args(kind) if one is not type(None)]
-        kind = members[0] if len(members) == 1 else str
-    return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind

@@ -27,22 +27,13 @@ INK, MUTED, GRID, PAPER = "#1a2230", "#5c6675", "#dde2e9", "#fefefe"
 # Okabe and Ito's colours, darkened a little for marks on white.
 COLOURS = ("#0a6fb1", "#b8730a", "#0b8a63", "#b0558e", "#8a6d00", "#c1440e")
 MARKERS = ("o", "s", "D", "^", "v", "P")
-STRATEGY_COLOURS = {
-    "single": "#8a96a8",
-    "mix": "#e07b1a",
-    "self-cal": "#5b8def",
-    "sgs": "#3aa6a0",
-    "igsp": "#7e57c2",
-    "self-written": "#9c4f96",
-    "none": "#9c9080",
-}
 VARIABLES = {
     INK: "ink",
     MUTED: "muted",
     GRID: "line",
     PAPER: "paper",
     **{colour: f"d{number}" for number, colour in enumerate(COLOURS)},
-    **{colour: f"s-{name}" for name, colour in STRATEGY_COLOURS.items()},
+    **{colour: f"s-{name}" for name, (_, colour) in words.STRATEGIES.items()},
 }
 SETTINGS = {
     "svg.fonttype": "none",
@@ -147,12 +138,10 @@ class Chart:
     def svg(self) -> str:
         """Return the chart as SVG elements for a page, coloured by its theme: a wide one, and one
         for narrow screens."""
-        return self._element(self.name, "wide", WIDTH) + self._element(
-            f"{self.name}-narrow", "narrow", NARROW
-        )
+        return self._element("", "wide", WIDTH) + self._element("-narrow", "narrow", NARROW)
 
-    def _element(self, name: str, kind: str, wide: float) -> str:
-        text = self._drawn(wide)
+    def _element(self, ending: str, kind: str, wide: float) -> str:
+        name, text = self.name + ending, self._drawn(wide)
         text = text[text.index("<svg") :]
         width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0]
         for pattern, new in (
@@ -177,11 +166,6 @@ class Chart:
             f'<desc id="{name}-desc">{html.escape(self.described)}</desc>'
         )
         return opening + text[text.index(">") + 1 :].strip()
-
-
-def _tip(artist: Any, text: str) -> None:
-    if text:
-        artist.set_gid(f"tip: {text}")
 
 
 def _legend(figure: Any, keys: Sequence[Key], narrow: bool) -> None:
@@ -217,7 +201,8 @@ def _mark(axes: Any, mark: Mark, y: float, height: float = 0.0) -> None:
                             color=mark.colour, zorder=3,
                             markeredgecolor=mark.colour if mark.marker == "|" else PAPER
                             )  # fmt: skip
-    _tip(drawn, mark.tip)
+    if mark.tip:
+        drawn.set_gid(f"tip: {mark.tip}")
     if mark.low is not None and mark.high is not None:
         axes.plot([mark.low, mark.high], [y, y], color=INK if bar else mark.colour, linewidth=1.5,
                   solid_capstyle="butt")  # fmt: skip
@@ -281,7 +266,7 @@ def heat(
                 (x + 0.02, y - 0.45), 0.96, 0.9, facecolor=fill, linewidth=0,
                 edgecolor=PAPER if known else GRID, hatch=None if known else "///",
             )  # fmt: skip
-            _tip(axes.add_patch(box), cell.tip)
+            axes.add_patch(box).set_gid(f"tip: {cell.tip}")
             if not known:
                 continue
             ink = _readable(fill)

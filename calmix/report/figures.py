@@ -15,16 +15,8 @@ from calmix.analysis.cells import TOTAL
 from calmix.analysis.correlations import Correlation
 from calmix.analysis.ranking import Ranked
 from calmix.report import charts, words
-from calmix.report.charts import (
-    DOT,
-    INK,
-    STRATEGY_COLOURS,
-    Cell,
-    Chart,
-    Key,
-    Mark,
-    Named,
-)
+from calmix.report.charts import DOT, INK, Cell, Chart, Key, Mark, Named
+from calmix.report.words import STRATEGIES
 
 
 def slug(text: str) -> str:
@@ -34,8 +26,7 @@ def slug(text: str) -> str:
 
 def _by_strategy(rows: Sequence[Ranked]) -> list[Key]:
     made = {one.strategy for one in rows}
-    return [(name, STRATEGY_COLOURS[key], DOT)
-            for key, name in words.STRATEGIES.items() if key in made]  # fmt: skip
+    return [(*look, DOT) for key, look in STRATEGIES.items() if key in made]
 
 
 def condition_charts(analysis: Analysis, found: ConditionAnalysis) -> list[Chart]:
@@ -45,7 +36,7 @@ def condition_charts(analysis: Analysis, found: ConditionAnalysis) -> list[Chart
 
 
 def _names(rows: Sequence[Ranked]) -> list[Named]:
-    return [(one.calibration, STRATEGY_COLOURS[one.strategy]) for one in rows]
+    return [(one.calibration, STRATEGIES[one.strategy][1]) for one in rows]
 
 
 def _cell(one: Ranked, name: str, kept: Estimate, digits: int, note: str) -> Cell:
@@ -110,8 +101,8 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     lanes = []
     for one in ranked:
         notch = Mark(100 * (one.shrunken.value or 0), "", INK, "|")
-        tip, colour = f"{one.calibration}, total", STRATEGY_COLOURS[one.strategy]
-        bar = charts.mark(one.total, tip, colour, "bar")
+        colour = STRATEGIES[one.strategy][1]
+        bar = charts.mark(one.total, f"{one.calibration}, total", colour, "bar")
         lanes.append([[bar, notch]])
         if one.worst is not None:
             tip = f"{one.calibration}, worst: {one.worst}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
-from calmix.analysis.cells import TOTAL, Condition
+from calmix.analysis.cells import TOTAL
 from calmix.analysis.differences import BEST, SINGLES, Gain
 from calmix.analysis.ranking import leaders
 from calmix.analysis.statistics import ALPHA, LEAST
@@ -25,7 +25,6 @@ NO_ANSWERS = (
     "What the models write was not measured; calmix evaluate MODEL --against DENSE --suite "
     "abilities measures it."
 )
-MARKS = {HOLDS: "✓", IN_PART: "◐", OPEN: "?", NOT_FOUND: "–", FAILS: "✗"}
 COMPARED = (  # sets made one way, against sets made another way or a contender among the sources
     ("A mix keeps more than the best single source", "mix", BEST),
     ("A mix keeps more than single sources do on average", "mix", SINGLES),
@@ -38,10 +37,8 @@ COMPARED = (  # sets made one way, against sets made another way or a contender 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one condition (of a series of sparsities, the sparsest) says of a claim: `where` is what
-    is printed of it, `because` the figures."""
+    """What one condition, or a series of sparsities, says of a claim; `because` are the figures."""
 
-    at: Condition
     verdict: str
     because: str
     where: str
@@ -173,16 +170,13 @@ def claims(analysis: Analysis) -> dict[str, list[Verdict]]:
         "The lead of a mix shrinks with recovery":
             [_moved(analysis, each, "recovery", -1) for each in found],
     }  # fmt: skip
-    ways = list(dict.fromkeys(each.condition.way for each in found))
-    known = {text: sorted(filter(None, verdicts), key=lambda one: ways.index(one.at.way))
-             for text, verdicts in made.items()}  # fmt: skip
-    return {text: verdicts for text, verdicts in known.items() if verdicts}
+    return {text: known for text, verdicts in made.items() if (known := [*filter(None, verdicts)])}
 
 
 Gap = tuple[str, Estimate, bool]  # which sets, how far ahead, and whether that is found
 
 
-def _judged(at: Condition, gaps: Iterable[Gap], *, wanted: int = 1) -> Verdict | None:
+def _judged(where: str, gaps: Iterable[Gap], *, wanted: int = 1) -> Verdict | None:
     """Return what gaps say together: one that is found in the wanted direction bears it out."""
     some = list(gaps)
     if not some:
@@ -195,7 +189,7 @@ def _judged(at: Condition, gaps: Iterable[Gap], *, wanted: int = 1) -> Verdict |
         + (" (not after correction for the number of tests)" if gap.clear and not found else "")
         for name, gap, found in some
     )
-    return Verdict(at, verdict, because, at.label)
+    return Verdict(verdict, because, where)
 
 
 def _compared(each: ConditionAnalysis, left: str, right: str) -> Verdict | None:
@@ -212,7 +206,7 @@ def _compared(each: ConditionAnalysis, left: str, right: str) -> Verdict | None:
             elif one.quantity == TOTAL and names(one.right, left) and names(one.left, right):
                 yield f"{one.right} over {one.left}", -one.gap, one.significant
 
-    return _judged(each.condition, gaps())
+    return _judged(each.condition.label, gaps())
 
 
 def _moved(analysis: Analysis, each: ConditionAnalysis, by: str, wanted: int) -> Verdict | None:
@@ -223,8 +217,8 @@ def _moved(analysis: Analysis, each: ConditionAnalysis, by: str, wanted: int) ->
            if (one.by, one.more, one.quantity) == (by, each.condition.label, TOTAL)
            and one.over and one.calibration in mixes]  # fmt: skip
     over = {one: f" over {one.over}" if by == "recovery" else "" for one in own}
-    found = _judged(each.condition, ((one.calibration + over[one], one.gap, one.gap.clear)
-                                     for one in own), wanted=wanted)  # fmt: skip
+    gaps = [(one.calibration + over[one], one.gap, one.gap.clear) for one in own]
+    found = _judged(each.condition.label, gaps, wanted=wanted)
     if found is None or by == "recovery":
         return found
     low = next(one.condition.sparsity for one in analysis.conditions
@@ -240,12 +234,12 @@ def _cancelled(each: ConditionAnalysis) -> Verdict | None:
         return None
     widest = max(spread.values(), key=lambda one: one.range)
     because = (
-        f"single sources {words.apart(widest.range, 1)} apart in {widest.quantity} "
+        f"single sources {words.percent(widest.range)} points apart in {widest.quantity} "
         f"({widest.lowest} to {widest.highest}), {100 * total.range:.1f} in total; "
         f"p {words.p_value(total.p_cancel)} against unrelated dimensions"
     )
     verdict = HOLDS if total.p_cancel <= ALPHA else NOT_FOUND
-    return Verdict(each.condition, verdict, because, each.condition.label)
+    return Verdict(verdict, because, each.condition.label)
 
 
 def _pulled(each: ConditionAnalysis) -> Verdict | None:
@@ -276,7 +270,7 @@ def _pulled(each: ConditionAnalysis) -> Verdict | None:
                 f"; strongest: {words.metric_name(near.metric)} with {near.quantity}, "
                 f"ρ {words.rho(near.rho)}, corrected p {words.p_value(near.p_corrected)}"
             )
-    return Verdict(each.condition, verdict, f"{because}; {n}", each.condition.label)
+    return Verdict(verdict, f"{because}; {n}", each.condition.label)
 
 
 def _certainty(analysis: Analysis) -> Iterator[str]:

@@ -6,20 +6,19 @@ import re
 import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
 from typing import Any
 
 from calmix.analysis.ranking import Ranked, leaders
 from calmix.evaluation.behaviour import Behaviour
 
-STRATEGIES = {
-    "single": "single source",
-    "mix": "mix",
-    "self-cal": "Self-Cal",
-    "sgs": "SGS",
-    "igsp": "IGSP",
-    "self-written": "self-written",
-    "none": "no calibration",
+STRATEGIES = {  # ways to make a set, by name and colour
+    "single": ("single source", "#8a96a8"),
+    "mix": ("mix", "#e07b1a"),
+    "self-cal": ("Self-Cal", "#5b8def"),
+    "sgs": ("SGS", "#3aa6a0"),
+    "igsp": ("IGSP", "#7e57c2"),
+    "self-written": ("self-written", "#9c4f96"),
+    "none": ("no calibration", "#9c9080"),
 }
 MEASURES = {
     "primary": "retention of each task's primary score",
@@ -41,7 +40,7 @@ FORMS = {
     "chat template": " in its chat template, short answers by worked examples",
     "worked examples": " by worked examples",
 }
-MINUS, HOLD = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
+MINUS = "\N{MINUS SIGN}"
 WIDTH = 80  # columns of a terminal
 
 
@@ -73,12 +72,6 @@ def percent(value: float | None, digits: int = 1) -> str:
 def points(value: float | None) -> str:
     """Return a difference of shares in percentage points, with its sign."""
     return number(None if value is None else 100 * value, 1, sign=True)
-
-
-def apart(value: float, digits: int = 0) -> str:
-    """Return a distance in percentage points with its unit."""
-    text = percent(value, digits)
-    return f"{text} point{'s' * (text != '1')}"
 
 
 def rho(value: float | None) -> str:
@@ -200,19 +193,10 @@ def which_is_best(placed: Sequence[Ranked]) -> str:
     return f"{some(names)} are tied ({apart}): {listed(with_span(one.total) for one in sets[:3])} %"
 
 
-def held(text: str) -> str:
-    """Return text in which no line break parts a number from its unit or interval."""
-    text = re.sub(r"\[[^]]*\]", lambda found: found[0].replace(" ", HOLD), text)
-    return re.sub(r"(?<=[\d\]]) (?=%)|(?<=\d) (?=\[)|(?<=\b[ρp]) (?=[<+\d−])", HOLD, text)
-
-
 def wrapped(text: str, first: str = "", rest: str = "") -> str:
     """Return text in lines of a terminal's width; `first` and `rest` begin them."""
-    lines = textwrap.wrap(
-        held(text), WIDTH, initial_indent=first, subsequent_indent=rest,
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
-    return "\n".join(lines).replace(HOLD, " ")
+    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest,
+                         break_long_words=False, break_on_hyphens=False)  # fmt: skip
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -224,18 +208,6 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
                          for text, width in zip(row, wide, strict=True)).rstrip()
         for row in rows
     )  # fmt: skip
-
-
-def beside(texts: Sequence[str]) -> str:
-    """Return texts in columns of a terminal's width, at most eight lines of each."""
-    width = (WIDTH - 2) // len(texts) - 2
-    held = []
-    for text in texts:
-        rows = [row for part in text.splitlines() or ["(nothing)"]
-                for row in textwrap.wrap(part, width) or [""]]  # fmt: skip
-        held.append(rows if len(rows) <= 8 else [*rows[:7], "…"])
-    return "\n".join("  " + "  ".join(cell.ljust(width) for cell in row).rstrip()
-                     for row in zip_longest(*held, fillvalue=""))  # fmt: skip
 
 
 def parts(text: str) -> list[tuple[bool, str]]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from calmix.calibration import CalibrationSet, resolve
@@ -29,13 +28,14 @@ from calmix.pruning import PruneReport, allocate, prune
 from calmix.pruning.checkpoint import write_checkpoint
 from calmix.pruning.engine import Patterns
 from calmix.recovery import recover
-from calmix.study.results import TaskOutcome, Trial
+from calmix.study.results import Trial
 from calmix.study.spec import Study
 from calmix.study.store import RESULT, SCORES, Store
 from calmix.study.trials import Key, Planned, Resolved
 
 INFORMATION, PRUNING, RECOVERY = "information.json", "pruning.json", "recovery.json"
 CHECKPOINT = "checkpoint"
+NAMES = {"name": "task", "kept": "retention"}  # in a trial's record of its tasks
 
 Stage = Callable[[str, int, int], None]  # what is done now; how much of it, out of how much
 
@@ -108,8 +108,18 @@ class Bench:
         with self.store.writing(trial) as folder:
             write_json(folder / PRUNING, report.to_dict())
             scored = self.opened
-            if planned.recovery is not None:
-                scored = self._recovered(trial, report, made, folder, stage)
+            if planned.recovery is not None and trial.calibration_id is not None:
+                held = str(self.store.calibration(trial.calibration_id))
+                write_checkpoint(self.opened, folder / "pruned", report, made)
+                recovered = recover(
+                    str(folder / "pruned"), self.study.file.models[planned.model].name,
+                    planned.recovery.model_copy(update={"calibration": held}), folder / CHECKPOINT,
+                    progress=lambda done, total, loss: stage("recovering", done, total), **self.how,
+                )  # fmt: skip
+                write_json(folder / RECOVERY, recovered.to_dict())
+                kind = dtype_name(self.opened.model.dtype)
+                scored = open_model(str(folder / CHECKPOINT), dtype=kind, **self.how)
+                shutil.rmtree(folder / "pruned")
                 lap("recover")
             elif self.study.file.keep_checkpoints:
                 write_checkpoint(self.opened, folder / CHECKPOINT, report, made)
@@ -137,8 +147,11 @@ class Bench:
                 seed=planned.seed, suite=self.study.suite.name, information=information,
                 total=kept.total, worst=kept.worst, seconds=seconds,
                 dimensions={one.name: one.kept for one in kept.dimensions},
-                tasks=tuple(TaskOutcome(task=one.name, retention=one.kept, **vars(one))
-                            for one in kept.tasks),
+                tasks=tuple(
+                    {NAMES.get(key, key): value for key, value in asdict(one).items()
+                     if key != "noise"}
+                    for one in kept.tasks
+                ),
             )  # fmt: skip
             run = run_record(seconds) | {
                 "versions": versions() | scores.versions,
@@ -149,33 +162,6 @@ class Bench:
             record = {"trial": outcome.model_dump(mode="json"), "run": run, "dense": self._key}
             write_json(folder / RESULT, record)
         return outcome
-
-    def _recovered(
-        self,
-        trial: Resolved,
-        report: PruneReport,
-        made: CalibrationSet | None,
-        folder: Path,
-        stage: Stage,
-    ) -> OpenModel:
-        """Return the pruned model recovered, by files in the trial's folder."""
-        assert trial.planned.recovery is not None
-        assert trial.calibration_id is not None
-        held = str(self.store.calibration(trial.calibration_id))
-        write_checkpoint(self.opened, folder / "pruned", report, made)
-        recovered = recover(
-            str(folder / "pruned"),
-            self.study.file.models[trial.planned.model].name,
-            trial.planned.recovery.model_copy(update={"calibration": held}),
-            folder / CHECKPOINT,
-            progress=lambda done, total, loss: stage("recovering", done, total),
-            **self.how,
-        )
-        write_json(folder / RECOVERY, recovered.to_dict())
-        kind = dtype_name(self.opened.model.dtype)
-        scored = open_model(str(folder / CHECKPOINT), dtype=kind, **self.how)
-        shutil.rmtree(folder / "pruned")
-        return scored
 
     def _prune(
         self, planned: Planned, made: CalibrationSet | None, progress: Callable[[int, int], None]

@@ -66,9 +66,9 @@ def write_table(results: StudyResults, folder: Path) -> None:
         far = trial.distance or {"total": None, "dimensions": {}}
         head = {"study": results.name, **trial.model_dump(exclude=LEFT_OUT)}
         for task in trial.tasks:
-            own = distance(far["dimensions"].get(task.dimension))
-            own["retention"] = asdict(trial.dimensions[task.dimension])
-            rows.append(head | distance(far["total"]) | task.model_dump()
+            own = distance(far["dimensions"].get(task["dimension"]))
+            own["retention"] = asdict(trial.dimensions[task["dimension"]])
+            rows.append(head | distance(far["total"]) | task
                         | {f"dimension_{name}": one for name, one in own.items()}
                         | {"info": trial.information})  # fmt: skip
     table = pd.json_normalize(rows, sep="_")

@@ -20,22 +20,6 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class TaskOutcome(Record):
-    """A task of a trial, by its primary score; `retention` has no value without signal."""
-
-    task: str
-    dimension: str
-    score: str
-    items: int
-    floor: float | None
-    dense: float
-    pruned: float
-    dense_accuracy: float | None
-    pruned_accuracy: float | None
-    signal: bool
-    retention: Estimate
-
-
 class Trial(Record):
     """A finished trial: what was asked for, and what the pruned model retains.
 
@@ -48,6 +32,7 @@ class Trial(Record):
         seed: of the calibration draw.
         information: metrics of the calibration set under the dense model.
         worst: the dimension with the lowest retention.
+        tasks: what is kept of each by its primary score; no value without signal.
         seconds: wall time by stage.
         distance: to the dense model (`evaluation.distance.distance`), where it was measured.
     """
@@ -69,9 +54,20 @@ class Trial(Record):
     total: Estimate
     worst: str | None
     dimensions: dict[str, Estimate]
-    tasks: tuple[TaskOutcome, ...]
+    tasks: tuple[dict[str, Any], ...]
     seconds: dict[str, float]
     distance: dict[str, Any] | None = None
+
+    @property
+    def told(self) -> str:
+        """Total and worst retention, and the time, in a few words."""
+        found = "no retention"
+        if self.total.value is not None:
+            found = f"total {100 * self.total.value:.1f} %"
+        if self.worst is not None:
+            least = self.dimensions[self.worst].value or 0
+            found += f", worst {self.worst} {100 * least:.1f} %"
+        return f"{found}, {self.seconds.get('total', 0):.0f} s"
 
 
 class FailedTrial(Record):

@@ -13,6 +13,7 @@ import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +37,24 @@ from calmix.study.trials import Planned, Resolved, checkpoint_bytes, plan, resol
 PASSED = 2**27  # bytes Ray may pass in calls: what is too large for a call is in files
 
 
-class Observer:
-    """Is told how a run goes, as is what has these methods; this one ignores it.
-
-    `begin(todo, planned)`, `note(text)`, and of a trial `started(trial)`, `stage(trial, what, done,
-    total)`, `finished(trial, outcome)` and `failed(trial, error)`.
-    """
-
-    def __getattr__(self, event: str) -> Callable[..., None]:
-        return lambda *_: None
-
-
+Note = Callable[[str], None]
+Stage = Callable[[Resolved, str, int, int], None]  # what of a trial is done; how much, of how much
 # `finished` with the trial, `failed` with the error, or left to what runs it `elsewhere`.
 Ended = tuple[str, Any]
 Ends = Iterator[tuple[Resolved, Ended]]
-Execute = Callable[[Study, Store, Sequence[Resolved], TrialOptions, Any], Ends]
+Execute = Callable[[Study, Store, Sequence[Resolved], TrialOptions, Stage, Note], Ends]
+
+
+def ignored(*_: Any, **__: Any) -> None:
+    """Say nothing of a run."""
 
 
 def run_study(
     study: Study,
     path: Path,
-    observer: Any,
     *,
+    note: Note = ignored,
+    show: Callable[..., None] = ignored,
     options: TrialOptions | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -66,7 +63,8 @@ def run_study(
 ) -> tuple[Store, dict[str, Ended]]:
     """Run what is left of a study and keep it in the store at `path`.
 
-    Returned are the store, and by label the trials that failed or are left to other processes.
+    Lines about it go to `note`, and what is done now to `show`, as to `Progress.show`. Returned are
+    the store, and by label the trials that failed or are left to other processes.
     """
     options = options or TrialOptions()
     check_folder(path, study.files)
@@ -87,7 +85,7 @@ def run_study(
     store = store_of(path, study, resolved)
     stale = [e.label for e in before if e.id not in names and store.state(e.id) == "finished"]
     if stale:
-        observer.note(
+        note(
             f"the study has changed: {len(stale)} finished trials, first '{stale[0]}', are no "
             f"longer asked for and stay in {path / 'trials'}"
         )
@@ -96,14 +94,23 @@ def run_study(
     check_free(path, checkpoint_bytes(study, [t.planned for t in left]), "checkpoints take")
     store.save()
     todo = [trial for trial in left if retry_failed or store.state(trial.id) != "failed"]
-    observer.begin(len(todo), len(resolved))
-    ends: dict[str, Ended] = {}
-    for trial, ended in (execute or run_locally)(study, store, todo, options, observer):
+    if len(todo) < len(resolved):
+        note(f"{len(todo)} of {len(resolved)} trials to run")
+    ends, seconds = dict[str, Ended](), list[float]()
+
+    def stage(trial: Resolved, what: str, done: int, total: int) -> None:
+        named = f"trial {len(ends) + 1} of {len(todo)}: {trial.planned.label} {what}".rstrip()
+        ahead = (len(todo) - len(ends)) * sum(seconds) / max(1, len(seconds))
+        show(named, done / total if total else None, left=ahead or None)
+
+    for trial, ended in (execute or run_locally)(study, store, todo, options, stage, note):
         ends[trial.planned.label] = how, what = ended
+        said = f"{how}: {what}"
         if how == "finished":
-            observer.finished(trial, what)
-        elif how == "failed":
-            observer.failed(trial, what)
+            seconds.append(what.seconds.get("total", 0.0))
+            said = what.told
+        if how in ("finished", "failed"):
+            note(f"{len(ends)}/{len(todo)} {trial.planned.label}: {said}")
     write_table(read_results(path), path)
     return store, {n: ended for n, ended in ends.items() if ended[0] in ("failed", "elsewhere")}
 
@@ -128,36 +135,37 @@ def chosen_trials(
 
 
 def run_locally(
-    study: Study, store: Store, todo: Sequence[Resolved], how: TrialOptions, observer: Any
+    study: Study,
+    store: Store,
+    todo: Sequence[Resolved],
+    how: TrialOptions,
+    stage: Stage,
+    note: Note,
 ) -> Ends:
     """Run trials one after another in this process; what another one runs is left to it."""
     planned, trusts = [trial.planned for trial in todo], how.trust_remote_code
     check_memory(study, planned, device_of(how.device), trusts)
     bench, left = Bench(study, store, how), []
     for trial in todo:
-        yield trial, (ended := run_one(bench, trial, observer))
+        yield trial, (ended := run_one(bench, trial, stage, note))
         left += [trial] if ended[0] == "elsewhere" else []
     for trial in left:  # what others ran may have been given up meanwhile
         if store.state(trial.id) == "pending":
-            yield trial, run_one(bench, trial, observer)
+            yield trial, run_one(bench, trial, stage, note)
 
 
-def run_one(bench: Bench, trial: Resolved, observer: Any) -> Ended:
+def run_one(bench: Bench, trial: Resolved, stage: Stage, note: Note) -> Ended:
     """Run one trial under its lock and keep what comes of it, a failure too."""
-    store = bench.store
-
-    def stage(what: str, done: int, total: int) -> None:
-        observer.stage(trial, what, done, total)
-
+    store, said = bench.store, partial(stage, trial)
     try:
         with store.lock(trial.id).acquire(timeout=0):
             if (store.trial(trial.id) / RESULT).is_file():  # finished a moment ago
                 return "", None
-            observer.started(trial)
+            said("", 0, 1)
             # A model that does not open or cannot be scored fails every trial alike.
-            bench.ready(trial.planned.model, stage)
+            bench.ready(trial.planned.model, said)
             try:
-                return "finished", bench.run(trial, stage, observer.note)
+                return "finished", bench.run(trial, said, note)
             except DiskError:
                 raise
             except Exception as error:
@@ -199,7 +207,12 @@ def on_ray(
             ) from error
 
     def execute(
-        study: Study, store: Store, todo: Sequence[Resolved], how: TrialOptions, observer: Any
+        study: Study,
+        store: Store,
+        todo: Sequence[Resolved],
+        how: TrialOptions,
+        stage: Stage,
+        note: Note,
     ) -> Ends:
         if not todo:
             return
@@ -218,7 +231,7 @@ def on_ray(
                 names = (model.name for model in study.file.models.values())
                 memory = PROGRAM + max(weight_bytes(resolve_model(name)) for name in names)
             check_room(nodes, {"CPU": cpus, "GPU": given, "memory": memory}, label)
-            observer.note(f"each trial is given {memory / 1e9:.1f} GB of memory")
+            note(f"each trial is given {memory / 1e9:.1f} GB of memory")
             remote: Any = ray.remote(
                 num_cpus=cpus, num_gpus=given, memory=memory, max_retries=retries, max_calls=1
             )(_on_worker)
@@ -264,4 +277,4 @@ def _on_worker(
     if folder.is_dir():  # paths in the study are relative to where it was started
         os.chdir(folder)
     check_memory(study, [trial.planned], device_of(how.device), how.trust_remote_code)
-    return run_one(Bench(study, store, how), trial, Observer())
+    return run_one(Bench(study, store, how), trial, ignored, ignored)

@@ -47,12 +47,10 @@ def _by(act: Callable[[Any], Any]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, list | dict) or value is None else [value]
-
-
 Count = Annotated[int, Field(ge=1, strict=True)]
-Listed = BeforeValidator(_listed)
+Listed = BeforeValidator(
+    lambda value: value if isinstance(value, list | dict) or value is None else [value]
+)
 Method = Annotated[str, _by(lambda text: get_method(text).text)]  # `sparsegpt,damping=0.1`
 Recovery = Annotated[str, _by(lambda text: NONE if text == NONE else recovery_of(text).text)]
 Targets = Annotated[list[Annotated[Any, _by(target_of)]], Listed]

@@ -101,7 +101,7 @@ def test_a_study_takes_it(shipped, tiny_study, tmp_path):  # noqa: F811
     before = 'methods: {sparsegpt: [0.6], wanda: ["2:4"]}'
     study = load_study(tiny_study((before, "methods:\n  tempered,strength=2: 0.6")))
     seen = Recorder()
-    run_study(study, tmp_path / "store", seen, only=["code*tempered*"])
+    run_study(study, tmp_path / "store", note=seen.note, only=["code*tempered*"])
     assert not seen.errors
     done = read_results(tmp_path / "store").trials
     assert {trial.method for trial in done} == {"tempered,strength=2.0"}

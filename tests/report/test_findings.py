@@ -6,7 +6,7 @@ from calmix.analysis import Settings, analyse, recommend
 from calmix.analysis.ranking import leaders
 from calmix.report import words
 from calmix.report.findings import claims, summarise, tally
-from calmix.report.study import MANY, pages, summary_text
+from calmix.report.study import pages, summary_text
 from tests.analysis.test_differences import BETTER, KEPT, PLAIN, TUNED, analysed
 from tests.report.conftest import SMALL
 from tests.synthetic import SLOPES, Plan, failed, full_plan, study, trial
@@ -58,8 +58,7 @@ def answers(results):
         if each is found.conditions[0]:  # the main one here
             assert sentence in summary["headline"]
             lead = texts["report.html"].split('<p class="lead">')[1].split("</p>")[0]
-            assert sentence in lead.replace(words.HOLD, " ")
-            assert ("tied for the best total" in texts["report.html"]) == (len(sets) > 1)
+            assert sentence in lead
     return best
 
 
@@ -99,7 +98,7 @@ def test_claims_say_what_was_planted(planted):
         METRIC: "holds",
     }
     (one,) = found["A mix keeps more than IGSP"]
-    assert (one.where, one.at.way) == ("SparseGPT 60%", "SparseGPT 60%")
+    assert one.where == "SparseGPT 60%"
     assert one.because.startswith("mix-8 over igsp +")
     (one,) = found["A mix keeps more than single sources do on average"]
     assert one.because.startswith("mix-8 +")
@@ -146,33 +145,8 @@ def test_a_default_and_sparsities_have_their_claims(planted):
     for lift, verdict in ((0.2, "holds"), (0.0, "undecided")):
         plan = Plan(conditions=pairs, others={"mix-8": ("mix", lift)}, noise=0.0, draw=0.005)
         (one,) = said(study(plan))["The lead of a mix grows with sparsity"]
-        assert (one.where, one.at.way, one.verdict) == ("SparseGPT", "SparseGPT 60%", verdict)
+        assert (one.where, one.verdict) == ("SparseGPT", verdict)
         assert one.because.startswith("30 % to 60 %: mix-8 ")
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_models_stand_side_by_side():
-    pairs = [("sparsegpt", "30%"), ("sparsegpt", "60%")]
-    one = study(Plan(sources=("a", "b"), conditions=pairs, others=LIFTS, noise=0.0, draw=0.005))
-    more = [
-        trial.model_copy(update={"model": "other", "id": f"other-{trial.id}"})
-        for trial in one.trials if trial.pattern == "60%"
-    ]  # fmt: skip
-    both = study(Plan(), trials=(*one.trials, *more), planned=len(one.trials) + len(more))
-    found = analyse(both, QUICK)
-    verdicts = claims(found)["IGSP keeps more than SGS"]
-    first = one.trials[0].model
-    assert tally(verdicts) == "holds in 3 of 3"
-    assert [(one.at.way, one.at.model) for one in verdicts] == [
-        ("SparseGPT 30%", first), ("SparseGPT 60%", first), ("SparseGPT 60%", "other"),
-    ]  # fmt: skip
-    page = pages(both, found)["report.html"]
-    section = page[page.index("<h2>Claims</h2>") :]
-    assert f"{first} and other, in this order" in section
-    row = section[section.index("IGSP keeps more than SGS</td>") :].split("</tr>")[0]
-    at_30, at_60 = row.split("<td>")[1:]
-    assert (at_30.count("✓"), at_30.count('<span class="mark"></span>')) == (1, 1)
-    assert at_60.count("✓") == 2
 
 
 # Sentences
@@ -207,7 +181,7 @@ def test_little_is_said_of_little():
     assert "no task of the suite has signal" in of(study(Plan(), trials=(silent,)))["headline"]
 
 
-def test_the_text_has_every_sentence_and_a_terminal_only_what_many_say_together():
+def test_the_text_has_every_sentence():
     found = analyse(study(full_plan(conditions=SMALL["conditions"])), QUICK)
     told, lines = summarise(found), summary_text(found).splitlines()
     assert max(map(len, lines)) <= 80
@@ -219,19 +193,6 @@ def test_the_text_has_every_sentence_and_a_terminal_only_what_many_say_together(
     assert all(f"{one}" in text for verdicts in told["claims"].values() for one in verdicts)
     assert text.index("shrunken") < text.index("SparseGPT 50%: found")
     assert "  and 14 more" in lines
-    assert summary_text(found, short=True) == summary_text(found)
-    pairs = [("sparsegpt", f"{share}%") for share in (30, 40, 50, 60)] + [("wanda", "60%")]
-    found = analyse(study(full_plan(conditions=pairs, seeds=(0,))), QUICK)
-    assert len(found.conditions) == MANY + 1
-    lines = summary_text(found, short=True).splitlines()
-    assert max(map(len, lines)) <= 80
-    assert len(lines) < 0.4 * len(summary_text(found).splitlines())
-    text, told = " ".join(" ".join(lines).split()), summarise(found)
-    for each in found.conditions:
-        (row,) = [line for line in lines if line.startswith(f"  {each.condition.label}  ")]
-        assert row.split()[2] == leaders(each.ranking)[0].calibration
-    assert all(f"{claim}: {tally(one)}" in text for claim, one in told["claims"].items())
-    assert not any(line in text for each in told["conditions"] for line in each.found)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +205,7 @@ def test_the_text_has_every_sentence_and_a_terminal_only_what_many_say_together(
 )
 def test_whether_recovery_evens_texts_out_is_a_claim(tuned, verdict):
     (one,) = claims(analysed({**KEPT, TUNED: tuned}))["The lead of a mix shrinks with recovery"]
-    assert (one.at.way, one.verdict) == ("ADMM + distill,epochs=4 60%", verdict)
+    assert (one.where, one.verdict) == ("ADMM + distill,epochs=4 60%", verdict)
     assert one.because.startswith("mix over prose ")
 
 

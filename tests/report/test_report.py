@@ -113,12 +113,10 @@ def test_what_the_study_says_is_shown_and_never_run():
 
 @pytest.mark.usefixtures("undrawn")
 def test_what_is_missing_or_failed_is_on_the_page(page):
-    assert "Not complete:" in page
     assert "no space left on the disk" in page
     results = study(Plan(seeds=(0, 1), sources=("a", "b")))
-    assert "Not complete:" not in page_of(results)
     page = page_of(results.model_copy(update={"trials": results.trials[:-1]}))
-    assert "1 trial to come" in page
+    assert "0 failed, 1 to come" in page
     assert "Cells without a finished trial" in page
 
 
@@ -146,7 +144,7 @@ def test_dimensions_and_metrics_without_values_have_a_report():
 def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known():
     results = study(Plan(sources=("a", "b", "c", "d"), seeds=(0,)))
     page = page_of(results)
-    assert "order 4 sets as total retention does (ρ\N{NO-BREAK SPACE}−1.00" in page
+    assert "order 4 sets as total retention does (ρ −1.00" in page
     kl = (results.trials[0].distance or {})["total"]["kl_mean"]
     assert f">{kl:.3f}</td>" in page
     assert "Distance to the dense model" in page

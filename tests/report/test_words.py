@@ -22,13 +22,3 @@ from calmix.report import words
 )  # fmt: skip
 def test_a_number_or_name_is_written(written, text):
     assert written == text
-
-
-def test_a_line_break_parts_no_number_from_its_unit_or_interval():
-    for length in range(50, 90):
-        lines = words.wrapped(
-            f"{'x' * length} 48.6 [47.7, 49.4] % and ρ −0.9, p <0.001", "- ", "  "
-        )
-        assert all(len(line) <= max(80, length + 2) for line in lines.splitlines())
-        assert [line[:2] for line in lines.splitlines()][1:] == ["  "] * lines.count("\n")
-        assert all(part in lines for part in ("48.6 [47.7, 49.4] %", "ρ −0.9", "p <0.001")), lines

@@ -12,7 +12,6 @@ from calmix.study.bench import Bench
 from calmix.study.running import check_room, on_ray
 from calmix.study.store import open_store
 from tests.forks import command, run, start, stopped, wait
-from tests.study.test_running import Recorder
 from tests.study.worker import write_study
 from tests.tiny import quick
 
@@ -39,7 +38,7 @@ def undisturbed(tmp_path_factory, tiny_folder):
     folder = tmp_path_factory.mktemp("plain")
     path = write_study(folder, tiny_folder, rows=12)
     # In this process, so that what it imports need not be imported in every fork.
-    run_study(load_study(path), folder / "store", Recorder())
+    run_study(load_study(path), folder / "store")
     assert states(folder / "store") == ["finished"] * 3
     return path, folder / "store"
 
@@ -78,19 +77,16 @@ def test_a_study_killed_at_work_is_finished_by_two_runners_that_share_the_rest(
     assert not [f for f in (store / "trials").iterdir() if f.name.startswith(".")]
 
 
-class Killer(Recorder):
-    """Kills the worker it finds at work once the first trial has finished."""
+def killer(store, killed):
+    """Return what kills the worker it finds at work once the first trial has finished."""
 
-    def __init__(self, store):
-        super().__init__()
-        self.store = store
-        self.killed = None
-
-    def finished(self, trial, outcome):
-        while self.killed is None and {"pending", "running"} & set(states(self.store)):
-            if (found := running_process(self.store)) is not None and found != os.getpid():
+    def note(text):
+        while not killed and ": total" in text and {"pending", "running"} & set(states(store)):
+            if (found := running_process(store)) is not None and found != os.getpid():
                 os.kill(found, signal.SIGKILL)
-                self.killed = found
+                killed.append(found)
+
+    return note
 
 
 @pytest.mark.real
@@ -105,10 +101,10 @@ def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
     store = tmp_path / "store"
 
     def act():
-        seen = Killer(store) if dies else Recorder()
-        ray = on_ray(workers=2 if dies else 1)
-        _, left = run_study(load_study(path), store, seen, execute=ray)
-        assert not dies or seen.killed is not None
+        killed, ray = [], on_ray(workers=2 if dies else 1)
+        more = {"note": killer(store, killed)} if dies else {}
+        _, left = run_study(load_study(path), store, execute=ray, **more)
+        assert bool(killed) == dies
         assert left == {}
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 

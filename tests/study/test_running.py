@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -21,42 +22,47 @@ from calmix.recovery import recover
 from calmix.specs import recover_request
 from calmix.study import bench as bench_module
 from calmix.study import load_study, read_results, run_study
-from calmix.study.running import Observer, chosen_trials
+from calmix.study.running import chosen_trials
 from calmix.study.store import SILENCE, open_store
 from calmix.study.trials import plan
 from tests.study.conftest import writer
 from tests.tiny import load_weights, save_tiny_model
 
 
-class Recorder(Observer):
-    """Remembers what an observer receives."""
+class Recorder:
+    """Remembers what is said of a run."""
 
     def __init__(self):
-        self.ran = []
-        self.errors = {}
-        self.stages = []
-        self.notes = []
-
-    def begin(self, todo, planned):
-        self.todo, self.planned = todo, planned
-
-    def started(self, trial):
-        self.ran.append(trial.planned.label)
-
-    def stage(self, trial, what, done, total):
-        if what not in self.stages[-1:]:
-            self.stages.append(what)
-
-    def failed(self, trial, error):
-        self.errors[trial.planned.label] = error
+        self.notes, self.shown = [], []
 
     def note(self, text):
         self.notes.append(text)
 
+    def show(self, text, share, left):
+        self.shown.append(text)
+
+    @property
+    def ended(self):
+        """How each trial ended, by label."""
+        found = (re.match(r"\d+/\d+ (.*?): (.*)", text) for text in self.notes)
+        return {one[1]: one[2] for one in found if one}
+
+    @property
+    def ran(self):
+        return list(self.ended)
+
+    @property
+    def errors(self):
+        return {label: said.removeprefix("failed: ") for label, said in self.ended.items()
+                if said.startswith("failed: ")}  # fmt: skip
+
+    def listens(self):
+        return {"note": self.note, "show": self.show}
+
 
 def run(path, store, **options):
     seen = Recorder()
-    run_study(load_study(path), store, seen, **options)
+    run_study(load_study(path), store, **seen.listens(), **options)
     return seen
 
 
@@ -78,13 +84,12 @@ def ran(tmp_path_factory, tiny_folder):
         patch.setattr(bench_module, "evaluate", counted(evaluate, "dense"))
         first = run(path, folder / "store", only=["mix wanda*"])
         seen = run(path, folder / "store")
-        seen.ran += first.ran
-        yield path, folder / "store", seen, made
+        yield path, folder / "store", first.ran + seen.ran, made
 
 
 def test_a_trial_finds_what_its_steps_find_by_hand(ran):
-    path, store, seen, made = ran
-    assert (len(seen.ran), seen.todo, seen.planned) == (6, 5, 6)
+    path, store, labels, made = ran
+    assert len(labels) == 6
     results, study = read_results(store), load_study(path)
     assert (results.name, results.planned, results.failed) == ("tiny", 6, ())
     # The fifth of six: what came before must leave no trace in the model.
@@ -176,8 +181,8 @@ def test_a_defect_in_one_trial_does_not_stop_the_others(ran, tmp_path, monkeypat
 def test_a_model_that_changes_meanwhile_gives_no_result(tiny_study, tiny_folder, tmp_path):
     model, store, seen = tmp_path / "model", tmp_path / "store", Recorder()
     path = tiny_study((str(tiny_folder), str(shutil.copytree(tiny_folder, model))))
-    seen.finished = lambda *_: save_tiny_model(model, seed=5)
-    run_study(load_study(path), store, seen)
+    seen.note = lambda text: (save_tiny_model(model, seed=5), seen.notes.append(text))
+    run_study(load_study(path), store, **seen.listens())
     line = f"the files of {model} have changed: run the study again"
     assert list(seen.errors.values()) == [line] * 5
 
@@ -230,7 +235,7 @@ def test_a_set_or_model_can_be_named_anew_and_trials_copied_from_another_store(
     other = tiny_study(*changes, ("  mix: ", "  code: "), name="more.yaml")
     seen = run(other, second, only=["letters", "python*"])
     assert seen.ran == ["python sparsegpt 60% seed 0"]
-    assert "scoring the dense model" not in seen.stages
+    assert not any("scoring the dense model" in text for text in seen.shown)
     results = read_results(second)
     assert set(results.dense) == {trial.model for trial in results.trials} == {"small"}
     assert [trial.calibration for trial in results.trials] == ["letters"] * 2 + ["python"] * 2

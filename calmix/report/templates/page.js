@@ -24,11 +24,3 @@ for (const button of document.querySelectorAll("thead button")) {
     table.tBodies[0].append(...rows);
   });
 }
-
-// What goes on to the right of its box fades out there, until scrolled to its end.
-for (const box of document.querySelectorAll(".scroll")) {
-  const mark = () =>
-    box.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
-  box.addEventListener("scroll", mark, { passive: true });
-  new ResizeObserver(mark).observe(box);
-}
