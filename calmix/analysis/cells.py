@@ -41,7 +41,6 @@ class Condition:
     suite: str
     label: str = ""  # names what differs within the study
     series: str = ""  # the label without the pattern
-    way: str = ""  # the label without the model
 
 
 @dataclass(frozen=True)
@@ -179,10 +178,8 @@ def _labels(keys: Sequence[Condition]) -> dict[Condition, Condition]:
             rest += f", {key.rows} x {key.length}"
         if differs("suite", keys):
             rest += f", suite {key.suite}"
-        found[key] = replace(
-            key, label=f"{name} {key.pattern}{model}{rest}", series=f"{name}{model}{rest}",
-            way=f"{name} {key.pattern}{rest}",
-        )  # fmt: skip
+        series = f"{name}{model}{rest}"
+        found[key] = replace(key, label=f"{name} {key.pattern}{model}{rest}", series=series)
     return found
 
 

@@ -115,7 +115,7 @@ def _set(options: ExportOptions, form: str, bar: Progress) -> Made:
     from calmix.models import check_models
 
     folder, model, output = user_path(options.what), str(options.model), options.output
-    trust = {"trust_remote_code": options.trust_remote_code}
+    trust: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     if form == "imatrix":
         count = export_imatrix(folder, model, output, overwrite=options.overwrite, **trust)
         found = {"output": str(output), "matrices": count}

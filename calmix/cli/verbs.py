@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from pydantic import create_model
@@ -102,7 +102,7 @@ def _show_all(ctx: typer.Context, asked: bool) -> None:
 def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Parameter:
     """Return a field as typer takes it: a bool is a switch, a list repeats, all else is text."""
     extra: Any = field.json_schema_extra or {}
-    required, kind = field.is_required(), field.annotation
+    required, kind = field.is_required(), cast(Any, field.annotation)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):  # without `| None`, and bounds
         members = [one for one in typing.get_args(kind) if one is not type(None)]
         kind = members[0] if len(members) == 1 else str

@@ -41,9 +41,8 @@ ERROR, DEAD = 0.3, 0.1
 
 @dataclass
 class Health:
-    """What was found: `facts` in order, `problems` (empty if all is whole), `warnings`, the
-    `layers` of a pruned checkpoint, and whether every file was compared with a hash (`hashed`).
-    """
+    """What was found: `facts` in order, `problems` (empty if all is whole), `warnings`, and the
+    `layers` of a pruned checkpoint."""
 
     path: str
     kind: str
@@ -51,7 +50,6 @@ class Health:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
-    hashed: bool = False
 
 
 Check = Callable[[Path, Health, Say], None]
@@ -101,7 +99,6 @@ def _files(
 ) -> None:
     """Compare a folder's files with their hashes, and name those that are not listed."""
     found = file_hashes(folder, without=(*without, CARD), tick=say)
-    health.hashed = True
     health.problems += _changed(folder, kept, found)
     for name in sorted(set(found) - set(kept)):
         health.warnings.append(f"{folder / name} is not in the manifest")
@@ -197,8 +194,8 @@ def _export(folder: Path, health: Health, say: Say) -> None:
 
 def _calibration(folder: Path, health: Health, say: Say) -> None:
     held = CalibrationSet.open(folder)
-    manifest, health.hashed = held.manifest, True
-    guard, leakage = manifest.get("leakage"), "not checked"
+    manifest, leakage = held.manifest, "not checked"
+    guard = manifest.get("leakage")
     if isinstance(guard, dict):
         dropped = sum(map(len, guard["dropped"].values()))
         leakage = f"checked against {guard['suite']}, {dropped} documents dropped"

@@ -287,16 +287,14 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
             f"Not every set has every seed ({words.counted(gaps, 'empty cell')}); means are over "
             "the seeds that exist."
         )
-    once = [each.condition for each in found if not each.joint.freedom]
+    once = [each.condition.label for each in found if not each.joint.freedom]
     if len(once) < len(found):
         yield (
             "Intervals cover other test items and other seeds together; the spread over seeds is "
             "pooled over all sets of a condition."
         )
     if once:
-        more = {each.condition.way for each in found if each.joint.freedom}
-        names = dict.fromkeys(one.label if one.way in more else one.way for one in once)
-        where = f" in {words.listed(names)}" if len(once) < len(found) else ""
+        where = f" in {words.listed(once)}" if len(once) < len(found) else ""
         yield (
             f"Every set has one seed{where}: intervals there cover test items alone, and nothing "
             "is known of other seeds."

@@ -53,7 +53,8 @@ Listed = BeforeValidator(
 )
 Method = Annotated[str, _by(lambda text: get_method(text).text)]  # `sparsegpt,damping=0.1`
 Recovery = Annotated[str, _by(lambda text: NONE if text == NONE else recovery_of(text).text)]
-Targets = Annotated[list[Annotated[Any, _by(target_of)]], Listed]
+Filled = Field(min_length=1)
+Targets = Annotated[list[Annotated[Any, _by(target_of)]], Listed, Filled]
 
 
 class Model(Options):
@@ -108,20 +109,20 @@ class _Pruning(Options):
     without a calibration set have neither.
     """
 
-    methods: dict[Method, Targets] | None = None
-    seeds: list[Annotated[int, Field(ge=0, strict=True)]] | None = None
+    methods: Annotated[dict[Method, Targets], Filled] | None = None
+    seeds: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Filled] | None = None
     propagation: Propagation | None = None
-    allocation: Annotated[list[Literal["uniform", "owl", "error"]], Listed] | None = None
+    allocation: Annotated[list[Literal["uniform", "owl", "error"]], Listed, Filled] | None = None
     embeddings: Annotated[float, Field(ge=2, le=MOST_EMBEDDING)] | None = None
-    recovery: Annotated[list[Recovery], Listed] | None = None
+    recovery: Annotated[list[Recovery], Listed, Filled] | None = None
 
 
 class Grid(_Pruning):
     """Part of a study: what it names replaces what the top of the file says. Models and
     calibrations are named by their labels."""
 
-    models: list[str] | None = None
-    calibrations: list[str] | None = None
+    models: Annotated[list[str], Filled] | None = None
+    calibrations: Annotated[list[str], Filled] | None = None
     rows: Count | None = None
     length: Count | None = None
 
@@ -147,12 +148,12 @@ class StudyFile(_Draw, _Pruning):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     description: str = ""
-    models: Annotated[dict[str, Model], Field(min_length=1), _under("name")]
+    models: Annotated[dict[str, Model], Filled, _under("name")]
     suite: str = "offline"
     quick: bool = False
     limit: Count | None = None
     right_only: bool = False
-    calibrations: Annotated[dict[str, Calibration], _under("from")]
+    calibrations: Annotated[dict[str, Calibration], Filled, _under("from")]
     sources: dict[str, Any] = Field(default={})
     grids: list[Grid] = Field(default=[])
     perplexity: bool = True
@@ -235,27 +236,21 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
 
 
 def _faults(file: StudyFile) -> Iterator[tuple[list[Any], str]]:
-    """Yield the place and a line for what is empty, unknown, or without effect."""
+    """Yield the place and a line for what is missing, unknown, or without effect."""
     known: dict[str, Any] = {"models": file.models, "calibrations": file.calibrations}
     if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
-        yield ["methods"], "methods is empty or missing: the grid has no trials"
+        yield ["methods"], "methods is missing: the grid has no trials"
     if NONE in file.calibrations:
         line = f"calibrations.{NONE}: '{NONE}' stands for a method without calibration: rename it"
         yield ["calibrations", NONE], line
     grids = ((["grids", number], grid) for number, grid in enumerate(file.grids))
     for at, part in (([], file), *grids):
         where = "".join(f"{key}." for key in at)
-        for key in ("models", "calibrations", "methods", "seeds", "allocation", "recovery"):
-            value = getattr(part, key)
-            if value is not None and not value and not (key == "methods" and not at):
-                yield [*at, key], f"{where}{key} is empty: the grid has no trials"
-            for name in (value or ()) if at and key in known else ():
-                if name not in known[key]:
-                    hint = nearest(name, known[key])
-                    yield [*at, key, value.index(name)], f"{where}{key}: unknown '{name}': {hint}"
-        for method, targets in (part.methods or {}).items():
-            if not targets:
-                yield [*at, "methods", method], f"{where}methods.{method} names no sparsity"
+        for key, labels in known.items() if at else ():
+            for number, name in enumerate(getattr(part, key) or ()):
+                if name not in labels:
+                    line = f"{where}{key}: unknown '{name}': {nearest(name, labels)}"
+                    yield [*at, key, number], line
         methods = part.methods or file.methods or {}
         filled = part is file and file.grids  # then the grids say what it is used with
         if methods and not filled and all(get_method(name).needs is None for name in methods):

@@ -20,7 +20,7 @@ from calmix.analysis.ranking import shrink
 from tests.tiny import quick
 
 AT = Condition("m", "wanda", 0.5, "50%", None, 64, 512, "offline", "Wanda 50%",
-               "Wanda", "Wanda 50%")  # fmt: skip
+               "Wanda")  # fmt: skip
 TASKS = tuple(Task(name, name[0], "probability", 60, 0.6, True)
               for name in ("a1", "a2", "b1", "b2"))  # fmt: skip
 RESAMPLES = 200
