@@ -142,11 +142,11 @@ def _correlations(analysis: Analysis, found: ConditionAnalysis) -> Iterator[Char
     metrics = list(dict.fromkeys(name for name, _ in own))
     cells = [
         [Cell(one.rho, words.rho(one.rho) + " ●" * one.significant,
-              f"{words.metric_name(metric)} and {name}: {_correlation(one)}", one.significant)
+              f"{metric} and {name}: {_correlation(one)}", one.significant)
          for name in columns for one in [own[metric, name]]]
         for metric in metrics
     ]  # fmt: skip
-    rows = [(words.metric_name(metric), None) for metric in metrics]
+    rows = [(metric, None) for metric in metrics]
     strong = sum(one.significant for one in own.values())
     yield Chart(
         f"correlations-{slug(found.condition.label)}",

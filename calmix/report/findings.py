@@ -254,7 +254,7 @@ def _pulled(each: ConditionAnalysis) -> Verdict | None:
                         and one.metric == metric and one.quantity != TOTAL)  # fmt: skip
         if strong and strong[0][0] < 0 < strong[-1][0]:
             (low, falls), (high, rises) = strong[0], strong[-1]
-            pairs.append((max(low, -high), f"{words.metric_name(metric)}: {rises} "
+            pairs.append((max(low, -high), f"{metric}: {rises} "
                           f"{words.rho(high)}, {falls} {words.rho(low)}"))  # fmt: skip
     verdict, because = HOLDS, ""
     if pairs:
@@ -267,7 +267,7 @@ def _pulled(each: ConditionAnalysis) -> Verdict | None:
         if known := [one for one in tested if one.rho is not None]:
             near = max(known, key=lambda one: (one.significant, abs(one.rho or 0)))
             because += (
-                f"; strongest: {words.metric_name(near.metric)} with {near.quantity}, "
+                f"; strongest: {near.metric} with {near.quantity}, "
                 f"ρ {words.rho(near.rho)}, corrected p {words.p_value(near.p_corrected)}"
             )
     return Verdict(verdict, f"{because}; {n}", each.condition.label)

@@ -44,7 +44,7 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
         f"{analysis.finished} of {words.counted(analysis.planned, 'trial')} finished",
         " version ".join(str(results.suite[key]) for key in ("name", "version")
                          if key in results.suite),
-        words.MEASURES[analysis.settings.measure],
+        f"retention by {analysis.settings.measure}",
     ]  # fmt: skip
     settings = analysis.settings.model_dump(include=set(Settings.model_fields))
     environment = results.environment | {"suite": results.suite, "analysis": settings}

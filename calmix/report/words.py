@@ -20,38 +20,12 @@ STRATEGIES = {  # ways to make a set, by name and colour
     "self-written": ("self-written", "#9c4f96"),
     "none": ("no calibration", "#9c9080"),
 }
-MEASURES = {
-    "primary": "retention of each task's primary score",
-    "probability": "retention of the right choice's probability",
-    "bits": "retention of bits",
-    "smoothed": "retention of smoothed bits",
-    "margin": "retention of the right choice's margin",
-    "accuracy": "retention of accuracy above chance",
-    "ratio": "ratio of accuracies, not corrected for chance",
-}
-METRICS = {
-    "bits_per_byte": "bits per byte",
-    "entropy": "unigram entropy",
-    "scope_documents": "documents",
-    "scope_tokens": "share of the vocabulary",
-    "granularity": "tokens per document",
-}
 FORMS = {
     "chat template": " in its chat template, short answers by worked examples",
     "worked examples": " by worked examples",
 }
 MINUS = "\N{MINUS SIGN}"
 WIDTH = 80  # columns of a terminal
-
-
-def metric_name(key: str) -> str:
-    """Return a metric's name in words: `aggregation_4` is `4-gram aggregation`."""
-    if key.startswith("-"):
-        return f"lower {metric_name(key[1:])}"
-    stem, _, order = key.rpartition("_")
-    if stem in ("aggregation", "variety", "coverage") and order.isdigit():
-        return f"{order}-gram {stem}"
-    return METRICS.get(key, key.replace("_", " "))
 
 
 def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
@@ -120,11 +94,6 @@ def listed(names: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def some(names: Sequence[str]) -> str:
-    """Return the first three names, and how many more there are."""
-    return listed(names if len(names) < 4 else [*names[:3], f"{len(names) - 3} more"])
-
-
 def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
     """Say what a model still does: generated answers, choices, and last its likelihood; `measure`
     is the command that measures answers where they are missing."""
@@ -186,11 +155,14 @@ def which_is_best(placed: Sequence[Ranked]) -> str:
                 text += f", ahead of {second.calibration} by {with_span(second.behind)} points"
         return text
     names, gap, apart = [one.calibration for one in sets], ties[0].behind, "no difference expected"
+    shown = names if len(names) < 4 else [*names[:3], f"{len(names) - 3} more"]
     if gap and gap.value is not None:
         apart = f"expected difference {with_span(gap)} points"
     if len(ties) > 1:
         apart = f"{names[0]} and {names[1]}: {apart}"
-    return f"{some(names)} are tied ({apart}): {listed(with_span(one.total) for one in sets[:3])} %"
+    return (
+        f"{listed(shown)} are tied ({apart}): {listed(with_span(one.total) for one in sets[:3])} %"
+    )
 
 
 def wrapped(text: str, first: str = "", rest: str = "") -> str:

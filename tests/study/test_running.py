@@ -102,7 +102,7 @@ def test_a_trial_finds_what_its_steps_find_by_hand(ran):
     prune(opened.model, drawn.ids, method="sparsegpt", pattern=Unstructured(0.6))
     kept = evaluate(opened, study.suite).retention(dense)
     assert (trial.total.value, trial.total.low) == (kept.total.value, kept.total.low)
-    assert [task.pruned for task in trial.tasks] == [task.pruned for task in kept.tasks]
+    assert [task["pruned"] for task in trial.tasks] == [task.pruned for task in kept.tasks]
     assert trial.sparsity == pytest.approx(0.6, abs=1e-3)
     found = measure([text], open_model(study.file.models["tiny"].name), rows=6, length=32, draws=1)
     for name, value in found[text].items():
