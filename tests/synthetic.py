@@ -88,7 +88,6 @@ def study(plan, **changes):
     fields = {
         "name": "made-up", "text": "name: made-up\nmodel: builtin:smollm2-135m\n",
         "planned": len(trials), "trials": tuple(trials),
-        "environment": {"machine": {"cores": 2, "system": "Linux"}, "python": "3.11.7"},
         "suite": {"name": "offline", "version": 1, "dimensions": list(plan.dimensions)},
     } | changes  # fmt: skip
     ordered = sorted(fields["trials"], key=lambda one: one.tasks[0]["signal"])
@@ -198,8 +197,6 @@ def interval(value, half=0.04):
 def save(results, folder):
     """Write results as the store of a study that ran, calibration sets left out."""
     suite = {"hash": "h", **results.suite}
-    run = {"finished": "2026-01-01", "machine": "m", "system": "s", "threads": 1, "device": "cpu",
-           "dtype": "float32", "seconds": {"total": 1.0}, "versions": {}}  # fmt: skip
 
     def keep(model, tasks, path, distance=None):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +209,7 @@ def save(results, folder):
         place = folder / "trials" / one.id
         keep(one.model, results.scores[one.id], place / "scores.json", one.distance)
         trial = one.model_dump(mode="json")
-        write_json(place / "result.json", {"trial": trial, "run": run, "dense": dense[one.model]})
+        write_json(place / "result.json", {"trial": trial, "run": {}, "dense": dense[one.model]})
     for bad in results.failed:
         (folder / "trials" / bad.id).mkdir(parents=True)
         write_json(folder / "trials" / bad.id / "error.json", bad.model_dump(mode="json"))

@@ -61,8 +61,6 @@ def init(
     overwrite: bool = option(False, "Replace the file if it exists."),
 ) -> None:
     """Write a commented study file to start from."""
-    if study.suffix.lower() not in (".yaml", ".yml"):
-        raise InputError(f"name a .yaml file for the study, not {study}")
     check_output_file(study, overwrite=overwrite)
     template = resources.files("calmix.study").joinpath("template.yaml")
     write_text(study, template.read_text(encoding="utf-8"))

@@ -86,9 +86,7 @@ def inspect(path: Path, tick: Say = lambda name: None) -> Health:
         (CHECKS | FILES)[kind](place, health, tick)
     except CalmixError as error:
         health.problems.append(str(error))
-    except (
-        OSError, LookupError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # whatever a damaged file leads to is the finding
         told = f"{type(error).__name__} {first_line(error)}"
         health.problems.append(f"{place / name} cannot be checked: {told}")
     return health

@@ -47,7 +47,6 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
         f"retention by {analysis.settings.measure}",
     ]  # fmt: skip
     settings = analysis.settings.model_dump(include=set(Settings.model_fields))
-    environment = results.environment | {"suite": results.suite, "analysis": settings}
     return {
         "report.html": render(
             "study.html", results=results, analysis=analysis, summary=summary,
@@ -55,7 +54,7 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
             conditions=[(each, told, figures.condition_charts(analysis, each))
                         for each, told in zip(found, summary["conditions"], strict=True)],
             figures=FIGURES,
-            environment=yaml.safe_dump(environment, sort_keys=False, allow_unicode=True),
+            made=yaml.safe_dump({"suite": results.suite, "analysis": settings}, sort_keys=False),
         ),
         "summary.txt": summary_text(analysis) + "\n",
     }  # fmt: skip

@@ -11,10 +11,9 @@ from calmix.calibration import CalibrationSet, text_metrics
 from calmix.evaluation.scores import load_scores
 from calmix.files import write_text
 from calmix.study.results import StudyResults, Trial
-from calmix.study.store import Run, Store, open_store
+from calmix.study.store import Store, open_store
 
 CSV = "results.csv"
-KEYS = ("machine", "system", "threads", "device", "dtype")  # of a run
 LEFT_OUT = {"mix", "dimensions", "tasks", "seconds", "distance", "information"}
 
 
@@ -42,7 +41,6 @@ def read_results(path: Path | str) -> StudyResults:
         planned=len(store.entries),
         trials=tuple(trials),
         failed=tuple(failed),
-        environment=environment([record.run for record in kept.values()]),
         suite=store.index.suite,
         scores={name: one.tasks for name, one in scored.items()},
         dense={label: held[key] for label, key in dense.items()},
@@ -74,25 +72,6 @@ def write_table(results: StudyResults, folder: Path) -> None:
     table = pd.json_normalize(rows, sep="_")
     table.columns = [str(name).removesuffix("_value") for name in table.columns]
     write_text(folder / CSV, table.to_csv(index=False))
-
-
-def environment(runs: list[Run]) -> dict[str, Any]:
-    """Return machine, versions and dates of the trials' runs; what differed is listed."""
-    if not runs:
-        return {}
-
-    def all_of(values: list[Any]) -> Any:
-        distinct = list(dict.fromkeys(values))
-        return distinct[0] if len(distinct) == 1 else ", ".join(map(str, distinct))
-
-    names = dict.fromkeys(name for run in runs for name in run.versions)
-    return {
-        "first": min(run.finished for run in runs),
-        "last": max(run.finished for run in runs),
-        "hours": round(sum(run.seconds["total"] for run in runs) / 3600, 3),
-        **{key: all_of([getattr(run, key) for run in runs]) for key in KEYS},
-        "versions": {name: all_of([run.versions.get(name) for run in runs]) for name in names},
-    }
 
 
 def _compared(store: Store, sets: dict[str, Trial]) -> dict[str, dict[str, float]]:

@@ -84,7 +84,6 @@ class StudyResults(Record):
     Attributes:
         text: the study file as written.
         planned: number of trials the study asks for.
-        environment: machine, versions and dates of the run.
         suite: name, version, hash, and the dimensions' names in order.
         scores, dense: items of every trial by its id, and of the dense models by label; `paired`
             are of the dense model as each trial was compared with it.
@@ -95,7 +94,6 @@ class StudyResults(Record):
     planned: int
     trials: tuple[Trial, ...]
     failed: tuple[FailedTrial, ...] = ()
-    environment: dict[str, Any] = {}
     suite: dict[str, Any] = {}
     scores: Annotated[Mapping[str, Scores], SkipValidation, Field(exclude=True, repr=False)] = {}
     dense: Annotated[Mapping[str, Scores], SkipValidation, Field(exclude=True, repr=False)] = {}

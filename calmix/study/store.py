@@ -64,24 +64,12 @@ class Index(Record):
     trials: list[Entry]
 
 
-class Run(Record):
-    """When and where a trial ran, and for how many seconds by stage."""
-
-    finished: str
-    machine: str
-    system: str
-    threads: int
-    device: str
-    dtype: str
-    seconds: dict[str, float]
-    versions: dict[str, str]
-
-
 class Result(Record):
-    """A finished trial; `dense` names the scores of its dense model."""
+    """A finished trial; `run` says when and where it ran, `dense` names the scores of its dense
+    model."""
 
     trial: Trial
-    run: Run
+    run: dict[str, Any]
     dense: Id
 
 

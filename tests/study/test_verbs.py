@@ -29,7 +29,6 @@ def test_the_file_to_start_from_is_a_study(calmix, tmp_path):
     assert load_study(path).file.name == "my-study"
     assert "exists" in calmix("study", "init", path).line
     assert calmix("study", "init", path, "--overwrite").code == 0
-    assert "name a .yaml file" in calmix("study", "init", tmp_path / "mine.txt").line
 
 
 def test_a_plan_in_words_and_as_json(calmix, tiny_study):
