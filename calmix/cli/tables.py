@@ -65,15 +65,9 @@ def print_table(
         if head in heads:
             heads.remove(head)
             left_out.insert(0, head)
-    headings = [row for row in rows if isinstance(row, str)]
+    headings = [cell_len(row) for row in rows if isinstance(row, str)]
     for head in heads[:1]:
-        narrow[head] = max([narrow[head], *map(cell_len, headings)])
-    spare = limit - sum(narrow[head] + GAP for head in heads)
-    wanted = {h: max(map(cell_len, [h, *cells[h], " " * narrow[h]])) - narrow[h] for h in heads}
-    for number, head in enumerate(sorted(heads, key=wanted.__getitem__)):  # the narrowest first
-        more = min(wanted[head], max(0, spare) // (len(heads) - number))
-        narrow[head] += more
-        spare -= more
+        narrow[head] = max([narrow[head], *headings])
     if title:
         out.print(Text(title, style="bold"), soft_wrap=room() is None, width=room())
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -81,7 +75,8 @@ def print_table(
         filled = [cell for cell in cells[head] if cell not in ("", "-", "\N{EN DASH}")]
         numbers = sum(bool(NUMBER.match(cell)) for cell in filled) > len(filled) / 2
         table.add_column(head, justify="right" if numbers and head != heads[0] else "left",
-                         width=narrow[head], overflow="fold")  # fmt: skip
+                         min_width=narrow[head], no_wrap=head not in text,
+                         overflow="fold")  # fmt: skip
     held = iter(zip(*(cells[head] for head in heads), strict=True))
     for row in rows:
         if row is None:
