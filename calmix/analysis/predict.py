@@ -99,12 +99,9 @@ def lost_output(
     """Prune layers on Gram matrices alone, and return by set and text the share of output energy
     they would lose, the geometric mean over layers.
 
-    Args:
-        only: patterns of the layers, as `keep_grams` was given.
-        sets: files of `keep_grams` with their shares, by name of the set.
-        held_out: the file of each text.
-        tokens: of a set, for methods to which the sum and not the mean of x x^T matters.
-        tick: called with the layers of each input that is done.
+    `only` is as for `keep_grams`, which made the files: of sets with their shares, and of texts.
+    `tokens` are of a set, for methods to which the sum and not the mean of x x^T matters; `tick` is
+    called with the layers of each input that is done.
     """
     found = find_blocks(opened.model).select(only)
     layers = {layer.name: layer for layer in found.layers}

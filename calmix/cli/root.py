@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from calmix.errors import InputError, nearest
 
@@ -43,9 +43,9 @@ class Plain:
 
     def collect_usage_pieces(self: Any, ctx: Any) -> list[str]:
         """Return arguments, options that are required, the rest."""
-        pieces = [_word(one) for one in self.params if _argument(one)]
+        pieces = [_word(one) for one in self.params if isinstance(one, TyperArgument)]
         pieces += [f"{min(one.opts, key=len)} {one.metavar}" for one in self.params
-                   if one.required and not _argument(one)]  # fmt: skip
+                   if one.required and isinstance(one, TyperOption)]  # fmt: skip
         return [*pieces, *(["COMMAND"] if hasattr(self, "commands") else []), "[OPTIONS]"]
 
     def format_options(self: Any, ctx: Any, formatter: Any) -> None:
@@ -53,19 +53,16 @@ class Plain:
         params = [one for one in self.get_params(ctx) if not one.hidden]
         lists = {
             "Commands": self.lines() if hasattr(self, "commands") else [],
-            "Arguments": [(_word(one), one.help) for one in params if _argument(one)],
+            "Arguments": [(_word(one), one.help) for one in params
+                          if isinstance(one, TyperArgument)],
             "Options": [(", ".join(sorted(one.opts, key=len))
                          + ("" if one.is_flag else f" {one.metavar}"), one.help)
-                        for one in params if not _argument(one)],
+                        for one in params if not isinstance(one, TyperArgument)],
         }  # fmt: skip
         for title, rows in lists.items():
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows, col_max=26)
-
-
-def _argument(param: Any) -> bool:
-    return bool(param.param_type_name == "argument")
 
 
 def _word(param: Any) -> str:

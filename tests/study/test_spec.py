@@ -190,10 +190,10 @@ def test_what_has_no_effect_is_told_with_its_line():
     [
         (
             HEAD + "calibrations: {}\nmethods: {wanda: 0.5}\n",
-            "calibrations: Value should have at least 1",
+            "calibrations: Dictionary should have at least 1",
         ),
         (NEWS, "methods is missing: the grid"),
-        (NEWS + "methods: {wanda: 0.5}\nseeds: []\n", "seeds: Value should have at least 1"),
+        (NEWS + "methods: {wanda: 0.5}\nseeds: []\n", "seeds: List should have at least 1"),
         ("name: s\nmodels: []\ncalibrations: {a: news}\nmethods: {wanda: 0.5}\n", "at least 1"),
         (HEAD + "suit: 1\n", r"line 1: lacks 'calibrations' \(and 1 more: calmix"),
     ],
