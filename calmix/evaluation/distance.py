@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from calmix.evaluation import likelihood, retention
 from calmix.evaluation.likelihood import Progress, Ticker
 from calmix.evaluation.measures import Array
 from calmix.evaluation.retention import estimate, item_weights
-from calmix.files import cache_dir, sha256_json, write_bytes
+from calmix.files import write_bytes
 from calmix.models import OpenModel
 from calmix.precision import dtype_name
 
@@ -59,14 +58,8 @@ def reference(opened: OpenModel, texts: Texts, *, cache: bool = False) -> Refere
     `texts` holds int64 token ids of shape (rows, length) by dimension. With `cache`, hidden states
     are taken from the cache and kept there: leave it off for a model changed in memory.
     """
-    # As for cached scores: with all that rounding depends on in the key, a model is at no
-    # distance from itself.
-    device, hidden = opened.model.device, None
-    about = opened.fingerprint, opened.tokenizer_fingerprint, dtype_name(opened.model.dtype)
-    versions = {name: version(name) for name in ("torch", "transformers")}
-    rounding = [device.type, torch.get_num_threads()]
-    key = sha256_json([*about, texts_hash(texts), rounding, VERSION, versions])
-    kept = cache_dir() / "reference" / f"{key}.safetensors"
+    hidden = None
+    kept = opened.cached("reference", texts_hash(texts), VERSION).with_suffix(".safetensors")
     if cache:
         with contextlib.suppress(OSError, SafetensorError):  # none there, or damaged
             hidden = load(kept.read_bytes())
@@ -74,16 +67,17 @@ def reference(opened: OpenModel, texts: Texts, *, cache: bool = False) -> Refere
         decoder, _ = likelihood.decoder_and_head(opened.model)
         hidden = {}
         for name, ids in texts.items():
-            parts = likelihood.hidden_states(decoder, ids, device)
+            parts = likelihood.hidden_states(decoder, ids, opened.model.device)
             hidden[name] = torch.cat([part.cpu() for _, part in parts])
         if cache:
             write_bytes(kept, save(hidden))
+    about = opened.fingerprint, opened.tokenizer_fingerprint, dtype_name(opened.model.dtype)
     return Reference(*about, head_hash(opened.model), texts, hidden)
 
 
 def head_hash(model: Any) -> str:
-    """Return a SHA-256 of what is behind the decoder: weights, and what is done to logits."""
-    digest = hashlib.sha256(repr(likelihood.logit_settings(model)).encode())
+    """Return a SHA-256 of the weights behind the decoder."""
+    digest = hashlib.sha256()
     weights = model.get_output_embeddings().state_dict() | likelihood.behind(model)
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
@@ -140,15 +134,16 @@ def distance(
     points: list[Array] = []  # KL's mean, and that of each resample
     for name, ids in reference.texts.items():
         divergence, agree = [], []
-        for rows, states in likelihood.hidden_states(decoder, ids, device, tick):
+        for rows, states in likelihood.hidden_states(decoder, ids, device):
             kept = reference.hidden[name][rows].to(device)
             pairs = (all_rows.flatten(0, 1).split(POSITIONS) for all_rows in (kept, states))
             for old, new in zip(*pairs, strict=True):
-                products = before.product(old), after.product(new)
-                for one, other in zip(*map(likelihood.in_cache, products), strict=True):
-                    first, second = before.logits(one), after.logits(other)
+                logits = before(old), after(new)
+                for parts in zip(*map(likelihood.in_cache, logits), strict=True):
+                    first, second = (part.float() for part in parts)
                     agree.append(first.argmax(-1) == second.argmax(-1))
                     divergence.append(likelihood.divergences(first, second))
+            tick(len(states))
         kls = torch.cat(divergence).cpu().double().numpy().reshape(len(ids), -1)
         if not np.isfinite(kls).all():
             raise ModelError(f"{opened.name} gives no finite distance on the text {name}")

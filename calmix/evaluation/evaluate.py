@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from calmix.evaluation.records import TaskScores, rounded
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.evaluation.suites import Suite, TaskSpec, load_suite
 from calmix.evaluation.tasks import Item, accuracies, item_texts, load_items, task_texts
-from calmix.files import cache_dir, sha256_json
+from calmix.manifest import deciding_versions
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import end_tokens, in_chat
 from calmix.precision import dtype_name
@@ -115,7 +114,8 @@ def evaluate(
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     size = BATCH_TOKENS if batch_tokens is None else batch_tokens
     if cache and floors and right is None:
-        kept = _cache_file(model, chosen, size)
+        about = *form_of(model, chosen), chosen.hash, size, SCORER, FLOORS
+        kept = model.cached("scores", *about).with_suffix(".json")
         try:
             scores = load_scores(kept)
         except InputError:  # none there, or damaged
@@ -128,26 +128,11 @@ def evaluate(
     return replace(scores, not_run=tuple(left), form=form, right_only=right is not None)
 
 
-def _cache_file(model: OpenModel, suite: Suite, batch_tokens: int) -> Path:
-    # Rounding differs with the device, its threads and the batch size: with all of them in the
-    # key a model compared with its own cached scores has kept exactly all.
-    import torch
-
-    about = [model.fingerprint, model.tokenizer_fingerprint, *form_of(model, suite), suite.hash]
-    rounding = [dtype_name(model.model.dtype), model.model.device.type, torch.get_num_threads()]
-    key = sha256_json([*about, *rounding, batch_tokens, SCORER, FLOORS, _versions()])
-    return cache_dir() / "scores" / f"{key}.json"
-
-
 def form_of(model: OpenModel, suite: Suite) -> list[Any]:
     """Return what decides, beside weights and tokenizer, how a model is asked and when it ends."""
     if not suite.asks:
         return []
     return [str(getattr(model.tokenizer, "chat_template", None)), end_tokens(model)]
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("calmix", "torch", "transformers")}
 
 
 def _run(
@@ -183,7 +168,7 @@ def _run(
     return CapabilityScores(
         model.name, model.fingerprint, dtype_name(model.model.dtype), describe(suite), tuple(tasks),
         truncated=dict(scorer.truncated), seconds=round(time.perf_counter() - start, 2),
-        versions=_versions(),
+        versions=deciding_versions(),
     )  # fmt: skip
 
 

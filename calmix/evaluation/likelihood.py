@@ -21,6 +21,7 @@ from calmix.errors import InputError, ModelError, first_line
 from calmix.machine import tokens_at_once, values_at_once
 from calmix.models import OpenModel
 from calmix.models.blocks import decoder_of, forwards
+from calmix.models.opening import check_length
 from calmix.precision import dtype_name
 
 HEAD_TOKENS = 512
@@ -30,49 +31,21 @@ AHEAD = 0.05  # of the logits' norm: less than what tokens that follow change in
 Tick = Callable[[int], None]  # takes how many are done now
 Progress = Callable[[int, int], None]  # takes how many are done, and how many there are
 
-_compared: WeakKeyDictionary[Any, tuple[bool, Any]] = WeakKeyDictionary()
+Head = Callable[[Tensor], Tensor]  # from hidden states to logits, in the model's type
+
+_outputs: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of decoders, by model
 
 
-@dataclass(frozen=True)
-class Head:
-    """A causal LM's output head, from hidden states to logits in two steps.
-
-    `product` gives what the head's module puts out, in its dtype; `logits` what the model does
-    with that: gemma's final soft-capping, granite's or cohere's scaling (`logit_settings`).
-    """
-
-    product: Callable[[Tensor], Tensor]
-    cap: float | None = None
-    scale: float | None = None
-    divisor: float | None = None
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Return the float32 logits of hidden states."""
-        return self.logits(self.product(hidden))
-
-    def logits(self, product: Tensor) -> Tensor:
-        """Return the float32 logits of the module's output, or of a part of it."""
-        value = product.float()
-        if self.scale is not None:
-            value = value * self.scale
-        if self.divisor is not None:
-            value = value / self.divisor
-        if self.cap is not None:
-            value = torch.tanh(value / self.cap) * self.cap
-        return value
+def in_cache(logits: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows of logits in slices that stay in cache in float32."""
+    return logits.split(max(1, values_at_once(logits.device) // logits.shape[-1]))
 
 
-def in_cache(product: Tensor) -> tuple[Tensor, ...]:
-    """Return the rows of a head's product in slices whose float32 logits stay in cache."""
-    return product.split(max(1, values_at_once(product.device) // product.shape[-1]))
-
-
-def log_sums(head: Head, product: Tensor) -> Tensor:
-    """Return the logsumexp of every row of a head's product, shape (rows, vocabulary), which may be
-    overwritten."""
+def log_sums(rows: Tensor) -> Tensor:
+    """Return the logsumexp of every row of logits, which may be overwritten, in float32."""
     sums = []
-    for part in in_cache(product):
-        logits = head.logits(part)
+    for part in in_cache(rows):
+        logits = part.float()
         peak = logits.amax(-1)
         sums.append(logits.sub_(peak[:, None]).exp_().sum(-1).log_().add_(peak))
     return torch.cat(sums)
@@ -93,22 +66,16 @@ def divergences(before: Tensor, after: Tensor) -> Tensor:
 
 
 def decoder_and_head(model: Any) -> tuple[Any, Head]:
-    """Return a causal LM's decoder and its output head.
-
-    The head is the module and `logit_settings` where one comparison a model shows that this is
-    all; else the model's own forward, its decoder left out.
-    """
+    """Return a causal LM's decoder and its output head: the model's forward but for its decoder."""
     decoder = decoder_of(model)
-    head = Head(model.get_output_embeddings(), *logit_settings(model))
-    if model not in _compared:
+    if model not in _outputs:
         with torch.inference_mode(False), torch.no_grad():
-            _compared[model] = _compare(model, decoder, head)
-    plain, output = _compared[model]
-    return decoder, head if plain else Head(partial(_own_logits, model, decoder, output))
+            _outputs[model] = _output(model, decoder)
+    return decoder, partial(_own_logits, model, decoder, _outputs[model])
 
 
-def _compare(model: Any, decoder: Any, head: Head) -> tuple[bool, Any]:
-    """Return whether a head gives the logits its model gives, and what the decoder returns."""
+def _output(model: Any, decoder: Any) -> Any:
+    """Return what a decoder returns; a ModelError where logits are not made of that alone."""
     size, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device
     ids = (torch.arange(COMPARED, device=device) * 31 % size)[None]
     name = type(model).__name__
@@ -116,10 +83,7 @@ def _compare(model: Any, decoder: Any, head: Head) -> tuple[bool, Any]:
         wanted = model(input_ids=ids, use_cache=False).logits
         few = model(input_ids=ids[:, : COMPARED // 2], use_cache=False).logits
         output = decoder(input_ids=ids, use_cache=False)
-        # Each token's states twice as large as the one's before: a bend far out shows too.
-        states = torch.randn(output[0].shape, generator=torch.Generator().manual_seed(0))
-        states = (states * 2 ** torch.arange(COMPARED)[:, None]).to(output[0])
-        found, own = (_own_logits(model, decoder, output, x) for x in (output[0], states))
+        found = _own_logits(model, decoder, output, output[0])
     except Exception as error:  # models fail in their own ways
         kind, why = dtype_name(model.dtype), first_line(error)
         raise ModelError(f"{name} gives no logits for token ids in {kind}: {why}") from error
@@ -132,12 +96,7 @@ def _compare(model: Any, decoder: Any, head: Head) -> tuple[bool, Any]:
     limit = max(1e-4, 2 * torch.finfo(model.dtype).eps)
     if not close(found.nan_to_num(), wanted.nan_to_num(), limit):
         raise ModelError(f"{name} makes its logits of more than its decoder returns")
-    try:
-        pairs = zip(head(states)[0], own[0], strict=True)
-        plain = all(close(ours, theirs, limit) for ours, theirs in pairs)
-    except (RuntimeError, TypeError):  # another type is wanted, or there is no such module
-        plain = False
-    return plain, None if plain else output
+    return output
 
 
 def _own_logits(model: Any, decoder: Any, output: Any, hidden: Tensor) -> Tensor:
@@ -167,18 +126,8 @@ def behind(model: Any) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if id(p) not in known}
 
 
-def logit_settings(model: Any) -> tuple[float | None, float | None, float | None]:
-    """Return what a causal LM does to its head's logits: cap, factor, divisor (None: nothing)."""
-    config = model.config.get_text_config(decoder=True)
-    cap, scale, divisor = (
-        getattr(config, key, None)
-        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    )
-    return cap, scale, divisor
-
-
 def hidden_states(
-    decoder: Any, ids: Tensor, device: torch.device, tick: Tick | None = None
+    decoder: Any, ids: Tensor, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield what the output head sees of full rows, in micro-batches, to be used without gradients.
 
@@ -189,8 +138,6 @@ def hidden_states(
     for start in range(0, len(ids), step):
         part = slice(start, min(start + step, len(ids)))
         yield part, decoder(input_ids=ids[part].to(device), use_cache=False)[0][:, :-1]
-        if tick is not None:
-            tick(part.stop - part.start)
 
 
 class Ticker:
@@ -206,25 +153,26 @@ class Ticker:
 
 
 @torch.inference_mode()
-def row_nll(model: Any, ids: Tensor, *, tick: Tick | None = None) -> Tensor:
+def row_nll(model: Any, ids: Tensor, progress: Progress | None = None) -> Tensor:
     """Return -log p(ids[j + 1] | ids[: j + 1]) of full rows in nats.
 
-    `ids` are int64 token ids without padding, shape (rows, length); `tick` takes the number of
-    rows after each micro-batch. Returns float32, shape (rows, length - 1).
+    `ids` are int64 token ids without padding, shape (rows, length). Returns float32, shape (rows,
+    length - 1).
     """
     device = next(model.parameters()).device
-    decoder, head = decoder_and_head(model)
+    (decoder, head), tick = decoder_and_head(model), Ticker(progress, len(ids))
     result = torch.empty(len(ids), ids.shape[1] - 1, device=device)
-    for rows, states in hidden_states(decoder, ids, device, tick):
+    for rows, states in hidden_states(decoder, ids, device):
         targets = ids[rows, 1:].flatten().to(device)
         parts = []
         for hidden, own in zip(
             states.flatten(0, 1).split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True
         ):
-            product = head.product(hidden)
-            right = head.logits(product.gather(1, own[:, None]))[:, 0]
-            parts.append(log_sums(head, product) - right)
+            logits = head(hidden)
+            right = logits.gather(1, own[:, None])[:, 0].float()
+            parts.append(log_sums(logits) - right)
         result[rows] = torch.cat(parts).view(len(states), -1)
+        tick(len(states))
     return result.cpu()
 
 
@@ -254,10 +202,7 @@ def perplexity(
     Raises:
         InputError: the length is beyond the context, or the text is shorter.
     """
-    if opened.context is not None and length > opened.context:
-        raise InputError(
-            f"length {length} is beyond the model's context of {opened.context} tokens"
-        )
+    check_length(length, opened.context)
     ids = torch.tensor(opened.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     windows = len(ids) // length
     if not windows:
@@ -271,7 +216,7 @@ def perplexity_of_rows(
     opened: OpenModel, ids: Tensor, tick: Progress | None = None
 ) -> tuple[float, float]:
     """Return perplexity and bits per byte of full rows of token ids, shape (rows, length)."""
-    nll = float(row_nll(opened.model, ids, tick=Ticker(tick, len(ids))).double().sum())
+    nll = float(row_nll(opened.model, ids, tick).double().sum())
     predicted = ids[:, 1:]
     texts = opened.tokenizer.batch_decode(predicted.tolist(), skip_special_tokens=False)
     size = sum(len(text.encode()) for text in texts)

@@ -181,9 +181,9 @@ def flips(
         return {}
     points = []
     for before, after in judged:
-        changed = np.not_equal(before.values, after.values)
-        times = item_weights(before.name, len(changed), resamples=resamples, seed=0)
-        points.append(np.append(changed.mean(), times @ changed / len(changed)))
+        changed = np.not_equal(before.values, after.values).astype(float)
+        made = Parts("accuracy", changed, np.ones_like(changed))
+        points.append(resampled(before.name, made, resamples=resamples, seed=0))
     rolled = by_dimension([before for before, _ in judged], np.stack(points))
     rolled["total"] = nan_mean(np.stack([*rolled.values()]), 0)
     return {name: estimate(point) for name, point in rolled.items()}

@@ -183,12 +183,12 @@ class Scorer:
         states = hidden.flatten(0, 1)[distinct.to(device)]
         values = torch.empty(len(tokens), device=device)
         for at in range(0, len(states), likelihood.HEAD_TOKENS):
-            product = self._head.product(states[at : at + likelihood.HEAD_TOKENS])
+            logits = self._head(states[at : at + likelihood.HEAD_TOKENS])
             here = ((which >= at) & (which < at + likelihood.HEAD_TOKENS)).nonzero().flatten()
             # Counted on the host, and sent at once: nothing waits for the device.
             line, token, here = torch.stack([which[here] - at, tokens[here], here]).to(device)
-            right = self._head.logits(product[line, token])
-            values[here] = right - log_sums(self._head, product)[line]
+            right = logits[line, token].float()
+            values[here] = right - log_sums(logits)[line]
         return values.cpu()
 
     @torch.inference_mode()

@@ -35,9 +35,10 @@ from calmix.files import (
     write_text,
 )
 from calmix.machine import cores
+from calmix.manifest import deciding_versions
 from calmix.models.attention import use_own_attention
 from calmix.models.shards import INDEX, PACK, Shards, weight_files
-from calmix.precision import suited
+from calmix.precision import dtype_name, suited
 from calmix.progress import quiet
 from calmix.yaml_files import packaged
 
@@ -100,6 +101,16 @@ class OpenModel:
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 of the tokenizer: vocabulary, merges, normalisation and special tokens."""
         return tokenizer_fingerprint(self.tokenizer)
+
+    def cached(self, kind: str, *about: Any) -> Path:
+        """Return where the cache keeps what the model has computed, without an ending.
+
+        Rounding differs with device, threads and versions: with all of them in the key a model
+        compared with its own cached results has kept exactly all.
+        """
+        rounding = [dtype_name(self.model.dtype), self.model.device.type, torch.get_num_threads()]
+        own = [self.fingerprint, self.tokenizer_fingerprint, *rounding, deciding_versions()]
+        return cache_dir() / kind / sha256_json([*own, *about])
 
 
 @functools.cache
@@ -337,6 +348,12 @@ def context_of(config: Any) -> int | None:
     return None
 
 
+def check_length(length: int, context: int | None) -> None:
+    """Raise InputError for rows that are longer than the model's context, if that is known."""
+    if context is not None and length > context:
+        raise InputError(f"length {length} is beyond the model's context of {context} tokens")
+
+
 def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
     """Return the tokenizer in a resolved model folder; `name` is what the user wrote.
 
@@ -498,19 +515,19 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def in_chat(tokenizer: Any, request: str) -> str | None:
-    """Return a request in a model's chat template, up to the answer; None without a template, or
-    where that refuses a turn of the user's alone."""
+def in_chat(tokenizer: Any, *turns: str) -> str | None:
+    """Return a request, or a chat that ends with one, in a model's chat template, up to the answer;
+    None without a template, or where that refuses turns of user and assistant alone."""
     if not getattr(tokenizer, "chat_template", None):
         return None
-    chat = [{"role": "user", "content": request}]
+    chat = [{"role": ("user", "assistant")[at % 2], "content": t} for at, t in enumerate(turns)]
     try:
-        text = tokenizer.apply_chat_template(
+        text = str(tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True, **TEMPLATE
-        )
+        ))  # fmt: skip
     except Exception:  # templates raise what they like
         return None
-    return str(text) if request.strip() in str(text) else None
+    return text if all(turn.strip() in text for turn in turns) else None
 
 
 def end_tokens(opened: OpenModel) -> list[int]:

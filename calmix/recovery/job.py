@@ -14,6 +14,7 @@ from torch import Tensor
 
 from calmix.calibration import CalibrationSet
 from calmix.errors import InputError
+from calmix.evaluation.likelihood import close
 from calmix.files import check_free
 from calmix.machine import device_memory, give_memory_back
 from calmix.manifest import deciding_versions
@@ -138,7 +139,10 @@ class Job:
                 raise InputError(
                     f"{line}: {name} is {here or 'none'}, and {there or 'none'} in the dense model"
                 )
-        if not _near(pruned, dense):
+        embedded = pruned.model.get_input_embeddings().weight
+        named = next(n for n, p in pruned.model.named_parameters() if p is embedded)
+        ours, theirs = (one.stored(named)[:ROWS].float() for one in (pruned, dense))
+        if not close(ours, theirs, APART):
             raise InputError(f"{line}: their embeddings are of different models")
         layers = pruned.blocks.layers
         told, known = read_told(pruned.folder / MANIFEST), read_grids(pruned.folder)
@@ -244,11 +248,3 @@ class Job:
                 made[name] = value.to(made[name].dtype)
         self.work.save(f"{CHECKPOINT}/{file}", made)
         return made
-
-
-def _near(pruned: StreamedModel, dense: StreamedModel) -> bool:
-    """Whether the embeddings of both models begin about the same."""
-    embedded = pruned.model.get_input_embeddings().weight
-    named = next(n for n, p in pruned.model.named_parameters() if p is embedded)
-    ours, theirs = (one.stored(named)[:ROWS].float() for one in (pruned, dense))
-    return bool((ours - theirs).norm() <= APART * theirs.norm())

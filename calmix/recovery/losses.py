@@ -46,18 +46,17 @@ def divergence(
     for own, other in zip(hidden.detach().split(chunk), target.split(chunk), strict=True):
         own.requires_grad_(learns)
         with torch.no_grad():
-            dense = dense_head.product(other)
-        product = head.product(own)
+            dense = dense_head(other)
+        logits = head(own)
         slopes: list[Tensor] = []
-        for theirs, ours in zip(in_cache(dense), in_cache(product.detach()), strict=True):
-            logits = head.logits(ours.requires_grad_(learns))
-            p, q = dense_head.logits(theirs).to(logits.device), logits.detach()
+        for theirs, ours in zip(in_cache(dense), in_cache(logits.detach()), strict=True):
+            p, q = theirs.float().to(ours.device), ours.float()
             total += divergences(p, q).sum().to(total.device)
             if learns:
                 # The derivative of KL by the pruned model's logits is q - p.
-                slopes += torch.autograd.grad(logits, ours, q.sub_(p))
+                slopes.append(q.sub_(p).to(ours.dtype))
         if learns:
-            gradients += torch.autograd.grad(product, own, torch.cat(slopes))
+            gradients += torch.autograd.grad(logits, own, torch.cat(slopes))
     if not learns:
         return total
     found: Tensor = _Given.apply(hidden, total, torch.cat(gradients))

@@ -7,10 +7,10 @@ The random numbers of a row come from its own number, so rows may be batched in 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from calmix.errors import InputError
-from calmix.files import cache_dir, sha256_json, write_bytes
+from calmix.files import write_bytes
 from calmix.machine import device_memory
-from calmix.manifest import versions
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, reserved_cache
 from calmix.models.opening import end_tokens, generating, quiet_transformers
@@ -203,7 +202,7 @@ def write(
         raise InputError(f"rows of {request.length} token hold nothing the model could write")
     say = note or (lambda line: None)
     ends, total = end_tokens(opened), len(request.openers)
-    folder, size, room = _folder(opened, request, ends), batch or BATCH, 0
+    folder, size, room = opened.cached("written", VERSION, ends, asdict(request)), batch or BATCH, 0
     parts: list[Written] = []
     at = done = 0
 
@@ -214,9 +213,9 @@ def write(
             progress(done, total * request.length)
 
     while at < total:
-        path = folder / f"{at:08d}.safetensors"
-        part = _kept(path, request.length)
-        if part is not None:
+        path, part = folder / f"{at:08d}.safetensors", None
+        with contextlib.suppress(SafetensorError, OSError):  # none there, or damaged
+            part = Written(**load_file(path))
             tick(part.ids.numel())
         if part is None:
             wanted = min(size, total - at)
@@ -305,27 +304,3 @@ def _room(opened: OpenModel, length: int) -> int:
             "rows"
         )
     return room
-
-
-def _folder(opened: OpenModel, request: Request, ends: Sequence[int]) -> Path:
-    parameter = next(opened.model.parameters())
-    key = {
-        "version": VERSION,
-        "model": opened.fingerprint,
-        "tokenizer": opened.tokenizer_fingerprint,
-        "dtype": str(parameter.dtype),
-        "device": parameter.device.type,
-        "versions": versions(),
-        "ends": list(ends),
-        "request": asdict(request),
-    }
-    return cache_dir() / "written" / sha256_json(key)[:32]
-
-
-def _kept(path: Path, length: int) -> Written | None:
-    """Return the rows that an earlier run of the same request has finished, if there are any."""
-    try:
-        part = Written(**load_file(path))
-    except (SafetensorError, OSError, TypeError):  # none there, or damaged: write it again
-        return None
-    return part if part.ids.shape[1:] == (length,) else None
