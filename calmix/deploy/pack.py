@@ -34,7 +34,7 @@ import torch
 import zstandard
 from numpy.typing import NDArray
 
-from calmix.errors import InputError, ModelError, disk_errors
+from calmix.errors import InputError, disk_errors
 from calmix.files import atomic_folder, check_free, check_output_folder, sha256_file, write_json
 from calmix.machine import cores
 from calmix.manifest import versions
@@ -102,7 +102,8 @@ def pack(
         raise InputError(f"{folder} is a pack already")
     check_folder(folder)
     scales = [f"{SCALES}/{path.name}" for path in sorted((folder / SCALES).glob("[!.]*"))]
-    places = {name: _in_order(folder / name) for name in [*scales, *weight_files(folder)]}
+    files = [*scales, *weight_files(folder)]
+    places = {name: _in_order(read_header(folder / name)) for name in files}
     others = _other_files(folder, places)
     grids = read_grids(folder)
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
@@ -162,8 +163,8 @@ def unpack(
     total, grids = 0, _grids(folder, manifest)
     for name, entry in manifest["weights"].items():
         header = next(_unpacked(folder / name, entry, grids))
-        places = _places(header, folder / name)
-        total += len(header) + sum(place.size for _, place in places)
+        places = parse_header(header, folder / name).values()
+        total += len(header) + sum(place.size for place in places)
     check_free(output, total, "the weights take")
     done = 0
     with atomic_folder(output) as beside, disk_errors(output):
@@ -248,10 +249,10 @@ def _tensors(
 ) -> dict[str, torch.Tensor]:
     """Return all tensors of a packed file."""
     parts, found = _unpacked(path, entry, grids), dict[str, torch.Tensor]()
-    for name, place in _places(next(parts), path):
+    for name, place in _in_order(parse_header(next(parts), path)):
         try:
             found[name] = torch.empty(place.shape, dtype=place.dtype)
-        except RuntimeError as error:  # a header that asks for more than there is
+        except (RuntimeError, TypeError) as error:  # a header that asks for more than there is
             raise InputError(f"{path}: {name} takes {place.size:,} bytes: too many") from error
         flat, at = tensor_bytes(found[name]), 0
         while at < place.size:
@@ -324,22 +325,9 @@ class _Writer:
             shutil.copyfileobj(data, file, length=1 << 22)
 
 
-def _places(header: bytes, path: Path) -> list[tuple[str, Place]]:
-    """Return the tensors of a file by its header, as their bytes lie."""
-    found = parse_header(header, path).items()
-    return sorted(found, key=lambda item: (item[1].start, item[1].size))
-
-
-def _in_order(path: Path) -> list[tuple[str, Place]]:
-    """Return a file's tensors as their bytes lie; ModelError if bytes of it would not come back."""
-    read_header(path)
-    header = header_bytes(path)
-    places, at = _places(header, path), len(header)
-    for _, place in places:
-        at = at + place.size if place.start == at else -1
-    if at != path.stat().st_size:
-        raise ModelError(f"{path} holds bytes that are of no tensor, or of two: fetch it again")
-    return places
+def _in_order(places: Mapping[str, Place]) -> list[tuple[str, Place]]:
+    """Return the tensors of a file as their bytes lie."""
+    return sorted(places.items(), key=lambda item: (item[1].start, item[1].size))
 
 
 def _encoded(
@@ -378,7 +366,11 @@ def _encoded_levels(
         if small:
             np.clip(levels, -8, 7, out=levels)
             levels += 8
-        return astray, _coded(levels, small)
+        low: Words = levels.astype(np.uint8)
+        if small:  # two to a byte
+            low = np.pad(low, (0, len(low) % 2))
+            low = low[::2] | (low[1::2] << 4)
+        return astray, _squeezed(low.tobytes(), compression_params=LEVELS)
 
     whole = torch.from_numpy(raw.view(np.uint8)).view(place.dtype).view(place.shape)
     spans = _spans(place)
@@ -403,15 +395,6 @@ def _spans(place: Place) -> list[slice]:
     rows, columns = place.shape
     step = max(1, CHUNK // columns)
     return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
-
-
-def _coded(levels: Words, small: bool) -> bytes:
-    """Return levels as bytes, two of 0 to 15 in each or the lowest bits of each, compressed."""
-    low: Words = levels.astype(np.uint8)
-    if small:
-        low = np.pad(low, (0, len(low) % 2))
-        low = low[::2] | (low[1::2] << 4)
-    return _squeezed(low.tobytes(), compression_params=LEVELS)
 
 
 def _words(values: torch.Tensor) -> Words:
@@ -496,7 +479,7 @@ def _unpacked(path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]) -> I
         with path.open("rb") as file, ThreadPoolExecutor(cores()) as pool:
             file.seek(held["header"].start)
             header = file.read(held["header"].size)
-            digest, places = hashlib.sha256(header), _places(header, path)
+            digest, places = hashlib.sha256(header), _in_order(parse_header(header, path))
             yield header
             waiting: list[Future[bytes]] = []
             for name, place in places:
