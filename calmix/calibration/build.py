@@ -19,11 +19,10 @@ from calmix.calibration.tokenizer import (
     HasTokenizer,
     Tokenize,
     begin_token,
-    check_length,
     tokenizer_function,
 )
 from calmix.errors import InputError, SourceError
-from calmix.models.opening import TEMPLATE
+from calmix.models.opening import TEMPLATE, check_length
 from calmix.sources import Document, Source, get_source
 from calmix.sources.readers import LocalFile
 from calmix.sources.registry import documents_hash

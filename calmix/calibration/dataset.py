@@ -121,7 +121,16 @@ class CalibrationSet(Shown):
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        manifest = _manifest(folder)
+        manifest = read_object(folder / MANIFEST, f"there is no calibration set at {folder}")
+        if (manifest.get("kind"), manifest.get("format")) != (KIND, FORMAT):
+            raise InputError(
+                f"{folder} holds no calibration set of format {FORMAT}, which this calmix reads: "
+                f"its {MANIFEST} is of kind {manifest.get('kind')} and format "
+                f"{manifest.get('format')}"
+            )
+        if not seal_holds(manifest):
+            raise InputError(f"calibration set {folder} is damaged ({MANIFEST}): make it again")
+        manifest.pop(SEAL)
         try:
             tensors = load_file(folder / TENSORS)
             sources = tuple(manifest["names"][i] for i in tensors["source"].tolist())
@@ -152,19 +161,6 @@ def own_record(own: Mapping[str, Source] | None, used: Iterable[str]) -> dict[st
     """Return the user's own sources among those used, as JSON-serialisable values."""
     known = own or {}
     return {name: known[name].model_dump(mode="json") for name in used if name in known}
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    manifest = read_object(folder / MANIFEST, f"there is no calibration set at {folder}")
-    if (manifest.get("kind"), manifest.get("format")) != (KIND, FORMAT):
-        raise InputError(
-            f"{folder} holds no calibration set of format {FORMAT}, which this calmix reads: its "
-            f"{MANIFEST} is of kind {manifest.get('kind')} and format {manifest.get('format')}"
-        )
-    if not seal_holds(manifest):
-        raise InputError(f"calibration set {folder} is damaged ({MANIFEST}): make it again")
-    manifest.pop(SEAL)
-    return manifest
 
 
 def export_jsonl(made: CalibrationSet, tokenizer: Any, path: Path | str) -> None:

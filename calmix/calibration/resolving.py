@@ -22,10 +22,11 @@ from calmix.calibration.selfgen.generators import (
     generate,
 )
 from calmix.calibration.selfgen.prompts import chat_turns, count_turns
-from calmix.calibration.tokenizer import HasTokenizer, check_length
+from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError, nearest
 from calmix.files import user_path
 from calmix.models import OpenModel
+from calmix.models.opening import check_length
 from calmix.options import DrawOptions, checked, named_options
 from calmix.sources import Source, get_source, offline_sources, own_sources
 from calmix.sources.licences import allowed, refuse

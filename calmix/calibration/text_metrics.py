@@ -18,48 +18,27 @@ from numpy.typing import NDArray
 
 ORDERS = (1, 2, 3, 4)
 Ids = NDArray[np.integer]
-Keys = NDArray[np.uint64]
 
 
-def ngram_keys(sets: Sequence[Ids], n: int) -> list[Keys]:
+def ngram_keys(sets: Sequence[Ids], n: int) -> list[Ids]:
     """Return the key of every n-gram of every set; equal keys are equal n-grams, across sets too.
 
     Of ids (rows, length), one flat array of rows * max(0, length - n + 1) keys, row by row.
     """
-    tables, size = _numbered([np.asarray(ids) for ids in sets])
-    keys, count = tables, size
-    shift = max(1, (size - 1).bit_length())
-    used = shift
+    keys = tables = [np.asarray(ids, np.int64) for ids in sets]
+    size = 1 + max(int(table.max(initial=0)) for table in tables)
     for k in range(1, n):
-        if used + shift > 64:
-            keys, count = _numbered(keys)
-            used = max(1, (count - 1).bit_length())
-        used += shift
-        keys = [
-            (key[:, :-1] << np.uint64(shift)) | table[:, k:]
-            for key, table in zip(keys, tables, strict=True)
-        ]
+        keys = [key[:, :-1] * size + table[:, k:] for key, table in zip(keys, tables, strict=True)]
+        # Numbered anew, they stay small enough for the next token.
+        distinct = np.unique(np.concatenate([key.ravel() for key in keys]))
+        keys = [np.searchsorted(distinct, key) for key in keys]
     return [key.ravel() for key in keys]
-
-
-def _numbered(tables: Sequence[NDArray[Any]]) -> tuple[list[Keys], int]:
-    """Replace the values of tables by dense numbers from 0, the same in all; say how many."""
-    distinct = _distinct(np.concatenate([table.ravel() for table in tables]))
-    return [np.searchsorted(distinct, table).astype(np.uint64) for table in tables], len(distinct)
-
-
-def _distinct(values: NDArray[Any]) -> NDArray[Any]:
-    """Return the distinct values, ascending; numpy's own hashes them, which takes longer."""
-    ordered = np.sort(values)
-    keep = np.ones(len(ordered), bool)
-    np.not_equal(ordered[1:], ordered[:-1], out=keep[1:])
-    return ordered[keep]
 
 
 def count_ngrams(ids: Ids, n: int) -> tuple[int, int]:
     """Return how many distinct and how many n-grams rows of token ids hold."""
     (keys,) = ngram_keys([ids], n)
-    return len(_distinct(keys)), len(keys)
+    return len(np.unique(keys)), len(keys)
 
 
 def aggregation(ids: Ids, n: int) -> float:
@@ -85,9 +64,8 @@ def coverage(sets: Sequence[Ids], n: int, reference: Sequence[Ids] | None = None
     """
     keys = ngram_keys([*sets, *(reference or ())], n)
     own, other = keys[: len(sets)], keys[len(sets) :]
-    pooled = _distinct(np.concatenate(own if reference is None else other))
-    held = [np.intersect1d(_distinct(part), pooled, assume_unique=True) for part in own]
-    return [len(part) / max(1, len(pooled)) for part in held]
+    pooled = np.unique(np.concatenate(own if reference is None else other))
+    return [int(np.isin(pooled, part).sum()) / max(1, len(pooled)) for part in own]
 
 
 def entropy(weights: NDArray[Any]) -> float:

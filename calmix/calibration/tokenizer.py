@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calmix.errors import InputError
 from calmix.models import OpenModel, resolve_model
 from calmix.models.opening import (
     context_of,
+    load_config,
     load_tokenizer,
-    loading,
     tokenizer_fingerprint,
 )
 
@@ -37,14 +36,8 @@ def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokeniz
     """Open the tokenizer of a model by hub id, local folder, `.gguf` file or `builtin:NAME`."""
     folder = resolve_model(name)
     tokenizer = load_tokenizer(folder, name, trust_remote_code)
-    with loading(f"{name} has no usable tokenizer"):
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    return OpenTokenizer(name, folder, tokenizer, context_of(config), fingerprint)
+    context = context_of(load_config(folder, name, trust_remote_code))
+    return OpenTokenizer(name, folder, tokenizer, context, tokenizer_fingerprint(tokenizer))
 
 
 def tokenizer_function(tokenizer: Any) -> Tokenize:
@@ -60,9 +53,3 @@ def begin_token(tokenizer: Any) -> list[int]:
     """Return the token the tokenizer itself puts before every text; nothing where it puts none."""
     ids = tokenizer("", add_special_tokens=True)["input_ids"][:1]
     return ids if ids == [tokenizer.bos_token_id] else []
-
-
-def check_length(length: int, context: int | None) -> None:
-    """Raise InputError for rows that are longer than the model's context, if that is known."""
-    if context is not None and length > context:
-        raise InputError(f"length {length} is beyond the model's context of {context} tokens")

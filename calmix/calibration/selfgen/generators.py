@@ -30,9 +30,10 @@ from calmix.calibration.selfgen.prompts import (
 from calmix.calibration.selfgen.selection import ORDER, objective, select_rows
 from calmix.calibration.selfgen.writing import Request, Written, write
 from calmix.calibration.text_metrics import aggregation, row_aggregation
-from calmix.calibration.tokenizer import begin_token, check_length, tokenizer_function
+from calmix.calibration.tokenizer import begin_token, tokenizer_function
 from calmix.errors import InputError
 from calmix.models import OpenModel
+from calmix.models.opening import check_length
 from calmix.options import Options, option
 from calmix.precision import dtype_name
 from calmix.sources import Source, get_source
@@ -114,8 +115,7 @@ class SelfWritten(Generator):
         return [] if self.prompts is None else [self.prompts]
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
-        where = str(self.prompts or "prompts.yaml")
-        return beginnings(load_prompts(self.prompts), tokenizer, where)
+        return beginnings(self.prompts, tokenizer)
 
     def record(self) -> dict[str, Any]:
         return super().record() | {"prompts_sha256": prompts_hash(self.prompts)}
@@ -166,7 +166,7 @@ class SelfCal(Generator):
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
         if self.start == "prompts":
-            held = beginnings(load_prompts(), tokenizer, "prompts.yaml")
+            held = beginnings(None, tokenizer)
             return {name: Beginnings(one.openers, 1.0) for name, one in held.items()}
         begin = start_token(tokenizer, self.start)
         if begin is None:

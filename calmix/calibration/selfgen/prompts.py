@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ from torch import Tensor
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError
 from calmix.files import sha256_json
-from calmix.models.opening import TEMPLATE, in_chat
+from calmix.models.opening import in_chat
 from calmix.yaml_files import parse_model, read_text
 
 Start = Literal["auto", "bos", "separator"]
@@ -101,10 +101,8 @@ def prompts_hash(path: Path | None = None) -> str:
     return sha256_json({name: one.model_dump(exclude_none=True) for name, one in held.items()})
 
 
-def beginnings(
-    dimensions: Mapping[str, Dimension], tokenizer: Any, where: str
-) -> dict[str, Beginnings]:
-    """Return the token ids of every prompt, by dimension.
+def beginnings(path: Path | None, tokenizer: Any) -> dict[str, Beginnings]:
+    """Return the token ids of every prompt of a file, or of calmix's own, by dimension.
 
     A text follows the begin token where the tokenizer puts one before every text. Of the chat
     template only what follows the user's words is used: the system prompt would take a large
@@ -112,13 +110,17 @@ def beginnings(
     """
     head, start = begin_token(tokenizer), start_token(tokenizer)
     found: dict[str, Beginnings] = {}
-    for name, dimension in dimensions.items():
+    where = path or "prompts.yaml"
+    for name, dimension in load_prompts(path).items():
         rows = []
         for number, prompt in enumerate(dimension.prompts, start=1):
             if prompt.begin is not None:
                 rows += [[start]] if prompt.begin and start is not None else []
                 continue
-            text = prompt.text if prompt.text is not None else _asked(tokenizer, prompt.ask or "")
+            text = prompt.text or ""
+            if asked := (prompt.ask or "").strip():  # from the user's words on
+                whole = in_chat(tokenizer, asked) or f"{asked}\n\n"
+                text = whole[whole.rfind(asked) :]
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise InputError(
@@ -139,22 +141,14 @@ def chat_turns(tokenizer: Any) -> list[list[int]] | None:
     """Return the token ids before a chat's first user's turn, before an answer, and before the next
     user's turn, each without the token that ends the turn before; None without a chat template, or
     where no token ends a turn."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
     marks = ["one-turn", "two-turn", "three-turn"]  # of no template
-    chat = [{"role": ("user", "assistant")[at % 2], "content": m} for at, m in enumerate(marks)]
-    try:
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False, **TEMPLATE))
-    except Exception:  # templates raise what they like
+    text, asked = in_chat(tokenizer, *marks), in_chat(tokenizer, marks[0])
+    if text is None or asked is None:
         return None
     parts: list[str] = []
     for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found:
-            return None
+        before, _, text = text.partition(mark)
         parts.append(before)
-    if (asked := in_chat(tokenizer, marks[0])) is None:
-        return None
     parts[1] = asked.partition(marks[0])[2]  # thinking models are told there not to think
     first, *later = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
     known = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, END_OF_TURN)}
@@ -196,12 +190,3 @@ def _of_text(tokenizer: Any, token: int | None) -> bool:
         return False
     whole = in_chat(tokenizer, "Hello") or ""
     return whole.strip().rfind(tokenizer.convert_ids_to_tokens(token)) <= 0
-
-
-def _asked(tokenizer: Any, request: str) -> str:
-    """Return a request as the model's chat template puts it, from the user's words on."""
-    if not request.strip():
-        return ""
-    whole = in_chat(tokenizer, request) or ""
-    at = whole.rfind(request)
-    return whole[at:] if at >= 0 else f"{request}\n\n"

@@ -33,13 +33,11 @@ EPSILON = 1e-12  # what a swap must lower J by, so that rounding cannot make it 
 Values = NDArray[np.float64]
 
 
-def objective(
-    ids: Ids, groups: NDArray[Any], nll: Values, tokens: NDArray[np.int64], weight: float = LAMBDA
-) -> float:
+def objective(ids: Ids, groups: NDArray[Any], nll: Values, tokens: NDArray[np.int64]) -> float:
     """Return J of a set of rows; `nll` is of each row in nats, over so many `tokens`."""
     parts = [groups == name for name in np.unique(groups)]
     logs = [nll[part].sum() / tokens[part].sum() for part in parts]
-    return aggregation(ids, ORDER) + weight * float(np.var(logs))
+    return aggregation(ids, ORDER) + LAMBDA * float(np.var(logs))
 
 
 def select_rows(
@@ -48,13 +46,8 @@ def select_rows(
     nll: Values,
     tokens: NDArray[np.int64],
     quota: Mapping[str, int],
-    weight: float = LAMBDA,
 ) -> list[int]:
-    """Choose `quota[g]` rows of every group g so that J is small.
-
-    Each group has as many candidates as its quota, or more. A `weight` of 0 is for distinct
-    4-grams alone.
-    """
+    """Choose `quota[g]` rows of every group g, of as many or more, so that J is small."""
     (keys,) = ngram_keys([ids], ORDER)
     gram, per_row = np.unique(keys, return_inverse=True)[1].ravel(), len(keys) // len(ids)
     starts = np.arange(len(ids) + 1) * per_row
@@ -97,7 +90,7 @@ def select_rows(
             new = own[groups[out]] @ (held == 0).astype(np.int32)
             logs = np.tile(sums[0] / np.maximum(sums[1], 1), (len(rows), 1))
             logs[:, place] = (sums[0, place] + nll[rows]) / (sums[1, place] + tokens[rows])
-            value = weight * logs.var(1) - new / (len(chosen) * per_row)
+            value = LAMBDA * logs.var(1) - new / (len(chosen) * per_row)
             value[inside[rows]] = np.inf
             best = int(np.argmin(value))
             if value[best] < value[np.searchsorted(rows, out)] - EPSILON:

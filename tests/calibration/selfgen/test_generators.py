@@ -10,7 +10,7 @@ from calmix.calibration import CalibrationSet
 from calmix.calibration.leakage import Guard, ItemIndex
 from calmix.calibration.selfgen import generators, prompts
 from calmix.calibration.selfgen.generators import GENERATORS, generate
-from calmix.calibration.selfgen.prompts import beginnings, load_prompts, start_token
+from calmix.calibration.selfgen.prompts import beginnings, start_token
 from calmix.calibration.selfgen.writing import Written
 from calmix.errors import InputError
 from calmix.sources import get_source
@@ -157,7 +157,7 @@ def test_self_cal_samples_rows_after_prompts_or_a_start_token(made, opened):
         assert found.counts == {"self-cal": 8}
     found = made("self-cal", length=200)
     (request,) = made.requests
-    ours = beginnings(load_prompts(), opened.tokenizer, "")
+    ours = beginnings(None, opened.tokenizer)
     assert found.counts == dict.fromkeys(ours, 2)
     for row, name in zip(request.openers, [*ours] * 2, strict=True):
         assert row[0] in ours[name].openers
@@ -236,20 +236,20 @@ def test_without_any_start_there_is_an_error(monkeypatch, tmp_path, opened):
     path = tmp_path / "prompts.yaml"
     path.write_text("general: [{begin: true}]", encoding="utf-8")
     with pytest.raises(InputError, match="without begin token and document separator"):
-        beginnings(load_prompts(path), bare, "")
+        beginnings(path, bare)
 
 
 def test_prompts_use_the_chat_template_from_the_users_words_on(tmp_path):
     path = tmp_path / "prompts.yaml"
     path.write_text("only: [{ask: Tell me.}, {text: 'Once'}]", encoding="utf-8")
     tokenizer = tiny_tokenizer()
-    plain = beginnings(load_prompts(path), tokenizer, "")["only"].openers
+    plain = beginnings(path, tokenizer)["only"].openers
     assert tokenizer.decode(plain[0]) == "Tell me.\n\n"
     tokenizer.chat_template = (
         "system: be good\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    chat = beginnings(load_prompts(path), tokenizer, "")["only"].openers
+    chat = beginnings(path, tokenizer)["only"].openers
     assert [tokenizer.decode(ids) for ids in chat] == ["Tell me.\nassistant: ", "Once"]
 
 
@@ -261,15 +261,15 @@ def test_prompts_use_the_chat_template_from_the_users_words_on(tmp_path):
         ("general: [{text: a, ask: b}]", "give exactly one of 'text', 'ask' and 'begin: true'"),
         ("general: [{tekst: a}]", "unknown key"),
         ("general: word", "line 1: general: "),
-        ("general: [{text: ''}]", "prompt 1 of dimension general in here becomes no token"),
-        ("general: [{ask: ' '}]", "prompt 1 of dimension general in here becomes no token"),
+        ("general: [{text: ''}]", "prompt 1 of dimension general in .* becomes no token"),
+        ("general: [{ask: ' '}]", "prompt 1 of dimension general in .* becomes no token"),
     ],
 )
 def test_bad_prompts(text, message, tmp_path):
     path = tmp_path / "prompts.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=message):
-        beginnings(load_prompts(path), tiny_tokenizer(), "here")
+        beginnings(path, tiny_tokenizer())
 
 
 @pytest.mark.parametrize(
