@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from calmix import assets
-from calmix.errors import MissingExtraError, SourceError
+from calmix.errors import SourceError
 from calmix.files import parse_json
 from calmix.progress import quiet
 
@@ -110,43 +110,44 @@ class PythonDocs(Reader):
             yield Document(name, topics[name])
 
 
-class PackageFiles(Reader):
-    """Source files of an installed package, which is not imported; without its tests."""
+class OfPackage(Reader):
+    """Text of a package that may not be installed."""
 
-    type: Literal["package"]
     package: str
-    files: list[str]
 
     @property
     def version(self) -> str:
-        return _version(self.package)
+        try:
+            return f"{self.package} {metadata.version(self.package)}"
+        except metadata.PackageNotFoundError:
+            return self.package
 
     @property
     def availability(self) -> str:
-        return "offline" if self._root() else f"needs the package {self.package}"
+        return "offline" if self._spec() else f"needs the package {self.package}"
 
-    def _root(self) -> Path | None:
-        spec = importlib.util.find_spec(self.package)
-        held = spec and spec.submodule_search_locations
-        return Path(held[0]) if held else None
+    def _spec(self) -> Any:
+        return importlib.util.find_spec(self.package.replace("-", "_"))
 
     def check(self) -> None:
-        if self._root() is None:
-            raise SourceError(f"the package {self.package} is not installed")
+        if self._spec() is None:
+            raise SourceError(
+                f"the package {self.package} is not installed: pip install {self.package}"
+            )
+
+
+class PackageFiles(OfPackage):
+    """Source files of an installed package, which is not imported; without its tests."""
+
+    type: Literal["package"]
+    files: list[str]
 
     def read(self) -> Iterator[Document]:
         self.check()
         skip = {"test", "tests", "testing", "_vendor", "__pycache__"}
-        if root := self._root():
-            files = (path for pattern in self.files for path in root.glob(pattern))
-            yield from _source_files(root, files, skip)
-
-
-def _version(package: str) -> str:
-    try:
-        return f"{package} {metadata.version(package)}"
-    except metadata.PackageNotFoundError:
-        return package
+        root = Path(self._spec().submodule_search_locations[0])
+        files = (path for pattern in self.files for path in root.glob(pattern))
+        yield from _source_files(root, files, skip)
 
 
 def _source_files(
@@ -246,29 +247,17 @@ def word_runs(text: str, n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
-class ReasoningGym(Reader):
+class ReasoningGym(OfPackage):
     """Problems with answers from reasoning-gym's seeded generators, which take turns.
 
     What the regular expression `strip` matches (notes on the answer's format) is removed.
     """
 
     type: Literal["reasoning-gym"]
+    package: str = "reasoning-gym"
     datasets: list[str]
     documents: Annotated[int, Field(gt=0)]
     strip: str | None = None
-
-    @property
-    def version(self) -> str:
-        return _version("reasoning-gym")
-
-    @property
-    def availability(self) -> str:
-        installed = importlib.util.find_spec("reasoning_gym") is not None
-        return "offline" if installed else "needs calmix[reasoning]"
-
-    def check(self) -> None:
-        if importlib.util.find_spec("reasoning_gym") is None:
-            raise MissingExtraError("reasoning-gym problems", "reasoning")
 
     def read(self) -> Iterator[Document]:
         self.check()

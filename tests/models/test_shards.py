@@ -56,19 +56,18 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
-        (b"", "not a readable"), (b"\xff" * 40, "not a readable"),
-        (struct.pack("<Q", 8) + b"not json", "not a readable"),
-        (struct.pack("<Q", 8) + b'{"a": 1}', "not a readable"),
-        (entry("F4", [1], [0, 1]), "F4"), (entry()[:-4], "cut short"),
-        (entry(shape=[1 << 40]), "not a"), (entry(shape=[-2]), "not a"), (entry(shape=2), "not a"),
-        (entry(offsets=[-8, 0]), "not a"),
-        (entry(offsets=[1 << 62, (1 << 62) + 8]), "cut short"),
+        b"", b"\xff" * 40, struct.pack("<Q", 8) + b"not json", entry()[:-4], entry() + b"more",
+        entry(shape=[1 << 40]), entry(shape=[-2]), entry(offsets=[-8, 0]),
+        entry(offsets=[1 << 62, (1 << 62) + 8]),
     ],
 )  # fmt: skip
-def test_a_damaged_file_or_a_header_that_lies_is_named(tmp_path, content, message):
+def test_a_damaged_file_or_a_header_that_lies_is_named(tmp_path, content):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match="is cut short or damaged: fetch it again"):
+        read_header(path)
+    path.write_bytes(entry("F8_E4M3", [8], [0, 8]))
+    with pytest.raises(ModelError, match="holds a type calmix does not read: F8_E4M3"):
         read_header(path)

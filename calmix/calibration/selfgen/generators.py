@@ -82,7 +82,7 @@ class Generator(Options):
 
     def check(self, own: Own) -> list[Path]:
         """Return the user's own files that are read; raise CalmixError where one cannot be."""
-        return []
+        return [path for name in self.sources for path in get_source(name, own).check()]
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
         """Return what texts begin with, by dimension."""
@@ -199,9 +199,6 @@ class Sgs(Generator):
     @property
     def sources(self) -> list[str]:
         return list(MIXES.get(self.seeds, [self.seeds]))
-
-    def check(self, own: Own) -> list[Path]:
-        return [path for name in self.sources for path in get_source(name, own).check()]
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
         head = begin_token(tokenizer)

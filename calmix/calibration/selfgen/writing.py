@@ -116,20 +116,16 @@ class Sampler:
         return left.scatter_(1, tokens[:, None], 0.0).to(scores.device)
 
     def _drawn(self, ids: Tensor, logits: Tensor, at: int, start: Tensor) -> Tensor:
+        from transformers import RepetitionPenaltyLogitsProcessor
+
         asked = self.request
         if asked.repetition_penalty != 1:
             start = start[:, None].clamp(max=at - 1)
             place = torch.arange(at, device=logits.device)[None]
             held = torch.where(place >= start, ids, ids.gather(1, start))
-            logits = penalised(logits, held, asked.repetition_penalty)
+            logits = RepetitionPenaltyLogitsProcessor(asked.repetition_penalty)(held, logits)
         uniform = self.uniform[:, at]
         return draw(logits, self.temperatures, uniform, top_k=asked.top_k, top_p=asked.top_p)
-
-
-def penalised(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Return logits (rows, vocabulary) with each row's `ids` (rows, any) made less likely."""
-    held = logits.gather(1, ids)
-    return logits.scatter(1, ids, torch.where(held > 0, held / penalty, held * penalty))
 
 
 def draw(

@@ -6,14 +6,10 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from transformers import (
-    RepetitionPenaltyLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from calmix.calibration.selfgen import writing
-from calmix.calibration.selfgen.writing import Request, draw, penalised, write
+from calmix.calibration.selfgen.writing import Request, draw, write
 from calmix.errors import InputError
 from calmix.files import cache_dir
 from tests.tiny import ARCHITECTURES, quick, tiny_model
@@ -63,12 +59,6 @@ def test_a_token_without_probability_is_never_drawn():
     assert draw(logits, torch.ones(4), uniform).tolist() == [1, 1, 3, 3]
     uniform = torch.full((2,), 0.999, dtype=torch.float64)  # rows have temperatures of their own
     assert draw(LOGITS.expand(2, -1), torch.tensor([0.01, 100.0]), uniform).tolist() == [0, 5]
-
-
-def test_penalty_equals_transformers():
-    ids = torch.tensor([[0, 3, 3, 5]])
-    theirs = RepetitionPenaltyLogitsProcessor(1.3)(ids, LOGITS.clone())
-    torch.testing.assert_close(penalised(LOGITS, ids, 1.3), theirs)
 
 
 @contextlib.contextmanager
