@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from calmix.models.blocks import DecoderBlocks
-from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import widest
 from calmix.pruning.states import States
@@ -128,7 +127,15 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
     at_once = job.request.batch // together
     drawn = steps_of(numbers[:-1], at_once, job.request.epochs, job.seed)
     steps = [[number for group in step for number in group] for step in drawn]
-    dense, pruned = (_stream(job, model, groups) for model in (job.dense, job.pruned))
+    streams = []
+    for name, model in (("dense", job.dense), ("pruned", job.pruned)):
+        states = States(work.scratch(name), model.device)  # in files
+        streams.append(Stream(model.model, model.blocks, states))
+        model.fetch_outside()
+        model.fetch(0)
+        streams[-1].record(ids, groups)
+        model.drop_outside()
+    dense, pruned = streams
     files = list(job.pruned.layout)
     for index in range(len(found)):
         job.dense.fetch(index, ahead=not job.plan.sparing)
@@ -162,14 +169,3 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
     first, last = (sum(report[at] for report in reports) / len(reports)
                    for at in ("before", "after"))  # fmt: skip
     return first, last, reports
-
-
-def _stream(job: Job, streamed: StreamedModel, groups: Sequence[Sequence[int]]) -> Stream:
-    """Return a model's stream before its first block, its states in files."""
-    folder = job.work.scratch("dense" if streamed is job.dense else "pruned")
-    streamed.fetch_outside()
-    streamed.fetch(0)
-    stream = Stream(streamed.model, streamed.blocks, States(folder, streamed.device))
-    stream.record(job.calibration.ids, groups)
-    streamed.drop_outside()
-    return stream

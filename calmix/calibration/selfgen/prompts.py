@@ -26,20 +26,10 @@ TURNS = 64  # openers a row has at hand
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>")
 
 
-class Prompt(BaseModel):
-    """One prompt: the beginning of a text, a request, or the start token alone."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    text: str | None = None
-    ask: str | None = None
-    begin: bool | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Prompt:
-        if sum(value is not None for value in (self.text, self.ask, self.begin)) != 1:
-            raise ValueError("give exactly one of 'text', 'ask' and 'begin: true'")
-        return self
+# The beginning of a text, a request, or (`begin: true`) the start token alone.
+Prompt = Annotated[
+    dict[Literal["text", "ask", "begin"], str | bool], Field(min_length=1, max_length=1)
+]
 
 
 class Dimension(BaseModel):
@@ -114,13 +104,14 @@ def beginnings(path: Path | None, tokenizer: Any) -> dict[str, Beginnings]:
     for name, dimension in load_prompts(path).items():
         rows = []
         for number, prompt in enumerate(dimension.prompts, start=1):
-            if prompt.begin is not None:
-                rows += [[start]] if prompt.begin and start is not None else []
+            ((kind, value),) = prompt.items()
+            if kind == "begin":
+                rows += [[start]] if value and start is not None else []
                 continue
-            text = prompt.text or ""
-            if asked := (prompt.ask or "").strip():  # from the user's words on
-                whole = in_chat(tokenizer, asked) or f"{asked}\n\n"
-                text = whole[whole.rfind(asked) :]
+            text = str(value) if kind == "text" else str(value).strip()
+            if kind == "ask" and text:  # from the user's words on
+                whole = in_chat(tokenizer, text) or f"{text}\n\n"
+                text = whole[whole.rfind(text) :]
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise InputError(

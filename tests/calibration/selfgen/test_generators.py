@@ -258,8 +258,8 @@ def test_prompts_use_the_chat_template_from_the_users_words_on(tmp_path):
     [
         ("general: []", "line 1: general: List should have at least 1 item"),
         ("{}", "names no dimension"),
-        ("general: [{text: a, ask: b}]", "give exactly one of 'text', 'ask' and 'begin: true'"),
-        ("general: [{tekst: a}]", "unknown key"),
+        ("general: [{text: a, ask: b}]", "should have at most 1 item"),
+        ("general: [{tekst: a}]", "should be 'text', 'ask' or 'begin'"),
         ("general: word", "line 1: general: "),
         ("general: [{text: ''}]", "prompt 1 of dimension general in .* becomes no token"),
         ("general: [{ask: ' '}]", "prompt 1 of dimension general in .* becomes no token"),
