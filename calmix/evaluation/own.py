@@ -102,15 +102,12 @@ def asked_of(path: str, kind: str, shots: int) -> tuple[dict[str, Any], list[dic
     if kind == "programs":
         return known, [program_of(row["head"].strip(), row["question"], row["tests"])
                        for row in rows]  # fmt: skip
-    right = [row["answer"] if kind == "answers" else str(row["answer"]) for row in rows]
-    return known, [
-        {
-            "question": row["question"],
-            "right": one,
-            "shown": one if isinstance(one, str) else one[0],
-        }
-        for row, one in zip(rows, right, strict=True)
-    ]
+    found = []
+    for row in rows:
+        right = row["answer"] if kind == "answers" else str(row["answer"])
+        shown = right if isinstance(right, str) else right[0]
+        found.append({"question": row["question"], "right": right, "shown": shown})
+    return known, found
 
 
 def program_of(head: str, question: str, tests: list[str]) -> dict[str, Any]:
