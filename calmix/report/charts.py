@@ -116,19 +116,12 @@ class Chart:
     described: str
     draw: Callable[[float], Any]
 
-    def file(self) -> str:
-        """Return the chart as a file of SVG, its title above."""
-        return self._drawn(WIDTH, titled=True)
-
-    def _drawn(self, width: float, *, titled: bool = False) -> str:
+    def file(self, width: float = WIDTH) -> str:
+        """Return the chart as a file of SVG, without its title."""
         settings = {**SETTINGS, "svg.hashsalt": self.name}
         with mpl.rc_context(settings), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             figure, target = self.draw(width), io.BytesIO()
-            if titled:
-                figure.suptitle(self.title, x=0.012, ha="left", fontsize=12, fontweight="bold")
-                wide, high = figure.get_size_inches()
-                figure.set_size_inches(wide, high + 0.3)
             # A canvas' own printing: `savefig` would draw everything once more beforehand.
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             FigureCanvasSVG(figure).print_svg(target, metadata=nothing)
@@ -141,7 +134,7 @@ class Chart:
         return self._element("", "wide", WIDTH) + self._element("-narrow", "narrow", NARROW)
 
     def _element(self, ending: str, kind: str, wide: float) -> str:
-        name, text = self.name + ending, self._drawn(wide)
+        name, text = self.name + ending, self.file(wide)
         text = text[text.index("<svg") :]
         width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0]
         for pattern, new in (

@@ -53,7 +53,6 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
             main=main_condition(found), facts=facts,
             conditions=[(each, told, figures.condition_charts(analysis, each))
                         for each, told in zip(found, summary["conditions"], strict=True)],
-            figures=FIGURES,
             made=yaml.safe_dump({"suite": results.suite, "analysis": settings}, sort_keys=False),
         ),
         "summary.txt": summary_text(analysis) + "\n",
