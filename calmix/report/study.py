@@ -40,17 +40,11 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
     `report.html` has everything; `summary.txt` is the same in words.
     """
     summary, found = summarise(analysis), analysis.conditions
-    facts = [
-        f"{analysis.finished} of {words.counted(analysis.planned, 'trial')} finished",
-        " version ".join(str(results.suite[key]) for key in ("name", "version")
-                         if key in results.suite),
-        f"retention by {analysis.settings.measure}",
-    ]  # fmt: skip
     settings = analysis.settings.model_dump(include=set(Settings.model_fields))
     return {
         "report.html": render(
             "study.html", results=results, analysis=analysis, summary=summary,
-            main=main_condition(found), facts=facts,
+            main=main_condition(found),
             conditions=[(each, told, figures.condition_charts(analysis, each))
                         for each, told in zip(found, summary["conditions"], strict=True)],
             made=yaml.safe_dump({"suite": results.suite, "analysis": settings}, sort_keys=False),

@@ -99,7 +99,7 @@ def test_what_the_study_says_is_shown_and_never_run():
         for at, name in enumerate("abcde")
     )  # fmt: skip
     results = study(
-        Plan(), trials=trials, name=evil, text=evil, suite={},
+        Plan(), trials=trials, name=evil, text=evil,
         failed=(failed("x").model_copy(update={"error": evil}),),
     )  # fmt: skip
     found = analyse(results, QUICK.model_copy(update={"default": f"a{evil}"}))
