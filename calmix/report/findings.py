@@ -1,4 +1,4 @@
-"""What a study shows, in sentences: found, not found, the claims, and how sure that is.
+"""What a study shows, in sentences: findings, the claims, and how sure that is.
 
 Everything is read off the analysis, where p is corrected; nothing is tested here. All but the last
 two claims are the paper's (arXiv 2606.03328) or follow from it; verdicts are ours.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from calmix.analysis import Analysis, ConditionAnalysis
@@ -55,26 +55,13 @@ def tally(verdicts: Sequence[Verdict]) -> str:
     return f"holds in {held} of {len(verdicts)}"
 
 
-@dataclass
-class Findings:
-    """Sentences about one condition or across several; `best` says which set is best."""
-
-    about: str
-    found: list[str] = field(default_factory=list)
-    not_found: list[str] = field(default_factory=list)
-    best: str = ""
-
-    def say(self, found: bool, text: str) -> None:
-        """Add a sentence to what was found or to what was not."""
-        (self.found if found else self.not_found).append(text)
-
-
 def summarise(analysis: Analysis) -> dict[str, Any]:
     """Return the sentences of an analysis: the headline, findings of each condition and of
     methods, claims with their verdicts, and how certain all that is."""
     return {
-        "headline": _headline(analysis), "conditions": list(map(_condition, analysis.conditions)),
-        "methods": _methods(analysis), "claims": claims(analysis),
+        "headline": _headline(analysis),
+        "conditions": [list(_condition(each)) for each in analysis.conditions],
+        "methods": list(_methods(analysis)), "claims": claims(analysis),
         "certainty": list(_certainty(analysis)),
     }  # fmt: skip
 
@@ -119,41 +106,42 @@ def _headline(analysis: Analysis) -> str:
     return text if "answers" in what else f"{text} {NO_ANSWERS}"
 
 
-def _condition(each: ConditionAnalysis) -> Findings:
-    told = Findings(each.condition.label)
+def _condition(each: ConditionAnalysis) -> Iterator[str]:
     ranked = [one for one in each.ranking if one.total.value is not None]
     if len(ranked) > 1:
-        told.best = f"{words.which_is_best(ranked)}."
-        told.say(len(leaders(ranked)) == 1, told.best)
+        yield f"{words.which_is_best(ranked)}."
     if len(each.ranking) > 1 and each.points and not each.correlations:
-        sources = words.counted(each.points, "single source")
-        told.say(False, f"With {sources} no metric can be correlated with retention "
-                 f"(at least {LEAST}, with metrics that differ).")  # fmt: skip
+        yield (
+            f"With {words.counted(each.points, 'single source')} no metric can be correlated with "
+            f"retention (at least {LEAST}, with metrics that differ)."
+        )
     for one in each.agreements:
         if one.quantity == TOTAL and one.rho is not None:
-            does = "orders" if one.agrees else "does not order"
-            told.say(one.agrees, f"KL to the dense model, which needs no labels, {does} {one.n} "
-                     f"sets as total retention does (ρ {words.rho(one.rho)}, "
-                     f"p {words.p_value(one.p)}; −1 is the same order).")  # fmt: skip
+            yield (
+                f"KL to the dense model, which needs no labels, "
+                f"{'orders' if one.agrees else 'does not order'} {one.n} sets as total retention "
+                f"does (ρ {words.rho(one.rho)}, p {words.p_value(one.p)}; −1 is the same order)."
+            )
     if faint := [f"{one.quantity} ({one.ratio:.1f})" for one in each.noise
                  if one.kind != "task" and one.ratio is not None and one.ratio < 1]:  # fmt: skip
-        told.say(False, "One trial per source cannot separate the sources (signal over noise "
-                 f"below 1) in {words.listed(faint)}.")  # fmt: skip
-    return told
+        yield (
+            "One trial per source cannot separate the sources (signal over noise below 1) in "
+            f"{words.listed(faint)}."
+        )
 
 
-def _methods(analysis: Analysis) -> Findings:
+def _methods(analysis: Analysis) -> Iterator[str]:
     """Each method against the one that keeps next less."""
-    told, nearest = Findings("Method by method"), dict[str, Gain]()
+    nearest: dict[str, Gain] = {}
     totals = (one for one in analysis.gains if one.quantity == TOTAL and not one.over)
     for one in sorted(totals, key=lambda one: one.gap.value or 0.0):
         nearest.setdefault(one.more, one)
     for each in analysis.conditions:
         if (mean := nearest.get(each.condition.label)) is not None:
-            told.say(mean.gap.clear, f"{mean.more} against {mean.less}: "
-                     f"{words.with_points(mean.gap)} points in total, mean of "
-                     f"{words.counted(mean.sets, 'set')}.")  # fmt: skip
-    return told
+            yield (
+                f"{mean.more} against {mean.less}: {words.with_points(mean.gap)} points in total, "
+                f"mean of {words.counted(mean.sets, 'set')}."
+            )
 
 
 def claims(analysis: Analysis) -> dict[str, list[Verdict]]:

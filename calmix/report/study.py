@@ -56,12 +56,13 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
 def summary_text(analysis: Analysis) -> str:
     """Return the findings as plain text of 80 columns."""
     summary, conditions = summarise(analysis), []
-    for each, told in zip(analysis.conditions, summary["conditions"], strict=True):
+    for each, said in zip(analysis.conditions, summary["conditions"], strict=True):
         rows = [("", "total", "acc.", "shrunken", "best", "worst dimension")]
         rows += [(one.calibration, words.with_span(one.total), words.percent(one.accuracy[TOTAL]),
                   words.percent(one.shrunken.value), words.sure(one.best),
                   f"{words.percent(one.lowest.value)} {words.short(one.worst or '', 16)}".strip())
                  for one in each.ranking[:ROWS]]  # fmt: skip
-        conditions.append((told, rows, max(0, len(each.ranking) - ROWS)))
+        more = max(0, len(each.ranking) - ROWS)
+        conditions.append((each.condition.label, said, rows, more))
     text = render("summary.txt", summary=summary, conditions=conditions, tally=tally)
     return re.sub(r"\n{3,}", "\n\n", text.strip())

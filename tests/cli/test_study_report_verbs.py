@@ -25,7 +25,7 @@ def folder(made, tmp_path):
 def test_analyse_writes_beside_the_study_and_prints_the_summary(calmix, folder):
     ended = calmix("study", "analyse", folder, *QUICK).ok()
     assert "(dense model: 100 %): " in " ".join(ended.out.split())
-    assert "not found" in ended.out
+    assert "findings" in ended.out
     assert (folder / "analysis" / "analysis.json").is_file()
     assert (folder / "analysis" / "correlations.csv").is_file()
     assert "shrunken" in ended.out
