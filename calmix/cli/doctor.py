@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import tempfile
@@ -87,14 +86,10 @@ def rerun(
 
     beside = (manifest if manifest.is_dir() else manifest.parent).resolve().parent
     place = beside if os.access(beside, os.W_OK) else None
-    with contextlib.ExitStack() as held:
-        target = output
-        if target is None:
-            folder = tempfile.TemporaryDirectory(dir=place, prefix=".calmix-rerun-")
-            target = Path(held.enter_context(folder)) / "again"
-        bar = held.enter_context(Progress())
+    held = tempfile.TemporaryDirectory(dir=place, prefix=".calmix-rerun-")
+    with held as folder, Progress() as bar:
         made = again(
-            manifest, target, trust_remote_code=trust_remote_code,
+            manifest, output or Path(folder) / "again", trust_remote_code=trust_remote_code,
             progress=bar.of("making it again"), writing=bar.writing, note=note,
         )  # fmt: skip
     kept = None if output is None else str(output)

@@ -267,8 +267,8 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
     if waiting or analysis.failed:
         yield (
             f"{analysis.finished} of {words.counted(analysis.planned, 'planned trial')} finished, "
-            f"{analysis.failed} failed, {waiting} to come. All figures are of the finished "
-            "ones and may change."
+            f"{analysis.failed} failed, {waiting} to come (calmix study status names them). All "
+            "figures are of the finished ones and may change."
         )
     if gaps := sum(len(each.missing) for each in found):
         yield (
