@@ -262,17 +262,26 @@ def test_the_distance_is_that_of_rounded_weights(tiny_folder, monkeypatch):
     assert start.expected(0.1, 3) == pytest.approx(0.95 * math.exp(-0.4))
 
 
-@pytest.mark.parametrize("after", range(7))
-def test_a_stop_goes_on_to_the_same_ladder(tiny_folder, text_file, tmp_path, after):
+@pytest.mark.parametrize(
+    ("distance", "after", "tried"),
+    [(100.0, after, [6, 5, 4.5]) for after in range(7)]
+    + [(0.04, after, [4, 6, 5, 4.5]) for after in range(3, 9)],
+)
+def test_a_stop_goes_on_to_the_same_ladder(
+    tiny_folder, text_file, tmp_path, plain, distance, after, tried
+):
+    """Before the candidate that is begun with, between the two sequences, and within them."""
+    plain["distance"] = distance
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
-    kept = dict.fromkeys(RUNGS, 97) | {5.0: 96, 4.5: 20}
-    run = Fake(out, kept)
+    run = Fake(out, dict.fromkeys(RUNGS, 97) | {4.5: 20, 4.0: 20})
     stopped = stopping(run, after)
     with pytest.raises(KeyboardInterrupt):
         walk(want, out, stopped, lambda *_: None)
     found = walk(want, out, run, lambda *_: None)
-    assert (found.bits, found.ended, len(found.rungs)) == (5, "failed", 3)
-    assert run.run_ == ["calibrate", "evaluate", *["prune", "evaluate"] * 3]
+    assert [one.bits for one in found.rungs] == tried
+    assert (found.bits, found.ended) == (5, "failed")
+    assert run.run_ == ["calibrate", "evaluate", *["prune", "evaluate"] * len(tried)]
+    assert not [*(out / CANDIDATES).glob("*/model")]
 
 
 def test_all_may_pass_none_may_pass_and_time_may_end(tiny_folder, text_file, tmp_path, monkeypatch):
