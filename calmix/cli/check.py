@@ -31,7 +31,7 @@ def check(
 
     No model is opened: the scores that compress, or evaluate --against, has written are read.
     """
-    from calmix.evaluation.floors import FILE, judge, parse_floors, record
+    from calmix.evaluation.floors import FILE, judge, parse_floors, proven, record
     from calmix.evaluation.scores import load_pairs
     from calmix.report import words
 
@@ -56,7 +56,7 @@ def check(
     else:
         rows = [
             {"ability": one.ability, "measure": one.measure, "items": one.items,
-             "kept %": words.percent(one.kept), "proven %": words.percent(one.bound),
+             "kept %": words.percent(one.kept), "proven %": proven(one.bound),
              "asked %": words.percent(one.floor), "": "kept" if one.passed else "not kept"}
             for one in verdict.tested
         ]  # fmt: skip

@@ -51,6 +51,7 @@ from calmix.evaluation.floors import (
     judge,
     needed,
     parse_floors,
+    proven,
     record,
 )
 from calmix.evaluation.scores import CapabilityScores, load_scores
@@ -120,7 +121,7 @@ class Ladder:
         """Return a record a candidate: what it keeps of every ability, and what is proven."""
         return [
             {"bits": f"{rung.bits:g}", "kept": "yes" if rung.kept else "no"}
-            | {one["ability"]: f"{100 * one['kept']:.1f} ({100 * one['bound']:.1f})"
+            | {one["ability"]: f"{100 * one['kept']:.1f} ({proven(one['bound'])})"
                for one in rung.tested}
             for rung in self.rungs
         ]  # fmt: skip
@@ -139,7 +140,7 @@ class Ladder:
         last = max((one for one in self.rungs if not one.kept), key=lambda one: one.bits)
         told = ", ".join(
             f"{one['ability']} keeps {100 * one['kept']:.1f} % of {one['items']} items by "
-            f"{one['measure']}, proven {100 * one['bound']:.1f} %, asked {100 * one['floor']:g} %"
+            f"{one['measure']}, proven {proven(one['bound'])} %, asked {100 * one['floor']:g} %"
             for one in last.tested if not one["passed"]
         )  # fmt: skip
         drawn = len(last.verdicts)

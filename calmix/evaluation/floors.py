@@ -103,7 +103,7 @@ class Verdict:
                 f"checkpoint; {others}."
             )
         missed = ", ".join(
-            f"{one.ability} (keeps {100 * one.kept:.1f} %, proven {100 * one.bound:.1f} %, asked "
+            f"{one.ability} (keeps {100 * one.kept:.1f} %, proven {proven(one.bound)} %, asked "
             f"{100 * one.floor:g} %; {one.basis}"
             f"{'; more items may prove it' * (one.kept > one.floor)})"
             for one in self.tested if not one.passed
@@ -166,6 +166,11 @@ def parse_floors(text: str) -> dict[str, float]:
 def needed(floor: float, confidence: float = CONFIDENCE) -> int:
     """Return how many right answers prove a floor if all are kept."""
     return math.ceil(math.log(1 - confidence) / math.log(floor) - 1e-9)
+
+
+def proven(bound: float) -> str:
+    """Return a lower bound in per cent as it is shown: rounded down, so that none seems reached."""
+    return f"{math.floor(1000 * bound + 1e-9) / 10:.1f}"
 
 
 def provable(items: int, confidence: float = CONFIDENCE) -> float:

@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import binom
 
 from calmix.errors import InputError
-from calmix.evaluation.floors import judge, lower_bound, needed, parse_floors, provable
+from calmix.evaluation.floors import judge, lower_bound, needed, parse_floors, provable, proven
 from calmix.evaluation.retention import retention
 from tests.evaluation.helpers import accuracy, bits, scored, written
 
@@ -47,6 +47,7 @@ def test_floors_are_read_or_refused_in_one_line(text, found):
 
 def test_bounds_are_exact_and_say_what_so_many_right_answers_can_prove():
     assert lower_bound(0, 20) == 0
+    assert [proven(one) for one in (0.89999, 0.9, 0.57, 1.0)] == ["89.9", "90.0", "57.0", "100.0"]
     assert lower_bound(20, 20) == pytest.approx(0.05 ** (1 / 20))
     for kept, of, confidence in ((1, 20, 0.95), (45, 60, 0.9), (3, 7, 0.99)):
         bound = lower_bound(kept, of, confidence)  # there so many or more are as rare as that
