@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +27,6 @@ from calmix.analysis.statistics import (
 )
 from calmix.options import Settings
 
-Over = Literal["single", "all"]
 METRIC = "perplexity"
 
 
@@ -61,14 +60,13 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Spread:
-    """How far apart the calibration sets are in the total or in one dimension.
+    """How far apart the single sources are in the total or in one dimension.
 
     Sets that differ much in every dimension can look alike in the mean over dimensions, where
     gains in one cancel losses in another.
     """
 
     condition: str
-    over: Over
     quantity: str
     n: int
     lowest: str
@@ -164,20 +162,17 @@ def cancellation(parts: Array, *, permutations: int, seed: int) -> float:
 
 
 def spreads(cells: Cells, settings: Settings) -> list[Spread]:
-    """Return the spread of total and dimensions over single sources and over all sets, where there
-    are two or more."""
-    found = []
-    for over in get_args(Over):
-        chosen = cells.of("single") if over == "single" else list(range(len(cells.sets)))
-        means = cells.means[chosen][:, : len(cells.quantities)]
-        parts = means[:, 1:][:, ~np.isnan(means[:, 1:]).any(0)]
-        for quantity, values in zip(cells.quantities, means.T, strict=True):
-            if len(chosen) < 2 or np.isnan(values).any():
-                continue
-            p = None
-            if quantity == TOTAL and len(chosen) >= LEAST and parts.shape[1] > 1:
-                p = cancellation(parts, permutations=settings.resamples, seed=settings.seed)
-            low, high = (cells.sets[chosen[int(at)]] for at in (values.argmin(), values.argmax()))
-            found.append(Spread(cells.condition.label, over, quantity, len(chosen), low, high,
-                                float(values.max() - values.min()), p))  # fmt: skip
+    """Return the spread of total and dimensions over single sources, of two or more."""
+    found, chosen = [], cells.of("single")
+    means = cells.means[chosen][:, : len(cells.quantities)]
+    parts = means[:, 1:][:, ~np.isnan(means[:, 1:]).any(0)]
+    for quantity, values in zip(cells.quantities, means.T, strict=True):
+        if len(chosen) < 2 or np.isnan(values).any():
+            continue
+        p = None
+        if quantity == TOTAL and len(chosen) >= LEAST and parts.shape[1] > 1:
+            p = cancellation(parts, permutations=settings.resamples, seed=settings.seed)
+        low, high = (cells.sets[chosen[int(at)]] for at in (values.argmin(), values.argmax()))
+        found.append(Spread(cells.condition.label, quantity, len(chosen), low, high,
+                            float(values.max() - values.min()), p))  # fmt: skip
     return found

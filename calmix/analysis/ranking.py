@@ -38,7 +38,6 @@ class Ranked:
     behind: Estimate | None  # shrunken total of the first set less this one's; None for the first
     condition: str
     rank: int | None  # by total, from 1; None without a value
-    rank_worst: int | None  # by worst dimension
     worst: str | None  # the dimension with the lowest mean over seeds, whose estimate is `lowest`
     lowest: Estimate
     dimensions: dict[str, Estimate]
@@ -122,7 +121,6 @@ def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
     best = _chances(found, weight, values, coefficients)
     order = np.argsort(-measured, kind="stable").tolist()
     parts = found.values[:, 1 : len(names)]
-    by_worst = in_order(np.fmin.reduce(parts, axis=1))
     unit, made = np.eye(len(values)), []
 
     def estimate(of_sets: Array, value: float | None = None, *, test: bool = False) -> Estimate:
@@ -139,8 +137,7 @@ def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
         made.append(Ranked(
             own.calibration, own.strategy, total, estimate(coefficients[at], float(values[at])),
             best[at], behind, cells.condition.label,
-            None if total.value is None else place,
-            by_worst.index(at) + 1 if at in by_worst else None, worst,
+            None if total.value is None else place, worst,
             Estimate(None) if worst is None else dimensions[worst], dimensions,
             {task.name: found.one(at, q) for q, task in enumerate(cells.tasks, len(names))},
             _named(names, cells.accuracy[at]),
