@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from calmix import assets
-from calmix.errors import SourceError
+from calmix.errors import MissingExtraError, SourceError
 from calmix.files import parse_json
 from calmix.progress import quiet
 
@@ -258,6 +258,10 @@ class ReasoningGym(OfPackage):
     datasets: list[str]
     documents: Annotated[int, Field(gt=0)]
     strip: str | None = None
+
+    def check(self) -> None:
+        if self._spec() is None:
+            raise MissingExtraError("reasoning-gym problems", "reasoning")
 
     def read(self) -> Iterator[Document]:
         self.check()

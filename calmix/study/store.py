@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from filelock import SoftFileLease, Timeout
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from calmix.errors import InputError, disk_errors
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
@@ -42,13 +42,19 @@ Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # names a file of 
 Scalar = str | int | float | None
 
 
+def _named(key: list[Scalar]) -> list[Scalar]:
+    if len(key) < 2 or not all(isinstance(name, str) for name in key[:2]):
+        raise ValueError("names no model and calibration set")
+    return key
+
+
 class Entry(Record):
     """A trial of the study: its hash, its label, the names of its model and set and what else has
     told it apart, and the hash of its set."""
 
     id: Id
     label: str
-    key: list[Scalar]
+    key: Annotated[list[Scalar], AfterValidator(_named)]
     set: Id | None
 
 
