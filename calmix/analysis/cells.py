@@ -192,6 +192,12 @@ def _cells(
              if name in first]  # fmt: skip
     seeds = tuple(sorted({trial.seed for trial in trials}))
     places = [(names.index(trial.calibration), seeds.index(trial.seed)) for trial in trials]
+    for trial, place in zip(trials, places, strict=True):
+        if places.count(place) > 1:
+            raise InputError(
+                f"two trials of {trial.calibration} at seed {trial.seed} ({condition.label}) "
+                f"differ in nothing the analysis knows (one is {trial.id})"
+            )
     dense = results.dense[condition.model]
     pruned = [results.scores[trial.id] for trial in trials]
     for scores in pruned:

@@ -165,7 +165,7 @@ def predict(
         CalmixError: anything a user can mend.
     """
     draw = {"rows": rows, "length": length, "sources": own_sources(sources), **draw}
-    check_request(calibrations, method, **draw)
+    check_request(calibrations, method, every=every, **draw)
     chosen, pattern = get_method(method), as_pattern(0.6 if pattern is None else pattern)
     only = every_block(opened, every)
     blocks = find_blocks(opened.model).select(only)
@@ -202,8 +202,12 @@ def prediction(name: str, lost: dict[str, float], share: Mapping[str, float]) ->
     return Prediction(name, math.exp(total), lost)
 
 
-def check_request(calibrations: Sequence[str], method: str | Method, **draw: Any) -> None:
+def check_request(
+    calibrations: Sequence[str], method: str | Method, *, every: int = EVERY, **draw: Any
+) -> None:
     """Check what `predict` is asked for, without the model."""
+    if every < 1:
+        raise InputError(f"--every {every} is not positive")
     chosen = get_method(method)
     if chosen.needs is None:
         raise InputError(f"method {chosen.name} looks at no text: every set keeps as much")

@@ -325,11 +325,10 @@ def _first(
     little for fewer."""
     floors, confidence = _floors(asked)
     try:
-        judge(floors, [(dense, dense)], _level(1 - FIRST, confidence))
+        tested = judge(floors, [(dense, dense)], _level(1 - FIRST, confidence)).tested
         plain = start.plain_distance(asked.model, asked.device, asked.trust_remote_code)
     except CalmixError:
         return RUNGS[0]
-    tested = judge(floors, [(dense, dense)], confidence).tested
     bits = start.begin(RUNGS, tested, plain, _level(FIRST, confidence))
     return bits if _due(building(asked, out, bits), seconds) <= left else RUNGS[0]
 

@@ -76,8 +76,11 @@ def reference(opened: OpenModel, texts: Texts, *, cache: bool = False) -> Refere
 
 
 def head_hash(model: Any) -> str:
-    """Return a SHA-256 of the weights behind the decoder."""
-    digest = hashlib.sha256()
+    """Return a SHA-256 of what is behind the decoder: weights, and what is done to logits."""
+    _, head = likelihood.decoder_and_head(model)
+    with torch.inference_mode():
+        seen = head(torch.ones(1, likelihood.width(model), dtype=model.dtype, device=model.device))
+    digest = hashlib.sha256(seen.float().cpu().numpy().tobytes())
     weights = model.get_output_embeddings().state_dict() | likelihood.behind(model)
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())

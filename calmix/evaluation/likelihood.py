@@ -74,6 +74,13 @@ def decoder_and_head(model: Any) -> tuple[Any, Head]:
     return decoder, partial(_own_logits, model, decoder, _outputs[model])
 
 
+def width(model: Any) -> int:
+    """Return the width of what a causal LM's head sees."""
+    decoder_and_head(model)
+    output = _outputs[model]
+    return int((output[0]).shape[-1])
+
+
 def _output(model: Any, decoder: Any) -> Any:
     """Return what a decoder returns; a ModelError where logits are not made of that alone."""
     size, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device

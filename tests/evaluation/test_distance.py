@@ -10,7 +10,7 @@ import torch
 
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import distance as module
-from calmix.evaluation.distance import distance, reference
+from calmix.evaluation.distance import distance, head_hash, reference
 from calmix.models import open_model
 from tests.evaluation.helpers import opened
 from tests.tiny import save_tiny_model, tiny_ids
@@ -108,6 +108,10 @@ def test_another_head_needs_the_dense_one():
     for name, ids in TEXTS.items():
         wanted = whole(dense, pruned, ids)[0].mean()
         assert found[name]["kl_mean"] == pytest.approx(wanted, rel=1e-3)
+    capped, other = pair("gemma2")  # what is done to the logits is a part of the head
+    other.model.config = copy.deepcopy(other.model.config)
+    other.model.config.final_logit_softcapping = 3.0
+    assert head_hash(other.model) != head_hash(capped.model)
 
 
 def test_what_does_not_compare_is_refused():

@@ -2,7 +2,7 @@
 
 import random
 
-from calmix.evaluation.packing import Scored, plan
+from calmix.evaluation.packing import Row, Scored, Target, fill_rows, plan
 
 
 def test_rows_keep_their_size_and_shared_tokens_run_once():
@@ -18,3 +18,10 @@ def test_rows_keep_their_size_and_shared_tokens_run_once():
         assert all(len(row) <= 128 for row in rows)
         # The last token of a sequence is only predicted: one node a choice beside the question.
         assert sum(map(len, rows)) == 30 * (20 + 4)
+
+
+def test_rows_are_filled_closely():
+    trees = [Row([1] * n, [-1] * n, [0] * n, [Target(n, n - 1, 5)]) for n in (60, 40, 30, 70, 100)]
+    rows = fill_rows(trees, 100)
+    assert sorted(map(len, rows)) == [100, 100, 100]
+    assert all(row.ids[target.node] == 1 for row in rows for target in row.targets)

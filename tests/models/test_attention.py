@@ -184,3 +184,13 @@ def test_opened_models_alone_have_it(tmp_path, tiny_folder, slices):
     assert slices
     opened.model.save_pretrained(tmp_path / "saved")
     assert MARK not in (tmp_path / "saved" / "config.json").read_text(encoding="utf-8")
+
+
+@torch.no_grad()
+def test_a_reserved_cache_copies_nothing():
+    model = tiny_model("llama")
+    cache = reserved_cache(model, 8)
+    decoded(model, tiny_ids(2, 4), cache)
+    first = cache.layers[0].keys.data_ptr()
+    decoded(model, tiny_ids(2, 4), cache)
+    assert (cache.layers[0].keys.shape[-2], cache.layers[0].keys.data_ptr()) == (8, first)

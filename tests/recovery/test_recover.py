@@ -132,6 +132,7 @@ def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method
     [
         ("distill", "written", 8),
         pytest.param("blocks", "written", 2, marks=pytest.mark.long),
+        pytest.param("distill", "counted", 8, marks=pytest.mark.long),
         pytest.param("distill", "renamed", 0, marks=pytest.mark.long),
         pytest.param("blocks", "counted", 1, marks=pytest.mark.long),
     ],
