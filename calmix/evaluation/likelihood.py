@@ -77,8 +77,7 @@ def decoder_and_head(model: Any) -> tuple[Any, Head]:
 def width(model: Any) -> int:
     """Return the width of what a causal LM's head sees."""
     decoder_and_head(model)
-    output = _outputs[model]
-    return int((output[0]).shape[-1])
+    return int(_outputs[model][0].shape[-1])
 
 
 def _output(model: Any, decoder: Any) -> Any:
