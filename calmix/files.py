@@ -268,28 +268,20 @@ def check_apart(path: Path, inputs: Iterable[object]) -> None:
 
     Inputs are as a user named them; what is no path is passed over.
     """
-    trail, there = _trail(path)
     for named in (one for one in inputs if one is not None):
-        other, given = _trail(user_path(str(named)))
-        if given and there and trail[-1] in other:
-            what = "is" if trail[-1] == other[-1] else "holds"
-        elif given and other[-1] in trail:
-            what = "lies in"
-        else:
-            continue
-        raise InputError(f"{path} {what} the input {named}: name another place for the output")
+        given = user_path(str(named))
+        within, around = _within(path, given), _within(given, path)
+        if within or around:
+            what = "is" if within and around else "lies in" if within else "holds"
+            raise InputError(f"{path} {what} the input {named}: name another place for the output")
 
 
-def _trail(path: Path) -> tuple[list[tuple[int, int]], bool]:
-    """Return device and number of what leads to a path, links followed, and whether it is there."""
-    found: list[tuple[int, int]] = []
+def _within(path: Path, folder: Path) -> bool:
+    """Tell whether a path is, or lies in, a folder that is there, links followed."""
     with suppress(OSError, ValueError):  # as a mix's text is longer than a name may be
         place = real_place(path)
-        for part in (*reversed(place.parents), place):
-            stat = part.stat()
-            found.append((stat.st_dev, stat.st_ino))
-        return found, True
-    return found, False
+        return any(part.samefile(folder) for part in (*reversed(place.parents), place))
+    return False
 
 
 def check_writable(path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from calmix.cli.common import line, note, print_json, result
+from calmix.cli.common import line, note, print_json
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError, nearest
@@ -15,7 +15,6 @@ from calmix.files import check_output_folder, check_result_file
 from calmix.options import (
     METHOD,
     DrawOptions,
-    Json,
     Licence,
     ModelOptions,
     Share,
@@ -34,12 +33,11 @@ WRITTEN = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of text 
 calibrate = group("calibrate", default="draw")
 
 
-@verb("draw", of=calibrate)
+@verb("draw", of=calibrate, json=True)
 def draw(
     own: TextField,
     drawn: DrawOptions,
     how: ModelOptions,
-    shown: Json,
     spec: str = option(
         ..., "Source, a:0.5,b:0.5, uniform:a,b, YAML, file; or self-written.", argument=True
     ),
@@ -73,17 +71,13 @@ def draw(
                        tick=bar.each("drawing"))  # fmt: skip
     made.save(output, overwrite=overwrite)
     manifest, leakage = made.manifest, made.manifest["leakage"]
-    if shown.as_json:
-        dropped = leakage if leakage == "off" else {
-            "dropped": {name: len(entries) for name, entries in leakage["dropped"].items()}
-        }  # fmt: skip
-        kept = {key: manifest[key] for key in WRITTEN if key in manifest}
-        print_json({
-            "folder": str(output), "rows": made.rows, "length": made.length, "counts": made.counts,
-            "chat_turns": manifest.get("chat_turns"), **kept, "sha256": made.sha256,
-            "leakage": dropped,
-        })  # fmt: skip
-        return
+    dropped = {} if leakage == "off" else {k: len(held) for k, held in leakage["dropped"].items()}
+    print_json({
+        "folder": str(output), "rows": made.rows, "length": made.length, "counts": made.counts,
+        "chat_turns": manifest.get("chat_turns"),
+        **{key: manifest[key] for key in WRITTEN if key in manifest}, "sha256": made.sha256,
+        "leakage": leakage if leakage == "off" else {"dropped": dropped},
+    })  # fmt: skip
     shares = ", ".join(f"{name} {count}" for name, count in made.counts.items())
     line(f"{output}: {made.rows} rows of {made.length} tokens ({shares})")
     if turns := manifest.get("chat_turns"):
@@ -97,16 +91,15 @@ def draw(
     if leakage == "off":
         line("not checked for leakage")
     else:
-        line(f"dropped {sum(map(len, leakage['dropped'].values()))} of "
+        line(f"dropped {sum(dropped.values())} of "
              f"{sum(leakage['checked'].values())} documents: they share {leakage['tokens']} tokens "
              f"in a row with an item of suite {leakage['suite']}")  # fmt: skip
 
 
-@verb("measure", of=calibrate)
+@verb("measure", of=calibrate, json=True)
 def measure(
     size: SizeOptions,
     how: ModelOptions,
-    shown: Json,
     specs: tuple[str, ...] = option(
         ..., "Sources, mixes or saved sets; offline: all.", argument=True
     ),
@@ -141,9 +134,7 @@ def measure(
         made = run(names, opened, **asked, tick=bar.each("measured", len(names) * draws))
     if output is not None:
         made.save(output)
-    if shown.as_json:
-        print_json(made.to_dict())
-        return
+    print_json(made.to_dict())
     print_table(
         table(made), least=[] if len(names) <= 4 else None,
         title=f"{made.budget['tokens']} tokens a draw ({rows} x {size.length}), "
@@ -153,11 +144,10 @@ def measure(
         line(f"{name}: {told}")
 
 
-@verb("predict", of=calibrate)
+@verb("predict", of=calibrate, json=True)
 def predict(
     drawn: DrawOptions,
     how: ModelOptions,
-    shown: Json,
     calibrations: tuple[str, ...] = option(..., "Sets, as for calmix prune.", argument=True),
     model: str = option(..., "The model to be pruned.", flag="--model -m"),
     method: str = option(METHOD, "Pruning method, e.g. admm,refit=5."),
@@ -199,9 +189,7 @@ def predict(
             held_out=texts(opened, own_texts, rows=ROWS, length=LENGTH),
             tick=bar.each("predicting"), note=note, writing=bar.writing, **asked,
         )  # fmt: skip
-    if shown.as_json:
-        print_json([asdict(one) for one in made])
-        return
+    print_json([asdict(one) for one in made])
     table = [{"calibration": one.calibration, "total": f"{one.total:.2%}",
              **{name: f"{value:.2%}" for name, value in one.lost.items()}}
             for one in made]  # fmt: skip
@@ -209,9 +197,8 @@ def predict(
     line("this orders sets, it is not retention")
 
 
-@verb("sources", of=calibrate)
+@verb("sources", of=calibrate, json=True)
 def list_sources(
-    shown: Json,
     sources: Path | None = own_sources_option(advanced=False),
     licence: Licence = licence_option(advanced=False),
     dimension: str | None = option(None, "Only sources of this dimension, e.g. code."),
@@ -228,26 +215,25 @@ def list_sources(
         raise InputError(f"no source is of dimension '{dimension}': {hint}")
     chosen = [source for source in known.values() if allowed(source.licence, licence)
               and dimension in (None, source.dimension)]  # fmt: skip
-    rows: list[dict[str, Any]] = [
+    rows = [
         {
             "name": source.name, "dimension": source.dimension, "use": source.use,
-            "licence": source.licence if shown.as_json else short(source.licence),
-            "available": source.reader.availability,
-        } | ({
+            "licence": source.licence, "available": source.reader.availability,
             "kind": source.kind, "size": source.size, "from": source.reader.origin,
             "version": source.reader.version, "description": source.description,
-        } if shown.as_json else {})
+        }
         for source in chosen
     ]  # fmt: skip
-    print_table(rows, as_json=shown.as_json, text=["licence", "available"],
-                least=["available", "licence"])  # fmt: skip
-    if not shown.as_json:
-        line(f"mixes: {', '.join(MIXES)}; offline: all that need no hub")
+    print_json(rows)
+    heads = ("name", "dimension", "use", "licence", "available")
+    print_table([{head: row[head] for head in heads} | {"licence": short(row["licence"])}
+                 for row in rows],
+                text=["licence", "available"], least=["available", "licence"])  # fmt: skip
+    line(f"mixes: {', '.join(MIXES)}; offline: all that need no hub")
 
 
-@verb("show", of=calibrate)
+@verb("show", of=calibrate, json=True)
 def show_source(
-    shown: Json,
     name: str = option(..., "A source, file or hub id.", argument=True),
     documents: int = option(1, "Documents to show.", ge=1),
     characters: int = option(600, "Characters of each.", ge=1),
@@ -260,7 +246,8 @@ def show_source(
 
     own = own_sources(sources)
     if name in MIXES and name not in own:
-        result(shown, {"mix": MIXES[name]}, f"{name}: {mix_text(MIXES[name])}")
+        print_json({"mix": MIXES[name]})
+        line(f"{name}: {mix_text(MIXES[name])}")
         return
     source = get_source(name, own)
     source.check()
@@ -269,9 +256,8 @@ def show_source(
         for one in itertools.islice(source.documents(), documents)
     ]
     entry, version = source.model_dump(mode="json") | {"use": source.use}, source.reader.version
-    result(
-        shown, {"source": entry, "version": version, "documents": first},
-        f"{source.name}: {source.description}",
-        f"{source.dimension}, {source.kind}, {source.licence} ({source.use}), {version}",
-        *(f"--- {one['id']} ({one['characters']} characters)\n{one['text']}" for one in first),
-    )  # fmt: skip
+    print_json({"source": entry, "version": version, "documents": first})
+    line(f"{source.name}: {source.description}")
+    line(f"{source.dimension}, {source.kind}, {source.licence} ({source.use}), {version}")
+    for one in first:
+        line(f"--- {one['id']} ({one['characters']} characters)\n{one['text']}")

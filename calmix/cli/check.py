@@ -11,12 +11,11 @@ from calmix.cli.tables import print_table
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, write_json
-from calmix.options import Json, Share, option, path_option
+from calmix.options import Share, option, path_option
 
 
-@verb("check")
+@verb("check", json=True)
 def check(
-    shown: Json,
     results: tuple[Path, ...] = option(
         ..., "Folder of calmix compress, or files of calmix evaluate -o.", argument=True
     ),
@@ -51,22 +50,20 @@ def check(
     made = record(verdict, floors, pairs)
     if place is not None:
         write_json(place, made)
-    if shown.as_json:
-        print_json(made)
-    else:
-        rows = [
-            {"ability": one.ability, "measure": one.measure, "items": one.items,
-             "kept %": words.percent(one.kept), "proven %": proven(one.bound),
-             "asked %": words.percent(one.floor), "": "kept" if one.passed else "not kept"}
-            for one in verdict.tested
-        ]  # fmt: skip
-        print_table(rows, title=f"{pruned.model} against {dense.model}", least=["measure", "items"])
-        for said in verdict.lines():
-            line(words.wrapped(said))
-        if place is not None:
-            note(f"wrote {place}")
-        if carded:
-            note(f"next: calmix report {folders[0]} puts it on the card")
+    print_json(made)
+    rows = [
+        {"ability": one.ability, "measure": one.measure, "items": one.items,
+         "kept %": words.percent(one.kept), "proven %": proven(one.bound),
+         "asked %": words.percent(one.floor), "": "kept" if one.passed else "not kept"}
+        for one in verdict.tested
+    ]  # fmt: skip
+    print_table(rows, title=f"{pruned.model} against {dense.model}", least=["measure", "items"])
+    for said in verdict.lines():
+        line(words.wrapped(said))
+    if place is not None:
+        note(f"wrote {place}")
+    if carded:
+        note(f"next: calmix report {folders[0]} puts it on the card")
     if not verdict.passed:
         raise typer.Exit(1)
 

@@ -51,17 +51,16 @@ def note(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON on the output stream, and nothing else."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Print a result as JSON where that is asked for: lines and tables are silent then."""
+    if out.quiet:
+        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def result(options: Json, value: Any, *lines: str) -> None:
+def result(_: Json, value: Any, *lines: str) -> None:
     """Print a result: as JSON where that is asked for, else as lines."""
-    if options.as_json:
-        print_json(value)
-    else:
-        for one in lines:
-            line(one)
+    print_json(value)
+    for one in lines:
+        line(one)
 
 
 def fail(message: str) -> NoReturn:

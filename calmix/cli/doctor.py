@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmix import assets
-from calmix.cli.common import line, note, print_json, result
+from calmix.cli.common import line, note, print_json
 from calmix.cli.tables import print_layers, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
-from calmix.options import Json, option, path_option
+from calmix.options import option, path_option
 from calmix.progress import Progress
 
 if TYPE_CHECKING:
@@ -25,30 +25,27 @@ WARNINGS = 10  # that are printed one by one
 doctor = group("doctor", default="check")
 
 
-@verb("check", of=doctor)
-def check(shown: Json) -> None:
+@verb("check", of=doctor, json=True)
+def check() -> None:
     """Check this installation and machine; exit code 0 if pruning works."""
     from calmix.diagnostics.doctor import examine
 
     with Progress() as bar:
         checks = examine(bar.each("looking at"))
     fine = all(one.state == "ok" for one in checks if one.core)
-    if shown.as_json:
-        print_json({"works": fine, "checks": [asdict(one) for one in checks]})
-    else:
-        rows = [{"what": one.name, "state": one.state, "found": one.found} for one in checks]
-        print_table(rows, text=["found"], least=[])
-        for one in checks:
-            if one.advice is not None:
-                line(f"{one.name}: {one.advice}")
-        line("pruning works" if fine else "pruning does not work")
+    print_json({"works": fine, "checks": [asdict(one) for one in checks]})
+    rows = [{"what": one.name, "state": one.state, "found": one.found} for one in checks]
+    print_table(rows, text=["found"], least=[])
+    for one in checks:
+        if one.advice is not None:
+            line(f"{one.name}: {one.advice}")
+    line("pruning works" if fine else "pruning does not work")
     if not fine:
         sys.exit(2)
 
 
-@verb("inspect", of=doctor)
+@verb("inspect", of=doctor, json=True)
 def inspect(
-    shown: Json,
     path: Path = option(..., "A result of calmix.", argument=True, metavar="OUT"),
     layers: bool = option(False, "One row for every layer."),
 ) -> None:
@@ -60,18 +57,15 @@ def inspect(
 
     with Progress() as bar:
         health = look(path, bar.each("checked"))
-    if shown.as_json:
-        print_json(asdict(health))
-    else:
-        _print_health(health, each=layers)
+    print_json(asdict(health))
+    _print_health(health, each=layers)
     if health.problems:
         more = f" (and {len(health.problems) - 1} more)" if health.problems[1:] else ""
         raise InputError(f"{health.problems[0]}{more}: make it again")
 
 
-@verb("rerun", of=doctor)
+@verb("rerun", of=doctor, json=True)
 def rerun(
-    shown: Json,
     manifest: Path = option(
         ..., "A checkpoint's calmix.json, a set's manifest.json.", argument=True
     ),
@@ -93,12 +87,13 @@ def rerun(
             progress=bar.of("making it again"), writing=bar.writing, note=note,
         )  # fmt: skip
     kept = None if output is None else str(output)
-    same = ["the same: every file has the hash of the manifest"] if made["same"] else []
-    changed = [f"changed since: {told}" for told in made["inputs"]]
-    result(shown, {"output": kept, **made}, *changed, *same)
+    print_json({"output": kept, **made})
+    for told in made["inputs"]:
+        line(f"changed since: {told}")
     if not made["same"]:
         why = next(iter(made["inputs"]), "though all inputs are the same")
         raise InputError(f"not the same: {', '.join(made['differing'])} ({why})")
+    line("the same: every file has the hash of the manifest")
 
 
 def _print_health(health: Health, *, each: bool) -> None:
@@ -121,8 +116,8 @@ def _print_health(health: Health, *, each: bool) -> None:
         line("intact: nothing is missing or damaged")
 
 
-@verb("models", of=doctor)
-def models(shown: Json) -> None:
+@verb("models", of=doctor, json=True)
+def models() -> None:
     """List the builtin models."""
     from calmix.models import builtin_models
     from calmix.sources.licences import use_of
@@ -135,9 +130,7 @@ def models(shown: Json) -> None:
         }
         for model in builtin_models().values()
     ]  # fmt: skip
-    if shown.as_json:
-        print_json(rows)
-        return
+    print_json(rows)
     keys = ("name", "parameters", "licence", "use")
     states = [", ".join(sorted({assets.get_asset(name).state for name in row["assets"]}))
               for row in rows]  # fmt: skip
@@ -148,8 +141,8 @@ def models(shown: Json) -> None:
         line(f"{row['name']}: {row['description']}; from {row['from']}")
 
 
-@verb("methods", of=doctor)
-def methods(shown: Json) -> None:
+@verb("methods", of=doctor, json=True)
+def methods() -> None:
     """List the pruning methods, other packages' too, with their options and papers."""
     from calmix.pruning.methods import methods as known
 
@@ -162,12 +155,12 @@ def methods(shown: Json) -> None:
         }
         for method in known().values()
     ]
-    print_table(rows, as_json=shown.as_json, text=["options", "paper"], least=["paper", "needs"])
+    print_json(rows)
+    print_table(rows, text=["options", "paper"], least=["paper", "needs"])
 
 
-@verb("assets", of=doctor)
+@verb("assets", of=doctor, json=True)
 def archives(
-    shown: Json,
     names: tuple[str, ...] = option(
         (), "Names of archives.", shown="all that are needed", argument=True
     ),
@@ -177,7 +170,6 @@ def archives(
     if install:
         for name in names or assets.needed():
             line(f"{name}: {assets.install(name)}")
-        return
     rows = [
         {
             "name": one.name, "package": f"{one.distribution} {one.version}",
@@ -186,5 +178,5 @@ def archives(
         }
         for one in map(assets.get_asset, names or assets.assets())
     ]  # fmt: skip
-    print_table(rows, as_json=shown.as_json, text=["package", "licence", "purpose"],
-                least=["package", "licence"])  # fmt: skip
+    print_json(rows)
+    print_table(rows, text=["package", "licence", "purpose"], least=["package", "licence"])

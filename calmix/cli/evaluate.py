@@ -11,12 +11,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.cli.common import line, note, print_json, result
+from calmix.cli.common import line, note, print_json
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, user_path, write_text
-from calmix.options import MODEL, Json, Measure, MeasureOptions, ModelOptions, option, path_option
+from calmix.options import MODEL, Measure, MeasureOptions, ModelOptions, option, path_option
 from calmix.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,11 +31,10 @@ DENSE = "Dense model, or a .json file of its scores."
 evaluate = group("evaluate", default="run")
 
 
-@verb("run", of=evaluate)
+@verb("run", of=evaluate, json=True)
 def run(
     measured: MeasureOptions,
     opening: ModelOptions,
-    shown: Json,
     model: str = option(..., MODEL, argument=True),
     suite: str = option("offline", "Suite by name, or a YAML file."),
     against: str | None = option(None, DENSE, metavar="DENSE"),
@@ -140,27 +139,24 @@ def run(
                 progress=bar.of("distance to the dense model"),
             )  # fmt: skip
     scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
-    made: dict[str, Any] = {"scores": scores.to_dict()}
+    made, kept = {"scores": scores.to_dict()}, None
     if dense is not None:
         kept = scores.retention(dense, measure=measured.measure)
         made |= {"dense": dense.to_dict(), "retention": kept.to_dict(),
                  "behaviour": asdict(behaviour((dense, scores)))}  # fmt: skip
     if output is not None:
         write_text(output, json.dumps(made, ensure_ascii=False) + "\n")
-    if shown.as_json:
-        print_json(made)
-        return
-    _print(scores, dense, measured.measure)
+    print_json(made)
+    _print(scores, dense, kept or _alone(scores, measured.measure))
     for name, count in scores.truncated.items():
         note(f"task {name}: {count} requests were cut to fit the model's context")
     if output is not None:
         note(f"wrote {output}")
 
 
-@verb("rescore", of=evaluate)
+@verb("rescore", of=evaluate, json=True)
 def rescore(
     measured: MeasureOptions,
-    shown: Json,
     file: Path = option(..., "A file of calmix evaluate -o.", argument=True),
     against: Path | None = option(None, "The dense model's file.", shown="the one in FILE"),
 ) -> None:
@@ -169,18 +165,23 @@ def rescore(
 
     dense, scores = load_pair(file)
     dense = dense if against is None else load_scores(against)
-    if not shown.as_json:
-        _print(scores, dense, measured.measure)
-    elif dense is None:
-        print_json(score_rows(scores, measured.measure))
+    if dense is None:
+        kept = _alone(scores, measured.measure)
+        print_json([
+            {"dimension": task.dimension, "task": task.name, "n": task.items,
+             "score": task.score, "floor": task.floor, "value": task.dense,
+             "noise": task.noise, "signal": task.signal, "accuracy": task.dense_accuracy}
+            for task in kept.tasks
+        ])  # fmt: skip
     else:
-        print_json(scores.retention(dense, measure=measured.measure).to_dict())
+        kept = scores.retention(dense, measure=measured.measure)
+        print_json(kept.to_dict())
+    _print(scores, dense, kept)
 
 
-@verb("compare")
+@verb("compare", json=True)
 def compare(
     measured: MeasureOptions,
-    shown: Json,
     scores: tuple[Path, ...] = option(..., "Files of calmix evaluate -o.", argument=True),
     against: Path | None = option(None, "The dense model's file.", shown="the one in SCORES"),
 ) -> None:
@@ -208,9 +209,7 @@ def compare(
                 f"others ({dense.model}): compare it by itself"
             )
     kept = [one.retention(dense, measure=measured.measure) for one in models]
-    if shown.as_json:
-        print_json({name: one.to_dict() for name, one in zip(names, kept, strict=True)})
-        return
+    print_json({name: one.to_dict() for name, one in zip(names, kept, strict=True)})
     found = [behaviour((dense, one)) for one in models]
     for at, (name, one) in enumerate(zip(names, models, strict=True)):
         told = words.verdict(found[at], likelihood(dense, one),
@@ -219,7 +218,7 @@ def compare(
             told = told[1:]
         line(words.wrapped(f"{name}: {' '.join(told)}", rest="  "))
     line("")
-    _print_kept(names, models, dense, kept, found, measured.measure)
+    _print_kept(names, models, dense, kept, found)
 
 
 def _print_kept(
@@ -228,7 +227,6 @@ def _print_kept(
     dense: CapabilityScores,
     kept: Sequence[Retention],
     found: Sequence[Behaviour],
-    measure: Measure,
 ) -> None:
     """Print what models have kept of a dense one by dimension, and how far they are from it."""
     from calmix.evaluation.retention import RESAMPLES, flips
@@ -260,7 +258,7 @@ def _print_kept(
                           for label, cell in one.items()}
             for name, one in zip(names, records, strict=True)
         ]  # fmt: skip
-    suite = dense.suite
+    suite, measure = dense.suite, kept[0].measure
     least = ["accuracy %", "top-1 %", "flips %", "worst", "KL to dense"]
     print_table(
         table, least=least if len(models) > BESIDE else [],
@@ -273,17 +271,9 @@ def _print_kept(
     line(f"Brackets: 95 %, over items, {RESAMPLES} resamples, seed 0.")
 
 
-def score_rows(scores: CapabilityScores, measure: Measure) -> list[dict[str, Any]]:
-    """Return a record a task: its score, its baseline, noise, signal, accuracy."""
-    kept = scores.retention(scores, measure=measure, resamples=1)
-    return [
-        {
-            "dimension": task.dimension, "task": task.name, "n": task.items,
-            "score": task.score, "floor": task.floor, "value": task.dense,
-            "noise": task.noise, "signal": task.signal, "accuracy": task.dense_accuracy,
-        }
-        for task in kept.tasks
-    ]  # fmt: skip
+def _alone(scores: CapabilityScores, measure: Measure) -> Retention:
+    """Return what a model that is its own dense one has kept, for its scores."""
+    return scores.retention(scores, measure=measure, resamples=1)
 
 
 Row = dict[str, Any] | str | None
@@ -294,7 +284,7 @@ def _headed(tasks: Sequence[Any], of: Callable[[Any], str], row: Callable[[Any],
     return [one for name, own in groupby(tasks, of) for one in (name, *map(row, own))]
 
 
-def _print(scores: CapabilityScores, dense: CapabilityScores | None, measure: Measure) -> None:
+def _print(scores: CapabilityScores, dense: CapabilityScores | None, kept: Retention) -> None:
     """Print scores, or what they are of a dense model's."""
     from calmix.evaluation.behaviour import behaviour, likelihood
     from calmix.report.words import measuring, number, short, verdict, with_span, wrapped
@@ -302,18 +292,18 @@ def _print(scores: CapabilityScores, dense: CapabilityScores | None, measure: Me
     title = f"suite {scores.suite['name']} version {scores.suite['version']}, {scores.dtype}"
     if dense is None:
         rows = _headed(
-            score_rows(scores, measure), lambda row: row["dimension"],
-            lambda row: {
-                "task": f"  {row['task']}", "scored by": row["score"], "n": row["n"],
-                "baseline": number(row["floor"]), "score": number(row["value"]),
-                "signal": "yes" if row["signal"] else "no", "accuracy": number(row["accuracy"]),
+            kept.tasks, lambda task: task.dimension,
+            lambda task: {
+                "task": f"  {task.name}", "scored by": task.score, "n": task.items,
+                "baseline": number(task.floor), "score": number(task.dense),
+                "signal": "yes" if task.signal else "no", "accuracy": number(task.dense_accuracy),
             },
         )  # fmt: skip
         print_table(rows, title=f"{scores.model}: {title}, {scores.seconds:.0f} s",
                     least=["scored by", "baseline", "accuracy", "n"])  # fmt: skip
         line(UNITS)
         return
-    kept, found = scores.retention(dense, measure=measure), behaviour((dense, scores))
+    found = behaviour((dense, scores))
     for said in verdict(found, likelihood(dense, scores), measuring(scores.model, dense.model)):
         line(wrapped(said))
     line("")
@@ -337,7 +327,7 @@ def _print(scores: CapabilityScores, dense: CapabilityScores | None, measure: Me
                 least=["scored by", "n", "accuracy", "dense", "pruned"])  # fmt: skip
     if any(not task.signal for task in kept.tasks):
         line("no signal: left out, as the dense score is within its noise of the baseline")
-    _print_kept([short(scores.model)], [scores], dense, [kept], [found], measure)
+    _print_kept([short(scores.model)], [scores], dense, [kept], [found])
 
 
 @verb("answers", of=evaluate)
@@ -374,10 +364,9 @@ def answers(
     note(f"wrote {output}: greedy answers, cut at {TOKENS} tokens")
 
 
-@verb("perplexity", of=evaluate)
+@verb("perplexity", of=evaluate, json=True)
 def perplexity(
     opening: ModelOptions,
-    shown: Json,
     model: str = option(..., MODEL, argument=True),
     text: Path = option(..., "A .txt, .jsonl or .parquet file."),
     length: int = option(2048, "Tokens per window.", ge=2),
@@ -393,31 +382,29 @@ def perplexity(
     opened = open_model(model, **opening.opening())
     with Progress() as bar:
         made = measure(opened, whole, length=length, tick=bar.of("scoring windows"))
-    result(
-        shown, {"model": model, "text": str(text)} | asdict(made),
-        f"perplexity {made.perplexity:.3f}, {made.bits_per_byte:.4f} bits per byte "
-        f"(lower is better; context {made.length}, {made.windows} windows)",
-    )  # fmt: skip
+    print_json({"model": model, "text": str(text)} | asdict(made))
+    line(f"perplexity {made.perplexity:.3f}, {made.bits_per_byte:.4f} bits per byte "
+         f"(lower is better; context {made.length}, {made.windows} windows)")  # fmt: skip
 
 
-@verb("suites", of=evaluate)
-def suites(shown: Json) -> None:
+@verb("suites", of=evaluate, json=True)
+def suites() -> None:
     """List the builtin suites; the path of a YAML file is a suite too."""
     from calmix.evaluation.suites import builtin_suites
 
-    rows: list[dict[str, Any]] = []
+    rows, told = [], []
     for each in builtin_suites().values():
         whose = _whose(each)
-        closed = [name for name, told in whose.items() if told["use"] == "non-commercial"]
+        closed = [name for name, one in whose.items() if one["use"] == "non-commercial"]
         rows.append({
             "name": each.name, "version": each.version, "dimensions": ", ".join(each.dimensions),
             "tasks": len(each.tasks), "not for commercial use": ", ".join(closed),
-            "description": each.description, **({"task": whose} if shown.as_json else {}),
+            "description": each.description,
         })  # fmt: skip
-    print_table(
-        rows, as_json=shown.as_json, text=["dimensions", "not for commercial use", "description"],
-        least=["not for commercial use", "tasks"],
-    )  # fmt: skip
+        told.append({**rows[-1], "task": whose})
+    print_json(told)
+    print_table(rows, text=["dimensions", "not for commercial use", "description"],
+                least=["not for commercial use", "tasks"])  # fmt: skip
 
 
 def _whose(suite: Suite) -> dict[str, dict[str, str]]:
@@ -429,9 +416,8 @@ def _whose(suite: Suite) -> dict[str, dict[str, str]]:
     return {name: {**one, "use": use_of(one["licence"])} for name, one in found.items()}
 
 
-@verb("suite", of=evaluate)
+@verb("suite", of=evaluate, json=True)
 def suite(
-    shown: Json,
     name: str = option(..., "Suite by name, or a YAML file.", argument=True),
     new: bool = option(False, "Write a suite of your own to start from: NAME.yaml and its rows."),
 ) -> None:
@@ -451,10 +437,8 @@ def suite(
         return
     found = load_suite(name)
     whose = _whose(found)
-    if shown.as_json:
-        told = found.model_dump(mode="json", exclude_none=True)
-        print_json({**told, "hash": found.hash, "provenance": whose})
-        return
+    told = found.model_dump(mode="json", exclude_none=True)
+    print_json({**told, "hash": found.hash, "provenance": whose})
 
     def row(name: str) -> Row:
         spec = found.tasks[name]

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from calmix.cli.common import result, size
+from calmix.cli.common import line, print_json, size
 from calmix.cli.verbs import verb
 from calmix.errors import InputError, nearest
 from calmix.files import check_output_file, user_path
@@ -57,7 +57,8 @@ def export(options: ExportOptions) -> None:
     act = {"pack": _pack, "model": _pack, "gguf": _engine, "openvino": _engine}.get(form, _set)
     with Progress() as bar:
         value, text = act(options, form, bar)
-    result(options, value, f"{text}: {options.output}")
+    print_json(value)
+    line(f"{text}: {options.output}")
 
 
 Made = tuple[dict[str, Any], str]  # the result as JSON, and in words

@@ -92,10 +92,8 @@ def prune(
         from calmix.compression.estimate import estimate_prune
 
         taken = estimate_prune(model, targets, max_memory=how["max_memory"], **work.opening())
-        if work.as_json:
-            print_json([asdict(one) | {"stage": one.stage.name} for one in taken])
-        else:
-            print_taken(taken, f"{model}, on this machine")
+        print_json([asdict(one) | {"stage": one.stage.name} for one in taken])
+        print_taken(taken, f"{model}, on this machine")
         return
     with distributed.launched(work.device) as own:
         leads = distributed.processes()[0] == 0  # of several processes one prints
@@ -105,10 +103,8 @@ def prune(
     if not leads:
         return
     made = list(zip(targets, reports, strict=True))
-    if work.as_json:
-        told = [{"output": str(path)} | report.to_dict() for path, report in made]
-        print_json(told if several else told[0])
-        return
+    told = [{"output": str(path)} | report.to_dict() for path, report in made]
+    print_json(told if several else told[0])
     for path, report in made:
         _print_pruned(path, report, brief=several)
 
@@ -183,16 +179,15 @@ def recover(
                 progress=bar.of(recovering.method), writing=bar.writing,
                 **work.work() | {"device": own},
             )  # fmt: skip
-    if leads and work.as_json:
-        print_json({"output": str(output)} | report.to_dict())
-    elif leads:
-        line(f"held-out rows ({len(report.held_out)} of {report.rows}), {LOSSES[report.method]}: "
-             f"{report.before:.4f} before, {report.after:.4f} after")  # fmt: skip
-        held, what = report.zeros, "zero"
-        if report.quantised:
-            held, what = report.quantised, "on their grid"
-        line(f"{held:,} of {report.weights:,} weights stay {what} "
-             f"({held / report.weights:.4%}), {report.seconds['total']:.1f} s: "
-             f"{output}")  # fmt: skip
-        if report.after >= report.before:
-            note("the held-out rows did not improve: the weights are unchanged")
+    if not leads:
+        return
+    print_json({"output": str(output)} | report.to_dict())
+    line(f"held-out rows ({len(report.held_out)} of {report.rows}), {LOSSES[report.method]}: "
+         f"{report.before:.4f} before, {report.after:.4f} after")  # fmt: skip
+    held, what = report.zeros, "zero"
+    if report.quantised:
+        held, what = report.quantised, "on their grid"
+    line(f"{held:,} of {report.weights:,} weights stay {what} "
+         f"({held / report.weights:.4%}), {report.seconds['total']:.1f} s: {output}")  # fmt: skip
+    if report.after >= report.before:
+        note("the held-out rows did not improve: the weights are unchanged")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from calmix.cli.common import line, note, print_json, result, size
+from calmix.cli.common import line, note, print_json, size
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
@@ -67,8 +67,8 @@ def init(
     note(f"wrote {study}: calmix study validate {study}")
 
 
-@verb("validate", of=studies)
-def validate(shown: Json, study: Path = FILE) -> None:
+@verb("validate", of=studies, json=True)
+def validate(study: Path = FILE) -> None:
     """Check a study file and list every mistake with its line."""
     from calmix.study.spec import check_study
     from calmix.study.trials import plan
@@ -76,17 +76,17 @@ def validate(shown: Json, study: Path = FILE) -> None:
     checked, problems = check_study(study)
     trials = [] if checked is None else plan(checked)
     sets = len({trial.calibration for trial in trials if trial.rows})
-    right = f"{study}: {len(trials)} trials over {sets} calibration sets"
-    result(shown, {"problems": problems, "trials": [trial.label for trial in trials]},
-           *(problems or [right]))  # fmt: skip
+    print_json({"problems": problems, "trials": [trial.label for trial in trials]})
+    for problem in problems:
+        line(problem)
     if problems:
         count = len(problems)
         raise InputError(f"{study} has {count} mistake{'s' if count > 1 else ''}")
+    line(f"{study}: {len(trials)} trials over {sets} calibration sets")
 
 
-@verb("plan", of=studies)
+@verb("plan", of=studies, json=True)
 def plan(
-    shown: Json,
     study: Path = FILE,
     device: str = option("auto", "Torch device to plan for, e.g. cuda:1."),
 ) -> None:
@@ -96,9 +96,7 @@ def plan(
 
     file = load_study(study)
     found = estimate(file, device)
-    if shown.as_json:
-        print_json({"study": file.file.name, **found})
-        return
+    print_json({"study": file.file.name, **found})
     rows = []
     for each in found["groups"]:
         taken = each["seconds"]
@@ -122,10 +120,9 @@ def plan(
         line(f"note: {text}")
 
 
-@verb("run", of=studies)
+@verb("run", of=studies, json=True)
 def run(
     trials: TrialOptions,
-    shown: Json,
     study: Path = FILE,
     store: Path = option(..., "Folder that keeps the results.", flag="--store -o", metavar="STORE"),
     only: list[str] = option(
@@ -169,12 +166,9 @@ def run(
     done = states.count("finished")
     failed, elsewhere = ({label: what for label, (how, what) in left.items() if how == ended}
                          for ended in ("failed", "elsewhere"))  # fmt: skip
-    result(
-        shown,
-        {"store": str(store), "planned": len(states), "finished": done,
-         "failed": failed, "elsewhere": elsewhere},
-        f"{done} of {len(states)} trials finished: {store}",
-    )  # fmt: skip
+    print_json({"store": str(store), "planned": len(states), "finished": done,
+                "failed": failed, "elsewhere": elsewhere})  # fmt: skip
+    line(f"{done} of {len(states)} trials finished: {store}")
     for label, who in elsewhere.items():
         note(f"left to {who}: {label}")
     if failed:
@@ -185,9 +179,8 @@ def run(
         )
 
 
-@verb("status", of=studies)
+@verb("status", of=studies, json=True)
 def status(
-    shown: Json,
     store: Path = option(..., "A study's results folder.", argument=True, metavar="STORE"),
 ) -> None:
     """Show how far a study is: finished, running, failed and still to run."""
@@ -210,9 +203,7 @@ def status(
     left = counts["running"] + counts["pending"]
     ahead = sum(seconds) / len(seconds) * left if seconds else None
     name = kept.index.name
-    if shown.as_json:
-        print_json({"study": name, **counts, "seconds_left": ahead, "trials": rows})
-        return
+    print_json({"study": name, **counts, "seconds_left": ahead, "trials": rows})
     print_table(rows, title=f"study {name}", text=["trial", "note"], least=[])
     work = f"; {duration(ahead)} of work left" if left and ahead is not None else ""
     line(", ".join(f"{count} {name}" for name, count in counts.items() if count) + work)
@@ -253,11 +244,9 @@ def _analysed(
     results = read_results(study)
     found = analysis_of(results, options, method=options.method, sparsity=options.sparsity)
     write(results, found, folder)
-    if options.as_json:
-        print_json(found.to_dict())
-    else:
-        line(summary_text(found))
-        line(f"\nwritten to {folder / inside}")
+    print_json(found.to_dict())
+    line(summary_text(found))
+    line(f"\nwritten to {folder / inside}")
 
 
 @verb("recommend", of=studies)
@@ -280,9 +269,7 @@ def recommend(
         read_results(options.study), weights, measure=options.measure,
         method=options.method, sparsity=options.sparsity,
     )  # fmt: skip
-    if options.as_json:
-        print_json([asdict(one) for one in found])
-        return
+    print_json([asdict(one) for one in found])
     for one in found:
         if not one.candidates:
             line(f"{one.condition}: no task with signal in a weighted dimension")
@@ -337,10 +324,8 @@ def power(
             f"power needs a set with two seeds, and {options.study} has none: give the study file "
             "a second seed"
         )
-    if options.as_json:
-        print_json([{"noise": asdict(noise), "needed": [asdict(one) for one in each],
-                     "ratio": noise.ratio} for noise, each in found])  # fmt: skip
-        return
+    print_json([{"noise": asdict(noise), "needed": [asdict(one) for one in each],
+                 "ratio": noise.ratio} for noise, each in found])  # fmt: skip
     for condition, members in groupby(found, key=lambda one: one[0].condition):
         own = list(members)
         rows = [

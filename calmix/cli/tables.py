@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from calmix.cli.common import Terminal, line, out, print_json, size
+from calmix.cli.common import Terminal, line, out, size
 from calmix.progress import duration
 
 if TYPE_CHECKING:
@@ -33,21 +33,17 @@ def room() -> int | None:
 def print_table(
     rows: Sequence[Mapping[str, Any] | str | None],
     *,
-    as_json: bool = False,
     title: str | None = None,
     text: Collection[str] = (),
     least: Sequence[str] | None = None,
 ) -> None:
-    """Print records, one column a key, so that they fit; or as JSON.
+    """Print records, one column a key, so that they fit.
 
     A row may also be the heading of a group, or None for a gap. A cell of None is a dash, and a
     column of them is left out. Cells of the columns in `text` may be broken between words. Where
     that is not enough, columns in `least` go, what matters least first; None is all but the first,
     from the last on.
     """
-    if as_json:
-        print_json(rows)
-        return
     records = [row for row in rows if isinstance(row, Mapping)]
     cells: dict[str, list[str]] = {}
     for head in dict.fromkeys(key for row in records for key in row):
@@ -83,7 +79,8 @@ def print_table(
             table.add_section()
         else:
             table.add_row(*([Text(row, style="bold")] if isinstance(row, str) else next(held)))
-    Terminal(width=max(limit, sum(narrow[head] + GAP for head in heads))).print(table)
+    width = max(limit, sum(narrow[head] + GAP for head in heads))
+    Terminal(width=width, quiet=out.quiet).print(table)
     if left_out:
         named = ", ".join(left_out)
         out.print(f"(a wider terminal shows {named} too; so does --json)", highlight=False,

@@ -13,6 +13,7 @@ import typer
 from pydantic import create_model
 from pydantic.fields import FieldInfo
 
+from calmix.cli.common import out
 from calmix.cli.root import VERBS, Command, Group, app
 from calmix.options import (
     DrawOptions,
@@ -46,8 +47,8 @@ def group(name: str, default: str = "") -> typer.Typer:
     return made
 
 
-def verb(name: str, *, of: typer.Typer = app) -> Callable[[Handler], Handler]:
-    """Register a function as a command.
+def verb(name: str, *, of: typer.Typer = app, json: bool = False) -> Callable[[Handler], Handler]:
+    """Register a function as a command, with `--json` if it prints some.
 
     Parameters without a default are models of options that verbs share; each gets all that was
     asked for. The others are options of the verb's own. One model of them all parses and checks
@@ -60,12 +61,17 @@ def verb(name: str, *, of: typer.Typer = app) -> Callable[[Handler], Handler]:
         shared = [hints[one.name] for one in given if one.default is one.empty]
         own: Any = {one.name: (hints[one.name], one.default)
                     for one in given if one.default is not one.empty}  # fmt: skip
-        model = create_model(handler.__name__, __base__=tuple(shared) or Options, **own)
+        bases = (*shared, Json if json else Options)
+        model = create_model(handler.__name__, __base__=bases, **own)
 
         def command(**values: Any) -> None:
             values.pop("help_all", None)
             asked = checked(model, {k: v for k, v in values.items() if v not in ([], False)})
-            handler(*[asked] * len(shared), **{key: getattr(asked, key) for key in own})
+            before, out.quiet = out.quiet, getattr(asked, "as_json", False)
+            try:
+                handler(*[asked] * len(shared), **{key: getattr(asked, key) for key in own})
+            finally:
+                out.quiet = before
 
         fields: dict[str, Any] = model.model_fields
         parameters = [_parameter(model, key, field) for key, field in fields.items()]
