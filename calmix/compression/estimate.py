@@ -139,7 +139,7 @@ def _drawn(asked: Request) -> tuple[int, int]:
 
 def _recovery(asked: Request, stage: Stage) -> Recovering:
     method = stage.arguments[stage.arguments.index("--method") + 1]
-    epochs = EFFORTS[asked.effort].epochs if Path(stage.leaves or "").name == "model" else None
+    epochs = asked.epochs if Path(stage.leaves or "").name == "model" else None
     return recover_request(calibration=asked.calibration, method=method, epochs=epochs)
 
 

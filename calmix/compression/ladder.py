@@ -59,7 +59,7 @@ from calmix.files import alone, remove, write_bytes, write_json
 from calmix.manifest import sealed
 from calmix.progress import duration
 
-RUNGS = (6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.6)  # bits a weight
+RUNGS = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits a weight; wider steps where each takes a recovery
 FIRST = 0.8  # of the errors allowed, those of a sequence that does not begin at the top
 MODELS = ("pruned", "blocks", "model")  # of a candidate, one made of the other
 KIND = "ladder of candidates"
@@ -235,6 +235,8 @@ def read_ladder(asked: Request, out: Path) -> Ladder:
     free = () if held["rungs"] else ("keep_at_least", "confidence")
     check_same(asked, held["request"], out, free)
     first = held.get("first", RUNGS[0])  # of a version that always began there
+    if not {first, *(one["bits"] for one in held["rungs"])} <= {*RUNGS}:
+        raise InputError(f"{out} holds a walk over other candidates: choose another -o")
     return Ladder(tuple(Rung(**one) for one in held["rungs"]), held["ended"], first)
 
 

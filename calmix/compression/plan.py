@@ -138,6 +138,12 @@ class Request(Target):
         return None if self.max_memory is None else parse_memory(self.max_memory)
 
     @property
+    def epochs(self) -> int:
+        """Epochs of the last recovery; one in a walk at standard effort, which recovers several."""
+        walks = self.keep_at_least is not None and self.effort == "standard"
+        return 1 if walks else EFFORTS[self.effort].epochs
+
+    @property
     def aim(self) -> dict[str, Any]:
         """The method and what it is asked for, as a prune takes them."""
         return _aim(self.sparsity, self.pattern, self.bits)
@@ -315,7 +321,7 @@ def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
         last = way == effort.recoveries[-1]
         after = "model" if last else way
         flags = _flags(
-            against=model, calibration=held, method=way, epochs=effort.epochs if last else None,
+            against=model, calibration=held, method=way, epochs=asked.epochs if last else None,
             **work, output=out / after,
         )  # fmt: skip
         found.append(Stage(f"recover by {way}", ("recover", str(out / before), *flags), after))

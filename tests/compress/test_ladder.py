@@ -96,21 +96,23 @@ def test_the_walk_ends_at_the_first_that_fails_and_keeps_the_one_before(
 ):
     """Even if a smaller one would pass again."""
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
-    run = Fake(out, {6.0: 100, 5.0: 98, 4.5: 95, 4.0: 92, 3.5: 84, 3.0: 100})
+    run = Fake(out, {6.0: 100, 5.0: 98, 4.5: 95, 4.0: 92, 3.2: 84, 2.6: 100})
     said = []
     found = walk(want, out, run, lambda stage, there: said.append((stage.name, there)))
-    assert [one.bits for one in found.rungs] == [6, 5, 4.5, 4, 3.5]
+    assert [one.bits for one in found.rungs] == [6, 5, 4.5, 4, 3.2]
     assert (found.bits, found.ended, found.left) == (4, "failed", ())
     assert (out / "model/made").read_text().count("candidates/4/model")
     assert not [*(out / CANDIDATES).glob("*/model"), *(out / CANDIDATES).glob("*/pruned")]
     assert json.loads((out / "abilities.json").read_text())["scores"]["fingerprint"] == "92"
-    assert found.why().startswith("3.5 bits fail: math keeps 84.0 % of 100 items by generated ")
+    assert found.why().startswith("3.2 bits fail: math keeps 84.0 % of 100 items by generated ")
     kept = [row["math"].split()[0] for row in found.rows()]
     assert kept == ["100.0", "98.0", "95.0", "92.0", "84.0"]
     assert [row["kept"] for row in found.rows()] == ["yes"] * 4 + ["no"]
     both = ["prune", "evaluate"]
     assert run.run_ == ["calibrate", "evaluate", *both * 4, "prune", "recover", "evaluate"]
     assert said[2] == ("6 bits, quantise", False)
+    recovered = next(one for one in ladder.building(want, out, 3.2) if "recover" in one.name)
+    assert "--epochs 1 " in recovered.command  # of several that are tried; 2 without a walk
     again = walk(want, out, Fake(out, {}), lambda *_: pytest.fail("nothing is left to do"))
     assert again == found
     with pytest.raises(InputError, match="is of another request"):
@@ -145,7 +147,7 @@ def test_a_candidate_passes_if_the_models_of_all_draws_do(tiny_folder, text_file
 @pytest.mark.parametrize(
     ("kept", "tried", "bits"),
     [
-        ({4.0: 95, 3.5: 80}, [4, 3.5], 4),
+        ({4.0: 95, 3.2: 80}, [4, 3.2], 4),
         ({4.0: 80, 6.0: 99, 5.0: 95, 4.5: 80}, [4, 6, 5, 4.5], 5),
         ({4.0: 80, 6.0: 99, 5.0: 95, 4.5: 95}, [4, 6, 5, 4.5], 4.5),
         ({4.0: 80, 6.0: 80}, [4, 6], None),
@@ -156,7 +158,7 @@ def test_a_candidate_passes_if_the_models_of_all_draws_do(tiny_folder, text_file
 def test_a_walk_begins_where_the_distance_says_and_goes_back_to_the_top(
     tiny_folder, text_file, tmp_path, plain, kept, tried, bits
 ):
-    plain["distance"] = 0.04  # 3.5 bits are thought to keep 88 of 100, 3 bits 81
+    plain["distance"] = 0.025  # 3.2 bits are thought to keep 88 of 100, 2.6 bits 80
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
     found = walk(want, out, Fake(out, kept), lambda *_: None)
     assert [one.bits for one in found.rungs] == tried
@@ -172,7 +174,7 @@ def test_time_that_ends_before_the_top_is_tried_leaves_no_verdict(
     calmix, command, tiny_folder, text_file, tmp_path, plain, monkeypatch
 ):
     """The next candidate is thought to take its share of what the last one took."""
-    plain["distance"] = 0.04
+    plain["distance"] = 0.025
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
     run = Fake(out, {4.0: 80, 6.0: 99, 5.0: 99, 4.5: 80})
     ticks = itertools.count(0, 10)
@@ -200,7 +202,7 @@ def test_a_walk_of_a_version_that_began_at_the_top_goes_on(tiny_folder, text_fil
     run = Fake(out, dict.fromkeys(RUNGS, 97) | {5.0: 20})
     with pytest.raises(KeyboardInterrupt):
         walk(want, out, stopping(run, 4), lambda *_: None)
-    plain["distance"] = 0.04
+    plain["distance"] = 0.025
     path = out / "ladder.json"
     told = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(told | {"first": 4.0}), encoding="utf-8")
@@ -210,12 +212,16 @@ def test_a_walk_of_a_version_that_began_at_the_top_goes_on(tiny_folder, text_fil
     path.write_text(json.dumps(sealed(old)), encoding="utf-8")
     found = walk(want, out, run, lambda *_: None)
     assert ([one.bits for one in found.rungs], found.first, found.bits) == ([6, 5], 6, 6)
+    told = json.loads(path.read_text(encoding="utf-8")) | {"first": 3.5}
+    path.write_text(json.dumps(sealed(told)), encoding="utf-8")
+    with pytest.raises(InputError, match="over other candidates"):
+        walk(want, out, run, lambda *_: None)
 
 
 def test_no_model_stays_of_a_candidate_that_is_not_reached(tiny_folder, text_file, tmp_path, plain):
     """It was begun before other floors were asked for."""
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
-    plain["distance"] = 0.04
+    plain["distance"] = 0.025
     run = Fake(out, {6.0: 99, 5.0: 20})
     with pytest.raises(KeyboardInterrupt):
         walk(want, out, stopping(run, 3), lambda *_: None)
@@ -244,7 +250,7 @@ def test_a_walk_begins_at_the_top_where_items_or_time_are_few(
     few = want.model_copy(update={"keep_at_least": "math=0.96"})
     found = walk(few, out, Fake(out, {6.0: 100, 5.0: 50}), lambda *_: None)
     assert (found.first, found.bits) == (6, 6)
-    out, long = tmp_path / "time", {"3 bits, recover by distill": 1e9}
+    out, long = tmp_path / "time", {"3.2 bits, recover by distill": 1e9}
     found = walk(want, out, Fake(out, {6.0: 100, 5.0: 50}), lambda *_: None, 1e6, long)
     assert (found.first, found.bits) == (6, 6)
 
@@ -265,7 +271,7 @@ def test_the_distance_is_that_of_rounded_weights(tiny_folder, monkeypatch):
 @pytest.mark.parametrize(
     ("distance", "after", "tried"),
     [(100.0, after, [6, 5, 4.5]) for after in range(7)]
-    + [(0.04, after, [4, 6, 5, 4.5]) for after in range(3, 9)],
+    + [(0.025, after, [4, 6, 5, 4.5]) for after in range(3, 9)],
 )
 def test_a_stop_goes_on_to_the_same_ladder(
     tiny_folder, text_file, tmp_path, plain, distance, after, tried
