@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from calmix.errors import CalmixError, InputError, PassingError, first_line
-from calmix.pruning.gram import Statistic
 
 T = TypeVar("T")
 WAIT = timedelta(days=7)  # the first process may draw text or write files for hours meanwhile
@@ -176,9 +175,3 @@ def add_up(part: Tensor) -> None:
     """Make a tensor the sum of all processes'."""
     if processes()[1] > 1:
         _together(lambda: dist.all_reduce(part))
-
-
-def gather(statistic: Statistic) -> None:
-    """Make a statistic that of all processes' rows."""
-    if processes()[1] > 1:
-        statistic.reduce(add_up)

@@ -293,7 +293,6 @@ class Run:
         )  # fmt: skip
         self._kind: Any = method.needs
         self._batches: list[Batch] = []
-        self._counts: dict[str, dict[int, Tensor]] = {}  # tokens by mixture and micro-batch
 
     @property
     def needs_ids(self) -> bool:
@@ -325,7 +324,6 @@ class Run:
         before = sum(seconds.values())
         self._laps = Laps(device)
         self.report.dense += self.found.dense(index)
-        self._counts.clear()
         self.grids.clear()
         with torch.inference_mode(), reproducible(device), _no_autocast(device):
             if self.needs_ids:
@@ -392,7 +390,7 @@ class Run:
             gram = Gram(seen.shape[-1], seen.device) if gram is None else gram
             gram.add(seen)
         assert gram is not None
-        distributed.gather(gram)
+        distributed.add_up(gram.sum)
         return gram.matrix()
 
     def _leads_on(self, index: int) -> bool:
@@ -463,14 +461,9 @@ class Run:
                 )
             try:
                 for one in inputs:
-                    if isinstance(one, Routed):
-                        for step, experts in self._waves(one):
-                            self._experts(one, step, experts, gather)
-                    else:
-                        statistic = self._statistic(one)
-                        gather(partial(self._add, statistic))
-                        self._solve(one, statistic)
-                        del statistic
+                    for part in self._parts(one):
+                        gather(next(part))
+                        next(part, None)
                     current += 1
                 if self._leads_on(index):
                     for number in batches:
@@ -483,104 +476,90 @@ class Run:
 
     def _two_pass(self, index: int, inputs: list[SharedInput | Routed]) -> None:
         """Prune one block on its dense inputs, then run it again for the next one's inputs."""
-        sums = [(one, self._statistic(one)) for one in inputs if isinstance(one, SharedInput)]
-        waves = [(one, *wave) for one in inputs if isinstance(one, Routed)
-                 for wave in self._waves(one)]  # fmt: skip
-        empty = list(sums)
+        number = 0
 
-        def gather(work: Work, at: nn.Module) -> None:
-            """Run the block on every micro-batch, and do some work at a module."""
-            number = 0
+        def working(work: Work) -> Callable[..., None]:
+            return lambda module, args, kwargs: work(number, args, kwargs)
 
-            def adding(statistic: Statistic) -> Callable[..., None]:
-                return lambda module, args: self._add(statistic, number, args, {})
-
+        parts = [(one, part) for one in inputs for part in self._parts(one)]
+        shared = [pair for pair in parts if isinstance(pair[0], SharedInput)]
+        # From the last input to the first: what is upstream of experts has to be dense still.
+        routed = [[pair] for pair in reversed(parts) if pair not in shared]
+        first = shared
+        for experts in routed or [[]] * bool(shared):
             with ExitStack() as hooks:
-                for one, statistic in empty:
-                    hooks.enter_context(one.module.register_forward_pre_hook(adding(statistic)))
-                hooks.enter_context(
-                    at.register_forward_pre_hook(
-                        lambda module, args, kwargs: work(number, args, kwargs), with_kwargs=True
+                for one, part in (*first, *experts):
+                    hook = working(next(part))
+                    hooks.enter_context(
+                        one.module.register_forward_pre_hook(hook, with_kwargs=True)
                     )
-                )
                 for number in range(len(self._batches)):
                     self._run(index, number, keep=False)
-            empty.clear()
-
-        # From the last input to the first: what is upstream of experts has to be dense still.
-        for routed, step, experts in reversed(waves):
-            self._experts(routed, step, experts, partial(gather, at=routed.module))
-        if empty:
-            gather(lambda number, args, kwargs: None, self.found.blocks[index])
-        while sums:
-            self._solve(*sums.pop(0))
+            for _, part in experts:
+                next(part, None)
+            first = []
+        for _, part in shared:
+            next(part, None)
         self._advance(index)
 
-    def _waves(self, routed: Routed) -> list[tuple[Step, list[int]]]:
-        """Return a mixture's steps, each with as many experts as have room for statistics."""
-        waves = []
-        for step in (step for step in routed.steps if step.layers):
+    def _parts(self, one: SharedInput | Routed) -> Iterator[Iterator[Work]]:
+        """Yield what is pruned at an input at a time: all layers, or of a mixture's steps as many
+        experts as have room for statistics. Each part yields the work to do on every micro-batch
+        there; what follows solves."""
+        if isinstance(one, SharedInput):
+            yield self._layers(one)
+            return
+        for step in (step for step in one.steps if step.layers):
             at_once = max(1, self.expert_bytes // (2 * self._kind.memory(step.columns)))
             experts = list(step.layers)
-            waves += [(step, experts[at : at + at_once]) for at in range(0, len(experts), at_once)]
-        return waves
+            for at in range(0, len(experts), at_once):
+                yield self._experts(one, step, experts[at : at + at_once])
 
-    def _experts(
-        self,
-        routed: Routed,
-        step: Step,
-        experts: list[int],
-        gather: Callable[[Work], None],
-    ) -> None:
+    def _layers(self, shared: SharedInput) -> Iterator[Work]:
+        """Gather the statistic of an input, and prune the layers that share it."""
+        statistic: Statistic = self._kind(shared.columns, shared.layers[0].view().device)
+
+        def add(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            with self._laps.lap("statistics"), _no_autocast(args[0].device):
+                statistic.add(args[0])
+
+        yield add
+        with self._laps.lap("solve"):
+            distributed.add_up(statistic.sum)
+            self._prune(shared.layers, statistic.matrix())
+
+    def _experts(self, routed: Routed, step: Step, experts: list[int]) -> Iterator[Work]:
         """Gather the statistics of some experts at one step, and prune them."""
         report, lap = self.report, partial(self._laps.lap, "statistics")
         gathering = Gathering(routed, step, experts, self._kind, lap)
         length = report.tokens // report.rows
         every, first = sampled(routed, length), distributed.share(report.rows).start
-        counts = self._counts.setdefault(routed.name, {})
 
         def collect(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rows = self._batches[number].rows
-            if number not in counts:
-                counts[number] = routed.counts(rows, args, kwargs)
+            if number not in routed.counted:
+                routed.counted[number] = routed.counts(rows, args, kwargs)
             before = (first + number * report.rows_at_once) * length
             sample = torch.arange(-before % every, rows * length, every)
             gathering.collect(sample.to(routed.device), args, kwargs)
 
-        gather(collect)
-        told = next((one for one in report.experts if one.name == routed.name), None)
-        if told is None:  # tokens are counted once a mixture
-            own = torch.cat([counts[number] for number in range(len(counts))]).cpu()
+        yield collect
+        if not report.experts or report.experts[-1].name != routed.name:  # once a mixture
+            own = torch.cat([routed.counted[number] for number in range(len(self._batches))]).cpu()
             by_row = torch.cat(distributed.everyone(own))
             chosen = {
                 source: by_row[torch.tensor([one == source for one in self.sources])]
                 for source in dict.fromkeys(self.sources)
             }
-            told = ExpertsReport(
-                routed.name, by_row.sum(0).tolist(),
-                {source: rows.sum(0).tolist() for source, rows in chosen.items()},
-            )  # fmt: skip
-            report.experts.append(told)
+            told = {source: rows.sum(0).tolist() for source, rows in chosen.items()}
+            report.experts.append(ExpertsReport(routed.name, by_row.sum(0).tolist(), told))
         with self._laps.lap("solve"):
-            for layers, statistic, tokens in gathering.statistics(told.tokens):
+            for layers, statistic, tokens in gathering.statistics(report.experts[-1].tokens):
                 self._prune(layers, statistic, tokens)
                 del statistic
 
     def _device(self, index: int) -> torch.device:
         return next(self.found.blocks[index].parameters()).device
-
-    def _statistic(self, shared: SharedInput) -> Statistic:
-        made: Statistic = self._kind(shared.columns, shared.layers[0].view().device)
-        return made
-
-    def _add(self, statistic: Statistic, number: int, args: Any, kwargs: Any) -> None:
-        with self._laps.lap("statistics"), _no_autocast(args[0].device):
-            statistic.add(args[0])
-
-    def _solve(self, shared: SharedInput, statistic: Statistic) -> None:
-        with self._laps.lap("solve"):
-            distributed.gather(statistic)
-            self._prune(shared.layers, statistic.matrix())
 
     def _prune(
         self, layers: list[Prunable], statistic: Tensor | None, tokens: int | None = None

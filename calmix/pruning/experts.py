@@ -12,8 +12,9 @@ H_all / n_all. So one that sees few tokens, or none, has a statistic too.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -116,26 +117,7 @@ def _place(layer: Prunable, stored: Tensor, used: Tensor, offset: int) -> tuple[
     return layer.parameter, None if used.ndim == 3 else at
 
 
-@contextmanager
-def watching(mixture: Mixture, layers: Sequence[Prunable], seen: Seen) -> Iterator[None]:
-    """Call `seen` for every product with weights of some layers in a mixture that runs meanwhile.
-
-    A product is computed where it returns True; all at once have the expert None.
-    """
-    config: Any = getattr(mixture.module, "config", None)
-    own = hasattr(config, "_experts_implementation")
-    before = config._experts_implementation if own else None
-    if own:
-        config._experts_implementation = "eager"
-    try:
-        with _Products(layers, seen):
-            yield
-    finally:
-        if own:
-            config._experts_implementation = before
-
-
-@dataclass(frozen=True)
+@dataclass
 class Step:
     """Linear maps that read one input, of every expert.
 
@@ -164,6 +146,7 @@ class Routed:
         layers: all linear maps in it.
         wanted: names of those to be pruned.
         steps: their inputs, in the order in which they can be pruned.
+        counted: how many tokens of each calibration row reach each expert, by micro-batch.
         chosen: experts a token is sent to.
         kind: how the module is called: `indexed` (hidden states, and the experts of each token),
             `stacked` (an expert's hidden states after another's, zero where it is not chosen) or
@@ -174,6 +157,7 @@ class Routed:
     layers: list[Prunable]
     wanted: frozenset[str]
     steps: list[Step] = field(default_factory=list)
+    counted: dict[int, Tensor] = field(default_factory=dict)
     kind: str = ""
     chosen: int = 1
 
@@ -204,13 +188,11 @@ class Routed:
             return True
 
         given = Given(args, kwargs)
-        with watching(self.mixture, self.layers, seen):
-            result = given.run(self.module)
-        found: list[list[str]] = []
+        result = self._watched(given, seen)
         done: set[str] = set()
         for keys in groups.values():
             if done.isdisjoint(keys) and len(set(keys)) == len(keys):
-                found.append(keys)
+                self.steps.append(Step({}, tuple(keys)))
             elif not done.issuperset(keys):
                 raise ModelError(f"the experts in {self.name} are not all wired alike")
             done |= set(keys)
@@ -223,57 +205,41 @@ class Routed:
             self.kind = "indexed"
         else:
             self.kind = "stacked" if len(given.tensors) == 1 else "shared"
-        self.steps = [self._step(keys) for keys in found]
         hidden = given.tensors[0]
         tokens = hidden.numel() // hidden.shape[-1]
         tokens //= self.mixture.count if self.kind == "stacked" else 1
         self.chosen = round(int(self.counts(1, args, kwargs).sum()) / tokens)
-        for number, step in enumerate(self.steps):
+        for step in self.steps:
+            for layer in self.layers:
+                if layer.parameter in step.keys and layer.name in self.wanted:
+                    step.layers.setdefault(layer.expert or 0, []).append(layer)
             experts = list(step.layers)[:2]
             if experts and self.kind != "shared":
                 inputs: dict[int, Tensor] = {}
                 every = torch.arange(tokens, device=hidden.device)
                 self.everything(step, experts, every, given, inputs.__setitem__)
-                common = len(inputs) < 2 or torch.equal(*inputs.values())
-                self.steps[number] = Step(step.layers, step.keys, common)
+                step.common = len(inputs) < 2 or torch.equal(*inputs.values())
         return result
 
-    def _step(self, keys: list[str]) -> Step:
-        layers: dict[int, list[Prunable]] = {}
-        for layer in self.layers:
-            if layer.parameter in keys and layer.name in self.wanted:
-                layers.setdefault(layer.expert or 0, []).append(layer)
-        return Step(layers, tuple(keys))
+    def _watched(self, given: Given, seen: Seen) -> Any:
+        """Run the module and call `seen` for every product with weights of its experts.
+
+        A product is computed where it returns True; all at once have the expert None.
+        """
+        config: Any = getattr(self.module, "config", None)
+        own = hasattr(config, "_experts_implementation")
+        before = config._experts_implementation if own else None
+        if own:
+            config._experts_implementation = "eager"
+        try:
+            with _Products(self.layers, seen):
+                return given.run(self.module)
+        finally:
+            if own:
+                config._experts_implementation = before
 
     def collect(self, step: Step, experts: Collection[int], given: Given, add: Add) -> None:
         """Run the module as far as a step's inputs and hand over those of some experts."""
-        with self._as_far_as(step, experts, add):
-            given.run(self.module)
-
-    def everything(
-        self, step: Step, experts: Sequence[int], tokens: Tensor, given: Given, add: Add
-    ) -> None:
-        """Do the same as if the tokens at some positions went to all of the experts."""
-        (hidden, *_), index, count = given.tensors, given.index, self.mixture.count
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        with self._as_far_as(step, experts, add):
-            if index is None:
-                apart = flat.view(count, -1, flat.shape[-1])
-                chosen = (apart != 0).any(-1).sum(0).clamp(min=1)
-                flat = (apart.sum(0) / chosen[:, None]).to(hidden.dtype)
-                new = {id(hidden): flat[tokens].repeat(count, 1)}
-            else:
-                # Some cannot send a token to one expert alone.
-                sent = [*experts, (experts[0] + 1) % count] if len(experts) == 1 else experts
-                numbers = torch.tensor(sent, dtype=index.dtype, device=index.device)
-                numbers = numbers.expand(len(tokens), -1)
-                new = dict.fromkeys(map(id, given.tensors), hidden.new_ones(numbers.shape))  # gates
-                flat = flat[tokens]
-                new |= {id(hidden): flat[None] if hidden.ndim == 3 else flat, id(index): numbers}
-            given.but(new).run(self.module)
-
-    @contextmanager
-    def _as_far_as(self, step: Step, experts: Collection[int], add: Add) -> Iterator[None]:
         at = next(number for number, one in enumerate(self.steps) if one is step)
         earlier = {key for one in self.steps[:at] for key in one.keys}
 
@@ -286,8 +252,28 @@ class Routed:
                 add(expert, inputs)
             return key in earlier and (expert is None or expert in experts)
 
-        with watching(self.mixture, self.layers, seen):
-            yield
+        self._watched(given, seen)
+
+    def everything(
+        self, step: Step, experts: Sequence[int], tokens: Tensor, given: Given, add: Add
+    ) -> None:
+        """Do the same as if the tokens at some positions went to all of the experts."""
+        (hidden, *_), index, count = given.tensors, given.index, self.mixture.count
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if index is None:
+            apart = flat.view(count, -1, flat.shape[-1])
+            chosen = (apart != 0).any(-1).sum(0).clamp(min=1)
+            flat = (apart.sum(0) / chosen[:, None]).to(hidden.dtype)
+            new = {id(hidden): flat[tokens].repeat(count, 1)}
+        else:
+            # Some cannot send a token to one expert alone.
+            sent = [*experts, (experts[0] + 1) % count] if len(experts) == 1 else experts
+            numbers = torch.tensor(sent, dtype=index.dtype, device=index.device)
+            numbers = numbers.expand(len(tokens), -1)
+            new = dict.fromkeys(map(id, given.tensors), hidden.new_ones(numbers.shape))  # gates
+            flat = flat[tokens]
+            new |= {id(hidden): flat[None] if hidden.ndim == 3 else flat, id(index): numbers}
+        self.collect(step, experts, given.but(new), add)
 
     def counts(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return how many tokens of each calibration row reach each expert, (rows, experts)."""
@@ -324,12 +310,12 @@ class Gathering:
         step: Step,
         experts: Sequence[int],
         kind: type[Statistic],
-        lap: Callable[[], AbstractContextManager[None]] = nullcontext,
+        lap: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._routed, self._step, self._experts = routed, step, experts
-        self._kind, self._lap = kind, lap
-        self._own: dict[int, Statistic] = {}
-        self._every: dict[int, Statistic] = {}
+        self._routed, self._step, self._experts, self._lap = routed, step, experts, lap
+        made = partial(kind, step.columns, routed.device)
+        self._own: dict[int, Statistic] = defaultdict(made)
+        self._every: dict[int, Statistic] = defaultdict(made)
         self._all = 0
         self._numbers = list(experts)[: 1 if step.common else None]
         if routed.kind == "shared":  # whose own tokens are all
@@ -351,8 +337,6 @@ class Gathering:
 
     def _add(self, sums: dict[int, Statistic], expert: int, inputs: Tensor) -> None:
         with self._lap():
-            if expert not in sums:
-                sums[expert] = self._kind(self._step.columns, inputs.device)
             sums[expert].add(inputs)
 
     def statistics(self, counts: Sequence[int]) -> Iterator[tuple[list[Prunable], Tensor, int]]:
@@ -363,27 +347,20 @@ class Gathering:
         """
         if self._numbers:
             self._all = sum(distributed.everyone(self._all))
-        common = self._step.common and self._numbers
-        whole = self._summed(self._every, self._numbers[0]) if common else None
+        whole: Tensor | None = None
         for expert in self._experts:
-            if not (layers := self._step.layers.get(expert, [])):
-                continue
-            count = counts[expert]
-            if not self._numbers:
-                yield layers, self._summed(self._own, expert), count
-                continue
-            every = self._summed(self._every, expert) if whole is None else whole
-            own = self._summed(self._own, expert) if count else torch.zeros_like(every)
-            if self._kind.sums:
-                own.add_(every, alpha=SMOOTHING / self._all)
-            else:
-                own = (count * own + SMOOTHING * every) / (count + SMOOTHING)
-            yield layers, own, count
+            own = self._summed(self._own, expert)
+            if self._numbers:
+                if whole is None or not self._step.common:
+                    whole = self._summed(self._every, expert)
+                own.add_(whole, alpha=SMOOTHING / self._all)
+            yield self._step.layers[expert], own, counts[expert]
 
     def _summed(self, sums: dict[int, Statistic], expert: int) -> Tensor:
         """Return the statistic of all processes' tokens, of which this one may have seen none."""
-        found = sums.pop(expert, None) or self._kind(self._step.columns, self._routed.device)
-        distributed.gather(found)
+        found = sums[expert]
+        del sums[expert]
+        distributed.add_up(found.sum)
         return found.matrix()
 
 

@@ -7,15 +7,15 @@ is not positive definite, so no half-precision product is ever accumulated.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from calmix.errors import InputError, SolverError
+from calmix.errors import SolverError
 from calmix.precision import bfloat16_products, large_products, widest
 
 CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
@@ -32,65 +32,43 @@ ATTEMPTS = (
 
 
 class Statistic(ABC):
-    """What a method needs of a layer's inputs, gathered over all calibration tokens.
+    """What a method needs of a layer's inputs: a sum over all calibration tokens, in float32.
+
+    The sums of two sets of tokens, or of several processes, add up. By default it is a vector.
 
     Args:
         columns: width of the input.
         device: where inputs and statistic lie.
-
-    Attributes:
-        sums: whether the statistics of two sets of tokens add up to that of both; otherwise they
-            are averages.
     """
 
-    sums: ClassVar[bool] = False
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.sum = torch.zeros(self.shape(columns), device=device)
 
-    @abstractmethod
-    def __init__(self, columns: int, device: torch.device) -> None: ...
+    @staticmethod
+    def shape(columns: int) -> tuple[int, ...]:
+        """Return the shape of the sum."""
+        return (columns,)
 
     @abstractmethod
     def add(self, inputs: Tensor) -> None:
         """Add tokens: inputs of shape (..., columns), any float dtype."""
 
-    @abstractmethod
     def matrix(self) -> Tensor:
-        """Return the statistic; nothing is added afterwards."""
-
-    def reduce(self, total: Callable[[Tensor], Any]) -> None:
-        """Add what other processes have gathered.
-
-        Args:
-            total: changes a tensor to the sum of all processes'.
-
-        Raises:
-            InputError: several processes cannot gather this one; by default none can.
-        """
-        raise InputError(f"{type(self).__name__} cannot be gathered by several processes")
+        """Return the sum; nothing is added afterwards."""
+        return self.sum
 
     @classmethod
     def memory(cls, columns: int) -> int:
-        """Return the bytes it takes; by default a few vectors."""
-        return 16 * columns
+        """Return the bytes it takes."""
+        return 4 * math.prod(cls.shape(columns))
 
 
-class Sums(Statistic):
-    """Running sums over tokens in float32: those of several processes add up."""
-
-    sums = True
-    _sum: Tensor
-
-    def matrix(self) -> Tensor:
-        return self._sum
-
-    def reduce(self, total: Callable[[Tensor], Any]) -> None:
-        total(self._sum)
-
-
-class Gram(Sums):
+class Gram(Statistic):
     """Running sum of x x^T in float32, of which only the upper triangle is computed."""
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self._sum = torch.zeros(columns, columns, device=device)
+    @staticmethod
+    def shape(columns: int) -> tuple[int, ...]:
+        return columns, columns
 
     def add(self, inputs: Tensor) -> None:
         flat = inputs.reshape(-1, inputs.shape[-1])
@@ -102,37 +80,30 @@ class Gram(Sums):
             for start in range(0, len(flat), CHUNK):
                 x = flat[start : start + CHUNK].float()
                 for at, to in steps:
-                    self._sum[at:to, at:].addmm_(x[:, at:to].T, x[:, at:])
+                    self.sum[at:to, at:].addmm_(x[:, at:to].T, x[:, at:])
 
     def matrix(self) -> Tensor:
         """Return the symmetric sum, float32 (columns, columns): the running sum itself."""
-        return mirrored(self._sum)
-
-    @classmethod
-    def memory(cls, columns: int) -> int:
-        return 4 * columns**2
+        return mirrored(self.sum)
 
     def times(self, gram: Tensor) -> Tensor:
         """Return the sum of the products of all entries with another's; nothing is added after."""
         total = torch.zeros((), dtype=widest(gram.device), device=gram.device)
         for at, to in _steps(len(gram), cpu=gram.device.type == "cpu"):
-            part = self._sum[at:to, at:].mul_(gram[at:to, at:])
+            part = self.sum[at:to, at:].mul_(gram[at:to, at:])
             inner, outer = part.tensor_split([to - at], dim=1)
             total += inner.sum(dtype=total.dtype) + 2 * outer.sum(dtype=total.dtype)
         return total
 
 
-class Squares(Sums):
+class Squares(Statistic):
     """Running sum of squares of every column in float32: the diagonal of the Gram matrix."""
-
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self._sum = torch.zeros(columns, device=device)
 
     def add(self, inputs: Tensor) -> None:
         flat = inputs.reshape(-1, inputs.shape[-1])
         for start in range(0, len(flat), ROWS):
             rows = flat[start : start + ROWS].to(torch.float32, copy=True)
-            self._sum += rows.square_().sum(0)
+            self.sum += rows.square_().sum(0)
 
 
 def _panels(width: int, panel: int) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from calmix.pruning.engine import solve
 from calmix.pruning.gram import Gram, Squares
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured, smallest
-from tests.pruning.toy import SPARSE, Means
+from tests.pruning.toy import SPARSE, Absolute
 from tests.tiny import quick
 
 CUDA = torch.device("cuda")
@@ -24,7 +24,7 @@ def on_device(*tensors):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", [Gram, Squares, Means])
+@pytest.mark.parametrize("kind", [Gram, Squares, Absolute])
 def test_statistics_stay_on_the_device(kind, dtype):
     with tracing(None) as traced:
         sums = kind(96, CUDA)

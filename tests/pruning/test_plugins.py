@@ -68,10 +68,10 @@ def shipped(tmp_path, monkeypatch):
 def test_a_method_in_hand_prunes_by_its_own_statistic():
     model = tiny_model("llama")
     api.prune(model, tiny_ids(), method=Toy(), pattern=0.5, strength=2)
-    # The first input's mean, by hand: embeddings through the first norm.
+    # The first input's sum, by hand: embeddings through the first norm.
     dense = tiny_model("llama").model
     hidden = dense.layers[0].input_layernorm(dense.embed_tokens(tiny_ids()))
-    score = dense.layers[0].self_attn.q_proj.weight.abs() * hidden.flatten(0, 1).abs().mean(0) ** 2
+    score = dense.layers[0].self_attn.q_proj.weight.abs() * hidden.flatten(0, 1).abs().sum(0) ** 2
     bound = score.flatten().sort().values[score.numel() // 2 - 1]
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight == 0, score <= bound)
 

@@ -13,19 +13,11 @@ from calmix.pruning.trace import Calls, observe_block
 SPARSE = [name for name, kind in METHODS.items() if not issubclass(kind, Quantiser)]
 
 
-class Means(Statistic):
-    """Mean of |x| of every input."""
-
-    def __init__(self, columns, device):
-        self.sum, self.tokens = torch.zeros(columns, device=device), 0
+class Absolute(Statistic):
+    """Sum of |x| of every input."""
 
     def add(self, inputs):
-        flat = inputs.reshape(-1, inputs.shape[-1]).float()
-        self.sum += flat.abs().sum(0)
-        self.tokens += len(flat)
-
-    def matrix(self):
-        return self.sum / self.tokens
+        self.sum += inputs.reshape(-1, inputs.shape[-1]).float().abs().sum(0)
 
 
 class Elsewhere(torch.Tensor):
@@ -35,13 +27,13 @@ class Elsewhere(torch.Tensor):
 
 
 class Toy(Method):
-    """Prune by |W| mean(|x|)^strength within a layer."""
+    """Prune by |W| sum(|x|)^strength within a layer."""
 
     name = "toy"
-    statistic = Means
+    statistic = Absolute
     paper = "none"
 
-    strength: int = Field(default=1, ge=0, le=9, description="Exponent of the inputs' mean.")
+    strength: int = Field(default=1, ge=0, le=9, description="Exponent of the inputs' sum.")
 
     def solve(self, weights, statistic, patterns):
         full = [weight.float() for weight in weights]
