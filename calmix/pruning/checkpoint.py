@@ -320,9 +320,10 @@ class _Pruning:
         kept = [work.kept["dropped"] for work in works if "dropped" in work.kept]
         dropped = [Dropped(**one) for one in kept[0]] if kept else []
         if not dropped:
-            chosen_experts(source.model, {one.name: [0.0] * one.count for one in mixtures}, share)
+            config, none = source.model.config, {one.name: [0.0] * one.count for one in mixtures}
+            chosen_experts(config, none, share)  # refused before the experts are scored
             self._look(look := ScorePass(source.model, blocks), ids)
-            dropped = chosen_experts(source.model, look.scores, share)
+            dropped = chosen_experts(config, look.scores, share)
         if lost := unscored(source):
             names = ", ".join(sorted(layer.strip(".") for layer in lost))
             self.run.note(f"{names}: left out, as it predicts further tokens with unscored experts")

@@ -331,7 +331,8 @@ class Run:
                 with torch.inference_mode(False):
                     inputs, dense = observe_block(self.found, index, batch, hidden)
                 self.report.dense += dense
-                self._through(index, inputs)
+                one_pass = self.propagation == "sequential"
+                (self._sequential if one_pass else self._two_pass)(index, inputs)
             else:
                 for layer in self.found.prunables(index):
                     self._prune([layer], None)
@@ -406,12 +407,9 @@ class Run:
     def _run(self, index: int, number: int, *, keep: bool = True) -> Tensor:
         return self._batches[number].run(index, self.states[number], keep=keep)
 
-    def _through(self, index: int, inputs: list[SharedInput | Routed]) -> None:
-        """Prune one block; replace the states by its outputs unless nothing needs them."""
-        (self._sequential if self.propagation == "sequential" else self._two_pass)(index, inputs)
-
     def _sequential(self, index: int, inputs: list[SharedInput | Routed]) -> None:
-        """Prune one block in one pass."""
+        """Prune one block in one pass; replace the states by its outputs unless nothing needs
+        them."""
         device, current = self._device(index), 0
 
         def pause(number: int) -> Callable[..., None]:

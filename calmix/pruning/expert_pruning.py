@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,7 @@ class ScorePass(Run):
         super().__init__(model, found, Look(), Unstructured(0.5), "block")
         self.scores: dict[str, list[float]] = {}
 
-    def _through(self, index: int, inputs: list[SharedInput | Routed]) -> None:
+    def _two_pass(self, index: int, inputs: list[SharedInput | Routed]) -> None:
         sums: dict[str, Tensor] = {}
         with ExitStack() as hooks:
             for routed in (one for one in inputs if isinstance(one, Routed)):
@@ -102,53 +103,38 @@ def _scored(routed: Routed, sums: Tensor) -> Any:
     return routed.module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def choose(
-    scores: Sequence[float],
-    share: float,
-    groups: int = 1,
-    *,
-    chosen: int,
-    reach: int | None = None,
-    name: str = "a mixture",
-) -> list[int]:
-    """Return the experts that are left, in order."""
-    size = len(scores) // groups
-    gone = round(share * size)
-    left = size - gone
-    if not gone:
-        raise InputError(
-            f"--drop-experts {share:g} drops none of the {len(scores)} experts of {name}"
-        )
-    reach = min(groups, reach or groups)
-    if left * reach < chosen or (groups > 1 and left < 2):
-        within = f" in {reach} of {groups} groups" if groups > 1 else ""
-        raise InputError(
-            f"--drop-experts {share:g} leaves {left * groups} of the {len(scores)} experts of "
-            f"{name}, and every token is sent to {chosen}{within}: drop fewer"
-        )
-    kept: list[int] = []
-    for first in range(0, len(scores), size):
-        order = sorted(range(first, first + size), key=lambda expert: (-scores[expert], expert))
-        kept += sorted(order[:left])
-    return kept
-
-
 def experts_of(config: Any) -> int:
     """Return how many experts a configuration gives every mixture; 0 without."""
     own = config.get_text_config(decoder=True)
     return next((int(n) for key in COUNTS if (n := getattr(own, key, None))), 0)
 
 
-def chosen_experts(model: Any, scores: dict[str, list[float]], share: float) -> list[Dropped]:
-    """Return which experts every mixture keeps."""
-    chosen, own = experts_per_token(model.config), model.config.get_text_config(decoder=True)
-    groups, reach = getattr(own, "n_group", None) or 1, getattr(own, "topk_group", None)
-    if len({len(one) for one in scores.values()}) > 1:
+def chosen_experts(config: Any, scores: dict[str, list[float]], share: float) -> list[Dropped]:
+    """Return which experts every mixture keeps: those of the best scores, of every group as many
+    where a configuration has groups."""
+    chosen, own = experts_per_token(config), config.get_text_config(decoder=True)
+    groups = getattr(own, "n_group", None) or 1
+    reach = min(groups, getattr(own, "topk_group", None) or groups)
+    first, count = next((name, len(each)) for name, each in scores.items())
+    if any(len(each) != count for each in scores.values()):
         raise InputError("--drop-experts needs as many experts in every mixture")
-    return [
-        Dropped(name, each, choose(each, share, groups, chosen=chosen, reach=reach, name=name))
-        for name, each in scores.items()
-    ]
+    size = count // groups
+    left = size - round(share * size)
+    if left == size:
+        raise InputError(f"--drop-experts {share:g} drops none of the {count} experts of {first}")
+    if left * reach < chosen or (groups > 1 and left < 2):
+        within = f" in {reach} of {groups} groups" if groups > 1 else ""
+        raise InputError(
+            f"--drop-experts {share:g} leaves {left * groups} of the {count} experts of {first}, "
+            f"and every token is sent to {chosen}{within}: drop fewer"
+        )
+    made = []
+    for name, each in scores.items():
+        grouped = np.array(each).reshape(-1, size)
+        best = np.sort(np.argsort(-grouped, axis=1, kind="stable")[:, :left])
+        kept = best + size * np.arange(len(best))[:, None]
+        made.append(Dropped(name, each, kept.ravel().tolist()))
+    return made
 
 
 def cut(

@@ -33,17 +33,17 @@ class Pattern(ABC):
     def parse(cls, text: str) -> Pattern | None:
         """Return the pattern a text means, None if it has another form."""
 
-    @abstractmethod
     def count(self, size: int) -> int:
-        """Return how many of `size` entries, whole groups, are pruned."""
+        """Return how many of `size` entries, whole groups, are pruned; by default none."""
+        return 0
 
-    @abstractmethod
     def mask(self, score: Tensor, *, by_row: bool = False) -> Tensor:
         """Return the mask of a matrix of finite scores, the least of which are pruned.
 
         Args:
             score: (rows, columns), compared as a whole or `by_row`.
         """
+        raise NotImplementedError
 
     def group_mask(self, score: Tensor) -> Tensor:
         """Return the mask of groups that lie along the first dimension, (group, ...)."""
@@ -134,12 +134,6 @@ class Rate(Pattern):
     def parse(cls, text: str) -> Rate | None:
         match = re.fullmatch(r"\s*(\d+\.?\d*)\s*bits?\s*", text)
         return match and cls(float(match[1]))
-
-    def count(self, size: int) -> int:
-        return 0
-
-    def mask(self, score: Tensor, *, by_row: bool = False) -> Tensor:
-        return torch.zeros_like(score, dtype=torch.bool)
 
 
 def as_pattern(value: Pattern | str | float) -> Pattern:

@@ -6,10 +6,8 @@ Ends well if the first process ends with the masks of one process, and all with 
 """
 
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +19,6 @@ from calmix.models import find_blocks
 from calmix.pruning import Pattern, SemiStructured, Unstructured, prune
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.expert_pruning import ScorePass
-from calmix.pruning.experts import SMOOTHING, Gathering
-from calmix.pruning.gram import Gram
 from calmix.pruning.methods import admm, get_method
 from tests.tiny import tiny_ids, tiny_model
 
@@ -85,29 +81,7 @@ def main():
         assert together[name] == pytest.approx(values, rel=1e-5)
     with pytest.raises(InputError, match="1 calibration rows are too few for 2 processes"):
         prune(tiny_model("llama"), tiny_ids(1, 16), pattern=Unstructured(0.5))
-    alike()
     dist.destroy_process_group()
-
-
-def alike():
-    """What all experts see alike is summed of one of them, in every process."""
-    generator = torch.Generator().manual_seed(0)
-    parts = torch.randn(2, 5, 4, generator=generator)
-
-    def everything(step, experts, sample, given, add):
-        for expert in experts:
-            add(expert, given.args[0])
-
-    routed = SimpleNamespace(
-        kind="indexed", device=torch.device("cpu"), everything=everything, name="mixture",
-        collect=lambda *given: None,
-    )  # fmt: skip
-    step = SimpleNamespace(columns=4, layers={expert: [expert] for expert in range(3)}, common=True)
-    gathering = Gathering(routed, step, range(3), Gram, nullcontext)
-    gathering.collect(torch.arange(5), (parts[dist.get_rank()],), {})
-    whole = parts.flatten(0, 1)
-    for _, matrix, _ in gathering.statistics([0, 0, 0]):
-        torch.testing.assert_close(matrix, whole.T @ whole * SMOOTHING / len(whole))
 
 
 def check(case, expected):

@@ -2,7 +2,8 @@
 
 A moment is `claimed` (the work folder is there, and nothing in it), `solved` (that block is pruned,
 nothing of it written), `written` (its weights are written, but not counted), `counted` (work.json
-names it) or `renamed` (the output stands, the work folder too).
+names it), `scored` (the experts' scores are kept), `outside` (all blocks are done, embeddings are
+not) or `renamed` (the output stands, the work folder too).
 """
 
 import os
@@ -27,6 +28,17 @@ def arm(moment, number):
                 stop()
 
         Run.block = pruned
+    elif moment == "outside":
+        Run.outside = lambda self: stop()
+    elif moment == "scored":
+        keep = work.WorkFolder.keep
+
+        def kept(self, **facts):
+            keep(self, **facts)
+            if "dropped" in facts:
+                stop()
+
+        work.WorkFolder.keep = kept
     elif moment == "claimed":
         work.write_json = lambda *given: stop()
     elif moment in ("written", "counted"):

@@ -1,7 +1,6 @@
 """Sparsity by layer: the published formula, exact totals, and every door."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -21,10 +20,8 @@ from calmix.pruning.allocation import (
     spread,
 )
 from calmix.pruning.engine import run_through
-from tests.forks import stopped
-from tests.pruning.stopper import arm
 from tests.pruning.test_engine import input_gram
-from tests.tiny import hashes, load_weights, tiny_ids, tiny_model
+from tests.tiny import load_weights, tiny_ids, tiny_model
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 
@@ -207,15 +204,3 @@ def test_the_command_line_allocates(calmix, tiny_folder, text_file, tmp_path):
         file.write_text(json.dumps(content))
         assert says in calmix(*common, tmp_path / "bad", "--allocation", file).line
         assert not list(tmp_path.glob("bad*"))
-
-
-def test_a_killed_allocation_goes_on_to_the_same_bytes(
-    calmix, tiny_folder, text_file, tmp_path, monkeypatch
-):
-    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.6,
-              "--allocation", "error", "-o")  # fmt: skip
-    assert calmix(*common, tmp_path / "whole").code == 0
-    stopped(partial(arm, "counted", 0), *common, tmp_path / "cut")
-    monkeypatch.setattr(DensePass, "block", None)  # what was seen is kept
-    calmix(*common, tmp_path / "cut", "--resume").ok()
-    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")

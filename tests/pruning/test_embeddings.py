@@ -1,7 +1,5 @@
 """Embeddings and output head rounded: in memory and from disk, whole or resumed."""
 
-import json
-
 import pytest
 import torch
 
@@ -13,8 +11,7 @@ from calmix.models.streaming import StreamedModel
 from calmix.options import Compression
 from calmix.pruning import prune
 from calmix.pruning.engine import Run, round_rows
-from calmix.pruning.solvers.grids import read_grids
-from tests.pruning.test_streamed import check_same, streamed_prune
+from tests.pruning.test_streamed import streamed_prune
 from tests.tiny import (
     ARCHITECTURES,
     MIXTURES,
@@ -46,48 +43,6 @@ def test_both_are_rounded_and_nothing_else_outside_the_blocks(kind, tmp_path):
         assert torch.equal(grid.values(grid.levels(value)).to(value.dtype), value)
     wide = {id(weight) for weight in outer_weights(model)}
     assert wide == {id(model.get_parameter(name)) for name in changed}
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma4_text", "phi", "opt"])
-def test_weights_from_disk_are_those_in_memory(kind, tmp_path):
-    folder = save_tiny_model(tmp_path / "model", kind)
-    model = open_model(str(folder)).model
-    prune(model, tiny_ids(), pattern=0.5, micro_tokens=5 * 32, embeddings=5)
-    model.save_pretrained(tmp_path / "whole")
-    found = streamed_prune(folder, tmp_path / "out", embeddings=5)
-    check_same(found, load_weights(tmp_path / "whole"))
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma4_text"])
-def test_a_killed_run_goes_on_to_the_same_bytes(calmix, text_file, tmp_path, monkeypatch, kind):
-    folder = save_tiny_model(tmp_path / "model", kind)
-    command = ("prune", folder, "--calibration", text_file, *SMALL, "--embeddings", 5, "-o")
-    calmix(*command, tmp_path / "whole").ok()
-    told = json.loads((tmp_path / "whole" / "calmix.json").read_text(encoding="utf-8"))
-    found, grids = load_weights(tmp_path / "whole"), read_grids(tmp_path / "whole")
-    for name in told["pruning"]["embeddings"]:
-        grid = grids[name]
-        assert torch.equal(grid.values(grid.levels(found[name])).to(found[name].dtype), found[name])
-
-    for at in ("block", "outside"):
-        with monkeypatch.context() as patched:
-            patched.setattr(Run, at, stopping(getattr(Run, at), after=1 if at == "block" else 0))
-            assert calmix(*command, tmp_path / at).code == 130
-        calmix(*command, tmp_path / at, "--resume").ok()
-        assert hashes(tmp_path / at) == hashes(tmp_path / "whole")
-
-
-def stopping(act, after):
-    """Return a method that is interrupted once it has run so often."""
-    left = [after]
-
-    def stopped(self, *given):
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        return act(self, *given)
-
-    return stopped
 
 
 def test_a_file_that_holds_the_head_too_holds_it_rounded(tmp_path, calmix, text_file):

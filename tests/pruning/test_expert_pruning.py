@@ -1,23 +1,19 @@
 """Whole experts dropped: scores by definition, smaller checkpoints that load, what is refused."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix.errors import InputError
 from calmix.models import find_blocks
 from calmix.pruning.engine import run_through
-from calmix.pruning.expert_pruning import ScorePass, choose
-from calmix.pruning.work import WorkFolder
+from calmix.pruning.expert_pruning import ScorePass, chosen_experts
 from calmix.specs import requests
-from tests.forks import stopped
-from tests.pruning.stopper import arm, stop
 from tests.pruning.test_experts import routed_inputs
-from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
+from tests.tiny import load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
 
 def scores_of(model, ids):
@@ -47,44 +43,6 @@ def drop(folder, text, output, *more):
         "prune", folder, "--calibration", text, "--rows", 6, "--length", 32, "--leakage", "off",
         "--drop-experts", 0.25, *more, "-o", output,
     )  # fmt: skip
-
-
-def scored():
-    """End when the scores are kept and nothing is written."""
-    keep = WorkFolder.keep
-
-    def kept(self, **facts):
-        keep(self, **facts)
-        if "dropped" in facts:
-            stop()
-
-    WorkFolder.keep = kept
-
-
-@pytest.mark.parametrize(
-    ("moment", "more"),
-    [
-        (scored, ()),
-        pytest.param(partial(arm, "counted", 0), ("--sparsity", 0.5), marks=pytest.mark.long),
-        pytest.param(partial(arm, "renamed", 0), (), marks=pytest.mark.long),
-        pytest.param(scored, ("--sparsity", 0.5), marks=pytest.mark.long),
-    ],
-    ids=["scored, alone", "a block", "renamed, alone", "scored"],
-)
-def test_a_killed_drop_goes_on_to_the_same_bytes(
-    calmix, tmp_path, text_file, monkeypatch, moment, more
-):
-    folder = save_tiny_model(tmp_path / "model", "mixtral")
-    stopped(moment, *drop(folder, text_file, tmp_path / "cut", *more))
-    if not (tmp_path / "cut").exists():
-        ended = calmix(*drop(folder, text_file, tmp_path / "cut", *more))
-        assert "resume it with --resume" in ended.line
-        monkeypatch.setattr(ScorePass, "block", None)  # nothing is scored again
-    calmix(*drop(folder, text_file, tmp_path / "cut", *more, "--resume")).ok()
-    monkeypatch.undo()
-    calmix(*drop(folder, text_file, tmp_path / "whole", *more)).ok()
-    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
-    assert not list(tmp_path.glob("*.unfinished"))
 
 
 @pytest.mark.parametrize(
@@ -136,17 +94,24 @@ def test_what_inference_engines_read_of_deepseek_fits(calmix, tmp_path, text_fil
 
 
 def test_the_choice_is_of_the_least_scores_in_every_group():
-    assert choose([3.0, 1.0, 2.0, 4.0], 0.25, chosen=2) == [0, 2, 3]
-    assert choose([3, 1, 2, 9, 0, 8, 7, 6], 0.25, 2, chosen=2) == [0, 2, 3, 5, 6, 7]
-    assert choose([1.0, 1.0, 1.0, 1.0], 0.5, chosen=2) == [0, 1]
-    assert choose([1.0] * 8, 0.5, 2, chosen=4) == [0, 1, 4, 5]
+    def left(scores, share, groups=1, reach=None, chosen=2):
+        config = AutoConfig.for_model(
+            "mixtral", n_group=groups, topk_group=reach, num_experts_per_tok=chosen
+        )
+        (made,) = chosen_experts(config, {"a": scores}, share)
+        return made.kept
+
+    assert left([3.0, 1.0, 2.0, 4.0], 0.25) == [0, 2, 3]
+    assert left([3, 1, 2, 9, 0, 8, 7, 6], 0.25, 2) == [0, 2, 3, 5, 6, 7]
+    assert left([1.0, 1.0, 1.0, 1.0], 0.5) == [0, 1]
+    assert left([1.0] * 8, 0.5, 2, chosen=4) == [0, 1, 4, 5]
     for scores, share, how, says in (
-        ([1, 2, 3, 4], 0.75, {}, r"leaves 1 of the 4 experts .* sent to 2: drop fewer"),
-        ([1.0] * 8, 0.5, {"groups": 2, "reach": 1, "chosen": 4}, r"to 4 in 1 of 2 groups: drop"),
-        ([1, 2, 3, 4], 0.1, {}, "drops none of the 4 experts"),
+        ([1, 2, 3, 4], 0.75, {}, "leaves 1 of the 4 experts of a, .* sent to 2: drop fewer"),
+        ([1.0] * 8, 0.5, {"groups": 2, "reach": 1, "chosen": 4}, "to 4 in 1 of 2 groups: drop"),
+        ([1, 2, 3, 4], 0.1, {}, "drops none of the 4 experts of a"),
     ):
         with pytest.raises(InputError, match=says):
-            choose(scores, share, **{"chosen": 2} | how)
+            left(scores, share, **how)
 
 
 def test_what_has_no_effect_on_a_drop_alone_is_one_line(text_file):

@@ -1,7 +1,6 @@
 """Mixtures of experts from disk to disk, under the names that checkpoints have."""
 
 import json
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,46 +8,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from calmix.models import open_model
-from calmix.models.attention import use_own_attention
 from calmix.models.streaming import NotStreamableError, StreamedModel
-from calmix.pruning import prune
-from calmix.pruning.budget import Plan
 from calmix.pruning.experts import starved
-from tests.forks import stopped
-from tests.pruning.stopper import arm
-from tests.pruning.test_streamed import HALF, streamed_prune
-from tests.tiny import MIXTURES, hashes, load_weights, quick, save_tiny_model, tiny_ids
+from tests.pruning.test_streamed import in_memory, streamed_prune
+from tests.tiny import load_weights, save_tiny_model
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
-
-
-def in_memory(folder, output, **options):
-    """Prune a model in memory; return the tensors transformers saves, and the model."""
-    opened = open_model(str(folder))
-    prune(opened.model, tiny_ids(), micro_tokens=5 * 32, **options)
-    opened.model.save_pretrained(output)
-    return load_weights(output), opened.model
-
-
-@pytest.mark.parametrize(
-    "kind", quick(["mixtral", "gpt_oss", "deepseek_v3", "llama4_text"], MIXTURES)
-)
-def test_weights_are_those_of_a_prune_in_memory(kind, tmp_path):
-    folder = save_tiny_model(tmp_path / "model", kind)
-    expected, model = in_memory(folder, tmp_path / "whole", pattern=HALF)
-    little = Plan(5 * 32, 1, True, 0, 1)  # one expert at a time, and replays
-    found = streamed_prune(folder, tmp_path / "out")
-    again = streamed_prune(folder, tmp_path / "little", little)
-    assert found.keys() == expected.keys() == load_weights(folder).keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-        assert torch.equal(again[name], tensor), name
-    save_file(found, folder / "model.safetensors", {"format": "pt"})
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    use_own_attention(loaded)
-    with torch.no_grad():
-        assert torch.equal(loaded(tiny_ids(2)).logits, model(tiny_ids(2)).logits)
 
 
 def test_a_checkpoint_of_merged_experts_keeps_its_names(tmp_path):
@@ -61,7 +26,8 @@ def test_a_checkpoint_of_merged_experts_keeps_its_names(tmp_path):
     save_file(merged, folder / "model.safetensors", {"format": "pt"})
     found = streamed_prune(folder, tmp_path / "out")
     assert found.keys() == merged.keys() != apart.keys()
-    expected, _ = in_memory(folder, tmp_path / "whole", pattern=HALF)
+    in_memory(folder).save_pretrained(tmp_path / "whole")
+    expected = load_weights(tmp_path / "whole")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -81,26 +47,6 @@ def deep(tmp_path_factory):
     return save_tiny_model(folder, "qwen3_moe", num_hidden_layers=4)
 
 
-def test_a_killed_prune_goes_on_to_the_same_bytes(calmix, deep, text_file, tmp_path):
-    command = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5,
-               "-o")  # fmt: skip
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    stopped(partial(arm, "solved", 2), *command, cut)
-    ended = calmix(*command, cut, "--resume").ok()
-    assert "resuming after" in ended.err
-    ended = calmix(*command, whole).ok()
-    assert hashes(cut) == hashes(whole)
-    told = json.loads((whole / "calmix.json").read_text())["pruning"]
-    assert [mixture["name"] for mixture in told["experts"]] == [
-        f"model.layers.{index}.mlp.experts" for index in range(4)
-    ]
-    for mixture in told["experts"]:
-        assert sum(mixture["tokens"]) == 6 * 32 * 2
-        assert mixture["tokens"] == next(iter(mixture["sources"].values()))
-    assert {dense["reason"] for dense in told["dense"]} == {"router"}
-    calmix("doctor", "inspect", whole).ok()
-
-
 def test_starved_experts_are_told(calmix, deep, tmp_path, text_file):
     few = ("--rows", 1, "--length", 16, "--leakage", "off", "--sparsity", 0.5)
     output = tmp_path / "out"
@@ -108,6 +54,14 @@ def test_starved_experts_are_told(calmix, deep, tmp_path, text_file):
     said = "of 16 experts see fewer tokens than they have inputs"
     assert said in ended.out
     assert said in calmix("doctor", "inspect", output).out
+    told = json.loads((output / "calmix.json").read_text())["pruning"]
+    assert [mixture["name"] for mixture in told["experts"]] == [
+        f"model.layers.{index}.mlp.experts" for index in range(4)
+    ]
+    for mixture in told["experts"]:
+        assert sum(mixture["tokens"]) == 16 * 2
+        assert mixture["tokens"] == next(iter(mixture["sources"].values()))
+    assert {dense["reason"] for dense in told["dense"]} == {"router"}
     seen = [("a.0.up", 8), ("a.1.up", 40), ("q", None)]
     layers = [SimpleNamespace(name=name, tokens=tokens, columns=32) for name, tokens in seen]
     assert starved(layers, 2).startswith("1 of 2 experts see")

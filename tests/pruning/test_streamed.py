@@ -11,18 +11,30 @@ from transformers import AutoModelForCausalLM
 
 from calmix.errors import InputError
 from calmix.models import open_model
+from calmix.models.attention import use_own_attention
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning import Unstructured, budget, get_method, prune
+from calmix.pruning.allocation import DensePass
 from calmix.pruning.budget import Plan
 from calmix.pruning.engine import Run
+from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
+from calmix.pruning.solvers.grids import read_grids
 from calmix.pruning.streamed import prune_streamed
 from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder
 from tests.forks import stopped
 from tests.pruning.stopper import arm
 from tests.pruning.test_engine import check_equal
-from tests.tiny import ARCHITECTURES, hashes, load_weights, save_tiny_model, tiny_ids
+from tests.tiny import (
+    ARCHITECTURES,
+    MIXTURES,
+    hashes,
+    load_weights,
+    quick,
+    save_tiny_model,
+    tiny_ids,
+)
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 HALF = Unstructured(0.5)
@@ -45,10 +57,10 @@ def streamed_prune(folder, output, plan=PLENTY, embeddings=None, **opening):
         work.abandon()
 
 
-def in_memory(folder, **opening):
+def in_memory(folder, embeddings=None, **opening):
     """Return the model of a folder, pruned in memory."""
     model = open_model(str(folder), **opening).model
-    prune(model, tiny_ids(), pattern=HALF, micro_tokens=5 * 32)
+    prune(model, tiny_ids(), pattern=HALF, micro_tokens=5 * 32, embeddings=embeddings)
     return model
 
 
@@ -58,13 +70,34 @@ def check_same(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_weights_are_those_of_a_prune_in_memory(kind, tmp_path):
+@pytest.mark.parametrize(
+    "case",
+    quick(
+        [*((kind, None) for kind in ARCHITECTURES),
+         *((kind, None) for kind in ("mixtral", "gpt_oss", "deepseek_v3", "llama4_text")),
+         *((kind, 5) for kind in ("llama", "qwen2", "gemma4_text", "phi", "opt"))],
+        [(kind, None) for kind in MIXTURES],
+    ),
+    ids=str,
+)  # fmt: skip
+def test_weights_are_those_of_a_prune_in_memory(case, tmp_path):
+    """With embeddings rounded too; experts one at a time too, and with replays."""
+    kind, embeddings = case
     folder = save_tiny_model(tmp_path / "model", kind)
-    in_memory(folder).save_pretrained(tmp_path / "whole")
-    found, expected = streamed_prune(folder, tmp_path / "out"), load_weights(tmp_path / "whole")
-    assert found.keys() == expected.keys()
-    check_same(found, expected)
+    model = in_memory(folder, embeddings)
+    model.save_pretrained(tmp_path / "whole")
+    expected = load_weights(tmp_path / "whole")
+    little = [Plan(5 * 32, 1, True, 0, 1)] if kind in MIXTURES else []
+    for plan in (PLENTY, *little):
+        found = streamed_prune(folder, tmp_path / "out", plan, embeddings)
+        assert found.keys() == expected.keys() == load_weights(folder).keys()
+        check_same(found, expected)
+    if little:
+        save_file(found, folder / "model.safetensors", {"format": "pt"})
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        use_own_attention(loaded)
+        with torch.no_grad():
+            assert torch.equal(loaded(tiny_ids(2)).logits, model(tiny_ids(2)).logits)
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "gemma3n_text"])
@@ -181,34 +214,54 @@ def command(deep, text_file):
     return ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
 
 
+SPARSEGPT, DROP = ("--sparsity", 0.5), ("--drop-experts", 0.25)
+MAGNITUDE, WANDA = ((*SPARSEGPT, "--method", name) for name in ("magnitude", "wanda"))
+EMBEDDED = ("--bits", 4, "--embeddings", 5)
+DEEP = {kind: {"num_hidden_layers": 5} for kind in ("llama", "qwen3_moe")}
+
+
 @pytest.mark.parametrize(
-    ("moment", "block", "method"),
+    ("kind", "asked", "moment", "block"),
     [
-        ("solved", 2, "sparsegpt"),
-        ("renamed", 0, "sparsegpt"),
-        ("written", 3, "magnitude"),
-        ("claimed", 0, "magnitude"),
-        pytest.param("written", 2, "sparsegpt", marks=pytest.mark.long),
-        pytest.param("counted", 0, "sparsegpt", marks=pytest.mark.long),
-        pytest.param("counted", 4, "wanda", marks=pytest.mark.long),
-        pytest.param("solved", 0, "wanda", marks=pytest.mark.long),
+        ("llama", SPARSEGPT, "solved", 2), ("llama", SPARSEGPT, "renamed", 0),
+        ("llama", MAGNITUDE, "written", 3), ("llama", MAGNITUDE, "claimed", 0),
+        ("qwen3_moe", SPARSEGPT, "solved", 2), ("mixtral", DROP, "scored", 0),
+        ("llama", (*SPARSEGPT, "--allocation", "error"), "counted", 0),
+        *((kind, EMBEDDED, *at) for kind in ("llama", "qwen2", "gemma4_text")
+          for at in (("solved", 1), ("outside", 0))),
+        *(pytest.param(*how, marks=pytest.mark.long) for how in (
+            ("llama", SPARSEGPT, "written", 2), ("llama", SPARSEGPT, "counted", 0),
+            ("llama", WANDA, "counted", 4), ("llama", WANDA, "solved", 0),
+            ("mixtral", DROP, "renamed", 0), ("mixtral", (*SPARSEGPT, *DROP), "scored", 0),
+            ("mixtral", (*SPARSEGPT, *DROP), "counted", 0),
+        )),
     ],
-)
+)  # fmt: skip
 def test_a_killed_run_is_resumed_to_the_same_bytes(
-    calmix, deep, text_file, tmp_path, moment, block, method
+    calmix, text_file, tmp_path, monkeypatch, kind, asked, moment, block
 ):
-    data = () if method == "magnitude" else ("--calibration", text_file, *SMALL)
-    command = ("prune", deep, "--method", method, *data, "--sparsity", 0.5, "-o")
+    model = save_tiny_model(tmp_path / "model", kind, **DEEP.get(kind, {}))
+    data = () if asked == MAGNITUDE else ("--calibration", text_file, *SMALL)
+    command = ("prune", model, *data, *asked, "-o")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     stopped(partial(arm, moment, block), *command, cut)
-    ended = calmix(*command, cut, "--resume").ok()
-    if moment == "renamed":
-        assert "finished by an earlier run" in ended.err
-    elif moment != "claimed" and (moment, block) != ("solved", 0):
-        assert "resuming after" in ended.err
+    begun = moment not in ("claimed", "renamed") and (moment, block) != ("solved", 0)
+    if begun:
+        assert "resume it with --resume" in calmix(*command, cut).line
+    with monkeypatch.context() as patched:
+        for look in (DensePass, ScorePass):  # what was seen is kept
+            patched.setattr(look, "block", None)
+        ended = calmix(*command, cut, "--resume").ok()
+    assert ("finished by an earlier run" in ended.err) == (moment == "renamed")
+    assert ("resuming after" in ended.err) == (begun and asked != DROP)
     assert calmix(*command, whole).code == 0
     assert hashes(cut) == hashes(whole)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "text.txt", "whole"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "model", "text.txt", "whole"]
+    told = json.loads((whole / "calmix.json").read_text(encoding="utf-8"))["pruning"]
+    found, grids = load_weights(whole), read_grids(whole)
+    for name in told["embeddings"]:
+        levels = grids[name].values(grids[name].levels(found[name]))
+        assert torch.equal(levels.to(found[name].dtype), found[name])
 
 
 def test_only_versions_that_may_change_the_bytes_are_another_request(
