@@ -206,11 +206,16 @@ def plan_for(
     layers = blocks.prunables(max(pruned, key=blocks.sizes.__getitem__))
     inside = [layer for layer in layers if layer.expert is not None]
     one = {layer.mixture: layer.expert for layer in inside}
+    last = 0
+    if embeddings:
+        largest = max(outer_weights(source.model), key=lambda weight: weight.nbytes)
+        last = source.outside_bytes(head=True) + largest.nbytes + ROUNDING * ROUNDED
+        last += get_method(BITS_METHOD).memory(largest.shape[1], 0)
     sizes = Sizes(
         block_bytes=max(blocks.sizes),
         copies=source.merges,
         outside_bytes=source.outside_bytes() if rows else 0,
-        last_bytes=_last_bytes(source) if embeddings else 0,
+        last_bytes=last,
         layers=[layer.shape for layer in layers if layer.expert is None],
         experts=[layer.shape for layer in inside if layer.expert == one[layer.mixture]],
         expert_count=max((layer.expert or 0 for layer in inside), default=-1) + 1,
@@ -239,10 +244,3 @@ def plan_for(
             raise
     whole = make_plan(sizes, 2**62, held, at_once, sequential=sequential, fixed=True)
     return Plan(whole.micro_tokens, 0 if sequential else None, False, whole.needed)
-
-
-def _last_bytes(source: StreamedModel) -> int:
-    """Return the bytes that rounding embeddings and head takes, the model's weights among them."""
-    largest = max(outer_weights(source.model), key=lambda weight: weight.nbytes)
-    solver = ROUNDING * ROUNDED + get_method(BITS_METHOD).memory(largest.shape[1], 0)
-    return source.outside_bytes(head=True) + largest.nbytes + solver

@@ -133,7 +133,7 @@ class Calls:
         given: list[Tensor] = []
         run_first = self._found.blocks[0].forward
 
-        def stub(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def stub(index: int, /, *args: Any, **kwargs: Any) -> Any:
             hidden, others, named = _hidden_of(args, kwargs)
             handed.append(hidden.clone())
             if index == 0:
@@ -168,12 +168,8 @@ class Calls:
             )
 
     def _decode(self, stub: Callable[..., Any], ids: Tensor) -> None:
-        """Run the decoder with `stub(number, args, kwargs)` in the place of its blocks."""
-
-        def forward(index: int) -> Callable[..., Any]:
-            return lambda *args, **kwargs: stub(index, args, kwargs)
-
-        with forwards([(b, forward(i)) for i, b in enumerate(self._found.blocks)]):
+        """Run the decoder with `stub(number, ...)` in the place of its blocks."""
+        with forwards([(b, partial(stub, i)) for i, b in enumerate(self._found.blocks)]):
             self._decoder(input_ids=ids, use_cache=False)
 
     def _handed(self, value: Any) -> Slot | None:
@@ -210,11 +206,11 @@ class Calls:
                 looked_at[place] = value, self._shared(key, value)
             return looked_at[place][1]
 
-        def stub(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden, args, kwargs = _hidden_of(args, kwargs)
+        def stub(index: int, /, *args: Any, **kwargs: Any) -> Any:
+            hidden, others, named = _hidden_of(args, kwargs)
             first.append(hidden)
-            args = tuple(kept((index, str(i)), value) for i, value in enumerate(args))
-            batch.calls.append((args, {key: kept((index, key), v) for key, v in kwargs.items()}))
+            others = tuple(kept((index, str(i)), value) for i, value in enumerate(others))
+            batch.calls.append((others, {key: kept((index, key), v) for key, v in named.items()}))
             return self._returned(hidden)
 
         self._decode(stub, ids)

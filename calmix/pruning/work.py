@@ -99,25 +99,21 @@ class WorkFolder:
 
     def claim(self, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Take the folder for a request; all processes learn what an earlier run has left."""
-        plain = json.loads(json.dumps(asked))
-        self.kept = distributed.once(lambda: self._claim(plain, resume, overwrite))
+        self._asked, self._overwrite = json.loads(json.dumps(asked)), overwrite
+        try:
+            self.kept = distributed.once(lambda: self._take(resume, overwrite))
+        except BaseException:
+            give_back(self._lock)
+            raise
         self.resumes = self.begun
 
-    def _claim(self, asked: dict[str, Any], resume: bool, overwrite: bool) -> dict[str, Any]:
+    def _take(self, resume: bool, overwrite: bool) -> dict[str, Any]:
         with disk_errors(self.output), contextlib.suppress(Timeout):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(blocking=False)
         if not self.claimed:
             raise InputError(f"another process is at work on {self.output}: wait, or stop it")
-        self._asked, self._overwrite = asked, overwrite
-        try:
-            check_output_folder(self.output, overwrite=overwrite)  # nobody else makes it now
-            return self._take(resume, overwrite)
-        except BaseException:
-            give_back(self._lock)
-            raise
-
-    def _take(self, resume: bool, overwrite: bool) -> dict[str, Any]:
+        check_output_folder(self.output, overwrite=overwrite)  # nobody else makes it now
         try:
             record = read_record(self.path)
         except InputError:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from calmix.compression.sizes import bits_for
 from calmix.errors import InputError, ModelError, SolverError
@@ -47,8 +48,6 @@ def test_both_are_rounded_and_nothing_else_outside_the_blocks(kind, tmp_path):
 
 def test_a_file_that_holds_the_head_too_holds_it_rounded(tmp_path, calmix, text_file):
     """Of a model whose head is its embeddings some files have both."""
-    from safetensors.torch import load_file, save_file
-
     folder = save_tiny_model(tmp_path / "model", "llama", tie_word_embeddings=True)
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()},
@@ -73,8 +72,6 @@ def test_mistakes_are_one_line(calmix, text_file, tmp_path):
 
 def test_a_head_that_only_should_be_the_embeddings_is_rounded_apart(tmp_path, calmix, text_file):
     """As transformers opens it: the configuration ties what the files hold as two."""
-    from safetensors.torch import load_file, save_file
-
     folder = save_tiny_model(tmp_path / "model", "llama", tie_word_embeddings=True)
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).clone()
@@ -144,8 +141,6 @@ def test_what_cannot_be_rounded_is_refused_before_the_first_block(tmp_path):
 
 def test_two_bits_are_recovered_and_packed(calmix, text_file, tmp_path):
     """However far from the dense ones they are where the head hardly looks."""
-    from safetensors.torch import load_file, save_file
-
     folder = save_tiny_model(tmp_path / "model", "llama")
     weights = load_file(folder / "model.safetensors")
     mixed = torch.Generator().manual_seed(0)
@@ -170,8 +165,6 @@ def test_two_bits_are_recovered_and_packed(calmix, text_file, tmp_path):
 
 
 def test_one_value_of_another_type_does_not_change_the_bits_of_a_size(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     folder, found = save_tiny_model(tmp_path / "model", "llama"), []
     weights = load_file(folder / "model.safetensors")
     weights = {name: value.bfloat16() for name, value in weights.items()}
