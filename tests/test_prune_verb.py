@@ -73,6 +73,13 @@ def test_several_targets_are_what_each_would_be_alone(calmix, tiny_folder, text_
     ended = calmix(*common, "--pattern", "2:4,4:8", "--json", "-o", tmp_path / "patterns")
     told = [Path(told["output"]).name for told in json.loads(ended.out)]
     assert told == ["sparsegpt-2of4", "sparsegpt-4of8"]
+    for kind, more in (("llama", ()), ("gpt_neox", ()), ("mixtral", ("--drop-experts", 0.25))):
+        folder = save_tiny_model(tmp_path / kind, kind)
+        asked = ("prune", folder, *common[2:], *more, "--embeddings", 4, "--sparsity")
+        calmix(*asked, "0.5,0.6", "-o", tmp_path / f"{kind}-both").ok()
+        calmix(*asked, 0.6, "-o", tmp_path / f"{kind}-alone").ok()
+        (both,) = (tmp_path / f"{kind}-both").glob("*0.6")
+        assert hashes(both) == hashes(tmp_path / f"{kind}-alone")
 
 
 def test_one_target_that_cannot_be_solved_leaves_the_others(
@@ -110,11 +117,16 @@ def mistakes(tiny_folder, text_file, tmp_path):
         ("--sparsity", 1): "between 0 and 1",
         ("--sparsity", "0.5,"): "nothing between its commas",
         ("--sparsity", "0.5,0.5"): "names 0.5 twice", ("--sparsity", "0.5,1.5"): "mean 0.015",
-        ("--pattern", "2of4"): "N:M", ("--pattern", "2:5"): "does not divide",
+        ("--pattern", "2of4"): "N:M", ("--pattern", "2:5"): "--skip '*.q_proj'",
         (*half, "--method", "wanda,damping=0.1"): "damping has no effect with method wanda",
         (*half, "--method", "sparsegpt,damping=0"): "damping 0: Input should be greater",
         (*half, "--method", "magnitude"): "--calibration has no effect",
         (*half, "--damping", 1): "sparsegpt,damping=VALUE",
+        (*half, "--only", "*.nothing"): "--only '*.nothing' matches no layer",
+        (*half, "--skip", "re:("): "is not a regular expression",
+        (*half, "--skip", "*"): "--only and --skip leave no layer to prune",
+        ("--bits", 4, "--embeddings", 8): "less than or equal to 6",
+        ("--bits", 4, "--embeddings", 1): "greater than or equal to 2",
         ("--sparsity", "0.5,0.6", "--rows", 9999): "has",
     }.items():  # fmt: skip
         yield (tiny_folder, *data, *more), words

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 
 from calmix import precision
-from calmix.errors import InputError
 from calmix.models import find_blocks
-from calmix.pruning import Pattern, SemiStructured, Unstructured, prune
+from calmix.pruning import Pattern, SemiStructured, Unstructured
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.methods import admm, get_method
@@ -79,8 +78,6 @@ def main():
     together = scores()
     for name, values in alone.items():
         assert together[name] == pytest.approx(values, rel=1e-5)
-    with pytest.raises(InputError, match="1 calibration rows are too few for 2 processes"):
-        prune(tiny_model("llama"), tiny_ids(1, 16), pattern=Unstructured(0.5))
     dist.destroy_process_group()
 
 

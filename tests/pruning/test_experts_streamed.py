@@ -69,19 +69,6 @@ def test_starved_experts_are_told(calmix, deep, tmp_path, text_file):
     assert starved(layers[1:], 2) is None
 
 
-def test_what_makes_no_sense_is_one_line(calmix, deep, text_file, tmp_path):
-    common = ("prune", deep, "--calibration", text_file, *SMALL, "-o", tmp_path / "out")
-    for options, said in (
-        (("--only", "*.nothing"), "--only '*.nothing' matches no layer"),
-        (("--skip", "re:("), "is not a regular expression"),
-        (("--skip", "*"), "--only and --skip leave no layer to prune"),
-        (("--pattern", "3:5"), "leave such layers dense with --skip '*.q_proj'"),
-    ):
-        share = () if "--pattern" in options else ("--sparsity", 0.5)
-        assert said in calmix(*common, *share, *options).line
-        assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
-
-
 def test_names_choose_what_is_pruned(calmix, deep, text_file, tmp_path):
     output = tmp_path / "out"
     calmix(
