@@ -483,13 +483,12 @@ class Run:
         shared = [pair for pair in parts if isinstance(pair[0], SharedInput)]
         # From the last input to the first: what is upstream of experts has to be dense still.
         routed = [[pair] for pair in reversed(parts) if pair not in shared]
-        first = shared
+        first = shared  # summed in the first pass
         for experts in routed or [[]] * bool(shared):
             with ExitStack() as hooks:
                 for one, part in (*first, *experts):
-                    hook = working(next(part))
                     hooks.enter_context(
-                        one.module.register_forward_pre_hook(hook, with_kwargs=True)
+                        one.module.register_forward_pre_hook(working(next(part)), with_kwargs=True)
                     )
                 for number in range(len(self._batches)):
                     self._run(index, number, keep=False)
