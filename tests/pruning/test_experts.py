@@ -1,6 +1,9 @@
 """The engine, of mixtures too, against plain loops over whole forward passes with a Gram per input
 and expert."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -9,11 +12,11 @@ from calmix.errors import ModelError
 from calmix.models import find_blocks
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.engine import Run, run_through
-from calmix.pruning.experts import SMOOTHING, Routed
+from calmix.pruning.experts import SMOOTHING, Routed, starved
 from calmix.pruning.gram import Gram, relative_error
 from tests.pruning.test_engine import input_gram, weights_of
 from tests.pruning.toy import wiring
-from tests.tiny import MIXTURES, quick, tiny_ids, tiny_model
+from tests.tiny import MIXTURES, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
 EVERY = 3  # of how many tokens one stands for all: two of four experts, and no factor of 32
@@ -173,3 +176,52 @@ def test_coverage_is_told_by_source():
         assert list(mixture.sources) == ["prose", "code"]
         assert sum(mixture.sources["code"]) == 4 * 32 * 2
         assert mixture.tokens == [sum(pair) for pair in zip(*mixture.sources.values(), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    return save_tiny_model(folder, "qwen3_moe", num_hidden_layers=4)
+
+
+def test_starved_experts_are_told(calmix, deep, tmp_path, text_file):
+    few = ("--rows", 1, "--length", 16, "--leakage", "off", "--sparsity", 0.5)
+    output = tmp_path / "out"
+    ended = calmix("prune", deep, "--calibration", text_file, *few, "-o", output).ok()
+    said = "of 16 experts see fewer tokens than they have inputs"
+    assert said in ended.out
+    assert said in calmix("doctor", "inspect", output).out
+    told = json.loads((output / "calmix.json").read_text())["pruning"]
+    assert [mixture["name"] for mixture in told["experts"]] == [
+        f"model.layers.{index}.mlp.experts" for index in range(4)
+    ]
+    for mixture in told["experts"]:
+        assert sum(mixture["tokens"]) == 16 * 2
+        assert mixture["tokens"] == next(iter(mixture["sources"].values()))
+    assert {dense["reason"] for dense in told["dense"]} == {"router"}
+    seen = [("a.0.up", 8), ("a.1.up", 40), ("q", None)]
+    layers = [SimpleNamespace(name=name, tokens=tokens, columns=32) for name, tokens in seen]
+    assert starved(layers, 2).startswith("1 of 2 experts see")
+    assert starved(layers, 2).endswith("least a.0 with 8 for 32: 8 rows would do")
+    assert starved(layers[1:], 2) is None
+
+
+def test_names_choose_what_is_pruned(calmix, deep, text_file, tmp_path):
+    output = tmp_path / "out"
+    calmix(
+        "prune", deep, "--calibration", text_file, "--rows", 6, "--length", 32, "--leakage", "off",
+        "--sparsity", 0.5, "-o", output,
+        "--only", "*.mlp.*", "--skip", r"re:experts\.3\.", "--skip", "*.layers.0.*",
+    ).ok()  # fmt: skip
+    before, after = (load_weights(f) for f in (deep, output))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
+        for layer in (1, 2, 3)
+        for expert in (0, 1, 2)
+        for part in ("gate", "up", "down")
+    }
+    told = json.loads((output / "calmix.json").read_text())["pruning"]
+    assert (told["weights"], told["pruned"]) == (27 * 32 * 32, 27 * 32 * 16)
+    assert {dense["reason"] for dense in told["dense"]} == {"router", "skipped"}

@@ -117,6 +117,22 @@ def test_states_of_another_type_or_shape_give_the_same_bytes(kind, tmp_path):
         check_same(found, {n: v for n, v in model.state_dict().items() if n in found})
 
 
+def test_a_checkpoint_of_merged_experts_keeps_its_names(tmp_path):
+    """Not every tool that saves a model takes experts apart again."""
+    folder = save_tiny_model(tmp_path / "model", "mixtral")
+    apart = load_weights(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    merged = {name: value.clone() for name, value in model.state_dict().items()}
+    merged.pop("lm_head.weight")
+    save_file(merged, folder / "model.safetensors", {"format": "pt"})
+    found = streamed_prune(folder, tmp_path / "out")
+    assert found.keys() == merged.keys() != apart.keys()
+    in_memory(folder).save_pretrained(tmp_path / "whole")
+    expected = load_weights(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    check_same(found, expected)
+
+
 @pytest.mark.parametrize("prefix", ["model.", ""])
 def test_buffers_come_from_the_files(tmp_path, prefix):
     """Gemma 4 scales what a layer returns by a buffer of its checkpoint."""
@@ -144,8 +160,14 @@ def test_buffers_the_files_lack_are_those_of_a_model_opened_whole(tmp_path):
 
 
 def test_what_makes_a_model_be_opened_whole(tmp_path):
-    """A buffer that the files lack; or blocks that share weights: Zamba's second transformer is its
-    first, though files may hold a copy for each."""
+    """An expert or a buffer that the files lack; or blocks that share weights: Zamba's second
+    transformer is its first, though files may hold a copy for each."""
+    folder = save_tiny_model(tmp_path / "mixture", "qwen3_moe")
+    stored = load_weights(folder)
+    del stored["model.layers.0.mlp.experts.3.up_proj.weight"]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NotStreamableError):
+        StreamedModel(str(folder))
     folder = save_tiny_model(tmp_path / "model", "gemma4_text")
     stored = load_file(folder / "model.safetensors")
     del stored["model.layers.0.layer_scalar"]
