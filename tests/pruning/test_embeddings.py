@@ -12,7 +12,7 @@ from calmix.models.streaming import StreamedModel
 from calmix.options import Compression
 from calmix.pruning import prune
 from calmix.pruning.engine import Run, round_rows
-from tests.pruning.test_streamed import streamed_prune
+from tests.pruning.test_streamed import in_memory, streamed_prune
 from tests.tiny import (
     ARCHITECTURES,
     MIXTURES,
@@ -46,32 +46,19 @@ def test_both_are_rounded_and_nothing_else_outside_the_blocks(kind, tmp_path):
     assert wide == {id(model.get_parameter(name)) for name in changed}
 
 
-def test_a_file_that_holds_the_head_too_holds_it_rounded(tmp_path, calmix, text_file):
-    """Of a model whose head is its embeddings some files have both."""
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_head_that_the_files_hold_too_is_rounded(tmp_path, alike):
+    """With the embeddings, as which it is configured, or where it is another one, apart."""
     folder = save_tiny_model(tmp_path / "model", "llama", tie_word_embeddings=True)
-    weights = load_file(folder / "model.safetensors")
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()},
-              folder / "model.safetensors", {"format": "pt"})  # fmt: skip
-    source = StreamedModel(str(folder))
-    assert tied(source.model)
-    source.close()
-    calmix("prune", folder, "--calibration", text_file, *SMALL, "--embeddings", 5,
-           "-o", tmp_path / "out").ok()  # fmt: skip
-    found = load_weights(tmp_path / "out")
-    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
-    assert not torch.equal(found["lm_head.weight"], weights["model.embed_tokens.weight"])
-
-
-def test_a_head_that_only_should_be_the_embeddings_is_rounded_apart(tmp_path, calmix, text_file):
-    """As transformers opens it: the configuration ties what the files hold as two."""
-    folder = save_tiny_model(tmp_path / "model", "llama", tie_word_embeddings=True)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).clone()
+    weights, head = load_file(folder / "model.safetensors"), "lm_head.weight"
+    embedded = weights["model.embed_tokens.weight"]
+    weights[head] = embedded.clone() if alike else embedded.flip(0).clone()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    model = open_model(str(folder)).model
-    prune(model, tiny_ids(), pattern=0.5, micro_tokens=5 * 32, embeddings=5)
-    found = streamed_prune(folder, tmp_path / "out", embeddings=5)
-    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+    source = StreamedModel(str(folder))
+    assert tied(source.model) or not alike
+    source.close()
+    model, found = in_memory(folder, 5), streamed_prune(folder, tmp_path / "out", embeddings=5)
+    for name in (head, "model.embed_tokens.weight"):
         assert torch.equal(found[name], model.get_parameter(name))
         assert 0 < (found[name] - weights[name]).norm() < 0.2 * weights[name].norm()
 
