@@ -16,6 +16,7 @@ fitted to the engine.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -201,7 +202,7 @@ def plan_for(
         rows_at_once: rows of a micro-batch of the work that is resumed, which must stay.
         embeddings: whether they are rounded at the end.
     """
-    blocks, (rows, length) = source.blocks, shape
+    blocks, (rows, length), world = source.blocks, shape, distributed.processes()[1]
     pruned = [index for index in range(len(blocks)) if blocks.prunables(index)]
     layers = blocks.prunables(max(pruned, key=blocks.sizes.__getitem__))
     inside = [layer for layer in layers if layer.expert is not None]
@@ -220,7 +221,7 @@ def plan_for(
         experts=[layer.shape for layer in inside if layer.expert == one[layer.mixture]],
         expert_count=max((layer.expert or 0 for layer in inside), default=-1) + 1,
         hidden=token_bytes(source.model, blocks) // source.dtype.itemsize if rows else 0,
-        rows=-(-rows // distributed.processes()[1]),
+        rows=-(-rows // world),
         length=length,
         value_bytes=source.dtype.itemsize,
         method=method,
@@ -228,8 +229,8 @@ def plan_for(
     )
     held, free, total = device_memory(source.device)
     swaps = total is None
-    if swaps:  # memory that processes here share, as they do not a device
-        free //= distributed.here()
+    if swaps and world > 1:  # memory that processes here share, as they do not a device
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", world))
     room = min(distributed.everyone(held + int(FREE_SHARE * free) if budget is None else budget))
     held = max(distributed.everyone(held + (KERNELS if swaps else WORKSPACE)))
     at_once = rows_at_once * length or tokens_at_once(source.device)

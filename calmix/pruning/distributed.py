@@ -112,12 +112,6 @@ def processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def here() -> int:
-    """Return how many of the processes run on this machine."""
-    world = processes()[1]
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
-
-
 def once(act: Callable[[], T]) -> T:
     """Let the first process alone act; return its value, or raise its mistake, in all."""
     rank, world = processes()

@@ -17,6 +17,7 @@ Knows nothing about architectures (see trace.py), files (see streamed.py) or com
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -37,7 +38,7 @@ from calmix.models.opening import check_ids as check_vocabulary
 from calmix.options import BITS_METHOD, METHOD, Propagation
 from calmix.precision import bfloat16_products, dtype_name, reproducible
 from calmix.pruning import distributed
-from calmix.pruning.experts import EXPERT_BYTES, Gathering, Routed, Step, sampled
+from calmix.pruning.experts import EXPERT_BYTES, Gathering, Routed, Step
 from calmix.pruning.gram import Gram, Statistic, inverse_factor, relative_error
 from calmix.pruning.methods import Look, Method, Solution, get_method
 from calmix.pruning.methods.base import Quantiser
@@ -514,7 +515,8 @@ class Run:
 
     def _layers(self, shared: SharedInput) -> Iterator[Work]:
         """Gather the statistic of an input, and prune the layers that share it."""
-        statistic: Statistic = self._kind(shared.columns, shared.layers[0].view().device)
+        first = shared.layers[0]
+        statistic: Statistic = self._kind(first.shape[1], first.view().device)
 
         def add(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             with self._laps.lap("statistics"), _no_autocast(args[0].device):
@@ -529,8 +531,12 @@ class Run:
         """Gather the statistics of some experts at one step, and prune them."""
         report, lap = self.report, partial(self._laps.lap, "statistics")
         gathering = Gathering(routed, step, experts, self._kind, lap)
-        length = report.tokens // report.rows
-        every, first = sampled(routed, length), distributed.share(report.rows).start
+        length, first = report.tokens // report.rows, distributed.share(report.rows).start
+        # Of so many tokens one stands for all: as many go through every expert as are routed to it
+        # on average. Without a factor in common with a row's length it prefers no position.
+        every = max(1, round(routed.mixture.count / max(1, routed.chosen)))
+        while math.gcd(every, length) > 1:
+            every += 1
 
         def collect(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rows = self._batches[number].rows

@@ -81,7 +81,7 @@ def _scored(routed: Routed, sums: Tensor) -> Any:
         width = hidden.shape[-1]
         if index is None:  # stacked: the gate is in the input
             used = (hidden.reshape(routed.mixture.count, -1, width) != 0).any(-1)
-            made = given.run(module).reshape(*used.shape, -1)
+            made = module.forward(*args, **kwargs).reshape(*used.shape, -1)
             sums[0] += (made.to(sums.dtype).norm(dim=-1) * used).sum(1)
             sums[1] += used.sum(1)
             return

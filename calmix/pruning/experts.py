@@ -64,10 +64,6 @@ class Given:
         args = tuple(new.get(id(value), value) for value in self.args)
         return Given(args, {key: new.get(id(value), value) for key, value in self.kwargs.items()})
 
-    def run(self, module: Any) -> Any:
-        """Call a mixture's module."""
-        return module.forward(*self.args, **self.kwargs)
-
 
 class _Products(TorchFunctionMode):
     """Sees products with weights of experts: views of them lie in the same memory."""
@@ -233,7 +229,7 @@ class Routed:
             config._experts_implementation = "eager"
         try:
             with _Products(self.layers, seen):
-                return given.run(self.module)
+                return self.module.forward(*given.args, **given.kwargs)
         finally:
             if own:
                 config._experts_implementation = before
@@ -362,18 +358,6 @@ class Gathering:
         del sums[expert]
         distributed.add_up(found.sum)
         return found.matrix()
-
-
-def sampled(routed: Routed, length: int) -> int:
-    """Return of how many tokens one stands for all, where all would cost more than the experts'.
-
-    As many tokens go through every expert as are routed to it on average. The number has no
-    factor in common with the length of a row, so that no position is preferred.
-    """
-    step = max(1, round(routed.mixture.count / max(1, routed.chosen)))
-    while step > 1 and math.gcd(step, length) != 1:
-        step += 1
-    return step
 
 
 def starved(layers: Iterable[Any], rows: int) -> str | None:

@@ -44,11 +44,6 @@ class SharedInput:
         """The module at which the input is there."""
         return self.layers[0].module
 
-    @property
-    def columns(self) -> int:
-        """Width of the input."""
-        return self.layers[0].shape[1]
-
 
 class Slot(NamedTuple):
     """The place, among a block's arguments, of a dict or list that blocks may write into, or of one
