@@ -289,10 +289,6 @@ class _Pruning:
             self.run.note(f"resuming after {work.done} of {count} blocks")
         shares = work.kept.get("allocation") or {}
         by_layer = {name: Unstructured(share) for name, share in shares.items()}
-
-        def progress(blocks: int) -> None:
-            self.run.progress(number * count + blocks, len(self.jobs) * count)
-
         run = Run(
             self.source.model, self.source.blocks, job.method, by_layer or job.pattern,
             request.propagation or "sequential",
@@ -302,7 +298,10 @@ class _Pruning:
         told = request.allocation
         run.report.allocation = "given" if isinstance(told, dict) else told
         plan = self.plan(ids.shape, job.method, job)
-        return prune_streamed(self.source, ids, run, work, plan, progress)
+        return prune_streamed(
+            self.source, ids, run, work, plan,
+            lambda done: self.run.progress(number * count + done, len(self.jobs) * count),
+        )  # fmt: skip
 
     def _look(self, look: Any, ids: Tensor) -> None:
         """Take a run that changes nothing through all blocks."""
