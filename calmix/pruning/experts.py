@@ -123,7 +123,7 @@ class Step:
         common: whether every expert's input of one token is the same.
     """
 
-    layers: Mapping[int, list[Prunable]]
+    layers: dict[int, list[Prunable]]
     keys: tuple[str, ...]
     common: bool = False
 
