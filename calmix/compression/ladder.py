@@ -24,6 +24,7 @@ from calmix.compression import start
 from calmix.compression.plan import (
     BEHAVIOUR,
     CALIBRATION,
+    EFFORTS,
     MANIFEST,
     PACK,
     SCORES,
@@ -331,7 +332,8 @@ def _first(
         plain = start.plain_distance(asked.model, asked.device, asked.trust_remote_code)
     except CalmixError:
         return RUNGS[0]
-    bits = start.begin(RUNGS, tested, plain, _level(FIRST, confidence))
+    levels = EFFORTS[asked.effort].levels
+    bits = start.begin(RUNGS, tested, plain, _level(FIRST, confidence), levels)
     return bits if _due(building(asked, out, bits), seconds) <= left else RUNGS[0]
 
 

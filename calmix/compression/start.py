@@ -2,8 +2,8 @@
 
 No candidate's answer is looked at for that, so that all items decide. In the study of bits
 (studies/frontier.yaml) a model at a distance KL keeps some exp(-2 KL) of its answers, up to a tenth
-less where KL is small; a bit less a weight is four times the distance; and levels that are solved
-on text come to half the distance of plain rounding, more or less.
+less where KL is small; a bit less a weight is four times the distance; levels that are solved on
+text come to half the distance of plain rounding, more or less, and a recovery to 0.6 of that.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from calmix.models import find_blocks, open_model
 
 BITS = 4  # that weights are rounded to
 LOST = 0.05  # of the answers, at any distance
+RECOVERED = 0.6  # of the distance that is left
 
 
 def plain_distance(model: str, device: str, trust_remote_code: bool) -> float:
@@ -38,17 +39,29 @@ def plain_distance(model: str, device: str, trust_remote_code: bool) -> float:
     return float(distance(opened, dense)["total"]["kl_mean"])
 
 
-def expected(plain: float, bits: float) -> float:
+def expected(plain: float, bits: float, recovered: bool = False) -> float:
     """Return the share of answers that a candidate is thought to keep."""
-    return (1 - LOST) * math.exp(-plain * 4 ** (BITS - bits))
+    left = RECOVERED if recovered else 1.0
+    return (1 - LOST) * math.exp(-left * plain * 4 ** (BITS - bits))
 
 
 def begin(
-    rungs: Sequence[float], tested: Sequence[Tested], plain: float, confidence: float
+    rungs: Sequence[float],
+    tested: Sequence[Tested],
+    plain: float,
+    confidence: float,
+    levels: float = 0.0,
 ) -> float:
     """Return the bits to begin with, of `rungs` from most to fewest: those above the fewest with
-    which what is thought to be kept would prove every floor."""
-    fits = [at for at, bits in enumerate(rungs) if all(
-        lower_bound(round(expected(plain, bits) * one.items), one.items, confidence) >= one.floor
-        for one in tested)]  # fmt: skip
+    which what is thought to be kept would prove every floor. Models of `levels` or fewer are
+    recovered."""
+    fits = [
+        at
+        for at, bits in enumerate(rungs)
+        if all(
+            lower_bound(round(kept * one.items), one.items, confidence) >= one.floor
+            for kept in [expected(plain, bits, bits <= levels)]
+            for one in tested
+        )
+    ]
     return rungs[max(*fits, 1) - 1] if fits else rungs[0]

@@ -20,6 +20,7 @@ from calmix.compression.plan import request, scored
 from calmix.compression.running import CANDIDATES, check, check_same
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.evaluate import choose, runnable
+from calmix.evaluation import floors
 from calmix.evaluation.own import EXAMPLES, template
 from calmix.evaluation.scores import CapabilityScores, describe
 from calmix.manifest import sealed
@@ -158,7 +159,7 @@ def test_a_candidate_passes_if_the_models_of_all_draws_do(tiny_folder, text_file
 def test_a_walk_begins_where_the_distance_says_and_goes_back_to_the_top(
     tiny_folder, text_file, tmp_path, plain, kept, tried, bits
 ):
-    plain["distance"] = 0.025  # 3.2 bits are thought to keep 88 of 100, 2.6 bits 80
+    plain["distance"] = 0.025  # 3.2 bits are thought to keep 91 of 100, 2.6 bits 86
     out, want = tmp_path / "out", asked(tiny_folder, text_file)
     found = walk(want, out, Fake(out, kept), lambda *_: None)
     assert [one.bits for one in found.rungs] == tried
@@ -266,6 +267,9 @@ def test_the_distance_is_that_of_rounded_weights(tiny_folder, monkeypatch):
     assert far[0] > 2 * far[1] > 4 * far[2] > 0
     assert start.expected(0.1, 4) == pytest.approx(0.95 * math.exp(-0.1))
     assert start.expected(0.1, 3) == pytest.approx(0.95 * math.exp(-0.4))
+    assert start.expected(0.1, 3, recovered=True) == pytest.approx(0.95 * math.exp(-0.24))
+    one = [floors.Tested("math", "", 0.6, 100, needed=9, provable=0.9, kept=1, bound=1)]
+    assert [start.begin((6, 4, 3, 2), one, 0.1, 0.95, levels) for levels in (0, 3)] == [6, 4]
 
 
 @pytest.mark.parametrize(
