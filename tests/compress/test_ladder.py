@@ -19,8 +19,8 @@ from calmix.compression.ladder import RUNGS, walk
 from calmix.compression.plan import request, scored
 from calmix.compression.running import CANDIDATES, check, check_same
 from calmix.errors import InputError, NotKeptError
-from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation import floors
+from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.own import EXAMPLES, template
 from calmix.evaluation.scores import CapabilityScores, describe
 from calmix.manifest import sealed
@@ -446,7 +446,7 @@ def test_what_own_rows_cannot_prove_is_refused_at_once(calmix, command, tmp_path
     for name, text in template("mine").items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     words = command(tmp_path / "out", "--suite", "mine.yaml", sparse=False)
-    for floors, said in (
+    for kept, said in (
         ("code=0.9", "names 'code', whose tasks are not run: pass --allow-code-execution"),
         (
             "support=0.9",
@@ -455,7 +455,7 @@ def test_what_own_rows_cannot_prove_is_refused_at_once(calmix, command, tmp_path
         ),
     ):
         for more in ((), ("--dry-run",)):
-            assert said in calmix(*words, "--keep-at-least", floors, *more).line
+            assert said in calmix(*words, "--keep-at-least", kept, *more).line
     assert not (tmp_path / "out").exists()
 
 
