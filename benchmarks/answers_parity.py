@@ -19,8 +19,8 @@ from common import machine
 from lm_eval.models.huggingface import HFLM
 
 from calmix.evaluation.abilities import task_of
+from calmix.evaluation.evaluate import choose
 from calmix.evaluation.greedy import answers, prompt
-from calmix.evaluation.suites import load_suite
 from calmix.models import open_model
 from calmix.models.opening import quiet_transformers
 from calmix.progress import quiet
@@ -32,8 +32,7 @@ def ours(opened: Any, name: str, count: int) -> tuple[float, list[str]]:
     """Processor seconds and answers."""
     task = chosen(name, count)
     start = time.process_time()
-    asked = [prompt(opened.tokenizer, None, one.plain, task.tokens, task.until)
-             for one in task.items]  # fmt: skip
+    asked = [prompt(opened.tokenizer, None, one.plain, one.tokens, one.until) for one in task]
     found = answers(opened, asked)
     return time.process_time() - start, [one.text for one in found]
 
@@ -41,8 +40,8 @@ def ours(opened: Any, name: str, count: int) -> tuple[float, list[str]]:
 def theirs(lm: HFLM, name: str, count: int) -> tuple[float, list[str]]:
     """The same of HFLM."""
     task = chosen(name, count)
-    how = {"until": list(task.until), "max_gen_toks": task.tokens, "do_sample": False}
-    requests: Any = [SimpleNamespace(args=(item.plain, dict(how))) for item in task.items]
+    how = {"until": list(task[0].until), "max_gen_toks": task[0].tokens, "do_sample": False}
+    requests: Any = [SimpleNamespace(args=(item.plain, dict(how))) for item in task]
     start = time.process_time()
     with quiet_transformers():
         found = lm.generate_until(requests, disable_tqdm=True)
@@ -51,7 +50,7 @@ def theirs(lm: HFLM, name: str, count: int) -> tuple[float, list[str]]:
 
 def chosen(name: str, count: int) -> Any:
     """A task with so many of its items."""
-    return task_of(load_suite("abilities").limited(count).tasks[name])
+    return task_of(choose("abilities", limit=count).tasks[name])
 
 
 def main() -> None:

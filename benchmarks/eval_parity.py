@@ -75,7 +75,7 @@ class _Silent:
 
 def beside(lm: Scorer, rival: HFLM, suite: Suite, task: str) -> dict[str, Any]:
     """Run one task with both, and return how they compare."""
-    alone = suite.only(tasks=[task])
+    alone = choose(suite, tasks=[task])
     ours_seconds, ours_wall, ours = run(lm, alone)
     theirs_seconds, theirs_wall, theirs = run(rival, alone)
     a, b = ours[task], theirs[task]

@@ -36,8 +36,7 @@ from calmix.evaluation.floors import (
     judge,
     lower_bound,
 )
-from calmix.evaluation.measures import Parts, has_signal, parts
-from calmix.evaluation.records import TaskScores
+from calmix.evaluation.measures import Parts, TaskScores, has_signal, parts
 from calmix.evaluation.scores import CapabilityScores
 from calmix.study import StudyResults, read_results
 

@@ -33,7 +33,7 @@ def main() -> None:
     print(form.format(*head))
     total = 0.0
     for name in suite.tasks:
-        scores = evaluate(model, suite.only(tasks=[name]))
+        scores = evaluate(model, suite, tasks=[name])
         task = scores.retention(scores, resamples=1).tasks[0]
         total += scores.seconds
         print(

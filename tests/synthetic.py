@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from calmix.evaluation.records import TaskScores, rounded
+from calmix.evaluation.measures import TaskScores, rounded
 from calmix.evaluation.scores import CapabilityScores
 from calmix.files import write_json
 from calmix.study.results import Estimate, FailedTrial, StudyResults, Trial

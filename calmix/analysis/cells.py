@@ -17,8 +17,7 @@ import numpy as np
 
 from calmix.analysis.statistics import Array
 from calmix.errors import InputError, nearest
-from calmix.evaluation.measures import has_signal, mean_score, parts, task_weights
-from calmix.evaluation.records import TaskScores
+from calmix.evaluation.measures import TaskScores, has_signal, parts, task_weights
 from calmix.evaluation.retention import check_paired, nan_mean
 from calmix.options import Measure
 from calmix.specs import printed, target_of
@@ -250,10 +249,9 @@ def _measured(
     for at, (before, weight) in enumerate(zip(dense, task_weights(dense, measure), strict=True)):
         signal = has_signal(before, measure)
         made = [parts(before, scores[at], measure) for scores in pruned]
-        score = made[0].score
         tasks.append(
-            Task(before.name, before.dimension, score, len(before.items),
-                 mean_score(before, score), signal, weight)
+            Task(before.name, before.dimension, made[0].score, len(before.items), made[0].dense,
+                 signal, weight)
         )  # fmt: skip
         if signal:
             # Of bits per byte the paper's ratio is dense over pruned: its whole is the trial's own.

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from calmix.errors import InputError
-from calmix.evaluation.measures import RIGHT_OR_WRONG, Z, has_signal
-from calmix.evaluation.records import TaskScores
+from calmix.evaluation.measures import RIGHT_OR_WRONG, TaskScores, Z, has_signal
 from calmix.evaluation.retention import Estimate, Retention, check_paired, retention
 from calmix.evaluation.scores import CapabilityScores, check_same_suite
 from calmix.evaluation.suites import WRITTEN

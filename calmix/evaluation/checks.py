@@ -136,8 +136,7 @@ def as_requested(answer: str, expected: Mapping[str, Any]) -> bool:
     text = answer.strip()
     words = re.findall(r"\w+", text.lower())
     looping = len(words) > 4 and max(Counter(words).values()) > len(words) / 2
-    right = all(_REQUESTED[key](text, value) for key, value in expected.items())
-    return bool(text) and not looping and right
+    return not looping and all(_REQUESTED[key](text, value) for key, value in expected.items())
 
 
 def _plain(text: str) -> str:

@@ -65,10 +65,10 @@ def reference(opened: OpenModel, texts: Texts, *, cache: bool = False) -> Refere
             hidden = load(kept.read_bytes())
     if hidden is None:
         decoder, _ = likelihood.decoder_and_head(opened.model)
-        hidden = {}
-        for name, ids in texts.items():
-            parts = likelihood.hidden_states(decoder, ids, opened.model.device)
-            hidden[name] = torch.cat([part.cpu() for _, part in parts])
+        hidden = {
+            name: torch.cat([part.cpu() for _, part in likelihood.hidden_states(decoder, ids)])
+            for name, ids in texts.items()
+        }
         if cache:
             write_bytes(kept, save(hidden))
     about = opened.fingerprint, opened.tokenizer_fingerprint, dtype_name(opened.model.dtype)
@@ -131,14 +131,13 @@ def distance(
         if dense is None:
             raise InputError(f"{opened.name} has an output head of its own: give the dense model")
         before = likelihood.decoder_and_head(dense().model)[1]
-    device = opened.model.device
     tick = Ticker(progress, sum(map(len, reference.texts.values())))
     found: dict[str, dict[str, Any]] = {}
     points: list[Array] = []  # KL's mean, and that of each resample
     for name, ids in reference.texts.items():
         divergence, agree = [], []
-        for rows, states in likelihood.hidden_states(decoder, ids, device):
-            kept = reference.hidden[name][rows].to(device)
+        for rows, states in likelihood.hidden_states(decoder, ids):
+            kept = reference.hidden[name][rows].to(states.device)
             pairs = (all_rows.flatten(0, 1).split(POSITIONS) for all_rows in (kept, states))
             for old, new in zip(*pairs, strict=True):
                 logits = before(old), after(new)

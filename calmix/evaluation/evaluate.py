@@ -12,10 +12,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from calmix.errors import InputError
-from calmix.evaluation.records import TaskScores, rounded
+from calmix.errors import InputError, nearest
+from calmix.evaluation.abilities import ANSWER, ask, asked_texts, task_of
+from calmix.evaluation.likelihood import Progress
+from calmix.evaluation.measures import TaskScores, rounded
+from calmix.evaluation.scorer import BATCH_TOKENS, Scorer
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.evaluation.suites import Suite, TaskSpec, load_suite
 from calmix.evaluation.tasks import Item, accuracies, item_texts, load_items, task_texts
@@ -23,10 +26,6 @@ from calmix.manifest import deciding_versions
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import end_tokens, in_chat
 from calmix.precision import dtype_name
-
-if TYPE_CHECKING:
-    from calmix.evaluation.likelihood import Progress
-    from calmix.evaluation.scorer import Scorer
 
 CUE = "Answer:"  # what stands in place of a question
 SCORER = 2  # raised when the scorer gives other numbers, so that cached scores are not reused
@@ -43,13 +42,39 @@ def choose(
     whole: Sequence[str] = (),
     limit: int | None = None,
 ) -> Suite:
-    """Return the suite as it is to be run."""
-    chosen = suite if isinstance(suite, Suite) else load_suite(suite)
-    chosen = chosen.only(dimensions=dimensions, tasks=tasks, without=without)
+    """Return the suite as it is to be run: of some dimensions and tasks, where any are named, and
+    `without` others, at most `limit` items a task; each task's `quick` ones, but all of the
+    dimensions `whole`."""
+    full = suite if isinstance(suite, Suite) else load_suite(suite)
+    for what, names, known in (
+        ("dimension", [*dimensions, *whole], full.dimensions),
+        ("task", [*tasks, *without], full.tasks),
+    ):
+        if unknown := [name for name in names if name not in known]:
+            hint = nearest(unknown[0], known)
+            raise InputError(f"suite {full.name} has no {what} '{unknown[0]}': {hint}")
     if whole and not quick:
         raise InputError("--whole has no effect without --quick: leave it out")
-    chosen = chosen.quick(whole) if quick else chosen
-    return chosen if limit is None else chosen.limited(limit)
+    if limit is not None and limit < 1:
+        raise InputError(f"the limit must be at least 1 item a task, not {limit}")
+    kept: dict[str, dict[str, TaskSpec]] = {}
+    for dimension, own in full.dimensions.items():
+        sliced = quick and dimension not in whole
+        for name, task in own.items():
+            if (
+                (dimensions and dimension not in dimensions)
+                or (tasks and name not in tasks)
+                or name in without
+                or (sliced and task.quick == 0)
+            ):
+                continue
+            most = (task.quick if sliced else None) or task.limit
+            values = {"limit": most if limit is None else min(limit, most or limit),
+                      "quick": None if sliced else task.quick}  # fmt: skip
+            kept.setdefault(dimension, {})[name] = task.model_copy(update=values)
+    if not kept:
+        raise InputError(f"no task of suite {full.name} is left: name fewer, or others")
+    return full.model_copy(update={"dimensions": kept})
 
 
 def runnable(suite: Suite, allowed: bool, *, whole: bool = False) -> tuple[Suite, list[str]]:
@@ -62,7 +87,7 @@ def runnable(suite: Suite, allowed: bool, *, whole: bool = False) -> tuple[Suite
             "(allow_code_execution=True) to run it in a limited subprocess, or leave it out "
             "with --task"
         )
-    return suite.only(without=left), left
+    return choose(suite, without=left), left
 
 
 def evaluate(
@@ -104,15 +129,13 @@ def evaluate(
 
     Raises:
         InputError: unknown suite, dimension or task, an empty limit, code execution not allowed.
-        ModelError: the model cannot be opened, or its tokenizer lacks what a task needs.
+        ModelError: the model cannot be opened, or an answer is longer than it takes.
     """
-    from calmix.evaluation.scorer import BATCH_TOKENS
-
     chosen = choose(suite, dimensions=dimensions, tasks=tasks, quick=quick, limit=limit)
     chosen, left = runnable(chosen, allow_code_execution)
     if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    size = BATCH_TOKENS if batch_tokens is None else batch_tokens
+    size = batch_tokens or BATCH_TOKENS
     if cache and floors and right is None:
         about = *form_of(model, chosen), chosen.hash, size, SCORER, FLOORS
         kept = model.cached("scores", *about).with_suffix(".json")
@@ -143,26 +166,28 @@ def _run(
     right: Mapping[str, Collection[str]] | None,
     progress: Progress | None,
 ) -> CapabilityScores:
-    from calmix.evaluation.abilities import ANSWER, ask, due
-    from calmix.evaluation.scorer import Scorer
-
     start = time.perf_counter()
     loaded = {name: load_items(spec) for name, spec in suite.tasks.items() if not spec.writes}
     scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
-    questions = due(suite, right)
-    scorer.tick.total += ANSWER * sum(len(items) for _, items in questions.values())
+    questions = {name: task_of(spec) for name, spec in suite.tasks.items() if spec.writes}
+    asked = [(name, one) for name, some in questions.items() for one in some
+             if right is None or one.id in right[name]]  # fmt: skip
+    scorer.tick.total += ANSWER * len(asked)
     # All of the archive's requests at once: what they share runs once.
-    asked = [(name, *one) for name in loaded for i in loaded[name] for one in i.requests]
-    answers = iter(scorer.loglikelihood(asked))
-    written = ask(scorer, questions)
+    requests = [(name, *one) for name in loaded for i in loaded[name] for one in i.requests]
+    answers = iter(scorer.loglikelihood(requests))
+    keys = [(name, one.id) for name, one in asked]
+    written = dict(zip(keys, ask(scorer, asked), strict=True))
     tasks = []
     for name, spec in suite.tasks.items():
         found: dict[str, Any] = {"chance": 0.0}
         if spec.writes:
-            found |= written[name]
+            found["items"] = tuple(one.id for one in questions[name])
+            rows = [written.get((name, one), (0.0, "", 0)) for one in found["items"]]
+            found["values"], found["answers"], found["ended"] = zip(*rows, strict=True)
         else:
-            rows = [list(islice(answers, len(item.requests))) for item in loaded[name]]
-            found |= _likely(spec, loaded[name], rows)
+            likely = [list(islice(answers, len(item.requests))) for item in loaded[name]]
+            found = _likely(spec, loaded[name], likely)
             found |= _ignorant(scorer, name, spec, loaded[name]) if floors else {}
         tasks.append(TaskScores(name, suite.dimension_of(name), spec.metric, spec.primary, **found))
     return CapabilityScores(
@@ -174,8 +199,6 @@ def _run(
 
 def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
     """Yield task, id and text of every item a suite scores, without worked examples."""
-    from calmix.evaluation.abilities import asked_texts
-
     for name, spec in suite.tasks.items():
         for one in asked_texts(spec) if spec.writes else item_texts(spec):
             yield (name, *one)
@@ -210,7 +233,7 @@ def _ignorant(scorer: Scorer, name: str, spec: TaskSpec, items: Sequence[Item]) 
         known = dict(zip(distinct, found, strict=True))
         floors = [[known[choice] for choice in item.choices] for item in items]
     right = [item.right[1] for item in items]
-    seen = scorer.encode(list(dict.fromkeys([*task_texts(spec), *right])), special=False)
+    seen = scorer.encode(list(dict.fromkeys(task_texts(spec))), special=False)
     counts = Counter(token for row in seen for token in row)
     total = math.log(counts.total())
     cost = {token: math.log(count) - total for token, count in counts.items()}

@@ -23,8 +23,7 @@ from typing import Any
 from calmix.errors import InputError
 from calmix.evaluation import behaviour
 from calmix.evaluation.behaviour import Pair, TaskPair
-from calmix.evaluation.measures import Measure, has_signal, parts
-from calmix.evaluation.records import TaskScores
+from calmix.evaluation.measures import Measure, TaskScores, has_signal, parts
 from calmix.evaluation.retention import Estimate, retention
 from calmix.manifest import sealed, versions
 from calmix.options import parse_share
@@ -88,9 +87,8 @@ class Verdict:
         """Whether every ability is proven to keep its floor."""
         return all(one.passed for one in self.tested)
 
-    @property
-    def promise(self) -> str:
-        """One line: what is proven of which abilities, or which are not."""
+    def lines(self) -> list[str]:
+        """Return what is proven of which abilities, or which are not, and what was left out."""
         sure = f"{100 * self.confidence:g} % confidence"
         if self.passed:
             kept = ", ".join(f"{one.ability} {100 * one.floor:g} % ({one.basis})"
@@ -98,21 +96,17 @@ class Verdict:
             others = "another draw of calibration text may keep more or less"
             if self.draws > 1:
                 others = f"the models of all {self.draws} draws of calibration text keep it"
-            return (
-                f"Kept at {sure}, at least: {kept}. This holds for items like these and for this "
-                f"checkpoint; {others}."
-            )
-        missed = ", ".join(
-            f"{one.ability} (keeps {100 * one.kept:.1f} %, proven {proven(one.bound)} %, asked "
-            f"{100 * one.floor:g} %; {one.basis}"
-            f"{'; more items may prove it' * (one.kept > one.floor)})"
-            for one in self.tested if not one.passed
-        )  # fmt: skip
-        return f"Not kept at {sure}: {missed}. This holds for items like these and this checkpoint."
-
-    def lines(self) -> list[str]:
-        """Return the promise, and what was left out of it."""
-        said = [self.promise]
+            said = [f"Kept at {sure}, at least: {kept}. This holds for items like these and for "
+                    f"this checkpoint; {others}."]  # fmt: skip
+        else:
+            missed = ", ".join(
+                f"{one.ability} (keeps {100 * one.kept:.1f} %, proven {proven(one.bound)} %, asked "
+                f"{100 * one.floor:g} %; {one.basis}"
+                f"{'; more items may prove it' * (one.kept > one.floor)})"
+                for one in self.tested if not one.passed
+            )  # fmt: skip
+            said = [f"Not kept at {sure}: {missed}. This holds for items like these and this "
+                    "checkpoint."]  # fmt: skip
         if self.untested:
             said.append(f"Not tested, the dense model has no signal: {', '.join(self.untested)}.")
         if self.not_run:
@@ -125,8 +119,7 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""
         rows = [asdict(one) | {"passed": one.passed} for one in self.tested]
-        told = {"tested": rows, "untested": [*self.untested], "not_run": [*self.not_run]}
-        return asdict(self) | told | {"passed": self.passed, "lines": self.lines()}
+        return asdict(self) | {"tested": rows, "passed": self.passed, "lines": self.lines()}
 
 
 def record(verdict: Verdict, floors: Mapping[str, float], pairs: Sequence[Pair]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from calmix.evaluation.greedy import answers, prompt
 from calmix.evaluation.likelihood import Progress, Ticker
 from calmix.files import read_object, write_json
 from calmix.models import OpenModel
+from calmix.sources.registry import local_file
 from calmix.yaml_files import first_problem, packaged
 
 KIND = "answers"
@@ -61,8 +62,6 @@ def load_answers(path: Path) -> Answered:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Return the prompts of a `.txt` file, one a line, or of a file of rows (FILE@FIELD)."""
-    from calmix.sources.registry import local_file
-
     reader = local_file(str(path))
     texts = [document.text for document in reader.read()]
     if reader.path.suffix.lower() == ".txt":

@@ -32,13 +32,30 @@ TAIL = 16  # tokens at the end of an answer in which a stop is looked for
 LOOP, PERIOD = 64, 16  # an answer whose last tokens repeat so few is cut: greedily it never ends
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prompt:
-    """What a model is asked: token ids, how many it may answer with, and texts that end it."""
+    """What a model is asked: token ids, how many it may answer with, and texts that end it.
 
-    ids: Sequence[int]
+    While it is answered, `over` says that it is done, and its first tokens, the `head`, are those
+    of other prompts too.
+    """
+
+    ids: list[int]
     tokens: int
     until: tuple[str, ...] = ()
+    written: list[int] = field(default_factory=list)
+    ended: bool = False
+    over: bool = False
+    head: int = 0
+
+    @property
+    def needs(self) -> int:
+        """The tokens that it takes with its answer."""
+        return len(self.ids) + self.tokens
+
+    def begins(self) -> list[int]:
+        """Return the tokens by which prompts that begin alike are known."""
+        return self.ids[:SHARED]
 
 
 @dataclass(frozen=True)
@@ -69,8 +86,11 @@ def answers(
     of answers that have just ended.
     """
     writer = _Writer(opened, tick)
-    rows = [writer.row(one) for one in prompts]
-    for _, some in itertools.groupby(sorted(rows, key=lambda row: row.ids), key=_Row.begins):
+    rows = []
+    for one in prompts:
+        room = min(one.tokens, writer.context // 2)
+        rows.append(Prompt(one.ids[-(writer.context - room) :], room, one.until))
+    for _, some in itertools.groupby(sorted(rows, key=lambda row: row.ids), key=Prompt.begins):
         alike = list(some)
         head = min(shared_start([row.ids for row in alike]), min(len(row.ids) for row in alike) - 1)
         for row in alike:
@@ -81,27 +101,6 @@ def answers(
         for group in writer.groups(rows):
             (writer.answer if writer.padded else writer.by_transformers)(group)
     return [writer.answered(row) for row in rows]
-
-
-@dataclass
-class _Row:
-    """An answer while it is written: `room` is what it may take, `over` says that it is done, and
-    its first tokens, the `head`, are those of other rows too."""
-
-    ids: list[int]
-    room: int
-    until: tuple[str, ...]
-    written: list[int] = field(default_factory=list)
-    ended: bool = False
-    over: bool = False
-    head: int = 0
-
-    def begins(self) -> list[int]:
-        return self.ids[:SHARED]
-
-    @property
-    def needs(self) -> int:
-        return len(self.ids) + self.room
 
 
 class _Writer:
@@ -137,35 +136,29 @@ class _Writer:
         taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         self.held = max(self.held, int(HELD / taken))
 
-    def row(self, prompt: Prompt) -> _Row:
-        room = min(prompt.tokens, self.context // 2)
-        ids = list(prompt.ids) or self.ends[:1].tolist() or [0]
-        return _Row(ids[-(self.context - room) :], room, prompt.until)
-
-    def groups(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    def groups(self, rows: Sequence[Prompt]) -> Iterator[list[Prompt]]:
         """Yield rows to answer together: all, or those of one length where they must not be padded.
         Those that need most room come first; what begins alike stands together."""
 
-        def kind(row: _Row) -> int:
-            return len(row.ids) if not self.padded or row.needs > self.window else 0
+        def kind(row: Prompt) -> int:
+            return len(row.ids) if row.needs > self.window else 0
 
-        def place(row: _Row) -> tuple[Any, ...]:
-            width = self._width([row]).bit_length()
-            return kind(row), width, -row.room, row.begins(), -len(row.ids), row.ids
-
-        for length, some in itertools.groupby(sorted(rows, key=place), key=kind):
+        ordered = sorted(
+            rows, key=lambda row: (kind(row), -row.tokens, row.begins(), -len(row.ids), row.ids)
+        )
+        for length, some in itertools.groupby(ordered, key=kind):
             group = list(some)
             step = self._width(group) if length else len(group)
             yield from (group[at : at + step] for at in range(0, len(group), step))
 
-    def _width(self, rows: Sequence[_Row]) -> int:
+    def _width(self, rows: Sequence[Prompt]) -> int:
         """Return how many rows may be answered at a time."""
         return max(1, min(ROWS, len(rows), self.held // max(row.needs for row in rows)))
 
-    def answer(self, rows: Sequence[_Row]) -> None:
+    def answer(self, rows: Sequence[Prompt]) -> None:
         """Answer rows: where one is over, the next one begins."""
-        waiting, inside, held = list(rows), list[_Row](), own_places(self.model)
-        idle, tokens = _Row([], 0, (), over=True), self.ends.new_zeros(0)
+        waiting, inside, held = list(rows), list[Prompt](), own_places(self.model)
+        idle, tokens = Prompt([], 0, (), over=True), self.ends.new_zeros(0)
         while waiting or not all(row.over for row in inside):
             free = [n for n, row in enumerate(inside) if row.over]
             if len(free) >= max(1, len(inside) // LEAVING) or not inside:
@@ -179,7 +172,7 @@ class _Writer:
                     inside = [*(inside[n] for n in left), *(idle for _ in free)]
                     tokens = torch.cat([tokens[here], tokens.new_zeros(len(free))])
                 if waiting:
-                    _, some = next(itertools.groupby(waiting[: len(free)], key=_Row.begins))
+                    _, some = next(itertools.groupby(waiting[: len(free)], key=Prompt.begins))
                     joined = list(some)
                     waiting = waiting[len(joined) :]
                     for place, row in zip(free, joined, strict=False):
@@ -193,7 +186,7 @@ class _Writer:
             held.move(torch.tensor([not row.over for row in inside], device=self.device))
             self._take(inside, tokens)
 
-    def _begin(self, rows: Sequence[_Row], held: Any, places: Any) -> Any:
+    def _begin(self, rows: Sequence[Prompt], held: Any, places: Any) -> Any:
         """Read the prompts of rows, of one head, into their places, and return the first token of
         each."""
         from transformers import DynamicCache
@@ -225,7 +218,7 @@ class _Writer:
         more = {key: more[key] for key in self.takes if more[key] is not None} | {self.cache: held}
         return self.model(ids, attention_mask=mask, use_cache=True, **more).logits[:, -1]
 
-    def _take(self, rows: Sequence[_Row], tokens: Any) -> None:
+    def _take(self, rows: Sequence[Prompt], tokens: Any) -> None:
         """Note each row's next token, and which rows are over by now."""
         final = torch.isin(tokens, self.ends).tolist()
         for row, token, end in zip(rows, tokens.tolist(), final, strict=True):
@@ -235,24 +228,24 @@ class _Writer:
                 row.written.append(token)
             tail = self.tokenizer.decode(row.written[-TAIL:]) if row.until else ""
             row.ended = end or any(stop in tail for stop in row.until)
-            row.over = row.ended or len(row.written) >= row.room or loops(row.written)
+            row.over = row.ended or len(row.written) >= row.tokens or loops(row.written)
             if row.over and self.tick is not None:
                 self.tick(1)
 
-    def answered(self, row: _Row) -> Answer:
+    def answered(self, row: Prompt) -> Answer:
         """Return a row's answer, without the text that ended it."""
         text = self.tokenizer.decode(row.written, skip_special_tokens=True)
         for stop in row.until:
             text = text.partition(stop)[0]
         return Answer(text, row.ended)
 
-    def by_transformers(self, rows: Sequence[_Row]) -> None:
+    def by_transformers(self, rows: Sequence[Prompt]) -> None:
         from transformers import GenerationConfig
 
         given = torch.tensor([row.ids for row in rows], device=self.device)
         ends = self.ends.tolist()
         config = GenerationConfig(
-            do_sample=False, num_beams=1, max_new_tokens=max(row.room for row in rows),
+            do_sample=False, num_beams=1, max_new_tokens=max(row.tokens for row in rows),
             eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,
         )  # fmt: skip
         with generating(self.model, config):

@@ -132,14 +132,13 @@ def behind(model: Any) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if id(p) not in known}
 
 
-def hidden_states(
-    decoder: Any, ids: Tensor, device: torch.device
-) -> Iterator[tuple[slice, Tensor]]:
+def hidden_states(decoder: Any, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield what the output head sees of full rows, in micro-batches, to be used without gradients.
 
     `ids` have shape (rows, length). Yields which rows, and states of shape (rows, length - 1,
     width): every position that predicts a token.
     """
+    device = next(decoder.parameters()).device
     step = max(1, tokens_at_once(device) // ids.shape[1])
     for start in range(0, len(ids), step):
         part = slice(start, min(start + step, len(ids)))
@@ -165,21 +164,18 @@ def row_nll(model: Any, ids: Tensor, progress: Progress | None = None) -> Tensor
     `ids` are int64 token ids without padding, shape (rows, length). Returns float32, shape (rows,
     length - 1).
     """
-    device = next(model.parameters()).device
     (decoder, head), tick = decoder_and_head(model), Ticker(progress, len(ids))
-    result = torch.empty(len(ids), ids.shape[1] - 1, device=device)
-    for rows, states in hidden_states(decoder, ids, device):
-        targets = ids[rows, 1:].flatten().to(device)
-        parts = []
+    parts = []
+    for rows, states in hidden_states(decoder, ids):
+        targets = ids[rows, 1:].flatten().to(states.device)
         for hidden, own in zip(
             states.flatten(0, 1).split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True
         ):
             logits = head(hidden)
             right = logits.gather(1, own[:, None])[:, 0].float()
             parts.append(log_sums(logits) - right)
-        result[rows] = torch.cat(parts).view(len(states), -1)
         tick(len(states))
-    return result.cpu()
+    return torch.cat(parts).view(len(ids), -1).cpu()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Measures: the score of an item, and what share of it a pruned model has kept. Pure functions.
+"""What a model did on a task, item by item, and measures of it: the score of an item, and what
+share of it a pruned model has kept. Pure functions of records, so that a file answers later
+questions without the model.
 
 Every measure of retention is a ratio of two sums over items, `sum(kept) / sum(whole)`, so that
 one bootstrap serves them all. With l the log-likelihoods of an item's choices, g the right one:
@@ -25,12 +27,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calmix.errors import InputError
-from calmix.evaluation.records import TaskScores
 from calmix.evaluation.suites import Measure, Score
 
 Array = NDArray[np.float64]
@@ -39,15 +41,80 @@ Z = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 LN2 = math.log(2)
 RIGHT_OR_WRONG: tuple[Score, ...] = ("accuracy", "kept")  # scores of answers that are either
 BITS: tuple[Score, ...] = ("bits", "smoothed")  # the less the better; per byte as they are printed
+DIGITS = 3  # decimals of a log-likelihood in nats; bfloat16 moves them by more
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What one model did on one task, item by item.
+
+    Attributes:
+        metric: the suite's, which `values` are: accuracies from 0 to 1, none
+            for a task of single answers.
+        primary: the score that retention of this task is about, unless another is asked for.
+        chance: expected accuracy of a guess; 0 where there is no accuracy.
+        gold: index of each item's right choice.
+        loglikelihoods, bytes: of every choice of every item, in nats and in UTF-8; none where
+            the model wrote its answers.
+        floor: what the choices score without the knowledge: what this model gives them without
+            the question (`context-free`, in `floors`), all the same (`uniform`), or `none`.
+        unigram: log-likelihood in nats of each right answer under a code of single tokens.
+        answers: what the model wrote, of a task that is asked; `ended` is 0 where one was cut.
+    """
+
+    name: str
+    dimension: str
+    metric: str
+    primary: Score
+    chance: float
+    items: tuple[str, ...]
+    values: tuple[float, ...] = ()
+    gold: tuple[int, ...] = ()
+    loglikelihoods: tuple[tuple[float, ...], ...] = ()
+    bytes: tuple[tuple[int, ...], ...] = ()
+    floor: Literal["context-free", "uniform", "none"] = "none"
+    floors: tuple[tuple[float, ...], ...] = ()
+    unigram: tuple[float, ...] = ()
+    answers: tuple[str, ...] = ()
+    ended: tuple[int, ...] = ()
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean accuracy; None for a task of single answers."""
+        return math.fsum(self.values) / len(self.values) if self.values else None
+
+    @property
+    def consistent(self) -> bool:
+        """Whether all parts are of one length, those there that a score by likelihood needs, and
+        the right choice is one of the choices."""
+        tables = [t for t in (self.loglikelihoods, self.bytes, self.floors) if t]
+        likely = self.loglikelihoods or self.primary not in RIGHT_OR_WRONG
+        needed = (self.gold, self.bytes, self.loglikelihoods) if likely else ()
+        parts = (self.values, self.gold, self.unigram, self.answers, self.ended, *tables)
+        choices = [len(row) for row in tables[0]] if tables else []
+        return (
+            all(len(part) == len(self.items) for part in (*needed, *filter(None, parts)))
+            and all([len(row) for row in table] == choices for table in tables)
+            and all(0 <= at < count for at, count in zip(self.gold, choices, strict=False))
+        )
+
+
+def rounded(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    """Return log-likelihoods as they are kept."""
+    return tuple(tuple(round(float(value), DIGITS) for value in row) for row in rows)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """One task of two models, item by item: retention is `kept.sum() / whole.sum()`."""
+    """One task of two models, item by item: retention is `kept.sum() / whole.sum()`; the scores of
+    both and their floor, if the measure has one, as they are printed."""
 
     score: Score
     kept: Array
     whole: Array
+    dense: float = math.nan
+    pruned: float = math.nan
+    floor: float | None = None
 
     @property
     def retention(self) -> float:
@@ -70,14 +137,9 @@ def score_of(task: TaskScores, measure: Measure) -> Score:
 
 def item_scores(task: TaskScores, score: Score) -> Array:
     """Return the score of each item, shape (items,); bits as -l_g in bits, not yet per byte nor
-    smoothed. An `InputError` says where the scores hold no log-likelihoods."""
+    smoothed."""
     if score in RIGHT_OR_WRONG:
         return np.asarray(task.values, dtype=float)
-    if not task.loglikelihoods:
-        raise InputError(
-            f"the scores of task {task.name} hold no log-likelihoods, which its {score} needs: "
-            "evaluate again, or ask for --measure accuracy"
-        )
     return _scores(task.loglikelihoods, task, score)
 
 
@@ -124,17 +186,22 @@ def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -
     """Return what of each item is kept, and the whole of it."""
     score = score_of(dense, measure)
     before, after = item_scores(dense, score), item_scores(pruned, score)
+    anchored = measure != "ratio" and (measure != "accuracy" or score not in BITS)
+    floor = floor_scores(dense, score) if anchored else None
+    # As they are printed: a mean, or bits per byte of all answers.
+    count = _sizes(dense).sum() if score in BITS else len(before)
+    shown = (float(before.sum() / count), float(after.sum() / count),
+             None if floor is None else float(floor.sum() / count))  # fmt: skip
     if score == "kept":
-        return Parts(score, before * after, before)
-    if not is_anchored(score, measure):
+        return Parts(score, before * after, before, *shown)
+    if floor is None:
         kept, whole = (before, after) if score in BITS else (after, before)
-        return Parts(score, kept, whole)
-    floor = floor_scores(dense, score)
+        return Parts(score, kept, whole, *shown)
     if score == "smoothed":
         # Bits under the even mixture of the model and the floor's code.
         before, after = (1.0 - np.logaddexp2(-bits, -floor) for bits in (before, after))
     sign = -1.0 if score in BITS else 1.0
-    return Parts(score, sign * (after - floor), sign * (before - floor))
+    return Parts(score, sign * (after - floor), sign * (before - floor), *shown)
 
 
 def task_weights(dense: Sequence[TaskScores], measure: Measure = "primary") -> list[float]:
@@ -145,27 +212,6 @@ def task_weights(dense: Sequence[TaskScores], measure: Measure = "primary") -> l
     pooled = {task.name: float(parts(task, task, measure).whole.sum())
               for task in known if task.dimension not in mixed}  # fmt: skip
     return [pooled.get(task.name, 1.0) for task in dense]
-
-
-def is_anchored(score: Score, measure: Measure) -> bool:
-    """Whether a score counts from its floor under a measure, or from 0."""
-    return measure != "ratio" and (measure != "accuracy" or score not in BITS)
-
-
-def mean_score(task: TaskScores, score: Score) -> float:
-    """Return a task's score as it is printed: a mean, or bits per byte of all answers."""
-    return _printed(item_scores(task, score), task, score)
-
-
-def mean_floor(dense: TaskScores, score: Score, measure: Measure) -> float | None:
-    """Return a task's floor as it is printed; None where the measure has none."""
-    if not is_anchored(score, measure):
-        return None
-    return _printed(floor_scores(dense, score), dense, score)
-
-
-def _printed(values: Array, task: TaskScores, score: Score) -> float:
-    return float(values.sum() / _sizes(task).sum() if score in BITS else values.mean())
 
 
 def noise(whole: Array) -> float:

@@ -18,8 +18,7 @@ import numpy as np
 
 from calmix.errors import InputError
 from calmix.evaluation import measures
-from calmix.evaluation.measures import Array, Measure, Parts, noise, parts
-from calmix.evaluation.records import TaskScores
+from calmix.evaluation.measures import Array, Measure, Parts, TaskScores, parts
 from calmix.evaluation.suites import Score
 from calmix.shown import Shown, percent
 
@@ -129,10 +128,9 @@ def retention(
             point[:] = resampled(before.name, made, resamples=resamples, seed=seed)
         tasks.append(
             TaskRetention(
-                before.name, before.dimension, made.score, len(before.items),
-                measures.mean_floor(before, made.score, measure),
-                measures.mean_score(before, made.score), measures.mean_score(after, made.score),
-                before.accuracy, after.accuracy, noise(made.whole), signal, estimate(point, level),
+                before.name, before.dimension, made.score, len(before.items), made.floor,
+                made.dense, made.pruned, before.accuracy, after.accuracy,
+                measures.noise(made.whole), signal, estimate(point, level),
             )
         )  # fmt: skip
     rolled = by_dimension(dense, points, measures.task_weights(dense, measure))
@@ -151,10 +149,8 @@ def by_dimension(
     tasks: Sequence[TaskScores], points: Array, weights: Sequence[float] | float = 1.0
 ) -> dict[str, Array]:
     """Return the weighted mean over each dimension's tasks; points have shape (tasks, values)."""
-    times = np.broadcast_to(weights, len(tasks))[:, None]
-    places: dict[str, list[int]] = {}
-    for at, task in enumerate(tasks):
-        places.setdefault(task.dimension, []).append(at)
+    times, names = np.broadcast_to(weights, len(tasks))[:, None], [task.dimension for task in tasks]
+    places = {name: [other == name for other in names] for name in names}
     return {name: nan_mean(points[own], 0, times[own]) for name, own in places.items()}
 
 

@@ -20,14 +20,11 @@ import tempfile
 
 from calmix.errors import InputError
 
-SECONDS = 10.0
-MEMORY = 1 << 30  # bytes of address space
-
 # Runs in the child. The program comes on standard input after a line with the token, which is
 # written back only once the program has run to its end: `sys.exit(0)` is no success.
 CHILD = r"""
 import collections, heapq, itertools, math, os, random, re, resource, sys, typing
-seconds, memory, report = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+seconds, report, memory = float(sys.argv[1]), int(sys.argv[2]), 1 << 30
 token, source = sys.stdin.readline(), sys.stdin.read()
 limits = {"CPU": int(seconds) + 1, "CORE": 0, "FSIZE": 0, "NOFILE": 32, "AS": memory, "NPROC": 0}
 if sys.platform == "darwin":
@@ -84,14 +81,14 @@ write(report, token.encode())
 """
 
 
-def failure(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> str:
+def failure(source: str, *, seconds: float = 10.0) -> str:
     """Run a Python program and say in a few words why it failed; nothing if it ran to its end.
 
     `seconds` are of wall time; processor time is limited to the next whole second above.
     """
     token = secrets.token_hex(16)
     reading, writing = os.pipe()  # what the program prints is lost: only the token counts
-    command = [sys.executable, "-I", "-c", CHILD, str(seconds), str(memory), str(writing)]
+    command = [sys.executable, "-I", "-c", CHILD, str(seconds), str(writing)]
     with (
         os.fdopen(reading, "rb", buffering=0) as report,
         tempfile.TemporaryDirectory(prefix="calmix-run-", ignore_cleanup_errors=True) as folder,

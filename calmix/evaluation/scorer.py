@@ -58,23 +58,10 @@ class Scorer:
         self._cache_key = cache_argument(self._decoder)
         self.packed = self._packs()
 
-    @property
-    def prefix(self) -> int:
-        """The token that stands before a text without context."""
-        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if (token := last if first is None else first) is not None:
-            return int(token)
-        raise ModelError(
-            f"the tokenizer of {self.opened.name} has neither a begin nor an end token, and a "
-            "task without context needs one to start from"
-        )
-
     def encode(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
         """Return the token ids of texts; special tokens as the tokenizer itself adds them."""
         if not texts:
             return []
-        if special and self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token):
-            special = False  # the text brings its own, as lm-evaluation-harness has it
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
 
     def loglikelihood(self, requests: Sequence[tuple[str, str, str]]) -> list[float]:
@@ -103,22 +90,14 @@ class Scorer:
         return totals
 
     def pairs(self, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """Tokenise pairs as lm-evaluation-harness does: together, then split by the context."""
-        cut = []
-        for context, answer in texts:
-            kept = context.rstrip()
-            cut.append((kept, context[len(kept) :] + answer) if kept else ("", answer))
-        contexts = list(dict.fromkeys(context for context, _ in cut if context))
-        known = dict(zip(contexts, self.encode(contexts), strict=True))
-        whole = iter(self.encode([a + b for a, b in cut if a]))
-        alone = iter(self.encode([b for a, b in cut if not a], special=False))
-        pairs = []
-        for context, _ in cut:
-            head = known[context] if context else [self.prefix]
-            ids = next(whole) if context else next(alone)
-            own = len(head) if context or ids[:1] == head else 0  # it may bring the prefix
-            pairs.append((head, ids[own:]))
-        return pairs
+        """Tokenise pairs as lm-evaluation-harness does: together, then split by the context, which
+        no item is without."""
+        contexts = [context.rstrip() for context, _ in texts]
+        distinct = list(dict.fromkeys(contexts))
+        known = dict(zip(distinct, self.encode(distinct), strict=True))
+        whole = self.encode([context + answer for context, answer in texts])
+        return [(known[context], ids[len(known[context]) :])
+                for context, ids in zip(contexts, whole, strict=True)]  # fmt: skip
 
     def _hidden(self, scored: list[Scored]) -> Iterator[tuple[list[Row], Tensor]]:
         """Yield batches of rows with the last hidden states of their nodes."""

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from calmix.errors import InputError
-from calmix.evaluation.records import TaskScores
+from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.retention import Retention, retention
 from calmix.evaluation.suites import Suite
 from calmix.files import read_object, write_text

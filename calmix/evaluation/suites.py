@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -207,58 +207,6 @@ class Suite(BaseModel):
             held |= {"asked": asked, "items": sha256_json(texts)}
         return sha256_json(held)
 
-    def quick(self, whole: Sequence[str] = ()) -> Suite:
-        """Return the quick slice: each task's `quick` items in place of `limit`, 0 for none; of
-        the dimensions `whole`, all items."""
-        kept = self.only(dimensions=whole).dimensions if whole else {}
-        some = self.only(without=[name for name, task in self.tasks.items() if task.quick == 0])
-        sliced = some.changed(lambda task: {"limit": task.quick or task.limit, "quick": None})
-        found = {name: kept.get(name, sliced.dimensions.get(name)) for name in self.dimensions}
-        return self.model_copy(
-            update={"dimensions": {n: held for n, held in found.items() if held}}
-        )
-
-    def limited(self, limit: int) -> Suite:
-        """Return the suite with at most `limit` items a task."""
-        if limit < 1:
-            raise InputError(f"the limit must be at least 1 item a task, not {limit}")
-        return self.changed(lambda task: {"limit": min(limit, task.limit or limit)})
-
-    def changed(self, change: Callable[[TaskSpec], dict[str, Any]]) -> Suite:
-        """Return the suite with other values of some keys of its tasks."""
-        dimensions = {
-            dimension: {name: task.model_copy(update=change(task)) for name, task in tasks.items()}
-            for dimension, tasks in self.dimensions.items()
-        }
-        return self.model_copy(update={"dimensions": dimensions})
-
-    def only(
-        self,
-        *,
-        dimensions: Sequence[str] = (),
-        tasks: Sequence[str] = (),
-        without: Sequence[str] = (),
-    ) -> Suite:
-        """Return the suite reduced to some dimensions and tasks, none named keeps all, and
-        `without` others."""
-        for what, names, known in (
-            ("dimension", dimensions, self.dimensions), ("task", [*tasks, *without], self.tasks),
-        ):  # fmt: skip
-            if unknown := [name for name in names if name not in known]:
-                hint = nearest(unknown[0], known)
-                raise InputError(f"suite {self.name} has no {what} '{unknown[0]}': {hint}")
-        kept = {
-            dimension: members
-            for dimension, held in self.dimensions.items()
-            if (not dimensions or dimension in dimensions)
-            and (members := {
-                n: t for n, t in held.items() if n not in without and (not tasks or n in tasks)
-            })
-        }  # fmt: skip
-        if not kept:
-            raise InputError(f"no task of suite {self.name} is left: name fewer, or others")
-        return self.model_copy(update={"dimensions": kept})
-
 
 def provenance(spec: TaskSpec) -> dict[str, str]:
     """Return the `licence` of a task's items and their `origin`, a data set on the hub."""
@@ -285,15 +233,14 @@ def load_suite(name: str | Path) -> Suite:
         raise InputError(
             f"unknown suite '{text}': {nearest(text, _BUILTIN)} (or the path of a .yaml file)"
         )
-
-    def checked(task: TaskSpec) -> dict[str, Any]:
-        if task.file is None:
-            return {}
-        rows = str(path.parent / user_path(task.file))
-        read_rows(rows, str(task.kind), task.shots or 0)
-        return {"file": rows}
-
-    return parse_model(Suite, read_text(path), str(path)).changed(checked)
+    suite = parse_model(Suite, read_text(path), str(path))
+    for tasks in suite.dimensions.values():
+        for name, task in tasks.items():
+            if task.file is not None:
+                rows = str(path.parent / user_path(task.file))
+                read_rows(rows, str(task.kind), task.shots or 0)
+                tasks[name] = task.model_copy(update={"file": rows})
+    return suite
 
 
 def suite_file(name: str | Path) -> Path | None:

@@ -74,10 +74,8 @@ def load_items(spec: TaskSpec) -> list[Item]:
                  for number, row in enumerate(read_rows(spec.file, "choices"))]  # fmt: skip
     else:
         items = _archive_items(str(spec.archive), str(spec.form), spec.shots or 0)
-    picked = spec.pick([item.number for item in items], [item.group for item in items])
-    if not picked:
-        raise InputError(f"no items of {spec.archive or spec.file} are left to score")
-    return [items[at] for at in picked]
+    places = spec.pick([item.number for item in items], [item.group for item in items])
+    return [items[at] for at in places]
 
 
 def _cloze(
@@ -122,8 +120,7 @@ def _rendered(archive: str, shots: int) -> Iterator[Item]:
     for request in assets.read_jsonl(ARCHIVE, f"{ROOT}/{name}{ending}"):
         if request["doc_id"] < UNCONDITIONAL:
             requests.setdefault(request["doc_id"], []).append(request)
-    for number, unsorted in requests.items():
-        rows = sorted(unsorted, key=lambda row: row["idx"])
+    for number, rows in requests.items():  # the choices are in order
         contexts = tuple(dict.fromkeys(row["request"]["context"] for row in rows))
         choices = tuple(row["request"]["continuation"] for row in rows)
         known = document_number(rows[0]["doc"], number)
@@ -140,8 +137,7 @@ def document_number(doc: Mapping[str, Any], number: int) -> int:
 
 def _formed(item: Item, form: str) -> Item:
     """Return an item as it is scored in a form."""
-    right = isinstance(item.gold, int) and 0 <= item.gold < len(item.choices)
-    if not right or (len(item.contexts) > 1) != (form == "contexts"):
+    if (len(item.contexts) > 1) != (form == "contexts"):
         raise InputError(f"item {item.id} of the archive is not of form '{form}'")
     if form == "contexts":
         return replace(item, choices=item.choices[:1])
@@ -191,8 +187,8 @@ def preamble(contexts: Sequence[str]) -> int:
     empty line; what they share beyond the last of these is their wording."""
     if len(set(contexts)) < 2:
         return 0
-    end = contexts[0].rfind("\n\n", 0, shared_start(contexts))
-    return 0 if end < 0 else end + 2
+    head, gap, _ = contexts[0][: shared_start(contexts)].rpartition("\n\n")
+    return len(head + gap)
 
 
 def shared_start(rows: Sequence[Any]) -> int:

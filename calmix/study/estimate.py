@@ -280,7 +280,7 @@ def suite_work(suite: Suite) -> SuiteWork:
         texts = asked_texts(spec) if spec.writes else item_texts(spec)
         items, characters = items + len(texts), characters + sum(len(text) for _, text in texts)
         if spec.writes:
-            written += len(texts) * task_of(spec).tokens // 2
+            written += sum(one.tokens for one in task_of(spec)) // 2
     return SuiteWork(items, round(characters / CHARACTERS), written, exact)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
-from calmix.evaluation.records import TaskScores
+from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.retention import Estimate
 
 Scores = tuple[TaskScores, ...]

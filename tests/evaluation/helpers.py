@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from calmix.evaluation.records import TaskScores
+from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.scores import CapabilityScores
 from calmix.evaluation.suites import ASKED
 from calmix.models import OpenModel
@@ -39,32 +39,26 @@ def benchmark(spec):
     return benchmark_of(parts[2]) if len(parts) > 2 else None
 
 
-def request(context, answer, task="task"):
-    """One answer whose likelihood is asked for."""
-    return task, context, answer
-
-
 def quiz(questions=6, shots=3, seed=0):
     """Questions with choices behind a shared preamble, some of them alike, and odd ones out."""
     rng = random.Random(seed)
     words = ["red", "blue", "green", "seven", "plus", "cat", "dog", "of"]
     preamble = "".join(f"Q: {' '.join(rng.choices(words, k=4))}\nA: x\n\n" for _ in range(shots))
-    requests = []
+    pairs = [("Q: short", " a"), ("x ", "y"), ("Q: short", " a")]  # one twice
+    pairs += [("Pick:", letter) for letter in "abcd"]  # at one position
     for _ in range(questions):
         question = f"{preamble}Q: {' '.join(rng.choices(words, k=rng.randint(2, 6)))}\nA:"
-        requests += [request(question, f" {word}") for word in rng.sample(words, 3)]
-    requests += [request("Q: short", " a"), request("", "no context"), request("x ", "y")]
-    requests.append(request("Q: short", " a"))  # the same twice
-    rng.shuffle(requests)
-    return requests
+        pairs += [(question, f" {word}") for word in rng.sample(words, 3)]
+    rng.shuffle(pairs)
+    return [("task", *one) for one in pairs]
 
 
 def reference(model, requests):
     """Score one request at a time with the whole model and no tricks."""
     answers, tokenizer = [], model.tokenizer
-    for _, context, answer in requests:
+    for *_, context, answer in requests:
         stripped = context.rstrip()
-        head = tokenizer(stripped)["input_ids"] or [tokenizer.bos_token_id]
+        head = tokenizer(stripped)["input_ids"]
         rest = tokenizer(context[len(stripped) :] + answer)["input_ids"]
         with torch.inference_mode():
             logits = model.model(input_ids=torch.tensor([head + rest])).logits[0]

@@ -4,7 +4,7 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.evaluation.abilities import load_asked, verdict
-from calmix.evaluation.evaluate import runnable
+from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.greedy import Answer, prompt
 from calmix.evaluation.suites import ASKED, load_suite
 from calmix.yaml_files import packaged
@@ -18,10 +18,9 @@ TEMPLATE = (
 
 
 def asked(name, template):
-    tokenizer, task = tiny_tokenizer(), load_asked(name)
+    tokenizer, first = tiny_tokenizer(), load_asked(name)[0]
     tokenizer.chat_template = template
-    first = task.items[0]
-    made = prompt(tokenizer, first.chat, first.plain, task.tokens, task.until)
+    made = prompt(tokenizer, first.chat, first.plain, first.tokens, first.until)
     return made, tokenizer.decode(made.ids)
 
 
@@ -41,21 +40,21 @@ def test_a_model_with_a_chat_template_is_asked_in_it_and_others_by_worked_exampl
 
 def test_every_item_that_is_made_here_has_a_right_answer():
     """One that is written for the purpose, so that no item asks the impossible."""
-    for item in load_asked("sums").items:
+    for item in load_asked("sums"):
         a, sign, b = item.plain.splitlines()[-1].removesuffix(" =").split()
         assert int(item.right) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
     programs, requests = load_asked("small_programs"), load_asked("requests")
-    (double,) = [item for item in programs.items if item.doc["entry_point"] == "double"]
-    assert verdict(programs, double, Answer("    return 2 * x", True))
-    assert len(requests.items) == 150
+    (double,) = [item for item in programs if item.doc["entry_point"] == "double"]
+    assert verdict(double, Answer("    return 2 * x", True))
+    assert len(requests) == 150
     solved = 0
-    for item in requests.items:
+    for item in requests:
         for key in {"is", "json", "same"} & set(item.right):
             answer = str(item.right[key]).split("|")[0]
-            assert verdict(requests, item, Answer(answer, True)), (item.chat, answer)
-            assert not verdict(requests, item, Answer(answer, False)), "cut"
+            assert verdict(item, Answer(answer, True)), (item.chat, answer)
+            assert not verdict(item, Answer(answer, False)), "cut"
             solved += 1
-        assert not verdict(requests, item, Answer("  ", True))
+        assert not verdict(item, Answer("  ", True))
     assert solved >= 80
 
 
@@ -65,7 +64,7 @@ def test_without_leave_programs_are_left_out_and_named():
     assert left == ["humaneval", "mbpp", "small_programs"]
     assert "string_operations" in kept.tasks
     assert runnable(suite, allowed=True) == (suite, [])
-    for refused, whole in ((suite.only(tasks=left), False), (suite, True)):
+    for refused, whole in ((choose(suite, tasks=left), False), (suite, True)):
         with pytest.raises(InputError, match="humaneval, mbpp, small_programs runs code"):
             runnable(refused, allowed=False, whole=whole)
 
@@ -73,14 +72,14 @@ def test_without_leave_programs_are_left_out_and_named():
 @pytest.mark.real
 @pytest.mark.parametrize("name", [n for n in packaged(ASKED) if n not in MADE])
 def test_the_archives_items_are_asked_and_have_a_right_answer(name):
-    task = load_asked(name)
-    assert len(task.items) > 100
-    doc, item = task.items[0].doc, task.items[0]
-    if task.check == "program":
+    item, *others = load_asked(name)
+    assert len(others) > 100
+    doc = item.doc
+    if item.check == "program":
         right = doc.get("canonical_solution") or doc["code"]
-    elif task.check in ("text", "exact"):
+    elif item.check in ("text", "exact"):
         right = item.right[0]
     else:
-        right = f"so the answer is {item.right}" if task.check == "number" else doc["solution"]
-    assert verdict(task, item, Answer(right, True))
-    assert not verdict(task, item, Answer("pass", True))
+        right = f"so the answer is {item.right}" if item.check == "number" else doc["solution"]
+    assert verdict(item, Answer(right, True))
+    assert not verdict(item, Answer("pass", True))

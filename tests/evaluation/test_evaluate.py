@@ -10,12 +10,12 @@ import pytest
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate
 from calmix.evaluation.scores import load_scores
-from calmix.evaluation.suites import Suite, load_suite
+from calmix.evaluation.suites import Suite
 from calmix.evaluation.tasks import load_items
 from calmix.models import open_model
 from calmix.yaml_files import parse_model
 from tests.evaluation.archive import suite_text, use_archive
-from tests.evaluation.helpers import reference, request
+from tests.evaluation.helpers import reference
 
 
 @pytest.fixture
@@ -30,10 +30,6 @@ def tiny(tiny_folder):
     return open_model(str(tiny_folder), dtype="float32", device="cpu")
 
 
-def plain(model, requests):
-    return reference(model, [request(*one) for one in requests])
-
-
 def test_scores_are_those_of_the_plain_model(suite, tiny):
     scores = evaluate(tiny, suite)
     assert [(t.name, t.dimension, t.primary, t.floor, t.chance) for t in scores.tasks] == [
@@ -46,11 +42,11 @@ def test_scores_are_those_of_the_plain_model(suite, tiny):
         assert task.items == tuple(item.id for item in items)
         assert task.gold == tuple(item.gold for item in items)
         for number, item in enumerate(items):
-            wanted = plain(tiny, item.requests)
+            wanted = reference(tiny, item.requests)
             assert task.loglikelihoods[number] == pytest.approx(wanted, abs=2e-3)
             assert task.bytes[number] == tuple(len(answer) for _, answer in item.requests)
             if task.floor == "context-free":
-                alone = plain(tiny, [("Answer:", choice) for choice in item.choices])
+                alone = reference(tiny, [("Answer:", choice) for choice in item.choices])
                 assert task.floors[number] == pytest.approx(alone, abs=2e-3)
             if task.name == "quiz":  # acc_norm: characters without the space before a choice
                 wanted = [v / (len(c) - 1) for v, c in zip(wanted, item.choices, strict=True)]
@@ -110,7 +106,7 @@ def test_dense_scores_are_kept_by_model_suite_and_dtype(suite, tiny, tiny_folder
 
 @pytest.mark.real
 def test_the_builtin_model_on_the_smoke_suite():
-    scores = evaluate("builtin:smollm2-135m", load_suite("smoke").limited(4))
+    scores = evaluate("builtin:smollm2-135m", "smoke", limit=4)
     assert len(scores.tasks) == 4
     assert scores.retention(scores).of("code").value == 1.0
     text = next(task for task in scores.retention(scores).tasks if task.name == "mbpp")

@@ -87,8 +87,5 @@ def test_suites_are_listed_and_shown_and_a_mistake_names_line_and_key(
     suite_file.write_text(suite_text().replace("metric: acc,", "metric: ac,"), encoding="utf-8")
     ended = calmix("evaluate", "suite", suite_file)
     assert "made.yaml line 7: dimensions.general.which.metric" in ended.line
-    for more, says in (
-        (("--suite", "offlin"), "unknown suite 'offlin': did you mean offline"),
-        (("--suite", "paper", "--dimension", "code"), "--allow-code-execution"),
-    ):
-        assert says in calmix("evaluate", tiny_folder, *more).line
+    refused = calmix("evaluate", tiny_folder, "--suite", "paper", "--dimension", "code")
+    assert "--allow-code-execution" in refused.line

@@ -87,7 +87,7 @@ def test_each_ability_is_judged_by_the_first_measure_it_has():
     strict = judged("code=0.95", dense, pruned)
     assert not strict.passed
     assert [one.ability for one in strict.tested] == ["code"]
-    assert strict.promise.startswith(
+    assert strict.lines()[0].startswith(
         "Not kept at 95 % confidence: code (keeps 97.0 %, proven 92.4 %, asked 95 %; 100 "
         "generated answers; more items may prove it)."
     )

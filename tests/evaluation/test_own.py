@@ -45,9 +45,9 @@ def test_the_template_is_a_suite_whose_examples_are_right(folder):
         ("my_programs", "```python\ndef double(x):\n    return 2 * x\n```", "    return x"),
         ("my_programs", "    return 2 * x", "def double(x):\n    return 3 * x"),
     ):  # fmt: skip
-        task = task_of(suite.tasks[name])
-        assert verdict(task, task.items[0], Answer(text, True)), (name, text)
-        assert not verdict(task, task.items[0], Answer(other, True)), (name, other)
+        first, *_ = task_of(suite.tasks[name])
+        assert verdict(first, Answer(text, True)), (name, text)
+        assert not verdict(first, Answer(other, True)), (name, other)
     texts = [text for _, _, text in suite_items(suite)]  # what leakage is looked for in
     assert f"{CITY['question']}\nParis" in texts
     assert "returns x times two.\ndouble(4) == 8\ndouble(0) == 0" in texts
@@ -59,7 +59,7 @@ def test_the_last_rows_are_worked_examples_if_asked_for_and_the_hash_is_of_all(f
         file.write("\n")
     assert load_suite(folder / "mine.yaml").hash != before
     suite = changed(folder, "kind: answers", "kind: answers, shots: 1")
-    (only,) = task_of(suite.tasks["my_answers"]).items
+    (only,) = task_of(suite.tasks["my_answers"])
     assert only.plain.startswith("Question: What is the capital of France?")
     assert " Paris\n\nQuestion: What is the opposite of up?" in only.plain
     with pytest.raises(InputError, match="has 2 rows, 2 of them worked examples: add rows"):
@@ -118,9 +118,9 @@ def test_rows_hold_any_text_and_long_numbers(folder):
     path, long = folder / "mine-numbers.jsonl", 123456789012345
     row = {"question": "one\u2028line\x85?", "answer": long}
     path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
-    task = task_of(load_suite(folder / "mine.yaml").tasks["my_numbers"])
-    assert verdict(task, task.items[0], Answer(f"It is {long}.", True))
-    assert not verdict(task, task.items[0], Answer(f"It is {long + 1}.", True))
+    (item,) = task_of(load_suite(folder / "mine.yaml").tasks["my_numbers"])
+    assert verdict(item, Answer(f"It is {long}.", True))
+    assert not verdict(item, Answer(f"It is {long + 1}.", True))
     path.write_bytes(b'{"question": "caf\xe9", "answer": 1}\n')
     with pytest.raises(InputError, match="is not UTF-8 text"):
         read_rows(str(path), "numbers")

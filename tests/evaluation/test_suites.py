@@ -52,34 +52,34 @@ def test_selections_of_a_users_own_file_have_hashes_of_their_own(tmp_path):
     suite = load_suite(path)
     assert (suite.name, suite.version, list(suite.tasks)) == ("mine", 3, ["sciq", "mbpp"])
     assert suite.dimension_of("mbpp") == "code"
-    variants = [suite, suite.quick(), suite.limited(3), suite.only(dimensions=["code"])]
+    ways = [{}, {"quick": True}, {"limit": 3}, {"dimensions": ["code"]}]
+    variants = [choose(suite, **one) for one in ways]
     assert len({variant.hash for variant in variants}) == 4
     assert suite.hash == suite.model_copy(update={"description": "other words"}).hash
     assert suite.hash != suite.model_copy(update={"version": 4}).hash
-    assert suite.quick().tasks["sciq"].limit == 2
-    assert suite.quick(["general"]).tasks["sciq"].limit == 10
+    for limit, how in (
+        (2, {"quick": True}), (10, {"quick": True, "whole": ["general"]}), (10, {"limit": 99}),
+        (3, {"limit": 3}), (1, {"quick": True, "limit": 1}),
+    ):  # fmt: skip
+        assert choose(suite, **how).tasks["sciq"].limit == limit
+    assert choose(suite, limit=3).tasks["mbpp"].limit == 3
     abilities = load_suite("abilities")
     mixed = choose("abilities", quick=True, whole=["math"])
     assert mixed.dimensions["math"] == abilities.dimensions["math"]
-    assert mixed.dimensions["code"] == abilities.quick().dimensions["code"]
+    assert mixed.dimensions["code"] == choose("abilities", quick=True).dimensions["code"]
     assert list(mixed.dimensions) == list(abilities.dimensions)
-    with pytest.raises(InputError, match="no effect without --quick"):
-        choose("abilities", whole=["math"])
-    with pytest.raises(InputError, match="no dimension 'maths': did you mean math"):
-        choose("abilities", quick=True, whole=["maths"])
-    assert suite.limited(3).tasks["mbpp"].limit == 3
-    assert suite.limited(99).tasks["sciq"].limit == 10
     for chosen in ({"tasks": ["mbpp"]}, {"without": ["sciq"]}, {"dimensions": ["code"]}):
-        assert list(suite.only(**chosen).tasks) == ["mbpp"]
-    for unknown, says in (
+        assert list(choose(suite, **chosen).tasks) == ["mbpp"]
+    for wrong, says in (
+        ({"whole": ["code"]}, "no effect without --quick"),
+        ({"quick": True, "whole": ["codes"]}, "no dimension 'codes': did you mean code"),
         ({"dimensions": ["codes"]}, "no dimension 'codes': did you mean code"),
         ({"without": ["sciqq"]}, "no task 'sciqq': did you mean sciq"),
         ({"dimensions": ["code"], "tasks": ["sciq"]}, "no task of suite mine is left"),
+        ({"limit": 0}, "at least 1 item"),
     ):
         with pytest.raises(InputError, match=says):
-            suite.only(**unknown)
-    with pytest.raises(InputError, match="at least 1 item"):
-        suite.limited(0)
+            choose(suite, **wrong)
     path.write_bytes(b"\xff\xfe\x00")
     for wrong, says in (
         (path, "not UTF-8"), (tmp_path, "Is a directory"), (tmp_path / "none.yaml", "is no file"),

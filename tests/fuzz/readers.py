@@ -17,6 +17,7 @@ from calmix.calibration.tokenizer import OpenTokenizer, tokenizer_function
 from calmix.diagnostics.inspecting import inspect
 from calmix.diagnostics.rerunning import rerun
 from calmix.errors import InputError
+from calmix.evaluation.evaluate import choose
 from calmix.evaluation.scores import load_pair, load_scores
 from calmix.evaluation.suites import load_suite
 from calmix.models import open_model, resolve_model
@@ -136,7 +137,7 @@ def _study(folder):
 def _suite(folder):
     suite = load_suite(folder / "suite.yaml")
     assert suite.hash
-    suite.quick().limited(2)
+    choose(suite, quick=True, limit=2)
 
 
 def _sources(folder):

@@ -5,7 +5,7 @@ import torch
 
 from calmix.calibration import ask
 from calmix.errors import InputError, ModelError
-from calmix.evaluation.suites import load_suite
+from calmix.evaluation.evaluate import choose
 from calmix.models import find_blocks
 from calmix.pruning.methods import get_method
 from calmix.specs import recover_request
@@ -113,13 +113,13 @@ def test_a_configuration_that_cannot_be_read_is_refused(tmp_path):
 
 def test_a_suite_whose_data_is_not_here_is_assumed(monkeypatch, tmp_path):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
-    work = suite_work(load_suite("paper").limited(100))
+    work = suite_work(choose("paper", limit=100))
     assert (work.exact, work.items) == (False, 1200)
 
 
 @pytest.mark.real
 def test_answers_that_are_asked_for_are_counted():
-    work = suite_work(load_suite("abilities").only(tasks=["sums", "requests"]).limited(50))
+    work = suite_work(choose("abilities", tasks=["sums", "requests"], limit=50))
     assert (work.exact, work.items) == (True, 100)
     assert work.written == 50 * (12 + 96) // 2
     assert 500 < work.tokens < 5000

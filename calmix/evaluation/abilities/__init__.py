@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calmix import assets
 from calmix.evaluation import checks
-from calmix.evaluation.greedy import Answer, Prompt, answers, prompt
+from calmix.evaluation.greedy import Answer, answers, prompt
 from calmix.evaluation.own import asked_of, program_of
 from calmix.evaluation.sandbox import check_sandbox, failure
-from calmix.evaluation.suites import ARCHIVE, ASKED, Suite, TaskSpec
+from calmix.evaluation.scorer import Scorer
+from calmix.evaluation.suites import ARCHIVE, ASKED, TaskSpec
 from calmix.evaluation.tasks import document_number
 from calmix.machine import cores
 from calmix.yaml_files import packaged
-
-if TYPE_CHECKING:
-    from calmix.evaluation.scorer import Scorer
 
 SUMS = 120
 ANSWER = 24  # requests of likelihood that take about as long
@@ -38,7 +35,8 @@ CHECKS: dict[str, Callable[[str, Any], bool]] = {
 
 @dataclass(frozen=True)
 class Ask:
-    """One item: the turn of a chat, or the text, that asks it, and what is right."""
+    """One item: the turn of a chat, or the text, that asks it, and what is right; `check` names the
+    verdict, `tokens` an answer may have, `until` ends one."""
 
     id: str
     number: int
@@ -46,112 +44,83 @@ class Ask:
     plain: str
     right: Any
     doc: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Items of a task: `check` names the verdict, `tokens` an answer may have, `until` ends one."""
-
     check: str
     tokens: int
     until: tuple[str, ...]
-    items: tuple[Ask, ...]
 
 
-Due = dict[str, tuple[Asked, list[Ask]]]  # by task: with all its items, and those that are asked
-
-
-def due(suite: Suite, right: Mapping[str, Collection[str]] | None) -> Due:
-    """Return what is asked of a suite's tasks that ask for answers: all, or what `right` names."""
-    tasks = {name: task_of(spec) for name, spec in suite.tasks.items() if spec.writes}
-    return {name: (task, [one for one in task.items if right is None or one.id in right[name]])
-            for name, task in tasks.items()}  # fmt: skip
-
-
-def ask(scorer: Scorer, asked: Due) -> dict[str, dict[str, Any]]:
-    """Return what a model answers, and whether that is right, by task as fields of `TaskScores`;
-    items that are not asked count as wrong."""
-    if any(task.check == "program" for task, _ in asked.values()):
+def ask(scorer: Scorer, asked: Sequence[tuple[str, Ask]]) -> list[tuple[float, str, int]]:
+    """Return of each item, with the name of its task, whether a model's answer is right, the answer
+    and whether it ended."""
+    if any(one.check == "program" for _, one in asked):
         check_sandbox()
-    prompts = list[Prompt]()
-    for name, (task, items) in asked.items():
-        made = [prompt(scorer.tokenizer, one.chat, one.plain, task.tokens, task.until)
-                for one in items]  # fmt: skip
-        prompts += made
-        if cut := sum(len(one.ids) + one.tokens > scorer.max_length for one in made):
-            scorer.truncated[name] += cut
-    written = iter(answers(scorer.opened, prompts, tick=lambda n: scorer.tick(n * ANSWER)))
-    found = {}
+    prompts = [prompt(scorer.tokenizer, one.chat, one.plain, one.tokens, one.until)
+               for _, one in asked]  # fmt: skip
+    scorer.truncated.update(name for (name, _), one in zip(asked, prompts, strict=True)
+                            if len(one.ids) + one.tokens > scorer.max_length)  # fmt: skip
+    written = answers(scorer.opened, prompts, tick=lambda n: scorer.tick(n * ANSWER))
     with ThreadPoolExecutor(cores()) as pool:  # programs run in processes of their own
-        for name, (task, items) in asked.items():
-            given = list(islice(written, len(items)))
-            good = pool.map(functools.partial(verdict, task), items, given)
-            both = zip(items, good, given, strict=True)
-            known = {item.id: (float(value), one.text, int(one.ended)) for item, value, one in both}
-            rows = [known.get(item.id, (0.0, "", 0)) for item in task.items]
-            values, texts, ended = zip(*rows, strict=True)
-            found[name] = {"items": tuple(item.id for item in task.items), "values": values,
-                           "answers": texts, "ended": ended}  # fmt: skip
-    return found
+        good = pool.map(verdict, (item for _, item in asked), written)
+    return [(float(value), one.text, int(one.ended))
+            for value, one in zip(good, written, strict=True)]  # fmt: skip
 
 
 def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
     """Return id and text of the items that a task scores: the question and what is right."""
     found = []
-    for item in task_of(spec).items:
+    for item in task_of(spec):
         doc = item.doc
-        right = doc.get("canonical_solution") or doc.get("code") or doc.get("solution")
-        right = right or doc.get("answer") or item.right
-        if spec.file is not None:
-            right = doc["shown"] if "shown" in doc else "\n".join(doc["tests"])
+        keys = ("canonical_solution", "code", "solution", "answer", "shown")
+        right = next((doc[key] for key in keys if doc.get(key)), item.right)
+        if spec.kind == "programs":
+            right = "\n".join(doc["tests"])
         asked = doc.get("question") or doc.get("query") or item.chat or item.plain
         found.append((item.id, f"{str(asked).rpartition('Question:')[2]}\n{right}"))
     return found
 
 
-def task_of(spec: TaskSpec) -> Asked:
-    """Return a task with the items that are scored."""
+def task_of(spec: TaskSpec) -> list[Ask]:
+    """Return the items of a task that are scored."""
     if spec.file is None:
-        task = load_asked(str(spec.asked))
+        items = load_asked(str(spec.asked))
     else:
         known, docs = asked_of(spec.file, str(spec.kind), spec.shots or 0)
         if spec.kind == "programs":  # asked as the small ones that come with the evaluation
             known = packaged(ASKED)["small_programs"] | known
-        task = _asked(Path(spec.file).stem, known, docs)
-    places = spec.pick([item.number for item in task.items], [""] * len(task.items))
-    return replace(task, items=tuple(task.items[at] for at in places))
+        items = _asked(Path(spec.file).stem, known, docs)
+    return [items[at] for at in spec.pick([item.number for item in items], [""] * len(items))]
 
 
 @functools.lru_cache(maxsize=32)
-def load_asked(name: str) -> Asked:
-    """Return a task that comes with the evaluation, with all its items."""
+def load_asked(name: str) -> tuple[Ask, ...]:
+    """Return all items of a task that comes with the evaluation."""
     known = packaged(ASKED)[name]
     return _asked(name, known, MADE.get(known["from"], _archive)(known["from"]))
 
 
-def _asked(name: str, known: Mapping[str, Any], docs: Sequence[Mapping[str, Any]]) -> Asked:
-    """Return a task of documents, of which the last may be worked examples."""
+def _asked(
+    name: str, known: Mapping[str, Any], docs: Sequence[Mapping[str, Any]]
+) -> tuple[Ask, ...]:
+    """Return the items of a task of documents, of which the last may be worked examples."""
     check, key = known["check"], known.get("right", "right")
     plain = "{context}" if known["plain"] == "context" else known["plain"]
 
     def right(doc: Mapping[str, Any]) -> Any:
-        if check == "program":
-            return None
-        value = doc[key][int(doc["gold"])] if key == "choices" else doc[key]
+        value = doc[key][int(doc["gold"])] if key == "choices" else doc.get(key)
         return [value] if check in ("text", "exact") and isinstance(value, str) else value
 
     count = len(docs) - known.get("examples", 0)
     head = "".join(f"{plain.format(**doc)} {doc.get('shown') or right(doc)[0]}\n\n"
                    for doc in docs[count:])  # fmt: skip
-    items = tuple(
+    return tuple(
         Ask(
             f"{name}/{at}", document_number(doc, doc.get("number", at)),
             known["chat"].format(**doc) if "chat" in known else None,
-            head + plain.format(**doc), right(doc), doc,
+            head + plain.format(**doc), right(doc), doc, check, known["tokens"],
+            tuple(known["until"]),
         )
         for at, doc in enumerate(docs[:count])
     )  # fmt: skip
-    return Asked(check, known["tokens"], tuple(known["until"]), items)
 
 
 def _archive(member: str) -> list[dict[str, Any]]:
@@ -198,13 +167,13 @@ MADE: dict[str, Callable[[str], list[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def verdict(task: Asked, item: Ask, answer: Answer) -> bool:
+def verdict(item: Ask, answer: Answer) -> bool:
     """Tell whether an answer is right. One that is empty or did not end by itself is wrong; a
     program runs in the sandbox."""
     if not answer.ended or not answer.text.strip():
         return False
-    if task.check != "program":
-        return CHECKS[task.check](answer.text, item.right)
+    if item.check != "program":
+        return CHECKS[item.check](answer.text, item.right)
     doc = item.doc
     entry = doc.get("entry_point") or checks.entry_of(doc["test_list"][0])
     code = checks.program(answer.text, doc.get("prompt", ""), entry)
