@@ -83,6 +83,7 @@ def test_a_file_gives_the_scores_back_or_is_refused(suite, tiny, tmp_path):
         *(({"tasks": [asdict(replace(quiz, **{part: few}))]}, "task quiz has parts of different")
           for part, few in wrong.items()),
         ({"tasks": [asdict(replace(quiz, gold=(0, 3)))]}, "is damaged"),
+        ({"tasks": [asdict(replace(quiz, loglikelihoods=()))]}, "is damaged"),
         ({"tasks": [{"name": "a"}]}, "is damaged"), ({"suite": {}}, "of which suite"),
         ({"kind": "other"}, "holds no scores"), ({"format": 1}, "in format 1, not 2"),
     ):  # fmt: skip

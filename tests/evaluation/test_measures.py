@@ -91,7 +91,6 @@ def test_which_score_judges_which_task():
 def test_what_a_record_lacks_is_said():
     old = replace(DENSE, gold=(), loglikelihoods=(), bytes=(), floor="none", floors=(), unigram=())
     assert parts(old, old, "accuracy").retention == 1.0
-    assert not old.consistent  # a file of it is refused
     pruned_alone = replace(DENSE, floors=(), unigram=())
     with pytest.raises(InputError, match="no score without the knowledge"):
         parts(pruned_alone, DENSE)
