@@ -43,13 +43,11 @@ class Target(NamedTuple):
 class Row:
     """Token nodes of a few trees, and what is to be scored.
 
-    `parent` is the node before each node, -1 at a root, always smaller than the node itself;
-    `depth` its position within its sequence, counted from the end of the prefix.
+    `parent` is the node before each node, -1 at a root, always smaller than the node itself.
     """
 
     ids: list[int] = field(default_factory=list)
     parent: list[int] = field(default_factory=list)
-    depth: list[int] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -60,7 +58,6 @@ class Row:
         base = len(self)
         self.ids += tree.ids
         self.parent += [p + base if p >= 0 else -1 for p in tree.parent]
-        self.depth += tree.depth
         self.targets += [Target(t.owner, t.node + base, t.token) for t in tree.targets]
 
     def visible(self) -> NDArray[np.bool_]:
@@ -160,10 +157,9 @@ def _trees(
             trees.append(Row())
             path, kept = [], 0
         tree, path = trees[-1], path[:kept]
-        for depth in range(kept, len(ids) - 1):
-            tree.ids.append(ids[depth])
+        for token in ids[kept:-1]:
+            tree.ids.append(token)
             tree.parent.append(path[-1] if path else -1)
-            tree.depth.append(depth)
             path.append(len(tree) - 1)
         for at in range(scored.start - prefix, len(ids)):
             tree.targets.append(Target(scored.owner, path[at - 1], ids[at]))

@@ -130,7 +130,7 @@ class Scorer:
     def _run_packed(self, rows: list[Row], cache: Any, prefix: int) -> Tensor:
         """Return the last hidden states of packed rows, shape (rows, nodes, width)."""
         count, length, dtype = len(rows), len(rows[0]), self.model.dtype
-        ids, positions = torch.zeros(2, count, length, dtype=torch.int64)
+        ids = torch.zeros(count, length, dtype=torch.int64)
         visible = torch.zeros(count, 1, length, prefix + length, dtype=torch.bool)
         visible[..., :prefix] = True
         # A padded node sees itself, so that no line of the mask is empty.
@@ -138,7 +138,6 @@ class Scorer:
         for number, row in enumerate(rows):
             size = len(row)
             ids[number, :size] = torch.tensor(row.ids)
-            positions[number, :size] = torch.tensor(row.depth)
             visible[number, 0, :size, prefix : prefix + size] = torch.from_numpy(row.visible())
         mask = torch.zeros(visible.shape, dtype=dtype)
         mask.masked_fill_(~visible, torch.finfo(dtype).min)
@@ -148,7 +147,7 @@ class Scorer:
         return self._decoder(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
-            position_ids=(positions + prefix).to(self.device),
+            position_ids=(visible[:, 0].sum(-1) - 1).to(self.device),  # all before it
             use_cache=bool(past),
             **past,
         )[0]
@@ -180,9 +179,8 @@ class Scorer:
         row = Row(
             ids[4:12] + ids[12:16] + ids[14:20],
             [*range(-1, 7), 3, *range(8, 11), -1, *range(12, 17)],
-            [*range(8), *range(4, 8), *range(6)],
         )
-        other = Row(row.ids[:5], row.parent[:5], row.depth[:5])  # shorter: padding is tried too
+        other = Row(row.ids[:5], row.parent[:5])  # shorter: padding is tried too
         chains = [chain(Scored([*line, 0], 1)) for line in lines]
         with quiet_transformers():
             try:

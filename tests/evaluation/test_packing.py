@@ -21,7 +21,7 @@ def test_rows_keep_their_size_and_shared_tokens_run_once():
 
 
 def test_rows_are_filled_closely():
-    trees = [Row([1] * n, [-1] * n, [0] * n, [Target(n, n - 1, 5)]) for n in (60, 40, 30, 70, 100)]
+    trees = [Row([1] * n, [-1] * n, [Target(n, n - 1, 5)]) for n in (60, 40, 30, 70, 100)]
     rows = fill_rows(trees, 100)
     assert sorted(map(len, rows)) == [100, 100, 100]
     assert all(row.ids[target.node] == 1 for row in rows for target in row.targets)
