@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from calmix.errors import ModelError
 from calmix.evaluation import likelihood
@@ -101,22 +102,19 @@ class Scorer:
 
     def _hidden(self, scored: list[Scored]) -> Iterator[tuple[list[Row], Tensor]]:
         """Yield batches of rows with the last hidden states of their nodes."""
-        short = [one for one in scored if self.packed and len(one.ids) - 1 <= self._window]
+        window = self._window if self.packed else 0
+        short = [one for one in scored if len(one.ids) - 1 <= window]
         for prefix, beside in plan(short, row_tokens=ROW_TOKENS):
             cache = self._remember(prefix) if prefix else None
             for rows in batches(beside, self.batch_tokens):
                 yield rows, self._run_packed(rows, cache, len(prefix))
-        chosen = {one.owner for one in short}
-        chains = [chain(one) for one in scored if one.owner not in chosen]
+        chains = [chain(one) for one in scored if len(one.ids) - 1 > window]
         for rows in batches(chains, self.batch_tokens):
             yield rows, self._run_plain(rows)
 
     def _run_plain(self, rows: list[Row]) -> Tensor:
         """Run right-padded chains; what follows a token never changes it."""
-        ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.int64)
-        for number, row in enumerate(rows):
-            ids[number, : len(row)] = torch.tensor(row.ids)
-        return self._decoder(input_ids=ids.to(self.device), use_cache=False)[0]
+        return self._decoder(input_ids=padded(rows).to(self.device), use_cache=False)[0]
 
     def _remember(self, prefix: list[int]) -> Any:
         """Return the keys and values of a prefix, one row."""
@@ -130,22 +128,18 @@ class Scorer:
     def _run_packed(self, rows: list[Row], cache: Any, prefix: int) -> Tensor:
         """Return the last hidden states of packed rows, shape (rows, nodes, width)."""
         count, length, dtype = len(rows), len(rows[0]), self.model.dtype
-        ids = torch.zeros(count, length, dtype=torch.int64)
         visible = torch.zeros(count, 1, length, prefix + length, dtype=torch.bool)
         visible[..., :prefix] = True
         # A padded node sees itself, so that no line of the mask is empty.
         visible[..., prefix:] |= torch.eye(length, dtype=torch.bool)
         for number, row in enumerate(rows):
             size = len(row)
-            ids[number, :size] = torch.tensor(row.ids)
             visible[number, 0, :size, prefix : prefix + size] = torch.from_numpy(row.visible())
         mask = torch.zeros(visible.shape, dtype=dtype)
         mask.masked_fill_(~visible, torch.finfo(dtype).min)
-        past = {}
-        if cache is not None:
-            past[self._cache_key] = repeated_cache(cache, count)
+        past = {} if cache is None else {self._cache_key: repeated_cache(cache, count)}
         return self._decoder(
-            input_ids=ids.to(self.device),
+            input_ids=padded(rows).to(self.device),
             attention_mask=mask.to(self.device),
             position_ids=(visible[:, 0].sum(-1) - 1).to(self.device),  # all before it
             use_cache=bool(past),
@@ -207,6 +201,11 @@ def attention_window(model: Any) -> float:
     keys = ("sliding_window", "window_size", "attention_chunk_size")
     known = (getattr(config, key, None) for key in keys)
     return float(min((value for value in known if isinstance(value, int)), default=float("inf")))
+
+
+def padded(rows: Sequence[Row]) -> Tensor:
+    """Return the tokens of rows, padded on the right."""
+    return pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
 
 
 def batches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
