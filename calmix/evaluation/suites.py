@@ -122,10 +122,10 @@ class TaskSpec(BaseModel):
         asked = self.asked is not None and packaged(ASKED)[self.asked]["check"] == "program"
         return asked or self.kind == "programs"
 
-    def pick(self, numbers: Sequence[int], groups: Sequence[str]) -> list[int]:
-        """Return the places of the documents to score, given each one's number and group."""
-        able = [at for at, n in enumerate(numbers) if self.items == "all" or n % 2 == 0]
-        return [able[at] for at in spread([groups[at] for at in able], self.limit)]
+    def pick(self, items: Sequence[Any]) -> list[Any]:
+        """Return the items to score, of those that have each a number and a group."""
+        able = [one for one in items if self.items == "all" or one.number % 2 == 0]
+        return [able[at] for at in spread([one.group for one in able], self.limit)]
 
 
 def spread(groups: Sequence[str], limit: int | None) -> list[int]:

@@ -74,8 +74,7 @@ def load_items(spec: TaskSpec) -> list[Item]:
                  for number, row in enumerate(read_rows(spec.file, "choices"))]  # fmt: skip
     else:
         items = _archive_items(str(spec.archive), str(spec.form), spec.shots or 0)
-    places = spec.pick([item.number for item in items], [item.group for item in items])
-    return [items[at] for at in places]
+    return spec.pick(items)
 
 
 def _cloze(

@@ -47,6 +47,7 @@ class Ask:
     check: str
     tokens: int
     until: tuple[str, ...]
+    group: str = ""
 
 
 def ask(scorer: Scorer, asked: Sequence[tuple[str, Ask]]) -> list[tuple[float, str, int]]:
@@ -88,7 +89,7 @@ def task_of(spec: TaskSpec) -> list[Ask]:
         if spec.kind == "programs":  # asked as the small ones that come with the evaluation
             known = packaged(ASKED)["small_programs"] | known
         items = _asked(Path(spec.file).stem, known, docs)
-    return [items[at] for at in spec.pick([item.number for item in items], [""] * len(items))]
+    return spec.pick(items)
 
 
 @functools.lru_cache(maxsize=32)
