@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from calmix.errors import InputError
 from calmix.evaluation.measures import RIGHT_OR_WRONG, TaskScores, Z, has_signal
@@ -164,12 +163,12 @@ def proportion(right: int, of: int) -> Estimate:
     return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def likelihood(dense: CapabilityScores, pruned: CapabilityScores, **how: Any) -> Retention | None:
+def likelihood(dense: CapabilityScores, pruned: CapabilityScores) -> Retention | None:
     """Return the retention of the tasks scored by likelihood; None where there are none, or where
     the dense model's baselines were not kept."""
     check_same_suite(pruned.suite, dense.suite)
     own = [both for both in zip(dense.tasks, pruned.tasks, strict=True) if likely(both[0])]
     try:
-        return retention(*zip(*own, strict=True), **how) if own else None
+        return retention(*zip(*own, strict=True)) if own else None
     except InputError:
         return None
