@@ -3,7 +3,7 @@
 No candidate's answer is looked at for that, so that all items decide. In the study of bits
 (studies/frontier.yaml) a model at a distance KL keeps some exp(-2 KL) of its answers, up to a tenth
 less where KL is small; a bit less a weight is four times the distance; levels that are solved on
-text come to half the distance of plain rounding, more or less, and a recovery to 0.6 of that.
+text come to half the distance of plain rounding, more or less, and recovered ones to 0.3 of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from calmix.models import find_blocks, open_model
 
 BITS = 4  # that weights are rounded to
 LOST = 0.05  # of the answers, at any distance
-RECOVERED = 0.6  # of the distance that is left
+RECOVERED = 0.6  # of the distance that solved levels have
 
 
 def plain_distance(model: str, device: str, trust_remote_code: bool) -> float:
