@@ -200,7 +200,7 @@ def lead(apart: np.ndarray) -> str:
 
 def texts(points: list[Point], model: str) -> Iterator[str]:
     """Yield what each text keeps at each target that several were run at: answers in %, every draw,
-    and the mean KL."""
+    and the mean KL; last the standard deviation between draws of one text."""
     found: dict[str, dict[str, list[Point]]] = {}
     for one in points:
         label, _, rest = one.line.partition(": ")
@@ -209,13 +209,16 @@ def texts(points: list[Point], model: str) -> Iterator[str]:
             found.setdefault(f"{method} {one.pattern}", {}).setdefault(text, []).append(one)
     targets = {name: own for name, own in found.items() if len(own) >= TEXTS}
     names = list(dict.fromkeys(text for own in targets.values() for text in own))
-    yield f"| target | {' | '.join(names)} |\n|---{'|---' * len(names)}|"
+    yield f"| target | {' | '.join(names)} | between draws |\n|---{'|---' * len(names)}|---|"
     for target, own in targets.items():
         cells = []
+        spread = [np.var([100 * one.share.value for one in drawn], ddof=1)
+                  for drawn in own.values() if len(drawn) > 1]  # fmt: skip
         for drawn in (sorted(own.get(name, ()), key=lambda one: one.seed) for name in names):
             kept = ", ".join(f"{100 * one.share.value:.1f}" for one in drawn)
             cells.append(f"{kept} ({np.mean([one.kl for one in drawn]):.3f})" if drawn else "")
-        yield f"| {target} | {' | '.join(cells)} |"
+        apart = f"{math.sqrt(np.mean(spread)):.1f}" if spread else ""
+        yield f"| {target} | {' | '.join(cells)} | {apart} |"
 
 
 def draw(points: list[Point], path: Path) -> None:

@@ -19,10 +19,15 @@ def check(
     results: tuple[Path, ...] = option(
         ..., "Folder of calmix compress, or files of calmix evaluate -o.", argument=True
     ),
-    keep_at_least: str = option(
-        ..., "Shares to keep, e.g. 0.9 or code=0.9,general=80%.", metavar="FLOORS"
+    keep_at_least: str | None = option(
+        None,
+        "Shares to keep, e.g. 0.9 or code=0.9,general=80%.",
+        metavar="FLOORS",
+        shown="those the folder was made for",
     ),
-    confidence: Share = option(0.95, "Confidence of the test, e.g. 0.99.", ge=0.8, le=0.999),
+    confidence: Share | None = option(
+        None, "Confidence of the test, e.g. 0.99.", ge=0.8, le=0.999, shown="0.95"
+    ),
     output: Path | None = path_option("JSON file to write.", default=None, shown="OUT/check.json"),
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
@@ -30,16 +35,22 @@ def check(
 
     No model is opened: the scores that compress, or evaluate --against, has written are read.
     """
-    from calmix.evaluation.floors import FILE, judge, parse_floors, proven, record
+    from calmix.compression.running import read_record
+    from calmix.evaluation.floors import CONFIDENCE, FILE, judge, parse_floors, proven, record
     from calmix.evaluation.scores import load_pairs
     from calmix.report import words
 
-    floors = parse_floors(keep_at_least)
-    folders, files = [path for path in results if path.is_dir()], results
+    folders, files, asked = [path for path in results if path.is_dir()], results, {}
     if folders:
         if len(results) > 1:
             raise InputError("a folder is checked by itself: name one folder, or files alone")
+        asked = read_record(folders[0])["request"]
         files = _measured(folders[0])
+    told = keep_at_least or asked.get("keep_at_least")
+    if told is None:
+        raise InputError("--keep-at-least is missing: name the floors, e.g. code=0.9,general=80%")
+    floors = parse_floors(told)
+    confidence = confidence or asked.get("confidence") or CONFIDENCE
     carded = output is None and bool(folders)
     place = folders[0] / FILE if carded else output
     if place is not None:
@@ -71,11 +82,9 @@ def check(
 def _measured(folder: Path) -> tuple[Path, ...]:
     """Return the files of scores in a folder of `calmix compress`."""
     from calmix.compression.plan import BEHAVIOUR, SCORES
-    from calmix.compression.running import read_record
     from calmix.evaluation.behaviour import answered
     from calmix.evaluation.scores import load_scores
 
-    read_record(folder)
     scores, answers = folder / SCORES, folder / BEHAVIOUR
     if not scores.exists():
         raise InputError(f"{folder} is not finished: it lacks {scores.name}; run its calmix "

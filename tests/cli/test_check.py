@@ -54,6 +54,7 @@ def test_a_verdict_is_printed_sealed_and_an_exit_code(calmix, files, tmp_path):
     assert (told["passed"], told["confidence"]) == (False, 0.9)
     assert told["tested"][0]["bound"] < 0.95
     assert told["lines"][0].startswith("Not kept at 90 % confidence: code (keeps 97.0 %")
+    assert "--keep-at-least is missing: name the floors" in calmix("check", *both).line
     ended = calmix("check", *both, "--keep-at-least", "0.9", "-o", out)
     assert (ended.code, "exists" in ended.line) == (2, True)
     wide = [one for one in calmix("check", *both, "--keep-at-least", "0.9").out.splitlines()
