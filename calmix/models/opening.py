@@ -37,7 +37,7 @@ from calmix.files import (
 from calmix.machine import cores
 from calmix.manifest import deciding_versions
 from calmix.models.attention import use_own_attention
-from calmix.models.shards import INDEX, PACK, Shards, weight_files
+from calmix.models.shards import PACK, Shards, weight_files
 from calmix.precision import dtype_name, suited
 from calmix.progress import quiet
 from calmix.yaml_files import packaged
@@ -82,7 +82,6 @@ class OpenModel:
     folder: Path
     model: Any
     tokenizer: Any
-    trust_remote_code: bool = False
 
     def __repr__(self) -> str:
         return f"<OpenModel: {self.name}, {self.model.num_parameters():,} weights>"
@@ -163,10 +162,9 @@ def check_folder(folder: Path) -> None:
         hint = f", but {inside} is" if (inside / "config.json").is_file() else ""
         raise ModelError(f"{folder} has no config.json: it is not a model folder{hint}")
     files = weight_files(folder)
-    if (folder / INDEX).is_file():
-        if lacking := next((name for name in files if not (folder / name).is_file()), None):
-            raise ModelError(f"{folder} lacks the weight file {lacking} its index names")
-    elif not files:
+    if lacking := next((name for name in files if not (folder / name).is_file()), None):
+        raise ModelError(f"{folder} lacks the weight file {lacking} its index names")
+    if not files:
         raise ModelError(
             f"{folder} holds no weights (*.safetensors): convert pickled ones, which can run code "
             "when opened"
@@ -303,7 +301,7 @@ def open_model(
     if max(tokenizer.get_vocab().values(), default=0) >= embeddings.weight.shape[0]:
         # Other tokenizers' ids are not looked at, which makes the host wait for a device.
         embeddings.register_forward_pre_hook(lambda module, ids: check_ids(name, module, *ids))
-    return OpenModel(name, folder, model.to(target).eval(), tokenizer, trust_remote_code)
+    return OpenModel(name, folder, model.to(target).eval(), tokenizer)
 
 
 def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:

@@ -9,12 +9,13 @@ import gzip
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from calmix.errors import SourceError
+from calmix.errors import SourceError, first_line
 from calmix.files import cache_dir, sha256_json, write_bytes
 from calmix.progress import quiet
 from calmix.sources.readers import Document, Reader, fill, lookup
@@ -37,8 +38,7 @@ class HubText(Reader):
 
     `subset` is the data set's configuration; of several, each gets an equal part of the budget.
     Without a `template` the field `text` or `content` is taken. Where an article is spread over
-    rows, `starts` is a regular expression that matches an article's first row. An `id` that is a
-    folder is a copy of a data set on this machine.
+    rows, `starts` is a regular expression that matches an article's first row.
     """
 
     type: Literal["hub"]
@@ -64,20 +64,10 @@ class HubText(Reader):
         return " ".join(part for part in parts if part)
 
     @property
-    def local(self) -> bool:
-        """Whether it is a copy on this machine."""
-        return Path(self.id).is_absolute()
-
-    @property
     def availability(self) -> str:
-        if self.local:
-            return "offline (local copy)"
         return "offline (fetched before)" if self._kept().is_file() else "hub"
 
     def read(self) -> Iterator[Document]:
-        if self.local:
-            yield from self._documents()
-            return
         if not (kept := self._kept()).is_file():
             lines = [json.dumps([one.id, one.text]) + "\n" for one in self._documents()]
             write_bytes(kept, gzip.compress("".join(lines).encode(), mtime=0))
@@ -93,26 +83,19 @@ class HubText(Reader):
         return cache_dir() / "sources" / f"{name}.jsonl.gz"
 
     def _documents(self) -> Iterator[Document]:
+        """Yield the documents of every subset: a row each, or all rows up to the next start."""
         for subset in self.subsets:
-            left = -(-self.characters // len(self.subsets))
-            for document in self._joined(subset):
-                yield document
-                left -= len(document.text)
-                if left <= 0:
-                    break
-
-    def _joined(self, subset: str | None) -> Iterator[Document]:
-        """Yield the documents of one subset: a row each, or all rows up to the next start."""
-        part, first, prefix = "", 0, subset or self.split
-        for number, row in enumerate(_stream(self, subset)):
-            text = self._text(row, number)
-            if self.starts is None or re.search(self.starts, text):
-                if part.strip():
-                    yield Document(f"{prefix}/{first}", part.strip())
-                part, first = "", number
-            part += text if text.endswith("\n") else text + "\n"
-        if part.strip():
-            yield Document(f"{prefix}/{first}", part.strip())
+            left, part, first = -(-self.characters // len(self.subsets)), "", 0
+            for number, row in enumerate(chain(_stream(self, subset), [None])):
+                text = "" if row is None else self._text(row, number)
+                if row is None or self.starts is None or re.search(self.starts, text):
+                    if document := part.strip():
+                        yield Document(f"{subset or self.split}/{first}", document)
+                        left -= len(document)
+                        if left <= 0:
+                            break
+                    part, first = "", number
+                part += text if text.endswith("\n") else text + "\n"
 
     def _text(self, row: dict[str, Any], number: int) -> str:
         try:
@@ -140,8 +123,7 @@ def _stream(reader: HubText, subset: str | None) -> Iterator[dict[str, Any]]:
             import datasets
 
             rows = iter(datasets.load_dataset(
-                reader.id, subset, split=reader.split, streaming=True,
-                revision=None if reader.local else reader.revision,
+                reader.id, subset, split=reader.split, streaming=True, revision=reader.revision
             ))  # fmt: skip
         while True:
             with quiet():
@@ -151,10 +133,8 @@ def _stream(reader: HubText, subset: str | None) -> Iterator[dict[str, Any]]:
             yield row
     except Exception as error:  # the hub client gives being offline many forms
         which = f"{reader.id} ({', '.join(filter(None, [subset, reader.split]))})"
-        if reader.local or (isinstance(error, ValueError) and not isinstance(error, UnicodeError)):
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            copy = "the local copy of " if reader.local else ""
-            raise SourceError(f"{copy}{which} cannot be read: {reason}") from error
+        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+            raise SourceError(f"{which} cannot be read: {first_line(error)}") from error
         raise SourceError(
             f"the hub cannot be reached for {which}: go online once to fetch it, copy "
             f"{cache_dir() / 'sources'} from a machine that has, or take an offline source "

@@ -12,7 +12,6 @@ import csv
 import importlib.util
 import platform
 import re
-import shlex
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -317,20 +316,19 @@ class LocalFile(Reader):
     @property
     def left(self) -> str:
         """Which files of a folder are not read, in a few words; nothing where all are."""
-        files, left = self._files()
-        kind = "other files than source code" if _are_code(files) else "files of source code"
-        return f"{kind} ({len(left)})" if left else ""
+        return self._files()[1]
 
-    def _files(self) -> tuple[list[Path], list[Path]]:
-        """Return the files of the folder that are read, and those that are not."""
+    def _files(self) -> tuple[list[Path], str]:
+        """Return the files of the folder that are read, and in words those that are not."""
         rest, code = list[Path](), list[Path]()
         for file in sorted(self.path.rglob("*")):
             inside, ending = file.relative_to(self.path).parts, file.suffix.lower()
             hidden = any(part.startswith(".") or part in LEFT for part in inside)
             if ending in {*FORMATS, *CODE} and not hidden and file.is_file():
                 (code if ending in CODE else rest).append(file)
-        are_code = sum(file.suffix.lower() not in PAGES for file in code) > len(rest)
-        return (code, rest) if are_code or not rest else (rest, code)
+        if not rest or sum(file.suffix.lower() not in PAGES for file in code) > len(rest):
+            return code, f"other files than source code ({len(rest)})" if rest else ""
+        return rest, f"files of source code ({len(code)})" if code else ""
 
     def _documents(self) -> Iterator[Document]:
         path, files = self.path, [self.path]
@@ -338,7 +336,7 @@ class LocalFile(Reader):
             files, _ = self._files()
             if not files:
                 raise SourceError(f"folder {path} holds no {', '.join(FORMATS)} file and no code")
-            if _are_code(files):
+            if files[0].suffix.lower() in CODE:
                 yield from _source_files(path, files)
                 return
         elif not path.is_file():
@@ -356,10 +354,6 @@ class LocalFile(Reader):
             for number, row in rows(file, self.template):
                 where = f"{file} {kind} {number}"
                 yield _of_row(f"{prefix}{number}", self.template, row, where)
-
-
-def _are_code(files: list[Path]) -> bool:
-    return bool(files) and files[0].suffix.lower() in CODE
 
 
 def _read_text(path: Path) -> str:
@@ -464,21 +458,12 @@ def _of_row(key: str, template: str, row: Any, where: str) -> Document:
             text = fill(template, row)
         text.encode("utf-8")
     except SourceError as error:
-        names = held if "no field" in str(error) else {}
-        raise SourceError(f"{where}: {error}{_other_field(template, names)}") from error
+        other = held and template == TEXT and "no field" in str(error)
+        hint = ": name one, as FILE@FIELD" if other else ""
+        raise SourceError(f"{where}: {error}{hint}") from error
     except UnicodeEncodeError as error:
         raise SourceError(f"{where}: invalid Unicode: unpaired surrogate") from error
     return Document(key, text, messages)
-
-
-def _other_field(template: str, row: Mapping[str, Any]) -> str:
-    """Return how to read another field than `text`: a chat, or the one with the longest text."""
-    chats = [name for name, value in row.items() if _is_chat(_chat(value))]
-    texts = {name: len(value) for name, value in row.items() if isinstance(value, str)}
-    if template != TEXT or not (chats or texts):
-        return ""
-    named = chats[0] if chats else max(texts, key=texts.__getitem__)
-    return f": name one, as {shlex.quote(f'FILE@{named}')}"
 
 
 def _is_chat(value: Any) -> bool:
@@ -532,11 +517,10 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
     """Return a template with each `{dotted.field}` replaced; a list is joined by blank lines."""
     kept = []
     for paragraph in template.split("\n\n"):
-        values = [_text(lookup(row, path)) for path in FIELD.findall(paragraph)]
-        if values and not any(value.strip() for value in values):
-            continue
-        filled = iter(values)
-        kept.append(FIELD.sub(lambda _, filled=filled: next(filled), paragraph))  # type: ignore[misc]
+        parts = FIELD.split(paragraph)  # every other one is the name of a field
+        parts[1::2] = values = [_text(lookup(row, path)) for path in parts[1::2]]
+        if not values or any(value.strip() for value in values):
+            kept.append("".join(parts))
     return "\n\n".join(kept)
 
 

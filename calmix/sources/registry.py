@@ -131,17 +131,18 @@ def own_sources(given: Path | str | Mapping[str, Any] | None) -> dict[str, Sourc
 
     Raises InputError where the file is unreadable, or an entry has a wrong key or value.
     """
-    if isinstance(given, Mapping):
-        known = {name: one for name, one in given.items() if isinstance(one, Source)}
-        rest = {name: one for name, one in given.items() if name not in known}
-        return known | parse_sources(rest, Path.cwd() / "sources")
-    return {} if given is None else parse_sources(read_yaml(Path(given)), Path(given))
+    if isinstance(given, Path | str):
+        return parse_sources(read_yaml(Path(given)), Path(given))
+    return parse_sources(given or {}, Path.cwd() / "sources")
 
 
 def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:
     """Return sources by name from the entries of a user's YAML file at `path`; see above."""
     found: dict[str, Source] = {}
     for name, entry in entries.items():
+        if isinstance(entry, Source):
+            found[name] = entry
+            continue
         if not isinstance(name, str) or not name.strip() or set(name) & set(":,"):
             raise InputError(f"{path}: '{name}' cannot name a source (no ':' and no ',')")
         try:
@@ -149,11 +150,8 @@ def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:
         except (ValidationError, TypeError) as error:
             what = first_problem(error) if isinstance(error, ValidationError) else str(error)
             raise InputError(f"{path}: source '{name}': {what}") from error
-        reader, folder = source.reader, path.parent
-        if isinstance(reader, LocalFile):
-            reader = reader.model_copy(update={"path": folder / reader.path.expanduser()})
-        elif isinstance(reader, HubText) and (folder / reader.id).is_dir():
-            reader = reader.model_copy(update={"id": str((folder / reader.id).resolve())})
+        if isinstance(reader := source.reader, LocalFile):
+            reader = reader.model_copy(update={"path": path.parent / reader.path.expanduser()})
         found[name] = source.model_copy(update={"reader": reader})
     return found
 

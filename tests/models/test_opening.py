@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from threading import Thread
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,7 @@ def rejected(name, match):
 
 def test_names_folders_and_files_that_are_no_model_to_use(tmp_path, tiny_folder):
     (tmp_path / "model.txt").write_text("x")
+    tiny_model("llama").save_pretrained(tmp_path / "mute")
     for name, line in (
         ("builtin:smollm2-135n", "did you mean smollm2-135m"),
         ("smollm2-135m", "did you mean builtin:smollm2-135m"),
@@ -63,22 +65,15 @@ def test_names_folders_and_files_that_are_no_model_to_use(tmp_path, tiny_folder)
         ("not a hub id!", "neither a folder"),
         (tmp_path / "model.txt", "not a .gguf"),
         (tmp_path, "no config.json"),
+        (tmp_path / "mute", "no usable tokenizer"),
     ):
         rejected(name, line)
-    with pytest.raises(InputError, match=r"unknown dtype 'bfloat17'.*bfloat16"):
-        open_model(str(tiny_folder), dtype="bfloat17")
-    with pytest.raises(InputError, match="device 'warp'"):
-        open_model(str(tiny_folder), device="warp")
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(tiny_folder / "config.json", bare)
-    (bare / "pytorch_model.bin").write_bytes(b"\x80")
-    rejected(bare, "holds no weights .*convert pickled ones")
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    (bare / "model.safetensors.index.json").write_text(json.dumps(index))
-    rejected(bare, "lacks the weight file model-00001-of-00002")
-    tiny_model("llama").save_pretrained(tmp_path / "mute")
-    rejected(tmp_path / "mute", "no usable tokenizer")
+    for how, line in (
+        ({"dtype": "bfloat17"}, r"unknown dtype 'bfloat17'.*bfloat16"),
+        ({"device": "warp"}, "device 'warp'"),
+    ):
+        with pytest.raises(InputError, match=line):
+            open_model(str(tiny_folder), **how)
     folder = save_tiny_model(tmp_path / "model")
     file = folder / "model.safetensors"
     whole = load(file.read_bytes())
@@ -91,6 +86,11 @@ def test_names_folders_and_files_that_are_no_model_to_use(tmp_path, tiny_folder)
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
     rejected(folder, "is quantised")
+    file.rename(folder / "pytorch_model.bin")
+    rejected(folder, "holds no weights .*convert pickled ones")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    rejected(folder, "lacks the weight file model-00001-of-00002")
 
 
 def test_weights_that_are_there_twice_are_fetched_read_and_hashed_once(
@@ -134,8 +134,8 @@ def test_all_models_are_looked_for_before_one_is_fetched(tiny_folder, monkeypatc
 
 
 def test_several_that_want_a_gguf_file_dequantise_it_once(tmp_path, monkeypatch):
-    """A second begins while the first is at it, and takes what the first has made; what a killed
-    process has left goes, and of a file that is none nothing stays."""
+    """The second takes what the first has made; what a killed process has left goes, and of a file
+    that is none nothing stays."""
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     (file := tmp_path / "model.gguf").write_bytes(b"GGUF but not really")
     key = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
@@ -143,22 +143,18 @@ def test_several_that_want_a_gguf_file_dequantise_it_once(tmp_path, monkeypatch)
     (models / f".gguf-{key}.partial-abc" / "half").mkdir(parents=True)
     rejected(file, "cannot open")
     assert list(models.iterdir()) == []
-    made, found, others = [], [], []
+    made = []
 
     def dequantise(file, folder):
         made.append(folder)
-        if len(made) == 1:
-            others.append(Thread(target=lambda: found.append(resolve_model(str(file)))))
-            others[0].start()
-            others[0].join(0.1)
+        time.sleep(0.1)
         folder.mkdir()
         (folder / "config.json").touch()
 
     monkeypatch.setattr(opening, "_dequantise", dequantise)
-    first = resolve_model(str(file))
-    others[0].join()
-    assert (found, made) == ([first], [first])
-    assert list(models.iterdir()) == [first]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(resolve_model, [str(file)] * 2))
+    assert found == made * 2 == list(models.iterdir()) * 2
 
 
 def test_ids_are_looked_at_only_where_a_tokenizer_could_give_wrong_ones(tmp_path, tiny_folder):

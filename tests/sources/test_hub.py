@@ -1,11 +1,12 @@
-"""Hub sources, read from local folders of the same shape; nothing reaches the network."""
+"""Hub sources, read from folders of the same shape in place of the hub."""
 
 import json
+import shutil
 
 import pytest
 
 from calmix.errors import SourceError
-from calmix.sources import builtin_sources, own_sources
+from calmix.sources import builtin_sources
 from calmix.sources.hub import HubText
 
 # A row of each data set that has more than a text, as its card shows it, and what is read of it.
@@ -49,26 +50,35 @@ def put(root, identifier, rows, subsets=(None,), split="train"):
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    root = tmp_path / "mirror"
-    root.mkdir()
-    monkeypatch.delenv("CALMIX_DATA", raising=False)
+    """A folder in place of the hub."""
+    import datasets
+
+    root, load = tmp_path / "mirror", datasets.load_dataset
+
+    def load_dataset(name, *of, revision=None, **how):
+        return load(str(root / name), *of, **how)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    monkeypatch.delenv("CALMIX_DATA", raising=False)
     return root
 
 
-def test_every_entry_reads_its_shape(mirror):
+def test_every_entry_reads_its_shape_and_what_was_streamed_is_kept(mirror):
     for name in HUB:
-        source = builtin_sources()[name]
-        reader = source.reader.model_copy(update={"id": f"{mirror}/{source.reader.id}"})
+        reader = builtin_sources()[name].reader
         row, wanted = SHAPES.get(name, ({"text": "some text"}, "some text"))
         rows = [row] * 3
         if name == "wikitext2":
             lines = "| = Water = \n|| Wet . \n| = = Uses = = \n| = Fire = \n|Hot"
             rows = [{"text": line} for line in lines.split("|")]
         put(mirror, reader.id, rows, reader.subsets, reader.split)
-        assert reader.availability == "offline (local copy)"
+        assert reader.availability == "hub"
         documents = list(reader.read())
+        shutil.rmtree(mirror)
+        assert reader.availability == "offline (fetched before)"
+        assert list(reader.read()) == documents
         assert len({d.id for d in documents}) == len(documents)
         if name == "wikitext2":
             assert [d.text.split("\n")[0].strip() for d in documents] == ["= Water =", "= Fire ="]
@@ -77,14 +87,17 @@ def test_every_entry_reads_its_shape(mirror):
             assert [d.text for d in documents] == [wanted] * (3 * len(reader.subsets)), name
 
 
-def test_the_budget_ends_the_stream_and_what_cannot_be_read_is_named(mirror):
+def test_the_budget_ends_the_stream_and_what_cannot_be_read_is_named(mirror, tmp_path):
     put(mirror, "a/c", [{"text": "0123456789"}] * 100)
-    assert len(list(HubText(type="hub", id=f"{mirror}/a/c", characters=95).read())) == 10
+    assert len(list(HubText(type="hub", id="a/c", characters=95).read())) == 10
+    (kept,) = tmp_path.rglob("*.jsonl.gz")
+    kept.write_bytes(kept.read_bytes()[:-9])
     put(mirror, "a/content", [{"content": "x"}])
-    assert [d.text for d in HubText(type="hub", id=f"{mirror}/a/content").read()] == ["x"]
+    assert [d.text for d in HubText(type="hub", id="a/content").read()] == ["x"]
     put(mirror, "a/other", [{"body": "x"}])
     put(mirror, "a/b", [{"text": "x"}], ["en"])
     for reader, line in (
+        ({"id": "a/c", "characters": 95}, "is damaged: delete it"),
         ({"id": "a/other"}, r"no field 'text' or 'content' \(has: body\)"),
         ({"id": "a/other", "template": "{txet}"},
          r"a/other row 0: there is no field 'txet' \(has: body"),
@@ -92,37 +105,4 @@ def test_the_budget_ends_the_stream_and_what_cannot_be_read_is_named(mirror):
         ({"id": "a/b", "subset": "en", "split": "test"}, "cannot be read: .*Available"),
     ):  # fmt: skip
         with pytest.raises(SourceError, match=line):
-            list(HubText(type="hub", **reader | {"id": f"{mirror}/{reader['id']}"}).read())
-
-
-def test_what_was_streamed_is_kept(mirror, tmp_path, monkeypatch):
-    """A fake hub, asked once."""
-    calls = []
-
-    def load_dataset(name, *_, **__):
-        calls.append(name)
-        return [{"text": f"document {i}"} for i in range(3)]
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    reader = HubText(type="hub", id="a/b")
-    assert reader.availability == "hub"
-    first = list(reader.read())
-    assert reader.availability == "offline (fetched before)"
-    assert list(reader.read()) == first
-    assert ([one.text for one in first][2], calls) == ("document 2", ["a/b"])
-    (kept,) = tmp_path.rglob("*.jsonl.gz")
-    kept.write_bytes(kept.read_bytes()[:-9])
-    with pytest.raises(SourceError, match="is damaged: delete it"):
-        list(reader.read())
-
-
-def test_a_local_copy_named_in_an_own_file(mirror, tmp_path, monkeypatch):
-    put(tmp_path / "here", "copy", [{"body": "x"}])
-    file = tmp_path / "own.yaml"
-    file.write_text(
-        "mine: {reader: {type: hub, id: here/copy, template: '{body}'}}\n", encoding="utf-8"
-    )
-    own = own_sources(file)
-    assert [d.text for d in own["mine"].documents()] == ["x"]
-    monkeypatch.chdir(tmp_path)  # a folder that happens to be there is not taken for the hub's
-    assert HubText(type="hub", id="here/copy").availability == "hub"
+            list(HubText(type="hub", **reader).read())

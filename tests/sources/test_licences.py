@@ -2,10 +2,7 @@
 
 import json
 
-import pytest
-
 from calmix.calibration import ask
-from calmix.errors import InputError
 from calmix.evaluation.suites import builtin_suites, provenance
 from calmix.models import builtin_models
 from calmix.sources import builtin_sources, offline_sources
@@ -39,8 +36,6 @@ def test_everything_builtin_has_licence_and_origin(calmix):
     for suite in builtin_suites().values():
         for name, spec in suite.tasks.items():
             assert "/" in provenance(spec)["origin"], (suite.name, name)
-    rows = json.loads(calmix("calibrate", "sources", "--json").out)
-    assert {"licence", "use", "from", "version"} <= set(rows[0])
     assert json.loads(calmix("doctor", "models", "--json").out)[0]["use"] == "permissive"
     suites = {row["name"]: row for row in json.loads(calmix("evaluate", "suites", "--json").out)}
     told = [suites[name]["not for commercial use"] for name in ("offline", "smoke")]
@@ -54,8 +49,6 @@ def test_a_group_leaves_out_what_a_licence_forbids_and_shares_its_weight():
     assert "textbook" not in allowed
     assert set(spec.mix.values()) == {1 / len(allowed)}
     assert list(ask("offline").mix) == list(offline_sources())
-    with pytest.raises(InputError, match="names 'stories' twice: offline holds it"):
-        ask("offline:0.5,stories:0.5")
 
 
 def test_a_source_named_outright_is_refused_wherever_it_is_named(

@@ -1,13 +1,11 @@
 """Local files, packages and generators as sources, and templates."""
 
-import csv
 import json
 import os
 import subprocess
 import sys
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pandas as pd
 import pytest
 
 from calmix.calibration import open_tokenizer, resolve
@@ -41,17 +39,14 @@ def write(folder, files):
         elif isinstance(content, str):
             path.write_text(content, encoding="utf-8")
         elif path.suffix == ".parquet":
-            pq.write_table(pa.Table.from_pylist(content), path)
+            pd.DataFrame(content).to_parquet(path)
         elif path.suffix == ".json":
             path.write_text(json.dumps(content), encoding="utf-8")
         elif path.suffix == ".jsonl":
             path.write_text("\n\n".join(map(json.dumps, content)) + "\n", encoding="utf-8-sig")
         else:
             delimiter = {".tsv": "\t", ".csv": ";" if "semi" in name else ","}[path.suffix]
-            with path.open("w", encoding="utf-8-sig", newline="") as file:
-                table = csv.DictWriter(file, list(content[0]), delimiter=delimiter)
-                table.writeheader()
-                table.writerows(content)
+            pd.DataFrame(content).to_csv(path, sep=delimiter, index=False, encoding="utf-8-sig")
     return folder
 
 
@@ -65,15 +60,14 @@ def write(folder, files):
         ("a.jsonl", b'{"text": "x"\n', "line 1 is not JSON"),
         ("a.jsonl", b'["x"]\n', r"line 1: there is no field 'text' \(has: list\)"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' is not text but int"),
-        ("a.jsonl", b'{"id": "1", "prompt": "xyz"}\n', r"\(has: id, prompt\): .* as FILE@prompt"),
+        ("a.jsonl", b'{"id": "1", "q": "x"}\n', r"\(has: id, q\): name one, as FILE@FIELD"),
         ("a.jsonl", b'{"messages": "no"}\n', "message 0 of 'messages' has no role and content"),
         ("a.parquet", b"PAR0", "is not a parquet file"),
-        ("b.parquet", [{"body": "x"}], r"row 0: .* 'text' \(has: body\): .* FILE@body"),
+        ("b.parquet", [{"body": "x"}], r"row 0: .* 'text' \(has: body\): name one, as FILE@FIELD"),
         ("a.doc", b"x", r"known endings are .txt, .*, .parquet and those of source code"),
         ("a.csv", b'text\n"open', "not CSV"),
-        ("a.csv", b"prompt\nx\n", r"row 1: .* 'text' \(has: prompt\): .* FILE@prompt"),
+        ("a.csv", b"prompt\nx\n", r"row 1: .* 'text' \(has: prompt\): name one, as FILE@FIELD"),
         ("a.json", b'{"text": "x"}', "is not a list of rows but dict"),
-        ("d.json", [{"long": "x" * 99, "dialog": CHAT}], "name one, as FILE@dialog"),
         ("no.txt", None, "there is no file"),
         ("", None, r"holds no \.txt"),
     ],
@@ -86,34 +80,24 @@ def test_bad_files(tmp_path, name, content, message):
 
 
 def test_rows_of_every_kind_of_file_and_their_fields(tmp_path):
-    rows = [{"prompt": "a, b\nc", "answer": 'say "d"'}, {"prompt": "é", "answer": "f"}]
-    names = ("r.json", "r.jsonl", "r.parquet", "r.csv", "semi.csv", "r.tsv")
-    for name in names:
+    rows = [{"prompt (en)": "a, b\nc", "the.answer": 'say "d"'},
+            {"prompt (en)": "é", "the.answer": "f"}]  # fmt: skip
+    for name in ("r.json", "r.jsonl", "r.parquet", "r.csv", "semi.csv", "r.tsv"):
         path = write(tmp_path, {name: rows}) / name
-        assert [d.text for d in get_source(f"{path}@prompt").documents()] == ["a, b\nc", "é"]
-        both = get_source(f"{path}@prompt+answer")
-        assert [d.text for d in both.documents()] == ['a, b\nc\n\nsay "d"', "é\n\nf"]
-        assert texts(path, template="{answer}-{prompt}") == ['say "d"-a, b\nc', "f-é"]
-        with pytest.raises(SourceError, match=r"name one, as FILE@(prompt|answer)"):
-            texts(path)
-        assert get_source(f"{path}@prompt").check() == [path]
+        for field, read in (
+            ("prompt (en)", ["a, b\nc", "é"]), ("the.answer", ['say "d"', "f"]),
+            ("prompt (en)+the.answer", ['a, b\nc\n\nsay "d"', "é\n\nf"]),
+        ):  # fmt: skip
+            assert [d.text for d in get_source(f"{path}@{field}").documents()] == read
+        assert texts(path, template="{the.answer}-{prompt (en)}") == ['say "d"-a, b\nc', "f-é"]
+        assert get_source(f"{path}@prompt (en)").check() == [path]
+        with pytest.raises(SourceError, match="no field 'nosuch col'"):
+            list(get_source(f"{path}@nosuch col").documents())
+    for empty in ("@", "@prompt+"):
+        with pytest.raises(SourceError, match="name a field after the @"):
+            get_source(f"{path}{empty}")
     old = write(tmp_path, {"old.csv": b'text;n\rhello;1\r"a\rb";2\r'}) / "old.csv"
     assert texts(old) == ["hello", "a\rb"]
-
-
-def test_fields_of_any_name(tmp_path):
-    row = {"Customer message": "hi", "Text (en)": "ho", "body.text": "he", "body": {"text": "no"}}
-    for name in ("r.jsonl", "r.parquet"):
-        file = write(tmp_path, {name: [row]}) / name
-        for field in ("Customer message", "Text (en)", "body.text"):
-            assert [d.text for d in get_source(f"{file}@{field}").documents()] == [row[field]]
-        with pytest.raises(SourceError, match="no field 'nosuch col'"):
-            list(get_source(f"{file}@nosuch col").documents())
-        for empty in ("@", "@body+"):
-            with pytest.raises(SourceError, match="name a field after the @"):
-                get_source(f"{file}{empty}")
-        with pytest.raises(SourceError, match="as 'FILE@Customer message'"):
-            texts(file)
 
 
 def test_chats_of_every_usual_form(tmp_path):
@@ -229,6 +213,7 @@ def test_a_template_is_filled_and_paragraphs_of_empty_fields_are_left_out():
     row = {
         "a": {"b": "x"}, "turns": [{"say": "hi"}, {"say": "ho"}], "deep": [["p"], ["q", ""]],
         "instruction": "Add.", "none": None, "empty": "", "maths": "{b} \\frac{1}{2}",
+        "body": {"text": "no"}, "body.text": "he",
     }  # fmt: skip
     for template, text in {
         "{a.b}: {turns.*.say}": "x: hi\n\nho",
@@ -236,6 +221,7 @@ def test_a_template_is_filled_and_paragraphs_of_empty_fields_are_left_out():
         "{instruction}\n\n{empty}\n\n{a.b}": "Add.\n\nx",
         "{instruction}\n\n{none}\n\n{a.b}": "Add.\n\nx",
         "Note\n\n{a.b}": "Note\n\nx",
+        "{body.text}": "he",  # a field's own name comes before a path
         "{maths}": "{b} \\frac{1}{2}",  # what was filled in is not scanned again
     }.items():
         assert fill(template, row) == text
