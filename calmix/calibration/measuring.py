@@ -38,7 +38,7 @@ def measure_set(
 def distortion(opened: Any, made: CalibrationSet) -> dict[str, float]:
     """Return distortion, the model's own perplexity on a set, and its bits per byte, by name."""
     found = perplexity_of_rows(opened, made.ids)
-    return dict(zip(("distortion", "bits_per_byte"), found, strict=True))
+    return {"distortion": found.perplexity, "bits_per_byte": found.bits_per_byte}
 
 
 @dataclass(frozen=True)

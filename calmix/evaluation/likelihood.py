@@ -209,17 +209,14 @@ def perplexity(
     windows = len(ids) // length
     if not windows:
         raise InputError(f"the text has {len(ids)} tokens, less than one window of {length}")
-    rows = ids[: windows * length].view(windows, length)
-    found = perplexity_of_rows(opened, rows, tick)
-    return Perplexity(*found, length, windows, windows * (length - 1))
+    return perplexity_of_rows(opened, ids[: windows * length].view(windows, length), tick)
 
 
-def perplexity_of_rows(
-    opened: OpenModel, ids: Tensor, tick: Progress | None = None
-) -> tuple[float, float]:
-    """Return perplexity and bits per byte of full rows of token ids, shape (rows, length)."""
+def perplexity_of_rows(opened: OpenModel, ids: Tensor, tick: Progress | None = None) -> Perplexity:
+    """Score full rows of token ids, shape (rows, length)."""
     nll = float(row_nll(opened.model, ids, tick).double().sum())
     predicted = ids[:, 1:]
     texts = opened.tokenizer.batch_decode(predicted.tolist(), skip_special_tokens=False)
-    size = sum(len(text.encode()) for text in texts)
-    return math.exp(nll / predicted.numel()), nll / (math.log(2) * size)
+    size, tokens = sum(len(text.encode()) for text in texts), predicted.numel()
+    bits = nll / (math.log(2) * size)
+    return Perplexity(math.exp(nll / tokens), bits, ids.shape[1], len(ids), tokens)
