@@ -134,13 +134,12 @@ def retention(
             )
         )  # fmt: skip
     rolled = by_dimension(dense, points, measures.task_weights(dense, measure))
-    dimensions = []
+    total, dimensions = estimate(rolled.pop("total"), level), []
     for name, point in rolled.items():
         members = [task for task in tasks if task.dimension == name]
         silent = tuple(task.name for task in members if not task.signal)
         dimensions.append(DimensionRetention(name, len(members), silent, estimate(point, level)))
     known = [name for name, point in rolled.items() if not math.isnan(point[0])]
-    total = estimate(nan_mean(np.stack([*rolled.values()]), 0), level)
     worst = min(known, key=lambda name: rolled[name][0], default=None)
     return Retention(measure, tuple(tasks), tuple(dimensions), total, worst, resamples, seed)
 
@@ -148,10 +147,12 @@ def retention(
 def by_dimension(
     tasks: Sequence[TaskScores], points: Array, weights: Sequence[float] | float = 1.0
 ) -> dict[str, Array]:
-    """Return the weighted mean over each dimension's tasks; points have shape (tasks, values)."""
+    """Return the weighted mean over each dimension's tasks, and as `total` the mean over
+    dimensions; points have shape (tasks, values)."""
     times, names = np.broadcast_to(weights, len(tasks))[:, None], [task.dimension for task in tasks]
     places = {name: [other == name for other in names] for name in names}
-    return {name: nan_mean(points[own], 0, times[own]) for name, own in places.items()}
+    rolled = {name: nan_mean(points[own], 0, times[own]) for name, own in places.items()}
+    return {**rolled, "total": nan_mean(np.stack([*rolled.values()]), 0)}
 
 
 def nan_mean(values: Array, axis: int, weights: Array | float = 1.0) -> Array:
@@ -181,7 +182,6 @@ def flips(
         made = Parts("accuracy", changed, np.ones_like(changed))
         points.append(resampled(before.name, made, resamples=resamples, seed=0))
     rolled = by_dimension([before for before, _ in judged], np.stack(points))
-    rolled["total"] = nan_mean(np.stack([*rolled.values()]), 0)
     return {name: estimate(point) for name, point in rolled.items()}
 
 
