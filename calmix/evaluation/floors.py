@@ -24,7 +24,7 @@ from calmix.errors import InputError
 from calmix.evaluation import behaviour
 from calmix.evaluation.behaviour import Pair, TaskPair
 from calmix.evaluation.measures import Measure, TaskScores, has_signal, parts
-from calmix.evaluation.retention import Estimate, retention
+from calmix.evaluation.retention import retention
 from calmix.manifest import sealed, versions
 from calmix.options import parse_share
 
@@ -195,9 +195,7 @@ def judge(
     tasks = {measure: behaviour.held(pairs, fits) for measure, (fits, _) in MEASURES.items()}
     known = list(dict.fromkeys(one[0].dimension for some in tasks.values() for one in some))
     if unknown := [name for name in floors if name and name not in known]:
-        left = ", ".join(
-            dict.fromkeys(task for pair in pairs for one in pair for task in one.not_run)
-        )
+        left = ", ".join(behaviour.not_run(pairs))
         more = f" (not run without --allow-code-execution: {left})" if left else ""
         raise InputError(f"{FLAG} names '{unknown[0]}', which the scores lack: they have "
                          f"{', '.join(known)}{more}")  # fmt: skip
@@ -245,25 +243,25 @@ def _judged(
         assert count is not None
         if (items := count.dense) < behaviour.FEW:
             return None
-        kept = Estimate(count.kept / items, lower_bound(count.kept, items, confidence))
+        kept, low = count.kept / items, lower_bound(count.kept, items, confidence)
     elif measure == ACCURACY:
         made = [parts(*both, "accuracy") for both in own]
         whole = math.fsum(float(one.whole.sum()) for one in made)
         items = round(math.fsum(value for before, _ in own for value in before.values))
         each = items / whole  # a right answer counts for more than one above chance
         drawn = retention(*zip(*_one_more_lost(own), strict=True), measure=score, level=level)
-        value = sum(one.kept.sum() for one in made) / sum(one.whole.sum() for one in made)
-        kept = Estimate(float(value), drawn.of(ability).low)
+        kept = float(sum(one.kept.sum() for one in made) / sum(one.whole.sum() for one in made))
+        low = drawn.of(ability).low or 0.0
     else:
         items = sum(len(before.items) for before, _ in own)
-        kept = retention(*zip(*own, strict=True), level=level).of(ability)
+        found = retention(*zip(*own, strict=True), level=level).of(ability)
+        kept, low = found.value or 0.0, found.low or 0.0
     best = 1 - each * (1 - provable(items, confidence))
     if best < 0.01:
         return None
-    low = kept.low or 0.0
     return Tested(
         ability, measure, floor, items, needed(max(1 - (1 - floor) / each, 1e-9), confidence), best,
-        kept.value or 0.0, low if measure == ANSWERS else min(low, best),
+        kept, low if measure == ANSWERS else min(low, best),
     )  # fmt: skip
 
 
