@@ -47,8 +47,9 @@ def choose(
     dimensions `whole`."""
     full = suite if isinstance(suite, Suite) else load_suite(suite)
     for what, names, known in (
-        ("dimension", [*dimensions, *whole], full.dimensions),
-        ("task", [*tasks, *without], full.tasks),
+        ("dimension", dimensions, [*full.dimensions]),
+        ("dimension", whole, [*dimensions] or [*full.dimensions]),
+        ("task", [*tasks, *without], [*full.tasks]),
     ):
         if unknown := [name for name in names if name not in known]:
             hint = nearest(unknown[0], known)

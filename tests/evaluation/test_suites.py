@@ -73,6 +73,7 @@ def test_selections_of_a_users_own_file_have_hashes_of_their_own(tmp_path):
     for wrong, says in (
         ({"whole": ["code"]}, "no effect without --quick"),
         ({"quick": True, "whole": ["codes"]}, "no dimension 'codes': did you mean code"),
+        ({"quick": True, "whole": ["code"], "dimensions": ["general"]}, "no dimension 'code'"),
         ({"dimensions": ["codes"]}, "no dimension 'codes': did you mean code"),
         ({"without": ["sciqq"]}, "no task 'sciqq': did you mean sciq"),
         ({"dimensions": ["code"], "tasks": ["sciq"]}, "no task of suite mine is left"),
