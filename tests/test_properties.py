@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from dataclasses import make_dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from calmix.analysis.statistics import (
-    benjamini_hochberg,
     bootstrap_intervals,
+    corrected,
     least_p,
     orders,
     permutation_p,
@@ -273,8 +274,10 @@ def test_more_orders_than_are_counted_are_drawn():
 
 @given(p=st.lists(st.floats(0, 1), max_size=8))
 def test_corrected_ps_are_the_step_up_ones(p):
-    found = benjamini_hochberg([None, *p, None])
-    assert (found.pop(0), found.pop()) == (None, None)
+    row = make_dataclass("Row", ["p", ("q", float, None)])
+    rows = corrected([row(one) for one in (None, *p, None)], q=lambda one: one.p)
+    first, *found, last = [one.q for one in rows]
+    assert (first, last) == (None, None)
     order = sorted(range(len(p)), key=lambda i: p[i])
     expected = [
         min([1.0, *(p[j] * len(p) / (at + 1) for at, j in enumerate(order) if p[j] >= p[i])])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmix.analysis.bootstrap import Joint, joints
 from calmix.analysis.cells import Cells, Condition, dimensions_of, select, tables
 from calmix.analysis.correlations import Correlation, Spread, agreements, correlate, spreads
-from calmix.analysis.differences import Difference, Gain, compare, correct, gains
+from calmix.analysis.differences import Difference, Gain, compare, gains
 from calmix.analysis.power import Noise, noise_of
 from calmix.analysis.ranking import Ranked, leaders, rank
-from calmix.analysis.statistics import corrected
 from calmix.errors import InputError, nearest
 from calmix.files import atomic_folder, write_json, write_text
 from calmix.options import Settings
@@ -32,7 +31,7 @@ class ConditionAnalysis:
     correlations: tuple[Correlation, ...]
     agreements: tuple[Correlation, ...]  # of KL to the dense model
     differences: tuple[Difference, ...]
-    spreads: tuple[Spread, ...]
+    spread: tuple[Spread, ...]
     noise: tuple[Noise, ...]
 
     @property
@@ -53,19 +52,13 @@ class ConditionAnalysis:
     @property
     def missing(self) -> list[tuple[str, int]]:
         """Sets and seeds of the condition without a trial."""
-        cells = self.cells
-        return [(name, seed) for at, name in enumerate(cells.sets)
-                for number, seed in enumerate(cells.seeds)
-                if (at, number) not in cells.trials]  # fmt: skip
+        every = product(self.cells.sets, self.cells.seeds)
+        return [one for one in every if one not in self.cells.trials]
 
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         """Return what was found as rows, by table."""
-        parts: dict[str, Sequence[Any]] = {
-            "ranking": self.ranking, "correlations": self.correlations,
-            "agreements": self.agreements, "differences": self.differences,
-            "spread": self.spreads, "noise": self.noise,
-        }  # fmt: skip
-        return {name: [asdict(one) for one in rows] for name, rows in parts.items()}
+        _, *tables = fields(self)
+        return {table.name: [asdict(one) for one in getattr(self, table.name)] for table in tables}
 
 
 @dataclass(frozen=True)
@@ -149,9 +142,8 @@ def analyse(
             f"{nearest(asked.default, known)}"
         )
     made = joints(results, tables(results, trials, asked.measure), asked.resamples, asked.seed)
-    correlations = corrected([one for found in made for one in correlate(found.cells, asked)],
-                             p_corrected=lambda one: one.p)  # fmt: skip
-    differences = correct([one for found in made for one in compare(found, asked.default)])
+    correlations = correlate([found.cells for found in made], asked)
+    differences = compare(made, asked.default)
     conditions = [
         ConditionAnalysis(
             found, tuple(rank(found)),

@@ -170,8 +170,7 @@ def joint(
 ) -> Joint:
     """Return the joint bootstrap of one condition; `layout` is (set, seed) of all trials of the
     study, so that what a seed does under two conditions that both have it stays together."""
-    names = [(cells.sets[at], cells.seeds[number]) for at, number in cells.trials]
-    of = np.array([at for at, _ in cells.trials])
+    of = np.array([cells.sets.index(name) for name, _ in cells.trials])
     count, tasks = len(cells.sets), len(cells.tasks)
     counts = np.bincount(of, minlength=count).astype(float)
     freedom = int(np.maximum(counts - 1, 0).sum())
@@ -208,8 +207,8 @@ def joint(
     draw = np.zeros((*values.shape, resamples))
     if freedom:
         # A normal vector of the pooled covariance is the residuals' sum with normal factors.
-        layout = layout or names
-        columns = [layout.index(name) for name in names]
+        layout = layout or cells.trials
+        columns = [layout.index(one) for one in cells.trials]
         scale = np.sqrt(freedom / np.random.default_rng([seed, 1]).chisquare(freedom, resamples))
         for at, name in enumerate(cells.sets):
             key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

@@ -66,7 +66,7 @@ class Cells:
     seeds: tuple[int, ...]
     dimensions: tuple[str, ...]
     tasks: tuple[Task, ...]
-    trials: tuple[tuple[int, int], ...]  # set and seed of each, by position
+    trials: tuple[tuple[str, int], ...]  # set and seed of each
     items: dict[int, tuple[Array, Array]]  # by task with signal: what every trial keeps of each
     # item, shape (trials, items), and the whole of it; retention is kept.sum() / whole.sum()
     means: Array  # retention, mean over the seeds that are there, shape (sets, quantities)
@@ -190,9 +190,11 @@ def _cells(
     names = [name for name in dict.fromkeys(one.calibration for one in results.trials)
              if name in first]  # fmt: skip
     seeds = tuple(sorted({trial.seed for trial in trials}))
-    places = [(names.index(trial.calibration), seeds.index(trial.seed)) for trial in trials]
-    for trial, place in zip(trials, places, strict=True):
-        if places.count(place) > 1:
+    each = [(trial.calibration, trial.seed) for trial in trials]
+    places = tuple(zip(*((names.index(name), seeds.index(seed)) for name, seed in each),
+                       strict=True))  # fmt: skip
+    for trial, own in zip(trials, each, strict=True):
+        if each.count(own) > 1:
             raise InputError(
                 f"two trials of {trial.calibration} at seed {trial.seed} ({condition.label}) "
                 f"differ in nothing the analysis knows (one is {trial.id})"
@@ -213,14 +215,14 @@ def _cells(
     def table(rows: Any) -> Array:
         """Return the mean over each set's seeds of a row a trial."""
         found = np.full((len(names), len(seeds), len(rows[0])), np.nan)
-        found[tuple(zip(*places, strict=True))] = rows
+        found[places] = rows
         return nan_mean(found, 1)
 
     def rolled(of_tasks: Array) -> Array:
         return table(rolled_up(of_tasks, tasks, dimensions))
 
     return Cells(
-        condition, tuple(first[name] for name in names), seeds, dimensions, tasks, tuple(places),
+        condition, tuple(first[name] for name in names), seeds, dimensions, tasks, tuple(each),
         items, rolled(values), rolled(accuracies),
         {"kl": table(_distance(trials, dimensions, "kl_mean")),
          "top1": table(_distance(trials, dimensions, "top1")), "flips": rolled(flips)},

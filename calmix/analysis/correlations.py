@@ -21,6 +21,7 @@ from calmix.analysis.statistics import (
     ROUNDING,
     Array,
     bootstrap_intervals,
+    corrected,
     least_p,
     permutation_p,
     unit_ranks,
@@ -100,16 +101,18 @@ def distinct(cells: Cells, chosen: Sequence[int]) -> list[tuple[int, tuple[str, 
     return [(column, tuple(aliases)) for column, aliases, _ in found]
 
 
-def correlate(cells: Cells, settings: Settings) -> list[Correlation]:
-    """Correlate every metric with every quantity of one condition, p not corrected yet; with fewer
-    than four sets there is nothing."""
-    chosen, made = cells.of("single"), []
-    for column, aliases in distinct(cells, chosen) if len(chosen) >= LEAST else ():
-        x = cells.information[:, column]
-        known = [at for at in chosen if not np.isnan(x[at])]
-        head = cells.condition.label, cells.metrics[column], aliases
-        made += _correlated(head, cells, x, cells.quantities, known, settings)
-    return made
+def correlate(conditions: Sequence[Cells], settings: Settings) -> list[Correlation]:
+    """Correlate every metric with every quantity under each condition; with fewer than four sets
+    there is nothing."""
+    made = []
+    for cells in conditions:
+        chosen = cells.of("single")
+        for column, aliases in distinct(cells, chosen) if len(chosen) >= LEAST else ():
+            x = cells.information[:, column]
+            known = [at for at in chosen if not np.isnan(x[at])]
+            head = cells.condition.label, cells.metrics[column], aliases
+            made += _correlated(head, cells, x, cells.quantities, known, settings)
+    return corrected(made, p_corrected=lambda one: one.p)
 
 
 def agreements(cells: Cells, settings: Settings) -> list[Correlation]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from calmix.analysis.bootstrap import Contrast, Estimate, Joint
 from calmix.analysis.cells import TOTAL, WORST
-from calmix.analysis.ranking import in_order, lowest_of, shrink
+from calmix.analysis.ranking import lowest_of, shrink
 from calmix.analysis.statistics import ALPHA, corrected
 from calmix.options import RECOVERIES
 
@@ -93,15 +93,23 @@ def between(left: Mapping[Key, Contrast], right: Mapping[Key, Contrast]) -> dict
     return {key: gap for key, gap in gaps.items() if not math.isnan(gap.value)}
 
 
-def compare(found: Joint, default: str | None = None) -> list[Difference]:
-    """Compare every two ways to calibrate, p not corrected yet: mixes and written text set by set,
+def compare(made: Sequence[Joint], default: str | None = None) -> list[Difference]:
+    """Compare every two ways to calibrate under each condition: mixes and written text set by set,
     the single source with the highest total, the mean of all single sources, and the default."""
-    cells, singles, made = found.cells, found.cells.of("single"), []
+    found = [one for joint in made for one in _compared(joint, default)]
+    return corrected(found, p_corrected=lambda one: one.gap.p,
+                     draw_p_corrected=lambda one: one.gap.draw_p)  # fmt: skip
+
+
+def _compared(found: Joint, default: str | None) -> Iterator[Difference]:
+    cells, singles = found.cells, found.cells.of("single")
     sides = [(one.calibration, one.strategy, [at]) for at, one in enumerate(cells.made)
              if one.strategy != "single" or one.calibration == default]  # fmt: skip
     sides.sort(key=lambda side: side[0] == default)  # that others are compared with it
-    ordered = [at for at in in_order(found.values[:, 0]) if at in singles]
-    sides += [(BEST + cells.sets[at], "single", [at]) for at in ordered[:1]]
+    totals = found.values[singles, 0]
+    if not np.isnan(totals).all():
+        best = singles[int(np.nanargmax(totals))]
+        sides.append((BEST + cells.sets[best], "single", [best]))
     if len(singles) > 1:
         sides.append((SINGLES, "single", singles))
     kept = [(name, strategy, every(found, sets, picked=name.startswith(BEST)))
@@ -109,15 +117,8 @@ def compare(found: Joint, default: str | None = None) -> list[Difference]:
     for (left, one, ours), (right, other, theirs) in itertools.combinations(kept, 2):
         if one == other == "single":
             continue  # the best of them against the mean of them says nothing
-        made += [Difference(cells.condition.label, left, right, name, gap.estimate(test=True))
-                 for name, gap in between(ours, theirs).items()]  # fmt: skip
-    return made
-
-
-def correct(differences: Sequence[Difference]) -> list[Difference]:
-    """Return all differences of an analysis with both p-values corrected."""
-    return corrected(differences, p_corrected=lambda one: one.gap.p,
-                     draw_p_corrected=lambda one: one.gap.draw_p)  # fmt: skip
+        for name, gap in between(ours, theirs).items():
+            yield Difference(cells.condition.label, left, right, name, gap.estimate(test=True))
 
 
 def leads_over(made: Sequence[Joint], default: str | None) -> list[Leads]:

@@ -156,11 +156,6 @@ def lowest_of(dimensions: Array) -> int | None:
     return None if np.isnan(dimensions).all() else int(np.nanargmin(dimensions))
 
 
-def in_order(values: Array) -> list[int]:
-    """Return the positions of what is known, the highest first; equal values as given."""
-    return np.argsort(-values, kind="stable")[: np.count_nonzero(~np.isnan(values))].tolist()
-
-
 @dataclass(frozen=True)
 class Recommendation:
     """The best calibration set under one condition.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -86,21 +86,17 @@ def bootstrap_intervals(x: Array, y: Array, *, resamples: int = RESAMPLES, seed:
     return np.where(few[..., None], np.nan, np.clip(np.moveaxis(ends, 0, -1), -1.0, 1.0))
 
 
-def benjamini_hochberg(p: Sequence[float | None]) -> list[float | None]:
-    """Return p-values corrected for the false discovery rate; None stays and counts for nothing."""
+def corrected(rows: Iterable[Row], **columns: Callable[[Row], float | None]) -> list[Row]:
+    """Return dataclass rows with p-values corrected for the false discovery rate (Benjamini and
+    Hochberg), one for each column; None stays and counts for nothing."""
     from scipy.stats import false_discovery_control
 
-    known = [value for value in p if value is not None]
-    adjusted = iter(false_discovery_control(known, method="bh").tolist() if known else [])
-    return [None if value is None else next(adjusted) for value in p]
-
-
-def corrected(rows: Sequence[Row], **columns: Callable[[Row], float | None]) -> list[Row]:
-    """Return dataclass rows with p-values corrected together, one for each column."""
     made = list(rows)
     for name, p in columns.items():
-        adjusted = benjamini_hochberg([p(one) for one in made])
-        made = [replace(one, **{name: value}) for one, value in zip(made, adjusted, strict=True)]
+        known = [at for at, one in enumerate(made) if p(one) is not None]
+        adjusted = false_discovery_control([p(made[at]) for at in known]).tolist() if known else []
+        for at, value in zip(known, adjusted, strict=True):
+            made[at] = replace(made[at], **{name: value})
     return made
 
 

@@ -216,7 +216,7 @@ def _moved(analysis: Analysis, each: ConditionAnalysis, by: str, wanted: int) ->
 
 
 def _cancelled(each: ConditionAnalysis) -> Verdict | None:
-    spread = {one.quantity: one for one in each.spreads}
+    spread = {one.quantity: one for one in each.spread}
     total = spread.pop(TOTAL, None)
     if total is None or len(spread) < 2 or total.p_cancel is None:
         return None

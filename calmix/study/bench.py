@@ -22,7 +22,7 @@ from calmix.evaluation.scores import load_scores
 from calmix.files import atomic_folder, read_object, sha256_json, write_json
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, open_model
-from calmix.options import TrialOptions
+from calmix.options import DeviceOptions, TrialOptions
 from calmix.precision import dtype_name
 from calmix.pruning import PruneReport, allocate, prune
 from calmix.pruning.checkpoint import write_checkpoint
@@ -31,10 +31,11 @@ from calmix.recovery import recover
 from calmix.study.results import Trial
 from calmix.study.spec import Study
 from calmix.study.store import RESULT, SCORES, Store
-from calmix.study.trials import Key, Planned, Resolved
+from calmix.study.trials import Key, Planned
 
 INFORMATION, PRUNING, RECOVERY = "information.json", "pruning.json", "recovery.json"
 CHECKPOINT = "checkpoint"
+SHARED = ("id", "model", "calibration", "strategy", "pattern", "rows", "length", "seed")
 NAMES = {"name": "task", "kept": "retention"}  # in a trial's record of its tasks
 
 Stage = Callable[[str, int, int], None]  # what is done now; how much of it, out of how much
@@ -45,9 +46,7 @@ class Bench:
 
     def __init__(self, study: Study, store: Store, options: TrialOptions) -> None:
         self.study, self.store, self.allows = study, store, options.allow_code_execution
-        self.how: dict[str, Any] = {
-            "device": options.device, "trust_remote_code": options.trust_remote_code,
-        }  # fmt: skip
+        self.how: dict[str, Any] = options.model_dump(include=set(DeviceOptions.model_fields))
         self.opened: OpenModel | Any = None
         self._label: str | None = None
         self._changed = False  # whether the open model has other weights than the dense ones
@@ -89,9 +88,9 @@ class Bench:
         entry = self.study.file.models[label]
         return open_model(entry.name, dtype=entry.dtype, **self.how)
 
-    def run(self, trial: Resolved, stage: Stage, note: Callable[[str], None]) -> Trial:
+    def run(self, trial: Planned, stage: Stage, note: Callable[[str], None]) -> Trial:
         """Run one trial of the model that is ready, write it to the store and return it."""
-        planned, seconds = trial.planned, {}
+        seconds = dict[str, float]()
         began = at = time.perf_counter()
 
         def lap(name: str) -> None:
@@ -101,19 +100,19 @@ class Bench:
 
         made, information = self._calibration(trial, stage, note)
         lap("calibration")
-        report = self._prune(planned, made, lambda *of: stage("pruning", *of))
+        report = self._prune(trial, made, lambda *of: stage("pruning", *of))
         lap("prune")
-        if self.opened.fingerprint != trial.request["model"]["sha256"]:
+        if self.opened.fingerprint != trial.definition["model"]["sha256"]:
             raise InputError(f"the files of {self.opened.name} have changed: run the study again")
         with self.store.writing(trial) as folder:
             write_json(folder / PRUNING, report.to_dict())
             scored = self.opened
-            if planned.recovery is not None and trial.calibration_id is not None:
+            if trial.recovery is not None and trial.calibration_id is not None:
                 held = str(self.store.calibration(trial.calibration_id))
                 write_checkpoint(self.opened, folder / "pruned", report, made)
                 recovered = recover(
-                    str(folder / "pruned"), self.study.file.models[planned.model].name,
-                    planned.recovery.model_copy(update={"calibration": held}), folder / CHECKPOINT,
+                    str(folder / "pruned"), self.study.file.models[trial.model].name,
+                    trial.recovery.model_copy(update={"calibration": held}), folder / CHECKPOINT,
                     progress=lambda done, total, loss: stage("recovering", done, total), **self.how,
                 )  # fmt: skip
                 write_json(folder / RECOVERY, recovered.to_dict())
@@ -130,7 +129,7 @@ class Bench:
             )  # fmt: skip
             if self._reference is not None:
                 found = distance(
-                    scored, self._reference, dense=partial(self._dense_model, planned.model),
+                    scored, self._reference, dense=partial(self._dense_model, trial.model),
                     progress=lambda *of: stage("distance", *of),
                 )  # fmt: skip
                 scores = replace(scores, distance=found)
@@ -140,11 +139,10 @@ class Bench:
             kept = scores.retention(self._dense)
             seconds["total"] = round(time.perf_counter() - began, 3)
             outcome = Trial(
-                id=trial.id, mix=(trial.request["calibration"] or {}).get("mix", {}),
-                model=planned.model, calibration=planned.calibration, strategy=planned.strategy,
-                method=planned.way, pattern=planned.pattern, sparsity=report.sparsity,
-                propagation=planned.request.propagation, rows=planned.rows, length=planned.length,
-                seed=planned.seed, suite=self.study.suite.name, information=information,
+                **{name: getattr(trial, name) for name in SHARED}, method=trial.way,
+                mix=(trial.definition["calibration"] or {}).get("mix", {}),
+                sparsity=report.sparsity, propagation=trial.request.propagation,
+                suite=self.study.suite.name, information=information,
                 total=kept.total, worst=kept.worst, seconds=seconds,
                 dimensions={one.name: one.kept for one in kept.dimensions},
                 tasks=tuple(
@@ -164,51 +162,52 @@ class Bench:
         return outcome
 
     def _prune(
-        self, planned: Planned, made: CalibrationSet | None, progress: Callable[[int, int], None]
+        self, trial: Planned, made: CalibrationSet | None, progress: Callable[[int, int], None]
     ) -> PruneReport:
         """Prune the dense model, unless the trial before did just that and no more."""
-        if self._pruned is not None and self._pruned[0] == planned.pruned:
+        if self._pruned is not None and self._pruned[0] == trial.pruned:
             return self._pruned[1]
         if self._changed:
-            self._open(planned.model)
-        model, request, method = self.opened.model, planned.request, planned.method
+            self._open(trial.model)
+        model, request = self.opened.model, trial.request
+        method = request.chosen.text
         pattern: Patterns = request.target
         if isinstance(request.allocation, str):
             assert made is not None
             pattern = allocate(
-                model, made.ids, request.target.sparsity, request.allocation, method=method.text
+                model, made.ids, request.target.sparsity, request.allocation, method=method
             )
         self._changed = True
         report = prune(
-            model, None if made is None else made.ids, method=method.text, pattern=pattern,
+            model, None if made is None else made.ids, method=method, pattern=pattern,
             propagation=request.propagation or "sequential", progress=progress,
             embeddings=request.embeddings,
         )  # fmt: skip
-        self._pruned = planned.pruned, report
+        self._pruned = trial.pruned, report
         return report
 
     def _calibration(
-        self, trial: Resolved, stage: Stage, note: Callable[[str], None]
+        self, trial: Planned, stage: Stage, note: Callable[[str], None]
     ) -> tuple[CalibrationSet | None, dict[str, float]]:
         """Return a trial's calibration set with its metrics, made if it is not in the store."""
         if trial.calibration_id is None:
             return None, {}
         if self._set is not None and self._set[0] == trial.calibration_id:
             return self._set[1:]
-        folder, planned = self.store.calibration(trial.calibration_id), trial.planned
+        folder = self.store.calibration(trial.calibration_id)
         stage("calibration set", 0, 1)
         with self.store.lock(f"set-{trial.calibration_id}"):
             if self._changed:  # the dense model writes and measures
-                self._open(planned.model)
+                self._open(trial.model)
             if not folder.is_dir():
                 drawn = resolve(
-                    planned.request.calibration or "", self.opened, sources=self.study.own,
-                    writing=stage, note=note, **planned.request.drawn(),
+                    trial.request.calibration or "", self.opened, sources=self.study.own,
+                    writing=stage, note=note, **trial.request.drawn(),
                 )  # fmt: skip
                 metrics = measure_set(drawn, self.opened, perplexity=False)
                 with atomic_folder(folder) as beside:
                     drawn.save(beside)
-                    named = {"label": planned.calibration, "metrics": metrics}
+                    named = {"label": trial.calibration, "metrics": metrics}
                     write_json(beside / INFORMATION, named)
             made = CalibrationSet.open(folder, self.opened)
             path = folder / INFORMATION

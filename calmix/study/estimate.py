@@ -42,7 +42,7 @@ from calmix.pruning.patterns import Rate, Unstructured
 from calmix.recovery import memory as recovery
 from calmix.recovery.training import held_out, rows_at_once
 from calmix.study.spec import Study
-from calmix.study.trials import Planned, plan
+from calmix.study.trials import Condition, Planned, plan
 
 PROGRAM = 0.6e9  # bytes of Python, torch and transformers before any weight is read
 START = 8.0  # seconds until they are imported
@@ -235,7 +235,7 @@ class Timed:
         """Return the bytes a trial takes at its peak on the device that prunes."""
         source: Any = self
         shape = trial.rows, trial.length
-        needed = plan_for(source, shape, trial.method, budget=2**62).needed
+        needed = plan_for(source, shape, trial.request.chosen, budget=2**62).needed
         blocks = 2 * max(self.blocks.sizes)  # held with all the others
         logits = 3 * 512 * self.vocabulary * 4
         peak = max(needed - blocks, PROGRAM + logits)
@@ -298,15 +298,13 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
     """
     models = {label: Timed(m.name, m.dtype, device) for label, m in study.file.models.items()}
     work, texts = suite_work(study.suite), text_tokens(study.suite)
-    groups: dict[tuple[Any, ...], list[Planned]] = {}
-    prunes: dict[Any, Planned] = {}  # what differs in recovery alone is pruned once
-    sets: dict[Any, Planned] = {}
-    for trial in plan(study):
+    trials, groups = plan(study), dict[Condition, list[Planned]]()
+    for trial in trials:
         groups.setdefault(trial.condition, []).append(trial)
-        prunes.setdefault(trial.pruned, trial)
-        if trial.rows:
-            size = trial.model, trial.calibration, trial.rows, trial.length, trial.seed
-            sets.setdefault(size, trial)
+    # What differs in recovery alone is pruned once.
+    prunes = {trial.pruned: trial for trial in reversed(trials)}
+    sets = {(trial.model, trial.calibration, trial.rows, trial.length, trial.seed): trial
+            for trial in trials if trial.rows}  # fmt: skip
     found: list[dict[str, Any]] = []
     notes = [] if work.exact else [
         f"the data of suite {study.suite.name} is not here: scoring is estimated from assumed "
@@ -315,9 +313,8 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
     for members in groups.values():
         like, model = members[0], models[members[0].model]
         pruned = sum(prunes[trial.pruned] is trial for trial in members) / len(members)
-        shape = like.rows, like.length
-        how = like.request
-        once = model.pruning(like.method, how.propagation, *shape, how.allocation)
+        shape, how = (like.rows, like.length), like.request
+        once = model.pruning(how.chosen, how.propagation, *shape, how.allocation)
         taken = {"prune": pruned * once, "evaluate": model.evaluation(work, texts)}
         if like.recovery is not None:
             taken["recover"] = model.recovery(like.recovery, *shape)
@@ -338,7 +335,7 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
     run = sum(group["trials"] * sum(group["seconds"].values()) for group in found)
     kept = sum(group["trials"] * group["disk"] for group in found)
     return {
-        "trials": sum(group["trials"] for group in found), "seconds": made + dense + run,
+        "trials": len(trials), "seconds": made + dense + run,
         "memory": max(group["memory"] for group in found),
         "disk": kept + sum(8.0 * one.rows * one.length for one in sets.values()),
         "sets": len(sets), "sets_seconds": made, "dense_seconds": dense, "groups": found,
@@ -351,23 +348,19 @@ def too_large(named: str, needed: float, there: float) -> str:
     return f"{named} needs {needed / 1e9:.1f} GB of {there / 1e9:.1f} GB: use fewer or shorter rows"
 
 
-def largest(
-    study: Study, trials: Sequence[Planned], device: str, trust_remote_code: bool = False
-) -> tuple[str, float]:
-    """Return the label of the trial that takes most memory, and its bytes."""
-    files, how = study.file.models, (device, trust_remote_code)
-    timed = cache(lambda label: Timed(files[label].name, files[label].dtype, *how))
+def largest(study: Study, trials: Sequence[Planned], **how: Any) -> tuple[str, float]:
+    """Return the label of the trial that takes most memory, and its bytes; `how` as for `Timed`."""
+    files = study.file.models
+    timed = cache(lambda label: Timed(files[label].name, files[label].dtype, **how))
     kinds = {trial.condition: trial for trial in trials}.values()
     needed = {trial.label: timed(trial.model).trial_memory(trial) for trial in kinds}
     return max(needed.items(), key=lambda one: one[1])
 
 
-def check_memory(
-    study: Study, trials: Sequence[Planned], device: torch.device, trust_remote_code: bool = False
-) -> None:
+def check_memory(study: Study, trials: Sequence[Planned], *, device: str, **how: Any) -> None:
     """Refuse trials that an accelerator cannot hold. On a CPU they would be swapped."""
-    there = device_memory(device)[2]
+    there = device_memory(device_of(device))[2]
     if there is not None and trials:
-        label, needed = largest(study, trials, str(device), trust_remote_code)
+        label, needed = largest(study, trials, device=device, **how)
         if needed > there:
             raise InputError(too_large(label, needed, there))

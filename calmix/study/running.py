@@ -22,7 +22,7 @@ from filelock import Timeout
 from calmix import machine
 from calmix.errors import CalmixError, DiskError, InputError, MissingExtraError, first_line, nearest
 from calmix.evaluation.evaluate import runnable
-from calmix.files import check_free
+from calmix.files import check_free, write_json
 from calmix.models import resolve_model
 from calmix.models.opening import check_models, device_of
 from calmix.models.shards import weight_bytes
@@ -31,18 +31,17 @@ from calmix.study.bench import Bench
 from calmix.study.estimate import PROGRAM, check_memory, largest
 from calmix.study.export import read_results, write_table
 from calmix.study.spec import Study
-from calmix.study.store import RESULT, Store, check_folder, is_store, open_store, store_of
-from calmix.study.trials import Planned, Resolved, checkpoint_bytes, plan, resolve_all
+from calmix.study.store import ERROR, INDEX, RESULT, Store, check_folder, store_of
+from calmix.study.trials import Planned, checkpoint_bytes, plan, resolve_all
 
 PASSED = 2**27  # bytes Ray may pass in calls: what is too large for a call is in files
 
-
 Note = Callable[[str], None]
-Stage = Callable[[Resolved, str, int, int], None]  # what of a trial is done; how much, of how much
+Stage = Callable[[Planned, str, int, int], None]  # what of a trial is done; how much, of how much
 # `finished` with the trial, `failed` with the error, or left to what runs it `elsewhere`.
 Ended = tuple[str, Any]
-Ends = Iterator[tuple[Resolved, Ended]]
-Execute = Callable[[Study, Store, Sequence[Resolved], TrialOptions, Stage, Note], Ends]
+Ends = Iterator[tuple[Planned, Ended]]
+Execute = Callable[[Bench, Sequence[Planned], Stage, Note], Ends]
 
 
 def ignored(*_: Any, **__: Any) -> None:
@@ -67,7 +66,7 @@ def run_study(
     the store, and by label the trials that failed or are left to other processes.
     """
     options = options or TrialOptions()
-    check_folder(path, study.files)
+    before = check_folder(path, study.files)
     runnable(study.suite, options.allow_code_execution, whole=True)
     planned = plan(study)
     chosen = {trial.key for trial in chosen_trials(planned, only, skip)}
@@ -78,10 +77,9 @@ def run_study(
     resolved = resolve_all(study, planned)
     names: dict[str, str] = {}
     for trial in resolved:
-        first, own = names.setdefault(trial.id, trial.planned.label), trial.planned.label
+        first, own = names.setdefault(trial.id, trial.label), trial.label
         if first != own:
             raise InputError(f"'{first}' and '{own}' are the same trial: name it once")
-    before = open_store(path).entries if is_store(path) else []
     store = store_of(path, study, resolved)
     stale = [e.label for e in before if e.id not in names and store.state(e.id) == "finished"]
     if stale:
@@ -89,28 +87,28 @@ def run_study(
             f"the study has changed: {len(stale)} finished trials, first '{stale[0]}', are no "
             f"longer asked for and stay in {path / 'trials'}"
         )
-    wanted = [trial for trial in resolved if trial.planned.key in chosen]
+    wanted = [trial for trial in resolved if trial.key in chosen]
     left = [trial for trial in wanted if store.state(trial.id) != "finished"]
-    check_free(path, checkpoint_bytes(study, [t.planned for t in left]), "checkpoints take")
-    store.save()
+    check_free(path, checkpoint_bytes(study, left), "checkpoints take")
+    write_json(path / INDEX, store.index.model_dump())
     todo = [trial for trial in left if retry_failed or store.state(trial.id) != "failed"]
     if len(todo) < len(resolved):
         note(f"{len(todo)} of {len(resolved)} trials to run")
     ends, seconds = dict[str, Ended](), list[float]()
 
-    def stage(trial: Resolved, what: str, done: int, total: int) -> None:
-        named = f"trial {len(ends) + 1} of {len(todo)}: {trial.planned.label} {what}".rstrip()
+    def stage(trial: Planned, what: str, done: int, total: int) -> None:
+        named = f"trial {len(ends) + 1} of {len(todo)}: {trial.label} {what}".rstrip()
         ahead = (len(todo) - len(ends)) * sum(seconds) / max(1, len(seconds))
         show(named, done / total if total else None, left=ahead or None)
 
-    for trial, ended in (execute or run_locally)(study, store, todo, options, stage, note):
-        ends[trial.planned.label] = how, what = ended
+    for trial, ended in (execute or run_locally)(Bench(study, store, options), todo, stage, note):
+        ends[trial.label] = how, what = ended
         said = f"{how}: {what}"
         if how == "finished":
             seconds.append(what.seconds.get("total", 0.0))
             said = what.told
         if how in ("finished", "failed"):
-            note(f"{len(ends)}/{len(todo)} {trial.planned.label}: {said}")
+            note(f"{len(ends)}/{len(todo)} {trial.label}: {said}")
     write_table(read_results(path), path)
     return store, {n: ended for n, ended in ends.items() if ended[0] in ("failed", "elsewhere")}
 
@@ -134,27 +132,19 @@ def chosen_trials(
     return kept
 
 
-def run_locally(
-    study: Study,
-    store: Store,
-    todo: Sequence[Resolved],
-    how: TrialOptions,
-    stage: Stage,
-    note: Note,
-) -> Ends:
+def run_locally(bench: Bench, todo: Sequence[Planned], stage: Stage, note: Note) -> Ends:
     """Run trials one after another in this process; what another one runs is left to it."""
-    planned, trusts = [trial.planned for trial in todo], how.trust_remote_code
-    check_memory(study, planned, device_of(how.device), trusts)
-    bench, left = Bench(study, store, how), []
+    check_memory(bench.study, todo, **bench.how)
+    left = []
     for trial in todo:
         yield trial, (ended := run_one(bench, trial, stage, note))
         left += [trial] if ended[0] == "elsewhere" else []
     for trial in left:  # what others ran may have been given up meanwhile
-        if store.state(trial.id) == "pending":
+        if bench.store.state(trial.id) == "pending":
             yield trial, run_one(bench, trial, stage, note)
 
 
-def run_one(bench: Bench, trial: Resolved, stage: Stage, note: Note) -> Ended:
+def run_one(bench: Bench, trial: Planned, stage: Stage, note: Note) -> Ended:
     """Run one trial under its lock and keep what comes of it, a failure too."""
     store, said = bench.store, partial(stage, trial)
     try:
@@ -163,7 +153,7 @@ def run_one(bench: Bench, trial: Resolved, stage: Stage, note: Note) -> Ended:
                 return "", None
             said("", 0, 1)
             # A model that does not open or cannot be scored fails every trial alike.
-            bench.ready(trial.planned.model, said)
+            bench.ready(trial.model, said)
             try:
                 return "finished", bench.run(trial, said, note)
             except DiskError:
@@ -172,7 +162,9 @@ def run_one(bench: Bench, trial: Resolved, stage: Stage, note: Note) -> Ended:
                 line = " ".join(str(error).split())
                 if not isinstance(error, CalmixError):
                     line = f"{type(error).__name__}: {first_line(error)}"
-                store.fail(trial, line, traceback.format_exc())
+                told = {"label": trial.label, "error": line}
+                with store.writing(trial) as folder:
+                    write_json(folder / ERROR, told | {"traceback": traceback.format_exc()})
                 return "failed", line
     except Timeout:
         return "elsewhere", store.runner(trial.id) or "another process"
@@ -206,14 +198,7 @@ def on_ray(
                 "ray://HOST:PORT, or leave it out to run on this machine"
             ) from error
 
-    def execute(
-        study: Study,
-        store: Store,
-        todo: Sequence[Resolved],
-        how: TrialOptions,
-        stage: Stage,
-        note: Note,
-    ) -> Ends:
+    def execute(bench: Bench, todo: Sequence[Planned], stage: Stage, note: Note) -> Ends:
         if not todo:
             return
         try:
@@ -225,22 +210,21 @@ def on_ray(
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             any_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
             given = float(any_gpu) if gpus is None else gpus
-            planned = [trial.planned for trial in todo]
-            label, memory = largest(study, planned, "cpu", how.trust_remote_code)
-            if given and how.device != "cpu":  # weights only pass through a machine's own memory
-                names = (model.name for model in study.file.models.values())
+            label, memory = largest(bench.study, todo, **bench.how | {"device": "cpu"})
+            if given and bench.how["device"] != "cpu":  # weights only pass through memory
+                names = (model.name for model in bench.study.file.models.values())
                 memory = PROGRAM + max(weight_bytes(resolve_model(name)) for name in names)
             check_room(nodes, {"CPU": cpus, "GPU": given, "memory": memory}, label)
             note(f"each trial is given {memory / 1e9:.1f} GB of memory")
             remote: Any = ray.remote(
                 num_cpus=cpus, num_gpus=given, memory=memory, max_retries=retries, max_calls=1
             )(_on_worker)
-            shared = Path.cwd(), study, Store(store.path.absolute(), store.index), how
-            left, at_work = list(todo), dict[Any, Resolved]()
+            bench.store.path = bench.store.path.absolute()
+            left, at_work = list(todo), dict[Any, Planned]()
             while left or at_work:
                 while left and len(at_work) < (workers or len(todo)):
                     trial = left.pop(0)
-                    at_work[remote.remote(*shared, trial)] = trial
+                    at_work[remote.remote(Path.cwd(), bench, trial)] = trial
                 ended = ray.wait(list(at_work))[0][0]
                 trial = at_work.pop(ended)
                 try:
@@ -270,11 +254,9 @@ def check_room(
         )
 
 
-def _on_worker(
-    folder: Path, study: Study, store: Store, how: TrialOptions, trial: Resolved
-) -> Ended:
+def _on_worker(folder: Path, bench: Bench, trial: Planned) -> Ended:
     """Run one trial in a process of Ray's."""
     if folder.is_dir():  # paths in the study are relative to where it was started
         os.chdir(folder)
-    check_memory(study, [trial.planned], device_of(how.device), how.trust_remote_code)
-    return run_one(Bench(study, store, how), trial, ignored, ignored)
+    check_memory(bench.study, [trial], **bench.how)
+    return run_one(bench, trial, ignored, ignored)

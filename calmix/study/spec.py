@@ -188,13 +188,10 @@ class Study:
     def grids(self) -> list[Grid]:
         """The grids, with what each leaves open filled in from the top of the file."""
         own, default = self.file, {"seeds": [SEED], "allocation": [UNIFORM], "recovery": [NONE]}
-        top = {name: getattr(own, name) for name in Grid.model_fields}
-
-        def filled(grid: Grid) -> Grid:
-            parts = [*default.items(), *top.items(), *grid]
-            return Grid.model_construct(**{key: one for key, one in parts if one is not None})
-
-        return [filled(grid) for grid in own.grids or [Grid()]]
+        top = [(name, getattr(own, name)) for name in Grid.model_fields]
+        parts = [[*default.items(), *top, *grid] for grid in own.grids or [Grid()]]
+        return [Grid.model_construct(**{key: one for key, one in each if one is not None})
+                for each in parts]  # fmt: skip
 
 
 def load_study(path: Path) -> Study:

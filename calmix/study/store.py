@@ -28,7 +28,7 @@ from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.files import atomic_folder, check_apart, check_writable, read_object, write_json
 from calmix.study.results import FailedTrial, Record, Trial
 from calmix.study.spec import Study
-from calmix.study.trials import Resolved
+from calmix.study.trials import Planned
 from calmix.yaml_files import first_problem
 
 KIND, FORMAT = "study store", 2
@@ -98,10 +98,6 @@ class Store:
     path: Path
     index: Index
 
-    def save(self) -> None:
-        """Write the list of its trials."""
-        write_json(self.path / INDEX, self.index.model_dump())
-
     @property
     def entries(self) -> list[Entry]:
         """The trials of the study as last run, in order."""
@@ -170,22 +166,11 @@ class Store:
         return kept.model_copy(update={"id": entry.id, "label": entry.label})
 
     @contextmanager
-    def writing(self, trial: Resolved) -> Iterator[Path]:
+    def writing(self, trial: Planned) -> Iterator[Path]:
         """Yield a folder to fill; it becomes the trial's if the body succeeds."""
         with atomic_folder(self.trial(trial.id)) as beside:
-            write_json(beside / REQUEST, {"label": trial.planned.label, **trial.request})
+            write_json(beside / REQUEST, {"label": trial.label, **trial.definition})
             yield beside
-
-    def fail(self, trial: Resolved, error: str, trace: str) -> None:
-        """Keep the error a trial ended with."""
-        content = {"label": trial.planned.label, "error": error, "traceback": trace}
-        with self.writing(trial) as folder:
-            write_json(folder / ERROR, content)
-
-
-def is_store(path: Path) -> bool:
-    """Return whether a folder looks like a store."""
-    return (path / INDEX).is_file()
 
 
 def open_store(path: Path) -> Store:
@@ -207,22 +192,23 @@ def open_store(path: Path) -> Store:
     return Store(path, _read(path / INDEX, Index, "run the study into another folder"))
 
 
-def check_folder(path: Path, inputs: Iterable[object] = ()) -> None:
-    """Refuse a folder that cannot become a store, before any work is done."""
+def check_folder(path: Path, inputs: Iterable[object]) -> list[Entry]:
+    """Return the trials of the store at `path`, if there is one; refuse a folder that cannot become
+    a store, before any work is done."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file: name a folder for the store")
-    if is_store(path):
-        open_store(path)
-        return
+    if (path / INDEX).is_file():
+        return open_store(path).entries
     check_apart(path, inputs)
     check_writable(path / INDEX)
     left = {f.name for f in path.iterdir()} - set(PARTS) if path.is_dir() else set()
     if any(not name.startswith(f".{INDEX}.") for name in left):
         raise InputError(f"{path} is not empty and is not a study store: name another folder")
+    return []
 
 
-def store_of(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store:
-    """Return the store at `path` with a study's trials, not saved yet.
+def store_of(path: Path, study: Study, resolved: Sequence[Planned]) -> Store:
+    """Return the store at `path` with a study's trials, not written yet.
 
     What else has finished there stays, for a study that asks for it again.
     """
@@ -230,7 +216,6 @@ def store_of(path: Path, study: Study, resolved: Sequence[Resolved]) -> Store:
         name=study.file.name, text=study.text,
         suite={**describe(study.suite), "dimensions": list(study.suite.dimensions)},
         trials=[
-            Entry(id=t.id, label=t.planned.label, key=list(t.planned.key), set=t.calibration_id)
-            for t in resolved
+            Entry(id=t.id, label=t.label, key=list(t.key), set=t.calibration_id) for t in resolved
         ],
     ))  # fmt: skip

@@ -48,6 +48,9 @@ class Planned:
         request: as the command line's; `request.drawn()` is passed to `calmix.calibration.resolve`.
         rows, length, seed: of the calibration set, defaults considered; 0 without one.
         named: the name of its condition among those of its study.
+        definition: what decides its outcome, JSON-serialisable, and `id` the hash of that, once it
+            is resolved; `calibration_id` is the hash of model and calibration, under which the set
+            is shared.
     """
 
     model: str
@@ -59,11 +62,9 @@ class Planned:
     seed: int = 0
     recovery: Recovering | None = None
     named: str = field(default="", compare=False)
-
-    @property
-    def method(self) -> Method:
-        """The pruning method."""
-        return self.request.chosen
+    id: str = ""
+    definition: dict[str, Any] = field(default_factory=dict, compare=False)
+    calibration_id: str | None = None
 
     @property
     def pattern(self) -> str:
@@ -75,7 +76,8 @@ class Planned:
         """Method, allocation, embeddings and recovery: `sparsegpt + owl + distill,epochs=1`."""
         request, recovery = self.request, None if self.recovery is None else self.recovery.text
         outside = f"embeddings {request.embeddings:g}" if request.embeddings else None
-        return " + ".join(filter(None, (self.method.text, request.allocation, outside, recovery)))
+        parts = request.chosen.text, request.allocation, outside, recovery
+        return " + ".join(filter(None, parts))
 
     @property
     def condition(self) -> Condition:
@@ -99,19 +101,6 @@ class Planned:
         """The trial in a few words, which no other trial of its study has."""
         named = self.named or f"{self.way} {self.pattern}"
         return f"{self.calibration} {named} seed {self.seed}" if self.rows else named
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A trial with the JSON-serialisable request that decides its outcome, and the request's hash.
-
-    `calibration_id` is the hash of model and calibration, under which the set is shared.
-    """
-
-    planned: Planned
-    id: str
-    request: dict[str, Any]
-    calibration_id: str | None
 
 
 def plan(study: Study) -> list[Planned]:
@@ -195,8 +184,8 @@ def _strategy(asked: Asked) -> Strategy:
     return method or ("mix" if len(names) > 1 else "single")
 
 
-def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
-    """Return trials with their requests and hashes."""
+def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
+    """Return trials with their definitions and hashes."""
     content, suite = cache(_content), study.suite
     models = {
         label: {"sha256": fingerprint(resolve_model(entry.name)), "dtype": entry.dtype}
@@ -204,7 +193,7 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
     }
     found = []
     for trial in trials:
-        model, method = models[trial.model], trial.method
+        model, method = models[trial.model], trial.request.chosen
         calibration = _calibration(study, trial, content) if trial.rows else None
         # Options at their defaults are left out, but for damping, which has always been there.
         more = {k: v for k, v in method.changed.items() if k != "damping"}
@@ -228,7 +217,8 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Resolved]:
             names = ("method", *RECOVERY_OPTIONS)
             request["recovery"] = {name: getattr(trial.recovery, name) for name in names}
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
-        found.append(Resolved(trial, sha256_json(request), request, shared))
+        found.append(replace(trial, id=sha256_json(request), definition=request,
+                             calibration_id=shared))  # fmt: skip
     return found
 
 

@@ -59,7 +59,7 @@ def test_tiny_studies_say_what_they_can(sources, seeds):
     json.dumps(found.to_dict(), allow_nan=False)
     assert len(only.ranking) == sources
     assert bool(only.correlations) == (sources >= 4)
-    assert bool(only.spreads) == (sources >= 2)
+    assert bool(only.spread) == (sources >= 2)
     assert not only.differences
     assert (only.ranking[0].total.draw_low is None) == (len(seeds) == 1)
 
@@ -95,7 +95,7 @@ def test_a_study_in_progress_tells_its_gaps_and_mistakes_are_one_line():
             analyse(made, settings, **filters)
 
 
-def weighted():
+def test_the_recommendation_follows_the_weights_and_tells_its_doubt():
     kept = {
         ("coder", "single"): {"general": 0.3, "code": 0.8},
         ("reader", "single"): {"general": 0.9, "code": 0.2},
@@ -107,16 +107,16 @@ def weighted():
         for (name, made), by in kept.items()
         for seed in (0, 1, 2)
     )  # fmt: skip
-    return study(Plan(), trials=trials)
-
-
-def test_the_recommendation_follows_the_weights_and_tells_its_doubt():
-    results = weighted()
+    results = study(Plan(), trials=trials)
     only = recommend(results)[0]
     assert [c.calibration for c in only.candidates] == ["blend", "coder", "reader"]
     assert sum(c.best or 0 for c in only.candidates) == pytest.approx(1)
-    assert only.best == ("blend",)
-    lead = only.candidates[1].behind
+    assert (only.best, only.candidates[0].behind) == (("blend",), None)
+    first, second, third = only.candidates
+    assert (second.worst, third.worst) == ("general", "code")
+    assert third.lowest.value == pytest.approx(0.21, abs=1e-3)
+    lead = second.behind
+    assert lead.value < first.total.value - second.total.value  # of the shrunken ones
     assert lead.p > lead.draw_p
     assert 0 < lead.low < lead.draw_low < lead.value < lead.draw_high < lead.high
     for weights, wanted in (

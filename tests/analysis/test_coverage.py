@@ -14,7 +14,7 @@ import pytest
 
 from calmix.analysis.bootstrap import joint
 from calmix.analysis.cells import Cells, Condition, Task, rolled_up
-from calmix.analysis.differences import compare, correct
+from calmix.analysis.differences import compare
 from calmix.analysis.power import noise_of
 from calmix.analysis.ranking import shrink
 from tests.tiny import quick
@@ -42,8 +42,8 @@ class Truth:
 def made(truth, rng):
     """Return a study's cells, and what its sets would keep of these items over all draws."""
     count = len(truth.draws)
-    trials = [(at, seed) for at, draws in enumerate(truth.draws) for seed in range(draws)]
-    of = np.array([at for at, _ in trials])
+    trials = [(f"s{at}", seed) for at, draws in enumerate(truth.draws) for seed in range(draws)]
+    of = np.repeat(range(count), truth.draws)
     kept = np.broadcast_to(truth.kept, (count, len(TASKS)))
     moved = {name: truth.draw * rng.standard_normal(len(trials)) for name in "ab"}
     both = 0.5 * truth.draw * rng.standard_normal(len(trials))
@@ -109,11 +109,11 @@ def test_among_equal_sets_no_more_is_claimed_than_the_level_allows():
     times, claimed, found_at_all, drawn_at_all = 60, [], [], []
     truth = Truth(draws=(1, 2, 1, 2, 1, 3, 3, 2), others=3)
     for found, _ in studies(truth, times, seed=1):
-        gaps = correct(compare(found))
+        gaps = compare([found])
         claimed += [one.gap.p <= 0.05 for one in gaps if one.quantity == "total"]
         found_at_all.append(any(one.significant for one in gaps if one.quantity != "worst"))
     for found, _ in studies(replace(truth, own_items=0.0), times, seed=2):
-        p = [one.draw_p_corrected for one in correct(compare(found)) if one.quantity != "worst"]
+        p = [one.draw_p_corrected for one in compare([found]) if one.quantity != "worst"]
         drawn_at_all.append(min(p) <= 0.05)
     for told in (claimed, found_at_all, drawn_at_all):
         assert np.mean(told) <= 0.05 + slack(times)

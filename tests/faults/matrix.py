@@ -20,7 +20,7 @@ import calmix.study.running  # imported once, for every fork
 from calmix.files import cache_dir
 from calmix.recovery import distill
 from tests.forks import command, run, start, wait
-from tests.study.worker import write_study
+from tests.study.conftest import write_study
 from tests.tiny import save_tiny_model
 
 RUN = ("calmix-run.json",)  # holds date and seconds

@@ -1,4 +1,4 @@
-"""A tiny study: three text files, a tiny model, a suite over a made-up archive."""
+"""A tiny study: three text files, a tiny model, a suite over a made-up archive or the real one."""
 
 import json
 import random
@@ -6,6 +6,7 @@ import random
 import pytest
 
 from tests.evaluation.archive import suite_text, use_archive
+from tests.tiny import longer
 
 WORDS = {
     "letters": "alpha beta gamma delta prime",
@@ -24,6 +25,17 @@ calibrations:
   code: {texts}/code.jsonl
   mix: uniform:{texts}/letters.jsonl,{texts}/code.jsonl,{texts}/sums.jsonl
 methods: {{sparsegpt: [0.6], wanda: ["2:4"]}}
+"""
+REAL_SUITE = """\
+name: few
+version: 1
+description: a few items
+dimensions:
+  general:
+    sciq:
+      {archive: sciq/rc, form: question, metric: acc_norm, shots: 0, limit: 3, chance: choices}
+  programs:
+    mbpp: {archive: codex_mbpp/gold_bpb, form: answer, metric: bits_per_byte, shots: 0, limit: 2}
 """
 
 
@@ -55,6 +67,18 @@ def writer(folder, model, monkeypatch):
         return path
 
     return write
+
+
+def write_study(folder, model, *, rows=6):
+    """Write a study over the real archive, for processes of their own; return its path."""
+    write_texts(folder / "texts")
+    (folder / "suite.yaml").write_text(REAL_SUITE, encoding="utf-8")
+    longer(model, folder / "model")
+    text = STUDY.format(model=folder / "model", suite=folder / "suite.yaml", texts=folder / "texts")
+    path = folder / "study.yaml"
+    text = text.replace("rows: 6", f"rows: {rows}").replace(', wanda: ["2:4"]', "")
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The estimator: what it reads off a configuration, and what it makes of one timed block."""
 
 import pytest
-import torch
 
 from calmix.calibration import ask
 from calmix.errors import InputError, ModelError
@@ -89,16 +88,16 @@ def test_a_plan_counts_what_is_shared_once(tiny_study, known):
 
 def test_trials_an_accelerator_cannot_hold_are_refused(tiny_study, known, monkeypatch):
     study = load_study(tiny_study(more="recovery: [none, distill]\n"))
-    trials, cpu = plan(study), torch.device("cpu")
+    trials = plan(study)
     model = Timed(study.file.models["tiny"].name)
     needed = [model.trial_memory(trial) for trial in trials]
-    label, most = estimate.largest(study, trials, "cpu")
+    label, most = estimate.largest(study, trials, device="cpu")
     assert most == pytest.approx(max(needed), rel=0.05)  # what this process holds is in it
     assert label in [trial.label for trial in trials]
-    estimate.check_memory(study, trials, cpu)  # what does not fit is swapped
+    estimate.check_memory(study, trials, device="cpu")  # what does not fit is swapped
     monkeypatch.setattr(estimate, "device_memory", lambda device: (0, 10, 10))
     with pytest.raises(InputError, match=r"seed 0 needs .* GB of 0\.0 GB: use fewer or shorter"):
-        estimate.check_memory(study, trials, cpu)
+        estimate.check_memory(study, trials, device="cpu")
     (_, note, *_) = estimate.estimate(study, "cpu")["notes"]
     assert note.startswith("tiny sparsegpt 60% needs ")
 

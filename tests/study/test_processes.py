@@ -12,10 +12,8 @@ from calmix.study.bench import Bench
 from calmix.study.running import check_room, on_ray
 from calmix.study.store import open_store
 from tests.forks import command, run, start, stopped, wait
-from tests.study.worker import write_study
+from tests.study.conftest import write_study
 from tests.tiny import quick
-
-TABLES = ("results.csv",)
 
 
 def states(store):
@@ -71,8 +69,7 @@ def test_a_study_killed_at_work_is_finished_by_two_runners_that_share_the_rest(
         assert ended.code == 0, ended.errors
     assert states(store) == ["finished"] * 3
     assert run(command(*study), tmp_path / "log").code == 0
-    for name in TABLES:
-        assert (store / name).read_bytes() == (whole / name).read_bytes()
+    assert (store / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
     assert not list((store / "locks").iterdir())
     assert not [f for f in (store / "trials").iterdir() if f.name.startswith(".")]
 
@@ -111,8 +108,7 @@ def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
     ended = run(act, tmp_path / "log")  # Ray leaves threads behind, which no fork may have
     assert ended.code == 0, ended.errors
     assert states(store) == ["finished"] * 3
-    for name in TABLES:
-        assert (store / name).read_bytes() == (whole / name).read_bytes()
+    assert (store / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
 
 
 def test_a_trial_that_no_machine_can_hold_is_refused():

@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,41 +30,18 @@ from tests.study.conftest import writer
 from tests.tiny import load_weights, save_tiny_model
 
 
-class Recorder:
-    """Remembers what is said of a run."""
-
-    def __init__(self):
-        self.notes, self.shown = [], []
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def show(self, text, share, left):
-        self.shown.append(text)
-
-    @property
-    def ended(self):
-        """How each trial ended, by label."""
-        found = (re.match(r"\d+/\d+ (.*?): (.*)", text) for text in self.notes)
-        return {one[1]: one[2] for one in found if one}
-
-    @property
-    def ran(self):
-        return list(self.ended)
-
-    @property
-    def errors(self):
-        return {label: said.removeprefix("failed: ") for label, said in self.ended.items()
-                if said.startswith("failed: ")}  # fmt: skip
-
-    def listens(self):
-        return {"note": self.note, "show": self.show}
-
-
-def run(path, store, **options):
-    seen = Recorder()
-    run_study(load_study(path), store, **seen.listens(), **options)
-    return seen
+def run(path, store, heard=lambda text: None, **options):
+    """Run a study; return the labels of what ran, errors by label, and all that was said."""
+    notes, shown = [], []
+    run_study(
+        load_study(path), store, note=lambda text: (heard(text), notes.append(text)),
+        show=lambda text, share, left: shown.append(text), **options,
+    )  # fmt: skip
+    ended = [one.groups() for text in notes if (one := re.match(r"\d+/\d+ (.*?): (.*)", text))]
+    failed = {label: said.removeprefix("failed: ") for label, said in ended
+              if said.startswith("failed: ")}  # fmt: skip
+    return SimpleNamespace(notes=notes, shown=shown, ran=[label for label, _ in ended],
+                           errors=failed)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -138,26 +116,6 @@ def test_a_lock_is_a_processs_and_goes_with_it(tiny_study, tmp_path):
     assert kept.runner(pending) == "pid 1 on elsewhere"
 
 
-def test_failed_trials_keep_their_error_and_are_retried_on_demand(tiny_study, tmp_path):
-    text = tmp_path / "texts" / "letters.jsonl"
-    path, store = tiny_study(), tmp_path / "store"
-    kept = text.read_text()
-    text.write_text('{"text": "too short"}')
-    seen = run(path, store)
-    assert list(seen.errors) == [f"{of} {how} seed 0" for of in ("letters", "mix")
-                                 for how in ("sparsegpt 60%", "wanda 2:4")]  # fmt: skip
-    assert "letters.jsonl has text for 0 rows" in seen.errors["letters wanda 2:4 seed 0"]
-    results = read_results(store)
-    assert [trial.calibration for trial in results.trials] == ["code", "code"]
-    assert [failed.label for failed in results.failed] == list(seen.errors)
-    assert run(path, store).ran == []
-    assert len(run(path, store, retry_failed=True).errors) == 4
-    text.write_text(kept)
-    # Other content is another request, and no retry.
-    assert len(run(path, store).ran) == 4
-    assert read_results(store).failed == ()
-
-
 def test_a_defect_in_one_trial_does_not_stop_the_others(ran, tmp_path, monkeypatch):
     real = bench_module.prune
 
@@ -179,10 +137,9 @@ def test_a_defect_in_one_trial_does_not_stop_the_others(ran, tmp_path, monkeypat
 
 
 def test_a_model_that_changes_meanwhile_gives_no_result(tiny_study, tiny_folder, tmp_path):
-    model, store, seen = tmp_path / "model", tmp_path / "store", Recorder()
+    model = tmp_path / "model"
     path = tiny_study((str(tiny_folder), str(shutil.copytree(tiny_folder, model))))
-    seen.note = lambda text: (save_tiny_model(model, seed=5), seen.notes.append(text))
-    run_study(load_study(path), store, **seen.listens())
+    seen = run(path, tmp_path / "store", lambda text: save_tiny_model(model, seed=5))
     line = f"the files of {model} have changed: run the study again"
     assert list(seen.errors.values()) == [line] * 5
 
@@ -316,30 +273,29 @@ def test_two_names_for_one_trial_are_refused(tiny_study, tmp_path):
         run(path, tmp_path / "store")
 
 
-def test_checkpoints_are_kept_if_asked(tiny_study, tmp_path):
-    store = tmp_path / "store"
-    run(tiny_study(more="keep_checkpoints: true\nright_only: true\n"), store, only=["code"])
-    entry = next(e for e in open_store(store).entries if e.label == "code wanda 2:4 seed 0")
-    folder = store / "trials" / entry.id
-    suite = load_study(tmp_path / "study.yaml").suite
-    again = evaluate(str(folder / "checkpoint"), suite, floors=False)
-    kept = load_scores(folder / "scores.json")
-    assert (again.tasks, again.right_only, kept.right_only) == (kept.tasks, False, True)
-
-
-def test_a_recovery_holds_levels_and_embeddings(tiny_study, tmp_path):
+def test_checkpoints_are_kept_if_asked_and_a_recovery_holds_levels_and_embeddings(
+    tiny_study, tmp_path
+):
     path = tiny_study(
         ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{ecq: [3 bits]}"), ("rows: 6", "rows: 16"),
-        more="embeddings: 4\nrecovery: ['distill,epochs=1']\nkeep_checkpoints: true\n",
+        more="embeddings: 4\nrecovery: [none, 'distill,epochs=1']\nkeep_checkpoints: true\n"
+        "right_only: true\n",
     )  # fmt: skip
     seen = run(path, tmp_path / "store", only=["mix*"])
-    assert (seen.errors, len(seen.ran)) == ({}, 1)
+    assert (seen.errors, len(seen.ran)) == ({}, 2)
     assert "embeddings 4" in seen.ran[0]
-    (made,) = (tmp_path / "store" / "trials").glob("*/checkpoint")
-    grids, found = read_grids(made), load_weights(made)
-    for name, grid in grids.items():
-        assert torch.equal(grid.values(grid.levels(found[name])).to(found[name].dtype), found[name])
-    told = json.loads((made.parent / "recovery.json").read_text(encoding="utf-8"))
+    checkpoints = [*(tmp_path / "store" / "trials").glob("*/checkpoint")]
+    assert len(checkpoints) == 2
+    for made in checkpoints:
+        again = evaluate(str(made), load_study(path).suite, floors=False)
+        kept = load_scores(made.parent / "scores.json")
+        assert (again.tasks, again.right_only, kept.right_only) == (kept.tasks, False, True)
+        grids, found = read_grids(made), load_weights(made)
+        for name, grid in grids.items():
+            levels = grid.values(grid.levels(found[name])).to(found[name].dtype)
+            assert torch.equal(levels, found[name])
+    (told,) = [json.loads(file.read_text(encoding="utf-8"))
+               for file in (tmp_path / "store" / "trials").glob("*/recovery.json")]  # fmt: skip
     inside = [name for name in grids if ".layers." in name]
     assert told["quantised"] == sum(found[name].numel() for name in inside) > 0
     assert len(grids) > len(inside)

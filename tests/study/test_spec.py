@@ -33,60 +33,57 @@ def problems(text):
     return checked(text)[1]
 
 
-def labels(text):
-    return [trial.label for trial in plan(parsed(text))]
-
-
-def test_the_grid_is_every_combination_and_one_set_stands_together():
-    trials = plan(parsed(
+GRIDS = {
+    "every combination, what uses one set together": (
         HEAD + "calibrations: {a: news, b: 'uniform:news,books'}\n"
-        "methods: {sparsegpt: [50%, 2:4], wanda: 0.5, magnitude: 0.5}\nseeds: [0, 1]\n"
-    ))  # fmt: skip
-    assert [trial.label for trial in trials] == ["magnitude 50%"] + [
-        f"{name} {method} seed {seed}"
-        for seed in (0, 1)
-        for name in ("a", "b")
-        for method in ("sparsegpt 50%", "sparsegpt 2:4", "wanda 50%")
-    ]
-    assert [trial.strategy for trial in trials[:5]] == ["none"] + ["single"] * 3 + ["mix"]
-    first = trials[0]
-    assert (first.calibration, first.request.calibration, first.rows) == ("none", None, 0)
-
-
-def test_embeddings_are_rounded_by_methods_without_a_set_too():
-    trials = plan(parsed(
-        HEAD + "calibrations: {a: news}\nmethods: {wanda: 0.5, magnitude: 0.5}\nembeddings: 4\n"
-    ))  # fmt: skip
-    assert [trial.label for trial in trials] == [
-        "magnitude + embeddings 4 50%", "a wanda + embeddings 4 50% seed 0",
-    ]  # fmt: skip
-    assert {trial.request.embeddings for trial in trials} == {4}
-
-
-def test_grids_replace_what_they_name_and_what_they_share_comes_once():
-    study = parsed(
+        "methods: {sparsegpt: [50%, 2:4], wanda: 0.5, magnitude: 0.5}\nseeds: [0, 1]\n",
+        ["magnitude 50%"] + [
+            f"{name} {method} seed {seed}" for seed in (0, 1) for name in ("a", "b")
+            for method in ("sparsegpt 50%", "sparsegpt 2:4", "wanda 50%")
+        ],
+    ),
+    "embeddings are rounded by methods without a set too": (
+        NEWS + "methods: {wanda: 0.5, magnitude: 0.5}\nembeddings: 4\n",
+        ["magnitude + embeddings 4 50%", "a wanda + embeddings 4 50% seed 0"],
+    ),
+    "grids replace what they name, and what they share comes once": (
         HEAD + "calibrations: {a: news, b: books, igsp: igsp}\nmethods: {sparsegpt: 0.6}\n"
         "rows: 8\ngrids:\n  - {}\n  - {seeds: [0, 1], calibrations: [b]}\n"
-        "  - {methods: {wanda: 2:4}, rows: 4}\n"
-    )
-    assert [trial.label for trial in plan(study)] == [
-        "a sparsegpt 60% seed 0", "b sparsegpt 60% seed 0", "igsp sparsegpt 60% seed 0",
-        "b sparsegpt 60% seed 1", "a wanda 2:4 seed 0", "b wanda 2:4 seed 0",
-        "igsp wanda 2:4 seed 0",
-    ]  # fmt: skip
-    assert [trial.rows for trial in plan(study)] == [8] * 4 + [4] * 3
-    assert plan(study)[2].strategy == "igsp"
-
-
-def test_labels_tell_models_sizes_and_options_apart():
-    assert labels(
+        "  - {methods: {wanda: 2:4}, rows: 4}\n",
+        ["a sparsegpt 60% seed 0", "b sparsegpt 60% seed 0", "igsp sparsegpt 60% seed 0",
+         "b sparsegpt 60% seed 1", "a wanda 2:4 seed 0", "b wanda 2:4 seed 0",
+         "igsp wanda 2:4 seed 0"],
+    ),
+    "labels tell models, sizes and options apart": (
         "name: s\nmodels: {one: a/b, two: c/d}\ncalibrations: {a: news}\n"
         "methods: {'sparsegpt,damping=0.1': 0.5, magnitude: 0.5}\nrows: 8\n"
-        "grids:\n  - {}\n  - {models: [one], rows: 4, methods: {wanda: 0.5}, seeds: [1]}\n"
-    ) == [
-        "magnitude 50%, one", "a sparsegpt,damping=0.1 50%, one seed 0", "magnitude 50%, two",
-        "a sparsegpt,damping=0.1 50%, two seed 0", "a wanda 50% seed 1",
-    ]  # fmt: skip
+        "grids:\n  - {}\n  - {models: [one], rows: 4, methods: {wanda: 0.5}, seeds: [1]}\n",
+        ["magnitude 50%, one", "a sparsegpt,damping=0.1 50%, one seed 0", "magnitude 50%, two",
+         "a sparsegpt,damping=0.1 50%, two seed 0", "a wanda 50% seed 1"],
+    ),
+    "what differs in recovery alone comes right after its prune": (
+        HEAD + "calibrations: {a: news, b: stories}\nmethods: {sparsegpt: [0.5, 0.6]}\n"
+        "grids:\n  - {calibrations: [a, b]}\n"
+        "  - {calibrations: [b], methods: {sparsegpt: 0.6}, recovery: distill}\n",
+        ["a sparsegpt 50% seed 0", "a sparsegpt 60% seed 0", "b sparsegpt 50% seed 0",
+         "b sparsegpt 60% seed 0", "b sparsegpt + distill 60% seed 0"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "labels"), GRIDS.values(), ids=GRIDS)
+def test_a_study_is_its_grids(text, labels):
+    assert [trial.label for trial in plan(parsed(text))] == labels
+
+
+def test_a_trial_knows_how_it_is_made():
+    every, embedded, replaced, *_ = (plan(parsed(text)) for text, _ in GRIDS.values())
+    bare = every[0]
+    assert (bare.calibration, bare.request.calibration, bare.rows) == ("none", None, 0)
+    assert [trial.strategy for trial in every[:5]] == ["none"] + ["single"] * 3 + ["mix"]
+    assert {trial.request.embeddings for trial in embedded} == {4}
+    assert [trial.rows for trial in replaced] == [8] * 4 + [4] * 3
+    assert replaced[2].strategy == "igsp"
 
 
 def test_a_set_may_be_drawn_in_its_own_way():
@@ -112,8 +109,8 @@ def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path):
     auto, bos = resolve_all(study, [t for t in plan(study) if t.calibration in ("auto", "bos")])[
         ::2
     ]
-    assert (auto.planned.strategy, bos.planned.strategy) == ("self-cal", "self-cal")
-    assert list(differences(auto.request, bos.request)) == [
+    assert (auto.strategy, bos.strategy) == ("self-cal", "self-cal")
+    assert list(differences(auto.definition, bos.definition)) == [
         "calibration.settings.start: auto, now bos"
     ]
     assert auto.calibration_id != bos.calibration_id
@@ -185,24 +182,18 @@ def test_what_has_no_effect_is_told_with_its_line():
         plan(parsed(NEWS + "methods: {wanda: 2:4}\nallocation: owl\n"))
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (
-            HEAD + "calibrations: {}\nmethods: {wanda: 0.5}\n",
-            "calibrations: Dictionary should have at least 1",
-        ),
+def test_empty_grids_and_broken_files(tmp_path):
+    for text, says in (
+        (HEAD + "calibrations: {}\nmethods: {wanda: 0.5}\n",
+         "calibrations: Dictionary should have at least 1"),
         (NEWS, "methods is missing: the grid"),
         (NEWS + "methods: {wanda: 0.5}\nseeds: []\n", "seeds: List should have at least 1"),
         ("name: s\nmodels: []\ncalibrations: {a: news}\nmethods: {wanda: 0.5}\n", "at least 1"),
         (HEAD + "suit: 1\n", r"line 1: lacks 'calibrations' \(and 1 more: calmix"),
-    ],
-)
-def test_empty_grids_and_broken_files(tmp_path, text, says):
-    path = tmp_path / "s.yaml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=says):
-        load_study(path)
+    ):  # fmt: skip
+        (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=says):
+            load_study(tmp_path / "s.yaml")
     with pytest.raises(InputError, match="there is no file"):
         check_study(tmp_path / "none.yaml")
 
@@ -217,17 +208,6 @@ def test_sources_of_ones_own_are_rooted_at_the_file(tmp_path):
     assert line.startswith("s.yaml line 5: sources: s.yaml: source 'mine'")
 
 
-def test_what_differs_in_recovery_alone_comes_right_after_its_prune():
-    assert labels(
-        HEAD + "calibrations: {a: news, b: stories}\nmethods: {sparsegpt: [0.5, 0.6]}\n"
-        "grids:\n  - {calibrations: [a, b]}\n"
-        "  - {calibrations: [b], methods: {sparsegpt: 0.6}, recovery: distill}\n"
-    ) == [
-        "a sparsegpt 50% seed 0", "a sparsegpt 60% seed 0", "b sparsegpt 50% seed 0",
-        "b sparsegpt 60% seed 0", "b sparsegpt + distill 60% seed 0",
-    ]  # fmt: skip
-
-
 @pytest.mark.real
 def test_allocations_and_recoveries_are_part_of_a_condition(tmp_path):
     text = (
@@ -237,7 +217,7 @@ def test_allocations_and_recoveries_are_part_of_a_condition(tmp_path):
     study = parsed(text)
     trials = plan(study)
     assert len({trial.condition for trial in trials}) == len(trials) == 7
-    found = {one.planned.way: one.request for one in resolve_all(study, trials)}
+    found = {one.way: one.definition for one in resolve_all(study, trials)}
     assert not {"allocation", "recovery"} & set(found["magnitude"])
     request = found["sparsegpt + owl + blocks"]
     assert request["allocation"] == "owl"

@@ -1,26 +1,65 @@
 """The verbs of a study: what they print, and one line for every mistake."""
 
+import csv
 import json
+import shutil
 
-from calmix.study import load_study
+import pytest
+
+from calmix.analysis.power import needed
+from calmix.study import load_study, read_results
+from tests.synthetic import Plan, save, study
 
 
-def test_a_study_from_its_first_file_to_its_table(calmix, tiny_study, tmp_path):
-    path, store = tiny_study(), tmp_path / "store"
-    ended = calmix("study", "validate", path).ok()
-    assert "6 trials over 3 calibration sets" in ended.out
+@pytest.mark.usefixtures("undrawn")
+def test_a_study_from_its_file_to_its_report(calmix, tiny_study, tmp_path):
+    path = tiny_study((', wanda: ["2:4"]', ""), more="seeds: [0, 1]\n")
+    store = tmp_path / "store"
+    assert "6 trials over 3 calibration sets" in calmix("study", "validate", path).ok().out
     ended = calmix("study", "run", path, "-o", store, "--only", "code", "--json").ok()
     told = json.loads(ended.out)
     assert (told["planned"], told["finished"], told["failed"]) == (6, 2, {})
     assert "2 of 6 trials to run" in ended.err
     assert "1/2 code sparsegpt 60% seed 0: total" in ended.err
-    ended = calmix("study", "status", store)
-    assert "2 finished, 4 pending" in ended.out
-    ended = calmix("study", "run", path, "-o", store)
-    assert "6 of 6 trials finished" in ended.out
+    assert "2 finished, 4 pending" in calmix("study", "status", store).out
+    assert "6 of 6 trials finished" in calmix("study", "run", path, "-o", store).out
     told = json.loads(calmix("study", "status", store, "--json").out)
     assert (told["finished"], told["pending"], len(told["trials"])) == (6, 0, 6)
-    assert (store / "results.csv").is_file()
+    calmix("study", "report", store).ok()
+    page = (store / "report" / "report.html").read_text(encoding="utf-8")
+    assert "6 of 6 trials finished" in page
+    assert "methods: {sparsegpt: [0.6]" in page
+    told = json.loads(calmix("study", "analyse", store, "--json").out)
+    assert [each["label"] for each in told["conditions"]] == ["SparseGPT 60%"]
+    strategies = {one["strategy"] for one in told["conditions"][0]["ranking"]}
+    assert strategies == {"single", "mix"}
+    assert calmix("study", "recommend", store).out.count("take ") == 1
+    assert "finished: 6" in calmix("doctor", "inspect", store).out
+    # A distance to the dense model beside the scores goes with the trial, here into the table.
+    one = sorted((store / "trials").iterdir())[0]
+    scores = json.loads((one / "scores.json").read_text(encoding="utf-8"))
+    assert scores["distance"] is None  # the tiny suite has no texts
+    parts = {name: {"kl_mean": 1.25, "top1": 0.5} for name in told["dimensions"]}
+    scores["distance"] = {"dense": "d", "texts": "t", "dimensions": parts,
+                          "total": {"kl_mean": 1.75, "top1": 0.5}}  # fmt: skip
+    (one / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    # What was written lies inside the store, and the store stays one.
+    assert "0 of 6 trials to run" in calmix("study", "run", path, "-o", store).err
+    again = json.loads(calmix("study", "analyse", store, "--json").out)
+    rows = [row for each in again["conditions"] for row in each["ranking"]]
+    far = [row["distance"]["kl"]["total"] for row in rows]
+    assert [value for value in far if value is not None] == [1.75]
+    with (store / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:4] == ["study", "id", "model", "calibration"]
+    assert len(rows) == 6 * 3
+    kept = [(row["kl"], row["dimension_kl"], row["dimension_top1"]) for row in rows
+            if row["id"] == one.name]  # fmt: skip
+    assert {*kept} == {("1.75", "1.25", "0.5")}
+    assert {row["kl"] for row in rows if row["id"] != one.name} == {""}
+    # One that is passed on without the text it was calibrated on is read as well.
+    shutil.rmtree(store / "calibration")
+    assert len(json.loads(calmix("study", "analyse", store, "--json").out)["conditions"]) == 1
 
 
 def test_the_file_to_start_from_is_a_study(calmix, tmp_path):
@@ -70,11 +109,52 @@ def test_every_mistake_is_one_line(calmix, tiny_study, tmp_path):
         assert words in calmix("study", *arguments).line, arguments
 
 
-def test_a_failed_trial_is_told_and_the_rest_is_run(calmix, tiny_study, tmp_path):
-    path = tiny_study()
-    (tmp_path / "texts" / "code.jsonl").write_text('{"text": "x"}')
-    ended = calmix("study", "run", path, "-o", tmp_path / "store")
+def test_failed_trials_keep_their_error_and_are_run_again_on_demand(calmix, tiny_study, tmp_path):
+    text, store = tmp_path / "texts" / "letters.jsonl", tmp_path / "store"
+    run = "study", "run", tiny_study(), "-o", store
+    kept = text.read_text()
+    text.write_text('{"text": "too short"}')
+    ended = calmix(*run)
     assert ended.code == 2
     assert "2 of 6 trials finished" in ended.out
-    assert ended.err.strip().splitlines()[-1].startswith("error: 4 trials failed, first 'code")
-    assert "4 failed" in calmix("study", "status", tmp_path / "store").out
+    line = "error: 4 trials failed, first 'letters sparsegpt 60% seed 0' ("
+    assert ended.err.strip().splitlines()[-1].startswith(line)
+    assert "4 failed" in calmix("study", "status", store).out
+    results = read_results(store)
+    assert [trial.calibration for trial in results.trials] == ["code", "code"]
+    assert [failed.label for failed in results.failed] == [
+        f"{of} {how} seed 0" for of in ("letters", "mix") for how in ("sparsegpt 60%", "wanda 2:4")
+    ]
+    assert "letters.jsonl has text for 0 rows" in results.failed[1].error
+    assert "0 of 6 trials to run" in calmix(*run).ok().err
+    assert "4 of 6 trials to run" in calmix(*run, "--retry-failed").err
+    text.write_text(kept)
+    # Other content is another request, and no retry.
+    assert "4 of 6 trials to run" in calmix(*run).ok().err
+    assert read_results(store).failed == ()
+
+
+def test_the_noise_of_a_study_and_the_seeds_it_needs(calmix, tmp_path):
+    results = study(Plan(sources=("news", "books", "stories"), seeds=(0, 1)))
+    store = save(results, tmp_path / "store")
+    told = json.loads(calmix("study", "power", store, "--difference", "1,2.5", "--json").out)
+    assert {one["noise"]["kind"] for one in told} == {"total", "dimension", "task"}
+    noise, wanted = told[0]["noise"], told[0]["needed"]
+    assert (noise["quantity"], noise["sets"], noise["freedom"]) == ("total", 3, 3)
+    assert [one["difference"] for one in wanted] == [0.01, 0.025]
+    found = needed(0.025, noise["draw"], noise["freedom"], noise["item"])
+    assert wanted[1]["draws"] == found.draws
+    lines = calmix("study", "power", store, "--difference", "1,20").ok().out.splitlines()
+    assert "SparseGPT 60%: 3 sets, 3 degrees of freedom" in lines[0]
+    assert max(map(len, lines)) <= 80
+    (row,) = [line.split() for line in lines if line.split()[:1] == ["total"]]
+    assert row[1:4] == [f"{100 * noise[key]:.1f}" for key in ("signal", "draw", "item")]
+    assert row[-1].count("/") == 1
+    for text in ("x", "1,,2", "0", "nan"):
+        assert "--difference" in calmix("study", "power", store, "--difference", text).line
+    once = save(study(Plan(sources=("news", "books"), seeds=(0,))), tmp_path / "once")
+    assert "power needs a set with two seeds" in calmix("study", "power", once).line
+    for folder in (store / "trials").iterdir():
+        (folder / "result.json").unlink()
+    line = calmix("study", "power", store).line
+    assert "has no finished trials (6 planned): run it first" in line
