@@ -50,12 +50,10 @@ demo-plain: demo
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-# What takes too long for every change: more kills and Ray, ten thousand mutated files, the fault
-# matrix.
+# What takes too long for every change: Ray, ten thousand mutated files, all faults of all verbs.
 test-long: setup docs
 	HF_HUB_OFFLINE=1 CALMIX_LONG=1 $(BIN)/python -m pytest -m long
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz 10000
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults
+	HF_HUB_OFFLINE=1 CALMIX_LONG=1 $(BIN)/python -m pytest tests/fuzz
 
 # Branches that `make test` takes; htmlcov/index.html shows those it does not.
 coverage: setup

@@ -1,11 +1,16 @@
-"""A sample of the fault matrix; `make test-long` kills and damages each verb fifty times."""
+"""Faults, verb by verb: each ends with an undisturbed run's bytes, or with a clear stop.
+
+`make test` has a kill and two damaged files of one verb, `make test-long` dozens of each.
+"""
+
+import subprocess
 
 import pytest
 
-from tests.faults.matrix import CACHED, Place, damage, faults, one_cache, verbs
-from tests.tiny import quick
+from tests.faults.places import CACHED, NAMES, RUN, Place, tree, verbs
+from tests.forks import command, run, start, wait
 
-SAMPLE = quick(["prune targets"], ["recover distill", "generate"])
+pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
@@ -13,13 +18,128 @@ def chosen(tmp_path_factory):
     return verbs(tmp_path_factory.mktemp("faults") / "files")
 
 
-@pytest.mark.real
-@pytest.mark.parametrize("name", SAMPLE)
-def test_after_a_fault_there_are_the_same_bytes_or_a_line(name, chosen, tmp_path):
-    place = Place(name, chosen[name], tmp_path)
-    rows = [faults(place, 1, "kill"), damage(place, 2)]
-    if name in CACHED:
-        rows.append(one_cache(place, 1))
-    for row in rows:
-        assert row.tried, row
-        assert not row.found, row
+@pytest.fixture(scope="module")
+def place(request, chosen, tmp_path_factory):
+    return Place(request.param, chosen[request.param], tmp_path_factory.mktemp("place"))
+
+
+def tries(count, *, now=0, names=NAMES):
+    """Try a test so often upon every verb, `now` of them upon one in `make test` too."""
+    return pytest.mark.parametrize(
+        ("place", "number"),
+        [
+            pytest.param(name, number, marks=() if quick else pytest.mark.long)
+            for name in names
+            for number in range(count)
+            for quick in [name == "prune targets" and number < now]
+        ],
+        indirect=["place"],
+    )
+
+
+@tries(50, now=1)
+def test_a_verb_that_was_killed_is_asked_again(place, number):
+    stop(place, number, "kill")
+
+
+@tries(10)
+def test_a_verb_that_was_interrupted_is_asked_again(place, number):
+    stop(place, number, "interrupt")
+
+
+def stop(place, number, how):
+    """End a verb at a seeded moment, up to three times in a row, and ask for it again."""
+    rng, folder = place.seeded(how, number), place.fresh("tried")
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        ended = place.run(folder, after=place.moment(rng), how=how)
+        assert "Traceback" not in ended.errors
+        if ended.code in (0, 2):
+            break
+    place.judge(folder, place.run(folder))
+
+
+@tries(50, now=2)
+def test_a_damaged_file_is_told_or_does_no_harm(place, number):
+    """End a verb, damage one file of what it has left, and ask for it again or read it.
+
+    Of a whole result, `inspect` must tell; of an unfinished one, the verb: it stops in one line,
+    and starts over if told to.
+    """
+    rng, folder, verb = place.seeded("damage", number), place.fresh("tried"), place.verb
+    place.run(folder, after=None if number % 2 else place.moment(rng))
+    files = [folder / name for name, held in tree(folder, without=RUN).items() if held]
+    if not files:
+        return
+    damage(rng, files)
+    if verb.reading is not None and (folder / "out").exists():
+        assert run(command(*verb.reading(folder)), place.log).line
+        return
+    again = place.run(folder)
+    if again.line and verb.anew:
+        again = place.run(folder, *verb.anew)
+    if not again.line and (again.code or verb.reading is not None):  # else no hash to go by
+        place.judge(folder, again)
+
+
+def damage(rng, files):
+    """Cut a file off, flip a bit of it, or swap it with another."""
+    path = rng.choice(files)
+    content = bytearray(path.read_bytes())
+    way = rng.choice(["cut", "flip", "swap"])
+    if way == "swap" and len(files) > 1:
+        other = rng.choice([file for file in files if file != path])
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+        return
+    at = rng.randrange(len(content))
+    if way == "cut":
+        del content[at:]
+    else:
+        content[at] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def both(place, folders):
+    """Return how a verb ended in two folders, started in both at once."""
+    logs = [place.folder / f"log-{number}" for number in (0, 1)]
+    children = [start(place.acts(at), log) for at, log in zip(folders, logs, strict=True)]
+    return [wait(child, log) for child, log in zip(children, logs, strict=True)]
+
+
+@tries(2)
+def test_of_two_on_one_output_one_makes_it(place, number):
+    """The other stops in one line, or finds it."""
+    folder = place.fresh("tried")
+    ended = both(place, [folder, folder])
+    assert all(one.line for one in ended if one.code), ended
+    place.judge(folder, next(one for one in ended if not one.code))
+
+
+@tries(2, names=CACHED)
+def test_two_on_one_cache_have_what_each_alone_would(place, number):
+    folders = [place.fresh("tried"), place.fresh("other")]
+    for folder, ended in zip(folders, both(place, folders), strict=True):
+        assert not ended.code, ended
+        place.judge(folder, ended)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("share", [None, 0.1, 0.4, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("place", NAMES, indirect=True)
+def test_a_disk_too_small_or_read_only_is_a_line(place, share):
+    """Once there is room, the verb has its result."""
+    disk = place.fresh("disk")
+    size = sum(path.stat().st_size for path in (place.folder / "clean").rglob("*"))
+    room = "ro" if share is None else f"size={max(4096, int(share * size))}"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", room, "tmpfs", disk],
+                      capture_output=True).returncode:  # fmt: skip
+        pytest.skip("this system does not let tests mount a small disk")
+    try:
+        ended = place.run(disk)
+        assert ended.line or not ended.code, ended
+        if share is not None:
+            more = ["mount", "-o", "remount,size=64m", str(disk)]
+            subprocess.run(more, check=True, capture_output=True)
+            place.judge(disk, place.run(disk))
+    finally:
+        subprocess.run(["umount", disk], check=True, capture_output=True)
