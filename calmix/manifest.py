@@ -73,7 +73,7 @@ def read_sealed(path: Path, missing: str) -> dict[str, Any]:
 
 
 def file_hashes(
-    folder: Path, *, without: Collection[str] = (), tick: Callable[[str], None] | None = None
+    folder: Path, *, without: Collection[str] = (), tick: Callable[[str], None] = lambda name: None
 ) -> dict[str, str]:
     """Return the SHA-256 of every file in a folder but `without`, by its path within, in order.
 
@@ -81,13 +81,12 @@ def file_hashes(
     folders; what a killed process has left hidden beside a file is passed over.
     """
 
-    def hashed(name: str) -> str:
-        value = sha256_file(folder / name)
-        if tick is not None:
-            tick(name)
-        return value
-
     paths = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
     names = sorted({p.as_posix() for p in paths if not is_hidden(p)} - set(without))
+    found: dict[str, str] = {}
     with ThreadPoolExecutor(cores()) as pool:
-        return dict(zip(names, pool.map(hashed, names), strict=True))
+        hashes = pool.map(lambda name: sha256_file(folder / name), names)
+        for name, value in zip(names, hashes, strict=True):
+            found[name] = value
+            tick(name)
+    return found

@@ -32,6 +32,11 @@ class Options(BaseModel):
         """Return what differs from the defaults, as JSON-serialisable values."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
+    def asked(self, kind: type[Options]) -> dict[str, Any]:
+        """Return the options of a kind that were set, by name."""
+        names = [name for name in kind.model_fields if name in self.model_fields_set]
+        return {name: getattr(self, name) for name in names}
+
 
 Some = TypeVar("Some", bound=Options)
 MODEL = "Hub id, folder, .gguf file, or builtin:smollm2-135m."
@@ -197,8 +202,7 @@ class DrawOptions(SizeOptions):
 
     def drawn(self) -> dict[str, Any]:
         """Return the options of the draw that were set, by name."""
-        names = [name for name in DrawOptions.model_fields if name in self.model_fields_set]
-        return {name: getattr(self, name) for name in names}
+        return self.asked(DrawOptions)
 
     def record(self) -> dict[str, Any]:
         """Return all options as JSON-serialisable values, those of the draw under `draw`."""

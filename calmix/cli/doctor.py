@@ -7,7 +7,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calmix import assets
 from calmix.cli.common import line, note, print_json
@@ -16,9 +16,6 @@ from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.options import option, path_option
 from calmix.progress import Progress
-
-if TYPE_CHECKING:
-    from calmix.diagnostics.inspecting import Health
 
 WORST = 5  # layers that are named
 WARNINGS = 10  # that are printed one by one
@@ -58,10 +55,25 @@ def inspect(
     with Progress() as bar:
         health = look(path, bar.each("checked"))
     print_json(asdict(health))
-    _print_health(health, each=layers)
+    line(f"{health.path}: {health.kind}")
+    for name, value in health.facts.items():
+        line(f"  {name}: {f'{value:,}' if isinstance(value, int) else value}")
+    print_layers(health.layers, each=layers)
+    measured = [layer for layer in health.layers if layer.error is not None]
+    worst = sorted(measured, key=lambda layer: -(layer.error or 0))[:WORST]
+    if worst and not layers:
+        named = ", ".join(f"{layer.name} {layer.error:.1%}" for layer in worst)
+        line(f"largest reconstruction errors: {named}")
+    for warning in health.warnings[:WARNINGS]:
+        line(f"warning: {warning}")
+    if len(health.warnings) > WARNINGS:
+        line(f"and {len(health.warnings) - WARNINGS} more warnings (--json has them all)")
+    for problem in health.problems:
+        line(f"problem: {problem}")
     if health.problems:
         more = f" (and {len(health.problems) - 1} more)" if health.problems[1:] else ""
         raise InputError(f"{health.problems[0]}{more}: make it again")
+    line("intact: nothing is missing or damaged")
 
 
 @verb("rerun", of=doctor, json=True)
@@ -94,26 +106,6 @@ def rerun(
         why = next(iter(made["inputs"]), "though all inputs are the same")
         raise InputError(f"not the same: {', '.join(made['differing'])} ({why})")
     line("the same: every file has the hash of the manifest")
-
-
-def _print_health(health: Health, *, each: bool) -> None:
-    line(f"{health.path}: {health.kind}")
-    for name, value in health.facts.items():
-        line(f"  {name}: {f'{value:,}' if isinstance(value, int) else value}")
-    print_layers(health.layers, each=each)
-    measured = [layer for layer in health.layers if layer.error is not None]
-    worst = sorted(measured, key=lambda layer: -(layer.error or 0))[:WORST]
-    if worst and not each:
-        named = ", ".join(f"{layer.name} {layer.error:.1%}" for layer in worst)
-        line(f"largest reconstruction errors: {named}")
-    for warning in health.warnings[:WARNINGS]:
-        line(f"warning: {warning}")
-    if len(health.warnings) > WARNINGS:
-        line(f"and {len(health.warnings) - WARNINGS} more warnings (--json has them all)")
-    for problem in health.problems:
-        line(f"problem: {problem}")
-    if not health.problems:
-        line("intact: nothing is missing or damaged")
 
 
 @verb("models", of=doctor, json=True)

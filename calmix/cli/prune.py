@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +51,6 @@ class WorkOptions(TextField, MemoryOptions, DrawOptions, ModelOptions, Json):
             "max_memory": bound, "resume": self.resume, "overwrite": self.overwrite, "note": note,
         }  # fmt: skip
 
-    def asked(self, kind: type[DrawOptions]) -> dict[str, Any]:
-        """Return the options of a kind that were set."""
-        return {
-            name: getattr(self, name) for name in self.model_fields_set & kind.model_fields.keys()
-        }
-
 
 @verb("prune")
 def prune(
@@ -98,7 +92,8 @@ def prune(
     with distributed.launched(work.device) as own:
         leads = distributed.processes()[0] == 0  # of several processes one prints
         with Progress(shown=leads) as bar:
-            how |= {"device": own, "writing": bar.writing, "started": _started("calibrating")}
+            how |= {"device": own, "writing": bar.writing,
+                    "started": partial(_started, "calibrating")}  # fmt: skip
             reports = prune_checkpoints(model, targets, progress=bar.of("pruning blocks"), **how)
     if not leads:
         return
@@ -109,15 +104,11 @@ def prune(
         _print_pruned(path, report, brief=several)
 
 
-def _started(what: str, shown: bool = True) -> Callable[[CalibrationSet | None], None]:
-    """Return what prints the rows that are used."""
-
-    def started(drawn: CalibrationSet | None) -> None:
-        if drawn is not None and shown:
-            shares = ", ".join(f"{name} {count}" for name, count in drawn.counts.items())
-            note(f"{what} on {drawn.rows} rows of {drawn.length} tokens: {shares}")
-
-    return started
+def _started(what: str, drawn: CalibrationSet | None) -> None:
+    """Print the rows that are used."""
+    if drawn is not None:
+        shares = ", ".join(f"{name} {count}" for name, count in drawn.counts.items())
+        note(f"{what} on {drawn.rows} rows of {drawn.length} tokens: {shares}")
 
 
 def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
@@ -175,7 +166,8 @@ def recover(
         leads = distributed.processes()[0] == 0  # of several processes one prints
         with Progress(shown=leads) as bar:
             report = run(
-                pruned, against, request, output, started=_started("recovering", leads),
+                pruned, against, request, output,
+                started=partial(_started, "recovering") if leads else None,
                 progress=bar.of(recovering.method), writing=bar.writing,
                 **work.work() | {"device": own},
             )  # fmt: skip

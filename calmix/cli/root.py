@@ -84,9 +84,7 @@ class Group(Plain, TyperGroup):
         return [(name, one.get_short_help_str(100)) for name, one in self.commands.items()]
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command that the first word names, or the default one."""
-        if self.default and (not args or args[0] not in self.commands):
-            return self.default, self.commands[self.default], args
+        """Return the command that the first word names."""
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             if ctx.parent is None and name in MOVED:

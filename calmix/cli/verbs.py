@@ -118,21 +118,16 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
     listed = typing.get_origin(kind) in (list, tuple)
     shown = extra.get("shown") or (str(default) if default or type(default) is int else "")
     text = f"{(field.description or '').rstrip('.')} [{shown}]." if shown else field.description
+    word = {int: "NUMBER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
+    if typing.get_origin(kind) is Literal:
+        word = "|".join(map(str, typing.get_args(kind)))
     how: dict[str, Any] = {"help": text, "show_default": False}
-    held: Any = list[str] if listed else str
-    if kind is bool:
-        held = bool
-    else:
-        named = {int: "NUMBER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
-        if typing.get_origin(kind) is Literal:
-            named = "|".join(map(str, typing.get_args(kind)))
-        how["metavar"] = extra.get("metavar") or named
     if extra.get("argument"):
-        how["metavar"] = extra.get("metavar") or name.upper()
-        info: Any = typer.Argument(**how)
+        info: Any = typer.Argument(metavar=flags(model, name)[0], **how)
     else:
-        names = flags(model, name)
-        info = typer.Option(*names, hidden=bool(extra.get("advanced")), **how)
+        how |= {} if kind is bool else {"metavar": extra.get("metavar") or word}
+        info = typer.Option(*flags(model, name), hidden=bool(extra.get("advanced")), **how)
+    held: Any = bool if kind is bool else list[str] if listed else str
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if required else False if kind is bool else None,
