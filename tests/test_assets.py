@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from calmix import assets
-from calmix.errors import AssetError
+from calmix.errors import CalmixError
 from calmix.files import sha256_file
 
 
@@ -73,7 +73,7 @@ def test_a_failed_download_is_one_line_that_says_what_to_do(fake, monkeypatch, c
         return subprocess.CompletedProcess(command, code, stderr=stderr)
 
     monkeypatch.setattr(subprocess, "run", failing)
-    with pytest.raises(AssetError, match=match) as caught:
+    with pytest.raises(CalmixError, match=match) as caught:
         assets.install("thing")
     assert "\n" not in str(caught.value)
     assert fake[0].filename in str(caught.value)
@@ -81,10 +81,10 @@ def test_a_failed_download_is_one_line_that_says_what_to_do(fake, monkeypatch, c
 
 
 def test_unknown_names_and_members(fake):
-    with pytest.raises(AssetError, match="did you mean thing"):
+    with pytest.raises(CalmixError, match="did you mean thing"):
         assets.get_asset("think")
     assets.install("thing")
-    with pytest.raises(AssetError, match="holds no 'nothing'"):
+    with pytest.raises(CalmixError, match="holds no 'nothing'"):
         list(assets.read_jsonl("thing", "nothing"))
     target = fake[2] / "one"
     assets.extract({"thing": "thing/rows.jsonl"}, target)

@@ -87,16 +87,16 @@ def run(
     chosen, left_out = capability.runnable(chosen, allow_code_execution)
     if left_out:
         note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
-    saved = against is not None and against.lower().endswith(".json")
-    own = parse_texts(text)
-    if own and (against is None or saved or no_distance):
+    saved = against if (against or "").lower().endswith(".json") else None
+    original, own = None if saved else against, parse_texts(text)
+    if own and (original is None or no_distance):
         raise InputError(
             "--text measures the distance to a dense model: name it with --against, and leave out "
             "--no-distance"
         )
     if right_only and not saved:
         raise InputError("--right-only needs the scores of a dense model: --against FILE.json")
-    named = [model] if against is None or saved else [model, against]
+    named = [model] if original is None else [model, original]
     if output is not None:
         rows = [one.file for one in chosen.tasks.values()]
         inputs = [model, against, suite_file(suite), *own.values(), *rows]
@@ -114,28 +114,28 @@ def run(
 
     # All is read, and refused if it does not fit, before anything is scored.
     dense = found = kept_of = known_right = None
-    if against is not None and saved:
-        dense = load_scores(user_path(against))
+    if saved:
+        dense = load_scores(user_path(saved))
         check_same_suite(describe(chosen), dense.suite)
         dense.retention(dense, measure=measured.measure, resamples=1)
         known_right = dense.right if right_only else None
     for name in named:
         open_tokenizer(name, trust_remote_code=opening.trust_remote_code)
-    if against is not None and not saved:
-        original = open_model(against, **how)
+    if original is not None:
+        opened = open_model(original, **how)
         by_likelihood = not no_distance and any(
             one.primary not in RIGHT_OR_WRONG for one in chosen.tasks.values())  # fmt: skip
         known = [n for n in chosen.dimensions if n in builtin_readers() and by_likelihood]
         if known or own:
-            held_out = texts(original, own, dimensions=known)
-            kept_of = reference(original, held_out, cache=not no_cache)
-        dense = score(original, True)
-        del original
+            held_out = texts(opened, own, dimensions=known)
+            kept_of = reference(opened, held_out, cache=not no_cache)
+        dense = score(opened, True)
+        del opened
     pruned = open_model(model, **how)
     if kept_of is not None:
         with Progress() as bar:
             found = distance(
-                pruned, kept_of, dense=lambda: open_model(str(against), **how),
+                pruned, kept_of, dense=lambda: open_model(str(original), **how),
                 progress=bar.of("distance to the dense model"),
             )  # fmt: skip
     scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))

@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.cli.common import line, note, print_json, size
+from rich.filesize import decimal as size
+
+from calmix.cli.common import line, note, print_json
 from calmix.cli.tables import print_layers, print_taken
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
@@ -137,8 +139,9 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
     for name, bits in report.embeddings.items():
         line(f"{name}: {bits:.2f} bits a weight")
     if report.bits is not None:
+        packed = size(int(report.weights * report.bits / 8))
         line(f"{report.bits:.2f} bits a weight, {report.sparsity:.1%} zeros: "
-             f"{size(2 * report.weights)} in {size(report.weights * report.bits / 8)} once packed "
+             f"{size(2 * report.weights)} in {packed} once packed "
              f"(calmix export --to pack), {done}")  # fmt: skip
     elif report.layers:
         line(f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) "
