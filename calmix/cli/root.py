@@ -59,6 +59,8 @@ class Plain:
                          + ("" if one.is_flag else f" {one.metavar}"), one.help)
                         for one in params if not isinstance(one, TyperArgument)],
         }  # fmt: skip
+        if any(one.hidden for one in self.params):
+            lists["Options"].append(("--help-all", "Show advanced options too, and exit."))
         for title, rows in lists.items():
             if rows:
                 with formatter.section(title):
@@ -72,6 +74,14 @@ def _word(param: Any) -> str:
 
 class Command(Plain, TyperCommand):
     """A verb."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Read `--help-all` as `--help` that shows advanced options too."""
+        if "--help-all" in args:
+            for one in self.params:
+                one.hidden = False  # type: ignore[attr-defined]
+            args = ["--help"]
+        return super().parse_args(ctx, args)
 
 
 class Group(Plain, TyperGroup):

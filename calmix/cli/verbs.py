@@ -65,7 +65,6 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = False) -> Callable[[H
         model = create_model(handler.__name__, __base__=bases, **own)
 
         def command(**values: Any) -> None:
-            values.pop("help_all", None)
             asked = checked(model, {k: v for k, v in values.items() if v not in ([], False)})
             before, out.quiet = out.quiet, getattr(asked, "as_json", False)
             try:
@@ -79,15 +78,6 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = False) -> Callable[[H
             key=lambda one: (one.default is not one.empty,
                              one.name in COMMON and one.name not in own)
         )  # fmt: skip
-        more = any((field.json_schema_extra or {}).get("advanced") for field in fields.values())
-        asked_all: Any = typer.Option(
-            "--help-all", callback=_show_all, is_eager=True, hidden=not more,
-            help="Show advanced options too, and exit.",
-        )  # fmt: skip
-        parameters.append(
-            inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False,
-                              annotation=Annotated[bool, asked_all])
-        )  # fmt: skip
         command.__annotations__ = {one.name: one.annotation for one in parameters}
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__doc__ = handler.__doc__
@@ -95,14 +85,6 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = False) -> Callable[[H
         return handler
 
     return register
-
-
-def _show_all(ctx: typer.Context, asked: bool) -> None:
-    if asked and not ctx.resilient_parsing:
-        for one in ctx.command.params:
-            one.hidden = False  # type: ignore[attr-defined]
-        typer.echo(ctx.get_help())
-        raise typer.Exit
 
 
 def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Parameter:
