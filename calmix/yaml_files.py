@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -77,12 +76,15 @@ class YamlText:
     def problems(self, error: ValidationError, model: type[BaseModel]) -> list[str]:
         """Return every problem of a failed validation as `FILE line N: key: what is wrong`."""
         found: dict[tuple[Any, ...], str] = {}
+        schema = model.model_json_schema()
+        parts = (schema, *schema.get("$defs", {}).values())
+        known = {name for part in parts for name in part.get("properties", {})}
         for problem in error.errors():
             path = [part for part in problem["loc"] if part != "[key]"]
             line, depth = _locate(self.node, path)
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "extra_forbidden":
-                message = f"unknown key: {nearest(str(path[-1]), _names(model))}"
+                message = f"unknown key: {nearest(str(path[-1]), known)}"
             elif problem["type"] == "missing":
                 path, depth, message = path[:-1], len(path), f"lacks '{path[-1]}'"
             # Parts below a value are pydantic's own: which member of a union it tried.
@@ -123,17 +125,6 @@ def parse_model(model: type[Parsed], text: str, where: str) -> Parsed:
         # A misspelt key is also a missing one; the misspelling says more.
         lines = yaml_text.problems(error, model)
         raise InputError(next((x for x in lines if ": unknown key" in x), lines[0])) from None
-
-
-def _names(model: Any) -> set[str]:
-    """Return the names of all fields of a model and of those its fields hold."""
-    found: set[str] = set()
-    for part in typing.get_args(model):
-        found |= _names(part)
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        for name, field in model.model_fields.items():
-            found |= {field.alias or name} | _names(field.annotation)
-    return found
 
 
 def _locate(node: yaml.Node, path: Sequence[Any]) -> tuple[int, int]:
