@@ -218,28 +218,19 @@ def requests(
     from calmix.pruning.methods import get_method
 
     given = _given(options)
-    if sparsity is not None and pattern is not None:
-        raise InputError(BOTH)
-    methods: list[str | None] = [None]  # `prune_request` chooses
-    if (
-        method is not None
-    ):  # behind a comma stands another, unless it is an option of the one before
-        methods = [*_listed("method", method, r",(?![^,]*=)")]
-    key, text = ("sparsity", sparsity) if pattern is None else ("pattern", pattern)
-    targets: list[dict[str, Any]] = [{}]
-    if text is not None:
-        targets = [{key: each} for each in _listed(key, text)]
-    rates = [{}] if bits is None else [{"bits": each} for each in _listed("bits", bits)]
+    shares, patterns = _listed("sparsity", sparsity), _listed("pattern", pattern)
+    rates = [{} if each is None else {"bits": each} for each in _listed("bits", bits)]
     made, idle = [], set(given)
-    for name in methods:
+    # Behind a comma stands another method, unless it is an option of the one before.
+    for name in _listed("method", method, r",(?![^,]*=)"):
         unread = set[str]()
         if name is not None:
             joint = rates[0] if "bits" in get_method(name).options else {}
             unread = _unread(get_method(name, **joint), given)
         idle &= unread
         own = {key: value for key, value in given.items() if key not in unread}
-        made += [prune_request(method=name, **target, **rate, **own)
-                 for target in targets for rate in rates]  # fmt: skip
+        made += [prune_request(method=name, sparsity=share, pattern=shape, **rate, **own)
+                 for share in shares for shape in patterns for rate in rates]  # fmt: skip
     _check_idle(idle, f"with method {method}: leave it out")
     names = [one.name for one in made]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -262,8 +253,10 @@ def recovery_of(text: str) -> Recovering:
     return recover_request(method=method, calibration="", **given)
 
 
-def _listed(option: str, text: str, between: str = ",") -> list[str]:
-    """Return what stands between commas, none of it twice."""
+def _listed(option: str, text: str | None, between: str = ",") -> list[str] | list[None]:
+    """Return what stands between commas, none of it twice; of an option not given, None."""
+    if text is None:
+        return [None]
     parts = [part.strip() for part in re.split(between, text)]
     if "" in parts:
         raise InputError(f"--{option} '{text}' has nothing between its commas")

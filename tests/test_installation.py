@@ -1,6 +1,5 @@
 """What `pip install calmix` brings: all that the package imports, but for three extras."""
 
-import ast
 import shutil
 import subprocess
 import sys
@@ -11,19 +10,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from tests.test_rooms import imports
+
 ROOT = Path(__file__).parents[1]
 EXTRAS = {"nncf": "export", "ray": "ray", "reasoning_gym": "reasoning"}
-
-
-def imported(path):
-    """Return the top-level names a file imports anywhere, relative imports left out."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {name.name.partition(".")[0] for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.partition(".")[0])
-    return found - set(sys.stdlib_module_names) - {"calmix"}
 
 
 def test_all_that_is_imported_is_required():
@@ -32,7 +22,9 @@ def test_all_that_is_imported_is_required():
     brought = [Requirement(line) for name in required for line in requires(name) or ()]
     required |= {one.name.lower() for one in brought if not one.marker or one.marker.evaluate()}
     homes = packages_distributions()
-    names = {name for path in (ROOT / "calmix").rglob("*.py") for name in imported(path)}
+    files = (ROOT / "calmix").rglob("*.py")
+    names = {name.partition(".")[0] for path in files for _, name in imports(path)}
+    names -= {*sys.stdlib_module_names, "calmix"}
     assert {"torch", "datasets", "pyarrow", *EXTRAS} <= names
     for name in sorted(names - set(EXTRAS)):
         known = {home.lower() for home in homes.get(name, [name])}

@@ -32,6 +32,14 @@ def view(monkeypatch):
     return made
 
 
+@pytest.fixture
+def now(monkeypatch):
+    """The time, which stands still."""
+    made = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: made[0])
+    return made
+
+
 def test_a_share_is_not_known_at_0_of_0_and_never_falls_when_the_total_grows(view):
     with Progress() as bar:
         show = bar.of("scoring")
@@ -50,9 +58,7 @@ def test_a_share_is_not_known_at_0_of_0_and_never_falls_when_the_total_grows(vie
     assert view.ended
 
 
-def test_the_stages_of_some_work_are_one_line_and_hold_what_is_inside(view, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+def test_the_stages_of_some_work_are_one_line_and_hold_what_is_inside(view, now):
     with Stages(["draw", "prune", "evaluate"]) as bar:
         bar.show("estimating", None)
         bar.expect({"draw": 10.0, "prune": 60.0, "evaluate": 30.0})
@@ -73,9 +79,7 @@ def test_the_stages_of_some_work_are_one_line_and_hold_what_is_inside(view, monk
     assert Progress._over is None
 
 
-def test_stages_passed_over_are_not_waited_for_until_work_goes_back(view, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+def test_stages_passed_over_are_not_waited_for_until_work_goes_back(view, now):
     names = ["score", "6 bits", "5 bits", "4 bits", "3 bits"]
     with Stages(names) as bar:
         bar.expect(dict.fromkeys(names, 1000.0))
@@ -92,9 +96,7 @@ def test_stages_passed_over_are_not_waited_for_until_work_goes_back(view, monkey
     assert shares == sorted(shares)
 
 
-def test_a_stage_that_takes_longer_than_thought_never_stands_still(view, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+def test_a_stage_that_takes_longer_than_thought_never_stands_still(view, now):
     with Stages(["prune", "evaluate"]) as bar:
         bar.begin("prune")
         assert view.drawn == [("1/2 prune", None, "")]  # nothing is known of the time
@@ -116,9 +118,7 @@ def test_the_bar_pulses_again_when_a_share_is_not_known(monkeypatch):
     line.end()
 
 
-def test_without_a_terminal_a_line_comes_now_and_then(capsys, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+def test_without_a_terminal_a_line_comes_now_and_then(capsys, now):
     with Progress() as bar:
         show = bar.of("scoring m")
         for done in range(9):
