@@ -50,9 +50,8 @@ class Asset:
         if not self.path.is_file():
             return "missing"
         stat = self.path.stat()
-        return (
-            "ok" if _hash(self.path, stat.st_size, stat.st_mtime_ns) == self.sha256 else "damaged"
-        )
+        found = _hash(self.path, stat.st_size, stat.st_mtime_ns)
+        return "ok" if found == self.sha256 else "damaged"
 
 
 @functools.lru_cache(maxsize=32)

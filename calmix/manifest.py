@@ -32,8 +32,8 @@ version = cache(importlib.metadata.version)  # a package's metadata is read thro
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes: Python, calmix and the libraries under it."""
-    found = {name: version(name) for name in (*DECIDING, "safetensors")}
-    return {"python": platform.python_version()} | found
+    python = {"python": platform.python_version()}
+    return {**python, **deciding_versions(), "safetensors": version("safetensors")}
 
 
 def deciding_versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import sys
 import textwrap
@@ -65,7 +66,7 @@ class Progress:
         if self._view is not None:
             self._view.end()
 
-    def of(self, what: str) -> Callable[..., None]:
+    def of(self, what: str, between: str = ", ") -> Callable[..., None]:
         """Return what shows how much of some work is done, of how much, and a word more."""
         before = [0, 0, 0.0]  # done, total and share where the total last grew
 
@@ -74,20 +75,14 @@ class Progress:
                 before[:] = done if before[1] else 0, total, self._most.get(what, 0.0)
             left = total - before[0]
             share = before[2] + (1 - before[2]) * (done - before[0]) / left if left > 0 else None
-            self.show(f"{what}, {more}" if more else what, share, what)
+            self.show(f"{what}{between}{more}" if more else what, share, what)
 
         return show
 
     def each(self, what: str, total: int | None = None) -> Callable[[str], None]:
         """Return what shows the name of each of some things as it is done."""
-        done = 0
-
-        def show(name: str) -> None:
-            nonlocal done
-            done += 1
-            self.show(f"{what} {name}", done / total if total else None, what)
-
-        return show
+        show, done = self.of(what, " "), itertools.count(1)
+        return lambda name: show(next(done), total or 0, name)
 
     def writing(self, label: str, done: int, total: int) -> None:
         """Show how many tokens of a text the model has written."""
