@@ -356,10 +356,9 @@ COMPRESS_METHOD = "admm"  # ends in a refit of its own: docs/methods.md
 DRAW = tuple(DrawOptions.model_fields)
 CALIBRATED = ("calibration", "propagation", "drop_experts", *DRAW)
 PRUNE = (
-    *CALIBRATED, "allocation", "method", "sparsity", "pattern", "model", "ids", "output", "sources",
-    "dtype", "device", "trust_remote_code", "max_memory", "micro_tokens", "paused", "progress",
-    "resume", "overwrite", "json", "as_json", "help", "only", "skip",
-    "text_field", "embeddings",
+    *Pruning.model_fields, *ModelOptions.model_fields, "method", "sparsity", "pattern", "model",
+    "ids", "output", "max_memory", "micro_tokens", "paused", "progress", "resume", "overwrite",
+    "json", "as_json", "help", "text_field",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 `make test` has a kill and two damaged files of one verb, `make test-long` dozens of each.
 """
 
+import os
 import subprocess
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from tests.faults.places import CACHED, NAMES, RUN, Place, tree, verbs
 from tests.forks import command, run, start, wait
 
-pytestmark = pytest.mark.real
+LONG = bool(os.environ.get("CALMIX_LONG"))
+pytestmark = [pytest.mark.real, *([pytest.mark.long] if LONG else [])]
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +26,10 @@ def place(request, chosen, tmp_path_factory):
 
 
 def tries(count, *, now=0, names=NAMES):
-    """Try a test so often upon every verb, `now` of them upon one in `make test` too."""
-    return pytest.mark.parametrize(
-        ("place", "number"),
-        [
-            pytest.param(name, number, marks=() if quick else pytest.mark.long)
-            for name in names
-            for number in range(count)
-            for quick in [name == "prune targets" and number < now]
-        ],
-        indirect=["place"],
-    )
+    """Try a test so often upon every verb, or in `make test` as often as `now` upon one."""
+    chosen = [(name, number) for name in names for number in range(count)]
+    few = [("prune targets", number) for number in range(now)]
+    return pytest.mark.parametrize(("place", "number"), chosen if LONG else few, indirect=["place"])
 
 
 @tries(50, now=1)
@@ -123,9 +118,8 @@ def test_two_on_one_cache_have_what_each_alone_would(place, number):
         place.judge(folder, ended)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("share", [None, 0.1, 0.4, 0.7, 0.9, 1.0])
-@pytest.mark.parametrize("place", NAMES, indirect=True)
+@pytest.mark.parametrize("place", NAMES if LONG else [], indirect=True)
 def test_a_disk_too_small_or_read_only_is_a_line(place, share):
     """Once there is room, the verb has its result."""
     disk = place.fresh("disk")
