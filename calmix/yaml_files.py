@@ -43,6 +43,11 @@ def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+def _integer(loader: _Strict, node: yaml.ScalarNode) -> int | str:
+    # YAML 1.1 reads a bare 2:4 as a number of base 60; here it is a pattern.
+    return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+
 def _string(loader: _Strict, node: yaml.ScalarNode) -> str:
     try:
         node.value.encode("utf-8")
@@ -54,11 +59,7 @@ def _string(loader: _Strict, node: yaml.ScalarNode) -> str:
 
 _Strict.add_constructor("tag:yaml.org,2002:str", _string)
 _Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-# YAML 1.1 reads a bare 2:4 as a number of base 60; here it is a pattern.
-_Strict.add_constructor(
-    "tag:yaml.org,2002:int",
-    lambda loader, node: node.value if ":" in node.value else loader.construct_yaml_int(node),
-)
+_Strict.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 @dataclass(frozen=True)
