@@ -70,3 +70,11 @@ def fail(message: str) -> NoReturn:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     sys.stderr.write(f"error: {text}\n")
     sys.exit(2)
+
+
+def size(count: float) -> str:
+    """Return bytes in words: `3.2 MB`, `14 GB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count / 1e3:.3g} kB"

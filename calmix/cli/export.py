@@ -6,9 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.filesize import decimal as size
-
-from calmix.cli.common import line, print_json
+from calmix.cli.common import line, print_json, size
 from calmix.cli.verbs import verb
 from calmix.errors import InputError, nearest
 from calmix.files import check_output_file, user_path

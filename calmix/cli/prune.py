@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.filesize import decimal as size
-
-from calmix.cli.common import line, note, print_json
+from calmix.cli.common import line, note, print_json, size
 from calmix.cli.tables import print_layers, print_taken
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
@@ -139,7 +137,7 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
     for name, bits in report.embeddings.items():
         line(f"{name}: {bits:.2f} bits a weight")
     if report.bits is not None:
-        packed = size(int(report.weights * report.bits / 8))
+        packed = size(report.weights * report.bits / 8)
         line(f"{report.bits:.2f} bits a weight, {report.sparsity:.1%} zeros: "
              f"{size(2 * report.weights)} in {packed} once packed "
              f"(calmix export --to pack), {done}")  # fmt: skip

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
-from rich.filesize import decimal as size
 
-from calmix.cli.common import line, note, print_json
+from calmix.cli.common import line, note, print_json, size
 from calmix.cli.tables import print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError

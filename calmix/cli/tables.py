@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.filesize import decimal as size
 from rich.table import Table
 from rich.text import Text
 
-from calmix.cli.common import Terminal, line, out
+from calmix.cli.common import Terminal, line, out, size
 from calmix.progress import duration
 
 if TYPE_CHECKING:
