@@ -275,7 +275,7 @@ class Routed:
         """Return how many tokens of each calibration row reach each expert, (rows, experts)."""
         given, count = Given(args, kwargs), self.mixture.count
         (hidden, *_), index = given.tensors, given.index
-        if index is not None and self.kind == "indexed":
+        if index is not None:
             each = index.reshape(rows, -1).long().clamp(max=count)  # some number one that is none
             each += torch.arange(rows, device=each.device)[:, None] * (count + 1)
             found = each.new_zeros(rows * (count + 1))  # in one dimension, which has a sum in order
@@ -313,9 +313,9 @@ class Gathering:
         self._own: dict[int, Statistic] = defaultdict(made)
         self._every: dict[int, Statistic] = defaultdict(made)
         self._all = 0
-        self._numbers = list(experts)[: 1 if step.common else None]
-        if routed.kind == "shared":  # whose own tokens are all
-            self._numbers = []
+        most = 1 if step.common else None
+        # Of a mixture whose experts all see all tokens an expert's own are all.
+        self._numbers = [] if routed.kind == "shared" else list(experts)[:most]
 
     def collect(self, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add a micro-batch.

@@ -12,7 +12,7 @@ from calmix.pruning.gram import Gram
 from calmix.pruning.methods import Solution
 from calmix.pruning.methods.magnitude import Magnitude
 from tests.pruning.toy import SPARSE, wiring
-from tests.tiny import ARCHITECTURES, quick, tiny_ids, tiny_model
+from tests.tiny import ARCHITECTURES, MIXTURES, quick, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
 
@@ -42,26 +42,39 @@ def input_gram(model, module, ids):
     return sum(total).float()
 
 
-@pytest.mark.parametrize("kind", quick(["llama", "gpt2", "phi3", "bloom"], ARCHITECTURES))
+@pytest.mark.parametrize(
+    "kind",
+    quick(
+        ["llama", "gpt2", "phi3", "bloom", "qwen2_moe", "granitemoe"], (*ARCHITECTURES, *MIXTURES)
+    ),
+)
 def test_every_architecture_is_pruned_exactly_and_nothing_else_changes(kind):
-    model = tiny_model(kind)
+    model, ids = tiny_model(kind), tiny_ids()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    report = prune(model, tiny_ids(), method="sparsegpt", pattern=HALF)
+    report = prune(model, ids, method="sparsegpt", pattern=HALF)
     pruned = weights_of(model)
     assert pruned.keys() == {layer.name for layer in report.layers}
     for name, weight in pruned.items():
         rows, columns = weight.shape
         blocks = [min(128, columns - at) for at in range(0, columns, 128)]
         assert int((weight == 0).sum()) == sum(round(0.5 * rows * width) for width in blocks), name
+        others = ("embed", "head", "router", ".gate.", "expert_gate.")
+        assert not any(part in f"{name}." for part in others), name
+    held = {layer.parameter_name for layer in find_blocks(model).layers}
     for name, parameter in model.named_parameters():
-        if name.removesuffix(".weight") not in pruned:
-            assert torch.equal(parameter, before[name]), f"{name} was changed"
-    assert not any("embed" in name or "head" in name for name in pruned)
+        assert name in held or torch.equal(parameter, before[name]), f"{name} was changed"
     with torch.no_grad():
-        assert torch.isfinite(model(tiny_ids()).logits).all()
+        assert torch.isfinite(model(ids).logits).all()
     assert all(0 < layer.error < 1 for layer in report.layers)
+    assert bool(report.experts) == (kind in MIXTURES)
+    assert len(report.experts) == sum(dense.reason == "router" for dense in report.dense)
+    assert all(sum(mixture.tokens) == ids.numel() * 2 for mixture in report.experts)
+    assert any("shared" in name for name in pruned) == (
+        kind in ("qwen2_moe", "deepseek_v3", "llama4_text")
+    )
     semi = tiny_model(kind)
-    prune(semi, method="magnitude", pattern=SemiStructured(2, 4))
+    how = (ids, "sparsegpt") if report.experts else (None, "magnitude")
+    prune(semi, how[0], method=how[1], pattern=SemiStructured(2, 4))
     for name, weight in weights_of(semi).items():
         assert ((weight.view(len(weight), -1, 4) == 0).sum(-1) == 2).all(), name
 
