@@ -32,12 +32,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_transposed(module)
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether a module is GPT-2's Conv1D: a linear map with its weight transposed."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    """Whether a module is a linear map, as GPT-2's Conv1D is, whose weight is transposed."""
+    conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return conv1d or isinstance(module, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -99,11 +96,13 @@ class Dense:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Experts that share a router."""
+    """Experts that share a router: parameters of shape (experts, ...) hold all of them."""
 
     name: str  # qualified name of the module within which tokens are routed
     module: Any  # that module; it is called once a pass
     count: int
+    transposed: bool  # the parameters hold matrices of (inputs, outputs)
+    parts: Mapping[str, Mapping[str, slice]]  # by parameter, outputs that are one layer, by name
 
 
 @dataclass(frozen=True)
@@ -178,14 +177,15 @@ class DecoderBlocks:
                     f"the experts in {prefix}.{name} are modules of their own: open the model by "
                     "the code of transformers, which keeps all experts in one parameter"
                 )
-            if fused := _fused(module, self.width):
-                found.append(Mixture(f"{prefix}.{name}", module, fused.count))
+            if mixture := _mixture(f"{prefix}.{name}", module, self.width):
+                found.append(mixture)
         return found
 
     def _layers(self, index: int) -> tuple[list[Prunable], list[Dense]]:
         block, prefix, mixtures = self.blocks[index], f"{self.name}.{index}", self.mixtures(index)
         layers: list[Prunable] = []
         others: dict[int, str] = {}  # why a linear map is left out
+        by_name = {mixture.name: mixture for mixture in mixtures}
         for name, module in block.named_modules():
             path = f"{prefix}.{name}"
             if _is_linear(module):
@@ -201,18 +201,19 @@ class DecoderBlocks:
                         f"weight {path}.weight is {weight.dtype}: only floats can be pruned"
                     )
                 else:
-                    layers.append(Prunable(path, module, transposed=_is_transposed(module)))
-            elif fused := _fused(module, self.width):
-                for own, parts in fused.parts.items():
+                    transposed = not isinstance(module, nn.Linear)
+                    layers.append(Prunable(path, module, transposed=transposed))
+            elif mixture := by_name.get(path):
+                for own, parts in mixture.parts.items():
                     if (number := id(module._parameters[own])) in self.shared:
                         others[number] = "used elsewhere too"
                         continue
                     layers += [
                         Prunable(
-                            f"{path}.{expert}.{key}", module, own, fused.transposed, path, expert,
+                            f"{path}.{expert}.{key}", module, own, mixture.transposed, path, expert,
                             rows,
                         )
-                        for expert in range(fused.count)
+                        for expert in range(mixture.count)
                         for key, rows in parts.items()
                     ]  # fmt: skip
         taken = {layer.parameter_id for layer in layers}
@@ -250,17 +251,8 @@ def _routes(path: str, weight: Tensor, mixtures: list[Mixture]) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class _Fused:
-    """Parameters of shape (experts, ...) that hold linear maps of all experts."""
-
-    count: int
-    transposed: bool
-    parts: Mapping[str, Mapping[str, slice]]  # by parameter, outputs that are one layer, by name
-
-
-def _fused(module: nn.Module, width: int | None) -> _Fused | None:
-    """Return a module's own parameters that hold all experts, in order; None where there are none.
+def _mixture(path: str, module: nn.Module, width: int | None) -> Mixture | None:
+    """Return the experts that a module's own parameters hold; None where they hold none.
 
     The name of the module or of an attribute has "expert" in it. Experts map from the input's width
     to that of the neurons (or twice that: gate and up in one) and back, which shows whether they
@@ -287,7 +279,7 @@ def _fused(module: nn.Module, width: int | None) -> _Fused | None:
         return None
     _, transposed, half = max(found, key=lambda one: one[0])
     parts = {name: _parts(module, name, None if name == down else half) for name in own}
-    return _Fused(min(shape[0] for shape in own.values()), transposed, parts)
+    return Mixture(path, module, min(shape[0] for shape in own.values()), transposed, parts)
 
 
 def _parts(module: nn.Module, name: str, half: int | None) -> Mapping[str, slice]:
@@ -313,7 +305,7 @@ def experts_per_token(config: Any) -> int:
 def find_blocks(model: nn.Module) -> DecoderBlocks:
     """Return the decoder blocks: the outermost `ModuleList` with the most in linear maps.
 
-    Raises ModelError: there is no such list, or no block has a linear map of floats.
+    Raises ModelError: there is no such list with a linear map of floats.
     """
     lists = dict(_outermost_lists(model))
     # Towers for images or sound beside the decoder have blocks too.
@@ -324,17 +316,16 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
         weights = [*(m.weight for m in linears), *(p for p in one.parameters() if p.ndim >= 3)]
         sizes[name] = sum(weight.numel() for weight in weights)
     name = max(sizes, key=lambda name: sizes[name], default="")
-    if not sizes.get(name):
-        raise ModelError(f"{type(model).__name__} has no list of decoder blocks with linear maps")
     used = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     config: Any = getattr(model, "config", None)
     width = config and config.get_text_config(decoder=True).to_dict().get("hidden_size")
     found = DecoderBlocks(
-        name, lists[name], width if isinstance(width, int) else None,
+        name, lists.get(name, ()), width if isinstance(width, int) else None,
         frozenset(key for key, times in used.items() if times > 1),
     )  # fmt: skip
     if not any(found.prunables(index) for index in range(len(found))):
-        raise ModelError(f"the blocks in {found.name} have no linear maps that can be pruned")
+        kind = type(model).__name__
+        raise ModelError(f"{kind} has no list of decoder blocks with linear maps to prune")
     return found
 
 
