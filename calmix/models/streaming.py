@@ -23,13 +23,7 @@ from torch import Tensor, nn
 from calmix.errors import ModelError
 from calmix.models.attention import use_own_attention
 from calmix.models.blocks import DecoderBlocks, find_blocks
-from calmix.models.opening import (
-    device_of,
-    dtype_of,
-    load_config,
-    loading,
-    resolve_model,
-)
+from calmix.models.opening import device_of, dtype_of, load_config, loading, resolve_model
 from calmix.models.shards import Place, Shards, write_index
 from calmix.precision import dtype_name, suited
 
@@ -49,8 +43,8 @@ class StreamedModel:
 
     The arguments are those of `open_model`. `model` has the modules: their weights are there for
     what is outside the blocks (between `fetch_outside` and `drop_outside`, the output head
-    excepted), and for blocks between `fetch` and `drop`. `names` and `buffers` say what the files
-    call parameters and buffers, those excepted that are merged from several tensors or split.
+    excepted), and for blocks between `fetch` and `drop`. `names` says what the files call
+    parameters and buffers, those excepted that are merged from several tensors or split.
     """
 
     def __init__(
@@ -69,25 +63,21 @@ class StreamedModel:
         self.config = load_config(self.folder, name, trust_remote_code)
         self.model = _skeleton(self.config, chosen, self.shards, self.device, trust_remote_code)
         self.blocks: DecoderBlocks = find_blocks(self.model)
-        for pair in getattr(self.model, "all_tied_weights_keys", {}).items():
+        alike = getattr(self.model, "all_tied_weights_keys", {})
+        for pair in alike.items():
             if any(name.startswith(f"{self.blocks.name}.") for name in pair):
                 raise NotStreamableError(self.name, f"its blocks share weights (first {pair[0]})")
         parts, own = find_parts(self.model, self.shards.places, self.name), self._own()
-        kept = self.model.state_dict().keys()
-        buffers = [name for name, _ in self.model.named_buffers() if name in kept]
         self._parts = {name: part for name, part in parts.items() if name in own}
-        self.names, self.buffers = (
-            {n: parts[n].stored[0] for n in names if n in parts and parts[n].rule is None}
-            for names in (own, buffers)
-        )
-        alike = getattr(self.model, "all_tied_weights_keys", {})
+        self.names = {name: part.stored[0] for name, part in parts.items() if part.rule is None}
         for name, other in [pair for pair in alike.items() if {*pair} <= self.names.keys()]:
             if not torch.equal(self.stored(name), self.stored(other)):  # as loading them sees it
                 del alike[name]
                 self._drop([name])
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
         lacking = [name for name in own if name not in parts and name not in tied]
-        lacking += [name for name in buffers if name not in self.buffers]
+        kept = self.model.state_dict().keys() - self.names
+        lacking += [name for name, _ in self.model.named_buffers() if name in kept]
         if lacking:
             why = f"its files lack {lacking[0]}, or hold it in a form that transformers converts"
             raise NotStreamableError(self.name, why)
@@ -103,7 +93,7 @@ class StreamedModel:
     @property
     def merges(self) -> bool:
         """Whether parameters are merged from what the files hold apart, which takes memory."""
-        return len(self.names) < len(self._parts)
+        return any(part.rule is not None for part in self._parts.values())
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the type a parameter is stored in."""
@@ -124,7 +114,7 @@ class StreamedModel:
     def unknown(self) -> set[str]:
         """Names in the files of what the model has no parameter or buffer for."""
         own = {stored for part in self._parts.values() for stored in part.stored}
-        return self.shards.places.keys() - own - set(self.buffers.values())
+        return self.shards.places.keys() - own - set(self.names.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,7 +149,7 @@ class StreamedModel:
         self._put(*self._read(self.outside_names(head=head)))
         for name, buffer in list(self.model.named_buffers()):
             value = buffer
-            if (stored := self.buffers.get(name)) is not None:
+            if (stored := self.names.get(name)) is not None:
                 value = self.shards.read([stored])[stored].to(buffer.dtype)
             module, last = self._owner(name)
             module._buffers[last] = value.to(self.device)
@@ -195,16 +185,15 @@ class StreamedModel:
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Return a block's parameters and those of its buffers that files hold, by name."""
-        own, buffers = self._own(), dict(self.model.named_buffers())
+        own, prefix = self._own(), f"{self.blocks.name}.{index}."
         held = {name: own[name].detach() for name in self.block_names(index)}
-        prefix = f"{self.blocks.name}.{index}."
-        return held | {n: buffers[n] for n in self.buffers if n.startswith(prefix)}
+        buffers = self.model.named_buffers()
+        return held | {n: b for n, b in buffers if n in self.names and n.startswith(prefix)}
 
     def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a block's tensors, given by their names in the model, as the files have them."""
-        names = self.names | self.buffers
-        held = {names[name]: value for name, value in tensors.items() if name in names}
-        merged = {name: value for name, value in tensors.items() if name not in names}
+        held = {self.names[name]: value for name, value in tensors.items() if name in self.names}
+        merged = {name: value for name, value in tensors.items() if name not in self.names}
         return held | split(self.model, merged) if merged else held
 
     @property
@@ -229,7 +218,7 @@ class StreamedModel:
         count = len(parts)
         return {f"model-{n:05}-of-{count:05}.safetensors": p for n, p in enumerate(parts, 1)}
 
-    def rest(self, names: Iterable[str], changed: Collection[str] = ()) -> dict[str, Tensor]:
+    def rest(self, names: Collection[str], changed: Collection[str] = ()) -> dict[str, Tensor]:
         """Return tensors of the files by their names there, parameters in their type in memory;
         those that were `changed` are in memory."""
         own, alike = self._own(), getattr(self.model, "all_tied_weights_keys", {})
@@ -238,10 +227,9 @@ class StreamedModel:
             {name: own[alike.get(name, name)].detach()
              for name in self.names if alike.get(name, name) in changed}
         )  # fmt: skip
-        wanted = list(names)
-        found = self.shards.read(name for name in wanted if name not in new)
+        found = self.shards.read(name for name in names if name not in new)
         made = {name: value.to(types.get(name, value.dtype)) for name, value in found.items()}
-        return {name: new[name] if name in new else made[name] for name in wanted}
+        return made | {name: new[name] for name in names if name in new}
 
     def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
         """Give a block weights by their names in the files, in its own type."""
