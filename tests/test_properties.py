@@ -123,7 +123,7 @@ def test_metrics_are_those_of_a_plain_count(ids, other, n):
     expected = 1 - len(distinct) / len(total) if total else 0.0
     assert metrics.aggregation(ids, n) == expected
     pooled = distinct | set(grams(other, n))
-    assert metrics.coverage([ids, other], n) == [
+    assert metrics.coverage([ids, other], n, [ids, other]) == [
         len(set(grams(part, n))) / len(pooled) if pooled else 0.0 for part in (ids, other)
     ]
     target = set(grams(other, n))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calmix.calibration.dataset import CalibrationSet, own_record
+from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.leakage import Guard, Tokenized
 from calmix.calibration.tokenizer import (
     HasTokenizer,
@@ -22,7 +22,7 @@ from calmix.calibration.tokenizer import (
     tokenizer_function,
 )
 from calmix.errors import InputError, SourceError
-from calmix.models.opening import TEMPLATE, check_length
+from calmix.models.opening import TEMPLATE
 from calmix.sources import Document, Source, get_source
 from calmix.sources.readers import LocalFile
 from calmix.sources.registry import documents_hash
@@ -138,7 +138,7 @@ def build(
     seed: int = 0,
     packing: str = "concat",
     guard: Guard | None = None,
-    own: Mapping[str, Source] | None = None,
+    own: Mapping[str, Source] = {},
     tick: Callable[[str], None] | None = None,
 ) -> CalibrationSet:
     """Draw a calibration set of `rows` full rows of `length` tokens from a mix of sources.
@@ -149,24 +149,22 @@ def build(
     `packing` is `concat` (documents joined by the end token) or `window` (a random window of each
     long document); `guard` drops documents, `tick` is called with each source once it is drawn.
     """
-    check_length(length, opened.context)
     tokenize = tokenizer_function(opened.tokenizer)
     head, end = begin_token(opened.tokenizer), opened.tokenizer.eos_token_id
     body = length - len(head)
     if body < 1:
         raise InputError(f"length {length} leaves no room for text after the begin token")
     counts = {name: count for name, count in rows_per_source(mix, rows).items() if count}
-    sources = {name: get_source(name, own) for name in counts}
-    packed: dict[str, list[list[int]]] = {}
+    drawn: list[tuple[str, list[int]]] = []
     described: dict[str, dict[str, Any]] = {}
     for name, count in counts.items():
-        documents = list(sources[name].documents())
+        source = get_source(name, own)
+        documents = list(source.documents())
         # Every source has a stream of its own, so that adding one does not move the others; a file
         # that is named by its path that of its last part, wherever it lies.
-        reader = sources[name].reader
-        key = sources[name].name
-        if isinstance(reader, LocalFile) and name not in (own or {}):
-            key = reader.path.resolve().name
+        key = source.name
+        if isinstance(source.reader, LocalFile) and name not in own:
+            key = source.reader.path.resolve().name
         digest = hashlib.sha256(key.encode()).digest()[:8]
         rng = np.random.default_rng([seed, int.from_bytes(digest, "little")])
         order = [documents[i] for i in rng.permutation(len(documents))]
@@ -174,34 +172,31 @@ def build(
         if guard is not None:
             stream = guard.filter(name, stream)
         if packing == "concat":
-            packed[name], used = pack_concat(stream, count, body, end)
+            packed, used = pack_concat(stream, count, body, end)
         else:
-            packed[name], used = pack_window(stream, count, body, rng)
+            packed, used = pack_window(stream, count, body, rng)
         if guard is not None:
             guard.verdict(name, stream)
-        if len(packed[name]) < count:
-            hint = "give it less weight in a mix"
-            if packing == "window":
-                hint = "use --packing concat"
+        if len(packed) < count:
+            hint = "use --packing concat" if packing == "window" else "give it less weight in a mix"
             raise SourceError(
-                f"source {name} has text for {len(packed[name])} rows of {length} tokens, not "
+                f"source {name} has text for {len(packed)} rows of {length} tokens, not "
                 f"{count}: add text, {hint}, or ask for fewer rows (--rows; of compress, "
                 "--effort quick)"
             )
         described[name] = {
             "rows": count,
-            "version": sources[name].reader.version,
-            "licence": sources[name].licence,
+            "version": source.reader.version,
+            "licence": source.licence,
             "documents": len(documents),
             "sha256": documents_hash(documents),
             "drawn": [document.id for document, _ in used],
             "drawn_tokens": sum(len(ids) for _, ids in used),
         }
+        drawn += [(name, head + row) for row in packed]
         if tick is not None:
             tick(name)
-    drawn = [(name, i) for name in counts for i in range(counts[name])]
     drawn = [drawn[at] for at in np.random.default_rng(seed).permutation(len(drawn))]
-    ids = torch.tensor([head + packed[name][i] for name, i in drawn])
     manifest = {
         "kind": "calibration set",
         "model": {"name": opened.name},
@@ -213,9 +208,10 @@ def build(
         "begin_token": next(iter(head), None),
         "tokenizer": opened.tokenizer_fingerprint,
         "leakage": "off" if guard is None else guard.report(),
-        "own": own_record(own, counts),
+        "own": {name: own[name].model_dump(mode="json") for name in counts if name in own},
         "sources": described,
     }
+    ids = torch.tensor([row for _, row in drawn])
     made = CalibrationSet(ids, tuple(name for name, _ in drawn), manifest)
     manifest["sha256"] = made.sha256
     return made

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -33,7 +32,6 @@ from calmix.files import (
 )
 from calmix.manifest import SEAL, seal_holds, sealed
 from calmix.shown import Shown
-from calmix.sources import Source
 
 TENSORS, MANIFEST, KIND, FORMAT = "calibration.safetensors", "manifest.json", "calibration set", 1
 
@@ -155,12 +153,6 @@ def saved_set(named: str | Path | None) -> Path | None:
         if named and path.is_dir() and any((path / name).exists() for name in (TENSORS, MANIFEST)):
             return path
     return None
-
-
-def own_record(own: Mapping[str, Source] | None, used: Iterable[str]) -> dict[str, Any]:
-    """Return the user's own sources among those used, as JSON-serialisable values."""
-    known = own or {}
-    return {name: known[name].model_dump(mode="json") for name in used if name in known}
 
 
 def export_jsonl(made: CalibrationSet, tokenizer: Any, path: Path | str) -> None:

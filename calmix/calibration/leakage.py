@@ -72,9 +72,8 @@ class ItemIndex:
                 distinct = 1 + (windows[:, 1:] != windows[:, :-1]).sum(axis=1)
                 hashes.append(window_hashes(np.array(row), n)[distinct >= DISTINCT * n])
                 owners.append(np.full(len(hashes[-1]), number))
-        joined = np.concatenate(hashes)
-        order = np.argsort(joined, kind="stable")
-        self._hashes, self._owner = joined[order], np.concatenate(owners)[order]
+        self._hashes, first = np.unique(np.concatenate(hashes), return_index=True)
+        self._owner = np.concatenate(owners)[first]
 
     def find(self, ids: list[int]) -> tuple[str, str] | None:
         """Return task and id of an item that shares a run of `n` tokens, or None."""

@@ -86,13 +86,13 @@ class Asked:
     @property
     def written(self) -> dict[str, Generator]:
         """The generators that have a share in the mix, by name; chats have a share of their own."""
-        names = [name for name in self.mix if name in GENERATORS and name not in self.own]
+        names = [name for name in self.mix if name not in self.sources]
         return {n: WITHOUT_CHATS if n == "self-written" else GENERATORS[n]() for n in names}
 
     @property
     def sources(self) -> list[str]:
         """The names of the sources that have a share in the mix."""
-        return [name for name in self.mix if name not in self.written]
+        return [name for name in self.mix if name in self.own or name not in GENERATORS]
 
     @property
     def generate(self) -> str | None:
@@ -145,7 +145,7 @@ def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generat
 
 
 def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None) -> Mix:
-    """Put the members in the place of a named mix, and refuse what the licence leaves out."""
+    """Put the members in the place of a named mix, those that the licence allows."""
     weights: dict[str, float] = {}
     for name, weight in mix.items():
         members = {name: 1.0} if name in own else MIXES.get(name, {name: 1.0})
@@ -153,8 +153,6 @@ def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None)
             held = offline_sources()
             members = {one: 1.0 for one in held if allowed(held[one].licence, wanted)}
         for member, share in members.items():
-            if wanted is not None and (member not in GENERATORS or member in own):
-                refuse(member, get_source(member, own).licence, wanted)
             if member in weights or (member in mix and member != name):
                 raise InputError(f"calibration '{text}' names '{member}' twice: {name} holds it")
             weights[member] = weight * share / sum(members.values())
@@ -178,8 +176,6 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
     mix, generator, fixed = _parsed(text, own)
     named = fixed.pop("licence", None)
     licence = licence or named
-    for name in [] if generator is None else generator.sources:
-        refuse(name, get_source(name, own).licence, licence)
     draw = DrawOptions(**(fixed | given))
     check_length(draw.length, context)
     if draw.leakage != "off":
@@ -188,10 +184,13 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
         raise InputError(f"'packing' has no effect with {generator.name}: leave it out")
     files = [path] if (path := user_path(text)).suffix.lower() in YAML else []
     asked = Asked(_grouped(mix, own, text, licence), generator, None, own, draw, files)
-    for name in asked.sources:
-        files += get_source(name, own).check()
-    for one in [*asked.written.values(), *([] if generator is None else [generator])]:
-        files += one.check(own)
+    generators = asked.written.values() if generator is None else [generator]
+    for name in [*asked.sources, *(name for one in generators for name in one.sources)]:
+        source = get_source(name, own)
+        refuse(name, source.licence, licence)
+        files += source.check()
+    for one in generators:
+        files += one.check()
     return asked
 
 
@@ -246,10 +245,10 @@ def make(
     guard: Guard | None,
     *,
     tick: Callable[[str], None] | None = None,
-    writing: Callable[[str, int, int], None] | None = None,
-    note: Callable[[str], None] | None = None,
+    **heard: Any,
 ) -> CalibrationSet:
-    """Draw or write a set as it is asked for, away from what the guard refuses."""
+    """Draw or write a set as it is asked for, away from what the guard refuses; `heard` are
+    `writing` and `note`."""
     rows, seed = asked.draw.rows, asked.draw.seed
     how: dict[str, Any] = {"length": asked.draw.length, "seed": seed, "guard": guard}
     how["own"] = asked.own
@@ -271,9 +270,7 @@ def make(
             if not isinstance(opened, OpenModel):
                 line = f"{generator.name} runs the model: open it, not its tokenizer alone"
                 raise InputError(line)
-            parts[name] = generate(
-                generator, opened, rows=counts[name], writing=writing, note=note, **how
-            )
+            parts[name] = generate(generator, opened, rows=counts[name], **heard, **how)
     made = _together(parts, asked, seed)
     if (turns := count_turns(made.ids, opened.tokenizer)) is not None:
         made.manifest["chat_turns"] = turns
@@ -291,32 +288,30 @@ def _together(parts: Mapping[str, CalibrationSet], asked: Asked, seed: int) -> C
         first["mix"] = asked.mix
     owner = np.repeat(list(parts), [part.rows for part in each])
     owner = np.random.default_rng(seed).permutation(owner)
-    left = {name: iter(range(part.rows)) for name, part in parts.items()}
-    places = [(name, next(left[name])) for name in owner.tolist()]
+    left = {name: zip(part.ids, part.sources, strict=True) for name, part in parts.items()}
+    rows = [(name, *next(left[name])) for name in owner.tolist()]
     manifest = first | {
         "model": last["model"],
-        "rows": len(places),
+        "rows": len(rows),
         "leakage": last["leakage"],
         "written": {name: part.manifest for name, part in parts.items() if name != "own"},
     }
-    names = tuple(parts[name].sources[at] if name == "own" else name for name, at in places)
-    ids = torch.stack([parts[name].ids[at] for name, at in places])
-    made = CalibrationSet(ids, names, manifest)
+    names = tuple(source if name == "own" else name for name, _, source in rows)
+    made = CalibrationSet(torch.stack([ids for _, ids, _ in rows]), names, manifest)
     manifest["sha256"] = made.sha256
     return made
 
 
 def _saved(path: Path, given: Mapping[str, Any], licence: str | None) -> CalibrationSet:
     found = CalibrationSet.open(path)
-    for name, source in (found.manifest.get("sources") or {}).items():
-        if isinstance(source, dict):
-            refuse(name, source.get("licence", "unstated"), licence)
-    seeds = (found.manifest.get("settings") or {}).get("seeds")
-    for seed in [] if seeds is None else MIXES.get(seeds, [seeds]):
-        refuse(seed, get_source(seed).licence, licence)
     has = dict(found.manifest)
+    licences = {name: source.get("licence", "unstated") for part in ("own", "sources")
+                for name, source in has.get(part, {}).items()}  # fmt: skip
+    seeds = has.get("settings", {}).get("seeds")
+    for name in [*licences, *([] if seeds is None else MIXES.get(seeds, [seeds]))]:
+        refuse(name, licences.get(name) or get_source(name).licence, licence)
     if isinstance(guard := has.get("leakage"), dict):
-        has |= {"leakage": guard["suite"]}
+        has["leakage"] = guard["suite"]
     for key, value in given.items():
         if has.get(key) != value:
             raise InputError(

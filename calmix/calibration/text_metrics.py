@@ -57,15 +57,11 @@ def row_aggregation(ids: Ids, n: int) -> NDArray[np.float64]:
     return (rows[:, 1:] == rows[:, :-1]).sum(1) / max(1, rows.shape[1])
 
 
-def coverage(sets: Sequence[Ids], n: int, reference: Sequence[Ids] | None = None) -> list[float]:
-    """Return for each set the share of the distinct n-grams of the reference that it holds.
-
-    Without a reference it is all sets pooled.
-    """
-    keys = ngram_keys([*sets, *(reference or ())], n)
-    own, other = keys[: len(sets)], keys[len(sets) :]
-    pooled = np.unique(np.concatenate(own if reference is None else other))
-    return [int(np.isin(pooled, part).sum()) / max(1, len(pooled)) for part in own]
+def coverage(sets: Sequence[Ids], n: int, reference: Sequence[Ids]) -> list[float]:
+    """Return for each set the share of the distinct n-grams of the reference that it holds."""
+    keys = ngram_keys([*sets, *reference], n)
+    pooled = np.unique(np.concatenate(keys[len(sets) :]))
+    return [int(np.isin(pooled, part).sum()) / max(1, len(pooled)) for part in keys[: len(sets)]]
 
 
 def entropy(weights: NDArray[Any]) -> float:

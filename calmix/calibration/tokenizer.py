@@ -42,11 +42,7 @@ def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokeniz
 
 def tokenizer_function(tokenizer: Any) -> Tokenize:
     """Return a function from texts to ids without special tokens and without warnings."""
-
-    def tokenize(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    return tokenize
+    return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def begin_token(tokenizer: Any) -> list[int]:

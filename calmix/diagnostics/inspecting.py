@@ -277,7 +277,8 @@ def _work(folder: Path, health: Health, say: Say) -> None:
     asked, done = record["request"], record["kept"].get("done", 0)
     unit = "steps" if asked["method"] == "distill" else "blocks"
     health.kind = "unfinished recovery" if "against" in asked else "unfinished prune"
-    health.facts = {"method": asked["method"], f"{unit} done": done, **RESUME}
+    health.facts = {"method": asked["method"], f"{unit} done": done,
+                    "to finish it": "the same command with --resume"}  # fmt: skip
     if saved_set(folder / SET):
         health.problems += inspect(folder / SET, say).problems
 
@@ -301,7 +302,6 @@ def _scores(path: Path, health: Health, say: Say) -> None:
         health.warnings.append(f"{cut} requests were cut to fit the model's context")
 
 
-RESUME = {"to finish it": "the same command with --resume"}
 CHECKS: dict[str, Check] = {
     "study store": _store,
     "compressed model": _compressed,

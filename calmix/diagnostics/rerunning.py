@@ -67,6 +67,12 @@ def rerun(
     check_output_folder(output, inputs=inputs)
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "writing": writing, "note": note}
     try:
+        for told in (kept[part] for part in ("against", "model") if part in kept):
+            sha256 = told.get("sha256", told.get("fingerprint"))
+            if sha256 is not None and fingerprint(resolve_model(told["name"])) != sha256:
+                raise InputError(
+                    f"the model {told['name']} has changed: its files have another hash than then"
+                )
         work = MAKERS[kind](path, kept, progress, how)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path} lacks what it takes to make it again: {error!r}") from error
@@ -86,40 +92,32 @@ def _found(folder: Path) -> Path:
     )
 
 
-def _prune(path: Path, kept: dict[str, Any], progress: Progress, how: dict[str, Any]) -> Work:
-    model, told = kept["model"], kept["calibration"] or {}
-    options = _options(kept["request"], path)
-    request = prune_request(**options.pop("options"), **options)
-    how |= {"dtype": kept["dtype"], "device": kept["device"], "progress": progress}
-    _check_model(model["name"], model["sha256"])
-    return lambda output: prune_checkpoints(
-        model["name"], {output: request}, started=lambda made: _check_set(told, made), **how
-    )
+def _checkpoint(path: Path, kept: dict[str, Any], progress: Progress, how: dict[str, Any]) -> Work:
+    told, options = kept["calibration"] or {}, dict(kept["request"])
+    options |= options.pop("draw")
+    if "sources" in options:
+        options["sources"] = _own(options["sources"], path)
 
+    def started(made: CalibrationSet | None) -> None:
+        # A saved set's manifest says more than a drawn one's.
+        if made is not None and made.sha256 != told.get("sha256"):
+            found = (d for d in differences(told, made.manifest) if d[:6] != "sha256")
+            what = next(found, "its ids")
+            raise InputError(f"the calibration set changed ({what}), so hashes cannot match")
 
-def _recover(path: Path, kept: dict[str, Any], progress: Progress, how: dict[str, Any]) -> Work:
+    name = kept["model"]["name"]
+    how |= {"dtype": kept["dtype"], "device": kept["device"], "started": started}
+    if kept["kind"] == "pruned checkpoint":
+        request = prune_request(**options.pop("options"), **options)
+        return lambda output: prune_checkpoints(name, {output: request}, progress=progress, **how)
     if kept["processes"] > 1:
         raise InputError(
             f"{path} was recovered by {kept['processes']} processes, which decides how sums round: "
             "recover again under the same launcher, and compare the hashes in calmix.json"
         )
-    request = recover_request(**_options(kept["request"], path))
-    model, dense, told = kept["model"], kept["against"], kept["calibration"]
-    how |= {"dtype": kept["dtype"], "device": kept["device"]}
-    for one in (dense, model):
-        _check_model(one["name"], one["sha256"])
-    return lambda output: recover(
-        model["name"], dense["name"], request, output, started=lambda made: _check_set(told, made),
-        progress=lambda done, total, loss: progress(done, total), **how,
-    )  # fmt: skip
-
-
-def _options(request: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a request's options by name, those of the calibration set among the others."""
-    options = {name: value for name, value in request.items() if name != "draw"} | request["draw"]
-    if "sources" in options:
-        options["sources"] = _own(options["sources"], path)
-    return options
+    asked, dense = recover_request(**options), kept["against"]["name"]
+    how["progress"] = lambda done, total, loss: progress(done, total)
+    return lambda output: recover(name, dense, asked, output, **how)
 
 
 def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
@@ -141,12 +139,10 @@ def _calibrate(path: Path, kept: dict[str, Any], _: Progress, how: dict[str, Any
         settings = {k: v for k, v in kept["settings"].items() if not k.endswith("_sha256")}
         generator = read_generator(kept["generated"], settings, str(path))
         asked = Asked({}, generator, own=own, draw=draw)
-    if (sha256 := kept["model"].get("fingerprint")) is not None:
-        _check_model(name, sha256)
 
     def work(output: Path) -> None:
         opened: Any = (
-            open_tokenizer(name, trust_remote_code=trust) if sha256 is None
+            open_tokenizer(name, trust_remote_code=trust) if "fingerprint" not in kept["model"]
             else open_model(name, trust_remote_code=trust, **opening)
         )  # fmt: skip
         if opened.tokenizer_fingerprint != tokenizer:
@@ -171,19 +167,8 @@ def _compared(path: Path, kept: dict[str, Any], output: Path) -> dict[str, Any]:
     return {"same": not differing, "differing": differing, "inputs": inputs}
 
 
-def _check_model(name: str, sha256: str) -> None:
-    if fingerprint(resolve_model(name)) != sha256:
-        raise InputError(f"the model {name} has changed: its files have another hash than then")
-
-
-def _check_set(told: dict[str, Any], made: CalibrationSet | None) -> None:
-    # A saved set's manifest says more than a drawn one's.
-    if made is not None and made.sha256 != told.get("sha256"):
-        found = (d for d in differences(told, made.manifest) if d[:6] != "sha256")
-        what = next(found, "its ids")
-        raise InputError(f"the calibration set changed ({what}), so hashes cannot match")
-
-
 MAKERS: dict[str, Callable[..., Work]] = {
-    "pruned checkpoint": _prune, "recovered checkpoint": _recover, "calibration set": _calibrate,
-}  # fmt: skip
+    "pruned checkpoint": _checkpoint,
+    "recovered checkpoint": _checkpoint,
+    "calibration set": _calibrate,
+}

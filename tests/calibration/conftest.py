@@ -8,6 +8,11 @@ from calmix.calibration import open_tokenizer
 from tests.tiny import tiny_tokenizer
 
 
+def write_rows(path, texts):
+    """Write texts as JSON lines."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+
+
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
     """The tiny model's tokenizer: one token a byte, no begin token."""
@@ -31,12 +36,9 @@ def sources(tmp_path):
     """Two JSON-lines sources of 60 documents of 40 to 99 bytes, in letters of their own."""
     found = {}
     for name, letters in (("lower", "abcdefgh"), ("upper", "ABCDEFGH")):
-        path = tmp_path / f"{name}.jsonl"
-        lines = []
-        for number in range(60):
-            size = 40 + number
-            text = "".join(letters[(i * i + number * i + number) % 8] for i in range(size))
-            lines.append(json.dumps({"text": text}) + "\n")
-        path.write_text("".join(lines), encoding="utf-8")
-        found[name] = str(path)
+        found[name] = str(tmp_path / f"{name}.jsonl")
+        write_rows(tmp_path / f"{name}.jsonl", (
+            "".join(letters[(i * i + number * i + number) % 8] for i in range(40 + number))
+            for number in range(60)
+        ))  # fmt: skip
     return found

@@ -10,7 +10,7 @@ from calmix import CalibrationSet
 from calmix.calibration import build, parse_mix
 from calmix.calibration.dataset import export_jsonl
 from calmix.errors import InputError
-from calmix.files import sha256_json
+from calmix.manifest import sealed
 
 
 @pytest.fixture
@@ -51,17 +51,12 @@ def _tensors(change):
     return damage
 
 
-def _edit_manifest(folder):
-    path = folder / "manifest.json"
-    path.write_text(path.read_text(encoding="utf-8").replace('"seed": 0', '"seed": 1'), "utf-8")
+def _manifest(change, seal):
+    def damage(folder):
+        path = folder / "manifest.json"
+        path.write_text(json.dumps(seal(json.loads(path.read_text("utf-8")) | change)), "utf-8")
 
-
-def _other_format(folder):
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) | {"format": 99}
-    manifest.pop("manifest_sha256")
-    manifest["manifest_sha256"] = sha256_json(manifest)
-    path.write_text(json.dumps(manifest), encoding="utf-8")
+    return damage
 
 
 @pytest.mark.parametrize(
@@ -69,8 +64,8 @@ def _other_format(folder):
     [
         (_tensors(lambda held: held["ids"][0].add_(1)), "is damaged: make it again"),
         (_tensors(lambda held: held["source"].mul_(-1).add_(1)), "is damaged: make it again"),
-        (_edit_manifest, r"is damaged \(manifest.json\): make it again"),
-        (_other_format, "format 1, which this calmix reads: .* kind calibration set and format 99"),
+        (_manifest({"seed": 1}, dict), r"is damaged \(manifest.json\): make it again"),
+        (_manifest({"format": 99}, sealed), "format 1, which .*: .* calibration set and format 99"),
         (lambda f: (f / "calibration.safetensors").unlink(), "is damaged: make it again"),
         (lambda f: (f / "manifest.json").unlink(), "there is no calibration set at"),
         (lambda f: (f / "manifest.json").write_text("{", "utf-8"), "is damaged: it is no JSON"),

@@ -1,7 +1,5 @@
 """The leakage guard."""
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +8,7 @@ from calmix.calibration import build, leakage, parse_mix, resolve
 from calmix.calibration.leakage import Guard, ItemIndex
 from calmix.calibration.tokenizer import tokenizer_function
 from calmix.errors import SourceError
+from tests.calibration.conftest import write_rows
 
 ids = st.lists(st.integers(0, 6), max_size=20)
 
@@ -56,7 +55,7 @@ def planted(tmp_path, documents, leaks, text=ITEM):
             for i in range(documents)]  # fmt: skip
     for i in range(leaks):
         rows[i * (documents // max(1, leaks))] = f"By the way: {text} And so on for {i}."
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    write_rows(path, rows)
     return path.name
 
 

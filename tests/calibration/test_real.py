@@ -1,7 +1,5 @@
 """The guard against the real suite, and where text starts, with the builtin model's tokenizer."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -9,6 +7,7 @@ from calmix import CalibrationSet
 from calmix.calibration.leakage import suite_items
 from calmix.errors import InputError
 from calmix.evaluation.own import template
+from tests.calibration.conftest import write_rows
 from tests.tiny import quick
 
 pytestmark = pytest.mark.real
@@ -16,13 +15,11 @@ WORDS = "river stone under bright seven letters carried north along quiet roads"
 
 
 def _planted(path, text, leaks):
-    rng, lines = np.random.default_rng(0), []
-    for number in range(120):
-        body = " ".join(rng.choice(WORDS.split(), 60))
-        if number % 12 == 5 and number // 12 < leaks:
-            body = f"{body}\n\n{text}\n\n{body}"
-        lines.append(json.dumps({"text": body}) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
+    rng = np.random.default_rng(0)
+    rows = [" ".join(rng.choice(WORDS.split(), 60)) for _ in range(120)]
+    for number in range(5, 5 + 12 * leaks, 12):
+        rows[number] = f"{rows[number]}\n\n{text}\n\n{rows[number]}"
+    write_rows(path, rows)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,10 @@ def test_names_mixes_and_yaml_files_agree(sources, tiny, tmp_path):
     assert by_file.counts == by_text.counts
     assert by_file.counts[lower] == 6
     assert resolve(str(file), tiny, rows=4).rows == 4  # the command line comes first
+    with pytest.raises(InputError, match="257 is beyond the model's context of 256 tokens"):
+        resolve(str(file), tiny, length=257)
+    with pytest.raises(InputError, match="unknown option 'select'"):
+        resolve(str(file), tiny, select="igsp")
 
 
 def test_own_sources_come_from_a_file_a_yaml_specification_or_python(sources, tiny, tmp_path):
@@ -139,13 +143,6 @@ def test_a_wrong_yaml_file(text, message, tmp_path):
     file.write_text(text, encoding="utf-8")
     with pytest.raises((InputError, SourceError), match=message):
         ask(str(file))
-
-
-def test_options_out_of_range(sources, tiny):
-    with pytest.raises(InputError, match="257 is beyond the model's context of 256 tokens"):
-        drawn(sources["lower"], tiny, length=257)
-    with pytest.raises(InputError, match="unknown option 'select'"):
-        drawn(sources["lower"], tiny, select="igsp")
 
 
 def test_long_mixes_and_odd_names_are_not_paths(tiny):

@@ -2,19 +2,12 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 
-from calmix.cli import app
 from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
-from tests import synthetic
-from tests.conftest import write_text_file
-from tests.pruning.test_streamed import interrupt_before
-from tests.tiny import save_tiny_model
 
-SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
 # By name: what it is, and a file of it that is checked by its bytes; None where none is.
 KINDS = {
     "pruned": ("pruned checkpoint", "model-00001-of-00004.safetensors"),
@@ -29,41 +22,6 @@ KINDS = {
     "cut": ("unfinished prune", None),
     "results": ("study store", "store.json"),
 }
-
-
-@pytest.fixture(scope="module")
-def made(tiny_folder, tmp_path_factory):
-    """A folder with a result of every kind, named as in `KINDS`."""
-    base = tmp_path_factory.mktemp("made")
-    text = write_text_file(base / "text.txt")
-    mixture = save_tiny_model(base / "mixture", "qwen3_moe")
-
-    def calmix(*arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["calmix", *map(str, arguments)])
-            app([str(one) for one in arguments], standalone_mode=False)
-
-    prune = ("prune", tiny_folder, "--calibration", text, *SMALL)
-    calmix(*prune, "--sparsity", 0.5, "-o", base / "pruned")
-    calmix(*prune, "--sparsity", "0.4,0.5", "-o", base / "several")
-    # What a recovery read is not what a prune without text lacked: no warning of few tokens.
-    calmix("prune", tiny_folder, "-o", base / "bare", "--sparsity", 0.5, "--method", "magnitude")
-    calmix("recover", base / "bare", "--against", tiny_folder, "--method", "blocks",
-           "--epochs", 1, "--calibration", text, *SMALL, "-o", base / "recovered")  # fmt: skip
-    calmix("prune", mixture, "--calibration", text, *SMALL, "--drop-experts", 0.25, "-o",
-           base / "dropped")  # fmt: skip
-    calmix("export", "--to", "pack", base / "pruned", "-o", base / "pack")
-    calmix("export", "--to", "pack", tiny_folder, "-o", base / "dense-pack")
-    calmix("calibrate", text, "--model", tiny_folder, *SMALL, "-o", base / "set")
-    calmix("calibrate", "self-cal", "--model", tiny_folder, *SMALL, "-o", base / "written")
-    calmix("calibrate", "measure", text, "--model", tiny_folder, "--rows", 8, "--length", 32,
-           "--draws", 1, "-o", base / "measured.json")  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_before(patch, 1)
-        calmix(*prune, "--sparsity", 0.5, "-o", base / "cut")
-    few = synthetic.Plan(seeds=(0,), sources=("a", "b", "c", "d"), dimensions=("general", "code"))
-    synthetic.save(synthetic.study(few), base / "results")
-    return base
 
 
 @pytest.fixture
@@ -161,19 +119,3 @@ def test_what_is_no_result_is_one_line(calmix, made, tmp_path):
         assert "is no file that can be checked" in calmix("doctor", "inspect", made / name).line
     assert "holds nothing calmix has written" in calmix("doctor", "inspect", tmp_path).line
     assert "there is nothing at nowhere" in calmix("doctor", "inspect", "nowhere").line
-
-
-@pytest.mark.parametrize("name", ["dropped", "pack", "written"])
-def test_what_has_a_request_is_made_again(calmix, made, name):
-    calmix("doctor", "rerun", made / name).ok()
-
-
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        ("several", "sparsegpt-0.4"), ("dense-pack", "neither calmix.json nor manifest.json"),
-        ("measured.json", "no manifest of what can be made"), ("nothing", "there is no manifest"),
-    ],
-)  # fmt: skip
-def test_what_has_none_is_one_line(calmix, made, name, line):
-    assert line in calmix("doctor", "rerun", made / name).line

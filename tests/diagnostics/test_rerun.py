@@ -1,6 +1,7 @@
 """`rerun`: the same hashes from the manifest alone, or the input that differs."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -10,76 +11,44 @@ from calmix.manifest import sealed
 from tests.tiny import save_tiny_model
 
 SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
+SETS = ("set", "written", "continued")
 
 
-@pytest.fixture
-def model(tmp_path):
-    return save_tiny_model(tmp_path / "model")
-
-
-@pytest.fixture
-def sources(tmp_path, text_file):
-    path = tmp_path / "own.yaml"
-    path.write_text("mine:\n  licence: MIT\n  reader: {type: file, path: text.txt}\n")
-    return path
-
-
-def prune(calmix, model, output, *options):
-    calmix("prune", model, "-o", output, "--sparsity", 0.5, *options).ok()
-    return output / "calmix.json"
-
-
-@pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
-def test_a_checkpoint_is_made_again_with_the_same_hashes(calmix, model, sources, tmp_path, method):
-    drawn = ("--calibration", "mine", "--sources", sources, *SMALL, "--seed", 3)
-    if method == "magnitude":
-        drawn = ()
-    manifest = prune(calmix, model, tmp_path / "first", "--method", method, *drawn)
-    before = sorted(tmp_path.iterdir())
-    ended = calmix("doctor", "rerun", manifest).ok()
-    assert "the same: every file" in ended.out
-    assert sorted(tmp_path.iterdir()) == before, "nothing is left behind"
-    ended = calmix("doctor", "rerun", manifest.parent, "-o", tmp_path / "second", "--json")
-    told = json.loads(ended.out)
+@pytest.mark.parametrize(
+    "name", ["pruned", "bare", "recovered", "dropped", "pack", "several/sparsegpt-0.5", *SETS]
+)
+def test_the_same_is_made_again(calmix, made, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(made)  # relative paths in the manifest start there
+    file = "manifest.json" if name in SETS else "calmix.json"
+    told = calmix("doctor", "rerun", made / name / file, "-o", tmp_path / "new" / "again", "--json")
+    told = json.loads(told.ok().out)
     assert (told["same"], told["differing"], told["inputs"]) == (True, [], [])
-    first, second = (json.loads((p / "calmix.json").read_text())
-                     for p in (manifest.parent, tmp_path / "second"))  # fmt: skip
-    assert first == second, "a rerun can be rerun"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["again"]
+    first, second = (folder / file for folder in (made / name, tmp_path / "new" / "again"))
+    assert first.read_bytes() == second.read_bytes(), "a rerun can be rerun"
+    if name in SETS:
+        first, second = (path.with_name("calibration.safetensors") for path in (first, second))
+        assert first.read_bytes() == second.read_bytes()
 
 
-def test_one_of_several_targets_on_a_generated_set_is_made_again(calmix, model, tmp_path):
-    options = ("--sparsity", "0.4,0.5", "--calibration", "self-cal", *SMALL)
-    assert calmix("prune", model, "-o", tmp_path / "both", *options).code == 0
-    calmix("doctor", "rerun", tmp_path / "both" / "sparsegpt-0.5").ok()
+def test_nothing_is_left_of_what_is_made_to_compare(calmix, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    folder = shutil.copytree(made / "pruned", tmp_path / "pruned")
+    assert "the same: every file" in calmix("doctor", "rerun", folder).ok().out
+    assert list(tmp_path.iterdir()) == [folder]
 
 
-LARGER = ("--rows", 16, *SMALL[2:])  # a recovery holds rows out
-
-
-def test_a_recovered_checkpoint_is_made_again_with_the_same_hashes(
-    calmix, model, sources, tmp_path
-):
-    drawn = ("--calibration", "mine", "--sources", sources, *LARGER)
-    first = tmp_path / "first"
-    prune(calmix, model, tmp_path / "pruned", *drawn)
-    how = ("--against", model, *drawn, "--epochs", 1, "-o", first)
-    assert calmix("recover", tmp_path / "pruned", *how).code == 0
-    before = sorted(tmp_path.iterdir())
-    ended = calmix("doctor", "rerun", first, "-o", tmp_path / "new" / "second", "--json").ok()
-    told = json.loads(ended.out)
-    assert (told["same"], told["differing"], told["inputs"]) == (True, [], [])
-    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "new"])
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["second"]
-    kept, again = (json.loads((folder / "calmix.json").read_text())
-                   for folder in (first, tmp_path / "new" / "second"))  # fmt: skip
-    assert kept == again, "a rerun can be rerun"
+def test_what_differs_is_named(calmix, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    folder = shutil.copytree(made / "recovered", tmp_path / "recovered")
+    kept = json.loads((folder / "calmix.json").read_text(encoding="utf-8"))
 
     def changed(**parts):
-        write_json(first / "calmix.json", sealed(kept | parts))
-        return calmix("doctor", "rerun", first)
+        write_json(folder / "calmix.json", sealed(kept | parts))
+        return calmix("doctor", "rerun", folder)
 
-    run = json.loads((first / "calmix-run.json").read_text())
-    write_json(first / "calmix-run.json", run | {"machine": "riscv"})
+    run = json.loads((folder / "calmix-run.json").read_text())
+    write_json(folder / "calmix-run.json", run | {"machine": "riscv"})
     other = {"sha256": "0" * 64}
     told = changed(
         pruned=kept["pruned"] | {"versions": {"torch": "1.0"}},
@@ -93,30 +62,19 @@ def test_a_recovered_checkpoint_is_made_again_with_the_same_hashes(
         ({"processes": 2}, "by 2 processes"), ({"request": None}, "holds no request"),
         ({"against": kept["against"] | other}, "has changed"),
         ({"model": kept["model"] | other}, "has changed"),
+        ({"model": kept["model"] | {"name": "/moved"}}, "/moved"),
     ):  # fmt: skip
         assert line in changed(**parts).err
-    (tmp_path / "pruned").rename(tmp_path / "moved")
-    assert str(tmp_path / "pruned") in changed().line
 
 
-OWN = ("--sources", "own.yaml")
+@pytest.fixture
+def model(tmp_path):
+    return save_tiny_model(tmp_path / "model")
 
 
-@pytest.mark.usefixtures("sources")
-@pytest.mark.parametrize(
-    ("what", "more"),
-    [
-        ("self-written", ()), ("sgs,seeds=mine", OWN),
-        ("mine:0.3,text.txt:0.7", (*OWN, "--packing", "concat")),
-    ],
-)  # fmt: skip
-def test_a_set_is_made_again(calmix, model, tmp_path, monkeypatch, what, more):
-    monkeypatch.chdir(tmp_path)
-    calmix("calibrate", what, "-m", model, "-o", "set", *SMALL, *more).ok()
-    calmix("doctor", "rerun", "set/manifest.json", "-o", "again").ok()
-    first, second = ((tmp_path / name / "calibration.safetensors").read_bytes()
-                     for name in ("set", "again"))  # fmt: skip
-    assert first == second
+def prune(calmix, model, output, *options):
+    calmix("prune", model, "-o", output, "--sparsity", 0.5, *options).ok()
+    return output / "calmix.json"
 
 
 def test_another_text_or_model_is_told_before_any_work(calmix, model, text_file, tmp_path):
@@ -155,3 +113,14 @@ def test_manifests_that_cannot_be_used_give_one_line(calmix, tmp_path, content, 
     ended = calmix("doctor", "rerun", tmp_path / "calmix.json")
     assert line in ended.line
     assert calmix("doctor", "rerun", tmp_path / "nowhere" / "calmix.json").code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("several", "sparsegpt-0.4"), ("dense-pack", "neither calmix.json nor manifest.json"),
+        ("measured.json", "no manifest of what can be made"), ("nothing", "there is no manifest"),
+    ],
+)  # fmt: skip
+def test_what_has_none_is_one_line(calmix, made, name, line):
+    assert line in calmix("doctor", "rerun", made / name).line

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import model_validator
 
-from calmix.calibration.dataset import CalibrationSet, own_record
+from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.leakage import Guard
 from calmix.calibration.selfgen.prompts import (
     Beginnings,
@@ -33,7 +33,6 @@ from calmix.calibration.text_metrics import aggregation, row_aggregation
 from calmix.calibration.tokenizer import begin_token, tokenizer_function
 from calmix.errors import InputError
 from calmix.models import OpenModel
-from calmix.models.opening import check_length
 from calmix.options import Options, option
 from calmix.precision import dtype_name
 from calmix.sources import Source, get_source
@@ -44,7 +43,7 @@ ANOTHER = 1_000_003  # between the seeds of two rounds
 PREFIX, PREFIXES = 2, 1000  # tokens of a seed text, and of how many
 CHAT = 0.25  # of rows: chats in what a model with a chat template writes, and in default mixes
 
-Own = Mapping[str, Source] | None
+Own = Mapping[str, Source]
 # Token ids (pieces, length), the dimension of each piece, and over its sampled tokens the negative
 # log-likelihood in nats and their number.
 Pieces = tuple[NDArray[np.int64], NDArray[np.str_], NDArray[np.float64], NDArray[np.int64]]
@@ -80,9 +79,9 @@ class Generator(Options):
         """The names of the sources of text that the generator reads."""
         return []
 
-    def check(self, own: Own) -> list[Path]:
-        """Return the user's own files that are read; raise CalmixError where one cannot be."""
-        return [path for name in self.sources for path in get_source(name, own).check()]
+    def check(self) -> list[Path]:
+        """Return the user's own files that are read beside the sources, once they are checked."""
+        return []
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
         """Return what texts begin with, by dimension."""
@@ -110,7 +109,7 @@ class SelfWritten(Generator):
     prompts: Path | None = option(None, "YAML file of prompts by dimension.", metavar="FILE")
     chat: float = option(CHAT, "Share of rows that are chats, e.g. 0.25.", ge=0, lt=1)
 
-    def check(self, own: Own) -> list[Path]:
+    def check(self) -> list[Path]:
         load_prompts(self.prompts)
         return [] if self.prompts is None else [self.prompts]
 
@@ -232,9 +231,9 @@ def generate(
     *,
     rows: int,
     length: int,
-    seed: int = 0,
-    guard: Guard | None = None,
-    own: Own = None,
+    seed: int,
+    guard: Guard | None,
+    own: Own,
     writing: Callable[[str, int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> CalibrationSet:
@@ -243,7 +242,6 @@ def generate(
 
     `guard`, `own`, `writing` and `note` are as for `calmix.calibration.resolve`.
     """
-    check_length(length, opened.context)
     held = generator.beginnings(opened.tokenizer, seed, own)
     per_row = max(1, round(length / generator.piece)) if generator.piece else 1
     size = math.ceil(length / per_row)
@@ -269,13 +267,10 @@ def generate(
     pieces, counted = _enough(generator, more, quota, guard)
     picked = generator.choose(pieces, quota)
     written, groups, nll, tokens = chosen = _some(pieces, picked)
-    rng = np.random.default_rng(seed)
-    joined: list[tuple[NDArray[np.int64], str]] = []
-    for name in quota:  # pieces of one dimension are joined to rows
-        ids = written[rng.permutation(np.flatnonzero(groups == name))]
-        joined += [(row, name) for row in ids.reshape(-1, per_row * size)[:, :length]]
-    order = rng.permutation(len(joined))
-    rows_made = torch.from_numpy(np.stack([joined[i][0] for i in order]))
+    rng = np.random.default_rng(seed)  # pieces of one dimension are joined to rows
+    places = np.concatenate([rng.permutation(np.flatnonzero(groups == name)) for name in quota])
+    order = rng.permutation(rows)
+    ids = written[places].reshape(rows, -1)[order, :length]
     weight = next(opened.model.parameters())
     manifest = {
         "kind": "calibration set",
@@ -287,14 +282,14 @@ def generate(
             "dtype": dtype_name(weight.dtype),
             "device": weight.device.type,
         },
-        "own": own_record(own, generator.sources),
+        "own": {n: own[n].model_dump(mode="json") for n in generator.sources if n in own},
         "rows": rows,
         "length": length,
         "seed": seed,
         "begin_token": next(iter(begin_token(opened.tokenizer)), None),
         "tokenizer": opened.tokenizer_fingerprint,
         "leakage": "off" if guard is None else guard.report(),
-        "aggregation_4": aggregation(rows_made.numpy(), ORDER),
+        "aggregation_4": aggregation(ids, ORDER),
         "temperature": warmth,
         "perplexity": {
             name: math.exp(nll[groups == name].sum() / tokens[groups == name].sum())
@@ -303,7 +298,8 @@ def generate(
         "J": objective(*chosen),
         "pieces": {"tokens": size, "a_row": per_row} | counted,
     }
-    made = CalibrationSet(rows_made, tuple(joined[i][1] for i in order), manifest)
+    names = groups[places[::per_row]][order].tolist()
+    made = CalibrationSet(torch.from_numpy(ids), tuple(names), manifest)
     manifest["sha256"] = made.sha256
     return made
 

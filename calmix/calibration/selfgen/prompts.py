@@ -17,7 +17,6 @@ from calmix.files import sha256_json
 from calmix.models.opening import in_chat
 from calmix.yaml_files import parse_model, read_text
 
-Start = Literal["auto", "bos", "separator"]
 # What tokenizers call the token that stands after every document in pretraining.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
 
@@ -158,7 +157,7 @@ def count_turns(ids: Tensor, tokenizer: Any) -> int | None:
     return sum(text.count(head) for text in tokenizer.batch_decode(ids.tolist()))
 
 
-def start_token(tokenizer: Any, start: Start = "auto") -> int | None:
+def start_token(tokenizer: Any, start: str = "auto") -> int | None:
     """Return the id of the token that begins a text with nothing before it; None for no such.
 
     The rule is ours. A token is one of chats if the chat template puts it anywhere in a request

@@ -25,6 +25,10 @@ def talker(tmp_path):
     return open_model(str(folder), dtype="float32")
 
 
+def drawn(text, opened, rows=8, **how):
+    return resolve(text, opened, rows=rows, length=64, leakage="off", **how)
+
+
 def test_turns_are_those_of_the_template(talker):
     turns = [talker.tokenizer.decode(ids) for ids in chat_turns(talker.tokenizer)]
     assert turns == ["S:be kind</s>u:", "a:", "u:"]
@@ -32,7 +36,7 @@ def test_turns_are_those_of_the_template(talker):
 
 
 def test_a_row_is_a_conversation(talker):
-    made = resolve("chat,temperature=1", talker, rows=4, length=64, leakage="off")
+    made = drawn("chat,temperature=1", talker)
     assert made.manifest["generated"] == "chat"
     for row in made.ids:
         first, *turns = talker.tokenizer.decode(row).split("</s>")
@@ -42,17 +46,17 @@ def test_a_row_is_a_conversation(talker):
 
 
 def test_a_quarter_of_what_a_chat_model_writes_are_chats(calmix, talker, opened, tmp_path):
-    made = resolve("self-written", talker, rows=8, length=64, leakage="off")
+    made = drawn("self-written", talker)
     assert made.counts["chat"] == 2
     assert len(made.counts) == 5
     assert made.manifest["generated"] == "self-written"
     assert made.manifest["written"]["chat"]["rows"] == 2
     texts = talker.tokenizer.batch_decode(made.ids.tolist())
     assert made.manifest["chat_turns"] == sum(text.count("u:") for text in texts) >= 2
-    alone = resolve("self-written,chat=0", talker, rows=6, length=64, leakage="off")
+    alone = drawn("self-written,chat=0", talker, rows=6)
     rest = made.ids[[name != "chat" for name in made.sources]]
     assert sorted(rest.tolist()) == sorted(alone.ids.tolist())
-    plain = resolve("self-written", opened, rows=8, length=64, leakage="off")
+    plain = drawn("self-written", opened)
     assert "chat" not in plain.counts  # no chat template
     assert "chat_turns" not in plain.manifest
     made.save(tmp_path / "set")
@@ -61,47 +65,40 @@ def test_a_quarter_of_what_a_chat_model_writes_are_chats(calmix, talker, opened,
 
 def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path):
     lower, lines = sources["lower"], []
-    how = {"rows": 4, "length": 64, "leakage": "off", "note": lines.append}
-    made = resolve(lower, talker, **how)
+    made = drawn(lower, talker, note=lines.append)
     assert made.manifest["chat_turns"] == 0
-    assert len(lines) == 1
-    assert lines[0].startswith(f"warning: {lower} has no row in this model's chat format")
     resolve(str(made.save(tmp_path / "set")), talker, note=lines.append)
-    assert len(lines) == 2
-    resolve(f"chat:0.5,{lower}:0.5", talker, **how)
-    resolve("self-written", talker, **how)
-    resolve(lower, opened, **how)
     written = tmp_path / "mine.jsonl"
     written.write_text('{"text": "u:hello a:hello u:bye a:bye"}\n' * 40, encoding="utf-8")
-    resolve(str(written), talker, **how)
-    assert len(lines) == 2
-
-
-def test_a_template_in_which_no_chat_can_be_written_is_warned_of(talker, sources):
+    for text in (f"chat:0.5,{lower}:0.5", "self-written", str(written)):
+        drawn(text, talker, note=lines.append)
+    drawn(lower, opened, note=lines.append)
     talker.tokenizer.chat_template = TEMPLATE.replace("</s>{% endfor", "{% endfor")
     assert chat_turns(talker.tokenizer) is None
-    lines = []
-    resolve(sources["lower"], talker, rows=4, length=64, leakage="off", note=lines.append)
-    assert [line.partition(" that")[0] for line in lines] == ["warning: calmix finds no token"]
+    drawn(lower, talker, note=lines.append)
+    for line, said in zip(lines, (
+        f"{lower} has no row in this model's chat format",
+        f"{tmp_path / 'set'} has no row in this model's chat format",
+        "calmix finds no token that ends a turn in this model's template",
+    ), strict=True):  # fmt: skip
+        assert line.startswith(f"warning: {said}")
 
 
 def test_a_mix_may_have_a_share_of_chats(talker, sources, tmp_path):
     lower = sources["lower"]
     text = f"chat:0.25,{lower}:0.75"
-    made = resolve(text, talker, rows=8, length=64, leakage="off")
+    made = drawn(text, talker)
     assert made.counts == {lower: 6, "chat": 2}
-    alone = resolve(lower, talker, rows=6, length=64, leakage="off")
+    alone = drawn(lower, talker, rows=6)
     assert (made.ids[[name == lower for name in made.sources]] == alone.ids).all()
-    assert resolve(text, talker, rows=8, length=64, leakage="off").sha256 == made.sha256
+    assert drawn(text, talker).sha256 == made.sha256
     made.save(tmp_path / "set")
     assert CalibrationSet.open(tmp_path / "set", talker).counts == made.counts
     assert made.manifest["written"]["chat"]["generated"] == "chat"
 
 
-def test_a_model_without_a_template_or_its_tokenizer_alone_is_one_line(
-    opened, tiny, talker, sources
-):
+def test_a_model_without_a_template_or_its_tokenizer_alone_is_one_line(opened, tiny, sources):
     with pytest.raises(InputError, match="no chat template in which a token"):
-        resolve("chat", opened, rows=4, length=64, leakage="off")
+        drawn("chat", opened)
     with pytest.raises(InputError, match="chat runs the model"):
-        resolve(f"chat:0.5,{sources['lower']}:0.5", tiny, rows=4, length=64, leakage="off")
+        drawn(f"chat:0.5,{sources['lower']}:0.5", tiny)

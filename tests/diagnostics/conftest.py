@@ -1,0 +1,57 @@
+"""Results of every kind, made once."""
+
+import pytest
+
+from calmix.cli import app
+from tests import synthetic
+from tests.conftest import write_text_file
+from tests.pruning.test_streamed import interrupt_before
+from tests.tiny import save_tiny_model
+
+SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
+OWN = ("--sources", "own.yaml")
+
+
+@pytest.fixture(scope="session")
+def made(tiny_folder, tmp_path_factory):
+    """A folder with a result of every kind, made there from a user's own text `mine`."""
+    base = tmp_path_factory.mktemp("made")
+    write_text_file(base / "text.txt")
+    (base / "more.txt").write_text("other words here " * 800, encoding="utf-8")
+    (base / "own.yaml").write_text(
+        "mine: {licence: MIT, dimension: code, reader: {type: file, path: text.txt}}\n", "utf-8"
+    )
+    save_tiny_model(base / "mixture", "qwen3_moe")
+
+    def calmix(*arguments):
+        app([str(one) for one in arguments], standalone_mode=False)
+
+    def prune(output, *more):
+        calmix("prune", tiny_folder, "-o", output, "--calibration", "mine", *OWN, *SMALL, *more)
+
+    def calibrate(output, text, *more):
+        calmix("calibrate", text, "-m", tiny_folder, "-o", output, *SMALL, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(base)
+        prune("pruned", "--sparsity", 0.5, "--seed", 3)
+        calmix("prune", tiny_folder, "-o", "several", "--calibration", "self-cal", *SMALL,
+               "--sparsity", "0.4,0.5")  # fmt: skip
+        # What a recovery read is not what a prune without text lacked: no warning of few tokens.
+        calmix("prune", tiny_folder, "-o", "bare", "--sparsity", 0.5, "--method", "magnitude")
+        calmix("recover", "bare", "--against", tiny_folder, "--method", "blocks", "--epochs", 1,
+               "--calibration", "mine", *OWN, *SMALL, "-o", "recovered")  # fmt: skip
+        calmix("prune", "mixture", "--calibration", "text.txt", *SMALL, "--drop-experts", 0.25,
+               "-o", "dropped")  # fmt: skip
+        calmix("export", "--to", "pack", "pruned", "-o", "pack")
+        calmix("export", "--to", "pack", tiny_folder, "-o", "dense-pack")
+        calibrate("set", "mine:0.3,more.txt:0.7", *OWN, "--packing", "concat")
+        calibrate("written", "self-written")
+        calibrate("continued", "sgs,seeds=mine", *OWN)
+        calmix("calibrate", "measure", "text.txt", "--model", tiny_folder, "--rows", 8,
+               "--length", 32, "--draws", 1, "-o", "measured.json")  # fmt: skip
+        interrupt_before(patch, 1)
+        prune("cut", "--sparsity", 0.5)
+    few = synthetic.Plan(seeds=(0,), sources=("a", "b", "c", "d"), dimensions=("general", "code"))
+    synthetic.save(synthetic.study(few), base / "results")
+    return base
