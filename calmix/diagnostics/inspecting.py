@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from calmix.calibration import CalibrationSet, saved_set
+from calmix.calibration import CalibrationSet
 from calmix.compression import running
 from calmix.compression.plan import Request, stages
 from calmix.errors import CalmixError, InputError, first_line
@@ -256,9 +256,8 @@ def _ladder(folder: Path, health: Health, say: Say) -> None:
         "dense model": asked.model, "to keep": asked.keep_at_least,
         "bits tested": ", ".join(tested) or "none", "ended": held["ended"] or "not yet",
     }  # fmt: skip
-    names = [path.relative_to(folder) for path in sorted(folder.glob("candidates/*/model"))]
-    set_ = ["calibration"] if saved_set(folder / "calibration") else []
-    _parts(folder, [*set_, *map(str, names)], health, say)
+    places = [*folder.glob("calibration"), *sorted(folder.glob("candidates/*/model"))]
+    _parts(folder, [str(path.relative_to(folder)) for path in places], health, say)
 
 
 def _parts(folder: Path, names: Iterable[str], health: Health, say: Say) -> dict[str, Health]:
@@ -279,7 +278,7 @@ def _work(folder: Path, health: Health, say: Say) -> None:
     health.kind = "unfinished recovery" if "against" in asked else "unfinished prune"
     health.facts = {"method": asked["method"], f"{unit} done": done,
                     "to finish it": "the same command with --resume"}  # fmt: skip
-    if saved_set(folder / SET):
+    if (folder / SET).is_dir():
         health.problems += inspect(folder / SET, say).problems
 
 
