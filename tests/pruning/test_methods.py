@@ -64,23 +64,26 @@ def mask_of(score, pattern, by_row=False):
     )
 
 
-def textbook_obs(weight, gram, pattern, damping=0.01, block=128):
-    """Optimal brain surgeon, column by column, with the explicit inverse of what remains."""
+def textbook_obs(weight, gram, pattern=None, mask=None, nearest=lambda j, column: column):
+    """Optimal brain surgeon, column by column, with the explicit inverse of what remains.
+
+    Returns the weights and the mask, chosen by a pattern if it is not given.
+    """
     w = weight.astype(np.float64).copy()
-    h = gram.astype(np.float64) + damping * np.mean(np.diag(gram)) * np.eye(len(gram))
+    h = gram.astype(np.float64) + 0.01 * np.mean(np.diag(gram)) * np.eye(len(gram))
     remaining = [np.linalg.inv(h[j:, j:]) for j in range(len(gram))]
     leverage = np.array([inverse[0, 0] for inverse in remaining])
-    mask = np.zeros(w.shape, dtype=bool)
+    mask = np.zeros(w.shape, dtype=bool) if mask is None else mask
     for j in range(len(gram)):
-        if isinstance(pattern, Unstructured) and j % block == 0:
-            here = slice(j, min(j + block, len(gram)))  # ties in order of column, row
+        if isinstance(pattern, Unstructured) and j % 128 == 0:
+            here = slice(j, min(j + 128, len(gram)))  # ties in order of column, row
             mask[:, here] = mask_of((w[:, here] ** 2 / leverage[here]).T, pattern).T
         if isinstance(pattern, SemiStructured) and j % pattern.m == 0:
             here = slice(j, j + pattern.m)
             mask[:, here] = mask_of(w[:, here] ** 2 / leverage[here], pattern)
-        error = np.where(mask[:, j], w[:, j], 0) / remaining[j][0, 0]
-        w[:, j:] -= np.outer(error, remaining[j][0])
-        w[mask[:, j], j] = 0
+        made = np.where(mask[:, j], 0, nearest(j, w[:, j]))
+        w[:, j:] -= np.outer((w[:, j] - made) / leverage[j], remaining[j][0])
+        w[:, j] = made
     return w, mask
 
 

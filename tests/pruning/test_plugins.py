@@ -17,28 +17,6 @@ from tests.study.conftest import tiny_study  # noqa: F401
 from tests.study.test_running import Recorder
 from tests.tiny import load_weights, tiny_ids, tiny_model
 
-FILE = '''
-"""Prune by |W| mean(|x|)^strength within a layer."""
-
-from pydantic import Field
-
-from calmix.pruning.gram import Squares
-from calmix.pruning.methods.base import Saliency
-
-
-class Tempered(Saliency):
-    """Prune by |W| ||x||^strength, within a layer."""
-
-    name, title = "tempered", "Tempered"
-    paper = "none"
-    statistic = Squares
-
-    strength: float = Field(default=1.0, ge=0, le=9, description="Exponent of an input's norm.")
-
-    def score(self, weight, statistic):
-        return weight.float().abs() * statistic.pow(self.strength / 2)
-'''
-
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 
 
@@ -50,17 +28,16 @@ def as_before(monkeypatch):
 
 @pytest.fixture
 def shipped(tmp_path, monkeypatch):
-    """What an installer writes: a method, the toy, and some that cannot be loaded."""
+    """What an installer writes: the toy, and some methods that cannot be loaded."""
     site = tmp_path / "site"
     info = site / "toy_methods-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-methods\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[calmix.methods]\ntempered = tempered:Tempered\ntoy = tests.pruning.toy:Toy\n"
+        "[calmix.methods]\ntoy = tests.pruning.toy:Toy\n"
         "gone = toy_methods_gone:Gone\n"
         "other = tests.pruning.toy:Toy\nnone = json:dumps\nsilent = toy_silent:Toy\n"
     )
-    (site / "tempered.py").write_text(FILE)
     (site / "toy_silent.py").write_text("raise RuntimeError\n")
     monkeypatch.syspath_prepend(str(site))
 
@@ -76,36 +53,30 @@ def test_a_method_in_hand_prunes_by_its_own_statistic():
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight == 0, score <= bound)
 
 
-def test_a_method_is_one_file(shipped, calmix, tiny_folder, text_file, tmp_path):
-    assert len(FILE.splitlines()) <= 25
+def test_a_method_of_another_package_prunes(shipped, calmix, tiny_folder, text_file, tmp_path):
     common = ("prune", tiny_folder, "--calibration", text_file, *SMALL)
-    calmix(
-        *common, "--sparsity", 0.5, "--method", "tempered,strength=3", "-o", tmp_path / "out"
-    ).ok()
+    calmix(*common, "--sparsity", 0.5, "--method", "toy,strength=3", "-o", tmp_path / "out").ok()
     told = json.loads((tmp_path / "out" / "calmix.json").read_text())["pruning"]
-    assert (told["method"], told["options"]) == (
-        "tempered",
-        {"bits": 0, "group": 64, "refit": 0, "strength": 3.0},
-    )
+    assert (told["method"], told["options"]) == ("toy", {"strength": 3})
     opened = open_model(str(tiny_folder))
     ids = api.resolve(str(text_file), opened, rows=6, length=32, leakage="off").ids
-    report = api.prune(opened.model, ids, method="tempered", pattern=0.5, strength=3)
+    report = api.prune(opened.model, ids, method="toy", pattern=0.5, strength=3)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     found = load_weights(tmp_path / "out")
     for name, weight in opened.model.state_dict().items():
         assert name not in found or torch.equal(found[name], weight), name
-    assert "tempered" in calmix("doctor", "methods").out
+    assert "toy" in calmix("doctor", "methods").out
 
 
 def test_a_study_takes_it(shipped, tiny_study, tmp_path):  # noqa: F811
     before = 'methods: {sparsegpt: [0.6], wanda: ["2:4"]}'
-    study = load_study(tiny_study((before, "methods:\n  tempered,strength=2: 0.6")))
+    study = load_study(tiny_study((before, "methods:\n  toy,strength=2: 0.6")))
     seen = Recorder()
-    run_study(study, tmp_path / "store", note=seen.note, only=["code*tempered*"])
+    run_study(study, tmp_path / "store", note=seen.note, only=["code*toy*"])
     assert not seen.errors
     done = read_results(tmp_path / "store").trials
-    assert {trial.method for trial in done} == {"tempered,strength=2.0"}
-    assert method_name("tempered,strength=2.0") == "Tempered,strength=2.0"
+    assert {trial.method for trial in done} == {"toy,strength=2"}
+    assert method_name("toy,strength=2") == "Toy,strength=2"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +103,7 @@ def test_mistakes_are_one_line(shipped, method, says):
 
 
 def test_methods_that_cannot_be_loaded_are_left_out(shipped):
-    assert {"toy", "tempered", "wanda"} < set(methods())
+    assert {"toy", "wanda"} < set(methods())
     assert not {"gone", "other", "none", "silent"} & set(methods())
 
 
@@ -154,7 +125,7 @@ def test_options_of_a_method_in_hand():
 def test_an_option_of_another_method_is_refused(calmix, shipped, tiny_folder, text_file, tmp_path):
     common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
     for how, says in [
-        (("--strength", 2), "goes with its method: --method tempered,strength=VALUE"),
+        (("--strength", 2), "goes with its method: --method toy,strength=VALUE"),
         (("--method", "toy,strength=1,toy"), "two targets are the same, toy-0.5"),
         (("--method", "strength=1,toy"), "unknown method 'strength=1'"),
     ]:

@@ -9,8 +9,8 @@ import torch
 
 from calmix import precision
 from calmix.pruning.patterns import SemiStructured, Unstructured
-from calmix.pruning.solvers.refit import refit
-from tests.pruning.test_methods import as_tensors, first_k, output_error, problem, solved
+from calmix.pruning.solvers.refit import refit, refit_layer, scale
+from tests.pruning.test_methods import as_tensors, mask_of, output_error, problem, solved
 
 PATTERNS = [Unstructured(0.6), SemiStructured(2, 4), SemiStructured(4, 8)]
 
@@ -34,10 +34,6 @@ def least_squares(weight, kept, gram):
     return best
 
 
-def half_mask(shape, seed=0):
-    return np.random.default_rng(seed).random(shape) < 0.5
-
-
 def assert_pattern(pruned, pattern):
     if isinstance(pattern, Unstructured):
         assert int((pruned == 0).sum()) == pattern.count(pruned.numel())
@@ -48,18 +44,18 @@ def assert_pattern(pruned, pattern):
 
 def test_refit_reaches_the_least_squares_optimum():
     weight, gram = problem(tokens=4000)
-    kept = half_mask(weight.shape)
+    kept = np.random.default_rng(0).random(weight.shape) < 0.5
     best = least_squares(weight, kept, gram)
     w, h = as_tensors(weight, gram)
     start = w * torch.tensor(kept)
-    (refitted,) = refit([w], [start], h, steps=200, damping=0.0)
+    refitted = refit_layer(w, start, scale(h), steps=200, damping=0.0)
     assert ((refitted != 0).numpy() == kept).all()
     floor, before = output_error(weight, best, gram), output_error(weight, start.numpy(), gram)
     assert floor < 0.5 * before
     assert output_error(weight, refitted.numpy(), gram) == pytest.approx(floor, rel=1e-3)
     # What cannot be better is returned as it was: so much damping leads away.
-    (again,) = refit([w.bfloat16()], [torch.tensor(best).bfloat16()], h, steps=1, damping=10.0)
-    assert torch.equal(again, torch.tensor(best).bfloat16())
+    half = torch.tensor(best).bfloat16()
+    assert torch.equal(refit_layer(w.bfloat16(), half, scale(h), steps=1, damping=10.0), half)
     assert torch.equal(refit([w], [start], h, steps=0)[0], start)
 
 
@@ -107,7 +103,7 @@ def test_refit_is_no_worse_with_more_steps(kind, near, rounded):
     assert errors[-1] < 0.6 * errors[0] or kind == "even"
 
 
-def textbook_admm(weight, gram, pattern, iterations, rho=1.0, damping=0.001, power=4):
+def textbook_admm(weight, gram, pattern, iterations, rho=1.0, damping=0.001):
     """Boza's three updates with an explicit inverse, and a projection sorted in full.
 
     Inputs are scaled by what a ridge regression on the others leaves of each.
@@ -126,12 +122,10 @@ def textbook_admm(weight, gram, pattern, iterations, rho=1.0, damping=0.001, pow
     x, u = w0.copy(), np.zeros_like(w0)
 
     def project(values, progress):
+        now = pattern
         if isinstance(pattern, Unstructured):
-            count = round(pattern.sparsity * (1 - (1 - progress) ** power) * values.size)
-            return np.where(first_k(np.abs(values), count), 0, values)
-        groups = np.abs(values).reshape(len(values), -1, pattern.m)
-        rank = groups.argsort(axis=2, kind="stable").argsort(axis=2, kind="stable")
-        return np.where((rank < pattern.m - pattern.n).reshape(values.shape), 0, values)
+            now = Unstructured(pattern.sparsity * (1 - (1 - progress) ** 4))
+        return np.where(mask_of(np.abs(values), now), 0, values)
 
     for number in range(iterations):
         z = project(x + u, (number + 1) / (iterations + 1))

@@ -29,7 +29,7 @@ class Elsewhere(torch.Tensor):
 class Toy(Method):
     """Prune by |W| sum(|x|)^strength within a layer."""
 
-    name = "toy"
+    name, title = "toy", "Toy"
     statistic = Absolute
     paper = "none"
 

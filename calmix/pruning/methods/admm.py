@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from calmix.precision import add_rounded_product, bfloat16_products, rounded
 from calmix.pruning.gram import Gram, inverse_factor, squared
-from calmix.pruning.methods.base import Solution, Sparse, by_kind, sampled
+from calmix.pruning.methods.base import Solution, Sparse, sampled
 from calmix.pruning.patterns import Pattern, clear
 from calmix.pruning.solvers.refit import Scaled, chunks, refit_layer, scale
 
@@ -48,6 +48,7 @@ class Admm(Sparse):
     name, title = "admm", "ADMM"
     paper = "arXiv 2401.02938, arXiv 2406.07831"
     statistic = Gram
+    refits = True
     work = 15, 20  # the scaled Gram matrix, in order, and a factor at work; state, target, mask
 
     iterations: int = Field(
@@ -74,43 +75,30 @@ class Admm(Sparse):
     ) -> Solution:
         """Prune and refit, both in coordinates of its own."""
         assert statistic is not None
-        scaled = by_own_part(scale(statistic))
-        used = self.damping
-
-        def searched(places: list[int]) -> list[Tensor]:
-            nonlocal used
-            m = patterns[places[0]].group
-            # The j-th columns of every group make one panel.
-            order = torch.arange(len(statistic), device=statistic.device).view(-1, m).T.reshape(-1)
-            reflector, used = self._reflector(scaled.gram, order, m)
-            return [
-                self._search(weights[place], order, scaled, reflector, patterns[place])
-                for place in places
-            ]
-
-        starts = by_kind([pattern.group for pattern in patterns], searched)
+        scaled, m = by_own_part(scale(statistic)), patterns[0].group
+        gram, mean = scaled.gram, float(scaled.gram.diagonal().mean())
+        # The j-th columns of every group make one panel.
+        order = torch.arange(len(gram), device=gram.device).view(-1, m).T.reshape(-1)
+        ordered = gram if m == 1 else gram[order][:, order]
+        factor = inverse_factor(ordered, (self.damping + self.rho) / mean)
+        del ordered
+        # Q = I - rho (H + rho)^-1. What a raised damping adds counts as damping; the penalty stays
+        # what it is.
+        used = self.damping + (factor.raised - 1) * (self.damping + self.rho)
+        with bfloat16_products():  # as the steps that use it do
+            reflector = squared(factor.upper).mul_(-self.rho)
+        del factor
+        reflector.diagonal().add_(1)
+        reflector = rounded(reflector)
+        pairs = zip(weights, patterns, strict=True)
+        starts = [self._search(one, order, scaled, reflector, pattern) for one, pattern in pairs]
+        del reflector
         made = [
             refit_layer(weight, starts.pop(0), scaled, steps=self.refit, damping=used)
             for weight in weights
         ]
         counts = self.counts(weights, patterns)
         return Solution(made, counts, [], used, torch.float32, scaled.dead)
-
-    def refitted(self, weights: Sequence[Tensor], chosen: Solution, gram: Tensor) -> Solution:
-        return chosen
-
-    def _reflector(self, gram: Tensor, order: Tensor, m: int) -> tuple[Tensor, float]:
-        """Return Q = I - rho (H + rho)^-1, its columns in order, and the damping it took."""
-        mean = float(gram.diagonal().mean())
-        ordered = gram if m == 1 else gram[order][:, order]
-        factor = inverse_factor(ordered, (self.damping + self.rho) / mean)
-        del ordered
-        with bfloat16_products():  # as the steps that use it do
-            reflector = squared(factor.upper).mul_(-self.rho)
-        reflector.diagonal().add_(1)
-        # What a raised damping adds counts as damping; the penalty stays what it is.
-        raised = (factor.raised - 1) * (self.damping + self.rho)
-        return rounded(reflector), self.damping + raised
 
     def _search(
         self, weight: Tensor, order: Tensor, scaled: Scaled, reflector: Tensor, pattern: Pattern

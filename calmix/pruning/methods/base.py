@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -18,12 +18,11 @@ from torch import Tensor
 
 from calmix.errors import InputError
 from calmix.pruning.gram import Factor, Gram, Squares, Statistic, inverse_factor
-from calmix.pruning.patterns import Pattern, Rate, check_columns, clear
+from calmix.pruning.patterns import Pattern, Rate, Unstructured, check_columns, clear
 from calmix.pruning.solvers import refit
 from calmix.pruning.solvers.grids import Grid, Symmetric, check_group
 from calmix.pruning.solvers.surgeon import solve_columns
 
-T = TypeVar("T")
 DAMPING = 0.01
 Damping = Annotated[
     float,
@@ -161,13 +160,23 @@ class Method(BaseModel, ABC):
         return ",".join([self.name, *(f"{key}={value}" for key, value in self.changed.items())])
 
 
-def by_kind(kinds: Sequence[Hashable], act: Callable[[list[int]], Sequence[T]]) -> list[T]:
-    """Return what `act` makes of the places of each kind, all of one at a time, by place."""
-    made: dict[int, T] = {}
+def by_kind(
+    choose: Callable[..., Solution],
+    weights: Sequence[Tensor],
+    statistic: Tensor | None,
+    patterns: Sequence[Pattern],
+) -> Solution:
+    """Return what is chosen for layers: all with shares at once, and those of one other pattern."""
+    kinds = [None if isinstance(pattern, Unstructured) else pattern for pattern in patterns]
+    found: dict[int, tuple[Any, ...]] = {}  # weights, number pruned, grid if there is one
     for kind in dict.fromkeys(kinds):
         places = [place for place, own in enumerate(kinds) if own == kind]
-        made |= dict(zip(places, act(places), strict=True))
-    return [made[place] for place in range(len(kinds))]
+        some, wanted = ([every[place] for place in places] for every in (weights, patterns))
+        made = choose(some, statistic, wanted)
+        parts = filter(None, (made.weights, made.pruned, made.grids))
+        found |= zip(places, zip(*parts, strict=True), strict=True)
+    kept, pruned, *grids = map(list, zip(*(found[at] for at in range(len(kinds))), strict=True))
+    return replace(made, weights=kept, pruned=pruned, grids=grids[0] if grids else [])
 
 
 def sampled(matrix: Tensor, size: int) -> Tensor:
@@ -238,18 +247,15 @@ class Quantiser(Method):
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
     ) -> Solution:
         """Quantise layers; those of one rate together."""
-        assert statistic is not None
-        factor = inverse_factor(statistic, self.damping)
 
-        def rounded(places: list[int]) -> list[tuple[Tensor, Grid]]:
-            rate = self.rate(patterns[places[0]])
-            done = self.round([weights[place] for place in places], factor, rate.bits)
-            return list(zip(*done, strict=True))
+        def choose(some: Sequence[Tensor], gram: Tensor, rates: Sequence[Pattern]) -> Solution:
+            factor = inverse_factor(gram, self.damping)
+            made, grids = self.round(some, factor, self.rate(rates[0]).bits)
+            zeros = [weight.numel() - int(weight.count_nonzero()) for weight in made]
+            dead = int(factor.dead.sum())
+            return Solution(made, zeros, [], factor.damping, factor.dtype, dead, grids)
 
-        made, grids = zip(*by_kind(patterns, rounded), strict=True)
-        zeros = [weight.numel() - int(weight.count_nonzero()) for weight in made]
-        dead = int(factor.dead.sum())
-        return Solution(list(made), zeros, [], factor.damping, factor.dtype, dead, list(grids))
+        return by_kind(choose, weights, statistic, patterns)
 
 
 class Sparse(Method):
@@ -257,7 +263,12 @@ class Sparse(Method):
 
     With `refit` or `bits` the Gram matrix is gathered, whatever the mask alone looks at. No refit
     makes a layer's output error larger.
+
+    Attributes:
+        refits: whether `choose` refits by itself.
     """
+
+    refits: ClassVar[bool] = False
 
     bits: int = Field(
         default=0, ge=0, le=8, description="Bits of a kept weight, 2 to 8; 0: as it is stored."
@@ -286,29 +297,25 @@ class Sparse(Method):
     def choose(
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
     ) -> Solution:
-        """Prune by the method's own statistic; as `solve` otherwise."""
-
-    def refitted(self, weights: Sequence[Tensor], chosen: Solution, gram: Tensor) -> Solution:
-        """Return a solution with its kept weights refitted."""
-        made = refit.refit(weights, chosen.weights, gram, steps=self.refit)
-        return replace(chosen, weights=made)
+        """Prune by the method's own statistic; as `solve` otherwise, but all patterns are shares,
+        or one and the same."""
 
     def solve(
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune, and refit and quantise what is kept if that was asked for."""
-        if not (self.refit or self.bits):
-            return self.choose(weights, statistic, patterns)
-        assert statistic is not None
+        if statistic is None or not (self.refit or self.bits):
+            return by_kind(self.choose, weights, statistic, patterns)
         own = statistic if self.statistic is Gram else statistic.diagonal()
-        chosen = self.choose(weights, own, patterns)
-        if self.refit:
-            chosen = self.refitted(weights, chosen, statistic)
+        chosen = by_kind(self.choose, weights, own, patterns)
+        if self.refit and not self.refits:
+            made = refit.refit(weights, chosen.weights, statistic, steps=self.refit)
+            chosen = replace(chosen, weights=made)
         if self.bits and not chosen.grids:  # GPTQ's loop with the mask held
             rounding = Symmetric(chosen.weights, self.group, self.bits)
             factor = inverse_factor(statistic, DAMPING)
-            made = solve_columns(chosen.weights, factor, None, rounding, held=True)
-            chosen = replace(chosen, weights=made, grids=rounding.grids(made, chosen.pruned))
+            made, grids = solve_columns(chosen.weights, factor, None, rounding, chosen.pruned)
+            chosen = replace(chosen, weights=made, grids=grids)
         return chosen
 
     @property

@@ -55,9 +55,8 @@ class Ecq(Quantiser):
         found = torch.tensor([_step(weight, factor, bits) for weight in scaled])
         steps = found.bfloat16().tolist()
         scaled = [weight.div_(step) for weight, step in zip(scaled, steps, strict=True)]
-        rounding = DeadZone(scaled, steps)
-        made = solve_columns(scaled, factor, None, rounding)
-        grids = [replace(one, octaves=octaves) for one in rounding.grids(made, [0] * len(made))]
+        made, grids = solve_columns(scaled, factor, None, DeadZone(scaled, steps))
+        grids = [replace(grid, octaves=octaves) for grid in grids]
         return [weight.mul_(column) for weight in made], grids
 
 

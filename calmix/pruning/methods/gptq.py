@@ -39,6 +39,4 @@ class Gptq(Quantiser):
     def round(
         self, weights: Sequence[Tensor], factor: Factor, bits: float
     ) -> tuple[list[Tensor], list[Grid]]:
-        rounding = Symmetric(weights, self.group, int(bits))
-        made = solve_columns(weights, factor, None, rounding)
-        return made, rounding.grids(made, [0] * len(made))
+        return solve_columns(weights, factor, None, Symmetric(weights, self.group, int(bits)))

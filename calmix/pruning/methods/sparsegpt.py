@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from calmix.pruning.gram import Gram, inverse_factor
-from calmix.pruning.methods.base import DAMPING, Damping, Solution, Sparse, by_kind
+from calmix.pruning.methods.base import DAMPING, Damping, Solution, Sparse
 from calmix.pruning.patterns import Pattern
-from calmix.pruning.solvers.grids import Grid, Symmetric
+from calmix.pruning.solvers.grids import Symmetric
 from calmix.pruning.solvers.surgeon import BLOCK, solve_columns
 
 
@@ -34,27 +34,12 @@ class SparseGPT(Sparse):
         """Prune and correct the weights that are kept."""
         assert statistic is not None
         factor = inverse_factor(statistic, self.damping)
-        counts = self.counts(weights, patterns)
-
-        def solved(places: list[int]) -> list[tuple[Tensor, Grid | None]]:
-            own = [weights[place] for place in places]
-            wanted = [patterns[place] for place in places]
-            if not self.bits or self.refit:  # a refit would leave the grid
-                made = solve_columns(own, factor, wanted)
-                return [(weight, None) for weight in made]
-            rounding = Symmetric(own, self.group, self.bits)
-            made = solve_columns(own, factor, wanted, rounding)
-            grids = rounding.grids(made, [counts[place] for place in places])
-            return list(zip(made, grids, strict=True))
-
-        # Layers with shares are solved at once; those with N:M only with their like.
-        kinds = [pattern if pattern.group > 1 else None for pattern in patterns]
-        made, grids = zip(*by_kind(kinds, solved), strict=True)
+        counts, rounding = self.counts(weights, patterns), None
+        if self.bits and not self.refit:  # which would leave the grid
+            rounding = Symmetric(weights, self.group, self.bits)
+        made, grids = solve_columns(weights, factor, patterns, rounding, counts)
         dead = int(factor.dead.sum())
-        return Solution(
-            list(made), counts, [], factor.damping, factor.dtype, dead,
-            [grid for grid in grids if grid is not None],
-        )  # fmt: skip
+        return Solution(made, counts, [], factor.damping, factor.dtype, dead, grids)
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Every 128 columns are a group, and what is left of them."""

@@ -7,10 +7,10 @@ group of inputs of an output row. Bits a weight count levels, scales and the mas
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,21 +145,26 @@ def check_group(group: int, columns: int, name: str = "a layer") -> int:
     return min(group, columns)
 
 
-class Rounding(ABC):
-    """Rounds the columns of layers that share an input, in the loop of `surgeon.solve_columns`.
+class Symmetric:
+    """2^bits evenly spaced levels from -2^(bits-1), the largest weight's, as GGUF's Q4_0 has them.
+
+    So a scale may be negative. `solve_columns` rounds by it the columns of layers that share an
+    input: it begins blocks of columns, takes steps, and finishes them. That of other grids has the
+    same methods.
 
     Args:
         weights: matrices (rows, columns) of the layers.
         group: columns that share a scale, which is found as the loop comes to the first of them.
     """
 
-    def __init__(self, weights: Sequence[Tensor], group: int) -> None:
+    def __init__(self, weights: Sequence[Tensor], group: int, bits: int) -> None:
         columns, outputs = weights[0].shape[1], sum(map(len, weights))
         self.group = check_group(group, columns)
         self.scales = torch.zeros(columns // self.group, outputs, device=weights[0].device)
-        self.masked, self.levels = False, self.scales  # of a block, once the loop has made room
+        self.bits, self._half, self._start, self._masked = bits, 2 ** (bits - 1), 0, False
+        self._found: list[tuple[Tensor, Tensor]] = []  # scales of groups, and their inverse
+        self._lost = self.scales.new_empty(0)  # kept, as new memory costs more than its use
 
-    @abstractmethod
     def begin(
         self, start: int, stacked: Tensor, mask: Tensor, leverage: Tensor, masked: bool
     ) -> None:
@@ -172,44 +177,7 @@ class Rounding(ABC):
             leverage: 1 / U_jj of the block's columns, (block, 1).
             masked: whether any weight goes.
         """
-
-    @abstractmethod
-    def step(self, number: int, column: Tensor, level: Tensor, mask: Tensor) -> None:
-        """Write the level of a block's column, and leave the error in its place."""
-
-    @abstractmethod
-    def finish(self, weights: Tensor, levels: Tensor) -> None:
-        """Write a block's weights, whose levels are known."""
-
-    def grids(self, weights: Sequence[Tensor], pruned: Sequence[int]) -> list[Grid]:
-        """Return the layers' grids after the loop; the masks of `pruned` weights count."""
-        parts = self.scales.split([len(weight) for weight in weights], dim=1)
-        return [
-            self.grid(weight, part.T.contiguous(), count / weight.numel())
-            for weight, part, count in zip(weights, parts, pruned, strict=True)
-        ]
-
-    @abstractmethod
-    def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
-        """Return the grid of a layer; `scale` (rows, groups)."""
-
-
-class Symmetric(Rounding):
-    """2^bits evenly spaced levels from -2^(bits-1), the largest weight's, as GGUF's Q4_0 has them.
-
-    So a scale may be negative.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], group: int, bits: int) -> None:
-        super().__init__(weights, group)
-        self.bits, self._half, self._start = bits, 2 ** (bits - 1), 0
-        self._found: list[tuple[Tensor, Tensor]] = []  # scales of groups, and their inverse
-        self._lost = self.scales.new_empty(0)  # kept, as new memory costs more than its use
-
-    def begin(
-        self, start: int, stacked: Tensor, mask: Tensor, leverage: Tensor, masked: bool
-    ) -> None:
-        self._start, self.masked = start, masked
+        self._start, self._masked = start, masked
         first = -(-start // self.group)
         inside = slice(first * self.group - start, None)
         own = leverage[inside].square()
@@ -222,18 +190,22 @@ class Symmetric(Rounding):
             clear(values[: len(own)], mask[inside])
         beyond = own[(number - 1) * self.group :].mean().expand(len(values) - len(own), 1)
         importance = torch.cat([own, beyond]).view(number, 1, self.group)
-        scales = self.fit(values.unflatten(0, (number, self.group)), importance).bfloat16()
-        here = self.scales[first : first + number].copy_(scales)
+        size = max(CACHED // len(values), 64) if values.device.type == "cpu" else values.shape[1]
+        parts = values.unflatten(0, (number, self.group)).split(size, 2)
+        scales = [self._fit(part, importance) for part in parts]
+        here = self.scales[first : first + number].copy_(torch.cat(scales, dim=1).bfloat16())
         self._found.extend(zip(here, _inverse(here), strict=True))
 
     def step(self, number: int, column: Tensor, level: Tensor, mask: Tensor) -> None:
+        """Write the level of a block's column, and leave the error in its place."""
         scale, units = self._found[(self._start + number) // self.group]
         self.nearest(torch.mul(column, units, out=level))
-        if self.masked:
+        if self._masked:
             clear(level, mask)
         column.addcmul_(level, scale, value=-1)
 
     def finish(self, weights: Tensor, levels: Tensor) -> None:
+        """Write a block's weights, whose levels are known."""
         at = 0
         while at < len(levels):
             group = (self._start + at) // self.group
@@ -241,7 +213,7 @@ class Symmetric(Rounding):
             torch.mul(levels[at:to], self._found[group][0], out=weights[at:to])
             at = to
 
-    def fit(self, values: Tensor, importance: Tensor) -> Tensor:
+    def _fit(self, values: Tensor, importance: Tensor) -> Tensor:
         """Return the scales (groups, outputs) of some columns (groups, group, outputs).
 
         The largest weight comes to the lowest level, or beyond it: of a few scales the one that
@@ -250,11 +222,6 @@ class Symmetric(Rounding):
         Args:
             importance: (groups, 1, group), what a squared error in a column counts.
         """
-        size = max(CACHED // values[..., 0].numel(), 64) if values.device.type == "cpu" else None
-        parts = [self._fit(part, importance) for part in values.split(size or values.shape[2], 2)]
-        return torch.cat(parts, dim=1)
-
-    def _fit(self, values: Tensor, importance: Tensor) -> Tensor:
         high, low = values.amax(1), values.amin(1)
         largest = torch.where(high > -low, high, low)
         tied = (high == -low).nonzero(as_tuple=True)  # the first of both counts
@@ -282,11 +249,12 @@ class Symmetric(Rounding):
         return scaled.round_().clamp_(-self._half, self._half - 1)
 
     def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
+        """Return the grid of a layer; `scale` (rows, groups)."""
         own = 16 * scale.numel() / weight.numel()
         return Grid(scale, self.bits * (1 - sparsity) + mask_bits(sparsity) + own)
 
 
-class DeadZone(Rounding):
+class DeadZone:
     """Whole levels, as many as it takes, of one step a layer; zero reaches further than others.
 
     Args:
@@ -295,15 +263,12 @@ class DeadZone(Rounding):
     """
 
     def __init__(self, weights: Sequence[Tensor], steps: Sequence[float]) -> None:
-        super().__init__(weights, weights[0].shape[1])
-        parts = [torch.full((len(w),), step) for w, step in zip(weights, steps, strict=True)]
-        self.scales.copy_(torch.cat(parts))
+        parts = [w.new_full((1, len(w)), step) for w, step in zip(weights, steps, strict=True)]
+        self.scales = torch.cat(parts, dim=1)
         self._zone = torch.full((), DEAD_ZONE, device=self.scales.device)
 
-    def begin(
-        self, start: int, stacked: Tensor, mask: Tensor, leverage: Tensor, masked: bool
-    ) -> None:
-        """Nothing is left to find."""
+    def begin(self, *block: Any) -> None:
+        """No scale is left to find."""
 
     def step(self, number: int, column: Tensor, level: Tensor, mask: Tensor) -> None:
         column.sub_(self.nearest(column, level))
@@ -323,6 +288,9 @@ class DeadZone(Rounding):
     def beside(weight: Tensor) -> float:
         """Return the bits a weight that the step and the columns' scales take."""
         return 16 / weight.numel() + 8 / len(weight)
+
+
+Rounding = Symmetric | DeadZone
 
 
 def _inverse(scale: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from calmix.precision import add_rounded_product, large_product, rounded, rounde
 from calmix.pruning.gram import OUTPUTS, chunks, inverse_factor
 
 STEPS = 10
-DAMPING = 0.001
+DAMPING = 0.001  # share of every input's own square sum added to it
 CHECK = 4  # steps between two looks at what the error has become
 
 
@@ -59,16 +59,13 @@ def scale(gram: Tensor) -> Scaled:
 
 
 def refit(
-    weights: Sequence[Tensor],
-    pruned: Sequence[Tensor],
-    gram: Tensor,
-    *,
-    steps: int = STEPS,
-    damping: float = DAMPING,
+    weights: Sequence[Tensor], pruned: Sequence[Tensor], gram: Tensor, *, steps: int = STEPS
 ) -> list[Tensor]:
     """Return pruned weights refitted, in the type of those given.
 
-    Minimise tr((W - P) (G + damping diag G) (W - P)^T) over the entries of P that are not zero.
+    Minimise tr((W - P) (G + damping diag G) (W - P)^T) over the entries of P that are not zero. The
+    damping is raised, to a hundredfold at most, until what rounding has made of the Gram matrix is
+    positive definite.
 
     Zeros stay exactly zero, and no row's error is larger than it was.
 
@@ -77,11 +74,9 @@ def refit(
         pruned: the same pruned, of the same type or float32: where to begin.
         gram: float32 (columns, columns), sum of x x^T over the calibration tokens.
         steps: steps of conjugate gradients.
-        damping: share of every input's own square sum added to it; raised, to a hundredfold at
-            most, until what rounding has made of the Gram matrix is positive definite.
     """
     scaled = scale(gram)
-    damping *= inverse_factor(scaled.gram, damping).raised if damping else 1
+    damping = DAMPING * inverse_factor(scaled.gram, DAMPING).raised
     return [
         refit_layer(weight, start, scaled, steps=steps, damping=damping)
         for weight, start in zip(weights, pruned, strict=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from calmix.precision import large_products
 from calmix.pruning.gram import Factor
 from calmix.pruning.patterns import Pattern, Unstructured, clear
-from calmix.pruning.solvers.grids import Rounding
+from calmix.pruning.solvers.grids import Grid, Rounding
 
 BLOCK = 128  # columns that choose their mask together (SparseGPT's B_s)
 PANEL = 16  # columns corrected one by one before a matrix product corrects the others
@@ -29,17 +29,17 @@ def solve_columns(
     factor: Factor,
     patterns: Sequence[Pattern] | None,
     rounding: Rounding | None = None,
-    *,
-    held: bool = False,
-) -> list[Tensor]:
-    """Return pruned, or rounded, float32 weights of layers that share one input.
+    pruned: Sequence[int] = (),
+) -> tuple[list[Tensor], list[Grid]]:
+    """Return pruned, or rounded, float32 weights of layers that share one input, and their grids.
 
     Args:
         weights: matrices (rows, columns) of any float type.
         factor: of their input's Gram matrix.
-        patterns: what to prune of each: shares, or one N:M for all; None to prune nothing.
-        rounding: the grid of kept weights; without it they are only corrected.
-        held: keep the zeros that there are, without patterns.
+        patterns: what to prune of each: shares, or one N:M for all; None to choose nothing.
+        rounding: to the grid of kept weights; without it they are only corrected.
+        pruned: how many weights of each go, whose masks count in a grid's bits; without patterns
+            they are zero already and stay so.
     """
     upper = factor.upper
     columns = upper.shape[0]
@@ -52,8 +52,7 @@ def solve_columns(
     size = _multiple(BLOCK, first)
     # Masks are 1.0 and 0.0, not booleans: the loop multiplies by them.
     masks = torch.empty_like(stacked[:size])
-    if rounding is not None:
-        rounding.levels = torch.empty_like(masks)
+    levels = masks if rounding is None else torch.empty_like(masks)
     for start in range(0, columns, size):
         stop = min(start + size, columns)
         inverse = upper.diagonal()[start:stop].reciprocal()[:, None]
@@ -61,19 +60,29 @@ def solve_columns(
         leverage = inverse.masked_fill(factor.dead[start:stop, None], 0)
         mask = masks[: stop - start].zero_()
         for i, part in enumerate(mask.split(heights, dim=1)):
-            if held:
+            if pruned and not patterns:
                 part.copy_(weights[i][:, start:stop].T == 0)
             elif patterns and first.group == 1:
                 part.copy_(patterns[i].mask((layers[i][start:stop] * leverage).abs_()))
         local = upper[start:stop, start:stop]
         if rounding is not None:
-            rounding.begin(start, stacked, mask, leverage, held or bool(patterns))
-        errors = prune_block(stacked[start:stop], mask, local, inverse, leverage, first, rounding)
+            rounding.begin(start, stacked, mask, leverage, bool(pruned or patterns))
+        errors = prune_block(
+            stacked[start:stop], mask, local, inverse, leverage, first, rounding,
+            levels[: stop - start],
+        )  # fmt: skip
         if rounding is None:
             clear(stacked[start:stop], mask)
         with large_products():
             stacked[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    return [layer.T for layer in layers]
+    made = [layer.T for layer in layers]
+    if rounding is None:
+        return made, []
+    gone = pruned or [0] * len(made)
+    return made, [
+        rounding.grid(weight, scale.T.contiguous(), count / weight.numel())
+        for weight, scale, count in zip(made, rounding.scales.split(heights, 1), gone, strict=True)
+    ]
 
 
 def prune_block(
@@ -83,14 +92,15 @@ def prune_block(
     inverse: Tensor,
     leverage: Tensor,
     pattern: Pattern,
-    rounding: Rounding | None = None,
+    rounding: Rounding | None,
+    levels: Tensor,
 ) -> Tensor:
     """Prune one block in place and return its scaled errors (what is lost / U_jj), same shape.
 
     `weights` is (columns of the block, rows of all layers). `mask` is given (unstructured) or
     filled group by group from the corrected weights times `leverage` (N:M). A column is
     corrected by all before it in its group at once, just before it is pruned. Pruned entries
-    are left for the caller to clear: no later step reads them.
+    are left for the caller to clear: no later step reads them. `levels` is room for a rounding's.
     """
     semi, size = pattern.group > 1, len(weights)
     panel = _multiple(PANEL, pattern)
@@ -102,9 +112,7 @@ def prune_block(
         across, wrong = upper.T.contiguous().unbind(), errors.unbind()
     else:  # errors come in place of weights, and are scaled at the end
         upper = (upper * inverse).triu_(1)
-        turned, levels = upper.T.contiguous(), rounding.levels[:size]
-        gone = mask.unbind() if rounding.masked else [mask] * size
-        rows = list(zip(columns, levels, gone, strict=True))
+        turned, rows = upper.T.contiguous(), list(zip(columns, levels, mask, strict=True))
     for start in range(0, size, panel):
         stop = min(start + panel, size)
         for group in range(start, stop, width):
