@@ -8,7 +8,6 @@ back by transformers and compared with the model before it takes its place.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,19 +22,18 @@ from torch import Tensor
 from calmix.calibration import CalibrationSet, open_tokenizer
 from calmix.deploy.checking import difference
 from calmix.errors import InputError, ModelError, disk_errors
-from calmix.files import check_output_file, hidden, read_object, real_place, replacing
+from calmix.files import check_output_file, hidden, real_place, replacing
 from calmix.models import OpenModel, check_models, open_model, resolve_model
 from calmix.models.blocks import Prunable, find_blocks
 from calmix.models.opening import gguf_file, known_model, loading, reading_gguf
 from calmix.models.shards import weight_bytes
-from calmix.pruning.checkpoint import MANIFEST
+from calmix.pruning.checkpoint import MANIFEST, read_told
 from calmix.pruning.engine import Looking, run_through
 from calmix.pruning.solvers.grids import Grid, read_grids
 
 # How weights without a grid of GGUF's are stored, and the divergence from the model (nats a token)
 # beyond which a file is refused.
 TYPES = {"f16": 0.01, "q8_0": 0.2, "q4_0": 3.0, "q4_1": 3.0}
-FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # of general.file_type
 BLOCK = 32  # weights of a block of Q4_0, Q4_1 and Q8_0
 TOKENS = 64  # of a vocabulary that are compared with the template's
 
@@ -94,9 +92,7 @@ def _origin(name: str) -> str:
     """Return the GGUF file or builtin model that a model is, or was pruned from."""
     found = known_model(name)
     if isinstance(found, Path) and found.is_dir():
-        manifest: dict[str, Any] = {}
-        with contextlib.suppress(InputError):
-            manifest = read_object(found / MANIFEST, "")
+        manifest = read_told(found / MANIFEST)
         while "pruned" in manifest:
             manifest = manifest["pruned"]
         name = str(manifest.get("model", {}).get("name", ""))
@@ -146,7 +142,7 @@ def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, _Place]:
         parameter = names.get(tensor.name)
         if parameter is None or parameter not in state:
             continue
-        shape = tuple(int(size) for size in reversed(tensor.shape))
+        shape = tuple(tensor.shape[::-1].tolist())
         order, offset = _order(processor, tensor.name, shape)
         wanted = tuple(state[parameter].shape)
         if wanted != (shape if order is None else order.shape):
@@ -181,8 +177,7 @@ def _order(
     offset = float(read(np.zeros(shape)).flat[0])
     plain = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
     order = (read(plain.copy()) - offset).astype(np.int64)
-    same = order.shape == shape and np.array_equal(order, plain)
-    return (None if same else order), offset
+    return (None if np.array_equal(order, plain) else order), offset
 
 
 def _write(
@@ -194,45 +189,40 @@ def _write(
     weights: str,
 ) -> tuple[dict[str, int], int]:
     """Write the file; return its tensors by type, and how many have levels of a grid."""
-    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
+    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, quants
 
     kinds, state, ours = GGMLQuantizationType, opened.model.state_dict(), 0
-    made: dict[str, tuple[np.ndarray[Any, Any], Any]] = {}
+    types = Counter[str]()
+    writer = GGUFWriter(path, str(reader.get_field("general.architecture").contents()))
     for tensor in reader.tensors:
         place = places.get(tensor.name)
         if place is None:  # what belongs to the architecture, not to the weights
-            made[tensor.name] = np.asarray(tensor.data), tensor.tensor_type
-            continue
-        weight = state[place.parameter]
-        if place.parameter in grids and not place.offset:
-            levels = _levels(weight, grids[place.parameter], place.order)
-            if levels is not None:
-                made[tensor.name] = levels
-                ours += 1
-                continue
-        value = weight.float().numpy() - np.float32(place.offset)
-        if place.order is not None:
-            lying = np.empty(value.size, np.float32)
-            lying[place.order.reshape(-1)] = value.reshape(-1)
-            value = lying.reshape(tuple(int(size) for size in reversed(tensor.shape)))
-        kind = kinds.F32
-        if tensor.tensor_type != kinds.F32 or value.ndim > 1:
-            fits = value.ndim == 2 and value.shape[-1] % BLOCK == 0
-            kind = kinds[weights.upper()] if fits else kinds.F16
-        made[tensor.name] = quants.quantize(value, kind), kind
-    types = Counter(kind.name for _, kind in made.values())
-    writer = GGUFWriter(path, str(reader.get_field("general.architecture").contents()))
+            data, kind = np.asarray(tensor.data), tensor.tensor_type
+        elif levels := _levels(state[place.parameter], grids.get(place.parameter), place):
+            data, kind = levels
+            ours += 1
+        else:
+            value = state[place.parameter].float().numpy() - np.float32(place.offset)
+            if place.order is not None:
+                lying = np.empty(value.size, np.float32)
+                lying[place.order.reshape(-1)] = value.reshape(-1)
+                value = lying.reshape(tensor.shape[::-1])
+            kind = kinds.F32
+            if tensor.tensor_type != kinds.F32 or value.ndim > 1:
+                fits = value.ndim == 2 and value.shape[-1] % BLOCK == 0
+                kind = kinds[weights.upper()] if fits else kinds.F16
+            data = quants.quantize(value, kind)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+        types[kind.name] += 1
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
         value = field.contents()
         if field.name == "general.file_type":
-            common = max((kind for kind in types if kind in FILE_TYPES), key=types.__getitem__)
-            value = FILE_TYPES[common]
+            common = max((kind for kind in types if kind.lower() in TYPES), key=types.__getitem__)
+            value = LlamaFileType[f"MOSTLY_{common}"].value
         inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, value, field.types[0], inner)
-    for name, (data, kind) in made.items():
-        writer.add_tensor(name, data, raw_dtype=kind)
     _close(writer)
     return dict(types), ours
 
@@ -245,35 +235,33 @@ def _close(writer: Any) -> None:
 
 
 def _levels(
-    weight: Tensor, grid: Grid, order: np.ndarray[Any, Any] | None
+    weight: Tensor, grid: Grid | None, place: _Place
 ) -> tuple[np.ndarray[Any, Any], Any] | None:
     """Return a matrix in blocks of GGUF that have the levels of its grid; None if none can."""
     from gguf import GGMLQuantizationType
 
+    if grid is None or grid.octaves is not None or place.offset:
+        return None
     rows, columns = weight.shape
     group = columns // grid.scale.shape[1]
-    if grid.octaves is not None or group % BLOCK:
-        return None
     levels, half = grid.levels(weight), grid.scale.half()
-    if not torch.equal(half.float(), grid.scale):
+    if group % BLOCK or not torch.equal(half.float(), grid.scale):
         return None
     if not torch.equal(grid.values(levels).to(weight.dtype), weight):
         return None
     blocks = levels.numpy().reshape(rows, -1, BLOCK)
     scales = half.repeat_interleave(group // BLOCK, 1).numpy()
-    if order is not None:
-        row = order[:, 0] // columns
-        if not np.array_equal(order, row[:, None] * columns + np.arange(columns)):
+    if place.order is not None:
+        row = place.order[:, 0] // columns
+        if not np.array_equal(place.order, row[:, None] * columns + np.arange(columns)):
             return None
         back = np.argsort(row)
         blocks, scales = blocks[back], scales[back]
     if -8 <= blocks.min() <= blocks.max() <= 7:
         own = (blocks + 8).astype(np.uint8)
         data, kind = own[..., :16] | (own[..., 16:] << 4), GGMLQuantizationType.Q4_0
-    elif -128 <= blocks.min() <= blocks.max() <= 127:
+    else:  # a scale serves at most 8 bits
         data, kind = blocks.astype(np.int8).view(np.uint8), GGMLQuantizationType.Q8_0
-    else:
-        return None
     head = np.ascontiguousarray(scales[..., None]).view(np.uint8)
     return np.concatenate([head, data], axis=-1).reshape(rows, -1), kind
 

@@ -89,8 +89,7 @@ class Session:
     def __call__(self, ids: Tensor | Sequence[Any]) -> Tensor:
         """Return the logits (rows, tokens, vocabulary), float32, of ids (rows, tokens): a tensor,
         an array or lists; of one row also (tokens)."""
-        ids = torch.as_tensor(ids)
-        ids = ids[None] if ids.ndim == 1 else ids
+        ids = torch.atleast_2d(torch.as_tensor(ids))
         rows, tokens = ids.shape
         now = self._past + tokens
         feed = {

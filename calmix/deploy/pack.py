@@ -23,9 +23,10 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +58,7 @@ SPARSE = 0.08  # share of zeros from which a mask, a bit a value, pays in 16 bit
 HELPS = 0.98  # compressed parts are kept where they are smaller by this factor
 RARE = 5e-4  # share of levels beyond half a byte, and
 ASTRAY = 1e-2  # share of weights off the grid, up to which levels are stored so
+ALTERED = "is not what it was packed as: fetch the pack again"
 MAGIC = b"\x28\xb5\x2f\xfd"  # how a zstandard frame begins
 
 LEVEL = 3  # zstandard's; higher levels do not shrink exponents further
@@ -98,8 +100,6 @@ def pack(
         ModelError: a weight file is damaged.
     """
     folder, output = Path(folder), Path(output)
-    if (folder / PACK).is_file():
-        raise InputError(f"{folder} is a pack already")
     check_folder(folder)
     scales = [f"{SCALES}/{path.name}" for path in sorted((folder / SCALES).glob("[!.]*"))]
     files = [*scales, *weight_files(folder)]
@@ -107,42 +107,35 @@ def pack(
     others = _other_files(folder, places)
     grids = read_grids(folder)
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
-    total = sum((folder / name).stat().st_size for name in places)
-    done, sparse, weights = 0, [0, 0], dict[str, dict[str, Any]]()
+    total, done = sum((folder / name).stat().st_size for name in places), 0
+
+    def told(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
     with atomic_folder(output) as beside, ThreadPoolExecutor(cores()) as pool, disk_errors(output):
-        for name, tensors in places.items():
-            (beside / name).parent.mkdir(exist_ok=True)
-            made, entries = _Writer(beside / name), {}
-            digest = pool.submit(sha256_file, folder / name)
-            made.add("header", [header_bytes(folder / name)])
-            for tensor, place in tensors:
-                words = np.fromfile(
-                    folder / name, f"u{place.dtype.itemsize}", math.prod(place.shape),
-                    offset=place.start,
-                )  # fmt: skip
-                entry, parts = _encoded(words, place, grids.get(tensor), pool)
-                sizes = {kind: made.add(f"{tensor}|{kind}", one) for kind, one in parts.items()}
-                entries[tensor] = entry | {"sizes": sizes}
-                done += place.size
-                if entry["mask"] or "levels" in entry:
-                    sparse[0] += place.size
-                    sparse[1] += sum(map(sum, sizes.values()))
-                if progress is not None:
-                    progress(done, total)
-            made.close()
-            weights[name] = {
-                "sha256": digest.result(), "packed": sha256_file(beside / name),
-                "tensors": entries,
-            }  # fmt: skip
-        packed = sum((beside / name).stat().st_size for name in weights)
-        levels = any("levels" in one for file in weights.values()
-                     for one in file["tensors"].values())  # fmt: skip
-        kept = {name: _copy(folder / name, beside / name) for name in others}
-        write_json(
-            beside / PACK,
-            {"format": FORMATS[levels], "versions": versions(), "weights": weights, "files": kept},
-        )
-    return Packed(total, packed, (sparse[0], sparse[1]))
+        weights = {
+            name: _write(folder / name, beside / name, tensors, grids, pool, told)
+            for name, tensors in places.items()
+        }
+        after = sum((beside / name).stat().st_size for name in weights)
+        entries = [(place.size, weights[name]["tensors"][tensor])
+                   for name, tensors in places.items() for tensor, place in tensors]  # fmt: skip
+        sparse = [(size, sum(map(sum, entry["sizes"].values())))
+                  for size, entry in entries if entry["mask"] or "levels" in entry]  # fmt: skip
+        for name in others:
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, beside / name)
+        manifest = {
+            "format": FORMATS[any("levels" in entry for _, entry in entries)],
+            "versions": versions(), "weights": weights,
+            "files": {name: sha256_file(beside / name) for name in others},
+        }  # fmt: skip
+        write_json(beside / PACK, manifest)
+    before, left = map(sum, zip((0, 0), *sparse, strict=True))
+    return Packed(total, after, (before, left))
 
 
 def unpack(
@@ -168,10 +161,11 @@ def unpack(
     check_free(output, total, "the weights take")
     done = 0
     with atomic_folder(output) as beside, disk_errors(output):
-        for name, expected in manifest["files"].items():
-            _check(_copy(folder / name, beside / name) == expected, folder / name)
+        for name in manifest["files"]:
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, beside / name)
         for name, entry in manifest["weights"].items():
-            (beside / name).parent.mkdir(exist_ok=True)
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
             with (beside / name).open("wb") as file:
                 for part in _unpacked(folder / name, entry, grids):
                     file.write(part)
@@ -198,8 +192,6 @@ def load(
     """
     folder = Path(folder)
     manifest = _manifest(folder)
-    for name, expected in manifest["files"].items():
-        _check(sha256_file(folder / name) == expected, folder / name)
     grids, state = _grids(folder, manifest), dict[str, torch.Tensor]()
     weights = {n: one for n, one in manifest["weights"].items() if not n.startswith(SCALES)}
     for number, (name, entry) in enumerate(weights.items(), start=1):
@@ -207,8 +199,6 @@ def load(
         if progress is not None:
             progress(number, len(weights))
     config = load_config(folder, str(folder), False)
-    if options.setdefault("dtype", "auto") == "auto":
-        options["dtype"] = getattr(config, "dtype", None) or torch.float32
     with loading(f"cannot open {folder}"):
         from transformers import AutoModelForCausalLM
 
@@ -250,24 +240,17 @@ def _tensors(
     """Return all tensors of a packed file."""
     parts, found = _unpacked(path, entry, grids), dict[str, torch.Tensor]()
     for name, place in _in_order(parse_header(next(parts), path)):
-        try:
-            found[name] = torch.empty(place.shape, dtype=place.dtype)
-        except (RuntimeError, TypeError) as error:  # a header that asks for more than there is
-            raise InputError(f"{path}: {name} takes {place.size:,} bytes: too many") from error
-        flat, at = tensor_bytes(found[name]), 0
-        while at < place.size:
-            part = next(parts)
-            flat[at : at + len(part)] = part
-            at += len(part)
+        data = bytearray()
+        while len(data) < place.size:
+            data += next(parts)
+        found[name] = _tensor(data, place)
     next(parts, None)  # sees that the hash is right
     return found
 
 
-def _copy(source: Path, target: Path) -> str:
-    """Copy a file; return its SHA-256."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    return sha256_file(target)
+def _tensor(data: Any, place: Place) -> torch.Tensor:
+    """Return bytes as the tensor they are of."""
+    return torch.from_numpy(np.frombuffer(data, np.uint8)).view(place.dtype).view(place.shape)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -280,12 +263,13 @@ def _manifest(folder: Path) -> dict[str, Any]:
                 f"{FORMATS[-1]}: unpack it with the version that made it"
             )
         for name in (*manifest["weights"], *manifest["files"]):
-            parts = name.split("/")
-            nested = parts[1:] and parts[:-1] != [SCALES] and name in manifest["weights"]
-            if {"", ".", ".."} & {*parts} or nested:
+            if {"", ".", ".."} & {*name.split("/")}:
                 raise InputError(f"{path} names a file outside the pack: {name!r}")
             if not (folder / name).is_file():
                 raise InputError(f"{folder} lacks {name}, which is part of the pack: fetch it")
+        for name, expected in manifest["files"].items():
+            if sha256_file(folder / name) != expected:
+                raise InputError(f"{folder / name} {ALTERED}")
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is not a pack: it has no {PACK}") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -293,36 +277,41 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check(good: bool, path: Path) -> None:
-    if not good:
-        raise InputError(f"{path} is not what it was packed as (SHA-256): fetch the pack again")
+def _write(
+    source: Path, target: Path, tensors: Sequence[tuple[str, Place]], grids: Mapping[str, Grid],
+    pool: ThreadPoolExecutor, told: Callable[[int], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Pack a weight file; return what the manifest says of it.
 
+    A safetensors file of bytes whose sizes are known only when they are written, its header last.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    header: dict[str, Any] = {"__metadata__": {"format": "calmix-pack"}}
+    entries: dict[str, Any] = {}
+    digest = pool.submit(sha256_file, source)
+    with tempfile.TemporaryFile(dir=target.parent) as data, target.open("wb") as file:
 
-class _Writer:
-    """A safetensors file of byte tensors whose sizes are known only when they are written."""
+        def add(name: str, parts: Sequence[bytes]) -> list[int]:
+            start, sizes = data.tell(), [len(part) for part in parts]
+            data.writelines(parts)
+            header[name] = {
+                "dtype": "U8", "shape": [sum(sizes)], "data_offsets": [start, data.tell()],
+            }  # fmt: skip
+            return sizes
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = 0
-        self._entries: dict[str, Any] = {"__metadata__": {"format": "calmix-pack"}}
-        self._data = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115
-
-    def add(self, name: str, parts: Sequence[bytes]) -> list[int]:
-        """Write parts one behind the other; return their sizes."""
-        sizes, start = [len(part) for part in parts], self.size
-        self._data.writelines(parts)
-        self.size += sum(sizes)
-        self._entries[name] = {
-            "dtype": "U8", "shape": [sum(sizes)], "data_offsets": [start, self.size],
-        }  # fmt: skip
-        return sizes
-
-    def close(self) -> None:
-        """Put the header before the bytes."""
-        with self.path.open("wb") as file, self._data as data:
-            file.write(with_length(self._entries))
-            data.seek(0)
-            shutil.copyfileobj(data, file, length=1 << 22)
+        add("header", [header_bytes(source)])
+        for tensor, place in tensors:
+            words = np.fromfile(
+                source, f"u{place.dtype.itemsize}", math.prod(place.shape), offset=place.start
+            )
+            entry, parts = _encoded(words, place, grids.get(tensor), pool)
+            sizes = {kind: add(f"{tensor}|{kind}", one) for kind, one in parts.items()}
+            entries[tensor] = entry | {"sizes": sizes}
+            told(place.size)
+        file.write(with_length(header))
+        data.seek(0)
+        shutil.copyfileobj(data, file, length=1 << 22)
+    return {"sha256": digest.result(), "packed": sha256_file(target), "tensors": entries}
 
 
 def _in_order(places: Mapping[str, Place]) -> list[tuple[str, Place]]:
@@ -372,8 +361,7 @@ def _encoded_levels(
             low = low[::2] | (low[1::2] << 4)
         return astray, _squeezed(low.tobytes(), compression_params=LEVELS)
 
-    whole = torch.from_numpy(raw.view(np.uint8)).view(place.dtype).view(place.shape)
-    spans = _spans(place)
+    whole, spans = _tensor(raw, place), _spans(place)
     found = list(pool.map(read, spans))
     small = sum(wide for *_, wide in found) <= RARE * raw.size
     starts = [rows.start * place.shape[1] for rows in spans]
@@ -425,48 +413,10 @@ def _squeezed(part: bytes, **how: Any) -> bytes:
 
 def _expanded(part: bytes, size: int) -> Words:
     """Return `size` bytes, uncompressed; ValueError for another size."""
-    if part.startswith(MAGIC):
-        if zstandard.frame_content_size(part) != size:
-            raise ValueError("another size")
-        part = zstandard.ZstdDecompressor().decompress(part, max_output_size=size)
-    if len(part) != size:
+    frame = part.startswith(MAGIC)
+    if (zstandard.frame_content_size(part) if frame else len(part)) != size:
         raise ValueError("another size")
-    return np.frombuffer(part, np.uint8)
-
-
-def _decode(parts: list[bytes], masked: bool, count: int, dtype: torch.dtype) -> bytes:
-    """Return the bytes of a chunk of `count` values."""
-    kept, width = count, dtype.itemsize
-    if masked:
-        bits = np.unpackbits(_expanded(parts[0], -(-count // 8)), count=count).view(bool)
-        where = np.flatnonzero(bits)  # places are ten times as fast to fill as a mask
-        kept = len(where)
-    planes = np.empty((kept, width), np.uint8)
-    for at, part in enumerate(parts[masked:]):
-        planes[:, width - 1 - at] = _expanded(part, kept)
-    values = planes.view(f"<u{width}")[:, 0]
-    if dtype.is_floating_point:
-        values = (values >> 1) | (values << (8 * width - 1))
-    if not masked:
-        return values.tobytes()
-    whole = np.zeros(count, f"<u{width}")
-    whole[where] = values
-    return whole.tobytes()
-
-
-def _decode_levels(
-    part: bytes, small: bool, grid: Grid, shape: tuple[int, int], dtype: torch.dtype,
-    astray: Words, put: Words,
-) -> bytes:  # fmt: skip
-    """Return the bytes of some rows of a quantised tensor, in which weights astray are `put`."""
-    count = math.prod(shape)
-    low = _expanded(part, -(-count // 2) if small else count)
-    if small:
-        low = np.stack([low & 15, low >> 4], axis=1).reshape(-1)[:count]
-    levels = torch.from_numpy(low.astype(np.int8)).view(shape)
-    found = _words(grid.values(levels - 8 if small else levels).to(dtype))
-    found[astray] = put
-    return found.tobytes()
+    return np.frombuffer(zstandard.decompress(part) if frame else part, np.uint8)
 
 
 def _unpacked(path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]) -> Iterator[bytes]:
@@ -481,24 +431,22 @@ def _unpacked(path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]) -> I
             header = file.read(held["header"].size)
             digest, places = hashlib.sha256(header), _in_order(parse_header(header, path))
             yield header
-            waiting: list[Future[bytes]] = []
-            for name, place in places:
-                own = entry["tensors"][name]
-                for job in _chunks(file, held, name, place, own, grids.get(name)):
-                    waiting.append(pool.submit(job))
-                    if len(waiting) > 2 * cores():
-                        digest.update(part := waiting.pop(0).result())
-                        yield part
-            for one in waiting:
-                digest.update(part := one.result())
+            jobs = (
+                pool.submit(job)
+                for name, place in places
+                for job in _chunks(file, held, name, place, entry["tensors"][name], grids.get(name))
+            )
+            waiting = list(islice(jobs, 2 * cores()))
+            while waiting:
+                digest.update(part := waiting.pop(0).result())
+                waiting += islice(jobs, 1)
                 yield part
-        _check(digest.hexdigest() == entry["sha256"], path)
+        if digest.hexdigest() != entry["sha256"]:
+            raise ValueError("another SHA-256")
     except Exception as error:  # damaged bytes can be anything
-        if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno):
+        if isinstance(error, OSError) and error.errno:
             raise
-        raise InputError(
-            f"{path} is not what it was packed as ({type(error).__name__}): fetch the pack again"
-        ) from error
+        raise InputError(f"{path} {ALTERED}") from error
 
 
 def _chunks(
@@ -512,19 +460,46 @@ def _chunks(
         file.seek(held[f"{name}|{kind}"].start + sum(sizes[:number]))
         return file.read(sizes[number])
 
+    width = place.dtype.itemsize
     if grid is not None and "levels" in entry:
-        kind, width, columns = entry["levels"], place.dtype.itemsize, place.shape[1]
+        kind, columns = entry["levels"], place.shape[1]
         astray = _expanded(read("astray", 0), 4 * entry["astray"]).view("<u4")
         put = _expanded(read("astray", 1), width * entry["astray"]).view(f"<u{width}")
+
+        def decoded(part: bytes, rows: slice, own: Grid) -> bytes:
+            first, count = rows.start * columns, (rows.stop - rows.start) * columns
+            low = _expanded(part, -(-count // 2) if kind == "half" else count)
+            if kind == "half":
+                low = np.stack([low & 15, low >> 4], axis=1).reshape(-1)[:count] - 8
+            levels = torch.from_numpy(low.astype(np.int8)).view(-1, columns)
+            found = _words(own.values(levels).to(place.dtype))
+            here = slice(*np.searchsorted(astray, [first, first + count]))
+            found[astray[here] - first] = put[here]
+            return found.tobytes()
+
         for number, rows in enumerate(_spans(place)):
-            first, last = rows.start * columns, rows.stop * columns
-            here = slice(*np.searchsorted(astray, [first, last]))
-            yield partial(
-                _decode_levels, read(kind, number), kind == "half", grid.part(rows),
-                (rows.stop - rows.start, columns), place.dtype, astray[here] - first, put[here],
-            )  # fmt: skip
+            yield partial(decoded, read(kind, number), rows, grid.part(rows))
         return
-    count, masked = math.prod(place.shape), entry["mask"] is True
-    for number, at in enumerate(range(0, count, CHUNK)):
+    whole, masked = math.prod(place.shape), entry["mask"] is True
+
+    def joined(parts: list[bytes], count: int) -> bytes:
+        kept = count
+        if masked:
+            bits = np.unpackbits(_expanded(parts[0], -(-count // 8)), count=count).view(bool)
+            where = np.flatnonzero(bits)  # places are ten times as fast to fill as a mask
+            kept = len(where)
+        planes = np.empty((kept, width), np.uint8)
+        for at, part in enumerate(parts[masked:]):
+            planes[:, width - 1 - at] = _expanded(part, kept)
+        values = planes.view(f"<u{width}")[:, 0]
+        if place.dtype.is_floating_point:
+            values = (values >> 1) | (values << (8 * width - 1))
+        if not masked:
+            return values.tobytes()
+        filled = np.zeros(count, f"<u{width}")
+        filled[where] = values
+        return filled.tobytes()
+
+    for number, at in enumerate(range(0, whole, CHUNK)):
         parts = [read(kind, number) for kind in _kinds(masked, place)]
-        yield partial(_decode, parts, masked, min(CHUNK, count - at), place.dtype)
+        yield partial(joined, parts, min(CHUNK, whole - at))

@@ -100,16 +100,12 @@ def test_every_type_and_value_survives(data, tmp_path_factory):
     tensors = {}
     for number in range(data.draw(st.integers(1, 3))):
         dtype = data.draw(st.sampled_from([*kinds, torch.bool]))
-        size = data.draw(st.integers(0, 40)) * dtype.itemsize
-        raw = data.draw(st.binary(min_size=size, max_size=size))
-        if dtype == torch.bool:
-            raw = bytes(byte & 1 for byte in raw)
-        if data.draw(st.booleans()):  # half of it zeros
-            raw = bytes(size // dtype.itemsize // 2 * dtype.itemsize).ljust(size, b"\1")
-        if data.draw(st.booleans()):  # looks like a frame of zstandard
-            raw = (b"\x28\xb5\x2f\xfd" + raw[4:])[:size] if dtype == torch.uint8 else raw
-        value = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0)
-        tensors[f"t{number}"] = value.to(torch.uint8).view(dtype) if raw else value.to(dtype)
+        size = (count := data.draw(st.integers(0, 40))) * dtype.itemsize
+        # Half of it zeros, or what looks like a frame of zstandard.
+        first = data.draw(st.sampled_from([b"", bytes(count // 2 * dtype.itemsize), packed.MAGIC]))
+        raw = (first + data.draw(st.binary(min_size=size, max_size=size)))[:size]
+        most = 1 if dtype == torch.bool else 255
+        tensors[f"t{number}"] = torch.tensor([b & most for b in raw], dtype=torch.uint8).view(dtype)
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}", encoding="utf-8")
     save_file(tensors, folder / "model" / "model.safetensors")
@@ -141,7 +137,7 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(pruned, tmp_pa
         ("is a pack of format 3, this calmix reads up to 2", {"format": 3}),
         ("names a file outside the pack", {"files": {"a/../../evil": "0"}}),
         ("names a file outside the pack", {"files": {"/evil": "0"}}),
-        ("names a file outside the pack", {"weights": {"sub/model.safetensors": {}}}),
+        ("lacks sub/model.safetensors", {"weights": {"sub/model.safetensors": {}}}),
         ("lacks gone.txt, which is part of the pack", {"files": {"gone.txt": "0"}}),
         (packed_as, {"files": {"config.json": "0"}}),
         (packed_as, {"weights": {"model.safetensors": {"packed": "0"}}}),
@@ -159,7 +155,7 @@ def test_bad_folders_are_one_line(pruned, tmp_path, calmix):
     assert export("empty", "pack", "p").line.endswith("not a model folder")
     assert export("empty", "model", "p").line.endswith(PACK)
     assert "where weights are pruned" in export(pruned, "pack", "p").ok().out
-    assert "is a pack already" in export("p", "pack", "q").line
+    assert "p is a pack: 'calmix export" in export("p", "pack", "q").line
     assert "not empty" in export(pruned, "pack", "p").line
     assert export("p", "model", "back").code == 0
     assert same(pruned, tmp_path / "back")
@@ -199,8 +195,8 @@ def test_scales_of_another_pack_are_refused(quantised, tmp_path):
     shutil.copy(scales, tmp_path / "ecq" / "calmix-scales" / scales.name)
     entry = {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 1 << 62]}
     header = torch.frombuffer(bytearray(with_length({"a": entry})), dtype=torch.uint8)
-    for match in ("is not what it was packed as", "bytes: too many"):
-        with pytest.raises(InputError, match=match):
+    for _ in range(2):  # the second header asks for more bytes than there are
+        with pytest.raises(InputError, match="is not what it was packed as"):
             load(tmp_path / "ecq")
         save_file({"header": header}, tmp_path / "ecq" / "calmix-scales" / scales.name)
     scales.unlink()
