@@ -244,9 +244,10 @@ def _levels(
         return None
     rows, columns = weight.shape
     group = columns // grid.scale.shape[1]
-    levels, half = grid.levels(weight), grid.scale.half()
+    half = grid.scale.half()
     if group % BLOCK or not torch.equal(half.float(), grid.scale):
         return None
+    levels = grid.levels(weight)
     if not torch.equal(grid.values(levels).to(weight.dtype), weight):
         return None
     blocks = levels.numpy().reshape(rows, -1, BLOCK)

@@ -329,12 +329,9 @@ def _encoded(
     masked = place.dtype.is_floating_point and bool(0 < SPARSE * len(raw) <= zeros)
     chunks = [raw[at : at + CHUNK] for at in range(0, len(raw), CHUNK)]
     coded = pool.map(lambda chunk: _encode(chunk, masked, place.dtype), chunks)
-    parts = dict(zip(_kinds(masked, place), zip(*coded, strict=True), strict=False))
+    kinds = ["mask"] * masked + [str(plane) for plane in range(place.dtype.itemsize)]
+    parts = dict(zip(kinds, zip(*coded, strict=True), strict=False))  # none of what is empty
     return {"count": len(raw), "mask": masked}, parts
-
-
-def _kinds(masked: bool, place: Place) -> list[str]:
-    return ["mask"] * masked + [str(plane) for plane in range(place.dtype.itemsize)]
 
 
 def _encoded_levels(
@@ -501,5 +498,5 @@ def _chunks(
         return filled.tobytes()
 
     for number, at in enumerate(range(0, whole, CHUNK)):
-        parts = [read(kind, number) for kind in _kinds(masked, place)]
+        parts = [read(kind, number) for kind in entry["sizes"]]
         yield partial(joined, parts, min(CHUNK, whole - at))
