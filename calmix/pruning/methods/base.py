@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from calmix.errors import InputError
-from calmix.pruning.gram import Factor, Gram, Squares, Statistic, inverse_factor
+from calmix.pruning.gram import OUTPUTS, Factor, Gram, Squares, Statistic, inverse_factor
 from calmix.pruning.patterns import Pattern, Rate, Unstructured, check_columns, clear
-from calmix.pruning.solvers import refit
 from calmix.pruning.solvers.grids import Grid, Symmetric, check_group
+from calmix.pruning.solvers.refit import refit
 from calmix.pruning.solvers.surgeon import solve_columns
 
 DAMPING = 0.01
@@ -309,7 +309,7 @@ class Sparse(Method):
         own = statistic if self.statistic is Gram else statistic.diagonal()
         chosen = by_kind(self.choose, weights, own, patterns)
         if self.refit and not self.refits:
-            made = refit.refit(weights, chosen.weights, statistic, steps=self.refit)
+            made = refit(weights, chosen.weights, statistic, steps=self.refit)
             chosen = replace(chosen, weights=made)
         if self.bits and not chosen.grids:  # GPTQ's loop with the mask held
             rounding = Symmetric(chosen.weights, self.group, self.bits)
@@ -325,10 +325,13 @@ class Sparse(Method):
 
     def memory(self, columns: int, outputs: int) -> int:
         """The mask's, or what the refit or the rounding works on."""
-        gram = Gram.memory(columns)
-        fitting = gram + refit.memory(outputs, columns) if self.refit else 0
-        rounding = gram + 7 * columns**2 + 20 * columns * outputs if self.bits else 0
-        return max(super().memory(columns, outputs), fitting, rounding)
+        gram, held = Gram.memory(columns), super().memory(columns, outputs)
+        if self.refit:  # the scaled Gram matrix, and some rows or a factor at work; chosen and made
+            work = 6 * columns**2 + 16 * 4 * columns * min(outputs, OUTPUTS)
+            held = max(held, gram + max(11 * columns**2, work) + 6 * columns * outputs)
+        if self.bits:
+            held = max(held, gram + 7 * columns**2 + 20 * columns * outputs)
+        return held
 
 
 class Saliency(Sparse):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calmix.errors import SolverError
 from calmix.precision import add_rounded_product, large_product, rounded, rounded_product
-from calmix.pruning.gram import OUTPUTS, chunks, inverse_factor
+from calmix.pruning.gram import chunks, inverse_factor
 
 STEPS = 10
 DAMPING = 0.001  # share of every input's own square sum added to it
@@ -136,10 +136,3 @@ def refit_layer(
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.vecdot(left, right)[:, None]
-
-
-def memory(rows: int, columns: int) -> int:
-    """Return the bytes a refit needs beside the Gram matrix: its scaled copies and some rows or a
-    factor at work, and the weights that were chosen and those that are made."""
-    work = 6 * columns**2 + 16 * 4 * columns * min(rows, OUTPUTS)
-    return max(11 * columns**2, work) + 6 * columns * rows
