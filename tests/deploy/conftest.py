@@ -1,10 +1,11 @@
-"""Models that were quantised, from a GGUF file."""
+"""A model that was pruned, and models that were quantised, from a GGUF file."""
 
 import pytest
 
+import calmix
 from calmix.pruning.checkpoint import prune_checkpoints
 from calmix.specs import prune_request
-from tests.tiny import tiny_gguf
+from tests.tiny import save_tiny_model, tiny_gguf, tiny_ids
 
 QUANTISED = {
     "four": {"method": "gptq,group=32", "bits": 4},
@@ -12,6 +13,17 @@ QUANTISED = {
     "ecq": {"bits": 2.8},
     "joint": {"sparsity": 0.5, "bits": 4},
 }
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory):
+    """A tiny model of one block, six tenths of its weights zero."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("model") / "pruned", num_hidden_layers=1)
+    opened = calmix.open_model(str(folder))
+    pattern = calmix.Unstructured(0.6)
+    calmix.prune(opened.model, tiny_ids(4), method="magnitude", pattern=pattern)
+    opened.model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -29,17 +29,6 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
-    """A tiny model of one block, six tenths of its weights zero."""
-    folder = save_tiny_model(tmp_path_factory.mktemp("model") / "pruned", num_hidden_layers=1)
-    opened = calmix.open_model(str(folder))
-    pattern = calmix.Unstructured(0.6)
-    calmix.prune(opened.model, tiny_ids(4), method="magnitude", pattern=pattern)
-    opened.model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def made(pruned, tmp_path_factory):
     """Its export, by the command line, which says one line whatever the libraries have to say."""
     output = tmp_path_factory.mktemp("made") / "export"
