@@ -245,7 +245,7 @@ def draw(points: list[Point], path: Path) -> None:
                       linestyle="--" if line.startswith("llama.cpp") else "-")  # fmt: skip
         axes.set(xlabel="size of the model's files, MB", ylabel="right answers kept, %",
                  ylim=(0, 100))  # fmt: skip
-        axes.set_title("How many answers are left at which size", color=INK)
+        axes.set_title("How many answers are left at which size", color=INK, loc="left")
         axes.grid()
         figure.legend(loc="outside lower left", ncols=2)
         figure.savefig(path, metadata={"Date": None})
@@ -264,7 +264,7 @@ def draw_distance(points: list[Point], path: Path) -> str:
                       color=COLOURS[number % len(COLOURS)])  # fmt: skip
         axes.set(xlabel="KL to the dense model, nats a token", ylabel="right answers kept, %",
                  ylim=(0, 100), xscale="log")  # fmt: skip
-        axes.set_title("What a distance to the dense model means in answers", color=INK)
+        axes.set_title("What a distance to the dense model means in answers", color=INK, loc="left")
         axes.set_xticks([0.025, *EDGES], [f"{edge:g}" for edge in (0.025, *EDGES)])
         axes.tick_params(axis="x", which="minor", bottom=False)
         axes.grid()

@@ -11,6 +11,7 @@ left out, with a line, elsewhere.
 import argparse
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -53,19 +54,18 @@ SETS = (
 def masks():
     """Hashes of the masks of every method and pattern on a tiny model of each family."""
     found = {}
-    for family in FAMILIES:
-        for method in METHODS:
-            for name, pattern in PATTERNS.items():
-                for way in ("sequential", "block"):
-                    if way == "block" and method != "sparsegpt":
-                        continue
-                    model = tiny_model(family)
-                    calmix.prune(model, tiny_ids(), method=method, pattern=pattern, propagation=way)
-                    digest = hashlib.sha256()
-                    for key, weight in sorted(model.state_dict().items()):
-                        digest.update(key.encode())
-                        digest.update((weight == 0).numpy().tobytes())
-                    found[f"{family} {method} {name} {way}"] = digest.hexdigest()
+    for family, method, (name, pattern), way in itertools.product(
+        FAMILIES, METHODS, PATTERNS.items(), ("sequential", "block")
+    ):
+        if way == "block" and method != "sparsegpt":
+            continue
+        model = tiny_model(family)
+        calmix.prune(model, tiny_ids(), method=method, pattern=pattern, propagation=way)
+        digest = hashlib.sha256()
+        for key, weight in sorted(model.state_dict().items()):
+            digest.update(key.encode())
+            digest.update((weight == 0).numpy().tobytes())
+        found[f"{family} {method} {name} {way}"] = digest.hexdigest()
     return found
 
 
@@ -123,9 +123,7 @@ def scores():
     }
 
 
-PARTS = {
-    "masks": masks, "studies": studies, "drawn": drawn, "scores": scores,
-}  # fmt: skip
+PARTS = {part.__name__: part for part in (masks, studies, drawn, scores)}
 OF_THE_MACHINE = ("masks", "scores")
 
 

@@ -7,7 +7,6 @@ import inspect
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -178,7 +177,7 @@ def longer(model, folder):
 
 def tiny_gguf(path):
     """Write the tiny llama as GGUF, in float32, with a byte-level vocabulary."""
-    from gguf import GGUFWriter, TokenType
+    from gguf import MODEL_ARCH, GGUFWriter, TokenType, get_tensor_name_map
 
     config, model = tiny_config("llama"), tiny_model("llama")
     writer = GGUFWriter(path, "llama")
@@ -202,19 +201,10 @@ def tiny_gguf(path):
     writer.add_token_merges(["a b", "b c"])  # older transformers take a list of one for text
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    names = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm",
-        "input_layernorm": "attn_norm", "model.layers": "blk",
-    }  # fmt: skip
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        writer.add_tensor(name, np.ascontiguousarray(tensor.numpy()))
+        if name != "lm_head.weight":
+            writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 import shlex
 from collections import Counter
@@ -11,7 +13,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from calmix.analysis.bootstrap import Estimate
 from calmix.calibration import CalibrationSet, saved_set
 from calmix.compression.plan import BEHAVIOUR, PACK, SCORES, target
 from calmix.compression.plan import MANIFEST as RECORD
@@ -19,7 +20,7 @@ from calmix.compression.running import read_record
 from calmix.errors import InputError
 from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
-from calmix.evaluation.generations import TOKENS, Answered, Prompt, load_answers
+from calmix.evaluation.generations import Answered, Prompt, load_answers
 from calmix.evaluation.retention import Retention, flips
 from calmix.evaluation.scores import CapabilityScores, check_same_suite, load_pairs
 from calmix.evaluation.suites import load_suite, provenance
@@ -28,30 +29,19 @@ from calmix.manifest import file_hashes, read_sealed
 from calmix.models import builtin_models
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.report import charts, words
-from calmix.report.charts import Chart, look, mark
+from calmix.report.charts import LOOKS, Chart, Mark
 from calmix.report.pages import render
 from calmix.sources import builtin_sources
+from calmix.sources.licences import use_of
 
 WEIGHTS = ".safetensors"
 BY_MODEL = "written by the model"
-TEXTS: dict[str, Any] = {
-    "target": target,
-    "BY_MODEL": BY_MODEL,
-    "TOKENS": TOKENS,
-    "HEADS": ["dimension", "#likelihood kept %", "#KL", "#top-1 %", "#flips %"],
-    "COUNTS": ["ability", "#asked", "#dense right", "#still right", "#kept %", "#gained"],
-    "DISTANCE": "KL(dense || pruned) in nats per token, on held-out text; top-1: tokens with the "
-    "dense model's likeliest next one; flips: items right under one model alone",
-    "FOOTER": "Written by calmix from the files beside it. Kept: of the answers that the dense "
-    "model gets right, the share that is still right. Likelihood kept: 100 % = dense model, 0 = no "
-    "task knowledge. Brackets: 95 % intervals over items.",
-}
 
 
 @dataclass(frozen=True)
 class Card:
     """What is known of one compressed model; `asked` is the request, `pruning`, `calibration` and
-    `recoveries` are of its manifest, `tasks` are licences and origins of the scored tasks."""
+    `recoveries` are of its manifest. `sources`, `tasks` and `hashes` are tables."""
 
     out: Path
     name: str
@@ -62,15 +52,15 @@ class Card:
     pruning: Mapping[str, Any]
     size: int
     packed: int
-    sources: tuple[Mapping[str, Any], ...]  # parts of the set: rows, tokens, whose text it is
+    sources: list[dict[str, Any]]  # parts of the set
     calibration: Mapping[str, Any]
     recoveries: tuple[Mapping[str, Any], ...]
     scores: CapabilityScores
     dense: CapabilityScores
     pairs: Sequence[Pair]  # the scores of both models on each suite
     answers: Answered | None
-    tasks: Mapping[str, Mapping[str, str]]
-    hashes: Mapping[str, str]
+    tasks: list[dict[str, str]]  # whose items were scored
+    hashes: list[dict[str, str]]  # what went in and came out
     checked: str = ""
 
     SPEED = "unchanged: plain 16-bit weights (for forms that engines use: calmix export --help)"
@@ -103,13 +93,8 @@ class Card:
     @property
     def title(self) -> str:
         """What was done to which model."""
-        asked = self.asked
-        text = asked["model"].rstrip("/").rpartition("/")[2].removeprefix("builtin:")
-        if asked["pattern"]:
-            text += f" pruned to {asked['pattern']}"
-        elif asked["sparsity"]:
-            text += f" with {100 * asked['sparsity']:g} % of its weights pruned"
-        return text + (f" at {asked['bits']:g} bits a weight" if self.bits else "")
+        name = self.asked["model"].rstrip("/").rpartition("/")[2].removeprefix("builtin:")
+        return f"{name} {self.done} at {target(self.asked)}" + " a weight" * bool(self.bits)
 
     @cached_property
     def verdict(self) -> list[str]:
@@ -157,9 +142,9 @@ class Card:
         """What usually keeps more at the size of a sparse model; empty for a quantised one."""
         if self.bits or not self.packed:
             return ""
-        place, size = shlex.quote(f"{self.out}-bits"), f"{self.packed / 1e6:.0f}MB"
-        command = f"calmix compress {shlex.quote(self.asked['model'])} -o {place} --size {size}"
-        return f"bits usually keep more than zeros: {command}"
+        command = ["calmix", "compress", self.asked["model"], "-o", f"{self.out}-bits", "--size",
+                   f"{self.packed / 1e6:.0f}MB"]  # fmt: skip
+        return f"bits usually keep more than zeros: {shlex.join(command)}"
 
     @property
     def bits(self) -> float | None:
@@ -199,18 +184,60 @@ class Card:
             f"{suites} ({words.counted(dropped, 'document')} dropped)."
         )
 
-    def rows(self) -> Iterator[tuple[str, Any, str, str, Any]]:
-        """Yield the table of likelihood, a row a dimension, and the total: name, retention, KL,
-        top-1, flips."""
+    @property
+    def figures(self) -> dict[str, str]:
+        """Key figures by what they are; # begins the names of numbers."""
+        does, worst = self.behaved, self.behaved.worst
+        return {
+            "#answers kept %": words.with_span(does.answers and does.answers.share),
+            "worst ability": f"{worst.name}, {worst.kept} of {worst.dense}" if worst else "–",
+            "#accuracy %": words.with_span(does.choices and does.choices.accuracy[1]),
+            "#likelihood kept %": words.with_span(self.kept and self.kept.total),
+            **self._apart("total", (self.scores.distance or {}).get("total")),
+            "#MB": words.number((self.packed or self.size) / 1e6, 0),
+        }
+
+    def _apart(self, name: str, told: Mapping[str, float] | None) -> dict[str, str]:
+        far = told or {}
+        return {"#KL": words.number(far.get("kl_mean")), "#top-1 %": words.percent(far.get("top1")),
+                "#flips %": words.with_span(self.flipped.get(name))}  # fmt: skip
+
+    @property
+    def abilities(self) -> list[dict[str, Any]]:
+        """The table of generated answers."""
+        return [
+            {"ability": one.name, "#asked": one.asked, "#dense right": one.dense,
+             "#still right": one.kept, "#kept %": words.with_span(one.share),
+             "#gained": words.number(one.gained, 0)}
+            for one in self.behaved.abilities
+        ]  # fmt: skip
+
+    @property
+    def dimensions(self) -> list[dict[str, str]]:
+        """The table of likelihood, a row a dimension, and the total."""
         if self.kept is None:
-            return
+            return []
         far = self.scores.distance or {"dimensions": {}}
         parts = [(one.name, one.kept, far["dimensions"].get(one.name))
                  for one in self.kept.dimensions]  # fmt: skip
-        for name, kept, told in (*parts, ("total", self.kept.total, far.get("total"))):
-            yield (name, kept, words.number(told and told["kl_mean"]),
-                   words.percent(told and told["top1"]),
-                   self.flipped.get(name, Estimate(None)))  # fmt: skip
+        return [
+            {"dimension": name, "#likelihood kept %": words.with_span(kept),
+             **self._apart(name, told)}
+            for name, kept, told in (*parts, ("total", self.kept.total, far.get("total")))
+        ]  # fmt: skip
+
+    @property
+    def scored(self) -> list[dict[str, Any]]:
+        """The table of likelihood task by task."""
+        return [
+            {"task": one.name, "dimension": one.dimension, "scored by": one.score,
+             "#items": one.items, "#dense": words.number(one.dense),
+             "#pruned": words.number(one.pruned),
+             "#accuracy, dense": words.number(one.dense_accuracy),
+             "#accuracy, pruned": words.number(one.pruned_accuracy),
+             "#kept %": words.with_span(one.kept) if one.signal else "no signal"}
+            for one in (self.kept.tasks if self.kept else ())
+        ]  # fmt: skip
 
 
 def read_card(out: Path) -> Card:
@@ -239,13 +266,13 @@ def read_card(out: Path) -> Card:
     made = file_hashes(out / "model", without=("README.md",))
     hashes |= {f"model/{name}": value for name, value in made.items()
                if name.endswith(WEIGHTS) or name == "config.json"}  # fmt: skip
-    suites = zip((asked["suite"], "abilities"), pairs, strict=False)
-    try:
-        tasks = {f"{one.name} ({suite})" if len(pairs) > 1 else one.name:
-                 provenance(load_suite(suite).tasks[one.name])
-                 for suite, (_, told) in suites for one in told.tasks}  # fmt: skip
-    except (InputError, KeyError):  # the user's own file, which has moved or changed
-        tasks = {}
+    tasks: list[dict[str, str]] = []
+    with contextlib.suppress(InputError, KeyError):  # the user's own file, which moved or changed
+        for suite, (_, told) in zip((asked["suite"], "abilities"), pairs, strict=False):
+            for one in told.tasks:
+                whose = provenance(load_suite(suite).tasks[one.name])
+                name = f"{one.name} ({suite})" if len(pairs) > 1 else one.name
+                tasks.append({"task": name, "use": use_of(whose["licence"]), **whose})
     known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
     answers = out / "answers.json"
     return Card(
@@ -254,9 +281,10 @@ def read_card(out: Path) -> Card:
         manifest["pruning"],
         sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS),
         sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()),
-        tuple(_sources(out, asked, calibration)), calibration, tuple(recoveries),
+        list(_sources(out, asked, calibration)), calibration, tuple(recoveries),
         scores, dense, pairs,
-        load_answers(answers) if answers.exists() else None, tasks, hashes,
+        load_answers(answers) if answers.exists() else None, tasks,
+        [{"what": name, "SHA-256": value} for name, value in hashes.items()],
         _checked(out, dense, scores),
     )  # fmt: skip
 
@@ -277,24 +305,25 @@ def _checked(out: Path, dense: CapabilityScores, scores: CapabilityScores) -> st
 
 def _sources(
     out: Path, asked: Mapping[str, Any], manifest: Mapping[str, Any]
-) -> Iterator[Mapping[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Yield the parts of the set asked for; of text the model wrote, one a dimension."""
-    told: Mapping[str, Any] = manifest.get("sources") or {}
-    written = {} if "generated" in manifest else manifest.get("written") or {}
-    counts = {name: int(one["rows"]) for name, one in {**told, **written}.items()}
-    if not counts:
+    if "generated" in manifest:  # which counts no rows
         places = out / "calibration", user_path(str(asked["calibration"]))
-        held = next((place for place in places if saved_set(place)), None)
-        counts = {} if held is None else CalibrationSet.open(held).counts
-    known, own = builtin_sources(), manifest.get("own") or {}
-    for name, rows in counts.items():
-        whose = {"dimension": name, "licence": BY_MODEL, "version": ""}
-        if "generated" not in manifest and name not in written:
+        held = next(filter(saved_set, places), None)
+        counts = CalibrationSet.open(held).counts if held else {}
+        parts: dict[str, Any] = {name: {"rows": rows} for name, rows in counts.items()}
+    else:
+        parts = {**manifest.get("sources", {}), **manifest.get("written", {})}
+    known, own = builtin_sources(), manifest.get("own", {})
+    for name, part in parts.items():
+        dimension, licence = name, part.get("licence")
+        if licence:
             dimension = own.get(name, {}).get("dimension", "-")
-            whose = {"dimension": known[name].dimension if name in known else dimension,
-                     "licence": told[name].get("licence", "unstated"),
-                     "version": told[name].get("version", "")}  # fmt: skip
-        yield {"name": name, "rows": rows, "tokens": rows * int(manifest["length"]), **whose}
+            dimension = known[name].dimension if name in known else dimension
+        yield {"source": name, "dimension": dimension, "#rows": part["rows"],
+               "#tokens": part["rows"] * manifest["length"], "licence": licence or BY_MODEL,
+               "use": use_of(licence) if licence else "–",
+               "version": part.get("version", "")}  # fmt: skip
 
 
 # Charts
@@ -313,15 +342,13 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
             return None
         else:
             held.append({one.name: one.kept for one in kept.dimensions} | {"all": kept.total})
-    looks = [(card.name, *look(at)) for at, card in enumerate(cards)]
-    lanes = [
-        [[mark(one, f"{label}, {name}", colour, marker)]
-         for (label, colour, marker), own in zip(looks, held, strict=True)
-         if (one := own.get(name)) is not None and one.low is not None]
+    keys = [(card.name, *look) for card, look in zip(cards, itertools.cycle(LOOKS))]
+    marks = [
+        [Mark(own[name], f"{label}, {name}", colour, marker)
+         for (label, colour, marker), own in zip(keys, held, strict=True)
+         if name in own and own[name].low is not None]
         for name in held[0]
     ]  # fmt: skip
-    keys = [(name, colour, {"marker": marker, "linestyle": "none"})
-            for name, colour, marker in looks if len(looks) > 1]  # fmt: skip
     what = "Answers kept, by ability" if answers else "Likelihood kept, by dimension"
     said = "; ".join(
         f"{card.name}: " + ", ".join(f"{name} {words.percent(one.value)}"
@@ -331,8 +358,8 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
     return Chart(
         "kept", what, "Lines: 95 % intervals over items. The dashed line is the dense model.",
         f"{what}, in percent. {said}.",
-        partial(charts.bars, rows=[(name, None) for name in held[0]], lanes=lanes,
-                below="kept, %", keys=keys, rule=100),
+        partial(charts.bars, rows=[(name, None) for name in held[0]], marks=marks,
+                below="kept, %", keys=keys if len(keys) > 1 else [], rule=100),
     )  # fmt: skip
 
 
@@ -341,7 +368,7 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
 
 def card_page(card: Card) -> str:
     """Return the report card as HTML."""
-    return render("card.html", **TEXTS, card=card, kept=kept_chart([card]),
+    return render("card.html", card=card, kept=kept_chart([card]),
                   answers=_answers([card]), names=[card.done])  # fmt: skip
 
 
@@ -349,7 +376,7 @@ def model_card(card: Card) -> str:
     """Return the README.md of the pruned model: the same figures, in Markdown."""
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", card.origin) and not Path(card.origin).exists()
     named = re.fullmatch(r"[\w.-]+", card.licence)
-    return render("model.md", **TEXTS, card=card, base=card.origin if hub else "",
+    return render("model.md", card=card, base=card.origin if hub else "",
                   licence=card.licence.lower() if named else "")  # fmt: skip
 
 
@@ -372,8 +399,11 @@ def several_page(cards: Sequence[Card]) -> str:
     counts = Counter(card.name for card in cards)
     named = [replace(card, name=str(card.out)) if counts[card.name] > 1 else card
              for card in cards]  # fmt: skip
+    rows = [{"model": card.name, "target": target(card.asked), "effort": card.asked["effort"],
+             **card.figures, "calibration": card.asked["calibration"]}
+            for card in named]  # fmt: skip
     return render(
-        "several.html", **TEXTS, cards=named, first=first, kept=kept_chart(named),
+        "several.html", cards=named, first=first, rows=rows, kept=kept_chart(named),
         answers=_answers(named), names=[card.name for card in named],
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import io
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ INK, MUTED, GRID, PAPER = "#1a2230", "#5c6675", "#dde2e9", "#fefefe"
 # Okabe and Ito's colours, darkened a little for marks on white.
 COLOURS = ("#0a6fb1", "#b8730a", "#0b8a63", "#b0558e", "#8a6d00", "#c1440e")
 MARKERS = ("o", "s", "D", "^", "v", "P")
+LOOKS = tuple(zip(COLOURS, MARKERS, strict=True))
 VARIABLES = {
     INK: "ink",
     MUTED: "muted",
@@ -40,12 +41,8 @@ SETTINGS = {
     "text.parse_math": False,
     "font.family": ["DejaVu Sans"],
     "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
@@ -67,42 +64,26 @@ SETTINGS = {
 }
 WIDTH = 8.6  # inches of 72 units; drawn 1.15 times as large in a page, or more
 NARROW = 3.35  # the same on a telephone
-DOT = {"marker": "o", "linestyle": "none"}
-Key = tuple[str, str, Mapping[str, Any]]  # of a legend: name, colour, look
+Key = tuple[str, str, str]  # of a legend: name, colour, marker
 Named = tuple[str, str | None]  # a row: its name, and the colour of a dot before it
 
 
 class Mark(NamedTuple):
-    """A value with its interval: a bar, a dot or a notch."""
+    """A share with its interval, as a bar or a marker; the notch is another value of a bar."""
 
-    x: float
+    share: Any
     tip: str
     colour: str
-    marker: str = "o"
-    low: float | None = None
-    high: float | None = None
-
-
-def mark(one: Any, tip: str, colour: str, marker: str) -> Mark:
-    """Return an estimate as a mark in percent."""
-    low, high = (None if end is None else 100 * end for end in (one.low, one.high))
-    tip = f"{tip}: {words.with_span(one)} %"
-    return Mark(100 * (one.value or 0), tip, colour, marker, low, high)
-
-
-def look(at: int) -> tuple[str, str]:
-    """Return the colour and the marker of one of several things."""
-    return COLOURS[at % 6], MARKERS[at % 6]
+    marker: str
+    notch: float | None = None
 
 
 class Cell(NamedTuple):
-    """A cell of a heat map; hatched without a value, with a mark in its corner or none."""
+    """A cell of a heat map; hatched without a value."""
 
     value: float | None
     text: str
     tip: str
-    bold: bool = False
-    corner: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,9 +97,9 @@ class Chart:
     described: str
     draw: Callable[[float], Any]
 
-    def file(self, width: float = WIDTH) -> str:
-        """Return the chart as a file of SVG, without its title."""
-        settings = {**SETTINGS, "svg.hashsalt": self.name}
+    def file(self, width: float = WIDTH, ending: str = "") -> str:
+        """Return the chart as a file of SVG, without its title; `ending` makes its ids others."""
+        settings = {**SETTINGS, "svg.hashsalt": self.name + ending}
         with mpl.rc_context(settings), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             figure, target = self.draw(width), io.BytesIO()
@@ -134,7 +115,7 @@ class Chart:
         return self._element("", "wide", WIDTH) + self._element("-narrow", "narrow", NARROW)
 
     def _element(self, ending: str, kind: str, wide: float) -> str:
-        name, text = self.name + ending, self.file(wide)
+        name, text = self.name + ending, self.file(wide, ending)
         text = text[text.index("<svg") :]
         width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0]
         for pattern, new in (
@@ -145,12 +126,7 @@ class Chart:
         ):  # fmt: skip
             text = re.sub(pattern, new, text)
         used = set(re.findall(r"#([\w-]+)", text))
-        text = re.sub(
-            r' id="([\w.-]+)"',
-            lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "",
-            text,
-        )
-        text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
+        text = re.sub(r' id="([\w.-]+)"', lambda id: id[0] if id[1] in used else "", text)
         opening = (
             f'<svg role="img" aria-labelledby="{name}-title {name}-desc" '
             f'viewBox="0 0 {width} {height}" class="{kind}" style="--w:{float(width):.0f}" '
@@ -162,8 +138,8 @@ class Chart:
 
 
 def _legend(figure: Any, keys: Sequence[Key], narrow: bool) -> None:
-    handles = [mpl.lines.Line2D([], [], label=name, color=colour, **look)
-               for name, colour, look in keys]  # fmt: skip
+    handles = [mpl.lines.Line2D([], [], label=name, color=colour, marker=marker, linestyle="none")
+               for name, colour, marker in keys]  # fmt: skip
     if handles:
         most = 5 if not narrow else 1 if max(len(name) for name, *_ in keys) > 16 else 2
         figure.legend(handles=handles, loc="outside lower left", ncols=min(most, len(handles)))
@@ -184,46 +160,46 @@ def _named(axes: Any, rows: Sequence[Named], narrow: bool, lines: int = 1) -> No
             axes.tick_params(axis="y", pad=16)
 
 
-def _mark(axes: Any, mark: Mark, y: float, height: float = 0.0) -> None:
-    """Draw a bar, a dot or a notch, and the line of its interval."""
-    bar = mark.marker == "bar"
+def _mark(axes: Any, mark: Mark, y: float, height: float) -> None:
+    """Draw a bar or a marker, the line of its interval, and the notch."""
+    value, low, high = (None if end is None else 100 * end
+                        for end in (mark.share.value, mark.share.low, mark.share.high))  # fmt: skip
+    bar, dot = mark.marker == "bar", {"markersize": 8, "linestyle": "none", "zorder": 3}
     if bar:
-        [drawn] = axes.barh(y, mark.x, height=height, color=mark.colour)
+        [drawn] = axes.barh(y, value, height=height, color=mark.colour)
     else:
-        [drawn] = axes.plot([mark.x], [y], marker=mark.marker, markersize=8, linestyle="none",
-                            color=mark.colour, zorder=3,
-                            markeredgecolor=mark.colour if mark.marker == "|" else PAPER
-                            )  # fmt: skip
-    if mark.tip:
-        drawn.set_gid(f"tip: {mark.tip}")
-    if mark.low is not None and mark.high is not None:
-        axes.plot([mark.low, mark.high], [y, y], color=INK if bar else mark.colour, linewidth=1.5,
+        [drawn] = axes.plot([value], [y], marker=mark.marker, color=mark.colour,
+                            markeredgecolor=PAPER, **dot)  # fmt: skip
+    drawn.set_gid(f"tip: {mark.tip}: {words.with_span(mark.share)} %")
+    if low is not None:
+        axes.plot([low, high], [y, y], color=INK if bar else mark.colour, linewidth=1.5,
                   solid_capstyle="butt")  # fmt: skip
+    if mark.notch is not None:
+        axes.plot([100 * mark.notch], [y], marker="|", color=INK, **dot)
 
 
 def bars(
-    width: float, rows: Sequence[Named], lanes: Sequence[Sequence[Sequence[Mark]]], below: str,
+    width: float, rows: Sequence[Named], marks: Sequence[Sequence[Mark]], below: str,
     keys: Sequence[Key], rule: float,
 ) -> Any:  # fmt: skip
-    """Rows of bars and dots with their intervals, lanes of a row one below the other; a line at
+    """Rows of bars and dots with their intervals, those of a row one below the other; a line at
     `rule`."""
     narrow = width < WIDTH
-    high = 0.8 + 0.3 * bool(keys) + sum(0.24 + 0.12 * len(own) for own in lanes)
+    high = 0.8 + 0.3 * bool(keys) + sum(0.24 + 0.12 * len(own) for own in marks)
     figure = Figure(figsize=(width, high), layout="constrained")
     axes = figure.subplots()
-    marks = [(mark, at + 0.6 * ((number + 0.5) / len(own) - 0.5), 0.6 / len(own))
-             for at, own in enumerate(lanes) for number, lane in enumerate(own)
-             for mark in lane]  # fmt: skip
-    for mark, y, wide in marks:
-        _mark(axes, mark, y, wide)
+    for at, own in enumerate(marks):
+        for number, mark in enumerate(own):
+            _mark(axes, mark, at + 0.6 * ((number + 0.5) / len(own) - 0.5), 0.6 / len(own))
     _named(axes, rows, narrow, 1 + narrow)
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
     axes.axvline(rule, color=MUTED, linewidth=1, linestyle="--" if rule else "-")
-    if any(mark.marker == "bar" for mark, *_ in marks):
-        ends = [end for mark, *_ in marks for end in (mark.x, mark.low, mark.high)
-                if end is not None]  # fmt: skip
-        axes.set_xlim(1.03 * min([0.0, *ends]), 1.03 * max(ends))
+    if marks and not rule:  # where bars begin
+        ends = [0.0, *(100 * end for own in marks for mark in own
+                       for end in (mark.share.value, mark.share.low, mark.share.high)
+                       if end is not None)]  # fmt: skip
+        axes.set_xlim(1.03 * min(ends), 1.03 * max(ends))
     axes.set_xlabel(below)
     _legend(figure, keys, narrow)
     return figure
@@ -239,16 +215,17 @@ def heat(
     low: float = 0.0,
     high: float = 1.0,
     keys: Sequence[Key] = (),
-    tilted: bool = False,
 ) -> Any:
     """A map of coloured cells, rows by columns."""
     narrow = width < WIDTH
+    many = len(columns) > 7
+    tilted = many or max(map(len, columns)) > 12
     heads = 1.9 if tilted else 0.9 + 0.6 * narrow
     wide = max(width, 2.4 + (0.55 if tilted else 1.15) * len(columns))
     figure = Figure(figsize=(width if narrow else wide,
                              heads + 0.3 * len(rows) + 0.3 * bool(keys)),
                     layout="constrained")  # fmt: skip
-    small = narrow and len(columns) > 7  # no room for numbers
+    small = narrow and many  # no room for numbers
     axes = figure.subplots()
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
@@ -260,14 +237,9 @@ def heat(
                 edgecolor=PAPER if known else GRID, hatch=None if known else "///",
             )  # fmt: skip
             axes.add_patch(box).set_gid(f"tip: {cell.tip}")
-            if not known:
-                continue
-            ink = _readable(fill)
-            axes.text(x + 0.5, y, "" if small else cell.text, ha="center", va="center", color=ink,
-                      fontsize=9.5, fontweight="bold" if cell.bold else "normal")  # fmt: skip
-            if cell.corner:
-                corner = [(x + 0.02, y - 0.45), (x + 0.1, y - 0.45), (x + 0.02, y - 0.12)]
-                axes.add_patch(mpl.patches.Polygon(corner, facecolor=ink, edgecolor="none"))
+            if known and not small:
+                axes.text(x + 0.5, y, cell.text, ha="center", va="center", fontsize=9.5,
+                          color=_readable(fill))  # fmt: skip
     _named(axes, rows, narrow)
     axes.set(xlim=(-0.02, len(columns) + 0.02), ylim=(len(rows) - 0.5, -0.5))
     axes.set_xticks(np.arange(len(columns)) + 0.5, [words.short(name, 22) for name in columns])

@@ -7,8 +7,8 @@ two claims are the paper's (arXiv 2606.03328) or follow from it; verdicts are ou
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from calmix.analysis import Analysis, ConditionAnalysis
@@ -139,8 +139,8 @@ def _methods(analysis: Analysis) -> Iterator[str]:
     for each in analysis.conditions:
         if (mean := nearest.get(each.condition.label)) is not None:
             yield (
-                f"{mean.more} against {mean.less}: {words.with_points(mean.gap)} points in total, "
-                f"mean of {words.counted(mean.sets, 'set')}."
+                f"{mean.more} against {mean.less}: {words.with_span(mean.gap, sign=True)} points "
+                f"in total, mean of {words.counted(mean.sets, 'set')}."
             )
 
 
@@ -164,37 +164,35 @@ def claims(analysis: Analysis) -> dict[str, list[Verdict]]:
 Gap = tuple[str, Estimate, bool]  # which sets, how far ahead, and whether that is found
 
 
-def _judged(where: str, gaps: Iterable[Gap], *, wanted: int = 1) -> Verdict | None:
+def _judged(where: str, gaps: Sequence[Gap], wanted: int = 1, before: str = "") -> Verdict | None:
     """Return what gaps say together: one that is found in the wanted direction bears it out."""
-    some = list(gaps)
-    if not some:
+    if not gaps:
         return None
     signs = {0 if not found or not gap.value else wanted if gap.value > 0 else -wanted
-             for _, gap, found in some}  # fmt: skip
+             for _, gap, found in gaps}  # fmt: skip
     verdict = HOLDS if signs == {1} else IN_PART if 1 in signs else FAILS if -1 in signs else OPEN
     because = "; ".join(
-        f"{name} {words.with_points(gap)}"
+        f"{name} {words.with_span(gap, sign=True)}"
         + (" (not after correction for the number of tests)" if gap.clear and not found else "")
-        for name, gap, found in some
+        for name, gap, found in gaps
     )
-    return Verdict(verdict, because, where)
+    return Verdict(verdict, before + because, where)
 
 
 def _compared(each: ConditionAnalysis, left: str, right: str) -> Verdict | None:
     made = {one.calibration: one.strategy for one in each.cells.made}
 
-    def names(side: str, wanted: str) -> bool:
+    def fits(side: str, wanted: str) -> bool:
         return wanted in (side, made.get(side)) or (wanted == BEST and side.startswith(BEST))
 
-    def gaps() -> Iterator[Gap]:
-        for one in each.differences:
-            if one.quantity == TOTAL and names(one.left, left) and names(one.right, right):
-                over = "" if right == SINGLES else f" over {one.right.removeprefix(BEST)}"
-                yield one.left + over, one.gap, one.significant
-            elif one.quantity == TOTAL and names(one.right, left) and names(one.left, right):
-                yield f"{one.right} over {one.left}", -one.gap, one.significant
-
-    return _judged(each.condition.label, gaps())
+    gaps = [
+        (ours if right == SINGLES else f"{ours} over {theirs.removeprefix(BEST)}", gap,
+         one.significant)
+        for one in each.differences if one.quantity == TOTAL
+        for ours, theirs, gap in ((one.left, one.right, one.gap), (one.right, one.left, -one.gap))
+        if fits(ours, left) and fits(theirs, right)
+    ]  # fmt: skip
+    return _judged(each.condition.label, gaps)
 
 
 def _moved(analysis: Analysis, each: ConditionAnalysis, by: str, wanted: int) -> Verdict | None:
@@ -206,13 +204,13 @@ def _moved(analysis: Analysis, each: ConditionAnalysis, by: str, wanted: int) ->
            and one.over and one.calibration in mixes]  # fmt: skip
     over = {one: f" over {one.over}" if by == "recovery" else "" for one in own}
     gaps = [(one.calibration + over[one], one.gap, one.gap.clear) for one in own]
-    found = _judged(each.condition.label, gaps, wanted=wanted)
-    if found is None or by == "recovery":
-        return found
-    low = next(one.condition.sparsity for one in analysis.conditions
-               if one.condition.label == own[0].less)  # fmt: skip
-    ends = f"{100 * low:g} % to {100 * each.condition.sparsity:g} %"
-    return replace(found, because=f"{ends}: {found.because}", where=each.condition.series)
+    where, ends = each.condition.label, ""
+    if own and by == "sparsity":
+        low = next(one.condition.sparsity for one in analysis.conditions
+                   if one.condition.label == own[0].less)  # fmt: skip
+        where = each.condition.series
+        ends = f"{100 * low:g} % to {100 * each.condition.sparsity:g} %: "
+    return _judged(where, gaps, wanted, ends)
 
 
 def _cancelled(each: ConditionAnalysis) -> Verdict | None:
@@ -235,8 +233,7 @@ def _pulled(each: ConditionAnalysis) -> Verdict | None:
     correction."""
     if not (tested := each.correlations):
         return None
-    n = words.counted(max(one.n for one in tested), "source")
-    pairs = []
+    pairs, verdict = [], HOLDS
     for metric in dict.fromkeys(one.metric for one in tested):
         strong = sorted((one.rho or 0.0, one.quantity) for one in tested if one.significant
                         and one.metric == metric and one.quantity != TOTAL)  # fmt: skip
@@ -244,21 +241,19 @@ def _pulled(each: ConditionAnalysis) -> Verdict | None:
             (low, falls), (high, rises) = strong[0], strong[-1]
             pairs.append((max(low, -high), f"{metric}: {rises} "
                           f"{words.rho(high)}, {falls} {words.rho(low)}"))  # fmt: skip
-    verdict, because = HOLDS, ""
-    if pairs:
-        some = [text for _, text in sorted(pairs, key=lambda one: one[0])]  # the strongest first
-        more = f"; {words.counted(len(some) - 2, 'more metric')}" if some[2:] else ""
-        because = "; ".join(some[:2]) + more
-    else:
-        few = min(one.least_p or 0.0 for one in tested) > ALPHA
-        verdict, because = OPEN if few else NOT_FOUND, "no two signs survive correction"
-        if known := [one for one in tested if one.rho is not None]:
-            near = max(known, key=lambda one: (one.significant, abs(one.rho or 0)))
-            because += (
-                f"; strongest: {near.metric} with {near.quantity}, "
-                f"ρ {words.rho(near.rho)}, corrected p {words.p_value(near.p_corrected)}"
-            )
-    return Verdict(verdict, f"{because}; {n}", each.condition.label)
+    because = [text for _, text in sorted(pairs)]  # the strongest first
+    if more := because[2:]:
+        because[2:] = [words.counted(len(more), "more metric")]
+    if not pairs:
+        verdict = OPEN if min(one.least_p or 0.0 for one in tested) > ALPHA else NOT_FOUND
+        near = max(tested, key=lambda one: (one.significant, abs(one.rho or 0)))
+        because = [
+            "no two signs survive correction",
+            f"strongest: {near.metric} with {near.quantity}, ρ {words.rho(near.rho)}, corrected p "
+            f"{words.p_value(near.p_corrected)}",
+        ]
+    because.append(words.counted(max(one.n for one in tested), "source"))
+    return Verdict(verdict, "; ".join(because), each.condition.label)
 
 
 def _certainty(analysis: Analysis) -> Iterator[str]:

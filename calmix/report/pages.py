@@ -6,8 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from calmix.evaluation.generations import TOKENS
 from calmix.report import words
-from calmix.sources.licences import use_of
 
 
 def render(name: str, **context: Any) -> str:
@@ -16,8 +16,5 @@ def render(name: str, **context: Any) -> str:
         loader=PackageLoader("calmix.report"), autoescape=select_autoescape(),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    found.globals |= {"w": words, "use_of": use_of, "zip": zip}
-    found.filters["heads"] = lambda names, *forms: [
-        form.format(name) for name in names for form in forms
-    ]
+    found.globals |= {"w": words, "TOKENS": TOKENS, "zip": zip}
     return found.get_template(name).render(context)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from calmix.analysis import Analysis
-from calmix.analysis.cells import TOTAL
+from calmix.analysis import Analysis, ConditionAnalysis
+from calmix.analysis.cells import TOTAL, WORST
 from calmix.files import atomic_folder, write_text
 from calmix.options import Settings
 from calmix.report import figures, words
@@ -41,11 +42,14 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
     """
     summary, found = summarise(analysis), analysis.conditions
     settings = analysis.settings.model_dump(include=set(Settings.model_fields))
+    claims = [{"claim": claim, "where": one.where, "verdict": one.verdict, "figures": one.because}
+              for claim, verdicts in summary["claims"].items() for one in verdicts]  # fmt: skip
     return {
         "report.html": render(
-            "study.html", results=results, analysis=analysis, summary=summary,
+            "study.html", results=results, analysis=analysis, summary=summary, claims=claims,
             main=main_condition(found),
-            conditions=[(each, told, figures.condition_charts(analysis, each))
+            conditions=[(each, told, figures.condition_charts(analysis, each),
+                         _tables(analysis, each))
                         for each, told in zip(found, summary["conditions"], strict=True)],
             made=yaml.safe_dump({"suite": results.suite, "analysis": settings}, sort_keys=False),
         ),
@@ -53,16 +57,65 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
     }  # fmt: skip
 
 
+def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict[str, Any]]]:
+    """Return the tables of one condition: ranking, distance to the dense model, differences."""
+    w, names, made = words, analysis.dimensions, {}
+    made["ranking"] = [
+        {"calibration set": one.calibration, "made": w.STRATEGIES[one.strategy][0],
+         "#seeds": one.total.draws, "#total %": w.with_span(one.total),
+         "#accuracy %": w.percent(one.accuracy[TOTAL]),
+         "#shrunken %": w.percent(one.shrunken.value), "#best": w.sure(one.best),
+         "#behind the first": w.with_span(one.behind, sign=True),
+         "worst": one.worst or "–", "#worst %": w.with_span(one.lowest)}
+        | {f"#{name} %": w.with_span(one.dimensions[name]) for name in names}
+        | {f"#{name}, accuracy %": w.percent(one.accuracy[name]) for name in names}
+        for one in found.ranking
+    ]  # fmt: skip
+    made["distance"] = [
+        {"calibration set": one.calibration, "#total %": w.percent(one.total.value),
+         "#KL": w.number(one.distance["kl"][TOTAL]),
+         "#top-1 %": w.percent(one.distance["top1"][TOTAL]),
+         "#flips %": w.percent(one.distance["flips"][TOTAL])}
+        | {f"#KL, {name}": w.number(one.distance["kl"][name]) for name in names}
+        for one in found.ranking
+        if any(each.distance["kl"][TOTAL] is not None for each in found.ranking)
+    ]  # fmt: skip
+    made["differences"] = [
+        {"this": one.left, "over that": one.right, "in": one.quantity,
+         "#points": w.with_span(one.gap, sign=True), "#p": w.p_value(one.gap.p),
+         "#corrected p": w.p_value(one.p_corrected) + " ●" * one.significant,
+         "for other seeds alone": w.span(one.gap.draw_low, one.gap.draw_high),
+         "#corrected p of these": w.p_value(one.draw_p_corrected)}
+        for one in found.differences if one.quantity in (TOTAL, WORST)
+    ]  # fmt: skip
+    return made
+
+
 def summary_text(analysis: Analysis) -> str:
     """Return the findings as plain text of 80 columns."""
-    summary, conditions = summarise(analysis), []
+    summary = summarise(analysis)
+    text = words.wrapped(summary["headline"])
     for each, said in zip(analysis.conditions, summary["conditions"], strict=True):
         rows = [("", "total", "acc.", "shrunken", "best", "worst dimension")]
         rows += [(one.calibration, words.with_span(one.total), words.percent(one.accuracy[TOTAL]),
                   words.percent(one.shrunken.value), words.sure(one.best),
                   f"{words.percent(one.lowest.value)} {words.short(one.worst or '', 16)}".strip())
                  for one in each.ranking[:ROWS]]  # fmt: skip
-        more = max(0, len(each.ranking) - ROWS)
-        conditions.append((each.condition.label, said, rows, more))
-    text = render("summary.txt", summary=summary, conditions=conditions, tally=tally)
-    return re.sub(r"\n{3,}", "\n\n", text.strip())
+        label = each.condition.label
+        text += f"\n\n{label}: retention in % (acc.: of accuracy)\n{words.columns(rows)}"
+        if more := each.ranking[ROWS:]:
+            text += f"\n  and {len(more)} more"
+        text += _block(f"{label}: findings", said)
+    text += _block("Method by method", summary["methods"])
+    if summary["claims"]:
+        text += "\n\nClaims"
+    for claim, verdicts in summary["claims"].items():
+        text += "\n" + words.wrapped(f"{claim}: {tally(verdicts)}", "  - ", "    ")
+        for one in verdicts:
+            text += "\n" + words.wrapped(str(one), "      ", "        ")
+    return text + _block("How sure this is", summary["certainty"])
+
+
+def _block(head: str, lines: Sequence[str]) -> str:
+    shown = [words.wrapped(line, "  - ", "    ") for line in lines]
+    return "\n".join([f"\n\n{head}", *shown]) if shown else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -24,6 +23,15 @@ FORMS = {
     "chat template": " in its chat template, short answers by worked examples",
     "worked examples": " by worked examples",
 }
+DISTANCE = (
+    "KL(dense || pruned) in nats per token, on held-out text; top-1: tokens with the dense model's "
+    "likeliest next one; flips: items right under one model alone"
+)
+FOOTER = (
+    "Written by calmix from the files beside it. Kept: of the answers that the dense model gets "
+    "right, the share that is still right. Likelihood kept: 100 % = dense model, 0 = no task "
+    "knowledge. Brackets: 95 % intervals over items."
+)
 MINUS = "\N{MINUS SIGN}"
 WIDTH = 80  # columns of a terminal
 
@@ -32,20 +40,14 @@ def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
     """Return a number with a true minus and no sign on zero; a dash for None."""
     if value is None:
         return "–"
-    text = f"{value:.{digits}f}"
-    if float(text) == 0:
-        return text.lstrip("-")
-    return f"+{text}" if sign and value > 0 else text.replace("-", MINUS)
+    text = f"{value:z.{digits}f}"
+    plus = "+" if sign and float(text) > 0 else ""
+    return plus + text.replace("-", MINUS)
 
 
-def percent(value: float | None, digits: int = 1) -> str:
+def percent(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
     """Return a share as a percentage, without the sign for it."""
-    return number(None if value is None else 100 * value, digits)
-
-
-def points(value: float | None) -> str:
-    """Return a difference of shares in percentage points, with its sign."""
-    return number(None if value is None else 100 * value, 1, sign=True)
+    return number(None if value is None else 100 * value, digits, sign=sign)
 
 
 def rho(value: float | None) -> str:
@@ -58,14 +60,11 @@ def span(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"[{percent(low)}, {percent(high)}]"
 
 
-def with_span(one: Any) -> str:
-    """Return an estimate in percent with its interval."""
-    return f"{percent(one.value)} {span(one.low, one.high)}".strip()
-
-
-def with_points(one: Any) -> str:
-    """Return a difference in percentage points with its interval."""
-    return f"{points(one.value)} {span(one.low, one.high)}".strip()
+def with_span(one: Any, *, sign: bool = False) -> str:
+    """Return an estimate in percent with its interval; a dash for None."""
+    if one is None:
+        return "–"
+    return f"{percent(one.value, sign=sign)} {span(one.low, one.high)}".strip()
 
 
 def p_value(value: float | None) -> str:
@@ -180,11 +179,3 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
                          for text, width in zip(row, wide, strict=True)).rstrip()
         for row in rows
     )  # fmt: skip
-
-
-def parts(text: str) -> list[tuple[bool, str]]:
-    """Return a text in parts, each with whether it is code: what is fenced, or begins like it."""
-    pieces = re.split(r"^```.*\n?", text, flags=re.MULTILINE)
-    if len(pieces) == 1 and re.match(r"(def|class|import|from|SELECT) ", text):
-        pieces = ["", text]
-    return [(bool(at % 2), piece.strip("\n")) for at, piece in enumerate(pieces) if piece.strip()]

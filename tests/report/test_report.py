@@ -107,28 +107,31 @@ def test_what_the_study_says_is_shown_and_never_run():
     assert "&lt;script&gt;" in page
 
 
-def test_what_is_missing_or_failed_is_on_the_page(page):
-    assert "1 failed, 1 to come" in page
+ODD = {
+    "of one set": Plan(sources=("a",), seeds=(0,), dimensions=("math",)),
+    "of few sets": Plan(sources=("a", "b", "c"), seeds=(0,), dimensions=("general", "math")),
+    "without values": (
+        *(trial(f"s{n}", "single", "sparsegpt", "60%", seed, {"general": 0.5, "math": None},
+                {"perplexity": 4.0 + n} if n else {}) for n in range(5) for seed in (0, 1)),
+        trial("none", "none", "magnitude", "2:4", 0, {"general": 0.1, "math": None}),
+    ),
+    "below nothing": tuple(
+        trial(f"s{n}", "single", "wanda", "2:4", 0, {"general": 0.1, "code": -0.2 - n / 10})
+        for n in range(2)
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("sources", "dimensions"), [(1, ("math",)), (3, ("general", "math"))])
-def test_tiny_studies_have_a_report(sources, dimensions):
-    names = [f"s{number}" for number in range(sources)]
-    page = page_of(study(Plan(sources=names, seeds=(0,), dimensions=dimensions)))
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_study_has_a_report(odd):
+    made = ODD[odd]
+    page = page_of(study(made) if isinstance(made, Plan) else study(Plan(), trials=made))
     assert "nothing" in page or "tied" in page or "keeps the most" in page
     assert "Retention by calibration set and dimension" in page
-
-
-def test_dimensions_and_metrics_without_values_have_a_report():
-    trials = tuple(
-        trial(f"s{n}", "single", "sparsegpt", "60%", seed, {"general": 0.5, "math": None},
-              {"perplexity": 4.0 + n} if n else {})
-        for n in range(5) for seed in (0, 1)
-    )  # fmt: skip
-    silent = (trial("none", "none", "magnitude", "2:4", 0, {"general": 0.1, "math": None}),)
-    page = page_of(study(Plan(), trials=trials + silent))
-    assert "Magnitude 2:4" in page
     assert "nan" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL).lower().split()
+    assert (odd == "without values") == ("Magnitude 2:4" in page)
+    assert (odd == "below nothing") == bool(re.findall(r">−20(?:\.0)?<", page))  # with a minus
+    assert re.findall(r">-\d", page) == []
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -144,17 +147,8 @@ def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known():
     assert "Distance to the dense model" not in page
 
 
-def test_negative_retention_is_drawn_with_a_minus_and_a_zero_line():
-    trials = tuple(
-        trial(f"s{n}", "single", "wanda", "2:4", 0, {"general": 0.1, "code": -0.2 - n / 10})
-        for n in range(2)
-    )
-    page = page_of(study(Plan(), trials=trials))
-    assert re.findall(r">−20(?:\.0)?<", page)
-    assert re.findall(r">-\d", page) == []
-
-
 def test_the_ranking_is_the_first_thing_told_and_holds_both_readings(page):
+    assert "1 failed, 1 to come" in page
     section = page[page.index('<details class="condition"') :]
     assert section.index("<summary>Ranking") < section.index("<figure>")
     head = section[section.index("<thead>") : section.index("</thead>")]

@@ -5,9 +5,8 @@ for (const button of document.querySelectorAll("thead button")) {
     const head = button.closest("th");
     const table = head.closest("table");
     const number = head.classList.contains("number");
-    const first = number ? "descending" : "ascending";
-    const other = number ? "ascending" : "descending";
-    const order = head.getAttribute("aria-sort") === first ? other : first;
+    const ways = number ? ["descending", "ascending"] : ["ascending", "descending"];
+    const order = ways.find((way) => way !== head.getAttribute("aria-sort"));
     for (const each of table.querySelectorAll("th[aria-sort]")) each.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", order);
     const sign = order === "ascending" ? 1 : -1;
