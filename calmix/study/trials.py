@@ -47,7 +47,7 @@ class Planned:
     Attributes:
         request: as the command line's; `request.drawn()` is passed to `calmix.calibration.resolve`.
         rows, length, seed: of the calibration set, defaults considered; 0 without one.
-        named: the name of its condition among those of its study.
+        label: the trial in a few words, which no other trial of its study has.
         definition: what decides its outcome, JSON-serialisable, and `id` the hash of that, once it
             is resolved; `calibration_id` is the hash of model and calibration, under which the set
             is shared.
@@ -61,7 +61,7 @@ class Planned:
     length: int = 0
     seed: int = 0
     recovery: Recovering | None = None
-    named: str = field(default="", compare=False)
+    label: str = field(default="", compare=False)
     id: str = ""
     definition: dict[str, Any] = field(default_factory=dict, compare=False)
     calibration_id: str | None = None
@@ -96,12 +96,6 @@ class Planned:
         model, *how, propagation = self.condition
         return model, self.calibration, *how, self.seed, propagation
 
-    @property
-    def label(self) -> str:
-        """The trial in a few words, which no other trial of its study has."""
-        named = self.named or f"{self.way} {self.pattern}"
-        return f"{self.calibration} {named} seed {self.seed}" if self.rows else named
-
 
 def plan(study: Study) -> list[Planned]:
     """Return a study's trials in the order they run: the grids as written; within one, all that
@@ -114,19 +108,21 @@ def plan(study: Study) -> list[Planned]:
             found.setdefault(trial.pruned, {}).setdefault(trial.key, trial)
     trials = [trial for alike in found.values() for trial in alike.values()]
     conditions = {trial.condition for trial in trials}
-    return [replace(trial, named=_named(trial.condition, conditions)) for trial in trials]
+    return [replace(trial, label=_label(trial, conditions)) for trial in trials]
 
 
-def _named(own: Condition, conditions: Collection[Condition]) -> str:
-    """Return the name of a condition: method and pattern, and what else tells it apart."""
+def _label(trial: Planned, conditions: Collection[Condition]) -> str:
+    """Name a trial by set and seed, method and pattern, and what else tells its condition apart."""
 
     def parts(condition: Condition) -> tuple[str, ...]:
         model, _, _, rows, length, propagation = condition
         return model, f"{rows} x {length}", f"{propagation} propagation"
 
+    own = trial.condition
     alike = [parts(other) for other in conditions if other[1:3] == own[1:3]]
     more = [part for part, *all_of in zip(parts(own), *alike, strict=True) if len({*all_of}) > 1]
-    return ", ".join([f"{own[1]} {own[2]}", *more])
+    named = ", ".join([f"{own[1]} {own[2]}", *more])
+    return f"{trial.calibration} {named} seed {trial.seed}" if trial.rows else named
 
 
 def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:

@@ -12,19 +12,17 @@ from calmix.calibration.texts import texts
 from calmix.models import find_blocks
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured
+from tests.study.conftest import write_texts
 from tests.tiny import save_tiny_model
 
 DRAW = {"rows": 12, "length": 32, "leakage": "off"}
-WORDS = {"letters": "alpha beta gamma delta", "sums": "1 2 3 + - =", "code": "return def ( ) :"}
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("calmix.calibration.texts.builtin_readers", dict)
-    for name, words in WORDS.items():
-        chosen = np.random.default_rng(len(words)).choice(words.split(), 1500)
-        (tmp_path / f"{name}.txt").write_text(" ".join(chosen), encoding="utf-8")
+    write_texts(tmp_path)
     return tmp_path
 
 
@@ -48,8 +46,8 @@ def inputs_of(opened, ids):
 
 def test_it_is_what_layers_pruned_on_a_mix_lose_on_other_text(place, tiny_folder, monkeypatch):
     opened = open_model(str(tiny_folder))
-    letters, sums = (str(place / f"{name}.txt") for name in ("letters", "sums"))
-    held_out = texts(opened, {"code": place / "code.txt", "sums": place / "sums.txt"},
+    letters, sums = (str(place / f"{name}.jsonl") for name in ("letters", "sums"))
+    held_out = texts(opened, {"code": place / "code.jsonl", "sums": place / "sums.jsonl"},
                      rows=4, length=32)  # fmt: skip
     before = {name: value.clone() for name, value in opened.model.state_dict().items()}
     asked = {"every": 1, "held_out": held_out, **DRAW}
@@ -94,14 +92,14 @@ def test_it_is_what_layers_pruned_on_a_mix_lose_on_other_text(place, tiny_folder
 def test_the_verb_orders_sets_and_each_mistake_is_one_line(calmix, place, tiny_folder):
     def run(*more, model=tiny_folder):
         return calmix(
-            "calibrate", "predict", place / "letters.txt", place / "sums.txt", "--model", model,
-            "--text", f"sums={place / 'sums.txt'}", "--rows", 12, "--length", 32, "--leakage",
+            "calibrate", "predict", place / "letters.jsonl", place / "sums.jsonl", "--model", model,
+            "--text", f"sums={place / 'sums.jsonl'}", "--rows", 12, "--length", 32, "--leakage",
             "off", *more,
         )  # fmt: skip
 
     told = json.loads(run("--json").out)
     assert [one["calibration"] for one in told] == [
-        str(place / "sums.txt"), str(place / "letters.txt"),
+        str(place / "sums.jsonl"), str(place / "letters.jsonl"),
     ]  # fmt: skip
     assert told[0]["total"] < told[1]["total"]
     ended = run("--method", "wanda", "--pattern", "2:4")

@@ -21,8 +21,6 @@ from calmix.analysis.statistics import (
 def test_perfect_orders_and_what_does_not_vary():
     for n in (4, 8):
         assert permutation_p(np.arange(n), -np.arange(n))[0] == pytest.approx(least_p(n))
-    assert permutation_p(np.arange(20), np.arange(20), permutations=999)[0] == 1 / 1000
-    assert least_p(20, 999) == 1 / 1000
     for sign, n in itertools.product((1, -1), range(4, 30, 5)):  # no end is beyond one
         x = np.random.default_rng(n).standard_normal(n)
         assert np.max(sign * bootstrap_intervals(x, sign * x, resamples=40)) == 1.0

@@ -21,15 +21,6 @@ def states(store):
     return [found.state(entry.id) for entry in found.entries]
 
 
-def running_process(store):
-    """The process that holds a trial's lock."""
-    found = open_store(store)
-    for entry in found.entries:
-        if (owner := found.lock(entry.id).owner) is not None:
-            return owner.pid
-    return None
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, tiny_folder):
     """A study with trials long enough to be met at work, and its store after a plain run."""
@@ -79,9 +70,12 @@ def killer(store, killed):
 
     def note(text):
         while not killed and ": total" in text and {"pending", "running"} & set(states(store)):
-            if (found := running_process(store)) is not None and found != os.getpid():
-                os.kill(found, signal.SIGKILL)
-                killed.append(found)
+            found = open_store(store)
+            owners = (found.lock(entry.id).owner for entry in found.entries)
+            pids = [one.pid for one in owners if one is not None and one.pid != os.getpid()]
+            for pid in pids[:1]:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
 
     return note
 
