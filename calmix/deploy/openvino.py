@@ -89,11 +89,11 @@ class Session:
     def __call__(self, ids: Tensor | Sequence[Any]) -> Tensor:
         """Return the logits (rows, tokens, vocabulary), float32, of ids (rows, tokens): a tensor,
         an array or lists; of one row also (tokens)."""
-        ids = torch.atleast_2d(torch.as_tensor(ids))
-        rows, tokens = ids.shape
+        held = torch.atleast_2d(torch.as_tensor(ids))
+        rows, tokens = held.shape
         now = self._past + tokens
         feed = {
-            "input_ids": ids,
+            "input_ids": held,
             "attention_mask": torch.ones(rows, now, dtype=torch.int64),
             "position_ids": torch.arange(self._past, now).repeat(rows, 1),
             "beam_idx": torch.arange(rows, dtype=torch.int32),

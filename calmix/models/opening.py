@@ -82,6 +82,7 @@ class OpenModel:
     folder: Path
     model: Any
     tokenizer: Any
+    trust_remote_code: bool = False
 
     def __repr__(self) -> str:
         return f"<OpenModel: {self.name}, {self.model.num_parameters():,} weights>"
@@ -301,7 +302,7 @@ def open_model(
     if max(tokenizer.get_vocab().values(), default=0) >= embeddings.weight.shape[0]:
         # Other tokenizers' ids are not looked at, which makes the host wait for a device.
         embeddings.register_forward_pre_hook(lambda module, ids: check_ids(name, module, *ids))
-    return OpenModel(name, folder, model.to(target).eval(), tokenizer)
+    return OpenModel(name, folder, model.to(target).eval(), tokenizer, trust_remote_code)
 
 
 def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:

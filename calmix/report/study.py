@@ -59,7 +59,8 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
 
 def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict[str, Any]]]:
     """Return the tables of one condition: ranking, distance to the dense model, differences."""
-    w, names, made = words, analysis.dimensions, {}
+    w, names = words, analysis.dimensions
+    made: dict[str, list[dict[str, Any]]] = {}
     made["ranking"] = [
         {"calibration set": one.calibration, "made": w.STRATEGIES[one.strategy][0],
          "#seeds": one.total.draws, "#total %": w.with_span(one.total),

@@ -11,10 +11,10 @@ from calmix.errors import InputError
 from calmix.models import open_model
 from calmix.pruning import Method, get_method, register
 from calmix.pruning.methods import METHODS, methods
-from calmix.study import load_study, read_results, run_study
+from calmix.study import read_results
 from tests.pruning.toy import Toy
 from tests.study.conftest import tiny_study  # noqa: F401
-from tests.study.test_running import Recorder
+from tests.study.test_running import run
 from tests.tiny import load_weights, tiny_ids, tiny_model
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
@@ -70,10 +70,8 @@ def test_a_method_of_another_package_prunes(shipped, calmix, tiny_folder, text_f
 
 def test_a_study_takes_it(shipped, tiny_study, tmp_path):  # noqa: F811
     before = 'methods: {sparsegpt: [0.6], wanda: ["2:4"]}'
-    study = load_study(tiny_study((before, "methods:\n  toy,strength=2: 0.6")))
-    seen = Recorder()
-    run_study(study, tmp_path / "store", note=seen.note, only=["code*toy*"])
-    assert not seen.errors
+    study = tiny_study((before, "methods:\n  toy,strength=2: 0.6"))
+    assert run(study, tmp_path / "store", only=["code*toy*"]).errors == {}
     done = read_results(tmp_path / "store").trials
     assert {trial.method for trial in done} == {"toy,strength=2"}
     assert method_name("toy,strength=2") == "Toy,strength=2"
