@@ -94,7 +94,7 @@ class Card:
     def title(self) -> str:
         """What was done to which model."""
         name = self.asked["model"].rstrip("/").rpartition("/")[2].removeprefix("builtin:")
-        return f"{name} {self.done} at {target(self.asked)}" + " a weight" * bool(self.bits)
+        return f"{name} {self.done} to {target(self.asked)}" + " a weight" * bool(self.bits)
 
     @cached_property
     def verdict(self) -> list[str]:

@@ -349,7 +349,7 @@ def test_bits_stand_for_a_sparsity_or_beside_it(calmix, command, tmp_path, tiny_
     assert "quantise" in (out / "compress.json").read_text()
     assert (out / "pruned" / "calmix-scales").is_dir()
     card = read_card(out)
-    assert card.title.endswith("at 3 bits a weight")
+    assert card.title.endswith("to 3 bits a weight")
     assert [one["quantised"] for one in card.recoveries] == [card.pruning["weights"]]
     assert card.bits == pytest.approx(3, abs=0.3)
     assert 0 < card.packed < card.size

@@ -501,7 +501,7 @@ def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, m
     assert (told["passed"], told["floors"]) == (True, {"code": 0.4})
     calmix("check", out).ok()  # what the folder was made for
     assert json.loads((out / "check.json").read_text(encoding="utf-8"))["floors"] == {"code": 0.4}
-    assert "at 5 bits a weight" in (out / "card.html").read_text(encoding="utf-8")
+    assert "to 5 bits a weight" in (out / "card.html").read_text(encoding="utf-8")
     readme = (out / "model/README.md").read_text(encoding="utf-8")
     for said in ("Kept at 95 % confidence, at least: code 40 %", "tags: [quantized, calmix]",
                  " MB quantised, ", "Once packed, a weight takes 5.0"):  # fmt: skip
