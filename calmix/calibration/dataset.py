@@ -136,7 +136,7 @@ class CalibrationSet(Shown):
             kept = found._kept()
             if found.ids.dtype != torch.int64 or kept != {key: manifest[key] for key in kept}:
                 raise ValueError
-        except (SafetensorError, OSError, KeyError, IndexError, ValueError) as error:
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"calibration set {folder} is damaged: make it again") from error
         if opened is not None and manifest.get("tokenizer") != opened.tokenizer_fingerprint:
             raise InputError(

@@ -73,10 +73,9 @@ def rerun(
                 raise InputError(
                     f"the model {told['name']} has changed: its files have another hash than then"
                 )
-        work = MAKERS[kind](path, kept, progress, how)
+        MAKERS[kind](path, kept, progress, how)(output)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path} lacks what it takes to make it again: {error!r}") from error
-    work(output)
     return _compared(path, kept, output)
 
 
@@ -127,7 +126,8 @@ def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
 
 
 def _calibrate(path: Path, kept: dict[str, Any], _: Progress, how: dict[str, Any]) -> Work:
-    trust, name, tokenizer = how.pop("trust_remote_code"), kept["model"]["name"], kept["tokenizer"]
+    trust, tokenizer = how.pop("trust_remote_code"), kept["tokenizer"]
+    name = str(kept["model"]["name"])
     opening = {key: kept["model"].get(key, "auto") for key in ("dtype", "device")}
     guard: Any = kept["leakage"] if kept["leakage"] != "off" else {"suite": "off", "tokens": 0}
     suite, tokens, own = guard["suite"], guard["tokens"], _own(kept["own"], path)

@@ -225,7 +225,11 @@ def _dequantised(folder):
 
 
 def _inspected(name):
-    return lambda folder: inspect(folder / name)
+    def read(folder):
+        if problems := inspect(folder / name).problems:
+            raise InputError(problems[0])  # as the verb does
+
+    return read
 
 
 TRIAL = f"store/trials/{synthetic.SOURCES[0]}-sparsegpt-60-0"
