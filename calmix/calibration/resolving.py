@@ -306,8 +306,8 @@ def _saved(path: Path, given: Mapping[str, Any], licence: str | None) -> Calibra
     found = CalibrationSet.open(path)
     has = dict(found.manifest)
     licences = {name: source.get("licence", "unstated") for part in ("own", "sources")
-                for name, source in has.get(part, {}).items()}  # fmt: skip
-    seeds = has.get("settings", {}).get("seeds")
+                for name, source in (has.get(part) or {}).items()}  # fmt: skip
+    seeds = (has.get("settings") or {}).get("seeds")
     for name in [*licences, *([] if seeds is None else MIXES.get(seeds, [seeds]))]:
         refuse(name, licences.get(name) or get_source(name).licence, licence)
     if isinstance(guard := has.get("leakage"), dict):

@@ -313,8 +313,8 @@ def _sources(
         counts = CalibrationSet.open(held).counts if held else {}
         parts: dict[str, Any] = {name: {"rows": rows} for name, rows in counts.items()}
     else:
-        parts = {**manifest.get("sources", {}), **manifest.get("written", {})}
-    known, own = builtin_sources(), manifest.get("own", {})
+        parts = {**(manifest.get("sources") or {}), **(manifest.get("written") or {})}
+    known, own = builtin_sources(), manifest.get("own") or {}
     for name, part in parts.items():
         dimension, licence = name, part.get("licence")
         if licence:
