@@ -3,7 +3,8 @@
 No candidate's answer is looked at for that, so that all items decide. In the study of bits
 (studies/frontier.yaml) a model at a distance KL keeps some exp(-2 KL) of its answers, up to a tenth
 less where KL is small; a bit less a weight is four times the distance; levels that are solved on
-text come to half the distance of plain rounding, more or less, and recovered ones to 0.3 of it.
+text come to half the distance of plain rounding, more or less, and recovered ones, of SmolLM2,
+to 0.3 of it.
 """
 
 from __future__ import annotations
