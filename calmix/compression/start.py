@@ -51,18 +51,16 @@ def begin(
     tested: Sequence[Tested],
     plain: float,
     confidence: float,
-    levels: float = 0.0,
+    levels: float,
 ) -> float:
     """Return the bits to begin with, of `rungs` from most to fewest: those above the fewest with
     which what is thought to be kept would prove every floor. Models of `levels` or fewer are
     recovered."""
-    fits = [
-        at
-        for at, bits in enumerate(rungs)
-        if all(
-            lower_bound(round(kept * one.items), one.items, confidence) >= one.floor
-            for kept in [expected(plain, bits, bits <= levels)]
-            for one in tested
-        )
-    ]
+
+    def proves(bits: float) -> bool:
+        kept = expected(plain, bits, bits <= levels)
+        return all(lower_bound(round(kept * one.items), one.items, confidence) >= one.floor
+                   for one in tested)  # fmt: skip
+
+    fits = [at for at, bits in enumerate(rungs) if proves(bits)]
     return rungs[max(*fits, 1) - 1] if fits else rungs[0]

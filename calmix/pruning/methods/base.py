@@ -247,9 +247,10 @@ class Quantiser(Method):
         self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
     ) -> Solution:
         """Quantise layers; those of one rate together."""
+        assert statistic is not None
+        factor = inverse_factor(statistic, self.damping)
 
-        def choose(some: Sequence[Tensor], gram: Tensor, rates: Sequence[Pattern]) -> Solution:
-            factor = inverse_factor(gram, self.damping)
+        def choose(some: Sequence[Tensor], _: Tensor, rates: Sequence[Pattern]) -> Solution:
             made, grids = self.round(some, factor, self.rate(rates[0]).bits)
             zeros = [weight.numel() - int(weight.count_nonzero()) for weight in made]
             dead = int(factor.dead.sum())
