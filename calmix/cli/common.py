@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.text import Text
 
-from calmix.options import Json
 from calmix.progress import Progress
 
 LONGEST = 2000  # characters of the line of a mistake
@@ -54,13 +53,6 @@ def print_json(value: Any) -> None:
     """Print a result as JSON where that is asked for: lines and tables are silent then."""
     if out.quiet:
         sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def result(_: Json, value: Any, *lines: str) -> None:
-    """Print a result: as JSON where that is asked for, else as lines."""
-    print_json(value)
-    for one in lines:
-        line(one)
 
 
 def fail(message: str) -> NoReturn:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from calmix.cli.common import line, note, print_json, result
+from calmix.cli.common import line, note, print_json
 from calmix.cli.root import app
 from calmix.cli.tables import print_table, print_taken
 from calmix.cli.verbs import verb
 from calmix.errors import CalmixError, InputError
 from calmix.files import check_output_file
-from calmix.options import Compression, Json, option, path_option
+from calmix.options import Compression, option, path_option
 from calmix.progress import Stages, duration
 
 if TYPE_CHECKING:
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
     from calmix.compression.plan import Request, Stage
 
 
-@verb("compress")
+@verb("compress", json=True)
 def compress(
     asked: Compression,
-    shown: Json,
     output: Path = path_option("Folder to write, or to resume in."),
     dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing."),
     resume: bool = option(
@@ -47,35 +46,38 @@ def compress(
     from calmix.report.card import read_card
 
     if dry_run:
-        _print_dry(asked, output, shown.as_json)
+        _print_dry(asked, output)
         return
     found, seconds = make(asked, output)
     told: dict[str, Any] = {"output": str(output), "model": None}
     if found is not None:
         told |= {"ladder": asdict(found)}
-        if not shown.as_json:
-            print_table(found.rows(), title="candidates: kept % (proven %)")
-            for said in (found.why(), *found.promise):
-                line(words.wrapped(said))
+        print_table(found.rows(), title="candidates: kept % (proven %)")
+        for said in (found.why(), *found.promise):
+            line(words.wrapped(said))
         if found.bits is None:
             said = f"refused: no candidate keeps what is asked. {ladder.HELPS}"
             if found.left:
                 said = "stopped: no candidate keeps what is asked yet."
-            result(shown, told, words.wrapped(said))
+            print_json(told)
+            line(words.wrapped(said))
             raise typer.Exit(1)
     page, card = output / "card.html", read_card(output)
     told |= {"model": str(output / "model"), "card": str(page), "seconds": seconds,
              "behaviour": asdict(card.behaved)}  # fmt: skip
-    result(
-        shown, told, card.shortly, f"size: {card.sizes}", f"speed: {card.SPEED}",
+    print_json(told)
+    for said in (
+        card.shortly, f"size: {card.sizes}", f"speed: {card.SPEED}",
         f"card: {page}, after {duration(sum(seconds.values()))}", f"next: {card.next}",
-        *([f"at this size: {card.instead}"] if card.instead else []),
-    )  # fmt: skip
+    ):  # fmt: skip
+        line(said)
+    if card.instead:
+        line(f"at this size: {card.instead}")
     if open:
         webbrowser.open(page.resolve().as_uri())
 
 
-def _print_dry(options: Compression, output: Path, as_json: bool) -> None:
+def _print_dry(options: Compression, output: Path) -> None:
     """Print what a compression would take."""
     from calmix.compression import ladder
     from calmix.compression.estimate import estimate
@@ -90,9 +92,7 @@ def _print_dry(options: Compression, output: Path, as_json: bool) -> None:
         taken = estimate(ladder.at(asked, ladder.RUNGS[0]), ladder.whole(asked, output))
         title = f"{asked.model} to keep {asked.keep_at_least}, with all candidates"
         more = words.wrapped(ladder.provable(asked))
-    if as_json:
-        print_json([asdict(one) | {"command": one.stage.command} for one in taken])
-        return
+    print_json([asdict(one) | {"command": one.stage.command} for one in taken])
     print_taken(taken, title)
     if more:
         line(more)
