@@ -6,7 +6,8 @@ A row a trial, the smallest first: bits a weight of the blocks' matrices, megaby
 quantised trial's bits as its report has them; of a sparse one the mask, and what compression leaves
 of kept weights), KL to the dense model where it was measured, and kept of the answers that the
 dense model gets right. FOLDER is one that `benchmarks/anchors.py` has filled. With -o they are
-drawn too; with `--distance` answers kept against KL, and how well one orders the other.
+drawn too; with `--distance` answers kept against KL, and how well one orders the other; with
+`--likelihood STORE`, of the same trials by a suite that is scored by likelihood, against that too.
 `--keep-at-least FLOORS`, once or more, prints the smallest of each line that keeps them
 by the test of `calmix check`; `--lead "LINE - LINE"` by how much one keeps more than the other of
 the same pattern, in all and in general, code, mathematics and chat, with a 95 % interval of the
@@ -19,7 +20,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +31,9 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from calmix.deploy.pack import _encode as encode
-from calmix.evaluation.behaviour import Pair, behaviour, counted
+from calmix.evaluation.behaviour import Pair, behaviour, counted, likely
 from calmix.evaluation.floors import judge, parse_floors
-from calmix.evaluation.retention import Estimate
+from calmix.evaluation.retention import Estimate, retention
 from calmix.evaluation.scores import CapabilityScores, load_pair
 from calmix.evaluation.suites import WRITTEN
 from calmix.models import resolve_model
@@ -44,6 +45,7 @@ from calmix.study import read_results
 
 BITS = ("ecq", "gptq")  # methods whose zeros are levels
 EDGES = (0.05, 0.1, 0.2, 0.4, 0.8)  # of KL, in the table
+SHARES = (40, 50, 60, 70, 80, 90)  # of likelihood kept, %
 ABILITIES = ("general", "code", "math", "chat")  # whose answers are generated
 TEXTS = 4  # of one target, that make a row
 SAMPLE = 2**22  # words of a tensor that are compressed
@@ -63,6 +65,7 @@ class Point(NamedTuple):
     pair: Pair
     pattern: str
     seed: int
+    likelihood: float | None = None  # kept, %
 
     def right(self, ability: str = "") -> np.ndarray:
         """Return 1.0 for each answer of the dense model that is still right, else 0.0."""
@@ -146,6 +149,18 @@ def of_smaller(store: Path, sizes: Mapping[str, Sizes]) -> Iterator[str]:
         assert found is not None
         kept = f"{found.kept} of {found.dense}: {with_span(found.share)}"
         yield f"| {small}, dense, beside {large} | {kept} |"
+
+
+def of_likelihood(store: Path) -> dict[tuple[str, str, int], float]:
+    """Return the likelihood that trials keep in %, by line, pattern and seed."""
+    results, found = read_results(store), {}
+    for trial in results.trials:
+        tasks = zip(results.paired[trial.id], results.scores[trial.id], strict=True)
+        kept = retention(*zip(*(both for both in tasks if likely(both[0])), strict=True)).total
+        line = f"{trial.model}: {trial.method}, {trial.calibration}"
+        if kept.value is not None:
+            found[line, trial.pattern, trial.seed] = 100 * kept.value
+    return found
 
 
 def divergence(distance: dict[str, Any] | None) -> float | None:
@@ -251,32 +266,60 @@ def draw(points: list[Point], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
-def draw_distance(points: list[Point], path: Path) -> str:
-    """Draw answers kept against KL, and return how they go together, by KL."""
+def draw_distance(points: list[Point], path: Path) -> Iterator[str]:
+    """Draw answers kept against KL, and against likelihood where that is known; yield how they go
+    together."""
+    far = [one for one in points if one.kl]
+    known = [one for one in points if one.likelihood is not None]
     with mpl.rc_context({**SETTINGS, "svg.hashsalt": "distance"}):
         figure = Figure(figsize=(8.6, 4.6), layout="constrained")
-        axes = figure.subplots()
-        kinds = {name: [one for one in points if family(one) == name]
-                 for name in dict.fromkeys(map(family, points))}  # fmt: skip
-        for number, (name, own) in enumerate(kinds.items()):
-            axes.plot([one.kl for one in own], [100 * one.share.value for one in own], label=name,
-                      linestyle="none", marker=MARKERS[number % len(MARKERS)],
-                      color=COLOURS[number % len(COLOURS)])  # fmt: skip
-        axes.set(xlabel="KL to the dense model, nats a token", ylabel="right answers kept, %",
-                 ylim=(0, 100), xscale="log")  # fmt: skip
-        axes.set_title("What a distance to the dense model means in answers", color=INK, loc="left")
-        axes.set_xticks([0.025, *EDGES], [f"{edge:g}" for edge in (0.025, *EDGES)])
-        axes.tick_params(axis="x", which="minor", bottom=False)
-        axes.grid()
+        all_axes = figure.subplots(1, 1 + bool(known), sharey=True, squeeze=False)[0]
+        names = list(dict.fromkeys(map(family, points)))
+        for axes, own, of in zip(all_axes, (far, known), ("kl", "likelihood"), strict=False):
+            for number, name in enumerate(names):
+                some = [one for one in own if family(one) == name]
+                axes.plot([getattr(one, of) for one in some],
+                          [100 * one.share.value for one in some],
+                          label=name if of == "kl" else None, linestyle="none",
+                          marker=MARKERS[number % len(MARKERS)],
+                          color=COLOURS[number % len(COLOURS)])  # fmt: skip
+            axes.grid()
+        all_axes[0].set(xlabel="KL to the dense model, nats a token", ylim=(0, 100), xscale="log",
+                        ylabel="right answers kept, %")  # fmt: skip
+        all_axes[-1].set_xlabel("likelihood kept, %") if known else None
+        title = "What a distance to the dense model means in answers"
+        all_axes[0].set_title(title, color=INK, loc="left")
+        all_axes[0].set_xticks([0.025, *EDGES], [f"{edge:g}" for edge in (0.025, *EDGES)])
+        all_axes[0].tick_params(axis="x", which="minor", bottom=False)
         figure.legend(loc="outside lower left", ncols=3)
         figure.savefig(path, metadata={"Date": None})
-    told = ["| KL, nats a token | models | answers kept, % |", "|---|---|---|"]
-    for least, most in itertools.pairwise((0.0, *EDGES, math.inf)):
-        if own := [100 * one.share.value for one in points if least <= (one.kl or 0) < most]:
+    yield from together("KL, nats a token", (0, *EDGES, math.inf), far, lambda one: one.kl)
+    if known:
+        yield ""
+        yield from together("likelihood kept, %", (0, *SHARES, math.inf), known,
+                            lambda one: max(0, one.likelihood))  # fmt: skip
+
+
+def together(
+    name: str, edges: Sequence[float], points: list[Point], of: Callable[[Point], float]
+) -> Iterator[str]:
+    """Yield the range of answers kept between the edges of another measure, and how well that
+    orders the answers, over all and by model."""
+    yield f"| {name} | models | answers kept, % |\n|---|---|---|"
+    for least, most in itertools.pairwise(edges):
+        if own := [100 * one.share.value for one in points if least <= of(one) < most]:
             end = f"to {most:g}" if most < math.inf else "and more"
-            told.append(f"| {least:g} {end} | {len(own)} | {min(own):.0f} to {max(own):.0f} |")
-    order = spearmanr([one.kl for one in points], [one.share.value for one in points]).statistic
-    return "\n".join([*told, "", f"{len(points)} models, rank correlation {order:.2f}"])
+            yield f"| {least:g} {end} | {len(own)} | {min(own):.0f} to {max(own):.0f} |"
+    yield f"\n{len(points)} models, rank correlation {ordered(points, of):.2f}"
+    for model in dict.fromkeys(one.line.partition(":")[0] for one in points):
+        own = [one for one in points if one.line.startswith(f"{model}:")]
+        if len(own) > 4:
+            yield f"{model}: {len(own)} models, {ordered(own, of):.2f}"
+
+
+def ordered(points: list[Point], of: Callable[[Point], float]) -> float:
+    """Return the rank correlation of a measure with the answers kept."""
+    return spearmanr([of(one) for one in points], [one.share.value for one in points]).statistic
 
 
 def family(point: Point) -> str:
@@ -303,11 +346,16 @@ def main() -> None:
     )
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--distance", type=Path, metavar="FIGURE.svg")
+    parser.add_argument("--likelihood", type=Path, metavar="STORE")
     asked = parser.parse_args()
     sizes = {label: Sizes(model) for label, _, model in
              (text.partition("=") for text in asked.model)}  # fmt: skip
     points = [one for store in asked.stores for one in of_store(store, sizes)]
     points += of_anchors(asked.anchors) if asked.anchors else []
+    if asked.likelihood:
+        kept = of_likelihood(asked.likelihood)
+        points = [one._replace(likelihood=kept.get((one.line, one.pattern, one.seed)))
+                  for one in points]  # fmt: skip
     points.sort(key=lambda one: one.size)
     print("| model | bits a weight | MB | KL | answers kept, % |\n|---|---|---|---|---|")
     for one in points:
@@ -328,7 +376,7 @@ def main() -> None:
                  if one.line in only] if only else points  # fmt: skip
         draw(drawn, asked.output)
     if asked.distance:
-        print("", draw_distance([one for one in points if one.kl], asked.distance), sep="\n")
+        print("", *draw_distance(points, asked.distance), sep="\n")
 
 
 if __name__ == "__main__":
