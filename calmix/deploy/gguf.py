@@ -21,7 +21,7 @@ from torch import Tensor
 
 from calmix.calibration import CalibrationSet, open_tokenizer
 from calmix.deploy.checking import difference
-from calmix.errors import InputError, ModelError, disk_errors
+from calmix.errors import InputError, ModelError
 from calmix.files import check_output_file, hidden, real_place, replacing
 from calmix.models import OpenModel, check_models, open_model, resolve_model
 from calmix.models.blocks import Prunable, find_blocks
@@ -30,6 +30,11 @@ from calmix.models.shards import weight_bytes
 from calmix.pruning.checkpoint import MANIFEST, read_told
 from calmix.pruning.engine import Looking, run_through
 from calmix.pruning.solvers.grids import Grid, read_grids
+
+Array = np.ndarray[Any, Any]
+# Where a tensor of a GGUF file comes from: the parameter's name, order and offset, of which
+# parameter.flat[i] = tensor.flat[order[i]] + offset.
+Place = tuple[str, Array | None, float]
 
 # How weights without a grid of GGUF's are stored, and the divergence from the model (nats a token)
 # beyond which a file is refused.
@@ -69,8 +74,7 @@ def export(
     template = str(like) if like is not None else _origin(name)
     check_output_file(output, inputs=[name, template], overwrite=overwrite)
     check_models(name)
-    real_place(output).parent.mkdir(parents=True, exist_ok=True)
-    with hidden(real_place(output)) as beside, disk_errors(output):
+    with replacing(output) as file, hidden(real_place(output)) as beside:
         found = known_model(template)
         if found is None or (isinstance(found, Path) and not found.is_file()):
             raise InputError(f"{template} is not a GGUF file")
@@ -78,13 +82,10 @@ def export(
             reader = GGUFReader(gguf_file(found, beside))
         say("convert")
         opened, folder = open_model(name, device="cpu"), resolve_model(name)
-        places = _places(opened, reader, template)
-        made = beside / f".{output.name}"  # by no name that a builtin template has there
+        places, made = _places(opened, reader, template), Path(file.name)
         types, ours = _write(made, reader, opened, places, read_grids(folder), weights)
         say("check")
         kl, _ = difference(opened, partial(_logits, made), TYPES[weights], weights)
-        made.chmod(0o644)
-        made.replace(real_place(output))
     return Written(weight_bytes(folder), output.stat().st_size, types, ours, kl)
 
 
@@ -105,15 +106,6 @@ def _origin(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor of the template comes from: hf.flat[i] = gguf.flat[order[i]] + offset."""
-
-    parameter: str
-    order: np.ndarray[Any, Any] | None
-    offset: float
-
-
 def _mapped(opened: OpenModel, architecture: str) -> tuple[Any, dict[str, str]]:
     """Return what transformers does to a GGUF file's tensors, and their names in the model."""
     from transformers.modeling_gguf_pytorch_utils import (
@@ -128,7 +120,7 @@ def _mapped(opened: OpenModel, architecture: str) -> tuple[Any, dict[str, str]]:
         return processor, dict(get_gguf_hf_weights_map(opened.model, processor))
 
 
-def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, _Place]:
+def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, Place]:
     """Return the places of the template's tensors; InputError if it is another model's."""
     state = opened.model.state_dict()
     architecture = str(reader.get_field("general.architecture").contents())
@@ -147,7 +139,7 @@ def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, _Place]:
         wanted = tuple(state[parameter].shape)
         if wanted != (shape if order is None else order.shape):
             raise InputError(f"{other}: {tensor.name} is {shape}, {parameter} {wanted}")
-        found[tensor.name] = _Place(parameter, order, offset)
+        found[tensor.name] = parameter, order, offset
         covered.add(state[parameter].data_ptr())
     for parameter, value in opened.model.named_parameters():
         if value.data_ptr() not in covered:
@@ -162,12 +154,10 @@ def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, _Place]:
     return found
 
 
-def _order(
-    processor: Any, name: str, shape: tuple[int, ...]
-) -> tuple[np.ndarray[Any, Any] | None, float]:
+def _order(processor: Any, name: str, shape: tuple[int, ...]) -> tuple[Array | None, float]:
     """Return how transformers orders a tensor's entries, None if as they lie, and what it adds."""
 
-    def read(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def read(values: Array) -> Array:
         more: dict[str, Any] = {"tensor_key_mapping": {}, "parsed_parameters": {"tensors": {}}}
         made = processor.process(weights=values, name=name, **more).weights
         if made is None:
@@ -184,7 +174,7 @@ def _write(
     path: Path,
     reader: Any,
     opened: OpenModel,
-    places: dict[str, _Place],
+    places: dict[str, Place],
     grids: dict[str, Grid],
     weights: str,
 ) -> tuple[dict[str, int], int]:
@@ -195,18 +185,15 @@ def _write(
     types = Counter[str]()
     writer = GGUFWriter(path, str(reader.get_field("general.architecture").contents()))
     for tensor in reader.tensors:
-        place = places.get(tensor.name)
-        if place is None:  # what belongs to the architecture, not to the weights
+        parameter, order, offset = places.get(tensor.name, ("", None, 0.0))
+        lie = partial(_lying, order, tensor.shape[::-1])
+        if not parameter:  # what belongs to the architecture, not to the weights
             data, kind = np.asarray(tensor.data), tensor.tensor_type
-        elif levels := _levels(state[place.parameter], grids.get(place.parameter), place):
+        elif not offset and (levels := _levels(state[parameter], grids.get(parameter), lie)):
             data, kind = levels
             ours += 1
         else:
-            value = state[place.parameter].float().numpy() - np.float32(place.offset)
-            if place.order is not None:
-                lying = np.empty(value.size, np.float32)
-                lying[place.order.reshape(-1)] = value.reshape(-1)
-                value = lying.reshape(tensor.shape[::-1])
+            value = lie(state[parameter].float().numpy() - np.float32(offset))
             kind = kinds.F32
             if tensor.tensor_type != kinds.F32 or value.ndim > 1:
                 fits = value.ndim == 2 and value.shape[-1] % BLOCK == 0
@@ -227,6 +214,15 @@ def _write(
     return dict(types), ours
 
 
+def _lying(order: Array | None, shape: Any, values: Array) -> Array:
+    """Return a parameter's values as they lie in a file's tensor of a shape."""
+    if order is None:
+        return values
+    made = np.empty(values.size, values.dtype)
+    made[order] = values
+    return made.reshape(shape)
+
+
 def _close(writer: Any) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -235,36 +231,31 @@ def _close(writer: Any) -> None:
 
 
 def _levels(
-    weight: Tensor, grid: Grid | None, place: _Place
-) -> tuple[np.ndarray[Any, Any], Any] | None:
+    weight: Tensor, grid: Grid | None, lie: Callable[[Array], Array]
+) -> tuple[Array, Any] | None:
     """Return a matrix in blocks of GGUF that have the levels of its grid; None if none can."""
     from gguf import GGMLQuantizationType
 
-    if grid is None or grid.octaves is not None or place.offset:
+    if grid is None or grid.octaves is not None:
         return None
-    rows, columns = weight.shape
-    group = columns // grid.scale.shape[1]
+    group = weight.shape[1] // grid.scale.shape[1]
     half = grid.scale.half()
     if group % BLOCK or not torch.equal(half.float(), grid.scale):
         return None
     levels = grid.levels(weight)
     if not torch.equal(grid.values(levels).to(weight.dtype), weight):
         return None
-    blocks = levels.numpy().reshape(rows, -1, BLOCK)
-    scales = half.repeat_interleave(group // BLOCK, 1).numpy()
-    if place.order is not None:
-        row = place.order[:, 0] // columns
-        if not np.array_equal(place.order, row[:, None] * columns + np.arange(columns)):
-            return None
-        back = np.argsort(row)
-        blocks, scales = blocks[back], scales[back]
+    blocks, scales = (lie(one.numpy()).reshape(len(weight), -1, BLOCK)
+                      for one in (levels, half.repeat_interleave(group, 1)))  # fmt: skip
+    if (scales != scales[..., :1]).any():
+        return None
     if -8 <= blocks.min() <= blocks.max() <= 7:
         own = (blocks + 8).astype(np.uint8)
         data, kind = own[..., :16] | (own[..., 16:] << 4), GGMLQuantizationType.Q4_0
     else:  # a scale serves at most 8 bits
         data, kind = blocks.astype(np.int8).view(np.uint8), GGMLQuantizationType.Q8_0
-    head = np.ascontiguousarray(scales[..., None]).view(np.uint8)
-    return np.concatenate([head, data], axis=-1).reshape(rows, -1), kind
+    head = np.ascontiguousarray(scales[..., :1]).view(np.uint8)
+    return np.concatenate([head, data], axis=-1).reshape(len(weight), -1), kind
 
 
 def _logits(file: Path, ids: Tensor) -> Tensor:
