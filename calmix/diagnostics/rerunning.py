@@ -33,8 +33,7 @@ from calmix.study.trials import differences
 MADE = ("files", "pruning", "recovery", "request_sha256", "sha256", SEAL)
 WHERE = ("machine", "system", "instructions", "threads", "batch", "processes")
 
-Progress = Callable[[int, int], None]
-Work = Callable[[Path], Any]  # makes the artefact in a folder
+KINDS = "pruned checkpoint", "recovered checkpoint", "calibration set"
 
 
 def rerun(
@@ -42,7 +41,7 @@ def rerun(
     output: Path,
     *,
     trust_remote_code: bool = False,
-    progress: Progress,
+    progress: Callable[[int, int], None],
     writing: Callable[[str, int, int], None],
     note: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -54,18 +53,19 @@ def rerun(
     """
     path = _found(manifest) if manifest.is_dir() else manifest
     missing = f"there is no manifest {path}"
-    if (kind := str(read_object(path, missing).get("kind"))) not in MAKERS:
+    if (kind := str(read_object(path, missing).get("kind"))) not in KINDS:
         raise InputError(f"{path} is no manifest of what can be made again: its kind is '{kind}'")
     kept = read_sealed(path, missing)
     if kept.get("trust_remote_code") and not trust_remote_code:
         raise InputError(
             f"the model of {path} ran code of its own: --trust-remote-code to run it again"
         )
-    if kind != "calibration set" and kept.get("request") is None:
+    if kind != KINDS[-1] and kept.get("request") is None:
         raise InputError(f"{path} holds no request: a study made it, so run the study again")
     inputs = [path, path.parent if holds_result(path.parent) else None]
     check_output_folder(output, inputs=inputs)
-    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "writing": writing, "note": note}
+    how = {"trust_remote_code": trust_remote_code, "progress": progress, "writing": writing,
+           "note": note}  # fmt: skip
     try:
         for told in (kept[part] for part in ("against", "model") if part in kept):
             sha256 = told.get("sha256", told.get("fingerprint"))
@@ -73,7 +73,7 @@ def rerun(
                 raise InputError(
                     f"the model {told['name']} has changed: its files have another hash than then"
                 )
-        MAKERS[kind](path, kept, progress, how)(output)
+        (_calibrate if kind == KINDS[-1] else _checkpoint)(path, kept, output, how)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path} lacks what it takes to make it again: {error!r}") from error
     return _compared(path, kept, output)
@@ -91,7 +91,7 @@ def _found(folder: Path) -> Path:
     )
 
 
-def _checkpoint(path: Path, kept: dict[str, Any], progress: Progress, how: dict[str, Any]) -> Work:
+def _checkpoint(path: Path, kept: dict[str, Any], output: Path, how: dict[str, Any]) -> None:
     told, options = kept["calibration"] or {}, dict(kept["request"])
     options |= options.pop("draw")
     if "sources" in options:
@@ -108,15 +108,16 @@ def _checkpoint(path: Path, kept: dict[str, Any], progress: Progress, how: dict[
     how |= {"dtype": kept["dtype"], "device": kept["device"], "started": started}
     if kept["kind"] == "pruned checkpoint":
         request = prune_request(**options.pop("options"), **options)
-        return lambda output: prune_checkpoints(name, {output: request}, progress=progress, **how)
+        prune_checkpoints(name, {output: request}, **how)
+        return
     if kept["processes"] > 1:
         raise InputError(
             f"{path} was recovered by {kept['processes']} processes, which decides how sums round: "
             "recover again under the same launcher, and compare the hashes in calmix.json"
         )
-    asked, dense = recover_request(**options), kept["against"]["name"]
+    progress = how["progress"]
     how["progress"] = lambda done, total, loss: progress(done, total)
-    return lambda output: recover(name, dense, asked, output, **how)
+    recover(name, kept["against"]["name"], recover_request(**options), output, **how)
 
 
 def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
@@ -125,12 +126,8 @@ def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
     return parse_sources(entries, Path(path.name))
 
 
-def _calibrate(path: Path, kept: dict[str, Any], _: Progress, how: dict[str, Any]) -> Work:
-    trust, tokenizer = how.pop("trust_remote_code"), kept["tokenizer"]
-    name = str(kept["model"]["name"])
-    opening = {key: kept["model"].get(key, "auto") for key in ("dtype", "device")}
-    guard: Any = kept["leakage"] if kept["leakage"] != "off" else {"suite": "off", "tokens": 0}
-    suite, tokens, own = guard["suite"], guard["tokens"], _own(kept["own"], path)
+def _calibrate(path: Path, kept: dict[str, Any], output: Path, how: dict[str, Any]) -> None:
+    trust, model, own = how["trust_remote_code"], kept["model"], _own(kept["own"], path)
     draw = checked(DrawOptions, {key: kept.get(key) for key in ("rows", "length", "seed",
                                                                 "packing")})  # fmt: skip
     if kept.get("generated") is None:
@@ -139,18 +136,17 @@ def _calibrate(path: Path, kept: dict[str, Any], _: Progress, how: dict[str, Any
         settings = {k: v for k, v in kept["settings"].items() if not k.endswith("_sha256")}
         generator = read_generator(kept["generated"], settings, str(path))
         asked = Asked({}, generator, own=own, draw=draw)
-
-    def work(output: Path) -> None:
-        opened: Any = (
-            open_tokenizer(name, trust_remote_code=trust) if "fingerprint" not in kept["model"]
-            else open_model(name, trust_remote_code=trust, **opening)
-        )  # fmt: skip
-        if opened.tokenizer_fingerprint != tokenizer:
-            raise InputError(f"the tokenizer of {name} has changed since {path} was written")
-        made = make(asked, opened, guard_of(suite, tokens, opened), **how)
-        made.save(output)
-
-    return work
+    guard: Any = kept["leakage"] if kept["leakage"] != "off" else {"suite": "off", "tokens": 0}
+    suite, tokens, name = guard["suite"], guard["tokens"], str(model["name"])
+    opening = {key: model.get(key, "auto") for key in ("dtype", "device")}
+    opened: Any = (
+        open_tokenizer(name, trust_remote_code=trust) if "fingerprint" not in model
+        else open_model(name, trust_remote_code=trust, **opening)
+    )  # fmt: skip
+    if opened.tokenizer_fingerprint != kept["tokenizer"]:
+        raise InputError(f"the tokenizer of {name} has changed since {path} was written")
+    guard = guard_of(suite, tokens, opened)
+    make(asked, opened, guard, writing=how["writing"], note=how["note"]).save(output)
 
 
 def _compared(path: Path, kept: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -165,10 +161,3 @@ def _compared(path: Path, kept: dict[str, Any], output: Path) -> dict[str, Any]:
         then, now = (read_object(one / RUN, "") for one in (path.parent, output))
         inputs += [line for key in WHERE for line in differences(then.get(key), now.get(key), key)]
     return {"same": not differing, "differing": differing, "inputs": inputs}
-
-
-MAKERS: dict[str, Callable[..., Work]] = {
-    "pruned checkpoint": _checkpoint,
-    "recovered checkpoint": _checkpoint,
-    "calibration set": _calibrate,
-}
