@@ -82,10 +82,7 @@ class StreamedModel:
             why = f"its files lack {lacking[0]}, or hold it in a form that transformers converts"
             raise NotStreamableError(self.name, why)
         self._pool = ThreadPoolExecutor(1, "reading")
-        self._ahead: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
-        # A device copies in a queue of its own what the next block needs.
-        cuda = self.device.type == "cuda" and torch.cuda.is_available()
-        self._queue: Any = torch.cuda.Stream(self.device) if cuda else None
+        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
 
     def _own(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters(remove_duplicate=False))
@@ -146,7 +143,7 @@ class StreamedModel:
 
     def fetch_outside(self, *, head: bool = False) -> None:
         """Read what is outside the blocks: embeddings, norms, and buffers the files hold."""
-        self._put(*self._read(self.outside_names(head=head)))
+        self._put(self._read(self.outside_names(head=head)))
         for name, buffer in list(self.model.named_buffers()):
             value = buffer
             if (stored := self.names.get(name)) is not None:
@@ -163,7 +160,7 @@ class StreamedModel:
         if next(self.blocks.blocks[index].parameters()).is_meta:
             reading = self._ahead.pop(index, None)
             names = self.block_names(index)
-            self._put(*(self._read(names) if reading is None else reading.result()))
+            self._put(self._read(names) if reading is None else reading.result())
         if ahead and index + 1 < len(self.blocks) and index + 1 not in self._ahead:
             self._ahead[index + 1] = self._pool.submit(self._read, self.block_names(index + 1))
 
@@ -263,25 +260,15 @@ class StreamedModel:
                 made |= part.merge({n: value(n, dtype) for n in part.stored})
         return made
 
-    def _read(self, names: Iterable[str]) -> tuple[dict[str, Tensor], Any]:
-        """Read parameters and begin to copy them to the device; return what marks the end of it."""
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         read = self._merged(names, lambda n, dtype: self.shards.read([n])[n].to(dtype))
-        if self._queue is None:
-            return read, None
-        with torch.cuda.stream(self._queue):
-            # Copies from pinned memory overlap with what the device computes.
-            for name, value in read.items():
-                read[name] = value.pin_memory().to(self.device, non_blocking=True)
-        return read, self._queue.record_event()
+        if self.device.type == "cuda":  # which copies from such memory without the host
+            read = {name: value.pin_memory() for name, value in read.items()}
+        return read
 
-    def _put(self, values: Mapping[str, Tensor], copied: Any = None) -> None:
-        """Give the model parameters, once the device has `copied` them."""
-        now = None if copied is None else torch.cuda.current_stream(self.device)
-        if now is not None:
-            now.wait_event(copied)
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        """Give the model parameters; the host does not wait until a device has them."""
         for name, value in values.items():
-            if now is not None:
-                value.record_stream(now)
             module, last = self._owner(name)
             here = value.to(self.device, non_blocking=True)
             module._parameters[last] = nn.Parameter(here, requires_grad=False)
