@@ -66,6 +66,7 @@ WIDTH = 8.6  # inches of 72 units; drawn 1.15 times as large in a page, or more
 NARROW = 3.35  # the same on a telephone
 Key = tuple[str, str, str]  # of a legend: name, colour, marker
 Named = tuple[str, str | None]  # a row: its name, and the colour of a dot before it
+Cell = tuple[float | None, str, str]  # of a heat map: value (hatched without), text and tip
 
 
 class Mark(NamedTuple):
@@ -76,14 +77,6 @@ class Mark(NamedTuple):
     colour: str
     marker: str
     notch: float | None = None
-
-
-class Cell(NamedTuple):
-    """A cell of a heat map; hatched without a value."""
-
-    value: float | None
-    text: str
-    tip: str
 
 
 @dataclass(frozen=True)
@@ -228,17 +221,17 @@ def heat(
     small = narrow and many  # no room for numbers
     axes = figure.subplots()
     for y, row in enumerate(cells):
-        for x, cell in enumerate(row):
-            known = cell.value is not None
-            share = ((cell.value or 0) - low) / (high - low)
+        for x, (value, text, tip) in enumerate(row):
+            known = value is not None
+            share = ((value or 0) - low) / (high - low)
             fill = mpl.colors.to_hex(mpl.colormaps[ramp](0.06 + 0.88 * share)) if known else "none"
             box = mpl.patches.Rectangle(
                 (x + 0.02, y - 0.45), 0.96, 0.9, facecolor=fill, linewidth=0,
                 edgecolor=PAPER if known else GRID, hatch=None if known else "///",
             )  # fmt: skip
-            axes.add_patch(box).set_gid(f"tip: {cell.tip}")
+            axes.add_patch(box).set_gid(f"tip: {tip}")
             if known and not small:
-                axes.text(x + 0.5, y, cell.text, ha="center", va="center", fontsize=9.5,
+                axes.text(x + 0.5, y, text, ha="center", va="center", fontsize=9.5,
                           color=_readable(fill))  # fmt: skip
     _named(axes, rows, narrow)
     axes.set(xlim=(-0.02, len(columns) + 0.02), ylim=(len(rows) - 0.5, -0.5))

@@ -42,8 +42,8 @@ def _cells(
 ) -> list[list[Cell]]:
     """Return a map of retention in parts of each calibration set."""
     return [
-        [Cell(kept.value, words.percent(kept.value, digits),
-              f"{one.calibration}, {name}: {words.with_span(kept)} %")
+        [(kept.value, words.percent(kept.value, digits),
+          f"{one.calibration}, {name}: {words.with_span(kept)} %")
          for name, kept in own.items()]
         for one, own in zip(ranking, parts, strict=True)
     ]  # fmt: skip
@@ -72,7 +72,7 @@ def _tasks(found: ConditionAnalysis) -> Chart:
     """Sets by tasks, each headed by the dense model's score."""
     tasks = found.cells.tasks
     cells = _cells(found.ranking, (one.tasks for one in found.ranking), 0)
-    known = [cell.value for own in cells for cell in own if cell.value is not None]
+    known = [value for own in cells for value, _, _ in own if value is not None]
     return Chart(
         "tasks", "Retention by calibration set and task",
         "In percent; tasks are headed by their dense score (bits per byte: lower is better).",
@@ -128,8 +128,8 @@ def _correlations(analysis: Analysis, found: ConditionAnalysis) -> Iterator[Char
         return
     metrics = list(dict.fromkeys(name for name, _ in own))
     cells = [
-        [Cell(one.rho, words.rho(one.rho) + " ●" * one.significant,
-              f"{metric} and {name}: {_correlation(one)}")
+        [(one.rho, words.rho(one.rho) + " ●" * one.significant,
+          f"{metric} and {name}: {_correlation(one)}")
          for name in columns for one in [own[metric, name]]]
         for metric in metrics
     ]  # fmt: skip
