@@ -64,20 +64,18 @@ def attention(
     plain = not kwargs.get("dropout") and not any(
         kwargs.get(name) is not None for name in ("position_bias", "softcap")
     )
-    one_line = attention_mask is None or attention_mask.shape[1:] == (1, 1, tokens)
-    if plain and positions == 1 and one_line and heads > shared:
+    if attention_mask is None:
+        plain &= positions in (1, tokens)
+    else:
+        plain &= attention_mask.shape[1:] == (1, positions, tokens)
+    if plain and positions == 1 and heads > shared:
         folded = query.reshape(rows, shared, heads // shared, width)
         attended = F.scaled_dot_product_attention(folded, key, value, attention_mask, scale=scale)
         return attended.reshape(rows, 1, heads, value.shape[-1]), None
     causal = kwargs.get("is_causal")
     if causal is None:  # as transformers has it without a mask; one may show what follows
         causal = getattr(module, "is_causal", attention_mask is None)
-    if attention_mask is None:
-        fits = positions == tokens
-    else:
-        fits = attention_mask.shape[0] in (1, rows)
-        fits &= attention_mask.shape[1:] == (1, positions, tokens)
-    if plain and causal and fits and positions > 1 and _faster(query):
+    if plain and causal and positions > 1 and _faster(query):
         return sliced_attention(query, key, value, attention_mask, scale), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
@@ -251,16 +249,13 @@ def own_places(model: Any) -> Any:
             self.move(0)
             for layer in self.layers:
                 if layer.is_initialized:
-                    layer.keys, layer.values = (
-                        self._room(held, held[left, :, : self.last])
-                        for held in (layer.keys, layer.values)
-                    )
+                    layer.keys = self._room(layer.keys[left, :, : self.last])
+                    layer.values = self._room(layer.values[left, :, : self.last])
 
-        def _room(self, like: Tensor, held: Tensor | None = None) -> Tensor:
+        def _room(self, held: Tensor) -> Tensor:
             # What a mask hides must be finite all the same.
-            made = like.new_zeros(self.rows, like.shape[1], self.length, like.shape[3])
-            if held is not None:
-                made[: len(held), :, : held.shape[2]] = held
+            made = held.new_zeros(self.rows, held.shape[1], self.length, held.shape[3])
+            made[: len(held), :, : held.shape[2]] = held
             return made
 
         def fill(self, places: Tensor, cache: DynamicCache, seen: Tensor) -> None:
@@ -268,7 +263,8 @@ def own_places(model: Any) -> Any:
             shown = [line.nonzero().flatten() for line in seen]
             for own, other in zip(self.layers, cache.layers, strict=False):  # some share others'
                 if not own.is_initialized:
-                    own.keys, own.values = self._room(other.keys), self._room(other.values)
+                    own.keys = self._room(other.keys[:0, :, :0])
+                    own.values = self._room(other.values[:0, :, :0])
                     own.is_initialized = True
                 for held, new in ((own.keys, other.keys), (own.values, other.values)):
                     for place, row, which in zip(places.tolist(), new, shown, strict=True):
