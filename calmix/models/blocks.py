@@ -307,15 +307,20 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
 
     Raises ModelError: there is no such list with a linear map of floats.
     """
-    lists = dict(_outermost_lists(model))
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inside:
+            lists[name] = module
     # Towers for images or sound beside the decoder have blocks too.
     lists = {n: one for n, one in lists.items() if not TOWERS.search(n)} or lists
-    sizes = {}
-    for name, one in lists.items():
-        linears: list[Any] = [module for module in one.modules() if _is_linear(module)]
-        weights = [*(m.weight for m in linears), *(p for p in one.parameters() if p.ndim >= 3)]
-        sizes[name] = sum(weight.numel() for weight in weights)
-    name = max(sizes, key=lambda name: sizes[name], default="")
+
+    def size(name: str) -> int:
+        linears: list[Any] = [module for module in lists[name].modules() if _is_linear(module)]
+        experts = (p for p in lists[name].parameters() if p.ndim >= 3)
+        return sum(weight.numel() for weight in (*(one.weight for one in linears), *experts))
+
+    name = max(lists, key=size, default="")
     used = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     config: Any = getattr(model, "config", None)
     width = config and config.get_text_config(decoder=True).to_dict().get("hidden_size")
@@ -327,14 +332,6 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
         kind = type(model).__name__
         raise ModelError(f"{kind} has no list of decoder blocks with linear maps to prune")
     return found
-
-
-def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList):
-            yield prefix + name, child
-        else:
-            yield from _outermost_lists(child, f"{prefix}{name}.")
 
 
 def decoder_of(model: Any) -> Any:
