@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 
@@ -109,17 +108,3 @@ def test_what_is_another_model_is_not_written(pruned, tmp_path, monkeypatch, wro
     with pytest.raises(ModelError, match=r"is another model \(KL .* nats a token, at most 0\.2"):
         export(str(pruned), tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_mistakes_are_one_line(pruned, tmp_path, calmix, monkeypatch):
-    (inside := pruned.parent / "model").symlink_to(pruned)
-
-    def refused(words, *arguments):
-        ended = calmix("export", "--to", "openvino", "-o", tmp_path / "out", *arguments)
-        assert words in ended.line
-        assert not list(tmp_path.iterdir())
-
-    refused("--weights int4: must be 'int8'", pruned, "--weights", "int4")
-    refused(f"it is not a model folder, but {inside} is", pruned.parent)
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    refused("needs an optional dependency: pip install 'calmix[export]'", pruned)

@@ -75,6 +75,7 @@ def test_names_folders_and_files_that_are_no_model_to_use(tmp_path, tiny_folder)
         with pytest.raises(InputError, match=line):
             open_model(str(tiny_folder), **how)
     folder = save_tiny_model(tmp_path / "model")
+    rejected(tmp_path, f"it is not a model folder, but {folder} is")
     file = folder / "model.safetensors"
     whole = load(file.read_bytes())
     file.write_bytes(file.read_bytes()[:5000])
