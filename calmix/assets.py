@@ -13,7 +13,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -145,13 +144,10 @@ def read_jsonl(name: str, member: str) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-@contextmanager
-def _member(name: str, member: str) -> Iterator[IO[bytes]]:
+def _member(name: str, member: str) -> IO[bytes]:
     """Open a member of an asset's archive; CalmixError if there is none."""
-    with open_archive(name) as archive:
+    with open_archive(name) as archive:  # its file is open as long as a member is
         try:
-            file = archive.open(member)
+            return archive.open(member)
         except KeyError:
             raise CalmixError(f"asset {name} holds no '{member}'") from None
-        with file:
-            yield file

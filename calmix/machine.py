@@ -10,12 +10,10 @@ import os
 import time
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 MICRO_TOKENS = 2048  # activations of so many tokens stay in a CPU's cache
 WIDE_TOKENS = 8192  # elsewhere: products of so many fill an accelerator
@@ -59,8 +57,6 @@ def cores() -> int:
 def device_memory(device: torch.device) -> tuple[int, int, int | None]:
     """Return the bytes this process holds on a device, those it may still take, and all there are;
     None for the last where what does not fit is swapped."""
-    import torch
-
     if device.type not in ("cuda", "xpu"):
         return psutil.Process().memory_info().rss, free_memory(), None
     backend = torch.get_device_module(device)
@@ -71,8 +67,6 @@ def device_memory(device: torch.device) -> tuple[int, int, int | None]:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Tell whether an accelerator had no memory left: its backends have no class in common."""
-    import torch
-
     told = any(part in str(error) for part in ("out of memory", "ALLOC_FAILED"))
     return told or isinstance(error, torch.OutOfMemoryError)
 
@@ -81,8 +75,6 @@ class Laps:
     """Seconds by activity: of the host's clock, or between marks in a device's queue."""
 
     def __init__(self, device: torch.device) -> None:
-        import torch
-
         there = device.type in ("cuda", "xpu") and torch.accelerator.is_available()
         self._device = device if there else None
         self._laps: list[tuple[str, Any, Any]] = []
@@ -96,8 +88,6 @@ class Laps:
 
     def _mark(self) -> Any:
         """Return the time, or an event in the device's own queue, whichever is the current one."""
-        import torch
-
         if self._device is None:
             return time.perf_counter()
         event = torch.Event(self._device, enable_timing=True)
@@ -122,8 +112,6 @@ def tokens_at_once(device: torch.device) -> int:
 
 def values_at_once(device: torch.device) -> int:
     """Return how many float32 values are worked on at a time, one operation after another."""
-    import torch
-
     return CACHED_VALUES * torch.get_num_threads() if device.type == "cpu" else 2**31
 
 

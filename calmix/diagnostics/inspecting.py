@@ -62,28 +62,25 @@ def inspect(path: Path, tick: Say = lambda name: None) -> Health:
         if not unfinished.is_dir():
             raise InputError(f"there is nothing at {path}")
         path = unfinished
-    place, name, kind = path, "", ""
-    if path.is_file() and path.name not in MARKS:
+    place = path.parent if path.is_file() and path.name in MARKS else path
+    name = next((mark for mark in MARKS if (place / mark).exists()), "")
+    health = Health(str(place), MARKS.get(name, "folder of results"))
+    if place.is_file():
         with suppress(InputError):
-            kind = str(read_object(path, "").get("kind", SCORES))
-        if kind not in FILES:
+            health.kind = str(read_object(path, "").get("kind", SCORES))
+        if health.kind not in FILES:
             raise InputError(
                 f"{path} is no file that can be checked: name a folder that calmix wrote, or a "
                 f"file of {', '.join(FILES)}"
             )
-    else:
-        place = path.parent if path.is_file() else path
-        name = next((mark for mark in MARKS if (place / mark).exists()), "")
-        kind = MARKS.get(name, "folder of results")
-    health = Health(str(place), kind)
-    if kind == "folder of results":
+    elif not name:
         inside = {one.parent.name for mark in MARKS for one in place.glob(f"[!.]*/{mark}")}
         if not inside:
             raise InputError(f"{path} holds nothing calmix has written: none of {', '.join(MARKS)}")
         _parts(place, sorted(inside), health, tick)
         return health
     try:
-        (CHECKS | FILES)[kind](place, health, tick)
+        (CHECKS | FILES)[health.kind](place, health, tick)
     except CalmixError as error:
         health.problems.append(str(error))
     except Exception as error:  # whatever a damaged file leads to is the finding
@@ -98,8 +95,8 @@ def _files(
     """Compare a folder's files with their hashes, and name those that are not listed."""
     found = file_hashes(folder, without=(*without, CARD), tick=say)
     health.problems += _changed(folder, kept, found)
-    for name in sorted(set(found) - set(kept)):
-        health.warnings.append(f"{folder / name} is not in the manifest")
+    more = sorted(found.keys() - kept)
+    health.warnings += [f"{folder / name} is not in the manifest" for name in more]
 
 
 def _changed(folder: Path, kept: dict[str, str], found: dict[str, str]) -> list[str]:

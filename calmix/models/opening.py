@@ -536,14 +536,6 @@ def end_tokens(opened: OpenModel) -> list[int]:
     return sorted({one for one in [opened.tokenizer.eos_token_id, *listed] if one is not None})
 
 
-@contextlib.contextmanager
-def generating(model: Any, plain: Any) -> Iterator[None]:
+def generating(model: Any, plain: Any) -> contextlib.AbstractContextManager[Any]:
     """Put the model's own generation settings (a penalty, end tokens) aside for a while."""
-    own, training = model.generation_config, model.training
-    model.generation_config = plain
-    model.eval()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        model.train(training)
+    return patch.object(model, "generation_config", plain)
