@@ -184,47 +184,45 @@ class DecoderBlocks:
     def _layers(self, index: int) -> tuple[list[Prunable], list[Dense]]:
         block, prefix, mixtures = self.blocks[index], f"{self.name}.{index}", self.mixtures(index)
         layers: list[Prunable] = []
-        others: dict[int, str] = {}  # why a linear map is left out
+        beside = set()  # weights of linear maps within a mixture
         by_name = {mixture.name: mixture for mixture in mixtures}
         for name, module in block.named_modules():
             path = f"{prefix}.{name}"
             if _is_linear(module):
                 weight = module.weight
-                if id(weight) in self.shared:
-                    others[id(weight)] = "used elsewhere too"
-                elif _routes(path, weight, mixtures):
-                    others[id(weight)] = "router"
-                elif any(path.startswith(f"{mixture.name}.") for mixture in mixtures):
-                    others[id(weight)] = "beside experts"
-                elif weight.dtype not in FLOATS:
-                    raise ModelError(
-                        f"weight {path}.weight is {weight.dtype}: only floats can be pruned"
-                    )
-                else:
+                if any(path.startswith(f"{mixture.name}.") for mixture in mixtures):
+                    beside.add(id(weight))
+                elif not _routes(path, weight, mixtures):
+                    if weight.dtype not in FLOATS:
+                        raise ModelError(
+                            f"weight {path}.weight is {weight.dtype}: only floats can be pruned"
+                        )
                     transposed = not isinstance(module, nn.Linear)
                     layers.append(Prunable(path, module, transposed=transposed))
             elif mixture := by_name.get(path):
-                for own, parts in mixture.parts.items():
-                    if (number := id(module._parameters[own])) in self.shared:
-                        others[number] = "used elsewhere too"
-                        continue
-                    layers += [
-                        Prunable(
-                            f"{path}.{expert}.{key}", module, own, mixture.transposed, path, expert,
-                            rows,
-                        )
-                        for expert in range(mixture.count)
-                        for key, rows in parts.items()
-                    ]  # fmt: skip
-        taken = {layer.parameter_id for layer in layers}
-        dense = []
+                layers += [
+                    Prunable(
+                        f"{path}.{expert}.{key}", module, own, mixture.transposed, path, expert,
+                        rows,
+                    )
+                    for own, parts in mixture.parts.items()
+                    for expert in range(mixture.count)
+                    for key, rows in parts.items()
+                ]  # fmt: skip
+        layers = [layer for layer in layers if layer.parameter_id not in self.shared]
+        taken, dense = {layer.parameter_id for layer in layers}, []
         for name, p in block.named_parameters():
             vector = p.ndim < 2 or p.numel() == max(p.shape) or name.endswith("bias")
-            if id(p) not in taken and not vector:
-                path = f"{prefix}.{name}"
-                routes = p.ndim == 2 and _routes(path.rpartition(".")[0], p, mixtures)
-                reason = others.get(id(p)) or ("router" if routes else "no linear map")
-                dense.append(Dense(path, p.numel(), reason))
+            if id(p) in taken or vector:
+                continue
+            path, reason = f"{prefix}.{name}", "no linear map"
+            if id(p) in self.shared:
+                reason = "used elsewhere too"
+            elif p.ndim == 2 and _routes(path.rpartition(".")[0], p, mixtures):
+                reason = "router"
+            elif id(p) in beside:
+                reason = "beside experts"
+            dense.append(Dense(path, p.numel(), reason))
         return layers, dense
 
 

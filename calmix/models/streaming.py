@@ -74,12 +74,10 @@ class StreamedModel:
             if not torch.equal(self.stored(name), self.stored(other)):  # as loading them sees it
                 del alike[name]
                 self._drop([name])
-        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
-        lacking = [name for name in own if name not in parts and name not in tied]
-        kept = self.model.state_dict().keys() - self.names
-        lacking += [name for name, _ in self.model.named_buffers() if name in kept]
-        if lacking:
-            why = f"its files lack {lacking[0]}, or hold it in a form that transformers converts"
+        tied = getattr(self.model, "_tied_weights_keys", None) or ()
+        held = {*self._parts, *self.names, *tied}
+        if lacking := next((name for name in self.model.state_dict() if name not in held), None):
+            why = f"its files lack {lacking}, or hold it in a form that transformers converts"
             raise NotStreamableError(self.name, why)
         self._pool = ThreadPoolExecutor(1, "reading")
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
@@ -104,8 +102,7 @@ class StreamedModel:
     @property
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that the files hold, by name in the model; without data out of memory."""
-        own = dict(self.model.named_parameters())
-        return {name: own[name] for name in self._parts if name in own}
+        return {name: p for name, p in self.model.named_parameters() if name in self._parts}
 
     @property
     def unknown(self) -> set[str]:
