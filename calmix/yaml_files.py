@@ -76,7 +76,7 @@ class YamlText:
 
     def problems(self, error: ValidationError, model: type[BaseModel]) -> list[str]:
         """Return every problem of a failed validation as `FILE line N: key: what is wrong`."""
-        found: dict[tuple[Any, ...], str] = {}
+        found: dict[str, str] = {}
         schema = model.model_json_schema()
         parts = (schema, *schema.get("$defs", {}).values())
         known = {name for part in parts for name in part.get("properties", {})}
@@ -89,9 +89,8 @@ class YamlText:
             elif problem["type"] == "missing":
                 path, depth, message = path[:-1], len(path), f"lacks '{path[-1]}'"
             # Parts below a value are pydantic's own: which member of a union it tried.
-            shown = path[:depth]
-            name = ".".join(map(str, shown))
-            found.setdefault(tuple(shown), f"{self.where} line {line}: {name}: {message}")
+            name = ".".join(map(str, path[:depth]))
+            found.setdefault(name, f"{self.where} line {line}: {name}: {message}")
         return [line.replace(": : ", ": ") for line in found.values()]
 
 

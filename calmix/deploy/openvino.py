@@ -26,14 +26,7 @@ import torch
 from torch import Tensor
 
 from calmix.deploy.checking import difference, random_ids
-from calmix.errors import (
-    InputError,
-    MissingExtraError,
-    ModelError,
-    disk_errors,
-    first_line,
-    nearest,
-)
+from calmix.errors import InputError, MissingExtraError, ModelError, disk_errors, first_line
 from calmix.files import EXPORT, atomic_folder, check_free, check_output_folder, write_json
 from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import OpenModel, check_models, open_model, resolve_model
@@ -133,7 +126,7 @@ def export(
     """
     name, output = str(name), Path(output)
     if weights not in WEIGHTS:
-        raise InputError(f"unknown weights '{weights}': {nearest(weights, WEIGHTS)}")
+        raise InputError(f"unknown weights '{weights}': known: {', '.join(WEIGHTS)}")
     check_output_folder(output, inputs=[name], overwrite=overwrite)
     check_models(name, trust_remote_code=trust_remote_code)
     for library in ("openvino", "nncf", "transformers.exporters.runners"):  # that of 5.23
@@ -142,11 +135,8 @@ def export(
     folder = resolve_model(name)
     before = weight_bytes(folder)
     check_free(output, before // 2 if weights == "int8" else before, "the weights take")
-    own = getattr(load_config(folder, name, trust_remote_code), "dtype", None) or "auto"
-    opened = open_model(
-        name, dtype=dtype_name(own), device="cpu",
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    own = dtype_name(getattr(load_config(folder, name, trust_remote_code), "dtype", None) or "auto")
+    opened = open_model(name, dtype=own, device="cpu", trust_remote_code=trust_remote_code)
     with atomic_folder(output) as beside, disk_errors(output):
         say("convert")
         with quiet_transformers(), contextlib.redirect_stdout(io.StringIO()):

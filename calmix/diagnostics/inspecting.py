@@ -19,18 +19,14 @@ from calmix.calibration import CalibrationSet
 from calmix.compression import running
 from calmix.compression.plan import Request, stages
 from calmix.errors import CalmixError, InputError, first_line
-from calmix.evaluation.generations import KIND as ANSWERS
-from calmix.evaluation.generations import load_answers
-from calmix.evaluation.scores import KIND as SCORES
-from calmix.evaluation.scores import load_scores
+from calmix.evaluation import generations, scores
 from calmix.files import EXPORT, RESULTS, read_object, sha256_json
 from calmix.manifest import file_hashes, read_sealed
 from calmix.models.shards import PACK
 from calmix.pruning.checkpoint import MANIFEST, RUN
 from calmix.pruning.experts import starved
 from calmix.pruning.report import LayerReport
-from calmix.pruning.work import RECORD, SET, SUFFIX
-from calmix.pruning.work import read_record as read_work
+from calmix.pruning.work import RECORD, SET, SUFFIX, read_record
 from calmix.study.store import open_store
 
 CARD = "README.md"  # written beside a model later, by whoever describes it
@@ -67,7 +63,7 @@ def inspect(path: Path, tick: Say = lambda name: None) -> Health:
     health = Health(str(place), MARKS.get(name, "folder of results"))
     if place.is_file():
         with suppress(InputError):
-            health.kind = str(read_object(path, "").get("kind", SCORES))
+            health.kind = str(read_object(path, "").get("kind", scores.KIND))
         if health.kind not in FILES:
             raise InputError(
                 f"{path} is no file that can be checked: name a folder that calmix wrote, or a "
@@ -269,7 +265,7 @@ def _parts(folder: Path, names: Iterable[str], health: Health, say: Say) -> dict
 
 def _work(folder: Path, health: Health, say: Say) -> None:
     """Say how far an interrupted pruning run or recovery is."""
-    record = read_work(folder)
+    record = read_record(folder)
     asked, done = record["request"], record["kept"].get("done", 0)
     unit = "steps" if asked["method"] == "distill" else "blocks"
     health.kind = "unfinished recovery" if "against" in asked else "unfinished prune"
@@ -280,13 +276,13 @@ def _work(folder: Path, health: Health, say: Say) -> None:
 
 
 def _answers(path: Path, health: Health, say: Say) -> None:
-    found = load_answers(path)
+    found = generations.load_answers(path)
     names = ", ".join(name for name, _ in found.models)
     health.facts = {"models": names, "prompts": len(found.prompts)}
 
 
 def _scores(path: Path, health: Health, say: Say) -> None:
-    found = load_scores(path)
+    found = scores.load_scores(path)
     health.facts = {
         "model": found.model,
         "suite": f"{found.suite['name']} version {found.suite['version']}",
@@ -310,4 +306,4 @@ CHECKS: dict[str, Check] = {
 }
 MARKS = {names[0]: kind for kind, names in RESULTS.items() if kind in CHECKS}
 MARKS |= {running.LADDER: "ladder of candidates", RECORD: "unfinished work"}
-FILES: dict[str, Check] = {SCORES: _scores, ANSWERS: _answers}
+FILES: dict[str, Check] = {scores.KIND: _scores, generations.KIND: _answers}

@@ -11,9 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import CalibrationSet, open_tokenizer
-from calmix.calibration.dataset import MANIFEST as SET_MANIFEST
-from calmix.calibration.dataset import TENSORS
+from calmix.calibration import CalibrationSet, dataset, open_tokenizer
 from calmix.calibration.leakage import guard_of
 from calmix.calibration.resolving import Asked, make, read_generator
 from calmix.errors import InputError
@@ -81,12 +79,12 @@ def rerun(
 
 def _found(folder: Path) -> Path:
     """Return the manifest in a folder."""
-    for name in (MANIFEST, SET_MANIFEST):
+    for name in (MANIFEST, dataset.MANIFEST):
         if (folder / name).is_file():
             return folder / name
     parts = sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST}"))
     raise InputError(
-        f"{folder} holds neither {MANIFEST} nor {SET_MANIFEST}: name a pruned or recovered "
+        f"{folder} holds neither {MANIFEST} nor {dataset.MANIFEST}: name a pruned or recovered "
         "checkpoint or a calibration set" + (f", such as {parts[0]}" if parts else "")
     )
 
@@ -151,9 +149,9 @@ def _calibrate(path: Path, kept: dict[str, Any], output: Path, how: dict[str, An
 
 def _compared(path: Path, kept: dict[str, Any], output: Path) -> dict[str, Any]:
     """Compare a new artefact with the manifest of an old one."""
-    own = next(name for name in (MANIFEST, SET_MANIFEST) if (output / name).is_file())
+    own = next(name for name in (MANIFEST, dataset.MANIFEST) if (output / name).is_file())
     new = read_sealed(output / own, "")
-    then, now = (one.get("files") or {TENSORS: one["sha256"], SET_MANIFEST: one[SEAL]}
+    then, now = (one.get("files") or {dataset.TENSORS: one["sha256"], dataset.MANIFEST: one[SEAL]}
                  for one in (kept, new))  # fmt: skip
     differing = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
     inputs = [d for d in differences(kept, new) if re.split(r"[.:]", d)[0] not in MADE]

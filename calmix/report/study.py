@@ -60,8 +60,7 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
 def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict[str, Any]]]:
     """Return the tables of one condition: ranking, distance to the dense model, differences."""
     w, names = words, analysis.dimensions
-    made: dict[str, list[dict[str, Any]]] = {}
-    made["ranking"] = [
+    ranking = [
         {"calibration set": one.calibration, "made": w.STRATEGIES[one.strategy][0],
          "#seeds": one.total.draws, "#total %": w.with_span(one.total),
          "#accuracy %": w.percent(one.accuracy[TOTAL]),
@@ -72,7 +71,7 @@ def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict
         | {f"#{name}, accuracy %": w.percent(one.accuracy[name]) for name in names}
         for one in found.ranking
     ]  # fmt: skip
-    made["distance"] = [
+    distance = [
         {"calibration set": one.calibration, "#total %": w.percent(one.total.value),
          "#KL": w.number(one.distance["kl"][TOTAL]),
          "#top-1 %": w.percent(one.distance["top1"][TOTAL]),
@@ -81,7 +80,7 @@ def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict
         for one in found.ranking
         if any(each.distance["kl"][TOTAL] is not None for each in found.ranking)
     ]  # fmt: skip
-    made["differences"] = [
+    differences = [
         {"this": one.left, "over that": one.right, "in": one.quantity,
          "#points": w.with_span(one.gap, sign=True), "#p": w.p_value(one.gap.p),
          "#corrected p": w.p_value(one.p_corrected) + " ●" * one.significant,
@@ -89,7 +88,7 @@ def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict
          "#corrected p of these": w.p_value(one.draw_p_corrected)}
         for one in found.differences if one.quantity in (TOTAL, WORST)
     ]  # fmt: skip
-    return made
+    return {"ranking": ranking, "distance": distance, "differences": differences}
 
 
 def summary_text(analysis: Analysis) -> str:
