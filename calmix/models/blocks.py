@@ -101,8 +101,7 @@ class Mixture:
     name: str  # qualified name of the module within which tokens are routed
     module: Any  # that module; it is called once a pass
     count: int
-    transposed: bool  # the parameters hold matrices of (inputs, outputs)
-    parts: Mapping[str, Mapping[str, slice]]  # by parameter, outputs that are one layer, by name
+    layers: Sequence[Prunable]
 
 
 @dataclass(frozen=True)
@@ -200,15 +199,7 @@ class DecoderBlocks:
                     transposed = not isinstance(module, nn.Linear)
                     layers.append(Prunable(path, module, transposed=transposed))
             elif mixture := by_name.get(path):
-                layers += [
-                    Prunable(
-                        f"{path}.{expert}.{key}", module, own, mixture.transposed, path, expert,
-                        rows,
-                    )
-                    for own, parts in mixture.parts.items()
-                    for expert in range(mixture.count)
-                    for key, rows in parts.items()
-                ]  # fmt: skip
+                layers += mixture.layers
         layers = [layer for layer in layers if layer.parameter_id not in self.shared]
         taken, dense = {layer.parameter_id for layer in layers}, []
         for name, p in block.named_parameters():
@@ -276,8 +267,14 @@ def _mixture(path: str, module: nn.Module, width: int | None) -> Mixture | None:
     if not found:
         return None
     _, transposed, half = max(found, key=lambda one: one[0])
-    parts = {name: _parts(module, name, None if name == down else half) for name in own}
-    return Mixture(path, module, min(shape[0] for shape in own.values()), transposed, parts)
+    count = min(shape[0] for shape in own.values())
+    layers = [
+        Prunable(f"{path}.{expert}.{part}", module, name, transposed, path, expert, rows)
+        for name in own
+        for expert in range(count)
+        for part, rows in _parts(module, name, None if name == down else half).items()
+    ]
+    return Mixture(path, module, count, layers)
 
 
 def _parts(module: nn.Module, name: str, half: int | None) -> Mapping[str, slice]:
