@@ -322,8 +322,8 @@ class Part:
     model: Any
     stored: tuple[str, ...]
     target: str
-    roles: tuple[str, ...] = ()
-    rule: Any = None
+    roles: tuple[str | None, ...]
+    rule: Any
 
     def merge(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parameters, by name, that stored tensors make up."""
@@ -363,35 +363,33 @@ def find_parts(model: Any, places: Mapping[str, Place], called: str) -> dict[str
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     prefix = model.base_model_prefix
-    merged: dict[str, list[tuple[str, str]]] = {}
-    parts = []
+    held: dict[str, list[tuple[str, str | None]]] = {}
     for name in sorted(places, key=dot_natural_key):
         target, role = rename_source_key(name, renamings, converters, prefix, own)
         if target not in own and name in own:  # as it stands, but for the prefix
             target, role = rename_source_key(name, [], [], prefix, own)
         if target in own and role is None:
-            parts.append(Part(model, (name,), target))
+            held[target] = [(name, None)]
         elif target in own:
-            merged.setdefault(target, []).append((name, role))
+            held.setdefault(target, []).append((name, role))
     # What has not matched would be reverted to no purpose when the model is saved.
     model._weight_conversions = [rule for rule in rules if rule.was_used()]
-    for target, held in merged.items():
-        names, roles = zip(*held, strict=True)
-        rule = next(one for one in converters if roles[0] in one.source_patterns)
-        parts.append(Part(model, names, target, roles, rule))
     found: dict[str, Part] = {}
-    for part in parts:
+    for target, given in held.items():
+        names, roles = zip(*given, strict=True)
+        rule = next((one for one in converters if roles[0] in one.source_patterns), None)
+        part = Part(model, names, target, roles, rule)
         stored = {n: torch.empty(places[n].shape, dtype=places[n].dtype, device="meta")
-                  for n in part.stored}  # fmt: skip
+                  for n in names}  # fmt: skip
         try:
             made = part.merge(stored)
         except (RuntimeError, ValueError):  # one is missing: so is what they would make up
             continue
         fitting = [n for n, value in made.items() if n in own and value.shape == own[n].shape]
-        if fitting and part.rule is not None:
+        if fitting and rule is not None:
             back = split(model, {n: torch.empty_like(own[n], device="meta") for n in made})
             if {n: v.shape for n, v in back.items()} != {n: v.shape for n, v in stored.items()}:
-                why = f"transformers converts its weights and not back (first {part.stored[0]})"
+                why = f"transformers converts its weights and not back (first {names[0]})"
                 raise NotStreamableError(called, why)
         found |= dict.fromkeys(fitting, part)
     return found
