@@ -227,8 +227,7 @@ class StreamedModel:
 
     def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
         """Give a block weights by their names in the files, in its own type."""
-        names = self.block_names(index)
-        self._put(self._merged(names, lambda stored, dtype: held[stored].to(dtype)))
+        self._put(self._merged(self.block_names(index), held.__getitem__))
 
     def save_config(self, folder: Path) -> None:
         """Make a folder of the layout's files one that loads: index and configuration."""
@@ -246,19 +245,17 @@ class StreamedModel:
         """Stop reading ahead."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _merged(
-        self, names: Iterable[str], value: Callable[[str, torch.dtype], Tensor]
-    ) -> dict[str, Tensor]:
-        """Return parameters, `value` of every tensor in the files that makes them up."""
+    def _merged(self, names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return parameters in their types, of the tensors in the files that make them up."""
         own, made = self._own(), dict[str, Tensor]()
         for name in names:
             if name not in made:
                 part, dtype = self._parts[name], own[name].dtype
-                made |= part.merge({n: value(n, dtype) for n in part.stored})
+                made |= part.merge({n: read(n).to(dtype) for n in part.stored})
         return made
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        read = self._merged(names, lambda n, dtype: self.shards.read([n])[n].to(dtype))
+        read = self._merged(names, lambda name: self.shards.read([name])[name])
         if self.device.type == "cuda":  # which copies from such memory without the host
             read = {name: value.pin_memory() for name, value in read.items()}
         return read
