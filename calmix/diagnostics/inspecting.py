@@ -29,7 +29,8 @@ from calmix.pruning.report import LayerReport
 from calmix.pruning.work import RECORD, SET, SUFFIX, read_record
 from calmix.study.store import open_store
 
-CARD = "README.md"  # written beside a model later, by whoever describes it
+# Beside what a manifest lists: manifests, run records, and what describes a model to others.
+BESIDE = {MANIFEST, RUN, PACK, EXPORT, "README.md"}
 Say = Callable[[str], None]
 # Beyond these a layer is worth a look: ours, some three times what is seen at 60 % SparseGPT.
 ERROR, DEAD = 0.3, 0.1
@@ -85,11 +86,9 @@ def inspect(path: Path, tick: Say = lambda name: None) -> Health:
     return health
 
 
-def _files(
-    folder: Path, kept: dict[str, str], without: tuple[str, ...], health: Health, say: Say
-) -> None:
+def _files(folder: Path, kept: dict[str, str], health: Health, say: Say) -> None:
     """Compare a folder's files with their hashes, and name those that are not listed."""
-    found = file_hashes(folder, without=(*without, CARD), tick=say)
+    found = file_hashes(folder, without=BESIDE - kept.keys(), tick=say)
     health.problems += _changed(folder, kept, found)
     more = sorted(found.keys() - kept)
     health.warnings += [f"{folder / name} is not in the manifest" for name in more]
@@ -104,7 +103,7 @@ def _changed(folder: Path, kept: dict[str, str], found: dict[str, str]) -> list[
 
 def _checkpoint(folder: Path, health: Health, say: Say) -> None:
     kept, pruned = _described(folder, health)
-    _files(folder, kept, (MANIFEST, RUN), health, say)
+    _files(folder, kept, health, say)
     done, warn = pruned["pruning"], health.warnings.append
     health.layers = TypeAdapter(list[LayerReport]).validate_python(done["layers"])
     given = done["options"].get("damping")
@@ -168,7 +167,7 @@ def _pack(folder: Path, health: Health, say: Say) -> None:
         health.kind += " of a checkpoint"
         unpacked = others | {name: one["sha256"] for name, one in weights.items()}
         health.problems += _changed(folder, _described(folder, health)[0], unpacked)
-    _files(folder, packed, (PACK,), health, say)
+    _files(folder, packed, health, say)
     sizes = [(folder / name).stat().st_size for name in packed if (folder / name).is_file()]
     health.facts["packed bytes"] = sum(sizes)
 
@@ -180,7 +179,7 @@ def _export(folder: Path, health: Health, say: Say) -> None:
         "engine": f"{manifest['engine']}, {manifest['weights']} weights",
         "versions": _versions(manifest),
     }
-    _files(folder, dict(manifest["files"]), (EXPORT, RUN), health, say)
+    _files(folder, dict(manifest["files"]), health, say)
 
 
 def _calibration(folder: Path, health: Health, say: Say) -> None:

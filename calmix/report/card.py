@@ -281,7 +281,7 @@ def read_card(out: Path) -> Card:
         manifest["pruning"],
         sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS),
         sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()),
-        list(_sources(out, asked, calibration)), calibration, tuple(recoveries),
+        list(_sources(out, asked["calibration"], calibration)), calibration, tuple(recoveries),
         scores, dense, pairs,
         load_answers(answers) if answers.exists() else None, tasks,
         [{"what": name, "SHA-256": value} for name, value in hashes.items()],
@@ -303,26 +303,22 @@ def _checked(out: Path, dense: CapabilityScores, scores: CapabilityScores) -> st
     return f"{path.name} is {what}: run calmix check {out} {floors.FLAG} FLOORS again."
 
 
-def _sources(
-    out: Path, asked: Mapping[str, Any], manifest: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
+def _sources(out: Path, asked: object, manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the parts of the set asked for; of text the model wrote, one a dimension."""
     if "generated" in manifest:  # which counts no rows
-        places = out / "calibration", user_path(str(asked["calibration"]))
+        places = out / "calibration", user_path(str(asked))
         held = next(filter(saved_set, places), None)
         counts = CalibrationSet.open(held).counts if held else {}
         parts: dict[str, Any] = {name: {"rows": rows} for name, rows in counts.items()}
     else:
         parts = {**(manifest.get("sources") or {}), **(manifest.get("written") or {})}
-    known, own = builtin_sources(), manifest.get("own") or {}
+    known = {name: one.get("dimension", "-") for name, one in (manifest.get("own") or {}).items()}
+    known |= {name: source.dimension for name, source in builtin_sources().items()}
     for name, part in parts.items():
-        dimension, licence = name, part.get("licence")
-        if licence:
-            dimension = own.get(name, {}).get("dimension", "-")
-            dimension = known[name].dimension if name in known else dimension
-        yield {"source": name, "dimension": dimension, "#rows": part["rows"],
-               "#tokens": part["rows"] * manifest["length"], "licence": licence or BY_MODEL,
-               "use": use_of(licence) if licence else "–",
+        licence = part.get("licence")
+        yield {"source": name, "dimension": known.get(name, "-") if licence else name,
+               "#rows": part["rows"], "#tokens": part["rows"] * manifest["length"],
+               "licence": licence or BY_MODEL, "use": use_of(licence) if licence else "–",
                "version": part.get("version", "")}  # fmt: skip
 
 
