@@ -226,12 +226,10 @@ def resolve_model(name: str) -> Path:
 
 def gguf_file(found: Path | BuiltinModel, folder: Path) -> Path:
     """Return a GGUF file; a builtin model's is put together in a folder."""
-    if isinstance(found, Path):
-        return found
-    for asset in found.parts:
-        assets.install(asset)
-    assets.extract(found.parts, file := folder / f"{found.name}.gguf")
-    return file
+    if isinstance(found, BuiltinModel):
+        assets.extract(found.parts, file := folder / f"{found.name}.gguf")
+        return file
+    return found
 
 
 @contextlib.contextmanager
