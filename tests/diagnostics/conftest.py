@@ -43,6 +43,7 @@ def made(tiny_folder, tmp_path_factory):
                "--calibration", "mine", *OWN, *SMALL, "-o", "recovered")  # fmt: skip
         calmix("prune", "mixture", "--calibration", "text.txt", *SMALL, "--drop-experts", 0.25,
                "-o", "dropped")  # fmt: skip
+        (base / "pruned" / "README.md").write_text("a card", encoding="utf-8")
         calmix("export", "--to", "pack", "pruned", "-o", "pack")
         calmix("export", "--to", "pack", tiny_folder, "-o", "dense-pack")
         calibrate("set", "mine:0.3,more.txt:0.7", *OWN, "--packing", "concat")
