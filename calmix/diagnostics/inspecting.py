@@ -5,7 +5,6 @@ A file that is missing, changed or damaged is a problem; what is whole but unusu
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -106,14 +105,13 @@ def _checkpoint(folder: Path, health: Health, say: Say) -> None:
     _files(folder, kept, health, say)
     done, warn = pruned["pruning"], health.warnings.append
     health.layers = TypeAdapter(list[LayerReport]).validate_python(done["layers"])
-    given = done["options"].get("damping")
-    asked = math.inf if given is None else given
+    asked = done["options"].get("damping")
     for layer in health.layers:
         if layer.error is not None and layer.error > ERROR:
             warn(f"{layer.name} lost {layer.error:.1%} of its output")
         if layer.dead_inputs > DEAD * layer.columns and layer.tokens is None:
             warn(f"{layer.name}: {layer.dead_inputs} of {layer.columns} inputs are dead")
-        if (layer.damping or 0) > asked:
+        if asked is not None and (layer.damping or 0) > asked:
             warn(f"{layer.name}: damping was raised from {asked:g} to {layer.damping:g}")
     if line := starved(health.layers, int(done.get("rows") or 0)):
         warn(line)
@@ -134,18 +132,16 @@ def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, 
             raise InputError(
                 f"{folder / MANIFEST} cannot be checked: it was recovered from a model without one"
             )
-    done, drawn = pruned["pruning"], pruned["calibration"]
-    health.facts = {"model": pruned["model"]["name"],
-                    "method": f"{done['method']} {done['pattern']}"}  # fmt: skip
-    for one in recovered:
-        health.facts[f"recovery by {one['method']}"] = (
-            f"held-out rows {one['before']:.4f} before, {one['after']:.4f} after"
-        )
-    health.facts["calibration"] = "none"
+    done, drawn, text = pruned["pruning"], pruned["calibration"], "none"
     if drawn is not None:
-        what = drawn.get("generated") or ", ".join(drawn.get("sources", {}))
-        health.facts["calibration"] = f"{what} ({drawn['rows']} x {drawn['length']} tokens)"
-    health.facts |= {"weights": done["weights"], "pruned": done["pruned"]}
+        text = drawn.get("generated") or ", ".join(drawn.get("sources", {}))
+        text += f" ({drawn['rows']} x {drawn['length']} tokens)"
+    held_out = "held-out rows {before:.4f} before, {after:.4f} after"
+    health.facts = {
+        "model": pruned["model"]["name"], "method": f"{done['method']} {done['pattern']}",
+        **{f"recovery by {one['method']}": held_out.format(**one) for one in recovered},
+        "calibration": text, "weights": done["weights"], "pruned": done["pruned"],
+    }  # fmt: skip
     if done.get("bits"):
         outer = [f", {name} {bits:.3f}" for name, bits in done.get("embeddings", {}).items()]
         health.facts["bits a weight"] = f"{done['bits']:.3f}" + "".join(outer)
