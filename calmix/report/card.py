@@ -263,8 +263,7 @@ def read_card(out: Path) -> Card:
               "calibration set": calibration["sha256"]}  # fmt: skip
     if recoveries:
         hashes["pruned model, before recovery"] = recovered["model"]["sha256"]
-    made = file_hashes(out / "model", without=("README.md",))
-    hashes |= {f"model/{name}": value for name, value in made.items()
+    hashes |= {f"model/{name}": value for name, value in file_hashes(out / "model").items()
                if name.endswith(WEIGHTS) or name == "config.json"}  # fmt: skip
     tasks: list[dict[str, str]] = []
     with contextlib.suppress(InputError, KeyError):  # the user's own file, which moved or changed
