@@ -21,10 +21,11 @@ from calmix.models.blocks import experts_per_token
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.budget import GIB
 from calmix.pruning.trace import token_bytes
-from calmix.recovery.losses import CHUNK, LEAST
 from calmix.recovery.training import trained_names
 
 PASSING = 2  # blocks' activations that come and go while one runs
+CHUNK = 2**23  # logits of one model held at a time
+LEAST = 128  # tokens, whatever the vocabulary: of fewer, reading the head outweighs its product
 BEHIND = 3 * GIB // 8  # what a process holds more once it has pruned: kernels, and what they keep
 
 

@@ -12,7 +12,7 @@ from calmix.calibration.selfgen.writing import Request, Sampler
 from calmix.models import find_blocks
 from calmix.precision import reproducible
 from calmix.recovery.blocks import Stream, tune
-from calmix.recovery.losses import divergence
+from calmix.recovery.distill import divergence
 from calmix.recovery.training import Masters
 from calmix.specs import recover_request
 from tests.tiny import VOCABULARY, quick, tiny_config

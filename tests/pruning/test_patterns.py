@@ -12,7 +12,6 @@ from calmix.pruning.patterns import (
     as_pattern,
     check_columns,
     smallest,
-    smallest_of_m,
 )
 from tests.pruning.toy import Elsewhere
 
@@ -54,10 +53,10 @@ def test_an_accelerator_marks_the_same_whatever_the_values(dtype):
 
 
 @given(m=st.integers(2, 20), seed=st.integers(0, 10_000), data=st.data())
-def test_smallest_of_m_equals_a_stable_sort(m, seed, data):
+def test_groups_of_m_equal_a_stable_sort(m, seed, data):
     count = data.draw(st.integers(1, m - 1))
     score = np.random.default_rng(seed).integers(0, 4, (m, 7)).astype(np.float32)
-    marked = smallest_of_m(torch.from_numpy(score), count).numpy()
+    marked = SemiStructured(m - count, m).group_mask(torch.from_numpy(score)).numpy()
     assert (marked == stable_mask(score, count, 0)).all()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from calmix.cli import app
 from calmix.pruning.solvers.grids import SCALES, Grid, read_grids
-from calmix.recovery.training import Levels
+from calmix.recovery.training import Masters
 from tests.forks import stopped
 from tests.recovery.stopper import arm
 from tests.recovery.test_recover import command, manifest, place, tensors  # noqa: F401
@@ -68,14 +68,21 @@ def test_masters_begin_within_their_level():
     grid = Grid(torch.tensor([[0.5], [-0.25]]), 3.0, torch.zeros(8, dtype=torch.int8))
     stored = grid.values(torch.randint(-3, 4, (2, 8), generator=torch.Generator().manual_seed(0)))
     dense = stored + torch.linspace(-3, 3, 16).view(2, 8)
-    levels = Levels(grid, stored)
-    begun = levels.begin(stored, dense, None)
-    assert torch.equal(levels.round(begun), stored)
-    moved = (begun - stored).sign() == (dense - stored).sign()
-    assert moved[dense != stored].all()
-    held = levels.begin(stored, dense, stored == 0)
-    assert not held[stored == 0].any()
-    assert levels.round(torch.full((2, 8), 99.0)).abs().max() == stored.abs().max()
+    for masked in (False, True):
+        parameters = {"w": torch.nn.Parameter(stored.clone())}
+        masters = Masters(
+            parameters, lambda name: stored, lambda name, masked=masked: masked, {"w": grid},
+            lambda name: dense,
+        )  # fmt: skip
+        begun = masters.values["w"].detach()
+        assert torch.equal(masters.rounded("w"), stored)
+        if masked:
+            assert not begun[stored == 0].any()
+        else:
+            moved = (begun - stored).sign() == (dense - stored).sign()
+            assert moved[dense != stored].all()
+    begun.fill_(99)
+    assert masters.rounded("w").abs().max() == stored.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])

@@ -32,6 +32,14 @@ Damping = Annotated[
         description="Share of the mean diagonal of the Gram matrix added to its diagonal.",
     ),
 ]
+Refit = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=1000,
+        description="Steps of conjugate gradients on the kept weights, after the mask.",
+    ),
+]
 CACHED = 2**18  # weights worked on at a time on a CPU: larger buffers are asked of the system anew
 
 
@@ -275,12 +283,7 @@ class Sparse(Method):
         default=0, ge=0, le=8, description="Bits of a kept weight, 2 to 8; 0: as it is stored."
     )
     group: int = Field(default=64, ge=1, description="Inputs of a row that share a scale.")
-    refit: int = Field(
-        default=0,
-        ge=0,
-        le=1000,
-        description="Steps of conjugate gradients on the kept weights, after the mask.",
-    )
+    refit: Refit = 0
 
     @field_validator("bits")
     @classmethod
