@@ -9,7 +9,6 @@ does not build, have as many experts as it counts and none that were scored: the
 
 from __future__ import annotations
 
-import copy
 import re
 import shutil
 from collections.abc import Sequence
@@ -163,7 +162,10 @@ def unscored(source: StreamedModel) -> set[str]:
 
 
 def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Path) -> None:
-    """Write a model without the dropped experts, block by block, as a folder that loads."""
+    """Write a model without the dropped experts, block by block, as a folder that loads.
+
+    The source's own configuration counts those that are left from then on.
+    """
     by_name = {one.name: one for one in dropped}
     layers = tuple(unscored(source))
     taken = {name for name in source.unknown if name.startswith(layers)}
@@ -178,18 +180,13 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
             left = source.rest([name for name in names if name not in taken])
         if left:
             write_file(folder / file, left)
-    before_config = source.config
-    source.config = config = copy.deepcopy(before_config)
-    told, count = config.get_text_config(decoder=True), len(dropped[0].scores)
+    told, count = source.config.get_text_config(decoder=True), len(dropped[0].scores)
     for key in COUNTS:
         if getattr(told, key, None) == count:
             setattr(told, key, len(dropped[0].kept))
     if layers and getattr(told, NEXT, None):
         setattr(told, NEXT, 0)
-    try:
-        source.save_config(folder)
-    finally:
-        source.config = before_config
+    source.save_config(folder)
     for path in source.folder.iterdir():
         if path.suffix in (".py", ".jinja") or path.name.endswith("processor_config.json"):
             shutil.copy(path, folder / path.name)

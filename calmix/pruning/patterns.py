@@ -133,15 +133,6 @@ def as_pattern(value: Pattern | str | float) -> Pattern:
         ) from None
 
 
-def check_columns(pattern: Pattern, columns: int, name: str = "a layer") -> None:
-    """Refuse a matrix whose width the pattern's groups do not divide."""
-    if columns % pattern.group:
-        raise InputError(
-            f"pattern {pattern} does not divide the {columns} inputs of {name}: choose another, or "
-            f"leave such layers dense with --skip '*.{name.rsplit('.', 1)[-1]}'"
-        )
-
-
 def clear(weight: Tensor, mask: Tensor) -> Tensor:
     """Set finite weights to +0.0 in place where a mask (bool, or 1.0 and 0.0) marks them.
 

@@ -205,7 +205,7 @@ class Job:
         states = tokens * width * self.dtype.itemsize
         if self.request.method == "distill":
             own = dict(source.model.named_parameters())
-            trained = sum(own[n].numel() for n in trained_names(source.model, source.blocks))
+            trained = sum(own[n].numel() for n in trained_names(source.model))
             needed += states + 2 * (12 + 4) * trained
         else:
             needed += 2 * states

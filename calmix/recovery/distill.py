@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from calmix.evaluation.likelihood import Head, behind, decoder_and_head, divergences, in_cache
 from calmix.models import find_blocks
-from calmix.models.blocks import DecoderBlocks
 from calmix.models.shards import read_file, write_file
 from calmix.pruning.distributed import add_up, everyone, once
 from calmix.recovery.memory import CHUNK, LEAST
@@ -92,23 +91,17 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self,
-        model: Any,
-        found: DecoderBlocks,
-        dense_head: Head | None,
-        *,
-        recompute: bool,
-        fixed: Collection[str] = (),
+        self, model: Any, dense_head: Head | None, *, recompute: bool, fixed: Collection[str] = ()
     ) -> None:
         super().__init__()
         self.model = model
         self._forwards = decoder_and_head(model)
         self._dense_head = dense_head
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
-        for name in trained_names(model, found):
+        for name in trained_names(model):
             model.get_parameter(name).requires_grad_(name not in fixed)
         if recompute:
-            for block in found.blocks:
+            for block in find_blocks(model).blocks:
                 block.forward = functools.partial(
                     checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
                 )
@@ -139,9 +132,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
     ):
         dense_head = None
     del weights
-    student: Any = Student(
-        model, find_blocks(model), dense_head, recompute=job.plan.sparing, fixed=job.fixed
-    )
+    student: Any = Student(model, dense_head, recompute=job.plan.sparing, fixed=job.fixed)
     if job.processes > 1:
         student = DistributedDataParallel(student)
     masters = job.masters({name: p for name, p in model.named_parameters() if p.requires_grad})
@@ -166,8 +157,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
     progress = Progress(len(steps))
     state, best = counted = tuple(work.kept.get("counted", (0, 0)))
     if work.done:
-        run = work.kept["run"]
-        progress = Progress(**run | {"held_out": [tuple(one) for one in run["held_out"]]})
+        progress = Progress(**work.kept["run"])
         masters.restore(work.load(f"state-{state}"), progress.done)
     saved, took = time.monotonic(), 0.0
     every = max(1, -(-len(steps) // (READINGS * request.epochs)))

@@ -69,7 +69,7 @@ def make_plan(
     outside = model.outside_bytes() // model.dtype.itemsize * size
     trained = sum(p.numel() for p in blocks.blocks[largest].parameters())
     if method == "distill":
-        trained = sum(own[name].numel() for name in trained_names(model.model, blocks))
+        trained = sum(own[name].numel() for name in trained_names(model.model))
 
     def needed(tokens: int, sparing: bool) -> int:
         activations = tokens * (6 * hidden + widths) * size

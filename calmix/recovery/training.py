@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from calmix.errors import InputError, SolverError
 from calmix.evaluation.likelihood import behind
 from calmix.machine import MICRO_TOKENS
-from calmix.models.blocks import DecoderBlocks
+from calmix.models.blocks import find_blocks
 from calmix.pruning.solvers.grids import Grid
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ def rate(step: int, steps: int, peak: float) -> float:
     return peak * (steps - step) / (steps - warm + 1)
 
 
-def trained_names(model: Any, found: DecoderBlocks) -> list[str]:
+def trained_names(model: Any) -> list[str]:
     """Return what a distillation trains: all of the blocks, and the norm behind them.
 
     Embeddings, output head and what else is behind the decoder stay as they are.
@@ -93,7 +93,7 @@ def trained_names(model: Any, found: DecoderBlocks) -> list[str]:
     embedded = {id(p) for p in model.get_input_embeddings().parameters()}
     embedded |= {id(p) for p in model.get_output_embeddings().parameters()}
     embedded |= {id(p) for p in behind(model).values()}
-    prefix = f"{found.name}."
+    prefix = f"{find_blocks(model).name}."
     return [
         name
         for name, parameter in model.named_parameters()
@@ -130,7 +130,7 @@ class Progress:
     steps: int
     done: int = 0
     losses: list[float] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[list[Any]] = field(default_factory=list)
     best: int = 0
     stopped: bool = False
 
@@ -165,7 +165,7 @@ def train(
 
     def read() -> None:
         at = f"on the held-out rows after step {progress.done}"
-        progress.held_out.append((progress.done, loss_of(held_out, False, at)))
+        progress.held_out.append([progress.done, loss_of(held_out, False, at)])
 
     if not progress.held_out:
         read()

@@ -5,12 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calmix.errors import InputError
+from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import (
     SemiStructured,
     Unstructured,
     _smallest_in_parallel,
     as_pattern,
-    check_columns,
     smallest,
 )
 from tests.pruning.toy import Elsewhere
@@ -78,9 +78,10 @@ def test_what_is_no_pattern():
 
 
 def test_width_that_m_does_not_divide():
-    check_columns(as_pattern("2:4"), 12)
-    check_columns(Unstructured(0.5), 11)
+    check = get_method("wanda").check
+    check(as_pattern("2:4"), 12)
+    check(Unstructured(0.5), 11)
     with pytest.raises(InputError, match="does not divide the 10 inputs of a layer: "):
-        check_columns(as_pattern(" 2 : 4 "), 10)
+        check(as_pattern(" 2 : 4 "), 10)
     with pytest.raises(InputError, match=r"^pattern 2:4 .* of 0\.mlp\.up: .* --skip '\*\.up'$"):
-        check_columns(as_pattern("2:4"), 10, "0.mlp.up")
+        check(as_pattern("2:4"), 10, "0.mlp.up")

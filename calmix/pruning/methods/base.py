@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calmix.errors import InputError
 from calmix.pruning.gram import OUTPUTS, Factor, Gram, Squares, Statistic, inverse_factor
-from calmix.pruning.patterns import Pattern, Rate, Unstructured, check_columns, clear
+from calmix.pruning.patterns import Pattern, Rate, Unstructured, clear
 from calmix.pruning.solvers.grids import Grid, Symmetric, check_group
 from calmix.pruning.solvers.refit import refit
 from calmix.pruning.solvers.surgeon import solve_columns
@@ -123,7 +123,11 @@ class Method(BaseModel, ABC):
                 f"method {self.name} takes a sparsity, not {pattern} alone: give --sparsity, or "
                 "choose --method ecq or gptq"
             )
-        check_columns(pattern, columns, name)
+        if columns % pattern.group:
+            raise InputError(
+                f"pattern {pattern} does not divide the {columns} inputs of {name}: choose "
+                f"another, or leave such layers dense with --skip '*.{name.rsplit('.', 1)[-1]}'"
+            )
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Return the comparison groups of a layer, as (how many, entries each).
