@@ -301,8 +301,7 @@ def test_two_processes_that_were_killed_go_on_to_the_same_bytes(place, tmp_path,
     assert not work.exists()
 
 
-def mistakes(place, tmp_path):
-    """Arguments of `recover`, and what the line must contain."""
+def test_every_mistake_is_one_line(calmix, place, tmp_path):
     half, dense, data = place / "half", place / "dense", ("--calibration", place / "set")
     other = save_tiny_model(tmp_path / "other", seed=7)
     kind = save_tiny_model(tmp_path / "qwen", "qwen2")
@@ -319,7 +318,7 @@ def mistakes(place, tmp_path):
         str(place / "text.txt"), api.open_model(str(tokens)), rows=8, length=32, leakage="off"
     ).save(foreign)
     against = ("--against", dense)
-    return [
+    for arguments, told in (
         ((half, *against), "calibration"),
         ((half, *data), "against"),
         ((tmp_path / "none", *against, *data), "no model folder"),
@@ -338,11 +337,7 @@ def mistakes(place, tmp_path):
         ((half, *against, *data, "--dtype", "float16"), "--dtype float16"),
         ((half, *against, *data, "--max-memory", "1MiB"), "GiB of memory are not enough"),
         ((half, *against, *data, "--device", "tpu9"), "device 'tpu9' cannot be used"),
-    ]
-
-
-def test_every_mistake_is_one_line(calmix, place, tmp_path):
-    for arguments, told in mistakes(place, tmp_path):
+    ):
         ended = calmix("recover", *arguments, "-o", tmp_path / "out")
         assert told in ended.line, (arguments, ended.line)
         assert not (tmp_path / "out").exists()
