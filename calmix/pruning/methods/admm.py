@@ -66,10 +66,9 @@ class Admm(Sparse):
     )
 
     def choose(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune and refit, both in coordinates of its own."""
-        assert statistic is not None
         scaled, m = by_own_part(scale(statistic)), patterns[0].group
         gram, mean = scaled.gram, float(scaled.gram.diagonal().mean())
         # The j-th columns of every group make one panel.

@@ -92,7 +92,7 @@ class Method(BaseModel, ABC):
 
     @abstractmethod
     def solve(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune layers that share one input.
 
@@ -175,7 +175,7 @@ class Method(BaseModel, ABC):
 def by_kind(
     choose: Callable[..., Solution],
     weights: Sequence[Tensor],
-    statistic: Tensor | None,
+    statistic: Any,
     patterns: Sequence[Pattern],
 ) -> Solution:
     """Return what is chosen for layers: all with shares at once, and those of one other pattern."""
@@ -209,7 +209,7 @@ class Look(Method):
     gram: bool = Field(default=False, description="Gram matrices, not square sums alone.")
 
     def solve(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         return Solution([weight.float() for weight in weights], [0] * len(weights))
 
@@ -256,10 +256,9 @@ class Quantiser(Method):
         """Return weights of layers that share an input on their grids, float32, and the grids."""
 
     def solve(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
     ) -> Solution:
         """Quantise layers; those of one rate together."""
-        assert statistic is not None
         factor = inverse_factor(statistic, self.damping)
 
         def choose(some: Sequence[Tensor], _: Tensor, rates: Sequence[Pattern]) -> Solution:
@@ -303,13 +302,13 @@ class Sparse(Method):
 
     @abstractmethod
     def choose(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune by the method's own statistic; as `solve` otherwise, but all patterns are shares,
         or one and the same."""
 
     def solve(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune, and refit and quantise what is kept if that was asked for."""
         if statistic is None or not (self.refit or self.bits):
@@ -353,7 +352,7 @@ class Saliency(Sparse):
     work = 0, 8
 
     @abstractmethod
-    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+    def score(self, weight: Tensor, statistic: Any) -> Tensor:
         """Return what every weight counts, float32, same shape.
 
         Args:
@@ -362,7 +361,7 @@ class Saliency(Sparse):
         """
 
     def choose(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune, rows as many at a time as a processor's cache holds where that is possible."""
         made = [torch.empty_like(weight) for weight in weights]
