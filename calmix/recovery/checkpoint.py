@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -300,12 +301,13 @@ def recover(
             **request.record(),
             "versions": deciding_versions(),
         }
-        done = read_told(job.output / MANIFEST) if run.resume else {}
-        if done.get("request_sha256") == sha256_json(asked):
-            job.say(f"{job.output} was finished by an earlier run")
-            work.remove_leftover()
-            seconds = read_told(job.output / RUN).get("seconds", {})
-            return RecoveryReport(**done["recovery"], seconds=seconds)
+        done, told = (read_told(job.output / name) for name in (MANIFEST, RUN))
+        with suppress(KeyError, TypeError):
+            if run.resume and done["request_sha256"] == sha256_json(asked):
+                report = RecoveryReport(**done["recovery"], seconds=told["seconds"])
+                job.say(f"{job.output} was finished by an earlier run")
+                work.remove_leftover()
+                return report
         work.claim(asked, resume=run.resume, overwrite=run.overwrite)
         try:
             calibration = once(draw)

@@ -89,8 +89,7 @@ def make_plan(
         for count in rows
         for sparing in (False, True)
     ]
-    least = min(plans, key=lambda plan: plan.needed)
-    return next((plan for plan in plans if plan.needed <= room), least)
+    return min(plans, key=lambda plan: max(0, plan.needed - room))
 
 
 def check_memory(needed: int, held: int, most: int | None, free: int) -> str:

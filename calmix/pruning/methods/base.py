@@ -311,9 +311,8 @@ class Sparse(Method):
         self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune, and refit and quantise what is kept if that was asked for."""
-        if statistic is None or not (self.refit or self.bits):
-            return by_kind(self.choose, weights, statistic, patterns)
-        own = statistic if self.statistic is Gram else statistic.diagonal()
+        more = self.needs is not self.statistic  # a Gram matrix, for what follows the mask
+        own = statistic.diagonal() if more else statistic
         chosen = by_kind(self.choose, weights, own, patterns)
         if self.refit and not self.refits:
             made = refit(weights, chosen.weights, statistic, steps=self.refit)
