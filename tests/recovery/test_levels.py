@@ -10,7 +10,7 @@ from calmix.pruning.solvers.grids import SCALES, Grid, read_grids
 from calmix.recovery.training import Masters
 from tests.forks import stopped
 from tests.recovery.stopper import arm
-from tests.recovery.test_recover import command, manifest, place, tensors  # noqa: F401
+from tests.recovery.test_recover import command, manifest, tensors
 from tests.tiny import hashes, save_tiny_model
 
 KINDS = {
@@ -21,7 +21,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def quantised(request, place):  # noqa: F811
+def quantised(request, place):
     """The folder of the models, with one more that is quantised, and its name."""
     name, output = request.param, place / request.param
     asked = ("prune", place / "dense", "--method", *KINDS[name], "--calibration", place / "set")
@@ -30,7 +30,7 @@ def quantised(request, place):  # noqa: F811
 
 
 def test_levels_move_on_their_grid(calmix, quantised, tmp_path):
-    place, name = quantised  # noqa: F811
+    place, name = quantised
     output, more = tmp_path / "out", ("--epochs", 4, "--lr", 0.001 if name == "ecq" else 0.02)
     ended = calmix(*command(place, output, "distill", *more, pruned=name)).ok()
     assert "weights stay on their grid" in ended.out
@@ -56,7 +56,7 @@ def test_levels_move_on_their_grid(calmix, quantised, tmp_path):
 
 
 def test_a_killed_recovery_of_levels_goes_on_to_the_same_bytes(calmix, quantised, tmp_path):
-    place, name = quantised  # noqa: F811
+    place, name = quantised
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     calmix(*command(place, whole, "distill", pruned=name)).ok()
     stopped(partial(arm, "counted", 2), *command(place, cut, "distill", pruned=name))
@@ -87,7 +87,7 @@ def test_masters_begin_within_their_level():
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
 @pytest.mark.parametrize("method", ["distill", "blocks"])
-def test_weights_whose_grid_is_not_stored_stay(calmix, place, tmp_path, kind, method):  # noqa: F811
+def test_weights_whose_grid_is_not_stored_stay(calmix, place, tmp_path, kind, method):
     """Matrices that lie transposed, and experts; the rest is trained."""
     dense, bits, output = (tmp_path / name for name in ("dense", "bits", "out"))
     save_tiny_model(dense, kind)

@@ -11,10 +11,8 @@ from calmix.recovery import checkpoint
 from calmix.recovery.memory import make_plan
 from tests.forks import stopped
 from tests.recovery.stopper import arm
-from tests.recovery.test_recover import METHODS, command, manifest, place
+from tests.recovery.test_recover import METHODS, command, manifest
 from tests.tiny import hashes, quick, save_tiny_model
-
-__all__ = ["place"]  # a fixture
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])

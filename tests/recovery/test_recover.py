@@ -21,7 +21,6 @@ from calmix.recovery import distill
 from calmix.recovery.distill import Student
 from calmix.specs import recover_request
 from tests import forks
-from tests.conftest import write_text_file
 from tests.forks import stopped
 from tests.recovery.stopper import arm
 from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
@@ -46,27 +45,6 @@ def kl(models, place, told):
 
 def manifest(folder):
     return json.loads((folder / "calmix.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A dense model, three prunings of it, and a calibration set."""
-    folder = tmp_path_factory.mktemp("recovery")
-    save_tiny_model(folder / "dense")
-    text = write_text_file(folder / "text.txt")
-    opened = api.open_model(str(folder / "dense"))
-    drawn = api.resolve(str(text), opened, rows=32, length=32, leakage="off")
-    drawn.save(folder / "set")
-    api.resolve(str(text), opened, rows=5, length=32, leakage="off").save(folder / "small")
-    for name, pattern, dtype in (
-        ("half", api.Unstructured(0.5), torch.float32),
-        ("2of4", api.SemiStructured(2, 4), torch.bfloat16),
-    ):
-        model = api.open_model(str(folder / "dense")).model
-        api.prune(model, drawn.ids, method="sparsegpt", pattern=pattern)
-        model.to(dtype).save_pretrained(folder / name)
-        opened.tokenizer.save_pretrained(folder / name)
-    return folder
 
 
 @pytest.fixture(scope="module")
