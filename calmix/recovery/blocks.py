@@ -8,6 +8,7 @@ that it also corrects errors of earlier blocks.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -129,12 +130,9 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
     """
     work, ids, found = job.work, job.calibration.ids, job.pruned.blocks
     together = rows_at_once(job.request.batch, ids.shape[1])[0]  # in steps, whatever runs at a time
-    groups: list[list[int]] = []
-    numbers: list[list[int]] = []
-    for rows in (*grouped(job.training, together), job.held_out):
-        parts = grouped(rows, job.plan.rows)
-        numbers.append(list(range(len(groups), len(groups) + len(parts))))
-        groups += parts
+    units, micro = [*grouped(job.training, together), job.held_out], itertools.count()
+    parts = [grouped(rows, job.plan.rows) for rows in units]
+    numbers = [[next(micro) for _ in part] for part in parts]  # of each unit's micro-batches
     reports: list[dict[str, Any]] = list(work.kept.get("blocks", []))
     at_once = job.request.batch // together
     drawn = steps_of(numbers[:-1], at_once, job.request.epochs, job.seed)
@@ -145,7 +143,7 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
         streams.append(Stream(model.model, model.blocks, states))
         model.fetch_outside()
         model.fetch(0)
-        streams[-1].record(ids, groups)
+        streams[-1].record(ids, [group for part in parts for group in part])
         model.drop_outside()
     dense, pruned = streams
     files = list(job.pruned.layout)

@@ -88,7 +88,7 @@ def test_it_stops_after_three_readings_without_a_better_one():
     held_out = [1.0, 0.9, 0.95, 0.8, 0.8, 0.9, 0.85, 0.1]
     progress, _ = curve(held_out)
     assert (progress.best, progress.done, progress.stopped) == (6, 12, True)
-    assert progress.held_out == [(2 * number, loss) for number, loss in enumerate(held_out[:7])]
+    assert progress.held_out == [[2 * number, loss] for number, loss in enumerate(held_out[:7])]
     progress, _ = curve(held_out, steps=7)
     assert (progress.best, progress.done, progress.stopped) == (6, 7, False)
     with pytest.raises(SolverError, match="not finite on the held-out rows after step 2 of 20"):
