@@ -56,7 +56,7 @@ from calmix.pruning.report import PruneReport
 from calmix.pruning.states import States
 from calmix.pruning.trace import first_tensor
 from calmix.recovery import recover
-from calmix.recovery.losses import relative_error
+from calmix.recovery.blocks import relative_error
 from calmix.specs import prune_request, recover_request
 
 SAME = 0.995  # of the masks: of two weights that tie either may go, and what follows differs

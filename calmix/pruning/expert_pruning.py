@@ -9,11 +9,11 @@ does not build, have as many experts as it counts and none that were scored: the
 
 from __future__ import annotations
 
-import copy
 import re
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from calmix.models.streaming import StreamedModel
 from calmix.precision import widest
 from calmix.pruning import distributed
 from calmix.pruning.engine import Run
-from calmix.pruning.experts import Given, Routed
+from calmix.pruning.experts import Routed, given_tensors
 from calmix.pruning.methods import Look
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped
@@ -61,10 +61,11 @@ class ScorePass(Run):
                         f"the gates of the experts in {routed.name} cannot be seen: --drop-experts "
                         "does not work with this architecture"
                     )
-                where, count = routed.device, routed.mixture.count
-                own = torch.zeros(2, count, dtype=widest(where), device=where)
-                sums[routed.name] = own
-                hooks.enter_context(_scored(routed, own))
+                where, size = routed.device, (2, routed.mixture.count)
+                sums[routed.name] = torch.zeros(size, dtype=widest(where), device=where)
+                score = partial(_score, routed, sums[routed.name])
+                hook = routed.module.register_forward_pre_hook(score, with_kwargs=True)
+                hooks.enter_context(hook)
             for number in range(len(self._batches)):
                 self.states[number] = self._run(index, number)
         for name, own in sums.items():
@@ -72,35 +73,32 @@ class ScorePass(Run):
             self.scores[name] = (total / tokens.clamp(min=1)).tolist()
 
 
-def _scored(routed: Routed, sums: Tensor) -> Any:
-    """Add to the sums (score, tokens; experts) whenever a mixture is called."""
-
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = Given(args, kwargs)
-        (hidden, *_), index = given.tensors, given.index
-        width = hidden.shape[-1]
-        if index is None:  # stacked: the gate is in the input
-            used = (hidden.reshape(routed.mixture.count, -1, width) != 0).any(-1)
-            made = module.forward(*args, **kwargs).reshape(*used.shape, -1)
-            sums[0] += (made.to(sums.dtype).norm(dim=-1) * used).sum(1)
-            sums[1] += used.sum(1)
-            return
-        flat = hidden.reshape(-1, width)
-        gates = next(one for one in given.tensors if one.shape == index.shape and one is not index)
-        gates = gates.to(sums.dtype)
-        gates = gates / gates.sum(-1, keepdim=True)
-        for expert in range(routed.mixture.count):
-            token, place = torch.where(index == expert)
-            if not len(token):
-                continue
-            own = flat[token][None] if hidden.ndim == 3 else flat[token]
-            alone = index.new_full((len(token), 1), expert)
-            made = module.forward(own, alone, flat.new_ones(len(token), 1))
-            norms = made.reshape(len(token), -1).to(sums.dtype).norm(dim=-1)
-            sums[0, expert] += (gates[token, place] * norms).sum()
-            sums[1, expert] += len(token)
-
-    return routed.module.register_forward_pre_hook(hook, with_kwargs=True)
+def _score(
+    routed: Routed, sums: Tensor, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Add what a mixture is called with to the sums (score, tokens; experts)."""
+    hidden, index, tensors = given_tensors((args, kwargs))
+    width, count = hidden.shape[-1], routed.mixture.count
+    if index is None:  # stacked: the gate is in the input
+        used = (hidden.reshape(count, -1, width) != 0).any(-1)
+        made = module.forward(*args, **kwargs).reshape(*used.shape, -1)
+        sums[0] += (made.to(sums.dtype).norm(dim=-1) * used).sum(1)
+        sums[1] += used.sum(1)
+        return
+    flat = hidden.reshape(-1, width)
+    gates = next(one for one in tensors if one.shape == index.shape and one is not index)
+    gates = gates.to(sums.dtype)
+    gates = gates / gates.sum(-1, keepdim=True)
+    for expert in range(count):
+        token, place = torch.where(index == expert)
+        if not len(token):
+            continue
+        own = flat[token][None] if hidden.ndim == 3 else flat[token]
+        alone = index.new_full((len(token), 1), expert)
+        made = module.forward(own, alone, flat.new_ones(len(token), 1))
+        norms = made.reshape(len(token), -1).to(sums.dtype).norm(dim=-1)
+        sums[0, expert] += (gates[token, place] * norms).sum()
+        sums[1, expert] += len(token)
 
 
 def experts_of(config: Any) -> int:
@@ -164,7 +162,10 @@ def unscored(source: StreamedModel) -> set[str]:
 
 
 def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Path) -> None:
-    """Write a model without the dropped experts, block by block, as a folder that loads."""
+    """Write a model without the dropped experts, block by block, as a folder that loads.
+
+    The source's own configuration counts those that are left from then on.
+    """
     by_name = {one.name: one for one in dropped}
     layers = tuple(unscored(source))
     taken = {name for name in source.unknown if name.startswith(layers)}
@@ -179,18 +180,13 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
             left = source.rest([name for name in names if name not in taken])
         if left:
             write_file(folder / file, left)
-    before_config = source.config
-    source.config = config = copy.deepcopy(before_config)
-    told, count = config.get_text_config(decoder=True), len(dropped[0].scores)
+    told, count = source.config.get_text_config(decoder=True), len(dropped[0].scores)
     for key in COUNTS:
         if getattr(told, key, None) == count:
             setattr(told, key, len(dropped[0].kept))
     if layers and getattr(told, NEXT, None):
         setattr(told, NEXT, 0)
-    try:
-        source.save_config(folder)
-    finally:
-        source.config = before_config
+    source.save_config(folder)
     for path in source.folder.iterdir():
         if path.suffix in (".py", ".jinja") or path.name.endswith("processor_config.json"):
             shutil.copy(path, folder / path.name)

@@ -15,8 +15,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,30 +39,17 @@ MATMULS = frozenset({
 # product is computed.
 Seen = Callable[[str, int | None, Tensor], bool]
 Add = Callable[[int, Tensor], None]  # of an expert
+Given = tuple[tuple[Any, ...], Mapping[str, Any]]  # what a mixture is called with
 
 
-@dataclass(frozen=True)
-class Given:
-    """What a mixture is called with."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @cached_property
-    def tensors(self) -> list[Tensor]:
-        """All tensors, hidden states first."""
-        return [one for one in (*self.args, *self.kwargs.values()) if isinstance(one, Tensor)]
-
-    @cached_property
-    def index(self) -> Tensor | None:
-        """The one that names the experts of each token, if there is one."""
-        whole = (torch.int64, torch.int32, torch.int16)
-        return next((one for one in self.tensors if one.ndim > 1 and one.dtype in whole), None)
-
-    def but(self, new: Mapping[int, Tensor]) -> Given:
-        """Return the same with other tensors in the place of some, by id."""
-        args = tuple(new.get(id(value), value) for value in self.args)
-        return Given(args, {key: new.get(id(value), value) for key, value in self.kwargs.items()})
+def given_tensors(given: Given) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Return hidden states, the tensor that names the experts of each token, if there is one, and
+    all tensors."""
+    args, kwargs = given
+    tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+    whole = (torch.int64, torch.int32, torch.int16)
+    index = next((one for one in tensors if one.ndim > 1 and one.dtype in whole), None)
+    return tensors[0], index, tensors
 
 
 class _Products(TorchFunctionMode):
@@ -133,7 +120,6 @@ class Step:
         return next(iter(self.layers.values()))[0].shape[1]
 
 
-@dataclass(eq=False)
 class Routed:
     """A mixture of experts as it was seen at work.
 
@@ -141,6 +127,8 @@ class Routed:
         mixture: the experts.
         layers: all linear maps in it.
         wanted: names of those to be pruned.
+        name, module: of that within which tokens are routed.
+        device: where its weights lie.
         steps: their inputs, in the order in which they can be pruned.
         counted: how many tokens of each calibration row reach each expert, by micro-batch.
         chosen: experts a token is sent to.
@@ -149,28 +137,13 @@ class Routed:
             `shared` (all experts see all tokens).
     """
 
-    mixture: Mixture
-    layers: list[Prunable]
-    wanted: frozenset[str]
-    steps: list[Step] = field(default_factory=list)
-    counted: dict[int, Tensor] = field(default_factory=dict)
-    kind: str = ""
-    chosen: int = 1
-
-    @property
-    def name(self) -> str:
-        """Qualified name of the module within which tokens are routed."""
-        return self.mixture.name
-
-    @property
-    def module(self) -> Any:
-        """That module."""
-        return self.mixture.module
-
-    @property
-    def device(self) -> torch.device:
-        """Where its weights lie."""
-        return self.layers[0].view().device
+    def __init__(self, mixture: Mixture, layers: list[Prunable], wanted: Collection[str]) -> None:
+        self.mixture, self.layers, self.wanted = mixture, layers, wanted
+        self.name, self.module = mixture.name, mixture.module
+        self.device = layers[0].view().device
+        self.steps: list[Step] = []
+        self.counted: dict[int, Tensor] = {}
+        self.kind, self.chosen = "", 1
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module on a few tokens and find the steps; return what it returned."""
@@ -183,7 +156,7 @@ class Routed:
             groups.setdefault((expert, *where, inputs.shape, inputs.stride()), []).append(key)
             return True
 
-        given = Given(args, kwargs)
+        given = args, kwargs
         result = self._watched(given, seen)
         done: set[str] = set()
         for keys in groups.values():
@@ -197,11 +170,8 @@ class Routed:
                 f"it cannot be seen what {min(missing)} of the experts in {self.name} is applied "
                 "to: the engine cannot prune them"
             )
-        if given.index is not None:
-            self.kind = "indexed"
-        else:
-            self.kind = "stacked" if len(given.tensors) == 1 else "shared"
-        hidden = given.tensors[0]
+        hidden, index, tensors = given_tensors(given)
+        self.kind = "stacked" if len(tensors) == 1 else "shared" if index is None else "indexed"
         tokens = hidden.numel() // hidden.shape[-1]
         tokens //= self.mixture.count if self.kind == "stacked" else 1
         self.chosen = round(int(self.counts(1, args, kwargs).sum()) / tokens)
@@ -222,6 +192,7 @@ class Routed:
 
         A product is computed where it returns True; all at once have the expert None.
         """
+        args, kwargs = given
         config: Any = getattr(self.module, "config", None)
         own = hasattr(config, "_experts_implementation")
         before = config._experts_implementation if own else None
@@ -229,15 +200,14 @@ class Routed:
             config._experts_implementation = "eager"
         try:
             with _Products(self.layers, seen):
-                return self.module.forward(*given.args, **given.kwargs)
+                return self.module.forward(*args, **kwargs)
         finally:
             if own:
                 config._experts_implementation = before
 
     def collect(self, step: Step, experts: Collection[int], given: Given, add: Add) -> None:
         """Run the module as far as a step's inputs and hand over those of some experts."""
-        at = next(number for number, one in enumerate(self.steps) if one is step)
-        earlier = {key for one in self.steps[:at] for key in one.keys}
+        earlier = {key for one in self.steps[: self.steps.index(step)] for key in one.keys}
 
         def seen(key: str, expert: int | None, inputs: Tensor) -> bool:
             here = key == step.keys[0]
@@ -254,7 +224,7 @@ class Routed:
         self, step: Step, experts: Sequence[int], tokens: Tensor, given: Given, add: Add
     ) -> None:
         """Do the same as if the tokens at some positions went to all of the experts."""
-        (hidden, *_), index, count = given.tensors, given.index, self.mixture.count
+        (hidden, index, tensors), count = given_tensors(given), self.mixture.count
         flat = hidden.reshape(-1, hidden.shape[-1])
         if index is None:
             apart = flat.view(count, -1, flat.shape[-1])
@@ -266,15 +236,16 @@ class Routed:
             sent = [*experts, (experts[0] + 1) % count] if len(experts) == 1 else experts
             numbers = torch.tensor(sent, dtype=index.dtype, device=index.device)
             numbers = numbers.expand(len(tokens), -1)
-            new = dict.fromkeys(map(id, given.tensors), hidden.new_ones(numbers.shape))  # gates
+            new = dict.fromkeys(map(id, tensors), hidden.new_ones(numbers.shape))  # gates
             flat = flat[tokens]
             new |= {id(hidden): flat[None] if hidden.ndim == 3 else flat, id(index): numbers}
-        self.collect(step, experts, given.but(new), add)
+        args = tuple(new.get(id(value), value) for value in given[0])
+        kwargs = {key: new.get(id(value), value) for key, value in given[1].items()}
+        self.collect(step, experts, (args, kwargs), add)
 
     def counts(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return how many tokens of each calibration row reach each expert, (rows, experts)."""
-        given, count = Given(args, kwargs), self.mixture.count
-        (hidden, *_), index = given.tensors, given.index
+        (hidden, index, _), count = given_tensors((args, kwargs)), self.mixture.count
         if index is not None:
             each = index.reshape(rows, -1).long().clamp(max=count)  # some number one that is none
             each += torch.arange(rows, device=each.device)[:, None] * (count + 1)
@@ -324,12 +295,12 @@ class Gathering:
             sample: positions of the tokens that stand for all.
             args, kwargs: as the module was called.
         """
-        own, every = (partial(self._add, sums) for sums in (self._own, self._every))
-        given = Given(args, kwargs)
-        self._routed.collect(self._step, self._experts, given, own)
+        given = args, kwargs
+        self._routed.collect(self._step, self._experts, given, partial(self._add, self._own))
         if self._numbers and len(sample):
             self._all += len(sample)
-            self._routed.everything(self._step, self._numbers, sample, given, every)
+            add = partial(self._add, self._every)
+            self._routed.everything(self._step, self._numbers, sample, given, add)
 
     def _add(self, sums: dict[int, Statistic], expert: int, inputs: Tensor) -> None:
         with self._lap():

@@ -2,13 +2,12 @@
 
 A mask is True where a weight is pruned. Counts are exact: `round(p * size)` of a comparison
 group, or M - N of every group of M columns; equal scores are pruned in order of index. A pattern
-is one subclass of `Pattern`: nothing else needs to know it.
+is a subclass of `Pattern`, and what `as_pattern` reads.
 """
 
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,20 +17,16 @@ from torch import Tensor
 from calmix.errors import InputError
 
 
-class Pattern(ABC):
-    """What share of a layer's weights is pruned, and among which it is chosen."""
+class Pattern:
+    """What share of a layer's weights is pruned, and among which it is chosen.
 
-    sparsity: float
+    Attributes:
+        sparsity: the share.
+        group: consecutive inputs of a row that are compared; 1 where the method chooses a group.
+    """
 
-    @property
-    def group(self) -> int:
-        """Consecutive inputs of a row that are compared; 1 where the method chooses a group."""
-        return 1
-
-    @classmethod
-    @abstractmethod
-    def parse(cls, text: str) -> Pattern | None:
-        """Return the pattern a text means, None if it has another form."""
+    sparsity: float = 0.0
+    group: int = 1
 
     def count(self, size: int) -> int:
         """Return how many of `size` entries, whole groups, are pruned; by default none."""
@@ -41,13 +36,27 @@ class Pattern(ABC):
         """Return the mask of a matrix of finite scores, the least of which are pruned.
 
         Args:
-            score: (rows, columns), compared as a whole or `by_row`.
+            score: (rows, columns), compared by group if there are any, else as a whole or `by_row`.
         """
-        raise NotImplementedError
+        if self.group > 1:
+            groups = score.view(len(score), -1, self.group).permute(2, 0, 1).contiguous()
+            return self.group_mask(groups).permute(1, 2, 0).reshape(score.shape)
+        groups = score if by_row else score.reshape(1, -1)
+        return smallest(groups, self.count(groups.shape[1])).view(score.shape)
 
     def group_mask(self, score: Tensor) -> Tensor:
         """Return the mask of groups that lie along the first dimension, (group, ...)."""
-        raise NotImplementedError
+        count = self.count(self.group)
+        if self.group > 16:
+            return score.argsort(dim=0, stable=True).argsort(dim=0) < count
+        # For small groups comparing all pairs is faster than sorting, and exact about ties.
+        rank = torch.zeros_like(score, dtype=torch.uint8)
+        for i in range(self.group):
+            for j in range(i):
+                later = score[j] <= score[i]
+                rank[i] += later
+                rank[j] += ~later
+        return rank < count
 
 
 @dataclass(frozen=True)
@@ -63,19 +72,8 @@ class Unstructured(Pattern):
     def __str__(self) -> str:
         return f"{self.sparsity:g}"
 
-    @classmethod
-    def parse(cls, text: str) -> Unstructured | None:
-        try:
-            return cls(float(text))
-        except ValueError:
-            return None
-
     def count(self, size: int) -> int:
         return round(self.sparsity * size)  # half to even
-
-    def mask(self, score: Tensor, *, by_row: bool = False) -> Tensor:
-        groups = score if by_row else score.reshape(1, -1)
-        return smallest(groups, self.count(groups.shape[1])).view(score.shape)
 
 
 @dataclass(frozen=True)
@@ -97,23 +95,11 @@ class SemiStructured(Pattern):
         return 1 - self.n / self.m
 
     @property
-    def group(self) -> int:
+    def group(self) -> int:  # type: ignore[override]
         return self.m
-
-    @classmethod
-    def parse(cls, text: str) -> SemiStructured | None:
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
-        return match and cls(int(match[1]), int(match[2]))
 
     def count(self, size: int) -> int:
         return size // self.m * (self.m - self.n)
-
-    def mask(self, score: Tensor, *, by_row: bool = False) -> Tensor:
-        groups = score.view(len(score), -1, self.m).permute(2, 0, 1).contiguous()
-        return self.group_mask(groups).permute(1, 2, 0).reshape(score.shape)
-
-    def group_mask(self, score: Tensor) -> Tensor:
-        return smallest_of_m(score, self.m - self.n)
 
 
 @dataclass(frozen=True)
@@ -121,7 +107,6 @@ class Rate(Pattern):
     """So many bits a weight, all counted, whatever becomes zero."""
 
     bits: float
-    sparsity = 0.0
 
     def __post_init__(self) -> None:
         if not 0.1 <= self.bits <= 8:
@@ -130,29 +115,22 @@ class Rate(Pattern):
     def __str__(self) -> str:
         return f"{self.bits:g} bits"
 
-    @classmethod
-    def parse(cls, text: str) -> Rate | None:
-        match = re.fullmatch(r"\s*(\d+\.?\d*)\s*bits?\s*", text)
-        return match and cls(float(match[1]))
-
 
 def as_pattern(value: Pattern | str | float) -> Pattern:
-    """Return a pattern: one itself, a sparsity such as `0.5`, or `N:M`."""
+    """Return a pattern: one itself, a sparsity such as `0.5`, `N:M`, or `2.8 bits`."""
     if isinstance(value, Pattern):
         return value
-    for kind in Pattern.__subclasses__():
-        if (found := kind.parse(str(value))) is not None:
-            return found
-    raise InputError(f"pattern '{value}' is neither a sparsity, such as 0.5, nor N:M, such as 2:4")
-
-
-def check_columns(pattern: Pattern, columns: int, name: str = "a layer") -> None:
-    """Refuse a matrix whose width the pattern's groups do not divide."""
-    if columns % pattern.group:
+    text = str(value)
+    if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text):
+        return SemiStructured(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"\s*(\d+\.?\d*)\s*bits?\s*", text):
+        return Rate(float(match[1]))
+    try:
+        return Unstructured(float(text))
+    except ValueError:
         raise InputError(
-            f"pattern {pattern} does not divide the {columns} inputs of {name}: choose another, or "
-            f"leave such layers dense with --skip '*.{name.rsplit('.', 1)[-1]}'"
-        )
+            f"pattern '{value}' is neither a sparsity, such as 0.5, nor N:M, such as 2:4"
+        ) from None
 
 
 def clear(weight: Tensor, mask: Tensor) -> Tensor:
@@ -169,9 +147,6 @@ def smallest(score: Tensor, count: int) -> Tensor:
     Args:
         score: finite numbers, shape (groups, size).
         count: entries to mark in each group, 0 <= count <= size.
-
-    Returns:
-        bool, shape (groups, size).
     """
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
@@ -208,26 +183,3 @@ def _smallest_in_parallel(score: Tensor, count: int) -> Tensor:
     below, tied = score < bound, score == bound
     left = count - below.sum(1, keepdim=True)
     return below | (tied & (tied.cumsum(1, dtype=torch.int32) <= left))
-
-
-def smallest_of_m(score: Tensor, count: int) -> Tensor:
-    """Mark the `count` smallest of the first dimension at every place; ties go to the first.
-
-    Args:
-        score: finite numbers, shape (m, ...): one N:M group along the first dimension.
-        count: entries to mark, M - N.
-
-    Returns:
-        bool, same shape.
-    """
-    m = score.shape[0]
-    if m > 16:
-        return score.argsort(dim=0, stable=True).argsort(dim=0) < count
-    # For small M comparing all pairs is faster than sorting, and exact about ties.
-    rank = torch.zeros_like(score, dtype=torch.uint8)
-    for i in range(m):
-        for j in range(i):
-            later = score[j] <= score[i]
-            rank[i] += later
-            rank[j] += ~later
-    return rank < count

@@ -11,25 +11,76 @@ import time
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from calmix.evaluation.likelihood import Head, behind, decoder_and_head
+from calmix.evaluation.likelihood import Head, behind, decoder_and_head, divergences, in_cache
 from calmix.models import find_blocks
-from calmix.models.blocks import DecoderBlocks
 from calmix.models.shards import read_file, write_file
 from calmix.pruning.distributed import add_up, everyone, once
-from calmix.recovery.job import Job
-from calmix.recovery.losses import divergence
+from calmix.recovery.memory import CHUNK, LEAST
 from calmix.recovery.training import Progress, grouped, steps_of, train, trained_names
+
+if TYPE_CHECKING:
+    from calmix.recovery.checkpoint import Job
 
 READINGS = 2  # of the held-out rows, an epoch
 WIDE = 0.2  # nats a token between two models, of less than which steps are as much smaller (ours)
 SAVING = 20  # a state is kept whenever that takes less than 1/20 of the time
+
+
+class _Given(torch.autograd.Function):
+    """A loss whose gradient is known when it is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None, None
+
+
+def divergence(
+    hidden: Tensor, target: Tensor, head: Head, dense_head: Head, vocabulary: int
+) -> Tensor:
+    """Return the sum over tokens of KL(dense || pruned), in nats.
+
+    Logits are made for a few tokens at a time, and never kept: the gradient by `hidden` is made
+    with them. Nothing behind the heads (their weights) gets a gradient. A head may lie elsewhere.
+
+    Args:
+        hidden, target: what the pruned and the dense model's head see, shape (tokens, width).
+        vocabulary: width of the logits.
+    """
+    learns = torch.is_grad_enabled() and hidden.requires_grad
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    chunk = max(LEAST, CHUNK // vocabulary)
+    gradients: list[Tensor] = []
+    for own, other in zip(hidden.detach().split(chunk), target.split(chunk), strict=True):
+        own.requires_grad_(learns)
+        with torch.no_grad():
+            dense = dense_head(other)
+        logits = head(own)
+        slopes: list[Tensor] = []
+        for theirs, ours in zip(in_cache(dense), in_cache(logits.detach()), strict=True):
+            p, q = theirs.float().to(ours.device), ours.float()
+            total += divergences(p, q).sum().to(total.device)
+            if learns:
+                # The derivative of KL by the pruned model's logits is q - p.
+                slopes.append(q.sub_(p).to(ours.dtype))
+        if learns:
+            gradients += torch.autograd.grad(logits, own, torch.cat(slopes))
+    if not learns:
+        return total
+    found: Tensor = _Given.apply(hidden, total, torch.cat(gradients))
+    return found
 
 
 class Student(nn.Module):
@@ -40,23 +91,17 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self,
-        model: Any,
-        found: DecoderBlocks,
-        dense_head: Head | None,
-        *,
-        recompute: bool,
-        fixed: Collection[str] = (),
+        self, model: Any, dense_head: Head | None, *, recompute: bool, fixed: Collection[str] = ()
     ) -> None:
         super().__init__()
         self.model = model
         self._forwards = decoder_and_head(model)
         self._dense_head = dense_head
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
-        for name in trained_names(model, found):
+        for name in trained_names(model):
             model.get_parameter(name).requires_grad_(name not in fixed)
         if recompute:
-            for block in found.blocks:
+            for block in find_blocks(model).blocks:
                 block.forward = functools.partial(
                     checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
                 )
@@ -87,9 +132,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
     ):
         dense_head = None
     del weights
-    student: Any = Student(
-        model, find_blocks(model), dense_head, recompute=job.plan.sparing, fixed=job.fixed
-    )
+    student: Any = Student(model, dense_head, recompute=job.plan.sparing, fixed=job.fixed)
     if job.processes > 1:
         student = DistributedDataParallel(student)
     masters = job.masters({name: p for name, p in model.named_parameters() if p.requires_grad})
@@ -110,19 +153,18 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
         add_up(total)
         return total / job.processes
 
-    steps = steps_of(job.rows.training, request.batch, request.epochs, job.seed)
+    steps = steps_of(job.training, request.batch, request.epochs, job.seed)
     progress = Progress(len(steps))
     state, best = counted = tuple(work.kept.get("counted", (0, 0)))
     if work.done:
-        run = work.kept["run"]
-        progress = Progress(**run | {"held_out": [tuple(one) for one in run["held_out"]]})
+        progress = Progress(**work.kept["run"])
         masters.restore(work.load(f"state-{state}"), progress.done)
     saved, took = time.monotonic(), 0.0
     every = max(1, -(-len(steps) // (READINGS * request.epochs)))
-    held_out, lr = job.rows.held_out, request.lr
+    held_out, lr = job.held_out, request.lr
     for _ in train(progress, masters, steps, held_out, mean, lr, every=every, wide=WIDE):
         at, loss = progress.held_out[-1]
-        job.progress(progress.done, progress.steps, f"KL {loss:.4f}")
+        job.run.progress(progress.done, progress.steps, f"KL {loss:.4f}")
         if at != progress.done:
             continue
         if progress.best == progress.done:

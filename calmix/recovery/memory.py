@@ -21,10 +21,11 @@ from calmix.models.blocks import experts_per_token
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.budget import GIB
 from calmix.pruning.trace import token_bytes
-from calmix.recovery.losses import CHUNK, LEAST
 from calmix.recovery.training import trained_names
 
 PASSING = 2  # blocks' activations that come and go while one runs
+CHUNK = 2**23  # logits of one model held at a time
+LEAST = 128  # tokens, whatever the vocabulary: of fewer, reading the head outweighs its product
 BEHIND = 3 * GIB // 8  # what a process holds more once it has pruned: kernels, and what they keep
 
 
@@ -68,7 +69,7 @@ def make_plan(
     outside = model.outside_bytes() // model.dtype.itemsize * size
     trained = sum(p.numel() for p in blocks.blocks[largest].parameters())
     if method == "distill":
-        trained = sum(own[name].numel() for name in trained_names(model.model, blocks))
+        trained = sum(own[name].numel() for name in trained_names(model.model))
 
     def needed(tokens: int, sparing: bool) -> int:
         activations = tokens * (6 * hidden + widths) * size
@@ -88,8 +89,7 @@ def make_plan(
         for count in rows
         for sparing in (False, True)
     ]
-    least = min(plans, key=lambda plan: plan.needed)
-    return next((plan for plan in plans if plan.needed <= room), least)
+    return min(plans, key=lambda plan: max(0, plan.needed - room))
 
 
 def check_memory(needed: int, held: int, most: int | None, free: int) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from calmix.errors import InputError, SolverError
 from calmix.evaluation.likelihood import behind
 from calmix.machine import MICRO_TOKENS
-from calmix.models.blocks import DecoderBlocks
+from calmix.models.blocks import find_blocks
 from calmix.pruning.solvers.grids import Grid
 
 T = TypeVar("T")
@@ -33,20 +33,14 @@ NEAR = 0.4999  # steps that its masters are from their level at first, at most
 PATIENCE = 3  # readings of the held-out rows without a better one before it stops
 
 
-class Rows(NamedTuple):
-    """The rows of a calibration set that train, and those that decide when to stop."""
-
-    training: list[int]
-    held_out: list[int]
-
-
 def held_out(rows: int) -> int:
     """Return how many rows of a set are held out: one in 16, two at least."""
     return max(2, rows // HELD_OUT)
 
 
-def split_rows(sources: Sequence[str], batch: int, seed: int) -> Rows:
-    """Hold out one row in 16, two at least, by chance, spread over the sources of the rows.
+def split_rows(sources: Sequence[str], batch: int, seed: int) -> tuple[list[int], list[int]]:
+    """Return the rows of a calibration set that train, and those that decide when to stop: one in
+    16, two at least, by chance, spread over the sources of the rows.
 
     They are taken at even steps from the rows in order of their source, so that a source has as
     much say in when to stop as it has weight in the set.
@@ -62,7 +56,7 @@ def split_rows(sources: Sequence[str], batch: int, seed: int) -> Rows:
     order = sorted(torch.randperm(rows, generator=generator).tolist(), key=lambda i: sources[i])
     start = float(torch.rand(1, generator=generator))
     chosen = {order[int((number + start) * rows / held)] for number in range(held)}
-    return Rows([row for row in range(rows) if row not in chosen], sorted(chosen))
+    return [row for row in range(rows) if row not in chosen], sorted(chosen)
 
 
 def steps_of(items: Sequence[T], at_once: int, epochs: int, seed: int) -> list[list[T]]:
@@ -91,7 +85,7 @@ def rate(step: int, steps: int, peak: float) -> float:
     return peak * (steps - step) / (steps - warm + 1)
 
 
-def trained_names(model: Any, found: DecoderBlocks) -> list[str]:
+def trained_names(model: Any) -> list[str]:
     """Return what a distillation trains: all of the blocks, and the norm behind them.
 
     Embeddings, output head and what else is behind the decoder stay as they are.
@@ -99,7 +93,7 @@ def trained_names(model: Any, found: DecoderBlocks) -> list[str]:
     embedded = {id(p) for p in model.get_input_embeddings().parameters()}
     embedded |= {id(p) for p in model.get_output_embeddings().parameters()}
     embedded |= {id(p) for p in behind(model).values()}
-    prefix = f"{found.name}."
+    prefix = f"{find_blocks(model).name}."
     return [
         name
         for name, parameter in model.named_parameters()
@@ -136,7 +130,7 @@ class Progress:
     steps: int
     done: int = 0
     losses: list[float] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[list[Any]] = field(default_factory=list)
     best: int = 0
     stopped: bool = False
 
@@ -160,55 +154,42 @@ def train(
     `every` so many steps. Where they lose less than `wide` at first, steps are as much smaller.
     """
 
-    def finite(loss: Tensor, at: str) -> float:
-        value = float(loss)
-        if not math.isfinite(value):
+    def loss_of(items: list[int], learn: bool, at: str) -> float:
+        loss = float(mean(items, learn))
+        if not math.isfinite(loss):
             raise SolverError(
                 f"the loss is not finite {where}{at} of {len(steps)}: lower --lr, or check the "
                 "models' weights (--dtype float32 computes in more range)"
             )
-        return value
+        return loss
 
-    def reading() -> tuple[int, float]:
+    def read() -> None:
         at = f"on the held-out rows after step {progress.done}"
-        return progress.done, finite(mean(held_out, False), at)
+        progress.held_out.append([progress.done, loss_of(held_out, False, at)])
 
     if not progress.held_out:
-        progress.held_out.append(reading())
+        read()
     peak = lr * min(1.0, progress.held_out[0][1] / wide) if wide else lr
     while progress.done < len(steps) and not progress.stopped:
-        loss = mean(steps[progress.done], True)
-        progress.losses.append(finite(loss, f"at step {progress.done + 1}"))
+        at = f"at step {progress.done + 1}"
+        progress.losses.append(loss_of(steps[progress.done], True, at))
         masters.step(rate(progress.done, len(steps), peak))
         progress.done += 1
         if progress.done % every == 0 or progress.done == len(steps):
-            progress.held_out.append(reading())
-            best = min(progress.held_out, key=lambda one: one[1])
-            progress.best = best[0]
-            idle = len(progress.held_out) - 1 - progress.held_out.index(best)
+            read()
+            losses = [loss for _, loss in progress.held_out]
+            best = losses.index(min(losses))
+            progress.best = progress.held_out[best][0]
+            idle = len(losses) - 1 - best
             progress.stopped = idle >= PATIENCE and progress.done < len(steps)
         yield
 
 
-class Levels:
-    """What quantised weights are rounded to: those of a grid between the levels that occur."""
-
-    def __init__(self, grid: Grid, stored: Tensor) -> None:
-        levels = grid.levels(stored)
-        self.grid, self.range = grid, (int(levels.min()), int(levels.max()))
-        self.size = STEP * float(grid.steps().abs().mean())
-
-    def begin(self, stored: Tensor, dense: Tensor, mask: Tensor | None) -> Tensor:
-        """Return masters that round to the stored weights, and lean to where the dense ones are."""
-        steps = self.grid.steps().abs().clamp(min=torch.finfo(torch.float32).tiny)
-        most = NEAR * steps[:, :, None]
-        own, other = (one.float().view(len(one), most.shape[1], -1) for one in (stored, dense))
-        value = torch.tanh((other - own) / most).mul_(most).add_(own).view(stored.shape)
-        return value if mask is None else value.masked_fill_(mask, 0)
-
-    def round(self, master: Tensor) -> Tensor:
-        """Return the weights that masters stand for, float32."""
-        return self.grid.nearest(master, *self.range)
+def near_dense(grid: Grid, stored: Tensor, dense: Tensor) -> Tensor:
+    """Return masters that round to stored weights on a grid, and lean to where dense ones are."""
+    most = NEAR * grid.steps().abs().clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
+    own, other = (one.float().view(len(one), most.shape[1], -1) for one in (stored, dense))
+    return torch.tanh((other - own) / most).mul_(most).add_(own).view(stored.shape)
 
 
 class Masters:
@@ -228,18 +209,22 @@ class Masters:
     ) -> None:
         self.parameters = dict(parameters)
         self.values: dict[str, nn.Parameter] = {}
-        self._levels: dict[str, Levels] = {}
+        self._levels: dict[str, tuple[Grid, int, int]] = {}  # grids, and the levels that occur
         groups: list[dict[str, Any]] = []
         for name, parameter in self.parameters.items():
             full = stored(name)
             if grids and dense and name in grids:
-                own = self._levels[name] = Levels(grids[name].to(parameter.device), full)
-                mask = full == 0 if masked(name) else None
-                full, size = own.begin(full, dense(name), mask), own.size
+                grid, full = grids[name].to(parameter.device), full.to(parameter.device)
+                low, high = map(int, grid.levels(full).aminmax())
+                self._levels[name] = grid, low, high
+                size, zeros = STEP * float(grid.steps().abs().mean()), full == 0
+                full = near_dense(grid, full, dense(name).to(parameter.device))
+                if masked(name):
+                    full.masked_fill_(zeros, 0)
             else:
                 size = size_of(full)
-            own_value = full.to(parameter.device, torch.float32, copy=True)
-            self.values[name] = nn.Parameter(own_value)
+            own = full.to(parameter.device, torch.float32, copy=True)
+            self.values[name] = nn.Parameter(own)
             groups.append({"params": [self.values[name]], "size": size})
         self._masked = [value for name, value in self.values.items() if masked(name)]
         fused = next(iter(self.values.values())).device.type in ("cpu", "cuda")
@@ -279,8 +264,11 @@ class Masters:
 
     def rounded(self, name: str) -> Tensor:
         """Return the weights that a master stands for, float32."""
-        value, levels = self.values[name].detach(), self._levels.get(name)
-        return value if levels is None else levels.round(value)
+        value = self.values[name].detach()
+        if name not in self._levels:
+            return value
+        grid, low, high = self._levels[name]
+        return grid.nearest(value, low, high)
 
     def state(self) -> dict[str, Tensor]:
         """Return masters and moments, all it takes to resume."""

@@ -11,8 +11,9 @@ from benchmarks.traced import empty_model, tracing
 from calmix.calibration.selfgen.writing import Request, Sampler
 from calmix.models import find_blocks
 from calmix.precision import reproducible
+from calmix.pruning.solvers.grids import Grid
 from calmix.recovery.blocks import Stream, tune
-from calmix.recovery.losses import divergence
+from calmix.recovery.distill import divergence
 from calmix.recovery.training import Masters
 from calmix.specs import recover_request
 from tests.tiny import VOCABULARY, quick, tiny_config
@@ -21,8 +22,11 @@ CUDA = torch.device("cuda")
 
 
 def masters_of(model, names):
+    """Of parameters stored on the CPU, the first of which is quantised."""
     own = {name: model.get_parameter(name).requires_grad_() for name in names}
-    return Masters(own, lambda name: own[name].detach(), lambda name: "proj" in name)
+    stored = {name: value.detach().cpu() for name, value in own.items()}.__getitem__
+    grids = {names[0]: Grid(torch.ones(1, 1), 4.0)}
+    return Masters(own, stored, lambda name: "proj" in name, grids, stored)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import torch.nn.functional as F  # noqa: N812
 
 from calmix.errors import InputError, ModelError
 from calmix.evaluation.likelihood import behind, decoder_and_head, perplexity, row_nll
-from calmix.models import find_blocks
 from calmix.recovery.distill import Student
 from calmix.recovery.training import trained_names
 from tests.evaluation.helpers import opened
@@ -39,8 +38,8 @@ def test_logits_are_those_of_the_models_own_forward(kind):
     assert torch.allclose(row_nll(model, ids).flatten(), wanted, rtol=1e-4, atol=1e-5)
     parts = {"lm_head.dense.weight", "lm_head.norm.weight"} if kind.startswith("modern") else set()
     assert set(behind(model)) == parts
-    student = Student(model, find_blocks(model), None, recompute=False)
-    for name in trained_names(model, find_blocks(model)):
+    student = Student(model, None, recompute=False)
+    for name in trained_names(model):
         model.get_parameter(name).data.mul_(1.1)
     loss = student(ids, target)
     loss.backward()

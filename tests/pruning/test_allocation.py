@@ -13,7 +13,6 @@ from calmix.pruning import SemiStructured, Unstructured, allocate, get_method, p
 from calmix.pruning.allocation import (
     DensePass,
     exact,
-    from_shares,
     outlier_share,
     output_error,
     read_allocation,
@@ -24,11 +23,6 @@ from tests.pruning.test_engine import input_gram
 from tests.tiny import load_weights, tiny_ids, tiny_model
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
-
-
-def layers_of(model):
-    found = find_blocks(model)
-    return [layer for index in range(len(found)) for layer in found.prunables(index)]
 
 
 def test_owl_is_the_published_formula():
@@ -114,24 +108,18 @@ def test_a_look_changes_nothing_and_sees_the_dense_model(kind, by):
                 lost = output_error(layer.view().float(), gram, sparsity / 2)
                 expected = pytest.approx(*((share, None, 1e-3) if by == "owl" else (lost, 1e-2)))
                 assert importance[layer.name] == expected
-
-
-@pytest.mark.parametrize(("method", "by"), [("sparsegpt", "owl"), ("magnitude", "error")])
-def test_layers_differ_and_the_total_is_the_uniforms(method, by):
-    ids, model = tiny_ids(), tiny_model("llama")
-    patterns = allocate(model, ids, 0.6, by, method=method)
-    data = None if method == "magnitude" else ids
-    report = prune(model, data, method=method, pattern=patterns)
-    uniform = prune(tiny_model("llama"), data, method=method, pattern=0.6)
-    assert report.pruned == uniform.pruned
-    assert report.pattern == "by layer"
-    assert len({round(layer.sparsity, 2) for layer in report.layers}) > 1
-    for layer in report.layers:
+    patterns = look.patterns(0.6, get_method("magnitude"))
+    made, uniform = (
+        prune(tiny_model(kind), method="magnitude", pattern=one) for one in (patterns, 0.6)
+    )
+    assert (made.pruned, made.pattern) == (uniform.pruned, "by layer")
+    assert len({round(layer.sparsity, 2) for layer in made.layers}) > 1
+    for layer in made.layers:
         assert layer.sparsity == pytest.approx(patterns[layer.name].sparsity, abs=0.02)
 
 
 def test_a_mapping_may_mix_kinds_but_names_every_layer():
-    names = [layer.name for layer in layers_of(tiny_model("llama"))]
+    names = [layer.name for layer in find_blocks(tiny_model("llama")).layers]
     mixed = {n: SemiStructured(2, 4) if "mlp" in n else Unstructured(0.7) for n in names}
     report = prune(tiny_model("llama"), tiny_ids(), pattern=mixed)
     for layer in report.layers:
@@ -144,16 +132,6 @@ def test_a_mapping_may_mix_kinds_but_names_every_layer():
     ):
         with pytest.raises(InputError, match=says):
             prune(tiny_model("llama"), tiny_ids(), pattern=pattern)
-
-
-def test_shares_of_ones_own_are_taken_as_they_are():
-    found, method = find_blocks(tiny_model("llama")), get_method("sparsegpt")
-    names = [layer.name for layer in layers_of(tiny_model("llama"))]
-    shares = {name: 0.55 if "layers.0" in name else 0.65 for name in names}
-    for name, pattern in from_shares(shares, found, 0.6, method).items():
-        assert pattern.sparsity == pytest.approx(shares[name], abs=3e-3)
-    with pytest.raises(InputError, match=r"adds up to a sparsity of 0\.6000 .* and 0\.5 is asked"):
-        from_shares(shares, found, 0.5, method)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +164,7 @@ def test_the_command_line_allocates(calmix, tiny_folder, text_file, tmp_path):
     ids = resolve(str(text_file), opened, rows=6, length=32).ids
     prune(opened.model, ids, pattern=allocate(opened.model, ids, 0.6, "owl"))
     found = load_weights(tmp_path / "owl")
-    for layer in layers_of(opened.model):
+    for layer in find_blocks(opened.model).layers:
         assert torch.equal(found[f"{layer.name}.weight"], layer.view().float()), layer.name
     # A file, and what is wrong with one.
     file = tmp_path / "shares.json"
@@ -199,6 +177,10 @@ def test_the_command_line_allocates(calmix, tiny_folder, text_file, tmp_path):
     for content, says in [
         (dict(list(shares.items())[1:]), f"misses 1 layers, first {first}"),
         (shares | {"x.y": 0.6}, "the allocation names 'x.y', which is not a layer"),
+        (
+            dict.fromkeys(shares, 0.5),
+            "adds up to a sparsity of 0.5000 over all weights, and",
+        ),
         ([], "holds no mapping"),
     ]:
         file.write_text(json.dumps(content))

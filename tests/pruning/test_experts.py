@@ -44,21 +44,15 @@ def routed_inputs(model, module, ids):
 def inputs_of(model, routed, ids, step):
     """Every expert's input at a step, of its own tokens and of those that stand for all."""
     module, count = routed.module, routed.mixture.count
-    given = routed_inputs(model, module, ids)
-    hidden = given[0]
+    hidden, *chosen = routed_inputs(model, module, ids)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    if len(given) > 1:
-        chosen = given[1]
-    else:  # Llama 4: an expert's tokens after another's, scaled by the router
-        apart = flat.view(count, -1, flat.shape[-1])
-        chosen = (apart != 0).any(-1).T
     for expert in range(count):
-        if isinstance(chosen, torch.Tensor) and chosen.dtype == torch.bool:
+        if chosen:
+            own, every = flat[(chosen[0] == expert).any(-1)], flat[::EVERY]
+        else:  # Llama 4: an expert's tokens after another's, scaled by the router
             apart = flat.view(count, -1, flat.shape[-1])
-            own = apart[expert][chosen[:, expert]]
-            every = (apart.sum(0) / chosen.sum(1, keepdim=True))[::EVERY]
-        else:
-            own, every = flat[(chosen == expert).any(-1)], flat[::EVERY]
+            used = (apart != 0).any(-1)
+            own, every = apart[expert][used[expert]], (apart.sum(0) / used.sum(0)[:, None])[::EVERY]
         if step:
             own, every = (neurons(module, expert, x) for x in (own, every))
         yield own, every

@@ -131,17 +131,11 @@ def test_damping_is_raised_and_recorded_never_skipped():
     assert (factor.dtype, factor.damping) == (torch.float64, pytest.approx(1.0))
     with pytest.raises(SolverError, match="not positive definite even with damping 1: use more"):
         factor_with(-5)
-
-
-def test_a_factor_beyond_single_precision_is_made_in_double():
-    """Whole numbers of rank 20 in 40, damped by less than float32 can add to them."""
+    # Whole numbers of rank 20 in 40, damped by less than float32 can add to them.
     x = torch.randint(-3, 4, (20, 40), generator=torch.Generator().manual_seed(0)).float()
     factor = inverse_factor(x.T @ x, 1e-9)
     assert (factor.dtype, factor.damping) == (torch.float64, pytest.approx(1e-8))
     check_factor(factor, x.T @ x, 1e-8)
-
-
-def test_unusable_inputs():
     with pytest.raises(SolverError, match="zero on every"):
         inverse_factor(torch.zeros(3, 3))
 

@@ -5,14 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calmix.errors import InputError
+from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import (
     SemiStructured,
     Unstructured,
     _smallest_in_parallel,
     as_pattern,
-    check_columns,
     smallest,
-    smallest_of_m,
 )
 from tests.pruning.toy import Elsewhere
 
@@ -54,10 +53,10 @@ def test_an_accelerator_marks_the_same_whatever_the_values(dtype):
 
 
 @given(m=st.integers(2, 20), seed=st.integers(0, 10_000), data=st.data())
-def test_smallest_of_m_equals_a_stable_sort(m, seed, data):
+def test_groups_of_m_equal_a_stable_sort(m, seed, data):
     count = data.draw(st.integers(1, m - 1))
     score = np.random.default_rng(seed).integers(0, 4, (m, 7)).astype(np.float32)
-    marked = smallest_of_m(torch.from_numpy(score), count).numpy()
+    marked = SemiStructured(m - count, m).group_mask(torch.from_numpy(score)).numpy()
     assert (marked == stable_mask(score, count, 0)).all()
 
 
@@ -79,9 +78,10 @@ def test_what_is_no_pattern():
 
 
 def test_width_that_m_does_not_divide():
-    check_columns(as_pattern("2:4"), 12)
-    check_columns(Unstructured(0.5), 11)
+    check = get_method("wanda").check
+    check(as_pattern("2:4"), 12)
+    check(Unstructured(0.5), 11)
     with pytest.raises(InputError, match="does not divide the 10 inputs of a layer: "):
-        check_columns(as_pattern(" 2 : 4 "), 10)
+        check(as_pattern(" 2 : 4 "), 10)
     with pytest.raises(InputError, match=r"^pattern 2:4 .* of 0\.mlp\.up: .* --skip '\*\.up'$"):
-        check_columns(as_pattern("2:4"), 10, "0.mlp.up")
+        check(as_pattern("2:4"), 10, "0.mlp.up")

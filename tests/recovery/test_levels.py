@@ -7,10 +7,10 @@ import torch
 
 from calmix.cli import app
 from calmix.pruning.solvers.grids import SCALES, Grid, read_grids
-from calmix.recovery.training import Levels
+from calmix.recovery.training import Masters
 from tests.forks import stopped
 from tests.recovery.stopper import arm
-from tests.recovery.test_recover import command, manifest, place, tensors  # noqa: F401
+from tests.recovery.test_recover import command, manifest, tensors
 from tests.tiny import hashes, save_tiny_model
 
 KINDS = {
@@ -21,7 +21,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def quantised(request, place):  # noqa: F811
+def quantised(request, place):
     """The folder of the models, with one more that is quantised, and its name."""
     name, output = request.param, place / request.param
     asked = ("prune", place / "dense", "--method", *KINDS[name], "--calibration", place / "set")
@@ -30,7 +30,7 @@ def quantised(request, place):  # noqa: F811
 
 
 def test_levels_move_on_their_grid(calmix, quantised, tmp_path):
-    place, name = quantised  # noqa: F811
+    place, name = quantised
     output, more = tmp_path / "out", ("--epochs", 4, "--lr", 0.001 if name == "ecq" else 0.02)
     ended = calmix(*command(place, output, "distill", *more, pruned=name)).ok()
     assert "weights stay on their grid" in ended.out
@@ -56,7 +56,7 @@ def test_levels_move_on_their_grid(calmix, quantised, tmp_path):
 
 
 def test_a_killed_recovery_of_levels_goes_on_to_the_same_bytes(calmix, quantised, tmp_path):
-    place, name = quantised  # noqa: F811
+    place, name = quantised
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     calmix(*command(place, whole, "distill", pruned=name)).ok()
     stopped(partial(arm, "counted", 2), *command(place, cut, "distill", pruned=name))
@@ -68,19 +68,26 @@ def test_masters_begin_within_their_level():
     grid = Grid(torch.tensor([[0.5], [-0.25]]), 3.0, torch.zeros(8, dtype=torch.int8))
     stored = grid.values(torch.randint(-3, 4, (2, 8), generator=torch.Generator().manual_seed(0)))
     dense = stored + torch.linspace(-3, 3, 16).view(2, 8)
-    levels = Levels(grid, stored)
-    begun = levels.begin(stored, dense, None)
-    assert torch.equal(levels.round(begun), stored)
-    moved = (begun - stored).sign() == (dense - stored).sign()
-    assert moved[dense != stored].all()
-    held = levels.begin(stored, dense, stored == 0)
-    assert not held[stored == 0].any()
-    assert levels.round(torch.full((2, 8), 99.0)).abs().max() == stored.abs().max()
+    for masked in (False, True):
+        parameters = {"w": torch.nn.Parameter(stored.clone())}
+        masters = Masters(
+            parameters, lambda name: stored, lambda name, masked=masked: masked, {"w": grid},
+            lambda name: dense,
+        )  # fmt: skip
+        begun = masters.values["w"].detach()
+        assert torch.equal(masters.rounded("w"), stored)
+        if masked:
+            assert not begun[stored == 0].any()
+        else:
+            moved = (begun - stored).sign() == (dense - stored).sign()
+            assert moved[dense != stored].all()
+    begun.fill_(99)
+    assert masters.rounded("w").abs().max() == stored.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
 @pytest.mark.parametrize("method", ["distill", "blocks"])
-def test_weights_whose_grid_is_not_stored_stay(calmix, place, tmp_path, kind, method):  # noqa: F811
+def test_weights_whose_grid_is_not_stored_stay(calmix, place, tmp_path, kind, method):
     """Matrices that lie transposed, and experts; the rest is trained."""
     dense, bits, output = (tmp_path / name for name in ("dense", "bits", "out"))
     save_tiny_model(dense, kind)

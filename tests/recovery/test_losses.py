@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from calmix.recovery import losses
-from calmix.recovery.losses import divergence, relative_error
+from calmix.recovery import distill
+from calmix.recovery.blocks import relative_error
+from calmix.recovery.distill import divergence
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])
@@ -24,8 +25,8 @@ def test_divergence_in_chunks_is_that_of_all_logits_at_once(monkeypatch, cap):
     p, q = softmax(heads[1], target.double()), softmax(heads[0], whole)
     expected = (p * (p / q).log()).sum()
     expected.backward()
-    monkeypatch.setattr(losses, "CHUNK", 0)
-    monkeypatch.setattr(losses, "LEAST", 16)
+    monkeypatch.setattr(distill, "CHUNK", 0)
+    monkeypatch.setattr(distill, "LEAST", 16)
     monkeypatch.setattr("calmix.machine.CACHED_VALUES", 150)  # three rows
     hidden.requires_grad_()
 

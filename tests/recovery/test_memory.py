@@ -7,14 +7,12 @@ import pytest
 import torch
 
 from calmix.models.streaming import StreamedModel
-from calmix.recovery import job
+from calmix.recovery import checkpoint
 from calmix.recovery.memory import make_plan
 from tests.forks import stopped
 from tests.recovery.stopper import arm
-from tests.recovery.test_recover import METHODS, command, manifest, place
+from tests.recovery.test_recover import METHODS, command, manifest
 from tests.tiny import hashes, quick, save_tiny_model
-
-__all__ = ["place"]  # a fixture
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
@@ -39,12 +37,12 @@ def test_what_changes_no_number_is_spared_first_then_rows(tmp_path, kind):
 @pytest.mark.parametrize("method", quick(["blocks"], METHODS))
 def test_it_goes_on_with_as_many_rows_at_a_time(calmix, place, tmp_path, monkeypatch, method):
     monkeypatch.setattr(
-        job, "make_plan", lambda *of: make_plan(*of[:-1], 0)
+        checkpoint, "make_plan", lambda *of: make_plan(*of[:-1], 0)
     )  # as if none were free
     within = ("--epochs", 1, "--max-memory", "64GiB")
     assert calmix(*command(place, tmp_path / "whole", method, *within)).code == 0
     stopped(partial(arm, "counted", 1), *command(place, tmp_path / "cut", method, *within))
-    monkeypatch.setattr(job, "make_plan", make_plan)
+    monkeypatch.setattr(checkpoint, "make_plan", make_plan)
     calmix(*command(place, tmp_path / "cut", method, *within[:2], "--resume")).ok()
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     # The same but for the order of sums; without a bound as many run at a time as may.

@@ -1,16 +1,12 @@
 """Recovery of mixtures of experts: experts' zeros stay, whether the files hold them one by one."""
 
-from functools import partial
-
 import pytest
 from transformers import AutoModelForCausalLM
 
 import calmix as api
 from calmix.models import find_blocks
-from tests.forks import stopped
-from tests.recovery.stopper import arm
 from tests.recovery.test_recover import kl, manifest, tensors
-from tests.tiny import hashes, quick, save_tiny_model, tiny_ids
+from tests.tiny import quick, save_tiny_model, tiny_ids
 
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "sarvam_moe")  # the last's files hold q, k, v as one
 
@@ -68,18 +64,6 @@ def test_zeros_of_every_expert_stay_and_the_rest_is_trained(calmix, place, tmp_p
     assert after < before
     if method == "distill":
         assert [before, after] == pytest.approx([told["before"], told["after"]], rel=0.05)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("method", "number"), [("blocks", 1), ("distill", 2)])
-def test_a_killed_recovery_of_a_mixture_goes_on_to_the_same_bytes(
-    calmix, place, tmp_path, method, number
-):
-    stopped(partial(arm, "counted", number), *command(place, "mixtral", tmp_path / "cut", method))
-    ended = calmix(*command(place, "mixtral", tmp_path / "cut", method, "--resume")).ok()
-    assert "resuming after" in ended.err
-    assert calmix(*command(place, "mixtral", tmp_path / "whole", method)).code == 0
-    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("case", quick([("magnitude", "blocks")], [("none", "distill")]))

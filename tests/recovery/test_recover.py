@@ -15,14 +15,12 @@ from transformers import AutoModelForCausalLM
 import calmix as api
 from calmix.cli import app
 from calmix.errors import disk_errors
-from calmix.models import find_blocks
 from calmix.models.shards import Shards
 from calmix.pruning.work import WorkFolder
 from calmix.recovery import distill
 from calmix.recovery.distill import Student
 from calmix.specs import recover_request
 from tests import forks
-from tests.conftest import write_text_file
 from tests.forks import stopped
 from tests.recovery.stopper import arm
 from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
@@ -47,27 +45,6 @@ def kl(models, place, told):
 
 def manifest(folder):
     return json.loads((folder / "calmix.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A dense model, three prunings of it, and a calibration set."""
-    folder = tmp_path_factory.mktemp("recovery")
-    save_tiny_model(folder / "dense")
-    text = write_text_file(folder / "text.txt")
-    opened = api.open_model(str(folder / "dense"))
-    drawn = api.resolve(str(text), opened, rows=32, length=32, leakage="off")
-    drawn.save(folder / "set")
-    api.resolve(str(text), opened, rows=5, length=32, leakage="off").save(folder / "small")
-    for name, pattern, dtype in (
-        ("half", api.Unstructured(0.5), torch.float32),
-        ("2of4", api.SemiStructured(2, 4), torch.bfloat16),
-    ):
-        model = api.open_model(str(folder / "dense")).model
-        api.prune(model, drawn.ids, method="sparsegpt", pattern=pattern)
-        model.to(dtype).save_pretrained(folder / name)
-        opened.tokenizer.save_pretrained(folder / name)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +213,7 @@ def test_blocks_that_run_anew_give_the_same_gradients(kind):
     for recompute in (False, True):
         dense, model = tiny_model(kind), tiny_model(kind, seed=5)
         target = dense.get_decoder()(input_ids=ids, use_cache=False)[0]
-        student = Student(model, find_blocks(model), None, recompute=recompute)
+        student = Student(model, None, recompute=recompute)
         loss = student(ids, target)
         loss.backward()
         gradients.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
@@ -302,8 +279,7 @@ def test_two_processes_that_were_killed_go_on_to_the_same_bytes(place, tmp_path,
     assert not work.exists()
 
 
-def mistakes(place, tmp_path):
-    """Arguments of `recover`, and what the line must contain."""
+def test_every_mistake_is_one_line(calmix, place, tmp_path):
     half, dense, data = place / "half", place / "dense", ("--calibration", place / "set")
     other = save_tiny_model(tmp_path / "other", seed=7)
     kind = save_tiny_model(tmp_path / "qwen", "qwen2")
@@ -320,7 +296,7 @@ def mistakes(place, tmp_path):
         str(place / "text.txt"), api.open_model(str(tokens)), rows=8, length=32, leakage="off"
     ).save(foreign)
     against = ("--against", dense)
-    return [
+    for arguments, told in (
         ((half, *against), "calibration"),
         ((half, *data), "against"),
         ((tmp_path / "none", *against, *data), "no model folder"),
@@ -339,11 +315,7 @@ def mistakes(place, tmp_path):
         ((half, *against, *data, "--dtype", "float16"), "--dtype float16"),
         ((half, *against, *data, "--max-memory", "1MiB"), "GiB of memory are not enough"),
         ((half, *against, *data, "--device", "tpu9"), "device 'tpu9' cannot be used"),
-    ]
-
-
-def test_every_mistake_is_one_line(calmix, place, tmp_path):
-    for arguments, told in mistakes(place, tmp_path):
+    ):
         ended = calmix("recover", *arguments, "-o", tmp_path / "out")
         assert told in ended.line, (arguments, ended.line)
         assert not (tmp_path / "out").exists()

@@ -21,12 +21,12 @@ from calmix.recovery.training import (
 
 def test_rows_train_or_are_held_out():
     one = ["a"] * 64
-    rows = split_rows(one, 4, seed=3)
-    assert len(rows.held_out) == 4
-    assert sorted([*rows.training, *rows.held_out]) == list(range(64))
-    assert rows.held_out == split_rows(one, 4, seed=3).held_out
-    assert rows.held_out != split_rows(one, 4, seed=4).held_out
-    assert len(split_rows(one[:6], 4, seed=0).held_out) == 2
+    training, held_out = rows = split_rows(one, 4, seed=3)
+    assert len(held_out) == 4
+    assert sorted([*training, *held_out]) == list(range(64))
+    assert rows == split_rows(one, 4, seed=3)
+    assert rows != split_rows(one, 4, seed=4)
+    assert len(split_rows(one[:6], 4, seed=0)[1]) == 2
     with pytest.raises(InputError, match=r"5 rows is too small .* it takes 6 or more"):
         split_rows(one[:5], 4, seed=0)
 
@@ -34,7 +34,7 @@ def test_rows_train_or_are_held_out():
 def test_each_source_decides_by_its_weight_when_to_stop():
     sources = [name for name in "aabcaabc" for _ in range(8)]  # 32, 16 and 16 rows
     for seed in range(20):
-        held = split_rows(sources, 4, seed).held_out
+        _, held = split_rows(sources, 4, seed)
         assert sorted(sources[row] for row in held) == ["a", "a", "b", "c"]
 
 
@@ -88,7 +88,7 @@ def test_it_stops_after_three_readings_without_a_better_one():
     held_out = [1.0, 0.9, 0.95, 0.8, 0.8, 0.9, 0.85, 0.1]
     progress, _ = curve(held_out)
     assert (progress.best, progress.done, progress.stopped) == (6, 12, True)
-    assert progress.held_out == [(2 * number, loss) for number, loss in enumerate(held_out[:7])]
+    assert progress.held_out == [[2 * number, loss] for number, loss in enumerate(held_out[:7])]
     progress, _ = curve(held_out, steps=7)
     assert (progress.best, progress.done, progress.stopped) == (6, 7, False)
     with pytest.raises(SolverError, match="not finite on the held-out rows after step 2 of 20"):

@@ -70,14 +70,14 @@ def get_method(method: str | Method, **options: Any) -> Method:
         InputError: no such method or option, a value it does not take, or an option given twice.
     """
     if isinstance(method, Method):
-        return _made(type(method), method.options | options) if options else method
-    name, values = named_options("method", method)
-    for key in options.keys() & values.keys():
-        raise InputError(f"{key} is given twice, once in the method '{method}'")
-    return _made(_load(name), values | options)
-
-
-def _made(found: type[Method], values: dict[str, Any]) -> Method:
+        if not options:
+            return method
+        found, values = type(method), method.options | options
+    else:
+        name, own = named_options("method", method)
+        for key in options.keys() & own.keys():
+            raise InputError(f"{key} is given twice, once in the method '{method}'")
+        found, values = _load(name), own | options
     for key in values:
         if key not in found.model_fields:
             hint = nearest(key, found.model_fields) if found.model_fields else "it has none"

@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from calmix.precision import add_rounded_product, bfloat16_products, rounded
 from calmix.pruning.gram import Gram, inverse_factor, squared
-from calmix.pruning.methods.base import Solution, Sparse, sampled
+from calmix.pruning.methods.base import Refit, Solution, Sparse, sampled
 from calmix.pruning.patterns import Pattern, clear
 from calmix.pruning.solvers.refit import Scaled, chunks, refit_layer, scale
 
@@ -54,12 +54,7 @@ class Admm(Sparse):
     iterations: int = Field(
         default=24, ge=1, le=1000, description="Products that look for the mask."
     )
-    refit: int = Field(
-        default=8,
-        ge=0,
-        le=1000,
-        description="Steps of conjugate gradients on the kept weights, after the mask.",
-    )
+    refit: Refit = 8
     rho: float = Field(  # below 0.8 it overshoots
         default=1.0, gt=0, allow_inf_nan=False, description="Penalty on leaving the mask."
     )
@@ -71,10 +66,9 @@ class Admm(Sparse):
     )
 
     def choose(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune and refit, both in coordinates of its own."""
-        assert statistic is not None
         scaled, m = by_own_part(scale(statistic)), patterns[0].group
         gram, mean = scaled.gram, float(scaled.gram.diagonal().mean())
         # The j-th columns of every group make one panel.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calmix.errors import InputError
 from calmix.pruning.gram import OUTPUTS, Factor, Gram, Squares, Statistic, inverse_factor
-from calmix.pruning.patterns import Pattern, Rate, Unstructured, check_columns, clear
+from calmix.pruning.patterns import Pattern, Rate, Unstructured, clear
 from calmix.pruning.solvers.grids import Grid, Symmetric, check_group
 from calmix.pruning.solvers.refit import refit
 from calmix.pruning.solvers.surgeon import solve_columns
@@ -30,6 +30,14 @@ Damping = Annotated[
         gt=0,
         allow_inf_nan=False,
         description="Share of the mean diagonal of the Gram matrix added to its diagonal.",
+    ),
+]
+Refit = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=1000,
+        description="Steps of conjugate gradients on the kept weights, after the mask.",
     ),
 ]
 CACHED = 2**18  # weights worked on at a time on a CPU: larger buffers are asked of the system anew
@@ -84,7 +92,7 @@ class Method(BaseModel, ABC):
 
     @abstractmethod
     def solve(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune layers that share one input.
 
@@ -115,7 +123,11 @@ class Method(BaseModel, ABC):
                 f"method {self.name} takes a sparsity, not {pattern} alone: give --sparsity, or "
                 "choose --method ecq or gptq"
             )
-        check_columns(pattern, columns, name)
+        if columns % pattern.group:
+            raise InputError(
+                f"pattern {pattern} does not divide the {columns} inputs of {name}: choose "
+                f"another, or leave such layers dense with --skip '*.{name.rsplit('.', 1)[-1]}'"
+            )
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Return the comparison groups of a layer, as (how many, entries each).
@@ -163,7 +175,7 @@ class Method(BaseModel, ABC):
 def by_kind(
     choose: Callable[..., Solution],
     weights: Sequence[Tensor],
-    statistic: Tensor | None,
+    statistic: Any,
     patterns: Sequence[Pattern],
 ) -> Solution:
     """Return what is chosen for layers: all with shares at once, and those of one other pattern."""
@@ -197,7 +209,7 @@ class Look(Method):
     gram: bool = Field(default=False, description="Gram matrices, not square sums alone.")
 
     def solve(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         return Solution([weight.float() for weight in weights], [0] * len(weights))
 
@@ -244,10 +256,9 @@ class Quantiser(Method):
         """Return weights of layers that share an input on their grids, float32, and the grids."""
 
     def solve(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
     ) -> Solution:
         """Quantise layers; those of one rate together."""
-        assert statistic is not None
         factor = inverse_factor(statistic, self.damping)
 
         def choose(some: Sequence[Tensor], _: Tensor, rates: Sequence[Pattern]) -> Solution:
@@ -275,12 +286,7 @@ class Sparse(Method):
         default=0, ge=0, le=8, description="Bits of a kept weight, 2 to 8; 0: as it is stored."
     )
     group: int = Field(default=64, ge=1, description="Inputs of a row that share a scale.")
-    refit: int = Field(
-        default=0,
-        ge=0,
-        le=1000,
-        description="Steps of conjugate gradients on the kept weights, after the mask.",
-    )
+    refit: Refit = 0
 
     @field_validator("bits")
     @classmethod
@@ -296,18 +302,17 @@ class Sparse(Method):
 
     @abstractmethod
     def choose(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune by the method's own statistic; as `solve` otherwise, but all patterns are shares,
         or one and the same."""
 
     def solve(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune, and refit and quantise what is kept if that was asked for."""
-        if statistic is None or not (self.refit or self.bits):
-            return by_kind(self.choose, weights, statistic, patterns)
-        own = statistic if self.statistic is Gram else statistic.diagonal()
+        more = self.needs is not self.statistic  # a Gram matrix, for what follows the mask
+        own = statistic.diagonal() if more else statistic
         chosen = by_kind(self.choose, weights, own, patterns)
         if self.refit and not self.refits:
             made = refit(weights, chosen.weights, statistic, steps=self.refit)
@@ -346,7 +351,7 @@ class Saliency(Sparse):
     work = 0, 8
 
     @abstractmethod
-    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+    def score(self, weight: Tensor, statistic: Any) -> Tensor:
         """Return what every weight counts, float32, same shape.
 
         Args:
@@ -355,7 +360,7 @@ class Saliency(Sparse):
         """
 
     def choose(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune, rows as many at a time as a processor's cache holds where that is possible."""
         made = [torch.empty_like(weight) for weight in weights]

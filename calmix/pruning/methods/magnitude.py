@@ -14,5 +14,5 @@ class Magnitude(Saliency):
     paper = "Han et al. 2015, arXiv 1506.02626"
     statistic = None
 
-    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+    def score(self, weight: Tensor, statistic: None) -> Tensor:
         return weight.float().abs()

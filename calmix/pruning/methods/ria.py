@@ -27,8 +27,7 @@ class Ria(Saliency):
         default=0.5, ge=0, allow_inf_nan=False, description="Exponent of an input's norm."
     )
 
-    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
-        assert statistic is not None
+    def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
         size = weight.float().abs()
         share = size / size.sum(0).clamp(min=LEAST)
         share += size.div_(size.sum(1, keepdim=True).clamp(min=LEAST))

@@ -29,10 +29,9 @@ class SparseGPT(Sparse):
     damping: Damping = DAMPING
 
     def choose(
-        self, weights: Sequence[Tensor], statistic: Tensor | None, patterns: Sequence[Pattern]
+        self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune and correct the weights that are kept."""
-        assert statistic is not None
         factor = inverse_factor(statistic, self.damping)
         counts, rounding = self.counts(weights, patterns), None
         if self.bits and not self.refit:  # which would leave the grid

@@ -16,6 +16,5 @@ class Wanda(Saliency):
     statistic = Squares
     by_row = True
 
-    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
-        assert statistic is not None
+    def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
         return weight.float().abs().mul_(statistic.sqrt())
