@@ -28,21 +28,8 @@ UNSEEN = "it cannot be seen what experts are applied to"
 KNOWN = 3  # values of one argument that are compared with: the few tokens', full and last rows'
 
 
-@dataclass(frozen=True)
-class SharedInput:
-    """Linear maps of one block that read the very same input, in the order they are called."""
-
-    layers: list[Prunable]
-
-    @property
-    def name(self) -> str:
-        """Name of the linear map that is called first."""
-        return self.layers[0].name
-
-    @property
-    def module(self) -> Any:
-        """The module at which the input is there."""
-        return self.layers[0].module
+# Linear maps of one block that read the very same input, in the order they are called.
+SharedInput = list[Prunable]
 
 
 class Slot(NamedTuple):
@@ -139,7 +126,7 @@ class Calls:
                     rest = tuple(hidden.new_zeros(()) if v is None else v for v in rest)
                 self._rest = rest
             values = [*others, *named.values()]
-            self._hands |= index > 0 and any(self._handed(value) for value in values)
+            self._hands |= index > 0 and any(map(self._handed, values))
             given.append(hidden + 1)
             return self._returned(given[-1])
 
@@ -169,9 +156,8 @@ class Calls:
 
     def _handed(self, value: Any) -> Slot | None:
         """Return which of the things a block returns beside hidden states an argument is."""
-        rest = enumerate(self._rest or ())
-        found = (n for n, own in rest if isinstance(own, Tensor) and value is own)
-        return next((Slot(0, number) for number in found), None)
+        found = (n for n, own in enumerate(self._rest or ()) if value is own)
+        return next((Slot(0, n) for n in found if isinstance(value, Tensor)), None)
 
     def _returned(self, hidden: Tensor) -> Any:
         return hidden if self._rest is None else (hidden, *self._rest)
@@ -188,7 +174,7 @@ class Calls:
         looked_at: dict[tuple[int, str], tuple[Any, Any]] = {}
 
         def kept(key: tuple[int, str], value: Any) -> Any:
-            if self._hands and (handed := self._handed(value)) is not None:
+            if (handed := self._handed(value)) is not None:
                 return handed
             if isinstance(value, tuple):
                 return tuple(kept((key[0], f"{key[1]}.{i}"), v) for i, v in enumerate(value))
@@ -259,13 +245,12 @@ def observe_block(
     kept: list[Tensor] = []  # keeps inputs alive, so that no address is used twice
     layers, everything = found.prunables(index), found.prunables(index, every=True)
     wanted = frozenset(layer.name for layer in layers)
-    within = {mixture.name: mixture for mixture in found.mixtures(index)}
     routed = [
         Routed(mixture, [one for one in everything if one.mixture == mixture.name], wanted)
-        for mixture in within.values()
+        for mixture in found.mixtures(index)
         if any(layer.mixture == mixture.name for layer in layers)
     ]
-    layers = [layer for layer in layers if layer.mixture not in within]
+    layers = [layer for layer in layers if layer.mixture is None]
     why: dict[str, str] = {}  # those that stay dense do
 
     def on_linear(layer: Prunable, module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -280,25 +265,20 @@ def observe_block(
             if not same or not torch.allclose(plain, output.float(), rtol=1e-2, atol=1e-4):
                 why[layer.name] = "not a plain linear map"
 
-    def on_mixture(mixture: Routed) -> Callable[..., Any]:
-        module = mixture.mixture.module
-        run = module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            seen.append((mixture, (mixture.name,)))
-            with forwards([(module, run)]):
-                try:
-                    return mixture.learn(args, kwargs)
-                except ModelError:
-                    why[mixture.name] = UNSEEN
-                    return run(*args, **kwargs)
-
-        return forward
+    def on_mixture(mixture: Routed, run: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((mixture, (mixture.name,)))
+        with forwards([(mixture.module, run)]):
+            try:
+                return mixture.learn(args, kwargs)
+            except ModelError:
+                why[mixture.name] = UNSEEN
+                return run(*args, **kwargs)
 
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(layer.module.register_forward_hook(partial(on_linear, layer)))
-        stack.enter_context(forwards([(one.module, on_mixture(one)) for one in routed]))
+        runs = [(one.module, partial(on_mixture, one, one.module.forward)) for one in routed]
+        stack.enter_context(forwards(runs))
         batch.run(index, hidden)
     times = Counter(one.name for one, _ in seen)
     for layer in layers:
@@ -314,12 +294,12 @@ def observe_block(
     dense = [
         Dense(one.name, one.view().numel(), why[one.name]) for one in layers if one.name in why
     ]
-    inputs: dict[tuple[Any, ...], SharedInput | Routed] = {}
+    inputs: dict[tuple[Any, ...], Any] = {}
     for one, key in seen:
         if one.name not in why:
-            place = inputs.setdefault(key, one if isinstance(one, Routed) else SharedInput([]))
-            if isinstance(place, SharedInput) and isinstance(one, Prunable):
-                place.layers.append(one)
+            place = inputs.setdefault(key, one if isinstance(one, Routed) else [])
+            if isinstance(one, Prunable):
+                place.append(one)
     return list(inputs.values()), dense
 
 

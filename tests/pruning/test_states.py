@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calmix.errors import DiskError
-from calmix.pruning.states import States
+from calmix.pruning.work import States
 
 CPU = torch.device("cpu")
 BATCH = 2 * 3 * 4 * 4  # bytes of a micro-batch of two rows

@@ -9,18 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from calmix.errors import InputError
 from calmix.models import open_model
 from calmix.models.attention import use_own_attention
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning import Unstructured, budget, get_method, prune
 from calmix.pruning.allocation import DensePass
 from calmix.pruning.budget import Plan
+from calmix.pruning.checkpoint import prune_streamed
 from calmix.pruning.engine import Run
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
 from calmix.pruning.solvers.grids import read_grids
-from calmix.pruning.streamed import prune_streamed
 from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder
 from tests.forks import stopped
@@ -365,41 +364,6 @@ def test_resuming_keeps_the_size_of_a_micro_batch(calmix, command, tmp_path, mon
 
 
 # Memory
-
-
-def test_the_largest_block_decides_the_plan(tmp_path, monkeypatch):
-    """Gemma 4's full attention is wider than its sliding one."""
-    seen = []
-    monkeypatch.setattr(budget, "make_plan", lambda sizes, *rest, **how: seen.append(sizes))
-    opened = StreamedModel(str(save_tiny_model(tmp_path / "model", "gemma4_text")))
-    budget.plan_for(opened, (12, 32), get_method("sparsegpt"), budget=2**40)
-    shapes = [[layer.shape for layer in opened.blocks.prunables(index)] for index in (0, 1)]
-    assert shapes[0] != shapes[1]
-    assert [sizes.layers for sizes in seen] == [shapes[1]]
-    opened.close()
-
-
-def test_what_is_free_on_a_device_decides_its_micro_batch(tiny_folder, monkeypatch):
-    """Beside what libraries take there; what others hold of it does not count as room."""
-    model = StreamedModel(str(tiny_folder))
-    model.device = torch.device("cuda")
-    gib = 2**30
-
-    def plan(free, limit=None):
-        monkeypatch.setattr(budget, "device_memory", lambda device: (0, free, 80 * gib))
-        return budget.plan_for(model, (400, 32), get_method("sparsegpt"), budget=limit)
-
-    try:
-        whole = plan(2 * gib)
-        assert whole == Plan(8192, None, True, whole.needed, whole.expert_bytes, 400 * 32 * 32 * 4)
-        assert budget.WORKSPACE < whole.needed < budget.WORKSPACE + gib // 8
-        least = (budget.WORKSPACE + 8 * 2**20) / budget.FREE_SHARE / 0.95
-        assert 32 <= plan(int(least)).micro_tokens < 8192
-        with pytest.raises(InputError, match="cannot hold one block at work"):
-            plan(budget.WORKSPACE)
-        assert plan(0, 2 * gib).micro_tokens == 8192
-    finally:
-        model.close()
 
 
 @pytest.mark.parametrize(
