@@ -326,10 +326,8 @@ class _Pruning:
         for work in works:
             work.keep(dropped=[asdict(mixture) for mixture in dropped])
         distributed.once(partial(write_dropped, source, dropped, folder))
-        made = StreamedModel(
-            str(folder), dtype=dtype_name(source.dtype),
-            device=str(source.device), trust_remote_code=source.trust_remote_code,
-        )  # fmt: skip
+        dtype = dtype_name(source.dtype)
+        made = StreamedModel(str(folder), **self.run.opening | {"dtype": dtype})
         source.close()
         made.name, made.folder = source.name, source.folder
         made.blocks = made.blocks.select(source.blocks.only, source.blocks.skip)
@@ -386,15 +384,16 @@ def prune_streamed(
             run.report.seconds["total"] = time.perf_counter() - began
             if work.claimed:
                 work.save(shards[index], source.weights(index))
-                if run.grids:
-                    work.save(f"{CHECKPOINT}/{SCALES}/{index:05}", stored(run.grids))
+                if run.report.grids:
+                    work.save(f"{CHECKPOINT}/{SCALES}/{index:05}", stored(run.report.grids))
+            run.report.grids.clear()
             work.keep(done=index + 1, report=run.report.to_dict())
             progress(index + 1)
     if work.claimed:
         for shard, names in list(zip(shards, files.values(), strict=True))[count:]:
             work.save(shard, source.rest(names, run.report.embeddings))
         if run.embeddings is not None:
-            work.save(f"{CHECKPOINT}/{SCALES}/outside", stored(run.grids))
+            work.save(f"{CHECKPOINT}/{SCALES}/outside", stored(run.report.grids))
     source.drop_outside()
     run.report.seconds["total"] = time.perf_counter() - began
     return run.report

@@ -164,11 +164,9 @@ def run_through(
                 run.record(ids, micro_tokens)
             for index in range(len(found)):
                 run.block(index)
-                run.report.grids |= run.grids
                 if progress is not None:
                     progress(index + 1, len(found))
             run.outside()
-            run.report.grids |= run.grids
     finally:
         for module in training:
             module.training = True
@@ -261,7 +259,6 @@ class Run:
         pattern, propagation, paused, sources, embeddings: as for `prune`.
         expert_bytes: bytes that statistics of several experts may take at a time.
         states: hidden states by number of the micro-batch: those that lead into the block at hand.
-        grids: those of the quantised layers of the block at hand, by parameter.
         done: blocks that this run has pruned.
         begun: whether layers of the block at hand have been pruned.
         report: what has been done so far.
@@ -277,7 +274,6 @@ class Run:
     embeddings: float | None = None
     expert_bytes: int = EXPERT_BYTES
     states: dict[int, Tensor] | States = field(default_factory=dict)
-    grids: dict[str, Grid] = field(default_factory=dict)
     done: int = 0
     begun: bool = False
 
@@ -320,7 +316,6 @@ class Run:
         seconds, device = self.report.seconds, self._device(index)
         began, before, self._laps = time.perf_counter(), sum(seconds.values()), Laps(device)
         self.report.dense += self.found.dense(index)
-        self.grids.clear()
         with _at_work(device):
             if self.needs_ids:
                 hidden, batch = self._few
@@ -354,7 +349,6 @@ class Run:
         if self.embeddings is None:
             return
         began = time.perf_counter()
-        self.grids.clear()
         outer = outer_weights(self.model)[tied(self.model) :]  # one where both are
         names = {id(weight): name for name, weight in self.model.named_parameters()}
         with _at_work(outer[0].device):
@@ -367,7 +361,7 @@ class Run:
                 with bfloat16_products(allowed=False):
                     made, grid = round_rows(weight, gram.to(weight.device), self.embeddings)
                 weight.data.copy_(made)
-                self.grids[name] = grid
+                self.report.grids[name] = grid
                 self.report.embeddings[name] = grid.bits
         self.report.seconds["solve"] += time.perf_counter() - began
 
@@ -418,9 +412,7 @@ class Run:
         tasks = [begun(batch) for batch in batches]
         with ExitStack() as hooks:
             for number, one in enumerate(inputs):
-                hooks.enter_context(
-                    _first(one).module.register_forward_pre_hook(pausing(number), with_kwargs=True)
-                )
+                hooks.enter_context(_before(one, pausing(number)))
             try:
                 for one in inputs:
                     for part in self._parts(one):
@@ -429,8 +421,8 @@ class Run:
                             reached = tasks[batch].switch()
                             if tasks[batch].dead or reached != current:  # a path of its own
                                 raise ModelError(
-                                    f"{_first(one).name} is not reached by every micro-batch: the engine "
-                                    "cannot prune layers that only some tokens pass through"
+                                    f"{_first(one).name} is not reached by every micro-batch: the "
+                                    "engine cannot prune layers that only some tokens pass through"
                                 )
                             if batch >= held:
                                 tasks[batch].throw()
@@ -460,11 +452,7 @@ class Run:
         for group in filter(None, [first, *([pair] for pair in routed[1:])]):
             with ExitStack() as hooks:
                 for one, part in group:
-                    hooks.enter_context(
-                        _first(one).module.register_forward_pre_hook(
-                            working(next(part)), with_kwargs=True
-                        )
-                    )
+                    hooks.enter_context(_before(one, working(next(part))))
                 for batch in range(len(self._batches)):
                     self._run(index, batch, keep=False)
             if isinstance(one, Routed):
@@ -503,7 +491,8 @@ class Run:
         """Gather the statistics of some experts at one step, and prune them."""
         report, lap = self.report, partial(self._laps.lap, "statistics")
         gathering = Gathering(routed, step, experts, self._kind, lap)
-        length, first = report.tokens // report.rows, distributed.share(report.rows).start
+        length, (rank, world) = report.tokens // report.rows, distributed.processes()
+        first = rank * (report.rows // world) + min(rank, report.rows % world)  # as `own_rows`
         # Of so many tokens one stands for all: as many go through every expert as are routed to it
         # on average. Without a factor in common with a row's length it prefers no position.
         every = max(1, round(routed.mixture.count / max(1, routed.chosen)))
@@ -561,7 +550,7 @@ class Run:
         for layer, pruned, error, grid in told:
             rows, columns = layer.shape
             if grid is not None and layer.whole_matrix:
-                self.grids[layer.parameter_name] = grid
+                self.report.grids[layer.parameter_name] = grid
             self.report.layers.append(
                 LayerReport(
                     layer.name, rows, columns, pruned, pruned / (rows * columns), error,
@@ -596,6 +585,11 @@ class Looking(Run):
 def _first(one: SharedInput | Routed) -> Any:
     """Return what has the name and the module of an input: a mixture, or the first layer."""
     return one if isinstance(one, Routed) else one[0]
+
+
+def _before(one: SharedInput | Routed, hook: Callable[..., None]) -> Any:
+    """Call a hook wherever an input is there."""
+    return _first(one).module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[None]:

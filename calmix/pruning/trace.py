@@ -100,8 +100,6 @@ class Calls:
         self._model, self._decoder = model, decoder_of(model)
         self._found = found
         self._known: dict[tuple[int, str], list[Tensor]] = {}
-        self._rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
-        self._hands = False
         try:
             self._learn(ids, mark=True)
         except ModelError:  # some look at what a block returns
@@ -110,16 +108,16 @@ class Calls:
     @torch.no_grad()
     def _learn(self, ids: Tensor, *, mark: bool) -> None:
         """Run the first block to see what blocks return, and mark what passes between them."""
+        self._rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
         self._hands = False
         handed: list[Tensor] = []
         given: list[Tensor] = []
         run_first = self._found.blocks[0].forward
 
-        def stub(index: int, /, *args: Any, **kwargs: Any) -> Any:
-            hidden, others, named = _hidden_of(args, kwargs)
+        def see(index: int, hidden: Tensor, others: list[Any], named: dict[str, Any]) -> Tensor:
             handed.append(hidden.clone())
             if index == 0:
-                result = run_first(*args, **kwargs)
+                result = run_first(hidden, *others, **named)
                 rest = tuple(result[1:]) if isinstance(result, tuple | list) else None
                 # Something in the place of nothing, to see where it goes.
                 if mark and rest:
@@ -128,11 +126,11 @@ class Calls:
             values = [*others, *named.values()]
             self._hands |= index > 0 and any(map(self._handed, values))
             given.append(hidden + 1)
-            return self._returned(given[-1])
+            return given[-1]
 
         reason = ""
         try:
-            self._decode(stub, ids)
+            self._decode(see, ids)
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
         if reason and not given:  # before anything here was put in its way
@@ -149,8 +147,14 @@ class Calls:
                 "architecture yet"
             )
 
-    def _decode(self, stub: Callable[..., Any], ids: Tensor) -> None:
-        """Run the decoder with `stub(number, ...)` in the place of its blocks."""
+    def _decode(self, see: Callable[..., Tensor], ids: Tensor) -> None:
+        """Run the decoder with `see` in the place of its blocks: it takes their number, hidden
+        states and other arguments, and returns hidden states."""
+
+        def stub(index: int, /, *args: Any, **kwargs: Any) -> Any:
+            hidden, *others = args or (kwargs.pop("hidden_states"),)
+            return self._returned(see(index, hidden, others, kwargs))
+
         with forwards([(b, partial(stub, i)) for i, b in enumerate(self._found.blocks)]):
             self._decoder(input_ids=ids, use_cache=False)
 
@@ -187,14 +191,13 @@ class Calls:
                 looked_at[place] = value, self._shared(key, value)
             return looked_at[place][1]
 
-        def stub(index: int, /, *args: Any, **kwargs: Any) -> Any:
-            hidden, others, named = _hidden_of(args, kwargs)
+        def see(index: int, hidden: Tensor, others: list[Any], named: dict[str, Any]) -> Tensor:
             first.append(hidden)
-            others = tuple(kept((index, str(i)), value) for i, value in enumerate(others))
-            batch.calls.append((others, {key: kept((index, key), v) for key, v in named.items()}))
-            return self._returned(hidden)
+            held = tuple(kept((index, str(i)), value) for i, value in enumerate(others))
+            batch.calls.append((held, {key: kept((index, key), v) for key, v in named.items()}))
+            return hidden
 
-        self._decode(stub, ids)
+        self._decode(see, ids)
         if len(batch.calls) != len(self._found):
             raise ModelError(
                 f"the decoder takes rows of {ids.shape[1]} tokens through the blocks in "
@@ -277,8 +280,9 @@ def observe_block(
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(layer.module.register_forward_hook(partial(on_linear, layer)))
-        runs = [(one.module, partial(on_mixture, one, one.module.forward)) for one in routed]
-        stack.enter_context(forwards(runs))
+        for mixture in routed:
+            run = partial(on_mixture, mixture, mixture.module.forward)
+            stack.enter_context(forwards([(mixture.module, run)]))
         batch.run(index, hidden)
     times = Counter(one.name for one, _ in seen)
     for layer in layers:
@@ -331,16 +335,6 @@ def token_bytes(model: Any, found: DecoderBlocks) -> int:
         return sizes[0] // ids.numel()
     width = found.width or max(layer.shape[1] for layer in found.prunables(0, every=True))
     return width * first.element_size()
-
-
-def _hidden_of(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Split a block's arguments into hidden states and the rest."""
-    if args:
-        return args[0], args[1:], kwargs
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), (), rest
 
 
 def first_tensor(result: Any) -> Tensor:

@@ -208,24 +208,20 @@ class WorkFolder:
             return
         again = isinstance(error, DiskError | PassingError) or not isinstance(error, CalmixError)
         stays = self.resumes or (self.begun and again)
-        (self.close if stays else self.abandon)()
+        self.abandon(stays=stays)
         if stays and again:
             what = f"{self.done} {self.unit}" if self.done else "the experts' scores"
             note(f"{what} are kept in {self.path}: resume with --resume")
 
-    def close(self) -> None:
-        """Let go of the folder; what is in it stays."""
+    def abandon(self, *, stays: bool = False) -> None:
+        """Let go of the folder; it is removed unless it stays."""
+        if self.claimed and not stays:
+            with suppress(OSError), hidden(self.path) as aside:
+                self.path.rename(aside / RECORD)
         give_back(self._lock)
         if self._new:  # of several targets the last one removes the folder of all
             with suppress(OSError):
                 self.output.parent.rmdir()
-
-    def abandon(self) -> None:
-        """Remove the folder and let go of it."""
-        if self.claimed:
-            with suppress(OSError), hidden(self.path) as aside:
-                self.path.rename(aside / RECORD)
-        self.close()
 
     def remove_leftover(self) -> None:
         """Remove the folder of a run that ended after the output had its name."""
