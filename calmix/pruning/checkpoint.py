@@ -106,10 +106,9 @@ def check_request(
     names: Sequence[str], targets: Mapping[Path, PruneRequest] | Mapping[Path, Recovering], run: How
 ) -> None:
     """Refuse what can be known to go wrong before models are fetched or text is drawn."""
-    calibrated = (request for request in targets.values() if request.calibration is not None)
-    request = next(calibrated, None)
+    calibrated = [request for request in targets.values() if request.calibration is not None]
     inputs: list[object] = [*names]
-    if request is not None:
+    for request in calibrated[:1]:
         inputs.append(saved_set(request.calibration))
         if not run.resume:
             inputs += ask(str(request.calibration), **request.drawn()).files
@@ -173,7 +172,6 @@ class _Pruning:
         source.blocks = source.blocks.select(only, skip)
         model = distributed.once(lambda: fingerprint(source.folder))
         self.jobs = [Job(output, request, source, model) for output, request in targets.items()]
-        self.calibrated = [job for job in self.jobs if job.request.calibration is not None]
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -222,11 +220,9 @@ class _Pruning:
         needed -= sum(job.work.bytes for job in self.jobs)
         distributed.once(lambda: check_free(self.jobs[0].output, needed, what))
 
-    def draw(self) -> CalibrationSet | None:
-        """Take the set the targets share from work that is resumed, or draw it, and keep it."""
-        if not self.calibrated:
-            return None
-        first, works = self.calibrated[0].request, [job.work for job in self.calibrated]
+    def draw(self, jobs: Sequence[Job]) -> CalibrationSet:
+        """Take the set that jobs share from work that is resumed, or draw it, and keep it."""
+        first, works = jobs[0].request, [job.work for job in jobs]
         drawn = distributed.once(
             lambda: draw_set(
                 works, str(first.calibration), self.tokenizer,
@@ -241,15 +237,16 @@ class _Pruning:
     def prune(self) -> dict[Path, PruneReport]:
         """Do the work and write the outputs, one after another; return their reports."""
         run, source = self.run, self.source
+        calibrated = [job for job in self.jobs if job.request.calibration is not None]
         for job in self.jobs:
             job.work.claim(job.asked, resume=run.resume, overwrite=run.overwrite)
         # Else the model gets smaller, or the set is known.
         if self.share is None and not any(job.work.resumes for job in self.jobs):
-            asked = [one.request for one in self.calibrated[:1]]
+            asked = [one.request for one in calibrated[:1]]
             draws = [ask(str(one.calibration), **one.drawn()).draw for one in asked]
             self.check_room((draws[0].rows, draws[0].length) if draws else (0, 0))
         self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
-        self.drawn = self.draw()
+        self.drawn = self.draw(calibrated) if calibrated else None
         ids = torch.empty(0, 0) if self.drawn is None else self.drawn.ids
         dropped = [] if self.share is None else self._drop(ids, self.share)
         self.check_room((len(ids), ids.shape[1]))
