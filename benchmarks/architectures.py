@@ -50,11 +50,11 @@ from calmix.evaluation.likelihood import row_nll
 from calmix.evaluation.scorer import Scorer
 from calmix.models import find_blocks, open_model
 from calmix.models.blocks import Prunable
-from calmix.pruning import Unstructured, budget, experts, get_method, streamed
+from calmix.pruning import Unstructured, budget, checkpoint, experts, get_method
 from calmix.pruning.checkpoint import prune_checkpoints
 from calmix.pruning.report import PruneReport
-from calmix.pruning.states import States
 from calmix.pruning.trace import first_tensor
+from calmix.pruning.work import States
 from calmix.recovery import recover
 from calmix.recovery.blocks import relative_error
 from calmix.specs import prune_request, recover_request
@@ -339,7 +339,7 @@ class Sweep:
 
         request = prune_request(method="sparsegpt", sparsity=0.5, **self.drawn)
         room = mock.patch.object(
-            streamed, "States", lambda folder, device, *_: States(folder, device)
+            checkpoint, "States", lambda folder, device, *_: States(folder, device)
         )
         few = mock.patch.object(budget, "tokens_at_once", return_value=5 * LENGTH)
         with room if files else mock.MagicMock(), few:

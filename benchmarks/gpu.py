@@ -26,8 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from calmix.machine import device_memory, tokens_at_once, total_memory
 from calmix.models.opening import device_of
 from calmix.pruning import Unstructured, get_method, prune
-from calmix.pruning.budget import GIB, micro_bytes, solver_bytes
-from calmix.pruning.budget import Sizes as Held
+from calmix.pruning.budget import GIB, solver_bytes
 from calmix.pruning.gram import Gram, Squares
 from calmix.pruning.patterns import Pattern, SemiStructured
 
@@ -184,15 +183,11 @@ def print_blocks(device: torch.device, rows: int, length: int, shapes: list[str]
 def formula(sizes: Sizes, method: str, rows: int, length: int, device: torch.device) -> float:
     """Bytes by the budget's formulas, all of a small model in memory."""
     layers = [(outputs, width) for width, outputs in sizes.inputs]
-    held = Held(
-        block_bytes=2 * sizes.block_weights // sizes.blocks, copies=0, outside_bytes=0,
-        layers=layers, hidden=sizes.hidden, rows=rows, length=length, value_bytes=2,
-        method=get_method(method), accelerator=device.type != "cpu",
-    )  # fmt: skip
     paused = rows * length * (3 * sizes.hidden + 2 * sizes.inner) * 2
-    running = micro_bytes(held, tokens_at_once(device))
+    running = 9 * tokens_at_once(device) * (sizes.hidden + sizes.inner) * 2
     weights = sizes.block_weights + 2 * sizes.vocabulary * sizes.hidden
-    return 2.0 * weights + paused + max(solver_bytes(held), running)
+    solver = solver_bytes(get_method(method), layers, accelerator=device.type != "cpu")
+    return 2.0 * weights + paused + max(solver, running)
 
 
 def others(tiny: bool) -> list[str]:

@@ -61,7 +61,7 @@ def floor(ids: torch.Tensor, name: str = MODEL) -> tuple[float, float]:
     gram = 0.0
     for inputs in layout:
         for shared in inputs:
-            columns = shared.layers[0].shape[1]
+            columns = shared[0].shape[1]
             x = torch.randn(MICRO_TOKENS, columns, device=device).bfloat16().float()
             total = torch.zeros(columns, columns, device=device)
             began = now(device)

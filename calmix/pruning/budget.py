@@ -44,38 +44,6 @@ KERNELS = GIB // 16  # that oneDNN's take on a CPU; the command line bounds thei
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What decides the memory that pruning takes.
-
-    `block_bytes` are the weights of the largest block, `copies` how often they are kept beside (to
-    be merged), `outside_bytes` the weights outside the blocks without the output head. `layers` are
-    (outputs, inputs) of one block's linear maps; `experts` those of one expert of each mixture, of
-    which there are `expert_count`. `last_bytes` are held once all blocks are done. `hidden` values
-    a token lie between two blocks, each of `value_bytes`; `rows` and `length` are 0 without
-    calibration.
-    """
-
-    block_bytes: int
-    copies: int
-    outside_bytes: int
-    layers: Sequence[tuple[int, int]]
-    hidden: int
-    rows: int
-    length: int
-    value_bytes: int
-    method: Method
-    accelerator: bool = False
-    experts: Sequence[tuple[int, int]] = ()
-    expert_count: int = 0
-    last_bytes: int = 0
-
-    @property
-    def inner(self) -> int:
-        """Width of the widest input."""
-        return max(columns for _, columns in (*self.layers, *self.experts))
-
-
-@dataclass(frozen=True)
 class Plan:
     """What pruning does to stay within its budget.
 
@@ -102,82 +70,22 @@ def parse_memory(text: str, what: str = "") -> int:
     return int(value)
 
 
-def solver_bytes(sizes: Sizes) -> int:
-    """Return the most memory a solver takes: all layers of one width may share an input."""
-    most = 0
-    for layers in (sizes.layers, sizes.experts):
-        for width in {columns for _, columns in layers}:
-            rows = [rows for rows, columns in layers if columns == width]
-            wide = AT_ONCE * min(ENTRIES, width * max(rows)) if sizes.accelerator else 0
-            most = max(most, sizes.method.memory(width, sum(rows)) + wide)
-    return most
+def solver_bytes(
+    method: Method, layers: Sequence[tuple[int, int]], *, accelerator: bool = False
+) -> int:
+    """Return the most memory a solver takes: all layers of one width may share an input.
 
-
-def micro_bytes(sizes: Sizes, tokens: int) -> int:
-    """Return what one micro-batch takes while it runs through a block."""
-    return 3 * tokens * (3 * sizes.hidden + 3 * sizes.inner) * sizes.value_bytes
-
-
-def paused_bytes(sizes: Sizes, tokens: int) -> int:
-    """Return what one micro-batch holds while it waits in a block."""
-    return tokens * (3 * sizes.hidden + 2 * sizes.inner) * sizes.value_bytes
-
-
-def make_plan(
-    sizes: Sizes,
-    budget: int,
-    held: int,
-    micro_tokens: int,
-    *,
-    sequential: bool,
-    fixed: bool = False,
-) -> Plan:
-    """Return how to prune within a budget, where a process holds so much without any weights.
-
-    What it holds is rounded up to a quarter of a GiB, so that the same budget gives the same plan:
-    the size of a micro-batch, `micro_tokens` at most if not `fixed`, decides how sums round. Fewer
-    paused micro-batches and no overlap change no number, so they come first.
+    Args:
+        method: that prunes.
+        layers: (outputs, inputs) of one block's linear maps.
+        accelerator: whether it works on one.
     """
-    room = int((1 - SLACK) * budget)
-    held = -(-held // (GIB // 4)) * (GIB // 4)
-    kind, all_states = sizes.method.needs, 0
-    # The statistics of one expert's widest input, its own and that of all.
-    expert = max((2 * kind.memory(width) for _, width in sizes.experts), default=0) if kind else 0
-    solver = solver_bytes(sizes) + expert
-    if kind is not None:
-        all_states = sizes.rows * sizes.length * sizes.hidden * sizes.value_bytes
-        if not sequential:  # a block's statistics are summed together
-            solver += sum(kind.memory(width) for _, width in sizes.layers)
-    at_once = max(1, micro_tokens // sizes.length) if sizes.length else 1
-    while True:
-        tokens = at_once * sizes.length
-        running = micro_bytes(sizes, tokens)
-        first = held + max(sizes.block_bytes + sizes.outside_bytes, sizes.last_bytes) + running
-        wanted = -(-sizes.rows // at_once) if sequential else 0
-        each = max(1, paused_bytes(sizes, tokens))
-        found: list[tuple[int, Plan]] = []
-        for overlap in (True, False):
-            weights = (1 + overlap + sizes.copies) * sizes.block_bytes
-            least = held + weights + max(solver, running)
-            if max(first, least) <= room:
-                # Several experts at a time save a replay of those that do not stay paused.
-                more = min(EXPERT_BYTES, sizes.expert_count * expert, (room - least) // 2)
-                paused = min(wanted, (room - least - more) // each)
-                needed = max(first, least + more + paused * each)
-                states = min(all_states, room - needed)
-                stay = None if paused == wanted else paused
-                plan = Plan(tokens, stay, overlap, needed + states, max(more, expert), states)
-                found.append((paused, plan))
-        if found:
-            return max(found, key=lambda one: one[0])[1]
-        if fixed or at_once == 1:
-            needed = int(max(first, least) / (1 - SLACK)) + 1
-            raise InputError(
-                f"{budget / GIB:.2f} GiB of memory cannot hold one block at work: "
-                f"{needed / GIB:.2f} GiB are needed ({sizes.block_bytes / GIB:.2f} for its "
-                f"weights, {solver / GIB:.2f} for the solver, {held / GIB:.2f} for the program)"
-            )
-        at_once //= 2
+    most = 0
+    for width in {columns for _, columns in layers}:
+        rows = [rows for rows, columns in layers if columns == width]
+        wide = AT_ONCE * min(ENTRIES, width * max(rows)) if accelerator else 0
+        most = max(most, method.memory(width, sum(rows)) + wide)
+    return most
 
 
 def plan_for(
@@ -193,6 +101,10 @@ def plan_for(
     """Return how to prune a model within a budget, or within what is free now; of several processes
     all do as the one that has least.
 
+    What a process holds is rounded up to a quarter of a GiB, so that the same budget gives the same
+    plan: the size of a micro-batch decides how sums round. Fewer paused micro-batches and no
+    overlap change no number, so they come first.
+
     Args:
         source: the model.
         shape: of the calibration ids, (0, 0) without.
@@ -203,45 +115,73 @@ def plan_for(
         embeddings: whether they are rounded at the end.
     """
     blocks, (rows, length), world = source.blocks, shape, distributed.processes()[1]
+    rows, kind, sizes = -(-rows // world), method.needs, blocks.sizes
+    block, device = max(sizes), source.device
     pruned = [index for index in range(len(blocks)) if blocks.prunables(index)]
-    layers = blocks.prunables(max(pruned, key=blocks.sizes.__getitem__))
+    layers = blocks.prunables(max(pruned, key=sizes.__getitem__))
     inside = [layer for layer in layers if layer.expert is not None]
     one = {layer.mixture: layer.expert for layer in inside}
-    last = 0
+    alone = [layer.shape for layer in layers if layer.expert is None]
+    experts = [layer.shape for layer in inside if layer.expert == one[layer.mixture]]
+    count = max((layer.expert or 0 for layer in inside), default=-1) + 1
+    # Of a token: its hidden states, and the widest input.
+    hidden = token_bytes(source.model, blocks) if rows else 0
+    inner = max(columns for _, columns in (*alone, *experts)) * source.dtype.itemsize
+    accelerator = device.type != "cpu"
+    solver = max(solver_bytes(method, some, accelerator=accelerator) for some in (alone, experts))
+    states = expert = last = 0
+    if kind is not None:
+        # The statistics of one expert's widest input, its own and that of all.
+        expert = max((2 * kind.memory(width) for _, width in experts), default=0)
+        solver += expert
+        states = rows * length * hidden
+        if not sequential:  # a block's statistics are summed together
+            solver += sum(kind.memory(width) for _, width in alone)
     if embeddings:
         largest = max(outer_weights(source.model), key=lambda weight: weight.nbytes)
         last = source.outside_bytes(head=True) + largest.nbytes + ROUNDING * ROUNDED
         last += get_method(BITS_METHOD).memory(largest.shape[1], 0)
-    sizes = Sizes(
-        block_bytes=max(blocks.sizes),
-        copies=source.merges,
-        outside_bytes=source.outside_bytes() if rows else 0,
-        last_bytes=last,
-        layers=[layer.shape for layer in layers if layer.expert is None],
-        experts=[layer.shape for layer in inside if layer.expert == one[layer.mixture]],
-        expert_count=max((layer.expert or 0 for layer in inside), default=-1) + 1,
-        hidden=token_bytes(source.model, blocks) // source.dtype.itemsize if rows else 0,
-        rows=-(-rows // world),
-        length=length,
-        value_bytes=source.dtype.itemsize,
-        method=method,
-        accelerator=source.device.type != "cpu",
-    )
-    held, free, total = device_memory(source.device)
+    begin = max(block + (source.outside_bytes() if rows else 0), last)
+
+    held, free, total = device_memory(device)
     swaps = total is None
     if swaps and world > 1:  # memory that processes here share, as they do not a device
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    room = min(distributed.everyone(held + int(FREE_SHARE * free) if budget is None else budget))
+    most = min(distributed.everyone(held + int(FREE_SHARE * free) if budget is None else budget))
     held = max(distributed.everyone(held + (KERNELS if swaps else WORKSPACE)))
-    at_once = rows_at_once * length or tokens_at_once(source.device)
+    room, held = int((1 - SLACK) * most), -(-held // (GIB // 4)) * (GIB // 4)
     # On a CPU the micro-batch is the same whatever happens to be free, so that no number depends
     # on the moment; what does not fit is swapped.
     swaps = swaps and budget is None
-    fixed = rows_at_once > 0 or swaps
-    try:
-        return make_plan(sizes, room, held, at_once, sequential=sequential, fixed=fixed)
-    except InputError:
-        if not swaps:
-            raise
-    whole = make_plan(sizes, 2**62, held, at_once, sequential=sequential, fixed=True)
-    return Plan(whole.micro_tokens, 0 if sequential else None, False, whole.needed)
+    at_once = rows_at_once or max(1, tokens_at_once(device) // max(1, length))
+    while True:
+        tokens = at_once * length
+        running = 9 * tokens * (hidden + inner)
+        first = held + begin + running
+        wanted = -(-rows // at_once) if sequential else 0
+        each = max(1, tokens * (3 * hidden + 2 * inner))  # held while it waits in a block
+        found: list[tuple[int, Plan]] = []
+        for overlap in (True, False):
+            least = held + (1 + overlap + source.merges) * block + max(solver, running)
+            if max(first, least) <= room:
+                # Several experts at a time save a replay of those that do not stay paused.
+                more = min(EXPERT_BYTES, count * expert, (room - least) // 2)
+                paused = min(wanted, (room - least - more) // each)
+                needed = max(first, least + more + paused * each)
+                kept = min(states, room - needed)
+                stay = None if paused == wanted else paused
+                plan = Plan(tokens, stay, overlap, needed + kept, max(more, expert), kept)
+                found.append((paused, plan))
+        if found:
+            return max(found, key=lambda one: one[0])[1]
+        if swaps:
+            needed = max(first, least + min(EXPERT_BYTES, count * expert))
+            return Plan(tokens, 0 if sequential else None, False, needed)
+        if rows_at_once or at_once == 1:
+            needed = int(max(first, least) / (1 - SLACK)) + 1
+            raise InputError(
+                f"{most / GIB:.2f} GiB of memory cannot hold one block at work: "
+                f"{needed / GIB:.2f} GiB are needed ({block / GIB:.2f} for its "
+                f"weights, {solver / GIB:.2f} for the solver, {held / GIB:.2f} for the program)"
+            )
+        at_once //= 2

@@ -3,13 +3,15 @@
 Nothing about sparsity goes into config.json (inference engines refuse models that carry such
 keys). What was done stands beside the weights: `calmix.json`, the same for the same inputs, and
 `calmix-run.json`, which holds date and seconds.
+
+Weights come from disk and go back one block at a time; hidden states wait where there is room.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -45,15 +47,14 @@ from calmix.precision import dtype_name
 from calmix.pruning import distributed
 from calmix.pruning.allocation import SPREAD, DensePass, from_shares
 from calmix.pruning.budget import Plan, plan_for
-from calmix.pruning.engine import Patterns, Run, check_pattern
+from calmix.pruning.engine import Patterns, Run, check_pattern, memory_errors
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.methods import Look, Method
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.solvers.grids import SCALES, stored
-from calmix.pruning.streamed import prune_streamed, take_through
 from calmix.pruning.trace import token_bytes
-from calmix.pruning.work import WorkFolder, draw_set
+from calmix.pruning.work import CHECKPOINT, States, WorkFolder, draw_set
 from calmix.specs import NONE, How, PruneRequest
 
 # Of models of images or sound, opened as models of text.
@@ -105,10 +106,9 @@ def check_request(
     names: Sequence[str], targets: Mapping[Path, PruneRequest] | Mapping[Path, Recovering], run: How
 ) -> None:
     """Refuse what can be known to go wrong before models are fetched or text is drawn."""
-    calibrated = (request for request in targets.values() if request.calibration is not None)
-    request = next(calibrated, None)
+    calibrated = [request for request in targets.values() if request.calibration is not None]
     inputs: list[object] = [*names]
-    if request is not None:
+    for request in calibrated[:1]:
         inputs.append(saved_set(request.calibration))
         if not run.resume:
             inputs += ask(str(request.calibration), **request.drawn()).files
@@ -127,10 +127,7 @@ def planned(
     without one; the others as for `prune_checkpoints`.
     """
     work = _Pruning(name, targets, How.of(**how))
-    try:
-        return max(plan.needed for plan in work.plans((rows, length))), work.checkpoint_bytes
-    finally:
-        work.source.close()
+    return max(plan.needed for plan in work.plans((rows, length))), work.checkpoint_bytes
 
 
 class Job:
@@ -140,7 +137,9 @@ class Job:
     `asked` decides its bytes, as far as it is known before the draw.
     """
 
-    def __init__(self, output: Path, request: PruneRequest, source: StreamedModel) -> None:
+    def __init__(
+        self, output: Path, request: PruneRequest, source: StreamedModel, model: str
+    ) -> None:
         self.output, self.work = output, WorkFolder(output)
         self.request, self.method = request, request.chosen
         self.pattern: Patterns = request.target
@@ -150,7 +149,7 @@ class Job:
             self.pattern = from_shares(shares, source.blocks, request.sparsity, self.method)
         check_pattern(source.blocks, self.pattern, self.method)
         self.asked: dict[str, Any] = {
-            "model": distributed.once(partial(fingerprint, source.folder)),
+            "model": model,
             "dtype": dtype_name(source.dtype),
             "device": source.device.type,
             # Their shares of the rows decide in which order sums are taken.
@@ -165,26 +164,21 @@ class _Pruning:
 
     def __init__(self, name: str, targets: Mapping[Path, PruneRequest], run: How) -> None:
         self.run, self.began = run, time.perf_counter()
-        self.drawn: CalibrationSet | None = None
-        self.source = StreamedModel(name, **run.opening)
-        try:
-            alike = {(r.only, r.skip, r.drop_experts, r.method == NONE) for r in targets.values()}
-            if len(alike) > 1:
-                raise InputError("--only, --skip and --drop-experts are the same for all targets")
-            only, skip, self.share, self.drops_alone = alike.pop()
-            self.source.blocks = self.source.blocks.select(only, skip)
-            self.jobs = [Job(output, request, self.source) for output, request in targets.items()]
-        except BaseException:
-            self.source.close()
-            raise
+        self.source = source = StreamedModel(name, **run.opening)
+        alike = {(r.only, r.skip, r.drop_experts, r.method == NONE) for r in targets.values()}
+        if len(alike) > 1:
+            raise InputError("--only, --skip and --drop-experts are the same for all targets")
+        only, skip, self.share, self.drops_alone = alike.pop()
+        source.blocks = source.blocks.select(only, skip)
+        model = distributed.once(lambda: fingerprint(source.folder))
+        self.jobs = [Job(output, request, source, model) for output, request in targets.items()]
 
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint."""
-        source = self.source
-        rest = [name for names in list(source.layout.values())[len(source.blocks) :]
-                for name in names]  # fmt: skip
-        return sum(source.blocks.sizes) + sum(source.shards.places[name].size for name in rest)
+        blocks, places = self.source.blocks, self.source.shards.places
+        outside = list(self.source.layout.values())[len(blocks) :]
+        return sum(blocks.sizes) + sum(places[name].size for names in outside for name in names)
 
     def finished(self) -> dict[Path, PruneReport]:
         """Return the reports of outputs that an earlier run of the same requests has finished."""
@@ -200,11 +194,11 @@ class _Pruning:
 
     def plan(self, shape: Sequence[int], method: Method, job: Job | None = None) -> Plan:
         """Return how a job, or else a look at the dense model, stays within its memory."""
-        how: dict[str, Any] = {}
-        if job is not None:
-            how["sequential"] = job.request.propagation == "sequential"
-            how["embeddings"] = job.request.embeddings is not None
-            how["rows_at_once"] = job.work.kept.get("report", {}).get("rows_at_once", 0)
+        how: dict[str, Any] = {} if job is None else {
+            "sequential": job.request.propagation == "sequential",
+            "embeddings": job.request.embeddings is not None,
+            "rows_at_once": job.work.kept.get("report", {}).get("rows_at_once", 0),
+        }  # fmt: skip
         return plan_for(self.source, shape, method, budget=self.run.max_memory, **how)
 
     def plans(self, shape: Sequence[int]) -> list[Plan]:
@@ -226,38 +220,37 @@ class _Pruning:
         needed -= sum(job.work.bytes for job in self.jobs)
         distributed.once(lambda: check_free(self.jobs[0].output, needed, what))
 
-    def draw(self) -> None:
-        """Take the set the targets share from work that is resumed, or draw it, and keep it."""
-        trusted = self.source.trust_remote_code
-        self.tokenizer = open_tokenizer(self.source.name, trust_remote_code=trusted)
-        calibrated = [job for job in self.jobs if job.request.calibration is not None]
-        if calibrated:
-            first, works = calibrated[0].request, [job.work for job in calibrated]
-            self.drawn = distributed.once(
-                lambda: draw_set(
-                    works, str(first.calibration), self.tokenizer,
-                    lambda: open_model(self.source.name, **self.run.opening),
-                    first.drawn(), writing=self.run.writing, note=self.run.note,
-                )
-            )  # fmt: skip
-            embeddings = self.source.model.get_input_embeddings()
-            check_ids(self.source.name, embeddings, self.drawn.ids)
-            distributed.own_rows(self.drawn.ids)  # too few are refused before anything is written
+    def draw(self, jobs: Sequence[Job]) -> CalibrationSet:
+        """Take the set that jobs share from work that is resumed, or draw it, and keep it."""
+        first, works = jobs[0].request, [job.work for job in jobs]
+        drawn = distributed.once(
+            lambda: draw_set(
+                works, str(first.calibration), self.tokenizer,
+                lambda: open_model(self.source.name, **self.run.opening),
+                first.drawn(), writing=self.run.writing, note=self.run.note,
+            )
+        )  # fmt: skip
+        check_ids(self.source.name, self.source.model.get_input_embeddings(), drawn.ids)
+        distributed.own_rows(drawn.ids)  # too few are refused before anything is written
+        return drawn
 
     def prune(self) -> dict[Path, PruneReport]:
         """Do the work and write the outputs, one after another; return their reports."""
+        run, source = self.run, self.source
+        calibrated = [job for job in self.jobs if job.request.calibration is not None]
         for job in self.jobs:
-            job.work.claim(job.asked, resume=self.run.resume, overwrite=self.run.overwrite)
+            job.work.claim(job.asked, resume=run.resume, overwrite=run.overwrite)
         # Else the model gets smaller, or the set is known.
         if self.share is None and not any(job.work.resumes for job in self.jobs):
-            asked = [one.request for one in self.jobs if one.request.calibration is not None]
-            draws = [ask(str(one.calibration), **one.drawn()).draw for one in asked[:1]]
+            asked = [one.request for one in calibrated[:1]]
+            draws = [ask(str(one.calibration), **one.drawn()).draw for one in asked]
             self.check_room((draws[0].rows, draws[0].length) if draws else (0, 0))
-        self.draw()
+        self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
+        self.drawn = self.draw(calibrated) if calibrated else None
         ids = torch.empty(0, 0) if self.drawn is None else self.drawn.ids
         dropped = [] if self.share is None else self._drop(ids, self.share)
         self.check_room((len(ids), ids.shape[1]))
-        self.run.started(self.drawn)
+        run.started(self.drawn)
         self._allocate(ids)
         done: dict[Path, PruneReport] = {}
         failed: dict[Path, SolverError] = {}
@@ -291,15 +284,13 @@ class _Pruning:
         by_layer = {name: Unstructured(share) for name, share in shares.items()}
         run = Run(
             self.source.model, self.source.blocks, job.method, by_layer or job.pattern,
-            request.propagation or "sequential",
+            request.propagation or "sequential", embeddings=request.embeddings,
+            sources=() if self.drawn is None else self.drawn.sources,
         )  # fmt: skip
-        run.sources = () if self.drawn is None else self.drawn.sources
-        run.embeddings = request.embeddings
         told = request.allocation
         run.report.allocation = "given" if isinstance(told, dict) else told
-        plan = self.plan(ids.shape, job.method, job)
         return prune_streamed(
-            self.source, ids, run, work, plan,
+            self.source, ids, run, work, self.plan(ids.shape, job.method, job),
             lambda done: self.run.progress(number * count + done, len(self.jobs) * count),
         )  # fmt: skip
 
@@ -332,10 +323,8 @@ class _Pruning:
         for work in works:
             work.keep(dropped=[asdict(mixture) for mixture in dropped])
         distributed.once(partial(write_dropped, source, dropped, folder))
-        made = StreamedModel(
-            str(folder), dtype=dtype_name(source.dtype),
-            device=str(source.device), trust_remote_code=source.trust_remote_code,
-        )  # fmt: skip
+        dtype = dtype_name(source.dtype)
+        made = StreamedModel(str(folder), **self.run.opening | {"dtype": dtype})
         source.close()
         made.name, made.folder = source.name, source.folder
         made.blocks = made.blocks.select(source.blocks.only, source.blocks.skip)
@@ -365,6 +354,84 @@ class _Pruning:
             self.tokenizer.tokenizer.save_pretrained(work.checkpoint)
             work.check(_write_beside(work.checkpoint, source, job.asked, report, drawn, request))
         work.complete()
+
+
+def prune_streamed(
+    source: StreamedModel,
+    ids: Tensor | None,
+    run: Run,
+    work: WorkFolder,
+    plan: Plan,
+    progress: Callable[[int], None] = lambda done: None,
+) -> PruneReport:
+    """Prune a model into a work folder, from the first block that is not done.
+
+    The numbers are those of a prune in memory. Only weights are kept for a later run: it takes the
+    calibration rows through the finished blocks once more, which gives the same hidden states.
+    `progress` is called with the blocks that are done.
+    """
+    files, count = source.layout, len(source.blocks)
+    shards = [f"{CHECKPOINT}/{file}" for file in files]
+    if work.done:
+        run.report = PruneReport.from_json(work.kept["report"])
+    began = time.perf_counter() - run.report.seconds.get("total", 0.0)
+    progress(work.done)
+    if work.done < count or run.embeddings is not None:
+        for index in take_through(source, ids, run, work, plan, shards[: work.done]):
+            run.report.seconds["total"] = time.perf_counter() - began
+            if work.claimed:
+                work.save(shards[index], source.weights(index))
+                if run.report.grids:
+                    work.save(f"{CHECKPOINT}/{SCALES}/{index:05}", stored(run.report.grids))
+            run.report.grids.clear()
+            work.keep(done=index + 1, report=run.report.to_dict())
+            progress(index + 1)
+    if work.claimed:
+        for shard, names in list(zip(shards, files.values(), strict=True))[count:]:
+            work.save(shard, source.rest(names, run.report.embeddings))
+        if run.embeddings is not None:
+            work.save(f"{CHECKPOINT}/{SCALES}/outside", stored(run.report.grids))
+    source.drop_outside()
+    run.report.seconds["total"] = time.perf_counter() - began
+    return run.report
+
+
+def take_through(
+    source: StreamedModel,
+    ids: Tensor | None,
+    run: Run,
+    work: WorkFolder,
+    plan: Plan,
+    done: Sequence[str] = (),
+) -> Iterator[int]:
+    """Take a run through all blocks; yield the number of each while its weights are there.
+
+    `done` are the files of those that an earlier run has pruned. What is outside the blocks is
+    there at the end if the run has changed it.
+    """
+    run.paused, run.expert_bytes = plan.paused, plan.expert_bytes
+    with memory_errors(run, source.device):
+        if run.needs_ids:
+            folder = work.scratch(f"states-{distributed.processes()[0]}")
+            run.states = States(folder, source.device, plan.states)
+            source.fetch_outside()
+            source.fetch(0)
+            run.record(ids, plan.micro_tokens)
+            source.drop_outside()
+        for index in range(len(source.blocks)):
+            if index >= len(done):
+                source.fetch(index, ahead=plan.overlap)
+                run.block(index)
+                yield index
+            elif run.needs_ids:
+                source.refill(index, work.load(done[index]))
+                run.replay(index)
+            source.drop(index)
+        if run.embeddings is not None:
+            source.fetch_outside(head=True)
+            run.outside()
+    if run.needs_ids:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_told(path: Path) -> dict[str, Any]:

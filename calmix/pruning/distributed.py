@@ -149,20 +149,12 @@ def _together(act: Callable[[], Any]) -> None:
         ) from error
 
 
-def share(rows: int) -> range:
-    """Return the numbers of this process's rows, of all there are."""
-    rank, world = processes()
-    each, more = divmod(rows, world)
-    first = rank * each + min(rank, more)
-    return range(first, first + each + (rank < more))
-
-
-def own_rows(ids: Tensor) -> Tensor:
+def own_rows(rows: Tensor) -> Tensor:
     """Return this process's share of the rows."""
-    if len(ids) < (world := processes()[1]):
-        raise InputError(f"{len(ids)} calibration rows are too few for {world} processes")
-    own = share(len(ids))
-    return ids[own.start : own.stop]
+    rank, world = processes()
+    if len(rows) < world:
+        raise InputError(f"{len(rows)} calibration rows are too few for {world} processes")
+    return rows.tensor_split(world)[rank]
 
 
 def add_up(part: Tensor) -> None:

@@ -12,7 +12,7 @@ inputs the block's dense weights give, then the block runs again to make the nex
 A paused micro-batch holds a block's activations. Where memory is short only some stay paused, and
 the others begin the block anew for every input: the same numbers, in more time.
 
-Knows nothing about architectures (see trace.py), files (see streamed.py) or command lines.
+Knows nothing about architectures (see trace.py), files (see checkpoint.py) or command lines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -45,8 +45,8 @@ from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.patterns import Pattern, Rate, Unstructured, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 from calmix.pruning.solvers.grids import Grid
-from calmix.pruning.states import States
 from calmix.pruning.trace import TOKENS, Batch, Calls, SharedInput, observe_block
+from calmix.pruning.work import States
 
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
 ROUNDED = 2**23  # weights of an embedding that are rounded at a time
@@ -121,8 +121,7 @@ def prune(
     if chosen.needs is not None:
         own: Any = model.get_input_embeddings  # a method of transformers' models
         check_vocabulary(type(model).__name__, own(), check_ids(ids, chosen.name))
-    run = Run(model, found, chosen, pattern, propagation)
-    run.paused, run.sources, run.embeddings = paused, sources, embeddings
+    run = Run(model, found, chosen, pattern, propagation, paused, sources, embeddings)
     try:
         run_through(run, ids, micro_tokens, progress)
     except BaseException as error:
@@ -165,11 +164,9 @@ def run_through(
                 run.record(ids, micro_tokens)
             for index in range(len(found)):
                 run.block(index)
-                run.report.grids |= run.grids
                 if progress is not None:
                     progress(index + 1, len(found))
             run.outside()
-            run.report.grids |= run.grids
     finally:
         for module in training:
             module.training = True
@@ -250,49 +247,44 @@ def solve(
     return replace(made, errors=errors)
 
 
+@dataclass(eq=False)
 class Run:
     """One pruning run, block by block: the caller decides where weights and hidden states lie.
 
-    Args:
-        model: the model; only the block at hand needs its weights (and the first one in
-            `record`, with all that is outside the blocks).
-        found: its blocks.
-        method: with its options.
-        pattern, propagation: as for `prune`.
+    Only the block at hand needs its weights, and the first one in `record`, with all that is
+    outside the blocks.
 
     Attributes:
-        paused, sources, embeddings: as for `prune`.
+        model, found, method: the model, its blocks, and the method with its options.
+        pattern, propagation, paused, sources, embeddings: as for `prune`.
         expert_bytes: bytes that statistics of several experts may take at a time.
         states: hidden states by number of the micro-batch: those that lead into the block at hand.
-        grids: those of the quantised layers of the block at hand, by parameter.
         done: blocks that this run has pruned.
         begun: whether layers of the block at hand have been pruned.
         report: what has been done so far.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        found: DecoderBlocks,
-        method: Method,
-        pattern: Patterns,
-        propagation: Propagation = "sequential",
-    ) -> None:
-        self.model, self.found, self.method, self.pattern = model, found, method, pattern
-        self.propagation = propagation
-        self.paused: int | None = None
-        self.sources: Sequence[str] = ()
-        self.embeddings: float | None = None
-        self.expert_bytes = EXPERT_BYTES
-        self.states: dict[int, Tensor] | States = {}
-        self.grids: dict[str, Grid] = {}
-        self.done, self.begun = 0, False
+    model: nn.Module
+    found: DecoderBlocks
+    method: Method
+    pattern: Patterns
+    propagation: Propagation = "sequential"
+    paused: int | None = None
+    sources: Sequence[str] = ()
+    embeddings: float | None = None
+    expert_bytes: int = EXPERT_BYTES
+    states: dict[int, Tensor] | States = field(default_factory=dict)
+    done: int = 0
+    begun: bool = False
+
+    def __post_init__(self) -> None:
         self.report = PruneReport(
-            method.name, "by layer" if isinstance(pattern, Mapping) else str(pattern),
-            propagation if self.needs_ids else None, 0, method.options,
+            self.method.name,
+            "by layer" if isinstance(self.pattern, Mapping) else str(self.pattern),
+            self.propagation if self.needs_ids else None, 0, self.method.options,
             seconds=dict.fromkeys(("prepare", "statistics", "solve", "forward"), 0.0),
         )  # fmt: skip
-        self._kind: Any = method.needs
+        self._kind: Any = self.method.needs
         self._batches: list[Batch] = []
 
     @property
@@ -305,15 +297,15 @@ class Run:
         began, ids = time.perf_counter(), check_ids(ids, self.method.name)
         device, (rows, length) = self._device(0), ids.shape
         self.report.tokens, self.report.rows = ids.numel(), rows
-        # Blocks are observed outside inference mode, where tensors count their versions.
-        with torch.inference_mode(False), torch.no_grad(), _no_autocast(device):
-            few = ids[:1, :TOKENS].clone().to(device)
-            self._calls = calls = Calls(self.model, self.found, few)
-            self._few = calls.record(few)
         own = distributed.own_rows(ids)
         at_once = max(1, (micro_tokens or tokens_at_once(device)) // length)
         self.report.rows_at_once = min(at_once, len(own))
-        with torch.inference_mode(), reproducible(device), _no_autocast(device):
+        with _at_work(device):
+            # Blocks are observed outside inference mode, where tensors count their versions.
+            with torch.inference_mode(False), torch.no_grad():
+                few = ids[:1, :TOKENS].clone().to(device)
+                self._calls = calls = Calls(self.model, self.found, few)
+                self._few = calls.record(few)
             for number, part in enumerate(own.split(at_once)):
                 self.states[number], batch = calls.record(part.to(device))
                 self._batches.append(batch)
@@ -321,12 +313,10 @@ class Run:
 
     def block(self, index: int) -> None:
         """Prune one block, whose weights are in memory, and move the states on to the next."""
-        began, seconds, device = time.perf_counter(), self.report.seconds, self._device(index)
-        before = sum(seconds.values())
-        self._laps = Laps(device)
+        seconds, device = self.report.seconds, self._device(index)
+        began, before, self._laps = time.perf_counter(), sum(seconds.values()), Laps(device)
         self.report.dense += self.found.dense(index)
-        self.grids.clear()
-        with torch.inference_mode(), reproducible(device), _no_autocast(device):
+        with _at_work(device):
             if self.needs_ids:
                 hidden, batch = self._few
                 with torch.inference_mode(False):
@@ -339,16 +329,15 @@ class Run:
                     self._prune([layer], None)
         self.done, self.begun = self.done + 1, False
         self._laps.read(seconds)
-        spent = sum(seconds.values()) - before
         rest = "forward" if self.needs_ids else "solve"
-        seconds[rest] += time.perf_counter() - began - spent
+        seconds[rest] += time.perf_counter() - began - (sum(seconds.values()) - before)
 
     def replay(self, index: int) -> None:
         """Move the states through a block that an earlier run has pruned."""
         hidden, batch = self._few
-        with torch.inference_mode(False), torch.no_grad():
-            batch.run(index, hidden)
-        with torch.inference_mode(), reproducible(self._device(index)):
+        with _at_work(self._device(index)):
+            with torch.inference_mode(False), torch.no_grad():
+                batch.run(index, hidden)
             self._advance(index)
 
     def outside(self) -> None:
@@ -360,38 +349,30 @@ class Run:
         if self.embeddings is None:
             return
         began = time.perf_counter()
-        self.grids.clear()
-        outer = outer_weights(self.model)
-        alike = tied(self.model)
-        head, embedded = outer[alike], outer[1]
-        device = head.device
-        with torch.inference_mode(), reproducible(device), _no_autocast(device):
-            seen = self._seen_by_head() if self.needs_ids else None
-            for weight in (head,) if alike else (head, embedded):
-                own = next(n for n, p in self.model.named_parameters() if p is weight)
-                gram = seen if weight is head else None
-                if gram is None:
-                    gram = torch.eye(weight.shape[1])
+        outer = outer_weights(self.model)[tied(self.model) :]  # one where both are
+        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        with _at_work(outer[0].device):
+            seen = self._seen_by_head(outer[0]) if self.needs_ids else None
+            for weight, gram in zip(outer, (seen, None), strict=False):
+                name = names[id(weight)]
+                gram = torch.eye(weight.shape[1]) if gram is None else gram
                 if not torch.stack([*torch.aminmax(weight), *torch.aminmax(gram)]).isfinite().all():
-                    raise SolverError(f"{own}: its weights or inputs are not finite")
+                    raise SolverError(f"{name}: its weights or inputs are not finite")
                 with bfloat16_products(allowed=False):
                     made, grid = round_rows(weight, gram.to(weight.device), self.embeddings)
                 weight.data.copy_(made)
-                self.grids[own] = grid
-                self.report.embeddings[own] = grid.bits
+                self.report.grids[name] = grid
+                self.report.embeddings[name] = grid.bits
         self.report.seconds["solve"] += time.perf_counter() - began
 
-    def _seen_by_head(self) -> Tensor | None:
+    def _seen_by_head(self, head: Tensor) -> Tensor | None:
         """Return the Gram matrix of what the head is given; None where it is never called."""
-        length = self.report.tokens // self.report.rows
-        gram: Gram | None = None
+        length, gram = self.report.tokens // self.report.rows, Gram(head.shape[1], head.device)
         for number, batch in enumerate(self._batches):
             seen = self._calls.behind(self.states[number], batch.rows, length)
             if seen is None:
                 return None
-            gram = Gram(seen.shape[-1], seen.device) if gram is None else gram
             gram.add(seen)
-        assert gram is not None
         distributed.add_up(gram.sum)
         return gram.matrix()
 
@@ -411,91 +392,71 @@ class Run:
     def _sequential(self, index: int, inputs: list[SharedInput | Routed]) -> None:
         """Prune one block in one pass; replace the states by its outputs unless nothing needs
         them."""
-        device, current = self._device(index), 0
+        device, current, batches = self._device(index), 0, range(len(self._batches))
+        held = len(batches) if self.paused is None else self.paused
+        work: dict[int, Work] = {}  # at the input at hand
 
-        def pause(number: int) -> Callable[..., None]:
+        def pausing(number: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                while number >= current:  # else a micro-batch that begins the block anew
+                while number >= current:  # else it goes on, or begins the block anew
+                    if number in work:
+                        work[number](batch, args, kwargs)
                     with _no_autocast(device):  # which all coroutines of a thread share
-                        work = getcurrent().parent.switch(number)
-                    if not work:
-                        return
-                    work(args, kwargs)
-                    del work  # and the statistic that it adds to
+                        getcurrent().parent.switch(number)
 
             return hook
 
-        batches = range(len(self._batches))
-        held = len(batches) if self.paused is None else self.paused
-        tasks: dict[int, greenlet] = {}
-        reached: dict[int, Any] = {}
+        def begun(batch: int) -> greenlet:
+            return greenlet(partial(self._run, index, batch))
 
-        def proceed(number: int) -> Any:
-            if number in tasks:
-                return tasks[number].switch()
-            tasks[number] = greenlet(self._run)
-            return tasks[number].switch(index, number)
-
-        def gather(work: Work) -> None:
-            """Take every micro-batch to the input at hand, and do some work on it there."""
-            for number in batches:
-                if reached.get(number) != current:
-                    # A task that has ended, or stands elsewhere, took a path of its own.
-                    found = proceed(number)
-                    if tasks[number].dead or found != current:
-                        raise ModelError(
-                            f"{inputs[current].name} is not reached by every micro-batch: the "
-                            "engine cannot prune layers that only some tokens pass through"
-                        )
-                    reached[number] = found
-                tasks[number].switch(partial(work, number))
-                if number >= held:
-                    del reached[number]
-                    tasks.pop(number).throw()
-
+        tasks = [begun(batch) for batch in batches]
         with ExitStack() as hooks:
             for number, one in enumerate(inputs):
-                hooks.enter_context(
-                    one.module.register_forward_pre_hook(pause(number), with_kwargs=True)
-                )
+                hooks.enter_context(_before(one, pausing(number)))
             try:
                 for one in inputs:
                     for part in self._parts(one):
-                        gather(next(part))
+                        work[current] = next(part)
+                        for batch in batches:  # each to that input, where it works
+                            reached = tasks[batch].switch()
+                            if tasks[batch].dead or reached != current:  # a path of its own
+                                raise ModelError(
+                                    f"{_first(one).name} is not reached by every micro-batch: the "
+                                    "engine cannot prune layers that only some tokens pass through"
+                                )
+                            if batch >= held:
+                                tasks[batch].throw()
+                                tasks[batch] = begun(batch)
+                        work.clear()  # nothing else has the statistic that it adds to
                         next(part, None)
                     current += 1
                 if self._leads_on(index):
-                    for number in batches:
-                        self.states[number] = proceed(number)
-                        del tasks[number]
+                    for batch in batches:
+                        self.states[batch] = tasks[batch].switch()
             finally:
-                for task in tasks.values():
-                    if task and not task.dead:
-                        task.throw()
+                for task in tasks:
+                    task.throw()
 
     def _two_pass(self, index: int, inputs: list[SharedInput | Routed]) -> None:
         """Prune one block on its dense inputs, then run it again for the next one's inputs."""
-        number = 0
+        batch = 0
 
         def working(work: Work) -> Callable[..., None]:
-            return lambda module, args, kwargs: work(number, args, kwargs)
+            return lambda module, args, kwargs: work(batch, args, kwargs)
 
         parts = [(one, part) for one in inputs for part in self._parts(one)]
-        shared = [pair for pair in parts if isinstance(pair[0], SharedInput)]
+        shared = [pair for pair in parts if not isinstance(pair[0], Routed)]
         # From the last input to the first: what is upstream of experts has to be dense still.
-        routed = [[pair] for pair in reversed(parts) if pair not in shared]
-        first = shared  # summed in the first pass
-        for experts in routed or [[]] * bool(shared):
+        routed = [pair for pair in reversed(parts) if isinstance(pair[0], Routed)]
+        first = [*shared, *routed[:1]]  # summed in one pass
+        for group in filter(None, [first, *([pair] for pair in routed[1:])]):
             with ExitStack() as hooks:
-                for one, part in (*first, *experts):
-                    hooks.enter_context(
-                        one.module.register_forward_pre_hook(working(next(part)), with_kwargs=True)
-                    )
-                for number in range(len(self._batches)):
-                    self._run(index, number, keep=False)
-            for _, part in experts:
+                for one, part in group:
+                    hooks.enter_context(_before(one, working(next(part))))
+                for batch in range(len(self._batches)):
+                    self._run(index, batch, keep=False)
+            if isinstance(one, Routed):
                 next(part, None)
-            first = []
         for _, part in shared:
             next(part, None)
         self._advance(index)
@@ -504,7 +465,7 @@ class Run:
         """Yield what is pruned at an input at a time: all layers, or of a mixture's steps as many
         experts as have room for statistics. Each part yields the work to do on every micro-batch
         there; what follows solves."""
-        if isinstance(one, SharedInput):
+        if not isinstance(one, Routed):
             yield self._layers(one)
             return
         for step in (step for step in one.steps if step.layers):
@@ -515,8 +476,7 @@ class Run:
 
     def _layers(self, shared: SharedInput) -> Iterator[Work]:
         """Gather the statistic of an input, and prune the layers that share it."""
-        first = shared.layers[0]
-        statistic: Statistic = self._kind(first.shape[1], first.view().device)
+        statistic: Statistic = self._kind(shared[0].shape[1], shared[0].view().device)
 
         def add(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             with self._laps.lap("statistics"), _no_autocast(args[0].device):
@@ -525,13 +485,14 @@ class Run:
         yield add
         with self._laps.lap("solve"):
             distributed.add_up(statistic.sum)
-            self._prune(shared.layers, statistic.matrix())
+            self._prune(shared, statistic.matrix())
 
     def _experts(self, routed: Routed, step: Step, experts: list[int]) -> Iterator[Work]:
         """Gather the statistics of some experts at one step, and prune them."""
         report, lap = self.report, partial(self._laps.lap, "statistics")
         gathering = Gathering(routed, step, experts, self._kind, lap)
-        length, first = report.tokens // report.rows, distributed.share(report.rows).start
+        length, (rank, world) = report.tokens // report.rows, distributed.processes()
+        first = rank * (report.rows // world) + min(rank, report.rows % world)  # as `own_rows`
         # Of so many tokens one stands for all: as many go through every expert as are routed to it
         # on average. Without a factor in common with a row's length it prefers no position.
         every = max(1, round(routed.mixture.count / max(1, routed.chosen)))
@@ -552,10 +513,11 @@ class Run:
             by_row = torch.cat(distributed.everyone(own))
             chosen = {
                 source: by_row[torch.tensor([one == source for one in self.sources])]
+                .sum(0)
+                .tolist()
                 for source in dict.fromkeys(self.sources)
             }
-            told = {source: rows.sum(0).tolist() for source, rows in chosen.items()}
-            report.experts.append(ExpertsReport(routed.name, by_row.sum(0).tolist(), told))
+            report.experts.append(ExpertsReport(routed.name, by_row.sum(0).tolist(), chosen))
         with self._laps.lap("solve"):
             for layers, statistic, tokens in gathering.statistics(report.experts[-1].tokens):
                 self._prune(layers, statistic, tokens)
@@ -582,14 +544,13 @@ class Run:
             for layer, weight in zip(layers, solved.weights, strict=True):
                 layer.assign(weight)
             _check_finite(layers, "its pruned weights are not finite")
+        precision = None if solved.dtype is None else dtype_name(solved.dtype)
         grids: Sequence[Grid | None] = solved.grids or [None] * len(layers)
-        for layer, pruned, error, grid in zip(
-            layers, solved.pruned, solved.errors, grids, strict=True
-        ):
+        told = zip(layers, solved.pruned, solved.errors, grids, strict=True)
+        for layer, pruned, error, grid in told:
             rows, columns = layer.shape
-            precision = None if solved.dtype is None else dtype_name(solved.dtype)
             if grid is not None and layer.whole_matrix:
-                self.grids[layer.parameter_name] = grid
+                self.report.grids[layer.parameter_name] = grid
             self.report.layers.append(
                 LayerReport(
                     layer.name, rows, columns, pruned, pruned / (rows * columns), error,
@@ -621,8 +582,25 @@ class Looking(Run):
         self._seen(layers, statistic)
 
 
+def _first(one: SharedInput | Routed) -> Any:
+    """Return what has the name and the module of an input: a mixture, or the first layer."""
+    return one if isinstance(one, Routed) else one[0]
+
+
+def _before(one: SharedInput | Routed, hook: Callable[..., None]) -> Any:
+    """Call a hook wherever an input is there."""
+    return _first(one).module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def _at_work(device: torch.device) -> Iterator[None]:
+    """Compute the same bytes whatever the caller has set."""
+    with torch.inference_mode(), reproducible(device), _no_autocast(device):
+        yield
 
 
 def _check_finite(layers: list[Prunable], otherwise: str, inputs: Sequence[Tensor] = ()) -> None:

@@ -61,9 +61,9 @@ class PruneReport(Shown):
 
     `options` are the method's own; `allocation` says where sparsities by layer are from; `dense`
     are the weights of blocks that stayed as they were, vectors apart. `rows_at_once` ran at a time,
-    in each process: another number of them may round otherwise. `grids`, of quantised parameters
-    of a model in memory, are written beside its weights and not here. `embeddings` are the bits
-    a weight of the matrices outside the blocks that were rounded.
+    in each process: another number of them may round otherwise. `grids`, of quantised parameters,
+    are written beside the weights and not here. `embeddings` are the bits a weight of the matrices
+    outside the blocks that were rounded.
     """
 
     method: str

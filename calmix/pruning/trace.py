@@ -28,21 +28,8 @@ UNSEEN = "it cannot be seen what experts are applied to"
 KNOWN = 3  # values of one argument that are compared with: the few tokens', full and last rows'
 
 
-@dataclass(frozen=True)
-class SharedInput:
-    """Linear maps of one block that read the very same input, in the order they are called."""
-
-    layers: list[Prunable]
-
-    @property
-    def name(self) -> str:
-        """Name of the linear map that is called first."""
-        return self.layers[0].name
-
-    @property
-    def module(self) -> Any:
-        """The module at which the input is there."""
-        return self.layers[0].module
+# Linear maps of one block that read the very same input, in the order they are called.
+SharedInput = list[Prunable]
 
 
 class Slot(NamedTuple):
@@ -113,8 +100,6 @@ class Calls:
         self._model, self._decoder = model, decoder_of(model)
         self._found = found
         self._known: dict[tuple[int, str], list[Tensor]] = {}
-        self._rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
-        self._hands = False
         try:
             self._learn(ids, mark=True)
         except ModelError:  # some look at what a block returns
@@ -123,29 +108,29 @@ class Calls:
     @torch.no_grad()
     def _learn(self, ids: Tensor, *, mark: bool) -> None:
         """Run the first block to see what blocks return, and mark what passes between them."""
+        self._rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
         self._hands = False
         handed: list[Tensor] = []
         given: list[Tensor] = []
         run_first = self._found.blocks[0].forward
 
-        def stub(index: int, /, *args: Any, **kwargs: Any) -> Any:
-            hidden, others, named = _hidden_of(args, kwargs)
+        def see(index: int, hidden: Tensor, others: list[Any], named: dict[str, Any]) -> Tensor:
             handed.append(hidden.clone())
             if index == 0:
-                result = run_first(*args, **kwargs)
+                result = run_first(hidden, *others, **named)
                 rest = tuple(result[1:]) if isinstance(result, tuple | list) else None
                 # Something in the place of nothing, to see where it goes.
                 if mark and rest:
                     rest = tuple(hidden.new_zeros(()) if v is None else v for v in rest)
                 self._rest = rest
             values = [*others, *named.values()]
-            self._hands |= index > 0 and any(self._handed(value) for value in values)
+            self._hands |= index > 0 and any(map(self._handed, values))
             given.append(hidden + 1)
-            return self._returned(given[-1])
+            return given[-1]
 
         reason = ""
         try:
-            self._decode(stub, ids)
+            self._decode(see, ids)
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
         if reason and not given:  # before anything here was put in its way
@@ -162,16 +147,21 @@ class Calls:
                 "architecture yet"
             )
 
-    def _decode(self, stub: Callable[..., Any], ids: Tensor) -> None:
-        """Run the decoder with `stub(number, ...)` in the place of its blocks."""
+    def _decode(self, see: Callable[..., Tensor], ids: Tensor) -> None:
+        """Run the decoder with `see` in the place of its blocks: it takes their number, hidden
+        states and other arguments, and returns hidden states."""
+
+        def stub(index: int, /, *args: Any, **kwargs: Any) -> Any:
+            hidden, *others = args or (kwargs.pop("hidden_states"),)
+            return self._returned(see(index, hidden, others, kwargs))
+
         with forwards([(b, partial(stub, i)) for i, b in enumerate(self._found.blocks)]):
             self._decoder(input_ids=ids, use_cache=False)
 
     def _handed(self, value: Any) -> Slot | None:
         """Return which of the things a block returns beside hidden states an argument is."""
-        rest = enumerate(self._rest or ())
-        found = (n for n, own in rest if isinstance(own, Tensor) and value is own)
-        return next((Slot(0, number) for number in found), None)
+        found = (n for n, own in enumerate(self._rest or ()) if value is own)
+        return next((Slot(0, n) for n in found if isinstance(value, Tensor)), None)
 
     def _returned(self, hidden: Tensor) -> Any:
         return hidden if self._rest is None else (hidden, *self._rest)
@@ -188,7 +178,7 @@ class Calls:
         looked_at: dict[tuple[int, str], tuple[Any, Any]] = {}
 
         def kept(key: tuple[int, str], value: Any) -> Any:
-            if self._hands and (handed := self._handed(value)) is not None:
+            if (handed := self._handed(value)) is not None:
                 return handed
             if isinstance(value, tuple):
                 return tuple(kept((key[0], f"{key[1]}.{i}"), v) for i, v in enumerate(value))
@@ -201,14 +191,13 @@ class Calls:
                 looked_at[place] = value, self._shared(key, value)
             return looked_at[place][1]
 
-        def stub(index: int, /, *args: Any, **kwargs: Any) -> Any:
-            hidden, others, named = _hidden_of(args, kwargs)
+        def see(index: int, hidden: Tensor, others: list[Any], named: dict[str, Any]) -> Tensor:
             first.append(hidden)
-            others = tuple(kept((index, str(i)), value) for i, value in enumerate(others))
-            batch.calls.append((others, {key: kept((index, key), v) for key, v in named.items()}))
-            return self._returned(hidden)
+            held = tuple(kept((index, str(i)), value) for i, value in enumerate(others))
+            batch.calls.append((held, {key: kept((index, key), v) for key, v in named.items()}))
+            return hidden
 
-        self._decode(stub, ids)
+        self._decode(see, ids)
         if len(batch.calls) != len(self._found):
             raise ModelError(
                 f"the decoder takes rows of {ids.shape[1]} tokens through the blocks in "
@@ -259,13 +248,12 @@ def observe_block(
     kept: list[Tensor] = []  # keeps inputs alive, so that no address is used twice
     layers, everything = found.prunables(index), found.prunables(index, every=True)
     wanted = frozenset(layer.name for layer in layers)
-    within = {mixture.name: mixture for mixture in found.mixtures(index)}
     routed = [
         Routed(mixture, [one for one in everything if one.mixture == mixture.name], wanted)
-        for mixture in within.values()
+        for mixture in found.mixtures(index)
         if any(layer.mixture == mixture.name for layer in layers)
     ]
-    layers = [layer for layer in layers if layer.mixture not in within]
+    layers = [layer for layer in layers if layer.mixture is None]
     why: dict[str, str] = {}  # those that stay dense do
 
     def on_linear(layer: Prunable, module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -280,25 +268,21 @@ def observe_block(
             if not same or not torch.allclose(plain, output.float(), rtol=1e-2, atol=1e-4):
                 why[layer.name] = "not a plain linear map"
 
-    def on_mixture(mixture: Routed) -> Callable[..., Any]:
-        module = mixture.mixture.module
-        run = module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            seen.append((mixture, (mixture.name,)))
-            with forwards([(module, run)]):
-                try:
-                    return mixture.learn(args, kwargs)
-                except ModelError:
-                    why[mixture.name] = UNSEEN
-                    return run(*args, **kwargs)
-
-        return forward
+    def on_mixture(mixture: Routed, run: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((mixture, (mixture.name,)))
+        with forwards([(mixture.module, run)]):
+            try:
+                return mixture.learn(args, kwargs)
+            except ModelError:
+                why[mixture.name] = UNSEEN
+                return run(*args, **kwargs)
 
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(layer.module.register_forward_hook(partial(on_linear, layer)))
-        stack.enter_context(forwards([(one.module, on_mixture(one)) for one in routed]))
+        for mixture in routed:
+            run = partial(on_mixture, mixture, mixture.module.forward)
+            stack.enter_context(forwards([(mixture.module, run)]))
         batch.run(index, hidden)
     times = Counter(one.name for one, _ in seen)
     for layer in layers:
@@ -314,12 +298,12 @@ def observe_block(
     dense = [
         Dense(one.name, one.view().numel(), why[one.name]) for one in layers if one.name in why
     ]
-    inputs: dict[tuple[Any, ...], SharedInput | Routed] = {}
+    inputs: dict[tuple[Any, ...], Any] = {}
     for one, key in seen:
         if one.name not in why:
-            place = inputs.setdefault(key, one if isinstance(one, Routed) else SharedInput([]))
-            if isinstance(place, SharedInput) and isinstance(one, Prunable):
-                place.layers.append(one)
+            place = inputs.setdefault(key, one if isinstance(one, Routed) else [])
+            if isinstance(one, Prunable):
+                place.append(one)
     return list(inputs.values()), dense
 
 
@@ -351,16 +335,6 @@ def token_bytes(model: Any, found: DecoderBlocks) -> int:
         return sizes[0] // ids.numel()
     width = found.width or max(layer.shape[1] for layer in found.prunables(0, every=True))
     return width * first.element_size()
-
-
-def _hidden_of(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Split a block's arguments into hidden states and the rest."""
-    if args:
-        return args[0], args[1:], kwargs
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), (), rest
 
 
 def first_tensor(result: Any) -> Tensor:

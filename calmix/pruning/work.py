@@ -23,13 +23,15 @@ nothing.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
@@ -48,7 +50,7 @@ from calmix.files import (
 )
 from calmix.manifest import read_sealed, sealed
 from calmix.models import OpenModel
-from calmix.models.shards import read_file, write_file
+from calmix.models.shards import read_file, tensor_bytes, write_file
 from calmix.pruning import distributed
 
 SUFFIX, RECORD, CHECKPOINT, SET = ".unfinished", "work.json", "checkpoint", "calibration"
@@ -108,7 +110,7 @@ class WorkFolder:
         self.resumes = self.begun
 
     def _take(self, resume: bool, overwrite: bool) -> dict[str, Any]:
-        with disk_errors(self.output), contextlib.suppress(Timeout):
+        with disk_errors(self.output), suppress(Timeout):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(blocking=False)
         if not self.claimed:
@@ -127,16 +129,16 @@ class WorkFolder:
                     f"{self.path} holds an interrupted run with {self.done} {self.unit} done: "
                     "resume it with --resume, start over with --overwrite, or name another output"
                 )
-            held, wanted = _flat(record["request"], ""), _flat(self._asked, "")
-            differ = [
-                f"{name}: {held.get(name)!s:.40}, now {wanted.get(name)!s:.40}"
-                for name in held | wanted
-                if held.get(name) != wanted.get(name)
-            ]
+            import pandas
+
+            requests = (record["request"], self._asked)  # with values within others by `a.b`
+            held, wanted = (pandas.json_normalize(one).to_dict("records")[0] for one in requests)
+            differ = [name for name in held | wanted if held.get(name) != wanted.get(name)]
             if differ:
+                was, now = (one.get(differ[0]) for one in (held, wanted))
                 raise InputError(
-                    f"{self.path} is the work of another request ({differ[0]}): ask for the same, "
-                    "name another output, or delete it"
+                    f"{self.path} is the work of another request ({differ[0]}: {was!s:.40}, now "
+                    f"{now!s:.40}): ask for the same, name another output, or delete it"
                 )
             shutil.rmtree(self.path / "scratch", ignore_errors=True)
             return self.kept
@@ -206,31 +208,65 @@ class WorkFolder:
             return
         again = isinstance(error, DiskError | PassingError) or not isinstance(error, CalmixError)
         stays = self.resumes or (self.begun and again)
-        (self.close if stays else self.abandon)()
+        self.abandon(stays=stays)
         if stays and again:
             what = f"{self.done} {self.unit}" if self.done else "the experts' scores"
             note(f"{what} are kept in {self.path}: resume with --resume")
 
-    def close(self) -> None:
-        """Let go of the folder; what is in it stays."""
+    def abandon(self, *, stays: bool = False) -> None:
+        """Let go of the folder; it is removed unless it stays."""
+        if self.claimed and not stays:
+            with suppress(OSError), hidden(self.path) as aside:
+                self.path.rename(aside / RECORD)
         give_back(self._lock)
         if self._new:  # of several targets the last one removes the folder of all
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self.output.parent.rmdir()
-
-    def abandon(self) -> None:
-        """Remove the folder and let go of it."""
-        if self.claimed:
-            with contextlib.suppress(OSError), hidden(self.path) as aside:
-                self.path.rename(aside / RECORD)
-        self.close()
 
     def remove_leftover(self) -> None:
         """Remove the folder of a run that ended after the output had its name."""
         if (self.path / RECORD).is_file() and not self.checkpoint.exists():
-            with contextlib.suppress(Timeout):
+            with suppress(Timeout):
                 self._lock.acquire(blocking=False)
             self.abandon()
+
+
+class States:
+    """The hidden states of micro-batches by number: one set replaces what was there.
+
+    They stay on the device as far as there is room; the rest lies in files, one each. A block may
+    return another type or shape than it takes.
+
+    Args:
+        folder: for the files.
+        device: where states are computed.
+        room: bytes they may take there.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, room: int = 0) -> None:
+        self.folder, self.device, self._room = folder, device, room
+        self._held: dict[int, Tensor] = {}  # without numbers where those are in a file
+
+    def __getitem__(self, number: int) -> Tensor:
+        """Return a copy, on the device."""
+        held = self._held[number]
+        if not held.is_meta:
+            return held.clone()
+        read: Any = torch.from_numpy(np.fromfile(self.folder / str(number), np.uint8))
+        return read.view(held.dtype).view(held.shape).to(self.device)
+
+    def __setitem__(self, number: int, hidden: Tensor) -> None:
+        old = self._held.pop(number, None)
+        if old is not None and not old.is_meta:
+            self._room += old.nbytes
+        if hidden.nbytes <= self._room:
+            self._room -= hidden.nbytes
+        else:
+            with disk_errors(self.folder):
+                path = self.folder / str(number)
+                path.write_bytes(tensor_bytes(hidden.to("cpu").contiguous()))
+            hidden = torch.empty_like(hidden, device="meta")
+        self._held[number] = hidden
 
 
 def draw_set(
@@ -271,11 +307,3 @@ def read_record(folder: Path) -> dict[str, Any]:
 def _damaged(path: Path) -> InputError:
     what = "damaged or missing (several processes need one disk)"
     return InputError(f"{path} is {what}: start over with --overwrite")
-
-
-def _flat(value: Any, name: str) -> dict[str, Any]:
-    """Return values by name, those within others as `versions.torch`."""
-    if not isinstance(value, dict):
-        return {name: value}
-    parts = ((f"{name}.{key}".lstrip("."), part) for key, part in value.items())
-    return {own: one for key, part in parts for own, one in _flat(part, key).items()}

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from calmix.models.blocks import DecoderBlocks
 from calmix.options import Recovering
 from calmix.precision import widest
-from calmix.pruning.states import States
 from calmix.pruning.trace import TOKENS, Batch, Calls
-from calmix.pruning.work import CHECKPOINT
+from calmix.pruning.work import CHECKPOINT, States
 from calmix.recovery.training import Masters, Progress, grouped, rows_at_once, steps_of, train
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from calmix.models.shards import Shards
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import Unstructured, get_method
 from calmix.pruning.budget import Plan
+from calmix.pruning.checkpoint import prune_streamed
 from calmix.pruning.engine import Run
-from calmix.pruning.streamed import prune_streamed
 from calmix.pruning.work import WorkFolder
 from tests.tiny import VOCABULARY, quick
 

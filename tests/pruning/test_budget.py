@@ -1,41 +1,49 @@
 """Memory plans: what comes first when memory is short, and what is refused."""
 
-import dataclasses
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix.errors import InputError
-from calmix.pruning import get_method
-from calmix.pruning.budget import (
-    GIB,
-    Sizes,
-    make_plan,
-    parse_memory,
-    paused_bytes,
-    solver_bytes,
-)
+from calmix.models import find_blocks
+from calmix.models.streaming import StreamedModel
+from calmix.pruning import budget, get_method
+from calmix.pruning.budget import GIB, Plan, parse_memory, plan_for
+from tests.tiny import save_tiny_model
 
 MIB = 2**20
-LLAMA_8B = Sizes(
-    block_bytes=436 * MIB,
-    copies=False,
-    outside_bytes=1002 * MIB,
-    layers=[(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096),
-            (14336, 4096), (4096, 14336)],
-    hidden=4096,
-    rows=128,
-    length=2048,
-    value_bytes=2,
-    method=get_method("sparsegpt"),
-)  # fmt: skip
 
 
-def plan(budget, sizes=LLAMA_8B, held=GIB // 2, sequential=True, **changed):
-    sizes = dataclasses.replace(sizes, **changed)
-    return make_plan(sizes, int(budget * GIB), held, 2048, sequential=sequential)
+@pytest.fixture(scope="module")
+def source():
+    """A block of Llama 3 8B without weights."""
+    config = AutoConfig.for_model(
+        "llama", hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+        num_key_value_heads=8, num_hidden_layers=1, vocab_size=128256,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return {
+        "model": model, "blocks": find_blocks(model), "dtype": torch.bfloat16, "merges": False,
+        "device": torch.device("cpu"), "outside_bytes": lambda head=False: 1002 * MIB,
+    }  # fmt: skip
 
 
-def test_what_is_spared_first_where_memory_is_short():
+@pytest.fixture
+def plan(source, monkeypatch):
+    def made(gib, shape=(128, 2048), method="sparsegpt", hidden=4096, held=448, **how):
+        monkeypatch.setattr(budget, "token_bytes", lambda *_: 2 * hidden)
+        monkeypatch.setattr(budget, "device_memory", lambda _: (held * MIB, 0, None))
+        model = SimpleNamespace(**source | {key: how.pop(key) for key in how.keys() & source})
+        most = None if gib is None else int(gib * GIB)
+        return plan_for(model, shape, get_method(method), budget=most, **how)
+
+    return made
+
+
+def test_what_is_spared_first_where_memory_is_short(plan):
     """Hidden states in memory, then overlap and paused micro-batches, and at last rows at once."""
     states = 128 * 2048 * 4096 * 2
     plenty = plan(80)
@@ -48,17 +56,18 @@ def test_what_is_spared_first_where_memory_is_short():
     wide, narrow = plan(12), plan(6)
     assert 0 < narrow.paused < wide.paused < 128
     assert narrow.micro_tokens == wide.micro_tokens == 2048
-    assert narrow.states < paused_bytes(LLAMA_8B, 2048)
-    for made, budget in ((wide, 12), (narrow, 6)):
-        assert made.needed <= budget * GIB
-    short = {"length": 256, "rows": 1024}
-    assert plan(5, **short).micro_tokens == 2048
-    short |= {"hidden": 65536, "method": get_method("wanda")}
+    assert narrow.states < 2048 * (3 * 4096 + 2 * 14336) * 2  # what a paused one holds
+    for made, gib in ((wide, 12), (narrow, 6)):
+        assert made.needed <= gib * GIB
+    assert plan(5, (1024, 256)).micro_tokens == 2048
+    short = {"shape": (1024, 256), "hidden": 65536, "method": "wanda"}
     assert plan(8, **short).micro_tokens == 2048
     assert plan(4, **short).micro_tokens < 2048
+    least = plan(None)  # of nothing that is free
+    assert (least.paused, least.overlap, least.micro_tokens, least.states) == (0, False, 2048, 0)
 
 
-def test_what_is_needed_is_told_and_is_enough():
+def test_what_is_needed_is_told_and_is_enough(plan):
     with pytest.raises(InputError, match=r"3\.00 GiB of memory cannot hold one block") as told:
         plan(3)
     needed = float(str(told.value).split(": ")[1].split(" GiB")[0])
@@ -67,14 +76,43 @@ def test_what_is_needed_is_told_and_is_enough():
         plan(needed - 0.3)
 
 
-def test_what_decides_the_plan():
-    assert plan(6, held=300 * MIB) == plan(6, held=500 * MIB)  # rounded up
-    assert plan(80, copies=True).needed - plan(80).needed == LLAMA_8B.block_bytes
-    wanda, magnitude = (get_method(name) for name in ("wanda", "magnitude"))
-    assert solver_bytes(dataclasses.replace(LLAMA_8B, method=wanda)) < solver_bytes(LLAMA_8B)
-    assert plan(80, method=magnitude).states == 0
-    alone = {"method": magnitude, "rows": 0, "length": 0, "outside_bytes": 0}
-    assert plan(3, sequential=False, **alone).paused is None
+def test_what_decides_the_plan(plan, source):
+    assert plan(6, held=300) == plan(6, held=400)  # rounded up
+    (block,) = source["blocks"].sizes
+    assert plan(80, merges=True).needed - plan(80).needed == block
+    assert plan(80, method="wanda").needed < plan(80).needed
+    assert plan(80, method="magnitude").states == 0
+    assert plan(3, (0, 0), "magnitude", sequential=False).paused is None
+
+
+def test_the_largest_block_decides_the_plan(tmp_path, monkeypatch):
+    """Gemma 4's full attention is wider than its sliding one."""
+    seen = []
+    monkeypatch.setattr(budget, "solver_bytes", lambda _, layers, **how: seen.append(layers) or 0)
+    opened = StreamedModel(str(save_tiny_model(tmp_path / "model", "gemma4_text")))
+    plan_for(opened, (12, 32), get_method("sparsegpt"), budget=2**40)
+    shapes = [[layer.shape for layer in opened.blocks.prunables(index)] for index in (0, 1)]
+    assert shapes[0] != shapes[1]
+    assert seen == [shapes[1], []]
+
+
+def test_what_is_free_on_a_device_decides_its_micro_batch(tiny_folder, monkeypatch):
+    """Beside what libraries take there; what others hold of it does not count as room."""
+    model = StreamedModel(str(tiny_folder))
+    model.device = torch.device("cuda")
+
+    def plan(free, limit=None):
+        monkeypatch.setattr(budget, "device_memory", lambda device: (0, free, 80 * GIB))
+        return plan_for(model, (400, 32), get_method("sparsegpt"), budget=limit)
+
+    whole = plan(2 * GIB)
+    assert whole == Plan(8192, None, True, whole.needed, whole.expert_bytes, 400 * 32 * 32 * 4)
+    assert budget.WORKSPACE < whole.needed < budget.WORKSPACE + GIB // 8
+    least = (budget.WORKSPACE + 8 * MIB) / budget.FREE_SHARE / 0.95
+    assert 32 <= plan(int(least)).micro_tokens < 8192
+    with pytest.raises(InputError, match="cannot hold one block at work"):
+        plan(budget.WORKSPACE)
+    assert plan(0, 2 * GIB).micro_tokens == 8192
 
 
 def test_amounts_of_memory():

@@ -162,26 +162,19 @@ def test_two_processes_prune_as_one(tmp_path):
 
 @pytest.mark.parametrize("launch", [forked, pytest.param(launched, marks=pytest.mark.long)])
 def test_the_command_line_shares_the_work(calmix, tiny_folder, text_file, tmp_path, launch):
-    """Several targets, and a look at the dense model before."""
+    """Several targets, a look at the dense model before, and embeddings behind."""
     asked = ("prune", tiny_folder, "--calibration", text_file, *SMALL[:-1], "0.4,0.6",
-             "--allocation", "owl", "-o")  # fmt: skip
+             "--allocation", "owl", "--embeddings", 4, "-o")  # fmt: skip
     assert launch((*asked, tmp_path / "two"), tmp_path / "log").count("weights pruned") == 2
     assert calmix(*asked, tmp_path / "one").code == 0
     for name in ("sparsegpt-0.4", "sparsegpt-0.6"):
         check_masks(tmp_path / "one" / name, tmp_path / "two" / name)
+        one, two = (load_weights(tmp_path / way / name) for way in ("one", "two"))
+        (embedded,) = (key for key in one if "embed_tokens" in key)
+        assert (one[embedded] == two[embedded]).float().mean() > 0.99
         run = json.loads((tmp_path / "two" / name / "calmix-run.json").read_text())
         assert run["processes"] == 2
     assert len(list((tmp_path / "two").iterdir())) == 2
-
-
-def test_two_round_embeddings_as_one(calmix, tiny_folder, text_file, tmp_path):
-    asked = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--embeddings", 4, "-o")
-    forked((*asked, tmp_path / "two"), tmp_path / "log")
-    calmix(*asked, tmp_path / "one").ok()
-    check_masks(tmp_path / "one", tmp_path / "two")
-    one, two = (load_weights(tmp_path / name) for name in ("one", "two"))
-    (name,) = (name for name in one if "embed_tokens" in name)
-    assert (one[name] == two[name]).float().mean() > 0.99
 
 
 def test_two_drop_the_experts_that_one_drops(calmix, text_file, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_every_architecture_is_pruned_exactly_and_nothing_else_changes(kind):
 
 def test_layers_that_read_one_input_share_it():
     first, *_ = wiring(tiny_model("llama"), tiny_ids(1, 8))
-    assert [[layer.name.rsplit(".", 1)[-1] for layer in one.layers] for one in first] == [
+    assert [[layer.name.rsplit(".", 1)[-1] for layer in one] for one in first] == [
         ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"],
     ]  # fmt: skip
 

@@ -92,7 +92,7 @@ def reference(model, ids, method, pattern, propagation):
         todo = []
         for shared in inputs:
             if not isinstance(shared, Routed):
-                solve(shared.layers, input_gram(model, shared.module, ids))
+                solve(shared, input_gram(model, shared[0].module, ids))
                 continue
             for number, step in enumerate(shared.steps):
                 for expert, (own, every) in enumerate(inputs_of(model, shared, ids, number)):

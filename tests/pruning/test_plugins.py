@@ -116,17 +116,6 @@ def test_options_of_a_method_in_hand():
     }  # fmt: skip
 
 
-def test_an_option_of_another_method_is_refused(calmix, shipped, tiny_folder, text_file, tmp_path):
-    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
-    for how, says in [
-        (("--strength", 2), "goes with its method: --method toy,strength=VALUE"),
-        (("--method", "toy,strength=1,toy"), "two targets are the same, toy-0.5"),
-        (("--method", "strength=1,toy"), "unknown method 'strength=1'"),
-    ]:
-        assert says in calmix(*common, "-o", tmp_path / "out", *how).line
-        assert not (tmp_path / "out").exists()
-
-
 def made(base=Toy, **parts):
     return type("Made", (base,), {"__module__": __name__} | parts)
 

@@ -9,18 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from calmix.errors import InputError
 from calmix.models import open_model
 from calmix.models.attention import use_own_attention
 from calmix.models.streaming import NotStreamableError, StreamedModel
 from calmix.pruning import Unstructured, budget, get_method, prune
 from calmix.pruning.allocation import DensePass
 from calmix.pruning.budget import Plan
+from calmix.pruning.checkpoint import prune_streamed
 from calmix.pruning.engine import Run
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
 from calmix.pruning.solvers.grids import read_grids
-from calmix.pruning.streamed import prune_streamed
 from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder
 from tests.forks import stopped
@@ -38,8 +37,11 @@ from tests.tiny import (
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 HALF = Unstructured(0.5)
-PLENTY = Plan(5 * 32, None, True, 0, states=2**30)
 BATCH = 5 * 32 * 32 * 4  # bytes of the hidden states of a micro-batch
+PLENTY = Plan(5 * 32, None, True, 0, states=2**30)
+FEW = [Plan(5 * 32, 0, False, 0), Plan(5 * 32, 1, True, 0, states=BATCH),
+       Plan(5 * 32, 2, False, 0, states=2 * BATCH)]  # fmt: skip
+ONE = [Plan(5 * 32, 1, True, 0, 1)]  # expert at a time
 
 
 def streamed_prune(folder, output, plan=PLENTY, embeddings=None, **opening):
@@ -81,18 +83,18 @@ def check_same(found, expected):
     ids=str,
 )  # fmt: skip
 def test_weights_are_those_of_a_prune_in_memory(case, tmp_path):
-    """With embeddings rounded too; experts one at a time too, and with replays."""
+    """With embeddings rounded too, and in less memory: with replays, experts one at a time."""
     kind, embeddings = case
     folder = save_tiny_model(tmp_path / "model", kind)
     model = in_memory(folder, embeddings)
     model.save_pretrained(tmp_path / "whole")
     expected = load_weights(tmp_path / "whole")
-    little = [Plan(5 * 32, 1, True, 0, 1)] if kind in MIXTURES else []
-    for plan in (PLENTY, *little):
+    less = {("llama", None): FEW}.get(case, ONE if kind in MIXTURES else [])
+    for plan in (PLENTY, *less):
         found = streamed_prune(folder, tmp_path / "out", plan, embeddings)
         assert found.keys() == expected.keys() == load_weights(folder).keys()
         check_same(found, expected)
-    if little:
+    if kind in MIXTURES:
         save_file(found, folder / "model.safetensors", {"format": "pt"})
         loaded = AutoModelForCausalLM.from_pretrained(folder)
         use_own_attention(loaded)
@@ -159,38 +161,24 @@ def test_buffers_the_files_lack_are_those_of_a_model_opened_whole(tmp_path):
     assert all(torch.equal(made[name], value) for name, value in whole.items())
 
 
-def test_what_makes_a_model_be_opened_whole(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "lacks", "says"),
+    [("qwen3_moe", "model.layers.0.mlp.experts.3.up_proj.weight", "lack model.layers.0.mlp"),
+     ("gemma4_text", "model.layers.0.layer_scalar", r"layers\.0\.layer_scalar"),
+     ("zamba", None, r"share weights \(first model\.layers\.3\.")],
+)  # fmt: skip
+def test_what_makes_a_model_be_opened_whole(tmp_path, kind, lacks, says):
     """An expert or a buffer that the files lack; or blocks that share weights: Zamba's second
     transformer is its first, though files may hold a copy for each."""
-    folder = save_tiny_model(tmp_path / "mixture", "qwen3_moe")
+    folder = save_tiny_model(tmp_path / "model", kind)
     stored = load_weights(folder)
-    del stored["model.layers.0.mlp.experts.3.up_proj.weight"]
+    if lacks is None:
+        whole = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        stored = {name: value.clone() for name, value in whole.items()}
+    stored.pop(lacks, None)
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NotStreamableError):
+    with pytest.raises(NotStreamableError, match=says):
         StreamedModel(str(folder))
-    folder = save_tiny_model(tmp_path / "model", "gemma4_text")
-    stored = load_file(folder / "model.safetensors")
-    del stored["model.layers.0.layer_scalar"]
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NotStreamableError, match=r"layers\.0\.layer_scalar"):
-        StreamedModel(str(folder))
-    folder = save_tiny_model(tmp_path / "shared", "zamba")
-    whole = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    stored = {name: value.clone() for name, value in whole.items()}
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NotStreamableError, match=r"share weights \(first model\.layers\.3\."):
-        StreamedModel(str(folder))
-
-
-@pytest.mark.parametrize(
-    "plan",
-    [Plan(5 * 32, 0, False, 0), Plan(5 * 32, 1, True, 0, states=BATCH),
-     Plan(5 * 32, 2, False, 0, states=2 * BATCH)],
-    ids=str,
-)  # fmt: skip
-def test_plans_with_less_memory_give_the_same_bytes(tmp_path, tiny_folder, plan):
-    expected = streamed_prune(tiny_folder, tmp_path / "a")
-    check_same(streamed_prune(tiny_folder, tmp_path / "b", plan), expected)
 
 
 def test_half_precision_and_a_file_a_block(calmix, tmp_path):
@@ -365,41 +353,6 @@ def test_resuming_keeps_the_size_of_a_micro_batch(calmix, command, tmp_path, mon
 
 
 # Memory
-
-
-def test_the_largest_block_decides_the_plan(tmp_path, monkeypatch):
-    """Gemma 4's full attention is wider than its sliding one."""
-    seen = []
-    monkeypatch.setattr(budget, "make_plan", lambda sizes, *rest, **how: seen.append(sizes))
-    opened = StreamedModel(str(save_tiny_model(tmp_path / "model", "gemma4_text")))
-    budget.plan_for(opened, (12, 32), get_method("sparsegpt"), budget=2**40)
-    shapes = [[layer.shape for layer in opened.blocks.prunables(index)] for index in (0, 1)]
-    assert shapes[0] != shapes[1]
-    assert [sizes.layers for sizes in seen] == [shapes[1]]
-    opened.close()
-
-
-def test_what_is_free_on_a_device_decides_its_micro_batch(tiny_folder, monkeypatch):
-    """Beside what libraries take there; what others hold of it does not count as room."""
-    model = StreamedModel(str(tiny_folder))
-    model.device = torch.device("cuda")
-    gib = 2**30
-
-    def plan(free, limit=None):
-        monkeypatch.setattr(budget, "device_memory", lambda device: (0, free, 80 * gib))
-        return budget.plan_for(model, (400, 32), get_method("sparsegpt"), budget=limit)
-
-    try:
-        whole = plan(2 * gib)
-        assert whole == Plan(8192, None, True, whole.needed, whole.expert_bytes, 400 * 32 * 32 * 4)
-        assert budget.WORKSPACE < whole.needed < budget.WORKSPACE + gib // 8
-        least = (budget.WORKSPACE + 8 * 2**20) / budget.FREE_SHARE / 0.95
-        assert 32 <= plan(int(least)).micro_tokens < 8192
-        with pytest.raises(InputError, match="cannot hold one block at work"):
-            plan(budget.WORKSPACE)
-        assert plan(0, 2 * gib).micro_tokens == 8192
-    finally:
-        model.close()
 
 
 @pytest.mark.parametrize(

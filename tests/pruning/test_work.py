@@ -1,14 +1,18 @@
-"""The work folder: claimed by one, resumed by the same request, damage told and not built on."""
+"""The work folder: claimed by one, resumed by the same request, damage told and not built on; and
+hidden states, of which what was set is read whatever room there is."""
+
+import errno
 
 import pytest
 import torch
 
 from calmix.errors import DiskError, InputError
-from calmix.pruning.work import WorkFolder, read_record
+from calmix.pruning.work import States, WorkFolder, read_record
 
 ASKED = {"sparsity": 0.5, "only": [], "versions": {"torch": "2"}, "draw": {"torch": "x"}}
 SHARD = "checkpoint/model-00001-of-00002.safetensors"
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
+CPU, BATCH = torch.device("cpu"), 2 * 3 * 4 * 4  # bytes of a micro-batch of two rows
 DAMAGED = r"is damaged or missing .*: start over with --overwrite"
 
 
@@ -117,3 +121,26 @@ def test_work_whose_files_became_the_output_is_not_resumed(cut):
     again = claimed(cut, resume=True)
     assert not again.resumes
     again.abandon()
+
+
+@pytest.mark.parametrize(("room", "files"), [(0, 3), (BATCH, 2), (2**20, 0)])
+def test_states_that_were_set_are_read(tmp_path, room, files):
+    states = States(tmp_path, CPU, room)
+    for block in range(4):
+        dtype = torch.bfloat16 if block == 2 else torch.float32
+        values = [torch.randn(rows, 3, 4).to(dtype) for rows in (2, 2, 1)]
+        for number, value in enumerate(values):
+            states[number] = value
+            states[number].zero_()  # a copy
+        assert all(torch.equal(states[n], value) for n, value in enumerate(values))
+        if block < 2:  # those of half the bytes find more room
+            assert len(list(tmp_path.iterdir())) == files
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "x")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(DiskError, match="no space left"):
+        States(tmp_path, CPU)[0] = torch.ones(2)
