@@ -85,11 +85,11 @@ class Measurement(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a JSON-serialisable value."""
-        results = []
-        for name, draws in self.draws.items():
-            metrics = {key: asdict(value) for key, value in self[name].items()}
-            note = self.notes.get(name, "")
-            results.append({"name": name, "note": note, "metrics": metrics, "draws": draws})
+        results = [
+            {"name": name, "note": self.notes.get(name, ""),
+             "metrics": {key: asdict(value) for key, value in self[name].items()}, "draws": draws}
+            for name, draws in self.draws.items()
+        ]  # fmt: skip
         return {
             "kind": "measurement",
             "definitions": "calmix's own, after Objective Information Theory (method section 3)",
@@ -121,7 +121,7 @@ def measure(
     packing: str = "concat",
     perplexity: bool = True,
     sources: Mapping[str, Source] | Path | None = None,
-    tick: Callable[[str], None] | None = None,
+    tick: Callable[[str], None] = lambda name: None,
 ) -> Measurement:
     """Measure sources, mixes and saved sets, all at the budget of `rows` x `length` tokens.
 
@@ -155,8 +155,7 @@ def measure(
             if number and spec in saved:
                 continue
             found[spec].append(measure_set(made, opened, perplexity=perplexity) | extra)
-            if tick is not None:
-                tick(spec)
+            tick(spec)
     budget = {
         "rows": rows, "length": length, "tokens": rows * length, "draws": draws, "seed": seed,
         "packing": packing, "reference": "all others pooled" if len(specs) > 1 else None,
