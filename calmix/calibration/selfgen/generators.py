@@ -254,7 +254,7 @@ def generate(
     warmth = {name: generator.temperature or held[name].temperature for name in quota}
 
     def more(place: list[tuple[str, int]], number: int) -> Written:
-        """Write the pieces of dimensions and numbers, in a round."""
+        """Write a piece for each pair of a dimension and a number."""
         at = seed + 1 + number * ANOTHER
         request = Request(
             [held[d].of_piece(j, size, at) for d, j in place], size, [warmth[d] for d, _ in place],
