@@ -6,6 +6,7 @@ one, add a class to `GENERATORS`: texts of several turns are rows whose openers 
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -408,18 +409,20 @@ def select_rows(
         sums[:, number[groups[row]]] += sign * np.array([nll[row], tokens[row]])
         inside[row] = sign > 0
 
-    chosen: list[int] = []
-    left, most = dict(quota), np.full(len(ids), per_row)  # what a row adds at most: it only falls
+    chosen, left = list[int](), dict(quota)
+    heap = [(-per_row, int(row)) for rows in rows_of.values() for row in rows]
+    heapq.heapify(heap)
     while any(left.values()):
-        row = int(most.argmax())
+        bound, row = heapq.heappop(heap)
+        if not left[groups[row]]:
+            continue
         gain = int((held[grams[row]] == 0).sum())
-        if gain < most[row]:
-            most[row] = gain
+        if gain != -bound:  # a gain only ever falls: the heap is the lazy greedy
+            heapq.heappush(heap, (-gain, row))
             continue
         move(row, 1)
         chosen.append(row)
         left[groups[row]] -= 1
-        most[[row] if left[groups[row]] else rows_of[groups[row]]] = -1
     own = {name: holds[rows] for name, rows in rows_of.items()}
     for _ in range(SWEEPS):
         swapped = False
