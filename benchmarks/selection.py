@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from calmix.calibration.selfgen.selection import objective, select_rows
+from calmix.calibration.selfgen.generators import objective, select_rows
 
 
 def main() -> None:

@@ -15,12 +15,7 @@ import torch
 
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.leakage import Guard, Tokenized
-from calmix.calibration.tokenizer import (
-    HasTokenizer,
-    Tokenize,
-    begin_token,
-    tokenizer_function,
-)
+from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
 from calmix.errors import InputError, SourceError
 from calmix.models.opening import TEMPLATE
 from calmix.sources import Document, Source, get_source
@@ -139,7 +134,7 @@ def build(
     packing: str = "concat",
     guard: Guard | None = None,
     own: Mapping[str, Source] = {},
-    tick: Callable[[str], None] | None = None,
+    tick: Callable[[str], None] = lambda name: None,
 ) -> CalibrationSet:
     """Draw a calibration set of `rows` full rows of `length` tokens from a mix of sources.
 
@@ -149,7 +144,6 @@ def build(
     `packing` is `concat` (documents joined by the end token) or `window` (a random window of each
     long document); `guard` drops documents, `tick` is called with each source once it is drawn.
     """
-    tokenize = tokenizer_function(opened.tokenizer)
     head, end = begin_token(opened.tokenizer), opened.tokenizer.eos_token_id
     body = length - len(head)
     if body < 1:
@@ -168,7 +162,7 @@ def build(
         digest = hashlib.sha256(key.encode()).digest()[:8]
         rng = np.random.default_rng([seed, int.from_bytes(digest, "little")])
         order = [documents[i] for i in rng.permutation(len(documents))]
-        stream = tokenized(order, tokenize, opened.tokenizer, name)
+        stream = tokenized(order, opened.tokenizer, name)
         if guard is not None:
             stream = guard.filter(name, stream)
         if packing == "concat":
@@ -194,8 +188,7 @@ def build(
             "drawn_tokens": sum(len(ids) for _, ids in used),
         }
         drawn += [(name, head + row) for row in packed]
-        if tick is not None:
-            tick(name)
+        tick(name)
     drawn = [drawn[at] for at in np.random.default_rng(seed).permutation(len(drawn))]
     manifest = {
         "kind": "calibration set",
@@ -217,14 +210,12 @@ def build(
     return made
 
 
-def tokenized(
-    documents: list[Document], tokenize: Tokenize, tokenizer: Any = None, name: str = ""
-) -> Iterator[Tokenized]:
-    """Yield documents with their token ids; chats as the tokenizer's template writes them."""
+def tokenized(documents: list[Document], tokenizer: Any, name: str) -> Iterator[Tokenized]:
+    """Yield a source's documents with their token ids; chats as the model's template has them."""
+    tokenize = tokenizer_function(tokenizer)
     for start in range(0, len(documents), BATCH):
         batch = documents[start : start + BATCH]
-        texts = [_text(document, tokenizer, name) for document in batch]
-        yield from zip(batch, tokenize(texts), strict=True)
+        yield from zip(batch, tokenize([_text(one, tokenizer, name) for one in batch]), strict=True)
 
 
 def _text(document: Document, tokenizer: Any, name: str) -> str:

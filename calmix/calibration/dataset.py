@@ -88,7 +88,7 @@ class CalibrationSet(Shown):
 
         folder = Path(folder)
         check_output_folder(folder, overwrite=overwrite)
-        names = list(dict.fromkeys(self.sources))
+        names = list(self.counts)
         source = torch.tensor([names.index(name) for name in self.sources], dtype=torch.int32)
         named = {"kind": KIND, "format": FORMAT, "calmix": metadata.version("calmix")}
         manifest = {**self.manifest, **named, "names": names, **self._kept()}
@@ -133,8 +133,7 @@ class CalibrationSet(Shown):
             tensors = load_file(folder / TENSORS)
             sources = tuple(manifest["names"][i] for i in tensors["source"].tolist())
             found = cls(tensors["ids"], sources, manifest)
-            kept = found._kept()
-            if found.ids.dtype != torch.int64 or kept != {key: manifest[key] for key in kept}:
+            if found.ids.dtype != torch.int64 or not found._kept().items() <= manifest.items():
                 raise ValueError
         except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"calibration set {folder} is damaged: make it again") from error

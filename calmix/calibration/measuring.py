@@ -85,11 +85,11 @@ class Measurement(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a JSON-serialisable value."""
-        results = []
-        for name, draws in self.draws.items():
-            metrics = {key: asdict(value) for key, value in self[name].items()}
-            note = self.notes.get(name, "")
-            results.append({"name": name, "note": note, "metrics": metrics, "draws": draws})
+        results = [
+            {"name": name, "note": self.notes.get(name, ""),
+             "metrics": {key: asdict(value) for key, value in self[name].items()}, "draws": draws}
+            for name, draws in self.draws.items()
+        ]  # fmt: skip
         return {
             "kind": "measurement",
             "definitions": "calmix's own, after Objective Information Theory (method section 3)",
@@ -121,7 +121,7 @@ def measure(
     packing: str = "concat",
     perplexity: bool = True,
     sources: Mapping[str, Source] | Path | None = None,
-    tick: Callable[[str], None] | None = None,
+    tick: Callable[[str], None] = lambda name: None,
 ) -> Measurement:
     """Measure sources, mixes and saved sets, all at the budget of `rows` x `length` tokens.
 
@@ -143,8 +143,7 @@ def measure(
     if perplexity and not isinstance(opened, OpenModel):
         raise InputError("perplexity needs the model, not its tokenizer alone")
 
-    saved = {spec: CalibrationSet.open(path, opened) for spec in specs
-             if (path := saved_set(spec)) is not None}  # fmt: skip
+    saved = {spec: resolve(spec, opened) for spec in specs if saved_set(spec)}
     found: dict[str, list[dict[str, float]]] = {spec: [] for spec in specs}
     for number in range(draws):
         sets = [saved.get(spec) or resolve(spec, opened, seed=seed + number, leakage="off", **draw)
@@ -155,8 +154,7 @@ def measure(
             if number and spec in saved:
                 continue
             found[spec].append(measure_set(made, opened, perplexity=perplexity) | extra)
-            if tick is not None:
-                tick(spec)
+            tick(spec)
     budget = {
         "rows": rows, "length": length, "tokens": rows * length, "draws": draws, "seed": seed,
         "packing": packing, "reference": "all others pooled" if len(specs) > 1 else None,
@@ -181,16 +179,14 @@ def check_request(specs: Sequence[str], *, draws: int, perplexity: bool, **draw:
         raise InputError(f"length {asked.length} is too short to predict anything")
     files: list[Path] = []
     for spec in specs:
-        if (path := saved_set(spec)) is None:
-            files += ask(spec, **asked.drawn()).files
-            continue
-        files.append(path)
-        held = CalibrationSet.open(path)
-        if (held.rows, held.length) != (asked.rows, asked.length):
+        found = ask(spec, **({} if saved_set(spec) else asked.drawn()))
+        files += found.files
+        rows, length = found.draw.rows, found.draw.length
+        if (rows, length) != (asked.rows, asked.length):  # of a saved set
             raise InputError(
-                f"calibration set {path} has {held.rows} rows of {held.length} tokens, not "
-                f"{asked.rows} of {asked.length}: measure everything with --rows "
-                f"{held.rows} --length {held.length}"
+                f"calibration set {files[-1]} has {rows} rows of {length} tokens, not "
+                f"{asked.rows} of {asked.length}: measure everything with --rows {rows} "
+                f"--length {length}"
             )
     return files
 

@@ -14,13 +14,7 @@ from pydantic import Field
 from calmix.calibration.build import Mix, build, make_mix, mix_text, parse_mix, rows_per_source
 from calmix.calibration.dataset import CalibrationSet, saved_set
 from calmix.calibration.leakage import TOKENS, Guard, guard_of, guarded_suites
-from calmix.calibration.selfgen.generators import (
-    GENERATORS,
-    WITHOUT_CHATS,
-    Chat,
-    Generator,
-    generate,
-)
+from calmix.calibration.selfgen.generators import GENERATORS, Generator, SelfWritten, generate
 from calmix.calibration.selfgen.prompts import chat_turns, count_turns
 from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError, nearest
@@ -87,7 +81,7 @@ class Asked:
     def written(self) -> dict[str, Generator]:
         """The generators that have a share in the mix, by name; chats have a share of their own."""
         names = [name for name in self.mix if name not in self.sources]
-        return {n: WITHOUT_CHATS if n == "self-written" else GENERATORS[n]() for n in names}
+        return {n: SelfWritten(chat=0) if n == "self-written" else GENERATORS[n]() for n in names}
 
     @property
     def sources(self) -> list[str]:
@@ -108,30 +102,28 @@ class Asked:
 def _parsed(text: str, own: dict[str, Source]) -> tuple[Mix, Generator | None, dict[str, Any]]:
     """Return the mix or the generator that a text names, and the options of the draw that its file
     gives; sources of the file are added to the user's `own`."""
-    mix, fixed, generator = Mix(), {}, None
-    path = user_path(text)
+    path, where = user_path(text), f"calibration '{text}'"
     if text.partition(",")[0].strip() in GENERATORS:
-        generator = read_generator(*named_options("calibration", text), f"calibration '{text}'")
+        name, options = named_options("calibration", text)
+        file = SpecFile(generate=name, options=options)
     elif path.suffix.lower() not in YAML:
-        mix = parse_mix(text)
+        return parse_mix(text), None, {}
     else:
-        file = parse_model(SpecFile, read_text(path), str(path))
-        if sum(part is not None for part in (file.mix, file.uniform, file.generate)) != 1:
-            raise InputError(
-                f"{path}: give exactly one of 'mix' (names with weights), 'uniform' (names) and "
-                f"'generate' ({', '.join(GENERATORS)})"
-            )
-        if file.generate is not None:
-            generator = read_generator(file.generate, file.options, str(path))
-        elif file.options:
-            raise InputError(f"{path}: 'options' are those of 'generate'")
-        elif isinstance(file.mix, dict):
-            mix = make_mix(file.mix, str(path))
-        else:
-            mix = parse_mix(file.mix or "uniform:" + ",".join(file.uniform or ()))
-        own |= parse_sources(file.sources, path)
-        fixed = {key: value for key, value in file.drawn().items() if key != "sources"}
-    return mix, generator, fixed
+        file, where = parse_model(SpecFile, read_text(path), str(path)), str(path)
+    if sum(part is not None for part in (file.mix, file.uniform, file.generate)) != 1:
+        raise InputError(
+            f"{path}: give exactly one of 'mix' (names with weights), 'uniform' (names) and "
+            f"'generate' ({', '.join(GENERATORS)})"
+        )
+    own |= parse_sources(file.sources, path)
+    fixed = {key: value for key, value in file.drawn().items() if key != "sources"}
+    if file.generate is not None:
+        return {}, read_generator(file.generate, file.options, where), fixed
+    if file.options:
+        raise InputError(f"{path}: 'options' are those of 'generate'")
+    if isinstance(file.mix, dict):
+        return make_mix(file.mix, where), None, fixed
+    return parse_mix(file.mix or "uniform:" + ",".join(file.uniform or ())), None, fixed
 
 
 def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generator:
@@ -167,15 +159,13 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
         text, **options: as for `resolve`.
     """
     given = checked(DrawOptions, options).drawn()
-    own, licence = own_sources(given.pop("sources", None)), given.pop("licence", None)
+    own = own_sources(given.pop("sources", None))
     if (path := saved_set(text)) is not None:
-        found = _saved(path, given, licence)
+        found = _saved(path, given)
         check_length(found.length, context)
         size = DrawOptions(rows=found.rows, length=found.length)
         return Asked({}, saved=found, draw=size, files=[path])
     mix, generator, fixed = _parsed(text, own)
-    named = fixed.pop("licence", None)
-    licence = licence or named
     draw = DrawOptions(**(fixed | given))
     check_length(draw.length, context)
     if draw.leakage != "off":
@@ -183,11 +173,11 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
     if generator is not None and draw.packing != DrawOptions().packing:
         raise InputError(f"'packing' has no effect with {generator.name}: leave it out")
     files = [path] if (path := user_path(text)).suffix.lower() in YAML else []
-    asked = Asked(_grouped(mix, own, text, licence), generator, None, own, draw, files)
+    asked = Asked(_grouped(mix, own, text, draw.licence), generator, None, own, draw, files)
     generators = asked.written.values() if generator is None else [generator]
     for name in [*asked.sources, *(name for one in generators for name in one.sources)]:
         source = get_source(name, own)
-        refuse(name, source.licence, licence)
+        refuse(name, source.licence, draw.licence)
         files += source.check()
     for one in generators:
         files += one.check()
@@ -198,7 +188,7 @@ def resolve(
     text: str,
     opened: HasTokenizer,
     *,
-    tick: Callable[[str], None] | None = None,
+    tick: Callable[[str], None] = lambda name: None,
     writing: Callable[[str, int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
     **options: Any,
@@ -244,7 +234,7 @@ def make(
     opened: HasTokenizer,
     guard: Guard | None,
     *,
-    tick: Callable[[str], None] | None = None,
+    tick: Callable[[str], None] = lambda name: None,
     **heard: Any,
 ) -> CalibrationSet:
     """Draw or write a set as it is asked for, away from what the guard refuses; `heard` are
@@ -257,7 +247,8 @@ def make(
     else:
         share = getattr(asked.generator, "chat", 0.0) if chat_turns(opened.tokenizer) else 0.0
         counts = rows_per_source({"own": 1 - share, "chat": share}, rows)
-        generators = {"own": asked.generator, "chat": Chat(batch=asked.generator.batch)}
+        chats = GENERATORS["chat"](batch=asked.generator.batch)
+        generators = {"own": asked.generator, "chat": chats}
     parts: dict[str, CalibrationSet] = {}
     if drawn := {name: float(counts[name]) for name in asked.sources if counts[name]}:
         mix = make_mix(drawn, mix_text(asked.mix)) if asked.written else asked.mix
@@ -302,8 +293,9 @@ def _together(parts: Mapping[str, CalibrationSet], asked: Asked, seed: int) -> C
     return made
 
 
-def _saved(path: Path, given: Mapping[str, Any], licence: str | None) -> CalibrationSet:
-    found = CalibrationSet.open(path)
+def _saved(path: Path, given: dict[str, Any]) -> CalibrationSet:
+    """Return the set in a folder, if it is what was asked for."""
+    found, licence = CalibrationSet.open(path), given.pop("licence", None)
     has = dict(found.manifest)
     licences = {name: source.get("licence", "unstated") for part in ("own", "sources")
                 for name, source in (has.get(part) or {}).items()}  # fmt: skip

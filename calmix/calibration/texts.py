@@ -67,25 +67,21 @@ def texts(
     readers |= {name: [local_file(str(path))] for name, path in (own or {}).items()}
     if not readers:
         raise InputError(f"no builtin text is of {', '.join(dimensions or ())}: give --text")
-    length = min(length, opened.context or length)
-    return {name: _rows(name, found, opened, rows, length) for name, found in readers.items()}
-
-
-def _rows(
-    name: str, readers: Sequence[Reader], opened: HasTokenizer, rows: int, length: int
-) -> Tensor:
     tokenizer, tokenize = opened.tokenizer, tokenizer_function(opened.tokenizer)
-    head = begin_token(tokenizer)
-    made: list[list[int]] = []
-    tokens = 0
-    for number, reader in enumerate(readers):
-        share = rows // len(readers) + (number < rows % len(readers))
-        most, documents = LONGEST * share * length, list(reader.read())
-        order = np.random.default_rng(SEED).permutation(len(documents))
-        stream = ((documents[i], tokenize([documents[i].text[:most]])[0]) for i in order)
-        packed, used = pack_concat(stream, share, length - len(head), tokenizer.eos_token_id)
-        made += [head + row for row in packed]
-        tokens += sum(len(ids) for _, ids in used)
-    if not made:
-        raise InputError(f"the text {name} has {tokens} tokens, less than one row of {length}")
-    return torch.tensor(made, dtype=torch.int64)
+    head, length = begin_token(tokenizer), min(length, opened.context or length)
+    found: dict[str, Tensor] = {}
+    for name, of_name in readers.items():
+        made: list[list[int]] = []
+        tokens = 0
+        for number, reader in enumerate(of_name):
+            share = rows // len(of_name) + (number < rows % len(of_name))
+            most, documents = LONGEST * share * length, list(reader.read())
+            order = np.random.default_rng(SEED).permutation(len(documents))
+            stream = ((documents[i], tokenize([documents[i].text[:most]])[0]) for i in order)
+            packed, used = pack_concat(stream, share, length - len(head), tokenizer.eos_token_id)
+            made += [head + row for row in packed]
+            tokens += sum(len(ids) for _, ids in used)
+        if not made:
+            raise InputError(f"the text {name} has {tokens} tokens, less than one row of {length}")
+        found[name] = torch.tensor(made, dtype=torch.int64)
+    return found

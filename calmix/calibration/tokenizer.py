@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.models import OpenModel, resolve_model
-from calmix.models.opening import (
-    context_of,
-    load_config,
-    load_tokenizer,
-    tokenizer_fingerprint,
-)
-
-Tokenize = Callable[[list[str]], list[list[int]]]
+from calmix.models.opening import context_of, load_config, load_tokenizer, tokenizer_fingerprint
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokeniz
     return OpenTokenizer(name, folder, tokenizer, context, tokenizer_fingerprint(tokenizer))
 
 
-def tokenizer_function(tokenizer: Any) -> Tokenize:
+def tokenizer_function(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     """Return a function from texts to ids without special tokens and without warnings."""
     return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 

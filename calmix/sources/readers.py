@@ -9,7 +9,9 @@ all empty is left out.
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib.util
+import json
 import platform
 import re
 import sysconfig
@@ -17,19 +19,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from calmix import assets
-from calmix.errors import MissingExtraError, SourceError
-from calmix.files import parse_json
+from calmix.errors import SourceError, first_line
+from calmix.files import cache_dir, parse_json, sha256_json, write_bytes
+from calmix.options import Options
 from calmix.progress import quiet
 
 LINE = 64 << 20  # bytes of a line of .jsonl
 ROWS = 1024  # of a .parquet file, held at a time
 SHORTEST = 200  # characters: shorter source files are mostly re-exports
+BUDGET = 8_000_000  # characters: some 2 million tokens, 60 times a usual calibration set
 FIELD = re.compile(r"\{([^{}\n]+)\}")
 
 TEXT = "{text}"  # the template of a user's own rows
@@ -41,6 +46,10 @@ CODE = {
     ".lua", ".pl", ".hs", ".ml", ".vue", ".css", ".html",
 }  # fmt: skip
 PAGES = {".css", ".html"}  # which lie beside notes too
+SKIPPED = {  # folders of a package or of the standard library
+    "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "ensurepip",
+    "_vendor", "lib2to3", "pydoc_data", "__pycache__",
+}  # fmt: skip
 LEFT = {"node_modules", "__pycache__", "venv", "site-packages"}  # folders of others' code
 
 Items = Literal["all", "odd", "even"]
@@ -60,10 +69,8 @@ class Document:
     messages: tuple[dict[str, str], ...] | None = None
 
 
-class Reader(BaseModel):
+class Reader(Options):
     """What every reader has: where its text is, and which version of it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     origin: ClassVar[str] = "offline"  # or `hub`
 
@@ -92,9 +99,7 @@ class PythonStdlib(Reader):
 
     def read(self) -> Iterator[Document]:
         root = Path(sysconfig.get_path("stdlib"))
-        skip = {"test", "tests", "site-packages", "dist-packages", "idle_test", "__pycache__"}
-        skip |= {"ensurepip", "lib2to3", "pydoc_data"}
-        yield from _source_files(root, root.glob("**/*.py"), skip)
+        yield from _source_files(root, root.glob("**/*.py"), SKIPPED)
 
 
 class PythonDocs(Reader):
@@ -143,10 +148,9 @@ class PackageFiles(OfPackage):
 
     def read(self) -> Iterator[Document]:
         self.check()
-        skip = {"test", "tests", "testing", "_vendor", "__pycache__"}
         root = Path(self._spec().submodule_search_locations[0])
         files = (path for pattern in self.files for path in root.glob(pattern))
-        yield from _source_files(root, files, skip)
+        yield from _source_files(root, files, SKIPPED)
 
 
 def _source_files(
@@ -161,13 +165,11 @@ def _source_files(
                     yield Document(relative.as_posix(), text)
 
 
-class Apart(BaseModel):
+class Apart(Options):
     """Texts to keep away from: what shares a run of `words` words with one is left out.
 
     They are the even-numbered requests of `members` (which the suite may score), the odd, or all.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     members: list[str]
     items: Items = "even"
@@ -192,7 +194,7 @@ class AssetText(Reader):
     items: Items = "all"
     number: str = "doc_id"
     apart: Apart | None = None
-    where: dict[str, str | list[str]] = {}
+    where: dict[str, str | list[str]] = Field(default={})
 
     @property
     def version(self) -> str:
@@ -258,10 +260,6 @@ class ReasoningGym(OfPackage):
     documents: Annotated[int, Field(gt=0)]
     strip: str | None = None
 
-    def check(self) -> None:
-        if self._spec() is None:
-            raise MissingExtraError("reasoning-gym problems", "reasoning")
-
     def read(self) -> Iterator[Document]:
         self.check()
         with quiet():  # its cellpylib warns
@@ -277,6 +275,123 @@ class ReasoningGym(OfPackage):
             if text not in seen:
                 seen.add(text)
                 yield Document(f"{self.datasets[which]}/{item}", text)
+
+
+class Answer(Options):
+    """Where the right choice's text is: `label`, found among `labels`, names one of `texts`."""
+
+    label: str
+    labels: str
+    texts: str
+
+
+class HubText(Reader):
+    """Rows of a data set on the hub, from its beginning up to a budget of `characters`.
+
+    `subset` is the data set's configuration; of several, each gets an equal part of the budget.
+    Without a `template` the field `text` or `content` is taken. Where an article is spread over
+    rows, `starts` is a regular expression that matches an article's first row.
+    """
+
+    type: Literal["hub"]
+    id: str
+    subset: str | list[str] | None = None
+    split: str = "train"
+    revision: str | None = None
+    template: str | None = None
+    answer: Answer | None = None
+    starts: str | None = None
+    characters: Annotated[int, Field(gt=0)] = BUDGET
+
+    origin: ClassVar[str] = "hub"
+
+    @property
+    def subsets(self) -> list[str | None]:
+        """The configurations to read; None is the data set's only one."""
+        return [*self.subset] if isinstance(self.subset, list) else [self.subset]
+
+    @property
+    def version(self) -> str:
+        parts = [self.id, *self.subsets, self.split, self.revision or "main"]
+        return " ".join(part for part in parts if part)
+
+    @property
+    def availability(self) -> str:
+        return "offline (fetched before)" if self._kept().is_file() else "hub"
+
+    def read(self) -> Iterator[Document]:
+        if not (kept := self._kept()).is_file():
+            lines = [json.dumps([one.id, one.text]) + "\n" for one in self._documents()]
+            write_bytes(kept, gzip.compress("".join(lines).encode(), mtime=0))
+        try:
+            with gzip.open(kept, "rt", encoding="utf-8") as held:
+                for line in held:
+                    yield Document(*json.loads(line))
+        except (OSError, EOFError, ValueError) as error:
+            raise SourceError(f"{kept} is damaged: delete it to fetch it again") from error
+
+    def _kept(self) -> Path:
+        name = sha256_json(self.model_dump(mode="json"))[:16]
+        return cache_dir() / "sources" / f"{name}.jsonl.gz"
+
+    def _documents(self) -> Iterator[Document]:
+        """Yield the documents of every subset: a row each, or all rows up to the next start."""
+        for subset in self.subsets:
+            left, part, first = -(-self.characters // len(self.subsets)), "", 0
+            for number, row in enumerate(chain(_stream(self, subset), [None])):
+                text = "" if row is None else self._text(row, number)
+                if row is None or self.starts is None or re.search(self.starts, text):
+                    if document := part.strip():
+                        yield Document(f"{subset or self.split}/{first}", document)
+                        left -= len(document)
+                        if left <= 0:
+                            break
+                    part, first = "", number
+                part += text if text.endswith("\n") else text + "\n"
+
+    def _text(self, row: dict[str, Any], number: int) -> str:
+        try:
+            if (asked := self.answer) is not None:
+                labels, texts = lookup(row, asked.labels), lookup(row, asked.texts)
+                wanted = lookup(row, asked.label)
+                row = {**row, "answer": texts[labels.index(wanted)] if wanted in labels else ""}
+            if self.template is not None:
+                return fill(self.template, row)
+        except SourceError as error:
+            raise SourceError(f"{self.id} row {number}: {error}") from error
+        for key in ("text", "content"):
+            if isinstance(found := row.get(key), str):
+                return found
+        raise SourceError(
+            f"{self.id} row {number}: there is no field 'text' or 'content' (has: "
+            f"{', '.join(row)}): name the fields in a template, in a YAML file of sources"
+        )
+
+
+def _stream(reader: HubText, subset: str | None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one subset."""
+    try:
+        with quiet():
+            import datasets
+
+            rows = iter(datasets.load_dataset(
+                reader.id, subset, split=reader.split, streaming=True, revision=reader.revision
+            ))  # fmt: skip
+        while True:
+            with quiet():
+                row = next(rows, None)
+            if row is None:
+                return
+            yield row
+    except Exception as error:  # the hub client gives being offline many forms
+        which = f"{reader.id} ({', '.join(filter(None, [subset, reader.split]))})"
+        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+            raise SourceError(f"{which} cannot be read: {first_line(error)}") from error
+        raise SourceError(
+            f"the hub cannot be reached for {which}: go online once to fetch it, copy "
+            f"{cache_dir() / 'sources'} from a machine that has, or take an offline source "
+            "(calmix calibrate sources)"
+        ) from error
 
 
 class LocalFile(Reader):
@@ -445,11 +560,12 @@ def _decoded(where: Path | str, raw: bytes) -> str:
 def _of_row(key: str, template: str, row: Any, where: str) -> Document:
     """Return a row as a document: its template filled, or its chat."""
     messages, held = None, row if isinstance(row, Mapping) else {}
-    plain = template != TEXT or "text" in held
-    named = next((n for n in ([template[1:-1]] if plain else CHATS) if n in held), None)
+    searched = template == TEXT and "text" not in held  # for a chat, by the usual names
+    name = next((one for one in CHATS if one in held), None) if searched else template[1:-1]
     try:
-        if named is not None and (_is_chat(chat := _chat(held[named])) or not plain):
-            messages = chat_messages(chat, named)
+        chat = _chat(held.get(name))
+        if name is not None and (chat or searched):
+            messages = tuple(_messages(chat or held[name], name))
             text = "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
         else:
             for path in fields(template, held):
@@ -466,26 +582,19 @@ def _of_row(key: str, template: str, row: Any, where: str) -> Document:
     return Document(key, text, messages)
 
 
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
-
-
-def _chat(value: Any) -> Any:
-    """Return the chat that a string holds as JSON; any other value as it is."""
+def _chat(value: Any) -> list[Any] | None:
+    """Return the chat that a field holds, as it is or as JSON; None where it holds none."""
+    found = value
     with suppress(ValueError):
         if isinstance(value, str) and value.lstrip().startswith("["):
-            held = parse_json(value)
-            if _is_chat(held) and {"role", "from"} & held[0].keys():
-                return held
-    return value
+            found = parse_json(value)
+    if not (isinstance(found, list) and found and isinstance(found[0], Mapping)):
+        return None
+    return found if found is value or {"role", "from"} & found[0].keys() else None
 
 
-def chat_messages(value: Any, name: str) -> tuple[dict[str, str], ...]:
-    """Return the messages of a chat, as `role` and `content`, from any of the usual forms.
-
-    Raises SourceError where they are in none.
-    """
-    found = []
+def _messages(value: Any, name: str) -> Iterator[dict[str, str]]:
+    """Yield the messages of a chat, as `role` and `content`, from any of the usual forms."""
     for number, one in enumerate(value if isinstance(value, list) else [value]):
         one = one if isinstance(one, Mapping) else {}
         role, content = one.get("role", one.get("from")), one.get("content", one.get("value"))
@@ -496,8 +605,7 @@ def chat_messages(value: Any, name: str) -> tuple[dict[str, str], ...]:
                 f"message {number} of '{name}' has no role and content: write "
                 '{"role": "user", "content": "..."}, or name another field, FILE@FIELD'
             )
-        found.append({"role": ROLES.get(role, role), "content": content or ""})
-    return tuple(found)
+        yield {"role": ROLES.get(role, role), "content": content or ""}
 
 
 def lookup(row: Any, path: str) -> Any:
@@ -535,3 +643,9 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "\n\n".join(text for part in value if (text := _text(part)).strip())
     return "" if value is None else str(value)
+
+
+AnyReader = Annotated[
+    PythonStdlib | PythonDocs | PackageFiles | AssetText | ReasoningGym | LocalFile | HubText,
+    Field(discriminator="type"),
+]

@@ -9,32 +9,17 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from calmix.errors import InputError, SourceError, nearest
 from calmix.files import user_path
-from calmix.sources.hub import HubText
+from calmix.options import Options
 from calmix.sources.licences import OWN, Use, use_of
-from calmix.sources.readers import (
-    CODE,
-    FORMATS,
-    TEXT,
-    AssetText,
-    Document,
-    LocalFile,
-    PackageFiles,
-    PythonDocs,
-    PythonStdlib,
-    ReasoningGym,
-)
+from calmix.sources.readers import CODE, FORMATS, TEXT, AnyReader, Document, HubText, LocalFile
 from calmix.yaml_files import first_problem, packaged, read_yaml
 
-AnyReader = Annotated[
-    PythonStdlib | PythonDocs | PackageFiles | AssetText | ReasoningGym | LocalFile | HubText,
-    Field(discriminator="type"),
-]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 DATA = "CALMIX_DATA"  # names a folder of texts, read in place of the hub
 # Mixes by name, with relative weights. `mix-clean` has no other half of a benchmark that a suite
@@ -50,11 +35,9 @@ MIXES: dict[str, dict[str, float]] = {
 WRITTEN = ("self-written", "chat", "igsp", "self-cal", "sgs")  # a model's text, which others draw
 
 
-class Source(BaseModel):
+class Source(Options):
     """A named source of text. `dimension` is the capability dimension it leans to, if known;
     `local` the file below the folder CALMIX_DATA, if set, that is read in place of the hub."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     dimension: str = "-"
@@ -152,7 +135,8 @@ def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:
             raise InputError(f"{path}: source '{name}': {what}") from error
         if isinstance(reader := source.reader, LocalFile):
             reader = reader.model_copy(update={"path": path.parent / reader.path.expanduser()})
-        found[name] = source.model_copy(update={"reader": reader})
+            source = source.model_copy(update={"reader": reader})
+        found[name] = source
     return found
 
 

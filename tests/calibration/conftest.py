@@ -1,11 +1,11 @@
-"""Tiny tokenizers and sources for calibration tests."""
+"""Tiny models and sources for calibration tests."""
 
 import json
 
 import pytest
 
 from calmix.calibration import open_tokenizer
-from tests.tiny import tiny_tokenizer
+from calmix.models import open_model
 
 
 def write_rows(path, texts):
@@ -20,15 +20,9 @@ def tiny(tiny_folder):
 
 
 @pytest.fixture(scope="session")
-def foreign_folder(tmp_path_factory, tiny_folder):
-    """The tiny model with another tokenizer: one more token."""
-    folder = tmp_path_factory.mktemp("foreign")
-    (folder / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
-    (folder / "model.safetensors").write_bytes((tiny_folder / "model.safetensors").read_bytes())
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["<new>"])
-    tokenizer.save_pretrained(folder)
-    return folder
+def opened(tiny_folder):
+    """The tiny llama in float32."""
+    return open_model(str(tiny_folder), dtype="float32", device="cpu")
 
 
 @pytest.fixture

@@ -1,14 +1,19 @@
 """The leakage guard."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calmix import CalibrationSet
 from calmix.calibration import build, leakage, parse_mix, resolve
-from calmix.calibration.leakage import Guard, ItemIndex
+from calmix.calibration.leakage import Guard, ItemIndex, suite_items
 from calmix.calibration.tokenizer import tokenizer_function
-from calmix.errors import SourceError
+from calmix.errors import InputError, SourceError
+from calmix.evaluation.own import template
 from tests.calibration.conftest import write_rows
+from tests.tiny import quick
 
 ids = st.lists(st.integers(0, 6), max_size=20)
 
@@ -32,15 +37,12 @@ def test_finding_equals_brute_force(items, document, n):
 
 
 ITEM = "Janet sells sixteen eggs a day; how many dollars does she make?"
+ITEMS = [("gsm8k", "7", ITEM), ("sciq", "1", "too short")]
 
 
 @pytest.fixture
 def guard(tiny):
-    def make(n=13):
-        items = [("gsm8k", "7", ITEM), ("sciq", "1", "too short")]
-        return Guard("toy", ItemIndex(items, tokenizer_function(tiny.tokenizer), n))
-
-    return make
+    return lambda n=13: Guard("toy", ItemIndex(ITEMS, tokenizer_function(tiny.tokenizer), n))
 
 
 @pytest.fixture(autouse=True)
@@ -60,16 +62,22 @@ def planted(tmp_path, documents, leaks, text=ITEM):
 
 
 @pytest.mark.parametrize("packing", ["concat", "window"])
-def test_a_planted_item_is_dropped_and_counted(tmp_path, tiny, guard, packing):
-    path = planted(tmp_path, 100, 2)
-    watch = guard()
-    made = build(parse_mix(path), tiny, rows=95, length=50, packing=packing, guard=watch)
+def test_a_planted_item_of_a_named_suite_is_dropped_and_counted(
+    tmp_path, tiny, monkeypatch, packing
+):
+    asked, path = [], planted(tmp_path, 100, 2)
+    monkeypatch.setattr(leakage, "suite_items", lambda suite: asked.append(suite) or ITEMS)
+    monkeypatch.setattr(leakage, "load_suite", lambda name: None)
+    how = {"rows": 95, "length": 50, "packing": packing}
+    made = resolve(path, tiny, **how)
     assert "Janet" not in "".join(tiny.tokenizer.batch_decode(made.ids.tolist()))
     report = made.manifest["leakage"]
-    assert report["suite"] == "toy"
-    assert report["tokens"] == 13
-    assert report["items"] == 2
+    assert (report["suite"], report["tokens"], report["items"]) == ("offline", 13, 2)
     assert [(d["task"], d["item"]) for d in report["dropped"][path]] == [("gsm8k", "7")] * 2
+    assert resolve(path, tiny, leakage="off", **how).manifest["leakage"] == "off"
+    assert asked == ["offline"]
+    assert resolve(path, tiny, leakage="mine", **how).manifest["leakage"]["suite"] == "mine"
+    assert asked == ["offline", "mine"]
 
 
 def test_a_small_draw_with_one_leak_looks_further(tmp_path, tiny, guard):
@@ -93,21 +101,37 @@ def test_a_shorter_run_is_no_leak_and_a_source_that_leaks_is_refused(tmp_path, t
         build(parse_mix(path), tiny, rows=18, length=50, guard=guard(11))
 
 
-def test_the_suite_is_asked_for_by_name(tmp_path, tiny, monkeypatch):
-    asked = []
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "case",
+    quick([("gsm8k", 3)], [("gsm8k", 10), ("humaneval", 10), ("arc_easy", 3), ("pattern", 3)]),
+)
+def test_a_planted_item_of_the_offline_suite_is_caught(case, calmix, tmp_path):
+    task, leaks = case
+    item = next(i for i in suite_items("offline") if i[0] == task and len(i[2]) > 60)
+    rng, words = random.Random(0), ("river", "stone", "under", "bright", "seven", "north", "quiet")
+    rows = [" ".join(rng.choices(words, k=60)) for _ in range(120)]
+    for number in range(5, 5 + 12 * leaks, 12):
+        rows[number] = f"{rows[number]}\n\n{item[2]}\n\n{rows[number]}"
+    write_rows(tmp_path / "own.jsonl", rows)
+    ended = calmix("calibrate", "own.jsonl", "--model", "builtin:smollm2-135m", "--rows", 110,
+                   "--length", 50, "-o", "out", "--packing", "window")  # fmt: skip
+    if leaks == 10:
+        assert "source own.jsonl leaks" in ended.line
+        assert f"with task {task}" in ended.line
+        assert not (tmp_path / "out").exists()
+        return
+    dropped = CalibrationSet.open("out").manifest["leakage"]["dropped"]["own.jsonl"]
+    assert {entry["task"] for entry in dropped} == {task}
+    assert 1 <= len(dropped) <= 3
 
-    def items(suite):
-        asked.append(suite)
-        return [("gsm8k", "7", ITEM)]
 
-    monkeypatch.setattr(leakage, "suite_items", items)
-    monkeypatch.setattr(leakage, "load_suite", lambda name: None)
-    path = planted(tmp_path, 100, 2)
-    made = resolve(path, tiny, rows=95, length=50, packing="window")
-    assert asked == ["offline"]
-    assert len(made.manifest["leakage"]["dropped"][path]) == 2
-    off = resolve(path, tiny, rows=95, length=50, leakage="off")
-    assert off.manifest["leakage"] == "off"
-    assert asked == ["offline"]
-    assert resolve(path, tiny, rows=9, length=50, leakage="mine").manifest["leakage"]["items"] == 1
-    assert asked == ["offline", "mine"]
+@pytest.mark.real
+def test_a_guard_may_be_against_several_suites(tmp_path):
+    for name, text in template("mine").items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    both = suite_items(f"smoke,{tmp_path / 'mine.yaml'}")
+    assert [task for task, *_ in both[-2:]] == ["my_numbers", "my_programs"]
+    assert both[0][0] not in template("mine")["mine.yaml"]
+    with pytest.raises(InputError, match="unknown suite 'abilites': did you mean abilities"):
+        suite_items("smoke,abilites")

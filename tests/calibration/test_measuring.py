@@ -12,16 +12,10 @@ from calmix.calibration import resolve, text_metrics
 from calmix.calibration.measuring import interval
 from calmix.errors import InputError
 from calmix.evaluation.likelihood import perplexity_of_rows
-from calmix.models import open_model
 from tests.calibration.conftest import write_rows
 
 BUDGET = {"rows": 4, "length": 32}
 NAMES = ["few.jsonl", "many.jsonl"]
-
-
-@pytest.fixture(scope="session")
-def opened(tiny_folder):
-    return open_model(str(tiny_folder), dtype="float32", device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -72,30 +66,22 @@ def test_repeatable_and_written(opened, tmp_path):
     assert interval([1.0, 2.0, 3.0]).high - 2 == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
 
 
-def test_mixes_and_saved_sets(opened, tmp_path):
+def test_mixes_saved_sets_and_bad_requests(opened, tiny, tmp_path):
     made = resolve(f"uniform:{','.join(NAMES)}", opened, leakage="off", rows=8, length=32)
     made.save(tmp_path / "saved")
     how = {"rows": 8, "length": 32, "perplexity": False, "draws": 2}
     found = package.measure(["saved", "few.jsonl:1,many.jsonl:3"], opened, **how)
     assert (len(found.draws["saved"]), found.notes["saved"]) == (1, "saved: one draw")
-    told = r"has 8 rows of 32 tokens, not 8 of 16: .*--rows 8 --length 32"
-    with pytest.raises(InputError, match=told):
-        package.measure(["saved"], opened, rows=8, length=16)
-
-
-@pytest.mark.parametrize(
-    ("specs", "options", "message"),
-    [
-        ([], {}, "name at least one source"),
-        (["few.jsonl"], {"draws": 0}, "--draws 0: must be 1 or more"),
-        (["few.jsonl"], {"length": 1}, "too short to predict"),
-    ],
-)
-def test_bad_requests(opened, tiny, specs, options, message):
-    with pytest.raises(InputError, match=message):
-        package.measure(specs, opened, **(BUDGET | options))
-    with pytest.raises(InputError, match="needs the model"):
-        package.measure(NAMES, tiny, **BUDGET)
+    for specs, model, options, message in (
+        (["saved"], opened, {"rows": 8, "length": 16},
+         r"has 8 rows of 32 tokens, not 8 of 16: .*--rows 8 --length 32"),
+        ([], opened, {}, "name at least one source"),
+        (NAMES, opened, {"draws": 0}, "--draws 0: must be 1 or more"),
+        (NAMES, opened, {"length": 1}, "too short to predict"),
+        (NAMES, tiny, {}, "needs the model"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            package.measure(specs, model, **(BUDGET | options))
 
 
 def test_the_verb(calmix, tiny_folder, tmp_path):

@@ -1,7 +1,5 @@
 """What a user may write for a calibration set, and what comes of it."""
 
-from textwrap import indent
-
 import pytest
 import torch
 
@@ -62,11 +60,23 @@ def test_mix_clean_reads_no_benchmark_that_a_suite_scores():
         ("self-cal,start=end", "--start end: must be 'prompts', 'auto', 'bos' or 'separator'"),
         ("igsp,stories", "'stories' is not of the form option=value"),
         ("self-written,temperature=inf", "--temperature inf: must be a finite number"),
+        ("no.yaml", "there is no file"),
+        ("rows: 3", "give exactly one of 'mix'"),
+        ("mix: {a: 1}\nuniform: [a]", "give exactly one of 'mix'"),
+        ("mix: {a: 1, a: 2}", "line 1: 'a' is given twice"),
+        ("mix: {a: much}", "line 1: mix: "),
+        ("uniform: [a]\nrow: 3", "line 2: row: unknown key: did you mean rows"),
+        ("uniform: [a]\noptions: {piece: 9}", "'options' are those of 'generate'"),
+        ("generate: igps", "unknown generator 'igps': did you mean igsp"),
+        ("generate: sgs\noptions: {seeds: no-such}", "unknown source 'no-such'"),
+        ("generate: igsp\noptions: {prompts: no.yaml}", "there is no file no.yaml"),
     ],
 )
-def test_wrong_texts(text, message):
-    with pytest.raises(InputError, match=message):
-        ask(text)
+def test_what_is_wrong_in_a_text_or_a_file(text, message, tmp_path):
+    file = tmp_path / "mix.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises((InputError, SourceError), match=message):
+        ask(str(file) if ": " in text else text)
 
 
 def test_names_mixes_and_yaml_files_agree(sources, tiny, tmp_path):
@@ -89,19 +99,15 @@ def test_names_mixes_and_yaml_files_agree(sources, tiny, tmp_path):
 
 
 def test_own_sources_come_from_a_file_a_yaml_specification_or_python(sources, tiny, tmp_path):
-    entries = "".join(
-        f"{name}: {{reader: {{type: file, path: {file}.jsonl}}}}\n"
-        for name, file in (("mine", "lower"), ("other", "upper"))
-    )
+    entries = "mine: {reader: {type: file, path: lower.jsonl}}"
     file, own = tmp_path / "mix.yaml", tmp_path / "own.yaml"
-    file.write_text(f"uniform: [mine, other]\nsources:\n{indent(entries, ' ')}", encoding="utf-8")
+    file.write_text(f"uniform: [mine]\nsources: {{{entries}}}", encoding="utf-8")
     own.write_text(entries, encoding="utf-8")
     size = {"rows": 4, "length": 16}
     made = drawn(file, tiny, **size)
-    assert made.manifest["mix"] == {"mine": 0.5, "other": 0.5}
-    assert drawn("uniform:mine,other", tiny, sources=own, **size).sha256 == made.sha256
-    given = own_sources(own)
-    assert drawn("uniform:mine,other", tiny, sources=given, **size).sha256 == made.sha256
+    assert made.manifest["mix"] == {"mine": 1.0}
+    for given in (own, own_sources(own)):
+        assert drawn("mine", tiny, sources=given, **size).sha256 == made.sha256
 
 
 def test_a_saved_folder(sources, tiny, tmp_path):
@@ -124,27 +130,6 @@ def test_settings_of_a_generator_agree_with_a_file(tmp_path):
     assert ask("self-cal,start=bos").generator.start == "bos"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("rows: 3", "give exactly one of 'mix'"),
-        ("mix: {a: 1}\nuniform: [a]", "give exactly one of 'mix'"),
-        ("mix: {a: 1, a: 2}", "line 1: 'a' is given twice"),
-        ("mix: {a: much}", "line 1: mix: "),
-        ("uniform: [a]\nrow: 3", "line 2: row: unknown key: did you mean rows"),
-        ("uniform: [a]\noptions: {piece: 9}", "'options' are those of 'generate'"),
-        ("generate: igps", "unknown generator 'igps': did you mean igsp"),
-        ("generate: sgs\noptions: {seeds: no-such}", "unknown source 'no-such'"),
-        ("generate: igsp\noptions: {prompts: no.yaml}", "there is no file no.yaml"),
-    ],
-)
-def test_a_wrong_yaml_file(text, message, tmp_path):
-    file = tmp_path / "mix.yaml"
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises((InputError, SourceError), match=message):
-        ask(str(file))
-
-
 def test_long_mixes_and_odd_names_are_not_paths(tiny):
     names = ",".join(f"no-such-source-{i}" for i in range(40))
     for spec, name in (
@@ -152,5 +137,3 @@ def test_long_mixes_and_odd_names_are_not_paths(tiny):
     ):  # fmt: skip
         with pytest.raises(SourceError, match=f"unknown source '{name}"):
             drawn(spec, tiny, rows=80, length=8)
-    with pytest.raises(InputError, match="there is no file"):
-        drawn("missing.yaml", tiny)

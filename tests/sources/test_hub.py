@@ -7,7 +7,7 @@ import pytest
 
 from calmix.errors import SourceError
 from calmix.sources import builtin_sources
-from calmix.sources.hub import HubText
+from calmix.sources.readers import HubText
 
 # A row of each data set that has more than a text, as its card shows it, and what is read of it.
 CHOICES = {

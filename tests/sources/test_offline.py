@@ -6,7 +6,6 @@ from calmix import assets
 from calmix.calibration import open_tokenizer
 from calmix.calibration.build import tokenized
 from calmix.calibration.leakage import guard_of
-from calmix.calibration.tokenizer import tokenizer_function
 from calmix.sources import offline_sources
 from calmix.sources.readers import word_runs
 from tests.tiny import quick
@@ -42,10 +41,10 @@ def test_documents_are_many_distinct_and_none_of_the_suites(name):
 @pytest.mark.parametrize("suite", ["offline", "abilities"])
 def test_the_guard_refuses_no_source_for_what_a_suite_scores(suite):
     opened = open_tokenizer("builtin:smollm2-135m")
-    tokenize, guard = tokenizer_function(opened.tokenizer), guard_of(suite, 13, opened)
+    guard = guard_of(suite, 13, opened)
     for name, source in offline_sources().items():
         documents = list(source.documents())
         step = max(1, len(documents) // 100)
-        assert list(guard.filter(name, tokenized(documents[::step], tokenize)))
+        assert list(guard.filter(name, tokenized(documents[::step], opened.tokenizer, name)))
         rest = [one for at, one in enumerate(documents) if at % step]  # none is counted twice
-        guard.verdict(name, guard.filter(name, tokenized(rest, tokenize)))
+        guard.verdict(name, guard.filter(name, tokenized(rest, opened.tokenizer, name)))

@@ -7,8 +7,7 @@ import pytest
 from calmix.calibration.selfgen.generators import GENERATORS
 from calmix.errors import InputError, SourceError
 from calmix.sources import builtin_sources, get_source, offline_sources, own_sources
-from calmix.sources.hub import HubText
-from calmix.sources.readers import AssetText, LocalFile
+from calmix.sources.readers import AssetText, HubText, LocalFile
 from calmix.sources.registry import WRITTEN
 
 DIMENSIONS = {"general", "commonsense", "code", "math"}

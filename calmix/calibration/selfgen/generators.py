@@ -6,6 +6,7 @@ one, add a class to `GENERATORS`: texts of several turns are rows whose openers 
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import model_validator
+from scipy import sparse
 
+from calmix.calibration.build import rows_per_source
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.leakage import Guard
 from calmix.calibration.selfgen.prompts import (
@@ -27,9 +30,8 @@ from calmix.calibration.selfgen.prompts import (
     prompts_hash,
     start_token,
 )
-from calmix.calibration.selfgen.selection import ORDER, objective, select_rows
 from calmix.calibration.selfgen.writing import Request, Written, write
-from calmix.calibration.text_metrics import aggregation, row_aggregation
+from calmix.calibration.text_metrics import Ids, aggregation, ngram_keys, row_aggregation
 from calmix.calibration.tokenizer import begin_token, tokenizer_function
 from calmix.errors import InputError
 from calmix.models import OpenModel
@@ -41,12 +43,16 @@ from calmix.sources.registry import MIXES
 ROUNDS = 8  # of writing, the later ones in place of text that cannot be used
 ANOTHER = 1_000_003  # between the seeds of two rounds
 PREFIX, PREFIXES = 2, 1000  # tokens of a seed text, and of how many
+ORDER = 4  # of the n-grams whose repetition counts
+SWEEPS = 20  # of swaps in a selection; a few are enough in practice
+EPSILON = 1e-12  # what a swap must lower J by, so that rounding cannot make it run in a circle
 CHAT = 0.25  # of rows: chats in what a model with a chat template writes, and in default mixes
 
 Own = Mapping[str, Source]
+Values = NDArray[np.float64]
 # Token ids (pieces, length), the dimension of each piece, and over its sampled tokens the negative
 # log-likelihood in nats and their number.
-Pieces = tuple[NDArray[np.int64], NDArray[np.str_], NDArray[np.float64], NDArray[np.int64]]
+Pieces = tuple[NDArray[np.int64], NDArray[np.str_], Values, NDArray[np.int64]]
 
 
 class Generator(Options):
@@ -222,7 +228,6 @@ class Sgs(Generator):
 GENERATORS: dict[str, type[Generator]] = {
     one.name: one for one in (SelfWritten, Igsp, Chat, SelfCal, Sgs)
 }
-WITHOUT_CHATS = SelfWritten(chat=0)
 
 
 def generate(
@@ -242,31 +247,26 @@ def generate(
 
     `guard`, `own`, `writing` and `note` are as for `calmix.calibration.resolve`.
     """
-    held = generator.beginnings(opened.tokenizer, seed, own)
     per_row = max(1, round(length / generator.piece)) if generator.piece else 1
     size = math.ceil(length / per_row)
-    share, rest = divmod(rows, len(held))
-    quota = {name: per_row * (share + (at < rest)) for at, name in enumerate(held)}
-    quota = {name: count for name, count in quota.items() if count}
+    held = generator.beginnings(opened.tokenizer, seed, own)
+    shares = rows_per_source(dict.fromkeys(held, 1 / len(held)), rows)
+    quota = {name: per_row * count for name, count in shares.items() if count}
     warmth = {name: generator.temperature or held[name].temperature for name in quota}
 
-    def more(counts: Mapping[str, int], number: int) -> tuple[Written, list[str]]:
-        """Write so many pieces of each dimension, in turn: a stop leaves some of each."""
-        place = [(d, j) for j in range(max(counts.values())) for d in counts if j < counts[d]]
-        own_seed = seed + 1 + number * ANOTHER
+    def more(place: list[tuple[str, int]], number: int) -> Written:
+        """Write a piece for each pair of a dimension and a number."""
+        at = seed + 1 + number * ANOTHER
         request = Request(
-            [held[d].of_piece(j, size, own_seed) for d, j in place], size,
-            [warmth[d] for d, _ in place], own_seed, generator.top_k, generator.top_p,
-            generator.repetition_penalty,
+            [held[d].of_piece(j, size, at) for d, j in place], size, [warmth[d] for d, _ in place],
+            at, generator.top_k, generator.top_p, generator.repetition_penalty,
         )  # fmt: skip
         label = "writing more in place of what cannot be used" if number else "writing"
-        told = None if writing is None else partial(writing, label)
-        made = write(opened, request, batch=generator.batch, progress=told, note=note)
-        return made, [d for d, _ in place]
+        told = writing and partial(writing, label)
+        return write(opened, request, batch=generator.batch, progress=told, note=note)
 
     pieces, counted = _enough(generator, more, quota, guard)
-    picked = generator.choose(pieces, quota)
-    written, groups, nll, tokens = chosen = _some(pieces, picked)
+    written, groups, nll, tokens = chosen = _some(pieces, generator.choose(pieces, quota))
     rng = np.random.default_rng(seed)  # pieces of one dimension are joined to rows
     places = np.concatenate([rng.permutation(np.flatnonzero(groups == name)) for name in quota])
     order = rng.permutation(rows)
@@ -304,14 +304,9 @@ def generate(
     return made
 
 
-def _some(pieces: Pieces, places: Any) -> Pieces:
-    ids, groups, nll, tokens = pieces
-    return ids[places], groups[places], nll[places], tokens[places]
-
-
 def _enough(
     generator: Generator,
-    more: Callable[[Mapping[str, int], int], tuple[Written, list[str]]],
+    more: Callable[[list[tuple[str, int]], int], Written],
     quota: Mapping[str, int],
     guard: Guard | None,
 ) -> tuple[Pieces, dict[str, int]]:
@@ -320,21 +315,23 @@ def _enough(
     Where none better is written in `ROUNDS`, what repeats least is taken.
     """
     parts: list[Written] = []
-    names: list[str] = []
+    groups = np.zeros(0, str)
     shares = np.zeros(0)  # of repeated 4-grams; infinite for what is refused or empty
     factor = getattr(generator, "candidates", 1.0)
     missing = {name: math.ceil(factor * count) for name, count in quota.items()}
     for number in range(ROUNDS):
-        part, added = more(missing, number)
+        # Dimensions take turns: a stop leaves some of each.
+        place = [(d, j) for j in range(max(missing.values())) for d in missing if j < missing[d]]
+        part = more(place, number)
         taken = part.sampled.any(1).numpy()
         if guard is not None:
             rows = enumerate(part.ids.tolist())
             taken &= [guard.passes(generator.name, str(i), row) for i, row in rows]
         parts.append(part)
-        names += added
+        groups = np.append(groups, [d for d, _ in place])
         repeated = np.where(taken, row_aggregation(part.ids.numpy(), ORDER), np.inf)
-        shares = np.concatenate([shares, repeated])
-        groups, usable = np.array(names), shares <= generator.repeats
+        shares = np.append(shares, repeated)
+        usable = shares <= generator.repeats
         lack = {name: quota[name] - int(usable[groups == name].sum()) for name in quota}
         missing = {name: count for name, count in lack.items() if count > 0}
         if not missing:
@@ -352,10 +349,95 @@ def _enough(
     written = Written(*map(torch.cat, zip(*parts, strict=True)))
     nll = torch.where(written.sampled, written.nll.double(), 0.0).sum(1).numpy()
     counted = {
-        "written": len(names),
+        "written": len(groups),
         "refused": int(np.isinf(shares).sum()),
         "passed_over": int((np.isfinite(shares) & ~usable).sum()),
         "looping": sum(missing.values()),
     }
     pieces = written.ids.numpy(), groups, nll, written.sampled.sum(1).numpy()
     return _some(pieces, np.flatnonzero(usable)), counted
+
+
+def _some(pieces: Pieces, places: Any) -> Pieces:
+    ids, groups, nll, tokens = pieces
+    return ids[places], groups[places], nll[places], tokens[places]
+
+
+def objective(ids: Ids, groups: NDArray[Any], nll: Values, tokens: NDArray[np.int64]) -> float:
+    """Return J of a set S of rows; `nll` is of each row in nats, over so many `tokens`.
+
+    Ours, from one sentence of the abstract of arXiv 2606.03328 (method section 6):
+
+        J(S) = A4(S) + mean_d (log PPL_d(S) - mu(S))^2
+
+    where A4 is 4-gram aggregation (1 - distinct / total), PPL_d the perplexity of S's texts of
+    group d, token-weighted, and mu the mean of log PPL_d over the groups.
+    """
+    parts = [groups == name for name in np.unique(groups)]
+    logs = [nll[part].sum() / tokens[part].sum() for part in parts]
+    return aggregation(ids, ORDER) + float(np.var(logs))
+
+
+def select_rows(
+    ids: Ids,
+    groups: NDArray[Any],
+    nll: Values,
+    tokens: NDArray[np.int64],
+    quota: Mapping[str, int],
+) -> list[int]:
+    """Choose `quota[g]` rows of every group g, of as many or more, so that J is small.
+
+    A greedy pick of the row that adds most distinct 4-grams comes first: a monotone submodular
+    cover, which holds at least 1 - 1/e of the distinct 4-grams of the best set with one group, 1/2
+    with several. Then swaps within a group while J falls. Pure and deterministic.
+    """
+    (keys,) = ngram_keys([ids], ORDER)
+    gram, per_row = np.unique(keys, return_inverse=True)[1].ravel(), len(keys) // len(ids)
+    starts = np.arange(len(ids) + 1) * per_row
+    holds = sparse.csr_matrix((np.ones(len(gram), np.int32), gram, starts))
+    holds.sum_duplicates()
+    holds.data[:] = 1
+    grams = np.split(holds.indices, holds.indptr[1:-1])
+    held = np.zeros(holds.shape[1], np.int32)  # how many chosen rows hold each 4-gram
+    rows_of = {name: np.flatnonzero(groups == name) for name in quota}
+    number = {name: at for at, name in enumerate(quota)}
+    sums = np.zeros((2, len(quota)))  # nll and tokens of the chosen rows of each group
+    inside = np.zeros(len(ids), bool)
+
+    def move(row: int, sign: int) -> None:
+        held[grams[row]] += sign
+        sums[:, number[groups[row]]] += sign * np.array([nll[row], tokens[row]])
+        inside[row] = sign > 0
+
+    chosen, left = list[int](), dict(quota)
+    heap = [(-per_row, int(row)) for rows in rows_of.values() for row in rows]
+    heapq.heapify(heap)
+    while any(left.values()):
+        bound, row = heapq.heappop(heap)
+        if not left[groups[row]]:
+            continue
+        gain = int((held[grams[row]] == 0).sum())
+        if gain != -bound:  # a gain only ever falls: the heap is the lazy greedy
+            heapq.heappush(heap, (-gain, row))
+            continue
+        move(row, 1)
+        chosen.append(row)
+        left[groups[row]] -= 1
+    own = {name: holds[rows] for name, rows in rows_of.items()}
+    for _ in range(SWEEPS):
+        swapped = False
+        for at, out in enumerate(chosen):
+            rows, place = rows_of[groups[out]], number[groups[out]]
+            move(out, -1)
+            new = own[groups[out]] @ (held == 0).astype(np.int32)
+            logs = np.tile(sums[0] / np.maximum(sums[1], 1), (len(rows), 1))
+            logs[:, place] = (sums[0, place] + nll[rows]) / (sums[1, place] + tokens[rows])
+            value = logs.var(1) - new / (len(chosen) * per_row)
+            value[inside[rows]] = np.inf
+            best = int(np.argmin(value))
+            if value[best] < value[np.searchsorted(rows, out)] - EPSILON:
+                chosen[at], swapped = int(rows[best]), True
+            move(chosen[at], 1)
+        if not swapped:
+            break
+    return chosen

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
+from pydantic import Field, RootModel, model_validator
 from torch import Tensor
 
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError
 from calmix.files import sha256_json
 from calmix.models.opening import in_chat
+from calmix.options import Options
 from calmix.yaml_files import parse_model, read_text
 
 # What tokenizers call the token that stands after every document in pretraining.
@@ -31,10 +31,8 @@ Prompt = Annotated[
 ]
 
 
-class Dimension(BaseModel):
+class Dimension(Options):
     """The prompts of a dimension, and the temperature of what follows them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.9
     prompts: Annotated[list[Prompt], Field(min_length=1)]
@@ -49,8 +47,7 @@ class Prompts(RootModel[dict[str, Dimension]]):
     """A file of prompts: dimensions by name."""
 
 
-@dataclass(frozen=True)
-class Beginnings:
+class Beginnings(NamedTuple):
     """Token ids that texts of one kind begin with, and the temperature of what follows.
 
     With `turns` the openers are those of one text's turns: the first, then the others in a circle.

@@ -8,6 +8,7 @@ The random numbers of a row come from its own number, so rows may be batched in 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -91,41 +92,36 @@ class Sampler:
             np.random.default_rng([request.seed, first + i]).random(length) for i in range(count)
         ]
         self.uniform = torch.from_numpy(np.stack(draws)).to(device)
-        self.turn, self.start = [0] * count, [0] * count  # which text of its row, from where
-        self.pending = [list(opener[0])[1:] for opener in request.openers]
+        self.turns = [itertools.cycle(turns) for turns in request.openers]
+        self.pending = [list(next(turns))[1:] for turns in self.turns]
+        self.start = [0] * count  # of each row's text
         self.nll = torch.full((count, length), math.nan, device=device)
         self.sampled = torch.zeros((count, length), dtype=torch.bool)
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        at = ids.shape[1]
-        logits = scores.to(self.device, torch.float32)
+        from transformers import RepetitionPenaltyLogitsProcessor
+
+        at, asked = ids.shape[1], self.request
+        logits = plain = scores.to(self.device, torch.float32)
         forced = [row.pop(0) if row else -1 for row in self.pending]
         # What the host knows goes to the device at once; the tokens come back at once.
         given, start = torch.tensor([forced, self.start]).to(self.device)
-        tokens = torch.where(given >= 0, given, self._drawn(ids.to(self.device), logits, at, start))
-        self.nll[:, at] = logits.logsumexp(-1) - logits.gather(1, tokens[:, None])[:, 0]
+        if asked.repetition_penalty != 1:
+            ids, start = ids.to(self.device), start[:, None].clamp(max=at - 1)
+            place = torch.arange(at, device=self.device)[None]
+            held = torch.where(place >= start, ids, ids.gather(1, start))
+            logits = RepetitionPenaltyLogitsProcessor(asked.repetition_penalty)(held, plain)
+        uniform = self.uniform[:, at]
+        drawn = draw(logits, self.temperatures, uniform, top_k=asked.top_k, top_p=asked.top_p)
+        tokens = torch.where(given >= 0, given, drawn)
+        self.nll[:, at] = plain.logsumexp(-1) - plain.gather(1, tokens[:, None])[:, 0]
         self.sampled[:, at] = torch.tensor([token < 0 for token in forced])
         for row, (token, opener) in enumerate(zip(tokens.tolist(), forced, strict=True)):
             if opener < 0 and token in self.ends:
-                turns = self.request.openers[row]
-                self.turn[row] += 1
-                self.pending[row] = list(turns[self.turn[row] % len(turns)])
-                self.start[row] = at + 1
+                self.pending[row], self.start[row] = list(next(self.turns[row])), at + 1
         self.tick(len(tokens))
-        left = torch.full_like(logits, -torch.inf)
+        left = torch.full_like(plain, -torch.inf)
         return left.scatter_(1, tokens[:, None], 0.0).to(scores.device)
-
-    def _drawn(self, ids: Tensor, logits: Tensor, at: int, start: Tensor) -> Tensor:
-        from transformers import RepetitionPenaltyLogitsProcessor
-
-        asked = self.request
-        if asked.repetition_penalty != 1:
-            start = start[:, None].clamp(max=at - 1)
-            place = torch.arange(at, device=logits.device)[None]
-            held = torch.where(place >= start, ids, ids.gather(1, start))
-            logits = RepetitionPenaltyLogitsProcessor(asked.repetition_penalty)(held, logits)
-        uniform = self.uniform[:, at]
-        return draw(logits, self.temperatures, uniform, top_k=asked.top_k, top_p=asked.top_p)
 
 
 def draw(
@@ -219,11 +215,9 @@ def write(
             if room < wanted:
                 say(f"memory holds {room} rows at a time, not {wanted}: writing in smaller batches")
                 size = wanted = room
-            stop = at + wanted
+            own = slice(at, at + wanted)
             some = replace(
-                request,
-                openers=request.openers[at:stop],
-                temperatures=request.temperatures[at:stop],
+                request, openers=request.openers[own], temperatures=request.temperatures[own]
             )
             try:
                 part = _batch(opened, some, at, ends, tick)

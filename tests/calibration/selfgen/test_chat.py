@@ -29,13 +29,9 @@ def drawn(text, opened, rows=8, **how):
     return resolve(text, opened, rows=rows, length=64, leakage="off", **how)
 
 
-def test_turns_are_those_of_the_template(talker):
+def test_a_row_is_a_conversation_in_the_models_template(talker, opened, tiny, sources):
     turns = [talker.tokenizer.decode(ids) for ids in chat_turns(talker.tokenizer)]
     assert turns == ["S:be kind</s>u:", "a:", "u:"]
-    assert chat_turns(tiny_tokenizer()) is None
-
-
-def test_a_row_is_a_conversation(talker):
     made = drawn("chat,temperature=1", talker)
     assert made.manifest["generated"] == "chat"
     for row in made.ids:
@@ -43,6 +39,10 @@ def test_a_row_is_a_conversation(talker):
         assert first == "S:be kind"
         heads = [turn[:2] for turn in turns if len(turn) > 1]
         assert heads == ["u:", "a:"] * (len(heads) // 2) + ["u:"] * (len(heads) % 2)
+    with pytest.raises(InputError, match="no chat template in which a token"):
+        drawn("chat", opened)
+    with pytest.raises(InputError, match="chat runs the model"):
+        drawn(f"chat:0.5,{sources['lower']}:0.5", tiny)
 
 
 def test_a_quarter_of_what_a_chat_model_writes_are_chats(calmix, talker, opened, tmp_path):
@@ -95,10 +95,3 @@ def test_a_mix_may_have_a_share_of_chats(talker, sources, tmp_path):
     made.save(tmp_path / "set")
     assert CalibrationSet.open(tmp_path / "set", talker).counts == made.counts
     assert made.manifest["written"]["chat"]["generated"] == "chat"
-
-
-def test_a_model_without_a_template_or_its_tokenizer_alone_is_one_line(opened, tiny, sources):
-    with pytest.raises(InputError, match="no chat template in which a token"):
-        drawn("chat", opened)
-    with pytest.raises(InputError, match="chat runs the model"):
-        drawn(f"chat:0.5,{sources['lower']}:0.5", tiny)

@@ -1,17 +1,20 @@
 """The generators: their settings reach the sampler, and each step does what it says."""
 
+import itertools
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from calmix.calibration import CalibrationSet, ask
 from calmix.calibration.leakage import Guard, ItemIndex
 from calmix.calibration.selfgen import generators, prompts
-from calmix.calibration.selfgen.generators import GENERATORS, generate
+from calmix.calibration.selfgen.generators import GENERATORS, generate, objective, select_rows
 from calmix.calibration.selfgen.prompts import beginnings, start_token
 from calmix.calibration.selfgen.writing import Written
+from calmix.calibration.text_metrics import aggregation
 from calmix.errors import InputError
 from calmix.sources import get_source
 from tests.tiny import tiny_tokenizer
@@ -303,3 +306,43 @@ def test_prompts_may_be_the_users_own(calmix, tiny_folder, text_file, tmp_path):
     assert CalibrationSet.open(tmp_path / "set").manifest["settings"]["repeats"] == 0.3
     how = ("-m", tiny_folder, "-o", tmp_path / "drawn", "--device", "cpu")
     assert "--dtype and --device have no effect" in calmix("calibrate", text_file, *how).line
+
+
+def defined(ids, rows, groups, nll, tokens):
+    """J as it is defined."""
+    logs = []
+    for name in dict.fromkeys(groups[row] for row in rows):
+        own = [row for row in rows if groups[row] == name]
+        logs.append(sum(nll[r] for r in own) / sum(tokens[r] for r in own))
+    return aggregation(ids[list(rows)], 4) + float(np.var(logs))
+
+
+def pool(seed, symbols=4, size=(12, 30)):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, symbols, size)
+    tokens = rng.integers(8, 13, size[0])
+    return ids, np.array(["a"] * 6 + ["b"] * 6), rng.uniform(1.8, 2.6, size[0]) * tokens, tokens
+
+
+def test_a_selection_against_exhaustive_search():
+    quota = {"a": 3, "b": 2}
+    equal, gaps = 0, []
+    for seed in range(20):
+        ids, groups, nll, tokens = pool(seed)
+        found = select_rows(ids, groups, nll, tokens, quota)
+        assert found == select_rows(ids, groups, nll, tokens, quota)
+        assert sorted(groups[row] for row in found) == ["a"] * 3 + ["b"] * 2
+        assert len(set(found)) == 5
+        exact = defined(ids, found, groups, nll, tokens)
+        assert objective(*(part[found] for part in (ids, groups, nll, tokens))) == (
+            pytest.approx(exact)
+        )
+        pairs = itertools.product(
+            itertools.combinations(range(6), 3), itertools.combinations(range(6, 12), 2)
+        )
+        best = min(defined(ids, [*a, *b], groups, nll, tokens) for a, b in pairs)
+        gaps.append(exact - best)
+        equal += gaps[-1] < 1e-9
+    assert equal >= 8
+    assert max(gaps) < 0.04
+    assert np.mean(gaps) < 0.01
