@@ -24,10 +24,10 @@ import numpy as np
 from common import commit, machine
 from lm_eval.models.huggingface import HFLM
 
-from calmix.evaluation.evaluate import choose
+from calmix.evaluation.evaluate import accuracies, choose
 from calmix.evaluation.scorer import Scorer
 from calmix.evaluation.suites import Suite
-from calmix.evaluation.tasks import accuracies, load_items
+from calmix.evaluation.tasks import load_items
 from calmix.models import open_model
 from calmix.progress import quiet
 
