@@ -6,7 +6,7 @@ import pytest
 from calmix import CalibrationSet
 from calmix.calibration.leakage import suite_items
 from calmix.errors import InputError
-from calmix.evaluation.own import template
+from calmix.evaluation.suites import template
 from tests.calibration.conftest import write_rows
 from tests.tiny import quick
 
