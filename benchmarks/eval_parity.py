@@ -88,7 +88,7 @@ def beside(lm: Scorer, rival: HFLM, suite: Suite, task: str) -> dict[str, Any]:
     ):
         same += mine == other
         if mine != other:
-            sizes = [len(c) - 1 if spec.metric == "acc_norm" else 1 for c in item.choices]
+            sizes = [len(c) - 1 if spec.metric == "acc_norm" else 1 for _, c in item.requests]
             first, second = sorted(np.divide(scores, sizes))[-2:][::-1]
             ties += abs(first - second) <= TIE * abs(first)
     return {

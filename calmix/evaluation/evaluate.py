@@ -168,17 +168,17 @@ def evaluate(
     ]))  # fmt: skip
     written = dict(zip(((name, item.id) for name, item in asked), ask(scorer, asked), strict=True))
     for name, spec in specs.items():
-        own = items[name]
+        own, record = items[name], dict[str, Any](chance=0.0)
         if spec.writes:
             told = [written.get((name, item.id), (0.0, "", 0)) for item in own]
-            record = dict(zip(("values", "answers", "ended"), zip(*told, strict=True), strict=True))
+            record |= zip(("values", "answers", "ended"), zip(*told, strict=True), strict=True)
         else:
             rows = [[*islice(likely, len(item.requests))] for item in own]
             record = _likely(name, spec, own, rows, scorer if floors else None)
         done.append(
             TaskScores(
                 name, chosen.dimension_of(name), spec.metric, spec.primary,
-                items=tuple(item.id for item in own), **{"chance": 0.0} | record,
+                items=tuple(item.id for item in own), **record,
             )
         )  # fmt: skip
     scores = CapabilityScores(
