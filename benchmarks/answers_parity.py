@@ -18,9 +18,9 @@ from typing import Any
 from common import machine
 from lm_eval.models.huggingface import HFLM
 
-from calmix.evaluation.abilities import task_of
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.greedy import answers, prompt
+from calmix.evaluation.tasks import task_of
 from calmix.models import open_model
 from calmix.models.opening import quiet_transformers
 from calmix.progress import quiet
@@ -34,7 +34,7 @@ def ours(opened: Any, name: str, count: int) -> tuple[float, list[str]]:
     start = time.process_time()
     asked = [prompt(opened.tokenizer, None, one.plain, one.tokens, one.until) for one in task]
     found = answers(opened, asked)
-    return time.process_time() - start, [one.text for one in found]
+    return time.process_time() - start, [text for text, _ in found]
 
 
 def theirs(lm: HFLM, name: str, count: int) -> tuple[float, list[str]]:

@@ -24,10 +24,10 @@ import numpy as np
 from common import commit, machine
 from lm_eval.models.huggingface import HFLM
 
-from calmix.evaluation.evaluate import choose
+from calmix.evaluation.evaluate import accuracies, choose
 from calmix.evaluation.scorer import Scorer
 from calmix.evaluation.suites import Suite
-from calmix.evaluation.tasks import accuracies, load_items
+from calmix.evaluation.tasks import load_items
 from calmix.models import open_model
 from calmix.progress import quiet
 
@@ -88,7 +88,7 @@ def beside(lm: Scorer, rival: HFLM, suite: Suite, task: str) -> dict[str, Any]:
     ):
         same += mine == other
         if mine != other:
-            sizes = [len(c) - 1 if spec.metric == "acc_norm" else 1 for c in item.choices]
+            sizes = [len(c) - 1 if spec.metric == "acc_norm" else 1 for _, c in item.requests]
             first, second = sorted(np.divide(scores, sizes))[-2:][::-1]
             ties += abs(first - second) <= TIE * abs(first)
     return {

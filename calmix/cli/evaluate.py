@@ -422,11 +422,9 @@ def suite(
     new: bool = option(False, "Write a suite of your own to start from: NAME.yaml and its rows."),
 ) -> None:
     """Show a suite's tasks, which also checks a file of your own."""
-    from calmix.evaluation.suites import load_suite
+    from calmix.evaluation.suites import load_suite, template
 
     if new:
-        from calmix.evaluation.own import template
-
         stem = Path(re.sub(r"\.ya?ml$", "", name))
         files = {stem.with_name(file): text for file, text in template(stem.name).items()}
         for path in files:

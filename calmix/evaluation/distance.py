@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from calmix.precision import dtype_name
 
 VERSION = 2  # raised when a reference would hold other numbers, so that cached ones are not reused
 POSITIONS = 128  # of which both models' logits are held at a time
+TOLD = ("kl_median", "kl_p99", "top1")
 
 Texts = Mapping[str, Tensor]  # dimension: int64 token ids, shape (rows, length)
 
@@ -152,22 +153,19 @@ def distance(
         times = item_weights(name, len(ids), resamples=retention.RESAMPLES, seed=0)
         drawn = times @ kls.mean(1) / len(ids)
         points.append(np.append(kls.mean(), drawn if len(ids) > 1 else np.full_like(drawn, np.nan)))
-        median, high = np.quantile(kls, [0.5, 0.99])
-        top1 = float(torch.cat(agree).cpu().double().mean())
-        told = {"kl_median": float(median), "kl_p99": float(high), "top1": top1}
-        found[name] = _record(kls.size, points[-1], told)
-    told = {key: float(np.mean([one[key] for one in found.values()]))
-            for key in ("kl_median", "kl_p99", "top1")}  # fmt: skip
+        top1 = torch.cat(agree).cpu().double().mean()
+        found[name] = _record(kls.size, points[-1], [*np.quantile(kls, [0.5, 0.99]), top1])
+    told = [np.mean([one[key] for one in found.values()]) for key in TOLD]
     tokens = sum(one["tokens"] for one in found.values())
-    total = _record(tokens, np.mean(points, 0), told)
     return {"dense": reference.dense, "texts": texts_hash(reference.texts), "dimensions": found,
-            "total": total}  # fmt: skip
+            "total": _record(tokens, np.mean(points, 0), told)}  # fmt: skip
 
 
-def _record(tokens: int, kl: Array, told: dict[str, float]) -> dict[str, Any]:
+def _record(tokens: int, kl: Array, told: Sequence[Any]) -> dict[str, Any]:
     spread = estimate(kl)
-    return {"tokens": tokens, "kl_mean": spread.value, **told, "kl_low": spread.low,
-            "kl_high": spread.high}  # fmt: skip
+    return {"tokens": tokens, "kl_mean": spread.value,
+            **dict(zip(TOLD, map(float, told), strict=True)),
+            "kl_low": spread.low, "kl_high": spread.high}  # fmt: skip
 
 
 def texts_hash(texts: Texts) -> str:

@@ -8,25 +8,38 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from calmix.errors import InputError, nearest
-from calmix.evaluation.abilities import ANSWER, ask, asked_texts, task_of
+from calmix.evaluation import checks
+from calmix.evaluation.greedy import answers, prompt
 from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.measures import TaskScores, rounded
+from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.scorer import BATCH_TOKENS, Scorer
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.evaluation.suites import Suite, TaskSpec, load_suite
-from calmix.evaluation.tasks import Item, accuracies, item_texts, load_items, task_texts
+from calmix.evaluation.tasks import Ask, Item, load_items, task_of, task_texts
+from calmix.evaluation.tasks import suite_items as suite_items
+from calmix.machine import cores
 from calmix.manifest import deciding_versions
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import end_tokens, in_chat
 from calmix.precision import dtype_name
 
+ANSWER = 24  # requests of likelihood that take about as long
+CHECKS: dict[str, Callable[[str, Any], bool]] = {
+    "text": checks.exact_match, "exact": checks.same_text, "number": checks.same_number,
+    "result": checks.same_result, "request": checks.as_requested,
+}  # fmt: skip
 CUE = "Answer:"  # what stands in place of a question
 SCORER = 2  # raised when the scorer gives other numbers, so that cached scores are not reused
 FLOORS = 2  # the same of the scores without the question, which a dense model's alone hold
@@ -62,17 +75,12 @@ def choose(
     for dimension, own in full.dimensions.items():
         sliced = quick and dimension not in whole
         for name, task in own.items():
-            if (
-                (dimensions and dimension not in dimensions)
-                or (tasks and name not in tasks)
-                or name in without
-                or (sliced and task.quick == 0)
-            ):
-                continue
-            most = (task.quick if sliced else None) or task.limit
-            values = {"limit": most if limit is None else min(limit, most or limit),
-                      "quick": None if sliced else task.quick}  # fmt: skip
-            kept.setdefault(dimension, {})[name] = task.model_copy(update=values)
+            named = dimension in (dimensions or full.dimensions) and name in (tasks or full.tasks)
+            if named and name not in without and not (sliced and task.quick == 0):
+                most = (task.quick if sliced else None) or task.limit
+                values = {"limit": most if limit is None else min(limit, most or limit),
+                          "quick": None if sliced else task.quick}  # fmt: skip
+                kept.setdefault(dimension, {})[name] = task.model_copy(update=values)
     if not kept:
         raise InputError(f"no task of suite {full.name} is left: name fewer, or others")
     return full.model_copy(update={"dimensions": kept})
@@ -136,20 +144,52 @@ def evaluate(
     chosen, left = runnable(chosen, allow_code_execution)
     if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    size = batch_tokens or BATCH_TOKENS
+    form, size, kept = "", batch_tokens or BATCH_TOKENS, None
+    if chosen.asks:
+        plain = in_chat(model.tokenizer, "Hello") is None
+        form = "worked examples" if plain else "chat template"
     if cache and floors and right is None:
         about = *form_of(model, chosen), chosen.hash, size, SCORER, FLOORS
         kept = model.cached("scores", *about).with_suffix(".json")
-        try:
-            scores = load_scores(kept)
-        except InputError:  # none there, or damaged
-            scores = _run(model, chosen, size, floors, right, progress)
-            scores.save(kept)
-    else:
-        scores = _run(model, chosen, size, floors, right, progress)
-    form = "" if in_chat(model.tokenizer, "Hello") is None else "chat template"
-    form = (form or "worked examples") if chosen.asks else ""
-    return replace(scores, not_run=tuple(left), form=form, right_only=right is not None)
+        with suppress(InputError):  # none there, or damaged
+            return replace(load_scores(kept), not_run=tuple(left), form=form)
+    start, specs, done = time.perf_counter(), chosen.tasks, list[TaskScores]()
+    items: dict[str, Sequence[Any]] = {
+        name: task_of(spec) if spec.writes else load_items(spec) for name, spec in specs.items()
+    }
+    pairs = [(name, item) for name, own in items.items() for item in own]
+    asked = [(name, item) for name, item in pairs
+             if specs[name].writes and (right is None or item.id in right[name])]  # fmt: skip
+    scorer = Scorer(model, batch_tokens=size, progress=progress)
+    scorer.tick.total += ANSWER * len(asked)
+    # All of the archive's requests at once: what they share runs once.
+    likely = iter(scorer.loglikelihood([
+        (name, *one) for name, item in pairs if not specs[name].writes for one in item.requests
+    ]))  # fmt: skip
+    written = dict(zip(((name, item.id) for name, item in asked), ask(scorer, asked), strict=True))
+    for name, spec in specs.items():
+        own, record = items[name], dict[str, Any](chance=0.0)
+        if spec.writes:
+            told = [written.get((name, item.id), (0.0, "", 0)) for item in own]
+            record |= zip(("values", "answers", "ended"), zip(*told, strict=True), strict=True)
+        else:
+            rows = [[*islice(likely, len(item.requests))] for item in own]
+            record = _likely(name, spec, own, rows, scorer if floors else None)
+        done.append(
+            TaskScores(
+                name, chosen.dimension_of(name), spec.metric, spec.primary,
+                items=tuple(item.id for item in own), **record,
+            )
+        )  # fmt: skip
+    scores = CapabilityScores(
+        model.name, model.fingerprint, dtype_name(model.model.dtype), describe(chosen),
+        tuple(done), truncated=dict(scorer.truncated),
+        seconds=round(time.perf_counter() - start, 2), versions=deciding_versions(),
+        not_run=tuple(left), form=form, right_only=right is not None,
+    )  # fmt: skip
+    if kept is not None:
+        scores.save(kept)
+    return scores
 
 
 def form_of(model: OpenModel, suite: Suite) -> list[Any]:
@@ -159,84 +199,88 @@ def form_of(model: OpenModel, suite: Suite) -> list[Any]:
     return [str(getattr(model.tokenizer, "chat_template", None)), end_tokens(model)]
 
 
-def _run(
-    model: OpenModel,
-    suite: Suite,
-    batch_tokens: int,
-    floors: bool,
-    right: Mapping[str, Collection[str]] | None,
-    progress: Progress | None,
-) -> CapabilityScores:
-    start = time.perf_counter()
-    loaded = {name: load_items(spec) for name, spec in suite.tasks.items() if not spec.writes}
-    scorer = Scorer(model, batch_tokens=batch_tokens, progress=progress)
-    questions = {name: task_of(spec) for name, spec in suite.tasks.items() if spec.writes}
-    asked = [(name, one) for name, some in questions.items() for one in some
-             if right is None or one.id in right[name]]  # fmt: skip
-    scorer.tick.total += ANSWER * len(asked)
-    # All of the archive's requests at once: what they share runs once.
-    requests = [(name, *one) for name in loaded for i in loaded[name] for one in i.requests]
-    answers = iter(scorer.loglikelihood(requests))
-    keys = [(name, one.id) for name, one in asked]
-    written = dict(zip(keys, ask(scorer, asked), strict=True))
-    tasks = []
-    for name, spec in suite.tasks.items():
-        found: dict[str, Any] = {"chance": 0.0}
-        if spec.writes:
-            found["items"] = tuple(one.id for one in questions[name])
-            rows = [written.get((name, one), (0.0, "", 0)) for one in found["items"]]
-            found["values"], found["answers"], found["ended"] = zip(*rows, strict=True)
-        else:
-            likely = [list(islice(answers, len(item.requests))) for item in loaded[name]]
-            found = _likely(spec, loaded[name], likely)
-            found |= _ignorant(scorer, name, spec, loaded[name]) if floors else {}
-        tasks.append(TaskScores(name, suite.dimension_of(name), spec.metric, spec.primary, **found))
-    return CapabilityScores(
-        model.name, model.fingerprint, dtype_name(model.model.dtype), describe(suite), tuple(tasks),
-        truncated=dict(scorer.truncated), seconds=round(time.perf_counter() - start, 2),
-        versions=deciding_versions(),
-    )  # fmt: skip
-
-
-def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
-    """Yield task, id and text of every item a suite scores, without worked examples."""
-    for name, spec in suite.tasks.items():
-        for one in asked_texts(spec) if spec.writes else item_texts(spec):
-            yield (name, *one)
+def accuracies(
+    spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]
+) -> list[float]:
+    """Return whether the likeliest choice is the right one, as lm-evaluation-harness has it, given
+    the log-likelihoods of each item's requests; nothing for bits per byte."""
+    if spec.metric == "bits_per_byte":
+        return []
+    # `acc_norm` divides by characters, without the space before a choice where all have one.
+    spaced = all(choice[:1] == " " for item in items for _, choice in item.requests)
+    norms = [[len(choice) - spaced if spec.metric == "acc_norm" else 1
+              for _, choice in item.requests] for item in items]  # fmt: skip
+    return [float(np.argmax(np.divide(row, norm)) == item.gold)
+            for item, row, norm in zip(items, rows, norms, strict=True)]  # fmt: skip
 
 
 def _likely(
-    spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]
+    name: str,
+    spec: TaskSpec,
+    items: Sequence[Item],
+    rows: Sequence[Sequence[float]],
+    scorer: Scorer | None,
 ) -> dict[str, Any]:
-    """Return the record of a task scored by likelihood, as fields of `TaskScores`."""
+    """Return the record of a task scored by likelihood, as fields of `TaskScores`.
+
+    With a scorer also what its items score without the knowledge: after a cue alone, as OLMES has
+    it, and by the frequencies of single tokens in all that the archive has of the task.
+    """
     chance = spec.chance or 0.0
     if chance == "choices":
         chance = sum(1 / len(item.requests) for item in items) / len(items)
-    return {
-        "chance": float(chance),
-        "items": tuple(item.id for item in items),
-        "values": tuple(accuracies(spec, items, rows)),
-        "gold": tuple(item.gold for item in items),
-        "loglikelihoods": rounded(rows),
-        "bytes": tuple(tuple(len(answer.encode()) for _, answer in i.requests) for i in items),
-        "floor": {"passage": "none", "contexts": "uniform"}.get(str(spec.form), "context-free"),
-    }
-
-
-def _ignorant(scorer: Scorer, name: str, spec: TaskSpec, items: Sequence[Item]) -> dict[str, Any]:
-    """Return what a task's items score without the knowledge, as fields of `TaskScores`: after a
-    cue alone, as OLMES has it, and by the frequencies of single tokens in all that the archive has
-    of the task, scored or not."""
-    floors = []
-    if spec.form not in ("passage", "contexts"):
-        distinct = list(dict.fromkeys(choice for item in items for choice in item.choices))
-        found = scorer.loglikelihood([(name, CUE, answer) for answer in distinct])
-        known = dict(zip(distinct, found, strict=True))
-        floors = [[known[choice] for choice in item.choices] for item in items]
-    right = [item.right[1] for item in items]
-    seen = scorer.encode(list(dict.fromkeys(task_texts(spec))), special=False)
-    counts = Counter(token for row in seen for token in row)
+    answers = [[answer for _, answer in item.requests] for item in items]
+    floor = {"passage": "none", "contexts": "uniform"}.get(str(spec.form), "context-free")
+    found: dict[str, Any] = {
+        "chance": float(chance), "values": tuple(accuracies(spec, items, rows)),
+        "gold": tuple(item.gold for item in items), "loglikelihoods": rounded(rows),
+        "bytes": tuple(tuple(len(one.encode()) for one in own) for own in answers), "floor": floor,
+    }  # fmt: skip
+    if scorer is None:
+        return found
+    if floor == "context-free":
+        distinct = list(dict.fromkeys(one for own in answers for one in own))
+        alone = scorer.loglikelihood([(name, CUE, answer) for answer in distinct])
+        known = dict(zip(distinct, alone, strict=True))
+        found["floors"] = rounded([[known[one] for one in own] for own in answers])
+    counts = Counter(token for row in scorer.encode(task_texts(spec), special=False)
+                     for token in row)  # fmt: skip
     total = math.log(counts.total())
     cost = {token: math.log(count) - total for token, count in counts.items()}
+    right = [own[item.gold] for own, item in zip(answers, items, strict=True)]
     costs = [math.fsum(cost[token] for token in row) for row in scorer.encode(right, special=False)]
-    return {"floors": rounded(floors), "unigram": rounded([costs])[0]}
+    return found | {"unigram": rounded([costs])[0]}
+
+
+def ask(scorer: Scorer, asked: Sequence[tuple[str, Ask]]) -> list[tuple[float, str, int]]:
+    """Return of each item, with the name of its task, whether a model's answer is right, the answer
+    and whether it ended."""
+    if any(one.check == "program" for _, one in asked):
+        check_sandbox()
+    prompts = [prompt(scorer.tokenizer, one.chat, one.plain, one.tokens, one.until)
+               for _, one in asked]  # fmt: skip
+    scorer.truncated.update(name for (name, _), one in zip(asked, prompts, strict=True)
+                            if len(one.ids) + one.tokens > scorer.max_length)  # fmt: skip
+    written = answers(scorer.opened, prompts, tick=lambda n: scorer.tick(n * ANSWER))
+    with ThreadPoolExecutor(cores()) as pool:  # programs run in processes of their own
+        good = pool.map(lambda item, one: verdict(item, *one), (one for _, one in asked), written)
+    return [(float(right), text, int(ended))
+            for right, (text, ended) in zip(good, written, strict=True)]  # fmt: skip
+
+
+def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
+    """Tell whether an answer is right. One that is empty or did not end by itself is wrong; a
+    program runs in the sandbox."""
+    if not ended or not answer.strip():
+        return False
+    if item.check != "program":
+        return CHECKS[item.check](answer, item.right)
+    doc = item.doc
+    entry = doc.get("entry_point") or checks.entry_of(doc["test_list"][0])
+    code = checks.program(answer, doc.get("prompt", ""), entry)
+    if "test" in doc:
+        tests = [doc["test"], f"check({entry})"]
+    else:
+        tests = doc.get("test_list") or [f"assert {one}" for one in doc["tests"]]
+        tests = [doc.get("test_setup_code", ""), *tests]
+    return not failure("\n".join([code, *tests, ""]))

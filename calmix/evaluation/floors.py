@@ -39,6 +39,11 @@ MEASURES: dict[str, tuple[Callable[[TaskScores], bool], Measure]] = {
     LIKELIHOOD: (behaviour.likely, "primary"),
 }
 
+BASIS = {  # what a bound rests on
+    ANSWERS: ANSWERS, ACCURACY: "right choices, by accuracy above chance",
+    LIKELIHOOD: "items by likelihood",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Tested:
@@ -62,14 +67,6 @@ class Tested:
         """Whether the bound reaches the floor."""
         return self.bound >= self.floor
 
-    @property
-    def basis(self) -> str:
-        """What the bound rests on, in words."""
-        of = {ANSWERS: ANSWERS, ACCURACY: "right choices, by accuracy above chance"}.get(
-            self.measure, "items by likelihood"
-        )
-        return f"{self.items} {of}"
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -91,8 +88,10 @@ class Verdict:
         """Return what is proven of which abilities, or which are not, and what was left out."""
         sure = f"{100 * self.confidence:g} % confidence"
         if self.passed:
-            kept = ", ".join(f"{one.ability} {100 * one.floor:g} % ({one.basis})"
-                             for one in self.tested)  # fmt: skip
+            kept = ", ".join(
+                f"{one.ability} {100 * one.floor:g} % ({one.items} {BASIS[one.measure]})"
+                for one in self.tested
+            )
             others = "another draw of calibration text may keep more or less"
             if self.draws > 1:
                 others = f"the models of all {self.draws} draws of calibration text keep it"
@@ -101,7 +100,7 @@ class Verdict:
         else:
             missed = ", ".join(
                 f"{one.ability} (keeps {100 * one.kept:.1f} %, proven {proven(one.bound)} %, asked "
-                f"{100 * one.floor:g} %; {one.basis}"
+                f"{100 * one.floor:g} %; {one.items} {BASIS[one.measure]}"
                 f"{'; more items may prove it' * (one.kept > one.floor)})"
                 for one in self.tested if not one.passed
             )  # fmt: skip
@@ -119,8 +118,7 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""
         rows = [asdict(one) | {"passed": one.passed} for one in self.tested]
-        told = {"tested": rows, "untested": [*self.untested], "not_run": [*self.not_run]}
-        return asdict(self) | told | {"passed": self.passed, "lines": self.lines()}
+        return asdict(self) | {"tested": rows, "passed": self.passed, "lines": self.lines()}
 
 
 def record(verdict: Verdict, floors: Mapping[str, float], pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -249,7 +247,13 @@ def _judged(
         whole = math.fsum(float(one.whole.sum()) for one in made)
         items = round(math.fsum(value for before, _ in own for value in before.values))
         each = items / whole  # a right answer counts for more than one above chance
-        drawn = retention(*zip(*_one_more_lost(own), strict=True), measure=score, level=level)
+        most = max(own, key=lambda both: len(both[0].items))
+        one_more_lost = [
+            [replace(task, items=(*task.items, ""), values=(*task.values, value))
+             if both is most else task for task, value in zip(both, (1.0, 0.0), strict=True)]
+            for both in own
+        ]  # fmt: skip
+        drawn = retention(*zip(*one_more_lost, strict=True), measure=score, level=level)
         kept = float(sum(one.kept.sum() for one in made) / sum(one.whole.sum() for one in made))
         low = drawn.of(ability).low or 0.0
     else:
@@ -263,13 +267,3 @@ def _judged(
         ability, measure, floor, items, needed(max(1 - (1 - floor) / each, 1e-9), confidence), best,
         kept, low if measure == ANSWERS else min(low, best),
     )  # fmt: skip
-
-
-def _one_more_lost(tasks: Sequence[TaskPair]) -> list[TaskPair]:
-    """Return choices with one more, in the largest task, that is right and then wrong."""
-    most = max(tasks, key=lambda both: len(both[0].items))
-
-    def more(task: TaskScores, value: float) -> TaskScores:
-        return replace(task, items=(*task.items, ""), values=(*task.values, value))
-
-    return [(more(both[0], 1.0), more(both[1], 0.0)) if both is most else both for both in tasks]

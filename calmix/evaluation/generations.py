@@ -88,4 +88,4 @@ def answer(
     asked = [prompt(opened.tokenizer, one.shown, one.plain, TOKENS, ("\nQuestion:",))
              for one in prompts]  # fmt: skip
     found = answers(opened, asked, tick=Ticker(progress, len(asked)))
-    return tuple(one.text.strip() + ("" if one.ended else " …") for one in found)
+    return tuple(text.strip() + ("" if ended else " …") for text, ended in found)

@@ -58,14 +58,6 @@ class Prompt:
         return self.ids[:SHARED]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model wrote: `ended` is False where it was cut, at the limit or in a loop."""
-
-    text: str
-    ended: bool
-
-
 def prompt(
     tokenizer: Any, chat: str | None, plain: str, tokens: int, until: tuple[str, ...]
 ) -> Prompt:
@@ -79,37 +71,42 @@ def prompt(
 @torch.inference_mode()
 def answers(
     opened: OpenModel, prompts: Sequence[Prompt], *, tick: Tick | None = None
-) -> list[Answer]:
-    """Return a model's greedy answer to each prompt, in order.
+) -> list[tuple[str, bool]]:
+    """Return a model's greedy answer to each prompt, in order, and whether it ended by itself: not
+    at the limit or in a loop.
 
     A prompt too long for the model's context is cut on the left. `tick` is called with the number
     of answers that have just ended.
     """
-    writer = _Writer(opened, tick)
-    rows = []
+    if not prompts:
+        return []
+    found, rows, context = [], [], opened.context or 2**31
     for one in prompts:
-        room = min(one.tokens, writer.context // 2)
-        rows.append(Prompt(one.ids[-(writer.context - room) :], room, one.until))
+        room = min(one.tokens, context // 2)
+        rows.append(Prompt(one.ids[-(context - room) :], room, one.until))
     for _, some in itertools.groupby(sorted(rows, key=lambda row: row.ids), key=Prompt.begins):
         alike = list(some)
         head = min(shared_start([row.ids for row in alike]), min(len(row.ids) for row in alike) - 1)
         for row in alike:
             row.head = head if head >= SHARED and len(alike) > 1 else 0
     with quiet_transformers():
-        if writer.padded and rows:
-            writer.measure()
+        writer = _Writer(opened, context, tick)
         for group in writer.groups(rows):
             (writer.answer if writer.padded else writer.by_transformers)(group)
-    return [writer.answered(row) for row in rows]
+    for row in rows:
+        text = opened.tokenizer.decode(row.written, skip_special_tokens=True)
+        for stop in row.until:
+            text = text.partition(stop)[0]
+        found.append((text, row.ended))
+    return found
 
 
 class _Writer:
-    def __init__(self, opened: OpenModel, tick: Tick | None) -> None:
+    def __init__(self, opened: OpenModel, context: int, tick: Tick | None) -> None:
         self.model: Any = opened.model
         self.tokenizer, self.tick = opened.tokenizer, tick
         self.device = next(self.model.parameters()).device
         self.ends = torch.tensor(end_tokens(opened), device=self.device)
-        self.context = opened.context or 2**31
         known = inspect.signature(self.model.forward).parameters
         self.takes = {"position_ids", "logits_to_keep"} & set(known)
         self.cache = cache_argument(self.model)
@@ -122,19 +119,22 @@ class _Writer:
         )
         # A window would count what rows are padded with, and so would a model that knows where a
         # token stands by counting alone.
-        window = min(self.context, attention_window(self.model))
+        window = min(context, attention_window(self.model))
         self.window = window if self.padded and "position_ids" in known else 0
         self.read: tuple[list[int], Any] = ([], None)  # the head that was read last, and its cache
         self.held = 8 * tokens_at_once(self.device)  # tokens there is room for
+        if self.padded:  # by the keys and values of one
+            cache = self._read([0])
+            taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            self.held = max(self.held, int(HELD / taken))
 
-    def measure(self) -> None:
-        """Find out how many tokens there is room for, by the keys and values of one."""
+    def _read(self, ids: list[int]) -> Any:
+        """Return the keys and values of tokens, one row."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()
-        self._forward(self.ends.new_zeros(1, 1), cache, None, None)
-        taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        self.held = max(self.held, int(HELD / taken))
+        cache = DynamicCache()  # without a configuration, as `repeated_cache`
+        self._forward(torch.tensor([ids], device=self.device), cache, None, None)
+        return cache
 
     def groups(self, rows: Sequence[Prompt]) -> Iterator[list[Prompt]]:
         """Yield rows to answer together: all, or those of one length where they must not be padded.
@@ -191,9 +191,8 @@ class _Writer:
         each."""
         from transformers import DynamicCache
 
-        ids, head = [row.ids for row in rows], rows[0].head
+        ids, head, cache = [row.ids for row in rows], rows[0].head, DynamicCache()
         longest = max(map(len, ids))
-        cache = DynamicCache()  # without a configuration, as `repeated_cache`
         mask = torch.ones(len(rows), longest, dtype=torch.long, device=self.device)
         given = torch.zeros(len(rows), longest - head, dtype=torch.long, device=self.device)
         for row, one in enumerate(ids):
@@ -203,9 +202,7 @@ class _Writer:
         place = mask.cumsum(-1) - 1
         if head:
             if self.read[0] != ids[0][:head]:
-                self.read = (ids[0][:head], DynamicCache())
-                start = torch.tensor([ids[0][:head]], device=self.device)
-                self._forward(start, self.read[1], None, None)
+                self.read = ids[0][:head], self._read(ids[0][:head])
             cache = repeated_cache(self.read[1], len(rows))
         scores = self._forward(given, cache, mask, place[:, head:].clamp(min=0))
         held.fill(places, cache, mask)
@@ -231,13 +228,6 @@ class _Writer:
             row.over = row.ended or len(row.written) >= row.tokens or loops(row.written)
             if row.over and self.tick is not None:
                 self.tick(1)
-
-    def answered(self, row: Prompt) -> Answer:
-        """Return a row's answer, without the text that ended it."""
-        text = self.tokenizer.decode(row.written, skip_special_tokens=True)
-        for stop in row.until:
-            text = text.partition(stop)[0]
-        return Answer(text, row.ended)
 
     def by_transformers(self, rows: Sequence[Prompt]) -> None:
         from transformers import GenerationConfig

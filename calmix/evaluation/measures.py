@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Literal
 
@@ -140,10 +140,7 @@ def item_scores(task: TaskScores, score: Score) -> Array:
     smoothed."""
     if score in RIGHT_OR_WRONG:
         return np.asarray(task.values, dtype=float)
-    return _scores(task.loglikelihoods, task, score)
-
-
-def _scores(values: tuple[tuple[float, ...], ...], task: TaskScores, score: Score) -> Array:
+    values = task.loglikelihoods
     right = np.array([row[gold] for row, gold in zip(values, task.gold, strict=True)])
     if score in BITS:
         return -right / LN2
@@ -165,14 +162,14 @@ def floor_scores(dense: TaskScores, score: Score) -> Array:
 
     An `InputError` says where the scores hold no floors.
     """
-    count = len(dense.items)
+    count, ignorant = len(dense.items), replace(dense, loglikelihoods=dense.floors)
     if score in RIGHT_OR_WRONG:
         return np.full(count, dense.chance)
     if score in BITS and dense.unigram:
         codes = -np.asarray(dense.unigram) / LN2
-        return np.minimum(codes, _scores(dense.floors, dense, score)) if dense.floors else codes
+        return np.minimum(codes, item_scores(ignorant, score)) if dense.floors else codes
     if score not in BITS and dense.floors:
-        return _scores(dense.floors, dense, score)
+        return item_scores(ignorant, score)
     if score not in BITS and dense.floor == "uniform":
         share = [1 / len(row) for row in dense.loglikelihoods]
         return np.array(share) if score == "probability" else np.zeros(count)

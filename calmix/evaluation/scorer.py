@@ -1,8 +1,13 @@
 """Log-likelihoods of answers after contexts, fast.
 
-What makes it fast is in `packing`: shared prefixes and shared beginnings run once. Beyond that
-the output head sees only positions that predict a scored token, rows are batched by tokens, and
-texts are tokenised in one go. Scores do not depend on the batch size beyond rounding.
+Scoring a benchmark means running thousands of sequences that begin alike: the choices of a
+question share the question, the questions of a task share its worked examples. What makes it fast
+is that no shared token is computed twice. A *run* is a group of sequences with a long common
+prefix, which is computed once and kept as keys and values. A *tree* holds the rest of sequences
+that still share a beginning, each shared token once. A *row* is a few trees side by side, so that
+rows come out nearly equal in length. Beyond that the output head sees only positions that predict a
+scored token, rows are batched by tokens, and texts are tokenised in one go. Scores do not depend on
+the batch size beyond rounding.
 
 The packed rows need a model that honours a four-dimensional attention mask, position ids and a
 key-value cache. Whether it does is found out by running a few tokens both ways, not from a list
@@ -12,17 +17,20 @@ of names; any other model is scored one sequence a row, right-padded.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from calmix.errors import ModelError
 from calmix.evaluation import likelihood
 from calmix.evaluation.likelihood import Progress, Ticker, close, decoder_and_head, log_sums
-from calmix.evaluation.packing import Row, Scored, chain, plan
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, repeated_cache
 from calmix.models.opening import quiet_transformers
@@ -31,6 +39,37 @@ BATCH_TOKENS = 2048
 ROW_TOKENS = 256
 MAX_LENGTH = 2048  # where a model does not state its context
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+MIN_PREFIX = 48  # tokens: shorter prefixes are cheaper to compute again than to carry
+MIN_SHARED = 6  # tokens in common that make two neighbours worth keeping in one tree
+OPEN_ROWS = 64  # rows that may still be filled while packing
+
+
+class Scored(NamedTuple):
+    """A sequence of token ids of which those from `start` (at least 1) on are to be scored."""
+
+    ids: list[int]
+    start: int
+    owner: int = 0
+
+
+@dataclass
+class Row:
+    """Token nodes of a few trees, and what is to be scored.
+
+    `parent` is the node before each node, -1 at a root, always smaller than the node itself.
+    `targets` are (owner, node, token): predicted at the node, for the sequence of the owner.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    parent: list[int] = field(default_factory=list)
+    targets: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+Run = tuple[list[int], list[Row]]  # a prefix, which may be empty, and rows that begin with it
 
 
 class Scorer:
@@ -66,39 +105,37 @@ class Scorer:
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
 
     def loglikelihood(self, requests: Sequence[tuple[str, str, str]]) -> list[float]:
-        """Return the log-likelihood in nats of each answer, of requests (task, context, answer)."""
-        pairs = self.pairs([one[1:] for one in requests])
+        """Return the log-likelihood in nats of each answer, of requests (task, context, answer).
+
+        They are tokenised as lm-evaluation-harness does: together, then split by the context.
+        """
+        contexts = [context.rstrip() for _, context, _ in requests]
+        distinct = list(dict.fromkeys(contexts))
+        known = dict(zip(distinct, self.encode(distinct), strict=True))
+        whole = self.encode([context + answer for _, context, answer in requests])
         scored = []
-        for owner, ((task, *_), (context, answer)) in enumerate(zip(requests, pairs, strict=True)):
+        for owner, (one, name, ids) in enumerate(zip(requests, contexts, whole, strict=True)):
+            context = known[name]
+            answer = ids[len(context) :]
             if not 0 < len(answer) <= self.max_length:
                 raise ModelError(
-                    f"task {task} has an answer of {len(answer)} tokens; "
+                    f"task {one[0]} has an answer of {len(answer)} tokens; "
                     f"{self.opened.name} takes 1 to {self.max_length}: leave that task out"
                 )
             ids = [*context, *answer]
             if len(ids) > self.max_length + 1:  # the last token is only predicted
-                self.truncated[task] += 1
+                self.truncated[one[0]] += 1
                 ids = ids[-(self.max_length + 1) :]
             scored.append(Scored(ids, len(ids) - len(answer), owner))
         with torch.inference_mode():
             self.tick.total += len(scored)
             totals = [0.0] * len(scored)
             for rows, hidden in self._hidden(scored):
-                targets = [target for row in rows for target in row.targets]
-                for target, value in zip(targets, self._values(rows, hidden).tolist(), strict=True):
-                    totals[target.owner] += value
-                self.tick(len({target.owner for target in targets}))  # it is in one row whole
+                owners = [owner for row in rows for owner, _, _ in row.targets]
+                for owner, value in zip(owners, self._values(rows, hidden).tolist(), strict=True):
+                    totals[owner] += value
+                self.tick(len({*owners}))  # it is in one row whole
         return totals
-
-    def pairs(self, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """Tokenise pairs as lm-evaluation-harness does: together, then split by the context, which
-        no item is without."""
-        contexts = [context.rstrip() for context, _ in texts]
-        distinct = list(dict.fromkeys(contexts))
-        known = dict(zip(distinct, self.encode(distinct), strict=True))
-        whole = self.encode([context + answer for context, answer in texts])
-        return [(known[context], ids[len(known[context]) :])
-                for context, ids in zip(contexts, whole, strict=True)]  # fmt: skip
 
     def _hidden(self, scored: list[Scored]) -> Iterator[tuple[list[Row], Tensor]]:
         """Yield batches of rows with the last hidden states of their nodes."""
@@ -108,13 +145,15 @@ class Scorer:
             cache = self._remember(prefix) if prefix else None
             for rows in batches(beside, self.batch_tokens):
                 yield rows, self._run_packed(rows, cache, len(prefix))
-        chains = [chain(one) for one in scored if len(one.ids) - 1 > window]
-        for rows in batches(chains, self.batch_tokens):
-            yield rows, self._run_plain(rows)
+        long = [one for one in scored if len(one.ids) - 1 > window]
+        for rows in batches(trees(long, [0] * len(long)), self.batch_tokens):
+            yield rows, self._run(rows)
 
-    def _run_plain(self, rows: list[Row]) -> Tensor:
-        """Run right-padded chains; what follows a token never changes it."""
-        return self._decoder(input_ids=padded(rows).to(self.device), use_cache=False)[0]
+    def _run(self, rows: Sequence[Row], **more: Any) -> Tensor:
+        """Return the last hidden states of right-padded rows; alone, what follows a token of a
+        chain never changes it."""
+        ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
+        return self._decoder(input_ids=ids.to(self.device), **{"use_cache": False} | more)[0]
 
     def _remember(self, prefix: list[int]) -> Any:
         """Return the keys and values of a prefix, one row."""
@@ -128,29 +167,29 @@ class Scorer:
     def _run_packed(self, rows: list[Row], cache: Any, prefix: int) -> Tensor:
         """Return the last hidden states of packed rows, shape (rows, nodes, width)."""
         count, length, dtype = len(rows), len(rows[0]), self.model.dtype
-        visible = torch.zeros(count, 1, length, prefix + length, dtype=torch.bool)
-        visible[..., :prefix] = True
-        # A padded node sees itself, so that no line of the mask is empty.
-        visible[..., prefix:] |= torch.eye(length, dtype=torch.bool)
-        for number, row in enumerate(rows):
-            size = len(row)
-            visible[number, 0, :size, prefix : prefix + size] = torch.from_numpy(row.visible())
+        # A node sees the prefix, itself and those before it; of padding that, so that no line of
+        # the mask is empty.
+        visible = np.ones((count, 1, length, prefix + length), dtype=bool)
+        visible[..., prefix:] = np.eye(length, dtype=bool)
+        for lines, row in zip(visible[:, 0, :, prefix:], rows, strict=True):
+            for node, parent in enumerate(row.parent):
+                if parent >= 0:
+                    lines[node] |= lines[parent]
         mask = torch.zeros(visible.shape, dtype=dtype)
-        mask.masked_fill_(~visible, torch.finfo(dtype).min)
+        mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(dtype).min)
         past = {} if cache is None else {self._cache_key: repeated_cache(cache, count)}
-        return self._decoder(
-            input_ids=padded(rows).to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=(visible[:, 0].sum(-1) - 1).to(self.device),  # all before it
-            use_cache=bool(past),
+        place = torch.from_numpy(visible[:, 0].sum(-1) - 1).to(self.device)  # all before it
+        return self._run(
+            rows, attention_mask=mask.to(self.device), position_ids=place, use_cache=bool(past),
             **past,
-        )[0]
+        )  # fmt: skip
 
     def _values(self, rows: list[Row], hidden: Tensor) -> Tensor:
         """Return the log-probability of every target of the rows, in order."""
         width, device = hidden.shape[1], hidden.device
-        places = torch.tensor([n * width + t.node for n, r in enumerate(rows) for t in r.targets])
-        tokens = torch.tensor([t.token for row in rows for t in row.targets])
+        targets = [(n * width + node, token) for n, row in enumerate(rows)
+                   for _, node, token in row.targets]  # fmt: skip
+        places, tokens = torch.tensor(targets).T
         distinct, which = places.unique(return_inverse=True)
         states = hidden.flatten(0, 1)[distinct.to(device)]
         values = torch.empty(len(tokens), device=device)
@@ -175,14 +214,14 @@ class Scorer:
             [*range(-1, 7), 3, *range(8, 11), -1, *range(12, 17)],
         )
         other = Row(row.ids[:5], row.parent[:5])  # shorter: padding is tried too
-        chains = [chain(Scored([*line, 0], 1)) for line in lines]
+        chains = trees([Scored([*line, 0], 1) for line in lines], [0] * len(lines))
         with quiet_transformers():
             try:
                 packed = self._run_packed([row, other], self._remember(ids[:4]), 4)
                 bare = self._run_packed(chains[:1], None, 0)
             except Exception:  # a model without masks, caches or positions fails in its own way
                 return False
-            first, second, third = (self._run_plain([one])[0] for one in chains)
+            first, second, third = (self._run([one])[0] for one in chains)
         limit = TOLERANCE.get(self.model.dtype, 1e-1)
         return all(close(one, alone, limit) for one, alone in (
             (packed[0, 7], first[-1]), (packed[0, 11], second[-1]), (packed[0, 17], third[-1]),
@@ -203,11 +242,6 @@ def attention_window(model: Any) -> float:
     return float(min((value for value in known if isinstance(value, int)), default=float("inf")))
 
 
-def padded(rows: Sequence[Row]) -> Tensor:
-    """Return the tokens of rows, padded on the right."""
-    return pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
-
-
 def batches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
     """Yield rows, longest first, in batches of at most `tokens` tokens with padding."""
     left = sorted(rows, key=len, reverse=True)
@@ -215,3 +249,100 @@ def batches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
         count = max(1, tokens // max(1, len(left[0])))
         yield left[:count]
         left = left[count:]
+
+
+def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
+    """Return runs of rows that hold every token to be scored exactly once per sequence.
+
+    A row exceeds `row_tokens` only where a single tree of one sequence does. The plan depends
+    on the sequences alone, not on their order of arrival.
+    """
+    ordered = sorted(sequences, key=lambda scored: (scored.ids, scored.start))
+    arrays = [np.asarray(scored.ids[:-1], dtype=np.int64) for scored in ordered]
+    shared = [0, *(_common(a, b) for a, b in pairwise(arrays))]  # tokens of k and k - 1 in common
+
+    def size(low: int, high: int, prefix: int) -> int:
+        own = sum(len(ordered[k].ids) - 1 - shared[k] for k in range(low, high))
+        return own + shared[low] - prefix
+
+    def length(low: int, high: int) -> int:
+        # One context token must stay in the row: the first scored token is predicted there.
+        reach = min(scored.start - 1 for scored in ordered[low:high])
+        return min(reach, *shared[low + 1 : high]) if high - low > 1 else 0
+
+    def split(low: int, high: int, prefix: int) -> list[tuple[int, int, int]]:
+        """Cut a stretch of the sequences where what they share is shortest, while that pays."""
+        least = min(shared[low + 1 : high])
+        cuts = [low, *(k for k in range(low + 1, high) if shared[k] == least), high]
+        parts = [(a, b, length(a, b)) for a, b in pairwise(cuts)]
+        worth = all(p >= prefix + MIN_PREFIX and size(a, b, p) >= row_tokens for a, b, p in parts)
+        if len(parts) > 1 and worth:
+            return [piece for part in parts for piece in split(*part)]
+        return [(low, high, prefix)]
+
+    runs, loose = list[Run](), list[int]()
+    apart = (k for k in range(1, len(ordered)) if shared[k] < MIN_PREFIX)
+    for low, high in pairwise(sorted({0, *apart, len(ordered)})):
+        prefix = length(low, high)
+        if prefix < MIN_PREFIX or size(low, high, prefix) < row_tokens:
+            loose += range(low, high)  # a row or less: trees alone share everything there is
+            continue
+        for first, end, most in split(low, high, prefix):
+            kept = [0, *(count - most for count in shared[first + 1 : end])]
+            made = trees(ordered[first:end], kept, most, row_tokens)
+            runs.append((ordered[first].ids[:most], fill_rows(made, row_tokens)))
+    if loose:
+        kept = [0, *(shared[b] if b == a + 1 else 0 for a, b in pairwise(loose))]
+        made = trees([ordered[at] for at in loose], kept, 0, row_tokens)
+        runs.append(([], fill_rows(made, row_tokens)))
+    return runs
+
+
+def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+    """Return how many leading entries two arrays have in common."""
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    return int(differs.argmax()) if differs.any() else length
+
+
+def trees(
+    members: Sequence[Scored], shared: Sequence[int], prefix: int = 0, row_tokens: int = 0
+) -> list[Row]:
+    """Grow trees over neighbours, cutting where they share little or a tree grows long.
+
+    `shared` says how many tokens beyond the prefix each sequence has in common with the last.
+    """
+    made, path = list[Row](), list[int]()
+    for scored, kept in zip(members, shared, strict=True):
+        ids = scored.ids[prefix:]
+        if kept < MIN_SHARED or len(made[-1]) + len(ids) - 1 - kept > row_tokens:
+            made.append(Row())
+            path, kept = [], 0
+        tree, path = made[-1], path[:kept]
+        for token in ids[kept:-1]:
+            tree.ids.append(token)
+            tree.parent.append(path[-1] if path else -1)
+            path.append(len(tree) - 1)
+        for at in range(scored.start - prefix, len(ids)):
+            tree.targets.append((scored.owner, path[at - 1], ids[at]))
+    return made
+
+
+def fill_rows(made: list[Row], row_tokens: int) -> list[Row]:
+    """Put trees into rows of at most `row_tokens` nodes, the longest first, best fit."""
+    rows: list[Row] = []
+    room: list[list[int]] = []  # [free tokens, row], at most OPEN_ROWS of them
+    for tree in sorted(made, key=len, reverse=True):
+        place = min((place for place in room if place[0] >= len(tree)), default=None)
+        if place is None:
+            rows.append(Row())
+            room.append(place := [row_tokens, len(rows) - 1])
+        row = rows[place[1]]
+        base = len(row)
+        row.ids += tree.ids
+        row.parent += [p + base if p >= 0 else -1 for p in tree.parent]
+        row.targets += [(owner, node + base, token) for owner, node, token in tree.targets]
+        place[0] -= len(tree)
+        if len(room) > OPEN_ROWS:
+            room.remove(min(room))
+    return rows

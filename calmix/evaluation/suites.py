@@ -1,7 +1,18 @@
-"""Suites: which tasks stand for which capability dimension, as versioned YAML files."""
+"""Suites: which tasks stand for which capability dimension, as versioned YAML files.
+
+Tasks of a user's own are .jsonl files whose rows are of one kind:
+
+choices    {"question": ..., "choices": [..., ...], "answer": the place of the right one, from 0}
+answers    {"question": ..., "answer": "..." or a list of right ones}
+numbers    {"question": ..., "answer": 42}
+programs   {"head": "double(x)", "question": "returns x times two.", "tests": ["double(4) == 8"]}
+"""
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from calmix import assets
 from calmix.errors import InputError, nearest
-from calmix.evaluation.own import NAME, read_rows
 from calmix.files import sha256_file, sha256_json, user_path
 from calmix.options import Measure as Measure
 from calmix.yaml_files import packaged, parse_model, read_text
@@ -41,14 +51,26 @@ TAKES: dict[str, tuple[tuple[str, ...], tuple[Score, ...], set[str]]] = {
 }
 KEYS = set[str]().union(*(keys for _, _, keys in TAKES.values()))
 STANDING = {"form": "question", "chance": "choices", "shots": 0}  # a user's own choices
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"  # of a suite
+LARGEST = 1e15  # below it a float tells every whole number
+# A row of each kind for `calmix evaluate suite --new`.
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "choices": {"question": "Which is a fruit?", "choices": ["a stone", "an apple"], "answer": 1},
+    "answers": {"question": "What is the opposite of up? Answer with one word.",
+                "answer": ["down", "downwards"]},
+    "numbers": {"question": "A shop sells pens in packs of 6. How many pens are in 7 packs?",
+                "answer": 42},
+    "programs": {"head": "double(x)", "question": "returns x times two.",
+                 "tests": ["double(4) == 8", "double(0) == 0"]},
+}  # fmt: skip
 
 
 class TaskSpec(BaseModel):
     """One task of a suite: what its requests are, and what of an answer counts.
 
     docs/evaluation.md says what each key means. A task is of the `archive` (its requests are of a
-    `form`), one of `calmix.evaluation.abilities` (`asked`), whose answers a program checks, or a
-    `file` of the user's own rows of one `kind` (`calmix.evaluation.own`).
+    `form`), one of `abilities/tasks.yaml` (`asked`), whose answers a program checks, or a
+    `file` of the user's own rows of one `kind`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -86,18 +108,18 @@ class TaskSpec(BaseModel):
             raise ValueError("a task needs one of 'archive', 'asked' and 'file'")
         metrics, scores, needs = TAKES[self._what]
         given = {key for key in KEYS if getattr(self, key) is not None}
-        extra = given - needs - ({"shots"} if self.file is not None else set())
-        rules = {
-            f"a task with '{sources[0]}' needs '{min(needs - given, default='')}'": needs <= given,
-            f"'{min(extra, default='')}' has no effect on such a task": not extra,
-            f"'metric' of such a task is {' or '.join(metrics)}": self.metric in metrics,
-            f"'score' of such a task is {' or '.join(scores)}": self.primary in scores,
-        }
-        for rule, kept in rules.items():
-            if not kept:
-                raise ValueError(rule)
-        if self.asked is not None and self.asked not in (known := packaged(ASKED)):
-            raise ValueError(f"unknown asked task '{self.asked}': {nearest(self.asked, known)}")
+        lacks, extra = sorted(needs - given), sorted(given - needs - {"shots" if self.file else ""})
+        known = packaged(ASKED)
+        for wrong, said in (
+            (lacks, f"a task with '{sources[0]}' needs '{[*lacks, ''][0]}'"),
+            (extra, f"'{[*extra, ''][0]}' has no effect on such a task"),
+            (self.metric not in metrics, f"'metric' of such a task is {' or '.join(metrics)}"),
+            (self.primary not in scores, f"'score' of such a task is {' or '.join(scores)}"),
+            (self.asked not in (None, *known),
+             f"unknown asked task '{self.asked}': {nearest(str(self.asked), known)}"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(said)
         return self
 
     @property
@@ -246,3 +268,77 @@ def load_suite(name: str | Path) -> Suite:
 def suite_file(name: str | Path) -> Path | None:
     """Return where a user's own suite is read from; None for a builtin one."""
     return None if str(name) in _BUILTIN else user_path(str(name))
+
+
+def read_rows(path: str, kind: str, shots: int = 0) -> list[dict[str, Any]]:
+    """Return the checked rows of a file; an InputError names the first line that is not right."""
+    found = []
+    for number, line in enumerate(read_text(Path(path)).removeprefix("\ufeff").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            wrong = _mistake(row, kind) if isinstance(row, dict) else "it is no JSON object"
+        except ValueError:
+            wrong = "it is no JSON"
+        if wrong:
+            raise InputError(f"{path}, line {number}: {wrong} (a row of kind {kind} is such as "
+                             f"{json.dumps(EXAMPLES[kind])})")  # fmt: skip
+        found.append(row)
+    if len(found) <= shots:
+        raise InputError(f"{path} has {len(found)} rows, {shots} of them worked examples: add rows")
+    return found
+
+
+def _mistake(row: Any, kind: str) -> str:
+    """Return what is wrong with a row; nothing if it is right."""
+    choices, answer, head, tests = map(row.get, ("choices", "answer", "head", "tests"))
+    several = _texts(choices) and len(set(choices)) > 1
+    rules = {
+        "choices": {
+            "'choices' must be two texts or more": several,
+            "'answer' must be the place of the right choice, from 0": several
+            and type(answer) is int and 0 <= answer < len(choices),
+        },
+        "answers": {"'answer' must be a text, or a list of texts": _text(answer) or _texts(answer)},
+        "numbers": {f"'answer' must be a number below {LARGEST:g}": type(answer) in (int, float)
+                    and abs(answer) < LARGEST},
+        "programs": {
+            "'head' must be a function's, such as double(x)": _text(head)
+            and _parses(f"def {head.strip()}: pass", "exec"),
+            "'tests' must be a list of expressions": _texts(tests)
+            and all(_parses(one.strip(), "eval") for one in tests),
+        },
+    }[kind] | {"'question' must be a text": _text(row.get("question"))}  # fmt: skip
+    return next((rule for rule, kept in rules.items() if not kept), "")
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_text, value))
+
+
+def _parses(code: str, mode: str) -> bool:
+    try:
+        return bool(ast.parse(code, mode=mode))
+    except (SyntaxError, ValueError):
+        return False
+
+
+def template(name: str) -> dict[str, str]:
+    """Return the files of a suite to start from: its YAML, and a file of rows a kind."""
+    if not re.match(NAME, name):
+        raise InputError(f"'{name}' is no name of a suite: use letters, digits, '.', '_', '+', '-'")
+    tasks = {kind: f"    my_{kind}: {{file: {name}-{kind}.jsonl, kind: {kind}}}\n"
+             for kind in EXAMPLES}  # fmt: skip
+    code = tasks.pop("programs")
+    suite = (
+        f"# calmix evaluate suite {name}.yaml checks this file; rows are in the .jsonl beside it.\n"
+        f"name: {name}\nversion: 1\ndescription: tasks of our own\ndimensions:\n"
+        f"  support:  # an ability: any name\n{''.join(tasks.values())}  code:\n{code}"
+    )
+    rows = {f"{name}-{kind}.jsonl": f"{json.dumps(row)}\n" for kind, row in EXAMPLES.items()}
+    return {f"{name}.yaml": suite} | rows

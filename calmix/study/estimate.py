@@ -24,9 +24,8 @@ from calmix.calibration.texts import LENGTH as TEXT_LENGTH
 from calmix.calibration.texts import ROWS as TEXT_ROWS
 from calmix.calibration.texts import builtin_readers
 from calmix.errors import InputError
-from calmix.evaluation.abilities import asked_texts, task_of
 from calmix.evaluation.suites import ARCHIVE, Suite
-from calmix.evaluation.tasks import item_texts
+from calmix.evaluation.tasks import asked_texts, item_texts, task_of
 from calmix.machine import device_memory, tokens_at_once, total_memory
 from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import use_own_attention

@@ -11,7 +11,7 @@ from calmix.calibration import build, leakage, parse_mix, resolve
 from calmix.calibration.leakage import Guard, ItemIndex, suite_items
 from calmix.calibration.tokenizer import tokenizer_function
 from calmix.errors import InputError, SourceError
-from calmix.evaluation.own import template
+from calmix.evaluation.suites import template
 from tests.calibration.conftest import write_rows
 from tests.tiny import quick
 

@@ -21,8 +21,8 @@ from calmix.compression.running import CANDIDATES, check, check_same
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation import floors
 from calmix.evaluation.evaluate import choose, runnable
-from calmix.evaluation.own import EXAMPLES, template
 from calmix.evaluation.scores import CapabilityScores, describe
+from calmix.evaluation.suites import EXAMPLES, template
 from calmix.manifest import sealed
 from calmix.options import Compression
 from calmix.report.card import Card

@@ -39,14 +39,14 @@ def benchmark(spec):
     return benchmark_of(parts[2]) if len(parts) > 2 else None
 
 
-def quiz(questions=6, shots=3, seed=0):
+def quiz():
     """Questions with choices behind a shared preamble, some of them alike, and odd ones out."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     words = ["red", "blue", "green", "seven", "plus", "cat", "dog", "of"]
-    preamble = "".join(f"Q: {' '.join(rng.choices(words, k=4))}\nA: x\n\n" for _ in range(shots))
+    preamble = "".join(f"Q: {' '.join(rng.choices(words, k=4))}\nA: x\n\n" for _ in range(3))
     pairs = [("Q: short", " a"), ("x ", "y"), ("Q: short", " a")]  # one twice
     pairs += [("Pick:", letter) for letter in "abcd"]  # at one position
-    for _ in range(questions):
+    for _ in range(6):
         question = f"{preamble}Q: {' '.join(rng.choices(words, k=rng.randint(2, 6)))}\nA:"
         pairs += [(question, f" {word}") for word in rng.sample(words, 3)]
     rng.shuffle(pairs)

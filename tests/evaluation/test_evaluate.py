@@ -1,4 +1,4 @@
-"""Evaluating: scores with every item, the dense cache, refused comparisons, code if allowed."""
+"""Evaluating: scores with every item, the dense cache, refused comparisons, and the verbs."""
 
 import json
 import math
@@ -10,19 +10,27 @@ import pytest
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate
 from calmix.evaluation.scores import load_scores
-from calmix.evaluation.suites import Suite
+from calmix.evaluation.suites import load_suite
 from calmix.evaluation.tasks import load_items
 from calmix.models import open_model
-from calmix.yaml_files import parse_model
 from tests.evaluation.archive import suite_text, use_archive
 from tests.evaluation.helpers import reference
+from tests.tiny import save_tiny_model
 
 
 @pytest.fixture
-def suite(monkeypatch, tmp_path):
+def suite_file(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")  # into a pipe, tables are as wide as they come
     use_archive(monkeypatch)
-    return parse_model(Suite, suite_text(), "suite")
+    path = tmp_path / "made.yaml"
+    path.write_text(suite_text(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def suite(suite_file):
+    return load_suite(suite_file)
 
 
 @pytest.fixture
@@ -46,22 +54,19 @@ def test_scores_are_those_of_the_plain_model(suite, tiny):
             assert task.loglikelihoods[number] == pytest.approx(wanted, abs=2e-3)
             assert task.bytes[number] == tuple(len(answer) for _, answer in item.requests)
             if task.floor == "context-free":
-                alone = reference(tiny, [("Answer:", choice) for choice in item.choices])
+                alone = reference(tiny, [("Answer:", answer) for _, answer in item.requests])
                 assert task.floors[number] == pytest.approx(alone, abs=2e-3)
             if task.name == "quiz":  # acc_norm: characters without the space before a choice
-                wanted = [v / (len(c) - 1) for v, c in zip(wanted, item.choices, strict=True)]
+                sizes = [len(answer) - 1 for _, answer in item.requests]
+                wanted = [value / size for value, size in zip(wanted, sizes, strict=True)]
             if task.values:
                 assert task.values[number] == float(wanted.index(max(wanted)) == item.gold)
     assert [bool(task.values) for task in scores.tasks] == [True, True, False]
-
-
-def test_a_text_without_knowledge_is_a_code_of_single_tokens(suite, tiny):
-    text = evaluate(tiny, suite, tasks=["text"]).tasks[0]
-    items = load_items(suite.tasks["text"])
-    ids = [tiny.tokenizer(t)["input_ids"] for i in items for t in (*i.contexts, *i.choices)]
+    text, items = scores.tasks[-1], load_items(suite.tasks["text"])  # a code of single tokens
+    ids = [tiny.tokenizer(t)["input_ids"] for i in items for t in i.requests[0]]
     counts = Counter(token for row in ids for token in row)
     for item, floor in zip(items, text.unigram, strict=True):
-        tokens = tiny.tokenizer(item.choices[0])["input_ids"]
+        tokens = tiny.tokenizer(item.requests[0][1])["input_ids"]
         wanted = sum(math.log(counts[token] / counts.total()) for token in tokens)
         assert floor == pytest.approx(wanted, abs=1e-3)
     # The code is fitted to all the archive has: a limit does not change it.
@@ -112,3 +117,65 @@ def test_the_builtin_model_on_the_smoke_suite():
     assert scores.retention(scores).of("code").value == 1.0
     text = next(task for task in scores.retention(scores).tasks if task.name == "mbpp")
     assert 0.3 < text.dense < (text.floor or 0) < 2.0  # the code without its task is half of it
+
+
+def test_retention_against_a_dense_model_or_its_file(calmix, tiny_folder, suite_file, tmp_path):
+    arguments, path = ("evaluate", tiny_folder, "--suite", suite_file), tmp_path / "out/dense.json"
+    ended = calmix(*arguments, "-o", path).ok()
+    assert all(name in ended.out for name in ("quiz", "which", "scored by"))
+    value = json.loads(path.read_text(encoding="utf-8"))
+    assert len(value["scores"]["tasks"][0]["values"]) == 10
+    assert "retention" not in value
+    ended = calmix(*arguments, "--against", tiny_folder).ok()
+    assert "100.0 [100.0, 100.0]" in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 80
+    again = calmix(*arguments, "--against", tiny_folder, "--json")  # dense scores from the cache
+    value = json.loads(again.out)
+    whole = {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert [d["kept"] for d in value["retention"]["dimensions"] if d["kept"]["value"]] == [whole]
+    assert value["scores"]["suite"] == value["dense"]["suite"]
+    assert calmix(*arguments, "--against", path).code == 0
+    other = calmix(*arguments, "--against", path, "--quick")
+    assert (other.code, "different selections" in other.line) == (2, True)
+
+
+def test_the_distance_to_the_dense_model_on_a_text_of_the_users(
+    calmix, tiny_folder, suite_file, text_file, tmp_path
+):
+    other, out = save_tiny_model(tmp_path / "other", seed=1), tmp_path / "scores.json"
+    arguments = ("evaluate", other, "--suite", suite_file, "--text", f"mine={text_file}")
+    ended = calmix(*arguments, "--against", tiny_folder, "-o", out).ok()
+    assert "KL(dense || pruned)" in ended.out
+    assert "flips %" in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 80
+    assert "KL to dense" in calmix("compare", out).out  # the dense scores are in the file
+    kept = json.loads(out.read_text(encoding="utf-8"))["scores"]["distance"]
+    assert kept["dimensions"]["mine"]["kl_mean"] > 0
+    for against in ((), ("--against", out)):
+        assert "name it with --against" in calmix(*arguments, *against).line
+
+
+def test_a_file_is_scored_anew_by_another_measure(calmix, tiny_folder, suite_file, tmp_path):
+    path, alone = tmp_path / "both.json", tmp_path / "alone.json"
+    arguments = ("evaluate", tiny_folder, "--suite", suite_file)
+    calmix(*arguments, "--against", tiny_folder, "-o", path).ok()
+    calmix(*arguments, "-o", alone).ok()
+    for measure in ("primary", "margin", "accuracy", "ratio"):
+        by = ("--measure", measure)
+        assert f"by {measure}" in calmix("evaluate", "rescore", path, *by).ok().out
+        rows = json.loads(calmix("evaluate", "rescore", alone, *by, "--json").out)
+        tasks = ["quiz", "which", *([] if measure == "accuracy" else ["text"])]
+        assert [row["task"] for row in rows] == tasks
+    assert calmix("evaluate", "rescore", path, "--against", alone).code == 0
+    refused = calmix("evaluate", "rescore", alone, "--against", path)  # scored as pruned
+    assert "hold no score without the knowledge" in refused.line
+
+
+def test_suites_are_listed_and_shown(calmix):
+    listed = json.loads(calmix("evaluate", "suites", "--json").out)
+    assert {row["name"] for row in listed} >= {"offline", "paper", "smoke"}
+    assert "offline" in calmix("evaluate", "suites").out
+    assert "humaneval" in calmix("evaluate", "suite", "paper").ok().out
+    data = json.loads(calmix("evaluate", "suite", "offline", "--json").out)
+    assert data["dimensions"]["math"]["gsm8k"]["shots"] == 5
+    assert len(data["hash"]) == 64

@@ -1,27 +1,22 @@
-"""Greedy answers: those of transformers one at a time, many at once that share and follow on."""
+"""Greedy answers: those of transformers one at a time; the panel or a file; the saved file."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
-from calmix.evaluation import greedy
+from calmix.errors import InputError
+from calmix.evaluation import generations, greedy
+from calmix.evaluation.generations import Answered, answer, load_answers, panel, read_prompts
 from calmix.evaluation.greedy import Prompt, answers, loops
 from calmix.models import open_model
 from calmix.models.opening import end_tokens
+from tests.evaluation.helpers import opened
 from tests.tiny import ARCHITECTURES, quick, save_tiny_model
 
 QUICK = ("gemma3_text", "opt", "bloom", "mamba")
-
-
-def prompts(count, shared, longest=24):
-    rng = random.Random(count)
-    head = [rng.randrange(5, 300) for _ in range(shared)]
-    return [
-        Prompt(head + [rng.randrange(5, 300) for _ in range(rng.randrange(1, longest))],
-               rng.choice([4, 12, 20]))
-        for _ in range(count)
-    ]  # fmt: skip
 
 
 def one_by_one(opened, asked):
@@ -40,8 +35,11 @@ def one_by_one(opened, asked):
 def test_answers_are_those_given_one_at_a_time(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(greedy, "ROWS", 4)  # so that most begin where another is over
     opened = open_model(str(save_tiny_model(tmp_path / kind, kind)), dtype="float32")
-    asked = prompts(19, 10)
-    assert [one.text for one in answers(opened, asked)] == one_by_one(opened, asked)
+    rng = random.Random(19)
+    head = [rng.randrange(5, 300) for _ in range(10)]
+    asked = [Prompt(head + [rng.randrange(5, 300) for _ in range(rng.randrange(1, 24))],
+                    rng.choice([4, 12, 20])) for _ in range(19)]  # fmt: skip
+    assert [text for text, _ in answers(opened, asked)] == one_by_one(opened, asked)
 
 
 def test_an_answer_that_goes_round_in_a_loop_is_cut():
@@ -49,3 +47,36 @@ def test_an_answer_that_goes_round_in_a_loop_is_cut():
     assert not loops([7, 8, 9] * 20)  # too short to be sure
     assert not loops(list(range(64)))
     assert not loops([*range(20)] * 5)  # a list whose lines are alike is longer
+
+
+def test_the_panel_is_asked_behind_worked_examples_and_an_answer_that_is_cut_says_so(monkeypatch):
+    model, prompts = opened(), panel()
+    written = [(" Paris. ", False), (" Paris. ", True)]
+    monkeypatch.setattr(generations, "answers", lambda *_, **__: written)
+    assert answer(model, prompts) == ("Paris. …", "Paris.")
+    assert len({one.shown for one in prompts}) == 10
+    assert prompts[0].plain.endswith(f"Question: {prompts[0].shown}\nAnswer:")
+    assert prompts[0].plain.count("Answer:") == 4
+
+
+def test_prompts_of_a_file_and_the_file_of_answers(tmp_path):
+    path, out, rows = tmp_path / "mine.txt", tmp_path / "answers.json", tmp_path / "mine.csv"
+    path.write_text("first\n\n  second \n", encoding="utf-8")
+    rows.write_text("ask\nfirst\n", encoding="utf-8")
+    prompts = read_prompts(path)
+    assert prompts == [generations.Prompt("mine.txt", text, text) for text in ("first", "second")]
+    assert read_prompts(Path(f"{rows}@ask")) == [generations.Prompt("mine.csv", "first", "first")]
+    made = Answered(tuple(prompts), (("tiny", "hash"),), (answer(opened(), prompts),))
+    made.save(out)
+    assert load_answers(out) == made
+    value = json.loads(out.read_text(encoding="utf-8"))
+    for wrong, says in (
+        ({"kind": "x"}, "no answers of calmix"), ({"answers": [["a"]]}, "do not fit"),
+        ({"models": 1}, "is damaged: 'models'"),
+    ):  # fmt: skip
+        out.write_text(json.dumps(value | wrong), encoding="utf-8")
+        with pytest.raises(InputError, match=says):
+            load_answers(out)
+    path.write_text("line\n" * 51, encoding="utf-8")
+    with pytest.raises(InputError, match="holds 51 prompts: 50 are the most"):
+        read_prompts(path)

