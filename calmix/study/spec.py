@@ -28,7 +28,7 @@ from calmix.options import MOST_EMBEDDING, Leakage, Licence, Options, Propagatio
 from calmix.pruning.methods import get_method
 from calmix.sources import Source
 from calmix.sources.registry import parse_sources
-from calmix.specs import SEED, recovery_of, target_of
+from calmix.specs import recovery_of, target_of
 from calmix.yaml_files import parse_yaml, read_text
 
 NONE = "none"  # the calibration of a method that needs none, and no recovery
@@ -175,23 +175,6 @@ class Study:
     path: Path
     own: dict[str, Source]
     suite: Suite
-
-    @property
-    def files(self) -> list[object]:
-        """What is read: the study, its models, and what its sets are made of."""
-        found: list[object] = [self.path, *(model.name for model in self.file.models.values())]
-        for entry in self.file.calibrations.values():
-            found += ask(entry.written, sources=self.own, **entry.given()).files
-        return found
-
-    @property
-    def grids(self) -> list[Grid]:
-        """The grids, with what each leaves open filled in from the top of the file."""
-        own, default = self.file, {"seeds": [SEED], "allocation": [UNIFORM], "recovery": [NONE]}
-        top = [(name, getattr(own, name)) for name in Grid.model_fields]
-        parts = [[*default.items(), *top, *grid] for grid in own.grids or [Grid()]]
-        return [Grid.model_construct(**{key: one for key, one in each if one is not None})
-                for each in parts]  # fmt: skip
 
 
 def load_study(path: Path) -> Study:

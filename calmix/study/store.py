@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from filelock import SoftFileLease, Timeout
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from calmix.errors import InputError, disk_errors
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.files import atomic_folder, check_apart, check_writable, read_object, write_json
-from calmix.study.results import FailedTrial, Record, Trial
+from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study
 from calmix.study.trials import Planned
 from calmix.yaml_files import first_problem
@@ -48,7 +48,7 @@ def _named(key: list[Scalar]) -> list[Scalar]:
     return key
 
 
-class Entry(Record):
+class Entry(BaseModel, frozen=True):
     """A trial of the study: its hash, its label, the names of its model and set and what else has
     told it apart, and the hash of its set."""
 
@@ -58,7 +58,7 @@ class Entry(Record):
     set: Id | None
 
 
-class Index(Record):
+class Index(BaseModel, frozen=True):
     """The study as last run: its name, the text of its file, and its trials in order; of the suite
     that scores were made with name, version, hash and dimensions."""
 
@@ -70,7 +70,7 @@ class Index(Record):
     trials: list[Entry]
 
 
-class Result(Record):
+class Result(BaseModel, frozen=True):
     """A finished trial; `run` says when and where it ran, `dense` names the scores of its dense
     model."""
 
@@ -79,7 +79,7 @@ class Result(Record):
     dense: Id
 
 
-Kept = TypeVar("Kept", bound=Record)
+Kept = TypeVar("Kept", bound=BaseModel)
 
 
 def _read(path: Path, kind: type[Kept], remedy: str) -> Kept:
