@@ -111,14 +111,13 @@ class Contrast:
         quantile = np.nanquantile if np.isnan(moved).any() else np.quantile  # five times as fast
         for head, low, high in zip(ends, *quantile(moved, TAILS, axis=1).tolist(), strict=True):
             found |= {f"{head}low": self.value + low, f"{head}high": self.value + high}
-        if test and freedom:
+        if test:
             # Satterthwaite: the items' part has many degrees of freedom, the seeds' has few.
             known = by_items - both
             pooled = freedom * (1 + known / by_draws) ** 2 if by_draws else math.inf
             found["p"] = two_sided_p(self.value, math.sqrt(known + by_draws), pooled)
-            found["draw_p"] = two_sided_p(self.value, math.sqrt(by_draws), freedom)
-        elif test:
-            found["p"] = two_sided_p(self.value, math.sqrt(by_items), math.inf)
+            if freedom:
+                found["draw_p"] = two_sided_p(self.value, math.sqrt(by_draws), freedom)
         return Estimate(self.value, **found)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from filelock import SoftFileLease, Timeout
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from calmix.errors import InputError, disk_errors
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
@@ -39,13 +39,6 @@ BEAT, SILENCE = 10.0, 120.0  # seconds: a lock's holder renews it; one silent so
 
 State = Literal["finished", "failed", "running", "pending"]
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # names a file of the store
-Scalar = str | int | float | None
-
-
-def _named(key: list[Scalar]) -> list[Scalar]:
-    if len(key) < 2 or not all(isinstance(name, str) for name in key[:2]):
-        raise ValueError("names no model and calibration set")
-    return key
 
 
 class Entry(BaseModel, frozen=True):
@@ -54,7 +47,7 @@ class Entry(BaseModel, frozen=True):
 
     id: Id
     label: str
-    key: Annotated[list[Scalar], AfterValidator(_named)]
+    key: Annotated[list[str | int | float | None], Field(min_length=2)]
     set: Id | None
 
 
@@ -152,7 +145,7 @@ class Store:
         """Return a finished trial; its model and set have the names the study has for them now."""
         path = self.trial(entry.id) / RESULT
         record = _read(path, Result, "delete the trial's folder and run the study again")
-        named = dict(zip(("model", "calibration"), entry.key, strict=False))
+        named = dict(zip(("model", "calibration"), map(str, entry.key), strict=False))
         return record.model_copy(update={"trial": record.trial.model_copy(update=named)})
 
     def scores(self, entry: Entry) -> CapabilityScores:
