@@ -33,6 +33,7 @@ def read_results(path: Path | str) -> StudyResults:
     # Another processor scores a dense model once more: of several the one that most trials name.
     named = Counter((record.trial.model, record.dense) for record in kept.values())
     dense = {model: key for (model, key), _ in reversed(named.most_common())}
+    held = {key: load_scores(store.dense(key)).tasks for _, key in named}
     return StudyResults(
         name=store.index.name,
         text=store.index.text,
@@ -41,7 +42,8 @@ def read_results(path: Path | str) -> StudyResults:
         failed=tuple(store.read_failure(e) for e in store.entries if states[e.id] == "failed"),
         suite=store.index.suite,
         scores={name: one.tasks for name, one in scored.items()},
-        dense={label: load_scores(store.dense(key)).tasks for label, key in dense.items()},
+        dense={label: held[key] for label, key in dense.items()},
+        paired={name: held[record.dense] for name, record in kept.items()},
     )
 
 

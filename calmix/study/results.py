@@ -81,7 +81,8 @@ class StudyResults(BaseModel, frozen=True):
         text: the study file as written.
         planned: number of trials the study asks for.
         suite: name, version, hash, and the dimensions' names in order.
-        scores, dense: items of every trial by its id, and of the dense models by label.
+        scores, dense: items of every trial by its id, and of the dense models by label; `paired`
+            are of the dense model as each trial was compared with it.
     """
 
     name: str
@@ -92,3 +93,4 @@ class StudyResults(BaseModel, frozen=True):
     suite: dict[str, Any] = {}
     scores: Scores = {}
     dense: Scores = {}
+    paired: Scores = {}

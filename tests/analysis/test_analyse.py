@@ -47,6 +47,8 @@ def test_a_store_gives_the_analysis_of_its_results(tmp_path):
     path.write_text(path.read_text().replace('"dense": "d0"', '"dense": "other"'))
     again = read_results(place)
     assert again.dense == results.dense
+    assert again.paired[name] == results.scores[name]
+    assert again.paired[results.trials[1].id] == results.dense[results.trials[1].model]
 
 
 @pytest.mark.parametrize(("sources", "seeds"), [(1, (0,)), (3, (0,)), (4, (0, 1))])
