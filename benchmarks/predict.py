@@ -31,9 +31,9 @@ from torch import Tensor
 from calmix.analysis.cells import Cells, select, tables
 from calmix.analysis.correlations import distinct
 from calmix.analysis.predict import EVERY, ROWS, every_block, keep_grams, lost_output, prediction
-from calmix.analysis.statistics import Array
 from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration.texts import texts
+from calmix.evaluation.measures import Array
 from calmix.models import open_model
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured
@@ -111,10 +111,9 @@ def main() -> None:
         "- log output error, Gram algebra": -np.log(shares),
         "- KL on held-out text, pruned once": -cells.distance["kl"],
     }
-    for column, aliases in distinct(cells, range(len(cells.sets))):
-        name = " = ".join([cells.metrics[column], *aliases])
-        values = np.repeat(cells.information[:, column : column + 1], len(cells.quantities), 1)
-        candidates[name] = values
+    for metric, aliases in distinct(cells, range(len(cells.sets))).items():
+        values = cells.information[[metric]].to_numpy()
+        candidates[" = ".join([metric, *aliases])] = np.repeat(values, len(cells.quantities), 1)
     print(f"{machine()}, commit {commit()}")
     print(
         f"\n{cells.condition.model}, {cells.condition.label}: {len(cells.sets)} sets; every "

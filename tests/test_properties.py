@@ -13,13 +13,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from calmix.analysis.statistics import (
+from calmix.analysis.bootstrap import corrected, two_sided_p
+from calmix.analysis.correlations import (
     bootstrap_intervals,
-    corrected,
     least_p,
     orders,
     permutation_p,
-    two_sided_p,
     unit_ranks,
 )
 from calmix.calibration import make_mix, parse_mix, rows_per_source

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calmix.analysis.bootstrap import Joint, joints
-from calmix.analysis.cells import Cells, Condition, dimensions_of, select, tables
+from calmix.analysis.cells import Cells, Condition, dimensions_of, select
 from calmix.analysis.correlations import Correlation, Spread, agreements, correlate, spreads
 from calmix.analysis.differences import Difference, Gain, compare, gains
 from calmix.analysis.power import Noise, noise_of
@@ -18,8 +18,7 @@ from calmix.files import atomic_folder, write_json, write_text
 from calmix.options import Settings
 from calmix.study.results import StudyResults
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
+FOUND = ("ranking", "correlations", "agreements", "differences", "spread", "noise")
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,6 @@ class ConditionAnalysis:
         every = product(self.cells.sets, self.cells.seeds)
         return [one for one in every if one not in self.cells.trials]
 
-    def rows(self) -> dict[str, list[dict[str, Any]]]:
-        """Return what was found as rows, by table."""
-        _, *tables = fields(self)
-        return {table.name: [asdict(one) for one in getattr(self, table.name)] for table in tables}
-
 
 @dataclass(frozen=True)
 class Analysis:
@@ -91,37 +85,33 @@ class Analysis:
                 | {"seeds": found.cells.seeds, "points": found.points, "missing": found.missing,
                    "best": [one.calibration for one in leaders(found.ranking)],
                    "tasks": [asdict(task) for task in found.cells.tasks]}
-                | found.rows()
+                | {name: [asdict(one) for one in getattr(found, name)] for name in FOUND}
                 for found in self.conditions
             ],
             "gains": [asdict(one) for one in self.gains],
         }  # fmt: skip
 
-    def tables(self) -> dict[str, DataFrame]:
-        """Return the tables by name, one row for each result; parts are columns with joined
-        names."""
+    def save(self, folder: Path) -> None:
+        """Write `analysis.json` into a folder, and what it lists as CSV tables, one row for each
+        result; all or nothing."""
         from pandas import json_normalize
 
-        made: dict[str, list[dict[str, Any]]] = {"gains": [asdict(one) for one in self.gains]}
-        for found in self.conditions:
-            tasks = [
-                {"condition": one.condition, "calibration": one.calibration, **asdict(task),
-                 "kept": asdict(one.tasks[task.name])}
-                for one in found.ranking for task in found.cells.tasks
-            ]  # fmt: skip
-            for name, rows in (found.rows() | {"tasks": tasks}).items():
-                made.setdefault(name, []).extend(rows)
-        del made["agreements"]
-        for row in made["ranking"]:  # in a table of their own
-            del row["tasks"]
-        return {name: json_normalize(rows, sep="_").astype(object) for name, rows in made.items()}
-
-    def save(self, folder: Path) -> None:
-        """Write `analysis.json` and the tables as CSV into a folder, all or nothing."""
+        told = self.to_dict()
+        tables = {"gains": told["gains"], **{name: [] for name in FOUND if name != "agreements"}}
+        tables["tasks"] = []
         with atomic_folder(folder) as beside:
-            write_json(beside / "analysis.json", self.to_dict())
-            for name, table in self.tables().items():
-                if len(table):
+            write_json(beside / "analysis.json", told)
+            for found in told["conditions"]:
+                for one in found["ranking"]:
+                    kept = one.pop("tasks")  # in a table of their own
+                    head = {name: one[name] for name in ("condition", "calibration")}
+                    tables["tasks"] += [{**head, **task, "kept": kept[task["name"]]}
+                                        for task in found["tasks"]]  # fmt: skip
+                for name in tables.keys() & set(FOUND):
+                    tables[name] += found[name]
+            for name, rows in tables.items():
+                if rows:
+                    table = json_normalize(rows, sep="_").astype(object)
                     write_text(beside / f"{name}.csv", table.to_csv(index=False))
 
 
@@ -141,7 +131,7 @@ def analyse(
             f"no finished trial has the calibration set '{asked.default}': "
             f"{nearest(asked.default, known)}"
         )
-    made = joints(results, tables(results, trials, asked.measure), asked.resamples, asked.seed)
+    made = joints(results, trials, asked)
     correlations = correlate([found.cells for found in made], asked)
     differences = compare(made, asked.default)
     conditions = [

@@ -20,20 +20,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calmix.analysis.cells import Cells, rolled_up
-from calmix.analysis.statistics import LEVEL, Array, two_sided_p
+from calmix.analysis.cells import Cells, rolled_up, tables
 from calmix.evaluation import retention
-from calmix.study.results import StudyResults
+from calmix.evaluation.measures import Array
+from calmix.evaluation.retention import LEVEL
+from calmix.options import Settings
+from calmix.study.results import StudyResults, Trial
 
 TAILS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # of the resamples
+ALPHA = 0.05
+ROUNDING = 1e-12  # two rank correlations, or totals, closer than this are one
+Row = TypeVar("Row", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -106,14 +111,13 @@ class Contrast:
         quantile = np.nanquantile if np.isnan(moved).any() else np.quantile  # five times as fast
         for head, low, high in zip(ends, *quantile(moved, TAILS, axis=1).tolist(), strict=True):
             found |= {f"{head}low": self.value + low, f"{head}high": self.value + high}
-        if test and freedom:
+        if test:
             # Satterthwaite: the items' part has many degrees of freedom, the seeds' has few.
             known = by_items - both
             pooled = freedom * (1 + known / by_draws) ** 2 if by_draws else math.inf
             found["p"] = two_sided_p(self.value, math.sqrt(known + by_draws), pooled)
-            found["draw_p"] = two_sided_p(self.value, math.sqrt(by_draws), freedom)
-        elif test:
-            found["p"] = two_sided_p(self.value, math.sqrt(by_items), math.inf)
+            if freedom:
+                found["draw_p"] = two_sided_p(self.value, math.sqrt(by_draws), freedom)
         return Estimate(self.value, **found)
 
 
@@ -174,8 +178,8 @@ def joint(
     count, tasks = len(cells.sets), len(cells.tasks)
     counts = np.bincount(of, minlength=count).astype(float)
     freedom = int(np.maximum(counts - 1, 0).sum())
-    retention = np.full((len(of), tasks), np.nan)
-    sampled = np.full((count, resamples, tasks), np.nan)
+    points = np.full((count, 1 + resamples, tasks), np.nan)  # the value, and that of resamples
+    residuals = np.zeros((len(of), tasks))
     by_items, both = np.zeros((tasks, count, count)), np.zeros(tasks)
     mean_of = (of[None] == np.arange(count)[:, None]) / counts[:, None]
     for at, (each, whole) in cells.items.items():
@@ -183,27 +187,22 @@ def joint(
         unbiased = size / max(1, size - 1)  # a resample of n items varies by (n - 1) / n of theirs
         times = _times(cells.tasks[at].name, size, resamples, seed).astype(float)
         kept, drawn = mean_of @ each, times @ whole
-        retention[:, at] = each.sum(1) / total
         point = kept.sum(1, keepdims=True) / total
         moved = np.divide(
             kept @ times.T, drawn, out=np.full((count, resamples), np.nan), where=drawn > 0
         )
-        sampled[:, :, at] = point + (moved - point) * math.sqrt(unbiased)
+        points[:, :, at] = np.hstack([point, point + (moved - point) * math.sqrt(unbiased)])
         # By how much each item moves the ratio; summed squares are its variance.
         moved = (kept - point * whole) / total
         by_items[at] = unbiased * moved @ moved.T
-        own = each - kept[of]
-        own = (own - own.sum(1, keepdims=True) / total * whole) / total
+        own = (each - kept[of]) / total
+        residuals[:, at] = own.sum(1)
+        own -= residuals[:, [at]] * whole / total
         both[at] = unbiased * float((own**2).sum()) / max(freedom, 1)
-    means = mean_of @ retention
-    residuals = np.nan_to_num(retention - means[of])
-    values = rolled_up(means, cells.tasks, cells.dimensions)
-    item = rolled_up(sampled, cells.tasks, cells.dimensions) - values[:, None]
-    spread = residuals @ cells.weights.T
-    squares = np.zeros(values.shape)
-    np.add.at(squares, of, spread**2)
-    own_freedom = np.maximum(counts - 1, 1)[:, None]
-    deviations = np.where(counts[:, None] > 1, np.sqrt(squares / own_freedom), np.nan)
+    rolled = rolled_up(points, cells.tasks, cells.dimensions).transpose(0, 2, 1)
+    values, spread = rolled[..., 0], residuals @ cells.weights.T
+    squares = np.stack([(spread[of == at] ** 2).sum(0) for at in range(count)])
+    several = np.where(counts > 1, counts - 1, np.nan)[:, None]
     draw = np.zeros((*values.shape, resamples))
     if freedom:
         # A normal vector of the pooled covariance is the residuals' sum with normal factors.
@@ -216,12 +215,37 @@ def joint(
             normal = rng.standard_normal((resamples, len(layout)))[:, columns] @ spread
             draw[at] = (normal * scale[:, None] / math.sqrt(freedom * max(counts[at], 1))).T
     return Joint(
-        cells, values, counts, deviations, item.transpose(0, 2, 1), draw, by_items,
-        residuals.T @ residuals / max(freedom, 1), both, freedom,
+        cells, values, counts, np.sqrt(squares / several), rolled[..., 1:] - values[..., None],
+        draw, by_items, residuals.T @ residuals / max(freedom, 1), both, freedom,
     )  # fmt: skip
 
 
-def joints(results: StudyResults, made: Sequence[Cells], resamples: int, seed: int) -> list[Joint]:
-    """Return the joint bootstrap of some conditions of a study, the same whichever are asked."""
+def joints(results: StudyResults, trials: Sequence[Trial], asked: Settings) -> list[Joint]:
+    """Return the joint bootstrap of every condition of some trials, the same whichever are asked
+    for."""
     layout = sorted({(trial.calibration, trial.seed) for trial in results.trials})
-    return [joint(cells, resamples=resamples, seed=seed, layout=layout) for cells in made]
+    return [joint(cells, resamples=asked.resamples, seed=asked.seed, layout=layout)
+            for cells in tables(results, trials, asked.measure)]  # fmt: skip
+
+
+def corrected(rows: Iterable[Row], **columns: Callable[[Row], float | None]) -> list[Row]:
+    """Return dataclass rows with p-values corrected for the false discovery rate (Benjamini and
+    Hochberg), one for each column; None stays and counts for nothing."""
+    from scipy.stats import false_discovery_control
+
+    made = list(rows)
+    for name, p in columns.items():
+        known = [at for at, one in enumerate(made) if p(one) is not None]
+        adjusted = false_discovery_control([p(made[at]) for at in known]).tolist() if known else []
+        for at, value in zip(known, adjusted, strict=True):
+            made[at] = replace(made[at], **{name: value})
+    return made
+
+
+def two_sided_p(value: float, error: float, freedom: float) -> float:
+    """Return the two-sided p of 0 under Student's t; the normal's with infinite freedom."""
+    from scipy.stats import t
+
+    if error == 0:
+        return 1.0 if value == 0 else 0.0
+    return float(2 * t.sf(abs(value) / error, freedom))

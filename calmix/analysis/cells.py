@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calmix.analysis.statistics import Array
 from calmix.errors import InputError, nearest
-from calmix.evaluation.measures import TaskScores, has_signal, parts, task_weights
+from calmix.evaluation.measures import Array, TaskScores, has_signal, parts, task_weights
 from calmix.evaluation.retention import check_paired, nan_mean
 from calmix.options import Measure
 from calmix.specs import printed, target_of
 from calmix.study.results import StudyResults, Trial
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 TOTAL, WORST = "total", "worst"
 
@@ -63,7 +66,6 @@ class Cells:
 
     condition: Condition
     made: tuple[Trial, ...]  # a trial of each set, in the study's order
-    seeds: tuple[int, ...]
     dimensions: tuple[str, ...]
     tasks: tuple[Task, ...]
     trials: tuple[tuple[str, int], ...]  # set and seed of each
@@ -73,13 +75,17 @@ class Cells:
     accuracy: Array  # retention of accuracy (the paper's), mean over seeds
     # To the dense model: kl in nats a token, top1, flips; of seeds' mean.
     distance: dict[str, Array]
-    metrics: tuple[str, ...]
-    information: Array  # the metrics, mean over seeds, shape (sets, metrics)
+    information: DataFrame  # metrics of the text, mean over seeds, a row a set
 
     @property
     def sets(self) -> tuple[str, ...]:
         """The calibration sets."""
         return tuple(one.calibration for one in self.made)
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds that any set has."""
+        return sorted({seed for _, seed in self.trials})
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -129,12 +135,11 @@ def select(
     for name, field, asked, wanted in (
         ("method", "method", method, method), ("sparsity", "pattern", sparsity, pattern)
     ):  # fmt: skip
-        known = sorted({getattr(trial, field) for trial in trials})
-        if wanted is not None:
-            if wanted not in known:
-                line = f"no finished trial has the {name} '{asked}': {nearest(wanted, known)}"
-                raise InputError(line)
-            trials = tuple(trial for trial in trials if getattr(trial, field) == wanted)
+        known = {getattr(trial, field) for trial in trials}
+        trials = tuple(trial for trial in trials if wanted in (None, getattr(trial, field)))
+        if not trials:
+            line = f"no finished trial has the {name} '{asked}': {nearest(str(wanted), known)}"
+            raise InputError(line)
     return trials
 
 
@@ -148,8 +153,7 @@ def tables(results: StudyResults, trials: Sequence[Trial], measure: Measure) -> 
         )  # fmt: skip
         groups.setdefault(key, []).append(trial)
     ordered = sorted(groups, key=lambda at: ["" if one is None else one for one in astuple(at)])
-    labels = _labels(list(groups))
-    return [_cells(labels[key], groups[key], results, measure) for key in ordered]
+    return [_cells(_labelled(key, groups), groups[key], results, measure) for key in ordered]
 
 
 def method_name(method: str) -> str:
@@ -161,44 +165,42 @@ def method_name(method: str) -> str:
     return ((known and known.title) or first) + method.removeprefix(first)
 
 
-def _labels(keys: Sequence[Condition]) -> dict[Condition, Condition]:
-    """Name every condition by method and pattern, and by what else is not the same throughout."""
-    calibrated, found = [key for key in keys if key.rows] or keys, {}
+def _labelled(key: Condition, every: Collection[Condition]) -> Condition:
+    """Name a condition by method and pattern, and by what else is not the same throughout."""
 
-    def differs(name: str, among: Sequence[Condition]) -> bool:
-        return len({getattr(key, name) for key in among}) > 1
+    def differs(*names: str, among: Collection[Condition] = every) -> bool:
+        return len({tuple(getattr(one, name) for name in names) for one in among}) > 1
 
-    for key in keys:
-        name, model = method_name(key.method), f", {key.model}" if differs("model", keys) else ""
-        rest = ""
-        if differs("propagation", calibrated) and key.propagation is not None:
-            rest += f", {key.propagation} propagation"
-        if key.rows and (differs("rows", calibrated) or differs("length", calibrated)):
-            rest += f", {key.rows} x {key.length}"
-        if differs("suite", keys):
-            rest += f", suite {key.suite}"
-        series = f"{name}{model}{rest}"
-        found[key] = replace(key, label=f"{name} {key.pattern}{model}{rest}", series=series)
-    return found
+    calibrated = [one for one in every if one.rows] or every
+    parts = {
+        key.model: differs("model"),
+        f"{key.propagation} propagation":
+            key.propagation is not None and differs("propagation", among=calibrated),
+        f"{key.rows} x {key.length}":
+            key.rows and differs("rows", "length", among=calibrated),
+        f"suite {key.suite}": differs("suite"),
+    }  # fmt: skip
+    name = method_name(key.method)
+    rest = "".join(f", {part}" for part, told in parts.items() if told)
+    return replace(key, label=f"{name} {key.pattern}{rest}", series=name + rest)
 
 
 def _cells(
     condition: Condition, trials: Sequence[Trial], results: StudyResults, measure: Measure
 ) -> Cells:
-    dimensions = dimensions_of(results)
-    first = {trial.calibration: trial for trial in reversed(trials)}
-    names = [name for name in dict.fromkeys(one.calibration for one in results.trials)
-             if name in first]  # fmt: skip
-    seeds = tuple(sorted({trial.seed for trial in trials}))
-    each = [(trial.calibration, trial.seed) for trial in trials]
-    places = tuple(zip(*((names.index(name), seeds.index(seed)) for name, seed in each),
-                       strict=True))  # fmt: skip
-    for trial, own in zip(trials, each, strict=True):
-        if each.count(own) > 1:
+    import pandas as pd  # takes half a second
+
+    dimensions, first = dimensions_of(results), dict[str, Trial]()
+    order = list(dict.fromkeys(one.calibration for one in results.trials))
+    trials = sorted(trials, key=lambda one: (order.index(one.calibration), one.seed))
+    for before, trial in pairwise(trials):
+        if (before.calibration, before.seed) == (trial.calibration, trial.seed):
             raise InputError(
                 f"two trials of {trial.calibration} at seed {trial.seed} ({condition.label}) "
                 f"differ in nothing the analysis knows (one is {trial.id})"
             )
+    for trial in trials:
+        first.setdefault(trial.calibration, trial)
     dense = results.dense[condition.model]
     pruned = [results.scores[trial.id] for trial in trials]
     for scores in pruned:
@@ -210,24 +212,22 @@ def _cells(
          else math.nan for before, after in zip(dense, scores, strict=True)]
         for scores in pruned
     ])  # fmt: skip
-    metrics = tuple(dict.fromkeys(name for trial in trials for name in trial.information))
+    names = [trial.calibration for trial in trials]
 
-    def table(rows: Any) -> Array:
+    def table(rows: Sequence[Any] | Array) -> DataFrame:
         """Return the mean over each set's seeds of a row a trial."""
-        found = np.full((len(names), len(seeds), len(rows[0])), np.nan)
-        found[places] = rows
-        return nan_mean(found, 1)
+        return pd.DataFrame(rows).groupby(names, sort=False).mean()
 
     def rolled(of_tasks: Array) -> Array:
-        return table(rolled_up(of_tasks, tasks, dimensions))
+        return table(rolled_up(of_tasks, tasks, dimensions)).to_numpy()
 
     return Cells(
-        condition, tuple(first[name] for name in names), seeds, dimensions, tasks, tuple(each),
-        items, rolled(values), rolled(accuracies),
-        {"kl": table(_distance(trials, dimensions, "kl_mean")),
-         "top1": table(_distance(trials, dimensions, "top1")), "flips": rolled(flips)},
-        metrics,
-        table([[one.information.get(name, math.nan) for name in metrics] for one in trials]),
+        condition, tuple(first.values()), dimensions, tasks,
+        tuple((trial.calibration, trial.seed) for trial in trials), items, rolled(values),
+        rolled(accuracies),
+        {"kl": table(_distance(trials, dimensions, "kl_mean")).to_numpy(),
+         "top1": table(_distance(trials, dimensions, "top1")).to_numpy(), "flips": rolled(flips)},
+        table([trial.information for trial in trials]),
     )  # fmt: skip
 
 

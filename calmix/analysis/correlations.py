@@ -2,33 +2,30 @@
 
 Method section 5. A calibration set is one point; its seeds are averaged first, since they are not
 independent points. Only single sources count: a mix is made of them, and would count its parts
-twice.
+twice. Which sizes are exact, the resampling and the numbers of draws are ours.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
+from calmix.analysis.bootstrap import ALPHA, ROUNDING, corrected
 from calmix.analysis.cells import TOTAL, Cells
-from calmix.analysis.statistics import (
-    ALPHA,
-    LEAST,
-    ROUNDING,
-    Array,
-    bootstrap_intervals,
-    corrected,
-    least_p,
-    permutation_p,
-    unit_ranks,
-)
+from calmix.evaluation.measures import Array
+from calmix.evaluation.retention import LEVEL, RESAMPLES
 from calmix.options import Settings
 
 METRIC = "perplexity"
+EXACT = 40_320  # orders of 8 values: no more than these are counted, more are sampled
+LEAST = 4  # fewer sets than this cannot be correlated: even rho = 1 would have p >= 0.33
+PERMUTATIONS = 19_999
 
 
 @dataclass(frozen=True)
@@ -76,29 +73,83 @@ class Spread:
     p_cancel: float | None  # one-sided p of so close totals, dimensions dealt anew (ours)
 
 
-def distinct(cells: Cells, chosen: Sequence[int]) -> list[tuple[int, tuple[str, ...]]]:
+def unit_ranks(values: Array) -> Array:
+    """Return ranks along the last axis, centred and of length 1; nan where all values tie.
+
+    The product of two such rows is Spearman's rho.
+    """
+    from scipy.stats import rankdata  # takes a second to import
+
+    ranks = rankdata(values, axis=-1)
+    ranks = ranks - ranks.mean(-1, keepdims=True)
+    length = np.sqrt((ranks**2).sum(-1, keepdims=True))
+    return np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0)
+
+
+@lru_cache(maxsize=16)
+def orders(size: int, count: int, seed: int) -> NDArray[np.intp]:
+    """Return orders of so many things, one a row: all up to 8!, else seeded draws."""
+    things = np.arange(size, dtype=np.intp)
+    if math.factorial(size) <= EXACT:
+        return np.array([*itertools.permutations(things)])
+    return np.random.default_rng([seed, size]).permuted(np.tile(things, (count, 1)), axis=1)
+
+
+def permutation_p(
+    x: Array, y: Array, *, permutations: int = PERMUTATIONS, seed: int = 0
+) -> tuple[Array, bool]:
+    """Return the two-sided p of Spearman's rho, nan without variation, and whether it is exact.
+
+    The share of pairings whose |rho| is at least the observed one: of all pairings up to those of
+    8 values, beyond that of seeded draws, the observed one among them. x has shape (n,), y
+    (..., n); each row is tested by itself.
+    """
+    exact = math.factorial(len(x)) <= EXACT
+    a, b = unit_ranks(x), unit_ranks(y)
+    observed = np.abs(b @ a)
+    drawn = np.abs(a[orders(len(x), permutations, seed)] @ b.T)
+    extreme = (drawn >= observed - ROUNDING).sum(0)
+    p = extreme / len(drawn) if exact else (extreme + 1) / (len(drawn) + 1)
+    return np.where(np.isnan(observed), np.nan, p), exact
+
+
+def least_p(size: int, permutations: int = PERMUTATIONS) -> float:
+    """Return the smallest two-sided p that so many values without ties can give."""
+    count = math.factorial(size)
+    return 2 / count if count <= EXACT else 1 / (permutations + 1)
+
+
+def bootstrap_intervals(x: Array, y: Array, *, resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """Return the 95 % percentile interval of rho over resampled pairs, shape (..., 2).
+
+    nan if fewer than half of the resamples vary in both. x has shape (n,), y (..., n).
+    """
+    drawn = np.random.default_rng([seed, len(x)]).integers(len(x), size=(resamples, len(x)))
+    found = (unit_ranks(x[drawn]) * unit_ranks(y[..., drawn])).sum(-1)
+    few = 2 * (~np.isnan(found)).sum(-1) < resamples
+    tail = (1 - LEVEL) / 2
+    ends = np.nanquantile(np.where(few[..., None], 0.0, found), [tail, 1 - tail], axis=-1)
+    return np.where(few[..., None], np.nan, np.clip(np.moveaxis(ends, 0, -1), -1.0, 1.0))
+
+
+def distinct(cells: Cells, chosen: Sequence[int]) -> dict[str, tuple[str, ...]]:
     """Return the metrics that order the chosen sets differently, with the names of the others.
 
     At a fixed budget some metrics are functions of one another; they would be one test made
     several times. A metric that is the same for all sets is left out. Perplexity comes first, to
     go by its own name.
     """
-    found: list[tuple[int, list[str], Array]] = []
-    for column in sorted(range(len(cells.metrics)), key=lambda at: cells.metrics[at] != METRIC):
-        name, values = cells.metrics[column], cells.information[list(chosen), column]
-        known = ~np.isnan(values)
-        own = np.full(len(values), np.nan)
-        own[known] = unit_ranks(values[known]) if known.any() else np.nan
-        if np.isnan(own).all():
-            continue
-        for _, aliases, other in found:
-            rho = float(np.nansum(own * other))
-            if np.array_equal(np.isnan(own), np.isnan(other)) and abs(rho) >= 1 - ROUNDING:
-                aliases.append(name if rho > 0 else f"-{name}")
+    values = cells.information.iloc[list(chosen)]
+    values = values.loc[:, values.nunique() > 1]
+    known, rho, found = values.notna(), values.corr("spearman"), dict[str, tuple[str, ...]]()
+    for name in sorted(values, key=lambda name: name != METRIC):
+        for other in found:
+            if known[name].equals(known[other]) and abs(rho.loc[name, other]) >= 1 - ROUNDING:
+                found[other] += (name if rho.loc[name, other] > 0 else f"-{name}",)
                 break
         else:
-            found.append((column, [], own))
-    return [(column, tuple(aliases)) for column, aliases, _ in found]
+            found[name] = ()
+    return found
 
 
 def correlate(conditions: Sequence[Cells], settings: Settings) -> list[Correlation]:
@@ -107,10 +158,10 @@ def correlate(conditions: Sequence[Cells], settings: Settings) -> list[Correlati
     made = []
     for cells in conditions:
         chosen = cells.of("single")
-        for column, aliases in distinct(cells, chosen) if len(chosen) >= LEAST else ():
-            x = cells.information[:, column]
+        for metric, aliases in distinct(cells, chosen).items() if len(chosen) >= LEAST else ():
+            x = cells.information[metric].to_numpy()
             known = [at for at in chosen if not np.isnan(x[at])]
-            head = cells.condition.label, cells.metrics[column], aliases
+            head = cells.condition.label, metric, aliases
             made += _correlated(head, cells, x, cells.quantities, known, settings)
     return corrected(made, p_corrected=lambda one: one.p)
 
@@ -137,23 +188,20 @@ def _correlated(
     settings: Settings,
 ) -> list[Correlation]:
     """Correlate x, shape (sets,), with quantities over its `own` sets; `rho` is None where x or the
-    quantity do not vary, or of fewer than four sets."""
-    y = cells.means[own][:, [cells.quantities.index(name) for name in quantities]].T
-    known = np.flatnonzero(~np.isnan(y).any(1)).tolist() if len(own) >= LEAST else []
-    found: dict[int, dict[str, Any]] = {}
-    if known:
-        x, y = x[own], y[known]
-        rho = (unit_ranks(y) @ unit_ranks(x)).tolist()
+    quantity do not vary or are not known, or of fewer than four sets."""
+    rows = np.full((len(quantities), 4), np.nan)
+    exact, least = False, least_p(len(own), settings.permutations)
+    if len(own) >= LEAST:
+        x, y = x[own], cells.means[own][:, [cells.quantities.index(name) for name in quantities]].T
         p, exact = permutation_p(x, y, permutations=settings.permutations, seed=settings.seed)
         ends = bootstrap_intervals(x, y, resamples=settings.resamples, seed=settings.seed)
-        low, high = (np.where(np.isnan(end), None, end) for end in ends.T)
-        found = {
-            at: {"rho": rho[n], "low": low[n], "high": high[n], "p": float(p[n]), "exact": exact}
-            for n, at in enumerate(known) if not math.isnan(rho[n])
-        }  # fmt: skip
-    least = least_p(len(own), settings.permutations)
-    return [Correlation(*head, name, len(own), least_p=least, **found.get(at, {}))
-            for at, name in enumerate(quantities)]  # fmt: skip
+        rows = np.column_stack([unit_ranks(y) @ unit_ranks(x), ends, p])
+    found = []
+    for name, row in zip(quantities, rows.tolist(), strict=True):
+        rho, low, high, chance = (None if math.isnan(value) else value for value in row)
+        told = exact and rho is not None
+        found.append(Correlation(*head, name, len(own), rho, low, high, chance, told, least))
+    return found
 
 
 def cancellation(parts: Array, *, permutations: int, seed: int) -> float:

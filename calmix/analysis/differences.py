@@ -11,14 +11,14 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TypeVar
 
 import numpy as np
 
-from calmix.analysis.bootstrap import Contrast, Estimate, Joint
+from calmix.analysis.bootstrap import ALPHA, Contrast, Estimate, Joint, corrected
 from calmix.analysis.cells import TOTAL, WORST
 from calmix.analysis.ranking import lowest_of, shrink
-from calmix.analysis.statistics import ALPHA, corrected
 from calmix.options import RECOVERIES
 
 SINGLES = "mean of the single sources"
@@ -129,28 +129,27 @@ def leads_over(made: Sequence[Joint], default: str | None) -> list[Leads]:
     """
     singles = [{one.cells.sets[at] for at in one.cells.of("single")} for one in made]
     there = [names for names in singles if names] if default is None else [{default}]
-    named, found_leads = set.intersection(*there) if there else set(), []
+    named, leads = set.intersection(*there) if there else set(), list[Leads]()
     for found in made:
-        leads: Leads = {}
         against = [at for at, name in enumerate(found.cells.sets) if name in named]
         theirs = every(found, against) if against else {}
-        for at, one in enumerate(found.cells.made if against else ()):
-            if one.strategy != "single" and at not in against:
-                gaps = between(every(found, [at]), theirs)
-                leads |= {(one.calibration, name): gap for name, gap in gaps.items()}
-        found_leads.append(leads)
-    return found_leads
+        leads.append({
+            (one.calibration, name): gap
+            for at, one in enumerate(found.cells.made)
+            if one.strategy != "single" and at not in against
+            for name, gap in between(every(found, [at]), theirs).items()
+        })  # fmt: skip
+    return leads
 
 
 def gains(made: Sequence[Joint], default: str | None) -> list[Gain]:
     """Compare every two methods, model by model and pattern by pattern, and the leads of mixes and
     written text between methods, and between the lowest and the highest sparsity."""
     over, found = default or SINGLES, []
-    same = ("model", "pattern", "propagation", "rows", "length", "suite")
+    alike = attrgetter("model", "pattern", "propagation", "rows", "length", "suite")
     for pair in itertools.combinations(made, 2):
         common = [name for name in pair[0].cells.sets if name in pair[1].cells.sets]
-        if not common or any(len({getattr(one.cells.condition, name) for one in pair}) > 1
-                             for name in same):  # fmt: skip
+        if not common or alike(pair[0].cells.condition) != alike(pair[1].cells.condition):
             continue
         means = {one: every(one, [one.cells.sets.index(name) for name in common]) for one in pair}
         recovered = [each for each in (pair, pair[::-1]) if _recovered(*each)]

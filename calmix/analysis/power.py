@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calmix.analysis.bootstrap import Joint, joint
-from calmix.analysis.cells import TOTAL, select, tables
-from calmix.analysis.statistics import LEVEL
+from calmix.analysis.bootstrap import Joint, joints
+from calmix.analysis.cells import TOTAL, select
 from calmix.evaluation.measures import Z
-from calmix.options import Measure
+from calmix.evaluation.retention import LEVEL
+from calmix.options import Measure, Settings
 from calmix.study.results import StudyResults
 
 POWER = 0.80
@@ -75,7 +75,7 @@ class Needed:
 
 def noise_of(found: Joint) -> list[Noise]:
     """Return the noise of the total, of every dimension and of every task with signal."""
-    cells, count = found.cells, len(found.cells.sets)
+    cells, count, sets = found.cells, len(found.cells.sets), found.cells.of("single")
     names = [
         (TOTAL, "total"), *((name, "dimension") for name in cells.dimensions),
         *((task.name, "task") for task in cells.tasks),
@@ -92,14 +92,12 @@ def noise_of(found: Joint) -> list[Noise]:
         apart = pairs[np.triu_indices(count, 1)]
         item = math.sqrt(float(np.median(apart))) if count > 1 else None
         signal = ratio = None
-        sets = cells.of("single")
         if draw is not None and len(sets) > 1:  # the deviation between sets, without noise
             own_items = pairs[np.ix_(sets, sets)].sum() / (len(sets) * (len(sets) - 1)) / 2
             own_draws = draw**2 * float(np.mean(1 / found.counts[sets]))
             apart_by = float(values[sets].var(ddof=1)) - own_draws - own_items
             signal = math.sqrt(max(0.0, apart_by))
-        if signal is not None and draw is not None and item is not None:
-            noise = math.sqrt(draw**2 + item**2 / 2)
+            noise = math.hypot(draw, (item or 0.0) / math.sqrt(2))
             ratio = signal / noise if noise else None
         made.append(Noise(cells.condition.label, name, kind, count, draw, found.freedom, item,
                           int(sizes[weight > 0].sum()), signal, ratio))  # fmt: skip
@@ -146,8 +144,5 @@ def noises(
 ) -> list[Noise]:
     """Return the noise of every quantity under every condition of a study that calibrates."""
     trials = [t for t in select(results, method=method, sparsity=sparsity) if t.strategy != "none"]
-    return [
-        one
-        for cells in tables(results, trials, measure)
-        for one in noise_of(joint(cells, resamples=2, seed=0))  # noise needs no resamples
-    ]
+    found = joints(results, trials, Settings(measure=measure, resamples=1))  # noise needs none
+    return [one for each in found for one in noise_of(each)]

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from torch import Tensor
@@ -107,7 +108,7 @@ def lost_output(
     layers = {layer.name: layer for layer in found.layers}
     files = {*held_out.values(), *(file for parts in sets.values() for file in parts)}
     headers = {file: read_header(file) for file in files}
-    logs: dict[tuple[str, str], list[float]] = {}
+    shares: dict[tuple[str, str], list[float]] = {}
     for inputs in headers[next(iter(held_out.values()))]:
         weights = [layers[name].view().float() for name in inputs.split(",")]
         grams = {file: read_tensor(file.parent, header[inputs]).to(weights[0].device)
@@ -121,10 +122,9 @@ def lost_output(
                 for weight, kept in zip(weights, made, strict=True):
                     whole = float(output_energy(weight, grams[file]))
                     lost = float(output_energy(weight - kept, grams[file])) / (whole or 1)
-                    logs.setdefault((name, text), []).append(math.log(max(lost, LEAST)))
+                    shares.setdefault((name, text), []).append(max(lost, LEAST))
         tick(inputs)
-    return {name: {text: math.exp(math.fsum(own := logs[name, text]) / len(own))
-                   for text in held_out} for name in sets}  # fmt: skip
+    return {name: {text: geometric_mean(shares[name, text]) for text in held_out} for name in sets}
 
 
 def predict(

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calmix.analysis.bootstrap import Estimate, Joint, joints
-from calmix.analysis.cells import dimensions_of, select, tables
-from calmix.analysis.statistics import RESAMPLES, ROUNDING, Array
+from calmix.analysis.bootstrap import ROUNDING, Estimate, Joint, joints
+from calmix.analysis.cells import dimensions_of, select
 from calmix.errors import InputError, nearest
-from calmix.options import Measure
+from calmix.evaluation.measures import Array
+from calmix.evaluation.retention import RESAMPLES
+from calmix.options import Measure, Settings
 from calmix.study.results import StudyResults
 
 SMALL = 4  # a group of fewer sets says nothing of its own spread
@@ -194,7 +195,6 @@ def recommend(
     *,
     measure: Measure = "primary",
     resamples: int = RESAMPLES,
-    seed: int = 0,
     method: str | None = None,
     sparsity: str | None = None,
 ) -> list[Recommendation]:
@@ -202,10 +202,10 @@ def recommend(
 
     Without weights all dimensions with signal count alike.
     """
-    made = tables(results, select(results, method=method, sparsity=sparsity), measure)
+    trials = select(results, method=method, sparsity=sparsity)
     asked = check_weights(weights, dimensions_of(results)) if weights else None
     advice = []
-    for found in joints(results, made, resamples, seed):
+    for found in joints(results, trials, Settings(measure=measure, resamples=resamples)):
         cells, weight = found.cells, None
         known = ~np.isnan(cells.means[:, 1 : len(cells.quantities)]).all(0)
         share = known / max(1, known.sum())

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from calmix.analysis import Analysis, ConditionAnalysis
-from calmix.analysis.bootstrap import Estimate
+from calmix.analysis.bootstrap import ALPHA, Estimate
 from calmix.analysis.cells import TOTAL
+from calmix.analysis.correlations import LEAST
 from calmix.analysis.differences import BEST, SINGLES, Gain
 from calmix.analysis.ranking import leaders
-from calmix.analysis.statistics import ALPHA, LEAST
 from calmix.report import words
 
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"

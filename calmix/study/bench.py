@@ -16,7 +16,7 @@ from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration.measuring import distortion, measure_set
 from calmix.calibration.texts import builtin_readers, texts
 from calmix.errors import InputError
-from calmix.evaluation.distance import Reference, distance, reference
+from calmix.evaluation.distance import distance, reference
 from calmix.evaluation.evaluate import SCORER, evaluate, form_of
 from calmix.evaluation.scores import load_scores
 from calmix.files import atomic_folder, read_object, sha256_json, write_json
@@ -49,21 +49,17 @@ class Bench:
         self.how: dict[str, Any] = options.model_dump(include=set(DeviceOptions.model_fields))
         self.opened: OpenModel | Any = None
         self._label: str | None = None
-        self._changed = False  # whether the open model has other weights than the dense ones
-        self._pruned: tuple[Key, PruneReport] | None = None  # what its weights are now
-        self._reference: Reference | None = None
-        self._set: tuple[str, CalibrationSet, dict[str, float]] | None = None
+        # What the open model was pruned to, and how it went; None while its weights are dense.
+        self._pruned: tuple[Key, PruneReport | Any] | None = None
 
     def ready(self, label: str, stage: Stage) -> None:
         """Open the model of a label and score it before pruning, unless that is done."""
         if self._label == label:
             return
         stage("opening the model", 0, 1)
-        self._set = self._reference = None
         self._open(label)
-        opened, suite = self.opened, self.study.suite
-        known = [name for name in suite.dimensions if name in builtin_readers()]
-        if known:
+        opened, suite, self._reference = self.opened, self.study.suite, None
+        if known := [name for name in suite.dimensions if name in builtin_readers()]:
             self._reference = reference(opened, texts(opened, dimensions=known), cache=True)
         kind = [str(opened.model.dtype), opened.model.device.type, SCORER]
         files = [opened.fingerprint, opened.tokenizer_fingerprint, *form_of(opened, suite)]
@@ -80,9 +76,11 @@ class Bench:
                 self._dense.save(path)
 
     def _open(self, label: str) -> None:
-        self._label = self.opened = self._pruned = None  # before others take their place in memory
-        self.opened, self._changed = self._dense_model(label), False
-        self._label = label
+        """Open the dense model of a label, unless it is the one that is open."""
+        if self._label != label or self._pruned is not None:
+            self._label = self.opened = self._pruned = None  # before others take their memory
+            self.opened = self._dense_model(label)
+            self._label = label
 
     def _dense_model(self, label: str) -> OpenModel:
         entry = self.study.file.models[label]
@@ -167,21 +165,19 @@ class Bench:
         """Prune the dense model, unless the trial before did just that and no more."""
         if self._pruned is not None and self._pruned[0] == trial.pruned:
             return self._pruned[1]
-        if self._changed:
-            self._open(trial.model)
+        self._open(trial.model)
         model, request = self.opened.model, trial.request
-        method = request.chosen.text
+        ids, method = None if made is None else made.ids, request.chosen.text
         pattern: Patterns = request.target
         if isinstance(request.allocation, str):
-            assert made is not None
+            assert ids is not None
             pattern = allocate(
-                model, made.ids, request.target.sparsity, request.allocation, method=method
+                model, ids, request.target.sparsity, request.allocation, method=method
             )
-        self._changed = True
+        self._pruned = (), None
         report = prune(
-            model, None if made is None else made.ids, method=method, pattern=pattern,
-            propagation=request.propagation or "sequential", progress=progress,
-            embeddings=request.embeddings,
+            model, ids, method=method, pattern=pattern, progress=progress,
+            propagation=request.propagation or "sequential", embeddings=request.embeddings,
         )  # fmt: skip
         self._pruned = trial.pruned, report
         return report
@@ -189,17 +185,15 @@ class Bench:
     def _calibration(
         self, trial: Planned, stage: Stage, note: Callable[[str], None]
     ) -> tuple[CalibrationSet | None, dict[str, float]]:
-        """Return a trial's calibration set with its metrics, made if it is not in the store."""
+        """Return a trial's calibration set with its metrics; the dense model makes what of them is
+        not in the store."""
         if trial.calibration_id is None:
             return None, {}
-        if self._set is not None and self._set[0] == trial.calibration_id:
-            return self._set[1:]
         folder = self.store.calibration(trial.calibration_id)
-        stage("calibration set", 0, 1)
         with self.store.lock(f"set-{trial.calibration_id}"):
-            if self._changed:  # the dense model writes and measures
-                self._open(trial.model)
             if not folder.is_dir():
+                stage("calibration set", 0, 1)
+                self._open(trial.model)
                 drawn = resolve(
                     trial.request.calibration or "", self.opened, sources=self.study.own,
                     writing=stage, note=note, **trial.request.drawn(),
@@ -214,9 +208,9 @@ class Bench:
             information = read_object(path, f"{path} is missing: delete its folder")
             if self.study.file.perplexity and "perplexity" not in information["metrics"]:
                 stage("measuring the set", 0, 1)
+                self._open(trial.model)
                 found = distortion(self.opened, made)
                 found["perplexity"] = found.pop("distortion")
                 information["metrics"] |= found
                 write_json(path, information)
-        self._set = (trial.calibration_id, made, information["metrics"])
-        return self._set[1:]
+        return made, information["metrics"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from calmix import assets
-from calmix.calibration import Asked, ask
+from calmix.calibration import Asked
 from calmix.calibration.texts import LENGTH as TEXT_LENGTH
 from calmix.calibration.texts import ROWS as TEXT_ROWS
 from calmix.calibration.texts import builtin_readers
@@ -124,15 +124,14 @@ class Timed:
             config.layer_types = types[index:] + types[:index]
         owner, _, last = self.blocks.name.rpartition(".")
         setattr(model.get_submodule(owner), last, nn.ModuleList([find_blocks(model).blocks[index]]))
-        for module in model.modules():
-            for name, p in list(module.named_parameters(recurse=False)):
-                value = torch.empty(p.shape, dtype=p.dtype, device=self.device)
-                if p.ndim == 1:
-                    value.fill_(name != "bias")
-                else:  # of an embedding only the first rows are read
-                    value[:VOCABULARY].normal_(0, 0.02)
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
-        return model.to(self.device)
+        model._apply(lambda held: torch.empty_like(held, device=self.device) if held.is_meta
+                     else held.to(self.device))  # fmt: skip
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.fill_(not name.endswith("bias"))
+            else:  # of an embedding only the first rows are read
+                p[:VOCABULARY].normal_(0, 0.02)
+        return model
 
     def _ids(self, rows: int, length: int) -> Tensor:
         return torch.randint(0, min(self.vocabulary, 256), (rows, length), device=self.device)
@@ -271,15 +270,12 @@ def suite_work(suite: Suite) -> SuiteWork:
     items = characters = written = 0
     exact, here = True, assets.get_asset(ARCHIVE).state == "ok"
     for spec in suite.tasks.values():
-        if not here and spec.file is None:
-            exact = False
-            count = min(ITEMS, spec.limit or ITEMS)
-            items, characters = items + count, characters + count * EACH
-            continue
-        texts = asked_texts(spec) if spec.writes else item_texts(spec)
-        items, characters = items + len(texts), characters + sum(len(text) for _, text in texts)
-        if spec.writes:
-            written += sum(one.tokens for one in task_of(spec)) // 2
+        sizes = [EACH] * min(ITEMS, spec.limit or ITEMS)
+        if known := here or spec.file is not None:
+            texts = asked_texts(spec) if spec.writes else item_texts(spec)
+            sizes = [len(text) for _, text in texts]
+            written += sum(one.tokens for one in task_of(spec)) // 2 if spec.writes else 0
+        exact, items, characters = exact and known, items + len(sizes), characters + sum(sizes)
     return SuiteWork(items, round(characters / CHARACTERS), written, exact)
 
 
@@ -326,10 +322,8 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
         there = device_memory(model.device)[2] or total_memory()
         if memory > there:
             notes.append(too_large(f"{like.model} {like.way} {like.pattern}", memory, there))
-    made = 0.0
-    for one in sets.values():
-        asked = ask(one.request.calibration or "", sources=study.own, **one.request.drawn())
-        made += models[one.model].calibration(asked, study.file.perplexity)
+    made = sum(models[one.model].calibration(one.asked, study.file.perplexity)
+               for one in sets.values() if one.asked)  # fmt: skip
     dense = sum(model.evaluation(work) for model in models.values())
     run = sum(group["trials"] * sum(group["seconds"].values()) for group in found)
     kept = sum(group["trials"] * group["disk"] for group in found)

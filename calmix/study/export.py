@@ -30,7 +30,6 @@ def read_results(path: Path | str) -> StudyResults:
         trial, distance = kept[entry.id].trial, scored[entry.id].distance
         information = trial.information | extra.get(entry.set or "", {})
         trials.append(trial.model_copy(update={"information": information, "distance": distance}))
-    failed = [store.read_failure(e) for e in store.entries if states[e.id] == "failed"]
     # Another processor scores a dense model once more: of several the one that most trials name.
     named = Counter((record.trial.model, record.dense) for record in kept.values())
     dense = {model: key for (model, key), _ in reversed(named.most_common())}
@@ -40,7 +39,7 @@ def read_results(path: Path | str) -> StudyResults:
         text=store.index.text,
         planned=len(store.entries),
         trials=tuple(trials),
-        failed=tuple(failed),
+        failed=tuple(store.read_failure(e) for e in store.entries if states[e.id] == "failed"),
         suite=store.index.suite,
         scores={name: one.tasks for name, one in scored.items()},
         dense={label: held[key] for label, key in dense.items()},
@@ -86,10 +85,9 @@ def _compared(store: Store, sets: dict[str, Trial]) -> dict[str, dict[str, float
     for name, trial in sets.items():
         groups.setdefault((trial.model, trial.rows, trial.length), {})[name] = trial
     for members in groups.values():
-        singles: dict[str, str] = {}
-        for name, trial in sorted(members.items(), key=lambda member: member[1].seed):
-            if trial.strategy == "single":
-                singles.setdefault(trial.calibration, name)
+        singles = {trial.calibration: name  # the lowest seed comes last
+                   for name, trial in sorted(members.items(), key=lambda one: -one[1].seed)
+                   if trial.strategy == "single"}  # fmt: skip
         held = all(store.calibration(name).is_dir() for name in members)
         if len(singles) < 2 or not held:
             continue

@@ -1,26 +1,22 @@
-"""The records of a study."""
+"""The records of a study; keys of other versions are left out as they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+from pydantic import BaseModel, Field, SkipValidation
 
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.retention import Estimate
 
-Scores = tuple[TaskScores, ...]
+Scores = Annotated[
+    Mapping[str, tuple[TaskScores, ...]], SkipValidation, Field(exclude=True, repr=False)
+]
 Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "self-written", "none"]
 
 
-class Record(BaseModel):
-    """What is kept of a study; keys of other versions are left out."""
-
-    model_config = ConfigDict(frozen=True)
-
-
-class Trial(Record):
+class Trial(BaseModel, frozen=True):
     """A finished trial: what was asked for, and what the pruned model retains.
 
     Attributes:
@@ -70,7 +66,7 @@ class Trial(Record):
         return f"{found}, {self.seconds.get('total', 0):.0f} s"
 
 
-class FailedTrial(Record):
+class FailedTrial(BaseModel, frozen=True):
     """A trial that ended in an error; its file names neither."""
 
     id: str = ""
@@ -78,7 +74,7 @@ class FailedTrial(Record):
     error: str
 
 
-class StudyResults(Record):
+class StudyResults(BaseModel, frozen=True):
     """All that analysis and report need.
 
     Attributes:
@@ -95,6 +91,6 @@ class StudyResults(Record):
     trials: tuple[Trial, ...]
     failed: tuple[FailedTrial, ...] = ()
     suite: dict[str, Any] = {}
-    scores: Annotated[Mapping[str, Scores], SkipValidation, Field(exclude=True, repr=False)] = {}
-    dense: Annotated[Mapping[str, Scores], SkipValidation, Field(exclude=True, repr=False)] = {}
-    paired: Annotated[Mapping[str, Scores], SkipValidation, Field(exclude=True, repr=False)] = {}
+    scores: Scores = {}
+    dense: Scores = {}
+    paired: Scores = {}

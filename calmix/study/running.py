@@ -66,20 +66,19 @@ def run_study(
     the store, and by label the trials that failed or are left to other processes.
     """
     options = options or TrialOptions()
-    before = check_folder(path, study.files)
+    planned, models = plan(study), [model.name for model in study.file.models.values()]
+    files = {file for trial in planned if trial.asked for file in trial.asked.files}
+    before = check_folder(path, [study.path, *models, *files])
     runnable(study.suite, options.allow_code_execution, whole=True)
-    planned = plan(study)
     chosen = {trial.key for trial in chosen_trials(planned, only, skip)}
     if execute is None:  # a cluster has devices of its own
         device_of(options.device)
-    models = (model.name for model in study.file.models.values())
     check_models(*models, trust_remote_code=options.trust_remote_code)
     resolved = resolve_all(study, planned)
     names: dict[str, str] = {}
     for trial in resolved:
-        first, own = names.setdefault(trial.id, trial.label), trial.label
-        if first != own:
-            raise InputError(f"'{first}' and '{own}' are the same trial: name it once")
+        if (first := names.setdefault(trial.id, trial.label)) != trial.label:
+            raise InputError(f"'{first}' and '{trial.label}' are the same trial: name it once")
     store = store_of(path, study, resolved)
     stale = [e.label for e in before if e.id not in names and store.state(e.id) == "finished"]
     if stale:
@@ -87,8 +86,8 @@ def run_study(
             f"the study has changed: {len(stale)} finished trials, first '{stale[0]}', are no "
             f"longer asked for and stay in {path / 'trials'}"
         )
-    wanted = [trial for trial in resolved if trial.key in chosen]
-    left = [trial for trial in wanted if store.state(trial.id) != "finished"]
+    left = [trial for trial in resolved
+            if trial.key in chosen and store.state(trial.id) != "finished"]  # fmt: skip
     check_free(path, checkpoint_bytes(study, left), "checkpoints take")
     write_json(path / INDEX, store.index.model_dump())
     todo = [trial for trial in left if retry_failed or store.state(trial.id) != "failed"]

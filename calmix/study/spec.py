@@ -6,7 +6,7 @@ relative to the file's own folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +28,7 @@ from calmix.options import MOST_EMBEDDING, Leakage, Licence, Options, Propagatio
 from calmix.pruning.methods import get_method
 from calmix.sources import Source
 from calmix.sources.registry import parse_sources
-from calmix.specs import SEED, recovery_of, target_of
+from calmix.specs import recovery_of, target_of
 from calmix.yaml_files import parse_yaml, read_text
 
 NONE = "none"  # the calibration of a method that needs none, and no recovery
@@ -176,23 +176,6 @@ class Study:
     own: dict[str, Source]
     suite: Suite
 
-    @property
-    def files(self) -> list[object]:
-        """What is read: the study, its models, and what its sets are made of."""
-        found: list[object] = [self.path, *(model.name for model in self.file.models.values())]
-        for entry in self.file.calibrations.values():
-            found += ask(entry.written, sources=self.own, **entry.given()).files
-        return found
-
-    @property
-    def grids(self) -> list[Grid]:
-        """The grids, with what each leaves open filled in from the top of the file."""
-        own, default = self.file, {"seeds": [SEED], "allocation": [UNIFORM], "recovery": [NONE]}
-        top = [(name, getattr(own, name)) for name in Grid.model_fields]
-        parts = [[*default.items(), *top, *grid] for grid in own.grids or [Grid()]]
-        return [Grid.model_construct(**{key: one for key, one in each if one is not None})
-                for each in parts]  # fmt: skip
-
 
 def load_study(path: Path) -> Study:
     """Read a study file."""
@@ -213,11 +196,14 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
         return None, sorted(yaml.problems(error, StudyFile), key=_line)
     problems: list[str] = []
 
+    def wrong(at: Sequence[Any], line: object) -> None:
+        problems.append(f"{yaml.at(at)}: {'.'.join(map(str, at))}: {line}")
+
     def check(at: Sequence[Any], act: Callable[..., Any], *given: Any, **more: Any) -> Any:
         try:
             return act(*given, **more)
         except CalmixError as error:
-            problems.append(f"{yaml.at(at)}: {'.'.join(map(str, at))}: {error}")
+            wrong(at, error)
 
     own = check(["sources"], parse_sources, file.sources, path) or {}
     suite = check(["suite"], choose, file.suite, quick=file.quick, limit=file.limit)
@@ -226,35 +212,26 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
     for label, entry in file.calibrations.items():
         draw = {"licence": file.licence, **entry.given()}
         check(["calibrations", label], ask, entry.written, sources=own, **draw)
-    problems += [f"{yaml.at(at)}: {line}" for at, line in _faults(file)]
+    if NONE in file.calibrations:
+        line = f"'{NONE}' stands for a method without calibration: rename it"
+        wrong(["calibrations", NONE], line)
+    if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
+        wrong(["methods"], "the grid has no trials: name at least one, such as wanda: [0.5]")
+    grids = [(["grids", number], grid) for number, grid in enumerate(file.grids)]
+    for at, grid in grids:
+        for key, labels in (("models", file.models), ("calibrations", file.calibrations)):
+            for place, name in enumerate(getattr(grid, key) or ()):
+                if name not in labels:
+                    wrong([*at, key, place], f"unknown '{name}': {nearest(name, labels)}")
+    for at, part in grids or [([], file)]:  # what stands above grids is for all of them
+        methods = part.methods or file.methods or {}
+        for key, idle in (("allocation", UNIFORM), ("recovery", NONE)):
+            if (methods and set(getattr(part, key) or ()) - {idle}
+                    and all(get_method(name).needs is None for name in methods)):  # fmt: skip
+                wrong([*at, key], f"no effect with {', '.join(methods)}")
     if problems:
         return None, sorted(problems, key=_line)
     return Study(file, text, path, own, suite), []
-
-
-def _faults(file: StudyFile) -> Iterator[tuple[list[Any], str]]:
-    """Yield the place and a line for what is missing, unknown, or without effect."""
-    known: dict[str, Any] = {"models": file.models, "calibrations": file.calibrations}
-    if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
-        yield ["methods"], "methods is missing: the grid has no trials"
-    if NONE in file.calibrations:
-        line = f"calibrations.{NONE}: '{NONE}' stands for a method without calibration: rename it"
-        yield ["calibrations", NONE], line
-    grids = ((["grids", number], grid) for number, grid in enumerate(file.grids))
-    for at, part in (([], file), *grids):
-        where = "".join(f"{key}." for key in at)
-        for key, labels in known.items() if at else ():
-            for number, name in enumerate(getattr(part, key) or ()):
-                if name not in labels:
-                    line = f"{where}{key}: unknown '{name}': {nearest(name, labels)}"
-                    yield [*at, key, number], line
-        methods = part.methods or file.methods or {}
-        filled = part is file and file.grids  # then the grids say what it is used with
-        if methods and not filled and all(get_method(name).needs is None for name in methods):
-            for key, idle in (("allocation", UNIFORM), ("recovery", NONE)):
-                if set(getattr(part, key) or ()) - {idle}:
-                    names = ", ".join(methods)
-                    yield [*at, key], f"{where}{key} has no effect with {names}"
 
 
 def _line(problem: str) -> int:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from filelock import SoftFileLease, Timeout
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from calmix.errors import InputError, disk_errors
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.files import atomic_folder, check_apart, check_writable, read_object, write_json
-from calmix.study.results import FailedTrial, Record, Trial
+from calmix.study.results import FailedTrial, Trial
 from calmix.study.spec import Study
 from calmix.study.trials import Planned
 from calmix.yaml_files import first_problem
@@ -39,26 +39,19 @@ BEAT, SILENCE = 10.0, 120.0  # seconds: a lock's holder renews it; one silent so
 
 State = Literal["finished", "failed", "running", "pending"]
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # names a file of the store
-Scalar = str | int | float | None
 
 
-def _named(key: list[Scalar]) -> list[Scalar]:
-    if len(key) < 2 or not all(isinstance(name, str) for name in key[:2]):
-        raise ValueError("names no model and calibration set")
-    return key
-
-
-class Entry(Record):
+class Entry(BaseModel, frozen=True):
     """A trial of the study: its hash, its label, the names of its model and set and what else has
     told it apart, and the hash of its set."""
 
     id: Id
     label: str
-    key: Annotated[list[Scalar], AfterValidator(_named)]
+    key: Annotated[list[str | int | float | None], Field(min_length=2)]
     set: Id | None
 
 
-class Index(Record):
+class Index(BaseModel, frozen=True):
     """The study as last run: its name, the text of its file, and its trials in order; of the suite
     that scores were made with name, version, hash and dimensions."""
 
@@ -70,7 +63,7 @@ class Index(Record):
     trials: list[Entry]
 
 
-class Result(Record):
+class Result(BaseModel, frozen=True):
     """A finished trial; `run` says when and where it ran, `dense` names the scores of its dense
     model."""
 
@@ -79,7 +72,7 @@ class Result(Record):
     dense: Id
 
 
-Kept = TypeVar("Kept", bound=Record)
+Kept = TypeVar("Kept", bound=BaseModel)
 
 
 def _read(path: Path, kind: type[Kept], remedy: str) -> Kept:
@@ -152,7 +145,7 @@ class Store:
         """Return a finished trial; its model and set have the names the study has for them now."""
         path = self.trial(entry.id) / RESULT
         record = _read(path, Result, "delete the trial's folder and run the study again")
-        named = dict(zip(("model", "calibration"), entry.key, strict=False))
+        named = dict(zip(("model", "calibration"), map(str, entry.key), strict=False))
         return record.model_copy(update={"trial": record.trial.model_copy(update=named)})
 
     def scores(self, entry: Entry) -> CapabilityScores:

@@ -30,11 +30,13 @@ from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Pattern
 from calmix.sources import get_source
 from calmix.sources.readers import LocalFile
-from calmix.specs import PruneRequest, printed, prune_request, recovery_of
+from calmix.specs import SEED, PruneRequest, printed, prune_request, recovery_of
 from calmix.study.results import Strategy
-from calmix.study.spec import NONE, Calibration, Grid, Study
+from calmix.study.spec import NONE, UNIFORM, Calibration, Grid, Study
 
 FORMAT = 1  # of the request; raised when the same request would give another outcome
+# What older requests lack: left out where it is not asked for, or has the default's value.
+LATER = ("options", "allocation", "embeddings", "recovery")
 
 Condition = tuple[Any, ...]  # what trials share that differ in calibration set and seed alone
 Key = tuple[Any, ...]  # identifies a trial within its study
@@ -47,6 +49,7 @@ class Planned:
     Attributes:
         request: as the command line's; `request.drawn()` is passed to `calmix.calibration.resolve`.
         rows, length, seed: of the calibration set, defaults considered; 0 without one.
+        asked: how the calibration set is made.
         label: the trial in a few words, which no other trial of its study has.
         definition: what decides its outcome, JSON-serialisable, and `id` the hash of that, once it
             is resolved; `calibration_id` is the hash of model and calibration, under which the set
@@ -61,6 +64,7 @@ class Planned:
     length: int = 0
     seed: int = 0
     recovery: Recovering | None = None
+    asked: Asked | None = field(default=None, compare=False)
     label: str = field(default="", compare=False)
     id: str = ""
     definition: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -103,8 +107,11 @@ def plan(study: Study) -> list[Planned]:
     a trial in recovery alone right after it.
     """
     found: dict[Key, dict[Key, Planned]] = {}
-    for grid in study.grids:
-        for trial in _of_grid(study, grid):
+    default = {"seeds": [SEED], "allocation": [UNIFORM], "recovery": [NONE]}
+    top = [(name, getattr(study.file, name)) for name in Grid.model_fields]
+    for grid in study.file.grids or [Grid()]:
+        filled = [*default.items(), *top, *grid]  # of several the last that is given
+        for trial in _of_grid(study, {key: one for key, one in filled if one is not None}):
             found.setdefault(trial.pruned, {}).setdefault(trial.key, trial)
     trials = [trial for alike in found.values() for trial in alike.values()]
     conditions = {trial.condition for trial in trials}
@@ -125,34 +132,36 @@ def _label(trial: Planned, conditions: Collection[Condition]) -> str:
     return f"{trial.calibration} {named} seed {trial.seed}" if trial.rows else named
 
 
-def _of_grid(study: Study, grid: Grid) -> Iterator[Planned]:
+def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
     listed: list[tuple[Method, Pattern]] = [
-        (get_method(name), target) for name, each in (grid.methods or {}).items() for target in each
+        (get_method(name), target) for name, each in grid["methods"].items() for target in each
     ]
     calibrated = [one for one in listed if one[0].needs is not None]
-    for model in grid.models or ():
+    same = {"embeddings": grid.get("embeddings")}
+    for model in grid["models"]:
         for method, target in listed:
             if method.needs is None:
-                asked = prune_request(
-                    method=method.text, pattern=target, embeddings=grid.embeddings
-                )
-                yield Planned(model, NONE, "none", asked)
-        for seed, label in product(grid.seeds or (), grid.calibrations or ()):
+                request = prune_request(method=method.text, pattern=target, **same)
+                yield Planned(model, NONE, "none", request)
+        for seed, label in product(grid["seeds"], grid["calibrations"]):
             entry = study.file.calibrations[label]
-            made, draw = _asked(study, entry, grid, seed)
-            drawn = made.draw.seed if made.saved is None else made.saved.manifest.get("seed") or 0
-            how = draw | {"calibration": entry.written, "propagation": grid.propagation,
-                          "embeddings": grid.embeddings}  # fmt: skip
-            ways = product(grid.allocation or (), grid.recovery or (), calibrated)
+            asked, draw = _asked(study, entry, grid, seed)
+            drawn = asked.draw.seed if asked.saved is None else asked.saved.manifest.get("seed")
+            draw |= same | {"calibration": entry.written, "propagation": grid.get("propagation")}
+            ways = product(grid["allocation"], grid["recovery"], calibrated)
             for allocation, recovery, (method, target) in ways:
-                how |= {"method": method.text, "pattern": target, "allocation": allocation}
+                request = prune_request(
+                    method=method.text, pattern=target, allocation=allocation, **draw
+                )
                 yield Planned(
-                    model, label, _strategy(made), prune_request(**how), made.draw.rows,
-                    made.draw.length, drawn, None if recovery == NONE else recovery_of(recovery),
+                    model, label, _strategy(asked), request, asked.draw.rows, asked.draw.length,
+                    drawn or 0, None if recovery == NONE else recovery_of(recovery), asked,
                 )  # fmt: skip
 
 
-def _asked(study: Study, entry: Calibration, grid: Grid, seed: int) -> tuple[Asked, dict[str, Any]]:
+def _asked(
+    study: Study, entry: Calibration, grid: dict[str, Any], seed: int
+) -> tuple[Asked, dict[str, Any]]:
     """Return how a calibration set is made, and the options of its draw.
 
     What the calibration's entry says comes first, then the grid, then the top of the study file,
@@ -162,7 +171,7 @@ def _asked(study: Study, entry: Calibration, grid: Grid, seed: int) -> tuple[Ask
     if saved_set(text):
         draw = {k: v for k, v in top.items() if k == "licence"} | entry.given()
     else:
-        sizes = {k: v for k in ("rows", "length") if (v := getattr(grid, k)) is not None}
+        sizes = {k: v for k, v in grid.items() if k in ("rows", "length")}
         if ask(text, sources=study.own).generate is not None:  # how text is drawn has no effect
             top.pop("packing", None)
         draw = {**top, **sizes, **entry.given(), "seed": seed}
@@ -182,36 +191,33 @@ def _strategy(asked: Asked) -> Strategy:
 
 def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
     """Return trials with their definitions and hashes."""
-    content, suite = cache(_content), study.suite
+    content, suite, found = cache(_content), study.suite, []
     models = {
         label: {"sha256": fingerprint(resolve_model(entry.name)), "dtype": entry.dtype}
         for label, entry in study.file.models.items()
     }
-    found = []
     for trial in trials:
-        model, method = models[trial.model], trial.request.chosen
-        calibration = _calibration(study, trial, content) if trial.rows else None
-        # Options at their defaults are left out, but for damping, which has always been there.
-        more = {k: v for k, v in method.changed.items() if k != "damping"}
+        model, asked, method = models[trial.model], trial.request, trial.request.chosen
+        calibration = None
+        if trial.asked is not None:
+            calibration = _calibration(trial.asked, asked.drawn(), content)
         request = {
             "format": FORMAT,
             "model": model,
             "calibration": calibration,
             "method": method.name,
             "pattern": trial.pattern,
-            "sparsity": trial.request.target.sparsity,
-            "propagation": trial.request.propagation,
+            "sparsity": asked.target.sparsity,
+            "propagation": asked.propagation,
             "damping": method.options.get("damping"),
-            **({"options": more} if more else {}),
+            "options": {k: v for k, v in method.changed.items() if k != "damping"},
             "suite": {"name": suite.name, "hash": suite.hash, "scorer": SCORER},
+            "allocation": asked.allocation,
+            "embeddings": asked.embeddings,
+            "recovery": trial.recovery
+            and {name: getattr(trial.recovery, name) for name in ("method", *RECOVERY_OPTIONS)},
         }
-        if trial.request.allocation is not None:
-            request["allocation"] = trial.request.allocation
-        if trial.request.embeddings is not None:
-            request["embeddings"] = trial.request.embeddings
-        if trial.recovery is not None:
-            names = ("method", *RECOVERY_OPTIONS)
-            request["recovery"] = {name: getattr(trial.recovery, name) for name in names}
+        request = {k: v for k, v in request.items() if v or k not in LATER}
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
         found.append(replace(trial, id=sha256_json(request), definition=request,
                              calibration_id=shared))  # fmt: skip
@@ -225,43 +231,44 @@ def checkpoint_bytes(study: Study, trials: Iterable[Planned]) -> int:
     return kept + max((2 * size(t.model) for t in trials if t.recovery is not None), default=0)
 
 
-def _calibration(study: Study, trial: Planned, content: Callable[[Path], str]) -> dict[str, Any]:
-    draw = trial.request.drawn()
-    asked = ask(trial.request.calibration or "", sources=study.own, **draw)
+def _calibration(
+    asked: Asked, draw: dict[str, Any], content: Callable[[Path], str]
+) -> dict[str, Any]:
+    """Return what decides a calibration set's rows; `draw` are the options that were given."""
     if asked.saved is not None:
         return {"saved": asked.saved.manifest["sha256"], **draw}
 
-    def described(name: str) -> dict[str, Any]:
-        reader = get_source(name, asked.own).reader
-        known = reader.model_dump(mode="json", exclude_defaults=True)
-        if isinstance(reader, LocalFile):  # by its content; as a mix names it, its path counts too
-            known["path"] = content(reader.path.expanduser())
-        return {"reader": known, "version": reader.version}
-
-    options: dict[str, Any] = {k: v for k, v in draw.items() if k == "licence"}
-    options |= {name: getattr(asked.draw, name) for name in ("rows", "length", "seed")}
-    options["leakage"] = "off"
-    if asked.draw.leakage != "off":
-        options["leakage"] = ",".join(one.hash for one in guarded_suites(asked.draw.leakage))
-        options["leakage_tokens"] = TOKENS
+    def described(names: Iterable[str]) -> dict[str, Any]:
+        found = {}
+        for name in names:
+            reader = get_source(name, asked.own).reader
+            known = reader.model_dump(mode="json", exclude_defaults=True)
+            if isinstance(reader, LocalFile):  # by its content; as a mix names it, its path too
+                known["path"] = content(reader.path.expanduser())
+            found[name] = {"reader": known, "version": reader.version}
+        return found
 
     def settings(generator: Generator) -> dict[str, Any]:
         chosen = generator.record()
         chosen.pop("prompts", None)  # known by its content, wherever it lies
         if chosen.get("chat") == 0:  # as before there were any
             chosen.pop("chat")
-        seeds = {"seeds": {name: described(name) for name in generator.sources}}
-        return chosen | (seeds if generator.sources else {})
+        return chosen | ({"seeds": described(generator.sources)} if generator.sources else {})
 
+    options: dict[str, Any] = {name: getattr(asked.draw, name)
+                               for name in ("rows", "length", "seed")}  # fmt: skip
+    options |= {"leakage": "off"} | {k: v for k, v in draw.items() if k == "licence"}
+    if asked.draw.leakage != "off":
+        options["leakage"] = ",".join(one.hash for one in guarded_suites(asked.draw.leakage))
+        options["leakage_tokens"] = TOKENS
     if asked.generator is not None:
         chosen = settings(asked.generator)
         return {"generated": asked.generate, "version": VERSION, "settings": chosen} | options
     options |= {"packing": asked.draw.packing, "select": "random"}  # there was a choice once
-    sources = {name: described(name) for name in asked.sources}
     if asked.written:
         options["written"] = {name: settings(one) for name, one in asked.written.items()}
         options["writing"] = VERSION
-    return {"mix": asked.mix, "sources": sources, **options}
+    return {"mix": asked.mix, "sources": described(asked.sources), **options}
 
 
 def _content(path: Path) -> str:

@@ -63,8 +63,7 @@ def made(truth, rng):
         SimpleNamespace(calibration=f"s{at}", strategy="single" if at < singles else "mix")
         for at in range(count)
     )
-    cells = Cells(AT, sets, tuple(range(max(truth.draws))), ("a", "b"), TASKS, tuple(trials), items,
-                  nothing, nothing, {}, (), nothing)  # fmt: skip
+    cells = Cells(AT, sets, ("a", "b"), TASKS, tuple(trials), items, nothing, nothing, {}, None)
     return cells, rolled_up(np.stack(expected, 1), TASKS, "ab")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from calmix.analysis.statistics import (
+from calmix.analysis.correlations import (
     bootstrap_intervals,
     least_p,
     permutation_p,

@@ -160,8 +160,8 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
             (9, "calibrations.none: 'none' stands for"),
             (10, "calibrations.d: calibration 'igsp,repeats=5': --repeats 5: must be less"),
             (11, "calibrations.e: 'packing' has no effect with sgs"),
-            (18, "grids.0.calibrations: unknown 'zz': known"),
-            (19, "grids.0.models: unknown 'q': known: m"),
+            (18, "grids.0.calibrations.1: unknown 'zz': known"),
+            (19, "grids.0.models.0: unknown 'q': known: m"),
         ]),
     ):  # fmt: skip
         for line, (number, words) in zip(problems(text), wanted, strict=True):
@@ -173,7 +173,7 @@ def test_what_has_no_effect_is_told_with_its_line():
         "methods: {wanda: 0.5}\ngrids:\n"
         "  - {methods: {magnitude: 0.5}, recovery: distill}\n  - {recovery: none}\n"
     )
-    assert problems(NEWS + text) == ["s.yaml line 6: grids.0.recovery has no effect with magnitude"]
+    assert problems(NEWS + text) == ["s.yaml line 6: grids.0.recovery: no effect with magnitude"]
     grid = "grids:\n  - methods: {wanda: 0.5}\n"  # what stands at the top is for the grids
     assert not problems(NEWS + "methods: {magnitude: 0.5}\nallocation: owl\n" + grid)
     (line,) = problems(NEWS + "methods:\n  wanda,damping=1: 0.5\n")
@@ -186,7 +186,7 @@ def test_empty_grids_and_broken_files(tmp_path):
     for text, says in (
         (HEAD + "calibrations: {}\nmethods: {wanda: 0.5}\n",
          "calibrations: Dictionary should have at least 1"),
-        (NEWS, "methods is missing: the grid"),
+        (NEWS, "methods: the grid has no trials"),
         (NEWS + "methods: {wanda: 0.5}\nseeds: []\n", "seeds: List should have at least 1"),
         ("name: s\nmodels: []\ncalibrations: {a: news}\nmethods: {wanda: 0.5}\n", "at least 1"),
         (HEAD + "suit: 1\n", r"line 1: lacks 'calibrations' \(and 1 more: calmix"),

@@ -94,19 +94,8 @@ def test_validate_lists_every_mistake(calmix, tiny_study):
     assert second.startswith(f"{path} line 5: length: Input should be a valid integer")
     told = json.loads(calmix("study", "validate", path, "--json").out)
     assert told["problems"] == [first, second]
-
-
-def test_every_mistake_is_one_line(calmix, tiny_study, tmp_path):
-    run = "run", tiny_study(), "-o", tmp_path / "store"
-    wrong = tiny_study(("rows: 6", "rows: six"), name="wrong.yaml")
-    for arguments, words in [
-        (("run", wrong, "-o", tmp_path / "store"), "line 4: rows: Input should be a valid integer"),
-        ((*run, "--only", "zz"), "no trial matches 'zz'"),
-        ((*run, "--workers", 2), "--workers has no effect without"),
-        ((*run, "--executor", "ray", "--address", "127.0.0.1:1"), "answers at"),
-        (("plan", wrong), "line 4"),
-    ]:
-        assert words in calmix("study", *arguments).line, arguments
+    run = calmix("study", "run", path, "-o", path.with_name("store"), "--workers", 2)
+    assert "--workers has no effect without" in run.line
 
 
 def test_failed_trials_keep_their_error_and_are_run_again_on_demand(calmix, tiny_study, tmp_path):
