@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from calmix.cli.common import line, note, print_json
-from calmix.cli.tables import print_table
+from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError, nearest
 from calmix.files import check_output_folder, check_result_file

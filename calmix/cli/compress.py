@@ -1,4 +1,4 @@
-"""`compress` and `report`: from a model to a smaller one and its report card."""
+"""`compress`, `report` and `check`: a smaller model, its card, and whether it keeps enough."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from calmix.cli.common import line, note, print_json
+from calmix.cli.common import line, note, print_json, print_table, print_taken
 from calmix.cli.root import app
-from calmix.cli.tables import print_table, print_taken
 from calmix.cli.verbs import verb
 from calmix.errors import CalmixError, InputError
-from calmix.files import check_output_file
-from calmix.options import Compression, option, path_option
+from calmix.files import check_output_file, write_json, write_text
+from calmix.options import Compression, Share, option, path_option
 from calmix.progress import Stages, duration
 
 if TYPE_CHECKING:
@@ -126,28 +125,28 @@ def make(
         stage that was done now, none if no candidate keeps enough.
     """
     from calmix.compression import ladder, running
+    from calmix.compression.estimate import check_room
     from calmix.compression.plan import stages
 
     asked, found = _asked(options, output), None
     if asked.keep_at_least is not None:
-        listed = ladder.whole(asked, output)
-        left = [stage for stage in listed if not running.stands(stage, output)]
-        with _staged(ladder.at(asked, ladder.RUNGS[0]), listed, left, shown) as (say, seconds):
+        top, listed = ladder.at(asked, ladder.RUNGS[0]), ladder.whole(asked, output)
+        with _staged(top, output, listed, shown) as (say, seconds):
             found = ladder.walk(asked, output, _run, say, options.within, seconds)
         if found.bits is None:
             return found, {}
         asked = ladder.at(asked, found.bits)
-    left = running.left_to_do(asked, output)
-    with _staged(asked, stages(asked, output), left, shown) as (say, _):
+    check_room(asked, output)
+    with _staged(asked, output, stages(asked, output), shown) as (say, _):
         return found, running.compress(asked, output, _run, say)
 
 
 @contextlib.contextmanager
 def _staged(
-    asked: Request, listed: Sequence[Stage], left: Sequence[Stage], shown: bool
+    asked: Request, out: Path, listed: Sequence[Stage], shown: bool
 ) -> Iterator[tuple[Callable[[Stage, bool], None], dict[str, float]]]:
-    """Yield what tells a line of progress of each stage, and the seconds that each of those left
-    will take, as far as that is known; nothing else is printed."""
+    """Yield what tells a line of progress of each stage, and the seconds that each of those missing
+    in OUT will take, as far as that is known; nothing else is printed."""
     from calmix.compression.estimate import estimate
 
     def say(stage: Stage, kept: bool) -> None:
@@ -156,7 +155,7 @@ def _staged(
         bar.begin(stage.name)
 
     seconds: dict[str, float] = {}
-    names = [stage.name for stage in listed]
+    names, left = [one.name for one in listed], [one for one in listed if not one.stands(out)]
     with Stages(names, shown=shown) as bar, contextlib.redirect_stdout(io.StringIO()):
         bar.show("estimating", None)
         with contextlib.suppress(CalmixError):  # it is for the line of progress and --within alone
@@ -182,7 +181,6 @@ def report(
     ),
 ) -> None:
     """Write the report card of a compressed model, or one page of several."""
-    from calmix.files import write_text
     from calmix.report.card import card_page, model_card, read_card, several_page
 
     if output is not None:  # beside the default page another may stand
@@ -199,3 +197,84 @@ def report(
     else:
         write_text(output, several_page([read_card(folder) for folder in folders]))
     line(f"report: {output}")
+
+
+@verb("check", json=True)
+def check(
+    results: tuple[Path, ...] = option(
+        ..., "Folder of calmix compress, or files of calmix evaluate -o.", argument=True
+    ),
+    keep_at_least: str | None = option(
+        None,
+        "Shares to keep, e.g. 0.9 or code=0.9,general=80%.",
+        metavar="FLOORS",
+        shown="those the folder was made for",
+    ),
+    confidence: Share | None = option(
+        None, "Confidence of the test, e.g. 0.99.", ge=0.8, le=0.999, shown="0.95"
+    ),
+    output: Path | None = path_option("JSON file to write.", default=None, shown="OUT/check.json"),
+    overwrite: bool = option(False, "Replace the output file."),
+) -> None:
+    """Test whether a model keeps what it must; the exit code is 1 if it does not.
+
+    No model is opened: the scores that compress, or evaluate --against, has written are read.
+    """
+    from calmix.compression.running import read_record
+    from calmix.evaluation.floors import CONFIDENCE, FILE, judge, parse_floors, proven, record
+    from calmix.evaluation.scores import load_pairs
+    from calmix.report import words
+
+    folders, files, asked = [path for path in results if path.is_dir()], results, {}
+    if folders:
+        if len(results) > 1:
+            raise InputError("a folder is checked by itself: name one folder, or files alone")
+        asked = read_record(folders[0])["request"]
+        files = _measured(folders[0])
+    told = keep_at_least or asked.get("keep_at_least")
+    if told is None:
+        raise InputError("--keep-at-least is missing: name the floors, e.g. code=0.9,general=80%")
+    floors, carded = parse_floors(told), output is None and bool(folders)
+    place = folders[0] / FILE if carded else output
+    if place is not None:
+        check_output_file(place, inputs=files, overwrite=overwrite or carded)
+    pairs = load_pairs(files)
+    verdict = judge(floors, pairs, confidence or asked.get("confidence") or CONFIDENCE)
+    made = record(verdict, floors, pairs)
+    if place is not None:
+        write_json(place, made)
+    print_json(made)
+    rows = [
+        {"ability": one.ability, "measure": one.measure, "items": one.items,
+         "kept %": words.percent(one.kept), "proven %": proven(one.bound),
+         "asked %": words.percent(one.floor), "": "kept" if one.passed else "not kept"}
+        for one in verdict.tested
+    ]  # fmt: skip
+    dense, pruned = pairs[0]
+    print_table(rows, title=f"{pruned.model} against {dense.model}", least=["measure", "items"])
+    for said in verdict.lines():
+        line(words.wrapped(said))
+    if place is not None:
+        note(f"wrote {place}")
+    if carded:
+        note(f"next: calmix report {folders[0]} puts it on the card")
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+def _measured(folder: Path) -> tuple[Path, ...]:
+    """Return the files of scores in a folder of `calmix compress`."""
+    from calmix.compression.plan import BEHAVIOUR, SCORES
+    from calmix.evaluation.behaviour import answered
+    from calmix.evaluation.scores import load_scores
+
+    scores, answers = folder / SCORES, folder / BEHAVIOUR
+    if not scores.exists():
+        raise InputError(f"{folder} is not finished: it lacks {scores.name}; run its calmix "
+                         "compress again")  # fmt: skip
+    if answers.exists():
+        return (answers,)
+    if not any(map(answered, load_scores(scores).tasks)):
+        note(f"what the model writes was not measured: {answers} is missing (calmix report shows "
+             "how)")  # fmt: skip
+    return (scores,)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix import assets
-from calmix.cli.common import line, note, print_json
-from calmix.cli.tables import print_layers, print_table
+from calmix.cli.common import line, note, print_json, print_layers, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.options import option, path_option

@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.cli.common import line, note, print_json, size
-from calmix.cli.tables import print_layers, print_taken
+from calmix.cli.common import line, note, print_json, print_layers, print_taken, size
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_apart, user_path

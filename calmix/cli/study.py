@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from calmix.cli.common import line, note, print_json, size
-from calmix.cli.tables import print_table
+from calmix.cli.common import line, note, print_json, print_table, size
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, check_output_folder, real_place, write_text

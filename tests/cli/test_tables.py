@@ -5,9 +5,7 @@ import re
 
 import pytest
 
-from calmix.cli import tables
-from calmix.cli.common import Terminal
-from calmix.cli.tables import print_table
+from calmix.cli.common import Terminal, print_table, room
 from calmix.diagnostics import doctor
 from calmix.evaluation.scores import CapabilityScores
 from tests.evaluation.helpers import bits, choices
@@ -49,7 +47,8 @@ def test_columns_are_left_out_before_anything_is_broken(columns, capsys):
 
 
 def test_headings_narrow_nothing_and_what_has_no_room_is_not_cut(columns, capsys):
-    print_table(["a heading of a group", {"task": "x", "scored": "probability", "n": "1"}])
+    print_table([{"of": "a heading of a group", "task": "x", "scored": "probability", "n": "1"}],
+                by="of")  # fmt: skip
     check(capsys.readouterr().out, columns, "a heading of a group", "scored", "probability")
     name = "model.layers.10.self_attention.query_key_value_projection" * 2
     print_table([{"a": name, "b": "1.25"}], title="a title of more words than columns " * 4)
@@ -58,7 +57,7 @@ def test_headings_narrow_nothing_and_what_has_no_room_is_not_cut(columns, capsys
 
 def test_without_a_terminal_a_table_is_as_wide_as_it_likes(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert tables.room() is None
+    assert room() is None
     print_table([{f"column {n}": f"value {n}" * 3 for n in range(12)}])
     lines = capsys.readouterr().out.splitlines()
     assert any(line.count("value") == 36 for line in lines)
@@ -68,7 +67,7 @@ def test_without_a_terminal_a_table_is_as_wide_as_it_likes(capsys, monkeypatch):
     assert (first.rstrip(), second.rstrip()) == (" x   1.5 %", " y       -  w")
     monkeypatch.setattr(Terminal, "is_terminal", True)
     monkeypatch.setattr(Terminal, "width", 72)
-    assert tables.room() == 72
+    assert room() == 72
 
 
 @pytest.mark.parametrize(
