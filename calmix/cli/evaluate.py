@@ -284,8 +284,8 @@ def _print(scores: CapabilityScores, dense: CapabilityScores | None, kept: Reten
     title = f"suite {scores.suite['name']} version {scores.suite['version']}, {scores.dtype}"
     if dense is None:
         rows = [
-            {"dimension": task.dimension, "task": task.name, "scored by": task.score, "n": task.items,
-             "baseline": number(task.floor), "score": number(task.dense),
+            {"dimension": task.dimension, "task": task.name, "scored by": task.score,
+             "n": task.items, "baseline": number(task.floor), "score": number(task.dense),
              "signal": "yes" if task.signal else "no", "accuracy": number(task.dense_accuracy)}
             for task in kept.tasks
         ]  # fmt: skip

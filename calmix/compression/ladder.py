@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from calmix.calibration.texts import texts
+from calmix.compression import running
 from calmix.compression.plan import (
     BEHAVIOUR,
     CALIBRATION,
@@ -40,17 +41,6 @@ from calmix.compression.plan import (
     scored,
     scoring,
     stages,
-)
-from calmix.compression.running import (
-    CANDIDATES,
-    LADDER,
-    RUN,
-    Run,
-    Say,
-    check,
-    check_same,
-    do,
-    read_ladder_file,
 )
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation.distance import distance, reference
@@ -74,7 +64,7 @@ from calmix.progress import duration
 RUNGS = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits a weight; wider steps where each takes a recovery
 FIRST = 0.8  # of the errors allowed, those of a sequence that does not begin at the top
 MODELS = ("pruned", "blocks", "model")  # of a candidate, one made of the other
-KIND = "ladder of candidates"
+KIND, CANDIDATES = "ladder of candidates", "candidates"
 BITS = 4  # that weights are rounded to for the distance a walk's begin is chosen by
 LOST = 0.05  # of the answers, at any distance
 RECOVERED = 0.6  # of the distance that solved levels have
@@ -192,7 +182,10 @@ def building(asked: Request, out: Path, bits: float) -> list[Stage]:
 
 def draws(asked: Request) -> list[str]:
     """Return the folder of each draw of the text; the first is OUT itself."""
-    return ["", *(f"{CANDIDATES}/draw-{number}" for number in range(2, (asked.seeds or 1) + 1))]
+    return [
+        "",
+        *(f"{CANDIDATES}/draw-{number}" for number in range(2, (asked.seeds or 1) + 1)),
+    ]
 
 
 def _within(folder: str, stage: Stage) -> Stage:
@@ -233,13 +226,13 @@ def deciding(asked: Request) -> str:
 
 def read_ladder(asked: Request, out: Path) -> Ladder:
     """Return what is known of a walk in OUT; InputError if it is of another request."""
-    if not (out / LADDER).exists():
-        check(asked, out)
+    if not (out / running.LADDER).exists():
+        running.check(asked, out)
         return Ladder((), "", RUNGS[0])
-    held = read_ladder_file(out)
+    held = running.read_ladder_file(out)
     # Before there is a candidate, only scores depend on what is to be kept (`_forget`).
     free = () if held["rungs"] else ("keep_at_least", "confidence")
-    check_same(asked, held["request"], out, free)
+    running.check_same(asked, held["request"], out, free)
     first = held.get("first", RUNGS[0])  # of a version that always began there
     if not {first, *(one["bits"] for one in held["rungs"])} <= {*RUNGS}:
         raise InputError(f"{out} holds a walk over other candidates: choose another -o")
@@ -249,8 +242,8 @@ def read_ladder(asked: Request, out: Path) -> Ladder:
 def walk(
     asked: Request,
     out: Path,
-    run: Run,
-    say: Say,
+    run: running.Run,
+    say: running.Say,
     within: float | None = None,
     seconds: Mapping[str, float] | None = None,
 ) -> Ladder:
@@ -277,7 +270,7 @@ def walk(
         if found.left:
             floors, confidence = _floors(asked)
             _forget(found, asked, out)
-            list(do(before, out, run, say))
+            list(running.do(before, out, run, say))
             dense = load_scores(out / CANDIDATES / f"dense-{file}")
             judge(floors, [(dense, dense)], confidence)  # whether they can be proven
             if not found.rungs:
@@ -292,7 +285,7 @@ def walk(
                 due = last.seconds * (_due(made, seconds) / known if known else 1.0)
                 if at_ - began + due > within:
                     return _placed(_kept(replace(found, ended="time"), asked, out), asked, out)
-            list(do(made, out, run, say))
+            list(running.do(made, out, run, say))
             share = FIRST if bits <= found.first else 1 - FIRST
             level = _level(1.0 if found.first == RUNGS[0] else share, confidence)
             verdicts = _tested(asked, out, bits, dense, level)
@@ -380,7 +373,7 @@ def _kept(ladder: Ladder, asked: Request, out: Path) -> Ladder:
     out.mkdir(parents=True, exist_ok=True)
     value = {"kind": KIND, "request": asked.model_dump(mode="json"), "ended": ladder.ended,
              "first": ladder.first, "rungs": [asdict(one) for one in ladder.rungs]}  # fmt: skip
-    write_json(out / LADDER, sealed(value))
+    write_json(out / running.LADDER, sealed(value))
     for bits in {*RUNGS}.difference(ladder.left):
         for draw in draws(asked):
             for name in MODELS if draw or bits != ladder.bits else ():
@@ -404,7 +397,7 @@ def _taken_back(ladder: Ladder, asked: Request, out: Path) -> Ladder:
     OUT goes."""
     _move(out, out / _folder(ladder.bits or RUNGS[0]))
     made = {stage.leaves for stage in stages(asked, out)} - {CALIBRATION, None}
-    for name in (*made, MANIFEST, RUN, FILE, "card.html"):
+    for name in (*made, MANIFEST, running.RUN, FILE, "card.html"):
         remove(out / str(name))
     return replace(ladder, ended="")
 

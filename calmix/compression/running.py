@@ -24,7 +24,7 @@ from calmix.models.shards import weight_bytes
 Run = Callable[[Sequence[str]], None]  # runs a command line
 Say = Callable[[Stage, bool], None]  # is told of a stage, and whether its result was there
 KIND, RUN = "compressed model", "compress-run.json"
-LADDER, CANDIDATES = "ladder.json", "candidates"  # of a model that keeps what is asked for
+LADDER = "ladder.json"  # of a model that keeps what is asked for
 
 
 def read_record(out: Path) -> dict[str, Any]:
