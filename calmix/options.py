@@ -136,12 +136,6 @@ class MemoryOptions(Options):
     )
 
 
-class Json(Options):
-    """A verb that can print JSON."""
-
-    as_json: bool = option(False, "Print JSON instead of a table.", flag="--json")
-
-
 def own_sources_option(advanced: bool = True) -> Any:
     """Return the field of a user's own sources, `--sources`."""
     text = "YAML file of your own sources, e.g. mine.yaml."

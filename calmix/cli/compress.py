@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from calmix.compression.plan import Request, Stage
 
 
-@verb("compress", json=True)
+@verb("compress")
 def compress(
     asked: Compression,
     output: Path = path_option("Folder to write, or to resume in."),
@@ -173,7 +173,7 @@ def _run(arguments: Sequence[str]) -> None:
         raise RuntimeError(f"calmix {arguments[0]} ended with {code}")
 
 
-@verb("report")
+@verb("report", json=False)
 def report(
     folders: tuple[Path, ...] = option(..., "Folders of calmix compress.", argument=True),
     output: Path | None = path_option(
@@ -199,7 +199,7 @@ def report(
     line(f"report: {output}")
 
 
-@verb("check", json=True)
+@verb("check")
 def check(
     results: tuple[Path, ...] = option(
         ..., "Folder of calmix compress, or files of calmix evaluate -o.", argument=True

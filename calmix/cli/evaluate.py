@@ -39,7 +39,7 @@ DENSE = "Dense model, or a .json file of its scores."
 evaluate = group("evaluate", default="run")
 
 
-@verb("run", of=evaluate, json=True)
+@verb("run", of=evaluate)
 def run(
     measured: MeasureOptions,
     opening: ModelOptions,
@@ -160,7 +160,7 @@ def run(
         note(f"wrote {output}")
 
 
-@verb("rescore", of=evaluate, json=True)
+@verb("rescore", of=evaluate)
 def rescore(
     measured: MeasureOptions,
     file: Path = option(..., "A file of calmix evaluate -o.", argument=True),
@@ -179,7 +179,7 @@ def rescore(
     _print(scores, dense, kept)
 
 
-@verb("compare", json=True)
+@verb("compare")
 def compare(
     measured: MeasureOptions,
     scores: tuple[Path, ...] = option(..., "Files of calmix evaluate -o.", argument=True),
@@ -318,7 +318,7 @@ def _print(scores: CapabilityScores, dense: CapabilityScores | None, kept: Reten
     _print_kept([short(scores.model)], [scores], dense, [kept], [found])
 
 
-@verb("answers", of=evaluate)
+@verb("answers", of=evaluate, json=False)
 def answers(
     opening: ModelOptions,
     models: tuple[str, ...] = option(..., "Models, the dense one first.", argument=True),
@@ -351,7 +351,7 @@ def answers(
     note(f"wrote {output}: greedy answers, cut at {TOKENS} tokens")
 
 
-@verb("perplexity", of=evaluate, json=True)
+@verb("perplexity", of=evaluate)
 def perplexity(
     opening: ModelOptions,
     model: str = option(..., MODEL, argument=True),
@@ -361,9 +361,10 @@ def perplexity(
 ) -> None:
     """Perplexity and bits per byte of a text, in non-overlapping windows of one length."""
     from calmix.evaluation.likelihood import perplexity as measure
-    from calmix.models import open_model
+    from calmix.models import check_models, open_model
 
     whole = separator.join(document.text for document in local_file(str(text)).read())
+    check_models(model, **opening.opening())
     opened = open_model(model, **opening.opening())
     with Progress() as bar:
         made = measure(opened, whole, length=length, tick=bar.of("scoring windows"))
@@ -372,7 +373,7 @@ def perplexity(
          f"(lower is better; context {made.length}, {made.windows} windows)")  # fmt: skip
 
 
-@verb("suites", of=evaluate, json=True)
+@verb("suites", of=evaluate)
 def suites() -> None:
     """List the builtin suites; the path of a YAML file is a suite too."""
     rows, told = [], []
@@ -396,7 +397,7 @@ def _whose(suite: Suite) -> dict[str, dict[str, str]]:
     return {name: {**one, "use": use_of(one["licence"])} for name, one in found.items()}
 
 
-@verb("suite", of=evaluate, json=True)
+@verb("suite", of=evaluate)
 def suite(
     name: str = option(..., "Suite by name, or a YAML file.", argument=True),
     new: bool = option(False, "Write a suite of your own to start from: NAME.yaml and its rows."),

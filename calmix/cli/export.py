@@ -10,14 +10,14 @@ from calmix.cli.common import line, print_json, size
 from calmix.cli.verbs import verb
 from calmix.errors import InputError, nearest
 from calmix.files import check_output_file, user_path
-from calmix.options import Json, option, path_option
+from calmix.options import Options, option, path_option
 from calmix.progress import Progress
 
 Form = Literal["pack", "model", "gguf", "openvino", "jsonl", "imatrix"]
 SETS = ("jsonl", "imatrix")
 
 
-class ExportOptions(Json):
+class ExportOptions(Options):
     what: str = option(..., "A model, a pack or a saved calibration set.", argument=True)
     to: Form | None = option(None, "Form to write.", shown="pack; of a set jsonl")
     output: Path = path_option("Folder, .jsonl or .gguf file to write.")

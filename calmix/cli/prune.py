@@ -16,7 +16,6 @@ from calmix.options import (
     METHOD,
     MODEL,
     DrawOptions,
-    Json,
     MemoryOptions,
     ModelOptions,
     Pruning,
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 LOSSES = {"distill": "KL of the logits, nats a token", "blocks": "relative error of a block"}
 
 
-class WorkOptions(TextField, MemoryOptions, DrawOptions, ModelOptions, Json):
+class WorkOptions(TextField, MemoryOptions, DrawOptions, ModelOptions):
     """Long work on a calibration set that leaves a folder."""
 
     resume: bool = option(False, "Resume an interrupted run of the same request.")

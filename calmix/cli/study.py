@@ -17,7 +17,6 @@ from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, check_output_folder, real_place, write_text
 from calmix.options import (
-    Json,
     MeasureOptions,
     Settings,
     TrialOptions,
@@ -41,7 +40,7 @@ FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
 studies = group("study")
 
 
-class StudyOptions(MeasureOptions, Json):
+class StudyOptions(MeasureOptions):
     """Which trials of a study are looked at, and by what."""
 
     study: Path = option(..., "A study's results folder.", argument=True)
@@ -54,7 +53,7 @@ class AnalyseOptions(Settings, StudyOptions):
     overwrite: bool = option(False, "Replace what calmix wrote there.")
 
 
-@verb("init", of=studies)
+@verb("init", of=studies, json=False)
 def init(
     study: Path = option(..., "The .yaml file to write.", argument=True, metavar="STUDY"),
     overwrite: bool = option(False, "Replace the file if it exists."),
@@ -66,7 +65,7 @@ def init(
     note(f"wrote {study}: calmix study validate {study}")
 
 
-@verb("validate", of=studies, json=True)
+@verb("validate", of=studies)
 def validate(study: Path = FILE) -> None:
     """Check a study file and list every mistake with its line."""
     from calmix.study.spec import check_study
@@ -84,7 +83,7 @@ def validate(study: Path = FILE) -> None:
     line(f"{study}: {len(trials)} trials over {sets} calibration sets")
 
 
-@verb("plan", of=studies, json=True)
+@verb("plan", of=studies)
 def plan(
     study: Path = FILE,
     device: str = option("auto", "Torch device to plan for, e.g. cuda:1."),
@@ -119,7 +118,7 @@ def plan(
         line(f"note: {text}")
 
 
-@verb("run", of=studies, json=True)
+@verb("run", of=studies)
 def run(
     trials: TrialOptions,
     study: Path = FILE,
@@ -178,7 +177,7 @@ def run(
         )
 
 
-@verb("status", of=studies, json=True)
+@verb("status", of=studies)
 def status(
     store: Path = option(..., "A study's results folder.", argument=True, metavar="STORE"),
 ) -> None:

@@ -6,6 +6,8 @@ import shutil
 import pytest
 
 from calmix.cli import app
+from calmix.compression.plan import request
+from calmix.options import Compression
 from tests.conftest import write_text_file
 from tests.evaluation.archive import suite_text, use_archive
 
@@ -34,6 +36,12 @@ def command(place, tiny_folder):
         return tuple(map(str, (*base, *target, *more)))
 
     return made
+
+
+@pytest.fixture(scope="session")
+def asked(tiny_folder):
+    """Return the checked request that options are."""
+    return lambda **more: request(Compression(**{"model": str(tiny_folder)} | more))
 
 
 def prepare(place, patch):

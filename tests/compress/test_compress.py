@@ -14,14 +14,13 @@ import calmix as api
 from calmix.calibration import parse_mix
 from calmix.cli import compress as verb
 from calmix.cli.python import Compressed
-from calmix.compression.plan import MIX, PERMISSIVE, request, stages, weighed
+from calmix.compression.plan import MIX, PERMISSIVE, stages, weighed
 from calmix.compression.running import read_record
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.scores import describe
 from calmix.files import write_json
 from calmix.manifest import sealed
-from calmix.options import Compression
 from calmix.report.card import card_page, read_card, several_page
 from calmix.sources import builtin_sources
 from tests.calibration.selfgen.test_chat import TEMPLATE
@@ -268,14 +267,11 @@ def test_python_compresses_as_the_verb_does(compressed, command, tmp_path, tiny_
     assert not (tmp_path / "other").exists()
 
 
-def test_an_effort_and_a_pattern_become_stages(tiny_folder):
-    asked = Compression(model=str(tiny_folder), effort="best", sparsity=0.6)
-    verbs = [stage.arguments[0] for stage in stages(request(asked), Path("out"))]
-    assert verbs.count("recover") == 2
-    asked = Compression(
-        model=str(tiny_folder), pattern="2:4", trust_remote_code=True, no_corpus=True
-    )
-    written = stages(request(asked), Path("o"))
+def test_an_effort_and_a_pattern_become_stages(asked):
+    best = stages(asked(effort="best", sparsity=0.6), Path("out"))
+    assert [stage.arguments[0] for stage in best].count("recover") == 2
+    own = asked(pattern="2:4", trust_remote_code=True, no_corpus=True)
+    written = stages(own, Path("o"))
     assert written[0].arguments[:2] == ("calibrate", "self-written")
     assert all(
         "--trust-remote-code" in stage.arguments for stage in written[:-1] if stage.name != "pack"
@@ -283,21 +279,21 @@ def test_an_effort_and_a_pattern_become_stages(tiny_folder):
     assert {"--pattern", "2:4"} <= set(written[1].arguments)
 
 
-def test_a_model_with_a_chat_template_has_chats_in_its_mix(tmp_path, tiny_folder):
-    assert "chat" not in request(Compression(model=str(tiny_folder))).calibration
+def test_a_model_with_a_chat_template_has_chats_in_its_mix(tmp_path, tiny_folder, asked):
+    assert "chat" not in asked().calibration
     folder = shutil.copytree(tiny_folder, tmp_path / "talker")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    asked = request(Compression(model=str(folder)))
-    mix = parse_mix(asked.calibration)
+    found = asked(model=str(folder))
+    mix = parse_mix(found.calibration)
     assert mix == {"chat": 0.25} | {name: 0.75 * weight / 8 for name, weight in MIX.items()}
-    assert asked.generated
-    kept = request(Compression(model=str(folder), keep={"code": 1}))
+    assert found.generated
+    kept = asked(model=str(folder), keep={"code": 1})
     assert parse_mix(kept.calibration) == {
         "chat": 0.25, "python-stdlib": 0.375, "code-compiled": 0.375
     }  # fmt: skip
-    given = request(Compression(model=str(folder), calibration="python-docs"))
+    given = asked(model=str(folder), calibration="python-docs")
     assert (given.calibration, given.generated) == ("python-docs", False)
 
 
@@ -342,41 +338,37 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
     assert "is not finished: it lacks scores.json" in calmix("report", out).line
 
 
-def test_bits_stand_for_a_sparsity_or_beside_it(calmix, command, tmp_path, tiny_folder):
+def test_a_size_or_bits_stand_for_a_sparsity_or_beside_it(calmix, command, asked, tmp_path):
     """Below four bits a model is trained on its levels; its card says its bits."""
     out = tmp_path / "out"
-    ended = calmix(*command(out, "--bits", 3)).ok()
+    low, high = (int(one.replace(",", "")) for one in re.search(
+        r"has from ([\d,]+) to ([\d,]+) kB", calmix(*command(out, "--size", "1kB")).line
+    ).groups())  # fmt: skip
+    wanted = low + (high - low) * 2 // 7  # of 1 to 8 bits
+    calmix(*command(out, "--size", f"{wanted}kB")).ok()
     assert "quantise" in (out / "compress.json").read_text()
     assert (out / "pruned" / "calmix-scales").is_dir()
     card = read_card(out)
-    assert card.title.endswith("to 3 bits a weight")
+    bits = card.record["request"]["bits"]
+    assert bits == pytest.approx(3, abs=0.1)
+    assert card.title.endswith(f"to {bits:g} bits a weight")
     assert [one["quantised"] for one in card.recoveries] == [card.pruning["weights"]]
-    assert card.bits == pytest.approx(3, abs=0.3)
+    assert card.bits == pytest.approx(bits, abs=0.1)
     assert 0 < card.packed < card.size
+    packed = sum(path.stat().st_size for path in (out / "pack").glob("*.safetensors"))
+    headers = 6  # kB, which weigh in so small a model alone
+    assert 0.8 * wanted < packed / 1000 < 1.2 * wanted + headers
     told = (out / "model/README.md").read_text(encoding="utf-8")
     assert "Once packed, a weight takes" in told
     assert "left to do" not in calmix("doctor", "inspect", out, "--json").out
-    four = stages(request(Compression(model=str(tiny_folder), effort="quick")), out)
+    four = stages(asked(effort="quick"), out)
     assert not [one for one in four if one.arguments[0] == "recover"]
-    both = request(Compression(model=str(tiny_folder), bits=4, pattern="2:4"))
+    both = asked(bits=4, pattern="2:4")
     assert (both.target, both.aim["method"]) == ("2:4, 4 bits", "admm")
     ended = calmix(*command(tmp_path / "no", "--bits", 2.5, "--sparsity", 0.5))
     assert (ended.code, "bits 2.5: Input should be a valid integer" in ended.line) == (2, True)
     assert calmix(*command(tmp_path / "no", "--bits", 9)).code == 2
     assert calmix(*command(tmp_path / "no", "--bits", 3, "--dry-run")).code == 0
-
-
-def test_a_size_becomes_bits_and_the_pack_has_it(calmix, command, tmp_path):
-    out = tmp_path / "out"
-    low, high = re.search(r"has from ([\d,]+) to ([\d,]+) kB", calmix(
-        *command(out, "--size", "1kB")).line).groups()  # fmt: skip
-    wanted = (int(low.replace(",", "")) + int(high.replace(",", ""))) // 2
-    calmix(*command(out, "--size", f"{wanted}kB")).ok()
-    card = read_card(out)
-    assert card.record["request"]["bits"] == pytest.approx(card.bits, abs=0.1)
-    packed = sum(path.stat().st_size for path in (out / "pack").glob("*.safetensors"))
-    headers = 6  # kB, which weigh in so small a model alone
-    assert 0.8 * wanted < packed / 1000 < 1.2 * wanted + headers
 
 
 def test_inspect_tells_of_every_stage(calmix, compressed, tmp_path):
