@@ -209,15 +209,13 @@ class DrawOptions(SizeOptions):
 Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
 
 
-class MeasureOptions(Options):
-    """How retention is computed from scores."""
-
-    measure: Measure = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
+MEASURE = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
 
 
-class Settings(MeasureOptions):
+class Settings(Options):
     """How an analysis is made."""
 
+    measure: Measure = MEASURE
     default: str | None = option(
         None, "The set that leads are over.", shown="mean of the single sources", advanced=True
     )

@@ -23,7 +23,7 @@ from calmix.evaluation.scores import (
 )
 from calmix.evaluation.suites import Suite, builtin_suites, load_suite, provenance, suite_file
 from calmix.files import check_output_file, user_path, write_text
-from calmix.options import MODEL, Measure, MeasureOptions, ModelOptions, option, path_option
+from calmix.options import MEASURE, MODEL, Measure, ModelOptions, option, path_option
 from calmix.progress import Progress
 from calmix.sources.licences import use_of
 from calmix.sources.registry import local_file
@@ -41,7 +41,6 @@ evaluate = group("evaluate", default="run")
 
 @verb("run", of=evaluate)
 def run(
-    measured: MeasureOptions,
     opening: ModelOptions,
     model: str = option(..., MODEL, argument=True),
     suite: str = option("offline", "Suite by name, or a YAML file."),
@@ -74,6 +73,7 @@ def run(
         None, "Tokens per forward pass.", shown="2048", ge=1, advanced=True
     ),
     no_cache: bool = option(False, "Score the dense model again.", advanced=True),
+    measure: Measure = MEASURE,
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
     """Score a model on a suite; with --against, report what it kept, with intervals."""
@@ -123,7 +123,7 @@ def run(
     if saved:
         dense = load_scores(user_path(saved))
         check_same_suite(describe(chosen), dense.suite)
-        _kept(dense, None, measured.measure)
+        _kept(dense, None, measure)
         known_right = dense.right if right_only else None
     for name in named:
         open_tokenizer(name, trust_remote_code=opening.trust_remote_code)
@@ -147,13 +147,13 @@ def run(
     scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
     made, kept = {"scores": scores.to_dict()}, None
     if dense is not None:
-        kept = _kept(scores, dense, measured.measure)
+        kept = _kept(scores, dense, measure)
         made |= {"dense": dense.to_dict(), "retention": kept.to_dict(),
                  "behaviour": asdict(behaviour((dense, scores)))}  # fmt: skip
     if output is not None:
         write_text(output, json.dumps(made, ensure_ascii=False) + "\n")
     print_json(made)
-    _print(scores, dense, kept or _kept(scores, None, measured.measure))
+    _print(scores, dense, kept or _kept(scores, None, measure))
     for name, count in scores.truncated.items():
         note(f"task {name}: {count} requests were cut to fit the model's context")
     if output is not None:
@@ -162,14 +162,14 @@ def run(
 
 @verb("rescore", of=evaluate)
 def rescore(
-    measured: MeasureOptions,
     file: Path = option(..., "A file of calmix evaluate -o.", argument=True),
     against: Path | None = option(None, "The dense model's file.", shown="the one in FILE"),
+    measure: Measure = MEASURE,
 ) -> None:
     """Compute scores and retention again from a file, by another measure, without the model."""
     dense, scores = load_pair(file)
     dense = dense if against is None else load_scores(against)
-    kept = _kept(scores, dense, measured.measure)
+    kept = _kept(scores, dense, measure)
     print_json(kept.to_dict() if dense is not None else [
         {"dimension": task.dimension, "task": task.name, "n": task.items,
          "score": task.score, "floor": task.floor, "value": task.dense,
@@ -181,9 +181,9 @@ def rescore(
 
 @verb("compare")
 def compare(
-    measured: MeasureOptions,
     scores: tuple[Path, ...] = option(..., "Files of calmix evaluate -o.", argument=True),
     against: Path | None = option(None, "The dense model's file.", shown="the one in SCORES"),
+    measure: Measure = MEASURE,
 ) -> None:
     """Put the retention of several models next to each other, dimension by dimension."""
     from calmix.evaluation.behaviour import behaviour, likelihood
@@ -207,7 +207,7 @@ def compare(
                 f"{path} was scored against {own.model}, which is not the dense model of the "
                 f"others ({dense.model}): compare it by itself"
             )
-    kept = [one.retention(dense, measure=measured.measure) for one in models]
+    kept = [one.retention(dense, measure=measure) for one in models]
     print_json({name: one.to_dict() for name, one in zip(names, kept, strict=True)})
     found = [behaviour((dense, one)) for one in models]
     for at, (name, one) in enumerate(zip(names, models, strict=True)):

@@ -17,7 +17,9 @@ from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, check_output_folder, real_place, write_text
 from calmix.options import (
-    MeasureOptions,
+    MEASURE,
+    Measure,
+    Options,
     Settings,
     TrialOptions,
     Weights,
@@ -40,9 +42,10 @@ FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
 studies = group("study")
 
 
-class StudyOptions(MeasureOptions):
+class StudyOptions(Options):
     """Which trials of a study are looked at, and by what."""
 
+    measure: Measure = MEASURE
     study: Path = option(..., "A study's results folder.", argument=True)
     method: str | None = option(None, "Only trials of this pruning method.")
     sparsity: str | None = option(None, "Only this sparsity or pattern: 0.6 or 2:4.")

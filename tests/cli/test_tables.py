@@ -8,7 +8,7 @@ import pytest
 from calmix.cli.common import Terminal, print_table, room
 from calmix.diagnostics import doctor
 from calmix.evaluation.scores import CapabilityScores
-from tests.evaluation.helpers import bits, choices
+from tests.evaluation.helpers import accuracy, bits, choices, scored
 
 HEADS = ("task", "scored by", "retention %", "what it is about")
 ROWS = [
@@ -118,14 +118,24 @@ def test_retention_fits(calmix, tmp_path, monkeypatch, count):
     check(calmix("evaluate", "rescore", files[0]).out, 80, "a_rather_long_name_of_it")
 
 
+def test_compare_names_what_each_has_kept(calmix, tmp_path):
+    dense, half = tmp_path / "dense.json", tmp_path / "half.json"
+    for path, right in ((dense, [1, 1, 1, 1, 1, 1, 0, 1]), (half, [1, 0, 1, 0, 1, 0, 0, 1])):
+        text = bits([sum(right) + 1.0, 2.0], [3, 4], "gold")
+        scored(accuracy(right, "arith", "math", 0.0), text).save(path)
+    told = json.loads(calmix("compare", half, "--against", dense, "--json").out)
+    kept = {one["name"]: one["kept"]["value"] for one in told["half"]["dimensions"]}
+    assert kept["math"] == pytest.approx(4 / 7)
+    shown = calmix("compare", half, "--against", dense).out
+    assert all(word in shown for word in ("57.1", "half", "worst", "flips %"))
+
+
 def test_sources_are_listed_by_dimension_and_licence(calmix):
     told = json.loads(calmix("calibrate", "sources", "--dimension", "code", "--json").out)
     assert {row["dimension"] for row in told} == {"code"}
     both = calmix("calibrate", "sources", "--dimension", "general", "--licence", "permissive",
                   "--json")  # fmt: skip
     assert {row["use"] for row in json.loads(both.out)} == {"permissive"}
-    line = calmix("calibrate", "sources", "--dimension", "cod").line
-    assert "no source is of dimension 'cod': did you mean code" in line
 
 
 def test_what_a_prune_did_and_what_is_wrong_with_it_fit(

