@@ -3,10 +3,8 @@ whether it keeps enough."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import webbrowser
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,16 +15,14 @@ import typer
 from calmix.cli.common import line, note, print_json, print_table, print_taken
 from calmix.cli.root import app
 from calmix.cli.verbs import verb
-from calmix.errors import CalmixError, InputError, NotKeptError
+from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.scores import load_pairs, load_scores
 from calmix.files import check_output_file, write_json, write_text
 from calmix.options import Compression, Share, checked, option, path_option
-from calmix.progress import Stages, duration
+from calmix.progress import duration
 from calmix.shown import Shown, percent
 
 if TYPE_CHECKING:
-    from calmix.compression.ladder import Ladder
-    from calmix.compression.plan import Request, Stage
     from calmix.evaluation.retention import Retention
     from calmix.report.card import Card
 
@@ -51,9 +47,16 @@ def compress_verb(
     from calmix.report.card import read_card
 
     if dry_run:
-        _print_dry(asked, output)
+        wanted, taken = ladder.dry(asked, output)
+        title = f"{asked.model} at {wanted.target}, effort {asked.effort}, on this machine"
+        if asked.keep_at_least is not None:
+            title = f"{asked.model} to keep {asked.keep_at_least}, with all candidates"
+        print_json([asdict(one) | {"command": one.stage.command} for one in taken])
+        print_taken(taken, title)
+        if asked.keep_at_least is not None:
+            line(words.wrapped(ladder.provable(wanted)))
         return
-    found, seconds = make(asked, output)
+    found, seconds = ladder.make(asked, output, _run, note)
     told: dict[str, Any] = {"output": str(output), "model": None}
     if found is not None:
         told |= {"ladder": asdict(found)}
@@ -80,94 +83,6 @@ def compress_verb(
         line(f"at this size: {card.instead}")
     if open:
         webbrowser.open(page.resolve().as_uri())
-
-
-def _print_dry(options: Compression, output: Path) -> None:
-    """Print what a compression would take."""
-    from calmix.compression import ladder
-    from calmix.compression.estimate import estimate
-    from calmix.compression.plan import stages
-    from calmix.report import words
-
-    asked = _asked(options, output)
-    if asked.keep_at_least is None:
-        taken, more = estimate(asked, stages(asked, output)), ""
-        title = f"{asked.model} at {asked.target}, effort {asked.effort}, on this machine"
-    else:
-        taken = estimate(ladder.at(asked, ladder.RUNGS[0]), ladder.whole(asked, output))
-        title = f"{asked.model} to keep {asked.keep_at_least}, with all candidates"
-        more = words.wrapped(ladder.provable(asked))
-    print_json([asdict(one) | {"command": one.stage.command} for one in taken])
-    print_taken(taken, title)
-    if more:
-        line(more)
-
-
-def _asked(options: Compression, output: Path) -> Request:
-    """Return the request, checked; an output that is an input, or holds something else, is
-    refused."""
-    from calmix.calibration import saved_set
-    from calmix.compression import ladder, plan, running
-    from calmix.evaluation.suites import suite_file
-
-    inputs = [options.model, saved_set(options.calibration), options.prompts,
-              suite_file(options.suite)]  # fmt: skip
-    running.check_place(output, inputs)
-    asked = plan.request(options)
-    if asked.keep_at_least is None:
-        running.check(asked, output)
-    else:
-        ladder.read_ladder(asked, output)
-    return asked
-
-
-def make(
-    options: Compression, output: Path, *, shown: bool = True
-) -> tuple[Ladder | None, dict[str, float]]:
-    """Compress a model; stages are named as they begin, and what they print is in their files.
-
-    Returns:
-        What looking for the smallest model found, if that is asked for; and the seconds of every
-        stage that was done now, none if no candidate keeps enough.
-    """
-    from calmix.compression import ladder, running
-    from calmix.compression.estimate import check_room
-    from calmix.compression.plan import stages
-
-    asked, found = _asked(options, output), None
-    if asked.keep_at_least is not None:
-        top, listed = ladder.at(asked, ladder.RUNGS[0]), ladder.whole(asked, output)
-        with _staged(top, output, listed, shown) as (say, seconds):
-            found = ladder.walk(asked, output, _run, say, options.within, seconds)
-        if found.bits is None:
-            return found, {}
-        asked = ladder.at(asked, found.bits)
-    check_room(asked, output)
-    with _staged(asked, output, stages(asked, output), shown) as (say, _):
-        return found, running.compress(asked, output, _run, say)
-
-
-@contextlib.contextmanager
-def _staged(
-    asked: Request, out: Path, listed: Sequence[Stage], shown: bool
-) -> Iterator[tuple[Callable[[Stage, bool], None], dict[str, float]]]:
-    """Yield what tells a line of progress of each stage, and the seconds that each of those missing
-    in OUT will take, as far as that is known; nothing else is printed."""
-    from calmix.compression.estimate import estimate
-
-    def say(stage: Stage, kept: bool) -> None:
-        if shown:
-            note(f"{stage.name}: done before" if kept else f"$ {stage.command}")
-        bar.begin(stage.name)
-
-    seconds: dict[str, float] = {}
-    names, left = [one.name for one in listed], [one for one in listed if not one.stands(out)]
-    with Stages(names, shown=shown) as bar, contextlib.redirect_stdout(io.StringIO()):
-        bar.show("estimating", None)
-        with contextlib.suppress(CalmixError):  # it is for the line of progress and --within alone
-            seconds = {one.stage.name: one.seconds for one in estimate(asked, left)}
-        bar.expect(seconds)
-        yield say, seconds
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -251,10 +166,12 @@ def compress(
         NotKeptError: no candidate keeps what `keep_at_least` asks for.
         CalmixError: anything a user can mend, before work or download where that can be known.
     """
+    from calmix.compression import ladder
+
     given = {"model": model, **options}
     given = {key: str(one) if isinstance(one, Path) else one for key, one in given.items()}
     asked, folder = checked(Compression, given), Path(output)
-    found, _ = make(asked, folder, shown=shown)
+    found, _ = ladder.make(asked, folder, _run, note if shown else None)
     if found is not None and found.bits is None:
         yet = " yet" * bool(found.left)
         raise NotKeptError(f"no candidate keeps {asked.keep_at_least}{yet}: {found.why()}")

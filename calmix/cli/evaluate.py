@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
+from calmix.evaluation.behaviour import Behaviour, behaviour, likelihood
+from calmix.evaluation.measures import RIGHT_OR_WRONG
 from calmix.evaluation.own import template
+from calmix.evaluation.retention import RESAMPLES, Retention, flips
 from calmix.evaluation.scores import (
     CapabilityScores,
     check_same_suite,
@@ -29,8 +32,6 @@ from calmix.sources.licences import use_of
 from calmix.sources.registry import local_file
 
 if TYPE_CHECKING:
-    from calmix.evaluation.behaviour import Behaviour
-    from calmix.evaluation.retention import Retention
     from calmix.models import OpenModel
 
 BESIDE = 3  # models whose intervals fit next to each other into 80 columns
@@ -80,9 +81,7 @@ def run(
     from calmix.calibration import open_tokenizer
     from calmix.calibration.texts import builtin_readers, parse_texts, texts
     from calmix.evaluation import evaluate as capability
-    from calmix.evaluation.behaviour import behaviour
     from calmix.evaluation.distance import distance, reference
-    from calmix.evaluation.measures import RIGHT_OR_WRONG
     from calmix.models import check_models, open_model
 
     how = opening.opening()
@@ -186,7 +185,6 @@ def compare(
     measure: Measure = MEASURE,
 ) -> None:
     """Put the retention of several models next to each other, dimension by dimension."""
-    from calmix.evaluation.behaviour import behaviour, likelihood
     from calmix.report import words
 
     # A folder of calmix compress is known by its own name.
@@ -228,7 +226,6 @@ def _print_kept(
     found: Sequence[Behaviour],
 ) -> None:
     """Print what models have kept of a dense one by dimension, and how far they are from it."""
-    from calmix.evaluation.retention import RESAMPLES, flips
     from calmix.report.words import number, percent, with_span
 
     records: list[dict[str, Any]] = []
@@ -278,7 +275,6 @@ def _kept(scores: CapabilityScores, dense: CapabilityScores | None, measure: Mea
 
 def _print(scores: CapabilityScores, dense: CapabilityScores | None, kept: Retention) -> None:
     """Print scores, or what they are of a dense model's."""
-    from calmix.evaluation.behaviour import behaviour, likelihood
     from calmix.report.words import measuring, number, short, verdict, with_span, wrapped
 
     title = f"suite {scores.suite['name']} version {scores.suite['version']}, {scores.dtype}"

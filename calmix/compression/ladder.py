@@ -16,19 +16,23 @@ plain rounding, more or less, and recovered ones, of SmolLM2, to 0.3 of it.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from calmix.calibration import saved_set
 from calmix.calibration.texts import texts
 from calmix.compression import running
+from calmix.compression.estimate import Taken, check_room, estimate
 from calmix.compression.plan import (
     BEHAVIOUR,
     CALIBRATION,
@@ -38,6 +42,7 @@ from calmix.compression.plan import (
     SCORES,
     Request,
     Stage,
+    request,
     scored,
     scoring,
     stages,
@@ -56,10 +61,12 @@ from calmix.evaluation.floors import (
     record,
 )
 from calmix.evaluation.scores import CapabilityScores, load_scores
+from calmix.evaluation.suites import suite_file
 from calmix.files import alone, remove, write_bytes, write_json
 from calmix.manifest import sealed
 from calmix.models import find_blocks, open_model
-from calmix.progress import duration
+from calmix.options import Compression
+from calmix.progress import Stages, duration
 
 RUNGS = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits a weight; wider steps where each takes a recovery
 FIRST = 0.8  # of the errors allowed, those of a sequence that does not begin at the top
@@ -146,6 +153,72 @@ class Ladder:
         drawn = len(last.verdicts)
         of = f" (the worst of {drawn} draws of text)" if drawn > 1 else ""
         return f"{last.bits:g} bits fail: {told}{of}"
+
+
+def dry(options: Compression, out: Path) -> tuple[Request, list[Taken]]:
+    """Return a request, checked, and what its stages will take, those of all candidates too."""
+    asked = _checked(options, out)
+    if asked.keep_at_least is None:
+        return asked, estimate(asked, stages(asked, out))
+    return asked, estimate(at(asked, RUNGS[0]), whole(asked, out))
+
+
+def make(
+    options: Compression, out: Path, run: running.Run, note: Callable[[str], None] | None
+) -> tuple[Ladder | None, dict[str, float]]:
+    """Compress a model; `note` is told of stages as they begin, beside a line of progress, and what
+    they print is in their files.
+
+    Returns:
+        What looking for the smallest model found, if that is asked for; and the seconds of every
+        stage that was done now, none if no candidate keeps enough.
+    """
+    asked, found = _checked(options, out), None
+    if asked.keep_at_least is not None:
+        with _staged(at(asked, RUNGS[0]), out, whole(asked, out), note) as (say, seconds):
+            found = walk(asked, out, run, say, options.within, seconds)
+        if found.bits is None:
+            return found, {}
+        asked = at(asked, found.bits)
+    check_room(asked, out)
+    with _staged(asked, out, stages(asked, out), note) as (say, _):
+        return found, running.compress(asked, out, run, say)
+
+
+def _checked(options: Compression, out: Path) -> Request:
+    """Return the request, checked; an output that is an input, or holds something else, is
+    refused."""
+    inputs = [options.model, saved_set(options.calibration), options.prompts,
+              suite_file(options.suite)]  # fmt: skip
+    running.check_place(out, inputs)
+    asked = request(options)
+    if asked.keep_at_least is None:
+        running.check(asked, out)
+    else:
+        read_ladder(asked, out)
+    return asked
+
+
+@contextmanager
+def _staged(
+    asked: Request, out: Path, listed: Sequence[Stage], note: Callable[[str], None] | None
+) -> Iterator[tuple[running.Say, dict[str, float]]]:
+    """Yield what tells a line of progress of each stage, and the seconds that each of those missing
+    in OUT will take, as far as that is known; nothing else is printed."""
+
+    def say(stage: Stage, kept: bool) -> None:
+        if note is not None:
+            note(f"{stage.name}: done before" if kept else f"$ {stage.command}")
+        bar.begin(stage.name)
+
+    seconds: dict[str, float] = {}
+    names, left = [one.name for one in listed], [one for one in listed if not one.stands(out)]
+    with Stages(names, shown=note is not None) as bar, redirect_stdout(io.StringIO()):
+        bar.show("estimating", None)
+        with suppress(CalmixError):  # it is for the line of progress and --within alone
+            seconds = {one.stage.name: one.seconds for one in estimate(asked, left)}
+        bar.expect(seconds)
+        yield say, seconds
 
 
 def whole(asked: Request, out: Path) -> list[Stage]:

@@ -1,6 +1,5 @@
 """From a model to its card: every stage, a stop after each of them, and every mistake."""
 
-import itertools
 import json
 import re
 import shutil
@@ -23,6 +22,7 @@ from calmix.manifest import sealed
 from calmix.report.card import card_page, read_card, several_page
 from calmix.sources import builtin_sources
 from tests.calibration.selfgen.test_chat import TEMPLATE
+from tests.compress.conftest import stopping
 from tests.evaluation.helpers import written
 from tests.tiny import hashes, load_weights, tiny_tokenizer
 
@@ -47,18 +47,9 @@ def test_a_stop_after_every_stage_goes_on_to_the_same_model(
     maps = [w for name, w in found if ".layers." in name and w.ndim == 2]
     zeros, total = sum(int((w == 0).sum()) for w in maps), sum(w.numel() for w in maps)
     assert abs(zeros / total - 0.6) < 0.001
-    run, limit = verb._run, 0
-
-    def stopped(arguments):
-        nonlocal limit
-        if not limit:
-            raise KeyboardInterrupt
-        limit -= 1
-        run(arguments)
-
-    monkeypatch.setattr(verb, "_run", stopped)
+    run = verb._run
     for done in range(len(verbs)):
-        limit = 1 if done else 0  # one more stage each time
+        monkeypatch.setattr(verb, "_run", stopping(run, min(done, 1)))  # one more stage each time
         ended = calmix(*command(cut))
         assert ended.code == 130
         assert ended.err.count("done before") == max(0, done - 1)
@@ -209,14 +200,10 @@ def test_the_builtin_mixes_are_what_they_are_said_to_be():
     assert {known[name].use for name in PERMISSIVE} == {"permissive"}
 
 
-def test_python_compresses_as_the_verb_does(compressed, command, tmp_path, tiny_folder, capfd):
+def test_python_compresses_as_the_verb_does(compressed, options, tmp_path, tiny_folder, capfd):
     """A finished folder is not made again; options are the verb's own."""
     shutil.copytree(compressed, tmp_path / "out")
-    words = command(tmp_path / "out")
-    given = dict(itertools.pairwise(words))
-    options = {str(k).strip("-").replace("-", "_"): str(v) for k, v in given.items()
-               if str(k) in ("--effort", "--calibration", "--suite", "--sparsity")}  # fmt: skip
-    made = api.compress(tiny_folder, tmp_path / "out", shown=False, **options)
+    made = api.compress(tiny_folder, tmp_path / "out", shown=False, sparsity="0.6", **options)
     assert capfd.readouterr() == ("", "")
     assert made.retention.total.value is not None
     assert made.to_pandas().iloc[-1][["kept", "dimension"]].tolist() == ["likelihood", "total"]

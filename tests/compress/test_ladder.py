@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +22,8 @@ from calmix.evaluation.own import EXAMPLES, template
 from calmix.evaluation.scores import CapabilityScores, describe
 from calmix.manifest import sealed
 from calmix.report.card import Card
-from tests.conftest import Ended
+from tests.compress.conftest import stopping
 from tests.evaluation.helpers import written
-
-Run = Callable[..., Ended]
-Command = Callable[..., tuple[str, ...]]
 
 
 @pytest.fixture
@@ -66,18 +62,6 @@ def plain(monkeypatch):
     known = {"distance": 100.0}
     monkeypatch.setattr(ladder, "plain_distance", lambda *_: known["distance"])
     return known
-
-
-def stopping(run, after):
-    """Run so many commands, and be interrupted at the next."""
-    left = iter(range(after))
-
-    def stopped(words):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        run(words)
-
-    return stopped
 
 
 class Fake:
@@ -219,7 +203,7 @@ def test_time_that_ends_before_the_top_is_tried_leaves_no_verdict(
     plain["distance"], run = 0.025, Fake({4: 80, 6: 99, 5: 99, 4.5: 80})
     found = walk(want, out, run, 45)
     assert (found.bits, found.ended, found.left) == (None, "time", (6, 5, 4.5))
-    monkeypatch.setattr(verb, "make", lambda *_, **__: (found, {}))
+    monkeypatch.setattr(ladder, "make", lambda *_: (found, {}))
     ended = calmix(*command(out, "--keep-at-least", "math=0.8"))
     assert (ended.code, "refused" in ended.out) == (1, False)
     assert ended.out.endswith("stopped: no candidate keeps what is asked yet.\n")
@@ -433,7 +417,9 @@ def test_rows_that_change_make_another_request(asked, text_file, tmp_path):
     assert asked(**given | {"suite": "offline"}).suite_sha256 is None
 
 
-def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, monkeypatch):
+def test_the_verb_builds_tests_and_ends_with_a_card(
+    calmix, command, options, tmp_path, monkeypatch
+):
     run = verb._run
 
     def planted(words):
@@ -481,9 +467,8 @@ def test_the_verb_builds_tests_and_ends_with_a_card(calmix, command, tmp_path, m
     assert not (tmp_path / "no/model").exists()
     ended = calmix(*other, *floors, "--json")
     assert (ended.code, json.loads(ended.out)["model"]) == (1, None)
-    how = {"effort": "quick", "calibration": other[7], "suite": other[9], "shown": False}
     with pytest.raises(NotKeptError, match=r"keeps code=0\.4: 3\.5 bits fail: code keeps"):
-        api.compress(other[1], tmp_path / "no", keep_at_least="code=0.4", **how)
+        api.compress(other[1], tmp_path / "no", keep_at_least="code=0.4", shown=False, **options)
     third = [str(tmp_path / "dry") if one == str(out) else one for one in words]
     ended = calmix(*third, *floors, "--dry-run").ok()
     assert "3.5 bits, quantise" in ended.out
