@@ -118,10 +118,8 @@ def measure(
     from calmix.models import check_models, open_model
 
     names = [name for one in specs for name in (offline_sources() if one == "offline" else [one])]
-    asked: dict[str, Any] = {
-        "rows": rows, "length": size.length, "draws": draws, "seed": size.seed,
-        "packing": size.packing, "sources": size.sources, "perplexity": not no_perplexity,
-    }  # fmt: skip
+    asked = size.asked(SizeOptions)
+    asked |= {"rows": rows, "draws": draws, "perplexity": not no_perplexity}
     files = check_request(names, **asked)
     if output is not None:
         check_result_file(output, [model, size.sources, *files])

@@ -122,12 +122,12 @@ def models() -> None:
         for model in builtin_models().values()
     ]  # fmt: skip
     print_json(rows)
-    keys = ("name", "parameters", "licence", "use")
-    states = [", ".join(sorted({assets.get_asset(name).state for name in row["assets"]}))
-              for row in rows]  # fmt: skip
-    print_table([{key: row[key] for key in keys} | {"assets": state}
-                 for row, state in zip(rows, states, strict=True)],
-                text=["licence", "assets"], least=["parameters", "assets"])  # fmt: skip
+    print_table(
+        [{key: row[key] for key in ("name", "parameters", "licence", "use")}
+         | {"assets": ", ".join(sorted({assets.get_asset(name).state for name in row["assets"]}))}
+         for row in rows],
+        text=["licence", "assets"], least=["parameters", "assets"],
+    )  # fmt: skip
     for row in rows:
         line(f"{row['name']}: {row['description']}; from {row['from']}")
 

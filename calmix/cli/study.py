@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Points = Annotated[Sequence[Annotated[float, Field(gt=0, allow_inf_nan=False)]],
                    BeforeValidator(lambda text: text.split(","))]  # fmt: skip
 MANY = 999  # seeds, or times the items: more are not counted out
+WHICH = {"method", "sparsity", "measure"}  # trials, and the measure they are looked at by
 FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
 studies = group("study")
 
@@ -98,17 +99,17 @@ def plan(
     file = load_study(study)
     found = estimate(file, device)
     print_json({"study": file.file.name, **found})
-    rows = []
-    for each in found["groups"]:
-        taken = each["seconds"]
-        rows.append({
+    rows = [
+        {
             "model": each["model"] if len(file.file.models) > 1 else None,
             **{name: each[name] for name in ("trials", "method", "pattern")},
             "tokens": f"{each['rows']}x{each['length']}" if each["rows"] else None,
-            **{stage: duration(taken[stage]) if stage in taken else None
+            **{stage: duration(each["seconds"][stage]) if stage in each["seconds"] else None
                for stage in ("prune", "recover", "evaluate")},
             "memory": size(each["memory"]), "disk": size(each["disk"]),
-        })  # fmt: skip
+        }
+        for each in found["groups"]
+    ]  # fmt: skip
     print_table(rows, title=f"study {file.file.name}, each trial",
                 least=["disk", "memory", "tokens", "model"])  # fmt: skip
     line(
@@ -266,10 +267,7 @@ def recommend(
     from calmix.report import words
     from calmix.study import read_results
 
-    found = best_of(
-        read_results(options.study), weights, measure=options.measure,
-        method=options.method, sparsity=options.sparsity,
-    )  # fmt: skip
+    found = best_of(read_results(options.study), weights, **options.model_dump(include=WHICH))
     print_json([asdict(one) for one in found])
     for one in found:
         if not one.candidates:
@@ -312,10 +310,7 @@ def power(
     from calmix.report import words
     from calmix.study import read_results
 
-    noisy = noises(
-        read_results(options.study), method=options.method, sparsity=options.sparsity,
-        measure=options.measure,
-    )  # fmt: skip
+    noisy = noises(read_results(options.study), **options.model_dump(include=WHICH))
     found = [
         (one, [needed(p / 100, one.draw, one.freedom, one.item or 0.0) for p in difference])
         for one in noisy if one.draw is not None
