@@ -15,6 +15,7 @@ from calmix.compression.plan import (
     SCORES,
     Request,
     Stage,
+    aim,
     scored,
     stages,
     timed,
@@ -57,7 +58,7 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
     """Return what every stage of a compression will take here, in order."""
     model = timed(asked.model, asked.device, asked.trust_remote_code)
     rows, length = _drawn(asked)
-    request = prune_request(**asked.aim, calibration=asked.calibration)
+    request = prune_request(**aim(asked), calibration=asked.calibration)
     suites, found = scored(asked), []
     for stage in listed:
         seconds, memory, disk = 0.0, PROGRAM + model.bytes, 0.0

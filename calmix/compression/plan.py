@@ -153,11 +153,6 @@ class Request(Target):
         return 1 if walks else EFFORTS[self.effort].epochs
 
     @property
-    def aim(self) -> dict[str, Any]:
-        """The method and what it is asked for, as a prune takes them."""
-        return aim(self)
-
-    @property
     def target(self) -> str:
         """What is asked for, as it is printed: `60 %`, `2:4`, `2.8 bits`, `50 %, 4 bits`."""
         return target(self.model_dump())
@@ -356,48 +351,45 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
 
 def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
     """Return what is done, in order; on the set in folder `held`, if it is there already."""
-    effort, model = EFFORTS[asked.effort], asked.model
-    work = _where(asked) | {"max_memory": asked.max_memory, "resume": True}
-    found: list[Stage] = []
+    effort, model, found = EFFORTS[asked.effort], asked.model, list[Stage]()
+    where = {"device": _device(asked), "trust_remote_code": asked.trust_remote_code}
+    work = where | {"max_memory": asked.max_memory, "resume": True}
     if held is None and asked.saved:
         held = asked.calibration
     elif held is None:
         held = str(out / CALIBRATION)
-        named = "write the calibration set" if asked.generated else "draw the calibration set"
-        where = _where(asked) if asked.generated else {"trust_remote_code": asked.trust_remote_code}
-        draw = _flags(
-            model=model, rows=effort.rows, length=asked.length, seed=asked.seed,
-            leakage=guarded(asked.suite), licence=asked.licence, **where, output=held,
-        )  # fmt: skip
-        found.append(Stage(named, ("calibrate", asked.calibration, *draw), CALIBRATION))
-    sparse = asked.aim["method"] != BITS_METHOD
+        found.append(_stage(
+            f"{'write' if asked.generated else 'draw'} the calibration set", out, CALIBRATION,
+            "calibrate", asked.calibration, model=model, rows=effort.rows, length=asked.length,
+            seed=asked.seed, leakage=guarded(asked.suite), licence=asked.licence,
+            **where if asked.generated else {"trust_remote_code": asked.trust_remote_code},
+        ))  # fmt: skip
+    wanted = aim(asked)
+    sparse = wanted["method"] != BITS_METHOD
     trained = sparse or (asked.bits is not None and asked.bits <= effort.levels)
     recoveries = effort.recoveries if trained else ()
     before = "pruned" if recoveries else "model"
-    pruned = _flags(
-        **asked.aim, calibration=held, licence=asked.licence if asked.saved else None, **work,
-        output=out / before,
-    )  # fmt: skip
-    named = "prune" if sparse else "quantise"
-    found.append(Stage(named, ("prune", model, *pruned), before))
+    found.append(_stage(
+        "prune" if sparse else "quantise", out, before, "prune", model, **wanted, calibration=held,
+        licence=asked.licence if asked.saved else None, **work,
+    ))  # fmt: skip
     for way in recoveries:
         last = way == effort.recoveries[-1]
         after = "model" if last else way
-        flags = _flags(
-            against=model, calibration=held, method=way, epochs=asked.epochs if last else None,
-            **work, output=out / after,
-        )  # fmt: skip
-        found.append(Stage(f"recover by {way}", ("recover", str(out / before), *flags), after))
+        found.append(_stage(
+            f"recover by {way}", out, after, "recover", str(out / before), against=model,
+            calibration=held, method=way, epochs=asked.epochs if last else None, **work,
+        ))  # fmt: skip
         before = after
     made = str(out / "model")
-    answered = _flags(prompts=asked.prompts, **_where(asked), output=out / "answers.json")
     return [
         *found,
-        Stage("pack", ("export", made, "--to", "pack", "-o", str(out / PACK)), PACK),
+        _stage("pack", out, PACK, "export", made, to="pack"),
         *(scoring(asked, file, made, out, model) for file in slices(asked)),
-        Stage("answer prompts", ("evaluate", "answers", model, made, *answered), "answers.json"),
+        _stage("answer prompts", out, "answers.json", "evaluate", "answers", model, made,
+               prompts=asked.prompts, **where),
         Stage("report card", ("report", str(out)), None),
-    ]
+    ]  # fmt: skip
 
 
 def scoring(
@@ -408,28 +400,26 @@ def scoring(
     decides what is kept."""
     suite, part = slices(asked)[file]
     near = not EFFORTS[asked.effort].distance and against is not None
-    flags = _flags(
-        against=against, suite=None if suite == "offline" else suite, **part,
+    return _stage(
+        "evaluate" if file == SCORES else "evaluate behaviour", out, f"{leaves}{file}",
+        "evaluate", model, against=against, suite=None if suite == "offline" else suite, **part,
         right_only=isinstance(against, Path) and choose(suite).asks,
         no_distance=near and file == SCORES, allow_code_execution=asked.allow_code_execution,
-        **_where(asked), output=out / f"{leaves}{file}",
+        device=_device(asked), trust_remote_code=asked.trust_remote_code,
     )  # fmt: skip
-    named = "evaluate" if file == SCORES else "evaluate behaviour"
-    return Stage(named, ("evaluate", model, *flags), f"{leaves}{file}")
 
 
-def _where(asked: Request) -> dict[str, Any]:
-    """Return where a model runs, and whether its own code may."""
-    device = None if asked.device == "auto" else asked.device
-    return {"device": device, "trust_remote_code": asked.trust_remote_code}
+def _device(asked: Request) -> str | None:
+    return None if asked.device == "auto" else asked.device
 
 
-def _flags(**given: object) -> tuple[str, ...]:
-    """Return options as the command line has them, without those that are None or False."""
+def _stage(name: str, out: Path, leaves: str, *words: str, **options: object) -> Stage:
+    """Return a verb with options, without those that are None or False, that leaves its result in
+    OUT."""
     found: list[str] = []
-    for name, value in given.items():
+    for key, value in options.items():
         if value is not None and value is not False:
-            flag = "-o" if name == "output" else f"--{name.replace('_', '-')}"
+            flag = f"--{key.replace('_', '-')}"
             values = value if isinstance(value, tuple) else (value,)
             found += [flag] if value is True else [s for one in values for s in (flag, str(one))]
-    return tuple(found)
+    return Stage(name, (*words, *found, "-o", str(out / leaves)), leaves)

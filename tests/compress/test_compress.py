@@ -12,7 +12,7 @@ import pytest
 import calmix as api
 from calmix.calibration import parse_mix
 from calmix.cli import compress as verb
-from calmix.compression.plan import MIX, PERMISSIVE, stages, weighed
+from calmix.compression.plan import MIX, PERMISSIVE, aim, stages, weighed
 from calmix.compression.running import read_record
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import choose, runnable
@@ -320,7 +320,7 @@ def test_a_size_or_bits_stand_for_a_sparsity_or_beside_it(calmix, command, asked
     four = stages(asked(effort="quick"), out)
     assert not [one for one in four if one.arguments[0] == "recover"]
     both = asked(bits=4, pattern="2:4")
-    assert (both.target, both.aim["method"]) == ("2:4, 4 bits", "admm")
+    assert (both.target, aim(both)["method"]) == ("2:4, 4 bits", "admm")
     assert calmix(*command(tmp_path / "no", "--bits", 3, "--dry-run")).code == 0
 
 
