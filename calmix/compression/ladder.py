@@ -234,9 +234,8 @@ def opening(asked: Request, out: Path) -> list[Stage]:
         drawn = asked.model_copy(update={"seed": asked.seed + number})
         own = [one for one in stages(drawn, out / draw) if one.leaves == CALIBRATION]
         found += [_within(draw, one) for one in own]
-    dense = scoring(at(asked, RUNGS[0]), deciding(asked), asked.model, out / CANDIDATES,
-                    leaves="dense-")  # fmt: skip
-    return [*found, _within(CANDIDATES, replace(dense, name=f"{dense.name}, dense"))]
+    dense = scoring(asked, deciding(asked), asked.model, out, leaves=f"{CANDIDATES}/dense-")
+    return [*found, replace(dense, name=f"{dense.name}, dense")]
 
 
 def building(asked: Request, out: Path, bits: float) -> list[Stage]:
@@ -255,10 +254,7 @@ def building(asked: Request, out: Path, bits: float) -> list[Stage]:
 
 def draws(asked: Request) -> list[str]:
     """Return the folder of each draw of the text; the first is OUT itself."""
-    return [
-        "",
-        *(f"{CANDIDATES}/draw-{number}" for number in range(2, (asked.seeds or 1) + 1)),
-    ]
+    return ["", *(f"{CANDIDATES}/draw-{n}" for n in range(2, (asked.seeds or 1) + 1))]
 
 
 def _within(folder: str, stage: Stage) -> Stage:

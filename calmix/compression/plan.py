@@ -396,7 +396,7 @@ def scoring(
     asked: Request, file: str, model: str, out: Path, against: object = None, leaves: str = ""
 ) -> Stage:
     """Return the stage that leaves a file of a model's scores, `against` a dense one or its scores;
-    its name begins with `leaves`. Against saved scores only what these have right is asked, which
+    its path begins with `leaves`. Against saved scores only what these have right is asked, which
     decides what is kept."""
     suite, part = slices(asked)[file]
     near = not EFFORTS[asked.effort].distance and against is not None
