@@ -111,7 +111,8 @@ def print_table(
     for head in dict.fromkeys(key for row in records for key in row if key != by):
         column = [row.get(head) for row in records]
         if any(value is not None for value in column):
-            cells[head] = ["-" if value is None else str(value) for value in column]
+            start = "  " if by and not cells else ""
+            cells[head] = [start + ("-" if value is None else str(value)) for value in column]
     heads, limit, left_out = list(cells), room() or ENDLESS, list[str]()
     narrow = {
         head: max([_longest(head), *(map(_longest if head in text else cell_len, cells[head]))])
@@ -124,9 +125,7 @@ def print_table(
             heads.remove(head)
             left_out.insert(0, head)
     if by:
-        first = heads[0]
-        cells[first] = [f"  {cell}" for cell in cells[first]]
-        narrow[first] = max(narrow[first] + 2, *(cell_len(row[by]) for row in records))
+        narrow[heads[0]] = max(narrow[heads[0]], *(cell_len(row[by]) for row in records))
     if title:
         out.print(Text(title, style="bold"), soft_wrap=room() is None, width=room())
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
