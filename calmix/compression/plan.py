@@ -32,6 +32,7 @@ from calmix.options import (
     COMPRESS_METHOD,
     MOST_EMBEDDING,
     Compression,
+    DeviceOptions,
     Target,
     parse_share,
 )
@@ -352,7 +353,7 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
 def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
     """Return what is done, in order; on the set in folder `held`, if it is there already."""
     effort, model, found = EFFORTS[asked.effort], asked.model, list[Stage]()
-    where = {"device": _device(asked), "trust_remote_code": asked.trust_remote_code}
+    where = asked.asked(DeviceOptions)
     work = where | {"max_memory": asked.max_memory, "resume": True}
     if held is None and asked.saved:
         held = asked.calibration
@@ -362,7 +363,7 @@ def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
             f"{'write' if asked.generated else 'draw'} the calibration set", out, CALIBRATION,
             "calibrate", asked.calibration, model=model, rows=effort.rows, length=asked.length,
             seed=asked.seed, leakage=guarded(asked.suite), licence=asked.licence,
-            **where if asked.generated else {"trust_remote_code": asked.trust_remote_code},
+            **where | ({} if asked.generated else {"device": None}),
         ))  # fmt: skip
     wanted = aim(asked)
     sparse = wanted["method"] != BITS_METHOD
@@ -405,20 +406,16 @@ def scoring(
         "evaluate", model, against=against, suite=None if suite == "offline" else suite, **part,
         right_only=isinstance(against, Path) and choose(suite).asks,
         no_distance=near and file == SCORES, allow_code_execution=asked.allow_code_execution,
-        device=_device(asked), trust_remote_code=asked.trust_remote_code,
+        **asked.asked(DeviceOptions),
     )  # fmt: skip
 
 
-def _device(asked: Request) -> str | None:
-    return None if asked.device == "auto" else asked.device
-
-
 def _stage(name: str, out: Path, leaves: str, *words: str, **options: object) -> Stage:
-    """Return a verb with options, without those that are None or False, that leaves its result in
-    OUT."""
+    """Return a verb with options, without those that are None, False or `auto`, that leaves its
+    result in OUT."""
     found: list[str] = []
     for key, value in options.items():
-        if value is not None and value is not False:
+        if value is not None and value is not False and value != "auto":
             flag = f"--{key.replace('_', '-')}"
             values = value if isinstance(value, tuple) else (value,)
             found += [flag] if value is True else [s for one in values for s in (flag, str(one))]
