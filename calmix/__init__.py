@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from calmix.calibration import CalibrationSet as CalibrationSet
     from calmix.calibration import resolve as resolve
     from calmix.calibration.measuring import measure as measure
-    from calmix.cli.python import compress as compress
+    from calmix.cli.compress import compress as compress
     from calmix.deploy.openvino import export as export
     from calmix.deploy.pack import load as load
     from calmix.deploy.pack import pack as pack
@@ -42,7 +42,7 @@ _NAMES = {
     "analysis.predict": ("predict",),
     "calibration": ("CalibrationSet", "resolve"),
     "calibration.measuring": ("measure",),
-    "cli.python": ("compress",),
+    "cli.compress": ("compress",),
     "deploy.openvino": ("export",),
     "deploy.pack": ("load", "pack", "unpack"),
     "errors": ("CalmixError",),

@@ -136,12 +136,6 @@ class MemoryOptions(Options):
     )
 
 
-class Json(Options):
-    """A verb that can print JSON."""
-
-    as_json: bool = option(False, "Print JSON instead of a table.", flag="--json")
-
-
 def own_sources_option(advanced: bool = True) -> Any:
     """Return the field of a user's own sources, `--sources`."""
     text = "YAML file of your own sources, e.g. mine.yaml."
@@ -215,15 +209,13 @@ class DrawOptions(SizeOptions):
 Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
 
 
-class MeasureOptions(Options):
-    """How retention is computed from scores."""
-
-    measure: Measure = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
+MEASURE = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
 
 
-class Settings(MeasureOptions):
+class Settings(Options):
     """How an analysis is made."""
 
+    measure: Measure = MEASURE
     default: str | None = option(
         None, "The set that leads are over.", shown="mean of the single sources", advanced=True
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import itertools
 import logging
@@ -16,6 +17,8 @@ from typing import Any, ClassVar
 EVERY = 30.0  # seconds between lines where nobody looks on
 OFTEN = 0.2  # between changes in a notebook
 WIDE = 32  # characters of what is done inside a stage
+# What draws a text, a share (None: not known) and the time that is left, and what ends it.
+View = tuple[Callable[[str, float | None, str], None], Callable[[], None]]
 
 
 def duration(seconds: float) -> str:
@@ -50,21 +53,20 @@ class Progress:
     _over: ClassVar[Stages | None] = None
 
     def __init__(self, *, shown: bool = True) -> None:
-        self._shown = shown
-        self._view: _Terminal | _Notebook | None = None
-        self._last = 0.0
+        self._shown, self._last = shown, 0.0
+        self._view: View | None = None
         self._most: dict[str, float] = {}
         self._since: dict[str, float] = {}
 
     def __enter__(self) -> Any:
         self._last = time.monotonic()
         if self._shown and (Progress._over in (None, self)):
-            self._view = _Notebook() if _in_notebook() else _Terminal() if _watched() else None
+            self._view = _notebook() if _in_notebook() else _terminal() if _watched() else None
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._view is not None:
-            self._view.end()
+            self._view[1]()
 
     def of(self, what: str, between: str = ", ") -> Callable[..., None]:
         """Return what shows how much of some work is done, of how much, and a word more."""
@@ -108,7 +110,7 @@ class Progress:
                 left = since / share * (1 - share)
         told = f"{duration(left)} left" if left is not None and left >= 1 else ""
         if self._view is not None:
-            self._view.draw(text, share, told)
+            self._view[0](text, share, told)
         elif self._shown and now - self._last >= EVERY:
             self._last = now
             known = [f"{share:.0%}"] if share is not None else []
@@ -180,47 +182,37 @@ def _in_notebook() -> bool:
     return "ZMQInteractiveShell" in names  # Colab's shell is a subclass
 
 
-class _Terminal:
-    """A line with a bar, which pulses while a share is not known, and goes when all is done."""
+def _terminal() -> View:
+    """Return a line with a bar, which pulses while a share is not known, and goes at the end."""
+    from rich import progress as rich
+    from rich.console import Console
 
-    def __init__(self) -> None:
-        from rich import progress as rich
-        from rich.console import Console
+    columns = (
+        rich.TextColumn("{task.description}", markup=False), rich.BarColumn(None),
+        rich.TextColumn("{task.fields[told]}", markup=False), rich.TimeElapsedColumn(),
+    )  # fmt: skip
+    console = Progress.console or Console(stderr=True)
+    bar = rich.Progress(*columns, console=console, transient=True)
+    task = bar.add_task("", total=None, told="")
+    bar.start()
 
-        columns = (
-            rich.TextColumn("{task.description}", markup=False), rich.BarColumn(None),
-            rich.TextColumn("{task.fields[told]}", markup=False), rich.TimeElapsedColumn(),
-        )  # fmt: skip
-        console = Progress.console or Console(stderr=True)
-        self.bar = rich.Progress(*columns, console=console, transient=True)
-        self.task = self.bar.add_task("", total=None, told="")
-        self.bar.start()
+    def draw(text: str, share: float | None, told: str) -> None:
+        bar.tasks[0].total = None if share is None else 1.0  # an update takes None as no change
+        bar.update(task, description=text, completed=share or 0.0, told=told)
 
-    def draw(self, text: str, share: float | None, told: str) -> None:
-        for task in self.bar.tasks:  # an update takes a total of None as no change
-            task.total = None if share is None else 1.0
-        self.bar.update(self.task, description=text, completed=share or 0.0, told=told)
-
-    def end(self) -> None:
-        self.bar.stop()
+    return draw, bar.stop
 
 
-class _Notebook:
-    """The same in a notebook's cell."""
+def _notebook() -> View:
+    """Return the same in a notebook's cell."""
+    display = importlib.import_module("IPython.display").display  # there, in a notebook
+    cell, last = display({"text/plain": ""}, raw=True, display_id=True), 0.0
 
-    def __init__(self) -> None:
-        display = importlib.import_module("IPython.display").display  # there, in a notebook
-        self.cell = display({"text/plain": ""}, raw=True, display_id=True)
-        self.last = 0.0
+    def draw(text: str, share: float | None, told: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= OFTEN:
+            last, value = time.monotonic(), "" if share is None else f"value='{share:.3f}'"
+            page = f"{html.escape(text)} <progress {value}></progress> {told}"
+            cell.update({"text/plain": f"{text} {told}", "text/html": page}, raw=True)
 
-    def draw(self, text: str, share: float | None, told: str) -> None:
-        if time.monotonic() - self.last < OFTEN:
-            return
-        import html
-
-        self.last, value = time.monotonic(), "" if share is None else f"value='{share:.3f}'"
-        page = f"{html.escape(text)} <progress {value}></progress> {told}"
-        self.cell.update({"text/plain": f"{text} {told}", "text/html": page}, raw=True)
-
-    def end(self) -> None:
-        self.cell.update({"text/plain": ""}, raw=True)
+    return draw, lambda: cell.update({"text/plain": ""}, raw=True)

@@ -28,7 +28,7 @@ class View:
 def view(monkeypatch):
     made = View()
     monkeypatch.setattr(progress, "_watched", lambda: True)
-    monkeypatch.setattr(progress, "_Terminal", lambda: made)
+    monkeypatch.setattr(progress, "_terminal", lambda: (made.draw, made.end))
     return made
 
 
@@ -111,11 +111,14 @@ def test_a_stage_that_takes_longer_than_thought_never_stands_still(view, now):
 
 def test_the_bar_pulses_again_when_a_share_is_not_known(monkeypatch):
     monkeypatch.setattr(Progress, "console", Console(file=io.StringIO()))
-    line = progress._Terminal()
-    for share, total in ((None, None), (0.5, 1.0), (None, None)):
-        line.draw("x", share, "")
-        assert line.bar.tasks[0].total == total
-    line.end()
+    totals = []
+    monkeypatch.setattr("rich.progress.Progress.update",
+                        lambda bar, *_, **__: totals.append(bar.tasks[0].total))  # fmt: skip
+    draw, end = progress._terminal()
+    for share in (None, 0.5, None):
+        draw("x", share, "")
+    end()
+    assert totals == [None, 1.0, None]
 
 
 def test_without_a_terminal_a_line_comes_now_and_then(capsys, now):

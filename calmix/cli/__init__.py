@@ -37,6 +37,7 @@ def _options(
     """Options of no verb."""
 
 
+_parser = functools.cache(typer.main.get_command)  # takes a tenth of a second; verbs stay the same
 # What the parser raises for a mistake: click's class or, in later versions, typer's copy of it.
 UsageError: Any = typer.BadParameter.__base__
 
@@ -62,12 +63,6 @@ def _refuse(error: Any) -> NoReturn:
     fail(f"{error.format_message().rstrip('.')} (see {verb} --help)")
 
 
-@functools.cache
-def _command() -> Any:
-    """Return the parser, which takes a tenth of a second to make; the verbs do not change."""
-    return typer.main.get_command(app)
-
-
 def main() -> None:
     """Run the command line. Exit code 2 and one line for a mistake; 130 for an interrupt."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook sets its own, which may not be installed here
@@ -76,7 +71,7 @@ def main() -> None:
     for cache in CACHES:
         os.environ.setdefault(cache, KERNELS)
     try:
-        code = _command()(prog_name="calmix", standalone_mode=False)
+        code = _parser(app)(prog_name="calmix", standalone_mode=False)
     except UsageError as error:
         _refuse(error)
     except CalmixError as error:

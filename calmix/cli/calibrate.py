@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from calmix.cli.common import line, note, print_json
-from calmix.cli.tables import print_table
+from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError, nearest
 from calmix.files import check_output_folder, check_result_file
@@ -27,13 +26,16 @@ from calmix.options import (
     path_option,
 )
 from calmix.progress import Progress
+from calmix.sources import builtin_sources, get_source, offline_sources, own_sources
+from calmix.sources.licences import allowed, short
+from calmix.sources.registry import MIXES
 from calmix.specs import BOTH
 
 WRITTEN = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of text a model wrote
 calibrate = group("calibrate", default="draw")
 
 
-@verb("draw", of=calibrate, json=True)
+@verb("draw", of=calibrate)
 def draw(
     own: TextField,
     drawn: DrawOptions,
@@ -96,7 +98,7 @@ def draw(
              f"in a row with an item of suite {leakage['suite']}")  # fmt: skip
 
 
-@verb("measure", of=calibrate, json=True)
+@verb("measure", of=calibrate)
 def measure(
     size: SizeOptions,
     how: ModelOptions,
@@ -114,13 +116,10 @@ def measure(
     from calmix.calibration.measuring import check_request, table
     from calmix.calibration.measuring import measure as run
     from calmix.models import check_models, open_model
-    from calmix.sources import offline_sources
 
     names = [name for one in specs for name in (offline_sources() if one == "offline" else [one])]
-    asked: dict[str, Any] = {
-        "rows": rows, "length": size.length, "draws": draws, "seed": size.seed,
-        "packing": size.packing, "sources": size.sources, "perplexity": not no_perplexity,
-    }  # fmt: skip
+    asked = size.asked(SizeOptions)
+    asked |= {"rows": rows, "draws": draws, "perplexity": not no_perplexity}
     files = check_request(names, **asked)
     if output is not None:
         check_result_file(output, [model, size.sources, *files])
@@ -144,7 +143,7 @@ def measure(
         line(f"{name}: {told}")
 
 
-@verb("predict", of=calibrate, json=True)
+@verb("predict", of=calibrate)
 def predict(
     drawn: DrawOptions,
     how: ModelOptions,
@@ -197,17 +196,13 @@ def predict(
     line("this orders sets, it is not retention")
 
 
-@verb("sources", of=calibrate, json=True)
+@verb("sources", of=calibrate)
 def list_sources(
     sources: Path | None = own_sources_option(advanced=False),
     licence: Licence = licence_option(advanced=False),
     dimension: str | None = option(None, "Only sources of this dimension, e.g. code."),
 ) -> None:
     """List the sources; files, folders and hub ids (owner/name) are sources too."""
-    from calmix.sources import builtin_sources, own_sources
-    from calmix.sources.licences import allowed, short
-    from calmix.sources.registry import MIXES
-
     known = {**builtin_sources(), **own_sources(sources)}
     dimensions = {source.dimension for source in known.values()}
     if dimension is not None and dimension not in dimensions:
@@ -232,7 +227,7 @@ def list_sources(
     line(f"mixes: {', '.join(MIXES)}; offline: all that need no hub")
 
 
-@verb("show", of=calibrate, json=True)
+@verb("show", of=calibrate)
 def show_source(
     name: str = option(..., "A source, file or hub id.", argument=True),
     documents: int = option(1, "Documents to show.", ge=1),
@@ -240,12 +235,10 @@ def show_source(
     sources: Path | None = own_sources_option(advanced=False),
 ) -> None:
     """Show a source's entry and the beginning of its first documents."""
-    from calmix.calibration import mix_text
-    from calmix.sources import get_source, own_sources
-    from calmix.sources.registry import MIXES
-
     own = own_sources(sources)
     if name in MIXES and name not in own:
+        from calmix.calibration import mix_text
+
         print_json({"mix": MIXES[name]})
         line(f"{name}: {mix_text(MIXES[name])}")
         return

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from calmix import assets
-from calmix.cli.common import line, note, print_json
-from calmix.cli.tables import print_layers, print_table
+from calmix.cli.common import line, note, print_json, print_layers, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.options import option, path_option
 from calmix.progress import Progress
+from calmix.sources.licences import use_of
 
 WORST = 5  # layers that are named
 WARNINGS = 10  # that are printed one by one
 doctor = group("doctor", default="check")
 
 
-@verb("check", of=doctor, json=True)
+@verb("check", of=doctor)
 def check() -> None:
     """Check this installation and machine; exit code 0 if pruning works."""
     from calmix.diagnostics.doctor import examine
@@ -41,7 +41,7 @@ def check() -> None:
         sys.exit(2)
 
 
-@verb("inspect", of=doctor, json=True)
+@verb("inspect", of=doctor)
 def inspect(
     path: Path = option(..., "A result of calmix.", argument=True, metavar="OUT"),
     layers: bool = option(False, "One row for every layer."),
@@ -76,7 +76,7 @@ def inspect(
     line("intact: nothing is missing or damaged")
 
 
-@verb("rerun", of=doctor, json=True)
+@verb("rerun", of=doctor)
 def rerun(
     manifest: Path = option(
         ..., "A checkpoint's calmix.json, a set's manifest.json.", argument=True
@@ -108,11 +108,10 @@ def rerun(
     line("the same: every file has the hash of the manifest")
 
 
-@verb("models", of=doctor, json=True)
+@verb("models", of=doctor)
 def models() -> None:
     """List the builtin models."""
     from calmix.models import builtin_models
-    from calmix.sources.licences import use_of
 
     rows: list[dict[str, Any]] = [
         {
@@ -123,17 +122,17 @@ def models() -> None:
         for model in builtin_models().values()
     ]  # fmt: skip
     print_json(rows)
-    keys = ("name", "parameters", "licence", "use")
-    states = [", ".join(sorted({assets.get_asset(name).state for name in row["assets"]}))
-              for row in rows]  # fmt: skip
-    print_table([{key: row[key] for key in keys} | {"assets": state}
-                 for row, state in zip(rows, states, strict=True)],
-                text=["licence", "assets"], least=["parameters", "assets"])  # fmt: skip
+    print_table(
+        [{key: row[key] for key in ("name", "parameters", "licence", "use")}
+         | {"assets": ", ".join(sorted({assets.get_asset(name).state for name in row["assets"]}))}
+         for row in rows],
+        text=["licence", "assets"], least=["parameters", "assets"],
+    )  # fmt: skip
     for row in rows:
         line(f"{row['name']}: {row['description']}; from {row['from']}")
 
 
-@verb("methods", of=doctor, json=True)
+@verb("methods", of=doctor)
 def methods() -> None:
     """List the pruning methods, other packages' too, with their options and papers."""
     from calmix.pruning.methods import methods as known
@@ -151,7 +150,7 @@ def methods() -> None:
     print_table(rows, text=["options", "paper"], least=["paper", "needs"])
 
 
-@verb("assets", of=doctor, json=True)
+@verb("assets", of=doctor)
 def archives(
     names: tuple[str, ...] = option(
         (), "Names of archives.", shown="all that are needed", argument=True

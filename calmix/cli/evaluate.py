@@ -5,25 +5,40 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.cli.common import line, note, print_json
-from calmix.cli.tables import print_table
+from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
+from calmix.evaluation.behaviour import Behaviour, behaviour, likelihood
+from calmix.evaluation.measures import RIGHT_OR_WRONG
+from calmix.evaluation.retention import RESAMPLES, Retention, flips
+from calmix.evaluation.scores import (
+    CapabilityScores,
+    check_same_suite,
+    describe,
+    load_pair,
+    load_scores,
+)
+from calmix.evaluation.suites import (
+    Suite,
+    builtin_suites,
+    load_suite,
+    provenance,
+    suite_file,
+    template,
+)
 from calmix.files import check_output_file, user_path, write_text
-from calmix.options import MODEL, Measure, MeasureOptions, ModelOptions, option, path_option
+from calmix.options import MEASURE, MODEL, Measure, ModelOptions, option, path_option
 from calmix.progress import Progress
+from calmix.sources.licences import use_of
+from calmix.sources.registry import local_file
 
 if TYPE_CHECKING:
-    from calmix.evaluation.behaviour import Behaviour
-    from calmix.evaluation.retention import Retention
-    from calmix.evaluation.scores import CapabilityScores
-    from calmix.evaluation.suites import Suite
+    from calmix.models import OpenModel
 
 BESIDE = 3  # models whose intervals fit next to each other into 80 columns
 UNITS = "Bits and smoothed: bits per byte, lower is better; other scores: higher."
@@ -31,9 +46,8 @@ DENSE = "Dense model, or a .json file of its scores."
 evaluate = group("evaluate", default="run")
 
 
-@verb("run", of=evaluate, json=True)
+@verb("run", of=evaluate)
 def run(
-    measured: MeasureOptions,
     opening: ModelOptions,
     model: str = option(..., MODEL, argument=True),
     suite: str = option("offline", "Suite by name, or a YAML file."),
@@ -66,18 +80,15 @@ def run(
         None, "Tokens per forward pass.", shown="2048", ge=1, advanced=True
     ),
     no_cache: bool = option(False, "Score the dense model again.", advanced=True),
+    measure: Measure = MEASURE,
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
     """Score a model on a suite; with --against, report what it kept, with intervals."""
     from calmix.calibration import open_tokenizer
     from calmix.calibration.texts import builtin_readers, parse_texts, texts
     from calmix.evaluation import evaluate as capability
-    from calmix.evaluation.behaviour import behaviour
     from calmix.evaluation.distance import distance, reference
-    from calmix.evaluation.measures import RIGHT_OR_WRONG
-    from calmix.evaluation.scores import check_same_suite, describe, load_scores
-    from calmix.evaluation.suites import suite_file
-    from calmix.models import OpenModel, check_models, open_model
+    from calmix.models import check_models, open_model
 
     how = opening.opening()
     chosen = capability.choose(
@@ -117,7 +128,7 @@ def run(
     if saved:
         dense = load_scores(user_path(saved))
         check_same_suite(describe(chosen), dense.suite)
-        dense.retention(dense, measure=measured.measure, resamples=1)
+        _kept(dense, None, measure)
         known_right = dense.right if right_only else None
     for name in named:
         open_tokenizer(name, trust_remote_code=opening.trust_remote_code)
@@ -141,53 +152,45 @@ def run(
     scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
     made, kept = {"scores": scores.to_dict()}, None
     if dense is not None:
-        kept = scores.retention(dense, measure=measured.measure)
+        kept = _kept(scores, dense, measure)
         made |= {"dense": dense.to_dict(), "retention": kept.to_dict(),
                  "behaviour": asdict(behaviour((dense, scores)))}  # fmt: skip
     if output is not None:
         write_text(output, json.dumps(made, ensure_ascii=False) + "\n")
     print_json(made)
-    _print(scores, dense, kept or _alone(scores, measured.measure))
+    _print(scores, dense, kept or _kept(scores, None, measure))
     for name, count in scores.truncated.items():
         note(f"task {name}: {count} requests were cut to fit the model's context")
     if output is not None:
         note(f"wrote {output}")
 
 
-@verb("rescore", of=evaluate, json=True)
+@verb("rescore", of=evaluate)
 def rescore(
-    measured: MeasureOptions,
     file: Path = option(..., "A file of calmix evaluate -o.", argument=True),
     against: Path | None = option(None, "The dense model's file.", shown="the one in FILE"),
+    measure: Measure = MEASURE,
 ) -> None:
     """Compute scores and retention again from a file, by another measure, without the model."""
-    from calmix.evaluation.scores import load_pair, load_scores
-
     dense, scores = load_pair(file)
     dense = dense if against is None else load_scores(against)
-    if dense is None:
-        kept = _alone(scores, measured.measure)
-        print_json([
-            {"dimension": task.dimension, "task": task.name, "n": task.items,
-             "score": task.score, "floor": task.floor, "value": task.dense,
-             "noise": task.noise, "signal": task.signal, "accuracy": task.dense_accuracy}
-            for task in kept.tasks
-        ])  # fmt: skip
-    else:
-        kept = scores.retention(dense, measure=measured.measure)
-        print_json(kept.to_dict())
+    kept = _kept(scores, dense, measure)
+    print_json(kept.to_dict() if dense is not None else [
+        {"dimension": task.dimension, "task": task.name, "n": task.items,
+         "score": task.score, "floor": task.floor, "value": task.dense,
+         "noise": task.noise, "signal": task.signal, "accuracy": task.dense_accuracy}
+        for task in kept.tasks
+    ])  # fmt: skip
     _print(scores, dense, kept)
 
 
-@verb("compare", json=True)
+@verb("compare")
 def compare(
-    measured: MeasureOptions,
     scores: tuple[Path, ...] = option(..., "Files of calmix evaluate -o.", argument=True),
     against: Path | None = option(None, "The dense model's file.", shown="the one in SCORES"),
+    measure: Measure = MEASURE,
 ) -> None:
     """Put the retention of several models next to each other, dimension by dimension."""
-    from calmix.evaluation.behaviour import behaviour, likelihood
-    from calmix.evaluation.scores import load_pair, load_scores
     from calmix.report import words
 
     # A folder of calmix compress is known by its own name.
@@ -208,7 +211,7 @@ def compare(
                 f"{path} was scored against {own.model}, which is not the dense model of the "
                 f"others ({dense.model}): compare it by itself"
             )
-    kept = [one.retention(dense, measure=measured.measure) for one in models]
+    kept = [one.retention(dense, measure=measure) for one in models]
     print_json({name: one.to_dict() for name, one in zip(names, kept, strict=True)})
     found = [behaviour((dense, one)) for one in models]
     for at, (name, one) in enumerate(zip(names, models, strict=True)):
@@ -229,7 +232,6 @@ def _print_kept(
     found: Sequence[Behaviour],
 ) -> None:
     """Print what models have kept of a dense one by dimension, and how far they are from it."""
-    from calmix.evaluation.retention import RESAMPLES, flips
     from calmix.report.words import number, percent, with_span
 
     records: list[dict[str, Any]] = []
@@ -244,7 +246,7 @@ def _print_kept(
             "KL to dense": far and number(far["kl_mean"]), "top-1 %": far and percent(far["top1"]),
             "flips %": changed and with_span(changed),
         })  # fmt: skip
-    table: list[Row] = []
+    table: list[dict[str, Any] | None] = []
     if len(models) <= BESIDE:
         for label in records[0]:
             if any(one[label] for one in records):
@@ -271,35 +273,25 @@ def _print_kept(
     line(f"Brackets: 95 %, over items, {RESAMPLES} resamples, seed 0.")
 
 
-def _alone(scores: CapabilityScores, measure: Measure) -> Retention:
-    """Return what a model that is its own dense one has kept, for its scores."""
-    return scores.retention(scores, measure=measure, resamples=1)
-
-
-Row = dict[str, Any] | str | None
-
-
-def _headed(tasks: Sequence[Any], of: Callable[[Any], str], row: Callable[[Any], Row]) -> list[Row]:
-    """Return a row a task, under its dimension's name."""
-    return [one for name, own in groupby(tasks, of) for one in (name, *map(row, own))]
+def _kept(scores: CapabilityScores, dense: CapabilityScores | None, measure: Measure) -> Retention:
+    """Return what a model has kept of a dense one; of itself, for its scores, if there is none."""
+    alone = {"resamples": 1} if dense is None else {}
+    return scores.retention(dense or scores, measure=measure, **alone)
 
 
 def _print(scores: CapabilityScores, dense: CapabilityScores | None, kept: Retention) -> None:
     """Print scores, or what they are of a dense model's."""
-    from calmix.evaluation.behaviour import behaviour, likelihood
     from calmix.report.words import measuring, number, short, verdict, with_span, wrapped
 
     title = f"suite {scores.suite['name']} version {scores.suite['version']}, {scores.dtype}"
     if dense is None:
-        rows = _headed(
-            kept.tasks, lambda task: task.dimension,
-            lambda task: {
-                "task": f"  {task.name}", "scored by": task.score, "n": task.items,
-                "baseline": number(task.floor), "score": number(task.dense),
-                "signal": "yes" if task.signal else "no", "accuracy": number(task.dense_accuracy),
-            },
-        )  # fmt: skip
-        print_table(rows, title=f"{scores.model}: {title}, {scores.seconds:.0f} s",
+        rows = [
+            {"dimension": task.dimension, "task": task.name, "scored by": task.score,
+             "n": task.items, "baseline": number(task.floor), "score": number(task.dense),
+             "signal": "yes" if task.signal else "no", "accuracy": number(task.dense_accuracy)}
+            for task in kept.tasks
+        ]  # fmt: skip
+        print_table(rows, by="dimension", title=f"{scores.model}: {title}, {scores.seconds:.0f} s",
                     least=["scored by", "baseline", "accuracy", "n"])  # fmt: skip
         line(UNITS)
         return
@@ -313,24 +305,22 @@ def _print(scores: CapabilityScores, dense: CapabilityScores | None, kept: Reten
                    "gained": number(one.gained, 0)}
                   for one in found.abilities]  # fmt: skip
         print_table(counts, title="generated answers, higher is better", least=["asked", "gained"])
-    rows = _headed(
-        kept.tasks, lambda task: task.dimension,
-        lambda task: {
-            "task": f"  {task.name}", "n": task.items, "scored by": task.score,
-            "dense": number(task.dense), "pruned": number(task.pruned),
-            "accuracy": "-" if task.dense_accuracy is None
-            else f"{number(task.dense_accuracy)} {number(task.pruned_accuracy)}",
-            "retention %": with_span(task.kept) if task.signal else "no signal",
-        },
-    )  # fmt: skip
-    print_table(rows, title=f"{scores.model} against {dense.model}: {title}",
+    rows = [
+        {"dimension": task.dimension, "task": task.name, "n": task.items, "scored by": task.score,
+         "dense": number(task.dense), "pruned": number(task.pruned),
+         "accuracy": "-" if task.dense_accuracy is None
+         else f"{number(task.dense_accuracy)} {number(task.pruned_accuracy)}",
+         "retention %": with_span(task.kept) if task.signal else "no signal"}
+        for task in kept.tasks
+    ]  # fmt: skip
+    print_table(rows, by="dimension", title=f"{scores.model} against {dense.model}: {title}",
                 least=["scored by", "n", "accuracy", "dense", "pruned"])  # fmt: skip
     if any(not task.signal for task in kept.tasks):
         line("no signal: left out, as the dense score is within its noise of the baseline")
     _print_kept([short(scores.model)], [scores], dense, [kept], [found])
 
 
-@verb("answers", of=evaluate)
+@verb("answers", of=evaluate, json=False)
 def answers(
     opening: ModelOptions,
     models: tuple[str, ...] = option(..., "Models, the dense one first.", argument=True),
@@ -344,7 +334,6 @@ def answers(
     from calmix.evaluation.generations import TOKENS, Answered, answer, panel, read_prompts
     from calmix.models import check_models, open_model
     from calmix.report import words
-    from calmix.sources.registry import local_file
 
     how, read = opening.opening(), None if prompts is None else local_file(str(prompts)).path
     check_output_file(output, inputs=[*models, read], overwrite=overwrite)
@@ -364,7 +353,7 @@ def answers(
     note(f"wrote {output}: greedy answers, cut at {TOKENS} tokens")
 
 
-@verb("perplexity", of=evaluate, json=True)
+@verb("perplexity", of=evaluate)
 def perplexity(
     opening: ModelOptions,
     model: str = option(..., MODEL, argument=True),
@@ -375,7 +364,6 @@ def perplexity(
     """Perplexity and bits per byte of a text, in non-overlapping windows of one length."""
     from calmix.evaluation.likelihood import perplexity as measure
     from calmix.models import check_models, open_model
-    from calmix.sources.registry import local_file
 
     whole = separator.join(document.text for document in local_file(str(text)).read())
     check_models(model, **opening.opening())
@@ -387,11 +375,9 @@ def perplexity(
          f"(lower is better; context {made.length}, {made.windows} windows)")  # fmt: skip
 
 
-@verb("suites", of=evaluate, json=True)
+@verb("suites", of=evaluate)
 def suites() -> None:
     """List the builtin suites; the path of a YAML file is a suite too."""
-    from calmix.evaluation.suites import builtin_suites
-
     rows, told = [], []
     for each in builtin_suites().values():
         whose = _whose(each)
@@ -409,21 +395,16 @@ def suites() -> None:
 
 def _whose(suite: Suite) -> dict[str, dict[str, str]]:
     """Return licence, permitted use and origin of the items of each task."""
-    from calmix.evaluation.suites import provenance
-    from calmix.sources.licences import use_of
-
     found = {name: provenance(spec) for name, spec in suite.tasks.items()}
     return {name: {**one, "use": use_of(one["licence"])} for name, one in found.items()}
 
 
-@verb("suite", of=evaluate, json=True)
+@verb("suite", of=evaluate)
 def suite(
     name: str = option(..., "Suite by name, or a YAML file.", argument=True),
     new: bool = option(False, "Write a suite of your own to start from: NAME.yaml and its rows."),
 ) -> None:
     """Show a suite's tasks, which also checks a file of your own."""
-    from calmix.evaluation.suites import load_suite, template
-
     if new:
         stem = Path(re.sub(r"\.ya?ml$", "", name))
         files = {stem.with_name(file): text for file, text in template(stem.name).items()}
@@ -438,21 +419,18 @@ def suite(
     told = found.model_dump(mode="json", exclude_none=True)
     print_json({**told, "hash": found.hash, "provenance": whose})
 
-    def row(name: str) -> Row:
-        spec = found.tasks[name]
-        which = "even" if spec.items == "even" else "all"
-        return {
-            "task": f"  {name}", "metric": spec.metric,
+    rows = [
+        {
+            "dimension": dimension, "task": task, "metric": spec.metric,
             "shots": "own" if spec.shots is None else spec.shots,
-            "items": which if spec.limit is None else f"{which}, {spec.limit}",
+            "items": ("even" if spec.items == "even" else "all")
+            + ("" if spec.limit is None else f", {spec.limit}"),
             "quick": spec.quick if spec.quick is not None else spec.limit or "all",
             "chance": spec.chance, "data": spec.archive or spec.asked or spec.file,
-        }  # fmt: skip
-
-    print_table(
-        _headed(list(found.tasks), found.dimension_of, row), text=["data"],
-        title=f"{found.name} version {found.version}: {found.description}",
-        least=["chance", "shots", "metric", "data"],
-    )  # fmt: skip
+        }
+        for dimension, tasks in found.dimensions.items() for task, spec in tasks.items()
+    ]  # fmt: skip
+    print_table(rows, by="dimension", text=["data"], least=["chance", "shots", "metric", "data"],
+                title=f"{found.name} version {found.version}: {found.description}")  # fmt: skip
     print_table([{"task": name, **told} for name, told in whose.items()], text=["licence"],
                 least=["origin", "licence"])  # fmt: skip

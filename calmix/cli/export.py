@@ -10,14 +10,14 @@ from calmix.cli.common import line, print_json, size
 from calmix.cli.verbs import verb
 from calmix.errors import InputError, nearest
 from calmix.files import check_output_file, user_path
-from calmix.options import Json, option, path_option
+from calmix.options import Options, option, path_option
 from calmix.progress import Progress
 
 Form = Literal["pack", "model", "gguf", "openvino", "jsonl", "imatrix"]
 SETS = ("jsonl", "imatrix")
 
 
-class ExportOptions(Json):
+class ExportOptions(Options):
     what: str = option(..., "A model, a pack or a saved calibration set.", argument=True)
     to: Form | None = option(None, "Form to write.", shown="pack; of a set jsonl")
     output: Path = path_option("Folder, .jsonl or .gguf file to write.")
@@ -91,22 +91,19 @@ def _engine(options: ExportOptions, form: str, bar: Progress) -> Made:
     if asked not in known:
         raise InputError(f"--to {form} has no --weights {asked}: {nearest(asked, known)}")
     how: dict[str, Any] = {"weights": asked, "overwrite": options.overwrite}
+    made: Any
     if form == "gguf":
         made = gguf.export(options.what, options.output, like=options.like,
                            say=bar.each("export", 2), **how)  # fmt: skip
         kinds = ", ".join(f"{count} {kind}" for kind, count in made.types.items())
-        return asdict(made), (
-            f"{size(made.before)} of weights in {size(made.after)} ({kinds}; {made.ours} with the "
-            f"levels of calmix), KL to the model {made.kl:.2g} nats a token"
-        )
-    ran = openvino.export(
-        options.what, options.output, trust_remote_code=options.trust_remote_code,
-        say=bar.each("export", len(openvino.STEPS)), **how,
-    )  # fmt: skip
-    return asdict(ran), (
-        f"{size(ran.before)} of weights in {size(ran.after)}, KL to the model {ran.kl:.2g} nats "
-        f"a token, same first choice {ran.top1:.0%}"
-    )
+        held, alike = f" ({kinds}; {made.ours} with the levels of calmix)", ""
+    else:
+        steps, trust = len(openvino.STEPS), options.trust_remote_code
+        made = openvino.export(options.what, options.output, trust_remote_code=trust,
+                               say=bar.each("export", steps), **how)  # fmt: skip
+        held, alike = "", f", same first choice {made.top1:.0%}"
+    return asdict(made), (f"{size(made.before)} of weights in {size(made.after)}{held}, KL to the "
+                          f"model {made.kl:.2g} nats a token{alike}")  # fmt: skip
 
 
 def _set(options: ExportOptions, form: str, bar: Progress) -> Made:

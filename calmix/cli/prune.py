@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.cli.common import line, note, print_json, size
-from calmix.cli.tables import print_layers, print_taken
+from calmix.cli.common import line, note, print_json, print_layers, print_taken, size
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_apart, user_path
@@ -17,7 +16,6 @@ from calmix.options import (
     METHOD,
     MODEL,
     DrawOptions,
-    Json,
     MemoryOptions,
     ModelOptions,
     Pruning,
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
 LOSSES = {"distill": "KL of the logits, nats a token", "blocks": "relative error of a block"}
 
 
-class WorkOptions(TextField, MemoryOptions, DrawOptions, ModelOptions, Json):
+class WorkOptions(TextField, MemoryOptions, DrawOptions, ModelOptions):
     """Long work on a calibration set that leaves a folder."""
 
     resume: bool = option(False, "Resume an interrupted run of the same request.")

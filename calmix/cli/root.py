@@ -24,7 +24,7 @@ VERBS = {
     "doctor": ("doctor", "Check the installation; inspect or re-run a result"),
 }
 # Verbs that are called and documented, but not listed.
-CALLED = {"check": ("check", "Test whether a compressed model keeps what it must")}
+CALLED = {"check": ("compress", "Test whether a compressed model keeps what it must")}
 # Where a verb of version 0.2 is now; each is refused with this line for one release.
 MOVED = {
     "generate": "calibrate SPEC, such as calmix calibrate self-written",

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from calmix.cli.common import line, note, print_json, size
-from calmix.cli.tables import print_table
+from calmix.cli.common import line, note, print_json, print_table, size
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, check_output_folder, real_place, write_text
 from calmix.options import (
-    Json,
-    MeasureOptions,
+    MEASURE,
+    Measure,
+    Options,
     Settings,
     TrialOptions,
     Weights,
@@ -38,13 +38,15 @@ if TYPE_CHECKING:
 Points = Annotated[Sequence[Annotated[float, Field(gt=0, allow_inf_nan=False)]],
                    BeforeValidator(lambda text: text.split(","))]  # fmt: skip
 MANY = 999  # seeds, or times the items: more are not counted out
+WHICH = {"method", "sparsity", "measure"}  # trials, and the measure they are looked at by
 FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
 studies = group("study")
 
 
-class StudyOptions(MeasureOptions, Json):
+class StudyOptions(Options):
     """Which trials of a study are looked at, and by what."""
 
+    measure: Measure = MEASURE
     study: Path = option(..., "A study's results folder.", argument=True)
     method: str | None = option(None, "Only trials of this pruning method.")
     sparsity: str | None = option(None, "Only this sparsity or pattern: 0.6 or 2:4.")
@@ -55,7 +57,7 @@ class AnalyseOptions(Settings, StudyOptions):
     overwrite: bool = option(False, "Replace what calmix wrote there.")
 
 
-@verb("init", of=studies)
+@verb("init", of=studies, json=False)
 def init(
     study: Path = option(..., "The .yaml file to write.", argument=True, metavar="STUDY"),
     overwrite: bool = option(False, "Replace the file if it exists."),
@@ -67,7 +69,7 @@ def init(
     note(f"wrote {study}: calmix study validate {study}")
 
 
-@verb("validate", of=studies, json=True)
+@verb("validate", of=studies)
 def validate(study: Path = FILE) -> None:
     """Check a study file and list every mistake with its line."""
     from calmix.study.spec import check_study
@@ -85,7 +87,7 @@ def validate(study: Path = FILE) -> None:
     line(f"{study}: {len(trials)} trials over {sets} calibration sets")
 
 
-@verb("plan", of=studies, json=True)
+@verb("plan", of=studies)
 def plan(
     study: Path = FILE,
     device: str = option("auto", "Torch device to plan for, e.g. cuda:1."),
@@ -97,17 +99,17 @@ def plan(
     file = load_study(study)
     found = estimate(file, device)
     print_json({"study": file.file.name, **found})
-    rows = []
-    for each in found["groups"]:
-        taken = each["seconds"]
-        rows.append({
+    rows = [
+        {
             "model": each["model"] if len(file.file.models) > 1 else None,
             **{name: each[name] for name in ("trials", "method", "pattern")},
             "tokens": f"{each['rows']}x{each['length']}" if each["rows"] else None,
-            **{stage: duration(taken[stage]) if stage in taken else None
+            **{stage: duration(each["seconds"][stage]) if stage in each["seconds"] else None
                for stage in ("prune", "recover", "evaluate")},
             "memory": size(each["memory"]), "disk": size(each["disk"]),
-        })  # fmt: skip
+        }
+        for each in found["groups"]
+    ]  # fmt: skip
     print_table(rows, title=f"study {file.file.name}, each trial",
                 least=["disk", "memory", "tokens", "model"])  # fmt: skip
     line(
@@ -120,7 +122,7 @@ def plan(
         line(f"note: {text}")
 
 
-@verb("run", of=studies, json=True)
+@verb("run", of=studies)
 def run(
     trials: TrialOptions,
     study: Path = FILE,
@@ -179,7 +181,7 @@ def run(
         )
 
 
-@verb("status", of=studies, json=True)
+@verb("status", of=studies)
 def status(
     store: Path = option(..., "A study's results folder.", argument=True, metavar="STORE"),
 ) -> None:
@@ -265,10 +267,7 @@ def recommend(
     from calmix.report import words
     from calmix.study import read_results
 
-    found = best_of(
-        read_results(options.study), weights, measure=options.measure,
-        method=options.method, sparsity=options.sparsity,
-    )  # fmt: skip
+    found = best_of(read_results(options.study), weights, **options.model_dump(include=WHICH))
     print_json([asdict(one) for one in found])
     for one in found:
         if not one.candidates:
@@ -311,10 +310,7 @@ def power(
     from calmix.report import words
     from calmix.study import read_results
 
-    noisy = noises(
-        read_results(options.study), method=options.method, sparsity=options.sparsity,
-        measure=options.measure,
-    )  # fmt: skip
+    noisy = noises(read_results(options.study), **options.model_dump(include=WHICH))
     found = [
         (one, [needed(p / 100, one.draw, one.freedom, one.item or 0.0) for p in difference])
         for one in noisy if one.draw is not None

@@ -17,21 +17,22 @@ from calmix.cli.common import out
 from calmix.cli.root import VERBS, Command, Group, app
 from calmix.options import (
     DrawOptions,
-    Json,
     MemoryOptions,
     ModelOptions,
     Options,
     TextField,
     checked,
     flags,
+    option,
 )
 
 Handler = Callable[..., None]
 # Options that many verbs have come after a verb's own.
 COMMON = {
-    name for model in (DrawOptions, ModelOptions, MemoryOptions, TextField, Json)
+    name for model in (DrawOptions, ModelOptions, MemoryOptions, TextField)
     for name in model.model_fields
-} | {"resume", "overwrite"}  # fmt: skip
+} | {"resume", "overwrite", "as_json"}  # fmt: skip
+JSON: Any = {"as_json": (bool, option(False, "Print JSON instead of a table.", flag="--json"))}
 
 
 def group(name: str, default: str = "") -> typer.Typer:
@@ -47,8 +48,8 @@ def group(name: str, default: str = "") -> typer.Typer:
     return made
 
 
-def verb(name: str, *, of: typer.Typer = app, json: bool = False) -> Callable[[Handler], Handler]:
-    """Register a function as a command, with `--json` if it prints some.
+def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Handler], Handler]:
+    """Register a function as a command, with `--json` if it prints `json`.
 
     Parameters without a default are models of options that verbs share; each gets all that was
     asked for. The others are options of the verb's own. One model of them all parses and checks
@@ -61,8 +62,8 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = False) -> Callable[[H
         shared = [hints[one.name] for one in given if one.default is one.empty]
         own: Any = {one.name: (hints[one.name], one.default)
                     for one in given if one.default is not one.empty}  # fmt: skip
-        bases = (*shared, Json if json else Options)
-        model = create_model(handler.__name__, __base__=bases, **own)
+        bases = (*shared, Options)
+        model = create_model(handler.__name__, __base__=bases, **own, **JSON if json else {})
 
         def command(**values: Any) -> None:
             asked = checked(model, {k: v for k, v in values.items() if v not in ([], False)})

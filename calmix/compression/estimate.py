@@ -15,10 +15,13 @@ from calmix.compression.plan import (
     SCORES,
     Request,
     Stage,
+    aim,
     scored,
+    stages,
+    timed,
 )
-from calmix.compression.sizes import timed
 from calmix.evaluation.generations import TOKENS
+from calmix.files import check_free
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.options import Recovering
@@ -55,7 +58,7 @@ def estimate(asked: Request, listed: Sequence[Stage]) -> list[Taken]:
     """Return what every stage of a compression will take here, in order."""
     model = timed(asked.model, asked.device, asked.trust_remote_code)
     rows, length = _drawn(asked)
-    request = prune_request(**asked.aim, calibration=asked.calibration)
+    request = prune_request(**aim(asked), calibration=asked.calibration)
     suites, found = scored(asked), []
     for stage in listed:
         seconds, memory, disk = 0.0, PROGRAM + model.bytes, 0.0
@@ -116,17 +119,18 @@ def estimate_prune(
     return found
 
 
-def check_room(asked: Request, listed: Sequence[Stage]) -> int:
-    """Refuse stages whose recovery cannot stay within `--max-memory`; return the bytes of weights
-    that they leave on disk."""
-    recovered = [stage for stage in listed if stage.arguments[0] == "recover"]
+def check_room(asked: Request, out: Path) -> None:
+    """Refuse a compression whose recovery cannot stay within `--max-memory`, or for whose weights
+    the disk has no room."""
+    left = [stage for stage in stages(asked, out) if not stage.stands(out)]
+    recovered = [stage for stage in left if stage.arguments[0] == "recover"]
     if recovered and asked.most is not None:
         model = timed(asked.model, asked.device, asked.trust_remote_code)
         for stage in recovered:
             _recovery_memory(model, _recovery(asked, stage), _drawn(asked)[1], asked.most)
-    made: float = len(recovered) + sum(stage.arguments[0] == "prune" for stage in listed)
-    made += SMALLER * any(stage.leaves == PACK for stage in listed)
-    return int(made * weight_bytes(resolve_model(asked.model)))
+    made: float = len(recovered) + sum(stage.arguments[0] == "prune" for stage in left)
+    made += SMALLER * any(stage.leaves == PACK for stage in left)
+    check_free(out, int(made * weight_bytes(resolve_model(asked.model))), "the checkpoints take")
 
 
 def _drawn(asked: Request) -> tuple[int, int]:

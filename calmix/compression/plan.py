@@ -5,10 +5,12 @@ Printing, the manifest, resuming and the dry run all read that list; nothing her
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from calmix.analysis.ranking import check_weights
 from calmix.calibration import ask, mix_text, open_tokenizer, parse_mix, saved_set
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
-from calmix.compression.sizes import bits_for, embedding_bits, parse_size
 from calmix.errors import InputError, nearest
 from calmix.evaluation.evaluate import choose, runnable, suite_items
 from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
@@ -25,11 +26,21 @@ from calmix.evaluation.suites import Suite, suite_file
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
-from calmix.options import BITS_METHOD, COMPRESS_METHOD, Compression, Target
+from calmix.models.shards import read_header, weight_bytes, weight_files
+from calmix.options import (
+    BITS_METHOD,
+    COMPRESS_METHOD,
+    MOST_EMBEDDING,
+    Compression,
+    DeviceOptions,
+    Target,
+    parse_share,
+)
 from calmix.pruning.budget import parse_memory
 from calmix.sources import get_source
 from calmix.sources.registry import local_file
 from calmix.specs import LENGTH, SEED, prune_request
+from calmix.study.estimate import Timed
 
 # Two sources a dimension of those that need neither network nor extra; mathematics has one. Chats
 # come with them where the model has a chat template.
@@ -46,6 +57,8 @@ BITS = 4.5  # where nothing is asked for: what llama.cpp keeps at Q4_K_M, in few
 MANIFEST = "compress.json"
 SCORES, BEHAVIOUR = "scores.json", "abilities.json"
 CALIBRATION, PACK = "calibration", "pack"
+LEAST, MOST = 1.0, 8.0  # bits a weight that a size may come to
+SPARE = 0.015  # of a file: headers, and what an entropy coder is from its bound
 
 
 @dataclass(frozen=True)
@@ -80,25 +93,22 @@ EFFORTS = {
 }
 
 
-def slices(asked: Target) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return which suite each file of scores is of, and how much of it is scored. A suite other
-    than the builtin one of likelihood is scored alone, and without a limit."""
-    effort, offline = EFFORTS[asked.effort], asked.suite == "offline"
-    part = {key: one for key, one in effort.likelihood.items() if key != "limit" or offline}
-    if not offline:
-        return {SCORES: (asked.suite, _asked_whole(asked, asked.suite, part))}
-    behaviour = _asked_whole(asked, "abilities", effort.behaviour)
-    return {SCORES: (asked.suite, part), BEHAVIOUR: ("abilities", behaviour)}
-
-
-def _asked_whole(asked: Target, suite: str, part: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how much of the suite that decides is scored: `part`; at standard effort all items of
-    the abilities with a floor."""
-    floors = parse_floors(asked.keep_at_least) if asked.keep_at_least else {}
-    if not floors or asked.effort != "standard":
-        return dict(part)
-    named = tuple(name for name in choose(suite).dimensions if name in floors)
-    return {} if "" in floors else {**part, "whole": named}
+def slices(asked: Target) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Return which suite each file of scores is of, and how much of it is scored: at standard
+    effort all items of the abilities with a floor. A suite other than the builtin one of likelihood
+    is scored alone, and without a limit."""
+    effort, alone = EFFORTS[asked.effort], asked.suite != "offline"
+    suite, part = "abilities", effort.behaviour
+    if alone:
+        suite = asked.suite
+        part = {key: one for key, one in effort.likelihood.items() if key != "limit"}
+    if asked.keep_at_least is not None and asked.effort == "standard":
+        floors = parse_floors(asked.keep_at_least)
+        named = tuple(name for name in choose(suite).dimensions if name in floors)
+        part = {} if "" in floors else {**part, "whole": named}
+    if alone:
+        return {SCORES: (suite, part)}
+    return {SCORES: (asked.suite, effort.likelihood), BEHAVIOUR: (suite, part)}
 
 
 def scored(asked: Target) -> dict[str, Suite]:
@@ -144,11 +154,6 @@ class Request(Target):
         return 1 if walks else EFFORTS[self.effort].epochs
 
     @property
-    def aim(self) -> dict[str, Any]:
-        """The method and what it is asked for, as a prune takes them."""
-        return _aim(self.sparsity, self.pattern, self.bits)
-
-    @property
     def target(self) -> str:
         """What is asked for, as it is printed: `60 %`, `2:4`, `2.8 bits`, `50 %, 4 bits`."""
         return target(self.model_dump())
@@ -161,13 +166,66 @@ def target(asked: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, (asked["pattern"] or share, bits)))
 
 
-def _aim(sparsity: float | None, pattern: str | None, bits: float | None) -> dict[str, Any]:
-    sparse = (sparsity, pattern) != (None, None)
+def aim(asked: Target) -> dict[str, Any]:
+    """Return the method and what it is asked for, as a prune takes them."""
+    sparse = (asked.sparsity, asked.pattern) != (None, None)
     return {
-        "method": COMPRESS_METHOD if sparse else BITS_METHOD, "sparsity": sparsity,
-        "pattern": pattern, "bits": None if bits is None else f"{bits:g}",
-        "embeddings": None if bits is None else embedding_bits(bits),
+        "method": COMPRESS_METHOD if sparse else BITS_METHOD, "sparsity": asked.sparsity,
+        "pattern": asked.pattern, "bits": None if asked.bits is None else f"{asked.bits:g}",
+        "embeddings": None if asked.bits is None else embedding_bits(asked.bits),
     }  # fmt: skip
+
+
+def embedding_bits(bits: float) -> float:
+    """Return the bits of embeddings and head beside blocks of so many.
+
+    With as many a byte saves as much error there as in the blocks (benchmarks/embeddings.py).
+    """
+    return min(max(bits, 2.0), MOST_EMBEDDING)
+
+
+@lru_cache(maxsize=1)
+def timed(name: str, device: str, trust_remote_code: bool) -> Timed:
+    """Return a model from its configuration alone, made once for the size and the estimate."""
+    return Timed(name, "auto", device, trust_remote_code)
+
+
+def parse_size(text: str, dense: int) -> float:
+    """Return bytes from `120MB`, or from a share of the dense ones: `0.25`, `25%`."""
+    if re.search(r"[a-zA-Z]", text):
+        return parse_memory(text, "--size")
+    try:
+        share = parse_share(text)
+    except ValueError as error:
+        raise InputError(f"--size: {error}") from None
+    if not 0 < share < 1:
+        raise InputError(f"--size {text}: a share of the dense size is between 0 and 1")
+    return float(share * dense)
+
+
+def bits_for(asked: Target) -> float:
+    """Return the bits a weight of the blocks' matrices with which a pack has the size asked for."""
+    folder = resolve_model(asked.model)
+    dense = weight_bytes(folder)
+    wanted = parse_size(asked.size or "", dense)
+    held = timed(asked.model, asked.device, asked.trust_remote_code)
+    matrices = sum(p.numel() for p in held.blocks.blocks.parameters() if p.ndim > 1)
+    places = (place for name in weight_files(folder)
+              for place in read_header(folder / name).values())  # fmt: skip
+    width = max(places, key=lambda place: place.size).dtype.itemsize
+    rest = dense - width * (matrices + held.outer_weights)
+
+    def size(bits: float) -> float:
+        outer = embedding_bits(bits) * held.outer_weights
+        return (1 + SPARE) * (rest + (bits * matrices + outer) / 8)
+
+    rates = [number / 100 for number in range(round(100 * LEAST), round(100 * MOST) + 1)]
+    if not size(LEAST) <= wanted <= size(MOST):
+        raise InputError(
+            f"--size {asked.size} is out of reach: packed, {asked.model} has from "
+            f"{size(LEAST) / 1e3:,.0f} to {size(MOST) / 1e3:,.0f} kB (dense: {dense / 1e3:,.0f} kB)"
+        )
+    return max(bits for bits in rates if size(bits) <= wanted)
 
 
 @dataclass(frozen=True)
@@ -184,11 +242,14 @@ class Stage:
         """The line a shell takes."""
         return shlex.join(["calmix", *self.arguments])
 
+    def stands(self, out: Path) -> bool:
+        """Tell whether it has left its result."""
+        return self.leaves is not None and (out / self.leaves).exists()
+
 
 def request(asked: Compression) -> Request:
     """Check what a user asks for, before any work is done."""
-    given = asked.calibration
-    saved = saved_set(given) is not None
+    given, saved = asked.calibration, saved_set(asked.calibration) is not None
     _check_idle(asked, saved)
     mix = MIX if asked.licence is None else PERMISSIVE
     text = "self-written" if asked.no_corpus else mix_text(mix) if given is None else given
@@ -199,7 +260,7 @@ def request(asked: Compression) -> Request:
     }  # fmt: skip
     ask(text, licence=asked.licence, **({} if saved else draw))
     # What every stage checks of its own, before the first of them has begun.
-    bits = asked.bits
+    bits, prompts = asked.bits, None
     if asked.size is not None:
         parse_size(asked.size, 2**62)
     elif asked.keep_at_least is not None:
@@ -207,11 +268,11 @@ def request(asked: Compression) -> Request:
     else:
         if (asked.sparsity, asked.pattern, bits) == (None, None, None):
             bits = BITS
-        prune_request(**_aim(asked.sparsity, asked.pattern, bits), calibration=text)
-    allowed = asked.allow_code_execution
-    runnable(choose(asked.suite), allowed)
+        prune_request(**aim(asked.model_copy(update={"bits": bits})), calibration=text)
+    runnable(choose(asked.suite), asked.allow_code_execution)
     if asked.prompts is not None:
         read_prompts(asked.prompts)
+        prompts = sha256_file(local_file(str(asked.prompts)).path)
     if asked.max_memory is not None:
         parse_memory(asked.max_memory)
     trust = asked.trust_remote_code
@@ -220,14 +281,12 @@ def request(asked: Compression) -> Request:
     if given is None and not asked.no_corpus and chat_turns(tokenizer.tokenizer) is not None:
         rest = {name: (1 - CHAT) * weight for name, weight in parse_mix(text).items()}
         text = mix_text({"chat": CHAT} | rest)
-    prompts = None if asked.prompts is None else local_file(str(asked.prompts)).path
     if asked.size is not None:
         bits = bits_for(asked)
     return Request(**{name: getattr(asked, name) for name in Target.model_fields} | {
         "bits": bits, "calibration": text, "seed": asked.seed or SEED,
-        "sha256": fingerprint(resolve_model(asked.model)),
+        "sha256": fingerprint(resolve_model(asked.model)), "prompts_sha256": prompts,
         "length": min(LENGTH, tokenizer.context or LENGTH),
-        "prompts_sha256": prompts and sha256_file(prompts),
         "suite_sha256": suite_file(asked.suite) and choose(asked.suite).hash,
     })  # fmt: skip
 
@@ -293,81 +352,71 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
 
 def stages(asked: Request, out: Path, held: str | None = None) -> list[Stage]:
     """Return what is done, in order; on the set in folder `held`, if it is there already."""
-    effort, model = EFFORTS[asked.effort], asked.model
-    work = _where(asked) | {"max_memory": asked.max_memory, "resume": True}
-    found: list[Stage] = []
+    effort, model, found = EFFORTS[asked.effort], asked.model, list[Stage]()
+    where = asked.asked(DeviceOptions)
+    work = where | {"max_memory": asked.max_memory, "resume": True}
     if held is None and asked.saved:
         held = asked.calibration
     elif held is None:
         held = str(out / CALIBRATION)
-        named = "write the calibration set" if asked.generated else "draw the calibration set"
-        where = _where(asked) if asked.generated else {"trust_remote_code": asked.trust_remote_code}
-        draw = _flags(
-            model=model, rows=effort.rows, length=asked.length, seed=asked.seed,
-            leakage=guarded(asked.suite), licence=asked.licence, **where, output=held,
-        )  # fmt: skip
-        found.append(Stage(named, ("calibrate", asked.calibration, *draw), CALIBRATION))
-    sparse = asked.aim["method"] != BITS_METHOD
+        found.append(_stage(
+            f"{'write' if asked.generated else 'draw'} the calibration set", out, CALIBRATION,
+            "calibrate", asked.calibration, model=model, rows=effort.rows, length=asked.length,
+            seed=asked.seed, leakage=guarded(asked.suite), licence=asked.licence,
+            **where | ({} if asked.generated else {"device": None}),
+        ))  # fmt: skip
+    wanted = aim(asked)
+    sparse = wanted["method"] != BITS_METHOD
     trained = sparse or (asked.bits is not None and asked.bits <= effort.levels)
     recoveries = effort.recoveries if trained else ()
     before = "pruned" if recoveries else "model"
-    pruned = _flags(
-        **asked.aim, calibration=held, licence=asked.licence if asked.saved else None, **work,
-        output=out / before,
-    )  # fmt: skip
-    named = "prune" if sparse else "quantise"
-    found.append(Stage(named, ("prune", model, *pruned), before))
+    found.append(_stage(
+        "prune" if sparse else "quantise", out, before, "prune", model, **wanted, calibration=held,
+        licence=asked.licence if asked.saved else None, **work,
+    ))  # fmt: skip
     for way in recoveries:
         last = way == effort.recoveries[-1]
         after = "model" if last else way
-        flags = _flags(
-            against=model, calibration=held, method=way, epochs=asked.epochs if last else None,
-            **work, output=out / after,
-        )  # fmt: skip
-        found.append(Stage(f"recover by {way}", ("recover", str(out / before), *flags), after))
+        found.append(_stage(
+            f"recover by {way}", out, after, "recover", str(out / before), against=model,
+            calibration=held, method=way, epochs=asked.epochs if last else None, **work,
+        ))  # fmt: skip
         before = after
     made = str(out / "model")
-    answered = _flags(prompts=asked.prompts, **_where(asked), output=out / "answers.json")
     return [
         *found,
-        Stage("pack", ("export", made, "--to", "pack", "-o", str(out / PACK)), PACK),
-        *scoring(asked, made, out, dict.fromkeys((SCORES, BEHAVIOUR), model)),
-        Stage("answer prompts", ("evaluate", "answers", model, made, *answered), "answers.json"),
+        _stage("pack", out, PACK, "export", made, to="pack"),
+        *(scoring(asked, file, made, out, model) for file in slices(asked)),
+        _stage("answer prompts", out, "answers.json", "evaluate", "answers", model, made,
+               prompts=asked.prompts, **where),
         Stage("report card", ("report", str(out)), None),
-    ]
+    ]  # fmt: skip
 
 
 def scoring(
-    asked: Request, model: str, out: Path, against: Mapping[str, object], leaves: str = ""
-) -> list[Stage]:
-    """Return the stages that score a model on the suites, `against` a dense one or its scores by
-    the file that each leaves; its name begins with `leaves`. Against saved scores only what these
-    have right is asked, which decides what is kept."""
-    near, found = not EFFORTS[asked.effort].distance and bool(against), []
-    for file, (suite, part) in slices(asked).items():
-        flags = _flags(
-            against=against.get(file), suite=None if suite == "offline" else suite, **part,
-            right_only=isinstance(against.get(file), Path) and choose(suite).asks,
-            no_distance=near and file == SCORES, allow_code_execution=asked.allow_code_execution,
-            **_where(asked), output=out / f"{leaves}{file}",
-        )  # fmt: skip
-        named = "evaluate" if file == SCORES else "evaluate behaviour"
-        found.append(Stage(named, ("evaluate", model, *flags), f"{leaves}{file}"))
-    return found
+    asked: Request, file: str, model: str, out: Path, against: object = None, leaves: str = ""
+) -> Stage:
+    """Return the stage that leaves a file of a model's scores, `against` a dense one or its scores;
+    its path begins with `leaves`. Against saved scores only what these have right is asked, which
+    decides what is kept."""
+    suite, part = slices(asked)[file]
+    near = not EFFORTS[asked.effort].distance and against is not None
+    return _stage(
+        "evaluate" if file == SCORES else "evaluate behaviour", out, f"{leaves}{file}",
+        "evaluate", model, against=against, suite=None if suite == "offline" else suite, **part,
+        right_only=isinstance(against, Path) and choose(suite).asks,
+        no_distance=near and file == SCORES, allow_code_execution=asked.allow_code_execution,
+        **asked.asked(DeviceOptions),
+    )  # fmt: skip
 
 
-def _where(asked: Request) -> dict[str, Any]:
-    """Return where a model runs, and whether its own code may."""
-    device = None if asked.device == "auto" else asked.device
-    return {"device": device, "trust_remote_code": asked.trust_remote_code}
-
-
-def _flags(**given: object) -> tuple[str, ...]:
-    """Return options as the command line has them, without those that are None or False."""
+def _stage(name: str, out: Path, leaves: str, *words: str, **options: object) -> Stage:
+    """Return a verb with options, without those that are None, False or `auto`, that leaves its
+    result in OUT."""
     found: list[str] = []
-    for name, value in given.items():
-        if value is not None and value is not False:
-            flag = "-o" if name == "output" else f"--{name.replace('_', '-')}"
+    for key, value in options.items():
+        if value is not None and value is not False and value != "auto":
+            flag = f"--{key.replace('_', '-')}"
             values = value if isinstance(value, tuple) else (value,)
             found += [flag] if value is True else [s for one in values for s in (flag, str(one))]
-    return tuple(found)
+    return Stage(name, (*words, *found, "-o", str(out / leaves)), leaves)

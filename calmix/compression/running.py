@@ -8,13 +8,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any
 
-from calmix.compression.estimate import check_room
 from calmix.compression.plan import MANIFEST, Request, Stage, stages
 from calmix.errors import CalmixError, InputError
 from calmix.files import (
     alone,
     check_apart,
-    check_free,
     check_output_folder,
     read_object,
     write_json,
@@ -24,8 +22,9 @@ from calmix.models import resolve_model
 from calmix.models.shards import weight_bytes
 
 Run = Callable[[Sequence[str]], None]  # runs a command line
+Say = Callable[[Stage, bool], None]  # is told of a stage, and whether its result was there
 KIND, RUN = "compressed model", "compress-run.json"
-LADDER, CANDIDATES = "ladder.json", "candidates"  # of a model that keeps what is asked for
+LADDER = "ladder.json"  # of a model that keeps what is asked for
 
 
 def read_record(out: Path) -> dict[str, Any]:
@@ -37,13 +36,8 @@ def read_record(out: Path) -> dict[str, Any]:
     return read_sealed(out / MANIFEST, missing)
 
 
-def compress(
-    asked: Request,
-    out: Path,
-    run: Run,
-    say: Callable[[Stage, bool], None],
-) -> dict[str, float]:
-    """Do what `left_to_do` names, and return the seconds of every stage done now."""
+def compress(asked: Request, out: Path, run: Run, say: Say) -> dict[str, float]:
+    """Do what is missing in OUT, and return the seconds of every stage done now."""
     with alone(out, wait=False):
         listed, seconds = stages(asked, out), dict[str, float]()
         before = read_object(out / RUN, "")["seconds"] if (out / RUN).exists() else {}
@@ -58,12 +52,10 @@ def compress(
     return seconds
 
 
-def do(
-    listed: Iterable[Stage], out: Path, run: Run, say: Callable[[Stage, bool], None]
-) -> Iterator[tuple[Stage, float]]:
+def do(listed: Iterable[Stage], out: Path, run: Run, say: Say) -> Iterator[tuple[Stage, float]]:
     """Run the stages that have left no result, and yield each with its seconds."""
     for stage in listed:
-        there = stands(stage, out)
+        there = stage.stands(out)
         say(stage, there)
         if not there:
             began = time.perf_counter()
@@ -74,18 +66,6 @@ def do(
                     shutil.rmtree(out, ignore_errors=True)
                 raise
             yield stage, time.perf_counter() - began
-
-
-def left_to_do(asked: Request, out: Path) -> list[Stage]:
-    """Return the stages that have left no result, once there is room for what they make."""
-    left = [stage for stage in stages(asked, out) if not stands(stage, out)]
-    check_free(out, check_room(asked, left), "the checkpoints take")
-    return left
-
-
-def stands(stage: Stage, out: Path) -> bool:
-    """Tell whether a stage has left its result."""
-    return stage.leaves is not None and (out / stage.leaves).exists()
 
 
 def check_place(out: Path, inputs: Iterable[object] = ()) -> None:

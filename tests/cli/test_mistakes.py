@@ -3,7 +3,9 @@
 Nothing is fetched, computed or written on the way to it.
 """
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import yaml
 
 import calmix
 from calmix.cli import app
+from calmix.cli.root import MOVED
 from calmix.deploy.pack import pack
 from calmix.evaluation.scores import CapabilityScores
 from tests.conftest import write_text_file
@@ -61,6 +64,51 @@ VERBS = {
     "doctor methods": "",
     "doctor assets": "",
 }
+# What is said of a mistake that another option, or what stands in a file, makes one.
+COMPRESS = "compress {model} -o {out} "
+LONG = "error: length 9999 is beyond the model's context of 256 tokens"
+SAID = {
+    COMPRESS + "--keep cod=1": "the calibration set has no dimension 'cod': did you mean",
+    COMPRESS + "--keep code=0": "all weights are 0",
+    COMPRESS + "--keep code=1 --no-corpus": "--keep has no effect with --no-corpus",
+    COMPRESS + "--no-corpus --calibration news": "--calibration has no effect with --no-corpus",
+    COMPRESS + "--no-corpus --licence permissive": "--licence has no effect",
+    COMPRESS + "--licence permissive --calibration books": "is unstated",
+    COMPRESS + "--calibration {text} --sparsity 0.6 --max-memory 0.5GiB": "0.50 GiB of memory are",
+    COMPRESS + "--prompts {blank}": "is empty: it holds no text",
+    COMPRESS + "--size 900GB": "is out of reach",
+    COMPRESS + "--size apples": "--size 'apples' is no size: write",
+    COMPRESS + "--size 12": "12 is above 1: did you mean 0.12?",
+    COMPRESS + "--size 0.3 --bits 3": "--bits has no effect with --size",
+    COMPRESS + "--size 0.3 --keep-at-least code=0.4": "--size has no effect with --keep-at-least",
+    COMPRESS + "--bits 9": "--bits 9: must be less than or equal to 8",
+    COMPRESS + "--bits 2.5 --sparsity 0.5": "bits 2.5: Input should be a valid integer",
+    COMPRESS + "--keep-at-least 1.2": "did you mean 0.012",
+    COMPRESS + "--keep-at-least code=0.4 --sparsity 0.5": "--sparsity has no effect with",
+    COMPRESS + "--keep-at-least cod=0.4": "which suite",
+    COMPRESS + "--keep-at-least code=0.4 --within 2d": "is no time, such as 90m or 2h",
+    COMPRESS + "--within 2h": "has no effect without --keep-at-least",
+    COMPRESS + "--seeds 2": "--seeds has no effect without --keep-at-least",
+    COMPRESS + "--keep-at-least code=0.4 --confidence 0.6": "greater than or equal to 0.8",
+    "compare {scores}": "was scored without a dense model",
+    "compare {half} {x/half} --against {scores}": "two files are called half:",
+    "compare {half} {foreign} --against {scores}": "foreign.json was scored against other, which",
+    "compare {quiz} --against {scores}": "cannot be compared",
+    "study recommend {results} --weights coding=1": "did you mean code",
+    "study recommend {results} --weights code=-1": "a number from 0 up",
+    "prune {model} --calibration igsp --sparsity 0.5 --length 9999 -o {out}": LONG,
+    "recover {model} --against {other} --calibration igsp --length 9999 -o {out}": LONG,
+    "calibrate draw igsp --model {model} --length 9999 -o {out}": LONG,
+    "calibrate sources --dimension cod": "no source is of dimension 'cod': did you mean code",
+    "prune": "error: Missing argument 'MODEL' (see calmix prune --help)",
+    "prue x": "error: No such command 'prue'",
+    "prune x -o y --rows many": "error: --rows many: must be a valid integer",
+    "compress x -o y --effort quik": "did you mean quick?",
+    "compress x -o y --effort fast": "did you mean quick?",
+    "prune x -o y --ratio 0.5": "did you mean --sparsity?",
+    "quantize x": "did you mean prune?",
+    **{old: f"calmix {old} is now calmix {new}" for old, new in MOVED.items()},
+}
 # What takes room on the disk that is known before.
 DISK = (
     "compress", "prune", "recover", "export --to openvino",
@@ -98,6 +146,8 @@ def files(tmp_path_factory):
         "scores": at / "scores.json",
         "binary": at / "binary",
         "empty": at / "empty",
+        "blank": at / "blank.txt",
+        **{name: at / f"{name}.json" for name in ("half", "x/half", "foreign", "quiz")},
     }
     found["binary"].write_bytes(bytes(range(256)))
     found["empty"].mkdir()
@@ -122,9 +172,14 @@ def files(tmp_path_factory):
     results = study(Plan(sources=("news", "books"), seeds=(0, 1)))
     found["results"] = save(results, at / "results")
     (tasks,) = results.dense.values()
-    CapabilityScores("m", "f", "float32", dict(results.suite) | {"hash": "h"}, tasks).save(
-        found["scores"]
-    )
+    whole = CapabilityScores("m", "f", "float32", dict(results.suite) | {"hash": "h"}, tasks)
+    found["x/half"].parent.mkdir()
+    for name in ("scores", "half", "x/half"):
+        whole.save(found[name])
+    replace(whole, suite=dict(whole.suite) | {"hash": "other"}).save(found["quiz"])
+    against = replace(whole, model="other", fingerprint="o").to_dict()
+    found["foreign"].write_text(json.dumps({**whole.to_dict(), "dense": against}))
+    found["blank"].write_text("\n")
     return found
 
 
@@ -142,11 +197,6 @@ def without(words, names):
     """Return arguments without an option and its value."""
     at = next((i for i, word in enumerate(words) if word in names), None)
     return words if at is None else words[:at] + words[at + 2 :]
-
-
-def numeric(param):
-    kind = str(param.type_descriptor.annotation)
-    return any(word in f"{kind} {param.metavar}" for word in ("int", "float", "NUMBER"))
 
 
 def mistakes(verb, files):
@@ -168,7 +218,7 @@ def mistakes(verb, files):
             if param.required:
                 yield rest, max(names, key=len)
             yield [*rest, names[0]], names[0]
-            values = [WRONG, "", *(["-7"] if numeric(param) else [])]
+            values = [WRONG, "", *(["-7"] if param.metavar == "NUMBER" else [])]
             if param.name == "device" and not torch.cuda.is_available():
                 values.append("cuda")
             if (verb, names[0]) not in FREE and "-o" not in names:
@@ -254,6 +304,14 @@ def test_each_mistake_is_one_line_and_nothing_else(calmix, files, idle, verb):
         assert not list(idle.iterdir()), words
 
 
+@pytest.mark.parametrize("words", SAID)
+def test_what_is_said_of_a_mistake(calmix, files, idle, words):
+    before = tree(files["text"].parent)
+    given = [word.format(out=files["text"].parent / "out", **files) for word in words.split()]
+    assert SAID[words] in calmix(*given).line
+    assert tree(files["text"].parent) == before
+
+
 def test_what_is_not_installed_is_told_before_the_work(calmix, files, idle, monkeypatch):
     for name in ("openvino", "ray", "reasoning_gym"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -265,15 +323,6 @@ def test_what_is_not_installed_is_told_before_the_work(calmix, files, idle, monk
         words = [*right(verb, files), *more]
         assert f"pip install 'calmix[{extra}]'" in calmix(*verb.split(), *words).line
     assert not list(idle.iterdir())
-
-
-@pytest.mark.parametrize("verb", ["prune", "recover", "calibrate draw"])
-def test_rows_too_long_for_the_model_are_told_before_its_weights_are_read(
-    calmix, files, idle, verb
-):
-    words = [word.replace(str(files["text"]), "igsp") for word in right(verb, files)]
-    ended = calmix(*verb.split(), *words, "--length", 9999)
-    assert ended.line == "error: length 9999 is beyond the model's context of 256 tokens"
 
 
 @pytest.mark.parametrize("verb", DISK)

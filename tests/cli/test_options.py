@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from calmix.cli.common import Terminal
-from calmix.cli.root import MOVED, VERBS
+from calmix.cli.root import VERBS
 from tests.cli.test_mistakes import COMMANDS
 
 
@@ -36,23 +36,6 @@ def test_a_shell_is_told_which_commands_and_options_there_are(calmix, monkeypatc
     monkeypatch.setenv("COMP_WORDS", words)
     monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
     assert sorted(calmix().out.split()) == offered
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("prune", "error: Missing argument 'MODEL' (see calmix prune --help)"),
-        ("prue x", "error: No such command 'prue'"),
-        ("prune x -o y --rows many", "error: --rows many: must be a valid integer"),
-        ("compress x -o y --effort quik", "did you mean quick?"),
-        ("compress x -o y --effort fast", "did you mean quick?"),
-        ("prune x -o y --ratio 0.5", "did you mean --sparsity?"),
-        ("quantize x", "did you mean prune?"),
-        *((old, f"calmix {old} is now calmix {new}") for old, new in MOVED.items()),
-    ],
-)
-def test_what_the_parser_refuses_is_one_line(calmix, words, said):
-    assert said in calmix(*words.split()).line
 
 
 def test_an_interrupt_is_said_and_has_its_own_code(calmix, monkeypatch):

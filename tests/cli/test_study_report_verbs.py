@@ -66,9 +66,7 @@ def test_recommend_names_the_best_and_its_doubt(calmix, tmp_path):
     assert "no other set than coder: " in recommended(trials[:1])
 
 
-def test_mistakes_are_one_line(calmix, folder, tmp_path):
-    for text, said in (("coding=1", "did you mean code"), ("code=-1", "a number from 0 up")):
-        assert said in calmix("study", "recommend", folder, "--weights", text).line
+def test_a_folder_without_a_study_is_refused(calmix, tmp_path):
     (tmp_path / "bare").mkdir()
     assert calmix("study", "analyse", tmp_path / "bare").line
     assert not list((tmp_path / "bare").iterdir())

@@ -6,6 +6,8 @@ import shutil
 import pytest
 
 from calmix.cli import app
+from calmix.compression.plan import request
+from calmix.options import Compression
 from tests.conftest import write_text_file
 from tests.evaluation.archive import suite_text, use_archive
 
@@ -20,20 +22,43 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def command(place, tiny_folder):
+def options(place):
+    """What every compression is asked for."""
+    files = {"calibration": str(place / "text.txt"), "suite": str(place / "made.yaml")}
+    return {"effort": "quick", **files}
+
+
+@pytest.fixture(scope="session")
+def command(options, tiny_folder):
     """Return the arguments of a compression into a folder, with more of them at the end; to 60 %
     where nothing else is asked for."""
 
     def made(output, *more, sparse=True):
-        base = (
-            "compress", tiny_folder, "-o", output, "--effort", "quick", "--calibration",
-            place / "text.txt", "--suite", place / "made.yaml",
-        )  # fmt: skip
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        base = ("compress", tiny_folder, "-o", output, *words)
         sized = {"--sparsity", "--pattern", "--bits", "--size", "--keep-at-least"} & {*more}
         target = ("--sparsity", 0.6) if sparse and not sized else ()
         return tuple(map(str, (*base, *target, *more)))
 
     return made
+
+
+@pytest.fixture(scope="session")
+def asked(tiny_folder):
+    """Return the checked request that options are."""
+    return lambda **more: request(Compression(**{"model": str(tiny_folder)} | more))
+
+
+def stopping(run, after):
+    """Run so many commands, and be interrupted at the next."""
+    left = iter(range(after))
+
+    def stopped(words):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        run(words)
+
+    return stopped
 
 
 def prepare(place, patch):

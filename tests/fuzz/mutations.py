@@ -20,14 +20,8 @@ LINES = (
 
 
 def mutated(raw, kind, rng):
-    """Return a mutation of a file's bytes.
-
-    Args:
-        raw: the whole file.
-        kind: `json`, `sealed` (JSON with its own hash, made right again), `jsonl`, `yaml` or
-            `binary`; bytes of all are damaged blindly as well.
-        rng: decides everything.
-    """
+    """Return a mutation of a file's bytes; bytes of every kind are damaged blindly as well, and the
+    hash of a `sealed` one is made right again."""
     ways = {
         "json": [_json, _json, _bytes],
         "sealed": [_sealed, _sealed, _sealed, _bytes],

@@ -81,12 +81,12 @@ sources:
 
 
 class Kind(NamedTuple):
-    """A kind of file: which is mutated, how (`mutations.mutated`), what reads it given the folder,
-    and how many mutations for each of a cheap kind."""
+    """A kind of file: which is mutated, how (`mutations.mutated`), what reads it given the folder
+    and its path there, and how many mutations for each of a cheap kind."""
 
     file: str
     form: str
-    read: Callable[[Path], Any]
+    read: Callable[[Path, Path], Any]
     weight: float = 1.0
 
 
@@ -127,90 +127,84 @@ def make(folder):
     tiny_gguf(folder / "tiny.gguf")
 
 
-def _study(folder):
-    study, problems = check_study(folder / "study.yaml")
+def _study(_, path):
+    study, problems = check_study(path)
     assert all("\n" not in problem for problem in problems)
     if study is not None:
         plan(study)
 
 
-def _suite(folder):
-    suite = load_suite(folder / "suite.yaml")
+def _suite(_, path):
+    suite = load_suite(path)
     assert suite.hash
     choose(suite, quick=True, limit=2)
 
 
-def _sources(folder):
-    for name, source in own_sources(folder / "sources.yaml").items():
+def _sources(_, path):
+    for name, source in own_sources(path).items():
         assert get_source(name, {name: source}) is source
         assert isinstance(source.reader.availability, str)
-        if isinstance(source.reader, LocalFile):
-            list(source.documents())
+        _documents(source)
 
 
-def _mix(folder):
-    spec = ask(str(folder / "mix.yaml"))
+def _mix(_, path):
+    spec = ask(str(path))
     for name in spec.mix:
-        source = get_source(name, spec.own)
-        if isinstance(source.reader, LocalFile):
-            list(source.documents())
+        _documents(get_source(name, spec.own))
+
+
+def _documents(source):
+    if isinstance(source.reader, LocalFile):
+        list(source.documents())
 
 
 _TINY = tiny_tokenizer()
 
 
-def _text(name):
-    def read(folder):
-        template = "{q}: {a}" if name.endswith("jsonl") else "{text}"
-        documents = list(LocalFile(type="file", path=folder / name, template=template).read())
-        documents_hash(documents)
-        tokenizer_function(_TINY)([document.text for document in documents])
-
-    return read
+def _text(_, path):
+    template = "{q}: {a}" if path.suffix == ".jsonl" else "{text}"
+    documents = list(LocalFile(type="file", path=path, template=template).read())
+    documents_hash(documents)
+    tokenizer_function(_TINY)([document.text for document in documents])
 
 
-def _calibration(folder):
+def _calibration(folder, _):
     inspect(folder / "set")
     opened = OpenTokenizer("", folder, _TINY, None, tokenizer_fingerprint(_TINY))
     CalibrationSet.open(folder / "set")
     CalibrationSet.open(folder / "set", opened)
 
 
-SILENT = dict.fromkeys(("progress", "writing", "note"), lambda *of: None)
+def _again(folder, path):
+    silent = dict.fromkeys(("progress", "writing", "note"), lambda *of: None)
+    try:
+        rerun(path, folder / "again", **silent)
+    finally:
+        shutil.rmtree(folder / "again", ignore_errors=True)
 
 
-def _again(name):
-    def read(folder):
-        try:
-            rerun(folder / name, folder / "again", **SILENT)
-        finally:
-            shutil.rmtree(folder / "again", ignore_errors=True)
-
-    return read
-
-
-def _scores(folder):
-    inspect(folder / "scores.json")
-    load_pair(folder / "scores.json")
-    scores = load_scores(folder / "scores.json")
+def _scores(folder, path):
+    inspect(path)
+    load_pair(path)
+    scores = load_scores(path)
     for measure in ("primary", "accuracy"):
         with contextlib.suppress(InputError):
             scores.retention(load_scores(folder / "dense.json"), measure=measure, resamples=5)
 
 
-def _store(folder):
+def _store(folder, _):
     inspect(folder / "store")
     read_results(folder / "store")
 
 
-def _tokenizer(folder):
+def _tokenizer(folder, _):
     opened = open_tokenizer(str(folder / "model"))
     ids = opened.tokenizer(["hello world"]).input_ids
     opened.tokenizer.save_pretrained(folder / "saved")
     opened.tokenizer.batch_decode(ids)
 
 
-def _model(folder):
+def _model(folder, _):
     name = str(folder / "model")
     fingerprint(resolve_model(name))
     try:
@@ -219,17 +213,14 @@ def _model(folder):
         open_model(name)
 
 
-def _dequantised(folder):
+def _dequantised(folder, path):
     shutil.rmtree(folder / "cache" / "models", ignore_errors=True)
-    resolve_model(str(folder / "tiny.gguf"))
+    resolve_model(str(path))
 
 
-def _inspected(name):
-    def read(folder):
-        if problems := inspect(folder / name).problems:
-            raise InputError(problems[0])  # as the verb does
-
-    return read
+def _inspected(_, path):
+    if problems := inspect(path.parent).problems:
+        raise InputError(problems[0])  # as the verb does
 
 
 TRIAL = f"store/trials/{synthetic.SOURCES[0]}-sparsegpt-60-0"
@@ -239,16 +230,16 @@ KINDS = {
     "suite": Kind("suite.yaml", "yaml", _suite),
     "sources": Kind("sources.yaml", "yaml", _sources),
     "mix": Kind("mix.yaml", "yaml", _mix),
-    "text": Kind("text.txt", "binary", _text("text.txt")),
-    "jsonl": Kind("rows.jsonl", "jsonl", _text("rows.jsonl")),
-    "parquet": Kind("rows.parquet", "binary", _text("rows.parquet")),
+    "text": Kind("text.txt", "binary", _text),
+    "jsonl": Kind("rows.jsonl", "jsonl", _text),
+    "parquet": Kind("rows.parquet", "binary", _text),
     "set": Kind("set/calibration.safetensors", "binary", _calibration),
     "set-manifest": Kind("set/manifest.json", "sealed", _calibration),
-    "manifest": Kind("pruned/calmix.json", "sealed", _inspected("pruned")),
-    "checkpoint": Kind(SHARD, "binary", _inspected("pruned")),
-    "recovered": Kind("recovered/calmix.json", "sealed", _inspected("recovered")),
-    "rerun-set": Kind("set/manifest.json", "sealed", _again("set/manifest.json"), 0.2),
-    "rerun": Kind("recovered/calmix.json", "sealed", _again("recovered/calmix.json"), 0.2),
+    "manifest": Kind("pruned/calmix.json", "sealed", _inspected),
+    "checkpoint": Kind(SHARD, "binary", _inspected),
+    "recovered": Kind("recovered/calmix.json", "sealed", _inspected),
+    "rerun-set": Kind("set/manifest.json", "sealed", _again, 0.2),
+    "rerun": Kind("recovered/calmix.json", "sealed", _again, 0.2),
     "scores": Kind("scores.json", "json", _scores),
     "store": Kind("store/store.json", "json", _store),
     "result": Kind(f"{TRIAL}/result.json", "json", _store),

@@ -59,7 +59,7 @@ def limited(size):
 def test_mutated_files_are_read_or_refused_in_one_line(files, name):
     kind, path, refused = KINDS[name], files / KINDS[name].file, 0
     raw = path.read_bytes()
-    kind.read(files)
+    kind.read(files, path)
     count, seed = max(1, round(EACH * kind.weight)), os.environ.get("CALMIX_SEED", "0")
     for number in range(count):
         rng = random.Random(zlib.crc32(f"{name}/{seed}/{number}".encode()))
@@ -67,7 +67,7 @@ def test_mutated_files_are_read_or_refused_in_one_line(files, name):
         path.write_bytes(content)
         try:
             with limited(len(content)):
-                kind.read(files)
+                kind.read(files, path)
         except BaseException as error:
             if not (isinstance(error, CalmixError) and str(error).strip()):
                 error.add_note(f"{name}, mutation {number}")

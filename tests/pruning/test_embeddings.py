@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calmix.compression.sizes import bits_for
+from calmix.compression.plan import bits_for
 from calmix.errors import InputError, ModelError, SolverError
 from calmix.models import open_model
 from calmix.models.blocks import outer_weights, tied
