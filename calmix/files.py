@@ -362,10 +362,13 @@ def put_folder(beside: Path, path: Path) -> None:
     for part in [*beside.rglob("*"), beside]:  # a rename may come before the bytes
         if part.is_dir() or part.is_file():
             sync(part)
+    if not path.exists():
+        beside.rename(path)
+        sync(path.parent)
+        return
     with hidden(path, kind=OLD) as old:
         try:
-            if path.exists():
-                path.rename(old / path.name)
+            path.rename(old / path.name)
             beside.rename(path)
             sync(path.parent)
         except BaseException:

@@ -534,6 +534,13 @@ def end_tokens(opened: OpenModel) -> list[int]:
     return sorted({one for one in [opened.tokenizer.eos_token_id, *listed] if one is not None})
 
 
-def generating(model: Any, plain: Any) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def generating(model: Any, plain: Any) -> Iterator[None]:
     """Put the model's own generation settings (a penalty, end tokens) aside for a while."""
-    return patch.object(model, "generation_config", plain)
+    training = model.training
+    with patch.object(model, "generation_config", plain):
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)

@@ -26,7 +26,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from calmix import assets
-from calmix.errors import SourceError, first_line
+from calmix.errors import MissingExtraError, SourceError, first_line
 from calmix.files import cache_dir, parse_json, sha256_json, write_bytes
 from calmix.options import Options
 from calmix.progress import quiet
@@ -259,6 +259,10 @@ class ReasoningGym(OfPackage):
     datasets: list[str]
     documents: Annotated[int, Field(gt=0)]
     strip: str | None = None
+
+    def check(self) -> None:
+        if self._spec() is None:
+            raise MissingExtraError("reasoning-gym problems", "reasoning")
 
     def read(self) -> Iterator[Document]:
         self.check()

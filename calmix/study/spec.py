@@ -217,6 +217,7 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
         wrong(["calibrations", NONE], line)
     if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
         wrong(["methods"], "the grid has no trials: name at least one, such as wanda: [0.5]")
+    grids: list[tuple[list[Any], Any]]
     grids = [(["grids", number], grid) for number, grid in enumerate(file.grids)]
     for at, grid in grids:
         for key, labels in (("models", file.models), ("calibrations", file.calibrations)):
