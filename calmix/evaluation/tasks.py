@@ -86,7 +86,7 @@ def _cloze(name: str, number: int, group: str, row: Mapping[str, Any]) -> Item:
 def _archive_items(archive: str, form: str, shots: int) -> list[Item]:
     items = [_formed(item, form) for item in _rendered(archive, shots)]
     if form == "passage":  # several questions may be about one
-        return list({item.requests: item for item in reversed(items)}.values())[::-1]
+        return list({item.requests[0][0]: item for item in reversed(items)}.values())[::-1]
     return items
 
 
@@ -108,6 +108,8 @@ def _rendered(archive: str, shots: int) -> Iterator[Item]:
                     yield _cloze(f"mmlu/{subject}/{number}", number, subject, row)
         return
     for number, rows in _requests(f"{ROOT}/{name}{ending}").items():  # the choices are in order
+        if number >= UNCONDITIONAL:
+            continue
         asked = (row["request"] for row in rows)
         requests = tuple((one["context"], one["continuation"]) for one in asked)
         known_as, gold = document_number(rows[0]["doc"], number), rows[0]["label"]
@@ -119,8 +121,7 @@ def _requests(member: str) -> dict[int, list[dict[str, Any]]]:
     """Return the requests of a member of the archive by document."""
     docs: dict[int, list[dict[str, Any]]] = {}
     for request in assets.read_jsonl(ARCHIVE, member):
-        if request["doc_id"] < UNCONDITIONAL:
-            docs.setdefault(request["doc_id"], []).append(request)
+        docs.setdefault(request["doc_id"], []).append(request)
     return docs
 
 
