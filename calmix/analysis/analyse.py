@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calmix.analysis.bootstrap import Joint, joints
 from calmix.analysis.cells import Cells, Condition, dimensions_of, select
@@ -17,6 +17,9 @@ from calmix.errors import InputError, nearest
 from calmix.files import atomic_folder, write_json, write_text
 from calmix.options import Settings
 from calmix.study.results import StudyResults
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 FOUND = ("ranking", "correlations", "agreements", "differences", "spread", "noise")
 
@@ -91,27 +94,30 @@ class Analysis:
             "gains": [asdict(one) for one in self.gains],
         }  # fmt: skip
 
-    def save(self, folder: Path) -> None:
-        """Write `analysis.json` into a folder, and what it lists as CSV tables, one row for each
-        result; all or nothing."""
+    def tables(self) -> dict[str, DataFrame]:
+        """Return the tables by name, one row for each result; parts are columns with joined
+        names."""
         from pandas import json_normalize
 
         told = self.to_dict()
-        tables = {"gains": told["gains"], **{name: [] for name in FOUND if name != "agreements"}}
-        tables["tasks"] = []
+        made = {"gains": told["gains"], **{name: [] for name in FOUND if name != "agreements"}}
+        made["tasks"] = []
+        for found in told["conditions"]:
+            for one in found["ranking"]:
+                kept = one.pop("tasks")  # in a table of their own
+                head = {name: one[name] for name in ("condition", "calibration")}
+                made["tasks"] += [{**head, **task, "kept": kept[task["name"]]}
+                                  for task in found["tasks"]]  # fmt: skip
+            for name in made.keys() & set(FOUND):
+                made[name] += found[name]
+        return {name: json_normalize(rows, sep="_").astype(object) for name, rows in made.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write `analysis.json` and the tables as CSV into a folder, all or nothing."""
         with atomic_folder(folder) as beside:
-            write_json(beside / "analysis.json", told)
-            for found in told["conditions"]:
-                for one in found["ranking"]:
-                    kept = one.pop("tasks")  # in a table of their own
-                    head = {name: one[name] for name in ("condition", "calibration")}
-                    tables["tasks"] += [{**head, **task, "kept": kept[task["name"]]}
-                                        for task in found["tasks"]]  # fmt: skip
-                for name in tables.keys() & set(FOUND):
-                    tables[name] += found[name]
-            for name, rows in tables.items():
-                if rows:
-                    table = json_normalize(rows, sep="_").astype(object)
+            write_json(beside / "analysis.json", self.to_dict())
+            for name, table in self.tables().items():
+                if len(table):
                     write_text(beside / f"{name}.csv", table.to_csv(index=False))
 
 

@@ -143,7 +143,8 @@ def measure(
     if perplexity and not isinstance(opened, OpenModel):
         raise InputError("perplexity needs the model, not its tokenizer alone")
 
-    saved = {spec: resolve(spec, opened) for spec in specs if saved_set(spec)}
+    saved = {spec: CalibrationSet.open(path, opened) for spec in specs
+             if (path := saved_set(spec)) is not None}  # fmt: skip
     found: dict[str, list[dict[str, float]]] = {spec: [] for spec in specs}
     for number in range(draws):
         sets = [saved.get(spec) or resolve(spec, opened, seed=seed + number, leakage="off", **draw)
@@ -179,14 +180,16 @@ def check_request(specs: Sequence[str], *, draws: int, perplexity: bool, **draw:
         raise InputError(f"length {asked.length} is too short to predict anything")
     files: list[Path] = []
     for spec in specs:
-        found = ask(spec, **({} if saved_set(spec) else asked.drawn()))
-        files += found.files
-        rows, length = found.draw.rows, found.draw.length
-        if (rows, length) != (asked.rows, asked.length):  # of a saved set
+        if (path := saved_set(spec)) is None:
+            files += ask(spec, **asked.drawn()).files
+            continue
+        files.append(path)
+        held = CalibrationSet.open(path)
+        if (held.rows, held.length) != (asked.rows, asked.length):
             raise InputError(
-                f"calibration set {files[-1]} has {rows} rows of {length} tokens, not "
-                f"{asked.rows} of {asked.length}: measure everything with --rows {rows} "
-                f"--length {length}"
+                f"calibration set {path} has {held.rows} rows of {held.length} tokens, not "
+                f"{asked.rows} of {asked.length}: measure everything with --rows "
+                f"{held.rows} --length {held.length}"
             )
     return files
 

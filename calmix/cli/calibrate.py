@@ -118,7 +118,7 @@ def measure(
     from calmix.models import check_models, open_model
 
     names = [name for one in specs for name in (offline_sources() if one == "offline" else [one])]
-    asked = size.asked(SizeOptions)
+    asked = {name: getattr(size, name) for name in SizeOptions.model_fields}  # also over a file's
     asked |= {"rows": rows, "draws": draws, "perplexity": not no_perplexity}
     files = check_request(names, **asked)
     if output is not None:

@@ -302,7 +302,8 @@ def read_ladder(asked: Request, out: Path) -> Ladder:
     # Before there is a candidate, only scores depend on what is to be kept (`_forget`).
     free = () if held["rungs"] else ("keep_at_least", "confidence")
     running.check_same(asked, held["request"], out, free)
-    found = Ladder(tuple(Rung(**one) for one in held["rungs"]), held["ended"], held.get("first", 0))
+    first = held.get("first", RUNGS[0])
+    found = Ladder(tuple(Rung(**one) for one in held["rungs"]), held["ended"], first)
     if not {found.first, *(one.bits for one in found.rungs)} <= {*RUNGS}:
         raise InputError(f"{out} holds a walk over other candidates: choose another -o")
     return found

@@ -415,7 +415,7 @@ def _stage(name: str, out: Path, leaves: str, *words: str, **options: object) ->
     result in OUT."""
     found: list[str] = []
     for key, value in options.items():
-        if value is not None and value is not False and value != "auto":
+        if value is not None and value is not False and (key, value) != ("device", "auto"):
             flag = f"--{key.replace('_', '-')}"
             values = value if isinstance(value, tuple) else (value,)
             found += [flag] if value is True else [s for one in values for s in (flag, str(one))]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from calmix.calibration import CalibrationSet, open_tokenizer
 from calmix.deploy.checking import difference
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import check_output_file, hidden, real_place, replacing
 from calmix.models import OpenModel, check_models, open_model, resolve_model
 from calmix.models.blocks import Prunable, find_blocks
@@ -74,7 +74,8 @@ def export(
     template = str(like) if like is not None else _origin(name)
     check_output_file(output, inputs=[name, template], overwrite=overwrite)
     check_models(name)
-    with replacing(output) as file, hidden(real_place(output)) as beside:
+    real_place(output).parent.mkdir(parents=True, exist_ok=True)
+    with hidden(real_place(output)) as beside, disk_errors(output):
         found = known_model(template)
         if found is None or (isinstance(found, Path) and not found.is_file()):
             raise InputError(f"{template} is not a GGUF file")
@@ -82,10 +83,13 @@ def export(
             reader = GGUFReader(gguf_file(found, beside))
         say("convert")
         opened, folder = open_model(name, device="cpu"), resolve_model(name)
-        places, made = _places(opened, reader, template), Path(file.name)
+        places = _places(opened, reader, template)
+        made = beside / f".{output.name}"  # by no name that a builtin template has there
         types, ours = _write(made, reader, opened, places, read_grids(folder), weights)
         say("check")
         kl, _ = difference(opened, partial(_logits, made), TYPES[weights], weights)
+        made.chmod(0o644)
+        made.replace(real_place(output))
     return Written(weight_bytes(folder), output.stat().st_size, types, ours, kl)
 
 

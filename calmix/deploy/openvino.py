@@ -26,7 +26,14 @@ import torch
 from torch import Tensor
 
 from calmix.deploy.checking import difference, random_ids
-from calmix.errors import InputError, MissingExtraError, ModelError, disk_errors, first_line
+from calmix.errors import (
+    InputError,
+    MissingExtraError,
+    ModelError,
+    disk_errors,
+    first_line,
+    nearest,
+)
 from calmix.files import EXPORT, atomic_folder, check_free, check_output_folder, write_json
 from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import OpenModel, check_models, open_model, resolve_model
@@ -126,7 +133,7 @@ def export(
     """
     name, output = str(name), Path(output)
     if weights not in WEIGHTS:
-        raise InputError(f"unknown weights '{weights}': known: {', '.join(WEIGHTS)}")
+        raise InputError(f"unknown weights '{weights}': {nearest(weights, WEIGHTS)}")
     check_output_folder(output, inputs=[name], overwrite=overwrite)
     check_models(name, trust_remote_code=trust_remote_code)
     for library in ("openvino", "nncf", "transformers.exporters.runners"):  # that of 5.23

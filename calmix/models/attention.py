@@ -67,6 +67,7 @@ def attention(
     if attention_mask is None:
         plain &= positions in (1, tokens)
     else:
+        plain &= attention_mask.shape[0] in (1, rows)
         plain &= attention_mask.shape[1:] == (1, positions, tokens)
     if plain and positions == 1 and heads > shared:
         folded = query.reshape(rows, shared, heads // shared, width)

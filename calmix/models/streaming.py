@@ -74,13 +74,18 @@ class StreamedModel:
             if not torch.equal(self.stored(name), self.stored(other)):  # as loading them sees it
                 del alike[name]
                 self._drop([name])
-        tied = getattr(self.model, "_tied_weights_keys", None) or ()
-        held = {*self._parts, *self.names, *tied}
-        if lacking := next((name for name in self.model.state_dict() if name not in held), None):
-            why = f"its files lack {lacking}, or hold it in a form that transformers converts"
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
+        lacking = [name for name in own if name not in parts and name not in tied]
+        kept = self.model.state_dict().keys() - self.names
+        lacking += [name for name, _ in self.model.named_buffers() if name in kept]
+        if lacking:
+            why = f"its files lack {lacking[0]}, or hold it in a form that transformers converts"
             raise NotStreamableError(self.name, why)
         self._pool = ThreadPoolExecutor(1, "reading")
-        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
+        self._ahead: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
+        # A device copies in a queue of its own what the next block needs.
+        cuda = self.device.type == "cuda" and torch.cuda.is_available()
+        self._queue: Any = torch.cuda.Stream(self.device) if cuda else None
 
     def _own(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters(remove_duplicate=False))
@@ -102,7 +107,8 @@ class StreamedModel:
     @property
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that the files hold, by name in the model; without data out of memory."""
-        return {name: p for name, p in self.model.named_parameters() if name in self._parts}
+        own = dict(self.model.named_parameters())
+        return {name: own[name] for name in self._parts if name in own}
 
     @property
     def unknown(self) -> set[str]:
@@ -140,7 +146,7 @@ class StreamedModel:
 
     def fetch_outside(self, *, head: bool = False) -> None:
         """Read what is outside the blocks: embeddings, norms, and buffers the files hold."""
-        self._put(self._read(self.outside_names(head=head)))
+        self._put(*self._read(self.outside_names(head=head)))
         for name, buffer in list(self.model.named_buffers()):
             value = buffer
             if (stored := self.names.get(name)) is not None:
@@ -157,7 +163,7 @@ class StreamedModel:
         if next(self.blocks.blocks[index].parameters()).is_meta:
             reading = self._ahead.pop(index, None)
             names = self.block_names(index)
-            self._put(self._read(names) if reading is None else reading.result())
+            self._put(*(self._read(names) if reading is None else reading.result()))
         if ahead and index + 1 < len(self.blocks) and index + 1 not in self._ahead:
             self._ahead[index + 1] = self._pool.submit(self._read, self.block_names(index + 1))
 
@@ -227,7 +233,8 @@ class StreamedModel:
 
     def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
         """Give a block weights by their names in the files, in its own type."""
-        self._put(self._merged(self.block_names(index), held.__getitem__))
+        names = self.block_names(index)
+        self._put(self._merged(names, lambda stored, dtype: held[stored].to(dtype)))
 
     def save_config(self, folder: Path) -> None:
         """Make a folder of the layout's files one that loads: index and configuration."""
@@ -245,24 +252,36 @@ class StreamedModel:
         """Stop reading ahead."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _merged(self, names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Return parameters in their types, of the tensors in the files that make them up."""
+    def _merged(
+        self, names: Iterable[str], value: Callable[[str, torch.dtype], Tensor]
+    ) -> dict[str, Tensor]:
+        """Return parameters, `value` of every tensor in the files that makes them up."""
         own, made = self._own(), dict[str, Tensor]()
         for name in names:
             if name not in made:
                 part, dtype = self._parts[name], own[name].dtype
-                made |= part.merge({n: read(n).to(dtype) for n in part.stored})
+                made |= part.merge({n: value(n, dtype) for n in part.stored})
         return made
 
-    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        read = self._merged(names, lambda name: self.shards.read([name])[name])
-        if self.device.type == "cuda":  # which copies from such memory without the host
-            read = {name: value.pin_memory() for name, value in read.items()}
-        return read
+    def _read(self, names: Iterable[str]) -> tuple[dict[str, Tensor], Any]:
+        """Read parameters and begin to copy them to the device; return what marks the end of it."""
+        read = self._merged(names, lambda n, dtype: self.shards.read([n])[n].to(dtype))
+        if self._queue is None:
+            return read, None
+        with torch.cuda.stream(self._queue):
+            # Copies from pinned memory overlap with what the device computes.
+            for name, value in read.items():
+                read[name] = value.pin_memory().to(self.device, non_blocking=True)
+        return read, self._queue.record_event()
 
-    def _put(self, values: Mapping[str, Tensor]) -> None:
-        """Give the model parameters; the host does not wait until a device has them."""
+    def _put(self, values: Mapping[str, Tensor], copied: Any = None) -> None:
+        """Give the model parameters, once the device has `copied` them."""
+        now = None if copied is None else torch.cuda.current_stream(self.device)
+        if now is not None:
+            now.wait_event(copied)
         for name, value in values.items():
+            if now is not None:
+                value.record_stream(now)
             module, last = self._owner(name)
             here = value.to(self.device, non_blocking=True)
             module._parameters[last] = nn.Parameter(here, requires_grad=False)
@@ -319,8 +338,8 @@ class Part:
     model: Any
     stored: tuple[str, ...]
     target: str
-    roles: tuple[str | None, ...]
-    rule: Any
+    roles: tuple[str, ...] = ()
+    rule: Any = None
 
     def merge(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parameters, by name, that stored tensors make up."""
@@ -360,33 +379,35 @@ def find_parts(model: Any, places: Mapping[str, Place], called: str) -> dict[str
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     prefix = model.base_model_prefix
-    held: dict[str, list[tuple[str, str | None]]] = {}
+    merged: dict[str, list[tuple[str, str]]] = {}
+    parts = []
     for name in sorted(places, key=dot_natural_key):
         target, role = rename_source_key(name, renamings, converters, prefix, own)
         if target not in own and name in own:  # as it stands, but for the prefix
             target, role = rename_source_key(name, [], [], prefix, own)
         if target in own and role is None:
-            held[target] = [(name, None)]
+            parts.append(Part(model, (name,), target))
         elif target in own:
-            held.setdefault(target, []).append((name, role))
+            merged.setdefault(target, []).append((name, role))
     # What has not matched would be reverted to no purpose when the model is saved.
     model._weight_conversions = [rule for rule in rules if rule.was_used()]
+    for target, held in merged.items():
+        names, roles = zip(*held, strict=True)
+        rule = next(one for one in converters if roles[0] in one.source_patterns)
+        parts.append(Part(model, names, target, roles, rule))
     found: dict[str, Part] = {}
-    for target, given in held.items():
-        names, roles = zip(*given, strict=True)
-        rule = next((one for one in converters if roles[0] in one.source_patterns), None)
-        part = Part(model, names, target, roles, rule)
+    for part in parts:
         stored = {n: torch.empty(places[n].shape, dtype=places[n].dtype, device="meta")
-                  for n in names}  # fmt: skip
+                  for n in part.stored}  # fmt: skip
         try:
             made = part.merge(stored)
         except (RuntimeError, ValueError):  # one is missing: so is what they would make up
             continue
         fitting = [n for n, value in made.items() if n in own and value.shape == own[n].shape]
-        if fitting and rule is not None:
+        if fitting and part.rule is not None:
             back = split(model, {n: torch.empty_like(own[n], device="meta") for n in made})
             if {n: v.shape for n, v in back.items()} != {n: v.shape for n, v in stored.items()}:
-                why = f"transformers converts its weights and not back (first {names[0]})"
+                why = f"transformers converts its weights and not back (first {part.stored[0]})"
                 raise NotStreamableError(called, why)
         found |= dict.fromkeys(fitting, part)
     return found

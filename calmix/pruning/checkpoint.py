@@ -137,9 +137,7 @@ class Job:
     `asked` decides its bytes, as far as it is known before the draw.
     """
 
-    def __init__(
-        self, output: Path, request: PruneRequest, source: StreamedModel, model: str
-    ) -> None:
+    def __init__(self, output: Path, request: PruneRequest, source: StreamedModel) -> None:
         self.output, self.work = output, WorkFolder(output)
         self.request, self.method = request, request.chosen
         self.pattern: Patterns = request.target
@@ -149,7 +147,6 @@ class Job:
             self.pattern = from_shares(shares, source.blocks, request.sparsity, self.method)
         check_pattern(source.blocks, self.pattern, self.method)
         self.asked: dict[str, Any] = {
-            "model": model,
             "dtype": dtype_name(source.dtype),
             "device": source.device.type,
             # Their shares of the rows decide in which order sums are taken.
@@ -170,8 +167,10 @@ class _Pruning:
             raise InputError("--only, --skip and --drop-experts are the same for all targets")
         only, skip, self.share, self.drops_alone = alike.pop()
         source.blocks = source.blocks.select(only, skip)
-        model = distributed.once(lambda: fingerprint(source.folder))
-        self.jobs = [Job(output, request, source, model) for output, request in targets.items()]
+        self.jobs = [Job(output, request, source) for output, request in targets.items()]
+        model = distributed.once(lambda: fingerprint(source.folder))  # which reads all of it
+        for job in self.jobs:
+            job.asked["model"] = model
 
     @property
     def checkpoint_bytes(self) -> int:

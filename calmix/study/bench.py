@@ -57,8 +57,9 @@ class Bench:
         if self._label == label:
             return
         stage("opening the model", 0, 1)
+        self._reference = None
         self._open(label)
-        opened, suite, self._reference = self.opened, self.study.suite, None
+        opened, suite = self.opened, self.study.suite
         if known := [name for name in suite.dimensions if name in builtin_readers()]:
             self._reference = reference(opened, texts(opened, dimensions=known), cache=True)
         kind = [str(opened.model.dtype), opened.model.device.type, SCORER]

@@ -12,6 +12,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -223,7 +224,8 @@ def on_ray(
             while left or at_work:
                 while left and len(at_work) < (workers or len(todo)):
                     trial = left.pop(0)
-                    at_work[remote.remote(Path.cwd(), bench, trial)] = trial
+                    sent = replace(trial, asked=None)  # which may hold a set: too large for a call
+                    at_work[remote.remote(Path.cwd(), bench, sent)] = trial
                 ended = ray.wait(list(at_work))[0][0]
                 trial = at_work.pop(ended)
                 try:

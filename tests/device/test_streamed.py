@@ -2,6 +2,8 @@
 
 from collections import Counter
 from concurrent.futures import Future
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +42,14 @@ def numberless(monkeypatch, tiny_folder):
     streamed = StreamedModel(str(tiny_folder))
     streamed._pool.shutdown()
     streamed._pool, streamed.device = Inline(), torch.device("cuda", 1)
+    waited = []
+    streamed._queue = SimpleNamespace(device=streamed.device, record_event=lambda: "copied")
+    now = SimpleNamespace(wait_event=waited.append)
+    monkeypatch.setattr(torch.cuda, "stream", lambda queue: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: {streamed.device: now}[device])
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda self, queue: None if queue is now else 1 / 0
+    )
 
     def read(self, names):
         made = {name: self.places[name] for name in names}
@@ -55,14 +65,24 @@ def numberless(monkeypatch, tiny_folder):
     monkeypatch.setattr(Shards, "read", read)
     monkeypatch.setattr(WorkFolder, "save", written)
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
-    yield streamed, pinned
+    yield streamed, pinned, waited
     streamed.close()
+
+
+def test_a_device_without_a_queue_for_it_copies_in_one_thread(numberless):
+    streamed, *_ = numberless
+    streamed._queue = None
+    with tracing(None) as traced:
+        read, copied = streamed._read(streamed.block_names(0))
+    assert copied is None
+    assert not traced.copies
+    assert {value.device.type for value in read.values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("method", quick(["wanda,refit=2"], ["sparsegpt"]))
 def test_a_block_comes_and_goes_once(numberless, tmp_path, monkeypatch, method):
     """Its weights come and go; hidden states stay."""
-    streamed, pinned = numberless
+    streamed, pinned, waited = numberless
     work = WorkFolder(tmp_path / "out")
     work.claim({}, resume=False, overwrite=False)
     run = Run(streamed.model, streamed.blocks, get_method(method), Unstructured(0.5))
@@ -89,9 +109,10 @@ def test_a_block_comes_and_goes_once(numberless, tmp_path, monkeypatch, method):
     weights = len(streamed.block_names(0))
     first, *blocks = seen
     assert all(reads.total() <= 50 for reads, _ in blocks)
-    # The first block's weights are there before it begins.
-    back = {("cuda", "cpu"): weights}
-    assert [copies for _, copies in blocks] == [back, back | {("cpu", "cuda"): weights}]
+    # A block's weights come while the one before is at work, and the last block gives no states.
+    last = {("cuda", "cpu"): weights}
+    assert [copies for _, copies in blocks] == [last | {("cpu", "cuda"): weights}, last]
+    assert waited == ["copied"] * 3  # for what is outside, and for each block
     assert len(pinned) == 2 * weights + len(streamed.outside_names())
     # Before the blocks, what is handed to them is compared with what other micro-batches brought.
     assert first[0] == {"equal": 3 * BATCHES}
