@@ -47,6 +47,7 @@ BITS = ("ecq", "gptq")  # methods whose zeros are levels
 EDGES = (0.05, 0.1, 0.2, 0.4, 0.8)  # of KL, in the table
 SHARES = (40, 50, 60, 70, 80, 90)  # of likelihood kept, %
 ABILITIES = ("general", "code", "math", "chat")  # whose answers are generated
+RECOVERED = ", recovered"
 TEXTS = 4  # of one target, that make a row
 SAMPLE = 2**22  # words of a tensor that are compressed
 
@@ -274,15 +275,21 @@ def draw_distance(points: list[Point], path: Path) -> Iterator[str]:
     with mpl.rc_context({**SETTINGS, "svg.hashsalt": "distance"}):
         figure = Figure(figsize=(8.6, 4.6), layout="constrained")
         all_axes = figure.subplots(1, 1 + bool(known), sharey=True, squeeze=False)[0]
-        names = list(dict.fromkeys(map(family, points)))
+        names = sorted({family(one) for one in (*far, *known)})
+        models = list(dict.fromkeys(name.partition(", ")[0] for name in names))
+        kinds = list(dict.fromkeys(name.partition(", ")[2].removesuffix(RECOVERED)
+                                   for name in names))  # fmt: skip
         for axes, own, of in zip(all_axes, (far, known), ("kl", "likelihood"), strict=False):
-            for number, name in enumerate(names):
+            for name in names:
                 some = [one for one in own if family(one) == name]
+                model, _, kind = name.partition(", ")
+                kind = kind.removesuffix(RECOVERED)
                 axes.plot([getattr(one, of) for one in some],
                           [100 * one.share.value for one in some],
                           label=name if of == "kl" else None, linestyle="none",
-                          marker=MARKERS[number % len(MARKERS)],
-                          color=COLOURS[number % len(COLOURS)])  # fmt: skip
+                          marker=MARKERS[models.index(model)],
+                          fillstyle="none" if name.endswith(RECOVERED) else "full",
+                          color=COLOURS[kinds.index(kind)])  # fmt: skip
             axes.grid()
         all_axes[0].set(xlabel="KL to the dense model, nats a token", ylim=(0, 100), xscale="log",
                         ylabel="right answers kept, %")  # fmt: skip
@@ -329,7 +336,7 @@ def family(point: Point) -> str:
     model, _, rest = point.line.partition(": ")
     method = rest.partition(", ")[0]
     kind = "both" if "bits=" in method else "bits" if method.startswith(BITS) else "zeros"
-    return f"{model}, {kind}{', recovered' if 'distill' in method else ''}"
+    return f"{model}, {kind}{RECOVERED * ('distill' in method)}"
 
 
 def main() -> None:
