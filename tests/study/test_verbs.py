@@ -3,12 +3,20 @@
 import csv
 import json
 import shutil
+import tarfile
+from pathlib import Path
 
 import pytest
 
 from calmix.analysis.power import needed
 from calmix.study import load_study, read_results
 from tests.synthetic import Plan, save, study
+
+STORES = [
+    path
+    for path in Path(__file__).parents[2].glob("studies/results/*/store.tar.xz")
+    if path.stat().st_size < 2**21
+]  # the golden file holds what larger ones say
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -147,3 +155,12 @@ def test_the_noise_of_a_study_and_the_seeds_it_needs(calmix, tmp_path):
         (folder / "result.json").unlink()
     line = calmix("study", "power", store).line
     assert "has no finished trials (6 planned): run it first" in line
+
+
+@pytest.mark.parametrize("path", STORES, ids=lambda path: path.parent.name)
+def test_a_committed_store_can_be_read(path, tmp_path):
+    with tarfile.open(path) as held:
+        held.extractall(tmp_path, filter="data")
+    results = read_results(tmp_path / path.parent.name)
+    assert results.trials
+    assert results.failed == ()
