@@ -190,7 +190,7 @@ def print_layers(layers: Sequence[LayerReport], *, each: bool = False) -> None:
         for name, held in kinds.items()
     ]  # fmt: skip
     if rows:
-        print_table(rows, title="error: output energy lost, lower is better")
+        print_table(rows, title="error is output energy lost: lower is better")
 
 
 def _range(shares: list[float]) -> str | None:

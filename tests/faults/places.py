@@ -159,7 +159,7 @@ class Place:
         assert not again.code or (again.line and "exists" in again.errors), again.errors
         got = self.verb.result(at)
         names = [n for n in {**self.wanted, **got} if self.wanted.get(n) != got.get(n)]
-        assert not names, got.get("files")
+        assert not names, (names, again.errors[-600:], sorted(tree(at)))
 
     def seeded(self, fault, number):
         """Return what decides a try."""
