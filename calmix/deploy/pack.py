@@ -3,16 +3,17 @@
 Pruned weights are mostly zeros, and the exponents of the others have little entropy. A pack holds,
 for every tensor with enough zeros, a bit mask of the nonzero values, and the kept values split into
 byte planes: each value is rotated left by one bit, so that a float's exponent comes first and its
-sign last, and its bytes go to one plane each. Mask and planes are compressed with zstandard where
-that helps: exponents shrink to a third, mantissas do not.
+sign last, and its bytes go to one plane each. zstandard Huffman-codes mask and planes where it
+helps: exponents shrink to a third, mantissas do not.
 
 Of a quantised tensor, whose scales lie beside the weights, levels are stored in its place, two to a
-byte where nearly all are small, and Huffman-coded by zstandard. Weights that are not what level and
+byte where nearly all are small, coded the same way. Weights that are not what level and
 scale give, to the bit, are stored beside.
 
 A pack is a folder: `calmix-pack.json`, a safetensors file of plain bytes for each weight file, and
-all other files as they were, in subfolders too. Nothing in it can run. Memory is bounded: a tensor
-is packed, and a chunk unpacked, at a time. SHA-256 shows that the bytes are those that were packed.
+all other files as they were, in subfolders too. Nothing in it can run. Memory is bounded: three
+tensors are packed, and a few chunks unpacked, at a time. SHA-256 shows that the bytes are those
+that were packed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from calmix.errors import InputError, disk_errors
-from calmix.files import atomic_folder, check_free, check_output_folder, sha256_file, write_json
+from calmix.files import atomic_folder, check_free, check_output_folder, sha256_file, write_text
 from calmix.machine import cores
 from calmix.manifest import versions
 from calmix.models.opening import check_folder, load_config, loading
@@ -53,6 +54,7 @@ from calmix.models.shards import (
 from calmix.pruning.solvers.grids import SCALES, Grid, as_grids, read_grids
 
 FORMATS = 1, 2  # without and with levels
+AHEAD = 3  # tensors that are packed at a time: small ones are a chunk, and do not fill the cores
 CHUNK = 1 << 22  # values that are compressed together: a few megabytes
 SPARSE = 0.08  # share of zeros from which a mask, a bit a value, pays in 16 bits
 HELPS = 0.98  # compressed parts are kept where they are smaller by this factor
@@ -61,13 +63,14 @@ ASTRAY = 1e-2  # share of weights off the grid, up to which levels are stored so
 ALTERED = "is not what it was packed as: fetch the pack again"
 MAGIC = b"\x28\xb5\x2f\xfd"  # how a zstandard frame begins
 
-LEVEL = 3  # zstandard's; higher levels do not shrink exponents further
-# Levels hardly repeat in long runs: matches of zstandard would cost more than they save.
-LEVELS = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, chain_log=6)
+# Neither planes nor levels repeat in long runs: Huffman codes alone make less of them than levels 1
+# to 3 of zstandard with their matches, and sooner.
+CODES = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, chain_log=6)
 
 Words = NDArray[Any]
 Parts = Mapping[str, Sequence[bytes]]  # of a tensor, by kind, a part a chunk
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,17 @@ def pack(
             progress(done, total)
 
     with atomic_folder(output) as beside, ThreadPoolExecutor(cores()) as pool, disk_errors(output):
-        weights = {
-            name: _write(folder / name, beside / name, tensors, grids, pool, told)
+        made = {
+            name: (
+                pool.submit(sha256_file, folder / name),
+                _write(folder / name, beside / name, tensors, grids, pool, told),
+                pool.submit(sha256_file, beside / name),
+            )
             for name, tensors in places.items()
+        }
+        weights: dict[str, dict[str, Any]] = {
+            name: {"sha256": dense.result(), "packed": packed.result(), "tensors": tensors}
+            for name, (dense, tensors, packed) in made.items()
         }
         after = sum((beside / name).stat().st_size for name in weights)
         entries = [(place.size, weights[name]["tensors"][tensor])
@@ -133,7 +144,7 @@ def pack(
             "versions": versions(), "weights": weights,
             "files": {name: sha256_file(beside / name) for name in others},
         }  # fmt: skip
-        write_json(beside / PACK, manifest)
+        write_text(beside / PACK, json.dumps(manifest, ensure_ascii=False) + "\n")  # of thousands
     before, left = map(sum, zip((0, 0), *sparse, strict=True))
     return Packed(total, after, (before, left))
 
@@ -240,10 +251,11 @@ def _tensors(
     """Return all tensors of a packed file."""
     parts, found = _unpacked(path, entry, grids), dict[str, torch.Tensor]()
     for name, place in _in_order(parse_header(next(parts), path)):
-        data = bytearray()
-        while len(data) < place.size:
-            data += next(parts)
-        found[name] = _tensor(data, place)
+        data, left = list[bytes](), place.size
+        while left > 0:
+            data.append(next(parts))
+            left -= len(data[-1])
+        found[name] = _tensor(bytearray().join(data), place)
     next(parts, None)  # sees that the hash is right
     return found
 
@@ -281,15 +293,24 @@ def _write(
     source: Path, target: Path, tensors: Sequence[tuple[str, Place]], grids: Mapping[str, Grid],
     pool: ThreadPoolExecutor, told: Callable[[int], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Pack a weight file; return what the manifest says of it.
+    """Pack a weight file; return what the manifest says of its tensors.
 
     A safetensors file of bytes whose sizes are known only when they are written, its header last.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     header: dict[str, Any] = {"__metadata__": {"format": "calmix-pack"}}
     entries: dict[str, Any] = {}
-    digest = pool.submit(sha256_file, source)
-    with tempfile.TemporaryFile(dir=target.parent) as data, target.open("wb") as file:
+
+    def read(tensor: str, place: Place) -> tuple[dict[str, Any], Parts]:
+        count = math.prod(place.shape)
+        words = np.fromfile(source, f"u{place.dtype.itemsize}", count, offset=place.start)
+        return _encoded(words, place, grids.get(tensor), pool)
+
+    with (
+        tempfile.TemporaryFile(dir=target.parent) as data,
+        target.open("wb") as file,
+        ThreadPoolExecutor(AHEAD) as readers,
+    ):
 
         def add(name: str, parts: Sequence[bytes]) -> list[int]:
             start, sizes = data.tell(), [len(part) for part in parts]
@@ -300,18 +321,25 @@ def _write(
             return sizes
 
         add("header", [header_bytes(source)])
-        for tensor, place in tensors:
-            words = np.fromfile(
-                source, f"u{place.dtype.itemsize}", math.prod(place.shape), offset=place.start
-            )
-            entry, parts = _encoded(words, place, grids.get(tensor), pool)
+        jobs = (partial(read, *one) for one in tensors)
+        coded = _in_turn(readers, jobs, AHEAD)
+        for (tensor, place), (entry, parts) in zip(tensors, coded, strict=True):
             sizes = {kind: add(f"{tensor}|{kind}", one) for kind, one in parts.items()}
             entries[tensor] = entry | {"sizes": sizes}
             told(place.size)
         file.write(with_length(header))
         data.seek(0)
         shutil.copyfileobj(data, file, length=1 << 22)
-    return {"sha256": digest.result(), "packed": sha256_file(target), "tensors": entries}
+    return entries
+
+
+def _in_turn(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], T]], ahead: int) -> Iterator[T]:
+    """Yield what jobs return, in their order; `ahead` of them are at work or done."""
+    waiting = [pool.submit(job) for job in islice(jobs, ahead)]
+    while waiting:
+        done = waiting.pop(0).result()
+        waiting += [pool.submit(job) for job in islice(jobs, 1)]
+        yield done
 
 
 def _in_order(places: Mapping[str, Place]) -> list[tuple[str, Place]]:
@@ -341,22 +369,16 @@ def _encoded_levels(
 
     def read(rows: slice) -> tuple[Words, Words, int]:
         part = grid.part(rows)
-        levels = part.levels(whole[rows])
+        levels = part.levels(whole[rows]).clamp_(-128, 127).to(torch.int8)
         off = _words(whole[rows]) != _words(part.values(levels).to(place.dtype))
-        flat = levels.numpy().reshape(-1)
-        return flat, off, int(np.count_nonzero((flat < -8) | (flat > 7)))
+        low = np.frombuffer(tensor_bytes(levels), np.uint8) + np.uint8(8)
+        return low, off, int(np.count_nonzero(low > 15))
 
-    def code(start: int, levels: Words, off: Words) -> tuple[Words, bytes]:
-        most = 8 if small else 128
-        astray = np.flatnonzero(off | (levels < -most) | (levels >= most)) + start
-        if small:
-            np.clip(levels, -8, 7, out=levels)
-            levels += 8
-        low: Words = levels.astype(np.uint8)
-        if small:  # two to a byte
-            low = np.pad(low, (0, len(low) % 2))
-            low = low[::2] | (low[1::2] << 4)
-        return astray, _squeezed(low.tobytes(), compression_params=LEVELS)
+    def code(start: int, low: Words, off: Words) -> tuple[Words, bytes]:
+        if not small:
+            return np.flatnonzero(off) + start, _squeezed(low - np.uint8(8))
+        astray, low = np.flatnonzero(off | (low > 15)) + start, np.pad(low & 15, (0, len(low) % 2))
+        return astray, _squeezed(low[::2] | (low[1::2] << 4))  # two to a byte
 
     whole, spans = _tensor(raw, place), _spans(place)
     found = list(pool.map(read, spans))
@@ -370,7 +392,7 @@ def _encoded_levels(
     kind = "half" if small else "whole"
     parts = {
         kind: coded,
-        "astray": [_squeezed(astray.astype("<u4").tobytes()), _squeezed(raw[astray].tobytes())],
+        "astray": [_squeezed(one.view(np.uint8)) for one in (astray.astype("<u4"), raw[astray])],
     }
     return {"count": len(raw), "mask": False, "levels": kind, "astray": len(astray)}, parts
 
@@ -392,20 +414,21 @@ def _encode(chunk: Words, masked: bool, dtype: torch.dtype) -> list[bytes]:
     parts = []
     if masked:
         bits = chunk != 0
-        parts.append(np.packbits(bits).tobytes())
+        parts.append(np.packbits(bits))
         chunk = chunk[np.flatnonzero(bits)]
+    width = 8 * chunk.itemsize
     if dtype.is_floating_point:
-        chunk = (chunk << 1) | (chunk >> (8 * chunk.itemsize - 1))
-    planes = chunk.astype(chunk.dtype.newbyteorder(">"), copy=False).view(np.uint8)
-    planes = planes.reshape(-1, chunk.itemsize)
-    parts += [np.ascontiguousarray(planes[:, at]).tobytes() for at in range(chunk.itemsize)]
+        turned = chunk << 1
+        chunk = np.bitwise_or(turned, chunk >> (width - 1), out=turned)
+    parts += [(chunk >> right).astype(np.uint8) for right in range(width - 8, -1, -8)]
     return [_squeezed(part) for part in parts]
 
 
-def _squeezed(part: bytes, **how: Any) -> bytes:
+def _squeezed(part: Words) -> bytes:
     """Return a zstandard frame if that is smaller, or the bytes look like one, else the bytes."""
-    made = zstandard.ZstdCompressor(**(how or {"level": LEVEL})).compress(part)
-    return made if len(made) < HELPS * len(part) or part.startswith(MAGIC) else part
+    made = zstandard.ZstdCompressor(compression_params=CODES).compress(part.data)
+    plain = len(made) >= HELPS * part.nbytes and part[:4].tobytes() != MAGIC
+    return part.tobytes() if plain else made
 
 
 def _expanded(part: bytes, size: int) -> Words:
@@ -429,14 +452,12 @@ def _unpacked(path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]) -> I
             digest, places = hashlib.sha256(header), _in_order(parse_header(header, path))
             yield header
             jobs = (
-                pool.submit(job)
+                job
                 for name, place in places
                 for job in _chunks(file, held, name, place, entry["tensors"][name], grids.get(name))
             )
-            waiting = list(islice(jobs, 2 * cores()))
-            while waiting:
-                digest.update(part := waiting.pop(0).result())
-                waiting += islice(jobs, 1)
+            for part in _in_turn(pool, jobs, 2 * cores()):
+                digest.update(part)
                 yield part
         if digest.hexdigest() != entry["sha256"]:
             raise ValueError("another SHA-256")

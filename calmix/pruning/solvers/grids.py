@@ -43,8 +43,10 @@ class Grid:
     octaves: Tensor | None = None
 
     def levels(self, weight: Tensor) -> Tensor:
-        """Return the levels (rows, columns), int16, of weights that lie on the grid."""
-        return self._nearest(weight).clamp_(-(2**15), 2**15 - 1).to(torch.int16)
+        """Return the nearest levels (rows, columns) of weights, float32."""
+        step = self.steps()[:, :, None]
+        parts = weight.float().reshape(len(weight), step.shape[1], -1)
+        return (parts * _inverse(step)).round_().view(weight.shape)
 
     def values(self, levels: Tensor) -> Tensor:
         """Return the weights of levels, float32."""
@@ -54,16 +56,11 @@ class Grid:
 
     def nearest(self, weight: Tensor, least: int, most: int) -> Tensor:
         """Return the nearest of the grid's weights (rows, columns), between two levels, float32."""
-        return self.values(self._nearest(weight).clamp_(least, most))
+        return self.values(self.levels(weight).clamp_(least, most))
 
     def steps(self) -> Tensor:
         """Return what a level is worth (rows or 1, parts of the columns), float32."""
         return self.scale if self.octaves is None else self.scale * factors(self.octaves)
-
-    def _nearest(self, weight: Tensor) -> Tensor:
-        step = self.steps()[:, :, None]
-        parts = weight.float().reshape(len(weight), step.shape[1], -1)
-        return (parts * _inverse(step)).round_().view(weight.shape)
 
     def to(self, device: torch.device) -> Grid:
         """Return the grid on a device."""
