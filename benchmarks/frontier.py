@@ -66,7 +66,12 @@ class Point(NamedTuple):
     pair: Pair
     pattern: str
     seed: int
-    likelihood: float | None = None  # kept, %
+    likely: Mapping[str, float] = {}  # likelihood kept in %, by dimension and in all
+
+    @property
+    def likelihood(self) -> float:
+        """Return the likelihood kept in all, %."""
+        return self.likely[""]
 
     def right(self, ability: str = "") -> np.ndarray:
         """Return 1.0 for each answer of the dense model that is still right, else 0.0."""
@@ -152,16 +157,31 @@ def of_smaller(store: Path, sizes: Mapping[str, Sizes]) -> Iterator[str]:
         yield f"| {small}, dense, beside {large} | {kept} |"
 
 
-def of_likelihood(store: Path) -> dict[tuple[str, str, int], float]:
-    """Return the likelihood that trials keep in %, by line, pattern and seed."""
+def of_likelihood(store: Path) -> dict[tuple[str, str, int], dict[str, float]]:
+    """Return the likelihood that trials keep, by line, pattern and seed."""
     results, found = read_results(store), {}
     for trial in results.trials:
         tasks = zip(results.paired[trial.id], results.scores[trial.id], strict=True)
-        kept = retention(*zip(*(both for both in tasks if likely(both[0])), strict=True)).total
+        kept = retention(*zip(*(both for both in tasks if likely(both[0])), strict=True))
         line = f"{trial.model}: {trial.method}, {trial.calibration}"
-        if kept.value is not None:
-            found[line, trial.pattern, trial.seed] = 100 * kept.value
+        values = {"": kept.total, **{one.name: one.kept for one in kept.dimensions}}
+        found[line, trial.pattern, trial.seed] = {
+            name: 100 * one.value for name, one in values.items() if one.value is not None
+        }
     return found
+
+
+def both_ways(points: list[Point]) -> Iterator[str]:
+    """Yield what models keep of likelihood and of answers, by ability."""
+    dimensions = list(dict.fromkeys(name for one in points for name in one.likely if name))
+    names = [*(f"likelihood, {name or 'all'}" for name in ("", *dimensions)),
+             *(f"answers, {name or 'all'}" for name in ("", *ABILITIES))]  # fmt: skip
+    yield f"| model | MB | {' | '.join(names)} |\n|---|---{'|---' * len(names)}|"
+    for one in points:
+        values = [*(one.likely.get(name) for name in ("", *dimensions)),
+                  *(100 * one.right(name).mean() for name in ("", *ABILITIES))]  # fmt: skip
+        cells = ("" if value is None else f"{value:.1f}" for value in values)
+        yield f"| {one.line.partition(':')[0]}: {one.name} | {one.size:.1f} | {' | '.join(cells)} |"
 
 
 def divergence(distance: dict[str, Any] | None) -> float | None:
@@ -271,7 +291,7 @@ def draw_distance(points: list[Point], path: Path) -> Iterator[str]:
     """Draw answers kept against KL, and against likelihood where that is known; yield how they go
     together."""
     far = [one for one in points if one.kl]
-    known = [one for one in points if one.likelihood is not None]
+    known = [one for one in points if one.likely]
     with mpl.rc_context({**SETTINGS, "svg.hashsalt": "distance"}):
         figure = Figure(figsize=(8.6, 4.6), layout="constrained")
         all_axes = figure.subplots(1, 1 + bool(known), sharey=True, squeeze=False)[0]
@@ -361,7 +381,7 @@ def main() -> None:
     points += of_anchors(asked.anchors) if asked.anchors else []
     if asked.likelihood:
         kept = of_likelihood(asked.likelihood)
-        points = [one._replace(likelihood=kept.get((one.line, one.pattern, one.seed)))
+        points = [one._replace(likely=kept.get((one.line, one.pattern, one.seed), {}))
                   for one in points]  # fmt: skip
     points.sort(key=lambda one: one.size)
     print("| model | bits a weight | MB | KL | answers kept, % |\n|---|---|---|---|---|")
@@ -371,6 +391,8 @@ def main() -> None:
         print(f"| {one.name} | {bits} | {one.size:.1f} | {kl} | {kept} |")
     for store in asked.stores:
         print(*of_smaller(store, sizes), sep="\n")
+    if asked.likelihood:
+        print("", *both_ways([one for one in points if one.likely]), sep="\n")
     for floors in asked.keep_at_least:
         print("", *smallest(points, floors), sep="\n")
     for lines in asked.lead:
