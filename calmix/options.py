@@ -239,7 +239,7 @@ class Pruning(DrawOptions):
         advanced=True,
     )  # fmt: skip
     allocation: Any = option(
-        None, "Sparsity by layer: owl, error, or a file.", shown="uniform", advanced=True
+        None, "Sparsity by layer: owl, error, or a file; or bits.", shown="uniform", advanced=True
     )
     drop_experts: float | None = option(
         None, "Fraction of experts to drop per MoE layer: 0.25.", advanced=True, gt=0, lt=1

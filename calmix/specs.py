@@ -173,7 +173,7 @@ def prune_request(
             "method": found.name, "options": found.options, "sparsity": share,
             "pattern": None if share is not None else str(target),
             "propagation": (asked.propagation or "sequential") if found.needs else None,
-            "allocation": read_allocation(asked.allocation, share),
+            "allocation": read_allocation(asked.allocation, target),
         }  # fmt: skip
         if found.needs is None and isinstance(chosen["allocation"], str):
             raise InputError(

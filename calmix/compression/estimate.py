@@ -25,7 +25,6 @@ from calmix.files import check_free
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.options import Recovering
-from calmix.pruning.allocation import SPREAD
 from calmix.pruning.checkpoint import planned
 from calmix.recovery.memory import BEHIND, check_memory
 from calmix.specs import NONE, PruneRequest, prune_request, recover_request
@@ -151,7 +150,7 @@ def _pruning(model: Timed, request: PruneRequest, rows: int, length: int) -> flo
     """Return the seconds of a prune to one target, files and all."""
     seconds = model.files
     if request.method != NONE:
-        spread = request.allocation if request.allocation in SPREAD else None
+        spread = request.allocation if isinstance(request.allocation, str) else None
         seconds += model.pruning(request.chosen, request.propagation, rows, length, spread)
     if request.drop_experts is not None:  # a pass, and every expert's outputs once more
         seconds += model.forward(2 * rows * length, length)

@@ -10,7 +10,7 @@
 
 Means are over weights, so that the total stays what it is where blocks differ in size. Both look
 at the dense model on the calibration set: one pass more. Shares of a file are taken as they are,
-but for at most a few steps of rounding that make the count exact.
+but for at most a few steps of rounding that make the count exact; bits of a file as they are.
 """
 
 from __future__ import annotations
@@ -29,29 +29,34 @@ from calmix.precision import widest
 from calmix.pruning.engine import Looking, check_names, run_through
 from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import Method, get_method
-from calmix.pruning.patterns import Unstructured, clear
+from calmix.pruning.patterns import Pattern, Rate, Unstructured, clear
 from calmix.yaml_files import read_yaml
 
 OUTLIER = 5.0  # times the mean
 SPREAD = {"owl": 0.16, "error": 0.14}  # between the sparsest and the densest
-TOLERANCE = 5e-4  # a file's shares may miss the sparsity by so much: they are written rounded
+TOLERANCE = 5e-4  # a file's numbers may miss the target by so much: they are written rounded
 STEPS = 2  # of rounding that a layer may be moved by, each way
 STATES = 4096  # totals that are kept in mind while steps are chosen
 
 
 def read_allocation(
-    asked: str | os.PathLike[str] | Mapping[str, float] | None, sparsity: float | None
+    asked: str | os.PathLike[str] | Mapping[str, float] | None, target: Pattern
 ) -> str | dict[str, float] | None:
-    """Return `owl`, `error`, or sparsities by layer; None for the same everywhere."""
+    """Return `owl`, `error`, or sparsities or bits by layer; None for the same everywhere."""
     if asked is None or asked == "uniform":
         return None
-    if sparsity is None:
+    if not isinstance(target, Unstructured | Rate):
         raise InputError(
             "--allocation has no effect with an N:M pattern, which is the same in every layer: "
             "give --sparsity"
         )
-    where = "the allocation"
+    where, bits = "the allocation", isinstance(target, Rate)
     if not isinstance(asked, Mapping):
+        if asked in SPREAD and bits:
+            raise InputError(
+                f"--allocation {asked} distributes a sparsity: with --bits name a file of bits by "
+                "layer, or leave it out"
+            )
         if asked in SPREAD:
             return str(asked)
         path = user_path(str(asked))
@@ -62,10 +67,11 @@ def read_allocation(
             )
         asked, where = read_yaml(path), str(path)
     for name, share in asked.items():
-        if not (isinstance(share, int | float) and 0 < share < 1):
+        least, most, what = (0.1, 8, "bits") if bits else (0, 1, "sparsity")
+        if not (type(share) in (int, float) and least < share < most):
             raise InputError(
-                f"{where}: the sparsity of {name} is {share}, not a number between 0 and 1; an "
-                "allocation maps names of layers, as calmix.json has them, to shares"
+                f"{where}: the {what} of {name} is {share}, not a number between {least} and "
+                f"{most}; an allocation maps layers, named as in calmix.json, to {what}"
             )
     return {str(name): float(share) for name, share in asked.items()}
 
@@ -176,21 +182,25 @@ def _near(share: float, sizes: Sequence[int]) -> Iterator[float]:
 
 
 def from_shares(
-    shares: Mapping[str, float], found: DecoderBlocks, sparsity: float, method: Method
-) -> dict[str, Unstructured]:
-    """Return exact patterns from sparsities by layer that a user has named."""
+    shares: Mapping[str, float], found: DecoderBlocks, target: Pattern, method: Method
+) -> dict[str, Pattern]:
+    """Return patterns from sparsities, made exact, or bits by layer that a user has named."""
     shapes = {layer.name: layer.shape for layer in found.layers}
     check_names(list(shapes), shares, "allocation")
+    bits = isinstance(target, Rate)
+    wanted = target.bits if isinstance(target, Rate) else target.sparsity
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
     mean = sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
-    if abs(mean - sparsity) > TOLERANCE:
+    if abs(mean - wanted) > TOLERANCE:
+        what = f"{mean:.4f} bits" if bits else f"a sparsity of {mean:.4f}"
         raise InputError(
-            f"the allocation adds up to a sparsity of {mean:.4f} over all weights, and "
-            f"{sparsity:g} is asked for"
+            f"the allocation adds up to {what} over all weights, and {wanted:g} is asked for"
         )
-    moved = sparsity - mean if abs(mean - sparsity) > 1e-12 else 0.0
+    if bits:
+        return {name: Rate(shares[name]) for name in shapes}
+    moved = wanted - mean if abs(mean - wanted) > 1e-12 else 0.0
     level = {name: min(max(shares[name] + moved, 1e-6), 1 - 1e-6) for name in shapes}
-    return exact(level, shapes, sparsity, method)
+    return dict(exact(level, shapes, wanted, method))
 
 
 class DensePass(Looking):

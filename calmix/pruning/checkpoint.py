@@ -142,9 +142,8 @@ class Job:
         self.request, self.method = request, request.chosen
         self.pattern: Patterns = request.target
         if isinstance(request.allocation, dict):
-            assert request.sparsity is not None
             shares = request.allocation
-            self.pattern = from_shares(shares, source.blocks, request.sparsity, self.method)
+            self.pattern = from_shares(shares, source.blocks, request.target, self.method)
         check_pattern(source.blocks, self.pattern, self.method)
         self.asked: dict[str, Any] = {
             "dtype": dtype_name(source.dtype),

@@ -19,6 +19,7 @@ from calmix.pruning.allocation import (
     spread,
 )
 from calmix.pruning.engine import run_through
+from calmix.pruning.patterns import as_pattern
 from tests.pruning.test_engine import input_gram
 from tests.tiny import load_weights, tiny_ids, tiny_model
 
@@ -135,23 +136,45 @@ def test_a_mapping_may_mix_kinds_but_names_every_layer():
 
 
 @pytest.mark.parametrize(
-    ("asked", "sparsity", "says"),
+    ("asked", "target", "says"),
     [
         ("owll", 0.5, r"unknown allocation 'owll': did you mean owl\?, or name a file"),
-        ("owl", None, "has no effect with an N:M pattern"),
+        ("owl", "2:4", "has no effect with an N:M pattern"),
+        ("owl", "3 bits", "owl distributes a sparsity: with --bits name a file of bits by layer"),
+        ({"a": 9}, "3 bits", "the bits of a is 9, not a number between 0.1 and 8"),
         ("none.json", 0.5, "there is no file"),
-        ({"a": 1.0}, 0.5, "of a is 1.0, not a number between 0 and 1; an allocation maps names"),
+        ({"a": 1.0}, 0.5, "of a is 1.0, not a number between 0 and 1; an allocation maps layers"),
         ({"a": "0.5"}, 0.5, "the sparsity of a is 0.5, not a number"),
         ({"a": True}, 0.5, "the sparsity of a is True, not a number"),
         ({"layers": {"a": 0.5}}, 0.5, "the sparsity of layers is {'a': 0.5}, not a number"),
         ({"a": float("nan")}, 0.5, "the sparsity of a is nan"),
     ],
 )
-def test_what_is_no_allocation(asked, sparsity, says):
+def test_what_is_no_allocation(asked, target, says):
     with pytest.raises(InputError, match=says):
-        read_allocation(asked, sparsity)
-    assert read_allocation("uniform", None) is None
-    assert read_allocation(None, 0.5) is None
+        read_allocation(asked, as_pattern(target))
+    assert read_allocation("uniform", as_pattern("2:4")) is None
+    assert read_allocation(None, as_pattern(0.5)) is None
+
+
+def test_bits_by_layer_from_a_file(calmix, tiny_folder, text_file, tmp_path):
+    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--method", "ecq", "-o")
+    layers = find_blocks(open_model(str(tiny_folder)).model).layers
+    wide = sum(one.view().numel() for one in layers if "down" in one.name)
+    rest = sum(one.view().numel() for one in layers) - wide
+    bits = {one.name: 5 if "down" in one.name else 3 - 2 * wide / rest for one in layers}
+    file = tmp_path / "bits.json"
+    file.write_text(json.dumps(bits))
+    mean = ("--allocation", file, "--bits")
+    calmix(*common, tmp_path / "a", *mean, 3, "--dry-run").ok()
+    calmix(*common, tmp_path / "a", *mean, 3).ok()
+    told = json.loads((tmp_path / "a" / "calmix.json").read_text())["pruning"]
+    assert (told["allocation"], told["pattern"]) == ("given", "by layer")
+    for layer in told["layers"]:
+        assert layer["bits"] == pytest.approx(bits[layer["name"]], abs=0.3), layer["name"]
+    says = "adds up to 3.0000 bits over all weights, and 3.5 is asked for"
+    assert says in calmix(*common, tmp_path / "b", *mean, 3.5).line
+    assert not list(tmp_path.glob("b/*"))
 
 
 def test_the_command_line_allocates(calmix, tiny_folder, text_file, tmp_path):
