@@ -46,6 +46,7 @@ from calmix.study import read_results
 BITS = ("ecq", "gptq")  # methods whose zeros are levels
 EDGES = (0.05, 0.1, 0.2, 0.4, 0.8)  # of KL, in the table
 SHARES = (40, 50, 60, 70, 80, 90)  # of likelihood kept, %
+CODE = "all, above single tokens"  # the baseline before version 0.3
 ABILITIES = ("general", "code", "math", "chat")  # whose answers are generated
 RECOVERED = ", recovered"
 TEXTS = 4  # of one target, that make a row
@@ -162,9 +163,12 @@ def of_likelihood(store: Path) -> dict[tuple[str, str, int], dict[str, float]]:
     results, found = read_results(store), {}
     for trial in results.trials:
         tasks = zip(results.paired[trial.id], results.scores[trial.id], strict=True)
-        kept = retention(*zip(*(both for both in tasks if likely(both[0])), strict=True))
+        dense, pruned = zip(*(both for both in tasks if likely(both[0])), strict=True)
+        kept = retention(dense, pruned)
+        alone = [replace(task, floors=()) if task.unigram else task for task in dense]
         line = f"{trial.model}: {trial.method}, {trial.calibration}"
-        values = {"": kept.total, **{one.name: one.kept for one in kept.dimensions}}
+        values = {"": kept.total, CODE: retention(alone, pruned).total,
+                  **{one.name: one.kept for one in kept.dimensions}}  # fmt: skip
         found[line, trial.pattern, trial.seed] = {
             name: 100 * one.value for name, one in values.items() if one.value is not None
         }
@@ -321,10 +325,10 @@ def draw_distance(points: list[Point], path: Path) -> Iterator[str]:
         figure.legend(loc="outside lower left", ncols=3)
         figure.savefig(path, metadata={"Date": None})
     yield from together("KL, nats a token", (0, *EDGES, math.inf), far, lambda one: one.kl)
-    if known:
+    for name in ("", CODE) if known else ():
         yield ""
-        yield from together("likelihood kept, %", (0, *SHARES, math.inf), known,
-                            lambda one: max(0, one.likelihood))  # fmt: skip
+        yield from together(f"likelihood kept, {name or 'all'}, %", (0, *SHARES, math.inf), known,
+                            lambda one, name=name: max(0, one.likely[name]))  # fmt: skip
 
 
 def together(
