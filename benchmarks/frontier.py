@@ -334,13 +334,15 @@ def draw_distance(points: list[Point], path: Path) -> Iterator[str]:
 def together(
     name: str, edges: Sequence[float], points: list[Point], of: Callable[[Point], float]
 ) -> Iterator[str]:
-    """Yield the range of answers kept between the edges of another measure, and how well that
-    orders the answers, over all and by model."""
-    yield f"| {name} | models | answers kept, % |\n|---|---|---|"
+    """Yield the ranges of answers, and of programs among them, kept between the edges of another
+    measure, and how well that orders the answers, over all and by model."""
+    yield f"| {name} | models | answers kept, % | programs kept, % |\n|---|---|---|---|"
     for least, most in itertools.pairwise(edges):
-        if own := [100 * one.share.value for one in points if least <= of(one) < most]:
+        if own := [one for one in points if least <= of(one) < most]:
             end = f"to {most:g}" if most < math.inf else "and more"
-            yield f"| {least:g} {end} | {len(own)} | {min(own):.0f} to {max(own):.0f} |"
+            kept = ([100 * one.right(ability).mean() for one in own] for ability in ("", "code"))
+            spans = " | ".join(f"{min(one):.0f} to {max(one):.0f}" for one in kept)
+            yield f"| {least:g} {end} | {len(own)} | {spans} |"
     yield f"\n{len(points)} models, rank correlation {ordered(points, of):.2f}"
     for model in dict.fromkeys(one.line.partition(":")[0] for one in points):
         own = [one for one in points if one.line.startswith(f"{model}:")]
