@@ -1,7 +1,7 @@
 #!/bin/sh
 # From a wheel to a report card: about 5 minutes on two idle cores, plus the downloads.
 #   docs/walks/first-card.sh [FOLDER]
-# WHEEL=FILE installs that wheel into a new environment; otherwise the calmix on the path runs.
+# WHEEL=FILE installs that wheel into a new environment; without it, the installed calmix runs.
 set -eu
 began=$(date +%s)
 [ -z "${WHEEL:-}" ] || WHEEL=$(realpath "$WHEEL")

@@ -1,7 +1,7 @@
 #!/bin/sh
 # From your own chats to a smaller model: about 5 minutes on two idle cores.
 #   docs/walks/own-chats.sh [FOLDER]
-# CHATS=FILE names your .jsonl file with a field `messages`; otherwise the script makes some up.
+# CHATS=FILE is your .jsonl file with a field `messages`; without it, the script invents some chats.
 set -eu
 began=$(date +%s)
 [ -z "${CHATS:-}" ] || CHATS=$(realpath "$CHATS")

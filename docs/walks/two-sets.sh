@@ -1,6 +1,6 @@
 #!/bin/sh
-# A study of two calibration sets, from its file to its report: `study plan` estimates about
-# half an hour on two cores with the builtin model.
+# A study of two calibration sets, from study file to report: about half an hour on two cores with
+# the builtin model (estimated by `study plan`).
 #   docs/walks/two-sets.sh [FOLDER]
 set -eu
 began=$(date +%s)
