@@ -1,4 +1,4 @@
-"""What a study shows: correlations, rankings, differences, and how sure each of them is."""
+"""Analysis of a study: correlations, rankings and differences, with confidence intervals."""
 
 from calmix.analysis.analyse import Analysis as Analysis
 from calmix.analysis.analyse import ConditionAnalysis as ConditionAnalysis

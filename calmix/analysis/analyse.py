@@ -26,44 +26,44 @@ FOUND = ("ranking", "correlations", "agreements", "differences", "spread", "nois
 
 @dataclass(frozen=True)
 class ConditionAnalysis:
-    """Everything found under one condition."""
+    """Results for one condition."""
 
     joint: Joint
     ranking: tuple[Ranked, ...]
     correlations: tuple[Correlation, ...]
-    agreements: tuple[Correlation, ...]  # of KL to the dense model
+    agreements: tuple[Correlation, ...]  # between retention and KL to the dense model
     differences: tuple[Difference, ...]
     spread: tuple[Spread, ...]
     noise: tuple[Noise, ...]
 
     @property
     def cells(self) -> Cells:
-        """The trials."""
+        """The condition's trials as tables."""
         return self.joint.cells
 
     @property
     def condition(self) -> Condition:
-        """What the trials share."""
+        """The settings that the trials share."""
         return self.joint.cells.condition
 
     @property
     def points(self) -> int:
-        """Calibration sets that count in correlations."""
+        """Number of calibration sets used in correlations."""
         return len(self.cells.of("single"))
 
     @property
     def missing(self) -> list[tuple[str, int]]:
-        """Sets and seeds of the condition without a trial."""
+        """(set, seed) pairs of the condition that have no trial."""
         every = product(self.cells.sets, self.cells.seeds)
-        return [one for one in every if one not in self.cells.trials]
+        return [pair for pair in every if pair not in self.cells.trials]
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a study shows, and how sure it is."""
+    """The analysis of a study."""
 
     study: str
-    planned: int  # trials of the whole study
+    planned: int  # trials in the whole study
     finished: int
     failed: int
     settings: Settings
@@ -73,7 +73,7 @@ class Analysis:
 
     @property
     def tests(self) -> int:
-        """Correlations corrected together."""
+        """Number of correlations that are corrected together."""
         return sum(one.p is not None for found in self.conditions for one in found.correlations)
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,16 +95,16 @@ class Analysis:
         }  # fmt: skip
 
     def tables(self) -> dict[str, DataFrame]:
-        """Return the tables by name, one row for each result; parts are columns with joined
+        """Return tables by name with one row per result; nested fields become columns with joined
         names."""
         from pandas import json_normalize
 
-        told = self.to_dict()
-        made = {"gains": told["gains"], **{name: [] for name in FOUND if name != "agreements"}}
+        data = self.to_dict()
+        made = {"gains": data["gains"], **{name: [] for name in FOUND if name != "agreements"}}
         made["tasks"] = []
-        for found in told["conditions"]:
+        for found in data["conditions"]:
             for one in found["ranking"]:
-                kept = one.pop("tasks")  # in a table of their own
+                kept = one.pop("tasks")  # they have their own table
                 head = {name: one[name] for name in ("condition", "calibration")}
                 made["tasks"] += [{**head, **task, "kept": kept[task["name"]]}
                                   for task in found["tasks"]]  # fmt: skip
@@ -113,7 +113,7 @@ class Analysis:
         return {name: json_normalize(rows, sep="_").astype(object) for name, rows in made.items()}
 
     def save(self, folder: Path) -> None:
-        """Write `analysis.json` and the tables as CSV into a folder, all or nothing."""
+        """Write `analysis.json` and the tables as CSV into a folder, atomically."""
         with atomic_folder(folder) as beside:
             write_json(beside / "analysis.json", self.to_dict())
             for name, table in self.tables().items():
@@ -129,28 +129,28 @@ def analyse(
     sparsity: str | None = None,
 ) -> Analysis:
     """Analyse the finished trials of a study (definitions: docs/studies.md)."""
-    asked = settings or Settings()
+    settings = settings or Settings()
     trials = select(results, method=method, sparsity=sparsity)
     known = {trial.calibration for trial in trials}
-    if asked.default is not None and asked.default not in known:
+    if settings.default is not None and settings.default not in known:
         raise InputError(
-            f"no finished trial has the calibration set '{asked.default}': "
-            f"{nearest(asked.default, known)}"
+            f"no finished trial has the calibration set '{settings.default}': "
+            f"{nearest(settings.default, known)}"
         )
-    made = joints(results, trials, asked)
-    correlations = correlate([found.cells for found in made], asked)
-    differences = compare(made, asked.default)
+    made = joints(results, trials, settings)
+    correlations = correlate([found.cells for found in made], settings)
+    differences = compare(made, settings.default)
     conditions = [
         ConditionAnalysis(
             found, tuple(rank(found)),
             tuple(one for one in correlations if one.condition == found.cells.condition.label),
-            tuple(agreements(found.cells, asked)),
+            tuple(agreements(found.cells, settings)),
             tuple(one for one in differences if one.condition == found.cells.condition.label),
-            tuple(spreads(found.cells, asked)), tuple(noise_of(found)),
+            tuple(spreads(found.cells, settings)), tuple(noise_of(found)),
         )
         for found in made
     ]  # fmt: skip
     return Analysis(
-        results.name, results.planned, len(results.trials), len(results.failed), asked,
-        dimensions_of(results), tuple(conditions), tuple(gains(made, asked.default)),
+        results.name, results.planned, len(results.trials), len(results.failed), settings,
+        dimensions_of(results), tuple(conditions), tuple(gains(made, settings.default)),
     )  # fmt: skip

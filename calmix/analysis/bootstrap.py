@@ -1,19 +1,19 @@
-"""How sure a retention or a difference is: one joint bootstrap over items and seeds (ours).
+"""Uncertainty of retentions and differences: one joint bootstrap over items and seeds (ours).
 
-Two things would come out otherwise if the work were done again:
+A repetition of the study would differ in two respects:
 
 * **items**: other test items. Each resample draws items with replacement, task by task, the same
-  ones for every calibration set (`evaluation.retention.item_weights`): differences are paired.
-* **seeds**: other calibration rows, under other seeds. What a trial is off its set's mean is a
-  vector over tasks; over all sets with two seeds or more these vectors are pooled, and each
-  resample adds to a set of k seeds a normal vector of their covariance over k. One factor
-  sqrt(df / chi-squared) for all sets of a resample makes that Student's t. Where no set has two
-  seeds this part is unknown: intervals are then about items alone.
+  ones for every calibration set (`evaluation.retention.item_weights`), so differences are paired.
+* **seeds**: other calibration rows, drawn with other seeds. The deviation of a trial from its set's
+  mean is a vector over tasks. These vectors are pooled over all sets with two or more seeds; each
+  resample adds to a set with k seeds a normal vector with their covariance divided by k. A common
+  factor sqrt(df / chi-squared) for all sets of a resample turns this into Student's t. If no set
+  has two seeds, this part is unknown and intervals cover items only.
 
-A resample has both. Chance of an item under one seed is in both parts; it is estimated from items
-and seeds, and taken out of the items' part where the two meet.
+A resample combines both parts. The interaction of item and seed is contained in both; it is
+estimated separately and removed from the items' part when the two are combined.
 
-Everything asked is a *contrast*: a sum of quantities of sets with coefficients.
+Every estimate is a *contrast*: a linear combination of quantities of calibration sets.
 """
 
 from __future__ import annotations
@@ -37,42 +37,42 @@ from calmix.study.results import StudyResults, Trial
 
 TAILS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # of the resamples
 ALPHA = 0.05
-ROUNDING = 1e-12  # two rank correlations, or totals, closer than this are one
+ROUNDING = 1e-12  # rank correlations or totals closer than this are equal
 Row = TypeVar("Row", bound=Any)
 
 
 @dataclass(frozen=True)
 class Estimate(retention.Estimate):
-    """A retention or a difference of retentions, with 95 % intervals; None where not known.
+    """A retention or a difference of retentions, with 95 % intervals; None where unknown.
 
-    That from `low` to `high` is for other items and other seeds, where seeds are known.
+    `low` to `high` covers other items and other seeds, or only items if seeds are unknown.
     """
 
-    item_low: float | None = None  # for other items, with these very pruned models
+    item_low: float | None = None  # for other items, with the same pruned models
     item_high: float | None = None
-    draw_low: float | None = None  # for other seeds, on these very items
+    draw_low: float | None = None  # for other seeds, on the same items
     draw_high: float | None = None
-    draws: int = 0  # trials averaged; of a difference, of the side with fewer
-    deviation: float | None = None  # over the set's own seeds
-    p: float | None = None  # two-sided, of a difference of 0, for other items and seeds
+    draws: int = 0  # seeds averaged; for a difference, on the side with fewer
+    deviation: float | None = None  # standard deviation over the set's own seeds
+    p: float | None = None  # two-sided, against a difference of 0, for other items and seeds
     draw_p: float | None = None  # the same for other seeds
 
     def __neg__(self) -> Estimate:
-        """Return value and interval of a difference seen from its other side."""
+        """Return value and interval with the opposite sign."""
         value, low, high = (None if end is None else -end
                             for end in (self.value, self.high, self.low))  # fmt: skip
         return Estimate(value, low, high)
 
     @property
     def clear(self) -> bool:
-        """Whether the interval of a difference is known and leaves 0 out."""
+        """Whether the interval of a difference is known and excludes 0."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A sum of quantities of sets: its value, nan where unknown, and the coefficients under each
-    condition it is over, shape (sets, quantities)."""
+    """A linear combination of sets' quantities: its value (nan if unknown) and, for each condition
+    involved, the coefficients, shape (sets, quantities)."""
 
     value: float
     parts: dict[Joint, Array]
@@ -84,9 +84,10 @@ class Contrast:
         return Contrast(self.value - other.value, parts)
 
     def estimate(self, *, test: bool = False) -> Estimate:
-        """Return the estimate; with p-values of 0 where `test`.
+        """Return the estimate, with p-values against 0 if `test`.
 
-        Two conditions' seeds are paired in the interval, and unrelated in the p-value.
+        Across two conditions, equal seeds are paired in the interval but independent in the
+        p-value.
         """
         parts = [(one, c, c != 0) for one, c in self.parts.items() if c.any()]
         if math.isnan(self.value) or not parts:
@@ -98,10 +99,10 @@ class Contrast:
             by_items = float(np.nanvar(item))
             both = min(both, by_items)
         freedom = min(one.freedom for one, _, _ in parts)
-        own = np.concatenate([one.deviations[used] for one, _, used in parts]).tolist()
+        each = np.concatenate([one.deviations[used] for one, _, used in parts]).tolist()
         found: dict[str, Any] = {
             "draws": min(int(one.counts[used.any(1)].min()) for one, _, used in parts),
-            "deviation": own[0] if len(own) == 1 and not (test or math.isnan(own[0])) else None,
+            "deviation": each[0] if len(each) == 1 and not (test or math.isnan(each[0])) else None,
         }
         ends = {"item_": item, "": item}
         if freedom:
@@ -112,10 +113,10 @@ class Contrast:
         for head, low, high in zip(ends, *quantile(moved, TAILS, axis=1).tolist(), strict=True):
             found |= {f"{head}low": self.value + low, f"{head}high": self.value + high}
         if test:
-            # Satterthwaite: the items' part has many degrees of freedom, the seeds' has few.
-            known = by_items - both
-            pooled = freedom * (1 + known / by_draws) ** 2 if by_draws else math.inf
-            found["p"] = two_sided_p(self.value, math.sqrt(known + by_draws), pooled)
+            # Satterthwaite: the items' part has many degrees of freedom, the seeds' part few.
+            items_only = by_items - both
+            pooled = freedom * (1 + items_only / by_draws) ** 2 if by_draws else math.inf
+            found["p"] = two_sided_p(self.value, math.sqrt(items_only + by_draws), pooled)
             if freedom:
                 found["draw_p"] = two_sided_p(self.value, math.sqrt(by_draws), freedom)
         return Estimate(self.value, **found)
@@ -123,21 +124,22 @@ class Contrast:
 
 @dataclass(frozen=True, eq=False)
 class Joint:
-    """The joint bootstrap of one condition; quantities are those of `Cells`."""
+    """The joint bootstrap of one condition; its quantities are those of `Cells`."""
 
     cells: Cells
     values: Array  # mean over seeds, shape (sets, quantities); nan where unknown
-    counts: Array  # seeds of each set, shape (sets,)
-    deviations: Array  # over each set's own seeds, shape (sets, quantities); nan from one
+    counts: Array  # number of seeds of each set, shape (sets,)
+    deviations: Array  # over each set's seeds, shape (sets, quantities); nan with one seed
     item: Array = field(repr=False)  # deviations of resamples, shape (sets, quantities, resamples)
-    draw: Array = field(repr=False)
+    draw: Array = field(repr=False)  # the same over seeds
     by_items: Array = field(repr=False)  # covariance of sets' means, shape (tasks, sets, sets)
     by_draws: Array = field(repr=False)  # covariance of one seed, shape (tasks, tasks)
-    both: Array = field(repr=False)  # variance of one seed that is chance of items, shape (tasks,)
-    freedom: int  # degrees of freedom of `by_draws`; 0 where no set has two seeds
+    both: Array = field(repr=False)  # item-seed interaction of one seed, shape (tasks,)
+    freedom: int  # degrees of freedom of `by_draws`; 0 if no set has two seeds
 
     def variances(self, coefficients: Array) -> tuple[float, float, float]:
-        """Return a contrast's variance by items, by seeds, and what is in both."""
+        """Return a contrast's variance from items, from seeds, and from their interaction, which
+        both contain."""
         c = coefficients @ self.cells.weights
         by_items = float(np.einsum("st,tsu,ut->", c, self.by_items, c))
         share = 1 / np.maximum(self.counts, 1)
@@ -146,17 +148,18 @@ class Joint:
         return by_items, by_draws, min(both, by_draws, by_items)
 
     def contrast(self, coefficients: Array, value: float | None = None) -> Contrast:
-        """Return a contrast by its coefficients, shape (sets, quantities), and its own value unless
-        another is given."""
-        used = coefficients != 0
-        own = float(coefficients[used] @ self.values[used]) if value is None else value
-        return Contrast(own, {self: coefficients})
+        """Return the contrast with these coefficients, shape (sets, quantities); `value` replaces
+        its own value."""
+        if value is None:
+            used = coefficients != 0
+            value = float(coefficients[used] @ self.values[used])
+        return Contrast(value, {self: coefficients})
 
     def mean(self, sets: Sequence[int], quantity: int) -> Contrast:
-        """Return the mean over some sets of one quantity, by position."""
-        found = np.zeros(self.values.shape)
-        found[list(sets), quantity] = 1 / len(sets)
-        return self.contrast(found)
+        """Return the mean of one quantity over some sets, by position."""
+        coefficients = np.zeros(self.values.shape)
+        coefficients[list(sets), quantity] = 1 / len(sets)
+        return self.contrast(coefficients)
 
     def one(self, at: int, quantity: int) -> Estimate:
         """Return the estimate of one set's quantity, by position."""
@@ -165,47 +168,47 @@ class Joint:
 
 @lru_cache(maxsize=64)
 def _times(task: str, size: int, resamples: int, seed: int) -> NDArray[np.uint8]:
-    """Return `item_weights`, which all conditions share, at a byte each."""
+    """Return `item_weights` as bytes; all conditions share them."""
     return retention.item_weights(task, size, resamples=resamples, seed=seed).astype(np.uint8)
 
 
 def joint(
     cells: Cells, *, resamples: int, seed: int, layout: Sequence[tuple[str, int]] | None = None
 ) -> Joint:
-    """Return the joint bootstrap of one condition; `layout` is (set, seed) of all trials of the
-    study, so that what a seed does under two conditions that both have it stays together."""
+    """Return the joint bootstrap of one condition. `layout` lists (set, seed) of all trials of the
+    study, so that a seed has the same random effect under every condition that has it."""
     of = np.array([cells.sets.index(name) for name, _ in cells.trials])
     count, tasks = len(cells.sets), len(cells.tasks)
     counts = np.bincount(of, minlength=count).astype(float)
     freedom = int(np.maximum(counts - 1, 0).sum())
-    points = np.full((count, 1 + resamples, tasks), np.nan)  # the value, and that of resamples
+    points = np.full((count, 1 + resamples, tasks), np.nan)  # the value, then the resamples
     residuals = np.zeros((len(of), tasks))
     by_items, both = np.zeros((tasks, count, count)), np.zeros(tasks)
     mean_of = (of[None] == np.arange(count)[:, None]) / counts[:, None]
     for at, (each, whole) in cells.items.items():
         size, total = len(whole), float(whole.sum())
-        unbiased = size / max(1, size - 1)  # a resample of n items varies by (n - 1) / n of theirs
+        unbiased = size / max(1, size - 1)  # bootstrap variance is (n - 1) / n of the items' own
         times = _times(cells.tasks[at].name, size, resamples, seed).astype(float)
-        kept, drawn = mean_of @ each, times @ whole
+        kept, wholes = mean_of @ each, times @ whole
         point = kept.sum(1, keepdims=True) / total
         moved = np.divide(
-            kept @ times.T, drawn, out=np.full((count, resamples), np.nan), where=drawn > 0
+            kept @ times.T, wholes, out=np.full((count, resamples), np.nan), where=wholes > 0
         )
         points[:, :, at] = np.hstack([point, point + (moved - point) * math.sqrt(unbiased)])
-        # By how much each item moves the ratio; summed squares are its variance.
+        # Influence of each item on the ratio; the sum of squares is the ratio's variance.
         moved = (kept - point * whole) / total
         by_items[at] = unbiased * moved @ moved.T
-        own = (each - kept[of]) / total
-        residuals[:, at] = own.sum(1)
-        own -= residuals[:, [at]] * whole / total
-        both[at] = unbiased * float((own**2).sum()) / max(freedom, 1)
+        residual = (each - kept[of]) / total
+        residuals[:, at] = residual.sum(1)
+        residual -= residuals[:, [at]] * whole / total
+        both[at] = unbiased * float((residual**2).sum()) / max(freedom, 1)
     rolled = rolled_up(points, cells.tasks, cells.dimensions).transpose(0, 2, 1)
     values, spread = rolled[..., 0], residuals @ cells.weights.T
     squares = np.stack([(spread[of == at] ** 2).sum(0) for at in range(count)])
     several = np.where(counts > 1, counts - 1, np.nan)[:, None]
     draw = np.zeros((*values.shape, resamples))
     if freedom:
-        # A normal vector of the pooled covariance is the residuals' sum with normal factors.
+        # Residuals summed with normal factors are a normal vector with the pooled covariance.
         layout = layout or cells.trials
         columns = [layout.index(one) for one in cells.trials]
         scale = np.sqrt(freedom / np.random.default_rng([seed, 1]).chisquare(freedom, resamples))
@@ -220,17 +223,17 @@ def joint(
     )  # fmt: skip
 
 
-def joints(results: StudyResults, trials: Sequence[Trial], asked: Settings) -> list[Joint]:
-    """Return the joint bootstrap of every condition of some trials, the same whichever are asked
-    for."""
+def joints(results: StudyResults, trials: Sequence[Trial], settings: Settings) -> list[Joint]:
+    """Return the joint bootstrap of every condition among some trials. The results for a condition
+    do not depend on which other trials are selected."""
     layout = sorted({(trial.calibration, trial.seed) for trial in results.trials})
-    return [joint(cells, resamples=asked.resamples, seed=asked.seed, layout=layout)
-            for cells in tables(results, trials, asked.measure)]  # fmt: skip
+    return [joint(cells, resamples=settings.resamples, seed=settings.seed, layout=layout)
+            for cells in tables(results, trials, settings.measure)]  # fmt: skip
 
 
 def corrected(rows: Iterable[Row], **columns: Callable[[Row], float | None]) -> list[Row]:
-    """Return dataclass rows with p-values corrected for the false discovery rate (Benjamini and
-    Hochberg), one for each column; None stays and counts for nothing."""
+    """Set fields of dataclass rows to p-values corrected for the false discovery rate (Benjamini
+    and Hochberg). `columns` maps a field to its raw p; None is ignored."""
     from scipy.stats import false_discovery_control
 
     made = list(rows)
@@ -243,7 +246,7 @@ def corrected(rows: Iterable[Row], **columns: Callable[[Row], float | None]) -> 
 
 
 def two_sided_p(value: float, error: float, freedom: float) -> float:
-    """Return the two-sided p of 0 under Student's t; the normal's with infinite freedom."""
+    """Return the two-sided p-value against 0 by Student's t (normal with infinite freedom)."""
     from scipy.stats import t
 
     if error == 0:

@@ -1,6 +1,6 @@
-"""The cells of a study: calibration sets x seeds x quantities, one table a condition.
+"""The cells of a study: calibration sets x seeds x quantities, one table per condition.
 
-A *condition* is all that a trial asks for apart from the calibration set and the seed. Only sets
+A *condition* is everything that defines a trial except its calibration set and seed. Only sets
 under the same condition are compared.
 """
 
@@ -31,7 +31,7 @@ TOTAL, WORST = "total", "worst"
 
 @dataclass(frozen=True)
 class Condition:
-    """What the trials of one table share; `sparsity` is the one asked for."""
+    """The settings that the trials of a table share; `sparsity` is the requested one."""
 
     model: str
     method: str
@@ -41,14 +41,14 @@ class Condition:
     rows: int
     length: int
     suite: str
-    label: str = ""  # names what differs within the study
+    label: str = ""  # method, pattern, and other settings that vary within the study
     series: str = ""  # the label without the pattern
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its dense model's score under the measure, whether that is a signal, and what it
-    counts in its dimension."""
+    """A task with the dense model's score under the measure, whether that is a signal, and the
+    task's weight in its dimension."""
 
     name: str
     dimension: str
@@ -62,20 +62,20 @@ class Task:
 @dataclass(frozen=True)
 class Cells:
     """All trials of one condition, as tables of sets by *quantities*: the total, the dimensions,
-    then the tasks. Values are nan where there is no trial or no signal."""
+    then the tasks. Values are nan without a trial or without signal."""
 
     condition: Condition
-    made: tuple[Trial, ...]  # a trial of each set, in the study's order
+    made: tuple[Trial, ...]  # one trial of each set, in the study's order
     dimensions: tuple[str, ...]
     tasks: tuple[Task, ...]
-    trials: tuple[tuple[str, int], ...]  # set and seed of each
-    items: dict[int, tuple[Array, Array]]  # by task with signal: what every trial keeps of each
-    # item, shape (trials, items), and the whole of it; retention is kept.sum() / whole.sum()
-    means: Array  # retention, mean over the seeds that are there, shape (sets, quantities)
+    trials: tuple[tuple[str, int], ...]  # (set, seed) of each trial
+    # For each task with signal `kept`, shape (trials, items), and `whole`, shape (items,);
+    # retention is kept.sum() / whole.sum().
+    items: dict[int, tuple[Array, Array]]
+    means: Array  # retention, mean over available seeds, shape (sets, quantities)
     accuracy: Array  # retention of accuracy (the paper's), mean over seeds
-    # To the dense model: kl in nats a token, top1, flips; of seeds' mean.
-    distance: dict[str, Array]
-    information: DataFrame  # metrics of the text, mean over seeds, a row a set
+    distance: dict[str, Array]  # to the dense model, mean over seeds: kl (nats), top1, flips
+    information: DataFrame  # metrics of the text, mean over seeds, one row per set
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ class Cells:
 
     @property
     def seeds(self) -> list[int]:
-        """All seeds that any set has."""
+        """All seeds of any set."""
         return sorted({seed for _, seed in self.trials})
 
     @property
@@ -94,30 +94,30 @@ class Cells:
 
     @cached_property
     def weights(self) -> Array:
-        """How every quantity is made of the tasks with signal, shape (quantities, tasks)."""
+        """Weights of the tasks with signal in each quantity, shape (quantities, tasks)."""
         known = [task.signal for task in self.tasks]
         unit = np.where(known, np.eye(len(self.tasks)), np.nan)
         return np.nan_to_num(rolled_up(unit, self.tasks, self.dimensions).T)
 
     def of(self, strategy: str) -> list[int]:
-        """Return the positions of the sets made in one way."""
+        """Return the positions of the sets made by a strategy."""
         return [at for at, one in enumerate(self.made) if one.strategy == strategy]
 
 
 def rolled_up(values: Array, tasks: Sequence[Task], dimensions: Sequence[str]) -> Array:
-    """Return all quantities from those of the tasks alone, shape (..., tasks), nan left out."""
+    """Compute all quantities from values of the tasks, shape (..., tasks), ignoring nan."""
     weights = np.array([task.weight for task in tasks])
-    places = [[at for at, task in enumerate(tasks) if task.dimension == name]
-              for name in dimensions]  # fmt: skip
-    stacked = np.stack([nan_mean(values[..., at], -1, weights[at]) for at in places], -1)
+    members = [[at for at, task in enumerate(tasks) if task.dimension == name]
+               for name in dimensions]  # fmt: skip
+    stacked = np.stack([nan_mean(values[..., at], -1, weights[at]) for at in members], -1)
     return np.concatenate([nan_mean(stacked, -1)[..., None], stacked, values], -1)
 
 
 def dimensions_of(results: StudyResults) -> tuple[str, ...]:
-    """Return the dimensions' names, in the suite's order where the study has it."""
-    met = dict.fromkeys(name for trial in results.trials for name in trial.dimensions)
-    ordered = [name for name in results.suite.get("dimensions", ()) if name in met]
-    return tuple(dict.fromkeys([*ordered, *met]))
+    """Return the names of the dimensions, in the suite's order if the study records it."""
+    names = dict.fromkeys(name for trial in results.trials for name in trial.dimensions)
+    ordered = [name for name in results.suite.get("dimensions", ()) if name in names]
+    return tuple(dict.fromkeys([*ordered, *names]))
 
 
 def select(
@@ -132,19 +132,19 @@ def select(
             "run it first"
         )
     pattern = None if sparsity is None else printed(target_of(sparsity))
-    for name, field, asked, wanted in (
+    for name, field, given, wanted in (
         ("method", "method", method, method), ("sparsity", "pattern", sparsity, pattern)
     ):  # fmt: skip
         known = {getattr(trial, field) for trial in trials}
         trials = tuple(trial for trial in trials if wanted in (None, getattr(trial, field)))
         if not trials:
-            line = f"no finished trial has the {name} '{asked}': {nearest(str(wanted), known)}"
+            line = f"no finished trial has the {name} '{given}': {nearest(str(wanted), known)}"
             raise InputError(line)
     return trials
 
 
 def tables(results: StudyResults, trials: Sequence[Trial], measure: Measure) -> list[Cells]:
-    """Return one table a condition, by method, sparsity, and what else differs."""
+    """Return one table per condition, ordered by model, method, sparsity and so on."""
     groups: dict[Condition, list[Trial]] = {}
     for trial in trials:
         key = Condition(
@@ -152,12 +152,12 @@ def tables(results: StudyResults, trials: Sequence[Trial], measure: Measure) -> 
             trial.pattern, trial.propagation, trial.rows, trial.length, trial.suite,
         )  # fmt: skip
         groups.setdefault(key, []).append(trial)
-    ordered = sorted(groups, key=lambda at: ["" if one is None else one for one in astuple(at)])
+    ordered = sorted(groups, key=lambda key: ["" if one is None else one for one in astuple(key)])
     return [_cells(_labelled(key, groups), groups[key], results, measure) for key in ordered]
 
 
 def method_name(method: str) -> str:
-    """Name a method as its papers do, with the options and the recovery that follow."""
+    """Return a method's display name, followed by its options and recovery."""
     from calmix.pruning.methods import methods
 
     first = re.split("[ ,]", method, maxsplit=1)[0]
@@ -166,7 +166,7 @@ def method_name(method: str) -> str:
 
 
 def _labelled(key: Condition, every: Collection[Condition]) -> Condition:
-    """Name a condition by method and pattern, and by what else is not the same throughout."""
+    """Label a condition by method, pattern, and any other setting that varies within the study."""
 
     def differs(*names: str, among: Collection[Condition] = every) -> bool:
         return len({tuple(getattr(one, name) for name in names) for one in among}) > 1
@@ -181,7 +181,7 @@ def _labelled(key: Condition, every: Collection[Condition]) -> Condition:
         f"suite {key.suite}": differs("suite"),
     }  # fmt: skip
     name = method_name(key.method)
-    rest = "".join(f", {part}" for part, told in parts.items() if told)
+    rest = "".join(f", {part}" for part, needed in parts.items() if needed)
     return replace(key, label=f"{name} {key.pattern}{rest}", series=name + rest)
 
 
@@ -196,8 +196,8 @@ def _cells(
     for before, trial in pairwise(trials):
         if (before.calibration, before.seed) == (trial.calibration, trial.seed):
             raise InputError(
-                f"two trials of {trial.calibration} at seed {trial.seed} ({condition.label}) "
-                f"differ in nothing the analysis knows (one is {trial.id})"
+                f"the analysis cannot distinguish two trials of {trial.calibration} at seed "
+                f"{trial.seed} ({condition.label}; one is {trial.id})"
             )
     for trial in trials:
         first.setdefault(trial.calibration, trial)
@@ -215,7 +215,7 @@ def _cells(
     names = [trial.calibration for trial in trials]
 
     def table(rows: Sequence[Any] | Array) -> DataFrame:
-        """Return the mean over each set's seeds of a row a trial."""
+        """Average rows of trials over the seeds of each set."""
         return pd.DataFrame(rows).groupby(names, sort=False).mean()
 
     def rolled(of_tasks: Array) -> Array:
@@ -232,7 +232,7 @@ def _cells(
 
 
 def _distance(trials: Sequence[Trial], dimensions: Sequence[str], field: str) -> list[list[float]]:
-    """Return a distance's total and dimensions by trial; nan if trials saw different texts."""
+    """Return total and dimensions of a distance by trial; nan if the trials' texts differ."""
     same = len({trial.distance["texts"] for trial in trials if trial.distance}) == 1
     rows = []
     for trial in trials:
@@ -245,7 +245,7 @@ def _distance(trials: Sequence[Trial], dimensions: Sequence[str], field: str) ->
 def _measured(
     dense: Sequence[TaskScores], pruned: Sequence[Sequence[TaskScores]], measure: Measure
 ) -> tuple[tuple[Task, ...], dict[int, tuple[Array, Array]], Array]:
-    """Return the tasks, the items of those with signal, and retention, shape (trials, tasks)."""
+    """Return the tasks, the items of tasks with signal, and retention, shape (trials, tasks)."""
     tasks, items = [], {}
     values = np.full((len(pruned), len(dense)), np.nan)
     for at, (before, weight) in enumerate(zip(dense, task_weights(dense, measure), strict=True)):
@@ -256,8 +256,8 @@ def _measured(
                  signal, weight)
         )  # fmt: skip
         if signal:
-            # Of bits per byte the paper's ratio is dense over pruned: its whole is the trial's own.
-            # kept is put over one whole, with the same ratio and the same derivative by items.
+            # In the paper's ratio for bits per byte, dense over pruned, `whole` differs by trial.
+            # Rewrite `kept` for a common `whole` with the same ratio and item derivatives.
             whole = parts(before, before, measure).whole
             kept = np.stack([
                 each.retention * whole

@@ -1,8 +1,8 @@
-"""What goes with what a set keeps: metrics of its text, its KL, and one dimension with another.
+"""Correlations of retention with metrics of the calibration text and with KL, and its spread.
 
 Method section 5. A calibration set is one point; its seeds are averaged first, since they are not
-independent points. Only single sources count: a mix is made of them, and would count its parts
-twice. Which sizes are exact, the resampling and the numbers of draws are ours.
+independent points. Only single sources count, since a mix would count its sources twice. The
+limit of exact tests, the resampling and the numbers of samples are ours.
 """
 
 from __future__ import annotations
@@ -23,44 +23,44 @@ from calmix.evaluation.retention import LEVEL, RESAMPLES
 from calmix.options import Settings
 
 METRIC = "perplexity"
-EXACT = 40_320  # orders of 8 values: no more than these are counted, more are sampled
-LEAST = 4  # fewer sets than this cannot be correlated: even rho = 1 would have p >= 0.33
+EXACT = 40_320  # 8!: enumerate up to this many permutations, sample if there are more
+LEAST = 4  # fewest sets to correlate: with fewer, even rho = 1 has p >= 0.33
 PERMUTATIONS = 19_999
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rho of one metric with the retention of one quantity under one condition."""
+    """Spearman's rho between a metric and the retention of a quantity under one condition."""
 
     condition: str
     metric: str
-    aliases: tuple[str, ...]  # that order the sets alike; `-` before one that turns the order round
+    aliases: tuple[str, ...]  # metrics that rank the sets alike, or in reverse (`-` before them)
     quantity: str
-    n: int  # sets counted: single sources; of KL all
-    rho: float | None = None  # None where metric or retention do not vary
+    n: int  # number of sets: single sources, or for KL all
+    rho: float | None = None  # None if metric or retention does not vary
     low: float | None = None
     high: float | None = None
-    p: float | None = None  # two-sided; exact if all orders were counted
+    p: float | None = None  # two-sided; exact if all permutations were enumerated
     exact: bool = False
-    least_p: float | None = None  # that so many points without ties can give
+    least_p: float | None = None  # smallest p possible with this many points and no ties
     p_corrected: float | None = None  # over all metrics of all conditions
 
     @property
     def significant(self) -> bool:
-        """Whether it survives correction at 0.05."""
+        """Whether the corrected p is at most 0.05."""
         return self.p_corrected is not None and self.p_corrected <= ALPHA
 
     @property
     def agrees(self) -> bool:
-        """Whether less of it goes with more retention beyond chance, not corrected."""
+        """Whether rho is negative with p (uncorrected) at most 0.05."""
         return (self.rho or 0) < 0 and self.p is not None and self.p <= ALPHA
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How far apart the single sources are in the total or in one dimension.
+    """The range of the total or of one dimension over single sources.
 
-    Sets that differ much in every dimension can look alike in the mean over dimensions, where
+    Sets that differ a lot in every dimension can look alike in the mean over dimensions, where
     gains in one cancel losses in another.
     """
 
@@ -70,13 +70,13 @@ class Spread:
     lowest: str
     highest: str
     range: float
-    p_cancel: float | None  # one-sided p of so close totals, dimensions dealt anew (ours)
+    p_cancel: float | None  # one-sided p of totals this close if dimensions are permuted (ours)
 
 
 def unit_ranks(values: Array) -> Array:
-    """Return ranks along the last axis, centred and of length 1; nan where all values tie.
+    """Return ranks along the last axis, centred and of norm 1; nan where all values are tied.
 
-    The product of two such rows is Spearman's rho.
+    The dot product of two such rows is Spearman's rho.
     """
     from scipy.stats import rankdata  # takes a second to import
 
@@ -88,33 +88,34 @@ def unit_ranks(values: Array) -> Array:
 
 @lru_cache(maxsize=16)
 def orders(size: int, count: int, seed: int) -> NDArray[np.intp]:
-    """Return orders of so many things, one a row: all up to 8!, else seeded draws."""
-    things = np.arange(size, dtype=np.intp)
+    """Return permutations of `size` items as rows: all of them up to `EXACT`, else `count` random
+    ones."""
+    items = np.arange(size, dtype=np.intp)
     if math.factorial(size) <= EXACT:
-        return np.array([*itertools.permutations(things)])
-    return np.random.default_rng([seed, size]).permuted(np.tile(things, (count, 1)), axis=1)
+        return np.array([*itertools.permutations(items)])
+    return np.random.default_rng([seed, size]).permuted(np.tile(items, (count, 1)), axis=1)
 
 
 def permutation_p(
     x: Array, y: Array, *, permutations: int = PERMUTATIONS, seed: int = 0
 ) -> tuple[Array, bool]:
-    """Return the two-sided p of Spearman's rho, nan without variation, and whether it is exact.
+    """Return the two-sided p of Spearman's rho (nan without variation), and whether it is exact.
 
-    The share of pairings whose |rho| is at least the observed one: of all pairings up to those of
-    8 values, beyond that of seeded draws, the observed one among them. x has shape (n,), y
-    (..., n); each row is tested by itself.
+    p is the fraction of permutations whose |rho| is at least the observed one, among all
+    permutations of up to 8 values, else among random ones plus the observed one. x has shape (n,),
+    y (..., n); each row is tested separately.
     """
     exact = math.factorial(len(x)) <= EXACT
     a, b = unit_ranks(x), unit_ranks(y)
     observed = np.abs(b @ a)
-    drawn = np.abs(a[orders(len(x), permutations, seed)] @ b.T)
-    extreme = (drawn >= observed - ROUNDING).sum(0)
-    p = extreme / len(drawn) if exact else (extreme + 1) / (len(drawn) + 1)
+    permuted = np.abs(a[orders(len(x), permutations, seed)] @ b.T)
+    extreme = (permuted >= observed - ROUNDING).sum(0)
+    p = extreme / len(permuted) if exact else (extreme + 1) / (len(permuted) + 1)
     return np.where(np.isnan(observed), np.nan, p), exact
 
 
 def least_p(size: int, permutations: int = PERMUTATIONS) -> float:
-    """Return the smallest two-sided p that so many values without ties can give."""
+    """Return the smallest two-sided p possible with `size` values without ties."""
     count = math.factorial(size)
     return 2 / count if count <= EXACT else 1 / (permutations + 1)
 
@@ -122,22 +123,21 @@ def least_p(size: int, permutations: int = PERMUTATIONS) -> float:
 def bootstrap_intervals(x: Array, y: Array, *, resamples: int = RESAMPLES, seed: int = 0) -> Array:
     """Return the 95 % percentile interval of rho over resampled pairs, shape (..., 2).
 
-    nan if fewer than half of the resamples vary in both. x has shape (n,), y (..., n).
+    nan if x or y is constant in more than half of the resamples. x has shape (n,), y (..., n).
     """
-    drawn = np.random.default_rng([seed, len(x)]).integers(len(x), size=(resamples, len(x)))
-    found = (unit_ranks(x[drawn]) * unit_ranks(y[..., drawn])).sum(-1)
-    few = 2 * (~np.isnan(found)).sum(-1) < resamples
+    picks = np.random.default_rng([seed, len(x)]).integers(len(x), size=(resamples, len(x)))
+    rho = (unit_ranks(x[picks]) * unit_ranks(y[..., picks])).sum(-1)
+    few = 2 * (~np.isnan(rho)).sum(-1) < resamples
     tail = (1 - LEVEL) / 2
-    ends = np.nanquantile(np.where(few[..., None], 0.0, found), [tail, 1 - tail], axis=-1)
+    ends = np.nanquantile(np.where(few[..., None], 0.0, rho), [tail, 1 - tail], axis=-1)
     return np.where(few[..., None], np.nan, np.clip(np.moveaxis(ends, 0, -1), -1.0, 1.0))
 
 
 def distinct(cells: Cells, chosen: Sequence[int]) -> dict[str, tuple[str, ...]]:
-    """Return the metrics that order the chosen sets differently, with the names of the others.
+    """Return the metrics that rank the chosen sets differently, each with its aliases.
 
-    At a fixed budget some metrics are functions of one another; they would be one test made
-    several times. A metric that is the same for all sets is left out. Perplexity comes first, to
-    go by its own name.
+    With a fixed token budget some metrics are functions of others and would repeat the same test.
+    Constant metrics are left out. Perplexity comes first, so that it is never an alias.
     """
     values = cells.information.iloc[list(chosen)]
     values = values.loc[:, values.nunique() > 1]
@@ -153,8 +153,8 @@ def distinct(cells: Cells, chosen: Sequence[int]) -> dict[str, tuple[str, ...]]:
 
 
 def correlate(conditions: Sequence[Cells], settings: Settings) -> list[Correlation]:
-    """Correlate every metric with every quantity under each condition; with fewer than four sets
-    there is nothing."""
+    """Correlate every metric with every quantity under each condition with at least four single
+    sources."""
     made = []
     for cells in conditions:
         chosen = cells.of("single")
@@ -168,7 +168,7 @@ def correlate(conditions: Sequence[Cells], settings: Settings) -> list[Correlati
 
 def agreements(cells: Cells, settings: Settings) -> list[Correlation]:
     """Correlate KL to the dense model with retention over all sets, in total and by dimension
-    (ours); quantities with fewer than four sets are left out."""
+    (ours). Quantities with fewer than four sets are left out."""
     made = []
     for at, name in enumerate(cells.quantities):
         x = cells.distance["kl"][:, at]
@@ -184,36 +184,37 @@ def _correlated(
     cells: Cells,
     x: Array,
     quantities: Sequence[str],
-    own: Sequence[int],
+    sets: Sequence[int],
     settings: Settings,
 ) -> list[Correlation]:
-    """Correlate x, shape (sets,), with quantities over its `own` sets; `rho` is None where x or the
-    quantity do not vary or are not known, or of fewer than four sets."""
+    """Correlate x with quantities over some sets, by position. `rho` is None with fewer than four
+    sets, or if x or the quantity is constant or unknown."""
     rows = np.full((len(quantities), 4), np.nan)
-    exact, least = False, least_p(len(own), settings.permutations)
-    if len(own) >= LEAST:
-        x, y = x[own], cells.means[own][:, [cells.quantities.index(name) for name in quantities]].T
-        p, exact = permutation_p(x, y, permutations=settings.permutations, seed=settings.seed)
+    exact, least = False, least_p(len(sets), settings.permutations)
+    if len(sets) >= LEAST:
+        columns = [cells.quantities.index(name) for name in quantities]
+        x, y = x[sets], cells.means[sets][:, columns].T
+        chance, exact = permutation_p(x, y, permutations=settings.permutations, seed=settings.seed)
         ends = bootstrap_intervals(x, y, resamples=settings.resamples, seed=settings.seed)
-        rows = np.column_stack([unit_ranks(y) @ unit_ranks(x), ends, p])
+        rows = np.column_stack([unit_ranks(y) @ unit_ranks(x), ends, chance])
     found = []
     for name, row in zip(quantities, rows.tolist(), strict=True):
-        rho, low, high, chance = (None if math.isnan(value) else value for value in row)
-        told = exact and rho is not None
-        found.append(Correlation(*head, name, len(own), rho, low, high, chance, told, least))
+        rho, low, high, p = (None if math.isnan(value) else value for value in row)
+        known = exact and rho is not None
+        found.append(Correlation(*head, name, len(sets), rho, low, high, p, known, least))
     return found
 
 
 def cancellation(parts: Array, *, permutations: int, seed: int) -> float:
-    """Return the one-sided p of so small a deviation of the mean over dimensions were they
-    unrelated, from retention of shape (sets, dimensions)."""
-    drawn = np.tile(parts.T, (permutations, 1, 1))
-    dealt = np.random.default_rng([seed, len(parts)]).permuted(drawn, axis=2).mean(1).std(1)
-    return float(((dealt <= parts.mean(1).std() + ROUNDING).sum() + 1) / (permutations + 1))
+    """Return the one-sided p of a mean over dimensions that varies this little between sets if the
+    dimensions were unrelated; `parts` is retention, shape (sets, dimensions)."""
+    tiled = np.tile(parts.T, (permutations, 1, 1))
+    permuted = np.random.default_rng([seed, len(parts)]).permuted(tiled, axis=2).mean(1).std(1)
+    return float(((permuted <= parts.mean(1).std() + ROUNDING).sum() + 1) / (permutations + 1))
 
 
 def spreads(cells: Cells, settings: Settings) -> list[Spread]:
-    """Return the spread of total and dimensions over single sources, of two or more."""
+    """Return the spread of total and dimensions over two or more single sources."""
     found, chosen = [], cells.of("single")
     means = cells.means[chosen][:, : len(cells.quantities)]
     parts = means[:, 1:][:, ~np.isnan(means[:, 1:]).any(0)]

@@ -1,8 +1,7 @@
-"""Differences between ways to calibrate, between methods, and what becomes of leads.
+"""Differences between calibrations and between methods, and how leads change.
 
-Every one is a contrast of the joint bootstrap: items are the same for both sides, and so are the
-seeds that both have. A method is all of how a model is pruned: solver, options, allocation and
-recovery.
+Each is a contrast of the joint bootstrap: both sides share the items, and the seeds that both have.
+A method here includes solver, options, allocation and recovery.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ SINGLES = "mean of the single sources"
 BEST = "best single source, "
 MEAN = "mean of the sets of both"
 Key = TypeVar("Key")
-Leads = dict[tuple[str, str], Contrast]  # over the default, by set and quantity
+Leads = dict[tuple[str, str], Contrast]  # over the default, by (set, quantity)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more one way to calibrate keeps than another: `gap` is left - right.
+    """How much more one calibration keeps than another: `gap` is left - right.
 
     Quantities are `total`, `worst` (each side's own worst dimension) and the dimensions.
     """
 
     condition: str
-    left: str  # a calibration set, the best single source, or the mean of them
+    left: str  # a calibration set, the best single source, or the mean of single sources
     right: str
     quantity: str
     gap: Estimate
@@ -45,18 +44,18 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether it survives correction at 0.05, for other items and other seeds."""
+        """Whether the corrected p, for other items and seeds, is at most 0.05."""
         return self.p_corrected is not None and self.p_corrected <= ALPHA
 
 
 @dataclass(frozen=True)
 class Gain:
-    """How much more is kept under one condition than under another that differs in method alone,
-    in the mean of all `sets` that both have; or, with `over`, how much further ahead of that set
-    (or the mean of the single sources) a set is, between sparsities too.
+    """How much more one condition keeps than another that differs only in method, in the mean of
+    the `sets` that both have; or, with `over`, how much a set's lead over that set (or over the
+    mean of single sources) grows, also between sparsities.
 
-    `more` is the method with a recovery where that is the difference, else the one that keeps more
-    over the sets of both; of sparsities the highest that the set was run at.
+    `more` is the method with recovery if that is the difference, else the one that keeps more over
+    common sets; between sparsities, the highest at which the set was run.
     """
 
     more: str
@@ -70,10 +69,10 @@ class Gain:
 
 
 def every(found: Joint, sets: Sequence[int], *, picked: bool = False) -> dict[str, Contrast]:
-    """Return what sets keep in the mean, by position: total, worst and dimensions by name.
+    """Return the mean of some sets, by position: total, worst and dimensions by name.
 
-    One that was `picked` for its numbers, which lie too high for that, counts by its shrunken ones;
-    its worst dimension is that of its own numbers.
+    A set that was `picked` for its high values, which are biased upwards, uses its shrunken ones;
+    its worst dimension is that of the measured values.
     """
     names, sets = found.cells.quantities, list(sets)
     kept = [found.mean(sets, at) for at in range(len(names))]
@@ -88,14 +87,14 @@ def every(found: Joint, sets: Sequence[int], *, picked: bool = False) -> dict[st
 
 
 def between(left: Mapping[Key, Contrast], right: Mapping[Key, Contrast]) -> dict[Key, Contrast]:
-    """Return left - right of everything that has a value on both sides."""
+    """Return left - right for everything that has a value on both sides."""
     gaps = {key: kept - right[key] for key, kept in left.items() if key in right}
     return {key: gap for key, gap in gaps.items() if not math.isnan(gap.value)}
 
 
 def compare(made: Sequence[Joint], default: str | None = None) -> list[Difference]:
-    """Compare every two ways to calibrate under each condition: mixes and written text set by set,
-    the single source with the highest total, the mean of all single sources, and the default."""
+    """Compare every two calibrations under each condition: each mix and self-written set, the
+    single source with the highest total, the mean of all single sources, and the default."""
     found = [one for joint in made for one in _compared(joint, default)]
     return corrected(found, p_corrected=lambda one: one.gap.p,
                      draw_p_corrected=lambda one: one.gap.draw_p)  # fmt: skip
@@ -105,7 +104,7 @@ def _compared(found: Joint, default: str | None) -> Iterator[Difference]:
     cells, singles = found.cells, found.cells.of("single")
     sides = [(one.calibration, one.strategy, [at]) for at, one in enumerate(cells.made)
              if one.strategy != "single" or one.calibration == default]  # fmt: skip
-    sides.sort(key=lambda side: side[0] == default)  # that others are compared with it
+    sides.sort(key=lambda side: side[0] == default)  # so that others are compared with it
     totals = found.values[singles, 0]
     if not np.isnan(totals).all():
         best = singles[int(np.nanargmax(totals))]
@@ -116,22 +115,22 @@ def _compared(found: Joint, default: str | None) -> Iterator[Difference]:
             for name, strategy, sets in sides]  # fmt: skip
     for (left, one, ours), (right, other, theirs) in itertools.combinations(kept, 2):
         if one == other == "single":
-            continue  # the best of them against the mean of them says nothing
+            continue  # single sources are not compared among themselves
         for name, gap in between(ours, theirs).items():
             yield Difference(cells.condition.label, left, right, name, gap.estimate(test=True))
 
 
 def leads_over(made: Sequence[Joint], default: str | None) -> list[Leads]:
-    """Return the leads over the default under several conditions.
+    """Return the leads over the default under each of several conditions.
 
-    The default is a calibration set, or with None the mean of those single sources that every
-    condition with sources has: a lead does not change because other sources were run.
+    The default is a calibration set or, if None, the mean of the single sources that all conditions
+    with sources share, so that leads do not depend on which other sources were run.
     """
     singles = [{one.cells.sets[at] for at in one.cells.of("single")} for one in made]
-    there = [names for names in singles if names] if default is None else [{default}]
-    named, leads = set.intersection(*there) if there else set(), list[Leads]()
+    defaults = [names for names in singles if names] if default is None else [{default}]
+    common, leads = set.intersection(*defaults) if defaults else set(), list[Leads]()
     for found in made:
-        against = [at for at, name in enumerate(found.cells.sets) if name in named]
+        against = [at for at, name in enumerate(found.cells.sets) if name in common]
         theirs = every(found, against) if against else {}
         leads.append({
             (one.calibration, name): gap
@@ -143,8 +142,8 @@ def leads_over(made: Sequence[Joint], default: str | None) -> list[Leads]:
 
 
 def gains(made: Sequence[Joint], default: str | None) -> list[Gain]:
-    """Compare every two methods, model by model and pattern by pattern, and the leads of mixes and
-    written text between methods, and between the lowest and the highest sparsity."""
+    """Compare every two methods by model and pattern, and the leads of mixes and self-written sets
+    between methods and between the lowest and the highest sparsity."""
     over, found = default or SINGLES, []
     alike = attrgetter("model", "pattern", "propagation", "rows", "length", "suite")
     for pair in itertools.combinations(made, 2):
@@ -166,8 +165,7 @@ def gains(made: Sequence[Joint], default: str | None) -> list[Gain]:
 
 
 def _grown(made: Sequence[Joint], default: str | None, over: str) -> Iterator[Gain]:
-    """Yield how leads grow over conditions that differ in sparsity alone; N:M patterns are no
-    points on that axis."""
+    """Yield how leads grow over conditions that differ only in sparsity, N:M patterns excluded."""
     series: dict[str, list[Joint]] = {}
     for one in made:
         at = one.cells.condition
@@ -185,6 +183,6 @@ def _grown(made: Sequence[Joint], default: str | None, over: str) -> Iterator[Ga
 
 
 def _recovered(more: Joint, less: Joint) -> bool:
-    before, after, recovery = more.cells.condition.method.rpartition(" + ")
-    asked = recovery.split(",")[0]
-    return bool(after) and before == less.cells.condition.method and asked in RECOVERIES
+    """Whether `more` is the method of `less` followed by a recovery."""
+    before, _, recovery = more.cells.condition.method.rpartition(" + ")
+    return before == less.cells.condition.method and recovery.split(",")[0] in RECOVERIES

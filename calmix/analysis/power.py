@@ -1,15 +1,15 @@
-"""How noisy each quantity of a study is, and which differences so many seeds and items detect.
+"""Noise of each quantity of a study, and the differences that a number of seeds and items detects.
 
-A difference of two means of k seeds each has, of the seeds and of the items, the variance
+The difference of two means over k seeds each has the variance
 
     2 s^2 / k + v^2
 
-s the standard deviation of one seed, pooled over sets, and v that of the paired difference over
-other items; v^2 falls with the number of items. Two readings: on these items (v = 0), and for
-other items too. *Detectable* is a difference whose two-sided 95 % interval by Student's t leaves
-out 0 in 80 % of studies (noncentral t). The degrees of freedom are those of s, and Satterthwaite's
-where items are part of the error. The s at hand is taken for the true one, and its freedom as
-given: seeds still to come would add some (ours: the safe side).
+where s is the standard deviation of one seed, pooled over sets, and v that of the paired difference
+over other items; v^2 is inversely proportional to the number of items. There are two readings: on
+these items (v = 0), and for other items too. A difference is *detectable* if its two-sided 95 %
+interval by Student's t excludes 0 in 80 % of studies (noncentral t). The degrees of freedom are
+those of s, or Satterthwaite's if items contribute to the error. The estimated s is taken as the
+true one with its present degrees of freedom; more seeds would add some (ours: conservative).
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from calmix.options import Measure, Settings
 from calmix.study.results import StudyResults
 
 POWER = 0.80
-Z_POWER = 0.8416212335729143  # normal quantile of it
-MOST = 1_000_000  # seeds beyond which none are counted; freedom beyond which t is normal
+Z_POWER = 0.8416212335729143  # normal quantile of POWER
+MOST = 1_000_000  # most seeds considered; with more degrees of freedom t is taken as normal
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Signal and noise of one quantity under one condition; retention units, 1.0 is 100 %.
+    """Signal and noise of one quantity under one condition, in retention (1.0 is 100 %).
 
-    The mean of a set over k seeds less that of another over m, on `items` items, has the standard
-    error sqrt(draw**2 * (1 / k + 1 / m) + item**2). With n times the items `item` is divided by
-    sqrt(n); `draw` hardly changes (it holds the chance of single items too).
+    The difference between the means of two sets over k and m seeds, on `items` items, has the
+    standard error sqrt(draw**2 * (1 / k + 1 / m) + item**2). With n times the items `item` is
+    divided by sqrt(n); `draw` hardly changes (it includes the item-seed interaction).
 
     Attributes:
-        draw: standard deviation of one seed on these very items, pooled over all sets with two
-            seeds or more, with its degrees of `freedom`; None where no set has two.
-        item: standard error by the items of the difference of two sets (items paired): median
-            over all pairs, without what seeds do to single items. None with one set.
-        items: test items behind the quantity, tasks with signal only.
-        signal: standard deviation between single sources, noise taken out of its square, at least
-            0; None where `draw` is, or with fewer than two sources.
+        draw: standard deviation of one seed on these items, pooled over all sets with two or more
+            seeds, with its degrees of `freedom`; None if there are no such sets.
+        item: standard error from items of the paired difference of two sets, without the item-seed
+            interaction: the median over all pairs. None with one set.
+        items: number of test items behind the quantity, counting only tasks with signal.
+        signal: standard deviation between single sources after subtracting the noise variance, at
+            least 0; None without `draw`, or with fewer than two sources.
         ratio: signal over the noise of one trial, sqrt(draw**2 + item**2 / 2).
     """
 
@@ -65,12 +65,12 @@ class Noise:
 
 @dataclass(frozen=True)
 class Needed:
-    """What detects a difference, a share as retention is (0.01 is a point)."""
+    """Seeds and items needed to detect a difference (0.01 is one point of retention)."""
 
     difference: float
-    draws: int  # seeds of each set, on these items
-    draws_items: int | None  # for other items too; None where no number of seeds is enough
-    items: float  # times the items at hand that are needed, with however many seeds
+    draws: int  # seeds per set, on these items
+    draws_items: int | None  # for other items too; None if no number of seeds is enough
+    items: float  # multiple of the present items needed even with unlimited seeds
 
 
 def noise_of(found: Joint) -> list[Noise]:
@@ -87,16 +87,15 @@ def noise_of(found: Joint) -> list[Noise]:
             continue
         draw = math.sqrt(weight @ found.by_draws @ weight) if found.freedom else None
         by_items = np.tensordot(weight**2, found.by_items, 1)
-        own = np.diag(by_items) - float(weight**2 @ found.both) / np.maximum(found.counts, 1)
-        pairs = np.maximum(0.0, own[:, None] + own[None] - 2 * by_items)
-        apart = pairs[np.triu_indices(count, 1)]
-        item = math.sqrt(float(np.median(apart))) if count > 1 else None
+        each = np.diag(by_items) - float(weight**2 @ found.both) / np.maximum(found.counts, 1)
+        pairs = np.maximum(0.0, each[:, None] + each[None] - 2 * by_items)
+        item = math.sqrt(np.median(pairs[np.triu_indices(count, 1)])) if count > 1 else None
         signal = ratio = None
-        if draw is not None and len(sets) > 1:  # the deviation between sets, without noise
-            own_items = pairs[np.ix_(sets, sets)].sum() / (len(sets) * (len(sets) - 1)) / 2
-            own_draws = draw**2 * float(np.mean(1 / found.counts[sets]))
-            apart_by = float(values[sets].var(ddof=1)) - own_draws - own_items
-            signal = math.sqrt(max(0.0, apart_by))
+        if draw is not None and len(sets) > 1:  # variance between sets, without noise
+            from_items = pairs[np.ix_(sets, sets)].sum() / (len(sets) * (len(sets) - 1)) / 2
+            from_draws = draw**2 * float(np.mean(1 / found.counts[sets]))
+            variance = float(values[sets].var(ddof=1)) - from_draws - from_items
+            signal = math.sqrt(max(0.0, variance))
             noise = math.hypot(draw, (item or 0.0) / math.sqrt(2))
             ratio = signal / noise if noise else None
         made.append(Noise(cells.condition.label, name, kind, count, draw, found.freedom, item,
@@ -105,17 +104,17 @@ def noise_of(found: Joint) -> list[Noise]:
 
 
 def detectable(draws: int, draw: float, freedom: float, item: float = 0.0) -> float:
-    """Return the difference that so many seeds of each set detect in 80 % of studies."""
-    drawn = draw * math.sqrt(2 / draws)
-    error = math.hypot(drawn, item)
+    """Return the difference that `draws` seeds per set detect in 80 % of studies."""
+    from_draws = draw * math.sqrt(2 / draws)
+    error = math.hypot(from_draws, item)
     if error == 0:
         return 0.0
-    share = (drawn / error) ** 2  # of the variance
+    share = (from_draws / error) ** 2  # of the variance
     return _noncentrality(freedom / share**2 if share > 0 else math.inf) * error
 
 
 def _noncentrality(freedom: float) -> float:
-    """Return how many standard errors are detected in 80 % of studies: 2.8 with much freedom."""
+    """Return the detectable difference in standard errors; 2.8 with many degrees of freedom."""
     if freedom >= MOST:
         return Z + Z_POWER
     from scipy.optimize import brentq
@@ -126,12 +125,12 @@ def _noncentrality(freedom: float) -> float:
 
 
 def needed(difference: float, draw: float, freedom: float, item: float) -> Needed:
-    """Return the seeds and items that detect a difference above 0; arguments as `detectable`."""
+    """Return the seeds and items that detect a difference; other arguments as for `detectable`."""
     on_these = 2 * (_noncentrality(freedom) * draw / difference) ** 2
     times = ((Z + Z_POWER) * item / difference) ** 2
-    every = range(1, MOST if times < 1 else 1)
-    at = bisect_left(every, True, key=lambda k: detectable(k, draw, freedom, item) <= difference)
-    enough = every[at] if at < len(every) else None
+    seeds = range(1, MOST if times < 1 else 1)
+    at = bisect_left(seeds, True, key=lambda k: detectable(k, draw, freedom, item) <= difference)
+    enough = seeds[at] if at < len(seeds) else None
     return Needed(difference, max(1, math.ceil(on_these * (1 - 1e-12))), enough, times)
 
 
@@ -142,7 +141,7 @@ def noises(
     sparsity: str | None = None,
     measure: Measure = "primary",
 ) -> list[Noise]:
-    """Return the noise of every quantity under every condition of a study that calibrates."""
+    """Return the noise of every quantity under every condition with calibration."""
     trials = [t for t in select(results, method=method, sparsity=sparsity) if t.strategy != "none"]
-    found = joints(results, trials, Settings(measure=measure, resamples=1))  # noise needs none
+    found = joints(results, trials, Settings(measure=measure, resamples=1))  # as few as possible
     return [one for each in found for one in noise_of(each)]

@@ -1,14 +1,14 @@
-"""What a set keeps, predicted without pruning a model: the output a few layers would lose.
+"""Predict how well calibration sets work without pruning the model.
 
-A text runs through the dense model once, and the Gram matrices of the inputs of every k-th block
-are kept in a file. They add: that of a mix is the sum of its sources', each times its share. The
-layers of these blocks are pruned on it, and the share of output energy they lose on another text
-is read off that text's Gram matrix. So each further mix of known sources takes seconds and no
-forward pass.
+Each text runs through the dense model once, and the Gram matrices of the inputs of every k-th block
+are stored in a file. Gram matrices add up: that of a mix is the weighted sum of its sources'. The
+layers of these blocks are pruned with it, and the fraction of output energy they lose on another
+text follows from that text's Gram matrix. Each further mix of known sources then takes seconds and
+no forward pass.
 
-Ours, and an approximation: every layer is pruned on inputs from dense layers, where a pruning
-run's come from pruned ones, and the layers between are not looked at. How well it orders sets is
-measured by `benchmarks/predict.py`.
+This is ours, and an approximation: every layer is pruned on inputs from dense layers, not from
+pruned ones as in a pruning run, and the other blocks are ignored. `benchmarks/predict.py` measures
+how well the predicted ranking agrees with the measured one.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from calmix.pruning.patterns import Pattern, as_pattern
 from calmix.sources import Source, own_sources
 
 ROWS, LENGTH, EVERY = 16, 512, 7
-LEAST = 1e-12  # a share of output energy below this is rounding
+LEAST = 1e-12  # smaller fractions of output energy are rounding
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What pruning on a set is expected to lose: `lost` is the share of output energy on each
-    dimension's text, the geometric mean over layers; `total`, the weighted one over dimensions."""
+    """Predicted loss of pruning with a calibration set: `lost` is the fraction of output energy on
+    each dimension's text (geometric mean over layers), `total` the weighted mean of these."""
 
     calibration: str
     total: float
@@ -53,26 +53,26 @@ class Prediction:
 
 
 def every_block(opened: OpenModel, every: int) -> list[str]:
-    """Return patterns of the layers of every k-th block, the first one included."""
-    found = find_blocks(opened.model)
-    if any(found.mixtures(index) for index in range(len(found))):
-        raise ModelError(f"{opened.name} has experts, for which nothing is predicted yet")
-    return [f"{found.name}.{at}.*" for at in range(0, len(found), every)]
+    """Return patterns for the layers of every k-th block, starting with the first."""
+    blocks = find_blocks(opened.model)
+    if any(blocks.mixtures(index) for index in range(len(blocks))):
+        raise ModelError(f"{opened.name} has experts, which predictions do not support yet")
+    return [f"{blocks.name}.{at}.*" for at in range(0, len(blocks), every)]
 
 
 def keep_grams(opened: OpenModel, ids: Tensor, only: Sequence[str], folder: Path) -> Path:
-    """Run ids, int64 (rows, length), through the dense model once, and keep Gram matrices of its
-    layers' inputs; a whole file of the same model, ids and layers is not made again.
+    """Run ids, int64 (rows, length), through the dense model and store Gram matrices of its layers'
+    inputs, unless a file for the same model, ids and layers exists.
 
-    The safetensors file holds the mean x x^T over tokens, float32 (columns, columns), by the names
-    of the layers that read x, comma-separated.
+    The safetensors file holds the mean of x x^T over tokens, float32 (columns, columns), under the
+    comma-separated names of the layers that read x.
     """
     about = {
         "model": opened.fingerprint, "dtype": dtype_name(opened.model.dtype),
         "ids": sha256_json(ids.tolist()), "layers": list(only),
     }  # fmt: skip
     path = folder / f"{sha256_json(about)}.safetensors"
-    with contextlib.suppress(ModelError, OSError):  # none there, or damaged
+    with contextlib.suppress(ModelError, OSError):  # missing or damaged
         read_header(path)
         return path
     grams: dict[str, Tensor] = {}
@@ -97,15 +97,14 @@ def lost_output(
     tokens: int = ROWS * LENGTH,
     tick: Callable[[str], None] = lambda inputs: None,
 ) -> dict[str, dict[str, float]]:
-    """Prune layers on Gram matrices alone, and return by set and text the share of output energy
-    they would lose, the geometric mean over layers.
+    """Prune layers using Gram matrices only. Returns, by set and text, the fraction of output
+    energy lost, as the geometric mean over layers.
 
-    `only` is as for `keep_grams`, which made the files: of sets with their shares, and of texts.
-    `tokens` are of a set, for methods to which the sum and not the mean of x x^T matters; `tick` is
-    called with the layers of each input that is done.
+    `sets` maps each set to files of `keep_grams` with their weights, `held_out` each text to its
+    file; `only` is as for `keep_grams`. `tokens` is the size of a set, for methods that depend on
+    the sum of x x^T rather than its mean. `tick` is called with the names of the layers just done.
     """
-    found = find_blocks(opened.model).select(only)
-    layers = {layer.name: layer for layer in found.layers}
+    layers = {layer.name: layer for layer in find_blocks(opened.model).select(only).layers}
     files = {*held_out.values(), *(file for parts in sets.values() for file in parts)}
     headers = {file: read_header(file) for file in files}
     shares: dict[tuple[str, str], list[float]] = {}
@@ -144,25 +143,25 @@ def predict(
     writing: Callable[[str, int, int], None] | None = None,
     **draw: Any,
 ) -> list[Prediction]:
-    """Predict which calibration set keeps most, without pruning the model: the least lost first.
+    """Rank calibration sets by their predicted loss, lowest first, without pruning the model.
 
     Args:
-        opened: the dense model; it ends as it was.
-        calibrations: sets as `calmix.resolve` takes them. Of a mix each source is drawn and run by
-            itself, once, whatever mixes it is in.
-        method, pattern: how the model is to be pruned; at 60 % if no pattern is given.
-        rows, length: of each source.
-        every: look at every k-th block.
-        weights: of the dimensions in the total; the same for all if not given.
-        held_out: texts by dimension (`calmix.calibration.texts`); 16 x 512 of the builtin ones if
-            not given.
-        sources: the user's own, by name or as a YAML file.
-        tick: called with what has been done.
-        note: called with how much room the Gram matrices take.
+        opened: the dense model; it is left unchanged.
+        calibrations: sets as for `calmix.resolve`. Each source of a mix is sampled and run once,
+            however many mixes contain it.
+        method, pattern: how the model is to be pruned; 60 % by default.
+        rows, length: size of each source's sample.
+        every: use every k-th block.
+        weights: of the dimensions in the total; equal by default.
+        held_out: texts by dimension (`calmix.calibration.texts`); 16 x 512 tokens of the builtin
+            ones by default.
+        sources: the user's own sources, by name or as a YAML file.
+        tick: called with a description of each finished step.
+        note: called with the size of the Gram matrices.
         writing, **draw: as for `calmix.resolve`.
 
     Raises:
-        CalmixError: anything a user can mend.
+        CalmixError: any error that a user can fix.
     """
     draw = {"rows": rows, "length": length, "sources": own_sources(sources), **draw}
     check_request(calibrations, method, every=every, **draw)
@@ -174,21 +173,22 @@ def predict(
     share = check_weights(weights or dict.fromkeys(held_out, 1.0), tuple(held_out),
                           "the held-out text")  # fmt: skip
     made = {text: _parts(text, draw) for text in calibrations}
-    drawn = {repr(asked): asked for parts in made.values() for _, asked in parts}
+    samples = {repr(sample): sample for parts in made.values() for _, sample in parts}
     folder = cache_dir() / "grams"
-    room = (len(drawn) + len(held_out)) * sum(4 * one.shape[1] ** 2 for one in blocks.layers)
-    check_free(folder / "grams", room, "Gram matrices take up to")  # each of a layer of its own
+    # An upper bound: one matrix for each layer, though layers may share their input.
+    room = (len(samples) + len(held_out)) * sum(4 * one.shape[1] ** 2 for one in blocks.layers)
+    check_free(folder / "grams", room, "Gram matrices take up to")
     if note is not None:
-        note(f"Gram matrices take {room / 1e9:.2g} GB at most in {folder}")
+        note(f"Gram matrices take up to {room / 1e9:.2g} GB in {folder}")
     files, kept = {}, {}
-    for key, (part, options) in drawn.items():
+    for key, (part, options) in samples.items():
         ids = resolve(part, opened, writing=writing, **options).ids[:rows]
         files[key] = keep_grams(opened, ids, only, folder)
         tick(f"ran {part}")
     for name, ids in held_out.items():
         kept[name] = keep_grams(opened, ids, only, folder)
         tick(f"ran the text {name}")
-    sets = {text: {files[repr(asked)]: weight for weight, asked in parts}
+    sets = {text: {files[repr(sample)]: weight for weight, sample in parts}
             for text, parts in made.items()}  # fmt: skip
     lost = lost_output(opened, only, sets, kept, chosen, pattern, tokens=rows * length,
                        tick=lambda inputs: tick(f"solved {inputs.partition(',')[0]}"))  # fmt: skip
@@ -197,7 +197,7 @@ def predict(
 
 
 def prediction(name: str, lost: dict[str, float], share: Mapping[str, float]) -> Prediction:
-    """Put what texts lose together, by the weights of their dimensions."""
+    """Combine the losses on the dimensions' texts by their weights."""
     total = math.fsum(share[text] * math.log(value) for text, value in lost.items())
     return Prediction(name, math.exp(total), lost)
 
@@ -205,26 +205,25 @@ def prediction(name: str, lost: dict[str, float], share: Mapping[str, float]) ->
 def check_request(
     calibrations: Sequence[str], method: str | Method, *, every: int = EVERY, **draw: Any
 ) -> None:
-    """Check what `predict` is asked for, without the model."""
+    """Check a request to `predict` without the model."""
     if every < 1:
         raise InputError(f"--every {every} is not positive")
     chosen = get_method(method)
     if chosen.needs is None:
-        raise InputError(f"method {chosen.name} looks at no text: every set keeps as much")
+        raise InputError(f"method {chosen.name} uses no calibration text: all sets are equal")
     if chosen.needs not in (Gram, Squares):
-        raise InputError(f"method {chosen.name} cannot be predicted: it goes by no Gram matrix")
+        raise InputError(f"method {chosen.name} cannot be predicted: it uses no Gram matrix")
     for text in calibrations:
         ask(text, **({} if saved_set(text) else draw))
 
 
-def _parts(text: str, asked: Mapping[str, Any]) -> list[tuple[float, tuple[str, dict[str, Any]]]]:
-    """Return the shares of the texts a set is made of, which are run one by one, each with the
-    options to draw it with."""
+def _parts(text: str, draw: Mapping[str, Any]) -> list[tuple[float, tuple[str, dict[str, Any]]]]:
+    """Split a set into the texts that are run separately: (weight, (text, options of its draw))."""
     if saved_set(text):
         return [(1.0, (text, {}))]
-    given = {name: value for name, value in asked.items() if value is not None}
-    found = ask(text, **given)
-    if found.generate is not None or len(found.mix) == 1:
+    given = {name: value for name, value in draw.items() if value is not None}
+    asked = ask(text, **given)
+    if asked.generate is not None or len(asked.mix) == 1:
         return [(1.0, (text, given))]
-    options = {**found.draw.drawn(), "sources": found.own}
-    return [(weight, (name, options)) for name, weight in found.mix.items()]
+    options = {**asked.draw.drawn(), "sources": asked.own}
+    return [(weight, (name, options)) for name, weight in asked.mix.items()]

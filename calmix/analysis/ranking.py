@@ -1,8 +1,8 @@
-"""Which calibration set is best: sets in order of what they keep, and those tied for the first;
-by equal dimensions, or by weights that a user gives them.
+"""Ranking of calibration sets by retention, with equal dimensions or the user's weights, and the
+sets tied for first place.
 
-The one answer for everything that names a best set: the order is that of the measured totals, and
-whether two sets are apart is decided by the shrunken ones, since the first was picked.
+Everything that names a best set uses this module. Sets are ordered by their measured totals;
+whether two sets differ is decided by the shrunken totals, since the first was picked for its rank.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from calmix.evaluation.retention import RESAMPLES
 from calmix.options import Measure, Settings
 from calmix.study.results import StudyResults
 
-SMALL = 4  # a group of fewer sets says nothing of its own spread
+SMALL = 4  # fewest sets in a group to estimate its spread
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """One calibration set under one condition, with everything measured.
+    """One calibration set under one condition, with all that was measured.
 
-    The total is that of equal dimensions, or weighted as was asked.
+    The total is over equally weighted dimensions unless weights were given.
     """
 
     calibration: str
     strategy: str
     total: Estimate  # as measured
-    shrunken: Estimate  # what to expect of a set that was picked for its rank (`shrink`)
-    best: float | None  # probability of being the highest; None of one set
-    behind: Estimate | None  # shrunken total of the first set less this one's; None for the first
+    shrunken: Estimate  # expected value of a set that was picked for its rank (`shrink`)
+    best: float | None  # probability of being the best; None if there is only one set
+    behind: Estimate | None  # shrunken total of the first set minus this one's; None for the first
     condition: str
     rank: int | None  # by total, from 1; None without a value
-    worst: str | None  # the dimension with the lowest mean over seeds, whose estimate is `lowest`
-    lowest: Estimate
+    worst: str | None  # dimension with the lowest mean over seeds
+    lowest: Estimate  # of that dimension
     dimensions: dict[str, Estimate]
     tasks: dict[str, Estimate]
     accuracy: dict[str, float | None]  # retention of accuracy (the paper's), total and dimensions
@@ -48,15 +48,15 @@ class Ranked:
 
 
 def shrink(found: Joint, weight: Array) -> tuple[Array, Array]:
-    """Draw every set's weighted quantity towards its group's mean (James and Stein; ours).
+    """Shrink every set's weighted quantity towards its group's mean (James and Stein; ours).
 
-    Groups are the single sources and all else; all sets are one where either is few. Signal is the
-    variance between a group's sets with the mean noise of a set taken out, at least 0; noise is by
-    other items and seeds, of a set's distance to its group's mean (what all sets share moves no
-    rank). A set keeps signal / (signal + its noise) of that distance, and the square root of it of
-    the distance's resamples.
+    The groups are the single sources and all others, or all sets together if either is small. Noise
+    is the variance, over items and seeds, of a set's distance to its group's mean (what all sets
+    share does not affect ranks). Signal is the variance between a group's sets minus their mean
+    noise, at least 0. A set's distance is multiplied by signal / (signal + noise), its resamples
+    by the square root of that.
 
-    Returned are values, shape (sets,), and the coefficients of the sets' deviations in each.
+    Returns values, shape (sets,), and for each the coefficients of the sets' deviations.
     """
     values = weighed(found, weight)
     count = len(values)
@@ -69,27 +69,27 @@ def shrink(found: Joint, weight: Array) -> tuple[Array, Array]:
             continue
         mean = np.zeros(count)
         mean[members] = 1 / len(members)
-        apart = [found.variances(np.outer(coefficients[at] - mean, weight)) for at in members]
-        noise = np.array([items - both + draws for items, draws, both in apart])
-        noise *= len(members) / (len(members) - 1)
+        variances = [found.variances(np.outer(coefficients[at] - mean, weight)) for at in members]
+        noises = np.array([items - both + draws for items, draws, both in variances])
+        noises *= len(members) / (len(members) - 1)
         centre = values[members].mean()
-        signal = max(0.0, float(values[members].var(ddof=1) - noise.mean()))
-        for at, own in zip(members, noise, strict=True):
-            kept = signal / (signal + own) if signal + own else 1.0
-            coefficients[at] = mean + math.sqrt(kept) * (coefficients[at] - mean)
-            values[at] = centre + kept * (values[at] - centre)
+        signal = max(0.0, float(values[members].var(ddof=1) - noises.mean()))
+        for at, noise in zip(members, noises, strict=True):
+            factor = signal / (signal + noise) if signal + noise else 1.0
+            coefficients[at] = mean + math.sqrt(factor) * (coefficients[at] - mean)
+            values[at] = centre + factor * (values[at] - centre)
     return values, coefficients
 
 
 def weighed(found: Joint, weight: Array) -> Array:
-    """Return a weighted quantity of every set, shape (sets,); nan where a part has no value."""
+    """Return a weighted quantity of every set, shape (sets,); nan where a part is unknown."""
     used = weight != 0
     return found.values[:, used] @ weight[used]
 
 
 def _chances(found: Joint, weight: Array, values: Array, coefficients: Array) -> list[float | None]:
-    """Return each set's probability of being the best, ties shared; None without a value, or
-    where there is but one set."""
+    """Return each set's probability of being the best, shared between ties; None without a value
+    or with only one set."""
     share: list[float | None] = [None] * len(values)
     used, known = weight != 0, np.flatnonzero(~np.isnan(values))
     if len(known) < 2 or not used.any():
@@ -97,7 +97,7 @@ def _chances(found: Joint, weight: Array, values: Array, coefficients: Array) ->
     deviations = np.einsum("sqr,q->sr", (found.item + found.draw)[:, used], weight[used])
     sampled = values[known, None] + coefficients[known] @ deviations
     sampled = sampled[:, ~np.isnan(sampled).any(0)]
-    top = sampled >= sampled.max(0) - ROUNDING  # sets wholly drawn to one mean are all the same
+    top = sampled >= sampled.max(0) - ROUNDING  # fully shrunken sets are all tied
     first = (top / top.sum(0)).sum(1)
     for at, times in zip(known, first, strict=True):
         share[at] = float(times / max(1, first.sum()))
@@ -105,7 +105,7 @@ def _chances(found: Joint, weight: Array, values: Array, coefficients: Array) ->
 
 
 def leaders(ranking: Sequence[Ranked]) -> list[Ranked]:
-    """Return the first set and those tied with it: the interval of `behind` reaches 0."""
+    """Return the first set and those tied with it: the interval of `behind` reaches 0 or below."""
     return [
         one for one in ranking
         if one.total.value is not None
@@ -114,8 +114,8 @@ def leaders(ranking: Sequence[Ranked]) -> list[Ranked]:
 
 
 def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
-    """Return the calibration sets of a condition by total, or another weighted quantity, the
-    highest first; those without a value are last."""
+    """Rank the calibration sets of a condition by total, or by another weighted quantity, highest
+    first; sets without a value come last."""
     cells, names = found.cells, found.cells.quantities
     weight = np.eye(found.values.shape[1])[0] if weight is None else weight
     measured, (values, coefficients) = weighed(found, weight), shrink(found, weight)
@@ -127,8 +127,8 @@ def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
     def estimate(of_sets: Array, value: float | None = None, *, test: bool = False) -> Estimate:
         return found.contrast(np.outer(of_sets, weight), value).estimate(test=test)
 
-    for place, at in enumerate(order, start=1):
-        behind, first, own = None, order[0], cells.made[at]
+    for position, at in enumerate(order, start=1):
+        behind, first, trial = None, order[0], cells.made[at]
         if at != first and not math.isnan(measured[first]):
             behind = estimate(coefficients[first] - coefficients[at],
                               float(values[first] - values[at]), test=True)  # fmt: skip
@@ -136,9 +136,9 @@ def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
         dimensions = {name: found.one(at, q) for q, name in enumerate(names) if q}
         worst = None if (low := lowest_of(parts[at])) is None else cells.dimensions[low]
         made.append(Ranked(
-            own.calibration, own.strategy, total, estimate(coefficients[at], float(values[at])),
+            trial.calibration, trial.strategy, total, estimate(coefficients[at], float(values[at])),
             best[at], behind, cells.condition.label,
-            None if total.value is None else place, worst,
+            None if total.value is None else position, worst,
             Estimate(None) if worst is None else dimensions[worst], dimensions,
             {task.name: found.one(at, q) for q, task in enumerate(cells.tasks, len(names))},
             _named(names, cells.accuracy[at]),
@@ -153,7 +153,7 @@ def _named(names: Sequence[str], values: Array) -> dict[str, float | None]:
 
 
 def lowest_of(dimensions: Array) -> int | None:
-    """Return the position of the lowest value; None where none is known."""
+    """Return the position of the lowest value; None if all are nan."""
     return None if np.isnan(dimensions).all() else int(np.nanargmin(dimensions))
 
 
@@ -162,10 +162,10 @@ class Recommendation:
     """The best calibration set under one condition.
 
     Attributes:
-        weights: of the dimensions, scaled to sum to 1.
-        candidates: the highest measured retention first; empty where a dimension that has weight
-            has no task with signal.
-        best: names of the first and of those tied with it.
+        weights: of the dimensions, normalised to sum to 1.
+        candidates: highest measured retention first; empty if a weighted dimension has no task with
+            signal.
+        best: names of the first set and of those tied with it.
     """
 
     condition: str
@@ -177,15 +177,15 @@ class Recommendation:
 def check_weights(
     weights: Mapping[str, float], dimensions: tuple[str, ...], where: str = "the study"
 ) -> dict[str, float]:
-    """Return weights for every dimension, scaled to sum to 1; `where` has the dimensions."""
+    """Return weights for all dimensions, normalised to sum to 1; `where` names what has them."""
     for name, weight in weights.items():
         if name not in dimensions:
             raise InputError(f"{where} has no dimension '{name}': {nearest(name, dimensions)}")
         if not math.isfinite(weight) or weight < 0:
-            raise InputError(f"the weight of {name} must be a number from 0 up, not {weight:g}")
+            raise InputError(f"the weight of {name} must be 0 or a positive number, not {weight:g}")
     total = math.fsum(weights.values())
     if total == 0:
-        raise InputError("all weights are 0: give at least one dimension a weight")
+        raise InputError("all weights are 0: give at least one dimension a positive weight")
     return {name: weights.get(name, 0.0) / total for name in dimensions}
 
 
@@ -198,19 +198,19 @@ def recommend(
     method: str | None = None,
     sparsity: str | None = None,
 ) -> list[Recommendation]:
-    """Return for each condition the sets by weighted retention, and which are best.
+    """Rank the calibration sets of each condition by weighted retention and name the best.
 
-    Without weights all dimensions with signal count alike.
+    Without weights all dimensions with signal count equally.
     """
     trials = select(results, method=method, sparsity=sparsity)
-    asked = check_weights(weights, dimensions_of(results)) if weights else None
+    given = check_weights(weights, dimensions_of(results)) if weights else None
     advice = []
     for found in joints(results, trials, Settings(measure=measure, resamples=resamples)):
         cells, weight = found.cells, None
         known = ~np.isnan(cells.means[:, 1 : len(cells.quantities)]).all(0)
         share = known / max(1, known.sum())
-        if asked is not None:
-            share = np.array([asked[name] for name in cells.dimensions])
+        if given is not None:
+            share = np.array([given[name] for name in cells.dimensions])
             weight = np.concatenate([[0], share, np.zeros(len(cells.tasks))])
         ranked = [one for one in rank(found, weight) if one.total.value is not None]
         advice.append(

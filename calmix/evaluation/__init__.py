@@ -1,1 +1,1 @@
-"""What a model can do: text scored by likelihood, suites of tasks, retention."""
+"""Evaluation of models: likelihood of text, suites of tasks, retention."""

@@ -1,7 +1,7 @@
-"""What a pruned model still does: generated answers that a program checked, and right choices.
+"""Behaviour kept after pruning: generated answers checked by a program, and correct choices.
 
-Counts of items, each paired with the dense model's; an interval is Wilson's (1927), which does not
-collapse where all or none of a few items are right.
+Items are counted in pairs with the dense model's. Intervals are Wilson's (1927), which do not
+collapse when all or none of a few items are right.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from calmix.evaluation.retention import Estimate, Retention, check_paired, reten
 from calmix.evaluation.scores import CapabilityScores, check_same_suite
 from calmix.evaluation.suites import WRITTEN
 
-FEW = 5  # items that the dense model gets right: with fewer no ability is called the worst
+FEW = 5  # an ability is judged only if the dense model gets at least this many items right
 Pair = tuple[CapabilityScores, CapabilityScores]  # dense, pruned
 TaskPair = tuple[TaskScores, TaskScores]
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Items `asked`, and those right under the `dense` model, the `pruned` one, both (`kept`);
-    `chance` is the share that a guess gets right."""
+    """Number of items `asked`, and of those right under the `dense` model, the `pruned` one and
+    both (`kept`); `chance` is the accuracy of guessing."""
 
     name: str
     asked: int
@@ -35,25 +35,25 @@ class Counted:
 
     @property
     def gained(self) -> int | None:
-        """Items right under the pruned model alone; None where no other could be."""
+        """Items right under the pruned model only; None if the dense model gets all right."""
         return self.pruned - self.kept if self.asked > self.dense else None
 
     @property
     def share(self) -> Estimate:
-        """Of the items the dense model gets right, the share that is still right."""
+        """Fraction of the dense model's right answers that stay right."""
         return proportion(self.kept, self.dense)
 
     @property
     def accuracy(self) -> tuple[Estimate, Estimate]:
-        """The share of all items that is right, of the dense and of the pruned model."""
+        """Accuracy of the dense and of the pruned model."""
         return proportion(self.dense, self.asked), proportion(self.pruned, self.asked)
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """Generated `answers`, pooled and by ability, and `choices`, pooled over the tasks on which the
-    dense model is above chance; None where nothing was asked. Tasks `at_chance` and those `not_run`
-    are named; `form` is that of `CapabilityScores`."""
+    """Counts of generated `answers`, pooled and by ability, and of `choices`, pooled over tasks
+    where the dense model beats chance; None without items. `at_chance` and `not_run` name the
+    other tasks; `form` is that of `CapabilityScores`."""
 
     answers: Counted | None
     abilities: tuple[Counted, ...]
@@ -64,97 +64,97 @@ class Behaviour:
 
     @property
     def worst(self) -> Counted | None:
-        """The ability of which least is kept, of several that the dense model has."""
+        """The ability with the lowest kept fraction; None unless several can be judged."""
         known = [one for one in self.abilities if one.dense >= FEW]
         return min(known, key=lambda one: one.kept / one.dense) if len(known) > 1 else None
 
 
 def behaviour(*pairs: Pair) -> Behaviour:
-    """Return what pruned models' scores say of behaviour, beside the dense model's on the same
-    suites; a task that several hold counts where it has most items."""
+    """Count which answers and choices survive pruning, from scores of both models on one or more
+    suites. A task that occurs in several is taken from the one with the most items."""
     check_pairs(pairs)
     written, chosen = held(pairs, answered), held(pairs, chosen_from)
-    known = [one for one in chosen if has_signal(one[0], "accuracy")]
-    abilities = dict.fromkeys(before.dimension for before, _ in written)
+    above_chance = [both for both in chosen if has_signal(both[0], "accuracy")]
+    abilities = dict.fromkeys(dense.dimension for dense, _ in written)
     counts = (counted(name, [both for both in written if both[0].dimension == name])
               for name in abilities)  # fmt: skip
     return Behaviour(
         counted("all", written),
         tuple(one for one in counts if one),
-        counted("choices", known),
-        tuple(one[0].name for one in chosen if one not in known),
+        counted("choices", above_chance),
+        tuple(both[0].name for both in chosen if both not in above_chance),
         not_run(pairs),
         next((pruned.form for _, pruned in pairs if pruned.form), ""),
     )
 
 
 def answered(task: TaskScores) -> bool:
-    """Whether a task's answers were generated, and checked."""
+    """Whether a task's answers were generated and checked by a program."""
     return bool(task.values) and task.metric in WRITTEN
 
 
 def chosen_from(task: TaskScores) -> bool:
-    """Whether a task's answers were chosen from several."""
+    """Whether a task's answers were chosen from given options."""
     return bool(task.values) and task.metric not in WRITTEN
 
 
 def likely(task: TaskScores) -> bool:
-    """Whether retention of a task is of likelihood."""
+    """Whether retention of a task is measured by likelihood."""
     return task.primary not in RIGHT_OR_WRONG
 
 
 def not_run(pairs: Sequence[Pair]) -> tuple[str, ...]:
-    """Return the tasks that were left out in all suites, as they run code."""
+    """Return the tasks that every suite left out because they run generated code."""
     run = {task.name for dense, _ in pairs for task in dense.tasks if task.values}
     return tuple(dict.fromkeys(name for _, pruned in pairs for name in pruned.not_run
                                if name not in run))  # fmt: skip
 
 
 def check_pairs(pairs: Sequence[Pair]) -> None:
-    """Refuse scores of two models that were not asked the same, with an `InputError`."""
+    """Raise an `InputError` unless both models were given the same items in the same form."""
     for dense, pruned in pairs:
         check_same_suite(pruned.suite, dense.suite)
         check_paired(dense.tasks, pruned.tasks)
         if dense.form and pruned.form and dense.form != pruned.form:
             raise InputError(
-                "one model was asked in its chat template, the other by worked examples: give "
+                "one model was prompted in its chat template, the other with worked examples: give "
                 "both the same tokenizer and template, and evaluate again"
             )
 
 
 def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[TaskPair]:
-    """Return both models' scores of the tasks that fit, each from where it has most items; of those
-    that were asked for what the dense model gets right, no others."""
+    """Return both models' scores of the tasks that fit, each from the suite where it has the most
+    items. With `right_only` scores, only the items that the dense model gets right remain."""
     found: dict[str, tuple[TaskScores, TaskScores, bool]] = {}
     for dense, pruned in pairs:
         for before, after in zip(dense.tasks, pruned.tasks, strict=True):
             most = len(found[before.name][0].items) if before.name in found else 0
             if fits(before) and len(before.items) > most:
                 found[before.name] = before, after, pruned.right_only and answered(before)
-    return [(_right(before, before), _right(before, after)) if some else (before, after)
-            for before, after, some in found.values()]  # fmt: skip
+    return [(_right(before, before), _right(before, after)) if right_only else (before, after)
+            for before, after, right_only in found.values()]  # fmt: skip
 
 
 def _right(dense: TaskScores, task: TaskScores) -> TaskScores:
-    """Return scores of the items that the dense model gets right alone."""
-    some = [at for at, value in enumerate(dense.values) if value]
-    items, values = tuple(task.items[at] for at in some), tuple(task.values[at] for at in some)
+    """Return scores of only the items that the dense model gets right."""
+    right = [at for at, value in enumerate(dense.values) if value]
+    items, values = tuple(task.items[at] for at in right), tuple(task.values[at] for at in right)
     return replace(task, items=items, values=values, answers=(), ended=())
 
 
 def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
-    """Return the items of several tasks, counted; None where there are none."""
+    """Count the items of several tasks together; None if there are none."""
     items = [both for before, after in tasks
              for both in zip(before.values, after.values, strict=True)]  # fmt: skip
     if not items:
         return None
-    dense, pruned = (sum(map(round, some)) for some in zip(*items, strict=True))
-    guessed = math.fsum(before.chance * len(before.items) for before, _ in tasks) / len(items)
-    return Counted(name, len(items), dense, pruned, sum(round(a * b) for a, b in items), guessed)
+    dense, pruned = (sum(map(round, values)) for values in zip(*items, strict=True))
+    chance = math.fsum(before.chance * len(before.items) for before, _ in tasks) / len(items)
+    return Counted(name, len(items), dense, pruned, sum(round(a * b) for a, b in items), chance)
 
 
 def proportion(right: int, of: int) -> Estimate:
-    """Return a share of items with Wilson's 95 % interval."""
+    """Return a proportion with Wilson's 95 % interval."""
     if not of:
         return Estimate(None)
     share, z = right / of, Z**2 / of
@@ -164,11 +164,11 @@ def proportion(right: int, of: int) -> Estimate:
 
 
 def likelihood(dense: CapabilityScores, pruned: CapabilityScores) -> Retention | None:
-    """Return the retention of the tasks scored by likelihood; None where there are none, or where
-    the dense model's baselines were not kept."""
+    """Return the retention of the tasks scored by likelihood; None if there are none, or if the
+    dense model's baselines were not stored."""
     check_same_suite(pruned.suite, dense.suite)
-    own = [both for both in zip(dense.tasks, pruned.tasks, strict=True) if likely(both[0])]
+    tasks = [both for both in zip(dense.tasks, pruned.tasks, strict=True) if likely(both[0])]
     try:
-        return retention(*zip(*own, strict=True)) if own else None
+        return retention(*zip(*tasks, strict=True)) if tasks else None
     except InputError:
         return None

@@ -1,6 +1,6 @@
-"""Checks: is what a model wrote right? Pure functions of the answer and of what is expected of it.
+"""Checks of generated answers: pure functions of the answer and of what is expected.
 
-One that is empty or was cut is refused before (`abilities.verdict`).
+Empty or truncated answers never get here (`evaluate.verdict`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-LANGUAGES = {  # words that a text of one has and the others have not
+LANGUAGES = {  # common words that identify a language
     "en": "the a an is are and of to in it on with that was has this for",
     "fr": "le la les un une est et de des du dans sur il elle qui avec pour au c'est ciel",
     "es": "el la los las un una es y de del en que con por su al está cielo se",
@@ -23,38 +23,38 @@ NUMBER = re.compile(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)-?\.\
 
 
 def short_text(text: str) -> str:
-    """Return a short answer as it is compared: SQuAD's normalisation (arXiv 1606.05250)."""
+    """Normalise a short answer for comparison, as SQuAD does (arXiv 1606.05250)."""
     kept = "".join(char for char in text.lower() if char not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
 
 def first_line(text: str) -> str:
-    """Return the first line of an answer, without a label before it."""
+    """Return the first line of an answer, without a leading `Answer:`."""
     line = next((line for line in text.strip().splitlines() if line.strip()), "")
     return re.sub(r"^\W*(final )?answer\W*:\W*", "", line.strip(), flags=re.IGNORECASE)
 
 
 def exact_match(answer: str, right: Sequence[str]) -> bool:
-    """Tell whether the first line of an answer is one of the right ones."""
+    """Whether the first line of an answer is a right one after normalisation."""
     given = short_text(first_line(answer))
     return bool(given) and given in {short_text(one) for one in right}
 
 
 def same_text(answer: str, right: Sequence[str]) -> bool:
-    """Tell whether the first line of an answer is one of the right ones, letter by letter."""
+    """Whether the first line of an answer is exactly a right one, up to quotation marks."""
     given = first_line(answer).strip("'\"` ").replace('"', "'")
     return given in {one.strip("'\"` ").replace('"', "'") for one in right}
 
 
 def same_number(answer: str, right: str) -> bool:
-    """Tell whether the last number of an answer is the right one."""
+    """Whether the last number of an answer is the right one."""
     found = NUMBER.findall(answer.replace("\N{MINUS SIGN}", "-"))
     return bool(found) and float(found[-1].replace(",", "")) == float(right.replace(",", ""))
 
 
 def same_result(answer: str, solution: str) -> bool:
-    """Tell whether an answer's last boxed result, or else its last formula or number, is that of a
-    solution."""
+    """Whether an answer has the same result as a solution: its last `\\boxed`, or else its last
+    formula or number."""
     given, wanted = (
         re.sub(r"\\(?:text|mathrm|mbox)\{([^}]*)\}|\\[!,;]|\\(?:left|right)\b", r"\1", one).strip()
         for one in (_result(answer), _result(solution))
@@ -78,7 +78,7 @@ def _result(text: str) -> str:
 
 
 def same_formula(given: str, wanted: str) -> bool:
-    """Tell whether two formulas have one normal form; those that have none, letter by letter."""
+    """Whether two formulas have the same normal form; if there is none, whether they are equal."""
     try:
         return bool(given) and _normal(given) == _normal(wanted)
     except (ValueError, IndexError):
@@ -86,8 +86,8 @@ def same_formula(given: str, wanted: str) -> bool:
 
 
 def _normal(text: str) -> str:
-    """Return the normal form of Hendrycks et al. (arXiv 2103.03874), just as
-    lm-evaluation-harness makes it."""
+    """Return the normal form of Hendrycks et al. (arXiv 2103.03874), as implemented in
+    lm-evaluation-harness."""
     for piece, other in (
         ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
         ("\\left", ""), ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""),
@@ -115,12 +115,12 @@ def _normal(text: str) -> str:
 
 
 def _braced(text: str) -> str:
-    """Put the first letter of a text into braces, unless they are there."""
+    """Put braces around the first character, unless it is a brace."""
     return text if text[0] == "{" else f"{{{text[0]}}}{text[1:]}"
 
 
 def program(answer: str, head: str, entry: str) -> str:
-    """Return the program of an answer: its code, with the function's head where that is missing."""
+    """Extract the code of an answer; add the head of the function if it is missing."""
     blocks, defined = CODE.findall(answer), re.compile(rf"^def {re.escape(entry)}\b", re.MULTILINE)
     code = next((block for block in blocks if defined.search(block)), None)
     if code is None:
@@ -132,7 +132,7 @@ def program(answer: str, head: str, entry: str) -> str:
 
 
 def as_requested(answer: str, expected: Mapping[str, Any]) -> bool:
-    """Tell whether an answer to a plain request is as its family in chat.yaml says."""
+    """Whether an answer meets every expectation of its request in chat.yaml."""
     text = answer.strip()
     words = re.findall(r"\w+", text.lower())
     looping = len(words) > 4 and max(Counter(words).values()) > len(words) / 2
@@ -153,7 +153,7 @@ def _items(text: str, comma: bool = False) -> list[str]:
     named = [
         re.sub(r"^\s*(?:[-*•]|\d+[.)]|and )?\s*", "", one).strip(" .*").lower() for one in parts
     ]
-    return list(dict.fromkeys(filter(None, named)))  # one that is named twice is one
+    return list(dict.fromkeys(filter(None, named)))  # without duplicates
 
 
 def _json(text: str, value: str) -> bool:
@@ -203,6 +203,6 @@ _REQUESTED = {
 
 
 def entry_of(test: str) -> str:
-    """Return the name of the function that an assertion calls."""
+    """Return the name of the function called in an assertion."""
     found = re.search(r"(\w+)\s*\(", test.partition("assert")[2].lstrip(" ("))
     return found[1] if found else ""

@@ -1,10 +1,10 @@
-"""Distance of a pruned model to its dense one, which needs no labels.
+"""Distance between a pruned model and its dense one, without labels.
 
-On texts, the Kullback-Leibler divergence KL(dense || pruned) of the next token, exact over the
-whole vocabulary, and how often both models' likeliest token is the same.
+It is measured on texts, by the Kullback-Leibler divergence KL(dense || pruned) of the next token,
+exact over the whole vocabulary, and by how often both models predict the same token (top-1).
 
-The dense model is run once: what its output head sees is kept (`Reference`), and is turned into
-logits again beside the pruned model's, a few positions at a time.
+The dense model runs once: the hidden states that enter its output head are stored (`Reference`) and
+turned into logits again alongside the pruned model's, a few positions at a time.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from calmix.files import write_bytes
 from calmix.models import OpenModel
 from calmix.precision import dtype_name
 
-VERSION = 2  # raised when a reference would hold other numbers, so that cached ones are not reused
-POSITIONS = 128  # of which both models' logits are held at a time
-TOLD = ("kl_median", "kl_p99", "top1")
+VERSION = 2  # raised when references change, so that cached ones are not reused
+POSITIONS = 128  # positions whose logits of both models are in memory at a time
+REPORTED = ("kl_median", "kl_p99", "top1")
 
 Texts = Mapping[str, Tensor]  # dimension: int64 token ids, shape (rows, length)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What is kept of a dense model, fingerprints and all, to measure others' distance to it.
+    """A dense model's fingerprints and hidden states, from which distances are computed.
 
-    `hidden` is what its output head saw of each text: shape (rows, length - 1, width), in `dtype`.
+    `hidden` holds the inputs of its output head by text: shape (rows, length - 1, width), `dtype`.
     """
 
     dense: str
@@ -54,15 +54,15 @@ class Reference:
 
 @torch.inference_mode()
 def reference(opened: OpenModel, texts: Texts, *, cache: bool = False) -> Reference:
-    """Run a dense model over texts and return what distances to it are measured by.
+    """Run a dense model over texts and return the reference for distances.
 
     `texts` holds int64 token ids of shape (rows, length) by dimension. With `cache`, hidden states
-    are taken from the cache and kept there: leave it off for a model changed in memory.
+    are read from and written to the cache: leave it off for a model changed in memory.
     """
     hidden = None
     kept = opened.cached("reference", texts_hash(texts), VERSION).with_suffix(".safetensors")
     if cache:
-        with contextlib.suppress(OSError, SafetensorError):  # none there, or damaged
+        with contextlib.suppress(OSError, SafetensorError):  # missing or damaged
             hidden = load(kept.read_bytes())
     if hidden is None:
         decoder, _ = likelihood.decoder_and_head(opened.model)
@@ -77,11 +77,11 @@ def reference(opened: OpenModel, texts: Texts, *, cache: bool = False) -> Refere
 
 
 def head_hash(model: Any) -> str:
-    """Return a SHA-256 of what is behind the decoder: weights, and what is done to logits."""
+    """Return a SHA-256 of all after the decoder: its weights, and the logits of a fixed input."""
     _, head = likelihood.decoder_and_head(model)
     with torch.inference_mode():
-        seen = head(torch.ones(1, likelihood.width(model), dtype=model.dtype, device=model.device))
-    digest = hashlib.sha256(seen.float().cpu().numpy().tobytes())
+        ones = torch.ones(1, likelihood.width(model), dtype=model.dtype, device=model.device)
+        digest = hashlib.sha256(head(ones).float().cpu().numpy().tobytes())
     weights = model.get_output_embeddings().state_dict() | likelihood.behind(model)
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
@@ -97,23 +97,23 @@ def distance(
     dense: Callable[[], OpenModel] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Return how far a pruned model's predictions are from the dense one's, as a record.
+    """Measure how far a pruned model's predictions are from the dense model's.
 
-    Of each dimension, and in `total` (the mean over dimensions; of tokens, the sum): `kl_mean`,
-    `kl_median`, `kl_p99` of KL(dense || pruned) of a token's prediction, in nats; `kl_low` and
-    `kl_high`, a 95 % interval of its mean by bootstrap over rows, None for a single row; `top1`,
-    the share of tokens whose likeliest next one is the same. `dense` is the dense model's
-    fingerprint, `texts` a hash: other texts do not compare.
+    The record holds for each dimension, and in `total` (the mean over dimensions; the sum for
+    tokens): `kl_mean`, `kl_median`, `kl_p99` of KL(dense || pruned) per token, in nats; `kl_low`
+    and `kl_high`, a 95 % interval of the mean by bootstrap over rows, None for a single row;
+    `top1`, the fraction of positions where both models predict the same token. `dense` is the
+    dense model's fingerprint, `texts` a hash: distances on other texts are not comparable.
 
     Args:
-        opened: the pruned model, in the dtype the reference was computed in.
-        reference: of the dense model on the same texts.
-        dense: opens the dense model, whose head is needed if it is not the pruned model's own
-            (calmix leaves the head as it is).
+        opened: the pruned model, in the dtype of the reference.
+        reference: the dense model's reference.
+        dense: opens the dense model, whose head is needed if the pruned model has another one
+            (calmix leaves the head unchanged).
 
     Raises:
-        InputError: the reference is of another tokenizer or dtype, or the dense model's head is
-            needed and not to be had.
+        InputError: the tokenizer or dtype differs from the reference, or the dense model's head
+            is needed and `dense` is missing.
         ModelError: the model's logits are not finite.
     """
     if opened.tokenizer_fingerprint != reference.tokenizer:
@@ -121,20 +121,20 @@ def distance(
             f"{opened.name} has another tokenizer than the dense model: their distance per token "
             "cannot be measured"
         )
-    if (own := dtype_name(opened.model.dtype)) != reference.dtype:
+    if (dtype := dtype_name(opened.model.dtype)) != reference.dtype:
         raise InputError(
-            f"{opened.name} is open in {own} and the dense model was in {reference.dtype}: open "
-            "both in one --dtype"
+            f"{opened.name} is open in {dtype}, but the dense model was open in "
+            f"{reference.dtype}: open both in the same --dtype"
         )
     decoder, after = likelihood.decoder_and_head(opened.model)
     before = after
     if head_hash(opened.model) != reference.head:
         if dense is None:
-            raise InputError(f"{opened.name} has an output head of its own: give the dense model")
+            raise InputError(f"{opened.name} has another output head: pass the dense model too")
         before = likelihood.decoder_and_head(dense().model)[1]
     tick = Ticker(progress, sum(map(len, reference.texts.values())))
     found: dict[str, dict[str, Any]] = {}
-    points: list[Array] = []  # KL's mean, and that of each resample
+    points: list[Array] = []  # mean KL, then that of each resample
     for name, ids in reference.texts.items():
         divergence, agree = [], []
         for rows, states in likelihood.hidden_states(decoder, ids):
@@ -149,27 +149,27 @@ def distance(
             tick(len(states))
         kls = torch.cat(divergence).cpu().double().numpy().reshape(len(ids), -1)
         if not np.isfinite(kls).all():
-            raise ModelError(f"{opened.name} gives no finite distance on the text {name}")
-        times = item_weights(name, len(ids), resamples=retention.RESAMPLES, seed=0)
-        drawn = times @ kls.mean(1) / len(ids)
-        points.append(np.append(kls.mean(), drawn if len(ids) > 1 else np.full_like(drawn, np.nan)))
+            raise ModelError(f"the distance of {opened.name} on the text {name} is not finite")
+        weights = item_weights(name, len(ids), resamples=retention.RESAMPLES, seed=0)
+        means = weights @ kls.mean(1) / len(ids)
+        points.append(np.append(kls.mean(), means if len(ids) > 1 else np.full_like(means, np.nan)))
         top1 = torch.cat(agree).cpu().double().mean()
         found[name] = _record(kls.size, points[-1], [*np.quantile(kls, [0.5, 0.99]), top1])
-    told = [np.mean([one[key] for one in found.values()]) for key in TOLD]
+    others = [np.mean([one[key] for one in found.values()]) for key in REPORTED]
     tokens = sum(one["tokens"] for one in found.values())
     return {"dense": reference.dense, "texts": texts_hash(reference.texts), "dimensions": found,
-            "total": _record(tokens, np.mean(points, 0), told)}  # fmt: skip
+            "total": _record(tokens, np.mean(points, 0), others)}  # fmt: skip
 
 
-def _record(tokens: int, kl: Array, told: Sequence[Any]) -> dict[str, Any]:
-    spread = estimate(kl)
-    return {"tokens": tokens, "kl_mean": spread.value,
-            **dict(zip(TOLD, map(float, told), strict=True)),
-            "kl_low": spread.low, "kl_high": spread.high}  # fmt: skip
+def _record(tokens: int, kl: Array, others: Sequence[Any]) -> dict[str, Any]:
+    mean = estimate(kl)
+    return {"tokens": tokens, "kl_mean": mean.value,
+            **dict(zip(REPORTED, map(float, others), strict=True)),
+            "kl_low": mean.low, "kl_high": mean.high}  # fmt: skip
 
 
 def texts_hash(texts: Texts) -> str:
-    """Return a SHA-256 of names and ids."""
+    """Return a SHA-256 of the texts' names and token ids."""
     digest = hashlib.sha256()
     for name in sorted(texts):
         digest.update(f"{name} {tuple(texts[name].shape)}\n".encode())

@@ -1,6 +1,6 @@
-"""Evaluate a model on a suite, and keep what it did with each item.
+"""Evaluate a model on a suite and record its result on every item.
 
-Scores of a dense model are kept in the cache, because every comparison needs them again.
+Scores of a dense model are cached, since every comparison needs them.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from calmix.models import OpenModel, open_model
 from calmix.models.opening import end_tokens, in_chat
 from calmix.precision import dtype_name
 
-ANSWER = 24  # requests of likelihood that take about as long
+ANSWER = 24  # cost of a generated answer, in likelihood requests
 CHECKS: dict[str, Callable[[str, Any], bool]] = {
     "text": checks.exact_match, "exact": checks.same_text, "number": checks.same_number,
     "result": checks.same_result, "request": checks.as_requested,
 }  # fmt: skip
-CUE = "Answer:"  # what stands in place of a question
-SCORER = 2  # raised when the scorer gives other numbers, so that cached scores are not reused
-FLOORS = 2  # the same of the scores without the question, which a dense model's alone hold
+CUE = "Answer:"  # replaces the question when answers are scored without it
+SCORER = 2  # raised when scores change, so that cached ones are not reused
+FLOORS = 2  # the same for the baselines, which only a dense model's scores hold
 
 
 def choose(
@@ -55,9 +55,9 @@ def choose(
     whole: Sequence[str] = (),
     limit: int | None = None,
 ) -> Suite:
-    """Return the suite as it is to be run: of some dimensions and tasks, where any are named, and
-    `without` others, at most `limit` items a task; each task's `quick` ones, but all of the
-    dimensions `whole`."""
+    """Select part of a suite: the named dimensions and tasks (all if none are named) `without`
+    some tasks, with at most `limit` items per task. `quick` takes the quick slice of each task,
+    except in the dimensions named in `whole`."""
     full = suite if isinstance(suite, Suite) else load_suite(suite)
     for what, names, known in (
         ("dimension", dimensions, [*full.dimensions]),
@@ -70,11 +70,11 @@ def choose(
     if whole and not quick:
         raise InputError("--whole has no effect without --quick: leave it out")
     if limit is not None and limit < 1:
-        raise InputError(f"the limit must be at least 1 item a task, not {limit}")
+        raise InputError(f"the limit must be at least 1 item per task, not {limit}")
     kept: dict[str, dict[str, TaskSpec]] = {}
-    for dimension, own in full.dimensions.items():
+    for dimension, specs in full.dimensions.items():
         sliced = quick and dimension not in whole
-        for name, task in own.items():
+        for name, task in specs.items():
             named = dimension in (dimensions or full.dimensions) and name in (tasks or full.tasks)
             if named and name not in without and not (sliced and task.quick == 0):
                 most = (task.quick if sliced else None) or task.limit
@@ -82,21 +82,21 @@ def choose(
                           "quick": None if sliced else task.quick}  # fmt: skip
                 kept.setdefault(dimension, {})[name] = task.model_copy(update=values)
     if not kept:
-        raise InputError(f"no task of suite {full.name} is left: name fewer, or others")
+        raise InputError(f"no task of suite {full.name} is left: select others, or exclude fewer")
     return full.model_copy(update={"dimensions": kept})
 
 
 def runnable(suite: Suite, allowed: bool, *, whole: bool = False) -> tuple[Suite, list[str]]:
-    """Return what of a suite is run, and the tasks left out: those that ask for programs, unless
-    these may be run. An `InputError` if nothing is left or, with `whole`, if any is left out."""
-    left = [name for name, task in suite.tasks.items() if task.runs_code and not allowed]
-    if left and (whole or len(left) == len(suite.tasks)):
+    """Return the part of a suite that may run, and the tasks left out: those that run generated
+    code, unless `allowed`. An `InputError` if nothing is left or, with `whole`, if any is."""
+    skipped = [name for name, task in suite.tasks.items() if task.runs_code and not allowed]
+    if skipped and (whole or len(skipped) == len(suite.tasks)):
         raise InputError(
-            f"task {', '.join(left)} runs code the model writes: pass --allow-code-execution "
+            f"task {', '.join(skipped)} runs code the model writes: pass --allow-code-execution "
             "(allow_code_execution=True) to run it in a limited subprocess, or leave it out "
             "with --task"
         )
-    return choose(suite, without=left), left
+    return choose(suite, without=skipped), skipped
 
 
 def evaluate(
@@ -120,28 +120,27 @@ def evaluate(
     """Score a model on a suite.
 
     Args:
-        model: a model's name, or one already open.
+        model: the name of a model, or an open model.
         suite: a suite, the name of a builtin one, or the path of a YAML file.
-        dimensions, tasks: score only these; none named scores all.
-        quick, limit: score the suite's quick slice; at most so many items a task.
-        dtype, device, trust_remote_code: how to open the model, if it is given by name.
-        batch_tokens: tokens in one forward pass; decides speed and memory, not scores.
+        dimensions, tasks: score only these; all if none are named.
+        quick, limit: score the suite's quick slice; at most this many items per task.
+        dtype, device, trust_remote_code: how to open a model given by name.
+        batch_tokens: tokens per forward pass; affects speed and memory, not scores.
         allow_code_execution: run code the model writes, in a limited subprocess. Without it,
-            tasks of a suite that ask for programs are left out.
-        floors: also score what a model without the knowledge would (`TaskScores.floors`), which
-            a dense model's scores must hold; a pruned model's need not.
-        right: by task, the only items that answers are asked for; all others count as wrong.
-        cache: take the scores from the cache if this model's files were scored before, and
-            keep them there otherwise. Leave it off for a model changed in memory: its files
-            do not say so.
-        progress: called with the work done and in all, in requests; an answer counts for several.
+            tasks that ask for programs are left out.
+        floors: also compute the baselines without task knowledge (`TaskScores.floors`), which
+            retention needs from the dense model only.
+        right: by task, the items to generate answers for; all others count as wrong.
+        cache: read scores of the same model files from the cache, or store them there. Leave it
+            off for a model changed in memory, which the cache cannot detect.
+        progress: called with the requests done and in total; an answer counts as several.
 
     Raises:
         InputError: unknown suite, dimension or task, an empty limit, code execution not allowed.
-        ModelError: the model cannot be opened, or an answer is longer than it takes.
+        ModelError: the model cannot be opened, or an answer exceeds its context.
     """
     chosen = choose(suite, dimensions=dimensions, tasks=tasks, quick=quick, limit=limit)
-    chosen, left = runnable(chosen, allow_code_execution)
+    chosen, skipped = runnable(chosen, allow_code_execution)
     if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     form, size, kept = "", batch_tokens or BATCH_TOKENS, None
@@ -151,41 +150,41 @@ def evaluate(
     if cache and floors and right is None:
         about = *form_of(model, chosen), chosen.hash, size, SCORER, FLOORS
         kept = model.cached("scores", *about).with_suffix(".json")
-        with suppress(InputError):  # none there, or damaged
-            return replace(load_scores(kept), not_run=tuple(left), form=form)
+        with suppress(InputError):  # missing or damaged
+            return replace(load_scores(kept), not_run=tuple(skipped), form=form)
     start, specs, done = time.perf_counter(), chosen.tasks, list[TaskScores]()
     items: dict[str, Sequence[Any]] = {
         name: task_of(spec) if spec.writes else load_items(spec) for name, spec in specs.items()
     }
-    pairs = [(name, item) for name, own in items.items() for item in own]
+    pairs = [(name, item) for name, of_task in items.items() for item in of_task]
     asked = [(name, item) for name, item in pairs
              if specs[name].writes and (right is None or item.id in right[name])]  # fmt: skip
     scorer = Scorer(model, batch_tokens=size, progress=progress)
     scorer.tick.total += ANSWER * len(asked)
-    # All of the archive's requests at once: what they share runs once.
+    # All likelihood requests at once, so that common prefixes run only once.
     likely = iter(scorer.loglikelihood([
         (name, *one) for name, item in pairs if not specs[name].writes for one in item.requests
     ]))  # fmt: skip
     written = dict(zip(((name, item.id) for name, item in asked), ask(scorer, asked), strict=True))
     for name, spec in specs.items():
-        own, record = items[name], dict[str, Any](chance=0.0)
+        of_task, record = items[name], dict[str, Any](chance=0.0)
         if spec.writes:
-            told = [written.get((name, item.id), (0.0, "", 0)) for item in own]
-            record |= zip(("values", "answers", "ended"), zip(*told, strict=True), strict=True)
+            results = [written.get((name, item.id), (0.0, "", 0)) for item in of_task]
+            record |= zip(("values", "answers", "ended"), zip(*results, strict=True), strict=True)
         else:
-            rows = [[*islice(likely, len(item.requests))] for item in own]
-            record = _likely(name, spec, own, rows, scorer if floors else None)
+            rows = [[*islice(likely, len(item.requests))] for item in of_task]
+            record = _likely(name, spec, of_task, rows, scorer if floors else None)
         done.append(
             TaskScores(
                 name, chosen.dimension_of(name), spec.metric, spec.primary,
-                items=tuple(item.id for item in own), **record,
+                items=tuple(item.id for item in of_task), **record,
             )
         )  # fmt: skip
     scores = CapabilityScores(
         model.name, model.fingerprint, dtype_name(model.model.dtype), describe(chosen),
         tuple(done), truncated=dict(scorer.truncated),
         seconds=round(time.perf_counter() - start, 2), versions=deciding_versions(),
-        not_run=tuple(left), form=form, right_only=right is not None,
+        not_run=tuple(skipped), form=form, right_only=right is not None,
     )  # fmt: skip
     if kept is not None:
         scores.save(kept)
@@ -193,7 +192,7 @@ def evaluate(
 
 
 def form_of(model: OpenModel, suite: Suite) -> list[Any]:
-    """Return what decides, beside weights and tokenizer, how a model is asked and when it ends."""
+    """Return what else affects answers: the chat template and the end tokens."""
     if not suite.asks:
         return []
     return [str(getattr(model.tokenizer, "chat_template", None)), end_tokens(model)]
@@ -202,11 +201,11 @@ def form_of(model: OpenModel, suite: Suite) -> list[Any]:
 def accuracies(
     spec: TaskSpec, items: Sequence[Item], rows: Sequence[Sequence[float]]
 ) -> list[float]:
-    """Return whether the likeliest choice is the right one, as lm-evaluation-harness has it, given
-    the log-likelihoods of each item's requests; nothing for bits per byte."""
+    """Return 1 for each item whose likeliest choice is right, else 0, as lm-evaluation-harness
+    does, from the log-likelihoods `rows` of its choices; empty for bits per byte."""
     if spec.metric == "bits_per_byte":
         return []
-    # `acc_norm` divides by characters, without the space before a choice where all have one.
+    # `acc_norm` divides by characters, not counting the leading space if all choices have one.
     spaced = all(choice[:1] == " " for item in items for _, choice in item.requests)
     norms = [[len(choice) - spaced if spec.metric == "acc_norm" else 1
               for _, choice in item.requests] for item in items]  # fmt: skip
@@ -221,10 +220,10 @@ def _likely(
     rows: Sequence[Sequence[float]],
     scorer: Scorer | None,
 ) -> dict[str, Any]:
-    """Return the record of a task scored by likelihood, as fields of `TaskScores`.
+    """Return the fields of `TaskScores` for a task scored by likelihood.
 
-    With a scorer also what its items score without the knowledge: after a cue alone, as OLMES has
-    it, and by the frequencies of single tokens in all that the archive has of the task.
+    With a scorer also the baselines without task knowledge: answers after the cue alone, as in
+    OLMES, and a unigram code from the token frequencies of the task's whole data set.
     """
     chance = spec.chance or 0.0
     if chance == "choices":
@@ -234,27 +233,27 @@ def _likely(
     found: dict[str, Any] = {
         "chance": float(chance), "values": tuple(accuracies(spec, items, rows)),
         "gold": tuple(item.gold for item in items), "loglikelihoods": rounded(rows),
-        "bytes": tuple(tuple(len(one.encode()) for one in own) for own in answers), "floor": floor,
+        "bytes": tuple(tuple(len(one.encode()) for one in row) for row in answers), "floor": floor,
     }  # fmt: skip
     if scorer is None:
         return found
     if floor == "context-free":
-        distinct = list(dict.fromkeys(one for own in answers for one in own))
-        alone = scorer.loglikelihood([(name, CUE, answer) for answer in distinct])
-        known = dict(zip(distinct, alone, strict=True))
-        found["floors"] = rounded([[known[one] for one in own] for own in answers])
+        distinct = list(dict.fromkeys(one for row in answers for one in row))
+        values = scorer.loglikelihood([(name, CUE, answer) for answer in distinct])
+        context_free = dict(zip(distinct, values, strict=True))
+        found["floors"] = rounded([[context_free[one] for one in row] for row in answers])
     counts = Counter(token for row in scorer.encode(task_texts(spec), special=False)
                      for token in row)  # fmt: skip
     total = math.log(counts.total())
-    cost = {token: math.log(count) - total for token, count in counts.items()}
-    right = [own[item.gold] for own, item in zip(answers, items, strict=True)]
-    costs = [math.fsum(cost[token] for token in row) for row in scorer.encode(right, special=False)]
-    return found | {"unigram": rounded([costs])[0]}
+    unigram = {token: math.log(count) - total for token, count in counts.items()}
+    right = scorer.encode([row[item.gold] for row, item in zip(answers, items, strict=True)],
+                          special=False)  # fmt: skip
+    return found | {"unigram": rounded([[math.fsum(unigram[t] for t in row) for row in right]])[0]}
 
 
 def ask(scorer: Scorer, asked: Sequence[tuple[str, Ask]]) -> list[tuple[float, str, int]]:
-    """Return of each item, with the name of its task, whether a model's answer is right, the answer
-    and whether it ended."""
+    """Generate an answer to each item (given with its task's name). Returns whether it is right,
+    its text and whether it ended."""
     if any(one.check == "program" for _, one in asked):
         check_sandbox()
     prompts = [prompt(scorer.tokenizer, one.chat, one.plain, one.tokens, one.until)
@@ -262,15 +261,15 @@ def ask(scorer: Scorer, asked: Sequence[tuple[str, Ask]]) -> list[tuple[float, s
     scorer.truncated.update(name for (name, _), one in zip(asked, prompts, strict=True)
                             if len(one.ids) + one.tokens > scorer.max_length)  # fmt: skip
     written = answers(scorer.opened, prompts, tick=lambda n: scorer.tick(n * ANSWER))
-    with ThreadPoolExecutor(cores()) as pool:  # programs run in processes of their own
+    with ThreadPoolExecutor(cores()) as pool:  # programs run in subprocesses
         good = pool.map(lambda item, one: verdict(item, *one), (one for _, one in asked), written)
     return [(float(right), text, int(ended))
             for right, (text, ended) in zip(good, written, strict=True)]  # fmt: skip
 
 
 def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
-    """Tell whether an answer is right. One that is empty or did not end by itself is wrong; a
-    program runs in the sandbox."""
+    """Whether an answer is right. Empty or unfinished answers are wrong; programs run in the
+    sandbox."""
     if not ended or not answer.strip():
         return False
     if item.check != "program":

@@ -1,16 +1,16 @@
-"""What must be kept: floors of retention by ability, tested one-sided. Pure functions over scores.
+"""Minimum retention by ability (floors), tested one-sided. Pure functions over scores.
 
-An ability is judged by the first measure that its suites hold:
+Each ability is judged by the first of these measures that its suites provide:
 
-    generated answers   of those the dense model gets right, the share still right; exact lower
-                        bound of a binomial share (Clopper and Pearson 1934)
-    accuracy            of choices above chance, tasks with signal pooled; quantile of the bootstrap
-                        over the items and one more that is lost (ours: without it the bound is too
-                        high where few are lost; with it, it is within an item of the exact one)
-    likelihood          retention of the primary score; quantile of the bootstrap
+    generated answers   fraction of the dense model's right answers that stay right; exact lower
+                        bound of a binomial proportion (Clopper and Pearson 1934)
+    accuracy            accuracy above chance, pooled over tasks with signal; bootstrap quantile
+                        over the items and one more lost item (ours: without it the bound is too
+                        high when few are lost; with it, it is within one item of the exact bound)
+    likelihood          retention of the primary score; bootstrap quantile
 
-No bound is above what as many items would prove if all were kept. All abilities must pass, so the
-number of them needs no correction (intersection-union test, Berger 1982).
+A bound never exceeds what the same number of items would prove if all were kept. All abilities must
+pass, so their number needs no correction (intersection-union test, Berger 1982).
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from calmix.manifest import sealed, versions
 from calmix.options import parse_share
 
 CONFIDENCE = 0.95
-FILE = "check.json"  # in a folder of calmix compress: a verdict of `calmix check`
+FILE = "check.json"  # verdict of `calmix check` in an output folder of calmix compress
 FLAG = "--keep-at-least"
 ANSWERS, ACCURACY, LIKELIHOOD = "generated answers", "accuracy", "likelihood"
-# Which tasks a measure is of, and the score it judges them by.
+# The tasks a measure applies to, and the score it uses.
 MEASURES: dict[str, tuple[Callable[[TaskScores], bool], Measure]] = {
     ANSWERS: (behaviour.answered, "primary"),
     ACCURACY: (behaviour.chosen_from, "accuracy"),
     LIKELIHOOD: (behaviour.likely, "primary"),
 }
 
-BASIS = {  # what a bound rests on
+BASIS = {  # items behind a bound
     ANSWERS: ANSWERS, ACCURACY: "right choices, by accuracy above chance",
     LIKELIHOOD: "items by likelihood",
 }  # fmt: skip
@@ -47,10 +47,10 @@ BASIS = {  # what a bound rests on
 
 @dataclass(frozen=True)
 class Tested:
-    """An ability's floor against what is kept: a share, and its lower bound at the confidence.
+    """The test of one ability: its floor, the retention `kept` and the lower `bound` of it.
 
-    `items` are those the dense model gets right, all of them for likelihood; `needed` of them prove
-    the floor if all are kept, and `provable` is the highest floor that those there are can prove.
+    `items` counts those the dense model gets right (for likelihood, all). `needed` is how many
+    would prove the floor if all were kept, and `provable` the highest floor that `items` can prove.
     """
 
     ability: str
@@ -64,14 +64,14 @@ class Tested:
 
     @property
     def passed(self) -> bool:
-        """Whether the bound reaches the floor."""
+        """Whether the lower bound reaches the floor."""
         return self.bound >= self.floor
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a model keeps what it must; abilities without signal are `untested`, tasks that run
-    code may be `not_run`; of `draws` of the calibration text the models keep it too."""
+    """Whether a model keeps every floor, with the abilities `untested` for lack of signal and the
+    tasks `not_run` because they run code; `draws` is the number of calibration samples tested."""
 
     confidence: float
     tested: tuple[Tested, ...]
@@ -81,49 +81,49 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether every ability is proven to keep its floor."""
+        """Whether every ability provably keeps its floor."""
         return all(one.passed for one in self.tested)
 
     def lines(self) -> list[str]:
-        """Return what is proven of which abilities, or which are not, and what was left out."""
+        """Summarise the verdict: abilities proven or missed, then those left out."""
         sure = f"{100 * self.confidence:g} % confidence"
         if self.passed:
             kept = ", ".join(
                 f"{one.ability} {100 * one.floor:g} % ({one.items} {BASIS[one.measure]})"
                 for one in self.tested
             )
-            others = "another draw of calibration text may keep more or less"
+            others = "another sample of calibration text may keep more or less"
             if self.draws > 1:
-                others = f"the models of all {self.draws} draws of calibration text keep it"
-            said = [f"Kept at {sure}, at least: {kept}. This holds for items like these and for "
-                    f"this checkpoint; {others}."]  # fmt: skip
+                others = f"the models of all {self.draws} samples of calibration text keep it"
+            lines = [f"Kept at {sure}, at least: {kept}. This holds for items like these and for "
+                     f"this checkpoint; {others}."]  # fmt: skip
         else:
             missed = ", ".join(
-                f"{one.ability} (keeps {100 * one.kept:.1f} %, proven {proven(one.bound)} %, asked "
-                f"{100 * one.floor:g} %; {one.items} {BASIS[one.measure]}"
+                f"{one.ability} (keeps {100 * one.kept:.1f} %, proven {proven(one.bound)} %, "
+                f"required {100 * one.floor:g} %; {one.items} {BASIS[one.measure]}"
                 f"{'; more items may prove it' * (one.kept > one.floor)})"
                 for one in self.tested if not one.passed
             )  # fmt: skip
-            said = [f"Not kept at {sure}: {missed}. This holds for items like these and this "
-                    "checkpoint."]  # fmt: skip
+            lines = [f"Not kept at {sure}: {missed}. This holds for items like these and this "
+                     "checkpoint."]  # fmt: skip
         if self.untested:
-            said.append(f"Not tested, the dense model has no signal: {', '.join(self.untested)}.")
+            lines.append(f"Not tested (no signal in the dense model): {', '.join(self.untested)}.")
         if self.not_run:
-            said.append(
+            lines.append(
                 f"Not run: {', '.join(self.not_run)} (--allow-code-execution runs them); their "
-                "ability is judged by its other tasks, if any."
+                "abilities are judged by other tasks, if any."
             )
-        return said
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""
         rows = [asdict(one) | {"passed": one.passed} for one in self.tested]
-        told = {"tested": rows, "untested": [*self.untested], "not_run": [*self.not_run]}
-        return asdict(self) | told | {"passed": self.passed, "lines": self.lines()}
+        lists = {"tested": rows, "untested": [*self.untested], "not_run": [*self.not_run]}
+        return asdict(self) | lists | {"passed": self.passed, "lines": self.lines()}
 
 
 def record(verdict: Verdict, floors: Mapping[str, float], pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return what a check leaves as a file, sealed by its hash."""
+    """Return the content of a check's file, sealed by its hash."""
     dense, pruned = pairs[0]
     return sealed({
         "kind": "check", "floors": dict(floors), **verdict.to_dict(),
@@ -133,12 +133,12 @@ def record(verdict: Verdict, floors: Mapping[str, float], pairs: Sequence[Pair])
 
 
 def parse_floors(text: str) -> dict[str, float]:
-    """Return floors by ability from `0.9`, `code=0.9,general=80%` or both; key "" is the floor of
-    every ability with signal that is not named.
+    """Parse floors by ability: `0.9`, `code=0.9,general=80%` or both. The key "" is the floor of
+    all other abilities with signal.
 
     Raises:
-        InputError: a floor is not between 0 and 1, an ability is named twice, or the form is
-            another.
+        InputError: a floor is not between 0 and 1, an ability is named twice, or the syntax is
+            wrong.
     """
     found: dict[str, float] = {}
     for part in text.split(","):
@@ -147,32 +147,32 @@ def parse_floors(text: str) -> dict[str, float]:
             if not value or bool(equals) != bool(name):
                 raise ValueError(f"'{part.strip()}' is not of the form 0.9 or ABILITY=0.9,...")
             if name in found:
-                raise ValueError(f"{name or 'a floor of all abilities'} is given twice")
+                raise ValueError(f"{name or 'the floor of all abilities'} is given twice")
             found[name] = parse_share(value)
             if not 0 < found[name] < 1:
-                raise ValueError(f"a floor is between 0 and 1, such as 0.9, not {value}")
+                raise ValueError(f"a floor must be between 0 and 1, e.g. 0.9, not {value}")
         except ValueError as error:
             raise InputError(f"{FLAG} '{text}': {error}") from None
     return found
 
 
 def needed(floor: float, confidence: float = CONFIDENCE) -> int:
-    """Return how many right answers prove a floor if all are kept."""
+    """Return how many right answers prove a floor if all of them are kept."""
     return math.ceil(math.log(1 - confidence) / math.log(floor) - 1e-9)
 
 
 def proven(bound: float) -> str:
-    """Return a lower bound in per cent as it is shown: rounded down, so that none seems reached."""
+    """Format a lower bound in per cent, rounded down so that it never overstates."""
     return f"{math.floor(1000 * bound + 1e-9) / 10:.1f}"
 
 
 def provable(items: int, confidence: float = CONFIDENCE) -> float:
-    """Return the highest floor that so many right answers prove if all are kept."""
+    """Return the highest floor that this many right answers prove if all of them are kept."""
     return float((1 - confidence) ** (1 / items)) if items else 0.0
 
 
 def lower_bound(kept: int, of: int, confidence: float = CONFIDENCE) -> float:
-    """Return the exact one-sided lower bound of a share of items (Clopper and Pearson 1934)."""
+    """Return the exact one-sided lower bound of a proportion (Clopper and Pearson 1934)."""
     from scipy.special import betaincinv
 
     return float(betaincinv(kept, of - kept + 1, 1 - confidence)) if kept else 0.0
@@ -181,14 +181,14 @@ def lower_bound(kept: int, of: int, confidence: float = CONFIDENCE) -> float:
 def judge(
     floors: Mapping[str, float], pairs: Sequence[Pair], confidence: float = CONFIDENCE
 ) -> Verdict:
-    """Test whether a pruned model keeps at least the floors of `parse_floors`.
+    """Test whether a pruned model keeps the floors of `parse_floors`.
 
-    `pairs` are (dense, pruned) scores on one or several suites, 0.5 < confidence < 1. With the
-    dense model's in both places it says whether the floors can be proven at all.
+    `pairs` are (dense, pruned) scores on one or several suites; 0.5 < confidence < 1. Pass the
+    dense model's scores as both to learn whether the floors can be proven at all.
 
     Raises:
-        InputError: an ability is asked for that no suite has, that the dense model has no signal
-            in, or whose items are too few to prove the floor even if all are kept.
+        InputError: a named ability is in no suite, or the dense model has no signal in it, or it
+            has too few items to prove its floor even if all are kept.
     """
     behaviour.check_pairs(pairs)
     tasks = {measure: behaviour.held(pairs, fits) for measure, (fits, _) in MEASURES.items()}
@@ -206,7 +206,7 @@ def judge(
     if named := [name for name in silent if name in floors]:
         raise InputError(
             f"{FLAG} {named[0]}={floors[named[0]]:g}: the dense model has no signal in {named[0]}, "
-            "so nothing can be proven to be kept: leave it out, or evaluate more items"
+            "so retention cannot be proven: leave it out, or evaluate more items"
         )
     if not tested:
         raise InputError("the dense model has no signal in any ability: evaluate more items")
@@ -217,10 +217,10 @@ def judge(
             for one in few
         )
         nearest = dict(floors) | {one.ability: math.floor(100 * one.provable) / 100 for one in few}
-        asked = ",".join(f"{name}={floor:g}".lstrip("=") for name, floor in nearest.items())
+        lowered = ",".join(f"{name}={floor:g}".lstrip("=") for name, floor in nearest.items())
         raise InputError(
             f"{FLAG} cannot be proven at {100 * confidence:g} % confidence even if all is kept: "
-            f"{short}; evaluate more items, or ask for {FLAG} {asked}"
+            f"{short}; evaluate more items, or use {FLAG} {lowered}"
         )
     return Verdict(confidence, tested, silent, behaviour.not_run(pairs))
 
@@ -228,38 +228,38 @@ def judge(
 def _judged(
     ability: str, floor: float, tasks: Mapping[str, Sequence[TaskPair]], confidence: float
 ) -> Tested | None:
-    """Return an ability against its floor, by the first measure it has; None without signal."""
+    """Test an ability against its floor, by the first measure it has; None without signal."""
     for measure, (_, score) in MEASURES.items():
-        own = [both for both in tasks[measure] if both[0].dimension == ability
-               and (measure == ANSWERS or has_signal(both[0], score))]  # fmt: skip
-        if own:
+        pairs = [both for both in tasks[measure] if both[0].dimension == ability
+                 and (measure == ANSWERS or has_signal(both[0], score))]  # fmt: skip
+        if pairs:
             break
     else:
         return None
     each, level = 1.0, 2 * confidence - 1
     if measure == ANSWERS:
-        count = behaviour.counted(ability, own)
+        count = behaviour.counted(ability, pairs)
         assert count is not None
         if (items := count.dense) < behaviour.FEW:
             return None
         kept, low = count.kept / items, lower_bound(count.kept, items, confidence)
     elif measure == ACCURACY:
-        made = [parts(*both, "accuracy") for both in own]
+        made = [parts(*both, "accuracy") for both in pairs]
         whole = math.fsum(float(one.whole.sum()) for one in made)
-        items = round(math.fsum(value for before, _ in own for value in before.values))
-        each = items / whole  # a right answer counts for more than one above chance
-        most = max(own, key=lambda both: len(both[0].items))
+        items = round(math.fsum(value for before, _ in pairs for value in before.values))
+        each = items / whole  # above chance, a right answer counts for more than one
+        most = max(pairs, key=lambda both: len(both[0].items))
         one_more_lost = [
             [replace(task, items=(*task.items, ""), values=(*task.values, value))
              if both is most else task for task, value in zip(both, (1.0, 0.0), strict=True)]
-            for both in own
+            for both in pairs
         ]  # fmt: skip
-        drawn = retention(*zip(*one_more_lost, strict=True), measure=score, level=level)
+        resampled = retention(*zip(*one_more_lost, strict=True), measure=score, level=level)
         kept = float(sum(one.kept.sum() for one in made) / sum(one.whole.sum() for one in made))
-        low = drawn.of(ability).low or 0.0
+        low = resampled.of(ability).low or 0.0
     else:
-        items = sum(len(before.items) for before, _ in own)
-        found = retention(*zip(*own, strict=True), level=level).of(ability)
+        items = sum(len(before.items) for before, _ in pairs)
+        found = retention(*zip(*pairs, strict=True), level=level).of(ability)
         kept, low = found.value or 0.0, found.low or 0.0
     best = 1 - each * (1 - provable(items, confidence))
     if best < 0.01:

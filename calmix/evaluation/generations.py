@@ -1,6 +1,6 @@
-"""Text that models write in answer to a panel of plain questions.
+"""Sample answers of models to a panel of plain questions.
 
-Ten answers read side by side are no score: they show what figures do not.
+Ten answers side by side are not a score; they show what numbers hide.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from calmix.sources.registry import local_file
 from calmix.yaml_files import first_problem, packaged
 
 KIND = "answers"
-MOST = 50  # prompts of a file
-TOKENS = 96
+MOST = 50  # prompts in a file
+TOKENS = 96  # per answer
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question, what it is `about`, and the text that asks a model without a chat template."""
+    """A question, its topic (`about`), and its `plain` form for models without a chat template."""
 
     about: str
     shown: str
@@ -35,7 +35,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answered:
-    """Prompts, the models by name and fingerprint, and what each model wrote after each prompt."""
+    """Prompts, models by name and fingerprint, and the answers of each model in that order."""
 
     prompts: tuple[Prompt, ...]
     models: tuple[tuple[str, str], ...]
@@ -50,42 +50,42 @@ def load_answers(path: Path) -> Answered:
     """Read what `Answered.save` wrote."""
     value = read_object(path, f"there is no file {path}")
     if value.pop("kind", None) != KIND:
-        raise InputError(f"{path} holds no answers of calmix")
+        raise InputError(f"{path} is not a file of answers written by calmix")
     try:
         found = TypeAdapter(Answered).validate_python(value)
     except ValidationError as error:
         raise InputError(f"{path} is damaged: {first_problem(error)}") from error
     if [len(row) for row in found.answers] != [len(found.prompts)] * len(found.models):
-        raise InputError(f"{path} is damaged: answers and prompts do not fit together")
+        raise InputError(f"{path} is damaged: the answers do not match the prompts")
     return found
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Return the prompts of a `.txt` file, one a line, or of a file of rows (FILE@FIELD)."""
+    """Read prompts from a `.txt` file, one per line, or from a file of rows (FILE@FIELD)."""
     reader = local_file(str(path))
     texts = [document.text for document in reader.read()]
     if reader.path.suffix.lower() == ".txt":
         texts = [line for text in texts for line in text.splitlines()]
     texts = [text.strip() for text in texts if text.strip()]
     if len(texts) > MOST:
-        raise InputError(f"{path} holds {len(texts)} prompts: {MOST} are the most")
+        raise InputError(f"{path} holds {len(texts)} prompts: give at most {MOST}")
     return [Prompt(reader.path.name, text, text) for text in texts]
 
 
 def panel() -> list[Prompt]:
     """Return the ten plain questions of every report card."""
-    held = packaged("evaluation/panel.yaml")
-    head = "".join(f"Question: {one}\nAnswer: {answer}\n\n" for one, answer in held["examples"])
+    file = packaged("evaluation/panel.yaml")
+    head = "".join(f"Question: {one}\nAnswer: {answer}\n\n" for one, answer in file["examples"])
     return [Prompt(about, shown, f"{head}Question: {shown}\nAnswer:")
-            for about, shown in held["questions"]]  # fmt: skip
+            for about, shown in file["questions"]]  # fmt: skip
 
 
 def answer(
     opened: OpenModel, prompts: Sequence[Prompt], *, progress: Progress | None = None
 ) -> tuple[str, ...]:
-    """Return a model's likeliest answer to each prompt, in its chat template where it has one; one
-    that does not end within `TOKENS` ends in an ellipsis."""
-    asked = [prompt(opened.tokenizer, one.shown, one.plain, TOKENS, ("\nQuestion:",))
-             for one in prompts]  # fmt: skip
-    found = answers(opened, asked, tick=Ticker(progress, len(asked)))
-    return tuple(text.strip() + ("" if ended else " …") for text, ended in found)
+    """Return a model's greedy answer to each prompt, in its chat template if it has one. Answers
+    longer than `TOKENS` are cut and end in an ellipsis."""
+    inputs = [prompt(opened.tokenizer, one.shown, one.plain, TOKENS, ("\nQuestion:",))
+              for one in prompts]  # fmt: skip
+    texts = answers(opened, inputs, tick=Ticker(progress, len(inputs)))
+    return tuple(text.strip() + ("" if ended else " …") for text, ended in texts)

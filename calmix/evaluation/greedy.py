@@ -1,8 +1,8 @@
-"""Greedy answers, many at a time: prompts that begin alike are read once, and where an answer has
-ended the next one begins.
+"""Greedy decoding with continuous batching: a common prompt prefix is computed once, and finished
+rows are replaced by waiting prompts.
 
-Models whose state is no cache of keys and values (Mamba, hybrids) are batched by equal length,
-through transformers.
+Models without a key-value cache (Mamba, hybrids) run in batches of equal prompt length through
+transformers.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, own_places, repeated_cache
 from calmix.models.opening import end_tokens, generating, in_chat, quiet_transformers
 
-ROWS = 64  # at a time
-SHARED = 8  # tokens that prompts begin with alike, to be read once for all of them
-HELD = 0.5e9  # bytes of keys and values, where that is room for more than a few rows
-LEAVING = 8  # one row in so many has to have ended before others take their places
-WIDER = 1.25  # by so much more rows there has to be room for, before what is held is moved
-TAIL = 16  # tokens at the end of an answer in which a stop is looked for
-LOOP, PERIOD = 64, 16  # an answer whose last tokens repeat so few is cut: greedily it never ends
+ROWS = 64  # largest batch
+SHARED = 8  # shortest common prefix, in tokens, that is computed once
+HELD = 0.5e9  # bytes for keys and values, if that is room for more than a few rows
+LEAVING = 8  # refill the batch once one row in this many has finished
+WIDER = 1.25  # reallocate the cache once there is room for this many times more rows
+TAIL = 16  # last tokens of an answer that are searched for a stop text
+LOOP, PERIOD = 64, 16  # stop if the last LOOP tokens repeat with at most this PERIOD
 
 
 @dataclass
 class Prompt:
-    """What a model is asked: token ids, how many it may answer with, and texts that end it.
+    """A prompt and its answer: token ids, the most tokens to generate, and texts that stop it.
 
-    While it is answered, `over` says that it is done, and its first tokens, the `head`, are those
-    of other prompts too.
+    During generation `written` holds the answer's tokens and `over` is set once it is finished;
+    `head` is the length of the prefix shared with other prompts.
     """
 
     ids: list[int]
@@ -50,18 +50,18 @@ class Prompt:
 
     @property
     def needs(self) -> int:
-        """The tokens that it takes with its answer."""
+        """Tokens of the prompt and its longest answer."""
         return len(self.ids) + self.tokens
 
     def begins(self) -> list[int]:
-        """Return the tokens by which prompts that begin alike are known."""
+        """Return the first tokens, by which prompts are grouped."""
         return self.ids[:SHARED]
 
 
 def prompt(
     tokenizer: Any, chat: str | None, plain: str, tokens: int, until: tuple[str, ...]
 ) -> Prompt:
-    """Return what a model is asked: in its chat template where there is one, else as plain text."""
+    """Make a prompt of `chat` in the model's chat template if it has one, else of `plain` text."""
     made = None if chat is None else in_chat(tokenizer, chat)
     if made is None:
         return Prompt(tokenizer(plain)["input_ids"], tokens, until)
@@ -72,11 +72,11 @@ def prompt(
 def answers(
     opened: OpenModel, prompts: Sequence[Prompt], *, tick: Tick | None = None
 ) -> list[tuple[str, bool]]:
-    """Return a model's greedy answer to each prompt, in order, and whether it ended by itself: not
-    at the limit or in a loop.
+    """Return a model's greedy answer to each prompt, in order, and whether it ended by itself
+    rather than at the limit or in a loop.
 
-    A prompt too long for the model's context is cut on the left. `tick` is called with the number
-    of answers that have just ended.
+    Prompts too long for the model's context are truncated on the left. `tick` is called with the
+    number of answers just finished.
     """
     if not prompts:
         return []
@@ -117,19 +117,18 @@ class _Writer:
             and kinds <= {"full_attention", "sliding_attention"}
             and not getattr(self.model, "_is_stateful", False)
         )
-        # A window would count what rows are padded with, and so would a model that knows where a
-        # token stands by counting alone.
+        # Padding would count as tokens in a sliding window, and in a model without position ids.
         window = min(context, attention_window(self.model))
         self.window = window if self.padded and "position_ids" in known else 0
-        self.read: tuple[list[int], Any] = ([], None)  # the head that was read last, and its cache
-        self.held = 8 * tokens_at_once(self.device)  # tokens there is room for
-        if self.padded:  # by the keys and values of one
+        self.read: tuple[list[int], Any] = ([], None)  # the last shared prefix, and its cache
+        self.held = 8 * tokens_at_once(self.device)  # tokens that fit into memory
+        if self.padded:
             cache = self._read([0])
-            taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-            self.held = max(self.held, int(HELD / taken))
+            per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            self.held = max(self.held, int(HELD / per_token))
 
     def _read(self, ids: list[int]) -> Any:
-        """Return the keys and values of tokens, one row."""
+        """Return the keys and values of one row of tokens."""
         from transformers import DynamicCache
 
         cache = DynamicCache()  # without a configuration, as `repeated_cache`
@@ -137,8 +136,8 @@ class _Writer:
         return cache
 
     def groups(self, rows: Sequence[Prompt]) -> Iterator[list[Prompt]]:
-        """Yield rows to answer together: all, or those of one length where they must not be padded.
-        Those that need most room come first; what begins alike stands together."""
+        """Yield rows to answer together: all that may be padded, and the others by equal length.
+        Rows are ordered by the room they need, largest first, then by common prefix."""
 
         def kind(row: Prompt) -> int:
             return len(row.ids) if row.needs > self.window else 0
@@ -152,71 +151,69 @@ class _Writer:
             yield from (group[at : at + step] for at in range(0, len(group), step))
 
     def _width(self, rows: Sequence[Prompt]) -> int:
-        """Return how many rows may be answered at a time."""
+        """Return how many of the rows fit into one batch."""
         return max(1, min(ROWS, len(rows), self.held // max(row.needs for row in rows)))
 
     def answer(self, rows: Sequence[Prompt]) -> None:
-        """Answer rows: where one is over, the next one begins."""
-        waiting, inside, held = list(rows), list[Prompt](), own_places(self.model)
+        """Answer rows; those that finish are replaced by waiting ones."""
+        waiting, batch, held = list(rows), list[Prompt](), own_places(self.model)
         idle, tokens = Prompt([], 0, (), over=True), self.ends.new_zeros(0)
-        while waiting or not all(row.over for row in inside):
-            free = [n for n, row in enumerate(inside) if row.over]
-            if len(free) >= max(1, len(inside) // LEAVING) or not inside:
-                left = [n for n, row in enumerate(inside) if not row.over]
-                due = [*(inside[n] for n in left), *waiting]
+        while waiting or not all(row.over for row in batch):
+            free = [n for n, row in enumerate(batch) if row.over]
+            if len(free) >= max(1, len(batch) // LEAVING) or not batch:
+                active = [n for n, row in enumerate(batch) if not row.over]
+                due = [*(batch[n] for n in active), *waiting]
                 width = self._width(due)
-                if not len(inside) <= width < WIDER * len(inside):
-                    here = torch.tensor(left, dtype=torch.int64, device=self.device)
-                    held.hold(width, max(row.needs for row in due), here)
-                    free = list(range(len(left), width))
-                    inside = [*(inside[n] for n in left), *(idle for _ in free)]
-                    tokens = torch.cat([tokens[here], tokens.new_zeros(len(free))])
+                if not len(batch) <= width < WIDER * len(batch):
+                    kept = torch.tensor(active, dtype=torch.int64, device=self.device)
+                    held.hold(width, max(row.needs for row in due), kept)
+                    free = list(range(len(active), width))
+                    batch = [*(batch[n] for n in active), *(idle for _ in free)]
+                    tokens = torch.cat([tokens[kept], tokens.new_zeros(len(free))])
                 if waiting:
                     _, some = next(itertools.groupby(waiting[: len(free)], key=Prompt.begins))
                     joined = list(some)
                     waiting = waiting[len(joined) :]
                     for place, row in zip(free, joined, strict=False):
-                        inside[place] = row
+                        batch[place] = row
                     places = torch.tensor(free[: len(joined)], device=self.device)
-                    tokens[places] = self._begin(joined, held, places)
+                    tokens[places] = self._prefill(joined, held, places)
                     continue
-            seen = torch.arange(held.last + 1, device=self.device) <= held.at[:, None]
-            scores = self._forward(tokens[:, None], held, seen.long(), held.at[:, None])
+            mask = torch.arange(held.last + 1, device=self.device) <= held.at[:, None]
+            scores = self._forward(tokens[:, None], held, mask.long(), held.at[:, None])
             tokens = scores.argmax(-1)
-            held.move(torch.tensor([not row.over for row in inside], device=self.device))
-            self._take(inside, tokens)
+            held.move(torch.tensor([not row.over for row in batch], device=self.device))
+            self._append(batch, tokens)
 
-    def _begin(self, rows: Sequence[Prompt], held: Any, places: Any) -> Any:
-        """Read the prompts of rows, of one head, into their places, and return the first token of
-        each."""
+    def _prefill(self, rows: Sequence[Prompt], held: Any, places: Any) -> Any:
+        """Prefill rows with a common prefix into their places; return the first token of each."""
         from transformers import DynamicCache
 
         ids, head, cache = [row.ids for row in rows], rows[0].head, DynamicCache()
         longest = max(map(len, ids))
         mask = torch.ones(len(rows), longest, dtype=torch.long, device=self.device)
-        given = torch.zeros(len(rows), longest - head, dtype=torch.long, device=self.device)
+        inputs = torch.zeros(len(rows), longest - head, dtype=torch.long, device=self.device)
         for row, one in enumerate(ids):
             pad = longest - len(one)
             mask[row, head : head + pad] = 0
-            given[row, pad:] = torch.tensor(one[head:])
-        place = mask.cumsum(-1) - 1
+            inputs[row, pad:] = torch.tensor(one[head:])
+        positions = (mask.cumsum(-1) - 1)[:, head:].clamp(min=0)
         if head:
             if self.read[0] != ids[0][:head]:
                 self.read = ids[0][:head], self._read(ids[0][:head])
             cache = repeated_cache(self.read[1], len(rows))
-        scores = self._forward(given, cache, mask, place[:, head:].clamp(min=0))
+        tokens = self._forward(inputs, cache, mask, positions).argmax(-1)
         held.fill(places, cache, mask)
-        tokens = scores.argmax(-1)
-        self._take(rows, tokens)
+        self._append(rows, tokens)
         return tokens
 
-    def _forward(self, ids: Any, held: Any, mask: Any, place: Any) -> Any:
-        more = {"position_ids": place, "logits_to_keep": 1}
+    def _forward(self, ids: Any, held: Any, mask: Any, positions: Any) -> Any:
+        more = {"position_ids": positions, "logits_to_keep": 1}
         more = {key: more[key] for key in self.takes if more[key] is not None} | {self.cache: held}
         return self.model(ids, attention_mask=mask, use_cache=True, **more).logits[:, -1]
 
-    def _take(self, rows: Sequence[Prompt], tokens: Any) -> None:
-        """Note each row's next token, and which rows are over by now."""
+    def _append(self, rows: Sequence[Prompt], tokens: Any) -> None:
+        """Append the next token of each row, and mark the rows that are finished."""
         final = torch.isin(tokens, self.ends).tolist()
         for row, token, end in zip(rows, tokens.tolist(), final, strict=True):
             if row.over:
@@ -232,7 +229,7 @@ class _Writer:
     def by_transformers(self, rows: Sequence[Prompt]) -> None:
         from transformers import GenerationConfig
 
-        given = torch.tensor([row.ids for row in rows], device=self.device)
+        inputs = torch.tensor([row.ids for row in rows], device=self.device)
         ends = self.ends.tolist()
         config = GenerationConfig(
             do_sample=False, num_beams=1, max_new_tokens=max(row.tokens for row in rows),
@@ -240,13 +237,13 @@ class _Writer:
         )  # fmt: skip
         with generating(self.model, config):
             made = self.model.generate(
-                given, attention_mask=torch.ones_like(given), generation_config=config
+                inputs, attention_mask=torch.ones_like(inputs), generation_config=config
             )
-        for step in made[:, given.shape[1] :].T:
-            self._take(rows, step)
+        for step in made[:, inputs.shape[1] :].T:
+            self._append(rows, step)
 
 
 def loops(ids: Sequence[int]) -> bool:
-    """Tell whether the last tokens of an answer are a short piece again and again."""
+    """Whether an answer ends in a short repeating sequence."""
     tail = ids[-LOOP:]
     return len(tail) == LOOP and any(tail[n:] == tail[:-n] for n in range(1, PERIOD + 1))

@@ -1,8 +1,8 @@
-"""Logits and likelihoods of full rows of tokens: the fast path under scores, distance, perplexity.
+"""Logits and likelihoods of full rows of tokens: used for scores, distance and perplexity.
 
-The blocks run in micro-batches that stay in cache, and the output head in slices, so that no
-full-vocabulary tensor of a whole batch is ever held. Its float32 logits are worked on in smaller
-slices again: out of cache softmax takes longer than the product.
+The blocks run in micro-batches that fit the CPU cache and the output head in slices, so that the
+logits of a whole batch are never in memory. Softmax works on still smaller slices in float32:
+outside the cache it takes longer than the matrix product.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from calmix.models.opening import check_length
 from calmix.precision import dtype_name
 
 HEAD_TOKENS = 512
-COMPARED = 8  # tokens on which a head is compared with its model's forward
-AHEAD = 0.05  # of the logits' norm: less than what tokens that follow change in any known model
+COMPARED = 8  # tokens on which a head is compared with its model's forward pass
+AHEAD = 0.05  # of the logits' norm: later tokens change more in any known non-causal model
 
-Tick = Callable[[int], None]  # takes how many are done now
-Progress = Callable[[int, int], None]  # takes how many are done, and how many there are
+Tick = Callable[[int], None]  # takes the number just done
+Progress = Callable[[int, int], None]  # takes the number done and the total
 
-Head = Callable[[Tensor], Tensor]  # from hidden states to logits, in the model's type
+Head = Callable[[Tensor], Tensor]  # from hidden states to logits, in the model's dtype
 
-_outputs: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of decoders, by model
+_outputs: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # decoder outputs by model
 
 
 def in_cache(logits: Tensor) -> tuple[Tensor, ...]:
-    """Return the rows of logits in slices that stay in cache in float32."""
+    """Split rows of logits into slices that fit the CPU cache in float32."""
     return logits.split(max(1, values_at_once(logits.device) // logits.shape[-1]))
 
 
 def log_sums(rows: Tensor) -> Tensor:
-    """Return the logsumexp of every row of logits, which may be overwritten, in float32."""
+    """Return the float32 logsumexp of each row of logits, which may be overwritten."""
     sums = []
     for part in in_cache(rows):
         logits = part.float()
@@ -52,8 +52,8 @@ def log_sums(rows: Tensor) -> Tensor:
 
 
 def divergences(before: Tensor, after: Tensor) -> Tensor:
-    """Return KL(before || after) of every row of float32 logits, shape (rows, vocabulary), in
-    nats; both become their softmax."""
+    """Return KL(before || after) in nats for each row of float32 logits, shape (rows, vocabulary).
+    Both tensors are overwritten by their softmax."""
     apart = before - after
     sums = []
     for logits in (before, after):
@@ -61,12 +61,12 @@ def divergences(before: Tensor, after: Tensor) -> Tensor:
         whole = logits.sub_(peak).exp_().sum(-1, keepdim=True)
         logits.div_(whole)
         sums.append((whole.log_() + peak)[:, 0])
-    # Rounding may leave it a hair below zero.
+    # Rounding can make it slightly negative.
     return (torch.linalg.vecdot(before, apart) + sums[1] - sums[0]).clamp_min(0)
 
 
 def decoder_and_head(model: Any) -> tuple[Any, Head]:
-    """Return a causal LM's decoder and its output head: the model's forward but for its decoder."""
+    """Return a causal LM's decoder and its head: everything in its forward after the decoder."""
     decoder = decoder_of(model)
     if model not in _outputs:
         with torch.inference_mode(False), torch.no_grad():
@@ -75,13 +75,13 @@ def decoder_and_head(model: Any) -> tuple[Any, Head]:
 
 
 def width(model: Any) -> int:
-    """Return the width of what a causal LM's head sees."""
+    """Return the width of the hidden states that enter a causal LM's head."""
     decoder_and_head(model)
     return int(_outputs[model][0].shape[-1])
 
 
 def _output(model: Any, decoder: Any) -> Any:
-    """Return what a decoder returns; a ModelError where logits are not made of that alone."""
+    """Return a sample output of the decoder; a ModelError if logits depend on anything else."""
     size, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device
     ids = (torch.arange(COMPARED, device=device) * 31 % size)[None]
     name = type(model).__name__
@@ -93,21 +93,21 @@ def _output(model: Any, decoder: Any) -> Any:
     except Exception as error:  # models fail in their own ways
         kind, why = dtype_name(model.dtype), first_line(error)
         raise ModelError(f"{name} gives no logits for token ids in {kind}: {why}") from error
-    # Far beyond rounding: it may send a token to another expert.
+    # Far above rounding, which may route a token to another expert.
     if not close(few.nan_to_num(), wanted[:, : few.shape[1]].nan_to_num(), AHEAD):
         raise ModelError(
-            f"{name} looks at tokens that follow: it gives texts no likelihood, so that it can be "
-            "neither scored nor distilled"
+            f"{name} is not causal: it looks at later tokens, so text has no likelihood under it "
+            "and it can be neither scored nor distilled"
         )
     limit = max(1e-4, 2 * torch.finfo(model.dtype).eps)
     if not close(found.nan_to_num(), wanted.nan_to_num(), limit):
-        raise ModelError(f"{name} makes its logits of more than its decoder returns")
+        raise ModelError(f"{name} computes logits from more than its decoder's output")
     return output
 
 
 def _own_logits(model: Any, decoder: Any, output: Any, hidden: Tensor) -> Tensor:
-    """Return what a model's own forward makes of hidden states, shape (..., width), in place of
-    those in its decoder's output."""
+    """Return the logits that the model's own forward computes from hidden states, shape (...,
+    width), which replace those in its decoder's output."""
     flat = hidden.reshape(1, -1, hidden.shape[-1])
     if isinstance(output, tuple):
         output = flat, *output[1:]
@@ -126,17 +126,17 @@ def close(a: Tensor, b: Tensor, limit: float) -> bool:
 
 
 def behind(model: Any) -> dict[str, Tensor]:
-    """Return the parameters behind a causal LM's decoder but its head's, by name in the model."""
+    """Return a causal LM's parameters outside its decoder and output head, by name."""
     others = decoder_of(model), model.get_output_embeddings()
     known = {id(p) for module in others if module is not None for p in module.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) not in known}
 
 
 def hidden_states(decoder: Any, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield what the output head sees of full rows, in micro-batches, to be used without gradients.
+    """Yield the hidden states that enter the output head, in micro-batches of rows.
 
-    `ids` have shape (rows, length). Yields which rows, and states of shape (rows, length - 1,
-    width): every position that predicts a token.
+    `ids` has shape (rows, length). Yields a slice of rows and their states, shape (rows,
+    length - 1, width): every position that predicts a token. Call it without gradients.
     """
     device = next(decoder.parameters()).device
     step = max(1, tokens_at_once(device) // ids.shape[1])
@@ -146,7 +146,7 @@ def hidden_states(decoder: Any, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 class Ticker:
-    """Counts what is done, and reports it with how much there is in all."""
+    """Counts what is done and reports it together with the total."""
 
     def __init__(self, progress: Progress | None, total: int = 0) -> None:
         self.progress, self.total, self.done = progress, total, 0
@@ -159,20 +159,19 @@ class Ticker:
 
 @torch.inference_mode()
 def row_nll(model: Any, ids: Tensor, progress: Progress | None = None) -> Tensor:
-    """Return -log p(ids[j + 1] | ids[: j + 1]) of full rows in nats.
+    """Return -log p(ids[j + 1] | ids[: j + 1]) in nats, float32 of shape (rows, length - 1).
 
-    `ids` are int64 token ids without padding, shape (rows, length). Returns float32, shape (rows,
-    length - 1).
+    `ids` are int64 token ids without padding, shape (rows, length).
     """
     (decoder, head), tick = decoder_and_head(model), Ticker(progress, len(ids))
     parts = []
     for rows, states in hidden_states(decoder, ids):
         targets = ids[rows, 1:].flatten().to(states.device)
-        for hidden, own in zip(
+        for hidden, target in zip(
             states.flatten(0, 1).split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True
         ):
             logits = head(hidden)
-            right = logits.gather(1, own[:, None])[:, 0].float()
+            right = logits.gather(1, target[:, None])[:, 0].float()
             parts.append(log_sums(logits) - right)
         tick(len(states))
     return torch.cat(parts).view(len(ids), -1).cpu()
@@ -180,10 +179,10 @@ def row_nll(model: Any, ids: Tensor, progress: Progress | None = None) -> Tensor
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity with what it must always be quoted with.
+    """Perplexity and the details it should be quoted with.
 
-    `bits_per_byte` is the same likelihood over the UTF-8 bytes of the scored text; `length` is of a
-    window in tokens. A last partial window is left out.
+    `bits_per_byte` is the same likelihood per UTF-8 byte of the scored text; `length` is the window
+    in tokens. A last partial window is left out.
     """
 
     perplexity: float
@@ -198,17 +197,17 @@ def perplexity(
 ) -> Perplexity:
     """Score a text in non-overlapping windows, as the SparseGPT and Wanda papers do.
 
-    The whole text is tokenised once (with the tokenizer's own begin token, if any, at its very
-    start) and cut into windows; the first token of each window is context only.
+    The text is tokenised once (starting with the tokenizer's begin token, if any) and cut into
+    windows; the first token of each window is context only.
 
     Raises:
-        InputError: the length is beyond the context, or the text is shorter.
+        InputError: `length` exceeds the model's context or the text.
     """
     check_length(length, opened.context)
     ids = torch.tensor(opened.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     windows = len(ids) // length
     if not windows:
-        raise InputError(f"the text has {len(ids)} tokens, less than one window of {length}")
+        raise InputError(f"the text has {len(ids)} tokens, fewer than one window of {length}")
     return perplexity_of_rows(opened, ids[: windows * length].view(windows, length), tick)
 
 

@@ -1,24 +1,24 @@
-"""What a model did on a task, item by item, and measures of it: the score of an item, and what
-share of it a pruned model has kept. Pure functions of records, so that a file answers later
-questions without the model.
+"""A model's results on a task, item by item, and the measures computed from them: the score of an
+item and how much of it a pruned model retains. Pure functions of records, so that new measures need
+only the file, not the model.
 
-Every measure of retention is a ratio of two sums over items, `sum(kept) / sum(whole)`, so that
-one bootstrap serves them all. With l the log-likelihoods of an item's choices, g the right one:
+Every measure of retention is a ratio of two sums over items, `sum(kept) / sum(whole)`, so one
+bootstrap serves all. With l the log-likelihoods of an item's choices and g the right one:
 
     probability   exp(l_g) / sum_i exp(l_i)
     margin        (l_g - max over the others) / (bytes of the right one), in bits
-    bits          -l_g, in bits per byte of all the answers together
-    smoothed      the same of (exp(l_g) + exp(u_g)) / 2, u_g by a code of single tokens
-    accuracy      whether the answer is right: 0 or 1
-    kept          the same, of the items that the dense model gets right (kept = s1 s0, whole = s0):
-                  paired, so that what two models get right by luck is no noise; gains do not count
+    bits          -l_g, in bits per byte of all answers together
+    smoothed      as bits, of (exp(l_g) + exp(u_g)) / 2, with u_g from a unigram code
+    accuracy      1 if the answer is right, else 0
+    kept          accuracy on the items the dense model gets right (kept = s1 s0, whole = s0):
+                  paired, so lucky guesses of two models add no noise; gains do not count
 
-Ours count from a floor f, what a model without the knowledge scores: kept = s1 - f, whole =
-s0 - f (bits negatively), nothing clipped. f is the dense model's own score without the question,
-a code of single tokens for bits, chance for an accuracy. Smoothed bits (interpolation after
-Jelinek and Mercer; ours) lose at most one bit on an answer, or a few short ones would decide a
-task. Measures `accuracy` and `ratio` are the paper's figures as they read: (s1 - c) / (s0 - c)
-and s1 / s0 of accuracies, b0 / b1 of bits per byte.
+Our measures are relative to a baseline f, the score without task knowledge: kept = s1 - f, whole =
+s0 - f (negated for bits), without clipping. f is the dense model's score without the question, a
+unigram code for bits, chance for accuracy. Smoothed bits (interpolation after Jelinek and Mercer;
+ours) lose at most one bit per answer; otherwise a few short answers would dominate a task. The
+measures `accuracy` and `ratio` are defined as in the paper: (s1 - c) / (s0 - c) and s1 / s0 for
+accuracy, b0 / b1 for bits per byte.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ Array = NDArray[np.float64]
 
 Z = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 LN2 = math.log(2)
-RIGHT_OR_WRONG: tuple[Score, ...] = ("accuracy", "kept")  # scores of answers that are either
-BITS: tuple[Score, ...] = ("bits", "smoothed")  # the less the better; per byte as they are printed
-DIGITS = 3  # decimals of a log-likelihood in nats; bfloat16 moves them by more
+RIGHT_OR_WRONG: tuple[Score, ...] = ("accuracy", "kept")  # scores that are 0 or 1
+BITS: tuple[Score, ...] = ("bits", "smoothed")  # lower is better; printed per byte
+DIGITS = 3  # decimals of a log-likelihood in nats: finer than bfloat16's rounding
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What one model did on one task, item by item.
+    """Results of one model on one task, item by item.
 
     Attributes:
-        metric: the suite's, which `values` are: accuracies from 0 to 1, none
-            for a task of single answers.
-        primary: the score that retention of this task is about, unless another is asked for.
-        chance: expected accuracy of a guess; 0 where there is no accuracy.
+        metric: the suite's metric, whose `values` are accuracies from 0 to 1; empty for tasks with
+            a single answer per item.
+        primary: the score used for retention by default.
+        chance: expected accuracy of guessing; 0 if there is no accuracy.
         gold: index of each item's right choice.
-        loglikelihoods, bytes: of every choice of every item, in nats and in UTF-8; none where
-            the model wrote its answers.
-        floor: what the choices score without the knowledge: what this model gives them without
-            the question (`context-free`, in `floors`), all the same (`uniform`), or `none`.
-        unigram: log-likelihood in nats of each right answer under a code of single tokens.
-        answers: what the model wrote, of a task that is asked; `ended` is 0 where one was cut.
+        loglikelihoods, bytes: for every choice of every item, in nats and in UTF-8 bytes; empty if
+            the model generated its answers.
+        floor: baseline without task knowledge: this model's log-likelihoods without the question
+            (`context-free`, stored in `floors`), equal choices (`uniform`), or `none`.
+        unigram: log-likelihood in nats of each right answer under a unigram code.
+        answers: the generated answers, if any; `ended` is 0 for those that were cut.
     """
 
     name: str
@@ -80,13 +80,13 @@ class TaskScores:
 
     @property
     def accuracy(self) -> float | None:
-        """Mean accuracy; None for a task of single answers."""
+        """Mean accuracy; None for tasks with a single answer per item."""
         return math.fsum(self.values) / len(self.values) if self.values else None
 
     @property
     def consistent(self) -> bool:
-        """Whether all parts are of one length, those there that a score by likelihood needs, and
-        the right choice is one of the choices."""
+        """Whether all parts have one length, those needed by likelihood scores are present, and
+        every gold index is valid."""
         tables = [t for t in (self.loglikelihoods, self.bytes, self.floors) if t]
         likely = self.loglikelihoods or self.primary not in RIGHT_OR_WRONG
         needed = (self.gold, self.bytes, self.loglikelihoods) if likely else ()
@@ -100,14 +100,14 @@ class TaskScores:
 
 
 def rounded(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-    """Return log-likelihoods as they are kept."""
+    """Round log-likelihoods as they are stored."""
     return tuple(tuple(round(float(value), DIGITS) for value in row) for row in rows)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """One task of two models, item by item: retention is `kept.sum() / whole.sum()`; the scores of
-    both and their floor, if the measure has one, as they are printed."""
+    """One task under two models, item by item: retention is `kept.sum() / whole.sum()`. `dense`,
+    `pruned` and `floor` (if the measure has one) are the mean scores as printed."""
 
     score: Score
     kept: Array
@@ -118,14 +118,14 @@ class Parts:
 
     @property
     def retention(self) -> float:
-        """The task's retention; nan where the dense model has nothing to keep."""
+        """Retention of the task; nan if the dense model is not above the baseline."""
         whole = float(self.whole.sum())
         return float(self.kept.sum()) / whole if whole > 0 else math.nan
 
 
 def score_of(task: TaskScores, measure: Measure) -> Score:
-    """Return by which score a task is judged under a measure: its primary one where it lacks that
-    (a single answer has no probability among choices, a written one no log-likelihood)."""
+    """Return the score of a task under a measure; its primary one if that does not apply (a single
+    answer has no probability among choices, a generated one no log-likelihood)."""
     if measure in ("accuracy", "ratio"):
         return "accuracy" if task.values else "bits"
     if measure == "primary" or not task.loglikelihoods:
@@ -136,8 +136,8 @@ def score_of(task: TaskScores, measure: Measure) -> Score:
 
 
 def item_scores(task: TaskScores, score: Score) -> Array:
-    """Return the score of each item, shape (items,); bits as -l_g in bits, not yet per byte nor
-    smoothed."""
+    """Return the score of each item, shape (items,). Bits are -l_g in bits, neither per byte nor
+    smoothed yet."""
     if score in RIGHT_OR_WRONG:
         return np.asarray(task.values, dtype=float)
     values = task.loglikelihoods
@@ -158,10 +158,7 @@ def _sizes(task: TaskScores) -> Array:
 
 
 def floor_scores(dense: TaskScores, score: Score) -> Array:
-    """Return what each item scores without the knowledge, shape (items,).
-
-    An `InputError` says where the scores hold no floors.
-    """
+    """Return the baseline score of each item, shape (items,); an `InputError` if it is missing."""
     count, ignorant = len(dense.items), replace(dense, loglikelihoods=dense.floors)
     if score in RIGHT_OR_WRONG:
         return np.full(count, dense.chance)
@@ -174,18 +171,18 @@ def floor_scores(dense: TaskScores, score: Score) -> Array:
         share = [1 / len(row) for row in dense.loglikelihoods]
         return np.array(share) if score == "probability" else np.zeros(count)
     raise InputError(
-        f"the scores of task {dense.name} hold no score without the knowledge, which a dense "
-        "model's need: evaluate it without --against, or ask for --measure accuracy"
+        f"the dense model's scores of task {dense.name} lack the baseline without task knowledge: "
+        "evaluate the dense model without --against, or use --measure accuracy"
     )
 
 
 def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -> Parts:
-    """Return what of each item is kept, and the whole of it."""
+    """Return the terms of retention, `kept` and `whole`, for each item."""
     score = score_of(dense, measure)
     before, after = item_scores(dense, score), item_scores(pruned, score)
     anchored = measure != "ratio" and (measure != "accuracy" or score not in BITS)
     floor = floor_scores(dense, score) if anchored else None
-    # As they are printed: a mean, or bits per byte of all answers.
+    # As printed: a mean, or bits per byte over all answers.
     count = _sizes(dense).sum() if score in BITS else len(before)
     shown = (float(before.sum() / count), float(after.sum() / count),
              None if floor is None else float(floor.sum() / count))  # fmt: skip
@@ -195,31 +192,31 @@ def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -
         kept, whole = (before, after) if score in BITS else (after, before)
         return Parts(score, kept, whole, *shown)
     if score == "smoothed":
-        # Bits under the even mixture of the model and the floor's code.
+        # Bits under an even mixture of the model and the baseline code.
         before, after = (1.0 - np.logaddexp2(-bits, -floor) for bits in (before, after))
     sign = -1.0 if score in BITS else 1.0
     return Parts(score, sign * (after - floor), sign * (before - floor), *shown)
 
 
 def task_weights(dense: Sequence[TaskScores], measure: Measure = "primary") -> list[float]:
-    """Return what each task counts in its dimension: 1, or where all of a dimension's tasks are
-    right or wrong what the dense model has to keep of it, which pools their items."""
-    known = [task for task in dense if measure != "ratio" and has_signal(task, measure)]
-    mixed = {task.dimension for task in known if score_of(task, measure) not in RIGHT_OR_WRONG}
+    """Return each task's weight in its dimension: 1, or, if all scores of the dimension are 0 or 1,
+    the sum of `whole`, which pools the items of its tasks."""
+    tasks = [task for task in dense if measure != "ratio" and has_signal(task, measure)]
+    mixed = {task.dimension for task in tasks if score_of(task, measure) not in RIGHT_OR_WRONG}
     pooled = {task.name: float(parts(task, task, measure).whole.sum())
-              for task in known if task.dimension not in mixed}  # fmt: skip
+              for task in tasks if task.dimension not in mixed}  # fmt: skip
     return [pooled.get(task.name, 1.0) for task in dense]
 
 
 def noise(whole: Array) -> float:
-    """Return the noise floor of a mean over items (ours): half its 95 % interval."""
+    """Return the noise floor of a mean over items (ours): half the width of its 95 % interval."""
     return float(Z * whole.std(ddof=1) / math.sqrt(len(whole))) if len(whole) > 1 else math.inf
 
 
 def has_signal(dense: TaskScores, measure: Measure = "primary") -> bool:
-    """Whether the dense model is beyond its own noise of knowing nothing (ours)."""
+    """Whether the dense model is above the baseline by more than its noise (ours)."""
     judged = "accuracy" if measure == "ratio" else measure
     if judged == "accuracy" and not dense.values:
-        return measure == "ratio"  # the paper's ratio of bits per byte of a text has no floor
+        return measure == "ratio"  # the paper's ratio of bits per byte has no baseline
     whole = parts(dense, dense, judged).whole
     return float(whole.mean()) > noise(whole)

@@ -1,9 +1,9 @@
-"""Retention: what share of each capability a pruned model has kept, and how sure that is.
+"""Retention: the fraction of each capability that a pruned model keeps, with confidence intervals.
 
-Pure functions over the records of the same items by two models. Per task by `measures`; a
-dimension is the mean over its tasks, the total the mean over dimensions, and the *worst* the
-dimension with the lowest retention. Which tasks carry no signal, the noise floor and the
-bootstrap are ours (docs/evaluation.md).
+Pure functions over two models' records of the same items. Tasks are measured by `measures`; a
+dimension is the mean over its tasks, the total the mean over dimensions, and the *worst* is the
+dimension with the lowest retention. The signal test, the noise floor and the bootstrap are ours
+(docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval, of 95 % unless another was asked; None where not defined."""
+    """A value with its confidence interval, 95 % by default; None if undefined."""
 
     value: float | None
     low: float | None = None
@@ -37,10 +37,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TaskRetention:
-    """What of one task is kept: scores of dense and pruned model, and the retention.
+    """Retention of one task, with the scores of the dense and the pruned model.
 
-    `floor` is the score of a model without the knowledge, where the measure has one; `signal`
-    says whether the dense score is above it by more than `noise`. No value without signal.
+    `floor` is the baseline score without task knowledge, if the measure has one; `signal` is
+    whether the dense score exceeds it by more than `noise`. Without signal `kept` has no value.
     """
 
     name: str
@@ -69,7 +69,7 @@ class DimensionRetention:
 
 @dataclass(frozen=True, repr=False)
 class Retention(Shown):
-    """Retention per task, per dimension, in total (mean over dimensions) and at its worst."""
+    """Retention per task and dimension, in total (mean over dimensions) and at worst."""
 
     measure: Measure
     tasks: tuple[TaskRetention, ...]
@@ -93,7 +93,7 @@ class Retention(Shown):
         ]  # fmt: skip
 
     def of(self, dimension: str) -> Estimate:
-        """Return the retention of a dimension; all None where the measure has none."""
+        """Return the retention of a dimension; all None if the measure has none."""
         found = (one.kept for one in self.dimensions if one.name == dimension)
         return next(found, Estimate(None))
 
@@ -109,18 +109,18 @@ def retention(
 ) -> Retention:
     """Compare two models' scores on the same items (definitions: docs/evaluation.md).
 
-    Intervals hold a central `level` of a paired bootstrap over items: each resample draws items
-    with replacement, the same ones for both models, task by task, and recomputes every mean.
+    Intervals are the central `level` of a paired bootstrap: each resample draws items with
+    replacement, task by task, the same ones for both models, and recomputes every mean.
 
     Raises:
-        InputError: the models were not scored on the same tasks and items, or the scores lack
+        InputError: the models were scored on different tasks or items, or the scores lack
             what the measure needs.
     """
     check_paired(dense, pruned)
     if measure == "accuracy":
         dense, pruned = ([task for task in tasks if task.values] for tasks in (dense, pruned))
         if not dense:
-            raise InputError("none of the tasks has right and wrong answers: there is no accuracy")
+            raise InputError("no task has right or wrong answers: use another --measure")
     tasks, points = [], np.full((len(dense), 1 + resamples), np.nan)
     for before, after, point in zip(dense, pruned, points, strict=True):
         made, signal = parts(before, after, measure), measures.has_signal(before, measure)
@@ -147,30 +147,30 @@ def retention(
 def by_dimension(
     tasks: Sequence[TaskScores], points: Array, weights: Sequence[float] | float = 1.0
 ) -> dict[str, Array]:
-    """Return the weighted mean over each dimension's tasks, and as `total` the mean over
-    dimensions; points have shape (tasks, values)."""
-    times, names = np.broadcast_to(weights, len(tasks))[:, None], [task.dimension for task in tasks]
-    places = {name: [other == name for other in names] for name in names}
-    rolled = {name: nan_mean(points[own], 0, times[own]) for name, own in places.items()}
+    """Return the weighted mean over each dimension's tasks, and the mean over dimensions as
+    `total`; points have shape (tasks, values)."""
+    column, names = np.broadcast_to(weights, len(tasks))[:, None], [t.dimension for t in tasks]
+    masks = {name: [other == name for other in names] for name in names}
+    rolled = {name: nan_mean(points[mask], 0, column[mask]) for name, mask in masks.items()}
     return {**rolled, "total": nan_mean(np.stack([*rolled.values()]), 0)}
 
 
 def nan_mean(values: Array, axis: int, weights: Array | float = 1.0) -> Array:
-    """Return the weighted mean of what is not nan along an axis; nan where nothing is."""
+    """Return the weighted mean along an axis, ignoring nan; nan where all values are."""
     known = ~np.isnan(values)
-    times = weights * known
-    total, count = (np.where(known, values, 0.0) * times).sum(axis), times.sum(axis)
+    weights = weights * known
+    total, count = (np.where(known, values, 0.0) * weights).sum(axis), weights.sum(axis)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 def flips(
     dense: Sequence[TaskScores], pruned: Sequence[TaskScores], *, resamples: int = RESAMPLES
 ) -> dict[str, Estimate]:
-    """Return the share of items that are right under one of two models alone (*flips*, arXiv
-    2407.09141): by dimension the mean over its tasks, and as `total` the mean over dimensions.
+    """Return *flips* (arXiv 2407.09141), the fraction of items right under exactly one of two
+    models: the mean over tasks by dimension, and the mean over dimensions as `total`.
 
-    Tasks of single answers, which are neither right nor wrong, are left out. Intervals are from
-    the bootstrap over items that `retention` uses, and so are the errors.
+    Tasks with a single answer per item are left out. Intervals are from the same bootstrap over
+    items as in `retention`, and the same errors are raised.
     """
     check_paired(dense, pruned)
     judged = [both for both in zip(dense, pruned, strict=True) if both[0].values and both[1].values]
@@ -186,7 +186,7 @@ def flips(
 
 
 def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> None:
-    """Refuse scores of different tasks or items: an `InputError` names what differs first."""
+    """Raise an `InputError` unless tasks and items are the same; it names the first difference."""
     names = [task.name for task in dense], [task.name for task in pruned]
     if names[0] != names[1]:
         odd = sorted(set(names[0]) ^ set(names[1])) or names[1]
@@ -202,8 +202,8 @@ def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> N
 def item_weights(task: str, count: int, *, resamples: int, seed: int) -> Array:
     """Return how often each resample draws each item, shape (resamples, count).
 
-    The draws depend on the seed, the task's name and the number of items alone, so that all
-    models are resampled alike, whatever else is in the suite.
+    The counts depend only on the seed, the task's name and its number of items, so all models are
+    resampled alike whatever else is in the suite.
     """
     digest = hashlib.sha256(task.encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
@@ -212,18 +212,17 @@ def item_weights(task: str, count: int, *, resamples: int, seed: int) -> Array:
 
 def resampled(task: str, made: Parts, *, resamples: int, seed: int) -> Array:
     """Return one task's retention, then that of each resample, shape (1 + resamples,); nan where
-    the dense model has nothing to keep among the items drawn."""
-    times = item_weights(task, len(made.kept), resamples=resamples, seed=seed)
-    kept, whole = times @ made.kept, times @ made.whole
-    drawn = np.divide(kept, whole, out=np.full(resamples, np.nan), where=whole > 0)
-    return np.append(made.retention, drawn)
+    the sum of `whole` is not positive."""
+    weights = item_weights(task, len(made.kept), resamples=resamples, seed=seed)
+    kept, whole = weights @ made.kept, weights @ made.whole
+    ratios = np.divide(kept, whole, out=np.full(resamples, np.nan), where=whole > 0)
+    return np.append(made.retention, ratios)
 
 
 def estimate(point: Array, level: float = LEVEL) -> Estimate:
-    """Return a value with the central part of the resamples that follow it, 95 % unless another is
-    asked."""
-    value, draws = float(point[0]), point[1:]
-    known = draws[~np.isnan(draws)]
+    """Return the first value with the central `level` of the resamples that follow it."""
+    value, resamples = float(point[0]), point[1:]
+    known = resamples[~np.isnan(resamples)]
     if math.isnan(value) or not len(known):
         return Estimate(None if math.isnan(value) else value)
     tail = (1 - level) / 2

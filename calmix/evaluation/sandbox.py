@@ -1,10 +1,10 @@
-"""Run code that a model wrote: a subprocess with limits, without files, processes or network.
+"""Run generated code in a limited subprocess, without files, processes or network.
 
-Defence against accidents of generated code, not against an attacker: what the system offers is
-used (resource limits, an own user and network where permitted, an empty folder), and inside the
-interpreter an audit hook ends the program at its first attempt to write a file, start a process
-or open a connection. Every such end, a crash, a time-out and an early exit alike, is a plain
-failure. Programs run with the interpreter of calmix and see its standard library.
+This guards against accidents, not against an attacker. It uses what the system offers (resource
+limits, a separate user and network where permitted, an empty folder), and an audit hook inside the
+interpreter ends the program at its first attempt to write a file, start a process or open a
+connection. That, a crash, a timeout and an early exit all count as failure. Programs run with
+calmix's own interpreter and can import its standard library.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import tempfile
 
 from calmix.errors import InputError
 
-# Runs in the child. The program comes on standard input after a line with the token, which is
-# written back only once the program has run to its end: `sys.exit(0)` is no success.
+# Runs in the child process. Standard input is a line with a token, then the program. The token is
+# written back only after the program has run to its end, so `sys.exit(0)` is not a success.
 CHILD = r"""
 import collections, heapq, itertools, math, os, random, re, resource, sys, typing
 seconds, report, memory = float(sys.argv[1]), int(sys.argv[2]), 1 << 30
@@ -33,11 +33,11 @@ if sys.platform == "linux":
     import ctypes
     libc = ctypes.CDLL(None)
     libc.prctl(38, 1, 0, 0, 0)  # no new privileges
-    # A network without interfaces, where this user may make one.
+    # An empty network namespace, if this user may create one.
     if libc.unshare(0x40000000) != 0:
         libc.unshare(0x10000000 | 0x40000000)
 try:
-    if os.geteuid() == 0:  # exempt from limits on processes: be nobody, if nobody can read Python
+    if os.geteuid() == 0:  # root is exempt from NPROC: become nobody, if nobody can read Python
         os.seteuid(65534)
         readable = os.access(os.__file__, os.R_OK, effective_ids=True)
         os.seteuid(0)
@@ -82,12 +82,12 @@ write(report, token.encode())
 
 
 def failure(source: str, *, seconds: float = 10.0) -> str:
-    """Run a Python program and say in a few words why it failed; nothing if it ran to its end.
+    """Run a Python program and return why it failed, or "" if it ran to its end.
 
-    `seconds` are of wall time; processor time is limited to the next whole second above.
+    `seconds` limits wall time; CPU time is limited to the next whole second above.
     """
     token = secrets.token_hex(16)
-    reading, writing = os.pipe()  # what the program prints is lost: only the token counts
+    reading, writing = os.pipe()  # for the token; the program's own output is discarded
     command = [sys.executable, "-I", "-c", CHILD, str(seconds), str(writing)]
     with (
         os.fdopen(reading, "rb", buffering=0) as report,
@@ -96,7 +96,7 @@ def failure(source: str, *, seconds: float = 10.0) -> str:
         try:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # kept, it would fill our memory
+                stderr=subprocess.DEVNULL,  # it could fill our memory
                 cwd=folder, pass_fds=[writing], start_new_session=True,
                 env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
@@ -111,17 +111,17 @@ def failure(source: str, *, seconds: float = 10.0) -> str:
             finally:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
-        told = " ".join(report.read(200).decode(errors="replace").split())
-    if told == token:
+        message = " ".join(report.read(200).decode(errors="replace").split())
+    if message == token:
         return ""
     if (code := process.returncode) == 13:
         return "tried to write a file, start a process or use the network"
-    return told if code and told else f"left early with exit code {code}"
+    return message if code and message else f"ended early with exit code {code}"
 
 
 @functools.cache
 def check_sandbox() -> None:
-    """Refuse, with an `InputError`, where a right program fails or a wrong one passes."""
+    """Raise an `InputError` if a correct program fails here or a wrong one passes."""
     reason = failure("import math, collections\nassert math.gcd(4, 6) == 2\n")
     if reason or not failure("assert 1 == 2\n"):
         raise InputError(f"generated code cannot be run here: {reason or 'nothing fails'}")

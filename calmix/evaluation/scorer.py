@@ -1,17 +1,17 @@
-"""Log-likelihoods of answers after contexts, fast.
+"""Fast log-likelihoods of answers given contexts.
 
-Scoring a benchmark means running thousands of sequences that begin alike: the choices of a
-question share the question, the questions of a task share its worked examples. What makes it fast
-is that no shared token is computed twice. A *run* is a group of sequences with a long common
-prefix, which is computed once and kept as keys and values. A *tree* holds the rest of sequences
-that still share a beginning, each shared token once. A *row* is a few trees side by side, so that
-rows come out nearly equal in length. Beyond that the output head sees only positions that predict a
-scored token, rows are batched by tokens, and texts are tokenised in one go. Scores do not depend on
-the batch size beyond rounding.
+Scoring a benchmark means running thousands of sequences with common prefixes: the choices of a
+question share the question, and the questions of a task share its worked examples. This scorer
+computes shared tokens only once. A *run* is a group of sequences with a long common prefix, whose
+keys and values are cached. A *tree* holds the remainders of sequences that share further tokens,
+each shared token once. A *row* packs several trees side by side, so that rows have nearly equal
+length. In addition, the output head runs only at positions that predict a scored token, batches
+are sized by tokens, and texts are tokenised in one call. Scores depend on the batch size only by
+rounding.
 
-The packed rows need a model that honours a four-dimensional attention mask, position ids and a
-key-value cache. Whether it does is found out by running a few tokens both ways, not from a list
-of names; any other model is scored one sequence a row, right-padded.
+Packed rows need a model that supports four-dimensional attention masks, position ids and a
+key-value cache. This is tested by running a few tokens both ways, not looked up by name; other
+models are scored one sequence per right-padded row.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from calmix.models.opening import quiet_transformers
 
 BATCH_TOKENS = 2048
 ROW_TOKENS = 256
-MAX_LENGTH = 2048  # where a model does not state its context
+MAX_LENGTH = 2048  # if a model does not state its context
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-MIN_PREFIX = 48  # tokens: shorter prefixes are cheaper to compute again than to carry
-MIN_SHARED = 6  # tokens in common that make two neighbours worth keeping in one tree
-OPEN_ROWS = 64  # rows that may still be filled while packing
+MIN_PREFIX = 48  # tokens; shorter prefixes are cheaper to recompute than to cache
+MIN_SHARED = 6  # fewest common tokens for two neighbours to share a tree
+OPEN_ROWS = 64  # most rows kept open while packing
 
 
 class Scored(NamedTuple):
-    """A sequence of token ids of which those from `start` (at least 1) on are to be scored."""
+    """A sequence of token ids; those from `start` (at least 1) on are scored."""
 
     ids: list[int]
     start: int
@@ -55,10 +55,10 @@ class Scored(NamedTuple):
 
 @dataclass
 class Row:
-    """Token nodes of a few trees, and what is to be scored.
+    """The token nodes of several trees, and the tokens to score.
 
-    `parent` is the node before each node, -1 at a root, always smaller than the node itself.
-    `targets` are (owner, node, token): predicted at the node, for the sequence of the owner.
+    `parent` is the index of each node's predecessor, -1 at a root, always smaller than its own.
+    `targets` are (owner, node, token): a token of the owner's sequence, predicted at the node.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -69,15 +69,15 @@ class Row:
         return len(self.ids)
 
 
-Run = tuple[list[int], list[Row]]  # a prefix, which may be empty, and rows that begin with it
+Run = tuple[list[int], list[Row]]  # a prefix, possibly empty, and the rows that follow it
 
 
 class Scorer:
-    """An open model that gives likelihoods.
+    """Scores requests with an open model.
 
-    Speed and memory depend on `batch_tokens`, the tokens in one forward pass; scores do not.
-    `progress` is called with the requests done and in all, `truncated` counts each task's
-    requests whose context was cut on the left to fit the model.
+    `batch_tokens`, the tokens per forward pass, affects speed and memory but not scores. `progress`
+    is called with the requests done and in total. `truncated` counts, by task, the requests whose
+    context was truncated on the left to fit the model.
     """
 
     def __init__(
@@ -99,32 +99,32 @@ class Scorer:
         self.packed = self._packs()
 
     def encode(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
-        """Return the token ids of texts; special tokens as the tokenizer itself adds them."""
+        """Tokenise texts; the tokenizer adds its special tokens if `special`."""
         if not texts:
             return []
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
 
     def loglikelihood(self, requests: Sequence[tuple[str, str, str]]) -> list[float]:
-        """Return the log-likelihood in nats of each answer, of requests (task, context, answer).
+        """Return the log-likelihood of each answer in nats, for requests (task, context, answer).
 
-        They are tokenised as lm-evaluation-harness does: together, then split by the context.
+        Context and answer are tokenised together, then split, as in lm-evaluation-harness.
         """
         contexts = [context.rstrip() for _, context, _ in requests]
         distinct = list(dict.fromkeys(contexts))
-        known = dict(zip(distinct, self.encode(distinct), strict=True))
+        encoded = dict(zip(distinct, self.encode(distinct), strict=True))
         whole = self.encode([context + answer for _, context, answer in requests])
         scored = []
-        for owner, (one, name, ids) in enumerate(zip(requests, contexts, whole, strict=True)):
-            context = known[name]
+        for owner, (request, text, ids) in enumerate(zip(requests, contexts, whole, strict=True)):
+            task, context = request[0], encoded[text]
             answer = ids[len(context) :]
             if not 0 < len(answer) <= self.max_length:
                 raise ModelError(
-                    f"task {one[0]} has an answer of {len(answer)} tokens; "
-                    f"{self.opened.name} takes 1 to {self.max_length}: leave that task out"
+                    f"task {task} has an answer of {len(answer)} tokens; {self.opened.name} "
+                    f"takes 1 to {self.max_length}: leave that task out"
                 )
             ids = [*context, *answer]
             if len(ids) > self.max_length + 1:  # the last token is only predicted
-                self.truncated[one[0]] += 1
+                self.truncated[task] += 1
                 ids = ids[-(self.max_length + 1) :]
             scored.append(Scored(ids, len(ids) - len(answer), owner))
         with torch.inference_mode():
@@ -134,15 +134,15 @@ class Scorer:
                 owners = [owner for row in rows for owner, _, _ in row.targets]
                 for owner, value in zip(owners, self._values(rows, hidden).tolist(), strict=True):
                     totals[owner] += value
-                self.tick(len({*owners}))  # it is in one row whole
+                self.tick(len({*owners}))  # a request is never split between rows
         return totals
 
     def _hidden(self, scored: list[Scored]) -> Iterator[tuple[list[Row], Tensor]]:
-        """Yield batches of rows with the last hidden states of their nodes."""
+        """Yield batches of rows and the last hidden states of their nodes."""
         window = self._window if self.packed else 0
         short = [one for one in scored if len(one.ids) - 1 <= window]
         for prefix, beside in plan(short, row_tokens=ROW_TOKENS):
-            cache = self._remember(prefix) if prefix else None
+            cache = self._prefill(prefix) if prefix else None
             for rows in batches(beside, self.batch_tokens):
                 yield rows, self._run_packed(rows, cache, len(prefix))
         long = [one for one in scored if len(one.ids) - 1 > window]
@@ -150,16 +150,15 @@ class Scorer:
             yield rows, self._run(rows)
 
     def _run(self, rows: Sequence[Row], **more: Any) -> Tensor:
-        """Return the last hidden states of right-padded rows; alone, what follows a token of a
-        chain never changes it."""
+        """Return the last hidden states of right-padded rows; causality makes padding harmless."""
         ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
         return self._decoder(input_ids=ids.to(self.device), **{"use_cache": False} | more)[0]
 
-    def _remember(self, prefix: list[int]) -> Any:
+    def _prefill(self, prefix: list[int]) -> Any:
         """Return the keys and values of a prefix, one row."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()  # without a configuration: it keeps all, sliding windows included
+        cache = DynamicCache()  # without a config: with one, it would drop all but the window
         ids = torch.tensor([prefix], device=self.device)
         self._decoder(input_ids=ids, use_cache=True, **{self._cache_key: cache})
         return cache
@@ -167,8 +166,8 @@ class Scorer:
     def _run_packed(self, rows: list[Row], cache: Any, prefix: int) -> Tensor:
         """Return the last hidden states of packed rows, shape (rows, nodes, width)."""
         count, length, dtype = len(rows), len(rows[0]), self.model.dtype
-        # A node sees the prefix, itself and those before it; of padding that, so that no line of
-        # the mask is empty.
+        # A node sees the prefix, itself and its ancestors. Padding sees the prefix and itself, so
+        # that no line of the mask is empty.
         visible = np.ones((count, 1, length, prefix + length), dtype=bool)
         visible[..., prefix:] = np.eye(length, dtype=bool)
         for lines, row in zip(visible[:, 0, :, prefix:], rows, strict=True):
@@ -178,14 +177,14 @@ class Scorer:
         mask = torch.zeros(visible.shape, dtype=dtype)
         mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(dtype).min)
         past = {} if cache is None else {self._cache_key: repeated_cache(cache, count)}
-        place = torch.from_numpy(visible[:, 0].sum(-1) - 1).to(self.device)  # all before it
+        position = torch.from_numpy(visible[:, 0].sum(-1) - 1).to(self.device)  # all before it
         return self._run(
-            rows, attention_mask=mask.to(self.device), position_ids=place, use_cache=bool(past),
+            rows, attention_mask=mask.to(self.device), position_ids=position, use_cache=bool(past),
             **past,
         )  # fmt: skip
 
     def _values(self, rows: list[Row], hidden: Tensor) -> Tensor:
-        """Return the log-probability of every target of the rows, in order."""
+        """Return the log-probability of each target of the rows, in order."""
         width, device = hidden.shape[1], hidden.device
         targets = [(n * width + node, token) for n, row in enumerate(rows)
                    for _, node, token in row.targets]  # fmt: skip
@@ -195,31 +194,31 @@ class Scorer:
         values = torch.empty(len(tokens), device=device)
         for at in range(0, len(states), likelihood.HEAD_TOKENS):
             logits = self._head(states[at : at + likelihood.HEAD_TOKENS])
-            here = ((which >= at) & (which < at + likelihood.HEAD_TOKENS)).nonzero().flatten()
-            # Counted on the host, and sent at once: nothing waits for the device.
-            line, token, here = torch.stack([which[here] - at, tokens[here], here]).to(device)
+            part = ((which >= at) & (which < at + likelihood.HEAD_TOKENS)).nonzero().flatten()
+            # Indexed on the host and sent together: no synchronisation with the device.
+            line, token, part = torch.stack([which[part] - at, tokens[part], part]).to(device)
             right = logits[line, token].float()
-            values[here] = right - log_sums(logits)[line]
+            values[part] = right - log_sums(logits)[line]
         return values.cpu()
 
     @torch.inference_mode()
     def _packs(self) -> bool:
-        """Find out whether the model runs packed rows: three lines in a tree, and each alone."""
+        """Test whether the model supports packed rows: three sequences in a tree, and alone."""
         size = self.model.get_input_embeddings().weight.shape[0]
-        # Distinct, spread-out tokens; the same ones every time. Four of them are the prefix.
+        # Distinct, spread-out tokens, always the same. The first four are the prefix.
         ids = [(7 + 31 * i * i + 17 * i) % size for i in range(20)]
         lines = [ids[:12], ids[:8] + ids[12:16], ids[:4] + ids[14:20]]
         row = Row(
             ids[4:12] + ids[12:16] + ids[14:20],
             [*range(-1, 7), 3, *range(8, 11), -1, *range(12, 17)],
         )
-        other = Row(row.ids[:5], row.parent[:5])  # shorter: padding is tried too
+        other = Row(row.ids[:5], row.parent[:5])  # shorter, to test padding too
         chains = trees([Scored([*line, 0], 1) for line in lines], [0] * len(lines))
         with quiet_transformers():
             try:
-                packed = self._run_packed([row, other], self._remember(ids[:4]), 4)
+                packed = self._run_packed([row, other], self._prefill(ids[:4]), 4)
                 bare = self._run_packed(chains[:1], None, 0)
-            except Exception:  # a model without masks, caches or positions fails in its own way
+            except Exception:  # models without masks, caches or position ids fail in any way
                 return False
             first, second, third = (self._run([one])[0] for one in chains)
         limit = TOLERANCE.get(self.model.dtype, 1e-1)
@@ -230,9 +229,9 @@ class Scorer:
 
 
 def attention_window(model: Any) -> float:
-    """Return how many tokens a model's narrowest attention sees; infinity if all of them.
+    """Return a model's narrowest attention window in tokens; infinity if it has none.
 
-    A ready-made mask replaces a sliding window, so packed rows must stay within it.
+    A custom mask replaces a sliding window, so packed rows must be no longer than the window.
     """
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "use_sliding_window", True) is False:
@@ -243,7 +242,7 @@ def attention_window(model: Any) -> float:
 
 
 def batches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
-    """Yield rows, longest first, in batches of at most `tokens` tokens with padding."""
+    """Yield rows, longest first, in batches of at most `tokens` tokens including padding."""
     left = sorted(rows, key=len, reverse=True)
     while left:
         count = max(1, tokens // max(1, len(left[0])))
@@ -252,26 +251,26 @@ def batches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
 
 
 def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
-    """Return runs of rows that hold every token to be scored exactly once per sequence.
+    """Pack sequences into runs of rows; each token to score occurs exactly once per sequence.
 
-    A row exceeds `row_tokens` only where a single tree of one sequence does. The plan depends
-    on the sequences alone, not on their order of arrival.
+    A row exceeds `row_tokens` only if a single sequence does. The plan depends on the sequences,
+    not on their order.
     """
     ordered = sorted(sequences, key=lambda scored: (scored.ids, scored.start))
     arrays = [np.asarray(scored.ids[:-1], dtype=np.int64) for scored in ordered]
-    shared = [0, *(_common(a, b) for a, b in pairwise(arrays))]  # tokens of k and k - 1 in common
+    shared = [0, *(_common(a, b) for a, b in pairwise(arrays))]  # common tokens of k and k - 1
 
     def size(low: int, high: int, prefix: int) -> int:
-        own = sum(len(ordered[k].ids) - 1 - shared[k] for k in range(low, high))
-        return own + shared[low] - prefix
+        new = sum(len(ordered[k].ids) - 1 - shared[k] for k in range(low, high))
+        return new + shared[low] - prefix
 
     def length(low: int, high: int) -> int:
-        # One context token must stay in the row: the first scored token is predicted there.
+        # One context token must stay in the row to predict the first scored token.
         reach = min(scored.start - 1 for scored in ordered[low:high])
         return min(reach, *shared[low + 1 : high]) if high - low > 1 else 0
 
     def split(low: int, high: int, prefix: int) -> list[tuple[int, int, int]]:
-        """Cut a stretch of the sequences where what they share is shortest, while that pays."""
+        """Split a range of sequences at its shortest common prefixes, while that pays off."""
         least = min(shared[low + 1 : high])
         cuts = [low, *(k for k in range(low + 1, high) if shared[k] == least), high]
         parts = [(a, b, length(a, b)) for a, b in pairwise(cuts)]
@@ -285,7 +284,7 @@ def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
     for low, high in pairwise(sorted({0, *apart, len(ordered)})):
         prefix = length(low, high)
         if prefix < MIN_PREFIX or size(low, high, prefix) < row_tokens:
-            loose += range(low, high)  # a row or less: trees alone share everything there is
+            loose += range(low, high)  # a row or less: trees already share all tokens
             continue
         for first, end, most in split(low, high, prefix):
             kept = [0, *(count - most for count in shared[first + 1 : end])]
@@ -299,7 +298,7 @@ def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
 
 
 def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
-    """Return how many leading entries two arrays have in common."""
+    """Return the length of the common prefix of two arrays."""
     length = min(len(a), len(b))
     differs = a[:length] != b[:length]
     return int(differs.argmax()) if differs.any() else length
@@ -308,9 +307,9 @@ def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
 def trees(
     members: Sequence[Scored], shared: Sequence[int], prefix: int = 0, row_tokens: int = 0
 ) -> list[Row]:
-    """Grow trees over neighbours, cutting where they share little or a tree grows long.
+    """Build trees over neighbours; start a new one when they share little or a tree gets long.
 
-    `shared` says how many tokens beyond the prefix each sequence has in common with the last.
+    `shared` is how many tokens after the prefix each sequence shares with the previous one.
     """
     made, path = list[Row](), list[int]()
     for scored, kept in zip(members, shared, strict=True):
@@ -329,20 +328,20 @@ def trees(
 
 
 def fill_rows(made: list[Row], row_tokens: int) -> list[Row]:
-    """Put trees into rows of at most `row_tokens` nodes, the longest first, best fit."""
+    """Pack trees into rows of at most `row_tokens` nodes: best fit, longest first."""
     rows: list[Row] = []
-    room: list[list[int]] = []  # [free tokens, row], at most OPEN_ROWS of them
+    room: list[list[int]] = []  # [free tokens, row] of at most OPEN_ROWS rows
     for tree in sorted(made, key=len, reverse=True):
-        place = min((place for place in room if place[0] >= len(tree)), default=None)
-        if place is None:
+        best = min((one for one in room if one[0] >= len(tree)), default=None)
+        if best is None:
             rows.append(Row())
-            room.append(place := [row_tokens, len(rows) - 1])
-        row = rows[place[1]]
+            room.append(best := [row_tokens, len(rows) - 1])
+        row = rows[best[1]]
         base = len(row)
         row.ids += tree.ids
         row.parent += [p + base if p >= 0 else -1 for p in tree.parent]
         row.targets += [(owner, node + base, token) for owner, node, token in tree.targets]
-        place[0] -= len(tree)
+        best[0] -= len(tree)
         if len(room) > OPEN_ROWS:
             room.remove(min(room))
     return rows

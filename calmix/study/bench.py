@@ -1,6 +1,7 @@
-"""Where one process runs trials, with an open model and what the trials share.
+"""Runs trials in one process, with an open model and whatever the trials share.
 
-Trials that differ in recovery alone are pruned once; before another prune the model is opened anew.
+Trials that differ only in recovery are pruned once. The model is reopened before it is pruned
+again.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from calmix.study.trials import Key, Planned
 INFORMATION, PRUNING, RECOVERY = "information.json", "pruning.json", "recovery.json"
 CHECKPOINT = "checkpoint"
 SHARED = ("id", "model", "calibration", "strategy", "pattern", "rows", "length", "seed")
-NAMES = {"name": "task", "kept": "retention"}  # in a trial's record of its tasks
+NAMES = {"name": "task", "kept": "retention"}  # fields renamed in a trial's record of its tasks
 
-Stage = Callable[[str, int, int], None]  # what is done now; how much of it, out of how much
+Stage = Callable[[str, int, int], None]  # name of the step, amount done, total amount
 
 
 class Bench:
@@ -49,11 +50,11 @@ class Bench:
         self.how: dict[str, Any] = options.model_dump(include=set(DeviceOptions.model_fields))
         self.opened: OpenModel | Any = None
         self._label: str | None = None
-        # What the open model was pruned to, and how it went; None while its weights are dense.
+        # Key and report of the last pruning of the open model; None while its weights are dense.
         self._pruned: tuple[Key, PruneReport | Any] | None = None
 
     def ready(self, label: str, stage: Stage) -> None:
-        """Open the model of a label and score it before pruning, unless that is done."""
+        """Open and score the dense model of a label, unless it is ready."""
         if self._label == label:
             return
         stage("opening the model", 0, 1)
@@ -69,7 +70,7 @@ class Bench:
         with self.store.lock(f"dense-{self._key[:32]}"):
             try:
                 self._dense = load_scores(path)
-            except InputError:  # none there, of an older format, or damaged
+            except InputError:  # missing, of an older format, or damaged
                 self._dense = evaluate(
                     opened, suite, allow_code_execution=self.allows, cache=True,
                     progress=lambda *of: stage("scoring the dense model", *of),
@@ -77,9 +78,9 @@ class Bench:
                 self._dense.save(path)
 
     def _open(self, label: str) -> None:
-        """Open the dense model of a label, unless it is the one that is open."""
+        """Open the dense model of a label, unless it is already open."""
         if self._label != label or self._pruned is not None:
-            self._label = self.opened = self._pruned = None  # before others take their memory
+            self._label = self.opened = self._pruned = None  # free the memory first
             self.opened = self._dense_model(label)
             self._label = label
 
@@ -88,7 +89,7 @@ class Bench:
         return open_model(entry.name, dtype=entry.dtype, **self.how)
 
     def run(self, trial: Planned, stage: Stage, note: Callable[[str], None]) -> Trial:
-        """Run one trial of the model that is ready, write it to the store and return it."""
+        """Run one trial of the model made `ready`, write it to the store and return it."""
         seconds = dict[str, float]()
         began = at = time.perf_counter()
 
@@ -138,7 +139,7 @@ class Bench:
             kept = scores.retention(self._dense)
             seconds["total"] = round(time.perf_counter() - began, 3)
             outcome = Trial(
-                **{name: getattr(trial, name) for name in SHARED}, method=trial.way,
+                **{name: getattr(trial, name) for name in SHARED}, method=trial.recipe,
                 mix=(trial.definition["calibration"] or {}).get("mix", {}),
                 sparsity=report.sparsity, propagation=trial.request.propagation,
                 suite=self.study.suite.name, information=information,
@@ -163,7 +164,7 @@ class Bench:
     def _prune(
         self, trial: Planned, made: CalibrationSet | None, progress: Callable[[int, int], None]
     ) -> PruneReport:
-        """Prune the dense model, unless the trial before did just that and no more."""
+        """Prune the dense model, unless the open model was pruned in the same way."""
         if self._pruned is not None and self._pruned[0] == trial.pruned:
             return self._pruned[1]
         self._open(trial.model)
@@ -186,8 +187,8 @@ class Bench:
     def _calibration(
         self, trial: Planned, stage: Stage, note: Callable[[str], None]
     ) -> tuple[CalibrationSet | None, dict[str, float]]:
-        """Return a trial's calibration set with its metrics; the dense model makes what of them is
-        not in the store."""
+        """Return a trial's calibration set and its metrics, from the store or made with the dense
+        model."""
         if trial.calibration_id is None:
             return None, {}
         folder = self.store.calibration(trial.calibration_id)
@@ -206,7 +207,7 @@ class Bench:
                     write_json(beside / INFORMATION, named)
             made = CalibrationSet.open(folder, self.opened)
             path = folder / INFORMATION
-            information = read_object(path, f"{path} is missing: delete its folder")
+            information = read_object(path, f"{path} is missing: delete its folder to make it anew")
             if self.study.file.perplexity and "perplexity" not in information["metrics"]:
                 stage("measuring the set", 0, 1)
                 self._open(trial.model)

@@ -1,9 +1,9 @@
-"""What work will take before it runs: one real block is timed, everything else extrapolated.
+"""Estimates of time and memory before a run: one real block is timed, the rest is extrapolated.
 
-A model is built from its configuration alone. Its largest block gets random weights, is pruned by
-the real method and run on a micro-batch. Time per token times tokens, and time per block times as
-many blocks as the weights make, is the estimate. Memory is that of `pruning.budget.plan_for` and
-`recovery.memory`.
+A model is built from its configuration only. Its largest block gets random weights, is pruned by
+the real method and run on a micro-batch. The estimate is time per token times tokens, plus time per
+block times the number of such blocks that make up all block weights. Memory comes from
+`pruning.budget.plan_for` and `recovery.memory`.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ from calmix.recovery.training import held_out, rows_at_once
 from calmix.study.spec import Study
 from calmix.study.trials import Condition, Planned, plan
 
-PROGRAM = 0.6e9  # bytes of Python, torch and transformers before any weight is read
-START = 8.0  # seconds until they are imported
-FILES = 0.3e9  # bytes of a checkpoint a second, read, hashed, written and hashed again
-MOMENT = 0.3  # seconds that each timing takes, at least
-LONG = 10.0  # seconds of a first call that is not off by its start
-BATCH = 64  # rows written at a time
-TRAINED = 3.2  # what a token that is trained takes, in tokens that are read
+PROGRAM = 0.6e9  # bytes of Python, torch and transformers without any weights
+START = 8.0  # seconds to import them
+FILES = 0.3e9  # checkpoint bytes per second: read, hashed, written and hashed again
+MOMENT = 0.3  # shortest time of a measurement, in seconds
+LONG = 10.0  # seconds after which a first call counts without warm-up
+BATCH = 64  # rows generated at a time
+TRAINED = 3.2  # cost of training on a token, relative to a forward pass
 VOCABULARY = 16_384  # rows of the output head that are timed
-CHARACTERS = 3.6  # a token, in English text and code
-# Tokens written for each that is kept.
+CHARACTERS = 3.6  # per token, in English text and code
+# Tokens generated per token kept.
 PASSES = {"self-written": 1.2, "chat": 1.3, "igsp": 3.0, "self-cal": 1.0, "sgs": 1.25}
-ITEMS, EACH = 1000, 1000  # of a task whose data is not at hand, and characters of each
+ITEMS, EACH = 1000, 1000  # assumed items of a task without its data, and characters per item
 
 
 class Timed:
-    """A model from its configuration alone, and how long work on it takes on this machine.
+    """A model built from its configuration only, and estimates for work on it on this machine.
 
-    Arguments are those of `open_model`; of a hub model only config.json is fetched.
+    Arguments are those of `open_model`; for a hub model only config.json is fetched.
     """
 
-    merges = False  # `plan_for` and `recovery.make_plan` read this and what is public here
+    merges = False  # `plan_for` and `recovery.make_plan` read this and the public attributes
 
     def __init__(
         self, name: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
@@ -72,10 +72,10 @@ class Timed:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.device = device_of(device)
-        place = name if known_model(name) is None else resolve_model(name)
+        path = name if known_model(name) is None else resolve_model(name)
         trust = {"trust_remote_code": trust_remote_code}
         with loading(f"cannot read the configuration of {name}"):
-            config = AutoConfig.from_pretrained(place, **trust)
+            config = AutoConfig.from_pretrained(path, **trust)
             chosen = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
             self.dtype = suited(chosen, self.device) if dtype == "auto" else chosen
             with init_empty_weights(include_buffers=False):
@@ -95,32 +95,32 @@ class Timed:
 
     @property
     def outer_weights(self) -> int:
-        """Weights of embeddings and output head."""
+        """Number of weights in embeddings and output head."""
         head, embedded = (weight.numel() for weight in outer_weights(self.model))
         return embedded if tied(self.model) else head + embedded
 
     def outside_bytes(self, *, head: bool = False) -> int:
-        """Return the bytes of what is outside the blocks, of a head that is apart if `head`."""
-        apart = 0 if head or tied(self.model) else self.vocabulary * self.hidden
-        return (self.weights - self.block_weights - apart) * self.dtype.itemsize
+        """Return the bytes outside the blocks; an untied output head counts only if `head`."""
+        untied = 0 if head or tied(self.model) else self.vocabulary * self.hidden
+        return (self.weights - self.block_weights - untied) * self.dtype.itemsize
 
     @cached_property
     def _sample(self) -> tuple[Any, float]:
-        """A model of the largest block alone, and how many such blocks the weights make."""
+        """A model of only the largest block, and how many such blocks equal all blocks."""
         sizes = self.blocks.sizes
         largest = sizes.index(max(sizes))
         model = self._of_block(largest)
         try:
             model.base_model(self._ids(1, 8), use_cache=False)
-        except Exception:  # the largest reads what another block has written
+        except Exception:  # the largest block needs the output of another
             largest, model = 0, self._of_block(0)
         return model, self.block_weights * self.dtype.itemsize / sizes[largest]
 
     def _of_block(self, index: int) -> Any:
-        """Return the model with one block, of random weights."""
+        """Return the model with a single block and random weights."""
         model = deepcopy(self.model)
         config = model.config.get_text_config(decoder=True)
-        if types := getattr(config, "layer_types", None):  # the block is the first now
+        if types := getattr(config, "layer_types", None):  # the block becomes the first
             config.layer_types = types[index:] + types[:index]
         owner, _, last = self.blocks.name.rpartition(".")
         setattr(model.get_submodule(owner), last, nn.ModuleList([find_blocks(model).blocks[index]]))
@@ -129,7 +129,7 @@ class Timed:
         for name, p in model.named_parameters():
             if p.ndim == 1:
                 p.fill_(not name.endswith("bias"))
-            else:  # of an embedding only the first rows are read
+            else:  # only the first rows of an embedding are used
                 p[:VOCABULARY].normal_(0, 0.02)
         return model
 
@@ -137,34 +137,34 @@ class Timed:
         return torch.randint(0, min(self.vocabulary, 256), (rows, length), device=self.device)
 
     def _prune(self, method: Method, propagation: str | None, length: int) -> tuple[float, float]:
-        """Return the seconds that pruning all blocks takes, and those of each token."""
-        model, times = self._sample
+        """Return the seconds to solve all blocks, and the seconds per calibration token."""
+        model, count = self._sample
         ids = self._ids(max(1, tokens_at_once(self.device) // max(1, length)), length)
         pattern: Any = Rate(3) if isinstance(method, Quantiser) else Unstructured(0.5)
-        taken: list[dict[str, float]] = []
+        times: list[dict[str, float]] = []
 
         def act() -> None:
             report = prune(
                 model, None if method.needs is None else ids, method=method, pattern=pattern,
                 propagation="block" if propagation == "block" else "sequential",
             )  # fmt: skip
-            taken.append(report.seconds)
+            times.append(report.seconds)
 
         seconds(act, self.device)
-        last = taken[-1]
+        last = times[-1]
         each = 0.0 if method.needs is None else last["statistics"] + last["forward"]
-        return times * last["solve"], times * each / max(1, ids.numel())
+        return count * last["solve"], count * each / max(1, ids.numel())
 
     def _measure(self, rows: int, length: int) -> float:
-        """Return the seconds of a token of such rows through the blocks."""
-        model, times = self._sample
+        """Return the seconds per token of a pass through the blocks, for rows of this shape."""
+        model, count = self._sample
         ids = self._ids(rows, length)
         with torch.no_grad():
             once = seconds(lambda: model.base_model(ids, use_cache=False), self.device)
-        return times * once / ids.numel()
+        return count * once / ids.numel()
 
     def _head(self) -> float:
-        """Return the seconds of the output head and its softmax at a position."""
+        """Return the seconds of the output head and softmax per position."""
         rows = min(self.vocabulary, VOCABULARY)
         weight = torch.randn(rows, self.hidden, device=self.device).to(self.dtype)
         states = torch.randn(512, self.hidden, device=self.device).to(self.dtype)
@@ -172,8 +172,8 @@ class Timed:
         return once / 512 * self.vocabulary / rows
 
     def forward(self, tokens: float, length: int, positions: float = 0.0) -> float:
-        """Return the seconds of one pass of tokens in rows of `length` through the blocks, and of
-        the output head at so many positions."""
+        """Return the seconds of one pass through the blocks, for tokens in rows of `length`, and
+        of the output head at some positions."""
         found = positions * self._position() if positions else 0.0
         if tokens:
             rows = max(1, tokens_at_once(self.device) // length)
@@ -181,7 +181,7 @@ class Timed:
         return found
 
     def write(self, tokens: float) -> float:
-        """Return the seconds of writing tokens, `BATCH` rows at a time."""
+        """Return the seconds to generate tokens, `BATCH` rows at a time."""
         return tokens * (self._token(BATCH, 1) + self._position()) if tokens else 0.0
 
     def pruning(
@@ -192,7 +192,7 @@ class Timed:
         length: int,
         allocation: str | None = None,
     ) -> float:
-        """Return the seconds of a prune with its allocation, without reading and writing files."""
+        """Return the seconds of pruning and allocation, without reading and writing files."""
         fixed, each = self.prune(method, propagation, length)
         if allocation is not None:
             fixed += self.prune(Look(), None, length)[0]
@@ -200,7 +200,7 @@ class Timed:
         return fixed + rows * length * each
 
     def calibration(self, asked: Asked, measured: bool = True) -> float:
-        """Return the seconds of writing a calibration set's text and measuring its perplexity."""
+        """Return the seconds to generate a calibration set's text and measure its perplexity."""
         tokens = asked.draw.rows * asked.draw.length
         found = self.forward(tokens, asked.draw.length, tokens) if measured else 0.0
         parts = {name: asked.mix[name] for name in asked.written}
@@ -208,12 +208,12 @@ class Timed:
         return found + self.write(sum(PASSES[name] * part for name, part in parts.items()) * tokens)
 
     def evaluation(self, work: SuiteWork, texts: float = 0.0) -> float:
-        """Return the seconds of scoring a suite, and the distance to the dense model on texts."""
+        """Return the seconds to score a suite, and to measure distance on this many text tokens."""
         read = self.forward(work.tokens + texts, 512, work.tokens / 2 + 2 * texts)
         return read + self.write(work.written)
 
     def recovery(self, request: Recovering, rows: int, length: int) -> float:
-        """Return the seconds of a recovery, without reading and writing files."""
+        """Return the seconds of recovery, without reading and writing files."""
         held = held_out(rows)
         trained = max(0, rows - held) * length * request.epochs
         read, once = held * length * request.epochs, rows * length
@@ -223,41 +223,41 @@ class Timed:
         return self.forward(passes, length, 4 * (trained + read))
 
     def recovery_memory(self, request: Recovering, length: int, room: float | None = None) -> int:
-        """Return the bytes a recovery takes beside the program; some is spared within `room`."""
+        """Return the bytes that recovery needs besides the program; less if `room` is limited."""
         source: Any = self
         rows = rows_at_once(request.batch, length)
         rows, most = (rows[:1], float("inf")) if room is None else (rows, room)
         return recovery.make_plan(source, request.method, self.dtype, length, rows, most).needed
 
     def trial_memory(self, trial: Planned) -> float:
-        """Return the bytes a trial takes at its peak on the device that prunes."""
+        """Return a trial's peak memory in bytes on the device that prunes."""
         source: Any = self
         shape = trial.rows, trial.length
         needed = plan_for(source, shape, trial.request.chosen, budget=2**62).needed
-        blocks = 2 * max(self.blocks.sizes)  # held with all the others
+        blocks = 2 * max(self.blocks.sizes)  # already counted in `self.bytes`
         logits = 3 * 512 * self.vocabulary * 4
         peak = max(needed - blocks, PROGRAM + logits)
         if trial.recovery is not None:
             recovered = self.recovery_memory(trial.recovery, trial.length)
-            peak = max(peak, PROGRAM + max(recovered, self.bytes + logits))  # both are open
+            peak = max(peak, PROGRAM + max(recovered, self.bytes + logits))  # two models are open
         return self.bytes + peak
 
 
 def seconds(act: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of one call, the median of as many as fit into a moment; the first of
-    several warms up."""
-    taken: list[float] = []
-    while not taken or sum(taken) < (LONG if len(taken) == 1 and MOMENT else MOMENT):
+    """Return the median seconds of calls repeated for `MOMENT` seconds. The first call is a
+    warm-up unless it takes `LONG`."""
+    times: list[float] = []
+    while not times or sum(times) < (LONG if len(times) == 1 and MOMENT else MOMENT):
         began = time.perf_counter()
         act()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:] or taken)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:] or times)
 
 
 class SuiteWork(NamedTuple):
-    """What scoring a suite takes: tokens read and written; `exact` where its data is at hand."""
+    """The work to score a suite: tokens read and generated; `exact` if its data is available."""
 
     items: int = 0
     tokens: int = 0
@@ -266,12 +266,12 @@ class SuiteWork(NamedTuple):
 
 
 def suite_work(suite: Suite) -> SuiteWork:
-    """Return what scoring a suite takes, counted where its data is at hand, else assumed."""
+    """Return the work to score a suite, from its data if available, else from assumed sizes."""
     items = characters = written = 0
-    exact, here = True, assets.get_asset(ARCHIVE).state == "ok"
+    exact, present = True, assets.get_asset(ARCHIVE).state == "ok"
     for spec in suite.tasks.values():
         sizes = [EACH] * min(ITEMS, spec.limit or ITEMS)
-        if known := here or spec.file is not None:
+        if known := present or spec.file is not None:
             texts = asked_texts(spec) if spec.writes else item_texts(spec)
             sizes = [len(text) for _, text in texts]
             written += sum(one.tokens for one in task_of(spec)) // 2 if spec.writes else 0
@@ -280,48 +280,50 @@ def suite_work(suite: Suite) -> SuiteWork:
 
 
 def text_tokens(suite: Suite) -> int:
-    """Return the tokens of the texts that distance is measured on."""
+    """Return the number of tokens in the texts used to measure distance."""
     return TEXT_ROWS * TEXT_LENGTH * sum(name in builtin_readers() for name in suite.dimensions)
 
 
 def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
-    """Return what a study will take on this machine, one trial at a time.
+    """Estimate what a study takes on this machine, running one trial at a time.
 
-    In all seconds, and bytes of memory and on disk; `sets_seconds` make and measure the calibration
-    sets, `dense_seconds` score the dense models. `groups` are of trials that take the same, with
-    what each takes, `notes` say what was assumed and what does not fit.
+    The result has the total `seconds`, and bytes of `memory` and `disk`. `sets_seconds` is for
+    making and measuring calibration sets, `dense_seconds` for scoring dense models. `groups` holds
+    the cost per trial of similar trials; `notes` lists assumptions and trials that do not fit.
     """
     models = {label: Timed(m.name, m.dtype, device) for label, m in study.file.models.items()}
     work, texts = suite_work(study.suite), text_tokens(study.suite)
     trials, groups = plan(study), dict[Condition, list[Planned]]()
     for trial in trials:
         groups.setdefault(trial.condition, []).append(trial)
-    # What differs in recovery alone is pruned once.
+    # Trials that differ only in recovery are pruned once.
     prunes = {trial.pruned: trial for trial in reversed(trials)}
     sets = {(trial.model, trial.calibration, trial.rows, trial.length, trial.seed): trial
             for trial in trials if trial.rows}  # fmt: skip
     found: list[dict[str, Any]] = []
     notes = [] if work.exact else [
-        f"the data of suite {study.suite.name} is not here: scoring is estimated from assumed "
-        "sizes of its tasks"
+        f"the data of suite {study.suite.name} has not been fetched: scoring is estimated from "
+        "assumed sizes of its tasks"
     ]  # fmt: skip
     for members in groups.values():
-        like, model = members[0], models[members[0].model]
+        first, model = members[0], models[members[0].model]
         pruned = sum(prunes[trial.pruned] is trial for trial in members) / len(members)
-        shape, how = (like.rows, like.length), like.request
-        once = model.pruning(how.chosen, how.propagation, *shape, how.allocation)
-        taken = {"prune": pruned * once, "evaluate": model.evaluation(work, texts)}
-        if like.recovery is not None:
-            taken["recover"] = model.recovery(like.recovery, *shape)
-        memory = model.trial_memory(like)
+        shape, request = (first.rows, first.length), first.request
+        once = model.pruning(request.chosen, request.propagation, *shape, request.allocation)
+        times = {"prune": pruned * once, "evaluate": model.evaluation(work, texts)}
+        if first.recovery is not None:
+            times["recover"] = model.recovery(first.recovery, *shape)
+        memory = model.trial_memory(first)
         found.append({
-            "model": like.model, "method": like.way, "pattern": like.pattern, "rows": like.rows,
-            "length": like.length, "trials": len(members), "seconds": taken, "memory": memory,
+            "model": first.model, "method": first.recipe, "pattern": first.pattern,
+            "rows": first.rows, "length": first.length, "trials": len(members), "seconds": times,
+            "memory": memory,
             "disk": 80.0 * work.items + study.file.keep_checkpoints * model.bytes + 50_000,
         })  # fmt: skip
-        there = device_memory(model.device)[2] or total_memory()
-        if memory > there:
-            notes.append(too_large(f"{like.model} {like.way} {like.pattern}", memory, there))
+        available = device_memory(model.device)[2] or total_memory()
+        if memory > available:
+            label = f"{first.model} {first.recipe} {first.pattern}"
+            notes.append(too_large(label, memory, available))
     made = sum(models[one.model].calibration(one.asked, study.file.perplexity)
                for one in sets.values() if one.asked)  # fmt: skip
     dense = sum(model.evaluation(work) for model in models.values())
@@ -336,13 +338,14 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def too_large(named: str, needed: float, there: float) -> str:
-    """Say that a trial needs more memory than there is."""
-    return f"{named} needs {needed / 1e9:.1f} GB of {there / 1e9:.1f} GB: use fewer or shorter rows"
+def too_large(label: str, needed: float, available: float) -> str:
+    """Return the message that a trial needs more memory than there is."""
+    return (f"{label} needs {needed / 1e9:.1f} GB of memory, but there are only "
+            f"{available / 1e9:.1f} GB: use fewer or shorter rows")  # fmt: skip
 
 
 def largest(study: Study, trials: Sequence[Planned], **how: Any) -> tuple[str, float]:
-    """Return the label of the trial that takes most memory, and its bytes; `how` as for `Timed`."""
+    """Return label and bytes of the trial that needs most memory; `how` as for `Timed`."""
     files = study.file.models
     timed = cache(lambda label: Timed(files[label].name, files[label].dtype, **how))
     kinds = {trial.condition: trial for trial in trials}.values()
@@ -351,9 +354,9 @@ def largest(study: Study, trials: Sequence[Planned], **how: Any) -> tuple[str, f
 
 
 def check_memory(study: Study, trials: Sequence[Planned], *, device: str, **how: Any) -> None:
-    """Refuse trials that an accelerator cannot hold. On a CPU they would be swapped."""
-    there = device_memory(device_of(device))[2]
-    if there is not None and trials:
+    """Raise an `InputError` for trials that do not fit an accelerator; a CPU would swap."""
+    available = device_memory(device_of(device))[2]
+    if available is not None and trials:
         label, needed = largest(study, trials, device=device, **how)
-        if needed > there:
-            raise InputError(too_large(label, needed, there))
+        if needed > available:
+            raise InputError(too_large(label, needed, available))

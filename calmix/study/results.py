@@ -1,4 +1,4 @@
-"""The records of a study; keys of other versions are left out as they are read."""
+"""The records of a study; unknown keys of other versions are ignored when read."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "self-written", "
 
 
 class Trial(BaseModel, frozen=True):
-    """A finished trial: what was asked for, and what the pruned model retains.
+    """A finished trial: its settings, and the retention of the pruned model.
 
     Attributes:
-        id: hash of the resolved request, the trial's folder in the store.
-        calibration: the calibration set's name in the study file; `strategy`, how it was made.
-        mix: sources with their shares; empty for a saved set, and text the model wrote.
-        method: with the options that differ from their defaults, allocation and recovery.
-        pattern: as printed: `60%` or `2:4`; `sparsity`, the share of weights pruned.
-        seed: of the calibration draw.
+        id: hash of the resolved request; names the trial's folder in the store.
+        calibration: name of the calibration set in the study file; `strategy` is how it was made.
+        mix: sources with their weights; empty for saved and self-written sets.
+        method: including non-default options, allocation and recovery.
+        pattern: as printed, `60%` or `2:4`; `sparsity` is the fraction of weights pruned.
+        seed: of the calibration set.
         information: metrics of the calibration set under the dense model.
         worst: the dimension with the lowest retention.
-        tasks: what is kept of each by its primary score; no value without signal.
+        tasks: retention of each task by its primary score; no value without signal.
         seconds: wall time by stage.
-        distance: to the dense model (`evaluation.distance.distance`), where it was measured.
+        distance: to the dense model (`evaluation.distance.distance`), if measured.
     """
 
     id: str
@@ -56,18 +56,18 @@ class Trial(BaseModel, frozen=True):
 
     @property
     def told(self) -> str:
-        """Total and worst retention, and the time, in a few words."""
-        found = "no retention"
+        """Summary: total and worst retention, and time."""
+        summary = "no retention"
         if self.total.value is not None:
-            found = f"total {100 * self.total.value:.1f} %"
+            summary = f"total {100 * self.total.value:.1f} %"
         if self.worst is not None:
             least = self.dimensions[self.worst].value or 0
-            found += f", worst {self.worst} {100 * least:.1f} %"
-        return f"{found}, {self.seconds.get('total', 0):.0f} s"
+            summary += f", worst {self.worst} {100 * least:.1f} %"
+        return f"{summary}, {self.seconds.get('total', 0):.0f} s"
 
 
 class FailedTrial(BaseModel, frozen=True):
-    """A trial that ended in an error; its file names neither."""
+    """A trial that ended in an error; id and label come from the index of the store."""
 
     id: str = ""
     label: str = ""
@@ -75,14 +75,15 @@ class FailedTrial(BaseModel, frozen=True):
 
 
 class StudyResults(BaseModel, frozen=True):
-    """All that analysis and report need.
+    """Everything that analysis and report need.
 
     Attributes:
         text: the study file as written.
-        planned: number of trials the study asks for.
-        suite: name, version, hash, and the dimensions' names in order.
-        scores, dense: items of every trial by its id, and of the dense models by label; `paired`
-            are of the dense model as each trial was compared with it.
+        planned: number of trials in the study.
+        suite: name, version, hash, and the names of the dimensions in order.
+        scores: item-level scores of every trial, by id.
+        dense: those of the dense models, by label.
+        paired: those of the dense model that each trial was compared with, by the trial's id.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""Run a study: what is left of its trials, in this process or by Ray workers on one store.
+"""Run the remaining trials of a study, in this process or by Ray workers that share a store.
 
-A store is a folder that all workers reach. Each trial gets the memory the largest takes by
-formula, so that no machine runs more of them than it can hold. Ray runs a trial whose worker died
-again.
+The store is a folder that all workers can reach. Ray reserves the estimated memory of the largest
+trial for each trial, so that no machine runs more than it can hold, and retries a trial whose
+worker died.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from calmix.study.spec import Study
 from calmix.study.store import ERROR, INDEX, RESULT, Store, check_folder, store_of
 from calmix.study.trials import Planned, checkpoint_bytes, plan, resolve_all
 
-PASSED = 2**27  # bytes Ray may pass in calls: what is too large for a call is in files
+PASSED = 2**27  # bytes of Ray's object store; large data is passed in files
 
 Note = Callable[[str], None]
-Stage = Callable[[Planned, str, int, int], None]  # what of a trial is done; how much, of how much
-# `finished` with the trial, `failed` with the error, or left to what runs it `elsewhere`.
+Stage = Callable[[Planned, str, int, int], None]  # trial, name of the step, amount done, total
+# `finished` with the trial, `failed` with the error, or `elsewhere` with the process that runs it.
 Ended = tuple[str, Any]
 Ends = Iterator[tuple[Planned, Ended]]
 Execute = Callable[[Bench, Sequence[Planned], Stage, Note], Ends]
 
 
 def ignored(*_: Any, **__: Any) -> None:
-    """Say nothing of a run."""
+    """Do nothing."""
 
 
 def run_study(
@@ -61,10 +61,10 @@ def run_study(
     retry_failed: bool = False,
     execute: Execute | None = None,
 ) -> tuple[Store, dict[str, Ended]]:
-    """Run what is left of a study and keep it in the store at `path`.
+    """Run the remaining trials of a study and keep the results in the store at `path`.
 
-    Lines about it go to `note`, and what is done now to `show`, as to `Progress.show`. Returned are
-    the store, and by label the trials that failed or are left to other processes.
+    `note` receives messages, `show` progress (as `Progress.show`). Returns the store, and by label
+    the trials that failed or run in other processes.
     """
     options = options or TrialOptions()
     planned, models = plan(study), [model.name for model in study.file.models.values()]
@@ -72,7 +72,7 @@ def run_study(
     before = check_folder(path, [study.path, *models, *files])
     runnable(study.suite, options.allow_code_execution, whole=True)
     chosen = {trial.key for trial in chosen_trials(planned, only, skip)}
-    if execute is None:  # a cluster has devices of its own
+    if execute is None:  # the devices of a cluster are not known here
         device_of(options.device)
     check_models(*models, trust_remote_code=options.trust_remote_code)
     resolved = resolve_all(study, planned)
@@ -84,8 +84,8 @@ def run_study(
     stale = [e.label for e in before if e.id not in names and store.state(e.id) == "finished"]
     if stale:
         note(
-            f"the study has changed: {len(stale)} finished trials, first '{stale[0]}', are no "
-            f"longer asked for and stay in {path / 'trials'}"
+            f"the study has changed: {len(stale)} finished trials (first: '{stale[0]}') are no "
+            f"longer part of it and stay in {path / 'trials'}"
         )
     left = [trial for trial in resolved
             if trial.key in chosen and store.state(trial.id) != "finished"]  # fmt: skip
@@ -97,18 +97,18 @@ def run_study(
     ends, seconds = dict[str, Ended](), list[float]()
 
     def stage(trial: Planned, what: str, done: int, total: int) -> None:
-        named = f"trial {len(ends) + 1} of {len(todo)}: {trial.label} {what}".rstrip()
-        ahead = (len(todo) - len(ends)) * sum(seconds) / max(1, len(seconds))
-        show(named, done / total if total else None, left=ahead or None)
+        text = f"trial {len(ends) + 1} of {len(todo)}: {trial.label} {what}".rstrip()
+        left = (len(todo) - len(ends)) * sum(seconds) / max(1, len(seconds))
+        show(text, done / total if total else None, left=left or None)
 
     for trial, ended in (execute or run_locally)(Bench(study, store, options), todo, stage, note):
         ends[trial.label] = how, what = ended
-        said = f"{how}: {what}"
+        line = f"{how}: {what}"
         if how == "finished":
             seconds.append(what.seconds.get("total", 0.0))
-            said = what.told
+            line = what.told
         if how in ("finished", "failed"):
-            note(f"{len(ends)}/{len(todo)} {trial.label}: {said}")
+            note(f"{len(ends)}/{len(todo)} {trial.label}: {line}")
     write_table(read_results(path), path)
     return store, {n: ended for n, ended in ends.items() if ended[0] in ("failed", "elsewhere")}
 
@@ -116,7 +116,7 @@ def run_study(
 def chosen_trials(
     trials: Sequence[Planned], only: Sequence[str], skip: Sequence[str]
 ) -> list[Planned]:
-    """Return the trials that patterns choose."""
+    """Return the trials selected by the patterns of --only and --skip."""
 
     def matches(trial: Planned, patterns: Sequence[str]) -> bool:
         names = (trial.model, trial.calibration, trial.label)
@@ -128,43 +128,43 @@ def chosen_trials(
             raise InputError(f"no trial matches '{pattern}': {nearest(pattern, known)}")
     kept = [t for t in trials if (not only or matches(t, only)) and not matches(t, skip)]
     if not kept:
-        raise InputError("--only and --skip together leave no trial")
+        raise InputError("--only and --skip together leave no trial: relax one of them")
     return kept
 
 
 def run_locally(bench: Bench, todo: Sequence[Planned], stage: Stage, note: Note) -> Ends:
-    """Run trials one after another in this process; what another one runs is left to it."""
+    """Run trials one after another in this process, except those that another process runs."""
     check_memory(bench.study, todo, **bench.how)
     left = []
     for trial in todo:
         yield trial, (ended := run_one(bench, trial, stage, note))
         left += [trial] if ended[0] == "elsewhere" else []
-    for trial in left:  # what others ran may have been given up meanwhile
+    for trial in left:  # the other process may have stopped since
         if bench.store.state(trial.id) == "pending":
             yield trial, run_one(bench, trial, stage, note)
 
 
 def run_one(bench: Bench, trial: Planned, stage: Stage, note: Note) -> Ended:
-    """Run one trial under its lock and keep what comes of it, a failure too."""
-    store, said = bench.store, partial(stage, trial)
+    """Run one trial under its lock and store its result or its error."""
+    store, progress = bench.store, partial(stage, trial)
     try:
         with store.lock(trial.id).acquire(timeout=0):
-            if (store.trial(trial.id) / RESULT).is_file():  # finished a moment ago
+            if (store.trial(trial.id) / RESULT).is_file():  # finished by another process meanwhile
                 return "", None
-            said("", 0, 1)
-            # A model that does not open or cannot be scored fails every trial alike.
-            bench.ready(trial.model, said)
+            progress("", 0, 1)
+            # Not caught: a model that cannot be opened or scored would fail every trial.
+            bench.ready(trial.model, progress)
             try:
-                return "finished", bench.run(trial, said, note)
+                return "finished", bench.run(trial, progress, note)
             except DiskError:
                 raise
             except Exception as error:
                 line = " ".join(str(error).split())
                 if not isinstance(error, CalmixError):
                     line = f"{type(error).__name__}: {first_line(error)}"
-                told = {"label": trial.label, "error": line}
+                record = {"label": trial.label, "error": line, "traceback": traceback.format_exc()}
                 with store.writing(trial) as folder:
-                    write_json(folder / ERROR, told | {"traceback": traceback.format_exc()})
+                    write_json(folder / ERROR, record)
                 return "failed", line
     except Timeout:
         return "elsewhere", store.runner(trial.id) or "another process"
@@ -177,9 +177,9 @@ def on_ray(
     gpus: float | None = None,
     retries: int = 2,
 ) -> Execute:
-    """Return what runs trials on a Ray cluster, for `run_study`."""
+    """Return an `execute` for `run_study` that runs trials on a Ray cluster."""
     try:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported, which reads it once
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray reads it on import
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
     except ImportError:
@@ -188,14 +188,14 @@ def on_ray(
     if address is None:
         cores = max(machine.cores(), round((workers or 0) * cpus))
         start |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": PASSED}
-    elif address != "auto":  # at once: Ray itself tries for a minute
+    elif address != "auto":  # fail at once: Ray itself retries for a minute
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=5.0).close()
         except (OSError, ValueError, OverflowError) as error:
             raise InputError(
-                f"no Ray cluster answers at '{address}' ({error}): write auto, HOST:PORT or "
-                "ray://HOST:PORT, or leave it out to run on this machine"
+                f"no Ray cluster answers at '{address}' ({error}): use auto, HOST:PORT or "
+                "ray://HOST:PORT, or omit it to run on this machine"
             ) from error
 
     def execute(bench: Bench, todo: Sequence[Planned], stage: Stage, note: Note) -> Ends:
@@ -203,7 +203,7 @@ def on_ray(
             return
         try:
             ray.init(address=address or "local", **start)
-        except Exception as error:  # Ray raises anything
+        except Exception as error:  # Ray raises many kinds
             line = f"Ray does not start ({first_line(error)}): check --address"
             raise InputError(line) from error
         try:
@@ -215,19 +215,19 @@ def on_ray(
                 names = (model.name for model in bench.study.file.models.values())
                 memory = PROGRAM + max(weight_bytes(resolve_model(name)) for name in names)
             check_room(nodes, {"CPU": cpus, "GPU": given, "memory": memory}, label)
-            note(f"each trial is given {memory / 1e9:.1f} GB of memory")
+            note(f"each trial reserves {memory / 1e9:.1f} GB of memory")
             remote: Any = ray.remote(
                 num_cpus=cpus, num_gpus=given, memory=memory, max_retries=retries, max_calls=1
             )(_on_worker)
             bench.store.path = bench.store.path.absolute()
-            left, at_work = list(todo), dict[Any, Planned]()
-            while left or at_work:
-                while left and len(at_work) < (workers or len(todo)):
+            left, running = list(todo), dict[Any, Planned]()
+            while left or running:
+                while left and len(running) < (workers or len(todo)):
                     trial = left.pop(0)
-                    sent = replace(trial, asked=None)  # which may hold a set: too large for a call
-                    at_work[remote.remote(Path.cwd(), bench, sent)] = trial
-                ended = ray.wait(list(at_work))[0][0]
-                trial = at_work.pop(ended)
+                    sent = replace(trial, asked=None)  # it may hold a set too large for a call
+                    running[remote.remote(Path.cwd(), bench, sent)] = trial
+                ended = ray.wait(list(running))[0][0]
+                trial = running.pop(ended)
                 try:
                     yield trial, ray.get(ended)
                 except ray.exceptions.RayTaskError as error:
@@ -246,18 +246,18 @@ def on_ray(
 def check_room(
     nodes: Sequence[Mapping[str, float]], needs: Mapping[str, float], label: str
 ) -> None:
-    """Refuse trials that no machine of a cluster can hold: Ray would wait for one that can."""
+    """Raise an `InputError` if no machine of a cluster can hold a trial: Ray would wait forever."""
     if not any(all(node.get(key, 0) >= need for key, need in needs.items()) for node in nodes):
         raise InputError(
             f"no machine of the cluster has {needs['CPU']:g} CPUs, {needs['GPU']:g} GPUs and "
-            f"{needs['memory'] / 1e9:.1f} GB of memory, which {label} takes: use larger machines, "
+            f"{needs['memory'] / 1e9:.1f} GB of memory, which {label} needs: use larger machines, "
             "or fewer or shorter rows"
         )
 
 
 def _on_worker(folder: Path, bench: Bench, trial: Planned) -> Ended:
-    """Run one trial in a process of Ray's."""
-    if folder.is_dir():  # paths in the study are relative to where it was started
+    """Run one trial in a Ray worker."""
+    if folder.is_dir():  # the study's paths are relative to where it was started
         os.chdir(folder)
     check_memory(bench.study, [trial], **bench.how)
     return run_one(bench, trial, ignored, ignored)

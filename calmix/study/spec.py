@@ -1,7 +1,7 @@
-"""The study file: a grid of trials in YAML, checked with the line of every mistake.
+"""The study file: a grid of trials in YAML. Every mistake is reported with its line.
 
-Paths in it are relative to where calmix runs, as on the command line; only those in `sources` are
-relative to the file's own folder.
+Paths are relative to the working directory, as on the command line; only those in `sources` are
+relative to the file's folder.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from calmix.sources.registry import parse_sources
 from calmix.specs import recovery_of, target_of
 from calmix.yaml_files import parse_yaml, read_text
 
-NONE = "none"  # the calibration of a method that needs none, and no recovery
-UNIFORM = "uniform"  # the allocation that does not look at the model
+NONE = "none"  # no calibration set, or no recovery
+UNIFORM = "uniform"  # allocation: the same sparsity in every layer
 
 
 def _by(act: Callable[[Any], Any]) -> AfterValidator:
-    """Return a validator that checks and replaces a value, with our own errors as its message."""
+    """Return a validator that converts a value and turns a `CalmixError` into its message."""
 
     def check(value: Any) -> Any:
         try:
@@ -58,14 +58,14 @@ Targets = Annotated[list[Annotated[Any, _by(target_of)]], Listed, Filled]
 
 
 class Model(Options):
-    """A model by its name, as `open_model` takes it."""
+    """A model as named for `open_model`."""
 
     name: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
 class _Draw(Options):
-    """How rows are drawn; what is not given is left to `calmix.calibration.resolve`."""
+    """How rows are drawn; `calmix.calibration.resolve` has the defaults."""
 
     rows: Count | None = None
     length: Count | None = None
@@ -74,13 +74,13 @@ class _Draw(Options):
     licence: Licence = None
 
     def given(self) -> dict[str, Any]:
-        """Return the options of a draw that were given."""
+        """Return the options that were given."""
         return {key: getattr(self, key) for key in _Draw.model_fields if getattr(self, key)}
 
 
 class Calibration(_Draw):
-    """One calibration set: exactly one of `from` (text as on the command line), `mix` (a mapping
-    of weights) and `uniform` (a list of names)."""
+    """A calibration set: exactly one of `from` (text as on the command line), `mix` (a mapping of
+    weights) and `uniform` (a list of names)."""
 
     text: str | None = Field(default=None, alias="from")
     mix: dict[str, float] | None = None
@@ -94,7 +94,7 @@ class Calibration(_Draw):
 
     @property
     def written(self) -> str:
-        """The set as text for `calmix.calibration.resolve`."""
+        """The set as a specification for `calmix.calibration.resolve`."""
         if self.text is not None:
             return self.text
         if self.uniform is not None:
@@ -103,10 +103,10 @@ class Calibration(_Draw):
 
 
 class _Pruning(Options):
-    """What is done with each calibration set, and with which seeds of it.
+    """How models are pruned with each calibration set, and with which seeds.
 
-    `allocation` and `recovery` (`none`, or as `blocks,epochs=3`) may list several; methods
-    without a calibration set have neither.
+    `allocation` and `recovery` (`none`, or e.g. `blocks,epochs=3`) may be lists; they do not apply
+    to methods without a calibration set.
     """
 
     methods: Annotated[dict[Method, Targets], Filled] | None = None
@@ -118,8 +118,8 @@ class _Pruning(Options):
 
 
 class Grid(_Pruning):
-    """Part of a study: what it names replaces what the top of the file says. Models and
-    calibrations are named by their labels."""
+    """Part of a study: its keys override those at the top of the file. Models and calibrations are
+    referred to by their labels."""
 
     models: Annotated[list[str], Filled] | None = None
     calibrations: Annotated[list[str], Filled] | None = None
@@ -128,12 +128,12 @@ class Grid(_Pruning):
 
 
 def _under(key: str) -> BeforeValidator:
-    """Return a validator of a mapping by label, of which a list of names or texts is short."""
+    """Return a validator that expands a list of names or texts to a mapping by label."""
 
     def wrap(value: Any) -> Any:
         if isinstance(value, list):
             if doubles := [name for name in value if value.count(name) > 1]:
-                raise ValueError(f"'{doubles[0]}' is named twice")
+                raise ValueError(f"'{doubles[0]}' is listed twice")
             value = {str(name): name for name in value}
         if not isinstance(value, dict):
             return value
@@ -143,8 +143,8 @@ def _under(key: str) -> BeforeValidator:
 
 
 class StudyFile(_Draw, _Pruning):
-    """A study. Without `grids` its own lists are the one grid. Without `perplexity` sets are
-    measured by what needs no model."""
+    """A study. Without `grids` its top level is the only grid. Without `perplexity` sets get only
+    metrics that need no model."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     description: str = ""
@@ -162,12 +162,12 @@ class StudyFile(_Draw, _Pruning):
 
 @dataclass(frozen=True)
 class Study:
-    """A study file that was read and checked.
+    """A study file after reading and checking.
 
     Attributes:
-        file: its content; `text` as written, `path` where it lies.
+        file: its content; `text` is the original YAML, `path` its path.
         own: the user's own sources by name.
-        suite: as it is to be run.
+        suite: the part of the suite to run.
     """
 
     file: StudyFile
@@ -178,7 +178,7 @@ class Study:
 
 
 def load_study(path: Path) -> Study:
-    """Read a study file."""
+    """Read a study file; an `InputError` has its first mistake."""
     study, problems = check_study(path)
     if study is None:
         more = len(problems) - 1
@@ -208,15 +208,15 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
     own = check(["sources"], parse_sources, file.sources, path) or {}
     suite = check(["suite"], choose, file.suite, quick=file.quick, limit=file.limit)
     for label, model in file.models.items():
-        check(["models", label], known_model, model.name)  # of the hub's, opening it says
+        check(["models", label], known_model, model.name)  # hub models are checked on opening
     for label, entry in file.calibrations.items():
         draw = {"licence": file.licence, **entry.given()}
         check(["calibrations", label], ask, entry.written, sources=own, **draw)
     if NONE in file.calibrations:
-        line = f"'{NONE}' stands for a method without calibration: rename it"
+        line = f"'{NONE}' is reserved for methods without calibration: rename it"
         wrong(["calibrations", NONE], line)
     if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
-        wrong(["methods"], "the grid has no trials: name at least one, such as wanda: [0.5]")
+        wrong(["methods"], "the grid has no trials: name at least one, e.g. wanda: [0.5]")
     grids: list[tuple[list[Any], Any]]
     grids = [(["grids", number], grid) for number, grid in enumerate(file.grids)]
     for at, grid in grids:
@@ -224,7 +224,7 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
             for place, name in enumerate(getattr(grid, key) or ()):
                 if name not in labels:
                     wrong([*at, key, place], f"unknown '{name}': {nearest(name, labels)}")
-    for at, part in grids or [([], file)]:  # what stands above grids is for all of them
+    for at, part in grids or [([], file)]:  # keys above grids apply to all of them
         methods = part.methods or file.methods or {}
         for key, idle in (("allocation", UNIFORM), ("recovery", NONE)):
             if (methods and set(getattr(part, key) or ()) - {idle}
@@ -236,6 +236,6 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
 
 
 def _line(problem: str) -> int:
-    """Return the line a message names, to sort them in the order of the file."""
+    """Return the line number in a message, by which messages are sorted."""
     number = problem.partition(" line ")[2].partition(":")[0]
     return int(number) if number.isdigit() else 0

@@ -2,13 +2,13 @@
 
     STORE/store.json            the study as last run, and its trials in order
     STORE/trials/ID/            request.json with result.json, scores.json and pruning.json, or
-                                with error.json; checkpoint/ if the study keeps them
-    STORE/calibration/ID/       a calibration set, and information.json
+                                with error.json; checkpoint/ if the study keeps checkpoints
+    STORE/calibration/ID/       a calibration set and information.json
     STORE/dense/ID.json         scores of a dense model
-    STORE/locks/                which process works on what
+    STORE/locks/                locks of running processes
 
-A trial's folder appears whole: it is written beside its place and renamed. `trials`, `calibration`
-and `dense` may be copied from other stores: a study takes of them what it asks for.
+A trial's folder is written under a temporary name and renamed, so it is never incomplete. `trials`,
+`calibration` and `dense` may be copied from other stores: a study reuses whatever it needs.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ KIND, FORMAT = "study store", 2
 INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
 SCORES = "scores.json"
 PARTS = ("trials", "calibration", "dense", "locks")
-BEAT, SILENCE = 10.0, 120.0  # seconds: a lock's holder renews it; one silent so long is gone
+BEAT, SILENCE = 10.0, 120.0  # seconds between renewals of a lock, and until it expires
 
 State = Literal["finished", "failed", "running", "pending"]
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # names a file of the store
 
 
 class Entry(BaseModel, frozen=True):
-    """A trial of the study: its hash, its label, the names of its model and set and what else has
-    told it apart, and the hash of its set."""
+    """A trial of the study: its hash, its label, its key (which begins with the names of model and
+    calibration set), and the hash of its set."""
 
     id: Id
     label: str
@@ -52,8 +52,8 @@ class Entry(BaseModel, frozen=True):
 
 
 class Index(BaseModel, frozen=True):
-    """The study as last run: its name, the text of its file, and its trials in order; of the suite
-    that scores were made with name, version, hash and dimensions."""
+    """The study as last run: its name, the text of its file, its trials in order, and the name,
+    version, hash and dimensions of its suite."""
 
     kind: str = KIND
     format: int = FORMAT
@@ -64,8 +64,8 @@ class Index(BaseModel, frozen=True):
 
 
 class Result(BaseModel, frozen=True):
-    """A finished trial; `run` says when and where it ran, `dense` names the scores of its dense
-    model."""
+    """A finished trial; `run` records when and where it ran, `dense` names its dense model's
+    scores."""
 
     trial: Trial
     run: dict[str, Any]
@@ -109,12 +109,12 @@ class Store:
         return self.path / "dense" / f"{key}.json"
 
     def lock(self, name: str) -> SoftFileLease:
-        """Return the lock on a trial or a shared part, which any machine may hold."""
+        """Return the lock on a trial or a shared part; it holds across machines."""
         path = self.path / "locks" / f"{name}.lock"
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > SILENCE:  # its machine is gone
+                if time.time() - path.stat().st_mtime > SILENCE:  # its holder is gone
                     path.unlink()
         return SoftFileLease(
             path, lease_duration=SILENCE, heartbeat_interval=BEAT, poll_interval=0.5
@@ -126,14 +126,14 @@ class Store:
             return None
         lock = self.lock(trial_id)
         try:
-            with lock.acquire(timeout=0):  # of a process that died
+            with lock.acquire(timeout=0):  # left by a process that died
                 return None
         except (Timeout, OSError):
             owner = lock.owner
             return f"pid {owner.pid} on {owner.hostname}" if owner else "another process"
 
     def state(self, trial_id: str) -> State:
-        """Return how far a trial is."""
+        """Return the state of a trial."""
         folder = self.trial(trial_id)
         if (folder / RESULT).is_file():
             return "finished"
@@ -142,25 +142,25 @@ class Store:
         return "failed" if (folder / ERROR).is_file() else "pending"
 
     def result(self, entry: Entry) -> Result:
-        """Return a finished trial; its model and set have the names the study has for them now."""
+        """Return a finished trial, with its model and set named as in the study now."""
         path = self.trial(entry.id) / RESULT
         record = _read(path, Result, "delete the trial's folder and run the study again")
-        named = dict(zip(("model", "calibration"), map(str, entry.key), strict=False))
-        return record.model_copy(update={"trial": record.trial.model_copy(update=named)})
+        names = dict(zip(("model", "calibration"), map(str, entry.key), strict=False))
+        return record.model_copy(update={"trial": record.trial.model_copy(update=names)})
 
     def scores(self, entry: Entry) -> CapabilityScores:
-        """Return what a finished trial's model did on every item, and its distance."""
+        """Return the item-level scores and the distance of a finished trial."""
         return load_scores(self.trial(entry.id) / SCORES)
 
     def read_failure(self, entry: Entry) -> FailedTrial:
-        """Return the error a trial ended with."""
+        """Return the error of a failed trial."""
         path = self.trial(entry.id) / ERROR
-        kept = _read(path, FailedTrial, "run the study with --retry-failed")
-        return kept.model_copy(update={"id": entry.id, "label": entry.label})
+        failed = _read(path, FailedTrial, "run the study with --retry-failed")
+        return failed.model_copy(update={"id": entry.id, "label": entry.label})
 
     @contextmanager
     def writing(self, trial: Planned) -> Iterator[Path]:
-        """Yield a folder to fill; it becomes the trial's if the body succeeds."""
+        """Yield a folder to fill, which becomes the trial's folder if the body succeeds."""
         with atomic_folder(self.trial(trial.id)) as beside:
             write_json(beside / REQUEST, {"label": trial.label, **trial.definition})
             yield beside
@@ -176,18 +176,18 @@ def open_store(path: Path) -> Store:
     if found.get("format") != FORMAT:
         raise InputError(
             f"store {path} has format {found.get('format')}, but this calmix reads format "
-            f"{FORMAT}: name another folder, or use the calmix that made it"
+            f"{FORMAT}: use another folder, or the version of calmix that made it"
         )
     for part in PARTS:
-        for place in (path / part, *(path / part).glob("*")):
-            if place.is_symlink() and not place.resolve().is_relative_to(path.resolve()):
-                raise InputError(f"{place} is a link out of the store: put there what it leads to")
+        for entry in (path / part, *(path / part).glob("*")):
+            if entry.is_symlink() and not entry.resolve().is_relative_to(path.resolve()):
+                raise InputError(f"{entry} is a link out of the store: replace it by its target")
     return Store(path, _read(path / INDEX, Index, "run the study into another folder"))
 
 
 def check_folder(path: Path, inputs: Iterable[object]) -> list[Entry]:
-    """Return the trials of the store at `path`, if there is one; refuse a folder that cannot become
-    a store, before any work is done."""
+    """Return the trials of the store at `path`, if there is one; raise an `InputError` if the
+    folder cannot become a store."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file: name a folder for the store")
     if (path / INDEX).is_file():
@@ -201,9 +201,9 @@ def check_folder(path: Path, inputs: Iterable[object]) -> list[Entry]:
 
 
 def store_of(path: Path, study: Study, resolved: Sequence[Planned]) -> Store:
-    """Return the store at `path` with a study's trials, not written yet.
+    """Return the store at `path` with a study's trials, without writing it.
 
-    What else has finished there stays, for a study that asks for it again.
+    Other finished trials stay there, for studies that need them again.
     """
     return Store(path, Index(
         name=study.file.name, text=study.text,

@@ -1,8 +1,8 @@
-"""From a study to its trials: the grid, and what decides the outcome of each.
+"""The trials of a study: the expanded grid, and the inputs that determine each outcome.
 
-A trial's id is the hash of its resolved request: the model's files, the calibration set's
-definition with the content of the user's own files, method, pattern, recovery, suite and scorer.
-Package versions are not part of it; they are recorded with every result.
+A trial's id is the hash of its resolved request: the model's files, the definition of the
+calibration set with the content of the user's own files, method, pattern, recovery, suite and
+scorer. Package versions are not part of it; they are recorded with every result.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from calmix.study.results import Strategy
 from calmix.study.spec import NONE, UNIFORM, Calibration, Grid, Study
 
 FORMAT = 1  # of the request; raised when the same request would give another outcome
-# What older requests lack: left out where it is not asked for, or has the default's value.
+# Added later: left out of the request if empty, so that older ids stay valid.
 LATER = ("options", "allocation", "embeddings", "recovery")
 
-Condition = tuple[Any, ...]  # what trials share that differ in calibration set and seed alone
+Condition = tuple[Any, ...]  # everything but calibration set and seed
 Key = tuple[Any, ...]  # identifies a trial within its study
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One trial of a study's grid, by the names of the study file.
+    """One trial of a study's grid, with names from the study file.
 
     Attributes:
-        request: as the command line's; `request.drawn()` is passed to `calmix.calibration.resolve`.
-        rows, length, seed: of the calibration set, defaults considered; 0 without one.
+        request: as from the command line; `request.drawn()` goes to `calmix.calibration.resolve`.
+        rows, length, seed: of the calibration set, with defaults filled in; 0 without a set.
         asked: how the calibration set is made.
-        label: the trial in a few words, which no other trial of its study has.
-        definition: what decides its outcome, JSON-serialisable, and `id` the hash of that, once it
-            is resolved; `calibration_id` is the hash of model and calibration, under which the set
-            is shared.
+        label: short description, unique within the study.
+        definition: the resolved request, JSON-serialisable, and `id` its hash; empty until
+            resolved. `calibration_id` is the hash of model and calibration, by which sets are
+            shared.
     """
 
     model: str
@@ -72,11 +72,11 @@ class Planned:
 
     @property
     def pattern(self) -> str:
-        """What is pruned, as printed: `60%` or `2:4`."""
+        """Sparsity or pattern as printed: `60%` or `2:4`."""
         return printed(self.request.target)
 
     @property
-    def way(self) -> str:
+    def recipe(self) -> str:
         """Method, allocation, embeddings and recovery: `sparsegpt + owl + distill,epochs=1`."""
         request, recovery = self.request, None if self.recovery is None else self.recovery.text
         outside = f"embeddings {request.embeddings:g}" if request.embeddings else None
@@ -85,13 +85,13 @@ class Planned:
 
     @property
     def condition(self) -> Condition:
-        """All that is asked for but the calibration set and the seed."""
+        """All settings except the calibration set and the seed."""
         sizes = self.rows, self.length, self.request.propagation
-        return self.model, self.way, self.pattern, *sizes
+        return self.model, self.recipe, self.pattern, *sizes
 
     @property
     def pruned(self) -> Key:
-        """What trials share that start from one pruned model and differ in recovery alone."""
+        """The key without recovery: equal for trials that start from the same pruned model."""
         return replace(self, recovery=None).key
 
     @property
@@ -102,15 +102,15 @@ class Planned:
 
 
 def plan(study: Study) -> list[Planned]:
-    """Return a study's trials in the order they run: the grids as written; within one, all that
-    use one calibration set stand together. What two grids share comes once, and what differs from
-    a trial in recovery alone right after it.
+    """Return a study's trials in the order in which they run: by grid, then by calibration set.
+
+    Duplicates between grids are dropped; trials that differ only in recovery are adjacent.
     """
     found: dict[Key, dict[Key, Planned]] = {}
     default = {"seeds": [SEED], "allocation": [UNIFORM], "recovery": [NONE]}
     top = [(name, getattr(study.file, name)) for name in Grid.model_fields]
     for grid in study.file.grids or [Grid()]:
-        filled = [*default.items(), *top, *grid]  # of several the last that is given
+        filled = [*default.items(), *top, *grid]  # the last given value wins
         for trial in _of_grid(study, {key: one for key, one in filled if one is not None}):
             found.setdefault(trial.pruned, {}).setdefault(trial.key, trial)
     trials = [trial for alike in found.values() for trial in alike.values()]
@@ -119,7 +119,7 @@ def plan(study: Study) -> list[Planned]:
 
 
 def _label(trial: Planned, conditions: Collection[Condition]) -> str:
-    """Name a trial by set and seed, method and pattern, and what else tells its condition apart."""
+    """Label a trial by set, seed, method, pattern, and any other setting that varies."""
 
     def parts(condition: Condition) -> tuple[str, ...]:
         model, _, _, rows, length, propagation = condition
@@ -127,9 +127,9 @@ def _label(trial: Planned, conditions: Collection[Condition]) -> str:
 
     own = trial.condition
     alike = [parts(other) for other in conditions if other[1:3] == own[1:3]]
-    more = [part for part, *all_of in zip(parts(own), *alike, strict=True) if len({*all_of}) > 1]
-    named = ", ".join([f"{own[1]} {own[2]}", *more])
-    return f"{trial.calibration} {named} seed {trial.seed}" if trial.rows else named
+    more = [part for part, *values in zip(parts(own), *alike, strict=True) if len({*values}) > 1]
+    name = ", ".join([f"{own[1]} {own[2]}", *more])
+    return f"{trial.calibration} {name} seed {trial.seed}" if trial.rows else name
 
 
 def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
@@ -148,8 +148,8 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
             asked, draw = _asked(study, entry, grid, seed)
             drawn = asked.draw.seed if asked.saved is None else asked.saved.manifest.get("seed")
             draw |= same | {"calibration": entry.written, "propagation": grid.get("propagation")}
-            ways = product(grid["allocation"], grid["recovery"], calibrated)
-            for allocation, recovery, (method, target) in ways:
+            variants = product(grid["allocation"], grid["recovery"], calibrated)
+            for allocation, recovery, (method, target) in variants:
                 request = prune_request(
                     method=method.text, pattern=target, allocation=allocation, **draw
                 )
@@ -164,22 +164,22 @@ def _asked(
 ) -> tuple[Asked, dict[str, Any]]:
     """Return how a calibration set is made, and the options of its draw.
 
-    What the calibration's entry says comes first, then the grid, then the top of the study file,
-    then the set's own file; a saved set is what it is.
+    Precedence: the calibration's entry, the grid, the top of the study file, the set's own file. A
+    saved set takes only its entry and the licence.
     """
     text, top = entry.written, study.file.given()
     if saved_set(text):
         draw = {k: v for k, v in top.items() if k == "licence"} | entry.given()
     else:
         sizes = {k: v for k, v in grid.items() if k in ("rows", "length")}
-        if ask(text, sources=study.own).generate is not None:  # how text is drawn has no effect
+        if ask(text, sources=study.own).generate is not None:  # packing has no effect
             top.pop("packing", None)
         draw = {**top, **sizes, **entry.given(), "seed": seed}
     return ask(text, sources=study.own, **draw), draw
 
 
 def _strategy(asked: Asked) -> Strategy:
-    """Return how a calibration set is made."""
+    """Return the strategy of a calibration set."""
     if asked.saved is not None:
         method, names = asked.saved.manifest.get("generated"), asked.saved.manifest["names"]
     else:
@@ -190,7 +190,7 @@ def _strategy(asked: Asked) -> Strategy:
 
 
 def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
-    """Return trials with their definitions and hashes."""
+    """Fill in the definitions and hashes of trials."""
     content, suite, found = cache(_content), study.suite, []
     models = {
         label: {"sha256": fingerprint(resolve_model(entry.name)), "dtype": entry.dtype}
@@ -225,7 +225,7 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
 
 
 def checkpoint_bytes(study: Study, trials: Iterable[Planned]) -> int:
-    """Return the bytes of weights that trials leave on disk, or hold there for a while."""
+    """Return the most disk space that checkpoints of the trials need, kept or temporary."""
     size = cache(lambda label: weight_bytes(resolve_model(study.file.models[label].name)))
     kept = sum(size(t.model) for t in trials) if study.file.keep_checkpoints else 0
     return kept + max((2 * size(t.model) for t in trials if t.recovery is not None), default=0)
@@ -234,7 +234,7 @@ def checkpoint_bytes(study: Study, trials: Iterable[Planned]) -> int:
 def _calibration(
     asked: Asked, draw: dict[str, Any], content: Callable[[Path], str]
 ) -> dict[str, Any]:
-    """Return what decides a calibration set's rows; `draw` are the options that were given."""
+    """Return the definition of a calibration set's rows; `draw` holds the options given."""
     if asked.saved is not None:
         return {"saved": asked.saved.manifest["sha256"], **draw}
 
@@ -243,15 +243,15 @@ def _calibration(
         for name in names:
             reader = get_source(name, asked.own).reader
             known = reader.model_dump(mode="json", exclude_defaults=True)
-            if isinstance(reader, LocalFile):  # by its content; as a mix names it, its path too
+            if isinstance(reader, LocalFile):  # identified by its content
                 known["path"] = content(reader.path.expanduser())
             found[name] = {"reader": known, "version": reader.version}
         return found
 
     def settings(generator: Generator) -> dict[str, Any]:
         chosen = generator.record()
-        chosen.pop("prompts", None)  # known by its content, wherever it lies
-        if chosen.get("chat") == 0:  # as before there were any
+        chosen.pop("prompts", None)  # identified by its content, not its path
+        if chosen.get("chat") == 0:  # older requests lack it
             chosen.pop("chat")
         return chosen | ({"seeds": described(generator.sources)} if generator.sources else {})
 
@@ -264,7 +264,7 @@ def _calibration(
     if asked.generator is not None:
         chosen = settings(asked.generator)
         return {"generated": asked.generate, "version": VERSION, "settings": chosen} | options
-    options |= {"packing": asked.draw.packing, "select": "random"}  # there was a choice once
+    options |= {"packing": asked.draw.packing, "select": "random"}  # older versions had a choice
     if asked.written:
         options["written"] = {name: settings(one) for name, one in asked.written.items()}
         options["writing"] = VERSION
@@ -272,7 +272,7 @@ def _calibration(
 
 
 def _content(path: Path) -> str:
-    """Return the hash of a file, or of all that a folder holds."""
+    """Return the hash of a file, or of all files in a folder."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     try:
         return sha256_json([[p.relative_to(path).as_posix(), sha256_file(p)] for p in files])
@@ -281,7 +281,7 @@ def _content(path: Path) -> str:
 
 
 def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
-    """Yield what differs between two requests, as `calibration.rows: 64, now 128`."""
+    """Yield the differences between two requests, e.g. `calibration.rows: 64, now 128`."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys([*before, *after]):
             where = f"{path}.{key}" if path else str(key)

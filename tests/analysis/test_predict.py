@@ -106,11 +106,11 @@ def test_the_verb_orders_sets_and_each_mistake_is_one_line(calmix, place, tiny_f
     assert "this orders sets, it is not retention" in ended.out
     assert "Gram matrices take" in ended.err
     for more, line in (
-        (("--method", "magnitude"), "every set keeps as much"),
+        (("--method", "magnitude"), "all sets are equal"),
         (("--weights", "cod=1"), "has no dimension 'cod'"),
         (("--sparsity", 0.5, "--pattern", "2:4"), "give either --sparsity"),
         (("--pattern", "3:7"), "pattern 3:7 does not divide"),
     ):
         assert line in run(*more).line
     mixture = run(model=save_tiny_model(place / "mixture", "mixtral"))
-    assert "has experts, for which nothing is predicted yet" in mixture.line
+    assert "has experts, which predictions do not support yet" in mixture.line

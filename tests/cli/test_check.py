@@ -69,7 +69,7 @@ def test_a_verdict_is_printed_sealed_and_an_exit_code(calmix, files, tmp_path):
         (["code"], "90", "did you mean 0.9"),
         (["code"], "maths=0.9", "the scores lack: they have code"),
         (["code"], "0.99", "code=0.99 needs 299 right answers and has 100"),
-        (["code", "other"], "0.9", "other.json is of other models than"),
+        (["code", "other"], "0.9", "other.json is about other models than"),
         (["alone"], "0.9", "without a dense model"),
         (["folder"], "0.9", "is no folder that calmix compress made"),
         (["folder", "code"], "0.9", "a folder is checked by itself"),

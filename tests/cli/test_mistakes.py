@@ -95,7 +95,7 @@ SAID = {
     "compare {half} {foreign} --against {scores}": "foreign.json was scored against other, which",
     "compare {quiz} --against {scores}": "cannot be compared",
     "study recommend {results} --weights coding=1": "did you mean code",
-    "study recommend {results} --weights code=-1": "a number from 0 up",
+    "study recommend {results} --weights code=-1": "must be 0 or a positive number",
     "prune {model} --calibration igsp --sparsity 0.5 --length 9999 -o {out}": LONG,
     "recover {model} --against {other} --calibration igsp --length 9999 -o {out}": LONG,
     "calibrate draw igsp --model {model} --length 9999 -o {out}": LONG,

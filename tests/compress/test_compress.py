@@ -144,7 +144,7 @@ def test_the_card_says_of_which_questions_it_is(calmix, compressed, tmp_path):
     measured(other)
     assert calmix(*both).code == 0
     measured(other, fingerprint="0")
-    assert "abilities.json is of other models than" in calmix("report", other).line
+    assert "abilities.json is about other models than" in calmix("report", other).line
 
 
 def test_a_dry_run_writes_nothing(calmix, command, tmp_path, place):

@@ -133,7 +133,7 @@ def test_right_programs_pass(source, monkeypatch):
         ("import os\nos.open('out', os.O_CREAT | os.O_WRONLY)", FILE),
         ("try:\n    open('out.txt', 'w')\nexcept BaseException:\n    pass", FILE),
         ("import socket\nsocket.create_connection(('127.0.0.1', 80))", "use the network"),
-        ("import os\nos._exit(0)", "left early with exit code 0"),
+        ("import os\nos._exit(0)", "ended early with exit code 0"),
         ("raise SystemExit(3)", "exit code 3"),
         ("import os\nos.abort()", "exit code -6"),
         ("assert 1 == 2", "AssertionError"),

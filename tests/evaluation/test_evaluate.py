@@ -89,8 +89,8 @@ def test_a_file_gives_the_scores_back_or_is_refused(suite, tiny, tmp_path):
           for part, few in wrong.items()),
         ({"tasks": [asdict(replace(quiz, gold=(0, 3)))]}, "is damaged"),
         ({"tasks": [asdict(replace(quiz, loglikelihoods=()))]}, "is damaged"),
-        ({"tasks": [{"name": "a"}]}, "is damaged"), ({"suite": {}}, "of which suite"),
-        ({"kind": "other"}, "holds no scores"), ({"format": 1}, "in format 1, not 2"),
+        ({"tasks": [{"name": "a"}]}, "is damaged"), ({"suite": {}}, "does not name its suite"),
+        ({"kind": "other"}, "is not a file of scores"), ({"format": 1}, "in format 1, not 2"),
     ):  # fmt: skip
         path.write_text(json.dumps(told | change), encoding="utf-8")
         with pytest.raises(InputError, match=says):
@@ -168,7 +168,7 @@ def test_a_file_is_scored_anew_by_another_measure(calmix, tiny_folder, suite_fil
         assert [row["task"] for row in rows] == tasks
     assert calmix("evaluate", "rescore", path, "--against", alone).code == 0
     refused = calmix("evaluate", "rescore", alone, "--against", path)  # scored as pruned
-    assert "hold no score without the knowledge" in refused.line
+    assert "lack the baseline without task knowledge" in refused.line
 
 
 def test_suites_are_listed_and_shown(calmix):

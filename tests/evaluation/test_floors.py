@@ -36,7 +36,7 @@ def judged(text, dense, pruned):
         ("code=", "not of the form"),
         ("=0.9", "not of the form"),
         ("code=0.9,code=0.8", "code is given twice"),
-        ("0.9,0.8", "a floor of all abilities is given twice"),
+        ("0.9,0.8", "the floor of all abilities is given twice"),
     ],
 )
 def test_floors_are_read_or_refused_in_one_line(text, found):
@@ -90,7 +90,7 @@ def test_each_ability_is_judged_by_the_first_measure_it_has():
     assert not strict.passed
     assert [one.ability for one in strict.tested] == ["code"]
     assert strict.lines()[0].startswith(
-        "Not kept at 95 % confidence: code (keeps 97.0 %, proven 92.4 %, asked 95 %; 100 "
+        "Not kept at 95 % confidence: code (keeps 97.0 %, proven 92.4 %, required 95 %; 100 "
         "generated answers; more items may prove it)."
     )
     assert strict.to_dict()["tested"][0]["passed"] is strict.to_dict()["passed"] is False
@@ -115,7 +115,7 @@ def test_what_cannot_be_proven_is_said_with_the_nearest_that_can():
         ("math=0.9", "math=0.9: the dense model has no signal in math"),
         ("logic=0.9", "no signal in logic"),
         ("0.9", "code=0.9 needs 29 right answers and has 12; .* --keep-at-least 0.9,code=0.77$"),
-        ("code=0.95,chat=0.9", "needs 59 .* ask for --keep-at-least code=0.77,chat=0.9$"),
+        ("code=0.95,chat=0.9", "needs 59 .* or use --keep-at-least code=0.77,chat=0.9$"),
     ):
         with pytest.raises(InputError, match=said):
             judged(text, dense, dense)
@@ -168,7 +168,7 @@ def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named():
     assert words.verdict(silent, None, "")[0].startswith("The dense model gets none of 23")
     formed = words.verdict(replace(found, form="worked examples"), None, "")[0]
     assert "(asked: 23 by worked examples, gained: 1)" in formed
-    with pytest.raises(InputError, match="in its chat template, the other by worked"):
+    with pytest.raises(InputError, match="in its chat template, the other with worked"):
         behaviour((replace(dense, form="chat template"), replace(pruned, form="worked examples")))
 
 

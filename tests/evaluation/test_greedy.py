@@ -71,12 +71,12 @@ def test_prompts_of_a_file_and_the_file_of_answers(tmp_path):
     assert load_answers(out) == made
     value = json.loads(out.read_text(encoding="utf-8"))
     for wrong, says in (
-        ({"kind": "x"}, "no answers of calmix"), ({"answers": [["a"]]}, "do not fit"),
+        ({"kind": "x"}, "is not a file of answers"), ({"answers": [["a"]]}, "do not match"),
         ({"models": 1}, "is damaged: 'models'"),
     ):  # fmt: skip
         out.write_text(json.dumps(value | wrong), encoding="utf-8")
         with pytest.raises(InputError, match=says):
             load_answers(out)
     path.write_text("line\n" * 51, encoding="utf-8")
-    with pytest.raises(InputError, match="holds 51 prompts: 50 are the most"):
+    with pytest.raises(InputError, match="holds 51 prompts: give at most 50"):
         read_prompts(path)

@@ -71,10 +71,10 @@ def test_a_model_of_other_inputs_or_logits_is_refused_in_one_line():
         return forward
 
     model.forward = adding(lambda ids: ids)
-    with pytest.raises(ModelError, match="makes its logits of more than its decoder returns"):
+    with pytest.raises(ModelError, match="computes logits from more than its decoder's output"):
         row_nll(model, tiny_ids())
     model.forward = adding(lambda ids: ids.flip(1))
-    with pytest.raises(ModelError, match="LlamaForCausalLM looks at tokens that follow"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM is not causal"):
         row_nll(model, tiny_ids())
 
 
@@ -175,7 +175,7 @@ def test_another_head_needs_the_dense_one():
     dense, pruned = pair("gpt_neox")  # its head is no embedding
     made = reference(dense, TEXTS)
     pruned.model.get_output_embeddings().weight.mul_(1.5)
-    with pytest.raises(InputError, match="pruned has an output head of its own"):
+    with pytest.raises(InputError, match="pruned has another output head"):
         distance(pruned, made)
     found = distance(pruned, made, dense=lambda: dense)["dimensions"]
     for name, ids in TEXTS.items():
@@ -193,9 +193,9 @@ def test_what_does_not_compare_is_refused():
         distance(pruned, replace(made, tokenizer="other"))
     broken = copy.deepcopy(pruned.model)
     pruned.model.to(torch.bfloat16)
-    with pytest.raises(InputError, match=r"open in bfloat16 and the dense model was in float32"):
+    with pytest.raises(InputError, match="open in bfloat16, but the dense model was open in"):
         distance(pruned, made)
     broken.model.layers[0].mlp.down_proj.weight.fill_(math.nan)
     pruned.model = broken
-    with pytest.raises(ModelError, match="pruned gives no finite distance on the text code"):
+    with pytest.raises(ModelError, match="distance of pruned on the text code is not finite"):
         distance(pruned, made)

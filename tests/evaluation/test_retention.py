@@ -169,7 +169,7 @@ def test_what_a_record_lacks_is_said():
     old = replace(DENSE, gold=(), loglikelihoods=(), bytes=(), floor="none", floors=(), unigram=())
     assert parts(old, old, "accuracy").retention == 1.0
     pruned_alone = replace(DENSE, floors=(), unigram=())
-    with pytest.raises(InputError, match="no score without the knowledge"):
+    with pytest.raises(InputError, match="lack the baseline without task knowledge"):
         parts(pruned_alone, DENSE)
     assert parts(DENSE, pruned_alone).retention == 1.0  # a pruned model needs no floors
 

@@ -104,8 +104,8 @@ def test_selections_of_a_users_own_file_have_hashes_of_their_own(tmp_path):
         ("shots: 5", "shots: 5\n      score: kept", 6, "'score' of such a task is probability or"),
         ("    mbpp: ", "    sciq: ", 1, "task 'sciq' is in 'general' and in 'code'"),
         ("name: mine", "name: a b", 1, "name: String should match"),
-        ("  general:", f"  {TOTAL}:", 1, f"'{TOTAL}' has another meaning"),
-        ("  general:", f"  {WORST}:", 1, f"'{WORST}' has another meaning"),
+        ("  general:", f"  {TOTAL}:", 1, f"'{TOTAL}' is a reserved name"),
+        ("  general:", f"  {WORST}:", 1, f"'{WORST}' is a reserved name"),
         *((MBPP, task, 15, says) for task, says in (
             ("{file: a.jsonl}", "a task with 'file' needs 'kind'"),
             ("{file: a.jsonl, kind: answers, archive: x}", "needs one of 'archive', 'asked' and"),
@@ -197,21 +197,21 @@ def test_a_new_suite_is_written_and_overwrites_nothing(calmix, tmp_path):
         calmix("evaluate", "suite", tmp_path / name, "--new").ok()
         assert load_suite(tmp_path / f"{name}.yaml").name == name
     assert "exists" in calmix("evaluate", "suite", tmp_path / "ours.yaml", "--new").line
-    assert "is no name of a suite" in calmix("evaluate", "suite", tmp_path / "a b", "--new").line
+    assert "cannot name a suite" in calmix("evaluate", "suite", tmp_path / "a b", "--new").line
 
 
 @pytest.mark.parametrize(
     ("kind", "row", "said"),
     [
-        ("choices", "{", "it is no JSON"),
-        ("choices", "[1]", "it is no JSON object"),
-        ("choices", {"question": "x", "choices": ["a"], "answer": 0}, "two texts or more"),
-        ("choices", {"question": "x", "choices": ["a", "b"], "answer": 2}, "the place of"),
+        ("choices", "{", "not valid JSON"),
+        ("choices", "[1]", "not a JSON object"),
+        ("choices", {"question": "x", "choices": ["a"], "answer": 0}, "two or more texts"),
+        ("choices", {"question": "x", "choices": ["a", "b"], "answer": 2}, "the index of"),
         ("answers", {"question": "x", "answer": []}, "a text, or a list"),
         ("answers", {"question": " ", "answer": "a"}, "'question' must be a text"),
         ("numbers", '{"question": "x", "answer": NaN}', "must be a number"),
         ("numbers", {"question": "x", "answer": 10**400}, r"must be a number below 1e\+15"),
-        ("programs", {"question": "x", "head": "f", "tests": ["f(1)"]}, "such as double"),
+        ("programs", {"question": "x", "head": "f", "tests": ["f(1)"]}, "e.g. double"),
         ("programs", {"question": "x", "head": "f(x)", "tests": "a"}, "list of expressions"),
     ],
 )

@@ -173,7 +173,7 @@ def test_a_changed_study_keeps_what_it_no_longer_asks_for(tiny_study, tmp_path):
         ("/code.jsonl\n", "/sums.jsonl\n", 2, 0),
     ]):  # fmt: skip
         seen = run(tiny_study((old, new), name=f"{number}.yaml"), store, only=["mix wanda*"])
-        line = f"the study has changed: {left} finished trials, first 'code sparsegpt 60% seed 0'"
+        line = f"the study has changed: {left} finished trials (first: 'code sparsegpt 60% seed 0')"
         assert seen.notes[0].startswith(line)
         assert len(seen.ran) == ran
         assert run(tiny_study(), store, only=["code"]).ran == []

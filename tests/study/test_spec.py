@@ -157,7 +157,7 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
             (6, "calibrations.a: unknown source 'python-stdlb': did you mean python-stdlib"),
             (7, "calibrations.b: calibration 'a:1,a:2' names 'a' twice"),
             (8, "calibrations.c: there is no file"),
-            (9, "calibrations.none: 'none' stands for"),
+            (9, "calibrations.none: 'none' is reserved for"),
             (10, "calibrations.d: calibration 'igsp,repeats=5': --repeats 5: must be less"),
             (11, "calibrations.e: 'packing' has no effect with sgs"),
             (18, "grids.0.calibrations.1: unknown 'zz': known"),
@@ -217,7 +217,7 @@ def test_allocations_and_recoveries_are_part_of_a_condition(tmp_path):
     study = parsed(text)
     trials = plan(study)
     assert len({trial.condition for trial in trials}) == len(trials) == 7
-    found = {one.way: one.definition for one in resolve_all(study, trials)}
+    found = {one.recipe: one.definition for one in resolve_all(study, trials)}
     assert not {"allocation", "recovery"} & set(found["magnitude"])
     request = found["sparsegpt + owl + blocks"]
     assert request["allocation"] == "owl"
