@@ -80,7 +80,7 @@ def test_a_plan_counts_what_is_shared_once(tiny_study, known):
     assert [group["seconds"]["prune"] > 0 for group in groups] == [True, False, False] * 2
     assert [group["seconds"].get("recover", 0) > 0 for group in groups] == [False, True, True] * 2
     assert found["sets_seconds"] == 6 * (6 * 32) * 101
-    assert [note[:24] for note in found["notes"]] == ["the data of suite made i"]
+    assert [note[:24] for note in found["notes"]] == ["the data of suite made h"]
     parts = sum(group["trials"] * sum(group["seconds"].values()) for group in groups)
     assert found["seconds"] == parts + found["sets_seconds"] + found["dense_seconds"]
     assert found["disk"] > 36 * 50_000
