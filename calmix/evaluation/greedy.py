@@ -25,7 +25,7 @@ from calmix.models.opening import end_tokens, generating, in_chat, quiet_transfo
 
 ROWS = 64  # largest batch
 SHARED = 8  # shortest common prefix, in tokens, that is computed once
-HELD = 0.5e9  # bytes for keys and values, if that is room for more than a few rows
+HELD = 0.5e9  # smallest capacity of the key-value cache, in bytes
 LEAVING = 8  # refill the batch once one row in this many has finished
 WIDER = 1.25  # reallocate the cache once there is room for this many times more rows
 TAIL = 16  # last tokens of an answer that are searched for a stop text

@@ -211,7 +211,7 @@ def on_ray(
             any_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
             given = float(any_gpu) if gpus is None else gpus
             label, memory = largest(bench.study, todo, **bench.how | {"device": "cpu"})
-            if given and bench.how["device"] != "cpu":  # weights only pass through memory
+            if given and bench.how["device"] != "cpu":  # weights only pass through host memory
                 names = (model.name for model in bench.study.file.models.values())
                 memory = PROGRAM + max(weight_bytes(resolve_model(name)) for name in names)
             check_room(nodes, {"CPU": cpus, "GPU": given, "memory": memory}, label)
