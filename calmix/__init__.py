@@ -1,6 +1,6 @@
-"""Make language models smaller on mixed calibration sets, and see which abilities survive.
+"""Compress language models with mixed calibration sets and measure which abilities survive.
 
-The public API. Names are looked up when first used, so that `import calmix` stays light.
+The public API. Names are imported on first use, so `import calmix` stays light.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
-# Read when CUDA starts: without it the same product may be summed in another order.
+# cuBLAS reads this at start-up; without it, the summation order of a product can vary.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# What tqdm says in notebooks without ipywidgets, when transformers is imported.
+# A warning of tqdm in notebooks without ipywidgets.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:

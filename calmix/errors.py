@@ -1,6 +1,6 @@
-"""The errors a user can cause. Each is one line: what is wrong, where, and what to do.
+"""Errors that a user can fix. Each is one line: what is wrong, where, and what to do.
 
-The command line prints it and ends with exit code 2; anything else raised is a defect of calmix.
+The command line prints it and exits with code 2; any other exception is a bug in calmix.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 
 class CalmixError(Exception):
-    """A mistake the user can correct, described in one line."""
+    """An error the user can fix, described in one line."""
 
 
 class NotKeptError(CalmixError):
-    """No candidate keeps what was asked for: a result, not a mistake."""
+    """No candidate keeps what the user requires: a result, not a mistake."""
 
 
 class InputError(CalmixError):
@@ -27,7 +27,7 @@ class InputError(CalmixError):
 
 
 class DiskError(InputError):
-    """A place that is full or cannot be written to, which another run may find otherwise."""
+    """A disk that is full or not writable; a later run may succeed."""
 
 
 class ModelError(CalmixError):
@@ -39,11 +39,11 @@ class SourceError(CalmixError):
 
 
 class SolverError(CalmixError):
-    """Numbers no solver can work with (not finite, no positive definite Gram matrix)."""
+    """Values no solver can use: not finite, or a Gram matrix that is not positive definite."""
 
 
 class PassingError(CalmixError):
-    """What another run may find otherwise: a device without memory, a process that has ended."""
+    """A transient failure, such as a device out of memory or a process that died."""
 
 
 class MissingExtraError(CalmixError):
@@ -53,7 +53,7 @@ class MissingExtraError(CalmixError):
         super().__init__(f"{what} needs an optional dependency: pip install 'calmix[{extra}]'")
 
 
-# What people call a thing, and what it is called here.
+# Names from other tools, and their equivalents here.
 MEANT = {
     "fast": "quick", "faster": "quick", "small": "quick", "full": "standard", "slow": "best",
     "ratio": "sparsity", "amount": "sparsity", "data": "calibration", "dataset": "calibration",
@@ -64,7 +64,7 @@ MEANT = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint naming the known names closest to `name`, or all of them if none is close."""
+    """Return a hint with the known names closest to `name`, or all of them if none is close."""
     known = sorted(known)
     meant = MEANT.get(name.lower(), name)
     close = [meant] if meant in known else difflib.get_close_matches(name, known, 3, 0.55)
@@ -72,7 +72,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind."""
+    """Return the first line of an error's message, or its type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
@@ -85,13 +85,13 @@ _REFUSED = {
 
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn "no space left" and "not permitted" while writing to `where` into a DiskError's line."""
+    """Turn "no space left" and "not permitted" while writing to `where` into a DiskError."""
     try:
         yield
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if told := re.search(r"\(os error (\d+)\)", str(error)):  # all that Rust libraries give
-            number = number or int(told[1])
+        if code := re.search(r"\(os error (\d+)\)", str(error)):  # from Rust libraries
+            number = number or int(code[1])
         if number in _FULL:
             line = f"no space left on the disk of {where}: free some or choose another folder"
         elif number in _REFUSED:

@@ -1,4 +1,4 @@
-"""Files and folders: the cache, hashes, and writing that never leaves half a result behind."""
+"""Files and folders: the cache, hashes, and atomic writes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from calmix.errors import DiskError, InputError, disk_errors
 
-PARTIAL, OLD = "partial-", "old-"  # hidden beside a result: what is to become it, what it was
-EXPORT = "calmix-export.json"  # the manifest of what is made for another program
-# By kind of result, files that stand together in its folder and in no other. The first names the
-# kind: a pack, which holds a checkpoint's manifest too, comes before it.
+PARTIAL, OLD = "partial-", "old-"  # hidden beside a result: the new one, the replaced one
+EXPORT = "calmix-export.json"  # the manifest of an export for another program
+# Files that identify each kind of result. The first match counts: a pack also has a checkpoint's
+# manifest, so it comes first.
 RESULTS = {
     "study store": ("store.json",),
     "compressed model": ("compress.json",),
@@ -34,7 +34,7 @@ RESULTS = {
     "study analysis": ("analysis.json", "ranking.csv"),
     "study report": ("report.html", "summary.txt"),
 }
-KEPT = ("study store", "compressed model")  # which no --overwrite replaces
+KEPT = ("study store", "compressed model")  # never replaced by --overwrite
 
 
 def cache_dir() -> Path:
@@ -46,8 +46,8 @@ def cache_dir() -> Path:
 
 
 def user_path(text: str | Path) -> Path:
-    """Return what a user wrote as a path, with `~` for the home folder."""
-    return Path(os.path.expanduser(text))  # noqa: PTH111  # leaves ~name of nobody as it is
+    """Return a user's text as a path, with `~` expanded."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  # leaves an unknown ~name unchanged
 
 
 def sha256_file(path: Path) -> str:
@@ -63,7 +63,7 @@ def sha256_json(value: Any) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON that others may have written; a ValueError if it is none or nested too deeply."""
+    """Parse untrusted JSON; raise ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -71,37 +71,37 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_object(path: Path, missing: str) -> dict[str, Any]:
-    """Return the JSON object a file holds; InputError, where there is no file with `missing`."""
+    """Read a JSON object; raise InputError, with the text `missing` if there is no file."""
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(missing) from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: it is no JSON") from error
+        raise InputError(f"{path} is damaged: not JSON") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged: it holds no JSON object")
+        raise InputError(f"{path} is damaged: not a JSON object")
     return value
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as readable JSON, beside `path` first and then renamed onto it."""
+    """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, beside `path` first and then renamed onto it."""
+    """Write UTF-8 text atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, beside `path` first and then renamed onto it."""
+    """Write a file atomically."""
     with replacing(path) as file:
         file.write(content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a new file beside `path` to write to; on the disk, it takes `path`'s place."""
+    """Yield a new file beside `path` to write to; once it is on disk, rename it to `path`."""
     path = real_place(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +119,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def hidden(
     path: Path, make: Callable[[Path], None] = Path.mkdir, kind: str = PARTIAL
 ) -> Iterator[Path]:
-    """Yield a new hidden file or folder beside `path`; what is left of it at the end is removed.
+    """Yield a new hidden file or folder beside `path`, and remove it at the end.
 
-    This process holds the kernel's lock on it, which ends with the process however that ends. What
-    lies there unlocked was left by one that was killed, and goes first.
+    It stays locked meanwhile; the kernel releases the lock if the process dies. Unlocked ones were
+    left by killed processes and are removed first.
     """
     _sweep(path)
     while True:
@@ -132,21 +132,21 @@ def hidden(
             if (handle := _locked(beside, own=True)) is not None and beside.exists():
                 yield beside
                 return
-        finally:  # also if it was interrupted before it was locked, or somebody swept it
+        finally:  # also after an interrupt before the lock, or a sweep by another process
             remove(beside)
             if handle is not None:
                 os.close(handle)
 
 
 def is_hidden(path: Path) -> bool:
-    """Tell whether a file is, or lies in, what was hidden beside another by a process."""
+    """Whether a path is, or is inside, a hidden partial file or folder."""
     return any(part.startswith(".") and f".{PARTIAL}" in part for part in path.parts)
 
 
 def _locked(path: Path, *, own: bool) -> int | None:
-    """Return an open handle that holds the lock on a path; None if another process has it.
+    """Lock a path and return the open handle; None if another process holds the lock.
 
-    Where a file system has no locks, an own path is taken as locked, and no other.
+    On a file system without locks, only this process's `own` path counts as locked.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -162,16 +162,16 @@ def _locked(path: Path, *, own: bool) -> int | None:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes have left beside `path`; an old folder gets its name back."""
+    """Remove what killed processes left beside `path`; restore an old folder if `path` is gone."""
     for kind in (OLD, PARTIAL):
-        for left in path.parent.glob(f".{glob.escape(path.name)}.{kind}*"):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.{kind}*"):
             with suppress(OSError):  # another user's
-                if (handle := _locked(left, own=False)) is None:
+                if (handle := _locked(leftover, own=False)) is None:
                     continue
                 try:
-                    if kind == OLD and (left / path.name).exists() and not path.exists():
-                        (left / path.name).rename(path)
-                    remove(left)
+                    if kind == OLD and (leftover / path.name).exists() and not path.exists():
+                        (leftover / path.name).rename(path)
+                    remove(leftover)
                 finally:
                     os.close(handle)
 
@@ -185,37 +185,37 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until a file's bytes, or a folder's entries, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a disk that cannot for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported for folders here
             raise
     finally:
         os.close(handle)
 
 
 def real_place(path: Path) -> Path:
-    """Return where a path leads: a rename would replace a link, not what it names."""
+    """Resolve links: a rename would replace the link, not its target."""
     return Path(os.path.realpath(path))
 
 
 def check_output_folder(
     path: Path, *, inputs: Iterable[object] = (), overwrite: bool = False
 ) -> None:
-    """Refuse an output folder before any work is done; nothing is made on the way."""
+    """Refuse an unusable output folder before any work; nothing is created."""
     with disk_errors(path):
-        place = real_place(path)
-        _sweep(place)
-        if os.path.lexists(place) and not path.is_dir():  # it may be a link in a circle
+        real = real_place(path)
+        _sweep(real)
+        if os.path.lexists(real) and not path.is_dir():  # it may be a circular link
             raise InputError(f"{path} is a file: name a folder for the output")
         check_apart(path, inputs)
-        mounted = "a disk's mount point" if _holds_mount(place) else None
-        if mounted or Path.cwd().is_relative_to(place):
+        mounted = "a mount point" if _holds_mount(real) else None
+        if mounted or Path.cwd().is_relative_to(real):
             raise InputError(
-                f"{path} is or holds {mounted or 'the folder you are in'}, so nothing can take its "
-                f"place: name a folder in it, such as {path / 'out'}"
+                f"{path} is or contains {mounted or 'the current folder'} and cannot be replaced: "
+                f"name a folder inside it, such as {path / 'out'}"
             )
         names = sorted(held.name for held in path.iterdir()) if path.is_dir() else []
         if names and not overwrite:
@@ -223,9 +223,9 @@ def check_output_folder(
                 f"{path} exists and is not empty: choose another folder or --overwrite"
             )
         if names and not holds_result(path):
-            found = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            content = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
             raise InputError(
-                f"--overwrite replaces only results of calmix, and {path} holds {found}: name "
+                f"--overwrite replaces only results of calmix, and {path} contains {content}: name "
                 "another folder, or delete this one first"
             )
         check_writable(path)
@@ -234,16 +234,16 @@ def check_output_folder(
 def check_output_file(
     path: Path, *, inputs: Iterable[object] = (), overwrite: bool = False
 ) -> None:
-    """Refuse an output file before any work is done, as `check_output_folder` a folder."""
+    """Refuse an unusable output file before any work; nothing is created."""
     with disk_errors(path):
         if path.exists() and not path.is_file():
-            what = "a folder" if path.is_dir() else "no regular file"
+            what = "a folder" if path.is_dir() else "not a regular file"
             raise InputError(f"{path} is {what}: name a file for the output")
         check_apart(path, inputs)
         if _holds_mount(real_place(path)):
             raise InputError(
-                f"{path} is mounted from elsewhere, so nothing can take its place: mount the "
-                "folder it lies in, or name another file"
+                f"{path} is a mount point and cannot be replaced: mount the folder that contains "
+                "it, or name another file"
             )
         if path.exists() and not overwrite:
             raise InputError(f"{path} exists: choose another file or --overwrite")
@@ -251,74 +251,74 @@ def check_output_file(
 
 
 def check_result_file(path: Path, inputs: Iterable[object] = ()) -> None:
-    """Raise InputError where the ending is neither .json nor .csv, or no file can be written."""
+    """Raise InputError unless `path` ends in .json or .csv and can be written."""
     if path.suffix.lower() not in (".json", ".csv"):
         raise InputError(f"cannot write results to {path}: name a .json or .csv file")
     check_output_file(path, inputs=inputs, overwrite=True)
 
 
 def holds_result(folder: Path) -> bool:
-    """Tell whether a folder is a result of calmix, which may be replaced when that is asked for."""
-    found = (names for kind, names in RESULTS.items() if kind not in KEPT)
-    return any(all((folder / name).is_file() for name in names) for names in found)
+    """Whether a folder is a result of calmix that --overwrite may replace."""
+    kinds = (names for kind, names in RESULTS.items() if kind not in KEPT)
+    return any(all((folder / name).is_file() for name in names) for names in kinds)
 
 
 def check_apart(path: Path, inputs: Iterable[object]) -> None:
-    """Refuse an output that is an input, lies in one or holds one, links followed.
+    """Refuse an output that is, is inside, or contains an input, links followed.
 
-    Inputs are as a user named them; what is no path is passed over.
+    Inputs are as a user named them; names that are not paths are ignored.
     """
-    for named in (one for one in inputs if one is not None):
-        given = user_path(str(named))
-        within, around = _within(path, given), _within(given, path)
+    for name in (one for one in inputs if one is not None):
+        input_path = user_path(str(name))
+        within, around = _within(path, input_path), _within(input_path, path)
         if within or around:
-            what = "is" if within and around else "lies in" if within else "holds"
-            raise InputError(f"{path} {what} the input {named}: name another place for the output")
+            what = "is" if within and around else "is inside" if within else "contains"
+            raise InputError(f"{path} {what} the input {name}: name another output")
 
 
 def _within(path: Path, folder: Path) -> bool:
-    """Tell whether a path is, or lies in, a folder that is there, links followed."""
-    with suppress(OSError, ValueError):  # as a mix's text is longer than a name may be
-        place = real_place(path)
-        return any(part.samefile(folder) for part in (*reversed(place.parents), place))
+    """Whether a path is, or is inside, an existing folder, links followed."""
+    with suppress(OSError, ValueError):  # a mix can be longer than a path may be
+        real = real_place(path)
+        return any(part.samefile(folder) for part in (*reversed(real.parents), real))
     return False
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a place where nothing can be made; folders on the way to it may be missing."""
+    """Refuse a path where nothing can be created; parent folders may be missing."""
     with disk_errors(path):
-        place = real_place(path)
-        there = existing(place)
+        real = real_place(path)
+        parent = existing(real)
         try:
-            with hidden(there / place.name):
+            with hidden(parent / real.name):
                 pass
         except FileNotFoundError:  # as in /proc
-            raise DiskError(f"cannot write to {path}: {there} takes no new files") from None
+            raise DiskError(f"cannot write to {path}: cannot create files in {parent}") from None
 
 
 def existing(path: Path) -> Path:
-    """Return the nearest of the folders a path lies in that is there."""
-    return next(place for place in path.parents if place.exists())
+    """Return the nearest parent folder that exists."""
+    return next(folder for folder in path.parents if folder.exists())
 
 
 def check_free(path: Path, needed: int, what: str) -> None:
-    """Refuse work, before it starts, that needs more bytes than are free beside `path`."""
+    """Refuse work, before it starts, that needs more bytes than are free on the disk of `path`."""
     free = shutil.disk_usage(existing(real_place(path))).free
     if free < needed:
         raise DiskError(
-            f"no space left for {path}: {what} {needed / 1e6:.0f} MB and "
+            f"no space left for {path}: {what} {needed / 1e6:.0f} MB, but only "
             f"{free / 1e6:.0f} MB are free"
         )
 
 
-def _holds_mount(place: Path) -> bool:
-    """Tell whether something is mounted at a path or below it: a disk, or a file of its own."""
+def _holds_mount(path: Path) -> bool:
+    """Whether a disk or a single file is mounted at a path or below it."""
     mounts = [Path(disk.mountpoint) for disk in psutil.disk_partitions(all=True)]
-    return os.path.ismount(place) or any(mount.is_relative_to(place) for mount in mounts)
+    return os.path.ismount(path) or any(mount.is_relative_to(path) for mount in mounts)
 
 
 def give_back(lock: BaseFileLock) -> None:
-    """Release a lock; its file goes first, while nobody else can hold it."""
+    """Release a lock after deleting its file, which nobody else can hold until then."""
     if lock.is_locked:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
@@ -326,7 +326,7 @@ def give_back(lock: BaseFileLock) -> None:
 
 @contextmanager
 def alone(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock on what is made at `path`, waiting for whoever makes it, or else refused."""
+    """Hold the lock on `path`; if another process has it, wait, or raise InputError."""
     path = real_place(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -344,10 +344,10 @@ def alone(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `path`; rename it onto `path` only if the body succeeds.
+    """Yield a hidden folder beside `path`; rename it to `path` only if the body succeeds.
 
-    Whatever stood at `path` is replaced; of a link, what it leads to. On any failure, an interrupt
-    included, the hidden folder is removed and `path` is left as it was.
+    An existing folder is replaced; for a link, its target. On any failure, including an interrupt,
+    the hidden folder is removed and `path` stays unchanged.
     """
     path = real_place(path)
     with disk_errors(path):
@@ -358,8 +358,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def put_folder(beside: Path, path: Path) -> None:
-    """Rename a folder onto `path`; what stands there is replaced, and put back on any failure."""
-    for part in [*beside.rglob("*"), beside]:  # a rename may come before the bytes
+    """Rename a folder to `path`; a replaced folder is restored on any failure."""
+    for part in [*beside.rglob("*"), beside]:  # a rename can reach the disk before the bytes
         if part.is_dir() or part.is_file():
             sync(part)
     if not path.exists():

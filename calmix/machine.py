@@ -1,4 +1,4 @@
-"""What this process may use of its machine: a container's limits count, not the host's size."""
+"""Memory and cores this process may use: a container's limits count, not the host's size."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from typing import Any
 import psutil
 import torch
 
-MICRO_TOKENS = 2048  # activations of so many tokens stay in a CPU's cache
-WIDE_TOKENS = 8192  # elsewhere: products of so many fill an accelerator
-CACHED_VALUES = 2**18  # float32 values that stay in the cache of one core: 1 MiB
+MICRO_TOKENS = 2048  # tokens whose activations fit in a CPU's cache
+WIDE_TOKENS = 8192  # tokens that keep an accelerator busy
+CACHED_VALUES = 2**18  # float32 values that fit in one core's cache: 1 MiB
 CGROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 
 
 def free_memory() -> int:
-    """Return the bytes of memory this process can still take, without swapping."""
-    # As kubelet and docker count it: file pages not used lately are given back when asked for.
+    """Return the bytes of memory this process can still allocate without swapping."""
+    # As kubelet and docker count it: inactive file pages can be reclaimed.
     within = (limit - used for limit, used in _memory())
     return max(0, min([psutil.virtual_memory().available, *within]))
 
 
 def total_memory() -> int:
-    """Return the bytes of memory there are for this process and those it shares limits with."""
+    """Return the total bytes of memory for this process and those that share its limits."""
     return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory())])
 
 
 def give_memory_back() -> None:
-    """Give the system what this process has freed and keeps for later, where the C library can."""
+    """Return freed memory to the system, if the C library can."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc
@@ -55,8 +55,8 @@ def cores() -> int:
 
 
 def device_memory(device: torch.device) -> tuple[int, int, int | None]:
-    """Return the bytes this process holds on a device, those it may still take, and all there are;
-    None for the last where what does not fit is swapped."""
+    """Return a device's memory in bytes: used by this process, still available to it, and total;
+    None for the total where memory can be swapped."""
     if device.type not in ("cuda", "xpu"):
         return psutil.Process().memory_info().rss, free_memory(), None
     backend = torch.get_device_module(device)
@@ -66,13 +66,13 @@ def device_memory(device: torch.device) -> tuple[int, int, int | None]:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether an accelerator had no memory left: its backends have no class in common."""
-    told = any(part in str(error) for part in ("out of memory", "ALLOC_FAILED"))
-    return told or isinstance(error, torch.OutOfMemoryError)
+    """Whether an accelerator ran out of memory; its backends share no exception class."""
+    known = any(part in str(error) for part in ("out of memory", "ALLOC_FAILED"))
+    return known or isinstance(error, torch.OutOfMemoryError)
 
 
 class Laps:
-    """Seconds by activity: of the host's clock, or between marks in a device's queue."""
+    """Seconds by activity, from the host's clock or from events in a device's queue."""
 
     def __init__(self, device: torch.device) -> None:
         there = device.type in ("cuda", "xpu") and torch.accelerator.is_available()
@@ -81,13 +81,13 @@ class Laps:
 
     @contextlib.contextmanager
     def lap(self, activity: str) -> Iterator[None]:
-        """Count what is done within as an activity's."""
+        """Add the time the body takes to an activity."""
         began = self._mark()
         yield
         self._laps.append((activity, began, self._mark()))
 
     def _mark(self) -> Any:
-        """Return the time, or an event in the device's own queue, whichever is the current one."""
+        """Return the time, or an event in the device's current queue."""
         if self._device is None:
             return time.perf_counter()
         event = torch.Event(self._device, enable_timing=True)
@@ -95,7 +95,7 @@ class Laps:
         return event
 
     def read(self, seconds: MutableMapping[str, float]) -> None:
-        """Add what was counted, and begin anew."""
+        """Add the measured times to `seconds`, and start again."""
         for activity, began, ended in self._laps:
             if self._device is None:
                 seconds[activity] += ended - began
@@ -106,32 +106,32 @@ class Laps:
 
 
 def tokens_at_once(device: torch.device) -> int:
-    """Return how many tokens run through a block at a time where nothing else is asked for."""
+    """Return the default number of tokens to run through a block at a time."""
     return MICRO_TOKENS if device.type == "cpu" else WIDE_TOKENS
 
 
 def values_at_once(device: torch.device) -> int:
-    """Return how many float32 values are worked on at a time, one operation after another."""
+    """Return how many float32 values to process at a time in a chain of operations."""
     return CACHED_VALUES * torch.get_num_threads() if device.type == "cpu" else 2**31
 
 
 def _memory() -> Iterator[tuple[int, int]]:
-    """Yield limit and use of every control group this process is in, in bytes."""
+    """Yield memory limit and use, in bytes, of every control group of this process."""
     for folder in _groups():
         stat = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
         for limit in ("memory.max", "memory.high"):
             most, used = _text(folder / limit).strip(), _text(folder / "memory.current").strip()
-            if most.isdecimal() and used.isdecimal():  # it says `max` where there is none
+            if most.isdecimal() and used.isdecimal():  # `max` means no limit
                 yield int(most), max(0, int(used) - int(stat.get("inactive_file", 0)))
 
 
 def _groups() -> Iterator[Path]:
-    """Yield the folders of the control groups (version 2) this process is in, innermost first."""
-    # A container sees its own group at the root, under whatever path the host gives it.
+    """Yield the folders of this process's control groups (version 2), innermost first."""
+    # A container sees its own group at the root, whatever the path on the host.
     for line in _text(OWN).splitlines():
         if line.startswith("0::"):
-            own = CGROUPS / line[3:].strip("/")
-            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(CGROUPS))
+            leaf = CGROUPS / line[3:].strip("/")
+            yield from (path for path in (leaf, *leaf.parents) if path.is_relative_to(CGROUPS))
 
 
 def _text(path: Path) -> str:

@@ -1,7 +1,7 @@
-"""Manifests and run records, in two files beside an artefact.
+"""Manifests and run records: two files beside each artefact.
 
-The manifest holds what decides the bytes (inputs by hash, seeds, versions) and is the same for the
-same inputs; the run record holds what differs from run to run (date, machine, seconds).
+The manifest records what determines the bytes (inputs by hash, seeds, versions), so equal inputs
+give equal manifests; the run record holds what varies between runs (date, machine, seconds).
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from calmix.files import is_hidden, read_object, sha256_file, sha256_json
 from calmix.machine import cores
 
 SEAL = "manifest_sha256"
-# Of all that calmix depends on these may change the bytes of a result: they compute it. The others
-# read, draw, show or move files; what a run has drawn is kept for its resumption.
+# Dependencies whose versions can change the bytes of a result. The others read, plot, print or move
+# files; a run saves its calibration set, so resuming does not depend on them either.
 DECIDING = ("calmix", "torch", "transformers", "tokenizers")
 
 
-version = cache(importlib.metadata.version)  # a package's metadata is read through for it
+version = cache(importlib.metadata.version)  # it parses the package's metadata each time
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes: Python, calmix and the libraries under it."""
+    """Return the versions of Python, calmix and the libraries that compute results."""
     python = {"python": platform.python_version()}
     return {**python, **deciding_versions(), "safetensors": version("safetensors")}
 
 
 def deciding_versions() -> dict[str, str]:
-    """Return the versions that may change the bytes of a result."""
+    """Return the versions that can change the bytes of a result."""
     return {name: version(name) for name in DECIDING}
 
 
 def run_record(seconds: dict[str, float]) -> dict[str, Any]:
-    """Return date, machine and seconds by activity of the run that ends now."""
+    """Return date, machine and seconds by activity of a run that ends now."""
     return {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": platform.machine(),
@@ -54,33 +54,32 @@ def run_record(seconds: dict[str, float]) -> dict[str, Any]:
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest with its own hash at the end."""
+    """Return a manifest with its own hash as the last entry."""
     content = {key: value for key, value in manifest.items() if key != SEAL}
     return {**content, SEAL: sha256_json(content)}
 
 
 def seal_holds(manifest: Mapping[str, Any]) -> bool:
-    """Tell whether a manifest is as it was sealed."""
+    """Whether a manifest matches its own hash."""
     return sealed(manifest)[SEAL] == manifest.get(SEAL)
 
 
 def read_sealed(path: Path, missing: str) -> dict[str, Any]:
-    """Return a manifest that is as it was sealed; an InputError, where there is none `missing`."""
+    """Read a manifest and check its hash; InputError, with the text `missing` if there is none."""
     value = read_object(path, missing)
     if not seal_holds(value):
-        raise InputError(f"{path} is damaged or changed: its hash is another")
+        raise InputError(f"{path} is damaged or was edited: its hash does not match")
     return value
 
 
 def file_hashes(
     folder: Path, *, without: Collection[str] = (), tick: Callable[[str], None] = lambda name: None
 ) -> dict[str, str]:
-    """Return the SHA-256 of every file in a folder but `without`, by its path within, in order.
+    """Return the SHA-256 of every file in a folder except `without`, sorted by relative path.
 
-    `tick` is called with the name of each file once it is hashed. Links are not followed into
-    folders; what a killed process has left hidden beside a file is passed over.
+    `tick` is called with each file's name once it is hashed. Links to folders are not followed, and
+    hidden leftovers of killed processes are ignored.
     """
-
     paths = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
     names = sorted({p.as_posix() for p in paths if not is_hidden(p)} - set(without))
     found: dict[str, str] = {}

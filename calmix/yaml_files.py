@@ -1,4 +1,4 @@
-"""YAML files a user writes: read strictly, with the file and line named in every complaint."""
+"""Strict reading of users' YAML files: every error names file and line."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from yaml.constructor import ConstructorError
 
 from calmix.errors import InputError, nearest
 
-LARGEST = 500_000  # characters of a file: PyYAML takes seconds for so many
+LARGEST = 500_000  # characters in a file; PyYAML takes seconds for this many
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 @cache
 def packaged(file: str) -> Any:
-    """Return what a YAML file of the package holds; not to be changed."""
+    """Return the content of a YAML file of the package; do not modify it."""
     return yaml.safe_load(resources.files("calmix").joinpath(file).read_text(encoding="utf-8"))
 
 
 class _Strict(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice instead of keeping the last."""
+    """A safe loader that refuses duplicate keys instead of keeping the last."""
 
 
 def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -44,7 +44,7 @@ def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 def _integer(loader: _Strict, node: yaml.ScalarNode) -> int | str:
-    # YAML 1.1 reads a bare 2:4 as a number of base 60; here it is a pattern.
+    # YAML 1.1 reads a bare 2:4 as a base-60 number; here it is a pattern.
     return node.value if ":" in node.value else loader.construct_yaml_int(node)
 
 
@@ -64,19 +64,19 @@ _Strict.add_constructor("tag:yaml.org,2002:int", _integer)
 
 @dataclass(frozen=True)
 class YamlText:
-    """A mapping read from YAML text that complaints call `where`, with the place of every key."""
+    """A mapping parsed from YAML, with the position of every key; errors call it `where`."""
 
     where: str
     value: dict[str, Any]
     node: yaml.Node
 
     def at(self, path: Sequence[Any]) -> str:
-        """Return `FILE line N` for the deepest part of a path of keys that there is."""
+        """Return `FILE line N` for the deepest existing part of a path of keys."""
         return f"{self.where} line {_locate(self.node, path)[0]}"
 
     def problems(self, error: ValidationError, model: type[BaseModel]) -> list[str]:
         """Return every problem of a failed validation as `FILE line N: key: what is wrong`."""
-        found: dict[str, str] = {}
+        lines: dict[str, str] = {}
         schema = model.model_json_schema()
         parts = (schema, *schema.get("$defs", {}).values())
         known = {name for part in parts for name in part.get("properties", {})}
@@ -88,47 +88,47 @@ class YamlText:
                 message = f"unknown key: {nearest(str(path[-1]), known)}"
             elif problem["type"] == "missing":
                 path, depth, message = path[:-1], len(path), f"lacks '{path[-1]}'"
-            # Parts below a value are pydantic's own: which member of a union it tried.
+            # Deeper parts are pydantic's own: the members of a union it tried.
             name = ".".join(map(str, path[:depth]))
-            found.setdefault(name, f"{self.where} line {line}: {name}: {message}")
-        return [line.replace(": : ", ": ") for line in found.values()]
+            lines.setdefault(name, f"{self.where} line {line}: {name}: {message}")
+        return [line.replace(": : ", ": ") for line in lines.values()]
 
 
 def parse_yaml(text: str, where: str) -> YamlText:
-    """Parse YAML text that holds a mapping, which complaints call `where`."""
+    """Parse YAML text that holds a mapping; errors call it `where`."""
     if len(text) > LARGEST:
-        raise InputError(f"{where} is larger than {LARGEST:,} characters, the most YAML may have")
+        raise InputError(f"{where} has more than {LARGEST:,} characters, the limit for YAML")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = None if node is None else _Strict("").construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        own = isinstance(error, ConstructorError)
+        ours = isinstance(error, ConstructorError)
         raise InputError(
-            f"{where}{line}: {error.problem if own else f'not YAML ({error.problem})'}"
+            f"{where}{line}: {error.problem if ours else f'not YAML ({error.problem})'}"
         ) from error
     except RecursionError:
         raise InputError(f"{where} is nested too deeply, or contains itself") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # an impossible date, say
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as an impossible date
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict) or node is None:
-        raise InputError(f"{where} holds no mapping of names to values")
+        raise InputError(f"{where} is not a mapping of names to values")
     return YamlText(where, value, node)
 
 
 def parse_model(model: type[Parsed], text: str, where: str) -> Parsed:
-    """Return what YAML text describes, checked by a pydantic model."""
+    """Parse YAML text and validate it with a pydantic model."""
     yaml_text = parse_yaml(text, where)
     try:
         return model.model_validate(yaml_text.value)
     except ValidationError as error:
-        # A misspelt key is also a missing one; the misspelling says more.
+        # A misspelt key is also reported as missing; the misspelling is more useful.
         lines = yaml_text.problems(error, model)
         raise InputError(next((x for x in lines if ": unknown key" in x), lines[0])) from None
 
 
 def _locate(node: yaml.Node, path: Sequence[Any]) -> tuple[int, int]:
-    """Return the line of the deepest part of a path there is, and how many parts there are."""
+    """Return the line of the deepest existing part of a path, and its depth."""
     line = node.start_mark.line + 1
     for depth, part in enumerate(path):
         if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
@@ -136,10 +136,10 @@ def _locate(node: yaml.Node, path: Sequence[Any]) -> tuple[int, int]:
             line = node.start_mark.line + 1
             continue
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        found = {key.value: (key, value) for key, value in pairs}
-        if str(part) not in found:
+        entries = {key.value: (key, value) for key, value in pairs}
+        if str(part) not in entries:
             return line, depth
-        key, node = found[str(part)]
+        key, node = entries[str(part)]
         line = key.start_mark.line + 1
     return line, len(path)
 
@@ -157,7 +157,7 @@ def read_text(path: Path) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds; InputError as `read_text` and `parse_yaml`."""
+    """Return the mapping in a YAML file; InputError as in `read_text` and `parse_yaml`."""
     return parse_yaml(read_text(path), str(path)).value
 
 

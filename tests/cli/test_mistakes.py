@@ -75,7 +75,7 @@ SAID = {
     COMPRESS + "--no-corpus --licence permissive": "--licence has no effect",
     COMPRESS + "--licence permissive --calibration books": "is unstated",
     COMPRESS + "--calibration {text} --sparsity 0.6 --max-memory 0.5GiB": "0.50 GiB of memory are",
-    COMPRESS + "--prompts {blank}": "is empty: it holds no text",
+    COMPRESS + "--prompts {blank}": "is empty: it has no text",
     COMPRESS + "--size 900GB": "is out of reach",
     COMPRESS + "--size apples": "--size 'apples' is no size: write",
     COMPRESS + "--size 12": "12 is above 1: did you mean 0.12?",
@@ -261,7 +261,7 @@ def wrong_outputs(verb, words, files):
             yield at(path / f"x{ending}" if path.is_dir() else path), "the input"
         if not ending and verb != "study run":
             yield at(path), "the input" if path.is_dir() else "is a file"
-            yield at(path.parent), "holds the input"
+            yield at(path.parent), "contains the input"
 
 
 @pytest.fixture

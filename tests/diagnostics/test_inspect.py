@@ -84,7 +84,7 @@ def test_a_changed_manifest_is_named_and_an_unlisted_file_told(calmix, pruned):
         ended = calmix("doctor", "inspect", pruned)
         assert (ended.code, "calmix.json" in ended.line) == (2, True)
     path.write_text("{")
-    assert "no JSON" in calmix("doctor", "inspect", pruned).line
+    assert "not JSON" in calmix("doctor", "inspect", pruned).line
 
 
 def test_warnings_name_raised_damping_dead_inputs_and_lost_output(calmix, pruned):

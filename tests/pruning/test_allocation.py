@@ -204,7 +204,7 @@ def test_the_command_line_allocates(calmix, tiny_folder, text_file, tmp_path):
             dict.fromkeys(shares, 0.5),
             "adds up to a sparsity of 0.5000 over all weights, and",
         ),
-        ([], "holds no mapping"),
+        ([], "is not a mapping"),
     ]:
         file.write_text(json.dumps(content))
         assert says in calmix(*common, tmp_path / "bad", "--allocation", file).line
