@@ -1,8 +1,8 @@
 """Find the decoder blocks of a model and the weights in them, by structure.
 
-There is no list of models; names tell only towers, routers and parts of experts apart. The decoder
-is the list of modules that holds most of the weights, and what can be pruned in a block are its
-linear maps. Experts are linear maps too, each a slice of a parameter that holds all of them.
+There is no list of supported models; names only identify towers, routers and parts of experts. The
+decoder is the module list with most of the weights, and the prunable weights of a block are its
+linear layers. Experts count as linear layers, each a slice of a parameter that holds all of them.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from torch import Tensor, nn
 
 from calmix.errors import InputError, ModelError
 
-EXPERTS = "experts"  # the name of the list of experts, in every model that has one
-ROUTERS = ("router", "gate", "wg")  # names of the linear maps that choose experts
-CHOSEN = (  # what configurations call the number of experts a token is sent to
+EXPERTS = "experts"  # the name of the list of experts in every model that has one
+ROUTERS = ("router", "gate", "wg")  # names of the linear layers that choose experts
+CHOSEN = (  # configuration keys for the number of experts per token
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k",
 )  # fmt: skip
-DOWN = re.compile(r"down|w2|out")  # names of the last linear map of an expert
-TOWERS = re.compile(r"vision|visual|image|audio|speech")  # names of parts beside a decoder
+DOWN = re.compile(r"down|w2|out")  # names of the last linear layer of an expert
+TOWERS = re.compile(r"vision|visual|image|audio|speech")  # names of parts beside the decoder
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map, as GPT-2's Conv1D is, whose weight is transposed."""
+    """Whether a module is a linear layer, including GPT-2's Conv1D with its transposed weight."""
     conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
     return conv1d or isinstance(module, nn.Linear)
 
 
 @dataclass(frozen=True)
 class Prunable:
-    """A linear map in a block, seen as a matrix of shape (rows = outputs, columns = inputs)."""
+    """A linear layer in a block, seen as a matrix of shape (rows = outputs, columns = inputs)."""
 
-    name: str  # qualified; with `.weight` that of the parameter, but for slices of one
+    name: str  # qualified; `name.weight` is the parameter, except for slices
     module: Any  # holds the parameter
     parameter: str = "weight"  # its name in the module
     transposed: bool = False  # the parameter is stored as (inputs, outputs)
-    mixture: str | None = None  # qualified name of the module within which tokens are routed
-    expert: int | None = None  # the parameter holds all experts along its first dimension
-    rows: slice = field(default_factory=lambda: slice(None))  # gate and up may lie in one
+    mixture: str | None = None  # qualified name of the module that sends tokens to its experts
+    expert: int | None = None  # index in the parameter's first dimension, over all experts
+    rows: slice = field(default_factory=lambda: slice(None))  # gate and up can share a parameter
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,7 +57,7 @@ class Prunable:
 
     @property
     def parameter_name(self) -> str:
-        """Qualified name of the parameter, of which this may be a part."""
+        """Qualified name of the parameter, of which this can be a slice."""
         return f"{self.mixture or self.name}.{self.parameter}"
 
     @property
@@ -67,27 +67,27 @@ class Prunable:
 
     @property
     def whole_matrix(self) -> bool:
-        """Whether the parameter is this matrix, as it lies."""
+        """Whether the parameter is exactly this matrix, as stored."""
         return not self.transposed and self.expert is None and self.rows == slice(None)
 
     def whole(self) -> Tensor:
-        """Return the module's own parameter, of which this may be a part."""
+        """Return the whole parameter, of which this can be a slice."""
         weight: Tensor = self.module._parameters[self.parameter].data
         return weight
 
     def view(self) -> Tensor:
-        """Return the module's own weight, seen as (rows, columns)."""
+        """Return the weight in the module as a view (rows, columns)."""
         weight = self.whole() if self.expert is None else self.whole()[self.expert]
         return (weight.T if self.transposed else weight)[self.rows]
 
     def assign(self, matrix: Tensor) -> None:
-        """Write a (rows, columns) matrix into the module, in the module's own dtype."""
+        """Copy a (rows, columns) matrix into the module, in the module's dtype."""
         self.view().copy_(matrix)
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A weight of a block that stays as it is, how many values it has, and why."""
+    """A weight of a block that is not pruned, its number of values, and the reason."""
 
     name: str
     weights: int
@@ -96,10 +96,10 @@ class Dense:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Experts that share a router: parameters of shape (experts, ...) hold all of them."""
+    """Experts that share a router, in parameters of shape (experts, ...)."""
 
-    name: str  # qualified name of the module within which tokens are routed
-    module: Any  # that module; it is called once a pass
+    name: str  # qualified name of the module that sends tokens to its experts
+    module: Any  # that module; it is called once per pass
     count: int
     layers: Sequence[Prunable]
 
@@ -108,12 +108,12 @@ class Mixture:
 class DecoderBlocks:
     """The decoder blocks of a model, in order, with the qualified name of their list.
 
-    `only` and `skip` are patterns of layers' names, as `select` takes them.
+    `only` and `skip` are patterns of layer names, as in `select`.
     """
 
     name: str
     blocks: Any
-    width: int | None = None  # of the residual stream, if the configuration has it
+    width: int | None = None  # of the residual stream, if the configuration gives it
     shared: frozenset[int] = frozenset()  # ids of parameters that are also used elsewhere
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -127,36 +127,37 @@ class DecoderBlocks:
         return [sum(p.nbytes for p in block.parameters()) for block in self.blocks]
 
     def prunables(self, index: int, *, every: bool = False) -> list[Prunable]:
-        """Return the linear maps of block `index`; `every`: those too that `select` left out.
+        """Return the linear layers of block `index`; with `every`, also those `select` left out.
 
-        Routers, gates of shared experts and what other parts of the model use too are left out.
+        Routers, gates of shared experts and weights used elsewhere too are not among them.
         """
         layers = self._layers(index)[0]
         return layers if every else [layer for layer in layers if self._wanted(layer.name)]
 
     @property
     def layers(self) -> list[Prunable]:
-        """The linear maps to prune, of all blocks."""
+        """The linear layers to prune in all blocks."""
         return [layer for index in range(len(self)) for layer in self.prunables(index)]
 
     def dense(self, index: int) -> list[Dense]:
-        """Return the other weights of block `index`, vectors excepted."""
+        """Return the other weights of block `index`, except vectors."""
         layers, dense = self._layers(index)
         left = [layer for layer in layers if not self._wanted(layer.name)]
         return [*dense, *(Dense(layer.name, layer.view().numel(), "skipped") for layer in left)]
 
     def select(self, only: Sequence[str] = (), skip: Sequence[str] = ()) -> DecoderBlocks:
-        """Return the same blocks with the linear maps to prune chosen by name.
+        """Return the same blocks with the linear layers to prune chosen by name.
 
-        A pattern is `*.mlp.*`, or `re:` and an expression that is searched for. What no pattern of
-        `only` (if there are any) or one of `skip` matches stays dense. Raises InputError: a pattern
-        matches no layer or is not an expression, or nothing is left.
+        A pattern is a glob such as `*.mlp.*`, or `re:` and a regular expression to search for. A
+        layer stays dense if it matches no pattern of `only` (if there are any) or one of `skip`.
+        Raises InputError if a pattern is invalid or matches no layer, or if no layer is left.
         """
         names = [layer.name for i in range(len(self)) for layer in self.prunables(i, every=True)]
         for option, patterns in (("only", only), ("skip", skip)):
             for pattern in patterns:
                 if not any(_matches(name, pattern) for name in names):
-                    raise InputError(f"--{option} '{pattern}' matches no layer, such as {names[0]}")
+                    line = f"--{option} '{pattern}' matches no layer: names are like {names[0]}"
+                    raise InputError(line)
         chosen = replace(self, only=tuple(only), skip=tuple(skip))
         if not any(chosen._wanted(name) for name in names):
             raise InputError("--only and --skip leave no layer to prune")
@@ -167,23 +168,23 @@ class DecoderBlocks:
         return chosen and not any(_matches(name, pattern) for pattern in self.skip)
 
     def mixtures(self, index: int) -> list[Mixture]:
-        """Return the mixtures of experts in block `index`; a ModelError where experts are modules
-        of their own."""
-        prefix, found = f"{self.name}.{index}", []
+        """Return the mixtures of experts in block `index`; ModelError if the experts are separate
+        modules."""
+        prefix, mixtures = f"{self.name}.{index}", []
         for name, module in self.blocks[index].named_modules():
             if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == EXPERTS:
                 raise ModelError(
-                    f"the experts in {prefix}.{name} are modules of their own: open the model by "
-                    "the code of transformers, which keeps all experts in one parameter"
+                    f"the experts in {prefix}.{name} are separate modules: open the model with "
+                    "transformers' own code, which keeps all experts in one parameter"
                 )
             if mixture := _mixture(f"{prefix}.{name}", module, self.width):
-                found.append(mixture)
-        return found
+                mixtures.append(mixture)
+        return mixtures
 
     def _layers(self, index: int) -> tuple[list[Prunable], list[Dense]]:
         block, prefix, mixtures = self.blocks[index], f"{self.name}.{index}", self.mixtures(index)
         layers: list[Prunable] = []
-        beside = set()  # weights of linear maps within a mixture
+        beside = set()  # weights of linear layers within a mixture
         by_name = {mixture.name: mixture for mixture in mixtures}
         for name, module in block.named_modules():
             path = f"{prefix}.{name}"
@@ -227,7 +228,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _routes(path: str, weight: Tensor, mixtures: list[Mixture]) -> bool:
-    """Whether a linear map chooses experts, or how much of a shared one is taken."""
+    """Whether a linear layer is a router, or the gate of a shared expert."""
     for mixture in mixtures:
         owner = mixture.name.rpartition(".")[0]
         inside = path.removeprefix(f"{owner}.").split(".")
@@ -241,36 +242,36 @@ def _routes(path: str, weight: Tensor, mixtures: list[Mixture]) -> bool:
 
 
 def _mixture(path: str, module: nn.Module, width: int | None) -> Mixture | None:
-    """Return the experts that a module's own parameters hold; None where they hold none.
+    """Return the experts in a module's own parameters; None if there are none.
 
-    The name of the module or of an attribute has "expert" in it. Experts map from the input's width
-    to that of the neurons (or twice that: gate and up in one) and back, which shows whether they
-    are stored transposed; where both fit, the module's own flag or the model's width decides.
+    The name of the module or of an attribute contains "expert". Experts map from the input's width
+    to the number of neurons (or twice that, for gate and up in one) and back, which shows whether
+    they are stored transposed; if both fit, the module's own flag or the model's width decides.
     """
-    own = {
+    held = {
         name: tuple(p.shape)
         for name, p in module._parameters.items()
         if p is not None and p.ndim == 3 and p.dtype in FLOATS
     }
     words = [type(module).__name__, *vars(module)]
-    if len(own) < 2 or not any("expert" in word.lower() for word in words):
+    if len(held) < 2 or not any("expert" in word.lower() for word in words):
         return None
-    down = next((name for name in own if DOWN.search(name)), list(own)[-1])
+    down = next((name for name in held if DOWN.search(name)), list(held)[-1])
     stated = getattr(module, "is_transposed", None)
-    found = []
+    layouts = []
     for transposed in (False, True) if stated is None else (bool(stated),):
-        sides = {n: s[:0:-1] if transposed else s[1:] for n, s in own.items()}  # (outputs, inputs)
+        sides = {n: s[:0:-1] if transposed else s[1:] for n, s in held.items()}  # (outputs, inputs)
         back, neurons = sides.pop(down)
         ups = set(sides.values())
         if len(ups) == 1 and (up := ups.pop())[1] == back and up[0] in (neurons, 2 * neurons):
-            found.append((back == width, transposed, neurons if up[0] != neurons else None))
-    if not found:
+            layouts.append((back == width, transposed, neurons if up[0] != neurons else None))
+    if not layouts:
         return None
-    _, transposed, half = max(found, key=lambda one: one[0])
-    count = min(shape[0] for shape in own.values())
+    _, transposed, half = max(layouts, key=lambda one: one[0])
+    count = min(shape[0] for shape in held.values())
     layers = [
         Prunable(f"{path}.{expert}.{part}", module, name, transposed, path, expert, rows)
-        for name in own
+        for name in held
         for expert in range(count)
         for part, rows in _parts(module, name, None if name == down else half).items()
     ]
@@ -278,7 +279,7 @@ def _mixture(path: str, module: nn.Module, width: int | None) -> Mixture | None:
 
 
 def _parts(module: nn.Module, name: str, half: int | None) -> Mapping[str, slice]:
-    """Return the outputs of gate and up where they lie in one parameter, by name of the layer."""
+    """Return the rows of each layer in a parameter by name: gate and up can share one."""
     if half is None:
         return {name: slice(None)}
     if "gate_up" in name:
@@ -291,23 +292,23 @@ def _parts(module: nn.Module, name: str, half: int | None) -> Mapping[str, slice
 
 
 def experts_per_token(config: Any) -> int:
-    """Return how many experts a token is sent to, 1 where a configuration does not say."""
+    """Return how many experts a token is sent to; 1 if the configuration does not say."""
     text = config.get_text_config(decoder=True)
     values = (getattr(text, key, None) for key in CHOSEN)
     return next((value for value in values if isinstance(value, int)), 1)
 
 
 def find_blocks(model: nn.Module) -> DecoderBlocks:
-    """Return the decoder blocks: the outermost `ModuleList` with the most in linear maps.
+    """Return the decoder blocks: the outermost `ModuleList` with most values in linear layers.
 
-    Raises ModelError: there is no such list with a linear map of floats.
+    Raises ModelError if no such list has a linear layer of floats.
     """
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and not inside:
             lists[name] = module
-    # Towers for images or sound beside the decoder have blocks too.
+    # Image and audio towers beside the decoder have blocks too.
     lists = {n: one for n, one in lists.items() if not TOWERS.search(n)} or lists
 
     def size(name: str) -> int:
@@ -319,23 +320,23 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
     used = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     config: Any = getattr(model, "config", None)
     width = config and config.get_text_config(decoder=True).to_dict().get("hidden_size")
-    found = DecoderBlocks(
+    blocks = DecoderBlocks(
         name, lists.get(name, ()), width if isinstance(width, int) else None,
         frozenset(key for key, times in used.items() if times > 1),
     )  # fmt: skip
-    if not any(found.prunables(index) for index in range(len(found))):
+    if not any(blocks.prunables(index) for index in range(len(blocks))):
         kind = type(model).__name__
-        raise ModelError(f"{kind} has no list of decoder blocks with linear maps to prune")
-    return found
+        raise ModelError(f"{kind} has no list of decoder blocks with linear layers to prune")
+    return blocks
 
 
 def decoder_of(model: Any) -> Any:
-    """Return the decoder of a causal language model: all but what makes logits of its output."""
+    """Return the decoder of a causal language model: all but what computes the logits."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    # Some call their output head a decoder.
+    # Some models call their output head a decoder.
     if decoder is None or decoder is model or not hasattr(decoder, "get_input_embeddings"):
         decoder = model.base_model
-    if decoder is model:  # its name for it is not where it is
+    if decoder is model:  # its base_model_prefix names no attribute
         embeddings = model.get_input_embeddings()
         inside = (child for child in model.children() if embeddings in child.modules())
         decoder = next(inside, model)
@@ -344,7 +345,7 @@ def decoder_of(model: Any) -> Any:
 
 @contextmanager
 def forwards(pairs: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Replace the forward of modules for a while."""
+    """Replace the forward of modules temporarily."""
     with ExitStack() as stack:
         for module, forward in pairs:
             stack.enter_context(patch.object(module, "forward", forward))
@@ -352,7 +353,7 @@ def forwards(pairs: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None
 
 
 def outer_weights(model: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return the weights of a model's output head and of its embeddings; often the same."""
+    """Return the weights of a model's output head and embeddings, which are often the same."""
     head, embedded = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(head, "weight", None) is None:
         raise ModelError(f"{type(model).__name__} has no output head: leave out --embeddings")
@@ -360,7 +361,7 @@ def outer_weights(model: Any) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def tied(model: Any) -> bool:
-    """Whether a model's output head is its embeddings, once it has its weights."""
+    """Whether the output head shares the embeddings' weights once they are loaded."""
     head, embedded = model.get_output_embeddings(), model.get_input_embeddings()
     names = [f"{name}.weight" for name, one in model.named_modules() if one in (head, embedded)]
     alike = getattr(head, "weight", None) is embedded.weight

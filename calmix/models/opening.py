@@ -1,8 +1,7 @@
-"""Open a model named by hub id, local folder, GGUF file or `builtin:NAME`.
+"""Open a model by hub id, local folder, GGUF file or `builtin:NAME`.
 
-Every form is first resolved to a local folder of safetensors, so that the rest of the tool
-knows one kind of model only. GGUF files are dequantised once, through transformers, into a
-folder in the cache.
+Each form is first resolved to a local folder of safetensors, so the rest of the tool handles one
+kind of model. GGUF files are dequantised once, with transformers, into the cache.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ from calmix.progress import quiet
 from calmix.yaml_files import packaged
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
-REPEATED = ["*consolidated*.safetensors"]  # the weights once more, in Mistral's own form
-# What a configuration or GGUF header can say of sizes: no more blocks than weights, none wider.
+REPEATED = ["*consolidated*.safetensors"]  # a second copy of the weights, in Mistral's format
+# Size keys, checked against the weights: depths by their number, widths by the largest tensor.
 DEPTHS = (
     "num_hidden_layers", "n_layer", "num_layers", "num_experts", "num_local_experts", "block_count",
 )  # fmt: skip
@@ -54,14 +53,14 @@ WIDTHS = (
     "embedding_length", "feed_forward_length", "head_count", "head_count_kv", "key_length",
     "value_length", "dimension_count",
 )  # fmt: skip
-# Of chat templates: answers without thinking first, and the same prompt on any day.
+# Options of chat templates: no thinking before the answer, and the same prompt on any day.
 TEMPLATE = {"enable_thinking": False, "date_string": "1 Jan 2025"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """A model inside data archives: `parts` of one GGUF file, asset by member, in order."""
+    """A model in data archives: `parts` maps assets to members that form one GGUF file in order."""
 
     name: str
     parts: dict[str, str]
@@ -73,7 +72,7 @@ class BuiltinModel:
 
 @dataclass(repr=False)
 class OpenModel:
-    """A causal language model in memory, with its tokenizer and where it came from.
+    """A causal language model in memory, with its tokenizer and origin.
 
     `name` is what the user wrote, `folder` the local folder it resolved to.
     """
@@ -89,7 +88,7 @@ class OpenModel:
 
     @property
     def context(self) -> int | None:
-        """Longest sequence the model was made for, in tokens; None if it does not say."""
+        """Context length in tokens; None if the configuration does not give it."""
         return context_of(self.model.config)
 
     @functools.cached_property
@@ -103,36 +102,36 @@ class OpenModel:
         return tokenizer_fingerprint(self.tokenizer)
 
     def cached(self, kind: str, *about: Any) -> Path:
-        """Return where the cache keeps what the model has computed, without an ending.
+        """Return the cache path, without a suffix, for a result computed by the model.
 
-        Rounding differs with device, threads and versions: with all of them in the key a model
-        compared with its own cached results has kept exactly all.
+        Rounding depends on device, threads and versions. With these in the key, a model compared
+        with its own cached results retains exactly 100 %.
         """
         rounding = [dtype_name(self.model.dtype), self.model.device.type, torch.get_num_threads()]
-        own = [self.fingerprint, self.tokenizer_fingerprint, *rounding, deciding_versions()]
-        return cache_dir() / kind / sha256_json([*own, *about])
+        model = [self.fingerprint, self.tokenizer_fingerprint, *rounding, deciding_versions()]
+        return cache_dir() / kind / sha256_json([*model, *about])
 
 
 @functools.cache
 def builtin_models() -> dict[str, BuiltinModel]:
     """Return the builtin models by name (without the `builtin:` prefix)."""
-    held = packaged("models/builtin.yaml")
-    return {name: BuiltinModel(name=name, **value) for name, value in held.items()}
+    entries = packaged("models/builtin.yaml")
+    return {name: BuiltinModel(name=name, **entry) for name, entry in entries.items()}
 
 
 def known_model(name: str) -> Path | BuiltinModel | None:
-    """Return the folder, GGUF file or builtin model of a name; None if it can only be the hub's.
+    """Return the folder, GGUF file or builtin model of a name; None if it can only be a hub id.
 
-    Raises ModelError if it can be none of them, or the folder holds no model.
+    Raises ModelError if it is none of them, or the folder has no model.
     """
     if name.startswith("builtin:"):
-        known = builtin_models()
+        models = builtin_models()
         short = name.removeprefix("builtin:")
-        if short not in known:
-            raise ModelError(f"unknown builtin model '{short}': {nearest(short, known)}")
-        return known[short]
+        if short not in models:
+            raise ModelError(f"unknown builtin model '{short}': {nearest(short, models)}")
+        return models[short]
     path = user_path(name)
-    if len(path.name) > 255:  # of a file, anywhere
+    if len(path.name) > 255:  # the limit of file systems
         raise ModelError(f"'{name[:40]}...' is too long for the name of a model")
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -149,13 +148,13 @@ def known_model(name: str) -> Path | BuiltinModel | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that transformers could not read a model from.
+    """Raise ModelError for a folder that transformers could not load.
 
-    Raises ModelError: it is a pack, or has no configuration, no weights, pickled ones, or not all.
+    It is a pack, its weights are pickled, or configuration or weight files are missing.
     """
     if (folder / PACK).is_file():
         raise ModelError(
-            f"{folder} is a pack: 'calmix export {folder} --to model -o OUT' first, or load it "
+            f"{folder} is a pack: run 'calmix export {folder} --to model -o OUT' first, or load it "
             "with calmix.load in Python"
         )
     if not (folder / "config.json").is_file():
@@ -164,10 +163,10 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder} has no config.json: it is not a model folder{hint}")
     files = weight_files(folder)
     if lacking := next((name for name in files if not (folder / name).is_file()), None):
-        raise ModelError(f"{folder} lacks the weight file {lacking} its index names")
+        raise ModelError(f"{folder} lacks the weight file {lacking} named in its index")
     if not files:
         raise ModelError(
-            f"{folder} holds no weights (*.safetensors): convert pickled ones, which can run code "
+            f"{folder} has no weights (*.safetensors): convert pickled ones, which can run code "
             "when opened"
         )
 
@@ -175,19 +174,19 @@ def check_folder(folder: Path) -> None:
 def check_models(
     *names: str | None, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> None:
-    """Refuse models that `open_model` could not open so, as far as that shows without a fetch.
+    """Raise the errors of `open_model`, as far as possible without downloading a model.
 
-    Names that are None are passed over. Raises as `open_model`.
+    Names that are None are ignored.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     device_of(device)
     dtype_of(dtype)
-    found = {name: known_model(name) for name in names if name is not None}
-    for name, place in found.items():
-        if isinstance(place, Path) and place.is_dir():
-            load_config(place, name, trust_remote_code)
-        elif place is None:
+    models = {name: known_model(name) for name in names if name is not None}
+    for name, model in models.items():
+        if isinstance(model, Path) and model.is_dir():
+            load_config(model, name, trust_remote_code)
+        elif model is None:
             with _hub_errors(name):
                 if not isinstance(try_to_load_from_cache(name, "config.json"), str):
                     HfApi().model_info(name)
@@ -197,39 +196,39 @@ def resolve_model(name: str) -> Path:
     """Return a local folder of safetensors for a model the user named.
 
     A hub model is fetched; a GGUF file is dequantised into the cache on the first call. Raises
-    ModelError: unknown name, nothing to load there, or only pickled weights.
+    ModelError for an unknown name, and where there is no model or only pickled weights.
     """
-    found = known_model(name)
-    if found is None:
+    model = known_model(name)
+    if model is None:
         from huggingface_hub import snapshot_download
 
         with _hub_errors(name):
             fetched = snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED)
         check_folder(Path(fetched))
         return Path(fetched)
-    if isinstance(found, BuiltinModel):
-        # The archives are pinned by hash, so their hashes and members' names name the bytes.
-        key = sha256_json([value for asset, member in found.parts.items()
+    if isinstance(model, BuiltinModel):
+        # Archives are pinned by hash, so their hashes and member names identify the bytes.
+        key = sha256_json([value for asset, member in model.parts.items()
                            for value in (assets.get_asset(asset).sha256, member)])  # fmt: skip
-    elif found.is_file():
-        key = sha256_file(found)
+    elif model.is_file():
+        key = sha256_file(model)
     else:
-        return found
+        return model
     folder = cache_dir() / "models" / f"gguf-{key[:16]}"
     if (folder / "config.json").is_file():
         return folder
     with alone(folder), disk_errors(folder), hidden(folder) as beside:
         if not (folder / "config.json").is_file():
-            _dequantise(gguf_file(found, beside), folder)
+            _dequantise(gguf_file(model, beside), folder)
     return folder
 
 
-def gguf_file(found: Path | BuiltinModel, folder: Path) -> Path:
-    """Return a GGUF file; a builtin model's is put together in a folder."""
-    if isinstance(found, BuiltinModel):
-        assets.extract(found.parts, file := folder / f"{found.name}.gguf")
+def gguf_file(model: Path | BuiltinModel, folder: Path) -> Path:
+    """Return a GGUF file; that of a builtin model is assembled in `folder`."""
+    if isinstance(model, BuiltinModel):
+        assets.extract(model.parts, file := folder / f"{model.name}.gguf")
         return file
-    return found
+    return model
 
 
 @contextlib.contextmanager
@@ -246,10 +245,10 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise ModelError(
             f"the hub has no open model '{name}': check the id, or log in if it is gated"
         ) from error
-    except Exception as error:  # offline, in the many forms the hub client gives it
+    except Exception as error:  # the hub client raises many kinds when offline
         raise ModelError(
-            f"there is no folder '{name}' and the hub cannot be reached for it: give a local "
-            "folder, a .gguf file or builtin:smollm2-135m, or go online once to fetch it"
+            f"there is no folder '{name}' and the hub cannot be reached: name a local folder, a "
+            ".gguf file or builtin:smollm2-135m, or go online once to fetch it"
         ) from error
 
 
@@ -285,20 +284,20 @@ def open_model(
         )  # fmt: skip
     if missing := sorted(info.get("missing_keys", ())):
         raise ModelError(
-            f"{name} lacks {len(missing)} weights its configuration asks for, first '{missing[0]}'"
+            f"{name} lacks {len(missing)} weights its configuration requires, first '{missing[0]}'"
         )
     if dtype == "auto" and (fits := suited(model.dtype, target)) != model.dtype:
         model = model.to(fits)
     use_own_attention(model.requires_grad_(False))
     plain = torch.contiguous_format
     if (head := model.get_output_embeddings()) is not None:
-        # Else, of a batch's last positions, torch's product copies the weights for every row, and
-        # of a single one, which it takes to be contiguous, it is several times slower.
-        head.register_forward_pre_hook(lambda module, given: given[0].clone(memory_format=plain))
+        # Without a contiguous copy of a batch's last positions, torch copies the weights for every
+        # row; a single row, which it takes to be contiguous, is several times slower.
+        head.register_forward_pre_hook(lambda module, args: args[0].clone(memory_format=plain))
     embeddings = model.get_input_embeddings()
     tokenizer = load_tokenizer(folder, name, trust_remote_code)
     if max(tokenizer.get_vocab().values(), default=0) >= embeddings.weight.shape[0]:
-        # Other tokenizers' ids are not looked at, which makes the host wait for a device.
+        # Only then: checking ids makes the host wait for the device.
         embeddings.register_forward_pre_hook(lambda module, ids: check_ids(name, module, *ids))
     return OpenModel(name, folder, model.to(target).eval(), tokenizer, trust_remote_code)
 
@@ -306,7 +305,7 @@ def open_model(
 def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
     """Return the configuration of a causal language model; `name` is what the user wrote.
 
-    Raises ModelError: it cannot be read, or is that of a quantised or encoder-decoder model.
+    Raises ModelError if it is unreadable, or the model is quantised or an encoder-decoder.
     """
     with loading(f"cannot open {name}"):
         from transformers import AutoConfig
@@ -319,25 +318,25 @@ def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder: only decoder-only models work")
     counts = [math.prod(place.shape) for place in Shards(folder).places.values()]
-    # Not by attribute: some configurations refuse to name what differs between layers.
+    # Some configurations raise on attributes that differ between layers.
     if found := _too_large(config.get_text_config(decoder=True).to_dict(), counts):
         raise ModelError(f"{folder / 'config.json'} has {found}, more than its weights allow")
     return config
 
 
 def _too_large(sizes: Mapping[str, Any], counts: Sequence[int]) -> str | None:
-    """Return a size that no weights of so many values have: modules are made before any is read."""
+    """Return a size that the weights rule out, if any: modules are built before weights load."""
     limits = dict.fromkeys(WIDTHS, max(counts, default=0)) | dict.fromkeys(DEPTHS, len(counts))
     for key, most in limits.items():
-        value = sizes.get(key)
-        numbers = value if isinstance(value, list) else [value]
+        size = sizes.get(key)
+        numbers = size if isinstance(size, list) else [size]
         if any(isinstance(n, int | float) and n > most for n in numbers):
-            return f"{key} {value}"
+            return f"{key} {size}"
     return None
 
 
 def context_of(config: Any) -> int | None:
-    """Return the longest sequence a model's configuration names, in tokens; None if it does not."""
+    """Return the context length in a model's configuration, in tokens; None if it has none."""
     text = config.get_text_config(decoder=True)
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
         if isinstance(value := getattr(text, key, None), int) and value > 0:  # XLNet's is -1
@@ -346,7 +345,7 @@ def context_of(config: Any) -> int | None:
 
 
 def check_length(length: int, context: int | None) -> None:
-    """Raise InputError for rows that are longer than the model's context, if that is known."""
+    """Raise InputError for rows longer than the model's context, if that is known."""
     if context is not None and length > context:
         raise InputError(f"length {length} is beyond the model's context of {context} tokens")
 
@@ -354,7 +353,7 @@ def check_length(length: int, context: int | None) -> None:
 def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
     """Return the tokenizer in a resolved model folder; `name` is what the user wrote.
 
-    Raises ModelError where it has none that works.
+    Raises ModelError if there is none that works.
     """
     with loading(f"{name} has no usable tokenizer"):
         from transformers import AutoTokenizer
@@ -362,32 +361,32 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-        # What loads may still not work, or fail to be saved once all is done.
+        # A tokenizer that loads can still fail in use, or when it is saved at the end.
         tokenizer.decode(tokenizer("one two")["input_ids"])
-        kept = [tokenizer.init_kwargs, tokenizer.chat_template]
-        json.dumps(kept, ensure_ascii=False, default=str).encode("utf-8")
+        saved = [tokenizer.init_kwargs, tokenizer.chat_template]
+        json.dumps(saved, ensure_ascii=False, default=str).encode("utf-8")
         return tokenizer
 
 
 def check_ids(name: str, embeddings: Any, ids: Tensor) -> None:
-    """Refuse (ModelError) token ids without an embedding; an accelerator would not say which."""
-    known = embeddings.weight.shape[0]
-    if torch.compiler.is_exporting():  # a trace, whose ids have no values
+    """Raise ModelError for token ids without an embedding; an accelerator would not name them."""
+    count = embeddings.weight.shape[0]
+    if torch.compiler.is_exporting():  # traced ids have no values
         return
-    for found in map(int, ids.aminmax()) if ids.numel() else ():
-        if not 0 <= found < known:
+    for token in map(int, ids.aminmax()) if ids.numel() else ():
+        if not 0 <= token < count:
             raise ModelError(
-                f"{name} has no embedding for token id {found}, its last is {known - 1}: its "
-                "tokenizer is damaged, or the ids are from another model's"
+                f"{name} has no embedding for token id {token} (the last is {count - 1}): its "
+                "tokenizer is damaged, or the ids are those of another model"
             )
 
 
 def device_of(name: str) -> torch.device:
     """Return the device a user names; `auto` is an accelerator if there is one.
 
-    Raises InputError where it cannot be used.
+    Raises InputError if it cannot be used.
     """
-    # torch counts the processors it may run on, but not a container's share of their time.
+    # torch counts processors, but ignores a container's share of their time.
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > (most := cores()):
         torch.set_num_threads(most)
     if name == "auto":
@@ -410,8 +409,8 @@ def dtype_of(name: str) -> torch.dtype | str:
 
 @contextlib.contextmanager
 def reading_gguf() -> Iterator[None]:
-    """Let transformers read a GGUF file once, not three times, and map all names once, not once a
-    module; its own bar would stand beside our line of progress."""
+    """Make transformers read a GGUF file once, not three times, map names once, not per module,
+    and show no progress bar beside ours."""
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
@@ -431,10 +430,10 @@ def _dequantise(file: Path, folder: Path) -> None:
         where, name, dtype = file.parent, file.name, _gguf_dtype(file)
         model: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
-    # transformers keeps a dequantised model marked as quantised and would not save it.
+    # transformers still marks the model as quantised, and would not save it.
     model.hf_quantizer, model.is_quantized = None, False
     vars(model.config).pop("quantization_config", None)  # older versions do not set it
-    # Positions up to the context are what the tokenizer may fill; GGUF does not say.
+    # GGUF does not give the tokenizer's maximum length: it is the context.
     if context := getattr(model.config, "max_position_embeddings", None):
         tokenizer.model_max_length = context
     with quiet_transformers(), atomic_folder(folder) as beside:
@@ -443,7 +442,7 @@ def _dequantise(file: Path, folder: Path) -> None:
 
 
 def _gguf_dtype(file: Path) -> torch.dtype:
-    """Float32 and float16 files keep their precision; quantised ones become bfloat16."""
+    """Return the type of a float32 or float16 file, and bfloat16 for a quantised one."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
@@ -463,23 +462,23 @@ def fingerprint(folder: Path) -> str:
 
 
 def _cached_sha256(file: Path) -> str:
-    """Hash a large file once: the result is kept in the cache by path, size and time."""
+    """Return a file's SHA-256, kept in the cache by path, size and time."""
     stat = file.stat()
     key = sha256_json([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
-    note = cache_dir() / "hashes" / key
+    entry = cache_dir() / "hashes" / key
     # A file changed in the last seconds can change again within its time stamp's resolution.
     settled = time.time_ns() - stat.st_mtime_ns > 5_000_000_000
-    if settled and note.is_file() and len(kept := note.read_text(encoding="ascii")) == 64:
-        return kept
+    if settled and entry.is_file() and len(cached := entry.read_text(encoding="ascii")) == 64:
+        return cached
     value = sha256_file(file)
     if settled:
         with contextlib.suppress(OSError, DiskError):
-            write_text(note, value)
+            write_text(entry, value)
     return value
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return a SHA-256 of what decides a tokenizer's ids, independent of padding settings."""
+    """Return a SHA-256 of a tokenizer's state, without its padding and truncation settings."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return sha256_json(sorted(tokenizer.get_vocab().items()))
@@ -489,17 +488,17 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 @contextlib.contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Silence transformers, and raise what it raises as a ModelError that begins with `what`."""
+    """Silence transformers, and turn its errors into a ModelError that begins with `what`."""
     with quiet_transformers():
         try:
             yield
-        except Exception as error:  # anything, on a damaged checkpoint
+        except Exception as error:  # a damaged checkpoint can raise anything
             raise ModelError(f"{what}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence progress bars and advice of transformers; errors still raise."""
+    """Silence progress bars and warnings of transformers; errors still raise."""
     from transformers.utils import logging as transformers_logging
 
     bars = transformers_logging.is_progress_bar_enabled()
@@ -513,8 +512,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def in_chat(tokenizer: Any, *turns: str) -> str | None:
-    """Return a request, or a chat that ends with one, in a model's chat template, up to the answer;
-    None without a template, or where that refuses turns of user and assistant alone."""
+    """Return a chat that ends with a user's turn in the model's template, up to the answer; None
+    without a template, or if it refuses turns of only user and assistant."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     chat = [{"role": ("user", "assistant")[at % 2], "content": t} for at, t in enumerate(turns)]
@@ -522,21 +521,21 @@ def in_chat(tokenizer: Any, *turns: str) -> str | None:
         text = str(tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True, **TEMPLATE
         ))  # fmt: skip
-    except Exception:  # templates raise what they like
+    except Exception:  # templates can raise anything
         return None
     return text if all(turn.strip() in text for turn in turns) else None
 
 
 def end_tokens(opened: OpenModel) -> list[int]:
-    """Return the token ids that end a text: the tokenizer's, and those the model generates to."""
+    """Return the token ids that end a text: the tokenizer's and the generation configuration's."""
     configured = getattr(getattr(opened.model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    return sorted({one for one in [opened.tokenizer.eos_token_id, *listed] if one is not None})
+    return sorted({end for end in [opened.tokenizer.eos_token_id, *listed] if end is not None})
 
 
 @contextlib.contextmanager
 def generating(model: Any, plain: Any) -> Iterator[None]:
-    """Put the model's own generation settings (a penalty, end tokens) aside for a while."""
+    """Replace the model's generation settings (such as a penalty or end tokens) temporarily."""
     training = model.training
     with patch.object(model, "generation_config", plain):
         model.eval()

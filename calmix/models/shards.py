@@ -1,8 +1,8 @@
-"""Safetensors files read and written tensor by tensor, in any order, without mapping them.
+"""Read and write safetensors files tensor by tensor, in any order, without mapping them.
 
-A mapped file counts as resident memory as far as it was touched, and a file cannot be written
-piece by piece through the safetensors library. The format itself is eight bytes (the length of a
-JSON header), the header (name, type, shape and place of every tensor), and the bytes.
+The touched pages of a mapped file count as resident memory, and the safetensors library cannot
+write a file piece by piece. The format is eight bytes (the length of a JSON header), the header
+(name, type, shape and offsets of every tensor), and the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-PACK = "calmix-pack.json"  # what makes a folder a pack (calmix/deploy/pack.py)
+PACK = "calmix-pack.json"  # marks a folder as a pack (calmix/deploy/pack.py)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: its file, type and shape, and its first byte from the file's start."""
+    """Where a tensor is stored: its file, type, shape, and offset from the file's start."""
 
     file: str
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class Place:
 class Shards:
     """The safetensors files of a model folder: their names, and the place of every tensor.
 
-    Raises ModelError where a file is cut short, damaged, or holds a type that is not known.
+    Raises ModelError if a file is cut short, damaged, or has an unsupported type.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,9 +67,9 @@ class Shards:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of the files a model is read from: others beside them may repeat it.
+    """Return the names of the files a model is loaded from; others can repeat the weights.
 
-    Raises ModelError where the index is damaged, or names what lies elsewhere.
+    Raises ModelError if the index is damaged, or names a file in another folder.
     """
     index = folder / INDEX
     if index.is_file():
@@ -80,7 +80,7 @@ def weight_files(folder: Path) -> list[str]:
         for name in names:  # results are written under these names
             plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
             if not plain or "\0" in name:
-                raise ModelError(f"{index} names {name!r}, which is not a file of its folder")
+                raise ModelError(f"{index} names {name!r}, which is not a file in its folder")
         return sorted(names)
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
@@ -88,19 +88,19 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Return the bytes of the files a model is read from."""
+    """Return the total size of a model's weight files in bytes."""
     return sum((folder / name).stat().st_size for name in weight_files(folder))
 
 
 def header_bytes(path: Path) -> bytes:
-    """Return the first bytes of a safetensors file, up to the first tensor's."""
+    """Return the bytes of a safetensors file before the first tensor."""
     with path.open("rb") as file:
         first = file.read(8)
         return first + file.read(*struct.unpack("<Q", first))
 
 
 def parse_header(header: bytes, path: Path) -> dict[str, Place]:
-    """Return the tensors of a safetensors file by its first bytes, which are right."""
+    """Return the tensors in a safetensors file's header, which is valid."""
     entries = parse_json(header[8:])
     entries.pop("__metadata__", None)
     return {
@@ -113,19 +113,19 @@ def parse_header(header: bytes, path: Path) -> dict[str, Place]:
 def read_header(path: Path) -> dict[str, Place]:
     """Return the tensors of a safetensors file.
 
-    Raises ModelError where it is cut short, damaged, or holds a type that is not known.
+    Raises ModelError if it is cut short, damaged, or has an unsupported type.
     """
     try:
-        with safe_open(path, "pt"):  # looks whether its bytes are just those the header names
+        with safe_open(path, "pt"):  # checks that the file's size fits the header
             return parse_header(header_bytes(path), path)
     except KeyError as error:
-        raise ModelError(f"{path} holds a type calmix does not read: {error.args[0]}") from error
+        raise ModelError(f"{path} has the unsupported type {error.args[0]}") from error
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} is cut short or damaged: fetch it again") from error
 
 
 def read_tensor(folder: Path, place: Place) -> Tensor:
-    """Return one tensor, read into memory of its own."""
+    """Return one tensor in newly allocated memory."""
     tensor = torch.empty(place.shape, dtype=place.dtype)
     view = tensor_bytes(tensor)
     with (folder / place.file).open("rb") as file:
@@ -136,12 +136,12 @@ def read_tensor(folder: Path, place: Place) -> Tensor:
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file, whole or not at all, and return its SHA-256.
+    """Write a safetensors file atomically and return its SHA-256.
 
-    Tensors come to the host one at a time and are not copied there. Raises DiskError.
+    Tensors move to the host one at a time and are not copied there. Raises DiskError.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # Wide types first, as the library writes them, so that every tensor is aligned.
+    # Wide types first, as in the safetensors library, so that every tensor is aligned.
     ordered, at = sorted(tensors.items(), key=lambda t: (-t[1].dtype.itemsize, t[0])), 0
     for name, tensor in ordered:
         entries[name] = {
@@ -160,12 +160,12 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file, in memory of their own."""
+    """Return all tensors of a safetensors file in newly allocated memory."""
     return {n: read_tensor(path.parent, place) for n, place in read_header(path).items()}
 
 
 def write_index(folder: Path) -> None:
-    """Write the index that transformers reads where a folder has several files."""
+    """Write the index that transformers reads if a folder has several weight files."""
     places = Shards(folder).places
     if len({place.file for place in places.values()}) > 1:
         index = {
@@ -176,13 +176,13 @@ def write_index(folder: Path) -> None:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor, not copied."""
+    """Return the bytes of a contiguous tensor without copying."""
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
 
 def with_length(entries: Mapping[str, Any]) -> bytes:
-    """Return a header's bytes, aligned and with their number before them."""
+    """Return a header's bytes, padded to a multiple of 8 and preceded by their length."""
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

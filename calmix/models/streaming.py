@@ -1,11 +1,10 @@
 """Read a model's weights block by block, and write them back.
 
-`StreamedModel`: only the block at hand has its weights in memory. The modules are built without
-weights; what stands outside the blocks is read once, and a block's weights are read when it is
-asked for, the next one's meanwhile. Knows nothing about pruning. Where a checkpoint has other names
-than the model, `find_parts` follows transformers' own rules, those it loads and saves with:
-renamings, and converters that merge what is stored apart (experts one by one) or split what is
-stored together.
+A `StreamedModel` keeps only the current block's weights in memory. The modules are built without
+weights; those outside the blocks are read once, and a block's on request, with the next block read
+ahead. This module knows nothing about pruning. Where names in a checkpoint differ from the model's,
+`find_parts` applies transformers' own rules for loading and saving: renamings, and converters that
+merge tensors stored separately (such as experts) or split fused ones.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ from calmix.precision import dtype_name, suited
 
 
 class NotStreamableError(ModelError):
-    """The checkpoint's tensors are not the model's own, and why."""
+    """The checkpoint's tensors do not correspond to the model's parameters."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(
-            f"{name} cannot be worked on block by block, because {why}: only calmix.prune in "
-            "Python takes it"
+            f"{name} cannot be processed block by block, because {why}: only calmix.prune in "
+            "Python supports it"
         )
 
 
 class StreamedModel:
-    """A causal language model whose blocks come from disk one at a time.
+    """A causal language model whose blocks are read from disk one at a time.
 
-    The arguments are those of `open_model`. `model` has the modules: their weights are there for
-    what is outside the blocks (between `fetch_outside` and `drop_outside`, the output head
-    excepted), and for blocks between `fetch` and `drop`. `names` says what the files call
-    parameters and buffers, those excepted that are merged from several tensors or split.
+    The arguments are those of `open_model`. `model` has all modules. Weights outside the blocks
+    (except the output head's) are in memory between `fetch_outside` and `drop_outside`, a block's
+    between `fetch` and `drop`. `names` maps parameters and buffers to their names in the files,
+    except merged and split ones.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class StreamedModel:
         self.device, chosen = device_of(device), dtype_of(dtype)
         self.folder = resolve_model(name)
         self.shards = Shards(self.folder)
-        # The folder's own, of which the model's may be the part that is about text.
+        # The folder's configuration; the model's can be its text part.
         self.config = load_config(self.folder, name, trust_remote_code)
         self.model = _skeleton(self.config, chosen, self.shards, self.device, trust_remote_code)
         self.blocks: DecoderBlocks = find_blocks(self.model)
@@ -67,11 +66,11 @@ class StreamedModel:
         for pair in alike.items():
             if any(name.startswith(f"{self.blocks.name}.") for name in pair):
                 raise NotStreamableError(self.name, f"its blocks share weights (first {pair[0]})")
-        parts, own = find_parts(self.model, self.shards.places, self.name), self._own()
+        parts, own = find_parts(self.model, self.shards.places, self.name), self._parameters()
         self._parts = {name: part for name, part in parts.items() if name in own}
         self.names = {name: part.stored[0] for name, part in parts.items() if part.rule is None}
         for name, other in [pair for pair in alike.items() if {*pair} <= self.names.keys()]:
-            if not torch.equal(self.stored(name), self.stored(other)):  # as loading them sees it
+            if not torch.equal(self.stored(name), self.stored(other)):  # loading unties them too
                 del alike[name]
                 self._drop([name])
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
@@ -83,16 +82,16 @@ class StreamedModel:
             raise NotStreamableError(self.name, why)
         self._pool = ThreadPoolExecutor(1, "reading")
         self._ahead: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
-        # A device copies in a queue of its own what the next block needs.
+        # The next block's weights are copied to the device in a separate queue.
         cuda = self.device.type == "cuda" and torch.cuda.is_available()
         self._queue: Any = torch.cuda.Stream(self.device) if cuda else None
 
-    def _own(self) -> dict[str, Tensor]:
+    def _parameters(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     @property
     def merges(self) -> bool:
-        """Whether parameters are merged from what the files hold apart, which takes memory."""
+        """Whether parameters are merged from several stored tensors, which takes memory."""
         return any(part.rule is not None for part in self._parts.values())
 
     def stored_dtype(self, name: str) -> torch.dtype:
@@ -106,15 +105,15 @@ class StreamedModel:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters that the files hold, by name in the model; without data out of memory."""
-        own = dict(self.model.named_parameters())
-        return {name: own[name] for name in self._parts if name in own}
+        """The parameters in the files, by name in the model; those not in memory have no data."""
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name] for name in self._parts if name in parameters}
 
     @property
     def unknown(self) -> set[str]:
-        """Names in the files of what the model has no parameter or buffer for."""
-        own = {stored for part in self._parts.values() for stored in part.stored}
-        return self.shards.places.keys() - own - set(self.names.values())
+        """Names in the files without a parameter or buffer in the model."""
+        known = {stored for part in self._parts.values() for stored in part.stored}
+        return self.shards.places.keys() - known - set(self.names.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,30 +121,30 @@ class StreamedModel:
         return next(self.blocks.blocks[0].parameters()).dtype
 
     def block_names(self, index: int) -> list[str]:
-        """Return the names in the model of a block's parameters."""
+        """Return the names of a block's parameters in the model."""
         prefix = f"{self.blocks.name}.{index}."
         return [name for name in self._parts if name.startswith(prefix)]
 
     def outside_names(self, *, head: bool = False) -> list[str]:
-        """Return names in the model of the parameters outside the blocks; of the output head too if
-        `head`, or where it is the embeddings."""
+        """Return the names of the parameters outside the blocks; the output head's only with `head`
+        or if it is tied to the embeddings."""
         output = None if head else self.model.get_output_embeddings()
         skipped = set() if output is None else {id(p) for p in output.parameters()}
         skipped -= {id(p) for p in self.model.get_input_embeddings().parameters()}
         prefix = f"{self.blocks.name}."
         return [
             name
-            for name, p in self._own().items()
+            for name, p in self._parameters().items()
             if name in self._parts and id(p) not in skipped and not name.startswith(prefix)
         ]
 
     def outside_bytes(self, *, head: bool = False) -> int:
-        """Return the bytes in memory of what `fetch_outside` reads."""
-        own = self._own()
-        return sum(own[name].nbytes for name in self.outside_names(head=head))
+        """Return the bytes of memory that `fetch_outside` takes."""
+        parameters = self._parameters()
+        return sum(parameters[name].nbytes for name in self.outside_names(head=head))
 
     def fetch_outside(self, *, head: bool = False) -> None:
-        """Read what is outside the blocks: embeddings, norms, and buffers the files hold."""
+        """Read the weights outside the blocks (embeddings, norms), and the stored buffers."""
         self._put(*self._read(self.outside_names(head=head)))
         for name, buffer in list(self.model.named_buffers()):
             value = buffer
@@ -155,11 +154,11 @@ class StreamedModel:
             module._buffers[last] = value.to(self.device)
 
     def drop_outside(self) -> None:
-        """Forget what is outside the blocks; buffers stay."""
+        """Drop the weights outside the blocks; buffers stay."""
         self._drop(self.outside_names(head=True))
 
     def fetch(self, index: int, *, ahead: bool = False) -> None:
-        """Read a block's weights if they are not there; begin to read the next's if `ahead`."""
+        """Read a block's weights unless they are in memory; with `ahead`, start on the next's."""
         if next(self.blocks.blocks[index].parameters()).is_meta:
             reading = self._ahead.pop(index, None)
             names = self.block_names(index)
@@ -168,11 +167,11 @@ class StreamedModel:
             self._ahead[index + 1] = self._pool.submit(self._read, self.block_names(index + 1))
 
     def drop(self, index: int) -> None:
-        """Forget a block's weights."""
+        """Drop a block's weights."""
         self._drop(self.block_names(index))
 
     def reset(self) -> None:
-        """Forget all weights, changed ones too: they are read again when they are asked for."""
+        """Drop all weights, including changed ones; they are read again on request."""
         self._ahead.clear()
         self.drop_outside()
         for index in range(len(self.blocks)):
@@ -180,27 +179,27 @@ class StreamedModel:
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Return a block's weights by their names in the files."""
-        own = self._own()
-        return self.as_stored({name: own[name].detach() for name in self.block_names(index)})
+        parameters = self._parameters()
+        return self.as_stored({name: parameters[name].detach() for name in self.block_names(index)})
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """Return a block's parameters and those of its buffers that files hold, by name."""
-        own, prefix = self._own(), f"{self.blocks.name}.{index}."
-        held = {name: own[name].detach() for name in self.block_names(index)}
+        """Return a block's parameters and stored buffers by name."""
+        parameters, prefix = self._parameters(), f"{self.blocks.name}.{index}."
+        held = {name: parameters[name].detach() for name in self.block_names(index)}
         buffers = self.model.named_buffers()
         return held | {n: b for n, b in buffers if n in self.names and n.startswith(prefix)}
 
     def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a block's tensors, given by their names in the model, as the files have them."""
+        """Convert a block's tensors, by name in the model, to those stored in the files."""
         held = {self.names[name]: value for name, value in tensors.items() if name in self.names}
         merged = {name: value for name, value in tensors.items() if name not in self.names}
         return held | split(self.model, merged) if merged else held
 
     @property
     def layout(self) -> dict[str, list[str]]:
-        """The files of a checkpoint, each with the tensors it holds, by their names in the files.
+        """The files of a checkpoint, each with the stored names of its tensors.
 
-        One a block, and then the others, as many a file as take no more bytes than a block.
+        One file per block, then the other tensors in files no larger than the largest block.
         """
         parts = [
             list(dict.fromkeys(s for name in self.block_names(i) for s in self._parts[name].stored))
@@ -219,25 +218,25 @@ class StreamedModel:
         return {f"model-{n:05}-of-{count:05}.safetensors": p for n, p in enumerate(parts, 1)}
 
     def rest(self, names: Collection[str], changed: Collection[str] = ()) -> dict[str, Tensor]:
-        """Return tensors of the files by their names there, parameters in their type in memory;
-        those that were `changed` are in memory."""
-        own, alike = self._own(), getattr(self.model, "all_tied_weights_keys", {})
-        types = {s: own[name].dtype for name, part in self._parts.items() for s in part.stored}
+        """Return tensors by their stored names, parameters in their type in memory; the `changed`
+        ones are taken from memory."""
+        memory, alike = self._parameters(), getattr(self.model, "all_tied_weights_keys", {})
+        types = {s: memory[name].dtype for name, part in self._parts.items() for s in part.stored}
         new = self.as_stored(
-            {name: own[alike.get(name, name)].detach()
+            {name: memory[alike.get(name, name)].detach()
              for name in self.names if alike.get(name, name) in changed}
         )  # fmt: skip
-        found = self.shards.read(name for name in names if name not in new)
-        made = {name: value.to(types.get(name, value.dtype)) for name, value in found.items()}
-        return made | {name: new[name] for name in names if name in new}
+        stored = self.shards.read(name for name in names if name not in new)
+        tensors = {name: value.to(types.get(name, value.dtype)) for name, value in stored.items()}
+        return tensors | {name: new[name] for name in names if name in new}
 
     def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
-        """Give a block weights by their names in the files, in its own type."""
+        """Set a block's weights from tensors by their stored names, in the block's type."""
         names = self.block_names(index)
         self._put(self._merged(names, lambda stored, dtype: held[stored].to(dtype)))
 
     def save_config(self, folder: Path) -> None:
-        """Make a folder of the layout's files one that loads: index and configuration."""
+        """Write index and configuration, so that a folder with the layout's files loads."""
         write_index(folder)
         model, config = self.model, self.config
         if type(config) is type(model.config):
@@ -255,16 +254,16 @@ class StreamedModel:
     def _merged(
         self, names: Iterable[str], value: Callable[[str, torch.dtype], Tensor]
     ) -> dict[str, Tensor]:
-        """Return parameters, `value` of every tensor in the files that makes them up."""
-        own, made = self._own(), dict[str, Tensor]()
+        """Return parameters, merged from the `value` of each stored tensor."""
+        memory, merged = self._parameters(), dict[str, Tensor]()
         for name in names:
-            if name not in made:
-                part, dtype = self._parts[name], own[name].dtype
-                made |= part.merge({n: value(n, dtype) for n in part.stored})
-        return made
+            if name not in merged:
+                part, dtype = self._parts[name], memory[name].dtype
+                merged |= part.merge({n: value(n, dtype) for n in part.stored})
+        return merged
 
     def _read(self, names: Iterable[str]) -> tuple[dict[str, Tensor], Any]:
-        """Read parameters and begin to copy them to the device; return what marks the end of it."""
+        """Read parameters and start copying them to the device; return the event that ends it."""
         read = self._merged(names, lambda n, dtype: self.shards.read([n])[n].to(dtype))
         if self._queue is None:
             return read, None
@@ -275,7 +274,7 @@ class StreamedModel:
         return read, self._queue.record_event()
 
     def _put(self, values: Mapping[str, Tensor], copied: Any = None) -> None:
-        """Give the model parameters, once the device has `copied` them."""
+        """Set parameters of the model, once the device has `copied` them."""
         now = None if copied is None else torch.cuda.current_stream(self.device)
         if now is not None:
             now.wait_event(copied)
@@ -300,7 +299,7 @@ class StreamedModel:
 def _skeleton(
     config: Any, dtype: torch.dtype | str, shards: Shards, device: torch.device, trust: bool
 ) -> Any:
-    """Return the modules of a causal language model without weights, buffers excepted."""
+    """Return a causal language model with its buffers, but without weights."""
     from accelerate import init_empty_weights
 
     chosen: Any = dtype
@@ -317,7 +316,7 @@ def _skeleton(
             model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust)
         if (shards.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(shards.folder)
-    # Tables of positions were made in the model's type: made again they are as loading makes them.
+    # Position tables were made in the model's type: make them again, as loading a model does.
     for module in model.modules():
         module._is_hf_initialized = not any(True for _ in module.buffers(recurse=False))
     with torch.no_grad():
@@ -329,9 +328,9 @@ def _skeleton(
 
 @dataclass(frozen=True)
 class Part:
-    """Stored tensors that make up parameters, in the order in which a `rule` merges them.
+    """Stored tensors that form parameters, in the order in which a `rule` merges them.
 
-    `roles` say which stored tensor takes which part in the rule, whose outcome is named `target`.
+    `roles` gives each stored tensor's role in the rule, and `target` is the name of the result.
     Without a rule the one stored tensor is the parameter `target`.
     """
 
@@ -342,29 +341,29 @@ class Part:
     rule: Any = None
 
     def merge(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters, by name, that stored tensors make up."""
+        """Return the parameters, by name, that stored tensors form."""
         if self.rule is None:
             return {self.target: tensors[self.stored[0]]}
         rule = deepcopy(self.rule)
         for name, role in zip(self.stored, self.roles, strict=True):
             rule.add_tensor(self.target, name, role, tensors[name])
-        made = rule.convert(self.target, model=self.model, config=self.model.config)
-        return {n: value[0] if isinstance(value, list) else value for n, value in made.items()}
+        merged = rule.convert(self.target, model=self.model, config=self.model.config)
+        return {n: value[0] if isinstance(value, list) else value for n, value in merged.items()}
 
 
 def split(model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the stored tensors, by name, that parameters were merged from."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    made: dict[str, Tensor] = revert_weight_conversion(model, dict(parameters))
-    return made
+    stored: dict[str, Tensor] = revert_weight_conversion(model, dict(parameters))
+    return stored
 
 
 def find_parts(model: Any, places: Mapping[str, Place], called: str) -> dict[str, Part]:
-    """Return the part of a checkpoint that each of a model's parameters and buffers is in.
+    """Return the part of a checkpoint for each of a model's parameters and buffers.
 
-    Raises NotStreamableError, of the model as it is `called`, where parameters do not convert back
-    to what is stored.
+    Raises NotStreamableError, with the model's name as it is `called`, if parameters do not convert
+    back to the stored tensors.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -374,7 +373,7 @@ def find_parts(model: Any, places: Mapping[str, Place], called: str) -> dict[str
         rename_source_key,
     )
 
-    own = dict(model.state_dict(keep_vars=True))
+    tensors = dict(model.state_dict(keep_vars=True))
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -382,14 +381,14 @@ def find_parts(model: Any, places: Mapping[str, Place], called: str) -> dict[str
     merged: dict[str, list[tuple[str, str]]] = {}
     parts = []
     for name in sorted(places, key=dot_natural_key):
-        target, role = rename_source_key(name, renamings, converters, prefix, own)
-        if target not in own and name in own:  # as it stands, but for the prefix
-            target, role = rename_source_key(name, [], [], prefix, own)
-        if target in own and role is None:
+        target, role = rename_source_key(name, renamings, converters, prefix, tensors)
+        if target not in tensors and name in tensors:  # unchanged except for the prefix
+            target, role = rename_source_key(name, [], [], prefix, tensors)
+        if target in tensors and role is None:
             parts.append(Part(model, (name,), target))
-        elif target in own:
+        elif target in tensors:
             merged.setdefault(target, []).append((name, role))
-    # What has not matched would be reverted to no purpose when the model is saved.
+    # Unused rules would be reverted for nothing when the model is saved.
     model._weight_conversions = [rule for rule in rules if rule.was_used()]
     for target, held in merged.items():
         names, roles = zip(*held, strict=True)
@@ -401,13 +400,13 @@ def find_parts(model: Any, places: Mapping[str, Place], called: str) -> dict[str
                   for n in part.stored}  # fmt: skip
         try:
             made = part.merge(stored)
-        except (RuntimeError, ValueError):  # one is missing: so is what they would make up
+        except (RuntimeError, ValueError):  # a tensor is missing, so the parameter is too
             continue
-        fitting = [n for n, value in made.items() if n in own and value.shape == own[n].shape]
+        fitting = [n for n, t in made.items() if n in tensors and t.shape == tensors[n].shape]
         if fitting and part.rule is not None:
-            back = split(model, {n: torch.empty_like(own[n], device="meta") for n in made})
+            back = split(model, {n: torch.empty_like(tensors[n], device="meta") for n in made})
             if {n: v.shape for n, v in back.items()} != {n: v.shape for n, v in stored.items()}:
-                why = f"transformers converts its weights and not back (first {part.stored[0]})"
+                why = f"transformers converts its weights but not back (first {part.stored[0]})"
                 raise NotStreamableError(called, why)
         found |= dict.fromkeys(fitting, part)
     return found
