@@ -1,4 +1,4 @@
-"""Named text sources: what can be calibrated on, as data, and how each is read."""
+"""Named sources of calibration text, and their readers."""
 
 from calmix.sources.readers import Document as Document
 from calmix.sources.registry import Source as Source

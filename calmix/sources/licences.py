@@ -1,9 +1,9 @@
-"""What a licence lets one do, by its name; not legal advice, and no licence is read here.
+"""What a licence permits, judged by its name alone; this is not legal advice.
 
 permissive       any use, with attribution at most
-share-alike      any use; what is derived may have to carry the same licence
+share-alike      any use; derived work may have to carry the same licence
 non-commercial   research or other non-commercial use only
-unstated         the publisher states none, or one that is not known here
+unstated         the publisher states none, or one that calmix does not know
 own              the user's own text
 """
 
@@ -27,31 +27,31 @@ _FREE = re.compile(
 
 
 def use_of(licence: str) -> Use:
-    """Return what the licence line of a source, model or task lets one do: the strictest counts."""
+    """Return what the licences of a source, model or task permit: the strictest counts."""
     if licence == OWN:
         return "own"
-    named = short(licence)
-    if _RESTRICTED.search(named):
+    names = short(licence)
+    if _RESTRICTED.search(names):
         return "non-commercial"
-    if _ALIKE.search(named):
+    if _ALIKE.search(names):
         return "share-alike"
-    parts = [part.strip() for part in re.split(r"[,;]|\band\b", named)]
+    parts = [part.strip() for part in re.split(r"[,;]|\band\b", names)]
     parts = [part for part in parts if part and not part.startswith("through ")]
     return "permissive" if parts and all(map(_FREE.search, parts)) else "unstated"
 
 
 def short(licence: str) -> str:
-    """Return a licence line without what stands in brackets: whose it is."""
+    """Return a licence line without the remarks in brackets."""
     return re.sub(r"\s*\([^()]*\)", "", licence)
 
 
 def allowed(licence: str, wanted: str | None) -> bool:
-    """Whether text under a licence may go into a set that is to be `wanted`."""
+    """Whether text under a licence may enter a set that must be `wanted`."""
     return wanted is None or use_of(licence) in (wanted, "own")
 
 
 def refuse(name: str, licence: str, wanted: str | None) -> None:
-    """Raise InputError for a source that was named outright and is not allowed."""
+    """Raise InputError for a source that is named explicitly and not allowed."""
     if not allowed(licence, wanted):
         raise InputError(
             f"source {name} is {use_of(licence)} ({licence}), not {wanted}: name another, or leave "

@@ -1,9 +1,8 @@
-"""Readers: how the documents of a source are read, one class per kind of place.
+"""Readers of documents, one class per kind of source.
 
 A reader yields its documents in a fixed order: the same source gives the same documents on the
-same machine. Text of a record comes from a template: `{a.b}` is the field of that name or the
-value at a dotted path, `*` steps into every element of a list, and a paragraph whose fields are
-all empty is left out.
+same machine. The text of a record comes from a template: `{a.b}` is the field of that name or the
+value at a dotted path, `*` maps over a list, and a paragraph whose fields are all empty is dropped.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from calmix.files import cache_dir, parse_json, sha256_json, write_bytes
 from calmix.options import Options
 from calmix.progress import quiet
 
-LINE = 64 << 20  # bytes of a line of .jsonl
-ROWS = 1024  # of a .parquet file, held at a time
+LINE = 64 << 20  # most bytes in a line of .jsonl
+ROWS = 1024  # rows of a .parquet file in memory at a time
 SHORTEST = 200  # characters: shorter source files are mostly re-exports
-BUDGET = 8_000_000  # characters: some 2 million tokens, 60 times a usual calibration set
+BUDGET = 8_000_000  # characters: about 2 million tokens, 60 usual calibration sets
 FIELD = re.compile(r"\{([^{}\n]+)\}")
 
-TEXT = "{text}"  # the template of a user's own rows
+TEXT = "{text}"  # the default template of a user's rows
 CHATS = ("messages", "conversations", "conversation")  # fields that hold a chat
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 CODE = {
@@ -45,23 +44,23 @@ CODE = {
     ".cs", ".go", ".rs", ".rb", ".php", ".swift", ".kt", ".scala", ".sh", ".sql", ".r", ".jl",
     ".lua", ".pl", ".hs", ".ml", ".vue", ".css", ".html",
 }  # fmt: skip
-PAGES = {".css", ".html"}  # which lie beside notes too
+PAGES = {".css", ".html"}  # also found beside notes
 SKIPPED = {  # folders of a package or of the standard library
     "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "ensurepip",
     "_vendor", "lib2to3", "pydoc_data", "__pycache__",
 }  # fmt: skip
-LEFT = {"node_modules", "__pycache__", "venv", "site-packages"}  # folders of others' code
+LEFT = {"node_modules", "__pycache__", "venv", "site-packages"}  # folders of third-party code
 
 Items = Literal["all", "odd", "even"]
-Rows = Iterator[tuple[int, Any]]  # of a file, by number
+Rows = Iterator[tuple[int, Any]]  # of a file, with their numbers
 
 
 @dataclass(frozen=True)
 class Document:
     """A piece of text with an identifier that is unique and stable within its source.
 
-    `messages` are those of a chat, each with `role` and `content`; a model's template puts them in
-    place of `text`, where they stand in plain words.
+    `messages` are those of a chat, each with `role` and `content`: a model's chat template formats
+    them. `text` is the same chat as plain text.
     """
 
     id: str
@@ -70,25 +69,25 @@ class Document:
 
 
 class Reader(Options):
-    """What every reader has: where its text is, and which version of it."""
+    """The base of all readers."""
 
     origin: ClassVar[str] = "offline"  # or `hub`
 
     @property
     def version(self) -> str:
-        """What the text comes from, with its version."""
+        """The origin of the text, with its version."""
         return f"Python {platform.python_version()}"
 
     @property
     def availability(self) -> str:
-        """Whether the text can be read here and now, in a few words."""
+        """Whether the text can be read now, in a few words."""
         return "offline"
 
     def check(self) -> None:
-        """Raise SourceError for what cannot be read, as far as that is known without a fetch."""
+        """Raise SourceError for unreadable text, as far as possible without downloading."""
 
     def read(self) -> Iterator[Document]:
-        """Yield the documents in a fixed order; raise SourceError where that is impossible."""
+        """Yield the documents in a fixed order; raise SourceError if that is impossible."""
         raise NotImplementedError
 
 
@@ -103,7 +102,7 @@ class PythonStdlib(Reader):
 
 
 class PythonDocs(Reader):
-    """The language reference as pydoc carries it, one document a topic."""
+    """The language reference in pydoc, one document per topic."""
 
     type: Literal["python-docs"]
 
@@ -141,7 +140,7 @@ class OfPackage(Reader):
 
 
 class PackageFiles(OfPackage):
-    """Source files of an installed package, which is not imported; without its tests."""
+    """Source files of an installed package, without its tests; the package is not imported."""
 
     type: Literal["package"]
     files: list[str]
@@ -166,9 +165,9 @@ def _source_files(
 
 
 class Apart(Options):
-    """Texts to keep away from: what shares a run of `words` words with one is left out.
+    """Texts to avoid: a document that shares a run of `words` words with one is dropped.
 
-    They are the even-numbered requests of `members` (which the suite may score), the odd, or all.
+    They are the even-numbered requests of `members` (which the suite can score), the odd, or all.
     """
 
     members: list[str]
@@ -177,12 +176,12 @@ class Apart(Options):
 
 
 class AssetText(Reader):
-    """Text out of the rendered requests of a data archive, each distinct text once.
+    """Text from the rendered requests of a data archive, each distinct text once.
 
-    `template` is filled from each request's fields; `{answer}` is the right choice's text, and
-    `where` keeps requests with given values. What a suite may score is left out: `items: odd`
-    gives only requests whose `number` is odd (the even ones are the suite's), and `apart` keeps
-    away from those that the suite reads elsewhere.
+    `template` is filled from each request's fields; `{answer}` is the text of the correct choice,
+    and `where` keeps requests with given values. What a suite can score is left out: `items: odd`
+    yields only requests with an odd `number` (the suite has the even ones), and `apart` drops text
+    that overlaps with what the suite reads elsewhere.
     """
 
     type: Literal["asset"]
@@ -235,7 +234,7 @@ class AssetText(Reader):
                     yield member, request
 
     def text(self, request: dict[str, Any]) -> str:
-        """Return a request's text by the template."""
+        """Return a request's text, from the template."""
         doc = request.get("doc", {})
         if "choices" in doc and isinstance(doc.get("gold"), int):
             request = {**request, "answer": doc["choices"][doc["gold"]]}
@@ -243,15 +242,15 @@ class AssetText(Reader):
 
 
 def word_runs(text: str, n: int) -> set[tuple[str, ...]]:
-    """Return every run of `n` words of a text in lower case; of a shorter text, all of it."""
+    """Return every run of `n` words of a text in lower case; for a shorter text, all of it."""
     words = text.lower().split()
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
 class ReasoningGym(OfPackage):
-    """Problems with answers from reasoning-gym's seeded generators, which take turns.
+    """Problems with answers from reasoning-gym's seeded generators, taken in turn.
 
-    What the regular expression `strip` matches (notes on the answer's format) is removed.
+    Text that matches the regular expression `strip` (notes on the answer's format) is removed.
     """
 
     type: Literal["reasoning-gym"]
@@ -269,11 +268,11 @@ class ReasoningGym(OfPackage):
         with quiet():  # its cellpylib warns
             import reasoning_gym
         size = -(-self.documents // len(self.datasets))
-        made = [reasoning_gym.create_dataset(name, size=size, seed=0) for name in self.datasets]
+        datasets = [reasoning_gym.create_dataset(name, size=size, seed=0) for name in self.datasets]
         seen: set[str] = set()
         for index in range(self.documents):
-            item, which = divmod(index, len(made))
-            entry = made[which][item]
+            item, which = divmod(index, len(datasets))
+            entry = datasets[which][item]
             question = re.sub(self.strip or "", "", entry["question"]).strip()
             text = f"{question}\nAnswer: {entry['answer']}"
             if text not in seen:
@@ -282,7 +281,7 @@ class ReasoningGym(OfPackage):
 
 
 class Answer(Options):
-    """Where the right choice's text is: `label`, found among `labels`, names one of `texts`."""
+    """Where the correct choice is: the position of `label` in `labels` selects one of `texts`."""
 
     label: str
     labels: str
@@ -292,9 +291,9 @@ class Answer(Options):
 class HubText(Reader):
     """Rows of a data set on the hub, from its beginning up to a budget of `characters`.
 
-    `subset` is the data set's configuration; of several, each gets an equal part of the budget.
-    Without a `template` the field `text` or `content` is taken. Where an article is spread over
-    rows, `starts` is a regular expression that matches an article's first row.
+    `subset` is the data set's configuration; several share the budget equally. Without a `template`
+    the field `text` or `content` is used. If articles span several rows, `starts` is a regular
+    expression that matches an article's first row.
     """
 
     type: Literal["hub"]
@@ -324,22 +323,22 @@ class HubText(Reader):
         return "offline (fetched before)" if self._kept().is_file() else "hub"
 
     def read(self) -> Iterator[Document]:
-        if not (kept := self._kept()).is_file():
+        if not (cached := self._kept()).is_file():
             lines = [json.dumps([one.id, one.text]) + "\n" for one in self._documents()]
-            write_bytes(kept, gzip.compress("".join(lines).encode(), mtime=0))
+            write_bytes(cached, gzip.compress("".join(lines).encode(), mtime=0))
         try:
-            with gzip.open(kept, "rt", encoding="utf-8") as held:
-                for line in held:
+            with gzip.open(cached, "rt", encoding="utf-8") as file:
+                for line in file:
                     yield Document(*json.loads(line))
         except (OSError, EOFError, ValueError) as error:
-            raise SourceError(f"{kept} is damaged: delete it to fetch it again") from error
+            raise SourceError(f"{cached} is damaged: delete it to fetch it again") from error
 
     def _kept(self) -> Path:
         name = sha256_json(self.model_dump(mode="json"))[:16]
         return cache_dir() / "sources" / f"{name}.jsonl.gz"
 
     def _documents(self) -> Iterator[Document]:
-        """Yield the documents of every subset: a row each, or all rows up to the next start."""
+        """Yield the documents of every subset: one per row, or all rows up to the next start."""
         for subset in self.subsets:
             left, part, first = -(-self.characters // len(self.subsets)), "", 0
             for number, row in enumerate(chain(_stream(self, subset), [None])):
@@ -355,17 +354,17 @@ class HubText(Reader):
 
     def _text(self, row: dict[str, Any], number: int) -> str:
         try:
-            if (asked := self.answer) is not None:
-                labels, texts = lookup(row, asked.labels), lookup(row, asked.texts)
-                wanted = lookup(row, asked.label)
-                row = {**row, "answer": texts[labels.index(wanted)] if wanted in labels else ""}
+            if (answer := self.answer) is not None:
+                labels, texts = lookup(row, answer.labels), lookup(row, answer.texts)
+                label = lookup(row, answer.label)
+                row = {**row, "answer": texts[labels.index(label)] if label in labels else ""}
             if self.template is not None:
                 return fill(self.template, row)
         except SourceError as error:
             raise SourceError(f"{self.id} row {number}: {error}") from error
         for key in ("text", "content"):
-            if isinstance(found := row.get(key), str):
-                return found
+            if isinstance(text := row.get(key), str):
+                return text
         raise SourceError(
             f"{self.id} row {number}: there is no field 'text' or 'content' (has: "
             f"{', '.join(row)}): name the fields in a template, in a YAML file of sources"
@@ -387,23 +386,24 @@ def _stream(reader: HubText, subset: str | None) -> Iterator[dict[str, Any]]:
             if row is None:
                 return
             yield row
-    except Exception as error:  # the hub client gives being offline many forms
+    except Exception as error:  # the hub client raises many kinds when offline
         which = f"{reader.id} ({', '.join(filter(None, [subset, reader.split]))})"
         if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
             raise SourceError(f"{which} cannot be read: {first_line(error)}") from error
         raise SourceError(
             f"the hub cannot be reached for {which}: go online once to fetch it, copy "
-            f"{cache_dir() / 'sources'} from a machine that has, or take an offline source "
+            f"{cache_dir() / 'sources'} from a machine that has it, or use an offline source "
             "(calmix calibrate sources)"
         ) from error
 
 
 class LocalFile(Reader):
-    """A file, or a folder of them. Of text (`.txt`, `.md`) and source code each is one document, of
-    rows (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`) each row. A folder with more source code
-    (but `.css` and `.html`) than other files is read as code alone, another without it.
+    """A file, or a folder of files. Text (`.txt`, `.md`) and source code are one document per file,
+    tables (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`) one per row. Of a folder with more source
+    code (not counting `.css` and `.html`) than other files only the code is read, else only the
+    other files.
 
-    The text of a row is its `template`, filled from the row's fields, or the chat in its field
+    The text of a row is the `template`, filled from the row's fields, or the chat in its field
     `messages` or `conversations`.
     """
 
@@ -430,15 +430,15 @@ class LocalFile(Reader):
                 yield document
         if empty:
             short = f", and no source file of {SHORTEST} characters" if self.path.is_dir() else ""
-            raise SourceError(f"{self.path} is empty: it holds no text{short}")
+            raise SourceError(f"{self.path} is empty: it has no text{short}")
 
     @property
     def left(self) -> str:
-        """Which files of a folder are not read, in a few words; nothing where all are."""
+        """The files of a folder that are not read, in a few words; empty if all are."""
         return self._files()[1]
 
     def _files(self) -> tuple[list[Path], str]:
-        """Return the files of the folder that are read, and in words those that are not."""
+        """Return the files of the folder to read, and a description of the others."""
         rest, code = list[Path](), list[Path]()
         for file in sorted(self.path.rglob("*")):
             inside, ending = file.relative_to(self.path).parts, file.suffix.lower()
@@ -446,15 +446,15 @@ class LocalFile(Reader):
             if ending in {*FORMATS, *CODE} and not hidden and file.is_file():
                 (code if ending in CODE else rest).append(file)
         if not rest or sum(file.suffix.lower() not in PAGES for file in code) > len(rest):
-            return code, f"other files than source code ({len(rest)})" if rest else ""
-        return rest, f"files of source code ({len(code)})" if code else ""
+            return code, f"files other than source code ({len(rest)})" if rest else ""
+        return rest, f"source code files ({len(code)})" if code else ""
 
     def _documents(self) -> Iterator[Document]:
         path, files = self.path, [self.path]
         if path.is_dir():
             files, _ = self._files()
             if not files:
-                raise SourceError(f"folder {path} holds no {', '.join(FORMATS)} file and no code")
+                raise SourceError(f"folder {path} has no {', '.join(FORMATS)} file and no code")
             if files[0].suffix.lower() in CODE:
                 yield from _source_files(path, files)
                 return
@@ -463,8 +463,8 @@ class LocalFile(Reader):
         for file in files:
             ending = file.suffix.lower()
             if ending not in {*FORMATS, *CODE}:
-                known_ones = f"{', '.join(FORMATS)} and those of source code"
-                raise SourceError(f"cannot read {file}: known endings are {known_ones}")
+                supported = f"{', '.join(FORMATS)} and those of source code"
+                raise SourceError(f"cannot read {file}: supported endings are {supported}")
             prefix = f"{file.relative_to(path).as_posix()}/" if path.is_dir() else ""
             if (rows := FORMATS.get(ending)) is None:
                 yield Document(f"{prefix}0", _read_text(file))
@@ -478,7 +478,7 @@ class LocalFile(Reader):
 def _read_text(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(1 << 20)
-        if b"\0" in head:  # refused before all of it is read
+        if b"\0" in head:  # refused before the rest is read
             _decoded(path, head)
         return _decoded(path, head + file.read())
 
@@ -529,10 +529,10 @@ def _read_parquet(path: Path, template: str) -> Rows:
         if template == TEXT and "text" not in names:
             columns = [name for name in CHATS if name in names][:1]
         if not columns or not set(columns) <= set(names):
-            columns = None  # the first row will be refused with all it has
+            columns = None  # the error for the first row then lists all fields
         batches = file.iter_batches(batch_size=ROWS, columns=columns)
         yield from enumerate(row for batch in batches for row in batch.to_pylist())
-    except Exception as error:  # pyarrow raises its own classes for foreign bytes
+    except Exception as error:  # pyarrow raises its own classes for bad bytes
         raise SourceError(f"{path} is not a parquet file, or is damaged") from error
 
 
@@ -551,7 +551,7 @@ def _json(where: Path | str, text: str) -> Any:
 
 def _decoded(where: Path | str, raw: bytes) -> str:
     try:
-        text = raw.decode("utf-8-sig")  # a mark that some editors set is no text
+        text = raw.decode("utf-8-sig")  # without a byte-order mark
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{where} is not UTF-8 text (byte {error.start}): convert it first"
@@ -562,9 +562,9 @@ def _decoded(where: Path | str, raw: bytes) -> str:
 
 
 def _of_row(key: str, template: str, row: Any, where: str) -> Document:
-    """Return a row as a document: its template filled, or its chat."""
+    """Return a row as a document, from its template or its chat."""
     messages, held = None, row if isinstance(row, Mapping) else {}
-    searched = template == TEXT and "text" not in held  # for a chat, by the usual names
+    searched = template == TEXT and "text" not in held  # for a chat in the usual fields
     name = next((one for one in CHATS if one in held), None) if searched else template[1:-1]
     try:
         chat = _chat(held.get(name))
@@ -587,22 +587,22 @@ def _of_row(key: str, template: str, row: Any, where: str) -> Document:
 
 
 def _chat(value: Any) -> list[Any] | None:
-    """Return the chat that a field holds, as it is or as JSON; None where it holds none."""
-    found = value
+    """Return the chat in a field, as a list or as JSON; None if there is none."""
+    chat = value
     with suppress(ValueError):
         if isinstance(value, str) and value.lstrip().startswith("["):
-            found = parse_json(value)
-    if not (isinstance(found, list) and found and isinstance(found[0], Mapping)):
+            chat = parse_json(value)
+    if not (isinstance(chat, list) and chat and isinstance(chat[0], Mapping)):
         return None
-    return found if found is value or {"role", "from"} & found[0].keys() else None
+    return chat if chat is value or {"role", "from"} & chat[0].keys() else None
 
 
 def _messages(value: Any, name: str) -> Iterator[dict[str, str]]:
-    """Yield the messages of a chat, as `role` and `content`, from any of the usual forms."""
+    """Yield the messages of a chat, as `role` and `content`, from any of the usual formats."""
     for number, one in enumerate(value if isinstance(value, list) else [value]):
         one = one if isinstance(one, Mapping) else {}
         role, content = one.get("role", one.get("from")), one.get("content", one.get("value"))
-        if isinstance(content, list):  # parts, of which the texts count
+        if isinstance(content, list):  # parts: only text is kept
             content = "\n".join(str(p.get("text", "")) for p in content if isinstance(p, Mapping))
         if not isinstance(role, str) or not isinstance(content, str | None):
             raise SourceError(
@@ -626,10 +626,10 @@ def lookup(row: Any, path: str) -> Any:
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """Return a template with each `{dotted.field}` replaced; a list is joined by blank lines."""
+    """Return a template with each `{dotted.field}` replaced; lists are joined by blank lines."""
     kept = []
     for paragraph in template.split("\n\n"):
-        parts = FIELD.split(paragraph)  # every other one is the name of a field
+        parts = FIELD.split(paragraph)  # every second part is the name of a field
         parts[1::2] = values = [_text(lookup(row, path)) for path in parts[1::2]]
         if not values or any(value.strip() for value in values):
             kept.append("".join(parts))
@@ -637,8 +637,8 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
 
 
 def fields(template: str, names: Collection[str] = ()) -> list[str]:
-    """Return the fields of a row that a template uses, in order, each once: the one of a path's
-    own name, if `names` has it, or that of its first part."""
+    """Return the distinct fields of a row that a template uses, in order: a whole path if it is in
+    `names`, else its first part."""
     paths = FIELD.findall(template)
     return list(dict.fromkeys(path if path in names else path.split(".")[0] for path in paths))
 

@@ -1,4 +1,4 @@
-"""The registry of sources: builtin ones from YAML, a user's own YAML, local files and hub ids."""
+"""Sources by name: builtin ones, a user's YAML file, local files and hub ids."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from calmix.sources.readers import CODE, FORMATS, TEXT, AnyReader, Document, Hub
 from calmix.yaml_files import first_problem, packaged, read_yaml
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
-DATA = "CALMIX_DATA"  # names a folder of texts, read in place of the hub
-# Mixes by name, with relative weights. `mix-clean` has no other half of a benchmark that a suite
-# scores; the web mixes are the usual text of calibration, without choice.
+DATA = "CALMIX_DATA"  # names a folder of texts to read instead of the hub
+# Named mixes, with relative weights. `mix-clean` shares no benchmark with a suite, not even the
+# half that is not scored; the web mixes are the usual calibration text, without selection.
 MIXES: dict[str, dict[str, float]] = {
     "mix-8": dict.fromkeys(("encyclopedia", "books", "stories", "activities", "python-stdlib",
                             "code-compiled", "math-solutions", "word-problems"), 1.0),
@@ -32,12 +32,12 @@ MIXES: dict[str, dict[str, float]] = {
     "web-mix": dict.fromkeys(("c4", "github-code", "gutenberg", "stackexchange"), 1.0),
     "web-mix-70": {"c4": 7.0, "github-code": 1.0, "gutenberg": 1.0, "stackexchange": 1.0},
 }  # fmt: skip
-WRITTEN = ("self-written", "chat", "igsp", "self-cal", "sgs")  # a model's text, which others draw
+WRITTEN = ("self-written", "chat", "igsp", "self-cal", "sgs")  # the model writes the text
 
 
 class Source(Options):
-    """A named source of text. `dimension` is the capability dimension it leans to, if known;
-    `local` the file below the folder CALMIX_DATA, if set, that is read in place of the hub."""
+    """A named source of text. `dimension` is the ability it mainly covers, if known; `local` is the
+    file in the folder CALMIX_DATA, if set, to read instead of the hub."""
 
     name: str
     dimension: str = "-"
@@ -50,19 +50,19 @@ class Source(Options):
 
     @property
     def use(self) -> Use:
-        """What the licence lets one do (`calmix.sources.licences`)."""
+        """What the licence permits (`calmix.sources.licences`)."""
         return use_of(self.licence)
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents, in a fixed order.
 
-        Raises SourceError where the text is missing, unreadable or not as the source's entry says.
+        Raises SourceError if the text is missing, unreadable or not as the source's entry says.
         """
         with self._named():
             yield from self.reader.read()
 
     def check(self) -> list[Path]:
-        """Refuse a source that cannot be read, as far as that is known before text is fetched.
+        """Raise SourceError for an unreadable source, as far as possible without downloading.
 
         Returns the user's own file or folder that it reads, if any.
         """
@@ -76,24 +76,24 @@ class Source(Options):
             yield
         except SourceError as error:
             hub = self.local is not None and isinstance(self.reader, HubText)
-            hint = f"; or name in {DATA} a folder with {self.local}" if hub else ""
+            hint = f"; or set {DATA} to a folder with {self.local}" if hub else ""
             if self.name in str(error) and not hint:
                 raise
             raise SourceError(f"source {self.name}: {error}{hint}") from error
 
     def placed(self) -> Source:
-        """Return the source as it is read here: from the folder CALMIX_DATA, if that is set."""
+        """Return the source, read from the folder CALMIX_DATA if that is set."""
         if self.local is None or not (root := os.environ.get(DATA)):
             return self
         reader = LocalFile(type="file", path=Path(root).expanduser() / self.local)
         return self.model_copy(update={
             "reader": reader, "licence": f"unstated (read from {DATA})", "size": "-",
-            "description": f"{self.local} below the folder {DATA}",
+            "description": f"{self.local} in the folder {DATA}",
         })  # fmt: skip
 
 
 def builtin_sources() -> dict[str, Source]:
-    """Return the builtin sources by name, those that work offline first."""
+    """Return the builtin sources by name, offline ones first."""
     return {name: one.placed() for name, one in _entries().items()}
 
 
@@ -109,10 +109,10 @@ def offline_sources() -> dict[str, Source]:
 
 
 def own_sources(given: Path | str | Mapping[str, Any] | None) -> dict[str, Source]:
-    """Return a user's own sources by name: entries or sources by name, or a YAML file's mapping of
-    names to entries, of which only `reader` is required. Relative paths start at its folder.
+    """Return a user's own sources by name, from a mapping of names to entries or from a YAML file.
 
-    Raises InputError where the file is unreadable, or an entry has a wrong key or value.
+    An entry needs only `reader`; relative paths start at the file's folder. Raises InputError if
+    the file is unreadable, or an entry has a wrong key or value.
     """
     if isinstance(given, Path | str):
         return parse_sources(read_yaml(Path(given)), Path(given))
@@ -121,13 +121,13 @@ def own_sources(given: Path | str | Mapping[str, Any] | None) -> dict[str, Sourc
 
 def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:
     """Return sources by name from the entries of a user's YAML file at `path`; see above."""
-    found: dict[str, Source] = {}
+    sources: dict[str, Source] = {}
     for name, entry in entries.items():
         if isinstance(entry, Source):
-            found[name] = entry
+            sources[name] = entry
             continue
         if not isinstance(name, str) or not name.strip() or set(name) & set(":,"):
-            raise InputError(f"{path}: '{name}' cannot name a source (no ':' and no ',')")
+            raise InputError(f"{path}: '{name}' is not a name for a source (no ':' and no ',')")
         try:
             source = Source(name=name, **entry)
         except (ValidationError, TypeError) as error:
@@ -136,8 +136,8 @@ def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:
         if isinstance(reader := source.reader, LocalFile):
             reader = reader.model_copy(update={"path": path.parent / reader.path.expanduser()})
             source = source.model_copy(update={"reader": reader})
-        found[name] = source
-    return found
+        sources[name] = source
+    return sources
 
 
 def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
@@ -145,14 +145,14 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
     path (`mine.csv@prompt`: its field prompt), or a data set on the hub by id (`owner/name`, or
     `owner/name@subset`).
 
-    Raises SourceError for another name, with the nearest ones.
+    Raises SourceError for an unknown name, with the nearest ones.
     """
     known = {**_entries(), **(own or {})}
     if name in known:
         return known[name].placed()
     reader = local_file(name)
     path = reader.path
-    with suppress(OSError):  # longer than a name may be
+    with suppress(OSError):  # the name can be too long for a path
         if path.exists():
             kind = "local file" if path.is_file() else "local folder"
             return Source(name=name, kind=kind, description=str(path), reader=reader)
@@ -170,8 +170,8 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
 
 
 def local_file(name: str) -> LocalFile:
-    """Return the reader of a user's path: of `mine.csv@prompt` it reads the field prompt, of
-    `mine.csv@question+answer` two."""
+    """Return the reader of a user's path: `mine.csv@prompt` reads the field prompt,
+    `mine.csv@question+answer` two fields."""
     path, template, (file, at, fields) = user_path(name), TEXT, name.rpartition("@")
     with suppress(OSError):
         if at and file and not path.exists() and user_path(file).exists():

@@ -64,12 +64,12 @@ def write(folder, files):
         ("a.jsonl", b'{"messages": "no"}\n', "message 0 of 'messages' has no role and content"),
         ("a.parquet", b"PAR0", "is not a parquet file"),
         ("b.parquet", [{"body": "x"}], r"row 0: .* 'text' \(has: body\): name one, as FILE@FIELD"),
-        ("a.doc", b"x", r"known endings are .txt, .*, .parquet and those of source code"),
+        ("a.doc", b"x", r"supported endings are .txt, .*, .parquet and those of source code"),
         ("a.csv", b'text\n"open', "not CSV"),
         ("a.csv", b"prompt\nx\n", r"row 1: .* 'text' \(has: prompt\): name one, as FILE@FIELD"),
         ("a.json", b'{"text": "x"}', "is not a list of rows but dict"),
         ("no.txt", None, "there is no file"),
-        ("", None, r"holds no \.txt"),
+        ("", None, r"has no \.txt"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -126,9 +126,9 @@ def test_chats_of_every_usual_form(tmp_path):
         ({"src/b.py": "x = 1\n" * 50, "a.rs": "x" * 300, "data.jsonl": "{}", "notes.txt": "x" * 300,
           "short.py": "x", ".git/c.py": "x" * 300, "node_modules/d.js": "x" * 300,
           "latin.py": b"\xff" * 300}, {"a.rs": "x" * 300, "src/b.py": "x = 1\n" * 50},
-         "other files than source code (2)"),
+         "files other than source code (2)"),
         (dict.fromkeys(("a.md", "style.css", "index.html", "b.css", "one.py"), "text\n" * 200),
-         {"a.md/0": "text\n" * 200}, "files of source code (4)"),
+         {"a.md/0": "text\n" * 200}, "source code files (4)"),
     ],
 )  # fmt: skip
 def test_a_folder_is_read_as_text_or_as_code(tmp_path, tiny_folder, files, read, left):
@@ -139,9 +139,9 @@ def test_a_folder_is_read_as_text_or_as_code(tmp_path, tiny_folder, files, read,
     assert source.reader.left == left
     how = {"rows": 1, "length": 8, "leakage": "off", "note": lines.append}
     resolve(str(folder), open_tokenizer(str(tiny_folder)), **how)
-    assert lines == ([f"{folder}: left out are {left}"] if left else [])
+    assert lines == ([f"{folder}: not read: {left}"] if left else [])
     short = write(tmp_path / "short", {"short.py": "x"})
-    with pytest.raises(SourceError, match="holds no text, and no source file of 200 characters"):
+    with pytest.raises(SourceError, match="has no text, and no source file of 200 characters"):
         get_source(str(short)).check()
     assert texts(short / "short.py") == ["x"]
 

@@ -75,9 +75,9 @@ WRONG = {
     b"a: {reader: {type: nope}}": "source 'a': 'reader'.*does not match",
     b"a: {reader: {type: file}}": r"source 'a': 'reader.file.path' is missing",
     b"a: {colour: red, reader: {type: python-docs}}": "source 'a': unknown key 'colour'",
-    b"'a:b': {reader: {type: python-docs}}": "'a:b' cannot name a source",
+    b"'a:b': {reader: {type: python-docs}}": "'a:b' is not a name for a source",
     b"a: {}\na: {}": "line 2: 'a' is given twice",
-    b"- a": "holds no mapping",
+    b"- a": "is not a mapping",
     b"a: [": "line 1",
     b"a: {name: b, reader: {type: python-docs}}": "source 'a': .*'name'",
     b"\xff": "not UTF-8",
@@ -105,7 +105,7 @@ def test_the_folder_of_data_is_read_in_place_of_the_hub(tmp_path, monkeypatch):
     assert [one.text for one in get_source("c4").documents()] == ["web"]
     assert builtin_sources()["c4"].reader.availability == "offline"
     assert get_source("c4").use == "unstated"
-    assert get_source("c4").description == "general/c4-train.jsonl below the folder CALMIX_DATA"
+    assert get_source("c4").description == "general/c4-train.jsonl in the folder CALMIX_DATA"
     assert "c4" not in offline_sources()  # `offline` is the same mix everywhere
 
 
