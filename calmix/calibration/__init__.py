@@ -1,4 +1,4 @@
-"""Calibration sets: full rows of token ids drawn from one source or a weighted mix."""
+"""Calibration sets: full rows of token ids from one source or a weighted mix."""
 
 from calmix.calibration.build import build as build
 from calmix.calibration.build import make_mix as make_mix

@@ -1,6 +1,6 @@
-"""Build a calibration set from a mix: documents in seeded order, tokenised, checked, and packed.
+"""Build a calibration set from a mix: shuffle documents, tokenise, check for leakage, and pack.
 
-Rows hold no padding, and no row holds text of two sources.
+Rows have no padding, and each row has text of one source.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from calmix.sources import Document, Source, get_source
 from calmix.sources.readers import LocalFile
 from calmix.sources.registry import documents_hash
 
-BATCH = 64  # documents handed to the tokenizer at a time
+BATCH = 64  # documents tokenised at a time
 # Source names with positive weights that sum to 1, in the order they were written.
 Mix = dict[str, float]
 
@@ -35,27 +35,27 @@ def mix_text(mix: Mapping[str, float]) -> str:
 def parse_mix(text: str) -> Mix:
     """Parse `name`, `a:0.5,b:0.3,c:0.2` or `uniform:a,b,c` into a mix.
 
-    Names may be paths. Weights are relative; those of 0 drop their source.
+    Names may be paths. Weights are relative; a source with weight 0 is dropped.
     """
     text = text.strip()
     uniform = text.startswith("uniform:")
     weights: dict[str, float] = {}
     for part in (piece.strip() for piece in text.removeprefix("uniform:").split(",")):
         if not part:
-            raise InputError(f"calibration '{text}' names no source between its commas")
+            raise InputError(f"calibration '{text}' has an empty name between commas")
         name, _, number = part.rpartition(":")
         try:
-            named, weight = (part, 1.0) if uniform or not name else (name.strip(), float(number))
+            source, weight = (part, 1.0) if uniform or not name else (name.strip(), float(number))
         except ValueError:
-            named, weight = part, 1.0
-        if named == part and "," in text and not uniform:
+            source, weight = part, 1.0
+        if source == part and "," in text and not uniform:
             raise InputError(
                 f"calibration '{text}': '{part}' has no weight: write {part}:0.5, or "
                 "uniform:a,b,c for equal weights"
             )
-        if named in weights:
-            raise InputError(f"calibration '{text}' names '{named}' twice")
-        weights[named] = weight
+        if source in weights:
+            raise InputError(f"calibration '{text}' names '{source}' twice")
+        weights[source] = weight
     return make_mix(weights, text)
 
 
@@ -71,12 +71,12 @@ def make_mix(weights: Mapping[str, float], text: str) -> Mix:
 
 
 def rows_per_source(mix: Mix, rows: int) -> dict[str, int]:
-    """Share out `rows` by weight with the largest-remainder method; the counts add up to `rows`.
+    """Split `rows` by weight with the largest-remainder method; the counts add up to `rows`.
 
-    Ties between remainders go to the source written first.
+    Ties between remainders go to the source named first.
     """
     exact = {name: weight * rows for name, weight in mix.items()}
-    # Weights such as 0.1 are not exact in binary: what is an integer but for rounding is one.
+    # Weights such as 0.1 are not exact in binary: treat integers up to rounding as integers.
     counts = {name: math.floor(value + 1e-9) for name, value in exact.items()}
     order = sorted(exact, key=lambda name: round(counts[name] - exact[name], 9))
     for name in order[: rows - sum(counts.values())]:
@@ -84,13 +84,13 @@ def rows_per_source(mix: Mix, rows: int) -> dict[str, int]:
     return counts
 
 
-Packed = tuple[list[list[int]], list[Tokenized]]  # rows, and the documents taken, in order
+Packed = tuple[list[list[int]], list[Tokenized]]  # rows, and the documents used, in order
 
 
 def pack_concat(documents: Iterator[Tokenized], rows: int, length: int, end: int | None) -> Packed:
-    """Join documents by the end token (if any) and cut the first `rows` rows of `length` ids.
+    """Join documents with the end token (if any) and cut the first `rows` rows of `length` ids.
 
-    There are fewer rows if the documents run out; what is left of the last is dropped.
+    There are fewer rows if the documents run out; a partial last row is dropped.
     """
     stream: list[int] = []
     used: list[Tokenized] = []
@@ -106,10 +106,10 @@ def pack_concat(documents: Iterator[Tokenized], rows: int, length: int, end: int
 def pack_window(
     documents: Iterator[Tokenized], rows: int, length: int, rng: np.random.Generator
 ) -> Packed:
-    """Draw one random window of `length` ids from each document that is long enough.
+    """Take one random window of `length` ids from each document that is long enough.
 
-    As the SparseGPT and Wanda papers draw C4, but no document gives two windows. There are fewer
-    rows if the documents run out.
+    The SparseGPT and Wanda papers sample C4 in this way, but can take several windows from one
+    document. There are fewer rows if the documents run out.
     """
     packed: list[list[int]] = []
     used: list[Tokenized] = []
@@ -136,13 +136,13 @@ def build(
     own: Mapping[str, Source] = {},
     tick: Callable[[str], None] = lambda name: None,
 ) -> CalibrationSet:
-    """Draw a calibration set of `rows` full rows of `length` tokens from a mix of sources.
+    """Build a calibration set of `rows` full rows of `length` tokens from a mix of sources.
 
-    Each row comes from one source; rows per source are shared out by largest remainder, and all
-    rows are shuffled. If the tokenizer puts a begin token before text, every row begins with it.
+    Each row comes from one source; `rows_per_source` gives their numbers, and all rows are
+    shuffled. If the tokenizer puts a begin token before text, every row begins with it.
 
-    `packing` is `concat` (documents joined by the end token) or `window` (a random window of each
-    long document); `guard` drops documents, `tick` is called with each source once it is drawn.
+    `packing` is `concat` (documents joined with the end token) or `window` (a random window of each
+    long document); `guard` drops documents that leak, `tick` is called after each source.
     """
     head, end = begin_token(opened.tokenizer), opened.tokenizer.eos_token_id
     body = length - len(head)
@@ -154,8 +154,8 @@ def build(
     for name, count in counts.items():
         source = get_source(name, own)
         documents = list(source.documents())
-        # Every source has a stream of its own, so that adding one does not move the others; a file
-        # that is named by its path that of its last part, wherever it lies.
+        # Each source has its own random stream, so that adding one does not change the others; that
+        # of a file named by its path depends on the file's name, not on its folder.
         key = source.name
         if isinstance(source.reader, LocalFile) and name not in own:
             key = source.reader.path.resolve().name
@@ -175,7 +175,7 @@ def build(
             hint = "use --packing concat" if packing == "window" else "give it less weight in a mix"
             raise SourceError(
                 f"source {name} has text for {len(packed)} rows of {length} tokens, not "
-                f"{count}: add text, {hint}, or ask for fewer rows (--rows; of compress, "
+                f"{count}: add text, {hint}, or ask for fewer rows (--rows; with compress, "
                 "--effort quick)"
             )
         described[name] = {
@@ -211,7 +211,7 @@ def build(
 
 
 def tokenized(documents: list[Document], tokenizer: Any, name: str) -> Iterator[Tokenized]:
-    """Yield a source's documents with their token ids; chats as the model's template has them."""
+    """Yield a source's documents with their token ids; chats in the model's chat template."""
     tokenize = tokenizer_function(tokenizer)
     for start in range(0, len(documents), BATCH):
         batch = documents[start : start + BATCH]
@@ -223,7 +223,7 @@ def _text(document: Document, tokenizer: Any, name: str) -> str:
         return document.text
     try:
         text = tokenizer.apply_chat_template(list(document.messages), tokenize=False, **TEMPLATE)
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates can raise anything
         why = " ".join(str(error).split())[:160]
         raise SourceError(
             f"source {name}: chat {document.id} does not fit the model's chat template ({why}): "

@@ -40,8 +40,8 @@ TENSORS, MANIFEST, KIND, FORMAT = "calibration.safetensors", "manifest.json", "c
 class CalibrationSet(Shown):
     """Rows of token ids without padding.
 
-    `ids` is int64, (rows, length); `sources` names the source of each row; `manifest` says how the
-    set was made.
+    `ids` is int64, (rows, length); `sources` names the source of each row; `manifest` records how
+    the set was made.
     """
 
     ids: Tensor
@@ -79,7 +79,7 @@ class CalibrationSet(Shown):
     def save(  # type: ignore[override]  # a folder
         self, folder: Path | str, *, overwrite: bool = False
     ) -> Path:
-        """Write the set to a folder, all of it or nothing; the same set gives the same bytes.
+        """Write the set to a folder, atomically; the same set gives the same bytes.
 
         Raises:
             InputError: the folder exists and is not empty, or cannot be written.
@@ -95,12 +95,12 @@ class CalibrationSet(Shown):
         with atomic_folder(folder) as beside:
             tensors = {"ids": self.ids.to(torch.int64).contiguous(), "source": source}
             save_file(tensors, beside / TENSORS)
-            (beside / TENSORS).chmod(0o644)  # safetensors lets only the owner read
+            (beside / TENSORS).chmod(0o644)  # safetensors allows only the owner to read
             write_json(beside / MANIFEST, sealed(manifest))
         return folder
 
     def _kept(self) -> dict[str, Any]:
-        """Return what of the ids and sources stands in the manifest too."""
+        """Return the manifest's entries that describe ids and sources."""
         return {
             "rows": self.rows,
             "length": self.length,
@@ -113,7 +113,7 @@ class CalibrationSet(Shown):
         """Read a saved set, check it against its hashes and, if given, the model's tokenizer.
 
         Raises:
-            InputError: the folder holds no set, is damaged, or is for another tokenizer.
+            InputError: the folder has no set, is damaged, or is for another tokenizer.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -122,8 +122,8 @@ class CalibrationSet(Shown):
         manifest = read_object(folder / MANIFEST, f"there is no calibration set at {folder}")
         if (manifest.get("kind"), manifest.get("format")) != (KIND, FORMAT):
             raise InputError(
-                f"{folder} holds no calibration set of format {FORMAT}, which this calmix reads: "
-                f"its {MANIFEST} is of kind {manifest.get('kind')} and format "
+                f"{folder} is not a calibration set of format {FORMAT}, which this calmix reads: "
+                f"its {MANIFEST} has kind {manifest.get('kind')} and format "
                 f"{manifest.get('format')}"
             )
         if not seal_holds(manifest):
@@ -146,18 +146,18 @@ class CalibrationSet(Shown):
 
 
 def saved_set(named: str | Path | None) -> Path | None:
-    """Return the folder that a user names, if it looks like a saved set, whole or not."""
+    """Return the folder that a user names, if it looks like a saved set, complete or not."""
     path = user_path(named or "")
-    with suppress(OSError):  # a mix of many sources is longer than a file's name may be
+    with suppress(OSError):  # a mix of many sources can be too long for a path
         if named and path.is_dir() and any((path / name).exists() for name in (TENSORS, MANIFEST)):
             return path
     return None
 
 
 def export_jsonl(made: CalibrationSet, tokenizer: Any, path: Path | str) -> None:
-    """Write one JSON object a row, `text` (without special tokens) and `source`.
+    """Write one JSON object per row, with `text` (without special tokens) and `source`.
 
-    Tokenising the text again may give other ids at the edges of a row.
+    Tokenising the text again can give other ids at the edges of a row.
     """
     texts = tokenizer.batch_decode(made.ids.tolist(), skip_special_tokens=True)
     rows = [{"text": t, "source": s} for t, s in zip(texts, made.sources, strict=True)]

@@ -1,10 +1,10 @@
-"""The leakage guard: no calibration text that shares a long run of tokens with a scored item.
+"""The leakage guard: drop calibration text that shares a long run of tokens with a scored item.
 
-Windows of n ids of all items are hashed to 64 bits in one sorted array, in which a document's
-windows are looked up: that two of them meet by chance takes 10^13 tokens of text.
+Every window of n ids of the items is hashed to 64 bits, and a document's windows are looked up in
+the sorted hashes. A chance collision takes about 10^13 tokens of text.
 
-A run counts only if at least three in four of its ids are distinct: `([1, 2, 3, 4])` is twelve
-tokens under a tokenizer that takes digits one by one, and stands in much code, but is not an item.
+A run counts only if at least three quarters of its ids are distinct: `([1, 2, 3, 4])` is twelve
+tokens under a tokenizer that splits digits, and occurs in much code, but is not an item.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from calmix.evaluation.suites import Suite, load_suite
 from calmix.sources import Document
 
 TOKENS = 13  # the run length common since GPT-3's contamination study (arXiv 2005.14165)
-LIMIT = 0.05  # the share of a source's documents above which the source is refused
-ENOUGH = 4_000  # documents, of which the share that leaks is told
+LIMIT = 0.05  # the share of leaking documents above which a source is refused
+ENOUGH = 4_000  # documents that suffice to estimate the share that leaks
 DISTINCT = 0.75  # the share of a run's ids that must be distinct for it to count
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
@@ -51,7 +51,7 @@ def window_hashes(ids: NDArray[np.int64], n: int) -> NDArray[np.uint64]:
 
 
 class ItemIndex:
-    """The windows of `n` token ids of a suite's items, for look-up.
+    """An index of the windows of `n` token ids in a suite's items.
 
     Items shorter than `n` tokens have no window and cannot be found.
     """
@@ -87,7 +87,7 @@ class ItemIndex:
 
 @dataclass
 class Guard:
-    """A filter over a source's documents that drops and counts those that leak."""
+    """A filter that drops and counts the documents of a source that leak."""
 
     suite: str
     index: ItemIndex
@@ -101,19 +101,19 @@ class Guard:
                 yield document, ids
 
     def passes(self, source: str, document: str, ids: list[int]) -> bool:
-        """Tell whether a text shares no run with an item; count it as dropped if it does."""
+        """Whether a text shares no run with an item; if it does, it is counted as dropped."""
         self.checked[source] += 1
-        found = self.index.find(ids)
-        if found is not None:
-            entry = {"document": document, "task": found[0], "item": found[1]}
+        item = self.index.find(ids)
+        if item is not None:
+            entry = {"document": document, "task": item[0], "item": item[1]}
             self.dropped.setdefault(source, []).append(entry)
-        return found is None
+        return item is None
 
     def verdict(self, source: str, rest: Iterable[Tokenized]) -> None:
-        """Raise SourceError for a source of which more than 5 % of the documents leak.
+        """Raise SourceError for a source if more than 5 % of its documents leak.
 
-        A draw may be small: if more of it leaks, `rest`, the documents it left, is read until
-        `ENOUGH` were checked.
+        The sample can be small: if more of it leaks, the `rest` of the documents is checked too, up
+        to `ENOUGH` in total.
         """
         dropped = self.dropped.get(source, [])
         checked, leaks = self.checked[source], len(dropped)
@@ -144,22 +144,22 @@ class Guard:
 
 
 def guard_of(suite: str, tokens: int, opened: HasTokenizer) -> Guard | None:
-    """Return the guard against the items of a suite, or of several with commas; None for `off`."""
+    """Return the guard for the items of one or more suites (`a,b`); None for `off`."""
     if suite == "off":
         return None
     items = tuple(suite_items(suite))
     key = hash(items), opened.tokenizer_fingerprint, tokens
-    if key not in _INDICES:  # a study draws many sets beside the same items
+    if key not in _INDICES:  # a study builds many sets with the same guard
         _INDICES.clear()
         _INDICES[key] = ItemIndex(items, tokenizer_function(opened.tokenizer), tokens)
     return Guard(suite, _INDICES[key])
 
 
 def suite_items(suite: str) -> list[Item]:
-    """Return task, item id and text of every item that a suite scores, or several with commas."""
+    """Return task, item id and text of every item that one or more suites (`a,b`) score."""
     return [item for one in guarded_suites(suite) for item in evaluate.suite_items(one)]
 
 
 def guarded_suites(suite: str) -> list[Suite]:
-    """Return the suites that a guard is against."""
+    """Return the suites whose items a guard keeps out."""
     return [load_suite(name) for name in suite.split(",")]

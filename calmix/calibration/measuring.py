@@ -37,8 +37,8 @@ def measure_set(
 
 def distortion(opened: Any, made: CalibrationSet) -> dict[str, float]:
     """Return distortion, the model's own perplexity on a set, and its bits per byte, by name."""
-    found = perplexity_of_rows(opened, made.ids)
-    return {"distortion": found.perplexity, "bits_per_byte": found.bits_per_byte}
+    measured = perplexity_of_rows(opened, made.ids)
+    return {"distortion": measured.perplexity, "bits_per_byte": measured.bits_per_byte}
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Interval:
 
 @dataclass(frozen=True, repr=False)
 class Measurement(Shown):
-    """What was measured and how.
+    """Measured metrics, and how they were measured.
 
     Attributes:
         budget: rows, length, tokens, draws, seed, packing, model and tokenizer.
-        draws: of each source, mix or saved set every metric of every draw.
-        notes: of a saved set why there are fewer draws than asked for.
+        draws: every metric of every draw, by source, mix or saved set.
+        notes: why a saved set has fewer draws than requested.
     """
 
     budget: dict[str, Any]
@@ -74,7 +74,7 @@ class Measurement(Shown):
         return {key: interval([draw[key] for draw in draws]) for key in draws[0]}
 
     def _line(self) -> str:
-        return f"{len(self.draws)} texts at {self.budget['tokens']} tokens a draw"
+        return f"{len(self.draws)} texts at {self.budget['tokens']} tokens per draw"
 
     def _rows(self) -> list[dict[str, Any]]:
         return [
@@ -99,7 +99,7 @@ class Measurement(Shown):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return the mean of values and its 95 % interval; none for a single value."""
+    """Return the mean of values and its 95 % interval; a single value has no interval."""
     count, mean = len(values), math.fsum(values) / len(values)
     if count < 2:
         return Interval(mean, None, None)
@@ -125,12 +125,12 @@ def measure(
 ) -> Measurement:
     """Measure sources, mixes and saved sets, all at the budget of `rows` x `length` tokens.
 
-    Draw i uses seed + i; a saved set, of just that size, is one draw. Coverage and mismatch compare
-    with the other specs pooled (the same draw of each), and are absent without any.
+    Draw i uses seed + i; a saved set must have this size and is one draw. Coverage is of all specs
+    pooled, mismatch is with the others pooled (same draw of each); both need at least two specs.
 
     Args:
         specs: sources, mixes, YAML files or saved folders, as for `resolve`.
-        opened: the model; its tokenizer alone will do without perplexity.
+        opened: the model; its tokenizer is enough without perplexity.
         sources: the user's own, by name or as a YAML file.
         tick: called with the name of a spec after each of its draws.
 
@@ -141,11 +141,11 @@ def measure(
     draw: dict[str, Any] = {"rows": rows, "length": length, "packing": packing, "sources": sources}
     check_request(specs, draws=draws, perplexity=perplexity, seed=seed, **draw)
     if perplexity and not isinstance(opened, OpenModel):
-        raise InputError("perplexity needs the model, not its tokenizer alone")
+        raise InputError("perplexity needs the model, not only its tokenizer")
 
     saved = {spec: CalibrationSet.open(path, opened) for spec in specs
              if (path := saved_set(spec)) is not None}  # fmt: skip
-    found: dict[str, list[dict[str, float]]] = {spec: [] for spec in specs}
+    values: dict[str, list[dict[str, float]]] = {spec: [] for spec in specs}
     for number in range(draws):
         sets = [saved.get(spec) or resolve(spec, opened, seed=seed + number, leakage="off", **draw)
                 for spec in specs]  # fmt: skip
@@ -154,7 +154,7 @@ def measure(
         for spec, made, extra in zip(specs, sets, extras, strict=True):
             if number and spec in saved:
                 continue
-            found[spec].append(measure_set(made, opened, perplexity=perplexity) | extra)
+            values[spec].append(measure_set(made, opened, perplexity=perplexity) | extra)
             tick(spec)
     budget = {
         "rows": rows, "length": length, "tokens": rows * length, "draws": draws, "seed": seed,
@@ -162,33 +162,33 @@ def measure(
         "vocabulary": len(opened.tokenizer), "model": opened.name,
         "tokenizer": opened.tokenizer_fingerprint,
     }  # fmt: skip
-    return Measurement(budget, found, dict.fromkeys(saved if draws > 1 else (), "saved: one draw"))
+    return Measurement(budget, values, dict.fromkeys(saved if draws > 1 else (), "saved: one draw"))
 
 
 def check_request(specs: Sequence[str], *, draws: int, perplexity: bool, **draw: Any) -> list[Path]:
-    """Check what `measure` is asked for, without the model; return the files that are read."""
+    """Check a request to `measure`, without the model; return the user's files that it reads."""
     if isinstance(specs, str):
         raise InputError(f"'{specs}' is one name: give a list of them, ['{specs}']")
     if not specs:
         raise InputError("name at least one source to measure")
     if doubles := sorted({spec for spec in specs if list(specs).count(spec) > 1}):
         raise InputError(f"'{doubles[0]}' is named twice")
-    asked = checked(DrawOptions, draw | {"leakage": "off"})
+    options = checked(DrawOptions, draw | {"leakage": "off"})
     if draws < 1:
         raise InputError(f"--draws {draws}: must be 1 or more")
-    if perplexity and asked.length < 2:
-        raise InputError(f"length {asked.length} is too short to predict anything")
+    if perplexity and options.length < 2:
+        raise InputError(f"length {options.length} is too short to predict anything")
     files: list[Path] = []
     for spec in specs:
         if (path := saved_set(spec)) is None:
-            files += ask(spec, **asked.drawn()).files
+            files += ask(spec, **options.drawn()).files
             continue
         files.append(path)
         held = CalibrationSet.open(path)
-        if (held.rows, held.length) != (asked.rows, asked.length):
+        if (held.rows, held.length) != (options.rows, options.length):
             raise InputError(
                 f"calibration set {path} has {held.rows} rows of {held.length} tokens, not "
-                f"{asked.rows} of {asked.length}: measure everything with --rows "
+                f"{options.rows} of {options.length}: measure everything with --rows "
                 f"{held.rows} --length {held.length}"
             )
     return files
@@ -201,17 +201,17 @@ COMPACT = {
 
 
 def table(measurement: Measurement) -> list[dict[str, str]]:
-    """Return the metrics as records of text: up to four sources side by side with every metric;
-    of more, each is one record with the metrics that tell sources apart best.
+    """Return the metrics as records of text: up to four sources as columns with every metric, more
+    as one record each with the metrics that distinguish sources best.
     """
-    found = {name: measurement[name] for name in measurement.draws}
-    if len(found) <= 4:
-        keys = dict.fromkeys(key for metrics in found.values() for key in metrics)
+    metrics_of = {name: measurement[name] for name in measurement.draws}
+    if len(metrics_of) <= 4:
+        keys = dict.fromkeys(key for metrics in metrics_of.values() for key in metrics)
         return [
-            {"metric": key} | {name: str(one.get(key, "-")) for name, one in found.items()}
+            {"metric": key} | {name: str(one.get(key, "-")) for name, one in metrics_of.items()}
             for key in keys
         ]
     return [
         {"name": name} | {title: str(one.get(key, "-")) for title, key in COMPACT.items()}
-        for name, one in found.items()
+        for name, one in metrics_of.items()
     ]

@@ -1,4 +1,4 @@
-"""From what a user writes to a calibration set: drawn, written by the model, or read from disk."""
+"""From a user's request to a calibration set: sampled, written by the model, or saved on disk."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from calmix.yaml_files import parse_model, read_text
 
 YAML = (".yaml", ".yml")
 GROUP = "offline"  # in a mix: every builtin source that needs no hub
-# Of the manifest of written text, what does not hold for a mix that it is a part of.
+# Manifest entries of written text that do not apply to a mix with other text.
 OF_TEXT = ("generated", "settings", "pieces", "perplexity", "temperature", "aggregation_4", "J")
 CHATLESS = (
-    "has no row in this model's chat format, and a model pruned on it forgets how to answer: give "
-    "chats a share, such as chat:0.25 beside the others"
+    "has no row in this model's chat format, and a model pruned on it forgets how to answer: add "
+    "a share of chats, such as chat:0.25 beside the others"
 )
 UNWRITABLE = (
-    "calmix finds no token that ends a turn in this model's template, so it writes no chats. "
-    "A model pruned without them forgets how to answer: give your own (rows with 'messages')"
+    "no token ends a turn in this model's chat template, so calmix cannot write chats. A model "
+    "pruned without chats forgets how to answer: add your own (rows with 'messages')"
 )
 
 
 class SpecFile(DrawOptions):
-    """A YAML file that describes a calibration set; options on the command line come first.
+    """A YAML file that describes a calibration set; options on the command line take precedence.
 
-    Exactly one of `mix` (a mapping of weights, or text as on the command line), `uniform` (a
-    list of names) and `generate` (a generator, with its settings in `options`). `sources`
-    describes the user's own, as in a file of sources.
+    It has exactly one of `mix` (a mapping of weights, or text as on the command line), `uniform` (a
+    list of names) and `generate` (a generator, with its settings in `options`). `sources` describes
+    the user's own, as in a file of sources.
     """
 
     mix: dict[str, float] | str | None = None
@@ -59,14 +59,14 @@ class SpecFile(DrawOptions):
 
 @dataclass(frozen=True)
 class Asked:
-    """A calibration set that is asked for, checked as far as that goes without its model.
+    """A request for a calibration set, checked as far as possible without its model.
 
     Attributes:
         mix: sources and generators with their shares; empty for one generator, or a saved set.
-        generator: how the model writes all of the text.
-        saved: the set, if it lies in a folder already.
+        generator: the generator of all the text, if there is one.
+        saved: the set, if it is saved in a folder.
         own: the user's own sources by name.
-        draw: how it is drawn or written; of a saved set `rows` and `length` alone.
+        draw: how it is sampled or written; for a saved set only `rows` and `length`.
         files: the user's own files and folders it is made from.
     """
 
@@ -79,29 +79,29 @@ class Asked:
 
     @property
     def written(self) -> dict[str, Generator]:
-        """The generators that have a share in the mix, by name; chats have a share of their own."""
+        """The generators with a share in the mix, by name; chats have their own share."""
         names = [name for name in self.mix if name not in self.sources]
         return {n: SelfWritten(chat=0) if n == "self-written" else GENERATORS[n]() for n in names}
 
     @property
     def sources(self) -> list[str]:
-        """The names of the sources that have a share in the mix."""
+        """The names of the sources with a share in the mix."""
         return [name for name in self.mix if name in self.own or name not in GENERATORS]
 
     @property
     def generate(self) -> str | None:
-        """The name of the generator of all of the text."""
+        """The name of the generator of all the text."""
         return None if self.generator is None else self.generator.name
 
     @property
     def runs_model(self) -> bool:
-        """Whether making it takes the model, and not its tokenizer alone."""
+        """Whether making the set needs the model, not only its tokenizer."""
         return self.generator is not None or bool(self.written)
 
 
 def _parsed(text: str, own: dict[str, Source]) -> tuple[Mix, Generator | None, dict[str, Any]]:
-    """Return the mix or the generator that a text names, and the options of the draw that its file
-    gives; sources of the file are added to the user's `own`."""
+    """Return the mix or the generator that a text names, and the options in its file; the file's
+    sources are added to the user's `own`."""
     path, where = user_path(text), f"calibration '{text}'"
     if text.partition(",")[0].strip() in GENERATORS:
         name, options = named_options("calibration", text)
@@ -120,7 +120,7 @@ def _parsed(text: str, own: dict[str, Source]) -> tuple[Mix, Generator | None, d
     if file.generate is not None:
         return {}, read_generator(file.generate, file.options, where), fixed
     if file.options:
-        raise InputError(f"{path}: 'options' are those of 'generate'")
+        raise InputError(f"{path}: 'options' needs 'generate'")
     if isinstance(file.mix, dict):
         return make_mix(file.mix, where), None, fixed
     return parse_mix(file.mix or "uniform:" + ",".join(file.uniform or ())), None, fixed
@@ -137,7 +137,7 @@ def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generat
 
 
 def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None) -> Mix:
-    """Put the members in the place of a named mix, those that the licence allows."""
+    """Replace each named mix by its members, with only allowed licences in `offline`."""
     weights: dict[str, float] = {}
     for name, weight in mix.items():
         members = {name: 1.0} if name in own else MIXES.get(name, {name: 1.0})
@@ -146,25 +146,25 @@ def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None)
             members = {one: 1.0 for one in held if allowed(held[one].licence, wanted)}
         for member, share in members.items():
             if member in weights or (member in mix and member != name):
-                raise InputError(f"calibration '{text}' names '{member}' twice: {name} holds it")
+                raise InputError(f"calibration '{text}' names '{member}' twice: {name} has it")
             weights[member] = weight * share / sum(members.values())
     return mix if list(weights) == list(mix) else weights
 
 
 def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
-    """Check what a user asks for as a calibration set, before a model is opened or text fetched.
+    """Check a request for a calibration set, before a model is opened or text fetched.
 
     Args:
-        context: of the model, in tokens, where it is known.
+        context: of the model, in tokens, if it is known.
         text, **options: as for `resolve`.
     """
     given = checked(DrawOptions, options).drawn()
     own = own_sources(given.pop("sources", None))
     if (path := saved_set(text)) is not None:
-        found = _saved(path, given)
-        check_length(found.length, context)
-        size = DrawOptions(rows=found.rows, length=found.length)
-        return Asked({}, saved=found, draw=size, files=[path])
+        saved = _saved(path, given)
+        check_length(saved.length, context)
+        size = DrawOptions(rows=saved.rows, length=saved.length)
+        return Asked({}, saved=saved, draw=size, files=[path])
     mix, generator, fixed = _parsed(text, own)
     draw = DrawOptions(**(fixed | given))
     check_length(draw.length, context)
@@ -173,15 +173,15 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
     if generator is not None and draw.packing != DrawOptions().packing:
         raise InputError(f"'packing' has no effect with {generator.name}: leave it out")
     files = [path] if (path := user_path(text)).suffix.lower() in YAML else []
-    asked = Asked(_grouped(mix, own, text, draw.licence), generator, None, own, draw, files)
-    generators = asked.written.values() if generator is None else [generator]
-    for name in [*asked.sources, *(name for one in generators for name in one.sources)]:
+    request = Asked(_grouped(mix, own, text, draw.licence), generator, None, own, draw, files)
+    generators = request.written.values() if generator is None else [generator]
+    for name in [*request.sources, *(name for one in generators for name in one.sources)]:
         source = get_source(name, own)
         refuse(name, source.licence, draw.licence)
         files += source.check()
     for one in generators:
         files += one.check()
-    return asked
+    return request
 
 
 def resolve(
@@ -193,34 +193,34 @@ def resolve(
     note: Callable[[str], None] | None = None,
     **options: Any,
 ) -> CalibrationSet:
-    """Return the calibration set a user asks for: drawn anew, or read from a saved folder.
+    """Return the calibration set that a user requests, newly made or read from a folder.
 
     Args:
         text: a source's name or path, `a:0.5,b:0.5`, `uniform:a,b`, a YAML file, the folder of a
-            saved set, or `self-written`, `chat`, `igsp`, `self-cal` or `sgs`, with options behind
-            commas. Of these, those without options may have a share in a mix: `chat:0.5,news:0.5`.
-        opened: the model; its tokenizer alone will do where the model does not write the text.
-        tick: called with the name of each source once it is drawn.
-        writing: called with what the model writes, tokens done and tokens in all.
+            saved set, or `self-written`, `chat`, `igsp`, `self-cal` or `sgs`, with options after
+            commas. Without options these can have a share in a mix: `chat:0.5,news:0.5`.
+        opened: the model; its tokenizer is enough if the model does not write the text.
+        tick: called with the name of each source once it is sampled.
+        writing: called with what the model writes, tokens done and tokens in total.
         note: called with a line the user should see.
-        **options: those of `DrawOptions`. They come before those of a YAML file; `sources` may
+        **options: those of `DrawOptions`. They override those of a YAML file; `sources` can
             also be `Source` objects by name.
 
     Raises:
         InputError: the text cannot be used, an option has no effect or contradicts a saved set.
         SourceError: a source is unknown, unreadable, too small, or leaks.
     """
-    asked = ask(text, context=opened.context, **options)
-    if asked.saved is not None:
+    request = ask(text, context=opened.context, **options)
+    if request.saved is not None:
         made = CalibrationSet.open(user_path(text), opened)
     else:
-        guard = guard_of(asked.draw.leakage, TOKENS, opened)
-        made = make(asked, opened, guard, tick=tick, writing=writing, note=note)
+        guard = guard_of(request.draw.leakage, TOKENS, opened)
+        made = make(request, opened, guard, tick=tick, writing=writing, note=note)
     if note is not None:
-        for name in asked.sources:
-            reader = get_source(name, asked.own).reader
+        for name in request.sources:
+            reader = get_source(name, request.own).reader
             if isinstance(reader, LocalFile) and (left := reader.left):
-                note(f"{name}: left out are {left}")
+                note(f"{name}: not read: {left}")
         turns = count_turns(made.ids, opened.tokenizer)
         if turns == 0:
             note(f"warning: {text} {CHATLESS}")
@@ -230,53 +230,52 @@ def resolve(
 
 
 def make(
-    asked: Asked,
+    request: Asked,
     opened: HasTokenizer,
     guard: Guard | None,
     *,
     tick: Callable[[str], None] = lambda name: None,
     **heard: Any,
 ) -> CalibrationSet:
-    """Draw or write a set as it is asked for, away from what the guard refuses; `heard` are
-    `writing` and `note`."""
-    rows, seed = asked.draw.rows, asked.draw.seed
-    how: dict[str, Any] = {"length": asked.draw.length, "seed": seed, "guard": guard}
-    how["own"] = asked.own
-    if asked.generator is None:
-        counts, generators = rows_per_source(asked.mix, rows), asked.written
+    """Sample or write a requested set, without text that the guard refuses; `heard` are `writing`
+    and `note`."""
+    rows, seed = request.draw.rows, request.draw.seed
+    common: dict[str, Any] = {"length": request.draw.length, "seed": seed, "guard": guard}
+    common["own"] = request.own
+    if request.generator is None:
+        counts, generators = rows_per_source(request.mix, rows), request.written
     else:
-        share = getattr(asked.generator, "chat", 0.0) if chat_turns(opened.tokenizer) else 0.0
+        share = getattr(request.generator, "chat", 0.0) if chat_turns(opened.tokenizer) else 0.0
         counts = rows_per_source({"own": 1 - share, "chat": share}, rows)
-        chats = GENERATORS["chat"](batch=asked.generator.batch)
-        generators = {"own": asked.generator, "chat": chats}
+        chats = GENERATORS["chat"](batch=request.generator.batch)
+        generators = {"own": request.generator, "chat": chats}
     parts: dict[str, CalibrationSet] = {}
-    if drawn := {name: float(counts[name]) for name in asked.sources if counts[name]}:
-        mix = make_mix(drawn, mix_text(asked.mix)) if asked.written else asked.mix
+    if drawn := {name: float(counts[name]) for name in request.sources if counts[name]}:
+        mix = make_mix(drawn, mix_text(request.mix)) if request.written else request.mix
         parts["own"] = build(
-            mix, opened, rows=round(sum(drawn.values())), packing=asked.draw.packing, tick=tick,
-            **how,
+            mix, opened, rows=round(sum(drawn.values())), packing=request.draw.packing, tick=tick,
+            **common,
         )  # fmt: skip
     for name, generator in generators.items():
         if counts[name]:
             if not isinstance(opened, OpenModel):
-                line = f"{generator.name} runs the model: open it, not its tokenizer alone"
-                raise InputError(line)
-            parts[name] = generate(generator, opened, rows=counts[name], **heard, **how)
-    made = _together(parts, asked, seed)
+                raise InputError(f"{generator.name} needs the model, not only its tokenizer")
+            parts[name] = generate(generator, opened, rows=counts[name], **heard, **common)
+    made = _together(parts, request, seed)
     if (turns := count_turns(made.ids, opened.tokenizer)) is not None:
         made.manifest["chat_turns"] = turns
     return made
 
 
-def _together(parts: Mapping[str, CalibrationSet], asked: Asked, seed: int) -> CalibrationSet:
-    """Return the parts of a set as one, shuffled; the rows of each keep their order."""
+def _together(parts: Mapping[str, CalibrationSet], request: Asked, seed: int) -> CalibrationSet:
+    """Join the parts of a set, shuffled; the rows of each part keep their order."""
     each = list(parts.values())
-    if len(each) == 1 and not asked.written:
+    if len(each) == 1 and not request.written:
         return each[0]
     first, last = each[0].manifest, each[-1].manifest
-    if asked.generator is None:
+    if request.generator is None:
         first = {key: value for key, value in first.items() if key not in OF_TEXT}
-        first["mix"] = asked.mix
+        first["mix"] = request.mix
     owner = np.repeat(list(parts), [part.rows for part in each])
     owner = np.random.default_rng(seed).permutation(owner)
     left = {name: zip(part.ids, part.sources, strict=True) for name, part in parts.items()}
@@ -294,9 +293,9 @@ def _together(parts: Mapping[str, CalibrationSet], asked: Asked, seed: int) -> C
 
 
 def _saved(path: Path, given: dict[str, Any]) -> CalibrationSet:
-    """Return the set in a folder, if it is what was asked for."""
-    found, licence = CalibrationSet.open(path), given.pop("licence", None)
-    has = dict(found.manifest)
+    """Return the set in a folder; InputError if it does not fit the given options."""
+    saved, licence = CalibrationSet.open(path), given.pop("licence", None)
+    has = dict(saved.manifest)
     licences = {name: source.get("licence", "unstated") for part in ("own", "sources")
                 for name, source in (has.get(part) or {}).items()}  # fmt: skip
     seeds = (has.get("settings") or {}).get("seeds")
@@ -310,4 +309,4 @@ def _saved(path: Path, given: dict[str, Any]) -> CalibrationSet:
                 f"calibration set {path} has {key} {has.get(key)}, not {value}: leave "
                 f"--{key.replace('_', '-')} out, or make another set"
             )
-    return found
+    return saved

@@ -1,4 +1,4 @@
-"""Texts to measure distance on: one a dimension, which no source hands out, or the user's own."""
+"""Texts to measure distance on: one per dimension, in no builtin source, or the user's own."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from calmix.sources.registry import local_file
 from calmix.yaml_files import packaged
 
 ROWS, LENGTH, SEED = 8, 256, 0
-LONGEST = 16  # characters of a token, on average, of a text worth reading
+LONGEST = 16  # characters per token, more than any useful text has on average
 
 
 @functools.cache
 def builtin_readers() -> dict[str, list[AssetText]]:
-    """Return what the builtin texts of each dimension are read from (texts.yaml)."""
+    """Return the readers of the builtin texts of each dimension (texts.yaml)."""
     return {
         dimension: [AssetText(type="asset", asset=ARCHIVE, **entry) for entry in entries]
         for dimension, entries in packaged("calibration/texts.yaml").items()
@@ -34,13 +34,13 @@ def builtin_readers() -> dict[str, list[AssetText]]:
 
 
 def parse_texts(given: Sequence[str]) -> dict[str, Path]:
-    """Return the user's own texts by dimension, from `NAME=PATH` each."""
+    """Return the user's own texts by dimension, each given as `NAME=PATH`."""
     named = named_values("--text", given, "NAME=PATH, such as code=mine.jsonl")
-    found = {name: user_path(path) for name, path in named.items()}
-    for name, path in found.items():
+    paths = {name: user_path(path) for name, path in named.items()}
+    for name, path in paths.items():
         if not local_file(str(path)).path.exists():
             raise InputError(f"--text {name}: there is no file {path}")
-    return found
+    return paths
 
 
 def texts(
@@ -51,25 +51,25 @@ def texts(
     rows: int = ROWS,
     length: int = LENGTH,
 ) -> dict[str, Tensor]:
-    """Return rows of token ids a dimension: the builtin texts and the user's own.
+    """Return rows of token ids by dimension, of the builtin texts and the user's own.
 
-    Documents come in an order of their own, fixed once and for all, and are joined by the end
-    token; a dimension's readers give equally many rows. Rows begin with the tokenizer's begin
-    token, if it puts one before text, and are no longer than the model's context.
-    The user's `own` files stand by dimension in place of a builtin text of that name, or beside
-    them, and may give fewer rows; of the builtin texts those of `dimensions` are taken.
+    Documents are in a fixed random order and joined with the end token; the readers of a dimension
+    give equal numbers of rows. Rows begin with the tokenizer's begin token, if it puts one before
+    text, and are no longer than the model's context. The user's `own` files replace builtin texts
+    of the same name, or are added, and can give fewer rows; only the builtin texts of `dimensions`
+    are used, if that is given.
     """
     readers: dict[str, Sequence[Reader]] = {
-        name: found
-        for name, found in builtin_readers().items()
+        name: rows_of
+        for name, rows_of in builtin_readers().items()
         if dimensions is None or name in dimensions
     }
     readers |= {name: [local_file(str(path))] for name, path in (own or {}).items()}
     if not readers:
-        raise InputError(f"no builtin text is of {', '.join(dimensions or ())}: give --text")
+        raise InputError(f"no builtin text for {', '.join(dimensions or ())}: give --text")
     tokenizer, tokenize = opened.tokenizer, tokenizer_function(opened.tokenizer)
     head, length = begin_token(tokenizer), min(length, opened.context or length)
-    found: dict[str, Tensor] = {}
+    rows_of: dict[str, Tensor] = {}
     for name, of_name in readers.items():
         made: list[list[int]] = []
         tokens = 0
@@ -82,6 +82,6 @@ def texts(
             made += [head + row for row in packed]
             tokens += sum(len(ids) for _, ids in used)
         if not made:
-            raise InputError(f"the text {name} has {tokens} tokens, less than one row of {length}")
-        found[name] = torch.tensor(made, dtype=torch.int64)
-    return found
+            raise InputError(f"the text {name} has {tokens} tokens, fewer than a row of {length}")
+        rows_of[name] = torch.tensor(made, dtype=torch.int64)
+    return rows_of

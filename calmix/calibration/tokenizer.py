@@ -1,4 +1,4 @@
-"""A model's tokenizer alone: drawing a calibration set needs no weights in memory."""
+"""A model's tokenizer without its weights, which is enough to sample a calibration set."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def tokenizer_function(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]
 
 
 def begin_token(tokenizer: Any) -> list[int]:
-    """Return the token the tokenizer itself puts before every text; nothing where it puts none."""
+    """Return the token that the tokenizer puts before every text, in a list; empty if none."""
     ids = tokenizer("", add_special_tokens=True)["input_ids"][:1]
     return ids if ids == [tokenizer.bos_token_id] else []

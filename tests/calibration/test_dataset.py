@@ -79,8 +79,8 @@ def _manifest(change, seal):
         (_manifest({"format": 99}, sealed), "format 1, which .*: .* calibration set and format 99"),
         (lambda f: (f / TENSORS).unlink(), "is damaged: make it again"),
         (lambda f: (f / "manifest.json").unlink(), "there is no calibration set at"),
-        (lambda f: (f / "manifest.json").write_text("{", "utf-8"), "is damaged: it is no JSON"),
-        (lambda f: (f / "manifest.json").write_text("{}", "utf-8"), "holds no calibration set"),
+        (lambda f: (f / "manifest.json").write_text("{", "utf-8"), "is damaged: not JSON"),
+        (lambda f: (f / "manifest.json").write_text("{}", "utf-8"), "is not a calibration set"),
     ],
 )
 def test_damage_is_noticed(sources, tiny, tmp_path, damage, message):

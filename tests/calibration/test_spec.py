@@ -30,7 +30,7 @@ def test_a_named_mix_stands_for_its_sources():
     assert mix == {"chat": 0.25} | dict.fromkeys(web, 0.1875)
     eight = "encyclopedia,books,stories,activities,python-stdlib,code-compiled,math-solutions"
     assert ask("mix-8") == ask(f"uniform:{eight},word-problems")
-    with pytest.raises(InputError, match="names 'c4' twice: web-mix holds it"):
+    with pytest.raises(InputError, match="names 'c4' twice: web-mix has it"):
         ask("uniform:c4,web-mix")
 
 
@@ -55,7 +55,7 @@ def test_mix_clean_reads_no_benchmark_that_a_suite_scores():
         ("a:-1,b:2", "weight of 'a' is -1.0"),
         ("a:nan,b:2", "weight of 'a' is nan"),
         ("a:0,b:0", "all weights are zero"),
-        ("", "names no source"),
+        ("", "empty name between commas"),
         ("igsp,temperatur=1", "unknown option 'temperatur': did you mean temperature"),
         ("self-cal,start=end", "--start end: must be 'prompts', 'auto', 'bos' or 'separator'"),
         ("igsp,stories", "'stories' is not of the form option=value"),
@@ -66,7 +66,7 @@ def test_mix_clean_reads_no_benchmark_that_a_suite_scores():
         ("mix: {a: 1, a: 2}", "line 1: 'a' is given twice"),
         ("mix: {a: much}", "line 1: mix: "),
         ("uniform: [a]\nrow: 3", "line 2: row: unknown key: did you mean rows"),
-        ("uniform: [a]\noptions: {piece: 9}", "'options' are those of 'generate'"),
+        ("uniform: [a]\noptions: {piece: 9}", "'options' needs 'generate'"),
         ("generate: igps", "unknown generator 'igps': did you mean igsp"),
         ("generate: sgs\noptions: {seeds: no-such}", "unknown source 'no-such'"),
         ("generate: igsp\noptions: {prompts: no.yaml}", "there is no file no.yaml"),

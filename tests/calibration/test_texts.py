@@ -50,9 +50,9 @@ def test_mistakes_in_a_text(tmp_path, no_archive, monkeypatch):
         (["code"], "--text: 'code' is not of the form NAME=PATH, such as code=mine.jsonl"),
         (["code=a.txt", "code=a.txt"], "--text gives code twice"),
         (["code=nowhere.txt"], "--text code: there is no file nowhere.txt"),
-        (["code=a.txt"], "the text code has 20 tokens, less than one row of 32"),
-        (["code=a.doc"], r"cannot read a\.doc: known endings"),
-        ([], "no builtin text is of law: give --text"),
+        (["code=a.txt"], "the text code has 20 tokens, fewer than a row of 32"),
+        (["code=a.doc"], r"cannot read a\.doc: supported endings"),
+        ([], "no builtin text for law: give --text"),
     ):
         with pytest.raises((InputError, SourceError), match=line):
             texts(opened(), parse_texts(given), dimensions=["law"], length=32)

@@ -1,1 +1,1 @@
-"""Calibration text the model writes itself: the generators over one way of writing."""
+"""Calibration text that the model writes itself."""

@@ -1,7 +1,7 @@
-"""Calibration text the model writes itself: the generators, over one way of writing.
+"""Generators of calibration text that the model writes itself.
 
-A generator says what texts begin with, how they are sampled, and which of them are used. To add
-one, add a class to `GENERATORS`: texts of several turns are rows whose openers come in turn.
+A generator determines how texts begin, how they are sampled, and which of them are used. To add
+one, add a class to `GENERATORS`. A text of several turns is a row whose openers are used in turn.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from calmix.precision import dtype_name
 from calmix.sources import Source, get_source
 from calmix.sources.registry import MIXES
 
-ROUNDS = 8  # of writing, the later ones in place of text that cannot be used
+ROUNDS = 8  # of writing; the later ones replace unusable text
 ANOTHER = 1_000_003  # between the seeds of two rounds
-PREFIX, PREFIXES = 2, 1000  # tokens of a seed text, and of how many
+PREFIX, PREFIXES = 2, 1000  # tokens of a seed text, and number of seed texts
 ORDER = 4  # of the n-grams whose repetition counts
 SWEEPS = 20  # of swaps in a selection; a few are enough in practice
-EPSILON = 1e-12  # what a swap must lower J by, so that rounding cannot make it run in a circle
-CHAT = 0.25  # of rows: chats in what a model with a chat template writes, and in default mixes
+EPSILON = 1e-12  # smallest decrease of J for a swap, so that rounding cannot cause a cycle
+CHAT = 0.25  # share of chats in text by a model with a chat template, and in default mixes
 
 Own = Mapping[str, Source]
 Values = NDArray[np.float64]
-# Token ids (pieces, length), the dimension of each piece, and over its sampled tokens the negative
-# log-likelihood in nats and their number.
+# Token ids (pieces, length), and for each piece its dimension, and the negative log-likelihood (in
+# nats) and number of its sampled tokens.
 Pieces = tuple[NDArray[np.int64], NDArray[np.str_], Values, NDArray[np.int64]]
 
 
 class Generator(Options):
-    """How a model writes its own calibration text; `defaults` differ from those of the fields."""
+    """How a model writes its own calibration text; `defaults` override those of the fields."""
 
     name: ClassVar[str]
     defaults: ClassVar[dict[str, Any]] = {}
@@ -64,16 +64,16 @@ class Generator(Options):
     temperature: float | None = option(
         None, "Sampling temperature, e.g. 0.9.", gt=0, allow_inf_nan=False
     )
-    top_k: int | None = option(None, "Draw among the k likeliest tokens, e.g. 50.", ge=1)
+    top_k: int | None = option(None, "Number of likeliest tokens to sample from, e.g. 50.", ge=1)
     top_p: float | None = option(
-        None, "Draw among the likeliest tokens of this probability.", gt=0, le=1
+        None, "Total probability of the tokens to sample from, e.g. 0.95.", gt=0, le=1
     )
     repetition_penalty: float = option(
         1.0, "Penalty on repeated tokens, e.g. 1.2.", gt=0, allow_inf_nan=False
     )
-    piece: int | None = option(None, "Tokens per text, about, e.g. 170.", ge=8)
-    repeats: float = option(1.0, "Largest share of repeated 4-grams in a text.", gt=0, le=1)
-    batch: int | None = option(None, "Rows written at a time, at most, e.g. 64.", ge=1)
+    piece: int | None = option(None, "Approximate number of tokens per text, e.g. 170.", ge=8)
+    repeats: float = option(1.0, "Largest share of repeated 4-grams, e.g. 0.2.", gt=0, le=1)
+    batch: int | None = option(None, "Largest number of rows written at once, e.g. 64.", ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -86,27 +86,27 @@ class Generator(Options):
         return []
 
     def check(self) -> list[Path]:
-        """Return the user's own files that are read beside the sources, once they are checked."""
+        """Check the user's own files that are read beside the sources, and return them."""
         return []
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
-        """Return what texts begin with, by dimension."""
+        """Return the beginnings of texts, by dimension."""
         raise NotImplementedError
 
     def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
-        """Return the places of `quota[d]` pieces of each dimension d."""
+        """Return the indices of `quota[d]` pieces of each dimension d."""
         return [i for d, count in quota.items() for i in np.flatnonzero(pieces[1] == d)[:count]]
 
     def record(self) -> dict[str, Any]:
-        """Return the settings for a manifest, prompts by their hash."""
+        """Return the settings for a manifest, with prompts as a hash."""
         return self.model_dump(mode="json")
 
 
 class SelfWritten(Generator):
-    """Pieces of about 170 tokens after prompts of several dimensions; those that loop are not used.
+    """Pieces of about 170 tokens after prompts of several dimensions, without those that loop.
 
-    Pieces, not rows, are written: a long text drifts away from its prompt's dimension. A share of
-    the rows are conversations where the model has a chat template.
+    Pieces are shorter than rows because a long text drifts away from its prompt's dimension. If the
+    model has a chat template, a share of the rows are conversations.
     """
 
     name = "self-written"
@@ -127,8 +127,8 @@ class SelfWritten(Generator):
 
 
 class Igsp(SelfWritten):
-    """IGSP, our reconstruction (arXiv 2606.03328): of more pieces than the set holds, those of few
-    repeated 4-grams and of perplexity in balance across dimensions."""
+    """IGSP, our reconstruction (arXiv 2606.03328): write more pieces than needed, and select those
+    with few repeated 4-grams and with balanced perplexity across dimensions."""
 
     name = "igsp"
     defaults: ClassVar[dict[str, Any]] = SelfWritten.defaults | {"chat": 0}
@@ -142,8 +142,8 @@ class Igsp(SelfWritten):
 
 
 class Chat(Generator):
-    """Conversations in the model's chat template, whose user's turns it writes as well, after the
-    template alone (as Magpie, arXiv 2406.08464)."""
+    """Conversations in the model's chat template. The model also writes the user's turns, after the
+    template alone (as in Magpie, arXiv 2406.08464)."""
 
     name = "chat"
     defaults: ClassVar[dict[str, Any]] = {"temperature": 0.8, "piece": 256, "repeats": 0.3}
@@ -152,27 +152,27 @@ class Chat(Generator):
         turns = chat_turns(tokenizer)
         if turns is None:
             raise InputError(
-                "chat has nothing to start from: this model has no chat template in which a token "
+                "chat has nothing to start from: this model has no chat template with a token that "
                 "ends every turn"
             )
         return {self.name: Beginnings(turns, 0.8, turns=True)}
 
 
 class SelfCal(Generator):
-    """Self-Cal (arXiv 2410.17170): rows sampled at temperature 1, after the prompts of several
-    dimensions; with another `start` from one token alone, as there. Its temperatures were not
-    available to us."""
+    """Self-Cal (arXiv 2410.17170): rows sampled at temperature 1 after the prompts of several
+    dimensions or, with another `start`, after one token as in the paper. The paper's temperatures
+    were not available to us."""
 
     name = "self-cal"
 
     start: Literal["prompts", "auto", "bos", "separator"] = option(
-        "prompts", "What begins a text: prompts, auto, bos or separator."
+        "prompts", "Beginning of a text: prompts, auto, bos or separator."
     )
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
         if self.start == "prompts":
-            held = beginnings(None, tokenizer)
-            return {name: Beginnings(one.openers, 1.0) for name, one in held.items()}
+            own_prompts = beginnings(None, tokenizer)
+            return {name: Beginnings(one.openers, 1.0) for name, one in own_prompts.items()}
         begin = start_token(tokenizer, self.start)
         if begin is None:
             what = "begin token or document separator" if self.start == "auto" else self.start
@@ -187,9 +187,9 @@ class SelfCal(Generator):
 
 
 class Sgs(Generator):
-    """SGS (arXiv 2410.17711, after its public code): the first two tokens of documents continued,
-    without the fifth of the rows that has the highest perplexity. Dropping rows in place of texts
-    that are joined and cut again is ours, and so is that of a mix each dimension has its rows."""
+    """SGS (arXiv 2410.17711, after its public code): continuations of the first two tokens of
+    documents, without the fifth of the rows with the highest perplexity. Our changes: rows are
+    dropped, not texts that are joined and cut again, and each dimension of a mix has its own."""
 
     name = "sgs"
     defaults: ClassVar[dict[str, Any]] = {
@@ -207,17 +207,17 @@ class Sgs(Generator):
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
         head = begin_token(tokenizer)
-        found: dict[str, list[list[int]]] = {}
+        starts: dict[str, list[list[int]]] = {}
         for source in [get_source(name, own) for name in self.sources]:
             documents = list(source.documents())
             order = np.random.default_rng(seed).permutation(len(documents))
             order = order[: PREFIXES // len(self.sources)]
             texts = tokenizer_function(tokenizer)([documents[i].text for i in order])
             kind = source.dimension if len(self.sources) > 1 else self.name
-            found.setdefault(kind, []).extend((head + ids)[:PREFIX] for ids in texts if ids)
-        if not all(found.values()):
-            raise InputError("sgs has no seed text: every document of its source becomes no token")
-        return {kind: Beginnings(prefixes, 1.0) for kind, prefixes in found.items()}
+            starts.setdefault(kind, []).extend((head + ids)[:PREFIX] for ids in texts if ids)
+        if not all(starts.values()):
+            raise InputError("sgs has no seed text: no document of its source has a token")
+        return {kind: Beginnings(prefixes, 1.0) for kind, prefixes in starts.items()}
 
     def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
         _, groups, nll, tokens = pieces
@@ -242,28 +242,28 @@ def generate(
     writing: Callable[[str, int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> CalibrationSet:
-    """Make a calibration set of text the model (with its dense weights) writes itself; every row is
-    full. The seed decides every token, for one batch size in half types (see `write`).
+    """Make a calibration set of text that the dense model writes itself, in full rows. The seed
+    determines every token; in half precision the batch size does too (see `write`).
 
     `guard`, `own`, `writing` and `note` are as for `calmix.calibration.resolve`.
     """
     per_row = max(1, round(length / generator.piece)) if generator.piece else 1
     size = math.ceil(length / per_row)
-    held = generator.beginnings(opened.tokenizer, seed, own)
-    shares = rows_per_source(dict.fromkeys(held, 1 / len(held)), rows)
+    starts = generator.beginnings(opened.tokenizer, seed, own)
+    shares = rows_per_source(dict.fromkeys(starts, 1 / len(starts)), rows)
     quota = {name: per_row * count for name, count in shares.items() if count}
-    warmth = {name: generator.temperature or held[name].temperature for name in quota}
+    temps = {name: generator.temperature or starts[name].temperature for name in quota}
 
-    def more(place: list[tuple[str, int]], number: int) -> Written:
+    def more(pairs: list[tuple[str, int]], number: int) -> Written:
         """Write a piece for each pair of a dimension and a number."""
         at = seed + 1 + number * ANOTHER
         request = Request(
-            [held[d].of_piece(j, size, at) for d, j in place], size, [warmth[d] for d, _ in place],
+            [starts[d].of_piece(j, size, at) for d, j in pairs], size, [temps[d] for d, _ in pairs],
             at, generator.top_k, generator.top_p, generator.repetition_penalty,
         )  # fmt: skip
-        label = "writing more in place of what cannot be used" if number else "writing"
-        told = writing and partial(writing, label)
-        return write(opened, request, batch=generator.batch, progress=told, note=note)
+        label = "writing replacements for unusable text" if number else "writing"
+        progress = writing and partial(writing, label)
+        return write(opened, request, batch=generator.batch, progress=progress, note=note)
 
     pieces, counted = _enough(generator, more, quota, guard)
     written, groups, nll, tokens = chosen = _some(pieces, generator.choose(pieces, quota))
@@ -290,7 +290,7 @@ def generate(
         "tokenizer": opened.tokenizer_fingerprint,
         "leakage": "off" if guard is None else guard.report(),
         "aggregation_4": aggregation(ids, ORDER),
-        "temperature": warmth,
+        "temperature": temps,
         "perplexity": {
             name: math.exp(nll[groups == name].sum() / tokens[groups == name].sum())
             for name in quota
@@ -310,25 +310,25 @@ def _enough(
     quota: Mapping[str, int],
     guard: Guard | None,
 ) -> tuple[Pieces, dict[str, int]]:
-    """Write pieces, and others in place of what the guard refuses and of what loops.
+    """Write pieces, and replacements for those that the guard refuses or that loop.
 
-    Where none better is written in `ROUNDS`, what repeats least is taken.
+    If there are not enough after `ROUNDS`, those that repeat least are used.
     """
     parts: list[Written] = []
     groups = np.zeros(0, str)
-    shares = np.zeros(0)  # of repeated 4-grams; infinite for what is refused or empty
+    shares = np.zeros(0)  # of repeated 4-grams; infinite for refused or empty pieces
     factor = getattr(generator, "candidates", 1.0)
     missing = {name: math.ceil(factor * count) for name, count in quota.items()}
     for number in range(ROUNDS):
-        # Dimensions take turns: a stop leaves some of each.
-        place = [(d, j) for j in range(max(missing.values())) for d in missing if j < missing[d]]
-        part = more(place, number)
+        # Dimensions alternate, so that a stop leaves some of each.
+        pairs = [(d, j) for j in range(max(missing.values())) for d in missing if j < missing[d]]
+        part = more(pairs, number)
         taken = part.sampled.any(1).numpy()
         if guard is not None:
             rows = enumerate(part.ids.tolist())
             taken &= [guard.passes(generator.name, str(i), row) for i, row in rows]
         parts.append(part)
-        groups = np.append(groups, [d for d, _ in place])
+        groups = np.append(groups, [d for d, _ in pairs])
         repeated = np.where(taken, row_aggregation(part.ids.numpy(), ORDER), np.inf)
         shares = np.append(shares, repeated)
         usable = shares <= generator.repeats
@@ -337,13 +337,13 @@ def _enough(
         if not missing:
             break
     for name in missing:
-        own = np.flatnonzero(groups == name)
-        least = own[np.argsort(shares[own], kind="stable")[: quota[name]]]
+        ours = np.flatnonzero(groups == name)
+        least = ours[np.argsort(shares[ours], kind="stable")[: quota[name]]]
         if not np.isfinite(shares[least]).all():
             raise InputError(
-                f"{quota[name]} pieces of {name} are needed, and of {len(own)} written only "
-                f"{np.isfinite(shares[own]).sum()} can be used: the model recites the suite "
-                "(--leakage off to use such text) or writes nothing (other prompts)"
+                f"{quota[name]} pieces of {name} are needed, but only "
+                f"{np.isfinite(shares[ours]).sum()} of {len(ours)} can be used: the model recites "
+                "the suite (--leakage off allows that) or writes nothing (use other prompts)"
             )
         usable[least] = True
     written = Written(*map(torch.cat, zip(*parts, strict=True)))
@@ -364,9 +364,9 @@ def _some(pieces: Pieces, places: Any) -> Pieces:
 
 
 def objective(ids: Ids, groups: NDArray[Any], nll: Values, tokens: NDArray[np.int64]) -> float:
-    """Return J of a set S of rows; `nll` is of each row in nats, over so many `tokens`.
+    """Return J of a set S of rows; `nll` is each row's in nats, over its number of `tokens`.
 
-    Ours, from one sentence of the abstract of arXiv 2606.03328 (method section 6):
+    Our definition, from one sentence of the abstract of arXiv 2606.03328 (method section 6):
 
         J(S) = A4(S) + mean_d (log PPL_d(S) - mu(S))^2
 
@@ -385,11 +385,11 @@ def select_rows(
     tokens: NDArray[np.int64],
     quota: Mapping[str, int],
 ) -> list[int]:
-    """Choose `quota[g]` rows of every group g, of as many or more, so that J is small.
+    """Choose `quota[g]` rows of every group g, which has at least as many, so that J is small.
 
-    A greedy pick of the row that adds most distinct 4-grams comes first: a monotone submodular
-    cover, which holds at least 1 - 1/e of the distinct 4-grams of the best set with one group, 1/2
-    with several. Then swaps within a group while J falls. Pure and deterministic.
+    First, the row that adds most distinct 4-grams is picked greedily: a monotone submodular cover,
+    which has at least 1 - 1/e of the distinct 4-grams of the best set with one group, 1/2 with
+    several. Then rows are swapped within a group while J falls. Pure and deterministic.
     """
     (keys,) = ngram_keys([ids], ORDER)
     gram, per_row = np.unique(keys, return_inverse=True)[1].ravel(), len(keys) // len(ids)
@@ -417,19 +417,19 @@ def select_rows(
         if not left[groups[row]]:
             continue
         gain = int((held[grams[row]] == 0).sum())
-        if gain != -bound:  # a gain only ever falls: the heap is the lazy greedy
+        if gain != -bound:  # gains never rise, so the greedy choice can be lazy
             heapq.heappush(heap, (-gain, row))
             continue
         move(row, 1)
         chosen.append(row)
         left[groups[row]] -= 1
-    own = {name: holds[rows] for name, rows in rows_of.items()}
+    grams_of = {name: holds[rows] for name, rows in rows_of.items()}
     for _ in range(SWEEPS):
         swapped = False
         for at, out in enumerate(chosen):
             rows, place = rows_of[groups[out]], number[groups[out]]
             move(out, -1)
-            new = own[groups[out]] @ (held == 0).astype(np.int32)
+            new = grams_of[groups[out]] @ (held == 0).astype(np.int32)
             logs = np.tile(sums[0] / np.maximum(sums[1], 1), (len(rows), 1))
             logs[:, place] = (sums[0, place] + nll[rows]) / (sums[1, place] + tokens[rows])
             value = logs.var(1) - new / (len(chosen) * per_row)

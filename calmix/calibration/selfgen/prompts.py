@@ -1,4 +1,4 @@
-"""What a text the model writes begins with: a start token, or the prompts of a dimension."""
+"""How text that the model writes begins: with a start token, or the prompts of a dimension."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from calmix.models.opening import in_chat
 from calmix.options import Options
 from calmix.yaml_files import parse_model, read_text
 
-# What tokenizers call the token that stands after every document in pretraining.
+# Names of the token after every document in pretraining.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
 
 
-TURNS = 64  # openers a row has at hand
+TURNS = 64  # most openers of a row
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>")
 
 
@@ -50,7 +50,7 @@ class Prompts(RootModel[dict[str, Dimension]]):
 class Beginnings(NamedTuple):
     """Token ids that texts of one kind begin with, and the temperature of what follows.
 
-    With `turns` the openers are those of one text's turns: the first, then the others in a circle.
+    With `turns` the openers are the turns of one text: the first, then the others repeatedly.
     """
 
     openers: Sequence[Sequence[int]]
@@ -58,10 +58,10 @@ class Beginnings(NamedTuple):
     turns: bool = False
 
     def of_piece(self, number: int, size: int, seed: int) -> list[Sequence[int]]:
-        """Return the openers that piece `number` of so many tokens takes in turn.
+        """Return the openers that piece `number` of `size` tokens uses in turn.
 
-        Those that leave the model half of it, or the shortest: pieces go through seeded
-        permutations, so that every opener begins as many as any other.
+        They leave the model half of the piece, or are the shortest. Pieces go through seeded
+        permutations, so that every opener begins equally many.
         """
         if self.turns:
             return [self.openers[0], *list(self.openers[1:]) * (TURNS // len(self.openers))]
@@ -75,10 +75,10 @@ class Beginnings(NamedTuple):
 def load_prompts(path: Path | None = None) -> dict[str, Dimension]:
     """Read a file of prompts by dimension; without a path, calmix's own."""
     path = path or Path(__file__).with_name("prompts.yaml")
-    found = parse_model(Prompts, read_text(path), str(path)).root
-    if not found:
+    dimensions = parse_model(Prompts, read_text(path), str(path)).root
+    if not dimensions:
         raise InputError(f"{path} names no dimension: give each a list of prompts")
-    return found
+    return dimensions
 
 
 def prompts_hash(path: Path | None = None) -> str:
@@ -90,12 +90,12 @@ def prompts_hash(path: Path | None = None) -> str:
 def beginnings(path: Path | None, tokenizer: Any) -> dict[str, Beginnings]:
     """Return the token ids of every prompt of a file, or of calmix's own, by dimension.
 
-    A text follows the begin token where the tokenizer puts one before every text. Of the chat
-    template only what follows the user's words is used: the system prompt would take a large
-    share of every short text.
+    A begin token comes first if the tokenizer puts one before every text. The part of the chat
+    template before the user's words is left out: the system prompt would take a large share of
+    every short text.
     """
     head, start = begin_token(tokenizer), start_token(tokenizer)
-    found: dict[str, Beginnings] = {}
+    starts: dict[str, Beginnings] = {}
     where = path or "prompts.yaml"
     for name, dimension in load_prompts(path).items():
         rows = []
@@ -111,7 +111,7 @@ def beginnings(path: Path | None, tokenizer: Any) -> dict[str, Beginnings]:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise InputError(
-                    f"prompt {number} of dimension {name} in {where} becomes no token: write some "
+                    f"prompt {number} of dimension {name} in {where} has no tokens: write some "
                     "text, or 'begin: true'"
                 )
             rows.append(head + list(ids))
@@ -120,23 +120,23 @@ def beginnings(path: Path | None, tokenizer: Any) -> dict[str, Beginnings]:
                 f"dimension {name} in {where} has no prompt for a tokenizer without begin token "
                 "and document separator: add one with text"
             )
-        found[name] = Beginnings(rows, dimension.temperature)
-    return found
+        starts[name] = Beginnings(rows, dimension.temperature)
+    return starts
 
 
 def chat_turns(tokenizer: Any) -> list[list[int]] | None:
     """Return the token ids before a chat's first user's turn, before an answer, and before the next
-    user's turn, each without the token that ends the turn before; None without a chat template, or
-    where no token ends a turn."""
-    marks = ["one-turn", "two-turn", "three-turn"]  # of no template
-    text, asked = in_chat(tokenizer, *marks), in_chat(tokenizer, marks[0])
-    if text is None or asked is None:
+    user's turn, each without the token that ends the previous turn; None without a chat template,
+    or if no token ends a turn."""
+    marks = ["one-turn", "two-turn", "three-turn"]  # in no template
+    text, request = in_chat(tokenizer, *marks), in_chat(tokenizer, marks[0])
+    if text is None or request is None:
         return None
     parts: list[str] = []
     for mark in marks:
         before, _, text = text.partition(mark)
         parts.append(before)
-    parts[1] = asked.partition(marks[0])[2]  # thinking models are told there not to think
+    parts[1] = request.partition(marks[0])[2]  # where templates turn thinking off
     first, *later = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
     known = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, END_OF_TURN)}
     if not all(len(ids) > 1 and ids[0] in known for ids in later):
@@ -145,7 +145,7 @@ def chat_turns(tokenizer: Any) -> list[list[int]] | None:
 
 
 def count_turns(ids: Tensor, tokenizer: Any) -> int | None:
-    """Return how many user's turns rows of ids hold, in the model's own chat format; None where
+    """Return the number of user's turns in rows of ids, in the model's own chat format; None if
     `chat_turns` finds no such format."""
     turns = chat_turns(tokenizer)
     if turns is None:
@@ -155,10 +155,10 @@ def count_turns(ids: Tensor, tokenizer: Any) -> int | None:
 
 
 def start_token(tokenizer: Any, start: str = "auto") -> int | None:
-    """Return the id of the token that begins a text with nothing before it; None for no such.
+    """Return the id of the token that begins a text with nothing before it; None if there is none.
 
-    The rule is ours. A token is one of chats if the chat template puts it anywhere in a request
-    but at its very beginning.
+    The rule is ours. A token counts as a chat token if the chat template puts it anywhere in a
+    request except at the very beginning.
     """
     begin = tokenizer.bos_token_id
     own = begin_token(tokenizer) or _of_text(tokenizer, begin)
@@ -172,7 +172,7 @@ def start_token(tokenizer: Any, start: str = "auto") -> int | None:
 
 
 def _of_text(tokenizer: Any, token: int | None) -> bool:
-    """Tell whether there is such a token, and it is none of chats."""
+    """Whether the token exists and is not a chat token."""
     if token is None:
         return False
     whole = in_chat(tokenizer, "Hello") or ""

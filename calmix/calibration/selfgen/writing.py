@@ -1,8 +1,8 @@
-"""Writing: rows of exactly so many tokens, sampled in batches through transformers' generation.
+"""Sample rows of a fixed number of tokens from a model, in batches, with transformers' generation.
 
-Every row starts with an opener. Where the model ends its text, the row's next opener follows, so
+Every row starts with an opener. When the model ends its text, the row's next opener follows, so
 that all rows of a batch have one length, nothing is padded, and every step of every row is used.
-The random numbers of a row come from its own number, so rows may be batched in any way.
+A row's random numbers depend on its own number, so rows can be batched in any way.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, reserved_cache
 from calmix.models.opening import end_tokens, generating, quiet_transformers
 
-BATCH = 128  # rows at a time: on two cores the throughput no longer grows beyond
-MEMORY_SHARE = 0.7  # of the memory that is free, for what a batch needs
+BATCH = 128  # rows at a time; on two cores throughput does not grow beyond
+MEMORY_SHARE = 0.7  # of the free memory, for a batch
 MOSTLY_EMPTY = 0.5  # share of texts without a sampled token above which a model is refused
 STRETCH = 256  # entries of a distribution that are summed before the running sum is taken
-VERSION = 4  # raised when the same request writes other tokens, so that the cache is not used
+VERSION = 4  # raised when the same request writes other tokens, to invalidate the cache
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Request:
     """Rows to write.
 
     Attributes:
-        openers: for each row the openers it takes in turn, each of at least one token id.
-        length: tokens a row, openers included.
-        temperatures: one a row.
-        seed: row i draws from the stream of (seed, i).
-        top_k, top_p: draw among the k likeliest tokens, then the fewest of probability p.
-        repetition_penalty: of tokens the text already holds (CTRL, arXiv 1909.05858).
+        openers: for each row the openers it uses in turn, each of at least one token id.
+        length: tokens per row, openers included.
+        temperatures: one per row.
+        seed: row i uses the random stream (seed, i).
+        top_k, top_p: sample from the k likeliest tokens, then the fewest of probability p.
+        repetition_penalty: on tokens already in the text (CTRL, arXiv 1909.05858).
     """
 
     openers: Sequence[Sequence[Sequence[int]]]
@@ -63,7 +63,7 @@ class Written(NamedTuple):
     Attributes:
         ids: int64 (rows, length).
         nll: float32 (rows, length), -log p of each token under the model at temperature 1,
-            given what stands before it in its row; nan for the first.
+            given the tokens before it in its row; nan for the first.
         sampled: bool (rows, length), false for the tokens of openers.
     """
 
@@ -73,7 +73,7 @@ class Written(NamedTuple):
 
 
 class Sampler:
-    """A logits processor that leaves each row one token: the opener's next, or one drawn."""
+    """A logits processor that leaves each row one token: the opener's next, or a sampled one."""
 
     def __init__(
         self,
@@ -85,13 +85,13 @@ class Sampler:
     ) -> None:
         self.request, self.ends, self.tick = request, set(ends), tick
         count, length = len(request.openers), request.length
-        # Apple's GPUs have no float64, in which the running sums are.
+        # Apple's GPUs have no float64, which the running sums use.
         self.device = device = torch.device("cpu") if device.type == "mps" else device
         self.temperatures = torch.tensor(request.temperatures, dtype=torch.float32, device=device)
-        draws = [
+        uniform = [
             np.random.default_rng([request.seed, first + i]).random(length) for i in range(count)
         ]
-        self.uniform = torch.from_numpy(np.stack(draws)).to(device)
+        self.uniform = torch.from_numpy(np.stack(uniform)).to(device)
         self.turns = [itertools.cycle(turns) for turns in request.openers]
         self.pending = [list(next(turns))[1:] for turns in self.turns]
         self.start = [0] * count  # of each row's text
@@ -101,19 +101,19 @@ class Sampler:
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         from transformers import RepetitionPenaltyLogitsProcessor
 
-        at, asked = ids.shape[1], self.request
+        at, request = ids.shape[1], self.request
         logits = plain = scores.to(self.device, torch.float32)
         forced = [row.pop(0) if row else -1 for row in self.pending]
-        # What the host knows goes to the device at once; the tokens come back at once.
+        # One copy to the device, and one back.
         given, start = torch.tensor([forced, self.start]).to(self.device)
-        if asked.repetition_penalty != 1:
+        if request.repetition_penalty != 1:
             ids, start = ids.to(self.device), start[:, None].clamp(max=at - 1)
             place = torch.arange(at, device=self.device)[None]
-            held = torch.where(place >= start, ids, ids.gather(1, start))
-            logits = RepetitionPenaltyLogitsProcessor(asked.repetition_penalty)(held, plain)
-        uniform = self.uniform[:, at]
-        drawn = draw(logits, self.temperatures, uniform, top_k=asked.top_k, top_p=asked.top_p)
-        tokens = torch.where(given >= 0, given, drawn)
+            text = torch.where(place >= start, ids, ids.gather(1, start))
+            logits = RepetitionPenaltyLogitsProcessor(request.repetition_penalty)(text, plain)
+        uniform, limits = self.uniform[:, at], {"top_k": request.top_k, "top_p": request.top_p}
+        sampled = sample(logits, self.temperatures, uniform, **limits)
+        tokens = torch.where(given >= 0, given, sampled)
         self.nll[:, at] = plain.logsumexp(-1) - plain.gather(1, tokens[:, None])[:, 0]
         self.sampled[:, at] = torch.tensor([token < 0 for token in forced])
         for row, (token, opener) in enumerate(zip(tokens.tolist(), forced, strict=True)):
@@ -124,7 +124,7 @@ class Sampler:
         return left.scatter_(1, tokens[:, None], 0.0).to(scores.device)
 
 
-def draw(
+def sample(
     logits: Tensor,
     temperatures: Tensor,
     uniform: Tensor,
@@ -132,9 +132,9 @@ def draw(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """Draw one token a row by inverting the cumulative distribution: none of no probability.
+    """Sample one token per row, of positive probability, by inverting the cumulative distribution.
 
-    `logits` are (rows, vocabulary), `temperatures` and `uniform` (float64, in [0, 1)) one a row;
+    `logits` are (rows, vocabulary), `temperatures` and `uniform` (float64, in [0, 1)) one per row;
     `top_k` and `top_p` are applied in this order after the temperature.
     """
     if (top_k is None or top_k >= logits.shape[1]) and (top_p is None or top_p >= 1):
@@ -144,13 +144,13 @@ def draw(
     scaled, order = scaled.topk(min(top_k or scaled.shape[1], scaled.shape[1]))
     if top_p is not None and top_p < 1:
         share = scaled.softmax(-1)
-        # A token stays if what comes before it does not hold top_p yet.
+        # A token stays if those before it have less than top_p.
         scaled = scaled.masked_fill(share.cumsum(-1) - share >= top_p, -torch.inf)
     return order.gather(1, _inverted(scaled.softmax(-1), uniform)[:, None])[:, 0]
 
 
 def _inverted(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Return for each row the entry where the cumulative weights pass `uniform` of their total.
+    """Return for each row the entry where the cumulative weight exceeds `uniform` of the total.
 
     Running sums over a whole vocabulary are slow, so stretches of it are summed first and the
     running sum is taken over those, then within one.
@@ -166,9 +166,9 @@ def _inverted(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _passed(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Return the first entry of each row above `target`, of positive weight in any case."""
+    """Return the first entry of each row above `target`, always one of positive weight."""
     place = torch.searchsorted(cumulative, target, right=True)
-    # Rounding may bring the target up to the total: take the last entry with any weight.
+    # Rounding can raise the target to the total: take the last entry with any weight.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.minimum(place, last)
 
@@ -183,15 +183,15 @@ def write(
 ) -> Written:
     """Sample rows from a model.
 
-    Finished batches are kept in the cache by everything the tokens depend on: interrupted work
-    resumes there, and the same request is not written twice. A row's tokens do not depend on the
-    batch it is in, but for the rounding of matrix products in half types.
+    Finished batches are cached under everything the tokens depend on, so an interrupted run resumes
+    there, and the same request is not written twice. A row's tokens do not depend on its batch,
+    except for the rounding of matrix products in half precision.
 
-    `batch` is of rows at a time, fewer where memory does not allow them. `progress` is called with
-    tokens done and in all, `note` with a line when the batch had to be made smaller.
+    `batch` is the number of rows at a time, fewer if memory is short. `progress` is called with
+    tokens done and in total, `note` with a line when the batch had to be made smaller.
     """
     if request.length < 2:
-        raise InputError(f"rows of {request.length} token hold nothing the model could write")
+        raise InputError(f"rows of {request.length} token leave the model nothing to write")
     say = note or (lambda line: None)
     ends, total = end_tokens(opened), len(request.openers)
     folder, size, room = opened.cached("written", VERSION, ends, asdict(request)), batch or BATCH, 0
@@ -206,7 +206,7 @@ def write(
 
     while at < total:
         path, part = folder / f"{at:08d}.safetensors", None
-        with contextlib.suppress(SafetensorError, OSError):  # none there, or damaged
+        with contextlib.suppress(SafetensorError, OSError):  # missing or damaged
             part = Written(**load_file(path))
             tick(part.ids.numel())
         if part is None:
@@ -215,9 +215,9 @@ def write(
             if room < wanted:
                 say(f"memory holds {room} rows at a time, not {wanted}: writing in smaller batches")
                 size = wanted = room
-            own = slice(at, at + wanted)
+            rows = slice(at, at + wanted)
             some = replace(
-                request, openers=request.openers[own], temperatures=request.temperatures[own]
+                request, openers=request.openers[rows], temperatures=request.temperatures[rows]
             )
             try:
                 part = _batch(opened, some, at, ends, tick)
@@ -260,37 +260,36 @@ def _batch(
     )  # fmt: skip
     tick(len(ids))
     with quiet_transformers(), generating(opened.model, plain), torch.inference_mode():
-        made = opened.model.generate(
+        rows = opened.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=plain,
             logits_processor=LogitsProcessorList([sampler]),
             **{cache_argument(opened.model): reserved_cache(opened.model, request.length)},
         )
-    return Written(made.cpu(), sampler.nll.cpu(), sampler.sampled)
+    return Written(rows.cpu(), sampler.nll.cpu(), sampler.sampled)
 
 
 def _room(opened: OpenModel, length: int) -> int:
-    """Return how many rows memory holds at a time: keys, values, logits and the sampler's work."""
+    """Return how many rows fit in memory, with keys, values, logits and the sampler's tensors."""
     config = opened.model.config.get_text_config(decoder=True)
     layers = getattr(config, "num_hidden_layers", None) or 1
     each = getattr(config, "per_layer_config", None)  # layers may differ: the widest counts
-    own = [config] if each is None else [each[index] for index in range(layers)]
+    configs = [config] if each is None else [each[index] for index in range(layers)]
 
     def most(key: str, otherwise: int) -> int:
-        return max(getattr(layer, key, None) or otherwise for layer in own)
+        return max(getattr(layer, key, None) or otherwise for layer in configs)
 
     heads = most("num_attention_heads", 1)
     shared = most("num_key_value_heads", heads)
     head = most("head_dim", (getattr(config, "hidden_size", None) or 4096) // heads)
     parameter = next(opened.model.parameters())
-    # Half a cache more than is kept: sliding windows are joined anew, and attention widens a layer.
+    # Half a cache extra: sliding windows are concatenated, and attention widens a layer.
     values = (3 * layers * shared + 2 * heads) * head * length
     needed = values * parameter.element_size() + 6 * 4 * int(config.vocab_size)
     room = int(MEMORY_SHARE * device_memory(parameter.device)[1] / needed)
     if room < 1:
         raise InputError(
-            f"memory does not hold one row of {length} tokens beside the model: ask for shorter "
-            "rows"
+            f"memory does not hold one row of {length} tokens beside the model: use shorter rows"
         )
     return room

@@ -39,9 +39,9 @@ def test_a_row_is_a_conversation_in_the_models_template(talker, opened, tiny, so
         assert first == "S:be kind"
         heads = [turn[:2] for turn in turns if len(turn) > 1]
         assert heads == ["u:", "a:"] * (len(heads) // 2) + ["u:"] * (len(heads) % 2)
-    with pytest.raises(InputError, match="no chat template in which a token"):
+    with pytest.raises(InputError, match="no chat template with a token"):
         drawn("chat", opened)
-    with pytest.raises(InputError, match="chat runs the model"):
+    with pytest.raises(InputError, match="chat needs the model"):
         drawn(f"chat:0.5,{sources['lower']}:0.5", tiny)
 
 
@@ -79,7 +79,7 @@ def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path):
     for line, said in zip(lines, (
         f"{lower} has no row in this model's chat format",
         f"{tmp_path / 'set'} has no row in this model's chat format",
-        "calmix finds no token that ends a turn in this model's template",
+        "no token ends a turn in this model's chat template",
     ), strict=True):  # fmt: skip
         assert line.startswith(f"warning: {said}")
 

@@ -135,7 +135,7 @@ def test_text_of_the_suite_is_refused_and_replaced(made):
     assert not {tuple(row) for row in held} & set(pieces(found))
     assert found.manifest["pieces"]["refused"] == 3
     all_of.append(True)
-    with pytest.raises(InputError, match="8 pieces of x are needed, and of 64 written only 0 can"):
+    with pytest.raises(InputError, match="8 pieces of x are needed, but only 0 of 64 can"):
         made(guard=guard)
 
 
@@ -266,8 +266,8 @@ def test_prompts_use_the_chat_template_from_the_users_words_on(tmp_path):
         ("general: [{text: a, ask: b}]", "should have at most 1 item"),
         ("general: [{tekst: a}]", "should be 'text', 'ask' or 'begin'"),
         ("general: word", "line 1: general: "),
-        ("general: [{text: ''}]", "prompt 1 of dimension general in .* becomes no token"),
-        ("general: [{ask: ' '}]", "prompt 1 of dimension general in .* becomes no token"),
+        ("general: [{text: ''}]", "prompt 1 of dimension general in .* has no tokens"),
+        ("general: [{ask: ' '}]", "prompt 1 of dimension general in .* has no tokens"),
     ],
 )
 def test_bad_prompts(text, message, tmp_path):

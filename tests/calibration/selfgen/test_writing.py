@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from calmix.calibration.selfgen import writing
-from calmix.calibration.selfgen.writing import Request, draw, write
+from calmix.calibration.selfgen.writing import Request, sample, write
 from calmix.errors import InputError
 from calmix.files import cache_dir
 from tests.tiny import ARCHITECTURES, quick, tiny_model
@@ -43,7 +43,7 @@ def forget():
 def test_draws_follow_the_distribution_transformers_would_sample_from(temperature, cut):
     count = 20_000  # over an even grid of uniform numbers
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    tokens = draw(LOGITS.expand(count, -1), torch.full((count,), temperature), uniform, **cut)
+    tokens = sample(LOGITS.expand(count, -1), torch.full((count,), temperature), uniform, **cut)
     found = torch.bincount(tokens, minlength=LOGITS.shape[1]) / count
     scores = LOGITS / temperature  # and what transformers' warpers leave, in their order
     if "top_k" in cut:
@@ -56,9 +56,9 @@ def test_draws_follow_the_distribution_transformers_would_sample_from(temperatur
 def test_a_token_without_probability_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
     uniform = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logits, torch.ones(4), uniform).tolist() == [1, 1, 3, 3]
+    assert sample(logits, torch.ones(4), uniform).tolist() == [1, 1, 3, 3]
     uniform = torch.full((2,), 0.999, dtype=torch.float64)  # rows have temperatures of their own
-    assert draw(LOGITS.expand(2, -1), torch.tensor([0.01, 100.0]), uniform).tolist() == [0, 5]
+    assert sample(LOGITS.expand(2, -1), torch.tensor([0.01, 100.0]), uniform).tolist() == [0, 5]
 
 
 @contextlib.contextmanager
@@ -187,5 +187,5 @@ def test_what_holds_nothing_is_refused(opened):
         pytest.raises(InputError, match=r"ends 57 of 57 texts \(100%\) before their first"),
     ):
         write(opened, request(rows=3, length=38, openers=[[[9]]] * 3))
-    with pytest.raises(InputError, match="nothing the model could write"):
+    with pytest.raises(InputError, match="leave the model nothing to write"):
         write(opened, request(length=1))
