@@ -1,1 +1,1 @@
-"""A model in the form that others run or fetch: packs, GGUF, OpenVINO."""
+"""Models in other formats: lossless packs, GGUF and OpenVINO exports."""

@@ -1,4 +1,4 @@
-"""Is what was written the model? Both compute the same random token ids."""
+"""Compare an export with its model on the same random token ids."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def random_ids(opened: OpenModel) -> Tensor:
 def difference(
     opened: OpenModel, logits: Callable[[Tensor], Tensor], most: float, weights: str
 ) -> tuple[float, float]:
-    """Return mean KL(model || export) in nats, and how often both have one likeliest token.
+    """Return mean KL(model || export) in nats, and how often both predict the same likeliest token.
 
-    Raises ModelError where the first is more than `most`, of an export with such `weights`.
+    Raises ModelError if the KL is more than `most` for an export with these `weights`.
     """
     ids = random_ids(opened)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def difference(
     kl = float((before.exp() * (before - after)).sum(-1).mean())
     if not kl <= most:
         raise ModelError(
-            f"the export of {opened.name} is another model (KL {kl:.3g} nats a token, at most "
-            f"{most:g} with {weights} weights): nothing was written"
+            f"the export of {opened.name} differs from the model (KL {kl:.3g} nats per token, "
+            f"limit {most:g} with {weights} weights): nothing was written"
         )
     return kl, float((before.argmax(-1) == after.argmax(-1)).float().mean())

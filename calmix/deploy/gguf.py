@@ -1,9 +1,9 @@
-"""GGUF for llama.cpp: a model in the form of a file it came from, and importance matrices.
+"""GGUF for llama.cpp: exports in the layout of the original GGUF file, and importance matrices.
 
-Everything but the weights comes from a template, a GGUF file of the same model: metadata,
-tokenizer, names, the order of rows. Layers whose grid is one of GGUF's keep their levels: Q4_0 for
-up to 4 symmetric bits, Q8_0 for up to 8, with groups that blocks of 32 divide. The file is read
-back by transformers and compared with the model before it takes its place.
+Everything except the weights comes from a template, a GGUF file of the same model: metadata,
+tokenizer, names, the order of rows. Quantised layers keep their levels where GGUF has the grid:
+Q4_0 for up to 4 symmetric bits, Q8_0 for up to 8, with groups that are multiples of 32. The file is
+read back by transformers and compared with the model before it is moved into place.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from calmix.pruning.engine import Looking, run_through
 from calmix.pruning.solvers.grids import Grid, read_grids
 
 Array = np.ndarray[Any, Any]
-# Where a tensor of a GGUF file comes from: the parameter's name, order and offset, of which
+# The origin of a tensor in a GGUF file: the parameter's name, and an order and offset such that
 # parameter.flat[i] = tensor.flat[order[i]] + offset.
 Place = tuple[str, Array | None, float]
 
-# How weights without a grid of GGUF's are stored, and the divergence from the model (nats a token)
+# Types for weights without a grid that GGUF has, and the divergence from the model (nats per token)
 # beyond which a file is refused.
 TYPES = {"f16": 0.01, "q8_0": 0.2, "q4_0": 3.0, "q4_1": 3.0}
-BLOCK = 32  # weights of a block of Q4_0, Q4_1 and Q8_0
-TOKENS = 64  # of a vocabulary that are compared with the template's
+BLOCK = 32  # weights in a block of Q4_0, Q4_1 and Q8_0
+TOKENS = 64  # of the vocabulary to compare with the template's
 
 
 @dataclass(frozen=True)
 class Written:
-    """Bytes of the model's weight files and of the file, tensors by type, how many have `ours`,
-    levels of a grid, and KL(model || file) in nats a token on random ids."""
+    """Bytes of the model's weight files and of the GGUF file, number of tensors by type and with
+    our levels, and KL(model || file) in nats per token on random ids."""
 
     before: int
     after: int
@@ -64,10 +64,10 @@ def export(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda step: None,
 ) -> Written:
-    """Write a model as a GGUF file, and check it against the model, which is in memory whole.
+    """Write a model as a GGUF file, and check it against the model, which is loaded into memory.
 
-    Matrices that have no grid of GGUF's become `weights`, one of `TYPES`. `like` is a GGUF file of
-    the same model, if not the one it came from; `say` is called with each step as it begins.
+    Matrices without a grid that GGUF has become `weights`, one of `TYPES`. `like` is a GGUF file of
+    the same model, by default the one it came from; `say` is called with each step as it begins.
     """
     from gguf import GGUFReader
 
@@ -76,42 +76,42 @@ def export(
     check_models(name)
     real_place(output).parent.mkdir(parents=True, exist_ok=True)
     with hidden(real_place(output)) as beside, disk_errors(output):
-        found = known_model(template)
-        if found is None or (isinstance(found, Path) and not found.is_file()):
+        origin = known_model(template)
+        if origin is None or (isinstance(origin, Path) and not origin.is_file()):
             raise InputError(f"{template} is not a GGUF file")
         with loading(f"cannot read {template}"):
-            reader = GGUFReader(gguf_file(found, beside))
+            reader = GGUFReader(gguf_file(origin, beside))
         say("convert")
         opened, folder = open_model(name, device="cpu"), resolve_model(name)
         places = _places(opened, reader, template)
-        made = beside / f".{output.name}"  # by no name that a builtin template has there
-        types, ours = _write(made, reader, opened, places, read_grids(folder), weights)
+        new = beside / f".{output.name}"  # no clash with a builtin template's name
+        types, ours = _write(new, reader, opened, places, read_grids(folder), weights)
         say("check")
-        kl, _ = difference(opened, partial(_logits, made), TYPES[weights], weights)
-        made.chmod(0o644)
-        made.replace(real_place(output))
+        kl, _ = difference(opened, partial(_logits, new), TYPES[weights], weights)
+        new.chmod(0o644)
+        new.replace(real_place(output))
     return Written(weight_bytes(folder), output.stat().st_size, types, ours, kl)
 
 
 def _origin(name: str) -> str:
-    """Return the GGUF file or builtin model that a model is, or was pruned from."""
-    found = known_model(name)
-    if isinstance(found, Path) and found.is_dir():
-        manifest = read_told(found / MANIFEST)
+    """Return the GGUF file or builtin model that a model is or was pruned from."""
+    origin = known_model(name)
+    if isinstance(origin, Path) and origin.is_dir():
+        manifest = read_told(origin / MANIFEST)
         while "pruned" in manifest:
             manifest = manifest["pruned"]
         name = str(manifest.get("model", {}).get("name", ""))
-        found = known_model(name) if name.startswith("builtin:") or Path(name).is_file() else None
-    if found is None:
+        origin = known_model(name) if name.startswith("builtin:") or Path(name).is_file() else None
+    if origin is None:
         raise InputError(
-            "--to gguf needs a GGUF file of the same model, for its tokenizer and names: --like "
-            "FILE.gguf"
+            "--to gguf needs a GGUF file of the same model, for its tokenizer and names: name it "
+            "with --like FILE.gguf"
         )
     return name
 
 
 def _mapped(opened: OpenModel, architecture: str) -> tuple[Any, dict[str, str]]:
-    """Return what transformers does to a GGUF file's tensors, and their names in the model."""
+    """Return transformers' processor of GGUF tensors, and the tensors' names in the model."""
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
@@ -120,7 +120,7 @@ def _mapped(opened: OpenModel, architecture: str) -> tuple[Any, dict[str, str]]:
 
     kind = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = kind(config=opened.model.config.to_dict())
-    with loading(f"{opened.name} has no form in GGUF that transformers reads"):
+    with loading(f"transformers cannot read {opened.name} from GGUF"):
         return processor, dict(get_gguf_hf_weights_map(opened.model, processor))
 
 
@@ -128,12 +128,12 @@ def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, Place]:
     """Return the places of the template's tensors; InputError if it is another model's."""
     state = opened.model.state_dict()
     architecture = str(reader.get_field("general.architecture").contents())
-    other = f"{template} is not of the same model as {opened.name}"
+    other = f"{template} is not a file of the model {opened.name}"
     try:
         processor, names = _mapped(opened, architecture)
     except ModelError as error:
         raise InputError(f"{other}: {error}") from error
-    found, covered = {}, set()
+    places, covered = {}, set()
     for tensor in reader.tensors:
         parameter = names.get(tensor.name)
         if parameter is None or parameter not in state:
@@ -143,7 +143,7 @@ def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, Place]:
         wanted = tuple(state[parameter].shape)
         if wanted != (shape if order is None else order.shape):
             raise InputError(f"{other}: {tensor.name} is {shape}, {parameter} {wanted}")
-        found[tensor.name] = parameter, order, offset
+        places[tensor.name] = parameter, order, offset
         covered.add(state[parameter].data_ptr())
     for parameter, value in opened.model.named_parameters():
         if value.data_ptr() not in covered:
@@ -151,21 +151,21 @@ def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, Place]:
     if (field := reader.get_field("tokenizer.ggml.tokens")) is not None:
         size = min(len(field.data), len(opened.tokenizer))
         ids = list(range(0, size, max(1, size // TOKENS)))
-        own = opened.tokenizer.convert_ids_to_tokens(ids)
-        alike = sum(field.contents(at) == token for at, token in zip(ids, own, strict=True))
+        tokens = opened.tokenizer.convert_ids_to_tokens(ids)
+        alike = sum(field.contents(at) == token for at, token in zip(ids, tokens, strict=True))
         if alike < 0.8 * len(ids):
-            raise InputError(f"{other}: it has other tokens")
-    return found
+            raise InputError(f"{other}: its tokens differ")
+    return places
 
 
 def _order(processor: Any, name: str, shape: tuple[int, ...]) -> tuple[Array | None, float]:
-    """Return how transformers orders a tensor's entries, None if as they lie, and what it adds."""
+    """Return the order in which transformers reads a tensor, None if unchanged, and its offset."""
 
     def read(values: Array) -> Array:
         more: dict[str, Any] = {"tensor_key_mapping": {}, "parsed_parameters": {"tensors": {}}}
         made = processor.process(weights=values, name=name, **more).weights
         if made is None:
-            raise ModelError(f"{name} is part of a parameter: GGUF of such models is not written")
+            raise ModelError(f"{name} is part of a parameter: such models have no GGUF export")
         return np.asarray(made)
 
     offset = float(read(np.zeros(shape)).flat[0])
@@ -182,7 +182,7 @@ def _write(
     grids: dict[str, Grid],
     weights: str,
 ) -> tuple[dict[str, int], int]:
-    """Write the file; return its tensors by type, and how many have levels of a grid."""
+    """Write the file; return the number of its tensors by type, and with levels of a grid."""
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, quants
 
     kinds, state, ours = GGMLQuantizationType, opened.model.state_dict(), 0
@@ -190,14 +190,14 @@ def _write(
     writer = GGUFWriter(path, str(reader.get_field("general.architecture").contents()))
     for tensor in reader.tensors:
         parameter, order, offset = places.get(tensor.name, ("", None, 0.0))
-        lie = partial(_lying, order, tensor.shape[::-1])
-        if not parameter:  # what belongs to the architecture, not to the weights
+        lay_out = partial(_laid_out, order, tensor.shape[::-1])
+        if not parameter:  # a tensor of the architecture, not a weight
             data, kind = np.asarray(tensor.data), tensor.tensor_type
-        elif not offset and (levels := _levels(state[parameter], grids.get(parameter), lie)):
+        elif not offset and (levels := _levels(state[parameter], grids.get(parameter), lay_out)):
             data, kind = levels
             ours += 1
         else:
-            value = lie(state[parameter].float().numpy() - np.float32(offset))
+            value = lay_out(state[parameter].float().numpy() - np.float32(offset))
             kind = kinds.F32
             if tensor.tensor_type != kinds.F32 or value.ndim > 1:
                 fits = value.ndim == 2 and value.shape[-1] % BLOCK == 0
@@ -218,13 +218,13 @@ def _write(
     return dict(types), ours
 
 
-def _lying(order: Array | None, shape: Any, values: Array) -> Array:
-    """Return a parameter's values as they lie in a file's tensor of a shape."""
+def _laid_out(order: Array | None, shape: Any, values: Array) -> Array:
+    """Return a parameter's values in the order and shape of the file's tensor."""
     if order is None:
         return values
-    made = np.empty(values.size, values.dtype)
-    made[order] = values
-    return made.reshape(shape)
+    tensor = np.empty(values.size, values.dtype)
+    tensor[order] = values
+    return tensor.reshape(shape)
 
 
 def _close(writer: Any) -> None:
@@ -235,9 +235,9 @@ def _close(writer: Any) -> None:
 
 
 def _levels(
-    weight: Tensor, grid: Grid | None, lie: Callable[[Array], Array]
+    weight: Tensor, grid: Grid | None, lay_out: Callable[[Array], Array]
 ) -> tuple[Array, Any] | None:
-    """Return a matrix in blocks of GGUF that have the levels of its grid; None if none can."""
+    """Return a matrix in GGUF blocks with the levels of its grid; None if that is impossible."""
     from gguf import GGMLQuantizationType
 
     if grid is None or grid.octaves is not None:
@@ -249,14 +249,14 @@ def _levels(
     levels = grid.levels(weight)
     if not torch.equal(grid.values(levels).to(weight.dtype), weight):
         return None
-    blocks, scales = (lie(one.numpy()).reshape(len(weight), -1, BLOCK)
+    blocks, scales = (lay_out(one.numpy()).reshape(len(weight), -1, BLOCK)
                       for one in (levels, half.repeat_interleave(group, 1)))  # fmt: skip
     if (scales != scales[..., :1]).any():
         return None
     if -8 <= blocks.min() <= blocks.max() <= 7:
-        own = (blocks + 8).astype(np.uint8)
-        data, kind = own[..., :16] | (own[..., 16:] << 4), GGMLQuantizationType.Q4_0
-    else:  # a scale serves at most 8 bits
+        nibbles = (blocks + 8).astype(np.uint8)
+        data, kind = nibbles[..., :16] | (nibbles[..., 16:] << 4), GGMLQuantizationType.Q4_0
+    else:  # grids have at most 8 bits
         data, kind = blocks.astype(np.int8).view(np.uint8), GGMLQuantizationType.Q8_0
     head = np.ascontiguousarray(scales[..., :1]).view(np.uint8)
     return np.concatenate([head, data], axis=-1).reshape(len(weight), -1), kind
@@ -274,10 +274,10 @@ def _logits(file: Path, ids: Tensor) -> Tensor:
 def export_imatrix(
     folder: Path, model: str, output: Path, *, overwrite: bool = False, **how: Any
 ) -> int:
-    """Write the importance matrix of a saved calibration set, as llama.cpp's quantiser takes it.
+    """Write the importance matrix of a saved calibration set, for llama.cpp's quantiser.
 
-    For every matrix of the blocks: the sum of squares of each of its inputs over the set's tokens.
-    Returns how many there are; `model` and `how` are as for `open_model`.
+    It has the sum of squares of each input of every block matrix over the set's tokens. Returns the
+    number of matrices; `model` and `how` are as in `open_model`.
     """
     from gguf import GGUFWriter
 
@@ -287,7 +287,7 @@ def export_imatrix(
     opened = open_model(model, **how)
     found, sums = find_blocks(opened.model), dict[str, Any]()
     if any(found.mixtures(index) for index in range(len(found))):
-        raise ModelError("--to imatrix does not work with mixtures of experts yet")
+        raise ModelError("--to imatrix does not support mixtures of experts yet")
     names = {hf: name for name, hf in _mapped(opened, opened.model.config.model_type)[1].items()}
     for layer in found.layers:
         if layer.parameter_name not in names:

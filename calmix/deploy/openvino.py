@@ -1,9 +1,9 @@
-"""Exports: a model in the form of another engine, made by a maintained library and checked here.
+"""OpenVINO exports, made by maintained libraries and checked here.
 
-The exporter of transformers writes the OpenVINO graph, NNCF its 8-bit weights. calmix reads the
-result back from the disk, runs it on token ids in two parts, so that its cache is checked too, and
-refuses it where it does not compute what the model does. What an export gains, and which engines
-were left out, is in docs/deploy.md.
+The exporter of transformers writes the OpenVINO graph, and NNCF its 8-bit weights. calmix reads the
+result back from disk, runs it on token ids in two parts, which checks its cache too, and refuses it
+if its predictions differ from the model's. docs/deploy.md gives the gains, and the engines that
+were left out.
 
 The export holds the graph (`openvino_model.xml`), its weights (`.bin`), configuration, tokenizer
 and a sealed manifest; the same model and versions give the same bytes.
@@ -41,8 +41,8 @@ from calmix.models.opening import load_config, quiet_transformers
 from calmix.models.shards import weight_bytes
 from calmix.precision import dtype_name
 
-# Weights, and the divergence from the model (nats a token) beyond which an export is refused. A
-# right one of the builtin model has 1e-10 with its own weights and 0.01 with those of 8 bits.
+# Weights, and the divergence from the model (nats per token) beyond which an export is refused. A
+# correct export of the builtin model has 1e-10 with its own weights and 0.01 with 8-bit weights.
 WEIGHTS = {"int8": 0.2, "own": 1e-4}
 MANIFEST, RUN = EXPORT, "calmix-run.json"
 GRAPH = "openvino_model.xml"
@@ -51,11 +51,10 @@ STEPS = ("convert", "check", "hash")
 
 @dataclass(frozen=True)
 class Exported:
-    """Bytes of the model's weight files and of the export's, and how near it is to the model.
+    """Bytes of the weight files of model and export, and the difference between the two.
 
-    `kl` is the mean KL(model || export) of a token's prediction, in nats, on random ids, computed
-    in float32 with activations as they are; `top1` the share of tokens whose likeliest next token
-    is the same.
+    `kl` is the mean KL(model || export) per token, in nats, on random ids, computed in float32
+    without quantised activations; `top1` is the share of tokens with the same likeliest next token.
     """
 
     before: int
@@ -65,12 +64,12 @@ class Exported:
 
 
 class Session:
-    """An OpenVINO export that runs; each call continues what it was given before.
+    """An OpenVINO export that runs; each call continues the text of the calls before.
 
     Args:
         folder: of `export`.
         **properties: of OpenVINO, such as `INFERENCE_PRECISION_HINT="f32"`; without it OpenVINO
-            computes in bfloat16 where the processor can.
+            computes in bfloat16 if the processor can.
 
     Raises:
         InputError: `folder` is not an export.
@@ -103,7 +102,7 @@ class Session:
         return torch.from_numpy(self._request.infer(given)["logits"].copy()).float()
 
     def reset(self) -> None:
-        """Forget what was given before."""
+        """Start a new text."""
         self._request.reset_state()
         self._past = 0
 
@@ -120,30 +119,30 @@ def export(
     """Write a model as an OpenVINO graph, and check it against the model.
 
     Args:
-        name: hub id, local folder, `.gguf` file, or `builtin:NAME`. It is held in memory whole.
-        output: the new folder; replaced only with `overwrite`, and only when all is done.
-        weights: `int8` (symmetric, one scale an output row: zeros stay zeros) or `own`.
+        name: hub id, local folder, `.gguf` file, or `builtin:NAME`. It is loaded into memory.
+        output: the new folder; replaced only with `overwrite`, and only at the end.
+        weights: `int8` (symmetric, one scale per output row, so zeros stay zeros) or `own`.
         say: called with each of `STEPS` as it begins.
 
     Raises:
         InputError: an unknown form of weights, or `output` cannot be written.
         MissingExtraError: a library is not installed.
-        ModelError: the model cannot be opened, the library cannot convert it, or what it made
-            is another model.
+        ModelError: the model cannot be opened or converted, or the export differs from it.
     """
     name, output = str(name), Path(output)
     if weights not in WEIGHTS:
         raise InputError(f"unknown weights '{weights}': {nearest(weights, WEIGHTS)}")
     check_output_folder(output, inputs=[name], overwrite=overwrite)
     check_models(name, trust_remote_code=trust_remote_code)
-    for library in ("openvino", "nncf", "transformers.exporters.runners"):  # that of 5.23
+    for library in ("openvino", "nncf", "transformers.exporters.runners"):  # of 5.23
         _library(library)
     began = time.perf_counter()
     folder = resolve_model(name)
     before = weight_bytes(folder)
     check_free(output, before // 2 if weights == "int8" else before, "the weights take")
-    own = dtype_name(getattr(load_config(folder, name, trust_remote_code), "dtype", None) or "auto")
-    opened = open_model(name, dtype=own, device="cpu", trust_remote_code=trust_remote_code)
+    config = load_config(folder, name, trust_remote_code)
+    dtype = dtype_name(getattr(config, "dtype", None) or "auto")
+    opened = open_model(name, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     with atomic_folder(output) as beside, disk_errors(output):
         say("convert")
         with quiet_transformers(), contextlib.redirect_stdout(io.StringIO()):
@@ -172,7 +171,7 @@ def export(
 def _library(name: str) -> Any:
     """Import a library of the extra `export`.
 
-    Both report their use to their makers through `openvino_telemetry`: it is kept from import.
+    Both send usage reports through `openvino_telemetry`, which is kept from being imported.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
@@ -182,7 +181,7 @@ def _library(name: str) -> Any:
 
 
 def _convert(opened: OpenModel, weights: str, folder: Path) -> None:
-    """Write the graph of a decoding step of any number of tokens, its cache a state inside it."""
+    """Write the graph of a decoding step of any number of tokens, with its cache as a state."""
     import nncf
     from transformers.exporters import (
         NNCFOpenVINOQuantizer,
@@ -194,7 +193,7 @@ def _convert(opened: OpenModel, weights: str, folder: Path) -> None:
 
     ids = random_ids(opened)
     mask = torch.ones_like(ids)
-    mask[0, 0] = 0  # of ones alone, the graph would have no mask
+    mask[0, 0] = 0  # with only ones, the graph would have no mask
     quantizer = None
     if weights == "int8":
         mode = nncf.CompressWeightsMode.INT8_SYM
@@ -203,13 +202,13 @@ def _convert(opened: OpenModel, weights: str, folder: Path) -> None:
         parts = decompose_for_generation(
             opened.model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True
         )
-        made = OpenVINOExporter().export(
+        exported = OpenVINOExporter().export(
             *parts["decode"], OpenVINOConfig(dynamic=True, quantizer=quantizer)
         )
-        made.save_pretrained(folder)
+        exported.save_pretrained(folder)
     except OSError:
         raise
-    except Exception as error:  # torch, transformers, OpenVINO and NNCF raise anything
+    except Exception as error:  # torch, transformers, OpenVINO and NNCF can raise anything
         reason = first_line(error.__cause__ or error)
         raise ModelError(f"transformers cannot export {opened.name}: {reason}") from error
 

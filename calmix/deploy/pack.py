@@ -1,19 +1,19 @@
-"""Packs: a model folder in fewer bytes, without loss (ours; the ideas are old).
+"""Packs: lossless compression of a model folder (our format, from well-known ideas).
 
-Pruned weights are mostly zeros, and the exponents of the others have little entropy. A pack holds,
-for every tensor with enough zeros, a bit mask of the nonzero values, and the kept values split into
-byte planes: each value is rotated left by one bit, so that a float's exponent comes first and its
-sign last, and its bytes go to one plane each. zstandard Huffman-codes mask and planes where it
+Pruned weights are mostly zeros, and the exponents of the others have little entropy. For every
+tensor with enough zeros a pack stores a bit mask of the nonzero values; all values kept are split
+into byte planes: each is rotated left by one bit, so that a float's exponent comes first and its
+sign last, and its bytes go to one plane each. zstandard Huffman-codes mask and planes if that
 helps: exponents shrink to a third, mantissas do not.
 
-Of a quantised tensor, whose scales lie beside the weights, levels are stored in its place, two to a
-byte where nearly all are small, coded the same way. Weights that are not what level and
-scale give, to the bit, are stored beside.
+A quantised tensor, whose scales are stored beside the weights, is stored as levels, two to a byte
+if nearly all are small, and coded in the same way. Weights that differ in any bit from the values
+of level and scale are stored separately.
 
 A pack is a folder: `calmix-pack.json`, a safetensors file of plain bytes for each weight file, and
-all other files as they were, in subfolders too. Nothing in it can run. Memory is bounded: three
-tensors are packed, and a few chunks unpacked, at a time. SHA-256 shows that the bytes are those
-that were packed.
+all other files unchanged, also in subfolders. Nothing in it is executable. Memory is bounded: three
+tensors are packed, and a few chunks unpacked, at a time. SHA-256 verifies that unpacking restores
+the original bytes.
 """
 
 from __future__ import annotations
@@ -54,28 +54,28 @@ from calmix.models.shards import (
 from calmix.pruning.solvers.grids import SCALES, Grid, as_grids, read_grids
 
 FORMATS = 1, 2  # without and with levels
-AHEAD = 3  # tensors that are packed at a time: small ones are a chunk, and do not fill the cores
-CHUNK = 1 << 22  # values that are compressed together: a few megabytes
-SPARSE = 0.08  # share of zeros from which a mask, a bit a value, pays in 16 bits
-HELPS = 0.98  # compressed parts are kept where they are smaller by this factor
-RARE = 5e-4  # share of levels beyond half a byte, and
-ASTRAY = 1e-2  # share of weights off the grid, up to which levels are stored so
-ALTERED = "is not what it was packed as: fetch the pack again"
-MAGIC = b"\x28\xb5\x2f\xfd"  # how a zstandard frame begins
+AHEAD = 3  # tensors packed at a time: a small one is a single chunk, and uses one core
+CHUNK = 1 << 22  # values compressed together: a few megabytes
+SPARSE = 0.08  # share of zeros from which a mask, one bit per value, pays off in 16 bits
+HELPS = 0.98  # compressed parts are kept if they are smaller by this factor
+RARE = 5e-4  # largest share of levels beyond half a byte for two levels to share a byte
+ASTRAY = 1e-2  # largest share of weights off the grid for a tensor to be stored as levels
+ALTERED = "does not have its original content: fetch the pack again"
+MAGIC = b"\x28\xb5\x2f\xfd"  # the first bytes of a zstandard frame
 
-# Neither planes nor levels repeat in long runs: Huffman codes alone make less of them than levels 1
-# to 3 of zstandard with their matches, and sooner.
+# Neither planes nor levels repeat in long runs: Huffman codes alone are smaller and faster than
+# levels 1 to 3 of zstandard with their matches.
 CODES = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, chain_log=6)
 
 Words = NDArray[Any]
-Parts = Mapping[str, Sequence[bytes]]  # of a tensor, by kind, a part a chunk
+Parts = Mapping[str, Sequence[bytes]]  # of a tensor, by kind, one part per chunk
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Bytes of the weight files `dense` and `packed`; `sparse`: both, of tensors with a mask or
+    """Bytes of the weight files, `dense` and `packed`; `sparse` is both for tensors with a mask or
     levels."""
 
     dense: int
@@ -93,13 +93,13 @@ def pack(
     """Write a model folder as a pack.
 
     Args:
-        folder: of safetensors, as `calmix prune` writes it.
-        output: the pack's folder; replaced only with `overwrite`, and only when all is done.
-        progress: called with bytes done and in all.
+        folder: of safetensors, such as `calmix prune` writes.
+        output: the pack's folder; replaced only with `overwrite`, and only at the end.
+        progress: called with bytes done and in total.
 
     Raises:
-        InputError: `folder` is not a model folder, is a pack itself, or holds what cannot come
-            back byte for byte; `output` cannot be written.
+        InputError: `folder` is not a model folder, is a pack itself, or has files that cannot be
+            restored exactly; `output` cannot be written.
         ModelError: a weight file is damaged.
     """
     folder, output = Path(folder), Path(output)
@@ -112,7 +112,7 @@ def pack(
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
     total, done = sum((folder / name).stat().st_size for name in places), 0
 
-    def told(size: int) -> None:
+    def tick(size: int) -> None:
         nonlocal done
         done += size
         if progress is not None:
@@ -122,7 +122,7 @@ def pack(
         made = {
             name: (
                 pool.submit(sha256_file, folder / name),
-                _write(folder / name, beside / name, tensors, grids, pool, told),
+                _write(folder / name, beside / name, tensors, grids, pool, tick),
                 pool.submit(sha256_file, beside / name),
             )
             for name, tensors in places.items()
@@ -144,7 +144,7 @@ def pack(
             "versions": versions(), "weights": weights,
             "files": {name: sha256_file(beside / name) for name in others},
         }  # fmt: skip
-        write_text(beside / PACK, json.dumps(manifest, ensure_ascii=False) + "\n")  # of thousands
+        write_text(beside / PACK, json.dumps(manifest, ensure_ascii=False) + "\n")  # compact
     before, left = map(sum, zip((0, 0), *sparse, strict=True))
     return Packed(total, after, (before, left))
 
@@ -156,9 +156,9 @@ def unpack(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> int:
-    """Write the model folder a pack was made of, byte for byte; return its weights' bytes.
+    """Restore the model folder that a pack was made from; return the bytes of its weight files.
 
-    Raises InputError where `folder` is not a pack, of another format, cut or altered, or `output`
+    Raises InputError if `folder` is not a pack, of another format, cut or altered, or if `output`
     cannot be written; nothing is left there then.
     """
     folder, output = Path(folder), Path(output)
@@ -189,17 +189,17 @@ def unpack(
 def load(
     folder: Path | str, *, device: str = "cpu", progress: Progress | None = None, **options: Any
 ) -> Any:
-    """Return the causal language model of transformers in a pack, without its dense files.
+    """Load the causal language model in a pack with transformers, without unpacking it to disk.
 
     Args:
         folder: the pack.
         device: torch device.
-        progress: called with files done and in all.
+        progress: called with files done and in total.
         **options: for transformers' `from_pretrained`, such as `dtype`.
 
     Raises:
         InputError: `folder` is not a pack, of another format, cut or altered.
-        ModelError: transformers cannot open what it holds.
+        ModelError: transformers cannot open the model.
     """
     folder = Path(folder)
     manifest = _manifest(folder)
@@ -220,8 +220,8 @@ def load(
 
 
 def _other_files(folder: Path, weights: Collection[str]) -> list[str]:
-    """Return the files beside the weights by their paths; InputError for what would not return."""
-    found = []
+    """Return the paths of files beside the weights; InputError for one that cannot be restored."""
+    names = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir() and not path.is_symlink():
@@ -229,39 +229,39 @@ def _other_files(folder: Path, weights: Collection[str]) -> list[str]:
         if not path.is_file() or not name.isprintable():
             raise InputError(
                 f"cannot pack {folder}: {name!r} is not a regular file with a printable name, and "
-                "would not come back: move it out of the folder"
+                "could not be restored: move it out of the folder"
             )
         if name not in weights:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def _grids(folder: Path, manifest: dict[str, Any]) -> dict[str, Grid]:
     """Return the grids of a pack's quantised tensors."""
-    found: dict[str, torch.Tensor] = {}
+    scales: dict[str, torch.Tensor] = {}
     for name, entry in manifest["weights"].items():
         if name.startswith(SCALES):
-            found |= _tensors(folder / name, entry, {})
-    return as_grids(found)
+            scales |= _tensors(folder / name, entry, {})
+    return as_grids(scales)
 
 
 def _tensors(
     path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]
 ) -> dict[str, torch.Tensor]:
     """Return all tensors of a packed file."""
-    parts, found = _unpacked(path, entry, grids), dict[str, torch.Tensor]()
+    parts, tensors = _unpacked(path, entry, grids), dict[str, torch.Tensor]()
     for name, place in _in_order(parse_header(next(parts), path)):
         data, left = list[bytes](), place.size
         while left > 0:
             data.append(next(parts))
             left -= len(data[-1])
-        found[name] = _tensor(bytearray().join(data), place)
-    next(parts, None)  # sees that the hash is right
-    return found
+        tensors[name] = _tensor(bytearray().join(data), place)
+    next(parts, None)  # checks the hash
+    return tensors
 
 
 def _tensor(data: Any, place: Place) -> torch.Tensor:
-    """Return bytes as the tensor they are of."""
+    """Return bytes as a tensor."""
     return torch.from_numpy(np.frombuffer(data, np.uint8)).view(place.dtype).view(place.shape)
 
 
@@ -271,7 +271,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] not in FORMATS:
             raise InputError(
-                f"{folder} is a pack of format {manifest['format']}, this calmix reads up to "
+                f"{folder} is a pack of format {manifest['format']}, but this calmix reads up to "
                 f"{FORMATS[-1]}: unpack it with the version that made it"
             )
         for name in (*manifest["weights"], *manifest["files"]):
@@ -291,11 +291,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _write(
     source: Path, target: Path, tensors: Sequence[tuple[str, Place]], grids: Mapping[str, Grid],
-    pool: ThreadPoolExecutor, told: Callable[[int], None],
+    pool: ThreadPoolExecutor, tick: Callable[[int], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Pack a weight file; return what the manifest says of its tensors.
+    """Pack a weight file; return the manifest's entries for its tensors.
 
-    A safetensors file of bytes whose sizes are known only when they are written, its header last.
+    The sizes in the header are known only at the end, so the data goes to a temporary file first.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     header: dict[str, Any] = {"__metadata__": {"format": "calmix-pack"}}
@@ -326,7 +326,7 @@ def _write(
         for (tensor, place), (entry, parts) in zip(tensors, coded, strict=True):
             sizes = {kind: add(f"{tensor}|{kind}", one) for kind, one in parts.items()}
             entries[tensor] = entry | {"sizes": sizes}
-            told(place.size)
+            tick(place.size)
         file.write(with_length(header))
         data.seek(0)
         shutil.copyfileobj(data, file, length=1 << 22)
@@ -334,7 +334,7 @@ def _write(
 
 
 def _in_turn(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], T]], ahead: int) -> Iterator[T]:
-    """Yield what jobs return, in their order; `ahead` of them are at work or done."""
+    """Yield the results of jobs, in order; `ahead` of them are running or done."""
     waiting = [pool.submit(job) for job in islice(jobs, ahead)]
     while waiting:
         done = waiting.pop(0).result()
@@ -343,14 +343,14 @@ def _in_turn(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], T]], ahead: i
 
 
 def _in_order(places: Mapping[str, Place]) -> list[tuple[str, Place]]:
-    """Return the tensors of a file as their bytes lie."""
+    """Return the tensors of a file in the order of their bytes."""
     return sorted(places.items(), key=lambda item: (item[1].start, item[1].size))
 
 
 def _encoded(
     raw: Words, place: Place, grid: Grid | None, pool: ThreadPoolExecutor
 ) -> tuple[dict[str, Any], Parts]:
-    """Return what a tensor is stored as, and its parts."""
+    """Return a tensor's entry in the manifest, and its parts."""
     if grid is not None and (levels := _encoded_levels(raw, place, grid, pool)) is not None:
         return levels
     zeros = len(raw) - np.count_nonzero(raw)
@@ -358,14 +358,14 @@ def _encoded(
     chunks = [raw[at : at + CHUNK] for at in range(0, len(raw), CHUNK)]
     coded = pool.map(lambda chunk: _encode(chunk, masked, place.dtype), chunks)
     kinds = ["mask"] * masked + [str(plane) for plane in range(place.dtype.itemsize)]
-    parts = dict(zip(kinds, zip(*coded, strict=True), strict=False))  # none of what is empty
+    parts = dict(zip(kinds, zip(*coded, strict=True), strict=False))  # an empty tensor has no parts
     return {"count": len(raw), "mask": masked}, parts
 
 
 def _encoded_levels(
     raw: Words, place: Place, grid: Grid, pool: ThreadPoolExecutor
 ) -> tuple[dict[str, Any], Parts] | None:
-    """Return a tensor as the levels of its grid; None where too many weights are off the grid."""
+    """Return a tensor as the levels of its grid; None if too many weights are off the grid."""
 
     def read(rows: slice) -> tuple[Words, Words, int]:
         part = grid.part(rows)
@@ -405,12 +405,12 @@ def _spans(place: Place) -> list[slice]:
 
 
 def _words(values: torch.Tensor) -> Words:
-    """Return weights as words of their bits."""
+    """Return weights as unsigned integers with their bits."""
     return np.frombuffer(tensor_bytes(values), f"u{values.dtype.itemsize}")
 
 
 def _encode(chunk: Words, masked: bool, dtype: torch.dtype) -> list[bytes]:
-    """Return mask (if any) and planes of a chunk, each compressed where that helps."""
+    """Return mask (if any) and planes of a chunk, each compressed if that helps."""
     parts = []
     if masked:
         bits = chunk != 0
@@ -425,10 +425,10 @@ def _encode(chunk: Words, masked: bool, dtype: torch.dtype) -> list[bytes]:
 
 
 def _squeezed(part: Words) -> bytes:
-    """Return a zstandard frame if that is smaller, or the bytes look like one, else the bytes."""
-    made = zstandard.ZstdCompressor(compression_params=CODES).compress(part.data)
-    plain = len(made) >= HELPS * part.nbytes and part[:4].tobytes() != MAGIC
-    return part.tobytes() if plain else made
+    """Return a zstandard frame if that is smaller or the bytes look like one, else the bytes."""
+    frame = zstandard.ZstdCompressor(compression_params=CODES).compress(part.data)
+    plain = len(frame) >= HELPS * part.nbytes and part[:4].tobytes() != MAGIC
+    return part.tobytes() if plain else frame
 
 
 def _expanded(part: bytes, size: int) -> Words:
@@ -442,7 +442,7 @@ def _expanded(part: bytes, size: int) -> Words:
 def _unpacked(path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]) -> Iterator[bytes]:
     """Yield a packed file's original bytes: its header, then chunk by chunk in order.
 
-    Raises InputError where the file is cut or altered; of what its hash alone shows, at the end.
+    Raises InputError if the file is cut or altered; what only the hash shows is raised at the end.
     """
     try:
         held = read_header(path)
@@ -471,7 +471,7 @@ def _chunks(
     file: BinaryIO, held: Mapping[str, Place], name: str, place: Place, entry: dict[str, Any],
     grid: Grid | None,
 ) -> Iterator[Callable[[], bytes]]:  # fmt: skip
-    """Yield what makes the bytes of each chunk of a tensor."""
+    """Yield a function for each chunk of a tensor that decodes its bytes."""
 
     def read(kind: str, number: int) -> bytes:
         sizes = entry["sizes"][kind]
@@ -504,7 +504,7 @@ def _chunks(
         kept = count
         if masked:
             bits = np.unpackbits(_expanded(parts[0], -(-count // 8)), count=count).view(bool)
-            where = np.flatnonzero(bits)  # places are ten times as fast to fill as a mask
+            where = np.flatnonzero(bits)  # indices are ten times faster to fill than a mask
             kept = len(where)
         planes = np.empty((kept, width), np.uint8)
         for at, part in enumerate(parts[masked:]):

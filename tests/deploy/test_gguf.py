@@ -58,8 +58,8 @@ def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(
     like = "--like", quantised / "tiny.gguf"
     for model, more, says in (
         ("llama", (), "--to gguf needs a GGUF file of the same model"),
-        ("qwen", like, "is not of the same model as"),
-        ("wide", like, "is not of the same model as"),
+        ("qwen", like, "is not a file of the model"),
+        ("wide", like, "is not a file of the model"),
         ("llama", ("--like", tmp_path / "cut.gguf"), "cut.gguf"),
         ("llama", ("--like", tmp_path / "none.gguf"), "there is no model folder or .gguf file"),
         ("llama", ("--like", tmp_path / "qwen"), "is not a GGUF file"),

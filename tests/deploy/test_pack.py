@@ -112,19 +112,19 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(pruned, tmp_pa
                 act()
         assert not list(tmp_path.glob("*out*")), "nothing is left"
 
-    packed_as = "is not what it was packed as"
+    altered = "does not have its original content"
     for at in range(0, len(whole), len(whole) // 40):
-        refused(packed_as, whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :])
+        refused(altered, whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :])
     for at in (0, 7, len(whole) // 2, len(whole) - 1):
-        refused(packed_as, whole[:at])
+        refused(altered, whole[:at])
     for match, manifest in (
-        ("is a pack of format 3, this calmix reads up to 2", {"format": 3}),
+        ("is a pack of format 3, but this calmix reads up to 2", {"format": 3}),
         ("names a file outside the pack", {"files": {"a/../../evil": "0"}}),
         ("names a file outside the pack", {"files": {"/evil": "0"}}),
         ("lacks sub/model.safetensors", {"weights": {"sub/model.safetensors": {}}}),
         ("lacks gone.txt, which is part of the pack", {"files": {"gone.txt": "0"}}),
-        (packed_as, {"files": {"config.json": "0"}}),
-        (packed_as, {"weights": {"model.safetensors": {"packed": "0"}}}),
+        (altered, {"files": {"config.json": "0"}}),
+        (altered, {"weights": {"model.safetensors": {"packed": "0"}}}),
         ("is damaged", {"weights": 3}),
     ):
         refused(match, **manifest)
@@ -146,7 +146,7 @@ def test_levels_are_packed_and_come_back_to_the_bit(quantised, name, tmp_path, m
     assert all(torch.equal(dense[key], value) for key, value in loaded.items())
 
 
-def test_weights_that_have_left_the_grid_are_packed_as_they_are(quantised, tmp_path):
+def test_weights_that_have_left_the_grid_are_altered_they_are(quantised, tmp_path):
     model = shutil.copytree(quantised / "ecq", tmp_path / "model")
     for number, file in enumerate(sorted(model.glob("*.safetensors"))):
         weights = load_file(file)
@@ -165,7 +165,7 @@ def test_scales_of_another_pack_are_refused(quantised, tmp_path):
     entry = {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 1 << 62]}
     header = torch.frombuffer(bytearray(with_length({"a": entry})), dtype=torch.uint8)
     for _ in range(2):  # the second header asks for more bytes than there are
-        with pytest.raises(InputError, match="is not what it was packed as"):
+        with pytest.raises(InputError, match="does not have its original content"):
             load(tmp_path / "ecq")
         save_file({"header": header}, tmp_path / "ecq" / "calmix-scales" / scales.name)
     scales.unlink()
