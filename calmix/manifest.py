@@ -68,7 +68,7 @@ def read_sealed(path: Path, missing: str) -> dict[str, Any]:
     """Read a manifest and check its hash; InputError, with the text `missing` if there is none."""
     value = read_object(path, missing)
     if not seal_holds(value):
-        raise InputError(f"{path} is damaged or was edited: its hash does not match")
+        raise InputError(f"{path} is damaged or changed: its hash does not match")
     return value
 
 

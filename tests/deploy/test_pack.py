@@ -46,7 +46,7 @@ def test_a_model_comes_back_byte_for_byte_and_loads(pruned, tmp_path, calmix):
     assert (model.dtype, seen) == (torch.float32, [(1, 1)])
     assert torch.equal(model(ids).logits, dense(ids).logits)
     assert load(tmp_path / "pack", dtype=torch.bfloat16).dtype == torch.bfloat16
-    with pytest.raises(ModelError, match=r"is a pack: 'calmix export .* --to model"):
+    with pytest.raises(ModelError, match=r"is a pack: run 'calmix export .* --to model"):
         open_model(str(tmp_path / "pack"))
     assert "where weights are pruned" in calmix("export", pruned, "-o", tmp_path / "again").ok().out
     assert same(tmp_path / "pack", tmp_path / "again")

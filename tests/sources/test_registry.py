@@ -95,7 +95,7 @@ def test_a_wrong_file_of_sources(tmp_path):
 def test_the_folder_of_data_is_read_in_place_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
     monkeypatch.delenv("CALMIX_DATA", raising=False)
-    with pytest.raises(SourceError, match="CALMIX_DATA a folder with general/c4"):
+    with pytest.raises(SourceError, match="CALMIX_DATA to a folder with general/c4"):
         list(get_source("c4").documents())
     monkeypatch.setenv("CALMIX_DATA", str(tmp_path))
     with pytest.raises(SourceError, match=r"there is no file .*c4-train"):

@@ -111,8 +111,8 @@ class Sampler:
             place = torch.arange(at, device=self.device)[None]
             text = torch.where(place >= start, ids, ids.gather(1, start))
             logits = RepetitionPenaltyLogitsProcessor(request.repetition_penalty)(text, plain)
-        uniform, limits = self.uniform[:, at], {"top_k": request.top_k, "top_p": request.top_p}
-        sampled = sample(logits, self.temperatures, uniform, **limits)
+        uniform, k, p = self.uniform[:, at], request.top_k, request.top_p
+        sampled = sample(logits, self.temperatures, uniform, top_k=k, top_p=p)
         tokens = torch.where(given >= 0, given, sampled)
         self.nll[:, at] = plain.logsumexp(-1) - plain.gather(1, tokens[:, None])[:, 0]
         self.sampled[:, at] = torch.tensor([token < 0 for token in forced])
