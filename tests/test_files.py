@@ -1,4 +1,4 @@
-"""Where results may go, decided before the work; writing that a full disk or power loss ends."""
+"""Checks of output paths before the work, and writes interrupted by a full disk or power loss."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ def disk(tmp_path):
 
 @pytest.fixture
 def synced(monkeypatch):
-    """Names of what was synced, and `> NAME` of what was renamed to a name, in order."""
+    """Names of synced files, and `> NAME` for each rename to a name, in order."""
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("this system does not tell which file is synced")
     seen = []
@@ -89,7 +89,7 @@ def test_a_mount_point_is_refused_before_the_work(calmix, tiny_folder, disk, opt
 
 
 def killed(act, folder):
-    """Act in a fork that ends itself by SIGKILL."""
+    """Act in a fork that kills itself with SIGKILL."""
     ended = forks.run(act, folder / "log")
     assert ended.code == -signal.SIGKILL, ended.errors
     (folder / "log").unlink()
@@ -206,7 +206,7 @@ def test_a_place_that_takes_no_files_is_one_line(tmp_path):
             check_output_folder(Path(output))
     check_output_folder(tmp_path / "a" / "b")
     check_output_file(tmp_path / "c" / "d.json")
-    assert names(tmp_path) == ["circle", "file"]  # checking makes nothing
+    assert names(tmp_path) == ["circle", "file"]  # checking creates nothing
     with pytest.raises(InputError, match="not a regular file"):
         check_output_file(Path("/dev/null"), overwrite=True)
     with pytest.raises(InputError, match="is a file"):
@@ -251,7 +251,7 @@ def test_an_interrupt_at_a_rename_leaves_the_old_folder(tmp_path, monkeypatch, b
 
 
 class ForeignError(Exception):
-    """An exception of a library that is no OSError."""
+    """An exception of a library that is not an OSError."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Memory and cores are those of the process's control groups, where they are less."""
+"""Memory and cores are limited by the process's control groups."""
 
 import os
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ MIB = 2**20
 
 @pytest.fixture
 def groups(tmp_path, monkeypatch):
-    """Make up the files of control groups."""
+    """Fake the files of control groups."""
     monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(machine, "OWN", tmp_path / "own")
 
@@ -80,7 +80,7 @@ def test_threads_are_no_more_than_the_container_keeps_busy(groups, monkeypatch, 
 
 
 class Mark:
-    """An event of a device that is not there: marks are a second apart."""
+    """An event of a fake device: marks are a second apart."""
 
     made = 0
 

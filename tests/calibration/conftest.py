@@ -27,7 +27,7 @@ def opened(tiny_folder):
 
 @pytest.fixture
 def sources(tmp_path):
-    """Two JSON-lines sources of 60 documents of 40 to 99 bytes, in letters of their own."""
+    """Two JSON-lines sources of 60 documents of 40 to 99 bytes, with different letters."""
     found = {}
     for name, letters in (("lower", "abcdefgh"), ("upper", "ABCDEFGH")):
         found[name] = str(tmp_path / f"{name}.jsonl")

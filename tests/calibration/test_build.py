@@ -1,4 +1,4 @@
-"""Drawing calibration sets."""
+"""Building calibration sets."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def test_rows_are_of_name_and_seed_whatever_else_is_drawn(tmp_path, tiny, source
     moved = tmp_path / "elsewhere" / Path(sources["lower"]).name
     moved.parent.mkdir()
     shutil.copyfile(sources["lower"], moved)
-    monkeypatch.chdir(moved.parent)  # a file has the same wherever it lies
+    monkeypatch.chdir(moved.parent)  # the same for a file in any folder
     for name in (str(moved), f"./{moved.name}"):
         assert build(parse_mix(name), tiny, rows=4, length=32).sha256 == alone.sha256
     seeds = [build(mix_of(sources), tiny, rows=8, length=32, seed=n).sha256 for n in range(5)]

@@ -1,4 +1,4 @@
-"""What a user may write for a calibration set, and what comes of it."""
+"""The ways to specify a calibration set, and their results."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_names_mixes_and_yaml_files_agree(sources, tiny, tmp_path):
     assert torch.equal(by_file.ids, by_text.ids)
     assert by_file.counts == by_text.counts
     assert by_file.counts[lower] == 6
-    assert resolve(str(file), tiny, rows=4).rows == 4  # the command line comes first
+    assert resolve(str(file), tiny, rows=4).rows == 4  # the command line takes precedence
     with pytest.raises(InputError, match="257 is beyond the model's context of 256 tokens"):
         resolve(str(file), tiny, length=257)
     with pytest.raises(InputError, match="unknown option 'select'"):

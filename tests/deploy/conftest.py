@@ -1,4 +1,4 @@
-"""A model that was pruned, and models that were quantised, from a GGUF file."""
+"""A pruned model, and quantised models from a GGUF file."""
 
 import pytest
 
@@ -17,7 +17,7 @@ QUANTISED = {
 
 @pytest.fixture(scope="session")
 def pruned(tmp_path_factory):
-    """A tiny model of one block, six tenths of its weights zero."""
+    """A tiny model of one block with 60 % zeros."""
     folder = save_tiny_model(tmp_path_factory.mktemp("model") / "pruned", num_hidden_layers=1)
     opened = calmix.open_model(str(folder))
     pattern = calmix.Unstructured(0.6)
@@ -28,7 +28,7 @@ def pruned(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def quantised(tmp_path_factory):
-    """A folder with `tiny.gguf`, and models made of it: levels of half a byte, or a byte."""
+    """A folder with `tiny.gguf`, and models made from it with 4-bit and 8-bit levels."""
     folder = tmp_path_factory.mktemp("quantised")
     tiny_gguf(folder / "tiny.gguf")
     text = folder / "text.txt"

@@ -20,7 +20,7 @@ def own_cache(quantised, monkeypatch):
     ("name", "kind"), [("four", "Q4_0"), ("eight", "Q8_0"), ("joint", "Q4_0"), ("ecq", "F16")]
 )
 def test_a_file_has_the_levels_of_the_grid(quantised, name, kind, tmp_path):
-    """Types as asked for; transformers and the gguf library read the checkpoint's weights."""
+    """Types are as requested; transformers and the gguf library read the checkpoint's weights."""
     written = export(str(quantised / name), tmp_path / "out.gguf")
     assert written.types[kind] == 14 + (kind == "F16")
     assert written.ours == (0 if name == "ecq" else 14)

@@ -1,4 +1,4 @@
-"""Exports: what another engine computes is what the model does, and nothing else is written."""
+"""Exports: the other engine's predictions match the model's, or nothing is written."""
 
 import io
 import json
@@ -29,14 +29,14 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "
 
 @pytest.fixture(scope="module")
 def made(pruned, tmp_path_factory):
-    """Its export, by the command line, which says one line whatever the libraries have to say."""
+    """Its export by the command line, which prints one line whatever the libraries print."""
     output = tmp_path_factory.mktemp("made") / "export"
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         assert not app(
             ["export", str(pruned), "--to", "openvino", "-o", str(output)], standalone_mode=False
         )
     said = [one for one in err.getvalue().splitlines() if not one.startswith("export check, ")]
-    assert (said, out.getvalue().count("\n")) == ([], 1)  # progress is told where it takes long
+    assert (said, out.getvalue().count("\n")) == ([], 1)  # progress is shown only if it takes long
     assert "same first choice" in out.getvalue()
     return output
 

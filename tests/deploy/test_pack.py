@@ -1,4 +1,4 @@
-"""Packs: the same bytes again whatever the types, fewer of them, and nothing altered passes."""
+"""Packs: bytes are restored for every type, packs are smaller, and altered files are refused."""
 
 import filecmp
 import json
@@ -29,7 +29,7 @@ def same(one, two):
 
 
 def comes_back(model, folder):
-    """Pack and unpack a model, hold it against itself, and return what packing did."""
+    """Pack and unpack a model, compare the two, and return the result of packing."""
     made = pack(str(model), str(folder / "pack"), overwrite=True)
     assert unpack(str(folder / "pack"), str(folder / "back"), overwrite=True) == made.dense
     assert same(model, folder / "back")
@@ -38,7 +38,7 @@ def comes_back(model, folder):
 
 def test_a_model_comes_back_byte_for_byte_and_loads(pruned, tmp_path, calmix):
     before, after = comes_back(pruned, tmp_path).sparse
-    assert after < 0.5 * before  # tiny tensors: the masks and planes of a real one are in docs
+    assert after < 0.5 * before  # tiny tensors; docs have real figures
     dense, seen = open_model(str(pruned)).model, []
     model = load(str(tmp_path / "pack"), progress=lambda *of: seen.append(of))
     use_own_attention(model)
@@ -94,7 +94,7 @@ def test_every_type_and_value_survives(data, tmp_path_factory):
     (folder / "model" / "config.json").write_text("{}", encoding="utf-8")
     save_file(tensors, folder / "model" / "model.safetensors")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(packed, "CHUNK", 16)  # several chunks a tensor
+        patched.setattr(packed, "CHUNK", 16)  # several chunks per tensor
         comes_back(folder / "model", folder)
 
 
@@ -132,7 +132,7 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(pruned, tmp_pa
 
 @pytest.mark.parametrize("name", ["ecq", "eight", "joint"])
 def test_levels_are_packed_and_come_back_to_the_bit(quantised, name, tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "CHUNK", 500)  # several chunks a tensor
+    monkeypatch.setattr(packed, "CHUNK", 500)  # several chunks per tensor
     model = quantised / name
     comes_back(model, tmp_path)
     entries = json.loads((tmp_path / "pack" / PACK).read_text())["weights"]

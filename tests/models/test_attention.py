@@ -1,4 +1,4 @@
-"""Attention in slices and the reserved cache against transformers' own."""
+"""Sliced attention and the reserved cache, compared with transformers' own."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from calmix.models.attention import (
 from tests.tiny import ARCHITECTURES, quick, tiny_ids, tiny_model
 
 FEW = "llama", "bloom", "gemma4_text", "gpt2", "falcon"
-OTHERS = "bloom", "falcon", "gemma2"  # do not attend by transformers' interface, or not by sdpa
+OTHERS = "bloom", "falcon", "gemma2"  # do not use transformers' attention interface, or not sdpa
 SHAPES = [  # rows, heads, key heads, positions, tokens, width, value width
     (3, 6, 2, 150, 150, 16, 16), (2, 4, 4, 64, 64, 8, 12), (5, 4, 1, 33, 90, 16, 16),
 ]  # fmt: skip
@@ -26,7 +26,7 @@ SHAPES = [  # rows, heads, key heads, positions, tokens, width, value width
 
 @pytest.fixture
 def slices(monkeypatch):
-    """What is attended to in slices, and slices of few lines and rows."""
+    """The calls that use slices, with slices of few positions and rows."""
     seen = []
 
     def watch(query, *rest):
@@ -40,7 +40,7 @@ def slices(monkeypatch):
 
 
 def masks(rows, positions, tokens):
-    """A sliding window of 20, the same for all rows, and windows of each row's own."""
+    """A sliding window of 20 for all rows, and different windows per row."""
     at, of = torch.arange(positions)[:, None] + tokens - positions, torch.arange(tokens)
     widths = 20 + 7 * torch.arange(rows)[:, None, None]
     same = ((of <= at) & (of > at - 20)).expand(rows, 1, positions, tokens)
@@ -50,7 +50,7 @@ def masks(rows, positions, tokens):
 
 
 def torchs(query, key, value, mask, scale=None):
-    """PyTorch's attention, each query head by itself."""
+    """PyTorch's attention, one query head at a time."""
     shared = query.shape[1] // key.shape[1]
     wide = [x.repeat_interleave(shared, 1) for x in (key, value)]
     made = F.scaled_dot_product_attention(
@@ -60,7 +60,7 @@ def torchs(query, key, value, mask, scale=None):
 
 
 def there_and_back(attend, given, *how, back=None):
-    """The outcome, and the gradients of what was given."""
+    """The output, and the gradients of the inputs."""
     leaves = [one.clone().requires_grad_() for one in given]
     made = attend(*leaves, *how)
     made.backward(torch.ones_like(made) if back is None else back)
@@ -126,7 +126,7 @@ def test_models_compute_what_they_did_there_and_back_and_token_by_token(kind, sl
 
 @torch.no_grad()
 def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch, slices):
-    """All as transformers has it; three key heads for nine query heads."""
+    """The same as transformers, with three key heads for nine query heads."""
     module = torch.nn.Module()
     module.num_key_value_groups = 3
     key, value = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
@@ -143,10 +143,10 @@ def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch
         (module, one, None, {}, True, False),
         (module, several, None, {}, False, True),
         (encoder, several, None, {}, False, False),
-        (module, several, both, {}, False, False),  # a mask alone makes it no decoder's
-        (module, several[:, :, :5], None, {}, False, False),  # whose tokens these are is unknown
+        (module, several, both, {}, False, False),  # with only a mask it is not causal
+        (module, several[:, :, :5], None, {}, False, False),  # positions of the queries are unknown
         (module, several, None, {"is_causal": False}, False, False),
-        (module, several, torch.zeros(2, 9, 7, 7), {}, False, False),  # a mask for every head
+        (module, several, torch.zeros(2, 9, 7, 7), {}, False, False),  # one mask per head
     )):  # fmt: skip
         wanted, _ = sdpa_attention_forward(who, query, key, value, mask, scaling=0.5, **how)
         seen.clear()
@@ -163,7 +163,7 @@ def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch
 
 
 def test_opened_models_alone_have_it(tmp_path, tiny_folder, slices):
-    """Their attention keeps its name; other models of the process, and copies saved, do not."""
+    """Their attention keeps its name; other models of the process, and saved copies, do not."""
     opened = open_model(str(tiny_folder))
     assert opened.model.config._attn_implementation == "sdpa"
     ids = tiny_ids(2, 24)
@@ -173,7 +173,7 @@ def test_opened_models_alone_have_it(tmp_path, tiny_folder, slices):
     eager.set_attn_implementation("eager")
     eager(ids)
     assert not slices
-    # DeepSeek V3.2 attends to `index_topk` tokens where its attention is one it knows.
+    # DeepSeek V3.2 attends to `index_topk` tokens if it knows the attention.
     knowing = tiny_model("deepseek_v32", index_topk=4)
     wanted = knowing(ids).logits
     use_own_attention(knowing)

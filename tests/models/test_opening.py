@@ -1,4 +1,4 @@
-"""Opening a model by any of its names, and what cannot be opened."""
+"""Opening a model by every kind of name, and models that cannot be opened."""
 
 import hashlib
 import json
@@ -97,7 +97,7 @@ def test_names_folders_and_files_that_are_no_model_to_use(tmp_path, tiny_folder)
 def test_weights_that_are_there_twice_are_fetched_read_and_hashed_once(
     tiny_folder, tmp_path, monkeypatch
 ):
-    """Mistral puts its own form beside the shards."""
+    """Mistral's own format is beside the shards."""
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     before = open_model(str(folder)).fingerprint
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
@@ -135,8 +135,8 @@ def test_all_models_are_looked_for_before_one_is_fetched(tiny_folder, monkeypatc
 
 
 def test_several_that_want_a_gguf_file_dequantise_it_once(tmp_path, monkeypatch):
-    """The second takes what the first has made; what a killed process has left goes, and of a file
-    that is none nothing stays."""
+    """The second call uses the first's result; leftovers of a killed process are removed, and a bad
+    file leaves nothing."""
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     (file := tmp_path / "model.gguf").write_bytes(b"GGUF but not really")
     key = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
@@ -159,7 +159,7 @@ def test_several_that_want_a_gguf_file_dequantise_it_once(tmp_path, monkeypatch)
 
 
 def test_ids_are_looked_at_only_where_a_tokenizer_could_give_wrong_ones(tmp_path, tiny_folder):
-    """Looking makes the host wait for a device in every pass."""
+    """Checking makes the host wait for the device in every pass."""
     opened = open_model(str(tiny_folder))
     assert not opened.model.get_input_embeddings()._forward_pre_hooks
     small = open_model(str(save_tiny_model(tmp_path / "model", vocab_size=200))).model
@@ -188,7 +188,7 @@ def test_a_builtin_model_is_put_together_from_its_parts(name, tmp_path):
         next_id = int(opened.model(**ids).logits[0, -1].argmax())
     assert opened.tokenizer.decode([next_id]).strip() == follows
     if name == "smollm2-135m":
-        # As its description says: of 32 weights in a row, no more than sixteen values.
+        # As its description says: 32 consecutive weights have at most sixteen values.
         weight = opened.model.model.layers[7].mlp.down_proj.weight
         assert max(len(group.unique()) for group in weight[:8].reshape(-1, 32)) <= 16
         opened.model.save_pretrained(tmp_path)
@@ -197,8 +197,8 @@ def test_a_builtin_model_is_put_together_from_its_parts(name, tmp_path):
 
 
 def test_the_output_head_is_given_whole_inputs(tmp_path):
-    """Of the last positions of a batch torch's product would copy its weights for every row, and of
-    one row it would be slow."""
+    """With a batch's last positions torch would copy the weights for every row, and one row would
+    be slow."""
     model = open_model(str(save_tiny_model(tmp_path / "model"))).model
     seen = []
     model.lm_head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))

@@ -275,7 +275,7 @@ def piece_by_piece():
         (None, None, 0.5, InputError, "^sparsegpt needs calibration ids"),
         (None, torch.zeros(3, dtype=torch.int64), 0.5, InputError, "needs calibration ids"),
         (None, out_of_vocabulary(-1), 0.5, ModelError, r"no embedding for token id -1 \(the last"),
-        (None, out_of_vocabulary(320), 0.5, ModelError, r"no embedding for token id 320 \(the last"),
+        (None, out_of_vocabulary(320), 0.5, ModelError, r"no embedding for token id 320 \(the"),
         (None, tiny_ids(), "2:5", InputError, "does not divide"),
         (None, tiny_ids(), "half", InputError, "neither a sparsity"),
         (None, tiny_ids(), {"x": 0.5}, InputError, "the pattern names 'x', which is not a layer"),

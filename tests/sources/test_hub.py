@@ -1,4 +1,4 @@
-"""Hub sources, read from folders of the same shape in place of the hub."""
+"""Hub sources, read from folders of the same layout instead of the hub."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from calmix.errors import SourceError
 from calmix.sources import builtin_sources
 from calmix.sources.readers import HubText
 
-# A row of each data set that has more than a text, as its card shows it, and what is read of it.
+# A row of each data set with more fields than text, as on its card, and the text read from it.
 CHOICES = {
     "id": "1", "question": "What is wet?", "answerKey": "B",
     "choices": {"label": ["A", "B"], "text": ["fire", "water"]},

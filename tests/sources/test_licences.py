@@ -1,4 +1,4 @@
-"""Licences: what each lets one do, that everything builtin has one, and sets of permissive text."""
+"""Licences: what each permits, that everything builtin has one, and sets of permissive text."""
 
 import json
 

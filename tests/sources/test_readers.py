@@ -30,7 +30,7 @@ def texts(path, **more):
 
 
 def write(folder, files):
-    """Write files by name: bytes, text, or rows in the form of the ending."""
+    """Write files by name: bytes, text, or rows in the format of the ending."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def test_generated_text_does_not_depend_on_the_hash_seed_of_the_process(capsys):
 
 
 def test_items_are_split_by_their_number(monkeypatch):
-    """Odd and even items go by `number`, and `apart` keeps away from the other side."""
+    """`number` decides which items are odd, and `apart` drops overlaps with the other half."""
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     texts = [" ".join(words[n:] + words[:n]) for n in range(4)] + [" ".join(words) + " nine"]
     rows = [{"doc_id": 2 * n, "doc": {"n": n, "text": text}} for n, text in enumerate(texts)]
@@ -222,7 +222,7 @@ def test_a_template_is_filled_and_paragraphs_of_empty_fields_are_left_out():
         "{instruction}\n\n{none}\n\n{a.b}": "Add.\n\nx",
         "Note\n\n{a.b}": "Note\n\nx",
         "{body.text}": "he",  # a field's own name comes before a path
-        "{maths}": "{b} \\frac{1}{2}",  # what was filled in is not scanned again
+        "{maths}": "{b} \\frac{1}{2}",  # filled-in text is not scanned again
     }.items():
         assert fill(template, row) == text
     assert lookup(row, "turns.*.say") == ["hi", "ho"]

@@ -1,4 +1,4 @@
-"""The registry: builtin entries, the user's own, and what a name may mean."""
+"""The registry: builtin entries, the user's own, and the meanings of a name."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_builtin_entries_are_complete():
 
 
 def test_what_the_suite_may_score_is_left_out():
-    """The suite takes even items of these; a source of the same data set must keep away."""
+    """The suite has the even items of these; a source of the same data set must not use them."""
     shared = ("piqa", "socialiqa", "lambada", "sciq", "hellaswag", "mbpp", "jeopardy")
     never = ("gsm8k", "codex_humaneval", "minerva_math_500", "mmlu", "basic_skills", "arc_",
              "csqa", "winogrande", "openbookqa", "boolq")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Conversations the model writes, alone and as a part of a mix."""
+"""Conversations written by the model, alone and as part of a mix."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The generators: their settings reach the sampler, and each step does what it says."""
+"""The generators: settings reach the sampler, and every step works as documented."""
 
 import itertools
 import json
@@ -25,8 +25,8 @@ LOOP = (1, 2) * 8
 
 @pytest.fixture
 def made(opened, monkeypatch, tmp_path):
-    """Make a set of 8 rows of 32 tokens from a stand-in for writing: random tokens, and what
-    `fill` does to them. Requests are noted in `made.requests`."""
+    """Make a set of 8 rows of 32 tokens with a fake writer: random tokens, changed by `fill`.
+    Requests are collected in `made.requests`."""
     path = tmp_path / "prompts.yaml"
     path.write_text("x: [{text: a}, {text: bc}]\ny: [{text: d}]\n", encoding="utf-8")
 
@@ -89,7 +89,7 @@ def test_dimensions_have_temperatures_and_only_prompts_that_leave_half_of_a_piec
     assert found.manifest["temperature"] == {"x": 0.5, "y": 0.9}
     assert made.requests[0].temperatures[:2] == [0.5, 0.9]
     lengths = [{len(row[0]) for row in made.requests[0].openers[at::2]} for at in (0, 1)]
-    assert lengths == [{3}, {12}]  # of y none does: the shortest
+    assert lengths == [{3}, {12}]  # none of y fits: the shortest
 
 
 def test_what_loops_is_written_anew_unless_it_is_allowed(made):
@@ -204,7 +204,7 @@ HEADED = (
 
 
 def chat_tokenizer(template, bos, eos, *others):
-    """The tiny tokenizer made one of chats."""
+    """The tiny tokenizer with a chat template."""
     tokenizer = tiny_tokenizer()
     given = [token for token in (bos, eos) if token is not None]
     tokenizer.add_special_tokens({"additional_special_tokens": [*others, *given]})
@@ -309,7 +309,7 @@ def test_prompts_may_be_the_users_own(calmix, tiny_folder, text_file, tmp_path):
 
 
 def defined(ids, rows, groups, nll, tokens):
-    """J as it is defined."""
+    """J by its definition."""
     logs = []
     for name in dict.fromkeys(groups[row] for row in rows):
         own = [row for row in rows if groups[row] == name]

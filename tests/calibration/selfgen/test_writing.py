@@ -1,4 +1,4 @@
-"""Sampling and writing rows: openers, restarts, seeds a row, the cache, what memory allows."""
+"""Sampling rows: openers, restarts, a seed per row, the cache, and the limits of memory."""
 
 import contextlib
 import dataclasses
@@ -45,7 +45,7 @@ def test_draws_follow_the_distribution_transformers_would_sample_from(temperatur
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     tokens = sample(LOGITS.expand(count, -1), torch.full((count,), temperature), uniform, **cut)
     found = torch.bincount(tokens, minlength=LOGITS.shape[1]) / count
-    scores = LOGITS / temperature  # and what transformers' warpers leave, in their order
+    scores = LOGITS / temperature  # after transformers' warpers, in their order
     if "top_k" in cut:
         scores = TopKLogitsWarper(cut["top_k"])(None, scores)
     if "top_p" in cut:
@@ -57,7 +57,7 @@ def test_a_token_without_probability_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
     uniform = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert sample(logits, torch.ones(4), uniform).tolist() == [1, 1, 3, 3]
-    uniform = torch.full((2,), 0.999, dtype=torch.float64)  # rows have temperatures of their own
+    uniform = torch.full((2,), 0.999, dtype=torch.float64)  # rows have different temperatures
     assert sample(LOGITS.expand(2, -1), torch.tensor([0.01, 100.0]), uniform).tolist() == [0, 5]
 
 
