@@ -163,7 +163,7 @@ def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch
 
 
 def test_opened_models_alone_have_it(tmp_path, tiny_folder, slices):
-    """Their attention keeps its name; other models of the process, and saved copies, do not."""
+    """Other models of the process, and those with eager attention, keep transformers' own."""
     opened = open_model(str(tiny_folder))
     assert opened.model.config._attn_implementation == "sdpa"
     ids = tiny_ids(2, 24)
