@@ -318,7 +318,7 @@ def _holds_mount(path: Path) -> bool:
 
 
 def give_back(lock: BaseFileLock) -> None:
-    """Release a lock after deleting its file, which nobody else can hold until then."""
+    """Delete the file of a lock while nobody else can hold it, and release the lock."""
     if lock.is_locked:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
