@@ -207,7 +207,7 @@ def check_request(
 ) -> None:
     """Check a request to `predict` without the model."""
     if every < 1:
-        raise InputError(f"--every {every} is not positive")
+        raise InputError(f"--every must be at least 1, not {every}")
     chosen = get_method(method)
     if chosen.needs is None:
         raise InputError(f"method {chosen.name} uses no calibration text: all sets are equal")

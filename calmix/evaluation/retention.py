@@ -190,12 +190,13 @@ def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> N
     names = [task.name for task in dense], [task.name for task in pruned]
     if names[0] != names[1]:
         odd = sorted(set(names[0]) ^ set(names[1])) or names[1]
-        raise InputError(f"the two models were scored on different tasks (first: {odd[0]})")
+        raise InputError(f"the two models were scored on different tasks (first: {odd[0]}): "
+                         "evaluate both on the same suite")  # fmt: skip
     for before, after in zip(dense, pruned, strict=True):
         if (before.items, before.bytes, before.metric) != (after.items, after.bytes, after.metric):
             raise InputError(
                 f"the two models were scored on different items of task {before.name} "
-                f"({len(before.items)} and {len(after.items)})"
+                f"({len(before.items)} and {len(after.items)}): evaluate both again"
             )
 
 

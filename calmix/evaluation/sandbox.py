@@ -124,4 +124,5 @@ def check_sandbox() -> None:
     """Raise an `InputError` if a correct program fails here or a wrong one passes."""
     reason = failure("import math, collections\nassert math.gcd(4, 6) == 2\n")
     if reason or not failure("assert 1 == 2\n"):
-        raise InputError(f"generated code cannot be run here: {reason or 'nothing fails'}")
+        raise InputError(f"generated code cannot be run here ({reason or 'nothing fails'}): "
+                         "leave out --allow-code-execution")  # fmt: skip

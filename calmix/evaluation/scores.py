@@ -130,7 +130,7 @@ def load_pairs(files: Sequence[Path]) -> list[tuple[CapabilityScores, Capability
     for path in files:
         dense, scores = load_pair(path)
         if dense is None:
-            raise InputError(f"{path} was scored without a dense model: evaluate with --against")
+            raise InputError(f"{path} was scored without a dense model: add --against DENSE")
         pairs.append((dense, scores))
         if len({(one.fingerprint, other.fingerprint) for one, other in pairs}) > 1:
             raise InputError(

@@ -79,7 +79,7 @@ def run_study(
     names: dict[str, str] = {}
     for trial in resolved:
         if (first := names.setdefault(trial.id, trial.label)) != trial.label:
-            raise InputError(f"'{first}' and '{trial.label}' are the same trial: name it once")
+            raise InputError(f"'{first}' and '{trial.label}' are the same trial: remove one")
     store = store_of(path, study, resolved)
     stale = [e.label for e in before if e.id not in names and store.state(e.id) == "finished"]
     if stale:
@@ -204,8 +204,7 @@ def on_ray(
         try:
             ray.init(address=address or "local", **start)
         except Exception as error:  # Ray raises many kinds
-            line = f"Ray does not start ({first_line(error)}): check --address"
-            raise InputError(line) from error
+            raise InputError(f"cannot start Ray ({first_line(error)}): check --address") from error
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             any_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)

@@ -213,8 +213,7 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
         draw = {"licence": file.licence, **entry.given()}
         check(["calibrations", label], ask, entry.written, sources=own, **draw)
     if NONE in file.calibrations:
-        line = f"'{NONE}' is reserved for methods without calibration: rename it"
-        wrong(["calibrations", NONE], line)
+        wrong(["calibrations", NONE], f"'{NONE}' is reserved for no calibration set: rename it")
     if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
         wrong(["methods"], "the grid has no trials: name at least one, e.g. wanda: [0.5]")
     grids: list[tuple[list[Any], Any]]

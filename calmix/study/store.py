@@ -182,7 +182,7 @@ def open_store(path: Path) -> Store:
         for entry in (path / part, *(path / part).glob("*")):
             if entry.is_symlink() and not entry.resolve().is_relative_to(path.resolve()):
                 raise InputError(f"{entry} is a link out of the store: replace it by its target")
-    return Store(path, _read(path / INDEX, Index, "run the study into another folder"))
+    return Store(path, _read(path / INDEX, Index, "run the study in another folder"))
 
 
 def check_folder(path: Path, inputs: Iterable[object]) -> list[Entry]:

@@ -37,7 +37,7 @@ def test_tasks_and_dimensions_without_signal_do_not_count():
 def test_other_tasks_or_items_are_refused():
     a, b, c = (right(5, 10, name=name) for name in "abc")
     for dense, pruned, first in (([a], [b], "a"), ([c, b], [c], "b"), ([a, b], [b, a], "b")):
-        with pytest.raises(InputError, match=rf"different tasks \(first: {first}\)$"):
+        with pytest.raises(InputError, match=rf"different tasks \(first: {first}\): eval"):
             retention(dense, pruned)
     for act in (retention, flips):
         with pytest.raises(InputError, match=r"different items of task quiz \(10 and 20\)"):
