@@ -1,4 +1,4 @@
-"""Studies made up from known effects, for what only reads results."""
+"""Studies made up from known effects, for code that only reads results."""
 
 import math
 import zlib
@@ -19,7 +19,7 @@ SOURCES = (
     "procedures", "social", "python-stdlib", "code-compiled", "code-scripting",
     "python-exercises", "math-solutions", "word-problems",
 )  # fmt: skip
-COUNT = 40  # of a task
+COUNT = 40  # items of a task
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def study(plan, **changes):
 
 
 def scores(task, of):
-    """Return a task's scores by the dense model, or by a trial's, with exactly its retention.
+    """Return a task's scores by the dense model, or by a trial's with exactly its retention.
 
     Tasks on `_a` are multiple choice, of which 0.9 times the retention of probabilities is kept in
     accuracy; others are texts. An item is off its task's retention by a part that all calibration
@@ -169,7 +169,7 @@ def trial(calibration, strategy, method, pattern, seed, kept, information=None, 
         "strategy": strategy,
         "method": method,
         "pattern": pattern,
-        # As reached: a share of whole weights, never quite the one asked for.
+        # As achieved: a whole number of weights, never exactly the request.
         "sparsity": (float(pattern.rstrip("%")) / 100 if pattern.endswith("%") else 0.5) + 2e-6,
         "propagation": "layer",
         "rows": 64,
@@ -195,7 +195,7 @@ def interval(value, half=0.04):
 
 
 def save(results, folder):
-    """Write results as the store of a study that ran, calibration sets left out."""
+    """Write results as the store of a finished study, without calibration sets."""
     suite = {"hash": "h", **results.suite}
 
     def keep(model, tasks, path, distance=None):

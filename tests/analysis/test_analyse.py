@@ -37,11 +37,11 @@ def test_everything_is_written_and_the_same_every_time(tmp_path):
 
 
 def test_a_store_gives_the_analysis_of_its_results(tmp_path):
-    """The study's dense scores are those that most trials name, whatever the order."""
+    """A study uses the dense scores that most trials refer to, whatever the order."""
     results = study(full_plan(seeds=(0, 1), conditions=[("wanda", "50%")]))
     place = save(results, tmp_path / "once")
     assert analyse(read_results(place), QUICK).to_dict() == analyse(results, QUICK).to_dict()
-    name = results.trials[0].id  # ran on another processor
+    name = results.trials[0].id  # as if run on another processor
     (place / "dense/other.json").write_bytes((place / f"trials/{name}/scores.json").read_bytes())
     path = place / f"trials/{name}/result.json"
     path.write_text(path.read_text().replace('"dense": "d0"', '"dense": "other"'))
@@ -127,7 +127,7 @@ def test_the_recommendation_follows_the_weights_and_tells_its_doubt():
         if wanted == "coder":
             value = 0.75 * 0.8 + 0.25 * 0.3 + 0.01
             assert best.total.value == pytest.approx(value, abs=1e-4)
-            # By three sets of unlike retention hardly anything is drawn to their mean.
+            # Three sets of different retention are hardly shrunken to their mean.
             assert value - 0.01 < best.shrunken.value < best.total.value
 
 

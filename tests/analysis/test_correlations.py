@@ -61,7 +61,7 @@ def test_kl_that_orders_as_retention_does_is_said_to():
            if one.distance and one.calibration == first.ranking[0].calibration]  # fmt: skip
     kept = first.ranking[0].distance
     assert kept["kl"]["total"] == pytest.approx(np.mean([one["total"]["kl_mean"] for one in own]))
-    assert kept["flips"]["code"] == 1  # no made-up item is as right as it was
+    assert kept["flips"]["code"] == 1  # every made-up item differs from the dense one
     found = {one.quantity: one for one in first.agreements}
     assert list(found) == ["total", "general", "commonsense", "code", "math"]
     assert (found["total"].n, found["total"].rho) == (16, pytest.approx(-1))

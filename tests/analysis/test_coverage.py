@@ -28,7 +28,7 @@ RESAMPLES = 200
 
 @dataclass(frozen=True)
 class Truth:
-    """Draws of each set, what each keeps of every task, and the four standard deviations."""
+    """Seeds of each set, their retention of every task, and the four standard deviations."""
 
     draws: tuple[int, ...] = (3, 2, 1, 3, 1, 2, 1, 3)
     kept: float | np.ndarray = 0.5
@@ -36,11 +36,11 @@ class Truth:
     own_items: float = 0.15
     draw: float = 0.02
     draw_items: float = 0.15
-    others: int = 0  # of the sets, the last so many are no single sources
+    others: int = 0  # number of sets, at the end, that are not single sources
 
 
 def made(truth, rng):
-    """Return a study's cells, and what its sets would keep of these items over all draws."""
+    """Return a study's cells, and its sets' expected retention of these items over all seeds."""
     count = len(truth.draws)
     trials = [(f"s{at}", seed) for at, draws in enumerate(truth.draws) for seed in range(draws)]
     of = np.repeat(range(count), truth.draws)
@@ -58,7 +58,7 @@ def made(truth, rng):
         items[at] = each, whole
         expected.append(of_set.sum(1) / whole.sum())
     singles = count - truth.others
-    nothing = np.zeros((count, 0))  # what is not looked at
+    nothing = np.zeros((count, 0))  # unused
     sets = tuple(
         SimpleNamespace(calibration=f"s{at}", strategy="single" if at < singles else "mix")
         for at in range(count)
@@ -75,20 +75,20 @@ def studies(truth, times, seed=0):
 
 
 def slack(times, share=0.05):
-    """Three standard errors of a share in so many studies."""
+    """Three standard errors of a proportion over this many studies."""
     return 3 * math.sqrt(share * (1 - share) / times)
 
 
 CASES = quick(
     [Truth(), Truth(draws=(2, 1, 1, 1, 2, 1), draw=0.04)],  # the usual, and two degrees of freedom
-    [Truth(draws=(3,) * 6, draw_items=0.6, own_items=0.05, draw=0.0),  # draws move items alone
+    [Truth(draws=(3,) * 6, draw_items=0.6, own_items=0.05, draw=0.0),  # seeds change single items
      Truth(draws=(2, 2, 1, 1), own_items=0.6, draw=0.01)],  # items matter most
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("truth", CASES)
 def test_intervals_cover_the_truth_as_often_as_they_say(truth):
-    """Never less often than 95 %; more often only as far as 98.5 %."""
+    """Coverage is at least 95 % and at most 98.5 %."""
     times, inside = 200, {name: [] for name in ("one", "one, draws", "gap", "gap, draws")}
     for found, expected in studies(truth, times):
         for quantity in (0, 1, 3):
@@ -104,7 +104,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(truth):
 
 
 def test_among_equal_sets_no_more_is_claimed_than_the_level_allows():
-    """Mixes, the best source (picked by its numbers) and the mean of the sources, all alike."""
+    """Mixes, the best source (picked by its values) and the mean of the sources are all equal."""
     times, claimed, found_at_all, drawn_at_all = 60, [], [], []
     truth = Truth(draws=(1, 2, 1, 2, 1, 3, 3, 2), others=3)
     for found, _ in studies(truth, times, seed=1):
@@ -119,7 +119,7 @@ def test_among_equal_sets_no_more_is_claimed_than_the_level_allows():
 
 
 def test_the_one_that_was_picked_is_not_favoured():
-    """The raw total of the highest of 12 sources lies too high, the shrunken one does not."""
+    """The raw total of the best of 12 sources is biased upwards, the shrunken one is not."""
     rng = np.random.default_rng(4)
     for spread in (0.0, 0.03):
         raw, drawn = [], []
@@ -130,7 +130,7 @@ def test_the_one_that_was_picked_is_not_favoured():
             found = joint(cells, resamples=20, seed=number % 8)
             weight = np.eye(7)[0]
             best = int(found.values[:, 0].argmax())
-            centre = expected[:, 0].mean() - level.mean()  # what these items do to all
+            centre = expected[:, 0].mean() - level.mean()  # the common effect of these items
             real = level[best, 0] + centre
             raw.append(found.values[best, 0] - real)
             drawn.append(shrink(found, weight)[0][best] - real)

@@ -23,7 +23,7 @@ def gap(found, left, right, quantity=TOTAL):
 
 
 def test_a_difference_of_seeds_is_students_t_of_the_pooled_spread():
-    """One mean of 3 seeds less 16 such means, by the spread of all sets over their seeds."""
+    """One mean of 3 seeds minus 16 such means, with the pooled standard deviation of a seed."""
     found = analyse(study(full_plan(conditions=SPARSE)), EXACT).conditions[0]
     one = gap(found, "mix-8", SINGLES, "code").gap
     quantity = found.cells.quantities.index("code")
@@ -42,7 +42,7 @@ def test_a_difference_of_seeds_is_students_t_of_the_pooled_spread():
 
 
 def test_sets_of_few_seeds_are_compared_by_the_pooled_spread_or_about_items_alone():
-    """As in a study that spends its seeds where they matter: sources once, mixes three times."""
+    """As in a study with one seed for sources and three for mixes."""
     whole = study(full_plan(conditions=SPARSE))
     for single, freedom, missing in ((True, 0, 0), (False, 12, 32)):
         kept = tuple(one for one in whole.trials
@@ -57,7 +57,7 @@ def test_sets_of_few_seeds_are_compared_by_the_pooled_spread_or_about_items_alon
 
 
 def test_the_worst_dimension_of_the_picked_source_is_by_its_own_numbers():
-    """Wholly shrunken to the mean of the sources, code would be its worst; it is not."""
+    """If fully shrunken to the mean of the sources, its worst would be code; it is not."""
     own = {"a": (0.5, 0.9), "b": (0.9, 0.1), "c": (0.9, 0.1), "m": (0.7, 0.71)}
     trials = tuple(
         trial(name, "mix" if name == "m" else "single", *SPARSE[0], seed,
@@ -68,7 +68,7 @@ def test_the_worst_dimension_of_the_picked_source_is_by_its_own_numbers():
     worst, general, code = (
         gap(found, "m", f"{BEST}a", quantity).gap.value for quantity in (WORST, "general", "code")
     )
-    assert general < 0 < code  # of the shrunken numbers
+    assert general < 0 < code  # of the shrunken values
     assert worst == pytest.approx(general)
 
 
@@ -78,7 +78,7 @@ def test_leads_grow_with_sparsity_as_planted():
     found = analyse(results, QUICK)
     leads = [gap(each, "mix-8", SINGLES).gap.value for each in found.conditions]
     (growth,) = [one for one in found.gains if (one.calibration, one.quantity) == ("mix-8", TOTAL)]
-    # Patterns of N in M are no point on the axis of sparsity.
+    # N:M patterns do not count as sparsities.
     assert (growth.by, growth.less, growth.more, growth.over) == (
         "sparsity", "SparseGPT 30%", "SparseGPT 60%", SINGLES,
     )  # fmt: skip
@@ -88,7 +88,7 @@ def test_leads_grow_with_sparsity_as_planted():
 
 
 def test_accuracy_is_read_beside_the_primary_scores():
-    """The made-up tasks keep 0.9 of that in accuracy; texts have none."""
+    """The made-up tasks keep 0.9 times as much in accuracy; texts have none."""
     results = study(Plan(seeds=(0,), sources=("a", "b")))
     found, by_accuracy = (
         {one.calibration: one for one in analyse(results, settings).conditions[0].ranking}
@@ -101,7 +101,7 @@ def test_accuracy_is_read_beside_the_primary_scores():
 
 
 def test_bits_per_byte_resample_as_the_ratio_they_are():
-    """The paper's ratio of bits has the trial's own bits below: its interval is the ratio's."""
+    """The paper's ratio divides by the trial's own bits; the interval is that of the ratio."""
     results = study(Plan(seeds=(0,), sources=("a",)))
     only, by_ratio = results.trials[0], EXACT.model_copy(update={"measure": "ratio"})
     ours = analyse(results, by_ratio).conditions[0].ranking[0].tasks["code_b"]
@@ -131,7 +131,7 @@ def test_conditions_are_named_by_what_differs():
 
 MADE = {"prose": "single", "code": "single", "mix": "mix"}
 PLAIN, BETTER, TUNED = "sparsegpt", "admm", "admm + distill,epochs=4"
-KEPT = {  # of general and code
+KEPT = {  # retention of general and code
     PLAIN: {"prose": (0.5, 0.3), "code": (0.4, 0.6), "mix": (0.6, 0.6)},
     BETTER: {"prose": (0.6, 0.3), "code": (0.5, 0.6), "mix": (0.8, 0.8)},
     TUNED: {"prose": (0.8, 0.5), "mix": (0.9, 0.9)},
@@ -163,7 +163,7 @@ def test_every_two_methods_are_compared():
     for more, less, quantity, sets, by, wanted in (
         (BETTER, PLAIN, TOTAL, 3, "method", (0.05 + 0.05 + 0.2) / 3),
         (BETTER, PLAIN, "general", 3, "method", (0.1 + 0.1 + 0.2) / 3),
-        (TUNED, BETTER, TOTAL, 2, "recovery", (0.2 + 0.1) / 2),  # what one lacks is left out
+        (TUNED, BETTER, TOTAL, 2, "recovery", (0.2 + 0.1) / 2),  # sets that one lacks are left out
         (TUNED, PLAIN, TOTAL, 2, "method", (0.25 + 0.3) / 2),
     ):
         one = gain(found, more, less, MEAN, quantity)
@@ -171,7 +171,7 @@ def test_every_two_methods_are_compared():
 
 
 def test_items_and_seeds_are_the_same_on_both_sides():
-    """A gap of two methods is as sure as what they have in common lets it be."""
+    """The interval of a gap between methods accounts for their common items and seeds."""
     found = analysed(KEPT, seeds=2)
     one = gain(found, BETTER, PLAIN, MEAN).gap
     means = [each.joint.mean(range(3), 0).estimate() for each in found.conditions[::2]]
@@ -189,7 +189,7 @@ def test_items_and_seeds_are_the_same_on_both_sides():
         (TUNED, BETTER, "prose", "code", (0.9 - 0.5) - (0.8 - 0.3)),
         (BETTER, PLAIN, "prose", WORST, (0.8 - 0.3) - (0.6 - 0.3)),
         (BETTER, PLAIN, None, TOTAL, (0.8 - 0.5) - (0.6 - 0.45)),
-        (TUNED, BETTER, None, TOTAL, (0.9 - 0.65) - (0.8 - 0.45)),  # over the source of both
+        (TUNED, BETTER, None, TOTAL, (0.9 - 0.65) - (0.8 - 0.45)),  # over the common source
     ],
 )
 def test_leads_are_followed_from_method_to_method(more, less, default, quantity, wanted):

@@ -1,4 +1,4 @@
-"""Power: what is called detectable is detected in 80 % of simulated studies."""
+"""Power: a detectable difference is detected in 80 % of simulated studies."""
 
 import math
 
@@ -10,7 +10,7 @@ from calmix.analysis.power import detectable, needed
 
 
 def detected(difference, draws, draw, freedom, item):
-    """The share of simulated studies whose 95 % interval leaves out 0."""
+    """The fraction of simulated studies whose 95 % interval excludes 0."""
     rng = np.random.default_rng([draws, freedom])
     count = 200_000
     gap = rng.normal(difference, math.sqrt(2 * draw**2 / draws + item**2), count)
@@ -47,8 +47,8 @@ def test_by_hand_with_much_freedom_and_where_items_are_the_limit():
     assert needed(0.01, 0.01, 1e7, 0.0).draws == 16
     assert detectable(16, 0.01, 1e7) == pytest.approx(2.8016 * 0.01 * math.sqrt(1 / 8), rel=1e-4)
     assert (needed(0.01, 0.0, 3, 0.001).draws_items, detectable(2, 0.0, 3)) == (1, 0)
-    found = needed(0.01, 0.001, 12, 0.01)  # more draws do not help
+    found = needed(0.01, 0.001, 12, 0.01)  # more seeds do not help
     assert (found.draws_items, found.items) == (None, pytest.approx(7.849, rel=1e-3))
-    # With so many times the items, seeds without number just detect it.
+    # With this many times the items, unlimited seeds just detect it.
     assert detectable(10**9, 0.001, 12, 0.01 / math.sqrt(found.items)) == pytest.approx(0.01)
     assert needed(0.01, 0.001, 12, 0.01 / math.sqrt(1.1 * found.items)).draws_items is not None

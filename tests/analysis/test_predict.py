@@ -1,4 +1,4 @@
-"""Predicting what a prune would lose: against layers pruned and run by hand, and every mistake."""
+"""Predictions against layers pruned and run by hand, and every mistake."""
 
 import json
 
@@ -27,7 +27,7 @@ def place(tmp_path, monkeypatch):
 
 
 def inputs_of(opened, ids):
-    """Return what every linear map of the blocks reads, float64 (tokens, columns)."""
+    """Return the inputs of every linear layer of the blocks, float64 (tokens, columns)."""
     found = find_blocks(opened.model)
     layers = [layer for at in range(len(found)) for layer in found.prunables(at)]
     seen = {}
@@ -76,7 +76,7 @@ def test_it_is_what_layers_pruned_on_a_mix_lose_on_other_text(place, tiny_folder
         assert told.total == pytest.approx(np.exp(np.mean(list(logs.values()))), rel=1e-3)
     assert found[0].calibration == mix, "the mix has sums in it"
 
-    # What has run once is not run again; another mix of it, method or pattern takes no pass.
+    # A text runs only once; another mix, method or pattern needs no forward pass.
     with monkeypatch.context() as patch:
         patch.setattr(module, "run_through", None)
         assert predict(opened, [letters, mix], pattern=Unstructured(0.5), **asked) == found

@@ -21,7 +21,7 @@ from calmix.analysis.correlations import (
 def test_perfect_orders_and_what_does_not_vary():
     for n in (4, 8):
         assert permutation_p(np.arange(n), -np.arange(n))[0] == pytest.approx(least_p(n))
-    for sign, n in itertools.product((1, -1), range(4, 30, 5)):  # no end is beyond one
+    for sign, n in itertools.product((1, -1), range(4, 30, 5)):  # no bound is beyond 1
         x = np.random.default_rng(n).standard_normal(n)
         assert np.max(sign * bootstrap_intervals(x, sign * x, resamples=40)) == 1.0
     same = np.ones(6)
@@ -31,7 +31,7 @@ def test_perfect_orders_and_what_does_not_vary():
 
 
 def test_the_bootstrap_is_a_plain_one():
-    """One resample after the other, among them such as have ties only, half of them or more."""
+    """One resample at a time, some of them constant, up to half or more."""
 
     x, rows = np.array([1.0, 1, 1, 1, 5]), np.array([[3.0, 1, 4, 1.5, 9], [2, 9, 2, 2, 2], [2] * 5])
     counts = set()

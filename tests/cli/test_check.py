@@ -20,7 +20,7 @@ def saved(path, dense, pruned, **changed):
 
 @pytest.fixture
 def files(tmp_path):
-    """Files of a model that keeps 97 of 100 answers, of another's, and of none's."""
+    """Score files: a model that keeps 97 of 100 answers, another model, and one without dense."""
     code, chat = answered(100, 120), answered(60, 60, "chat")
     found = {
         "code": saved(tmp_path / "code.json", scored(code), scored(answered(100, 120, kept=97))),
@@ -85,7 +85,7 @@ def test_mistakes_are_one_line_and_write_nothing(calmix, files, tmp_path, names,
 
 
 def test_answers_of_an_own_suite_are_measured(calmix, files):
-    """They stand in `scores.json`; nothing is missing."""
+    """Its answers are in `scores.json`; nothing is missing."""
     folder = files["folder"]
     write_json(folder / "compress.json", sealed({"request": {}}))
     files["code"].rename(folder / "scores.json")

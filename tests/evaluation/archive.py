@@ -31,13 +31,13 @@ def requests(folder):
 
 
 def use_archive(monkeypatch):
-    """Put the made-up archive in place of the real one."""
+    """Replace the real archive by the made-up one."""
     folders = ("quiz/rc_2shot", "which/rc_0shot", "mbpp/gold_0shot")
     names = [f"{module.ROOT}/{folder}/requests.jsonl.gz" for folder in folders]
-    items = getattr(module._archive_items, "__wrapped__", module._archive_items)  # once is enough
+    items = getattr(module._archive_items, "__wrapped__", module._archive_items)  # unwrap only once
     monkeypatch.setattr("calmix.calibration.texts.builtin_readers", dict)
     monkeypatch.setattr("calmix.study.bench.builtin_readers", dict)
-    monkeypatch.setattr("calmix.compression.plan.guarded", str)  # of the made-up suite alone
+    monkeypatch.setattr("calmix.compression.plan.guarded", str)  # only the made-up suite
     monkeypatch.setattr(module, "_members", lambda: names)
     monkeypatch.setattr(
         assets, "read_jsonl", lambda _, member: requests("/".join(member.split("/")[2:4]))

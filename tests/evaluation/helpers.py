@@ -1,4 +1,4 @@
-"""What the tests of evaluation share: requests, a reference scorer, made-up task scores."""
+"""Shared by the tests of evaluation: requests, a reference scorer, made-up task scores."""
 
 import random
 from dataclasses import replace
@@ -15,24 +15,24 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def opened(kind="llama", seed=0):
-    """A tiny model in memory, as `open_model` would give it."""
+    """A tiny model in memory, as returned by `open_model`."""
     return OpenModel(f"tiny-{kind}", Path("nowhere"), tiny_model(kind, seed), tiny_tokenizer())
 
 
 def benchmark_of(folder):
-    """Return the benchmark that a folder of the archive is a part of: `minerva_math_algebra` and
-    `minerva_math_500` are parts of one, and so is MBPP in every language."""
+    """Return the benchmark that a folder of the archive belongs to: `minerva_math_algebra` and
+    `minerva_math_500` belong together, and so does MBPP in every language."""
     return next((name for name in ("mbpp", "minerva_math") if name in folder), folder)
 
 
 def benchmarks_read(sources):
-    """Return the benchmarks of the archive that sources read."""
+    """Return the benchmarks in the archive that sources read."""
     members = [one for source in sources for one in getattr(source.reader, "members", ())]
     return {benchmark_of(member.split("/")[2]) for member in members}
 
 
 def benchmark(spec):
-    """Return the benchmark that a task's items are of; None where they are made here."""
+    """Return the benchmark of a task's items; None if calmix made them."""
     if spec.asked is None:
         return spec.archive and benchmark_of(spec.archive.split("/")[0])
     parts = packaged(ASKED)[spec.asked]["from"].split("/")
@@ -40,12 +40,12 @@ def benchmark(spec):
 
 
 def quiz():
-    """Questions with choices behind a shared preamble, some of them alike, and odd ones out."""
+    """Questions with choices after a shared preamble, some of them similar, and odd ones."""
     rng = random.Random(0)
     words = ["red", "blue", "green", "seven", "plus", "cat", "dog", "of"]
     preamble = "".join(f"Q: {' '.join(rng.choices(words, k=4))}\nA: x\n\n" for _ in range(3))
-    pairs = [("Q: short", " a"), ("x ", "y"), ("Q: short", " a")]  # one twice
-    pairs += [("Pick:", letter) for letter in "abcd"]  # at one position
+    pairs = [("Q: short", " a"), ("x ", "y"), ("Q: short", " a")]  # with a duplicate
+    pairs += [("Pick:", letter) for letter in "abcd"]  # all at one position
     for _ in range(6):
         question = f"{preamble}Q: {' '.join(rng.choices(words, k=rng.randint(2, 6)))}\nA:"
         pairs += [(question, f" {word}") for word in rng.sample(words, 3)]
@@ -54,7 +54,7 @@ def quiz():
 
 
 def reference(model, requests):
-    """Score one request at a time with the whole model and no tricks."""
+    """Score one request at a time with the plain model."""
     answers, tokenizer = [], model.tokenizer
     for *_, context, answer in requests:
         stripped = context.rstrip()
@@ -68,7 +68,7 @@ def reference(model, requests):
 
 
 def accuracy(values, name="quiz", dimension="general", chance=0.25):
-    """Made-up accuracies of answers a model wrote."""
+    """Made-up accuracies of generated answers."""
     items = tuple(map(str, range(len(values))))
     return TaskScores(name, dimension, "acc", "accuracy", chance, items, tuple(values))
 
@@ -86,7 +86,7 @@ def scored(*tasks, suite="s", not_run=()):
 
 
 def bits(nats, sizes, name="text", dimension="code", floor=3.0):
-    """Made-up likelihoods of single answers; `floor` is in nats a byte."""
+    """Made-up likelihoods of single answers; `floor` is in nats per byte."""
     items = tuple(map(str, range(len(nats))))
     return TaskScores(
         name, dimension, "bits_per_byte", "bits", 0.0, items,

@@ -1,4 +1,4 @@
-"""What counts as right, and generated programs: every way to go wrong is a plain failure."""
+"""Which answers are right, and generated programs: anything that goes wrong is a failure."""
 
 import random
 import resource
@@ -38,7 +38,7 @@ def test_an_answer_is_compared_with_what_is_right(check, answer, right, ok):
 
 
 def test_results_are_compared_as_the_harness_compares_them():
-    """Letter by letter, whatever they are made of."""
+    """Strings are compared exactly, whatever their characters."""
     from lm_eval.tasks.hendrycks_math.utils import is_equiv
 
     pieces = [
@@ -143,7 +143,7 @@ def test_right_programs_pass(source, monkeypatch):
     ],
 )
 def test_everything_else_is_a_plain_failure(source, reason):
-    # What ends by itself gets time to, however busy the machine is.
+    # Programs that end by themselves get enough time even on a busy machine.
     found = failure(source, seconds=0.3 if reason == "still running" else 30)
     assert found
     assert reason in found

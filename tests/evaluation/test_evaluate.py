@@ -21,7 +21,7 @@ from tests.tiny import save_tiny_model
 @pytest.fixture
 def suite_file(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "80")  # into a pipe, tables are as wide as they come
+    monkeypatch.setenv("COLUMNS", "80")  # in a pipe, tables have their full width
     use_archive(monkeypatch)
     path = tmp_path / "made.yaml"
     path.write_text(suite_text(), encoding="utf-8")
@@ -56,20 +56,20 @@ def test_scores_are_those_of_the_plain_model(suite, tiny):
             if task.floor == "context-free":
                 alone = reference(tiny, [("Answer:", answer) for _, answer in item.requests])
                 assert task.floors[number] == pytest.approx(alone, abs=2e-3)
-            if task.name == "quiz":  # acc_norm: characters without the space before a choice
+            if task.name == "quiz":  # acc_norm: characters without the leading space
                 sizes = [len(answer) - 1 for _, answer in item.requests]
                 wanted = [value / size for value, size in zip(wanted, sizes, strict=True)]
             if task.values:
                 assert task.values[number] == float(wanted.index(max(wanted)) == item.gold)
     assert [bool(task.values) for task in scores.tasks] == [True, True, False]
-    text, items = scores.tasks[-1], load_items(suite.tasks["text"])  # a code of single tokens
+    text, items = scores.tasks[-1], load_items(suite.tasks["text"])  # a unigram code
     ids = [tiny.tokenizer(t)["input_ids"] for i in items for t in i.requests[0]]
     counts = Counter(token for row in ids for token in row)
     for item, floor in zip(items, text.unigram, strict=True):
         tokens = tiny.tokenizer(item.requests[0][1])["input_ids"]
         wanted = sum(math.log(counts[token] / counts.total()) for token in tokens)
         assert floor == pytest.approx(wanted, abs=1e-3)
-    # The code is fitted to all the archive has: a limit does not change it.
+    # The code is fitted to the whole archive: a limit does not change it.
     assert evaluate(tiny, suite, tasks=["text"], limit=2).tasks[0].unigram == text.unigram[::2]
 
 
@@ -101,11 +101,11 @@ def test_dense_scores_are_kept_by_model_suite_and_dtype(suite, tiny, tiny_folder
     folder, first = tmp_path / "cache/scores", evaluate(tiny, suite, cache=True)
     (kept,) = folder.iterdir()
     held = kept.read_bytes()
-    assert evaluate(tiny, suite, cache=True) == first  # seconds too: it was not scored again
+    assert evaluate(tiny, suite, cache=True) == first  # seconds too, so it was not scored again
     evaluate(tiny, suite, limit=2, cache=True)
     evaluate(open_model(str(tiny_folder), dtype="bfloat16", device="cpu"), suite, cache=True)
     assert len([*folder.iterdir()]) == 3
-    kept.write_text("{", encoding="utf-8")  # a damaged one is made again
+    kept.write_text("{", encoding="utf-8")  # a damaged file is replaced
     assert evaluate(tiny, suite, cache=True).tasks == first.tasks
     assert len(kept.read_bytes()) == pytest.approx(len(held), abs=20)
 
@@ -116,7 +116,7 @@ def test_the_builtin_model_on_the_smoke_suite():
     assert len(scores.tasks) == 4
     assert scores.retention(scores).of("code").value == 1.0
     text = next(task for task in scores.retention(scores).tasks if task.name == "mbpp")
-    assert 0.3 < text.dense < (text.floor or 0) < 2.0  # the code without its task is half of it
+    assert 0.3 < text.dense < (text.floor or 0) < 2.0  # the baseline code alone is half of it
 
 
 def test_retention_against_a_dense_model_or_its_file(calmix, tiny_folder, suite_file, tmp_path):

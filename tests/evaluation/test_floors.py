@@ -1,4 +1,4 @@
-"""What must be kept: counts of items, floors as they are written, bounds, what cannot be proven."""
+"""Floors: counts of items, syntax, bounds, and floors that cannot be proven."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from tests.evaluation.helpers import accuracy, bits, scored, written
 
 
 def answered(right, of, name="code", kept=None):
-    """Answers of which the first are right, or the first of those still."""
+    """Answers of which the first `right` are right, or the first `kept` of those."""
     held = right if kept is None else kept
     return written(f"{name} task", name, [1] * held + [0] * (of - held))
 
@@ -52,7 +52,7 @@ def test_bounds_are_exact_and_say_what_so_many_right_answers_can_prove():
     assert [proven(one) for one in (0.89999, 0.9, 0.57, 1.0)] == ["89.9", "90.0", "57.0", "100.0"]
     assert lower_bound(20, 20) == pytest.approx(0.05 ** (1 / 20))
     for kept, of, confidence in ((1, 20, 0.95), (45, 60, 0.9), (3, 7, 0.99)):
-        bound = lower_bound(kept, of, confidence)  # there so many or more are as rare as that
+        bound = lower_bound(kept, of, confidence)  # where `kept` or more is this unlikely
         assert binom.sf(kept - 1, of, bound) == pytest.approx(1 - confidence)
     for confidence, floor in ((0.9, 0.5), (0.95, 0.77), (0.99, 0.95)):
         few = needed(floor, confidence)
@@ -65,7 +65,7 @@ def test_each_ability_is_judged_by_the_first_measure_it_has():
     chosen = [accuracy([1.0] * n + [0.0] * (300 - n), "quiz", "general") for n in (280, 275)]
     likely = [bits([0.5 + more * (n % 3) for n in range(60)], [2] * 60, "passages", "prose")
               for more in (0.0, 0.01)]  # fmt: skip
-    more = bits([0.5] * 60, [2] * 60, "answers", "code")  # of an ability whose answers are known
+    more = bits([0.5] * 60, [2] * 60, "answers", "code")  # in an ability that has answers too
     dense = scored(said[0], chosen[0], likely[0], more)
     pruned = scored(said[1], chosen[1], likely[1], more, not_run=("humaneval",))
     verdict = judged("0.9", dense, pruned)
@@ -119,7 +119,7 @@ def test_what_cannot_be_proven_is_said_with_the_nearest_that_can():
     ):
         with pytest.raises(InputError, match=said):
             judged(text, dense, dense)
-    assert judged("0.9,code=0.77", dense, dense).passed  # as it was said
+    assert judged("0.9,code=0.77", dense, dense).passed  # as suggested
     with pytest.raises(InputError, match="not run without --allow-code-execution: mbpp"):
         judged("sql=0.9", dense, replace(dense, not_run=("mbpp",)))
     with pytest.raises(InputError, match="no signal in any ability"):
@@ -162,7 +162,7 @@ def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named():
     assert not rest  # nothing here is scored by likelihood
     guesses = behaviour((scored(guessed), scored(guessed)))
     assert words.verdict(guesses, None, "x")[1] == "Accuracy: the dense model is at chance (coin)."
-    lost = scored(bits([3.0] * 9, [1] * 9))  # no better than the code of single tokens
+    lost = scored(bits([3.0] * 9, [1] * 9))  # no better than the unigram code
     assert words.verdict(found, likelihood(lost, lost), "x")[-1].startswith("Likelihood: the dense")
     silent = replace(found, answers=replace(found.answers, dense=0, kept=0))
     assert words.verdict(silent, None, "")[0].startswith("The dense model gets none of 23")
@@ -179,7 +179,7 @@ def test_where_only_right_answers_were_asked_for_nothing_is_said_of_others():
     assert (found.answers.asked, found.answers.dense, found.answers.gained) == (8, 8, None)
     (said,) = words.verdict(found, None, "")
     assert said.endswith("75.0 [40.9, 92.9] % (only these were asked).")
-    few = scored(written("qa", "general", [1] * 2 + [0] * 7), suite="few")  # fewer items, no less
+    few = scored(written("qa", "general", [1] * 2 + [0] * 7), suite="few")  # fewer items
     again = behaviour((few, few), (dense, replace(pruned, right_only=True)), (few, few))
     assert again.answers == found.answers
     whole = behaviour((dense, pruned))

@@ -1,4 +1,4 @@
-"""Greedy answers: those of transformers one at a time; the panel or a file; the saved file."""
+"""Greedy answers equal those of transformers; the panel, files of prompts, saved answers."""
 
 import json
 import random
@@ -33,7 +33,7 @@ def one_by_one(opened, asked):
 
 @pytest.mark.parametrize("kind", quick(QUICK, (*ARCHITECTURES, "deepseek_v3")))
 def test_answers_are_those_given_one_at_a_time(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(greedy, "ROWS", 4)  # so that most begin where another is over
+    monkeypatch.setattr(greedy, "ROWS", 4)  # so that most rows start in the place of a finished one
     opened = open_model(str(save_tiny_model(tmp_path / kind, kind)), dtype="float32")
     rng = random.Random(19)
     head = [rng.randrange(5, 300) for _ in range(10)]
@@ -46,7 +46,7 @@ def test_an_answer_that_goes_round_in_a_loop_is_cut():
     assert loops([1, 2] + [7, 8, 9] * 22)
     assert not loops([7, 8, 9] * 20)  # too short to be sure
     assert not loops(list(range(64)))
-    assert not loops([*range(20)] * 5)  # a list whose lines are alike is longer
+    assert not loops([*range(20)] * 5)  # periods this long occur in lists of similar lines
 
 
 def test_the_panel_is_asked_behind_worked_examples_and_an_answer_that_is_cut_says_so(monkeypatch):

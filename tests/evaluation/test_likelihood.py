@@ -34,7 +34,7 @@ def divergence(before, after):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_the_models_own_forward(kind):
     model = tiny_model(kind, **KINDS[kind])
-    if kind == "mamba2":  # whose decoder returns float32 whatever its weights are
+    if kind == "mamba2":  # its decoder returns float32 whatever the dtype
         model.bfloat16()
     ids = tiny_ids(3, 16)
     with torch.no_grad():
@@ -96,7 +96,7 @@ TEXTS = {"code": tiny_ids(6, 24), "math": tiny_ids(5, 40, seed=2)}
 
 
 def pair(kind="llama"):
-    """A dense model, and one with half the weights of its blocks gone."""
+    """A dense model, and one with half of its block weights set to zero."""
     dense = opened(kind)
     dense.model = tiny_model(kind, **KINDS.get(kind, {}))
     pruned = copy.copy(dense)
@@ -111,7 +111,7 @@ def pair(kind="llama"):
 
 
 def whole(dense, pruned, ids):
-    """KL by row and position, and agreement, of whole logits in float64."""
+    """KL by row and position, and agreement, from complete logits in float64."""
     with torch.inference_mode():
         logits = [m.model(input_ids=ids).logits[:, :-1].double() for m in (dense, pruned)]
     p, q = (value.log_softmax(-1) for value in logits)
@@ -123,7 +123,7 @@ def whole(dense, pruned, ids):
 def test_distance_is_that_of_whole_logits(kind, monkeypatch):
     monkeypatch.setattr(module, "POSITIONS", 7)
     monkeypatch.setattr("calmix.machine.MICRO_TOKENS", 100)
-    monkeypatch.setattr("calmix.machine.CACHED_VALUES", 300)  # of a few positions
+    monkeypatch.setattr("calmix.machine.CACHED_VALUES", 300)  # room for a few positions
     dense, pruned = pair(kind)
     found = distance(pruned, reference(dense, TEXTS))
     for name, ids in TEXTS.items():
@@ -172,7 +172,7 @@ def test_the_cache_gives_the_same_reference_without_the_blocks(tmp_path, monkeyp
 
 
 def test_another_head_needs_the_dense_one():
-    dense, pruned = pair("gpt_neox")  # its head is no embedding
+    dense, pruned = pair("gpt_neox")  # its head is not tied
     made = reference(dense, TEXTS)
     pruned.model.get_output_embeddings().weight.mul_(1.5)
     with pytest.raises(InputError, match="pruned has another output head"):
@@ -181,7 +181,7 @@ def test_another_head_needs_the_dense_one():
     for name, ids in TEXTS.items():
         wanted = whole(dense, pruned, ids)[0].mean()
         assert found[name]["kl_mean"] == pytest.approx(wanted, rel=1e-3)
-    # What is done to the logits is a part of the head.
+    # Changes to the logits are part of the head.
     capped = (head_hash(tiny_model("gemma2", final_logit_softcapping=cap)) for cap in (2.0, 3.0))
     assert len({*capped}) == 2
 

@@ -1,4 +1,4 @@
-"""Retention: scores by hand, anchors, signal, means, and what the bootstrap must satisfy."""
+"""Retention: scores by hand, baselines, signal, means, and properties of the bootstrap."""
 
 import hashlib
 import math
@@ -27,7 +27,7 @@ def test_tasks_and_dimensions_without_signal_do_not_count():
     assert [task.kept.value is None for task in found.tasks] == [False, True, True]
     general, code = found.dimensions
     assert (general.tasks, general.without_signal, code.kept.value) == (2, ("weak",), None)
-    # Its resamples count no more than its value.
+    # Its resamples are ignored like its value.
     assert found.total == general.kept == found.tasks[0].kept
     assert found.worst == "general"
     silent = retention(dense[1:], dense[1:], resamples=50)
@@ -58,7 +58,7 @@ def test_dimensions_and_total_are_means_of_what_tasks_keep(measure):
     assert [one.kept for one in found.tasks] == list(map(estimate, points))
     floors = [0.25, 0.25, 3 / math.log(2)] if measure == "primary" else [None] * 3
     assert [one.floor for one in found.tasks] == pytest.approx(floors)
-    # Items are pooled but for the paper's.
+    # Items are pooled, except for the paper's measures.
     shares = [1.0, 1.0] if measure == "ratio" else [own.whole.sum() for own in made[:2]]
     rolled = [np.average(points[:2], axis=0, weights=shares), points[2]]
     told = [*(one.kept for one in found.dimensions), found.total]
@@ -68,7 +68,7 @@ def test_dimensions_and_total_are_means_of_what_tasks_keep(measure):
 
 
 def test_draws_are_those_of_seed_name_and_count():
-    """On every machine and in every version: what is published can be told again."""
+    """The same on all machines and in all versions: published results are reproducible."""
     rng = np.random.default_rng([3, int.from_bytes(hashlib.sha256(b"quiz").digest()[:8], "little")])
     found = item_weights("quiz", 7, resamples=20, seed=3)
     assert np.array_equal(found, rng.multinomial(7, [1 / 7] * 7, size=20))
@@ -116,12 +116,12 @@ def test_every_score_by_hand(score, wanted):
 @pytest.mark.parametrize(
     ("dense", "pruned", "measure", "kept"),
     [
-        # A score below the floor is less than nothing.
+        # A score below the baseline is negative.
         (MOST, FEW, "primary", (0.10 - 0.25) / (0.75 - 0.25)),
         (MOST, FEW, "ratio", 10 / 75),
         (TEXT, GONE, "primary", (80 - 180) / (80 - 40)),
         (TEXT, TWICE, "primary", (80 - 80) / (80 - 40)),
-        # Bits by the paper's reading are dense over pruned.
+        # In the paper, bits are dense over pruned.
         (TEXT, TWICE, "ratio", 0.5),
         (TEXT, bits([40, 40], [20, 20]), "smoothed", 0.0),
         *((DENSE, DENSE, measure, 1.0) for measure in ("probability", "margin", "smoothed")),
@@ -134,7 +134,7 @@ def test_retention_by_hand(dense, pruned, measure, kept):
 
 
 def test_the_baseline_of_bits_is_the_better_of_two():
-    worst = replace(DENSE, loglikelihoods=((-8.0,) * 3,) * 2)  # as a code of single tokens
+    worst = replace(DENSE, loglikelihoods=((-8.0,) * 3,) * 2)  # like a unigram code
     assert parts(replace(DENSE, floors=()), worst, "bits").retention == pytest.approx(0.0)
     assert parts(DENSE, worst, "bits").retention < 0
     ignorant = replace(DENSE, loglikelihoods=DENSE.floors)
@@ -145,11 +145,11 @@ def test_the_baseline_of_bits_is_the_better_of_two():
 def test_smoothed_bits_lose_one_bit_at_most_on_an_answer():
     gone = bits([900, 30], [20, 20])
     assert parts(TEXT, gone, "bits").retention < 0
-    gain = [30 / LN2, 10 / LN2]  # of the dense model over the floor, in bits
+    gain = [30 / LN2, 10 / LN2]  # of the dense model over the baseline, in bits
     whole = [bits - 1 + math.log2(1 + 2**-bits) for bits in gain]
     assert parts(TEXT, TEXT, "smoothed").whole.tolist() == pytest.approx(whole)
     assert parts(TEXT, gone, "smoothed").kept.tolist() == pytest.approx([-1.0, whole[1]])
-    assert parts(TEXT, TEXT, "smoothed").dense == pytest.approx(1 / LN2)  # printed as it is
+    assert parts(TEXT, TEXT, "smoothed").dense == pytest.approx(1 / LN2)  # not smoothed
 
 
 def test_which_score_judges_which_task():
@@ -171,7 +171,7 @@ def test_what_a_record_lacks_is_said():
     pruned_alone = replace(DENSE, floors=(), unigram=())
     with pytest.raises(InputError, match="lack the baseline without task knowledge"):
         parts(pruned_alone, DENSE)
-    assert parts(DENSE, pruned_alone).retention == 1.0  # a pruned model needs no floors
+    assert parts(DENSE, pruned_alone).retention == 1.0  # a pruned model needs no baselines
 
 
 def test_signal_is_a_dense_score_beyond_its_noise_of_knowing_nothing():
@@ -180,4 +180,4 @@ def test_signal_is_a_dense_score_beyond_its_noise_of_knowing_nothing():
         rows = np.add(blind, [more, 0, 0, 0])
         assert has_signal(choices(rows.tolist(), [0] * 60, blind.tolist())) is signal
     assert has_signal(bits([1.0, 2.0], [5, 5]), "ratio")
-    assert not has_signal(accuracy([1.0]))  # one item tells nothing
+    assert not has_signal(accuracy([1.0]))  # one item is not enough

@@ -1,5 +1,5 @@
-"""The scorer: the plain model's numbers on every architecture, whatever the batch size, with every
-token scored once, no shared token twice, and rows within their size."""
+"""The scorer gives the plain model's values on every architecture and batch size, scores each
+token once, computes no shared token twice, and keeps rows within their size."""
 
 import random
 
@@ -26,7 +26,7 @@ def test_scores_are_the_plain_models_on_every_architecture(kind):
     assert scorer.loglikelihood(requests[::-1]) == found[::-1]
     assert calls[-1] == (2 * len(requests), 2 * len(requests))
     assert calls == sorted(calls)
-    # Bloom's positions come from a mask of two dimensions.
+    # Bloom derives positions from a two-dimensional mask.
     assert (kind, scorer.packed) in (("bloom", False), (kind, kind != "bloom"))
     assert (attention_window(model.model) == 16) == (kind in ("gemma2", "mistral"))
 
@@ -58,10 +58,10 @@ def test_rows_keep_their_size_and_shared_tokens_run_once():
         question = preambles[number % 2] + [rng.randrange(100) for _ in range(20)]
         sequences += [Scored([*question, 200 + choice, 7], len(question)) for choice in range(4)]
     runs = plan(sequences, row_tokens=128)
-    assert sorted(prefix for prefix, _ in runs) == sorted(preambles)  # each task keeps its own
+    assert sorted(prefix for prefix, _ in runs) == sorted(preambles)  # one for each task
     for _, rows in runs:
         assert all(len(row) <= 128 for row in rows)
-        # The last token of a sequence is only predicted: one node a choice beside the question.
+        # The last token is only predicted: one node per choice besides the question.
         assert sum(map(len, rows)) == 30 * (20 + 4)
 
 

@@ -46,7 +46,7 @@ def test_offline_leaves_the_odd_items_to_the_sources():
     read = benchmarks_read(offline_sources().values())
     parts = {name for name, task in load_suite("offline").tasks.items()
              if task.items == "all" and benchmark(task) in read}  # fmt: skip
-    assert parts == {"math500"}  # of which its source leaves out all that is close
+    assert parts == {"math500"}  # its source leaves out all similar items
 
 
 def test_selections_of_a_users_own_file_have_hashes_of_their_own(tmp_path):
@@ -158,7 +158,7 @@ def test_the_template_is_a_suite_whose_examples_are_right(folder):
         first, *_ = task_of(suite.tasks[name])
         assert verdict(first, text), (name, text)
         assert not verdict(first, other), (name, other)
-    texts = [text for _, _, text in suite_items(suite)]  # what leakage is looked for in
+    texts = [text for _, _, text in suite_items(suite)]  # the texts of the leakage check
     assert f"{CITY['question']}\nParis" in texts
     assert "returns x times two.\ndouble(4) == 8\ndouble(0) == 0" in texts
 
@@ -183,7 +183,7 @@ def test_a_model_is_scored_on_all_kinds(folder, tiny_folder, calmix, monkeypatch
     assert all(one.consistent for one in scores.tasks)
     assert [len(one.answers) for one in scores.tasks] == [0, 2, 1, 1]
     assert scores.tasks[1].primary == "kept"
-    monkeypatch.setenv("COLUMNS", "300")  # a path as long as it is
+    monkeypatch.setenv("COLUMNS", "300")  # so that paths are not wrapped
     rows = folder / "mine-numbers.jsonl"
     how = ("--suite", folder / "mine.yaml", "-o", rows, "--overwrite", "--allow-code-execution")
     assert "is the input" in calmix("evaluate", tiny_folder, *how).line
@@ -224,7 +224,7 @@ def test_a_row_that_is_wrong_is_named_with_its_line(tmp_path, kind, row, said):
 
 
 def test_rows_hold_any_text_and_long_numbers(folder):
-    """A line separator within a text ends no row."""
+    """A line separator within a text does not end the row."""
     path, long = folder / "mine-numbers.jsonl", 123456789012345
     row = {"question": "one\u2028line\x85?", "answer": long}
     path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Tasks: items of the archive, what is asked, in which form, and what is right."""
+"""Tasks: items of the archive, prompts in each form, and right answers."""
 
 from collections import Counter
 
@@ -38,7 +38,7 @@ def spec(**fields):
 def test_items_are_conditional_and_even_if_asked():
     assert [item.id for item in load_items(spec())] == [f"quiz/{n}" for n in range(10)]
     assert [item.number for item in load_items(spec(items="even", limit=2))] == [0, 4]
-    # MBPP goes by its own numbers, 11 and up.
+    # MBPP has its own numbers, from 11 on.
     mbpp = TaskSpec(
         archive="mbpp/gold", form="answer", metric="bits_per_byte", shots=0, items="even"
     )
@@ -59,7 +59,7 @@ def test_a_passage_is_scored_once_from_its_middle_on(monkeypatch):
     first, long = load_items(passages)
     assert (first.id, first.requests) == ("quiz/0", (("one two three", " four five"),))
     assert long.id == "quiz/2"
-    assert long.requests[0][1] == " word" * 119  # words, not a part of one
+    assert long.requests[0][1] == " word" * 119  # whole words only
     texts.append("single")
     with pytest.raises(InputError, match="item quiz/3 of the archive has no passage before"):
         load_items(passages)
@@ -131,7 +131,7 @@ def test_a_model_with_a_chat_template_is_asked_in_it_and_others_by_worked_exampl
 
 
 def test_every_item_that_is_made_here_has_a_right_answer():
-    """One that is written for the purpose, so that no item asks the impossible."""
+    """Right answers pass, so no item asks for the impossible."""
     for item in load_asked("sums"):
         a, sign, b = item.plain.splitlines()[-1].removesuffix(" =").split()
         assert int(item.right) == (int(a) + int(b) if sign == "+" else int(a) - int(b))

@@ -50,7 +50,7 @@ def write_texts(folder):
 
 
 def writer(folder, model, monkeypatch):
-    """Return what writes a study file to a folder, text replaced or added, and returns its path."""
+    """Return a function that writes a study file, text replaced or added, and gives its path."""
     monkeypatch.setenv("CALMIX_CACHE", str(folder / "cache"))
     use_archive(monkeypatch)
     write_texts(folder / "texts")
@@ -70,7 +70,7 @@ def writer(folder, model, monkeypatch):
 
 
 def write_study(folder, model, *, rows=6):
-    """Write a study over the real archive, for processes of their own; return its path."""
+    """Write a study over the real archive, for use in other processes; return its path."""
     write_texts(folder / "texts")
     (folder / "suite.yaml").write_text(REAL_SUITE, encoding="utf-8")
     longer(model, folder / "model")
@@ -83,5 +83,5 @@ def write_study(folder, model, *, rows=6):
 
 @pytest.fixture
 def tiny_study(tmp_path, tiny_folder, monkeypatch):
-    """What writes a study file, its text replaced or extended."""
+    """A function that writes a study file, with text replaced or added."""
     return writer(tmp_path, tiny_folder, monkeypatch)

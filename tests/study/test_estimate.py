@@ -1,4 +1,4 @@
-"""The estimator: what it reads off a configuration, and what it makes of one timed block."""
+"""The estimator: sizes from a configuration, and estimates from one timed block."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def at_once(monkeypatch):
 
 @pytest.fixture
 def known(monkeypatch):
-    """Every token, position and block takes a time that is easy to add up."""
+    """Give every token, position and block a time that is easy to add up."""
     monkeypatch.setattr(Timed, "_measure", lambda self, rows, length: 1.0 if length > 1 else 1e3)
     monkeypatch.setattr(Timed, "_head", lambda self: 100.0)
     monkeypatch.setattr(Timed, "_prune", lambda *of: (7.0, 0.5))
@@ -92,9 +92,9 @@ def test_trials_an_accelerator_cannot_hold_are_refused(tiny_study, known, monkey
     model = Timed(study.file.models["tiny"].name)
     needed = [model.trial_memory(trial) for trial in trials]
     label, most = estimate.largest(study, trials, device="cpu")
-    assert most == pytest.approx(max(needed), rel=0.05)  # what this process holds is in it
+    assert most == pytest.approx(max(needed), rel=0.05)  # it includes the memory of this process
     assert label in [trial.label for trial in trials]
-    estimate.check_memory(study, trials, device="cpu")  # what does not fit is swapped
+    estimate.check_memory(study, trials, device="cpu")  # a CPU would swap
     monkeypatch.setattr(estimate, "device_memory", lambda device: (0, 10, 10))
     with pytest.raises(InputError, match=r"seed 0 needs .* GB of memory, but there are only 0\.0"):
         estimate.check_memory(study, trials, device="cpu")

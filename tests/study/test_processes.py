@@ -1,4 +1,4 @@
-"""Studies in processes that die: the table is that of an undisturbed run, here and on Ray."""
+"""Studies whose processes die give the same table as an undisturbed run, locally and on Ray."""
 
 import os
 import signal
@@ -23,10 +23,10 @@ def states(store):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, tiny_folder):
-    """A study with trials long enough to be met at work, and its store after a plain run."""
+    """A study with trials long enough to be killed, and its store after a plain run."""
     folder = tmp_path_factory.mktemp("plain")
     path = write_study(folder, tiny_folder, rows=12)
-    # In this process, so that what it imports need not be imported in every fork.
+    # In this process, so that forks need not import everything again.
     run_study(load_study(path), folder / "store")
     assert states(folder / "store") == ["finished"] * 3
     return path, folder / "store"
@@ -66,7 +66,7 @@ def test_a_study_killed_at_work_is_finished_by_two_runners_that_share_the_rest(
 
 
 def killer(store, killed):
-    """Return what kills the worker it finds at work once the first trial has finished."""
+    """Return a callback that kills a running worker once the first trial has finished."""
 
     def note(text):
         while not killed and ": total" in text and {"pending", "running"} & set(states(store)):
@@ -88,7 +88,7 @@ def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
     pytest.importorskip("ray")
     path, whole = undisturbed
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine never gets round to it
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine may starve it
     store = tmp_path / "store"
 
     def act():
@@ -99,7 +99,7 @@ def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
         assert left == {}
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
-    ended = run(act, tmp_path / "log")  # Ray leaves threads behind, which no fork may have
+    ended = run(act, tmp_path / "log")  # Ray leaves threads behind, which must not be forked
     assert ended.code == 0, ended.errors
     assert states(store) == ["finished"] * 3
     assert (store / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()

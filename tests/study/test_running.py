@@ -1,4 +1,4 @@
-"""Running a study: what a trial finds, what is shared, what is run again, and what is refused."""
+"""Running a study: results, shared work, reruns and errors."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from tests.tiny import load_weights, save_tiny_model
 
 
 def run(path, store, heard=lambda text: None, **options):
-    """Run a study; return the labels of what ran, errors by label, and all that was said."""
+    """Run a study; return the labels of trials run, errors by label, and all messages."""
     notes, shown = [], []
     run_study(
         load_study(path), store, note=lambda text: (heard(text), notes.append(text)),
@@ -46,7 +46,7 @@ def run(path, store, heard=lambda text: None, **options):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, tiny_folder):
-    """A study, its store after a run, what was observed, and which sets and models were made."""
+    """A study, its store after a run, its messages, and the sets and models that were made."""
     folder, made = tmp_path_factory.mktemp("ran"), []
     with pytest.MonkeyPatch.context() as patch:
         path = writer(folder, tiny_folder, patch)()
@@ -70,7 +70,7 @@ def test_a_trial_finds_what_its_steps_find_by_hand(ran):
     assert len(labels) == 6
     results, study = read_results(store), load_study(path)
     assert (results.name, results.planned, results.failed) == ("tiny", 6, ())
-    # The fifth of six: what came before must leave no trace in the model.
+    # The fifth of six: earlier trials must not affect the model.
     trial = results.trials[4]
     assert (trial.calibration, trial.method, trial.pattern) == ("mix", "sparsegpt", "60%")
     opened = open_model(study.file.models["tiny"].name)
@@ -88,7 +88,7 @@ def test_a_trial_finds_what_its_steps_find_by_hand(ran):
         assert trial.information[name] == pytest.approx(value.mean), name
     assert {"coverage_4", "mismatch"} <= set(trial.information)
     assert trial.seconds["total"] > 0
-    # What trials share is made once.
+    # Shared work is done once.
     assert [made.count(one) for one in ("dense", "evaluate", "resolve")] == [1, 6, 3]
     for folder in (store / "calibration").iterdir():
         assert CalibrationSet.open(folder).rows == 6
@@ -131,7 +131,7 @@ def test_a_defect_in_one_trial_does_not_stop_the_others(ran, tmp_path, monkeypat
     failed = open_store(store).entries[1].id
     error = json.loads((store / "trials" / failed / "error.json").read_text())
     assert "Traceback" in error["traceback"]
-    # The model was left pruned by the failure, and the next trial began with the dense one.
+    # The failure left a pruned model, yet the next trial started from the dense one.
     alone = [t.total for t in read_results(ran[1]).trials if t.method == "sparsegpt"]
     assert [t.total for t in read_results(store).trials] == alone
 
@@ -151,7 +151,7 @@ def test_an_interrupt_leaves_a_consistent_store(ran, tmp_path, monkeypatch):
 
     def evaluate(*rest, **options):
         calls.append(1)
-        if len(calls) == 4:  # the dense model, two trials, and within the third
+        if len(calls) == 4:  # after the dense model and two trials, during the third
             raise KeyboardInterrupt
         return real(*rest, **options)
 
@@ -185,7 +185,7 @@ def test_a_set_or_model_can_be_named_anew_and_trials_copied_from_another_store(
     first, second = tmp_path / "first", tmp_path / "second"
     run(tiny_study(), first, only=["letters", "code*wanda*"])
     before = {trial.id: trial.total for trial in read_results(first).trials}
-    monkeypatch.setattr(bench_module, "resolve", None)  # no set is drawn again
+    monkeypatch.setattr(bench_module, "resolve", None)  # no set is made again
     for part in ("trials", "calibration", "dense"):
         shutil.copytree(first / part, second / part)
     changes = ("name: tiny", "name: more"), ("  code: ", "  python: "), ("{tiny: ", "{small: ")
@@ -197,7 +197,7 @@ def test_a_set_or_model_can_be_named_anew_and_trials_copied_from_another_store(
     assert set(results.dense) == {trial.model for trial in results.trials} == {"small"}
     assert [trial.calibration for trial in results.trials] == ["letters"] * 2 + ["python"] * 2
     assert {t.id: t.total for t in results.trials if t.id in before} == before
-    # So it is in one store, even if another set has the old name now.
+    # The same in one store, even if another set has the old name now.
     assert run(other, first, only=["letters", "python*"]).ran == seen.ran
 
 
@@ -244,7 +244,7 @@ def test_sets_are_compared_with_the_single_sources_and_have_a_perplexity_if_aske
     run(tiny_study(more, ("suite:", "perplexity: false\nsuite:")), store, only=["*wanda*"])
     before = read_results(store).trials
     found = {trial.calibration: trial.information for trial in before}
-    # Two sources of one text: the letters stand apart from both.
+    # Two sources with the same text: the letters differ from both.
     assert found["code"]["mismatch"] < found["letters"]["mismatch"] <= 1
     assert 0 < found["letters"]["coverage_4"] < found["code"]["coverage_4"] < 1
     read = {}
@@ -256,7 +256,7 @@ def test_sets_are_compared_with_the_single_sources_and_have_a_perplexity_if_aske
     for information in found.values():
         assert "entropy" in information
         assert not {"perplexity", "distortion", "bits_per_byte"} & set(information)
-    # What needs it later has it; the sets are not drawn again.
+    # It is added later without making the sets again.
     monkeypatch.setattr(bench_module, "resolve", None)
     run(tiny_study(more), store)
     after = [trial for trial in read_results(store).trials if trial.id not in
@@ -323,7 +323,7 @@ def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(tiny_study
     ]  # fmt: skip
     trial = store.result(entries[seen.ran[-1]]).trial
     assert (trial.method, trial.seconds["recover"] > 0) == ("wanda + owl + distill,epochs=1", True)
-    # One prune, timings and all, for what differs in recovery alone.
+    # Trials that differ only in recovery share one pruning run, timings included.
     told = [(folders[label] / "pruning.json").read_bytes() for label in seen.ran[1:]]
     assert told[0] == told[1] != told[2] == told[3]
 
@@ -344,7 +344,7 @@ def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(tiny_study
     assert report.after < report.before
     kept = evaluate(open_model(str(tmp_path / "recovered")), study.suite).retention(dense)
     assert trial.total.value == kept.total.value
-    # What a recovery has trained leaves no trace in the next trial.
+    # Recovery does not affect the next trial.
     assert run(path, tmp_path / "again", only=["mix wanda 60%*"]).errors == {}
     alone = read_results(tmp_path / "again").trials[0]
     assert alone.total == store.result(entries[seen.ran[1]]).trial.total

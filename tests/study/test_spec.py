@@ -1,4 +1,4 @@
-"""Study files: what they mean, and every mistake with its line."""
+"""Study files: their meaning, and every mistake with its line."""
 
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def test_a_set_may_be_drawn_in_its_own_way():
                       "seed": 0}  # fmt: skip
     assert (b.calibration, b.drawn()["packing"]) == ("news:3.0,books:1.0", "window")
     assert [trial.rows for trial in plan(study)] == [3, 64, 64]
-    # How text is drawn means nothing to a model that writes its own.
+    # Packing does not apply to self-written text.
     assert c.drawn() == {"length": 40, "seed": 0}
 
 
@@ -174,7 +174,7 @@ def test_what_has_no_effect_is_told_with_its_line():
         "  - {methods: {magnitude: 0.5}, recovery: distill}\n  - {recovery: none}\n"
     )
     assert problems(NEWS + text) == ["s.yaml line 6: grids.0.recovery: no effect with magnitude"]
-    grid = "grids:\n  - methods: {wanda: 0.5}\n"  # what stands at the top is for the grids
+    grid = "grids:\n  - methods: {wanda: 0.5}\n"  # keys at the top apply to the grids
     assert not problems(NEWS + "methods: {magnitude: 0.5}\nallocation: owl\n" + grid)
     (line,) = problems(NEWS + "methods:\n  wanda,damping=1: 0.5\n")
     assert line.endswith("damping has no effect with method wanda: known: bits, group, refit")

@@ -1,4 +1,4 @@
-"""The verbs of a study: what they print, and one line for every mistake."""
+"""The verbs of a study: their output, and one line for every mistake."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ STORES = [
     path
     for path in sorted(Path(__file__).parents[2].glob("studies/results/*/store.tar.xz"))
     if path.stat().st_size < 2**21
-]  # the golden file holds what larger ones say
+]  # larger ones are in the golden file
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -43,7 +43,7 @@ def test_a_study_from_its_file_to_its_report(calmix, tiny_study, tmp_path):
     assert strategies == {"single", "mix"}
     assert calmix("study", "recommend", store).out.count("take ") == 1
     assert "finished: 6" in calmix("doctor", "inspect", store).out
-    # A distance to the dense model beside the scores goes with the trial, here into the table.
+    # A distance stored with the scores is part of the trial, and so of the table.
     one = sorted((store / "trials").iterdir())[0]
     scores = json.loads((one / "scores.json").read_text(encoding="utf-8"))
     assert scores["distance"] is None  # the tiny suite has no texts
@@ -51,7 +51,7 @@ def test_a_study_from_its_file_to_its_report(calmix, tiny_study, tmp_path):
     scores["distance"] = {"dense": "d", "texts": "t", "dimensions": parts,
                           "total": {"kl_mean": 1.75, "top1": 0.5}}  # fmt: skip
     (one / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
-    # What was written lies inside the store, and the store stays one.
+    # Output inside the store leaves it a valid store.
     assert "0 of 6 trials to run" in calmix("study", "run", path, "-o", store).err
     again = json.loads(calmix("study", "analyse", store, "--json").out)
     rows = [row for each in again["conditions"] for row in each["ranking"]]
@@ -65,7 +65,7 @@ def test_a_study_from_its_file_to_its_report(calmix, tiny_study, tmp_path):
             if row["id"] == one.name]  # fmt: skip
     assert {*kept} == {("1.75", "1.25", "0.5")}
     assert {row["kl"] for row in rows if row["id"] != one.name} == {""}
-    # One that is passed on without the text it was calibrated on is read as well.
+    # A store passed on without its calibration sets can be read too.
     shutil.rmtree(store / "calibration")
     assert len(json.loads(calmix("study", "analyse", store, "--json").out)["conditions"]) == 1
 
@@ -126,7 +126,7 @@ def test_failed_trials_keep_their_error_and_are_run_again_on_demand(calmix, tiny
     assert "0 of 6 trials to run" in calmix(*run).ok().err
     assert "4 of 6 trials to run" in calmix(*run, "--retry-failed").err
     text.write_text(kept)
-    # Other content is another request, and no retry.
+    # Changed content is a new request, not a retry.
     assert "4 of 6 trials to run" in calmix(*run).ok().err
     assert read_results(store).failed == ()
 
