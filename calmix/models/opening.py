@@ -243,7 +243,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         ) from error
     except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
         raise ModelError(
-            f"the hub has no open model '{name}': check the id, or log in if it is gated"
+            f"the hub has no accessible model '{name}': check the id, or log in if it is gated"
         ) from error
     except Exception as error:  # the hub client raises many kinds when offline
         raise ModelError(

@@ -127,7 +127,7 @@ def test_all_models_are_looked_for_before_one_is_fetched(tiny_folder, monkeypatc
     opening.check_models("builtin:smollm2-135m", "some/one", str(tiny_folder), None)
     assert asked == ["some/one"]
     for name, words in (
-        ("some/none", "the hub has no open model 'some/none'"),
+        ("some/none", "the hub has no accessible model 'some/none'"),
         ("x" * 300, "is too long for the name of a model"),
     ):
         with pytest.raises(ModelError, match=words):
