@@ -156,8 +156,7 @@ class DecoderBlocks:
         for option, patterns in (("only", only), ("skip", skip)):
             for pattern in patterns:
                 if not any(_matches(name, pattern) for name in names):
-                    line = f"--{option} '{pattern}' matches no layer: names are like {names[0]}"
-                    raise InputError(line)
+                    raise InputError(f"--{option} '{pattern}' matches no layer like {names[0]}")
         chosen = replace(self, only=tuple(only), skip=tuple(skip))
         if not any(chosen._wanted(name) for name in names):
             raise InputError("--only and --skip leave no layer to prune")
