@@ -1,4 +1,4 @@
-"""In which precision this machine multiplies matrices fast, and the switches of its kernels."""
+"""The precisions in which this machine multiplies matrices fast, and its kernel settings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def capabilities() -> Mapping[str, Any]:
-    """Return by name which instructions this CPU has, as far as torch tells."""
+    """Return the CPU's instruction sets by name, as far as torch reports them."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
-    older: Any = torch.cpu  # 2.9 tells of these alone
+    older: Any = torch.cpu  # torch 2.9 reports only these
     return {
         "amx_bf16": older._is_amx_tile_supported(),
         "avx512_bf16": older._is_avx512_bf16_supported(),
@@ -23,7 +23,7 @@ def capabilities() -> Mapping[str, Any]:
 
 
 def suited(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the type to compute in with weights of `dtype`: float32 where a CPU has no fast half
+    """Return the type to compute in for weights of `dtype`: float32 on a CPU without fast half
     precision."""
     able = capabilities()
     fast = any(able.get(key, False) for key in ("amx_bf16", "avx512_bf16", "bf16"))
@@ -32,12 +32,12 @@ def suited(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
-    """Return a type's name as users and manifests have it: `bfloat16`."""
+    """Return a type's name as used in options and manifests: `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """Return the widest float type a device has: Apple's GPUs lack float64, and some of Intel's."""
+    """Return the widest float type of a device; Apple's and some Intel GPUs lack float64."""
     lacks = device.type == "mps" or (
         device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64
     )
@@ -46,9 +46,9 @@ def widest(device: torch.device) -> torch.dtype:
 
 @functools.cache
 def _bfloat16_alone() -> bool:
-    """Tell whether this CPU has AVX-512's instructions for bfloat16 and no matrix units (AMX)."""
-    # oneDNN then rounds nothing whether or not it may: its float32 products are exact, and twice
-    # as fast as those of MKL, which makes them otherwise on AMD; bfloat16 is twice as fast again.
+    """Return whether this CPU has AVX-512 bfloat16 instructions but no matrix units (AMX)."""
+    # oneDNN then rounds nothing even when allowed to: its float32 products are exact, and twice as
+    # fast as MKL's, the default on AMD; bfloat16 products are twice as fast again.
     able = capabilities()
     return bool(able.get("avx512_bf16")) and not able.get("amx_bf16")
 
@@ -66,33 +66,33 @@ def _set(precisions: Mapping[Any, str]) -> Iterator[None]:
 
 
 def bfloat16_products(allowed: bool = True) -> AbstractContextManager[None]:
-    """Let float32 products round their inputs to bfloat16 where the machine has units for it."""
-    # One setting a backend: torch refuses to read what is for all of them once one differs.
+    """Let float32 products round their inputs to bfloat16 where the hardware supports it."""
+    # Set per backend: torch refuses to read the global setting once one backend differs.
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     return _set({cpu: "bf16", cuda: "tf32"} if allowed else {cpu: "ieee", cuda: "ieee"})
 
 
 def large_products() -> AbstractContextManager[None]:
-    """Let a CPU take the faster way to large products of float32; none is rounded."""
+    """Use the CPU's faster kernel for large float32 products; nothing is rounded."""
     cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     return _set({cpu: "bf16"}) if _bfloat16_alone() else nullcontext()
 
 
 def large_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return `left @ right` of large float32 matrices, neither of which is rounded."""
+    """Return `left @ right` of large float32 matrices, without rounding either."""
     with large_products():
         return torch.mm(left, right, out=out)
 
 
 def rounded(matrix: Tensor) -> Tensor:
-    """Return a float32 factor as `rounded_product` takes it: made once, it serves many."""
+    """Return a float32 factor prepared for many calls of `rounded_product`."""
     alone = matrix.device.type == "cpu" and _bfloat16_alone()
     return matrix.bfloat16() if alone else matrix
 
 
 def rounded_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left @ right` of a float32 matrix and one of `rounded`; factors may be rounded, and
-    the product is bfloat16 where only such products are fast."""
+    """Return `left @ right` of a float32 matrix and one prepared by `rounded`. Factors may be
+    rounded; the product is bfloat16 where only such products are fast."""
     if right.dtype == torch.bfloat16:
         return torch.mm(left.bfloat16(), right)
     with bfloat16_products():
@@ -102,7 +102,7 @@ def rounded_product(left: Tensor, right: Tensor) -> Tensor:
 def add_rounded_product(
     add: Tensor, left: Tensor, right: Tensor, out: Tensor, scale: float = 1
 ) -> Tensor:
-    """Write `scale * add` plus a `rounded_product` to `out`; all but `right` float32."""
+    """Write `scale * add` plus a `rounded_product` to `out`; all but `right` are float32."""
     if right.dtype == torch.bfloat16:
         return torch.add(rounded_product(left, right), add, alpha=scale, out=out)
     with bfloat16_products():
@@ -111,7 +111,7 @@ def add_rounded_product(
 
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Choose kernels that give the same bytes twice, where a device has others too."""
+    """Use deterministic kernels on devices that also have others."""
     before = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

@@ -115,7 +115,7 @@ def mistakes(tiny_folder, text_file, tmp_path):
     for more, words in {
         (): "either --sparsity", (*half, "--pattern", "2:4"): "either --sparsity",
         ("--sparsity", 1): "between 0 and 1",
-        ("--sparsity", "0.5,"): "nothing between its commas",
+        ("--sparsity", "0.5,"): "has an empty part between commas",
         ("--sparsity", "0.5,0.5"): "names 0.5 twice", ("--sparsity", "0.5,1.5"): "mean 0.015",
         ("--pattern", "2of4"): "N:M", ("--pattern", "2:5"): "--skip '*.q_proj'",
         (*half, "--method", "wanda,bits=0,wanda"): "two targets are the same, wanda-0.5",

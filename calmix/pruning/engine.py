@@ -1,18 +1,18 @@
 """The engine: one forward pass over the blocks prunes a model.
 
-Sequential propagation (the default): every layer is pruned just in time, on inputs that come
-from already-pruned layers. Each micro-batch runs a block's own forward in a coroutine that
-pauses where a distinct input first reaches a layer. When all micro-batches have paused there,
-the input's statistic is complete, the layers that share it are solved together, and the
-coroutines continue through the pruned weights. Nothing is computed twice.
+Sequential propagation (the default): every layer is pruned on inputs from already-pruned layers.
+Each micro-batch runs a block's own forward in a coroutine that pauses where a distinct input first
+reaches a layer. When all micro-batches have paused there, the input's statistic is complete, the
+layers that share it are solved together, and the coroutines continue through the pruned weights.
+Nothing is computed twice.
 
-Block propagation: the published two-pass semantics. All layers of a block are pruned on the
-inputs the block's dense weights give, then the block runs again to make the next one's inputs.
+Block propagation: the two passes of the papers. All layers of a block are pruned on the inputs
+that its dense weights produce, then the block runs again to produce the next block's inputs.
 
-A paused micro-batch holds a block's activations. Where memory is short only some stay paused, and
-the others begin the block anew for every input: the same numbers, in more time.
+A paused micro-batch holds a block's activations. When memory is short, only some stay paused and
+the others restart the block for every input: the same numbers in more time.
 
-Knows nothing about architectures (see trace.py), files (see checkpoint.py) or command lines.
+Independent of architectures (see trace.py), files (see checkpoint.py) and command lines.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ from calmix.pruning.solvers.grids import Grid
 from calmix.pruning.trace import TOKENS, Batch, Calls, SharedInput, observe_block
 from calmix.pruning.work import States
 
-Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one a layer by its name
-ROUNDED = 2**23  # weights of an embedding that are rounded at a time
-Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch's arguments
+Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one per layer name
+ROUNDED = 2**23  # weights of an embedding rounded at a time
+Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch and its arguments
 
 
 def prune(
@@ -71,24 +71,24 @@ def prune(
 ) -> PruneReport:
     """Prune the linear maps in a causal language model's blocks, in place.
 
-    Norms and biases are never touched, embeddings and the output head with `embeddings` alone.
+    Norms and biases are never changed; embeddings and the output head only with `embeddings`.
 
     Args:
-        model: decoder-only causal language model of transformers, or one that `open_model` opened.
+        model: decoder-only causal language model of transformers, or one opened by `open_model`.
         ids: calibration token ids, int64 (rows, length), full rows without padding, or a
             calibration set; None for a method that needs none.
-        method: as `calmix.pruning.methods.get_method` takes it: a name, `NAME,option=value` or a
-            `Method`; SparseGPT, or ECQ where `bits` stands alone.
-        pattern: a sparsity such as 0.5, or `"2:4"` or `"2.8 bits"`, as `as_pattern` takes them; or
-            one for every layer, by its name.
+        method: a name, `NAME,option=value` or a `Method` (`calmix.pruning.methods.get_method`);
+            by default SparseGPT, or ECQ if only `bits` is given.
+        pattern: a sparsity such as 0.5, `"2:4"` or `"2.8 bits"` (`as_pattern`); or a mapping with
+            one for every layer name.
         propagation: `sequential` (inputs from already-pruned layers) or `block` (the papers').
-        micro_tokens: tokens that run through a block at a time; None for what suits the device.
+        micro_tokens: tokens that run through a block at a time; None for the device's default.
         paused: micro-batches that may hold a block's activations at a time; None for all.
-        embeddings: bits a weight to which embeddings and output head are rounded; None for none.
-        only, skip: patterns of layers' names: those to be pruned, and those to be left dense.
-        sources: of each calibration row, to report which experts it reaches.
+        embeddings: bits per weight of embeddings and output head; None to leave them unchanged.
+        only, skip: layer name patterns to prune, and to leave dense.
+        sources: the source of each calibration row, to report which experts it reaches.
         progress: called with (blocks done, blocks) after every block.
-        **options: the method's own, such as `damping=0.1` or `bits=4`.
+        **options: of the method, such as `damping=0.1` or `bits=4`.
 
     Raises:
         ModelError: the architecture cannot be pruned.
@@ -96,7 +96,7 @@ def prune(
             no such method or option.
         SolverError: a layer's weights or inputs are unusable.
 
-    An error after the first block leaves the model partly pruned, and names the pruned blocks.
+    An error after the first block leaves the model partly pruned and names the pruned blocks.
     """
     if isinstance(model, OpenModel):
         model = model.model
@@ -105,7 +105,7 @@ def prune(
     if not isinstance(model, nn.Module):
         name = model if isinstance(model, str) else "NAME"
         raise InputError(
-            f"prune needs an open model, not {type(model).__name__}: open it first, with "
+            f"prune needs an open model, not {type(model).__name__}: open it first with "
             f"calmix.open_model('{name}').model"
         )
     default = BITS_METHOD if pattern is None and options.get("bits") else METHOD
@@ -119,8 +119,8 @@ def prune(
     if embeddings is not None:  # refused before any block has changed
         _ = outer_weights(model), Rate(embeddings)
     if chosen.needs is not None:
-        own: Any = model.get_input_embeddings  # a method of transformers' models
-        check_vocabulary(type(model).__name__, own(), check_ids(ids, chosen.name))
+        embedded: Any = model.get_input_embeddings  # a method of transformers' models
+        check_vocabulary(type(model).__name__, embedded(), check_ids(ids, chosen.name))
     run = Run(model, found, chosen, pattern, propagation, paused, sources, embeddings)
     try:
         run_through(run, ids, micro_tokens, progress)
@@ -134,16 +134,16 @@ def prune(
 
 @contextmanager
 def memory_errors(run: Run, device: torch.device) -> Iterator[None]:
-    """Turn a device's lack of memory into a line that says what would take less."""
+    """Turn an out-of-memory error into one line that suggests how to use less."""
     try:
         yield
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         raise PassingError(
-            f"{device} has run out of memory, with {run.report.rows_at_once} calibration rows at a "
-            "time: free some of it, run fewer at a time (--max-memory, in Python micro_tokens), or "
-            "draw shorter rows"
+            f"{device} ran out of memory with {run.report.rows_at_once} calibration rows at a "
+            "time: free some, run fewer rows at a time (--max-memory, in Python micro_tokens), or "
+            "use shorter rows"
         ) from error
 
 
@@ -153,7 +153,7 @@ def run_through(
     micro_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Take a run through all blocks of a model that is in memory, its states too."""
+    """Run through all blocks of a model in memory, keeping the hidden states in memory too."""
     model, found = run.model, run.found
     began = time.perf_counter()
     training = [module for module in model.modules() if module.training]
@@ -174,7 +174,7 @@ def run_through(
 
 
 def check_pattern(found: DecoderBlocks, pattern: Patterns, method: Method) -> None:
-    """Refuse patterns that do not fit the layers, or the method."""
+    """Refuse patterns that do not fit the layers or the method."""
     layers = found.layers
     if isinstance(pattern, Mapping):
         check_names([layer.name for layer in layers], pattern, "pattern")
@@ -183,8 +183,8 @@ def check_pattern(found: DecoderBlocks, pattern: Patterns, method: Method) -> No
 
 
 def round_rows(weight: Tensor, gram: Tensor, bits: float) -> tuple[Tensor, Grid]:
-    """Return a matrix of many rows rounded to a rate by the default method, in its own type, with
-    its grid; some rows at a time, about as many each time, each with their step.
+    """Return a matrix with many rows, rounded to a rate by the default method, in its own type, and
+    its grid. It is rounded in chunks of about equal size, each with its own step.
 
     Args:
         weight: (rows, columns).
@@ -194,23 +194,23 @@ def round_rows(weight: Tensor, gram: Tensor, bits: float) -> tuple[Tensor, Grid]
     assert isinstance(method, Quantiser)
     factor = inverse_factor(gram, method.damping)
     made, scales, taken = torch.empty_like(weight), [], 0.0
-    for given, put in zip(weight.tensor_split(parts), made.tensor_split(parts), strict=True):
-        [rounded], [grid] = method.round([given], factor, bits)
-        put.copy_(rounded)
-        scales.append(grid.scale.expand(len(given), -1))
-        taken += grid.bits * given.numel()
+    for rows, out in zip(weight.tensor_split(parts), made.tensor_split(parts), strict=True):
+        [rounded], [grid] = method.round([rows], factor, bits)
+        out.copy_(rounded)
+        scales.append(grid.scale.expand(len(rows), -1))
+        taken += grid.bits * rows.numel()
     return made, replace(grid, scale=torch.cat(scales), bits=taken / weight.numel())
 
 
 def check_names(layers: Sequence[str], named: Mapping[str, Any], what: str) -> None:
-    """Refuse a mapping that does not name the layers, all of them and nothing else."""
+    """Refuse a mapping whose names are not exactly those of the layers."""
     for name in named:
         if name not in layers:
             raise InputError(
                 f"the {what} names '{name}', which is not a layer: {nearest(name, layers)}"
             )
     if missing := [name for name in layers if name not in named]:
-        raise InputError(f"the {what} misses {len(missing)} layers, first {missing[0]}")
+        raise InputError(f"the {what} lacks {len(missing)} layers, the first is {missing[0]}")
 
 
 def _of_layer(pattern: Patterns, name: str) -> Pattern:
@@ -218,7 +218,7 @@ def _of_layer(pattern: Patterns, name: str) -> Pattern:
 
 
 def check_ids(ids: Tensor | None, method: str) -> Tensor:
-    """Return calibration ids, or refuse them."""
+    """Return calibration ids after checking their shape."""
     if ids is None or ids.ndim != 2 or not ids.numel():
         raise InputError(f"{method} needs calibration ids of shape (rows, length)")
     return ids
@@ -231,11 +231,7 @@ def solve(
     statistic: Tensor | None,
     patterns: Sequence[Pattern],
 ) -> Solution:
-    """Return what the method's `solve` makes of the layers of one input, with their errors.
-
-    Raises:
-        SolverError: as the method's `solve`, with the name.
-    """
+    """Solve the layers of one input and compute their errors; a SolverError gets their name."""
     try:
         made = method.solve(weights, statistic, patterns)
     except SolverError as error:
@@ -249,19 +245,19 @@ def solve(
 
 @dataclass(eq=False)
 class Run:
-    """One pruning run, block by block: the caller decides where weights and hidden states lie.
+    """One pruning run, block by block; the caller decides where weights and hidden states are kept.
 
-    Only the block at hand needs its weights, and the first one in `record`, with all that is
-    outside the blocks.
+    `block` only needs the current block's weights in memory; `record` those of the first block and
+    everything outside the blocks.
 
     Attributes:
         model, found, method: the model, its blocks, and the method with its options.
         pattern, propagation, paused, sources, embeddings: as for `prune`.
         expert_bytes: bytes that statistics of several experts may take at a time.
-        states: hidden states by number of the micro-batch: those that lead into the block at hand.
-        done: blocks that this run has pruned.
-        begun: whether layers of the block at hand have been pruned.
-        report: what has been done so far.
+        states: hidden states entering the current block, by micro-batch number.
+        done: number of blocks pruned by this run.
+        begun: whether any layer of the current block is pruned.
+        report: the report so far.
     """
 
     model: nn.Module
@@ -289,11 +285,11 @@ class Run:
 
     @property
     def needs_ids(self) -> bool:
-        """Whether the method looks at calibration data."""
+        """Whether the method uses calibration data."""
         return self.method.needs is not None
 
     def record(self, ids: Tensor | None, micro_tokens: int | None = None) -> None:
-        """Make the states that lead into the first block, and keep what else blocks are given."""
+        """Compute the states entering the first block, and keep the blocks' other arguments."""
         began, ids = time.perf_counter(), check_ids(ids, self.method.name)
         device, (rows, length) = self._device(0), ids.shape
         self.report.tokens, self.report.rows = ids.numel(), rows
@@ -301,7 +297,7 @@ class Run:
         at_once = max(1, (micro_tokens or tokens_at_once(device)) // length)
         self.report.rows_at_once = min(at_once, len(own))
         with _at_work(device):
-            # Blocks are observed outside inference mode, where tensors count their versions.
+            # Blocks are observed outside inference mode: tensors have version counters there.
             with torch.inference_mode(False), torch.no_grad():
                 few = ids[:1, :TOKENS].clone().to(device)
                 self._calls = calls = Calls(self.model, self.found, few)
@@ -312,7 +308,7 @@ class Run:
         self.report.seconds["prepare"] += time.perf_counter() - began
 
     def block(self, index: int) -> None:
-        """Prune one block, whose weights are in memory, and move the states on to the next."""
+        """Prune one block, whose weights are in memory, and advance the states to the next."""
         seconds, device = self.report.seconds, self._device(index)
         began, before, self._laps = time.perf_counter(), sum(seconds.values()), Laps(device)
         self.report.dense += self.found.dense(index)
@@ -333,7 +329,7 @@ class Run:
         seconds[rest] += time.perf_counter() - began - (sum(seconds.values()) - before)
 
     def replay(self, index: int) -> None:
-        """Move the states through a block that an earlier run has pruned."""
+        """Advance the states through a block pruned by an earlier run."""
         hidden, batch = self._few
         with _at_work(self._device(index)):
             with torch.inference_mode(False), torch.no_grad():
@@ -341,19 +337,19 @@ class Run:
             self._advance(index)
 
     def outside(self) -> None:
-        """Round embeddings and output head, which are in memory, once all blocks are done.
+        """Round embeddings and output head, which are in memory, after the last block.
 
-        The head, whose levels are solved for, on what it sees; apart from it embeddings are just
-        rounded.
+        The head, or the matrix shared with it, is solved on its inputs; separate embeddings are
+        rounded without correction.
         """
         if self.embeddings is None:
             return
         began = time.perf_counter()
-        outer = outer_weights(self.model)[tied(self.model) :]  # one where both are
+        outer = outer_weights(self.model)[tied(self.model) :]  # one matrix if tied
         names = {id(weight): name for name, weight in self.model.named_parameters()}
         with _at_work(outer[0].device):
-            seen = self._seen_by_head(outer[0]) if self.needs_ids else None
-            for weight, gram in zip(outer, (seen, None), strict=False):
+            head_gram = self._head_gram(outer[0]) if self.needs_ids else None
+            for weight, gram in zip(outer, (head_gram, None), strict=False):
                 name = names[id(weight)]
                 gram = torch.eye(weight.shape[1]) if gram is None else gram
                 if not torch.stack([*torch.aminmax(weight), *torch.aminmax(gram)]).isfinite().all():
@@ -365,24 +361,24 @@ class Run:
                 self.report.embeddings[name] = grid.bits
         self.report.seconds["solve"] += time.perf_counter() - began
 
-    def _seen_by_head(self, head: Tensor) -> Tensor | None:
-        """Return the Gram matrix of what the head is given; None where it is never called."""
+    def _head_gram(self, head: Tensor) -> Tensor | None:
+        """Return the Gram matrix of the head's inputs; None if it is never called."""
         length, gram = self.report.tokens // self.report.rows, Gram(head.shape[1], head.device)
         for number, batch in enumerate(self._batches):
-            seen = self._calls.behind(self.states[number], batch.rows, length)
-            if seen is None:
+            inputs = self._calls.behind(self.states[number], batch.rows, length)
+            if inputs is None:
                 return None
-            gram.add(seen)
+            gram.add(inputs)
         distributed.add_up(gram.sum)
         return gram.matrix()
 
-    def _leads_on(self, index: int) -> bool:
-        """Whether something still needs what a block returns."""
+    def _outputs_needed(self, index: int) -> bool:
+        """Whether a block's outputs are still needed."""
         return index + 1 < len(self.found) or self.embeddings is not None
 
     def _advance(self, index: int) -> None:
-        """Replace the states by the block's outputs, unless nothing needs them."""
-        if self._leads_on(index):
+        """Replace the states by the block's outputs if these are needed."""
+        if self._outputs_needed(index):
             for number in range(len(self._batches)):
                 self.states[number] = self._run(index, number)
 
@@ -390,26 +386,25 @@ class Run:
         return self._batches[number].run(index, self.states[number], keep=keep)
 
     def _sequential(self, index: int, inputs: list[SharedInput | Routed]) -> None:
-        """Prune one block in one pass; replace the states by its outputs unless nothing needs
-        them."""
+        """Prune one block in one pass; replace the states by its outputs if these are needed."""
         device, current, batches = self._device(index), 0, range(len(self._batches))
         held = len(batches) if self.paused is None else self.paused
-        work: dict[int, Work] = {}  # at the input at hand
+        work: dict[int, Work] = {}  # at the current input
 
         def pausing(number: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                while number >= current:  # else it goes on, or begins the block anew
+                while number >= current:  # else it continues, or restarts the block
                     if number in work:
                         work[number](batch, args, kwargs)
-                    with _no_autocast(device):  # which all coroutines of a thread share
+                    with _no_autocast(device):  # shared by all coroutines of a thread
                         getcurrent().parent.switch(number)
 
             return hook
 
-        def begun(batch: int) -> greenlet:
+        def started(batch: int) -> greenlet:
             return greenlet(partial(self._run, index, batch))
 
-        tasks = [begun(batch) for batch in batches]
+        tasks = [started(batch) for batch in batches]
         with ExitStack() as hooks:
             for number, one in enumerate(inputs):
                 hooks.enter_context(_before(one, pausing(number)))
@@ -417,20 +412,20 @@ class Run:
                 for one in inputs:
                     for part in self._parts(one):
                         work[current] = next(part)
-                        for batch in batches:  # each to that input, where it works
+                        for batch in batches:  # run each to that input
                             reached = tasks[batch].switch()
-                            if tasks[batch].dead or reached != current:  # a path of its own
+                            if tasks[batch].dead or reached != current:
                                 raise ModelError(
                                     f"{_first(one).name} is not reached by every micro-batch: the "
                                     "engine cannot prune layers that only some tokens pass through"
                                 )
                             if batch >= held:
                                 tasks[batch].throw()
-                                tasks[batch] = begun(batch)
-                        work.clear()  # nothing else has the statistic that it adds to
+                                tasks[batch] = started(batch)
+                        work.clear()  # drops the last reference to the statistic
                         next(part, None)
                     current += 1
-                if self._leads_on(index):
+                if self._outputs_needed(index):
                     for batch in batches:
                         self.states[batch] = tasks[batch].switch()
             finally:
@@ -438,7 +433,7 @@ class Run:
                     task.throw()
 
     def _two_pass(self, index: int, inputs: list[SharedInput | Routed]) -> None:
-        """Prune one block on its dense inputs, then run it again for the next one's inputs."""
+        """Prune one block on its dense inputs, then run it again for the next block's inputs."""
         batch = 0
 
         def working(work: Work) -> Callable[..., None]:
@@ -446,7 +441,7 @@ class Run:
 
         parts = [(one, part) for one in inputs for part in self._parts(one)]
         shared = [pair for pair in parts if not isinstance(pair[0], Routed)]
-        # From the last input to the first: what is upstream of experts has to be dense still.
+        # Experts go from last to first: everything upstream of them must still be dense.
         routed = [pair for pair in reversed(parts) if isinstance(pair[0], Routed)]
         first = [*shared, *routed[:1]]  # summed in one pass
         for group in filter(None, [first, *([pair] for pair in routed[1:])]):
@@ -462,9 +457,9 @@ class Run:
         self._advance(index)
 
     def _parts(self, one: SharedInput | Routed) -> Iterator[Iterator[Work]]:
-        """Yield what is pruned at an input at a time: all layers, or of a mixture's steps as many
-        experts as have room for statistics. Each part yields the work to do on every micro-batch
-        there; what follows solves."""
+        """Yield the parts of an input that are pruned together: all its layers, or as many experts
+        of a mixture's step as have room for statistics. A part yields the work to do on every
+        micro-batch, then solves."""
         if not isinstance(one, Routed):
             yield self._layers(one)
             return
@@ -475,7 +470,7 @@ class Run:
                 yield self._experts(one, step, experts[at : at + at_once])
 
     def _layers(self, shared: SharedInput) -> Iterator[Work]:
-        """Gather the statistic of an input, and prune the layers that share it."""
+        """Gather the statistic of an input, then prune the layers that share it."""
         statistic: Statistic = self._kind(shared[0].shape[1], shared[0].view().device)
 
         def add(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -488,13 +483,13 @@ class Run:
             self._prune(shared, statistic.matrix())
 
     def _experts(self, routed: Routed, step: Step, experts: list[int]) -> Iterator[Work]:
-        """Gather the statistics of some experts at one step, and prune them."""
+        """Gather the statistics of some experts at one step, then prune them."""
         report, lap = self.report, partial(self._laps.lap, "statistics")
         gathering = Gathering(routed, step, experts, self._kind, lap)
         length, (rank, world) = report.tokens // report.rows, distributed.processes()
         first = rank * (report.rows // world) + min(rank, report.rows % world)  # as `own_rows`
-        # Of so many tokens one stands for all: as many go through every expert as are routed to it
-        # on average. Without a factor in common with a row's length it prefers no position.
+        # One in `every` tokens stands for all, so that each expert sees as many of them as are
+        # routed to it on average. An `every` coprime to the row length favours no position.
         every = max(1, round(routed.mixture.count / max(1, routed.chosen)))
         while math.gcd(every, length) > 1:
             every += 1
@@ -508,16 +503,16 @@ class Run:
             gathering.collect(sample.to(routed.device), args, kwargs)
 
         yield collect
-        if not report.experts or report.experts[-1].name != routed.name:  # once a mixture
-            own = torch.cat([routed.counted[number] for number in range(len(self._batches))]).cpu()
-            by_row = torch.cat(distributed.everyone(own))
-            chosen = {
+        if not report.experts or report.experts[-1].name != routed.name:  # once per mixture
+            here = torch.cat([routed.counted[number] for number in range(len(self._batches))]).cpu()
+            by_row = torch.cat(distributed.everyone(here))
+            by_source = {
                 source: by_row[torch.tensor([one == source for one in self.sources])]
                 .sum(0)
                 .tolist()
                 for source in dict.fromkeys(self.sources)
             }
-            report.experts.append(ExpertsReport(routed.name, by_row.sum(0).tolist(), chosen))
+            report.experts.append(ExpertsReport(routed.name, by_row.sum(0).tolist(), by_source))
         with self._laps.lap("solve"):
             for layers, statistic, tokens in gathering.statistics(report.experts[-1].tokens):
                 self._prune(layers, statistic, tokens)
@@ -529,15 +524,15 @@ class Run:
     def _prune(
         self, layers: list[Prunable], statistic: Tensor | None, tokens: int | None = None
     ) -> None:
-        """Solve the layers of one input, write their weights and report on them."""
+        """Solve the layers of one input, write their weights and add them to the report."""
         inputs = []
-        if statistic is not None:  # the sums of squares tell of a Gram matrix
+        if statistic is not None:  # a Gram matrix is finite if its diagonal is
             square = statistic.ndim == 2 and statistic.shape[0] == statistic.shape[1]
             inputs = [statistic.diagonal() if square else statistic]
         _check_finite(layers, "its weights are not finite", inputs)
         weights = [layer.view() for layer in layers]
         patterns = [_of_layer(self.pattern, layer.name) for layer in layers]
-        # What a solver may round it says itself; the rest is float32, whatever is set.
+        # Solvers allow rounding explicitly; all else is float32, whatever the caller has set.
         with bfloat16_products(allowed=False):
             solved = solve(self.method, layers[0].name, weights, statistic, patterns)
             self.begun = True
@@ -546,8 +541,8 @@ class Run:
             _check_finite(layers, "its pruned weights are not finite")
         precision = None if solved.dtype is None else dtype_name(solved.dtype)
         grids: Sequence[Grid | None] = solved.grids or [None] * len(layers)
-        told = zip(layers, solved.pruned, solved.errors, grids, strict=True)
-        for layer, pruned, error, grid in told:
+        results = zip(layers, solved.pruned, solved.errors, grids, strict=True)
+        for layer, pruned, error, grid in results:
             rows, columns = layer.shape
             if grid is not None and layer.whole_matrix:
                 self.report.grids[layer.parameter_name] = grid
@@ -561,7 +556,7 @@ class Run:
 
 
 class Looking(Run):
-    """A pass over the dense model that changes nothing, and hands over the layers of each input
+    """A pass over the dense model that changes nothing and passes `seen` the layers of each input
     with its statistic: the sums of squares, or the Gram matrix if `gram`."""
 
     def __init__(
@@ -583,12 +578,12 @@ class Looking(Run):
 
 
 def _first(one: SharedInput | Routed) -> Any:
-    """Return what has the name and the module of an input: a mixture, or the first layer."""
+    """Return the object that names an input: the mixture, or the first layer."""
     return one if isinstance(one, Routed) else one[0]
 
 
 def _before(one: SharedInput | Routed, hook: Callable[..., None]) -> Any:
-    """Call a hook wherever an input is there."""
+    """Call a hook before the module that receives an input."""
     return _first(one).module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
@@ -598,13 +593,13 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def _at_work(device: torch.device) -> Iterator[None]:
-    """Compute the same bytes whatever the caller has set."""
+    """Compute the same bytes whatever torch settings the caller uses."""
     with torch.inference_mode(), reproducible(device), _no_autocast(device):
         yield
 
 
 def _check_finite(layers: list[Prunable], otherwise: str, inputs: Sequence[Tensor] = ()) -> None:
-    """Refuse weights, or statistics of inputs, that are not finite; the host reads once."""
+    """Refuse non-finite weights or input statistics, with one device synchronisation."""
     weights = [layer.view() for layer in layers]
     ends = [torch.stack(torch.aminmax(value)).float() for value in (*weights, *inputs)]
     finite = torch.stack(ends).isfinite().all(1).tolist()
@@ -613,5 +608,5 @@ def _check_finite(layers: list[Prunable], otherwise: str, inputs: Sequence[Tenso
     number = finite.index(False)
     what = otherwise if number < len(layers) else "its inputs are not finite"
     half = weights[0].dtype == torch.float16
-    hint = ": float16 may be too narrow, use --dtype bfloat16 or float32" if half else ""
+    hint = ": float16 may overflow, use --dtype bfloat16 or float32" if half else ""
     raise SolverError(f"{layers[number % len(layers)].name}: {what}{hint}")

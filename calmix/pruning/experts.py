@@ -1,12 +1,12 @@
-"""Experts: which inputs each one sees, without knowing how a model sends tokens to them.
+"""Experts: the inputs of each one, found without knowing how a model routes tokens.
 
-The module within which tokens are routed runs as the model's authors wrote it, one expert after
-another, while every product with an expert's weights is watched. A weight, or a view of a parameter
-that holds all experts, through whatever indexing and transposing, is known by where it lies.
-Products of which nothing is needed are left out: they give zeros.
+The module that routes tokens runs its original code, one expert after another, while every product
+with an expert's weights is intercepted. A weight, or any indexed or transposed view of a parameter
+that holds all experts, is identified by its memory address. Products that are not needed are
+skipped and return zeros.
 
 An expert is pruned on the tokens routed to it and, with a small weight, on all: H_e + SMOOTHING
-H_all / n_all. So one that sees few tokens, or none, has a statistic too.
+H_all / n_all. So an expert with few tokens, or none, has a statistic too.
 """
 
 from __future__ import annotations
@@ -28,23 +28,22 @@ from calmix.models.blocks import Mixture, Prunable
 from calmix.pruning import distributed
 from calmix.pruning.gram import Statistic
 
-EXPERT_BYTES = 2**30  # that statistics of experts take at a time
-SMOOTHING = 32.0  # tokens that the mean over all tokens counts as
+EXPERT_BYTES = 2**30  # for statistics of experts at a time
+SMOOTHING = 32.0  # weight of the all-token average, in tokens
 MATMULS = frozenset({
     torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm,
     torch.bmm, torch.Tensor.bmm,
 })  # fmt: skip
 
-# The parameter that is used, of which expert (None: of all at once) and the input; whether the
-# product is computed.
+# Takes the parameter's name, the expert (None: all at once) and the input; returns whether to
+# compute the product.
 Seen = Callable[[str, int | None, Tensor], bool]
-Add = Callable[[int, Tensor], None]  # of an expert
-Given = tuple[tuple[Any, ...], Mapping[str, Any]]  # what a mixture is called with
+Add = Callable[[int, Tensor], None]  # expert and its inputs
+Given = tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments of a mixture
 
 
 def given_tensors(given: Given) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Return hidden states, the tensor that names the experts of each token, if there is one, and
-    all tensors."""
+    """Return the hidden states, the tensor of each token's experts (or None), and all tensors."""
     args, kwargs = given
     tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
     whole = (torch.int64, torch.int32, torch.int16)
@@ -53,7 +52,7 @@ def given_tensors(given: Given) -> tuple[Tensor, Tensor | None, list[Tensor]]:
 
 
 class _Products(TorchFunctionMode):
-    """Sees products with weights of experts: views of them lie in the same memory."""
+    """Intercepts products with weights of experts, whose views share their memory."""
 
     def __init__(self, layers: Iterable[Prunable], seen: Seen) -> None:
         super().__init__()
@@ -81,33 +80,31 @@ class _Products(TorchFunctionMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    """Return what tells the memory a tensor lies in from any other that is in use."""
+    """Return an identifier of the storage of a live tensor."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def _place(layer: Prunable, stored: Tensor, used: Tensor, offset: int) -> tuple[str, int | None]:
-    """Return parameter and expert of a used weight (outputs, inputs); None for all experts.
-
-    It lies at an offset in what is stored, (experts, outputs, inputs).
-    """
+    """Return the parameter and expert (None: all) of a used weight (outputs, inputs), which lies at
+    an offset in the stored one, (experts, outputs, inputs)."""
     at, rest = divmod(offset, int(stored.stride(0)))
     like = stored if used.ndim == 3 else stored[at]
     if rest or used.shape != like.shape or used.stride() != like.stride():
         raise ModelError(
-            f"a part of the experts' {layer.parameter} of shape {tuple(used.shape)} is used on "
-            "its own: the engine cannot prune these experts"
+            f"a part of the experts' {layer.parameter} of shape {tuple(used.shape)} is used "
+            "separately: the engine cannot prune these experts"
         )
     return layer.parameter, None if used.ndim == 3 else at
 
 
 @dataclass
 class Step:
-    """Linear maps that read one input, of every expert.
+    """The linear maps of every expert that read the same input.
 
     Attributes:
-        layers: those to be pruned.
-        keys: all parameters, the one first that is used first.
-        common: whether every expert's input of one token is the same.
+        layers: the ones to prune, by expert.
+        keys: all parameters, in order of use.
+        common: whether all experts see the same input for a token.
     """
 
     layers: dict[int, list[Prunable]]
@@ -121,19 +118,19 @@ class Step:
 
 
 class Routed:
-    """A mixture of experts as it was seen at work.
+    """A mixture of experts, traced.
 
     Attributes:
         mixture: the experts.
         layers: all linear maps in it.
-        wanted: names of those to be pruned.
-        name, module: of that within which tokens are routed.
-        device: where its weights lie.
-        steps: their inputs, in the order in which they can be pruned.
-        counted: how many tokens of each calibration row reach each expert, by micro-batch.
-        chosen: experts a token is sent to.
+        wanted: names of those to prune.
+        name, module: of the module that routes tokens.
+        device: of its weights.
+        steps: the inputs, in the order in which they can be pruned.
+        counted: number of tokens of each calibration row that reach each expert, by micro-batch.
+        chosen: experts per token.
         kind: how the module is called: `indexed` (hidden states, and the experts of each token),
-            `stacked` (an expert's hidden states after another's, zero where it is not chosen) or
+            `stacked` (the experts' hidden states one after another, zero where not chosen) or
             `shared` (all experts see all tokens).
     """
 
@@ -146,9 +143,9 @@ class Routed:
         self.kind, self.chosen = "", 1
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the module on a few tokens and find the steps; return what it returned."""
+        """Run the module on a few tokens to find the steps; return its output."""
         groups: dict[tuple[Any, ...], list[str]] = {}
-        kept: list[Tensor] = []  # keeps inputs alive, so that no address is used twice
+        kept: list[Tensor] = []  # keeps inputs alive, so that no address is reused
 
         def seen(key: str, expert: int | None, inputs: Tensor) -> bool:
             kept.append(inputs)
@@ -167,8 +164,8 @@ class Routed:
             done |= set(keys)
         if missing := {layer.parameter for layer in self.layers} - done:
             raise ModelError(
-                f"it cannot be seen what {min(missing)} of the experts in {self.name} is applied "
-                "to: the engine cannot prune them"
+                f"the input of {min(missing)} of the experts in {self.name} cannot be traced: the "
+                "engine cannot prune them"
             )
         hidden, index, tensors = given_tensors(given)
         self.kind = "stacked" if len(tensors) == 1 else "shared" if index is None else "indexed"
@@ -188,25 +185,25 @@ class Routed:
         return result
 
     def _watched(self, given: Given, seen: Seen) -> Any:
-        """Run the module and call `seen` for every product with weights of its experts.
+        """Run the module and call `seen` for every product with its experts' weights.
 
-        A product is computed where it returns True; all at once have the expert None.
+        A product is computed if `seen` returns True. A product of all experts has the expert None.
         """
         args, kwargs = given
         config: Any = getattr(self.module, "config", None)
-        own = hasattr(config, "_experts_implementation")
-        before = config._experts_implementation if own else None
-        if own:
+        selectable = hasattr(config, "_experts_implementation")
+        before = config._experts_implementation if selectable else None
+        if selectable:
             config._experts_implementation = "eager"
         try:
             with _Products(self.layers, seen):
                 return self.module.forward(*args, **kwargs)
         finally:
-            if own:
+            if selectable:
                 config._experts_implementation = before
 
     def collect(self, step: Step, experts: Collection[int], given: Given, add: Add) -> None:
-        """Run the module as far as a step's inputs and hand over those of some experts."""
+        """Run the module up to a step's inputs and call `add` with those of some experts."""
         earlier = {key for one in self.steps[: self.steps.index(step)] for key in one.keys}
 
         def seen(key: str, expert: int | None, inputs: Tensor) -> bool:
@@ -223,7 +220,7 @@ class Routed:
     def everything(
         self, step: Step, experts: Sequence[int], tokens: Tensor, given: Given, add: Add
     ) -> None:
-        """Do the same as if the tokens at some positions went to all of the experts."""
+        """Do the same as if the tokens at the given positions were routed to all these experts."""
         (hidden, index, tensors), count = given_tensors(given), self.mixture.count
         flat = hidden.reshape(-1, hidden.shape[-1])
         if index is None:
@@ -232,7 +229,7 @@ class Routed:
             flat = (apart.sum(0) / chosen[:, None]).to(hidden.dtype)
             new = {id(hidden): flat[tokens].repeat(count, 1)}
         else:
-            # Some cannot send a token to one expert alone.
+            # Some modules cannot route a token to a single expert.
             sent = [*experts, (experts[0] + 1) % count] if len(experts) == 1 else experts
             numbers = torch.tensor(sent, dtype=index.dtype, device=index.device)
             numbers = numbers.expand(len(tokens), -1)
@@ -244,14 +241,14 @@ class Routed:
         self.collect(step, experts, (args, kwargs), add)
 
     def counts(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return how many tokens of each calibration row reach each expert, (rows, experts)."""
+        """Return the number of tokens of each row that reach each expert, (rows, experts)."""
         (hidden, index, _), count = given_tensors((args, kwargs)), self.mixture.count
         if index is not None:
-            each = index.reshape(rows, -1).long().clamp(max=count)  # some number one that is none
+            each = index.reshape(rows, -1).long().clamp(max=count)  # some exceed it
             each += torch.arange(rows, device=each.device)[:, None] * (count + 1)
-            found = each.new_zeros(rows * (count + 1))  # in one dimension, which has a sum in order
-            found.scatter_add_(0, each.flatten(), torch.ones_like(each).flatten())
-            return found.view(rows, -1)[:, :count]
+            counted = each.new_zeros(rows * (count + 1))  # 1-d: scatter_add_ is deterministic there
+            counted.scatter_add_(0, each.flatten(), torch.ones_like(each).flatten())
+            return counted.view(rows, -1)[:, :count]
         if self.kind == "stacked":
             used = (hidden.reshape(count, rows, -1, hidden.shape[-1]) != 0).any(-1)
             return used.sum(-1).T
@@ -259,16 +256,17 @@ class Routed:
 
 
 class Gathering:
-    """The statistics of some experts' inputs at one step, and how they are mixed.
+    """The statistics of some experts' inputs at one step, smoothed by those of all tokens.
 
-    Of several processes each collects what its rows give; what is yielded is all processes'.
+    Each process collects the statistics of its own rows; the statistics yielded are summed over all
+    processes.
 
     Args:
         routed: the mixture.
         step: the inputs.
-        experts: whose.
+        experts: the experts.
         kind: the statistic.
-        lap: counts the seconds of what is done within.
+        lap: context manager that times the work within.
     """
 
     def __init__(
@@ -285,7 +283,7 @@ class Gathering:
         self._every: dict[int, Statistic] = defaultdict(made)
         self._all = 0
         most = 1 if step.common else None
-        # Of a mixture whose experts all see all tokens an expert's own are all.
+        # If all experts see all tokens, there is nothing to smooth.
         self._numbers = [] if routed.kind == "shared" else list(experts)[:most]
 
     def collect(self, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -293,7 +291,7 @@ class Gathering:
 
         Args:
             sample: positions of the tokens that stand for all.
-            args, kwargs: as the module was called.
+            args, kwargs: the module's arguments.
         """
         given = args, kwargs
         self._routed.collect(self._step, self._experts, given, partial(self._add, self._own))
@@ -307,7 +305,7 @@ class Gathering:
             sums[expert].add(inputs)
 
     def statistics(self, counts: Sequence[int]) -> Iterator[tuple[list[Prunable], Tensor, int]]:
-        """Yield linear maps that share an input, its statistic, and the tokens of that expert.
+        """Yield linear maps that share an input, its statistic, and the expert's token count.
 
         Args:
             counts: tokens routed to each expert of the mixture.
@@ -324,18 +322,18 @@ class Gathering:
             yield self._step.layers[expert], own, counts[expert]
 
     def _summed(self, sums: dict[int, Statistic], expert: int) -> Tensor:
-        """Return the statistic of all processes' tokens, of which this one may have seen none."""
-        found = sums[expert]
+        """Return the statistic of all processes' tokens; this process may have seen none."""
+        statistic = sums[expert]
         del sums[expert]
-        distributed.add_up(found.sum)
-        return found.matrix()
+        distributed.add_up(statistic.sum)
+        return statistic.matrix()
 
 
 def starved(layers: Iterable[Any], rows: int) -> str | None:
-    """Say which experts see fewer tokens than they have inputs, and how many rows would do.
+    """Return a warning about experts that see fewer tokens than they have inputs, or None.
 
     Args:
-        layers: with name, columns, and tokens (None outside of experts), as `LayerReport` has them.
+        layers: with name, columns and tokens (None outside experts), such as `LayerReport`.
         rows: calibration rows.
     """
     seen: dict[str, tuple[int, int]] = {}
@@ -350,8 +348,8 @@ def starved(layers: Iterable[Any], rows: int) -> str | None:
     tokens, width = few[least]
     advice = "use sources that reach it"
     if tokens:
-        advice = f"{math.ceil(rows * width / tokens)} rows would do"
+        advice = f"use {math.ceil(rows * width / tokens)} rows"
     return (
-        f"{len(few)} of {len(seen)} experts see fewer tokens than they have inputs, least "
+        f"{len(few)} of {len(seen)} experts see fewer tokens than they have inputs, at worst "
         f"{least} with {tokens} for {width}: {advice}"
     )

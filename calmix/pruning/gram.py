@@ -1,8 +1,8 @@
-"""Statistics of a layer's inputs over calibration tokens: the Gram matrix, sum of x x^T, with its
-factor, and its diagonal.
+"""Statistics of a layer's inputs over calibration tokens: the Gram matrix, sum of x x^T, its
+Cholesky factor and its diagonal.
 
 Inputs may be half precision; sums are always float32. A Gram matrix rounded to half precision
-is not positive definite, so no half-precision product is ever accumulated.
+is not positive definite, so half-precision products are never accumulated.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from torch import Tensor
 from calmix.errors import SolverError
 from calmix.precision import bfloat16_products, large_products, widest
 
-CHUNK = 2048  # tokens converted to float32 at a time: they stay in the second-level cache
-ROWS = 256  # the same for sums of squares, which read every value once
+CHUNK = 2048  # tokens converted to float32 at a time: they fit in the L2 cache
+ROWS = 256  # the same for sums of squares, which read each value once
 LEAF = 144  # columns of a block that LAPACK factorises on a CPU; elsewhere `WIDE`
 PANEL = 256  # columns of a triangle computed in one product, on a CPU
-WIDE = 2048  # elsewhere, where every product is a kernel to start, and large ones are fast
-OUTPUTS = 512  # rows of a layer worked on at a time: enough for a product, little beside the layer
-ENTRIES = 2**25  # of a layer worked on at a time on an accelerator, where every call is a kernel
-# Precision, and how often the damping that was asked for, until the factor exists.
+WIDE = 2048  # elsewhere: each product launches a kernel, and large ones are fast
+OUTPUTS = 512  # rows of a layer processed at a time: a fast product, little extra memory
+ENTRIES = 2**25  # of a layer processed at a time on an accelerator, to launch few kernels
+# Precision and multiple of the requested damping, tried in turn until the factor exists.
 ATTEMPTS = (
     (torch.float32, 1), (torch.float32, 10), (torch.float64, 10), (torch.float64, 100),
 )  # fmt: skip
 
 
 class Statistic(ABC):
-    """What a method needs of a layer's inputs: a sum over all calibration tokens, in float32.
+    """What a method needs of a layer's inputs: a float32 sum over all calibration tokens.
 
-    The sums of two sets of tokens, or of several processes, add up. By default it is a vector.
+    Sums over several sets of tokens, or from several processes, add up. The default is a vector.
 
     Args:
         columns: width of the input.
-        device: where inputs and statistic lie.
+        device: of the inputs and the statistic.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -59,12 +59,12 @@ class Statistic(ABC):
 
     @classmethod
     def memory(cls, columns: int) -> int:
-        """Return the bytes it takes."""
+        """Return the size in bytes."""
         return 4 * math.prod(cls.shape(columns))
 
 
 class Gram(Statistic):
-    """Running sum of x x^T in float32, of which only the upper triangle is computed."""
+    """Running sum of x x^T in float32; only the upper triangle is computed."""
 
     @staticmethod
     def shape(columns: int) -> tuple[int, ...]:
@@ -74,7 +74,7 @@ class Gram(Statistic):
         flat = inputs.reshape(-1, inputs.shape[-1])
         cpu = flat.device.type == "cpu"
         steps = _steps(flat.shape[1], cpu=cpu)
-        # Inputs that are bfloat16 values anyway lose nothing; nor does float16 by TF32.
+        # bfloat16 inputs lose nothing, nor does float16 in TF32.
         exact = (torch.bfloat16,) if cpu else (torch.bfloat16, torch.float16)
         with bfloat16_products(flat.dtype in exact):
             for start in range(0, len(flat), CHUNK):
@@ -87,7 +87,7 @@ class Gram(Statistic):
         return mirrored(self.sum)
 
     def times(self, gram: Tensor) -> Tensor:
-        """Return the sum of the products of all entries with another's; nothing is added after."""
+        """Return the sum of entrywise products with another Gram matrix; overwrites the sum."""
         total = torch.zeros((), dtype=widest(gram.device), device=gram.device)
         for at, to in _steps(len(gram), cpu=gram.device.type == "cpu"):
             part = self.sum[at:to, at:].mul_(gram[at:to, at:])
@@ -97,7 +97,7 @@ class Gram(Statistic):
 
 
 class Squares(Statistic):
-    """Running sum of squares of every column in float32: the diagonal of the Gram matrix."""
+    """Running float32 sum of squares of each column: the diagonal of the Gram matrix."""
 
     def add(self, inputs: Tensor) -> None:
         flat = inputs.reshape(-1, inputs.shape[-1])
@@ -107,18 +107,18 @@ class Squares(Statistic):
 
 
 def _panels(width: int, panel: int) -> list[tuple[int, int]]:
-    """Return where panels of a matrix begin and end."""
+    """Return the start and end of each panel of a matrix."""
     return [(at, min(at + panel, width)) for at in range(0, width, panel)]
 
 
 def _steps(columns: int, *, cpu: bool) -> list[tuple[int, int]]:
-    """Return which rows of the upper triangle come from one product."""
+    """Return the row ranges of the upper triangle that one product computes."""
     half = PANEL if columns > PANEL else max(1, -(-columns // 2))
     return _panels(columns, half if cpu else WIDE)
 
 
 def mirrored(matrix: Tensor) -> Tensor:
-    """Fill the lower triangle of a square matrix by its upper one, in place."""
+    """Copy the upper triangle of a square matrix to its lower one, in place."""
     for at, to in _panels(len(matrix), PANEL if matrix.device.type == "cpu" else WIDE):
         square = matrix[at:to, at:to]
         square.triu_().add_(square.triu(1).T)
@@ -127,7 +127,7 @@ def mirrored(matrix: Tensor) -> Tensor:
 
 
 def squared(upper: Tensor) -> Tensor:
-    """Return U^T U of an upper triangular U, without most of what is known to be zero."""
+    """Return U^T U of an upper triangular U, skipping most of the zeros."""
     full = torch.empty_like(upper)
     for at, to in _steps(len(upper), cpu=upper.device.type == "cpu"):
         torch.mm(upper[:to, at:to].T, upper[:to, at:], out=full[at:to, at:])
@@ -135,7 +135,7 @@ def squared(upper: Tensor) -> Tensor:
 
 
 def chunks(matrix: Tensor) -> Iterator[slice]:
-    """Yield slices of the rows of a matrix that are worked on at a time."""
+    """Yield slices of the rows of a matrix, to process one at a time."""
     rows, columns = matrix.shape
     size = OUTPUTS if matrix.device.type == "cpu" else max(OUTPUTS, ENTRIES // columns)
     for start in range(0, rows, size):
@@ -143,10 +143,10 @@ def chunks(matrix: Tensor) -> Iterator[slice]:
 
 
 def output_energy(weight: Tensor, gram: Tensor) -> Tensor:
-    """Return tr(W H W^T), the energy of a layer's output, as a tensor of no dimensions.
+    """Return tr(W H W^T), the energy of a layer's output, as a 0-d tensor.
 
-    It is the sum of the products of the entries of H and of W^T W, a Gram matrix too: of bfloat16
-    weights that is exact where factors are rounded to it.
+    Computed as the sum of entrywise products of H and W^T W, itself a Gram matrix: exact for
+    bfloat16 weights even where products round their factors to bfloat16.
 
     Args:
         weight: W, (rows, columns) of any float type.
@@ -160,12 +160,12 @@ def output_energy(weight: Tensor, gram: Tensor) -> Tensor:
 def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> float:
     """Return the share of a layer's output energy that is lost, tr(D H D^T) / tr(W H W^T).
 
-    Gram matrices add, so that of a mix is the sum of its sources', each times its share; and the
-    same weights may be held against the Gram matrix of any other text.
+    Gram matrices add: a mix's is the sum of its sources', weighted by share. The same weights can
+    be compared on the Gram matrix of any other text.
 
     Args:
         weight: W, (rows, columns) of any float type.
-        kept: what W is replaced by, rounded to its type; D is the difference.
+        kept: the weights that replace W, rounded to its type; D is the difference.
         gram: H, float32 (columns, columns), sum or mean of x x^T, undamped.
     """
     lost = Gram(len(gram), gram.device)
@@ -183,10 +183,10 @@ class Factor:
 
     Attributes:
         upper: float32 (columns, columns).
-        damping: what was added to the diagonal, as a share of its mean.
+        damping: amount added to the diagonal, as a share of its mean.
         dtype: precision of the factorisation that succeeded.
         dead: bool (columns,), inputs that were zero on every token.
-        raised: how often the damping that was asked for stands in it.
+        raised: the damping used, as a multiple of that requested.
     """
 
     upper: Tensor
@@ -200,9 +200,8 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
     """Factorise the inverse of a damped Gram matrix (SparseGPT, arXiv 2301.00774, section 3.3).
 
     H = R R^T with R upper triangular gives H^-1 = U^T U with U = R^-1; neither R nor H^-1 is
-    ever formed. If H is not positive definite the damping is raised tenfold, then the work is
-    repeated in float64, at last with a hundredfold damping; H^-1 is never replaced by anything
-    else.
+    ever formed. If H is not positive definite, the damping is raised tenfold, then the
+    factorisation is repeated in float64, finally with a hundredfold damping.
 
     Args:
         gram: symmetric float32 (columns, columns).
@@ -212,7 +211,7 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
     mean = diagonal.mean()
     if not mean > 0:
         raise SolverError("the inputs of this layer are zero on every calibration token")
-    able = widest(gram.device) == torch.float64  # as the last attempts need it
+    able = widest(gram.device) == torch.float64  # needed by the last attempts
     for dtype, raised in ATTEMPTS:
         share = raised * damping
         upper = gram.to(gram.device if able else torch.device("cpu"), dtype, copy=True)
@@ -220,7 +219,7 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
         with large_products():
             failed = torch.stack(list(_invert_factor(upper))).any()
         upper = upper.to(gram.device, torch.float32)
-        # A sum is finite only if every entry is, and is had in one pass.
+        # A sum is finite only if every entry is, and takes one pass.
         usable = torch.isfinite(upper.sum()) & (upper.diagonal() > 0).all()
         if usable.logical_and_(~failed.to(usable.device)):
             return Factor(upper, share, dtype, diagonal == 0, raised)
@@ -231,17 +230,17 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
 
 
 def _invert_factor(h: Tensor) -> Iterator[Tensor]:
-    """Overwrite a symmetric H by the upper U of H^-1 = U^T U; yield what LAPACK says of blocks.
+    """Overwrite a symmetric H with the upper U of H^-1 = U^T U; yield LAPACK's status of blocks.
 
-    With H = [[A, B], [B^T, C]] and C = R_c R_c^T, the factor's corner is B U_c^T and what is
-    left of A is factorised in turn. LAPACK sees small blocks only: the rest is matrix products,
-    several times faster than its factorisation of the whole. Only the upper triangle is read;
-    products leave out what lies below a diagonal by panels: little more than 2/3 d^3 are left.
+    With H = [[A, B], [B^T, C]] and C = R_c R_c^T, the factor's corner is B U_c^T and the Schur
+    complement of A is factorised in turn. LAPACK only sees small blocks: the rest is matrix
+    products, several times faster than LAPACK on the whole matrix. Only the upper triangle is
+    read, and products skip most entries below the diagonal: little more than 2/3 d^3 remain.
     """
     size = len(h)
     leaf, panel = (LEAF, PANEL) if h.device.type == "cpu" else (WIDE, WIDE)
     if size <= leaf:
-        # LAPACK's factor is lower triangular: reversing the order of rows and columns turns it.
+        # LAPACK's factor is lower triangular: reversing rows and columns makes it upper.
         lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
         identity = torch.eye(size, dtype=h.dtype, device=h.device)
         inverse = torch.linalg.solve_triangular(lower, identity, upper=False)

@@ -1,8 +1,8 @@
-"""Sparsity patterns and the exact, tie-safe masks that realise them.
+"""Sparsity patterns and their exact masks.
 
 A mask is True where a weight is pruned. Counts are exact: `round(p * size)` of a comparison
-group, or M - N of every group of M columns; equal scores are pruned in order of index. A pattern
-is a subclass of `Pattern`, and what `as_pattern` reads.
+group, or M - N of every group of M columns; ties are pruned in order of index. A new pattern is a
+subclass of `Pattern`, parsed by `as_pattern`.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from calmix.errors import InputError
 
 
 class Pattern:
-    """What share of a layer's weights is pruned, and among which it is chosen.
+    """How many of a layer's weights are pruned, and within which groups they are compared.
 
     Attributes:
-        sparsity: the share.
-        group: consecutive inputs of a row that are compared; 1 where the method chooses a group.
+        sparsity: the share of weights pruned.
+        group: consecutive inputs of a row that are compared; 1 if the method chooses the groups.
     """
 
     sparsity: float = 0.0
     group: int = 1
 
     def count(self, size: int) -> int:
-        """Return how many of `size` entries, whole groups, are pruned; by default none."""
+        """Return how many of `size` entries, a multiple of `group`, are pruned; by default none."""
         return 0
 
     def mask(self, score: Tensor, *, by_row: bool = False) -> Tensor:
-        """Return the mask of a matrix of finite scores, the least of which are pruned.
+        """Return the mask that prunes the lowest of finite scores.
 
         Args:
-            score: (rows, columns), compared by group if there are any, else as a whole or `by_row`.
+            score: (rows, columns), compared within groups if `group` > 1, else `by_row` or overall.
         """
         if self.group > 1:
             groups = score.view(len(score), -1, self.group).permute(2, 0, 1).contiguous()
@@ -45,11 +45,11 @@ class Pattern:
         return smallest(groups, self.count(groups.shape[1])).view(score.shape)
 
     def group_mask(self, score: Tensor) -> Tensor:
-        """Return the mask of groups that lie along the first dimension, (group, ...)."""
+        """Return the mask of groups along the first dimension, (group, ...)."""
         count = self.count(self.group)
         if self.group > 16:
             return score.argsort(dim=0, stable=True).argsort(dim=0) < count
-        # For small groups comparing all pairs is faster than sorting, and exact about ties.
+        # For small groups, comparing all pairs is faster than sorting and exact about ties.
         rank = torch.zeros_like(score, dtype=torch.uint8)
         for i in range(self.group):
             for j in range(i):
@@ -104,20 +104,20 @@ class SemiStructured(Pattern):
 
 @dataclass(frozen=True)
 class Rate(Pattern):
-    """So many bits a weight, all counted, whatever becomes zero."""
+    """A number of bits per weight, all storage included; zeros are not prescribed."""
 
     bits: float
 
     def __post_init__(self) -> None:
         if not 0.1 <= self.bits <= 8:
-            raise InputError(f"{self.bits:g} bits a weight is not between 0.1 and 8")
+            raise InputError(f"{self.bits:g} bits per weight is not between 0.1 and 8")
 
     def __str__(self) -> str:
         return f"{self.bits:g} bits"
 
 
 def as_pattern(value: Pattern | str | float) -> Pattern:
-    """Return a pattern: one itself, a sparsity such as `0.5`, `N:M`, or `2.8 bits`."""
+    """Return a pattern from a `Pattern`, a sparsity such as `0.5`, `N:M`, or `2.8 bits`."""
     if isinstance(value, Pattern):
         return value
     text = str(value)
@@ -134,15 +134,15 @@ def as_pattern(value: Pattern | str | float) -> Pattern:
 
 
 def clear(weight: Tensor, mask: Tensor) -> Tensor:
-    """Set finite weights to +0.0 in place where a mask (bool, or 1.0 and 0.0) marks them.
+    """Set finite weights to +0.0 in place where a mask (bool, or 1.0 and 0.0) is set.
 
-    Subtracting w * 1.0 gives +0.0, and is five times faster than masked_fill on a CPU.
+    Subtracting w * 1.0 gives +0.0 and is five times faster than masked_fill on a CPU.
     """
     return weight.addcmul_(weight, mask.to(weight.dtype), value=-1)
 
 
 def smallest(score: Tensor, count: int) -> Tensor:
-    """Mark exactly `count` smallest entries of every row; ties go to the lower index.
+    """Mark exactly the `count` smallest entries of every row; ties go to the lower index.
 
     Args:
         score: finite numbers, shape (groups, size).
@@ -152,30 +152,30 @@ def smallest(score: Tensor, count: int) -> Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
     if score.device.type != "cpu":
         return _smallest_in_parallel(score, count)
-    # NumPy selects with vector instructions: some ten times faster than kthvalue.
+    # NumPy selects with SIMD instructions: about ten times faster than kthvalue.
     ordered = np.partition(score.numpy(), count - 1, axis=1)
     bound = torch.from_numpy(ordered[:, count - 1 : count].copy())
     marked = score <= bound
-    # Summing bytes is up to twenty times faster than torch's count of what is true in long rows.
+    # Summing bytes is up to twenty times faster than count_nonzero on long rows.
     extra = np.add.reduce(marked.numpy().view(np.uint8), axis=1, dtype=np.int64) - count
-    for group in extra.nonzero()[0].tolist():  # of ties at the bound the first few
+    for group in extra.nonzero()[0].tolist():  # mark only the first ties at the bound
         tied = (score[group] == bound[group]).nonzero().flatten()
         marked[group, tied[len(tied) - int(extra[group]) :]] = False
     return marked
 
 
 def _smallest_in_parallel(score: Tensor, count: int) -> Tensor:
-    """Do the same with all of an accelerator, without asking the host.
+    """Do the same on an accelerator in parallel, without synchronising with the host.
 
-    Selection (`kthvalue`) gives a row to one of its many processors, so bounds are halved by
-    value, bit by bit. Floats order as the integers of the same bits do, once those of negative
-    ones are turned round; the bound is the largest that has fewer than `count` entries below it.
+    `kthvalue` uses one multiprocessor per row, so the bound is found by bisection on its bits
+    instead. Floats order like the integers of the same bits, once those of negative floats are
+    flipped; the bound is the largest value with fewer than `count` entries below it.
     """
     bits = score.float().view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     low = torch.full_like(ordered[:, :1], -(2**31))
     for bit in range(31, -1, -1):
-        # The first step goes from the least integer to 0, which no sum of theirs can reach.
+        # The first step goes from the least integer to 0: the sum would overflow.
         higher = torch.zeros_like(low) if bit == 31 else low + (1 << bit)
         low = torch.where((ordered < higher).sum(1, keepdim=True) < count, higher, low)
     # By value: 0.0 and -0.0 are equal.

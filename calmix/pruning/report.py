@@ -1,4 +1,4 @@
-"""What a pruning run did: layer by layer, and to a model's experts."""
+"""The report of a pruning run: layers, experts and totals."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from calmix.shown import Shown, percent
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one layer.
+    """The result for one layer.
 
-    `error` is the share of its output energy that was lost, `tokens` how many were routed to it
-    if it is an expert's, `bits` what a quantised weight takes: levels, scales and mask.
+    `error` is the share of output energy lost, `tokens` the number routed to it if it belongs to an
+    expert, `bits` the storage per quantised weight: levels, scales and mask.
     """
 
     name: str
@@ -34,7 +34,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ExpertsReport:
-    """How many calibration tokens reach each expert of a mixture, and by source."""
+    """Calibration tokens that reach each expert of a mixture, in all and by source."""
 
     name: str
     tokens: list[int]
@@ -43,7 +43,7 @@ class ExpertsReport:
 
 @dataclass(frozen=True)
 class Dropped:
-    """What became of a mixture's experts: their scores, and the numbers of those that are left."""
+    """The scores of a mixture's experts, and the indices of those kept."""
 
     name: str
     scores: list[float]
@@ -59,11 +59,11 @@ PARTS: dict[str, Any] = {
 class PruneReport(Shown):
     """What a pruning run did: a report per layer, totals, and seconds by activity.
 
-    `options` are the method's own; `allocation` says where sparsities by layer are from; `dense`
-    are the weights of blocks that stayed as they were, vectors apart. `rows_at_once` ran at a time,
-    in each process: another number of them may round otherwise. `grids`, of quantised parameters,
-    are written beside the weights and not here. `embeddings` are the bits a weight of the matrices
-    outside the blocks that were rounded.
+    `options` are the method's; `allocation` is the source of per-layer sparsities; `dense` lists
+    the matrices of blocks that were left unchanged. `rows_at_once` is the number of rows each
+    process ran at a time, which can change rounding. `grids` of quantised parameters are stored
+    beside the weights, not here. `embeddings` gives the bits per weight of rounded matrices outside
+    the blocks.
     """
 
     method: str
@@ -94,12 +94,12 @@ class PruneReport(Shown):
 
     @property
     def sparsity(self) -> float:
-        """Share of the weights in pruned layers that is zero."""
+        """Fraction of the weights in pruned layers that are zero."""
         return self.pruned / self.weights if self.weights else 0.0
 
     @property
     def bits(self) -> float | None:
-        """Bits a weight in the quantised layers; None if there is none."""
+        """Bits per weight in the quantised layers; None if there are none."""
         quantised = [layer for layer in self.layers if layer.bits is not None]
         size = sum(layer.rows * layer.columns for layer in quantised)
         taken = sum(layer.rows * layer.columns * (layer.bits or 0) for layer in quantised)
@@ -107,15 +107,15 @@ class PruneReport(Shown):
 
     @property
     def dense_weights(self) -> int:
-        """Number of weights in matrices of the blocks that stayed as they were."""
+        """Number of weights in unchanged matrices of the blocks."""
         return sum(dense.weights for dense in self.dense)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable values."""
         totals = ("weights", "pruned", "sparsity", "bits", "dense_weights")
-        told = asdict(replace(self, grids={})) | {name: getattr(self, name) for name in totals}
-        del told["grids"]
-        return told
+        values = asdict(replace(self, grids={})) | {name: getattr(self, name) for name in totals}
+        del values["grids"]
+        return values
 
     def _line(self) -> str:
         seconds = f", {self.seconds['total']:.0f} s" if "total" in self.seconds else ""
@@ -130,9 +130,9 @@ class PruneReport(Shown):
         ]  # fmt: skip
 
     @classmethod
-    def from_json(cls, kept: Mapping[str, Any]) -> PruneReport:
+    def from_json(cls, data: Mapping[str, Any]) -> PruneReport:
         """Return the report that `to_dict` gave."""
-        values = {one.name: kept[one.name] for one in fields(cls) if one.name in kept}
+        values = {one.name: data[one.name] for one in fields(cls) if one.name in data}
         for name, kind in PARTS.items():
             values[name] = [kind(**part) for part in values[name]]
         return cls(**values)

@@ -1,8 +1,8 @@
-"""Learn from a few tokens how a model's blocks are wired.
+"""Trace how a model's blocks are wired, by running them on a few tokens.
 
-Which linear maps share one input, in which order inputs appear, what a block returns, and with
-which arguments the decoder calls it: all observed, nothing assumed about the architecture. Blocks
-are looked at one by one, so that only the one at hand needs its weights in memory.
+Tracing finds which linear maps share an input, the order of inputs, what a block returns, and its
+arguments. Nothing is assumed about the architecture. Blocks are traced one by one, so that only the
+current one needs its weights in memory.
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ from calmix.errors import ModelError
 from calmix.models.blocks import DecoderBlocks, Dense, Prunable, decoder_of, forwards
 from calmix.pruning.experts import Routed
 
-TOKENS = 8  # that a block is observed on
-UNSEEN = "it cannot be seen what experts are applied to"
-KNOWN = 3  # values of one argument that are compared with: the few tokens', full and last rows'
+TOKENS = 8  # tokens a block is traced on
+UNSEEN = "the inputs of its experts cannot be traced"
+KNOWN = 3  # values kept per argument: for the few tokens, full and last micro-batches
 
-
-# Linear maps of one block that read the very same input, in the order they are called.
+# Linear maps of one block that read the same input, in call order.
 SharedInput = list[Prunable]
 
 
 class Slot(NamedTuple):
-    """The place, among a block's arguments, of a dict or list that blocks may write into, or of one
-    of its entries."""
+    """Stands in a block's arguments for a dict or list that blocks may write into, or one entry."""
 
     number: int
     entry: int | None = None
@@ -42,11 +40,11 @@ class Slot(NamedTuple):
 
 @dataclass
 class Batch:
-    """A micro-batch of so many rows on its way through the blocks.
+    """A micro-batch of rows on its way through the blocks.
 
-    `calls` are the arguments the decoder calls each block with, hidden states left out. Nothing
-    that runs changes them: for every dict and list there is a `Slot` of `written`. Where blocks
-    hand one another more than hidden states, the first slot takes that.
+    `calls` are the decoder's arguments to each block, without hidden states. They stay unchanged:
+    each dict or list in them is replaced by a `Slot` of `written`. If blocks pass each other more
+    than hidden states (`hands`), the first slot holds it.
     """
 
     blocks: Any
@@ -58,8 +56,8 @@ class Batch:
     def run(self, index: int, hidden: Tensor, *, keep: bool = True) -> Tensor:
         """Run a block on hidden states and return its own.
 
-        What it writes into its arguments stays if `keep`, once the block has run to its end: one
-        begun anew finds what it found before.
+        With `keep`, what it writes into its arguments is kept once it has finished, so that a
+        restarted block sees the same arguments.
         """
         own = [_copied(value) for value in self.written]
         args, kwargs = self.calls[index]
@@ -73,7 +71,7 @@ class Batch:
 
 
 def _copied(value: Any) -> Any:
-    """Return a copy of a dict or list, and of all dicts and lists in it; the rest is shared."""
+    """Copy a dict or list and all dicts and lists in it; other values are shared."""
     if not isinstance(value, MutableMapping | MutableSequence):
         return value
     made: Any = copy.copy(value)
@@ -84,16 +82,16 @@ def _copied(value: Any) -> Any:
 
 def _filled(value: Any, written: list[Any]) -> Any:
     if isinstance(value, Slot):
-        found = written[value.number]
-        return found if value.entry is None else found[value.entry]
+        stored = written[value.number]
+        return stored if value.entry is None else stored[value.entry]
     return tuple(_filled(v, written) for v in value) if type(value) is tuple else value
 
 
 class Calls:
-    """What the decoder hands to its blocks for each micro-batch, without running the blocks.
+    """Records what the decoder passes to its blocks for each micro-batch, without running them.
 
     It learns from a few token ids, (1, tokens). Weights outside the blocks and those of the first
-    block must be there.
+    block must be in memory.
     """
 
     def __init__(self, model: Any, found: DecoderBlocks, ids: Tensor) -> None:
@@ -102,12 +100,12 @@ class Calls:
         self._known: dict[tuple[int, str], list[Tensor]] = {}
         try:
             self._learn(ids, mark=True)
-        except ModelError:  # some look at what a block returns
+        except ModelError:  # some decoders read what a block returns
             self._learn(ids, mark=False)
 
     @torch.no_grad()
     def _learn(self, ids: Tensor, *, mark: bool) -> None:
-        """Run the first block to see what blocks return, and mark what passes between them."""
+        """Run the first block to see what blocks return, and mark what they pass on."""
         self._rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
         self._hands = False
         handed: list[Tensor] = []
@@ -119,7 +117,7 @@ class Calls:
             if index == 0:
                 result = run_first(hidden, *others, **named)
                 rest = tuple(result[1:]) if isinstance(result, tuple | list) else None
-                # Something in the place of nothing, to see where it goes.
+                # A tensor in place of None, to see where it goes.
                 if mark and rest:
                     rest = tuple(hidden.new_zeros(()) if v is None else v for v in rest)
                 self._rest = rest
@@ -133,7 +131,7 @@ class Calls:
             self._decode(see, ids)
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if reason and not given:  # before anything here was put in its way
+        if reason and not given:  # failed before it reached a block
             first = next(self._found.blocks[0].parameters())
             raise ModelError(
                 f"{type(self._decoder).__name__} does not run on token ids in "
@@ -148,7 +146,7 @@ class Calls:
             )
 
     def _decode(self, see: Callable[..., Tensor], ids: Tensor) -> None:
-        """Run the decoder with `see` in the place of its blocks: it takes their number, hidden
+        """Run the decoder with `see` in place of its blocks: it takes the block's index, hidden
         states and other arguments, and returns hidden states."""
 
         def stub(index: int, /, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +157,7 @@ class Calls:
             self._decoder(input_ids=ids, use_cache=False)
 
     def _handed(self, value: Any) -> Slot | None:
-        """Return which of the things a block returns beside hidden states an argument is."""
+        """Return the slot of an argument that is one of a block's other outputs, else None."""
         found = (n for n, own in enumerate(self._rest or ()) if value is own)
         return next((Slot(0, n) for n in found if isinstance(value, Tensor)), None)
 
@@ -167,15 +165,15 @@ class Calls:
         return hidden if self._rest is None else (hidden, *self._rest)
 
     def record(self, ids: Tensor) -> tuple[Tensor, Batch]:
-        """Return the hidden states that lead into the first block, and what else blocks are given.
+        """Return the hidden states entering the first block, and the blocks' other arguments.
 
-        Equal tensors of different micro-batches (masks, position embeddings) are kept once.
+        Equal tensors of different micro-batches (masks, position embeddings) are stored once.
         """
         first: list[Tensor] = []
         written: list[Any] = [[None] * len(self._rest or ())] if self._hands else []
         batch = Batch(self._found.blocks, len(ids), [], written, self._hands)
-        # What all blocks are given is looked at once: comparing makes the host wait for a device.
-        looked_at: dict[tuple[int, str], tuple[Any, Any]] = {}
+        # Arguments common to all blocks are compared once: comparing synchronises the device.
+        compared: dict[tuple[int, str], tuple[Any, Any]] = {}
 
         def kept(key: tuple[int, str], value: Any) -> Any:
             if (handed := self._handed(value)) is not None:
@@ -187,9 +185,9 @@ class Calls:
                     written.append(value)
                 return Slot(next(n for n, known in enumerate(written) if known is value))
             place = id(value), key[1]
-            if place not in looked_at:
-                looked_at[place] = value, self._shared(key, value)
-            return looked_at[place][1]
+            if place not in compared:
+                compared[place] = value, self._shared(key, value)
+            return compared[place][1]
 
         def see(index: int, hidden: Tensor, others: list[Any], named: dict[str, Any]) -> Tensor:
             first.append(hidden)
@@ -200,18 +198,18 @@ class Calls:
         self._decode(see, ids)
         if len(batch.calls) != len(self._found):
             raise ModelError(
-                f"the decoder takes rows of {ids.shape[1]} tokens through the blocks in "
-                f"{self._found.name} piece by piece: use a shorter --length"
+                f"the decoder splits rows of {ids.shape[1]} tokens when it runs the blocks in "
+                f"{self._found.name}: use a shorter --length"
             )
         return first[0], batch
 
     def behind(self, hidden: Tensor, rows: int, length: int) -> Tensor | None:
-        """Return what the output head is given after the last block's hidden states, if it is."""
+        """Return the output head's inputs for the last block's outputs; None if not called."""
         returned, given = self._returned(hidden), list[Tensor]()
 
         def stop(seen: Tensor, *_: Any, **__: Any) -> None:
             given.append(seen)
-            raise StopIteration  # nothing behind it needs to run
+            raise StopIteration  # the rest need not run
 
         stubs = [(b, lambda *_, **__: returned) for b in self._found.blocks]
         ids = torch.zeros(rows, length, dtype=torch.int64, device=hidden.device)
@@ -223,14 +221,14 @@ class Calls:
     def _shared(self, key: tuple[int, str], value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        # Blocks mostly share their arguments too, so the first block's are tried as well.
-        own = self._known.setdefault(key, [])
-        for known in (*self._known.get((0, key[1]), ()), *own):
+        # Blocks mostly share their arguments, so the first block's are compared too.
+        values = self._known.setdefault(key, [])
+        for known in (*self._known.get((0, key[1]), ()), *values):
             alike = known.shape == value.shape and known.dtype == value.dtype
             if alike and torch.equal(known, value):
                 return known
-        if len(own) < KNOWN:
-            own.append(value)
+        if len(values) < KNOWN:
+            values.append(value)
         return value
 
 
@@ -238,14 +236,14 @@ class Calls:
 def observe_block(
     found: DecoderBlocks, index: int, batch: Batch, hidden: Tensor
 ) -> tuple[list[SharedInput | Routed], list[Dense]]:
-    """Run one block, whose weights are there, on a few tokens; return the distinct inputs in it, in
+    """Run one block, whose weights are in memory, on a few tokens; return its distinct inputs in
     order of appearance, and the linear maps that stay dense.
 
-    Those are never called, or more than once a pass, or do anything else than multiply. Must run
-    outside inference mode, where tensors count their versions.
+    The latter are never called, called more than once per pass, or not plain linear maps. Must run
+    outside inference mode, because version counters are needed.
     """
     seen: list[tuple[Prunable | Routed, tuple[Any, ...]]] = []
-    kept: list[Tensor] = []  # keeps inputs alive, so that no address is used twice
+    kept: list[Tensor] = []  # keeps inputs alive, so that no address is reused
     layers, everything = found.prunables(index), found.prunables(index, every=True)
     wanted = frozenset(layer.name for layer in layers)
     routed = [
@@ -254,11 +252,11 @@ def observe_block(
         if any(layer.mixture == mixture.name for layer in layers)
     ]
     layers = [layer for layer in layers if layer.mixture is None]
-    why: dict[str, str] = {}  # those that stay dense do
+    why: dict[str, str] = {}  # the reason of each that stays dense
 
     def on_linear(layer: Prunable, module: Any, args: tuple[Any, ...], output: Any) -> None:
         kept.append(args[0])
-        # What two tensors have in common only if they are one, unchanged in between.
+        # Equal only for the same tensor, unmodified in between.
         place = args[0].untyped_storage()._cdata, args[0].storage_offset(), args[0]._version
         seen.append((layer, (*place, args[0].shape.numel(), args[0].dtype)))
         if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
@@ -308,10 +306,10 @@ def observe_block(
 
 
 def token_bytes(model: Any, found: DecoderBlocks) -> int:
-    """Return the bytes that hidden states between blocks take, a token.
+    """Return the bytes per token of the hidden states between blocks.
 
-    The first block runs on two tokens, without weights if they are not there: some blocks return
-    float32 whatever the weights are, and some several streams.
+    Measured by running the first block on two tokens, with zeros for weights not in memory: some
+    blocks return float32 whatever their weights, and some return several streams.
     """
     decoder, block = decoder_of(model), found.blocks[0]
     later = {id(p) for other in found.blocks[1:] for p in other.parameters()}
@@ -326,9 +324,9 @@ def token_bytes(model: Any, found: DecoderBlocks) -> int:
 
     def stop(module: nn.Module, args: Any, result: Any) -> None:
         sizes.append(first_tensor(result).nbytes)
-        raise StopIteration  # nothing behind it needs to run
+        raise StopIteration  # the rest need not run
 
-    # Where it fails, however it does, the configuration is asked instead.
+    # If this fails for any reason, the configuration is used instead.
     with block.register_forward_hook(stop), suppress(Exception), torch.no_grad():
         functional_call(decoder, none, kwargs={"input_ids": ids, "use_cache": False})
     if sizes:
@@ -338,5 +336,5 @@ def token_bytes(model: Any, found: DecoderBlocks) -> int:
 
 
 def first_tensor(result: Any) -> Tensor:
-    """Return a block's hidden states out of what it returned."""
+    """Return the hidden states in a block's output."""
     return result[0] if isinstance(result, tuple | list) else result

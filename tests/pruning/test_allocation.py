@@ -127,7 +127,7 @@ def test_a_mapping_may_mix_kinds_but_names_every_layer():
         assert layer.sparsity == pytest.approx(0.5 if "mlp" in layer.name else 0.7, abs=1e-3)
     few = {name: Unstructured(0.5) for name in names[1:]}
     for pattern, says in (
-        (few, f"the pattern misses 1 layers, first {names[0]}$"),
+        (few, f"the pattern lacks 1 layers, the first is {names[0]}$"),
         (few | {"x": Unstructured(0.5)}, "the pattern names 'x', which is not a layer"),
         (mixed | {names[0]: SemiStructured(2, 5)}, "does not divide the 32 inputs of model"),
     ):
@@ -198,7 +198,7 @@ def test_the_command_line_allocates(calmix, tiny_folder, text_file, tmp_path):
         assert (value == 0).sum() == pytest.approx((found[name] == 0).sum(), abs=2), name
     first = next(iter(shares))
     for content, says in [
-        (dict(list(shares.items())[1:]), f"misses 1 layers, first {first}"),
+        (dict(list(shares.items())[1:]), f"lacks 1 layers, the first is {first}"),
         (shares | {"x.y": 0.6}, "the allocation names 'x.y', which is not a layer"),
         (
             dict.fromkeys(shares, 0.5),

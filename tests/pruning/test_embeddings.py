@@ -85,7 +85,7 @@ def test_a_head_loses_less_on_what_it_is_given(tmp_path, kind, how):
         dense = head.weight.clone()
         with pytest.MonkeyPatch.context() as patched:
             if not calibrated:
-                patched.setattr(Run, "_seen_by_head", lambda *_: None)
+                patched.setattr(Run, "_head_gram", lambda *_: None)
             prune(model, ids, pattern=0.01, embeddings=3)
         seen = []
         head.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))

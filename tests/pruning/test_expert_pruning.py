@@ -119,8 +119,8 @@ def test_what_has_no_effect_on_a_drop_alone_is_one_line(text_file):
     one, other = requests(method="magnitude,wanda", sparsity="0.5", **given)
     assert one.drop_experts == other.drop_experts == 0.25  # text for what is left, or none
     for wrong, says in (
-        ({"method": "wanda"}, "method has no effect where only experts are dropped"),
-        ({"allocation": "owl"}, "allocation has no effect where only experts are dropped"),
+        ({"method": "wanda"}, "method has no effect if only experts are dropped"),
+        ({"allocation": "owl"}, "allocation has no effect if only experts are dropped"),
         ({"calibration": None}, "--drop-experts needs --calibration"),
         ({"method": "magnitude", "sparsity": "0.5", "propagation": "block"}, "propagation has no"),
         ({"drop_experts": None}, "give either --sparsity"),

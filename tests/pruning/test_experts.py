@@ -174,7 +174,7 @@ def test_starved_experts_are_told(calmix, deep, tmp_path, text_file):
     seen = [("a.0.up", 8), ("a.1.up", 40), ("q", None)]
     layers = [SimpleNamespace(name=name, tokens=tokens, columns=32) for name, tokens in seen]
     assert starved(layers, 2).startswith("1 of 2 experts see")
-    assert starved(layers, 2).endswith("least a.0 with 8 for 32: 8 rows would do")
+    assert starved(layers, 2).endswith("worst a.0 with 8 for 32: use 8 rows")
     assert starved(layers[1:], 2) is None
 
 

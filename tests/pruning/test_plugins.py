@@ -83,8 +83,8 @@ def test_a_study_takes_it(shipped, tiny_study, tmp_path):  # noqa: F811
     [
         ("tox", r"unknown method 'tox': did you mean toy\?"),
         ("gone", r"the method 'gone' .* cannot be loaded: ModuleNotFoundError"),
-        ("other", "tests.pruning.toy:Toy is not a method of the name 'other'"),
-        ("none", "json:dumps is not a method of the name 'none'"),
+        ("other", "tests.pruning.toy:Toy is not a method named 'other'"),
+        ("none", "json:dumps is not a method named 'none'"),
         ("silent", r"'silent' \(toy_silent:Toy\) cannot be loaded: RuntimeError: $"),
         ("pytest", "unknown method 'pytest'"),  # another group's entry point
         ("toy,strength", r"^method 'toy,strength': 'strength' is not of the form option=value"),
@@ -126,9 +126,9 @@ def made(base=Toy, **parts):
         (lambda: made(Method, statistic=None, solve=Toy.solve), "has no name"),
         (lambda: made(Method, name="blind", solve=Toy.solve), "has no statistic"),
         (lambda: made(Method, name="unsolved", statistic=None), "has no solve"),
-        (lambda: made(name="wanda"), r"'wanda' is calmix\.pruning\.methods\.wanda\.Wanda's"),
-        (lambda: made(name="a", __annotations__={"rows": int}, rows=1), "rows, which every prune"),
-        (lambda: made(name="a,b"), "a method's name has small letters"),
+        (lambda: made(name="wanda"), r"'wanda' is taken by calmix.pruning.methods.wanda.Wanda"),
+        (lambda: made(name="a", __annotations__={"rows": int}, rows=1), "rows, which is reserved"),
+        (lambda: made(name="a,b"), "a method name takes lowercase letters"),
         (lambda: 3, "3 is not a subclass of"),
     ],
 )

@@ -132,10 +132,10 @@ def test_python_and_requests_take_bits_in_place_of_a_sparsity():
     [
         ({"method": "gptq", "bits": 2.8}, "gptq takes whole bits from 2 to 8, not 2.8 bits"),
         ({"method": "gptq"}, "method gptq needs --bits, such as 4"),
-        ({"method": "gptq", "pattern": 0.5}, "method gptq takes --bits, not 0.5: for zeros and"),
+        ({"method": "gptq", "pattern": 0.5}, "method gptq takes --bits, not 0.5: for sparsity"),
         ({"method": "ecq", "pattern": 0.5, "bits": 3}, "method ecq takes --bits alone"),
         ({"method": "ecq", "bits": 9}, "method ecq: bits 9: Input should be less than or equal to"),
-        ({"method": "ecq", "bits": 0.01}, "0.01 bits a weight is not between 0.1 and 8"),
+        ({"method": "ecq", "bits": 0.01}, "0.01 bits per weight is not between 0.1 and 8"),
         ({"method": "sparsegpt", "pattern": "3 bits"}, "takes a sparsity, not 3 bits alone"),
         ({"method": "wanda", "bits": 3}, "give either --sparsity"),
         ({"method": "sparsegpt", "pattern": 0.5, "bits": 1}, "at least 2 bits"),

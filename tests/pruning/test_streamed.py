@@ -377,8 +377,8 @@ def test_out_of_memory_what_is_done_is_kept(calmix, command, tmp_path, monkeypat
         ended = calmix(*command, tmp_path / "out")
     assert ended.code == 2
     assert ended.err.splitlines()[-1] == (
-        "error: cpu has run out of memory, with 6 calibration rows at a time: free some of it, run "
-        "fewer at a time (--max-memory, in Python micro_tokens), or draw shorter rows"
+        "error: cpu ran out of memory with 6 calibration rows at a time: free some, run "
+        "fewer rows at a time (--max-memory, in Python micro_tokens), or use shorter rows"
     )
     assert (tmp_path / "out.unfinished").exists() == bool(block)
     if block:

@@ -1,23 +1,23 @@
 """ADMM: mask and weights together, by alternating directions on the Gram matrix, then a refit.
 
 Boza (arXiv 2401.02938) and ALPS (arXiv 2406.07831) split the problem into a least-squares step
-and a projection onto sparse matrices. Ours are the form of the iteration, the schedule, the
-sampled bounds, and that the weights are left to conjugate gradients once the mask is found.
+and a projection onto sparse matrices. The form of the iteration, the schedule, the sampled
+thresholds and the final conjugate gradients on a fixed mask are ours.
 
 In scaled coordinates (see solvers/refit.py and `by_own_part`), with H the scaled Gram matrix plus
 damping:
 
     minimise tr((W - X) H (W - X)^T) over X = Z, Z sparse
 
-The iterations X = (W H + rho (Z - U)) (H + rho)^-1, Z = project(X + U), U = U + X - Z are, for
-T = X + U, one line (Douglas and Rachford's):
+With T = X + U, the iterations X = (W H + rho (Z - U)) (H + rho)^-1, Z = project(X + U),
+U = U + X - Z become one line (Douglas-Rachford splitting):
 
     Z = project(T),  T = Z + (T + W - 2 Z) Q,  Q = (H + rho)^-1 H
 
-Unstructured, the share that is projected away rises to the pattern's over all iterations, and
-bounds come from a sample of the layer; the last projection is exact. N:M patterns are projected
-in full from the first: measured, a gradual schedule is worse. Comparing within rows instead of
-the whole layer loses 13 % more on the builtin model.
+For unstructured patterns the share projected away rises to the target over the iterations, with
+thresholds from a sample of the layer; the last projection is exact. N:M patterns are projected in
+full from the start: a gradual schedule measured worse. Comparing within rows instead of the whole
+layer loses 13 % more on the builtin model.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from calmix.pruning.methods.base import Refit, Solution, Sparse, sampled
 from calmix.pruning.patterns import Pattern, clear
 from calmix.pruning.solvers.refit import Scaled, chunks, refit_layer, scale
 
-RIDGE = 0.6  # an input's share that others tell is found with so much added to its square sum
-LEAST = 1e-3  # of an input's square sum that counts as its own
-POWER = 4  # of the schedule: the share pruned rises as 1 - (1 - t)^4
-SAMPLE = 2**14  # weights of which a bound is taken
+RIDGE = 0.6  # added to unit square sums when an input is regressed on the others
+LEAST = 1e-3  # minimum share of an input's square sum that counts as its own
+POWER = 4  # of the schedule: the pruned share rises as 1 - (1 - t)^4
+SAMPLE = 2**14  # weights sampled for a threshold
 
 
 class Admm(Sparse):
@@ -49,37 +49,34 @@ class Admm(Sparse):
     paper = "arXiv 2401.02938, arXiv 2406.07831"
     statistic = Gram
     refits = True
-    work = 15, 20  # the scaled Gram matrix, in order, and a factor at work; state, target, mask
+    work = 15, 20  # scaled and reordered Gram matrix, factorisation; state, target, mask
 
-    iterations: int = Field(
-        default=24, ge=1, le=1000, description="Products that look for the mask."
-    )
+    iterations: int = Field(default=24, ge=1, le=1000, description="Iterations to find the mask.")
     refit: Refit = 8
-    rho: float = Field(  # below 0.8 it overshoots
-        default=1.0, gt=0, allow_inf_nan=False, description="Penalty on leaving the mask."
+    rho: float = Field(  # below 0.8 the search overshoots
+        default=1.0, gt=0, allow_inf_nan=False, description="Penalty weight of the splitting (rho)."
     )
     damping: float = Field(
         default=0.001,
         gt=0,
         allow_inf_nan=False,
-        description="Share of what every input has of its own, added to its square sum.",
+        description="Fraction of each input's unexplained part added to the diagonal.",
     )
 
     def choose(
         self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
     ) -> Solution:
-        """Prune and refit, both in coordinates of its own."""
+        """Prune and refit, both in coordinates scaled by `by_own_part`."""
         scaled, m = by_own_part(scale(statistic)), patterns[0].group
         gram, mean = scaled.gram, float(scaled.gram.diagonal().mean())
-        # The j-th columns of every group make one panel.
+        # The j-th columns of all groups form one panel.
         order = torch.arange(len(gram), device=gram.device).view(-1, m).T.reshape(-1)
         ordered = gram if m == 1 else gram[order][:, order]
         factor = inverse_factor(ordered, (self.damping + self.rho) / mean)
         del ordered
-        # Q = I - rho (H + rho)^-1. What a raised damping adds counts as damping; the penalty stays
-        # what it is.
+        # Q = I - rho (H + rho)^-1. A raised damping only adds damping; the penalty is unchanged.
         used = self.damping + (factor.raised - 1) * (self.damping + self.rho)
-        with bfloat16_products():  # as the steps that use it do
+        with bfloat16_products():  # like the steps that use it
             reflector = squared(factor.upper).mul_(-self.rho)
         del factor
         reflector.diagonal().add_(1)
@@ -97,7 +94,7 @@ class Admm(Sparse):
     def _search(
         self, weight: Tensor, order: Tensor, scaled: Scaled, reflector: Tensor, pattern: Pattern
     ) -> Tensor:
-        """Return one layer's weights, pruned but not refitted, in their type."""
+        """Return one layer's weights in their type, pruned but not refitted."""
         norm, semi = scaled.norm[order], pattern.group > 1
         target = weight[:, order].float().contiguous().mul_(norm)
         state = target.clone()
@@ -118,7 +115,7 @@ class Admm(Sparse):
         del target
         mask = _in_panels(state, pattern) if semi else pattern.mask(state.abs()).to(state.dtype)
         state.mul_(scaled.inverse[order])
-        # Inputs that never fired keep their weights as they are.
+        # Weights of dead inputs are kept unchanged.
         state = torch.where(norm == 0, weight[:, order].float(), state)
         clear(state, mask)
         made = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -127,13 +124,12 @@ class Admm(Sparse):
 
 
 def by_own_part(scaled: Scaled) -> Scaled:
-    """Return inputs scaled so that what no other input tells of them has norm one.
+    """Rescale inputs so that the part unexplained by the other inputs has norm one; in place. Ours.
 
-    With inputs of norm one, c_j = 1 / ((G + r)^-1)_jj - r is the square of what a ridge regression
-    on the others leaves of input j. Where inputs have much in common, a mean or one large
-    direction, that is little: with a penalty and a threshold in units of the norms the search sees
-    the common part alone, and ends behind SparseGPT, whose saliency has these c_j with r near
-    zero. Ours. What is given is changed.
+    With inputs of norm one, c_j = 1 / ((G + r)^-1)_jj - r is the squared residual of a ridge
+    regression of input j on the others. It is small where inputs share a mean or one large
+    direction. With penalty and threshold in units of the norms, the search would only see that
+    shared part and end behind SparseGPT, whose saliency uses these c_j with r near zero.
     """
     gram = scaled.gram
     mean = float(gram.diagonal().mean())
@@ -146,19 +142,19 @@ def by_own_part(scaled: Scaled) -> Scaled:
 
 
 def _bound(state: Tensor, share: float) -> Tensor:
-    """Return the absolute value that about `share` of a layer's entries do not exceed."""
+    """Return the magnitude that about `share` of a layer's entries do not exceed."""
     sample = sampled(state, SAMPLE).abs()
     count = round(share * len(sample))
     if not count:
         return sample.new_zeros(())
     if sample.device.type != "cpu":
         return sample.sort().values[count - 1]
-    # NumPy selects with vector instructions: twenty times faster than kthvalue.
+    # NumPy selects with SIMD instructions: twenty times faster than kthvalue.
     return torch.from_numpy(np.partition(sample.numpy(), count - 1))[count - 1]
 
 
 def _in_panels(state: Tensor, pattern: Pattern) -> Tensor:
-    """Return 1.0 where an N:M pattern prunes, 0.0 elsewhere; columns lie in panels."""
+    """Return 1.0 where an N:M pattern prunes, else 0.0; columns are in panel order."""
     panels = state.abs().view(len(state), pattern.group, -1).transpose(0, 1)
     mask = pattern.group_mask(panels)
     return mask.transpose(0, 1).to(state.dtype).reshape(state.shape)

@@ -1,7 +1,7 @@
-"""What a pruning method is: one class that says what it needs, what it takes, and how it prunes.
+"""The base classes of pruning methods: one class declares the statistic, options and solver.
 
-Everything else reads that: the engine, study files, the request's hash, the manifest, the memory
-budget, the report. A method knows nothing of models, files or command lines.
+The engine, study files, the request's hash, manifest, memory budget and report all read that class.
+A method knows nothing about models, files or command lines.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Damping = Annotated[
     Field(
         gt=0,
         allow_inf_nan=False,
-        description="Share of the mean diagonal of the Gram matrix added to its diagonal.",
+        description="Fraction of the Gram matrix's mean diagonal added to its diagonal.",
     ),
 ]
 Refit = Annotated[
@@ -37,10 +37,10 @@ Refit = Annotated[
     Field(
         ge=0,
         le=1000,
-        description="Steps of conjugate gradients on the kept weights, after the mask.",
+        description="Conjugate gradient steps on the kept weights, after masking.",
     ),
 ]
-CACHED = 2**18  # weights worked on at a time on a CPU: larger buffers are asked of the system anew
+CACHED = 2**18  # weights processed at a time on a CPU: larger buffers are reallocated each time
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class Solution:
     """Pruned weights of layers that share one input.
 
     Attributes:
-        weights: matrices (rows, columns) in float32, or in their own type where kept weights are
-            what they were; may be transposed views. Pruned entries are exactly zero.
-        pruned: number of entries each layer's mask removes.
-        errors: not a method's to give: the engine takes `relative_error` of each layer, or None
-            where the method asks for no Gram matrix.
-        damping: damping that was used, None if the method has none.
+        weights: matrices (rows, columns) in float32, or in their original type if kept weights are
+            unchanged; may be transposed views. Pruned entries are exactly zero.
+        pruned: number of entries removed by each layer's mask.
+        errors: set by the engine, not by methods: `relative_error` of each layer, or None without a
+            Gram matrix.
+        damping: the damping used, None if the method has none.
         dtype: precision of the factorisation, None if there is none.
         dead: inputs that were zero on every token.
-        grids: the levels and scales of quantised layers; empty where none is.
+        grids: the grids of quantised layers; empty if nothing is quantised.
     """
 
     weights: list[Tensor]
@@ -69,17 +69,17 @@ class Solution:
 
 
 class Method(BaseModel, ABC):
-    """A pruning method; its fields are its options, an instance has their values.
+    """A pruning method; its fields are its options.
 
-    A field needs a default and a description. Options are numbers, texts or truth values.
+    A field needs a default and a description. Options are numbers, strings or booleans.
 
     Attributes:
-        name: what users write.
-        title: what reports write; the name if empty.
-        paper: where it is from.
-        statistic: what it needs of the inputs; None if it looks at no calibration data.
-        work: bytes that a solve takes beside the statistic, for every entry of a Gram matrix and
-            for every weight of the layers that share it.
+        name: the name on the command line.
+        title: the name in reports; `name` if empty.
+        paper: reference.
+        statistic: of the inputs; None if the method uses no calibration data.
+        work: bytes a solve takes besides the statistic: per entry of a Gram matrix, and per weight
+            of the layers that share it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -97,61 +97,61 @@ class Method(BaseModel, ABC):
         """Prune layers that share one input.
 
         Args:
-            weights: matrices (rows, columns) of any float type; not to be changed.
-            statistic: what `needs` gave of their input, not to be changed; None if it is None.
-            patterns: what share or pattern to prune, one a layer.
+            weights: matrices (rows, columns) of any float type; must not be modified.
+            statistic: of type `needs`, of their input; must not be modified. None if `needs` is.
+            patterns: one per layer.
 
         Raises:
-            SolverError: weights or inputs cannot be used.
+            SolverError: weights or inputs are unusable.
         """
 
     @property
     def needs(self) -> type[Statistic] | None:
-        """The statistic with these options."""
+        """The statistic needed with these options."""
         return self.statistic
 
     def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
-        """Return the method and what it is to reach; InputError where that is not given."""
+        """Return the method to run and its target; an InputError if no target is given."""
         if pattern is None:
             raise InputError("give either --sparsity (such as 0.5) or --pattern (such as 2:4)")
         return self, pattern
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
-        """Refuse a pattern that the method has no use for, or that does not fit a layer's width."""
+        """Refuse a pattern that the method cannot use or that does not fit a layer's width."""
         if isinstance(pattern, Rate):
             raise InputError(
-                f"method {self.name} takes a sparsity, not {pattern} alone: give --sparsity, or "
+                f"method {self.name} takes a sparsity, not {pattern} alone: add --sparsity, or "
                 "choose --method ecq or gptq"
             )
         if columns % pattern.group:
             raise InputError(
-                f"pattern {pattern} does not divide the {columns} inputs of {name}: choose "
-                f"another, or leave such layers dense with --skip '*.{name.rsplit('.', 1)[-1]}'"
+                f"pattern {pattern} does not divide the {columns} inputs of {name}: choose another "
+                f"pattern, or leave such layers dense with --skip '*.{name.rsplit('.', 1)[-1]}'"
             )
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """Return the comparison groups of a layer, as (how many, entries each).
+        """Return the comparison groups of a layer as (number of groups, entries in each).
 
-        An unstructured pattern prunes `pattern.count(entries)` of each; by default the layer is
-        the one group.
+        An unstructured pattern prunes `pattern.count(entries)` of each; the default is one group
+        per layer.
         """
         return [(1, rows * columns)]
 
     def count(self, pattern: Pattern, rows: int, columns: int) -> int:
-        """Return how many weights of a layer a pattern prunes."""
+        """Return how many weights a pattern prunes in a layer."""
         return sum(number * pattern.count(size) for number, size in self.groups(rows, columns))
 
     def counts(self, weights: Sequence[Tensor], patterns: Sequence[Pattern]) -> list[int]:
-        """Return how many weights of each layer its pattern prunes."""
+        """Return how many weights each layer's pattern prunes."""
         pairs = zip(weights, patterns, strict=True)
         return [self.count(pattern, *weight.shape) for weight, pattern in pairs]
 
     def memory(self, columns: int, outputs: int) -> int:
-        """Return the bytes held while one input is solved, its statistic among them.
+        """Return the bytes held while solving the layers of one input, its statistic included.
 
         Args:
             columns: width of the input.
-            outputs: rows of all layers that share it.
+            outputs: total rows of the layers that share it.
         """
         held = 0 if self.needs is None else self.needs.memory(columns)
         return held + self.work[0] * columns**2 + self.work[1] * columns * outputs
@@ -168,7 +168,7 @@ class Method(BaseModel, ABC):
 
     @property
     def text(self) -> str:
-        """The method as a user writes it, with the options that differ from their defaults."""
+        """The method as on the command line, with its non-default options."""
         return ",".join([self.name, *(f"{key}={value}" for key, value in self.changed.items())])
 
 
@@ -178,21 +178,21 @@ def by_kind(
     statistic: Any,
     patterns: Sequence[Pattern],
 ) -> Solution:
-    """Return what is chosen for layers: all with shares at once, and those of one other pattern."""
+    """Call `choose` once for all unstructured layers and once per other pattern; merge results."""
     kinds = [None if isinstance(pattern, Unstructured) else pattern for pattern in patterns]
-    found: dict[int, tuple[Any, ...]] = {}  # weights, number pruned, grid if there is one
+    merged: dict[int, tuple[Any, ...]] = {}  # weights, number pruned, grid if there is one
     for kind in dict.fromkeys(kinds):
-        places = [place for place, own in enumerate(kinds) if own == kind]
-        some, wanted = ([every[place] for place in places] for every in (weights, patterns))
-        made = choose(some, statistic, wanted)
+        indices = [index for index, other in enumerate(kinds) if other == kind]
+        some, targets = ([every[index] for index in indices] for every in (weights, patterns))
+        made = choose(some, statistic, targets)
         parts = filter(None, (made.weights, made.pruned, made.grids))
-        found |= zip(places, zip(*parts, strict=True), strict=True)
-    kept, pruned, *grids = map(list, zip(*(found[at] for at in range(len(kinds))), strict=True))
+        merged |= zip(indices, zip(*parts, strict=True), strict=True)
+    kept, pruned, *grids = map(list, zip(*(merged[at] for at in range(len(kinds))), strict=True))
     return replace(made, weights=kept, pruned=pruned, grids=grids[0] if grids else [])
 
 
 def sampled(matrix: Tensor, size: int) -> Tensor:
-    """Return about `size` entries of a matrix, of every column some."""
+    """Return about `size` entries of a matrix, some from every column."""
     step = max(1, matrix.numel() // size)
     while math.gcd(step, matrix.shape[1]) > 1:
         step += 1
@@ -200,13 +200,13 @@ def sampled(matrix: Tensor, size: int) -> Tensor:
 
 
 class Look(Method):
-    """What a pass gathers that leaves all weights as they are."""
+    """A method that only gathers statistics and leaves all weights unchanged."""
 
     name = "look"
     statistic = Squares
     work = 4, 13
 
-    gram: bool = Field(default=False, description="Gram matrices, not square sums alone.")
+    gram: bool = Field(default=False, description="Gram matrices instead of square sums.")
 
     def solve(
         self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
@@ -219,13 +219,13 @@ class Look(Method):
 
 
 class Quantiser(Method):
-    """A method that rounds weights to a grid; it is asked for bits a weight."""
+    """A method that rounds weights to a grid, at a given number of bits per weight."""
 
     statistic = Gram
-    work = 7, 12  # the factor and what makes it; the weights transposed, and a group's scales
+    work = 7, 12  # factorisation; transposed weights and a group's scales
 
     bits: float = Field(
-        default=0, ge=0, le=8, description="Bits a weight, as --bits says; 0: not said."
+        default=0, ge=0, le=8, description="Bits per weight, as in --bits; 0: not given."
     )
     damping: Damping = DAMPING
 
@@ -233,15 +233,15 @@ class Quantiser(Method):
         if pattern is None and not self.bits:
             raise InputError(f"method {self.name} needs --bits, such as 4")
         if pattern is not None and self.bits:
-            raise InputError(f"method {self.name} takes --bits alone; sparsegpt takes both")
+            raise InputError(f"method {self.name} takes --bits alone; use sparsegpt for both")
         bare = type(self)(**self.changed | {"bits": 0})
         return bare, Rate(self.bits) if pattern is None else self.rate(pattern)
 
     def rate(self, pattern: Pattern) -> Rate:
-        """Return the pattern, or refuse one that is no rate."""
+        """Return the pattern if it is a rate, else raise."""
         if not isinstance(pattern, Rate):
             raise InputError(
-                f"method {self.name} takes --bits, not {pattern}: for zeros and bits together "
+                f"method {self.name} takes --bits, not {pattern}: for sparsity and bits together "
                 "choose --method sparsegpt"
             )
         return pattern
@@ -253,12 +253,12 @@ class Quantiser(Method):
     def round(
         self, weights: Sequence[Tensor], factor: Factor, bits: float
     ) -> tuple[list[Tensor], list[Grid]]:
-        """Return weights of layers that share an input on their grids, float32, and the grids."""
+        """Return the rounded float32 weights of layers that share an input, and their grids."""
 
     def solve(
         self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
     ) -> Solution:
-        """Quantise layers; those of one rate together."""
+        """Quantise layers, those with equal rates together."""
         factor = inverse_factor(statistic, self.damping)
 
         def choose(some: Sequence[Tensor], _: Tensor, rates: Sequence[Pattern]) -> Solution:
@@ -271,19 +271,19 @@ class Quantiser(Method):
 
 
 class Sparse(Method):
-    """A method that prunes, and may refit and quantise what it keeps.
+    """A method that prunes, and can refit and quantise the kept weights.
 
-    With `refit` or `bits` the Gram matrix is gathered, whatever the mask alone looks at. No refit
-    makes a layer's output error larger.
+    `refit` and `bits` gather the Gram matrix, whatever the mask needs. A refit never increases a
+    layer's output error.
 
     Attributes:
-        refits: whether `choose` refits by itself.
+        refits: whether `choose` does the refit.
     """
 
     refits: ClassVar[bool] = False
 
     bits: int = Field(
-        default=0, ge=0, le=8, description="Bits of a kept weight, 2 to 8; 0: as it is stored."
+        default=0, ge=0, le=8, description="Bits of a kept weight, 2 to 8; 0: unquantised."
     )
     group: int = Field(default=64, ge=1, description="Inputs of a row that share a scale.")
     refit: Refit = 0
@@ -304,20 +304,20 @@ class Sparse(Method):
     def choose(
         self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
-        """Prune by the method's own statistic; as `solve` otherwise, but all patterns are shares,
-        or one and the same."""
+        """Prune by the method's own statistic. As `solve`, but the patterns are all unstructured or
+        all equal."""
 
     def solve(
         self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
-        """Prune, and refit and quantise what is kept if that was asked for."""
-        more = self.needs is not self.statistic  # a Gram matrix, for what follows the mask
+        """Prune, then refit and quantise the kept weights if requested."""
+        more = self.needs is not self.statistic  # a Gram matrix, for the refit or the bits
         own = statistic.diagonal() if more else statistic
         chosen = by_kind(self.choose, weights, own, patterns)
         if self.refit and not self.refits:
             made = refit(weights, chosen.weights, statistic, steps=self.refit)
             chosen = replace(chosen, weights=made)
-        if self.bits and not chosen.grids:  # GPTQ's loop with the mask held
+        if self.bits and not chosen.grids:  # GPTQ's loop, with a fixed mask
             rounding = Symmetric(chosen.weights, self.group, self.bits)
             factor = inverse_factor(statistic, DAMPING)
             made, grids = solve_columns(chosen.weights, factor, None, rounding, chosen.pruned)
@@ -326,13 +326,13 @@ class Sparse(Method):
 
     @property
     def needs(self) -> type[Statistic] | None:
-        """The Gram matrix for a refit or bits, else the method's own statistic."""
+        """The Gram matrix for a refit or bits, else the statistic of the mask."""
         return Gram if self.refit or self.bits else self.statistic
 
     def memory(self, columns: int, outputs: int) -> int:
-        """The mask's, or what the refit or the rounding works on."""
+        """Return the larger of the bytes for the mask, the refit and the rounding."""
         gram, held = Gram.memory(columns), super().memory(columns, outputs)
-        if self.refit:  # the scaled Gram matrix, and some rows or a factor at work; chosen and made
+        if self.refit:  # scaled Gram matrix, some rows or a factorisation; two sets of weights
             work = 6 * columns**2 + 16 * 4 * columns * min(outputs, OUTPUTS)
             held = max(held, gram + max(11 * columns**2, work) + 6 * columns * outputs)
         if self.bits:
@@ -341,10 +341,10 @@ class Sparse(Method):
 
 
 class Saliency(Sparse):
-    """A method that scores every weight and prunes the least; kept weights are not changed.
+    """A method that scores every weight and prunes the lowest; kept weights are unchanged.
 
     Attributes:
-        by_row: whether scores are compared within an output row, else within a layer.
+        by_row: whether scores are compared within an output row instead of a layer.
     """
 
     by_row: ClassVar[bool] = False
@@ -352,17 +352,17 @@ class Saliency(Sparse):
 
     @abstractmethod
     def score(self, weight: Tensor, statistic: Any) -> Tensor:
-        """Return what every weight counts, float32, same shape.
+        """Return the float32 score of every weight, same shape.
 
         Args:
-            weight: (rows, columns) of any float type; `by_row` it is some rows of a layer.
+            weight: (rows, columns) of any float type; some rows of a layer if `by_row`.
             statistic: of its input.
         """
 
     def choose(
         self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
-        """Prune, rows as many at a time as a processor's cache holds where that is possible."""
+        """Prune; on a CPU with `by_row`, as many rows at a time as fit in the cache."""
         made = [torch.empty_like(weight) for weight in weights]
         for weight, kept, pattern in zip(weights, made, patterns, strict=True):
             cached = self.by_row and weight.device.type == "cpu"
@@ -374,5 +374,5 @@ class Saliency(Sparse):
         return Solution(made, self.counts(weights, patterns), dead=dead)
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """Return every row, or the layer."""
+        """Return one group per row, or one per layer."""
         return [(rows, columns)] if self.by_row else super().groups(rows, columns)

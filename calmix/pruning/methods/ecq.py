@@ -1,12 +1,12 @@
-"""Entropy-coded GPTQ: as many levels as it takes, where few are common.
+"""Entropy-coded GPTQ: an unbounded number of levels, few of them common.
 
 The loop of GPTQ on a uniform grid with a dead zone, sign(w) floor(|w| / step + 0.42). A level costs
-what an entropy coder takes for it, so levels need no bound, and zeros come by themselves.
+its entropy-coded length, so the levels need no bound, and zeros arise without a mask.
 
-One step serves a layer, not one a group: at one step all weights lose as much for a bit, and the
-coder sees which groups are wide. An error e in column j costs (e / U_jj)^2, so a column's step
-grows with U_jj, by its root because U is found on few tokens. Ours: on four layers of
-Qwen2.5-Coder-0.5B at 2 and 2.8 bits, steps by group lose 1.5 to 2 times as much on other text.
+A layer has one step, not one per group: a bit then saves as much error everywhere, and the entropy
+coder adapts to the groups. An error e in column j costs (e / U_jj)^2, so a column's step grows
+with U_jj, with its square root because U is estimated on few tokens. Ours: on four layers of
+Qwen2.5-Coder-0.5B at 2 and 2.8 bits, per-group steps lose 1.5 to 2 times as much on other text.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from calmix.pruning.solvers.grids import DEAD_ZONE, DeadZone, Grid, entropy, ent
 from calmix.pruning.solvers.surgeon import solve_columns
 
 POWER = 0.5  # of U_jj in a column's step
-TRIED, TRIES = 48, 2  # rows of a layer corrected to see what rate a step comes to, and how often
-STEPS = -8.0, 4.0  # logarithms of the finest and the coarsest step, in deviations of the weights
-FINE = 2.0**-8  # of a logarithm, to which a step is found
-SAMPLE = 2**16  # weights of a layer whose entropy is taken
+TRIED, TRIES = 48, 2  # rows corrected to estimate the rate of a step, and iterations
+STEPS = -8.0, 4.0  # log2 of the finest and coarsest step, in root mean squares of the weights
+FINE = 2.0**-8  # tolerance of a step, in log2
+SAMPLE = 2**16  # weights of a layer sampled for its entropy
 
 
 class Ecq(Quantiser):
-    """Quantise to a rate, any number of bits a weight, as an entropy coder will store it.
+    """Quantise to any number of bits per weight, measured after entropy coding.
 
-    A layer's step is found by bisection on the entropy of its rounded weights, and of what the loop
-    will correct them to in some rows.
+    A layer's step is found by bisection on the entropy of its rounded weights, adjusted by that of
+    a few rows after an approximate correction.
     """
 
     name, title = "ecq", "ECQ"
@@ -52,8 +52,7 @@ class Ecq(Quantiser):
         column = factors(octaves)
         scaled = [weight.float() / column for weight in weights]
         factor = replace(factor, upper=factor.upper / column)
-        found = torch.tensor([_step(weight, factor, bits) for weight in scaled])
-        steps = found.bfloat16().tolist()
+        steps = torch.tensor([_step(one, factor, bits) for one in scaled]).bfloat16().tolist()
         scaled = [weight.div_(step) for weight, step in zip(scaled, steps, strict=True)]
         made, grids = solve_columns(scaled, factor, None, DeadZone(scaled, steps))
         grids = [replace(grid, octaves=octaves) for grid in grids]
@@ -61,10 +60,10 @@ class Ecq(Quantiser):
 
 
 def _step(weight: Tensor, factor: Factor, bits: float) -> float:
-    """Return a layer's step, the one that takes so many bits.
+    """Return the step at which a layer takes `bits` per weight.
 
-    All columns of some rows are corrected at once by the errors that others have by now: not what
-    the loop, which takes them in turn, comes to, but after two times as spread out.
+    All columns of some rows are corrected at once by the others' current errors. The result differs
+    from that of the sequential loop, but after two iterations its spread is the same.
     """
     grid = DeadZone([weight], [1.0])
     size = float(torch.linalg.vector_norm(weight)) / math.sqrt(weight.numel()) or 1.0
@@ -82,7 +81,7 @@ def _step(weight: Tensor, factor: Factor, bits: float) -> float:
 
 
 def _step_of(ordered: NDArray[np.float32], bits: float, low: float, high: float) -> float:
-    """Return the step between two at which weights in order, rounded, take so many bits."""
+    """Return the step from `low` to `high` at which sorted weights, rounded, take `bits`."""
     while math.log2(high / low) > FINE:
         middle = math.sqrt(low * high)
         most = math.ceil(np.abs(ordered[[0, -1]]).max() / middle)

@@ -16,10 +16,10 @@ from calmix.pruning.solvers.surgeon import solve_columns
 
 
 class Gptq(Quantiser):
-    """Quantise to 2 to 8 bits, with a scale for every group of inputs of an output row.
+    """Quantise to 2 to 8 bits, with one scale per group of inputs of an output row.
 
-    Columns are taken in their order. Scales are found as the loop comes to their group: of a few,
-    the one that loses least (ours).
+    Columns are processed in order. A group's scale is chosen when the loop reaches it: the best of
+    a few candidates (ours).
     """
 
     name, title = "gptq", "GPTQ"
@@ -28,11 +28,11 @@ class Gptq(Quantiser):
     group: int = Field(default=64, ge=1, description="Inputs of a row that share a scale.")
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
-        """Refuse other rates than whole ones, and groups that do not divide a row."""
+        """Refuse fractional bits, and groups that do not divide a row."""
         bits = self.rate(pattern).bits
         if bits not in range(2, 9):
             raise InputError(
-                f"gptq takes whole bits from 2 to 8, not {pattern}: for other rates choose ecq"
+                f"gptq takes whole bits from 2 to 8, not {pattern}: for other rates use ecq"
             )
         check_group(self.group, columns, name)
 

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the weights of smallest absolute value go."""
+"""Magnitude pruning: remove the weights of smallest absolute value."""
 
 from __future__ import annotations
 

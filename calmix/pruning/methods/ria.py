@@ -1,8 +1,8 @@
 """RIA: relative importance and activations, a saliency as cheap as Wanda's.
 
-"Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models". A weight
-counts by its share of its input's and of its output's weights, so that no input or output is
-pruned whole.
+"Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models". A weight is
+scored relative to its input's and its output's weights, so that no input or output is pruned
+entirely.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from calmix.pruning.gram import Squares
 from calmix.pruning.methods.base import Saliency
 
-LEAST = 1e-38  # an input or output without weights has none to divide
+LEAST = 1e-38  # avoids division by zero for an all-zero row or column
 
 
 class Ria(Saliency):

@@ -16,31 +16,31 @@ from calmix.pruning.solvers.surgeon import BLOCK, solve_columns
 class SparseGPT(Sparse):
     """Prune with optimal brain surgeon updates (algorithm 1 of the paper).
 
-    Saliencies are compared as |w| / U_jj, which orders as the paper's w^2 / U_jj^2 does, within
-    128 columns of a layer. Equal ones are pruned in order of column, row. With `bits` kept weights
-    are rounded in the same loop (the paper's joint sparsification and quantisation).
+    Saliencies |w| / U_jj, in the same order as the paper's w^2 / U_jj^2, are compared within 128
+    columns of a layer. Ties are pruned in order of column, then row. With `bits`, kept weights are
+    rounded in the same loop (the paper's joint sparsification and quantisation).
     """
 
     name, title = "sparsegpt", "SparseGPT"
     paper = "arXiv 2301.00774"
     statistic = Gram
-    work = 7, 8  # the factor and what makes it; the weights transposed, and a block's masks
+    work = 7, 8  # factorisation; transposed weights and a block's masks
 
     damping: Damping = DAMPING
 
     def choose(
         self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
     ) -> Solution:
-        """Prune and correct the weights that are kept."""
+        """Prune, and correct the kept weights."""
         factor = inverse_factor(statistic, self.damping)
         counts, rounding = self.counts(weights, patterns), None
-        if self.bits and not self.refit:  # which would leave the grid
+        if self.bits and not self.refit:  # a refit would leave the grid
             rounding = Symmetric(weights, self.group, self.bits)
         made, grids = solve_columns(weights, factor, patterns, rounding, counts)
         dead = int(factor.dead.sum())
         return Solution(made, counts, [], factor.damping, factor.dtype, dead, grids)
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """Every 128 columns are a group, and what is left of them."""
-        found = [(columns // BLOCK, rows * BLOCK), (1, rows * (columns % BLOCK))]
-        return [(number, size) for number, size in found if number * size]
+        """Return one group per 128 columns, and one for the remainder."""
+        groups = [(columns // BLOCK, rows * BLOCK), (1, rows * (columns % BLOCK))]
+        return [(number, size) for number, size in groups if number * size]

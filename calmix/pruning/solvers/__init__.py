@@ -1,1 +1,1 @@
-"""Pure solvers: tensors in, tensors out; they know no models, methods or command lines."""
+"""Pure solvers: tensors in, tensors out, independent of models, methods and command lines."""

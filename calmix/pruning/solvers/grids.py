@@ -1,7 +1,7 @@
-"""Grids: the values that quantised weights may take, how they are rounded to, what they cost.
+"""Grids: the values of quantised weights, rounding to them, and their storage cost.
 
-A weight is `level * scale`; scales are bfloat16 values, one for a
-group of inputs of an output row. Bits a weight count levels, scales and the mask.
+A weight is `level * scale`; scales are bfloat16 values, one per group of inputs of an output row.
+Bits per weight include levels, scales and the mask.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from calmix.errors import InputError
 from calmix.models.shards import read_file
 from calmix.pruning.patterns import clear
 
-SCALES = "calmix-scales"  # the folder, beside the weights of a model, of a file a block
-SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)  # of the largest weight, tried for a scale
-FINE = 6  # bits from which the largest weight decides
-CACHED = 2**17  # weights whose scales are found at a time on a CPU: they stay in its cache
-DEAD_ZONE = 0.42  # what is added before a magnitude is cut to a level: 0.5 would be rounding
+SCALES = "calmix-scales"  # folder beside a model's weights, with one file per block
+SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)  # multiples of the largest scale that are tried
+FINE = 6  # bits from which the largest weight sets the scale
+CACHED = 2**17  # weights whose scales are found at a time on a CPU: they fit in its cache
+DEAD_ZONE = 0.42  # added before a magnitude is truncated to a level: 0.5 would be rounding
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The values of one layer's weights.
+    """The representable values of one layer's weights.
 
     Attributes:
         scale: float32 (rows, groups) of bfloat16 values, or (1, 1).
-        bits: a weight takes, all counted.
-        octaves: int8 (columns,), by how many quarter octaves an input's scale is larger; or None.
+        bits: per weight, all storage included.
+        octaves: int8 (columns,), factor on each input's scale in quarter octaves; or None.
     """
 
     scale: Tensor
@@ -43,23 +43,23 @@ class Grid:
     octaves: Tensor | None = None
 
     def levels(self, weight: Tensor) -> Tensor:
-        """Return the nearest levels (rows, columns) of weights, float32."""
+        """Return the nearest levels (rows, columns) to weights, float32."""
         step = self.steps()[:, :, None]
         parts = weight.float().reshape(len(weight), step.shape[1], -1)
         return (parts * _inverse(step)).round_().view(weight.shape)
 
     def values(self, levels: Tensor) -> Tensor:
-        """Return the weights of levels, float32."""
+        """Return the weights for levels, float32."""
         step = self.steps()[:, :, None]
         value = levels.float().view(len(levels), step.shape[1], -1) * step
         return value.view(levels.shape).add_(0.0)  # no -0.0
 
     def nearest(self, weight: Tensor, least: int, most: int) -> Tensor:
-        """Return the nearest of the grid's weights (rows, columns), between two levels, float32."""
+        """Return the nearest float32 weights on the grid (rows, columns), between two levels."""
         return self.values(self.levels(weight).clamp_(least, most))
 
     def steps(self) -> Tensor:
-        """Return what a level is worth (rows or 1, parts of the columns), float32."""
+        """Return the step between levels (rows or 1, groups of columns), float32."""
         return self.scale if self.octaves is None else self.scale * factors(self.octaves)
 
     def to(self, device: torch.device) -> Grid:
@@ -73,10 +73,10 @@ class Grid:
 
 
 def stored(grids: Mapping[str, Grid]) -> dict[str, Tensor]:
-    """Return what makes the grids of parameters, as tensors of a file in `SCALES`."""
+    """Return the grids of parameters as the tensors of a file in `SCALES`."""
     made = {}
     for name, grid in grids.items():
-        scale = grid.scale.bfloat16()  # of one group it may be a view with gaps
+        scale = grid.scale.bfloat16()  # may be a strided view
         made[f"{name}|scale"] = scale.clone(memory_format=torch.contiguous_format)
         if grid.octaves is not None:
             made[f"{name}|octaves"] = grid.octaves
@@ -84,7 +84,7 @@ def stored(grids: Mapping[str, Grid]) -> dict[str, Tensor]:
 
 
 def as_grids(tensors: Mapping[str, Tensor]) -> dict[str, Grid]:
-    """Return the grids that were `stored`, by parameter; their bits are not known."""
+    """Return `stored` grids by parameter; their bits are unknown."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter, _, kind = name.rpartition("|")
@@ -93,24 +93,24 @@ def as_grids(tensors: Mapping[str, Tensor]) -> dict[str, Grid]:
 
 
 def read_grids(folder: Path) -> dict[str, Grid]:
-    """Return the grids of a model folder's quantised parameters; none where it has no scales."""
-    found: dict[str, Tensor] = {}
+    """Return the grids of a model folder's quantised parameters; {} without scales."""
+    tensors: dict[str, Tensor] = {}
     for path in sorted((folder / SCALES).glob("[!.]*")):
-        found |= read_file(path)
-    return as_grids(found)
+        tensors |= read_file(path)
+    return as_grids(tensors)
 
 
 def factors(octaves: Tensor) -> Tensor:
-    """Return 2^(octaves / 4), to three bits and the same everywhere, float32."""
+    """Return 2^(octaves / 4) in float32, rounded to few bits: identical on every machine."""
     quarters = torch.tensor([1.0, 1.1875, 1.40625, 1.6875], device=octaves.device)
     whole = octaves.int()
     return torch.ldexp(quarters[whole & 3], whole >> 2)
 
 
 def entropy(values: Tensor, inverse: float = 1.0) -> float:
-    """Return the bits a level, value * inverse, takes of a coder that knows how often each occurs.
+    """Return the entropy in bits of a matrix's levels, value * inverse.
 
-    Of a matrix whose rows are contiguous; some are counted at a time, in a processor's cache.
+    Rows must be contiguous; they are counted in chunks that fit in the CPU's cache.
     """
     low, high = (round(float(end) * inverse) for end in values.aminmax())
     counts = torch.zeros(high - low + 1, dtype=torch.int64, device=values.device)
@@ -121,19 +121,19 @@ def entropy(values: Tensor, inverse: float = 1.0) -> float:
 
 
 def entropy_of(counts: NDArray[np.int64]) -> float:
-    """Return the bits a value takes of an ideal coder, by how often each occurs."""
+    """Return the entropy in bits of a value, from the count of each value."""
     share = counts[counts > 0] / counts.sum()
     return -float(share @ np.log2(share))
 
 
 def mask_bits(sparsity: float) -> float:
-    """Return the bits a weight that say which weights are kept."""
+    """Return the bits per weight that an ideal coder needs for the mask."""
     parts = (sparsity, 1 - sparsity)
     return -sum(part * math.log2(part) for part in parts if part)
 
 
 def check_group(group: int, columns: int, name: str = "a layer") -> int:
-    """Return how many inputs share a scale: a row if it is no longer than a group."""
+    """Return how many inputs share a scale: all if the group is longer than a row."""
     if columns % min(group, columns):
         raise InputError(
             f"groups of {group} do not divide the {columns} inputs of {name}: choose another "
@@ -143,15 +143,15 @@ def check_group(group: int, columns: int, name: str = "a layer") -> int:
 
 
 class Symmetric:
-    """2^bits evenly spaced levels from -2^(bits-1), the largest weight's, as GGUF's Q4_0 has them.
+    """2^bits evenly spaced levels; the largest weight is level -2^(bits-1), as in GGUF's Q4_0.
 
-    So a scale may be negative. `solve_columns` rounds by it the columns of layers that share an
-    input: it begins blocks of columns, takes steps, and finishes them. That of other grids has the
-    same methods.
+    Scales can therefore be negative. `solve_columns` calls `begin` for a block of columns of the
+    layers that share an input, `step` for each column and `finish` at its end. Other grids
+    implement the same methods.
 
     Args:
         weights: matrices (rows, columns) of the layers.
-        group: columns that share a scale, which is found as the loop comes to the first of them.
+        group: columns that share a scale, chosen when the loop reaches the first of them.
     """
 
     def __init__(self, weights: Sequence[Tensor], group: int, bits: int) -> None:
@@ -160,33 +160,33 @@ class Symmetric:
         self.scales = torch.zeros(columns // self.group, outputs, device=weights[0].device)
         self.bits, self._half, self._start, self._masked = bits, 2 ** (bits - 1), 0, False
         self._found: list[tuple[Tensor, Tensor]] = []  # scales of groups, and their inverse
-        self._lost = self.scales.new_empty(0)  # kept, as new memory costs more than its use
+        self._lost = self.scales.new_empty(0)  # reused: allocating costs more than computing
 
     def begin(
         self, start: int, stacked: Tensor, mask: Tensor, leverage: Tensor, masked: bool
     ) -> None:
-        """Find the scales of groups that begin in a block of columns.
+        """Choose the scales of groups that begin in a block of columns.
 
         Args:
             start: the block's first column.
-            stacked: all columns (columns, outputs), corrected as far as the loop is.
-            mask: the block's, 1.0 where a weight is known to go.
+            stacked: all columns (columns, outputs), corrected so far.
+            mask: the block's, 1.0 where a weight is known to be pruned.
             leverage: 1 / U_jj of the block's columns, (block, 1).
-            masked: whether any weight goes.
+            masked: whether any weight is pruned.
         """
         self._start, self._masked = start, masked
         first = -(-start // self.group)
         inside = slice(first * self.group - start, None)
-        own = leverage[inside].square()
-        number = -(-len(own) // self.group)
+        squares = leverage[inside].square()
+        number = -(-len(squares) // self.group)
         if not number:
             return
         values = stacked[start:][inside][: number * self.group]
         if masked:
             values = values.clone()
-            clear(values[: len(own)], mask[inside])
-        beyond = own[(number - 1) * self.group :].mean().expand(len(values) - len(own), 1)
-        importance = torch.cat([own, beyond]).view(number, 1, self.group)
+            clear(values[: len(squares)], mask[inside])
+        rest = squares[(number - 1) * self.group :].mean().expand(len(values) - len(squares), 1)
+        importance = torch.cat([squares, rest]).view(number, 1, self.group)
         size = max(CACHED // len(values), 64) if values.device.type == "cpu" else values.shape[1]
         parts = values.unflatten(0, (number, self.group)).split(size, 2)
         scales = [self._fit(part, importance) for part in parts]
@@ -194,7 +194,7 @@ class Symmetric:
         self._found.extend(zip(here, _inverse(here), strict=True))
 
     def step(self, number: int, column: Tensor, level: Tensor, mask: Tensor) -> None:
-        """Write the level of a block's column, and leave the error in its place."""
+        """Write the levels of one column of a block, and overwrite the column with its errors."""
         scale, units = self._found[(self._start + number) // self.group]
         self.nearest(torch.mul(column, units, out=level))
         if self._masked:
@@ -202,7 +202,7 @@ class Symmetric:
         column.addcmul_(level, scale, value=-1)
 
     def finish(self, weights: Tensor, levels: Tensor) -> None:
-        """Write a block's weights, whose levels are known."""
+        """Write a block's weights from its levels."""
         at = 0
         while at < len(levels):
             group = (self._start + at) // self.group
@@ -211,19 +211,19 @@ class Symmetric:
             at = to
 
     def _fit(self, values: Tensor, importance: Tensor) -> Tensor:
-        """Return the scales (groups, outputs) of some columns (groups, group, outputs).
+        """Return the scales (groups, outputs) for columns (groups, group, outputs).
 
-        The largest weight comes to the lowest level, or beyond it: of a few scales the one that
-        loses least. They become smaller for as long as one output in a hundred gains.
+        The largest weight gets the lowest level or beyond: of a few decreasing scales, the one with
+        the least error. The search stops once fewer than one output in a hundred gains.
 
         Args:
-            importance: (groups, 1, group), what a squared error in a column counts.
+            importance: (groups, 1, group), weight of a squared error in a column.
         """
         high, low = values.amax(1), values.amin(1)
         largest = torch.where(high > -low, high, low)
-        tied = (high == -low).nonzero(as_tuple=True)  # the first of both counts
-        own = values.transpose(1, 2)[tied]
-        largest[tied] = own.gather(1, own.abs().argmax(1, keepdim=True))[:, 0]
+        tied = (high == -low).nonzero(as_tuple=True)  # the first of the two decides
+        ties = values.transpose(1, 2)[tied]
+        largest[tied] = ties.gather(1, ties.abs().argmax(1, keepdim=True))[:, 0]
         scale = largest / -self._half
         if self.bits >= FINE:
             return scale
@@ -242,21 +242,21 @@ class Symmetric:
         return best
 
     def nearest(self, scaled: Tensor) -> Tensor:
-        """Move weights in units of their scale to the grid, in place."""
+        """Round weights in units of their scale to levels, in place."""
         return scaled.round_().clamp_(-self._half, self._half - 1)
 
     def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
-        """Return the grid of a layer; `scale` (rows, groups)."""
-        own = 16 * scale.numel() / weight.numel()
-        return Grid(scale, self.bits * (1 - sparsity) + mask_bits(sparsity) + own)
+        """Return the grid of a layer from its scales (rows, groups)."""
+        beside = 16 * scale.numel() / weight.numel()
+        return Grid(scale, self.bits * (1 - sparsity) + mask_bits(sparsity) + beside)
 
 
 class DeadZone:
-    """Whole levels, as many as it takes, of one step a layer; zero reaches further than others.
+    """Unbounded integer levels with one step per layer, and a wider interval rounded to zero.
 
     Args:
         weights: in units of their step.
-        steps: of each layer, bfloat16 values.
+        steps: one per layer, bfloat16 values.
     """
 
     def __init__(self, weights: Sequence[Tensor], steps: Sequence[float]) -> None:
@@ -265,7 +265,7 @@ class DeadZone:
         self._zone = torch.full((), DEAD_ZONE, device=self.scales.device)
 
     def begin(self, *block: Any) -> None:
-        """No scale is left to find."""
+        """Do nothing: the scales are known."""
 
     def step(self, number: int, column: Tensor, level: Tensor, mask: Tensor) -> None:
         column.sub_(self.nearest(column, level))
@@ -283,7 +283,7 @@ class DeadZone:
 
     @staticmethod
     def beside(weight: Tensor) -> float:
-        """Return the bits a weight that the step and the columns' scales take."""
+        """Return the bits per weight of the step and the columns' scales."""
         return 16 / weight.numel() + 8 / len(weight)
 
 
@@ -291,5 +291,5 @@ Rounding = Symmetric | DeadZone
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """Return 1 / scale, zero where that is zero."""
+    """Return 1 / scale, or zero where the scale is zero."""
     return torch.where(scale != 0, scale.reciprocal(), 0)

@@ -1,11 +1,11 @@
 """Refit of the kept weights of any mask, by masked conjugate gradients on all rows at once.
 
-A row's kept weights have a least-squares optimum of their own. Conjugate gradients come close to
-it in ten products with the Gram matrix, where solving each row's normal equations would take one
-factorisation a row (ALPS, arXiv 2406.07831, section 3.3, ends with such steps).
+Each row's kept weights have their own least-squares optimum. Conjugate gradients approach it in ten
+products with the Gram matrix; solving each row's normal equations would take a factorisation per
+row (ALPS, arXiv 2406.07831, section 3.3, ends with such steps).
 
 Inputs are scaled to norm one: with n_j = ||x_j|| and N = diag(n), tr((W - P) G (W - P)^T) is the
-same for W N, P N and N^-1 G N^-1, whose diagonal is one: a preconditioner that costs nothing later.
+same for W N, P N and N^-1 G N^-1, whose unit diagonal makes Jacobi preconditioning free.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from calmix.precision import add_rounded_product, large_product, rounded, rounde
 from calmix.pruning.gram import chunks, inverse_factor
 
 STEPS = 10
-DAMPING = 0.001  # share of every input's own square sum added to it
-CHECK = 4  # steps between two looks at what the error has become
+DAMPING = 0.001  # fraction of each input's square sum added to it
+CHECK = 4  # steps between exact evaluations of the error
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A Gram matrix and the norms it was scaled by, float32.
+    """A scaled Gram matrix and the norms that scaled it, float32.
 
     Attributes:
         gram: (columns, columns), diagonal one; rows and columns of dead inputs zero.
@@ -43,7 +43,7 @@ class Scaled:
 
     @cached_property
     def coarse(self) -> Tensor:
-        """The Gram matrix as a factor that may be rounded, for all layers that share the input."""
+        """The Gram matrix prepared by `rounded`, for all layers that share the input."""
         return rounded(self.gram)
 
 
@@ -61,17 +61,16 @@ def scale(gram: Tensor) -> Scaled:
 def refit(
     weights: Sequence[Tensor], pruned: Sequence[Tensor], gram: Tensor, *, steps: int = STEPS
 ) -> list[Tensor]:
-    """Return pruned weights refitted, in the type of those given.
+    """Return the pruned weights refitted, in the type of the dense ones.
 
-    Minimise tr((W - P) (G + damping diag G) (W - P)^T) over the entries of P that are not zero. The
-    damping is raised, to a hundredfold at most, until what rounding has made of the Gram matrix is
-    positive definite.
+    Minimise tr((W - P) (G + damping diag G) (W - P)^T) over the nonzero entries of P. The damping
+    is raised, at most a hundredfold, until the rounded Gram matrix is positive definite.
 
-    Zeros stay exactly zero, and no row's error is larger than it was.
+    Zeros stay exactly zero, and no row's error increases.
 
     Args:
         weights: dense matrices (rows, columns) of any float type that share one input.
-        pruned: the same pruned, of the same type or float32: where to begin.
+        pruned: the same matrices pruned, in the same type or float32; the starting point.
         gram: float32 (columns, columns), sum of x x^T over the calibration tokens.
         steps: steps of conjugate gradients.
     """
@@ -86,14 +85,13 @@ def refit(
 def refit_layer(
     weight: Tensor, start: Tensor, scaled: Scaled, *, steps: int, damping: float
 ) -> Tensor:
-    """Refit one layer; return its weights, in their type.
+    """Refit one layer; return its weights in their type.
 
-    Every row is a system of its own, with its own step lengths; the diagonal that the Gram matrix
-    was scaled by is the preconditioner. The steps' products may round their factors to bfloat16;
-    where inputs have much in common, what tells them apart is less than that. So after the first
-    step, every `CHECK` and the last the output error of every row, as it would be stored, is
-    computed in float32. A row that got worse stops, and all end as the best they have been, at
-    first what they came as.
+    Each row is a separate system with its own step lengths, preconditioned by the diagonal used to
+    scale the Gram matrix. Products in the steps may round their factors to bfloat16, which can hide
+    the differences between strongly correlated inputs. So the output error of each row, as stored,
+    is computed in float32 after the first step, every `CHECK` steps and at the end. A row that got
+    worse stops; each row keeps its best weights, which may be the initial ones.
     """
     checked = {1, *range(CHECK, steps, CHECK), steps} if steps else set()
     made = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -112,7 +110,7 @@ def refit_layer(
             size = now
             add_rounded_product(towards, towards, scaled.coarse, product, damping).mul_(mask)
             curvature = _dot(towards, product)
-            # A row that is solved, or that rounding left no descent, stays where it is.
+            # A solved row, or one without descent after rounding, stays unchanged.
             length = torch.where(curvature > 0, size / curvature, 0)
             moved.addcmul_(towards, length)
             left.addcmul_(product, length, value=-1)
@@ -121,11 +119,11 @@ def refit_layer(
             stored = torch.addcmul(begin, moved, scaled.inverse).to(weight.dtype).float()
             torch.mul(dense - stored, scaled.norm, out=delta)
             large_product(delta, scaled.gram, out=product)
-            # Below zero is as wrong as above: rounding, or a Gram matrix that is none.
+            # Rounding or an invalid Gram matrix can make it negative: that is as wrong.
             error = _dot(product, delta).abs_()
             better = error < least
             best, least = torch.where(better, stored, best), torch.where(better, error, least)
-            if number % CHECK == 0 and number < steps:  # anew, from weights that are not rounded
+            if number % CHECK == 0 and number < steps:  # restart from unrounded weights
                 back = (dense - begin).mul_(scaled.norm).sub_(moved).sub_(delta)
                 torch.add(product, rounded_product(back, scaled.coarse), out=left)
                 left.add_(delta.add_(back), alpha=damping).mul_(mask)

@@ -1,11 +1,11 @@
 """The loop of SparseGPT and GPTQ: prune or round column by column, correcting those that follow.
 
-Both are optimal brain surgeon (arXiv 2301.00774, arXiv 2210.17323): a column goes to its place on a
-grid, which for pruned weights is zero, and U, the factor of the inverse Gram matrix, says what the
-columns behind it make good.
+Both are optimal brain surgeon (arXiv 2301.00774, arXiv 2210.17323): a column is moved to its grid,
+which is zero for pruned weights, and U, the factor of the inverse Gram matrix, gives the correction
+of the columns that follow.
 
-Weights are held transposed, one input a contiguous row, because every step works on one input
-of all output rows: with row-major weights the same loop is some seventy times slower.
+Weights are stored transposed, each input a contiguous row, because every step works on one input
+of all output rows: with row-major weights the same loop is about seventy times slower.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from calmix.pruning.gram import Factor
 from calmix.pruning.patterns import Pattern, Unstructured, clear
 from calmix.pruning.solvers.grids import Grid, Rounding
 
-BLOCK = 128  # columns that choose their mask together (SparseGPT's B_s)
-PANEL = 16  # columns corrected one by one before a matrix product corrects the others
+BLOCK = 128  # columns whose mask is chosen together (SparseGPT's B_s)
+PANEL = 16  # columns corrected one by one before a matrix product corrects the rest
 
 
 def solve_columns(
@@ -31,15 +31,15 @@ def solve_columns(
     rounding: Rounding | None = None,
     pruned: Sequence[int] = (),
 ) -> tuple[list[Tensor], list[Grid]]:
-    """Return pruned, or rounded, float32 weights of layers that share one input, and their grids.
+    """Return pruned or rounded float32 weights of layers that share one input, and their grids.
 
     Args:
         weights: matrices (rows, columns) of any float type.
         factor: of their input's Gram matrix.
-        patterns: what to prune of each: shares, or one N:M for all; None to choose nothing.
-        rounding: to the grid of kept weights; without it they are only corrected.
-        pruned: how many weights of each go, whose masks count in a grid's bits; without patterns
-            they are zero already and stay so.
+        patterns: one per layer, all unstructured or one N:M for all; None to prune nothing more.
+        rounding: grid of the kept weights; without it they are only corrected.
+        pruned: number of pruned weights per layer, for the mask's bits in the grid; without
+            patterns these weights are already zero and stay so.
     """
     upper = factor.upper
     columns = upper.shape[0]
@@ -48,7 +48,7 @@ def solve_columns(
     layers = stacked.split(heights, dim=1)
     for layer, weight in zip(layers, weights, strict=True):
         layer.copy_(weight.T)
-    first = patterns[0] if patterns else Unstructured(0.5)  # any that has no groups
+    first = patterns[0] if patterns else Unstructured(0.5)  # any without groups
     size = _multiple(BLOCK, first)
     # Masks are 1.0 and 0.0, not booleans: the loop multiplies by them.
     masks = torch.empty_like(stacked[:size])
@@ -56,7 +56,7 @@ def solve_columns(
     for start in range(0, columns, size):
         stop = min(start + size, columns)
         inverse = upper.diagonal()[start:stop].reciprocal()[:, None]
-        # Inputs that never fired carry nothing: their weights are the first to go.
+        # Dead inputs carry nothing: their weights are pruned first.
         leverage = inverse.masked_fill(factor.dead[start:stop, None], 0)
         mask = masks[: stop - start].zero_()
         for i, part in enumerate(mask.split(heights, dim=1)):
@@ -95,22 +95,22 @@ def prune_block(
     rounding: Rounding | None,
     levels: Tensor,
 ) -> Tensor:
-    """Prune one block in place and return its scaled errors (what is lost / U_jj), same shape.
+    """Prune one block in place and return its scaled errors (error / U_jj), same shape.
 
     `weights` is (columns of the block, rows of all layers). `mask` is given (unstructured) or
     filled group by group from the corrected weights times `leverage` (N:M). A column is
-    corrected by all before it in its group at once, just before it is pruned. Pruned entries
-    are left for the caller to clear: no later step reads them. `levels` is room for a rounding's.
+    corrected by all earlier ones in its group at once, just before it is pruned. The caller clears
+    pruned entries: no later step reads them. `levels` is a buffer for the rounding.
     """
     semi, size = pattern.group > 1, len(weights)
     panel = _multiple(PANEL, pattern)
     width = pattern.group if semi else panel
     errors = torch.empty_like(weights) if rounding is None else weights
-    # Views are made once: a step's arithmetic takes no longer than making one.
+    # Views are created once: creating one takes as long as a step's arithmetic.
     before, columns = errors.T, weights.unbind()
     if rounding is None:
         across, wrong = upper.T.contiguous().unbind(), errors.unbind()
-    else:  # errors come in place of weights, and are scaled at the end
+    else:  # errors overwrite the weights and are scaled at the end
         upper = (upper * inverse).triu_(1)
         turned, rows = upper.T.contiguous(), list(zip(columns, levels, mask, strict=True))
     for start in range(0, size, panel):
@@ -123,11 +123,11 @@ def prune_block(
             if semi:
                 score = (weights[group:last] * leverage[group:last]).abs_()
                 mask[group:last] = pattern.group_mask(score)
-            if rounding is not None:  # what is not an error yet is multiplied by zero
-                own, factors = before[:, group:last], turned[group:last, group:last].unbind()
+            if rounding is not None:  # columns that are not errors yet are multiplied by zero
+                earlier, factors = before[:, group:last], turned[group:last, group:last].unbind()
                 for j, factor in enumerate(factors, start=group):
                     if j > group:
-                        columns[j].addmv_(own, factor, alpha=-1)
+                        columns[j].addmv_(earlier, factor, alpha=-1)
                     rounding.step(j, *rows[j])
                 continue
             torch.mul(mask[group:last], inverse[group:last], out=errors[group:last])
@@ -139,7 +139,7 @@ def prune_block(
         if stop < size:
             weights[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
     if rounding is not None:
-        errors = torch.mul(weights, inverse, out=mask)  # which is not needed any more
+        errors = torch.mul(weights, inverse, out=mask)  # no longer needed
         rounding.finish(weights, levels)
         weights.add_(0.0)  # no -0.0
     return errors
