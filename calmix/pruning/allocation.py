@@ -1,16 +1,16 @@
 """Per-layer sparsity at a fixed global sparsity.
 
-    uniform   the same everywhere
+    uniform   the same in every layer
     owl       blocks with more outliers keep more (OWL, arXiv 2310.05175): D is the share of
               |W| ||x|| above five times its mean over a block, and a block keeps
               r - mean(r) + 1 - S with r = 0.16 minmax(D)
     error     layers that lose more of their output keep more: the same with r = 0.14 minmax(E),
-              E = ||(W - W') X||^2 / ||W X||^2 where W' lacks the least |W| ||x|| of every row, at
-              half the sparsity; ours, after LSA's use of that error
+              E = ||(W - W') X||^2 / ||W X||^2, where W' prunes the lowest |W| ||x|| of every row
+              at half the sparsity; ours, after LSA's use of that error
 
-Means are over weights, so that the total stays what it is where blocks differ in size. Both look
-at the dense model on the calibration set: one pass more. Shares of a file are taken as they are,
-but for at most a few steps of rounding that make the count exact; bits of a file as they are.
+Means are over weights, so that the total is right when blocks differ in size. `owl` and `error`
+add one pass of the dense model over the calibration set. Sparsities from a file change by at most
+a few rounding steps, to make the count exact; bits from a file do not change.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from calmix.pruning.patterns import Pattern, Rate, Unstructured, clear
 from calmix.yaml_files import read_yaml
 
 OUTLIER = 5.0  # times the mean
-SPREAD = {"owl": 0.16, "error": 0.14}  # between the sparsest and the densest
-TOLERANCE = 5e-4  # a file's numbers may miss the target by so much: they are written rounded
-STEPS = 2  # of rounding that a layer may be moved by, each way
-STATES = 4096  # totals that are kept in mind while steps are chosen
+SPREAD = {"owl": 0.16, "error": 0.14}  # difference between highest and lowest sparsity
+TOLERANCE = 5e-4  # allowed distance of a file's mean from the target: its numbers are rounded
+STEPS = 2  # rounding steps a layer may move, in either direction
+STATES = 4096  # totals kept while steps are chosen
 
 
 def read_allocation(
     asked: str | os.PathLike[str] | Mapping[str, float] | None, target: Pattern
 ) -> str | dict[str, float] | None:
-    """Return `owl`, `error`, or sparsities or bits by layer; None for the same everywhere."""
+    """Return `owl`, `error`, or sparsities or bits by layer; None for uniform."""
     if asked is None or asked == "uniform":
         return None
     if not isinstance(target, Unstructured | Rate):
@@ -80,7 +80,7 @@ def outlier_share(weights: Sequence[Tensor], squares: Sequence[Tensor]) -> float
     """Return the share of a block's |W_ij| ||x_j|| above `OUTLIER` times their mean (OWL).
 
     Args:
-        weights: its matrices (rows, columns).
+        weights: the block's matrices (rows, columns).
         squares: sum of squares of the inputs of each, (columns,).
     """
     pairs = list(zip(weights, squares, strict=True))
@@ -96,12 +96,12 @@ def _metric(weight: Tensor, squares: Tensor) -> Tensor:
 
 
 def output_error(weight: Tensor, gram: Tensor, sparsity: float) -> float:
-    """Return the share of output energy, tr(D G D^T) / tr(W G W^T), lost with each row's least.
+    """Return tr(D G D^T) / tr(W G W^T), the output energy lost when each row's lowest go.
 
     Args:
         weight: (rows, columns).
         gram: float32 (columns, columns), sum of x x^T.
-        sparsity: share pruned of every row.
+        sparsity: fraction pruned of every row.
     """
     mask = Unstructured(sparsity).mask(_metric(weight, gram.diagonal()), by_row=True)
     return relative_error(weight, clear(weight.clone(), mask), gram)
@@ -110,7 +110,7 @@ def output_error(weight: Tensor, gram: Tensor, sparsity: float) -> float:
 def spread(
     importance: Sequence[float], sizes: Sequence[int], sparsity: float, width: float
 ) -> list[float]:
-    """Return sparsities whose mean over weights is `sparsity`: more important parts keep more."""
+    """Return sparsities with mean `sparsity` over the weights: important parts keep more."""
     low, high = min(importance), max(importance)
     scale = width / (high - low) if high > low else 0.0
     moved = [scale * (value - low) for value in importance]
@@ -118,8 +118,8 @@ def spread(
     shares = [sparsity + mean - value for value in moved]
     if min(shares) <= 0 or max(shares) >= 1:
         raise InputError(
-            f"at sparsity {sparsity:g} there is no room for an allocation that spreads by "
-            f"{width:g}: leave out --allocation"
+            f"at sparsity {sparsity:g} there is no room for sparsities that differ by {width:g}: "
+            "leave out --allocation"
         )
     return shares
 
@@ -132,14 +132,14 @@ def exact(
 ) -> dict[str, Unstructured]:
     """Return patterns by layer that together prune exactly as many weights as `sparsity` would.
 
-    Rounding in comparison groups makes counts move in steps. Layers are moved by as few as it
-    takes, those of most weights first.
+    Rounding in comparison groups makes counts move in steps. As few layers as possible are moved,
+    the largest first.
 
     Args:
-        shares: sparsity by layer, of mean `sparsity` over the weights.
+        shares: sparsity by layer, with mean `sparsity` over the weights.
         shapes: (rows, columns) by layer.
-        sparsity: share pruned of the whole.
-        method: whose comparison groups are rounded in.
+        sparsity: fraction pruned overall.
+        method: defines the comparison groups.
     """
 
     def count(name: str, share: float) -> int:
@@ -150,8 +150,8 @@ def exact(
     for name in sorted(shares, key=lambda name: -shapes[name][0] * shapes[name][1]):
         if 0 in reached:
             break
-        held, sizes = count(name, shares[name]), [size for _, size in method.groups(*shapes[name])]
-        steps = [(count(name, near) - held, near) for near in _near(shares[name], sizes)]
+        before, sizes = count(name, shares[name]), [n for _, n in method.groups(*shapes[name])]
+        steps = [(count(name, near) - before, near) for near in _near(shares[name], sizes)]
         grown = dict(reached)
         for total, moves in reached.items():
             for step, near in steps:
@@ -160,13 +160,13 @@ def exact(
     if 0 not in reached:
         raise InputError(
             "no sparsities near those of the allocation prune exactly as many weights as "
-            f"{sparsity:g} everywhere: name others"
+            f"{sparsity:g} everywhere: change the allocation"
         )
     return {name: Unstructured(share) for name, share in ({**shares} | reached[0]).items()}
 
 
 def _near(share: float, sizes: Sequence[int]) -> Iterator[float]:
-    """Yield shares that are some steps of rounding from another one, the nearest first."""
+    """Yield the shares that are some rounding steps away, the nearest first."""
     ends = {
         (round(share * size) + step + 0.5) / size
         for size in sizes
@@ -184,7 +184,7 @@ def _near(share: float, sizes: Sequence[int]) -> Iterator[float]:
 def from_shares(
     shares: Mapping[str, float], found: DecoderBlocks, target: Pattern, method: Method
 ) -> dict[str, Pattern]:
-    """Return patterns from sparsities, made exact, or bits by layer that a user has named."""
+    """Return patterns from a user's sparsities, made exact, or bits by layer."""
     shapes = {layer.name: layer.shape for layer in found.layers}
     check_names(list(shapes), shares, "allocation")
     bits = isinstance(target, Rate)
@@ -194,7 +194,7 @@ def from_shares(
     if abs(mean - wanted) > TOLERANCE:
         what = f"{mean:.4f} bits" if bits else f"a sparsity of {mean:.4f}"
         raise InputError(
-            f"the allocation adds up to {what} over all weights, and {wanted:g} is asked for"
+            f"the allocation averages {what} over all weights, not the {wanted:g} requested"
         )
     if bits:
         return {name: Rate(shares[name]) for name in shapes}
@@ -204,11 +204,11 @@ def from_shares(
 
 
 class DensePass(Looking):
-    """A pass over the dense model that looks at its layers, and changes nothing.
+    """A pass that measures the importance of the dense model's layers, and changes nothing.
 
     Args:
         by: `owl` or `error`.
-        sparsities: of the whole; the error is taken at half of each.
+        sparsities: overall targets; the error is measured at half of each.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class DensePass(Looking):
                 importance.update((layer.name, share) for layer in layers)
 
     def patterns(self, sparsity: float, method: Method) -> dict[str, Unstructured]:
-        """Return exact patterns by layer, after all blocks."""
+        """Return exact patterns by layer, once all blocks are done."""
         importance = self.importance[sparsity]
         shapes = {one.name: one.shape for one in self.found.layers if one.name in importance}
         sizes = [rows * columns for rows, columns in shapes.values()]
@@ -263,9 +263,9 @@ def allocate(
 
     Args:
         model, ids, micro_tokens: as for `calmix.prune`.
-        sparsity: share pruned of all weights.
+        sparsity: fraction pruned of all weights.
         by: `owl` or `error`.
-        method: that is to prune: how it rounds decides what is exact.
+        method: the pruning method; its comparison groups determine the rounding.
 
     Raises:
         InputError: no such allocation or method, or no room for it.

@@ -1,17 +1,16 @@
-"""How pruning stays within so much memory: which micro-batches stay paused, what is read ahead.
+"""The memory plan of pruning: how many micro-batches stay paused, and whether to read ahead.
 
 Pruning block by block holds
 
-    what the process holds before it begins
-    one block's weights, and another's being read
-    what is outside the blocks, until the first hidden states are made
-    the solver's work on the widest input
-    what is outside the blocks once more, where embeddings are rounded at the end
-    one micro-batch running through a block, and the activations of those that are paused
-    hidden states between two blocks, as far as there is room
+    the process's memory before it starts
+    one block's weights, and those of the next being read
+    the weights outside the blocks, until the first hidden states are computed
+    the solver's workspace for the widest input
+    the weights outside the blocks again, if embeddings are rounded at the end
+    one micro-batch running through a block, and the activations of paused ones
+    hidden states between two blocks, as far as there is room; the rest are in files
 
-Those for which there is none lie in a file. What a block's activations and the solver take is ours,
-fitted to the engine.
+The formulas for activations and solver were fitted to the engine.
 """
 
 from __future__ import annotations
@@ -35,21 +34,21 @@ from calmix.pruning.trace import token_bytes
 
 GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-AT_ONCE = 64  # bytes an entry of the rows that a solver on an accelerator works on at a time
-SLACK = 0.05  # of the budget, for the allocator's rounding
-FREE_SHARE = 0.9  # of the memory that is free, where no budget is given
-ROUNDING = 40  # bytes a weight of what is rounded at a time
-WORKSPACE = GIB // 2  # that libraries take on an accelerator beside tensors, and what they load
-KERNELS = GIB // 16  # that oneDNN's take on a CPU; the command line bounds their number
+AT_ONCE = 64  # bytes per entry of the rows an accelerator's solver processes at a time
+SLACK = 0.05  # fraction of the budget, for the allocator's rounding
+FREE_SHARE = 0.9  # of the free memory, used without a budget
+ROUNDING = 40  # bytes per weight of an embedding rounded at a time
+WORKSPACE = GIB // 2  # of libraries on an accelerator: buffers and loaded kernels
+KERNELS = GIB // 16  # of oneDNN on a CPU; the command line bounds their number
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What pruning does to stay within its budget.
+    """How pruning stays within its budget.
 
     `micro_tokens` run through a block at a time; `paused` micro-batches may stay paused, None for
-    all; `overlap` reads the next block beside the work; `needed` are the bytes at the peak,
-    `expert_bytes` and `states` those that statistics of experts and hidden states may take.
+    all; `overlap` reads the next block in the background; `needed` is the peak in bytes,
+    `expert_bytes` and `states` the bytes for statistics of experts and hidden states.
     """
 
     micro_tokens: int
@@ -60,25 +59,24 @@ class Plan:
     states: int = 0
 
 
-def parse_memory(text: str, what: str = "") -> int:
-    """Return bytes from `6GiB`, `512MB` or `8000000000`; an InputError says of `what`."""
+def parse_memory(text: str, option: str = "--max-memory") -> int:
+    """Return bytes from `6GiB`, `512MB` or `8000000000`; an InputError names the option."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
     value = float(match[1]) * UNITS[match[2] or ""] if match else 0
     if value < 1:
-        named = f"{what} '{text}' is no size" if what else f"'{text}' is not an amount of memory"
-        raise InputError(f"{named}: write 6GiB, 512MB or bytes")
+        raise InputError(f"{option} '{text}' is not a size: write 6GiB, 512MB or bytes")
     return int(value)
 
 
 def solver_bytes(
     method: Method, layers: Sequence[tuple[int, int]], *, accelerator: bool = False
 ) -> int:
-    """Return the most memory a solver takes: all layers of one width may share an input.
+    """Return the maximum memory of a solver; all layers of one width may share an input.
 
     Args:
-        method: that prunes.
+        method: the pruning method.
         layers: (outputs, inputs) of one block's linear maps.
-        accelerator: whether it works on one.
+        accelerator: whether the solver runs on one.
     """
     most = 0
     for width in {columns for _, columns in layers}:
@@ -98,21 +96,21 @@ def plan_for(
     rows_at_once: int = 0,
     embeddings: bool = False,
 ) -> Plan:
-    """Return how to prune a model within a budget, or within what is free now; of several processes
-    all do as the one that has least.
+    """Return how to prune a model within a budget or the free memory; several processes all follow
+    the one with the least.
 
-    What a process holds is rounded up to a quarter of a GiB, so that the same budget gives the same
-    plan: the size of a micro-batch decides how sums round. Fewer paused micro-batches and no
-    overlap change no number, so they come first.
+    The process's memory is rounded up to a quarter of a GiB, so that the same budget gives the same
+    plan: the micro-batch size affects rounding. Fewer paused micro-batches and no overlap change no
+    number, so they are tried first.
 
     Args:
         source: the model.
-        shape: of the calibration ids, (0, 0) without.
-        method: that prunes the model, or looks at it.
-        budget: bytes of each process; None for what is free, of which a CPU may take more.
+        shape: of the calibration ids, (0, 0) without any.
+        method: the pruning method, or `Look`.
+        budget: bytes per process; None for the free memory, which a CPU may exceed.
         sequential: whether micro-batches pause within a block.
-        rows_at_once: rows of a micro-batch of the work that is resumed, which must stay.
-        embeddings: whether they are rounded at the end.
+        rows_at_once: rows of a micro-batch in resumed work, which must not change.
+        embeddings: whether embeddings are rounded at the end.
     """
     blocks, (rows, length), world = source.blocks, shape, distributed.processes()[1]
     rows, kind, sizes = -(-rows // world), method.needs, blocks.sizes
@@ -124,18 +122,18 @@ def plan_for(
     alone = [layer.shape for layer in layers if layer.expert is None]
     experts = [layer.shape for layer in inside if layer.expert == one[layer.mixture]]
     count = max((layer.expert or 0 for layer in inside), default=-1) + 1
-    # Of a token: its hidden states, and the widest input.
+    # Bytes per token: hidden states, and the widest input.
     hidden = token_bytes(source.model, blocks) if rows else 0
     inner = max(columns for _, columns in (*alone, *experts)) * source.dtype.itemsize
     accelerator = device.type != "cpu"
     solver = max(solver_bytes(method, some, accelerator=accelerator) for some in (alone, experts))
     states = expert = last = 0
     if kind is not None:
-        # The statistics of one expert's widest input, its own and that of all.
+        # The statistics of one expert's widest input: for its own tokens and for all.
         expert = max((2 * kind.memory(width) for _, width in experts), default=0)
         solver += expert
         states = rows * length * hidden
-        if not sequential:  # a block's statistics are summed together
+        if not sequential:  # all statistics of a block are held together
             solver += sum(kind.memory(width) for _, width in alone)
     if embeddings:
         largest = max(outer_weights(source.model), key=lambda weight: weight.nbytes)
@@ -145,13 +143,13 @@ def plan_for(
 
     held, free, total = device_memory(device)
     swaps = total is None
-    if swaps and world > 1:  # memory that processes here share, as they do not a device
+    if swaps and world > 1:  # processes share main memory, but not a device
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", world))
     most = min(distributed.everyone(held + int(FREE_SHARE * free) if budget is None else budget))
     held = max(distributed.everyone(held + (KERNELS if swaps else WORKSPACE)))
     room, held = int((1 - SLACK) * most), -(-held // (GIB // 4)) * (GIB // 4)
-    # On a CPU the micro-batch is the same whatever happens to be free, so that no number depends
-    # on the moment; what does not fit is swapped.
+    # On a CPU the micro-batch does not depend on the free memory, so that results do not either;
+    # what does not fit is swapped.
     swaps = swaps and budget is None
     at_once = rows_at_once or max(1, tokens_at_once(device) // max(1, length))
     while True:
@@ -159,21 +157,21 @@ def plan_for(
         running = 9 * tokens * (hidden + inner)
         first = held + begin + running
         wanted = -(-rows // at_once) if sequential else 0
-        each = max(1, tokens * (3 * hidden + 2 * inner))  # held while it waits in a block
-        found: list[tuple[int, Plan]] = []
+        each = max(1, tokens * (3 * hidden + 2 * inner))  # held while paused in a block
+        plans: list[tuple[int, Plan]] = []
         for overlap in (True, False):
             least = held + (1 + overlap + source.merges) * block + max(solver, running)
             if max(first, least) <= room:
-                # Several experts at a time save a replay of those that do not stay paused.
+                # Taking several experts at a time saves restarts of unpaused micro-batches.
                 more = min(EXPERT_BYTES, count * expert, (room - least) // 2)
                 paused = min(wanted, (room - least - more) // each)
                 needed = max(first, least + more + paused * each)
                 kept = min(states, room - needed)
-                stay = None if paused == wanted else paused
-                plan = Plan(tokens, stay, overlap, needed + kept, max(more, expert), kept)
-                found.append((paused, plan))
-        if found:
-            return max(found, key=lambda one: one[0])[1]
+                limit = None if paused == wanted else paused
+                plan = Plan(tokens, limit, overlap, needed + kept, max(more, expert), kept)
+                plans.append((paused, plan))
+        if plans:
+            return max(plans, key=lambda one: one[0])[1]
         if swaps:
             needed = max(first, least + min(EXPERT_BYTES, count * expert))
             return Plan(tokens, 0 if sequential else None, False, needed)

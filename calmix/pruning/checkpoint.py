@@ -1,10 +1,11 @@
 """From a request to a pruned checkpoint on disk: plain dense safetensors that load anywhere.
 
-Nothing about sparsity goes into config.json (inference engines refuse models that carry such
-keys). What was done stands beside the weights: `calmix.json`, the same for the same inputs, and
-`calmix-run.json`, which holds date and seconds.
+config.json has no sparsity keys, because inference engines refuse them. The run is recorded beside
+the weights: `calmix.json`, the same for the same inputs, and `calmix-run.json` with date and
+timings.
 
-Weights come from disk and go back one block at a time; hidden states wait where there is room.
+Weights are read from disk and written back one block at a time; hidden states are kept on the
+device, or in files if there is no room.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import CHECKPOINT, States, WorkFolder, draw_set
 from calmix.specs import NONE, How, PruneRequest
 
-# Of models of images or sound, opened as models of text.
+# Of multimodal models opened as text models.
 PROCESSOR_FILES = ("*processor_config.json", "chat_template.*")
 MANIFEST, RUN = "calmix.json", "calmix-run.json"
 
@@ -67,14 +68,14 @@ def prune_checkpoints(
 ) -> list[PruneReport]:
     """Draw a model's calibration set, prune the model block by block and write checkpoints.
 
-    Weights come from disk and go back one block at a time. Finished blocks are kept beside each
-    output, so that an interrupted run can be resumed. Of several processes
+    Weights are read and written one block at a time. Finished blocks are kept beside each output,
+    so that an interrupted run can be resumed. With several processes
     (`calmix.pruning.distributed`) the first one draws, writes and reports.
 
     Args:
-        name: the model, as `open_model` takes it.
-        targets: what to do, from `prune_request`, by the folder to write; each folder appears
-            whole or not at all. All that calibrate do so on one set, the first one's.
+        name: the model, as for `open_model`.
+        targets: requests, from `prune_request`, by output folder; each folder is written
+            atomically. All requests that need calibration share the first one's set.
         **how: as in `calmix.specs.How`.
 
     Returns:
@@ -105,7 +106,7 @@ def prune_checkpoints(
 def check_request(
     names: Sequence[str], targets: Mapping[Path, PruneRequest] | Mapping[Path, Recovering], run: How
 ) -> None:
-    """Refuse what can be known to go wrong before models are fetched or text is drawn."""
+    """Refuse what is known to fail before models are fetched or text is drawn."""
     calibrated = [request for request in targets.values() if request.calibration is not None]
     inputs: list[object] = [*names]
     for request in calibrated[:1]:
@@ -121,20 +122,20 @@ def check_request(
 def planned(
     name: str, targets: Mapping[Path, PruneRequest], rows: int, length: int, **how: Any
 ) -> tuple[int, int]:
-    """Return the bytes that pruning will hold at its peak, and those of a checkpoint, unpruned.
+    """Return the peak memory of pruning and the size of an unpruned checkpoint, in bytes.
 
-    Nothing is written, and only headers are read. Rows and length are of the calibration set, 0
-    without one; the others as for `prune_checkpoints`.
+    Nothing is written, and only headers are read. `rows` and `length` are those of the calibration
+    set, 0 without one; the rest as for `prune_checkpoints`.
     """
     work = _Pruning(name, targets, How.of(**how))
     return max(plan.needed for plan in work.plans((rows, length))), work.checkpoint_bytes
 
 
 class Job:
-    """One target: its work folder, what was asked, and what that means for the model; a look at the
-    model may decide its pattern yet.
+    """One target: its work folder, request, method and pattern; an allocation pass may still
+    replace the pattern.
 
-    `asked` decides its bytes, as far as it is known before the draw.
+    `asked` identifies the request: all that determines the output's bytes, except the text drawn.
     """
 
     def __init__(self, output: Path, request: PruneRequest, source: StreamedModel) -> None:
@@ -148,7 +149,7 @@ class Job:
         self.asked: dict[str, Any] = {
             "dtype": dtype_name(source.dtype),
             "device": source.device.type,
-            # Their shares of the rows decide in which order sums are taken.
+            # How the rows are divided changes the order of summation.
             "processes": distributed.processes()[1],
             **request.record(),
             "versions": deciding_versions(),
@@ -156,42 +157,42 @@ class Job:
 
 
 class _Pruning:
-    """A call of `prune_checkpoints`: the model, the targets and what they share."""
+    """A call of `prune_checkpoints`: the model, the targets and their shared set."""
 
     def __init__(self, name: str, targets: Mapping[Path, PruneRequest], run: How) -> None:
         self.run, self.began = run, time.perf_counter()
         self.source = source = StreamedModel(name, **run.opening)
         alike = {(r.only, r.skip, r.drop_experts, r.method == NONE) for r in targets.values()}
         if len(alike) > 1:
-            raise InputError("--only, --skip and --drop-experts are the same for all targets")
+            raise InputError("--only, --skip and --drop-experts must be the same for all targets")
         only, skip, self.share, self.drops_alone = alike.pop()
         source.blocks = source.blocks.select(only, skip)
         self.jobs = [Job(output, request, source) for output, request in targets.items()]
-        model = distributed.once(lambda: fingerprint(source.folder))  # which reads all of it
+        model = distributed.once(lambda: fingerprint(source.folder))  # reads the whole model
         for job in self.jobs:
             job.asked["model"] = model
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint."""
+        """Size of a checkpoint in bytes."""
         blocks, places = self.source.blocks, self.source.shards.places
         outside = list(self.source.layout.values())[len(blocks) :]
         return sum(blocks.sizes) + sum(places[name].size for names in outside for name in names)
 
     def finished(self) -> dict[Path, PruneReport]:
-        """Return the reports of outputs that an earlier run of the same requests has finished."""
-        found = {}
+        """Return the reports of outputs finished by an earlier run of the same requests."""
+        reports = {}
         for job in self.jobs:
             manifest, run = (read_told(job.output / name) for name in (MANIFEST, RUN))
             with suppress(KeyError, TypeError):
                 if manifest["request_sha256"] == sha256_json(job.asked):
-                    told = manifest["pruning"] | {"seconds": run["seconds"]}
-                    found[job.output] = PruneReport.from_json(told)
+                    pruning = manifest["pruning"] | {"seconds": run["seconds"]}
+                    reports[job.output] = PruneReport.from_json(pruning)
                     job.work.remove_leftover()
-        return found
+        return reports
 
     def plan(self, shape: Sequence[int], method: Method, job: Job | None = None) -> Plan:
-        """Return how a job, or else a look at the dense model, stays within its memory."""
+        """Return the memory plan of a job, or of a pass over the dense model."""
         how: dict[str, Any] = {} if job is None else {
             "sequential": job.request.propagation == "sequential",
             "embeddings": job.request.embeddings is not None,
@@ -200,7 +201,7 @@ class _Pruning:
         return plan_for(self.source, shape, method, budget=self.run.max_memory, **how)
 
     def plans(self, shape: Sequence[int]) -> list[Plan]:
-        """Return how each job stays within its memory, and each look before them."""
+        """Return the memory plans of all jobs and of the passes before them."""
         asked = [job.request.allocation for job in self.jobs]
         methods = [Look(gram=by == "error") for by in SPREAD if by in asked]
         methods += [Look()] if self.share is not None else []
@@ -208,7 +209,7 @@ class _Pruning:
         return plans + [self.plan(shape, method) for method in methods]
 
     def check_room(self, shape: Sequence[int]) -> None:
-        """Refuse what memory and disk have no room for."""
+        """Refuse a run for which memory or disk space is too small."""
         tokens = shape[0] * shape[1]
         states = tokens and tokens * token_bytes(self.source.model, self.source.blocks)
         if min(plan.states for plan in self.plans(shape)) * distributed.processes()[1] >= states:
@@ -219,7 +220,7 @@ class _Pruning:
         distributed.once(lambda: check_free(self.jobs[0].output, needed, what))
 
     def draw(self, jobs: Sequence[Job]) -> CalibrationSet:
-        """Take the set that jobs share from work that is resumed, or draw it, and keep it."""
+        """Return the jobs' shared set from resumed work, or draw and save it."""
         first, works = jobs[0].request, [job.work for job in jobs]
         drawn = distributed.once(
             lambda: draw_set(
@@ -229,16 +230,16 @@ class _Pruning:
             )
         )  # fmt: skip
         check_ids(self.source.name, self.source.model.get_input_embeddings(), drawn.ids)
-        distributed.own_rows(drawn.ids)  # too few are refused before anything is written
+        distributed.own_rows(drawn.ids)  # refuses too few rows before anything is written
         return drawn
 
     def prune(self) -> dict[Path, PruneReport]:
-        """Do the work and write the outputs, one after another; return their reports."""
+        """Prune and write the outputs one after another; return their reports."""
         run, source = self.run, self.source
         calibrated = [job for job in self.jobs if job.request.calibration is not None]
         for job in self.jobs:
             job.work.claim(job.asked, resume=run.resume, overwrite=run.overwrite)
-        # Else the model gets smaller, or the set is known.
+        # Otherwise the model will shrink, or the set is known.
         if self.share is None and not any(job.work.resumes for job in self.jobs):
             asked = [one.request for one in calibrated[:1]]
             draws = [ask(str(one.calibration), **one.drawn()).draw for one in asked]
@@ -265,12 +266,12 @@ class _Pruning:
                 self._finish(job, report)
             done[job.output] = report
         for output, failure in failed.items():
-            told = f"{output}: {failure}; all others are done" if done else str(failure)
-            raise SolverError(told) from failure
+            line = f"{output}: {failure}; all others are done" if done else str(failure)
+            raise SolverError(line) from failure
         return done
 
     def _pruned(self, number: int, job: Job, ids: Tensor) -> PruneReport:
-        """Do the work of a job, all but what stands beside the weights."""
+        """Prune one target; the files beside the weights are written later."""
         request, work, count = job.request, job.work, len(self.source.blocks)
         if self.drops_alone:
             report = PruneReport("reap", "none", None, ids.numel(), rows=len(ids))
@@ -285,21 +286,21 @@ class _Pruning:
             request.propagation or "sequential", embeddings=request.embeddings,
             sources=() if self.drawn is None else self.drawn.sources,
         )  # fmt: skip
-        told = request.allocation
-        run.report.allocation = "given" if isinstance(told, dict) else told
+        allocation = request.allocation
+        run.report.allocation = "given" if isinstance(allocation, dict) else allocation
         return prune_streamed(
             self.source, ids, run, work, self.plan(ids.shape, job.method, job),
             lambda done: self.run.progress(number * count + done, len(self.jobs) * count),
         )  # fmt: skip
 
     def _look(self, look: Any, ids: Tensor) -> None:
-        """Take a run that changes nothing through all blocks."""
+        """Run a pass that changes nothing through all blocks."""
         plan = self.plan(ids.shape, look.method)
         for _ in take_through(self.source, ids, look, self.jobs[0].work, plan):
             pass
 
     def _drop(self, ids: Tensor, share: float) -> list[Dropped]:
-        """Score the experts and let the model without those that count least be the source."""
+        """Score the experts and replace the source by the model without the lowest-scoring ones."""
         source, works = self.source, [job.work for job in self.jobs]
         blocks = source.blocks.select()
         mixtures = [one for index in range(len(blocks)) for one in blocks.mixtures(index)]
@@ -309,13 +310,13 @@ class _Pruning:
         dropped = [Dropped(**one) for one in kept[0]] if kept else []
         if not dropped:
             config, none = source.model.config, {one.name: [0.0] * one.count for one in mixtures}
-            chosen_experts(config, none, share)  # refused before the experts are scored
+            chosen_experts(config, none, share)  # errors come before the scoring pass
             self._look(look := ScorePass(source.model, blocks), ids)
             dropped = chosen_experts(config, look.scores, share)
         if lost := unscored(source):
             names = ", ".join(sorted(layer.strip(".") for layer in lost))
-            self.run.note(f"{names}: left out, as it predicts further tokens with unscored experts")
-        # Where nothing is pruned it is the result; else it stays until the last target is done.
+            self.run.note(f"{names}: left out (multi-token prediction with unscored experts)")
+        # If nothing is pruned, it is the result; else it is kept until the last target is done.
         last = works[-1]
         folder = last.checkpoint if self.drops_alone else last.path / "scratch" / "dropped"
         for work in works:
@@ -330,7 +331,7 @@ class _Pruning:
         return dropped
 
     def _allocate(self, ids: Tensor) -> None:
-        """Keep sparsities by layer for the jobs where a look at the dense model decides them."""
+        """Compute and keep per-layer sparsities for jobs with an `owl` or `error` allocation."""
         for by in SPREAD:
             jobs = [job for job in self.jobs if job.request.allocation == by]
             jobs = [job for job in jobs if "allocation" not in job.work.kept]
@@ -339,11 +340,11 @@ class _Pruning:
                 look = DensePass(self.source.model, self.source.blocks, by, shares)
                 self._look(look, ids)
                 for job in jobs:
-                    found = look.patterns(job.request.sparsity or 0.0, job.method)
-                    job.work.keep(allocation={name: one.sparsity for name, one in found.items()})
+                    made = look.patterns(job.request.sparsity or 0.0, job.method)
+                    job.work.keep(allocation={name: one.sparsity for name, one in made.items()})
 
     def _finish(self, job: Job, report: PruneReport) -> None:
-        """Write all that stands beside the weights, and turn the work into the output."""
+        """Write the files beside the weights, and turn the work folder into the output."""
         source, work, request = self.source, job.work, job.request
         drawn = self.drawn if request.calibration is not None else None
         with disk_errors(work.path), quiet_transformers():
@@ -362,11 +363,11 @@ def prune_streamed(
     plan: Plan,
     progress: Callable[[int], None] = lambda done: None,
 ) -> PruneReport:
-    """Prune a model into a work folder, from the first block that is not done.
+    """Prune a model into a work folder, starting at the first unfinished block.
 
-    The numbers are those of a prune in memory. Only weights are kept for a later run: it takes the
-    calibration rows through the finished blocks once more, which gives the same hidden states.
-    `progress` is called with the blocks that are done.
+    The result equals that of pruning in memory. Only weights are kept for a resumed run, which runs
+    the calibration rows through the finished blocks again and gets the same hidden states.
+    `progress` is called with the number of finished blocks.
     """
     files, count = source.layout, len(source.blocks)
     shards = [f"{CHECKPOINT}/{file}" for file in files]
@@ -402,10 +403,10 @@ def take_through(
     plan: Plan,
     done: Sequence[str] = (),
 ) -> Iterator[int]:
-    """Take a run through all blocks; yield the number of each while its weights are there.
+    """Run through all blocks; yield the index of each while its weights are in memory.
 
-    `done` are the files of those that an earlier run has pruned. What is outside the blocks is
-    there at the end if the run has changed it.
+    `done` are the files of blocks pruned by an earlier run. The weights outside the blocks are in
+    memory at the end if the run has changed them.
     """
     run.paused, run.expert_bytes = plan.paused, plan.expert_bytes
     with memory_errors(run, source.device):
@@ -433,7 +434,7 @@ def take_through(
 
 
 def read_told(path: Path) -> dict[str, Any]:
-    """Return what a manifest or run record holds; {} where there is none."""
+    """Return the contents of a manifest or run record; {} if there is none."""
     try:
         return read_object(path, "")
     except InputError:
@@ -448,8 +449,8 @@ def _write_beside(
     calibration: CalibrationSet | None,
     request: PruneRequest | None = None,
 ) -> dict[str, str]:
-    """Write code and processor files that came with the model, the manifest and the run record;
-    return the files' hashes."""
+    """Write the model's code and processor files, the manifest and the run record; return the
+    files' hashes."""
     for kind in PROCESSOR_FILES:
         for path in source.folder.glob(kind):
             if not (folder / path.name).exists():
@@ -482,7 +483,7 @@ def _write_beside(
 def write_checkpoint(
     opened: OpenModel, output: Path, report: PruneReport, calibration: CalibrationSet | None
 ) -> None:
-    """Write model, tokenizer, manifest and run record to a folder, whole or not at all."""
+    """Write model, tokenizer, manifest and run record to a folder, atomically."""
     model, device = opened.model, opened.model.device.type
     check_free(output, sum(p.nbytes for p in model.parameters()), "the checkpoint takes")
     asked = {"model": opened.fingerprint, "dtype": dtype_name(model.dtype), "device": device}

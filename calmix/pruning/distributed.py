@@ -1,8 +1,8 @@
 """Several processes prune one model: each runs its share of the calibration rows.
 
-Every process holds the model (or the block at hand), gets the sum of all statistics, and solves
-every layer. What differs from one process is the order in which sums are taken, as it does with the
-size of a micro-batch. What concerns the host (files, text, mistakes) goes by a group of its own.
+Every process holds the model (or the current block), gets the sum of all statistics, and solves
+every layer. Compared with one process only the order of summation differs, as it does with the
+micro-batch size. Host data (files, text, errors) uses its own process group.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor
 from calmix.errors import CalmixError, InputError, PassingError, first_line
 
 T = TypeVar("T")
-WAIT = timedelta(days=7)  # the first process may draw text or write files for hours meanwhile
-TIDYING = timedelta(seconds=20)  # a launcher waits for 30 s before it kills
-_hosts: list[Any] = []  # the group of hosts, once several processes have used it
+WAIT = timedelta(days=7)  # the first process may draw text or write files for hours
+TIDYING = timedelta(seconds=20)  # the launcher waits 30 s before it kills
+_hosts: list[Any] = []  # the host group, once created
 
 
 @contextmanager
 def launched(device: str) -> Iterator[str]:
-    """Join the processes that torchrun has started, if it has; yield the device of this one.
+    """Join the processes started by torchrun, if any; yield this process's device.
 
-    A mistake that several of them meet is raised in one; the others end with exit code 2.
+    An error in several processes is raised in one; the others end with exit code 2.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield device
@@ -60,7 +60,7 @@ def launched(device: str) -> Iterator[str]:
 
 
 def _own_device(name: str) -> tuple[str, str]:
-    """Return the kind and the name of this process's device."""
+    """Return the type and the name of this process's device."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if name == "cpu" or (name == "auto" and (found is None or found.type == "mps")):
         return "cpu", "cpu"
@@ -71,26 +71,24 @@ def _own_device(name: str) -> tuple[str, str]:
     if found is None or found.type != kind:
         raise InputError(f"device '{kind}' cannot be used: there is none")
     if local >= (count := torch.accelerator.device_count()):
-        raise InputError(
-            f"there are {count} devices here, and more processes: start {count} (--nproc-per-node)"
-        )
+        raise InputError(f"there are more processes than devices: start {count} (--nproc-per-node)")
     torch.accelerator.set_device_index(local)
     return kind, f"{kind}:{local}"
 
 
 def _leave(store: Any, rank: int) -> bool:
-    """Let go of the others, so that they end too; return whether something went wrong here first.
+    """Leave the group so that the others end too; return whether this process failed first.
 
-    A launcher ends all that are left as soon as one has: the first process tidies up before.
+    The launcher kills all processes as soon as one ends, so the first process cleans up before.
     """
     key, first = f"calmix/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", False
-    with contextlib.suppress(RuntimeError):  # the process that keeps the store has said why
+    with contextlib.suppress(RuntimeError):  # the process with the store has reported the error
         first = store.compare_set(key, "", str(rank)) == str(rank).encode()
     if dist.is_initialized():
-        alone = dist.get_backend() == "gloo"  # a device's group may wait for the others
+        alone = dist.get_backend() == "gloo"  # destroying a device group may block
         for group in [*_hosts, *([None] * alone)]:
             dist.destroy_process_group(group)
-    with contextlib.suppress(RuntimeError):  # nobody keeps the store any more, or it took too long
+    with contextlib.suppress(RuntimeError):  # the store is gone, or it took too long
         if rank == 0:
             store.set("calmix/tidy", "")
         else:
@@ -99,21 +97,21 @@ def _leave(store: Any, rank: int) -> bool:
 
 
 def _host() -> Any:
-    """Return the group of hosts, which all processes make together."""
+    """Return the host group, created by all processes together."""
     if not _hosts:
         _hosts.append(dist.new_group(backend="gloo", timeout=WAIT))
     return _hosts[0]
 
 
 def processes() -> tuple[int, int]:
-    """Return this process's number and how many share the work: (0, 1) without a group."""
+    """Return this process's rank and the number of processes: (0, 1) without a group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def once(act: Callable[[], T]) -> T:
-    """Let the first process alone act; return its value, or raise its mistake, in all."""
+    """Act in the first process only; return its value, or raise its error, in all."""
     rank, world = processes()
     if world == 1:
         return act()
@@ -134,18 +132,18 @@ def everyone(value: T) -> list[T]:
     world = processes()[1]
     if world == 1:
         return [value]
-    found: list[Any] = [None] * world
-    _together(lambda: dist.all_gather_object(found, value, _host()))
-    return found
+    values: list[Any] = [None] * world
+    _together(lambda: dist.all_gather_object(values, value, _host()))
+    return values
 
 
 def _together(act: Callable[[], Any]) -> None:
-    """Do what all processes do."""
+    """Run a collective operation; report a process that has ended."""
     try:
         act()
     except RuntimeError as error:
         raise PassingError(
-            f"another process has ended before the work was done: {first_line(error)}"
+            f"another process ended before the work was done: {first_line(error)}"
         ) from error
 
 
@@ -158,6 +156,6 @@ def own_rows(rows: Tensor) -> Tensor:
 
 
 def add_up(part: Tensor) -> None:
-    """Make a tensor the sum of all processes'."""
+    """Sum a tensor over all processes, in place."""
     if processes()[1] > 1:
         _together(lambda: dist.all_reduce(part))

@@ -1,10 +1,10 @@
-"""Drop whole experts: those whose outputs count least go (REAP, arXiv 2510.13999, section 3).
+"""Drop whole experts, least important first (REAP, arXiv 2510.13999, section 3).
 
-The score of an expert is the mean, over the tokens that are routed to it, of its gate times the
-norm of its output. Gates are those of the chosen experts, made to sum to one. Every mixture loses
-as many; where experts are chosen by group, every group does. The router loses their outputs, and
-the configuration counts those that are left. Layers that predict further tokens, which transformers
-does not build, have as many experts as it counts and none that were scored: they go.
+An expert's score is the mean, over the tokens routed to it, of its gate times the norm of its
+output. The gates of a token's experts are normalised to sum to one. Every mixture loses the same
+number; with grouped routing, every group does. The router loses the dropped outputs, and the
+configuration gets the new expert count. Multi-token prediction layers, which transformers does not
+build, have unscored experts that would no longer match that count: they are removed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NEXT = "num_nextn_predict_layers"
 
 
 class ScorePass(Run):
-    """A pass over the dense model that scores its experts, and changes nothing.
+    """A pass over the dense model that scores its experts and changes nothing.
 
     Attributes:
         scores: of every expert, by mixture.
@@ -58,8 +58,8 @@ class ScorePass(Run):
             for routed in (one for one in inputs if isinstance(one, Routed)):
                 if routed.kind not in ("indexed", "stacked"):
                     raise ModelError(
-                        f"the gates of the experts in {routed.name} cannot be seen: --drop-experts "
-                        "does not work with this architecture"
+                        f"the gates of the experts in {routed.name} cannot be traced: "
+                        "--drop-experts does not support this architecture"
                     )
                 where, size = routed.device, (2, routed.mixture.count)
                 sums[routed.name] = torch.zeros(size, dtype=widest(where), device=where)
@@ -68,15 +68,15 @@ class ScorePass(Run):
                 hooks.enter_context(hook)
             for number in range(len(self._batches)):
                 self.states[number] = self._run(index, number)
-        for name, own in sums.items():
-            total, tokens = torch.stack(distributed.everyone(own.cpu())).sum(0)
+        for name, part in sums.items():
+            total, tokens = torch.stack(distributed.everyone(part.cpu())).sum(0)
             self.scores[name] = (total / tokens.clamp(min=1)).tolist()
 
 
 def _score(
     routed: Routed, sums: Tensor, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Add what a mixture is called with to the sums (score, tokens; experts)."""
+    """Add a call of a mixture to the sums (score and tokens; experts)."""
     hidden, index, tensors = given_tensors((args, kwargs))
     width, count = hidden.shape[-1], routed.mixture.count
     if index is None:  # stacked: the gate is in the input
@@ -93,29 +93,29 @@ def _score(
         token, place = torch.where(index == expert)
         if not len(token):
             continue
-        own = flat[token][None] if hidden.ndim == 3 else flat[token]
-        alone = index.new_full((len(token), 1), expert)
-        made = module.forward(own, alone, flat.new_ones(len(token), 1))
+        routed_here = flat[token][None] if hidden.ndim == 3 else flat[token]
+        only = index.new_full((len(token), 1), expert)
+        made = module.forward(routed_here, only, flat.new_ones(len(token), 1))
         norms = made.reshape(len(token), -1).to(sums.dtype).norm(dim=-1)
         sums[0, expert] += (gates[token, place] * norms).sum()
         sums[1, expert] += len(token)
 
 
 def experts_of(config: Any) -> int:
-    """Return how many experts a configuration gives every mixture; 0 without."""
-    own = config.get_text_config(decoder=True)
-    return next((int(n) for key in COUNTS if (n := getattr(own, key, None))), 0)
+    """Return the number of experts per mixture in a configuration; 0 without experts."""
+    text = config.get_text_config(decoder=True)
+    return next((int(n) for key in COUNTS if (n := getattr(text, key, None))), 0)
 
 
 def chosen_experts(config: Any, scores: dict[str, list[float]], share: float) -> list[Dropped]:
-    """Return which experts every mixture keeps: those of the best scores, of every group as many
-    where a configuration has groups."""
-    chosen, own = experts_per_token(config), config.get_text_config(decoder=True)
-    groups = getattr(own, "n_group", None) or 1
-    reach = min(groups, getattr(own, "topk_group", None) or groups)
+    """Return the experts each mixture keeps: the best scores, equally many in every group if the
+    configuration has groups."""
+    chosen, text = experts_per_token(config), config.get_text_config(decoder=True)
+    groups = getattr(text, "n_group", None) or 1
+    reach = min(groups, getattr(text, "topk_group", None) or groups)
     first, count = next((name, len(each)) for name, each in scores.items())
     if any(len(each) != count for each in scores.values()):
-        raise InputError("--drop-experts needs as many experts in every mixture")
+        raise InputError("--drop-experts needs the same number of experts in every mixture")
     size = count // groups
     left = size - round(share * size)
     if left == size:
@@ -124,7 +124,7 @@ def chosen_experts(config: Any, scores: dict[str, list[float]], share: float) ->
         within = f" in {reach} of {groups} groups" if groups > 1 else ""
         raise InputError(
             f"--drop-experts {share:g} leaves {left * groups} of the {count} experts of {first}, "
-            f"and every token is sent to {chosen}{within}: drop fewer"
+            f"and every token is routed to {chosen}{within}: drop fewer"
         )
     made = []
     for name, each in scores.items():
@@ -138,7 +138,7 @@ def chosen_experts(config: Any, scores: dict[str, list[float]], share: float) ->
 def cut(
     mixtures: Sequence[Mixture], dropped: dict[str, Dropped], tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return a block's tensors, by name in the model, without what belongs to dropped experts."""
+    """Return a block's tensors, by name in the model, without those of dropped experts."""
     made = dict(tensors)
     for mixture in mixtures:
         owner = mixture.name.rpartition(".")[0]
@@ -148,23 +148,23 @@ def cut(
                 any(part.endswith("router") or part in ROUTERS for part in inside[:-1])
                 or inside[-1].endswith("correction_bias")
             )
-            own = routes or name.startswith(f"{mixture.name}.")
-            if own and value.ndim and value.shape[0] == mixture.count:
+            per_expert = routes or name.startswith(f"{mixture.name}.")
+            if per_expert and value.ndim and value.shape[0] == mixture.count:
                 kept = torch.tensor(dropped[mixture.name].kept, device=value.device)
                 made[name] = value.index_select(0, kept)
     return made
 
 
 def unscored(source: StreamedModel) -> set[str]:
-    """Return the layers with experts that the model as it is opened lacks, as names begin."""
-    found = (re.match(r".*?\.\d+\.", name) for name in source.unknown if f".{EXPERTS}." in name)
-    return {layer[0] for layer in found if layer}
+    """Return the name prefixes of layers with experts that the opened model lacks."""
+    layers = (re.match(r".*?\.\d+\.", name) for name in source.unknown if f".{EXPERTS}." in name)
+    return {layer[0] for layer in layers if layer}
 
 
 def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Path) -> None:
-    """Write a model without the dropped experts, block by block, as a folder that loads.
+    """Write a model without the dropped experts, block by block, to a loadable folder.
 
-    The source's own configuration counts those that are left from then on.
+    Changes the expert count in the source's configuration.
     """
     by_name = {one.name: one for one in dropped}
     layers = tuple(unscored(source))
@@ -174,18 +174,18 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
             source.fetch(index)
             own = source.tensors(index)
             taken |= source.as_stored(own).keys()
-            left = source.as_stored(cut(source.blocks.mixtures(index), by_name, own))
+            kept = source.as_stored(cut(source.blocks.mixtures(index), by_name, own))
             source.drop(index)
         else:
-            left = source.rest([name for name in names if name not in taken])
-        if left:
-            write_file(folder / file, left)
-    told, count = source.config.get_text_config(decoder=True), len(dropped[0].scores)
+            kept = source.rest([name for name in names if name not in taken])
+        if kept:
+            write_file(folder / file, kept)
+    config, count = source.config.get_text_config(decoder=True), len(dropped[0].scores)
     for key in COUNTS:
-        if getattr(told, key, None) == count:
-            setattr(told, key, len(dropped[0].kept))
-    if layers and getattr(told, NEXT, None):
-        setattr(told, NEXT, 0)
+        if getattr(config, key, None) == count:
+            setattr(config, key, len(dropped[0].kept))
+    if layers and getattr(config, NEXT, None):
+        setattr(config, NEXT, 0)
     source.save_config(folder)
     for path in source.folder.iterdir():
         if path.suffix in (".py", ".jinja") or path.name.endswith("processor_config.json"):

@@ -1,23 +1,23 @@
-"""The work folder of an unfinished run: all it takes to resume after a kill at any moment.
+"""The work folder of an unfinished run: everything needed to resume after a kill at any time.
 
-    OUTPUT.unfinished/work.json      sealed: what was asked, and what is done
+    OUTPUT.unfinished/work.json      sealed: the request, and what is done
                       calibration/   the calibration set, as drawn
                       checkpoint/    finished files of the output
-                      scratch/       hidden states and the like, of the run at work alone
+                      scratch/       hidden states and the like, of the current run only
                       state-N, best-N   of a distillation
 
-A run goes through it in this order:
+A run uses it in this order:
 
     work = WorkFolder(output)
-    work.claim(asked, resume=resume, overwrite=overwrite)   # `asked` decides the output's bytes
-    work.resumes, work.done, work.kept["anything"]          # what an earlier run has left
+    work.claim(asked, resume=resume, overwrite=overwrite)   # `asked` determines the output's bytes
+    work.resumes, work.done, work.kept["anything"]          # left by an earlier run
     work.save("checkpoint/model-00002-of-00031.safetensors", tensors)
     work.keep(done=3, anything=value)                       # from here on it counts
     work.complete()                                         # checkpoint/ becomes the output
 
-and `work.leave(error, note)` where something goes wrong. work.json is replaced in one step, so what
-it names is whole; a file saved after it is written again when the run resumes. Of several processes
-the first one holds the folder; `claim` tells the others what there is, and their `keep` writes
+and `work.leave(error, note)` on an error. work.json is replaced atomically, so the files it lists
+are complete; a file saved after it is written again when the run resumes. With several processes
+the first one holds the folder; `claim` gives the others its contents, and their `keep` writes
 nothing.
 """
 
@@ -60,12 +60,12 @@ class WorkFolder:
     """The work folder of one run.
 
     Args:
-        output: the checkpoint it is to become.
+        output: the checkpoint it will become.
         unit: what `done` counts: blocks or steps.
 
     Attributes:
-        kept: what counts: `done`, `files` (SHA-256 by name), and what else was given to `keep`.
-        resumes: whether an earlier run's work was there when it was claimed.
+        kept: recorded facts: `done`, `files` (SHA-256 by name), and all else passed to `keep`.
+        resumes: whether it held an earlier run's work when claimed.
     """
 
     def __init__(self, output: Path, unit: str = "blocks") -> None:
@@ -81,17 +81,17 @@ class WorkFolder:
 
     @property
     def claimed(self) -> bool:
-        """Whether this process is at work in the folder."""
+        """Whether this process holds the folder."""
         return self._lock.is_locked
 
     @property
     def done(self) -> int:
-        """Blocks or steps that are done."""
+        """Number of blocks or steps done."""
         return int(self.kept.get("done", 0))
 
     @property
     def bytes(self) -> int:
-        """Bytes on the disk of what is in the folder."""
+        """Size of the folder on disk, in bytes."""
         return sum(p.stat().st_blocks * 512 for p in self.path.rglob("*") if p.is_file())
 
     @property
@@ -100,7 +100,7 @@ class WorkFolder:
         return bool(self.done or self.kept.get("dropped"))
 
     def claim(self, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Take the folder for a request; all processes learn what an earlier run has left."""
+        """Take the folder for a request; all processes get an earlier run's record."""
         self._asked, self._overwrite = json.loads(json.dumps(asked)), overwrite
         try:
             self.kept = distributed.once(lambda: self._take(resume, overwrite))
@@ -115,7 +115,7 @@ class WorkFolder:
             self._lock.acquire(blocking=False)
         if not self.claimed:
             raise InputError(f"another process is at work on {self.output}: wait, or stop it")
-        check_output_folder(self.output, overwrite=overwrite)  # nobody else makes it now
+        check_output_folder(self.output, overwrite=overwrite)  # no other process can create it now
         try:
             record = read_record(self.path)
         except InputError:
@@ -131,14 +131,14 @@ class WorkFolder:
                 )
             import pandas
 
-            requests = (record["request"], self._asked)  # with values within others by `a.b`
+            requests = (record["request"], self._asked)  # nested values get names such as `a.b`
             held, wanted = (pandas.json_normalize(one).to_dict("records")[0] for one in requests)
             differ = [name for name in held | wanted if held.get(name) != wanted.get(name)]
             if differ:
                 was, now = (one.get(differ[0]) for one in (held, wanted))
                 raise InputError(
                     f"{self.path} is the work of another request ({differ[0]}: {was!s:.40}, now "
-                    f"{now!s:.40}): ask for the same, name another output, or delete it"
+                    f"{now!s:.40}): request the same, name another output, or delete it"
                 )
             shutil.rmtree(self.path / "scratch", ignore_errors=True)
             return self.kept
@@ -155,33 +155,33 @@ class WorkFolder:
         write_json(folder / RECORD, sealed({"request": self._asked, "kept": self.kept}))
 
     def keep(self, **facts: Any) -> None:
-        """Make saved files and JSON-serialisable facts count."""
+        """Record the saved files and JSON-serialisable facts."""
         self.kept |= facts
         if self.claimed:
             self._write(self.path)
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors to a safetensors file of the folder, whole or not at all."""
+        """Write tensors to a safetensors file of the folder, atomically."""
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         self.kept.setdefault("files", {})[name] = write_file(self.path / name, tensors)
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of a saved file; an InputError where they are not what was saved."""
+        """Return the tensors of a saved file; an InputError if it has changed."""
         path, wanted = self.path / name, self.kept.get("files", {}).get(name)
         if not path.is_file() or wanted != sha256_file(path):
             raise _damaged(path)
         return read_file(path)
 
     def check(self, hashes: Mapping[str, str]) -> None:
-        """Refuse files that are not what was saved; `hashes` are those of the checkpoint's."""
+        """Refuse files that changed since saving; `hashes` are those of the checkpoint."""
         for name, wanted in self.kept.get("files", {}).items():
-            place, _, file = name.partition("/")
-            found = hashes.get(file) if place == CHECKPOINT else sha256_file(self.path / name)
-            if found != wanted:
+            folder, _, file = name.partition("/")
+            actual = hashes.get(file) if folder == CHECKPOINT else sha256_file(self.path / name)
+            if actual != wanted:
                 raise _damaged(self.path / name)
 
     def scratch(self, name: str) -> Path:
-        """Return a new folder for files of this run alone."""
+        """Return a new folder for temporary files of this run."""
         path = self.path / "scratch" / name
         with disk_errors(path):
             shutil.rmtree(path, ignore_errors=True)
@@ -194,15 +194,15 @@ class WorkFolder:
             if self.output.exists():
                 replaceable = self._overwrite and holds_result(self.output)
                 if any(self.output.iterdir()) and not replaceable:
-                    raise DiskError(f"{self.output} has been filled meanwhile: move it")
+                    raise DiskError(f"{self.output} was filled meanwhile: move it")
             put_folder(self.checkpoint, self.output)
         self.abandon()
 
     def leave(self, error: BaseException, note: Callable[[str], None]) -> None:
-        """Keep what a later run can resume, and nothing else; say so where that is worth trying.
+        """Keep only what a later run can resume, and say so if resuming may succeed.
 
-        A mistake would end the next run too, unlike a full disk, an interrupt or a defect. What an
-        earlier run has left stays whatever happens.
+        An input error would recur, unlike a full disk, an interrupt or a bug. The work of an
+        earlier run is always kept.
         """
         if not self.claimed:
             return
@@ -214,17 +214,17 @@ class WorkFolder:
             note(f"{what} are kept in {self.path}: resume with --resume")
 
     def abandon(self, *, stays: bool = False) -> None:
-        """Let go of the folder; it is removed unless it stays."""
+        """Release the folder; remove it unless it stays."""
         if self.claimed and not stays:
             with suppress(OSError), hidden(self.path) as aside:
                 self.path.rename(aside / RECORD)
         give_back(self._lock)
-        if self._new:  # of several targets the last one removes the folder of all
+        if self._new:  # the last of several targets removes the common folder
             with suppress(OSError):
                 self.output.parent.rmdir()
 
     def remove_leftover(self) -> None:
-        """Remove the folder of a run that ended after the output had its name."""
+        """Remove the folder of a run that was killed after its output was complete."""
         if (self.path / RECORD).is_file() and not self.checkpoint.exists():
             with suppress(Timeout):
                 self._lock.acquire(blocking=False)
@@ -232,20 +232,20 @@ class WorkFolder:
 
 
 class States:
-    """The hidden states of micro-batches by number: one set replaces what was there.
+    """The hidden states of micro-batches by number; setting one replaces it.
 
-    They stay on the device as far as there is room; the rest lies in files, one each. A block may
-    return another type or shape than it takes.
+    They stay on the device as long as there is room; the rest are stored in one file each. A block
+    may return another type or shape than it takes.
 
     Args:
         folder: for the files.
         device: where states are computed.
-        room: bytes they may take there.
+        room: bytes they may take on the device.
     """
 
     def __init__(self, folder: Path, device: torch.device, room: int = 0) -> None:
         self.folder, self.device, self._room = folder, device, room
-        self._held: dict[int, Tensor] = {}  # without numbers where those are in a file
+        self._held: dict[int, Tensor] = {}  # meta tensors for those in files
 
     def __getitem__(self, number: int) -> Tensor:
         """Return a copy, on the device."""
@@ -277,9 +277,9 @@ def draw_set(
     draw: dict[str, Any],
     **how: Any,
 ) -> CalibrationSet:
-    """Return the set of the works that are resumed, or draw it, and keep it in all.
+    """Return the set of resumed work, or draw it, and save it in all work folders.
 
-    `model` opens the one that writes text where that is asked for; `how` is for `resolve`.
+    `model` opens the model for self-written text; `how` is passed to `resolve`.
     """
     kept = next((work for work in works if work.resumes), None)
     if kept is not None:
@@ -296,7 +296,7 @@ def draw_set(
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return what work.json of a work folder says: `request` and `kept`; {} where there is none."""
+    """Return `request` and `kept` from a folder's work.json; {} if there is none."""
     path = folder / RECORD
     try:
         return read_sealed(path, "") if path.exists() else {}

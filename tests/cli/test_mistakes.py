@@ -77,7 +77,7 @@ SAID = {
     COMPRESS + "--calibration {text} --sparsity 0.6 --max-memory 0.5GiB": "0.50 GiB of memory are",
     COMPRESS + "--prompts {blank}": "is empty: it has no text",
     COMPRESS + "--size 900GB": "is out of reach",
-    COMPRESS + "--size apples": "--size 'apples' is no size: write",
+    COMPRESS + "--size apples": "--size 'apples' is not a size: write",
     COMPRESS + "--size 12": "12 is above 1: did you mean 0.12?",
     COMPRESS + "--size 0.3 --bits 3": "--bits has no effect with --size",
     COMPRESS + "--size 0.3 --keep-at-least code=0.4": "--size has no effect with --keep-at-least",

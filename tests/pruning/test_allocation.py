@@ -172,7 +172,7 @@ def test_bits_by_layer_from_a_file(calmix, tiny_folder, text_file, tmp_path):
     assert (told["allocation"], told["pattern"]) == ("given", "by layer")
     for layer in told["layers"]:
         assert layer["bits"] == pytest.approx(bits[layer["name"]], abs=0.3), layer["name"]
-    says = "adds up to 3.0000 bits over all weights, and 3.5 is asked for"
+    says = "averages 3.0000 bits over all weights, not the 3.5 requested"
     assert says in calmix(*common, tmp_path / "b", *mean, 3.5).line
     assert not list(tmp_path.glob("b/*"))
 
@@ -200,10 +200,7 @@ def test_the_command_line_allocates(calmix, tiny_folder, text_file, tmp_path):
     for content, says in [
         (dict(list(shares.items())[1:]), f"lacks 1 layers, the first is {first}"),
         (shares | {"x.y": 0.6}, "the allocation names 'x.y', which is not a layer"),
-        (
-            dict.fromkeys(shares, 0.5),
-            "adds up to a sparsity of 0.5000 over all weights, and",
-        ),
+        (dict.fromkeys(shares, 0.5), "averages a sparsity of 0.5000 over all weights, not"),
         ([], "is not a mapping"),
     ]:
         file.write_text(json.dumps(content))

@@ -267,7 +267,7 @@ def piece_by_piece():
     ("model", "ids", "pattern", "kind", "says"),
     [
         (lambda: "a/b", tiny_ids(), 0.5, InputError,
-         r"open it first, with calmix\.open_model\('a/b'\)\.model"),
+         r"open it first with calmix\.open_model\('a/b'\)\.model"),
         (lambda: torch.nn.Linear(4, 4), tiny_ids(), 0.5, ModelError, "no list of decoder blocks"),
         (half_in_bfloat16, tiny_ids(), 0.5, ModelError,
          "LlamaModel does not run on token ids in bfloat16: exp"),
