@@ -242,11 +242,7 @@ def requests(
 
 def recover_request(**options: Any) -> Recovering:
     """Check the options of a recovery, `calmix.options.Recovering`, and fill in the method's
-    defaults.
-
-    Raises:
-        InputError: an unknown option, or a value out of range.
-    """
+    defaults; an InputError for an unknown option or a value out of range."""
     return checked(Recovering, _given(options))
 
 

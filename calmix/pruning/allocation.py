@@ -182,10 +182,10 @@ def _near(share: float, sizes: Sequence[int]) -> Iterator[float]:
 
 
 def from_shares(
-    shares: Mapping[str, float], found: DecoderBlocks, target: Pattern, method: Method
+    shares: Mapping[str, float], blocks: DecoderBlocks, target: Pattern, method: Method
 ) -> dict[str, Pattern]:
     """Return patterns from a user's sparsities, made exact, or bits by layer."""
-    shapes = {layer.name: layer.shape for layer in found.layers}
+    shapes = {layer.name: layer.shape for layer in blocks.layers}
     check_names(list(shapes), shares, "allocation")
     bits = isinstance(target, Rate)
     wanted = target.bits if isinstance(target, Rate) else target.sparsity
@@ -214,11 +214,11 @@ class DensePass(Looking):
     def __init__(
         self,
         model: nn.Module,
-        found: DecoderBlocks,
+        blocks: DecoderBlocks,
         by: str,
         sparsities: Sequence[float],
     ) -> None:
-        super().__init__(model, found, self._look, gram=by == "error")
+        super().__init__(model, blocks, self._look, gram=by == "error")
         self._by = by
         self._squares: dict[str, Tensor] = {}
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}
@@ -234,7 +234,7 @@ class DensePass(Looking):
     def block(self, index: int) -> None:
         super().block(index)
         if self._by == "owl":
-            layers = [one for one in self.found.prunables(index) if one.name in self._squares]
+            layers = [one for one in self.blocks.prunables(index) if one.name in self._squares]
             squares = [self._squares.pop(layer.name) for layer in layers]
             share = outlier_share([layer.view() for layer in layers], squares)
             for importance in self.importance.values():
@@ -243,7 +243,7 @@ class DensePass(Looking):
     def patterns(self, sparsity: float, method: Method) -> dict[str, Unstructured]:
         """Return exact patterns by layer, once all blocks are done."""
         importance = self.importance[sparsity]
-        shapes = {one.name: one.shape for one in self.found.layers if one.name in importance}
+        shapes = {one.name: one.shape for one in self.blocks.layers if one.name in importance}
         sizes = [rows * columns for rows, columns in shapes.values()]
         values = [importance[name] for name in shapes]
         shares = spread(values, sizes, sparsity, SPREAD[self._by])

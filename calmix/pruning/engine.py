@@ -114,14 +114,14 @@ def prune(
         pattern = {name: as_pattern(one) for name, one in pattern.items()}
     else:
         chosen, pattern = chosen.aim(None if pattern is None else as_pattern(pattern))
-    found = find_blocks(model).select(only, skip)
-    check_pattern(found, pattern, chosen)
+    blocks = find_blocks(model).select(only, skip)
+    check_pattern(blocks, pattern, chosen)
     if embeddings is not None:  # refused before any block has changed
         _ = outer_weights(model), Rate(embeddings)
     if chosen.needs is not None:
         embedded: Any = model.get_input_embeddings  # a method of transformers' models
         check_vocabulary(type(model).__name__, embedded(), check_ids(ids, chosen.name))
-    run = Run(model, found, chosen, pattern, propagation, paused, sources, embeddings)
+    run = Run(model, blocks, chosen, pattern, propagation, paused, sources, embeddings)
     try:
         run_through(run, ids, micro_tokens, progress)
     except BaseException as error:
@@ -154,7 +154,7 @@ def run_through(
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Run through all blocks of a model in memory, keeping the hidden states in memory too."""
-    model, found = run.model, run.found
+    model, blocks = run.model, run.blocks
     began = time.perf_counter()
     training = [module for module in model.modules() if module.training]
     model.eval()  # no dropout
@@ -162,10 +162,10 @@ def run_through(
         with memory_errors(run, next(model.parameters()).device):
             if run.needs_ids:
                 run.record(ids, micro_tokens)
-            for index in range(len(found)):
+            for index in range(len(blocks)):
                 run.block(index)
                 if progress is not None:
-                    progress(index + 1, len(found))
+                    progress(index + 1, len(blocks))
             run.outside()
     finally:
         for module in training:
@@ -173,9 +173,9 @@ def run_through(
     run.report.seconds["total"] = time.perf_counter() - began
 
 
-def check_pattern(found: DecoderBlocks, pattern: Patterns, method: Method) -> None:
+def check_pattern(blocks: DecoderBlocks, pattern: Patterns, method: Method) -> None:
     """Refuse patterns that do not fit the layers or the method."""
-    layers = found.layers
+    layers = blocks.layers
     if isinstance(pattern, Mapping):
         check_names([layer.name for layer in layers], pattern, "pattern")
     for layer in layers:
@@ -251,7 +251,7 @@ class Run:
     everything outside the blocks.
 
     Attributes:
-        model, found, method: the model, its blocks, and the method with its options.
+        model, blocks, method: the model, its blocks, and the method with its options.
         pattern, propagation, paused, sources, embeddings: as for `prune`.
         expert_bytes: bytes that statistics of several experts may take at a time.
         states: hidden states entering the current block, by micro-batch number.
@@ -261,7 +261,7 @@ class Run:
     """
 
     model: nn.Module
-    found: DecoderBlocks
+    blocks: DecoderBlocks
     method: Method
     pattern: Patterns
     propagation: Propagation = "sequential"
@@ -300,7 +300,7 @@ class Run:
             # Blocks are observed outside inference mode: tensors have version counters there.
             with torch.inference_mode(False), torch.no_grad():
                 few = ids[:1, :TOKENS].clone().to(device)
-                self._calls = calls = Calls(self.model, self.found, few)
+                self._calls = calls = Calls(self.model, self.blocks, few)
                 self._few = calls.record(few)
             for number, part in enumerate(own.split(at_once)):
                 self.states[number], batch = calls.record(part.to(device))
@@ -311,17 +311,17 @@ class Run:
         """Prune one block, whose weights are in memory, and advance the states to the next."""
         seconds, device = self.report.seconds, self._device(index)
         began, before, self._laps = time.perf_counter(), sum(seconds.values()), Laps(device)
-        self.report.dense += self.found.dense(index)
+        self.report.dense += self.blocks.dense(index)
         with _at_work(device):
             if self.needs_ids:
                 hidden, batch = self._few
                 with torch.inference_mode(False):
-                    inputs, dense = observe_block(self.found, index, batch, hidden)
+                    inputs, dense = observe_block(self.blocks, index, batch, hidden)
                 self.report.dense += dense
                 one_pass = self.propagation == "sequential"
                 (self._sequential if one_pass else self._two_pass)(index, inputs)
             else:
-                for layer in self.found.prunables(index):
+                for layer in self.blocks.prunables(index):
                     self._prune([layer], None)
         self.done, self.begun = self.done + 1, False
         self._laps.read(seconds)
@@ -374,7 +374,7 @@ class Run:
 
     def _outputs_needed(self, index: int) -> bool:
         """Whether a block's outputs are still needed."""
-        return index + 1 < len(self.found) or self.embeddings is not None
+        return index + 1 < len(self.blocks) or self.embeddings is not None
 
     def _advance(self, index: int) -> None:
         """Replace the states by the block's outputs if these are needed."""
@@ -519,7 +519,7 @@ class Run:
                 del statistic
 
     def _device(self, index: int) -> torch.device:
-        return next(self.found.blocks[index].parameters()).device
+        return next(self.blocks.blocks[index].parameters()).device
 
     def _prune(
         self, layers: list[Prunable], statistic: Tensor | None, tokens: int | None = None
@@ -562,12 +562,12 @@ class Looking(Run):
     def __init__(
         self,
         model: nn.Module,
-        found: DecoderBlocks,
+        blocks: DecoderBlocks,
         seen: Callable[[list[Prunable], Tensor], None],
         *,
         gram: bool = False,
     ) -> None:
-        super().__init__(model, found, Look(gram=gram), Unstructured(0.5))
+        super().__init__(model, blocks, Look(gram=gram), Unstructured(0.5))
         self._seen = seen
 
     def _prune(

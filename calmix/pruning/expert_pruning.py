@@ -48,8 +48,8 @@ class ScorePass(Run):
         scores: of every expert, by mixture.
     """
 
-    def __init__(self, model: Any, found: DecoderBlocks) -> None:
-        super().__init__(model, found, Look(), Unstructured(0.5), "block")
+    def __init__(self, model: Any, blocks: DecoderBlocks) -> None:
+        super().__init__(model, blocks, Look(), Unstructured(0.5), "block")
         self.scores: dict[str, list[float]] = {}
 
     def _two_pass(self, index: int, inputs: list[SharedInput | Routed]) -> None:

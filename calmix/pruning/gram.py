@@ -152,9 +152,9 @@ def output_energy(weight: Tensor, gram: Tensor) -> Tensor:
         weight: W, (rows, columns) of any float type.
         gram: H, float32 (columns, columns), sum or mean of x x^T.
     """
-    own = Gram(len(gram), gram.device)
-    own.add(weight)
-    return own.times(gram)
+    product = Gram(len(gram), gram.device)
+    product.add(weight)
+    return product.times(gram)
 
 
 def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> float:

@@ -59,14 +59,14 @@ class Batch:
         With `keep`, what it writes into its arguments is kept once it has finished, so that a
         restarted block sees the same arguments.
         """
-        own = [_copied(value) for value in self.written]
+        written = [_copied(value) for value in self.written]
         args, kwargs = self.calls[index]
-        named = {name: _filled(value, own) for name, value in kwargs.items()}
-        result = self.blocks[index](hidden, *_filled(args, own), **named)
+        named = {name: _filled(value, written) for name, value in kwargs.items()}
+        result = self.blocks[index](hidden, *_filled(args, written), **named)
         if self.hands:
-            own[0] = list(result[1:])
+            written[0] = list(result[1:])
         if keep:
-            self.written = own
+            self.written = written
         return first_tensor(result)
 
 
@@ -94,9 +94,9 @@ class Calls:
     block must be in memory.
     """
 
-    def __init__(self, model: Any, found: DecoderBlocks, ids: Tensor) -> None:
+    def __init__(self, model: Any, blocks: DecoderBlocks, ids: Tensor) -> None:
         self._model, self._decoder = model, decoder_of(model)
-        self._found = found
+        self._blocks = blocks
         self._known: dict[tuple[int, str], list[Tensor]] = {}
         try:
             self._learn(ids, mark=True)
@@ -110,7 +110,7 @@ class Calls:
         self._hands = False
         handed: list[Tensor] = []
         given: list[Tensor] = []
-        run_first = self._found.blocks[0].forward
+        run_first = self._blocks.blocks[0].forward
 
         def see(index: int, hidden: Tensor, others: list[Any], named: dict[str, Any]) -> Tensor:
             handed.append(hidden.clone())
@@ -132,15 +132,15 @@ class Calls:
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
         if reason and not given:  # failed before it reached a block
-            first = next(self._found.blocks[0].parameters())
+            first = next(self._blocks.blocks[0].parameters())
             raise ModelError(
                 f"{type(self._decoder).__name__} does not run on token ids in "
                 f"{str(first.dtype)[6:]}: {reason}"
             )
-        straight = not reason and len(handed) == len(self._found)
+        straight = not reason and len(handed) == len(self._blocks)
         if not straight or not all(map(torch.equal, given, handed[1:])):
             raise ModelError(
-                f"the blocks in {self._found.name} do not pass hidden states straight from one "
+                f"the blocks in {self._blocks.name} do not pass hidden states straight from one "
                 f"to the next{reason and f' ({reason})'}: the engine cannot prune this "
                 "architecture yet"
             )
@@ -153,13 +153,13 @@ class Calls:
             hidden, *others = args or (kwargs.pop("hidden_states"),)
             return self._returned(see(index, hidden, others, kwargs))
 
-        with forwards([(b, partial(stub, i)) for i, b in enumerate(self._found.blocks)]):
+        with forwards([(b, partial(stub, i)) for i, b in enumerate(self._blocks.blocks)]):
             self._decoder(input_ids=ids, use_cache=False)
 
     def _handed(self, value: Any) -> Slot | None:
         """Return the slot of an argument that is one of a block's other outputs, else None."""
-        found = (n for n, own in enumerate(self._rest or ()) if value is own)
-        return next((Slot(0, n) for n in found if isinstance(value, Tensor)), None)
+        matches = (n for n, one in enumerate(self._rest or ()) if value is one)
+        return next((Slot(0, n) for n in matches if isinstance(value, Tensor)), None)
 
     def _returned(self, hidden: Tensor) -> Any:
         return hidden if self._rest is None else (hidden, *self._rest)
@@ -171,7 +171,7 @@ class Calls:
         """
         first: list[Tensor] = []
         written: list[Any] = [[None] * len(self._rest or ())] if self._hands else []
-        batch = Batch(self._found.blocks, len(ids), [], written, self._hands)
+        batch = Batch(self._blocks.blocks, len(ids), [], written, self._hands)
         # Arguments common to all blocks are compared once: comparing synchronises the device.
         compared: dict[tuple[int, str], tuple[Any, Any]] = {}
 
@@ -196,10 +196,10 @@ class Calls:
             return hidden
 
         self._decode(see, ids)
-        if len(batch.calls) != len(self._found):
+        if len(batch.calls) != len(self._blocks):
             raise ModelError(
                 f"the decoder splits rows of {ids.shape[1]} tokens when it runs the blocks in "
-                f"{self._found.name}: use a shorter --length"
+                f"{self._blocks.name}: use a shorter --length"
             )
         return first[0], batch
 
@@ -211,7 +211,7 @@ class Calls:
             given.append(seen)
             raise StopIteration  # the rest need not run
 
-        stubs = [(b, lambda *_, **__: returned) for b in self._found.blocks]
+        stubs = [(b, lambda *_, **__: returned) for b in self._blocks.blocks]
         ids = torch.zeros(rows, length, dtype=torch.int64, device=hidden.device)
         head = self._model.get_output_embeddings()
         with suppress(StopIteration), forwards([*stubs, (head, stop)]):
@@ -234,7 +234,7 @@ class Calls:
 
 @torch.no_grad()
 def observe_block(
-    found: DecoderBlocks, index: int, batch: Batch, hidden: Tensor
+    blocks: DecoderBlocks, index: int, batch: Batch, hidden: Tensor
 ) -> tuple[list[SharedInput | Routed], list[Dense]]:
     """Run one block, whose weights are in memory, on a few tokens; return its distinct inputs in
     order of appearance, and the linear maps that stay dense.
@@ -244,11 +244,11 @@ def observe_block(
     """
     seen: list[tuple[Prunable | Routed, tuple[Any, ...]]] = []
     kept: list[Tensor] = []  # keeps inputs alive, so that no address is reused
-    layers, everything = found.prunables(index), found.prunables(index, every=True)
+    layers, everything = blocks.prunables(index), blocks.prunables(index, every=True)
     wanted = frozenset(layer.name for layer in layers)
     routed = [
         Routed(mixture, [one for one in everything if one.mixture == mixture.name], wanted)
-        for mixture in found.mixtures(index)
+        for mixture in blocks.mixtures(index)
         if any(layer.mixture == mixture.name for layer in layers)
     ]
     layers = [layer for layer in layers if layer.mixture is None]
@@ -305,14 +305,14 @@ def observe_block(
     return list(inputs.values()), dense
 
 
-def token_bytes(model: Any, found: DecoderBlocks) -> int:
+def token_bytes(model: Any, blocks: DecoderBlocks) -> int:
     """Return the bytes per token of the hidden states between blocks.
 
     Measured by running the first block on two tokens, with zeros for weights not in memory: some
     blocks return float32 whatever their weights, and some return several streams.
     """
-    decoder, block = decoder_of(model), found.blocks[0]
-    later = {id(p) for other in found.blocks[1:] for p in other.parameters()}
+    decoder, block = decoder_of(model), blocks.blocks[0]
+    later = {id(p) for other in blocks.blocks[1:] for p in other.parameters()}
     none = {
         name: torch.zeros_like(p, device="cpu")
         for name, p in decoder.named_parameters()
@@ -331,7 +331,7 @@ def token_bytes(model: Any, found: DecoderBlocks) -> int:
         functional_call(decoder, none, kwargs={"input_ids": ids, "use_cache": False})
     if sizes:
         return sizes[0] // ids.numel()
-    width = found.width or max(layer.shape[1] for layer in found.prunables(0, every=True))
+    width = blocks.width or max(layer.shape[1] for layer in blocks.prunables(0, every=True))
     return width * first.element_size()
 
 

@@ -1,4 +1,4 @@
-"""Recovery: what a prune has left is trained towards the dense model, its zeros held."""
+"""Recovery: distil the dense model into the remaining weights; pruned weights stay zero."""
 
 from calmix.recovery.checkpoint import RecoveryReport as RecoveryReport
 from calmix.recovery.checkpoint import recover as recover

@@ -1,8 +1,8 @@
-"""Recovery block by block: each towards what the dense block makes of the dense stream.
+"""Recovery block by block: each block learns the dense block's outputs.
 
-Two streams of hidden states run through the model, of the dense weights and of the pruned ones. A
-block reads the pruned stream and learns to give what the dense block gives on the dense stream, so
-that it also corrects errors of earlier blocks.
+Two streams of hidden states run through the dense and the pruned model. A pruned block reads the
+pruned stream and learns to return what the dense block returns on the dense stream, so it also
+corrects errors of earlier blocks.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """The hidden states of one model's micro-batches, and what its decoder hands to its blocks.
+    """The hidden states of one model's micro-batches, and the other arguments of its blocks.
 
-    `record` needs the model's weights outside the blocks and those of the first, `run` those of
-    the block at hand.
+    `record` needs the weights outside the blocks and those of the first block, `run` those of the
+    current block.
     """
 
     def __init__(
-        self, model: nn.Module, found: DecoderBlocks, states: dict[int, Tensor] | States
+        self, model: nn.Module, blocks: DecoderBlocks, states: dict[int, Tensor] | States
     ) -> None:
-        self._model, self._found, self.states = model, found, states
+        self._model, self._blocks, self.states = model, blocks, states
         self._batches: list[Batch] = []
         self.tokens: list[int] = []  # of each micro-batch
 
     @torch.no_grad()
     def record(self, ids: Tensor, groups: Sequence[Sequence[int]]) -> None:
-        """Keep the hidden states each group of rows, a micro-batch, brings into the first block."""
-        device = next(self._found.blocks[0].parameters()).device
-        calls = Calls(self._model, self._found, ids[:1, :TOKENS].to(device))
+        """Keep the states entering the first block for each group of rows, a micro-batch."""
+        device = next(self._blocks.blocks[0].parameters()).device
+        calls = Calls(self._model, self._blocks, ids[:1, :TOKENS].to(device))
         for number, group in enumerate(groups):
             self.states[number], batch = calls.record(ids[list(group)].to(device))
             self._batches.append(batch)
             self.tokens.append(len(group) * ids.shape[1])
 
     def run(self, index: int, number: int, *, keep: bool) -> Tensor:
-        """Run a block on a micro-batch; what it writes into its arguments stays if `keep`."""
+        """Run a block on a micro-batch; with `keep`, keep what it writes into its arguments."""
         return self._batches[number].run(index, self.states[number], keep=keep)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Run a block on every micro-batch: its outputs are the states from now on."""
+        """Replace the states of every micro-batch by a block's outputs."""
         for number in range(len(self._batches)):
             self.states[number] = self.run(index, number, keep=True)
 
@@ -64,8 +64,8 @@ class Stream:
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """Return the sum over tokens of |output - target|^2 / |target|^2.
 
-    A plain mean square belongs to the few tokens (mostly the first) whose states are a thousand
-    times larger than the rest; here every token counts the same. Ours.
+    A plain mean square is dominated by the few tokens (mostly the first) whose states are a
+    thousand times larger than the rest; here every token counts the same. Ours.
     """
     target = target.float()
     energy = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -82,12 +82,12 @@ def tune(
     request: Recovering,
     keep: Callable[[], dict[str, Tensor]],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Train one block until its epochs are over or the held-out rows no longer get better.
+    """Train one block until its epochs end or the held-out loss stops improving.
 
-    `stream` is the pruned one, `targets` the dense stream behind the dense block; `steps` have the
-    numbers of micro-batches. Returned are mean relative errors a token (of the held-out rows
-    `before` and `after`; by epoch of the training rows, `losses`, and of the others; `epochs` is
-    the one that was kept, or 0), and what `keep` gave when the masters were the best.
+    `stream` is the pruned one, `targets` the dense block's outputs; `steps` hold micro-batch
+    numbers. Returns a report and the result of `keep` for the best masters. The report has mean
+    relative errors per token: `before` and `after` on the held-out rows, and per epoch `losses`
+    (training rows) and `held_out`; `epochs` is the epoch kept, or 0.
     """
 
     def mean(numbers: list[int], learn: bool) -> Tensor:
@@ -107,7 +107,7 @@ def tune(
     kept: dict[str, Tensor] = {}
     for _ in train(progress, masters, steps, held_out, mean, lr, every=every, where=where):
         if progress.best == progress.done:
-            kept.clear()  # one set lives at a time
+            kept.clear()  # only one set at a time is in memory
             kept = keep()
     readings, epochs = [loss for _, loss in progress.held_out], grouped(progress.losses, every)
     best = progress.best // every
@@ -123,19 +123,19 @@ def tune(
 
 
 def recover_blocks(job: Job) -> tuple[float, float, Any]:
-    """Recover block by block; return the mean error a token before and after, and by block.
+    """Recover block by block; return the mean error per token before and after, and all reports.
 
-    A finished block lies in its file of the checkpoint; the streams are made again when resumed.
+    Finished blocks are files of the checkpoint; a resumed run recomputes the streams.
     """
-    work, ids, found = job.work, job.calibration.ids, job.pruned.blocks
-    together = rows_at_once(job.request.batch, ids.shape[1])[0]  # in steps, whatever runs at a time
+    work, ids, blocks = job.work, job.calibration.ids, job.pruned.blocks
+    together = rows_at_once(job.request.batch, ids.shape[1])[0]  # shuffled as one, for any plan
     units, micro = [*grouped(job.training, together), job.held_out], itertools.count()
     parts = [grouped(rows, job.plan.rows) for rows in units]
-    numbers = [[next(micro) for _ in part] for part in parts]  # of each unit's micro-batches
+    numbers = [[next(micro) for _ in part] for part in parts]  # micro-batches of each unit
     reports: list[dict[str, Any]] = list(work.kept.get("blocks", []))
     at_once = job.request.batch // together
-    drawn = steps_of(numbers[:-1], at_once, job.request.epochs, job.seed)
-    steps = [[number for group in step for number in group] for step in drawn]
+    grouped_steps = steps_of(numbers[:-1], at_once, job.request.epochs, job.seed)
+    steps = [list(itertools.chain(*step)) for step in grouped_steps]
     streams = []
     for name, model in (("dense", job.dense), ("pruned", job.pruned)):
         states = States(work.scratch(name), model.device)  # in files
@@ -146,7 +146,7 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
         model.drop_outside()
     dense, pruned = streams
     files = list(job.pruned.layout)
-    for index in range(len(found)):
+    for index in range(len(blocks)):
         job.dense.fetch(index, ahead=not job.plan.sparing)
         dense.advance(index)
         job.dense.drop(index)
@@ -154,17 +154,17 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
         if index < len(reports):
             made = work.load(f"{CHECKPOINT}/{files[index]}")
         else:
-            named = found.blocks[index].named_parameters(prefix=f"{found.name}.{index}")
-            own = {name: value for name, value in named if name not in job.fixed}
-            for parameter in own.values():
+            named = blocks.blocks[index].named_parameters(prefix=f"{blocks.name}.{index}")
+            trained = {name: value for name, value in named if name not in job.fixed}
+            for parameter in trained.values():
                 parameter.requires_grad_(True)
-            masters = job.masters(own)
+            masters = job.masters(trained)
             report, best = tune(
                 pruned, index, masters, dense.states, steps, numbers[-1], job.request,
                 functools.partial(job.as_stored, masters, copy=True),
             )  # fmt: skip
             reports.append(report)
-            del masters, own
+            del masters, trained
             made = job.write(files[index], best)
             del best
             job.keep(index + 1, blocks=reports)
@@ -172,8 +172,8 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
         del made
         pruned.advance(index)
         job.pruned.drop(index)
-        job.run.progress(index + 1, len(found), f"error {reports[index]['after']:.4f}")
-    for file in files[len(found) :]:
+        job.run.progress(index + 1, len(blocks), f"error {reports[index]['after']:.4f}")
+    for file in files[len(blocks) :]:
         job.write(file, {})
     first, last = (sum(report[at] for report in reports) / len(reports)
                    for at in ("before", "after"))  # fmt: skip

@@ -1,7 +1,7 @@
-"""From a pruned checkpoint to a recovered one: what goes in is checked, what was done is recorded.
+"""From a pruned checkpoint to a recovered one, with its inputs checked and the run recorded.
 
-The output has the tensors and types of the pruned model. What was done stands beside the weights
-as for a pruning run: `calmix.json`, the same for the same inputs, and `calmix-run.json`.
+The output has the tensors and types of the pruned model. The run is recorded beside the weights as
+for pruning: `calmix.json`, the same for the same inputs, and `calmix-run.json`.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from calmix.recovery.training import Masters, rows_at_once, split_rows, trained_
 from calmix.shown import Shown
 from calmix.specs import How
 
-BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # what makes a folder of weights a model
-ROOM = 0.8  # of the free memory, for the activations of all blocks at once
-LEAST = 0.01  # share of zeros below which a model is not sparse
-APART = 0.9  # relative distance of embeddings beyond which a model is another one
-ROWS = 4096  # of the embeddings that are compared
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # files of a model beside its weights
+ROOM = 0.8  # of the free memory, used without a budget
+LEAST = 0.01  # share of zeros below which a model counts as dense
+APART = 0.9  # relative distance of embeddings beyond which models are unrelated
+ROWS = 4096  # rows of the embeddings that are compared
 
 
 @dataclass(repr=False)
 class RecoveryReport(Shown):
     """What a recovery did.
 
-    `before` and `after` are the loss of the held-out rows (their numbers in `held_out`): mean KL a
-    token in nats (distill), or the mean relative error a token, over blocks (blocks). `curve` has
-    the losses on the way, as `Progress` or as `tune` returns them of each block. Of the `weights`
-    of the linear maps, `zeros` are and stay zero, and `quantised` stay on their grid.
+    `before` and `after` are the loss on the held-out rows (indices in `held_out`): mean KL per
+    token in nats (distill), or the mean relative error per token over blocks (blocks). `curve` has
+    the losses during training, a `Progress` or the report of `tune` for each block. Of the
+    `weights` of the linear maps, `zeros` stay zero and `quantised` stay on their grid.
     """
 
     method: str
@@ -88,17 +88,17 @@ class RecoveryReport(Shown):
 
 
 class Job:
-    """A recovery at work, in each of the processes that share it.
+    """A running recovery, in each of its processes.
 
     Attributes:
         pruned, dense: the models, their blocks on disk.
-        masked: names in the pruned model of the linear maps whose zeros stay (one may be that of
-            all experts); `weights` and `zeros` are how many they hold.
+        masked: names of parameters of the linear maps whose zeros stay (one may hold all experts);
+            `weights` and `zeros` count those of the linear maps.
         grids: of the quantised linear maps, by name.
-        fixed: names of those whose grid is not stored (experts in one tensor, or a matrix that lies
-            transposed): they stay as they are.
-        calibration: the set; `training` and `held_out` are numbers of its rows.
-        plan: how it stays within the memory.
+        fixed: names of those whose grid is not stored (experts in one tensor, or a matrix stored
+            transposed); they are not trained.
+        calibration: the set; `training` and `held_out` are indices of its rows.
+        plan: the memory plan.
     """
 
     def __init__(self, request: Recovering, output: Path, run: How) -> None:
@@ -110,7 +110,7 @@ class Job:
         self.device = device_of(run.device)
         if request.batch % self.processes:
             raise InputError(
-                f"--batch {request.batch} cannot be shared by {self.processes} processes"
+                f"--batch {request.batch} is not a multiple of {self.processes} processes"
             )
         self.type_name = run.dtype
         if run.dtype == "auto":
@@ -123,42 +123,42 @@ class Job:
         self.work = WorkFolder(output, "steps" if request.method == "distill" else "blocks")
 
     def open(self, name: str) -> Any:
-        """Open a model whole, in what this computes in."""
+        """Open a whole model in the compute type."""
         return open_model(name, **self.opening).model
 
     def take(self, pruned: StreamedModel, dense: StreamedModel) -> None:
-        """Take both models, or refuse the pair; the pruned one may lack experts."""
+        """Set both models, or refuse the pair; the pruned one may lack experts."""
         self.pruned, self.dense = pruned, dense
         line = f"{pruned.name} was not pruned from {dense.name}"
-        own, other = ({n: tuple(p.shape) for n, p in one.model.named_parameters()}
-                      for one in (pruned, dense))  # fmt: skip
+        shapes, others = ({n: tuple(p.shape) for n, p in one.model.named_parameters()}
+                          for one in (pruned, dense))  # fmt: skip
         kept, count = (experts_of(one.model.config) for one in (pruned, dense))
-        for name in dict.fromkeys([*own, *other]):
-            here, there = own.get(name), other.get(name)
+        for name in dict.fromkeys([*shapes, *others]):
+            here, there = shapes.get(name), others.get(name)
             fewer = kept < count and (here is None or (there and here == (kept, *there[1:])))
             if here != there and not fewer:
                 raise InputError(
-                    f"{line}: {name} is {here or 'none'}, and {there or 'none'} in the dense model"
+                    f"{line}: {name} is {here or 'none'} here, {there or 'none'} in the dense model"
                 )
         embedded = pruned.model.get_input_embeddings().weight
         named = next(n for n, p in pruned.model.named_parameters() if p is embedded)
         ours, theirs = (one.stored(named)[:ROWS].float() for one in (pruned, dense))
         if not close(ours, theirs, APART):
             raise InputError(f"{line}: their embeddings are of different models")
-        layers, told = pruned.blocks.layers, read_told(pruned.folder / MANIFEST)
-        while told.get("pruned"):  # it was recovered before
-            told = told["pruned"]
-        done = told.get("pruning", {})
+        layers, manifest = pruned.blocks.layers, read_told(pruned.folder / MANIFEST)
+        while manifest.get("pruned"):  # recovered before
+            manifest = manifest["pruned"]
+        done = manifest.get("pruning", {})
         names = {layer.parameter_name for layer in layers}
         self.grids = {n: grid for n, grid in read_grids(pruned.folder).items() if n in names}
         rounded = {one["name"] for one in done.get("layers", []) if one.get("bits") is not None}
         on_grid = {layer.parameter_name for layer in layers if layer.name in rounded}
         self.fixed = on_grid - self.grids.keys()
-        rated = str(done.get("pattern")).endswith("bits")  # zero is a level there
+        rated = str(done.get("pattern")).endswith("bits")  # where zero is a level, not a mask
         self.masked = names - self.grids.keys() if rated else names
-        self.weights = sum(math.prod(own[name]) for name in names)
+        self.weights = sum(math.prod(shapes[name]) for name in names)
         self.zeros = sum(int((pruned.stored(name) == 0).sum()) for name in self.masked)
-        self.quantised = sum(math.prod(own[name]) for name in self.grids.keys() | on_grid)
+        self.quantised = sum(math.prod(shapes[name]) for name in self.grids.keys() | on_grid)
         if self.zeros < LEAST * self.weights and kept == count and not self.quantised:
             raise InputError(
                 f"{pruned.name} is not sparse ({self.zeros / self.weights:.2%} of its linear maps' "
@@ -166,11 +166,10 @@ class Job:
             )
 
     def begin(self, calibration: CalibrationSet) -> None:
-        """Take the calibration set, hold rows out of it, decide what to spare to stay within the
-        memory, and start the clock where it was left.
+        """Set the calibration set, hold rows out, plan the memory, and resume the clock.
 
-        What the process holds is rounded up to a quarter of a GiB, so that the same budget gives
-        the same plan.
+        The process's memory is rounded up to a quarter of a GiB, so that the same budget gives the
+        same plan.
         """
         self.calibration = calibration
         seed = calibration.manifest.get("seed")
@@ -195,41 +194,41 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """The seconds so far."""
+        """Seconds so far, those of earlier runs included."""
         return time.perf_counter() - self._began
 
     def check_room(self, tokens: int) -> None:
-        """Refuse a recovery on so many tokens for whose files the disk has no room."""
+        """Refuse a recovery if the disk has no room for the files of this many tokens."""
         source = self.pruned
         needed = sum(place.size for place in source.shards.places.values())
         width = source.model.get_output_embeddings().weight.shape[1]
         states = tokens * width * self.dtype.itemsize
         if self.request.method == "distill":
-            own = dict(source.model.named_parameters())
-            trained = sum(own[n].numel() for n in trained_names(source.model))
+            parameters = dict(source.model.named_parameters())
+            trained = sum(parameters[n].numel() for n in trained_names(source.model))
             needed += states + 2 * (12 + 4) * trained
         else:
             needed += 2 * states
         check_free(self.output, needed - self.work.bytes, "checkpoint and states take up to")
 
     def keep(self, done: int, **facts: Any) -> None:
-        """Make count what is done."""
+        """Record the progress."""
         self.work.keep(done=done, rows_at_once=self.plan.rows, seconds=self.seconds, **facts)
 
     def masters(self, parameters: Mapping[str, torch.nn.Parameter]) -> Masters:
-        """Return the masters of parameters of the pruned model."""
-        source, masked = self.pruned.stored, self.masked.__contains__
-        return Masters(parameters, source, masked, self.grids, self.dense.stored)
+        """Return masters for parameters of the pruned model."""
+        masked = self.masked.__contains__
+        return Masters(parameters, self.pruned.stored, masked, self.grids, self.dense.stored)
 
     def as_stored(self, masters: Masters, *, copy: bool = False) -> dict[str, Tensor]:
-        """Return what masters stand for, in the types the pruned model is stored in."""
+        """Return the masters' weights in the types of the pruned model's files."""
         return {
             name: masters.rounded(name).to(self.pruned.stored_dtype(name), copy=copy)
             for name in masters.values
         }
 
     def write(self, file: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Write a file of the result, and return it: what was trained, else the pruned tensors."""
+        """Write a file of the result, trained tensors replacing pruned ones, and return it."""
         source = self.pruned
         made = source.shards.read(source.layout[file])
         for name, value in source.as_stored(trained).items():
@@ -246,22 +245,22 @@ def recover(
     output: Path | str,
     **how: Any,
 ) -> RecoveryReport:
-    """Train what pruning has left, on a calibration set, and write a checkpoint.
+    """Train the remaining weights of a pruned model on a calibration set, and write a checkpoint.
 
-    Zeros of the linear maps stay exactly zero; embeddings and output head stay as they are.
-    Rows held out of the set decide when to stop, and whose weights are kept. A distillation may
-    run in several processes (`calmix.pruning.distributed`), which share a disk.
+    Zeros of the linear maps stay exactly zero; embeddings and output head stay unchanged. Held-out
+    rows of the set decide when to stop and which weights are kept. Distillation can run in several
+    processes (`calmix.pruning.distributed`) that share a disk.
 
     Args:
-        pruned: the model to recover, as `open_model` takes it.
+        pruned: the model to recover, as for `open_model`.
         against: the dense model it was pruned from.
-        request: what to do, from `calmix.recover_request`.
-        output: the folder to write; it appears whole or not at all.
-        **how: as in `calmix.specs.How`; the dtype is what to compute in, `bfloat16` or `float32`,
+        request: from `calmix.recover_request`.
+        output: the folder to write, atomically.
+        **how: as in `calmix.specs.How`; `dtype` is the compute type, `bfloat16` or `float32`, or
             `auto` for bfloat16 where it is fast.
 
     Raises:
-        CalmixError: anything a user can mend, before an output is touched.
+        CalmixError: anything a user can fix, before an output is touched.
     """
     run = How.of(**how)
     job, trust = Job(request, Path(output), run), run.trust_remote_code
@@ -269,7 +268,7 @@ def recover(
 
     def check() -> None:
         check_request([pruned, against], {job.output: request}, run)
-        if not run.resume:  # whether there are enough rows; what they are drawn from may be gone
+        if not run.resume:  # are there enough rows? A resumed run may lack the source files
             rows = ask(request.calibration, **request.drawn()).draw.rows
             split_rows([""] * rows, request.batch, 0)
 
@@ -289,10 +288,8 @@ def recover(
         job.take(*models)
         tokenizers = [open_tokenizer(one.name, trust_remote_code=trust) for one in models]
         if tokenizers[0].tokenizer_fingerprint != tokenizers[1].tokenizer_fingerprint:
-            raise InputError(
-                f"{pruned} has another tokenizer than {against}: it was not pruned from it"
-            )
-        asked = {  # what decides the bytes of the result beside the text
+            raise InputError(f"{pruned} was not pruned from {against}: their tokenizers differ")
+        asked = {  # all that determines the bytes of the result, except the text
             "pruned": fingerprint(job.pruned.folder),
             "against": fingerprint(job.dense.folder),
             "dtype": job.type_name,
@@ -301,10 +298,10 @@ def recover(
             **request.record(),
             "versions": deciding_versions(),
         }
-        done, told = (read_told(job.output / name) for name in (MANIFEST, RUN))
+        manifest, record = (read_told(job.output / name) for name in (MANIFEST, RUN))
         with suppress(KeyError, TypeError):
-            if run.resume and done["request_sha256"] == sha256_json(asked):
-                report = RecoveryReport(**done["recovery"], seconds=told["seconds"])
+            if run.resume and manifest["request_sha256"] == sha256_json(asked):
+                report = RecoveryReport(**manifest["recovery"], seconds=record["seconds"])
                 job.say(f"{job.output} was finished by an earlier run")
                 work.remove_leftover()
                 return report
@@ -319,8 +316,8 @@ def recover(
             if work.done:
                 job.say(f"resuming after {work.done} {work.unit}")
             with reproducible(job.device):
-                way = distill_model if request.method == "distill" else recover_blocks
-                before, after, curve = way(job)
+                train = distill_model if request.method == "distill" else recover_blocks
+                before, after, curve = train(job)
             report = RecoveryReport(
                 request.method, request.epochs, request.lr, request.batch, job.plan.rows, job.seed,
                 calibration.rows, calibration.length, job.held_out, before, after,
@@ -339,8 +336,8 @@ def recover(
 
 
 def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
-    """Write what stands beside the weights, and turn the work into the output."""
-    place, pruned = job.work.checkpoint, job.pruned
+    """Write the files beside the weights, and turn the work folder into the output."""
+    folder, pruned = job.work.checkpoint, job.pruned
     done = report.to_dict()
     run = run_record(done.pop("seconds")) | {"pruned": read_told(pruned.folder / RUN) or None}
     manifest = {
@@ -358,14 +355,14 @@ def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
         "request_sha256": sha256_json(asked),
     }
     kinds = (*BESIDE, "*.py") if job.run.trust_remote_code else BESIDE
-    with disk_errors(place):
+    with disk_errors(folder):
         for path in (path for kind in kinds for path in pruned.folder.glob(kind)):
             if path.name not in (MANIFEST, RUN) and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, place / path.name)
+                shutil.copyfile(path, folder / path.name)
         if (scales := pruned.folder / SCALES).is_dir():
-            shutil.copytree(scales, place / SCALES, dirs_exist_ok=True)
-        write_index(place)
-        hashed = {"files": file_hashes(place, without=(MANIFEST, RUN))}
-        write_json(place / MANIFEST, sealed(manifest | hashed))
-        write_json(place / RUN, run)
+            shutil.copytree(scales, folder / SCALES, dirs_exist_ok=True)
+        write_index(folder)
+        hashed = {"files": file_hashes(folder, without=(MANIFEST, RUN))}
+        write_json(folder / MANIFEST, sealed(manifest | hashed))
+        write_json(folder / RUN, run)
     job.work.complete()

@@ -1,7 +1,7 @@
-"""Distillation: the whole pruned model towards the dense model's logits, KL(dense || pruned).
+"""Distillation of the dense model's logits into the whole pruned model, KL(dense || pruned).
 
-The dense model runs once: what its head sees is kept, and logits are made again from that when
-they are needed. Of several processes each holds the models and takes a share of every step's rows.
+The dense model runs once: its head's inputs are kept, and logits are recomputed from them when
+needed. With several processes, each holds the models and takes a share of every step's rows.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from calmix.recovery.training import Progress, grouped, steps_of, train, trained
 if TYPE_CHECKING:
     from calmix.recovery.checkpoint import Job
 
-READINGS = 2  # of the held-out rows, an epoch
-WIDE = 0.2  # nats a token between two models, of less than which steps are as much smaller (ours)
-SAVING = 20  # a state is kept whenever that takes less than 1/20 of the time
+READINGS = 2  # evaluations of the held-out rows per epoch
+WIDE = 0.2  # nats per token: a smaller initial loss reduces the learning rate (ours)
+SAVING = 20  # states are saved so that saving takes less than 1/20 of the time
 
 
 class _Given(torch.autograd.Function):
-    """A loss whose gradient is known when it is computed."""
+    """A loss with a precomputed gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
@@ -52,22 +52,22 @@ def divergence(
 ) -> Tensor:
     """Return the sum over tokens of KL(dense || pruned), in nats.
 
-    Logits are made for a few tokens at a time, and never kept: the gradient by `hidden` is made
-    with them. Nothing behind the heads (their weights) gets a gradient. A head may lie elsewhere.
+    Logits are computed for a few tokens at a time, together with the gradient by `hidden`, and
+    never kept. The heads' weights get no gradient. The heads may be on different devices.
 
     Args:
-        hidden, target: what the pruned and the dense model's head see, shape (tokens, width).
+        hidden, target: inputs of the pruned and the dense model's head, shape (tokens, width).
         vocabulary: width of the logits.
     """
     learns = torch.is_grad_enabled() and hidden.requires_grad
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     chunk = max(LEAST, CHUNK // vocabulary)
     gradients: list[Tensor] = []
-    for own, other in zip(hidden.detach().split(chunk), target.split(chunk), strict=True):
-        own.requires_grad_(learns)
+    for states, dense_states in zip(hidden.detach().split(chunk), target.split(chunk), strict=True):
+        states.requires_grad_(learns)
         with torch.no_grad():
-            dense = dense_head(other)
-        logits = head(own)
+            dense = dense_head(dense_states)
+        logits = head(states)
         slopes: list[Tensor] = []
         for theirs, ours in zip(in_cache(dense), in_cache(logits.detach()), strict=True):
             p, q = theirs.float().to(ours.device), ours.float()
@@ -76,18 +76,18 @@ def divergence(
                 # The derivative of KL by the pruned model's logits is q - p.
                 slopes.append(q.sub_(p).to(ours.dtype))
         if learns:
-            gradients += torch.autograd.grad(logits, own, torch.cat(slopes))
+            gradients += torch.autograd.grad(logits, states, torch.cat(slopes))
     if not learns:
         return total
-    found: Tensor = _Given.apply(hidden, total, torch.cat(gradients))
-    return found
+    loss: Tensor = _Given.apply(hidden, total, torch.cat(gradients))
+    return loss
 
 
 class Student(nn.Module):
-    """A pruned model whose forward is the loss, so that whatever wraps it sees one pass.
+    """A pruned model whose forward returns the loss, as wrappers such as DDP expect.
 
-    `dense_head` is None where the heads are the same; `fixed` weights are not trained. With
-    `recompute` blocks run anew on the way back: the same numbers in less memory and more time.
+    `dense_head` is None if the heads are equal; `fixed` weights are not trained. With `recompute`,
+    blocks are recomputed in the backward pass: the same numbers in less memory and more time.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Student(nn.Module):
     def forward(self, ids: Tensor, target: Tensor) -> Tensor:
         """Return the sum of KL(dense || pruned) over all positions, in nats.
 
-        `ids` are (rows, length), `target` is what the dense model's head sees of them.
+        `ids` are (rows, length), `target` the dense model's head inputs for them.
         """
         decoder, head = self._forwards
         hidden = decoder(input_ids=ids, use_cache=False)[0].flatten(0, 1)
@@ -118,17 +118,17 @@ class Student(nn.Module):
 
 
 def distill_model(job: Job) -> tuple[float, float, Any]:
-    """Distill the whole model; return the held-out loss before and after, and on the way.
+    """Distil the whole model; return the held-out loss before and after, and the curve.
 
-    The work folder holds masters and moments in `state-N`, and the best weights so far, as they
-    are to be written, in `best-N`. Of both there are two, one that counts and one to write.
+    The work folder holds masters and moments in `state-N`, and the best weights so far, in their
+    output types, in `best-N`. There are two of each: the valid one and the one being written.
     """
     request, work = job.request, job.work
     folder, dense_head, weights = _dense_states(job)
     model = job.open(job.pruned.name)
     if shared := all(
-        torch.equal(own.bfloat16(), other.bfloat16())
-        for own, other in zip(_head_weights(model), weights, strict=True)
+        torch.equal(one.bfloat16(), dense.bfloat16())
+        for one, dense in zip(_head_weights(model), weights, strict=True)
     ):
         dense_head = None
     del weights
@@ -139,10 +139,10 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
     ids, share = job.calibration.ids, request.batch // job.processes
 
     def mean(numbers: list[int], learn: bool) -> Tensor:
-        own = numbers[job.rank * share : (job.rank + 1) * share] if learn else numbers
-        tokens = len(own) * ids.shape[1]
+        rows = numbers[job.rank * share : (job.rank + 1) * share] if learn else numbers
+        tokens = len(rows) * ids.shape[1]
         total = torch.zeros((), dtype=torch.float32, device=job.device)
-        for part in grouped(own, job.plan.rows):
+        for part in grouped(rows, job.plan.rows):
             seen = torch.stack([read_file(folder / str(row))["hidden"] for row in part])
             with torch.set_grad_enabled(learn):
                 loss = student(ids[part].to(job.device), seen.to(job.device)) / tokens
@@ -194,9 +194,9 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
 
 
 def _dense_states(job: Job) -> tuple[Path, Head | None, list[Tensor]]:
-    """Write what the dense model's head sees, a file a row, in the type computed in.
+    """Write the dense model's head inputs, one file per row, in the compute type.
 
-    Each process makes its share. Returns the folder, the head and its weights.
+    Each process computes its share. Returns the folder, the head and its weights.
     """
     folder, ids = once(lambda: job.work.scratch("dense")), job.calibration.ids
     model = job.open(job.dense.name)
@@ -211,5 +211,5 @@ def _dense_states(job: Job) -> tuple[Path, Head | None, list[Tensor]]:
 
 
 def _head_weights(model: Any) -> list[Tensor]:
-    """Return the parameters of a model's output head, and what else is behind its decoder."""
+    """Return the parameters of a model's output head and of all else after its decoder."""
     return [*model.get_output_embeddings().parameters(), *behind(model).values()]

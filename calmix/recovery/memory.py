@@ -1,12 +1,12 @@
-"""What a recovery takes: arithmetic over sizes, so that it is known before it starts.
+"""The memory plan of a recovery, computed from sizes before it starts.
 
     trained weights     float32 master, gradient and two moments (16 bytes), and the gradient in
-                        the type of the modules on its way there
-    weights as computed with, all of them or one block's
-    the widest chunk of logits, five of it in float32
+                        the compute type before it is converted
+    weights in the compute type, all of them or one block's
+    the widest chunk of logits, five float32 copies
     activations of one micro-batch: of all blocks, or of one and the states between blocks
 
-How many bytes of activations a token leaves in a block is ours, fitted to what PyTorch keeps.
+The formula for activation bytes per token was fitted to what PyTorch keeps.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from calmix.pruning.budget import GIB
 from calmix.pruning.trace import token_bytes
 from calmix.recovery.training import trained_names
 
-PASSING = 2  # blocks' activations that come and go while one runs
+PASSING = 2  # temporary activations while a block runs, in blocks
 CHUNK = 2**23  # logits of one model held at a time
-LEAST = 128  # tokens, whatever the vocabulary: of fewer, reading the head outweighs its product
-BEHIND = 3 * GIB // 8  # what a process holds more once it has pruned: kernels, and what they keep
+LEAST = 128  # minimum tokens per chunk: with fewer, reading the head dominates
+BEHIND = 3 * GIB // 8  # extra memory of a process that has pruned: kernels and their buffers
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recovery does to stay within its memory, and the bytes it takes beside the program.
+    """How a recovery stays within its memory, and the bytes it needs beside the program.
 
-    `rows` run at a time, which decides how sums round. `sparing` costs time and changes no number:
-    no block is read ahead, or (distill) blocks run anew on the way back.
+    `rows` run at a time, which affects rounding. `sparing` costs time and changes no number: blocks
+    are not read ahead, or (distill) are recomputed in the backward pass.
     """
 
     rows: int
@@ -50,16 +50,16 @@ def make_plan(
     rows: Sequence[int],
     room: float,
 ) -> Plan:
-    """Return the first plan that takes no more than `room` bytes, or the one that takes least.
+    """Return the first plan that fits in `room` bytes, else the smallest.
 
-    `rows` of `length` tokens may run at a time, the most first.
+    `rows` are the numbers of rows of `length` tokens that may run at a time, largest first.
     """
     blocks, own, size = model.blocks, model.parameters, dtype.itemsize
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
     hidden = token_bytes(model.model, blocks) // size
     largest = blocks.sizes.index(max(blocks.sizes))
     chosen = experts_per_token(model.model.config)
-    # The inputs and outputs of the linear maps in a block that a token goes through.
+    # Inputs and outputs of the linear maps that a token passes in a block.
     widths = sum(
         sum(layer.shape)
         for layer in blocks.prunables(largest)
@@ -75,9 +75,9 @@ def make_plan(
         activations = tokens * (6 * hidden + widths) * size
         optimiser = trained * (16 + size)
         if method == "blocks":
-            # The block, its best weights so far, and both models' next ones unless sparing.
+            # The block, its best weights, and both models' next blocks unless sparing.
             held = trained * (2 if sparing else 4) * size
-            first = outside + trained * size  # of the first states
+            first = outside + trained * size  # for the first states
             return max(first, held + optimiser + (1 + 2 * PASSING) * activations)
         between = len(blocks) * tokens * hidden * size
         kept = PASSING + (1 if sparing else len(blocks))
@@ -93,9 +93,9 @@ def make_plan(
 
 
 def check_memory(needed: int, held: int, most: int | None, free: int) -> str:
-    """Return the line that says what is needed beside what the program has `held`.
+    """Return a line with the memory needed, including the `held` bytes of the program.
 
-    More than `most` is an InputError; without it what is `free` is not enforced.
+    Exceeding `most` is an InputError; without it, exceeding `free` is only reported.
     """
     if most is not None and held + needed > most:
         raise InputError(
@@ -105,5 +105,5 @@ def check_memory(needed: int, held: int, most: int | None, free: int) -> str:
         )
     line = f"takes about {(held + needed) / GIB:.2f} GiB of memory"
     if most is None and needed > free:
-        line += f", and {free / GIB:.2f} GiB are free: it may be killed"
+        line += f", but only {free / GIB:.2f} GiB are free: it may be killed"
     return line

@@ -1,9 +1,9 @@
-"""What both ways of recovery share: rows, steps, learning rate, and weights in float32.
+"""Shared by both recovery methods: rows, steps, learning rate, and float32 master weights.
 
-The modules compute in the type they have (bfloat16); what is optimised are float32 copies, the
-masters, which are rounded into the modules after every step. Zeros of a mask get no gradient, so
-that Adam leaves them as they are. Masters of quantised weights are rounded to levels that occur,
-with gradients as if they were not (the straight-through estimator, arXiv 1308.3432).
+The modules compute in their own type (bfloat16). Adam optimises float32 copies, the masters, which
+are rounded into the modules after every step. Masked zeros get no gradient, so Adam leaves them
+unchanged. Masters of quantised weights are rounded to their layer's range of levels, with a
+straight-through gradient (arXiv 1308.3432).
 """
 
 from __future__ import annotations
@@ -24,33 +24,32 @@ from calmix.pruning.solvers.grids import Grid
 
 T = TypeVar("T")
 BETAS = (0.9, 0.95)
-WARM_UP = 0.05  # of all steps, one at least
-HELD_OUT = 16  # one row in so many, two at least
-SIZES = (1e-3, 1.0)  # least and most size of a tensor that the learning rate is times
+WARM_UP = 0.05  # of all steps, at least one
+HELD_OUT = 16  # one row in 16, at least two
+SIZES = (1e-3, 1.0)  # bounds of a tensor's size, which scales its learning rate
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
-STEP = 4.0  # size of a quantised tensor in steps between its levels (ours)
-NEAR = 0.4999  # steps that its masters are from their level at first, at most
-PATIENCE = 3  # readings of the held-out rows without a better one before it stops
+STEP = 4.0  # size of a quantised tensor, in steps between its levels (ours)
+NEAR = 0.4999  # maximum initial distance of its masters from their level, in steps
+PATIENCE = 3  # evaluations without improvement before training stops
 
 
 def held_out(rows: int) -> int:
-    """Return how many rows of a set are held out: one in 16, two at least."""
+    """Return the number of rows held out of a set: one in 16, at least two."""
     return max(2, rows // HELD_OUT)
 
 
 def split_rows(sources: Sequence[str], batch: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return the rows of a calibration set that train, and those that decide when to stop: one in
-    16, two at least, by chance, spread over the sources of the rows.
+    """Return the training rows and the held-out rows of a calibration set.
 
-    They are taken at even steps from the rows in order of their source, so that a source has as
-    much say in when to stop as it has weight in the set.
+    Held-out rows are random but stratified: taken at even steps from rows sorted by source, so that
+    each source has the same weight in early stopping as in the set.
     """
     rows = len(sources)
     held = held_out(rows)
     if rows - held < batch:
         raise InputError(
-            f"a calibration set of {rows} rows is too small to recover on: with {held} held out "
-            f"and {batch} rows a step it takes {batch + held} or more"
+            f"a calibration set of {rows} rows is too small for recovery: with {held} held out "
+            f"and {batch} per step, at least {batch + held} are needed (--rows)"
         )
     generator = torch.Generator().manual_seed(seed)
     order = sorted(torch.randperm(rows, generator=generator).tolist(), key=lambda i: sources[i])
@@ -60,7 +59,7 @@ def split_rows(sources: Sequence[str], batch: int, seed: int) -> tuple[list[int]
 
 
 def steps_of(items: Sequence[T], at_once: int, epochs: int, seed: int) -> list[list[T]]:
-    """Return the items of every step: each epoch in its own order, what is left over unused."""
+    """Return the items of every step: each epoch is shuffled, and its remainder is unused."""
     generator = torch.Generator().manual_seed(seed)
     steps: list[list[T]] = []
     for _ in range(epochs):
@@ -70,14 +69,14 @@ def steps_of(items: Sequence[T], at_once: int, epochs: int, seed: int) -> list[l
 
 
 def grouped(items: Sequence[T], at_once: int) -> list[list[T]]:
-    """Cut items into groups, the last of which may be smaller."""
+    """Split items into groups; the last may be smaller."""
     return [list(items[at : at + at_once]) for at in range(0, len(items), at_once)]
 
 
 def rate(step: int, steps: int, peak: float) -> float:
-    """Return the learning rate of a step: a short warm-up, then linearly towards zero.
+    """Return the learning rate of a step: a short warm-up, then linear decay to zero.
 
-    Masters take it times the `size_of` a tensor.
+    Masters multiply it by the `size_of` each tensor.
     """
     warm = max(1, round(WARM_UP * steps))
     if step < warm:
@@ -86,27 +85,27 @@ def rate(step: int, steps: int, peak: float) -> float:
 
 
 def trained_names(model: Any) -> list[str]:
-    """Return what a distillation trains: all of the blocks, and the norm behind them.
+    """Return the parameters that distillation trains: all of the blocks and the final norm.
 
-    Embeddings, output head and what else is behind the decoder stay as they are.
+    Embeddings, output head and all else after the decoder stay unchanged.
     """
-    embedded = {id(p) for p in model.get_input_embeddings().parameters()}
-    embedded |= {id(p) for p in model.get_output_embeddings().parameters()}
-    embedded |= {id(p) for p in behind(model).values()}
+    fixed = {id(p) for p in model.get_input_embeddings().parameters()}
+    fixed |= {id(p) for p in model.get_output_embeddings().parameters()}
+    fixed |= {id(p) for p in behind(model).values()}
     prefix = f"{find_blocks(model).name}."
     return [
         name
         for name, parameter in model.named_parameters()
-        if name.startswith(prefix) or (parameter.ndim == 1 and id(parameter) not in embedded)
+        if name.startswith(prefix) or (parameter.ndim == 1 and id(parameter) not in fixed)
     ]
 
 
 def size_of(stored: Tensor) -> float:
-    """Return the root mean square of a tensor's kept weights, within `SIZES`.
+    """Return the root mean square of a tensor's nonzero weights, clamped to `SIZES`.
 
-    A learning rate times that moves weights by the same share in every model and layer (Adafactor,
-    arXiv 1804.04235, section 8): those of one model may be ten times those of another. Vectors of
-    a norm may hold hundreds beside nearly nothing: none is moved faster than by the rate itself.
+    Scaling the learning rate by it makes relative updates equal across models and layers
+    (Adafactor, arXiv 1804.04235, section 8), whose weights can differ tenfold. Norm vectors can
+    hold values in the hundreds beside tiny ones: the bound of 1 keeps the rate from growing.
     """
     kept = int(torch.count_nonzero(stored))
     exact = torch.promote_types(stored.dtype, torch.float32)
@@ -116,15 +115,15 @@ def size_of(stored: Tensor) -> float:
 
 
 def rows_at_once(batch: int, length: int) -> list[int]:
-    """Return how many rows may run at a time, the most first: divisors of the batch."""
+    """Return the numbers of rows that may run at a time, largest first: divisors of the batch."""
     most = max(1, MICRO_TOKENS // length)
     return [rows for rows in range(min(batch, most), 0, -1) if batch % rows == 0]
 
 
 @dataclass
 class Progress:
-    """How far a training is: the mean loss a token of every step, and of the held-out rows with the
-    steps taken before; after how many they were `best` (0: as they came).
+    """The state of a training run: mean loss per token of each step, pairs of (steps done, loss) of
+    the held-out rows, and the number of steps with the best held-out loss (0: initial weights).
     """
 
     steps: int
@@ -147,28 +146,29 @@ def train(
     where: str = "",
     wide: float = 0.0,
 ) -> Iterator[None]:
-    """Train until all steps are taken or what is held out no longer gets better.
+    """Train until all steps are done or the held-out loss stops improving.
 
-    Yields after every step; an earlier run's progress is resumed. `mean` returns the mean loss a
-    token of some items, and collects its gradients where it is to learn. Held-out items are read
-    `every` so many steps. Where they lose less than `wide` at first, steps are as much smaller.
+    Yields after every step and resumes an earlier run's progress. `mean` returns the mean loss per
+    token of some items and, if its second argument is true, collects gradients. Held-out items are
+    evaluated `every` so many steps. If their first loss is below `wide`, the learning rate is
+    reduced in proportion.
     """
 
     def loss_of(items: list[int], learn: bool, at: str) -> float:
         loss = float(mean(items, learn))
         if not math.isfinite(loss):
             raise SolverError(
-                f"the loss is not finite {where}{at} of {len(steps)}: lower --lr, or check the "
-                "models' weights (--dtype float32 computes in more range)"
+                f"the loss is not finite {where}{at} of {len(steps)}: lower --lr, use --dtype "
+                "float32, or check the models' weights"
             )
         return loss
 
-    def read() -> None:
+    def evaluate() -> None:
         at = f"on the held-out rows after step {progress.done}"
         progress.held_out.append([progress.done, loss_of(held_out, False, at)])
 
     if not progress.held_out:
-        read()
+        evaluate()
     peak = lr * min(1.0, progress.held_out[0][1] / wide) if wide else lr
     while progress.done < len(steps) and not progress.stopped:
         at = f"at step {progress.done + 1}"
@@ -176,7 +176,7 @@ def train(
         masters.step(rate(progress.done, len(steps), peak))
         progress.done += 1
         if progress.done % every == 0 or progress.done == len(steps):
-            read()
+            evaluate()
             losses = [loss for _, loss in progress.held_out]
             best = losses.index(min(losses))
             progress.best = progress.held_out[best][0]
@@ -186,17 +186,17 @@ def train(
 
 
 def near_dense(grid: Grid, stored: Tensor, dense: Tensor) -> Tensor:
-    """Return masters that round to stored weights on a grid, and lean to where dense ones are."""
+    """Return masters that round to the stored weights on a grid but lie towards the dense ones."""
     most = NEAR * grid.steps().abs().clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
-    own, other = (one.float().view(len(one), most.shape[1], -1) for one in (stored, dense))
-    return torch.tanh((other - own) / most).mul_(most).add_(own).view(stored.shape)
+    start, goal = (one.float().view(len(one), most.shape[1], -1) for one in (stored, dense))
+    return torch.tanh((goal - start) / most).mul_(most).add_(start).view(stored.shape)
 
 
 class Masters:
     """Float32 copies of parameters, with Adam's moments (arXiv 1412.6980, betas 0.9 and 0.95).
 
     `stored` returns a parameter by name in the precision of the files; `masked` says whether its
-    zeros stay. Quantised ones have `grids`, and `dense` returns what they were.
+    zeros are kept. Quantised parameters have `grids`, and `dense` returns their dense weights.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class Masters:
     ) -> None:
         self.parameters = dict(parameters)
         self.values: dict[str, nn.Parameter] = {}
-        self._levels: dict[str, tuple[Grid, int, int]] = {}  # grids, and the levels that occur
+        self._levels: dict[str, tuple[Grid, int, int]] = {}  # grid, lowest and highest level
         groups: list[dict[str, Any]] = []
         for name, parameter in self.parameters.items():
             full = stored(name)
@@ -223,8 +223,8 @@ class Masters:
                     full.masked_fill_(zeros, 0)
             else:
                 size = size_of(full)
-            own = full.to(parameter.device, torch.float32, copy=True)
-            self.values[name] = nn.Parameter(own)
+            master = full.to(parameter.device, torch.float32, copy=True)
+            self.values[name] = nn.Parameter(master)
             groups.append({"params": [self.values[name]], "size": size})
         self._masked = [value for name, value in self.values.items() if masked(name)]
         fused = next(iter(self.values.values())).device.type in ("cpu", "cuda")
@@ -232,7 +232,7 @@ class Masters:
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Add the parameters' gradients to the masters', and forget them."""
+        """Move the parameters' gradients to the masters, adding to theirs."""
         for name, parameter in self.parameters.items():
             master, gradient = self.values[name], parameter.grad
             parameter.grad = None
@@ -243,9 +243,9 @@ class Masters:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Take one step with the gradients collected; zeros stay exactly zero.
+        """Take one step with the gradients collected; masked zeros stay exactly zero.
 
-        The learning rate is a share of every tensor's size.
+        The learning rate is relative to each tensor's size.
         """
         for master in self._masked:
             if master.grad is not None:
@@ -258,12 +258,12 @@ class Masters:
 
     @torch.no_grad()
     def round(self) -> None:
-        """Round the masters into the parameters."""
+        """Copy the rounded masters to the parameters."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.rounded(name))
 
     def rounded(self, name: str) -> Tensor:
-        """Return the weights that a master stands for, float32."""
+        """Return a master as float32 weights, on its grid if quantised."""
         value = self.values[name].detach()
         if name not in self._levels:
             return value
@@ -271,7 +271,7 @@ class Masters:
         return grid.nearest(value, low, high)
 
     def state(self) -> dict[str, Tensor]:
-        """Return masters and moments, all it takes to resume."""
+        """Return masters and moments, enough to resume."""
         state = {f"value/{name}": value.detach() for name, value in self.values.items()}
         for name, value in self.values.items():
             for kind in MOMENTS if value in self._adam.state else ():
@@ -280,12 +280,12 @@ class Masters:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], steps: int) -> None:
-        """Resume from a state, after so many steps."""
+        """Restore a state saved after `steps` steps."""
         for name, value in self.values.items():
             value.copy_(state[f"value/{name}"])
             if f"{MOMENTS[0]}/{name}" in state:
-                own = self._adam.state[value] = {
+                adam = self._adam.state[value] = {
                     kind: torch.empty_like(value).copy_(state[f"{kind}/{name}"]) for kind in MOMENTS
                 }
-                own["step"] = torch.tensor(float(steps), device=value.device)
+                adam["step"] = torch.tensor(float(steps), device=value.device)
         self.round()

@@ -56,7 +56,7 @@ def by_block(kind, make, micro_tokens=64, change=lambda model: None, more=()):
     (_, _, copies), *blocks = marks
     if run.needs_ids:
         assert copies == {("cpu", "cuda"): 1 + -(-5 // (micro_tokens // 32))}
-    assert len(blocks) == len(run.found)
+    assert len(blocks) == len(run.blocks)
     return run, blocks
 
 

@@ -27,7 +27,7 @@ def test_rows_train_or_are_held_out():
     assert rows == split_rows(one, 4, seed=3)
     assert rows != split_rows(one, 4, seed=4)
     assert len(split_rows(one[:6], 4, seed=0)[1]) == 2
-    with pytest.raises(InputError, match=r"5 rows is too small .* it takes 6 or more"):
+    with pytest.raises(InputError, match=r"5 rows is too small .* at least 6 are needed"):
         split_rows(one[:5], 4, seed=0)
 
 

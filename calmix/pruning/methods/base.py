@@ -311,9 +311,9 @@ class Sparse(Method):
         self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune, then refit and quantise the kept weights if requested."""
-        more = self.needs is not self.statistic  # a Gram matrix, for the refit or the bits
-        own = statistic.diagonal() if more else statistic
-        chosen = by_kind(self.choose, weights, own, patterns)
+        widened = self.needs is not self.statistic  # to a Gram matrix, for the refit or the bits
+        narrow = statistic.diagonal() if widened else statistic
+        chosen = by_kind(self.choose, weights, narrow, patterns)
         if self.refit and not self.refits:
             made = refit(weights, chosen.weights, statistic, steps=self.refit)
             chosen = replace(chosen, weights=made)
