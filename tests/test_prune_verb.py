@@ -110,7 +110,7 @@ def mistakes(tiny_folder, text_file, tmp_path):
     mix, a pattern or a method refuses stands with their own tests."""
     data, half = ("--calibration", text_file, *SMALL), ("--sparsity", 0.5)
     odd = save_tiny_model(tmp_path / "mixture", "mixtral")
-    yield (odd, *data, *half, "--drop-experts", 0.75), "is sent to 2: drop fewer"
+    yield (odd, *data, *half, "--drop-experts", 0.75), "is routed to 2: drop fewer"
     yield (tiny_folder, *half, *SMALL, "--calibration", "python-stdlb"), "did you mean python-stdli"
     for more, words in {
         (): "either --sparsity", (*half, "--pattern", "2:4"): "either --sparsity",

@@ -230,7 +230,7 @@ def test_a_mistake_is_told_once_and_all_end(tiny_folder, text_file, tmp_path):
     asked = {
         "1 calibration rows are too few for 2": (tiny_folder, *drawn, *SMALL, "--rows", 1),
         "k_proj: its weights are not finite": (damaged(tmp_path / "nan"), *drawn, *SMALL),
-        "every token is sent to 2: drop fewer": (mixture, *drawn, *SMALL, "--drop-experts", 0.75),
+        "every token is routed to 2: drop fewer": (mixture, *drawn, *SMALL, "--drop-experts", 0.75),
         "no model folder": (tmp_path / "nowhere", *drawn, *SMALL),
         "is one device": (tiny_folder, *drawn, *SMALL, "--device", "cuda:1"),
         "there is none": (tiny_folder, *drawn, *SMALL, "--device", "cuda"),

@@ -106,7 +106,7 @@ def test_the_choice_is_of_the_least_scores_in_every_group():
     assert left([1.0, 1.0, 1.0, 1.0], 0.5) == [0, 1]
     assert left([1.0] * 8, 0.5, 2, chosen=4) == [0, 1, 4, 5]
     for scores, share, how, says in (
-        ([1, 2, 3, 4], 0.75, {}, "leaves 1 of the 4 experts of a, .* sent to 2: drop fewer"),
+        ([1, 2, 3, 4], 0.75, {}, "leaves 1 of the 4 experts of a, .* routed to 2: drop fewer"),
         ([1.0] * 8, 0.5, {"groups": 2, "reach": 1, "chosen": 4}, "to 4 in 1 of 2 groups: drop"),
         ([1, 2, 3, 4], 0.1, {}, "drops none of the 4 experts of a"),
     ):
