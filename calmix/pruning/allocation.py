@@ -218,12 +218,12 @@ class DensePass(Looking):
         by: str,
         sparsities: Sequence[float],
     ) -> None:
-        super().__init__(model, blocks, self._look, gram=by == "error")
+        super().__init__(model, blocks, self._measure, gram=by == "error")
         self._by = by
         self._squares: dict[str, Tensor] = {}
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}
 
-    def _look(self, layers: list[Prunable], statistic: Tensor) -> None:
+    def _measure(self, layers: list[Prunable], statistic: Tensor) -> None:
         for layer in layers:
             if self._by == "owl":
                 self._squares[layer.name] = statistic
@@ -273,6 +273,6 @@ def allocate(
     """
     if by not in SPREAD:
         raise InputError(f"unknown allocation '{by}': {nearest(by, SPREAD)}")
-    look = DensePass(model, find_blocks(model), by, [sparsity])
-    run_through(look, ids, micro_tokens)
-    return look.patterns(sparsity, get_method(method))
+    dense = DensePass(model, find_blocks(model), by, [sparsity])
+    run_through(dense, ids, micro_tokens)
+    return dense.patterns(sparsity, get_method(method))

@@ -293,10 +293,10 @@ class _Pruning:
             lambda done: self.run.progress(number * count + done, len(self.jobs) * count),
         )  # fmt: skip
 
-    def _look(self, look: Any, ids: Tensor) -> None:
+    def _observe(self, run: Run, ids: Tensor) -> None:
         """Run a pass that changes nothing through all blocks."""
-        plan = self.plan(ids.shape, look.method)
-        for _ in take_through(self.source, ids, look, self.jobs[0].work, plan):
+        plan = self.plan(ids.shape, run.method)
+        for _ in take_through(self.source, ids, run, self.jobs[0].work, plan):
             pass
 
     def _drop(self, ids: Tensor, share: float) -> list[Dropped]:
@@ -311,8 +311,8 @@ class _Pruning:
         if not dropped:
             config, none = source.model.config, {one.name: [0.0] * one.count for one in mixtures}
             chosen_experts(config, none, share)  # errors come before the scoring pass
-            self._look(look := ScorePass(source.model, blocks), ids)
-            dropped = chosen_experts(config, look.scores, share)
+            self._observe(scored := ScorePass(source.model, blocks), ids)
+            dropped = chosen_experts(config, scored.scores, share)
         if lost := unscored(source):
             names = ", ".join(sorted(layer.strip(".") for layer in lost))
             self.run.note(f"{names}: left out (multi-token prediction with unscored experts)")
@@ -337,10 +337,10 @@ class _Pruning:
             jobs = [job for job in jobs if "allocation" not in job.work.kept]
             if jobs:
                 shares = sorted({job.request.sparsity or 0.0 for job in jobs})
-                look = DensePass(self.source.model, self.source.blocks, by, shares)
-                self._look(look, ids)
+                dense = DensePass(self.source.model, self.source.blocks, by, shares)
+                self._observe(dense, ids)
                 for job in jobs:
-                    made = look.patterns(job.request.sparsity or 0.0, job.method)
+                    made = dense.patterns(job.request.sparsity or 0.0, job.method)
                     job.work.keep(allocation={name: one.sparsity for name, one in made.items()})
 
     def _finish(self, job: Job, report: PruneReport) -> None:
