@@ -119,8 +119,8 @@ def prune(
     if embeddings is not None:  # refused before any block has changed
         _ = outer_weights(model), Rate(embeddings)
     if chosen.needs is not None:
-        embedded: Any = model.get_input_embeddings  # a method of transformers' models
-        check_vocabulary(type(model).__name__, embedded(), check_ids(ids, chosen.name))
+        input_embeddings: Any = model.get_input_embeddings  # a method of transformers' models
+        check_vocabulary(type(model).__name__, input_embeddings(), check_ids(ids, chosen.name))
     run = Run(model, blocks, chosen, pattern, propagation, paused, sources, embeddings)
     try:
         run_through(run, ids, micro_tokens, progress)
