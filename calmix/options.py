@@ -1,7 +1,7 @@
 """The options of the verbs: one model each, read by the command line, YAML, Python and manifests.
 
-A field's description is its help text, its type and bounds are its check. `calmix.cli.verbs` makes
-flags of the fields.
+A field's description is its help text; its type and bounds are its check. `calmix.cli.verbs` makes
+flags from the fields.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from calmix.errors import InputError, nearest
 
 
 class Options(BaseModel):
-    """What a verb can be asked for."""
+    """The options of a verb."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -32,8 +32,8 @@ class Options(BaseModel):
         """Return what differs from the defaults, as JSON-serialisable values."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
-    def asked(self, kind: type[Options]) -> dict[str, Any]:
-        """Return the options of a kind that were set, by name."""
+    def options_of(self, kind: type[Options]) -> dict[str, Any]:
+        """Return the options of one model that were set, by name."""
         names = [name for name in kind.model_fields if name in self.model_fields_set]
         return {name: getattr(self, name) for name in names}
 
@@ -53,10 +53,10 @@ def option(
     advanced: bool = False,
     **bounds: Any,
 ) -> Any:
-    """Return a field of an options model, its help `text`, with pydantic's `bounds`.
+    """Return a field of an options model with its help `text` and pydantic's `bounds`.
 
-    `flag` is what the command line calls it if not its name, `shown` its default in words,
-    `argument` a word without a flag; what is `advanced` only `--help-all` shows.
+    `flag` replaces the flag made from the name, `shown` describes the default in help, `argument`
+    makes it positional, and an `advanced` option appears only in `--help-all`.
     """
     extra: dict[str, Any] = {
         "flag": flag, "shown": shown, "metavar": metavar, "argument": argument,
@@ -66,7 +66,7 @@ def option(
 
 
 def parse_share(value: Any) -> Any:
-    """Return `0.6` or `60%` as a share; a ValueError asks whether 60 is meant as per cent."""
+    """Return `0.6` or `60%` as a share; for 60 a ValueError suggests 0.6."""
     try:
         if isinstance(value, str) and value.strip().endswith("%"):
             return float(value.strip()[:-1]) / 100
@@ -79,7 +79,7 @@ def parse_share(value: Any) -> Any:
 
 
 def parse_weights(value: Any) -> Any:
-    """Return weights by name, which may be written as `general=1,code=2`."""
+    """Return weights by name, also from text such as `general=1,code=2`."""
     if not isinstance(value, str):
         return value
     return named_values(f"weights '{value}'", value.split(","), "NAME=NUMBER")
@@ -89,7 +89,7 @@ def parse_duration(text: Any) -> float:
     """Return the seconds of `90s`, `30m`, `30min` or `2h`."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)\s*", str(text))
     if found is None or not float(found[1]):
-        raise ValueError(f"'{text}' is no time, such as 90m or 2h")
+        raise ValueError(f"'{text}' is not a time, such as 90m or 2h")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2][0]]
 
 
@@ -109,7 +109,7 @@ class DeviceOptions(Options):
 
 
 class TrialOptions(DeviceOptions):
-    """How a study's trials run, which does not change what they find."""
+    """How a study's trials run; does not change their results."""
 
     allow_code_execution: bool = option(
         False, "Run code the models write, in a limited subprocess."
@@ -124,15 +124,15 @@ class ModelOptions(DeviceOptions):
     )
 
     def opening(self) -> dict[str, Any]:
-        """Return what `open_model` takes, by name."""
+        """Return the arguments of `open_model`."""
         return {name: getattr(self, name) for name in ModelOptions.model_fields}
 
 
 class MemoryOptions(Options):
-    """What bounds the memory of long work."""
+    """How much memory a long run may take."""
 
     max_memory: str | None = option(
-        None, "Memory it may take, e.g. 6GiB.", shown="what is free", advanced=True
+        None, "Memory to use at most, e.g. 6GiB.", shown="free memory", advanced=True
     )
 
 
@@ -147,7 +147,7 @@ Licence = Literal["permissive"] | None
 
 def licence_option(advanced: bool = True) -> Any:
     """Return the field `--licence`, or `--license`."""
-    text = "Only sources whose licence is of this kind."
+    text = "Only sources with this kind of licence."
     return option(None, text, flag="--licence --license", advanced=advanced)
 
 
@@ -155,31 +155,31 @@ ROWS_OF = re.compile(r"([^,:]+\.(?:csv|tsv|jsonl?|parquet))(?=[:,]|$)", re.IGNOR
 
 
 class TextField(Options):
-    """Which field of the rows of a user's own files is read."""
+    """Which field is read from the rows of a user's own files."""
 
     text_field: str | None = option(None, "Field of your own rows, e.g. prompt or prompt+answer.")
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, values: Any) -> Any:
-        """Name the field behind every file of rows: mine.csv@prompt."""
+        """Append the field to every file of rows: mine.csv@prompt."""
         if not isinstance(values, dict) or (field := values.get("text_field")) is None:
             return values
         key = "spec" if "spec" in values else "calibration"
         text = ROWS_OF.sub(lambda found: f"{found[1]}@{field}", values.get(key) or "")
         if not field or text == (values.get(key) or ""):
             raise ValueError(
-                "--text-field reads .csv, .tsv, .json, .jsonl and .parquet files, and none is named"
+                "--text-field reads .csv, .tsv, .json, .jsonl and .parquet files, but none is named"
             )
         return values | {key: text}
 
 
 class SizeOptions(Options):
-    """How many tokens are drawn, and which."""
+    """How many tokens are sampled, and how."""
 
     rows: int = option(64, "Rows of the set, e.g. 128.", ge=1)
     length: int = option(512, "Tokens per row, e.g. 2048.", ge=1)
-    seed: int = option(0, "Seed of the draw, e.g. 1.", ge=0)
+    seed: int = option(0, "Seed of the sample, e.g. 1.", ge=0)
     packing: Literal["concat", "window"] = option(
         "concat", "Documents joined (concat) or one window of each.", advanced=True
     )
@@ -190,16 +190,16 @@ class DrawOptions(SizeOptions):
     """How a calibration set is drawn; the same on the command line, in YAML and in Python."""
 
     leakage: Leakage = option(
-        "offline", "Suites to share no text with; off: no check.", advanced=True
+        "offline", "Suites whose text is excluded; off: no check.", advanced=True
     )
     licence: Licence = licence_option()
 
     def drawn(self) -> dict[str, Any]:
-        """Return the options of the draw that were set, by name."""
-        return self.asked(DrawOptions)
+        """Return the drawing options that were set, by name."""
+        return self.options_of(DrawOptions)
 
     def record(self) -> dict[str, Any]:
-        """Return all options as JSON-serialisable values, those of the draw under `draw`."""
+        """Return all options as JSON-serialisable values, those for drawing under `draw`."""
         values = self.model_dump(mode="json")
         draw = {name: values[name] for name in self.drawn()}
         rest = {name: one for name, one in values.items() if name not in DrawOptions.model_fields}
@@ -209,33 +209,34 @@ class DrawOptions(SizeOptions):
 Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
 
 
-MEASURE = option("primary", "What retention is of, e.g. accuracy.", metavar="NAME")
+MEASURE = option("primary", "Score that retention compares, e.g. accuracy.", metavar="NAME")
 
 
 class Settings(Options):
-    """How an analysis is made."""
+    """How a study is analysed."""
 
     measure: Measure = MEASURE
     default: str | None = option(
-        None, "The set that leads are over.", shown="mean of the single sources", advanced=True
+        None, "Set to compare others with.", shown="mean of the single sources", advanced=True
     )
-    permutations: int = option(19_999, "Permutations beyond 8 sets.", ge=1, advanced=True)
-    resamples: int = option(2000, "Bootstrap resamples of the intervals.", ge=1, advanced=True)
+    permutations: int = option(19_999, "Permutations, beyond 8 sets.", ge=1, advanced=True)
+    resamples: int = option(2000, "Bootstrap resamples for intervals.", ge=1, advanced=True)
     seed: int = option(0, "Seed of permutations and bootstrap.", ge=0, advanced=True)
 
 
 Propagation = Literal["sequential", "block"]
-MOST_EMBEDDING = 6  # bits, of which nearly all levels fit a byte
+MOST_EMBEDDING = 6  # bits; nearly all levels then fit a byte
 
 
 class Pruning(DrawOptions):
-    """What of a prune decides the result, beside its target and the method's own options."""
+    """Options that decide the result of a pruning run, besides the target and the method's own."""
 
     calibration: str | None = option(
         None, "Source, mix, file or saved set, e.g. uniform:stories,python-stdlib."
     )
     propagation: Propagation | None = option(
-        None, "Inputs from pruned layers, or the papers' two passes.", shown="sequential",
+        None, "sequential: inputs from pruned layers; block: the papers' two passes.",
+        shown="sequential",
         advanced=True,
     )  # fmt: skip
     allocation: Any = option(
@@ -245,30 +246,30 @@ class Pruning(DrawOptions):
         None, "Fraction of experts to drop per MoE layer: 0.25.", advanced=True, gt=0, lt=1
     )
     embeddings: float | None = option(
-        None, "Bits of a weight of embeddings and output head: 5.", shown="as they are",
+        None, "Bits per weight of embeddings and output head: 5.", shown="as they are",
         advanced=True, ge=2, le=MOST_EMBEDDING,
     )  # fmt: skip
     only: tuple[str, ...] = option((), "Only layers whose names match: '*.mlp.*'.", advanced=True)
-    skip: tuple[str, ...] = option((), "No layers whose names match: '*.down_proj'.", advanced=True)
+    skip: tuple[str, ...] = option((), "Skip layers whose names match: '*.o_proj'.", advanced=True)
 
 
 RECOVERIES = {"distill": (2, 1e-3), "blocks": (2, 3e-3)}  # epochs and learning rate
 
 
 class Recovering(DrawOptions):
-    """What of a recovery decides the result; epochs and learning rate are the method's own where
-    none are given."""
+    """Options that decide the result of a recovery; epochs and learning rate depend on the method
+    unless given."""
 
     calibration: str = option(..., "Text to train on, as for calmix prune.")
     method: Literal["distill", "blocks"] = option(
-        "distill", "The whole model's logits, or block by block."
+        "distill", "Match the whole model's logits, or block by block."
     )
-    epochs: int = option(None, "Passes over the rows at most.", shown="2", ge=1, le=1000)
+    epochs: int = option(None, "Maximum passes over the rows.", shown="2", ge=1, le=1000)
     lr: float = option(
         None, "Peak learning rate, relative to weights' size.", shown="1e-3, blocks 3e-3",
         gt=0, lt=1, allow_inf_nan=False,
     )  # fmt: skip
-    batch: int = option(4, "Rows a step.", ge=1)
+    batch: int = option(4, "Rows per step.", ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -278,47 +279,45 @@ class Recovering(DrawOptions):
 
     @property
     def text(self) -> str:
-        """The recovery as a user writes it, with the options that differ from their defaults."""
+        """The recovery as a user writes it, with options that differ from their defaults."""
         usual = Recovering(method=self.method, calibration="")
-        told = (f"{key}={getattr(self, key)!r}" for key in RECOVERY_OPTIONS
-                if getattr(self, key) != getattr(usual, key))  # fmt: skip
-        return ",".join([self.method, *told])
+        given = (f"{key}={getattr(self, key)!r}" for key in RECOVERY_OPTIONS
+                 if getattr(self, key) != getattr(usual, key))  # fmt: skip
+        return ",".join([self.method, *given])
 
 
 RECOVERY_OPTIONS = ("epochs", "lr", "batch")
 
 
 class Target(MemoryOptions, DeviceOptions):
-    """What a model is compressed to, and on what."""
+    """What a model is compressed to, and with which text and time."""
 
     model: str = option(..., MODEL, argument=True)
     sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.")
-    pattern: str | None = option(None, "N:M in place of a sparsity: 2:4.")
+    pattern: str | None = option(None, "N:M instead of a sparsity, e.g. 2:4.")
     bits: float | None = option(
-        None, "Bits a weight: 2.8; with a sparsity, of what is kept.", shown="4.5", gt=0, le=8
+        None, "Bits per weight: 2.8; with a sparsity, per kept weight.", shown="4.5", gt=0, le=8
     )  # fmt: skip
-    size: str | None = option(
-        None, "Size of the packed weights: 120MB, or 0.25 of the dense ones; sets --bits."
-    )
+    size: str | None = option(None, "Packed size instead of --bits: 120MB, or 0.25 of dense.")
     keep_at_least: str | None = option(
-        None, "The smallest that keeps this, proven: code=0.9,math=0.7.", metavar="FLOORS"
+        None, "Smallest model that provably keeps this: code=0.9,math=0.7.", metavar="FLOORS"
     )
     confidence: Share | None = option(
         None, "Confidence of --keep-at-least, e.g. 0.99.", shown="0.95", ge=0.8, le=0.999,
         advanced=True,
     )  # fmt: skip
     seeds: int | None = option(
-        None, "Draws of text for --keep-at-least: the models of all must keep.", shown="1", ge=1,
-        le=9, advanced=True,
+        None, "Text seeds that must all pass --keep-at-least.", shown="1", ge=1, le=9,
+        advanced=True,
     )  # fmt: skip
     effort: Literal["quick", "standard", "best"] = option(
-        "standard", "Time for quality: rows, recovery, evaluation."
+        "standard", "Time to spend on calibration, recovery and evaluation."
     )
     calibration: str | None = option(
         None, "Calibration text, as for calmix calibrate.", shown="a built-in mix"
     )
     suite: str = option("offline", "Suite by name, or a YAML file.")
-    seed: int | None = option(None, "Seed of the calibration draw.", shown="0", ge=0)
+    seed: int | None = option(None, "Seed of the calibration text.", shown="0", ge=0)
     licence: Licence = licence_option(advanced=False)
     prompts: Path | None = option(None, "Prompts for the card: .txt, .jsonl or .parquet.",
                                   shown="ten plain questions", advanced=True)  # fmt: skip
@@ -328,23 +327,23 @@ class Target(MemoryOptions, DeviceOptions):
 
 
 class Compression(TextField, Target):
-    """What `compress` can be asked for."""
+    """The options of `compress`."""
 
     no_corpus: bool = option(False, "Calibrate on text the model writes itself.")
     keep: Weights | None = option(
-        None, "Dimensions' shares beside chats, e.g. code=2,general=1.", metavar="NAME=WEIGHT,..."
+        None, "Weights of dimensions besides chats: code=2,general=1.", metavar="NAME=WEIGHT,..."
     )
     within: Annotated[float, BeforeValidator(parse_duration)] | None = option(
-        None, "With --keep-at-least: time to look for it, e.g. 2h.", metavar="TIME", advanced=True
+        None, "Time limit of --keep-at-least, e.g. 2h.", metavar="TIME", advanced=True
     )
 
 
-METHOD = "sparsegpt"  # of pruning where none is named
-BITS_METHOD = "ecq"  # where bits are asked for, and no sparsity
+METHOD = "sparsegpt"  # default of pruning
+BITS_METHOD = "ecq"  # default for bits without a sparsity
 COMPRESS_METHOD = "admm"  # ends in a refit of its own: docs/methods.md
 
-# What draws a calibration set beside its specification; what a method that looks at data takes;
-# what a user can say of any prune: no method's option has such a name.
+# Options of drawing a calibration set; options of methods that use data; and options of every
+# pruning run, whose names no method's option may have.
 DRAW = tuple(DrawOptions.model_fields)
 CALIBRATED = ("calibration", "propagation", "drop_experts", *DRAW)
 PRUNE = (
@@ -355,7 +354,7 @@ PRUNE = (
 
 
 def named_values(what: str, parts: Iterable[str], form: str) -> dict[str, str]:
-    """Return values by name from parts such as `name=value`, a form that errors of `what` show."""
+    """Return values by name from parts such as `name=value`; errors name `what` and show `form`."""
     found: dict[str, str] = {}
     for part in parts:
         name, equals, value = (piece.strip() for piece in part.partition("="))
@@ -368,13 +367,13 @@ def named_values(what: str, parts: Iterable[str], form: str) -> dict[str, str]:
 
 
 def named_options(what: str, text: str) -> tuple[str, dict[str, str]]:
-    """Return the name and the options, as written, of `NAME,option=value,...`."""
+    """Split `NAME,option=value,...` into the name and its options as text."""
     name, *parts = text.split(",")
     return name.strip(), named_values(f"{what} '{text}'", parts, "option=value")
 
 
 def checked(model: type[Some], values: Mapping[str, Any]) -> Some:
-    """Return options checked; None counts as not given. An InputError names the flag."""
+    """Check options, None being not given; an InputError names the flag."""
     try:
         return model.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
@@ -382,7 +381,7 @@ def checked(model: type[Some], values: Mapping[str, Any]) -> Some:
 
 
 def mistake(error: ValidationError, model: type[Options]) -> str:
-    """Return the first problem of a failed validation as a line that names the flag."""
+    """Return the first error of a failed validation as a line that names the flag."""
     problem = error.errors()[0]
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "extra_forbidden":
@@ -401,7 +400,7 @@ def mistake(error: ValidationError, model: type[Options]) -> str:
 
 
 def flags(model: type[Options], name: str) -> list[str]:
-    """Return how the command line calls a field: its flags, or the word of an argument."""
+    """Return a field's flags on the command line, or the metavar of an argument."""
     extra: Any = model.model_fields[name].json_schema_extra or {}
     if extra.get("argument"):
         return [extra.get("metavar") or name.upper()]

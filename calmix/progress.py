@@ -1,4 +1,4 @@
-"""Progress of long work: one line in a terminal or a notebook, elsewhere a line now and then."""
+"""Progress of long runs: one live line in a terminal or notebook, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-EVERY = 30.0  # seconds between lines where nobody looks on
-OFTEN = 0.2  # between changes in a notebook
-WIDE = 32  # characters of what is done inside a stage
-# What draws a text, a share (None: not known) and the time that is left, and what ends it.
+EVERY = 30.0  # seconds between lines without a terminal
+OFTEN = 0.2  # seconds between updates in a notebook
+WIDE = 32  # characters of the text inside a stage
+# Functions that draw a text, a share (None: unknown) and the time left, and that end the display.
 View = tuple[Callable[[str, float | None, str], None], Callable[[], None]]
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words: `40 s`, `12 min`, `3 h 5 min`."""
+    """Return a duration as text: `40 s`, `12 min`, `3 h 5 min`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what libraries log and warn of; errors still raise."""
+    """Silence logs and warnings of libraries; errors still raise."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -43,13 +43,13 @@ def quiet() -> Iterator[None]:
 
 
 class Progress:
-    """What is done of some work, for `with`; its methods return what work takes as `progress`.
+    """A progress display for `with`; its methods return callbacks that long functions take.
 
-    The share that is shown never falls, and is whole only at the end. Inside `Stages`, another
-    `Progress` is shown as a part of them.
+    The share shown never falls and stays below 100 %. Inside `Stages`, another `Progress` is shown
+    as part of the current stage.
     """
 
-    console: ClassVar[Any] = None  # of the terminal, which prints above the line
+    console: ClassVar[Any] = None  # of the terminal: other output is printed above the line
     _over: ClassVar[Stages | None] = None
 
     def __init__(self, *, shown: bool = True) -> None:
@@ -69,8 +69,8 @@ class Progress:
             self._view[1]()
 
     def of(self, what: str, between: str = ", ") -> Callable[..., None]:
-        """Return what shows how much of some work is done, of how much, and a word more."""
-        before = [0, 0, 0.0]  # done, total and share where the total last grew
+        """Return a callback that shows how much is done, of how much, and a detail."""
+        before = [0, 0, 0.0]  # done, total and share when the total last grew
 
         def show(done: int, total: int, more: str = "") -> None:
             if total != before[1]:
@@ -82,7 +82,7 @@ class Progress:
         return show
 
     def each(self, what: str, total: int | None = None) -> Callable[[str], None]:
-        """Return what shows the name of each of some things as it is done."""
+        """Return a callback that shows the name of each item as it is done."""
         show, done = self.of(what, " "), itertools.count(1)
         return lambda name: show(next(done), total or 0, name)
 
@@ -93,11 +93,11 @@ class Progress:
     def show(
         self, text: str, share: float | None, key: str = "", left: float | None = None
     ) -> None:
-        """Show a share of some work, from 0 to 1, or None where that is not known.
+        """Show a share of the work from 0 to 1, or None if it is unknown.
 
         Args:
-            key: what the share is of, where that is not `text`.
-            left: seconds that are left, where that is known better than by the share.
+            key: identifies the work, by default `text`.
+            left: seconds left, if known better than from the share.
         """
         if Progress._over is not None and Progress._over is not self:
             Progress._over.part(text)
@@ -108,22 +108,22 @@ class Progress:
             share = self._most[key] = max(self._most.get(key, 0.0), min(0.99, share))
             if left is None and share > 0.02:
                 left = since / share * (1 - share)
-        told = f"{duration(left)} left" if left is not None and left >= 1 else ""
+        remaining = f"{duration(left)} left" if left is not None and left >= 1 else ""
         if self._view is not None:
-            self._view[0](text, share, told)
+            self._view[0](text, share, remaining)
         elif self._shown and now - self._last >= EVERY:
             self._last = now
-            known = [f"{share:.0%}"] if share is not None else []
-            sys.stderr.write(", ".join([text, *known, *filter(None, [told])]) + "\n")
+            parts = text, "" if share is None else f"{share:.0%}", remaining
+            sys.stderr.write(", ".join(filter(None, parts)) + "\n")
 
 
 class Stages(Progress):
-    """The stages of some work, in one line: `3/6 recover, 4 min left`.
+    """The stages of a run in one line: `3/6 recover, 4 min left`.
 
-    Those that are passed over are not waited for, unless work goes back to them.
+    Skipped stages do not count unless the run returns to them.
 
     Args:
-        names: of the stages, in order.
+        names: names of the stages, in order.
     """
 
     def __init__(self, names: Iterable[str], *, shown: bool = True) -> None:
@@ -142,11 +142,11 @@ class Stages(Progress):
         super().__exit__(*given)
 
     def expect(self, seconds: Mapping[str, float]) -> None:
-        """Take the seconds that each stage will take, by its name; one that is missing takes 0."""
+        """Set the expected seconds of each stage by name; a missing one takes 0."""
         self._expected = [seconds.get(name, 0.0) for name in self._names]
 
     def begin(self, name: str) -> None:
-        """Go on to a stage."""
+        """Start a stage."""
         now = time.monotonic()
         if self._start:
             self._taken += now - self._start
@@ -155,24 +155,24 @@ class Stages(Progress):
         self.part()
 
     def part(self, inside: str = "") -> None:
-        """Show how far the stage will be by now, and what is done inside it."""
+        """Show the expected progress, and what runs inside the stage."""
         text = f"{self._at + 1}/{len(self._names)} {self._names[self._at]}"
         text += f": {textwrap.shorten(inside, WIDE, placeholder='...')}" if inside else ""
-        before, own = sum(self._expected[at] for at in self._done), self._expected[self._at]
+        before, this = sum(self._expected[at] for at in self._done), self._expected[self._at]
         after = range(self._at, len(self._names))
         whole = before + sum(self._expected[at] for at in after if at not in self._done)
-        if not whole:  # nothing is known of the time
+        if not whole:  # no estimate
             self.show(text, None)
             return
         pace = self._taken / before if min(self._taken, before) > 1 else 1.0
         spent = (time.monotonic() - self._start) / pace
-        # Past 70 % of its time a stage slows down and never stands: it may take longer.
-        done = before + (spent if spent <= 0.7 * own else own * spent / (spent + 0.3 * own))
+        # Past 70 % of its time a stage slows down without stopping, because it may take longer.
+        done = before + (spent if spent <= 0.7 * this else this * spent / (spent + 0.3 * this))
         self.show(text, done / whole, "all", pace * (whole - done))
 
 
 def _watched() -> bool:
-    """Whether somebody looks on: FORCE_COLOR, which notebooks set, makes no file a terminal."""
+    """Whether stderr is a terminal; FORCE_COLOR, which notebooks set, is ignored."""
     return sys.stderr.isatty()
 
 
@@ -183,36 +183,36 @@ def _in_notebook() -> bool:
 
 
 def _terminal() -> View:
-    """Return a line with a bar, which pulses while a share is not known, and goes at the end."""
+    """Return a bar that pulses while the share is unknown and disappears at the end."""
     from rich import progress as rich
     from rich.console import Console
 
     columns = (
         rich.TextColumn("{task.description}", markup=False), rich.BarColumn(None),
-        rich.TextColumn("{task.fields[told]}", markup=False), rich.TimeElapsedColumn(),
+        rich.TextColumn("{task.fields[remaining]}", markup=False), rich.TimeElapsedColumn(),
     )  # fmt: skip
     console = Progress.console or Console(stderr=True)
     bar = rich.Progress(*columns, console=console, transient=True)
-    task = bar.add_task("", total=None, told="")
+    task = bar.add_task("", total=None, remaining="")
     bar.start()
 
-    def draw(text: str, share: float | None, told: str) -> None:
+    def draw(text: str, share: float | None, remaining: str) -> None:
         bar.tasks[0].total = None if share is None else 1.0  # an update takes None as no change
-        bar.update(task, description=text, completed=share or 0.0, told=told)
+        bar.update(task, description=text, completed=share or 0.0, remaining=remaining)
 
     return draw, bar.stop
 
 
 def _notebook() -> View:
-    """Return the same in a notebook's cell."""
-    display = importlib.import_module("IPython.display").display  # there, in a notebook
+    """Return a bar in a notebook's cell."""
+    display = importlib.import_module("IPython.display").display  # every notebook has it
     cell, last = display({"text/plain": ""}, raw=True, display_id=True), 0.0
 
-    def draw(text: str, share: float | None, told: str) -> None:
+    def draw(text: str, share: float | None, remaining: str) -> None:
         nonlocal last
         if time.monotonic() - last >= OFTEN:
             last, value = time.monotonic(), "" if share is None else f"value='{share:.3f}'"
-            page = f"{html.escape(text)} <progress {value}></progress> {told}"
-            cell.update({"text/plain": f"{text} {told}", "text/html": page}, raw=True)
+            page = f"{html.escape(text)} <progress {value}></progress> {remaining}"
+            cell.update({"text/plain": f"{text} {remaining}", "text/html": page}, raw=True)
 
     return draw, lambda: cell.update({"text/plain": ""}, raw=True)

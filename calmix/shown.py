@@ -1,4 +1,4 @@
-"""Results that show themselves: a line in a console, a table in a notebook, rows for pandas."""
+"""Results that display themselves: a line in a console, a table in a notebook or pandas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from calmix.files import check_result_file, write_json, write_text
 
 
 class Shown:
-    """What a result inherits; it says itself what its line and its rows are."""
+    """Base class of results, which define `_line` and `_rows`."""
 
     def _line(self) -> str:
         raise NotImplementedError
@@ -34,7 +34,7 @@ class Shown:
         return pandas.DataFrame(self._rows())
 
     def save(self, path: Path | str) -> None:
-        """Write all of it to a `.json` file, or its table to a `.csv` file, and nothing else."""
+        """Write everything to a `.json` file, or the table to a `.csv` file."""
         path = Path(path)
         check_result_file(path)
         if path.suffix.lower() == ".csv":
@@ -44,8 +44,8 @@ class Shown:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable values."""
-        own: Any = self  # a dataclass
-        return asdict(own)
+        dataclass: Any = self
+        return asdict(dataclass)
 
 
 def percent(value: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Progress: one line, whose share never falls, in a terminal, a notebook or a file."""
+"""Progress: one line whose share never falls, in a terminal, a notebook or a file."""
 
 import io
 from itertools import pairwise
@@ -11,7 +11,7 @@ from calmix.progress import Progress, Stages
 
 
 class View:
-    """What would be drawn."""
+    """Records what would be drawn."""
 
     def __init__(self):
         self.drawn = []
@@ -34,13 +34,13 @@ def view(monkeypatch):
 
 @pytest.fixture
 def now(monkeypatch):
-    """The time, which stands still."""
+    """A clock that stands still."""
     made = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: made[0])
     return made
 
 
-def test_a_share_is_not_known_at_0_of_0_and_never_falls_when_the_total_grows(view):
+def test_a_share_is_unknown_at_0_of_0_and_never_falls_when_the_total_grows(view):
     with Progress() as bar:
         show = bar.of("scoring")
         show(0, 0)
@@ -58,7 +58,7 @@ def test_a_share_is_not_known_at_0_of_0_and_never_falls_when_the_total_grows(vie
     assert view.ended
 
 
-def test_the_stages_of_some_work_are_one_line_and_hold_what_is_inside(view, now):
+def test_stages_are_one_line_and_show_the_work_inside(view, now):
     with Stages(["draw", "prune", "evaluate"]) as bar:
         bar.show("estimating", None)
         bar.expect({"draw": 10.0, "prune": 60.0, "evaluate": 30.0})
@@ -79,7 +79,7 @@ def test_the_stages_of_some_work_are_one_line_and_hold_what_is_inside(view, now)
     assert Progress._over is None
 
 
-def test_stages_passed_over_are_not_waited_for_until_work_goes_back(view, now):
+def test_skipped_stages_do_not_count_until_the_run_returns_to_them(view, now):
     names = ["score", "6 bits", "5 bits", "4 bits", "3 bits"]
     with Stages(names) as bar:
         bar.expect(dict.fromkeys(names, 1000.0))
@@ -96,10 +96,10 @@ def test_stages_passed_over_are_not_waited_for_until_work_goes_back(view, now):
     assert shares == sorted(shares)
 
 
-def test_a_stage_that_takes_longer_than_thought_never_stands_still(view, now):
+def test_a_stage_that_takes_longer_than_expected_never_stands_still(view, now):
     with Stages(["prune", "evaluate"]) as bar:
         bar.begin("prune")
-        assert view.drawn == [("1/2 prune", None, "")]  # nothing is known of the time
+        assert view.drawn == [("1/2 prune", None, "")]  # without an estimate
         bar.expect({"prune": 10.0, "evaluate": 10.0})
         for _ in range(8):
             now[0] += 5
@@ -109,7 +109,7 @@ def test_a_stage_that_takes_longer_than_thought_never_stands_still(view, now):
     assert view.drawn[-1][0] == "1/2 prune: a text of the block that is..."
 
 
-def test_the_bar_pulses_again_when_a_share_is_not_known(monkeypatch):
+def test_the_bar_pulses_again_when_the_share_is_unknown(monkeypatch):
     monkeypatch.setattr(Progress, "console", Console(file=io.StringIO()))
     totals = []
     monkeypatch.setattr("rich.progress.Progress.update",
@@ -121,7 +121,7 @@ def test_the_bar_pulses_again_when_a_share_is_not_known(monkeypatch):
     assert totals == [None, 1.0, None]
 
 
-def test_without_a_terminal_a_line_comes_now_and_then(capsys, now):
+def test_without_a_terminal_a_line_is_printed_now_and_then(capsys, now):
     with Progress() as bar:
         show = bar.of("scoring m")
         for done in range(9):

@@ -1,4 +1,4 @@
-"""The prune and perplexity verbs: what they write, that it loads, and every mistake's one line."""
+"""The prune and perplexity verbs: their output, that it loads, and errors of one line."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def layers(folder):
     return [layer for i in range(len(found)) for layer in found.prunables(i)]
 
 
-def test_a_pruned_checkpoint_loads_anywhere_and_tells_what_was_done(
+def test_a_pruned_checkpoint_loads_anywhere_and_has_a_manifest(
     calmix, tiny_folder, text_file, tmp_path
 ):
     output = tmp_path / "pruned"
@@ -56,7 +56,7 @@ def test_a_pruned_checkpoint_loads_anywhere_and_tells_what_was_done(
     assert run["seconds"]["total"] > 0
 
 
-def test_several_targets_are_what_each_would_be_alone(calmix, tiny_folder, text_file, tmp_path):
+def test_several_targets_equal_those_of_separate_runs(calmix, tiny_folder, text_file, tmp_path):
     common = ("prune", tiny_folder, "--calibration", text_file, *SMALL)
     together, methods = tmp_path / "together", "sparsegpt,wanda,refit=5,magnitude"
     ended = calmix(*common, "--method", methods, "--sparsity", "0.5,0.6", "-o", together).ok()
@@ -82,7 +82,7 @@ def test_several_targets_are_what_each_would_be_alone(calmix, tiny_folder, text_
         assert hashes(both) == hashes(tmp_path / f"{kind}-alone")
 
 
-def test_one_target_that_cannot_be_solved_leaves_the_others(
+def test_a_target_that_cannot_be_solved_does_not_stop_the_others(
     calmix, tiny_folder, text_file, tmp_path, monkeypatch
 ):
     score, seen = Wanda.score, []
@@ -106,8 +106,8 @@ def test_one_target_that_cannot_be_solved_leaves_the_others(
 
 
 def mistakes(tiny_folder, text_file, tmp_path):
-    """Arguments after `prune MODEL`, and what the line must contain; what a model, a source, a
-    mix, a pattern or a method refuses stands with their own tests."""
+    """Yield arguments after `prune MODEL`, and text that the error must contain; errors of models,
+    sources, mixes, patterns and methods have their own tests."""
     data, half = ("--calibration", text_file, *SMALL), ("--sparsity", 0.5)
     odd = save_tiny_model(tmp_path / "mixture", "mixtral")
     yield (odd, *data, *half, "--drop-experts", 0.75), "is routed to 2: drop fewer"
@@ -134,13 +134,13 @@ def mistakes(tiny_folder, text_file, tmp_path):
     yield (tiny_folder, *half, "--method", "magnitude", "--seed", 1), "--seed has no effect"
 
 
-def test_every_mistake_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_file, tmp_path):
+def test_every_error_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_file, tmp_path):
     for number, (arguments, words) in enumerate(mistakes(tiny_folder, text_file, tmp_path)):
         output = tmp_path / f"out{number}"
         before = sorted(path.name for path in tmp_path.iterdir())
         ended = calmix("prune", *arguments, "-o", output)
         assert ended.code == 2, (arguments, ended)
-        # What says that calibration began is no part of the mistake's line.
+        # A line before the error says that calibration began.
         last = ended.err.strip().splitlines()[-1]
         assert last.startswith("error: "), (arguments, ended)
         assert words in last, (arguments, last)
@@ -149,7 +149,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_
 
 
 def test_a_models_processor_files_stay_with_it(calmix, tiny_folder, tmp_path):
-    """A model of images too is opened as one of text."""
+    """A vision-language model is opened as a text model."""
     model, output = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "out"
     kept = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
             "chat_template.json")  # fmt: skip
@@ -160,9 +160,7 @@ def test_a_models_processor_files_stay_with_it(calmix, tiny_folder, tmp_path):
         assert (output / name).read_bytes() == (model / name).read_bytes()
 
 
-def test_a_failure_while_writing_leaves_the_old_folder_alone(
-    calmix, tiny_folder, tmp_path, monkeypatch
-):
+def test_a_failed_write_leaves_the_old_folder_alone(calmix, tiny_folder, tmp_path, monkeypatch):
     output = tmp_path / "out"
     output.mkdir()
     for name in ("calmix.json", "config.json"):
@@ -180,7 +178,7 @@ def test_a_failure_while_writing_leaves_the_old_folder_alone(
     assert kept.startswith("2 blocks are kept in ")
     assert "no space left" in error
     assert {p.name for p in output.iterdir()} == {"calmix.json", "config.json"}
-    # The work is kept, and goes on when there is room.
+    # The work is kept and can resume when there is room.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.unfinished"]
     ended = calmix(*command, "--resume").ok()
     assert "resuming after 2 of 2 blocks" in ended.err
@@ -195,9 +193,7 @@ def test_a_failure_while_writing_leaves_the_old_folder_alone(
     ("mixtral", ("--drop-experts", 0.25), ["prune, drop-0.25"]),
     ("mixtral", ("--drop-experts", 0.25, "--sparsity", 0.5), ["prune, sparsegpt-0.5"]),
 ])  # fmt: skip
-def test_a_dry_run_tells_what_it_takes_and_writes_nothing(
-    calmix, tmp_path, text_file, kind, more, stages
-):
+def test_a_dry_run_estimates_and_writes_nothing(calmix, tmp_path, text_file, kind, more, stages):
     model = save_tiny_model(tmp_path / "model", kind)
     before = sorted(tmp_path.iterdir())
     asked = ("prune", model, "--calibration", text_file, *SMALL, *more, "--dry-run",

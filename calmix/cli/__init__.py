@@ -12,16 +12,16 @@ import typer
 from calmix.cli.root import app
 from calmix.errors import MEANT, CalmixError
 
-# How often a thread looks whether the others are done before it sleeps. libgomp's 300,000 last
-# longer than a turn of the scheduler: where another program has a core, each would wait so long.
+# Spins of an idle OpenMP thread before it sleeps. libgomp's default of 300,000 outlasts a slice
+# of the scheduler: where another program holds a core, every barrier would wait that long.
 SPINS = "2000"
-# Kernels that PyTorch and oneDNN keep. Each is for one shape and may take a megabyte; experts have
-# as many shapes as they have numbers of tokens. Both read it at their first product.
+# Kernels that PyTorch and oneDNN cache. Each is for one shape and may take a megabyte, and experts
+# see a new shape for every token count. Both read the limit at their first matrix product.
 CACHES, KERNELS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64"
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(wanted: bool) -> None:
+    if wanted:
         import calmix
 
         typer.echo(f"calmix {calmix.__version__}")
@@ -34,11 +34,11 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Options of no verb."""
+    """Options before the verb."""
 
 
-_parser = functools.cache(typer.main.get_command)  # takes a tenth of a second; verbs stay the same
-# What the parser raises for a mistake: click's class or, in later versions, typer's copy of it.
+_parser = functools.cache(typer.main.get_command)  # building it takes a tenth of a second
+# The parser's usage error: click's class or, in later versions of typer, its own copy.
 UsageError: Any = typer.BadParameter.__base__
 
 
@@ -49,24 +49,24 @@ def _refuse(error: Any) -> NoReturn:
     from calmix.cli.common import fail
 
     verb = error.ctx.command_path if error.ctx else "calmix"
-    if verb == "calmix prune" and (name := getattr(error, "option_name", "")):
+    name = getattr(error, "option_name", "").lstrip("-")
+    if verb == "calmix prune" and name:
         from calmix.options import METHOD
         from calmix.pruning.methods import methods
 
-        key = name.lstrip("-").replace("-", "_")
+        key = name.replace("-", "_")
         for method in sorted(methods().values(), key=lambda one: one.name != METHOD):
             if key in method.model_fields:
-                fail(f"{name} goes with its method: --method {method.name},{key}=VALUE")
-    name = getattr(error, "option_name", "").lstrip("-")
+                fail(f"--{name} is an option of a method: --method {method.name},{key}=VALUE")
     if (meant := MEANT.get(name)) and any(f"--{meant}" in p.opts for p in error.ctx.command.params):
-        fail(f"No such option: --{name}: did you mean --{meant}? (see {verb} --help)")
+        fail(f"No such option '--{name}': did you mean --{meant}? (see {verb} --help)")
     fail(f"{error.format_message().rstrip('.')} (see {verb} --help)")
 
 
 def main() -> None:
-    """Run the command line. Exit code 2 and one line for a mistake; 130 for an interrupt."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook sets its own, which may not be installed here
-    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported, which no verb has yet
+    """Run the command line: an error is one line with exit code 2, an interrupt exit code 130."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's own backend may not be installed here
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported, which is later
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     for cache in CACHES:
         os.environ.setdefault(cache, KERNELS)
@@ -80,7 +80,7 @@ def main() -> None:
         fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
+    except BrokenPipeError:  # the reader of our output (head, less) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     if code == 130:

@@ -1,4 +1,4 @@
-"""`calibrate`: draw or write a calibration set; what text is like; what it would keep."""
+"""`calibrate`: make calibration sets, list and measure text, predict what a set keeps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from calmix.sources.licences import allowed, short
 from calmix.sources.registry import MIXES
 from calmix.specs import BOTH
 
-WRITTEN = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of text a model wrote
+WRITTEN = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of self-written text
 calibrate = group("calibrate", default="draw")
 
 
@@ -43,25 +43,25 @@ def draw(
     spec: str = option(
         ..., "Source, a:0.5,b:0.5, uniform:a,b, YAML, file; or self-written.", argument=True
     ),
-    model: str = option(..., "The model it is for.", flag="--model -m"),
+    model: str = option(..., "Model that the set is for.", flag="--model -m"),
     output: Path = path_option("Folder to write."),
     overwrite: bool = option(False, "Replace a calibration set."),
 ) -> None:
-    """Draw a calibration set from sources and save it; or let the model write it.
+    """Draw a calibration set from sources, or let the model write it.
 
-    SPEC may be self-written, chat, igsp, self-cal or sgs, and take settings:
-    igsp,candidates=2.
+    For text that the model writes, SPEC is self-written, chat, igsp, self-cal or sgs, and may have
+    settings: igsp,candidates=2.
     """
     from calmix.calibration import ask, open_tokenizer, resolve
     from calmix.models import check_models, open_model
 
-    asked = ask(spec, **drawn.drawn())
-    if asked.saved is not None:
-        raise InputError(f"{spec} is a calibration set already: copy the folder, or export it")
-    written = asked.runs_model
+    request = ask(spec, **drawn.drawn())
+    if request.saved is not None:
+        raise InputError(f"{spec} is already a calibration set: copy the folder or export it")
+    written = request.runs_model
     if not written and (how.dtype, how.device) != ("auto", "auto"):
         raise InputError("--dtype and --device have no effect: this set is drawn without the model")
-    inputs = [model, drawn.sources, *asked.files]
+    inputs = [model, drawn.sources, *request.files]
     check_output_folder(output, inputs=inputs, overwrite=overwrite)
     check_models(model, **how.opening())
     opened: Any = open_tokenizer(model, trust_remote_code=how.trust_remote_code)
@@ -73,7 +73,7 @@ def draw(
                        tick=bar.each("drawing"))  # fmt: skip
     made.save(output, overwrite=overwrite)
     manifest, leakage = made.manifest, made.manifest["leakage"]
-    dropped = {} if leakage == "off" else {k: len(held) for k, held in leakage["dropped"].items()}
+    dropped = {} if leakage == "off" else {k: len(ids) for k, ids in leakage["dropped"].items()}
     print_json({
         "folder": str(output), "rows": made.rows, "length": made.length, "counts": made.counts,
         "chat_turns": manifest.get("chat_turns"),
@@ -83,19 +83,19 @@ def draw(
     shares = ", ".join(f"{name} {count}" for name, count in made.counts.items())
     line(f"{output}: {made.rows} rows of {made.length} tokens ({shares})")
     if turns := manifest.get("chat_turns"):
-        line(f"{turns} user's turns in the model's chat format")
+        line(f"{turns} user turns in the model's chat format")
     if "generated" in manifest:
-        told = ", ".join(f"{k} {v:.1f}" for k, v in manifest["perplexity"].items())
-        line(f"4-gram aggregation {manifest['aggregation_4']:.2%}, perplexity {told}")
+        values = ", ".join(f"{k} {v:.1f}" for k, v in manifest["perplexity"].items())
+        line(f"4-gram aggregation {manifest['aggregation_4']:.2%}, perplexity {values}")
         if looping := manifest["pieces"]["looping"]:
             line(f"{looping} texts repeat more than {manifest['settings']['repeats']:.0%} of their "
-                 "4-grams: the model wrote none better, try a higher temperature")  # fmt: skip
+                 "4-grams after all retries: try a higher temperature")  # fmt: skip
     if leakage == "off":
         line("not checked for leakage")
     else:
-        line(f"dropped {sum(dropped.values())} of "
-             f"{sum(leakage['checked'].values())} documents: they share {leakage['tokens']} tokens "
-             f"in a row with an item of suite {leakage['suite']}")  # fmt: skip
+        line(f"dropped {sum(dropped.values())} of {sum(leakage['checked'].values())} documents, "
+             f"which share {leakage['tokens']} consecutive tokens with an item of suite "
+             f"{leakage['suite']}")  # fmt: skip
 
 
 @verb("measure", of=calibrate)
@@ -103,24 +103,25 @@ def measure(
     size: SizeOptions,
     how: ModelOptions,
     specs: tuple[str, ...] = option(
-        ..., "Sources, mixes or saved sets; offline: all.", argument=True
+        ..., "Sources, mixes or saved sets; or offline, all offline sources.", argument=True
     ),
-    model: str = option(..., "The model whose tokens count.", flag="--model -m"),
-    rows: int = option(32, "Rows of the budget.", ge=1),
-    draws: int = option(3, "Draws, each with its own seed.", ge=1),
-    no_perplexity: bool = option(False, "Skip what runs the model."),
+    model: str = option(..., "Model that tokenizes and scores the text.", flag="--model -m"),
+    rows: int = option(32, "Rows per sample, e.g. 64.", ge=1),
+    draws: int = option(3, "Samples per text, each with its own seed.", ge=1),
+    no_perplexity: bool = option(False, "Skip perplexity, which runs the model."),
     output: Path | None = path_option("A .json or .csv file to write.", default=None),
 ) -> None:
-    """Measure what calibration text is like, all at one token budget."""
+    """Measure calibration text, such as its diversity and perplexity, at one token budget."""
     from calmix.calibration import open_tokenizer
     from calmix.calibration.measuring import check_request, table
     from calmix.calibration.measuring import measure as run
     from calmix.models import check_models, open_model
 
     names = [name for one in specs for name in (offline_sources() if one == "offline" else [one])]
-    asked = {name: getattr(size, name) for name in SizeOptions.model_fields}  # also over a file's
-    asked |= {"rows": rows, "draws": draws, "perplexity": not no_perplexity}
-    files = check_request(names, **asked)
+    # These override the sizes in a file, too.
+    options = {name: getattr(size, name) for name in SizeOptions.model_fields}
+    options |= {"rows": rows, "draws": draws, "perplexity": not no_perplexity}
+    files = check_request(names, **options)
     if output is not None:
         check_result_file(output, [model, size.sources, *files])
     check_models(model, **how.opening())
@@ -130,17 +131,17 @@ def measure(
     else:
         opened = open_model(model, **how.opening())
     with Progress() as bar:
-        made = run(names, opened, **asked, tick=bar.each("measured", len(names) * draws))
+        made = run(names, opened, **options, tick=bar.each("measured", len(names) * draws))
     if output is not None:
         made.save(output)
     print_json(made.to_dict())
     print_table(
         table(made), least=[] if len(names) <= 4 else None,
-        title=f"{made.budget['tokens']} tokens a draw ({rows} x {size.length}), "
-        f"{draws} draws from seed {size.seed}; mean ± half of the 95 % interval",
+        title=f"{made.budget['tokens']} tokens per sample ({rows} x {size.length}), "
+        f"{draws} samples from seed {size.seed}; mean ± half of the 95 % interval",
     )  # fmt: skip
-    for name, told in made.notes.items():
-        line(f"{name}: {told}")
+    for name, text in made.notes.items():
+        line(f"{name}: {text}")
 
 
 @verb("predict", of=calibrate)
@@ -148,22 +149,22 @@ def predict(
     drawn: DrawOptions,
     how: ModelOptions,
     calibrations: tuple[str, ...] = option(..., "Sets, as for calmix prune.", argument=True),
-    model: str = option(..., "The model to be pruned.", flag="--model -m"),
+    model: str = option(..., "Model to prune.", flag="--model -m"),
     method: str = option(METHOD, "Pruning method, e.g. admm,refit=5."),
     sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.", shown="0.6"),
-    pattern: str | None = option(None, "N:M in place of a sparsity."),
+    pattern: str | None = option(None, "N:M instead of a sparsity, e.g. 2:4."),
     weights: Weights | None = option(
-        None, "What counts, e.g. general=1,code=2.", shown="all equal", metavar="NAME=WEIGHT,..."
+        None, "Weights, e.g. general=1,code=2.", shown="all equal", metavar="NAME=WEIGHT,..."
     ),
     text: tuple[str, ...] = option(
-        (), "Held-out text of yours: code=mine.jsonl (repeat).", metavar="NAME=PATH", advanced=True
+        (), "Your held-out text: code=mine.jsonl (repeat).", metavar="NAME=PATH", advanced=True
     ),
-    rows: int = option(16, "Rows of each source.", ge=1),
-    every: int = option(7, "Look at every k-th block.", ge=1, advanced=True),
+    rows: int = option(16, "Rows per source.", ge=1),
+    every: int = option(7, "Measure every k-th block only.", ge=1, advanced=True),
 ) -> None:
-    """Order calibration sets by the error a prune on them would leave, without pruning.
+    """Rank calibration sets by predicted reconstruction error, without pruning.
 
-    Each source runs through the dense model once; further mixes of it take seconds.
+    Each source runs through the dense model once; more mixes of the same sources take seconds.
     """
     from calmix.analysis.predict import LENGTH, ROWS, check_request
     from calmix.analysis.predict import predict as run
@@ -177,23 +178,23 @@ def predict(
     target, own_texts = sparsity if pattern is None else pattern, parse_texts(text)
     if weights is not None:
         check_weights(weights, (*builtin_readers(), *own_texts), "the held-out text")
-    asked = {"method": method, "length": drawn.length, **drawn.drawn(), "rows": rows}
+    options = {"method": method, "length": drawn.length, **drawn.drawn(), "rows": rows}
     pruned_to = None if target is None else as_pattern(target)
-    check_request(calibrations, **asked)
+    check_request(calibrations, **options)
     check_models(model, **how.opening())
     opened = open_model(model, **how.opening())
     with Progress() as bar:
         made = run(
             opened, calibrations, pattern=pruned_to, weights=weights, every=every,
             held_out=texts(opened, own_texts, rows=ROWS, length=LENGTH),
-            tick=bar.each("predicting"), note=note, writing=bar.writing, **asked,
+            tick=bar.each("predicting"), note=note, writing=bar.writing, **options,
         )  # fmt: skip
     print_json([asdict(one) for one in made])
     table = [{"calibration": one.calibration, "total": f"{one.total:.2%}",
              **{name: f"{value:.2%}" for name, value in one.lost.items()}}
             for one in made]  # fmt: skip
-    print_table(table, text=["calibration"], title="output energy lost, lower is better")
-    line("this orders sets, it is not retention")
+    print_table(table, text=["calibration"], title="predicted error of layers, lower is better")
+    line("this ranks sets; it does not predict retention")
 
 
 @verb("sources", of=calibrate)
@@ -207,7 +208,7 @@ def list_sources(
     dimensions = {source.dimension for source in known.values()}
     if dimension is not None and dimension not in dimensions:
         hint = nearest(dimension, dimensions)
-        raise InputError(f"no source is of dimension '{dimension}': {hint}")
+        raise InputError(f"no source has dimension '{dimension}': {hint}")
     chosen = [source for source in known.values() if allowed(source.licence, licence)
               and dimension in (None, source.dimension)]  # fmt: skip
     rows = [
@@ -231,10 +232,10 @@ def list_sources(
 def show_source(
     name: str = option(..., "A source, file or hub id.", argument=True),
     documents: int = option(1, "Documents to show.", ge=1),
-    characters: int = option(600, "Characters of each.", ge=1),
+    characters: int = option(600, "Characters per document.", ge=1),
     sources: Path | None = own_sources_option(advanced=False),
 ) -> None:
-    """Show a source's entry and the beginning of its first documents."""
+    """Show a source and the beginning of its first documents."""
     own = own_sources(sources)
     if name in MIXES and name not in own:
         from calmix.calibration import mix_text

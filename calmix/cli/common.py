@@ -1,4 +1,4 @@
-"""What every verb shares: consoles, a line, a table that fits or JSON, the error line."""
+"""Printing for all verbs: consoles, lines, tables that fit the terminal, JSON and errors."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ from rich.text import Text
 from calmix.progress import Progress, duration
 
 if TYPE_CHECKING:
+    from calmix.compression.estimate import StageCost
     from calmix.pruning.report import LayerReport
 
-LONGEST = 2000  # characters of the line of a mistake
-ENDLESS, GAP = 10_000, 2  # columns where no terminal reads, and what each cell has beside it
+LONGEST = 2000  # characters of an error line
+ENDLESS, GAP = 10_000, 2  # columns without a terminal; padding of a cell
 NUMBER = re.compile(r"[-\N{MINUS SIGN}>]?\d")
 
 
 def printable(text: str) -> str:
-    """Return text without what a terminal would obey or an encoder refuse."""
+    """Replace control characters, unpaired surrogates and whatever else does not print."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
 
 
 class Terminal(Console):
-    """A console that shows names and paths as they are: they may hold markup, or escape codes."""
+    """A console that prints text literally: names and paths may hold markup or escape codes."""
 
     @property
     def is_terminal(self) -> bool:
-        """Whether somebody looks on: FORCE_COLOR, which notebooks set, makes no file a terminal."""
+        """Whether output goes to a terminal; FORCE_COLOR, which notebooks set, is ignored."""
         return self.file.isatty()
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return text as it is printed."""
+        """Return printable text without markup and emoji codes."""
         return super().render_str(printable(text), **options | {"markup": False, "emoji": False})
 
 
@@ -51,43 +52,43 @@ Progress.console = err
 
 
 def line(text: str) -> None:
-    """Print a line of the result, as long as it is."""
+    """Print a line of the result without wrapping it."""
     out.print(text, soft_wrap=True, highlight=False)
 
 
 def note(text: str) -> None:
-    """Print a line to see beside the result, on the error stream."""
+    """Print a line to stderr."""
     err.print(text, soft_wrap=True, highlight=False)
 
 
 def print_json(value: Any) -> None:
-    """Print a result as JSON where that is asked for: lines and tables are silent then."""
+    """Print a result as JSON with `--json`, which silences lines and tables."""
     if out.quiet:
         sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def fail(message: str) -> NoReturn:
-    """Print one line to the error stream and end with exit code 2."""
+    """Print one line to stderr and exit with code 2."""
     text = printable(" ".join(message.split()))
-    if len(text) > LONGEST:  # it quotes what somebody wrote
+    if len(text) > LONGEST:  # it quotes long input
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     sys.stderr.write(f"error: {text}\n")
     sys.exit(2)
 
 
 def size(count: float) -> str:
-    """Return bytes in words: `3.2 MB`, `14 GB`."""
+    """Return bytes as text: `3.2 MB`, `14 GB`."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if count >= unit:
             return f"{count / unit:.3g} {name}"
     return f"{count / 1e3:.3g} kB"
 
 
-def room() -> int | None:
-    """Return the columns there are; None where no terminal reads along."""
-    told = os.environ.get("COLUMNS", "")
-    if told.isdigit():
-        return int(told)
+def terminal_width() -> int | None:
+    """Return the columns of the terminal; None without one."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit():
+        return int(columns)
     return out.width if out.is_terminal else None
 
 
@@ -99,12 +100,12 @@ def print_table(
     text: Collection[str] = (),
     least: Sequence[str] | None = None,
 ) -> None:
-    """Print records, one column a key, so that they fit.
+    """Print records as a table that fits the terminal, one column per key.
 
-    A row of None is a gap. Records that have the same value of `by` stand below it. A cell of None
-    is a dash, and a column of them is left out. Cells of the columns in `text` may be broken
-    between words. Where that is not enough, columns in `least` go, what matters least first; None
-    is all but the first, from the last on.
+    A row of None is a gap. Records with the same value of `by` are grouped below it. A cell of None
+    prints as a dash, and a column of them is omitted. Columns in `text` wrap between words. If the
+    table is still too wide, the columns in `least` are dropped in that order, by default all but
+    the first, starting from the last.
     """
     records = [row for row in rows if row is not None]
     cells: dict[str, list[str]] = {}
@@ -113,9 +114,9 @@ def print_table(
         if any(value is not None for value in column):
             start = "  " if by and not cells else ""
             cells[head] = [start + ("-" if value is None else str(value)) for value in column]
-    heads, limit, left_out = list(cells), room() or ENDLESS, list[str]()
+    heads, limit, left_out = list(cells), terminal_width() or ENDLESS, list[str]()
     narrow = {
-        head: max([_longest(head), *(map(_longest if head in text else cell_len, cells[head]))])
+        head: max([_widest(head), *(map(_widest if head in text else cell_len, cells[head]))])
         for head in heads
     }
     for head in heads[:0:-1] if least is None else least:
@@ -127,7 +128,8 @@ def print_table(
     if by:
         narrow[heads[0]] = max(narrow[heads[0]], *(cell_len(row[by]) for row in records))
     if title:
-        out.print(Text(title, style="bold"), soft_wrap=room() is None, width=room())
+        width = terminal_width()
+        out.print(Text(title, style="bold"), soft_wrap=width is None, width=width)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for head in heads:
         filled = [cell for cell in cells[head] if cell not in ("", "-", "\N{EN DASH}")]
@@ -135,14 +137,14 @@ def print_table(
         table.add_column(head, justify="right" if numbers and head != heads[0] else "left",
                          min_width=narrow[head], no_wrap=head not in text,
                          overflow="fold")  # fmt: skip
-    held, above = iter(zip(*(cells[head] for head in heads), strict=True)), None
+    lines, above = iter(zip(*(cells[head] for head in heads), strict=True)), None
     for row in rows:
         if row is None:
             table.add_section()
             continue
         if by and row[by] != above:
             table.add_row(Text(above := row[by], style="bold"))
-        table.add_row(*next(held))
+        table.add_row(*next(lines))
     width = max(limit, sum(narrow[head] + GAP for head in heads))
     Terminal(width=width, quiet=out.quiet).print(table)
     if left_out:
@@ -151,50 +153,50 @@ def print_table(
                   width=limit)  # fmt: skip
 
 
-def _longest(text: str) -> int:
+def _widest(text: str) -> int:
     return max((cell_len(word) for word in text.split()), default=0)
 
 
-def print_taken(taken: Sequence[Any], title: str) -> None:
-    """Print what stages will take, the commands of those that have one, and the whole."""
+def print_costs(costs: Sequence[StageCost], title: str) -> None:
+    """Print time, memory and disk by stage, the stages' commands, and the totals."""
     rows = [
         {"stage": one.stage.name, "time": duration(one.seconds), "memory": size(one.memory),
-         "disk": size(one.disk) if one.disk else "-"}
-        for one in taken
+         "disk": size(one.disk) if one.disk else None}
+        for one in costs
     ]  # fmt: skip
     print_table(rows, title=title)
-    for one in taken:
+    for one in costs:
         if one.stage.arguments:
             line(one.stage.command)
-    line(f"\nabout {duration(sum(one.seconds for one in taken))}, "
-         f"{size(max(one.memory for one in taken))} of memory at the peak, "
-         f"{size(sum(one.disk for one in taken))} on disk; nothing was written")  # fmt: skip
+    line(f"\nabout {duration(sum(one.seconds for one in costs))}, "
+         f"{size(max(one.memory for one in costs))} of memory at peak, "
+         f"{size(sum(one.disk for one in costs))} on disk; nothing was written")  # fmt: skip
 
 
 def print_layers(layers: Sequence[LayerReport], *, each: bool = False) -> None:
-    """Print a row for the layers of each kind, or for `each` layer; nothing of none."""
+    """Print a row for each kind of layer, or for `each` layer."""
     kinds: dict[str, list[LayerReport]] = {}
     for layer in layers:
         kinds.setdefault(layer.name if each else layer.name.rpartition(".")[2], []).append(layer)
     rows = [
         {
-            "layer": name, "blocks": len(held),
-            "sparsity": _range([one.sparsity for one in held]),
-            "error": _range([one.error for one in held if one.error is not None]),
-            "damping": max((f"{one.damping:g}" for one in held if one.damping is not None),
+            "layer": name, "blocks": len(same),
+            "sparsity": _range([one.sparsity for one in same]),
+            "error": _range([one.error for one in same if one.error is not None]),
+            "damping": max((f"{one.damping:g}" for one in same if one.damping is not None),
                            key=float, default=None),
-            "dead inputs": sum(one.dead_inputs for one in held) or None,
-            "bits": None if held[0].bits is None
-            else f"{sum(one.bits or 0 for one in held) / len(held):.2f}",
+            "dead inputs": sum(one.dead_inputs for one in same) or None,
+            "bits": None if same[0].bits is None
+            else f"{sum(one.bits or 0 for one in same) / len(same):.2f}",
         }
-        for name, held in kinds.items()
+        for name, same in kinds.items()
     ]  # fmt: skip
     if rows:
-        print_table(rows, title="error is output energy lost: lower is better")
+        print_table(rows, title="error is the relative reconstruction error: lower is better")
 
 
 def _range(shares: list[float]) -> str | None:
-    """Return percentages as one, or from the least to the largest."""
+    """Return shares as one percentage or a range of percentages."""
     if not shares:
         return None
     low, high = (f"{100 * end:.2f}" for end in (min(shares), max(shares)))

@@ -1,4 +1,4 @@
-"""`doctor`: whether an installation works, a result is what it was, and what comes with calmix."""
+"""`doctor`: check the installation, inspect and rerun results, list what comes with calmix."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from calmix.options import option, path_option
 from calmix.progress import Progress
 from calmix.sources.licences import use_of
 
-WORST = 5  # layers that are named
-WARNINGS = 10  # that are printed one by one
+WORST = 5  # layers named for their error
+WARNINGS = 10  # printed at most
 doctor = group("doctor", default="check")
 
 
@@ -28,7 +28,7 @@ def check() -> None:
     from calmix.diagnostics.doctor import examine
 
     with Progress() as bar:
-        checks = examine(bar.each("looking at"))
+        checks = examine(bar.each("checking"))
     fine = all(one.state == "ok" for one in checks if one.core)
     print_json({"works": fine, "checks": [asdict(one) for one in checks]})
     rows = [{"what": one.name, "state": one.state, "found": one.found} for one in checks]
@@ -44,7 +44,7 @@ def check() -> None:
 @verb("inspect", of=doctor)
 def inspect(
     path: Path = option(..., "A result of calmix.", argument=True, metavar="OUT"),
-    layers: bool = option(False, "One row for every layer."),
+    layers: bool = option(False, "Print one row per layer."),
 ) -> None:
     """Check a result against its manifest and summarise it.
 
@@ -72,7 +72,7 @@ def inspect(
         line(f"problem: {problem}")
     if health.problems:
         more = f" (and {len(health.problems) - 1} more)" if health.problems[1:] else ""
-        raise InputError(f"{health.problems[0]}{more}: make it again")
+        raise InputError(f"{health.problems[0]}{more}; create it again")
     line("intact: nothing is missing or damaged")
 
 
@@ -81,31 +81,30 @@ def rerun(
     manifest: Path = option(
         ..., "A checkpoint's calmix.json, a set's manifest.json.", argument=True
     ),
-    output: Path | None = path_option("Keep the new one here.", default=None),
+    output: Path | None = path_option("Folder to keep the new result in.", default=None),
     trust_remote_code: bool = option(False, "Run modelling code shipped with the model."),
 ) -> None:
-    """Make a result again from its manifest and compare hashes; exit code 2 if they differ.
+    """Recreate a result from its manifest and compare hashes; exit code 2 if they differ.
 
     Relative paths in the manifest are relative to the current folder.
     """
     from calmix.diagnostics.rerunning import rerun as again
 
     beside = (manifest if manifest.is_dir() else manifest.parent).resolve().parent
-    place = beside if os.access(beside, os.W_OK) else None
-    held = tempfile.TemporaryDirectory(dir=place, prefix=".calmix-rerun-")
-    with held as folder, Progress() as bar:
-        made = again(
+    temporary = tempfile.TemporaryDirectory(dir=beside if os.access(beside, os.W_OK) else None,
+                                            prefix=".calmix-rerun-")  # fmt: skip
+    with temporary as folder, Progress() as bar:
+        result = again(
             manifest, output or Path(folder) / "again", trust_remote_code=trust_remote_code,
-            progress=bar.of("making it again"), writing=bar.writing, note=note,
+            progress=bar.of("rerunning"), writing=bar.writing, note=note,
         )  # fmt: skip
-    kept = None if output is None else str(output)
-    print_json({"output": kept, **made})
-    for told in made["inputs"]:
-        line(f"changed since: {told}")
-    if not made["same"]:
-        why = next(iter(made["inputs"]), "though all inputs are the same")
-        raise InputError(f"not the same: {', '.join(made['differing'])} ({why})")
-    line("the same: every file has the hash of the manifest")
+    print_json({"output": None if output is None else str(output), **result})
+    for change in result["inputs"]:
+        line(f"changed since: {change}")
+    if not result["same"]:
+        why = next(iter(result["inputs"]), "though all inputs are the same")
+        raise InputError(f"not the same: {', '.join(result['differing'])} ({why})")
+    line("the same: every file has the hash in the manifest")
 
 
 @verb("models", of=doctor)
@@ -134,7 +133,7 @@ def models() -> None:
 
 @verb("methods", of=doctor)
 def methods() -> None:
-    """List the pruning methods, other packages' too, with their options and papers."""
+    """List the pruning methods, including plugins, with their options and papers."""
     from calmix.pruning.methods import methods as known
 
     rows = [
@@ -155,9 +154,9 @@ def archives(
     names: tuple[str, ...] = option(
         (), "Names of archives.", shown="all that are needed", argument=True
     ),
-    install: bool = option(False, "Fetch them into the cache."),
+    install: bool = option(False, "Download them to the cache."),
 ) -> None:
-    """List the data archives in the cache, checked by hash, or fetch them."""
+    """Check the data archives in the cache by hash, or download them."""
     if install:
         for name in names or assets.needed():
             line(f"{name}: {assets.install(name)}")

@@ -1,4 +1,4 @@
-"""`evaluate` and `compare`: what a model can do, and what it has kept of another."""
+"""`evaluate` and `compare`: scores of a model, and its retention of a dense one."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from calmix.sources.registry import local_file
 if TYPE_CHECKING:
     from calmix.models import OpenModel
 
-BESIDE = 3  # models whose intervals fit next to each other into 80 columns
-UNITS = "Bits and smoothed: bits per byte, lower is better; other scores: higher."
+BESIDE = 3  # models whose intervals fit side by side in 80 columns
+UNITS = "bits and smoothed: bits per byte, lower is better; others: higher is better."
 DENSE = "Dense model, or a .json file of its scores."
 evaluate = group("evaluate", default="run")
 
@@ -53,33 +53,33 @@ def run(
     suite: str = option("offline", "Suite by name, or a YAML file."),
     against: str | None = option(None, DENSE, metavar="DENSE"),
     output: Path | None = path_option("JSON file to write, with every item.", default=None),
-    quick: bool = option(False, "The suite's quick slice."),
+    quick: bool = option(False, "Only the suite's quick slice."),
     whole: tuple[str, ...] = option(
         (), "With --quick: all items of this dimension (repeat).", advanced=True
     ),
     limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1),
     dimension: tuple[str, ...] = option((), "Only this dimension (repeat)."),
     task: tuple[str, ...] = option((), "Only this task (repeat)."),
-    without: tuple[str, ...] = option((), "Not this task (repeat).", metavar="TASK"),
+    without: tuple[str, ...] = option((), "Skip this task (repeat).", metavar="TASK"),
     allow_code_execution: bool = option(
         False, "Run code the model writes, in a limited subprocess."
     ),
     right_only: bool = option(
         False,
-        "Ask for answers where DENSE, a .json file, is right; all else counts as wrong.",
+        "Generate only answers that DENSE, a .json file, has right.",
         advanced=True,
     ),
     text: tuple[str, ...] = option(
         (),
-        "Text to measure distance on, e.g. code=mine.jsonl (repeat).",
+        "Text to measure the distance on: code=mine.jsonl (repeat).",
         metavar="NAME=PATH",
         advanced=True,
     ),
-    no_distance: bool = option(False, "Leave out the distance to the dense model.", advanced=True),
+    no_distance: bool = option(False, "Skip the distance to the dense model.", advanced=True),
     batch_tokens: int | None = option(
         None, "Tokens per forward pass.", shown="2048", ge=1, advanced=True
     ),
-    no_cache: bool = option(False, "Score the dense model again.", advanced=True),
+    no_cache: bool = option(False, "Ignore cached results of the dense model.", advanced=True),
     measure: Measure = MEASURE,
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
@@ -99,8 +99,8 @@ def run(
     if left_out:
         note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
     saved = against if (against or "").lower().endswith(".json") else None
-    original, own = None if saved else against, parse_texts(text)
-    if own and (original is None or no_distance):
+    original, own_texts = None if saved else against, parse_texts(text)
+    if own_texts and (original is None or no_distance):
         raise InputError(
             "--text measures the distance to a dense model: name it with --against, and leave out "
             "--no-distance"
@@ -110,7 +110,7 @@ def run(
     named = [model] if original is None else [model, original]
     if output is not None:
         rows = [one.file for one in chosen.tasks.values()]
-        inputs = [model, against, suite_file(suite), *own.values(), *rows]
+        inputs = [model, against, suite_file(suite), *own_texts.values(), *rows]
         check_output_file(output, inputs=inputs, overwrite=overwrite)
     check_models(*named, **how)
 
@@ -123,8 +123,8 @@ def run(
                 progress=bar.of(f"scoring {opened.name}"),
             )  # fmt: skip
 
-    # All is read, and refused if it does not fit, before anything is scored.
-    dense = found = kept_of = known_right = None
+    # All inputs are read and checked before anything is scored.
+    dense = found = dense_states = known_right = None
     if saved:
         dense = load_scores(user_path(saved))
         check_same_suite(describe(chosen), dense.suite)
@@ -137,27 +137,27 @@ def run(
         by_likelihood = not no_distance and any(
             one.primary not in RIGHT_OR_WRONG for one in chosen.tasks.values())  # fmt: skip
         known = [n for n in chosen.dimensions if n in builtin_readers() and by_likelihood]
-        if known or own:
-            held_out = texts(opened, own, dimensions=known)
-            kept_of = reference(opened, held_out, cache=not no_cache)
+        if known or own_texts:
+            held_out = texts(opened, own_texts, dimensions=known)
+            dense_states = reference(opened, held_out, cache=not no_cache)
         dense = score(opened, True)
         del opened
     pruned = open_model(model, **how)
-    if kept_of is not None:
+    if dense_states is not None:
         with Progress() as bar:
             found = distance(
-                pruned, kept_of, dense=lambda: open_model(str(original), **how),
+                pruned, dense_states, dense=lambda: open_model(str(original), **how),
                 progress=bar.of("distance to the dense model"),
             )  # fmt: skip
     scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
-    made, kept = {"scores": scores.to_dict()}, None
+    result, kept = {"scores": scores.to_dict()}, None
     if dense is not None:
         kept = _kept(scores, dense, measure)
-        made |= {"dense": dense.to_dict(), "retention": kept.to_dict(),
-                 "behaviour": asdict(behaviour((dense, scores)))}  # fmt: skip
+        result |= {"dense": dense.to_dict(), "retention": kept.to_dict(),
+                   "behaviour": asdict(behaviour((dense, scores)))}  # fmt: skip
     if output is not None:
-        write_text(output, json.dumps(made, ensure_ascii=False) + "\n")
-    print_json(made)
+        write_text(output, json.dumps(result, ensure_ascii=False) + "\n")
+    print_json(result)
     _print(scores, dense, kept or _kept(scores, None, measure))
     for name, count in scores.truncated.items():
         note(f"task {name}: {count} requests were cut to fit the model's context")
@@ -168,10 +168,10 @@ def run(
 @verb("rescore", of=evaluate)
 def rescore(
     file: Path = option(..., "A file of calmix evaluate -o.", argument=True),
-    against: Path | None = option(None, "The dense model's file.", shown="the one in FILE"),
+    against: Path | None = option(None, "Dense model's scores.", shown="those in FILE"),
     measure: Measure = MEASURE,
 ) -> None:
-    """Compute scores and retention again from a file, by another measure, without the model."""
+    """Recompute scores and retention of a file by another measure, without the model."""
     dense, scores = load_pair(file)
     dense = dense if against is None else load_scores(against)
     kept = _kept(scores, dense, measure)
@@ -187,17 +187,17 @@ def rescore(
 @verb("compare")
 def compare(
     scores: tuple[Path, ...] = option(..., "Files of calmix evaluate -o.", argument=True),
-    against: Path | None = option(None, "The dense model's file.", shown="the one in SCORES"),
+    against: Path | None = option(None, "Dense model's scores.", shown="those in SCORES"),
     measure: Measure = MEASURE,
 ) -> None:
-    """Put the retention of several models next to each other, dimension by dimension."""
+    """Compare the retention of several models by dimension."""
     from calmix.report import words
 
-    # A folder of calmix compress is known by its own name.
+    # Results of calmix compress are named after their folder.
     names = [path.resolve().parent.name if path.stem in ("scores", "abilities") else path.stem
              for path in scores]  # fmt: skip
     if doubles := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"two files are called {doubles[0]}: rename one, to tell them apart")
+        raise InputError(f"two files are called {doubles[0]}: rename one")
     pairs = [load_pair(path) for path in scores]
     models = [pruned for _, pruned in pairs]
     dense = pairs[0][0] if against is None else load_scores(against)
@@ -205,23 +205,23 @@ def compare(
         raise InputError(
             f"{scores[0]} was scored without a dense model: name its file with --against"
         )
-    for path, (own, _) in zip(scores, pairs, strict=True):  # each may be scored against another
-        if own is not None and own.fingerprint != dense.fingerprint:
+    for path, (other, _) in zip(scores, pairs, strict=True):
+        if other is not None and other.fingerprint != dense.fingerprint:
             raise InputError(
-                f"{path} was scored against {own.model}, which is not the dense model of the "
-                f"others ({dense.model}): compare it by itself"
+                f"{path} was scored against {other.model}, not against the dense model of the "
+                f"others ({dense.model}): compare it separately"
             )
     kept = [one.retention(dense, measure=measure) for one in models]
     print_json({name: one.to_dict() for name, one in zip(names, kept, strict=True)})
-    found = [behaviour((dense, one)) for one in models]
+    behaved = [behaviour((dense, one)) for one in models]
     for at, (name, one) in enumerate(zip(names, models, strict=True)):
-        told = words.verdict(found[at], likelihood(dense, one),
-                             words.measuring(one.model, dense.model))  # fmt: skip
-        if at and found[at].answers is None:  # said of the first
-            told = told[1:]
-        line(words.wrapped(f"{name}: {' '.join(told)}", rest="  "))
+        lines = words.verdict(behaved[at], likelihood(dense, one),
+                              words.measuring(one.model, dense.model))  # fmt: skip
+        if at and behaved[at].answers is None:  # the first model's lines show the command
+            lines = lines[1:]
+        line(words.wrapped(f"{name}: {' '.join(lines)}", rest="  "))
     line("")
-    _print_kept(names, models, dense, kept, found)
+    _print_kept(names, models, dense, kept, behaved)
 
 
 def _print_kept(
@@ -229,19 +229,19 @@ def _print_kept(
     models: Sequence[CapabilityScores],
     dense: CapabilityScores,
     kept: Sequence[Retention],
-    found: Sequence[Behaviour],
+    behaved: Sequence[Behaviour],
 ) -> None:
-    """Print what models have kept of a dense one by dimension, and how far they are from it."""
+    """Print retention by dimension, answers kept, and the distance to the dense model."""
     from calmix.report.words import number, percent, with_span
 
     records: list[dict[str, Any]] = []
-    for scores, own, does in zip(models, kept, found, strict=True):
+    for scores, retention, does in zip(models, kept, behaved, strict=True):
         far = scores.distance and scores.distance.get("total")
         changed = flips(dense.tasks, scores.tasks).get("total")
         records.append({
             "answers kept": does.answers and with_span(does.answers.share),
-            **{part.name: with_span(part.kept) for part in own.dimensions},
-            "total": with_span(own.total), "worst": own.worst,
+            **{part.name: with_span(part.kept) for part in retention.dimensions},
+            "total": with_span(retention.total), "worst": retention.worst,
             "accuracy %": does.choices and with_span(does.choices.accuracy[1]),
             "KL to dense": far and number(far["kl_mean"]), "top-1 %": far and percent(far["top1"]),
             "flips %": changed and with_span(changed),
@@ -254,7 +254,7 @@ def _print_kept(
                     table.append(None)
                 cells = (one[label] for one in records)
                 table.append({"": label, **dict(zip(names, cells, strict=True))})
-    else:  # a row a model, the intervals but the total's left out
+    else:  # one row per model; only the total has its interval
         table += [
             {"": name} | {label: cell and (cell if label == "total" else cell.split(" ")[0])
                           for label, cell in one.items()}
@@ -269,18 +269,18 @@ def _print_kept(
     )  # fmt: skip
     line(UNITS)
     line("Retention: 100 = dense model; 0 = no task knowledge, chance, or no answer kept.")
-    line("KL(dense || pruned): nats a token; flips: items right under one alone.")
-    line(f"Brackets: 95 %, over items, {RESAMPLES} resamples, seed 0.")
+    line("KL(dense || pruned): nats per token; flips: items right under one model only.")
+    line(f"Brackets: 95 % intervals over items, {RESAMPLES} resamples, seed 0.")
 
 
 def _kept(scores: CapabilityScores, dense: CapabilityScores | None, measure: Measure) -> Retention:
-    """Return what a model has kept of a dense one; of itself, for its scores, if there is none."""
+    """Return retention against the dense model, or without one against the model itself."""
     alone = {"resamples": 1} if dense is None else {}
     return scores.retention(dense or scores, measure=measure, **alone)
 
 
 def _print(scores: CapabilityScores, dense: CapabilityScores | None, kept: Retention) -> None:
-    """Print scores, or what they are of a dense model's."""
+    """Print scores and, with a dense model, retention."""
     from calmix.report.words import measuring, number, short, verdict, with_span, wrapped
 
     title = f"suite {scores.suite['name']} version {scores.suite['version']}, {scores.dtype}"
@@ -295,15 +295,15 @@ def _print(scores: CapabilityScores, dense: CapabilityScores | None, kept: Reten
                     least=["scored by", "baseline", "accuracy", "n"])  # fmt: skip
         line(UNITS)
         return
-    found = behaviour((dense, scores))
-    for said in verdict(found, likelihood(dense, scores), measuring(scores.model, dense.model)):
-        line(wrapped(said))
+    behaved = behaviour((dense, scores))
+    for text in verdict(behaved, likelihood(dense, scores), measuring(scores.model, dense.model)):
+        line(wrapped(text))
     line("")
-    if found.abilities:
+    if behaved.abilities:
         counts = [{"ability": one.name, "asked": one.asked, "dense right": one.dense,
                    "still right": one.kept, "kept %": with_span(one.share),
                    "gained": number(one.gained, 0)}
-                  for one in found.abilities]  # fmt: skip
+                  for one in behaved.abilities]  # fmt: skip
         print_table(counts, title="generated answers, higher is better", least=["asked", "gained"])
     rows = [
         {"dimension": task.dimension, "task": task.name, "n": task.items, "scored by": task.score,
@@ -316,8 +316,8 @@ def _print(scores: CapabilityScores, dense: CapabilityScores | None, kept: Reten
     print_table(rows, by="dimension", title=f"{scores.model} against {dense.model}: {title}",
                 least=["scored by", "n", "accuracy", "dense", "pruned"])  # fmt: skip
     if any(not task.signal for task in kept.tasks):
-        line("no signal: left out, as the dense score is within its noise of the baseline")
-    _print_kept([short(scores.model)], [scores], dense, [kept], [found])
+        line("no signal: left out, because the dense score is within noise of the baseline")
+    _print_kept([short(scores.model)], [scores], dense, [kept], [behaved])
 
 
 @verb("answers", of=evaluate, json=False)
@@ -326,11 +326,11 @@ def answers(
     models: tuple[str, ...] = option(..., "Models, the dense one first.", argument=True),
     output: Path = path_option("JSON file to write."),
     prompts: Path | None = option(
-        None, "Prompts of your own: .txt, .jsonl or .parquet.", shown="ten plain questions"
+        None, "Your own prompts: .txt, .jsonl or .parquet.", shown="ten plain questions"
     ),
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
-    """Put the answers of several models to ten plain questions side by side, greedily."""
+    """Show the greedy answers of several models to ten plain questions side by side."""
     from calmix.evaluation.generations import TOKENS, Answered, answer, panel, read_prompts
     from calmix.models import check_models, open_model
     from calmix.report import words
@@ -338,15 +338,15 @@ def answers(
     how, read = opening.opening(), None if prompts is None else local_file(str(prompts)).path
     check_output_file(output, inputs=[*models, read], overwrite=overwrite)
     check_models(*models, **how)
-    asked = panel() if prompts is None else read_prompts(prompts)
+    questions = panel() if prompts is None else read_prompts(prompts)
     named, written = [], []
     for name in models:
         opened = open_model(name, **how)
         with Progress() as bar:
-            written.append(answer(opened, asked, progress=bar.of(f"{name} answers")))
+            written.append(answer(opened, questions, progress=bar.of(f"{name} answers")))
         named.append((name, opened.fingerprint))
-    Answered(tuple(asked), tuple(named), tuple(written)).save(output)
-    for prompt, *texts in zip(asked, *written, strict=True):
+    Answered(tuple(questions), tuple(named), tuple(written)).save(output)
+    for prompt, *texts in zip(questions, *written, strict=True):
         line(f"\n{words.wrapped(prompt.shown)}")
         for name, text in zip(models, texts, strict=True):
             line(f"{name}:\n{textwrap.indent(text, '  ')}")
@@ -361,7 +361,7 @@ def perplexity(
     length: int = option(2048, "Tokens per window.", ge=2),
     separator: str = option("", "Text between the documents of the file.", advanced=True),
 ) -> None:
-    """Perplexity and bits per byte of a text, in non-overlapping windows of one length."""
+    """Measure perplexity and bits per byte of a text in non-overlapping windows."""
     from calmix.evaluation.likelihood import perplexity as measure
     from calmix.models import check_models, open_model
 
@@ -377,24 +377,24 @@ def perplexity(
 
 @verb("suites", of=evaluate)
 def suites() -> None:
-    """List the builtin suites; the path of a YAML file is a suite too."""
-    rows, told = [], []
+    """List the builtin suites; a YAML file is a suite too."""
+    rows, full = [], []
     for each in builtin_suites().values():
-        whose = _whose(each)
-        closed = [name for name, one in whose.items() if one["use"] == "non-commercial"]
+        origins = _origins(each)
+        closed = [name for name, one in origins.items() if one["use"] == "non-commercial"]
         rows.append({
             "name": each.name, "version": each.version, "dimensions": ", ".join(each.dimensions),
             "tasks": len(each.tasks), "not for commercial use": ", ".join(closed),
             "description": each.description,
         })  # fmt: skip
-        told.append({**rows[-1], "task": whose})
-    print_json(told)
+        full.append({**rows[-1], "task": origins})
+    print_json(full)
     print_table(rows, text=["dimensions", "not for commercial use", "description"],
                 least=["not for commercial use", "tasks"])  # fmt: skip
 
 
-def _whose(suite: Suite) -> dict[str, dict[str, str]]:
-    """Return licence, permitted use and origin of the items of each task."""
+def _origins(suite: Suite) -> dict[str, dict[str, str]]:
+    """Return licence, permitted use and origin of each task's items."""
     found = {name: provenance(spec) for name, spec in suite.tasks.items()}
     return {name: {**one, "use": use_of(one["licence"])} for name, one in found.items()}
 
@@ -402,9 +402,9 @@ def _whose(suite: Suite) -> dict[str, dict[str, str]]:
 @verb("suite", of=evaluate)
 def suite(
     name: str = option(..., "Suite by name, or a YAML file.", argument=True),
-    new: bool = option(False, "Write a suite of your own to start from: NAME.yaml and its rows."),
+    new: bool = option(False, "Write a suite to start from: NAME.yaml and its rows."),
 ) -> None:
-    """Show a suite's tasks, which also checks a file of your own."""
+    """Check a suite and show its tasks."""
     if new:
         stem = Path(re.sub(r"\.ya?ml$", "", name))
         files = {stem.with_name(file): text for file, text in template(stem.name).items()}
@@ -415,10 +415,9 @@ def suite(
         line(f"wrote {', '.join(map(str, files))}; calmix evaluate suite {stem}.yaml checks them")
         return
     found = load_suite(name)
-    whose = _whose(found)
-    told = found.model_dump(mode="json", exclude_none=True)
-    print_json({**told, "hash": found.hash, "provenance": whose})
-
+    origins = _origins(found)
+    fields = found.model_dump(mode="json", exclude_none=True)
+    print_json({**fields, "hash": found.hash, "provenance": origins})
     rows = [
         {
             "dimension": dimension, "task": task, "metric": spec.metric,
@@ -432,5 +431,5 @@ def suite(
     ]  # fmt: skip
     print_table(rows, by="dimension", text=["data"], least=["chance", "shots", "metric", "data"],
                 title=f"{found.name} version {found.version}: {found.description}")  # fmt: skip
-    print_table([{"task": name, **told} for name, told in whose.items()], text=["licence"],
+    print_table([{"task": name, **one} for name, one in origins.items()], text=["licence"],
                 least=["origin", "licence"])  # fmt: skip

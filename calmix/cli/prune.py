@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.cli.common import line, note, print_json, print_layers, print_taken, size
+from calmix.cli.common import line, note, print_costs, print_json, print_layers, size
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_apart, user_path
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from calmix.calibration import CalibrationSet
     from calmix.pruning import PruneReport
 
-LOSSES = {"distill": "KL of the logits, nats a token", "blocks": "relative error of a block"}
+LOSSES = {"distill": "KL of the logits, nats per token", "blocks": "relative error of a block"}
 
 
 class WorkOptions(TextField, MemoryOptions, DrawOptions, ModelOptions):
-    """Long work on a calibration set that leaves a folder."""
+    """Options of a long run on a calibration set that writes a folder."""
 
     resume: bool = option(False, "Resume an interrupted run of the same request.")
     overwrite: bool = option(False, "Replace what calmix wrote there.")
 
     def work(self) -> dict[str, Any]:
-        """Return how the work is done: the model opened, memory, resumption."""
+        """Return how to open the model, bound memory and resume."""
         from calmix.pruning.budget import parse_memory
 
         bound = None if self.max_memory is None else parse_memory(self.max_memory)
@@ -58,24 +58,24 @@ def prune(
     output: Path = path_option("Folder to write; several targets get folders inside it."),
     method: str | None = option(None, "Methods, e.g. admm or wanda,refit=10.", shown=METHOD),
     sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%; or 0.5,0.6."),
-    pattern: str | None = option(None, "N:M, keep N of every M inputs: 2:4."),
+    pattern: str | None = option(None, "N:M, keep N of every M inputs, e.g. 2:4."),
     bits: str | None = option(None, "Bits per weight, e.g. 2.8; or 2.4,3."),
     dry_run: bool = option(False, "Print time, memory and disk; write nothing."),
 ) -> None:
     """Prune or quantise a model in one shot and write a checkpoint that loads anywhere.
 
-    Several methods, sparsities or patterns share one calibration set; every target gets a folder of
-    its own. Under torchrun several processes, with a GPU each, prune one model together.
+    Several methods, sparsities or patterns share one calibration set; each target gets its own
+    folder. Under torchrun, several processes with one GPU each prune one model together.
     """
-    asked = requests(method=method, sparsity=sparsity, pattern=pattern, bits=bits,
-                     **work.asked(Pruning))  # fmt: skip
+    wanted = requests(method=method, sparsity=sparsity, pattern=pattern, bits=bits,
+                      **work.options_of(Pruning))  # fmt: skip
     from calmix.pruning import distributed
     from calmix.pruning.checkpoint import prune_checkpoints
 
-    several = len(asked) > 1
+    several = len(wanted) > 1
     if several and (output / "config.json").is_file():
-        raise InputError(f"{output} is a model folder: name another one for several checkpoints")
-    targets = {output / one.name if several else output: one for one in asked}
+        raise InputError(f"{output} is a model folder: name another folder for several checkpoints")
+    targets = {output / one.name if several else output: one for one in wanted}
     shares = user_path(pruning.allocation or "")
     for target in targets:
         check_apart(target, [work.sources, shares if shares.is_file() else None])
@@ -83,34 +83,34 @@ def prune(
     if dry_run:
         from calmix.compression.estimate import estimate_prune
 
-        taken = estimate_prune(model, targets, max_memory=how["max_memory"], **work.opening())
-        print_json([asdict(one) | {"stage": one.stage.name} for one in taken])
-        print_taken(taken, f"{model}, on this machine")
+        costs = estimate_prune(model, targets, max_memory=how["max_memory"], **work.opening())
+        print_json([asdict(one) | {"stage": one.stage.name} for one in costs])
+        print_costs(costs, f"{model}, on this machine")
         return
-    with distributed.launched(work.device) as own:
-        leads = distributed.processes()[0] == 0  # of several processes one prints
+    with distributed.launched(work.device) as device:
+        leads = distributed.processes()[0] == 0  # only one process prints
         with Progress(shown=leads) as bar:
-            how |= {"device": own, "writing": bar.writing,
+            how |= {"device": device, "writing": bar.writing,
                     "started": partial(_started, "calibrating")}  # fmt: skip
             reports = prune_checkpoints(model, targets, progress=bar.of("pruning blocks"), **how)
     if not leads:
         return
-    made = list(zip(targets, reports, strict=True))
-    told = [{"output": str(path)} | report.to_dict() for path, report in made]
-    print_json(told if several else told[0])
-    for path, report in made:
+    results = [{"output": str(path)} | report.to_dict()
+               for path, report in zip(targets, reports, strict=True)]  # fmt: skip
+    print_json(results if several else results[0])
+    for path, report in zip(targets, reports, strict=True):
         _print_pruned(path, report, brief=several)
 
 
 def _started(what: str, drawn: CalibrationSet | None) -> None:
-    """Print the rows that are used."""
+    """Print which calibration rows are used."""
     if drawn is not None:
         shares = ", ".join(f"{name} {count}" for name, count in drawn.counts.items())
         note(f"{what} on {drawn.rows} rows of {drawn.length} tokens: {shares}")
 
 
 def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
-    """Print the outcome of a target: a line, and if not `brief` a table of the layers."""
+    """Print the result of a target: a line, and unless `brief` a table of the layers."""
     from calmix.pruning.experts import starved
 
     if not brief:
@@ -118,14 +118,14 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
     damping = report.options.get("damping", 0)
     if raised := [layer.name for layer in report.layers if (layer.damping or 0) > damping]:
         line(f"damping was raised for {len(raised)} layers, first {raised[0]} (calmix.json)")
-    if told := starved(report.layers, report.rows):
-        line(told)
-    dense, whole = Counter[str](), report.weights + report.dense_weights
+    if warning := starved(report.layers, report.rows):
+        line(warning)
+    dense, total = Counter[str](), report.weights + report.dense_weights
     for one in report.dense:
         dense[one.reason] += one.weights
     if dense:
-        why = ", ".join(f"{reason} {weights / whole:.1%}" for reason, weights in dense.items())
-        line(f"left dense, of the blocks' weights: {why}")
+        why = ", ".join(f"{reason} {weights / total:.1%}" for reason, weights in dense.items())
+        line(f"left dense, as a share of block weights: {why}")
     done = f"in {report.seconds['total']:.1f} s: {path}"
     if report.dropped:
         before = sum(len(one.scores) for one in report.dropped)
@@ -133,10 +133,10 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
         alone = "" if report.layers else f" {done}"
         line(f"{before - after} of {before} experts dropped (calmix.json){alone}")
     for name, bits in report.embeddings.items():
-        line(f"{name}: {bits:.2f} bits a weight")
+        line(f"{name}: {bits:.2f} bits per weight")
     if report.bits is not None:
         packed = size(report.weights * report.bits / 8)
-        line(f"{report.bits:.2f} bits a weight, {report.sparsity:.1%} zeros: "
+        line(f"{report.bits:.2f} bits per weight, {report.sparsity:.1%} zeros: "
              f"{size(2 * report.weights)} in {packed} once packed "
              f"(calmix export --to pack), {done}")  # fmt: skip
     elif report.layers:
@@ -148,37 +148,37 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
 def recover(
     recovering: Recovering,
     work: WorkOptions,
-    pruned: str = option(..., "The pruned model: what calmix prune wrote.", argument=True),
-    against: str = option(..., "The dense model it was pruned from.", metavar="DENSE"),
+    pruned: str = option(..., "Pruned model, as calmix prune wrote it.", argument=True),
+    against: str = option(..., "Dense model it was pruned from.", metavar="DENSE"),
     output: Path = path_option("Folder to write."),
 ) -> None:
     """Distil the dense model into the remaining weights; pruned weights stay zero.
 
-    Held-out rows decide when to stop. Under torchrun, distill shares the work among processes.
+    Held-out rows decide when to stop. Under torchrun, distill splits the work among processes.
     """
-    request = recover_request(**work.asked(Recovering))
+    request = recover_request(**work.options_of(Recovering))
     from calmix.pruning import distributed
     from calmix.recovery import recover as run
 
     check_apart(output, [work.sources])
-    with distributed.launched(work.device) as own:
-        leads = distributed.processes()[0] == 0  # of several processes one prints
+    with distributed.launched(work.device) as device:
+        leads = distributed.processes()[0] == 0  # only one process prints
         with Progress(shown=leads) as bar:
             report = run(
                 pruned, against, request, output,
                 started=partial(_started, "recovering") if leads else None,
                 progress=bar.of(recovering.method), writing=bar.writing,
-                **work.work() | {"device": own},
+                **work.work() | {"device": device},
             )  # fmt: skip
     if not leads:
         return
     print_json({"output": str(output)} | report.to_dict())
     line(f"held-out rows ({len(report.held_out)} of {report.rows}), {LOSSES[report.method]}: "
          f"{report.before:.4f} before, {report.after:.4f} after")  # fmt: skip
-    held, what = report.zeros, "zero"
+    fixed, what = report.zeros, "zero"
     if report.quantised:
-        held, what = report.quantised, "on their grid"
-    line(f"{held:,} of {report.weights:,} weights stay {what} "
-         f"({held / report.weights:.4%}), {report.seconds['total']:.1f} s: {output}")  # fmt: skip
+        fixed, what = report.quantised, "on their grid"
+    line(f"{fixed:,} of {report.weights:,} weights stay {what} "
+         f"({fixed / report.weights:.4%}), {report.seconds['total']:.1f} s: {output}")  # fmt: skip
     if report.after >= report.before:
         note("the held-out rows did not improve: the weights are unchanged")

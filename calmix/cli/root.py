@@ -1,4 +1,4 @@
-"""The root of the command line: where each verb is; a verb is imported when it is called."""
+"""The root of the command line: the list of verbs, and how they parse and print help."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from calmix.errors import InputError, nearest
 
 # What `calmix --help` shows, in this order; a verb's module is imported when it is called.
 VERBS = {
-    "compress": ("compress", "From a model to a smaller one and its report card"),
+    "compress": ("compress", "Make a model smaller and write its report card"),
     "prune": ("prune", "Prune or quantise by SparseGPT, ADMM, Wanda, GPTQ, ..."),
     "recover": ("prune", "Distil the dense model into the remaining weights"),
-    "evaluate": ("evaluate", "Score a model, and what it kept of a dense one"),
-    "compare": ("evaluate", "Retention of several models next to each other"),
-    "report": ("compress", "The report card of a compressed model, or of several"),
+    "evaluate": ("evaluate", "Score a model and its retention of a dense one"),
+    "compare": ("evaluate", "Compare the retention of several models"),
+    "report": ("compress", "Write the report card of one or several models"),
     "calibrate": ("calibrate", "Draw a calibration set, or let the model write it"),
-    "export": ("export", "As a pack, GGUF or OpenVINO; sets and imatrix"),
-    "study": ("study", "Many sets, methods and sparsities from one file"),
+    "export": ("export", "Export a pack, GGUF, OpenVINO, a set or imatrix"),
+    "study": ("study", "Run many sets, methods and sparsities from one file"),
     "doctor": ("doctor", "Check the installation; inspect or re-run a result"),
 }
-# Verbs that are called and documented, but not listed.
-CALLED = {"check": ("compress", "Test whether a compressed model keeps what it must")}
-# Where a verb of version 0.2 is now; each is refused with this line for one release.
+# Documented verbs that `calmix --help` does not list.
+CALLED = {"check": ("compress", "Test whether a compressed model meets its floors")}
+# New names of the verbs of version 0.2; for one release the old ones are refused with these.
 MOVED = {
     "generate": "calibrate SPEC, such as calmix calibrate self-written",
     "measure": "calibrate measure", "predict": "calibrate predict",
@@ -39,10 +39,10 @@ MOVED = {
 
 
 class Plain:
-    """Help in plain text: the words of the usage, then lists; nothing is cut at any width."""
+    """Help in plain text: usage, then lists; nothing is truncated at any width."""
 
     def collect_usage_pieces(self: Any, ctx: Any) -> list[str]:
-        """Return arguments, options that are required, the rest."""
+        """Return arguments, required options, and the rest."""
         pieces = [_word(one) for one in self.params if isinstance(one, TyperArgument)]
         pieces += [f"{min(one.opts, key=len)} {one.metavar}" for one in self.params
                    if one.required and isinstance(one, TyperOption)]  # fmt: skip
@@ -85,16 +85,16 @@ class Command(Plain, TyperCommand):
 
 
 class Group(Plain, TyperGroup):
-    """A group that takes anything but the name of one of its commands as its `default`'s words."""
+    """A group that passes words to its `default` command unless they name another one."""
 
     default = ""
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return the group's commands with a line of each."""
+        """Return each command with a line of help."""
         return [(name, one.get_short_help_str(100)) for name, one in self.commands.items()]
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command that the first word names."""
+        """Return the command named by the first word."""
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             if ctx.parent is None and name in MOVED:
@@ -103,7 +103,7 @@ class Group(Plain, TyperGroup):
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Leave flags to the default command, unless they ask for the group's own help."""
+        """Insert the default command, unless one is named or the group's help is asked for."""
         named = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
         if self.default and not named and (args or not ctx.resilient_parsing):
             args = [self.default, *args]
@@ -111,7 +111,7 @@ class Group(Plain, TyperGroup):
 
 
 class Root(Group):
-    """All verbs, each imported when it is asked for."""
+    """All verbs, each imported on first use."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Read `calmix help VERB` as `calmix VERB --help`."""
@@ -122,11 +122,11 @@ class Root(Group):
         return [*VERBS, *CALLED]
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return the verbs that are listed, without importing one."""
+        """Return the listed verbs without importing them."""
         return [(name, line) for name, (_, line) in VERBS.items()]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a verb; None if there is none of that name."""
+        """Return a verb, or None if it is unknown."""
         known = VERBS | CALLED
         if cmd_name in known and cmd_name not in self.commands:
             importlib.import_module(f"calmix.cli.{known[cmd_name][0]}")

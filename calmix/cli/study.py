@@ -1,4 +1,4 @@
-"""`study`: many trials from one file: written, checked, planned and run; and what they show."""
+"""`study`: write, check, plan and run many trials from one file, and analyse the results."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from calmix.study.results import StudyResults
 
 
-# Differences that `power` may be asked for: 1,2,3.
+# Differences given to `power`: 1,2,3.
 Points = Annotated[Sequence[Annotated[float, Field(gt=0, allow_inf_nan=False)]],
                    BeforeValidator(lambda text: text.split(","))]  # fmt: skip
-MANY = 999  # seeds, or times the items: more are not counted out
-WHICH = {"method", "sparsity", "measure"}  # trials, and the measure they are looked at by
+MANY = 999  # seeds, or times the items: more print as >999
+WHICH = {"method", "sparsity", "measure"}  # options that choose trials and their measure
 FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
 studies = group("study")
 
 
 class StudyOptions(Options):
-    """Which trials of a study are looked at, and by what."""
+    """Which trials of a study are analysed, and by which measure."""
 
     measure: Measure = MEASURE
     study: Path = option(..., "A study's results folder.", argument=True)
@@ -71,7 +71,7 @@ def init(
 
 @verb("validate", of=studies)
 def validate(study: Path = FILE) -> None:
-    """Check a study file and list every mistake with its line."""
+    """Check a study file and list every error with its line."""
     from calmix.study.spec import check_study
     from calmix.study.trials import plan
 
@@ -82,8 +82,7 @@ def validate(study: Path = FILE) -> None:
     for problem in problems:
         line(problem)
     if problems:
-        count = len(problems)
-        raise InputError(f"{study} has {count} mistake{'s' if count > 1 else ''}")
+        raise InputError(f"{study} has {len(problems)} mistake{'s' * (len(problems) > 1)}")
     line(f"{study}: {len(trials)} trials over {sets} calibration sets")
 
 
@@ -115,8 +114,8 @@ def plan(
     line(
         f"{found['trials']} trials, {found['sets']} calibration sets "
         f"({duration(found['sets_seconds'])} to make and measure), dense scores "
-        f"({duration(found['dense_seconds'])}): {duration(found['seconds'])} in all, one trial at "
-        f"a time; at most {size(found['memory'])} of memory, {size(found['disk'])} on disk"
+        f"({duration(found['dense_seconds'])}): {duration(found['seconds'])} in total, one trial "
+        f"at a time; at most {size(found['memory'])} of memory, {size(found['disk'])} on disk"
     )
     for text in found["notes"]:
         line(f"note: {text}")
@@ -126,11 +125,11 @@ def plan(
 def run(
     trials: TrialOptions,
     study: Path = FILE,
-    store: Path = option(..., "Folder that keeps the results.", flag="--store -o", metavar="STORE"),
+    store: Path = option(..., "Folder for the results.", flag="--store -o", metavar="STORE"),
     only: list[str] = option(
         [], "Only trials whose set, model or label matches, e.g. 'mix*'.", metavar="PATTERN"
     ),
-    skip: list[str] = option([], "Not these trials (repeat).", metavar="PATTERN"),
+    skip: list[str] = option([], "Skip these trials (repeat).", metavar="PATTERN"),
     retry_failed: bool = option(False, "Run failed trials again."),
     executor: Literal["local", "ray"] = option("local", "In this process, or on a Ray cluster."),
     address: str | None = option(
@@ -150,7 +149,7 @@ def run(
         None, "Ray: restarts of a trial whose worker died.", shown="2", ge=0, advanced=True
     ),
 ) -> None:
-    """Run what is left of a study; if interrupted, run the same command again to resume."""
+    """Run the remaining trials of a study; if interrupted, run the same command again to resume."""
     from calmix.study.running import on_ray, run_study
     from calmix.study.spec import load_study
 
@@ -176,8 +175,8 @@ def run(
     if failed:
         label, error = next(iter(failed.items()))
         raise InputError(
-            f"{len(failed)} trials failed, first '{label}' ({error}): correct the cause "
-            "and run again with --retry-failed"
+            f"{len(failed)} trials failed, first '{label}' ({error}): fix the cause and run again "
+            "with --retry-failed"
         )
 
 
@@ -185,21 +184,21 @@ def run(
 def status(
     store: Path = option(..., "A study's results folder.", argument=True, metavar="STORE"),
 ) -> None:
-    """Show how far a study is: finished, running, failed and still to run."""
+    """Show which trials are finished, running, failed or pending."""
     from calmix.study.store import open_store
 
     kept, rows, seconds = open_store(store), [], []
     for entry in kept.entries:
-        state, told = kept.state(entry.id), ""
+        state, text = kept.state(entry.id), ""
         if state == "failed":
-            told = kept.read_failure(entry).error
+            text = kept.read_failure(entry).error
         elif state == "running":
-            told = kept.runner(entry.id) or ""
+            text = kept.runner(entry.id) or ""
         elif state == "finished":
             found = kept.result(entry).trial
             seconds.append(found.seconds.get("total", 0.0))
-            told = found.told
-        rows.append({"trial": entry.label, "state": state, "note": told})
+            text = found.told
+        rows.append({"trial": entry.label, "state": state, "note": text})
     states = [row["state"] for row in rows]
     counts = {name: states.count(name) for name in ("finished", "running", "failed", "pending")}
     left = counts["running"] + counts["pending"]
@@ -213,13 +212,13 @@ def status(
 
 @verb("analyse", of=studies)
 def analyse(options: AnalyseOptions) -> None:
-    """Ranking, differences and correlations as JSON and CSV, with a summary."""
+    """Write ranking, differences and correlations as JSON and CSV; print a summary."""
     _analysed(options, "analysis", "analysis.json", lambda _, found, folder: found.save(folder))
 
 
 @verb("report", of=studies)
 def report(options: AnalyseOptions) -> None:
-    """One HTML page with figures, tables and a summary."""
+    """Write an HTML page with figures and tables; print a summary."""
     from calmix.report.study import write_report
 
     _analysed(options, "report", "report.html", write_report)
@@ -231,8 +230,8 @@ def _analysed(
     inside: str,
     write: Callable[[StudyResults, Analysis, Path], None],
 ) -> None:
-    """Analyse a study, `write` what it shows into a folder, and print the summary; a folder that an
-    earlier run made is replaced."""
+    """Analyse a study, `write` the result to a folder and print the summary; an earlier result is
+    replaced."""
     from calmix.analysis import analyse as analysis_of
     from calmix.report.study import summary_text
     from calmix.study import read_results
@@ -260,9 +259,9 @@ def recommend(
         shown="all equal",
         metavar="NAME=WEIGHT,...",
     ),
-    top: int = option(5, "Sets to list for each condition.", ge=1),
+    top: int = option(5, "Sets to list per condition.", ge=1),
 ) -> None:
-    """Which calibration set of those studied keeps the most, by your weights."""
+    """Recommend the calibration set that keeps the most, by your weights."""
     from calmix.analysis import recommend as best_of
     from calmix.report import words
     from calmix.study import read_results
@@ -289,13 +288,13 @@ def recommend(
         print_table(rows, least=["seeds", "made", "best", "shrunken"],
                     title=f"{one.condition}, weights {shares}; higher is better")  # fmt: skip
         first, *rest = one.candidates
-        head = f"take {first.calibration}" if rest else f"no other set than {first.calibration}"
-        tied = " or another that is tied" if len(one.best) > 1 else ""
+        more = " or a set tied with it" if len(one.best) > 1 else "" if rest else ", the only set"
         best = f". {words.which_is_best(one.candidates)}" if rest else ""
-        line(words.wrapped(f"{head}{tied}: expect {words.with_span(first.shrunken)} %{best}"))
+        line(words.wrapped(f"take {first.calibration}{more}: expect "
+                           f"{words.with_span(first.shrunken)} %{best}"))  # fmt: skip
     drawn = any(each.total.draw_low is not None for one in found for each in one.candidates)
-    over = "test items and seeds" if drawn else "test items; one seed each says nothing of others"
-    line(f"brackets: 95 %, over {over} (docs/studies.md)")
+    over = "test items and seeds" if drawn else "test items alone, with one seed each"
+    line(f"brackets: 95 % intervals over {over} (docs/studies.md)")
 
 
 @verb("power", of=studies)
@@ -305,7 +304,7 @@ def power(
         (1.0, 2.0, 3.0), "Points of retention to detect.", shown="1,2,3", metavar="POINTS,..."
     ),
 ) -> None:
-    """How noisy retention is, and how many seeds and items detect a difference."""
+    """Show how noisy retention is, and how many seeds and items detect a difference."""
     from calmix.analysis.power import needed, noises
     from calmix.report import words
     from calmix.study import read_results
@@ -317,13 +316,13 @@ def power(
     ]  # fmt: skip
     if not found:
         raise InputError(
-            f"power needs a set with two seeds, and {options.study} has none: give the study file "
-            "a second seed"
+            f"power needs a set with two seeds, and {options.study} has none: add a seed to the "
+            "study file"
         )
     print_json([{"noise": asdict(noise), "needed": [asdict(one) for one in each],
                  "ratio": noise.ratio} for noise, each in found])  # fmt: skip
     for condition, members in groupby(found, key=lambda one: one[0].condition):
-        own = list(members)
+        same = list(members)
         rows = [
             {
                 "quantity": noise.quantity, "signal": words.percent(noise.signal),
@@ -331,15 +330,15 @@ def power(
                 "s/n": "-" if noise.ratio is None else f"{noise.ratio:.1f}",
                 **{f"{p:g} pt": _seeds(n) for p, n in zip(difference, each, strict=True)},
             }
-            for noise, each in own
+            for noise, each in same
         ]  # fmt: skip
-        print_table(rows, title=f"{condition}: {own[0][0].sets} sets, "
-                    f"{own[0][0].freedom} degrees of freedom")  # fmt: skip
+        print_table(rows, title=f"{condition}: {same[0][0].sets} sets, "
+                    f"{same[0][0].freedom} degrees of freedom")  # fmt: skip
     line(words.wrapped(
-        "In points of retention. signal: between single sources; seed, items: noise of one seed, "
-        "and of two sets' difference by their items; s/n: signal over both. N pt: "
-        "seeds of each set that detect N points in 80 % of studies, on these items/for other items "
-        "too; 3x: no number of seeds does, without some 3 times the items."
+        "In points of retention. signal: spread between single sources; seed: noise of one seed; "
+        "items: noise over items of a difference of two sets; s/n: signal over noise of one trial. "
+        "N pt: seeds per set that detect N points in 80 % of studies, on these items/on new items "
+        "too; 3x: no number of seeds is enough without 3 times the items."
     ))  # fmt: skip
 
 

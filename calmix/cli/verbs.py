@@ -1,4 +1,4 @@
-"""Verbs of the command line, made from functions and models of options."""
+"""Make verbs of the command line from functions and option models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from calmix.options import (
 )
 
 Handler = Callable[..., None]
-# Options that many verbs have come after a verb's own.
+# Shared options, which help lists after a verb's own.
 COMMON = {
     name for model in (DrawOptions, ModelOptions, MemoryOptions, TextField)
     for name in model.model_fields
@@ -51,25 +51,24 @@ def group(name: str, default: str = "") -> typer.Typer:
 def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Handler], Handler]:
     """Register a function as a command, with `--json` if it prints `json`.
 
-    Parameters without a default are models of options that verbs share; each gets all that was
-    asked for. The others are options of the verb's own. One model of them all parses and checks
-    the values, which reach it as they were written.
+    Parameters without a default are option models that verbs share; each receives all values. The
+    others are the verb's own options. One model of all of them parses and checks the raw values.
     """
 
     def register(handler: Handler) -> Handler:
         hints = typing.get_type_hints(handler, include_extras=True)
-        given = inspect.signature(handler).parameters.values()
-        shared = [hints[one.name] for one in given if one.default is one.empty]
+        declared = inspect.signature(handler).parameters.values()
+        shared = [hints[one.name] for one in declared if one.default is one.empty]
         own: Any = {one.name: (hints[one.name], one.default)
-                    for one in given if one.default is not one.empty}  # fmt: skip
+                    for one in declared if one.default is not one.empty}  # fmt: skip
         bases = (*shared, Options)
         model = create_model(handler.__name__, __base__=bases, **own, **JSON if json else {})
 
         def command(**values: Any) -> None:
-            asked = checked(model, {k: v for k, v in values.items() if v not in ([], False)})
-            before, out.quiet = out.quiet, getattr(asked, "as_json", False)
+            given = checked(model, {k: v for k, v in values.items() if v not in ([], False)})
+            before, out.quiet = out.quiet, getattr(given, "as_json", False)
             try:
-                handler(*[asked] * len(shared), **{key: getattr(asked, key) for key in own})
+                handler(*[given] * len(shared), **{key: getattr(given, key) for key in own})
             finally:
                 out.quiet = before
 
@@ -89,7 +88,7 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Ha
 
 
 def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Parameter:
-    """Return a field as typer takes it: a bool is a switch, a list repeats, all else is text."""
+    """Return a field as a parameter of typer: a bool is a switch, a list repeats, the rest text."""
     extra: Any = field.json_schema_extra or {}
     required, kind = field.is_required(), cast(Any, field.annotation)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):  # without `| None`, and bounds

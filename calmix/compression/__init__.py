@@ -1,1 +1,1 @@
-"""From a model to a smaller one and its report card: the other verbs in a row."""
+"""The stages of `calmix compress`: from a model to a smaller one and its report card."""

@@ -1,17 +1,17 @@
-"""The smallest model that keeps what is asked for: candidates from most bits to fewest.
+"""Find the smallest model that meets the floors: test candidates from most bits to fewest.
 
-A fixed sequence: the first candidate that fails ends the walk, so that no bound has to be widened
-for the number of candidates (Maurer, Hothorn and Lehmacher, 1995). It begins with the one above the
-fewest bits that may do, without a look at any answer of a candidate: all items decide. If that
-first candidate fails, the ones of more bits are walked from the top. Each of the two sequences has
-its share of the errors that the confidence allows (Bonferroni); one that begins at the top has all.
-With several draws of the calibration text a candidate is a model of each; all must pass, and the
-first draw's is the one that stays.
+The walk is a fixed-sequence test: the first candidate that fails ends it, so bounds need no
+correction for the number of candidates (Maurer, Hothorn and Lehmacher, 1995). It begins one
+candidate above the fewest bits expected to pass. That choice uses no answer of a candidate, so all
+items count in the tests. If the first candidate fails, a second sequence walks those of more bits
+from the top. Each sequence has its share of the allowed error (Bonferroni); a walk that begins at
+the top has all of it. With several samples of the calibration text a candidate has one model per
+sample; all must pass, and that of the first sample is kept.
 
-What a candidate is thought to keep is ours. In the study of bits (studies/frontier.yaml) a model at
-a distance KL keeps some exp(-2 KL) of its answers, up to a tenth less where KL is small; a bit less
-a weight is four times the distance; levels that are solved on text come to half the distance of
-plain rounding, more or less, and recovered ones, of SmolLM2, to 0.3 of it.
+The forecast of what a candidate keeps is ours. In the study of bits (studies/frontier.yaml) a model
+at distance KL keeps about exp(-2 KL) of its answers, up to a tenth less where KL is small. One bit
+per weight less multiplies the distance by four. Levels solved on text have about half the distance
+of plain rounding; recovered levels (of SmolLM2) have 0.3 of it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from calmix.calibration import saved_set
 from calmix.calibration.texts import texts
 from calmix.compression import running
-from calmix.compression.estimate import Taken, check_room, estimate
+from calmix.compression.estimate import StageCost, check_room, estimate
 from calmix.compression.plan import (
     BEHAVIOUR,
     CALIBRATION,
@@ -42,7 +42,7 @@ from calmix.compression.plan import (
     SCORES,
     Request,
     Stage,
-    request,
+    check_options,
     scored,
     scoring,
     stages,
@@ -68,23 +68,22 @@ from calmix.models import find_blocks, open_model
 from calmix.options import Compression
 from calmix.progress import Stages, duration
 
-RUNGS = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits a weight; wider steps where each takes a recovery
-FIRST = 0.8  # of the errors allowed, those of a sequence that does not begin at the top
-MODELS = ("pruned", "blocks", "model")  # of a candidate, one made of the other
+RUNGS = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits per weight; wider steps where each needs a recovery
+FIRST = 0.8  # share of the allowed error for a first sequence that begins below the top
+MODELS = ("pruned", "blocks", "model")  # folders of a candidate, each made from the one before
 KIND, CANDIDATES = "ladder of candidates", "candidates"
-BITS = 4  # that weights are rounded to for the distance a walk's begin is chosen by
-LOST = 0.05  # of the answers, at any distance
-RECOVERED = 0.6  # of the distance that solved levels have
+BITS = 4  # of plain rounding, whose distance decides where a walk begins
+LOST = 0.05  # share of answers lost at any distance
+RECOVERED = 0.6  # distance of recovered levels over that of solved ones
 HELPS = (
-    "What may help: a lower floor, more rows (--effort best), or text of the abilities that failed "
+    "Try a lower floor, more rows (--effort best), or more text of the abilities that failed "
     "(--keep)."
 )
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A candidate that was built and tested; `verdicts` are of `calmix.evaluation.floors`, one a
-    draw of the text."""
+    """A tested candidate, with one verdict of `calmix.evaluation.floors` per sample of the text."""
 
     bits: float
     seconds: float
@@ -92,20 +91,20 @@ class Rung:
 
     @property
     def kept(self) -> bool:
-        """Whether it keeps all that is asked for."""
+        """Whether it meets all floors."""
         return all(one["passed"] for one in self.verdicts)
 
     @property
     def tested(self) -> list[dict[str, Any]]:
-        """What was tested of every ability, of the draw that proves least of it."""
+        """The test of each ability, from the sample that proves least."""
         drawn = zip(*(one["tested"] for one in self.verdicts), strict=True)
         return [min(same, key=lambda one: one["bound"] - one["floor"]) for same in drawn]
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Candidates so far, the bits of the first, and how the walk ended: `failed`, `time` or
-    `bottom`; empty before."""
+    """The candidates tested so far, how the walk `ended` (`failed`, `time` or `bottom`; empty while
+    it goes on), and the bits of the `first` candidate."""
 
     rungs: tuple[Rung, ...]
     ended: str
@@ -113,19 +112,19 @@ class Ladder:
 
     @property
     def bits(self) -> float | None:
-        """Bits of the smallest candidate that keeps what is asked for; None if none does."""
+        """Bits of the smallest candidate that passes; None if none does."""
         return min((one.bits for one in self.rungs if one.kept), default=None)
 
     @property
     def left(self) -> tuple[float, ...]:
-        """Bits of the candidates that may be built yet."""
+        """Bits of the candidates that may still be built."""
         done, at = len(self.rungs), RUNGS.index(self.first)
         begun, *later = [one.kept for one in self.rungs] or [True]
         order = RUNGS[at + done :] if begun else RUNGS[done - 1 : at]
         return order if all(later) else ()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a record a candidate: what it keeps of every ability, and what is proven."""
+        """Return one record per candidate: what it keeps of each ability, and what is proven."""
         return [
             {"bits": f"{rung.bits:g}", "kept": "yes" if rung.kept else "no"}
             | {one["ability"]: f"{100 * one['kept']:.1f} ({proven(one['bound'])})"
@@ -135,292 +134,291 @@ class Ladder:
 
     @property
     def promise(self) -> list[str]:
-        """What is promised of the smallest candidate that keeps what is asked for, in lines."""
+        """The verdict on the smallest candidate that passes, in lines."""
         return next((one.verdicts[0]["lines"] for one in self.rungs if one.bits == self.bits), [])
 
     def why(self) -> str:
-        """Return in a sentence why the walk ended where it did."""
+        """Return a sentence that says why the walk ended."""
         if self.ended == "time":
-            return "the time given was over before the next candidate: run it again to go on"
+            return "time ran out before the next candidate: run the same command again to resume"
         if self.ended == "bottom":
             return f"{RUNGS[-1]:g} bits are the fewest that are tried"
         last = max((one for one in self.rungs if not one.kept), key=lambda one: one.bits)
-        told = ", ".join(
+        failures = ", ".join(
             f"{one['ability']} keeps {100 * one['kept']:.1f} % of {one['items']} items by "
             f"{one['measure']}, proven {proven(one['bound'])} %, asked {100 * one['floor']:g} %"
             for one in last.tested if not one["passed"]
         )  # fmt: skip
         drawn = len(last.verdicts)
-        of = f" (the worst of {drawn} draws of text)" if drawn > 1 else ""
-        return f"{last.bits:g} bits fail: {told}{of}"
+        of = f" (the worst of {drawn} samples of text)" if drawn > 1 else ""
+        return f"{last.bits:g} bits fail: {failures}{of}"
 
 
-def dry(options: Compression, out: Path) -> tuple[Request, list[Taken]]:
-    """Return a request, checked, and what its stages will take, those of all candidates too."""
-    asked = _checked(options, out)
-    if asked.keep_at_least is None:
-        return asked, estimate(asked, stages(asked, out))
-    return asked, estimate(at(asked, RUNGS[0]), whole(asked, out))
+def dry(options: Compression, out: Path) -> tuple[Request, list[StageCost]]:
+    """Return the checked request and the cost of its stages, including all candidates."""
+    request = _checked(options, out)
+    if request.keep_at_least is None:
+        return request, estimate(request, stages(request, out))
+    return request, estimate(at(request, RUNGS[0]), whole(request, out))
 
 
 def make(
     options: Compression, out: Path, run: running.Run, note: Callable[[str], None] | None
 ) -> tuple[Ladder | None, dict[str, float]]:
-    """Compress a model; `note` is told of stages as they begin, beside a line of progress, and what
-    they print is in their files.
+    """Compress a model; `note` receives each stage as it begins. What stages print is discarded.
 
     Returns:
-        What looking for the smallest model found, if that is asked for; and the seconds of every
-        stage that was done now, none if no candidate keeps enough.
+        The walk, None without floors, and the seconds of each stage run now, none if no candidate
+        passes.
     """
-    asked, found = _checked(options, out), None
-    if asked.keep_at_least is not None:
-        with _staged(at(asked, RUNGS[0]), out, whole(asked, out), note) as (say, seconds):
-            found = walk(asked, out, run, say, options.within, seconds)
-        if found.bits is None:
-            return found, {}
-        asked = at(asked, found.bits)
-    check_room(asked, out)
-    with _staged(asked, out, stages(asked, out), note) as (say, _):
-        return found, running.compress(asked, out, run, say)
+    request, ladder = _checked(options, out), None
+    if request.keep_at_least is not None:
+        with _staged(at(request, RUNGS[0]), out, whole(request, out), note) as (say, seconds):
+            ladder = walk(request, out, run, say, options.within, seconds)
+        if ladder.bits is None:
+            return ladder, {}
+        request = at(request, ladder.bits)
+    check_room(request, out)
+    with _staged(request, out, stages(request, out), note) as (say, _):
+        return ladder, running.compress(request, out, run, say)
 
 
 def _checked(options: Compression, out: Path) -> Request:
-    """Return the request, checked; an output that is an input, or holds something else, is
-    refused."""
+    """Return the checked request; refuse an output that is an input or holds something else."""
     inputs = [options.model, saved_set(options.calibration), options.prompts,
               suite_file(options.suite)]  # fmt: skip
     running.check_place(out, inputs)
-    asked = request(options)
-    if asked.keep_at_least is None:
-        running.check(asked, out)
+    request = check_options(options)
+    if request.keep_at_least is None:
+        running.check(request, out)
     else:
-        read_ladder(asked, out)
-    return asked
+        read_ladder(request, out)
+    return request
 
 
 @contextmanager
 def _staged(
-    asked: Request, out: Path, listed: Sequence[Stage], note: Callable[[str], None] | None
+    request: Request, out: Path, listed: Sequence[Stage], note: Callable[[str], None] | None
 ) -> Iterator[tuple[running.Say, dict[str, float]]]:
-    """Yield what tells a line of progress of each stage, and the seconds that each of those missing
-    in OUT will take, as far as that is known; nothing else is printed."""
+    """Yield a callback that shows the progress of stages, and the estimated seconds of those
+    missing in OUT; what stages print is discarded."""
 
-    def say(stage: Stage, kept: bool) -> None:
+    def say(stage: Stage, done: bool) -> None:
         if note is not None:
-            note(f"{stage.name}: done before" if kept else f"$ {stage.command}")
+            note(f"{stage.name}: already done" if done else f"$ {stage.command}")
         bar.begin(stage.name)
 
     seconds: dict[str, float] = {}
-    names, left = [one.name for one in listed], [one for one in listed if not one.stands(out)]
+    names, left = [one.name for one in listed], [one for one in listed if not one.done(out)]
     with Stages(names, shown=note is not None) as bar, redirect_stdout(io.StringIO()):
         bar.show("estimating", None)
-        with suppress(CalmixError):  # it is for the line of progress and --within alone
-            seconds = {one.stage.name: one.seconds for one in estimate(asked, left)}
+        with suppress(CalmixError):  # only progress and --within need it
+            seconds = {one.stage.name: one.seconds for one in estimate(request, left)}
         bar.expect(seconds)
         yield say, seconds
 
 
-def whole(asked: Request, out: Path) -> list[Stage]:
+def whole(request: Request, out: Path) -> list[Stage]:
     """Return all stages of a walk on which no candidate fails."""
-    return opening(asked, out) + [one for bits in RUNGS for one in building(asked, out, bits)]
+    return opening(request, out) + [one for bits in RUNGS for one in building(request, out, bits)]
 
 
-def opening(asked: Request, out: Path) -> list[Stage]:
-    """Return the stages before the first candidate: sets are drawn, unless they are there, and the
-    dense model scored."""
-    found = []
-    for number, draw in enumerate(draws(asked)):
-        drawn = asked.model_copy(update={"seed": asked.seed + number})
-        own = [one for one in stages(drawn, out / draw) if one.leaves == CALIBRATION]
-        found += [_within(draw, one) for one in own]
-    dense = scoring(asked, deciding(asked), asked.model, out, leaves=f"{CANDIDATES}/dense-")
-    return [*found, replace(dense, name=f"{dense.name}, dense")]
+def opening(request: Request, out: Path) -> list[Stage]:
+    """Return the stages before the first candidate: draw missing sets, score the dense model."""
+    listed = []
+    for number, sample in enumerate(samples(request)):
+        drawn = request.model_copy(update={"seed": request.seed + number})
+        listed += [_within(sample, one) for one in stages(drawn, out / sample)
+                   if one.leaves == CALIBRATION]  # fmt: skip
+    dense = scoring(request, deciding(request), request.model, out, leaves=f"{CANDIDATES}/dense-")
+    return [*listed, replace(dense, name=f"{dense.name}, dense")]
 
 
-def building(asked: Request, out: Path, bits: float) -> list[Stage]:
-    """Return the stages of a candidate: it is quantised, and scored against the dense scores."""
-    file, wanted, found = deciding(asked), at(asked, bits), list[Stage]()
+def building(request: Request, out: Path, bits: float) -> list[Stage]:
+    """Return the stages that build a candidate and score it against the dense scores."""
+    file, candidate, listed = deciding(request), at(request, bits), list[Stage]()
     dense = out / CANDIDATES / f"dense-{file}"
-    for draw in draws(asked):
-        held = asked.calibration if asked.saved else str(out / draw / CALIBRATION)
-        place = out / _folder(bits, draw)
-        made = itertools.takewhile(lambda one: one.leaves != PACK, stages(wanted, place, held))
-        tested = scoring(wanted, file, str(place / "model"), place, dense)
-        found += [_within(_folder(bits, draw), replace(one, name=f"{bits:g} bits, {one.name}"))
-                  for one in (*made, tested)]  # fmt: skip
-    return found
+    for sample in samples(request):
+        calibration = request.calibration if request.saved else str(out / sample / CALIBRATION)
+        folder = out / _folder(bits, sample)
+        parts = stages(candidate, folder, calibration)
+        made = itertools.takewhile(lambda one: one.leaves != PACK, parts)
+        tested = scoring(candidate, file, str(folder / "model"), folder, dense)
+        listed += [_within(_folder(bits, sample), replace(one, name=f"{bits:g} bits, {one.name}"))
+                   for one in (*made, tested)]  # fmt: skip
+    return listed
 
 
-def draws(asked: Request) -> list[str]:
-    """Return the folder of each draw of the text; the first is OUT itself."""
-    return ["", *(f"{CANDIDATES}/draw-{n}" for n in range(2, (asked.seeds or 1) + 1))]
+def samples(request: Request) -> list[str]:
+    """Return the folder of each sample of the text, in OUT; the first is OUT itself."""
+    return ["", *(f"{CANDIDATES}/draw-{n}" for n in range(2, (request.seeds or 1) + 1))]
 
 
 def _within(folder: str, stage: Stage) -> Stage:
-    """Return a stage that leaves its result in a folder of OUT, and is named after its draw."""
+    """Return a stage with its result in a folder of OUT and its sample's number in its name."""
     number = folder.partition("draw-")[2].partition("/")[0]
-    name = stage.name + f", draw {number}" * bool(number)
+    name = stage.name + f", sample {number}" * bool(number)
     return replace(stage, name=name, leaves=str(Path(folder) / (stage.leaves or "")))
 
 
-def _folder(bits: float, draw: str = "") -> str:
-    return f"{draw or CANDIDATES}/{bits:g}"
+def _folder(bits: float, sample: str = "") -> str:
+    return f"{sample or CANDIDATES}/{bits:g}"
 
 
-def provable(asked: Request) -> str:
-    """Return how many right answers the floors need of the dense model."""
-    floors, confidence = _floors(asked)
-    told = ", ".join(
+def provable(request: Request) -> str:
+    """Return a sentence that says how many right answers of the dense model the floors need."""
+    floors, confidence = _floors(request)
+    counts = ", ".join(
         f"{needed(floor, confidence)} {f'in {name}' if name else 'in each ability'}"
         for name, floor in floors.items()
     )
-    return f"to prove the floors the dense model must get right at least: {told}"
+    return f"to prove the floors, the dense model must get right at least: {counts}"
 
 
-def _floors(asked: Request) -> tuple[dict[str, float], float]:
-    return parse_floors(asked.keep_at_least or ""), asked.confidence or CONFIDENCE
+def _floors(request: Request) -> tuple[dict[str, float], float]:
+    return parse_floors(request.keep_at_least or ""), request.confidence or CONFIDENCE
 
 
-def at(asked: Request, bits: float) -> Request:
+def at(request: Request, bits: float) -> Request:
     """Return the request of one candidate."""
-    return asked.model_copy(update={"bits": bits})
+    return request.model_copy(update={"bits": bits})
 
 
-def deciding(asked: Request) -> str:
-    """Return the file of scores that decides, as `calmix check OUT` has it: that of behaviour,
-    which holds every ability, or of a suite that is scored alone."""
-    return BEHAVIOUR if asked.suite == "offline" else SCORES
+def deciding(request: Request) -> str:
+    """Return the score file that decides, as in `calmix check OUT`: behaviour, which has every
+    ability, or a suite that is scored alone."""
+    return BEHAVIOUR if request.suite == "offline" else SCORES
 
 
-def read_ladder(asked: Request, out: Path) -> Ladder:
-    """Return what is known of a walk in OUT; InputError if it is of another request."""
+def read_ladder(request: Request, out: Path) -> Ladder:
+    """Return the state of a walk in OUT; InputError if it is of another request."""
     if not (out / running.LADDER).exists():
-        running.check(asked, out)
+        running.check(request, out)
         return Ladder((), "", RUNGS[0])
-    held = running.read_ladder_file(out)
-    # Before there is a candidate, only scores depend on what is to be kept (`_forget`).
-    free = () if held["rungs"] else ("keep_at_least", "confidence")
-    running.check_same(asked, held["request"], out, free)
-    first = held.get("first", RUNGS[0])
-    found = Ladder(tuple(Rung(**one) for one in held["rungs"]), held["ended"], first)
-    if not {found.first, *(one.bits for one in found.rungs)} <= {*RUNGS}:
+    saved = running.read_ladder_file(out)
+    # Before the first candidate only scores depend on the floors (`_forget`).
+    but = () if saved["rungs"] else ("keep_at_least", "confidence")
+    running.check_same(request, saved["request"], out, but)
+    first = saved.get("first", RUNGS[0])
+    ladder = Ladder(tuple(Rung(**one) for one in saved["rungs"]), saved["ended"], first)
+    if not {ladder.first, *(one.bits for one in ladder.rungs)} <= {*RUNGS}:
         raise InputError(f"{out} holds a walk over other candidates: choose another -o")
-    return found
+    return ladder
 
 
 def walk(
-    asked: Request,
+    request: Request,
     out: Path,
     run: running.Run,
     say: running.Say,
     within: float | None = None,
     seconds: Mapping[str, float] | None = None,
 ) -> Ladder:
-    """Build and test candidates until one fails, and move the smallest that keeps what is asked for
-    to OUT/model, its scores of behaviour beside it.
+    """Build and test candidates until one fails; move the smallest that passes to OUT/model, with
+    its scores beside it.
 
-    `say` is told of each stage, and whether its result was there. After `within` seconds no
-    candidate is begun; `seconds` are what each stage is thought to take, by its name. Too little
-    time for one candidate, or too few right answers of the dense model, are an InputError.
+    `say` receives each stage, and whether its result existed. No candidate is begun that would end
+    after `within` seconds; `seconds` are the estimates of stages by name. Too little time for one
+    candidate, or too few right answers of the dense model, is an InputError.
     """
-    began, file, seconds = time.monotonic(), deciding(asked), seconds or {}
-    found, before = read_ladder(asked, out), opening(asked, out)
-    if within is not None and not found.rungs:
-        due = _due([*before, *building(asked, out, RUNGS[0])], seconds)
+    began, file, seconds = time.monotonic(), deciding(request), seconds or {}
+    ladder, before = read_ladder(request, out), opening(request, out)
+    if within is not None and not ladder.rungs:
+        due = _due([*before, *building(request, out, RUNGS[0])], seconds)
         if due > within:
             raise InputError(
                 f"--within {duration(within)} is too short: the first candidate takes about "
                 f"{duration(due)} here"
             )
     with alone(out, wait=False):
-        if found.ended == "time":
-            found = _taken_back(found, asked, out)
-        found = _kept(found, asked, out)  # before anything else, so that OUT is known as a walk's
-        if found.left:
-            floors, confidence = _floors(asked)
-            _forget(found, asked, out)
+        if ladder.ended == "time":
+            ladder = _reopened(ladder, request, out)
+        ladder = _saved(ladder, request, out)  # first, so that OUT is known as that of a walk
+        if ladder.left:
+            floors, confidence = _floors(request)
+            _forget(ladder, request, out)
             list(running.do(before, out, run, say))
             dense = load_scores(out / CANDIDATES / f"dense-{file}")
-            judge(floors, [(dense, dense)], confidence)  # whether they can be proven
-            if not found.rungs:
+            judge(floors, [(dense, dense)], confidence)  # raises if they cannot be proven
+            if not ladder.rungs:
                 left = math.inf if within is None else within - (time.monotonic() - began)
-                found = replace(found, first=_first(asked, dense, out, left, seconds))
-        while found.left:
-            bits, at_ = found.left[0], time.monotonic()
-            made = building(asked, out, bits)
-            if within is not None and found.rungs:
-                last = found.rungs[-1]
-                known = _due(building(asked, out, last.bits), seconds)
+                ladder = replace(ladder, first=_first(request, dense, out, left, seconds))
+        while ladder.left:
+            bits, at_ = ladder.left[0], time.monotonic()
+            made = building(request, out, bits)
+            if within is not None and ladder.rungs:
+                last = ladder.rungs[-1]
+                known = _due(building(request, out, last.bits), seconds)
                 due = last.seconds * (_due(made, seconds) / known if known else 1.0)
                 if at_ - began + due > within:
-                    return _placed(_kept(replace(found, ended="time"), asked, out), asked, out)
+                    ladder = _saved(replace(ladder, ended="time"), request, out)
+                    break
             list(running.do(made, out, run, say))
-            share = FIRST if bits <= found.first else 1 - FIRST
-            level = _level(1.0 if found.first == RUNGS[0] else share, confidence)
-            verdicts = _tested(asked, out, bits, dense, level)
+            share = FIRST if bits <= ladder.first else 1 - FIRST
+            level = _level(1.0 if ladder.first == RUNGS[0] else share, confidence)
+            verdicts = _tested(request, out, bits, dense, level)
             rung = Rung(bits, round(time.monotonic() - at_, 1), verdicts)
-            found = replace(found, rungs=(*found.rungs, rung))
-            ended = "" if found.left else "bottom" if found.bits == RUNGS[-1] else "failed"
-            found = _kept(replace(found, ended=ended), asked, out)
-        return _placed(found, asked, out)
+            ladder = replace(ladder, rungs=(*ladder.rungs, rung))
+            ended = "" if ladder.left else "bottom" if ladder.bits == RUNGS[-1] else "failed"
+            ladder = _saved(replace(ladder, ended=ended), request, out)
+        return _placed(ladder, request, out)
 
 
 def _tested(
-    asked: Request, out: Path, bits: float, dense: CapabilityScores, level: float
+    request: Request, out: Path, bits: float, dense: CapabilityScores, level: float
 ) -> list[dict[str, Any]]:
-    """Test the model of each draw at the level its sequence has, and write down beside it what of
-    the confidence asked for comes of it."""
-    (floors, confidence), file = _floors(asked), deciding(asked)
-    places = [out / _folder(bits, draw) for draw in draws(asked)]
-    pairs = [(dense, load_scores(place / file)) for place in places]
-    verdicts = [replace(judge(floors, [own], level), confidence=confidence) for own in pairs]
+    """Test the model of each sample at the `level` of its sequence, and write the verdict, which
+    holds at the requested confidence, beside it."""
+    (floors, confidence), file = _floors(request), deciding(request)
+    folders = [out / _folder(bits, sample) for sample in samples(request)]
+    pairs = [(dense, load_scores(folder / file)) for folder in folders]
+    verdicts = [replace(judge(floors, [pair], level), confidence=confidence) for pair in pairs]
     if all(one.passed for one in verdicts):
         verdicts = [replace(one, draws=len(verdicts)) for one in verdicts]
-    for place, own, verdict in zip(places, pairs, verdicts, strict=True):
-        write_json(place / FILE, record(verdict, floors, [own]))
+    for folder, pair, verdict in zip(folders, pairs, verdicts, strict=True):
+        write_json(folder / FILE, record(verdict, floors, [pair]))
     return [one.to_dict() for one in verdicts]
 
 
 def _due(listed: Iterable[Stage], seconds: Mapping[str, float]) -> float:
-    """Return what stages are thought to take, as far as that is known."""
+    """Return the estimated seconds of stages; unknown ones count as 0."""
     return sum(seconds.get(stage.name, 0.0) for stage in listed)
 
 
 def _level(share: float, confidence: float) -> float:
-    """Return the confidence of a share of the errors allowed."""
+    """Return the confidence at which a sequence has a share of the allowed error."""
     return 1 - share * (1 - confidence)
 
 
 def _first(
-    asked: Request, dense: CapabilityScores, out: Path, left: float, seconds: Mapping[str, float]
+    request: Request, dense: CapabilityScores, out: Path, left: float, seconds: Mapping[str, float]
 ) -> float:
-    """Return the bits to begin with: those above the fewest with which what is thought to be kept
-    would prove every floor; the most, where the items, a distance or the time is too little."""
-    floors, confidence = _floors(asked)
+    """Return the bits to begin with: one step above the fewest expected to prove every floor, or
+    the most bits if items or time are too few or the distance cannot be measured."""
+    floors, confidence = _floors(request)
     try:
         tested = judge(floors, [(dense, dense)], _level(1 - FIRST, confidence)).tested
-        plain = plain_distance(asked.model, asked.device, asked.trust_remote_code)
+        plain = plain_distance(request.model, request.device, request.trust_remote_code)
     except CalmixError:
         return RUNGS[0]
 
     def proves(bits: float) -> bool:
-        kept = expected(plain, bits, bits <= EFFORTS[asked.effort].levels)
+        kept = expected(plain, bits, bits <= EFFORTS[request.effort].levels)
         level = _level(FIRST, confidence)
         return all(lower_bound(round(kept * one.items), one.items, level) >= one.floor
                    for one in tested)  # fmt: skip
 
-    fewest = max((place for place, bits in enumerate(RUNGS) if proves(bits)), default=0)
+    fewest = max((index for index, bits in enumerate(RUNGS) if proves(bits)), default=0)
     bits = RUNGS[max(fewest, 1) - 1]
-    return bits if _due(building(asked, out, bits), seconds) <= left else RUNGS[0]
+    return bits if _due(building(request, out, bits), seconds) <= left else RUNGS[0]
 
 
 def plain_distance(model: str, device: str, trust_remote_code: bool) -> float:
-    """Return KL(dense || rounded) on the builtin texts, in nats a token: weights of the blocks are
-    rounded to a grid of even steps on which normal ones take 4 bits.
+    """Return KL(dense || rounded) on the builtin texts, in nats per token: block weights are
+    rounded to a uniform grid on which normal weights have an entropy of 4 bits.
 
     Raises:
-        CalmixError: the distance cannot be measured, or the model not be opened.
+        CalmixError: the model cannot be opened or the distance not be measured.
     """
     opened = open_model(model, device=device, trust_remote_code=trust_remote_code)
     dense = reference(opened, texts(opened), cache=True)
@@ -432,60 +430,59 @@ def plain_distance(model: str, device: str, trust_remote_code: bool) -> float:
 
 
 def expected(plain: float, bits: float, recovered: bool = False) -> float:
-    """Return the share of answers that a candidate is thought to keep."""
+    """Return the share of answers that a candidate is expected to keep."""
     left = RECOVERED if recovered else 1.0
     return (1 - LOST) * math.exp(-left * plain * 4 ** (BITS - bits))
 
 
-def _kept(ladder: Ladder, asked: Request, out: Path) -> Ladder:
-    """Write down how far a walk is; of its models the smallest that is good stays, and those of
-    candidates that may be built yet."""
+def _saved(ladder: Ladder, request: Request, out: Path) -> Ladder:
+    """Save the state of a walk, and remove all models but the smallest that passes and those of
+    candidates that may still be built."""
     out.mkdir(parents=True, exist_ok=True)
-    value = {"kind": KIND, "request": asked.model_dump(mode="json"), "ended": ladder.ended,
+    value = {"kind": KIND, "request": request.model_dump(mode="json"), "ended": ladder.ended,
              "first": ladder.first, "rungs": [asdict(one) for one in ladder.rungs]}  # fmt: skip
     write_json(out / running.LADDER, sealed(value))
     for bits in {*RUNGS}.difference(ladder.left):
-        for draw in draws(asked):
-            for name in MODELS if draw or bits != ladder.bits else ():
-                shutil.rmtree(out / _folder(bits, draw) / name, ignore_errors=True)
+        for sample in samples(request):
+            for name in MODELS if sample or bits != ladder.bits else ():
+                shutil.rmtree(out / _folder(bits, sample) / name, ignore_errors=True)
     return ladder
 
 
-def _forget(ladder: Ladder, asked: Request, out: Path) -> None:
-    """Remove scores of other items than are asked now, of floors that were asked before; those of
-    candidates that were tested stay."""
-    tested = [out / _folder(rung.bits, draw) for rung in ladder.rungs for draw in draws(asked)]
-    file = deciding(asked)
-    wanted = scored(asked)[file].hash
+def _forget(ladder: Ladder, request: Request, out: Path) -> None:
+    """Remove scores of other items, left from earlier floors, except those of tested candidates."""
+    tested = [out / _folder(rung.bits, one) for rung in ladder.rungs for one in samples(request)]
+    file = deciding(request)
+    wanted = scored(request)[file].hash
     for path in (out / CANDIDATES).rglob(f"*{file}"):
         if path.parent not in tested and load_scores(path).suite["hash"] != wanted:
             remove(path)
 
 
-def _taken_back(ladder: Ladder, asked: Request, out: Path) -> Ladder:
-    """Let a walk that time ended go on: its model is a candidate again, and what was made of it for
-    OUT goes."""
+def _reopened(ladder: Ladder, request: Request, out: Path) -> Ladder:
+    """Resume a walk that ran out of time: its model becomes a candidate again, and results made
+    from it are removed."""
     _move(out, out / _folder(ladder.bits or RUNGS[0]))
-    made = {stage.leaves for stage in stages(asked, out)} - {CALIBRATION, None}
+    made = {stage.leaves for stage in stages(request, out)} - {CALIBRATION, None}
     for name in (*made, MANIFEST, running.RUN, FILE, "card.html"):
         remove(out / str(name))
     return replace(ladder, ended="")
 
 
-def _placed(ladder: Ladder, asked: Request, out: Path) -> Ladder:
-    """Move the smallest candidate that is good to OUT, with what was tested, and with its answers:
-    asked again in other batches, a few would differ."""
+def _placed(ladder: Ladder, request: Request, out: Path) -> Ladder:
+    """Move the smallest candidate that passes to OUT, with its verdict and its answers: generated
+    again in other batches, a few would differ."""
     if ladder.bits is not None:
         chosen = out / _folder(ladder.bits)
-        for name in (SCORES if choose(asked.suite).asks else BEHAVIOUR, FILE):
+        for name in (SCORES if choose(request.suite).asks else BEHAVIOUR, FILE):
             if (chosen / name).exists() and not (out / name).exists():
                 write_bytes(out / name, (chosen / name).read_bytes())
         _move(chosen, out)
     return ladder
 
 
-def _move(place: Path, to: Path) -> None:
-    """Move the models of a candidate that are there, the last one last."""
+def _move(folder: Path, to: Path) -> None:
+    """Move a candidate's models, the final one last."""
     for name in MODELS:
-        if (place / name).exists():
-            (place / name).rename(to / name)
+        if (folder / name).exists():
+            (folder / name).rename(to / name)

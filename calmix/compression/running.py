@@ -1,4 +1,4 @@
-"""Run a compression stage by stage: what stands in OUT is kept, what is missing is made."""
+"""Run a compression stage by stage: results in OUT are kept, missing ones are made."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from calmix.models import resolve_model
 from calmix.models.shards import weight_bytes
 
 Run = Callable[[Sequence[str]], None]  # runs a command line
-Say = Callable[[Stage, bool], None]  # is told of a stage, and whether its result was there
+Say = Callable[[Stage, bool], None]  # receives a stage, and whether its result existed
 KIND, RUN = "compressed model", "compress-run.json"
-LADDER = "ladder.json"  # of a model that keeps what is asked for
+LADDER = "ladder.json"  # state of a walk for --keep-at-least
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """Return what OUT says of itself: the `request`, the `commands` of all stages by their names,
-    `dense_bytes` of the dense model's weights; InputError if it is another folder or damaged."""
-    missing = f"{out} is no folder that calmix compress made: no {MANIFEST}"
+    """Return the record in OUT: the `request`, the `commands` of all stages by name, `dense_bytes`
+    of the dense weights; InputError if there is none or it is damaged."""
+    missing = f"{out} was not made by calmix compress: it has no {MANIFEST}"
     if (out / LADDER).exists():
-        missing = f"{out} has no model yet: run its calmix compress again, or see why it refused"
+        missing = f"{out} has no model yet: run its calmix compress again to resume or see why"
     return read_sealed(out / MANIFEST, missing)
 
 
-def compress(asked: Request, out: Path, run: Run, say: Say) -> dict[str, float]:
-    """Do what is missing in OUT, and return the seconds of every stage done now."""
+def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float]:
+    """Run the missing stages of OUT and return their seconds."""
     with alone(out, wait=False):
-        listed, seconds = stages(asked, out), dict[str, float]()
+        listed, seconds = stages(request, out), dict[str, float]()
         before = read_object(out / RUN, "")["seconds"] if (out / RUN).exists() else {}
         if not (out / MANIFEST).exists():
-            commands = {stage.name: stage.command for stage in listed}
-            record = {"kind": KIND, "request": asked.model_dump(mode="json"), "commands": commands,
-                      "dense_bytes": weight_bytes(resolve_model(asked.model))}  # fmt: skip
+            record = {"kind": KIND, "request": request.model_dump(mode="json"),
+                      "commands": {stage.name: stage.command for stage in listed},
+                      "dense_bytes": weight_bytes(resolve_model(request.model))}  # fmt: skip
             write_json(out / MANIFEST, sealed(record | {"versions": versions()}))
         for stage, taken in do(listed, out, run, say):
             seconds[stage.name] = taken
@@ -53,15 +53,15 @@ def compress(asked: Request, out: Path, run: Run, say: Say) -> dict[str, float]:
 
 
 def do(listed: Iterable[Stage], out: Path, run: Run, say: Say) -> Iterator[tuple[Stage, float]]:
-    """Run the stages that have left no result, and yield each with its seconds."""
+    """Run the stages without a result and yield each with its seconds."""
     for stage in listed:
-        there = stage.stands(out)
-        say(stage, there)
-        if not there:
+        done = stage.done(out)
+        say(stage, done)
+        if not done:
             began = time.perf_counter()
             try:
                 run(stage.arguments)
-            except CalmixError:  # a record that stands alone describes nothing
+            except CalmixError:  # a record without any result is useless
                 if {path.name for path in out.iterdir()} in ({MANIFEST}, {LADDER}):
                     shutil.rmtree(out, ignore_errors=True)
                 raise
@@ -69,7 +69,7 @@ def do(listed: Iterable[Stage], out: Path, run: Run, say: Say) -> Iterator[tuple
 
 
 def check_place(out: Path, inputs: Iterable[object] = ()) -> None:
-    """Refuse an output folder that is or holds anything but the work of a compression."""
+    """Refuse an output folder that is an input or holds anything but a compression."""
     check_apart(out, inputs)
     if (out / MANIFEST).exists() or (out / LADDER).exists():
         return
@@ -80,26 +80,26 @@ def check_place(out: Path, inputs: Iterable[object] = ()) -> None:
     check_output_folder(out)
 
 
-def check(asked: Request, out: Path) -> None:
-    """Refuse an output folder that holds another request's work."""
+def check(request: Request, out: Path) -> None:
+    """Refuse an output folder of another request."""
     if (out / MANIFEST).exists():
-        check_same(asked, read_record(out)["request"], out)
+        check_same(request, read_record(out)["request"], out)
     elif (out / LADDER).exists():
-        check_same(asked, read_ladder_file(out)["request"], out, but=("bits",))
+        check_same(request, read_ladder_file(out)["request"], out, but=("bits",))
 
 
 def read_ladder_file(out: Path) -> dict[str, Any]:
-    """Return what a walk has left in OUT so far."""
+    """Return the saved state of a walk in OUT."""
     return read_sealed(out / LADDER, f"there is no file {out / LADDER}")
 
 
 def check_same(
-    asked: Request, held: Mapping[str, Any], out: Path, but: Collection[str] = ()
+    request: Request, held: Mapping[str, Any], out: Path, but: Collection[str] = ()
 ) -> None:
-    """Refuse a request that is not the one OUT was made by, except in what `but` names."""
-    now = asked.model_dump(mode="json")
+    """Refuse a request that differs from that of OUT, except in the options `but`."""
+    now = request.model_dump(mode="json")
     if differs := [key for key in now if held.get(key) != now[key] and key not in but]:
         raise InputError(
             f"{out} is of another request ({differs[0]}: {held.get(differs[0])}, now "
-            f"{now[differs[0]]}): ask for the same, or name another folder"
+            f"{now[differs[0]]}): repeat that request or name another folder"
         )

@@ -1,1 +1,1 @@
-"""Whether what is here can be relied on: this installation, an artefact, and making it again."""
+"""Check the installation and results, and recreate a result."""

@@ -1,6 +1,6 @@
-"""What this machine and this installation can do, what is missing, and what to do about it.
+"""Check this machine and installation: what works, what is missing, and how to fix it.
 
-Nothing is fetched, and nothing stays that is written.
+Nothing is downloaded, and no file is left behind.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WHAT_FOR = {
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: what was looked at, its state, what was found, and what to do about it.
+    """One finding: what was checked, its state, details, and what to do about it.
 
     Pruning works only if every `core` check is `ok`.
     """
@@ -46,18 +46,18 @@ class Check:
 
 
 def examine(tick: Callable[[str], None]) -> list[Check]:
-    """Look at everything, in some seconds; `tick` is called with what comes next."""
+    """Run all checks, which takes some seconds; `tick` receives the name of each."""
     found: list[Check] = []
-    for look in (versions, machine, cache, archives, extras, engine):
-        tick(look.__name__)
-        found += look()
+    for check in (versions, machine, cache, archives, extras, engine):
+        tick(check.__name__)
+        found += check()
     return found
 
 
 def versions() -> Iterator[Check]:
-    """Compare the versions of Python and of what calmix needs with what it asks for."""
-    own = importlib.metadata.version("calmix")
-    yield Check("calmix", "ok", f"{own}, Python {platform.python_version()}", core=True)
+    """Check the versions of required packages."""
+    version = importlib.metadata.version("calmix")
+    yield Check("calmix", "ok", f"{version}, Python {platform.python_version()}", core=True)
     for requirement in _requirements():
         name = requirement.name
         if wrong := _unmet(requirement):
@@ -67,15 +67,15 @@ def versions() -> Iterator[Check]:
 
 
 def machine() -> Iterator[Check]:
-    """Look at processor, memory and device as this process may use them."""
+    """Report the cores, memory and device that this process may use."""
     able = capabilities()
     kinds = [name for name in FAST if able.get(name)]
-    seen, here = os.cpu_count() or 1, cores()
-    limited = f" of the machine's {seen}" if here < seen else ""
+    total, usable = os.cpu_count() or 1, cores()
+    limited = f" of the machine's {total}" if usable < total else ""
     fast = f" ({', '.join(kinds)})" if kinds else ""
-    yield Check("cores", "ok", f"{here}{limited}{fast}, {torch.get_num_threads()} threads")
+    yield Check("cores", "ok", f"{usable}{limited}{fast}, {torch.get_num_threads()} threads")
     free = free_memory()
-    small = "less than 2 GB free: stop something else, or give --max-memory"
+    small = "less than 2 GB free: stop other programs or pass --max-memory"
     found = f"{_size(free)} free of {_size(total_memory())}"
     yield Check("memory", "ok", found, small if free < 2 << 30 else None)
     device = torch.accelerator.current_accelerator(check_available=True)
@@ -88,16 +88,16 @@ def machine() -> Iterator[Check]:
 
 
 def cache() -> Iterator[Check]:
-    """Look where the cache is, and whether it can be written."""
+    """Check that the cache can be written and has room."""
     folder = cache_dir()
     try:
         check_writable(folder / "models")
     except DiskError as error:
-        advice = "set CALMIX_CACHE to a folder you may write to; builtin models need it"
+        advice = "set CALMIX_CACHE to a writable folder; builtin models need it"
         yield Check("cache", "missing", str(error), advice)
         return
     free = shutil.disk_usage(existing(folder / "models")).free
-    small = "free some: models and sources are kept there"
+    small = "free some space: models and sources are kept there"
     yield Check("cache", "ok", f"{folder}, {_size(free)} free", small if free < 1 << 30 else None)
 
 
@@ -109,12 +109,12 @@ def archives() -> Iterator[Check]:
         except OSError as error:
             state = f"unreadable ({error.strerror})"
         advice = f"calmix doctor assets {asset.name} --install ({asset.size / 1e6:.0f} MB)"
-        found = ("ok", "hash is right") if state == "ok" else ("missing", state, advice)
+        found = ("ok", "hash matches") if state == "ok" else ("missing", state, advice)
         yield Check(f"asset {asset.name}", *found)
 
 
 def extras() -> Iterator[Check]:
-    """Look for the optional parts."""
+    """Check the optional dependencies."""
     for extra, what in WHAT_FOR.items():
         wrong = ", ".join(filter(None, map(_unmet, _requirements(extra))))
         advice = f"pip install 'calmix[{extra}]' for {what}"
@@ -123,11 +123,11 @@ def extras() -> Iterator[Check]:
 
 
 def engine() -> Iterator[Check]:
-    """Prune a tiny random model: half its weights go, twice with the same bytes."""
+    """Prune a tiny random model to half its weights, twice with the same result."""
     began = time.perf_counter()
     try:
         wrong = _self_test("0.5") or _self_test("2:4")
-    except Exception as error:  # whatever a broken installation raises is the finding
+    except Exception as error:  # any exception of a broken installation is a finding
         wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     if wrong:
         advice = "reinstall torch and calmix; if that does not help, file an issue with this line"
@@ -138,7 +138,7 @@ def engine() -> Iterator[Check]:
 
 
 def _self_test(pattern: str) -> str:
-    """Return what is wrong with pruning a tiny model to half its weights; empty if nothing."""
+    """Prune a tiny model to half its weights, and return what went wrong; empty if nothing."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from calmix.pruning import prune
@@ -166,22 +166,22 @@ def _self_test(pattern: str) -> str:
 
 
 def _requirements(extra: str = "") -> list[Requirement]:
-    """Return what calmix asks for, or what an extra adds to it."""
-    asked = [Requirement(line) for line in importlib.metadata.requires("calmix") or ()]
-    base = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
-    return base if not extra else [one for one in asked if one not in base and one.marker
+    """Return the requirements of calmix, or those that an extra adds."""
+    every = [Requirement(line) for line in importlib.metadata.requires("calmix") or ()]
+    base = [one for one in every if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return base if not extra else [one for one in every if one not in base and one.marker
                                    and one.marker.evaluate({"extra": extra})]  # fmt: skip
 
 
 def _unmet(requirement: Requirement) -> str | None:
-    """Return what is wrong with what is installed for a requirement; None if it fits."""
+    """Return why the installation does not meet a requirement; None if it does."""
     try:
         found = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
         return f"{requirement.name} is not installed"
     if requirement.specifier.contains(found, prereleases=True):
         return None
-    return f"{requirement.name} {found} is not {requirement.specifier}"
+    return f"{requirement.name} {found} does not meet {requirement.specifier}"
 
 
 def _size(count: int) -> str:

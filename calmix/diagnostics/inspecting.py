@@ -1,6 +1,6 @@
-"""Check what calmix has written with a manifest, each kind against its own, and summarise it.
+"""Check results of calmix against their manifests and summarise them.
 
-A file that is missing, changed or damaged is a problem; what is whole but unusual is a warning.
+A missing, changed or damaged file is a problem; something intact but unusual is a warning.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from calmix.pruning.report import LayerReport
 from calmix.pruning.work import RECORD, SET, SUFFIX, read_record
 from calmix.study.store import open_store
 
-# Beside what a manifest lists: manifests, run records, and what describes a model to others.
+# Files that no manifest lists: manifests, run records and model cards.
 BESIDE = {MANIFEST, RUN, PACK, EXPORT, "README.md"}
 Say = Callable[[str], None]
-# Beyond these a layer is worth a look: ours, some three times what is seen at 60 % SparseGPT.
+# Beyond these a layer gets a warning (ours: some three times the values of SparseGPT at 60 %).
 ERROR, DEAD = 0.3, 0.1
 
 
 @dataclass
 class Health:
-    """What was found: `facts` in order, `problems` (empty if all is whole), `warnings`, and the
-    `layers` of a pruned checkpoint."""
+    """The state of a result: `facts` in order, `problems` (empty if it is intact), `warnings`, and
+    the `layers` of a pruned checkpoint."""
 
     path: str
     kind: str
@@ -52,41 +52,41 @@ Check = Callable[[Path, Health, Say], None]
 
 
 def inspect(path: Path, tick: Say = lambda name: None) -> Health:
-    """Check anything calmix has written, finished or not: a folder, its manifest, or a file."""
+    """Check any result of calmix, finished or not: a folder, its manifest, or a file."""
     if not path.exists():
         unfinished = path.with_name(path.name + SUFFIX)
         if not unfinished.is_dir():
-            raise InputError(f"there is nothing at {path}")
+            raise InputError(f"{path} does not exist")
         path = unfinished
-    place = path.parent if path.is_file() and path.name in MARKS else path
-    name = next((mark for mark in MARKS if (place / mark).exists()), "")
-    health = Health(str(place), MARKS.get(name, "folder of results"))
-    if place.is_file():
+    target = path.parent if path.is_file() and path.name in MARKS else path
+    name = next((mark for mark in MARKS if (target / mark).exists()), "")
+    health = Health(str(target), MARKS.get(name, "folder of results"))
+    if target.is_file():
         with suppress(InputError):
             health.kind = str(read_object(path, "").get("kind", scores.KIND))
         if health.kind not in FILES:
             raise InputError(
-                f"{path} is no file that can be checked: name a folder that calmix wrote, or a "
-                f"file of {', '.join(FILES)}"
+                f"{path} cannot be checked: name a folder that calmix wrote or a file of "
+                f"{', '.join(FILES)}"
             )
     elif not name:
-        inside = {one.parent.name for mark in MARKS for one in place.glob(f"[!.]*/{mark}")}
+        inside = {one.parent.name for mark in MARKS for one in target.glob(f"[!.]*/{mark}")}
         if not inside:
-            raise InputError(f"{path} holds nothing calmix has written: none of {', '.join(MARKS)}")
-        _parts(place, sorted(inside), health, tick)
+            raise InputError(f"{path} holds no result of calmix: none of {', '.join(MARKS)}")
+        _parts(target, sorted(inside), health, tick)
         return health
     try:
-        (CHECKS | FILES)[health.kind](place, health, tick)
+        (CHECKS | FILES)[health.kind](target, health, tick)
     except CalmixError as error:
         health.problems.append(str(error))
-    except Exception as error:  # whatever a damaged file leads to is the finding
-        told = f"{type(error).__name__} {first_line(error)}"
-        health.problems.append(f"{place / name} cannot be checked: {told}")
+    except Exception as error:  # any exception that a damaged file causes is a finding
+        reason = f"{type(error).__name__} {first_line(error)}"
+        health.problems.append(f"{target / name} cannot be checked: {reason}")
     return health
 
 
 def _files(folder: Path, kept: dict[str, str], health: Health, say: Say) -> None:
-    """Compare a folder's files with their hashes, and name those that are not listed."""
+    """Compare a folder's files with their hashes, and warn of those that are not listed."""
     found = file_hashes(folder, without=BESIDE - kept.keys(), tick=say)
     health.problems += _changed(folder, kept, found)
     more = sorted(found.keys() - kept)
@@ -94,8 +94,8 @@ def _files(folder: Path, kept: dict[str, str], health: Health, say: Say) -> None
 
 
 def _changed(folder: Path, kept: dict[str, str], found: dict[str, str]) -> list[str]:
-    """Return a line for every file that is missing, or not what the manifest says it is."""
-    wrong = {name: "is damaged or changed: its hash is another" if name in found else "is missing"
+    """Return a line for each file that is missing or has another hash than in the manifest."""
+    wrong = {name: "is damaged or changed: its hash differs" if name in found else "is missing"
              for name, value in kept.items() if found.get(name) != value}  # fmt: skip
     return [f"{folder / name} {what}" for name, what in wrong.items()]
 
@@ -105,24 +105,23 @@ def _checkpoint(folder: Path, health: Health, say: Say) -> None:
     _files(folder, kept, health, say)
     done, warn = pruned["pruning"], health.warnings.append
     health.layers = TypeAdapter(list[LayerReport]).validate_python(done["layers"])
-    asked = done["options"].get("damping")
+    damping = done["options"].get("damping")
     for layer in health.layers:
         if layer.error is not None and layer.error > ERROR:
-            warn(f"{layer.name} lost {layer.error:.1%} of its output")
+            warn(f"{layer.name} has a reconstruction error of {layer.error:.1%}")
         if layer.dead_inputs > DEAD * layer.columns and layer.tokens is None:
             warn(f"{layer.name}: {layer.dead_inputs} of {layer.columns} inputs are dead")
-        if asked is not None and (layer.damping or 0) > asked:
-            warn(f"{layer.name}: damping was raised from {asked:g} to {layer.damping:g}")
+        if damping is not None and (layer.damping or 0) > damping:
+            warn(f"{layer.name}: damping was raised from {damping:g} to {layer.damping:g}")
     if line := starved(health.layers, int(done.get("rows") or 0)):
         warn(line)
     widest, tokens = max((one.columns for one in health.layers), default=0), int(done["tokens"])
     if pruned["calibration"] is not None and tokens < widest:
-        warn(f"{tokens} calibration tokens are fewer than the {widest} inputs of a layer: use more "
-             "rows")  # fmt: skip
+        warn(f"fewer calibration tokens ({tokens}) than layer inputs ({widest}): use more rows")
 
 
 def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, Any]]:
-    """Tell the facts of a checkpoint; return its files' hashes and the pruning run's manifest."""
+    """Set the facts of a checkpoint; return its files' hashes and the pruning run's manifest."""
     manifest = pruned = read_sealed(folder / MANIFEST, "")
     health.kind = health.kind.replace("checkpoint", manifest["kind"])
     recovered: list[dict[str, Any]] = []
@@ -130,7 +129,7 @@ def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, 
         recovered.insert(0, pruned["recovery"])
         if (pruned := pruned["pruned"]) is None:
             raise InputError(
-                f"{folder / MANIFEST} cannot be checked: it was recovered from a model without one"
+                f"{folder / MANIFEST} cannot be checked: the pruned model had no manifest"
             )
     done, drawn, text = pruned["pruning"], pruned["calibration"], "none"
     if drawn is not None:
@@ -196,7 +195,7 @@ def _calibration(folder: Path, health: Health, say: Say) -> None:
         "leakage": leakage,
     }
     if repeated := held.rows - len(set(map(tuple, held.ids.tolist()))):
-        health.warnings.append(f"{repeated} of {held.rows} rows are the same as another")
+        health.warnings.append(f"{repeated} of {held.rows} rows are duplicates")
 
 
 def _store(folder: Path, health: Health, say: Say) -> None:
@@ -215,12 +214,12 @@ def _store(folder: Path, health: Health, say: Say) -> None:
                 health.problems.append(str(error))
         say(entry.id)
     for pattern in ("trials/*/checkpoint", "calibration/[!.]*", "dense/[!.]*.json"):
-        for place in sorted(folder.glob(pattern)):
-            health.problems += inspect(place, say).problems
+        for path in sorted(folder.glob(pattern)):
+            health.problems += inspect(path, say).problems
 
 
 def _compressed(folder: Path, health: Health, say: Say) -> None:
-    """Check every stage's result, and say what is left to do."""
+    """Check the result of every stage, and report what is left to do."""
     asked = Request(**running.read_record(folder)["request"])
     leaves = {one.name: str(one.leaves) for one in stages(asked, folder) if one.leaves}
     left = [name for name, path in leaves.items() if not (folder / path).exists()]
@@ -237,7 +236,7 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
 
 
 def _ladder(folder: Path, health: Health, say: Say) -> None:
-    """Check the candidates of a walk that has chosen none, and say how far it is."""
+    """Check the candidates of a walk that has chosen none, and report its progress."""
     held = running.read_ladder_file(folder)
     asked, tested = Request(**held["request"]), [f"{one['bits']:g}" for one in held["rungs"]]
     health.facts = {
@@ -249,7 +248,7 @@ def _ladder(folder: Path, health: Health, say: Say) -> None:
 
 
 def _parts(folder: Path, names: Iterable[str], health: Health, say: Say) -> dict[str, Health]:
-    """Check what lies in a folder, part by part."""
+    """Check parts of a folder."""
     parts = {name: inspect(folder / name, say) for name in names}
     for name, part in parts.items():
         health.facts[name] = part.kind + (", damaged" if part.problems else "")
@@ -259,7 +258,7 @@ def _parts(folder: Path, names: Iterable[str], health: Health, say: Say) -> dict
 
 
 def _work(folder: Path, health: Health, say: Say) -> None:
-    """Say how far an interrupted pruning run or recovery is."""
+    """Report the progress of an interrupted pruning run or recovery."""
     record = read_record(folder)
     asked, done = record["request"], record["kept"].get("done", 0)
     unit = "steps" if asked["method"] == "distill" else "blocks"

@@ -1,7 +1,7 @@
-"""Make an artefact again from its manifest, and say what is the same and what differs.
+"""Recreate a result from its manifest, and report what is the same and what differs.
 
-What must be the same before the work is worth its time (the model, the calibration set) is
-checked first. What may change the last bits (versions, processor, threads) is reported afterwards.
+Inputs that must be the same (model, calibration set) are checked first. What may change the last
+bits (versions, processor, threads) is reported afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from calmix.sources.registry import parse_sources
 from calmix.specs import prune_request, recover_request
 from calmix.study.trials import differences
 
-# Of the manifest: what the work makes; of the run record: where it was done.
+# Fields of the manifest that a run makes, and of the run record that describe the machine.
 MADE = ("files", "pruning", "recovery", "request_sha256", "sha256", SEAL)
 WHERE = ("machine", "system", "instructions", "threads", "batch", "processes")
 
@@ -43,20 +43,20 @@ def rerun(
     writing: Callable[[str, int, int], None],
     note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Make a pruned or recovered checkpoint, or a calibration set, again; a recovery from the
+    """Recreate a pruned or recovered checkpoint, or a calibration set; a recovery starts from the
     pruned model.
 
-    Returned is whether all is the `same`, that is every file has the hash of the manifest, which
-    files are `differing`, and which `inputs` do, as `what: then, now`.
+    Returns whether all files have the `same` hashes as in the manifest, the files `differing`, and
+    the `inputs` that differ, as `what: then, now`.
     """
     path = _found(manifest) if manifest.is_dir() else manifest
     missing = f"there is no manifest {path}"
     if (kind := str(read_object(path, missing).get("kind"))) not in KINDS:
-        raise InputError(f"{path} is no manifest of what can be made again: its kind is '{kind}'")
+        raise InputError(f"{path} cannot be rerun: its kind is '{kind}'")
     kept = read_sealed(path, missing)
     if kept.get("trust_remote_code") and not trust_remote_code:
         raise InputError(
-            f"the model of {path} ran code of its own: --trust-remote-code to run it again"
+            f"the model of {path} ran its own code: pass --trust-remote-code to run it again"
         )
     if kind != KINDS[-1] and kept.get("request") is None:
         raise InputError(f"{path} holds no request: a study made it, so run the study again")
@@ -65,15 +65,15 @@ def rerun(
     how = {"trust_remote_code": trust_remote_code, "progress": progress, "writing": writing,
            "note": note}  # fmt: skip
     try:
-        for told in (kept[part] for part in ("against", "model") if part in kept):
-            sha256 = told.get("sha256", told.get("fingerprint"))
-            if sha256 is not None and fingerprint(resolve_model(told["name"])) != sha256:
+        for model in (kept[part] for part in ("against", "model") if part in kept):
+            sha256 = model.get("sha256", model.get("fingerprint"))
+            if sha256 is not None and fingerprint(resolve_model(model["name"])) != sha256:
                 raise InputError(
-                    f"the model {told['name']} has changed: its files have another hash than then"
+                    f"the model {model['name']} has changed: its files have another hash"
                 )
         (_calibrate if kind == KINDS[-1] else _checkpoint)(path, kept, output, how)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{path} lacks what it takes to make it again: {error!r}") from error
+        raise InputError(f"{path} lacks data to rerun it: {error!r}") from error
     return _compared(path, kept, output)
 
 
@@ -90,15 +90,15 @@ def _found(folder: Path) -> Path:
 
 
 def _checkpoint(path: Path, kept: dict[str, Any], output: Path, how: dict[str, Any]) -> None:
-    told, options = kept["calibration"] or {}, dict(kept["request"])
+    before, options = kept["calibration"] or {}, dict(kept["request"])
     options |= options.pop("draw")
     if "sources" in options:
         options["sources"] = _own(options["sources"], path)
 
     def started(made: CalibrationSet | None) -> None:
-        # A saved set's manifest says more than a drawn one's.
-        if made is not None and made.sha256 != told.get("sha256"):
-            found = (d for d in differences(told, made.manifest) if d[:6] != "sha256")
+        # Only the hash decides: a saved set's manifest has more fields than that of a drawn one.
+        if made is not None and made.sha256 != before.get("sha256"):
+            found = (d for d in differences(before, made.manifest) if d[:6] != "sha256")
             what = next(found, "its ids")
             raise InputError(f"the calibration set changed ({what}), so hashes cannot match")
 
@@ -110,8 +110,8 @@ def _checkpoint(path: Path, kept: dict[str, Any], output: Path, how: dict[str, A
         return
     if kept["processes"] > 1:
         raise InputError(
-            f"{path} was recovered by {kept['processes']} processes, which decides how sums round: "
-            "recover again under the same launcher, and compare the hashes in calmix.json"
+            f"{path} was recovered by {kept['processes']} processes, and their number affects "
+            "rounding: recover again under the same launcher and compare the hashes in calmix.json"
         )
     progress = how["progress"]
     how["progress"] = lambda done, total, loss: progress(done, total)
@@ -148,9 +148,9 @@ def _calibrate(path: Path, kept: dict[str, Any], output: Path, how: dict[str, An
 
 
 def _compared(path: Path, kept: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Compare a new artefact with the manifest of an old one."""
-    own = next(name for name in (MANIFEST, dataset.MANIFEST) if (output / name).is_file())
-    new = read_sealed(output / own, "")
+    """Compare a new result with the manifest of the old one."""
+    name = next(name for name in (MANIFEST, dataset.MANIFEST) if (output / name).is_file())
+    new = read_sealed(output / name, "")
     then, now = (one.get("files") or {dataset.TENSORS: one["sha256"], dataset.MANIFEST: one[SEAL]}
                  for one in (kept, new))  # fmt: skip
     differing = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))

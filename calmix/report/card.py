@@ -1,4 +1,4 @@
-"""The report card of a folder of `calmix compress`, and several side by side."""
+"""The report card of a result of `calmix compress`, and of several side by side."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ BY_MODEL = "written by the model"
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of one compressed model; `asked` is the request, `pruning`, `calibration` and
-    `recoveries` are of its manifest. `sources`, `tasks` and `hashes` are tables."""
+    """The facts about one compressed model; `asked` is the request, `pruning`, `calibration` and
+    `recoveries` come from its manifest. `sources`, `tasks` and `hashes` are tables."""
 
     out: Path
     name: str
@@ -52,37 +52,37 @@ class Card:
     pruning: Mapping[str, Any]
     size: int
     packed: int
-    sources: list[dict[str, Any]]  # parts of the set
+    sources: list[dict[str, Any]]  # of the calibration set
     calibration: Mapping[str, Any]
     recoveries: tuple[Mapping[str, Any], ...]
     scores: CapabilityScores
     dense: CapabilityScores
     pairs: Sequence[Pair]  # the scores of both models on each suite
     answers: Answered | None
-    tasks: list[dict[str, str]]  # whose items were scored
-    hashes: list[dict[str, str]]  # what went in and came out
+    tasks: list[dict[str, str]]  # that were scored, with origin and licence
+    hashes: list[dict[str, str]]  # of inputs and outputs
     checked: str = ""
 
-    SPEED = "unchanged: plain 16-bit weights (for forms that engines use: calmix export --help)"
+    SPEED = "unchanged: plain 16-bit weights (for formats of engines: calmix export --help)"
 
     @cached_property
     def kept(self) -> Retention | None:
-        """Retention of likelihood; None where the suite has no task of it."""
+        """Retention of likelihood; None if no task measures it."""
         return likelihood(self.dense, self.scores)
 
     @cached_property
     def behaved(self) -> Behaviour:
-        """Generated answers and choices."""
+        """Generated answers and choices kept."""
         return behaviour(*self.pairs)
 
     @cached_property
     def flipped(self) -> Mapping[str, Any]:
-        """Items right under one model alone."""
+        """Items right under one model only."""
         return flips(self.dense.tasks, self.scores.tasks)
 
     @property
     def suite(self) -> str:
-        """Name and version of each suite that was scored, and how much of it; behaviour first."""
+        """Name, version and size of each scored suite, behaviour first."""
         return " and ".join(
             f"{scores.suite['name']} version {scores.suite.get('version', '-')} "
             f"({words.counted(sum(len(one.items) for one in scores.tasks), 'item')} of "
@@ -94,16 +94,16 @@ class Card:
     def title(self) -> str:
         """What was done to which model."""
         name = self.asked["model"].rstrip("/").rpartition("/")[2].removeprefix("builtin:")
-        return f"{name} {self.done} to {target(self.asked)}" + " a weight" * bool(self.bits)
+        return f"{name} {self.done} to {target(self.asked)}" + " per weight" * bool(self.bits)
 
     @cached_property
     def verdict(self) -> list[str]:
-        """What the card comes to, behaviour first."""
+        """The results in sentences, behaviour first."""
         return words.verdict(self.behaved, self.kept, self.measure)
 
     @property
     def shortly(self) -> str:
-        """Answers kept and the worst ability, in a line of a terminal."""
+        """Answers kept and the worst ability, in one line."""
         if (all_ := self.behaved.answers) is None or not all_.dense:
             return "answers kept: not measured" if all_ is None else self.verdict[0]
         text = f"answers kept: {all_.kept} of {all_.dense} ({words.percent(all_.share.value)} %)"
@@ -120,7 +120,7 @@ class Card:
 
     @property
     def measure(self) -> str:
-        """The command that measures what the model writes, programs too."""
+        """The command that measures generated answers, including programs."""
         how = ["--trust-remote-code"] * self.asked["trust_remote_code"]
         if self.asked["device"] != "auto":
             how += ["--device", self.asked["device"]]
@@ -131,7 +131,7 @@ class Card:
 
     @property
     def next(self) -> str:
-        """What to do next: measure what is missing, or pass the model on."""
+        """The next command: measure what is missing, or upload the model."""
         builtin = self.asked["suite"] in ("offline", "abilities")  # else not by `measure`
         if self.behaved.answers is None or (builtin and self.behaved.not_run):
             return self.measure
@@ -139,54 +139,54 @@ class Card:
 
     @property
     def instead(self) -> str:
-        """What usually keeps more at the size of a sparse model; empty for a quantised one."""
+        """A hint to quantise to the size of a sparse model; empty for a quantised one."""
         if self.bits or not self.packed:
             return ""
         command = ["calmix", "compress", self.asked["model"], "-o", f"{self.out}-bits", "--size",
                    f"{self.packed / 1e6:.0f}MB"]  # fmt: skip
-        return f"bits usually keep more than zeros: {shlex.join(command)}"
+        return f"quantising usually keeps more than pruning; try {shlex.join(command)}"
 
     @property
     def bits(self) -> float | None:
-        """Bits of a quantised weight."""
+        """Bits per quantised weight."""
         return self.pruning.get("bits")
 
     @property
     def removed(self) -> str:
-        """How many weights are zeros, and the bits that one takes."""
+        """How many weights are zero, and the bits per weight."""
         rate, weights, pruned = "", self.pruning["weights"], self.pruning["pruned"]
         if self.bits:
             rate = f" Once packed, a weight takes {self.bits:.2f} bits"
             outer = self.pruning.get("embeddings", {}).values()
             rate += f"; one of embeddings or head {max(outer):.2f}." if outer else "."
-        moved = self.recoveries and self.done == "quantised"  # zero is a level among others
+        moved = self.recoveries and self.done == "quantised"  # zero is one of the levels
         return (
             f"{pruned:,} of {weights:,} weights of its linear layers "
-            f"{'were zeros before recovery' if moved else 'are zeros'} "
+            f"{'were zero before recovery' if moved else 'are zero'} "
             f"({pruned / weights:.2%}).{rate}"
         )
 
     @property
     def done(self) -> str:
-        """What was done to the weights, in a word."""
+        """`pruned` or `quantised`."""
         return "pruned" if self.asked["sparsity"] or self.asked["pattern"] else "quantised"
 
     @property
     def guarded(self) -> str:
-        """Whether the calibration text shares anything with the suite."""
+        """The result of the leakage check in a sentence."""
         leakage = self.calibration.get("leakage")
         if not isinstance(leakage, dict):
             return "The calibration text was not checked for items of the suite."
         dropped = sum(len(entries) for entries in leakage.get("dropped", {}).values())
         suites = leakage["suite"].replace(",", " or ")
         return (
-            f"No calibration row shares {leakage['tokens']} tokens in a row with an item of suite "
-            f"{suites} ({words.counted(dropped, 'document')} dropped)."
+            f"No calibration row shares {leakage['tokens']} consecutive tokens with an item of "
+            f"suite {suites} ({words.counted(dropped, 'document')} dropped)."
         )
 
     @property
     def figures(self) -> dict[str, str]:
-        """Key figures by what they are; # begins the names of numbers."""
+        """Key figures by name; a # marks a column of numbers."""
         does, worst = self.behaved, self.behaved.worst
         return {
             "#answers kept %": words.with_span(does.answers and does.answers.share),
@@ -197,8 +197,8 @@ class Card:
             "#MB": words.number((self.packed or self.size) / 1e6, 0),
         }
 
-    def _apart(self, name: str, told: Mapping[str, float] | None) -> dict[str, str]:
-        far = told or {}
+    def _apart(self, name: str, distance: Mapping[str, float] | None) -> dict[str, str]:
+        far = distance or {}
         return {"#KL": words.number(far.get("kl_mean")), "#top-1 %": words.percent(far.get("top1")),
                 "#flips %": words.with_span(self.flipped.get(name))}  # fmt: skip
 
@@ -214,7 +214,7 @@ class Card:
 
     @property
     def dimensions(self) -> list[dict[str, str]]:
-        """The table of likelihood, a row a dimension, and the total."""
+        """The table of likelihood by dimension, and the total."""
         if self.kept is None:
             return []
         far = self.scores.distance or {"dimensions": {}}
@@ -222,13 +222,13 @@ class Card:
                  for one in self.kept.dimensions]  # fmt: skip
         return [
             {"dimension": name, "#likelihood kept %": words.with_span(kept),
-             **self._apart(name, told)}
-            for name, kept, told in (*parts, ("total", self.kept.total, far.get("total")))
+             **self._apart(name, distance)}
+            for name, kept, distance in (*parts, ("total", self.kept.total, far.get("total")))
         ]  # fmt: skip
 
     @property
     def scored(self) -> list[dict[str, Any]]:
-        """The table of likelihood task by task."""
+        """The table of likelihood by task."""
         return [
             {"task": one.name, "dimension": one.dimension, "scored by": one.score,
              "#items": one.items, "#dense": words.number(one.dense),
@@ -241,7 +241,7 @@ class Card:
 
 
 def read_card(out: Path) -> Card:
-    """Return what is known of the model in a folder of `calmix compress`."""
+    """Read the card of the model in a folder of `calmix compress`."""
     record = read_record(out)
     asked, scored = record["request"], out / SCORES
     model = asked["model"]
@@ -266,12 +266,12 @@ def read_card(out: Path) -> Card:
     hashes |= {f"model/{name}": value for name, value in file_hashes(out / "model").items()
                if name.endswith(WEIGHTS) or name == "config.json"}  # fmt: skip
     tasks: list[dict[str, str]] = []
-    with contextlib.suppress(InputError, KeyError):  # the user's own file, which moved or changed
-        for suite, (_, told) in zip((asked["suite"], "abilities"), pairs, strict=False):
-            for one in told.tasks:
-                whose = provenance(load_suite(suite).tasks[one.name])
+    with contextlib.suppress(InputError, KeyError):  # the user's own suite was moved or changed
+        for suite, (_, scored_by) in zip((asked["suite"], "abilities"), pairs, strict=False):
+            for one in scored_by.tasks:
+                origin = provenance(load_suite(suite).tasks[one.name])
                 name = f"{one.name} ({suite})" if len(pairs) > 1 else one.name
-                tasks.append({"task": name, "use": use_of(whose["licence"]), **whose})
+                tasks.append({"task": name, "use": use_of(origin["licence"]), **origin})
     known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
     answers = out / "answers.json"
     return Card(
@@ -289,7 +289,7 @@ def read_card(out: Path) -> Card:
 
 
 def _checked(out: Path, dense: CapabilityScores, scores: CapabilityScores) -> str:
-    """Return what `calmix check` found of this model; empty if it was not called."""
+    """Return the verdict of `calmix check` on this model; empty if it was not run."""
     path = out / floors.FILE
     if not path.exists():
         return ""
@@ -303,11 +303,10 @@ def _checked(out: Path, dense: CapabilityScores, scores: CapabilityScores) -> st
 
 
 def _sources(out: Path, asked: object, manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the parts of the set asked for; of text the model wrote, one a dimension."""
-    if "generated" in manifest:  # which counts no rows
-        places = out / "calibration", user_path(str(asked))
-        held = next(filter(saved_set, places), None)
-        counts = CalibrationSet.open(held).counts if held else {}
+    """Yield the sources of the calibration set; for text the model wrote, one per dimension."""
+    if "generated" in manifest:  # such a manifest has no counts
+        folder = next(filter(saved_set, (out / "calibration", user_path(str(asked)))), None)
+        counts = CalibrationSet.open(folder).counts if folder else {}
         parts: dict[str, Any] = {name: {"rows": rows} for name, rows in counts.items()}
     else:
         parts = {**(manifest.get("sources") or {}), **(manifest.get("written") or {})}
@@ -325,35 +324,35 @@ def _sources(out: Path, asked: object, manifest: Mapping[str, Any]) -> Iterator[
 
 
 def kept_chart(cards: Sequence[Card]) -> Chart | None:
-    """Return answers kept by ability with their intervals, one mark a model in each row; where no
-    answers were measured, likelihood kept."""
-    held: list[dict[str, Any]] = []
+    """Return the chart of answers kept by ability, or of likelihood if answers were not measured;
+    each row has one mark per model."""
+    shares: list[dict[str, Any]] = []
     answers = all(card.behaved.abilities for card in cards)
     for card in cards:
         if answers:
             some = (*card.behaved.abilities, card.behaved.answers)
-            held.append({one.name: one.share for one in some if one})
+            shares.append({one.name: one.share for one in some if one})
         elif (kept := card.kept) is None:
             return None
         else:
-            held.append({one.name: one.kept for one in kept.dimensions} | {"all": kept.total})
+            shares.append({one.name: one.kept for one in kept.dimensions} | {"all": kept.total})
     keys = [(card.name, *look) for card, look in zip(cards, itertools.cycle(LOOKS))]
     marks = [
-        [Mark(own[name], f"{label}, {name}", colour, marker)
-         for (label, colour, marker), own in zip(keys, held, strict=True)
-         if name in own and own[name].low is not None]
-        for name in held[0]
+        [Mark(values[name], f"{label}, {name}", colour, marker)
+         for (label, colour, marker), values in zip(keys, shares, strict=True)
+         if name in values and values[name].low is not None]
+        for name in shares[0]
     ]  # fmt: skip
     what = "Answers kept, by ability" if answers else "Likelihood kept, by dimension"
-    said = "; ".join(
+    text = "; ".join(
         f"{card.name}: " + ", ".join(f"{name} {words.percent(one.value)}"
-                                     for name, one in own.items())
-        for card, own in zip(cards, held, strict=True)
+                                     for name, one in values.items())
+        for card, values in zip(cards, shares, strict=True)
     )  # fmt: skip
     return Chart(
         "kept", what, "Lines: 95 % intervals over items. The dashed line is the dense model.",
-        f"{what}, in percent. {said}.",
-        partial(charts.bars, rows=[(name, None) for name in held[0]], marks=marks,
+        f"{what}, in percent. {text}.",
+        partial(charts.bars, rows=[(name, None) for name in shares[0]], marks=marks,
                 below="kept, %", keys=keys if len(keys) > 1 else [], rule=100),
     )  # fmt: skip
 
@@ -368,7 +367,7 @@ def card_page(card: Card) -> str:
 
 
 def model_card(card: Card) -> str:
-    """Return the README.md of the pruned model: the same figures, in Markdown."""
+    """Return the README.md of the compressed model: the same figures in Markdown."""
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", card.origin) and not Path(card.origin).exists()
     named = re.fullmatch(r"[\w.-]+", card.licence)
     return render("model.md", card=card, base=card.origin if hub else "",
@@ -376,20 +375,20 @@ def model_card(card: Card) -> str:
 
 
 def several_page(cards: Sequence[Card]) -> str:
-    """Return a page that puts several models side by side."""
+    """Return a page that compares several models."""
     first = cards[0]
     for card in cards[1:]:
         if len(card.pairs) != len(first.pairs):
             less, beside = sorted((card, first), key=lambda one: len(one.pairs))
             raise InputError(
-                f"{less.name} lacks {BEHAVIOUR}, which {beside.name} has: leave it out, or measure "
-                f"it alike: {less.measure}"
+                f"{less.name} lacks {BEHAVIOUR}, which {beside.name} has: leave it out or run "
+                f"{less.measure}"
             )
         for (_, ours), (_, theirs) in zip(card.pairs, first.pairs, strict=True):
             check_same_suite(ours.suite, theirs.suite)
         if card.dense.fingerprint != first.dense.fingerprint:
             raise InputError(
-                f"{card.name} is of another dense model than {first.name}: compare models of one"
+                f"{card.name} and {first.name} have different dense models: compare them separately"
             )
     counts = Counter(card.name for card in cards)
     named = [replace(card, name=str(card.out)) if counts[card.name] > 1 else card
@@ -404,14 +403,14 @@ def several_page(cards: Sequence[Card]) -> str:
 
 
 def _answers(cards: Sequence[Card]) -> list[tuple[Prompt, tuple[str, ...]]]:
-    """Return prompts with what the dense model and each other wrote; empty where the models were
-    not asked the same."""
-    told = [card.answers for card in cards]
-    first = told[0]
+    """Return prompts with the answers of the dense model and of each card's model; empty if the
+    prompts differ."""
+    answered = [card.answers for card in cards]
+    first = answered[0]
     if first is None or any(
         other is None or (other.prompts, other.answers[0]) != (first.prompts, first.answers[0])
-        for other in told
+        for other in answered
     ):
         return []
-    texts = zip(first.answers[0], *(other.answers[1] for other in told if other), strict=True)
+    texts = zip(first.answers[0], *(other.answers[1] for other in answered if other), strict=True)
     return list(zip(first.prompts, texts, strict=True))

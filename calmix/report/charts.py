@@ -1,8 +1,8 @@
-"""The chart kit: bars and dots, and heat maps; in a page and as files.
+"""The chart kit: bars with dots, and heat maps, for pages and files.
 
-Matplotlib draws with plain colours. In a page those of the theme become CSS variables, so that one
-drawing is right in light and dark. What an artist's tip says is carried by its group id. Every
-function takes the width of the figure in inches, and draws for a telephone if that is narrow.
+Matplotlib draws in plain colours. In a page the theme's colours become CSS variables, so that one
+drawing suits light and dark mode. An artist's group id carries the text of its tooltip. Every
+function takes the figure's width in inches; a narrow one is laid out for a phone.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ SETTINGS = {
     "hatch.linewidth": 0.6,
 }
 WIDTH = 8.6  # inches of 72 units; drawn 1.15 times as large in a page, or more
-NARROW = 3.35  # the same on a telephone
+NARROW = 3.35  # the same on a phone
 Key = tuple[str, str, str]  # of a legend: name, colour, marker
 Named = tuple[str, str | None]  # a row: its name, and the colour of a dot before it
 Cell = tuple[float | None, str, str]  # of a heat map: value (hatched without), text and tip
 
 
 class Mark(NamedTuple):
-    """A share with its interval, as a bar or a marker; the notch is another value of a bar."""
+    """A share with its interval as a bar or a marker; a notch marks a second value on a bar."""
 
     share: Any
     tip: str
@@ -81,8 +81,8 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with its file name, title, caption, and a description for who cannot see it; `draw`
-    makes a figure of a width."""
+    """A chart with file name, title, caption and a description for screen readers; `draw` makes a
+    figure of a given width."""
 
     name: str
     title: str
@@ -91,20 +91,19 @@ class Chart:
     draw: Callable[[float], Any]
 
     def file(self, width: float = WIDTH, ending: str = "") -> str:
-        """Return the chart as a file of SVG, without its title; `ending` makes its ids others."""
+        """Return the chart as an SVG file without its title; `ending` makes its ids distinct."""
         settings = {**SETTINGS, "svg.hashsalt": self.name + ending}
         with mpl.rc_context(settings), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             figure, target = self.draw(width), io.BytesIO()
-            # A canvas' own printing: `savefig` would draw everything once more beforehand.
+            # Print the canvas directly: `savefig` would draw everything twice.
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             FigureCanvasSVG(figure).print_svg(target, metadata=nothing)
         tips = r'<g class="tip"><title>\1</title>'
         return re.sub(r'<g id="tip: ([^"]*)">', tips, target.getvalue().decode())
 
     def svg(self) -> str:
-        """Return the chart as SVG elements for a page, coloured by its theme: a wide one, and one
-        for narrow screens."""
+        """Return SVG elements in the page's colours, for wide and for narrow screens."""
         return self._element("", "wide", WIDTH) + self._element("-narrow", "narrow", NARROW)
 
     def _element(self, ending: str, kind: str, wide: float) -> str:
@@ -139,7 +138,7 @@ def _legend(figure: Any, keys: Sequence[Key], narrow: bool) -> None:
 
 
 def _named(axes: Any, rows: Sequence[Named], narrow: bool, lines: int = 1) -> None:
-    """Name the rows of a chart from the top, each after a dot where it has a colour."""
+    """Label the rows of a chart from the top, with a dot if they have a colour."""
     wide = 15 if narrow else 40
     names = ["\n".join(textwrap.wrap(words.short(name, wide * lines), wide)[:lines])
              for name, _ in rows]  # fmt: skip
@@ -154,7 +153,7 @@ def _named(axes: Any, rows: Sequence[Named], narrow: bool, lines: int = 1) -> No
 
 
 def _mark(axes: Any, mark: Mark, y: float, height: float) -> None:
-    """Draw a bar or a marker, the line of its interval, and the notch."""
+    """Draw a bar or a marker with its interval and notch."""
     value, low, high = (None if end is None else 100 * end
                         for end in (mark.share.value, mark.share.low, mark.share.high))  # fmt: skip
     bar, dot = mark.marker == "bar", {"markersize": 8, "linestyle": "none", "zorder": 3}
@@ -175,21 +174,20 @@ def bars(
     width: float, rows: Sequence[Named], marks: Sequence[Sequence[Mark]], below: str,
     keys: Sequence[Key], rule: float,
 ) -> Any:  # fmt: skip
-    """Rows of bars and dots with their intervals, those of a row one below the other; a line at
-    `rule`."""
+    """Draw rows of bars and markers with intervals, and a line at `rule`."""
     narrow = width < WIDTH
-    high = 0.8 + 0.3 * bool(keys) + sum(0.24 + 0.12 * len(own) for own in marks)
+    high = 0.8 + 0.3 * bool(keys) + sum(0.24 + 0.12 * len(row) for row in marks)
     figure = Figure(figsize=(width, high), layout="constrained")
     axes = figure.subplots()
-    for at, own in enumerate(marks):
-        for number, mark in enumerate(own):
-            _mark(axes, mark, at + 0.6 * ((number + 0.5) / len(own) - 0.5), 0.6 / len(own))
+    for at, row in enumerate(marks):
+        for number, mark in enumerate(row):
+            _mark(axes, mark, at + 0.6 * ((number + 0.5) / len(row) - 0.5), 0.6 / len(row))
     _named(axes, rows, narrow, 1 + narrow)
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
     axes.axvline(rule, color=MUTED, linewidth=1, linestyle="--" if rule else "-")
     if marks and not rule:  # where bars begin
-        ends = [0.0, *(100 * end for own in marks for mark in own
+        ends = [0.0, *(100 * end for row in marks for mark in row
                        for end in (mark.share.value, mark.share.low, mark.share.high)
                        if end is not None)]  # fmt: skip
         axes.set_xlim(1.03 * min(ends), 1.03 * max(ends))
@@ -209,7 +207,7 @@ def heat(
     high: float = 1.0,
     keys: Sequence[Key] = (),
 ) -> Any:
-    """A map of coloured cells, rows by columns."""
+    """Draw a heat map, rows by columns."""
     narrow = width < WIDTH
     many = len(columns) > 7
     tilted = many or max(map(len, columns)) > 12
@@ -246,7 +244,7 @@ def heat(
 
 
 def _readable(colour: str) -> str:
-    """Return black or white, whichever stands out more on a colour (WCAG's luminance)."""
+    """Return black or white, whichever has more contrast on a colour (WCAG's luminance)."""
     parts = np.array(mpl.colors.to_rgb(colour))
     linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
     return "#ffffff" if linear @ (0.2126, 0.7152, 0.0722) < 0.179 else "#000000"

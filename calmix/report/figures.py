@@ -22,7 +22,7 @@ from calmix.report.words import STRATEGIES
 
 
 def condition_charts(analysis: Analysis, found: ConditionAnalysis) -> list[Chart]:
-    """Return the charts of one condition, without those that nothing can be drawn in."""
+    """Return the charts of one condition, without empty ones."""
     made = [_abilities(analysis, found), _ranking(analysis, found), _tasks(found),
             *_correlations(analysis, found)]  # fmt: skip
     label = found.condition.label
@@ -31,7 +31,7 @@ def condition_charts(analysis: Analysis, found: ConditionAnalysis) -> list[Chart
 
 
 def _rows(ranking: Sequence[Ranked]) -> tuple[list[Named], list[Key]]:
-    """Return calibration sets as rows of a chart, and the legend of how they were made."""
+    """Return calibration sets as rows of a chart, and the legend of their strategies."""
     made = {one.strategy for one in ranking}
     keys = [(*look, "o") for key, look in STRATEGIES.items() if key in made]
     return [(one.calibration, STRATEGIES[one.strategy][1]) for one in ranking], keys
@@ -40,17 +40,17 @@ def _rows(ranking: Sequence[Ranked]) -> tuple[list[Named], list[Key]]:
 def _cells(
     ranking: Sequence[Ranked], parts: Iterable[Mapping[str, Estimate]], digits: int
 ) -> list[list[Cell]]:
-    """Return a map of retention in parts of each calibration set."""
+    """Return the cells of a heat map: each calibration set's retention by part."""
     return [
         [(kept.value, words.percent(kept.value, digits),
           f"{one.calibration}, {name}: {words.with_span(kept)} %")
-         for name, kept in own.items()]
-        for one, own in zip(ranking, parts, strict=True)
+         for name, kept in by_part.items()]
+        for one, by_part in zip(ranking, parts, strict=True)
     ]  # fmt: skip
 
 
 def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
-    """Return the map of calibration sets by dimension."""
+    """Return the heat map of calibration sets by dimension."""
     means = [each.cells.means[:, : len(each.cells.quantities)] for each in analysis.conditions]
     # One colour range for the whole study.
     low = math.floor(10 * min(np.nanmin(one, initial=1) for one in means)) / 10
@@ -60,7 +60,7 @@ def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     parts = ({**one.dimensions, TOTAL: one.total} for one in found.ranking)
     return Chart(
         "heat-map", "Retention by calibration set and dimension",
-        "Percent of the dense model, highest total first. One colour scale for the whole study.",
+        "Percent of the dense model, highest total first. The whole study has one colour scale.",
         f"Heat map of {len(rows)} calibration sets by {len(columns)} columns. Highest total: "
         f"{best.calibration}, {words.with_span(best.total)} %. The ranking holds the numbers.",
         partial(charts.heat, rows=rows, columns=columns, low=low, high=max(low + 0.1, high),
@@ -69,13 +69,13 @@ def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
 
 
 def _tasks(found: ConditionAnalysis) -> Chart:
-    """Sets by tasks, each headed by the dense model's score."""
+    """Return the heat map of calibration sets by task."""
     tasks = found.cells.tasks
     cells = _cells(found.ranking, (one.tasks for one in found.ranking), 0)
-    known = [value for own in cells for value, _, _ in own if value is not None]
+    known = [value for row in cells for value, _, _ in row if value is not None]
     return Chart(
         "tasks", "Retention by calibration set and task",
-        "In percent; tasks are headed by their dense score (bits per byte: lower is better).",
+        "In percent; after each task its dense score (bits per byte: lower is better).",
         f"Heat map of {len(cells)} calibration sets by {len(tasks)} tasks. The numbers are in "
         "tasks.csv of calmix study analyse.",
         partial(charts.heat, rows=_rows(found.ranking)[0],
@@ -102,7 +102,7 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     return Chart(
         "ranking", "Ranking by total, with the worst dimension",
         f"Bars: total retention; marks: each set's worst dimension; lines: 95 % intervals over "
-        f"{over}; notches: the total to expect of a set picked for its rank (shrunken).",
+        f"{over}; notches: expected total of a set chosen for its rank (shrunken).",
         "Bar chart: " + "; ".join(
             f"{one.calibration} {words.with_span(one.total)}"
             + (f", worst {one.worst} {words.percent(one.lowest.value)}" if one.worst else "")
@@ -123,20 +123,20 @@ def _correlation(one: Correlation | None) -> str:
 
 def _correlations(analysis: Analysis, found: ConditionAnalysis) -> Iterator[Chart]:
     columns = (*analysis.dimensions, TOTAL)
-    own = {(one.metric, one.quantity): one for one in found.correlations}
-    if all(one.rho is None for one in own.values()):
+    by_pair = {(one.metric, one.quantity): one for one in found.correlations}
+    if all(one.rho is None for one in by_pair.values()):
         return
-    metrics = list(dict.fromkeys(name for name, _ in own))
+    metrics = list(dict.fromkeys(name for name, _ in by_pair))
     cells = [
         [(one.rho, words.rho(one.rho) + " ●" * one.significant,
           f"{metric} and {name}: {_correlation(one)}")
-         for name in columns for one in [own[metric, name]]]
+         for name in columns for one in [by_pair[metric, name]]]
         for metric in metrics
     ]  # fmt: skip
-    strong = sum(one.significant for one in own.values())
+    strong = sum(one.significant for one in by_pair.values())
     yield Chart(
-        "correlations", "Properties of the text and what is kept",
-        f"Spearman's ρ over {own[metrics[0], TOTAL].n} calibration sets; ● survives correction "
+        "correlations", "Text metrics and retention",
+        f"Spearman's ρ over {by_pair[metrics[0], TOTAL].n} calibration sets; ● survives correction "
         f"over {analysis.tests} tests at 0.05.",
         f"Correlation map of {len(metrics)} metrics by {len(columns)} columns; "
         f"{words.counted(strong, 'correlation')} survive correction.",

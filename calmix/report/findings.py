@@ -1,7 +1,7 @@
-"""What a study shows, in sentences: findings, the claims, and how sure that is.
+"""The results of a study in sentences: findings, claims and their verdicts, certainty.
 
-Everything is read off the analysis, where p is corrected; nothing is tested here. All but the last
-two claims are the paper's (arXiv 2606.03328) or follow from it; verdicts are ours.
+All numbers come from the analysis, which corrects p; nothing is tested here. All but the last two
+claims are the paper's (arXiv 2606.03328) or follow from it; verdicts are ours.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from calmix.report import words
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
 OPEN, NOT_FOUND = "undecided", "not found"
 NO_ANSWERS = (
-    "What the models write was not measured; calmix evaluate MODEL --against DENSE --suite "
-    "abilities measures it."
+    "Generated answers were not measured; calmix evaluate MODEL --against DENSE --suite abilities "
+    "measures them."
 )
-COMPARED = (  # sets made one way, against sets made another way or a contender among the sources
+COMPARED = (  # a claim, a strategy, and the strategy, source or contender it is compared with
     ("A mix keeps more than the best single source", "mix", BEST),
     ("A mix keeps more than single sources do on average", "mix", SINGLES),
     ("IGSP keeps more than the best single source", "igsp", BEST),
@@ -37,7 +37,7 @@ COMPARED = (  # sets made one way, against sets made another way or a contender 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one condition, or a series of sparsities, says of a claim; `because` are the figures."""
+    """The verdict of a condition, or a series of sparsities, on a claim; `because` has figures."""
 
     verdict: str
     because: str
@@ -48,7 +48,7 @@ class Verdict:
 
 
 def tally(verdicts: Sequence[Verdict]) -> str:
-    """Return in how many conditions a claim holds; of a single one, its verdict."""
+    """Return in how many conditions a claim holds, or the verdict of a single one."""
     if len(verdicts) == 1:
         return verdicts[0].verdict
     held = sum(one.verdict == HOLDS for one in verdicts)
@@ -56,8 +56,8 @@ def tally(verdicts: Sequence[Verdict]) -> str:
 
 
 def summarise(analysis: Analysis) -> dict[str, Any]:
-    """Return the sentences of an analysis: the headline, findings of each condition and of
-    methods, claims with their verdicts, and how certain all that is."""
+    """Return the sentences of an analysis: the headline, findings by condition, methods, claims
+    with their verdicts, and how certain they are."""
     return {
         "headline": _headline(analysis),
         "conditions": [list(_condition(each)) for each in analysis.conditions],
@@ -67,14 +67,14 @@ def summarise(analysis: Analysis) -> dict[str, Any]:
 
 
 def main_condition(conditions: Sequence[ConditionAnalysis]) -> ConditionAnalysis:
-    """Return the condition to look at first: most sets, then of the method with most trials the
-    one with most, then the sparsest."""
+    """Return the condition to show first: the most sets, then the method with the most trials, the
+    most trials, the highest sparsity."""
     methods = Counter(each.condition.method for each in conditions for _ in each.cells.trials)
     return max(
         conditions,
-        key=lambda found: (
-            len(found.ranking), methods[found.condition.method], len(found.cells.trials),
-            found.condition.sparsity,
+        key=lambda each: (
+            len(each.ranking), methods[each.condition.method], len(each.cells.trials),
+            each.condition.sparsity,
         ),
     )  # fmt: skip
 
@@ -88,7 +88,7 @@ def _headline(analysis: Analysis) -> str:
     ranked = [one for one in main.ranking if one.total.value is not None]
     where = f"after {main.condition.label}"
     if not ranked:
-        return f"No calibration set has a retention {where}: no task of the suite has signal."
+        return f"No calibration set has retention {where}: no task of the suite has signal."
     if len(main.ranking) == 1:
         text = (
             f"{ranked[0].calibration} keeps {words.with_span(ranked[0].total)} % of the dense "
@@ -113,13 +113,13 @@ def _condition(each: ConditionAnalysis) -> Iterator[str]:
     if len(each.ranking) > 1 and each.points and not each.correlations:
         yield (
             f"With {words.counted(each.points, 'single source')} no metric can be correlated with "
-            f"retention (at least {LEAST}, with metrics that differ)."
+            f"retention: it takes at least {LEAST}, with different values."
         )
     for one in each.agreements:
         if one.quantity == TOTAL and one.rho is not None:
             yield (
                 f"KL to the dense model, which needs no labels, "
-                f"{'orders' if one.agrees else 'does not order'} {one.n} sets as total retention "
+                f"{'ranks' if one.agrees else 'does not rank'} {one.n} sets as total retention "
                 f"does (ρ {words.rho(one.rho)}, p {words.p_value(one.p)}; −1 is the same order)."
             )
     if faint := [f"{one.quantity} ({one.ratio:.1f})" for one in each.noise
@@ -131,25 +131,25 @@ def _condition(each: ConditionAnalysis) -> Iterator[str]:
 
 
 def _methods(analysis: Analysis) -> Iterator[str]:
-    """Each method against the one that keeps next less."""
+    """Compare each method with the one that keeps next less."""
     nearest: dict[str, Gain] = {}
     totals = (one for one in analysis.gains if one.quantity == TOTAL and not one.over)
     for one in sorted(totals, key=lambda one: one.gap.value or 0.0):
         nearest.setdefault(one.more, one)
     for each in analysis.conditions:
-        if (mean := nearest.get(each.condition.label)) is not None:
+        if (gain := nearest.get(each.condition.label)) is not None:
             yield (
-                f"{mean.more} against {mean.less}: {words.with_span(mean.gap, sign=True)} points "
-                f"in total, mean of {words.counted(mean.sets, 'set')}."
+                f"{gain.more} against {gain.less}: {words.with_span(gain.gap, sign=True)} points "
+                f"in total, mean of {words.counted(gain.sets, 'set')}."
             )
 
 
 def claims(analysis: Analysis) -> dict[str, list[Verdict]]:
-    """Return the claims that this study can say anything of, and what each condition says."""
+    """Return the claims that this study can judge, each with the verdicts of conditions."""
     found, compared = analysis.conditions, list(COMPARED)
     if (default := analysis.settings.default) is not None:
         compared.insert(2, (f"A mix keeps more than {default}", "mix", default))
-    made = {text: [_compared(each, *sides) for each in found] for text, *sides in compared} | {
+    judged = {text: [_compared(each, *sides) for each in found] for text, *sides in compared} | {
         "Dimensions are far apart where the total is close": [_cancelled(each) for each in found],
         "A metric of the text raises one dimension and lowers another":
             [_pulled(each) for each in found],
@@ -158,23 +158,23 @@ def claims(analysis: Analysis) -> dict[str, list[Verdict]]:
         "The lead of a mix shrinks with recovery":
             [_moved(analysis, each, "recovery", -1) for each in found],
     }  # fmt: skip
-    return {text: known for text, verdicts in made.items() if (known := [*filter(None, verdicts)])}
+    return {text: some for text, verdicts in judged.items() if (some := [*filter(None, verdicts)])}
 
 
-Gap = tuple[str, Estimate, bool]  # which sets, how far ahead, and whether that is found
+Gap = tuple[str, Estimate, bool]  # the sets' names, the lead, and whether it is significant
 
 
 def _judged(where: str, gaps: Sequence[Gap], wanted: int = 1, before: str = "") -> Verdict | None:
-    """Return what gaps say together: one that is found in the wanted direction bears it out."""
+    """Judge gaps together: a significant one with the wanted sign supports the claim."""
     if not gaps:
         return None
-    signs = {0 if not found or not gap.value else wanted if gap.value > 0 else -wanted
-             for _, gap, found in gaps}  # fmt: skip
+    signs = {0 if not significant or not gap.value else wanted if gap.value > 0 else -wanted
+             for _, gap, significant in gaps}  # fmt: skip
     verdict = HOLDS if signs == {1} else IN_PART if 1 in signs else FAILS if -1 in signs else OPEN
     because = "; ".join(
         f"{name} {words.with_span(gap, sign=True)}"
-        + (" (not after correction for the number of tests)" if gap.clear and not found else "")
-        for name, gap, found in gaps
+        + (" (not after correction for the number of tests)" * (gap.clear and not significant))
+        for name, gap, significant in gaps
     )
     return Verdict(verdict, before + because, where)
 
@@ -196,18 +196,18 @@ def _compared(each: ConditionAnalysis, left: str, right: str) -> Verdict | None:
 
 
 def _moved(analysis: Analysis, each: ConditionAnalysis, by: str, wanted: int) -> Verdict | None:
-    """Say whether mixes are further ahead than at the lowest sparsity, or less than without the
+    """Judge whether mixes lead by more than at the lowest sparsity, or by less than without
     recovery."""
     mixes = {one.calibration for one in each.cells.made if one.strategy == "mix"}
-    own = [one for one in analysis.gains
-           if (one.by, one.more, one.quantity) == (by, each.condition.label, TOTAL)
-           and one.over and one.calibration in mixes]  # fmt: skip
-    over = {one: f" over {one.over}" if by == "recovery" else "" for one in own}
-    gaps = [(one.calibration + over[one], one.gap, one.gap.clear) for one in own]
+    gains = [one for one in analysis.gains
+             if (one.by, one.more, one.quantity) == (by, each.condition.label, TOTAL)
+             and one.over and one.calibration in mixes]  # fmt: skip
+    gaps = [(one.calibration + f" over {one.over}" * (by == "recovery"), one.gap, one.gap.clear)
+            for one in gains]  # fmt: skip
     where, ends = each.condition.label, ""
-    if own and by == "sparsity":
+    if gains and by == "sparsity":
         low = next(one.condition.sparsity for one in analysis.conditions
-                   if one.condition.label == own[0].less)  # fmt: skip
+                   if one.condition.label == gains[0].less)  # fmt: skip
         where = each.condition.series
         ends = f"{100 * low:g} % to {100 * each.condition.sparsity:g} %: "
     return _judged(where, gaps, wanted, ends)
@@ -229,8 +229,8 @@ def _cancelled(each: ConditionAnalysis) -> Verdict | None:
 
 
 def _pulled(each: ConditionAnalysis) -> Verdict | None:
-    """Say whether a metric goes up with one dimension and down with another, both after
-    correction."""
+    """Judge whether a metric rises with one dimension and falls with another, both significant
+    after correction."""
     if not (tested := each.correlations):
         return None
     pairs, verdict = [], HOLDS
@@ -248,7 +248,7 @@ def _pulled(each: ConditionAnalysis) -> Verdict | None:
         verdict = OPEN if min(one.least_p or 0.0 for one in tested) > ALPHA else NOT_FOUND
         near = max(tested, key=lambda one: (one.significant, abs(one.rho or 0)))
         because = [
-            "no two signs survive correction",
+            "no opposite signs survive correction",
             f"strongest: {near.metric} with {near.quantity}, ρ {words.rho(near.rho)}, corrected p "
             f"{words.p_value(near.p_corrected)}",
         ]
@@ -262,8 +262,8 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
     if waiting or analysis.failed:
         yield (
             f"{analysis.finished} of {words.counted(analysis.planned, 'planned trial')} finished, "
-            f"{analysis.failed} failed, {waiting} to come (calmix study status names them). All "
-            "figures are of the finished ones and may change."
+            f"{analysis.failed} failed, {waiting} to come (calmix study status lists them). All "
+            "figures are of finished trials and may change."
         )
     if gaps := sum(len(each.missing) for each in found):
         yield (
@@ -273,31 +273,31 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
     once = [each.condition.label for each in found if not each.joint.freedom]
     if len(once) < len(found):
         yield (
-            "Intervals cover other test items and other seeds together; the spread over seeds is "
-            "pooled over all sets of a condition."
+            "Intervals are over both test items and seeds; the spread over seeds is pooled over "
+            "all sets of a condition."
         )
     if once:
         where = f" in {words.listed(once)}" if len(once) < len(found) else ""
         yield (
-            f"Every set has one seed{where}: intervals there cover test items alone, and nothing "
-            "is known of other seeds."
+            f"Every set has one seed{where}: intervals are over test items alone, and the effect "
+            "of the seed is unknown."
         )
     tested = [each for each in found if each.correlations]
     if tested:
         numbers = words.listed(str(n) for n in sorted({each.points for each in tested}))
         yield (
-            f"Correlations are over {numbers} points, seeds averaged first: single sources only (a "
-            f"mix would count its parts twice). p is two-sided, by permutation, corrected over "
+            f"Correlations are over {numbers} single sources, averaged over seeds; a mix would "
+            f"count its parts twice. p is two-sided, by permutation, corrected over "
             f"{analysis.tests} tests (Benjamini-Hochberg at {ALPHA:g})."
         )
         least = min(one.least_p or 0.0 for each in tested for one in each.correlations)
         if least > ALPHA:
             yield (
-                f"So few points cannot give p below {least:.2g}: no correlation could have "
-                "been found, however strong."
+                f"With so few sources p cannot fall below {least:.2g}: no correlation could have "
+                "been found."
             )
     models = words.listed(sorted({each.condition.model for each in found}))
     yield (
         f"This holds for {models} and this suite; other models were not measured."
-        + (" A correlation over sources is not a cause." if tested else "")
+        + " A correlation over sources does not show a cause." * bool(tested)
     )

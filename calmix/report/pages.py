@@ -1,4 +1,4 @@
-"""Templates: every page, and text, is rendered here."""
+"""Render the templates of all pages."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from calmix.report import words
 
 
 def render(name: str, **context: Any) -> str:
-    """Return a template filled in; in HTML everything is escaped."""
-    found = Environment(
+    """Return a filled-in template; in HTML everything is escaped."""
+    templates = Environment(
         loader=PackageLoader("calmix.report"), autoescape=select_autoescape(),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    found.globals |= {"w": words, "TOKENS": TOKENS, "zip": zip}
-    return found.get_template(name).render(context)
+    templates.globals |= {"w": words, "TOKENS": TOKENS, "zip": zip}
+    return templates.get_template(name).render(context)

@@ -1,4 +1,4 @@
-"""The report of a study: one page, the same in words, and figures."""
+"""The report of a study: an HTML page, a summary in plain text, and figures."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from calmix.report.pages import render
 from calmix.study.results import StudyResults
 
 FIGURES = "figures"
-ROWS = 8  # of a ranking in the text
+ROWS = 8  # of a ranking in the summary
 
 
 def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> None:
-    """Write a study's report into a folder, all or nothing: `pages`, and figures as SVG.
+    """Write a study's report to a folder, all or nothing: `pages`, and figures as SVG.
 
     The same results and analysis give the same bytes.
     """
@@ -36,10 +36,7 @@ def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> Non
 
 
 def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
-    """Return a report's texts by file name.
-
-    `report.html` has everything; `summary.txt` is the same in words.
-    """
+    """Return the report's texts by file name: the page, and a summary in plain text."""
     summary, found = summarise(analysis), analysis.conditions
     settings = analysis.settings.model_dump(include=set(Settings.model_fields))
     claims = [{"claim": claim, "where": one.where, "verdict": one.verdict, "figures": one.because}
@@ -48,9 +45,9 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
         "report.html": render(
             "study.html", results=results, analysis=analysis, summary=summary, claims=claims,
             main=main_condition(found),
-            conditions=[(each, told, figures.condition_charts(analysis, each),
+            conditions=[(each, sentences, figures.condition_charts(analysis, each),
                          _tables(analysis, each))
-                        for each, told in zip(found, summary["conditions"], strict=True)],
+                        for each, sentences in zip(found, summary["conditions"], strict=True)],
             made=yaml.safe_dump({"suite": results.suite, "analysis": settings}, sort_keys=False),
         ),
         "summary.txt": summary_text(analysis) + "\n",
@@ -81,11 +78,11 @@ def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict
         if any(each.distance["kl"][TOTAL] is not None for each in found.ranking)
     ]  # fmt: skip
     differences = [
-        {"this": one.left, "over that": one.right, "in": one.quantity,
+        {"set": one.left, "over": one.right, "in": one.quantity,
          "#points": w.with_span(one.gap, sign=True), "#p": w.p_value(one.gap.p),
          "#corrected p": w.p_value(one.p_corrected) + " ●" * one.significant,
-         "for other seeds alone": w.span(one.gap.draw_low, one.gap.draw_high),
-         "#corrected p of these": w.p_value(one.draw_p_corrected)}
+         "over seeds alone": w.span(one.gap.draw_low, one.gap.draw_high),
+         "#corrected p over seeds": w.p_value(one.draw_p_corrected)}
         for one in found.differences if one.quantity in (TOTAL, WORST)
     ]  # fmt: skip
     return {"ranking": ranking, "distance": distance, "differences": differences}
@@ -95,7 +92,7 @@ def summary_text(analysis: Analysis) -> str:
     """Return the findings as plain text of 80 columns."""
     summary = summarise(analysis)
     text = words.wrapped(summary["headline"])
-    for each, said in zip(analysis.conditions, summary["conditions"], strict=True):
+    for each, sentences in zip(analysis.conditions, summary["conditions"], strict=True):
         rows = [("", "total", "acc.", "shrunken", "best", "worst dimension")]
         rows += [(one.calibration, words.with_span(one.total), words.percent(one.accuracy[TOTAL]),
                   words.percent(one.shrunken.value), words.sure(one.best),
@@ -105,7 +102,7 @@ def summary_text(analysis: Analysis) -> str:
         text += f"\n\n{label}: retention in % (acc.: of accuracy)\n{words.columns(rows)}"
         if more := each.ranking[ROWS:]:
             text += f"\n  and {len(more)} more"
-        text += _block(f"{label}: findings", said)
+        text += _block(f"{label}: findings", sentences)
     text += _block("Method by method", summary["methods"])
     if summary["claims"]:
         text += "\n\nClaims"
@@ -113,7 +110,7 @@ def summary_text(analysis: Analysis) -> str:
         text += "\n" + words.wrapped(f"{claim}: {tally(verdicts)}", "  - ", "    ")
         for one in verdicts:
             text += "\n" + words.wrapped(str(one), "      ", "        ")
-    return text + _block("How sure this is", summary["certainty"])
+    return text + _block("How certain this is", summary["certainty"])
 
 
 def _block(head: str, lines: Sequence[str]) -> str:

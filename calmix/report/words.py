@@ -1,4 +1,4 @@
-"""How numbers and names are written, the same in charts, tables, text and on the command line."""
+"""How numbers, names and verdicts are written in charts, tables, text and on the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from calmix.analysis.ranking import Ranked, leaders
 from calmix.evaluation.behaviour import Behaviour
 
-STRATEGIES = {  # ways to make a set, by name and colour
+STRATEGIES = {  # of making a calibration set: name and colour
     "single": ("single source", "#8a96a8"),
     "mix": ("mix", "#e07b1a"),
     "self-cal": ("Self-Cal", "#5b8def"),
@@ -20,12 +20,12 @@ STRATEGIES = {  # ways to make a set, by name and colour
     "none": ("no calibration", "#9c9080"),
 }
 FORMS = {
-    "chat template": " in its chat template, short answers by worked examples",
-    "worked examples": " by worked examples",
+    "chat template": " in its chat template, short answers with worked examples",
+    "worked examples": " with worked examples",
 }
 DISTANCE = (
-    "KL(dense || pruned) in nats per token, on held-out text; top-1: tokens with the dense model's "
-    "likeliest next one; flips: items right under one model alone"
+    "KL(dense || pruned) in nats per token, on held-out text; top-1: tokens with the same most "
+    "likely successor; flips: items right under one model only"
 )
 FOOTER = (
     "Written by calmix from the files beside it. Kept: of the answers that the dense model gets "
@@ -56,7 +56,7 @@ def rho(value: float | None) -> str:
 
 
 def span(low: float | None, high: float | None) -> str:
-    """Return an interval of shares in percent, in brackets; empty if it is unknown."""
+    """Return an interval of shares in percent, in brackets; empty if unknown."""
     return "" if low is None or high is None else f"[{percent(low)}, {percent(high)}]"
 
 
@@ -68,7 +68,7 @@ def with_span(one: Any, *, sign: bool = False) -> str:
 
 
 def p_value(value: float | None) -> str:
-    """Return a p-value, those below 0.001 as just that."""
+    """Return a p-value; below 0.001 as `<0.001`."""
     return "<0.001" if value is not None and value < 0.001 else number(value)
 
 
@@ -83,7 +83,7 @@ def short(name: str, width: int = 26) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun."""
+    """Return a number with its noun, in the plural if needed."""
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
@@ -94,14 +94,14 @@ def listed(names: Iterable[str]) -> str:
 
 
 def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
-    """Say what a model still does: generated answers, choices, and last its likelihood; `measure`
-    is the command that measures answers where they are missing."""
-    said = []
+    """Return sentences on generated answers, choices and likelihood kept; `measure` is the command
+    that measures missing answers."""
+    lines = []
     if (all_ := found.answers) is None:
-        said.append(f"What the model writes was not measured; this measures it: {measure}")
+        lines.append(f"Generated answers were not measured; to measure them: {measure}")
     elif not all_.dense:
-        said.append(f"The dense model gets none of {all_.asked:,} generated answers right: "
-                    "nothing can be kept.")  # fmt: skip
+        lines.append(f"The dense model gets none of {all_.asked:,} generated answers right: "
+                     "nothing can be kept.")  # fmt: skip
     else:
         text = (
             f"This model keeps {all_.kept} of the {counted(all_.dense, 'generated answer')} that "
@@ -113,39 +113,38 @@ def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
         asked = f"asked: {all_.asked:,}{how}, gained: {all_.gained}"
         if all_.gained is None:
             asked = f"only these were asked{how and f',{how}'}"
-        said.append(f"{text} ({asked}).")
+        lines.append(f"{text} ({asked}).")
     if found.not_run:
-        said.append(f"Programs: not run ({listed(found.not_run)}; --allow-code-execution runs "
-                    "them).")  # fmt: skip
+        lines.append(f"Programs: not run ({listed(found.not_run)}; --allow-code-execution runs "
+                     "them).")  # fmt: skip
     if (choices := found.choices) is not None:
         before, after = choices.accuracy
         text = (
-            f"Accuracy: {with_span(after)} % of {choices.asked:,} choices are right, "
-            f"{percent(before.value)} % under the dense model, "
-            f"{percent(choices.chance)} % by chance"
+            f"Accuracy: {with_span(after)} % of {choices.asked:,} choices are right "
+            f"(dense model: {percent(before.value)} %, chance: {percent(choices.chance)} %)"
         )
-        left = f" (left out, the dense model is at chance: {listed(found.at_chance)})"
-        said.append(f"{text}{left if found.at_chance else ''}.")
+        left = f"; left out, because the dense model is at chance: {listed(found.at_chance)}"
+        lines.append(f"{text}{left if found.at_chance else ''}.")
     elif found.at_chance:
-        said.append(f"Accuracy: the dense model is at chance ({listed(found.at_chance)}).")
+        lines.append(f"Accuracy: the dense model is at chance ({listed(found.at_chance)}).")
     if likelihood is not None and likelihood.total.value is None:
-        said.append("Likelihood: the dense model is not above its baseline: nothing can be kept.")
+        lines.append("Likelihood: the dense model is not above its baseline: nothing can be kept.")
     elif likelihood is not None:
         text = f"Likelihood kept: {with_span(likelihood.total)} %"
         if (low := likelihood.worst) is not None and len(likelihood.dimensions) > 1:
             text += f", least in {low}: {with_span(likelihood.of(low))} %"
-        said.append(f"{text}.")
-    return said
+        lines.append(f"{text}.")
+    return lines
 
 
 def measuring(model: object, dense: object, *more: object) -> str:
-    """Return the command that measures what a model writes, with more options."""
+    """Return the command that measures generated answers, with more options."""
     line = ["calmix", "evaluate", model, "--against", dense, "--suite", "abilities", *more]
     return shlex.join(map(str, line))
 
 
 def which_is_best(placed: Sequence[Ranked]) -> str:
-    """Say which set keeps the most and by how much, or which are tied; one has a value at least."""
+    """Say which set keeps the most and by how much, or which are tied; at least one has a value."""
     first, *ties = sets = leaders(placed)
     if not ties:
         text = f"{first.calibration} keeps the most: {with_span(first.total)} %"
@@ -165,13 +164,13 @@ def which_is_best(placed: Sequence[Ranked]) -> str:
 
 
 def wrapped(text: str, first: str = "", rest: str = "") -> str:
-    """Return text in lines of a terminal's width; `first` and `rest` begin them."""
+    """Return text wrapped to the terminal's width; `first` and `rest` are the indents."""
     return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest,
                          break_long_words=False, break_on_hyphens=False)  # fmt: skip
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Return an indented table of a terminal's width, its first column cut where it must be."""
+    """Return an indented table of the terminal's width; the first column is cut to fit."""
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     wide[0] = min(wide[0], max(8, WIDTH - sum(2 + width for width in wide[1:]) - 2))
     return "\n".join(

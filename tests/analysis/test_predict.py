@@ -103,7 +103,7 @@ def test_the_verb_orders_sets_and_each_mistake_is_one_line(calmix, place, tiny_f
     ]  # fmt: skip
     assert told[0]["total"] < told[1]["total"]
     ended = run("--method", "wanda", "--pattern", "2:4")
-    assert "this orders sets, it is not retention" in ended.out
+    assert "this ranks sets; it does not predict retention" in ended.out
     assert "Gram matrices take" in ended.err
     for more, line in (
         (("--method", "magnitude"), "all sets are equal"),

@@ -1,4 +1,4 @@
-"""`calmix check`: a gate on files of scores and on a folder of calmix compress."""
+"""`calmix check` of score files and of a folder of calmix compress."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.evaluation.test_floors import answered
 
 
 def saved(path, dense, pruned, **changed):
-    """A file of `calmix evaluate --against -o`."""
+    """Write a file as `calmix evaluate --against -o` does."""
     told = {"scores": pruned.to_dict(), "dense": dense.to_dict()}
     told["scores"] |= {"fingerprint": "pruned"} | changed
     path.write_text(json.dumps(told), encoding="utf-8")
@@ -20,7 +20,7 @@ def saved(path, dense, pruned, **changed):
 
 @pytest.fixture
 def files(tmp_path):
-    """Score files: a model that keeps 97 of 100 answers, another model, and one without dense."""
+    """Score files: a model that keeps 97 of 100 answers, another model, and no dense model."""
     code, chat = answered(100, 120), answered(60, 60, "chat")
     found = {
         "code": saved(tmp_path / "code.json", scored(code), scored(answered(100, 120, kept=97))),
@@ -34,7 +34,7 @@ def files(tmp_path):
     return found
 
 
-def test_a_verdict_is_printed_sealed_and_an_exit_code(calmix, files, tmp_path):
+def test_a_verdict_is_printed_sealed_and_sets_the_exit_code(calmix, files, tmp_path):
     both, out = (files["code"], files["chat"]), tmp_path / "check.json"
     ended = calmix("check", *both, "--keep-at-least", "0.9", "-o", out).ok()
     assert (
@@ -71,11 +71,11 @@ def test_a_verdict_is_printed_sealed_and_an_exit_code(calmix, files, tmp_path):
         (["code"], "0.99", "code=0.99 needs 299 right answers and has 100"),
         (["code", "other"], "0.9", "other.json is about other models than"),
         (["alone"], "0.9", "without a dense model"),
-        (["folder"], "0.9", "is no folder that calmix compress made"),
-        (["folder", "code"], "0.9", "a folder is checked by itself"),
+        (["folder"], "0.9", "was not made by calmix compress"),
+        (["folder", "code"], "0.9", "a folder is checked alone"),
     ],
 )
-def test_mistakes_are_one_line_and_write_nothing(calmix, files, tmp_path, names, floors, said):
+def test_errors_are_one_line_and_write_nothing(calmix, files, tmp_path, names, floors, said):
     out = tmp_path / "out.json"
     asked = ("--keep-at-least", *floors.split(), "-o", out)
     ended = calmix("check", *(files[name] for name in names), *asked)
@@ -84,8 +84,8 @@ def test_mistakes_are_one_line_and_write_nothing(calmix, files, tmp_path, names,
     assert not list(files["folder"].iterdir())
 
 
-def test_answers_of_an_own_suite_are_measured(calmix, files):
-    """Its answers are in `scores.json`; nothing is missing."""
+def test_answers_of_a_users_suite_count_as_measured(calmix, files):
+    """They are in `scores.json`, so nothing is missing."""
     folder = files["folder"]
     write_json(folder / "compress.json", sealed({"request": {}}))
     files["code"].rename(folder / "scores.json")

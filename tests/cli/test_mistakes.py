@@ -1,6 +1,6 @@
-"""Mistakes of every kind that the options themselves allow, verb by verb: each is one line.
+"""Every kind of user error that the options allow, verb by verb: each prints one line.
 
-Nothing is fetched, computed or written on the way to it.
+Nothing is downloaded, computed or written before it.
 """
 
 import json
@@ -24,8 +24,8 @@ from tests.synthetic import Plan, save, study
 from tests.tiny import save_tiny_model
 
 WRONG = "no-such-thing"
-# A right call of each verb, or of each of its forms; names in braces are of the files below, and
-# {out} is where it writes.
+# A correct call of each verb, or of each of its formats; names in braces are the files below, and
+# {out} is the output.
 VERBS = {
     "compress": "{model} -o {out}",
     "prune": "{model} --calibration {text} --sparsity 0.5 --length 64 -o {out}",
@@ -64,7 +64,7 @@ VERBS = {
     "doctor methods": "",
     "doctor assets": "",
 }
-# What is said of a mistake that another option, or what stands in a file, makes one.
+# Part of the message for errors that depend on another option or the contents of a file.
 COMPRESS = "compress {model} -o {out} "
 LONG = "error: length 9999 is beyond the model's context of 256 tokens"
 SAID = {
@@ -86,20 +86,20 @@ SAID = {
     COMPRESS + "--keep-at-least 1.2": "did you mean 0.012",
     COMPRESS + "--keep-at-least code=0.4 --sparsity 0.5": "--sparsity has no effect with",
     COMPRESS + "--keep-at-least cod=0.4": "which suite",
-    COMPRESS + "--keep-at-least code=0.4 --within 2d": "is no time, such as 90m or 2h",
+    COMPRESS + "--keep-at-least code=0.4 --within 2d": "is not a time, such as 90m or 2h",
     COMPRESS + "--within 2h": "has no effect without --keep-at-least",
     COMPRESS + "--seeds 2": "--seeds has no effect without --keep-at-least",
     COMPRESS + "--keep-at-least code=0.4 --confidence 0.6": "greater than or equal to 0.8",
     "compare {scores}": "was scored without a dense model",
     "compare {half} {x/half} --against {scores}": "two files are called half:",
-    "compare {half} {foreign} --against {scores}": "foreign.json was scored against other, which",
+    "compare {half} {foreign} --against {scores}": "foreign.json was scored against other, not",
     "compare {quiz} --against {scores}": "cannot be compared",
     "study recommend {results} --weights coding=1": "did you mean code",
     "study recommend {results} --weights code=-1": "must be 0 or a positive number",
     "prune {model} --calibration igsp --sparsity 0.5 --length 9999 -o {out}": LONG,
     "recover {model} --against {other} --calibration igsp --length 9999 -o {out}": LONG,
     "calibrate draw igsp --model {model} --length 9999 -o {out}": LONG,
-    "calibrate sources --dimension cod": "no source is of dimension 'cod': did you mean code",
+    "calibrate sources --dimension cod": "no source has dimension 'cod': did you mean code",
     "prune": "error: Missing argument 'MODEL' (see calmix prune --help)",
     "prue x": "error: No such command 'prue'",
     "prune x -o y --rows many": "error: --rows many: must be a valid integer",
@@ -109,12 +109,12 @@ SAID = {
     "quantize x": "did you mean prune?",
     **{old: f"calmix {old} is now calmix {new}" for old, new in MOVED.items()},
 }
-# What takes room on the disk that is known before.
+# Verbs that know beforehand how much disk space they need.
 DISK = (
     "compress", "prune", "recover", "export --to openvino",
     "export --to model", "study run",
 )  # fmt: skip
-# Options that take any text there is.
+# Options that accept any text.
 FREE = {("evaluate perplexity", "--separator")}
 
 
@@ -133,7 +133,7 @@ COMMANDS = dict(commands(typer.main.get_command(app)))
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Small right inputs of every kind."""
+    """Small valid inputs of every kind."""
     at = tmp_path_factory.mktemp("inputs")
     found = {
         "model": at / "models" / "model",
@@ -189,7 +189,7 @@ def parameters(verb):
 
 
 def right(verb, files):
-    """Return the arguments of a right call."""
+    """Return the arguments of a correct call."""
     return [word.format(out=files["text"].parent / "out", **files) for word in VERBS[verb].split()]
 
 
@@ -200,7 +200,7 @@ def without(words, names):
 
 
 def mistakes(verb, files):
-    """Yield wrong arguments, and words of which the line must have one."""
+    """Yield wrong arguments, and words one of which must be in the error."""
     words, params = right(verb, files), parameters(verb)
     yield [*words, "--no-such-option"], "--no-such-option"
     if not any(param.nargs == -1 for param in params):
@@ -229,7 +229,7 @@ def mistakes(verb, files):
 
 
 def wrong_words(verb, words, files):
-    """Yield calls in which one of the inputs is not there, or is of another kind."""
+    """Yield calls in which an input is missing or of another kind."""
     known = set(map(str, files.values()))
     for at, word in enumerate(words):
         if word in known:
@@ -241,7 +241,7 @@ def wrong_words(verb, words, files):
 
 
 def wrong_outputs(verb, words, files):
-    """Yield calls whose output is, holds or lies in an input, or cannot be written."""
+    """Yield calls whose output is, contains or is inside an input, or cannot be written."""
     output = next((word for word in words if Path(word).stem == "out"), None)
     if output is None:
         return
@@ -266,7 +266,7 @@ def wrong_outputs(verb, words, files):
 
 @pytest.fixture
 def idle(monkeypatch, tmp_path):
-    """A cache that is empty, and no way to fetch, to compute, or to draw."""
+    """An empty cache, with downloads, computation and sampling disabled."""
 
     def worked(*given, **more):
         raise AssertionError("work was done before the mistake was found")
@@ -287,32 +287,32 @@ def tree(folder):
     return {p: ((s := p.stat()).st_mtime_ns, s.st_size) for p in sorted(folder.rglob("*"))}
 
 
-def test_there_are_hundreds_of_mistakes_over_all_verbs(files):
+def test_all_verbs_have_hundreds_of_possible_errors(files):
     assert {verb.partition(" --")[0] for verb in VERBS} == set(COMMANDS)
     assert sum(len(list(mistakes(verb, files))) for verb in VERBS) > 800
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_each_mistake_is_one_line_and_nothing_else(calmix, files, idle, verb):
+def test_each_error_is_one_line_and_nothing_else(calmix, files, idle, verb):
     root = files["text"].parent
     before = tree(root)
     for words, *named in mistakes(verb, files):
         ended = calmix(*verb.split(), *words)
         assert any(word.lower() in ended.line.lower() for word in named), (words, ended)
-        assert verb == "doctor inspect" or not ended.out, words  # it tells of damage
+        assert verb == "doctor inspect" or not ended.out, words  # it reports damage
         assert tree(root) == before, words
         assert not list(idle.iterdir()), words
 
 
 @pytest.mark.parametrize("words", SAID)
-def test_what_is_said_of_a_mistake(calmix, files, idle, words):
+def test_error_messages(calmix, files, idle, words):
     before = tree(files["text"].parent)
     given = [word.format(out=files["text"].parent / "out", **files) for word in words.split()]
     assert SAID[words] in calmix(*given).line
     assert tree(files["text"].parent) == before
 
 
-def test_what_is_not_installed_is_told_before_the_work(calmix, files, idle, monkeypatch):
+def test_a_missing_extra_is_reported_before_the_work(calmix, files, idle, monkeypatch):
     for name in ("openvino", "ray", "reasoning_gym"):
         monkeypatch.setitem(sys.modules, name, None)
     for extra, verb, more in (
@@ -326,7 +326,7 @@ def test_what_is_not_installed_is_told_before_the_work(calmix, files, idle, monk
 
 
 @pytest.mark.parametrize("verb", DISK)
-def test_a_full_disk_is_told_before_the_work(calmix, files, idle, monkeypatch, verb):
+def test_a_full_disk_is_reported_before_the_work(calmix, files, idle, monkeypatch, verb):
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     before = tree(files["text"].parent)

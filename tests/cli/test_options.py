@@ -1,4 +1,4 @@
-"""What the command line does before and beside its verbs: options, mistakes, an interrupt."""
+"""The command line outside its verbs: help, completion, environment, interrupts."""
 
 import importlib.metadata
 import io
@@ -14,7 +14,7 @@ from calmix.cli.root import VERBS
 from tests.cli.test_mistakes import COMMANDS
 
 
-def test_a_file_is_no_terminal_whatever_the_environment_says(monkeypatch):
+def test_a_file_is_not_a_terminal_whatever_the_environment_says(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     console = Terminal(file=io.StringIO())
     assert not console.is_terminal
@@ -31,14 +31,14 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(monkeypatch):
         ("calmix check --k", ["--keep-at-least"]),
     ],
 )
-def test_a_shell_is_told_which_commands_and_options_there_are(calmix, monkeypatch, words, offered):
+def test_shell_completion_of_commands_and_options(calmix, monkeypatch, words, offered):
     monkeypatch.setenv("_CALMIX_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", words)
     monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
     assert sorted(calmix().out.split()) == offered
 
 
-def test_an_interrupt_is_said_and_has_its_own_code(calmix, monkeypatch):
+def test_an_interrupt_is_reported_with_its_exit_code(calmix, monkeypatch):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
@@ -55,12 +55,12 @@ def test_an_interrupt_is_said_and_has_its_own_code(calmix, monkeypatch):
         ({"OMP_WAIT_POLICY": "passive"}, ("64", "64", None)),
     ],
 )
-def test_few_kernels_are_kept_and_threads_do_not_wait_for_long(calmix, monkeypatch, given, told):
+def test_few_kernels_are_cached_and_threads_spin_briefly(calmix, monkeypatch, given, told):
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "GOMP_SPINCOUNT")
-    # A kernel of another environment hands its backend of figures down; it need not be here.
+    # A notebook kernel passes on its matplotlib backend, which may not be installed here.
     monkeypatch.setenv("MPLBACKEND", "module://nowhere.backend_inline")
     for name in (*names, "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(name, "")  # to be what it was afterwards
+        monkeypatch.setenv(name, "")  # so that it is restored afterwards
         monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -69,7 +69,7 @@ def test_few_kernels_are_kept_and_threads_do_not_wait_for_long(calmix, monkeypat
     assert os.environ["MPLBACKEND"] == "agg"
 
 
-def test_help_is_given_however_it_is_asked_for(calmix):
+def test_every_way_to_ask_for_help(calmix):
     for words in (("-h",), ("help",), ("help", "report"), ("report", "-h"), ("doctor", "-h"),
                   ("report", "--help-all"), ("study", "plan", "--help-all")):  # fmt: skip
         ended = calmix(*words)
@@ -78,7 +78,7 @@ def test_help_is_given_however_it_is_asked_for(calmix):
     assert "[0]" in calmix("calibrate", "draw", "--help").out.partition("--seed")[2][:60]
 
 
-def test_ten_verbs_are_at_the_top_and_fifteen_options_of_prune_are_shown(calmix):
+def test_help_lists_ten_verbs_and_fifteen_options_of_prune(calmix):
     ended = calmix()
     assert (ended.code, ended.err) == (2, "")
     top = ended.out.partition("Options:")[0]
@@ -90,14 +90,14 @@ def test_ten_verbs_are_at_the_top_and_fifteen_options_of_prune_are_shown(calmix)
     assert options < set(re.findall(r"--[\w-]+", calmix("prune", "--help-all").out))
 
 
-def test_help_is_quick_for_it_imports_no_verb():
+def test_help_is_quick_because_it_imports_no_verb():
     code = "import sys; from calmix.cli import main; sys.argv = ['calmix', '--help']\n"
     code += "try: main()\nfinally: print({'rich', 'pydantic', 'torch'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stdout.endswith("--effort quick\nset()\n"), ended
 
 
-def test_every_help_is_whole(calmix, monkeypatch):
+def test_no_help_is_truncated(calmix, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     for name, command in COMMANDS.items():
         ended = calmix(*name.split(), "--help").ok()

@@ -22,7 +22,7 @@ def folder(made, tmp_path):
     return shutil.copytree(made, tmp_path / "study")
 
 
-def test_analyse_writes_beside_the_study_and_prints_the_summary(calmix, folder):
+def test_analyse_writes_into_the_study_and_prints_the_summary(calmix, folder):
     ended = calmix("study", "analyse", folder, *QUICK).ok()
     assert "(dense model: 100 %): " in " ".join(ended.out.split())
     assert "findings" in ended.out
@@ -38,7 +38,7 @@ def test_analyse_writes_beside_the_study_and_prints_the_summary(calmix, folder):
     assert written == told
 
 
-def test_recommend_names_the_best_and_its_doubt(calmix, tmp_path):
+def test_recommend_names_the_best_set_and_its_uncertainty(calmix, tmp_path):
     kept = {"coder": {"general": 0.3, "code": 0.8}, "reader": {"general": 0.9, "code": 0.2}}
     trials = tuple(
         trial(name, "single", "sparsegpt", "60%", seed,
@@ -55,15 +55,15 @@ def test_recommend_names_the_best_and_its_doubt(calmix, tmp_path):
     text = recommended(trials, "--weights", "general=1,code=3")
     assert max(map(len, text.splitlines())) <= 80
     for words in ("take coder: expect 6", "coder keeps the most: 6", "ahead of reader by ",
-                  "brackets: 95 %, over test items and seeds ("):  # fmt: skip
+                  "brackets: 95 % intervals over test items and seeds ("):  # fmt: skip
         assert words in " ".join(text.split())
     told = json.loads(recommended(trials, "--weights", "general=1", "--json"))
     assert told[0]["candidates"][0]["calibration"] == "reader"
     text = recommended(tuple(one for one in trials if one.seed == 0))
-    assert "over test items; one seed each says nothing of others" in text
+    assert "over test items alone, with one seed each" in text
     assert "weights all equal" in text
-    assert "take coder or another that is tied: expect 55" in text
-    assert "no other set than coder: " in recommended(trials[:1])
+    assert "take coder or a set tied with it: expect 55" in text
+    assert "take coder, the only set: " in recommended(trials[:1])
 
 
 def test_a_folder_without_a_study_is_refused(calmix, tmp_path):

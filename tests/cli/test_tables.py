@@ -1,11 +1,11 @@
-"""Tables at 80 columns: nothing is cut, no word or number is broken, and no line is wider."""
+"""Tables fit into 80 columns without truncated or broken words and numbers."""
 
 import json
 import re
 
 import pytest
 
-from calmix.cli.common import Terminal, print_table, room
+from calmix.cli.common import Terminal, print_table, terminal_width
 from calmix.diagnostics import doctor
 from calmix.evaluation.scores import CapabilityScores
 from tests.evaluation.helpers import accuracy, bits, choices, scored
@@ -21,13 +21,13 @@ ROWS = [
 
 @pytest.fixture(params=[80, 40])
 def columns(request, monkeypatch):
-    """A width of the terminal."""
+    """The width of the terminal."""
     monkeypatch.setenv("COLUMNS", str(request.param))
     return int(request.param)
 
 
 def check(printed, columns, *whole):
-    """Every line fits, and what must be whole stands in one line."""
+    """Check that all lines fit and that each text of `whole` is in one line."""
     assert "…" not in printed
     lines = printed.splitlines()
     assert max(map(len, lines)) <= columns, max(lines, key=len)
@@ -35,7 +35,7 @@ def check(printed, columns, *whole):
         assert any(str(text) in line for line in lines), (text, printed)
 
 
-def test_columns_are_left_out_before_anything_is_broken(columns, capsys):
+def test_columns_are_dropped_before_anything_is_broken(columns, capsys):
     print_table(ROWS, text=HEADS[-1:], least=["scored by", HEADS[-1]])
     printed = capsys.readouterr().out
     numbers = [row["retention %"] for row in ROWS]
@@ -46,7 +46,7 @@ def test_columns_are_left_out_before_anything_is_broken(columns, capsys):
         assert re.search(rf"(^|\s){word}(\s|$)", printed, re.MULTILINE), word
 
 
-def test_headings_narrow_nothing_and_what_has_no_room_is_not_cut(columns, capsys):
+def test_headings_narrow_nothing_and_long_cells_are_not_cut(columns, capsys):
     print_table([{"of": "a heading of a group", "task": "x", "scored": "probability", "n": "1"}],
                 by="of")  # fmt: skip
     check(capsys.readouterr().out, columns, "a heading of a group", "scored", "probability")
@@ -55,9 +55,9 @@ def test_headings_narrow_nothing_and_what_has_no_room_is_not_cut(columns, capsys
     assert name in capsys.readouterr().out
 
 
-def test_without_a_terminal_a_table_is_as_wide_as_it_likes(capsys, monkeypatch):
+def test_without_a_terminal_a_table_has_no_limit(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert room() is None
+    assert terminal_width() is None
     print_table([{f"column {n}": f"value {n}" * 3 for n in range(12)}])
     lines = capsys.readouterr().out.splitlines()
     assert any(line.count("value") == 36 for line in lines)
@@ -67,7 +67,7 @@ def test_without_a_terminal_a_table_is_as_wide_as_it_likes(capsys, monkeypatch):
     assert (first.rstrip(), second.rstrip()) == (" x   1.5 %", " y       -  w")
     monkeypatch.setattr(Terminal, "is_terminal", True)
     monkeypatch.setattr(Terminal, "width", 72)
-    assert room() == 72
+    assert terminal_width() == 72
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_lists_fit(calmix, monkeypatch, arguments):
 
 
 def scores(model, nats):
-    """Made-up scores with names and numbers as wide as they come."""
+    """Made-up scores with very wide names and numbers."""
     task = "a_rather_long_name_of_it"
     return CapabilityScores(
         model, "f", "bfloat16", {"name": "offline", "version": 3, "hash": "0" * 64},
@@ -118,7 +118,7 @@ def test_retention_fits(calmix, tmp_path, monkeypatch, count):
     check(calmix("evaluate", "rescore", files[0]).out, 80, "a_rather_long_name_of_it")
 
 
-def test_compare_names_what_each_has_kept(calmix, tmp_path):
+def test_compare_shows_the_retention_of_each(calmix, tmp_path):
     dense, half = tmp_path / "dense.json", tmp_path / "half.json"
     for path, right in ((dense, [1, 1, 1, 1, 1, 1, 0, 1]), (half, [1, 0, 1, 0, 1, 0, 0, 1])):
         text = bits([sum(right) + 1.0, 2.0], [3, 4], "gold")
@@ -138,7 +138,7 @@ def test_sources_are_listed_by_dimension_and_licence(calmix):
     assert {row["use"] for row in json.loads(both.out)} == {"permissive"}
 
 
-def test_what_a_prune_did_and_what_is_wrong_with_it_fit(
+def test_tables_of_a_pruning_run_and_of_its_problems_fit(
     calmix, tiny_folder, text_file, tmp_path, columns
 ):
     pruned = tmp_path / "pruned"

@@ -1,4 +1,4 @@
-"""A place to compress in: a tiny model, a text, a suite over a made-up archive, and one result."""
+"""Fixtures: a tiny model, a text, a suite over a made-up archive, and one result."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from calmix.cli import app
-from calmix.compression.plan import request
+from calmix.compression.plan import check_options
 from calmix.options import Compression
 from tests.conftest import write_text_file
 from tests.evaluation.archive import suite_text, use_archive
@@ -23,15 +23,14 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def options(place):
-    """What every compression is asked for."""
+    """The options of every compression."""
     files = {"calibration": str(place / "text.txt"), "suite": str(place / "made.yaml")}
     return {"effort": "quick", **files}
 
 
 @pytest.fixture(scope="session")
 def command(options, tiny_folder):
-    """Return the arguments of a compression into a folder, with more of them at the end; to 60 %
-    where nothing else is asked for."""
+    """Return a function that makes the arguments of a compression, by default to 60 % sparsity."""
 
     def made(output, *more, sparse=True):
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
@@ -45,12 +44,12 @@ def command(options, tiny_folder):
 
 @pytest.fixture(scope="session")
 def asked(tiny_folder):
-    """Return the checked request that options are."""
-    return lambda **more: request(Compression(**{"model": str(tiny_folder)} | more))
+    """Return a function that checks options and returns the request."""
+    return lambda **more: check_options(Compression(**{"model": str(tiny_folder)} | more))
 
 
 def stopping(run, after):
-    """Run so many commands, and be interrupted at the next."""
+    """Run `after` commands, and interrupt the next."""
     left = iter(range(after))
 
     def stopped(words):
@@ -62,7 +61,7 @@ def stopping(run, after):
 
 
 def prepare(place, patch):
-    """The made-up archive, and a cache of its own; a bar that times nothing beforehand."""
+    """Use the made-up archive and a separate cache, and skip the timing of estimates."""
     patch.setenv("CALMIX_CACHE", str(place / "cache"))
     patch.setattr("calmix.study.estimate.Timed._measure", lambda *_: 1e-9)
     use_archive(patch)
@@ -75,7 +74,7 @@ def archive(place, monkeypatch):
 
 @pytest.fixture(scope="session")
 def compressed(place, command):
-    """A finished compression, not to be changed.
+    """A finished compression, which tests must not change.
 
     A random model knows nothing that could be kept: in `scores.json` both have been given answers
     they know better. What was written is `measured.json` beside the folder.

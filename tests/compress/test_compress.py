@@ -1,4 +1,4 @@
-"""From a model to its card: every stage, a stop after each of them, and every mistake."""
+"""From a model to its card: all stages, an interrupt after each, and errors."""
 
 import json
 import re
@@ -28,11 +28,11 @@ from tests.tiny import hashes, load_weights, tiny_tokenizer
 
 
 def weights(folder):
-    """Hashes of a model's files but its records."""
+    """Return hashes of a model's files without its records."""
     return {k: v for k, v in hashes(folder).items() if k not in ("README.md", "calmix.json")}
 
 
-def test_a_stop_after_every_stage_goes_on_to_the_same_model(
+def test_an_interrupt_after_any_stage_resumes_to_the_same_model(
     calmix, command, compressed, place, tmp_path, monkeypatch
 ):
     whole, cut = compressed, tmp_path / "cut"
@@ -52,11 +52,11 @@ def test_a_stop_after_every_stage_goes_on_to_the_same_model(
         monkeypatch.setattr(verb, "_run", stopping(run, min(done, 1)))  # one more stage each time
         ended = calmix(*command(cut))
         assert ended.code == 130
-        assert ended.err.count("done before") == max(0, done - 1)
+        assert ended.err.count("already done") == max(0, done - 1)
         assert f" {verbs[done]} " in ended.err.rpartition("$ calmix")[2]
     monkeypatch.setattr(verb, "_run", run)
     ended = calmix(*command(cut)).ok()
-    assert ended.err.count("done before") == 6
+    assert ended.err.count("already done") == 6
     first, *rest = ended.out.splitlines()
     assert first == "answers kept: not measured"
     named = [line.split(": ")[0] for line in rest]
@@ -75,13 +75,13 @@ def test_a_stop_after_every_stage_goes_on_to_the_same_model(
 
 
 def test_the_cards_numbers_are_those_of_the_scores(calmix, compressed):
-    """The page, the model's own card, and what another verb makes of the file of scores."""
+    """On the page, in the model card, and from `evaluate rescore`."""
     out = compressed
     told = json.loads(calmix("evaluate", "rescore", out / "scores.json", "--json").out)
     page = (out / "card.html").read_text(encoding="utf-8")
     readme = (out / "model" / "README.md").read_text(encoding="utf-8")
-    assert "docs/" not in page + readme  # who installs a wheel has no documents
-    table = page[page.index("<h2>Likelihood</h2>") : page.index("Task by task")]
+    assert "docs/" not in page + readme  # an installed wheel has no docs
+    table = page[page.index("<h2>Likelihood</h2>") : page.index("By task")]
     lines = {
         line.split(" | ")[0].removeprefix("| "): line.split(" | ")
         for line in readme.splitlines()
@@ -108,8 +108,8 @@ def test_the_cards_numbers_are_those_of_the_scores(calmix, compressed):
     assert "http" not in re.sub(r"http://www\.w3\.org[^\"]*", "", page)
 
 
-def test_the_card_says_of_which_questions_it_is(calmix, compressed, tmp_path):
-    """Of the suites and slices that were scored, of one pair of models, and side by side of one."""
+def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, tmp_path):
+    """All scores of a card are of one pair of models, and compared cards have one dense model."""
     out, other = (Path(shutil.copytree(compressed, tmp_path / name)) for name in ("out", "other"))
     card = read_card(out)
     suite = runnable(choose("abilities", quick=True), False)[0]
@@ -133,7 +133,7 @@ def test_the_card_says_of_which_questions_it_is(calmix, compressed, tmp_path):
     }  # fmt: skip
     bare = {name: replace(one, tasks=tuple(replace(task, values=()) for task in one.tasks))
             for name, one in (("dense", card.dense), ("scores", card.scores))}  # fmt: skip
-    assert several_page([replace(card, **bare)] * 2)  # of items that are neither right nor wrong
+    assert several_page([replace(card, **bare)] * 2)  # items that are neither right nor wrong
     asked = {**card.asked, "trust_remote_code": True, "device": "cuda:1"}
     line = replace(card, asked=asked).measure
     assert "--trust-remote-code --device cuda:1 -o " in line
@@ -161,20 +161,20 @@ def test_a_dry_run_writes_nothing(calmix, command, tmp_path, place):
     assert sorted(place.glob("*")) == before
 
 
-def test_an_output_that_holds_anything_else_is_refused(calmix, command, tmp_path):
+def test_a_folder_with_other_files_is_refused(calmix, command, tmp_path):
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "thesis.txt").write_text("mine")
     for arguments, words in (
         (command(thesis), "is not empty and was not made by calmix compress"),
-        (("report", thesis), "is no folder that calmix compress made"),
+        (("report", thesis), "was not made by calmix compress: it has no"),
         (("report", thesis, thesis), "name it with -o"),
     ):
         assert words in calmix(*arguments).line
     assert [p.name for p in thesis.iterdir()] == ["thesis.txt"]
 
 
-def test_keep_weighs_the_set_by_dimension():
+def test_keep_weights_the_set_by_dimension():
     mix = ",".join(f"{name}:{weight:g}" for name, weight in MIX.items())
     found = weighed(mix, {"code": 2, "general": 1})
     assert found == pytest.approx(
@@ -187,7 +187,7 @@ def test_keep_weighs_the_set_by_dimension():
         weighed("stories", {"math": 1})
 
 
-def test_the_builtin_mixes_are_what_they_are_said_to_be():
+def test_the_builtin_mixes_are_balanced_offline_and_permissive():
     known = builtin_sources()
     for mix in (MIX, PERMISSIVE):
         weights = Counter[str]()
@@ -201,7 +201,7 @@ def test_the_builtin_mixes_are_what_they_are_said_to_be():
 
 
 def test_python_compresses_as_the_verb_does(compressed, options, tmp_path, tiny_folder, capfd):
-    """A finished folder is not made again; options are the verb's own."""
+    """A finished folder is not recreated, and options are those of the verb."""
     shutil.copytree(compressed, tmp_path / "out")
     made = api.compress(tiny_folder, tmp_path / "out", shown=False, sparsity="0.6", **options)
     assert capfd.readouterr() == ("", "")
@@ -209,13 +209,13 @@ def test_python_compresses_as_the_verb_does(compressed, options, tmp_path, tiny_
     assert made.to_pandas().iloc[-1][["kept", "dimension"]].tolist() == ["likelihood", "total"]
     assert repr(made.retention).startswith("<Retention: likelihood kept: ")
     assert "answers kept: not measured" in repr(made)
-    with pytest.MonkeyPatch.context() as patch:  # the card is read once, not at every look
+    with pytest.MonkeyPatch.context() as patch:  # the card is read only once
         patch.setattr("calmix.report.card.read_card", None)
         assert "answers kept: not measured" in repr(made)
     assert made.to_dict()["card"] == str(made.card)
     with pytest.raises(InputError, match="unknown option 'efort': did you mean effort"):
         api.compress(tiny_folder, tmp_path / "other", efort="quick")
-    for name in ("dry_run", "as_json", "open"):  # what the verb prints, Python has no word for
+    for name in ("dry_run", "as_json", "open"):  # only the verb has these
         with pytest.raises(InputError, match=f"unknown option '{name}'"):
             api.compress(tiny_folder, tmp_path / "other", **{name: True})
     with pytest.raises(InputError, match="the calibration set has no dimension 'cod'"):
@@ -271,7 +271,7 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
     assert "2:4" in card.title
     manifest = out / "model" / "calmix.json"
     told = json.loads(manifest.read_text(encoding="utf-8"))
-    told["recovery"]["zeros"] += 9  # which the dense model had before
+    told["recovery"]["zeros"] += 9  # that the dense model had already
     told["pruned"]["calibration"]["written"] = {"chat": {"rows": 4}}
     write_json(manifest, sealed(told))
     card = read_card(out)
@@ -294,25 +294,25 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
     assert "is not finished: it lacks scores.json" in calmix("report", out).line
 
 
-def test_a_size_or_bits_stand_for_a_sparsity_or_beside_it(calmix, command, asked, tmp_path):
-    """Below four bits a model is trained on its levels; its card says its bits."""
+def test_size_and_bits_replace_or_accompany_a_sparsity(calmix, command, asked, tmp_path):
+    """Below four bits the levels are trained; the card shows the bits."""
     out = tmp_path / "out"
     low, high = (int(one.replace(",", "")) for one in re.search(
         r"has from ([\d,]+) to ([\d,]+) kB", calmix(*command(out, "--size", "1kB")).line
     ).groups())  # fmt: skip
-    wanted = low + (high - low) * 2 // 7  # of 1 to 8 bits
+    wanted = low + (high - low) * 2 // 7  # between 1 and 8 bits
     calmix(*command(out, "--size", f"{wanted}kB")).ok()
     assert "quantise" in (out / "compress.json").read_text()
     assert (out / "pruned" / "calmix-scales").is_dir()
     card = read_card(out)
     bits = card.record["request"]["bits"]
     assert 2 < bits < 3.9
-    assert card.title.endswith(f"to {bits:g} bits a weight")
+    assert card.title.endswith(f"to {bits:g} bits per weight")
     assert [one["quantised"] for one in card.recoveries] == [card.pruning["weights"]]
     assert card.bits == pytest.approx(bits, abs=0.1)
     assert 0 < card.packed < card.size
     packed = sum(path.stat().st_size for path in (out / "pack").glob("*.safetensors"))
-    headers = 6  # kB, which weigh in so small a model alone
+    headers = 6  # kB, which matter only in such a small model
     assert 0.8 * wanted < packed / 1000 < 1.2 * wanted + headers
     told = (out / "model/README.md").read_text(encoding="utf-8")
     assert "Once packed, a weight takes" in told
@@ -324,7 +324,7 @@ def test_a_size_or_bits_stand_for_a_sparsity_or_beside_it(calmix, command, asked
     assert calmix(*command(tmp_path / "no", "--bits", 3, "--dry-run")).code == 0
 
 
-def test_inspect_tells_of_every_stage(calmix, compressed, tmp_path):
+def test_inspect_checks_every_stage(calmix, compressed, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(compressed, out)
     for name in ("", "scores.json", "answers.json"):
@@ -348,7 +348,7 @@ def test_inspect_tells_of_every_stage(calmix, compressed, tmp_path):
     assert "compress.json" in calmix("doctor", "inspect", out).line
 
 
-def test_a_check_stands_on_the_card_of_its_model_alone(calmix, compressed, tmp_path):
+def test_a_check_is_shown_on_the_card_of_its_own_model(calmix, compressed, tmp_path):
     out = Path(shutil.copytree(compressed, tmp_path / "out"))
     assert not read_card(out).checked
     ended = calmix("check", out, "--keep-at-least", "0.05")

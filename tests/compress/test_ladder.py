@@ -1,4 +1,4 @@
-"""The smallest model that keeps what is asked for: the walk, its ends, a stop, a refusal."""
+"""The smallest model that meets the floors: the walk, how it ends, resuming, refusals."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ from tests.evaluation.helpers import written
 
 @pytest.fixture
 def want(asked, text_file):
-    """What is asked for: 80 % of the sums, unless a test says."""
+    """The request: keep 80 % of the sums, unless a test changes it."""
     return asked(calibration=str(text_file), keep_at_least="math=0.8")
 
 
@@ -46,7 +46,7 @@ def walk(want, out, run, *more, say=lambda *_: None):
 
 
 def scores(words, kept=100):
-    """Of a hundred sums so many are right, by a command line of `evaluate`."""
+    """Return scores of `evaluate` with `kept` of a hundred sums right."""
     whole = [words[at + 1] for at, word in enumerate(words) if word == "--whole"]
     suite = describe(runnable(choose("abilities", quick=True, whole=whole), False)[0])
     task = written("sums", "math", [1] * kept + [0] * (100 - kept))
@@ -58,14 +58,14 @@ MEASURED = ladder.plain_distance
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    """The distance a walk's begin is chosen by: so far that it is the top, unless a test says."""
+    """The distance that decides where a walk begins: so large that it begins at the top."""
     known = {"distance": 100.0}
     monkeypatch.setattr(ladder, "plain_distance", lambda *_: known["distance"])
     return known
 
 
 class Fake:
-    """Runs nothing: a candidate of so many bits keeps what it is said to; others `rest`."""
+    """Runs nothing: `kept` has the right answers of candidates by bits; others have `rest`."""
 
     def __init__(self, kept=(), rest=None):
         self.kept, self.rest = dict(kept), rest
@@ -95,12 +95,12 @@ def tried(found):
 
 
 def models(out):
-    """Candidates of which a model is left."""
+    """Return the candidates whose model still exists."""
     return [path.parent.name for path in (out / CANDIDATES).glob("**/model")]
 
 
-def test_the_walk_ends_at_the_first_that_fails_and_keeps_the_one_before(want, out):
-    """Even if a smaller one would pass again."""
+def test_the_walk_ends_at_the_first_failure_and_keeps_the_candidate_before(want, out):
+    """Even if a smaller one would pass."""
     run, said = Fake({6: 100, 5: 98, 4.5: 95, 4: 92, 3.2: 84, 2.6: 100}), []
     found = walk(want, out, run, say=lambda stage, there: said.append((stage.name, there)))
     assert tried(found) == [6, 5, 4.5, 4, 3.2]
@@ -116,8 +116,8 @@ def test_the_walk_ends_at_the_first_that_fails_and_keeps_the_one_before(want, ou
     assert run.run == ["calibrate", "evaluate", *both * 4, "prune", "recover", "evaluate"]
     assert said[2] == ("6 bits, quantise", False)
     _, recovered, scored = ladder.building(want, out, 3.2)
-    assert "--epochs 1 " in recovered.command  # of several that are tried; 2 without a walk
-    # What the dense model gets right is asked.
+    assert "--epochs 1 " in recovered.command  # 2 without a walk
+    # Only what the dense model gets right is asked.
     assert "--right-only" in scored.command
     assert "--right-only" not in ladder.opening(want, out)[-1].command
     again = walk(want, out, stop, say=lambda *_: pytest.fail("nothing is left to do"))
@@ -126,8 +126,8 @@ def test_the_walk_ends_at_the_first_that_fails_and_keeps_the_one_before(want, ou
         walk(other(want, seed=1), out, run)
 
 
-def test_a_candidate_passes_if_the_models_of_all_draws_do(want, out):
-    """The second draw's model fails where the first one's does not."""
+def test_a_candidate_passes_if_the_models_of_all_samples_do(want, out):
+    """The model of the second sample fails, that of the first does not."""
     want, runs, sets = other(want, seeds=2), [], []
 
     def run(words):
@@ -142,10 +142,10 @@ def test_a_candidate_passes_if_the_models_of_all_draws_do(want, out):
     assert runs == ["calibrate", "calibrate", "evaluate", *["prune", "evaluate"] * 4]
     assert (found.bits, found.ended, len(found.rungs)) == (6, "failed", 2)
     assert "math keeps 50.0 % of 100 items" in found.why()
-    assert found.why().endswith("(the worst of 2 draws of text)")
+    assert found.why().endswith("(the worst of 2 samples of text)")
     assert (out / "model/made").read_text().count("draw-2") == 0
     assert not models(out)
-    assert "the models of all 2 draws" in json.loads((out / "check.json").read_text())["lines"][0]
+    assert "the models of all 2 samples" in json.loads((out / "check.json").read_text())["lines"][0]
     assert walk(want, out, stop) == found
 
 
@@ -157,7 +157,7 @@ ALL = dict.fromkeys(RUNGS, 95)
     [
         (100, 0.8, ALL, [*RUNGS], 2.6),
         (100, 0.8, {6: 60}, [6], None),
-        # 3.2 bits, recovered, are thought to keep 89 of 100, and 2.6 bits 82.
+        # Recovered, 3.2 bits are expected to keep 89 of 100, and 2.6 bits 82.
         (0.035, 0.8, {4: 95, 3.2: 80}, [4, 3.2], 4),
         (0.035, 0.8, {4: 80, 6: 99, 5: 95, 4.5: 80}, [4, 6, 5, 4.5], 5),
         (0.035, 0.8, {4: 80, 6: 99, 5: 95, 4.5: 95}, [4, 6, 5, 4.5], 4.5),
@@ -165,11 +165,11 @@ ALL = dict.fromkeys(RUNGS, 95)
         # 87 of 100 prove 0.8 at 95 %, not at 96; nor do 89 at 99.
         (0.035, 0.8, {4: 87, 6: 99, 5: 50}, [4, 6, 5], 6),
         (0.035, 0.8, {4: 50, 6: 90, 5: 89}, [4, 6, 5], 6),
-        # A hundred right answers prove 0.96 at 95 % alone.
+        # A hundred right answers prove 0.96 at 95 % only.
         (0.001, 0.96, {6: 100, 5: 50}, [6, 5], 6),
     ],
 )
-def test_a_walk_begins_where_the_distance_says_and_goes_back_to_the_top(
+def test_a_walk_begins_where_the_distance_suggests_and_returns_to_the_top(
     want, out, plain, distance, floor, kept, walked, bits
 ):
     plain["distance"], want = distance, other(want, keep_at_least=f"math={floor}")
@@ -182,7 +182,7 @@ def test_a_walk_begins_where_the_distance_says_and_goes_back_to_the_top(
     assert (out / "model").exists() == (bits is not None)
 
 
-def test_a_walk_begins_at_the_top_where_time_is_short(want, out, plain):
+def test_a_walk_begins_at_the_top_if_time_is_short(want, out, plain):
     """Candidates below 4 bits are recovered."""
     plain["distance"] = 1e-3
     found = walk(want, out, Fake({6: 100, 5: 50}), 1e6, {"3.2 bits, recover by distill": 1e9})
@@ -191,23 +191,23 @@ def test_a_walk_begins_at_the_top_where_time_is_short(want, out, plain):
 
 @pytest.fixture
 def ticks(monkeypatch):
-    """A clock that is ten seconds on at every look."""
+    """A clock that advances ten seconds at every reading."""
     counted = itertools.count(0, 10)
     monkeypatch.setattr(ladder, "time", SimpleNamespace(monotonic=lambda: next(counted)))
 
 
-def test_time_that_ends_before_the_top_is_tried_leaves_no_verdict(
+def test_running_out_of_time_before_the_top_leaves_no_verdict(
     calmix, command, want, out, plain, ticks, monkeypatch
 ):
-    """The next candidate is thought to take its share of what the last one took."""
+    """The next candidate's time is estimated from that of the last one."""
     plain["distance"], run = 0.025, Fake({4: 80, 6: 99, 5: 99, 4.5: 80})
     found = walk(want, out, run, 45)
     assert (found.bits, found.ended, found.left) == (None, "time", (6, 5, 4.5))
     monkeypatch.setattr(ladder, "make", lambda *_: (found, {}))
     ended = calmix(*command(out, "--keep-at-least", "math=0.8"))
     assert (ended.code, "refused" in ended.out) == (1, False)
-    assert ended.out.endswith("stopped: no candidate keeps what is asked yet.\n")
-    with pytest.raises(NotKeptError, match=r"keeps math=0\.8 yet: the time given was over"):
+    assert ended.out.endswith("stopped: no candidate meets the floors yet.\n")
+    with pytest.raises(NotKeptError, match=r"keeps math=0\.8 yet: time ran out"):
         api.compress(want.model, out, keep_at_least="math=0.8")
     half = {"4 bits, quantise": 20.0, "6 bits, quantise": 10.0}
     found = walk(want, out.with_name("other"), Fake(run.kept), 45, half)
@@ -217,15 +217,15 @@ def test_time_that_ends_before_the_top_is_tried_leaves_no_verdict(
     assert (found.bits, found.ended, run.run) == (5, "failed", ["prune", "evaluate"] * 3)
 
 
-def test_time_that_ends_leaves_a_model_and_goes_on(want, out, ticks):
+def test_running_out_of_time_leaves_a_model_and_can_resume(want, out, ticks):
     run = Fake(ALL)
     with pytest.raises(InputError, match="--within 9 s is too short: the first candidate takes"):
         walk(want, out, run, 9, {"6 bits, quantise": 10.0})
     assert not out.exists()
     found = walk(want, out, run, 55)
     assert (len(found.rungs), found.ended, found.bits) == (2, "time", 5)
-    assert "the time given was over" in found.why()
-    for name in ("pack", "answers.json", "compress.json"):  # what is made of its model
+    assert "time ran out" in found.why()
+    for name in ("pack", "answers.json", "compress.json"):  # made from its model
         (out / name).write_text("of 5 bits")
     run = Fake(ALL | {4: 20})
     found = walk(want, out, run)
@@ -237,7 +237,7 @@ def test_time_that_ends_leaves_a_model_and_goes_on(want, out, ticks):
     }  # fmt: skip
 
 
-def test_a_walk_that_was_changed_or_is_over_other_candidates_is_refused(want, out):
+def test_a_changed_walk_or_one_over_other_candidates_is_refused(want, out):
     walk(want, out, Fake({6: 20}))
     path = out / "ladder.json"
     told = json.loads(path.read_text(encoding="utf-8")) | {"first": 3.5}
@@ -247,8 +247,8 @@ def test_a_walk_that_was_changed_or_is_over_other_candidates_is_refused(want, ou
             walk(want, out, stop)
 
 
-def test_no_model_stays_of_a_candidate_that_is_not_reached(want, out, plain):
-    """It was begun before other floors were asked for."""
+def test_no_model_is_left_of_a_candidate_that_is_not_reached(want, out, plain):
+    """It was begun before the floors changed."""
     plain["distance"], run = 0.025, Fake({6: 99, 5: 20})
     with pytest.raises(KeyboardInterrupt):
         walk(want, out, stopping(run, 3))
@@ -258,8 +258,8 @@ def test_no_model_stays_of_a_candidate_that_is_not_reached(want, out, plain):
     assert not models(out)
 
 
-def test_answers_to_a_suite_scored_alone_are_those_that_were_tested(want, out):
-    """Asked once more in other batches, some may differ from what is promised."""
+def test_a_suite_scored_alone_keeps_the_tested_answers(want, out):
+    """Generated again in other batches, some could differ."""
     walk(other(want, suite="abilities"), out, Fake({6: 93, 5: 20}))
     assert json.loads((out / "scores.json").read_text())["scores"]["fingerprint"] == "93"
     assert not (out / "abilities.json").exists()
@@ -284,8 +284,8 @@ def test_the_distance_is_that_of_rounded_weights(tiny_folder, monkeypatch):
     [(100.0, after, [6, 5, 4.5]) for after in range(7)]
     + [(0.025, after, [4, 6, 5, 4.5]) for after in range(3, 9)],
 )
-def test_a_stop_goes_on_to_the_same_ladder(want, out, plain, distance, after, walked):
-    """Before the candidate that is begun with, between the two sequences, and within them."""
+def test_an_interrupted_walk_resumes_to_the_same_ladder(want, out, plain, distance, after, walked):
+    """Before the first candidate, between the two sequences, and within them."""
     plain["distance"], run = distance, Fake({4.5: 20, 4: 20}, 97)
     with pytest.raises(KeyboardInterrupt):
         walk(want, out, stopping(run, after))
@@ -295,26 +295,26 @@ def test_a_stop_goes_on_to_the_same_ladder(want, out, plain, distance, after, wa
     assert not models(out)
 
 
-def test_what_cannot_be_proven_is_said_before_anything_is_built(want, out):
+def test_unprovable_floors_are_refused_before_anything_is_built(want, out):
     much, lower = (other(want, keep_at_least=f"math={floor}") for floor in (0.99, 0.9))
     run = Fake()
     with pytest.raises(InputError, match="needs 299 right answers and has 100"):
         walk(much, out, run)
     assert run.run == ["calibrate", "evaluate"]
     run = Fake({6: 100}, 80)
-    assert walk(lower, out, run).bits == 6  # as the error offers
+    assert walk(lower, out, run).bits == 6  # as the error suggests
     assert run.run == ["prune", "evaluate"] * 2
     with pytest.raises(InputError, match="is of another request"):
         walk(much, out, run)
     left = out / CANDIDATES / "5/model"
-    left.mkdir()  # by a kill
+    left.mkdir()  # left by a killed run
     walk(lower, out, run)
     assert not left.exists()
     assert (out / "model").exists()
 
 
-def test_other_floors_before_a_candidate_are_tested_on_items_of_theirs(want, out):
-    """Neither the dense scores nor those of a first draw are of the items now asked."""
+def test_floors_changed_before_the_first_candidate_get_their_own_items(want, out):
+    """Neither the dense scores nor those of a first sample have the items now needed."""
     want = other(want, seeds=2)
     both, run = other(want, keep_at_least="math=0.8,chat=0.8"), Fake(rest=20)
     stopped = stopping(run, 5)
@@ -342,12 +342,12 @@ def test_other_floors_before_a_candidate_are_tested_on_items_of_theirs(want, out
 def test_all_items_of_an_ability_with_a_floor_decide(want, effort, floors, chosen):
     want = other(want, effort=effort, allow_code_execution=True, keep_at_least=floors)
     assert scored(want)["abilities.json"] == choose("abilities", **chosen)
-    alone = {key: one for key, one in chosen.items() if key != "without"}  # or a user's
+    alone = {key: one for key, one in chosen.items() if key != "without"}  # or a user's suite
     assert scored(other(want, suite="abilities"))["scores.json"] == choose("abilities", **alone)
 
 
-def test_a_folder_is_of_one_request(calmix, want, tmp_path):
-    """Neither goes on in the other's folder: a walk, and a compression of a given size."""
+def test_a_folder_belongs_to_one_request(calmix, want, tmp_path):
+    """A walk and a compression to a given size cannot resume in each other's folder."""
     out, place = tmp_path / "walk", tmp_path / "plain"
     with pytest.raises(KeyboardInterrupt):
         walk(want, out, stop)
@@ -381,14 +381,16 @@ def test_a_first_stage_that_fails_leaves_no_record(want, out):
 
 
 @pytest.mark.parametrize(("suite", "after"), [("offline", "measure"), ("mine.yaml", "hf upload")])
-def test_programs_of_own_rows_are_no_reason_to_measure_abilities(suite, after):
+def test_programs_of_a_users_suite_do_not_require_abilities(suite, after):
     known = SimpleNamespace(answers=1, not_run=("programs",))
     card = SimpleNamespace(behaved=known, asked={"suite": suite}, measure="measure",
                            out=Path("out"))  # fmt: skip
     assert Card.next.fget(card).startswith(after)
 
 
-def test_what_own_rows_cannot_prove_is_refused_at_once(calmix, command, tmp_path, monkeypatch):
+def test_floors_that_a_users_rows_cannot_prove_are_refused_at_once(
+    calmix, command, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     for name, text in template("mine").items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -406,7 +408,7 @@ def test_what_own_rows_cannot_prove_is_refused_at_once(calmix, command, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_that_change_make_another_request(asked, text_file, tmp_path):
+def test_changed_rows_make_another_request(asked, text_file, tmp_path):
     for name, text in template("mine").items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     given = {"calibration": str(text_file), "bits": 3, "suite": str(tmp_path / "mine.yaml")}
@@ -423,7 +425,7 @@ def test_the_verb_builds_tests_and_ends_with_a_card(
     run = verb._run
 
     def planted(words):
-        """A random model knows nothing: both are given answers that they know better."""
+        """A random model knows nothing, so both get answers they know better."""
         run(words)
         path = Path(words[words.index("-o") + 1]) if "-o" in words else Path()
         if words[0] != "evaluate" or not path.name.endswith("scores.json"):
@@ -447,9 +449,9 @@ def test_the_verb_builds_tests_and_ends_with_a_card(
     assert json.loads((out / "compress.json").read_text())["request"]["bits"] == 5
     told = json.loads((out / "check.json").read_text(encoding="utf-8"))
     assert (told["passed"], told["floors"]) == (True, {"code": 0.4})
-    calmix("check", out).ok()  # what the folder was made for
+    calmix("check", out).ok()  # with the folder's own floors
     assert json.loads((out / "check.json").read_text(encoding="utf-8"))["floors"] == {"code": 0.4}
-    assert "to 5 bits a weight" in (out / "card.html").read_text(encoding="utf-8")
+    assert "to 5 bits per weight" in (out / "card.html").read_text(encoding="utf-8")
     readme = (out / "model/README.md").read_text(encoding="utf-8")
     for said in ("Kept at 95 % confidence, at least: code 40 %", "tags: [quantized, calmix]",
                  " MB quantised, ", "Once packed, a weight takes 5.0"):  # fmt: skip
@@ -463,7 +465,7 @@ def test_the_verb_builds_tests_and_ends_with_a_card(
     other = [str(tmp_path / "no") if one == str(out) else one for one in words]
     ended = calmix(*other, *floors)
     assert ended.code == 1
-    assert "refused: no candidate keeps what is asked" in ended.out
+    assert "refused: no candidate meets the floors" in ended.out
     assert not (tmp_path / "no/model").exists()
     ended = calmix(*other, *floors, "--json")
     assert (ended.code, json.loads(ended.out)["model"]) == (1, None)

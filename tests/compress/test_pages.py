@@ -32,7 +32,7 @@ def test_pages_are_readable_and_sort(page, whole, calmix, compressed, tmp_path):
             assert len(values) == 10
             assert values == sorted(values, reverse=numbers != again)
     assert page.complaints == []
-    broken = tmp_path / "broken.html"  # a mistake would be noticed
+    broken = tmp_path / "broken.html"  # errors are noticed
     broken.write_text("<p>x</p><script>console.error('y'); nothing()</script>", encoding="utf-8")
     page.open(broken, width=800)
     assert len(page.complaints) == 2

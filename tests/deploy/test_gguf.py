@@ -48,7 +48,7 @@ def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(
 ):
     out = tmp_path / "out.gguf"
     plain = "export", quantised / "tiny.gguf", "--to", "gguf", "--weights", "q8_0", "-o", out
-    assert "(15 Q8_0, 5 F32; 0 with the levels" in calmix(*plain).ok().out
+    assert "(15 Q8_0, 5 F32; 0 keep the levels" in calmix(*plain).ok().out
     kinds = {one.name: one.tensor_type.name for one in GGUFReader(out).tensors}
     assert (kinds["blk.0.attn_q.weight"], kinds["blk.0.attn_norm.weight"]) == ("Q8_0", "F32")
     save_tiny_model(tmp_path / "llama", "llama")

@@ -37,7 +37,7 @@ def made(pruned, tmp_path_factory):
         )
     said = [one for one in err.getvalue().splitlines() if not one.startswith("export check, ")]
     assert (said, out.getvalue().count("\n")) == ([], 1)  # progress is shown only if it takes long
-    assert "same first choice" in out.getvalue()
+    assert "same top-1 token" in out.getvalue()
     return output
 
 

@@ -14,7 +14,7 @@ OWN = ("--sources", "own.yaml")
 
 @pytest.fixture(scope="session")
 def made(tiny_folder, tmp_path_factory):
-    """A folder with a result of every kind, made there from a user's own text `mine`."""
+    """A folder with a result of every kind, made from a user's own text `mine`."""
     base = tmp_path_factory.mktemp("made")
     write_text_file(base / "text.txt")
     (base / "more.txt").write_text("other words here " * 800, encoding="utf-8")
@@ -37,7 +37,7 @@ def made(tiny_folder, tmp_path_factory):
         prune("pruned", "--sparsity", 0.5, "--seed", 3)
         calmix("prune", tiny_folder, "-o", "several", "--calibration", "self-cal", *SMALL,
                "--sparsity", "0.4,0.5")  # fmt: skip
-        # What a recovery read is not what a prune without text lacked: no warning of few tokens.
+        # A pruning run without text must not get a warning of few tokens after a recovery.
         calmix("prune", tiny_folder, "-o", "bare", "--sparsity", 0.5, "--method", "magnitude")
         calmix("recover", "bare", "--against", tiny_folder, "--method", "blocks", "--epochs", 1,
                "--calibration", "mine", *OWN, *SMALL, "-o", "recovered")  # fmt: skip

@@ -1,4 +1,4 @@
-"""`doctor`: what it finds, what it advises, and that a broken engine is told."""
+"""`doctor`: findings, advice, and a broken engine."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_an_engine_that_prunes_wrongly_is_found(calmix, monkeypatch):
     assert "not half" in failed[0]["found"]
 
 
-def test_what_is_missing_comes_with_what_to_do(monkeypatch, tmp_path):
+def test_missing_parts_come_with_advice(monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     monkeypatch.setenv("CALMIX_CACHE", str(file / "cache"))

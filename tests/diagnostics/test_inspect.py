@@ -1,4 +1,4 @@
-"""`inspect` of everything calmix writes: what it is, and every way to damage one is named."""
+"""`inspect` of all results: their kinds, and every kind of damage is reported."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
 
-# By name: what it is, and a file of it that is checked by its bytes; None where none is.
+# By name: the kind, and a file that is checked by its bytes, or None.
 KINDS = {
     "pruned": ("pruned checkpoint", "model-00001-of-00004.safetensors"),
     "several": ("folder of results", "sparsegpt-0.5/model-00001-of-00004.safetensors"),
@@ -43,7 +43,7 @@ def rewritten(folder, layer):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_it_is_told_what_it_is_that_it_is_whole_and_what_is_changed(calmix, made, tmp_path, name):
+def test_kind_health_and_changes_are_reported(calmix, made, tmp_path, name):
     kind, changed = KINDS[name]
     ended = calmix("doctor", "inspect", made / name).ok()
     lines = ended.out.strip().splitlines()
@@ -72,7 +72,7 @@ def test_the_table_of_a_checkpoint(calmix, made):
     )
 
 
-def test_a_changed_manifest_is_named_and_an_unlisted_file_told(calmix, pruned):
+def test_a_changed_manifest_and_an_unlisted_file_are_named(calmix, pruned):
     (pruned / "model-00002.safetensors").write_bytes(b"")
     ended, told = health(calmix, pruned)
     assert ended.code == 0
@@ -87,22 +87,26 @@ def test_a_changed_manifest_is_named_and_an_unlisted_file_told(calmix, pruned):
     assert "not JSON" in calmix("doctor", "inspect", pruned).line
 
 
-def test_warnings_name_raised_damping_dead_inputs_and_lost_output(calmix, pruned):
+def test_warnings_of_raised_damping_dead_inputs_and_large_errors(calmix, pruned):
     rewritten(pruned, {"damping": 0.1, "dead_inputs": 9, "error": 0.4})
     ended, told = health(calmix, pruned)
     assert ended.code == 0
-    for part in ("damping was raised from 0.01 to 0.1", "9 of 32 inputs are dead", "lost 40.0%"):
+    for part in (
+        "damping was raised from 0.01 to 0.1",
+        "9 of 32 inputs are dead",
+        "error of 40.0%",
+    ):
         assert any(part in line for line in told["warnings"])
 
 
-def test_what_is_left_of_unfinished_work_is_told(calmix, made):
+def test_unfinished_work_is_reported(calmix, made):
     _, told = health(calmix, made / "cut")
     assert told["facts"]["blocks done"] == 1
     assert "--resume" in told["facts"]["to finish it"]
 
 
-def test_a_packs_model_is_held_against_its_manifest(calmix, made, tmp_path):
-    """A pack that is whole by itself, beside the manifest of another model."""
+def test_the_model_in_a_pack_is_checked_against_its_manifest(calmix, made, tmp_path):
+    """An intact pack with the manifest of another model."""
     copy = shutil.copytree(made / "pack", tmp_path / "pack")
     shutil.copyfile(made / "several" / "sparsegpt-0.4" / "calmix.json", copy / "calmix.json")
     path = copy / "calmix-pack.json"
@@ -113,7 +117,7 @@ def test_a_packs_model_is_held_against_its_manifest(calmix, made, tmp_path):
     assert "model-00001-of-00004.safetensors is damaged or changed" in line
 
 
-def test_what_is_no_result_is_one_line(calmix, made, tmp_path):
+def test_anything_but_a_result_is_one_line(calmix, made, tmp_path):
     line = calmix("doctor", "inspect", made / "measured.json").line
-    assert "is no file that can be checked" in line
-    assert "holds nothing calmix has written" in calmix("doctor", "inspect", tmp_path).line
+    assert "cannot be checked: name a folder" in line
+    assert "holds no result of calmix" in calmix("doctor", "inspect", tmp_path).line

@@ -17,7 +17,7 @@ SETS = ("set", "written", "continued")
 @pytest.mark.parametrize(
     "name", ["pruned", "bare", "recovered", "dropped", "pack", "several/sparsegpt-0.5", *SETS]
 )
-def test_the_same_is_made_again(calmix, made, tmp_path, monkeypatch, name):
+def test_a_rerun_gives_the_same_result(calmix, made, tmp_path, monkeypatch, name):
     monkeypatch.chdir(made)  # relative paths in the manifest start there
     file = "manifest.json" if name in SETS else "calmix.json"
     told = calmix("doctor", "rerun", made / name / file, "-o", tmp_path / "new" / "again", "--json")
@@ -31,14 +31,14 @@ def test_the_same_is_made_again(calmix, made, tmp_path, monkeypatch, name):
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_nothing_is_left_of_what_is_made_to_compare(calmix, made, tmp_path, monkeypatch):
+def test_the_copy_made_to_compare_is_removed(calmix, made, tmp_path, monkeypatch):
     monkeypatch.chdir(made)
     folder = shutil.copytree(made / "pruned", tmp_path / "pruned")
     assert "the same: every file" in calmix("doctor", "rerun", folder).ok().out
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_what_differs_is_named(calmix, made, tmp_path, monkeypatch):
+def test_differences_are_named(calmix, made, tmp_path, monkeypatch):
     monkeypatch.chdir(made)
     folder = shutil.copytree(made / "recovered", tmp_path / "recovered")
     kept = json.loads((folder / "calmix.json").read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ def prune(calmix, model, output, *options):
     return output / "calmix.json"
 
 
-def test_another_text_or_model_is_told_before_any_work(calmix, model, text_file, tmp_path):
+def test_another_text_or_model_is_reported_before_any_work(calmix, model, text_file, tmp_path):
     manifest = prune(calmix, model, tmp_path / "first", "--calibration", text_file, *SMALL)
     text_file.write_text("other words " * 5000)
     ended = calmix("doctor", "rerun", manifest, "-o", tmp_path / "second")
@@ -90,7 +90,7 @@ def test_another_text_or_model_is_told_before_any_work(calmix, model, text_file,
     assert not list(tmp_path.glob("second*"))
 
 
-def test_code_of_a_model_runs_again_only_if_asked_for(calmix, model, text_file, tmp_path):
+def test_a_models_code_runs_again_only_if_allowed(calmix, model, text_file, tmp_path):
     options = ("--calibration", text_file, *SMALL, "--trust-remote-code")
     manifest = prune(calmix, model, tmp_path / "first", *options)
     assert "--trust-remote-code" in calmix("doctor", "rerun", manifest).line
@@ -100,12 +100,12 @@ def test_code_of_a_model_runs_again_only_if_asked_for(calmix, model, text_file, 
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ('{"kind": "x"}', "no manifest of what can be made again: its kind is 'x'"),
+        ('{"kind": "x"}', "cannot be rerun: its kind is 'x'"),
         ("[1]", "not a JSON object"),
         ("x", "not JSON"),
         ('{"kind": "pruned checkpoint"}', "damaged or changed"),
         (json.dumps(sealed({"kind": "pruned checkpoint"})), "a study made it"),
-        (json.dumps(sealed({"kind": "pruned checkpoint", "request": {}})), "lacks what it takes"),
+        (json.dumps(sealed({"kind": "pruned checkpoint", "request": {}})), "lacks data to"),
     ],
 )
 def test_manifests_that_cannot_be_used_give_one_line(calmix, tmp_path, content, line):
@@ -113,7 +113,7 @@ def test_manifests_that_cannot_be_used_give_one_line(calmix, tmp_path, content, 
     assert line in calmix("doctor", "rerun", tmp_path / "calmix.json").line
 
 
-def test_a_folder_without_one_is_told_which_has(calmix, made):
+def test_a_folder_without_a_manifest_suggests_one_that_has(calmix, made):
     assert "sparsegpt-0.4" in calmix("doctor", "rerun", made / "several").line
     line = calmix("doctor", "rerun", made / "dense-pack").line
     assert "neither calmix.json nor manifest.json" in line

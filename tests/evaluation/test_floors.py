@@ -156,8 +156,8 @@ def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named():
     )
     assert "not run (humaneval" in code
     assert accurate == (
-        "Accuracy: 50.0 [29.9, 70.1] % of 20 choices are right, 100.0 % under the dense model, "
-        "25.0 % by chance (left out, the dense model is at chance: coin)."
+        "Accuracy: 50.0 [29.9, 70.1] % of 20 choices are right (dense model: 100.0 %, chance: "
+        "25.0 %); left out, because the dense model is at chance: coin."
     )
     assert not rest  # nothing here is scored by likelihood
     guesses = behaviour((scored(guessed), scored(guessed)))
@@ -167,7 +167,7 @@ def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named():
     silent = replace(found, answers=replace(found.answers, dense=0, kept=0))
     assert words.verdict(silent, None, "")[0].startswith("The dense model gets none of 23")
     formed = words.verdict(replace(found, form="worked examples"), None, "")[0]
-    assert "(asked: 23 by worked examples, gained: 1)" in formed
+    assert "(asked: 23 with worked examples, gained: 1)" in formed
     with pytest.raises(InputError, match="in its chat template, the other with worked"):
         behaviour((replace(dense, form="chat template"), replace(pruned, form="worked examples")))
 
@@ -193,7 +193,7 @@ def test_a_task_of_two_suites_counts_where_it_has_most_items():
         found = behaviour(*pairs)
         assert found.choices is not None
         assert found.choices.asked == 30
-    assert "was not measured" in words.verdict(found, None, "calmix evaluate x")[0]
+    assert "were not measured" in words.verdict(found, None, "calmix evaluate x")[0]
     with pytest.raises(InputError, match="cannot be compared"):
         behaviour((few, many))
 

@@ -1,4 +1,4 @@
-"""One report of a study of the real one's parts, written once for all tests and their processes."""
+"""One report of a study like the real one, written once for all tests and processes."""
 
 import os
 
@@ -18,9 +18,9 @@ FEW = ("trivia", "stories", "mix-8")  # the sets of the second condition
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """The folder of a report: two conditions, one of few sets; some trials missing, one failed."""
+    """The folder of a report: two conditions, one of few sets; missing and failed trials."""
     base = tmp_path_factory.getbasetemp()
-    at = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # of all processes
+    at = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # shared by all processes
     folder = at / "whole-report"
     with FileLock(f"{folder}.lock"):
         if not (folder / "report.html").is_file():

@@ -1,4 +1,4 @@
-"""Findings say what was planted, and a tie is never a win."""
+"""Findings report planted effects, and a tie is never a win."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def said(results, **settings):
 
 
 def made(kept, seeds=(0,)):
-    """Return results of sets with a retention each, in both dimensions."""
+    """Return results of sets with a given retention in both dimensions."""
     trials = tuple(
         trial(name, "single", "sparsegpt", "60%", seed,
               {"general": value + 0.002 * seed, "code": value - 0.002 * seed})
@@ -41,7 +41,7 @@ def made(kept, seeds=(0,)):
 
 
 def answers(results):
-    """Return the best sets of every condition, after having looked for another answer."""
+    """Return the best sets of each condition, checked to be the same everywhere."""
     found = analyse(results, QUICK)
     summary, texts = summarise(found), pages(results, found)
     best = []
@@ -54,7 +54,7 @@ def answers(results):
         sentence = words.which_is_best(each.ranking)
         assert told[0] == f"{sentence}."
         assert ("keeps the most" in sentence) == (len(sets) == 1)
-        if each is found.conditions[0]:  # the main one here
+        if each is found.conditions[0]:  # the main one
             assert sentence in summary["headline"]
             lead = texts["report.html"].split('<p class="lead">')[1].split("</p>")[0]
             assert sentence in lead
@@ -62,14 +62,14 @@ def answers(results):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_near_tie_is_one_and_a_clear_lead_is_none():
+def test_a_near_tie_is_a_tie_and_a_clear_lead_is_not():
     kept = {"bad": 0.3, "worse": 0.2, "near": 0.70, "top": 0.71}
     assert answers(made(kept, (0, 1))) == [["top", "near"]]
     assert answers(made(kept | {"top": 0.9}, (0, 1))) == [["top"]]
     assert answers(made({"lower": 0.600, "higher": 0.604})) == [["higher", "lower"]]
 
 
-def test_a_part_of_a_study_has_the_answer_of_the_whole():
+def test_part_of_a_study_gives_the_same_answer_as_the_whole():
     results = study(full_plan(**SMALL, seed=3))
     whole, part = analyse(results, QUICK), analyse(results, QUICK, sparsity="60%")
     assert whole.conditions[1].ranking == part.conditions[0].ranking
@@ -105,10 +105,10 @@ def stepped(lift):
     (Plan(others=OPPOSITE, **SHARP), {
         "IGSP keeps more than Self-Cal": "does not hold (igsp over mixed −",
         "A mix keeps more than single sources do on average": "holds in part (",
-        "A mix keeps more than IGSP": "holds in part (mix-a over igsp +",  # in the study after it
+        "A mix keeps more than IGSP": "holds in part (mix-a over igsp +",  # in the next study
     }),
     (Plan(noise=0.05), {
-        METRIC: "not found (no two signs survive correction; strongest: ",
+        METRIC: "not found (no opposite signs survive correction; strongest: ",
         "A mix keeps more than the best single source": None,
     }),
     (stepped(0.2), {GROWS: "holds (30 % to 60 %: mix-8 +"}),
@@ -117,7 +117,7 @@ def stepped(lift):
     ({"prose": (0.6, 0.3), "mix": (0.95, 0.95)}, {SHRINKS: "does not hold (mix over prose +"}),
     ({"prose": (0.65, 0.35), "mix": (0.85, 0.85)}, {SHRINKS: "undecided (mix over prose "}),
 ])  # fmt: skip
-def test_claims_say_what_was_planted(plan, told):
+def test_claims_report_planted_effects(plan, told):
     found = claims(analyse(study(plan), QUICK) if isinstance(plan, Plan)
                    else analysed({**KEPT, TUNED: plan}))  # fmt: skip
     assert plan is not PLANTED or found.keys() == told.keys()
@@ -130,7 +130,7 @@ def test_claims_say_what_was_planted(plan, told):
         assert "code −" in found[METRIC][0].because
 
 
-def test_a_default_has_a_claim_and_claims_are_counted_over_conditions():
+def test_a_default_adds_a_claim_and_claims_are_counted_over_conditions():
     found = said(study(PLANTED), default="news")["A mix keeps more than news"]
     assert tally(found) == "holds"
     assert tally([*found, replace(found[0], verdict="undecided")]) == "holds in 1 of 2"
@@ -143,7 +143,7 @@ def test_few_sources_leave_signs_open():
     assert few[METRIC][0].because.endswith("; 4 sources")
     assert any("no correlation could" in one for one in of(small)["certainty"])
     many = study(Plan(noise=0.05))
-    known = {name: at for at, name in enumerate(Plan().sources[:3])}  # of a metric of their own
+    known = {name: at for at, name in enumerate(Plan().sources[:3])}  # a metric that only they have
     trials = tuple(
         one.model_copy(update={"information": one.information | {"own": known[one.calibration]}})
         if one.calibration in known else one for one in many.trials
@@ -155,7 +155,7 @@ def test_few_sources_leave_signs_open():
 # Sentences
 
 
-def test_equal_sets_are_not_set_apart():
+def test_equal_sets_are_tied():
     told = of(study(Plan(others={"mix-8": ("mix", 0.0)}, noise=0.0, draw=0.02)))["conditions"][0]
     text = "\n".join(told)
     assert " are tied (" in text
@@ -171,7 +171,7 @@ def test_an_unfinished_study_says_so():
     assert "to come" not in " ".join(of(whole)["certainty"])
 
 
-def test_little_is_said_of_little():
+def test_small_studies_say_what_they_cannot_show():
     alone = of(study(Plan(sources=("a",), seeds=(0,))))
     assert "nothing to compare" in alone["headline"]
     assert alone["conditions"] == [[]]
@@ -196,7 +196,7 @@ def test_the_text_has_every_sentence():
     assert "  and 14 more" in lines
 
 
-def test_each_method_against_the_one_that_keeps_next_less():
+def test_each_method_is_compared_with_the_next_weaker_one():
     told = summarise(analysed(KEPT))["methods"]
     assert [line.split(":")[0] for line in told] == [
         "ADMM 60% against SparseGPT 60%", "ADMM + distill,epochs=4 60% against ADMM 60%",

@@ -1,4 +1,4 @@
-"""The report's files: complete, self-contained, safe, small, and the same every time."""
+"""The report's files: complete, self-contained, safe, small and reproducible."""
 
 import re
 from html.parser import HTMLParser
@@ -26,7 +26,7 @@ def page_of(results):
 
 def test_every_figure_is_there_as_a_file_and_in_the_page(whole, page):
     names = {f"{kind}-sparsegpt-50pct" for kind in KINDS}
-    names |= {f"{kind}-sparsegpt-60pct" for kind in KINDS[:3]}  # of few sets
+    names |= {f"{kind}-sparsegpt-60pct" for kind in KINDS[:3]}  # with few sets
     kept = {path.name for path in (whole / "figures").iterdir()}
     assert kept == {f"{name}.svg" for name in names}
     for name in names:
@@ -43,7 +43,7 @@ def test_the_page_needs_nothing_from_outside_and_is_small(page):
 
 
 class _Strict(HTMLParser):
-    """Checks that elements nest and that no id is given twice."""
+    """Check that elements nest and that ids are unique."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ def test_the_page_is_well_formed_and_ids_are_unique(page):
         assert set(pair.split()) <= parser.ids
 
 
-def test_drawings_take_their_colours_from_the_theme(page):
+def test_figures_use_the_colours_of_the_theme(page):
     style, drawn = re.fullmatch(r"(?s)(.*)</style>(.*)", page).groups()
     assert not any(colour in drawn for colour in VARIABLES)
     light, dark = style.split("prefers-color-scheme: dark", 1)
@@ -90,7 +90,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
         assert path.read_bytes() == twin.read_bytes(), path.name
 
 
-def test_what_the_study_says_is_shown_and_never_run():
+def test_text_of_a_study_is_shown_and_never_executed():
     evil = "<script>alert('x')</script> $\\frac{1}{2}$ & \"quotes\" 漢字"
     kept = {"general": 0.5, evil: 0.4}
     trials = tuple(
@@ -135,10 +135,10 @@ def test_an_odd_study_has_a_report(odd):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known():
+def test_a_known_distance_to_the_dense_model_has_a_table():
     results = study(Plan(sources=("a", "b", "c", "d"), seeds=(0,)))
     page = page_of(results)
-    assert "order 4 sets as total retention does (ρ −1.00" in page
+    assert "rank 4 sets as total retention does (ρ −1.00" in page
     kl = (results.trials[0].distance or {})["total"]["kl_mean"]
     assert f">{kl:.3f}</td>" in page
     assert "Distance to the dense model" in page
@@ -147,7 +147,7 @@ def test_the_distance_to_the_dense_model_has_a_table_where_it_is_known():
     assert "Distance to the dense model" not in page
 
 
-def test_the_ranking_is_the_first_thing_told_and_holds_both_readings(page):
+def test_the_ranking_comes_first_with_both_readings(page):
     assert "1 failed, 1 to come" in page
     section = page[page.index('<details class="condition"') :]
     assert section.index("<summary>Ranking") < section.index("<figure>")

@@ -1,12 +1,12 @@
 "use strict";
-// Tables: a click sorts by that column, a second one the other way round; empty cells stay last.
+// A click on a column's head sorts the table by it, a second click reverses it; empty cells last.
 for (const button of document.querySelectorAll("thead button")) {
   button.addEventListener("click", () => {
     const head = button.closest("th");
     const table = head.closest("table");
     const number = head.classList.contains("number");
-    const ways = number ? ["descending", "ascending"] : ["ascending", "descending"];
-    const order = ways.find((way) => way !== head.getAttribute("aria-sort"));
+    const orders = number ? ["descending", "ascending"] : ["ascending", "descending"];
+    const order = orders.find((one) => one !== head.getAttribute("aria-sort"));
     for (const each of table.querySelectorAll("th[aria-sort]")) each.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", order);
     const sign = order === "ascending" ? 1 : -1;
