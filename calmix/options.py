@@ -240,7 +240,10 @@ class Pruning(DrawOptions):
         advanced=True,
     )  # fmt: skip
     allocation: Any = option(
-        None, "Sparsity by layer: owl, error, or a file; or bits.", shown="uniform", advanced=True
+        None,
+        "By layer: sparsity by owl, error; bits by kl; a file.",
+        shown="uniform",
+        advanced=True,
     )
     drop_experts: float | None = option(
         None, "Fraction of experts to drop per MoE layer: 0.25.", advanced=True, gt=0, lt=1

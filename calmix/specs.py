@@ -146,9 +146,9 @@ def prune_request(
 ) -> PruneRequest:
     """Check the options of `calmix.options.Pruning` and of the method, and fill in the method's
     defaults."""
-    from calmix.pruning.allocation import read_allocation
+    from calmix.pruning.allocation import KL, read_allocation
     from calmix.pruning.methods import get_method
-    from calmix.pruning.patterns import Unstructured, as_pattern
+    from calmix.pruning.patterns import Rate, Unstructured, as_pattern
 
     given = _given(options)
     own = {name: given.pop(name) for name in list(given) if name not in PRUNE}
@@ -190,8 +190,10 @@ def prune_request(
             )
     if drops and request.calibration is None:
         raise InputError("--drop-experts needs --calibration: text to score the experts on")
-    if drops and isinstance(chosen.get("allocation"), dict):
-        raise InputError("--drop-experts takes no file as --allocation: use owl or error")
+    if chosen.get("allocation") == KL and isinstance(target, Rate):
+        solver.check(Rate(0.99 * target.bits), 0)  # whole bits cannot be distributed
+    if drops and (isinstance(chosen.get("allocation"), dict) or chosen.get("allocation") == KL):
+        raise InputError("--drop-experts takes no file and no kl as --allocation: use owl or error")
     return PruneRequest(**given | chosen)
 
 

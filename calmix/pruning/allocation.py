@@ -1,4 +1,4 @@
-"""Per-layer sparsity at a fixed global sparsity.
+"""Per-layer sparsity or bits at a fixed global target.
 
     uniform   the same in every layer
     owl       blocks with more outliers keep more (OWL, arXiv 2310.05175): D is the share of
@@ -7,6 +7,7 @@
     error     layers that lose more of their output keep more: the same with r = 0.14 minmax(E),
               E = ||(W - W') X||^2 / ||W X||^2, where W' prunes the lowest |W| ||x|| of every row
               at half the sparsity; ours, after LSA's use of that error
+    kl        distributes bits: more where rounding moves the predictions further (`rates.py`)
 
 Means are over weights, so that the total is right when blocks differ in size. `owl` and `error`
 add one pass of the dense model over the calibration set. Sparsities from a file change by at most
@@ -29,10 +30,12 @@ from calmix.precision import widest
 from calmix.pruning.engine import Looking, check_names, run_through
 from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import Method, get_method
-from calmix.pruning.patterns import Pattern, Rate, Unstructured, clear
+from calmix.pruning.patterns import Pattern, Rate, Unstructured, as_pattern, clear
+from calmix.pruning.rates import rates_by_kl
 from calmix.yaml_files import read_yaml
 
 OUTLIER = 5.0  # times the mean
+KL = "kl"
 SPREAD = {"owl": 0.16, "error": 0.14}  # difference between highest and lowest sparsity
 TOLERANCE = 5e-4  # allowed distance of a file's mean from the target: its numbers are rounded
 STEPS = 2  # rounding steps a layer may move, in either direction
@@ -42,7 +45,7 @@ STATES = 4096  # totals kept while steps are chosen
 def read_allocation(
     asked: str | os.PathLike[str] | Mapping[str, float] | None, target: Pattern
 ) -> str | dict[str, float] | None:
-    """Return `owl`, `error`, or sparsities or bits by layer; None for uniform."""
+    """Return `owl`, `error` or `kl`, or sparsities or bits by layer; None for uniform."""
     if asked is None or asked == "uniform":
         return None
     if not isinstance(target, Unstructured | Rate):
@@ -52,16 +55,14 @@ def read_allocation(
         )
     where, bits = "the allocation", isinstance(target, Rate)
     if not isinstance(asked, Mapping):
-        if asked in SPREAD and bits:
-            raise InputError(
-                f"--allocation {asked} distributes a sparsity: with --bits name a file of bits by "
-                "layer, or leave it out"
-            )
-        if asked in SPREAD:
+        if bits != (asked == KL) and asked in (KL, *SPREAD):
+            what, other = ("a sparsity", "kl") if bits else ("bits", "owl or error")
+            raise InputError(f"--allocation {asked} distributes {what}: choose {other}, or a file")
+        if asked in (KL, *SPREAD):
             return str(asked)
         path = user_path(str(asked))
         if not path.suffix and not path.exists():
-            known = ["uniform", *SPREAD]
+            known = ["uniform", KL, *SPREAD]
             raise InputError(
                 f"unknown allocation '{asked}': {nearest(str(asked), known)}, or name a file"
             )
@@ -253,26 +254,30 @@ class DensePass(Looking):
 def allocate(
     model: nn.Module,
     ids: Tensor,
-    sparsity: float,
+    target: Pattern | str | float,
     by: str = "owl",
     *,
     method: str | Method = METHOD,
     micro_tokens: int | None = None,
-) -> dict[str, Unstructured]:
+) -> dict[str, Pattern]:
     """Return a pattern for every layer of a model in memory, for `calmix.prune`.
 
     Args:
         model, ids, micro_tokens: as for `calmix.prune`.
-        sparsity: fraction pruned of all weights.
-        by: `owl` or `error`.
+        target: fraction pruned of all weights; for `kl` bits a weight, such as `2.6 bits`.
+        by: `owl`, `error` or `kl`.
         method: the pruning method; its comparison groups determine the rounding.
 
     Raises:
         InputError: no such allocation or method, or no room for it.
         ModelError, SolverError: as `calmix.prune`.
     """
-    if by not in SPREAD:
-        raise InputError(f"unknown allocation '{by}': {nearest(by, SPREAD)}")
-    dense = DensePass(model, find_blocks(model), by, [sparsity])
+    if by not in (KL, *SPREAD):
+        raise InputError(f"unknown allocation '{by}': {nearest(by, [KL, *SPREAD])}")
+    target, found = as_pattern(target), find_blocks(model)
+    read_allocation(by, target)
+    if isinstance(target, Rate):
+        return dict(rates_by_kl(model, found, ids, target.bits))
+    dense = DensePass(model, found, by, [target.sparsity])
     run_through(dense, ids, micro_tokens)
-    return dense.patterns(sparsity, get_method(method))
+    return dict(dense.patterns(target.sparsity, get_method(method)))

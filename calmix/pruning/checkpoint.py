@@ -39,19 +39,20 @@ from calmix.manifest import (
     sealed,
     versions,
 )
-from calmix.models import OpenModel, open_model
+from calmix.models import OpenModel, find_blocks, open_model
 from calmix.models.opening import check_ids, check_models, fingerprint, quiet_transformers
 from calmix.models.shards import write_file
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name
 from calmix.pruning import distributed
-from calmix.pruning.allocation import SPREAD, DensePass, from_shares
+from calmix.pruning.allocation import KL, SPREAD, DensePass, from_shares
 from calmix.pruning.budget import Plan, plan_for
 from calmix.pruning.engine import Patterns, Run, check_pattern, memory_errors
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.methods import Look, Method
-from calmix.pruning.patterns import Unstructured
+from calmix.pruning.patterns import Rate, as_pattern
+from calmix.pruning.rates import rates_by_kl
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.solvers.grids import SCALES, stored
 from calmix.pruning.trace import token_bytes
@@ -210,6 +211,12 @@ class _Pruning:
 
     def check_room(self, shape: Sequence[int]) -> None:
         """Refuse a run for which memory or disk space is too small."""
+        most, size = self.run.max_memory, self.checkpoint_bytes
+        if most and size > most and any(job.request.allocation == KL for job in self.jobs):
+            raise InputError(
+                f"--allocation {KL} needs the whole model in memory, {size / 1e9:.1f} GB, more "
+                "than --max-memory: leave it out, or allow more"
+            )
         tokens = shape[0] * shape[1]
         states = tokens and tokens * token_bytes(self.source.model, self.source.blocks)
         if min(plan.states for plan in self.plans(shape)) * distributed.processes()[1] >= states:
@@ -280,7 +287,7 @@ class _Pruning:
         if work.resumes:
             self.run.note(f"resuming after {work.done} of {count} blocks")
         shares = work.kept.get("allocation") or {}
-        by_layer = {name: Unstructured(share) for name, share in shares.items()}
+        by_layer = {name: as_pattern(share) for name, share in shares.items()}
         run = Run(
             self.source.model, self.source.blocks, job.method, by_layer or job.pattern,
             request.propagation or "sequential", embeddings=request.embeddings,
@@ -331,7 +338,11 @@ class _Pruning:
         return dropped
 
     def _allocate(self, ids: Tensor) -> None:
-        """Compute and keep per-layer sparsities for jobs with an `owl` or `error` allocation."""
+        """Compute and keep per-layer sparsities or bits for jobs with an allocation."""
+        for job in self.jobs:
+            if job.request.allocation == KL and "allocation" not in job.work.kept:
+                rates = distributed.once(partial(self._rates, job, ids))
+                job.work.keep(allocation=rates)
         for by in SPREAD:
             jobs = [job for job in self.jobs if job.request.allocation == by]
             jobs = [job for job in jobs if "allocation" not in job.work.kept]
@@ -342,6 +353,18 @@ class _Pruning:
                 for job in jobs:
                     made = dense.patterns(job.request.sparsity or 0.0, job.method)
                     job.work.keep(allocation={name: one.sparsity for name, one in made.items()})
+
+    def _rates(self, job: Job, ids: Tensor) -> dict[str, str]:
+        """Return bits by layer as patterns' text."""
+        name, target = self.source.name, job.request.target
+        self.run.note(f"--allocation {KL} opens the whole model, to round a part of it at a time")
+        model = open_model(name, **self.run.opening).model
+        assert isinstance(target, Rate)
+        found = find_blocks(model).select(job.request.only, job.request.skip)
+        rates = rates_by_kl(
+            model, found, ids, target.bits, partial(self.run.writing, "allocating bits")
+        )
+        return {layer: str(rate) for layer, rate in rates.items()}
 
     def _finish(self, job: Job, report: PruneReport) -> None:
         """Write the files beside the weights, and turn the work folder into the output."""

@@ -173,9 +173,7 @@ class Bench:
         pattern: Patterns = request.target
         if isinstance(request.allocation, str):
             assert ids is not None
-            pattern = allocate(
-                model, ids, request.target.sparsity, request.allocation, method=method
-            )
+            pattern = allocate(model, ids, request.target, request.allocation, method=method)
         self._pruned = (), None
         report = prune(
             model, ids, method=method, pattern=pattern, progress=progress,

@@ -34,10 +34,12 @@ from calmix.models.opening import DTYPES, device_of, known_model, loading
 from calmix.options import Recovering
 from calmix.precision import suited
 from calmix.pruning import prune
+from calmix.pruning.allocation import KL
 from calmix.pruning.budget import plan_for
 from calmix.pruning.methods import Look, Method
 from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.patterns import Rate, Unstructured
+from calmix.pruning.rates import ROWS, STRIDE
 from calmix.recovery import memory as recovery
 from calmix.recovery.training import held_out, rows_at_once
 from calmix.study.spec import Study
@@ -194,7 +196,10 @@ class Timed:
     ) -> float:
         """Return the seconds of pruning and allocation, without reading and writing files."""
         fixed, each = self.prune(method, propagation, length)
-        if allocation is not None:
+        if allocation == KL:
+            tokens = ROWS * length
+            fixed += 2 * len(self.blocks) * self.forward(tokens, length, 2 * tokens / STRIDE)
+        elif allocation is not None:
             fixed += self.prune(Look(), None, length)[0]
             each += self.prune(Look(gram=allocation == "error"), None, length)[1]
         return fixed + rows * length * each

@@ -32,6 +32,7 @@ from calmix.specs import recovery_of, target_of
 from calmix.yaml_files import parse_yaml, read_text
 
 NONE = "none"  # no calibration set, or no recovery
+Allocation = Literal["uniform", "owl", "error", "kl"]
 UNIFORM = "uniform"  # allocation: the same sparsity in every layer
 
 
@@ -112,7 +113,9 @@ class _Pruning(Options):
     methods: Annotated[dict[Method, Targets], Filled] | None = None
     seeds: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Filled] | None = None
     propagation: Propagation | None = None
-    allocation: Annotated[list[Literal["uniform", "owl", "error"]], Listed, Filled] | None = None
+    allocation: Annotated[list[Literal["uniform", "owl", "error", "kl"]], Listed, Filled] | None = (
+        None
+    )
     embeddings: Annotated[float, Field(ge=2, le=MOST_EMBEDDING)] | None = None
     recovery: Annotated[list[Recovery], Listed, Filled] | None = None
 

@@ -20,6 +20,7 @@ from calmix.pruning.allocation import (
 )
 from calmix.pruning.engine import run_through
 from calmix.pruning.patterns import as_pattern
+from calmix.pruning.rates import balanced
 from tests.pruning.test_engine import input_gram
 from tests.tiny import load_weights, tiny_ids, tiny_model
 
@@ -140,7 +141,8 @@ def test_a_mapping_may_mix_kinds_but_names_every_layer():
     [
         ("owll", 0.5, r"unknown allocation 'owll': did you mean owl\?, or name a file"),
         ("owl", "2:4", "has no effect with an N:M pattern"),
-        ("owl", "3 bits", "owl distributes a sparsity: with --bits name a file of bits by layer"),
+        ("owl", "3 bits", "owl distributes a sparsity: choose kl, or a file"),
+        ("kl", 0.5, "kl distributes bits: choose owl or error, or a file"),
         ({"a": 9}, "3 bits", "the bits of a is 9, not a number between 0.1 and 8"),
         ("none.json", 0.5, "there is no file"),
         ({"a": 1.0}, 0.5, "of a is 1.0, not a number between 0 and 1; an allocation maps layers"),
@@ -206,3 +208,41 @@ def test_the_command_line_allocates(calmix, tiny_folder, text_file, tmp_path):
         file.write_text(json.dumps(content))
         assert says in calmix(*common, tmp_path / "bad", "--allocation", file).line
         assert not list(tmp_path.glob("bad*"))
+
+
+def test_bits_follow_divergence():
+    apart, sizes = {"a": 0.4, "b": 0.1, "c": 0.0, "d": 0.1}, {"a": 4, "b": 4, "c": 8, "d": 1}
+    rates = balanced(apart, sizes, 3)
+    assert sum(rates[name] * size for name, size in sizes.items()) == pytest.approx(51, abs=0.02)
+    assert rates["a"] - rates["b"] == pytest.approx(0.5, abs=2e-3)  # half of log4 of four times
+    assert rates["d"] - rates["b"] == pytest.approx(0.5, abs=2e-3)  # as for a quarter of the size
+    assert 1 <= rates["c"] < rates["b"]
+    assert set(balanced(apart, sizes, 8).values()) <= {8.0}  # no part can have more
+
+
+def test_kl_gives_bits_to_what_moves_predictions(calmix, tiny_folder, text_file, tmp_path):
+    opened = open_model(str(tiny_folder))
+    ids = resolve(str(text_file), opened, rows=6, length=32).ids
+    before = {name: value.clone() for name, value in opened.model.state_dict().items()}
+    patterns = allocate(opened.model, ids, "3 bits", "kl")
+    assert all(torch.equal(opened.model.state_dict()[name], one) for name, one in before.items())
+    sizes = {one.name: one.view().numel() for one in find_blocks(opened.model).layers}
+    assert patterns.keys() == sizes.keys()
+    mean = sum(patterns[name].bits * size for name, size in sizes.items()) / sum(sizes.values())
+    assert mean == pytest.approx(3, abs=2e-3)
+    assert len({one.bits for one in patterns.values()}) > 2
+    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--allocation", "kl", "-o")
+    calmix(*common, tmp_path / "kl", "--method", "ecq", "--bits", 3).ok()
+    told = json.loads((tmp_path / "kl" / "calmix.json").read_text())["pruning"]
+    assert (told["allocation"], told["pattern"]) == ("kl", "by layer")
+    prune(opened.model, ids, method="ecq", pattern=patterns)
+    found = load_weights(tmp_path / "kl")
+    for layer in find_blocks(opened.model).layers:
+        assert torch.equal(found[f"{layer.name}.weight"], layer.view().float()), layer.name
+    calmix(*common, tmp_path / "no", "--method", "ecq", "--bits", 3, "--dry-run").ok()
+    for extra, says in [
+        (("--method", "gptq", "--bits", 3), "gptq takes whole bits"),
+        (("--bits", 3, "--max-memory", "1000"), "needs the whole model in memory"),
+    ]:
+        assert says in calmix(*common, tmp_path / "no", *extra).line
+    assert not (tmp_path / "no").exists()
