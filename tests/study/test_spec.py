@@ -148,7 +148,7 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
             (14, "seeds.0: Input should be greater than or equal to 0"),
             (16, "grids.0.sedes: unknown key: did you mean seeds"),
             (17, "grids.1.propagation: Input should be 'sequential' or 'block'"),
-            (18, "allocation.0: Input should be 'uniform', 'owl' or 'error'"),
+            (18, "allocation.0: Input should be 'uniform', 'owl', 'error' or 'kl'"),
             (19, "recovery: --epochs 0: must be greater"),
         ]),
         (names, [
