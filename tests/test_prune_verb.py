@@ -122,7 +122,7 @@ def mistakes(tiny_folder, text_file, tmp_path):
         (*half, "--method", "bits=4,wanda"): "unknown method 'bits=4'",
         (*half, "--method", "magnitude"): "--calibration has no effect",
         (*half, "--damping", 1): "sparsegpt,damping=VALUE",
-        (*half, "--only", "*.nothing"): "--only '*.nothing' matches no layer",
+        (*half, "--only", "*.nothing"): "matches no layer: names are like model.layers.0.",
         (*half, "--skip", "re:("): "is not a regular expression",
         (*half, "--skip", "*"): "--only and --skip leave no layer to prune",
         ("--bits", 4, "--embeddings", 8): "less than or equal to 6",

@@ -60,8 +60,8 @@ def texts(
     are used, if that is given.
     """
     readers: dict[str, Sequence[Reader]] = {
-        name: rows_of
-        for name, rows_of in builtin_readers().items()
+        name: of_name
+        for name, of_name in builtin_readers().items()
         if dimensions is None or name in dimensions
     }
     readers |= {name: [local_file(str(path))] for name, path in (own or {}).items()}

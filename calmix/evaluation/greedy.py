@@ -137,7 +137,7 @@ class _Writer:
 
     def groups(self, rows: Sequence[Prompt]) -> Iterator[list[Prompt]]:
         """Yield rows to answer together: all that may be padded, and the others by equal length.
-        Rows are ordered by the room they need, largest first, then by common prefix."""
+        Rows with the longest answers come first, then those with a common prefix are together."""
 
         def kind(row: Prompt) -> int:
             return len(row.ids) if row.needs > self.window else 0

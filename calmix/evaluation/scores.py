@@ -130,11 +130,14 @@ def load_pairs(files: Sequence[Path]) -> list[tuple[CapabilityScores, Capability
     for path in files:
         dense, scores = load_pair(path)
         if dense is None:
-            raise InputError(f"{path} was scored without a dense model: add --against DENSE")
+            raise InputError(
+                f"{path} was scored without a dense model: evaluate again with --against DENSE"
+            )
         pairs.append((dense, scores))
         if len({(one.fingerprint, other.fingerprint) for one, other in pairs}) > 1:
             raise InputError(
-                f"{path} is about other models than {files[0]}: evaluate the same two in both"
+                f"{path} is about other models than {files[0]}: evaluate the same two models "
+                "for both files"
             )
     return pairs
 

@@ -36,9 +36,9 @@ OWN: dict[str, dict[str, Any]] = {
 class Item:
     """An item of the archive: (context, continuation) of each choice; `gold` is the right index.
 
-    `number` identifies its document (MBPP's task_id); its parity decides which suites may use it.
-    Items are sampled evenly over each `group` (MMLU's subjects). The choices share one context; in
-    the form `contexts` they share the continuation instead.
+    `number` identifies its document (MBPP's task_id); its parity splits a data set between suites
+    and sources. Items are taken evenly from groups (MMLU's subjects). The choices share one
+    context; in the form `contexts` they share the continuation instead.
     """
 
     id: str

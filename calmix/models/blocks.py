@@ -156,7 +156,8 @@ class DecoderBlocks:
         for option, patterns in (("only", only), ("skip", skip)):
             for pattern in patterns:
                 if not any(_matches(name, pattern) for name in names):
-                    raise InputError(f"--{option} '{pattern}' matches no layer like {names[0]}")
+                    line = f"--{option} '{pattern}' matches no layer: names are like {names[0]}"
+                    raise InputError(line)
         chosen = replace(self, only=tuple(only), skip=tuple(skip))
         if not any(chosen._wanted(name) for name in names):
             raise InputError("--only and --skip leave no layer to prune")

@@ -119,8 +119,9 @@ def read_header(path: Path) -> dict[str, Place]:
         with safe_open(path, "pt"):  # checks that the file's size fits the header
             return parse_header(header_bytes(path), path)
     except KeyError as error:
-        line = f"{path} has tensors of the unsupported type {error.args[0]}: convert them to floats"
-        raise ModelError(line) from error
+        raise ModelError(
+            f"{path} has tensors of the unsupported type {error.args[0]}: convert them to bfloat16"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} is cut short or damaged: fetch it again") from error
 

@@ -113,9 +113,7 @@ class _Pruning(Options):
     methods: Annotated[dict[Method, Targets], Filled] | None = None
     seeds: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Filled] | None = None
     propagation: Propagation | None = None
-    allocation: Annotated[list[Literal["uniform", "owl", "error", "kl"]], Listed, Filled] | None = (
-        None
-    )
+    allocation: Annotated[list[Allocation], Listed, Filled] | None = None
     embeddings: Annotated[float, Field(ge=2, le=MOST_EMBEDDING)] | None = None
     recovery: Annotated[list[Recovery], Listed, Filled] | None = None
 

@@ -70,7 +70,7 @@ def test_a_verdict_is_printed_sealed_and_sets_the_exit_code(calmix, files, tmp_p
         (["code"], "maths=0.9", "the scores lack: they have code"),
         (["code"], "0.99", "code=0.99 needs 299 right answers and has 100"),
         (["code", "other"], "0.9", "other.json is about other models than"),
-        (["alone"], "0.9", "without a dense model"),
+        (["alone"], "0.9", "without a dense model: evaluate again with --against"),
         (["folder"], "0.9", "was not made by calmix compress"),
         (["folder", "code"], "0.9", "a folder is checked alone"),
     ],

@@ -189,7 +189,7 @@ class SelfCal(Generator):
 class Sgs(Generator):
     """SGS (arXiv 2410.17711, after its public code): continuations of the first two tokens of
     documents, without the fifth of the rows with the highest perplexity. Our changes: rows are
-    dropped, not texts that are joined and cut again, and each dimension of a mix has its own."""
+    dropped, not texts that are joined and cut again, and each dimension of a mix gets rows."""
 
     name = "sgs"
     defaults: ClassVar[dict[str, Any]] = {
