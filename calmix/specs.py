@@ -191,7 +191,13 @@ def prune_request(
     if drops and request.calibration is None:
         raise InputError("--drop-experts needs --calibration: text to score the experts on")
     if chosen.get("allocation") == KL and isinstance(target, Rate):
-        solver.check(Rate(0.99 * target.bits), 0)  # whole bits cannot be distributed
+        try:
+            solver.check(Rate(4.5), 0)
+        except InputError:
+            raise InputError(
+                f"--allocation {KL} gives layers fractional bits, which method {solver.name} does "
+                "not take: choose --method ecq, or a file of whole bits by layer"
+            ) from None
     if drops and (isinstance(chosen.get("allocation"), dict) or chosen.get("allocation") == KL):
         raise InputError("--drop-experts takes no file and no kl as --allocation: use owl or error")
     return PruneRequest(**given | chosen)

@@ -344,6 +344,18 @@ def decoder_of(model: Any) -> Any:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode temporarily: no dropout."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def forwards(pairs: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Replace the forward of modules temporarily."""
     with ExitStack() as stack:

@@ -27,7 +27,7 @@ from calmix.files import user_path
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.options import METHOD
 from calmix.precision import widest
-from calmix.pruning.engine import Looking, check_names, run_through
+from calmix.pruning.engine import Looking, check_ids, check_names, run_through
 from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Pattern, Rate, Unstructured, as_pattern, clear
@@ -68,8 +68,9 @@ def read_allocation(
             )
         asked, where = read_yaml(path), str(path)
     for name, share in asked.items():
+        number = isinstance(share, int | float) and not isinstance(share, bool)
         least, most, what = (0.1, 8, "bits") if bits else (0, 1, "sparsity")
-        if not (type(share) in (int, float) and least < share < most):
+        if not (number and (least <= share <= most if bits else least < share < most)):
             raise InputError(
                 f"{where}: the {what} of {name} is {share}, not a number between {least} and "
                 f"{most}; an allocation maps layers, named as in calmix.json, to {what}"
@@ -277,7 +278,7 @@ def allocate(
     target, found = as_pattern(target), find_blocks(model)
     read_allocation(by, target)
     if isinstance(target, Rate):
-        return dict(rates_by_kl(model, found, ids, target.bits))
+        return dict(rates_by_kl(model, found, check_ids(ids, f"allocation {by}"), [target])[target])
     dense = DensePass(model, found, by, [target.sparsity])
     run_through(dense, ids, micro_tokens)
     return dict(dense.patterns(target.sparsity, get_method(method)))

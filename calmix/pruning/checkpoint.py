@@ -51,7 +51,7 @@ from calmix.pruning.budget import Plan, plan_for
 from calmix.pruning.engine import Patterns, Run, check_pattern, memory_errors
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.methods import Look, Method
-from calmix.pruning.patterns import Rate, as_pattern
+from calmix.pruning.patterns import Pattern, Rate, as_pattern
 from calmix.pruning.rates import rates_by_kl
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.solvers.grids import SCALES, stored
@@ -202,7 +202,14 @@ class _Pruning:
         return plan_for(self.source, shape, method, budget=self.run.max_memory, **how)
 
     def plans(self, shape: Sequence[int]) -> list[Plan]:
-        """Return the memory plans of all jobs and of the passes before them."""
+        """Return the memory plans of all jobs and of the passes before them; refuse a budget that
+        is too small."""
+        most, size = self.run.max_memory, self.checkpoint_bytes
+        if most and size > most and self._unallocated(KL):
+            raise InputError(
+                f"--allocation {KL} needs the whole model in memory, {size / 1e9:.1f} GB, more "
+                "than --max-memory: leave it out, or allow more"
+            )
         asked = [job.request.allocation for job in self.jobs]
         methods = [Look(gram=by == "error") for by in SPREAD if by in asked]
         methods += [Look()] if self.share is not None else []
@@ -211,12 +218,6 @@ class _Pruning:
 
     def check_room(self, shape: Sequence[int]) -> None:
         """Refuse a run for which memory or disk space is too small."""
-        most, size = self.run.max_memory, self.checkpoint_bytes
-        if most and size > most and any(job.request.allocation == KL for job in self.jobs):
-            raise InputError(
-                f"--allocation {KL} needs the whole model in memory, {size / 1e9:.1f} GB, more "
-                "than --max-memory: leave it out, or allow more"
-            )
         tokens = shape[0] * shape[1]
         states = tokens and tokens * token_bytes(self.source.model, self.source.blocks)
         if min(plan.states for plan in self.plans(shape)) * distributed.processes()[1] >= states:
@@ -339,14 +340,13 @@ class _Pruning:
 
     def _allocate(self, ids: Tensor) -> None:
         """Compute and keep per-layer sparsities or bits for jobs with an allocation."""
-        for job in self.jobs:
-            if job.request.allocation == KL and "allocation" not in job.work.kept:
-                rates = distributed.once(partial(self._rates, job, ids))
-                job.work.keep(allocation=rates)
+        if jobs := self._unallocated(KL):
+            rates = distributed.once(partial(self._rates, jobs, ids))
+            for job in jobs:
+                bits = rates[job.request.target]
+                job.work.keep(allocation={name: str(rate) for name, rate in bits.items()})
         for by in SPREAD:
-            jobs = [job for job in self.jobs if job.request.allocation == by]
-            jobs = [job for job in jobs if "allocation" not in job.work.kept]
-            if jobs:
+            if jobs := self._unallocated(by):
                 shares = sorted({job.request.sparsity or 0.0 for job in jobs})
                 dense = DensePass(self.source.model, self.source.blocks, by, shares)
                 self._observe(dense, ids)
@@ -354,17 +354,21 @@ class _Pruning:
                     made = dense.patterns(job.request.sparsity or 0.0, job.method)
                     job.work.keep(allocation={name: one.sparsity for name, one in made.items()})
 
-    def _rates(self, job: Job, ids: Tensor) -> dict[str, str]:
-        """Return bits by layer as patterns' text."""
-        name, target = self.source.name, job.request.target
+    def _unallocated(self, by: str) -> list[Job]:
+        """Return the jobs with an allocation that is not computed yet."""
+        jobs = [job for job in self.jobs if job.request.allocation == by]
+        return [job for job in jobs if "allocation" not in job.work.kept]
+
+    def _rates(self, jobs: Sequence[Job], ids: Tensor) -> dict[Pattern, dict[str, Rate]]:
+        """Return the bits of each layer for the target of each job."""
         self.run.note(f"--allocation {KL} opens the whole model, to round a part of it at a time")
-        model = open_model(name, **self.run.opening).model
-        assert isinstance(target, Rate)
-        found = find_blocks(model).select(job.request.only, job.request.skip)
-        rates = rates_by_kl(
-            model, found, ids, target.bits, partial(self.run.writing, "allocating bits")
-        )
-        return {layer: str(rate) for layer, rate in rates.items()}
+        model, alike = open_model(self.source.name, **self.run.opening).model, self.source.blocks
+        found = find_blocks(model).select(alike.only, alike.skip)
+        targets = [job.request.target for job in jobs]
+        return rates_by_kl(
+            model, found, ids, [one for one in targets if isinstance(one, Rate)],
+            partial(self.run.writing, "allocating bits"),
+        )  # fmt: skip
 
     def _finish(self, job: Job, report: PruneReport) -> None:
         """Write the files beside the weights, and turn the work folder into the output."""

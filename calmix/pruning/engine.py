@@ -32,7 +32,14 @@ from torch import Tensor, nn
 from calmix.calibration.dataset import CalibrationSet
 from calmix.errors import InputError, ModelError, PassingError, SolverError, nearest
 from calmix.machine import Laps, out_of_memory, tokens_at_once
-from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks, outer_weights, tied
+from calmix.models.blocks import (
+    DecoderBlocks,
+    Prunable,
+    evaluating,
+    find_blocks,
+    outer_weights,
+    tied,
+)
 from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
 from calmix.options import BITS_METHOD, METHOD, Propagation
@@ -156,20 +163,14 @@ def run_through(
     """Run through all blocks of a model in memory, keeping the hidden states in memory too."""
     model, blocks = run.model, run.blocks
     began = time.perf_counter()
-    training = [module for module in model.modules() if module.training]
-    model.eval()  # no dropout
-    try:
-        with memory_errors(run, next(model.parameters()).device):
-            if run.needs_ids:
-                run.record(ids, micro_tokens)
-            for index in range(len(blocks)):
-                run.block(index)
-                if progress is not None:
-                    progress(index + 1, len(blocks))
-            run.outside()
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), memory_errors(run, next(model.parameters()).device):
+        if run.needs_ids:
+            run.record(ids, micro_tokens)
+        for index in range(len(blocks)):
+            run.block(index)
+            if progress is not None:
+                progress(index + 1, len(blocks))
+        run.outside()
     run.report.seconds["total"] = time.perf_counter() - began
 
 

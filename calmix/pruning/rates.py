@@ -1,19 +1,20 @@
 """Bits by layer: more where rounding moves the model's predictions further (`kl`, ours).
 
-Half a block at a time (its attention, its MLP) is rounded to the nearest in an otherwise dense
-model, at `ROUNDED` bits, and the KL divergence from the dense model is measured on a few rows of
-the calibration set. If each bit divided a part's divergence by four, the total would be least at
+One part of a block at a time, such as its attention or its MLP, is rounded to the nearest level at
+`ROUNDED` bits; the rest of the model stays dense. The KL divergence from the dense model is
+measured on a few calibration rows. If every bit divided a part's divergence by four, the total
+would be smallest at
 
-    bits of a part = mean + log4(divergence / weights of the part) - mean of these
+    bits of a part = mean + log4(divergence / weights of the part) - mean of these logarithms
 
-Half of that distance from the mean is taken, which keeps more than the whole of it. The mean is
-over weights.
+with means over weights. Only half of that offset is used: models then keep more than with all of
+it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,16 +23,17 @@ from torch import Tensor
 
 from calmix.errors import ModelError
 from calmix.evaluation.likelihood import decoder_and_head, divergences, hidden_states
-from calmix.models.blocks import DecoderBlocks, Prunable
-from calmix.pruning.patterns import Rate
+from calmix.models.blocks import DecoderBlocks, Prunable, evaluating
+from calmix.precision import reproducible
+from calmix.pruning.patterns import Pattern, Rate
 
-ROWS = 8  # of the calibration set, and
-STRIDE = 4  # every which position of them, the divergence is measured on
-ROUNDED = 3.0  # bits
-DAMPED = 0.5
+ROWS = 8  # calibration rows to measure on
+STRIDE = 4  # every how many positions of a row
+ROUNDED = 3.0  # bits to which a part is rounded
+DAMPED = 0.5  # fraction of the optimal offset
 LEAST, MOST = 1.0, 8.0  # bits of a part
-POSITIONS = 128  # whose logits are in memory at a time
-RATE = math.log2(2 * math.pi * math.e) / 2  # bits of a normal variable rounded to its own deviation
+POSITIONS = 128  # positions whose logits are in memory at a time
+RATE = math.log2(2 * math.pi * math.e) / 2  # bits of a normal variable at a step of its deviation
 
 
 @torch.no_grad()
@@ -39,45 +41,53 @@ def rates_by_kl(
     model: torch.nn.Module,
     found: DecoderBlocks,
     ids: Tensor,
-    bits: float,
+    targets: Sequence[Rate],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Rate]:
-    """Return the bits of each layer, `bits` on average over weights.
+) -> dict[Pattern, dict[str, Rate]]:
+    """Return the bits of each layer for each target, which is their mean over weights.
 
     Args:
-        model: dense, in memory; unchanged at the end.
+        model: the dense model, in memory; unchanged at the end.
         found: its blocks.
         ids: int64 token ids (rows, length).
-        progress: called with parts measured and in all.
+        progress: called with parts measured and their total.
     """
-    decoder, head = decoder_and_head(model)
     few = ids[np.unique(np.linspace(0, len(ids) - 1, ROWS).round().astype(int))]
+    parts, apart = _parts(found), dict[str, float]()
+    with evaluating(model), reproducible(next(model.parameters()).device):
+        decoder, head = decoder_and_head(model)
 
-    def states() -> Tensor:
-        parts = [part[:, ::STRIDE].flatten(0, 1) for _, part in hidden_states(decoder, few)]
-        return torch.cat(parts)
+        def states() -> Tensor:
+            rows = [part[:, ::STRIDE].flatten(0, 1) for _, part in hidden_states(decoder, few)]
+            return torch.cat(rows)
 
-    dense, parts, apart = states(), _parts(found), {}
-    for number, (name, layers) in enumerate(parts.items(), start=1):
-        with _rounded(layers):
-            pairs = zip(dense.split(POSITIONS), states().split(POSITIONS), strict=True)
-            kl = [divergences(head(old).float(), head(new).float()).sum() for old, new in pairs]
-        apart[name] = float(sum(kl)) / len(dense)
-        progress(number, len(parts))
-    if not np.isfinite(list(apart.values())).all():
-        raise ModelError("the model's predictions are not finite where a part of it is rounded")
+        dense = states()
+        for number, (name, layers) in enumerate(parts.items(), start=1):
+            with _rounded(layers):
+                pairs = zip(dense.split(POSITIONS), states().split(POSITIONS), strict=True)
+                kl = [divergences(head(old).float(), head(new).float()).sum() for old, new in pairs]
+            apart[name] = float(sum(kl)) / len(dense)
+            if not math.isfinite(apart[name]):
+                raise ModelError(
+                    f"the model's predictions are not finite when {name} is rounded: check the "
+                    "model's weights, or use --dtype float32"
+                )
+            progress(number, len(parts))
     sizes = {name: sum(one.view().numel() for one in layers) for name, layers in parts.items()}
-    chosen = balanced(apart, sizes, bits)
-    return {one.name: Rate(chosen[name]) for name, layers in parts.items() for one in layers}
+    chosen = {target: balanced(apart, sizes, target.bits) for target in targets}
+    return {
+        target: {one.name: Rate(bits[name]) for name, layers in parts.items() for one in layers}
+        for target, bits in chosen.items()
+    }
 
 
 def balanced(apart: Mapping[str, float], sizes: Mapping[str, int], bits: float) -> dict[str, float]:
-    """Return the bits of parts from the divergence that rounding each causes, and its weights."""
+    """Return the bits of each part from its divergence when rounded and its number of weights."""
     weights = np.array([sizes[name] for name in apart], float)
     divergence = np.maximum([*apart.values()], 1e-9)
     wanted = DAMPED * np.log2(divergence / weights) / 2
     low, high = bits - wanted.max() - MOST, bits - wanted.min() + MOST
-    for _ in range(60):  # the mean grows with what is added
+    for _ in range(60):  # bisection: the mean grows with what is added to all parts
         middle = (low + high) / 2
         rates = np.clip(wanted + middle, min(LEAST, bits), max(MOST, bits))
         low, high = (middle, high) if rates @ weights < bits * weights.sum() else (low, middle)
@@ -85,7 +95,7 @@ def balanced(apart: Mapping[str, float], sizes: Mapping[str, int], bits: float) 
 
 
 def _parts(found: DecoderBlocks) -> dict[str, list[Prunable]]:
-    """Return the layers by the child of a block that holds them."""
+    """Group the layers by the direct child of their block."""
     parts: dict[str, list[Prunable]] = {}
     for index in range(len(found)):
         block = f"{found.name}.{index}."
@@ -96,7 +106,7 @@ def _parts(found: DecoderBlocks) -> dict[str, list[Prunable]]:
 
 @contextmanager
 def _rounded(layers: list[Prunable]) -> Iterator[None]:
-    """Round the weights of layers, and put them back."""
+    """Round the weights of layers temporarily."""
     kept = [layer.view().clone() for layer in layers]
     try:
         for layer in layers:

@@ -59,8 +59,8 @@ PARTS: dict[str, Any] = {
 class PruneReport(Shown):
     """What a pruning run did: a report per layer, totals, and seconds by activity.
 
-    `options` are the method's; `allocation` is the source of per-layer sparsities; `dense` lists
-    the matrices of blocks that were left unchanged. `rows_at_once` is the number of rows each
+    `options` are the method's; `allocation` is the source of sparsities or bits by layer; `dense`
+    lists the matrices of blocks that were left unchanged. `rows_at_once` is the number of rows each
     process ran at a time, which can change rounding. `grids` of quantised parameters are stored
     beside the weights, not here. `embeddings` gives the bits per weight of rounded matrices outside
     the blocks.

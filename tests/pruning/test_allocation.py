@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calmix.calibration import resolve
-from calmix.errors import InputError
+from calmix.errors import InputError, ModelError
 from calmix.models import find_blocks, open_model
 from calmix.pruning import SemiStructured, Unstructured, allocate, get_method, prune
 from calmix.pruning.allocation import (
@@ -143,7 +143,7 @@ def test_a_mapping_may_mix_kinds_but_names_every_layer():
         ("owl", "2:4", "has no effect with an N:M pattern"),
         ("owl", "3 bits", "owl distributes a sparsity: choose kl, or a file"),
         ("kl", 0.5, "kl distributes bits: choose owl or error, or a file"),
-        ({"a": 9}, "3 bits", "the bits of a is 9, not a number between 0.1 and 8"),
+        ({"a": 8.1}, "3 bits", "the bits of a is 8.1, not a number between 0.1 and 8"),
         ("none.json", 0.5, "there is no file"),
         ({"a": 1.0}, 0.5, "of a is 1.0, not a number between 0 and 1; an allocation maps layers"),
         ({"a": "0.5"}, 0.5, "the sparsity of a is 0.5, not a number"),
@@ -157,6 +157,7 @@ def test_what_is_no_allocation(asked, target, says):
         read_allocation(asked, as_pattern(target))
     assert read_allocation("uniform", as_pattern("2:4")) is None
     assert read_allocation(None, as_pattern(0.5)) is None
+    assert read_allocation({"a": np.float64(8)}, as_pattern("3 bits")) == {"a": 8}
 
 
 def test_bits_by_layer_from_a_file(calmix, tiny_folder, text_file, tmp_path):
@@ -220,6 +221,38 @@ def test_bits_follow_divergence():
     assert set(balanced(apart, sizes, 8).values()) <= {8.0}  # no part can have more
 
 
+def test_kl_measures_experts_and_without_dropout():
+    model, ids = tiny_model("qwen3_moe"), tiny_ids(3)
+    model.config._attn_implementation = "eager"
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    before = [p.clone() for p in model.parameters()]
+    evaluated = allocate(model.eval(), ids, "3 bits", "kl")
+    assert allocate(model.train(), ids, "3 bits", "kl") == evaluated
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert sum(".experts." in name for name in evaluated) > 2
+    assert prune(model.eval(), ids, method="ecq", pattern=evaluated).pattern == "by layer"
+    with pytest.raises(InputError, match="kl needs calibration ids of shape"):
+        allocate(model, ids[:0], "3 bits", "kl")
+    model.model.layers[1].mlp.gate.weight.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"not finite when model\.layers\.0\.self_attn is rounded"):
+        allocate(model, ids, "3 bits", "kl")
+
+
+def test_bits_of_several_targets_are_measured_once(calmix, tiny_folder, text_file, tmp_path):
+    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--allocation", "kl", "-o")
+    run = calmix(*common, tmp_path / "two", "--method", "ecq", "--bits", "2.5,4")
+    run.ok()
+    assert run.err.count("opens the whole model") == 1
+    for folder in (tmp_path / "two").iterdir():
+        bits = float(folder.name.removeprefix("ecq-").removesuffix("bits"))
+        told = json.loads((folder / "calmix.json").read_text())["pruning"]
+        size = sum(one["rows"] * one["columns"] for one in told["layers"])
+        mean = sum(one["bits"] * one["rows"] * one["columns"] for one in told["layers"]) / size
+        assert mean == pytest.approx(bits, abs=0.2)
+
+
 def test_kl_gives_bits_to_what_moves_predictions(calmix, tiny_folder, text_file, tmp_path):
     opened = open_model(str(tiny_folder))
     ids = resolve(str(text_file), opened, rows=6, length=32).ids
@@ -240,9 +273,11 @@ def test_kl_gives_bits_to_what_moves_predictions(calmix, tiny_folder, text_file,
     for layer in find_blocks(opened.model).layers:
         assert torch.equal(found[f"{layer.name}.weight"], layer.view().float()), layer.name
     calmix(*common, tmp_path / "no", "--method", "ecq", "--bits", 3, "--dry-run").ok()
+    little = ("--bits", 3, "--max-memory", "1000")
     for extra, says in [
-        (("--method", "gptq", "--bits", 3), "gptq takes whole bits"),
-        (("--bits", 3, "--max-memory", "1000"), "needs the whole model in memory"),
+        (("--method", "gptq", "--bits", 4), "fractional bits, which method gptq does not take"),
+        (little, "needs the whole model in memory"),
+        ((*little, "--dry-run"), "needs the whole model in memory"),
     ]:
         assert says in calmix(*common, tmp_path / "no", *extra).line
     assert not (tmp_path / "no").exists()
