@@ -89,7 +89,7 @@ def test_the_verb(calmix, tiny_folder, tmp_path):
     ended = calmix("calibrate", "measure", *NAMES, *arguments, "-o", "out.json", "--json").ok()
     assert json.loads(ended.out) == json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     shown = calmix("calibrate", "measure", *NAMES, *arguments).out
-    assert "128 tokens a draw" in shown
+    assert "128 tokens per sample" in shown
     assert "aggregation_4" in shown
     ended = calmix("calibrate", "measure", *NAMES, *arguments, "-o", "out.txt")
     assert "cannot write results to out.txt" in ended.line

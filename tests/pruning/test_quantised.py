@@ -152,7 +152,7 @@ def test_a_quantised_checkpoint_says_what_it_takes(calmix, tiny_folder, text_fil
     common = ("prune", tiny_folder, "--calibration", text_file, "--rows", 6, "--length", 32)
     out = tmp_path / "out"
     ended = calmix(*common, "--bits", "4", "--method", "gptq", "-o", out).ok()
-    assert "4.44 bits a weight" in ended.out
+    assert "4.44 bits per weight" in ended.out
     told = json.loads((out / "calmix.json").read_text())["pruning"]
     assert (told["method"], told["pattern"]) == ("gptq", "4 bits")
     assert {layer["bits"] for layer in told["layers"]} == {4.25, 4.5}
