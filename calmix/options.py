@@ -179,7 +179,7 @@ class SizeOptions(Options):
 
     rows: int = option(64, "Rows of the set, e.g. 128.", ge=1)
     length: int = option(512, "Tokens per row, e.g. 2048.", ge=1)
-    seed: int = option(0, "Seed of the sample, e.g. 1.", ge=0)
+    seed: int = option(0, "Seed of the calibration text, e.g. 1.", ge=0)
     packing: Literal["concat", "window"] = option(
         "concat", "Documents joined (concat) or one window of each.", advanced=True
     )

@@ -15,6 +15,7 @@ from calmix.files import (
     KEPT,
     RESULTS,
     atomic_folder,
+    check_apart,
     check_output_file,
     check_output_folder,
     hidden,
@@ -168,6 +169,7 @@ def test_an_output_that_is_an_input_lies_in_one_or_holds_one_is_refused(tmp_path
         with pytest.raises(InputError, match=what):
             check_output_file(output, **how)
     check_output_folder(tmp_path / "models" / "b", **how)
+    check_apart(tmp_path, ["builtin:smollm2-135m", tmp_path / "none"])
     check_output_file(tmp_path / "texts" / "scores.json", **how)
 
 

@@ -154,7 +154,10 @@ def predict(
     sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.", shown="0.6"),
     pattern: str | None = option(None, "N:M instead of a sparsity, e.g. 2:4."),
     weights: Weights | None = option(
-        None, "Weights, e.g. general=1,code=2.", shown="all equal", metavar="NAME=WEIGHT,..."
+        None,
+        "Weight of each held-out text: general=1,code=2.",
+        shown="all equal",
+        metavar="NAME=WEIGHT,...",
     ),
     text: tuple[str, ...] = option(
         (), "Your held-out text: code=mine.jsonl (repeat).", metavar="NAME=PATH", advanced=True

@@ -79,7 +79,7 @@ def inspect(
 @verb("rerun", of=doctor)
 def rerun(
     manifest: Path = option(
-        ..., "A checkpoint's calmix.json, a set's manifest.json.", argument=True
+        ..., "A checkpoint's calmix.json or a set's manifest.json.", argument=True
     ),
     output: Path | None = path_option("Folder to keep the new result in.", default=None),
     trust_remote_code: bool = option(False, "Run modelling code shipped with the model."),

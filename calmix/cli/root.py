@@ -27,14 +27,17 @@ VERBS = {
 CALLED = {"check": ("compress", "Test whether a compressed model meets its floors")}
 # New names of the verbs of version 0.2; for one release the old ones are refused with these.
 MOVED = {
-    "generate": "calibrate SPEC, such as calmix calibrate self-written",
-    "measure": "calibrate measure", "predict": "calibrate predict",
-    "sources": "calibrate sources, and calibrate show NAME",
-    "rescore": "evaluate rescore", "answer": "evaluate answers",
-    "perplexity": "evaluate perplexity", "suites": "evaluate suites, and evaluate suite NAME",
-    "pack": "export --to pack", "unpack": "export --to model",
-    "recommend": "study recommend", "inspect": "doctor inspect", "rerun": "doctor rerun",
-    "models": "doctor models", "methods": "doctor methods", "assets": "doctor assets",
+    "generate": "calmix calibrate SPEC, such as calmix calibrate self-written",
+    "measure": "calmix calibrate measure", "predict": "calmix calibrate predict",
+    "sources": "calmix calibrate sources, and calmix calibrate show NAME",
+    "rescore": "calmix evaluate rescore", "answer": "calmix evaluate answers",
+    "perplexity": "calmix evaluate perplexity",
+    "suites": "calmix evaluate suites, and calmix evaluate suite NAME",
+    "pack": "calmix export --to pack", "unpack": "calmix export --to model",
+    "hub": "hf upload OWNER/NAME OUT/model", "recommend": "calmix study recommend",
+    "inspect": "calmix doctor inspect", "rerun": "calmix doctor rerun",
+    "models": "calmix doctor models", "methods": "calmix doctor methods",
+    "assets": "calmix doctor assets",
 }  # fmt: skip
 
 
@@ -98,7 +101,7 @@ class Group(Plain, TyperGroup):
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             if ctx.parent is None and name in MOVED:
-                raise InputError(f"calmix {name} is now calmix {MOVED[name]}")
+                raise InputError(f"calmix {name} is now {MOVED[name]}")
             ctx.fail(f"No such command '{name}': {nearest(name, self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 

@@ -64,7 +64,7 @@ def read_allocation(
         if not path.suffix and not path.exists():
             known = ["uniform", KL, *SPREAD]
             raise InputError(
-                f"unknown allocation '{asked}': {nearest(str(asked), known)}, or name a file"
+                f"unknown allocation '{asked}': {nearest(str(asked), known)} (or name a file)"
             )
         asked, where = read_yaml(path), str(path)
     for name, share in asked.items():

@@ -107,7 +107,7 @@ SAID = {
     "compress x -o y --effort fast": "did you mean quick?",
     "prune x -o y --ratio 0.5": "did you mean --sparsity?",
     "quantize x": "did you mean prune?",
-    **{old: f"calmix {old} is now calmix {new}" for old, new in MOVED.items()},
+    **{old: f"calmix {old} is now {new}" for old, new in MOVED.items()},
 }
 # Verbs that know beforehand how much disk space they need.
 DISK = (

@@ -139,7 +139,7 @@ def test_a_mapping_may_mix_kinds_but_names_every_layer():
 @pytest.mark.parametrize(
     ("asked", "target", "says"),
     [
-        ("owll", 0.5, r"unknown allocation 'owll': did you mean owl\?, or name a file"),
+        ("owll", 0.5, r"unknown allocation 'owll': did you mean owl\? \(or name a file\)"),
         ("owl", "2:4", "has no effect with an N:M pattern"),
         ("owl", "3 bits", "owl distributes a sparsity: choose kl, or a file"),
         ("kl", 0.5, "kl distributes bits: choose owl or error, or a file"),
