@@ -22,9 +22,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from calmix.calibration.dataset import CalibrationSet
 from calmix.errors import InputError, nearest
 from calmix.files import user_path
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
+from calmix.models.opening import OpenModel
 from calmix.options import METHOD
 from calmix.precision import widest
 from calmix.pruning.engine import Looking, check_ids, check_names, run_through
@@ -253,8 +255,8 @@ class DensePass(Looking):
 
 
 def allocate(
-    model: nn.Module,
-    ids: Tensor,
+    model: nn.Module | OpenModel,
+    ids: Tensor | CalibrationSet,
     target: Pattern | str | float,
     by: str = "owl",
     *,
@@ -264,7 +266,7 @@ def allocate(
     """Return a pattern for every layer of a model in memory, for `calmix.prune`.
 
     Args:
-        model, ids, micro_tokens: as for `calmix.prune`.
+        model, ids, micro_tokens: as for `calmix.prune`; `kl` does not use micro_tokens.
         target: fraction pruned of all weights; for `kl` bits a weight, such as `2.6 bits`.
         by: `owl`, `error` or `kl`.
         method: the pruning method; its comparison groups determine the rounding.
@@ -275,10 +277,12 @@ def allocate(
     """
     if by not in (KL, *SPREAD):
         raise InputError(f"unknown allocation '{by}': {nearest(by, [KL, *SPREAD])}")
-    target, found = as_pattern(target), find_blocks(model)
+    net: nn.Module = model.model if isinstance(model, OpenModel) else model
+    rows = ids.ids if isinstance(ids, CalibrationSet) else ids
+    target, found = as_pattern(target), find_blocks(net)
     read_allocation(by, target)
     if isinstance(target, Rate):
-        return dict(rates_by_kl(model, found, check_ids(ids, f"allocation {by}"), [target])[target])
-    dense = DensePass(model, found, by, [target.sparsity])
-    run_through(dense, ids, micro_tokens)
+        return dict(rates_by_kl(net, found, check_ids(rows, f"allocation {by}"), [target])[target])
+    dense = DensePass(net, found, by, [target.sparsity])
+    run_through(dense, rows, micro_tokens)
     return dict(dense.patterns(target.sparsity, get_method(method)))

@@ -32,6 +32,7 @@ from calmix.files import (
     sha256_json,
     write_json,
 )
+from calmix.machine import device_memory
 from calmix.manifest import (
     deciding_versions,
     file_hashes,
@@ -204,11 +205,13 @@ class _Pruning:
     def plans(self, shape: Sequence[int]) -> list[Plan]:
         """Return the memory plans of all jobs and of the passes before them; refuse a budget that
         is too small."""
-        most, size = self.run.max_memory, self.checkpoint_bytes
-        if most and size > most and self._unallocated(KL):
+        held, free, total = device_memory(self.source.device)
+        most = self.run.max_memory or (None if total is None else held + free)
+        if most and (size := self.checkpoint_bytes) > most and self._unallocated(KL):
             raise InputError(
-                f"--allocation {KL} needs the whole model in memory, {size / 1e9:.1f} GB, more "
-                "than --max-memory: leave it out, or allow more"
+                f"--allocation {KL} needs the whole model in memory, {size / 1e9:.1f} GB, but only "
+                f"{most / 1e9:.1f} GB may be used: leave it out, raise --max-memory, or use "
+                "--device cpu"
             )
         asked = [job.request.allocation for job in self.jobs]
         methods = [Look(gram=by == "error") for by in SPREAD if by in asked]

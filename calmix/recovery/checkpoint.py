@@ -110,7 +110,8 @@ class Job:
         self.device = device_of(run.device)
         if request.batch % self.processes:
             raise InputError(
-                f"--batch {request.batch} is not a multiple of {self.processes} processes"
+                f"--batch {request.batch} is not a multiple of {self.processes} processes: use "
+                f"--batch {request.batch + -request.batch % self.processes}"
             )
         self.type_name = run.dtype
         if run.dtype == "auto":

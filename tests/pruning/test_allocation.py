@@ -9,7 +9,7 @@ import torch
 from calmix.calibration import resolve
 from calmix.errors import InputError, ModelError
 from calmix.models import find_blocks, open_model
-from calmix.pruning import SemiStructured, Unstructured, allocate, get_method, prune
+from calmix.pruning import SemiStructured, Unstructured, allocate, checkpoint, get_method, prune
 from calmix.pruning.allocation import (
     DensePass,
     exact,
@@ -253,11 +253,13 @@ def test_bits_of_several_targets_are_measured_once(calmix, tiny_folder, text_fil
         assert mean == pytest.approx(bits, abs=0.2)
 
 
-def test_kl_gives_bits_to_what_moves_predictions(calmix, tiny_folder, text_file, tmp_path):
+def test_kl_gives_bits_to_what_moves_predictions(
+    calmix, tiny_folder, text_file, tmp_path, monkeypatch
+):
     opened = open_model(str(tiny_folder))
-    ids = resolve(str(text_file), opened, rows=6, length=32).ids
     before = {name: value.clone() for name, value in opened.model.state_dict().items()}
-    patterns = allocate(opened.model, ids, "3 bits", "kl")
+    drawn = resolve(str(text_file), opened, rows=6, length=32)
+    patterns = allocate(opened, drawn, "3 bits", "kl")
     assert all(torch.equal(opened.model.state_dict()[name], one) for name, one in before.items())
     sizes = {one.name: one.view().numel() for one in find_blocks(opened.model).layers}
     assert patterns.keys() == sizes.keys()
@@ -268,7 +270,7 @@ def test_kl_gives_bits_to_what_moves_predictions(calmix, tiny_folder, text_file,
     calmix(*common, tmp_path / "kl", "--method", "ecq", "--bits", 3).ok()
     told = json.loads((tmp_path / "kl" / "calmix.json").read_text())["pruning"]
     assert (told["allocation"], told["pattern"]) == ("kl", "by layer")
-    prune(opened.model, ids, method="ecq", pattern=patterns)
+    prune(opened, drawn, method="ecq", pattern=patterns)
     found = load_weights(tmp_path / "kl")
     for layer in find_blocks(opened.model).layers:
         assert torch.equal(found[f"{layer.name}.weight"], layer.view().float()), layer.name
@@ -280,4 +282,7 @@ def test_kl_gives_bits_to_what_moves_predictions(calmix, tiny_folder, text_file,
         ((*little, "--dry-run"), "needs the whole model in memory"),
     ]:
         assert says in calmix(*common, tmp_path / "no", *extra).line
+    monkeypatch.setattr(checkpoint, "device_memory", lambda device: (0, 1000, 2000))
+    says = "GB, but only 0.0 GB may be used: leave it out, raise --max-memory"
+    assert says in calmix(*common, tmp_path / "no", "--bits", 3).line
     assert not (tmp_path / "no").exists()
