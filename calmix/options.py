@@ -241,7 +241,7 @@ class Pruning(DrawOptions):
     )  # fmt: skip
     allocation: Any = option(
         None,
-        "By layer: sparsity by owl, error; bits by kl; a file.",
+        "Per-layer sparsity (owl, error) or bits (kl); or a file.",
         shown="uniform",
         advanced=True,
     )

@@ -249,7 +249,7 @@ def check(
     rows = [
         {"ability": one.ability, "measure": one.measure, "items": one.items,
          "kept %": words.percent(one.kept), "proven %": proven(one.bound),
-         "asked %": words.percent(one.floor), "": "kept" if one.passed else "not kept"}
+         "required %": words.percent(one.floor), "": "kept" if one.passed else "not kept"}
         for one in verdict.tested
     ]  # fmt: skip
     dense, pruned = pairs[0]

@@ -146,7 +146,7 @@ class Ladder:
         last = max((one for one in self.rungs if not one.kept), key=lambda one: one.bits)
         failures = ", ".join(
             f"{one['ability']} keeps {100 * one['kept']:.1f} % of {one['items']} items by "
-            f"{one['measure']}, proven {proven(one['bound'])} %, asked {100 * one['floor']:g} %"
+            f"{one['measure']}, proven {proven(one['bound'])} %, required {100 * one['floor']:g} %"
             for one in last.tested if not one["passed"]
         )  # fmt: skip
         drawn = len(last.verdicts)
