@@ -76,7 +76,9 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
         value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(missing) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
         raise InputError(f"{path} is damaged: not JSON") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: not a JSON object")

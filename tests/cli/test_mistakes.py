@@ -90,6 +90,7 @@ SAID = {
     COMPRESS + "--within 2h": "has no effect without --keep-at-least",
     COMPRESS + "--seeds 2": "--seeds has no effect without --keep-at-least",
     COMPRESS + "--keep-at-least code=0.4 --confidence 0.6": "greater than or equal to 0.8",
+    "compare {results}": ": Is a directory",
     "compare {scores}": "was scored without a dense model",
     "compare {half} {x/half} --against {scores}": "two files are called half:",
     "compare {half} {foreign} --against {scores}": "foreign.json was scored against other, not",
