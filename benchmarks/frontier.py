@@ -69,11 +69,6 @@ class Point(NamedTuple):
     seed: int
     likely: Mapping[str, float] = {}  # likelihood kept in %, by dimension and in all
 
-    @property
-    def likelihood(self) -> float:
-        """Return the likelihood kept in all, %."""
-        return self.likely[""]
-
     def right(self, ability: str = "") -> np.ndarray:
         """Return 1.0 for each answer of the dense model that is still right, else 0.0."""
         tasks = zip(*(one.tasks for one in self.pair), strict=True)
@@ -303,14 +298,15 @@ def draw_distance(points: list[Point], path: Path) -> Iterator[str]:
         models = list(dict.fromkeys(name.partition(", ")[0] for name in names))
         kinds = list(dict.fromkeys(name.partition(", ")[2].removesuffix(RECOVERED)
                                    for name in names))  # fmt: skip
-        for axes, own, of in zip(all_axes, (far, known), ("kl", "likelihood"), strict=False):
+        panels = ((far, lambda one: one.kl), (known, lambda one: one.likely[""]))
+        for axes, (own, of) in zip(all_axes, panels, strict=False):
             for name in names:
                 some = [one for one in own if family(one) == name]
                 model, _, kind = name.partition(", ")
                 kind = kind.removesuffix(RECOVERED)
-                axes.plot([getattr(one, of) for one in some],
+                axes.plot([of(one) for one in some],
                           [100 * one.share.value for one in some],
-                          label=name if of == "kl" else None, linestyle="none",
+                          label=name if own is far else None, linestyle="none",
                           marker=MARKERS[models.index(model)],
                           fillstyle="none" if name.endswith(RECOVERED) else "full",
                           color=COLOURS[kinds.index(kind)])  # fmt: skip

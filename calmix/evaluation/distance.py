@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,13 +139,10 @@ def distance(
         divergence, agree = [], []
         for rows, states in likelihood.hidden_states(decoder, ids):
             kept = reference.hidden[name][rows].to(states.device)
-            pairs = (all_rows.flatten(0, 1).split(POSITIONS) for all_rows in (kept, states))
-            for old, new in zip(*pairs, strict=True):
-                logits = before(old), after(new)
-                for parts in zip(*map(likelihood.in_cache, logits), strict=True):
-                    first, second = (part.float() for part in parts)
-                    agree.append(first.argmax(-1) == second.argmax(-1))
-                    divergence.append(likelihood.divergences(first, second))
+            both = (kept.flatten(0, 1), states.flatten(0, 1))
+            for first, second in logit_pairs((before, after), both):
+                agree.append(first.argmax(-1) == second.argmax(-1))
+                divergence.append(likelihood.divergences(first, second))
             tick(len(states))
         kls = torch.cat(divergence).cpu().double().numpy().reshape(len(ids), -1)
         if not np.isfinite(kls).all():
@@ -159,6 +156,17 @@ def distance(
     tokens = sum(one["tokens"] for one in found.values())
     return {"dense": reference.dense, "texts": texts_hash(reference.texts), "dimensions": found,
             "total": _record(tokens, np.mean(points, 0), others)}  # fmt: skip
+
+
+def logit_pairs(
+    heads: Sequence[likelihood.Head], states: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield float32 logits of two models, a few positions at a time; `states` enter their heads,
+    shape (positions, width)."""
+    for both in zip(*(one.split(POSITIONS) for one in states), strict=True):
+        logits = [head(part) for head, part in zip(heads, both, strict=True)]
+        for first, second in zip(*map(likelihood.in_cache, logits), strict=True):
+            yield first.float(), second.float()
 
 
 def _record(tokens: int, kl: Array, others: Sequence[Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from calmix.yaml_files import read_yaml
 OUTLIER = 5.0  # times the mean
 KL = "kl"
 SPREAD = {"owl": 0.16, "error": 0.14}  # difference between highest and lowest sparsity
+MEASURED = KL, *SPREAD  # allocations that look at the dense model
 TOLERANCE = 5e-4  # allowed distance of a file's mean from the target: its numbers are rounded
 STEPS = 2  # rounding steps a layer may move, in either direction
 STATES = 4096  # totals kept while steps are chosen
@@ -57,14 +58,14 @@ def read_allocation(
         )
     where, bits = "the allocation", isinstance(target, Rate)
     if not isinstance(asked, Mapping):
-        if bits != (asked == KL) and asked in (KL, *SPREAD):
+        if bits != (asked == KL) and asked in MEASURED:
             what, other = ("a sparsity", "kl") if bits else ("bits", "owl or error")
             raise InputError(f"--allocation {asked} distributes {what}: choose {other}, or a file")
-        if asked in (KL, *SPREAD):
+        if asked in MEASURED:
             return str(asked)
         path = user_path(str(asked))
         if not path.suffix and not path.exists():
-            known = ["uniform", KL, *SPREAD]
+            known = ["uniform", *MEASURED]
             raise InputError(
                 f"unknown allocation '{asked}': {nearest(str(asked), known)} (or name a file)"
             )
@@ -275,8 +276,8 @@ def allocate(
         InputError: no such allocation or method, or no room for it.
         ModelError, SolverError: as `calmix.prune`.
     """
-    if by not in (KL, *SPREAD):
-        raise InputError(f"unknown allocation '{by}': {nearest(by, [KL, *SPREAD])}")
+    if by not in MEASURED:
+        raise InputError(f"unknown allocation '{by}': {nearest(by, MEASURED)}")
     net: nn.Module = model.model if isinstance(model, OpenModel) else model
     rows = ids.ids if isinstance(ids, CalibrationSet) else ids
     target, found = as_pattern(target), find_blocks(net)

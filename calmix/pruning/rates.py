@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import ModelError
+from calmix.evaluation.distance import logit_pairs
 from calmix.evaluation.likelihood import decoder_and_head, divergences, hidden_states
 from calmix.models.blocks import DecoderBlocks, Prunable, evaluating
 from calmix.precision import reproducible
@@ -32,7 +33,6 @@ STRIDE = 4  # every how many positions of a row
 ROUNDED = 3.0  # bits to which a part is rounded
 DAMPED = 0.5  # fraction of the optimal offset
 LEAST, MOST = 1.0, 8.0  # bits of a part
-POSITIONS = 128  # positions whose logits are in memory at a time
 RATE = math.log2(2 * math.pi * math.e) / 2  # bits of a normal variable at a step of its deviation
 
 
@@ -64,9 +64,9 @@ def rates_by_kl(
         dense = states()
         for number, (name, layers) in enumerate(parts.items(), start=1):
             with _rounded(layers):
-                pairs = zip(dense.split(POSITIONS), states().split(POSITIONS), strict=True)
-                kl = [divergences(head(old).float(), head(new).float()).sum() for old, new in pairs]
-            apart[name] = float(sum(kl)) / len(dense)
+                pairs = logit_pairs((head, head), (dense, states()))
+                kl = torch.cat([divergences(*pair) for pair in pairs])
+            apart[name] = float(kl.mean())
             if not math.isfinite(apart[name]):
                 raise ModelError(
                     f"the model's predictions are not finite when {name} is rounded: check the "
@@ -89,7 +89,7 @@ def balanced(apart: Mapping[str, float], sizes: Mapping[str, int], bits: float) 
     low, high = bits - wanted.max() - MOST, bits - wanted.min() + MOST
     for _ in range(60):  # bisection: the mean grows with what is added to all parts
         middle = (low + high) / 2
-        rates = np.clip(wanted + middle, min(LEAST, bits), max(MOST, bits))
+        rates = np.clip(wanted + middle, min(LEAST, bits), MOST)
         low, high = (middle, high) if rates @ weights < bits * weights.sum() else (low, middle)
     return dict(zip(apart, rates.round(3).tolist(), strict=True))
 
