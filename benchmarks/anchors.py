@@ -5,21 +5,27 @@
 
 PYTHON is of an environment with llama-cpp-py-sync and gguf, which quantises the F16 file of `calmix
 export`; with `--sets` once for the importance matrix of each calibration set. Each file is read
-back and tested like any other model: suite `abilities`, quick, programs too. What is in FOLDER
-already is not made again.
+back and tested like any other model: suite `abilities`, quick, programs too, and its distance to
+the dense model (FILE.distance.json). What is in FOLDER already is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
+from functools import cache, partial
 from pathlib import Path
 
+from calmix.calibration.texts import texts
 from calmix.evaluation.behaviour import behaviour
+from calmix.evaluation.distance import Reference, distance, reference
 from calmix.evaluation.scores import load_pair
+from calmix.models import open_model
 from calmix.report.words import with_span
 
+TEXTS = ("general", "commonsense", "code", "math")
 QUANTISE = """
 import sys
 from gguf import GGUFReader
@@ -57,6 +63,12 @@ def main() -> None:
     asked = parser.parse_args()
     asked.output.mkdir(parents=True, exist_ok=True)
     calmix = (sys.executable, "-m", "calmix")
+
+    @cache
+    def dense_states() -> Reference:
+        opened = open_model(asked.model)
+        return reference(opened, texts(opened, dimensions=TEXTS), cache=True)
+
     whole = asked.output / "F16.gguf"
     if not whole.exists():
         run(*calmix, "export", asked.model, "--to", "gguf", "-o", whole)
@@ -74,11 +86,19 @@ def main() -> None:
             if not scores.exists():
                 run(*calmix, "evaluate", file, "--against", asked.model, "--suite", "abilities",
                     "--quick", "--allow-code-execution", "-o", scores)  # fmt: skip
+            far = asked.output / f"{kind}{name}.distance.json"
+            if not far.exists():
+                found = distance(open_model(str(file)), dense_states(),
+                                 dense=partial(open_model, asked.model))  # fmt: skip
+                far.write_text(json.dumps(found), "utf-8")
+            apart = json.loads(far.read_text("utf-8"))
+            parts = {"all": apart["total"], **apart["dimensions"]}
+            kls = ", ".join(f"{part} {one['kl_mean']:.3f}" for part, one in parts.items())
             found = behaviour(load_pair(scores))
             told = ", ".join(f"{one.name} {one.kept}/{one.dense}" for one in found.abilities)
             all_, size = found.answers, file.stat().st_size / 1e6
             kept = f"{all_.kept} of {all_.dense}: {with_span(all_.share)} %"
-            print(f"{kind}{name}: {size:.1f} MB, {kept}, {told}")
+            print(f"{kind}{name}: {size:.1f} MB, {kept}, {told}; KL {kls}", flush=True)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,22 @@ def of_store(store: Path, sizes: dict[str, Sizes]) -> Iterator[Point]:
         )  # fmt: skip
 
 
+def reference(points: list[Point]) -> Iterator[str]:
+    """Yield what the card shows beside a model: answers kept at bits whose packs `compress` makes,
+    or at 8 bits of GPTQ, calibrated on the mix with chats."""
+    yield "# Share of the dense model's right answers that are kept at so many bits per weight:"
+    yield "# benchmarks/frontier.py --reference on studies/results/frontier"
+    for bits in (8, 4.5, 4, 3):
+        kept = {}
+        for label, name in (("smollm2", "SmolLM2-135M"), ("qwen", "Qwen2.5-Coder-0.5B")):
+            method = "gptq" if bits == 8 else "ecq + embeddings"
+            for one in points:
+                plain = one.line.startswith(f"{label}: {method}") and "distill" not in one.line
+                if plain and one.pattern == f"{bits:g} bits":
+                    kept[name] = round(one.share.value, 3)
+        yield f"{bits:g}: {json.dumps(kept)}".replace('"', "")
+
+
 def of_smaller(store: Path, sizes: Mapping[str, Sizes]) -> Iterator[str]:
     """Yield how many of a dense model's right answers a smaller dense model gives too."""
     results = read_results(store)
@@ -191,11 +207,14 @@ def divergence(distance: dict[str, Any] | None) -> float | None:
 def of_anchors(folder: Path) -> Iterator[Point]:
     """Yield llama.cpp's quants that were scored."""
     for path in sorted(folder.glob("*Q*.json")):
+        if path.suffixes[:1] == [".distance"]:
+            continue
         pair = load_pair(path)
         found, size = behaviour(pair).answers, path.with_suffix(".gguf").stat().st_size / 1e6
         text = path.stem.partition("-")[2]
         line = f"llama.cpp, imatrix of {text}" if text else "llama.cpp"
-        kl = divergence(pair[1].distance)
+        far = path.with_suffix(".distance.json")
+        kl = divergence(json.loads(far.read_text("utf-8")) if far.exists() else None)
         yield Point(line, f"llama.cpp {path.stem}", None, size, kl, found.kept, found.dense,
                     found.share, pair, path.stem.partition("-")[0], 0)  # fmt: skip
 
@@ -376,6 +395,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--distance", type=Path, metavar="FIGURE.svg")
     parser.add_argument("--likelihood", type=Path, metavar="STORE")
+    parser.add_argument("--reference", type=Path, metavar="FILE.yaml")
     asked = parser.parse_args()
     sizes = {label: Sizes(model) for label, _, model in
              (text.partition("=") for text in asked.model)}  # fmt: skip
@@ -406,6 +426,8 @@ def main() -> None:
         drawn = [one._replace(line=only[one.line] or one.line) for one in points
                  if one.line in only] if only else points  # fmt: skip
         draw(drawn, asked.output)
+    if asked.reference:
+        asked.reference.write_text("\n".join(reference(points)) + "\n", "utf-8")
     if asked.distance:
         print("", *draw_distance(points, asked.distance), sep="\n")
 

@@ -96,7 +96,8 @@ def _engine(options: ExportOptions, form: str, bar: Progress) -> Made:
         made = gguf.export(options.what, options.output, like=options.like,
                            say=bar.each("export", 2), **how)  # fmt: skip
         kinds = ", ".join(f"{count} {kind}" for kind, count in made.types.items())
-        stored, alike = f" ({kinds}; {made.ours} keep the levels of calmix)", ""
+        stored = f" ({kinds}; {made.ours} keep the levels of calmix)"
+        alike = f", in {made.engine}"
     else:
         steps, trust = len(openvino.STEPS), options.trust_remote_code
         made = openvino.export(options.what, options.output, trust_remote_code=trust,

@@ -10,7 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,12 @@ def parse_size(text: str, dense: int) -> float:
     return float(share * dense)
 
 
+def packed_bytes(bits: float, matrices: int, outer: int, rest: float = 0) -> float:
+    """Return the size of a pack with so many weights in block matrices, at `bits`, and in
+    embeddings and head; everything else takes `rest` bytes."""
+    return (1 + SPARE) * (rest + (bits * matrices + embedding_bits(bits) * outer) / 8)
+
+
 def bits_for(request: Target) -> float:
     """Return the bits per block weight at which a pack has the requested size."""
     folder = resolve_model(request.model)
@@ -211,11 +217,7 @@ def bits_for(request: Target) -> float:
               for place in read_header(folder / name).values())  # fmt: skip
     width = max(places, key=lambda place: place.size).dtype.itemsize
     rest = dense - width * (matrices + held.outer_weights)
-
-    def size(bits: float) -> float:
-        outer = embedding_bits(bits) * held.outer_weights
-        return (1 + SPARE) * (rest + (bits * matrices + outer) / 8)
-
+    size = partial(packed_bytes, matrices=matrices, outer=held.outer_weights, rest=rest)
     rates = [number / 100 for number in range(round(100 * LEAST), round(100 * MOST) + 1)]
     if not size(LEAST) <= wanted <= size(MOST):
         raise InputError(

@@ -3,7 +3,8 @@
 Everything except the weights comes from a template, a GGUF file of the same model: metadata,
 tokenizer, names, the order of rows. Quantised layers keep their levels where GGUF has the grid:
 Q4_0 for up to 4 symmetric bits, Q8_0 for up to 8, with groups that are multiples of 32. The file is
-read back by transformers and compared with the model before it is moved into place.
+compared with the model before it is moved into place, in llama.cpp if llama-cpp-python is there,
+else in transformers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +48,14 @@ TOKENS = 64  # of the vocabulary to compare with the template's
 @dataclass(frozen=True)
 class Written:
     """Bytes of the model's weight files and of the GGUF file, number of tensors by type and with
-    our levels, and KL(model || file) in nats per token on random ids."""
+    our levels, and KL(model || file) in nats per token on random ids, in which engine."""
 
     before: int
     after: int
     types: dict[str, int]
     ours: int
     kl: float
+    engine: str
 
 
 def export(
@@ -87,10 +90,14 @@ def export(
         new = beside / f".{output.name}"  # no clash with a builtin template's name
         types, ours = _write(new, reader, opened, places, read_grids(folder), weights)
         say("check")
-        kl, _ = difference(opened, partial(_logits, new), TYPES[weights], weights)
+        engine = "llama.cpp" if find_spec("llama_cpp") else "transformers"
+        run = _in_llama_cpp if engine == "llama.cpp" else _in_transformers
+        # llama.cpp rounds what it multiplies with quantised matrices to 8 bits.
+        most = max(TYPES[weights], TYPES["q8_0"] if ours and engine == "llama.cpp" else 0)
+        kl, _ = difference(opened, partial(run, new), most, weights)
         new.chmod(0o644)
         new.replace(real_place(output))
-    return Written(weight_bytes(folder), output.stat().st_size, types, ours, kl)
+    return Written(weight_bytes(folder), output.stat().st_size, types, ours, kl, engine)
 
 
 def _origin(name: str) -> str:
@@ -262,7 +269,20 @@ def _levels(
     return np.concatenate([head, data], axis=-1).reshape(len(weight), -1), kind
 
 
-def _logits(file: Path, ids: Tensor) -> Tensor:
+def _in_llama_cpp(file: Path, ids: Tensor) -> Tensor:
+    from llama_cpp import Llama
+
+    with loading(f"llama.cpp cannot run {file.name}"):
+        engine = Llama(str(file), n_ctx=ids.shape[1], logits_all=True, verbose=False)
+        rows = []
+        for row in ids.tolist():
+            engine.reset()
+            engine.eval(row)
+            rows.append(torch.tensor(engine.scores[: len(row)]))
+        return torch.stack(rows)
+
+
+def _in_transformers(file: Path, ids: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     where, name = file.parent, file.name

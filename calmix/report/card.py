@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import re
 import shlex
 from collections import Counter
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import CalibrationSet, saved_set
-from calmix.compression.plan import BEHAVIOUR, PACK, SCORES, target
+from calmix.compression.plan import BEHAVIOUR, PACK, SCORES, packed_bytes, target
 from calmix.compression.plan import MANIFEST as RECORD
 from calmix.compression.running import read_record
 from calmix.errors import InputError
@@ -27,12 +28,14 @@ from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import user_path
 from calmix.manifest import file_hashes, read_sealed
 from calmix.models import builtin_models
+from calmix.models.shards import read_header, weight_files
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.report import charts, words
 from calmix.report.charts import LOOKS, Chart, Mark
 from calmix.report.pages import render
 from calmix.sources import builtin_sources
 from calmix.sources.licences import use_of
+from calmix.yaml_files import packaged
 
 WEIGHTS = ".safetensors"
 BY_MODEL = "written by the model"
@@ -145,6 +148,28 @@ class Card:
         command = ["calmix", "compress", self.asked["model"], "-o", f"{self.out}-bits", "--size",
                    f"{self.packed / 1e6:.0f}MB"]  # fmt: skip
         return f"quantising usually keeps more than pruning; try {shlex.join(command)}"
+
+    @property
+    def frontier(self) -> list[dict[str, str]]:
+        """Packs of this model at other bits, estimated, and what measured models keep there."""
+        folder, weights, kept = self.out / "model", self.pruning["weights"], self.behaved.answers
+        held = (place.shape for name in weight_files(folder)
+                for place in read_header(folder / name).values())  # fmt: skip
+        beside = sum(path.stat().st_size for path in (self.out / PACK).rglob("*")
+                     if path.is_file() and path.suffix != WEIGHTS)  # fmt: skip
+        outer = sum(map(math.prod, held)) - weights
+        measured = packaged("report/frontier.yaml")
+        rows = [(self.packed or self.size, f"this model, {target(self.asked)}",
+                 None if kept is None else kept.share.value, dict[str, float]())]  # fmt: skip
+        rows += [(int(packed_bytes(bits, weights, outer, beside)), f"{bits:g} bits", None, shares)
+                 for bits, shares in measured.items()]  # fmt: skip
+        return [
+            {"weights at": name, "#packed, MB": words.number(place / 1e6, 0),
+             "#this model keeps %": words.percent(own),
+             **{f"#{model} keeps %": words.percent(shares.get(model))
+                for model in measured[max(measured)]}}
+            for place, name, own, shares in sorted(rows, reverse=True)
+        ]  # fmt: skip
 
     @property
     def bits(self) -> float | None:

@@ -32,6 +32,10 @@ FOOTER = (
     "right, the share that is still right. Likelihood kept: 100 % = dense model, 0 = no task "
     "knowledge. Brackets: 95 % intervals over items."
 )
+FRONTIER = (
+    "packs of this model at other bits, estimated, and the answers that two other models keep at "
+    "those bits, measured"
+)
 MINUS = "\N{MINUS SIGN}"
 WIDTH = 80  # columns of a terminal
 

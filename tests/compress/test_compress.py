@@ -99,6 +99,15 @@ def test_the_cards_numbers_are_those_of_the_scores(calmix, compressed):
     assert {one.name: one.kept.value for one in card.kept.dimensions} == {
         one["name"]: one["kept"]["value"] for one in told["dimensions"]
     }
+    others = [row for row in card.frontier if "this model" not in row["weights at"]]
+    assert [row["weights at"] for row in others] == ["8 bits", "4.5 bits", "4 bits", "3 bits"]
+    lab = Path(__file__).parents[2] / "docs" / "lab" / "results.md"
+    measured = lab.read_text(encoding="utf-8")
+    for row in others:
+        for kept in filter("–".__ne__, list(row.values())[3:]):
+            bits = re.escape(row["weights at"])
+            assert re.search(rf"\| (gptq|ecq \+ embeddings \d) {bits}, .*: {kept} \[", measured)
+        assert f"| {row['weights at']} | " in readme
     for one in card.hashes:
         assert one["SHA-256"] in page
         assert one["SHA-256"] in readme

@@ -1,11 +1,15 @@
 """GGUF files with the levels of a grid, read back by other libraries; importance matrices."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, quants
 
 from calmix.calibration import resolve
+from calmix.deploy import gguf
 from calmix.deploy.gguf import export
 from calmix.models import open_model
 from tests.tiny import load_weights, save_tiny_model
@@ -41,6 +45,34 @@ def test_a_file_has_the_levels_of_the_grid(quantised, name, kind, tmp_path):
     np.testing.assert_allclose(
         found, weights["model.layers.1.mlp.up_proj.weight"].float().numpy(), rtol=1e-3, atol=1e-6
     )
+
+
+def test_llama_cpp_runs_the_file_if_it_is_there(calmix, quantised, tmp_path, monkeypatch):
+    """A stand-in with its interface, since the engine takes minutes to compile."""
+
+    class Llama:
+        def __init__(self, path, *, n_ctx, logits_all, verbose):
+            assert (n_ctx, logits_all, verbose) == (16, True, False)
+            self.model, self.scores, self.seen = open_model(path).model, None, []
+
+        def reset(self):
+            self.seen.append(self.scores)
+
+        @torch.no_grad()
+        def eval(self, tokens):
+            logits = self.model(torch.tensor([tokens])).logits[0].float().numpy()
+            self.scores = np.concatenate([logits, logits]) * scale
+
+    scale = 1.0
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
+    monkeypatch.setattr(gguf, "find_spec", lambda name: name)
+    command = "export", quantised / "four", "--to", "gguf", "-o", tmp_path / "out.gguf"
+    told = calmix(*command).ok().out
+    assert "nats per token, in llama.cpp: " in told
+    scale = 30.0
+    assert "differs from the model" in calmix(*command, "--overwrite").line
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=None))
+    assert "llama.cpp cannot run .out.gguf" in calmix(*command, "--overwrite").line
 
 
 def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(
