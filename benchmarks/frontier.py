@@ -69,13 +69,18 @@ class Point(NamedTuple):
     seed: int
     likely: Mapping[str, float] = {}  # likelihood kept in %, by dimension and in all
 
+    def written(self, ability: str = "") -> np.ndarray:
+        """Return whether each generated answer is right, of the dense model and this one."""
+        tasks = zip(*(one.tasks for one in self.pair), strict=True)
+        found = [both for one, other in tasks
+                 if one.metric in WRITTEN and ability in ("", one.dimension)
+                 for both in zip(one.values, other.values, strict=True)]  # fmt: skip
+        return np.array(found, float).T
+
     def right(self, ability: str = "") -> np.ndarray:
         """Return 1.0 for each answer of the dense model that is still right, else 0.0."""
-        tasks = zip(*(one.tasks for one in self.pair), strict=True)
-        both = [(before, after) for one, other in tasks
-                if one.metric in WRITTEN and ability in ("", one.dimension)
-                for before, after in zip(one.values, other.values, strict=True)]  # fmt: skip
-        return np.array([float(after) for before, after in both if before])
+        before, after = self.written(ability)
+        return after[before > 0]
 
 
 class Sizes:
@@ -229,16 +234,17 @@ def smallest(points: list[Point], floors: str) -> Iterator[str]:
 
 
 def leads(points: list[Point], lines: str) -> Iterator[str]:
-    """Yield by how much a line keeps more than another, pattern by pattern, in all and by
-    ability."""
+    """Yield by how much a line keeps more than another, pattern by pattern, in all and by ability:
+    of what the dense model has right in every run, as its answers depend on those beside them."""
     ours, theirs = ({(one.pattern, one.seed): one for one in points if one.line == line}
                     for line in lines.split(" - "))  # fmt: skip
     both = sorted(ours.keys() & theirs.keys())
     for pattern, group in itertools.groupby(both, key=lambda one: one[0]):
         keys, spans = list(group), []
         for ability in ("", *ABILITIES):
-            apart = [ours[key].right(ability) - theirs[key].right(ability) for key in keys]
-            spans.append(lead(100 * np.array(apart)))
+            pairs = [(ours[key].written(ability), theirs[key].written(ability)) for key in keys]
+            both = np.all([one[0] for pair in pairs for one in pair], axis=0)
+            spans.append(lead(100 * np.array([(one[1] - other[1])[both] for one, other in pairs])))
         yield f"| {lines} | {pattern} | {len(keys)} | {' | '.join(spans)} |"
 
 
