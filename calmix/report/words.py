@@ -33,8 +33,8 @@ FOOTER = (
     "knowledge. Brackets: 95 % intervals over items."
 )
 FRONTIER = (
-    "packs of this model at other bits, estimated, and the answers that two other models keep at "
-    "those bits, measured"
+    "packs of this model at other bits, estimated, and the answers that two measured models keep "
+    "there"
 )
 MINUS = "\N{MINUS SIGN}"
 WIDTH = 80  # columns of a terminal
