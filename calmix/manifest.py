@@ -59,15 +59,10 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, SEAL: sha256_json(content)}
 
 
-def seal_holds(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest matches its own hash."""
-    return sealed(manifest)[SEAL] == manifest.get(SEAL)
-
-
 def read_sealed(path: Path, missing: str) -> dict[str, Any]:
     """Read a manifest and check its hash; InputError, with the text `missing` if there is none."""
     value = read_object(path, missing)
-    if not seal_holds(value):
+    if sealed(value) != value:
         raise InputError(f"{path} is damaged or changed: its hash does not match")
     return value
 

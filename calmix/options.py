@@ -99,21 +99,24 @@ Weights = Annotated[dict[str, float], BeforeValidator(parse_weights)]
 Leakage = Annotated[str, BeforeValidator(lambda value: "off" if value is False else value)]
 
 
+# Options that several models have.
+TRUST = option(False, "Run modelling code shipped with the model.", advanced=True)
+RUN_CODE = option(False, "Run code the model writes, in a limited subprocess.")
+MAX_MEMORY = option(None, "Memory to use at most, e.g. 6GiB.", shown="free memory", advanced=True)
+MEASURE = option("primary", "Score that retention compares, e.g. accuracy.", metavar="NAME")
+
+
 class DeviceOptions(Options):
     """Where a model runs, and whether its own code may."""
 
     device: str = option("auto", "Torch device, e.g. cpu or cuda:1.")
-    trust_remote_code: bool = option(
-        False, "Run modelling code shipped with the model.", advanced=True
-    )
+    trust_remote_code: bool = TRUST
 
 
 class TrialOptions(DeviceOptions):
     """How a study's trials run; does not change their results."""
 
-    allow_code_execution: bool = option(
-        False, "Run code the models write, in a limited subprocess."
-    )
+    allow_code_execution: bool = RUN_CODE
 
 
 class ModelOptions(DeviceOptions):
@@ -126,14 +129,6 @@ class ModelOptions(DeviceOptions):
     def opening(self) -> dict[str, Any]:
         """Return the arguments of `open_model`."""
         return {name: getattr(self, name) for name in ModelOptions.model_fields}
-
-
-class MemoryOptions(Options):
-    """How much memory a long run may take."""
-
-    max_memory: str | None = option(
-        None, "Memory to use at most, e.g. 6GiB.", shown="free memory", advanced=True
-    )
 
 
 def own_sources_option(advanced: bool = True) -> Any:
@@ -207,9 +202,6 @@ class DrawOptions(SizeOptions):
 
 
 Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
-
-
-MEASURE = option("primary", "Score that retention compares, e.g. accuracy.", metavar="NAME")
 
 
 class Settings(Options):
@@ -292,9 +284,10 @@ class Recovering(DrawOptions):
 RECOVERY_OPTIONS = ("epochs", "lr", "batch")
 
 
-class Target(MemoryOptions, DeviceOptions):
+class Target(DeviceOptions):
     """What a model is compressed to, and with which text and time."""
 
+    max_memory: str | None = MAX_MEMORY
     model: str = option(..., MODEL, argument=True)
     sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.")
     pattern: str | None = option(None, "N:M instead of a sparsity, e.g. 2:4.")
@@ -324,9 +317,7 @@ class Target(MemoryOptions, DeviceOptions):
     licence: Licence = licence_option(advanced=False)
     prompts: Path | None = option(None, "Prompts for the card: .txt, .jsonl or .parquet.",
                                   shown="ten plain questions", advanced=True)  # fmt: skip
-    allow_code_execution: bool = option(
-        False, "Run code the model writes, in a limited subprocess."
-    )
+    allow_code_execution: bool = RUN_CODE
 
 
 class Compression(TextField, Target):

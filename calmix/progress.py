@@ -45,26 +45,38 @@ def quiet() -> Iterator[None]:
 class Progress:
     """A progress display for `with`; its methods return callbacks that long functions take.
 
-    The share shown never falls and stays below 100 %. Inside `Stages`, another `Progress` is shown
-    as part of the current stage.
+    The share shown never falls and stays below 100 %. A run with `stages` is one line, such as
+    `3/6 recover, 4 min left`; another `Progress` inside is shown as part of the current stage.
+
+    Args:
+        stages: names of the stages, in order; skipped ones do not count unless the run returns to
+            them.
     """
 
     console: ClassVar[Any] = None  # of the terminal: other output is printed above the line
-    _over: ClassVar[Stages | None] = None
+    _over: ClassVar[Progress | None] = None
 
-    def __init__(self, *, shown: bool = True) -> None:
+    def __init__(self, stages: Iterable[str] = (), *, shown: bool = True) -> None:
         self._shown, self._last = shown, 0.0
         self._view: View | None = None
         self._most: dict[str, float] = {}
         self._since: dict[str, float] = {}
+        self._stages, self._done = list(stages), set[int]()
+        self._at, self._start, self._taken = 0, 0.0, 0.0
+        self.expect({})
 
     def __enter__(self) -> Any:
         self._last = time.monotonic()
-        if self._shown and (Progress._over in (None, self)):
-            self._view = _notebook() if _in_notebook() else _terminal() if _watched() else None
+        if self._stages:
+            Progress._over = self
+        if self._shown and Progress._over in (None, self):
+            # FORCE_COLOR, which notebooks set, makes no terminal.
+            self._view = _notebook() or (_terminal() if sys.stderr.isatty() else None)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._stages:
+            Progress._over = None
         if self._view is not None:
             self._view[1]()
 
@@ -116,34 +128,9 @@ class Progress:
             parts = text, "" if share is None else f"{share:.0%}", remaining
             sys.stderr.write(", ".join(filter(None, parts)) + "\n")
 
-
-class Stages(Progress):
-    """The stages of a run in one line: `3/6 recover, 4 min left`.
-
-    Skipped stages do not count unless the run returns to them.
-
-    Args:
-        names: names of the stages, in order.
-    """
-
-    def __init__(self, names: Iterable[str], *, shown: bool = True) -> None:
-        super().__init__(shown=shown)
-        self._names = list(names)
-        self.expect({})
-        self._at, self._start, self._taken = 0, 0.0, 0.0
-        self._done = set[int]()
-
-    def __enter__(self) -> Any:
-        Progress._over = self
-        return super().__enter__()
-
-    def __exit__(self, *given: object) -> None:
-        Progress._over = None
-        super().__exit__(*given)
-
     def expect(self, seconds: Mapping[str, float]) -> None:
         """Set the expected seconds of each stage by name; a missing one takes 0."""
-        self._expected = [seconds.get(name, 0.0) for name in self._names]
+        self._expected = [seconds.get(name, 0.0) for name in self._stages]
 
     def begin(self, name: str) -> None:
         """Start a stage."""
@@ -151,15 +138,15 @@ class Stages(Progress):
         if self._start:
             self._taken += now - self._start
             self._done.add(self._at)
-        self._at, self._start = self._names.index(name), now
+        self._at, self._start = self._stages.index(name), now
         self.part()
 
     def part(self, inside: str = "") -> None:
         """Show the expected progress, and what runs inside the stage."""
-        text = f"{self._at + 1}/{len(self._names)} {self._names[self._at]}"
+        text = f"{self._at + 1}/{len(self._stages)} {self._stages[self._at]}"
         text += f": {textwrap.shorten(inside, WIDE, placeholder='...')}" if inside else ""
         before, this = sum(self._expected[at] for at in self._done), self._expected[self._at]
-        after = range(self._at, len(self._names))
+        after = range(self._at, len(self._stages))
         whole = before + sum(self._expected[at] for at in after if at not in self._done)
         if not whole:  # no estimate
             self.show(text, None)
@@ -169,17 +156,6 @@ class Stages(Progress):
         # Past 70 % of its time a stage slows down without stopping, because it may take longer.
         done = before + (spent if spent <= 0.7 * this else this * spent / (spent + 0.3 * this))
         self.show(text, done / whole, "all", pace * (whole - done))
-
-
-def _watched() -> bool:
-    """Whether stderr is a terminal; FORCE_COLOR, which notebooks set, is ignored."""
-    return sys.stderr.isatty()
-
-
-def _in_notebook() -> bool:
-    shell = sys.modules.get("IPython")
-    names = [kind.__name__ for kind in type(shell.get_ipython()).__mro__] if shell else []
-    return "ZMQInteractiveShell" in names  # Colab's shell is a subclass
 
 
 def _terminal() -> View:
@@ -203,8 +179,12 @@ def _terminal() -> View:
     return draw, bar.stop
 
 
-def _notebook() -> View:
-    """Return a bar in a notebook's cell."""
+def _notebook() -> View | None:
+    """Return a bar in a notebook's cell; None outside notebooks."""
+    shell = sys.modules.get("IPython")
+    names = [kind.__name__ for kind in type(shell.get_ipython()).__mro__] if shell else []
+    if "ZMQInteractiveShell" not in names:  # Colab's shell is a subclass
+        return None
     display = importlib.import_module("IPython.display").display  # every notebook has it
     cell, last = display({"text/plain": ""}, raw=True, display_id=True), 0.0
 

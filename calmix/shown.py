@@ -13,21 +13,15 @@ from calmix.files import check_result_file, write_json, write_text
 class Shown:
     """Base class of results, which define `_line` and `_rows`."""
 
-    def _line(self) -> str:
-        raise NotImplementedError
-
-    def _rows(self) -> list[dict[str, Any]]:
-        raise NotImplementedError
-
-    def __repr__(self) -> str:
+    def __repr__(self: Any) -> str:
         return f"<{type(self).__name__}: {self._line()}>"
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self: Any) -> str:
         table = self.to_pandas().to_html(index=False, na_rep="", float_format="{:.4g}".format,
                                          max_rows=40, border=0)  # fmt: skip
         return f"<p>{html.escape(self._line())}</p>{table}"
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self: Any) -> Any:
         """Return the table as a pandas DataFrame."""
         import pandas
 
@@ -42,10 +36,9 @@ class Shown:
         else:
             write_json(path, self.to_dict())
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self: Any) -> dict[str, Any]:
         """Return everything as JSON-serialisable values."""
-        dataclass: Any = self
-        return asdict(dataclass)
+        return asdict(self)
 
 
 def percent(value: float | None) -> float | None:

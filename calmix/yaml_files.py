@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -62,40 +61,8 @@ _Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 _Strict.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
-@dataclass(frozen=True)
-class YamlText:
-    """A mapping parsed from YAML, with the position of every key; errors call it `where`."""
-
-    where: str
-    value: dict[str, Any]
-    node: yaml.Node
-
-    def at(self, path: Sequence[Any]) -> str:
-        """Return `FILE line N` for the deepest existing part of a path of keys."""
-        return f"{self.where} line {_locate(self.node, path)[0]}"
-
-    def problems(self, error: ValidationError, model: type[BaseModel]) -> list[str]:
-        """Return every problem of a failed validation as `FILE line N: key: what is wrong`."""
-        lines: dict[str, str] = {}
-        schema = model.model_json_schema()
-        parts = (schema, *schema.get("$defs", {}).values())
-        known = {name for part in parts for name in part.get("properties", {})}
-        for problem in error.errors():
-            path = [part for part in problem["loc"] if part != "[key]"]
-            line, depth = _locate(self.node, path)
-            message = problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "extra_forbidden":
-                message = f"unknown key: {nearest(str(path[-1]), known)}"
-            elif problem["type"] == "missing":
-                path, depth, message = path[:-1], len(path), f"lacks '{path[-1]}'"
-            # Deeper parts are pydantic's own: the members of a union it tried.
-            name = ".".join(map(str, path[:depth]))
-            lines.setdefault(name, f"{self.where} line {line}: {name}: {message}")
-        return [line.replace(": : ", ": ") for line in lines.values()]
-
-
-def parse_yaml(text: str, where: str) -> YamlText:
-    """Parse YAML text that holds a mapping; errors call it `where`."""
+def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], yaml.Node]:
+    """Parse YAML text that holds a mapping, and return its nodes too; errors call it `where`."""
     if len(text) > LARGEST:
         raise InputError(f"{where} has more than {LARGEST:,} characters, the limit for YAML")
     try:
@@ -113,21 +80,43 @@ def parse_yaml(text: str, where: str) -> YamlText:
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict) or node is None:
         raise InputError(f"{where} is not a mapping of names to values")
-    return YamlText(where, value, node)
+    return value, node
 
 
 def parse_model(model: type[Parsed], text: str, where: str) -> Parsed:
     """Parse YAML text and validate it with a pydantic model."""
-    yaml_text = parse_yaml(text, where)
+    value, node = parse_yaml(text, where)
     try:
-        return model.model_validate(yaml_text.value)
+        return model.model_validate(value)
     except ValidationError as error:
         # A misspelt key is also reported as missing; the misspelling is more useful.
-        lines = yaml_text.problems(error, model)
+        lines = yaml_problems(error, model, node, where)
         raise InputError(next((x for x in lines if ": unknown key" in x), lines[0])) from None
 
 
-def _locate(node: yaml.Node, path: Sequence[Any]) -> tuple[int, int]:
+def yaml_problems(
+    error: ValidationError, model: type[BaseModel], node: yaml.Node, where: str
+) -> list[str]:
+    """Return every problem of a failed validation as `FILE line N: key: what is wrong`."""
+    lines: dict[str, str] = {}
+    schema = model.model_json_schema()
+    parts = (schema, *schema.get("$defs", {}).values())
+    known = {name for part in parts for name in part.get("properties", {})}
+    for problem in error.errors():
+        path = [part for part in problem["loc"] if part != "[key]"]
+        line, depth = locate(node, path)
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown key: {nearest(str(path[-1]), known)}"
+        elif problem["type"] == "missing":
+            path, depth, message = path[:-1], len(path), f"lacks '{path[-1]}'"
+        # Deeper parts are pydantic's own: the members of a union it tried.
+        name = ".".join(map(str, path[:depth]))
+        lines.setdefault(name, f"{where} line {line}: {name}: {message}")
+    return [line.replace(": : ", ": ") for line in lines.values()]
+
+
+def locate(node: yaml.Node, path: Sequence[Any]) -> tuple[int, int]:
     """Return the line of the deepest existing part of a path, and its depth."""
     line = node.start_mark.line + 1
     for depth, part in enumerate(path):
@@ -158,7 +147,7 @@ def read_text(path: Path) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; InputError as in `read_text` and `parse_yaml`."""
-    return parse_yaml(read_text(path), str(path)).value
+    return parse_yaml(read_text(path), str(path))[0]
 
 
 def first_problem(error: ValidationError) -> str:

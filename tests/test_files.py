@@ -195,12 +195,9 @@ def test_overwrite_replaces_results_of_calmix_alone(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a place that takes no files is needed")
 def test_a_place_that_takes_no_files_is_one_line(tmp_path):
-    (tmp_path / "file").touch()
     (tmp_path / "circle").symlink_to("circle")
     for output, told in {
-        "/proc/out": "cannot write to /proc/out: cannot create files in /proc",
         "/proc/deep/out": "cannot write to /proc/deep/out: cannot create files in /proc",
-        tmp_path / "file" / "out": "cannot write to",
         tmp_path / ("x" * 300): "cannot write to",
         tmp_path / "circle": "is a file",
     }.items():
@@ -208,7 +205,7 @@ def test_a_place_that_takes_no_files_is_one_line(tmp_path):
             check_output_folder(Path(output))
     check_output_folder(tmp_path / "a" / "b")
     check_output_file(tmp_path / "c" / "d.json")
-    assert names(tmp_path) == ["circle", "file"]  # checking creates nothing
+    assert names(tmp_path) == ["circle"]  # checking creates nothing
     with pytest.raises(InputError, match="not a regular file"):
         check_output_file(Path("/dev/null"), overwrite=True)
     with pytest.raises(InputError, match="is a file"):

@@ -7,28 +7,15 @@ import pytest
 from rich.console import Console
 
 from calmix import progress
-from calmix.progress import Progress, Stages
-
-
-class View:
-    """Records what would be drawn."""
-
-    def __init__(self):
-        self.drawn = []
-        self.ended = False
-
-    def draw(self, *what):
-        self.drawn.append(what)
-
-    def end(self):
-        self.ended = True
+from calmix.progress import Progress
 
 
 @pytest.fixture
-def view(monkeypatch):
-    made = View()
-    monkeypatch.setattr(progress, "_watched", lambda: True)
-    monkeypatch.setattr(progress, "_terminal", lambda: (made.draw, made.end))
+def drawn(monkeypatch):
+    """What a terminal would draw: text, share and time left."""
+    made = []
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(progress, "_terminal", lambda: (lambda *what: made.append(what), list))
     return made
 
 
@@ -40,7 +27,7 @@ def now(monkeypatch):
     return made
 
 
-def test_a_share_is_unknown_at_0_of_0_and_never_falls_when_the_total_grows(view):
+def test_a_share_is_unknown_at_0_of_0_and_never_falls_when_the_total_grows(drawn):
     with Progress() as bar:
         show = bar.of("scoring")
         show(0, 0)
@@ -48,18 +35,17 @@ def test_a_share_is_unknown_at_0_of_0_and_never_falls_when_the_total_grows(view)
             show(done, total)
         each = bar.each("drawing")
         each("news")
-    shares = [share for _, share, _ in view.drawn]
+    shares = [share for _, share, _ in drawn]
     assert shares[0] is None
     assert shares[-1] is None
     known = shares[1:-1]
     assert known == sorted(known)
     assert known[0] == 0
-    assert view.drawn[-1][0] == "drawing news"
-    assert view.ended
+    assert drawn[-1][0] == "drawing news"
 
 
-def test_stages_are_one_line_and_show_the_work_inside(view, now):
-    with Stages(["draw", "prune", "evaluate"]) as bar:
+def test_stages_are_one_line_and_show_the_work_inside(drawn, now):
+    with Progress(["draw", "prune", "evaluate"]) as bar:
         bar.show("estimating", None)
         bar.expect({"draw": 10.0, "prune": 60.0, "evaluate": 30.0})
         bar.begin("draw")
@@ -70,43 +56,43 @@ def test_stages_are_one_line_and_show_the_work_inside(view, now):
             show(0, 4)
             now[0] += 60
             show(2, 4)
-    texts = [text for text, _, _ in view.drawn]
+    texts = [text for text, _, _ in drawn]
     assert texts[0] == "estimating"
     assert set(texts[1:]) == {"1/3 draw", "2/3 prune", "2/3 prune: pruning blocks"}
-    assert view.drawn[1][2] == "2 min left"
-    assert view.drawn[-1][1] == pytest.approx(0.4)
-    assert view.drawn[-1][2] == "2 min left"  # 30 s and 30 s, twice
+    assert drawn[1][2] == "2 min left"
+    assert drawn[-1][1] == pytest.approx(0.4)
+    assert drawn[-1][2] == "2 min left"  # 30 s and 30 s, twice
     assert Progress._over is None
 
 
-def test_skipped_stages_do_not_count_until_the_run_returns_to_them(view, now):
+def test_skipped_stages_do_not_count_until_the_run_returns_to_them(drawn, now):
     names = ["score", "6 bits", "5 bits", "4 bits", "3 bits"]
-    with Stages(names) as bar:
+    with Progress(names) as bar:
         bar.expect(dict.fromkeys(names, 1000.0))
         for name in ("score", "4 bits", "6 bits", "5 bits"):
             bar.begin(name)
             now[0] += 1000
-    assert [text for text, _, _ in view.drawn] == [
+    assert [text for text, _, _ in drawn] == [
         "1/5 score", "4/5 4 bits", "2/5 6 bits", "3/5 5 bits"
     ]  # fmt: skip
-    assert [told for *_, told in view.drawn] == [
+    assert [told for *_, told in drawn] == [
         "83 min left", "33 min left", "50 min left", "33 min left"
     ]  # fmt: skip
-    shares = [share for _, share, _ in view.drawn]
+    shares = [share for _, share, _ in drawn]
     assert shares == sorted(shares)
 
 
-def test_a_stage_that_takes_longer_than_expected_never_stands_still(view, now):
-    with Stages(["prune", "evaluate"]) as bar:
+def test_a_stage_that_takes_longer_than_expected_never_stands_still(drawn, now):
+    with Progress(["prune", "evaluate"]) as bar:
         bar.begin("prune")
-        assert view.drawn == [("1/2 prune", None, "")]  # without an estimate
+        assert drawn == [("1/2 prune", None, "")]  # without an estimate
         bar.expect({"prune": 10.0, "evaluate": 10.0})
         for _ in range(8):
             now[0] += 5
             bar.part("a text of the block that is now pruned, and more")
-    shares = [share for _, share, _ in view.drawn[1:]]
+    shares = [share for _, share, _ in drawn[1:]]
     assert all(a < b < 0.5 for a, b in pairwise(shares))
-    assert view.drawn[-1][0] == "1/2 prune: a text of the block that is..."
+    assert drawn[-1][0] == "1/2 prune: a text of the block that is..."
 
 
 def test_the_bar_pulses_again_when_the_share_is_unknown(monkeypatch):

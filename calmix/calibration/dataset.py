@@ -30,7 +30,7 @@ from calmix.files import (
     write_json,
     write_text,
 )
-from calmix.manifest import SEAL, seal_holds, sealed
+from calmix.manifest import SEAL, sealed
 from calmix.shown import Shown
 
 TENSORS, MANIFEST, KIND, FORMAT = "calibration.safetensors", "manifest.json", "calibration set", 1
@@ -126,7 +126,7 @@ class CalibrationSet(Shown):
                 f"its {MANIFEST} has kind {manifest.get('kind')} and format "
                 f"{manifest.get('format')}"
             )
-        if not seal_holds(manifest):
+        if sealed(manifest) != manifest:
             raise InputError(f"calibration set {folder} is damaged ({MANIFEST}): make it again")
         manifest.pop(SEAL)
         try:

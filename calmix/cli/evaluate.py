@@ -32,7 +32,7 @@ from calmix.evaluation.suites import (
     template,
 )
 from calmix.files import check_output_file, user_path, write_text
-from calmix.options import MEASURE, MODEL, Measure, ModelOptions, option, path_option
+from calmix.options import MEASURE, MODEL, RUN_CODE, Measure, ModelOptions, option, path_option
 from calmix.progress import Progress
 from calmix.sources.licences import use_of
 from calmix.sources.registry import local_file
@@ -61,9 +61,7 @@ def run(
     dimension: tuple[str, ...] = option((), "Only this dimension (repeat)."),
     task: tuple[str, ...] = option((), "Only this task (repeat)."),
     without: tuple[str, ...] = option((), "Skip this task (repeat).", metavar="TASK"),
-    allow_code_execution: bool = option(
-        False, "Run code the model writes, in a limited subprocess."
-    ),
+    allow_code_execution: bool = RUN_CODE,
     right_only: bool = option(
         False,
         "Generate only answers that DENSE, a .json file, has right.",
@@ -150,15 +148,14 @@ def run(
                 progress=bar.of("distance to the dense model"),
             )  # fmt: skip
     scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
-    result, kept = {"scores": scores.to_dict()}, None
+    result, kept = {"scores": scores.to_dict()}, _kept(scores, dense, measure)
     if dense is not None:
-        kept = _kept(scores, dense, measure)
         result |= {"dense": dense.to_dict(), "retention": kept.to_dict(),
                    "behaviour": asdict(behaviour((dense, scores)))}  # fmt: skip
     if output is not None:
         write_text(output, json.dumps(result, ensure_ascii=False) + "\n")
     print_json(result)
-    _print(scores, dense, kept or _kept(scores, None, measure))
+    _print(scores, dense, kept)
     for name, count in scores.truncated.items():
         note(f"task {name}: {count} requests were cut to fit the model's context")
     if output is not None:

@@ -10,7 +10,7 @@ from calmix.cli.common import line, print_json, size
 from calmix.cli.verbs import verb
 from calmix.errors import InputError, nearest
 from calmix.files import check_output_file, user_path
-from calmix.options import Options, option, path_option
+from calmix.options import TRUST, Options, option, path_option
 from calmix.progress import Progress
 
 Form = Literal["pack", "model", "gguf", "openvino", "jsonl", "imatrix"]
@@ -27,9 +27,7 @@ class ExportOptions(Options):
     like: Path | None = option(None, "GGUF: an existing file of the same model.", metavar="FILE")
     model: str | None = option(None, "Set: model that it is for.", flag="--model -m")
     overwrite: bool = option(False, "Replace what calmix wrote there.")
-    trust_remote_code: bool = option(
-        False, "Run modelling code shipped with the model.", advanced=True
-    )
+    trust_remote_code: bool = TRUST
 
 
 PLACE, SET = {"output", "overwrite"}, {"output", "overwrite", "model", "trust_remote_code"}

@@ -13,10 +13,10 @@ from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_apart, user_path
 from calmix.options import (
+    MAX_MEMORY,
     METHOD,
     MODEL,
     DrawOptions,
-    MemoryOptions,
     ModelOptions,
     Pruning,
     Recovering,
@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 LOSSES = {"distill": "KL of the logits, nats per token", "blocks": "relative error of a block"}
 
 
-class WorkOptions(TextField, MemoryOptions, DrawOptions, ModelOptions):
+class WorkOptions(TextField, DrawOptions, ModelOptions):
     """Options of a long run on a calibration set that writes a folder."""
 
+    max_memory: str | None = MAX_MEMORY
     resume: bool = option(False, "Resume an interrupted run of the same request.")
     overwrite: bool = option(False, "Replace what calmix wrote there.")
 

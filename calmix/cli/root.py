@@ -106,7 +106,10 @@ class Group(Plain, TyperGroup):
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Insert the default command, unless one is named or the group's help is asked for."""
+        """Read `help VERB` as `VERB --help`, and insert the default command unless one is named or
+        the group's help is asked for."""
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
         named = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
         if self.default and not named and (args or not ctx.resilient_parsing):
             args = [self.default, *args]
@@ -115,10 +118,6 @@ class Group(Plain, TyperGroup):
 
 class Root(Group):
     """All verbs, each imported on first use."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Read `calmix help VERB` as `calmix VERB --help`."""
-        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all verbs."""

@@ -17,7 +17,6 @@ from calmix.cli.common import out
 from calmix.cli.root import VERBS, Command, Group, app
 from calmix.options import (
     DrawOptions,
-    MemoryOptions,
     ModelOptions,
     Options,
     TextField,
@@ -29,9 +28,9 @@ from calmix.options import (
 Handler = Callable[..., None]
 # Shared options, which help lists after a verb's own.
 COMMON = {
-    name for model in (DrawOptions, ModelOptions, MemoryOptions, TextField)
+    name for model in (DrawOptions, ModelOptions, TextField)
     for name in model.model_fields
-} | {"resume", "overwrite", "as_json"}  # fmt: skip
+} | {"max_memory", "resume", "overwrite", "as_json"}  # fmt: skip
 JSON: Any = {"as_json": (bool, option(False, "Print JSON instead of a table.", flag="--json"))}
 
 

@@ -66,7 +66,7 @@ from calmix.files import alone, remove, write_bytes, write_json
 from calmix.manifest import sealed
 from calmix.models import find_blocks, open_model
 from calmix.options import Compression
-from calmix.progress import Stages, duration
+from calmix.progress import Progress, duration
 
 RUNGS = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits per weight; wider steps where each needs a recovery
 FIRST = 0.8  # share of the allowed error for a first sequence that begins below the top
@@ -210,7 +210,7 @@ def _staged(
 
     seconds: dict[str, float] = {}
     names, left = [one.name for one in listed], [one for one in listed if not one.done(out)]
-    with Stages(names, shown=note is not None) as bar, redirect_stdout(io.StringIO()):
+    with Progress(names, shown=note is not None) as bar, redirect_stdout(io.StringIO()):
         bar.show("estimating", None)
         with suppress(CalmixError):  # only progress and --within need it
             seconds = {one.stage.name: one.seconds for one in estimate(request, left)}

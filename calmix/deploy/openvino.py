@@ -28,10 +28,10 @@ from torch import Tensor
 from calmix.deploy.checking import difference, random_ids
 from calmix.errors import (
     InputError,
-    MissingExtraError,
     ModelError,
     disk_errors,
     first_line,
+    missing_extra,
     nearest,
 )
 from calmix.files import EXPORT, atomic_folder, check_free, check_output_folder, write_json
@@ -73,7 +73,7 @@ class Session:
 
     Raises:
         InputError: `folder` is not an export.
-        MissingExtraError: OpenVINO is not installed.
+        CalmixError: OpenVINO is not installed.
     """
 
     def __init__(self, folder: Path | str, **properties: Any) -> None:
@@ -126,7 +126,7 @@ def export(
 
     Raises:
         InputError: an unknown form of weights, or `output` cannot be written.
-        MissingExtraError: a library is not installed.
+        CalmixError: a library is not installed.
         ModelError: the model cannot be opened or converted, or the export differs from it.
     """
     name, output = str(name), Path(output)
@@ -177,7 +177,7 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingExtraError("an export to OpenVINO", "export") from error
+        raise missing_extra("an export to OpenVINO", "export") from error
 
 
 def _convert(opened: OpenModel, weights: str, folder: Path) -> None:

@@ -25,7 +25,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from calmix import assets
-from calmix.errors import MissingExtraError, SourceError, first_line
+from calmix.errors import SourceError, first_line, missing_extra
 from calmix.files import cache_dir, parse_json, sha256_json, write_bytes
 from calmix.options import Options
 from calmix.progress import quiet
@@ -261,7 +261,7 @@ class ReasoningGym(OfPackage):
 
     def check(self) -> None:
         if self._spec() is None:
-            raise MissingExtraError("reasoning-gym problems", "reasoning")
+            raise missing_extra("reasoning-gym problems", "reasoning")
 
     def read(self) -> Iterator[Document]:
         self.check()

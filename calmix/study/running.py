@@ -21,7 +21,7 @@ from typing import Any
 from filelock import Timeout
 
 from calmix import machine
-from calmix.errors import CalmixError, DiskError, InputError, MissingExtraError, first_line, nearest
+from calmix.errors import CalmixError, DiskError, InputError, first_line, missing_extra, nearest
 from calmix.evaluation.evaluate import runnable
 from calmix.files import check_free, write_json
 from calmix.models import resolve_model
@@ -183,7 +183,7 @@ def on_ray(
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
     except ImportError:
-        raise MissingExtraError("running on Ray", "ray") from None
+        raise missing_extra("running on Ray", "ray") from None
     start: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         cores = max(machine.cores(), round((workers or 0) * cpus))

@@ -29,7 +29,7 @@ from calmix.pruning.methods import get_method
 from calmix.sources import Source
 from calmix.sources.registry import parse_sources
 from calmix.specs import recovery_of, target_of
-from calmix.yaml_files import parse_yaml, read_text
+from calmix.yaml_files import locate, parse_yaml, read_text, yaml_problems
 
 NONE = "none"  # no calibration set, or no recovery
 Allocation = Literal["uniform", "owl", "error", "kl"]
@@ -190,15 +190,16 @@ def load_study(path: Path) -> Study:
 
 def check_study(path: Path) -> tuple[Study | None, list[str]]:
     """Read a study file: return the study, or None and every mistake with its line."""
-    yaml = parse_yaml(text := read_text(path), str(path))
+    value, node = parse_yaml(text := read_text(path), str(path))
     try:
-        file = StudyFile.model_validate(yaml.value)
+        file = StudyFile.model_validate(value)
     except ValidationError as error:
-        return None, sorted(yaml.problems(error, StudyFile), key=_line)
+        return None, sorted(yaml_problems(error, StudyFile, node, str(path)), key=_line)
     problems: list[str] = []
 
     def wrong(at: Sequence[Any], line: object) -> None:
-        problems.append(f"{yaml.at(at)}: {'.'.join(map(str, at))}: {line}")
+        number, _ = locate(node, at)
+        problems.append(f"{path} line {number}: {'.'.join(map(str, at))}: {line}")
 
     def check(at: Sequence[Any], act: Callable[..., Any], *given: Any, **more: Any) -> Any:
         try:

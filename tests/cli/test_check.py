@@ -5,7 +5,7 @@ import json
 import pytest
 
 from calmix.files import write_json
-from calmix.manifest import seal_holds, sealed
+from calmix.manifest import sealed
 from tests.evaluation.helpers import scored
 from tests.evaluation.test_floors import answered
 
@@ -42,7 +42,7 @@ def test_a_verdict_is_printed_sealed_and_sets_the_exit_code(calmix, files, tmp_p
         in ended.out
     )
     made = json.loads(out.read_text(encoding="utf-8"))
-    assert seal_holds(made)
+    assert sealed(made) == made
     assert made["kind"] == "check"
     assert (made["floors"], made["confidence"], made["passed"]) == ({"": 0.9}, 0.95, True)
     assert (made["dense"], made["model"]) == ("f", "pruned")

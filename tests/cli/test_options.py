@@ -70,7 +70,7 @@ def test_few_kernels_are_cached_and_threads_spin_briefly(calmix, monkeypatch, gi
 
 
 def test_every_way_to_ask_for_help(calmix):
-    for words in (("-h",), ("help",), ("help", "report"), ("report", "-h"), ("doctor", "-h"),
+    for words in (("-h",), ("help",), ("help", "report"), ("report", "-h"), ("doctor", "help"),
                   ("report", "--help-all"), ("study", "plan", "--help-all")):  # fmt: skip
         ended = calmix(*words)
         assert ended.code == 0, words

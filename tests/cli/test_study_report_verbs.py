@@ -64,9 +64,3 @@ def test_recommend_names_the_best_set_and_its_uncertainty(calmix, tmp_path):
     assert "weights all equal" in text
     assert "take coder or a set tied with it: expect 55" in text
     assert "take coder, the only set: " in recommended(trials[:1])
-
-
-def test_a_folder_without_a_study_is_refused(calmix, tmp_path):
-    (tmp_path / "bare").mkdir()
-    assert calmix("study", "analyse", tmp_path / "bare").line
-    assert not list((tmp_path / "bare").iterdir())

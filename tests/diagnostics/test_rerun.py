@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from calmix.files import write_json
 from calmix.manifest import sealed
@@ -77,16 +76,11 @@ def prune(calmix, model, output, *options):
     return output / "calmix.json"
 
 
-def test_another_text_or_model_is_reported_before_any_work(calmix, model, text_file, tmp_path):
+def test_another_text_is_reported_before_any_work(calmix, model, text_file, tmp_path):
     manifest = prune(calmix, model, tmp_path / "first", "--calibration", text_file, *SMALL)
     text_file.write_text("other words " * 5000)
     ended = calmix("doctor", "rerun", manifest, "-o", tmp_path / "second")
     assert f"changed (sources.{text_file}." in ended.err
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.norm.weight"][0] += 1
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    ended = calmix("doctor", "rerun", manifest, "-o", tmp_path / "second")
-    assert f"the model {model} has changed" in ended.line
     assert not list(tmp_path.glob("second*"))
 
 
