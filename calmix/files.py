@@ -105,16 +105,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Yield a new file beside `path` to write to; once it is on disk, rename it to `path`."""
     path = real_place(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with hidden(path, Path.touch) as beside:
-            with beside.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            beside.chmod(0o644)
-            beside.replace(path)
-            sync(path.parent)
+    with disk_errors(path), hidden(path, Path.touch) as beside:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.chmod(0o644)
+        beside.replace(path)
+        sync(path.parent)
 
 
 @contextmanager
@@ -126,6 +124,7 @@ def hidden(
     It stays locked meanwhile; the kernel releases the lock if the process dies. Unlocked ones were
     left by killed processes and are removed first.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     while True:
         beside, handle = path.with_name(f".{path.name}.{kind}{secrets.token_hex(4)}"), None
@@ -353,11 +352,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     the hidden folder is removed and `path` stays unchanged.
     """
     path = real_place(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with hidden(path) as beside:
-            yield beside
-            put_folder(beside, path)
+    with disk_errors(path), hidden(path) as beside:
+        yield beside
+        put_folder(beside, path)
 
 
 def put_folder(beside: Path, path: Path) -> None:

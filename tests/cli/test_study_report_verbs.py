@@ -1,28 +1,16 @@
 """`study analyse`, `study report` and `recommend` on exported results."""
 
 import json
-import shutil
-
-import pytest
 
 from tests.synthetic import CONDITIONS, SOURCES, full_plan, save, study, trial
 
 QUICK = ("--permutations", 99, "--resamples", 20)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def test_analyse_writes_into_the_study_and_prints_the_summary(calmix, tmp_path):
     plan = full_plan(sources=SOURCES[:5], conditions=CONDITIONS[1:], others={}, seeds=(0, 1),
                      dimensions=("general", "code"))  # fmt: skip
-    return save(study(plan), tmp_path_factory.mktemp("made") / "study")
-
-
-@pytest.fixture
-def folder(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "study")
-
-
-def test_analyse_writes_into_the_study_and_prints_the_summary(calmix, folder):
+    folder = save(study(plan), tmp_path / "study")
     ended = calmix("study", "analyse", folder, *QUICK).ok()
     assert "(dense model: 100 %): " in " ".join(ended.out.split())
     assert "findings" in ended.out
