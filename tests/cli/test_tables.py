@@ -67,7 +67,7 @@ def test_without_a_terminal_a_table_has_no_limit(capsys, monkeypatch):
     monkeypatch.setattr(Terminal, "is_terminal", True)
     monkeypatch.setattr(Terminal, "width", 72)
     print_table([wide])
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 72
+    assert "(a wider terminal shows column 3, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_retention_fits(calmix, tmp_path, monkeypatch, count):
     verb = ("evaluate", "rescore") if count == 1 else ("compare",)
     told = json.loads(calmix(*verb, *files, "--against", dense, "--json").out)
     ended = calmix(*verb, *files, "--against", dense).ok()
-    assert all(word in ended.out for word in ("worst", "flips %")) == (count < 5)
+    assert all(word in ended.out for word in ("worst", "flips %"))
     for one in [told] if count == 1 else told.values():
         low, value, high = (f"{100 * one['total'][k]:.1f}" for k in ("low", "value", "high"))
         check(ended.out, 80, f"{value} [{low}, {high}]".replace("-", "\N{MINUS SIGN}"))
