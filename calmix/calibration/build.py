@@ -164,7 +164,7 @@ def build(
         order = [documents[i] for i in rng.permutation(len(documents))]
         stream = tokenized(order, opened.tokenizer, name)
         if guard is not None:
-            stream = guard.filter(name, stream)
+            stream = (one for one in stream if guard.passes(name, one[0].id, one[1]))
         if packing == "concat":
             packed, used = pack_concat(stream, count, body, end)
         else:

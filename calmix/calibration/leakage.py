@@ -10,7 +10,7 @@ tokens under a tokenizer that splits digits, and occurs in much code, but is not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,12 +93,6 @@ class Guard:
     index: ItemIndex
     checked: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-
-    def filter(self, source: str, documents: Iterable[Tokenized]) -> Iterator[Tokenized]:
-        """Yield the documents that share no run with an item; count the others as dropped."""
-        for document, ids in documents:
-            if self.passes(source, document.id, ids):
-                yield document, ids
 
     def passes(self, source: str, document: str, ids: list[int]) -> bool:
         """Whether a text shares no run with an item; if it does, it is counted as dropped."""

@@ -15,7 +15,7 @@ from calmix.calibration.build import Mix, build, make_mix, mix_text, parse_mix, 
 from calmix.calibration.dataset import CalibrationSet, saved_set
 from calmix.calibration.leakage import TOKENS, Guard, guard_of, guarded_suites
 from calmix.calibration.selfgen.generators import GENERATORS, Generator, SelfWritten, generate
-from calmix.calibration.selfgen.prompts import chat_turns, count_turns
+from calmix.calibration.selfgen.prompts import chat_turns, count_turns, load_prompts
 from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError, nearest
 from calmix.files import user_path
@@ -179,8 +179,10 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
         source = get_source(name, own)
         refuse(name, source.licence, draw.licence)
         files += source.check()
-    for one in generators:
-        files += one.check()
+    for path in (getattr(one, "prompts", None) for one in generators):
+        if path is not None:
+            load_prompts(path)  # an error is told now
+            files.append(path)
     return request
 
 
@@ -219,7 +221,7 @@ def resolve(
     if note is not None:
         for name in request.sources:
             reader = get_source(name, request.own).reader
-            if isinstance(reader, LocalFile) and (left := reader.left):
+            if isinstance(reader, LocalFile) and (left := reader.files()[1]):
                 note(f"{name}: not read: {left}")
         turns = count_turns(made.ids, opened.tokenizer)
         if turns == 0:

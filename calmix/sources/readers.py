@@ -91,22 +91,17 @@ class Reader(Options):
         raise NotImplementedError
 
 
-class PythonStdlib(Reader):
-    """The modules of the running Python's standard library, without tests and bundled pip."""
+class PythonText(Reader):
+    """Text of the running Python: the modules of its standard library, without tests and bundled
+    pip, or the language reference in pydoc, one document per topic."""
 
-    type: Literal["python-stdlib"]
-
-    def read(self) -> Iterator[Document]:
-        root = Path(sysconfig.get_path("stdlib"))
-        yield from _source_files(root, root.glob("**/*.py"), SKIPPED)
-
-
-class PythonDocs(Reader):
-    """The language reference in pydoc, one document per topic."""
-
-    type: Literal["python-docs"]
+    type: Literal["python-stdlib", "python-docs"]
 
     def read(self) -> Iterator[Document]:
+        if self.type == "python-stdlib":
+            root = Path(sysconfig.get_path("stdlib"))
+            yield from _source_files(root, root.glob("**/*.py"), SKIPPED)
+            return
         from pydoc_data.topics import topics
 
         for name in sorted(topics):
@@ -280,12 +275,8 @@ class ReasoningGym(OfPackage):
                 yield Document(f"{self.datasets[which]}/{item}", text)
 
 
-class Answer(Options):
-    """Where the correct choice is: the position of `label` in `labels` selects one of `texts`."""
-
-    label: str
-    labels: str
-    texts: str
+# Where the correct choice is: the position of `label` in `labels` selects one of `texts`.
+Answer = Annotated[dict[Literal["label", "labels", "texts"], str], Field(min_length=3)]
 
 
 class HubText(Reader):
@@ -354,9 +345,9 @@ class HubText(Reader):
 
     def _text(self, row: dict[str, Any], number: int) -> str:
         try:
-            if (answer := self.answer) is not None:
-                labels, texts = lookup(row, answer.labels), lookup(row, answer.texts)
-                label = lookup(row, answer.label)
+            if self.answer is not None:
+                named = [lookup(row, self.answer[key]) for key in ("label", "labels", "texts")]
+                label, labels, texts = named
                 row = {**row, "answer": texts[labels.index(label)] if label in labels else ""}
             if self.template is not None:
                 return fill(self.template, row)
@@ -432,13 +423,8 @@ class LocalFile(Reader):
             short = f", and no source file of {SHORTEST} characters" if self.path.is_dir() else ""
             raise SourceError(f"{self.path} is empty: it has no text{short}")
 
-    @property
-    def left(self) -> str:
-        """The files of a folder that are not read, in a few words; empty if all are."""
-        return self._files()[1]
-
-    def _files(self) -> tuple[list[Path], str]:
-        """Return the files of the folder to read, and a description of the others."""
+    def files(self) -> tuple[list[Path], str]:
+        """Return the files of the folder to read, and in a few words the others, if any."""
         rest, code = list[Path](), list[Path]()
         for file in sorted(self.path.rglob("*")):
             inside, ending = file.relative_to(self.path).parts, file.suffix.lower()
@@ -452,7 +438,7 @@ class LocalFile(Reader):
     def _documents(self) -> Iterator[Document]:
         path, files = self.path, [self.path]
         if path.is_dir():
-            files, _ = self._files()
+            files, _ = self.files()
             if not files:
                 raise SourceError(f"folder {path} has no {', '.join(FORMATS)} file and no code")
             if files[0].suffix.lower() in CODE:
@@ -467,20 +453,16 @@ class LocalFile(Reader):
                 raise SourceError(f"cannot read {file}: supported endings are {supported}")
             prefix = f"{file.relative_to(path).as_posix()}/" if path.is_dir() else ""
             if (rows := FORMATS.get(ending)) is None:
-                yield Document(f"{prefix}0", _read_text(file))
+                with file.open("rb") as opened:
+                    head = opened.read(1 << 20)
+                    # Of a binary file the rest is not read.
+                    text = _decoded(file, head if b"\0" in head else head + opened.read())
+                yield Document(f"{prefix}0", text)
                 continue
             kind = "line" if ending == ".jsonl" else "row"
             for number, row in rows(file, self.template):
                 where = f"{file} {kind} {number}"
                 yield _of_row(f"{prefix}{number}", self.template, row, where)
-
-
-def _read_text(path: Path) -> str:
-    with path.open("rb") as file:
-        head = file.read(1 << 20)
-        if b"\0" in head:  # refused before the rest is read
-            _decoded(path, head)
-        return _decoded(path, head + file.read())
 
 
 def _read_jsonl(path: Path, template: str) -> Rows:
@@ -650,6 +632,6 @@ def _text(value: Any) -> str:
 
 
 AnyReader = Annotated[
-    PythonStdlib | PythonDocs | PackageFiles | AssetText | ReasoningGym | LocalFile | HubText,
+    PythonText | PackageFiles | AssetText | ReasoningGym | LocalFile | HubText,
     Field(discriminator="type"),
 ]

@@ -15,8 +15,7 @@ from calmix.sources.readers import (
     AssetText,
     LocalFile,
     PackageFiles,
-    PythonDocs,
-    PythonStdlib,
+    PythonText,
     fields,
     fill,
     lookup,
@@ -136,7 +135,7 @@ def test_a_folder_is_read_as_text_or_as_code(tmp_path, tiny_folder, files, read,
     source = get_source(str(folder))
     assert {d.id: d.text for d in source.documents()} == read
     assert [d.id for d in source.documents()] == sorted(read)
-    assert source.reader.left == left
+    assert source.reader.files()[1] == left
     how = {"rows": 1, "length": 8, "leakage": "off", "note": lines.append}
     resolve(str(folder), open_tokenizer(str(tiny_folder)), **how)
     assert lines == ([f"{folder}: not read: {left}"] if left else [])
@@ -148,7 +147,7 @@ def test_a_folder_is_read_as_text_or_as_code(tmp_path, tiny_folder, files, read,
 
 @pytest.mark.parametrize(
     "reader",
-    [PythonStdlib(type="python-stdlib"), PythonDocs(type="python-docs"),
+    [PythonText(type="python-stdlib"), PythonText(type="python-docs"),
      PackageFiles(type="package", package="networkx", files=["algorithms/*.py"])],
 )  # fmt: skip
 def test_installed_text(reader):

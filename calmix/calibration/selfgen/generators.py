@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,7 +26,6 @@ from calmix.calibration.selfgen.prompts import (
     Beginnings,
     beginnings,
     chat_turns,
-    load_prompts,
     prompts_hash,
     start_token,
 )
@@ -52,7 +51,7 @@ Own = Mapping[str, Source]
 Values = NDArray[np.float64]
 # Token ids (pieces, length), and for each piece its dimension, and the negative log-likelihood (in
 # nats) and number of its sampled tokens.
-Pieces = tuple[NDArray[np.int64], NDArray[np.str_], Values, NDArray[np.int64]]
+Pieces = Sequence[NDArray[Any]]
 
 
 class Generator(Options):
@@ -85,13 +84,9 @@ class Generator(Options):
         """The names of the sources of text that the generator reads."""
         return []
 
-    def check(self) -> list[Path]:
-        """Check the user's own files that are read beside the sources, and return them."""
-        return []
-
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
-        """Return the beginnings of texts, by dimension."""
-        raise NotImplementedError
+        """Return the beginnings of texts, by dimension: those of prompts."""
+        return beginnings(getattr(self, "prompts", None), tokenizer)
 
     def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
         """Return the indices of `quota[d]` pieces of each dimension d."""
@@ -99,7 +94,10 @@ class Generator(Options):
 
     def record(self) -> dict[str, Any]:
         """Return the settings for a manifest, with prompts as a hash."""
-        return self.model_dump(mode="json")
+        settings = self.model_dump(mode="json")
+        if "prompts" in settings or settings.get("start") == "prompts":
+            settings["prompts_sha256"] = prompts_hash(getattr(self, "prompts", None))
+        return settings
 
 
 class SelfWritten(Generator):
@@ -115,16 +113,6 @@ class SelfWritten(Generator):
     prompts: Path | None = option(None, "YAML file of prompts by dimension.", metavar="FILE")
     chat: float = option(CHAT, "Share of rows that are chats, e.g. 0.25.", ge=0, lt=1)
 
-    def check(self) -> list[Path]:
-        load_prompts(self.prompts)
-        return [] if self.prompts is None else [self.prompts]
-
-    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
-        return beginnings(self.prompts, tokenizer)
-
-    def record(self) -> dict[str, Any]:
-        return super().record() | {"prompts_sha256": prompts_hash(self.prompts)}
-
 
 class Igsp(SelfWritten):
     """IGSP, our reconstruction (arXiv 2606.03328): write more pieces than needed, and select those
@@ -138,7 +126,8 @@ class Igsp(SelfWritten):
     )
 
     def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
-        return select_rows(*pieces, quota)
+        ids, groups, nll, tokens = pieces
+        return select_rows(ids, groups, nll, tokens, quota)
 
 
 class Chat(Generator):
@@ -171,8 +160,8 @@ class SelfCal(Generator):
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
         if self.start == "prompts":
-            own_prompts = beginnings(None, tokenizer)
-            return {name: Beginnings(one.openers, 1.0) for name, one in own_prompts.items()}
+            ours = super().beginnings(tokenizer, seed, own)
+            return {name: Beginnings(one.openers, 1.0) for name, one in ours.items()}
         begin = start_token(tokenizer, self.start)
         if begin is None:
             what = "begin token or document separator" if self.start == "auto" else self.start
@@ -180,10 +169,6 @@ class SelfCal(Generator):
                 f"self-cal has nothing to start from: this model's tokenizer has no {what}"
             )
         return {self.name: Beginnings([[begin]], 1.0)}
-
-    def record(self) -> dict[str, Any]:
-        own = {"prompts_sha256": prompts_hash()} if self.start == "prompts" else {}
-        return super().record() | own
 
 
 class Sgs(Generator):
@@ -266,11 +251,12 @@ def generate(
         return write(opened, request, batch=generator.batch, progress=progress, note=note)
 
     pieces, counted = _enough(generator, more, quota, guard)
-    written, groups, nll, tokens = chosen = _some(pieces, generator.choose(pieces, quota))
+    places = generator.choose(pieces, quota)
+    written, groups, nll, tokens = chosen = [part[places] for part in pieces]
     rng = np.random.default_rng(seed)  # pieces of one dimension are joined to rows
-    places = np.concatenate([rng.permutation(np.flatnonzero(groups == name)) for name in quota])
+    joined = np.concatenate([rng.permutation(np.flatnonzero(groups == name)) for name in quota])
     order = rng.permutation(rows)
-    ids = written[places].reshape(rows, -1)[order, :length]
+    ids = written[joined].reshape(rows, -1)[order, :length]
     weight = next(opened.model.parameters())
     manifest = {
         "kind": "calibration set",
@@ -298,7 +284,7 @@ def generate(
         "J": objective(*chosen),
         "pieces": {"tokens": size, "a_row": per_row} | counted,
     }
-    names = groups[places[::per_row]][order].tolist()
+    names = groups[joined[::per_row]][order].tolist()
     made = CalibrationSet(torch.from_numpy(ids), tuple(names), manifest)
     manifest["sha256"] = made.sha256
     return made
@@ -355,12 +341,7 @@ def _enough(
         "looping": sum(missing.values()),
     }
     pieces = written.ids.numpy(), groups, nll, written.sampled.sum(1).numpy()
-    return _some(pieces, np.flatnonzero(usable)), counted
-
-
-def _some(pieces: Pieces, places: Any) -> Pieces:
-    ids, groups, nll, tokens = pieces
-    return ids[places], groups[places], nll[places], tokens[places]
+    return [part[usable] for part in pieces], counted
 
 
 def objective(ids: Ids, groups: NDArray[Any], nll: Values, tokens: NDArray[np.int64]) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, RootModel, model_validator
+from pydantic import BeforeValidator, Field, RootModel
 from torch import Tensor
 
 from calmix.calibration.tokenizer import begin_token
@@ -37,14 +37,9 @@ class Dimension(Options):
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.9
     prompts: Annotated[list[Prompt], Field(min_length=1)]
 
-    @model_validator(mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return {"prompts": value} if isinstance(value, list) else value
 
-
-class Prompts(RootModel[dict[str, Dimension]]):
-    """A file of prompts: dimensions by name."""
+LISTED = BeforeValidator(lambda value: {"prompts": value} if isinstance(value, list) else value)
+Prompts = RootModel[dict[str, Annotated[Dimension, LISTED]]]  # a file of prompts
 
 
 class Beginnings(NamedTuple):
