@@ -21,9 +21,9 @@ from calmix.analysis.correlations import (
     permutation_p,
     unit_ranks,
 )
-from calmix.calibration import make_mix, parse_mix, rows_per_source
+from calmix.calibration import parse_mix
 from calmix.calibration import text_metrics as metrics
-from calmix.calibration.build import pack_concat, pack_window
+from calmix.calibration.build import make_mix, pack_concat, pack_window, rows_per_source
 from calmix.evaluation.measures import Parts
 from calmix.evaluation.retention import estimate, item_weights, nan_mean, resampled
 from calmix.pruning.engine import solve

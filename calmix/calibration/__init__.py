@@ -1,13 +1,10 @@
 """Calibration sets: full rows of token ids from one source or a weighted mix."""
 
 from calmix.calibration.build import build as build
-from calmix.calibration.build import make_mix as make_mix
 from calmix.calibration.build import mix_text as mix_text
 from calmix.calibration.build import parse_mix as parse_mix
-from calmix.calibration.build import rows_per_source as rows_per_source
 from calmix.calibration.dataset import CalibrationSet as CalibrationSet
 from calmix.calibration.dataset import saved_set as saved_set
-from calmix.calibration.resolving import Asked as Asked
 from calmix.calibration.resolving import ask as ask
 from calmix.calibration.resolving import resolve as resolve
 from calmix.calibration.tokenizer import OpenTokenizer as OpenTokenizer

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from calmix import assets
-from calmix.calibration import Asked
+from calmix.calibration.resolving import Asked
 from calmix.calibration.texts import LENGTH as TEXT_LENGTH
 from calmix.calibration.texts import ROWS as TEXT_ROWS
 from calmix.calibration.texts import builtin_readers
@@ -108,32 +109,27 @@ class Timed:
 
     @cached_property
     def _sample(self) -> tuple[Any, float]:
-        """A model of only the largest block, and how many such blocks equal all blocks."""
-        sizes = self.blocks.sizes
-        largest = sizes.index(max(sizes))
-        model = self._of_block(largest)
-        try:
-            model.base_model(self._ids(1, 8), use_cache=False)
-        except Exception:  # the largest block needs the output of another
-            largest, model = 0, self._of_block(0)
-        return model, self.block_weights * self.dtype.itemsize / sizes[largest]
-
-    def _of_block(self, index: int) -> Any:
-        """Return the model with a single block and random weights."""
-        model = deepcopy(self.model)
-        config = model.config.get_text_config(decoder=True)
-        if types := getattr(config, "layer_types", None):  # the block becomes the first
-            config.layer_types = types[index:] + types[:index]
-        owner, _, last = self.blocks.name.rpartition(".")
-        setattr(model.get_submodule(owner), last, nn.ModuleList([find_blocks(model).blocks[index]]))
-        model._apply(lambda held: torch.empty_like(held, device=self.device) if held.is_meta
-                     else held.to(self.device))  # fmt: skip
-        for name, p in model.named_parameters():
-            if p.ndim == 1:
-                p.fill_(not name.endswith("bias"))
-            else:  # only the first rows of an embedding are used
-                p[:VOCABULARY].normal_(0, 0.02)
-        return model
+        """The model with only its largest block and random weights, and how many such blocks equal
+        all blocks; with the first block if the largest needs the output of another."""
+        sizes, (owner, _, last) = self.blocks.sizes, self.blocks.name.rpartition(".")
+        for index in (sizes.index(max(sizes)), 0):
+            model = deepcopy(self.model)
+            config = model.config.get_text_config(decoder=True)
+            if types := getattr(config, "layer_types", None):  # the block becomes the first
+                config.layer_types = types[index:] + types[:index]
+            block = nn.ModuleList([find_blocks(model).blocks[index]])
+            setattr(model.get_submodule(owner), last, block)
+            model._apply(lambda held: torch.empty_like(held, device=self.device) if held.is_meta
+                         else held.to(self.device))  # fmt: skip
+            for name, p in model.named_parameters():
+                if p.ndim == 1:
+                    p.fill_(not name.endswith("bias"))
+                else:  # only the first rows of an embedding are used
+                    p[:VOCABULARY].normal_(0, 0.02)
+            with suppress(Exception):
+                model.base_model(self._ids(1, 8), use_cache=False)
+                break
+        return model, self.block_weights * self.dtype.itemsize / sizes[index]
 
     def _ids(self, rows: int, length: int) -> Tensor:
         return torch.randint(0, min(self.vocabulary, 256), (rows, length), device=self.device)

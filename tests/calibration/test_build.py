@@ -1,4 +1,4 @@
-"""Building calibration sets."""
+"""Calibration sets: built, saved, opened and exported."""
 
 import copy
 import json
@@ -7,13 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from calmix.calibration import build, parse_mix
+from calmix.calibration import CalibrationSet, build, parse_mix
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError, SourceError
+from calmix.manifest import sealed
 from calmix.sources import get_source
+from tests.tiny import save_tiny_model, tiny_tokenizer
+
+TENSORS = "calibration.safetensors"
 
 
 def mix_of(sources, lower=1, upper=1):
@@ -59,8 +65,6 @@ def test_rows_are_of_name_and_seed_whatever_else_is_drawn(tmp_path, tiny, source
 
 def test_a_begin_token_opens_every_row(sources, tiny):
     from tokenizers.processors import TemplateProcessing
-
-    from tests.tiny import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -115,3 +119,78 @@ def test_chats_are_written_by_the_models_template(tmp_path, tiny):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(SourceError, match=r"chats.jsonl: chat 1 .* \(roles must.*: change"):
         build(parse_mix(str(path)), rendered, rows=1, length=30)
+
+
+def test_a_set_is_drawn_saved_read_back_and_exported(calmix, sources, tiny, tiny_folder, tmp_path):
+    mix = f"{sources['lower']}:0.5,{sources['upper']}:0.5"
+    folder, text = tmp_path / "set", tmp_path / "set.jsonl"
+    how = ("-m", tiny_folder, "--rows", 4, "--length", 32, "--leakage", "off")
+    told = json.loads(calmix("calibrate", mix, *how, "-o", folder, "--json").ok().out)
+    made, again = build(parse_mix(mix), tiny, rows=4, length=32), CalibrationSet.open(folder, tiny)
+    assert torch.equal(again.ids, made.ids)
+    assert again.sources == made.sources
+    assert made.sha256 == again.sha256 == again.manifest["sha256"] == told["sha256"]
+    assert again.counts == told["counts"]
+    assert again.manifest["sources"] == made.manifest["sources"]
+    again.save(tmp_path / "again")
+    for name in (TENSORS, "manifest.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    foreign, tokenizer = save_tiny_model(tmp_path / "foreign"), tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(foreign)
+    other, export = tmp_path / "other.jsonl", ("export", folder, "-m", tiny_folder, "-o", text)
+    calmix(*export).ok()
+    rows = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
+    assert [row["source"] for row in rows] == list(made.sources)
+    assert rows[0]["text"] == tiny.tokenizer.decode(made.ids[0], skip_special_tokens=True)
+    for words, line in (
+        (export, "exists: choose another file"),
+        (("export", folder, "-m", foreign, "-o", other), "another tokenizer"),
+        (("export", tiny_folder, "-m", tiny_folder, "-o", other), "no effect with --to pack"),
+        (("export", folder, "-o", other), "name its model with --model"),
+        (("export", folder, "--to", "openvino", "-o", other), "it has no export to openvino"),
+        (("calibrate", mix, *how, "-o", folder), "exists and is not empty"),
+        (("calibrate", folder, *how, "-o", other), "is already a calibration set"),
+    ):
+        assert line in calmix(*words).line
+    assert not other.exists()
+    ended = calmix("calibrate", mix, *how, "-o", folder, "--overwrite").ok()
+    assert "4 rows of 32 tokens" in ended.out
+    assert "not checked for leakage" in ended.out
+
+
+def _tensors(change):
+    def damage(folder):
+        tensors = load_file(folder / TENSORS)
+        change(tensors)
+        save_file(tensors, folder / TENSORS)
+
+    return damage
+
+
+def _manifest(change, seal):
+    def damage(folder):
+        path = folder / "manifest.json"
+        path.write_text(json.dumps(seal(json.loads(path.read_text("utf-8")) | change)), "utf-8")
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_tensors(lambda held: held["ids"][0].add_(1)), "is damaged: make it again"),
+        (_tensors(lambda held: held["source"].mul_(-1).add_(1)), "is damaged: make it again"),
+        (_manifest({"seed": 1}, dict), r"is damaged \(manifest.json\): make it again"),
+        (_manifest({"format": 99}, sealed), "format 1, which .*: .* calibration set and format 99"),
+        (lambda f: (f / TENSORS).unlink(), "is damaged: make it again"),
+        (lambda f: (f / "manifest.json").unlink(), "there is no calibration set at"),
+        (lambda f: (f / "manifest.json").write_text("{", "utf-8"), "is damaged: not JSON"),
+        (lambda f: (f / "manifest.json").write_text("{}", "utf-8"), "is not a calibration set"),
+    ],
+)
+def test_damage_is_noticed(sources, tiny, tmp_path, damage, message):
+    folder = build(mix_of(sources), tiny, rows=6, length=32).save(tmp_path / "set")
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        CalibrationSet.open(folder)

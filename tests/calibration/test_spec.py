@@ -15,15 +15,9 @@ def drawn(spec, opened, **options):
     return resolve(str(spec), opened, leakage="off", **options)
 
 
-def test_mixes():
-    for text, expected in (
-        ("a", {"a": 1.0}), ("a:1,b:0", {"a": 1.0}),
-        ("owner/name@part:1,./x.txt:1", {"owner/name@part": 0.5, "./x.txt": 0.5}),
-    ):  # fmt: skip
-        assert parse_mix(text) == expected
-
-
 def test_a_named_mix_stands_for_its_sources():
+    paths = {"owner/name@part": 0.5, "./x.txt": 0.5}
+    assert parse_mix("owner/name@part:1,./x.txt:1,b:0") == paths
     web = {"c4": 0.7, "github-code": 0.1, "gutenberg": 0.1, "stackexchange": 0.1}
     assert ask("web-mix-70").mix == pytest.approx(web)
     mix = ask("chat:1,web-mix:3").mix

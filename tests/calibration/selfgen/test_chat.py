@@ -15,10 +15,10 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture
-def talker(tmp_path):
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
     """A tiny model with a chat template."""
-    folder = save_tiny_model(tmp_path / "talker")
+    folder = save_tiny_model(tmp_path_factory.mktemp("talker") / "model")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -45,25 +45,32 @@ def test_a_row_is_a_conversation_in_the_models_template(talker, opened, tiny, so
         drawn(f"chat:0.5,{sources['lower']}:0.5", tiny)
 
 
-def test_a_quarter_of_what_a_chat_model_writes_are_chats(calmix, talker, opened, tmp_path):
-    made = drawn("self-written", talker)
-    assert made.counts["chat"] == 2
-    assert len(made.counts) == 5
+def test_a_share_of_a_set_may_be_chats(calmix, talker, opened, sources, tmp_path):
+    lower = sources["lower"]
+    for text, rest, counts in (
+        (f"chat:0.25,{lower}:0.75", lower, {lower: 6, "chat": 2}),
+        ("self-written", "self-written,chat=0", None),
+    ):
+        made = drawn(text, talker)
+        assert counts in (None, made.counts)
+        assert made.counts["chat"] == made.manifest["written"]["chat"]["rows"] == 2
+        assert made.manifest["written"]["chat"]["generated"] == "chat"
+        others = made.ids[[name != "chat" for name in made.sources]]
+        order = list if counts else sorted  # rows of a mix keep their order
+        assert order(others.tolist()) == order(drawn(rest, talker, rows=6).ids.tolist())
+        texts = talker.tokenizer.batch_decode(made.ids.tolist())
+        assert made.manifest["chat_turns"] == sum(text.count("u:") for text in texts) >= 2
+        folder = made.save(tmp_path / f"set of {len(made.counts)}")
+        assert CalibrationSet.open(folder, talker).counts == made.counts
+        calmix("doctor", "rerun", folder).ok()
     assert made.manifest["generated"] == "self-written"
-    assert made.manifest["written"]["chat"]["rows"] == 2
-    texts = talker.tokenizer.batch_decode(made.ids.tolist())
-    assert made.manifest["chat_turns"] == sum(text.count("u:") for text in texts) >= 2
-    alone = drawn("self-written,chat=0", talker, rows=6)
-    rest = made.ids[[name != "chat" for name in made.sources]]
-    assert sorted(rest.tolist()) == sorted(alone.ids.tolist())
+    assert len(made.counts) == 5
     plain = drawn("self-written", opened)
     assert "chat" not in plain.counts  # no chat template
     assert "chat_turns" not in plain.manifest
-    made.save(tmp_path / "set")
-    calmix("doctor", "rerun", tmp_path / "set").ok()
 
 
-def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path):
+def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path, monkeypatch):
     lower, lines = sources["lower"], []
     made = drawn(lower, talker, note=lines.append)
     assert made.manifest["chat_turns"] == 0
@@ -73,7 +80,8 @@ def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path):
     for text in (f"chat:0.5,{lower}:0.5", "self-written", str(written)):
         drawn(text, talker, note=lines.append)
     drawn(lower, opened, note=lines.append)
-    talker.tokenizer.chat_template = TEMPLATE.replace("</s>{% endfor", "{% endfor")
+    unended = TEMPLATE.replace("</s>{% endfor", "{% endfor")
+    monkeypatch.setattr(talker.tokenizer, "chat_template", unended)
     assert chat_turns(talker.tokenizer) is None
     drawn(lower, talker, note=lines.append)
     for line, said in zip(lines, (
@@ -82,16 +90,3 @@ def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path):
         "no token ends a turn in this model's chat template",
     ), strict=True):  # fmt: skip
         assert line.startswith(f"warning: {said}")
-
-
-def test_a_mix_may_have_a_share_of_chats(talker, sources, tmp_path):
-    lower = sources["lower"]
-    text = f"chat:0.25,{lower}:0.75"
-    made = drawn(text, talker)
-    assert made.counts == {lower: 6, "chat": 2}
-    alone = drawn(lower, talker, rows=6)
-    assert (made.ids[[name == lower for name in made.sources]] == alone.ids).all()
-    assert drawn(text, talker).sha256 == made.sha256
-    made.save(tmp_path / "set")
-    assert CalibrationSet.open(tmp_path / "set", talker).counts == made.counts
-    assert made.manifest["written"]["chat"]["generated"] == "chat"

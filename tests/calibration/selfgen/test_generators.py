@@ -1,7 +1,6 @@
 """The generators: settings reach the sampler, and every step works as documented."""
 
 import itertools
-import json
 import re
 
 import numpy as np
@@ -277,35 +276,27 @@ def test_bad_prompts(text, message, tmp_path):
         beginnings(path, tiny_tokenizer())
 
 
-@pytest.mark.parametrize(
-    ("spec", "told"),
-    [
-        ("self-written,top_k=1,repeats=0.01", "[1-4] texts repeat more"),
-        ("igsp,candidates=2,temperature=1", "4-gram aggregation .*, perplexity general "),
-    ],
-)
-def test_a_set_is_written_and_read_back(spec, told, calmix, tiny_folder, tmp_path):
-    ended = calmix("calibrate", spec, "-m", tiny_folder, "-o", tmp_path / "set", *SMALL).ok()
-    assert "4 rows of 40 tokens" in ended.out
-    assert re.match(told, ended.out.splitlines()[-2])
-    made = CalibrationSet.open(tmp_path / "set")
-    assert made.manifest["generated"] == spec.partition(",")[0]
-    assert (made.rows, made.length) == (4, 40)
-
-
-def test_prompts_may_be_the_users_own(calmix, tiny_folder, text_file, tmp_path):
+def test_a_set_is_written_also_after_the_users_own_prompts(
+    calmix, tiny_folder, text_file, tmp_path
+):
     held, spec = tmp_path / "prompts.yaml", tmp_path / "mine.yaml"
     held.write_text("law: [{text: The court}]\ncooking: [{text: Stir}]\n", encoding="utf-8")
-    spec.write_text(
-        f"generate: self-written\noptions: {{prompts: '{held}', repeats: 0.3}}\n"
-        "rows: 4\nlength: 40\nleakage: off\n",
-        encoding="utf-8",
-    )
-    ended = calmix("calibrate", spec, "-m", tiny_folder, "-o", tmp_path / "set", "--json").ok()
-    assert sorted(json.loads(ended.out)["counts"].items()) == [("cooking", 2), ("law", 2)]
-    assert CalibrationSet.open(tmp_path / "set").manifest["settings"]["repeats"] == 0.3
-    how = ("-m", tiny_folder, "-o", tmp_path / "drawn", "--device", "cpu")
-    assert "--dtype and --device have no effect" in calmix("calibrate", text_file, *how).line
+    spec.write_text(f"generate: self-written\n"
+                    f"options: {{prompts: '{held}', top_k: 1, repeats: 0.01}}\n")  # fmt: skip
+    how = ("-m", tiny_folder, *SMALL, "-o")
+    for text, told in (
+        ("igsp,candidates=2,temperature=1", "4-gram aggregation .*, perplexity general "),
+        (spec, "[1-4] texts repeat more"),
+    ):
+        ended = calmix("calibrate", text, *how, tmp_path / "set", "--overwrite").ok()
+        assert "4 rows of 40 tokens" in ended.out
+        assert re.match(told, ended.out.splitlines()[-2])
+    made = CalibrationSet.open(tmp_path / "set")
+    assert (made.rows, made.length, made.manifest["generated"]) == (4, 40, "self-written")
+    assert sorted(made.counts.items()) == [("cooking", 2), ("law", 2)]
+    assert made.manifest["settings"]["repeats"] == 0.01
+    line = calmix("calibrate", text_file, *how, tmp_path / "drawn", "--device", "cpu").line
+    assert "--dtype and --device have no effect" in line
 
 
 def defined(ids, rows, groups, nll, tokens):
