@@ -23,6 +23,7 @@ from filelock import Timeout
 from calmix import machine
 from calmix.errors import CalmixError, DiskError, InputError, first_line, missing_extra, nearest
 from calmix.evaluation.evaluate import runnable
+from calmix.evaluation.scores import describe
 from calmix.files import check_free, write_json
 from calmix.models import resolve_model
 from calmix.models.opening import check_models, device_of
@@ -32,7 +33,7 @@ from calmix.study.bench import Bench
 from calmix.study.estimate import PROGRAM, check_memory, largest
 from calmix.study.export import read_results, write_table
 from calmix.study.spec import Study
-from calmix.study.store import ERROR, INDEX, RESULT, Store, check_folder, store_of
+from calmix.study.store import ERROR, INDEX, RESULT, Entry, Index, Store, check_folder
 from calmix.study.trials import Planned, checkpoint_bytes, plan, resolve_all
 
 PASSED = 2**27  # bytes of Ray's object store; large data is passed in files
@@ -80,7 +81,11 @@ def run_study(
     for trial in resolved:
         if (first := names.setdefault(trial.id, trial.label)) != trial.label:
             raise InputError(f"'{first}' and '{trial.label}' are the same trial: remove one")
-    store = store_of(path, study, resolved)
+    suite = {**describe(study.suite), "dimensions": list(study.suite.dimensions)}
+    entries = [
+        Entry(id=t.id, label=t.label, key=list(t.key), set=t.calibration_id) for t in resolved
+    ]
+    store = Store(path, Index(name=study.file.name, text=study.text, suite=suite, trials=entries))
     stale = [e.label for e in before if e.id not in names and store.state(e.id) == "finished"]
     if stale:
         note(

@@ -103,29 +103,24 @@ class Calibration(_Draw):
         return ",".join(f"{name}:{weight!r}" for name, weight in (self.mix or {}).items())
 
 
-class _Pruning(Options):
-    """How models are pruned with each calibration set, and with which seeds.
+class Grid(Options):
+    """Part of a study: how models are pruned with each calibration set, and with which seeds. Its
+    keys override those at the top of the file.
 
-    `allocation` and `recovery` (`none`, or e.g. `blocks,epochs=3`) may be lists; they do not apply
-    to methods without a calibration set.
+    Models and calibrations are referred to by their labels. `allocation` and `recovery` (`none`, or
+    e.g. `blocks,epochs=3`) may be lists; they do not apply to methods without a calibration set.
     """
 
+    models: Annotated[list[str], Filled] | None = None
+    calibrations: Annotated[list[str], Filled] | None = None
+    rows: Count | None = None
+    length: Count | None = None
     methods: Annotated[dict[Method, Targets], Filled] | None = None
     seeds: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Filled] | None = None
     propagation: Propagation | None = None
     allocation: Annotated[list[Allocation], Listed, Filled] | None = None
     embeddings: Annotated[float, Field(ge=2, le=MOST_EMBEDDING)] | None = None
     recovery: Annotated[list[Recovery], Listed, Filled] | None = None
-
-
-class Grid(_Pruning):
-    """Part of a study: its keys override those at the top of the file. Models and calibrations are
-    referred to by their labels."""
-
-    models: Annotated[list[str], Filled] | None = None
-    calibrations: Annotated[list[str], Filled] | None = None
-    rows: Count | None = None
-    length: Count | None = None
 
 
 def _under(key: str) -> BeforeValidator:
@@ -143,18 +138,20 @@ def _under(key: str) -> BeforeValidator:
     return BeforeValidator(wrap)
 
 
-class StudyFile(_Draw, _Pruning):
-    """A study. Without `grids` its top level is the only grid. Without `perplexity` sets get only
-    metrics that need no model."""
+class StudyFile(_Draw, Grid):
+    """A study: models and calibrations by label. Without `grids` its top level is the only grid.
+    Without `perplexity` sets get only metrics that need no model."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     description: str = ""
-    models: Annotated[dict[str, Model], Filled, _under("name")]
+    models: Annotated[dict[str, Model], Filled, _under("name")]  # type: ignore[assignment]
     suite: str = "offline"
     quick: bool = False
     limit: Count | None = None
     right_only: bool = False
-    calibrations: Annotated[dict[str, Calibration], Filled, _under("from")]
+    calibrations: Annotated[  # type: ignore[assignment]
+        dict[str, Calibration], Filled, _under("from")
+    ]
     sources: dict[str, Any] = Field(default={})
     grids: list[Grid] = Field(default=[])
     perplexity: bool = True
@@ -218,14 +215,13 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
         wrong(["calibrations", NONE], f"'{NONE}' is reserved for no calibration set: rename it")
     if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
         wrong(["methods"], "the grid has no trials: name at least one, e.g. wanda: [0.5]")
-    grids: list[tuple[list[Any], Any]]
-    grids = [(["grids", number], grid) for number, grid in enumerate(file.grids)]
-    for at, grid in grids:
+    parts: list[tuple[list[Any], Grid]]
+    parts = [(["grids", number], grid) for number, grid in enumerate(file.grids)]
+    for at, part in parts or [([], file)]:  # keys above grids apply to all of them
         for key, labels in (("models", file.models), ("calibrations", file.calibrations)):
-            for place, name in enumerate(getattr(grid, key) or ()):
+            for place, name in enumerate(getattr(part, key) or ()):
                 if name not in labels:
                     wrong([*at, key, place], f"unknown '{name}': {nearest(name, labels)}")
-    for at, part in grids or [([], file)]:  # keys above grids apply to all of them
         methods = part.methods or file.methods or {}
         for key, idle in (("allocation", UNIFORM), ("recovery", NONE)):
             if (methods and set(getattr(part, key) or ()) - {idle}

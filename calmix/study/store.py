@@ -14,7 +14,7 @@ A trial's folder is written under a temporary name and renamed, so it is never i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,9 @@ from filelock import SoftFileLease, Timeout
 from pydantic import BaseModel, Field, ValidationError
 
 from calmix.errors import InputError, disk_errors
-from calmix.evaluation.scores import CapabilityScores, describe, load_scores
+from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.files import atomic_folder, check_apart, check_writable, read_object, write_json
 from calmix.study.results import FailedTrial, Trial
-from calmix.study.spec import Study
 from calmix.study.trials import Planned
 from calmix.yaml_files import first_problem
 
@@ -86,7 +85,8 @@ def _read(path: Path, kind: type[Kept], remedy: str) -> Kept:
 
 @dataclass
 class Store:
-    """A study's folder on disk. Open one with `open_store` or `store_of`."""
+    """A study's folder on disk; `open_store` opens it. Finished trials that are not in the index
+    stay there, for studies that need them again."""
 
     path: Path
     index: Index
@@ -198,17 +198,3 @@ def check_folder(path: Path, inputs: Iterable[object]) -> list[Entry]:
     if any(not name.startswith(f".{INDEX}.") for name in left):
         raise InputError(f"{path} is not empty and is not a study store: name another folder")
     return []
-
-
-def store_of(path: Path, study: Study, resolved: Sequence[Planned]) -> Store:
-    """Return the store at `path` with a study's trials, without writing it.
-
-    Other finished trials stay there, for studies that need them again.
-    """
-    return Store(path, Index(
-        name=study.file.name, text=study.text,
-        suite={**describe(study.suite), "dimensions": list(study.suite.dimensions)},
-        trials=[
-            Entry(id=t.id, label=t.label, key=list(t.key), set=t.calibration_id) for t in resolved
-        ],
-    ))  # fmt: skip

@@ -120,15 +120,12 @@ def plan(study: Study) -> list[Planned]:
 
 def _label(trial: Planned, conditions: Collection[Condition]) -> str:
     """Label a trial by set, seed, method, pattern, and any other setting that varies."""
-
-    def parts(condition: Condition) -> tuple[str, ...]:
-        model, _, _, rows, length, propagation = condition
-        return model, f"{rows} x {length}", f"{propagation} propagation"
-
-    own = trial.condition
-    alike = [parts(other) for other in conditions if other[1:3] == own[1:3]]
-    more = [part for part, *values in zip(parts(own), *alike, strict=True) if len({*values}) > 1]
-    name = ", ".join([f"{own[1]} {own[2]}", *more])
+    model, recipe, pattern, rows, length, propagation = trial.condition
+    alike = [one for one in conditions if one[1:3] == (recipe, pattern)]
+    sizes, spread = f"{rows} x {length}", f"{propagation} propagation"
+    parts = (model, slice(1)), (sizes, slice(3, 5)), (spread, slice(5, 6))
+    more = [text for text, place in parts if len({one[place] for one in alike}) > 1]
+    name = ", ".join([f"{recipe} {pattern}", *more])
     return f"{trial.calibration} {name} seed {trial.seed}" if trial.rows else name
 
 
