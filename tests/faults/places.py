@@ -55,12 +55,11 @@ def verbs(files):
 
     calmix.evaluate(str(files / "model"), files / "suite.yaml", limit=1)  # imports all
 
-    def kept(verb, *options, resume=True):
-        more = ("--resume",) if resume else ()
+    def kept(verb, *options, resume=("--resume",), read=True):
         return Verb(
-            lambda at: (verb, *options, "-o", at / "out", *more),
+            lambda at: (verb, *options, "-o", at / "out", *resume),
             partial(tree, without=RUN),
-            lambda at: ("doctor", "inspect", at / "out"),
+            (lambda at: ("doctor", "inspect", at / "out")) if read else None,
         )
 
     own = ("--calibration", text, *SMALL)
@@ -71,19 +70,18 @@ def verbs(files):
         "prune magnitude": kept("prune", model, "--method", "magnitude", "--sparsity", 0.5),
         "prune block": kept("prune", model, *own, "--sparsity", 0.5, "--propagation", "block"),
         "prune targets": kept(
-            "prune", model, *own, "--method", "sparsegpt,wanda", "--sparsity", "0.4,0.6"
+            "prune", model, *own, "--method", "sparsegpt,wanda", "--sparsity", "0.4,0.6", read=False
         ),
         "recover distill": kept("recover", *recovered, "--epochs", 1),
         "recover blocks": kept("recover", *recovered, "--method", "blocks", "--epochs", 1),
-        "calibrate": kept("calibrate", text, "-m", model, *SMALL, resume=False),
-        "generate": kept("calibrate", "self-cal", "-m", model, *SMALL, resume=False),
+        "calibrate": kept("calibrate", text, "-m", model, *SMALL, resume=()),
+        "generate": kept("calibrate", "self-cal", "-m", model, *SMALL, resume=()),
         "evaluate": Verb(
             lambda at: ("evaluate", files / "model", "--suite", files / "suite.yaml", "-o",
                         at / "out.json"), _scores,
         ),
         "study": Verb(lambda at: ("study", "run", study, "-o", at / "out"), _study, anew=()),
     }  # fmt: skip
-    found["prune targets"] = Verb(found["prune targets"].arguments, found["prune targets"].result)
     assert tuple(found) == NAMES
     return found
 

@@ -32,18 +32,10 @@ def tries(count, *, now=0, names=NAMES):
     return pytest.mark.parametrize(("place", "number"), chosen if LONG else few, indirect=["place"])
 
 
-@tries(50, now=1)
-def test_a_verb_that_was_killed_is_asked_again(place, number):
-    stop(place, number, "kill")
-
-
-@tries(10)
-def test_a_verb_that_was_interrupted_is_asked_again(place, number):
-    stop(place, number, "interrupt")
-
-
-def stop(place, number, how):
+@tries(60, now=1)
+def test_a_verb_that_was_killed_or_interrupted_is_asked_again(place, number):
     """End a verb at a seeded moment, up to three times in a row, and ask for it again."""
+    how = "kill" if number < 50 else "interrupt"
     rng, folder = place.seeded(how, number), place.fresh("tried")
     for _ in range(rng.choice([1, 1, 2, 3])):
         ended = place.run(folder, after=place.moment(rng), how=how)
@@ -94,7 +86,7 @@ def damage(rng, files):
     path.write_bytes(content)
 
 
-def both(place, folders):
+def both(place, *folders):
     """Return how a verb ended in two folders, started in both at once."""
     logs = [place.folder / f"log-{number}" for number in (0, 1)]
     children = [start(place.acts(at), log) for at, log in zip(folders, logs, strict=True)]
@@ -105,15 +97,15 @@ def both(place, folders):
 def test_of_two_on_one_output_one_makes_it(place, number):
     """The other stops in one line, or finds it."""
     folder = place.fresh("tried")
-    ended = both(place, [folder, folder])
+    ended = both(place, folder, folder)
     assert all(one.line for one in ended if one.code), ended
     place.judge(folder, next(one for one in ended if not one.code))
 
 
 @tries(2, names=CACHED)
 def test_two_on_one_cache_have_what_each_alone_would(place, number):
-    folders = [place.fresh("tried"), place.fresh("other")]
-    for folder, ended in zip(folders, both(place, folders), strict=True):
+    folders = place.fresh("tried"), place.fresh("other")
+    for folder, ended in zip(folders, both(place, *folders), strict=True):
         assert not ended.code, ended
         place.judge(folder, ended)
 

