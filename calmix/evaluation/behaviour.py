@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 from calmix.errors import InputError
 from calmix.evaluation.measures import RIGHT_OR_WRONG, TaskScores, Z, has_signal
@@ -72,7 +73,6 @@ class Behaviour:
 def behaviour(*pairs: Pair) -> Behaviour:
     """Count which answers and choices survive pruning, from scores of both models on one or more
     suites. A task that occurs in several is taken from the one with the most items."""
-    check_pairs(pairs)
     written, chosen = held(pairs, answered), held(pairs, chosen_from)
     above_chance = [both for both in chosen if has_signal(both[0], "accuracy")]
     abilities = dict.fromkeys(dense.dimension for dense, _ in written)
@@ -110,8 +110,11 @@ def not_run(pairs: Sequence[Pair]) -> tuple[str, ...]:
                                if name not in run))  # fmt: skip
 
 
-def check_pairs(pairs: Sequence[Pair]) -> None:
-    """Raise an `InputError` unless both models were given the same items in the same form."""
+def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[TaskPair]:
+    """Return both models' scores of the tasks that fit, each from the suite where it has the most
+    items. With `right_only` scores, only the items that the dense model gets right remain. An
+    `InputError` unless both models were given the same items in the same form."""
+    found: dict[str, tuple[int, TaskPair]] = {}
     for dense, pruned in pairs:
         check_same_suite(pruned.suite, dense.suite)
         check_paired(dense.tasks, pruned.tasks)
@@ -120,26 +123,19 @@ def check_pairs(pairs: Sequence[Pair]) -> None:
                 "one model was prompted in its chat template, the other with worked examples: give "
                 "both the same tokenizer and template, and evaluate again"
             )
-
-
-def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[TaskPair]:
-    """Return both models' scores of the tasks that fit, each from the suite where it has the most
-    items. With `right_only` scores, only the items that the dense model gets right remain."""
-    found: dict[str, tuple[TaskScores, TaskScores, bool]] = {}
-    for dense, pruned in pairs:
         for before, after in zip(dense.tasks, pruned.tasks, strict=True):
-            most = len(found[before.name][0].items) if before.name in found else 0
-            if fits(before) and len(before.items) > most:
-                found[before.name] = before, after, pruned.right_only and answered(before)
-    return [(_right(before, before), _right(before, after)) if right_only else (before, after)
-            for before, after, right_only in found.values()]  # fmt: skip
-
-
-def _right(dense: TaskScores, task: TaskScores) -> TaskScores:
-    """Return scores of only the items that the dense model gets right."""
-    right = [at for at, value in enumerate(dense.values) if value]
-    items, values = tuple(task.items[at] for at in right), tuple(task.values[at] for at in right)
-    return replace(task, items=items, values=values, answers=(), ended=())
+            name, count = before.name, len(before.items)
+            if not fits(before) or count <= found.get(name, (0,))[0]:
+                continue
+            if pruned.right_only and answered(before):
+                right = list(map(bool, before.values))
+                before, after = (
+                    replace(one, items=tuple(compress(one.items, right)),
+                            values=tuple(compress(one.values, right)), answers=(), ended=())
+                    for one in (before, after)
+                )  # fmt: skip
+            found[name] = count, (before, after)
+    return [both for _, both in found.values()]
 
 
 def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:

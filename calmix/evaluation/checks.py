@@ -200,9 +200,3 @@ _REQUESTED = {
     "sentences": lambda text, value: _sentences(text) == int(value),
     "language": _language,
 }
-
-
-def entry_of(test: str) -> str:
-    """Return the name of the function called in an assertion."""
-    found = re.search(r"(\w+)\s*\(", test.partition("assert")[2].lstrip(" ("))
-    return found[1] if found else ""

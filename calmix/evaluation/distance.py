@@ -23,7 +23,7 @@ from torch import Tensor
 
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import likelihood, retention
-from calmix.evaluation.likelihood import Progress, Ticker
+from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.measures import Array
 from calmix.evaluation.retention import estimate, item_weights
 from calmix.files import write_bytes
@@ -132,7 +132,7 @@ def distance(
         if dense is None:
             raise InputError(f"{opened.name} has another output head: pass the dense model too")
         before = likelihood.decoder_and_head(dense().model)[1]
-    tick = Ticker(progress, sum(map(len, reference.texts.values())))
+    done, total = 0, sum(map(len, reference.texts.values()))
     found: dict[str, dict[str, Any]] = {}
     points: list[Array] = []  # mean KL, then that of each resample
     for name, ids in reference.texts.items():
@@ -143,7 +143,9 @@ def distance(
             for first, second in logit_pairs((before, after), both):
                 agree.append(first.argmax(-1) == second.argmax(-1))
                 divergence.append(likelihood.divergences(first, second))
-            tick(len(states))
+            done += len(states)
+            if progress is not None:
+                progress(done, total)
         kls = torch.cat(divergence).cpu().double().numpy().reshape(len(ids), -1)
         if not np.isfinite(kls).all():
             raise ModelError(f"the distance of {opened.name} on the text {name} is not finite")

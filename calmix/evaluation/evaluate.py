@@ -6,6 +6,7 @@ Scores of a dense model are cached, since every comparison needs them.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -160,7 +161,7 @@ def evaluate(
     asked = [(name, item) for name, item in pairs
              if specs[name].writes and (right is None or item.id in right[name])]  # fmt: skip
     scorer = Scorer(model, batch_tokens=size, progress=progress)
-    scorer.tick.total += ANSWER * len(asked)
+    scorer.total += ANSWER * len(asked)
     # All likelihood requests at once, so that common prefixes run only once.
     likely = iter(scorer.loglikelihood([
         (name, *one) for name, item in pairs if not specs[name].writes for one in item.requests
@@ -260,7 +261,7 @@ def ask(scorer: Scorer, asked: Sequence[tuple[str, Ask]]) -> list[tuple[float, s
                for _, one in asked]  # fmt: skip
     scorer.truncated.update(name for (name, _), one in zip(asked, prompts, strict=True)
                             if len(one.ids) + one.tokens > scorer.max_length)  # fmt: skip
-    written = answers(scorer.opened, prompts, tick=lambda n: scorer.tick(n * ANSWER))
+    written = answers(scorer.opened, prompts, progress=lambda done, total: scorer.tick(ANSWER))
     with ThreadPoolExecutor(cores()) as pool:  # programs run in subprocesses
         good = pool.map(lambda item, one: verdict(item, *one), (one for _, one in asked), written)
     return [(float(right), text, int(ended))
@@ -275,7 +276,7 @@ def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
     if item.check != "program":
         return CHECKS[item.check](answer, item.right)
     doc = item.doc
-    entry = doc.get("entry_point") or checks.entry_of(doc["test_list"][0])
+    entry = doc.get("entry_point") or re.findall(r"assert.*?(\w+)\s*\(", doc["test_list"][0])[0]
     code = checks.program(answer, doc.get("prompt", ""), entry)
     if "test" in doc:
         tests = [doc["test"], f"check({entry})"]

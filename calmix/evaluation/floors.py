@@ -118,8 +118,7 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""
         rows = [asdict(one) | {"passed": one.passed} for one in self.tested]
-        lists = {"tested": rows, "untested": [*self.untested], "not_run": [*self.not_run]}
-        return asdict(self) | lists | {"passed": self.passed, "lines": self.lines()}
+        return asdict(self) | {"tested": rows, "passed": self.passed, "lines": self.lines()}
 
 
 def record(verdict: Verdict, floors: Mapping[str, float], pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -190,7 +189,6 @@ def judge(
         InputError: a named ability is in no suite, or the dense model has no signal in it, or it
             has too few items to prove its floor even if all are kept.
     """
-    behaviour.check_pairs(pairs)
     tasks = {measure: behaviour.held(pairs, fits) for measure, (fits, _) in MEASURES.items()}
     known = list(dict.fromkeys(one[0].dimension for some in tasks.values() for one in some))
     if unknown := [name for name in floors if name and name not in known]:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from calmix.errors import InputError
 from calmix.evaluation.greedy import answers, prompt
-from calmix.evaluation.likelihood import Progress, Ticker
+from calmix.evaluation.likelihood import Progress
 from calmix.files import read_object, write_json
 from calmix.models import OpenModel
 from calmix.sources.registry import local_file
@@ -87,5 +87,5 @@ def answer(
     longer than `TOKENS` are cut and end in an ellipsis."""
     inputs = [prompt(opened.tokenizer, one.shown, one.plain, TOKENS, ("\nQuestion:",))
               for one in prompts]  # fmt: skip
-    texts = answers(opened, inputs, tick=Ticker(progress, len(inputs)))
+    texts = answers(opened, inputs, progress=progress)
     return tuple(text.strip() + ("" if ended else " …") for text, ended in texts)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from calmix.evaluation.likelihood import Tick
+from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.scorer import attention_window
 from calmix.evaluation.tasks import shared_start
 from calmix.machine import tokens_at_once
@@ -70,13 +70,13 @@ def prompt(
 
 @torch.inference_mode()
 def answers(
-    opened: OpenModel, prompts: Sequence[Prompt], *, tick: Tick | None = None
+    opened: OpenModel, prompts: Sequence[Prompt], *, progress: Progress | None = None
 ) -> list[tuple[str, bool]]:
     """Return a model's greedy answer to each prompt, in order, and whether it ended by itself
     rather than at the limit or in a loop.
 
-    Prompts too long for the model's context are truncated on the left. `tick` is called with the
-    number of answers just finished.
+    Prompts too long for the model's context are truncated on the left. `progress` is called with
+    the number of answers finished and in total.
     """
     if not prompts:
         return []
@@ -90,7 +90,7 @@ def answers(
         for row in alike:
             row.head = head if head >= SHARED and len(alike) > 1 else 0
     with quiet_transformers():
-        writer = _Writer(opened, context, tick)
+        writer = _Writer(opened, context, len(rows), progress)
         for group in writer.groups(rows):
             (writer.answer if writer.padded else writer.by_transformers)(group)
     for row in rows:
@@ -102,9 +102,12 @@ def answers(
 
 
 class _Writer:
-    def __init__(self, opened: OpenModel, context: int, tick: Tick | None) -> None:
+    def __init__(
+        self, opened: OpenModel, context: int, total: int, progress: Progress | None
+    ) -> None:
         self.model: Any = opened.model
-        self.tokenizer, self.tick = opened.tokenizer, tick
+        self.tokenizer, self.progress = opened.tokenizer, progress
+        self.done, self.total = 0, total
         self.device = next(self.model.parameters()).device
         self.ends = torch.tensor(end_tokens(opened), device=self.device)
         known = inspect.signature(self.model.forward).parameters
@@ -223,8 +226,9 @@ class _Writer:
             tail = self.tokenizer.decode(row.written[-TAIL:]) if row.until else ""
             row.ended = end or any(stop in tail for stop in row.until)
             row.over = row.ended or len(row.written) >= row.tokens or loops(row.written)
-            if row.over and self.tick is not None:
-                self.tick(1)
+            self.done += row.over
+            if row.over and self.progress is not None:
+                self.progress(self.done, self.total)
 
     def by_transformers(self, rows: Sequence[Prompt]) -> None:
         from transformers import GenerationConfig

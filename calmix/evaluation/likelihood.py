@@ -28,7 +28,6 @@ HEAD_TOKENS = 512
 COMPARED = 8  # tokens on which a head is compared with its model's forward pass
 AHEAD = 0.05  # of the logits' norm: later tokens change more in any known non-causal model
 
-Tick = Callable[[int], None]  # takes the number just done
 Progress = Callable[[int, int], None]  # takes the number done and the total
 
 Head = Callable[[Tensor], Tensor]  # from hidden states to logits, in the model's dtype
@@ -145,26 +144,13 @@ def hidden_states(decoder: Any, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, decoder(input_ids=ids[part].to(device), use_cache=False)[0][:, :-1]
 
 
-class Ticker:
-    """Counts what is done and reports it together with the total."""
-
-    def __init__(self, progress: Progress | None, total: int = 0) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __call__(self, count: int) -> None:
-        self.done += count
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-
 @torch.inference_mode()
 def row_nll(model: Any, ids: Tensor, progress: Progress | None = None) -> Tensor:
     """Return -log p(ids[j + 1] | ids[: j + 1]) in nats, float32 of shape (rows, length - 1).
 
     `ids` are int64 token ids without padding, shape (rows, length).
     """
-    (decoder, head), tick = decoder_and_head(model), Ticker(progress, len(ids))
-    parts = []
+    (decoder, head), parts = decoder_and_head(model), []
     for rows, states in hidden_states(decoder, ids):
         targets = ids[rows, 1:].flatten().to(states.device)
         for hidden, target in zip(
@@ -173,7 +159,8 @@ def row_nll(model: Any, ids: Tensor, progress: Progress | None = None) -> Tensor
             logits = head(hidden)
             right = logits.gather(1, target[:, None])[:, 0].float()
             parts.append(log_sums(logits) - right)
-        tick(len(states))
+        if progress is not None:
+            progress(rows.stop, len(ids))
     return torch.cat(parts).view(len(ids), -1).cpu()
 
 

@@ -163,9 +163,7 @@ def nan_mean(values: Array, axis: int, weights: Array | float = 1.0) -> Array:
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
-def flips(
-    dense: Sequence[TaskScores], pruned: Sequence[TaskScores], *, resamples: int = RESAMPLES
-) -> dict[str, Estimate]:
+def flips(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> dict[str, Estimate]:
     """Return *flips* (arXiv 2407.09141), the fraction of items right under exactly one of two
     models: the mean over tasks by dimension, and the mean over dimensions as `total`.
 
@@ -180,7 +178,7 @@ def flips(
     for before, after in judged:
         changed = np.not_equal(before.values, after.values).astype(float)
         made = Parts("accuracy", changed, np.ones_like(changed))
-        points.append(resampled(before.name, made, resamples=resamples, seed=0))
+        points.append(resampled(before.name, made, resamples=RESAMPLES, seed=0))
     rolled = by_dimension([before for before, _ in judged], np.stack(points))
     return {name: estimate(point) for name, point in rolled.items()}
 

@@ -20,17 +20,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from calmix.errors import ModelError
 from calmix.evaluation import likelihood
-from calmix.evaluation.likelihood import Progress, Ticker, close, decoder_and_head, log_sums
+from calmix.evaluation.likelihood import Progress, close, decoder_and_head, log_sums
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, repeated_cache
 from calmix.models.opening import quiet_transformers
@@ -43,14 +42,6 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 MIN_PREFIX = 48  # tokens; shorter prefixes are cheaper to recompute than to cache
 MIN_SHARED = 6  # fewest common tokens for two neighbours to share a tree
 OPEN_ROWS = 64  # most rows kept open while packing
-
-
-class Scored(NamedTuple):
-    """A sequence of token ids; those from `start` (at least 1) on are scored."""
-
-    ids: list[int]
-    start: int
-    owner: int = 0
 
 
 @dataclass
@@ -69,6 +60,8 @@ class Row:
         return len(self.ids)
 
 
+# Token ids of a sequence, the first position that is scored (at least 1), and its owner's number.
+Scored = tuple[list[int], int, int]
 Run = tuple[list[int], list[Row]]  # a prefix, possibly empty, and the rows that follow it
 
 
@@ -92,11 +85,17 @@ class Scorer:
         self.device = next(self.model.parameters()).device
         self.max_length = opened.context or MAX_LENGTH
         self.truncated: Counter[str] = Counter()
-        self.tick = Ticker(progress)
+        self.progress, self.done, self.total = progress, 0, 0
         self._decoder, self._head = decoder_and_head(self.model)
         self._window = attention_window(self.model)
         self._cache_key = cache_argument(self._decoder)
         self.packed = self._packs()
+
+    def tick(self, count: int) -> None:
+        """Count requests that are done, and report them."""
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total)
 
     def encode(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
         """Tokenise texts; the tokenizer adds its special tokens if `special`."""
@@ -126,9 +125,9 @@ class Scorer:
             if len(ids) > self.max_length + 1:  # the last token is only predicted
                 self.truncated[task] += 1
                 ids = ids[-(self.max_length + 1) :]
-            scored.append(Scored(ids, len(ids) - len(answer), owner))
+            scored.append((ids, len(ids) - len(answer), owner))
         with torch.inference_mode():
-            self.tick.total += len(scored)
+            self.total += len(scored)
             totals = [0.0] * len(scored)
             for rows, hidden in self._hidden(scored):
                 owners = [owner for row in rows for owner, _, _ in row.targets]
@@ -140,12 +139,12 @@ class Scorer:
     def _hidden(self, scored: list[Scored]) -> Iterator[tuple[list[Row], Tensor]]:
         """Yield batches of rows and the last hidden states of their nodes."""
         window = self._window if self.packed else 0
-        short = [one for one in scored if len(one.ids) - 1 <= window]
+        short = [one for one in scored if len(one[0]) - 1 <= window]
         for prefix, beside in plan(short, row_tokens=ROW_TOKENS):
             cache = self._prefill(prefix) if prefix else None
             for rows in batches(beside, self.batch_tokens):
                 yield rows, self._run_packed(rows, cache, len(prefix))
-        long = [one for one in scored if len(one.ids) - 1 > window]
+        long = [one for one in scored if len(one[0]) - 1 > window]
         for rows in batches(trees(long, [0] * len(long)), self.batch_tokens):
             yield rows, self._run(rows)
 
@@ -213,7 +212,7 @@ class Scorer:
             [*range(-1, 7), 3, *range(8, 11), -1, *range(12, 17)],
         )
         other = Row(row.ids[:5], row.parent[:5])  # shorter, to test padding too
-        chains = trees([Scored([*line, 0], 1) for line in lines], [0] * len(lines))
+        chains = trees([([*line, 0], 1, 0) for line in lines], [0] * len(lines))
         with quiet_transformers():
             try:
                 packed = self._run_packed([row, other], self._prefill(ids[:4]), 4)
@@ -256,17 +255,18 @@ def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
     A row exceeds `row_tokens` only if a single sequence does. The plan depends on the sequences,
     not on their order.
     """
-    ordered = sorted(sequences, key=lambda scored: (scored.ids, scored.start))
-    arrays = [np.asarray(scored.ids[:-1], dtype=np.int64) for scored in ordered]
-    shared = [0, *(_common(a, b) for a, b in pairwise(arrays))]  # common tokens of k and k - 1
+    ordered = sorted(sequences, key=lambda scored: scored[:2])
+    arrays = [np.asarray(ids[:-1], dtype=np.int64) for ids, _, _ in ordered]
+    # Common tokens of k and k - 1.
+    shared = [0, *(int((a[: len(b)] == b[: len(a)]).cumprod().sum()) for a, b in pairwise(arrays))]
 
     def size(low: int, high: int, prefix: int) -> int:
-        new = sum(len(ordered[k].ids) - 1 - shared[k] for k in range(low, high))
+        new = sum(len(arrays[k]) - shared[k] for k in range(low, high))
         return new + shared[low] - prefix
 
     def length(low: int, high: int) -> int:
         # One context token must stay in the row to predict the first scored token.
-        reach = min(scored.start - 1 for scored in ordered[low:high])
+        reach = min(start - 1 for _, start, _ in ordered[low:high])
         return min(reach, *shared[low + 1 : high]) if high - low > 1 else 0
 
     def split(low: int, high: int, prefix: int) -> list[tuple[int, int, int]]:
@@ -289,19 +289,12 @@ def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
         for first, end, most in split(low, high, prefix):
             kept = [0, *(count - most for count in shared[first + 1 : end])]
             made = trees(ordered[first:end], kept, most, row_tokens)
-            runs.append((ordered[first].ids[:most], fill_rows(made, row_tokens)))
+            runs.append((ordered[first][0][:most], fill_rows(made, row_tokens)))
     if loose:
         kept = [0, *(shared[b] if b == a + 1 else 0 for a, b in pairwise(loose))]
         made = trees([ordered[at] for at in loose], kept, 0, row_tokens)
         runs.append(([], fill_rows(made, row_tokens)))
     return runs
-
-
-def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
-    """Return the length of the common prefix of two arrays."""
-    length = min(len(a), len(b))
-    differs = a[:length] != b[:length]
-    return int(differs.argmax()) if differs.any() else length
 
 
 def trees(
@@ -312,8 +305,8 @@ def trees(
     `shared` is how many tokens after the prefix each sequence shares with the previous one.
     """
     made, path = list[Row](), list[int]()
-    for scored, kept in zip(members, shared, strict=True):
-        ids = scored.ids[prefix:]
+    for (ids, start, owner), kept in zip(members, shared, strict=True):
+        ids = ids[prefix:]
         if kept < MIN_SHARED or len(made[-1]) + len(ids) - 1 - kept > row_tokens:
             made.append(Row())
             path, kept = [], 0
@@ -322,8 +315,8 @@ def trees(
             tree.ids.append(token)
             tree.parent.append(path[-1] if path else -1)
             path.append(len(tree) - 1)
-        for at in range(scored.start - prefix, len(ids)):
-            tree.targets.append((scored.owner, path[at - 1], ids[at]))
+        for at in range(start - prefix, len(ids)):
+            tree.targets.append((owner, path[at - 1], ids[at]))
     return made
 
 

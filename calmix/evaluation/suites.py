@@ -299,25 +299,24 @@ def _mistake(row: Any, kind: str) -> str:
             "'answer' must be the index of the right choice, from 0": several
             and type(answer) is int and 0 <= answer < len(choices),
         },
-        "answers": {"'answer' must be a text, or a list of texts": _text(answer) or _texts(answer)},
+        "answers": {"'answer' must be a text, or a list of texts": _texts(answer)
+                    or _texts([answer])},
         "numbers": {f"'answer' must be a number below {LARGEST:g}": type(answer) in (int, float)
                     and abs(answer) < LARGEST},
         "programs": {
-            "'head' must be the head of a function, e.g. double(x)": _text(head)
+            "'head' must be the head of a function, e.g. double(x)": _texts([head])
             and _parses(f"def {head.strip()}: pass", "exec"),
             "'tests' must be a list of expressions": _texts(tests)
             and all(_parses(one.strip(), "eval") for one in tests),
         },
-    }[kind] | {"'question' must be a text": _text(row.get("question"))}  # fmt: skip
+    }[kind] | {"'question' must be a text": _texts([row.get("question")])}  # fmt: skip
     return next((rule for rule, met in rules.items() if not met), "")
 
 
-def _text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
 def _texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_text, value))
+    """Whether a value is a list of texts, none of them blank."""
+    known = value if isinstance(value, list) else []
+    return bool(known) and all(isinstance(one, str) and one.strip() for one in known)
 
 
 def _parses(code: str, mode: str) -> bool:

@@ -85,10 +85,26 @@ def _cloze(name: str, number: int, group: str, row: Mapping[str, Any]) -> Item:
 
 @functools.lru_cache(maxsize=64)
 def _archive_items(archive: str, form: str, shots: int) -> list[Item]:
-    items = [_formed(item, form) for item in _rendered(archive, shots)]
-    if form == "passage":  # several questions may share a passage
-        return list({item.requests[0][0]: item for item in reversed(items)}.values())[::-1]
-    return items
+    """Return the items of a rendered data set in the form in which they are scored."""
+    found: dict[str, Item] = {}
+    for item in _rendered(archive, shots):
+        (context, right), key = item.requests[item.gold], item.id
+        if (len({one for one, _ in item.requests}) > 1) != (form == "contexts"):
+            raise InputError(f"item {item.id} of the archive is not of form '{form}'")
+        if form == "passage":  # split in the middle, at a space
+            passage, question, _ = context.partition("\nQuestion:")
+            cut = passage.find(" ", len(passage) // 2)
+            if not question or cut < 0:
+                raise InputError(f"item {item.id} of the archive has no passage before a question")
+            end = cut + PASSAGE
+            end = len(passage) if end >= len(passage) else passage.rfind(" ", cut + 1, end)
+            context, right = passage[:cut], passage[cut:end]
+            key = context
+        if form in ("answer", "passage"):
+            item = replace(item, requests=((context, right),), gold=0)
+        # Several questions may share a passage: the first one stays, in the place of the last.
+        found[key] = found.pop(key, item)
+    return list(found.values())
 
 
 def _rendered(archive: str, shots: int) -> Iterator[Item]:
@@ -133,23 +149,6 @@ def document_number(doc: Mapping[str, Any], number: int) -> int:
     return int(task_id) if task_id.isdigit() else number
 
 
-def _formed(item: Item, form: str) -> Item:
-    """Convert an item to the form in which it is scored."""
-    context, right = item.requests[item.gold]
-    if (len({one for one, _ in item.requests}) > 1) != (form == "contexts"):
-        raise InputError(f"item {item.id} of the archive is not of form '{form}'")
-    if form == "passage":  # split in the middle, at a space
-        passage, question, _ = context.partition("\nQuestion:")
-        cut = passage.find(" ", len(passage) // 2)
-        if not question or cut < 0:
-            raise InputError(f"item {item.id} of the archive has no passage before a question")
-        end = cut + PASSAGE
-        end = len(passage) if end >= len(passage) else passage.rfind(" ", cut + 1, end)
-        context, right = passage[:cut], passage[cut:end]
-    one = form in ("answer", "passage")
-    return replace(item, requests=((context, right),), gold=0) if one else item
-
-
 @functools.cache
 def _members() -> list[str]:
     with assets.open_archive(ARCHIVE) as archive:
@@ -187,19 +186,17 @@ def _asked(
     """Make items of documents; the last ones may serve as worked examples."""
     check, key = known["check"], known.get("right", "right")
     plain = "{context}" if known["plain"] == "context" else known["plain"]
-
-    def right(doc: Mapping[str, Any]) -> Any:
-        value = doc[key][int(doc["gold"])] if key == "choices" else doc.get(key)
-        return [value] if check in ("text", "exact") and isinstance(value, str) else value
-
+    right = [doc[key][int(doc["gold"])] if key == "choices" else doc.get(key) for doc in docs]
+    if check in ("text", "exact"):
+        right = [[one] if isinstance(one, str) else one for one in right]
     count = len(docs) - known.get("examples", 0)
-    head = "".join(f"{plain.format(**doc)} {doc.get('shown') or right(doc)[0]}\n\n"
-                   for doc in docs[count:])  # fmt: skip
+    head = "".join(f"{plain.format(**doc)} {doc.get('shown') or one[0]}\n\n"
+                   for doc, one in zip(docs[count:], right[count:], strict=True))  # fmt: skip
     return tuple(
         Ask(
             f"{name}/{at}", document_number(doc, doc.get("number", at)),
             known["chat"].format(**doc) if "chat" in known else None,
-            head + plain.format(**doc), right(doc), doc, check, known["tokens"],
+            head + plain.format(**doc), right[at], doc, check, known["tokens"],
             tuple(known["until"]),
         )
         for at, doc in enumerate(docs[:count])

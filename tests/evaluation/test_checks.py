@@ -8,6 +8,32 @@ import pytest
 from calmix.evaluation import checks
 from calmix.evaluation.sandbox import failure
 
+REQUESTS = [  # answers, and what a request asks for
+    ("**Paris**", {"words": 1, "is": "Paris"}, True),
+    ("It is Paris.", {"words": 1, "is": "Paris"}, False),
+    ("dogs", {"words": 1, "is": "dog|dogs"}, True),
+    ("1. apple\n2. pear\n3. plum", {"lines": "3", "each_words": 4}, True),
+    ("Here are three fruits for you today:\n- apple\n- pear", {"lines": "3", "each_words": 4},
+     False),
+    ("apple, pear", {"lines": 1, "commas": "2", "each_words": 4}, True),
+    ('```json\n{"a": 1}\n```', {"json": '{"a": 1}'}, True),
+    ('{"a": 1', {"json": '{"a": 1}'}, False),
+    ('"The train leaves at nine."', {"same": "The train leaves at nine."}, True),
+    ("HELLO WORLD!", {"same": "HELLO WORLD", "case": True}, True),
+    ("A dog is an animal.", {"sentences": 1, "most_words": "20", "contains": "dog"}, True),
+    ("Answer: Paris", {"begins": "Answer:", "contains": "Paris"}, True),
+    ("Sorry, no dog.", {"contains": "dog", "without": "sorry|I cannot"}, False),
+    ("Le ciel est bleu.", {"language": "fr"}, True),
+    ("The sky is blue.", {"language": "fr"}, False),
+    ("1,2,3,4,5", {"same": "1, 2, 3, 4, 5"}, True),
+    ('Here it is:\n{"a": "Red"}', {"json": '{"a": "red"}'}, True),
+    ("[" * 5000, {"json": "{}"}, False),
+    ("red, red, red", {"commas": "3"}, False),
+    ("dog dog dog dog dog dog", {"contains": "dog"}, False),
+    ("It opens at 5 p.m. every day. Come in.", {"sentences": 2}, True),
+    ("The sum is 17.", {"contains": "7|seven"}, False),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("check", "answer", "right", "ok"),
@@ -31,6 +57,7 @@ from calmix.evaluation.sandbox import failure
         ("same_result", r"It points to \(\text{east}\)", r"\boxed{\text{east}}", True),
         ("same_result", "the sum is 1234567", r"\boxed{1,\!234,\!567}", False),
         ("same_result", "the sum is 45", r"$\boxed{45}$", True),
+        *(("as_requested", *row) for row in REQUESTS),
     ],
 )
 def test_an_answer_is_compared_with_what_is_right(check, answer, right, ok):
@@ -68,40 +95,6 @@ def test_a_program_is_taken_from_its_block_or_continues_the_head():
     assert checks.program("def ff(x):\n    return x\n", head, "f").startswith(head)
     assert checks.program("    return x\n", head, "f") == head + "    return x\n"
     assert checks.program("```python\n    return x\n", head, "f") == head + "    return x\n"
-    assert checks.entry_of('assert remove_Occ("hello","l") == "heo"') == "remove_Occ"
-    assert checks.entry_of("assert (tri(2)) == 3") == "tri"
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected", "ok"),
-    [
-        ("**Paris**", {"words": 1, "is": "Paris"}, True),
-        ("It is Paris.", {"words": 1, "is": "Paris"}, False),
-        ("dogs", {"words": 1, "is": "dog|dogs"}, True),
-        ("1. apple\n2. pear\n3. plum", {"lines": "3", "each_words": 4}, True),
-        ("Here are three fruits for you today:\n- apple\n- pear", {"lines": "3", "each_words": 4},
-         False),
-        ("apple, pear", {"lines": 1, "commas": "2", "each_words": 4}, True),
-        ('```json\n{"a": 1}\n```', {"json": '{"a": 1}'}, True),
-        ('{"a": 1', {"json": '{"a": 1}'}, False),
-        ('"The train leaves at nine."', {"same": "The train leaves at nine."}, True),
-        ("HELLO WORLD!", {"same": "HELLO WORLD", "case": True}, True),
-        ("A dog is an animal.", {"sentences": 1, "most_words": "20", "contains": "dog"}, True),
-        ("Answer: Paris", {"begins": "Answer:", "contains": "Paris"}, True),
-        ("Sorry, no dog.", {"contains": "dog", "without": "sorry|I cannot"}, False),
-        ("Le ciel est bleu.", {"language": "fr"}, True),
-        ("The sky is blue.", {"language": "fr"}, False),
-        ("1,2,3,4,5", {"same": "1, 2, 3, 4, 5"}, True),
-        ('Here it is:\n{"a": "Red"}', {"json": '{"a": "red"}'}, True),
-        ("[" * 5000, {"json": "{}"}, False),
-        ("red, red, red", {"commas": "3"}, False),
-        ("dog dog dog dog dog dog", {"contains": "dog"}, False),
-        ("It opens at 5 p.m. every day. Come in.", {"sentences": 2}, True),
-        ("The sum is 17.", {"contains": "7|seven"}, False),
-    ],
-)  # fmt: skip
-def test_a_request_is_checked_by_what_it_asks_for(answer, expected, ok):
-    assert checks.as_requested(answer, expected) == ok
 
 
 FORKS = "import os\nwhile True:\n  try:\n    os.fork()\n  except OSError:\n    pass"
@@ -109,27 +102,15 @@ PROCESS, FILE = "start a process", "write a file"
 
 
 @pytest.mark.parametrize(
-    "source",
-    [
-        "import math, re, heapq, collections, itertools\nprint('x')\nassert math.gcd(4, 6) == 2",
-        "import bz2, os\nassert 'SECRET_OF_THE_USER' not in os.environ",
-    ],
-)
-def test_right_programs_pass(source, monkeypatch):
-    monkeypatch.setenv("SECRET_OF_THE_USER", "x")
-    assert not failure(source)
-
-
-@pytest.mark.parametrize(
     ("source", "reason"),
     [
+        ("import math, re, heapq, collections\nprint('x')\nassert math.gcd(4, 6) == 2", None),
+        ("import bz2, os\nassert 'SECRET_OF_THE_USER' not in os.environ", None),
         ("while True:\n    pass", "still running"),
-        ("while True:\n    print('x' * 10_000)", "still running"),
         (FORKS, PROCESS),
         ("import subprocess\nsubprocess.run(['true'])", PROCESS),
         ("import os\nos.kill(os.getppid(), 0)", PROCESS),
         ("x = []\nwhile True:\n    x.append(bytearray(1 << 20))", "MemoryError"),
-        ("from pathlib import Path\nPath('out.txt').write_text('text')", FILE),
         ("import os\nos.open('out', os.O_CREAT | os.O_WRONLY)", FILE),
         ("try:\n    open('out.txt', 'w')\nexcept BaseException:\n    pass", FILE),
         ("import socket\nsocket.create_connection(('127.0.0.1', 80))", "use the network"),
@@ -142,11 +123,12 @@ def test_right_programs_pass(source, monkeypatch):
         ("raise ValueError('\\ud800')", ""),
     ],
 )
-def test_everything_else_is_a_plain_failure(source, reason):
+def test_right_programs_pass_and_everything_else_is_a_plain_failure(source, reason, monkeypatch):
+    monkeypatch.setenv("SECRET_OF_THE_USER", "x")
     # Programs that end by themselves get enough time even on a busy machine.
     found = failure(source, seconds=0.3 if reason == "still running" else 30)
-    assert found
-    assert reason in found
+    assert bool(found) == (reason is not None)
+    assert (reason or "") in found
     assert "\n" not in found
 
 

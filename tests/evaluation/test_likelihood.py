@@ -61,21 +61,18 @@ def test_a_model_of_other_inputs_or_logits_is_refused_in_one_line():
     model.forward = lambda **kwargs: run(**kwargs, attention_mask=object())
     with pytest.raises(ModelError, match="gives no logits for token ids in float32"):
         row_nll(model, tiny_ids())
+    for step, says in ((1, "computes logits from more than its decoder's output"),
+                       (-1, "LlamaForCausalLM is not causal")):  # fmt: skip
 
-    def adding(look):
-        def forward(input_ids, **kwargs):
+        def forward(input_ids, step=step, **kwargs):
             result = run(input_ids=input_ids, **kwargs)
-            result.logits = result.logits + look(input_ids)[..., None]
+            seen = input_ids if step == 1 else input_ids.flip(1)
+            result.logits = result.logits + seen[..., None]
             return result
 
-        return forward
-
-    model.forward = adding(lambda ids: ids)
-    with pytest.raises(ModelError, match="computes logits from more than its decoder's output"):
-        row_nll(model, tiny_ids())
-    model.forward = adding(lambda ids: ids.flip(1))
-    with pytest.raises(ModelError, match="LlamaForCausalLM is not causal"):
-        row_nll(model, tiny_ids())
+        model.forward = forward
+        with pytest.raises(ModelError, match=says):
+            row_nll(model, tiny_ids())
 
 
 def test_perplexity_is_of_whole_windows():
@@ -147,8 +144,7 @@ def test_distance_is_that_of_whole_logits(kind, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_is_at_no_distance_from_itself_and_one_row_has_no_interval(dtype):
-    dense = opened()
-    dense.fingerprint = "dense"
+    dense, _ = pair()
     dense.model.to(dtype)
     found = distance(dense, reference(dense, TEXTS | {"code": TEXTS["code"][:1]}))
     assert [list(one.values())[1:] for one in (*found["dimensions"].values(), found["total"])] == [

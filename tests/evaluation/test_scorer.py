@@ -7,7 +7,7 @@ import pytest
 
 from calmix.errors import ModelError
 from calmix.evaluation import scorer as module
-from calmix.evaluation.scorer import Row, Scored, Scorer, attention_window, fill_rows, plan
+from calmix.evaluation.scorer import Row, Scorer, attention_window, fill_rows, plan
 from tests.evaluation.helpers import opened, quiz, reference
 from tests.tiny import ARCHITECTURES, quick
 
@@ -31,23 +31,19 @@ def test_scores_are_the_plain_models_on_every_architecture(kind):
     assert (attention_window(model.model) == 16) == (kind in ("gemma2", "mistral"))
 
 
-def test_long_contexts_are_cut_on_the_left_and_counted():
+def test_long_contexts_are_cut_on_the_left_and_counted_and_long_answers_refused():
     model = opened()
     text = "abcdefghij" * 40  # 400 tokens, the context is 256
     scorer = Scorer(model)
     found, _ = scorer.loglikelihood([("long", text, "xyz"), ("short", "a", "b")])
     assert [found] == pytest.approx(reference(model, [(text[-254:], "xyz")]), rel=1e-4)
     assert scorer.truncated == {"long": 1}
-
-
-def test_what_cannot_be_scored_is_one_line():
-    model = opened()
     for answer, says in (
         ("b" * 300, r"task x has an answer of 300 tokens; tiny-llama takes 1 to 256"),
         ("", "task x has an answer of 0 tokens"),
     ):
         with pytest.raises(ModelError, match=says):
-            Scorer(model).loglikelihood([("x", "a", answer)])
+            scorer.loglikelihood([("x", "a", answer)])
 
 
 def test_rows_keep_their_size_and_shared_tokens_run_once():
@@ -56,7 +52,7 @@ def test_rows_keep_their_size_and_shared_tokens_run_once():
     sequences = []
     for number in range(60):
         question = preambles[number % 2] + [rng.randrange(100) for _ in range(20)]
-        sequences += [Scored([*question, 200 + choice, 7], len(question)) for choice in range(4)]
+        sequences += [([*question, 200 + choice, 7], len(question), 0) for choice in range(4)]
     runs = plan(sequences, row_tokens=128)
     assert sorted(prefix for prefix, _ in runs) == sorted(preambles)  # one for each task
     for _, rows in runs:

@@ -39,12 +39,10 @@ def test_builtin_suites():
         assert list(suites[name].dimensions) == ["general", "commonsense", "code", "math"]
     wanted = "mmlu boolq piqa hellaswag winogrande arc_easy arc_challenge openbookqa humaneval mbpp"
     assert set(suites["paper"].tasks) == {*wanted.split(), "gsm8k", "math"}
-    assert all((task.quick or 0) < (task.limit or 0) for task in suites["offline"].tasks.values())
-
-
-def test_offline_leaves_the_odd_items_to_the_sources():
-    read = benchmarks_read(offline_sources().values())
-    parts = {name for name, task in load_suite("offline").tasks.items()
+    offline, read = suites["offline"].tasks, benchmarks_read(offline_sources().values())
+    assert all((task.quick or 0) < (task.limit or 0) for task in offline.values())
+    # It leaves the odd items to the sources.
+    parts = {name for name, task in offline.items()
              if task.items == "all" and benchmark(task) in read}  # fmt: skip
     assert parts == {"math500"}  # its source leaves out all similar items
 
@@ -241,7 +239,7 @@ def test_only_what_a_dense_model_gets_right_is_asked_and_all_else_is_wrong(
 ):
     seen = []
 
-    def fake(opened, prompts, tick=None):
+    def fake(opened, prompts, progress):
         seen.append(len(prompts))
         return [("down", True) for _ in prompts]
 

@@ -35,7 +35,7 @@ def spec(**fields):
 
 
 @pytest.mark.usefixtures("archive")
-def test_items_are_conditional_and_even_if_asked():
+def test_items_are_conditional_and_even_if_asked_and_their_texts_have_no_worked_examples():
     assert [item.id for item in load_items(spec())] == [f"quiz/{n}" for n in range(10)]
     assert [item.number for item in load_items(spec(items="even", limit=2))] == [0, 4]
     # MBPP has its own numbers, from 11 on.
@@ -43,6 +43,12 @@ def test_items_are_conditional_and_even_if_asked():
         archive="mbpp/gold", form="answer", metric="bits_per_byte", shots=0, items="even"
     )
     assert [item.number for item in load_items(mbpp)] == [12, 14]
+    items = list(suite_items(parse_model(Suite, suite_text(), "suite")))
+    texts = {identifier: text for _, identifier, text in items}  # for the leakage check
+    assert texts["quiz/2"] == "Question: what is 2?\nAnswer: two 2\n not 2\n none 2"
+    assert texts["which/0"] == "The sun 0 is hot."
+    assert texts["mbpp/1"] == "Write 12.\nreturn 12"
+    assert preamble(["Q: x", "Q: y"]) == preamble(["same\n\ntext"] * 2) == preamble([]) == 0
 
 
 @pytest.mark.usefixtures("archive")
@@ -63,16 +69,6 @@ def test_a_passage_is_scored_once_from_its_middle_on(monkeypatch):
     texts.append("single")
     with pytest.raises(InputError, match="item quiz/3 of the archive has no passage before"):
         load_items(passages)
-
-
-@pytest.mark.usefixtures("archive")
-def test_the_text_for_the_leakage_check_leaves_worked_examples_out():
-    items = list(suite_items(parse_model(Suite, suite_text(), "suite")))
-    texts = {identifier: text for _, identifier, text in items}
-    assert texts["quiz/2"] == "Question: what is 2?\nAnswer: two 2\n not 2\n none 2"
-    assert texts["which/0"] == "The sun 0 is hot."
-    assert texts["mbpp/1"] == "Write 12.\nreturn 12"
-    assert preamble(["Q: x", "Q: y"]) == preamble(["same\n\ntext"] * 2) == preamble([]) == 0
 
 
 @pytest.mark.usefixtures("archive")
