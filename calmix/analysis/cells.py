@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -190,7 +190,7 @@ def _cells(
 ) -> Cells:
     import pandas as pd  # takes half a second
 
-    dimensions, first = dimensions_of(results), dict[str, Trial]()
+    dimensions = dimensions_of(results)
     order = list(dict.fromkeys(one.calibration for one in results.trials))
     trials = sorted(trials, key=lambda one: (order.index(one.calibration), one.seed))
     for before, trial in pairwise(trials):
@@ -199,8 +199,7 @@ def _cells(
                 f"the analysis cannot distinguish two trials of {trial.calibration} at seed "
                 f"{trial.seed} ({condition.label}; one is {trial.id})"
             )
-    for trial in trials:
-        first.setdefault(trial.calibration, trial)
+    first = tuple(next(same) for _, same in groupby(trials, key=lambda one: one.calibration))
     dense = results.dense[condition.model]
     pruned = [results.scores[trial.id] for trial in trials]
     for scores in pruned:
@@ -222,7 +221,7 @@ def _cells(
         return table(rolled_up(of_tasks, tasks, dimensions)).to_numpy()
 
     return Cells(
-        condition, tuple(first.values()), dimensions, tasks,
+        condition, first, dimensions, tasks,
         tuple((trial.calibration, trial.seed) for trial in trials), items, rolled(values),
         rolled(accuracies),
         {"kl": table(_distance(trials, dimensions, "kl_mean")).to_numpy(),

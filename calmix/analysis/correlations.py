@@ -162,7 +162,7 @@ def correlate(conditions: Sequence[Cells], settings: Settings) -> list[Correlati
             x = cells.information[metric].to_numpy()
             known = [at for at in chosen if not np.isnan(x[at])]
             head = cells.condition.label, metric, aliases
-            made += _correlated(head, cells, x, cells.quantities, known, settings)
+            made += _correlated(head, cells, x, range(len(cells.quantities)), known, settings)
     return corrected(made, p_corrected=lambda one: one.p)
 
 
@@ -170,12 +170,11 @@ def agreements(cells: Cells, settings: Settings) -> list[Correlation]:
     """Correlate KL to the dense model with retention over all sets, in total and by dimension
     (ours). Quantities with fewer than four sets are left out."""
     made = []
-    for at, name in enumerate(cells.quantities):
-        x = cells.distance["kl"][:, at]
+    for at, x in enumerate(cells.distance["kl"].T):
         known = np.flatnonzero(~np.isnan(x + cells.means[:, at])).tolist()
         if len(known) >= LEAST:
             head = cells.condition.label, "kl", ()
-            made += _correlated(head, cells, x, [name], known, settings)
+            made += _correlated(head, cells, x, [at], known, settings)
     return made
 
 
@@ -183,24 +182,24 @@ def _correlated(
     head: tuple[str, str, tuple[str, ...]],
     cells: Cells,
     x: Array,
-    quantities: Sequence[str],
+    quantities: Sequence[int],
     sets: Sequence[int],
     settings: Settings,
 ) -> list[Correlation]:
-    """Correlate x with quantities over some sets, by position. `rho` is None with fewer than four
-    sets, or if x or the quantity is constant or unknown."""
+    """Correlate x with quantities over some sets, both by position. `rho` is None with fewer than
+    four sets, or if x or the quantity is constant or unknown."""
     rows = np.full((len(quantities), 4), np.nan)
     exact, least = False, least_p(len(sets), settings.permutations)
     if len(sets) >= LEAST:
-        columns = [cells.quantities.index(name) for name in quantities]
-        x, y = x[sets], cells.means[sets][:, columns].T
+        x, y = x[sets], cells.means[sets][:, quantities].T
         chance, exact = permutation_p(x, y, permutations=settings.permutations, seed=settings.seed)
         ends = bootstrap_intervals(x, y, resamples=settings.resamples, seed=settings.seed)
         rows = np.column_stack([unit_ranks(y) @ unit_ranks(x), ends, chance])
     found = []
-    for name, row in zip(quantities, rows.tolist(), strict=True):
+    for at, row in zip(quantities, rows.tolist(), strict=True):
         rho, low, high, p = (None if math.isnan(value) else value for value in row)
         known = exact and rho is not None
+        name = cells.quantities[at]
         found.append(Correlation(*head, name, len(sets), rho, low, high, p, known, least))
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TypeVar
@@ -95,29 +95,29 @@ def between(left: Mapping[Key, Contrast], right: Mapping[Key, Contrast]) -> dict
 def compare(made: Sequence[Joint], default: str | None = None) -> list[Difference]:
     """Compare every two calibrations under each condition: each mix and self-written set, the
     single source with the highest total, the mean of all single sources, and the default."""
-    found = [one for joint in made for one in _compared(joint, default)]
-    return corrected(found, p_corrected=lambda one: one.gap.p,
+    differences = []
+    for found in made:
+        cells, singles = found.cells, found.cells.of("single")
+        sides = [(one.calibration, one.strategy, [at]) for at, one in enumerate(cells.made)
+                 if one.strategy != "single" or one.calibration == default]  # fmt: skip
+        sides.sort(key=lambda side: side[0] == default)  # so that others are compared with it
+        totals = found.values[singles, 0]
+        if not np.isnan(totals).all():
+            best = singles[int(np.nanargmax(totals))]
+            sides.append((BEST + cells.sets[best], "single", [best]))
+        if len(singles) > 1:
+            sides.append((SINGLES, "single", singles))
+        kept = [(name, strategy, every(found, sets, picked=name.startswith(BEST)))
+                for name, strategy, sets in sides]  # fmt: skip
+        for (left, one, ours), (right, other, theirs) in itertools.combinations(kept, 2):
+            if one == other == "single":
+                continue  # single sources are not compared among themselves
+            differences += [
+                Difference(cells.condition.label, left, right, name, gap.estimate(test=True))
+                for name, gap in between(ours, theirs).items()
+            ]
+    return corrected(differences, p_corrected=lambda one: one.gap.p,
                      draw_p_corrected=lambda one: one.gap.draw_p)  # fmt: skip
-
-
-def _compared(found: Joint, default: str | None) -> Iterator[Difference]:
-    cells, singles = found.cells, found.cells.of("single")
-    sides = [(one.calibration, one.strategy, [at]) for at, one in enumerate(cells.made)
-             if one.strategy != "single" or one.calibration == default]  # fmt: skip
-    sides.sort(key=lambda side: side[0] == default)  # so that others are compared with it
-    totals = found.values[singles, 0]
-    if not np.isnan(totals).all():
-        best = singles[int(np.nanargmax(totals))]
-        sides.append((BEST + cells.sets[best], "single", [best]))
-    if len(singles) > 1:
-        sides.append((SINGLES, "single", singles))
-    kept = [(name, strategy, every(found, sets, picked=name.startswith(BEST)))
-            for name, strategy, sets in sides]  # fmt: skip
-    for (left, one, ours), (right, other, theirs) in itertools.combinations(kept, 2):
-        if one == other == "single":
-            continue  # single sources are not compared among themselves
-        for name, gap in between(ours, theirs).items():
-            yield Difference(cells.condition.label, left, right, name, gap.estimate(test=True))
 
 
 def leads_over(made: Sequence[Joint], default: str | None) -> list[Leads]:
@@ -144,45 +144,40 @@ def leads_over(made: Sequence[Joint], default: str | None) -> list[Leads]:
 def gains(made: Sequence[Joint], default: str | None) -> list[Gain]:
     """Compare every two methods by model and pattern, and the leads of mixes and self-written sets
     between methods and between the lowest and the highest sparsity."""
-    over, found = default or SINGLES, []
+    over, found = default or SINGLES, list[Gain]()
     alike = attrgetter("model", "pattern", "propagation", "rows", "length", "suite")
     for pair in itertools.combinations(made, 2):
         common = [name for name in pair[0].cells.sets if name in pair[1].cells.sets]
         if not common or alike(pair[0].cells.condition) != alike(pair[1].cells.condition):
             continue
         means = {one: every(one, [one.cells.sets.index(name) for name in common]) for one in pair}
-        recovered = [each for each in (pair, pair[::-1]) if _recovered(*each)]
-        by_total = sorted(pair, key=lambda one: means[one][TOTAL].value, reverse=True)
-        more, less = recovered[0] if recovered else by_total
-        head = (more.cells.condition.label, less.cells.condition.label,
-                "recovery" if recovered else "method")  # fmt: skip
+        by = "recovery"  # if one is the other's method followed by a recovery
+        for more, less in (pair, pair[::-1]):
+            before, _, added = more.cells.condition.method.rpartition(" + ")
+            if before == less.cells.condition.method and added.split(",")[0] in RECOVERIES:
+                break
+        else:
+            by = "method"
+            more, less = sorted(pair, key=lambda one: means[one][TOTAL].value, reverse=True)
+        head = more.cells.condition.label, less.cells.condition.label, by
         found += [Gain(*head, MEAN, "", len(common), quantity, gap.estimate())
                   for quantity, gap in between(means[more], means[less]).items()]  # fmt: skip
         leads = between(*leads_over((more, less), default))
         found += [Gain(*head, name, over, 1, quantity, gap.estimate())
                   for (name, quantity), gap in leads.items()]  # fmt: skip
-    return [*found, *_grown(made, default, over)]
-
-
-def _grown(made: Sequence[Joint], default: str | None, over: str) -> Iterator[Gain]:
-    """Yield how leads grow over conditions that differ only in sparsity, N:M patterns excluded."""
+    # How leads grow over conditions that differ only in sparsity, without N:M patterns.
     series: dict[str, list[Joint]] = {}
     for one in made:
         at = one.cells.condition
         if at.rows and at.pattern.endswith("%"):
             series.setdefault(at.series, []).append(one)
     for members in series.values():
-        leads = leads_over(members, default)
-        for key in dict.fromkeys(key for own in leads for key in own):
-            known = [(one, own[key]) for one, own in zip(members, leads, strict=True) if key in own]
+        each = leads_over(members, default)
+        for key in dict.fromkeys(key for own in each for key in own):
+            known = [(one, own[key]) for one, own in zip(members, each, strict=True) if key in own]
             if len(known) > 1:
                 (less, low), *_, (more, high) = known
                 labels = more.cells.condition.label, less.cells.condition.label
                 gap = (high - low).estimate()
-                yield Gain(*labels, "sparsity", key[0], over, 1, key[1], gap)
-
-
-def _recovered(more: Joint, less: Joint) -> bool:
-    """Whether `more` is the method of `less` followed by a recovery."""
-    before, _, recovery = more.cells.condition.method.rpartition(" + ")
-    return before == less.cells.condition.method and recovery.split(",")[0] in RECOVERIES
+                found.append(Gain(*labels, "sparsity", key[0], over, 1, key[1], gap))
+    return found

@@ -1,5 +1,9 @@
-"""Planted correlations are recovered; noise stays noise; distances and spreads."""
+"""Planted correlations are recovered, noise stays noise; distances, spreads, the bare statistics.
 
+`tests/test_properties.py` has what must hold for any input.
+"""
+
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +12,13 @@ from scipy import stats
 
 from calmix.analysis import Settings, analyse
 from calmix.analysis.cells import select, tables
-from calmix.analysis.correlations import cancellation, correlate
+from calmix.analysis.correlations import (
+    bootstrap_intervals,
+    cancellation,
+    correlate,
+    permutation_p,
+    unit_ranks,
+)
 from tests.synthetic import Plan, full_plan, study
 
 QUICK = Settings(permutations=1999, resamples=200)
@@ -92,3 +102,29 @@ def test_cancelling_is_seen_where_it_is_and_not_where_it_is_not():
     found = [cancellation(rng.standard_normal((16, 4)), permutations=199, seed=0) <= 0.05
              for _ in range(200)]  # fmt: skip
     assert np.mean(found) == pytest.approx(0.05, abs=0.03)
+
+
+def test_no_bound_is_beyond_one_and_what_does_not_vary_has_none():
+    for sign, n in itertools.product((1, -1), range(4, 30, 5)):
+        x = np.random.default_rng(n).standard_normal(n)
+        assert np.max(sign * bootstrap_intervals(x, sign * x, resamples=40)) == 1.0
+    same = np.ones(6)
+    assert np.isnan(unit_ranks(same)).all()
+    assert math.isnan(permutation_p(same, np.arange(6.0))[0])
+    assert np.isnan(bootstrap_intervals(same, np.arange(6.0))).all()
+
+
+def test_the_bootstrap_is_a_plain_one():
+    """One resample at a time, some of them constant, up to half or more."""
+    x, rows = np.array([1.0, 1, 1, 1, 5]), np.array([[3.0, 1, 4, 1.5, 9], [2, 9, 2, 2, 2], [2] * 5])
+    counts = set()
+    for seed in range(20):
+        drawn = np.random.default_rng([seed, 5]).integers(5, size=(10, 5))
+        ends = bootstrap_intervals(x, rows, resamples=10, seed=seed)
+        for row, found in zip(rows, ends, strict=True):
+            known = [stats.spearmanr(x[order], row[order]).statistic for order in drawn
+                     if np.ptp(x[order]) and np.ptp(row[order])]  # fmt: skip
+            counts.add(len(known))
+            expected = [math.nan] * 2 if len(known) < 5 else np.quantile(known, [0.025, 0.975])
+            assert found == pytest.approx(expected, nan_ok=True)
+    assert {0, 4, 5} < counts
