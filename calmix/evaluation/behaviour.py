@@ -128,7 +128,7 @@ def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[Task
             if not fits(before) or count <= found.get(name, (0,))[0]:
                 continue
             if pruned.right_only and answered(before):
-                right = list(map(bool, before.values))
+                right = before.values
                 before, after = (
                     replace(one, items=tuple(compress(one.items, right)),
                             values=tuple(compress(one.values, right)), answers=(), ended=())
