@@ -186,7 +186,9 @@ def _asked(
     """Make items of documents; the last ones may serve as worked examples."""
     check, key = known["check"], known.get("right", "right")
     plain = "{context}" if known["plain"] == "context" else known["plain"]
-    right = [doc[key][int(doc["gold"])] if key == "choices" else doc.get(key) for doc in docs]
+    right: list[Any] = [
+        doc[key][int(doc["gold"])] if key == "choices" else doc.get(key) for doc in docs
+    ]
     if check in ("text", "exact"):
         right = [[one] if isinstance(one, str) else one for one in right]
     count = len(docs) - known.get("examples", 0)
