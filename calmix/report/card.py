@@ -31,7 +31,7 @@ from calmix.models import builtin_models
 from calmix.models.shards import read_header, weight_files
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.report import charts, words
-from calmix.report.charts import LOOKS, Chart, Mark
+from calmix.report.charts import LOOKS, Chart
 from calmix.report.pages import render
 from calmix.sources import builtin_sources
 from calmix.sources.licences import use_of
@@ -97,7 +97,8 @@ class Card:
     def title(self) -> str:
         """What was done to which model."""
         name = self.asked["model"].rstrip("/").rpartition("/")[2].removeprefix("builtin:")
-        return f"{name} {self.done} to {target(self.asked)}" + " per weight" * bool(self.bits)
+        rate = " per weight" * bool(self.pruning.get("bits"))
+        return f"{name} {self.done} to {target(self.asked)}{rate}"
 
     @cached_property
     def verdict(self) -> list[str]:
@@ -143,7 +144,7 @@ class Card:
     @property
     def instead(self) -> str:
         """A hint to quantise to the size of a sparse model; empty for a quantised one."""
-        if self.bits or not self.packed:
+        if self.pruning.get("bits") or not self.packed:
             return ""
         command = ["calmix", "compress", self.asked["model"], "-o", f"{self.out}-bits", "--size",
                    f"{self.packed / 1e6:.0f}MB"]  # fmt: skip
@@ -172,16 +173,11 @@ class Card:
         ]  # fmt: skip
 
     @property
-    def bits(self) -> float | None:
-        """Bits per quantised weight."""
-        return self.pruning.get("bits")
-
-    @property
     def removed(self) -> str:
         """How many weights are zero, and the bits per weight."""
         rate, weights, pruned = "", self.pruning["weights"], self.pruning["pruned"]
-        if self.bits:
-            rate = f" Once packed, a weight takes {self.bits:.2f} bits"
+        if bits := self.pruning.get("bits"):
+            rate = f" Once packed, a weight takes {bits:.2f} bits"
             outer = self.pruning.get("embeddings", {}).values()
             rate += f"; one of embeddings or head {max(outer):.2f}." if outer else "."
         moved = self.recoveries and self.done == "quantised"  # zero is one of the levels
@@ -210,20 +206,24 @@ class Card:
         )
 
     @property
-    def figures(self) -> dict[str, str]:
-        """Key figures by name; a # marks a column of numbers."""
+    def row(self) -> dict[str, str]:
+        """The row of a table of several models; a # marks a column of numbers."""
         does, worst = self.behaved, self.behaved.worst
         return {
+            "model": self.name, "target": target(self.asked), "effort": self.asked["effort"],
             "#answers kept %": words.with_span(does.answers and does.answers.share),
             "worst ability": f"{worst.name}, {worst.kept} of {worst.dense}" if worst else "–",
             "#accuracy %": words.with_span(does.choices and does.choices.accuracy[1]),
             "#likelihood kept %": words.with_span(self.kept and self.kept.total),
-            **self._apart("total", (self.scores.distance or {}).get("total")),
+            **self._apart("total"),
             "#MB": words.number((self.packed or self.size) / 1e6, 0),
-        }
+            "calibration": self.asked["calibration"],
+        }  # fmt: skip
 
-    def _apart(self, name: str, distance: Mapping[str, float] | None) -> dict[str, str]:
-        far = distance or {}
+    def _apart(self, name: str) -> dict[str, str]:
+        """Return distance and flips of a dimension, or in `total`."""
+        known = self.scores.distance or {"total": {}, "dimensions": {}}
+        far = (known if name == "total" else known["dimensions"]).get(name, {})
         return {"#KL": words.number(far.get("kl_mean")), "#top-1 %": words.percent(far.get("top1")),
                 "#flips %": words.with_span(self.flipped.get(name))}  # fmt: skip
 
@@ -242,14 +242,11 @@ class Card:
         """The table of likelihood by dimension, and the total."""
         if self.kept is None:
             return []
-        far = self.scores.distance or {"dimensions": {}}
-        parts = [(one.name, one.kept, far["dimensions"].get(one.name))
-                 for one in self.kept.dimensions]  # fmt: skip
+        parts = {one.name: one.kept for one in self.kept.dimensions} | {"total": self.kept.total}
         return [
-            {"dimension": name, "#likelihood kept %": words.with_span(kept),
-             **self._apart(name, distance)}
-            for name, kept, distance in (*parts, ("total", self.kept.total, far.get("total")))
-        ]  # fmt: skip
+            {"dimension": name, "#likelihood kept %": words.with_span(kept), **self._apart(name)}
+            for name, kept in parts.items()
+        ]
 
     @property
     def scored(self) -> list[dict[str, Any]]:
@@ -363,7 +360,7 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
             shares.append({one.name: one.kept for one in kept.dimensions} | {"all": kept.total})
     keys = [(card.name, *look) for card, look in zip(cards, itertools.cycle(LOOKS))]
     marks = [
-        [Mark(values[name], f"{label}, {name}", colour, marker)
+        [(values[name], f"{label}, {name}", colour, marker, None)
          for (label, colour, marker), values in zip(keys, shares, strict=True)
          if name in values and values[name].low is not None]
         for name in shares[0]
@@ -418,12 +415,9 @@ def several_page(cards: Sequence[Card]) -> str:
     counts = Counter(card.name for card in cards)
     named = [replace(card, name=str(card.out)) if counts[card.name] > 1 else card
              for card in cards]  # fmt: skip
-    rows = [{"model": card.name, "target": target(card.asked), "effort": card.asked["effort"],
-             **card.figures, "calibration": card.asked["calibration"]}
-            for card in named]  # fmt: skip
     return render(
-        "several.html", cards=named, first=first, rows=rows, kept=kept_chart(named),
-        answers=_answers(named), names=[card.name for card in named],
+        "several.html", cards=named, first=first, rows=[card.row for card in named],
+        kept=kept_chart(named), answers=_answers(named), names=[card.name for card in named],
     )  # fmt: skip
 
 

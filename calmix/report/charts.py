@@ -14,7 +14,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -67,16 +67,9 @@ NARROW = 3.35  # the same on a phone
 Key = tuple[str, str, str]  # of a legend: name, colour, marker
 Named = tuple[str, str | None]  # a row: its name, and the colour of a dot before it
 Cell = tuple[float | None, str, str]  # of a heat map: value (hatched without), text and tip
-
-
-class Mark(NamedTuple):
-    """A share with its interval as a bar or a marker; a notch marks a second value on a bar."""
-
-    share: Any
-    tip: str
-    colour: str
-    marker: str
-    notch: float | None = None
+# A share with its interval: the estimate, tip, colour, a marker or `bar`, and a second value, which
+# is a notch on a bar.
+Mark = tuple[Any, str, str, str, float | None]
 
 
 @dataclass(frozen=True)
@@ -154,20 +147,20 @@ def _named(axes: Any, rows: Sequence[Named], narrow: bool, lines: int = 1) -> No
 
 def _mark(axes: Any, mark: Mark, y: float, height: float) -> None:
     """Draw a bar or a marker with its interval and notch."""
+    share, tip, colour, marker, notch = mark
     value, low, high = (None if end is None else 100 * end
-                        for end in (mark.share.value, mark.share.low, mark.share.high))  # fmt: skip
-    bar, dot = mark.marker == "bar", {"markersize": 8, "linestyle": "none", "zorder": 3}
+                        for end in (share.value, share.low, share.high))  # fmt: skip
+    bar, dot = marker == "bar", {"markersize": 8, "linestyle": "none", "zorder": 3}
     if bar:
-        [drawn] = axes.barh(y, value, height=height, color=mark.colour)
+        [drawn] = axes.barh(y, value, height=height, color=colour)
     else:
-        [drawn] = axes.plot([value], [y], marker=mark.marker, color=mark.colour,
-                            markeredgecolor=PAPER, **dot)  # fmt: skip
-    drawn.set_gid(f"tip: {mark.tip}: {words.with_span(mark.share)} %")
+        [drawn] = axes.plot([value], [y], marker=marker, color=colour, markeredgecolor=PAPER, **dot)
+    drawn.set_gid(f"tip: {tip}: {words.with_span(share)} %")
     if low is not None:
-        axes.plot([low, high], [y, y], color=INK if bar else mark.colour, linewidth=1.5,
+        axes.plot([low, high], [y, y], color=INK if bar else colour, linewidth=1.5,
                   solid_capstyle="butt")  # fmt: skip
-    if mark.notch is not None:
-        axes.plot([100 * mark.notch], [y], marker="|", color=INK, **dot)
+    if notch is not None:
+        axes.plot([100 * notch], [y], marker="|", color=INK, **dot)
 
 
 def bars(
@@ -187,8 +180,8 @@ def bars(
     axes.spines["left"].set_visible(False)
     axes.axvline(rule, color=MUTED, linewidth=1, linestyle="--" if rule else "-")
     if marks and not rule:  # where bars begin
-        ends = [0.0, *(100 * end for row in marks for mark in row
-                       for end in (mark.share.value, mark.share.low, mark.share.high)
+        ends = [0.0, *(100 * end for row in marks for share, *_ in row
+                       for end in (share.value, share.low, share.high)
                        if end is not None)]  # fmt: skip
         axes.set_xlim(1.03 * min(ends), 1.03 * max(ends))
     axes.set_xlabel(below)

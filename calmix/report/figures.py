@@ -88,14 +88,12 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     ranked = [one for one in found.ranking if one.total.value is not None]
     rows, keys = _rows(ranked)
     looks = dict(zip(analysis.dimensions, itertools.cycle(LOOKS), strict=False))
-    marks = []
+    marks = list[list[Mark]]()
     for one in ranked:
-        colour = STRATEGIES[one.strategy][1]
-        marks.append([Mark(one.total, f"{one.calibration}, total", colour, "bar",
-                           one.shrunken.value)])  # fmt: skip
+        tip, colour = f"{one.calibration}, ", STRATEGIES[one.strategy][1]
+        marks.append([(one.total, f"{tip}total", colour, "bar", one.shrunken.value)])
         if one.worst is not None:
-            tip = f"{one.calibration}, worst: {one.worst}"
-            marks[-1].append(Mark(one.lowest, tip, *looks[one.worst]))
+            marks[-1].append((one.lowest, f"{tip}worst: {one.worst}", *looks[one.worst], None))
     worst = [(f"worst: {name}", *look) for name, look in looks.items()
              if any(one.worst == name for one in ranked)]  # fmt: skip
     over = "test items and seeds" if found.joint.freedom else "test items alone (one seed each)"
@@ -113,8 +111,8 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     )  # fmt: skip
 
 
-def _correlation(one: Correlation | None) -> str:
-    if one is None or one.rho is None:
+def _correlation(one: Correlation) -> str:
+    if one.rho is None:
         return "too few sets for a correlation"
     ends = f" [{words.rho(one.low)}, {words.rho(one.high)}]" if one.low is not None else ""
     q = words.p_value(one.p_corrected) + " ●" * one.significant

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from calmix.analysis import Analysis, ConditionAnalysis
@@ -35,23 +34,15 @@ COMPARED = (  # a claim, a strategy, and the strategy, source or contender it is
 )
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The verdict of a condition, or a series of sparsities, on a claim; `because` has figures."""
-
-    verdict: str
-    because: str
-    where: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.verdict} ({self.because})"
+# On a claim: `where` (a condition, or a series of sparsities), the `verdict` and its `figures`.
+Verdict = dict[str, str]
 
 
 def tally(verdicts: Sequence[Verdict]) -> str:
     """Return in how many conditions a claim holds, or the verdict of a single one."""
     if len(verdicts) == 1:
-        return verdicts[0].verdict
-    held = sum(one.verdict == HOLDS for one in verdicts)
+        return verdicts[0]["verdict"]
+    held = sum(one["verdict"] == HOLDS for one in verdicts)
     return f"holds in {held} of {len(verdicts)}"
 
 
@@ -171,26 +162,23 @@ def _judged(where: str, gaps: Sequence[Gap], wanted: int = 1, before: str = "") 
     signs = {0 if not significant or not gap.value else wanted if gap.value > 0 else -wanted
              for _, gap, significant in gaps}  # fmt: skip
     verdict = HOLDS if signs == {1} else IN_PART if 1 in signs else FAILS if -1 in signs else OPEN
-    because = "; ".join(
+    figures = "; ".join(
         f"{name} {words.with_span(gap, sign=True)}"
         + (" (not after correction for the number of tests)" * (gap.clear and not significant))
         for name, gap, significant in gaps
     )
-    return Verdict(verdict, before + because, where)
+    return {"where": where, "verdict": verdict, "figures": before + figures}
 
 
 def _compared(each: ConditionAnalysis, left: str, right: str) -> Verdict | None:
     made = {one.calibration: one.strategy for one in each.cells.made}
-
-    def fits(side: str, wanted: str) -> bool:
-        return wanted in (side, made.get(side)) or (wanted == BEST and side.startswith(BEST))
-
     gaps = [
         (ours if right == SINGLES else f"{ours} over {theirs.removeprefix(BEST)}", gap,
          one.significant)
         for one in each.differences if one.quantity == TOTAL
         for ours, theirs, gap in ((one.left, one.right, one.gap), (one.right, one.left, -one.gap))
-        if fits(ours, left) and fits(theirs, right)
+        if left in (ours, made.get(ours))
+        and right in (theirs, BEST if theirs.startswith(BEST) else made.get(theirs))
     ]  # fmt: skip
     return _judged(each.condition.label, gaps)
 
@@ -219,13 +207,13 @@ def _cancelled(each: ConditionAnalysis) -> Verdict | None:
     if total is None or len(spread) < 2 or total.p_cancel is None:
         return None
     widest = max(spread.values(), key=lambda one: one.range)
-    because = (
+    figures = (
         f"single sources {words.percent(widest.range)} points apart in {widest.quantity} "
         f"({widest.lowest} to {widest.highest}), {100 * total.range:.1f} in total; "
         f"p {words.p_value(total.p_cancel)} against unrelated dimensions"
     )
     verdict = HOLDS if total.p_cancel <= ALPHA else NOT_FOUND
-    return Verdict(verdict, because, each.condition.label)
+    return {"where": each.condition.label, "verdict": verdict, "figures": figures}
 
 
 def _pulled(each: ConditionAnalysis) -> Verdict | None:
@@ -241,19 +229,19 @@ def _pulled(each: ConditionAnalysis) -> Verdict | None:
             (low, falls), (high, rises) = strong[0], strong[-1]
             pairs.append((max(low, -high), f"{metric}: {rises} "
                           f"{words.rho(high)}, {falls} {words.rho(low)}"))  # fmt: skip
-    because = [text for _, text in sorted(pairs)]  # the strongest first
-    if more := because[2:]:
-        because[2:] = [words.counted(len(more), "more metric")]
+    figures = [text for _, text in sorted(pairs)]  # the strongest first
+    if more := figures[2:]:
+        figures[2:] = [words.counted(len(more), "more metric")]
     if not pairs:
         verdict = OPEN if min(one.least_p or 0.0 for one in tested) > ALPHA else NOT_FOUND
         near = max(tested, key=lambda one: (one.significant, abs(one.rho or 0)))
-        because = [
+        figures = [
             "no opposite signs survive correction",
             f"strongest: {near.metric} with {near.quantity}, ρ {words.rho(near.rho)}, corrected p "
             f"{words.p_value(near.p_corrected)}",
         ]
-    because.append(words.counted(max(one.n for one in tested), "source"))
-    return Verdict(verdict, "; ".join(because), each.condition.label)
+    figures.append(words.counted(max(one.n for one in tested), "source"))
+    return {"where": each.condition.label, "verdict": verdict, "figures": "; ".join(figures)}
 
 
 def _certainty(analysis: Analysis) -> Iterator[str]:

@@ -39,7 +39,7 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
     """Return the report's texts by file name: the page, and a summary in plain text."""
     summary, found = summarise(analysis), analysis.conditions
     settings = analysis.settings.model_dump(include=set(Settings.model_fields))
-    claims = [{"claim": claim, "where": one.where, "verdict": one.verdict, "figures": one.because}
+    claims = [{"claim": claim, **one}
               for claim, verdicts in summary["claims"].items() for one in verdicts]  # fmt: skip
     return {
         "report.html": render(
@@ -109,7 +109,8 @@ def summary_text(analysis: Analysis) -> str:
     for claim, verdicts in summary["claims"].items():
         text += "\n" + words.wrapped(f"{claim}: {tally(verdicts)}", "  - ", "    ")
         for one in verdicts:
-            text += "\n" + words.wrapped(str(one), "      ", "        ")
+            said = "{where}: {verdict} ({figures})".format(**one)
+            text += "\n" + words.wrapped(said, "      ", "        ")
     return text + _block("How certain this is", summary["certainty"])
 
 
