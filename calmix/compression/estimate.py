@@ -56,7 +56,7 @@ class StageCost:
 
 def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
     """Return the cost of each stage of a compression on this machine."""
-    model = timed(request.model, request.device, request.trust_remote_code)
+    model = timed(request.model, "auto", request.device, request.trust_remote_code)
     rows, length = _drawn(request)
     pruning = prune_request(**aim(request), calibration=request.calibration)
     suites, found = scored(request), []
@@ -126,7 +126,7 @@ def check_room(request: Request, out: Path) -> None:
     left = [stage for stage in stages(request, out) if not stage.done(out)]
     recovered = [stage for stage in left if stage.arguments[0] == "recover"]
     if recovered and request.most is not None:
-        model = timed(request.model, request.device, request.trust_remote_code)
+        model = timed(request.model, "auto", request.device, request.trust_remote_code)
         for stage in recovered:
             _recovery_memory(model, _recovery(request, stage), _drawn(request)[1], request.most)
     copies: float = len(recovered) + sum(stage.arguments[0] == "prune" for stage in left)

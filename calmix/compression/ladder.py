@@ -23,7 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,14 @@ from calmix.evaluation.floors import (
 )
 from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.evaluation.suites import suite_file
-from calmix.files import alone, remove, write_bytes, write_json
+from calmix.files import (
+    alone,
+    check_apart,
+    check_output_folder,
+    remove,
+    write_bytes,
+    write_json,
+)
 from calmix.manifest import sealed
 from calmix.models import find_blocks, open_model
 from calmix.options import Compression
@@ -82,60 +89,47 @@ HELPS = (
 
 
 @dataclass(frozen=True)
-class Rung:
-    """A tested candidate, with one verdict of `calmix.evaluation.floors` per sample of the text."""
-
-    bits: float
-    seconds: float
-    verdicts: list[dict[str, Any]]
-
-    @property
-    def kept(self) -> bool:
-        """Whether it meets all floors."""
-        return all(one["passed"] for one in self.verdicts)
-
-    @property
-    def tested(self) -> list[dict[str, Any]]:
-        """The test of each ability, from the sample that proves least."""
-        drawn = zip(*(one["tested"] for one in self.verdicts), strict=True)
-        return [min(same, key=lambda one: one["bound"] - one["floor"]) for same in drawn]
-
-
-@dataclass(frozen=True)
 class Ladder:
     """The candidates tested so far, how the walk `ended` (`failed`, `time` or `bottom`; empty while
-    it goes on), and the bits of the `first` candidate."""
+    it goes on), and the bits of the `first` candidate. A rung holds `bits`, `seconds` and one
+    verdict of `calmix.evaluation.floors` per sample of the text (`verdicts`)."""
 
-    rungs: tuple[Rung, ...]
+    rungs: tuple[dict[str, Any], ...]
     ended: str
     first: float
 
     @property
+    def kept(self) -> dict[float, bool]:
+        """Whether each tested candidate meets all floors, by its bits."""
+        return {rung["bits"]: all(one["passed"] for one in rung["verdicts"]) for rung in self.rungs}
+
+    @property
     def bits(self) -> float | None:
         """Bits of the smallest candidate that passes; None if none does."""
-        return min((one.bits for one in self.rungs if one.kept), default=None)
+        return min((bits for bits, kept in self.kept.items() if kept), default=None)
 
     @property
     def left(self) -> tuple[float, ...]:
         """Bits of the candidates that may still be built."""
         done, at = len(self.rungs), RUNGS.index(self.first)
-        begun, *later = [one.kept for one in self.rungs] or [True]
+        begun, *later = self.kept.values() or [True]
         order = RUNGS[at + done :] if begun else RUNGS[done - 1 : at]
         return order if all(later) else ()
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one record per candidate: what it keeps of each ability, and what is proven."""
         return [
-            {"bits": f"{rung.bits:g}", "kept": "yes" if rung.kept else "no"}
+            {"bits": f"{bits:g}", "kept": "yes" if kept else "no"}
             | {one["ability"]: f"{100 * one['kept']:.1f} ({proven(one['bound'])})"
-               for one in rung.tested}
-            for rung in self.rungs
+               for one in _weakest(rung)}
+            for rung, (bits, kept) in zip(self.rungs, self.kept.items(), strict=True)
         ]  # fmt: skip
 
     @property
     def promise(self) -> list[str]:
         """The verdict on the smallest candidate that passes, in lines."""
-        return next((one.verdicts[0]["lines"] for one in self.rungs if one.bits == self.bits), [])
+        passed = (rung["verdicts"][0] for rung in self.rungs if rung["bits"] == self.bits)
+        return next((verdict["lines"] for verdict in passed), [])
 
     def why(self) -> str:
         """Return a sentence that says why the walk ended."""
@@ -143,15 +137,22 @@ class Ladder:
             return "time ran out before the next candidate: run the same command again to resume"
         if self.ended == "bottom":
             return f"{RUNGS[-1]:g} bits are the fewest that are tried"
-        last = max((one for one in self.rungs if not one.kept), key=lambda one: one.bits)
+        last = max((rung for rung in self.rungs if not self.kept[rung["bits"]]),
+                   key=lambda rung: rung["bits"])  # fmt: skip
         failures = ", ".join(
             f"{one['ability']} keeps {100 * one['kept']:.1f} % of {one['items']} items by "
             f"{one['measure']}, proven {proven(one['bound'])} %, required {100 * one['floor']:g} %"
-            for one in last.tested if not one["passed"]
+            for one in _weakest(last) if not one["passed"]
         )  # fmt: skip
-        drawn = len(last.verdicts)
+        drawn = len(last["verdicts"])
         of = f" (the worst of {drawn} samples of text)" if drawn > 1 else ""
-        return f"{last.bits:g} bits fail: {failures}{of}"
+        return f"{last['bits']:g} bits fail: {failures}{of}"
+
+
+def _weakest(rung: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the test of each ability, from the sample that proves least."""
+    drawn = zip(*(one["tested"] for one in rung["verdicts"]), strict=True)
+    return [min(same, key=lambda one: one["bound"] - one["floor"]) for same in drawn]
 
 
 def dry(options: Compression, out: Path) -> tuple[Request, list[StageCost]]:
@@ -174,7 +175,7 @@ def make(
     request, ladder = _checked(options, out), None
     if request.keep_at_least is not None:
         with _staged(at(request, RUNGS[0]), out, whole(request, out), note) as (say, seconds):
-            ladder = walk(request, out, run, say, options.within, seconds)
+            ladder = walk(request, out, run, say, options.within or math.inf, seconds)
         if ladder.bits is None:
             return ladder, {}
         request = at(request, ladder.bits)
@@ -187,12 +188,15 @@ def _checked(options: Compression, out: Path) -> Request:
     """Return the checked request; refuse an output that is an input or holds something else."""
     inputs = [options.model, saved_set(options.calibration), options.prompts,
               suite_file(options.suite)]  # fmt: skip
-    running.check_place(out, inputs)
+    check_apart(out, inputs)
+    if not (out / MANIFEST).exists() and not (out / running.LADDER).exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(
+                f"{out} is not empty and was not made by calmix compress: name another folder"
+            )
+        check_output_folder(out)
     request = check_options(options)
-    if request.keep_at_least is None:
-        running.check(request, out)
-    else:
-        read_ladder(request, out)
+    read_ladder(request, out)
     return request
 
 
@@ -291,17 +295,26 @@ def deciding(request: Request) -> str:
 
 
 def read_ladder(request: Request, out: Path) -> Ladder:
-    """Return the state of a walk in OUT; InputError if it is of another request."""
-    if not (out / running.LADDER).exists():
-        running.check(request, out)
-        return Ladder((), "", RUNGS[0])
-    saved = running.read_ladder_file(out)
-    # Before the first candidate only scores depend on the floors (`_forget`).
-    but = () if saved["rungs"] else ("keep_at_least", "confidence")
-    running.check_same(request, saved["request"], out, but)
-    first = saved.get("first", RUNGS[0])
-    ladder = Ladder(tuple(Rung(**one) for one in saved["rungs"]), saved["ended"], first)
-    if not {ladder.first, *(one.bits for one in ladder.rungs)} <= {*RUNGS}:
+    """Return the state of a walk in OUT; InputError if OUT is of another request."""
+    saved, but = dict[str, Any](), set[str]()
+    if (out / running.LADDER).exists():
+        saved = running.read_ladder_file(out)
+        if request.keep_at_least is None:
+            but = {"bits"}  # a walk has none
+        elif not saved["rungs"]:  # so far only scores depend on the floors (`_forget`)
+            but = {"keep_at_least", "confidence"}
+    elif (out / MANIFEST).exists():
+        saved = running.read_record(out)
+    now = request.model_dump(mode="json")
+    held = saved.get("request", now)
+    if differs := [key for key in now if held.get(key) != now[key] and key not in but]:
+        raise InputError(
+            f"{out} is of another request ({differs[0]}: {held.get(differs[0])}, now "
+            f"{now[differs[0]]}): repeat that request or name another folder"
+        )
+    rungs, first = saved.get("rungs", ()), saved.get("first", RUNGS[0])
+    ladder = Ladder(tuple(rungs), saved.get("ended", ""), first)
+    if not {first, *ladder.kept} <= {*RUNGS}:
         raise InputError(f"{out} holds a walk over other candidates: choose another -o")
     return ladder
 
@@ -311,7 +324,7 @@ def walk(
     out: Path,
     run: running.Run,
     say: running.Say,
-    within: float | None = None,
+    within: float = math.inf,
     seconds: Mapping[str, float] | None = None,
 ) -> Ladder:
     """Build and test candidates until one fails; move the smallest that passes to OUT/model, with
@@ -323,13 +336,12 @@ def walk(
     """
     began, file, seconds = time.monotonic(), deciding(request), seconds or {}
     ladder, before = read_ladder(request, out), opening(request, out)
-    if within is not None and not ladder.rungs:
-        due = _due([*before, *building(request, out, RUNGS[0])], seconds)
-        if due > within:
-            raise InputError(
-                f"--within {duration(within)} is too short: the first candidate takes about "
-                f"{duration(due)} here"
-            )
+    due = _due([*before, *building(request, out, RUNGS[0])], seconds)
+    if due > within and not ladder.rungs:
+        raise InputError(
+            f"--within {duration(within)} is too short: the first candidate takes about "
+            f"{duration(due)} here"
+        )
     with alone(out, wait=False):
         if ladder.ended == "time":
             ladder = _reopened(ladder, request, out)
@@ -341,23 +353,24 @@ def walk(
             dense = load_scores(out / CANDIDATES / f"dense-{file}")
             judge(floors, [(dense, dense)], confidence)  # raises if they cannot be proven
             if not ladder.rungs:
-                left = math.inf if within is None else within - (time.monotonic() - began)
+                left = within - (time.monotonic() - began)
                 ladder = replace(ladder, first=_first(request, dense, out, left, seconds))
         while ladder.left:
             bits, at_ = ladder.left[0], time.monotonic()
             made = building(request, out, bits)
-            if within is not None and ladder.rungs:
+            if ladder.rungs:
                 last = ladder.rungs[-1]
-                known = _due(building(request, out, last.bits), seconds)
-                due = last.seconds * (_due(made, seconds) / known if known else 1.0)
+                known = _due(building(request, out, last["bits"]), seconds)
+                due = last["seconds"] * (_due(made, seconds) / known if known else 1.0)
                 if at_ - began + due > within:
                     ladder = _saved(replace(ladder, ended="time"), request, out)
                     break
             list(running.do(made, out, run, say))
             share = FIRST if bits <= ladder.first else 1 - FIRST
-            level = _level(1.0 if ladder.first == RUNGS[0] else share, confidence)
-            verdicts = _tested(request, out, bits, dense, level)
-            rung = Rung(bits, round(time.monotonic() - at_, 1), verdicts)
+            share = 1.0 if ladder.first == RUNGS[0] else share
+            verdicts = _tested(request, out, bits, dense, 1 - share * (1 - confidence))
+            taken = round(time.monotonic() - at_, 1)
+            rung = {"bits": bits, "seconds": taken, "verdicts": verdicts}
             ladder = replace(ladder, rungs=(*ladder.rungs, rung))
             ended = "" if ladder.left else "bottom" if ladder.bits == RUNGS[-1] else "failed"
             ladder = _saved(replace(ladder, ended=ended), request, out)
@@ -385,11 +398,6 @@ def _due(listed: Iterable[Stage], seconds: Mapping[str, float]) -> float:
     return sum(seconds.get(stage.name, 0.0) for stage in listed)
 
 
-def _level(share: float, confidence: float) -> float:
-    """Return the confidence at which a sequence has a share of the allowed error."""
-    return 1 - share * (1 - confidence)
-
-
 def _first(
     request: Request, dense: CapabilityScores, out: Path, left: float, seconds: Mapping[str, float]
 ) -> float:
@@ -397,14 +405,14 @@ def _first(
     the most bits if items or time are too few or the distance cannot be measured."""
     floors, confidence = _floors(request)
     try:
-        tested = judge(floors, [(dense, dense)], _level(1 - FIRST, confidence)).tested
+        tested = judge(floors, [(dense, dense)], 1 - (1 - FIRST) * (1 - confidence)).tested
         plain = plain_distance(request.model, request.device, request.trust_remote_code)
     except CalmixError:
         return RUNGS[0]
 
     def proves(bits: float) -> bool:
         kept = expected(plain, bits, bits <= EFFORTS[request.effort].levels)
-        level = _level(FIRST, confidence)
+        level = 1 - FIRST * (1 - confidence)
         return all(lower_bound(round(kept * one.items), one.items, level) >= one.floor
                    for one in tested)  # fmt: skip
 
@@ -440,7 +448,7 @@ def _saved(ladder: Ladder, request: Request, out: Path) -> Ladder:
     candidates that may still be built."""
     out.mkdir(parents=True, exist_ok=True)
     value = {"kind": KIND, "request": request.model_dump(mode="json"), "ended": ladder.ended,
-             "first": ladder.first, "rungs": [asdict(one) for one in ladder.rungs]}  # fmt: skip
+             "first": ladder.first, "rungs": ladder.rungs}  # fmt: skip
     write_json(out / running.LADDER, sealed(value))
     for bits in {*RUNGS}.difference(ladder.left):
         for sample in samples(request):
@@ -451,7 +459,7 @@ def _saved(ladder: Ladder, request: Request, out: Path) -> Ladder:
 
 def _forget(ladder: Ladder, request: Request, out: Path) -> None:
     """Remove scores of other items, left from earlier floors, except those of tested candidates."""
-    tested = [out / _folder(rung.bits, one) for rung in ladder.rungs for one in samples(request)]
+    tested = [out / _folder(bits, one) for bits in ladder.kept for one in samples(request)]
     file = deciding(request)
     wanted = scored(request)[file].hash
     for path in (out / CANDIDATES).rglob(f"*{file}"):

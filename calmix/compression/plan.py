@@ -181,10 +181,7 @@ def embedding_bits(bits: float) -> float:
     return min(max(bits, 2.0), MOST_EMBEDDING)
 
 
-@lru_cache(maxsize=1)
-def timed(name: str, device: str, trust_remote_code: bool) -> Timed:
-    """Return a model built from its configuration alone; size and estimate share it."""
-    return Timed(name, "auto", device, trust_remote_code)
+timed = lru_cache(maxsize=1)(Timed)  # size and estimate share one model
 
 
 def parse_size(text: str, dense: int) -> float:
@@ -211,7 +208,7 @@ def bits_for(request: Target) -> float:
     folder = resolve_model(request.model)
     dense = weight_bytes(folder)
     wanted = parse_size(request.size or "", dense)
-    held = timed(request.model, request.device, request.trust_remote_code)
+    held = timed(request.model, "auto", request.device, request.trust_remote_code)
     matrices = sum(p.numel() for p in held.blocks.blocks.parameters() if p.ndim > 1)
     places = (place for name in weight_files(folder)
               for place in read_header(folder / name).values())  # fmt: skip

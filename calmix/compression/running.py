@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from calmix.compression.plan import MANIFEST, Request, Stage, stages
-from calmix.errors import CalmixError, InputError
-from calmix.files import (
-    alone,
-    check_apart,
-    check_output_folder,
-    read_object,
-    write_json,
-)
+from calmix.errors import CalmixError
+from calmix.files import alone, read_object, write_json
 from calmix.manifest import read_sealed, run_record, sealed, versions
 from calmix.models import resolve_model
 from calmix.models.shards import weight_bytes
@@ -68,38 +62,6 @@ def do(listed: Iterable[Stage], out: Path, run: Run, say: Say) -> Iterator[tuple
             yield stage, time.perf_counter() - began
 
 
-def check_place(out: Path, inputs: Iterable[object] = ()) -> None:
-    """Refuse an output folder that is an input or holds anything but a compression."""
-    check_apart(out, inputs)
-    if (out / MANIFEST).exists() or (out / LADDER).exists():
-        return
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(
-            f"{out} is not empty and was not made by calmix compress: name another folder"
-        )
-    check_output_folder(out)
-
-
-def check(request: Request, out: Path) -> None:
-    """Refuse an output folder of another request."""
-    if (out / MANIFEST).exists():
-        check_same(request, read_record(out)["request"], out)
-    elif (out / LADDER).exists():
-        check_same(request, read_ladder_file(out)["request"], out, but=("bits",))
-
-
 def read_ladder_file(out: Path) -> dict[str, Any]:
     """Return the saved state of a walk in OUT."""
     return read_sealed(out / LADDER, f"there is no file {out / LADDER}")
-
-
-def check_same(
-    request: Request, held: Mapping[str, Any], out: Path, but: Collection[str] = ()
-) -> None:
-    """Refuse a request that differs from that of OUT, except in the options `but`."""
-    now = request.model_dump(mode="json")
-    if differs := [key for key in now if held.get(key) != now[key] and key not in but]:
-        raise InputError(
-            f"{out} is of another request ({differs[0]}: {held.get(differs[0])}, now "
-            f"{now[differs[0]]}): repeat that request or name another folder"
-        )

@@ -15,13 +15,11 @@ from calmix.cli import compress as verb
 from calmix.compression import ladder
 from calmix.compression.ladder import CANDIDATES, RUNGS
 from calmix.compression.plan import scored
-from calmix.compression.running import check, check_same
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.scores import CapabilityScores, describe
 from calmix.evaluation.suites import EXAMPLES, template
 from calmix.manifest import sealed
-from calmix.report.card import Card
 from tests.compress.conftest import stopping
 from tests.evaluation.helpers import written
 
@@ -91,12 +89,12 @@ def stop(words):
 
 
 def tried(found):
-    return [one.bits for one in found.rungs]
+    return list(found.kept)
 
 
 def models(out):
-    """Return the candidates whose model still exists."""
-    return [path.parent.name for path in (out / CANDIDATES).glob("**/model")]
+    """Return the models of candidates that still exist."""
+    return list((out / CANDIDATES).glob("**/model"))
 
 
 def test_the_walk_ends_at_the_first_failure_and_keeps_the_candidate_before(want, out):
@@ -107,7 +105,12 @@ def test_the_walk_ends_at_the_first_failure_and_keeps_the_candidate_before(want,
     assert (found.bits, found.ended, found.left) == (4, "failed", ())
     assert (out / "model/made").read_text().count("candidates/4/model")
     assert not [*(out / CANDIDATES).glob("*/model"), *(out / CANDIDATES).glob("*/pruned")]
+    # Generated again in other batches, some answers could differ.
     assert json.loads((out / "abilities.json").read_text())["scores"]["fingerprint"] == "92"
+    alone = out.with_name("alone")
+    walk(other(want, suite="abilities"), alone, Fake({6: 93, 5: 20}))
+    assert json.loads((alone / "scores.json").read_text())["scores"]["fingerprint"] == "93"
+    assert not (alone / "abilities.json").exists()
     assert found.why().startswith("3.2 bits fail: math keeps 84.0 % of 100 items by generated ")
     kept = [row["math"].split()[0] for row in found.rows()]
     assert kept == ["100.0", "98.0", "95.0", "92.0", "84.0"]
@@ -175,18 +178,11 @@ def test_a_walk_begins_where_the_distance_suggests_and_returns_to_the_top(
     plain["distance"], want = distance, other(want, keep_at_least=f"math={floor}")
     found = walk(want, out, Fake(kept))
     assert (tried(found), found.first, found.bits) == (walked, walked[0], bits)
-    failed = [one.bits for one in found.rungs if not one.kept]
+    failed = [bits for bits, kept in found.kept.items() if not kept]
     assert found.ended == ("failed" if failed else "bottom")
     assert found.why().startswith(f"{max(failed or [2.6]):g} bits {'fail' if failed else 'are'}")
     assert walk(want, out, stop) == found
     assert (out / "model").exists() == (bits is not None)
-
-
-def test_a_walk_begins_at_the_top_if_time_is_short(want, out, plain):
-    """Candidates below 4 bits are recovered."""
-    plain["distance"] = 1e-3
-    found = walk(want, out, Fake({6: 100, 5: 50}), 1e6, {"3.2 bits, recover by distill": 1e9})
-    assert (found.first, found.bits) == (6, 6)
 
 
 @pytest.fixture
@@ -212,6 +208,8 @@ def test_running_out_of_time_before_the_top_leaves_no_verdict(
     half = {"4 bits, quantise": 20.0, "6 bits, quantise": 10.0}
     found = walk(want, out.with_name("other"), Fake(run.kept), 45, half)
     assert (tried(found), found.ended) == ([4, 6], "time")
+    found = walk(want, out.with_name("short"), Fake(run.kept), 1e6, {"4 bits, quantise": 1e9})
+    assert (found.first, found.bits) == (6, 5)  # too little time for more than one
     run.run.clear()
     found = walk(want, out, run)
     assert (found.bits, found.ended, run.run) == (5, "failed", ["prune", "evaluate"] * 3)
@@ -245,24 +243,6 @@ def test_a_changed_walk_or_one_over_other_candidates_is_refused(want, out):
         path.write_text(json.dumps(changed), encoding="utf-8")
         with pytest.raises(InputError, match=said):
             walk(want, out, stop)
-
-
-def test_no_model_is_left_of_a_candidate_that_is_not_reached(want, out, plain):
-    """It was begun before the floors changed."""
-    plain["distance"], run = 0.025, Fake({6: 99, 5: 20})
-    with pytest.raises(KeyboardInterrupt):
-        walk(want, out, stopping(run, 3))
-    assert models(out) == ["4"]
-    plain["distance"] = 100.0
-    assert walk(want, out, run).bits == 6
-    assert not models(out)
-
-
-def test_a_suite_scored_alone_keeps_the_tested_answers(want, out):
-    """Generated again in other batches, some could differ."""
-    walk(other(want, suite="abilities"), out, Fake({6: 93, 5: 20}))
-    assert json.loads((out / "scores.json").read_text())["scores"]["fingerprint"] == "93"
-    assert not (out / "abilities.json").exists()
 
 
 def test_the_distance_is_that_of_rounded_weights(tiny_folder, monkeypatch):
@@ -306,10 +286,9 @@ def test_unprovable_floors_are_refused_before_anything_is_built(want, out):
     assert run.run == ["prune", "evaluate"] * 2
     with pytest.raises(InputError, match="is of another request"):
         walk(much, out, run)
-    left = out / CANDIDATES / "5/model"
-    left.mkdir()  # left by a killed run
+    (out / CANDIDATES / "4/model").mkdir(parents=True)  # begun before the floors changed
     walk(lower, out, run)
-    assert not left.exists()
+    assert not models(out)
     assert (out / "model").exists()
 
 
@@ -330,15 +309,12 @@ def test_floors_changed_before_the_first_candidate_get_their_own_items(want, out
     assert run.run == ["evaluate", "evaluate", "evaluate", "prune", "evaluate"]
 
 
-@pytest.mark.parametrize(
-    ("effort", "floors", "chosen"),
-    [
-        ("standard", "math=0.8", {"quick": True, "whole": ["math"]}),
-        ("standard", "0.8,math=0.7", {}),
-        ("quick", "math=0.8", {"quick": True, "without": ["gsm8k"]}),
-        ("best", "math=0.8", {}),
-    ],
-)
+@pytest.mark.parametrize(("effort", "floors", "chosen"), [
+    ("standard", "math=0.8", {"quick": True, "whole": ["math"]}),
+    ("standard", "0.8,math=0.7", {}),
+    ("quick", "math=0.8", {"quick": True, "without": ["gsm8k"]}),
+    ("best", "math=0.8", {}),
+])  # fmt: skip
 def test_all_items_of_an_ability_with_a_floor_decide(want, effort, floors, chosen):
     want = other(want, effort=effort, allow_code_execution=True, keep_at_least=floors)
     assert scored(want)["abilities.json"] == choose("abilities", **chosen)
@@ -346,24 +322,27 @@ def test_all_items_of_an_ability_with_a_floor_decide(want, effort, floors, chose
     assert scored(other(want, suite="abilities"))["scores.json"] == choose("abilities", **alone)
 
 
-def test_a_folder_belongs_to_one_request(calmix, want, tmp_path):
+def test_a_folder_belongs_to_one_request(calmix, want, out, tmp_path, asked, text_file, mine):
     """A walk and a compression to a given size cannot resume in each other's folder."""
-    out, place = tmp_path / "walk", tmp_path / "plain"
     with pytest.raises(KeyboardInterrupt):
         walk(want, out, stop)
     plain = other(want, keep_at_least=None, bits=3.0)
     with pytest.raises(InputError, match=r"of another request .keep_at_least: math=0\.8, now None"):
-        check(plain, out)
-    check(ladder.at(want, 4), out)
+        ladder.read_ladder(plain, out)
     for words in (("report", out), ("check", out, "--keep-at-least", "0.9")):
-        assert "walk has no model yet: run its calmix compress again" in calmix(*words).line
-    shown = calmix("doctor", "inspect", out)
-    assert (shown.code, "walk: ladder of candidates" in shown.out) == (0, True)
-    place.mkdir()
-    record = {"request": plain.model_dump(mode="json"), "commands": {}, "versions": {}}
-    (place / "compress.json").write_text(json.dumps(sealed(record)), encoding="utf-8")
-    with pytest.raises(InputError, match=r"is of another request .bits: 3\.0, now None"):
-        walk(want, place, stop)
+        assert "out has no model yet: run its calmix compress again" in calmix(*words).line
+    assert "out: ladder of candidates" in calmix("doctor", "inspect", out).ok().out
+    given = {"calibration": str(text_file), "bits": 3, "suite": str(mine / "mine.yaml")}
+    for request in (plain, asked(**given)):
+        record = sealed({"request": request.model_dump(mode="json")})
+        (tmp_path / "compress.json").write_text(json.dumps(record), encoding="utf-8")
+        ladder.read_ladder(request, tmp_path)
+        with pytest.raises(InputError, match=r"is of another request .bits: 3\.0, now None"):
+            walk(want, tmp_path, stop)
+    (mine / "mine-choices.jsonl").write_text(json.dumps(EXAMPLES["choices"] | {"answer": 0}))
+    with pytest.raises(InputError, match=r"another request .suite_sha256"):
+        ladder.read_ladder(asked(**given), tmp_path)
+    assert asked(**given | {"suite": "offline"}).suite_sha256 is None
 
 
 def test_a_first_stage_that_fails_leaves_no_record(want, out):
@@ -380,43 +359,27 @@ def test_a_first_stage_that_fails_leaves_no_record(want, out):
         assert (out / "calibration/made").exists() == out.exists() == left
 
 
-@pytest.mark.parametrize(("suite", "after"), [("offline", "measure"), ("mine.yaml", "hf upload")])
-def test_programs_of_a_users_suite_do_not_require_abilities(suite, after):
-    known = SimpleNamespace(answers=1, not_run=("programs",))
-    card = SimpleNamespace(behaved=known, asked={"suite": suite}, measure="measure",
-                           out=Path("out"))  # fmt: skip
-    assert Card.next.fget(card).startswith(after)
+@pytest.fixture
+def mine(tmp_path):
+    """A folder with a user's own suite."""
+    for name, text in template("mine").items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path
 
 
 def test_floors_that_a_users_rows_cannot_prove_are_refused_at_once(
-    calmix, command, tmp_path, monkeypatch
+    calmix, command, tmp_path, monkeypatch, mine
 ):
-    monkeypatch.chdir(tmp_path)
-    for name, text in template("mine").items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(mine)
     words = command(tmp_path / "out", "--suite", "mine.yaml", sparse=False)
     for kept, said in (
         ("code=0.9", "names 'code', whose tasks are not run: pass --allow-code-execution"),
-        (
-            "support=0.9",
-            "needs 29 items that the dense model gets right, and --effort quick scores"
-            " 3 rows of support: add rows",
-        ),
-    ):
+        ("support=0.9", "needs 29 items that the dense model gets right, and --effort quick scores "
+                        "3 rows of support: add rows"),
+    ):  # fmt: skip
         for more in ((), ("--dry-run",)):
             assert said in calmix(*words, "--keep-at-least", kept, *more).line
     assert not (tmp_path / "out").exists()
-
-
-def test_changed_rows_make_another_request(asked, text_file, tmp_path):
-    for name, text in template("mine").items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    given = {"calibration": str(text_file), "bits": 3, "suite": str(tmp_path / "mine.yaml")}
-    before = asked(**given)
-    (tmp_path / "mine-choices.jsonl").write_text(json.dumps(EXAMPLES["choices"] | {"answer": 0}))
-    with pytest.raises(InputError, match=r"another request .suite_sha256"):
-        check_same(asked(**given), before.model_dump(mode="json"), tmp_path)
-    assert asked(**given | {"suite": "offline"}).suite_sha256 is None
 
 
 def test_the_verb_builds_tests_and_ends_with_a_card(
