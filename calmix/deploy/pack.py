@@ -162,9 +162,9 @@ def unpack(
     cannot be written; nothing is left there then.
     """
     folder, output = Path(folder), Path(output)
-    manifest = _manifest(folder)
+    manifest, grids = _opened(folder)
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
-    total, grids = 0, _grids(folder, manifest)
+    total = 0
     for name, entry in manifest["weights"].items():
         header = next(_unpacked(folder / name, entry, grids))
         places = parse_header(header, folder / name).values()
@@ -202,8 +202,7 @@ def load(
         ModelError: transformers cannot open the model.
     """
     folder = Path(folder)
-    manifest = _manifest(folder)
-    grids, state = _grids(folder, manifest), dict[str, torch.Tensor]()
+    (manifest, grids), state = _opened(folder), dict[str, torch.Tensor]()
     weights = {n: one for n, one in manifest["weights"].items() if not n.startswith(SCALES)}
     for number, (name, entry) in enumerate(weights.items(), start=1):
         state |= _tensors(folder / name, entry, grids)
@@ -236,15 +235,6 @@ def _other_files(folder: Path, weights: Collection[str]) -> list[str]:
     return names
 
 
-def _grids(folder: Path, manifest: dict[str, Any]) -> dict[str, Grid]:
-    """Return the grids of a pack's quantised tensors."""
-    scales: dict[str, torch.Tensor] = {}
-    for name, entry in manifest["weights"].items():
-        if name.startswith(SCALES):
-            scales |= _tensors(folder / name, entry, {})
-    return as_grids(scales)
-
-
 def _tensors(
     path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]
 ) -> dict[str, torch.Tensor]:
@@ -265,8 +255,9 @@ def _tensor(data: Any, place: Place) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(data, np.uint8)).view(place.dtype).view(place.shape)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / PACK
+def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
+    """Return the checked manifest of a pack, and the grids of its quantised tensors."""
+    path, scales = folder / PACK, dict[str, torch.Tensor]()
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] not in FORMATS:
@@ -286,7 +277,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is not a pack: it has no {PACK}") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is damaged: fetch the pack again") from error
-    return manifest
+    for name, entry in manifest["weights"].items():
+        if name.startswith(SCALES):
+            scales |= _tensors(folder / name, entry, {})
+    return manifest, as_grids(scales)
 
 
 def _write(
@@ -300,11 +294,6 @@ def _write(
     target.parent.mkdir(parents=True, exist_ok=True)
     header: dict[str, Any] = {"__metadata__": {"format": "calmix-pack"}}
     entries: dict[str, Any] = {}
-
-    def read(tensor: str, place: Place) -> tuple[dict[str, Any], Parts]:
-        count = math.prod(place.shape)
-        words = np.fromfile(source, f"u{place.dtype.itemsize}", count, offset=place.start)
-        return _encoded(words, place, grids.get(tensor), pool)
 
     with (
         tempfile.TemporaryFile(dir=target.parent) as data,
@@ -321,7 +310,7 @@ def _write(
             return sizes
 
         add("header", [header_bytes(source)])
-        jobs = (partial(read, *one) for one in tensors)
+        jobs = (partial(_encoded, source, place, grids.get(name), pool) for name, place in tensors)
         coded = _in_turn(readers, jobs, AHEAD)
         for (tensor, place), (entry, parts) in zip(tensors, coded, strict=True):
             sizes = {kind: add(f"{tensor}|{kind}", one) for kind, one in parts.items()}
@@ -348,9 +337,11 @@ def _in_order(places: Mapping[str, Place]) -> list[tuple[str, Place]]:
 
 
 def _encoded(
-    raw: Words, place: Place, grid: Grid | None, pool: ThreadPoolExecutor
+    source: Path, place: Place, grid: Grid | None, pool: ThreadPoolExecutor
 ) -> tuple[dict[str, Any], Parts]:
     """Return a tensor's entry in the manifest, and its parts."""
+    count = math.prod(place.shape)
+    raw = np.fromfile(source, f"u{place.dtype.itemsize}", count, offset=place.start)
     if grid is not None and (levels := _encoded_levels(raw, place, grid, pool)) is not None:
         return levels
     zeros = len(raw) - np.count_nonzero(raw)
