@@ -49,15 +49,11 @@ class Page:
             self._event(told)
 
     def _event(self, told):
-        method, about = told.get("method", ""), told.get("params", {})
-        if method == "Page.loadEventFired":
-            self._loaded = True
-        elif method == "Runtime.exceptionThrown":
-            self.complaints.append(str(about["exceptionDetails"]))
-        elif method == "Runtime.consoleAPICalled" and about["type"] in ("error", "warning"):
-            self.complaints.append(str(about["args"]))
-        elif method == "Log.entryAdded" and about["entry"]["level"] in ("error", "warning"):
-            self.complaints.append(str(about["entry"]["text"]))
+        method, about = told.get("method"), told.get("params", {})
+        level = about.get("type", about.get("entry", {}).get("level"))
+        self._loaded |= method == "Page.loadEventFired"
+        if method == "Runtime.exceptionThrown" or level in ("error", "warning"):
+            self.complaints.append(str(about))
         elif method == "Network.requestWillBeSent":
             self.requests.append(about["request"]["url"])
 
