@@ -123,11 +123,11 @@ class _Sliced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
-        grad, scale = grads[0].transpose(1, 2), ctx.scale
+        grad, scale, width = grads[0].transpose(1, 2), ctx.scale, value.shape[-1]
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros_like(one, dtype=torch.float32) for one in (key, value))
         for some, lines, queries, keys, values, weights in _parts(query, key, value, mask, scale):
-            seen, d_output = keys.shape[1], _together(grad[some, :, lines], key)
+            seen, d_output = keys.shape[1], grad[some, :, lines].reshape(len(keys), -1, width)
             with _fast(query):
                 d_weights = torch.bmm(d_output.float(), values.float().transpose(1, 2))
             d_scores = torch.ops.aten._softmax_backward_data(
@@ -146,8 +146,11 @@ def _parts(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, Tensor]]:
     """Yield slices of rows and positions with their queries, the keys and values they can see, and
-    the attention weights (float32), all in the layout of `_together`."""
-    rows, heads, positions, _ = query.shape
+    the attention weights (float32).
+
+    The query heads of a key head are stacked: (rows x key heads, heads x positions, width).
+    """
+    rows, heads, positions, width = query.shape
     tokens, bias = key.shape[2], mask
     if mask is not None and mask.dtype == torch.bool:
         least = torch.finfo(torch.float32).min
@@ -162,17 +165,12 @@ def _parts(
                 hidden = torch.full((1, 1, count, count), -torch.inf, device=key.device).triu_(1)
             else:
                 hidden = (bias if len(bias) == 1 else bias[some])[:, :, lines, :seen].float()
-            queries = _together(query[some, :, lines], key)
             keys, values = (one[some, :, :seen].flatten(0, 1) for one in (key, value))
+            queries = query[some, :, lines].reshape(len(keys), -1, width)
             with _fast(query):
                 scores = torch.bmm(queries.float() * scale, keys.float().transpose(1, 2))
             scores.view(-1, heads, count, seen)[..., -hidden.shape[-1] :] += hidden
             yield some, lines, queries, keys, values, scores.softmax(-1)
-
-
-def _together(some: Tensor, key: Tensor) -> Tensor:
-    """Stack the query heads of a key head: (rows x key heads, heads x positions, width)."""
-    return some.reshape(len(some) * key.shape[1], -1, some.shape[-1])
 
 
 def _fast(query: Tensor) -> AbstractContextManager[None]:

@@ -310,13 +310,12 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
             lists[name] = module
     # Image and audio towers beside the decoder have blocks too.
     lists = {n: one for n, one in lists.items() if not TOWERS.search(n)} or lists
-
-    def size(name: str) -> int:
-        linears: list[Any] = [module for module in lists[name].modules() if _is_linear(module)]
-        experts = (p for p in lists[name].parameters() if p.ndim >= 3)
-        return sum(weight.numel() for weight in (*(one.weight for one in linears), *experts))
-
-    name = max(lists, key=size, default="")
+    sizes: dict[str, int] = {}
+    for key, one in lists.items():
+        linears: list[Any] = [module.weight for module in one.modules() if _is_linear(module)]
+        experts = [p for p in one.parameters() if p.ndim >= 3]
+        sizes[key] = sum(weight.numel() for weight in (*linears, *experts))
+    name = max(sizes, key=sizes.__getitem__, default="")
     used = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     config: Any = getattr(model, "config", None)
     width = config and config.get_text_config(decoder=True).to_dict().get("hidden_size")

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from calmix.models.blocks import DecoderBlocks, find_blocks
 from calmix.models.opening import device_of, dtype_of, load_config, loading, resolve_model
 from calmix.models.shards import Place, Shards, write_index
 from calmix.precision import dtype_name, suited
+
+Merge = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # stored tensors into parameters
 
 
 class NotStreamableError(ModelError):
@@ -42,8 +45,14 @@ class StreamedModel:
 
     The arguments are those of `open_model`. `model` has all modules. Weights outside the blocks
     (except the output head's) are in memory between `fetch_outside` and `drop_outside`, a block's
-    between `fetch` and `drop`. `names` maps parameters and buffers to their names in the files,
-    except merged and split ones.
+    between `fetch` and `drop`.
+
+    Attributes:
+        dtype: the type of the blocks' weights in memory.
+        names: of parameters and buffers in the files, except merged and split ones.
+        merges: whether parameters are merged from several stored tensors, which takes memory.
+        unknown: names in the files without a parameter or buffer in the model.
+        parameters: those in the files, by name in the model, without data.
     """
 
     def __init__(
@@ -62,13 +71,17 @@ class StreamedModel:
         self.config = load_config(self.folder, name, trust_remote_code)
         self.model = _skeleton(self.config, chosen, self.shards, self.device, trust_remote_code)
         self.blocks: DecoderBlocks = find_blocks(self.model)
+        self.dtype: torch.dtype = next(self.blocks.blocks[0].parameters()).dtype
         alike = getattr(self.model, "all_tied_weights_keys", {})
         for pair in alike.items():
             if any(name.startswith(f"{self.blocks.name}.") for name in pair):
                 raise NotStreamableError(self.name, f"its blocks share weights (first {pair[0]})")
-        parts, own = find_parts(self.model, self.shards.places, self.name), self._parameters()
+        parts, self._merging = find_parts(self.model, self.shards.places, self.name)
+        own = self._parameters()
         self._parts = {name: part for name, part in parts.items() if name in own}
-        self.names = {name: part.stored[0] for name, part in parts.items() if part.rule is None}
+        self.names = {n: stored[0] for n, stored in parts.items() if n not in self._merging}
+        self.merges = bool(self._merging)
+        self.unknown = self.shards.places.keys() - set(chain(*parts.values()))
         for name, other in [pair for pair in alike.items() if {*pair} <= self.names.keys()]:
             if not torch.equal(self.stored(name), self.stored(other)):  # loading unties them too
                 del alike[name]
@@ -80,6 +93,8 @@ class StreamedModel:
         if lacking:
             why = f"its files lack {lacking[0]}, or hold it in a form that transformers converts"
             raise NotStreamableError(self.name, why)
+        named = self.model.named_parameters()
+        self.parameters: dict[str, Tensor] = {n: p for n, p in named if n in self._parts}
         self._pool = ThreadPoolExecutor(1, "reading")
         self._ahead: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
         # The next block's weights are copied to the device in a separate queue.
@@ -89,36 +104,9 @@ class StreamedModel:
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters(remove_duplicate=False))
 
-    @property
-    def merges(self) -> bool:
-        """Whether parameters are merged from several stored tensors, which takes memory."""
-        return any(part.rule is not None for part in self._parts.values())
-
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """Return the type a parameter is stored in."""
-        return self.shards.places[self._parts[name].stored[0]].dtype
-
     def stored(self, name: str) -> Tensor:
         """Return a parameter as it is stored, on the CPU."""
-        part = self._parts[name]
-        return part.merge(self.shards.read(part.stored))[name]
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """The parameters in the files, by name in the model; those not in memory have no data."""
-        parameters = dict(self.model.named_parameters())
-        return {name: parameters[name] for name in self._parts if name in parameters}
-
-    @property
-    def unknown(self) -> set[str]:
-        """Names in the files without a parameter or buffer in the model."""
-        known = {stored for part in self._parts.values() for stored in part.stored}
-        return self.shards.places.keys() - known - set(self.names.values())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the blocks' weights in memory."""
-        return next(self.blocks.blocks[0].parameters()).dtype
+        return self._merged([name], lambda stored, _: self.shards.read([stored])[stored])[name]
 
     def block_names(self, index: int) -> list[str]:
         """Return the names of a block's parameters in the model."""
@@ -202,7 +190,7 @@ class StreamedModel:
         One file per block, then the other tensors in files no larger than the largest block.
         """
         parts = [
-            list(dict.fromkeys(s for name in self.block_names(i) for s in self._parts[name].stored))
+            list(dict.fromkeys(s for name in self.block_names(i) for s in self._parts[name]))
             for i in range(len(self.blocks))
         ]
         most, size = max(self.blocks.sizes), 0
@@ -221,7 +209,7 @@ class StreamedModel:
         """Return tensors by their stored names, parameters in their type in memory; the `changed`
         ones are taken from memory."""
         memory, alike = self._parameters(), getattr(self.model, "all_tied_weights_keys", {})
-        types = {s: memory[name].dtype for name, part in self._parts.items() for s in part.stored}
+        types = {s: memory[name].dtype for name, part in self._parts.items() for s in part}
         new = self.as_stored(
             {name: memory[alike.get(name, name)].detach()
              for name in self.names if alike.get(name, name) in changed}
@@ -257,9 +245,11 @@ class StreamedModel:
         """Return parameters, merged from the `value` of each stored tensor."""
         memory, merged = self._parameters(), dict[str, Tensor]()
         for name in names:
-            if name not in merged:
-                part, dtype = self._parts[name], memory[name].dtype
-                merged |= part.merge({n: value(n, dtype) for n in part.stored})
+            dtype = memory[name].dtype
+            if name in self.names:
+                merged[name] = value(self.names[name], dtype)
+            elif name not in merged:
+                merged |= self._merging[name]({n: value(n, dtype) for n in self._parts[name]})
         return merged
 
     def _read(self, names: Iterable[str]) -> tuple[dict[str, Tensor], Any]:
@@ -326,29 +316,16 @@ def _skeleton(
     return model.eval()
 
 
-@dataclass(frozen=True)
-class Part:
-    """Stored tensors that form parameters, in the order in which a `rule` merges them.
-
-    `roles` gives each stored tensor's role in the rule, and `target` is the name of the result.
-    Without a rule the one stored tensor is the parameter `target`.
-    """
-
-    model: Any
-    stored: tuple[str, ...]
-    target: str
-    roles: tuple[str, ...] = ()
-    rule: Any = None
-
-    def merge(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters, by name, that stored tensors form."""
-        if self.rule is None:
-            return {self.target: tensors[self.stored[0]]}
-        rule = deepcopy(self.rule)
-        for name, role in zip(self.stored, self.roles, strict=True):
-            rule.add_tensor(self.target, name, role, tensors[name])
-        merged = rule.convert(self.target, model=self.model, config=self.model.config)
-        return {n: value[0] if isinstance(value, list) else value for n, value in merged.items()}
+def _merge(
+    model: Any, rule: Any, target: str, roles: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the parameters, by name, that a rule merges from stored tensors, in the order of their
+    `roles`."""
+    rule = deepcopy(rule)
+    for name, role in roles.items():
+        rule.add_tensor(target, name, role, tensors[name])
+    merged = rule.convert(target, model=model, config=model.config)
+    return {n: value[0] if isinstance(value, list) else value for n, value in merged.items()}
 
 
 def split(model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -359,8 +336,11 @@ def split(model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
-def find_parts(model: Any, places: Mapping[str, Place], called: str) -> dict[str, Part]:
-    """Return the part of a checkpoint for each of a model's parameters and buffers.
+def find_parts(
+    model: Any, places: Mapping[str, Place], called: str
+) -> tuple[dict[str, tuple[str, ...]], dict[str, Merge]]:
+    """Return the names of the stored tensors that form each of a model's parameters and buffers,
+    and the functions that merge them, of those that are not just one stored tensor.
 
     Raises NotStreamableError, with the model's name as it is `called`, if parameters do not convert
     back to the stored tensors.
@@ -378,35 +358,35 @@ def find_parts(model: Any, places: Mapping[str, Place], called: str) -> dict[str
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     prefix = model.base_model_prefix
-    merged: dict[str, list[tuple[str, str]]] = {}
-    parts = []
+    merged: dict[str, dict[str, str]] = {}  # roles in a rule, by stored name, by parameter
+    parts: dict[str, tuple[str, ...]] = {}
+    merging: dict[str, Merge] = {}
     for name in sorted(places, key=dot_natural_key):
         target, role = rename_source_key(name, renamings, converters, prefix, tensors)
         if target not in tensors and name in tensors:  # unchanged except for the prefix
             target, role = rename_source_key(name, [], [], prefix, tensors)
-        if target in tensors and role is None:
-            parts.append(Part(model, (name,), target))
-        elif target in tensors:
-            merged.setdefault(target, []).append((name, role))
+        if target in tensors and role is not None:
+            merged.setdefault(target, {})[name] = role
+        elif target in tensors and places[name].shape == tensors[target].shape:
+            parts[target] = (name,)
     # Unused rules would be reverted for nothing when the model is saved.
     model._weight_conversions = [rule for rule in rules if rule.was_used()]
-    for target, held in merged.items():
-        names, roles = zip(*held, strict=True)
-        rule = next(one for one in converters if roles[0] in one.source_patterns)
-        parts.append(Part(model, names, target, roles, rule))
-    found: dict[str, Part] = {}
-    for part in parts:
+    for target, roles in merged.items():
+        first = next(iter(roles))
+        rule = next(one for one in converters if roles[first] in one.source_patterns)
+        merge = partial(_merge, model, rule, target, roles)
         stored = {n: torch.empty(places[n].shape, dtype=places[n].dtype, device="meta")
-                  for n in part.stored}  # fmt: skip
+                  for n in roles}  # fmt: skip
         try:
-            made = part.merge(stored)
+            made = merge(stored)
         except (RuntimeError, ValueError):  # a tensor is missing, so the parameter is too
             continue
         fitting = [n for n, t in made.items() if n in tensors and t.shape == tensors[n].shape]
-        if fitting and part.rule is not None:
+        if fitting:
             back = split(model, {n: torch.empty_like(tensors[n], device="meta") for n in made})
             if {n: v.shape for n, v in back.items()} != {n: v.shape for n, v in stored.items()}:
-                why = f"transformers converts its weights but not back (first {part.stored[0]})"
+                why = f"transformers converts its weights but not back (first {first})"
                 raise NotStreamableError(called, why)
-        found |= dict.fromkeys(fitting, part)
-    return found
+        parts |= dict.fromkeys(fitting, tuple(roles))
+        merging |= dict.fromkeys(fitting, merge)
+    return parts, merging

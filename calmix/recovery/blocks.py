@@ -161,7 +161,7 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
             masters = job.masters(trained)
             report, best = tune(
                 pruned, index, masters, dense.states, steps, numbers[-1], job.request,
-                functools.partial(job.as_stored, masters, copy=True),
+                functools.partial(masters.stored, copy=True),
             )  # fmt: skip
             reports.append(report)
             del masters, trained

@@ -123,10 +123,6 @@ class Job:
         self.say = run.note if self.main else How.note
         self.work = WorkFolder(output, "steps" if request.method == "distill" else "blocks")
 
-    def open(self, name: str) -> Any:
-        """Open a whole model in the compute type."""
-        return open_model(name, **self.opening).model
-
     def take(self, pruned: StreamedModel, dense: StreamedModel) -> None:
         """Set both models, or refuse the pair; the pruned one may lack experts."""
         self.pruned, self.dense = pruned, dense
@@ -177,7 +173,7 @@ class Job:
         self.seed = seed if isinstance(seed, int) else 0
         sources, batch = calibration.sources, self.request.batch
         self.training, self.held_out = split_rows(sources, batch, self.seed)
-        self._began = time.perf_counter() - self.work.kept.get("seconds", 0.0)
+        self.began = time.perf_counter() - self.work.kept.get("seconds", 0.0)  # of earlier runs
         give_memory_back()
         held, free, _ = device_memory(self.device)
         rows = rows_at_once(self.request.batch // self.processes, calibration.length)
@@ -192,11 +188,6 @@ class Job:
             self.pruned, self.request.method, self.dtype, calibration.length, rows, room
         )
         self.say("recovery " + check_memory(self.plan.needed, held, most, free))
-
-    @property
-    def seconds(self) -> float:
-        """Seconds so far, those of earlier runs included."""
-        return time.perf_counter() - self._began
 
     def check_room(self, tokens: int) -> None:
         """Refuse a recovery if the disk has no room for the files of this many tokens."""
@@ -214,19 +205,13 @@ class Job:
 
     def keep(self, done: int, **facts: Any) -> None:
         """Record the progress."""
-        self.work.keep(done=done, rows_at_once=self.plan.rows, seconds=self.seconds, **facts)
+        seconds = time.perf_counter() - self.began
+        self.work.keep(done=done, rows_at_once=self.plan.rows, seconds=seconds, **facts)
 
     def masters(self, parameters: Mapping[str, torch.nn.Parameter]) -> Masters:
         """Return masters for parameters of the pruned model."""
         masked = self.masked.__contains__
         return Masters(parameters, self.pruned.stored, masked, self.grids, self.dense.stored)
-
-    def as_stored(self, masters: Masters, *, copy: bool = False) -> dict[str, Tensor]:
-        """Return the masters' weights in the types of the pruned model's files."""
-        return {
-            name: masters.rounded(name).to(self.pruned.stored_dtype(name), copy=copy)
-            for name in masters.values
-        }
 
     def write(self, file: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write a file of the result, trained tensors replacing pruned ones, and return it."""
@@ -267,12 +252,6 @@ def recover(
     job, trust = Job(request, Path(output), run), run.trust_remote_code
     work = job.work
 
-    def check() -> None:
-        check_request([pruned, against], {job.output: request}, run)
-        if not run.resume:  # are there enough rows? A resumed run may lack the source files
-            rows = ask(request.calibration, **request.drawn()).draw.rows
-            split_rows([""] * rows, request.batch, 0)
-
     def draw() -> CalibrationSet:
         if not work.resumes:
             size = ask(request.calibration, context=tokenizers[1].context, **request.drawn()).draw
@@ -283,7 +262,10 @@ def recover(
             writing=run.writing, note=run.note,
         )  # fmt: skip
 
-    once(check)
+    once(lambda: check_request([pruned, against], {job.output: request}, run))
+    if not run.resume:  # are there enough rows? A resumed run may lack the source files
+        rows = once(lambda: ask(request.calibration, **request.drawn()).draw.rows)
+        split_rows([""] * rows, request.batch, 0)
     models = [StreamedModel(name, **job.opening) for name in (pruned, against)]
     try:
         job.take(*models)
@@ -322,7 +304,8 @@ def recover(
             report = RecoveryReport(
                 request.method, request.epochs, request.lr, request.batch, job.plan.rows, job.seed,
                 calibration.rows, calibration.length, job.held_out, before, after,
-                job.weights, job.zeros, curve, {"total": job.seconds}, job.quantised,
+                job.weights, job.zeros, curve, {"total": time.perf_counter() - job.began},
+                job.quantised,
             )  # fmt: skip
             if job.main:
                 _finish(job, asked, report)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from calmix.evaluation.likelihood import Head, behind, decoder_and_head, divergences, in_cache
-from calmix.models import find_blocks
+from calmix.models import find_blocks, open_model
 from calmix.models.shards import read_file, write_file
 from calmix.pruning.distributed import add_up, everyone, once
 from calmix.recovery.memory import CHUNK, LEAST
@@ -125,7 +125,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
     """
     request, work = job.request, job.work
     folder, dense_head, weights = _dense_states(job)
-    model = job.open(job.pruned.name)
+    model = open_model(job.pruned.name, **job.opening).model
     if shared := all(
         torch.equal(one.bfloat16(), dense.bfloat16())
         for one, dense in zip(_head_weights(model), weights, strict=True)
@@ -170,7 +170,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
         if progress.best == progress.done:
             best = 1 - counted[1]
             if job.main:
-                work.save(f"best-{best}", job.as_stored(masters))
+                work.save(f"best-{best}", masters.stored())
         now = time.monotonic()
         over = progress.stopped or progress.done == progress.steps
         due = not over and now - saved >= SAVING * took
@@ -199,7 +199,7 @@ def _dense_states(job: Job) -> tuple[Path, Head | None, list[Tensor]]:
     Each process computes its share. Returns the folder, the head and its weights.
     """
     folder, ids = once(lambda: job.work.scratch("dense")), job.calibration.ids
-    model = job.open(job.dense.name)
+    model = open_model(job.dense.name, **job.opening).model
     decoder, head = decoder_and_head(model)
     for part in grouped(range(job.rank, len(ids), job.processes), job.plan.rows):
         with torch.inference_mode():

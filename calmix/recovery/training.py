@@ -210,9 +210,11 @@ class Masters:
         self.parameters = dict(parameters)
         self.values: dict[str, nn.Parameter] = {}
         self._levels: dict[str, tuple[Grid, int, int]] = {}  # grid, lowest and highest level
+        self._dtypes: dict[str, torch.dtype] = {}  # in the files
         groups: list[dict[str, Any]] = []
         for name, parameter in self.parameters.items():
             full = stored(name)
+            self._dtypes[name] = full.dtype
             if grids and dense and name in grids:
                 grid, full = grids[name].to(parameter.device), full.to(parameter.device)
                 low, high = map(int, grid.levels(full).aminmax())
@@ -269,6 +271,11 @@ class Masters:
             return value
         grid, low, high = self._levels[name]
         return grid.nearest(value, low, high)
+
+    def stored(self, *, copy: bool = False) -> dict[str, Tensor]:
+        """Return the rounded masters in the types of the files."""
+        return {name: self.rounded(name).to(dtype, copy=copy)
+                for name, dtype in self._dtypes.items()}  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:
         """Return masters and moments, enough to resume."""
