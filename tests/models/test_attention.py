@@ -51,10 +51,8 @@ def masks(rows, positions, tokens):
 
 def torchs(query, key, value, mask, scale=None):
     """PyTorch's attention, one query head at a time."""
-    shared = query.shape[1] // key.shape[1]
-    wide = [x.repeat_interleave(shared, 1) for x in (key, value)]
     made = F.scaled_dot_product_attention(
-        query, *wide, attn_mask=mask, is_causal=mask is None, scale=scale
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )
     return made.transpose(1, 2)
 
@@ -127,8 +125,9 @@ def test_models_compute_what_they_did_there_and_back_and_token_by_token(kind, sl
 @torch.no_grad()
 def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch, slices):
     """The same as transformers, with three key heads for nine query heads."""
-    module = torch.nn.Module()
-    module.num_key_value_groups = 3
+    module, encoder = torch.nn.Module(), torch.nn.Module()
+    module.num_key_value_groups = encoder.num_key_value_groups = 3
+    encoder.is_causal = False
     key, value = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
     one, several = torch.randn(2, 9, 1, 8), torch.randn(2, 9, 7, 8)
     seen, both = [], torch.ones(1, 1, 7, 7, dtype=torch.bool)
@@ -137,8 +136,6 @@ def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch
         F, "scaled_dot_product_attention",
         lambda query, *more, **how: seen.append(tuple(query.shape)) or attend(query, *more, **how),
     )  # fmt: skip
-    encoder = torch.nn.Module()
-    encoder.num_key_value_groups, encoder.is_causal = 3, False
     for number, (who, query, mask, how, folded, sliced) in enumerate((
         (module, one, None, {}, True, False),
         (module, several, None, {}, False, True),
@@ -154,10 +151,10 @@ def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch
         made, _ = attention(who, query, key, value, mask, scaling=0.5, **how)
         torch.testing.assert_close(made, wanted, msg=str(number))
         assert ((2, 3, 3, 8) in seen, bool(slices)) == (folded, sliced), number
-    slices.clear()
     half = [x.bfloat16() for x in (several, key, value)]
     for able, sliced in (({"amx_bf16": True}, 0), ({}, 1)):
         monkeypatch.setattr(own, "capabilities", lambda able=able: able)
+        slices.clear()
         attention(module, *half, None)
         assert len(slices) == sliced
 

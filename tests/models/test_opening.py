@@ -38,10 +38,8 @@ def test_a_local_folder_opens_for_inference(tiny_folder, tmp_path):
 
 
 def test_fingerprints_follow_the_bytes(tiny_folder, tmp_path):
-    first, same, other = map(open_model, map(str, (
-        tiny_folder, save_tiny_model(tmp_path / "same"),
-        save_tiny_model(tmp_path / "other", "qwen2"),
-    )))  # fmt: skip
+    folders = tiny_folder, *(save_tiny_model(tmp_path / kind, kind) for kind in ("llama", "qwen2"))
+    first, same, other = map(open_model, folders)
     assert first.fingerprint == same.fingerprint != other.fingerprint
     assert first.tokenizer_fingerprint == same.tokenizer_fingerprint
     first.tokenizer.add_tokens(["new"])
@@ -196,11 +194,10 @@ def test_a_builtin_model_is_put_together_from_its_parts(name, tmp_path):
         assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == opened.model.dtype
 
 
-def test_the_output_head_is_given_whole_inputs(tmp_path):
+def test_the_output_head_is_given_whole_inputs(tiny_folder):
     """With a batch's last positions torch would copy the weights for every row, and one row would
     be slow."""
-    model = open_model(str(save_tiny_model(tmp_path / "model"))).model
-    seen = []
+    model, seen = open_model(str(tiny_folder)).model, []
     model.lm_head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     for rows in (12, 1):
         model(tiny_ids(rows), logits_to_keep=1)

@@ -48,5 +48,3 @@ def test_every_token_counts_the_same():
     target = torch.tensor([[3.0, 4.0], [3000.0, 4000.0], [0.0, 0.0]])
     output = target * 1.1
     assert relative_error(output, target).item() == pytest.approx(0.02, rel=1e-4)
-    both = F.mse_loss(output, target)
-    assert both > 1e4  # what a mean square makes of one large token

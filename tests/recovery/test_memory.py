@@ -10,8 +10,7 @@ from calmix.models.streaming import StreamedModel
 from calmix.recovery import checkpoint
 from calmix.recovery.memory import make_plan
 from tests.forks import stopped
-from tests.recovery.stopper import arm
-from tests.recovery.test_recover import METHODS, command, manifest
+from tests.recovery.test_recover import METHODS, arm, command, manifest
 from tests.tiny import hashes, quick, save_tiny_model
 
 

@@ -5,9 +5,11 @@ from transformers import AutoModelForCausalLM
 
 import calmix as api
 from calmix.models import find_blocks
-from tests.recovery.test_recover import kl, manifest, tensors
+from tests.recovery.conftest import save_pruned
+from tests.recovery.test_recover import command, kl, manifest, tensors
 from tests.tiny import quick, save_tiny_model, tiny_ids
 
+SLOW = ("--lr", 0.003)
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "sarvam_moe")  # the last's files hold q, k, v as one
 
 
@@ -17,22 +19,12 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixtures")
     manifest = {"seed": 0, "tokenizer": None}
     for kind in KINDS:
-        save_tiny_model(folder / kind, kind)
-        opened = api.open_model(str(folder / kind))
+        dense = save_tiny_model(folder / kind, kind)
+        opened = save_pruned(dense, folder / f"{kind}-pruned", tiny_ids())
         manifest["tokenizer"] = opened.tokenizer_fingerprint
-        api.prune(opened.model, tiny_ids(), method="wanda", pattern=api.Unstructured(0.5))
-        opened.model.save_pretrained(folder / f"{kind}-pruned")
-        opened.tokenizer.save_pretrained(folder / f"{kind}-pruned")
     ids = tiny_ids(16)
     api.CalibrationSet(ids, ("x",) * len(ids), manifest).save(folder / "set")
     return folder
-
-
-def command(place, kind, output, method, *more):
-    return (
-        "recover", place / f"{kind}-pruned", "--against", place / kind, "--calibration",
-        place / "set", "--method", method, "--lr", 0.003, *more, "-o", output,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -43,7 +35,7 @@ def command(place, kind, output, method, *more):
 def test_zeros_of_every_expert_stay_and_the_rest_is_trained(calmix, place, tmp_path, case):
     kind, method = case
     output = tmp_path / "out"
-    calmix(*command(place, kind, output, method)).ok()
+    calmix(*command(place, output, method, *SLOW, pruned=f"{kind}-pruned", dense=kind)).ok()
     before, after = map(tensors, (place / f"{kind}-pruned", output))
     assert {n: v.shape for n, v in before.items()} == {n: v.shape for n, v in after.items()}
     models = [
@@ -72,11 +64,9 @@ def test_what_a_drop_leaves_is_recovered(calmix, place, tmp_path, case):
     sparse = ("--sparsity", 0.5, "--method", method) if method != "none" else ()
     calibration = ("--calibration", place / "set")
     drop = ("prune", place / "mixtral", *calibration, "--drop-experts", 0.5, *sparse)
-    assert calmix(*drop, "-o", tmp_path / "dropped").code == 0
-    calmix(
-        "recover", tmp_path / "dropped", "--against", place / "mixtral", *calibration,
-        "--method", recover, "--lr", 0.003, "-o", tmp_path / "out",
-    ).ok()  # fmt: skip
+    calmix(*drop, "-o", tmp_path / "dropped").ok()
+    dropped = tmp_path / "dropped"
+    calmix(*command(place, tmp_path / "out", recover, *SLOW, pruned=dropped, dense="mixtral")).ok()
     told = manifest(tmp_path / "out")["recovery"]
     assert told["after"] < told["before"]
     assert told["zeros"] == (0 if method == "none" else told["weights"] // 2)
@@ -85,9 +75,8 @@ def test_what_a_drop_leaves_is_recovered(calmix, place, tmp_path, case):
 
 
 def test_other_shapes_than_a_drop_leaves_are_refused(calmix, place, tmp_path):
-    save_tiny_model(tmp_path / "wider", "mixtral", num_local_experts=8, intermediate_size=48)
-    ended = calmix(
-        "recover", place / "mixtral-pruned", "--against", tmp_path / "wider", "--calibration",
-        place / "set", "-o", tmp_path / "out",
-    )  # fmt: skip
-    assert "was not pruned from" in ended.line
+    wider = save_tiny_model(
+        tmp_path / "wider", "mixtral", num_local_experts=8, intermediate_size=48
+    )
+    asked = command(place, tmp_path / "out", "distill", pruned="mixtral-pruned", dense=wider)
+    assert "was not pruned from" in calmix(*asked).line
