@@ -9,8 +9,8 @@ from calmix.cli import app
 from calmix.pruning.solvers.grids import SCALES, Grid, read_grids
 from calmix.recovery.training import Masters
 from tests.forks import stopped
-from tests.recovery.test_recover import arm, command, manifest, tensors
-from tests.tiny import hashes, save_tiny_model
+from tests.recovery.test_recover import arm, command, manifest
+from tests.tiny import hashes, load_weights, save_tiny_model
 
 KINDS = {
     "ecq": ("ecq", "--bits", 3),
@@ -36,7 +36,7 @@ def test_levels_move_on_their_grid_also_after_a_kill(calmix, quantised, tmp_path
     assert "weights stay on their grid" in ended.out
     told = manifest(output)["recovery"]
     assert told["after"] < 0.95 * told["before"]
-    before, after, grids = tensors(place / name), tensors(output), read_grids(output)
+    before, after, grids = load_weights(place / name), load_weights(output), read_grids(output)
     assert hashes(output / SCALES) == hashes(place / name / SCALES)
     assert told["quantised"] == sum(after[one].numel() for one in grids) == told["weights"]
     moved = 0
@@ -91,7 +91,7 @@ def test_weights_whose_grid_is_not_stored_stay(calmix, place, tmp_path, kind, me
     how = ("--method", method, "--epochs", 2, "--lr", 0.005)
     ended = calmix("recover", bits, "--against", dense, *drawn, *how, "-o", output).ok()
     assert "weights stay on their grid (100" in ended.out
-    before, after, grids = tensors(bits), tensors(output), read_grids(output)
+    before, after, grids = load_weights(bits), load_weights(output), read_grids(output)
     same = {name: torch.equal(before[name], after[name]) for name in before}
     held = [name for name in before if "experts" in name or (kind == "gpt2" and ".h." in name)]
     assert held

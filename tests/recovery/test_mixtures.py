@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 import calmix as api
 from calmix.models import find_blocks
 from tests.recovery.conftest import save_pruned
-from tests.recovery.test_recover import command, kl, manifest, tensors
-from tests.tiny import quick, save_tiny_model, tiny_ids
+from tests.recovery.test_recover import command, kl, manifest
+from tests.tiny import load_weights, quick, save_tiny_model, tiny_ids
 
 SLOW = ("--lr", 0.003)
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "sarvam_moe")  # the last's files hold q, k, v as one
@@ -36,7 +36,7 @@ def test_zeros_of_every_expert_stay_and_the_rest_is_trained(calmix, place, tmp_p
     kind, method = case
     output = tmp_path / "out"
     calmix(*command(place, output, method, *SLOW, pruned=f"{kind}-pruned", dense=kind)).ok()
-    before, after = map(tensors, (place / f"{kind}-pruned", output))
+    before, after = map(load_weights, (place / f"{kind}-pruned", output))
     assert {n: v.shape for n, v in before.items()} == {n: v.shape for n, v in after.items()}
     models = [
         AutoModelForCausalLM.from_pretrained(f)

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 import calmix as api
 from calmix.cli import app
 from calmix.errors import disk_errors
-from calmix.models.shards import Shards
 from calmix.pruning.work import WorkFolder
 from calmix.recovery import blocks as by_block
 from calmix.recovery import distill
@@ -28,12 +27,6 @@ from tests.recovery.conftest import save_pruned
 from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
 METHODS = ("distill", "blocks")
-
-
-def tensors(folder):
-    """All tensors of a checkpoint, in however many files."""
-    shards = Shards(folder)
-    return shards.read(shards.places)
 
 
 def kl(models, place, told):
@@ -81,7 +74,7 @@ def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method
     output = tmp_path / "out"
     ended = calmix(*command(place, output, method, pruned=pruned)).ok()
     assert "held-out rows (2 of 32)" in ended.out
-    before, after = map(tensors, (place / pruned, output))
+    before, after = map(load_weights, (place / pruned, output))
     assert before.keys() == after.keys()
     kept = trained = 0
     for name, value in after.items():
@@ -190,16 +183,16 @@ def test_a_loss_that_is_no_number_stops_and_leaves_what_stood(
 def test_weights_as_they_came_where_nothing_gets_better(calmix, place, tmp_path):
     ended = calmix(*command(place, tmp_path / "out", "distill", "--lr", 0.9)).ok()
     assert "the weights are unchanged" in ended.err
-    before, after = map(tensors, (place / "half", tmp_path / "out"))
+    before, after = map(load_weights, (place / "half", tmp_path / "out"))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert manifest(tmp_path / "out")["recovery"]["curve"]["stopped"]
 
 
 def test_another_head_is_asked_for_its_own_logits(calmix, place, tmp_path):
     dense = shutil.copytree(place / "dense", tmp_path / "dense")
-    tensors = load_weights(dense)
-    tensors["model.embed_tokens.weight"] *= 1.05
-    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    weights = load_weights(dense)
+    weights["model.embed_tokens.weight"] *= 1.05
+    save_file(weights, dense / "model.safetensors", {"format": "pt"})
     calmix(*command(place, tmp_path / "out", "distill", dense=dense)).ok()
     recovery = manifest(tmp_path / "out")["recovery"]
     assert recovery["curve"]["shared_head"] is False
@@ -246,7 +239,7 @@ def test_two_processes_share_a_distillation(place, tmp_path, calmix):
     alone, shared = (command(place, tmp_path / n, "distill", *more) for n in ("one", "two"))
     assert forked(shared, tmp_path / "log").count("held-out rows") == 1
     calmix(*alone).ok()
-    one, two = (tensors(tmp_path / n) for n in ("one", "two"))
+    one, two = (load_weights(tmp_path / n) for n in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-4)
     assert manifest(tmp_path / "two")["processes"] == 2
