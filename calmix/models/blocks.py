@@ -182,15 +182,15 @@ class DecoderBlocks:
         return mixtures
 
     def _layers(self, index: int) -> tuple[list[Prunable], list[Dense]]:
-        block, prefix, mixtures = self.blocks[index], f"{self.name}.{index}", self.mixtures(index)
+        block, prefix = self.blocks[index], f"{self.name}.{index}"
+        mixtures = {mixture.name: mixture for mixture in self.mixtures(index)}
         layers: list[Prunable] = []
         beside = set()  # weights of linear layers within a mixture
-        by_name = {mixture.name: mixture for mixture in mixtures}
         for name, module in block.named_modules():
             path = f"{prefix}.{name}"
             if _is_linear(module):
                 weight = module.weight
-                if any(path.startswith(f"{mixture.name}.") for mixture in mixtures):
+                if any(path.startswith(f"{mixture}.") for mixture in mixtures):
                     beside.add(id(weight))
                 elif not _routes(path, weight, mixtures):
                     if weight.dtype not in FLOATS:
@@ -199,7 +199,7 @@ class DecoderBlocks:
                         )
                     transposed = not isinstance(module, nn.Linear)
                     layers.append(Prunable(path, module, transposed=transposed))
-            elif mixture := by_name.get(path):
+            elif mixture := mixtures.get(path):
                 layers += mixture.layers
         layers = [layer for layer in layers if layer.parameter_id not in self.shared]
         taken, dense = {layer.parameter_id for layer in layers}, []
@@ -227,9 +227,9 @@ def _matches(name: str, pattern: str) -> bool:
         raise InputError(f"'{pattern}' is not a regular expression: {error}") from error
 
 
-def _routes(path: str, weight: Tensor, mixtures: list[Mixture]) -> bool:
+def _routes(path: str, weight: Tensor, mixtures: Mapping[str, Mixture]) -> bool:
     """Whether a linear layer is a router, or the gate of a shared expert."""
-    for mixture in mixtures:
+    for mixture in mixtures.values():
         owner = mixture.name.rpartition(".")[0]
         inside = path.removeprefix(f"{owner}.").split(".")
         if not path.startswith(f"{owner}.") or inside[0] == EXPERTS:

@@ -105,18 +105,12 @@ def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method
 
 
 @pytest.mark.parametrize(
-    ("method", "moment", "number"),
-    [
-        ("distill", "written", 8),
-        pytest.param("blocks", "written", 2, marks=pytest.mark.long),
-        pytest.param("distill", "counted", 8, marks=pytest.mark.long),
-        pytest.param("distill", "renamed", 0, marks=pytest.mark.long),
-        pytest.param("blocks", "counted", 1, marks=pytest.mark.long),
-    ],
-)
-def test_a_killed_recovery_goes_on_to_the_same_bytes(
-    calmix, place, whole, tmp_path, method, moment, number
-):
+    "case",
+    quick([("distill", "written", 8)], [("blocks", "written", 2), ("distill", "counted", 8),
+                                        ("distill", "renamed", 0), ("blocks", "counted", 1)]),
+)  # fmt: skip
+def test_a_killed_recovery_goes_on_to_the_same_bytes(calmix, place, whole, tmp_path, case):
+    method, moment, number = case
     stopped(partial(arm, moment, number), *command(place, tmp_path / "cut", method))
     unfinished = moment != "renamed"
     if unfinished:
