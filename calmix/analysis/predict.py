@@ -110,7 +110,7 @@ def lost_output(
     shares: dict[tuple[str, str], list[float]] = {}
     for inputs in headers[next(iter(held_out.values()))]:
         weights = [layers[name].view().float() for name in inputs.split(",")]
-        grams = {file: read_tensor(file.parent, header[inputs]).to(weights[0].device)
+        grams = {file: read_tensor(header[inputs]).to(weights[0].device)
                  for file, header in headers.items()}  # fmt: skip
         for name, parts in sets.items():
             gram = sum(tokens * share * grams[file] for file, share in parts.items())

@@ -37,7 +37,7 @@ from calmix.machine import cores
 from calmix.manifest import deciding_versions
 from calmix.models.attention import use_own_attention
 from calmix.models.blocks import evaluating
-from calmix.models.shards import PACK, Shards, weight_files
+from calmix.models.shards import PACK, stored_tensors, weight_files
 from calmix.precision import dtype_name, suited
 from calmix.progress import quiet
 from calmix.yaml_files import packaged
@@ -318,7 +318,7 @@ def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
         raise ModelError(f"{name} is quantised: prune the full-precision model, then quantise")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder: only decoder-only models work")
-    counts = [math.prod(place.shape) for place in Shards(folder).places.values()]
+    counts = [math.prod(place.shape) for place in stored_tensors(folder).values()]
     # Some configurations raise on attributes that differ between layers.
     if found := _too_large(config.get_text_config(decoder=True).to_dict(), counts):
         raise ModelError(f"{folder / 'config.json'} has {found}, more than its weights allow")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ PACK = "calmix-pack.json"  # marks a folder as a pack (calmix/deploy/pack.py)
 class Place:
     """Where a tensor is stored: its file, type, shape, and offset from the file's start."""
 
-    file: str
+    path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
@@ -46,24 +46,6 @@ class Place:
     def size(self) -> int:
         """Number of bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-class Shards:
-    """The safetensors files of a model folder: their names, and the place of every tensor.
-
-    Raises ModelError if a file is cut short, damaged, or has an unsupported type.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files = weight_files(folder)
-        self.places: dict[str, Place] = {}
-        for name in self.files:
-            self.places |= read_header(folder / name)
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return tensors as they are stored, by name."""
-        return {name: read_tensor(self.folder, self.places[name]) for name in names}
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -87,6 +69,17 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
+def stored_tensors(folder: Path) -> dict[str, Place]:
+    """Return the tensors in the weight files of a model folder.
+
+    Raises ModelError if a file is cut short, damaged, or has an unsupported type.
+    """
+    places: dict[str, Place] = {}
+    for name in weight_files(folder):
+        places |= read_header(folder / name)
+    return places
+
+
 def weight_bytes(folder: Path) -> int:
     """Return the total size of a model's weight files in bytes."""
     return sum((folder / name).stat().st_size for name in weight_files(folder))
@@ -104,7 +97,7 @@ def parse_header(header: bytes, path: Path) -> dict[str, Place]:
     entries = parse_json(header[8:])
     entries.pop("__metadata__", None)
     return {
-        name: Place(path.name, DTYPES[entry["dtype"]], tuple(entry["shape"]),
+        name: Place(path, DTYPES[entry["dtype"]], tuple(entry["shape"]),
                     len(header) + entry["data_offsets"][0])
         for name, entry in entries.items()
     }  # fmt: skip
@@ -126,14 +119,14 @@ def read_header(path: Path) -> dict[str, Place]:
         raise ModelError(f"{path} is cut short or damaged: fetch it again") from error
 
 
-def read_tensor(folder: Path, place: Place) -> Tensor:
+def read_tensor(place: Place) -> Tensor:
     """Return one tensor in newly allocated memory."""
     tensor = torch.empty(place.shape, dtype=place.dtype)
     view = tensor_bytes(tensor)
-    with (folder / place.file).open("rb") as file:
+    with place.path.open("rb") as file:
         file.seek(place.start)
         if file.readinto(view) < len(view):
-            raise ModelError(f"{folder / place.file} is cut short: fetch it again")
+            raise ModelError(f"{place.path} is cut short: fetch it again")
     return tensor
 
 
@@ -163,16 +156,16 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """Return all tensors of a safetensors file in newly allocated memory."""
-    return {n: read_tensor(path.parent, place) for n, place in read_header(path).items()}
+    return {name: read_tensor(place) for name, place in read_header(path).items()}
 
 
 def write_index(folder: Path) -> None:
     """Write the index that transformers reads if a folder has several weight files."""
-    places = Shards(folder).places
-    if len({place.file for place in places.values()}) > 1:
+    places = stored_tensors(folder)
+    if len({place.path for place in places.values()}) > 1:
         index = {
             "metadata": {"total_size": sum(place.size for place in places.values())},
-            "weight_map": {name: place.file for name, place in sorted(places.items())},
+            "weight_map": {name: place.path.name for name, place in sorted(places.items())},
         }
         write_json(folder / INDEX, index)
 

@@ -24,7 +24,7 @@ from calmix.errors import ModelError
 from calmix.models.attention import use_own_attention
 from calmix.models.blocks import DecoderBlocks, find_blocks
 from calmix.models.opening import device_of, dtype_of, load_config, loading, resolve_model
-from calmix.models.shards import Place, Shards, write_index
+from calmix.models.shards import Place, read_tensor, stored_tensors, write_index
 from calmix.precision import dtype_name, suited
 
 Merge = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # stored tensors into parameters
@@ -66,22 +66,22 @@ class StreamedModel:
         self.name, self.trust_remote_code = name, trust_remote_code
         self.device, chosen = device_of(device), dtype_of(dtype)
         self.folder = resolve_model(name)
-        self.shards = Shards(self.folder)
+        self.places = stored_tensors(self.folder)
         # The folder's configuration; the model's can be its text part.
         self.config = load_config(self.folder, name, trust_remote_code)
-        self.model = _skeleton(self.config, chosen, self.shards, self.device, trust_remote_code)
+        self.model = self._skeleton(chosen)
         self.blocks: DecoderBlocks = find_blocks(self.model)
         self.dtype: torch.dtype = next(self.blocks.blocks[0].parameters()).dtype
         alike = getattr(self.model, "all_tied_weights_keys", {})
         for pair in alike.items():
             if any(name.startswith(f"{self.blocks.name}.") for name in pair):
                 raise NotStreamableError(self.name, f"its blocks share weights (first {pair[0]})")
-        parts, self._merging = find_parts(self.model, self.shards.places, self.name)
+        parts, self._merging = find_parts(self.model, self.places, self.name)
         own = self._parameters()
         self._parts = {name: part for name, part in parts.items() if name in own}
         self.names = {n: stored[0] for n, stored in parts.items() if n not in self._merging}
         self.merges = bool(self._merging)
-        self.unknown = self.shards.places.keys() - set(chain(*parts.values()))
+        self.unknown = self.places.keys() - set(chain(*parts.values()))
         for name, other in [pair for pair in alike.items() if {*pair} <= self.names.keys()]:
             if not torch.equal(self.stored(name), self.stored(other)):  # loading unties them too
                 del alike[name]
@@ -101,12 +101,43 @@ class StreamedModel:
         cuda = self.device.type == "cuda" and torch.cuda.is_available()
         self._queue: Any = torch.cuda.Stream(self.device) if cuda else None
 
+    def _skeleton(self, dtype: Any) -> Any:
+        """Return a causal language model with its buffers, but without weights."""
+        from accelerate import init_empty_weights
+
+        if dtype == "auto":
+            dtype = getattr(self.config, "dtype", None)
+            if not isinstance(dtype, torch.dtype):
+                floats = (p.dtype for p in self.places.values() if p.dtype.is_floating_point)
+                dtype = next(floats, torch.float32)
+            dtype = suited(dtype, self.device)
+        with loading(f"cannot open {self.folder}"):
+            from transformers import AutoModelForCausalLM, GenerationConfig
+
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=dtype, trust_remote_code=self.trust_remote_code
+                )
+            if (self.folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        # Position tables were made in the model's type: make them again, as loading a model does.
+        for module in model.modules():
+            module._is_hf_initialized = not any(True for _ in module.buffers(recurse=False))
+        with torch.no_grad():
+            model.initialize_weights()
+        use_own_attention(model.requires_grad_(False))
+        return model.eval()
+
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def stored(self, name: str) -> Tensor:
         """Return a parameter as it is stored, on the CPU."""
-        return self._merged([name], lambda stored, _: self.shards.read([stored])[stored])[name]
+        return self._merged([name], lambda stored, _: self.read(stored))[name]
+
+    def read(self, stored: str) -> Tensor:
+        """Return a tensor of the files by its name there."""
+        return read_tensor(self.places[stored])
 
     def block_names(self, index: int) -> list[str]:
         """Return the names of a block's parameters in the model."""
@@ -137,7 +168,7 @@ class StreamedModel:
         for name, buffer in list(self.model.named_buffers()):
             value = buffer
             if (stored := self.names.get(name)) is not None:
-                value = self.shards.read([stored])[stored].to(buffer.dtype)
+                value = self.read(stored).to(buffer.dtype)
             module, last = self._owner(name)
             module._buffers[last] = value.to(self.device)
 
@@ -195,7 +226,7 @@ class StreamedModel:
         ]
         most, size = max(self.blocks.sizes), 0
         inside = {name for part in parts for name in part}
-        for name, place in self.shards.places.items():
+        for name, place in self.places.items():
             if name not in inside:
                 if size == 0 or size + place.size > most:
                     parts.append([])
@@ -214,7 +245,7 @@ class StreamedModel:
             {name: memory[alike.get(name, name)].detach()
              for name in self.names if alike.get(name, name) in changed}
         )  # fmt: skip
-        stored = self.shards.read(name for name in names if name not in new)
+        stored = {name: self.read(name) for name in names if name not in new}
         tensors = {name: value.to(types.get(name, value.dtype)) for name, value in stored.items()}
         return tensors | {name: new[name] for name in names if name in new}
 
@@ -254,7 +285,7 @@ class StreamedModel:
 
     def _read(self, names: Iterable[str]) -> tuple[dict[str, Tensor], Any]:
         """Read parameters and start copying them to the device; return the event that ends it."""
-        read = self._merged(names, lambda n, dtype: self.shards.read([n])[n].to(dtype))
+        read = self._merged(names, lambda n, dtype: self.read(n).to(dtype))
         if self._queue is None:
             return read, None
         with torch.cuda.stream(self._queue):
@@ -284,36 +315,6 @@ class StreamedModel:
     def _owner(self, name: str) -> tuple[Any, str]:
         owner, _, last = name.rpartition(".")
         return self.model.get_submodule(owner), last
-
-
-def _skeleton(
-    config: Any, dtype: torch.dtype | str, shards: Shards, device: torch.device, trust: bool
-) -> Any:
-    """Return a causal language model with its buffers, but without weights."""
-    from accelerate import init_empty_weights
-
-    chosen: Any = dtype
-    if dtype == "auto":
-        chosen = getattr(config, "dtype", None)
-        if not isinstance(chosen, torch.dtype):
-            floats = (p.dtype for p in shards.places.values() if p.dtype.is_floating_point)
-            chosen = next(floats, torch.float32)
-        chosen = suited(chosen, device)
-    with loading(f"cannot open {shards.folder}"):
-        from transformers import AutoModelForCausalLM, GenerationConfig
-
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust)
-        if (shards.folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(shards.folder)
-    # Position tables were made in the model's type: make them again, as loading a model does.
-    for module in model.modules():
-        module._is_hf_initialized = not any(True for _ in module.buffers(recurse=False))
-    with torch.no_grad():
-        model.initialize_weights()
-    model.requires_grad_(False)
-    use_own_attention(model)
-    return model.eval()
 
 
 def _merge(

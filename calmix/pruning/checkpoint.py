@@ -177,7 +177,7 @@ class _Pruning:
     @property
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint in bytes."""
-        blocks, places = self.source.blocks, self.source.shards.places
+        blocks, places = self.source.blocks, self.source.places
         outside = list(self.source.layout.values())[len(blocks) :]
         return sum(blocks.sizes) + sum(places[name].size for names in outside for name in names)
 

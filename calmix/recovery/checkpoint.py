@@ -192,7 +192,7 @@ class Job:
     def check_room(self, tokens: int) -> None:
         """Refuse a recovery if the disk has no room for the files of this many tokens."""
         source = self.pruned
-        needed = sum(place.size for place in source.shards.places.values())
+        needed = sum(place.size for place in source.places.values())
         width = source.model.get_output_embeddings().weight.shape[1]
         states = tokens * width * self.dtype.itemsize
         if self.request.method == "distill":
@@ -216,7 +216,7 @@ class Job:
     def write(self, file: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write a file of the result, trained tensors replacing pruned ones, and return it."""
         source = self.pruned
-        made = source.shards.read(source.layout[file])
+        made = {name: source.read(name) for name in source.layout[file]}
         for name, value in source.as_stored(trained).items():
             if name in made:
                 made[name] = value.to(made[name].dtype)

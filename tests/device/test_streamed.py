@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from benchmarks.traced import tracing
-from calmix.models.shards import Shards
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import Unstructured, get_method
 from calmix.pruning.budget import Plan
@@ -51,9 +50,9 @@ def numberless(monkeypatch, tiny_folder):
         torch.Tensor, "record_stream", lambda self, queue: None if queue is now else 1 / 0
     )
 
-    def read(self, names):
-        made = {name: self.places[name] for name in names}
-        return {n: torch.empty(p.shape, dtype=p.dtype, device="cpu") for n, p in made.items()}
+    def read(self, name):
+        place = self.places[name]
+        return torch.empty(place.shape, dtype=place.dtype, device="cpu")
 
     def written(self, name, tensors):
         for tensor in tensors.values():
@@ -62,7 +61,7 @@ def numberless(monkeypatch, tiny_folder):
     empty = torch.empty
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (pinned.append(1), self)[1])
-    monkeypatch.setattr(Shards, "read", read)
+    monkeypatch.setattr(StreamedModel, "read", read)
     monkeypatch.setattr(WorkFolder, "save", written)
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
     yield streamed, pinned, waited

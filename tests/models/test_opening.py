@@ -18,7 +18,7 @@ from calmix import assets
 from calmix.errors import InputError, ModelError
 from calmix.models import builtin_models, find_blocks, open_model, opening, resolve_model
 from calmix.models.opening import context_of, tokenizer_fingerprint
-from calmix.models.shards import Shards
+from calmix.models.shards import weight_files
 from tests.tiny import quick, save_tiny_model, tiny_ids, tiny_model
 
 
@@ -100,7 +100,7 @@ def test_weights_that_are_there_twice_are_fetched_read_and_hashed_once(
     before = open_model(str(folder)).fingerprint
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
     assert open_model(str(folder)).fingerprint == before
-    assert Shards(folder).files == ["model.safetensors"]
+    assert weight_files(folder) == ["model.safetensors"]
     asked = {}
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, **how: asked.update(how) or str(folder)

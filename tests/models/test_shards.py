@@ -9,7 +9,14 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from calmix.errors import ModelError
-from calmix.models.shards import INDEX, Shards, read_file, read_header, write_file, write_index
+from calmix.models.shards import (
+    INDEX,
+    read_file,
+    read_header,
+    stored_tensors,
+    write_file,
+    write_index,
+)
 
 TENSORS = {
     "a.weight": torch.randn(5, 3),
@@ -24,7 +31,7 @@ TENSORS = {
 def test_the_library_and_calmix_write_the_same_bytes(tmp_path):
     theirs, ours = tmp_path / "model.safetensors", tmp_path / "own.safetensors"
     save_file(TENSORS, theirs, {"format": "pt"})
-    assert_close(Shards(tmp_path).read(TENSORS), TENSORS, rtol=0, atol=0)
+    assert_close(read_file(theirs), TENSORS, rtol=0, atol=0)
     write_file(ours, TENSORS)
     assert_close(read_file(ours), TENSORS, rtol=0, atol=0)
     assert ours.read_bytes() == theirs.read_bytes()
@@ -40,7 +47,7 @@ def test_an_index_is_written_where_there_are_several_files(tmp_path):
         "metadata": {"total_size": 6 * 8 + 28 * 2},
         "weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors"},
     }
-    assert list(Shards(tmp_path).places) == ["b", "a"]
+    assert list(stored_tensors(tmp_path)) == ["b", "a"]
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
