@@ -30,14 +30,11 @@ from calmix.precision import dtype_name, suited
 Merge = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # stored tensors into parameters
 
 
-class NotStreamableError(ModelError):
-    """The checkpoint's tensors do not correspond to the model's parameters."""
-
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(
-            f"{name} cannot be processed block by block, because {why}: only calmix.prune in "
-            "Python supports it"
-        )
+def _not_streamable(name: str, why: str) -> ModelError:
+    return ModelError(
+        f"{name} cannot be processed block by block, because {why}: only calmix.prune in Python "
+        "supports it"
+    )
 
 
 class StreamedModel:
@@ -75,7 +72,7 @@ class StreamedModel:
         alike = getattr(self.model, "all_tied_weights_keys", {})
         for pair in alike.items():
             if any(name.startswith(f"{self.blocks.name}.") for name in pair):
-                raise NotStreamableError(self.name, f"its blocks share weights (first {pair[0]})")
+                raise _not_streamable(self.name, f"its blocks share weights (first {pair[0]})")
         parts, self._merging = find_parts(self.model, self.places, self.name)
         own = self._parameters()
         self._parts = {name: part for name, part in parts.items() if name in own}
@@ -92,7 +89,7 @@ class StreamedModel:
         lacking += [name for name, _ in self.model.named_buffers() if name in kept]
         if lacking:
             why = f"its files lack {lacking[0]}, or hold it in a form that transformers converts"
-            raise NotStreamableError(self.name, why)
+            raise _not_streamable(self.name, why)
         named = self.model.named_parameters()
         self.parameters: dict[str, Tensor] = {n: p for n, p in named if n in self._parts}
         self._pool = ThreadPoolExecutor(1, "reading")
@@ -343,8 +340,8 @@ def find_parts(
     """Return the names of the stored tensors that form each of a model's parameters and buffers,
     and the functions that merge them, of those that are not just one stored tensor.
 
-    Raises NotStreamableError, with the model's name as it is `called`, if parameters do not convert
-    back to the stored tensors.
+    Raises ModelError, with the model's name as it is `called`, if parameters do not convert back to
+    the stored tensors.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -387,7 +384,7 @@ def find_parts(
             back = split(model, {n: torch.empty_like(tensors[n], device="meta") for n in made})
             if {n: v.shape for n, v in back.items()} != {n: v.shape for n, v in stored.items()}:
                 why = f"transformers converts its weights but not back (first {first})"
-                raise NotStreamableError(called, why)
+                raise _not_streamable(called, why)
         parts |= dict.fromkeys(fitting, tuple(roles))
         merging |= dict.fromkeys(fitting, merge)
     return parts, merging

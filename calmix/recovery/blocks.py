@@ -7,15 +7,14 @@ corrects errors of earlier blocks.
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from calmix.models.blocks import DecoderBlocks
+from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import widest
 from calmix.pruning.trace import TOKENS, Batch, Calls
@@ -29,36 +28,25 @@ if TYPE_CHECKING:
 class Stream:
     """The hidden states of one model's micro-batches, and the other arguments of its blocks.
 
-    `record` needs the weights outside the blocks and those of the first block, `run` those of the
-    current block.
+    Each group of rows is a micro-batch. The weights outside the blocks and those of the first block
+    must be in memory.
     """
 
-    def __init__(
-        self, model: nn.Module, blocks: DecoderBlocks, states: dict[int, Tensor] | States
-    ) -> None:
-        self._model, self._blocks, self.states = model, blocks, states
-        self._batches: list[Batch] = []
-        self.tokens: list[int] = []  # of each micro-batch
-
     @torch.no_grad()
-    def record(self, ids: Tensor, groups: Sequence[Sequence[int]]) -> None:
-        """Keep the states entering the first block for each group of rows, a micro-batch."""
-        device = next(self._blocks.blocks[0].parameters()).device
-        calls = Calls(self._model, self._blocks, ids[:1, :TOKENS].to(device))
+    def __init__(
+        self, model: StreamedModel, states: States, ids: Tensor, groups: Sequence[list[int]]
+    ) -> None:
+        self.states, self.batches, self.length = states, list[Batch](), ids.shape[1]
+        calls = Calls(model.model, model.blocks, ids[:1, :TOKENS].to(model.device))
         for number, group in enumerate(groups):
-            self.states[number], batch = calls.record(ids[list(group)].to(device))
-            self._batches.append(batch)
-            self.tokens.append(len(group) * ids.shape[1])
-
-    def run(self, index: int, number: int, *, keep: bool) -> Tensor:
-        """Run a block on a micro-batch; with `keep`, keep what it writes into its arguments."""
-        return self._batches[number].run(index, self.states[number], keep=keep)
+            states[number], batch = calls.record(ids[group].to(model.device))
+            self.batches.append(batch)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Replace the states of every micro-batch by a block's outputs."""
-        for number in range(len(self._batches)):
-            self.states[number] = self.run(index, number, keep=True)
+        for number, batch in enumerate(self.batches):
+            self.states[number] = batch.run(index, self.states[number])
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
@@ -76,25 +64,26 @@ def tune(
     stream: Stream,
     index: int,
     masters: Masters,
-    targets: dict[int, Tensor] | States,
+    targets: States,
     steps: Sequence[list[int]],
     held_out: list[int],
     request: Recovering,
-    keep: Callable[[], dict[str, Tensor]],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Train one block until its epochs end or the held-out loss stops improving.
 
     `stream` is the pruned one, `targets` the dense block's outputs; `steps` hold micro-batch
-    numbers. Returns a report and the result of `keep` for the best masters. The report has mean
-    relative errors per token: `before` and `after` on the held-out rows, and per epoch `losses`
-    (training rows) and `held_out`; `epochs` is the epoch kept, or 0.
+    numbers. Returns a report and the best weights, none if the initial ones are. The report has
+    mean relative errors per token: `before` and `after` on the held-out rows, and per epoch
+    `losses` (training rows) and `held_out`; `epochs` is the epoch kept, or 0.
     """
 
     def mean(numbers: list[int], learn: bool) -> Tensor:
-        tokens, values = sum(stream.tokens[number] for number in numbers), []
+        rows, values = sum(stream.batches[number].rows for number in numbers), []
+        tokens = rows * stream.length
         for number in numbers:
             with torch.set_grad_enabled(learn):
-                output = stream.run(index, number, keep=False)
+                hidden = stream.states[number]
+                output = stream.batches[number].run(index, hidden, keep=False)
                 loss = relative_error(output, targets[number]) / tokens
             if learn:
                 loss.backward()
@@ -108,7 +97,7 @@ def tune(
     for _ in train(progress, masters, steps, held_out, mean, lr, every=every, where=where):
         if progress.best == progress.done:
             kept.clear()  # only one set at a time is in memory
-            kept = keep()
+            kept = masters.stored(copy=True)
     readings, epochs = [loss for _, loss in progress.held_out], grouped(progress.losses, every)
     best = progress.best // every
     report = {
@@ -139,10 +128,9 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
     streams = []
     for name, model in (("dense", job.dense), ("pruned", job.pruned)):
         states = States(work.scratch(name), model.device)  # in files
-        streams.append(Stream(model.model, model.blocks, states))
         model.fetch_outside()
         model.fetch(0)
-        streams[-1].record(ids, [group for part in parts for group in part])
+        streams.append(Stream(model, states, ids, [group for part in parts for group in part]))
         model.drop_outside()
     dense, pruned = streams
     files = list(job.pruned.layout)
@@ -160,9 +148,8 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
                 parameter.requires_grad_(True)
             masters = job.masters(trained)
             report, best = tune(
-                pruned, index, masters, dense.states, steps, numbers[-1], job.request,
-                functools.partial(masters.stored, copy=True),
-            )  # fmt: skip
+                pruned, index, masters, dense.states, steps, numbers[-1], job.request
+            )
             reports.append(report)
             del masters, trained
             made = job.write(files[index], best)

@@ -3,6 +3,8 @@
 Gradients are given, not computed: a CPU build keeps no graph of what another device does.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -56,8 +58,8 @@ def test_a_block_learns_with_a_read_a_step(kind, gradients):
     with tracing(None) as traced:
         model = empty_model(tiny_config(kind))
         found = find_blocks(model)
-        stream = Stream(model, found, {})
-        stream.record(some_ids(4, 16), [[0], [1], [2], [3]])
+        opened = SimpleNamespace(model=model, blocks=found, device=CUDA)
+        stream = Stream(opened, {}, some_ids(4, 16), [[0], [1], [2], [3]])
         targets = {n: torch.randn(1, 16, 32, device=CUDA) for n in range(4)}
         names = [n for n, _ in model.named_parameters() if n.startswith(f"{found.name}.0.")]
         masters = masters_of(model, names)
@@ -67,7 +69,7 @@ def test_a_block_learns_with_a_read_a_step(kind, gradients):
         with reproducible(torch.device("cpu")):
             tune(
                 stream, 0, masters, targets, [[0, 1]] * 2, [2, 3],
-                recover_request(calibration="", method="blocks", epochs=2, lr=1e-3), dict,
+                recover_request(calibration="", method="blocks", epochs=2, lr=1e-3),
             )  # fmt: skip
         assert all(value.device.type == "cuda" for value in masters.values.values())
     assert traced.reads == {"_local_scalar_dense": 5}  # two steps, and three readings

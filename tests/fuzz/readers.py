@@ -16,13 +16,13 @@ from calmix.calibration import CalibrationSet, ask, open_tokenizer
 from calmix.calibration.tokenizer import OpenTokenizer, tokenizer_function
 from calmix.diagnostics.inspecting import inspect
 from calmix.diagnostics.rerunning import rerun
-from calmix.errors import InputError
+from calmix.errors import InputError, ModelError
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.scores import load_pair, load_scores
 from calmix.evaluation.suites import load_suite
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint, tokenizer_fingerprint
-from calmix.models.streaming import NotStreamableError, StreamedModel
+from calmix.models.streaming import StreamedModel
 from calmix.pruning.checkpoint import prune_checkpoints
 from calmix.recovery import recover
 from calmix.sources import get_source, own_sources
@@ -199,7 +199,9 @@ def _model(folder, _):
     fingerprint(resolve_model(name))
     try:
         StreamedModel(name).close()
-    except NotStreamableError:
+    except ModelError as error:
+        if "cannot be processed block by block" not in str(error):
+            raise
         open_model(name)
 
 
