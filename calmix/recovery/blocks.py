@@ -119,7 +119,7 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
     work, ids, blocks = job.work, job.calibration.ids, job.pruned.blocks
     together = rows_at_once(job.request.batch, ids.shape[1])[0]  # shuffled as one, for any plan
     units, micro = [*grouped(job.training, together), job.held_out], itertools.count()
-    parts = [grouped(rows, job.plan.rows) for rows in units]
+    parts = [grouped(rows, job.rows) for rows in units]
     numbers = [[next(micro) for _ in part] for part in parts]  # micro-batches of each unit
     reports: list[dict[str, Any]] = list(work.kept.get("blocks", []))
     at_once = job.request.batch // together
@@ -135,10 +135,10 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
     dense, pruned = streams
     files = list(job.pruned.layout)
     for index in range(len(blocks)):
-        job.dense.fetch(index, ahead=not job.plan.sparing)
+        job.dense.fetch(index, ahead=not job.sparing)
         dense.advance(index)
         job.dense.drop(index)
-        job.pruned.fetch(index, ahead=not job.plan.sparing)
+        job.pruned.fetch(index, ahead=not job.sparing)
         if index < len(reports):
             made = work.load(f"{CHECKPOINT}/{files[index]}")
         else:

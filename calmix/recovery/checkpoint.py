@@ -98,7 +98,7 @@ class Job:
         fixed: names of those whose grid is not stored (experts in one tensor, or a matrix stored
             transposed); they are not trained.
         calibration: the set; `training` and `held_out` are indices of its rows.
-        plan: the memory plan.
+        rows, sparing: the memory plan, from `make_plan`.
     """
 
     def __init__(self, request: Recovering, output: Path, run: How) -> None:
@@ -184,10 +184,10 @@ class Job:
             room = most - held
         if begun := self.work.kept.get("rows_at_once"):
             rows = [begun]
-        self.plan = make_plan(
+        self.rows, self.sparing, needed = make_plan(
             self.pruned, self.request.method, self.dtype, calibration.length, rows, room
         )
-        self.say("recovery " + check_memory(self.plan.needed, held, most, free))
+        self.say("recovery " + check_memory(needed, held, most, free))
 
     def check_room(self, tokens: int) -> None:
         """Refuse a recovery if the disk has no room for the files of this many tokens."""
@@ -206,7 +206,7 @@ class Job:
     def keep(self, done: int, **facts: Any) -> None:
         """Record the progress."""
         seconds = time.perf_counter() - self.began
-        self.work.keep(done=done, rows_at_once=self.plan.rows, seconds=seconds, **facts)
+        self.work.keep(done=done, rows_at_once=self.rows, seconds=seconds, **facts)
 
     def masters(self, parameters: Mapping[str, torch.nn.Parameter]) -> Masters:
         """Return masters for parameters of the pruned model."""
@@ -302,7 +302,7 @@ def recover(
                 train = distill_model if request.method == "distill" else recover_blocks
                 before, after, curve = train(job)
             report = RecoveryReport(
-                request.method, request.epochs, request.lr, request.batch, job.plan.rows, job.seed,
+                request.method, request.epochs, request.lr, request.batch, job.rows, job.seed,
                 calibration.rows, calibration.length, job.held_out, before, after,
                 job.weights, job.zeros, curve, {"total": time.perf_counter() - job.began},
                 job.quantised,

@@ -132,7 +132,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
     ):
         dense_head = None
     del weights
-    student: Any = Student(model, dense_head, recompute=job.plan.sparing, fixed=job.fixed)
+    student: Any = Student(model, dense_head, recompute=job.sparing, fixed=job.fixed)
     if job.processes > 1:
         student = DistributedDataParallel(student)
     masters = job.masters({name: p for name, p in model.named_parameters() if p.requires_grad})
@@ -142,7 +142,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
         rows = numbers[job.rank * share : (job.rank + 1) * share] if learn else numbers
         tokens = len(rows) * ids.shape[1]
         total = torch.zeros((), dtype=torch.float32, device=job.device)
-        for part in grouped(rows, job.plan.rows):
+        for part in grouped(rows, job.rows):
             seen = torch.stack([read_file(folder / str(row))["hidden"] for row in part])
             with torch.set_grad_enabled(learn):
                 loss = student(ids[part].to(job.device), seen.to(job.device)) / tokens
@@ -201,7 +201,7 @@ def _dense_states(job: Job) -> tuple[Path, Head | None, list[Tensor]]:
     folder, ids = once(lambda: job.work.scratch("dense")), job.calibration.ids
     model = open_model(job.dense.name, **job.opening).model
     decoder, head = decoder_and_head(model)
-    for part in grouped(range(job.rank, len(ids), job.processes), job.plan.rows):
+    for part in grouped(range(job.rank, len(ids), job.processes), job.rows):
         with torch.inference_mode():
             hidden = decoder(input_ids=ids[part].to(job.device), use_cache=False)[0]
         for row, value in zip(part, hidden, strict=True):

@@ -12,7 +12,6 @@ The formula for activation bytes per token was fitted to what PyTorch keeps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -29,19 +28,6 @@ LEAST = 128  # minimum tokens per chunk: with fewer, reading the head dominates
 BEHIND = 3 * GIB // 8  # extra memory of a process that has pruned: kernels and their buffers
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a recovery stays within its memory, and the bytes it needs beside the program.
-
-    `rows` run at a time, which affects rounding. `sparing` costs time and changes no number: blocks
-    are not read ahead, or (distill) are recomputed in the backward pass.
-    """
-
-    rows: int
-    sparing: bool
-    needed: int
-
-
 def make_plan(
     model: StreamedModel,
     method: str,
@@ -49,10 +35,13 @@ def make_plan(
     length: int,
     rows: Sequence[int],
     room: float,
-) -> Plan:
-    """Return the first plan that fits in `room` bytes, else the smallest.
+) -> tuple[int, bool, int]:
+    """Return the first plan that fits in `room` bytes, else the smallest: how many rows run at a
+    time, which affects rounding, whether to spare memory, and the bytes needed beside the program.
 
-    `rows` are the numbers of rows of `length` tokens that may run at a time, largest first.
+    `rows` are the numbers of rows of `length` tokens that may run at a time, largest first. To
+    spare memory costs time and changes no number: blocks are not read ahead, or (distill) are
+    recomputed in the backward pass.
     """
     blocks, own, size = model.blocks, model.parameters, dtype.itemsize
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
@@ -85,11 +74,11 @@ def make_plan(
         return weights + optimiser + between + kept * activations + logits
 
     plans = [
-        Plan(count, sparing, needed(count * length, sparing))
+        (count, sparing, needed(count * length, sparing))
         for count in rows
         for sparing in (False, True)
     ]
-    return min(plans, key=lambda plan: max(0, plan.needed - room))
+    return min(plans, key=lambda plan: max(0, plan[-1] - room))
 
 
 def check_memory(needed: int, held: int, most: int | None, free: int) -> str:

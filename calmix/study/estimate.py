@@ -228,7 +228,7 @@ class Timed:
         source: Any = self
         rows = rows_at_once(request.batch, length)
         rows, most = (rows[:1], float("inf")) if room is None else (rows, room)
-        return recovery.make_plan(source, request.method, self.dtype, length, rows, most).needed
+        return recovery.make_plan(source, request.method, self.dtype, length, rows, most)[-1]
 
     def trial_memory(self, trial: Planned) -> float:
         """Return a trial's peak memory in bytes on the device that prunes."""

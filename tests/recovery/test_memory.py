@@ -25,11 +25,12 @@ def test_what_changes_no_number_is_spared_first_then_rows(tmp_path, kind):
         plan, plans = made(math.inf), []
         while not plans or plan != plans[-1]:
             plans.append(plan)
-            plan = made(plan.needed - 1)
-        assert made(plans[1].needed) == plans[1]
-        assert [(one.rows, one.sparing) for one in plans[:2]] == [(4, False), (4, True)]
-        assert (plans[-1].rows, plans[-1].sparing) == (1, True)
-        assert [one.needed for one in plans] == sorted((o.needed for o in plans), reverse=True)
+            plan = made(plan[-1] - 1)
+        assert made(plans[1][-1]) == plans[1]
+        rows, sparing, needed = zip(*plans, strict=True)
+        assert (rows[:2], sparing[:2]) == ((4, 4), (False, True))
+        assert (rows[-1], sparing[-1]) == (1, True)
+        assert list(needed) == sorted(needed, reverse=True)
     model.close()
 
 
