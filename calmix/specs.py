@@ -70,9 +70,6 @@ class PruneRequest(Pruning):
         return f"{method}-{str(self.target).replace(':', 'of').replace(' ', '')}"
 
 
-def _nothing(*_: Any) -> None: ...
-
-
 @dataclass(frozen=True)
 class How:
     """How a pruning or recovery run is executed.
@@ -93,10 +90,10 @@ class How:
     overwrite: bool = False
     resume: bool = False
     max_memory: int | None = None
-    started: Callable[..., None] = _nothing
-    progress: Callable[..., None] = _nothing
-    writing: Callable[[str, int, int], None] = _nothing
-    note: Callable[[str], None] = _nothing
+    started: Callable[..., None] = lambda *_: None
+    progress: Callable[..., None] = lambda *_: None
+    writing: Callable[[str, int, int], None] = lambda *_: None
+    note: Callable[[str], None] = lambda _: None
 
     @classmethod
     def of(cls, **given: Any) -> How:

@@ -23,24 +23,23 @@ def full_disk(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-def layers(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    found = find_blocks(model)
-    return [layer for i in range(len(found)) for layer in found.prunables(i)]
-
-
 def test_a_pruned_checkpoint_loads_anywhere_and_has_a_manifest(
     calmix, tiny_folder, text_file, tmp_path
 ):
-    output = tmp_path / "pruned"
-    ended = calmix(
-        "prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o", output
-    ).ok()
-    assert "weights pruned (50.0" in ended.out
+    """And the processor files of a vision-language model, which is opened as a text model."""
+    source, output = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "pruned"
+    beside = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+              "chat_template.json")  # fmt: skip
+    for name in beside:
+        (source / name).write_text(f'{{"is": "{name}"}}', encoding="utf-8")
+    asked = ("prune", source, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
+    assert "weights pruned (50.0" in calmix(*asked, "-o", output).ok().out
+    for name in beside:
+        assert (output / name).read_bytes() == (source / name).read_bytes()
     model = AutoModelForCausalLM.from_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert torch.isfinite(model(**tokenizer("alpha beta", return_tensors="pt")).logits).all()
-    zeros = sum(int((layer.view().float() == 0).sum()) for layer in layers(output))
+    zeros = sum(int((layer.view() == 0).sum()) for layer in find_blocks(model).layers)
     manifest = json.loads((output / "calmix.json").read_text(encoding="utf-8"))
     assert zeros == manifest["pruning"]["pruned"]
     assert manifest["pruning"]["tokens"] == 6 * 32
@@ -146,18 +145,6 @@ def test_every_error_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_fi
         assert words in last, (arguments, last)
         assert "Traceback" not in ended.err
         assert sorted(path.name for path in tmp_path.iterdir()) == before, arguments
-
-
-def test_a_models_processor_files_stay_with_it(calmix, tiny_folder, tmp_path):
-    """A vision-language model is opened as a text model."""
-    model, output = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "out"
-    kept = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-            "chat_template.json")  # fmt: skip
-    for name in kept:
-        (model / name).write_text(f'{{"is": "{name}"}}', encoding="utf-8")
-    calmix("prune", model, "--method", "magnitude", "--sparsity", 0.5, "-o", output).ok()
-    for name in kept:
-        assert (output / name).read_bytes() == (model / name).read_bytes()
 
 
 def test_a_failed_write_leaves_the_old_folder_alone(calmix, tiny_folder, tmp_path, monkeypatch):

@@ -29,9 +29,9 @@ from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.models.opening import OpenModel
 from calmix.options import METHOD
 from calmix.precision import widest
-from calmix.pruning.engine import Looking, check_ids, check_names, run_through
+from calmix.pruning.engine import Run, check_ids, check_names, run_through
 from calmix.pruning.gram import relative_error
-from calmix.pruning.methods import Method, get_method
+from calmix.pruning.methods import Look, Method, get_method
 from calmix.pruning.patterns import Pattern, Rate, Unstructured, as_pattern, clear
 from calmix.pruning.rates import rates_by_kl
 from calmix.yaml_files import read_yaml
@@ -208,7 +208,7 @@ def from_shares(
     return dict(exact(level, shapes, wanted, method))
 
 
-class DensePass(Looking):
+class DensePass(Run):
     """A pass that measures the importance of the dense model's layers, and changes nothing.
 
     Args:
@@ -223,8 +223,8 @@ class DensePass(Looking):
         by: str,
         sparsities: Sequence[float],
     ) -> None:
-        super().__init__(model, blocks, self._measure, gram=by == "error")
-        self._by = by
+        super().__init__(model, blocks, Look(gram=by == "error"), Unstructured(0.5))
+        self.seen, self._by = self._measure, by
         self._squares: dict[str, Tensor] = {}
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}
 

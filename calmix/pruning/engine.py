@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,7 @@ from calmix.models.opening import check_ids as check_vocabulary
 from calmix.options import BITS_METHOD, METHOD, Propagation
 from calmix.precision import bfloat16_products, dtype_name, reproducible
 from calmix.pruning import distributed
-from calmix.pruning.experts import EXPERT_BYTES, Gathering, Routed, Step
+from calmix.pruning.experts import EXPERT_BYTES, SMOOTHING, Routed, Step
 from calmix.pruning.gram import Gram, Statistic, inverse_factor, relative_error
 from calmix.pruning.methods import Look, Method, Solution, get_method
 from calmix.pruning.methods.base import Quantiser
@@ -180,7 +181,8 @@ def check_pattern(blocks: DecoderBlocks, pattern: Patterns, method: Method) -> N
     if isinstance(pattern, Mapping):
         check_names([layer.name for layer in layers], pattern, "pattern")
     for layer in layers:
-        method.check(_of_layer(pattern, layer.name), layer.shape[1], layer.name)
+        own = pattern[layer.name] if isinstance(pattern, Mapping) else pattern
+        method.check(own, layer.shape[1], layer.name)
 
 
 def round_rows(weight: Tensor, gram: Tensor, bits: float) -> tuple[Tensor, Grid]:
@@ -212,10 +214,6 @@ def check_names(layers: Sequence[str], named: Mapping[str, Any], what: str) -> N
             )
     if missing := [name for name in layers if name not in named]:
         raise InputError(f"the {what} lacks {len(missing)} layers, the first is {missing[0]}")
-
-
-def _of_layer(pattern: Patterns, name: str) -> Pattern:
-    return pattern[name] if isinstance(pattern, Mapping) else pattern
 
 
 def check_ids(ids: Tensor | None, method: str) -> Tensor:
@@ -255,9 +253,11 @@ class Run:
         model, blocks, method: the model, its blocks, and the method with its options.
         pattern, propagation, paused, sources, embeddings: as for `prune`.
         expert_bytes: bytes that statistics of several experts may take at a time.
+        seen: called, in place of pruning, with the layers of each input and its statistic.
         states: hidden states entering the current block, by micro-batch number.
         done: number of blocks pruned by this run.
         begun: whether any layer of the current block is pruned.
+        needs_ids: whether the method uses calibration data.
         report: the report so far.
     """
 
@@ -270,24 +270,21 @@ class Run:
     sources: Sequence[str] = ()
     embeddings: float | None = None
     expert_bytes: int = EXPERT_BYTES
+    seen: Callable[[list[Prunable], Any], None] | None = None
     states: dict[int, Tensor] | States = field(default_factory=dict)
     done: int = 0
     begun: bool = False
 
     def __post_init__(self) -> None:
+        self._kind: Any = self.method.needs
+        self.needs_ids = self._kind is not None
+        self._batches: list[Batch] = []
         self.report = PruneReport(
             self.method.name,
             "by layer" if isinstance(self.pattern, Mapping) else str(self.pattern),
             self.propagation if self.needs_ids else None, 0, self.method.options,
             seconds=dict.fromkeys(("prepare", "statistics", "solve", "forward"), 0.0),
         )  # fmt: skip
-        self._kind: Any = self.method.needs
-        self._batches: list[Batch] = []
-
-    @property
-    def needs_ids(self) -> bool:
-        """Whether the method uses calibration data."""
-        return self.method.needs is not None
 
     def record(self, ids: Tensor | None, micro_tokens: int | None = None) -> None:
         """Compute the states entering the first block, and keep the blocks' other arguments."""
@@ -335,7 +332,7 @@ class Run:
         with _at_work(self._device(index)):
             with torch.inference_mode(False), torch.no_grad():
                 batch.run(index, hidden)
-            self._advance(index)
+            self._advance(index, partial(self._run, index))
 
     def outside(self) -> None:
         """Round embeddings and output head, which are in memory, after the last block.
@@ -373,15 +370,12 @@ class Run:
         distributed.add_up(gram.sum)
         return gram.matrix()
 
-    def _outputs_needed(self, index: int) -> bool:
-        """Whether a block's outputs are still needed."""
-        return index + 1 < len(self.blocks) or self.embeddings is not None
-
-    def _advance(self, index: int) -> None:
-        """Replace the states by the block's outputs if these are needed."""
-        if self._outputs_needed(index):
+    def _advance(self, index: int, run: Callable[[int], Tensor]) -> None:
+        """Replace the states by the block's outputs if these are still needed; `run` returns those
+        of a micro-batch."""
+        if index + 1 < len(self.blocks) or self.embeddings is not None:
             for number in range(len(self._batches)):
-                self.states[number] = self._run(index, number)
+                self.states[number] = run(number)
 
     def _run(self, index: int, number: int, *, keep: bool = True) -> Tensor:
         return self._batches[number].run(index, self.states[number], keep=keep)
@@ -392,23 +386,18 @@ class Run:
         held = len(batches) if self.paused is None else self.paused
         work: dict[int, Work] = {}  # at the current input
 
-        def pausing(number: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                while number >= current:  # else it continues, or restarts the block
-                    if number in work:
-                        work[number](batch, args, kwargs)
-                    with _no_autocast(device):  # shared by all coroutines of a thread
-                        getcurrent().parent.switch(number)
+        def pause(number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            while number >= current:  # else it continues, or restarts the block
+                if number in work:
+                    work[number](batch, args, kwargs)
+                with _no_autocast(device):  # shared by all coroutines of a thread
+                    getcurrent().parent.switch(number)
 
-            return hook
-
-        def started(batch: int) -> greenlet:
-            return greenlet(partial(self._run, index, batch))
-
-        tasks = [started(batch) for batch in batches]
+        run = partial(self._run, index)
+        tasks = [greenlet(partial(run, batch)) for batch in batches]
         with ExitStack() as hooks:
             for number, one in enumerate(inputs):
-                hooks.enter_context(_before(one, pausing(number)))
+                hooks.enter_context(_before(one, partial(pause, number)))
             try:
                 for one in inputs:
                     for part in self._parts(one):
@@ -422,13 +411,11 @@ class Run:
                                 )
                             if batch >= held:
                                 tasks[batch].throw()
-                                tasks[batch] = started(batch)
+                                tasks[batch] = greenlet(partial(run, batch))
                         work.clear()  # drops the last reference to the statistic
                         next(part, None)
                     current += 1
-                if self._outputs_needed(index):
-                    for batch in batches:
-                        self.states[batch] = tasks[batch].switch()
+                self._advance(index, lambda batch: tasks[batch].switch())
             finally:
                 for task in tasks:
                     task.throw()
@@ -455,7 +442,7 @@ class Run:
                 next(part, None)
         for _, part in shared:
             next(part, None)
-        self._advance(index)
+        self._advance(index, partial(self._run, index))
 
     def _parts(self, one: SharedInput | Routed) -> Iterator[Iterator[Work]]:
         """Yield the parts of an input that are pruned together: all its layers, or as many experts
@@ -484,24 +471,42 @@ class Run:
             self._prune(shared, statistic.matrix())
 
     def _experts(self, routed: Routed, step: Step, experts: list[int]) -> Iterator[Work]:
-        """Gather the statistics of some experts at one step, then prune them."""
-        report, lap = self.report, partial(self._laps.lap, "statistics")
-        gathering = Gathering(routed, step, experts, self._kind, lap)
+        """Gather the statistics of some experts at one step, smoothed by those of all tokens, then
+        prune them. Each process collects those of its own rows."""
+        report, kind = self.report, partial(self._kind, step.columns, routed.device)
+        own: dict[int, Statistic] = defaultdict(kind)
+        every: dict[int, Statistic] = defaultdict(kind)
         length, (rank, world) = report.tokens // report.rows, distributed.processes()
         first = rank * (report.rows // world) + min(rank, report.rows % world)  # as `own_rows`
-        # One in `every` tokens stands for all, so that each expert sees as many of them as are
-        # routed to it on average. An `every` coprime to the row length favours no position.
-        every = max(1, round(routed.mixture.count / max(1, routed.chosen)))
-        while math.gcd(every, length) > 1:
-            every += 1
+        # One in `spacing` tokens stands for all, so that each expert sees as many of them as are
+        # routed to it on average. A `spacing` coprime to the row length favours no position.
+        spacing, sampled = max(1, round(routed.mixture.count / max(1, routed.chosen))), 0
+        while math.gcd(spacing, length) > 1:
+            spacing += 1
+        # If all experts see all tokens, there is nothing to smooth.
+        smoothed = [] if routed.kind == "shared" else experts[: 1 if step.common else None]
+
+        def add(sums: dict[int, Statistic], expert: int, inputs: Tensor) -> None:
+            with self._laps.lap("statistics"):
+                sums[expert].add(inputs)
 
         def collect(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal sampled
             rows = self._batches[number].rows
             if number not in routed.counted:
                 routed.counted[number] = routed.counts(rows, args, kwargs)
             before = (first + number * report.rows_at_once) * length
-            sample = torch.arange(-before % every, rows * length, every)
-            gathering.collect(sample.to(routed.device), args, kwargs)
+            tokens = torch.arange(-before % spacing, rows * length, spacing).to(routed.device)
+            routed.collect(step, experts, (args, kwargs), partial(add, own))
+            if smoothed and len(tokens):
+                sampled += len(tokens)
+                routed.everything(step, smoothed, tokens, (args, kwargs), partial(add, every))
+
+        def summed(sums: dict[int, Statistic], expert: int) -> Tensor:
+            statistic = sums[expert]  # of no tokens if this process has seen none
+            del sums[expert]
+            distributed.add_up(statistic.sum)
+            return statistic.matrix()
 
         yield collect
         if not report.experts or report.experts[-1].name != routed.name:  # once per mixture
@@ -515,8 +520,15 @@ class Run:
             }
             report.experts.append(ExpertsReport(routed.name, by_row.sum(0).tolist(), by_source))
         with self._laps.lap("solve"):
-            for layers, statistic, tokens in gathering.statistics(report.experts[-1].tokens):
-                self._prune(layers, statistic, tokens)
+            total, whole = sum(distributed.everyone(sampled)), None
+            for expert in experts:
+                statistic = summed(own, expert)
+                if smoothed:
+                    if whole is None or not step.common:
+                        whole = summed(every, expert)
+                    statistic.add_(whole, alpha=SMOOTHING / total)
+                tokens = report.experts[-1].tokens[expert]
+                self._prune(step.layers[expert], statistic, tokens)
                 del statistic
 
     def _device(self, index: int) -> torch.device:
@@ -526,13 +538,17 @@ class Run:
         self, layers: list[Prunable], statistic: Tensor | None, tokens: int | None = None
     ) -> None:
         """Solve the layers of one input, write their weights and add them to the report."""
+        if self.seen is not None:
+            self.seen(layers, statistic)
+            return
         inputs = []
         if statistic is not None:  # a Gram matrix is finite if its diagonal is
             square = statistic.ndim == 2 and statistic.shape[0] == statistic.shape[1]
             inputs = [statistic.diagonal() if square else statistic]
         _check_finite(layers, "its weights are not finite", inputs)
         weights = [layer.view() for layer in layers]
-        patterns = [_of_layer(self.pattern, layer.name) for layer in layers]
+        given = self.pattern
+        patterns = [given[one.name] if isinstance(given, Mapping) else given for one in layers]
         # Solvers allow rounding explicitly; all else is float32, whatever the caller has set.
         with bfloat16_products(allowed=False):
             solved = solve(self.method, layers[0].name, weights, statistic, patterns)
@@ -556,26 +572,16 @@ class Run:
             )  # fmt: skip
 
 
-class Looking(Run):
-    """A pass over the dense model that changes nothing and passes `seen` the layers of each input
-    with its statistic: the sums of squares, or the Gram matrix if `gram`."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: DecoderBlocks,
-        seen: Callable[[list[Prunable], Tensor], None],
-        *,
-        gram: bool = False,
-    ) -> None:
-        super().__init__(model, blocks, Look(gram=gram), Unstructured(0.5))
-        self._seen = seen
-
-    def _prune(
-        self, layers: list[Prunable], statistic: Tensor | None, tokens: int | None = None
-    ) -> None:
-        assert statistic is not None
-        self._seen(layers, statistic)
+def looking(
+    model: nn.Module,
+    blocks: DecoderBlocks,
+    seen: Callable[[list[Prunable], Tensor], None],
+    *,
+    gram: bool = False,
+) -> Run:
+    """Return a pass over the dense model that changes nothing and passes `seen` the layers of each
+    input with its statistic: the sums of squares, or the Gram matrix if `gram`."""
+    return Run(model, blocks, Look(gram=gram), Unstructured(0.5), seen=seen)
 
 
 def _first(one: SharedInput | Routed) -> Any:

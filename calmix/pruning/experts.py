@@ -12,11 +12,8 @@ H_all / n_all. So an expert with few tokens, or none, has a statistic too.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from calmix.errors import ModelError
 from calmix.models.blocks import Mixture, Prunable
-from calmix.pruning import distributed
-from calmix.pruning.gram import Statistic
 
 EXPERT_BYTES = 2**30  # for statistics of experts at a time
 SMOOTHING = 32.0  # weight of the all-token average, in tokens
@@ -71,30 +66,26 @@ class _Products(TorchFunctionMode):
             near = self._sources.get(_memory(weight), ())
             for layer, stored in near if _memory(inputs) != _memory(weight) else ():
                 offset = int(weight.storage_offset() - stored.storage_offset())
-                if 0 <= offset < stored.numel():
-                    used = weight if linear else weight.transpose(-1, -2)
-                    if not self._seen(*_place(layer, stored, used, offset), inputs):
-                        return inputs.new_zeros(*inputs.shape[:-1], used.shape[-2])
-                    break
+                if not 0 <= offset < stored.numel():
+                    continue
+                used = weight if linear else weight.transpose(-1, -2)
+                at, rest = divmod(offset, int(stored.stride(0)))
+                expert = None if used.ndim == 3 else at
+                like = stored if expert is None else stored[at]
+                if rest or used.shape != like.shape or used.stride() != like.stride():
+                    raise ModelError(
+                        f"a part of the experts' {layer.parameter} of shape {tuple(used.shape)} is "
+                        "used separately: the engine cannot prune these experts"
+                    )
+                if not self._seen(layer.parameter, expert, inputs):
+                    return inputs.new_zeros(*inputs.shape[:-1], used.shape[-2])
+                break
         return func(*args, **(kwargs or {}))
 
 
 def _memory(tensor: Tensor) -> int:
     """Return an identifier of the storage of a live tensor."""
     return int(tensor.untyped_storage()._cdata)
-
-
-def _place(layer: Prunable, stored: Tensor, used: Tensor, offset: int) -> tuple[str, int | None]:
-    """Return the parameter and expert (None: all) of a used weight (outputs, inputs), which lies at
-    an offset in the stored one, (experts, outputs, inputs)."""
-    at, rest = divmod(offset, int(stored.stride(0)))
-    like = stored if used.ndim == 3 else stored[at]
-    if rest or used.shape != like.shape or used.stride() != like.stride():
-        raise ModelError(
-            f"a part of the experts' {layer.parameter} of shape {tuple(used.shape)} is used "
-            "separately: the engine cannot prune these experts"
-        )
-    return layer.parameter, None if used.ndim == 3 else at
 
 
 @dataclass
@@ -253,80 +244,6 @@ class Routed:
             used = (hidden.reshape(count, rows, -1, hidden.shape[-1]) != 0).any(-1)
             return used.sum(-1).T
         return torch.full((rows, count), hidden.numel() // hidden.shape[-1] // rows)
-
-
-class Gathering:
-    """The statistics of some experts' inputs at one step, smoothed by those of all tokens.
-
-    Each process collects the statistics of its own rows; the statistics yielded are summed over all
-    processes.
-
-    Args:
-        routed: the mixture.
-        step: the inputs.
-        experts: the experts.
-        kind: the statistic.
-        lap: context manager that times the work within.
-    """
-
-    def __init__(
-        self,
-        routed: Routed,
-        step: Step,
-        experts: Sequence[int],
-        kind: type[Statistic],
-        lap: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self._routed, self._step, self._experts, self._lap = routed, step, experts, lap
-        made = partial(kind, step.columns, routed.device)
-        self._own: dict[int, Statistic] = defaultdict(made)
-        self._every: dict[int, Statistic] = defaultdict(made)
-        self._all = 0
-        most = 1 if step.common else None
-        # If all experts see all tokens, there is nothing to smooth.
-        self._numbers = [] if routed.kind == "shared" else list(experts)[:most]
-
-    def collect(self, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add a micro-batch.
-
-        Args:
-            sample: positions of the tokens that stand for all.
-            args, kwargs: the module's arguments.
-        """
-        given = args, kwargs
-        self._routed.collect(self._step, self._experts, given, partial(self._add, self._own))
-        if self._numbers and len(sample):
-            self._all += len(sample)
-            add = partial(self._add, self._every)
-            self._routed.everything(self._step, self._numbers, sample, given, add)
-
-    def _add(self, sums: dict[int, Statistic], expert: int, inputs: Tensor) -> None:
-        with self._lap():
-            sums[expert].add(inputs)
-
-    def statistics(self, counts: Sequence[int]) -> Iterator[tuple[list[Prunable], Tensor, int]]:
-        """Yield linear maps that share an input, its statistic, and the expert's token count.
-
-        Args:
-            counts: tokens routed to each expert of the mixture.
-        """
-        if self._numbers:
-            self._all = sum(distributed.everyone(self._all))
-        whole: Tensor | None = None
-        for expert in self._experts:
-            own = self._summed(self._own, expert)
-            if self._numbers:
-                if whole is None or not self._step.common:
-                    whole = self._summed(self._every, expert)
-                own.add_(whole, alpha=SMOOTHING / self._all)
-            yield self._step.layers[expert], own, counts[expert]
-
-    def _summed(self, sums: dict[int, Statistic], expert: int) -> Tensor:
-        """Return the statistic of all processes' tokens; this process may have seen none."""
-        statistic = sums[expert]
-        del sums[expert]
-        distributed.add_up(statistic.sum)
-        return statistic.matrix()
 
 
 def starved(layers: Iterable[Any], rows: int) -> str | None:

@@ -53,7 +53,12 @@ def rates_by_kl(
         progress: called with parts measured and their total.
     """
     few = ids[np.unique(np.linspace(0, len(ids) - 1, ROWS).round().astype(int))]
-    parts, apart = _parts(found), dict[str, float]()
+    apart: dict[str, float] = {}
+    parts: dict[str, list[Prunable]] = {}  # by direct child of a block
+    for index in range(len(found)):
+        block = f"{found.name}.{index}."
+        for layer in found.prunables(index):
+            parts.setdefault(block + layer.name.removeprefix(block).split(".")[0], []).append(layer)
     with evaluating(model), reproducible(next(model.parameters()).device):
         decoder, head = decoder_and_head(model)
 
@@ -92,16 +97,6 @@ def balanced(apart: Mapping[str, float], sizes: Mapping[str, int], bits: float) 
         rates = np.clip(wanted + middle, min(LEAST, bits), MOST)
         low, high = (middle, high) if rates @ weights < bits * weights.sum() else (low, middle)
     return dict(zip(apart, rates.round(3).tolist(), strict=True))
-
-
-def _parts(found: DecoderBlocks) -> dict[str, list[Prunable]]:
-    """Group the layers by the direct child of their block."""
-    parts: dict[str, list[Prunable]] = {}
-    for index in range(len(found)):
-        block = f"{found.name}.{index}."
-        for layer in found.prunables(index):
-            parts.setdefault(block + layer.name.removeprefix(block).split(".")[0], []).append(layer)
-    return parts
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from calmix.errors import ModelError
+from calmix.errors import ModelError, first_line
 from calmix.models.blocks import DecoderBlocks, Dense, Prunable, decoder_of, forwards
 from calmix.pruning.experts import Routed
 
@@ -130,7 +130,7 @@ class Calls:
         try:
             self._decode(see, ids)
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = first_line(error)
         if reason and not given:  # failed before it reached a block
             first = next(self._blocks.blocks[0].parameters())
             raise ModelError(
@@ -145,24 +145,22 @@ class Calls:
                 "architecture yet"
             )
 
-    def _decode(self, see: Callable[..., Tensor], ids: Tensor) -> None:
-        """Run the decoder with `see` in place of its blocks: it takes the block's index, hidden
-        states and other arguments, and returns hidden states."""
+    def _decode(self, see: Callable[..., Tensor], ids: Tensor, model: Any = None) -> None:
+        """Run the decoder, or all of the model, with `see` in place of its blocks: it takes the
+        block's index, hidden states and other arguments, and returns hidden states."""
 
         def stub(index: int, /, *args: Any, **kwargs: Any) -> Any:
-            hidden, *others = args or (kwargs.pop("hidden_states"),)
-            return self._returned(see(index, hidden, others, kwargs))
+            given, *others = args or (kwargs.pop("hidden_states"),)
+            hidden = see(index, given, others, kwargs)
+            return hidden if self._rest is None else (hidden, *self._rest)
 
         with forwards([(b, partial(stub, i)) for i, b in enumerate(self._blocks.blocks)]):
-            self._decoder(input_ids=ids, use_cache=False)
+            (model or self._decoder)(input_ids=ids, use_cache=False)
 
     def _handed(self, value: Any) -> Slot | None:
         """Return the slot of an argument that is one of a block's other outputs, else None."""
         matches = (n for n, one in enumerate(self._rest or ()) if value is one)
         return next((Slot(0, n) for n in matches if isinstance(value, Tensor)), None)
-
-    def _returned(self, hidden: Tensor) -> Any:
-        return hidden if self._rest is None else (hidden, *self._rest)
 
     def record(self, ids: Tensor) -> tuple[Tensor, Batch]:
         """Return the hidden states entering the first block, and the blocks' other arguments.
@@ -205,17 +203,16 @@ class Calls:
 
     def behind(self, hidden: Tensor, rows: int, length: int) -> Tensor | None:
         """Return the output head's inputs for the last block's outputs; None if not called."""
-        returned, given = self._returned(hidden), list[Tensor]()
+        given: list[Tensor] = []
 
         def stop(seen: Tensor, *_: Any, **__: Any) -> None:
             given.append(seen)
             raise StopIteration  # the rest need not run
 
-        stubs = [(b, lambda *_, **__: returned) for b in self._blocks.blocks]
         ids = torch.zeros(rows, length, dtype=torch.int64, device=hidden.device)
         head = self._model.get_output_embeddings()
-        with suppress(StopIteration), forwards([*stubs, (head, stop)]):
-            self._model(input_ids=ids, use_cache=False)
+        with suppress(StopIteration), forwards([(head, stop)]):
+            self._decode(lambda *_: hidden, ids, self._model)
         return given[0] if given else None
 
     def _shared(self, key: tuple[int, str], value: Any) -> Any:

@@ -22,9 +22,21 @@ from calmix.pruning.engine import run_through
 from calmix.pruning.patterns import as_pattern
 from calmix.pruning.rates import balanced
 from tests.pruning.test_engine import input_gram
+from tests.pruning.toy import SMALL, pruning_of
 from tests.tiny import load_weights, tiny_ids, tiny_model
 
-SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
+
+@pytest.fixture
+def common(tiny_folder, text_file):
+    return ("prune", tiny_folder, "--calibration", text_file, *SMALL)
+
+
+def check_alike(folder, model):
+    """A checkpoint has the layers of a model pruned in memory; return its tensors."""
+    found = load_weights(folder)
+    for layer in find_blocks(model).layers:
+        assert torch.equal(found[f"{layer.name}.weight"], layer.view().float()), layer.name
+    return found
 
 
 def test_owl_is_the_published_formula():
@@ -44,6 +56,12 @@ def test_owl_is_the_published_formula():
     kept = (ratios - ratios.min()) * (1 / (ratios.max() - ratios.min()) * lamda * 2)
     kept = kept - np.mean(kept) + (1 - sparsity)
     np.testing.assert_allclose(spread(list(ratios), [5] * 12, sparsity, 0.16), 1 - kept)
+    shares = spread([1.0, 3.0, 2.0], [10, 30, 60], 0.6, 0.2)
+    assert shares[0] > shares[2] > shares[1]
+    assert shares[0] - shares[1] == pytest.approx(0.2)
+    assert np.average(shares, weights=[10, 30, 60]) == pytest.approx(0.6)
+    with pytest.raises(InputError, match=r"at sparsity 0\.95 there is no room"):
+        spread([0.0, 1.0], [1, 1], 0.95, 0.16)
 
 
 def test_the_error_is_that_of_half_the_weights():
@@ -56,15 +74,6 @@ def test_the_error_is_that_of_half_the_weights():
     found = float(output_error(torch.tensor(w), torch.tensor(gram).float(), 0.3))
     assert found == pytest.approx(expected, rel=1e-3)
     assert output_error(torch.zeros(2, 24), torch.tensor(gram).float(), 0.3) == 0
-
-
-def test_what_matters_more_keeps_more_and_the_whole_stays():
-    shares = spread([1.0, 3.0, 2.0], [10, 30, 60], 0.6, 0.2)
-    assert shares[0] > shares[2] > shares[1]
-    assert shares[0] - shares[1] == pytest.approx(0.2)
-    assert np.average(shares, weights=[10, 30, 60]) == pytest.approx(0.6)
-    with pytest.raises(InputError, match=r"at sparsity 0\.95 there is no room"):
-        spread([0.0, 1.0], [1, 1], 0.95, 0.16)
 
 
 @pytest.mark.parametrize("name", ["sparsegpt", "wanda", "ria"])
@@ -160,38 +169,34 @@ def test_what_is_no_allocation(asked, target, says):
     assert read_allocation({"a": np.float64(8)}, as_pattern("3 bits")) == {"a": 8}
 
 
-def test_bits_by_layer_from_a_file(calmix, tiny_folder, text_file, tmp_path):
-    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--method", "ecq", "-o")
+def test_bits_by_layer_from_a_file(calmix, tiny_folder, common, tmp_path):
     layers = find_blocks(open_model(str(tiny_folder)).model).layers
     wide = sum(one.view().numel() for one in layers if "down" in one.name)
     rest = sum(one.view().numel() for one in layers) - wide
     bits = {one.name: 5 if "down" in one.name else 3 - 2 * wide / rest for one in layers}
     file = tmp_path / "bits.json"
     file.write_text(json.dumps(bits))
-    mean = ("--allocation", file, "--bits")
-    calmix(*common, tmp_path / "a", *mean, 3, "--dry-run").ok()
-    calmix(*common, tmp_path / "a", *mean, 3).ok()
-    told = json.loads((tmp_path / "a" / "calmix.json").read_text())["pruning"]
+    says = "averages 3.0000 bits over all weights, not the 3.5 requested"
+    common += ("--method", "ecq", "--allocation", file, "-o", tmp_path / "a", "--bits")
+    calmix(*common, 3, "--dry-run").ok()
+    assert says in calmix(*common, 3.5).line
+    calmix(*common, 3).ok()
+    told = pruning_of(tmp_path / "a")
     assert (told["allocation"], told["pattern"]) == ("given", "by layer")
     for layer in told["layers"]:
         assert layer["bits"] == pytest.approx(bits[layer["name"]], abs=0.3), layer["name"]
-    says = "averages 3.0000 bits over all weights, not the 3.5 requested"
-    assert says in calmix(*common, tmp_path / "b", *mean, 3.5).line
-    assert not list(tmp_path.glob("b/*"))
 
 
-def test_the_command_line_allocates(calmix, tiny_folder, text_file, tmp_path):
-    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.6, "-o")
+def test_the_command_line_allocates(calmix, tiny_folder, text_file, common, tmp_path):
+    common += ("--sparsity", 0.6, "-o")
     calmix(*common, tmp_path / "owl", "--allocation", "owl").ok()
-    told = json.loads((tmp_path / "owl" / "calmix.json").read_text())["pruning"]
+    told = pruning_of(tmp_path / "owl")
     assert (told["allocation"], told["pattern"]) == ("owl", "by layer")
     # In memory, the same.
     opened = open_model(str(tiny_folder))
     ids = resolve(str(text_file), opened, rows=6, length=32).ids
     prune(opened.model, ids, pattern=allocate(opened.model, ids, 0.6, "owl"))
-    found = load_weights(tmp_path / "owl")
-    for layer in find_blocks(opened.model).layers:
-        assert torch.equal(found[f"{layer.name}.weight"], layer.view().float()), layer.name
+    found = check_alike(tmp_path / "owl", opened.model)
     # A file, and what is wrong with one.
     file = tmp_path / "shares.json"
     shares = {layer["name"]: layer["sparsity"] for layer in told["layers"]}
@@ -240,22 +245,10 @@ def test_kl_measures_experts_and_without_dropout():
         allocate(model, ids, "3 bits", "kl")
 
 
-def test_bits_of_several_targets_are_measured_once(calmix, tiny_folder, text_file, tmp_path):
-    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--allocation", "kl", "-o")
-    run = calmix(*common, tmp_path / "two", "--method", "ecq", "--bits", "2.5,4")
-    run.ok()
-    assert run.err.count("opens the whole model") == 1
-    for folder in (tmp_path / "two").iterdir():
-        bits = float(folder.name.removeprefix("ecq-").removesuffix("bits"))
-        told = json.loads((folder / "calmix.json").read_text())["pruning"]
-        size = sum(one["rows"] * one["columns"] for one in told["layers"])
-        mean = sum(one["bits"] * one["rows"] * one["columns"] for one in told["layers"]) / size
-        assert mean == pytest.approx(bits, abs=0.2)
-
-
 def test_kl_gives_bits_to_what_moves_predictions(
-    calmix, tiny_folder, text_file, tmp_path, monkeypatch
+    calmix, tiny_folder, text_file, common, tmp_path, monkeypatch
 ):
+    """Measured once for several targets."""
     opened = open_model(str(tiny_folder))
     before = {name: value.clone() for name, value in opened.model.state_dict().items()}
     drawn = resolve(str(text_file), opened, rows=6, length=32)
@@ -266,14 +259,15 @@ def test_kl_gives_bits_to_what_moves_predictions(
     mean = sum(patterns[name].bits * size for name, size in sizes.items()) / sum(sizes.values())
     assert mean == pytest.approx(3, abs=2e-3)
     assert len({one.bits for one in patterns.values()}) > 2
-    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--allocation", "kl", "-o")
-    calmix(*common, tmp_path / "kl", "--method", "ecq", "--bits", 3).ok()
-    told = json.loads((tmp_path / "kl" / "calmix.json").read_text())["pruning"]
-    assert (told["allocation"], told["pattern"]) == ("kl", "by layer")
+    common += ("--allocation", "kl", "-o")
+    ended = calmix(*common, tmp_path / "kl", "--method", "ecq", "--bits", "2.5,3").ok()
+    assert ended.err.count("opens the whole model") == 1
+    for bits in (2.5, 3):
+        told = pruning_of(tmp_path / "kl" / f"ecq-{bits}bits")
+        assert (told["allocation"], told["pattern"]) == ("kl", "by layer")
+        assert told["bits"] == pytest.approx(bits, abs=0.2)
     prune(opened, drawn, method="ecq", pattern=patterns)
-    found = load_weights(tmp_path / "kl")
-    for layer in find_blocks(opened.model).layers:
-        assert torch.equal(found[f"{layer.name}.weight"], layer.view().float()), layer.name
+    check_alike(tmp_path / "kl" / "ecq-3bits", opened.model)
     calmix(*common, tmp_path / "no", "--method", "ecq", "--bits", 3, "--dry-run").ok()
     little = ("--bits", 3, "--max-memory", "1000")
     for extra, says in [

@@ -21,6 +21,7 @@ from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.methods import admm, get_method
 from tests.forks import command, ranks
 from tests.pruning.stopper import stop
+from tests.pruning.toy import pruning_of
 from tests.tiny import load_weights, save_tiny_model, tiny_ids, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -195,10 +196,7 @@ def test_two_drop_the_experts_that_one_drops(calmix, text_file, tmp_path, monkey
     monkeypatch.undo()
     assert "resuming after 0 of 2 blocks" in told
     assert calmix(*asked, tmp_path / "one").code == 0
-    one, two = (
-        json.loads((tmp_path / name / "calmix.json").read_text())["pruning"]
-        for name in ("one", "two")
-    )
+    one, two = (pruning_of(tmp_path / name) for name in ("one", "two"))
     for ours, theirs in zip(one["dropped"], two["dropped"], strict=True):
         assert ours["kept"] == theirs["kept"]
         assert ours["scores"] == pytest.approx(theirs["scores"])

@@ -23,8 +23,6 @@ from tests.tiny import (
     tiny_ids,
 )
 
-SMALL = ("--rows", 6, "--length", 32, "--leakage", "off", "--bits", 4)
-
 
 @pytest.mark.parametrize("kind", quick(("llama", "gemma2", "opt", "gpt2", "mixtral"),
                                        (*ARCHITECTURES, *MIXTURES)))  # fmt: skip

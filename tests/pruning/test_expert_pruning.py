@@ -13,6 +13,7 @@ from calmix.pruning.engine import run_through
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts
 from calmix.specs import requests
 from tests.pruning.test_experts import routed_inputs
+from tests.pruning.toy import SMALL, pruning_of
 from tests.tiny import load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
 
@@ -39,10 +40,8 @@ def test_scores_are_those_of_the_definition(kind):
 
 
 def drop(folder, text, output, *more):
-    return (
-        "prune", folder, "--calibration", text, "--rows", 6, "--length", 32, "--leakage", "off",
-        "--drop-experts", 0.25, *more, "-o", output,
-    )  # fmt: skip
+    asked = ("--calibration", text, *SMALL, "--drop-experts", 0.25, *more)
+    return ("prune", folder, *asked, "-o", output)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +50,7 @@ def drop(folder, text, output, *more):
 def test_the_smaller_checkpoint_holds_what_is_left_and_loads(calmix, tmp_path, text_file, kind):
     folder, output = save_tiny_model(tmp_path / "model", kind), tmp_path / "out"
     calmix(*drop(folder, text_file, output, "--sparsity", 0.5, "--only", "*.o_proj")).ok()
-    told = json.loads((output / "calmix.json").read_text())["pruning"]
+    told = pruning_of(output)
     dense, small = map(AutoModelForCausalLM.from_pretrained, (folder, output))
     before, after = dense.state_dict(), small.state_dict()
     for one in told["dropped"]:

@@ -1,7 +1,6 @@
 """The engine, of mixtures too, against plain loops over whole forward passes with a Gram per input
 and expert."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,7 @@ from calmix.pruning.engine import Run, run_through
 from calmix.pruning.experts import SMOOTHING, Routed, starved
 from calmix.pruning.gram import Gram, relative_error
 from tests.pruning.test_engine import input_gram, weights_of
-from tests.pruning.toy import wiring
+from tests.pruning.toy import SMALL, pruning_of, wiring
 from tests.tiny import MIXTURES, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
@@ -130,24 +129,19 @@ def test_engine_equals_the_definition(kind, method, propagation):
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_an_expert_without_tokens_is_pruned_on_all(kind):
-    """Tokens that are all alike go to the same two experts."""
-    model = tiny_model(kind)
-    report = prune(model, torch.full((2, 32), 7), pattern=HALF)
+    """Tokens that are all alike go to the same two experts; they are counted by source."""
+    model, names = tiny_model(kind), ["prose", "code", "prose"]
+    report = prune(model, torch.full((3, 32), 7), pattern=HALF, sources=names)
+    assert len(report.experts) == sum(dense.reason == "router" for dense in report.dense)
     for mixture in report.experts:
-        assert sorted(mixture.tokens) == [0, 0, 64, 64]
+        assert sorted(mixture.tokens) == [0, 0, 96, 96]
+        assert list(mixture.sources) == ["prose", "code"]
+        prose, code = mixture.sources.values()
+        assert sorted(code) == [0, 0, 32, 32]
+        assert mixture.tokens == [sum(pair) for pair in zip(prose, code, strict=True)]
     for name, weight in weights_of(model).items():
         assert int((weight == 0).sum()) == weight.numel() // 2, name
-    assert {layer.tokens for layer in report.layers} == {None, 0, 64}
-
-
-def test_coverage_is_told_by_source():
-    names = ["prose"] * 8 + ["code"] * 4
-    report = prune(tiny_model("qwen3_moe"), tiny_ids(), pattern=HALF, sources=names)
-    assert len(report.experts) == 2
-    for mixture in report.experts:
-        assert list(mixture.sources) == ["prose", "code"]
-        assert sum(mixture.sources["code"]) == 4 * 32 * 2
-        assert mixture.tokens == [sum(pair) for pair in zip(*mixture.sources.values(), strict=True)]
+    assert {layer.tokens for layer in report.layers} == {None, 0, 96}
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +157,7 @@ def test_starved_experts_are_told(calmix, deep, tmp_path, text_file):
     said = "of 16 experts see fewer tokens than they have inputs"
     assert said in ended.out
     assert said in calmix("doctor", "inspect", output).out
-    told = json.loads((output / "calmix.json").read_text())["pruning"]
+    told = pruning_of(output)
     assert [mixture["name"] for mixture in told["experts"]] == [
         f"model.layers.{index}.mlp.experts" for index in range(4)
     ]
@@ -180,11 +174,9 @@ def test_starved_experts_are_told(calmix, deep, tmp_path, text_file):
 
 def test_names_choose_what_is_pruned(calmix, deep, text_file, tmp_path):
     output = tmp_path / "out"
-    calmix(
-        "prune", deep, "--calibration", text_file, "--rows", 6, "--length", 32, "--leakage", "off",
-        "--sparsity", 0.5, "-o", output,
-        "--only", "*.mlp.*", "--skip", r"re:experts\.3\.", "--skip", "*.layers.0.*",
-    ).ok()  # fmt: skip
+    names = ("--only", "*.mlp.*", "--skip", r"re:experts\.3\.", "--skip", "*.layers.0.*")
+    asked = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, *names)
+    calmix(*asked, "-o", output).ok()
     before, after = (load_weights(f) for f in (deep, output))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -194,6 +186,6 @@ def test_names_choose_what_is_pruned(calmix, deep, text_file, tmp_path):
         for expert in (0, 1, 2)
         for part in ("gate", "up", "down")
     }
-    told = json.loads((output / "calmix.json").read_text())["pruning"]
+    told = pruning_of(output)
     assert (told["weights"], told["pruned"]) == (27 * 32 * 32, 27 * 32 * 16)
     assert {dense["reason"] for dense in told["dense"]} == {"router", "skipped"}

@@ -1,7 +1,5 @@
 """Methods of other packages: through Python, the command line and a study."""
 
-import json
-
 import pytest
 import torch
 
@@ -12,12 +10,10 @@ from calmix.models import open_model
 from calmix.pruning import Method, get_method, register
 from calmix.pruning.methods import METHODS, methods
 from calmix.study import read_results
-from tests.pruning.toy import Toy
+from tests.pruning.toy import SMALL, Toy, pruning_of
 from tests.study.conftest import tiny_study  # noqa: F401
 from tests.study.test_running import run
 from tests.tiny import load_weights, tiny_ids, tiny_model
-
-SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +52,7 @@ def test_a_method_in_hand_prunes_by_its_own_statistic():
 def test_a_method_of_another_package_prunes(shipped, calmix, tiny_folder, text_file, tmp_path):
     common = ("prune", tiny_folder, "--calibration", text_file, *SMALL)
     calmix(*common, "--sparsity", 0.5, "--method", "toy,strength=3", "-o", tmp_path / "out").ok()
-    told = json.loads((tmp_path / "out" / "calmix.json").read_text())["pruning"]
+    told = pruning_of(tmp_path / "out")
     assert (told["method"], told["options"]) == ("toy", {"strength": 3})
     opened = open_model(str(tiny_folder))
     ids = api.resolve(str(text_file), opened, rows=6, length=32, leakage="off").ids

@@ -1,6 +1,5 @@
 """Quantisers against an independent loop in float64, and what users see of them."""
 
-import json
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +14,7 @@ from calmix.pruning.patterns import Rate, Unstructured, as_pattern
 from calmix.pruning.solvers.grids import read_grids
 from calmix.specs import prune_request, requests
 from tests.pruning.test_methods import as_tensors, problem, solved, textbook_obs
+from tests.pruning.toy import SMALL, pruning_of
 from tests.tiny import load_weights, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
@@ -149,11 +149,11 @@ def test_what_does_not_fit_is_one_line(asked, says):
 
 
 def test_a_quantised_checkpoint_says_what_it_takes(calmix, tiny_folder, text_file, tmp_path):
-    common = ("prune", tiny_folder, "--calibration", text_file, "--rows", 6, "--length", 32)
+    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL)
     out = tmp_path / "out"
     ended = calmix(*common, "--bits", "4", "--method", "gptq", "-o", out).ok()
     assert "4.44 bits per weight" in ended.out
-    told = json.loads((out / "calmix.json").read_text())["pruning"]
+    told = pruning_of(out)
     assert (told["method"], told["pattern"]) == ("gptq", "4 bits")
     assert {layer["bits"] for layer in told["layers"]} == {4.25, 4.5}
     grids, weights = read_grids(out), load_weights(out)

@@ -1,7 +1,6 @@
 """Pruning from disk to disk: the same numbers, interruption at any moment, bounded memory."""
 
 import importlib.metadata
-import json
 from functools import partial
 
 import pytest
@@ -26,6 +25,7 @@ from calmix.pruning.work import WorkFolder
 from tests.forks import stopped
 from tests.pruning.stopper import arm
 from tests.pruning.test_engine import check_equal
+from tests.pruning.toy import SMALL, pruning_of
 from tests.tiny import (
     ARCHITECTURES,
     MIXTURES,
@@ -36,7 +36,6 @@ from tests.tiny import (
     tiny_ids,
 )
 
-SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 HALF = Unstructured(0.5)
 BATCH = 5 * 32 * 32 * 4  # bytes of the hidden states of a micro-batch
 PLENTY = Plan(5 * 32, None, True, 0, states=2**30)
@@ -268,9 +267,8 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(
     assert calmix(*command, whole).code == 0
     assert hashes(cut) == hashes(whole)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "model", "text.txt", "whole"]
-    told = json.loads((whole / "calmix.json").read_text(encoding="utf-8"))["pruning"]
     found, grids = load_weights(whole), read_grids(whole)
-    for name in told["embeddings"]:
+    for name in pruning_of(whole)["embeddings"]:
         levels = grids[name].values(grids[name].levels(found[name]))
         assert torch.equal(levels.to(found[name].dtype), found[name])
 
@@ -289,18 +287,6 @@ def test_only_versions_that_may_change_the_bytes_are_another_request(
     calmix(*command, tmp_path / "out", "--resume").ok()
     others.clear()
     assert "finished by an earlier run" in calmix(*command, tmp_path / "out", "--resume").err
-
-
-def interrupt_before(patched, number):
-    """Make a pruning run end by an interrupt before a block."""
-    block = Run.block
-
-    def interrupted(self, index):
-        if index == number:
-            raise KeyboardInterrupt
-        block(self, index)
-
-    patched.setattr(Run, "block", interrupted)
 
 
 def test_a_resumed_run_goes_through_the_finished_blocks_once_more(
@@ -343,13 +329,11 @@ def test_resuming_keeps_the_size_of_a_micro_batch(calmix, command, tmp_path, mon
         # A row at a time, as a small budget would.
         patched.setattr(budget, "tokens_at_once", lambda device: 32)
         assert calmix(*command, tmp_path / "whole").code == 0
-        interrupt_before(patched, 3)
-        assert calmix(*command, tmp_path / "cut").code == 130
+        stopped(partial(arm, "counted", 2), *command, tmp_path / "cut")
     ended = calmix(*command, tmp_path / "cut", "--resume", "--max-memory", "100MiB")
     assert "cannot hold one block" in ended.line
     calmix(*command, tmp_path / "cut", "--resume").ok()
-    manifest = json.loads((tmp_path / "cut" / "calmix.json").read_text())
-    assert manifest["pruning"]["rows_at_once"] == 1
+    assert pruning_of(tmp_path / "cut")["rows_at_once"] == 1
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 

@@ -1,4 +1,7 @@
-"""A method as another package would ship it, and a tensor that seems to be on an accelerator."""
+"""A method as another package would ship it, a tensor that seems to be on an accelerator, and what
+several tests ask and read."""
+
+import json
 
 import torch
 from pydantic import Field
@@ -10,6 +13,7 @@ from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.patterns import clear
 from calmix.pruning.trace import Calls, observe_block
 
+SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 SPARSE = [name for name, kind in METHODS.items() if not issubclass(kind, Quantiser)]
 
 
@@ -41,6 +45,11 @@ class Toy(Method):
         masks = [pattern.mask(w.abs() * statistic**self.strength) for w, pattern in pairs]
         pruned = [clear(w.clone(), m) for w, m in zip(full, masks, strict=True)]
         return Solution(pruned, [int(m.sum()) for m in masks])
+
+
+def pruning_of(folder):
+    """What the manifest of a checkpoint says of its pruning."""
+    return json.loads((folder / "calmix.json").read_text(encoding="utf-8"))["pruning"]
 
 
 def wiring(model, ids):

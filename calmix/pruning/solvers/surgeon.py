@@ -49,7 +49,7 @@ def solve_columns(
     for layer, weight in zip(layers, weights, strict=True):
         layer.copy_(weight.T)
     first = patterns[0] if patterns else Unstructured(0.5)  # any without groups
-    size = _multiple(BLOCK, first)
+    size = -(-BLOCK // first.group) * first.group  # whole N:M groups
     # Masks are 1.0 and 0.0, not booleans: the loop multiplies by them.
     masks = torch.empty_like(stacked[:size])
     levels = masks if rounding is None else torch.empty_like(masks)
@@ -103,7 +103,7 @@ def prune_block(
     pruned entries: no later step reads them. `levels` is a buffer for the rounding.
     """
     semi, size = pattern.group > 1, len(weights)
-    panel = _multiple(PANEL, pattern)
+    panel = -(-PANEL // pattern.group) * pattern.group
     width = pattern.group if semi else panel
     errors = torch.empty_like(weights) if rounding is None else weights
     # Views are created once: creating one takes as long as a step's arithmetic.
@@ -143,8 +143,3 @@ def prune_block(
         rounding.finish(weights, levels)
         weights.add_(0.0)  # no -0.0
     return errors
-
-
-def _multiple(size: int, pattern: Pattern) -> int:
-    """Round a block or panel size up to a whole number of N:M groups."""
-    return -(-size // pattern.group) * pattern.group
