@@ -137,10 +137,6 @@ def test_metrics_are_those_of_a_plain_count(ids, other, n):
     assert told["entropy"] == pytest.approx(entropy, abs=1e-12)
     assert told["volume"] == ids.size * told["entropy"]
     assert (told["tokens"], told["scope_tokens"]) == (ids.size, len(share) / 20)
-
-
-@given(ids=token_rows(), n=st.integers(1, 4))
-def test_a_row_is_known_by_what_repeats_within_it(ids, n):
     alone = [metrics.aggregation(row[None], n) for row in ids]
     assert metrics.row_aggregation(ids, n) == pytest.approx(alone, abs=1e-12)
 
@@ -157,15 +153,11 @@ def test_mismatch_is_a_bounded_symmetric_divergence(left, right):
     found = metrics.mismatch(left, [right])
     assert found == pytest.approx(metrics.mismatch(right, [left]), abs=1e-12)
     p, q = (np.bincount(part.ravel(), minlength=12) / part.size for part in (left, right))
-    assert found == pytest.approx(jensen_shannon(p, q), abs=1e-9)
+    apart = sum(stats.entropy(one, (p + q) / 2, base=2) for one in (p, q)) / 2
+    assert found == pytest.approx(apart, abs=1e-9)
     assert 0 <= found <= 1
     assert metrics.mismatch(left, [left, left]) == pytest.approx(0, abs=1e-12)
     assert metrics.mismatch(left, [right + 100]) == pytest.approx(1)
-
-
-def jensen_shannon(p, q):
-    middle = (p + q) / 2
-    return float(stats.entropy(p, middle, base=2) + stats.entropy(q, middle, base=2)) / 2
 
 
 PATTERNS = (Unstructured(0.3), Unstructured(0.5), SemiStructured(2, 4), SemiStructured(1, 4))

@@ -130,6 +130,7 @@ def mistakes(tiny_folder, text_file, tmp_path):
     }.items():  # fmt: skip
         yield (tiny_folder, *data, *more), words
     yield (tiny_folder, *half), "needs --calibration"
+    yield (tiny_folder, *half, "--method", "magnitude,refit=5"), "magnitude needs --calibration"
     yield (tiny_folder, *half, "--method", "magnitude", "--seed", 1), "--seed has no effect"
 
 

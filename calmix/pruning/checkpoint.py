@@ -259,7 +259,7 @@ class _Pruning:
         self.drawn = self.draw(calibrated) if calibrated else None
         ids = torch.empty(0, 0) if self.drawn is None else self.drawn.ids
         dropped = [] if self.share is None else self._drop(ids, self.share)
-        self.check_room((len(ids), ids.shape[1]))
+        self.check_room(ids.shape)
         run.started(self.drawn)
         self._allocate(ids)
         done: dict[Path, PruneReport] = {}

@@ -21,7 +21,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -390,7 +390,7 @@ class Run:
             while number >= current:  # else it continues, or restarts the block
                 if number in work:
                     work[number](batch, args, kwargs)
-                with _no_autocast(device):  # shared by all coroutines of a thread
+                with torch.autocast(device.type, enabled=False):  # of all coroutines of a thread
                     getcurrent().parent.switch(number)
 
         run = partial(self._run, index)
@@ -462,7 +462,8 @@ class Run:
         statistic: Statistic = self._kind(shared[0].shape[1], shared[0].view().device)
 
         def add(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            with self._laps.lap("statistics"), _no_autocast(args[0].device):
+            off = torch.autocast(args[0].device.type, enabled=False)
+            with self._laps.lap("statistics"), off:
                 statistic.add(args[0])
 
         yield add
@@ -512,12 +513,10 @@ class Run:
         if not report.experts or report.experts[-1].name != routed.name:  # once per mixture
             here = torch.cat([routed.counted[number] for number in range(len(self._batches))]).cpu()
             by_row = torch.cat(distributed.everyone(here))
-            by_source = {
-                source: by_row[torch.tensor([one == source for one in self.sources])]
-                .sum(0)
-                .tolist()
-                for source in dict.fromkeys(self.sources)
-            }
+            by_source = {}
+            for source in dict.fromkeys(self.sources):
+                own_rows = torch.tensor([one == source for one in self.sources])
+                by_source[source] = by_row[own_rows].sum(0).tolist()
             report.experts.append(ExpertsReport(routed.name, by_row.sum(0).tolist(), by_source))
         with self._laps.lap("solve"):
             total, whole = sum(distributed.everyone(sampled)), None
@@ -594,14 +593,11 @@ def _before(one: SharedInput | Routed, hook: Callable[..., None]) -> Any:
     return _first(one).module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    return torch.autocast(device.type, enabled=False)
-
-
 @contextmanager
 def _at_work(device: torch.device) -> Iterator[None]:
     """Compute the same bytes whatever torch settings the caller uses."""
-    with torch.inference_mode(), reproducible(device), _no_autocast(device):
+    off = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(), reproducible(device), off:
         yield
 
 

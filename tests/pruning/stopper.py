@@ -19,39 +19,27 @@ def stop():
 
 def arm(moment, number):
     """Patch the place where the process is to end."""
-    if moment == "solved":
-        block = Run.block
 
-        def pruned(self, index):
-            block(self, index)
-            if index == number:
-                stop()
+    def counts(path, value):
+        return value["kept"].get("done") == number + 1
 
-        Run.block = pruned
-    elif moment == "outside":
-        Run.outside = lambda self: stop()
-    elif moment == "scored":
-        keep = work.WorkFolder.keep
+    place, name, due, after = {
+        "claimed": (work, "write_json", None, False),
+        "solved": (Run, "block", lambda self, index: index == number, True),
+        "written": (work, "write_json", counts, False),
+        "counted": (work, "write_json", counts, True),
+        "scored": (work.WorkFolder, "keep", lambda self, **facts: "dropped" in facts, True),
+        "outside": (Run, "outside", None, False),
+        "renamed": (work.WorkFolder, "abandon", None, False),
+    }[moment]
+    act = getattr(place, name)
 
-        def kept(self, **facts):
-            keep(self, **facts)
-            if "dropped" in facts:
-                stop()
+    def acting(*given, **more):
+        ends = due is None or due(*given, **more)
+        if ends and not after:
+            stop()
+        act(*given, **more)
+        if ends:
+            stop()
 
-        work.WorkFolder.keep = kept
-    elif moment == "claimed":
-        work.write_json = lambda *given: stop()
-    elif moment in ("written", "counted"):
-        write = work.write_json
-
-        def counted(path, value):
-            due = value["kept"].get("done") == number + 1
-            if due and moment == "written":
-                stop()
-            write(path, value)
-            if due:
-                stop()
-
-        work.write_json = counted
-    else:
-        work.WorkFolder.abandon = lambda self: stop()
+    setattr(place, name, acting)

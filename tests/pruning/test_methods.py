@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from calmix.errors import InputError
-from calmix.pruning import prune
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured
-from calmix.specs import prune_request
+from tests.pruning.test_patterns import stable_mask
 from tests.pruning.toy import SPARSE
-from tests.tiny import tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
 PATTERNS = [HALF, Unstructured(0.63), SemiStructured(2, 4), SemiStructured(1, 4)]
@@ -46,22 +43,14 @@ def output_error(weight, pruned, gram):
     return float(np.sum((delta @ np.asarray(gram, dtype=np.float64)) * delta))
 
 
-def first_k(score, k):
-    """Mask of the k smallest of a flat array, ties to the lower index."""
-    mask = np.zeros(score.size, dtype=bool)
-    mask[np.argsort(score.ravel(), kind="stable")[:k]] = True
-    return mask.reshape(score.shape)
-
-
 def mask_of(score, pattern, by_row=False):
     """The mask of a matrix of scores, by the definition of a pattern."""
     if isinstance(pattern, SemiStructured):
-        groups = score.reshape(-1, pattern.m)
-        return np.stack([first_k(g, pattern.m - pattern.n) for g in groups]).reshape(score.shape)
-    parts = score if by_row else score.reshape(1, -1)
-    return np.stack([first_k(p, round(pattern.sparsity * p.size)) for p in parts]).reshape(
-        score.shape
-    )
+        parts, count = score.reshape(-1, pattern.m), pattern.m - pattern.n
+    else:
+        parts = score if by_row else score.reshape(1, -1)
+        count = round(pattern.sparsity * parts.shape[1])
+    return stable_mask(parts, count, 1).reshape(score.shape)
 
 
 def textbook_obs(weight, gram, pattern=None, mask=None, nearest=lambda j, column: column):
@@ -174,15 +163,3 @@ def test_options_reach_the_solver():
     assert not torch.equal(linear, plain)
     damped = solved("sparsegpt,damping=0.3", [w], h, [HALF])
     assert (damped.damping, damped.dtype) == (0.3, torch.float32)
-
-
-def test_the_engine_gathers_what_a_refit_needs():
-    before, after = (
-        prune(tiny_model("llama"), tiny_ids(), method="wanda", pattern=HALF, refit=steps)
-        for steps in (0, 8)
-    )
-    assert before.sparsity == after.sparsity
-    assert all(layer.error is None for layer in before.layers)
-    assert all(0 < layer.error < 1 for layer in after.layers)
-    with pytest.raises(InputError, match="method magnitude needs --calibration"):
-        prune_request(method="magnitude", sparsity=0.5, refit=5)
