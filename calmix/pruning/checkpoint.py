@@ -93,13 +93,12 @@ def prune_checkpoints(
         for output in done:
             run.note(f"{output} was finished by an earlier run")
         work.jobs = [job for job in work.jobs if job.output not in done]
-        try:
-            if work.jobs:
-                done |= work.prune()
-        except BaseException as error:
-            for job in work.jobs:
-                job.work.leave(error, run.note)
-            raise
+        if work.jobs:
+            done |= work.prune()
+    except BaseException as error:
+        for job in work.jobs:
+            job.work.leave(error, run.note)
+        raise
     finally:
         work.source.close()
     return [done[output] for output in targets]
