@@ -518,8 +518,9 @@ class Run:
                 own_rows = torch.tensor([one == source for one in self.sources])
                 by_source[source] = by_row[own_rows].sum(0).tolist()
             report.experts.append(ExpertsReport(routed.name, by_row.sum(0).tolist(), by_source))
+        whole: Tensor | None = None
         with self._laps.lap("solve"):
-            total, whole = sum(distributed.everyone(sampled)), None
+            total = sum(distributed.everyone(sampled))
             for expert in experts:
                 statistic = summed(own, expert)
                 if smoothed:
