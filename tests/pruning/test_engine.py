@@ -270,8 +270,6 @@ def piece_by_piece():
         (None, out_of_vocabulary(-1), 0.5, ModelError, r"no embedding for token id -1 \(the last"),
         (None, out_of_vocabulary(320), 0.5, ModelError, r"no embedding for token id 320 \(the"),
         (None, tiny_ids(), "2:5", InputError, "does not divide"),
-        (None, tiny_ids(), "half", InputError, "neither a sparsity"),
-        (None, tiny_ids(), {"x": 0.5}, InputError, "the pattern names 'x', which is not a layer"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_pruned_is_refused_before_any_change(model, ids, pattern, kind, says):
