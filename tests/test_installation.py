@@ -1,4 +1,4 @@
-"""What `pip install calmix` brings: all that the package imports, but for three extras."""
+"""What `pip install calmix` brings: all that the package imports, but for four extras."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from tests.test_rooms import imports
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"nncf": "export", "ray": "ray", "reasoning_gym": "reasoning"}
+EXTRAS = {"llama_cpp": "llama", "nncf": "export", "ray": "ray", "reasoning_gym": "reasoning"}
 
 
 def test_all_that_is_imported_is_required():

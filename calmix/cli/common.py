@@ -84,6 +84,14 @@ def size(count: float) -> str:
     return f"{count / 1e3:.3g} kB"
 
 
+def terminal_width() -> int | None:
+    """Return the columns of the terminal; None without one."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit():
+        return int(columns)
+    return out.width if out.is_terminal else None
+
+
 def print_table(
     rows: Sequence[Mapping[str, Any] | None],
     *,
@@ -106,8 +114,7 @@ def print_table(
         if any(value is not None for value in column):
             start = "  " if by and not cells else ""
             cells[head] = [start + ("-" if value is None else str(value)) for value in column]
-    width = out.width if out.is_terminal or os.environ.get("COLUMNS") else None
-    heads, limit, left_out = list(cells), width or ENDLESS, list[str]()
+    heads, limit, left_out = list(cells), terminal_width() or ENDLESS, list[str]()
     narrow = {
         head: max([_widest(head), *(map(_widest if head in text else cell_len, cells[head]))])
         for head in heads
@@ -121,6 +128,7 @@ def print_table(
     if by:
         narrow[heads[0]] = max(narrow[heads[0]], *(cell_len(row[by]) for row in records))
     if title:
+        width = terminal_width()
         out.print(Text(title, style="bold"), soft_wrap=width is None, width=width)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for head in heads:
