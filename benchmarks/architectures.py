@@ -50,7 +50,7 @@ from calmix.evaluation.likelihood import row_nll
 from calmix.evaluation.scorer import Scorer
 from calmix.models import find_blocks, open_model
 from calmix.models.blocks import Prunable
-from calmix.pruning import Unstructured, budget, checkpoint, experts, get_method
+from calmix.pruning import Unstructured, budget, checkpoint, engine, get_method
 from calmix.pruning.checkpoint import prune_checkpoints
 from calmix.pruning.report import PruneReport
 from calmix.pruning.trace import first_tensor
@@ -319,7 +319,7 @@ class Sweep:
         self.long = torch.randint(3, 259, (2, LONG), generator=generator)
         model = load(self.dense, torch.float32)
         # So small that only experts without tokens are pruned on others'.
-        experts.SMOOTHING = 1e-9
+        engine.SMOOTHING = 1e-9
         with torch.no_grad():
             model(self.long, use_cache=False)
             try:

@@ -3,13 +3,24 @@
 import pytest
 
 from calmix.cli import app
+from calmix.pruning.engine import Run
 from tests import synthetic
 from tests.conftest import write_text_file
-from tests.pruning.test_streamed import interrupt_before
 from tests.tiny import save_tiny_model
 
 SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
 OWN = ("--sources", "own.yaml")
+
+
+def interrupting(block):
+    """Return what prunes the first block, and then ends by an interrupt."""
+
+    def until(run, index):
+        if index:
+            raise KeyboardInterrupt
+        block(run, index)
+
+    return until
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +62,7 @@ def made(tiny_folder, tmp_path_factory):
         calibrate("continued", "sgs,seeds=mine", *OWN)
         calmix("calibrate", "measure", "text.txt", "--model", tiny_folder, "--rows", 8,
                "--length", 32, "--draws", 1, "-o", "measured.json")  # fmt: skip
-        interrupt_before(patch, 1)
+        patch.setattr(Run, "block", interrupting(Run.block))
         prune("cut", "--sparsity", 0.5)
     few = synthetic.Plan(seeds=(0,), sources=("a", "b", "c", "d"), dimensions=("general", "code"))
     synthetic.save(synthetic.study(few), base / "results")
