@@ -119,7 +119,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def hidden(
     path: Path, make: Callable[[Path], None] = Path.mkdir, kind: str = PARTIAL
 ) -> Iterator[Path]:
-    """Yield a new hidden file or folder beside `path`, and remove it at the end.
+    """Yield a new hidden file or folder beside `path`, whose folder is made, and remove it at the
+    end.
 
     It stays locked meanwhile; the kernel releases the lock if the process dies. Unlocked ones were
     left by killed processes and are removed first.

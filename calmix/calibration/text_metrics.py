@@ -94,13 +94,16 @@ def compared(sets: Sequence[tuple[str, Ids]], pool: Mapping[str, Ids]) -> list[d
 
 def of_ids(ids: Ids, vocabulary: int) -> dict[str, float]:
     """Return every metric that needs only the ids of one set, by name."""
-    counts = {n: count_ngrams(ids, n)[0] for n in ORDERS}
+    counts = {n: count_ngrams(ids, n) for n in ORDERS}
     bits = entropy(np.unique(ids, return_counts=True)[1])
     return {
         "tokens": int(ids.size),
         "entropy": bits,
         "volume": ids.size * bits,
-        "scope_tokens": counts[1] / vocabulary,
-        **{f"variety_{n}": distinct / ids.size for n, distinct in counts.items()},
-        **{f"aggregation_{n}": aggregation(ids, n) for n in ORDERS},
+        "scope_tokens": counts[1][0] / vocabulary,
+        **{f"variety_{n}": distinct / ids.size for n, (distinct, _) in counts.items()},
+        **{
+            f"aggregation_{n}": 1 - distinct / total if total else 0.0
+            for n, (distinct, total) in counts.items()
+        },
     }

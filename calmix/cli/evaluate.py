@@ -148,14 +148,15 @@ def run(
                 progress=bar.of("distance to the dense model"),
             )  # fmt: skip
     scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
-    result, kept = {"scores": scores.to_dict()}, _kept(scores, dense, measure)
+    result, kept = {"scores": scores.to_dict()}, None
     if dense is not None:
+        kept = _kept(scores, dense, measure)
         result |= {"dense": dense.to_dict(), "retention": kept.to_dict(),
                    "behaviour": asdict(behaviour((dense, scores)))}  # fmt: skip
     if output is not None:
         write_text(output, json.dumps(result, ensure_ascii=False) + "\n")
     print_json(result)
-    _print(scores, dense, kept)
+    _print(scores, dense, kept or _kept(scores, None, measure))
     for name, count in scores.truncated.items():
         note(f"task {name}: {count} requests were cut to fit the model's context")
     if output is not None:

@@ -306,7 +306,7 @@ def read_ladder(request: Request, out: Path) -> Ladder:
     elif (out / MANIFEST).exists():
         saved = running.read_record(out)
     now = request.model_dump(mode="json")
-    held = saved.get("request", now)
+    held = saved["request"] if saved else now
     if differs := [key for key in now if held.get(key) != now[key] and key not in but]:
         raise InputError(
             f"{out} is of another request ({differs[0]}: {held.get(differs[0])}, now "

@@ -41,6 +41,7 @@ Place = tuple[str, Array | None, float]
 # Types for weights without a grid that GGUF has, and the divergence from the model (nats per token)
 # beyond which a file is refused.
 TYPES = {"f16": 0.01, "q8_0": 0.2, "q4_0": 3.0, "q4_1": 3.0}
+ROUNDED = 0.05  # the same in llama.cpp, which rounds the inputs of quantised matrices to 8 bits
 BLOCK = 32  # weights in a block of Q4_0, Q4_1 and Q8_0
 TOKENS = 64  # of the vocabulary to compare with the template's
 
@@ -77,8 +78,7 @@ def export(
     template = str(like) if like is not None else _origin(name)
     check_output_file(output, inputs=[name, template], overwrite=overwrite)
     check_models(name)
-    real_place(output).parent.mkdir(parents=True, exist_ok=True)
-    with hidden(real_place(output)) as beside, disk_errors(output):
+    with disk_errors(output), hidden(real_place(output)) as beside:
         origin = known_model(template)
         if origin is None or (isinstance(origin, Path) and not origin.is_file()):
             raise InputError(f"{template} is not a GGUF file")
@@ -92,8 +92,7 @@ def export(
         say("check")
         engine = "llama.cpp" if find_spec("llama_cpp") else "transformers"
         run = _in_llama_cpp if engine == "llama.cpp" else _in_transformers
-        # llama.cpp rounds what it multiplies with quantised matrices to 8 bits.
-        most = max(TYPES[weights], TYPES["q8_0"] if ours and engine == "llama.cpp" else 0)
+        most = max(TYPES[weights], ROUNDED if ours and engine == "llama.cpp" else 0)
         kl, _ = difference(opened, partial(run, new), most, weights)
         new.chmod(0o644)
         new.replace(real_place(output))
@@ -270,9 +269,9 @@ def _levels(
 
 
 def _in_llama_cpp(file: Path, ids: Tensor) -> Tensor:
-    from llama_cpp import Llama
+    with loading(f"update or uninstall llama-cpp-python, which cannot run {file.name}"):
+        from llama_cpp import Llama
 
-    with loading(f"llama.cpp cannot run {file.name}"):
         engine = Llama(str(file), n_ctx=ids.shape[1], logits_all=True, verbose=False)
         rows = []
         for row in ids.tolist():

@@ -276,7 +276,8 @@ def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
     if item.check != "program":
         return CHECKS[item.check](answer, item.right)
     doc = item.doc
-    entry = doc.get("entry_point") or re.findall(r"assert.*?(\w+)\s*\(", doc["test_list"][0])[0]
+    called = re.findall(r"assert.*?(\w+)\s*\(", doc.get("test_list", [""])[0])
+    entry = doc.get("entry_point") or next(iter(called), "")
     code = checks.program(answer, doc.get("prompt", ""), entry)
     if "test" in doc:
         tests = [doc["test"], f"check({entry})"]

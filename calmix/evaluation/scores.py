@@ -154,7 +154,8 @@ def _parsed(value: dict[str, Any], path: Path) -> CapabilityScores:
         scores = _SCORES.validate_python(value)
     except ValidationError as error:
         raise InputError(f"{path} is damaged: {first_problem(error)}") from error
-    if not all(isinstance(scores.suite.get(key), str | int) for key in ("name", "version", "hash")):
+    kinds = ("name", str), ("version", int), ("hash", str)
+    if not all(isinstance(scores.suite.get(key), kind) for key, kind in kinds):
         raise InputError(f"{path} is damaged: it does not name its suite")
     for task in scores.tasks:
         if not task.consistent:

@@ -426,19 +426,9 @@ def reading_gguf() -> Iterator[None]:
 
 def _dequantise(file: Path, folder: Path) -> None:
     with loading(f"cannot open {file}"), reading_gguf():
-        from gguf import GGUFReader
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        reader = GGUFReader(file)
-        fields = {name.rsplit(".", 1)[-1]: entry for name, entry in reader.fields.items()}
-        sizes = {key: fields[key].contents() for key in (*DEPTHS, *WIDTHS) if key in fields}
-        if found := _too_large(sizes, [int(tensor.n_elements) for tensor in reader.tensors]):
-            raise ValueError(f"its header has {found}, more than its weights allow")
-        kind = reader.get_field("general.file_type")
-        code = int(kind.contents()) if kind is not None else -1
-        # A quantised file becomes bfloat16.
-        dtype = {0: torch.float32, 1: torch.float16}.get(code, torch.bfloat16)
-        where, name = file.parent, file.name
+        where, name, dtype = file.parent, file.name, _gguf_dtype(file)
         model: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     # transformers still marks the model as quantised, and would not save it.
@@ -450,6 +440,20 @@ def _dequantise(file: Path, folder: Path) -> None:
     with quiet_transformers(), atomic_folder(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+
+
+def _gguf_dtype(file: Path) -> torch.dtype:
+    """Return the type of a float32 or float16 file, and bfloat16 for a quantised one."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    fields = {name.rsplit(".", 1)[-1]: entry for name, entry in reader.fields.items()}
+    sizes = {key: fields[key].contents() for key in (*DEPTHS, *WIDTHS) if key in fields}
+    if found := _too_large(sizes, [int(tensor.n_elements) for tensor in reader.tensors]):
+        raise ValueError(f"its header has {found}, more than its weights allow")
+    kind = reader.get_field("general.file_type")
+    code = int(kind.contents()) if kind is not None else -1
+    return {0: torch.float32, 1: torch.float16}.get(code, torch.bfloat16)
 
 
 def fingerprint(folder: Path) -> str:

@@ -66,26 +66,30 @@ class _Products(TorchFunctionMode):
             near = self._sources.get(_memory(weight), ())
             for layer, stored in near if _memory(inputs) != _memory(weight) else ():
                 offset = int(weight.storage_offset() - stored.storage_offset())
-                if not 0 <= offset < stored.numel():
-                    continue
-                used = weight if linear else weight.transpose(-1, -2)
-                at, rest = divmod(offset, int(stored.stride(0)))
-                expert = None if used.ndim == 3 else at
-                like = stored if expert is None else stored[at]
-                if rest or used.shape != like.shape or used.stride() != like.stride():
-                    raise ModelError(
-                        f"a part of the experts' {layer.parameter} of shape {tuple(used.shape)} is "
-                        "used separately: the engine cannot prune these experts"
-                    )
-                if not self._seen(layer.parameter, expert, inputs):
-                    return inputs.new_zeros(*inputs.shape[:-1], used.shape[-2])
-                break
+                if 0 <= offset < stored.numel():
+                    used = weight if linear else weight.transpose(-1, -2)
+                    if not self._seen(*_place(layer, stored, used, offset), inputs):
+                        return inputs.new_zeros(*inputs.shape[:-1], used.shape[-2])
+                    break
         return func(*args, **(kwargs or {}))
 
 
 def _memory(tensor: Tensor) -> int:
     """Return an identifier of the storage of a live tensor."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def _place(layer: Prunable, stored: Tensor, used: Tensor, offset: int) -> tuple[str, int | None]:
+    """Return the parameter and expert (None: all) of a used weight (outputs, inputs), which lies at
+    an offset in the stored one, (experts, outputs, inputs)."""
+    at, rest = divmod(offset, int(stored.stride(0)))
+    like = stored if used.ndim == 3 else stored[at]
+    if rest or used.shape != like.shape or used.stride() != like.stride():
+        raise ModelError(
+            f"a part of the experts' {layer.parameter} of shape {tuple(used.shape)} is used "
+            "separately: the engine cannot prune these experts"
+        )
+    return layer.parameter, None if used.ndim == 3 else at
 
 
 @dataclass

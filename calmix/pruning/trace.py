@@ -155,7 +155,7 @@ class Calls:
             return hidden if self._rest is None else (hidden, *self._rest)
 
         with forwards([(b, partial(stub, i)) for i, b in enumerate(self._blocks.blocks)]):
-            (model or self._decoder)(input_ids=ids, use_cache=False)
+            (self._decoder if model is None else model)(input_ids=ids, use_cache=False)
 
     def _handed(self, value: Any) -> Slot | None:
         """Return the slot of an argument that is one of a block's other outputs, else None."""

@@ -275,8 +275,12 @@ class ReasoningGym(OfPackage):
                 yield Document(f"{self.datasets[which]}/{item}", text)
 
 
-# Where the correct choice is: the position of `label` in `labels` selects one of `texts`.
-Answer = Annotated[dict[Literal["label", "labels", "texts"], str], Field(min_length=3)]
+class Answer(Options):
+    """Where the correct choice is: the position of `label` in `labels` selects one of `texts`."""
+
+    label: str
+    labels: str
+    texts: str
 
 
 class HubText(Reader):
@@ -345,9 +349,9 @@ class HubText(Reader):
 
     def _text(self, row: dict[str, Any], number: int) -> str:
         try:
-            if self.answer is not None:
-                named = [lookup(row, self.answer[key]) for key in ("label", "labels", "texts")]
-                label, labels, texts = named
+            if (answer := self.answer) is not None:
+                labels, texts = lookup(row, answer.labels), lookup(row, answer.texts)
+                label = lookup(row, answer.label)
                 row = {**row, "answer": texts[labels.index(label)] if label in labels else ""}
             if self.template is not None:
                 return fill(self.template, row)

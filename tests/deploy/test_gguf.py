@@ -72,7 +72,9 @@ def test_llama_cpp_runs_the_file_if_it_is_there(calmix, quantised, tmp_path, mon
     scale = 30.0
     assert "differs from the model" in calmix(*command, "--overwrite").line
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=None))
-    assert "llama.cpp cannot run .out.gguf" in calmix(*command, "--overwrite").line
+    assert "uninstall llama-cpp-python, which cannot run" in calmix(*command, "--overwrite").line
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # its library cannot be loaded
+    assert "uninstall llama-cpp-python, which cannot run" in calmix(*command, "--overwrite").line
 
 
 def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(
