@@ -30,6 +30,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from calmix.compression.plan import embedding_bits
 from calmix.deploy.pack import _encode as encode
 from calmix.evaluation.behaviour import Pair, behaviour, counted, likely
 from calmix.evaluation.floors import judge, parse_floors
@@ -144,18 +145,15 @@ def of_store(store: Path, sizes: dict[str, Sizes]) -> Iterator[Point]:
 
 
 def reference(points: list[Point]) -> Iterator[str]:
-    """Yield what the card shows beside a model: answers kept at bits whose packs `compress` makes,
-    or at 8 bits of GPTQ, calibrated on the mix with chats."""
+    """Yield what the card shows beside a model: answers that models keep if `compress` quantises
+    them to so many bits, on the mix with chats."""
     yield "# Share of the dense model's right answers that are kept at so many bits per weight:"
     yield "# benchmarks/frontier.py --reference on studies/results/frontier"
     for bits in (8, 4.5, 4, 3):
-        kept = {}
-        for label, name in (("smollm2", "SmolLM2-135M"), ("qwen", "Qwen2.5-Coder-0.5B")):
-            method = "gptq" if bits == 8 else "ecq + embeddings"
-            for one in points:
-                plain = one.line.startswith(f"{label}: {method}") and "distill" not in one.line
-                if plain and one.pattern == f"{bits:g} bits":
-                    kept[name] = round(one.share.value, 3)
+        method = f"ecq + embeddings {embedding_bits(bits):g}, mix-8-chat-4"
+        shares = {(one.line, one.pattern): round(one.share.value, 3) for one in points}
+        kept = {name: shares[f"{label}: {method}", f"{bits:g} bits"] for label, name in
+                (("smollm2", "SmolLM2-135M"), ("qwen", "Qwen2.5-Coder-0.5B"))}  # fmt: skip
         yield f"{bits:g}: {json.dumps(kept)}".replace('"', "")
 
 

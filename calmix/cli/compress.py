@@ -227,6 +227,8 @@ def check(
     from calmix.evaluation.floors import CONFIDENCE, FILE, judge, parse_floors, proven, record
     from calmix.report import words
 
+    if missing := [path for path in results if not path.exists()]:
+        raise InputError(f"there is no file or folder {missing[0]}")
     folders, files, request = [path for path in results if path.is_dir()], results, {}
     if folders:
         if len(results) > 1:

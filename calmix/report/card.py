@@ -28,7 +28,7 @@ from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import user_path
 from calmix.manifest import file_hashes, read_sealed
 from calmix.models import builtin_models
-from calmix.models.shards import read_header, weight_files
+from calmix.models.shards import stored_tensors
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.report import charts, words
 from calmix.report.charts import LOOKS, Chart
@@ -153,14 +153,15 @@ class Card:
     @property
     def frontier(self) -> list[dict[str, str]]:
         """Packs of this model at other bits, estimated, and what measured models keep there."""
-        folder, weights, kept = self.out / "model", self.pruning["weights"], self.behaved.answers
-        held = (place.shape for name in weight_files(folder)
-                for place in read_header(folder / name).values())  # fmt: skip
+        if not self.packed:
+            return []
+        weights, kept = self.pruning["weights"], self.behaved.answers
+        held = (place.shape for place in stored_tensors(self.out / "model").values())
         beside = sum(path.stat().st_size for path in (self.out / PACK).rglob("*")
                      if path.is_file() and path.suffix != WEIGHTS)  # fmt: skip
         outer = sum(map(math.prod, held)) - weights
         measured = packaged("report/frontier.yaml")
-        rows = [(self.packed or self.size, f"this model, {target(self.asked)}",
+        rows = [(self.packed, f"this model, {target(self.asked)}",
                  None if kept is None else kept.share.value, dict[str, float]())]  # fmt: skip
         rows += [(int(packed_bytes(bits, weights, outer, beside)), f"{bits:g} bits", None, shares)
                  for bits, shares in measured.items()]  # fmt: skip

@@ -96,13 +96,16 @@ def test_the_cards_numbers_are_those_of_the_scores(calmix, compressed):
         assert "{} <small>[{}, {}]</small>".format(*numbers) in table
     card = read_card(out)
     others = [row for row in card.frontier if "this model" not in row["weights at"]]
+    (own,) = [row for row in card.frontier if row not in others]
+    assert own["#packed, MB"] == f"{card.packed / 1e6:.0f}"
+    assert replace(card, packed=0).frontier == []
     assert [row["weights at"] for row in others] == ["8 bits", "4.5 bits", "4 bits", "3 bits"]
     lab = Path(__file__).parents[2] / "docs" / "lab" / "results.md"
     measured = lab.read_text(encoding="utf-8")
     for row in others:
         for kept in filter("–".__ne__, list(row.values())[3:]):
             bits = re.escape(row["weights at"])
-            assert re.search(rf"\| (gptq|ecq \+ embeddings \d) {bits}, .*: {kept} \[", measured)
+            assert re.search(rf"\| ecq \+ embeddings [\d.]+ {bits}, .*: {kept} \[", measured)
         assert f"| {row['weights at']} | " in readme
     assert all(one["SHA-256"] in page and one["SHA-256"] in readme for one in card.hashes)
     assert all(command in readme for command in card.record["commands"].values())
