@@ -224,9 +224,11 @@ class WorkFolder:
                 self.output.parent.rmdir()
 
     def remove_leftover(self) -> None:
-        """Remove the folder of a run that was killed after its output was complete."""
-        if (self.path / RECORD).is_file() and not self.checkpoint.exists():
-            with suppress(Timeout):
+        """Remove what a run that was killed after its output was complete has left: the folder, or
+        a part of it under a hidden name, and the lock."""
+        ours = (self.path / RECORD).is_file() or not self.path.exists()
+        if ours and not self.checkpoint.exists():
+            with suppress(Timeout, OSError):  # another process, or a read-only place
                 self._lock.acquire(blocking=False)
             self.abandon()
 

@@ -113,6 +113,16 @@ def test_what_is_not_ours_is_not_replaced(tmp_path):
     assert (mine / "mine").exists()
 
 
+def test_what_a_run_killed_at_its_very_end_left_is_removed(tmp_path):
+    """It was removing its folder under a hidden name; only a finished output stays."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / ".out.lock").touch()
+    hidden = tmp_path / ".out.unfinished.partial-0123abcd" / "work.json" / "calibration"
+    hidden.mkdir(parents=True)
+    WorkFolder(tmp_path / "out").remove_leftover()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_work_whose_files_became_the_output_is_not_resumed(cut):
     """It was killed after the renaming, and then the output was moved away."""
     WorkFolder(cut).remove_leftover()  # none yet
