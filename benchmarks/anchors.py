@@ -25,7 +25,6 @@ from calmix.evaluation.scores import load_pair
 from calmix.models import open_model
 from calmix.report.words import with_span
 
-TEXTS = ("general", "commonsense", "code", "math")
 QUANTISE = """
 import sys
 from gguf import GGUFReader
@@ -67,7 +66,7 @@ def main() -> None:
     @cache
     def dense_states() -> Reference:
         opened = open_model(asked.model)
-        return reference(opened, texts(opened, dimensions=TEXTS), cache=True)
+        return reference(opened, texts(opened), cache=True)
 
     whole = asked.output / "F16.gguf"
     if not whole.exists():

@@ -38,7 +38,7 @@ from calmix.evaluation.retention import Estimate, retention
 from calmix.evaluation.scores import CapabilityScores, load_pair
 from calmix.evaluation.suites import WRITTEN
 from calmix.models import resolve_model
-from calmix.models.shards import read_header, weight_bytes, weight_files
+from calmix.models.shards import stored_tensors, weight_bytes
 from calmix.pruning.solvers.grids import mask_bits
 from calmix.report.charts import COLOURS, INK, MARKERS, SETTINGS
 from calmix.report.words import with_span
@@ -89,25 +89,22 @@ class Sizes:
 
     def __init__(self, model: str) -> None:
         folder = resolve_model(model)
-        places = [(folder / file, name, one) for file in weight_files(folder)
-                  for name, one in read_header(folder / file).items()]  # fmt: skip
-        blocks = [one for _, name, one in places if ".layers." in name and len(one.shape) > 1]
-        width = max(one.dtype.itemsize for _, _, one in places)
+        places = stored_tensors(folder)
+        blocks = [one for name, one in places.items()
+                  if ".layers." in name and len(one.shape) > 1]  # fmt: skip
+        width = max(one.dtype.itemsize for one in places.values())
         self.matrices = sum(one.size for one in blocks) // width
         outside = weight_bytes(folder) - width * self.matrices
 
-        def share(path: Path, place: Any) -> float:
-            words = np.fromfile(path, f"u{width}", SAMPLE, offset=place.start)
+        def share(place: Any) -> float:
+            words = np.fromfile(place.path, f"u{width}", SAMPLE, offset=place.start)
             return sum(map(len, encode(words, False, place.dtype))) / words.nbytes
 
-        path, _, head = max(places, key=lambda one: one[2].size)
-        self._left = share(path, head)
+        self._left = share(max(places.values(), key=lambda one: one.size))
         self._rest = outside * self._left
-        self._sizes = {name: one.size for _, name, one in places}
+        self._sizes = {name: one.size for name, one in places.items()}
         self._width = width
-        path, _, largest = max((one for one in places if one[2] in blocks),
-                               key=lambda one: one[2].size)  # fmt: skip
-        self.word = 8 * width * share(path, largest)
+        self.word = 8 * width * share(max(blocks, key=lambda one: one.size))
 
     def bits(self, sparsity: float) -> float:
         """Return the bits a weight of matrices that are sparse, and not quantised."""
@@ -209,11 +206,9 @@ def divergence(distance: dict[str, Any] | None) -> float | None:
 
 def of_anchors(folder: Path) -> Iterator[Point]:
     """Yield llama.cpp's quants that were scored."""
-    for path in sorted(folder.glob("*Q*.json")):
-        if path.suffixes[:1] == [".distance"]:
-            continue
-        pair = load_pair(path)
-        found, size = behaviour(pair).answers, path.with_suffix(".gguf").stat().st_size / 1e6
+    for path in sorted(folder.glob("*Q*.gguf")):
+        pair = load_pair(path.with_suffix(".json"))
+        found, size = behaviour(pair).answers, path.stat().st_size / 1e6
         text = path.stem.partition("-")[2]
         line = f"llama.cpp, imatrix of {text}" if text else "llama.cpp"
         far = path.with_suffix(".distance.json")

@@ -26,7 +26,7 @@ from calmix.evaluation.suites import Suite, suite_file
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
-from calmix.models.shards import read_header, weight_bytes, weight_files
+from calmix.models.shards import stored_tensors, weight_bytes
 from calmix.options import (
     BITS_METHOD,
     COMPRESS_METHOD,
@@ -210,9 +210,7 @@ def bits_for(request: Target) -> float:
     wanted = parse_size(request.size or "", dense)
     held = timed(request.model, "auto", request.device, request.trust_remote_code)
     matrices = sum(p.numel() for p in held.blocks.blocks.parameters() if p.ndim > 1)
-    places = (place for name in weight_files(folder)
-              for place in read_header(folder / name).values())  # fmt: skip
-    width = max(places, key=lambda place: place.size).dtype.itemsize
+    width = max(stored_tensors(folder).values(), key=lambda place: place.size).dtype.itemsize
     rest = dense - width * (matrices + held.outer_weights)
     size = partial(packed_bytes, matrices=matrices, outer=held.outer_weights, rest=rest)
     rates = [number / 100 for number in range(round(100 * LEAST), round(100 * MOST) + 1)]

@@ -90,9 +90,10 @@ def export(
         new = beside / f".{output.name}"  # no clash with a builtin template's name
         types, ours = _write(new, reader, opened, places, read_grids(folder), weights)
         say("check")
-        engine = "llama.cpp" if find_spec("llama_cpp") else "transformers"
-        run = _in_llama_cpp if engine == "llama.cpp" else _in_transformers
-        most = max(TYPES[weights], ROUNDED if ours and engine == "llama.cpp" else 0)
+        engine, run, most = "transformers", _in_transformers, TYPES[weights]
+        if find_spec("llama_cpp"):
+            engine, run = "llama.cpp", _in_llama_cpp
+            most = max(most, ROUNDED) if ours else most
         kl, _ = difference(opened, partial(run, new), most, weights)
         new.chmod(0o644)
         new.replace(real_place(output))

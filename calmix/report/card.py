@@ -150,7 +150,7 @@ class Card:
                    f"{self.packed / 1e6:.0f}MB"]  # fmt: skip
         return f"quantising usually keeps more than pruning; try {shlex.join(command)}"
 
-    @property
+    @cached_property
     def frontier(self) -> list[dict[str, str]]:
         """Packs of this model at other bits, estimated, and what measured models keep there."""
         if not self.packed:
