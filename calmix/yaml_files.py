@@ -158,4 +158,4 @@ def first_problem(error: ValidationError) -> str:
         return f"unknown key '{where}'"
     if problem["type"] == "missing":
         return f"'{where}' is missing"
-    return f"'{where}': {problem['msg']}"
+    return f"'{where}': {problem['msg'].removeprefix('Value error, ')}"

@@ -156,7 +156,7 @@ def build(
         documents = list(source.documents())
         # Each source has its own random stream, so that adding one does not change the others; that
         # of a file named by its path depends on the file's name, not on its folder.
-        key = source.name
+        key = name
         if isinstance(source.reader, LocalFile) and name not in own:
             key = source.reader.path.resolve().name
         digest = hashlib.sha256(key.encode()).digest()[:8]

@@ -146,10 +146,15 @@ class CalibrationSet(Shown):
 
 
 def saved_set(named: str | Path | None) -> Path | None:
-    """Return the folder that a user names, if it looks like a saved set, complete or not."""
+    """Return the folder that a user names, if it looks like a saved set, complete or not; programs
+    and web pages have a `manifest.json` of their own."""
     path = user_path(named or "")
-    with suppress(OSError):  # a mix of many sources can be too long for a path
-        if named and path.is_dir() and any((path / name).exists() for name in (TENSORS, MANIFEST)):
+    with suppress(OSError, InputError):  # a mix of many sources can be too long for a path
+        if (
+            named
+            and path.is_dir()
+            and ((path / TENSORS).exists() or read_object(path / MANIFEST, "").get("kind") == KIND)
+        ):
             return path
     return None
 

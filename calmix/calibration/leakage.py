@@ -10,7 +10,7 @@ tokens under a tokenizer that splits digits, and occurs in much code, but is not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,15 +58,14 @@ class ItemIndex:
 
     def __init__(
         self,
-        items: Iterable[Item],
+        items: Sequence[Item],
         tokenize: Callable[[list[str]], list[list[int]]],
         n: int = TOKENS,
     ) -> None:
         self.n = n
-        entries = list(items)
-        self.names = [(task, item) for task, item, _ in entries]
+        self.names = [(task, item) for task, item, _ in items]
         hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-        for number, row in enumerate(tokenize([text for _, _, text in entries]) if entries else []):
+        for number, row in enumerate(tokenize([text for _, _, text in items]) if items else []):
             if len(row) >= n:
                 windows = np.sort(np.lib.stride_tricks.sliding_window_view(row, n), axis=1)
                 distinct = 1 + (windows[:, 1:] != windows[:, :-1]).sum(axis=1)

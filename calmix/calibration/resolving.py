@@ -103,7 +103,8 @@ def _parsed(text: str, own: dict[str, Source]) -> tuple[Mix, Generator | None, d
     """Return the mix or the generator that a text names, and the options in its file; the file's
     sources are added to the user's `own`."""
     path, where = user_path(text), f"calibration '{text}'"
-    if text.partition(",")[0].strip() in GENERATORS:
+    first = text.partition(",")[0].strip()
+    if first in GENERATORS and first not in own:
         name, options = named_options("calibration", text)
         file = SpecFile(generate=name, options=options)
     elif path.suffix.lower() not in YAML:
@@ -138,12 +139,10 @@ def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generat
 
 def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None) -> Mix:
     """Replace each named mix by its members, with only allowed licences in `offline`."""
-    weights: dict[str, float] = {}
+    held = [one.name for one in offline_sources().values() if allowed(one.licence, wanted)]
+    groups, weights = MIXES | {GROUP: dict.fromkeys(held, 1.0)}, dict[str, float]()
     for name, weight in mix.items():
-        members = {name: 1.0} if name in own else MIXES.get(name, {name: 1.0})
-        if name == GROUP and name not in own:
-            held = offline_sources()
-            members = {one: 1.0 for one in held if allowed(held[one].licence, wanted)}
+        members = {name: 1.0} if name in own else groups.get(name, {name: 1.0})
         for member, share in members.items():
             if member in weights or (member in mix and member != name):
                 raise InputError(f"calibration '{text}' names '{member}' twice: {name} has it")
@@ -298,10 +297,12 @@ def _saved(path: Path, given: dict[str, Any]) -> CalibrationSet:
     """Return the set in a folder; InputError if it does not fit the given options."""
     saved, licence = CalibrationSet.open(path), given.pop("licence", None)
     has = dict(saved.manifest)
-    licences = {name: source.get("licence", "unstated") for part in ("own", "sources")
-                for name, source in (has.get(part) or {}).items()}  # fmt: skip
-    seeds = (has.get("settings") or {}).get("seeds")
-    for name in [*licences, *([] if seeds is None else MIXES.get(seeds, [seeds]))]:
+    parts = [has, *(has.get("written") or {}).values()]
+    licences = {name: source.get("licence", "unstated") for part in parts
+                for kind in ("own", "sources")
+                for name, source in (part.get(kind) or {}).items()}  # fmt: skip
+    seeds = filter(None, ((part.get("settings") or {}).get("seeds") for part in parts))
+    for name in [*licences, *(name for one in seeds for name in MIXES.get(one, [one]))]:
         refuse(name, licences.get(name) or get_source(name).licence, licence)
     if isinstance(guard := has.get("leakage"), dict):
         has["leakage"] = guard["suite"]

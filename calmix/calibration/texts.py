@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calmix.calibration.build import pack_concat
 from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
-from calmix.errors import InputError
+from calmix.errors import InputError, SourceError
 from calmix.evaluation.suites import ARCHIVE
 from calmix.files import user_path
 from calmix.options import named_values
@@ -38,8 +38,10 @@ def parse_texts(given: Sequence[str]) -> dict[str, Path]:
     named = named_values("--text", given, "NAME=PATH, such as code=mine.jsonl")
     paths = {name: user_path(path) for name, path in named.items()}
     for name, path in paths.items():
-        if not local_file(str(path)).path.exists():
-            raise InputError(f"--text {name}: there is no file {path}")
+        try:
+            local_file(str(path)).check()
+        except SourceError as error:
+            raise InputError(f"--text {name}: {error}") from error
     return paths
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from calmix.models import OpenModel, resolve_model
@@ -16,7 +15,6 @@ class OpenTokenizer:
     """A model's tokenizer and context length, without its weights."""
 
     name: str
-    folder: Path
     tokenizer: Any
     context: int | None
     tokenizer_fingerprint: str
@@ -30,7 +28,7 @@ def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokeniz
     folder = resolve_model(name)
     tokenizer = load_tokenizer(folder, name, trust_remote_code)
     context = context_of(load_config(folder, name, trust_remote_code))
-    return OpenTokenizer(name, folder, tokenizer, context, tokenizer_fingerprint(tokenizer))
+    return OpenTokenizer(name, tokenizer, context, tokenizer_fingerprint(tokenizer))
 
 
 def tokenizer_function(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:

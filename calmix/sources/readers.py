@@ -14,6 +14,7 @@ import json
 import platform
 import re
 import sysconfig
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from calmix import assets
 from calmix.errors import SourceError, first_line, missing_extra
@@ -51,6 +52,14 @@ SKIPPED = {  # folders of a package or of the standard library
 }  # fmt: skip
 LEFT = {"node_modules", "__pycache__", "venv", "site-packages"}  # folders of third-party code
 
+
+def _of_fields(template: str) -> str:
+    if not FIELD.search(template):  # else every document would be the template itself
+        raise ValueError(f"'{template}' names no field, such as {TEXT}")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_of_fields)]
 Items = Literal["all", "odd", "even"]
 Rows = Iterator[tuple[int, Any]]  # of a file, with their numbers
 
@@ -125,7 +134,9 @@ class OfPackage(Reader):
         return "offline" if self._spec() else f"needs the package {self.package}"
 
     def _spec(self) -> Any:
-        return importlib.util.find_spec(self.package.replace("-", "_"))
+        with suppress(ImportError, ValueError):  # of a package that a dotted name is inside
+            return importlib.util.find_spec(self.package.replace("-", "_"))
+        return None
 
     def check(self) -> None:
         if self._spec() is None:
@@ -142,7 +153,9 @@ class PackageFiles(OfPackage):
 
     def read(self) -> Iterator[Document]:
         self.check()
-        root = Path(self._spec().submodule_search_locations[0])
+        if not (places := self._spec().submodule_search_locations):
+            raise SourceError(f"{self.package} is a single module: name a package")
+        root = Path(places[0])
         files = (path for pattern in self.files for path in root.glob(pattern))
         yield from _source_files(root, files, SKIPPED)
 
@@ -182,7 +195,7 @@ class AssetText(Reader):
     type: Literal["asset"]
     asset: str
     members: list[str]
-    template: str
+    template: Template
     after: str | None = None
     before: str | None = None
     items: Items = "all"
@@ -250,9 +263,9 @@ class ReasoningGym(OfPackage):
 
     type: Literal["reasoning-gym"]
     package: str = "reasoning-gym"
-    datasets: list[str]
+    datasets: Annotated[list[str], Field(min_length=1)]
     documents: Annotated[int, Field(gt=0)]
-    strip: str | None = None
+    strip: re.Pattern[str] | None = None
 
     def check(self) -> None:
         if self._spec() is None:
@@ -263,7 +276,10 @@ class ReasoningGym(OfPackage):
         with quiet():  # its cellpylib warns
             import reasoning_gym
         size = -(-self.documents // len(self.datasets))
-        datasets = [reasoning_gym.create_dataset(name, size=size, seed=0) for name in self.datasets]
+        try:
+            datasets = [reasoning_gym.create_dataset(n, size=size, seed=0) for n in self.datasets]
+        except ValueError as error:  # an unknown name
+            raise SourceError(f"reasoning-gym: {first_line(error)}") from error
         seen: set[str] = set()
         for index in range(self.documents):
             item, which = divmod(index, len(datasets))
@@ -296,9 +312,9 @@ class HubText(Reader):
     subset: str | list[str] | None = None
     split: str = "train"
     revision: str | None = None
-    template: str | None = None
+    template: Template | None = None
     answer: Answer | None = None
-    starts: str | None = None
+    starts: re.Pattern[str] | None = None
     characters: Annotated[int, Field(gt=0)] = BUDGET
 
     origin: ClassVar[str] = "hub"
@@ -325,7 +341,7 @@ class HubText(Reader):
             with gzip.open(cached, "rt", encoding="utf-8") as file:
                 for line in file:
                     yield Document(*json.loads(line))
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
             raise SourceError(f"{cached} is damaged: delete it to fetch it again") from error
 
     def _kept(self) -> Path:
@@ -357,9 +373,9 @@ class HubText(Reader):
                 return fill(self.template, row)
         except SourceError as error:
             raise SourceError(f"{self.id} row {number}: {error}") from error
-        for key in ("text", "content"):
-            if isinstance(text := row.get(key), str):
-                return text
+        held = [row[key] for key in ("text", "content") if isinstance(row.get(key, 0), str | None)]
+        if held:
+            return next(filter(None, held), "")
         raise SourceError(
             f"{self.id} row {number}: there is no field 'text' or 'content' (has: "
             f"{', '.join(row)}): name the fields in a template, in a YAML file of sources"
@@ -368,10 +384,10 @@ class HubText(Reader):
 
 def _stream(reader: HubText, subset: str | None) -> Iterator[dict[str, Any]]:
     """Yield the rows of one subset."""
+    with quiet():
+        import datasets
     try:
         with quiet():
-            import datasets
-
             rows = iter(datasets.load_dataset(
                 reader.id, subset, split=reader.split, streaming=True, revision=reader.revision
             ))  # fmt: skip
@@ -383,7 +399,9 @@ def _stream(reader: HubText, subset: str | None) -> Iterator[dict[str, Any]]:
             yield row
     except Exception as error:  # the hub client raises many kinds when offline
         which = f"{reader.id} ({', '.join(filter(None, [subset, reader.split]))})"
-        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        # The last is for data sets that are not there, gated or damaged.
+        answered = ValueError, RuntimeError, datasets.exceptions.DatasetsError
+        if isinstance(error, answered) and not isinstance(error, UnicodeError):
             raise SourceError(f"{which} cannot be read: {first_line(error)}") from error
         raise SourceError(
             f"the hub cannot be reached for {which}: go online once to fetch it, copy "
@@ -404,7 +422,7 @@ class LocalFile(Reader):
 
     type: Literal["file"]
     path: Path
-    template: str = TEXT
+    template: Template = TEXT
 
     @property
     def version(self) -> str:
@@ -419,10 +437,14 @@ class LocalFile(Reader):
 
     def read(self) -> Iterator[Document]:
         empty = True
-        for document in self._documents():
-            if document.text.strip():
-                empty = False
-                yield document
+        try:
+            for document in self._documents():
+                if document.text.strip():
+                    empty = False
+                    yield document
+        except OSError as error:
+            place = error.filename or self.path
+            raise SourceError(f"cannot read {place}: {error.strerror}") from error
         if empty:
             short = f", and no source file of {SHORTEST} characters" if self.path.is_dir() else ""
             raise SourceError(f"{self.path} is empty: it has no text{short}")
@@ -496,10 +518,15 @@ def _read_csv(path: Path, template: str) -> Rows:
             for number, raw in enumerate(file, start=1)
             for line in raw.splitlines(keepends=True)
         )
-        rows = csv.DictReader(lines, delimiter=max(",;\t", key=head.count), strict=True)
+        mark = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
+        rows = csv.DictReader(lines, delimiter=mark, strict=True)
         try:
             for number, row in enumerate(rows, start=1):
-                row.pop(None, None)
+                if any(row.pop(None, ())):  # else the text would end at its first delimiter
+                    raise SourceError(
+                        f"{path} row {number} has more fields than the header: put text with "
+                        f"{mark!r} in quotes"
+                    )
                 yield number, row
         except csv.Error as error:
             raise SourceError(f"{path} line {rows.line_num}: not CSV ({error})") from error

@@ -17,7 +17,16 @@ from calmix.errors import InputError, SourceError, nearest
 from calmix.files import user_path
 from calmix.options import Options
 from calmix.sources.licences import OWN, Use, use_of
-from calmix.sources.readers import CODE, FORMATS, TEXT, AnyReader, Document, HubText, LocalFile
+from calmix.sources.readers import (
+    CODE,
+    FIELD,
+    FORMATS,
+    TEXT,
+    AnyReader,
+    Document,
+    HubText,
+    LocalFile,
+)
 from calmix.yaml_files import first_problem, packaged, read_yaml
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
@@ -156,7 +165,8 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
         if path.exists():
             kind = "local file" if path.is_file() else "local folder"
             return Source(name=name, kind=kind, description=str(path), reader=reader)
-    is_file = path.suffix.lower() in {*FORMATS, *CODE}
+    named = user_path(re.sub(r"@[^/@]*$", "", name))  # without a field
+    is_file = named.suffix.lower() in {*FORMATS, *CODE}
     if HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file:
         identifier, _, subset = name.partition("@")
         return Source(
@@ -165,7 +175,7 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
             reader=HubText(type="hub", id=identifier, subset=subset or None),
         )  # fmt: skip
     if is_file or "/" in name:
-        raise SourceError(f"there is no file {path}")
+        raise SourceError(f"there is no file {named}")
     raise SourceError(f"unknown source '{name}': {nearest(name, [*known, *MIXES, *WRITTEN])}")
 
 
@@ -176,9 +186,10 @@ def local_file(name: str) -> LocalFile:
     with suppress(OSError):
         if at and file and not path.exists() and user_path(file).exists():
             path = user_path(file)
-            if not all(fields.split("+")):
+            named = [f"{{{one}}}" for one in fields.split("+")]
+            if not all(map(FIELD.fullmatch, named)):
                 raise SourceError(f"{name}: name a field after the @, such as {file}@text")
-            template = "\n\n".join(f"{{{one}}}" for one in fields.split("+"))
+            template = "\n\n".join(named)
     return LocalFile(type="file", path=path, template=template)
 
 

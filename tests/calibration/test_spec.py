@@ -100,8 +100,10 @@ def test_own_sources_come_from_a_file_a_yaml_specification_or_python(sources, ti
     size = {"rows": 4, "length": 16}
     made = drawn(file, tiny, **size)
     assert made.manifest["mix"] == {"mine": 1.0}
-    for given in (own, own_sources(own)):
+    for given in (own, own_sources(own), {"mine": get_source(sources["lower"])}):
         assert drawn("mine", tiny, sources=given, **size).sha256 == made.sha256
+    named = {"chat": own_sources(own)["mine"]}  # alone as in a mix
+    assert drawn("chat", tiny, sources=named, **size).counts == {"chat": 4}
 
 
 def test_a_saved_folder(sources, tiny, tmp_path):
@@ -114,6 +116,14 @@ def test_a_saved_folder(sources, tiny, tmp_path):
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=f"has {option} .*, not {value}: leave --{option} out"):
             resolve(str(folder), tiny, **{option: value})
+
+
+def test_a_folder_of_code_with_a_manifest_of_its_own_is_text(tiny, tmp_path):
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app/manifest.json").write_text('{"name": "x"}', encoding="utf-8")
+    for name in "ab":
+        (tmp_path / f"app/{name}.js").write_text("let x = 1;\n" * 40, encoding="utf-8")
+    assert drawn(tmp_path / "app", tiny, rows=2, length=32).rows == 2
 
 
 def test_settings_of_a_generator_agree_with_a_file(tmp_path):

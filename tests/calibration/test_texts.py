@@ -51,7 +51,7 @@ def test_mistakes_in_a_text(tmp_path, no_archive, monkeypatch):
         (["code=a.txt", "code=a.txt"], "--text gives code twice"),
         (["code=nowhere.txt"], "--text code: there is no file nowhere.txt"),
         (["code=a.txt"], "the text code has 20 tokens, fewer than a row of 32"),
-        (["code=a.doc"], r"cannot read a\.doc: supported endings"),
+        (["code=a.doc"], r"--text code: cannot read a\.doc: supported endings"),
         ([], "no builtin text for law: give --text"),
     ):
         with pytest.raises((InputError, SourceError), match=line):

@@ -161,7 +161,7 @@ def _text(_, path):
 
 def _calibration(folder, _):
     inspect(folder / "set")
-    opened = OpenTokenizer("", folder, _TINY, None, tokenizer_fingerprint(_TINY))
+    opened = OpenTokenizer("", _TINY, None, tokenizer_fingerprint(_TINY))
     CalibrationSet.open(folder / "set", opened)
 
 

@@ -1,5 +1,6 @@
 """Hub sources, read from folders of the same layout instead of the hub."""
 
+import gzip
 import json
 import shutil
 
@@ -87,12 +88,42 @@ def test_every_entry_reads_its_shape_and_what_was_streamed_is_kept(mirror):
             assert [d.text for d in documents] == [wanted] * (3 * len(reader.subsets)), name
 
 
+def test_a_damaged_copy_is_named_wherever_the_damage_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
+    reader = HubText(type="hub", id="a/c")
+    kept, lines = reader._kept(), "".join(f'["{n}", "{n * n % 97}"]\n' for n in range(400))
+    kept.parent.mkdir()
+    whole = gzip.compress(lines.encode())
+    for at in range(20, len(whole), 40):
+        kept.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        with pytest.raises(SourceError, match="is damaged: delete it"):
+            list(reader.read())
+
+
+def test_what_the_hub_refuses_is_not_taken_for_a_missing_connection(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
+    for error, line in (
+        (datasets.exceptions.DatasetNotFoundError("'a/b' is a gated dataset"), "read: 'a/b' is a"),
+        (RuntimeError("Dataset scripts are no longer supported"), "read: Dataset scripts"),
+        (ConnectionError("Couldn't reach 'a/b' on the Hub"), "the hub cannot be reached for a/b"),
+    ):
+
+        def load_dataset(*of, error=error, **how):
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        with pytest.raises(SourceError, match=line):
+            list(HubText(type="hub", id="a/b").read())
+
+
 def test_the_budget_ends_the_stream_and_what_cannot_be_read_is_named(mirror, tmp_path):
     put(mirror, "a/c", [{"text": "0123456789"}] * 100)
     assert len(list(HubText(type="hub", id="a/c", characters=95).read())) == 10
     (kept,) = tmp_path.rglob("*.jsonl.gz")
     kept.write_bytes(kept.read_bytes()[:-9])
-    put(mirror, "a/content", [{"content": "x"}])
+    put(mirror, "a/content", [{"content": "x"}, {"content": None}])
     assert [d.text for d in HubText(type="hub", id="a/content").read()] == ["x"]
     put(mirror, "a/other", [{"body": "x"}])
     put(mirror, "a/b", [{"text": "x"}], ["en"])

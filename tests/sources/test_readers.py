@@ -1,9 +1,11 @@
 """Local files, packages and generators as sources, and templates."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,6 +18,7 @@ from calmix.sources.readers import (
     LocalFile,
     PackageFiles,
     PythonText,
+    ReasoningGym,
     fields,
     fill,
     lookup,
@@ -66,6 +69,7 @@ def write(folder, files):
         ("a.doc", b"x", r"supported endings are .txt, .*, .parquet and those of source code"),
         ("a.csv", b'text\n"open', "not CSV"),
         ("a.csv", b"prompt\nx\n", r"row 1: .* 'text' \(has: prompt\): name one, as FILE@FIELD"),
+        ("a.csv", b"text\nhello, world\n", "row 1 has more fields than the header: .* ','"),
         ("a.json", b'{"text": "x"}', "is not a list of rows but dict"),
         ("no.txt", None, "there is no file"),
         ("", None, r"has no \.txt"),
@@ -76,6 +80,17 @@ def test_bad_files(tmp_path, name, content, message):
         write(tmp_path, {name: content})
     with pytest.raises(SourceError, match=message):
         texts(tmp_path / name)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).touch()
+        with pytest.raises(SourceError, match=rf"cannot read .*{name}: Permission denied"):
+            texts(tmp_path / name)
 
 
 def test_rows_of_every_kind_of_file_and_their_fields(tmp_path):
@@ -92,11 +107,17 @@ def test_rows_of_every_kind_of_file_and_their_fields(tmp_path):
         assert get_source(f"{path}@prompt (en)").check() == [path]
         with pytest.raises(SourceError, match="no field 'nosuch col'"):
             list(get_source(f"{path}@nosuch col").documents())
-    for empty in ("@", "@prompt+"):
+    for empty in ("@", "@prompt+", "@{}"):
         with pytest.raises(SourceError, match="name a field after the @"):
             get_source(f"{path}{empty}")
     old = write(tmp_path, {"old.csv": b'text;n\rhello;1\r"a\rb";2\r'}) / "old.csv"
     assert texts(old) == ["hello", "a\rb"]
+    for name, content in {
+        "one.tsv": "text\nhello, world; again\n",
+        "more.tsv": "id, n\ttext\n1\thello, world; again\n",
+        "ends.csv": 'text,\n"hello, world; again",\n',
+    }.items():
+        assert texts(write(tmp_path, {name: content}) / name) == ["hello, world; again"]
 
 
 def test_chats_of_every_usual_form(tmp_path):
@@ -162,6 +183,14 @@ def test_installed_text(reader):
         assert gone.availability == "needs the package no_such_package"
         with pytest.raises(SourceError, match="no_such_package is not installed"):
             list(gone.read())
+
+
+def test_entries_that_name_no_package_or_generator():
+    for name, line in (("no.such", "is not installed"), ("typing_extensions", "single module")):
+        with pytest.raises(SourceError, match=line):
+            list(PackageFiles(type="package", package=name, files=["*.py"]).read())
+    with pytest.raises(SourceError, match="'gdc' not registered"):
+        list(ReasoningGym(type="reasoning-gym", datasets=["gdc"], documents=2).read())
 
 
 PROGRAM = """

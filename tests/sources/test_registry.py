@@ -88,6 +88,9 @@ WRONG = {
     b"- a": "is not a mapping",
     b"a: [": "line 1",
     b"a: {name: b, reader: {type: python-docs}}": "source 'a': .*'name'",
+    b"a: {reader: {type: hub, id: b/c, starts: '['}}": "starts': Input should be a valid regular",
+    b"a: {reader: {type: reasoning-gym, datasets: [lcm], documents: 1, strip: '('}}": "valid reg",
+    b"a: {reader: {type: file, path: b, template: body}}": "template': 'body' names no field, such",
     b"\xff": "not UTF-8",
 }
 
@@ -128,7 +131,8 @@ def test_what_a_name_may_mean(tmp_path):
     for name, line in (
         ("pyton-stdlib", "did you mean python-stdlib"), ("missing/file.txt", "there is no file"),
         ("self-writen", "self-written"), ("mix8", "mix-8"), ("web-mx", "web-mix"),
-        ("/no/such/place", "there is no file"),
+        ("/no/such/place", "there is no file"), ("mine.csv@body", "there is no file mine.csv$"),
+        ("data/mine.csv@body", "there is no file data/mine.csv$"),
     ):  # fmt: skip
         with pytest.raises(SourceError, match=line):
             get_source(name)

@@ -126,8 +126,7 @@ class Igsp(SelfWritten):
     )
 
     def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
-        ids, groups, nll, tokens = pieces
-        return select_rows(ids, groups, nll, tokens, quota)
+        return select_rows(*pieces, quota)
 
 
 class Chat(Generator):

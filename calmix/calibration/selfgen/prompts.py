@@ -122,7 +122,7 @@ def beginnings(path: Path | None, tokenizer: Any) -> dict[str, Beginnings]:
 def chat_turns(tokenizer: Any) -> list[list[int]] | None:
     """Return the token ids before a chat's first user's turn, before an answer, and before the next
     user's turn, each without the token that ends the previous turn; None without a chat template,
-    or if no token ends a turn."""
+    if no token ends a turn, or if no token is before the first."""
     marks = ["one-turn", "two-turn", "three-turn"]  # in no template
     text, request = in_chat(tokenizer, *marks), in_chat(tokenizer, marks[0])
     if text is None or request is None:
@@ -134,7 +134,7 @@ def chat_turns(tokenizer: Any) -> list[list[int]] | None:
     parts[1] = request.partition(marks[0])[2]  # where templates turn thinking off
     first, *later = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
     known = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, END_OF_TURN)}
-    if not all(len(ids) > 1 and ids[0] in known for ids in later):
+    if not first or not all(len(ids) > 1 and ids[0] in known for ids in later):
         return None
     return [first, *(ids[1:] for ids in later)]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from calmix.errors import InputError
 from calmix.files import write_bytes
-from calmix.machine import device_memory
+from calmix.machine import device_memory, out_of_memory
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, reserved_cache
 from calmix.models.opening import end_tokens, generating, quiet_transformers
@@ -221,10 +221,11 @@ def write(
             )
             try:
                 part = _batch(opened, some, at, ends, tick)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one; so is the CPU's
-                if wanted == 1 or "memory" not in str(error).lower():
+            except RuntimeError as error:  # a CPU says that it cannot allocate memory
+                known = out_of_memory(error) or "allocate memory" in str(error)
+                if wanted == 1 or not known:
                     raise
-                size = wanted // 2
+                size, done = wanted // 2, at * request.length
                 say(f"out of memory with {wanted} rows at a time: resuming with {size}")
                 continue
             write_bytes(path, save(part._asdict()))

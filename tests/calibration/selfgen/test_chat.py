@@ -83,6 +83,10 @@ def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path, mon
     unended = TEMPLATE.replace("</s>{% endfor", "{% endfor")
     monkeypatch.setattr(talker.tokenizer, "chat_template", unended)
     assert chat_turns(talker.tokenizer) is None
+    bare = "{% for m in messages %}{{ m.content }}</s>\n{% endfor %}"
+    monkeypatch.setattr(talker.tokenizer, "chat_template", bare)
+    assert chat_turns(talker.tokenizer) is None  # nothing begins a chat
+    monkeypatch.setattr(talker.tokenizer, "chat_template", unended)
     drawn(lower, talker, note=lines.append)
     for line, said in zip(lines, (
         f"{lower} has no row in this model's chat format",

@@ -172,13 +172,27 @@ def test_little_or_no_memory_means_smaller_batches(opened, monkeypatch):
 
     def small_only(ids, **how):
         if len(ids) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError(said[-1])
         return real(ids, **how)
 
     monkeypatch.setattr(opened.model, "generate", small_only)
+    said, told = [], []
+    how = {"note": notes.append, "progress": lambda *of: told.append(of)}
+    for line in (
+        "CUDA out of memory", "DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ):  # fmt: skip
+        said.append(line)
+        forget()
+        notes.clear()
+        assert torch.equal(write(opened, request(seed=7), **how).ids, plain)
+        assert [n.partition(": ")[2] for n in notes] == ["resuming with 3", "resuming with 1"]
+        assert told[-1] == (6 * 24, 6 * 24)
     forget()
-    assert torch.equal(write(opened, request(seed=7), note=notes.append).ids, plain)
-    assert [note.partition(": ")[2] for note in notes[1:]] == ["resuming with 3", "resuming with 1"]
+    said.append("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        write(opened, request(seed=7), note=notes.append)
+    assert len(notes) == 2
 
 
 def test_what_holds_nothing_is_refused(opened):
