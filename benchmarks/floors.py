@@ -76,7 +76,7 @@ def halves(results: StudyResults, splits: int, told: dict[str, list[Any]]) -> No
     """Add (proven, broken) of checkpoints, abilities and floors to what is told of each measure."""
     for model, dense in results.dense.items():
         pruned = [results.scores[one.id] for one in results.trials if one.model == model]
-        for measure, (fits, score) in MEASURES.items():
+        for measure, (fits, score, _) in MEASURES.items():
             at = [i for i, task in enumerate(dense) if fits(task)]
             # Alone, so that each measure is tested on whatever has it.
             bare: dict[str, Any] = {"values": ()} if measure == LIKELIHOOD else {}

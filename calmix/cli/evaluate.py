@@ -18,6 +18,7 @@ from calmix.evaluation.measures import RIGHT_OR_WRONG
 from calmix.evaluation.retention import RESAMPLES, Retention, flips
 from calmix.evaluation.scores import (
     CapabilityScores,
+    check_same_form,
     check_same_suite,
     describe,
     load_pair,
@@ -128,8 +129,11 @@ def run(
         check_same_suite(describe(chosen), dense.suite)
         _kept(dense, None, measure)
         known_right = dense.right if right_only else None
+    forms = [] if dense is None else [dense.form]
     for name in named:
-        open_tokenizer(name, trust_remote_code=opening.trust_remote_code)
+        held = open_tokenizer(name, trust_remote_code=opening.trust_remote_code)
+        forms.append(capability.how_asked(held.tokenizer, chosen))
+    check_same_form(*forms)
     if original is not None:
         opened = open_model(original, **how)
         by_likelihood = not no_distance and any(

@@ -14,7 +14,7 @@ from itertools import compress
 from calmix.errors import InputError
 from calmix.evaluation.measures import RIGHT_OR_WRONG, TaskScores, Z, has_signal
 from calmix.evaluation.retention import Estimate, Retention, check_paired, retention
-from calmix.evaluation.scores import CapabilityScores, check_same_suite
+from calmix.evaluation.scores import CapabilityScores, check_same_form, check_same_suite
 from calmix.evaluation.suites import WRITTEN
 
 FEW = 5  # an ability is judged only if the dense model gets at least this many items right
@@ -118,11 +118,7 @@ def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[Task
     for dense, pruned in pairs:
         check_same_suite(pruned.suite, dense.suite)
         check_paired(dense.tasks, pruned.tasks)
-        if dense.form and pruned.form and dense.form != pruned.form:
-            raise InputError(
-                "one model was prompted in its chat template, the other with worked examples: give "
-                "both the same tokenizer and template, and evaluate again"
-            )
+        check_same_form(dense.form, pruned.form)
         for before, after in zip(dense.tasks, pruned.tasks, strict=True):
             name, count = before.name, len(before.items)
             if not fits(before) or count <= found.get(name, (0,))[0]:

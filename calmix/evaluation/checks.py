@@ -23,9 +23,10 @@ NUMBER = re.compile(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)-?\.\
 
 
 def short_text(text: str) -> str:
-    """Normalise a short answer for comparison, as SQuAD does (arXiv 1606.05250)."""
-    kept = "".join(char for char in text.lower() if char not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+    """Normalise a short answer for comparison, as SQuAD does (arXiv 1606.05250), but keep an
+    answer that is only an article or punctuation, such as the choice "A"."""
+    kept = "".join(char for char in text.lower() if char not in string.punctuation).strip()
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split()) or kept or text.strip()
 
 
 def first_line(text: str) -> str:
@@ -73,8 +74,7 @@ def _result(text: str) -> str:
     formulas = re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)", text)
     if formulas:
         return next(filter(None, formulas[-1]))
-    found = NUMBER.findall(text)
-    return str(found[-1]).replace(",", "") if found else ""
+    return str(["", *NUMBER.findall(text)][-1]).replace(",", "")
 
 
 def same_formula(given: str, wanted: str) -> bool:
@@ -122,9 +122,7 @@ def _braced(text: str) -> str:
 def program(answer: str, head: str, entry: str) -> str:
     """Extract the code of an answer; add the head of the function if it is missing."""
     blocks, defined = CODE.findall(answer), re.compile(rf"^def {re.escape(entry)}\b", re.MULTILINE)
-    code = next((block for block in blocks if defined.search(block)), None)
-    if code is None:
-        code = blocks[0] if blocks else answer
+    code = next(filter(defined.search, blocks), (blocks or [answer])[0])
     if not defined.search(code):
         return head + code
     before = defined.split(head)[0] if defined.search(head) else ""

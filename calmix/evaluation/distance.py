@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from calmix.errors import InputError, ModelError
+from calmix.errors import DiskError, InputError, ModelError
 from calmix.evaluation import likelihood, retention
 from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.measures import Array
@@ -71,7 +71,8 @@ def reference(opened: OpenModel, texts: Texts, *, cache: bool = False) -> Refere
             for name, ids in texts.items()
         }
         if cache:
-            write_bytes(kept, save(hidden))
+            with contextlib.suppress(DiskError):  # full or read-only
+                write_bytes(kept, save(hidden))
     about = opened.fingerprint, opened.tokenizer_fingerprint, dtype_name(opened.model.dtype)
     return Reference(*about, head_hash(opened.model), texts, hidden)
 
@@ -119,7 +120,7 @@ def distance(
     if opened.tokenizer_fingerprint != reference.tokenizer:
         raise InputError(
             f"{opened.name} has another tokenizer than the dense model: their distance per token "
-            "cannot be measured"
+            "cannot be measured; leave it out (--no-distance)"
         )
     if (dtype := dtype_name(opened.model.dtype)) != reference.dtype:
         raise InputError(

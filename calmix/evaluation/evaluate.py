@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from calmix.errors import InputError, nearest
+from calmix.errors import DiskError, InputError, nearest
 from calmix.evaluation import checks
 from calmix.evaluation.greedy import answers, prompt
 from calmix.evaluation.likelihood import Progress
@@ -144,15 +144,15 @@ def evaluate(
     chosen, skipped = runnable(chosen, allow_code_execution)
     if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    form, size, kept = "", batch_tokens or BATCH_TOKENS, None
-    if chosen.asks:
-        plain = in_chat(model.tokenizer, "Hello") is None
-        form = "worked examples" if plain else "chat template"
+    form, size, kept = how_asked(model.tokenizer, chosen), batch_tokens or BATCH_TOKENS, None
     if cache and floors and right is None:
         about = *form_of(model, chosen), chosen.hash, size, SCORER, FLOORS
         kept = model.cached("scores", *about).with_suffix(".json")
         with suppress(InputError):  # missing or damaged
-            return replace(load_scores(kept), not_run=tuple(skipped), form=form)
+            return replace(
+                load_scores(kept), model=model.name, suite=describe(chosen),
+                not_run=tuple(skipped), form=form,
+            )  # fmt: skip
     start, specs, done = time.perf_counter(), chosen.tasks, list[TaskScores]()
     items: dict[str, Sequence[Any]] = {
         name: task_of(spec) if spec.writes else load_items(spec) for name, spec in specs.items()
@@ -160,6 +160,8 @@ def evaluate(
     pairs = [(name, item) for name, of_task in items.items() for item in of_task]
     asked = [(name, item) for name, item in pairs
              if specs[name].writes and (right is None or item.id in right[name])]  # fmt: skip
+    if any(one.check == "program" for _, one in asked):
+        check_sandbox()
     scorer = Scorer(model, batch_tokens=size, progress=progress)
     scorer.total += ANSWER * len(asked)
     # All likelihood requests at once, so that common prefixes run only once.
@@ -188,15 +190,25 @@ def evaluate(
         not_run=tuple(skipped), form=form, right_only=right is not None,
     )  # fmt: skip
     if kept is not None:
-        scores.save(kept)
+        with suppress(DiskError):  # a cache that is full or read-only costs no result
+            scores.save(kept)
     return scores
 
 
-def form_of(model: OpenModel, suite: Suite) -> list[Any]:
-    """Return what else affects answers: the chat template and the end tokens."""
+def how_asked(tokenizer: Any, suite: Suite) -> str:
+    """Return the form of a suite's prompts (`CapabilityScores.form`); "" if no answer is asked."""
     if not suite.asks:
-        return []
-    return [str(getattr(model.tokenizer, "chat_template", None)), end_tokens(model)]
+        return ""
+    return "worked examples" if in_chat(tokenizer, "Hello") is None else "chat template"
+
+
+def form_of(model: OpenModel, suite: Suite) -> list[Any]:
+    """Return what scores depend on besides the suite's hash: the names of its files of rows, which
+    are part of the items' names, and for answers the chat template and the end tokens."""
+    found: list[Any] = [Path(task.file).stem for task in suite.tasks.values() if task.file]
+    if suite.asks:
+        found += [str(getattr(model.tokenizer, "chat_template", None)), end_tokens(model)]
+    return found
 
 
 def accuracies(
@@ -255,12 +267,11 @@ def _likely(
 def ask(scorer: Scorer, asked: Sequence[tuple[str, Ask]]) -> list[tuple[float, str, int]]:
     """Generate an answer to each item (given with its task's name). Returns whether it is right,
     its text and whether it ended."""
-    if any(one.check == "program" for _, one in asked):
-        check_sandbox()
     prompts = [prompt(scorer.tokenizer, one.chat, one.plain, one.tokens, one.until)
                for _, one in asked]  # fmt: skip
+    context = scorer.opened.context or math.inf
     scorer.truncated.update(name for (name, _), one in zip(asked, prompts, strict=True)
-                            if len(one.ids) + one.tokens > scorer.max_length)  # fmt: skip
+                            if one.needs > context)  # fmt: skip
     written = answers(scorer.opened, prompts, progress=lambda done, total: scorer.tick(ANSWER))
     with ThreadPoolExecutor(cores()) as pool:  # programs run in subprocesses
         good = pool.map(lambda item, one: verdict(item, *one), (one for _, one in asked), written)

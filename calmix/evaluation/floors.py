@@ -32,17 +32,12 @@ CONFIDENCE = 0.95
 FILE = "check.json"  # verdict of `calmix check` in an output folder of calmix compress
 FLAG = "--keep-at-least"
 ANSWERS, ACCURACY, LIKELIHOOD = "generated answers", "accuracy", "likelihood"
-# The tasks a measure applies to, and the score it uses.
-MEASURES: dict[str, tuple[Callable[[TaskScores], bool], Measure]] = {
-    ANSWERS: (behaviour.answered, "primary"),
-    ACCURACY: (behaviour.chosen_from, "accuracy"),
-    LIKELIHOOD: (behaviour.likely, "primary"),
+# The tasks a measure applies to, the score it uses, and the items behind a bound.
+MEASURES: dict[str, tuple[Callable[[TaskScores], bool], Measure, str]] = {
+    ANSWERS: (behaviour.answered, "primary", ANSWERS),
+    ACCURACY: (behaviour.chosen_from, "accuracy", "right choices, by accuracy above chance"),
+    LIKELIHOOD: (behaviour.likely, "primary", "items by likelihood"),
 }
-
-BASIS = {  # items behind a bound
-    ANSWERS: ANSWERS, ACCURACY: "right choices, by accuracy above chance",
-    LIKELIHOOD: "items by likelihood",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ class Verdict:
         sure = f"{100 * self.confidence:g} % confidence"
         if self.passed:
             kept = ", ".join(
-                f"{one.ability} {100 * one.floor:g} % ({one.items} {BASIS[one.measure]})"
+                f"{one.ability} {100 * one.floor:g} % ({one.items} {MEASURES[one.measure][2]})"
                 for one in self.tested
             )
             others = "another sample of calibration text may keep more or less"
@@ -100,7 +95,7 @@ class Verdict:
         else:
             missed = ", ".join(
                 f"{one.ability} (keeps {100 * one.kept:.1f} %, proven {proven(one.bound)} %, "
-                f"required {100 * one.floor:g} %; {one.items} {BASIS[one.measure]}"
+                f"required {100 * one.floor:g} %; {one.items} {MEASURES[one.measure][2]}"
                 f"{'; more items may prove it' * (one.kept > one.floor)})"
                 for one in self.tested if not one.passed
             )  # fmt: skip
@@ -118,8 +113,7 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""
         rows = [asdict(one) | {"passed": one.passed} for one in self.tested]
-        lists = {"tested": rows, "untested": [*self.untested], "not_run": [*self.not_run]}
-        return asdict(self) | lists | {"passed": self.passed, "lines": self.lines()}
+        return asdict(self) | {"tested": rows, "passed": self.passed, "lines": self.lines()}
 
 
 def record(verdict: Verdict, floors: Mapping[str, float], pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -190,7 +184,7 @@ def judge(
         InputError: a named ability is in no suite, or the dense model has no signal in it, or it
             has too few items to prove its floor even if all are kept.
     """
-    tasks = {measure: behaviour.held(pairs, fits) for measure, (fits, _) in MEASURES.items()}
+    tasks = {measure: behaviour.held(pairs, fits) for measure, (fits, *_) in MEASURES.items()}
     known = list(dict.fromkeys(one[0].dimension for some in tasks.values() for one in some))
     if unknown := [name for name in floors if name and name not in known]:
         left = ", ".join(behaviour.not_run(pairs))
@@ -228,7 +222,7 @@ def _judged(
     ability: str, floor: float, tasks: Mapping[str, Sequence[TaskPair]], confidence: float
 ) -> Tested | None:
     """Test an ability against its floor, by the first measure it has; None without signal."""
-    for measure, (_, score) in MEASURES.items():
+    for measure, (_, score, _) in MEASURES.items():
         pairs = [both for both in tasks[measure] if both[0].dimension == ability
                  and (measure == ANSWERS or has_signal(both[0], score))]  # fmt: skip
         if pairs:
@@ -237,9 +231,8 @@ def _judged(
         return None
     each, level = 1.0, 2 * confidence - 1
     if measure == ANSWERS:
-        count = behaviour.counted(ability, pairs)
-        assert count is not None
-        if (items := count.dense) < behaviour.FEW:
+        count = behaviour.counted(ability, pairs)  # None if no item is right and only those count
+        if count is None or (items := count.dense) < behaviour.FEW:
             return None
         kept, low = count.kept / items, lower_bound(count.kept, items, confidence)
     elif measure == ACCURACY:

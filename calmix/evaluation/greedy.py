@@ -109,7 +109,7 @@ class _Writer:
         self.tokenizer, self.progress = opened.tokenizer, progress
         self.done, self.total = 0, total
         self.device = next(self.model.parameters()).device
-        self.ends = torch.tensor(end_tokens(opened), device=self.device)
+        self.ends = torch.tensor(end_tokens(opened), dtype=torch.int64, device=self.device)
         known = inspect.signature(self.model.forward).parameters
         self.takes = {"position_ids", "logits_to_keep"} & set(known)
         self.cache = cache_argument(self.model)

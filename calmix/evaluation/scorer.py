@@ -33,6 +33,7 @@ from calmix.evaluation.likelihood import Progress, close, decoder_and_head, log_
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, repeated_cache
 from calmix.models.opening import quiet_transformers
+from calmix.precision import dtype_name
 
 BATCH_TOKENS = 2048
 ROW_TOKENS = 256
@@ -131,7 +132,13 @@ class Scorer:
             totals = [0.0] * len(scored)
             for rows, hidden in self._hidden(scored):
                 owners = [owner for row in rows for owner, _, _ in row.targets]
-                for owner, value in zip(owners, self._values(rows, hidden).tolist(), strict=True):
+                values = self._values(rows, hidden)
+                if not values.isfinite().all():
+                    raise ModelError(
+                        f"{self.opened.name} gives log-likelihoods that are not finite in "
+                        f"{dtype_name(self.model.dtype)}: try --dtype float32, or check its weights"
+                    )
+                for owner, value in zip(owners, values.tolist(), strict=True):
                     totals[owner] += value
                 self.tick(len({*owners}))  # a request is never split between rows
         return totals
@@ -279,21 +286,19 @@ def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
             return [piece for part in parts for piece in split(*part)]
         return [(low, high, prefix)]
 
-    runs, loose = list[Run](), list[int]()
+    groups, loose = list[tuple[Sequence[int], int]](), list[int]()  # members and their prefix
     apart = (k for k in range(1, len(ordered)) if shared[k] < MIN_PREFIX)
     for low, high in pairwise(sorted({0, *apart, len(ordered)})):
         prefix = length(low, high)
         if prefix < MIN_PREFIX or size(low, high, prefix) < row_tokens:
             loose += range(low, high)  # a row or less: trees already share all tokens
-            continue
-        for first, end, most in split(low, high, prefix):
-            kept = [0, *(count - most for count in shared[first + 1 : end])]
-            made = trees(ordered[first:end], kept, most, row_tokens)
-            runs.append((ordered[first][0][:most], fill_rows(made, row_tokens)))
-    if loose:
-        kept = [0, *(shared[b] if b == a + 1 else 0 for a, b in pairwise(loose))]
-        made = trees([ordered[at] for at in loose], kept, 0, row_tokens)
-        runs.append(([], fill_rows(made, row_tokens)))
+        else:
+            groups += [(range(a, b), most) for a, b, most in split(low, high, prefix)]
+    runs = list[Run]()
+    for members, most in groups + [(loose, 0)] * bool(loose):
+        kept = [0, *(shared[b] - most if b == a + 1 else 0 for a, b in pairwise(members))]
+        made = trees([ordered[at] for at in members], kept, most, row_tokens)
+        runs.append((ordered[members[0]][0][:most], fill_rows(made, row_tokens)))
     return runs
 
 

@@ -97,8 +97,8 @@ def describe(suite: Suite) -> dict[str, Any]:
 
 
 def check_same_suite(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raise an `InputError` unless suite, version and selection are the same."""
-    if (ours["name"], ours["hash"]) == (theirs["name"], theirs["hash"]):
+    """Raise an `InputError` unless suite, version and selection are the same, whatever its name."""
+    if ours["hash"] == theirs["hash"]:
         return
     what = "selections (--quick, --limit, --dimension, --task, --allow-code-execution) of a suite"
     if (ours["name"], ours["version"]) != (theirs["name"], theirs["version"]):
@@ -107,6 +107,15 @@ def check_same_suite(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         f"{one['name']} version {one['version']} ({one['hash'][:8]})" for one in (ours, theirs)
     )
     raise InputError(f"scores of different {what} cannot be compared: {named}")
+
+
+def check_same_form(*forms: str) -> None:
+    """Raise an `InputError` unless all models are prompted in the same form; "" is unknown."""
+    if len({*forms} - {""}) > 1:
+        raise InputError(
+            "one model was prompted in its chat template, the other with worked examples: give "
+            "both the same tokenizer and template, and evaluate again"
+        )
 
 
 def load_scores(path: Path) -> CapabilityScores:

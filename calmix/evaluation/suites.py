@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from calmix import assets
 from calmix.errors import InputError, nearest
-from calmix.files import sha256_file, sha256_json, user_path
+from calmix.files import parse_json, sha256_file, sha256_json, user_path
 from calmix.options import Measure as Measure
 from calmix.yaml_files import packaged, parse_model, read_text
 
@@ -107,7 +107,8 @@ class TaskSpec(BaseModel):
             raise ValueError("a task needs one of 'archive', 'asked' and 'file'")
         metrics, scores, needs = TAKES[self._what]
         given = {key for key in KEYS if getattr(self, key) is not None}
-        lacks, extra = sorted(needs - given), sorted(given - needs - {"shots" if self.file else ""})
+        shots = {"shots"} if self._what in ("answers", "numbers") else set()
+        lacks, extra = sorted(needs - given), sorted(given - needs - shots)
         known = packaged(ASKED)
         for wrong, message in (
             (lacks, f"a task with '{sources[0]}' needs '{[*lacks, ''][0]}'"),
@@ -276,7 +277,7 @@ def read_rows(path: str, kind: str, shots: int = 0) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             wrong = _mistake(row, kind) if isinstance(row, dict) else "not a JSON object"
         except ValueError:
             wrong = "not valid JSON"
@@ -322,7 +323,7 @@ def _texts(value: Any) -> bool:
 def _parses(code: str, mode: str) -> bool:
     try:
         return bool(ast.parse(code, mode=mode))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two if nested deeply
         return False
 
 

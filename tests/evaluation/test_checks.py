@@ -43,6 +43,10 @@ REQUESTS = [  # answers, and what a request asks for
         ("exact_match", "Answer: Paris", ["Paris"], True),
         ("exact_match", "", ["Paris"], False),
         ("exact_match", "the", ["...."], False),
+        ("exact_match", "A.", ["A"], True),
+        ("exact_match", "the", ["A"], False),
+        ("exact_match", "a dog", ["dog"], True),
+        ("exact_match", "+", ["+"], True),
         ("same_text", " 'GOOD MORNING'", ["GOOD MORNING"], True),
         ("same_text", '["red", "green"]', ["['red', 'green']"], True),
         # The last number counts.

@@ -8,13 +8,14 @@ from dataclasses import asdict, replace
 import pytest
 
 from calmix.errors import InputError
-from calmix.evaluation.evaluate import evaluate
+from calmix.evaluation.evaluate import ask, evaluate
+from calmix.evaluation.scorer import Scorer
 from calmix.evaluation.scores import load_scores
 from calmix.evaluation.suites import load_suite
-from calmix.evaluation.tasks import load_items
+from calmix.evaluation.tasks import Ask, load_items
 from calmix.models import open_model
 from tests.evaluation.archive import suite_text, use_archive
-from tests.evaluation.helpers import reference
+from tests.evaluation.helpers import opened, reference
 from tests.tiny import save_tiny_model
 
 
@@ -107,6 +108,15 @@ def test_dense_scores_are_kept_by_model_suite_and_dtype(suite, tiny, tiny_folder
     assert len(kept.read_bytes()) == pytest.approx(len(held), abs=20)
 
 
+def test_kept_scores_have_the_names_that_are_given_now(suite, tiny):
+    """A model folder, or a suite with the same tasks, may have another name by then."""
+    first = evaluate(tiny, suite, cache=True)
+    tiny.name, renamed = "moved", suite.model_copy(update={"name": "ours"})
+    again = evaluate(tiny, renamed, cache=True)
+    assert (again.model, again.suite["name"], again.seconds) == ("moved", "ours", first.seconds)
+    assert first.retention(again, resamples=1).measure == "primary"
+
+
 def test_retention_against_a_dense_model_or_its_file_also_by_another_measure(
     calmix, tiny_folder, suite_file, tmp_path
 ):
@@ -139,6 +149,12 @@ def test_retention_against_a_dense_model_or_its_file_also_by_another_measure(
     assert "lack the baseline without task knowledge" in refused.line
 
 
+def test_a_cache_that_cannot_be_written_costs_no_scores(suite, tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "file" / "cache"))
+    assert evaluate(tiny, suite, limit=1, cache=True).tasks
+
+
 def test_the_distance_to_the_dense_model_on_a_text_of_the_users(
     calmix, tiny_folder, suite_file, text_file, tmp_path
 ):
@@ -153,6 +169,16 @@ def test_the_distance_to_the_dense_model_on_a_text_of_the_users(
     assert kept["dimensions"]["mine"]["kl_mean"] > 0
     for against in ((), ("--against", out)):
         assert "name it with --against" in calmix(*arguments, *against).line
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("llama", {"q": 1}), ("bloom", {})])
+def test_a_prompt_is_called_cut_only_if_it_is(monkeypatch, kind, cut):
+    """Bloom states no context: its prompts are read in full."""
+    monkeypatch.setattr("calmix.evaluation.evaluate.answers", lambda *_, **__: [("x", True)])
+    scorer = Scorer(opened(kind))
+    item = Ask("q/0", 0, None, "a" * 3000, ["x"], {}, "text", 8, ())
+    assert ask(scorer, [("q", item)]) == [(1.0, "x", 1)]
+    assert scorer.truncated == cut
 
 
 def test_suites_are_listed_and_shown(calmix):

@@ -110,6 +110,9 @@ def test_what_cannot_be_proven_is_said_with_the_nearest_that_can():
     guessed = accuracy([1.0, 0.0, 0.0, 0.0] * 10, "coin", "logic")
     dense = scored(answered(12, 60), answered(90, 90, "chat"), answered(2, 60, "math"), guessed)
     assert judged("0.75", dense, dense).untested == ("math", "logic")
+    none = scored(answered(90, 90, "chat"), answered(0, 60, "math"))
+    for asked in (none, replace(none, right_only=True)):  # of math nothing is asked then
+        assert judged("0.9", none, asked).untested == ("math",)
     for text, said in (
         ("cod=0.9", "names 'cod', which the scores lack: they have code, chat, math, logic"),
         ("math=0.9", "math=0.9: the dense model has no signal in math"),

@@ -36,6 +36,14 @@ def test_answers_are_those_given_one_at_a_time(tmp_path, monkeypatch, kind):
         assert text == opened.tokenizer.decode(alone[0, len(one.ids) :], skip_special_tokens=True)
 
 
+def test_a_model_without_an_end_token_writes_up_to_the_limit():
+    model = opened()
+    model.tokenizer.eos_token = model.model.generation_config.eos_token_id = None
+    assert end_tokens(model) == []
+    found = answers(model, [Prompt([7, 8, 9], 4), Prompt([9, 8], 6)])
+    assert [ended for _, ended in found] == [False, False]
+
+
 def test_an_answer_that_goes_round_in_a_loop_is_cut():
     assert loops([1, 2] + [7, 8, 9] * 22)
     assert not loops([7, 8, 9] * 20)  # too short to be sure

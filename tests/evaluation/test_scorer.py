@@ -1,6 +1,7 @@
 """The scorer gives the plain model's values on every architecture and batch size, scores each
 token once, computes no shared token twice, and keeps rows within their size."""
 
+import math
 import random
 
 import pytest
@@ -44,6 +45,14 @@ def test_long_contexts_are_cut_on_the_left_and_counted_and_long_answers_refused(
     ):
         with pytest.raises(ModelError, match=says):
             scorer.loglikelihood([("x", "a", answer)])
+
+
+def test_a_model_that_gives_no_numbers_is_refused():
+    """The likeliest of choices that are all nan would be the first."""
+    model = opened()
+    model.model.model.layers[0].mlp.down_proj.weight.fill_(math.nan)
+    with pytest.raises(ModelError, match=r"tiny-llama gives .* not finite in float32"):
+        Scorer(model).loglikelihood([("x", "a", "b"), ("x", "a", "c")])
 
 
 def test_rows_keep_their_size_and_shared_tokens_run_once():

@@ -12,6 +12,7 @@ from calmix.evaluation.tasks import load_items, task_of
 from calmix.sources.registry import offline_sources
 from calmix.yaml_files import parse_model
 from tests.evaluation.helpers import benchmark, benchmarks_read
+from tests.tiny import save_tiny_model, tiny_tokenizer
 
 MBPP = "{archive: codex_mbpp/gold_bpb, form: answer, metric: bits_per_byte, shots: 0}"
 GOOD = f"""\
@@ -109,6 +110,7 @@ def test_selections_of_a_users_own_file_have_hashes_of_their_own(tmp_path):
             ("{file: a.jsonl, kind: answers, archive: x}", "needs one of 'archive', 'asked' and"),
             ("{file: a.jsonl, kind: answers, metric: acc}", "'metric' of such a task is as_asked"),
             ("{file: a.jsonl, kind: choices, shots: 3}", "'shots' has no effect on choices"),
+            ("{file: a.jsonl, kind: programs, shots: 1}", "'shots' has no effect on such a task"),
             ("{asked: sums, metric: as_asked, shots: 2}", "'shots' has no effect"),
             ("{asked: nothing, metric: as_asked}", "unknown asked task 'nothing'"),
         )),
@@ -174,6 +176,16 @@ def test_the_last_rows_are_worked_examples_if_asked_for_and_the_hash_is_of_all(f
         changed(folder, "shots: 1", "shots: 2")
 
 
+def test_rows_of_a_renamed_file_are_scored_again(folder, tiny_folder, monkeypatch):
+    """Items are named after their file: kept scores would be of other items."""
+    monkeypatch.setenv("CALMIX_CACHE", str(folder / "cache"))
+    how = {"tasks": ["my_choices"], "cache": True}
+    evaluate(tiny_folder, folder / "mine.yaml", **how)
+    (folder / "mine-choices.jsonl").rename(folder / "ours.jsonl")
+    (task,) = evaluate(tiny_folder, changed(folder, "mine-choices", "ours"), **how).tasks
+    assert task.items == ("ours/0",)
+
+
 def test_a_model_is_scored_on_all_kinds(folder, tiny_folder, calmix, monkeypatch):
     scores = evaluate(tiny_folder, folder / "mine.yaml", allow_code_execution=True)
     assert [len(one.items) for one in scores.tasks] == [1, 2, 1, 1]
@@ -190,6 +202,18 @@ def test_a_model_is_scored_on_all_kinds(folder, tiny_folder, calmix, monkeypatch
     assert "mine-programs.jsonl" in shown.out.replace("\n", "")
 
 
+def test_that_programs_cannot_run_is_said_before_anything_is_scored(
+    folder, tiny_folder, monkeypatch
+):
+    def refuse():
+        raise InputError("generated code cannot be run here")
+
+    monkeypatch.setattr("calmix.evaluation.evaluate.check_sandbox", refuse)
+    monkeypatch.setattr("calmix.evaluation.evaluate.Scorer", None)
+    with pytest.raises(InputError, match="cannot be run here"):
+        evaluate(tiny_folder, folder / "mine.yaml", allow_code_execution=True)
+
+
 def test_a_new_suite_is_written_and_overwrites_nothing(calmix, tmp_path):
     for name in ("ours", "ours.v2"):
         calmix("evaluate", "suite", tmp_path / name, "--new").ok()
@@ -202,6 +226,9 @@ def test_a_new_suite_is_written_and_overwrites_nothing(calmix, tmp_path):
     ("kind", "row", "said"),
     [
         ("choices", "{", "not valid JSON"),
+        ("choices", "[" * 9999, "not valid JSON"),
+        ("programs", {"question": "x", "head": "f(x)", "tests": ["-" * 3000 + "1"]}, "expressions"),
+        ("programs", {"question": "x", "head": "f(x)", "tests": ["-" * 9999 + "1"]}, "expressions"),
         ("choices", "[1]", "not a JSON object"),
         ("choices", {"question": "x", "choices": ["a"], "answer": 0}, "two or more texts"),
         ("choices", {"question": "x", "choices": ["a", "b"], "answer": 2}, "the index of"),
@@ -232,6 +259,28 @@ def test_rows_hold_any_text_and_long_numbers(folder):
     path.write_bytes(b'{"question": "caf\xe9", "answer": 1}\n')
     with pytest.raises(InputError, match="is not UTF-8 text"):
         read_rows(str(path), "numbers")
+
+
+def test_models_asked_in_other_forms_are_refused_before_an_answer_is_written(
+    folder, calmix, tiny_folder, tmp_path, monkeypatch
+):
+    other = save_tiny_model(tmp_path / "other")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(other)
+    command = ("evaluate", str(other), "--suite", str(folder / "mine.yaml"))
+
+    def write(opened, prompts, progress):
+        assert not prompts
+        return []
+
+    monkeypatch.setattr("calmix.evaluation.evaluate.answers", write)
+    dense = evaluate(tiny_folder, folder / "mine.yaml", tasks=["my_choices"])
+    answers = ("--task", "my_answers")
+    refused = calmix(*command, *answers, "--against", tiny_folder)
+    assert "in its chat template, the other with worked" in refused.line
+    dense.save(path := tmp_path / "dense.json")  # choices are not asked
+    assert calmix(*command, "--task", "my_choices", "--against", path).code == 0
 
 
 def test_only_what_a_dense_model_gets_right_is_asked_and_all_else_is_wrong(
