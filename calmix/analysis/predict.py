@@ -32,9 +32,9 @@ from calmix.models import OpenModel, Prunable, find_blocks
 from calmix.models.shards import read_header, read_tensor, write_file
 from calmix.options import METHOD
 from calmix.precision import dtype_name
-from calmix.pruning.engine import check_pattern, looking, run_through
+from calmix.pruning.engine import Run, check_pattern, run_through
 from calmix.pruning.gram import Gram, Squares, output_energy
-from calmix.pruning.methods import Method, get_method
+from calmix.pruning.methods import Look, Method, get_method
 from calmix.pruning.patterns import Pattern, as_pattern
 from calmix.sources import Source, own_sources
 
@@ -81,7 +81,7 @@ def keep_grams(opened: OpenModel, ids: Tensor, only: Sequence[str], folder: Path
         grams[",".join(layer.name for layer in layers)] = gram / ids.numel()
 
     blocks = find_blocks(opened.model).select(only)
-    run_through(looking(opened.model, blocks, seen, gram=True), ids)
+    run_through(Run(opened.model, blocks, Look(gram=True), seen=seen), ids)
     write_file(path, grams)
     return path
 

@@ -30,7 +30,8 @@ from calmix.models.blocks import Prunable, find_blocks
 from calmix.models.opening import gguf_file, known_model, loading, reading_gguf
 from calmix.models.shards import weight_bytes
 from calmix.pruning.checkpoint import MANIFEST, read_told
-from calmix.pruning.engine import looking, run_through
+from calmix.pruning.engine import Run, run_through
+from calmix.pruning.methods import Look
 from calmix.pruning.solvers.grids import Grid, read_grids
 
 Array = np.ndarray[Any, Any]
@@ -316,7 +317,7 @@ def export_imatrix(
     def seen(some: list[Prunable], squares: Tensor) -> None:
         sums.update(dict.fromkeys((one.name for one in some), squares.float().cpu().numpy()))
 
-    run_through(looking(opened.model, found, seen), drawn.ids)
+    run_through(Run(opened.model, found, Look(), seen=seen), drawn.ids)
     with replacing(output) as file:
         writer = GGUFWriter(file.name, "")
         writer.kv_data[0].clear()  # an importance matrix has no architecture

@@ -199,11 +199,13 @@ class StreamedModel:
         return self.as_stored({name: parameters[name].detach() for name in self.block_names(index)})
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """Return a block's parameters and stored buffers by name."""
+        """Return a block's parameters by name, and its stored buffers, as the files have them."""
         parameters, prefix = self._parameters(), f"{self.blocks.name}.{index}."
         held = {name: parameters[name].detach() for name in self.block_names(index)}
-        buffers = self.model.named_buffers()
-        return held | {n: b for n, b in buffers if n in self.names and n.startswith(prefix)}
+        for name, buffer in self.model.named_buffers():
+            if name in self.names and name.startswith(prefix):
+                held[name] = self.read(self.names[name]).to(buffer.dtype)
+        return held
 
     def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert a block's tensors, by name in the model, to those stored in the files."""

@@ -16,6 +16,7 @@ a few rounding steps, to make the count exact; bits from a file do not change.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.errors import InputError, nearest
+from calmix.errors import InputError, SolverError, nearest
 from calmix.files import user_path
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.models.opening import OpenModel
@@ -223,7 +224,7 @@ class DensePass(Run):
         by: str,
         sparsities: Sequence[float],
     ) -> None:
-        super().__init__(model, blocks, Look(gram=by == "error"), Unstructured(0.5))
+        super().__init__(model, blocks, Look(gram=by == "error"))
         self.seen, self._by = self._measure, by
         self._squares: dict[str, Tensor] = {}
         self.importance: dict[float, dict[str, float]] = {share: {} for share in sparsities}
@@ -234,12 +235,14 @@ class DensePass(Run):
                 self._squares[layer.name] = statistic
                 continue
             for share, importance in self.importance.items():
-                importance[layer.name] = output_error(layer.view(), statistic, share / 2)
+                importance[layer.name] = error = output_error(layer.view(), statistic, share / 2)
+                if not math.isfinite(error):
+                    raise SolverError(f"{layer.name}: its weights or inputs are not finite")
 
     def block(self, index: int) -> None:
         super().block(index)
-        if self._by == "owl":
-            layers = [one for one in self.blocks.prunables(index) if one.name in self._squares]
+        # None for `error`, and in a block whose layers are all skipped.
+        if layers := [one for one in self.blocks.prunables(index) if one.name in self._squares]:
             squares = [self._squares.pop(layer.name) for layer in layers]
             share = outlier_share([layer.view() for layer in layers], squares)
             for importance in self.importance.values():
@@ -286,4 +289,5 @@ def allocate(
         return dict(rates_by_kl(net, found, check_ids(rows, f"allocation {by}"), [target])[target])
     dense = DensePass(net, found, by, [target.sparsity])
     run_through(dense, rows, micro_tokens)
-    return dict(dense.patterns(target.sparsity, get_method(method)))
+    made: dict[str, Pattern] = {layer.name: target for layer in found.layers}  # some stay dense
+    return made | dense.patterns(target.sparsity, get_method(method))

@@ -48,9 +48,9 @@ from calmix.precision import bfloat16_products, dtype_name, reproducible
 from calmix.pruning import distributed
 from calmix.pruning.experts import EXPERT_BYTES, SMOOTHING, Routed, Step
 from calmix.pruning.gram import Gram, Statistic, inverse_factor, relative_error
-from calmix.pruning.methods import Look, Method, Solution, get_method
+from calmix.pruning.methods import Method, Solution, get_method
 from calmix.pruning.methods.base import Quantiser
-from calmix.pruning.patterns import Pattern, Rate, Unstructured, as_pattern
+from calmix.pruning.patterns import Pattern, Rate, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 from calmix.pruning.solvers.grids import Grid
 from calmix.pruning.trace import TOKENS, Batch, Calls, SharedInput, observe_block
@@ -253,7 +253,8 @@ class Run:
         model, blocks, method: the model, its blocks, and the method with its options.
         pattern, propagation, paused, sources, embeddings: as for `prune`.
         expert_bytes: bytes that statistics of several experts may take at a time.
-        seen: called, in place of pruning, with the layers of each input and its statistic.
+        seen: called with the layers of each input and its statistic, in place of pruning; then the
+            pattern does not matter.
         states: hidden states entering the current block, by micro-batch number.
         done: number of blocks pruned by this run.
         begun: whether any layer of the current block is pruned.
@@ -264,7 +265,7 @@ class Run:
     model: nn.Module
     blocks: DecoderBlocks
     method: Method
-    pattern: Patterns
+    pattern: Patterns = field(default_factory=dict)
     propagation: Propagation = "sequential"
     paused: int | None = None
     sources: Sequence[str] = ()
@@ -348,12 +349,12 @@ class Run:
         with _at_work(outer[0].device):
             head_gram = self._head_gram(outer[0]) if self.needs_ids else None
             for weight, gram in zip(outer, (head_gram, None), strict=False):
-                name = names[id(weight)]
-                gram = torch.eye(weight.shape[1]) if gram is None else gram
+                name, columns = names[id(weight)], weight.shape[1]
+                gram = torch.eye(columns, device=weight.device) if gram is None else gram
                 if not torch.stack([*torch.aminmax(weight), *torch.aminmax(gram)]).isfinite().all():
                     raise SolverError(f"{name}: its weights or inputs are not finite")
                 with bfloat16_products(allowed=False):
-                    made, grid = round_rows(weight, gram.to(weight.device), self.embeddings)
+                    made, grid = round_rows(weight, gram, self.embeddings)
                 weight.data.copy_(made)
                 self.report.grids[name] = grid
                 self.report.embeddings[name] = grid.bits
@@ -570,18 +571,6 @@ class Run:
                     None if grid is None else grid.bits,
                 )
             )  # fmt: skip
-
-
-def looking(
-    model: nn.Module,
-    blocks: DecoderBlocks,
-    seen: Callable[[list[Prunable], Tensor], None],
-    *,
-    gram: bool = False,
-) -> Run:
-    """Return a pass over the dense model that changes nothing and passes `seen` the layers of each
-    input with its statistic: the sums of squares, or the Gram matrix if `gram`."""
-    return Run(model, blocks, Look(gram=gram), Unstructured(0.5), seen=seen)
 
 
 def _first(one: SharedInput | Routed) -> Any:

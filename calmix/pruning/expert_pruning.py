@@ -30,7 +30,6 @@ from calmix.pruning import distributed
 from calmix.pruning.engine import Run
 from calmix.pruning.experts import Routed, given_tensors
 from calmix.pruning.methods import Look
-from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped
 from calmix.pruning.trace import SharedInput
 
@@ -49,16 +48,26 @@ class ScorePass(Run):
     """
 
     def __init__(self, model: Any, blocks: DecoderBlocks) -> None:
-        super().__init__(model, blocks, Look(), Unstructured(0.5), "block")
+        super().__init__(model, blocks, Look(), propagation="block")
         self.scores: dict[str, list[float]] = {}
+        for mixture in (one for index in range(len(blocks)) for one in blocks.mixtures(index)):
+            owner = model.get_submodule(mixture.name.rpartition(".")[0])
+            table = any(b.ndim > 1 and b.dtype == torch.int64 for b in owner.buffers())
+            if table or any(len(layer.whole()) != mixture.count for layer in mixture.layers):
+                raise ModelError(
+                    f"{mixture.name} has a table of the experts' numbers, or experts without "
+                    "weights: --drop-experts does not support this architecture"
+                )
 
     def _two_pass(self, index: int, inputs: list[SharedInput | Routed]) -> None:
         sums: dict[str, Tensor] = {}
+        traced = {one.name: one for one in inputs if isinstance(one, Routed)}
         with ExitStack() as hooks:
-            for routed in (one for one in inputs if isinstance(one, Routed)):
-                if routed.kind not in ("indexed", "stacked"):
+            for mixture in self.blocks.mixtures(index):
+                routed = traced.get(mixture.name)
+                if routed is None or routed.kind == "shared":
                     raise ModelError(
-                        f"the gates of the experts in {routed.name} cannot be traced: "
+                        f"the gates of the experts in {mixture.name} cannot be traced: "
                         "--drop-experts does not support this architecture"
                     )
                 where, size = routed.device, (2, routed.mixture.count)
@@ -146,12 +155,13 @@ def cut(
             inside = name.removeprefix(f"{owner}.").split(".")
             routes = name.startswith(f"{owner}.") and (
                 any(part.endswith("router") or part in ROUTERS for part in inside[:-1])
-                or inside[-1].endswith("correction_bias")
+                or inside[-1].endswith(("correction_bias", "expert_bias"))
             )
             per_expert = routes or name.startswith(f"{mixture.name}.")
-            if per_expert and value.ndim and value.shape[0] == mixture.count:
+            axis = int(routes and value.shape[:1] == (1,))  # ERNIE's bias has groups first
+            if per_expert and value.shape[axis : axis + 1] == (mixture.count,):
                 kept = torch.tensor(dropped[mixture.name].kept, device=value.device)
-                made[name] = value.index_select(0, kept)
+                made[name] = value.index_select(axis, kept)
     return made
 
 
@@ -187,6 +197,5 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
     if layers and getattr(config, NEXT, None):
         setattr(config, NEXT, 0)
     source.save_config(folder)
-    for path in source.folder.iterdir():
-        if path.suffix in (".py", ".jinja") or path.name.endswith("processor_config.json"):
-            shutil.copy(path, folder / path.name)
+    for code in source.folder.glob("*.py"):
+        shutil.copy(code, folder / code.name)

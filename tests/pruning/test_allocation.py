@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calmix.calibration import resolve
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError, ModelError, SolverError
 from calmix.models import find_blocks, open_model
 from calmix.pruning import SemiStructured, Unstructured, allocate, checkpoint, get_method, prune
 from calmix.pruning.allocation import (
@@ -129,6 +129,27 @@ def test_a_look_changes_nothing_and_sees_the_dense_model(kind, by):
         assert layer.sparsity == pytest.approx(patterns[layer.name].sparsity, abs=0.02)
 
 
+def test_what_no_input_reaches_has_a_pattern_too():
+    """Gemma 3n calls some layers more than once in a pass: the engine leaves them dense."""
+    model, ids = tiny_model("gemma3n_text"), tiny_ids()
+    patterns = allocate(model, ids, 0.6, "owl", method="magnitude")
+    assert patterns.keys() == {layer.name for layer in find_blocks(model).layers}
+    dense = {one.name for one in prune(tiny_model("gemma3n_text"), ids, pattern=patterns).dense}
+    assert dense & patterns.keys()
+    made, uniform = (
+        prune(tiny_model("gemma3n_text"), method="magnitude", pattern=one)
+        for one in (patterns, 0.6)
+    )
+    assert made.pruned == uniform.pruned
+
+
+def test_what_is_not_finite_is_named():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.inf
+    with pytest.raises(SolverError, match=r"1\.mlp\.down_proj: its weights or inputs are not fin"):
+        allocate(model, tiny_ids(), 0.6, "error")
+
+
 def test_a_mapping_may_mix_kinds_but_names_every_layer():
     names = [layer.name for layer in find_blocks(tiny_model("llama")).layers]
     mixed = {n: SemiStructured(2, 4) if "mlp" in n else Unstructured(0.7) for n in names}
@@ -214,6 +235,14 @@ def test_the_command_line_allocates(calmix, tiny_folder, text_file, common, tmp_
         file.write_text(json.dumps(content))
         assert says in calmix(*common, tmp_path / "bad", "--allocation", file).line
         assert not list(tmp_path.glob("bad*"))
+
+
+def test_a_block_without_layers_to_prune_has_no_outliers(calmix, common, tmp_path):
+    common += ("--sparsity", 0.6, "--allocation", "owl", "--skip", "*.layers.0.*")
+    calmix(*common, "-o", tmp_path / "out").ok()
+    told = pruning_of(tmp_path / "out")
+    assert told["sparsity"] == pytest.approx(0.6, abs=1e-3)
+    assert all(".layers.1." in layer["name"] for layer in told["layers"])
 
 
 def test_bits_follow_divergence():

@@ -1,20 +1,26 @@
 """Whole experts dropped: scores by definition, smaller checkpoints that load, what is refused."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calmix.errors import InputError
+from calmix.errors import InputError, ModelError
 from calmix.models import find_blocks
+from calmix.models.blocks import Mixture
 from calmix.pruning.engine import run_through
-from calmix.pruning.expert_pruning import ScorePass, chosen_experts
+from calmix.pruning.expert_pruning import ScorePass, chosen_experts, cut
+from calmix.pruning.experts import Routed
+from calmix.pruning.report import Dropped
 from calmix.specs import requests
+from tests.forks import stopped
+from tests.pruning.stopper import arm
 from tests.pruning.test_experts import routed_inputs
 from tests.pruning.toy import SMALL, pruning_of
-from tests.tiny import load_weights, quick, save_tiny_model, tiny_ids, tiny_model
+from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
 
 def scores_of(model, ids):
@@ -92,6 +98,40 @@ def test_what_inference_engines_read_of_deepseek_fits(calmix, tmp_path, text_fil
     assert found.keys() == held.keys() - gone
 
 
+def test_every_form_of_a_routers_bias_is_cut():
+    """LFM2 and AFMoE keep it beside the router, ERNIE with a dimension for groups."""
+    sizes = {
+        "a.expert_bias": (4,), "a.e_score_correction_bias": (4,), "a.gate.weight": (4, 8),
+        "a.gate.moe_statics.e_score_correction_bias": (1, 4), "a.experts.down_proj": (4, 8, 4),
+        "a.shared_expert.down_proj.weight": (8, 4), "a.experts.scale": (4, 4), "b.bias": (4,),
+    }  # fmt: skip
+    tensors = {name: torch.randn(*size) for name, size in sizes.items()}
+    one = Dropped("a.experts", [0.0] * 4, [0, 2, 3])
+    made = cut([Mixture("a.experts", None, 4, ())], {one.name: one}, tensors)
+    assert {name: tuple(value.shape) for name, value in made.items()} == sizes | {
+        "a.expert_bias": (3,), "a.e_score_correction_bias": (3,), "a.gate.weight": (3, 8),
+        "a.gate.moe_statics.e_score_correction_bias": (1, 3), "a.experts.down_proj": (3, 8, 4),
+        "a.experts.scale": (3, 4),
+    }  # fmt: skip
+    name = "a.gate.moe_statics.e_score_correction_bias"
+    assert torch.equal(made[name], tensors[name][:, one.kept])
+
+
+def test_a_resumed_drop_keeps_the_routers_biases(calmix, tmp_path, text_file):
+    """No pass over the model has read them from its files."""
+    folder = save_tiny_model(tmp_path / "model", "deepseek_v3", n_routed_experts=8)
+    held = load_weights(folder)
+    biases = [name for name in held if name.endswith("correction_bias")]
+    held |= {name: torch.linspace(0, 1, 8) for name in biases}
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    calmix(*drop(folder, text_file, whole)).ok()
+    stopped(partial(arm, "scored", 0), *drop(folder, text_file, cut))
+    calmix(*drop(folder, text_file, cut), "--resume").ok()
+    assert all(load_weights(whole)[name].any() for name in biases)
+    assert hashes(cut) == hashes(whole)
+
+
 def test_the_choice_is_of_the_least_scores_in_every_group():
     def left(scores, share, groups=1, reach=None, chosen=2):
         config = AutoConfig.for_model(
@@ -111,6 +151,26 @@ def test_the_choice_is_of_the_least_scores_in_every_group():
     ):
         with pytest.raises(InputError, match=says):
             left(scores, share, **how)
+
+
+@pytest.mark.parametrize("how", ["table", "wider", "unseen"])
+def test_experts_that_cannot_be_dropped_are_refused(how, monkeypatch):
+    """DeepSeek V4 has a table of experts by token, LongCat experts that do nothing."""
+    model = tiny_model("mixtral")
+    mixture = model.model.layers[1].mlp
+    if how == "table":
+        mixture.gate.register_buffer("table", torch.zeros(320, 2, dtype=torch.int64))
+    elif how == "wider":
+        some = mixture.experts.gate_up_proj.data
+        mixture.experts.gate_up_proj = torch.nn.Parameter(torch.cat([some, some[:2]]))
+    else:
+
+        def unseen(self, *given):
+            raise ModelError("no inputs")
+
+        monkeypatch.setattr(Routed, "learn", unseen)
+    with pytest.raises(ModelError, match="--drop-experts does not support this architecture"):
+        scores_of(model, tiny_ids(6))
 
 
 def test_what_has_no_effect_on_a_drop_alone_is_one_line(text_file):

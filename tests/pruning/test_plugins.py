@@ -9,8 +9,9 @@ from calmix.errors import InputError
 from calmix.models import open_model
 from calmix.pruning import Method, get_method, register
 from calmix.pruning.methods import METHODS, methods
+from calmix.pruning.methods.base import Saliency
 from calmix.study import read_results
-from tests.pruning.toy import SMALL, Toy, pruning_of
+from tests.pruning.toy import SMALL, Absolute, Toy, pruning_of
 from tests.study.conftest import tiny_study  # noqa: F401
 from tests.study.test_running import run
 from tests.tiny import load_weights, tiny_ids, tiny_model
@@ -95,6 +96,13 @@ def test_a_study_takes_it(shipped, tiny_study, tmp_path):  # noqa: F811
 def test_mistakes_are_one_line(shipped, method, says):
     with pytest.raises(InputError, match=says):
         get_method(method)
+
+
+@pytest.mark.parametrize("options", [{"refit": 2}, {"bits": 4}])
+def test_a_statistic_of_its_own_is_not_replaced(options):
+    method = made(Saliency, name="own", statistic=Absolute, score=Toy.solve)(**options)
+    with pytest.raises(InputError, match="method own has a statistic of its own"):
+        api.prune(tiny_model("llama"), tiny_ids(), method=method, pattern=0.5)
 
 
 def test_options_of_a_method_in_hand():

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from calmix.errors import ModelError
+from calmix.errors import InputError, ModelError
 from calmix.models import open_model
 from calmix.models.attention import use_own_attention
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import Unstructured, budget, get_method, prune
 from calmix.pruning.allocation import DensePass
 from calmix.pruning.budget import Plan
-from calmix.pruning.checkpoint import prune_streamed
+from calmix.pruning.checkpoint import prune_streamed, write_checkpoint
 from calmix.pruning.engine import Run
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
@@ -198,6 +198,15 @@ def test_half_precision_and_a_file_a_block(calmix, tmp_path):
     whole = open_model(str(folder), dtype="bfloat16").model
     prune(whole, method="magnitude", pattern=HALF)
     check_equal(found, whole)
+
+
+def test_no_folder_of_a_user_is_replaced(tiny_folder, tmp_path):
+    (tmp_path / "mine").touch()
+    opened = open_model(str(tiny_folder))
+    report = prune(opened, method="magnitude", pattern=HALF)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        write_checkpoint(opened, tmp_path, report, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_only_the_block_at_hand_is_in_memory(tiny_folder):

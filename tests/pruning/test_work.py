@@ -88,6 +88,16 @@ def test_a_mistake_leaves_nothing_and_a_full_disk_what_is_done(tmp_path):
         assert work.path.exists() == stays
 
 
+def test_temporary_files_are_not_part_of_the_output(tmp_path):
+    """Such as the model without its dropped experts, of which the pruned one takes no room."""
+    work = claimed(tmp_path / "out")
+    work.save(SHARD, TENSORS)
+    size = work.bytes
+    (work.scratch("dropped") / "model.safetensors").write_bytes(b"0" * 10**6)
+    assert 0 < work.bytes == size < 10**6
+    work.abandon()
+
+
 def test_one_process_at_a_time(tmp_path):
     work = claimed(tmp_path / "out")
     with pytest.raises(InputError, match="is at work on"):

@@ -297,6 +297,11 @@ class Sparse(Method):
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
         super().check(pattern, columns, name)
+        if self.needs is not self.statistic and self.statistic not in (None, Squares):
+            raise InputError(
+                f"method {self.name} has a statistic of its own, which a refit and bits replace by "
+                "a Gram matrix: leave out refit and bits"
+            )
         if self.bits:
             check_group(self.group, columns, name)
 
