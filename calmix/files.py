@@ -91,8 +91,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8 text atomically. What a file's name has that is no UTF-8 becomes an escape, which
+    JSON reads back."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -204,9 +205,10 @@ def real_place(path: Path) -> Path:
 
 
 def check_output_folder(
-    path: Path, *, inputs: Iterable[object] = (), overwrite: bool = False
+    path: Path, *, inputs: Iterable[object] = (), overwrite: bool | None = False
 ) -> None:
-    """Refuse an unusable output folder before any work; nothing is created."""
+    """Refuse an unusable output folder before any work; nothing is created. `overwrite` is None for
+    a verb without that option."""
     with disk_errors(path):
         real = real_place(path)
         _sweep(real)
@@ -221,9 +223,8 @@ def check_output_folder(
             )
         names = sorted(held.name for held in path.iterdir()) if path.is_dir() else []
         if names and not overwrite:
-            raise InputError(
-                f"{path} exists and is not empty: choose another folder or --overwrite"
-            )
+            other = " or --overwrite" * (overwrite is not None)
+            raise InputError(f"{path} exists and is not empty: choose another folder{other}")
         if names and not holds_result(path):
             content = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
             raise InputError(
@@ -234,9 +235,10 @@ def check_output_folder(
 
 
 def check_output_file(
-    path: Path, *, inputs: Iterable[object] = (), overwrite: bool = False
+    path: Path, *, inputs: Iterable[object] = (), overwrite: bool | None = False
 ) -> None:
-    """Refuse an unusable output file before any work; nothing is created."""
+    """Refuse an unusable output file before any work; nothing is created. `overwrite` is None for a
+    verb without that option."""
     with disk_errors(path):
         if path.exists() and not path.is_file():
             what = "a folder" if path.is_dir() else "not a regular file"
@@ -248,7 +250,8 @@ def check_output_file(
                 "it, or name another file"
             )
         if path.exists() and not overwrite:
-            raise InputError(f"{path} exists: choose another file or --overwrite")
+            other = " or --overwrite" * (overwrite is not None)
+            raise InputError(f"{path} exists: choose another file{other}")
         check_writable(path)
 
 

@@ -28,10 +28,6 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    def given(self) -> dict[str, Any]:
-        """Return what differs from the defaults, as JSON-serialisable values."""
-        return self.model_dump(mode="json", exclude_defaults=True)
-
     def options_of(self, kind: type[Options]) -> dict[str, Any]:
         """Return the options of one model that were set, by name."""
         names = [name for name in kind.model_fields if name in self.model_fields_set]

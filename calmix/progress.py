@@ -60,7 +60,7 @@ class Progress:
         self._shown, self._last = shown, 0.0
         self._view: View | None = None
         self._most: dict[str, float] = {}
-        self._since: dict[str, float] = {}
+        self._since: dict[str, tuple[float, float]] = {}  # time and share when it was first shown
         self._stages, self._done = list(stages), set[int]()
         self._at, self._start, self._taken = 0, 0.0, 0.0
         self.expect({})
@@ -115,11 +115,11 @@ class Progress:
             Progress._over.part(text)
             return
         key, now = key or text, time.monotonic()
-        since = now - self._since.setdefault(key, now)
         if share is not None:
             share = self._most[key] = max(self._most.get(key, 0.0), min(0.99, share))
-            if left is None and share > 0.02:
-                left = since / share * (1 - share)
+            began, first = self._since.setdefault(key, (now, share))
+            if left is None and share - first > 0.02:  # a resumed run begins with a share
+                left = (now - began) / (share - first) * (1 - share)
         remaining = f"{duration(left)} left" if left is not None and left >= 1 else ""
         if self._view is not None:
             self._view[0](text, share, remaining)

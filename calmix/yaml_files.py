@@ -76,7 +76,8 @@ def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], yaml.Node]:
         ) from error
     except RecursionError:
         raise InputError(f"{where} is nested too deeply, or contains itself") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as an impossible date
+    # Such as an impossible date; a value that its tag does not fit raises almost anything.
+    except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError) as error:
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict) or node is None:
         raise InputError(f"{where} is not a mapping of names to values")

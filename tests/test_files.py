@@ -19,6 +19,8 @@ from calmix.files import (
     check_output_file,
     check_output_folder,
     hidden,
+    read_object,
+    write_json,
     write_text,
 )
 from calmix.manifest import file_hashes
@@ -247,6 +249,17 @@ def test_an_interrupt_at_a_rename_leaves_the_old_folder(tmp_path, monkeypatch, b
         pytest.fail("it was not made")
     assert names(output) == ["old"]
     assert names(tmp_path) == ["out"]
+
+
+def test_a_name_that_is_no_utf_8_can_be_recorded(calmix, tiny_folder, tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    write_json(tmp_path / "a.json", {"name": name})
+    assert read_object(tmp_path / "a.json", "") == {"name": name}
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / name).write_text("alpha beta gamma " * 200)
+    asked = ("--model", tiny_folder, "--rows", 2, "--length", 32, "--leakage", "off")
+    calmix("calibrate", tmp_path / "texts", *asked, "-o", tmp_path / "set").ok()
+    assert "intact" in calmix("doctor", "inspect", tmp_path / "set").out
 
 
 class ForeignError(Exception):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from calmix.cli.common import printable
 from calmix.errors import InputError, ModelError, SourceError
 from calmix.files import write_json
 from calmix.models.shards import weight_files
@@ -36,6 +37,7 @@ def prune(calmix, model):
 TEXTS = (
     "a: &a [*a]", f"a: {DEEP[:600]}", "a: 1\n" * 200_000, 'a: "\\ud800"', "a: 2001-99-99",
     "a: !!python/object/apply:os.system ['touch harm']", "<<: &m [{a: 1}, *m]",
+    "a: !!str [b]", "a: !!int ''", "a: !!bool maybe", "a: !!timestamp x",
 )  # fmt: skip
 VERBS = {
     "study run": ("-o", "store"), "evaluate suite": (), "calibrate sources --sources": (),
@@ -138,6 +140,12 @@ def test_links_out_of_a_store_are_refused_and_links_within_are_not(tmp_path):
         assert open_store(path).entries
     (tmp_path / "elsewhere").symlink_to(path)
     assert open_store(tmp_path / "elsewhere").entries
+
+
+def test_spaces_of_other_scripts_are_printed_and_controls_are_not():
+    text = "a\N{NO-BREAK SPACE}b\N{IDEOGRAPHIC SPACE}c\n"
+    assert printable(text) == text
+    assert printable("\x1b\N{RIGHT-TO-LEFT OVERRIDE}\N{LINE SEPARATOR}\ud800") == "\ufffd" * 4
 
 
 def test_names_are_printed_as_they_are(calmix, tmp_path):

@@ -44,6 +44,15 @@ def test_a_share_is_unknown_at_0_of_0_and_never_falls_when_the_total_grows(drawn
     assert drawn[-1][0] == "drawing news"
 
 
+def test_the_time_left_of_a_resumed_run_is_from_its_own_pace(drawn, now):
+    with Progress() as bar:
+        show = bar.of("pruning blocks")
+        show(20, 30)
+        now[0] += 60
+        show(21, 30)
+    assert [told for *_, told in drawn] == ["", "9 min left"]
+
+
 def test_stages_are_one_line_and_show_the_work_inside(drawn, now):
     with Progress(["draw", "prune", "evaluate"]) as bar:
         bar.show("estimating", None)

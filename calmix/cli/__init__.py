@@ -49,7 +49,8 @@ def _refuse(error: Any) -> NoReturn:
     from calmix.cli.common import fail
 
     verb = error.ctx.command_path if error.ctx else "calmix"
-    name = getattr(error, "option_name", "").lstrip("-")
+    unknown = type(error).__name__ == "NoSuchOption"
+    name = error.option_name.lstrip("-") if unknown else ""
     if verb == "calmix prune" and name:
         from calmix.options import METHOD
         from calmix.pruning.methods import methods
@@ -80,9 +81,8 @@ def main() -> None:
         fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except BrokenPipeError:  # the reader of our output (head, less) has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+    except SystemExit as stop:  # 1 from typer or rich: the reader of our output (head) has exited
+        code = 141 if stop.code == 1 else stop.code
     if code == 130:
         sys.stderr.write("interrupted\n")
     if code:

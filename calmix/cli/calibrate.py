@@ -29,6 +29,7 @@ from calmix.progress import Progress
 from calmix.sources import builtin_sources, get_source, offline_sources, own_sources
 from calmix.sources.licences import allowed, short
 from calmix.sources.registry import MIXES
+from calmix.sources.registry import WRITTEN as GENERATORS
 from calmix.specs import BOTH
 
 WRITTEN = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of self-written text
@@ -246,6 +247,8 @@ def show_source(
         print_json({"mix": MIXES[name]})
         line(f"{name}: {mix_text(MIXES[name])}")
         return
+    if name in GENERATORS and name not in own:
+        raise InputError(f"{name} has no text yet: the model writes it (calmix calibrate {name})")
     source = get_source(name, own)
     source.check()
     first: list[dict[str, Any]] = [

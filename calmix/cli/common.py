@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
+from unicodedata import category
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -23,13 +24,16 @@ if TYPE_CHECKING:
 
 LONGEST = 2000  # characters of an error line
 ENDLESS, GAP = 10_000, 2  # columns without a terminal; padding of a cell
+UNITS = (1e9, "GB"), (1e6, "MB"), (1e3, "kB")
 NUMBER = re.compile(r"[-\N{MINUS SIGN}>]?\d")
 
 
 def printable(text: str) -> str:
-    """Replace control characters, unpaired surrogates and whatever else does not print."""
+    """Replace control characters, unpaired surrogates and whatever else does not print. Spaces of
+    all widths stay; Python calls only the ASCII one printable."""
     return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+        c if c.isprintable() or c in "\n\t" or category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}"
+        for c in text
     )
 
 
@@ -78,10 +82,8 @@ def fail(message: str) -> NoReturn:
 
 def size(count: float) -> str:
     """Return bytes as text: `3.2 MB`, `14 GB`."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count / 1e3:.3g} kB"
+    unit, name = next((one for one in UNITS if count >= one[0]), UNITS[-1])
+    return f"{float(f'{count / unit:.3g}'):g} {name}"  # never as 1e+03
 
 
 def terminal_width() -> int | None:

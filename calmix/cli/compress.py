@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -55,6 +56,7 @@ def compress_verb(
         if options.keep_at_least is not None:
             line(words.wrapped(ladder.provable(request)))
         return
+    began = time.monotonic()
     walked, seconds = ladder.make(options, output, _run, note)
     result: dict[str, Any] = {"output": str(output), "model": None}
     if walked is not None:
@@ -75,7 +77,7 @@ def compress_verb(
     print_json(result)
     for text in (
         card.shortly, f"size: {card.sizes}", f"speed: {card.SPEED}",
-        f"card: {page}, after {duration(sum(seconds.values()))}", f"next: {card.next}",
+        f"card: {page}, after {duration(time.monotonic() - began)}", f"next: {card.next}",
     ):  # fmt: skip
         line(text)
     if card.instead:
@@ -86,11 +88,8 @@ def compress_verb(
 
 def _run(arguments: Sequence[str]) -> None:
     """Run a command line in this process; errors are raised."""
-    code = app(list(arguments), prog_name="calmix", standalone_mode=False)
-    if code == 130:
+    if app(list(arguments), prog_name="calmix", standalone_mode=False) == 130:
         raise KeyboardInterrupt
-    if code:
-        raise RuntimeError(f"calmix {arguments[0]} failed with exit code {code}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -223,6 +222,7 @@ def check(
 
     No model is opened: it reads the scores that compress or evaluate --against wrote.
     """
+    from calmix.compression.plan import MANIFEST
     from calmix.compression.running import read_record
     from calmix.evaluation.floors import CONFIDENCE, FILE, judge, parse_floors, proven, record
     from calmix.report import words
@@ -241,7 +241,8 @@ def check(
     floors, carded = parse_floors(wanted), output is None and bool(folders)
     path = folders[0] / FILE if carded else output
     if path is not None:
-        check_output_file(path, inputs=files, overwrite=overwrite or carded)
+        inputs = [*files, *(folder / MANIFEST for folder in folders)]
+        check_output_file(path, inputs=inputs, overwrite=overwrite or carded)
     pairs = load_pairs(files)
     verdict = judge(floors, pairs, confidence or request.get("confidence") or CONFIDENCE)
     result = record(verdict, floors, pairs)

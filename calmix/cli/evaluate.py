@@ -108,8 +108,9 @@ def run(
         raise InputError("--right-only needs the scores of a dense model: --against FILE.json")
     named = [model] if original is None else [model, original]
     if output is not None:
+        read = [local_file(str(path)).path for path in own_texts.values()]
         rows = [one.file for one in chosen.tasks.values()]
-        inputs = [model, against, suite_file(suite), *own_texts.values(), *rows]
+        inputs = [model, against, suite_file(suite), *read, *rows]
         check_output_file(output, inputs=inputs, overwrite=overwrite)
     check_models(*named, **how)
 
@@ -411,7 +412,7 @@ def suite(
         stem = Path(re.sub(r"\.ya?ml$", "", name))
         files = {stem.with_name(file): text for file, text in template(stem.name).items()}
         for path in files:
-            check_output_file(path)
+            check_output_file(path, overwrite=None)
         for path, text in files.items():
             write_text(path, text)
         line(f"wrote {', '.join(map(str, files))}; calmix evaluate suite {stem}.yaml checks them")

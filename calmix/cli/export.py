@@ -47,7 +47,7 @@ def export(options: ExportOptions) -> None:
     if of_set != (form in SETS):
         kind = "a" if of_set else "not a saved"
         raise InputError(f"{options.what} is {kind} calibration set: it has no export to {form}")
-    if idle := options.given().keys() - FORMS[form] - {"what", "to", "as_json"}:
+    if idle := options.model_fields_set - FORMS[form] - {"what", "to", "as_json"}:
         flag = min(idle).replace("_", "-")
         raise InputError(f"--{flag} has no effect with --to {form}: leave it out")
     if of_set and options.model is None:

@@ -70,7 +70,7 @@ from calmix.files import (
     write_bytes,
     write_json,
 )
-from calmix.manifest import sealed
+from calmix.manifest import read_sealed, sealed
 from calmix.models import find_blocks, open_model
 from calmix.options import Compression
 from calmix.progress import Progress, duration
@@ -298,7 +298,7 @@ def read_ladder(request: Request, out: Path) -> Ladder:
     """Return the state of a walk in OUT; InputError if OUT is of another request."""
     saved, but = dict[str, Any](), set[str]()
     if (out / running.LADDER).exists():
-        saved = running.read_ladder_file(out)
+        saved = read_sealed(out / running.LADDER, "")
         if request.keep_at_least is None:
             but = {"bits"}  # a walk has none
         elif not saved["rungs"]:  # so far only scores depend on the floors (`_forget`)
@@ -343,8 +343,6 @@ def walk(
             f"{duration(due)} here"
         )
     with alone(out, wait=False):
-        if ladder.ended == "time":
-            ladder = _reopened(ladder, request, out)
         ladder = _saved(ladder, request, out)  # first, so that OUT is known as that of a walk
         if ladder.left:
             floors, confidence = _floors(request)
@@ -355,16 +353,19 @@ def walk(
             if not ladder.rungs:
                 left = within - (time.monotonic() - began)
                 ladder = replace(ladder, first=_first(request, dense, out, left, seconds))
+        tested = len(ladder.rungs)  # by earlier runs: the estimates have only what they left to do
         while ladder.left:
             bits, at_ = ladder.left[0], time.monotonic()
             made = building(request, out, bits)
             if ladder.rungs:
-                last = ladder.rungs[-1]
-                known = _due(building(request, out, last["bits"]), seconds)
+                last, ours = ladder.rungs[-1], len(ladder.rungs) > tested
+                known = _due(building(request, out, last["bits"]), seconds) if ours else 0.0
                 due = last["seconds"] * (_due(made, seconds) / known if known else 1.0)
                 if at_ - began + due > within:
                     ladder = _saved(replace(ladder, ended="time"), request, out)
                     break
+            if ladder.ended:
+                ladder = _reopened(ladder, request, out)
             list(running.do(made, out, run, say))
             share = FIRST if bits <= ladder.first else 1 - FIRST
             share = 1.0 if ladder.first == RUNGS[0] else share

@@ -60,8 +60,3 @@ def do(listed: Iterable[Stage], out: Path, run: Run, say: Say) -> Iterator[tuple
                     shutil.rmtree(out, ignore_errors=True)
                 raise
             yield stage, time.perf_counter() - began
-
-
-def read_ladder_file(out: Path) -> dict[str, Any]:
-    """Return the saved state of a walk in OUT."""
-    return read_sealed(out / LADDER, f"there is no file {out / LADDER}")

@@ -237,7 +237,7 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
 
 def _ladder(folder: Path, health: Health, say: Say) -> None:
     """Check the candidates of a walk that has chosen none, and report its progress."""
-    held = running.read_ladder_file(folder)
+    held = read_sealed(folder / running.LADDER, "")
     asked, tested = Request(**held["request"]), [f"{one['bits']:g}" for one in held["rungs"]]
     health.facts = {
         "dense model": asked.model, "to keep": asked.keep_at_least,

@@ -61,7 +61,7 @@ def rerun(
     if kind != KINDS[-1] and kept.get("request") is None:
         raise InputError(f"{path} holds no request: a study made it, so run the study again")
     inputs = [path, path.parent if holds_result(path.parent) else None]
-    check_output_folder(output, inputs=inputs)
+    check_output_folder(output, inputs=inputs, overwrite=None)
     how = {"trust_remote_code": trust_remote_code, "progress": progress, "writing": writing,
            "note": note}  # fmt: skip
     try:

@@ -63,6 +63,8 @@ def load_answers(path: Path) -> Answered:
 def read_prompts(path: Path) -> list[Prompt]:
     """Read prompts from a `.txt` file, one per line, or from a file of rows (FILE@FIELD)."""
     reader = local_file(str(path))
+    if reader.path.is_dir():
+        raise InputError(f"{path} is a folder: name a file of prompts")
     texts = [document.text for document in reader.read()]
     if reader.path.suffix.lower() == ".txt":
         texts = [line for text in texts for line in text.splitlines()]

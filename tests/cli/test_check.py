@@ -92,3 +92,6 @@ def test_answers_of_a_users_suite_count_as_measured(calmix, files):
     ended = calmix("check", folder, "--keep-at-least", "0.9").ok()
     assert "code 90 % (100 generated answers)" in ended.out
     assert "not measured" not in ended.err
+    more = ("-o", folder / "compress.json", "--overwrite")
+    ended = calmix("check", folder, "--keep-at-least", "0.9", *more)
+    assert "compress.json is the input" in ended.line

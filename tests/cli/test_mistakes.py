@@ -76,6 +76,7 @@ SAID = {
     COMPRESS + "--licence permissive --calibration books": "is unstated",
     COMPRESS + "--calibration {text} --sparsity 0.6 --max-memory 0.5GiB": "0.50 GiB of memory are",
     COMPRESS + "--prompts {blank}": "is empty: it has no text",
+    COMPRESS + "--prompts {notes}": "is a folder: name a file of prompts",
     COMPRESS + "--size 900GB": "is out of reach",
     COMPRESS + "--size apples": "--size 'apples' is not a size: write",
     COMPRESS + "--size 12": "12 is above 1: did you mean 0.12?",
@@ -90,6 +91,8 @@ SAID = {
     COMPRESS + "--within 2h": "has no effect without --keep-at-least",
     COMPRESS + "--seeds 2": "--seeds has no effect without --keep-at-least",
     COMPRESS + "--keep-at-least code=0.4 --confidence 0.6": "greater than or equal to 0.8",
+    "evaluate {model} --against {other} --suite {suite} --text code={text}@body -o {text} "
+    "--overwrite": "text.txt is the input",
     "compare {results}": ": Is a directory",
     "compare {scores}": "was scored without a dense model",
     "compare {half} {x/half} --against {scores}": "two files are called half:",
@@ -100,12 +103,14 @@ SAID = {
     "prune {model} --calibration igsp --sparsity 0.5 --length 9999 -o {out}": LONG,
     "recover {model} --against {other} --calibration igsp --length 9999 -o {out}": LONG,
     "calibrate draw igsp --model {model} --length 9999 -o {out}": LONG,
+    "calibrate show chat": "chat has no text yet: the model writes it (calmix calibrate chat)",
     "calibrate sources --dimension cod": "no source has dimension 'cod': did you mean code",
     "prune": "error: Missing argument 'MODEL' (see calmix prune --help)",
     "prue x": "error: No such command 'prue'",
     "prune x -o y --rows many": "error: --rows many: must be a valid integer",
     "compress x -o y --effort quik": "did you mean quick?",
     "compress x -o y --effort fast": "did you mean quick?",
+    "prune x -o y --bits": "error: Option '--bits' requires an argument (see calmix prune --help)",
     "prune x -o y --ratio 0.5": "did you mean --sparsity?",
     "quantize x": "did you mean prune?",
     **{old: f"calmix {old} is now {new}" for old, new in MOVED.items()},
@@ -147,11 +152,14 @@ def files(tmp_path_factory):
         "scores": at / "scores.json",
         "binary": at / "binary",
         "empty": at / "empty",
+        "notes": at / "notes",
         "blank": at / "blank.txt",
         **{name: at / f"{name}.json" for name in ("half", "x/half", "foreign", "quiz")},
     }
     found["binary"].write_bytes(bytes(range(256)))
     found["empty"].mkdir()
+    found["notes"].mkdir()
+    (found["notes"] / "one.txt").write_text("What is up?")
     opened = calmix.open_model(str(found["other"]))
     drawn = calmix.resolve(str(found["text"]), opened, rows=4, length=32, leakage="off")
     drawn.save(found["set"])

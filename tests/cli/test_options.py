@@ -48,6 +48,20 @@ def test_an_interrupt_is_reported_with_its_exit_code(calmix, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "words", [("--help",), ("doctor", "assets"), ("doctor", "assets", "--json")]
+)
+def test_a_reader_that_has_exited_is_not_a_failed_check(tmp_path, words):
+    """Exit code 1 is the verdict of `calmix check`."""
+    read, write = os.pipe()
+    os.close(read)
+    env = {**os.environ, "CALMIX_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "calmix", *words]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=env)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
     ("given", "told"),
     [
         ({}, ("64", "64", "2000")),

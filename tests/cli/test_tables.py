@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from calmix.cli.common import Terminal, print_table
+from calmix.cli.common import Terminal, print_table, size
 from calmix.diagnostics import doctor
 from calmix.evaluation.scores import CapabilityScores
 from tests.evaluation.helpers import bits, choices
@@ -68,6 +68,15 @@ def test_without_a_terminal_a_table_has_no_limit(capsys, monkeypatch):
     monkeypatch.setattr(Terminal, "width", 72)
     print_table([wide])
     assert "(a wider terminal shows column 3, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 kB"), (512, "0.512 kB"), (3.21e6, "3.21 MB"), (999.6e6, "1000 MB"), (14e9, "14 GB"),
+     (1.234e12, "1230 GB")],
+)  # fmt: skip
+def test_sizes_are_plain_numbers(count, text):
+    assert size(count) == text
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """From a model to its card: all stages, an interrupt after each, and errors."""
 
+import itertools
 import json
 import re
 import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -154,6 +156,16 @@ def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, 
     assert calmix(*both).code == 0
     measured(other, fingerprint="0")
     assert "abilities.json is about other models than" in calmix("report", other).line
+
+
+def test_the_time_printed_is_that_of_the_whole_command(
+    calmix, command, compressed, tmp_path, monkeypatch
+):
+    """Of a search for the smallest model too, not only of the stages after it."""
+    clock = itertools.count(0, 600)
+    monkeypatch.setattr(verb, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    out = shutil.copytree(compressed, tmp_path / "out")
+    assert "card.html, after 10 min\n" in calmix(*command(out)).ok().out
 
 
 def test_a_dry_run_writes_nothing(calmix, command, tmp_path, place):

@@ -235,6 +235,20 @@ def test_running_out_of_time_leaves_a_model_and_can_resume(want, out, ticks):
     }  # fmt: skip
 
 
+def test_a_resumed_walk_expects_candidates_to_take_as_long_as_the_last(want, out, ticks):
+    """Its model has been moved, so the estimates of what is missing have a part of its stages."""
+    walk(want, out, Fake(ALL), 55)
+    (out / "pack").write_text("of 5 bits")
+    parts = {"quantise": 1.0, "evaluate behaviour": 9.0}
+    seconds = {f"{bits:g} bits, {name}": parts[name] for bits in RUNGS for name in parts}
+    for bits in (6, 5):
+        del seconds[f"{bits} bits, evaluate behaviour"]
+    assert tried(walk(want, out, stop, 15, seconds)) == [6, 5]
+    assert (out / "pack").exists()  # too little time for a candidate removes nothing
+    assert tried(walk(want, out, Fake(ALL), 55, seconds)) == [6, 5, 4.5, 4]
+    assert not (out / "pack").exists()
+
+
 def test_a_changed_walk_or_one_over_other_candidates_is_refused(want, out):
     walk(want, out, Fake({6: 20}))
     path = out / "ladder.json"

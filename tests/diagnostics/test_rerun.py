@@ -35,6 +35,10 @@ def test_the_copy_made_to_compare_is_removed(calmix, made, tmp_path, monkeypatch
     folder = shutil.copytree(made / "pruned", tmp_path / "pruned")
     assert "the same: every file" in calmix("doctor", "rerun", folder).ok().out
     assert list(tmp_path.iterdir()) == [folder]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").touch()
+    ended = calmix("doctor", "rerun", folder, "-o", tmp_path / "mine")
+    assert ended.line.endswith("not empty: choose another folder")  # there is no --overwrite
 
 
 def test_differences_are_named(calmix, made, tmp_path, monkeypatch):
