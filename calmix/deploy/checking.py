@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from calmix.errors import ModelError
-from calmix.models import OpenModel
+from calmix.models import OpenModel, open_model
+from calmix.models.opening import load_config
+from calmix.precision import dtype_name
 
 ROWS, LENGTH = 2, 16
+
+
+def open_as_stored(name: str, folder: Path, trust_remote_code: bool = False) -> OpenModel:
+    """Open a model on the CPU in its own type, however slow; `folder` is what it resolves to."""
+    config = load_config(folder, name, trust_remote_code)
+    dtype = dtype_name(getattr(config, "dtype", None) or "auto")
+    return open_model(name, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
 
 
 def random_ids(opened: OpenModel) -> Tensor:

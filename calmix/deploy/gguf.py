@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from calmix.calibration import CalibrationSet, open_tokenizer
-from calmix.deploy.checking import difference
+from calmix.deploy.checking import difference, open_as_stored
 from calmix.errors import InputError, ModelError, disk_errors
-from calmix.files import check_output_file, hidden, real_place, replacing
+from calmix.files import check_output_file, hidden, real_place, replacing, sync
 from calmix.models import OpenModel, check_models, open_model, resolve_model
 from calmix.models.blocks import Prunable, find_blocks
-from calmix.models.opening import gguf_file, known_model, loading, reading_gguf
+from calmix.models.opening import gguf_file, known_model, loading, read_gguf, reading_gguf
 from calmix.models.shards import weight_bytes
 from calmix.pruning.checkpoint import MANIFEST, read_told
 from calmix.pruning.engine import Run, run_through
@@ -86,7 +86,8 @@ def export(
         with loading(f"cannot read {template}"):
             reader = GGUFReader(gguf_file(origin, beside))
         say("convert")
-        opened, folder = open_model(name, device="cpu"), resolve_model(name)
+        folder = resolve_model(name)
+        opened = open_as_stored(name, folder)  # levels are exact in this type alone
         places = _places(opened, reader, template)
         new = beside / f".{output.name}"  # no clash with a builtin template's name
         types, ours = _write(new, reader, opened, places, read_grids(folder), weights)
@@ -97,6 +98,7 @@ def export(
             most = max(most, ROUNDED) if ours else most
         kl, _ = difference(opened, partial(run, new), most, weights)
         new.chmod(0o644)
+        sync(new)  # a rename can reach the disk before the bytes
         new.replace(real_place(output))
     return Written(weight_bytes(folder), output.stat().st_size, types, ours, kl, engine)
 
@@ -106,7 +108,7 @@ def _origin(name: str) -> str:
     origin = known_model(name)
     if isinstance(origin, Path) and origin.is_dir():
         manifest = read_told(origin / MANIFEST)
-        while "pruned" in manifest:
+        while manifest.get("pruned"):  # None if another tool has pruned it
             manifest = manifest["pruned"]
         name = str(manifest.get("model", {}).get("name", ""))
         origin = known_model(name) if name.startswith("builtin:") or Path(name).is_file() else None
@@ -176,10 +178,15 @@ def _order(processor: Any, name: str, shape: tuple[int, ...]) -> tuple[Array | N
             raise ModelError(f"{name} is part of a parameter: such models have no GGUF export")
         return np.asarray(made)
 
-    offset = float(read(np.zeros(shape)).flat[0])
-    plain = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
-    order = (read(plain.copy()) - offset).astype(np.int64)
-    return (None if np.array_equal(order, plain) else order), offset
+    with np.errstate(all="ignore"):  # of a logarithm
+        offset = float(read(np.zeros(shape)).flat[0])
+        plain = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
+        order = (read(plain.copy()) - offset).astype(np.int64)
+    if np.array_equal(order, plain):
+        return None, offset
+    if not np.array_equal(np.sort(order, axis=None), plain.ravel()):
+        raise ModelError(f"{name} is computed from a parameter: such models have no GGUF export")
+    return order, offset
 
 
 def _write(
@@ -284,12 +291,9 @@ def _in_llama_cpp(file: Path, ids: Tensor) -> Tensor:
 
 
 def _in_transformers(file: Path, ids: Tensor) -> Tensor:
-    from transformers import AutoModelForCausalLM
-
-    where, name = file.parent, file.name
-    with loading(f"cannot read {name} back"), reading_gguf():
-        read: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
-        return read.eval()(ids).logits
+    with loading(f"cannot read {file.name} back"), reading_gguf():
+        logits: Tensor = read_gguf(file, torch.float32).eval()(ids).logits
+        return logits
 
 
 def export_imatrix(
@@ -325,7 +329,7 @@ def export_imatrix(
         writer.add_array("imatrix.datasets", list(drawn.counts))
         writer.add_uint32("imatrix.chunk_count", drawn.rows)
         writer.add_uint32("imatrix.chunk_size", drawn.length)
-        for layer in found.layers:
+        for layer in (one for one in found.layers if one.name in sums):  # some are never called
             name = names[layer.parameter_name]
             writer.add_tensor(f"{name}.in_sum2", sums[layer.name][None])
             writer.add_tensor(f"{name}.counts", np.full((1, 1), drawn.ids.numel(), np.float32))

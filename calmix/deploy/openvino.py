@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calmix.deploy.checking import difference, random_ids
+from calmix.deploy.checking import difference, open_as_stored, random_ids
 from calmix.errors import (
     InputError,
     ModelError,
@@ -36,10 +36,9 @@ from calmix.errors import (
 )
 from calmix.files import EXPORT, atomic_folder, check_free, check_output_folder, write_json
 from calmix.manifest import file_hashes, run_record, sealed, versions
-from calmix.models import OpenModel, check_models, open_model, resolve_model
-from calmix.models.opening import load_config, quiet_transformers
+from calmix.models import OpenModel, check_models, resolve_model
+from calmix.models.opening import quiet_transformers
 from calmix.models.shards import weight_bytes
-from calmix.precision import dtype_name
 
 # Weights, and the divergence from the model (nats per token) beyond which an export is refused. A
 # correct export of the builtin model has 1e-10 with its own weights and 0.01 with 8-bit weights.
@@ -140,9 +139,7 @@ def export(
     folder = resolve_model(name)
     before = weight_bytes(folder)
     check_free(output, before // 2 if weights == "int8" else before, "the weights take")
-    config = load_config(folder, name, trust_remote_code)
-    dtype = dtype_name(getattr(config, "dtype", None) or "auto")
-    opened = open_model(name, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
+    opened = open_as_stored(name, folder, trust_remote_code)
     with atomic_folder(output) as beside, disk_errors(output):
         say("convert")
         with quiet_transformers(), contextlib.redirect_stdout(io.StringIO()):

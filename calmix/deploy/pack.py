@@ -210,11 +210,13 @@ def load(
             progress(number, len(weights))
     config = load_config(folder, str(folder), False)
     with loading(f"cannot open {folder}"):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
         model = type(empty).from_pretrained(None, config=empty.config, state_dict=state, **options)
+        if "generation_config.json" in manifest["files"] and "generation_config" not in options:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).to(device).eval()
 
 

@@ -1,6 +1,5 @@
 """Open any decoder-only causal language model; find its decoder blocks by structure."""
 
-from calmix.models.blocks import DecoderBlocks as DecoderBlocks
 from calmix.models.blocks import Prunable as Prunable
 from calmix.models.blocks import find_blocks as find_blocks
 from calmix.models.opening import OpenModel as OpenModel

@@ -132,7 +132,7 @@ def known_model(name: str) -> Path | BuiltinModel | None:
             raise ModelError(f"unknown builtin model '{short}': {nearest(short, models)}")
         return models[short]
     path = user_path(name)
-    if len(path.name) > 255:  # the limit of file systems
+    if max(map(len, os.fsencode(path).split(b"/"))) > 255:  # bytes, the limit of file systems
         raise ModelError(f"'{name[:40]}...' is too long for the name of a model")
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -201,9 +201,9 @@ def resolve_model(name: str) -> Path:
     """
     model = known_model(name)
     if model is None:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
 
-        with _hub_errors(name):
+        with _hub_errors(name), disk_errors(Path(constants.HF_HUB_CACHE)):
             fetched = snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED)
         check_folder(Path(fetched))
         return Path(fetched)
@@ -212,7 +212,7 @@ def resolve_model(name: str) -> Path:
         key = sha256_json([value for asset, member in model.parts.items()
                            for value in (assets.get_asset(asset).sha256, member)])  # fmt: skip
     elif model.is_file():
-        key = sha256_file(model)
+        key = _cached_sha256(model)
     else:
         return model
     folder = cache_dir() / "models" / f"gguf-{key[:16]}"
@@ -238,6 +238,8 @@ def _hub_errors(name: str) -> Iterator[None]:
 
     try:
         yield
+    except DiskError:
+        raise
     except errors.HFValidationError as error:
         raise ModelError(
             f"'{name}' is neither a folder, a .gguf file, a builtin model nor a valid hub id"
@@ -424,22 +426,46 @@ def reading_gguf() -> Iterator[None]:
         yield
 
 
-def _dequantise(file: Path, folder: Path) -> None:
-    with loading(f"cannot open {file}"), reading_gguf():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+def read_gguf(file: Path, dtype: torch.dtype) -> Any:
+    """Return the model in a GGUF file; ValueError if it lacks weights, as a part of a split file.
 
-        where, name, dtype = file.parent, file.name, _gguf_dtype(file)
-        model: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
-    # transformers still marks the model as quantised, and would not save it.
-    model.hf_quantizer, model.is_quantized = None, False
-    vars(model.config).pop("quantization_config", None)  # older versions do not set it
-    # GGUF does not give the tokenizer's maximum length: it is the context.
-    if context := getattr(model.config, "max_position_embeddings", None):
-        tokenizer.model_max_length = context
-    with quiet_transformers(), atomic_folder(folder) as beside:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+    transformers would prefer a file of the same name in the current folder, and leave weights of
+    some architectures packed where it finds a kernel for them.
+    """
+    import transformers
+
+    how: dict[str, Any] = {"gguf_file": str(file.resolve()), "dtype": dtype}
+    if hasattr(transformers, "GgufConfig"):  # not in older versions
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, output_loading_info=True, **how
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"it lacks {len(missing)} weights, first '{missing[0]}': merge the parts of a split "
+            "file with llama-gguf-split --merge"
+        )
+    return model
+
+
+def _dequantise(file: Path, folder: Path) -> None:
+    with atomic_folder(folder) as beside:
+        with loading(f"cannot open {file}"), reading_gguf():
+            from transformers import AutoTokenizer
+
+            file = file.resolve()
+            model: Any = read_gguf(file, _gguf_dtype(file))
+            # In this folder, still empty, no other tokenizer is preferred to the file's.
+            tokenizer = AutoTokenizer.from_pretrained(beside, gguf_file=str(file))
+        # transformers still marks the model as quantised, and would not save it.
+        model.hf_quantizer, model.is_quantized = None, False
+        vars(model.config).pop("quantization_config", None)  # older versions do not set it
+        # GGUF does not give the tokenizer's maximum length: it is the context.
+        if context := getattr(model.config, "max_position_embeddings", None):
+            tokenizer.model_max_length = context
+        with quiet_transformers():
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
 
 
 def _gguf_dtype(file: Path) -> torch.dtype:

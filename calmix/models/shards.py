@@ -49,10 +49,13 @@ class Place:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of the files a model is loaded from; others can repeat the weights.
+    """Return the names of the files that transformers loads a model from: `model.safetensors`
+    before those of an index. Others can repeat the weights.
 
     Raises ModelError if the index is damaged, or names a file in another folder.
     """
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
     index = folder / INDEX
     if index.is_file():
         try:
@@ -64,8 +67,6 @@ def weight_files(folder: Path) -> list[str]:
             if not plain or "\0" in name:
                 raise ModelError(f"{index} names {name!r}, which is not a file in its folder")
         return sorted(names)
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 

@@ -163,9 +163,7 @@ class StreamedModel:
         """Read the weights outside the blocks (embeddings, norms), and the stored buffers."""
         self._put(*self._read(self.outside_names(head=head)))
         for name, buffer in list(self.model.named_buffers()):
-            value = buffer
-            if (stored := self.names.get(name)) is not None:
-                value = self.read(stored).to(buffer.dtype)
+            value = self.read(self.names[name]).to(buffer.dtype) if name in self.names else buffer
             module, last = self._owner(name)
             module._buffers[last] = value.to(self.device)
 
@@ -189,9 +187,7 @@ class StreamedModel:
     def reset(self) -> None:
         """Drop all weights, including changed ones; they are read again on request."""
         self._ahead.clear()
-        self.drop_outside()
-        for index in range(len(self.blocks)):
-            self.drop(index)
+        self._drop(self._parts)
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Return a block's weights by their names in the files."""

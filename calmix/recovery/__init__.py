@@ -1,4 +1,3 @@
 """Recovery: distil the dense model into the remaining weights; pruned weights stay zero."""
 
-from calmix.recovery.checkpoint import RecoveryReport as RecoveryReport
 from calmix.recovery.checkpoint import recover as recover

@@ -151,7 +151,8 @@ class Job:
         rounded = {one["name"] for one in done.get("layers", []) if one.get("bits") is not None}
         on_grid = {layer.parameter_name for layer in layers if layer.name in rounded}
         self.fixed = on_grid - self.grids.keys()
-        rated = str(done.get("pattern")).endswith("bits")  # where zero is a level, not a mask
+        # Zero is a level, not a mask, unless a sparse method has quantised what it kept.
+        rated = done.get("options", {}).get("bits") == 0
         self.masked = names - self.grids.keys() if rated else names
         self.weights = sum(math.prod(shapes[name]) for name in names)
         self.zeros = sum(int((pruned.stored(name) == 0).sum()) for name in self.masked)
@@ -166,7 +167,7 @@ class Job:
         """Set the calibration set, hold rows out, plan the memory, and resume the clock.
 
         The process's memory is rounded up to a quarter of a GiB, so that the same budget gives the
-        same plan.
+        same plan. All processes follow one plan: they add up gradients after each pass.
         """
         self.calibration = calibration
         seed = calibration.manifest.get("seed")
@@ -176,6 +177,7 @@ class Job:
         self.began = time.perf_counter() - self.work.kept.get("seconds", 0.0)  # of earlier runs
         give_memory_back()
         held, free, _ = device_memory(self.device)
+        held, free = max(everyone(held)), min(everyone(free))
         rows = rows_at_once(self.request.batch // self.processes, calibration.length)
         if (most := self.run.max_memory) is None:
             rows, room = rows[:1], int(ROOM * free) // self.processes
@@ -196,8 +198,7 @@ class Job:
         width = source.model.get_output_embeddings().weight.shape[1]
         states = tokens * width * self.dtype.itemsize
         if self.request.method == "distill":
-            parameters = dict(source.model.named_parameters())
-            trained = sum(parameters[n].numel() for n in trained_names(source.model))
+            trained = sum(source.parameters[n].numel() for n in trained_names(source.model))
             needed += states + 2 * (12 + 4) * trained
         else:
             needed += 2 * states

@@ -12,6 +12,8 @@ from calmix.calibration import resolve
 from calmix.deploy import gguf
 from calmix.deploy.gguf import export
 from calmix.models import open_model
+from calmix.pruning.checkpoint import prune_checkpoints
+from calmix.specs import prune_request
 from tests.tiny import load_weights, save_tiny_model
 
 
@@ -47,6 +49,15 @@ def test_a_file_has_the_levels_of_the_grid(quantised, name, kind, tmp_path):
     )
 
 
+def test_levels_are_kept_where_the_processor_has_no_fast_bfloat16(quantised, tmp_path, monkeypatch):
+    """A weight of the checkpoint is the product of level and scale, rounded to bfloat16."""
+    drawn = {"calibration": str(quantised / "text.txt"), "rows": 6, "length": 32, "leakage": "off"}
+    asked = prune_request(method="gptq,group=32", bits=4, **drawn)
+    prune_checkpoints(str(quantised / "tiny.gguf"), {tmp_path / "half": asked}, dtype="bfloat16")
+    monkeypatch.setattr("calmix.models.opening.suited", lambda dtype, device: torch.float32)
+    assert export(str(tmp_path / "half"), tmp_path / "out.gguf").ours == 14
+
+
 def test_llama_cpp_runs_the_file_if_it_is_there(calmix, quantised, tmp_path, monkeypatch):
     """A stand-in with its interface, since the engine takes minutes to compile."""
 
@@ -63,12 +74,14 @@ def test_llama_cpp_runs_the_file_if_it_is_there(calmix, quantised, tmp_path, mon
             logits = self.model(torch.tensor([tokens])).logits[0].float().numpy()
             self.scores = np.concatenate([logits, logits]) * scale
 
-    scale = 1.0
+    scale, synced = 1.0, []
+    monkeypatch.setattr(gguf, "sync", synced.append)
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
     monkeypatch.setattr(gguf, "find_spec", lambda name: name)
     command = "export", quantised / "four", "--to", "gguf", "-o", tmp_path / "out.gguf"
     told = calmix(*command).ok().out
     assert "nats per token, in llama.cpp: " in told
+    assert [path.name for path in synced] == [".out.gguf"]
     scale = 30.0
     assert "differs from the model" in calmix(*command, "--overwrite").line
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=None))
@@ -88,10 +101,12 @@ def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(
     save_tiny_model(tmp_path / "llama", "llama")
     save_tiny_model(tmp_path / "qwen", "qwen2")
     save_tiny_model(tmp_path / "wide", "llama", hidden_size=64)
+    (save_tiny_model(tmp_path / "other") / "calmix.json").write_text('{"pruned": null}')
     (tmp_path / "cut.gguf").write_bytes((quantised / "tiny.gguf").read_bytes()[:3000])
     like = "--like", quantised / "tiny.gguf"
     for model, more, says in (
         ("llama", (), "--to gguf needs a GGUF file of the same model"),
+        ("other", (), "--to gguf needs a GGUF file of the same model"),
         ("qwen", like, "is not a file of the model"),
         ("wide", like, "is not a file of the model"),
         ("llama", ("--like", tmp_path / "cut.gguf"), "cut.gguf"),
@@ -102,6 +117,13 @@ def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(
         ended = calmix("export", tmp_path / model, "--to", "gguf", "-o", tmp_path / "o.gguf", *more)
         assert says in ended.line
     assert not list(tmp_path.glob("*o.gguf*"))
+
+
+def test_a_tensor_that_is_not_a_parameter_in_another_order_is_refused():
+    """Mamba's file has the exponential of a parameter."""
+    mamba = SimpleNamespace(process=lambda weights, **_: SimpleNamespace(weights=np.log(-weights)))
+    with pytest.raises(gguf.ModelError, match=r"ssm_a is computed .* no GGUF export"):
+        gguf._order(mamba, "blk.0.ssm_a", (4, 2))
 
 
 def test_an_importance_matrix_is_the_sum_of_squares_of_inputs(
@@ -134,3 +156,12 @@ def test_an_importance_matrix_is_the_sum_of_squares_of_inputs(
         np.testing.assert_allclose(
             held[f"{name}.in_sum2"].data.reshape(-1), expected.numpy(), rtol=1e-4
         )
+
+
+def test_a_matrix_whose_inputs_are_never_seen_has_no_importance(calmix, text_file, tmp_path):
+    """Mamba multiplies with the weight of a layer that recent versions never call."""
+    model, out = str(save_tiny_model(tmp_path / "mamba", "mamba")), tmp_path / "imatrix.gguf"
+    drawn = resolve(str(text_file), open_model(model), rows=2, length=32, leakage="off")
+    drawn.save(tmp_path / "set")
+    told = calmix("export", tmp_path / "set", "--to", "imatrix", "-m", model, "-o", out).ok().out
+    assert f"of {len(GGUFReader(out).tensors) // 2} matrices" in told

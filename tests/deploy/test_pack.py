@@ -53,8 +53,9 @@ def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(pruned, tmp_
     for name in ("code/a/b.py", "code/model.safetensors", ".hidden"):
         (model / name).parent.mkdir(parents=True, exist_ok=True)
         (model / name).write_text(name, encoding="utf-8")
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 7]}', encoding="utf-8")
     comes_back(model, tmp_path)
-    load(tmp_path / "pack")
+    assert load(tmp_path / "pack").generation_config.eos_token_id == [2, 7]
     weights = model / "model.safetensors"
     whole = weights.read_bytes()
     save_file({}, weights)

@@ -1,24 +1,29 @@
 """Opening a model by every kind of name, and models that cannot be opened."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix import assets
-from calmix.errors import InputError, ModelError
+from calmix.errors import DiskError, InputError, ModelError
 from calmix.models import builtin_models, find_blocks, open_model, opening, resolve_model
 from calmix.models.opening import context_of, tokenizer_fingerprint
 from calmix.models.shards import weight_files
+from tests import tiny
 from tests.tiny import quick, save_tiny_model, tiny_ids, tiny_model
 
 
@@ -106,6 +111,11 @@ def test_weights_that_are_there_twice_are_fetched_read_and_hashed_once(
         "huggingface_hub.snapshot_download", lambda name, **how: asked.update(how) or str(folder)
     )
     resolve_model("some/one")
+    # transformers leaves an old index beside the one file it saves, and does not read it then.
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_model(str(folder)).fingerprint == before
+    (folder / "model.safetensors.index.json").unlink()
     held = [*(p.name for p in folder.iterdir()), "consolidated-00001-of-00002.safetensors"]
     assert set(filter_repo_objects(held, **asked)) == {p.name for p in tiny_folder.iterdir()}
 
@@ -127,9 +137,25 @@ def test_all_models_are_looked_for_before_one_is_fetched(tiny_folder, monkeypatc
     for name, words in (
         ("some/none", "the hub has no accessible model 'some/none'"),
         ("x" * 300, "is too long for the name of a model"),
+        ("é" * 200, "is too long for the name of a model"),
+        ("x" * 300 + "/model", "is too long for the name of a model"),
     ):
         with pytest.raises(ModelError, match=words):
             opening.check_models("some/one", name)
+
+
+def test_a_full_disk_is_not_taken_for_a_hub_that_cannot_be_reached(monkeypatch):
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Data processing error: No space left on device (os error 28)"),
+    ):
+
+        def snapshot_download(name, error=error, **how):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        with pytest.raises(DiskError, match=r"no space left on the disk of .*hub: free some"):
+            resolve_model("some/one")
 
 
 def test_several_that_want_a_gguf_file_dequantise_it_once(tmp_path, monkeypatch):
@@ -154,6 +180,48 @@ def test_several_that_want_a_gguf_file_dequantise_it_once(tmp_path, monkeypatch)
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(resolve_model, [str(file)] * 2))
     assert found == made * 2 == list(models.iterdir()) * 2
+    # Nor is the file read again for its hash, once it has not changed for a while.
+    os.utime(file, (1, 1))
+    assert resolve_model(str(file)) == found[0]
+    monkeypatch.setattr(opening, "sha256_file", lambda path: pytest.fail("read again"))
+    assert resolve_model(str(file)) == found[0]
+
+
+def test_a_gguf_file_is_read_alone_and_whole(tmp_path, monkeypatch):
+    """transformers prefers a tokenizer beside it, and weights of its name in the current folder; it
+    makes up weights that the file lacks."""
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    own, here = tmp_path / "own", tmp_path / "here"
+    whole = tiny_model("llama").state_dict()
+    zeros = {name: torch.zeros_like(value) for name, value in whole.items()}
+    part = {name: value for name, value in whole.items() if "layers.1.mlp.up_proj" not in name}
+    for path, weights in (
+        (own / "a.gguf", whole),
+        (here / "a.gguf", zeros),
+        (own / "b.gguf", part),
+    ):
+        path.parent.mkdir(exist_ok=True)
+        model = SimpleNamespace(state_dict=lambda weights=weights: weights)
+        monkeypatch.setattr(tiny, "tiny_model", lambda kind, model=model: model)
+        tiny.tiny_gguf(path)
+    tiny.tiny_tokenizer().save_pretrained(own)
+    monkeypatch.chdir(here)
+    opened = open_model(str(own / "a.gguf"))
+    assert "ab" in opened.tokenizer.get_vocab()
+    assert opened.model.model.layers[0].mlp.up_proj.weight.any()
+    rejected(own / "b.gguf", r"lacks 1 weights, first 'model.layers.1.mlp.up_proj.weight': merge")
+
+
+def test_weights_of_a_gguf_file_are_unpacked_though_there_may_be_a_kernel(monkeypatch):
+    """For some architectures recent versions of transformers would leave them packed."""
+    asked, made = {}, (SimpleNamespace(), {"missing_keys": set()})
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained",
+        lambda *of, **how: asked.update(how) or made,
+    )
+    assert opening.read_gguf(Path("a.gguf"), torch.float32) is made[0]
+    if hasattr(transformers, "GgufConfig"):
+        assert asked["quantization_config"].dequantize
 
 
 def test_ids_are_looked_at_only_where_a_tokenizer_could_give_wrong_ones(tmp_path, tiny_folder):
