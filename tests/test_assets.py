@@ -68,10 +68,8 @@ def test_a_damaged_archive_is_named_and_fetched_again(fake, capsys):
     ],
 )
 def test_a_failed_download_is_one_line_that_says_what_to_do(fake, monkeypatch, stderr, match):
-    def failing(command, **_):
-        return subprocess.CompletedProcess(command, 1, stderr=stderr)
-
-    monkeypatch.setattr(subprocess, "run", failing)
+    failed = subprocess.CompletedProcess((), 1, stderr=stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(CalmixError, match=match) as caught:
         assets.install("thing")
     assert "\n" not in str(caught.value)

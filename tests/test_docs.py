@@ -68,19 +68,14 @@ def test_links_lead_somewhere(page):
             assert anchor in slugs, link
 
 
-def test_the_readme_is_short():
+def test_the_readme_is_short_and_there_is_one_version_and_one_repository():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
-
-
-def test_one_version_and_one_repository():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     version = re.search(r'^version = "(.*)"', project, re.MULTILINE)
     source = re.search(r'^Source = "(.*)"', project, re.MULTILINE)
-    assert version is not None
     assert f"version: {version[1]}\n" in cited
-    assert source is not None
     assert f"repository-code: {source[1]}\n" in cited
     assert f"Repository: {source[1]}\n" in site
 

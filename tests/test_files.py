@@ -24,7 +24,7 @@ from calmix.files import (
     write_text,
 )
 from calmix.manifest import file_hashes
-from tests import forks
+from tests.forks import stopped
 
 MAGNITUDE = ("--method", "magnitude", "--sparsity", 0.5)
 
@@ -91,20 +91,13 @@ def test_a_mount_point_is_refused_before_the_work(calmix, tiny_folder, disk, opt
         subprocess.run(["umount", str(target)], check=True)
 
 
-def killed(act, folder):
-    """Act in a fork that kills itself with SIGKILL."""
-    ended = forks.run(act, folder / "log")
-    assert ended.code == -signal.SIGKILL, ended.errors
-    (folder / "log").unlink()
-
-
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
 def test_what_the_killed_left_goes_and_what_the_living_make_stays(tmp_path, make):
     def act():
         with hidden(tmp_path / "out", make):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    killed(act, tmp_path)
+    stopped(act)
     (left,) = names(tmp_path)
     assert not list(file_hashes(tmp_path))  # no file of a result
     with atomic_folder(tmp_path / "out") as mine, hidden(tmp_path / "out") as other:
@@ -130,7 +123,7 @@ def test_killed_between_two_renames_the_old_folder_comes_back(tmp_path):
         with atomic_folder(output):
             pass
 
-    killed(act, tmp_path)
+    stopped(act)
     assert not output.exists()
     with pytest.raises(InputError, match="is not empty"):
         check_output_folder(output)

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,10 +18,6 @@ from calmix.pruning.methods.wanda import Wanda
 from tests.tiny import hashes, save_tiny_model
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
-
-
-def full_disk(*_, **__):
-    raise OSError(28, "No space left on device")
 
 
 def test_a_pruned_checkpoint_loads_anywhere_and_has_a_manifest(
@@ -97,9 +94,8 @@ def test_a_target_that_cannot_be_solved_does_not_stop_the_others(
     ended = calmix("prune", *data, "--method", "wanda,sparsegpt,ria", "-o", tmp_path / "out")
     assert ended.code == 2
     assert re.search(r"wanda-0\.5: model\S+: no numbers; all others are done$", ended.err.strip())
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "ria-0.5", "sparsegpt-0.5",
-    ]  # fmt: skip
+    done = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert done == ["ria-0.5", "sparsegpt-0.5"]
     assert calmix("prune", *data, "-o", tmp_path / "alone").code == 0
     assert hashes(tmp_path / "out" / "sparsegpt-0.5") == hashes(tmp_path / "alone")
 
@@ -110,10 +106,8 @@ def mistakes(tiny_folder, text_file, tmp_path):
     data, half = ("--calibration", text_file, *SMALL), ("--sparsity", 0.5)
     odd = save_tiny_model(tmp_path / "mixture", "mixtral")
     yield (odd, *data, *half, "--drop-experts", 0.75), "is routed to 2: drop fewer"
-    yield (tiny_folder, *half, *SMALL, "--calibration", "python-stdlb"), "did you mean python-stdli"
     for more, words in {
         (): "either --sparsity", (*half, "--pattern", "2:4"): "either --sparsity",
-        ("--sparsity", 1): "between 0 and 1",
         ("--sparsity", "0.5,"): "has an empty part between commas",
         ("--sparsity", "0.5,0.5"): "names 0.5 twice", ("--sparsity", "0.5,1.5"): "mean 0.015",
         ("--pattern", "2of4"): "N:M", ("--pattern", "2:5"): "--skip '*.q_proj'",
@@ -153,13 +147,11 @@ def test_a_failed_write_leaves_the_old_folder_alone(calmix, tiny_folder, tmp_pat
     output.mkdir()
     for name in ("calmix.json", "config.json"):
         (output / name).write_text("x", encoding="utf-8")
-
-    command = (
-        "prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.5, "-o", output,
-        "--overwrite",
-    )  # fmt: skip
+    asked = ("--method", "magnitude", "--sparsity", 0.5, "-o", output, "--overwrite")
+    command = ("prune", tiny_folder, *asked)
     with monkeypatch.context() as patched:
-        patched.setattr("calmix.pruning.checkpoint.write_json", full_disk)
+        full = Mock(side_effect=OSError(28, "No space left on device"))
+        patched.setattr("calmix.pruning.checkpoint.write_json", full)
         ended = calmix(*command)
     assert ended.code == 2
     kept, error = ended.err.splitlines()
@@ -170,7 +162,6 @@ def test_a_failed_write_leaves_the_old_folder_alone(calmix, tiny_folder, tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.unfinished"]
     ended = calmix(*command, "--resume").ok()
     assert "resuming after 2 of 2 blocks" in ended.err
-    assert not (output / "old").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

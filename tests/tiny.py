@@ -25,77 +25,53 @@ MIXTURES = (
 )  # fmt: skip
 
 
+SIZES = {
+    0: "pad_token_id",
+    1: "n_shared_experts first_k_dense_replace bos_token_id",
+    2: "num_hidden_layers num_key_value_heads num_experts_per_tok n_group topk_group eos_token_id "
+       "sliding_window_pattern",
+    4: "num_attention_heads num_experts num_local_experts n_routed_experts",
+    8: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim",
+    16: "q_lora_rank kv_lora_rank sliding_window",
+    32: "hidden_size moe_intermediate_size shared_expert_intermediate_size",
+    64: "intermediate_size intermediate_size_mlp",
+    256: "max_position_embeddings",
+    VOCABULARY: "vocab_size",
+}  # fmt: skip
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+DEEPSEEK = {"num_key_value_heads": 4}  # every head has keys of its own
+GEMMA4 = {  # the last two blocks read keys and values of the first two
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
+}  # fmt: skip
+OWN = {
+    "gpt_neox": {"tie_word_embeddings": False},
+    "gpt2": GPT2, "gpt_bigcode": GPT2, "deepseek_v3": DEEPSEEK, "deepseek_v32": DEEPSEEK,
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gemma4_text": GEMMA4,
+    "gemma3n_text": GEMMA4 | {  # four streams between its blocks
+        "intermediate_size": [64] * 4, "activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 8,
+    },
+    "mamba2": {  # whose blocks return float32
+        "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16,
+    },
+    "zamba": {  # two of its blocks share a transformer
+        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 4,
+    },
+}  # fmt: skip
+
+
 def tiny_config(kind):
     """Return a configuration of width 32 with two blocks (four where kinds alternate)."""
-    blocks = 4 if kind.startswith("gemma") else 2
-    wanted = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-        "num_experts": 4,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "n_group": 2,
-        "topk_group": 2,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "intermediate_size_mlp": 64,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "sliding_window": 16,
-        "sliding_window_pattern": 2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": kind != "gpt_neox",
-    }
-    if kind == "gemma4_text":  # the last two blocks read keys and values of the first two
-        wanted |= {
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_kv_shared_layers": 2,
-            "vocab_size_per_layer_input": VOCABULARY,
-            "hidden_size_per_layer_input": 8,
-        }
-    if kind in ("gpt2", "gpt_bigcode"):
-        wanted |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    wanted = {name: size for size, names in SIZES.items() for name in names.split()}
+    wanted["tie_word_embeddings"] = True
+    if kind.startswith("gemma"):
+        wanted["num_hidden_layers"] = 4
+    wanted |= OWN.get(kind, {})
+    if "n_positions" in wanted:
         wanted = {k: v for k, v in wanted.items() if not k.startswith(("num_", "hidden", "max_"))}
-    if kind.startswith("deepseek"):  # every head has keys of its own
-        wanted["num_key_value_heads"] = 4
-    if kind == "bloom":
-        wanted |= {"n_layer": 2, "n_head": 4}
-    if kind == "opt":
-        wanted |= {"ffn_dim": 64, "word_embed_proj_dim": 32}
-    if kind == "mamba2":  # whose blocks return float32
-        wanted |= {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16}
-    if kind == "zamba":  # two of its blocks share a transformer
-        wanted |= {
-            "num_hidden_layers": 4,
-            "layers_block_type": ["linear_attention", "hybrid"] * 2,
-            "attention_hidden_size": 64,
-            "attention_head_dim": 16,
-            "mamba_dt_rank": 4,
-        }
-    if kind == "gemma3n_text":  # four streams between its blocks
-        wanted |= {
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_kv_shared_layers": 2,
-            "intermediate_size": [64] * 4,
-            "activation_sparsity_pattern": [0.0] * 4,
-            "vocab_size_per_layer_input": VOCABULARY,
-            "hidden_size_per_layer_input": 8,
-            "laurel_rank": 8,
-        }
     known = inspect.signature(type(AutoConfig.for_model(kind)).__init__).parameters
     return AutoConfig.for_model(kind, **{k: v for k, v in wanted.items() if k in known})
 

@@ -49,17 +49,14 @@ def gradients(monkeypatch):
     switch(True)
 
 
-def some_ids(rows, length):
-    return torch.randint(VOCABULARY, (rows, length))
-
-
 @pytest.mark.parametrize("kind", quick(["llama"], ["gemma3_text"]))
 def test_a_block_learns_with_a_read_a_step(kind, gradients):
     with tracing(None) as traced:
         model = empty_model(tiny_config(kind))
         found = find_blocks(model)
         opened = SimpleNamespace(model=model, blocks=found, device=CUDA)
-        stream = Stream(opened, {}, some_ids(4, 16), [[0], [1], [2], [3]])
+        ids = torch.randint(VOCABULARY, (4, 16))
+        stream = Stream(opened, {}, ids, [[0], [1], [2], [3]])
         targets = {n: torch.randn(1, 16, 32, device=CUDA) for n in range(4)}
         names = [n for n, _ in model.named_parameters() if n.startswith(f"{found.name}.0.")]
         masters = masters_of(model, names)
@@ -99,27 +96,22 @@ def test_a_head_may_lie_on_another_device(gradients, monkeypatch):
     assert asked == [(second, first), (first, first)]
 
 
-@pytest.mark.parametrize("cut", [{}, {"top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}])
-def test_a_step_of_writing_reads_once(cut):
+CUT = {"top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("cuda", {}), ("cuda", CUT), ("mps", {})])
+def test_a_step_of_writing_reads_once(kind, cut):
+    """Where float64 is not known, tokens are drawn on the CPU."""
     request = Request([[[3, 4]], [[5]]], 6, [1.0, 0.9], seed=0, **cut)
     with tracing(None) as traced:
-        sampler = Sampler(request, 0, [2], CUDA, lambda tokens: None)
-        ids = torch.ones(2, 1, dtype=torch.int64, device=CUDA)
+        sampler = Sampler(request, 0, [2], torch.device(kind), lambda tokens: None)
+        ids = torch.ones(2, 1, dtype=torch.int64, device=kind)
         for _ in range(3):
             traced.reads.clear()
             traced.copies.clear()
-            left = sampler(ids, torch.randn(2, VOCABULARY, device=CUDA).bfloat16())
+            left = sampler(ids, torch.randn(2, VOCABULARY, device=kind).bfloat16())
             ids = torch.cat([ids, left.argmax(-1, keepdim=True)], 1)
-            assert traced.reads == {"tolist": 1}
-            assert traced.copies == {("cpu", "cuda"): 1}
-    assert sampler.nll.device.type == "cuda"
-
-
-def test_where_float64_is_not_known_tokens_are_drawn_on_the_cpu():
-    request = Request([[[3]]], 4, [1.0], seed=0)
-    with tracing(None):
-        sampler = Sampler(request, 0, [2], torch.device("mps"), lambda tokens: None)
-        ids = torch.ones(1, 1, dtype=torch.int64, device="mps")
-        left = sampler(ids, torch.randn(1, VOCABULARY, device="mps"))
-    assert left.device.type == "mps"
-    assert sampler.uniform.device.type == "cpu"
+            if kind == "cuda":
+                assert (traced.reads, traced.copies) == ({"tolist": 1}, {("cpu", "cuda"): 1})
+    at = {sampler.nll.device.type, sampler.uniform.device.type}
+    assert (left.device.type, at) == (kind, {"cuda" if kind == "cuda" else "cpu"})

@@ -35,25 +35,18 @@ def test_an_engine_that_prunes_wrongly_is_found(calmix, monkeypatch):
     assert "not half" in failed[0]["found"]
 
 
-def test_missing_parts_come_with_advice(monkeypatch, tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
-    monkeypatch.setenv("CALMIX_CACHE", str(file / "cache"))
-    (found,) = doctor.cache()
-    assert found.state == "missing"
-    assert "CALMIX_CACHE" in (found.advice or "")
-    states = {check.name: check for check in doctor.archives()}
-    assert states["asset smollm2-135m"].state == "missing"
-    advice = states["asset smollm2-135m"].advice or ""
-    assert "calmix doctor assets smollm2-135m --install" in advice
-
-
-def test_a_version_outside_its_range_and_a_missing_extra_are_named(monkeypatch):
+def test_what_is_missing_or_outside_its_range_comes_with_advice(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "file" / "cache"))
     lines = ["torch>=99", "nothing-of-the-sort>=1; extra == 'ray'"]
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: lines)
-    torch = {check.name: check for check in doctor.versions()}["torch"]
-    assert torch.state == "failed"
-    assert torch.core
-    ray = {check.name: check for check in doctor.extras()}["extra ray"]
-    assert (ray.state, ray.found) == ("missing", "nothing-of-the-sort is not installed")
-    assert "pip install 'calmix[ray]'" in (ray.advice or "")
+    parts = (doctor.cache, doctor.archives, doctor.versions, doctor.extras)
+    found = {check.name: check for part in parts for check in part()}
+    for name, state, advice in (
+        ("cache", "missing", "CALMIX_CACHE"), ("torch", "failed", "pip install 'torch>=99'"),
+        ("asset smollm2-135m", "missing", "calmix doctor assets smollm2-135m --install"),
+        ("extra ray", "missing", "pip install 'calmix[ray]'"),
+    ):  # fmt: skip
+        assert (found[name].state, advice in found[name].advice) == (state, True), name
+    assert found["torch"].core
+    assert found["extra ray"].found == "nothing-of-the-sort is not installed"

@@ -7,7 +7,6 @@ import pytest
 
 from calmix.files import write_json
 from calmix.manifest import sealed
-from tests.tiny import save_tiny_model
 
 SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
 SETS = ("set", "written", "continued")
@@ -28,17 +27,6 @@ def test_a_rerun_gives_the_same_result(calmix, made, tmp_path, monkeypatch, name
     if name in SETS:
         first, second = (path.with_name("calibration.safetensors") for path in (first, second))
         assert first.read_bytes() == second.read_bytes()
-
-
-def test_the_copy_made_to_compare_is_removed(calmix, made, tmp_path, monkeypatch):
-    monkeypatch.chdir(made)
-    folder = shutil.copytree(made / "pruned", tmp_path / "pruned")
-    assert "the same: every file" in calmix("doctor", "rerun", folder).ok().out
-    assert list(tmp_path.iterdir()) == [folder]
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis").touch()
-    ended = calmix("doctor", "rerun", folder, "-o", tmp_path / "mine")
-    assert ended.line.endswith("not empty: choose another folder")  # there is no --overwrite
 
 
 def test_differences_are_named(calmix, made, tmp_path, monkeypatch):
@@ -70,29 +58,20 @@ def test_differences_are_named(calmix, made, tmp_path, monkeypatch):
         assert line in changed(**parts).err
 
 
-@pytest.fixture
-def model(tmp_path):
-    return save_tiny_model(tmp_path / "model")
-
-
-def prune(calmix, model, output, *options):
-    calmix("prune", model, "-o", output, "--sparsity", 0.5, *options).ok()
-    return output / "calmix.json"
-
-
-def test_another_text_is_reported_before_any_work(calmix, model, text_file, tmp_path):
-    manifest = prune(calmix, model, tmp_path / "first", "--calibration", text_file, *SMALL)
+def test_a_models_code_runs_if_allowed_and_another_text_is_reported_before_any_work(
+    calmix, tiny_folder, text_file, tmp_path
+):
+    asked = ("prune", tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
+    calmix(*asked, "--trust-remote-code", "-o", tmp_path / "first").ok()
+    again = ("doctor", "rerun", tmp_path / "first")
+    assert "--trust-remote-code" in calmix(*again).line
+    again += ("--trust-remote-code",)
+    assert "the same: every file" in calmix(*again).ok().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "text.txt"]
     text_file.write_text("other words " * 5000)
-    ended = calmix("doctor", "rerun", manifest, "-o", tmp_path / "second")
+    ended = calmix(*again, "-o", tmp_path / "second")
     assert f"changed (sources.{text_file}." in ended.err
     assert not list(tmp_path.glob("second*"))
-
-
-def test_a_models_code_runs_again_only_if_allowed(calmix, model, text_file, tmp_path):
-    options = ("--calibration", text_file, *SMALL, "--trust-remote-code")
-    manifest = prune(calmix, model, tmp_path / "first", *options)
-    assert "--trust-remote-code" in calmix("doctor", "rerun", manifest).line
-    assert calmix("doctor", "rerun", manifest, "--trust-remote-code").code == 0
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from calmix.calibration import CalibrationSet, ask, open_tokenizer
+from calmix.calibration import CalibrationSet, ask, open_tokenizer, resolve
 from calmix.calibration.tokenizer import OpenTokenizer, tokenizer_function
 from calmix.diagnostics.inspecting import inspect
 from calmix.diagnostics.rerunning import rerun
@@ -101,14 +99,8 @@ def make(folder):
         "suite": suite.read_text(encoding="utf-8"),
     }.items():  # fmt: skip
         (folder / f"{name}.yaml").write_text(held)
-    source = {"licence": "MIT", "sha256": "0" * 64}
-    manifest = {
-        "kind": "calibration set", "model": {"name": str(model)}, "seed": 0, "own": {},
-        "mix": {str(text): 1.0}, "packing": "concat", "leakage": "off",
-        "tokenizer": open_tokenizer(str(model)).tokenizer_fingerprint, "sources": {"mine": source},
-    }  # fmt: skip
-    ids = torch.arange(3 * 8).reshape(3, 8)
-    CalibrationSet(ids, ("mine",) * 3, manifest).save(folder / "set")
+    drawn = resolve(str(text), open_tokenizer(str(model)), rows=3, length=8, leakage="off")
+    drawn.save(folder / "set")
     request = prune_request(method="magnitude", pattern="2:4")
     prune_checkpoints(str(model), {folder / "pruned": request})
     how = {"rows": 8, "length": 16, "epochs": 1, "leakage": "off"}

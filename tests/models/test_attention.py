@@ -7,14 +7,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import calmix.models.attention as own
 from calmix.models import open_model
-from calmix.models.attention import (
-    MARK,
-    attention,
-    cache_argument,
-    reserved_cache,
-    sliced_attention,
-    use_own_attention,
-)
+from calmix.models.attention import attention, reserved_cache, sliced_attention, use_own_attention
 from tests.tiny import ARCHITECTURES, quick, tiny_ids, tiny_model
 
 FEW = "llama", "bloom", "gemma4_text", "gpt2", "falcon"
@@ -95,7 +88,7 @@ def test_bfloat16_is_no_further_off_than_torchs():
 def decoded(model, ids, cache):
     """Logits of every position, one token at a time."""
     steps = [
-        model(ids[:, at : at + 1], use_cache=True, **{cache_argument(model): cache}).logits
+        model(ids[:, at : at + 1], use_cache=True, **{own.cache_argument(model): cache}).logits
         for at in range(ids.shape[1])
     ]
     return torch.cat(steps, 1)
@@ -180,7 +173,7 @@ def test_opened_models_alone_have_it(tmp_path, tiny_folder, slices):
     opened.model(ids)
     assert slices
     opened.model.save_pretrained(tmp_path / "saved")
-    assert MARK not in (tmp_path / "saved" / "config.json").read_text(encoding="utf-8")
+    assert own.MARK not in (tmp_path / "saved" / "config.json").read_text(encoding="utf-8")
 
 
 @torch.no_grad()

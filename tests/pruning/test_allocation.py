@@ -43,9 +43,7 @@ def test_owl_is_the_published_formula():
     rng = np.random.default_rng(0)
     weights = [rng.standard_t(3, size=(6, 8)) for _ in range(2)]
     squares = [rng.uniform(0, 4, 8) for _ in range(2)]
-    metric = np.concatenate(
-        [(np.abs(w) * np.sqrt(s)).ravel() for w, s in zip(weights, squares, strict=True)]
-    )
+    metric = np.abs(weights) * np.sqrt(squares)[:, None]
     expected = (metric > 5 * metric.mean()).mean()
     both = ([torch.tensor(v) for v in values] for values in (weights, squares))
     found = float(outlier_share(*both))
@@ -109,11 +107,9 @@ def test_a_look_changes_nothing_and_sees_the_dense_model(kind, by):
     run_through(look, ids, 5 * 32)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     found = find_blocks(model)
-    for index in range(len(found)):
-        layers = found.prunables(index)
-        grams = [input_gram(model, layer.module, ids).float() for layer in layers]
-        views = [layer.view() for layer in layers]
-        share = outlier_share(views, [gram.diagonal() for gram in grams])
+    for layers in map(found.prunables, range(len(found))):
+        grams = [input_gram(model, layer.module, ids) for layer in layers]
+        share = outlier_share([one.view() for one in layers], [one.diagonal() for one in grams])
         for layer, gram in zip(layers, grams, strict=True):
             for sparsity, importance in look.importance.items():
                 lost = output_error(layer.view().float(), gram, sparsity / 2)

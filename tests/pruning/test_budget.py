@@ -67,16 +67,13 @@ def test_what_is_spared_first_where_memory_is_short(plan):
     assert (least.paused, least.overlap, least.micro_tokens, least.states) == (0, False, 2048, 0)
 
 
-def test_what_is_needed_is_told_and_is_enough(plan):
+def test_what_decides_the_plan_and_that_what_is_needed_is_told_and_enough(plan, source):
     with pytest.raises(InputError, match=r"3\.00 GiB of memory cannot hold one block") as told:
         plan(3)
     needed = float(str(told.value).split(": ")[1].split(" GiB")[0])
     assert plan(needed + 0.01).paused == 0
     with pytest.raises(InputError):
         plan(needed - 0.3)
-
-
-def test_what_decides_the_plan(plan, source):
     assert plan(6, held=300) == plan(6, held=400)  # rounded up
     (block,) = source["blocks"].sizes
     assert plan(80, merges=True).needed - plan(80).needed == block

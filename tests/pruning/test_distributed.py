@@ -27,8 +27,6 @@ from tests.tiny import load_weights, save_tiny_model, tiny_ids, tiny_model
 ROOT = Path(__file__).parents[2]
 SMALL = ("--rows", 7, "--length", 32, "--leakage", "off", "--sparsity", 0.5)
 
-SOME = 3 * 2 * 4 * 32**2  # bytes: statistics of three experts at a time
-
 
 @dataclass(frozen=True)
 class Case:
@@ -59,7 +57,8 @@ CASES = [
 def pruned(case):
     model, ids = case.model(), case.ids()
     run = Run(model, find_blocks(model), get_method(case.method), case.pattern, case.propagation)
-    run.expert_bytes, run.sources = SOME, ["first", "first", "second"] if case.experts else []
+    run.expert_bytes = 3 * 2 * 4 * 32**2  # statistics of three experts at a time
+    run.sources = ["first", "first", "second"] if case.experts else []
     run_through(run, ids, micro_tokens=2 * ids.shape[1])
     return dict(model.named_parameters()), run.report
 
@@ -105,24 +104,19 @@ def check(case, expected):
     masks, errors = (0.9, 0.2) if loose else (0.995, 1e-3)
     assert report.tokens == told.tokens == case.ids().numel()
     for name, value in together.items():
-        same = (value == 0) == (alone[name] == 0)
+        ours, theirs = (one.view(-1, value.shape[-1]) for one in (value, alone[name]))
+        same = (ours == 0) == (theirs == 0)
         assert same.float().mean() > masks, (case, name, same.float().mean())
-        if loose:
-            continue
-        # A row corrects its own weights only: one whose mask is the same is the same.
-        rows = same.view(-1, same.shape[-1]).all(1)
-        assert rows.float().mean() > 0.9, (case, name)
-        torch.testing.assert_close(
-            value.view(-1, same.shape[-1])[rows], alone[name].view(-1, same.shape[-1])[rows],
-            rtol=0.05, atol=0.03,
-        )  # fmt: skip
+        if not loose:  # a row corrects its own weights only: of the same mask it is the same
+            rows = same.all(1)
+            assert rows.float().mean() > 0.9, (case, name)
+            torch.testing.assert_close(ours[rows], theirs[rows], rtol=0.05, atol=0.03)
     for ours, theirs in zip(report.layers, told.layers, strict=True):
-        assert (ours.pruned, ours.dead_inputs) == (theirs.pruned, theirs.dead_inputs)
-        assert ours.factor_dtype == theirs.factor_dtype
+        for name in ("pruned", "dead_inputs", "factor_dtype", "tokens"):
+            assert getattr(ours, name) == getattr(theirs, name), (case, ours.name, name)
         for own, other in ((ours.error, theirs.error), (ours.damping, theirs.damping)):
             near = other if other is None else pytest.approx(other, rel=errors)
             assert own == near, (case, ours.name, own, other)
-        assert ours.tokens == theirs.tokens
     assert report.experts == told.experts
     if case.experts == 16:  # some see tokens in one process only, and some in none
         by_process = [one.sources.values() for one in told.experts]
@@ -154,6 +148,7 @@ def check_masks(folder, other):
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert ((value == 0) == (two[name] == 0)).float().mean() > 0.99, name
+    return one, two
 
 
 def test_two_processes_prune_as_one(tmp_path):
@@ -169,8 +164,7 @@ def test_the_command_line_shares_the_work(calmix, tiny_folder, text_file, tmp_pa
     assert launch((*asked, tmp_path / "two"), tmp_path / "log").count("weights pruned") == 2
     assert calmix(*asked, tmp_path / "one").code == 0
     for name in ("sparsegpt-0.4", "sparsegpt-0.6"):
-        check_masks(tmp_path / "one" / name, tmp_path / "two" / name)
-        one, two = (load_weights(tmp_path / way / name) for way in ("one", "two"))
+        one, two = check_masks(tmp_path / "one" / name, tmp_path / "two" / name)
         (embedded,) = (key for key in one if "embed_tokens" in key)
         assert (one[embedded] == two[embedded]).float().mean() > 0.99
         run = json.loads((tmp_path / "two" / name / "calmix-run.json").read_text())

@@ -18,9 +18,7 @@ HALF = Unstructured(0.5)
 
 
 def weights_of(model):
-    found = find_blocks(model)
-    layers = (layer for index in range(len(found)) for layer in found.prunables(index))
-    return {layer.name: layer.view().float().clone() for layer in layers}
+    return {layer.name: layer.view().float().clone() for layer in find_blocks(model).layers}
 
 
 def check_equal(ours, theirs):
@@ -29,17 +27,22 @@ def check_equal(ours, theirs):
         assert torch.equal(a, b), name
 
 
-def input_gram(model, module, ids):
-    """The Gram matrix of one module's input over whole forward passes of the model."""
-    total = []
+def given_to(module, model, ids):
+    """What a module is given, call by call, over a whole forward pass of the model."""
+    given = []
 
-    def hook(_, args):
-        x = args[0].reshape(-1, args[0].shape[-1]).double()
-        total.append(x.T @ x)
+    def hook(_, args, more):
+        given.append((*args, *more.values()))
 
-    with module.register_forward_pre_hook(hook), torch.no_grad():
+    with module.register_forward_pre_hook(hook, with_kwargs=True), torch.no_grad():
         model(ids, use_cache=False)
-    return sum(total).float()
+    return given
+
+
+def input_gram(model, module, ids):
+    """The Gram matrix of one module's input."""
+    flat = [x.reshape(-1, x.shape[-1]).double() for x, *_ in given_to(module, model, ids)]
+    return sum(x.T @ x for x in flat).float()
 
 
 @pytest.mark.parametrize(

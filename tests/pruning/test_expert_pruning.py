@@ -18,25 +18,20 @@ from calmix.pruning.report import Dropped
 from calmix.specs import requests
 from tests.forks import stopped
 from tests.pruning.stopper import arm
-from tests.pruning.test_experts import routed_inputs
+from tests.pruning.test_engine import given_to
 from tests.pruning.toy import SMALL, pruning_of
 from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
-
-
-def scores_of(model, ids):
-    look = ScorePass(model, find_blocks(model))
-    run_through(look, ids, 5 * 32)
-    return look.scores
 
 
 @pytest.mark.parametrize("kind", quick(["gpt_oss"], ["mixtral", "qwen2_moe"]))
 def test_scores_are_those_of_the_definition(kind):
     model, ids = tiny_model(kind), tiny_ids(6)
-    found = scores_of(model, ids)
-    assert len(found) == 2
-    for name, scores in found.items():
+    look = ScorePass(model, find_blocks(model))
+    run_through(look, ids, 5 * 32)
+    assert len(look.scores) == 2
+    for name, scores in look.scores.items():
         module = model.get_submodule(name)
-        hidden, index, gates = routed_inputs(model, module, ids)
+        hidden, index, gates = given_to(module, model, ids)[0]
         for expert, score in enumerate(scores):
             parts = []
             for token, place in (index == expert).nonzero().tolist():
@@ -170,7 +165,7 @@ def test_experts_that_cannot_be_dropped_are_refused(how, monkeypatch):
 
         monkeypatch.setattr(Routed, "learn", unseen)
     with pytest.raises(ModelError, match="--drop-experts does not support this architecture"):
-        scores_of(model, tiny_ids(6))
+        run_through(ScorePass(model, find_blocks(model)), tiny_ids(6), 5 * 32)
 
 
 def test_what_has_no_effect_on_a_drop_alone_is_one_line(text_file):

@@ -79,13 +79,6 @@ def test_precision_is_what_it_was_and_solvers_have_their_own(setting, monkeypatc
 # The factor
 
 
-def correlated(columns, tokens):
-    torch.manual_seed(0)
-    x, mixing = (torch.randn(n, columns, dtype=torch.float64) for n in (tokens, columns))
-    x = x @ mixing
-    return (x.T @ x).float()
-
-
 def check_factor(factor, gram, damping):
     damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(len(gram))
     inverse, upper = torch.linalg.inv(damped), factor.upper.double()
@@ -96,7 +89,10 @@ def check_factor(factor, gram, damping):
 
 @pytest.mark.parametrize("columns", [40, 311])  # LAPACK's alone, and of blocks
 def test_factor_is_that_of_the_damped_inverse(columns):
-    gram = correlated(columns, 12 * columns)
+    torch.manual_seed(0)
+    x, mixing = (torch.randn(n, columns, dtype=torch.float64) for n in (12 * columns, columns))
+    x = x @ mixing
+    gram = (x.T @ x).float()
     factor = inverse_factor(gram, 0.01)
     check_factor(factor, gram, 0.01)
     assert (factor.damping, factor.dtype, int(factor.dead.sum())) == (0.01, torch.float32, 0)

@@ -29,13 +29,10 @@ def as_tensors(weight, gram, dtype=torch.float32):
     return torch.tensor(weight).to(dtype), torch.tensor(gram, dtype=torch.float32)
 
 
-def statistic_of(method, gram):
-    return {None: None, Gram: gram}.get(method.needs, gram.diagonal())
-
-
 def solved(name, weights, gram, patterns, **options):
     method = get_method(name, **options)
-    return method.solve(weights, statistic_of(method, gram), patterns)
+    statistic = {None: None, Gram: gram}.get(method.needs, gram.diagonal())
+    return method.solve(weights, statistic, patterns)
 
 
 def output_error(weight, pruned, gram):
@@ -90,15 +87,12 @@ def test_sparsegpt_equals_textbook_obs(pattern, columns):
     np.testing.assert_allclose(ours[agree], expected[agree], rtol=2e-3, atol=2e-3)
 
 
-def ria_score(size, gram):
-    share = size / size.sum(0) + size / size.sum(1, keepdims=True)
-    return share * np.diag(gram) ** 0.25
-
-
 SCORES = {
     "magnitude": lambda size, gram: size,
     "wanda": lambda size, gram: size * np.sqrt(np.diag(gram)),
-    "ria": ria_score,
+    "ria": lambda size, gram: (
+        (size / size.sum(0) + size / size.sum(1, keepdims=True)) * np.diag(gram) ** 0.25
+    ),
 }
 
 

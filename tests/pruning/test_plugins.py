@@ -109,15 +109,13 @@ def test_options_of_a_method_in_hand():
     toy = Toy(strength=3)
     assert get_method(toy) is toy
     assert get_method(toy, strength=2) == Toy(strength=2)
-    with pytest.raises(
-        InputError, match=r"^refit is given twice, once in the method 'ria,refit=1'$"
-    ):
+    says = r"^refit is given twice, once in the method 'ria,refit=1'$"
+    with pytest.raises(InputError, match=says):
         get_method("ria,refit=1", refit=2)
     wanda = get_method("wanda , refit = 2")
     assert wanda.changed == {"refit": 2}
-    assert get_method(get_method("sparsegpt,damping=0.5"), refit=3).changed == {
-        "damping": 0.5, "refit": 3,
-    }  # fmt: skip
+    again = get_method(get_method("sparsegpt,damping=0.5"), refit=3)
+    assert again.changed == {"damping": 0.5, "refit": 3}
 
 
 def made(base=Toy, **parts):

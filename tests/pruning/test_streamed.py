@@ -1,6 +1,5 @@
 """Pruning from disk to disk: the same numbers, interruption at any moment, bounded memory."""
 
-import importlib.metadata
 from functools import partial
 
 import pytest
@@ -9,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calmix.errors import InputError, ModelError
+from calmix.machine import out_of_memory
 from calmix.models import open_model
 from calmix.models.attention import use_own_attention
 from calmix.models.streaming import StreamedModel
@@ -21,7 +21,7 @@ from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
 from calmix.pruning.solvers.grids import read_grids
 from calmix.pruning.trace import token_bytes
-from calmix.pruning.work import WorkFolder
+from calmix.pruning.work import WorkFolder, read_record
 from tests.forks import stopped
 from tests.pruning.stopper import arm
 from tests.pruning.test_engine import check_equal
@@ -42,6 +42,7 @@ PLENTY = Plan(5 * 32, None, True, 0, states=2**30)
 FEW = [Plan(5 * 32, 0, False, 0), Plan(5 * 32, 1, True, 0, states=BATCH),
        Plan(5 * 32, 2, False, 0, states=2 * BATCH)]  # fmt: skip
 ONE = [Plan(5 * 32, 1, True, 0, 1)]  # expert at a time
+ROUNDED = "llama", "qwen2", "gemma4_text", "phi", "opt"  # embeddings too
 
 
 def streamed_prune(folder, output, plan=PLENTY, embeddings=None, **opening):
@@ -75,9 +76,8 @@ def check_same(found, expected):
 @pytest.mark.parametrize(
     "case",
     quick(
-        [*((kind, None) for kind in ARCHITECTURES),
-         *((kind, None) for kind in ("mixtral", "gpt_oss", "deepseek_v3", "llama4_text")),
-         *((kind, 5) for kind in ("llama", "qwen2", "gemma4_text", "phi", "opt"))],
+        [("llama", None), *((kind, 5 if kind in ROUNDED else None) for kind in ARCHITECTURES),
+         *((kind, None) for kind in ("mixtral", "gpt_oss", "deepseek_v3", "llama4_text"))],
         [(kind, None) for kind in MIXTURES],
     ),
     ids=str,
@@ -246,7 +246,7 @@ DEEP = {kind: {"num_hidden_layers": 5} for kind in ("llama", "qwen3_moe")}
         ("llama", MAGNITUDE, "written", 3), ("llama", MAGNITUDE, "claimed", 0),
         ("qwen3_moe", SPARSEGPT, "solved", 2), ("mixtral", DROP, "scored", 0),
         ("llama", (*SPARSEGPT, "--allocation", "error"), "counted", 0),
-        *((kind, EMBEDDED, *at) for kind in ("llama", "qwen2", "gemma4_text")
+        *((kind, EMBEDDED, *at) for kind in ("llama", "gemma4_text")
           for at in (("solved", 1), ("outside", 0))),
         *(pytest.param(*how, marks=pytest.mark.long) for how in (
             ("llama", SPARSEGPT, "written", 2), ("llama", SPARSEGPT, "counted", 0),
@@ -267,6 +267,9 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(
     begun = moment not in ("claimed", "renamed") and (moment, block) != ("solved", 0)
     if begun:
         assert "resume it with --resume" in calmix(*command, cut).line
+        versions = read_record(WorkFolder(cut).path)["request"]["versions"]
+        # Those of others, which cannot change the bytes, make no other request.
+        assert versions.keys() == {"calmix", "torch", "transformers", "tokenizers"}
     with monkeypatch.context() as patched:
         for look in (DensePass, ScorePass):  # what was seen is kept
             patched.setattr(look, "block", None)
@@ -280,22 +283,6 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(
     for name in pruning_of(whole)["embeddings"]:
         levels = grids[name].values(grids[name].levels(found[name]))
         assert torch.equal(levels.to(found[name].dtype), found[name])
-
-
-def test_only_versions_that_may_change_the_bytes_are_another_request(
-    calmix, command, tmp_path, monkeypatch
-):
-    stopped(partial(arm, "counted", 1), *command, tmp_path / "out")
-    real, others = importlib.metadata.version, {"torch": "1.0"}
-    monkeypatch.setattr("calmix.manifest.version", lambda n: others.get(n) or real(n))
-    ended = calmix(*command, tmp_path / "out", "--resume")
-    told = f"is the work of another request (versions.torch: {real('torch')}, now 1.0)"
-    assert told in ended.line
-    others.clear()
-    others |= {"rich": "1.0", "psutil": "2.0"}
-    calmix(*command, tmp_path / "out", "--resume").ok()
-    others.clear()
-    assert "finished by an earlier run" in calmix(*command, tmp_path / "out", "--resume").err
 
 
 def test_a_resumed_run_goes_through_the_finished_blocks_once_more(
@@ -349,21 +336,18 @@ def test_resuming_keeps_the_size_of_a_micro_batch(calmix, command, tmp_path, mon
 # Memory
 
 
-@pytest.mark.parametrize(
-    ("block", "error"),
-    [(1, None), (0, RuntimeError("MPS backend out of memory")),
-     (0, RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"))],
-    ids=str,
-)  # fmt: skip
-def test_out_of_memory_what_is_done_is_kept(calmix, command, tmp_path, monkeypatch, block, error):
+def test_out_of_memory_what_is_done_is_kept(calmix, command, tmp_path, monkeypatch):
+    """Told by a CUDA device, and by others as torch says it there."""
+    assert all(out_of_memory(RuntimeError(f"{said}.")) for said in (
+        "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))  # fmt: skip
     add, seen = Gram.add, []
 
     def short(self, inputs):
         # The last of a block's inputs, when layers are pruned; weights have two dimensions.
         if inputs.ndim == 3 and inputs.shape[-1] == 64:
             seen.append(len(inputs))
-            if len(seen) > block:
-                raise error or torch.OutOfMemoryError
+            if len(seen) > 1:
+                raise torch.OutOfMemoryError
         add(self, inputs)
 
     with monkeypatch.context() as patched:
@@ -374,6 +358,4 @@ def test_out_of_memory_what_is_done_is_kept(calmix, command, tmp_path, monkeypat
         "error: cpu ran out of memory with 6 calibration rows at a time: free some, run "
         "fewer rows at a time (--max-memory, in Python micro_tokens), or use shorter rows"
     )
-    assert (tmp_path / "out.unfinished").exists() == bool(block)
-    if block:
-        assert "1 blocks done: resume it with --resume" in calmix(*command, tmp_path / "out").line
+    assert "1 blocks done: resume it with --resume" in calmix(*command, tmp_path / "out").line

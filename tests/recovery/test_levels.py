@@ -51,6 +51,8 @@ def test_levels_move_on_their_grid_also_after_a_kill(calmix, quantised, tmp_path
     assert 0.001 * told["weights"] < moved < 0.5 * told["weights"]
     assert "problem" not in calmix("doctor", "inspect", output).ok().out  # zeros have moved too
     calmix("export", output, "--to", "pack", "-o", tmp_path / "pack").ok()
+    if name != "joint":  # with a mask too: the others' state is a part of it
+        return
     again = calmix(*command(place, tmp_path / "again", "distill", pruned=output)).ok()
     assert "weights stay on their grid" in again.out
     killed = command(place, cut, "distill", *more, pruned=name)

@@ -36,20 +36,17 @@ def test_zeros_of_every_expert_stay_and_the_rest_is_trained(calmix, place, tmp_p
     kind, method = case
     output = tmp_path / "out"
     calmix(*command(place, output, method, *SLOW, pruned=f"{kind}-pruned", dense=kind)).ok()
-    before, after = map(load_weights, (place / f"{kind}-pruned", output))
+    folders = (place / f"{kind}-pruned", output, place / kind)
+    before, after = map(load_weights, folders[:2])
     assert {n: v.shape for n, v in before.items()} == {n: v.shape for n, v in after.items()}
-    models = [
-        AutoModelForCausalLM.from_pretrained(f)
-        for f in (place / f"{kind}-pruned", output, place / kind)
-    ]
-    old, new = (find_blocks(model) for model in models[:2])
+    models = [*map(AutoModelForCausalLM.from_pretrained, folders)]
     zeros = weights = 0
-    for index in range(len(old)):
-        for was, layer in zip(old.prunables(index), new.prunables(index), strict=True):
-            zero = was.view() == 0
-            assert (layer.view()[zero] == 0).all(), layer.name
-            assert (layer.view() != was.view()).sum() > 0.9 * (~zero).sum(), layer.name
-            zeros, weights = zeros + int(zero.sum()), weights + zero.numel()
+    layers = (find_blocks(model).layers for model in models[:2])
+    for was, layer in zip(*layers, strict=True):
+        zero = was.view() == 0
+        assert (layer.view()[zero] == 0).all(), layer.name
+        assert (layer.view() != was.view()).sum() > 0.9 * (~zero).sum(), layer.name
+        zeros, weights = zeros + int(zero.sum()), weights + zero.numel()
     told = manifest(output)["recovery"]
     assert (told["zeros"], told["weights"]) == (zeros, weights)
     before, after = kl(models, place, told)
@@ -62,10 +59,9 @@ def test_zeros_of_every_expert_stay_and_the_rest_is_trained(calmix, place, tmp_p
 def test_what_a_drop_leaves_is_recovered(calmix, place, tmp_path, case):
     method, recover = case
     sparse = ("--sparsity", 0.5, "--method", method) if method != "none" else ()
-    calibration = ("--calibration", place / "set")
-    drop = ("prune", place / "mixtral", *calibration, "--drop-experts", 0.5, *sparse)
-    calmix(*drop, "-o", tmp_path / "dropped").ok()
-    dropped = tmp_path / "dropped"
+    dropped, drawn = tmp_path / "dropped", ("--calibration", place / "set")
+    drop = ("prune", place / "mixtral", *drawn, "--drop-experts", 0.5, *sparse, "-o", dropped)
+    calmix(*drop).ok()
     calmix(*command(place, tmp_path / "out", recover, *SLOW, pruned=dropped, dense="mixtral")).ok()
     told = manifest(tmp_path / "out")["recovery"]
     assert told["after"] < told["before"]

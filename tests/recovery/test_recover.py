@@ -94,9 +94,8 @@ def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method
     recovery, drawn = told["recovery"], json.loads((place / "set" / "manifest.json").read_text())
     assert recovery["after"] < 0.9 * recovery["before"]
     assert recovery["zeros"] == recovery["weights"] // 2
-    assert (told["kind"], told["calibration"]["sha256"]) == (
-        "recovered checkpoint", drawn["sha256"],
-    )  # fmt: skip
+    assert told["kind"] == "recovered checkpoint"
+    assert told["calibration"]["sha256"] == drawn["sha256"]
     folders = (place / pruned, output, place / "dense")
     gaps = kl(map(AutoModelForCausalLM.from_pretrained, folders), place, recovery)
     assert gaps[1] < 0.9 * gaps[0]
@@ -272,10 +271,9 @@ def test_every_mistake_is_one_line(calmix, place, tmp_path):
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (tokens / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
     wide = save_tiny_model(tmp_path / "wide", intermediate_size=96)
-    foreign = tmp_path / "foreign"
-    api.resolve(
-        str(place / "text.txt"), api.open_model(str(tokens)), rows=8, length=32, leakage="off"
-    ).save(foreign)
+    foreign, opened = tmp_path / "foreign", api.open_model(str(tokens))
+    drawn = api.resolve(str(place / "text.txt"), opened, rows=8, length=32, leakage="off")
+    drawn.save(foreign)
     against = ("--against", dense)
     for arguments, told in (
         ((kind, *against, *data), "q_proj.bias is (32,) here, none in the dense model"),
@@ -294,5 +292,4 @@ def test_every_mistake_is_one_line(calmix, place, tmp_path):
     ):
         ended = calmix("recover", *arguments, "-o", tmp_path / "out")
         assert told in ended.line, (arguments, ended.line)
-        assert not (tmp_path / "out").exists()
-        assert not (tmp_path / "out.unfinished").exists(), arguments
+        assert not list(tmp_path.glob("out*")), arguments

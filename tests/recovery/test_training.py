@@ -1,12 +1,16 @@
-"""Rows, steps, rates and masters: what both ways of recovery share."""
+"""Rows, steps, rates, masters and losses: what the ways of recovery are made of."""
 
 import copy
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from calmix.errors import InputError, SolverError
+from calmix.recovery import distill
+from calmix.recovery.blocks import relative_error
 from calmix.recovery.training import (
     Masters,
     Progress,
@@ -29,9 +33,7 @@ def test_rows_train_or_are_held_out():
     assert len(split_rows(one[:6], 4, seed=0)[1]) == 2
     with pytest.raises(InputError, match=r"5 rows is too small .* at least 6 are needed"):
         split_rows(one[:5], 4, seed=0)
-
-
-def test_each_source_decides_by_its_weight_when_to_stop():
+    # Each source decides by its weight when to stop.
     sources = [name for name in "aabcaabc" for _ in range(8)]  # 32, 16 and 16 rows
     for seed in range(20):
         _, held = split_rows(sources, 4, seed)
@@ -62,26 +64,17 @@ def test_a_micro_batch_divides_the_batch(batch, length, rows):
     assert rows_at_once(batch, length) == rows
 
 
-class Idle:
-    """Masters that take no step."""
-
-    def __init__(self):
-        self.rates = []
-
-    def step(self, rate):
-        self.rates.append(rate)
-
-
 def curve(held_out, steps=20, **how):
-    """Train on items of no loss, with these readings of what is held out."""
-    readings, masters, progress = iter(held_out), Idle(), Progress(steps)
+    """Train on items of no loss, with these readings of what is held out and no step taken."""
+    readings, rates, progress = iter(held_out), [], Progress(steps)
+    masters = SimpleNamespace(step=rates.append)
 
     def mean(items, learn):
         return torch.tensor(0.0 if learn else next(readings), dtype=torch.float64)
 
     for _ in train(progress, masters, [[0]] * steps, [1], mean, 1.0, every=2, **how):
         pass
-    return progress, masters.rates
+    return progress, rates
 
 
 def test_it_stops_after_three_readings_without_a_better_one():
@@ -164,3 +157,37 @@ def test_masters_keep_what_the_modules_type_would_lose():
     torch.testing.assert_close(module.weight.float(), masters.values["weight"], rtol=4e-3, atol=0)
     assert not torch.equal(module.weight.float(), masters.values["weight"])
     assert not torch.equal(before, masters.values["weight"])
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_divergence_in_chunks_is_that_of_all_logits_at_once(monkeypatch, cap):
+    torch.manual_seed(0)
+    heads = [torch.randn(50, 8) for _ in range(2)]
+    hidden, target = torch.randn(37, 8), torch.randn(37, 8)
+
+    def head(states, weight):
+        value = nn.functional.linear(states, weight.to(states.dtype))
+        return value if cap is None else torch.tanh(value / cap) * cap
+
+    whole = hidden.double().requires_grad_()
+    p, q = head(target.double(), heads[1]).softmax(-1), head(whole, heads[0]).softmax(-1)
+    expected = (p * (p / q).log()).sum()
+    expected.backward()
+    monkeypatch.setattr(distill, "CHUNK", 0)
+    monkeypatch.setattr(distill, "LEAST", 16)
+    monkeypatch.setattr("calmix.machine.CACHED_VALUES", 150)  # three rows
+    hidden.requires_grad_()
+    ours, theirs = (partial(head, weight=weight) for weight in heads)
+    found = distill.divergence(hidden, target, ours, theirs, 50)
+    (3 * found).backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(hidden.grad, 3 * whole.grad.float(), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        again = distill.divergence(hidden, target, ours, theirs, 50)
+    assert again.item() == found.item()
+
+
+def test_every_token_counts_the_same_to_a_block():
+    target = torch.tensor([[3.0, 4.0], [3000.0, 4000.0], [0.0, 0.0]])
+    output = target * 1.1
+    assert relative_error(output, target).item() == pytest.approx(0.02, rel=1e-4)

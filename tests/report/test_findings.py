@@ -1,4 +1,4 @@
-"""Findings report planted effects, and a tie is never a win."""
+"""Findings report planted effects, a tie is never a win, and how numbers are written."""
 
 import pytest
 
@@ -139,16 +139,13 @@ def test_few_sources_leave_signs_open():
 # Sentences
 
 
-def test_an_unfinished_study_says_so():
+def test_small_studies_say_what_they_cannot_show_and_unfinished_ones_what_is_to_come():
     whole = study(full_plan(**SMALL))
     part = whole.model_copy(update={"trials": whole.trials[:29], "failed": (failed("x"),)})
     told = of(part)["certainty"]
     assert told[0].startswith("29 of 40 planned trials finished, 1 failed, 10 to come")
     assert any("empty cell" in line for line in told)
     assert "to come" not in " ".join(of(whole)["certainty"])
-
-
-def test_small_studies_say_what_they_cannot_show():
     alone = of(study(Plan(sources=("a",), seeds=(0,))))
     assert "nothing to compare" in alone["headline"]
     assert alone["conditions"] == [[]]
@@ -185,3 +182,17 @@ def test_each_method_is_compared_with_the_next_weaker_one():
     (line,) = summarise(analysed(few, default="mix"))["methods"]
     assert line.startswith("ADMM 60% against SparseGPT 60%: ")
     assert line.endswith(" points in total, mean of 1 set.")
+
+
+@pytest.mark.parametrize(("written", "text"), [
+    (words.percent(0.5004), "50.0"), (words.percent(None), "–"), (words.percent(-0.001), "−0.1"),
+    (words.percent(-0.0001), "0.0"), (words.percent(-0.046, 0), "−5"),
+    (words.percent(0.012, sign=True), "+1.2"), (words.percent(0.0, sign=True), "0.0"),
+    (words.rho(-0.5), "−0.50"), (words.rho(-0.001), "0.00"), (words.p_value(0.0004), "<0.001"),
+    (words.p_value(0.04), "0.040"), (words.p_value(None), "–"), (words.sure(0.9999), "99 %"),
+    (words.sure(0.0), "1 %"), (words.listed("abc"), "a, b and c"),
+    (words.short("x" * 40), "x" * 25 + "…"), (words.counted(1, "seed"), "1 seed"),
+    (words.counted(2, "seed"), "2 seeds"),
+])  # fmt: skip
+def test_a_number_or_name_is_written(written, text):
+    assert written == text

@@ -51,7 +51,6 @@ def test_a_group_leaves_out_what_a_licence_forbids_and_shares_its_weight():
     spec = ask("uniform:offline", licence="permissive")
     allowed = [n for n, s in offline_sources().items() if s.use == "permissive"]
     assert list(spec.mix) == allowed
-    assert "textbook" not in allowed
     assert set(spec.mix.values()) == {1 / len(allowed)}
     assert list(ask("offline").mix) == list(offline_sources())
 

@@ -105,14 +105,13 @@ def test_a_lock_is_a_processs_and_goes_with_it(tiny_study, tmp_path):
         assert kept.state(pending) == "running"
         assert run(path, store, only=["mix*"]).ran == []
     file = store / "locks" / f"{pending}.lock"
+    lease = f"mode=lease\ntoken=t\nduration={SILENCE}\n"
     for pid, host, age in ((2**22 + 1, socket.gethostname(), 0), (1, "elsewhere", SILENCE + 1)):
-        file.write_text(
-            f"filelock/2\npid={pid}\nhost={host}\nmode=lease\ntoken=t\nduration={SILENCE}\n"
-        )
+        file.write_text(f"filelock/2\npid={pid}\nhost={host}\n{lease}")
         os.utime(file, (time.time() - age,) * 2)
         assert kept.state(pending) == "pending"
         assert not file.exists()
-    file.write_text(f"filelock/2\npid=1\nhost=elsewhere\nmode=lease\ntoken=t\nduration={SILENCE}\n")
+    file.write_text(f"filelock/2\npid=1\nhost=elsewhere\n{lease}")
     assert kept.runner(pending) == "pid 1 on elsewhere"
 
 
@@ -224,9 +223,8 @@ def test_folders_that_are_no_store(ran, tmp_path):
 def test_patterns_choose_trials(ran):
     trials = plan(load_study(ran[0]))
     chosen = chosen_trials(trials, ["l*", "mix wanda*"], ["letters w*"])
-    assert [trial.label for trial in chosen] == [
-        "letters sparsegpt 60% seed 0", "mix wanda 2:4 seed 0",
-    ]  # fmt: skip
+    labels = ["letters sparsegpt 60% seed 0", "mix wanda 2:4 seed 0"]
+    assert [trial.label for trial in chosen] == labels
     with pytest.raises(InputError, match=r"no trial matches 'letter': did you mean letters"):
         chosen_trials(trials, ["letter"], [])
     with pytest.raises(InputError, match="leave no trial"):

@@ -102,9 +102,8 @@ def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path):
     study = load_study(tiny_study(("letters: ", sets)))
     auto, bos = resolve_all(study, plan(study)[:4:2])
     assert (auto.strategy, bos.strategy) == ("self-cal", "self-cal")
-    assert list(differences(auto.definition, bos.definition)) == [
-        "calibration.settings.start: auto, now bos"
-    ]
+    told = "calibration.settings.start: auto, now bos"
+    assert list(differences(auto.definition, bos.definition)) == [told]
     assert auto.calibration_id != bos.calibration_id
 
 
