@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -84,3 +84,15 @@ def file_hashes(
             found[name] = value
             tick(name)
     return found
+
+
+def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    """Yield the differences between two requests, e.g. `calibration.rows: 64, now 128`."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in dict.fromkeys([*before, *after]):
+            where = f"{path}.{key}" if path else str(key)
+            yield from differences(before.get(key), after.get(key), where)
+    elif before != after:
+        was, now = (text if len(text) <= 40 else text[:12] + "..."
+                    for text in (str(before), str(after)))  # fmt: skip
+        yield f"{path}: {was}, now {now}"

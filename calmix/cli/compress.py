@@ -76,7 +76,7 @@ def compress_verb(
                "behaviour": asdict(card.behaved)}  # fmt: skip
     print_json(result)
     for text in (
-        card.shortly, f"size: {card.sizes}", f"speed: {card.SPEED}",
+        card.shortly, f"size: {card.sizes}", f"speed: {card.speed}",
         f"card: {page}, after {duration(time.monotonic() - began)}", f"next: {card.next}",
     ):  # fmt: skip
         line(text)

@@ -39,8 +39,6 @@ from calmix.study.estimate import (
 )
 
 ASKED = 16  # the card's few prompts take as long as this many answers of a full batch
-
-RIGHT = 0.4  # largest share of answers that the builtin dense models get right
 ZIPPED, SMALLER = 0.2e9, 0.45  # bytes packed per second, and packed size over size
 
 
@@ -82,7 +80,7 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
         elif leaves in suites:
             work = suite_work(suites[leaves])
             if "--right-only" in stage.arguments:
-                work = work._replace(written=int(RIGHT * work.written))
+                work = work.right
             both = request.model in stage.arguments[2:]  # the dense model is scored with it
             far = both and leaves == SCORES and "--no-distance" not in stage.arguments
             texts = text_tokens(suites[leaves]) if far else 0

@@ -103,6 +103,8 @@ def _changed(folder: Path, kept: dict[str, str], found: dict[str, str]) -> list[
 def _checkpoint(folder: Path, health: Health, say: Say) -> None:
     kept, pruned = _described(folder, health)
     _files(folder, kept, health, say)
+    if pruned is None:
+        return
     done, warn = pruned["pruning"], health.warnings.append
     health.layers = TypeAdapter(list[LayerReport]).validate_python(done["layers"])
     damping = done["options"].get("damping")
@@ -120,26 +122,29 @@ def _checkpoint(folder: Path, health: Health, say: Say) -> None:
         warn(f"fewer calibration tokens ({tokens}) than layer inputs ({widest}): use more rows")
 
 
-def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, Any]]:
-    """Set the facts of a checkpoint; return its files' hashes and the pruning run's manifest."""
-    manifest = pruned = read_sealed(folder / MANIFEST, "")
+def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, Any] | None]:
+    """Set the facts of a checkpoint; return its files' hashes and the pruning run's manifest, None
+    if another program pruned the model."""
+    manifest = read_sealed(folder / MANIFEST, "")
+    pruned: dict[str, Any] | None = manifest
     health.kind = health.kind.replace("checkpoint", manifest["kind"])
-    recovered: list[dict[str, Any]] = []
-    while pruned["kind"] == "recovered checkpoint":
-        recovered.insert(0, pruned["recovery"])
-        if (pruned := pruned["pruned"]) is None:
-            raise InputError(
-                f"{folder / MANIFEST} cannot be checked: the pruned model had no manifest"
-            )
+    recovered: dict[str, str] = {}
+    while pruned is not None and pruned["kind"] == "recovered checkpoint":
+        one = pruned["recovery"]
+        text = f"held-out rows {one['before']:.4f} before, {one['after']:.4f} after"
+        recovered, pruned = {f"recovery by {one['method']}": text, **recovered}, pruned["pruned"]
+    if pruned is None:
+        health.facts = {"model": manifest["model"]["name"], **recovered,
+                        "versions": _versions(manifest)}  # fmt: skip
+        return dict(manifest["files"]), None
     done, drawn, text = pruned["pruning"], pruned["calibration"], "none"
     if drawn is not None:
-        text = drawn.get("generated") or ", ".join(drawn.get("sources", {}))
+        parts = [*drawn.get("sources", {}), *drawn.get("written", {})]
+        text = drawn.get("generated") or ", ".join(parts)
         text += f" ({drawn['rows']} x {drawn['length']} tokens)"
-    held_out = "held-out rows {before:.4f} before, {after:.4f} after"
     health.facts = {
         "model": pruned["model"]["name"], "method": f"{done['method']} {done['pattern']}",
-        **{f"recovery by {one['method']}": held_out.format(**one) for one in recovered},
-        "calibration": text, "weights": done["weights"], "pruned": done["pruned"],
+        **recovered, "calibration": text, "weights": done["weights"], "pruned": done["pruned"],
     }  # fmt: skip
     if done.get("bits"):
         outer = [f", {name} {bits:.3f}" for name, bits in done.get("embeddings", {}).items()]
@@ -187,7 +192,7 @@ def _calibration(folder: Path, health: Health, say: Say) -> None:
     health.facts = {
         "model": manifest.get("model", {}).get("name"),
         "made by": manifest.get("generated")
-        or " and ".join(["drawing", *manifest.get("written", [])]),
+        or " and ".join(["drawing"] * ("sources" in manifest) + [*manifest.get("written", [])]),
         "rows": f"{held.rows} of {held.length} tokens",
         "from": ", ".join(f"{name} {count}" for name, count in held.counts.items()),
         "user's turns": manifest.get("chat_turns", "not counted"),
@@ -213,7 +218,7 @@ def _store(folder: Path, health: Health, say: Say) -> None:
             except CalmixError as error:
                 health.problems.append(str(error))
         say(entry.id)
-    for pattern in ("trials/*/checkpoint", "calibration/[!.]*", "dense/[!.]*.json"):
+    for pattern in ("trials/[!.]*/checkpoint", "calibration/[!.]*", "dense/[!.]*.json"):
         for path in sorted(folder.glob(pattern)):
             health.problems += inspect(path, say).problems
 
@@ -225,8 +230,7 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
     left = [name for name, path in leaves.items() if not (folder / path).exists()]
     health.facts = {"dense model": asked.model, "target": asked.target, "effort": asked.effort}
     if left:
-        resume = f"calmix compress {asked.model} -o {folder}"
-        health.facts["left to do"] = f"{', '.join(left)} (resume: {resume})"
+        health.facts["left to do"] = f"{', '.join(left)} (run its calmix compress again to resume)"
     begun = [one for one in leaves.values()
              if any((folder / (one + end)).exists() for end in ("", SUFFIX))]  # fmt: skip
     parts = _parts(folder, begun, health, say)

@@ -16,7 +16,7 @@ from calmix.calibration.leakage import guard_of
 from calmix.calibration.resolving import Asked, make, read_generator
 from calmix.errors import InputError
 from calmix.files import check_output_folder, holds_result, read_object
-from calmix.manifest import SEAL, read_sealed
+from calmix.manifest import SEAL, differences, read_sealed
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint
 from calmix.options import DrawOptions, checked
@@ -25,7 +25,6 @@ from calmix.recovery import recover
 from calmix.sources import Source
 from calmix.sources.registry import parse_sources
 from calmix.specs import prune_request, recover_request
-from calmix.study.trials import differences
 
 # Fields of the manifest that a run makes, and of the run record that describe the machine.
 MADE = ("files", "pruning", "recovery", "request_sha256", "sha256", SEAL)

@@ -48,7 +48,7 @@ from calmix.files import (
     sha256_file,
     write_json,
 )
-from calmix.manifest import read_sealed, sealed
+from calmix.manifest import differences, read_sealed, sealed
 from calmix.models import OpenModel
 from calmix.models.shards import read_file, tensor_bytes, write_file
 from calmix.pruning import distributed
@@ -131,16 +131,10 @@ class WorkFolder:
                     f"{self.path} holds an interrupted run with {self.done} {self.unit} done: "
                     "resume it with --resume, start over with --overwrite, or name another output"
                 )
-            import pandas
-
-            requests = (record["request"], self._asked)  # nested values get names such as `a.b`
-            held, wanted = (pandas.json_normalize(one).to_dict("records")[0] for one in requests)
-            differ = [name for name in held | wanted if held.get(name) != wanted.get(name)]
-            if differ:
-                was, now = (one.get(differ[0]) for one in (held, wanted))
+            if changed := next(differences(record["request"], self._asked), None):
                 raise InputError(
-                    f"{self.path} is the work of another request ({differ[0]}: {was!s:.40}, now "
-                    f"{now!s:.40}): request the same, name another output, or delete it"
+                    f"{self.path} is the work of another request ({changed}): request the same, "
+                    "name another output, or delete it"
                 )
             shutil.rmtree(self.path / "scratch", ignore_errors=True)
             return self.kept

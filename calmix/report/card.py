@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import CalibrationSet, saved_set
-from calmix.compression.plan import BEHAVIOUR, PACK, SCORES, packed_bytes, target
-from calmix.compression.plan import MANIFEST as RECORD
+from calmix.compression.plan import BEHAVIOUR, MOST, PACK, SCORES, packed_bytes, target
 from calmix.compression.running import read_record
 from calmix.errors import InputError
 from calmix.evaluation import floors
@@ -66,7 +65,17 @@ class Card:
     hashes: list[dict[str, str]]  # of inputs and outputs
     checked: str = ""
 
-    SPEED = "unchanged: plain 16-bit weights (for formats of engines: calmix export --help)"
+    @cached_property
+    def width(self) -> int:
+        """Bits of a stored weight, as of most of them."""
+        held = stored_tensors(self.out / "model").values()
+        return 8 * max(held, key=lambda place: place.size).dtype.itemsize
+
+    @property
+    def speed(self) -> str:
+        """Speed compared with the dense model, and why."""
+        formats = "(for formats of engines: calmix export --help)"
+        return f"unchanged: plain {self.width}-bit weights {formats}"
 
     @cached_property
     def kept(self) -> Retention | None:
@@ -139,16 +148,24 @@ class Card:
         builtin = self.asked["suite"] in ("offline", "abilities")  # else not by `measure`
         if self.behaved.answers is None or (builtin and self.behaved.not_run):
             return self.measure
-        return f"hf upload NAME/{self.out.name} {self.out / 'model'}"
+        return shlex.join(["hf", "upload", f"NAME/{self.name}", str(self.out / "model")])
 
     @property
     def instead(self) -> str:
         """A hint to quantise to the size of a sparse model; empty for a quantised one."""
         if self.pruning.get("bits") or not self.packed:
             return ""
-        command = ["calmix", "compress", self.asked["model"], "-o", f"{self.out}-bits", "--size",
-                   f"{self.packed / 1e6:.0f}MB"]  # fmt: skip
+        size = ["--size", f"{self.packed / 1e6:.0f}MB"]
+        if self.packed > packed_bytes(MOST, self.pruning["weights"], self.outer):
+            size = ["--bits", f"{MOST:g}"]  # --size takes no more than that
+        command = ["calmix", "compress", self.asked["model"], "-o", f"{self.out}-bits", *size]
         return f"quantising usually keeps more than pruning; try {shlex.join(command)}"
+
+    @cached_property
+    def outer(self) -> int:
+        """Number of weights outside the linear layers."""
+        held = (place.shape for place in stored_tensors(self.out / "model").values())
+        return sum(map(math.prod, held)) - int(self.pruning["weights"])
 
     @cached_property
     def frontier(self) -> list[dict[str, str]]:
@@ -156,15 +173,13 @@ class Card:
         if not self.packed:
             return []
         weights, kept = self.pruning["weights"], self.behaved.answers
-        held = (place.shape for place in stored_tensors(self.out / "model").values())
         beside = sum(path.stat().st_size for path in (self.out / PACK).rglob("*")
                      if path.is_file() and path.suffix != WEIGHTS)  # fmt: skip
-        outer = sum(map(math.prod, held)) - weights
         measured = packaged("report/frontier.yaml")
         rows = [(self.packed, f"this model, {target(self.asked)}",
                  None if kept is None else kept.share.value, dict[str, float]())]  # fmt: skip
-        rows += [(int(packed_bytes(bits, weights, outer, beside)), f"{bits:g} bits", None, shares)
-                 for bits, shares in measured.items()]  # fmt: skip
+        rows += [(int(packed_bytes(bits, weights, self.outer, beside)), f"{bits:g} bits", None,
+                  shares) for bits, shares in measured.items()]  # fmt: skip
         return [
             {"weights at": name, "#packed, MB": words.number(place / 1e6, 0),
              "#this model keeps %": words.percent(own),
@@ -271,8 +286,8 @@ def read_card(out: Path) -> Card:
     for needed in (out / "model", scored):
         if not needed.exists():
             raise InputError(
-                f"{out} is not finished: it lacks {needed.name}; resume it with the calmix "
-                f"compress command in {out / RECORD}"
+                f"{out} is not finished: it lacks {needed.name}; run its calmix compress again to "
+                "resume"
             )
     pairs = load_pairs([scored, *(path for path in [out / BEHAVIOUR] if path.exists())])
     dense, scores = pairs[0]
@@ -280,7 +295,7 @@ def read_card(out: Path) -> Card:
     recovered = manifest = read_sealed(path, f"{path} is missing: make {out / 'model'} again")
     while manifest["kind"] == "recovered checkpoint":
         recoveries.insert(0, manifest["recovery"])
-        manifest = manifest["pruned"]
+        recovered, manifest = manifest, manifest["pruned"]
     calibration = manifest["calibration"]
     hashes = {f"dense model {model}": manifest["model"]["sha256"],
               "calibration set": calibration["sha256"]}  # fmt: skip

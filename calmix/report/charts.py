@@ -179,11 +179,7 @@ def bars(
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
     axes.axvline(rule, color=MUTED, linewidth=1, linestyle="--" if rule else "-")
-    if marks and not rule:  # where bars begin
-        ends = [0.0, *(100 * end for row in marks for share, *_ in row
-                       for end in (share.value, share.low, share.high)
-                       if end is not None)]  # fmt: skip
-        axes.set_xlim(1.03 * min(ends), 1.03 * max(ends))
+    axes.margins(x=0.03)
     axes.set_xlabel(below)
     _legend(figure, keys, narrow)
     return figure

@@ -137,9 +137,10 @@ def _methods(analysis: Analysis) -> Iterator[str]:
 
 def claims(analysis: Analysis) -> dict[str, list[Verdict]]:
     """Return the claims that this study can judge, each with the verdicts of conditions."""
-    found, compared = analysis.conditions, list(COMPARED)
+    found = analysis.conditions
+    compared: list[tuple[Any, ...]] = [(*one, False) for one in COMPARED]
     if (default := analysis.settings.default) is not None:
-        compared.insert(2, (f"A mix keeps more than {default}", "mix", default))
+        compared.insert(2, (f"A mix keeps more than {default}", "mix", default, True))
     judged = {text: [_compared(each, *sides) for each in found] for text, *sides in compared} | {
         "Dimensions are far apart where the total is close": [_cancelled(each) for each in found],
         "A metric of the text raises one dimension and lowers another":
@@ -170,15 +171,17 @@ def _judged(where: str, gaps: Sequence[Gap], wanted: int = 1, before: str = "") 
     return {"where": where, "verdict": verdict, "figures": before + figures}
 
 
-def _compared(each: ConditionAnalysis, left: str, right: str) -> Verdict | None:
+def _compared(each: ConditionAnalysis, left: str, right: str, named: bool) -> Verdict | None:
+    """Compare sets of one strategy with those of another, or with a set `named` by its label."""
     made = {one.calibration: one.strategy for one in each.cells.made}
     gaps = [
         (ours if right == SINGLES else f"{ours} over {theirs.removeprefix(BEST)}", gap,
          one.significant)
         for one in each.differences if one.quantity == TOTAL
         for ours, theirs, gap in ((one.left, one.right, one.gap), (one.right, one.left, -one.gap))
-        if left in (ours, made.get(ours))
-        and right in (theirs, BEST if theirs.startswith(BEST) else made.get(theirs))
+        if made.get(ours) == left
+        and right == (theirs if named or theirs == SINGLES
+                      else BEST if theirs.startswith(BEST) else made.get(theirs))
     ]  # fmt: skip
     return _judged(each.condition.label, gaps)
 

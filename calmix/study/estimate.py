@@ -58,6 +58,7 @@ CHARACTERS = 3.6  # per token, in English text and code
 # Tokens generated per token kept.
 PASSES = {"self-written": 1.2, "chat": 1.3, "igsp": 3.0, "self-cal": 1.0, "sgs": 1.25}
 ITEMS, EACH = 1000, 1000  # assumed items of a task without its data, and characters per item
+RIGHT = 0.4  # largest share of answers that the builtin dense models get right
 
 
 class Timed:
@@ -236,11 +237,13 @@ class Timed:
         shape = trial.rows, trial.length
         needed = plan_for(source, shape, trial.request.chosen, budget=2**62).needed
         blocks = 2 * max(self.blocks.sizes)  # already counted in `self.bytes`
-        logits = 3 * 512 * self.vocabulary * 4
-        peak = max(needed - blocks, PROGRAM + logits)
+        scored = 3 * 512 * self.vocabulary * 4  # logits
+        if trial.request.embeddings:  # distance needs the dense model, whose head was rounded
+            scored += self.bytes
+        peak = max(needed - blocks, PROGRAM + scored)
         if trial.recovery is not None:
             recovered = self.recovery_memory(trial.recovery, trial.length)
-            peak = max(peak, PROGRAM + max(recovered, self.bytes + logits))  # two models are open
+            peak = max(peak, PROGRAM + max(recovered, self.bytes + scored))  # two models are open
         return self.bytes + peak
 
 
@@ -264,6 +267,11 @@ class SuiteWork(NamedTuple):
     tokens: int = 0
     written: int = 0
     exact: bool = True
+
+    @property
+    def right(self) -> SuiteWork:
+        """The work if answers are generated only where the dense model is right."""
+        return self._replace(written=int(RIGHT * self.written))
 
 
 def suite_work(suite: Suite) -> SuiteWork:
@@ -294,6 +302,7 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
     """
     models = {label: Timed(m.name, m.dtype, device) for label, m in study.file.models.items()}
     work, texts = suite_work(study.suite), text_tokens(study.suite)
+    asked = work.right if study.file.right_only else work
     trials, groups = plan(study), dict[Condition, list[Planned]]()
     for trial in trials:
         groups.setdefault(trial.condition, []).append(trial)
@@ -311,7 +320,7 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
         pruned = sum(prunes[trial.pruned] is trial for trial in members) / len(members)
         shape, request = (first.rows, first.length), first.request
         once = model.pruning(request.chosen, request.propagation, *shape, request.allocation)
-        times = {"prune": pruned * once, "evaluate": model.evaluation(work, texts)}
+        times = {"prune": pruned * once, "evaluate": model.evaluation(asked, texts)}
         if first.recovery is not None:
             times["recover"] = model.recovery(first.recovery, *shape)
         memory = model.trial_memory(first)

@@ -92,17 +92,18 @@ def run_study(
             f"the study has changed: {len(stale)} finished trials (first: '{stale[0]}') are no "
             f"longer part of it and stay in {path / 'trials'}"
         )
-    left = [trial for trial in resolved
-            if trial.key in chosen and store.state(trial.id) != "finished"]  # fmt: skip
-    check_free(path, checkpoint_bytes(study, left), "checkpoints take")
+    done = {"finished"} if retry_failed else {"finished", "failed"}
+    todo = [trial for trial in resolved
+            if trial.key in chosen and store.state(trial.id) not in done]  # fmt: skip
+    check_free(path, checkpoint_bytes(study, todo), "checkpoints take")
     write_json(path / INDEX, store.index.model_dump())
-    todo = [trial for trial in left if retry_failed or store.state(trial.id) != "failed"]
     if len(todo) < len(resolved):
         note(f"{len(todo)} of {len(resolved)} trials to run")
     ends, seconds = dict[str, Ended](), list[float]()
 
     def stage(trial: Planned, what: str, done: int, total: int) -> None:
-        text = f"trial {len(ends) + 1} of {len(todo)}: {trial.label} {what}".rstrip()
+        number = min(len(ends) + 1, len(todo))  # one that another process left may be run again
+        text = f"trial {number} of {len(todo)}: {trial.label} {what}".rstrip()
         left = (len(todo) - len(ends)) * sum(seconds) / max(1, len(seconds))
         show(text, done / total if total else None, left=left or None)
 
@@ -114,7 +115,8 @@ def run_study(
             line = what.told
         if how in ("finished", "failed"):
             note(f"{len(ends)}/{len(todo)} {trial.label}: {line}")
-    write_table(read_results(path), path)
+    with store.lock("results"):  # else an earlier state may replace the table of another process
+        write_table(read_results(path), path)
     return store, {n: ended for n, ended in ends.items() if ended[0] in ("failed", "elsewhere")}
 
 
@@ -212,10 +214,11 @@ def on_ray(
             raise InputError(f"cannot start Ray ({first_line(error)}): check --address") from error
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            any_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
+            on_cpu = bench.how["device"] == "cpu"
+            any_gpu = not on_cpu and any(node.get("GPU", 0) >= 1 for node in nodes)
             given = float(any_gpu) if gpus is None else gpus
             label, memory = largest(bench.study, todo, **bench.how | {"device": "cpu"})
-            if given and bench.how["device"] != "cpu":  # weights only pass through host memory
+            if given and not on_cpu:  # weights only pass through host memory
                 names = (model.name for model in bench.study.file.models.values())
                 memory = PROGRAM + max(weight_bytes(resolve_model(name)) for name in names)
             check_room(nodes, {"CPU": cpus, "GPU": given, "memory": memory}, label)

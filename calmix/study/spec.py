@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     ValidationError,
+    WrapValidator,
     model_validator,
 )
 
@@ -56,6 +57,17 @@ Method = Annotated[str, _by(lambda text: get_method(text).text)]  # `sparsegpt,d
 Recovery = Annotated[str, _by(lambda text: NONE if text == NONE else recovery_of(text).text)]
 Filled = Field(min_length=1)
 Targets = Annotated[list[Annotated[Any, _by(target_of)]], Listed, Filled]
+
+
+def _apart(value: Any, handler: Callable[[Any], Any]) -> Any:
+    """Refuse two spellings of one method, of which a mapping would keep the last."""
+    made = handler(value)
+    if len(made) < len(value):
+        raise ValueError("two names mean the same method: name it once, with all its targets")
+    return made
+
+
+Methods = Annotated[dict[Method, Targets], Filled, WrapValidator(_apart)]
 
 
 class Model(Options):
@@ -115,7 +127,7 @@ class Grid(Options):
     calibrations: Annotated[list[str], Filled] | None = None
     rows: Count | None = None
     length: Count | None = None
-    methods: Annotated[dict[Method, Targets], Filled] | None = None
+    methods: Methods | None = None
     seeds: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Filled] | None = None
     propagation: Propagation | None = None
     allocation: Annotated[list[Allocation], Listed, Filled] | None = None

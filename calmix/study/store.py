@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from filelock import SoftFileLease, Timeout
 from pydantic import BaseModel, Field, ValidationError
 
-from calmix.errors import InputError, disk_errors
+from calmix.errors import DiskError, InputError, disk_errors
 from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.files import atomic_folder, check_apart, check_writable, read_object, write_json
 from calmix.study.results import FailedTrial, Trial
@@ -124,7 +124,10 @@ class Store:
         """Return which process runs a trial, if any."""
         if not (self.path / "locks" / f"{trial_id}.lock").exists():
             return None
-        lock = self.lock(trial_id)
+        try:
+            lock = self.lock(trial_id)
+        except DiskError:  # it has expired, in a store that cannot be written
+            return None
         try:
             with lock.acquire(timeout=0):  # left by a process that died
                 return None

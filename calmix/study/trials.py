@@ -176,12 +176,13 @@ def _asked(
 
 
 def _strategy(asked: Asked) -> Strategy:
-    """Return the strategy of a calibration set."""
+    """Return the strategy of a calibration set; a source with chats beside it is a mix."""
     if asked.saved is not None:
-        method, names = asked.saved.manifest.get("generated"), asked.saved.manifest["names"]
+        held = asked.saved.manifest
+        method, names, written = held.get("generated"), held["names"], held.get("written", {})
     else:
-        method, names = asked.generate, asked.sources
-    if method == "chat" or not (method or names):
+        method, names, written = asked.generate, list(asked.mix), asked.written
+    if method == "chat" or not (method or set(names) - written.keys()):
         return "self-written"
     return method or ("mix" if len(names) > 1 else "single")
 
@@ -275,15 +276,3 @@ def _content(path: Path) -> str:
         return sha256_json([[p.relative_to(path).as_posix(), sha256_file(p)] for p in files])
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-
-
-def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
-    """Yield the differences between two requests, e.g. `calibration.rows: 64, now 128`."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in dict.fromkeys([*before, *after]):
-            where = f"{path}.{key}" if path else str(key)
-            yield from differences(before.get(key), after.get(key), where)
-    elif before != after:
-        was, now = (text if len(text) <= 40 else text[:12] + "..."
-                    for text in (str(before), str(after)))  # fmt: skip
-        yield f"{path}: {was}, now {now}"

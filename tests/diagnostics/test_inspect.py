@@ -24,6 +24,10 @@ KINDS = {
 }
 
 
+def health(calmix, path):
+    return json.loads(calmix("doctor", "inspect", path, "--json").ok().out)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_kind_health_and_changes_are_reported(calmix, made, tmp_path, name):
     kind, changed = KINDS[name]
@@ -53,7 +57,7 @@ def test_what_is_unusual_is_a_warning_and_a_changed_manifest_is_named(calmix, ma
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["pruning"]["layers"][0] |= {"damping": 0.1, "dead_inputs": 9, "error": 0.4}
     write_json(path, sealed(manifest))
-    told = json.loads(calmix("doctor", "inspect", path, "--json").ok().out)
+    told = health(calmix, path)
     for part in (
         "model-00002", "damping was raised from 0.01 to 0.1", "9 of 32 inputs are dead",
         "error of 40.0%",
@@ -68,6 +72,40 @@ def test_what_is_unusual_is_a_warning_and_a_changed_manifest_is_named(calmix, ma
         assert "calmix.json" in calmix("doctor", "inspect", pruned).line
     path.write_text("{")
     assert "not JSON" in calmix("doctor", "inspect", pruned).line
+
+
+def test_a_recovery_of_a_model_that_another_program_pruned_can_be_checked(calmix, made, tmp_path):
+    copy = shutil.copytree(made / "recovered", tmp_path / "recovered")
+    manifest = json.loads((copy / "calmix.json").read_text(encoding="utf-8"))
+    write_json(copy / "calmix.json", sealed(manifest | {"pruned": None}))
+    told = health(calmix, copy)
+    assert (told["problems"], told["warnings"]) == ([], [])
+    assert [*told["facts"]] == ["model", "recovery by blocks", "versions"]
+    (copy / "model-00001-of-00004.safetensors").write_bytes(b"")
+    assert "is damaged or changed" in calmix("doctor", "inspect", copy).line
+
+
+def test_what_a_running_trial_writes_is_not_checked(calmix, made, tmp_path):
+    store = shutil.copytree(made / "results", tmp_path / "store")
+    part = store / "trials" / ".id.partial-0" / "checkpoint"
+    part.mkdir(parents=True)
+    (part / "calmix.json").write_text("{")
+    assert "intact" in calmix("doctor", "inspect", store).ok().out
+
+
+def test_text_that_the_model_wrote_for_a_mix_is_named(calmix, made, tmp_path):
+    pruned = shutil.copytree(made / "pruned", tmp_path / "pruned")
+    manifest = json.loads((pruned / "calmix.json").read_text(encoding="utf-8"))
+    manifest["calibration"]["written"] = {"chat": {}}
+    write_json(pruned / "calmix.json", sealed(manifest))
+    assert health(calmix, pruned)["facts"]["calibration"] == "mine, chat (8 x 32 tokens)"
+    held = shutil.copytree(made / "set", tmp_path / "held")
+    drawn = json.loads((held / "manifest.json").read_text(encoding="utf-8"))
+    drawn["written"] = {"chat": {}}
+    for by in ("drawing and chat", "chat"):
+        write_json(held / "manifest.json", sealed(drawn))
+        assert health(calmix, held)["facts"]["made by"] == by
+        drawn.pop("sources", None)
 
 
 def test_the_model_in_a_pack_is_checked_against_its_manifest(calmix, made, tmp_path):

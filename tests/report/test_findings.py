@@ -114,6 +114,18 @@ def test_claims_report_planted_effects(plan, told):
         assert "code −" in found[METRIC][0]["figures"]
 
 
+def test_a_set_counts_by_how_it_was_made_and_not_by_its_label():
+    others = {"mix": ("self-written", 0.2), "igsp": ("mix", 0.1), "mix-8": ("mix", 0.2)}
+    found = of(study(Plan(others=others, **SHARP)))["claims"]
+    [best] = found["A mix keeps more than the best single source"]
+    assert best["figures"].startswith("igsp over ")
+    assert "; mix-8 over " in best["figures"]
+    assert "mix over" not in best["figures"]
+    assert "A mix keeps more than IGSP" not in found
+    named = of(study(Plan(others=others, **SHARP)), default="igsp")["claims"]
+    assert named["A mix keeps more than igsp"][0]["figures"].startswith("mix-8 over igsp ")
+
+
 def test_a_default_adds_a_claim_and_claims_are_counted_over_conditions():
     found = of(study(PLANTED), default="news")["claims"]["A mix keeps more than news"]
     assert tally(found) == "holds"

@@ -1,5 +1,7 @@
 """The estimator: sizes from a configuration, and estimates from one timed block."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from calmix.calibration import ask
@@ -86,6 +88,20 @@ def test_a_plan_counts_what_is_shared_once(tiny_study, known):
     assert found["disk"] > 36 * 50_000
 
 
+def test_answers_asked_only_where_the_dense_model_is_right_take_less(
+    tiny_study, known, monkeypatch
+):
+    monkeypatch.setattr(estimate, "suite_work", lambda suite: SuiteWork(written=1000))
+    whole, part = (
+        estimate.estimate(load_study(tiny_study(more=more)), "cpu")
+        for more in ("", "right_only: true\n")
+    )
+    assert part["dense_seconds"] == whole["dense_seconds"]
+    for one, other in zip(whole["groups"], part["groups"], strict=True):
+        saved = one["seconds"]["evaluate"] - other["seconds"]["evaluate"]
+        assert saved == pytest.approx(600 * 1100)
+
+
 def test_trials_an_accelerator_cannot_hold_are_refused(tiny_study, known, monkeypatch):
     study = load_study(tiny_study(more="recovery: [none, distill]\n"))
     trials = plan(study)
@@ -100,6 +116,16 @@ def test_trials_an_accelerator_cannot_hold_are_refused(tiny_study, known, monkey
         estimate.check_memory(study, trials, device="cpu")
     (_, note, *_) = estimate.estimate(study, "cpu")["notes"]
     assert note.startswith("tiny sparsegpt 60% needs ")
+
+
+def test_a_model_with_a_rounded_head_is_compared_beside_the_dense_one(
+    tiny_study, known, monkeypatch
+):
+    monkeypatch.setattr(estimate, "plan_for", lambda *_, **how: SimpleNamespace(needed=0))
+    plain, rounded = (load_study(tiny_study(more=one)) for one in ("", "embeddings: 4\n"))
+    model = Timed(plain.file.models["tiny"].name)
+    needed = [model.trial_memory(plan(study)[0]) for study in (plain, rounded)]
+    assert needed[1] - needed[0] == model.bytes > 0
 
 
 def test_a_configuration_that_cannot_be_read_is_refused(tmp_path):

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from calmix.errors import InputError
-from calmix.study import load_study, run_study
+from calmix.study import load_study, run_study, running
 from calmix.study.bench import Bench
 from calmix.study.running import check_room, on_ray
 from calmix.study.store import open_store
@@ -113,6 +115,26 @@ def test_a_trial_that_no_machine_can_hold_is_refused():
     line = r"no machine of the cluster has 9 CPUs, 0 GPUs and 30\.0 GB of memory, which a needs: "
     with pytest.raises(InputError, match=line):
         check_room(nodes, {"CPU": 9, "GPU": 0, "memory": 30e9}, "a")
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("auto", 1.0), ("cpu", 0.0)])
+def test_a_trial_on_the_cpu_reserves_no_gpu(monkeypatch, device, wanted):
+    def remote(**options):
+        raise LookupError(options["num_gpus"])
+
+    resources = {"CPU": 8, "GPU": 2, "memory": 40e9}
+    ray = SimpleNamespace(
+        init=lambda **_: None, shutdown=lambda: None, remote=remote,
+        nodes=lambda: [{"Alive": True, "Resources": resources}],
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(running, "largest", lambda *_, **how: ("a", 1e9))
+    study = SimpleNamespace(file=SimpleNamespace(models={"m": SimpleNamespace(name="m")}))
+    monkeypatch.setattr(running, "resolve_model", Path)
+    monkeypatch.setattr(running, "weight_bytes", lambda _: 1)
+    bench = SimpleNamespace(study=study, how={"device": device})
+    with pytest.raises(LookupError, match=f"^{wanted}$"):
+        next(on_ray()(bench, ["trial"], lambda *_: None, lambda _: None))
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere", "host:x"])

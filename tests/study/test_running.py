@@ -1,11 +1,13 @@
 """Running a study: results, shared work, reruns and errors."""
 
+import errno
 import json
 import os
 import re
 import shutil
 import socket
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +25,7 @@ from calmix.recovery import recover
 from calmix.specs import recover_request
 from calmix.study import bench as bench_module
 from calmix.study import load_study, read_results, run_study
+from calmix.study import running as running_module
 from calmix.study.running import chosen_trials
 from calmix.study.store import SILENCE, open_store
 from calmix.study.trials import plan
@@ -95,7 +98,7 @@ def test_a_trial_finds_what_its_steps_find_by_hand(ran):
     assert not list((store / "locks").iterdir())
 
 
-def test_a_lock_is_a_processs_and_goes_with_it(tiny_study, tmp_path):
+def test_a_lock_is_a_processs_and_goes_with_it(tiny_study, tmp_path, monkeypatch):
     path, store = tiny_study(), tmp_path / "store"
     run(path, store, only=["mix wanda*"])
     kept = open_store(store)
@@ -113,6 +116,37 @@ def test_a_lock_is_a_processs_and_goes_with_it(tiny_study, tmp_path):
         assert not file.exists()
     file.write_text(f"filelock/2\npid=1\nhost=elsewhere\n{lease}")
     assert kept.runner(pending) == "pid 1 on elsewhere"
+    os.utime(file, (time.time() - SILENCE - 1,) * 2)
+
+    def refused(path, missing_ok=False):
+        raise PermissionError(errno.EACCES, "refused")
+
+    monkeypatch.setattr(Path, "unlink", refused)  # as in another user's store
+    assert kept.state(pending) == "pending"
+
+
+def test_one_process_at_a_time_writes_the_table(ran, monkeypatch):
+    path, store = ran[:2]
+    owners = []
+
+    def reading(folder):
+        owners.append(open_store(folder).runner("results"))
+        return read_results(folder)
+
+    monkeypatch.setattr(running_module, "read_results", reading)
+    run(path, store)
+    assert owners == [f"pid {os.getpid()} on {socket.gethostname()}"]
+    assert not list((store / "locks").iterdir())
+
+
+def test_a_trial_that_another_process_left_is_not_counted_twice(tiny_study, tmp_path):
+    def execute(bench, todo, stage, note):
+        for trial in todo:
+            yield trial, ("elsewhere", "pid 1 on elsewhere")
+        stage(todo[0], "", 0, 1)
+
+    seen = run(tiny_study(), tmp_path / "store", execute=execute)
+    assert seen.shown == ["trial 6 of 6: letters sparsegpt 60% seed 0"]
 
 
 def test_a_defect_in_one_trial_does_not_stop_the_others(ran, tmp_path, monkeypatch):
@@ -133,6 +167,13 @@ def test_a_defect_in_one_trial_does_not_stop_the_others(ran, tmp_path, monkeypat
     # The failure left a pruned model, yet the next trial started from the dense one.
     alone = [t.total for t in read_results(ran[1]).trials if t.method == "sparsegpt"]
     assert [t.total for t in read_results(store).trials] == alone
+    # A failed trial that is not run again needs no room.
+    asked = []
+    monkeypatch.setattr(
+        running_module, "checkpoint_bytes", lambda _, trials: asked.append(len(trials)) or 0
+    )
+    assert run(ran[0], store).ran == []
+    assert asked == [0]
 
 
 def test_a_model_that_changes_meanwhile_gives_no_result(tiny_study, tiny_folder, tmp_path):

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from calmix.calibration import CalibrationSet
+from calmix.calibration.resolving import Asked
 from calmix.errors import InputError
+from calmix.manifest import differences
 from calmix.study.spec import check_study, load_study
-from calmix.study.trials import differences, plan, resolve_all
+from calmix.study.trials import _strategy, plan, resolve_all
 
 HEAD = "name: s\nmodels: [builtin:smollm2-135m]\n"
 NEWS = HEAD + "calibrations: {a: news}\n"
@@ -78,6 +82,16 @@ def test_a_trial_knows_how_it_is_made():
     assert {trial.request.embeddings for trial in embedded} == {4}
     assert [trial.rows for trial in replaced] == [8] * 4 + [4] * 3
     assert replaced[2].strategy == "igsp"
+
+
+def test_a_source_beside_chats_is_a_mix_also_from_a_folder():
+    sets = "calibrations: {a: 'chat:1,stories:3', b: 'chat:1,self-written:3', c: stories}\n"
+    trials = plan(parsed(HEAD + sets + "methods: {wanda: 0.5}\n"))
+    assert [trial.strategy for trial in trials] == ["mix", "self-written", "single"]
+    for names, strategy in (("chat stories", "mix"), ("chat", "self-written")):
+        manifest = {"names": names.split(), "written": {"chat": {}}}
+        saved = CalibrationSet(torch.zeros(1, 8, dtype=torch.int64), ("chat",), manifest)
+        assert _strategy(Asked({}, saved=saved)) == strategy
 
 
 def test_a_set_may_be_drawn_in_its_own_way():
@@ -169,6 +183,8 @@ def test_what_has_no_effect_is_told_with_its_line():
     assert not problems(NEWS + "methods: {magnitude: 0.5}\nallocation: owl\n" + grid)
     (line,) = problems(NEWS + "methods:\n  wanda,damping=1: 0.5\n")
     assert line.endswith("damping has no effect with method wanda: known: bits, group, refit")
+    (line,) = problems(NEWS + "methods: {wanda: 0.5, 'wanda,refit=0': 0.6}\n")
+    assert line.startswith("s.yaml line 4: methods: two names mean the same method: ")
     with pytest.raises(InputError, match="--allocation has no effect with an N:M pattern"):
         plan(parsed(NEWS + "methods: {wanda: 2:4}\nallocation: owl\n"))
 
