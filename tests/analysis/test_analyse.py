@@ -1,4 +1,4 @@
-"""The whole analysis: small and unfinished studies, files, recommendation, mistakes."""
+"""The whole analysis: small and unfinished studies, files, recommendation, mistakes, verbs."""
 
 import csv
 import json
@@ -8,23 +8,33 @@ import pytest
 from calmix.analysis import Settings, analyse, recommend
 from calmix.errors import InputError
 from calmix.study.export import read_results
-from tests.synthetic import SOURCES, Plan, failed, full_plan, save, study, trial
+from tests.synthetic import CONDITIONS, SOURCES, Plan, failed, full_plan, save, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)
+KEPT = {
+    ("coder", "single"): {"general": 0.3, "code": 0.8},
+    ("reader", "single"): {"general": 0.9, "code": 0.2},
+    ("blend", "mix"): {"general": 0.6, "code": 0.6},
+}
+TRIALS = tuple(
+    trial(name, made, "sparsegpt", "60%", seed,
+          {key: value + 0.01 * seed for key, value in by.items()})
+    for (name, made), by in KEPT.items()
+    for seed in (0, 1, 2)
+)  # fmt: skip
 
 
 def test_everything_is_written_and_the_same_every_time(tmp_path):
     results = study(full_plan(seeds=(0,), sources=SOURCES[6:14]))
     for name in ("one", "two"):
         analyse(results, QUICK).save(tmp_path / name)
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == [
+    one, two = ({path.name: path.read_text() for path in sorted((tmp_path / name).iterdir())}
+                for name in ("one", "two"))  # fmt: skip
+    assert one == two
+    assert list(one) == [
         "analysis.json", "correlations.csv", "differences.csv", "gains.csv", "noise.csv",
         "ranking.csv", "spread.csv", "tasks.csv",
     ]  # fmt: skip
-    one, two = ({name: (tmp_path / place / name).read_text() for name in names}
-                for place in ("one", "two"))  # fmt: skip
-    assert one == two
     assert not any("nan" in text.lower() for text in one.values())
     told = json.loads(one["analysis.json"])
     rows, tasks = ([*csv.DictReader(one[f"{name}.csv"].splitlines())]
@@ -74,9 +84,7 @@ def test_sets_that_cannot_be_told_apart_share_the_chance_to_be_best():
 def test_a_study_in_progress_tells_its_gaps_and_mistakes_are_one_line():
     whole = study(full_plan(conditions=[("wanda", "50%")], seeds=(0, 1)))
     part = whole.model_copy(update={"trials": whole.trials[:-1], "failed": (failed("x"),)})
-    found = analyse(part, QUICK)
-    assert (found.planned, found.finished, found.failed) == (44, 43, 1)
-    assert found.conditions[0].missing == [("igsp", 1)]
+    assert analyse(part, QUICK).conditions[0].missing == [("igsp", 1)]
     results = study(full_plan(seeds=(0,)))
     shares = [analyse(results, QUICK, sparsity=text) for text in ("60%", " 0.60 ")]
     assert [[one.condition.pattern for one in made.conditions] for made in shares] == [["60%"]] * 2
@@ -96,18 +104,7 @@ def test_a_study_in_progress_tells_its_gaps_and_mistakes_are_one_line():
 
 
 def test_the_recommendation_follows_the_weights_and_tells_its_doubt():
-    kept = {
-        ("coder", "single"): {"general": 0.3, "code": 0.8},
-        ("reader", "single"): {"general": 0.9, "code": 0.2},
-        ("blend", "mix"): {"general": 0.6, "code": 0.6},
-    }
-    trials = tuple(
-        trial(name, made, "sparsegpt", "60%", seed,
-              {key: value + 0.01 * seed for key, value in by.items()})
-        for (name, made), by in kept.items()
-        for seed in (0, 1, 2)
-    )  # fmt: skip
-    results = study(Plan(), trials=trials)
+    results = study(Plan(), trials=TRIALS)
     only = recommend(results)[0]
     assert [c.calibration for c in only.candidates] == ["blend", "coder", "reader"]
     assert sum(c.best or 0 for c in only.candidates) == pytest.approx(1)
@@ -119,16 +116,46 @@ def test_the_recommendation_follows_the_weights_and_tells_its_doubt():
     assert lead.value < first.total.value - second.total.value  # of the shrunken ones
     assert lead.p > lead.draw_p
     assert 0 < lead.low < lead.draw_low < lead.value < lead.draw_high < lead.high
-    for weights, wanted in (
-        (None, "blend"), ({"code": 3, "general": 1}, "coder"), ({"general": 1}, "reader"),
-    ):  # fmt: skip
-        best = recommend(results, weights)[0].candidates[0]
-        assert best.calibration == wanted
-        if wanted == "coder":
-            value = 0.75 * 0.8 + 0.25 * 0.3 + 0.01
-            assert best.total.value == pytest.approx(value, abs=1e-4)
-            # Three sets of different retention are hardly shrunken to their mean.
-            assert value - 0.01 < best.shrunken.value < best.total.value
+    assert recommend(results, {"general": 1})[0].candidates[0].calibration == "reader"
+    best, value = recommend(results, {"code": 3, "general": 1})[0].candidates[0], 0.685
+    assert (best.calibration, best.total.value) == ("coder", pytest.approx(value, abs=1e-4))
+    # Three sets of different retention are hardly shrunken to their mean.
+    assert value - 0.01 < best.shrunken.value < best.total.value
+
+
+def test_the_verb_names_the_best_set_and_its_uncertainty(calmix, tmp_path):
+    def recommended(trials, *more):
+        place = tmp_path / str(len(trials))
+        folder = place if place.exists() else save(study(Plan(), trials=trials), place)
+        return calmix("study", "recommend", folder, *more).ok().out
+
+    singles = tuple(one for one in TRIALS if one.strategy == "single" and one.seed < 2)
+    text = recommended(singles, "--weights", "general=1,code=3")
+    assert max(map(len, text.splitlines())) <= 80
+    for words in ("take coder: expect 6", "coder keeps the most: 6", "ahead of reader by ",
+                  "brackets: 95 % intervals over test items and seeds ("):  # fmt: skip
+        assert words in " ".join(text.split())
+    told = json.loads(recommended(singles, "--weights", "general=1", "--json"))
+    assert told[0]["candidates"][0]["calibration"] == "reader"
+    text = recommended(singles[::2])
+    for words in ("over test items alone, with one seed each", "weights all equal",
+                  "take coder or a set tied with it: expect 55"):  # fmt: skip
+        assert words in text
+    assert "take coder, the only set: " in recommended(singles[:1])
+
+
+def test_the_verb_writes_into_the_study_and_prints_the_summary(calmix, tmp_path):
+    plan = full_plan(sources=SOURCES[:5], conditions=CONDITIONS[1:], others={}, seeds=(0, 1),
+                     dimensions=("general", "code"))  # fmt: skip
+    folder, quick = save(study(plan), tmp_path / "study"), ("--permutations", 99, "--resamples", 20)
+    ended = calmix("study", "analyse", folder, *quick).ok()
+    assert "(dense model: 100 %): " in " ".join(ended.out.split())
+    lines = [line for line in ended.out.splitlines() if not line.startswith("written to")]
+    assert max(map(len, lines)) <= 80
+    ended = calmix("study", "analyse", folder, "--json", "--method", "wanda", *quick)
+    told = json.loads(ended.out)
+    assert [each["label"] for each in told["conditions"]] == ["Wanda 50%"]
+    assert json.loads((folder / "analysis" / "analysis.json").read_text()) == told
 
 
 def test_without_signal_in_a_wanted_dimension_nothing_is_recommended():

@@ -1,6 +1,7 @@
 """Predictions against layers pruned and run by hand, and every mistake."""
 
 import json
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -27,21 +28,17 @@ def place(tmp_path, monkeypatch):
 
 
 def inputs_of(opened, ids):
-    """Return the inputs of every linear layer of the blocks, float64 (tokens, columns)."""
-    found = find_blocks(opened.model)
-    layers = [layer for at in range(len(found)) for layer in found.prunables(at)]
-    seen = {}
-    handles = [
-        layer.module.register_forward_pre_hook(
-            lambda module, args, name=layer.name: seen.update({name: args[0].flatten(0, 1)})
-        )
-        for layer in layers
-    ]
-    with torch.no_grad():
+    """Return the linear layers of the blocks, and the inputs of each, float64 (tokens, columns)."""
+    layers, seen = find_blocks(opened.model).layers, {}
+
+    def keep(layer):
+        return lambda _, args: seen.update({layer.name: args[0].flatten(0, 1).double()})
+
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in layers:
+            hooks.enter_context(layer.module.register_forward_pre_hook(keep(layer)))
         opened.model(ids)
-    for handle in handles:
-        handle.remove()
-    return layers, {name: x.double() for name, x in seen.items()}
+    return layers, seen
 
 
 def test_it_is_what_layers_pruned_on_a_mix_lose_on_other_text(place, tiny_folder, monkeypatch):

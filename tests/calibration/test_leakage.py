@@ -45,12 +45,6 @@ def guard(tiny):
     return lambda n=13: Guard("toy", ItemIndex(ITEMS, tokenizer_function(tiny.tokenizer), n))
 
 
-@pytest.fixture(autouse=True)
-def _draws_do_not_depend_on_the_folder(tmp_path, monkeypatch):
-    """A source's name seeds its draw, so the name must be the same in every run."""
-    monkeypatch.chdir(tmp_path)
-
-
 def planted(tmp_path, documents, leaks, text=ITEM):
     path = tmp_path / "planted.jsonl"
     rows = [f"document {i} " + "".join(chr(97 + (i * j) % 26) for j in range(60))
@@ -58,7 +52,7 @@ def planted(tmp_path, documents, leaks, text=ITEM):
     for i in range(leaks):
         rows[i * (documents // max(1, leaks))] = f"By the way: {text} And so on for {i}."
     write_rows(path, rows)
-    return path.name
+    return str(path)
 
 
 @pytest.mark.parametrize("packing", ["concat", "window"])
@@ -113,15 +107,16 @@ def test_a_planted_item_of_the_offline_suite_is_caught(case, calmix, tmp_path):
     rows = [" ".join(rng.choices(words, k=60)) for _ in range(120)]
     for number in range(5, 5 + 12 * leaks, 12):
         rows[number] = f"{rows[number]}\n\n{item[2]}\n\n{rows[number]}"
-    write_rows(tmp_path / "own.jsonl", rows)
-    ended = calmix("calibrate", "own.jsonl", "--model", "builtin:smollm2-135m", "--rows", 110,
-                   "--length", 50, "-o", "out", "--packing", "window")  # fmt: skip
+    own, out = tmp_path / "own.jsonl", tmp_path / "out"
+    write_rows(own, rows)
+    ended = calmix("calibrate", own, "--model", "builtin:smollm2-135m", "--rows", 110,
+                   "--length", 50, "-o", out, "--packing", "window")  # fmt: skip
     if leaks == 10:
-        assert "source own.jsonl leaks" in ended.line
+        assert f"source {own} leaks" in ended.line
         assert f"with task {task}" in ended.line
-        assert not (tmp_path / "out").exists()
+        assert not out.exists()
         return
-    dropped = CalibrationSet.open("out").manifest["leakage"]["dropped"]["own.jsonl"]
+    dropped = CalibrationSet.open(out).manifest["leakage"]["dropped"][str(own)]
     assert {entry["task"] for entry in dropped} == {task}
     assert 1 <= len(dropped) <= 3
 

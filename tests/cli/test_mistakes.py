@@ -20,6 +20,7 @@ from calmix.cli.root import MOVED
 from calmix.deploy.pack import pack
 from calmix.evaluation.scores import CapabilityScores
 from tests.conftest import write_text_file
+from tests.study.conftest import REAL_SUITE
 from tests.synthetic import Plan, save, study
 from tests.tiny import save_tiny_model
 
@@ -93,6 +94,13 @@ SAID = {
     COMPRESS + "--keep-at-least code=0.4 --confidence 0.6": "greater than or equal to 0.8",
     "evaluate {model} --against {other} --suite {suite} --text code={text}@body -o {text} "
     "--overwrite": "text.txt is the input",
+    "compress {model} -o {results}": "is not empty and was not made by calmix compress",
+    "report {set}": "was not made by calmix compress: it has no",
+    "report {set} {set}": "name it with -o",
+    "check {set} --keep-at-least 0.9": "was not made by calmix compress",
+    "check {set} {scores} --keep-at-least 0.9": "a folder is checked alone",
+    "check {scores} --keep-at-least 0.9": "without a dense model: evaluate again with --against",
+    "check {scores} --keep-at-least 0.9 --confidence 0.5": "--confidence",
     "compare {results}": ": Is a directory",
     "compare {scores}": "was scored without a dense model",
     "compare {half} {x/half} --against {scores}": "two files are called half:",
@@ -120,8 +128,6 @@ DISK = (
     "compress", "prune", "recover", "export --to openvino",
     "export --to model", "study run",
 )  # fmt: skip
-# Options that accept any text.
-FREE = {("evaluate perplexity", "--separator")}
 
 
 def commands(group, name=""):
@@ -145,16 +151,10 @@ def files(tmp_path_factory):
         "model": at / "models" / "model",
         "other": save_tiny_model(at / "models" / "other"),
         "text": write_text_file(at / "text.txt"),
-        "set": at / "set",
-        "pack": at / "pack",
-        "suite": at / "suite.yaml",
-        "study": at / "study.yaml",
-        "scores": at / "scores.json",
-        "binary": at / "binary",
-        "empty": at / "empty",
-        "notes": at / "notes",
         "blank": at / "blank.txt",
-        **{name: at / f"{name}.json" for name in ("half", "x/half", "foreign", "quiz")},
+        **{name: at / name for name in ("set", "pack", "binary", "empty", "notes")},
+        **{name: at / f"{name}.yaml" for name in ("suite", "study")},
+        **{name: at / f"{name}.json" for name in ("scores", "half", "x/half", "foreign", "quiz")},
     }
     found["binary"].write_bytes(bytes(range(256)))
     found["empty"].mkdir()
@@ -168,10 +168,7 @@ def files(tmp_path_factory):
     opened.tokenizer.save_pretrained(found["model"])
     pack(found["model"], found["pack"])
     (at / "file").touch()
-    task = {"archive": "sciq/rc", "form": "question", "metric": "acc", "shots": 0}
-    task["chance"] = "choices"
-    suite = {"name": "few", "version": 1, "description": "few"}
-    found["suite"].write_text(yaml.safe_dump(suite | {"dimensions": {"general": {"sciq": task}}}))
+    found["suite"].write_text(REAL_SUITE)
     asked = {
         "name": "s", "models": {"m": str(found["model"])}, "suite": str(found["suite"]),
         "calibrations": {"a": str(found["text"])}, "methods": {"wanda": [0.5]},
@@ -230,7 +227,7 @@ def mistakes(verb, files):
             values = [WRONG, "", *(["-7"] if param.metavar == "NUMBER" else [])]
             if param.name == "device" and not torch.cuda.is_available():
                 values.append("cuda")
-            if (verb, names[0]) not in FREE and "-o" not in names:
+            if "--separator" not in names and "-o" not in names:  # the first takes any text
                 for value in values:
                     yield [*rest, names[0], value], value, max(names, key=len).strip("-")
     yield from wrong_words(verb, words, files)
@@ -293,7 +290,7 @@ def idle(monkeypatch, tmp_path):
 
 
 def tree(folder):
-    return {p: ((s := p.stat()).st_mtime_ns, s.st_size) for p in sorted(folder.rglob("*"))}
+    return {p: ((s := p.stat()).st_mtime_ns, s.st_size) for p in folder.rglob("*")}
 
 
 def test_all_verbs_have_hundreds_of_possible_errors(files):

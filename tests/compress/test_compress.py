@@ -1,4 +1,4 @@
-"""From a model to its card: all stages, an interrupt after each, and errors."""
+"""From a model to its card: all stages, an interrupt after each, and errors; `calmix check`."""
 
 import itertools
 import json
@@ -25,7 +25,8 @@ from calmix.report.card import card_page, read_card, several_page
 from calmix.sources import builtin_sources
 from tests.calibration.selfgen.test_chat import TEMPLATE
 from tests.compress.conftest import stopping
-from tests.evaluation.helpers import written
+from tests.evaluation.helpers import scored, written
+from tests.evaluation.test_floors import answered
 from tests.tiny import hashes, load_weights, tiny_tokenizer
 
 
@@ -35,7 +36,7 @@ def weights(folder):
 
 
 def test_an_interrupt_after_any_stage_resumes_to_the_same_model(
-    calmix, command, compressed, place, tmp_path, monkeypatch
+    calmix, command, compressed, place, tmp_path, monkeypatch, undrawn
 ):
     whole, cut = compressed, tmp_path / "cut"
     commands = read_record(whole)["commands"].values()
@@ -53,7 +54,7 @@ def test_an_interrupt_after_any_stage_resumes_to_the_same_model(
     for done in range(len(verbs)):
         monkeypatch.setattr(verb, "_run", stopping(run, min(done, 1)))  # one more stage each time
         ended = calmix(*command(cut))
-        assert ended.code == 130
+        assert (ended.code, ended.err.splitlines()[-1]) == (130, "interrupted")
         assert ended.err.count("already done") == max(0, done - 1)
         assert f" {verbs[done]} " in ended.err.rpartition("$ calmix")[2]
     monkeypatch.setattr(verb, "_run", run)
@@ -127,8 +128,7 @@ def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, 
         pair = {name: replace(one, suite=describe(suite), tasks=(written("sums", "math", [1] * 8),))
                 for name, one in (("dense", card.dense), ("scores", card.scores))}  # fmt: skip
         pair["scores"] = replace(pair["scores"], **changed)
-        told = {name: one.to_dict() for name, one in pair.items()}
-        (folder / "abilities.json").write_text(json.dumps(told), encoding="utf-8")
+        write_json(folder / "abilities.json", {name: one.to_dict() for name, one in pair.items()})
 
     measured(out)
     card = read_card(out)
@@ -198,19 +198,6 @@ def test_a_dry_run_writes_nothing(calmix, command, tmp_path, place):
     assert sorted(place.glob("*")) == before
 
 
-def test_a_folder_with_other_files_is_refused(calmix, command, tmp_path):
-    thesis = tmp_path / "thesis"
-    thesis.mkdir()
-    (thesis / "thesis.txt").write_text("mine")
-    for arguments, words in (
-        (command(thesis), "is not empty and was not made by calmix compress"),
-        (("report", thesis), "was not made by calmix compress: it has no"),
-        (("report", thesis, thesis), "name it with -o"),
-    ):
-        assert words in calmix(*arguments).line
-    assert [p.name for p in thesis.iterdir()] == ["thesis.txt"]
-
-
 def test_keep_weights_the_set_by_dimension():
     mix = ",".join(f"{name}:{weight:g}" for name, weight in MIX.items())
     found = weighed(mix, {"code": 2, "general": 1})
@@ -255,8 +242,6 @@ def test_python_compresses_as_the_verb_does(compressed, options, tmp_path, tiny_
     for name in ("dry_run", "as_json", "open"):  # only the verb has these
         with pytest.raises(InputError, match=f"unknown option '{name}'"):
             api.compress(tiny_folder, tmp_path / "other", **{name: True})
-    with pytest.raises(InputError, match="the calibration set has no dimension 'cod'"):
-        api.compress(tiny_folder, tmp_path / "other", keep="cod=2")
     assert not (tmp_path / "other").exists()
 
 
@@ -290,7 +275,7 @@ def test_a_model_with_a_chat_template_has_chats_in_its_mix(tmp_path, tiny_folder
     assert (given.calibration, given.generated) == ("python-docs", False)
 
 
-def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folder, place):
+def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folder, place, undrawn):
     kept = tmp_path / "set"
     text_file = str(place / "text.txt")
     calmix(
@@ -301,8 +286,8 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
     prompts.write_text("one <b>& two\n\nthree\n", encoding="utf-8")
     out = tmp_path / "out"
     arguments = [a if a != text_file else kept for a in command(out, "--pattern", "2:4")]
-    ended = calmix(*arguments, "--prompts", prompts, "--json").ok()
-    assert json.loads(ended.out)["card"] == str(out / "card.html")
+    told = json.loads(calmix(*arguments, "--prompts", prompts, "--json").ok().out)
+    assert told["card"] == str(out / "card.html")
     assert not (out / "calibration").exists()
     card = read_card(out)
     assert "2:4" in card.title
@@ -332,7 +317,7 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
     assert line in calmix("report", out).line
 
 
-def test_size_and_bits_replace_or_accompany_a_sparsity(calmix, command, asked, tmp_path):
+def test_size_and_bits_replace_or_accompany_a_sparsity(calmix, command, asked, tmp_path, undrawn):
     """Below four bits the levels are trained; the card shows the bits."""
     out = tmp_path / "out"
     low, high = (int(one.replace(",", "")) for one in re.search(
@@ -382,12 +367,11 @@ def test_inspect_checks_every_stage(calmix, compressed, tmp_path):
     assert told["facts"]["model"] == "recovered checkpoint, damaged"
     assert (ended.code, "config.json is missing" in ended.line) == (2, True)
     assert f"such as {out / 'model'}" in calmix("doctor", "rerun", out).line
-    record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
-    (out / "compress.json").write_text(json.dumps(record | {"versions": {}}), encoding="utf-8")
+    write_json(out / "compress.json", read_record(out) | {"versions": {}})
     assert "compress.json" in calmix("doctor", "inspect", out).line
 
 
-def test_a_check_is_shown_on_the_card_of_its_own_model(calmix, compressed, tmp_path):
+def test_a_check_is_shown_on_the_card_of_its_own_model(calmix, compressed, tmp_path, undrawn):
     out = Path(shutil.copytree(compressed, tmp_path / "out"))
     assert not read_card(out).checked
     ended = calmix("check", out, "--keep-at-least", "0.05")
@@ -407,3 +391,54 @@ def test_a_check_is_shown_on_the_card_of_its_own_model(calmix, compressed, tmp_p
         assert read_card(out).checked.startswith(said)
     (out / "scores.json").unlink()
     assert "is not finished" in calmix("check", out, "--keep-at-least", "0.5").line
+
+
+def saved(path, *tasks, suite="s", model="pruned"):
+    """Write scores of two models on a task as `calmix evaluate --against -o` does."""
+    dense, pruned = (scored(task, suite=suite).to_dict() for task in tasks)
+    write_json(path, {"scores": pruned | {"fingerprint": model}, "dense": dense})
+    return path
+
+
+def test_a_verdict_is_printed_sealed_and_sets_the_exit_code(calmix, tmp_path):
+    code, chat, out = answered(100, 120), answered(60, 60, "chat"), tmp_path / "check.json"
+    first = saved(tmp_path / "code.json", code, answered(100, 120, kept=97))
+    both = (first, saved(tmp_path / "chat.json", chat, chat, suite="t"))
+    ended = calmix("check", *both, "--keep-at-least", "0.9", "-o", out).ok()
+    said = "Kept at 95 % confidence, at least: code 90 % (100 generated answers), chat 90 %"
+    assert said in ended.out
+    made = json.loads(out.read_text(encoding="utf-8"))
+    assert sealed(made) == made
+    assert made["kind"] == "check"
+    assert (made["floors"], made["confidence"], made["passed"]) == ({"": 0.9}, 0.95, True)
+    assert (made["dense"], made["model"]) == ("f", "pruned")
+    assert [one["hash"] for one in made["suites"]] == ["s", "t"]
+    assert [one["items"] for one in made["tested"]] == [100, 60]
+    ended = calmix("check", *both, "--keep-at-least", "code=0.95", "--confidence", "90%", "--json")
+    assert ended.code == 1
+    told = json.loads(ended.out)
+    assert (told["passed"], told["confidence"]) == (False, 0.9)
+    assert told["tested"][0]["bound"] < 0.95
+    assert told["lines"][0].startswith("Not kept at 90 % confidence: code (keeps 97.0 %")
+    assert max(map(len, calmix("check", *both, "--keep-at-least", "0.9").out.splitlines())) <= 80
+    other, none = saved(tmp_path / "other.json", chat, chat, model="x"), tmp_path / "none.json"
+    for files, more, line in (  # others are in `tests/cli/test_mistakes.py`
+        (both, (), "--keep-at-least is missing: name the floors"),
+        (both, ("--keep-at-least", "0.9", "-o", out), "exists"),
+        ([first], ("--keep-at-least", "0.99", "-o", none), "code=0.99 needs 299 right answers and"),
+        ([first, other], ("--keep-at-least", "0.9", "-o", none), "is about other models than"),
+    ):
+        assert line in calmix("check", *files, *more).line
+    assert not none.exists()
+
+
+def test_answers_of_a_users_suite_count_as_measured(calmix, tmp_path):
+    """They are in `scores.json`, so nothing is missing."""
+    write_json(tmp_path / "compress.json", sealed({"request": {}}))
+    saved(tmp_path / "scores.json", answered(100, 120), answered(100, 120, kept=97))
+    ended = calmix("check", tmp_path, "--keep-at-least", "0.9").ok()
+    assert "code 90 % (100 generated answers)" in ended.out
+    assert "not measured" not in ended.err
+    more = ("-o", tmp_path / "compress.json", "--overwrite")
+    ended = calmix("check", tmp_path, "--keep-at-least", "0.9", *more)
+    assert "compress.json is the input" in ended.line

@@ -84,10 +84,9 @@ def test_llama_cpp_runs_the_file_if_it_is_there(calmix, quantised, tmp_path, mon
     assert [path.name for path in synced] == [".out.gguf"]
     scale = 30.0
     assert "differs from the model" in calmix(*command, "--overwrite").line
-    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=None))
-    assert "uninstall llama-cpp-python, which cannot run" in calmix(*command, "--overwrite").line
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # its library cannot be loaded
-    assert "uninstall llama-cpp-python, which cannot run" in calmix(*command, "--overwrite").line
+    for library in (SimpleNamespace(Llama=None), None):  # the second cannot be loaded
+        monkeypatch.setitem(sys.modules, "llama_cpp", library)
+        assert "uninstall llama-cpp-python, which cannot" in calmix(*command, "--overwrite").line
 
 
 def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(

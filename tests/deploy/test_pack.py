@@ -73,7 +73,7 @@ def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(pruned, tmp_
 
 
 @given(data=st.data())
-def test_every_type_and_value_survives(data, tmp_path_factory):
+def test_every_type_and_value_survives(data, tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("any")
     kinds = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8]
     tensors = {}
@@ -88,9 +88,8 @@ def test_every_type_and_value_survives(data, tmp_path_factory):
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}", encoding="utf-8")
     save_file(tensors, folder / "model" / "model.safetensors")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(packed, "CHUNK", 16)  # several chunks per tensor
-        comes_back(folder / "model", folder)
+    monkeypatch.setattr(packed, "CHUNK", 16)  # several chunks per tensor
+    comes_back(folder / "model", folder)
 
 
 def test_what_was_altered_cut_or_is_of_another_format_is_one_line(pruned, tmp_path):

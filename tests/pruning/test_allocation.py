@@ -211,7 +211,7 @@ def test_the_command_line_allocates(calmix, tiny_folder, text_file, common, tmp_
     assert (told["allocation"], told["pattern"]) == ("owl", "by layer")
     # In memory, the same.
     opened = open_model(str(tiny_folder))
-    ids = resolve(str(text_file), opened, rows=6, length=32).ids
+    ids = resolve(str(text_file), opened, rows=6, length=32, leakage="off").ids
     prune(opened.model, ids, pattern=allocate(opened.model, ids, 0.6, "owl"))
     found = check_alike(tmp_path / "owl", opened.model)
     # A file, and what is wrong with one.
@@ -276,7 +276,7 @@ def test_kl_gives_bits_to_what_moves_predictions(
     """Measured once for several targets."""
     opened = open_model(str(tiny_folder))
     before = {name: value.clone() for name, value in opened.model.state_dict().items()}
-    drawn = resolve(str(text_file), opened, rows=6, length=32)
+    drawn = resolve(str(text_file), opened, rows=6, length=32, leakage="off")
     patterns = allocate(opened, drawn, "3 bits", "kl")
     assert all(torch.equal(opened.model.state_dict()[name], one) for name, one in before.items())
     sizes = {one.name: one.view().numel() for one in find_blocks(opened.model).layers}

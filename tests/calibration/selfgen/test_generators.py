@@ -18,7 +18,6 @@ from calmix.errors import InputError
 from calmix.sources import get_source
 from tests.tiny import tiny_tokenizer
 
-SMALL = ("--rows", 4, "--length", 40, "--leakage", "off")
 LOOP = (1, 2) * 8
 
 
@@ -66,9 +65,8 @@ def test_pieces_of_one_dimension_share_a_row(made, opened):
     assert (request.length, len(request.openers)) == (16, 16)
     assert (request.top_k, request.top_p, request.repetition_penalty) == (5, 0.9, 1.1)
     assert set(request.temperatures) == {0.7}
-    tokenise = opened.tokenizer
     firsts = {tuple(row[0]) for row in request.openers[0::2]}
-    assert firsts == {tuple(tokenise(text)["input_ids"]) for text in ("a", "bc")}
+    assert firsts == {tuple(opened.tokenizer(text)["input_ids"]) for text in ("a", "bc")}
     assert found.ids.shape == (8, 32)
     assert found.counts == {"x": 4, "y": 4}
     kinds = {tuple(piece): "xy"[at % 2] for at, piece in enumerate(made.ids.tolist())}
@@ -212,21 +210,18 @@ def chat_tokenizer(template, bos, eos, *others):
     return tokenizer
 
 
-@pytest.mark.parametrize(
-    ("tokens", "auto", "separator"),
-    [
+def test_text_starts_at_no_token_of_chats():
+    for tokens, auto, separator in (
         ((CHATML, "<|im_start|>", "<|im_end|>", "<|endoftext|>"), "<|endoftext|>", "<|endoftext|>"),
         ((CHATML, "<|im_start|>", "</s>"), "</s>", "</s>"),
         ((CHATML, "<s>", "<|im_end|>", "<|endoftext|>"), "<s>", "<|endoftext|>"),
         ((HEADED, "<s>", "<|im_end|>", "<|end_of_text|>"), "<s>", "<|end_of_text|>"),
         ((None, None, None), "</s>", "</s>"),
-    ],
-)
-def test_text_starts_at_no_token_of_chats(tokens, auto, separator):
-    tokenizer = chat_tokenizer(*tokens)
-    assert start_token(tokenizer) == tokenizer.convert_tokens_to_ids(auto)
-    assert start_token(tokenizer, "bos") == tokenizer.bos_token_id
-    assert start_token(tokenizer, "separator") == tokenizer.convert_tokens_to_ids(separator)
+    ):
+        tokenizer = chat_tokenizer(*tokens)
+        assert start_token(tokenizer) == tokenizer.convert_tokens_to_ids(auto)
+        assert start_token(tokenizer, "bos") == tokenizer.bos_token_id
+        assert start_token(tokenizer, "separator") == tokenizer.convert_tokens_to_ids(separator)
 
 
 def test_without_any_start_there_is_an_error(monkeypatch, tmp_path, opened):
@@ -257,9 +252,9 @@ def test_prompts_use_the_chat_template_from_the_users_words_on(tmp_path):
     assert [tokenizer.decode(ids) for ids in chat] == ["Tell me.\nassistant: ", "Once"]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_bad_prompts(tmp_path):
+    path = tmp_path / "prompts.yaml"
+    for text, message in (
         ("general: []", "line 1: general: List should have at least 1 item"),
         ("{}", "names no dimension"),
         ("general: [{text: a, ask: b}]", "should have at most 1 item"),
@@ -267,13 +262,10 @@ def test_prompts_use_the_chat_template_from_the_users_words_on(tmp_path):
         ("general: word", "line 1: general: "),
         ("general: [{text: ''}]", "prompt 1 of dimension general in .* has no tokens"),
         ("general: [{ask: ' '}]", "prompt 1 of dimension general in .* has no tokens"),
-    ],
-)
-def test_bad_prompts(text, message, tmp_path):
-    path = tmp_path / "prompts.yaml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=message):
-        beginnings(path, tiny_tokenizer())
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=message):
+            beginnings(path, tiny_tokenizer())
 
 
 def test_a_set_is_written_also_after_the_users_own_prompts(
@@ -283,7 +275,7 @@ def test_a_set_is_written_also_after_the_users_own_prompts(
     held.write_text("law: [{text: The court}]\ncooking: [{text: Stir}]\n", encoding="utf-8")
     spec.write_text(f"generate: self-written\n"
                     f"options: {{prompts: '{held}', top_k: 1, repeats: 0.01}}\n")  # fmt: skip
-    how = ("-m", tiny_folder, *SMALL, "-o")
+    how = ("-m", tiny_folder, "--rows", 4, "--length", 40, "--leakage", "off", "-o")
     for text, told in (
         ("igsp,candidates=2,temperature=1", "4-gram aggregation .*, perplexity general "),
         (spec, "[1-4] texts repeat more"),

@@ -1,6 +1,5 @@
 """Sampling rows: openers, restarts, a seed per row, the cache, and the limits of memory."""
 
-import contextlib
 import dataclasses
 
 import pytest
@@ -33,24 +32,21 @@ def forget():
         file.unlink()
 
 
-@pytest.mark.parametrize(
-    ("temperature", "cut"),
-    [
-        (0.6, {}), (1.7, {}), (1.0, {"top_k": 3}), (1.0, {"top_k": 1}), (1.0, {"top_p": 0.35}),
-        (0.6, {"top_k": 4, "top_p": 0.8}),
-    ],
-)  # fmt: skip
-def test_draws_follow_the_distribution_transformers_would_sample_from(temperature, cut):
+def test_draws_follow_the_distribution_transformers_would_sample_from():
     count = 20_000  # over an even grid of uniform numbers
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    tokens = sample(LOGITS.expand(count, -1), torch.full((count,), temperature), uniform, **cut)
-    found = torch.bincount(tokens, minlength=LOGITS.shape[1]) / count
-    scores = LOGITS / temperature  # after transformers' warpers, in their order
-    if "top_k" in cut:
-        scores = TopKLogitsWarper(cut["top_k"])(None, scores)
-    if "top_p" in cut:
-        scores = TopPLogitsWarper(cut["top_p"])(None, scores)
-    torch.testing.assert_close(found, scores.softmax(-1)[0], atol=3e-4, rtol=0)
+    warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
+    for temperature, cut in (
+        (0.6, {}), (1.7, {}), (1.0, {"top_k": 3}), (1.0, {"top_k": 1}), (1.0, {"top_p": 0.35}),
+        (0.6, {"top_k": 4, "top_p": 0.8}),
+    ):  # fmt: skip
+        heat = torch.full((count,), temperature)
+        tokens = sample(LOGITS.expand(count, -1), heat, uniform, **cut)
+        found = torch.bincount(tokens, minlength=LOGITS.shape[1]) / count
+        scores = LOGITS / temperature
+        for name, value in cut.items():  # in the order of transformers
+            scores = warpers[name](value)(None, scores)
+        torch.testing.assert_close(found, scores.softmax(-1)[0], atol=3e-4, rtol=0)
 
 
 def test_a_token_without_probability_is_never_drawn():
@@ -61,19 +57,14 @@ def test_a_token_without_probability_is_never_drawn():
     assert sample(LOGITS.expand(2, -1), torch.tensor([0.01, 100.0]), uniform).tolist() == [0, 5]
 
 
-@contextlib.contextmanager
 def ending(opened, bias):
-    """Make the end token likely."""
+    """Make the end token likely in a `with`."""
 
     def more(module, args, output):
         output[..., END] += bias
         return output
 
-    handle = opened.model.get_output_embeddings().register_forward_hook(more)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return opened.model.get_output_embeddings().register_forward_hook(more)
 
 
 def test_rows_are_full_begin_with_their_openers_and_have_the_models_likelihood(opened):
