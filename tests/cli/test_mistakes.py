@@ -118,7 +118,7 @@ SAID = {
     "prune x -o y --rows many": "error: --rows many: must be a valid integer",
     "compress x -o y --effort quik": "did you mean quick?",
     "compress x -o y --effort fast": "did you mean quick?",
-    "prune x -o y --bits": "error: Option '--bits' requires an argument (see calmix prune --help)",
+    "prune x -o y --bits": "error: Option '--bits' requires an argument (see calmix --help)",
     "prune x -o y --ratio 0.5": "did you mean --sparsity?",
     "quantize x": "did you mean prune?",
     **{old: f"calmix {old} is now {new}" for old, new in MOVED.items()},
