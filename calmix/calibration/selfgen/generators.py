@@ -126,7 +126,8 @@ class Igsp(SelfWritten):
     )
 
     def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
-        return select_rows(*pieces, quota)
+        ids, groups, nll, tokens = pieces
+        return select_rows(ids, groups, nll, tokens, quota)
 
 
 class Chat(Generator):
