@@ -37,7 +37,8 @@ CHATLESS = (
     "a share of chats, such as chat:0.25 beside the others"
 )
 UNWRITABLE = (
-    "no token ends a turn in this model's chat template, so calmix cannot write chats. A model "
+    "this model's chat template has no token that ends a turn, or none before the first, so calmix "
+    "cannot write chats. A model "
     "pruned without chats forgets how to answer: add your own (rows with 'messages')"
 )
 

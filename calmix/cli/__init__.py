@@ -72,9 +72,14 @@ def main() -> None:
     for cache in CACHES:
         os.environ.setdefault(cache, KERNELS)
     try:
-        code = _parser(app)(prog_name="calmix", standalone_mode=False)
-    except UsageError as error:
-        _refuse(error)
+        try:
+            code = _parser(app)(prog_name="calmix", standalone_mode=False)
+            sys.stdout.flush()  # what --json prints
+        except UsageError as error:
+            _refuse(error)
+    except BrokenPipeError:  # outside of typer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except CalmixError as error:
         from calmix.cli.common import fail
 

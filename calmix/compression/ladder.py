@@ -360,7 +360,8 @@ def walk(
             if ladder.rungs:
                 last, ours = ladder.rungs[-1], len(ladder.rungs) > tested
                 known = _due(building(request, out, last["bits"]), seconds) if ours else 0.0
-                due = last["seconds"] * (_due(made, seconds) / known if known else 1.0)
+                due = _due(made, seconds)
+                due = last["seconds"] * due / known if known else max(last["seconds"], due)
                 if at_ - began + due > within:
                     ladder = _saved(replace(ladder, ended="time"), request, out)
                     break

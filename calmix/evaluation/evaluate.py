@@ -149,10 +149,10 @@ def evaluate(
         about = *form_of(model, chosen), chosen.hash, size, SCORER, FLOORS
         kept = model.cached("scores", *about).with_suffix(".json")
         with suppress(InputError):  # missing or damaged
-            return replace(
-                load_scores(kept), model=model.name, suite=describe(chosen),
-                not_run=tuple(skipped), form=form,
-            )  # fmt: skip
+            held = load_scores(kept)
+            if named_as(held, chosen):
+                return replace(held, model=model.name, suite=describe(chosen),
+                               not_run=tuple(skipped), form=form)  # fmt: skip
     start, specs, done = time.perf_counter(), chosen.tasks, list[TaskScores]()
     items: dict[str, Sequence[Any]] = {
         name: task_of(spec) if spec.writes else load_items(spec) for name, spec in specs.items()
@@ -203,12 +203,17 @@ def how_asked(tokenizer: Any, suite: Suite) -> str:
 
 
 def form_of(model: OpenModel, suite: Suite) -> list[Any]:
-    """Return what scores depend on besides the suite's hash: the names of its files of rows, which
-    are part of the items' names, and for answers the chat template and the end tokens."""
-    found: list[Any] = [Path(task.file).stem for task in suite.tasks.values() if task.file]
-    if suite.asks:
-        found += [str(getattr(model.tokenizer, "chat_template", None)), end_tokens(model)]
-    return found
+    """Return what else affects answers: the chat template and the end tokens."""
+    if not suite.asks:
+        return []
+    return [str(getattr(model.tokenizer, "chat_template", None)), end_tokens(model)]
+
+
+def named_as(scores: CapabilityScores, suite: Suite) -> bool:
+    """Whether items are named after the suite's files of rows as they are called now."""
+    stems = {name: Path(task.file).stem for name, task in suite.tasks.items() if task.file}
+    return all(item.rpartition("/")[0] == stems[one.name] for one in scores.tasks
+               if one.name in stems for item in one.items[:1])  # fmt: skip
 
 
 def accuracies(

@@ -134,9 +134,11 @@ class Scorer:
                 owners = [owner for row in rows for owner, _, _ in row.targets]
                 values = self._values(rows, hidden)
                 if not values.isfinite().all():
+                    kind = dtype_name(self.model.dtype)
+                    hint = "" if kind == "float32" else "try --dtype float32, or "
                     raise ModelError(
-                        f"{self.opened.name} gives log-likelihoods that are not finite in "
-                        f"{dtype_name(self.model.dtype)}: try --dtype float32, or check its weights"
+                        f"{self.opened.name} gives log-likelihoods that are not finite in {kind}: "
+                        f"{hint}check its weights"
                     )
                 for owner, value in zip(owners, values.tolist(), strict=True):
                     totals[owner] += value

@@ -113,8 +113,8 @@ def check_same_form(*forms: str) -> None:
     """Raise an `InputError` unless all models are prompted in the same form; "" is unknown."""
     if len({*forms} - {""}) > 1:
         raise InputError(
-            "one model was prompted in its chat template, the other with worked examples: give "
-            "both the same tokenizer and template, and evaluate again"
+            "one model is prompted in its chat template, the other with worked examples: give "
+            "both the same tokenizer and template, and evaluate both"
         )
 
 

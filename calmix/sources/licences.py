@@ -21,7 +21,7 @@ _RESTRICTED = re.compile(r"\bNC\b|non-?commercial|research use|research only|MSR
 _ALIKE = re.compile(r"\bSA\b|GFDL|\bL?A?GPL\b|share-?alike", re.IGNORECASE)
 _FREE = re.compile(
     r"\b(Apache[- ]2\.0|MIT|BSD([- ][23]-Clause)?|ISC|PSF-2\.0|AFL-3\.0|Unlicense|CC0(-1\.0)?"
-    r"|ODC-BY(-1\.0)?|CC[- ]BY([- ]?[1-4]\.[05])?|public domain|permissive)(?![\w-])",
+    r"|ODC-BY(-1\.0)?|CC[- ]BY(?![- ]ND)([- ]?[1-4]\.[05])?|public domain|permissive)(?![\w-])",
     re.IGNORECASE,
 )
 

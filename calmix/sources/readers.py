@@ -375,7 +375,7 @@ class HubText(Reader):
             raise SourceError(f"{self.id} row {number}: {error}") from error
         held = [row[key] for key in ("text", "content") if isinstance(row.get(key, 0), str | None)]
         if held:
-            return next(filter(None, held), "")
+            return next((one for one in held if one is not None), "")
         raise SourceError(
             f"{self.id} row {number}: there is no field 'text' or 'content' (has: "
             f"{', '.join(row)}): name the fields in a template, in a YAML file of sources"

@@ -115,7 +115,7 @@ def test_rows_of_every_kind_of_file_and_their_fields(tmp_path):
     for name, content in {
         "one.tsv": "text\nhello, world; again\n",
         "more.tsv": "id, n\ttext\n1\thello, world; again\n",
-        "ends.csv": 'text,\n"hello, world; again",\n',
+        "ends.csv": 'text\n"hello, world; again",\n',
     }.items():
         assert texts(write(tmp_path, {name: content}) / name) == ["hello, world; again"]
 

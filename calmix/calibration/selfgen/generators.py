@@ -141,8 +141,8 @@ class Chat(Generator):
         turns = chat_turns(tokenizer)
         if turns is None:
             raise InputError(
-                "chat has nothing to start from: this model has no chat template with a token that "
-                "ends every turn"
+                "chat has nothing to start from: this model has no chat template with a token "
+                "before the first turn and one that ends every turn"
             )
         return {self.name: Beginnings(turns, 0.8, turns=True)}
 
