@@ -132,7 +132,8 @@ def known_model(name: str) -> Path | BuiltinModel | None:
             raise ModelError(f"unknown builtin model '{short}': {nearest(short, models)}")
         return models[short]
     path = user_path(name)
-    if max(map(len, os.fsencode(path).split(b"/"))) > 255:  # bytes, the limit of file systems
+    parts = str(path).encode("utf-8", "surrogatepass").split(b"/")
+    if max(map(len, parts)) > 255:  # bytes, the limit of file systems
         raise ModelError(f"'{name[:40]}...' is too long for the name of a model")
     if path.is_file():
         if path.suffix.lower() != ".gguf":

@@ -195,7 +195,7 @@ class StreamedModel:
         return self.as_stored({name: parameters[name].detach() for name in self.block_names(index)})
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """Return a block's parameters by name, and its stored buffers, as the files have them."""
+        """Return a block's parameters by name, and its stored buffers, read from the files."""
         parameters, prefix = self._parameters(), f"{self.blocks.name}.{index}."
         held = {name: parameters[name].detach() for name in self.block_names(index)}
         for name, buffer in self.model.named_buffers():

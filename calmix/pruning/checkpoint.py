@@ -513,7 +513,7 @@ def write_checkpoint(
     opened: OpenModel, output: Path, report: PruneReport, calibration: CalibrationSet | None
 ) -> None:
     """Write model, tokenizer, manifest and run record to a folder, new or empty, atomically."""
-    check_output_folder(output)
+    check_output_folder(output, overwrite=None)
     model, device = opened.model, opened.model.device.type
     check_free(output, sum(p.nbytes for p in model.parameters()), "the checkpoint takes")
     asked = {"model": opened.fingerprint, "dtype": dtype_name(model.dtype), "device": device}

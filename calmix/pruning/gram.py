@@ -225,7 +225,8 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
             return Factor(upper, share, dtype, diagonal == 0, raised)
     raise SolverError(
         f"the Gram matrix is not positive definite even with damping {100 * damping:g}: "
-        "use more calibration tokens or a larger damping (--method sparsegpt,damping=0.1)"
+        "use more calibration tokens, or more damping where the method has it (such as --method "
+        "sparsegpt,damping=0.1)"
     )
 
 

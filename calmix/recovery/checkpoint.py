@@ -132,7 +132,9 @@ class Job:
         kept, count = (experts_of(one.model.config) for one in (pruned, dense))
         for name in dict.fromkeys([*shapes, *others]):
             here, there = shapes.get(name), others.get(name)
-            fewer = kept < count and (here is None or (there and here == (kept, *there[1:])))
+            # ERNIE's bias has groups first.
+            cut = there and ((kept, *there[1:]), (*there[:1], kept, *there[2:]))
+            fewer = kept < count and (here is None or (cut and here in cut))
             if here != there and not fewer:
                 raise InputError(
                     f"{line}: {name} is {here or 'none'} here, {there or 'none'} in the dense model"

@@ -231,14 +231,14 @@ class Timed:
         rows, most = (rows[:1], float("inf")) if room is None else (rows, room)
         return recovery.make_plan(source, request.method, self.dtype, length, rows, most)[-1]
 
-    def trial_memory(self, trial: Planned) -> float:
+    def trial_memory(self, trial: Planned, *, compared: bool) -> float:
         """Return a trial's peak memory in bytes on the device that prunes."""
         source: Any = self
         shape = trial.rows, trial.length
         needed = plan_for(source, shape, trial.request.chosen, budget=2**62).needed
         blocks = 2 * max(self.blocks.sizes)  # already counted in `self.bytes`
         scored = 3 * 512 * self.vocabulary * 4  # logits
-        if trial.request.embeddings:  # distance needs the dense model, whose head was rounded
+        if compared and trial.request.embeddings:  # distance needs the dense head
             scored += self.bytes
         peak = max(needed - blocks, PROGRAM + scored)
         if trial.recovery is not None:
@@ -323,7 +323,7 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
         times = {"prune": pruned * once, "evaluate": model.evaluation(asked, texts)}
         if first.recovery is not None:
             times["recover"] = model.recovery(first.recovery, *shape)
-        memory = model.trial_memory(first)
+        memory = model.trial_memory(first, compared=texts > 0)
         found.append({
             "model": first.model, "method": first.recipe, "pattern": first.pattern,
             "rows": first.rows, "length": first.length, "trials": len(members), "seconds": times,
@@ -359,7 +359,10 @@ def largest(study: Study, trials: Sequence[Planned], **how: Any) -> tuple[str, f
     files = study.file.models
     timed = cache(lambda label: Timed(files[label].name, files[label].dtype, **how))
     kinds = {trial.condition: trial for trial in trials}.values()
-    needed = {trial.label: timed(trial.model).trial_memory(trial) for trial in kinds}
+    compared = text_tokens(study.suite) > 0
+    needed = {
+        trial.label: timed(trial.model).trial_memory(trial, compared=compared) for trial in kinds
+    }
     return max(needed.items(), key=lambda one: one[1])
 
 

@@ -150,6 +150,7 @@ def test_the_verb_writes_into_the_study_and_prints_the_summary(calmix, tmp_path)
     folder, quick = save(study(plan), tmp_path / "study"), ("--permutations", 99, "--resamples", 20)
     ended = calmix("study", "analyse", folder, *quick).ok()
     assert "(dense model: 100 %): " in " ".join(ended.out.split())
+    assert all(word in ended.out for word in ("findings", "shrunken"))
     lines = [line for line in ended.out.splitlines() if not line.startswith("written to")]
     assert max(map(len, lines)) <= 80
     ended = calmix("study", "analyse", folder, "--json", "--method", "wanda", *quick)

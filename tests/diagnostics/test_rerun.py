@@ -68,6 +68,10 @@ def test_a_models_code_runs_if_allowed_and_another_text_is_reported_before_any_w
     again += ("--trust-remote-code",)
     assert "the same: every file" in calmix(*again).ok().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "text.txt"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").touch()
+    line = calmix(*again, "-o", tmp_path / "mine").line
+    assert line.endswith("not empty: choose another folder")  # there is no --overwrite
     text_file.write_text("other words " * 5000)
     ended = calmix(*again, "-o", tmp_path / "second")
     assert f"changed (sources.{text_file}." in ended.err

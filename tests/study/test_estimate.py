@@ -106,7 +106,7 @@ def test_trials_an_accelerator_cannot_hold_are_refused(tiny_study, known, monkey
     study = load_study(tiny_study(more="recovery: [none, distill]\n"))
     trials = plan(study)
     model = Timed(study.file.models["tiny"].name)
-    needed = [model.trial_memory(trial) for trial in trials]
+    needed = [model.trial_memory(trial, compared=True) for trial in trials]
     label, most = estimate.largest(study, trials, device="cpu")
     assert most == pytest.approx(max(needed), rel=0.05)  # it includes the memory of this process
     assert label in [trial.label for trial in trials]
@@ -124,7 +124,7 @@ def test_a_model_with_a_rounded_head_is_compared_beside_the_dense_one(
     monkeypatch.setattr(estimate, "plan_for", lambda *_, **how: SimpleNamespace(needed=0))
     plain, rounded = (load_study(tiny_study(more=one)) for one in ("", "embeddings: 4\n"))
     model = Timed(plain.file.models["tiny"].name)
-    needed = [model.trial_memory(plan(study)[0]) for study in (plain, rounded)]
+    needed = [model.trial_memory(plan(study)[0], compared=True) for study in (plain, rounded)]
     assert needed[1] - needed[0] == model.bytes > 0
 
 

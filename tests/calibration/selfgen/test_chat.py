@@ -91,6 +91,6 @@ def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path, mon
     for line, said in zip(lines, (
         f"{lower} has no row in this model's chat format",
         f"{tmp_path / 'set'} has no row in this model's chat format",
-        "no token ends a turn in this model's chat template",
+        "this model's chat template has no token that ends a turn",
     ), strict=True):  # fmt: skip
         assert line.startswith(f"warning: {said}")
