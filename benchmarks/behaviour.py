@@ -2,8 +2,9 @@
 
     python benchmarks/behaviour.py STORE
 
-A row a trial: kept of all right answers, and by dimension, each as kept/right; answers gained; the
-share of answers that ended by themselves; and choices that are right beside the dense model's.
+A row a trial: kept of all right answers, and by dimension, each as kept/right; answers gained (none
+with `right_only`, which asks no other items); the share of answers that ended by themselves, of
+those that are not empty; and choices that are right beside the dense model's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def main() -> None:
                  for name in asked]  # fmt: skip
         assert whole is not None
         share = whole.share
-        ended = [one for _, b in written for one in b.ended]
+        ended = [one for _, b in written for one, text in zip(b.ended, b.answers, strict=True)
+                 if text]  # fmt: skip
         choices = counted("choices", chosen)
         assert choices is not None
         cells = [f"{part.kept}/{part.dense}" if part else "-" for part in parts]
