@@ -30,6 +30,7 @@ from calmix.models.shards import stored_tensors, weight_bytes
 from calmix.options import (
     BITS_METHOD,
     COMPRESS_METHOD,
+    METHOD,
     MOST_EMBEDDING,
     Compression,
     DeviceOptions,
@@ -140,6 +141,14 @@ class Request(Target):
         return saved_set(self.calibration) is not None
 
     @property
+    def narrow(self) -> bool:
+        """Whether all calibration text comes from one source."""
+        asked = ask(self.calibration, licence=self.licence)
+        names = asked.mix if asked.saved is None else asked.saved.manifest["names"]
+        written = asked.generate or (asked.saved and asked.saved.manifest.get("generated"))
+        return len(names) == 1 and not written
+
+    @property
     def most(self) -> int | None:
         """Bytes of memory to use at most."""
         return None if self.max_memory is None else parse_memory(self.max_memory)
@@ -164,10 +173,15 @@ def target(request: Mapping[str, Any]) -> str:
 
 
 def aim(request: Target) -> dict[str, Any]:
-    """Return method and target as options of a pruning run."""
+    """Return method and target as options of a pruning run.
+
+    On text of one source ADMM keeps fewer answers of other kinds than SparseGPT (docs/results.md).
+    """
     sparse = (request.sparsity, request.pattern) != (None, None)
+    narrow = sparse and isinstance(request, Request) and request.narrow
+    method = METHOD if narrow else COMPRESS_METHOD
     return {
-        "method": COMPRESS_METHOD if sparse else BITS_METHOD, "sparsity": request.sparsity,
+        "method": method if sparse else BITS_METHOD, "sparsity": request.sparsity,
         "pattern": request.pattern, "bits": None if request.bits is None else f"{request.bits:g}",
         "embeddings": None if request.bits is None else embedding_bits(request.bits),
     }  # fmt: skip
