@@ -30,9 +30,9 @@ def right(results: StudyResults, trial: str) -> tuple[np.ndarray, np.ndarray]:
     found, tasks = [], []
     pairs = zip(results.paired[trial], results.scores[trial], strict=True)
     for number, (dense, pruned) in enumerate(pair for pair in pairs if pair[0].metric in WRITTEN):
-        got = dict(zip(pruned.items, pruned.values, strict=True))
-        known = [got[i] for i, value in zip(dense.items, dense.values, strict=True) if value >= 1]
-        found += [float(value >= 1) for value in known]
+        both = zip(dense.values, pruned.values, strict=True)
+        known = [float(after >= 1) for before, after in both if before >= 1]
+        found += known
         tasks += [number] * len(known)
     return np.array(found), np.array(tasks)
 

@@ -39,13 +39,11 @@ def measured(results: Any, trial: Any) -> dict[str, float]:
     for dense, pruned in zip(results.paired[trial.id], results.scores[trial.id], strict=True):
         if dense.metric != "pass@1":
             continue
-        got = {item: at for at, item in enumerate(pruned.items)}
-        for at, item in enumerate(dense.items):
+        for at, wanted in enumerate(dense.answers):
             if dense.values[at] >= 1:
-                here, wanted = got[item], dense.answers[at]
-                kept.append(pruned.values[here] >= 1)
-                ended.append(pruned.ended[here])
-                same.append(alike(wanted, pruned.answers[here]) / len(wanted))
+                kept.append(pruned.values[at] >= 1)
+                ended.append(pruned.ended[at])
+                same.append(alike(wanted, pruned.answers[at]) / len(wanted))
     far = ((trial.distance or {}).get("dimensions") or {}).get("code") or {}
     return {
         "kept": sum(kept), "right": len(kept), "share": float(np.mean(kept)),

@@ -213,6 +213,8 @@ class Settings(Options):
 
 
 Propagation = Literal["sequential", "block"]
+# How a calibration set is made; `none` is a trial without one.
+Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "self-written", "none"]
 MOST_EMBEDDING = 6  # bits; nearly all levels then fit a byte
 
 

@@ -21,7 +21,7 @@ from calmix.errors import InputError, nearest
 from calmix.files import user_path
 from calmix.models import OpenModel
 from calmix.models.opening import check_length
-from calmix.options import DrawOptions, checked, named_options
+from calmix.options import DrawOptions, Strategy, checked, named_options
 from calmix.sources import Source, get_source, offline_sources, own_sources
 from calmix.sources.licences import allowed, refuse
 from calmix.sources.readers import LocalFile
@@ -95,6 +95,19 @@ class Asked:
         return None if self.generator is None else self.generator.name
 
     @property
+    def strategy(self) -> Strategy:
+        """How the set is made; a source with chats beside it is a mix."""
+        method: Any
+        if self.saved is not None:
+            held = self.saved.manifest
+            method, names, written = held.get("generated"), held["names"], held.get("written", {})
+        else:
+            method, names, written = self.generate, list(self.mix), self.written
+        if method == "chat" or not (method or set(names) - written.keys()):
+            return "self-written"
+        return method or ("mix" if len(names) > 1 else "single")
+
+    @property
     def runs_model(self) -> bool:
         """Whether making the set needs the model, not only its tokenizer."""
         return self.generator is not None or bool(self.written)
@@ -140,10 +153,12 @@ def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generat
 
 def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None) -> Mix:
     """Replace each named mix by its members, with only allowed licences in `offline`."""
-    held = [one.name for one in offline_sources().values() if allowed(one.licence, wanted)]
-    groups, weights = MIXES | {GROUP: dict.fromkeys(held, 1.0)}, dict[str, float]()
+    weights: dict[str, float] = {}
     for name, weight in mix.items():
-        members = {name: 1.0} if name in own else groups.get(name, {name: 1.0})
+        members = {name: 1.0} if name in own else MIXES.get(name, {name: 1.0})
+        if name == GROUP and name not in own:
+            held = offline_sources()
+            members = {one: 1.0 for one in held if allowed(held[one].licence, wanted)}
         for member, share in members.items():
             if member in weights or (member in mix and member != name):
                 raise InputError(f"calibration '{text}' names '{member}' twice: {name} has it")

@@ -26,7 +26,7 @@ from calmix.evaluation.suites import Suite, suite_file
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
-from calmix.models.shards import stored_tensors, weight_bytes
+from calmix.models.shards import stored_tensors, weight_bytes, weight_width
 from calmix.options import (
     BITS_METHOD,
     COMPRESS_METHOD,
@@ -141,14 +141,6 @@ class Request(Target):
         return saved_set(self.calibration) is not None
 
     @property
-    def narrow(self) -> bool:
-        """Whether all calibration text comes from one source."""
-        asked = ask(self.calibration, licence=self.licence)
-        names = asked.mix if asked.saved is None else asked.saved.manifest["names"]
-        written = asked.generate or (asked.saved and asked.saved.manifest.get("generated"))
-        return len(names) == 1 and not written
-
-    @property
     def most(self) -> int | None:
         """Bytes of memory to use at most."""
         return None if self.max_memory is None else parse_memory(self.max_memory)
@@ -178,8 +170,10 @@ def aim(request: Target) -> dict[str, Any]:
     On text of one source ADMM keeps fewer answers of other kinds than SparseGPT (docs/results.md).
     """
     sparse = (request.sparsity, request.pattern) != (None, None)
-    narrow = sparse and isinstance(request, Request) and request.narrow
-    method = METHOD if narrow else COMPRESS_METHOD
+    method = COMPRESS_METHOD
+    if sparse and isinstance(request, Request):
+        asked = ask(request.calibration, licence=request.licence)
+        method = METHOD if asked.strategy == "single" else COMPRESS_METHOD
     return {
         "method": method if sparse else BITS_METHOD, "sparsity": request.sparsity,
         "pattern": request.pattern, "bits": None if request.bits is None else f"{request.bits:g}",
@@ -224,8 +218,7 @@ def bits_for(request: Target) -> float:
     wanted = parse_size(request.size or "", dense)
     held = timed(request.model, "auto", request.device, request.trust_remote_code)
     matrices = sum(p.numel() for p in held.blocks.blocks.parameters() if p.ndim > 1)
-    width = max(stored_tensors(folder).values(), key=lambda place: place.size).dtype.itemsize
-    rest = dense - width * (matrices + held.outer_weights)
+    rest = dense - weight_width(stored_tensors(folder)) * (matrices + held.outer_weights)
     size = partial(packed_bytes, matrices=matrices, outer=held.outer_weights, rest=rest)
     rates = [number / 100 for number in range(round(100 * LEAST), round(100 * MOST) + 1)]
     if not size(LEAST) <= wanted <= size(MOST):

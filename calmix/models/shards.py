@@ -81,6 +81,11 @@ def stored_tensors(folder: Path) -> dict[str, Place]:
     return places
 
 
+def weight_width(stored: Mapping[str, Place]) -> int:
+    """Return the bytes of a stored weight, as in the largest tensor."""
+    return max(stored.values(), key=lambda place: place.size).dtype.itemsize
+
+
 def weight_bytes(folder: Path) -> int:
     """Return the total size of a model's weight files in bytes."""
     return sum((folder / name).stat().st_size for name in weight_files(folder))

@@ -27,7 +27,7 @@ from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import user_path
 from calmix.manifest import file_hashes, read_sealed
 from calmix.models import builtin_models
-from calmix.models.shards import stored_tensors
+from calmix.models.shards import Place, stored_tensors, weight_width
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.report import charts, words
 from calmix.report.charts import LOOKS, Chart
@@ -66,10 +66,14 @@ class Card:
     checked: str = ""
 
     @cached_property
+    def stored(self) -> dict[str, Place]:
+        """The tensors in the model's files."""
+        return stored_tensors(self.out / "model")
+
+    @property
     def width(self) -> int:
-        """Bits of a stored weight, as of most of them."""
-        held = stored_tensors(self.out / "model").values()
-        return 8 * max(held, key=lambda place: place.size).dtype.itemsize
+        """Bits of a stored weight."""
+        return 8 * weight_width(self.stored)
 
     @property
     def speed(self) -> str:
@@ -164,8 +168,8 @@ class Card:
     @cached_property
     def outer(self) -> int:
         """Number of weights outside the linear layers."""
-        held = (place.shape for place in stored_tensors(self.out / "model").values())
-        return sum(map(math.prod, held)) - int(self.pruning["weights"])
+        every = sum(math.prod(place.shape) for place in self.stored.values())
+        return every - int(self.pruning["weights"])
 
     @cached_property
     def frontier(self) -> list[dict[str, str]]:

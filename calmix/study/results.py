@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, SkipValidation
 
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.retention import Estimate
+from calmix.options import Strategy
 
 Scores = Annotated[
     Mapping[str, tuple[TaskScores, ...]], SkipValidation, Field(exclude=True, repr=False)
 ]
-Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "self-written", "none"]
 
 
 class Trial(BaseModel, frozen=True):

@@ -25,13 +25,12 @@ from calmix.files import sha256_file, sha256_json
 from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
 from calmix.models.shards import weight_bytes
-from calmix.options import RECOVERY_OPTIONS, Recovering
+from calmix.options import RECOVERY_OPTIONS, Recovering, Strategy
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Pattern
 from calmix.sources import get_source
 from calmix.sources.readers import LocalFile
 from calmix.specs import SEED, PruneRequest, printed, prune_request, recovery_of
-from calmix.study.results import Strategy
 from calmix.study.spec import NONE, UNIFORM, Calibration, Grid, Study
 
 FORMAT = 1  # of the request; raised when the same request would give another outcome
@@ -151,7 +150,7 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
                     method=method.text, pattern=target, allocation=allocation, **draw
                 )
                 yield Planned(
-                    model, label, _strategy(asked), request, asked.draw.rows, asked.draw.length,
+                    model, label, asked.strategy, request, asked.draw.rows, asked.draw.length,
                     drawn or 0, None if recovery == NONE else recovery_of(recovery), asked,
                 )  # fmt: skip
 
@@ -173,18 +172,6 @@ def _asked(
             top.pop("packing", None)
         draw = {**top, **sizes, **entry.given(), "seed": seed}
     return ask(text, sources=study.own, **draw), draw
-
-
-def _strategy(asked: Asked) -> Strategy:
-    """Return the strategy of a calibration set; a source with chats beside it is a mix."""
-    if asked.saved is not None:
-        held = asked.saved.manifest
-        method, names, written = held.get("generated"), held["names"], held.get("written", {})
-    else:
-        method, names, written = asked.generate, list(asked.mix), asked.written
-    if method == "chat" or not (method or set(names) - written.keys()):
-        return "self-written"
-    return method or ("mix" if len(names) > 1 else "single")
 
 
 def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:

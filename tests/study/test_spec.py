@@ -10,7 +10,7 @@ from calmix.calibration.resolving import Asked
 from calmix.errors import InputError
 from calmix.manifest import differences
 from calmix.study.spec import check_study, load_study
-from calmix.study.trials import _strategy, plan, resolve_all
+from calmix.study.trials import plan, resolve_all
 
 HEAD = "name: s\nmodels: [builtin:smollm2-135m]\n"
 NEWS = HEAD + "calibrations: {a: news}\n"
@@ -91,7 +91,7 @@ def test_a_source_beside_chats_is_a_mix_also_from_a_folder():
     for names, strategy in (("chat stories", "mix"), ("chat", "self-written")):
         manifest = {"names": names.split(), "written": {"chat": {}}}
         saved = CalibrationSet(torch.zeros(1, 8, dtype=torch.int64), ("chat",), manifest)
-        assert _strategy(Asked({}, saved=saved)) == strategy
+        assert Asked({}, saved=saved).strategy == strategy
 
 
 def test_a_set_may_be_drawn_in_its_own_way():
