@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,12 +22,12 @@ from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.generations import Answered, Prompt, load_answers
 from calmix.evaluation.retention import Retention, flips
-from calmix.evaluation.scores import CapabilityScores, check_same_suite, load_pairs
+from calmix.evaluation.scores import check_same_suite, load_pairs
 from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import user_path
 from calmix.manifest import file_hashes, read_sealed
 from calmix.models import builtin_models
-from calmix.models.shards import Place, stored_tensors, weight_width
+from calmix.models.shards import stored_tensors, weight_width
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.report import charts, words
 from calmix.report.charts import LOOKS, Chart
@@ -43,7 +43,7 @@ BY_MODEL = "written by the model"
 @dataclass(frozen=True)
 class Card:
     """The facts about one compressed model; `asked` is the request, `pruning`, `calibration` and
-    `recoveries` come from its manifest. `sources`, `tasks` and `hashes` are tables."""
+    `recoveries` come from its manifest. `tasks` and `hashes` are tables."""
 
     out: Path
     name: str
@@ -54,26 +54,14 @@ class Card:
     pruning: Mapping[str, Any]
     size: int
     packed: int
-    sources: list[dict[str, Any]]  # of the calibration set
+    width: int  # bits of a stored weight
+    outer: int  # weights outside the linear layers
     calibration: Mapping[str, Any]
     recoveries: tuple[Mapping[str, Any], ...]
-    scores: CapabilityScores
-    dense: CapabilityScores
     pairs: Sequence[Pair]  # the scores of both models on each suite
     answers: Answered | None
     tasks: list[dict[str, str]]  # that were scored, with origin and licence
     hashes: list[dict[str, str]]  # of inputs and outputs
-    checked: str = ""
-
-    @cached_property
-    def stored(self) -> dict[str, Place]:
-        """The tensors in the model's files."""
-        return stored_tensors(self.out / "model")
-
-    @property
-    def width(self) -> int:
-        """Bits of a stored weight."""
-        return 8 * weight_width(self.stored)
 
     @property
     def speed(self) -> str:
@@ -84,7 +72,7 @@ class Card:
     @cached_property
     def kept(self) -> Retention | None:
         """Retention of likelihood; None if no task measures it."""
-        return likelihood(self.dense, self.scores)
+        return likelihood(*self.pairs[0])
 
     @cached_property
     def behaved(self) -> Behaviour:
@@ -94,7 +82,7 @@ class Card:
     @cached_property
     def flipped(self) -> Mapping[str, Any]:
         """Items right under one model only."""
-        return flips(self.dense.tasks, self.scores.tasks)
+        return flips(*(scores.tasks for scores in self.pairs[0]))
 
     @property
     def suite(self) -> str:
@@ -166,12 +154,6 @@ class Card:
         return f"quantising usually keeps more than pruning; try {shlex.join(command)}"
 
     @cached_property
-    def outer(self) -> int:
-        """Number of weights outside the linear layers."""
-        every = sum(math.prod(place.shape) for place in self.stored.values())
-        return every - int(self.pruning["weights"])
-
-    @cached_property
     def frontier(self) -> list[dict[str, str]]:
         """Packs of this model at other bits, estimated, and what measured models keep there."""
         if not self.packed:
@@ -180,16 +162,15 @@ class Card:
         beside = sum(path.stat().st_size for path in (self.out / PACK).rglob("*")
                      if path.is_file() and path.suffix != WEIGHTS)  # fmt: skip
         measured = packaged("report/frontier.yaml")
+        models = ["this model", *measured[max(measured)]]
         rows = [(self.packed, f"this model, {target(self.asked)}",
-                 None if kept is None else kept.share.value, dict[str, float]())]  # fmt: skip
-        rows += [(int(packed_bytes(bits, weights, self.outer, beside)), f"{bits:g} bits", None,
-                  shares) for bits, shares in measured.items()]  # fmt: skip
+                 {"this model": kept and kept.share.value})]  # fmt: skip
+        rows += [(packed_bytes(bits, weights, self.outer, beside), f"{bits:g} bits", shares)
+                 for bits, shares in measured.items()]  # fmt: skip
         return [
-            {"weights at": name, "#packed, MB": words.number(place / 1e6, 0),
-             "#this model keeps %": words.percent(own),
-             **{f"#{model} keeps %": words.percent(shares.get(model))
-                for model in measured[max(measured)]}}
-            for place, name, own, shares in sorted(rows, reverse=True)
+            {"weights at": name, "#packed, MB": words.number(size / 1e6, 0),
+             **{f"#{model} keeps %": words.percent(shares.get(model)) for model in models}}
+            for size, name, shares in sorted(rows, key=lambda row: row[:2], reverse=True)
         ]  # fmt: skip
 
     @property
@@ -225,61 +206,75 @@ class Card:
             f"suite {suites} ({words.counted(dropped, 'document')} dropped)."
         )
 
-    @property
-    def row(self) -> dict[str, str]:
-        """The row of a table of several models; a # marks a column of numbers."""
-        does, worst = self.behaved, self.behaved.worst
-        return {
-            "model": self.name, "target": target(self.asked), "effort": self.asked["effort"],
-            "#answers kept %": words.with_span(does.answers and does.answers.share),
-            "worst ability": f"{worst.name}, {worst.kept} of {worst.dense}" if worst else "–",
-            "#accuracy %": words.with_span(does.choices and does.choices.accuracy[1]),
-            "#likelihood kept %": words.with_span(self.kept and self.kept.total),
-            **self._apart("total"),
-            "#MB": words.number((self.packed or self.size) / 1e6, 0),
-            "calibration": self.asked["calibration"],
-        }  # fmt: skip
-
-    def _apart(self, name: str) -> dict[str, str]:
+    def apart(self, name: str) -> dict[str, str]:
         """Return distance and flips of a dimension, or in `total`."""
-        known = self.scores.distance or {"total": {}, "dimensions": {}}
+        known = self.pairs[0][1].distance or {"total": {}, "dimensions": {}}
         far = (known if name == "total" else known["dimensions"]).get(name, {})
         return {"#KL": words.number(far.get("kl_mean")), "#top-1 %": words.percent(far.get("top1")),
                 "#flips %": words.with_span(self.flipped.get(name))}  # fmt: skip
 
     @property
-    def abilities(self) -> list[dict[str, Any]]:
-        """The table of generated answers."""
-        return [
+    def tables(self) -> dict[str, list[dict[str, Any]]]:
+        """The tables of generated answers, and of likelihood by dimension and by task."""
+        abilities = [
             {"ability": one.name, "#asked": one.asked, "#dense right": one.dense,
              "#still right": one.kept, "#kept %": words.with_span(one.share),
              "#gained": words.number(one.gained, 0)}
             for one in self.behaved.abilities
         ]  # fmt: skip
-
-    @property
-    def dimensions(self) -> list[dict[str, str]]:
-        """The table of likelihood by dimension, and the total."""
         if self.kept is None:
-            return []
+            return {"abilities": abilities, "dimensions": [], "tasks": []}
         parts = {one.name: one.kept for one in self.kept.dimensions} | {"total": self.kept.total}
-        return [
-            {"dimension": name, "#likelihood kept %": words.with_span(kept), **self._apart(name)}
+        dimensions = [
+            {"dimension": name, "#likelihood kept %": words.with_span(kept), **self.apart(name)}
             for name, kept in parts.items()
         ]
-
-    @property
-    def scored(self) -> list[dict[str, Any]]:
-        """The table of likelihood by task."""
-        return [
+        tasks = [
             {"task": one.name, "dimension": one.dimension, "scored by": one.score,
              "#items": one.items, "#dense": words.number(one.dense),
              "#pruned": words.number(one.pruned),
              "#accuracy, dense": words.number(one.dense_accuracy),
              "#accuracy, pruned": words.number(one.pruned_accuracy),
              "#kept %": words.with_span(one.kept) if one.signal else "no signal"}
-            for one in (self.kept.tasks if self.kept else ())
+            for one in self.kept.tasks
         ]  # fmt: skip
+        return {"abilities": abilities, "dimensions": dimensions, "tasks": tasks}
+
+    @cached_property
+    def sources(self) -> list[dict[str, Any]]:
+        """The table of the calibration set; for text the model wrote, one row per dimension."""
+        manifest = self.calibration
+        if "generated" in manifest:  # such a manifest has no counts
+            places = self.out / "calibration", user_path(self.asked["calibration"])
+            folder = next(filter(saved_set, places), None)
+            counts = CalibrationSet.open(folder).counts if folder else {}
+            parts: dict[str, Any] = {name: {"rows": rows} for name, rows in counts.items()}
+        else:
+            parts = {**(manifest.get("sources") or {}), **(manifest.get("written") or {})}
+        own = (manifest.get("own") or {}).items()
+        known = {name: one.get("dimension", "-") for name, one in own}
+        known |= {name: source.dimension for name, source in builtin_sources().items()}
+        return [
+            {"source": name, "dimension": known.get(name, "-") if licence else name,
+             "#rows": part["rows"], "#tokens": part["rows"] * manifest["length"],
+             "licence": licence or BY_MODEL, "use": use_of(licence) if licence else "–",
+             "version": part.get("version", "")}
+            for name, part in parts.items() for licence in [part.get("licence")]
+        ]  # fmt: skip
+
+    @cached_property
+    def checked(self) -> str:
+        """The verdict of `calmix check` on this model; empty if it was not run."""
+        path, fingerprints = self.out / floors.FILE, [one.fingerprint for one in self.pairs[0]]
+        if not path.exists():
+            return ""
+        try:
+            value, what = read_sealed(path, ""), "of another model"
+            if [value["dense"], value["model"]] == fingerprints:
+                return str(value["lines"][0])
+        except InputError:
+            what = "damaged"
+        return f"{path.name} is {what}: run calmix check {self.out} {floors.FLAG} FLOORS again."
 
 
 def read_card(out: Path) -> Card:
@@ -294,7 +289,6 @@ def read_card(out: Path) -> Card:
                 "resume"
             )
     pairs = load_pairs([scored, *(path for path in [out / BEHAVIOUR] if path.exists())])
-    dense, scores = pairs[0]
     path, recoveries = out / "model" / MANIFEST, list[Mapping[str, Any]]()
     recovered = manifest = read_sealed(path, f"{path} is missing: make {out / 'model'} again")
     while manifest["kind"] == "recovered checkpoint":
@@ -315,51 +309,19 @@ def read_card(out: Path) -> Card:
                 name = f"{one.name} ({suite})" if len(pairs) > 1 else one.name
                 tasks.append({"task": name, "use": use_of(origin["licence"]), **origin})
     known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
-    answers = out / "answers.json"
+    answers, stored = out / "answers.json", stored_tensors(out / "model")
+    weights = sum(math.prod(place.shape) for place in stored.values())
     return Card(
         out, out.resolve().name, record, asked,
         known.licence if known else "see the model's own card", known.origin if known else model,
         manifest["pruning"],
         sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS),
         sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()),
-        list(_sources(out, asked["calibration"], calibration)), calibration, tuple(recoveries),
-        scores, dense, pairs,
+        8 * weight_width(stored), weights - manifest["pruning"]["weights"],
+        calibration, tuple(recoveries), pairs,
         load_answers(answers) if answers.exists() else None, tasks,
         [{"what": name, "SHA-256": value} for name, value in hashes.items()],
-        _checked(out, dense, scores),
     )  # fmt: skip
-
-
-def _checked(out: Path, dense: CapabilityScores, scores: CapabilityScores) -> str:
-    """Return the verdict of `calmix check` on this model; empty if it was not run."""
-    path = out / floors.FILE
-    if not path.exists():
-        return ""
-    try:
-        value, what = read_sealed(path, ""), "of another model"
-        if (value["dense"], value["model"]) == (dense.fingerprint, scores.fingerprint):
-            return str(value["lines"][0])
-    except InputError:
-        what = "damaged"
-    return f"{path.name} is {what}: run calmix check {out} {floors.FLAG} FLOORS again."
-
-
-def _sources(out: Path, asked: object, manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the sources of the calibration set; for text the model wrote, one per dimension."""
-    if "generated" in manifest:  # such a manifest has no counts
-        folder = next(filter(saved_set, (out / "calibration", user_path(str(asked)))), None)
-        counts = CalibrationSet.open(folder).counts if folder else {}
-        parts: dict[str, Any] = {name: {"rows": rows} for name, rows in counts.items()}
-    else:
-        parts = {**(manifest.get("sources") or {}), **(manifest.get("written") or {})}
-    known = {name: one.get("dimension", "-") for name, one in (manifest.get("own") or {}).items()}
-    known |= {name: source.dimension for name, source in builtin_sources().items()}
-    for name, part in parts.items():
-        licence = part.get("licence")
-        yield {"source": name, "dimension": known.get(name, "-") if licence else name,
-               "#rows": part["rows"], "#tokens": part["rows"] * manifest["length"],
-               "licence": licence or BY_MODEL, "use": use_of(licence) if licence else "–",
-               "version": part.get("version", "")}  # fmt: skip
 
 
 # Charts
@@ -428,15 +390,26 @@ def several_page(cards: Sequence[Card]) -> str:
             )
         for (_, ours), (_, theirs) in zip(card.pairs, first.pairs, strict=True):
             check_same_suite(ours.suite, theirs.suite)
-        if card.dense.fingerprint != first.dense.fingerprint:
+        if card.pairs[0][0].fingerprint != first.pairs[0][0].fingerprint:
             raise InputError(
                 f"{card.name} and {first.name} have different dense models: compare them separately"
             )
     counts = Counter(card.name for card in cards)
     named = [replace(card, name=str(card.out)) if counts[card.name] > 1 else card
              for card in cards]  # fmt: skip
+    rows = [
+        {"model": card.name, "target": target(card.asked), "effort": card.asked["effort"],
+         "#answers kept %": words.with_span(does.answers and does.answers.share),
+         "worst ability": f"{worst.name}, {worst.kept} of {worst.dense}" if worst else "–",
+         "#accuracy %": words.with_span(does.choices and does.choices.accuracy[1]),
+         "#likelihood kept %": words.with_span(card.kept and card.kept.total),
+         **card.apart("total"),
+         "#MB": words.number((card.packed or card.size) / 1e6, 0),
+         "calibration": card.asked["calibration"]}
+        for card in named for does, worst in [(card.behaved, card.behaved.worst)]
+    ]  # fmt: skip
     return render(
-        "several.html", cards=named, first=first, rows=[card.row for card in named],
+        "several.html", cards=named, first=first, rows=rows,
         kept=kept_chart(named), answers=_answers(named), names=[card.name for card in named],
     )  # fmt: skip
 
@@ -444,12 +417,9 @@ def several_page(cards: Sequence[Card]) -> str:
 def _answers(cards: Sequence[Card]) -> list[tuple[Prompt, tuple[str, ...]]]:
     """Return prompts with the answers of the dense model and of each card's model; empty if the
     prompts differ."""
-    answered = [card.answers for card in cards]
-    first = answered[0]
-    if first is None or any(
-        other is None or (other.prompts, other.answers[0]) != (first.prompts, first.answers[0])
-        for other in answered
-    ):
+    held = [card.answers for card in cards if card.answers]
+    both = [(one.prompts, one.answers[0]) for one in held]
+    if len(held) < len(cards) or any(one != both[0] for one in both):
         return []
-    texts = zip(first.answers[0], *(other.answers[1] for other in answered if other), strict=True)
-    return list(zip(first.prompts, texts, strict=True))
+    texts = zip(both[0][1], *(one.answers[1] for one in held), strict=True)
+    return list(zip(both[0][0], texts, strict=True))

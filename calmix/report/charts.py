@@ -145,24 +145,6 @@ def _named(axes: Any, rows: Sequence[Named], narrow: bool, lines: int = 1) -> No
             axes.tick_params(axis="y", pad=16)
 
 
-def _mark(axes: Any, mark: Mark, y: float, height: float) -> None:
-    """Draw a bar or a marker with its interval and notch."""
-    share, tip, colour, marker, notch = mark
-    value, low, high = (None if end is None else 100 * end
-                        for end in (share.value, share.low, share.high))  # fmt: skip
-    bar, dot = marker == "bar", {"markersize": 8, "linestyle": "none", "zorder": 3}
-    if bar:
-        [drawn] = axes.barh(y, value, height=height, color=colour)
-    else:
-        [drawn] = axes.plot([value], [y], marker=marker, color=colour, markeredgecolor=PAPER, **dot)
-    drawn.set_gid(f"tip: {tip}: {words.with_span(share)} %")
-    if low is not None:
-        axes.plot([low, high], [y, y], color=INK if bar else colour, linewidth=1.5,
-                  solid_capstyle="butt")  # fmt: skip
-    if notch is not None:
-        axes.plot([100 * notch], [y], marker="|", color=INK, **dot)
-
-
 def bars(
     width: float, rows: Sequence[Named], marks: Sequence[Sequence[Mark]], below: str,
     keys: Sequence[Key], rule: float,
@@ -171,10 +153,23 @@ def bars(
     narrow = width < WIDTH
     high = 0.8 + 0.3 * bool(keys) + sum(0.24 + 0.12 * len(row) for row in marks)
     figure = Figure(figsize=(width, high), layout="constrained")
-    axes = figure.subplots()
+    axes, dot = figure.subplots(), {"markersize": 8, "linestyle": "none", "zorder": 3}
     for at, row in enumerate(marks):
-        for number, mark in enumerate(row):
-            _mark(axes, mark, at + 0.6 * ((number + 0.5) / len(row) - 0.5), 0.6 / len(row))
+        for number, (share, tip, colour, marker, notch) in enumerate(row):
+            y, bar = at + 0.6 * ((number + 0.5) / len(row) - 0.5), marker == "bar"
+            value, low, high = (None if end is None else 100 * end
+                                for end in (share.value, share.low, share.high))  # fmt: skip
+            if bar:
+                [drawn] = axes.barh(y, value, height=0.6 / len(row), color=colour)
+            else:
+                [drawn] = axes.plot([value], [y], marker=marker, color=colour,
+                                    markeredgecolor=PAPER, **dot)  # fmt: skip
+            drawn.set_gid(f"tip: {tip}: {words.with_span(share)} %")
+            if low is not None:
+                axes.plot([low, high], [y, y], color=INK if bar else colour, linewidth=1.5,
+                          solid_capstyle="butt")  # fmt: skip
+            if notch is not None:
+                axes.plot([100 * notch], [y], marker="|", color=INK, **dot)
     _named(axes, rows, narrow, 1 + narrow)
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)

@@ -126,7 +126,7 @@ def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, 
 
     def measured(folder, suite=suite, **changed):
         pair = {name: replace(one, suite=describe(suite), tasks=(written("sums", "math", [1] * 8),))
-                for name, one in (("dense", card.dense), ("scores", card.scores))}  # fmt: skip
+                for name, one in zip(("dense", "scores"), card.pairs[0], strict=True)}  # fmt: skip
         pair["scores"] = replace(pair["scores"], **changed)
         write_json(folder / "abilities.json", {name: one.to_dict() for name, one in pair.items()})
 
@@ -140,9 +140,9 @@ def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, 
     assert verb.Compressed(out)._rows()[0] == {
         "kept": "answers", "dimension": "math", "kept %": 100.0, "from": 67.6, "to": 100.0
     }  # fmt: skip
-    bare = {name: replace(one, tasks=tuple(replace(task, values=()) for task in one.tasks))
-            for name, one in (("dense", card.dense), ("scores", card.scores))}  # fmt: skip
-    assert several_page([replace(card, **bare)] * 2)  # items that are neither right nor wrong
+    bare = tuple(replace(one, tasks=tuple(replace(task, values=()) for task in one.tasks))
+                 for one in card.pairs[0])  # neither right nor wrong  # fmt: skip
+    assert several_page([replace(card, pairs=[bare, *card.pairs[1:]])] * 2)
     asked = {**card.asked, "trust_remote_code": True, "device": "cuda:1"}
     line = replace(card, asked=asked).measure
     assert "--trust-remote-code --device cuda:1 -o " in line
