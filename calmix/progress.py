@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+from rich import progress as rich
+from rich.console import Console
+
 EVERY = 30.0  # seconds between lines without a terminal
 OFTEN = 0.2  # seconds between updates in a notebook
 WIDE = 32  # characters of the text inside a stage
@@ -160,9 +163,6 @@ class Progress:
 
 def _terminal() -> View:
     """Return a bar that pulses while the share is unknown and disappears at the end."""
-    from rich import progress as rich
-    from rich.console import Console
-
     columns = (
         rich.TextColumn("{task.description}", markup=False), rich.BarColumn(None),
         rich.TextColumn("{task.fields[remaining]}", markup=False), rich.TimeElapsedColumn(),
@@ -181,9 +181,7 @@ def _terminal() -> View:
 
 def _notebook() -> View | None:
     """Return a bar in a notebook's cell; None outside notebooks."""
-    shell = sys.modules.get("IPython")
-    names = [kind.__name__ for kind in type(shell.get_ipython()).__mro__] if shell else []
-    if "ZMQInteractiveShell" not in names:  # Colab's shell is a subclass
+    if not Console().is_jupyter:
         return None
     display = importlib.import_module("IPython.display").display  # every notebook has it
     cell, last = display({"text/plain": ""}, raw=True, display_id=True), 0.0

@@ -89,20 +89,19 @@ def _engine(options: ExportOptions, form: str, bar: Progress) -> Made:
     if weights not in known:
         raise InputError(f"--to {form} has no --weights {weights}: {nearest(weights, known)}")
     how: dict[str, Any] = {"weights": weights, "overwrite": options.overwrite}
-    made: Any
     if form == "gguf":
         made = gguf.export(options.what, options.output, like=options.like,
                            say=bar.each("export", 2), **how)  # fmt: skip
-        kinds = ", ".join(f"{count} {kind}" for kind, count in made.types.items())
-        stored = f" ({kinds}; {made.ours} keep the levels of calmix)"
-        alike = f", in {made.engine}"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in made["types"].items())
+        stored = f" ({kinds}; {made['ours']} keep the levels of calmix)"
+        alike = f", in {made['engine']}"
     else:
         steps, trust = len(openvino.STEPS), options.trust_remote_code
-        made = openvino.export(options.what, options.output, trust_remote_code=trust,
-                               say=bar.each("export", steps), **how)  # fmt: skip
-        stored, alike = "", f", same top-1 token {made.top1:.0%}"
-    return asdict(made), (f"{size(made.before)} of weights in {size(made.after)}{stored}, KL to "
-                          f"the model {made.kl:.2g} nats per token{alike}")  # fmt: skip
+        made = asdict(openvino.export(options.what, options.output, trust_remote_code=trust,
+                                      say=bar.each("export", steps), **how))  # fmt: skip
+        stored, alike = "", f", same top-1 token {made['top1']:.0%}"
+    return made, (f"{size(made['before'])} of weights in {size(made['after'])}{stored}, KL to the "
+                  f"model {made['kl']:.2g} nats per token{alike}")  # fmt: skip
 
 
 def _set(options: ExportOptions, form: str, bar: Progress) -> Made:

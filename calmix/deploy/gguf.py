@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,8 +34,8 @@ from calmix.pruning.methods import Look
 from calmix.pruning.solvers.grids import Grid, read_grids
 
 Array = np.ndarray[Any, Any]
-# The origin of a tensor in a GGUF file: the parameter's name, and an order and offset such that
-# parameter.flat[i] = tensor.flat[order[i]] + offset.
+# The origin of a tensor in a GGUF file: the parameter's name, and an order (None: the parameter's
+# own) and offset such that tensor = parameter.take(order) - offset.
 Place = tuple[str, Array | None, float]
 
 # Types for weights without a grid that GGUF has, and the divergence from the model (nats per token)
@@ -47,19 +46,6 @@ BLOCK = 32  # weights in a block of Q4_0, Q4_1 and Q8_0
 TOKENS = 64  # of the vocabulary to compare with the template's
 
 
-@dataclass(frozen=True)
-class Written:
-    """Bytes of the model's weight files and of the GGUF file, number of tensors by type and with
-    our levels, and KL(model || file) in nats per token on random ids, in which engine."""
-
-    before: int
-    after: int
-    types: dict[str, int]
-    ours: int
-    kl: float
-    engine: str
-
-
 def export(
     name: str,
     output: Path,
@@ -68,8 +54,12 @@ def export(
     like: Path | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda step: None,
-) -> Written:
+) -> dict[str, Any]:
     """Write a model as a GGUF file, and check it against the model, which is loaded into memory.
+
+    Returns the bytes of the model's weight files `before` and of the file `after`, the number of
+    tensors by `types` and with our levels (`ours`), and `kl`, KL(model || file) in nats per token
+    on random ids, computed by `engine`.
 
     Matrices without a grid that GGUF has become `weights`, one of `TYPES`. `like` is a GGUF file of
     the same model, by default the one it came from; `say` is called with each step as it begins.
@@ -100,7 +90,8 @@ def export(
         new.chmod(0o644)
         sync(new)  # a rename can reach the disk before the bytes
         new.replace(real_place(output))
-    return Written(weight_bytes(folder), output.stat().st_size, types, ours, kl, engine)
+    return {"before": weight_bytes(folder), "after": output.stat().st_size, "types": types,
+            "ours": ours, "kl": kl, "engine": engine}  # fmt: skip
 
 
 def _origin(name: str) -> str:
@@ -149,9 +140,9 @@ def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, Place]:
         if parameter is None or parameter not in state:
             continue
         shape = tuple(tensor.shape[::-1].tolist())
-        order, offset = _order(processor, tensor.name, shape)
+        read, order, offset = _order(processor, tensor.name, shape)
         wanted = tuple(state[parameter].shape)
-        if wanted != (shape if order is None else order.shape):
+        if wanted != read:
             raise InputError(f"{other}: {tensor.name} is {shape}, {parameter} {wanted}")
         places[tensor.name] = parameter, order, offset
         covered.add(state[parameter].data_ptr())
@@ -168,8 +159,10 @@ def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, Place]:
     return places
 
 
-def _order(processor: Any, name: str, shape: tuple[int, ...]) -> tuple[Array | None, float]:
-    """Return the order in which transformers reads a tensor, None if unchanged, and its offset."""
+def _order(
+    processor: Any, name: str, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], Array | None, float]:
+    """Return the shape that transformers gives a tensor, and its order and offset as in `Place`."""
 
     def read(values: Array) -> Array:
         more: dict[str, Any] = {"tensor_key_mapping": {}, "parsed_parameters": {"tensors": {}}}
@@ -181,12 +174,14 @@ def _order(processor: Any, name: str, shape: tuple[int, ...]) -> tuple[Array | N
     with np.errstate(all="ignore"):  # of a logarithm
         offset = float(read(np.zeros(shape)).flat[0])
         plain = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
-        order = (read(plain.copy()) - offset).astype(np.int64)
-    if np.array_equal(order, plain):
-        return None, offset
-    if not np.array_equal(np.sort(order, axis=None), plain.ravel()):
+        places = (read(plain.copy()) - offset).astype(np.int64)  # in the file
+    if np.array_equal(places, plain):
+        return shape, None, offset
+    if not np.array_equal(np.sort(places, axis=None), plain.ravel()):
         raise ModelError(f"{name} is computed from a parameter: such models have no GGUF export")
-    return order, offset
+    order = np.empty(shape, np.int64)
+    np.put(order, places, np.arange(places.size))
+    return places.shape, order, offset
 
 
 def _write(
@@ -205,7 +200,7 @@ def _write(
     writer = GGUFWriter(path, str(reader.get_field("general.architecture").contents()))
     for tensor in reader.tensors:
         parameter, order, offset = places.get(tensor.name, ("", None, 0.0))
-        lay_out = partial(_laid_out, order, tensor.shape[::-1])
+        lay_out = np.asarray if order is None else partial(np.take, indices=order)
         if not parameter:  # a tensor of the architecture, not a weight
             data, kind = np.asarray(tensor.data), tensor.tensor_type
         elif not offset and (levels := _levels(state[parameter], grids.get(parameter), lay_out)):
@@ -231,15 +226,6 @@ def _write(
         writer.add_key_value(field.name, value, field.types[0], inner)
     _close(writer)
     return dict(types), ours
-
-
-def _laid_out(order: Array | None, shape: Any, values: Array) -> Array:
-    """Return a parameter's values in the order and shape of the file's tensor."""
-    if order is None:
-        return values
-    tensor = np.empty(values.size, values.dtype)
-    tensor[order] = values
-    return tensor.reshape(shape)
 
 
 def _close(writer: Any) -> None:

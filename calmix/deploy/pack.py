@@ -241,15 +241,13 @@ def _tensors(
     path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]
 ) -> dict[str, torch.Tensor]:
     """Return all tensors of a packed file."""
-    parts, tensors = _unpacked(path, entry, grids), dict[str, torch.Tensor]()
-    for name, place in _in_order(parse_header(next(parts), path)):
-        data, left = list[bytes](), place.size
-        while left > 0:
-            data.append(next(parts))
-            left -= len(data[-1])
-        tensors[name] = _tensor(bytearray().join(data), place)
-    next(parts, None)  # checks the hash
-    return tensors
+    parts = _unpacked(path, entry, grids)
+    places, whole = parse_header(header := next(parts), path), bytearray(header)
+    for part in parts:
+        whole += part
+    data = memoryview(whole)
+    return {name: _tensor(data[place.start : place.start + place.size], place)
+            for name, place in places.items()}  # fmt: skip
 
 
 def _tensor(data: Any, place: Place) -> torch.Tensor:

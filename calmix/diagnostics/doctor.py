@@ -170,9 +170,8 @@ def _self_test(pattern: str) -> str:
 def _requirements(extra: str = "") -> list[Requirement]:
     """Return the requirements of calmix, or those that an extra adds."""
     every = [Requirement(line) for line in importlib.metadata.requires("calmix") or ()]
-    base = [one for one in every if one.marker is None or one.marker.evaluate({"extra": ""})]
-    return base if not extra else [one for one in every if one not in base and one.marker
-                                   and one.marker.evaluate({"extra": extra})]  # fmt: skip
+    return [one for one in every
+            if (one.marker.evaluate({"extra": extra}) if one.marker else not extra)]  # fmt: skip
 
 
 def _unmet(requirement: Requirement) -> str | None:

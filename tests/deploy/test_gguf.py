@@ -28,10 +28,10 @@ def own_cache(quantised, monkeypatch):
 def test_a_file_has_the_levels_of_the_grid(quantised, name, kind, tmp_path):
     """Types are as requested; transformers and the gguf library read the checkpoint's weights."""
     written = export(str(quantised / name), tmp_path / "out.gguf")
-    assert written.types[kind] == 14 + (kind == "F16")
-    assert written.ours == (0 if name == "ecq" else 14)
-    assert written.kl < 1e-4
-    assert written.after == (tmp_path / "out.gguf").stat().st_size
+    assert written["types"][kind] == 14 + (kind == "F16")
+    assert written["ours"] == (0 if name == "ecq" else 14)
+    assert written["kl"] < 1e-4
+    assert written["after"] == (tmp_path / "out.gguf").stat().st_size
     weights, again = load_weights(quantised / name), open_model(str(tmp_path / "out.gguf")).model
     for key, value in again.state_dict().items():
         if ".layers." in key and value.ndim == 2:  # a file of type Q4_0 is opened in bfloat16
@@ -55,7 +55,7 @@ def test_levels_are_kept_where_the_processor_has_no_fast_bfloat16(quantised, tmp
     asked = prune_request(method="gptq,group=32", bits=4, **drawn)
     prune_checkpoints(str(quantised / "tiny.gguf"), {tmp_path / "half": asked}, dtype="bfloat16")
     monkeypatch.setattr("calmix.models.opening.suited", lambda dtype, device: torch.float32)
-    assert export(str(tmp_path / "half"), tmp_path / "out.gguf").ours == 14
+    assert export(str(tmp_path / "half"), tmp_path / "out.gguf")["ours"] == 14
 
 
 def test_llama_cpp_runs_the_file_if_it_is_there(calmix, quantised, tmp_path, monkeypatch):
