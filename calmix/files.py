@@ -135,7 +135,7 @@ def hidden(
                 yield beside
                 return
         finally:  # also after an interrupt before the lock, or a sweep by another process
-            remove(beside)
+            _clear(beside, path)
             if handle is not None:
                 os.close(handle)
 
@@ -159,18 +159,22 @@ def _locked(path: Path, *, own: bool) -> int | None:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes left beside `path`; restore an old folder if `path` is gone."""
+    """Clear what killed processes left beside `path`."""
     for kind in (OLD, PARTIAL):
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.{kind}*"):
             with suppress(OSError):  # another user's
-                if (handle := _locked(leftover, own=False)) is None:
-                    continue
-                try:
-                    if kind == OLD and (leftover / path.name).exists() and not path.exists():
-                        (leftover / path.name).rename(path)
-                    remove(leftover)
-                finally:
+                if (handle := _locked(leftover, own=False)) is not None:
+                    _clear(leftover, path)
                     os.close(handle)
+
+
+def _clear(leftover: Path, path: Path) -> None:
+    """Remove a hidden file or folder; an old folder goes back to `path` if that is gone."""
+    with suppress(OSError):
+        old = leftover / path.name
+        if leftover.name.startswith(f".{path.name}.{OLD}") and old.exists() and not path.exists():
+            old.rename(path)
+        remove(leftover)
 
 
 def is_hidden(path: Path) -> bool:
@@ -363,12 +367,6 @@ def put_folder(beside: Path, path: Path) -> None:
         sync(path.parent)
         return
     with hidden(path, kind=OLD) as old:
-        try:
-            path.rename(old / path.name)
-            beside.rename(path)
-            sync(path.parent)
-        except BaseException:
-            with suppress(OSError):
-                if not path.exists():
-                    (old / path.name).rename(path)
-            raise
+        path.rename(old / path.name)
+        beside.rename(path)
+        sync(path.parent)

@@ -59,7 +59,6 @@ SETTINGS = {
     "legend.handletextpad": 0.4,
     "figure.facecolor": PAPER,
     "axes.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
     "hatch.linewidth": 0.6,
 }
 WIDTH = 8.6  # inches of 72 units; drawn 1.15 times as large in a page, or more
