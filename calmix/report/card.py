@@ -37,7 +37,6 @@ from calmix.sources.licences import use_of
 from calmix.yaml_files import packaged
 
 WEIGHTS = ".safetensors"
-BY_MODEL = "written by the model"
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,8 @@ class Card:
                      if path.is_file() and path.suffix != WEIGHTS)  # fmt: skip
         measured = packaged("report/frontier.yaml")
         models = ["this model", *measured[max(measured)]]
-        rows = [(self.packed, f"this model, {target(self.asked)}",
-                 {"this model": kept and kept.share.value})]  # fmt: skip
+        own: Any = {"this model": kept and kept.share.value}
+        rows = [(float(self.packed), f"this model, {target(self.asked)}", own)]
         rows += [(packed_bytes(bits, weights, self.outer, beside), f"{bits:g} bits", shares)
                  for bits, shares in measured.items()]  # fmt: skip
         return [
@@ -257,8 +256,8 @@ class Card:
         return [
             {"source": name, "dimension": known.get(name, "-") if licence else name,
              "#rows": part["rows"], "#tokens": part["rows"] * manifest["length"],
-             "licence": licence or BY_MODEL, "use": use_of(licence) if licence else "–",
-             "version": part.get("version", "")}
+             "licence": licence or "written by the model",
+             "use": use_of(licence) if licence else "–", "version": part.get("version", "")}
             for name, part in parts.items() for licence in [part.get("licence")]
         ]  # fmt: skip
 

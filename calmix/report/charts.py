@@ -150,9 +150,10 @@ def bars(
 ) -> Any:  # fmt: skip
     """Draw rows of bars and markers with intervals, and a line at `rule`."""
     narrow = width < WIDTH
-    high = 0.8 + 0.3 * bool(keys) + sum(0.24 + 0.12 * len(row) for row in marks)
-    figure = Figure(figsize=(width, high), layout="constrained")
-    axes, dot = figure.subplots(), {"markersize": 8, "linestyle": "none", "zorder": 3}
+    height = 0.8 + 0.3 * bool(keys) + sum(0.24 + 0.12 * len(row) for row in marks)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes: Any = figure.subplots()
+    dot: dict[str, Any] = {"markersize": 8, "linestyle": "none", "zorder": 3}
     for at, row in enumerate(marks):
         for number, (share, tip, colour, marker, notch) in enumerate(row):
             y, bar = at + 0.6 * ((number + 0.5) / len(row) - 0.5), marker == "bar"
