@@ -41,7 +41,8 @@ def cache_dir() -> Path:
     """Return the cache folder: `CALMIX_CACHE`, else `calmix` under `XDG_CACHE_HOME` or ~/.cache."""
     if named := os.environ.get("CALMIX_CACHE"):
         return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "calmix"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "calmix"
 
 
 def user_path(text: str | Path) -> Path:
@@ -140,6 +141,11 @@ def hidden(
                 os.close(handle)
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a path is, or is inside, a hidden partial file or folder."""
+    return any(part.startswith(".") and f".{PARTIAL}" in part for part in path.parts)
+
+
 def _locked(path: Path, *, own: bool) -> int | None:
     """Lock a path and return the open handle; None if another process holds the lock.
 
@@ -175,11 +181,6 @@ def _clear(leftover: Path, path: Path) -> None:
         if leftover.name.startswith(f".{path.name}.{OLD}") and old.exists() and not path.exists():
             old.rename(path)
         remove(leftover)
-
-
-def is_hidden(path: Path) -> bool:
-    """Whether a path is, or is inside, a hidden partial file or folder."""
-    return any(part.startswith(".") and f".{PARTIAL}" in part for part in path.parts)
 
 
 def remove(path: Path) -> None:
@@ -276,14 +277,21 @@ def check_apart(path: Path, inputs: Iterable[object]) -> None:
 
     Inputs are as a user named them; names that are not paths are ignored.
     """
-    output = real_place(path)
     for name in (one for one in inputs if one is not None):
-        source = real_place(user_path(str(name)))
-        within, around = output.is_relative_to(source), source.is_relative_to(output)
-        exists = os.path.exists(source)  # noqa: PTH110  # a mix may be too long for a path
+        input_path = user_path(str(name))
+        within, around = _within(path, input_path), _within(input_path, path)
+        exists = os.path.exists(input_path)  # noqa: PTH110  # a mix may be too long for a path
         if exists and (within or around):
             what = "is" if within and around else "is inside" if within else "contains"
             raise InputError(f"{path} {what} the input {name}: name another output")
+
+
+def _within(path: Path, folder: Path) -> bool:
+    """Whether a path is, or is inside, an existing folder, links followed."""
+    with suppress(OSError):
+        real = real_place(path)
+        return any(part.samefile(folder) for part in (*reversed(real.parents), real))
+    return False
 
 
 def check_writable(path: Path) -> None:
@@ -315,8 +323,8 @@ def check_free(path: Path, needed: int, what: str) -> None:
 
 def _holds_mount(path: Path) -> bool:
     """Whether a disk or a single file is mounted at a path or below it."""
-    mounted = psutil.disk_partitions(all=True)
-    return any(Path(disk.mountpoint).is_relative_to(path) for disk in mounted)
+    mounts = [Path(disk.mountpoint) for disk in psutil.disk_partitions(all=True)]
+    return os.path.ismount(path) or any(mount.is_relative_to(path) for mount in mounts)
 
 
 def give_back(lock: BaseFileLock) -> None:
