@@ -117,21 +117,19 @@ def offline_sources() -> dict[str, Source]:
     return {name: one for name, one in _entries().items() if one.reader.origin != "hub"}
 
 
-def own_sources(given: Path | str | Mapping[str, Any] | None) -> dict[str, Source]:
+def own_sources(
+    given: Path | str | Mapping[str, Any] | None, path: Path | None = None
+) -> dict[str, Source]:
     """Return a user's own sources by name, from a mapping of names to entries or from a YAML file.
 
-    An entry needs only `reader`; relative paths start at the file's folder. Raises InputError if
-    the file is unreadable, or an entry has a wrong key or value.
+    An entry needs only `reader`; relative paths start at the folder of the file, for a mapping
+    `path`. Raises InputError if the file is unreadable, or an entry has a wrong key or value.
     """
     if isinstance(given, Path | str):
-        return parse_sources(read_yaml(Path(given)), Path(given))
-    return parse_sources(given or {}, Path.cwd() / "sources")
-
-
-def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:
-    """Return sources by name from the entries of a user's YAML file at `path`; see above."""
+        given, path = read_yaml(Path(given)), Path(given)
+    path = path or Path.cwd() / "sources"
     sources: dict[str, Source] = {}
-    for name, entry in entries.items():
+    for name, entry in (given or {}).items():
         if isinstance(entry, Source):
             sources[name] = entry
             continue
