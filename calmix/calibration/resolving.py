@@ -104,32 +104,23 @@ class Asked:
         return method or ("mix" if len(names) > 1 else "single")
 
 
-def _parsed(text: str, own: dict[str, Source]) -> tuple[Mix, Generator | None, dict[str, Any]]:
-    """Return the mix or the generator that a text names, and the options in its file; the file's
-    sources are added to the user's `own`."""
-    path, where = user_path(text), f"calibration '{text}'"
-    first = text.partition(",")[0].strip()
+def _described(text: str, own: Mapping[str, Source]) -> tuple[SpecFile, str]:
+    """Return what a text names (a generator, a mix, or what a YAML file holds), and where it is."""
+    path, first = user_path(text), text.partition(",")[0].strip()
     if first in GENERATORS and first not in own:
         name, options = named_options("calibration", text)
-        file = SpecFile(generate=name, options=options)
-    elif path.suffix.lower() in YAML:
-        file, where = parse_model(SpecFile, read_text(path), str(path)), str(path)
-    else:
-        return parse_mix(text), None, {}
+        return SpecFile(generate=name, options=options), f"calibration '{text}'"
+    if path.suffix.lower() not in YAML:
+        return SpecFile(mix=text), text
+    file = parse_model(SpecFile, read_text(path), str(path))
     if sum(part is not None for part in (file.mix, file.uniform, file.generate)) != 1:
         raise InputError(
             f"{path}: give exactly one of 'mix' (names with weights), 'uniform' (names) and "
             f"'generate' ({', '.join(GENERATORS)})"
         )
-    own |= own_sources(file.sources, path)
-    fixed = {key: value for key, value in file.drawn().items() if key != "sources"}
-    if file.generate is not None:
-        return {}, read_generator(file.generate, file.options, where), fixed
-    if file.options:
+    if file.options and file.generate is None:
         raise InputError(f"{path}: 'options' needs 'generate'")
-    if isinstance(file.mix, dict):
-        return make_mix(file.mix, where), None, fixed
-    return parse_mix(file.mix or "uniform:" + ",".join(file.uniform or ())), None, fixed
+    return file, str(path)
 
 
 def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generator:
@@ -170,14 +161,24 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
         check_length(saved.length, context)
         size = DrawOptions(rows=saved.rows, length=saved.length)
         return Asked({}, saved=saved, draw=size, files=[path])
-    mix, generator, fixed = _parsed(text, own)
+    (file, where), path = _described(text, own), user_path(text)
+    mix: Mix = {}
+    generator: Generator | None = None
+    own |= own_sources(file.sources, path)
+    if file.generate is not None:
+        generator = read_generator(file.generate, file.options, where)
+    elif isinstance(file.mix, dict):
+        mix = make_mix(file.mix, where)
+    else:
+        mix = parse_mix(file.mix or "uniform:" + ",".join(file.uniform or ()))
+    fixed = {name: value for name, value in file.drawn().items() if name != "sources"}
     draw = DrawOptions(**(fixed | given))
     check_length(draw.length, context)
     if draw.leakage != "off":
         guarded_suites(draw.leakage)
     if generator is not None and draw.packing != DrawOptions().packing:
         raise InputError(f"'packing' has no effect with {generator.name}: leave it out")
-    files = [path] if (path := user_path(text)).suffix.lower() in YAML else []
+    files = [path] if path.suffix.lower() in YAML else []
     request = Asked(_grouped(mix, own, text, draw.licence), generator, None, own, draw, files)
     generators = request.written.values()
     for name in [*request.sources, *(name for one in generators for name in one.sources)]:
