@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -144,8 +145,7 @@ class Igsp(SelfWritten):
     candidates: Factor = 3.0
 
     def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
-        ids, groups, nll, tokens = pieces
-        return select_rows(ids, groups, nll, tokens, quota)
+        return select_rows(*pieces, quota)
 
 
 class Chat(Generator):
@@ -282,15 +282,14 @@ def generate(
     joined = np.concatenate([rng.permutation(np.flatnonzero(groups == name)) for name in quota])
     order = rng.permutation(rows)
     ids = written[joined].reshape(rows, -1)[order, :length]
-    weight = next(opened.model.parameters())
     manifest = {
         "generated": generator.name,
         "settings": generator.record(),
         "model": {
             "name": opened.name,
             "fingerprint": opened.fingerprint,
-            "dtype": dtype_name(weight.dtype),
-            "device": weight.device.type,
+            "dtype": dtype_name(opened.model.dtype),
+            "device": opened.model.device.type,
         },
         "own": {n: own[n].model_dump(mode="json") for n in generator.sources if n in own},
         "seed": seed,
@@ -321,7 +320,7 @@ def _enough(
     groups = np.zeros(0, str)
     shares = np.zeros(0)  # of repeated 4-grams; infinite for refused or empty pieces
     factor = getattr(generator, "candidates", 1.0)
-    missing = {name: math.ceil(factor * count) for name, count in quota.items()}
+    missing = Counter({name: math.ceil(factor * count) for name, count in quota.items()})
     for number in range(ROUNDS):
         # Dimensions alternate, so that a stop leaves some of each.
         pairs = [(d, j) for j in range(max(missing.values())) for d in missing if j < missing[d]]
@@ -335,8 +334,7 @@ def _enough(
         repeated = np.where(taken, row_aggregation(part.ids.numpy(), ORDER), np.inf)
         shares = np.append(shares, repeated)
         usable = shares <= generator.repeats
-        lack = {name: quota[name] - int(usable[groups == name].sum()) for name in quota}
-        missing = {name: count for name, count in lack.items() if count > 0}
+        missing = Counter(quota) - Counter(groups[usable].tolist())
         if not missing:
             break
     for name in missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,15 +89,13 @@ def chat_turns(tokenizer: Any) -> list[list[int]] | None:
     """Return the token ids before a chat's first user's turn, before an answer, and before the next
     user's turn, each without the token that ends the previous turn; None without a chat template,
     if no token ends a turn, or if no token is before the first."""
-    marks = ["one-turn", "two-turn", "three-turn"]  # in no template
+    marks = "one-turn", "two-turn", "three-turn"  # in no template
     text, request = in_chat(tokenizer, *marks), in_chat(tokenizer, marks[0])
-    if text is None or request is None:
+    found = re.match("(.*?)one-turn.*?two-turn(.*?)three-turn", text or "", re.DOTALL)
+    if found is None or request is None:
         return None
-    parts: list[str] = []
-    for mark in marks:
-        before, _, text = text.partition(mark)
-        parts.append(before)
-    parts[1] = request.partition(marks[0])[2]  # where templates turn thinking off
+    # Where a request ends, templates turn thinking off.
+    parts = found[1], request.partition(marks[0])[2], found[2]
     first, *later = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
     known = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, END_OF_TURN)}
     if not first or not all(len(ids) > 1 and ids[0] in known for ids in later):
