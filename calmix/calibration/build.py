@@ -192,8 +192,8 @@ def build(
         tick(name)
     drawn = [drawn[at] for at in np.random.default_rng(seed).permutation(len(drawn))]
     names, ids = zip(*drawn, strict=True)
-    used = {name: own[name].model_dump(mode="json") for name in counts if name in own}
-    more = {"mix": mix, "seed": seed, "packing": packing, "own": used, "sources": described}
+    mine = {name: own[name].model_dump(mode="json") for name in counts if name in own}
+    more = {"mix": mix, "seed": seed, "packing": packing, "own": mine, "sources": described}
     return new_set(torch.tensor(ids), names, opened, guard, **more)
 
 

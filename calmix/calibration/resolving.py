@@ -95,7 +95,7 @@ class Asked:
     def strategy(self) -> Strategy:
         """How the set is made; a source with chats beside it is a mix."""
         method: Any = None if self.generator is None else self.generator.name
-        names, written = list(self.mix), self.written.keys()
+        names, written = list(self.mix), self.written
         if self.saved is not None:
             held = self.saved.manifest
             method, names, written = held.get("generated"), held["names"], held.get("written", {})

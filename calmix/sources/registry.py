@@ -126,7 +126,8 @@ def own_sources(
     `path`. Raises InputError if the file is unreadable, or an entry has a wrong key or value.
     """
     if isinstance(given, Path | str):
-        given, path = read_yaml(Path(given)), Path(given)
+        path = Path(given)
+        given = read_yaml(path)
     path = path or Path.cwd() / "sources"
     sources: dict[str, Source] = {}
     for name, entry in (given or {}).items():

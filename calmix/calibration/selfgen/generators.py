@@ -145,7 +145,8 @@ class Igsp(SelfWritten):
     candidates: Factor = 3.0
 
     def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
-        return select_rows(*pieces, quota)
+        ids, groups, nll, tokens = pieces
+        return select_rows(ids, groups, nll, tokens, quota)
 
 
 class Chat(Generator):
