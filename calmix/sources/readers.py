@@ -454,7 +454,7 @@ class LocalFile(Reader):
     def _documents(self) -> Iterator[Document]:
         path, files = self.path, [self.path]
         if path.is_dir():
-            files, _ = self.files()
+            files = self.files()[0]
             if not files:
                 raise SourceError(f"folder {path} has no {', '.join(FORMATS)} file and no code")
             if files[0].suffix.lower() in CODE:

@@ -164,9 +164,8 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
         if path.exists():
             kind = "local file" if path.is_file() else "local folder"
             return Source(name=name, kind=kind, description=str(path), reader=reader)
-    named, endings = path, {*FORMATS, *CODE}
-    if path.suffix.lower() not in endings:  # FILE@FIELD
-        named = user_path(re.sub(r"@[^/@]*$", "", name))
+    endings, whole = {*FORMATS, *CODE}, user_path(re.sub(r"@[^/@]*$", "", name))
+    named = path if path.suffix.lower() in endings else whole  # of FILE@FIELD
     is_file = named.suffix.lower() in endings
     if HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file:
         identifier, _, subset = name.partition("@")

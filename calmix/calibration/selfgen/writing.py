@@ -32,7 +32,7 @@ BATCH = 128  # rows at a time; on two cores throughput does not grow beyond
 MEMORY_SHARE = 0.7  # of the free memory, for a batch
 MOSTLY_EMPTY = 0.5  # share of texts without a sampled token above which a model is refused
 STRETCH = 256  # entries of a distribution that are summed before the running sum is taken
-Tick = Callable[[int], None]  # takes a number of tokens just written
+Tick = Callable[[int, int], None]  # takes numbers of rows, and of tokens that each has
 VERSION = 4  # raised when the same request writes other tokens, to invalidate the cache
 
 
@@ -114,7 +114,7 @@ class Sampler:
         for row, (token, opener) in enumerate(zip(tokens.tolist(), forced, strict=True)):
             if opener < 0 and token in self.ends:
                 self.pending[row], self.start[row] = list(next(self.turns[row])), at + 1
-        self.tick(len(tokens))
+        self.tick(len(tokens), at + 1)
         left = torch.full_like(plain, -torch.inf)
         return left.scatter_(1, tokens[:, None], 0.0).to(scores.device)
 
@@ -191,19 +191,17 @@ def write(
     ends, total = end_tokens(opened), len(request.openers)
     folder, size, room = opened.cached("written", VERSION, ends, asdict(request)), batch or BATCH, 0
     parts: list[Written] = []
-    at = done = 0
+    at = 0
 
-    def tick(tokens: int) -> None:
-        nonlocal done
-        done += tokens
+    def tick(rows: int, tokens: int) -> None:
         if progress is not None:
-            progress(done, total * request.length)
+            progress(at * request.length + rows * tokens, total * request.length)
 
     while at < total:
         path, part = folder / f"{at:08d}.safetensors", None
         with contextlib.suppress(SafetensorError, OSError):  # missing or damaged
             part = Written(**load_file(path))
-            tick(part.ids.numel())
+            tick(*part.ids.shape)
         if part is None:
             wanted = min(size, total - at)
             room = room or _room(opened, request.length)
@@ -216,7 +214,7 @@ def write(
                 known = out_of_memory(error) or "allocate memory" in str(error)
                 if wanted == 1 or not known:
                     raise
-                size, done = wanted // 2, at * request.length
+                size = wanted // 2
                 say(f"out of memory with {wanted} rows at a time: resuming with {size}")
                 continue
             write_bytes(path, save(part._asdict()))
@@ -244,7 +242,7 @@ def _batch(opened: OpenModel, request: Request, rows: range, tick: Tick) -> Writ
         do_sample=False, num_beams=1, max_new_tokens=request.length - 1, use_cache=True,
         pad_token_id=opened.tokenizer.pad_token_id or ids[0, 0].item(),
     )  # fmt: skip
-    tick(len(ids))
+    tick(len(ids), 1)
     with quiet_transformers(), generating(opened.model, plain), torch.inference_mode():
         written = opened.model.generate(
             ids,
