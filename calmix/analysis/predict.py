@@ -223,7 +223,7 @@ def _parts(text: str, draw: Mapping[str, Any]) -> list[tuple[float, tuple[str, d
         return [(1.0, (text, {}))]
     given = {name: value for name, value in draw.items() if value is not None}
     asked = ask(text, **given)
-    if asked.generate is not None or len(asked.mix) == 1:
+    if asked.generator is not None or len(asked.mix) == 1:
         return [(1.0, (text, given))]
     options = {**asked.draw.drawn(), "sources": asked.own}
     return [(weight, (name, options)) for name, weight in asked.mix.items()]

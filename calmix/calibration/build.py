@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from calmix.calibration.dataset import CalibrationSet
+from calmix.calibration.dataset import KIND, CalibrationSet
 from calmix.calibration.leakage import Guard, Tokenized
 from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
 from calmix.errors import InputError, SourceError
@@ -190,22 +191,27 @@ def build(
         drawn += [(name, head + row) for row in packed]
         tick(name)
     drawn = [drawn[at] for at in np.random.default_rng(seed).permutation(len(drawn))]
+    names, ids = zip(*drawn, strict=True)
+    mine = {name: own[name].model_dump(mode="json") for name in counts if name in own}
+    more = {"mix": mix, "seed": seed, "packing": packing, "own": mine, "sources": described}
+    return new_set(torch.tensor(ids), names, opened, guard, **more)
+
+
+def new_set(
+    ids: Tensor, names: Sequence[str], opened: HasTokenizer, guard: Guard | None, **more: Any
+) -> CalibrationSet:
+    """Return a set with what every manifest has, and what this one has besides."""
     manifest = {
-        "kind": "calibration set",
+        "kind": KIND,
         "model": {"name": opened.name},
-        "mix": mix,
-        "rows": rows,
-        "length": length,
-        "seed": seed,
-        "packing": packing,
-        "begin_token": next(iter(head), None),
+        "rows": ids.shape[0],
+        "length": ids.shape[1],
+        "begin_token": next(iter(begin_token(opened.tokenizer)), None),
         "tokenizer": opened.tokenizer_fingerprint,
         "leakage": "off" if guard is None else guard.report(),
-        "own": {name: own[name].model_dump(mode="json") for name in counts if name in own},
-        "sources": described,
+        **more,
     }
-    ids = torch.tensor([row for _, row in drawn])
-    made = CalibrationSet(ids, tuple(name for name, _ in drawn), manifest)
+    made = CalibrationSet(ids, tuple(names), manifest)
     manifest["sha256"] = made.sha256
     return made
 

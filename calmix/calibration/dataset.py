@@ -150,12 +150,8 @@ def saved_set(named: str | Path | None) -> Path | None:
     and web pages have a `manifest.json` of their own."""
     path = user_path(named or "")
     with suppress(OSError, InputError):  # a mix of many sources can be too long for a path
-        if (
-            named
-            and path.is_dir()
-            and ((path / TENSORS).exists() or read_object(path / MANIFEST, "").get("kind") == KIND)
-        ):
-            return path
+        known = (path / TENSORS).exists() or read_object(path / MANIFEST, "").get("kind") == KIND
+        return path if named and known else None
     return None
 
 

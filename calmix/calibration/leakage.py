@@ -10,14 +10,14 @@ tokens under a tokenizer that splits digits, and occurs in much code, but is not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calmix.calibration.tokenizer import HasTokenizer, tokenizer_function
+from calmix.calibration.tokenizer import HasTokenizer, Tokenize, tokenizer_function
 from calmix.errors import SourceError
 from calmix.evaluation import evaluate
 from calmix.evaluation.suites import Suite, load_suite
@@ -56,12 +56,7 @@ class ItemIndex:
     Items shorter than `n` tokens have no window and cannot be found.
     """
 
-    def __init__(
-        self,
-        items: Sequence[Item],
-        tokenize: Callable[[list[str]], list[list[int]]],
-        n: int = TOKENS,
-    ) -> None:
+    def __init__(self, items: Sequence[Item], tokenize: Tokenize, n: int = TOKENS) -> None:
         self.n = n
         self.names = [(task, item) for task, item, _ in items]
         hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]

@@ -25,7 +25,7 @@ from calmix.options import DrawOptions, Strategy, checked, named_options
 from calmix.sources import Source, get_source, offline_sources, own_sources
 from calmix.sources.licences import allowed, refuse
 from calmix.sources.readers import LocalFile
-from calmix.sources.registry import MIXES, parse_sources
+from calmix.sources.registry import MIXES
 from calmix.yaml_files import parse_model, read_text
 
 YAML = (".yaml", ".yml")
@@ -80,7 +80,9 @@ class Asked:
 
     @property
     def written(self) -> dict[str, Generator]:
-        """The generators with a share in the mix, by name; chats have their own share."""
+        """The generators by name; in a mix chats have their own share."""
+        if self.generator is not None:
+            return {self.generator.name: self.generator}
         names = [name for name in self.mix if name not in self.sources]
         return {n: SelfWritten(chat=0) if n == "self-written" else GENERATORS[n]() for n in names}
 
@@ -90,55 +92,35 @@ class Asked:
         return [name for name in self.mix if name in self.own or name not in GENERATORS]
 
     @property
-    def generate(self) -> str | None:
-        """The name of the generator of all the text."""
-        return None if self.generator is None else self.generator.name
-
-    @property
     def strategy(self) -> Strategy:
         """How the set is made; a source with chats beside it is a mix."""
-        method: Any
+        method: Any = None if self.generator is None else self.generator.name
+        names, written = list(self.mix), self.written
         if self.saved is not None:
             held = self.saved.manifest
             method, names, written = held.get("generated"), held["names"], held.get("written", {})
-        else:
-            method, names, written = self.generate, list(self.mix), self.written
         if method == "chat" or not (method or set(names) - written.keys()):
             return "self-written"
         return method or ("mix" if len(names) > 1 else "single")
 
-    @property
-    def runs_model(self) -> bool:
-        """Whether making the set needs the model, not only its tokenizer."""
-        return self.generator is not None or bool(self.written)
 
-
-def _parsed(text: str, own: dict[str, Source]) -> tuple[Mix, Generator | None, dict[str, Any]]:
-    """Return the mix or the generator that a text names, and the options in its file; the file's
-    sources are added to the user's `own`."""
-    path, where = user_path(text), f"calibration '{text}'"
-    first = text.partition(",")[0].strip()
+def _described(text: str, own: Mapping[str, Source]) -> tuple[SpecFile, str]:
+    """Return what a text names (a generator, a mix, or what a YAML file holds), and where it is."""
+    path, first = user_path(text), text.partition(",")[0].strip()
     if first in GENERATORS and first not in own:
         name, options = named_options("calibration", text)
-        file = SpecFile(generate=name, options=options)
-    elif path.suffix.lower() not in YAML:
-        return parse_mix(text), None, {}
-    else:
-        file, where = parse_model(SpecFile, read_text(path), str(path)), str(path)
+        return SpecFile(generate=name, options=options), f"calibration '{text}'"
+    if path.suffix.lower() not in YAML:
+        return SpecFile(mix=text), text
+    file = parse_model(SpecFile, read_text(path), str(path))
     if sum(part is not None for part in (file.mix, file.uniform, file.generate)) != 1:
         raise InputError(
             f"{path}: give exactly one of 'mix' (names with weights), 'uniform' (names) and "
             f"'generate' ({', '.join(GENERATORS)})"
         )
-    own |= parse_sources(file.sources, path)
-    fixed = {key: value for key, value in file.drawn().items() if key != "sources"}
-    if file.generate is not None:
-        return {}, read_generator(file.generate, file.options, where), fixed
-    if file.options:
+    if file.options and file.generate is None:
         raise InputError(f"{path}: 'options' needs 'generate'")
-    if isinstance(file.mix, dict):
-        return make_mix(file.mix, where), None, fixed
-    return parse_mix(file.mix or "uniform:" + ",".join(file.uniform or ())), None, fixed
+    return file, str(path)
 
 
 def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generator:
@@ -153,17 +135,16 @@ def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generat
 
 def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None) -> Mix:
     """Replace each named mix by its members, with only allowed licences in `offline`."""
+    offline = [n for n, one in offline_sources().items() if allowed(one.licence, wanted)]
+    known = MIXES | {GROUP: dict.fromkeys(offline, 1.0)}
     weights: dict[str, float] = {}
     for name, weight in mix.items():
-        members = {name: 1.0} if name in own else MIXES.get(name, {name: 1.0})
-        if name == GROUP and name not in own:
-            held = offline_sources()
-            members = {one: 1.0 for one in held if allowed(held[one].licence, wanted)}
+        members = {name: 1.0} if name in own else known.get(name, {name: 1.0})
         for member, share in members.items():
             if member in weights or (member in mix and member != name):
                 raise InputError(f"calibration '{text}' names '{member}' twice: {name} has it")
             weights[member] = weight * share / sum(members.values())
-    return mix if list(weights) == list(mix) else weights
+    return weights
 
 
 def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
@@ -180,16 +161,26 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
         check_length(saved.length, context)
         size = DrawOptions(rows=saved.rows, length=saved.length)
         return Asked({}, saved=saved, draw=size, files=[path])
-    mix, generator, fixed = _parsed(text, own)
+    (file, where), path = _described(text, own), user_path(text)
+    mix: Mix = {}
+    generator: Generator | None = None
+    own |= own_sources(file.sources, path)
+    if file.generate is not None:
+        generator = read_generator(file.generate, file.options, where)
+    elif isinstance(file.mix, dict):
+        mix = make_mix(file.mix, where)
+    else:
+        mix = parse_mix(file.mix or "uniform:" + ",".join(file.uniform or ()))
+    fixed = {name: value for name, value in file.drawn().items() if name != "sources"}
     draw = DrawOptions(**(fixed | given))
     check_length(draw.length, context)
     if draw.leakage != "off":
         guarded_suites(draw.leakage)
     if generator is not None and draw.packing != DrawOptions().packing:
         raise InputError(f"'packing' has no effect with {generator.name}: leave it out")
-    files = [path] if (path := user_path(text)).suffix.lower() in YAML else []
+    files = [path] if path.suffix.lower() in YAML else []
     request = Asked(_grouped(mix, own, text, draw.licence), generator, None, own, draw, files)
-    generators = request.written.values() if generator is None else [generator]
+    generators = request.written.values()
     for name in [*request.sources, *(name for one in generators for name in one.sources)]:
         source = get_source(name, own)
         refuse(name, source.licence, draw.licence)
@@ -287,7 +278,7 @@ def make(
 def _together(parts: Mapping[str, CalibrationSet], request: Asked, seed: int) -> CalibrationSet:
     """Join the parts of a set, shuffled; the rows of each part keep their order."""
     each = list(parts.values())
-    if len(each) == 1 and not request.written:
+    if len(each) == 1 and (request.generator is not None or not request.written):
         return each[0]
     first, last = each[0].manifest, each[-1].manifest
     if request.generator is None:

@@ -61,11 +61,9 @@ def texts(
     of the same name, or are added, and can give fewer rows; only the builtin texts of `dimensions`
     are used, if that is given.
     """
-    readers: dict[str, Sequence[Reader]] = {
-        name: of_name
-        for name, of_name in builtin_readers().items()
-        if dimensions is None or name in dimensions
-    }
+    known = builtin_readers()
+    wanted = known if dimensions is None else dimensions
+    readers: dict[str, Sequence[Reader]] = {name: known[name] for name in known if name in wanted}
     readers |= {name: [local_file(str(path))] for name, path in (own or {}).items()}
     if not readers:
         raise InputError(f"no builtin text for {', '.join(dimensions or ())}: give --text")

@@ -21,6 +21,7 @@ class OpenTokenizer:
 
 
 HasTokenizer = OpenModel | OpenTokenizer
+Tokenize = Callable[[list[str]], list[list[int]]]
 
 
 def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokenizer:
@@ -31,7 +32,7 @@ def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokeniz
     return OpenTokenizer(name, tokenizer, context, tokenizer_fingerprint(tokenizer))
 
 
-def tokenizer_function(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+def tokenizer_function(tokenizer: Any) -> Tokenize:
     """Return a function from texts to ids without special tokens and without warnings."""
     return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 

@@ -59,7 +59,7 @@ def draw(
     request = ask(spec, **drawn.drawn())
     if request.saved is not None:
         raise InputError(f"{spec} is already a calibration set: copy the folder or export it")
-    written = request.runs_model
+    written = bool(request.written)
     if not written and (how.dtype, how.device) != ("auto", "auto"):
         raise InputError("--dtype and --device have no effect: this set is drawn without the model")
     inputs = [model, drawn.sources, *request.files]

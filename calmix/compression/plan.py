@@ -133,7 +133,7 @@ class Request(Target):
     @property
     def generated(self) -> bool:
         """Whether the model writes calibration text."""
-        return ask(self.calibration).runs_model
+        return bool(ask(self.calibration).written)
 
     @property
     def saved(self) -> bool:
@@ -338,7 +338,7 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
     Within a dimension the sources keep their proportions; an unnamed dimension gets nothing.
     """
     parsed = ask(text)
-    if parsed.generate is not None or user_path(text).suffix.lower() in (".yaml", ".yml"):
+    if parsed.generator is not None or user_path(text).suffix.lower() in (".yaml", ".yml"):
         raise InputError(f"--keep needs a mix of sources, and {text} is not one: leave it out")
     dimensions = {name: get_source(name, parsed.own).dimension for name in parsed.sources}
     dimensions |= {name: name for name in parsed.written}

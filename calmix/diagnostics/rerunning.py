@@ -22,8 +22,7 @@ from calmix.models.opening import fingerprint
 from calmix.options import DrawOptions, checked
 from calmix.pruning.checkpoint import MANIFEST, RUN, prune_checkpoints
 from calmix.recovery import recover
-from calmix.sources import Source
-from calmix.sources.registry import parse_sources
+from calmix.sources import Source, own_sources
 from calmix.specs import prune_request, recover_request
 
 # Fields of the manifest that a run makes, and of the run record that describe the machine.
@@ -120,7 +119,7 @@ def _checkpoint(path: Path, kept: dict[str, Any], output: Path, how: dict[str, A
 def _own(record: dict[str, Any], path: Path) -> dict[str, Source]:
     """Return the user's own sources; relative paths start from the current folder."""
     entries = {n: {k: v for k, v in e.items() if k != "name"} for n, e in record.items()}
-    return parse_sources(entries, Path(path.name))
+    return own_sources(entries, Path(path.name))
 
 
 def _calibrate(path: Path, kept: dict[str, Any], output: Path, how: dict[str, Any]) -> None:

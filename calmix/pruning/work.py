@@ -284,7 +284,7 @@ def draw_set(
         held = CalibrationSet.open(kept.path / SET)
         made = CalibrationSet(held.ids, held.sources, kept.kept["calibration"])
     else:
-        written = ask(calibration, context=tokenizer.context, **draw).runs_model
+        written = bool(ask(calibration, context=tokenizer.context, **draw).written)
         made = resolve(calibration, model() if written else tokenizer, **how, **draw)
     for work in works:
         if not work.resumes:

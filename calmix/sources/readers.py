@@ -110,11 +110,10 @@ class PythonText(Reader):
         if self.type == "python-stdlib":
             root = Path(sysconfig.get_path("stdlib"))
             yield from _source_files(root, root.glob("**/*.py"), SKIPPED)
-            return
-        from pydoc_data.topics import topics
+        else:
+            from pydoc_data.topics import topics
 
-        for name in sorted(topics):
-            yield Document(name, topics[name])
+            yield from (Document(name, topics[name]) for name in sorted(topics))
 
 
 class OfPackage(Reader):
@@ -335,7 +334,8 @@ class HubText(Reader):
 
     def read(self) -> Iterator[Document]:
         if not (cached := self._kept()).is_file():
-            lines = [json.dumps([one.id, one.text]) + "\n" for one in self._documents()]
+            with quiet():
+                lines = [json.dumps([one.id, one.text]) + "\n" for one in self._documents()]
             write_bytes(cached, gzip.compress("".join(lines).encode(), mtime=0))
         try:
             with gzip.open(cached, "rt", encoding="utf-8") as file:
@@ -352,7 +352,7 @@ class HubText(Reader):
         """Yield the documents of every subset: one per row, or all rows up to the next start."""
         for subset in self.subsets:
             left, part, first = -(-self.characters // len(self.subsets)), "", 0
-            for number, row in enumerate(chain(_stream(self, subset), [None])):
+            for number, row in enumerate(chain(self._rows(subset), [None])):
                 text = "" if row is None else self._text(row, number)
                 if row is None or self.starts is None or re.search(self.starts, text):
                     if document := part.strip():
@@ -363,6 +363,24 @@ class HubText(Reader):
                     part, first = "", number
                 part += text if text.endswith("\n") else text + "\n"
 
+    def _rows(self, subset: str | None) -> Iterator[dict[str, Any]]:
+        import datasets
+
+        how = {"split": self.split, "revision": self.revision, "streaming": True}
+        try:
+            yield from datasets.load_dataset(self.id, subset, **how)
+        except Exception as error:  # the hub client raises many kinds when offline
+            which = f"{self.id} ({', '.join(filter(None, [subset, self.split]))})"
+            # The last is for data sets that are not there, gated or damaged.
+            answered = ValueError, RuntimeError, datasets.exceptions.DatasetsError
+            if isinstance(error, answered) and not isinstance(error, UnicodeError):
+                raise SourceError(f"{which} cannot be read: {first_line(error)}") from error
+            raise SourceError(
+                f"the hub cannot be reached for {which}: go online once to fetch it, copy "
+                f"{cache_dir() / 'sources'} from a machine that has it, or use an offline source "
+                "(calmix calibrate sources)"
+            ) from error
+
     def _text(self, row: dict[str, Any], number: int) -> str:
         try:
             if (answer := self.answer) is not None:
@@ -371,43 +389,15 @@ class HubText(Reader):
                 row = {**row, "answer": texts[labels.index(label)] if label in labels else ""}
             if self.template is not None:
                 return fill(self.template, row)
+            held = [row[k] for k in ("text", "content") if isinstance(row.get(k, 0), str | None)]
+            if held:
+                return next((one for one in held if one is not None), "")
+            raise SourceError(
+                f"there is no field 'text' or 'content' (has: {', '.join(row)}): name the fields "
+                "in a template, in a YAML file of sources"
+            )
         except SourceError as error:
             raise SourceError(f"{self.id} row {number}: {error}") from error
-        held = [row[key] for key in ("text", "content") if isinstance(row.get(key, 0), str | None)]
-        if held:
-            return next((one for one in held if one is not None), "")
-        raise SourceError(
-            f"{self.id} row {number}: there is no field 'text' or 'content' (has: "
-            f"{', '.join(row)}): name the fields in a template, in a YAML file of sources"
-        )
-
-
-def _stream(reader: HubText, subset: str | None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one subset."""
-    with quiet():
-        import datasets
-    try:
-        with quiet():
-            rows = iter(datasets.load_dataset(
-                reader.id, subset, split=reader.split, streaming=True, revision=reader.revision
-            ))  # fmt: skip
-        while True:
-            with quiet():
-                row = next(rows, None)
-            if row is None:
-                return
-            yield row
-    except Exception as error:  # the hub client raises many kinds when offline
-        which = f"{reader.id} ({', '.join(filter(None, [subset, reader.split]))})"
-        # The last is for data sets that are not there, gated or damaged.
-        answered = ValueError, RuntimeError, datasets.exceptions.DatasetsError
-        if isinstance(error, answered) and not isinstance(error, UnicodeError):
-            raise SourceError(f"{which} cannot be read: {first_line(error)}") from error
-        raise SourceError(
-            f"the hub cannot be reached for {which}: go online once to fetch it, copy "
-            f"{cache_dir() / 'sources'} from a machine that has it, or use an offline source "
-            "(calmix calibrate sources)"
-        ) from error
 
 
 class LocalFile(Reader):
@@ -464,7 +454,7 @@ class LocalFile(Reader):
     def _documents(self) -> Iterator[Document]:
         path, files = self.path, [self.path]
         if path.is_dir():
-            files, _ = self.files()
+            files = self.files()[0]
             if not files:
                 raise SourceError(f"folder {path} has no {', '.join(FORMATS)} file and no code")
             if files[0].suffix.lower() in CODE:
@@ -580,9 +570,9 @@ def _of_row(key: str, template: str, row: Any, where: str) -> Document:
     searched = template == TEXT and "text" not in held  # for a chat in the usual fields
     name = next((one for one in CHATS if one in held), None) if searched else template[1:-1]
     try:
-        chat = _chat(held.get(name))
-        if name is not None and (chat or searched):
-            messages = tuple(_messages(chat or held[name], name))
+        if name is not None:
+            messages = _chat(held.get(name), name, searched)
+        if messages is not None:
             text = "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
         else:
             for path in fields(template, held):
@@ -599,20 +589,19 @@ def _of_row(key: str, template: str, row: Any, where: str) -> Document:
     return Document(key, text, messages)
 
 
-def _chat(value: Any) -> list[Any] | None:
-    """Return the chat in a field, as a list or as JSON; None if there is none."""
-    chat = value
+def _chat(value: Any, name: str, expected: bool) -> tuple[dict[str, str], ...] | None:
+    """Return the messages in a field, a list or JSON in any of the usual formats, as `role` and
+    `content`; None if there are none and none are `expected`."""
+    chat, messages = value, []
     with suppress(ValueError):
         if isinstance(value, str) and value.lstrip().startswith("["):
             chat = parse_json(value)
-    if not (isinstance(chat, list) and chat and isinstance(chat[0], Mapping)):
-        return None
-    return chat if chat is value or {"role", "from"} & chat[0].keys() else None
-
-
-def _messages(value: Any, name: str) -> Iterator[dict[str, str]]:
-    """Yield the messages of a chat, as `role` and `content`, from any of the usual formats."""
-    for number, one in enumerate(value if isinstance(value, list) else [value]):
+    listed = isinstance(chat, list) and chat and isinstance(chat[0], Mapping)
+    if not listed or not (chat is value or {"role", "from"} & chat[0].keys()):
+        if not expected:
+            return None
+        chat = value if isinstance(value, list) else [value]
+    for number, one in enumerate(chat):
         one = one if isinstance(one, Mapping) else {}
         role, content = one.get("role", one.get("from")), one.get("content", one.get("value"))
         if isinstance(content, list):  # parts: only text is kept
@@ -622,7 +611,8 @@ def _messages(value: Any, name: str) -> Iterator[dict[str, str]]:
                 f"message {number} of '{name}' has no role and content: write "
                 '{"role": "user", "content": "..."}, or name another field, FILE@FIELD'
             )
-        yield {"role": ROLES.get(role, role), "content": content or ""}
+        messages.append({"role": ROLES.get(role, role), "content": content or ""})
+    return tuple(messages)
 
 
 def lookup(row: Any, path: str) -> Any:

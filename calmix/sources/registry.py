@@ -117,21 +117,20 @@ def offline_sources() -> dict[str, Source]:
     return {name: one for name, one in _entries().items() if one.reader.origin != "hub"}
 
 
-def own_sources(given: Path | str | Mapping[str, Any] | None) -> dict[str, Source]:
+def own_sources(
+    given: Path | str | Mapping[str, Any] | None, path: Path | None = None
+) -> dict[str, Source]:
     """Return a user's own sources by name, from a mapping of names to entries or from a YAML file.
 
-    An entry needs only `reader`; relative paths start at the file's folder. Raises InputError if
-    the file is unreadable, or an entry has a wrong key or value.
+    An entry needs only `reader`; relative paths start at the folder of the file, for a mapping
+    `path`. Raises InputError if the file is unreadable, or an entry has a wrong key or value.
     """
     if isinstance(given, Path | str):
-        return parse_sources(read_yaml(Path(given)), Path(given))
-    return parse_sources(given or {}, Path.cwd() / "sources")
-
-
-def parse_sources(entries: Mapping[str, Any], path: Path) -> dict[str, Source]:
-    """Return sources by name from the entries of a user's YAML file at `path`; see above."""
+        path = Path(given)
+        given = read_yaml(path)
+    path = path or Path.cwd() / "sources"
     sources: dict[str, Source] = {}
-    for name, entry in entries.items():
+    for name, entry in (given or {}).items():
         if isinstance(entry, Source):
             sources[name] = entry
             continue
@@ -165,9 +164,8 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
         if path.exists():
             kind = "local file" if path.is_file() else "local folder"
             return Source(name=name, kind=kind, description=str(path), reader=reader)
-    named, endings = path, {*FORMATS, *CODE}
-    if path.suffix.lower() not in endings:  # FILE@FIELD
-        named = user_path(re.sub(r"@[^/@]*$", "", name))
+    endings, whole = {*FORMATS, *CODE}, user_path(re.sub(r"@[^/@]*$", "", name))
+    named = path if path.suffix.lower() in endings else whole  # of FILE@FIELD
     is_file = named.suffix.lower() in endings
     if HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file:
         identifier, _, subset = name.partition("@")

@@ -205,8 +205,7 @@ class Timed:
         """Return the seconds to generate a calibration set's text and measure its perplexity."""
         tokens = asked.draw.rows * asked.draw.length
         found = self.forward(tokens, asked.draw.length, tokens) if measured else 0.0
-        parts = {name: asked.mix[name] for name in asked.written}
-        parts |= {} if asked.generate is None else {asked.generate: 1.0}
+        parts = {name: asked.mix.get(name, 1.0) for name in asked.written}
         return found + self.write(sum(PASSES[name] * part for name, part in parts.items()) * tokens)
 
     def evaluation(self, work: SuiteWork, texts: float = 0.0) -> float:

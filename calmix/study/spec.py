@@ -27,8 +27,7 @@ from calmix.evaluation.suites import Suite
 from calmix.models.opening import known_model
 from calmix.options import MOST_EMBEDDING, Leakage, Licence, Options, Propagation
 from calmix.pruning.methods import get_method
-from calmix.sources import Source
-from calmix.sources.registry import parse_sources
+from calmix.sources import Source, own_sources
 from calmix.specs import recovery_of, target_of
 from calmix.yaml_files import locate, parse_yaml, read_text, yaml_problems
 
@@ -216,7 +215,7 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
         except CalmixError as error:
             wrong(at, error)
 
-    own = check(["sources"], parse_sources, file.sources, path) or {}
+    own = check(["sources"], own_sources, file.sources, path) or {}
     suite = check(["suite"], choose, file.suite, quick=file.quick, limit=file.limit)
     for label, model in file.models.items():
         check(["models", label], known_model, model.name)  # hub models are checked on opening

@@ -168,7 +168,7 @@ def _asked(
         draw = {k: v for k, v in top.items() if k == "licence"} | entry.given()
     else:
         sizes = {k: v for k, v in grid.items() if k in ("rows", "length")}
-        if ask(text, sources=study.own).generate is not None:  # packing has no effect
+        if ask(text, sources=study.own).generator is not None:  # packing has no effect
             top.pop("packing", None)
         draw = {**top, **sizes, **entry.given(), "seed": seed}
     return ask(text, sources=study.own, **draw), draw
@@ -248,7 +248,7 @@ def _calibration(
         options["leakage_tokens"] = TOKENS
     if asked.generator is not None:
         chosen = settings(asked.generator)
-        return {"generated": asked.generate, "version": VERSION, "settings": chosen} | options
+        return {"generated": asked.generator.name, "version": VERSION, "settings": chosen} | options
     options |= {"packing": asked.draw.packing, "select": "random"}  # older versions had a choice
     if asked.written:
         options["written"] = {name: settings(one) for name, one in asked.written.items()}

@@ -104,7 +104,7 @@ def test_a_step_of_writing_reads_once(kind, cut):
     """Where float64 is not known, tokens are drawn on the CPU."""
     request = Request([[[3, 4]], [[5]]], 6, [1.0, 0.9], seed=0, **cut)
     with tracing(None) as traced:
-        sampler = Sampler(request, 0, [2], torch.device(kind), lambda tokens: None)
+        sampler = Sampler(request, range(2), [2], torch.device(kind), lambda *of: None)
         ids = torch.ones(2, 1, dtype=torch.int64, device=kind)
         for _ in range(3):
             traced.reads.clear()

@@ -8,39 +8,42 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import model_validator
+from pydantic import Field
 from scipy import sparse
 
-from calmix.calibration.build import rows_per_source
+from calmix.calibration.build import new_set, rows_per_source
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.leakage import Guard
 from calmix.calibration.selfgen.prompts import (
-    Beginnings,
+    Openers,
     beginnings,
     chat_turns,
-    prompts_hash,
+    load_prompts,
     start_token,
 )
 from calmix.calibration.selfgen.writing import Request, Written, write
 from calmix.calibration.text_metrics import Ids, aggregation, ngram_keys, row_aggregation
 from calmix.calibration.tokenizer import begin_token, tokenizer_function
 from calmix.errors import InputError
+from calmix.files import sha256_json
 from calmix.models import OpenModel
-from calmix.options import Options, option
+from calmix.options import Options
 from calmix.precision import dtype_name
 from calmix.sources import Source, get_source
 from calmix.sources.registry import MIXES
 
 ROUNDS = 8  # of writing; the later ones replace unusable text
 ANOTHER = 1_000_003  # between the seeds of two rounds
+TURNS = 64  # most openers of a piece
 PREFIX, PREFIXES = 2, 1000  # tokens of a seed text, and number of seed texts
 ORDER = 4  # of the n-grams whose repetition counts
 SWEEPS = 20  # of swaps in a selection; a few are enough in practice
@@ -54,39 +57,51 @@ Values = NDArray[np.float64]
 Pieces = Sequence[NDArray[Any]]
 
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Piece = Annotated[int | None, Field(ge=8)]
+Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+
+
 class Generator(Options):
-    """How a model writes its own calibration text; `defaults` override those of the fields."""
+    """How a model writes its own calibration text.
+
+    Text is sampled at `temperature` from the `top_k` likeliest tokens and those of a total
+    probability of `top_p`, with a `repetition_penalty`, in texts of about `piece` tokens, of which
+    at most the share `repeats` is repeated 4-grams. At most `batch` rows are written at once.
+    """
 
     name: ClassVar[str]
-    defaults: ClassVar[dict[str, Any]] = {}
+    usual: ClassVar[float | None] = None  # temperature; without one that of the prompts
 
-    temperature: float | None = option(
-        None, "Sampling temperature, e.g. 0.9.", gt=0, allow_inf_nan=False
-    )
-    top_k: int | None = option(None, "Number of likeliest tokens to sample from, e.g. 50.", ge=1)
-    top_p: float | None = option(
-        None, "Total probability of the tokens to sample from, e.g. 0.95.", gt=0, le=1
-    )
-    repetition_penalty: float = option(
-        1.0, "Penalty on repeated tokens, e.g. 1.2.", gt=0, allow_inf_nan=False
-    )
-    piece: int | None = option(None, "Approximate number of tokens per text, e.g. 170.", ge=8)
-    repeats: float = option(1.0, "Largest share of repeated 4-grams, e.g. 0.2.", gt=0, le=1)
-    batch: int | None = option(None, "Largest number of rows written at once, e.g. 64.", ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, values: Any) -> Any:
-        return cls.defaults | values
+    temperature: Positive | None = None
+    top_k: Count | None = None
+    top_p: Share | None = None
+    repetition_penalty: Positive = 1.0
+    piece: Piece = None
+    repeats: Share = 1.0
+    batch: Count | None = None
 
     @property
     def sources(self) -> list[str]:
         """The names of the sources of text that the generator reads."""
         return []
 
-    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
+    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Openers]:
         """Return the beginnings of texts, by dimension: those of prompts."""
         return beginnings(getattr(self, "prompts", None), tokenizer)
+
+    def in_turn(self, openers: Openers, number: int, size: int, seed: int) -> Openers:
+        """Return the openers that piece `number` of `size` tokens uses in turn.
+
+        They leave the model half of the piece, or are the shortest. Pieces go through seeded
+        permutations, so that every opener begins equally many.
+        """
+        usable = [one for one in openers if len(one) <= size // 2] or [min(openers, key=len)]
+        order = np.random.default_rng([seed, number // len(usable)]).permutation(len(usable))
+        turns = range(number, number + min(len(usable), TURNS))
+        return [usable[order[turn % len(usable)]] for turn in turns]
 
     def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
         """Return the indices of `quota[d]` pieces of each dimension d."""
@@ -96,7 +111,10 @@ class Generator(Options):
         """Return the settings for a manifest, with prompts as a hash."""
         settings = self.model_dump(mode="json")
         if "prompts" in settings or settings.get("start") == "prompts":
-            settings["prompts_sha256"] = prompts_hash(getattr(self, "prompts", None))
+            held = load_prompts(getattr(self, "prompts", None)).items()
+            settings["prompts_sha256"] = sha256_json(
+                {name: one.model_dump(exclude_none=True) for name, one in held}
+            )
         return settings
 
 
@@ -104,26 +122,27 @@ class SelfWritten(Generator):
     """Pieces of about 170 tokens after prompts of several dimensions, without those that loop.
 
     Pieces are shorter than rows because a long text drifts away from its prompt's dimension. If the
-    model has a chat template, a share of the rows are conversations.
+    model has a chat template, the share `chat` of the rows are conversations. `prompts` is a YAML
+    file of prompts by dimension.
     """
 
     name = "self-written"
-    defaults: ClassVar[dict[str, Any]] = {"piece": 170, "repeats": 0.2}
 
-    prompts: Path | None = option(None, "YAML file of prompts by dimension.", metavar="FILE")
-    chat: float = option(CHAT, "Share of rows that are chats, e.g. 0.25.", ge=0, lt=1)
+    piece: Piece = 170
+    repeats: Share = 0.2
+    prompts: Path | None = None
+    chat: Annotated[float, Field(ge=0, lt=1)] = CHAT
 
 
 class Igsp(SelfWritten):
     """IGSP, our reconstruction (arXiv 2606.03328): write more pieces than needed, and select those
-    with few repeated 4-grams and with balanced perplexity across dimensions."""
+    with few repeated 4-grams and with balanced perplexity across dimensions. `candidates` texts are
+    written per text used."""
 
     name = "igsp"
-    defaults: ClassVar[dict[str, Any]] = SelfWritten.defaults | {"chat": 0}
 
-    candidates: float = option(
-        3.0, "Texts written per text used, e.g. 3.", ge=1, allow_inf_nan=False
-    )
+    chat: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    candidates: Factor = 3.0
 
     def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
         ids, groups, nll, tokens = pieces
@@ -135,16 +154,22 @@ class Chat(Generator):
     template alone (as in Magpie, arXiv 2406.08464)."""
 
     name = "chat"
-    defaults: ClassVar[dict[str, Any]] = {"temperature": 0.8, "piece": 256, "repeats": 0.3}
 
-    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
+    temperature: Positive | None = 0.8
+    piece: Piece = 256
+    repeats: Share = 0.3
+
+    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Openers]:
         turns = chat_turns(tokenizer)
         if turns is None:
             raise InputError(
                 "chat has nothing to start from: this model has no chat template with a token "
                 "before the first turn and one that ends every turn"
             )
-        return {self.name: Beginnings(turns, 0.8, turns=True)}
+        return {self.name: turns}
+
+    def in_turn(self, openers: Openers, number: int, size: int, seed: int) -> Openers:
+        return [openers[0], *openers[1:] * (TURNS // len(openers))]
 
 
 class SelfCal(Generator):
@@ -153,46 +178,44 @@ class SelfCal(Generator):
     were not available to us."""
 
     name = "self-cal"
+    usual = 1.0
 
-    start: Literal["prompts", "auto", "bos", "separator"] = option(
-        "prompts", "Beginning of a text: prompts, auto, bos or separator."
-    )
+    start: Literal["prompts", "auto", "bos", "separator"] = "prompts"
 
-    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
+    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Openers]:
         if self.start == "prompts":
-            ours = super().beginnings(tokenizer, seed, own)
-            return {name: Beginnings(one.openers, 1.0) for name, one in ours.items()}
+            return super().beginnings(tokenizer, seed, own)
         begin = start_token(tokenizer, self.start)
         if begin is None:
             what = "begin token or document separator" if self.start == "auto" else self.start
             raise InputError(
                 f"self-cal has nothing to start from: this model's tokenizer has no {what}"
             )
-        return {self.name: Beginnings([[begin]], 1.0)}
+        return {self.name: [[begin]]}
 
 
 class Sgs(Generator):
     """SGS (arXiv 2410.17711, after its public code): continuations of the first two tokens of
-    documents, without the fifth of the rows with the highest perplexity. Our changes: rows are
-    dropped, not texts that are joined and cut again, and each dimension of a mix gets rows."""
+    documents (`seeds`, a source or named mix), without the fifth of the rows with the highest
+    perplexity. Our changes: rows are dropped, not texts that are joined and cut again, and each
+    dimension of a mix gets rows."""
 
     name = "sgs"
-    defaults: ClassVar[dict[str, Any]] = {
-        "temperature": 0.6, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2,
-    }  # fmt: skip
 
-    seeds: str = option("mix-clean", "Source or named mix of seed texts, e.g. c4.")
-    candidates: float = option(
-        1.25, "Texts written per text used, e.g. 1.25.", ge=1, allow_inf_nan=False
-    )
+    temperature: Positive | None = 0.6
+    top_k: Count | None = 50
+    top_p: Share | None = 0.95
+    repetition_penalty: Positive = 1.2
+    seeds: str = "mix-clean"
+    candidates: Factor = 1.25
 
     @property
     def sources(self) -> list[str]:
         return list(MIXES.get(self.seeds, [self.seeds]))
 
-    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Beginnings]:
+    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Openers]:
         head = begin_token(tokenizer)
-        starts: dict[str, list[list[int]]] = {}
+        starts: dict[str, Openers] = {}
         for source in [get_source(name, own) for name in self.sources]:
             documents = list(source.documents())
             order = np.random.default_rng(seed).permutation(len(documents))
@@ -202,7 +225,7 @@ class Sgs(Generator):
             starts.setdefault(kind, []).extend((head + ids)[:PREFIX] for ids in texts if ids)
         if not all(starts.values()):
             raise InputError("sgs has no seed text: no document of its source has a token")
-        return {kind: Beginnings(prefixes, 1.0) for kind, prefixes in starts.items()}
+        return starts
 
     def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
         _, groups, nll, tokens = pieces
@@ -237,14 +260,17 @@ def generate(
     starts = generator.beginnings(opened.tokenizer, seed, own)
     shares = rows_per_source(dict.fromkeys(starts, 1 / len(starts)), rows)
     quota = {name: per_row * count for name, count in shares.items() if count}
-    temps = {name: generator.temperature or starts[name].temperature for name in quota}
+    known = load_prompts(getattr(generator, "prompts", None))
+    given = generator.temperature or generator.usual
+    temps = {name: given or known[name].temperature for name in quota}
 
     def more(pairs: list[tuple[str, int]], number: int) -> Written:
         """Write a piece for each pair of a dimension and a number."""
         at = seed + 1 + number * ANOTHER
         request = Request(
-            [starts[d].of_piece(j, size, at) for d, j in pairs], size, [temps[d] for d, _ in pairs],
-            at, generator.top_k, generator.top_p, generator.repetition_penalty,
+            [generator.in_turn(starts[d], j, size, at) for d, j in pairs], size,
+            [temps[d] for d, _ in pairs], at, generator.top_k, generator.top_p,
+            generator.repetition_penalty,
         )  # fmt: skip
         label = "writing replacements for unusable text" if number else "writing"
         progress = writing and partial(writing, label)
@@ -257,24 +283,17 @@ def generate(
     joined = np.concatenate([rng.permutation(np.flatnonzero(groups == name)) for name in quota])
     order = rng.permutation(rows)
     ids = written[joined].reshape(rows, -1)[order, :length]
-    weight = next(opened.model.parameters())
     manifest = {
-        "kind": "calibration set",
         "generated": generator.name,
         "settings": generator.record(),
         "model": {
             "name": opened.name,
             "fingerprint": opened.fingerprint,
-            "dtype": dtype_name(weight.dtype),
-            "device": weight.device.type,
+            "dtype": dtype_name(opened.model.dtype),
+            "device": opened.model.device.type,
         },
         "own": {n: own[n].model_dump(mode="json") for n in generator.sources if n in own},
-        "rows": rows,
-        "length": length,
         "seed": seed,
-        "begin_token": next(iter(begin_token(opened.tokenizer)), None),
-        "tokenizer": opened.tokenizer_fingerprint,
-        "leakage": "off" if guard is None else guard.report(),
         "aggregation_4": aggregation(ids, ORDER),
         "temperature": temps,
         "perplexity": {
@@ -285,9 +304,7 @@ def generate(
         "pieces": {"tokens": size, "a_row": per_row} | counted,
     }
     names = groups[joined[::per_row]][order].tolist()
-    made = CalibrationSet(torch.from_numpy(ids), tuple(names), manifest)
-    manifest["sha256"] = made.sha256
-    return made
+    return new_set(torch.from_numpy(ids), names, opened, guard, **manifest)
 
 
 def _enough(
@@ -304,7 +321,7 @@ def _enough(
     groups = np.zeros(0, str)
     shares = np.zeros(0)  # of repeated 4-grams; infinite for refused or empty pieces
     factor = getattr(generator, "candidates", 1.0)
-    missing = {name: math.ceil(factor * count) for name, count in quota.items()}
+    missing = Counter({name: math.ceil(factor * count) for name, count in quota.items()})
     for number in range(ROUNDS):
         # Dimensions alternate, so that a stop leaves some of each.
         pairs = [(d, j) for j in range(max(missing.values())) for d in missing if j < missing[d]]
@@ -318,8 +335,7 @@ def _enough(
         repeated = np.where(taken, row_aggregation(part.ids.numpy(), ORDER), np.inf)
         shares = np.append(shares, repeated)
         usable = shares <= generator.repeats
-        lack = {name: quota[name] - int(usable[groups == name].sum()) for name in quota}
-        missing = {name: count for name, count in lack.items() if count > 0}
+        missing = Counter(quota) - Counter(groups[usable].tolist())
         if not missing:
             break
     for name in missing:

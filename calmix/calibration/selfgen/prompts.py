@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BeforeValidator, Field, RootModel
 from torch import Tensor
 
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError
-from calmix.files import sha256_json
 from calmix.models.opening import in_chat
 from calmix.options import Options
 from calmix.yaml_files import parse_model, read_text
 
 # Names of the token after every document in pretraining.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
-
-
-TURNS = 64  # most openers of a row
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>")
 
 
@@ -42,29 +37,7 @@ LISTED = BeforeValidator(lambda value: {"prompts": value} if isinstance(value, l
 Prompts = RootModel[dict[str, Annotated[Dimension, LISTED]]]  # a file of prompts
 
 
-class Beginnings(NamedTuple):
-    """Token ids that texts of one kind begin with, and the temperature of what follows.
-
-    With `turns` the openers are the turns of one text: the first, then the others repeatedly.
-    """
-
-    openers: Sequence[Sequence[int]]
-    temperature: float
-    turns: bool = False
-
-    def of_piece(self, number: int, size: int, seed: int) -> list[Sequence[int]]:
-        """Return the openers that piece `number` of `size` tokens uses in turn.
-
-        They leave the model half of the piece, or are the shortest. Pieces go through seeded
-        permutations, so that every opener begins equally many.
-        """
-        if self.turns:
-            return [self.openers[0], *list(self.openers[1:]) * (TURNS // len(self.openers))]
-        usable = [one for one in self.openers if len(one) <= size // 2]
-        usable = usable or [min(self.openers, key=len)]
-        order = np.random.default_rng([seed, number // len(usable)]).permutation(len(usable))
-        return [usable[order[(number + turn) % len(usable)]]
-                for turn in range(min(len(usable), TURNS))]  # fmt: skip
+Openers = list[list[int]]  # token ids that texts of one kind can begin with
 
 
 def load_prompts(path: Path | None = None) -> dict[str, Dimension]:
@@ -76,13 +49,7 @@ def load_prompts(path: Path | None = None) -> dict[str, Dimension]:
     return dimensions
 
 
-def prompts_hash(path: Path | None = None) -> str:
-    """Return the SHA-256 of the prompts of a file, or of calmix's own."""
-    held = load_prompts(path)
-    return sha256_json({name: one.model_dump(exclude_none=True) for name, one in held.items()})
-
-
-def beginnings(path: Path | None, tokenizer: Any) -> dict[str, Beginnings]:
+def beginnings(path: Path | None, tokenizer: Any) -> dict[str, Openers]:
     """Return the token ids of every prompt of a file, or of calmix's own, by dimension.
 
     A begin token comes first if the tokenizer puts one before every text. The part of the chat
@@ -90,10 +57,10 @@ def beginnings(path: Path | None, tokenizer: Any) -> dict[str, Beginnings]:
     every short text.
     """
     head, start = begin_token(tokenizer), start_token(tokenizer)
-    starts: dict[str, Beginnings] = {}
+    starts: dict[str, Openers] = {}
     where = path or "prompts.yaml"
     for name, dimension in load_prompts(path).items():
-        rows = []
+        starts[name] = rows = []
         for number, prompt in enumerate(dimension.prompts, start=1):
             ((kind, value),) = prompt.items()
             if kind == "begin":
@@ -115,7 +82,6 @@ def beginnings(path: Path | None, tokenizer: Any) -> dict[str, Beginnings]:
                 f"dimension {name} in {where} has no prompt for a tokenizer without begin token "
                 "and document separator: add one with text"
             )
-        starts[name] = Beginnings(rows, dimension.temperature)
     return starts
 
 
@@ -123,15 +89,13 @@ def chat_turns(tokenizer: Any) -> list[list[int]] | None:
     """Return the token ids before a chat's first user's turn, before an answer, and before the next
     user's turn, each without the token that ends the previous turn; None without a chat template,
     if no token ends a turn, or if no token is before the first."""
-    marks = ["one-turn", "two-turn", "three-turn"]  # in no template
+    marks = "one-turn", "two-turn", "three-turn"  # in no template
     text, request = in_chat(tokenizer, *marks), in_chat(tokenizer, marks[0])
-    if text is None or request is None:
+    found = re.match("(.*?)one-turn.*?two-turn(.*?)three-turn", text or "", re.DOTALL)
+    if found is None or request is None:
         return None
-    parts: list[str] = []
-    for mark in marks:
-        before, _, text = text.partition(mark)
-        parts.append(before)
-    parts[1] = request.partition(marks[0])[2]  # where templates turn thinking off
+    # Where a request ends, templates turn thinking off.
+    parts = found[1], request.partition(marks[0])[2], found[2]
     first, *later = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
     known = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, END_OF_TURN)}
     if not first or not all(len(ids) > 1 and ids[0] in known for ids in later):

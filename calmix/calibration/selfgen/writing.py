@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ BATCH = 128  # rows at a time; on two cores throughput does not grow beyond
 MEMORY_SHARE = 0.7  # of the free memory, for a batch
 MOSTLY_EMPTY = 0.5  # share of texts without a sampled token above which a model is refused
 STRETCH = 256  # entries of a distribution that are summed before the running sum is taken
+Tick = Callable[[int, int], None]  # takes numbers of rows, and of tokens that each has
 VERSION = 4  # raised when the same request writes other tokens, to invalidate the cache
 
 
@@ -76,23 +77,17 @@ class Sampler:
     """A logits processor that leaves each row one token: the opener's next, or a sampled one."""
 
     def __init__(
-        self,
-        request: Request,
-        first: int,
-        ends: Sequence[int],
-        device: Any,
-        tick: Callable[[int], None],
+        self, request: Request, rows: range, ends: Sequence[int], device: Any, tick: Tick
     ) -> None:
         self.request, self.ends, self.tick = request, set(ends), tick
-        count, length = len(request.openers), request.length
+        count, length = len(rows), request.length
         # Apple's GPUs have no float64, which the running sums use.
         self.device = device = torch.device("cpu") if device.type == "mps" else device
-        self.temperatures = torch.tensor(request.temperatures, dtype=torch.float32, device=device)
-        uniform = [
-            np.random.default_rng([request.seed, first + i]).random(length) for i in range(count)
-        ]
+        temperatures = [request.temperatures[row] for row in rows]
+        self.temperatures = torch.tensor(temperatures, dtype=torch.float32, device=device)
+        uniform = [np.random.default_rng([request.seed, row]).random(length) for row in rows]
         self.uniform = torch.from_numpy(np.stack(uniform)).to(device)
-        self.turns = [itertools.cycle(turns) for turns in request.openers]
+        self.turns = [itertools.cycle(request.openers[row]) for row in rows]
         self.pending = [list(next(turns))[1:] for turns in self.turns]
         self.start = [0] * count  # of each row's text
         self.nll = torch.full((count, length), math.nan, device=device)
@@ -119,7 +114,7 @@ class Sampler:
         for row, (token, opener) in enumerate(zip(tokens.tolist(), forced, strict=True)):
             if opener < 0 and token in self.ends:
                 self.pending[row], self.start[row] = list(next(self.turns[row])), at + 1
-        self.tick(len(tokens))
+        self.tick(len(tokens), at + 1)
         left = torch.full_like(plain, -torch.inf)
         return left.scatter_(1, tokens[:, None], 0.0).to(scores.device)
 
@@ -196,36 +191,30 @@ def write(
     ends, total = end_tokens(opened), len(request.openers)
     folder, size, room = opened.cached("written", VERSION, ends, asdict(request)), batch or BATCH, 0
     parts: list[Written] = []
-    at = done = 0
+    at = 0
 
-    def tick(tokens: int) -> None:
-        nonlocal done
-        done += tokens
+    def tick(rows: int, tokens: int) -> None:
         if progress is not None:
-            progress(done, total * request.length)
+            progress(at * request.length + rows * tokens, total * request.length)
 
     while at < total:
         path, part = folder / f"{at:08d}.safetensors", None
         with contextlib.suppress(SafetensorError, OSError):  # missing or damaged
             part = Written(**load_file(path))
-            tick(part.ids.numel())
+            tick(*part.ids.shape)
         if part is None:
             wanted = min(size, total - at)
             room = room or _room(opened, request.length)
             if room < wanted:
                 say(f"memory holds {room} rows at a time, not {wanted}: writing in smaller batches")
                 size = wanted = room
-            rows = slice(at, at + wanted)
-            some = replace(
-                request, openers=request.openers[rows], temperatures=request.temperatures[rows]
-            )
             try:
-                part = _batch(opened, some, at, ends, tick)
+                part = _batch(opened, request, range(at, at + wanted), tick)
             except RuntimeError as error:  # a CPU says that it cannot allocate memory
                 known = out_of_memory(error) or "allocate memory" in str(error)
                 if wanted == 1 or not known:
                     raise
-                size, done = wanted // 2, at * request.length
+                size = wanted // 2
                 say(f"out of memory with {wanted} rows at a time: resuming with {size}")
                 continue
             write_bytes(path, save(part._asdict()))
@@ -243,32 +232,26 @@ def write(
     return written
 
 
-def _batch(
-    opened: OpenModel,
-    request: Request,
-    first: int,
-    ends: Sequence[int],
-    tick: Callable[[int], None],
-) -> Written:
+def _batch(opened: OpenModel, request: Request, rows: range, tick: Tick) -> Written:
     from transformers import GenerationConfig, LogitsProcessorList
 
-    device = next(opened.model.parameters()).device
-    ids = torch.tensor([[opener[0][0]] for opener in request.openers], device=device)
-    sampler = Sampler(request, first, ends, device, tick)
+    device = opened.model.device
+    ids = torch.tensor([[request.openers[row][0][0]] for row in rows], device=device)
+    sampler = Sampler(request, rows, end_tokens(opened), device, tick)
     plain = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=request.length - 1, use_cache=True,
         pad_token_id=opened.tokenizer.pad_token_id or ids[0, 0].item(),
     )  # fmt: skip
-    tick(len(ids))
+    tick(len(ids), 1)
     with quiet_transformers(), generating(opened.model, plain), torch.inference_mode():
-        rows = opened.model.generate(
+        written = opened.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=plain,
             logits_processor=LogitsProcessorList([sampler]),
             **{cache_argument(opened.model): reserved_cache(opened.model, request.length)},
         )
-    return Written(rows.cpu(), sampler.nll.cpu(), sampler.sampled)
+    return Written(written.cpu(), sampler.nll.cpu(), sampler.sampled)
 
 
 def _room(opened: OpenModel, length: int) -> int:
@@ -284,11 +267,10 @@ def _room(opened: OpenModel, length: int) -> int:
     heads = most("num_attention_heads", 1)
     shared = most("num_key_value_heads", heads)
     head = most("head_dim", (getattr(config, "hidden_size", None) or 4096) // heads)
-    parameter = next(opened.model.parameters())
     # Half a cache extra: sliding windows are concatenated, and attention widens a layer.
     values = (3 * layers * shared + 2 * heads) * head * length
-    needed = values * parameter.element_size() + 6 * 4 * int(config.vocab_size)
-    room = int(MEMORY_SHARE * device_memory(parameter.device)[1] / needed)
+    needed = values * opened.model.dtype.itemsize + 6 * 4 * int(config.vocab_size)
+    room = int(MEMORY_SHARE * device_memory(opened.model.device)[1] / needed)
     if room < 1:
         raise InputError(
             f"memory does not hold one row of {length} tokens beside the model: use shorter rows"

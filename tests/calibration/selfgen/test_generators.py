@@ -161,7 +161,7 @@ def test_self_cal_samples_rows_after_prompts_or_a_start_token(made, opened):
     ours = beginnings(None, opened.tokenizer)
     assert found.counts == dict.fromkeys(ours, 2)
     for row, name in zip(request.openers, [*ours] * 2, strict=True):
-        assert row[0] in ours[name].openers
+        assert row[0] in ours[name]
     assert (request.length, set(request.temperatures)) == (200, {1.0})
 
 
@@ -242,13 +242,13 @@ def test_prompts_use_the_chat_template_from_the_users_words_on(tmp_path):
     path = tmp_path / "prompts.yaml"
     path.write_text("only: [{ask: Tell me.}, {text: 'Once'}]", encoding="utf-8")
     tokenizer = tiny_tokenizer()
-    plain = beginnings(path, tokenizer)["only"].openers
+    plain = beginnings(path, tokenizer)["only"]
     assert tokenizer.decode(plain[0]) == "Tell me.\n\n"
     tokenizer.chat_template = (
         "system: be good\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    chat = beginnings(path, tokenizer)["only"].openers
+    chat = beginnings(path, tokenizer)["only"]
     assert [tokenizer.decode(ids) for ids in chat] == ["Tell me.\nassistant: ", "Once"]
 
 
