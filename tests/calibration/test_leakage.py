@@ -1,19 +1,15 @@
 """The leakage guard."""
 
-import random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calmix import CalibrationSet
 from calmix.calibration import build, leakage, parse_mix, resolve
 from calmix.calibration.leakage import Guard, ItemIndex, suite_items
 from calmix.calibration.tokenizer import tokenizer_function
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.suites import template
 from tests.calibration.conftest import write_rows
-from tests.tiny import quick
 
 ids = st.lists(st.integers(0, 6), max_size=20)
 
@@ -93,32 +89,6 @@ def test_a_shorter_run_is_no_leak_and_a_source_that_leaks_is_refused(tmp_path, t
     assert made.manifest["leakage"]["dropped"] == {}
     with pytest.raises(SourceError, match=r"share 11 tokens.*suite toy, .*task gsm8k"):
         build(parse_mix(path), tiny, rows=18, length=50, guard=guard(11))
-
-
-@pytest.mark.real
-@pytest.mark.parametrize(
-    "case",
-    quick([("gsm8k", 3)], [("gsm8k", 10), ("humaneval", 10), ("arc_easy", 3), ("pattern", 3)]),
-)
-def test_a_planted_item_of_the_offline_suite_is_caught(case, calmix, tmp_path):
-    task, leaks = case
-    item = next(i for i in suite_items("offline") if i[0] == task and len(i[2]) > 60)
-    rng, words = random.Random(0), ("river", "stone", "under", "bright", "seven", "north", "quiet")
-    rows = [" ".join(rng.choices(words, k=60)) for _ in range(120)]
-    for number in range(5, 5 + 12 * leaks, 12):
-        rows[number] = f"{rows[number]}\n\n{item[2]}\n\n{rows[number]}"
-    own, out = tmp_path / "own.jsonl", tmp_path / "out"
-    write_rows(own, rows)
-    ended = calmix("calibrate", own, "--model", "builtin:smollm2-135m", "--rows", 110,
-                   "--length", 50, "-o", out, "--packing", "window")  # fmt: skip
-    if leaks == 10:
-        assert f"source {own} leaks" in ended.line
-        assert f"with task {task}" in ended.line
-        assert not out.exists()
-        return
-    dropped = CalibrationSet.open(out).manifest["leakage"]["dropped"][str(own)]
-    assert {entry["task"] for entry in dropped} == {task}
-    assert 1 <= len(dropped) <= 3
 
 
 @pytest.mark.real

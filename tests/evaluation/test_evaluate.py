@@ -179,12 +179,3 @@ def test_a_prompt_is_called_cut_only_if_it_is(monkeypatch, kind, cut):
     item = Ask("q/0", 0, None, "a" * 3000, ["x"], {}, "text", 8, ())
     assert ask(scorer, [("q", item)]) == [(1.0, "x", 1)]
     assert scorer.truncated == cut
-
-
-def test_suites_are_listed_and_shown(calmix):
-    listed = json.loads(calmix("evaluate", "suites", "--json").out)
-    assert {row["name"] for row in listed} >= {"offline", "paper", "smoke"}
-    assert "humaneval" in calmix("evaluate", "suite", "paper").ok().out
-    data = json.loads(calmix("evaluate", "suite", "offline", "--json").out)
-    assert data["dimensions"]["math"]["gsm8k"]["shots"] == 5
-    assert len(data["hash"]) == 64
