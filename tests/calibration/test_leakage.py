@@ -10,6 +10,7 @@ from calmix.calibration.tokenizer import tokenizer_function
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.suites import template
 from tests.calibration.conftest import write_rows
+from tests.evaluation.helpers import new_suite
 
 ids = st.lists(st.integers(0, 6), max_size=20)
 
@@ -93,9 +94,7 @@ def test_a_shorter_run_is_no_leak_and_a_source_that_leaks_is_refused(tmp_path, t
 
 @pytest.mark.real
 def test_a_guard_may_be_against_several_suites(tmp_path):
-    for name, text in template("mine").items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    both = suite_items(f"smoke,{tmp_path / 'mine.yaml'}")
+    both = suite_items(f"smoke,{new_suite(tmp_path) / 'mine.yaml'}")
     assert [task for task, *_ in both[-2:]] == ["my_numbers", "my_programs"]
     assert both[0][0] not in template("mine")["mine.yaml"]
     with pytest.raises(InputError, match="unknown suite 'abilites': did you mean abilities"):

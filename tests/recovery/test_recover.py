@@ -282,13 +282,9 @@ def test_every_mistake_is_one_line(calmix, place, tmp_path):
         ((half, "--against", other, *data), "their embeddings are of different models"),
         ((dense, *against, *data), "is not sparse (0.00% of its linear maps' weights"),
         ((half, *against, "--calibration", foreign), "was made with another tokenizer"),
-        ((half, *against, "--calibration", place / "small"), "5 rows is too small"),
         ((half, *against, *data, "--rows", 16), "has rows 32, not 16"),
         ((half, *against, "--calibration", "encyclopedia", "--licence", "permissive"), "licence"),
-        ((half, *against, *data, "--epochs", 0), "--epochs 0: must be greater than or equal to 1"),
-        ((half, *against, *data, "--lr", "nan"), "--lr nan: must be a finite number"),
         ((half, *against, *data, "--dtype", "float16"), "--dtype float16"),
-        ((half, *against, *data, "--max-memory", "1MiB"), "GiB of memory are not enough"),
     ):
         ended = calmix("recover", *arguments, "-o", tmp_path / "out")
         assert told in ended.line, (arguments, ended.line)

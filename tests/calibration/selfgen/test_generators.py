@@ -202,11 +202,10 @@ HEADED = (
 
 def chat_tokenizer(template, bos, eos, *others):
     """The tiny tokenizer with a chat template."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(template)
     given = [token for token in (bos, eos) if token is not None]
     tokenizer.add_special_tokens({"additional_special_tokens": [*others, *given]})
     tokenizer.bos_token, tokenizer.eos_token = bos, eos
-    tokenizer.chat_template = template
     return tokenizer
 
 
