@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calmix.calibration import build, leakage, parse_mix, resolve
+from calmix.calibration import CalibrationSet, build, leakage, parse_mix, resolve
 from calmix.calibration.leakage import Guard, ItemIndex, suite_items
 from calmix.calibration.tokenizer import tokenizer_function
 from calmix.errors import InputError, SourceError
@@ -54,7 +54,7 @@ def planted(tmp_path, documents, leaks, text=ITEM):
 
 @pytest.mark.parametrize("packing", ["concat", "window"])
 def test_a_planted_item_of_a_named_suite_is_dropped_and_counted(
-    tmp_path, tiny, monkeypatch, packing
+    calmix, tmp_path, tiny, tiny_folder, monkeypatch, packing
 ):
     asked, path = [], planted(tmp_path, 100, 2)
     monkeypatch.setattr(leakage, "suite_items", lambda suite: asked.append(suite) or ITEMS)
@@ -69,6 +69,9 @@ def test_a_planted_item_of_a_named_suite_is_dropped_and_counted(
     assert asked == ["offline"]
     assert resolve(path, tiny, leakage="mine", **how).manifest["leakage"]["suite"] == "mine"
     assert asked == ["offline", "mine"]
+    words = [word for key, value in how.items() for word in (f"--{key}", value)]
+    calmix("calibrate", path, "-m", tiny_folder, *words, "-o", tmp_path / "set").ok()
+    assert CalibrationSet.open(tmp_path / "set").manifest["leakage"] == report
 
 
 def test_a_small_draw_with_one_leak_looks_further(tmp_path, tiny, guard):

@@ -124,14 +124,6 @@ def test_a_folder_of_code_with_a_manifest_of_its_own_is_text(tiny, tmp_path):
     assert drawn(tmp_path / "app", tiny, rows=2, length=32).rows == 2
 
 
-def test_settings_of_a_generator_agree_with_a_file(tmp_path):
-    prompts, file = tmp_path / "a.yaml", tmp_path / "own.yaml"
-    prompts.write_text("law: [{text: The court}]\n", encoding="utf-8")
-    file.write_text(f"generate: igsp\noptions: {{candidates: 2, prompts: '{prompts}'}}\n")
-    assert ask(str(file)).generator == ask(f"igsp, candidates=2,prompts={prompts}").generator
-    assert ask("self-cal,start=bos").generator.start == "bos"
-
-
 def test_long_mixes_and_odd_names_are_not_paths(tiny):
     names = ",".join(f"no-such-source-{i}" for i in range(40))
     for spec, name in (
