@@ -115,6 +115,7 @@ def mistakes(tiny_folder, text_file):
         (*half, "--skip", "re:("): "is not a regular expression",
         (*half, "--skip", "*"): "--only and --skip leave no layer to prune",
         ("--bits", 4, "--embeddings", 8): "less than or equal to 6",
+        ("--bits", 4, "--embeddings", 1): "greater than or equal to 2",
         ("--sparsity", "0.5,0.6", "--rows", 9999): "has",
     }.items():  # fmt: skip
         yield (tiny_folder, *data, *more), words

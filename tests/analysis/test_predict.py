@@ -105,6 +105,7 @@ def test_the_verb_orders_sets_and_each_mistake_is_one_line(calmix, place, tiny_f
     for more, line in (
         (("--method", "magnitude"), "all sets are equal"),
         (("--weights", "cod=1"), "has no dimension 'cod'"),
+        (("--sparsity", 0.5, "--pattern", "2:4"), "give either --sparsity"),
         (("--pattern", "3:7"), "pattern 3:7 does not divide"),
     ):
         assert line in run(*more).line

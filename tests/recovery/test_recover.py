@@ -284,6 +284,7 @@ def test_every_mistake_is_one_line(calmix, place, tmp_path):
         ((half, *against, "--calibration", foreign), "was made with another tokenizer"),
         ((half, *against, *data, "--rows", 16), "has rows 32, not 16"),
         ((half, *against, "--calibration", "encyclopedia", "--licence", "permissive"), "licence"),
+        ((half, *against, *data, "--lr", "nan"), "--lr nan: must be a finite number"),
         ((half, *against, *data, "--dtype", "float16"), "--dtype float16"),
     ):
         ended = calmix("recover", *arguments, "-o", tmp_path / "out")

@@ -123,9 +123,9 @@ def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path):
 
 def test_every_mistake_is_told_with_its_line(tmp_path):
     form = (
-        "name: a b\nmodels: [builtin:smollm2-135m]\nsuit: offline\n"
+        "name: a b\nmodels: [builtin:smollm2-135m]\nsuit: offline\nrows: '64'\n"
         "calibrations:\n  b: {mix: {x: 1}, uniform: [y]}\n  c: {form: x}\n"
-        "methods:\n  sparsegpt: [1.6]\n  wandda: 0.5\n  wanda: 4-2\n"
+        "methods:\n  sparsegpt: [1.6]\n  wandda: 0.5\n  wanda: 4-2\n  ria: []\nseeds: [-1]\n"
         "grids:\n  - sedes: [1]\nallocation: [olw]\n"
         "recovery: 'distill,epochs=0'\n"
     )
@@ -141,14 +141,17 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
         (form, [
             (1, "name: String should match"),
             (3, "suit: unknown key: did you mean suite"),
-            (5, "calibrations.b: give exactly one of"),
-            (6, "calibrations.c.form: unknown key: did you mean from"),
-            (8, "methods.sparsegpt.0: sparsity 1.6 is above 1: did you mean 0.016?"),
-            (9, "methods.wandda: unknown method 'wandda': did you mean wanda"),
-            (10, "methods.wanda: sparsity '4-2' is not a share"),
-            (12, "grids.0.sedes: unknown key: did you mean seeds"),
-            (13, "allocation.0: Input should be 'uniform', 'owl', 'error' or 'kl'"),
-            (14, "recovery: --epochs 0: must be greater"),
+            (4, "rows: Input should be a valid integer"),
+            (6, "calibrations.b: give exactly one of"),
+            (7, "calibrations.c.form: unknown key: did you mean from"),
+            (9, "methods.sparsegpt.0: sparsity 1.6 is above 1: did you mean 0.016?"),
+            (10, "methods.wandda: unknown method 'wandda': did you mean wanda"),
+            (11, "methods.wanda: sparsity '4-2' is not a share"),
+            (12, "methods.ria: Value should have at least 1 item"),
+            (13, "seeds.0: Input should be greater than or equal to 0"),
+            (15, "grids.0.sedes: unknown key: did you mean seeds"),
+            (16, "allocation.0: Input should be 'uniform', 'owl', 'error' or 'kl'"),
+            (17, "recovery: --epochs 0: must be greater"),
         ]),
         (names, [
             (3, "models.m: unknown builtin model 'smollm': did you mean smollm2-135m"),
