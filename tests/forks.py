@@ -119,3 +119,10 @@ def ranks(act, count, log):
     logs = [log.with_suffix(f".{rank}") for rank in range(count)]
     children = [start(partial(ranked, rank), own) for rank, own in enumerate(logs)]
     return [wait(child, own) for child, own in zip(children, logs, strict=True)]
+
+
+def forked(arguments, log):
+    """Run the command line in two such forks, which end well; return what they print."""
+    ended = ranks(command(*arguments), 2, log)
+    assert [one.code for one in ended] == [0, 0], [one.errors for one in ended]
+    return "".join(one.errors for one in ended)

@@ -1,7 +1,6 @@
 """What docs/lab/architectures.md says is still true: a model of each family goes through it."""
 
 import importlib
-import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ FAMILIES = "mixtral", "zamba2"
 # caps and windows; transposed maps; the text of a model of images; linear attention.
 MORE = (
     "deepseek_v32", "gemma3n_text", "sarvam_moe", "bloom", "falcon_h1", "gemma2",
-    "granitemoehybrid", "mamba", "gpt2", "mamba2", "mllama", "qwen3_next",
+    "granitemoehybrid", "mamba", "gpt2", "gpt_oss", "mamba2", "mllama", "qwen3_next",
 )  # fmt: skip
 
 
@@ -38,12 +37,6 @@ def told():
 def test_one_of_each_family_is_as_the_page_says(architectures, told, tmp_path, kind):
     row = architectures.sweep(kind, tmp_path)
     assert architectures.line(row) in told, architectures.reasons(row)
-
-
-def test_nearly_all_pass_every_check_and_none_wrongly(told):
-    rows = [line for line in told if re.match(r"\| [\w-]+ \| [\d.]+% \|", line)]
-    assert sum(line.count("| ok ") == 8 for line in rows) >= 150
-    assert not any("wrong" in line or "crashed" in line for line in rows)
 
 
 def test_a_pruned_model_of_images_is_still_one(architectures, tmp_path):

@@ -7,8 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from calmix.errors import DiskError, InputError, disk_errors
 from calmix.files import (
@@ -276,13 +274,6 @@ def test_a_full_disk_is_known_by_its_number(tmp_path, error, told):
     ):
         raise error
     assert told or raised.value is error
-
-
-def test_a_disk_that_is_full_for_the_library_that_writes_weights(disk):
-    tensors = {"a": torch.zeros(4 << 20, dtype=torch.uint8)}
-    with pytest.raises(DiskError, match="no space left"), atomic_folder(disk / "out") as beside:
-        save_file(tensors, beside / "model.safetensors")
-    assert names(disk) == []
 
 
 def test_folders_and_files_written_through_a_link(tmp_path):

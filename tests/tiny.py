@@ -112,7 +112,7 @@ def tiny_ids(rows=12, length=32, seed=1):
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
 
 
-def tiny_tokenizer():
+def tiny_tokenizer(chat_template=None):
     """Return a byte-level tokenizer whose ids fit the tiny models."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
@@ -120,8 +120,9 @@ def tiny_tokenizer():
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        chat_template=chat_template,
+    )  # fmt: skip
 
 
 def save_tiny_model(folder, kind="llama", seed=0, **settings):

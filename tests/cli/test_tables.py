@@ -92,6 +92,7 @@ def test_lists_fit_and_sources_are_chosen_by_dimension_and_licence(calmix, monke
         told = json.loads(calmix(*words.split(), "--json").out)
         rows = told["provenance"] if "suite " in words else [next(iter(r.values())) for r in told]
         check(below or ended.out, 80, *rows)
+        assert "suite " not in words or len(told["hash"]) == 64
     assert {(row["dimension"], row["use"]) for row in told} == {("general", "permissive")}
 
 

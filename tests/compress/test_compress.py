@@ -72,7 +72,6 @@ def test_an_interrupt_after_any_stage_resumes_to_the_same_model(
     assert told[0]["retention"] == told[1]["retention"]
     for more, words in (
         (("--sparsity", 0.5), "is of another request (sparsity: 0.6, now 0.5)"),
-        (("--seed", 1), "is of another request (seed: 0, now 1)"),
         (("--sparsity", 0.5, "--dry-run"), "is of another request (sparsity: 0.6, now 0.5)"),
     ):
         assert words in calmix(*command(cut, *more)).line
@@ -260,9 +259,7 @@ def test_an_effort_and_a_pattern_become_stages(asked):
 def test_a_model_with_a_chat_template_has_chats_in_its_mix(tmp_path, tiny_folder, asked):
     assert "chat" not in asked().calibration
     folder = shutil.copytree(tiny_folder, tmp_path / "talker")
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    tiny_tokenizer(TEMPLATE).save_pretrained(folder)
     found = asked(model=str(folder))
     mix = parse_mix(found.calibration)
     assert mix == {"chat": 0.25} | {name: 0.75 * weight / 8 for name, weight in MIX.items()}
@@ -423,15 +420,12 @@ def test_a_verdict_is_printed_sealed_and_sets_the_exit_code(calmix, tmp_path):
     assert told["tested"][0]["bound"] < 0.95
     assert told["lines"][0].startswith("Not kept at 90 % confidence: code (keeps 97.0 %")
     assert max(map(len, calmix("check", *both, "--keep-at-least", "0.9").out.splitlines())) <= 80
-    other, none = saved(tmp_path / "other.json", chat, chat, model="x"), tmp_path / "none.json"
+    other = saved(tmp_path / "other.json", chat, chat, model="x")
     for files, more, line in (  # others are in `tests/cli/test_mistakes.py`
         (both, (), "--keep-at-least is missing: name the floors"),
-        (both, ("--keep-at-least", "0.9", "-o", out), "exists"),
-        ([first], ("--keep-at-least", "0.99", "-o", none), "code=0.99 needs 299 right answers and"),
-        ([first, other], ("--keep-at-least", "0.9", "-o", none), "is about other models than"),
+        ([first, other], ("--keep-at-least", "0.9"), "is about other models than"),
     ):
         assert line in calmix("check", *files, *more).line
-    assert not none.exists()
 
 
 def test_answers_of_a_users_suite_count_as_measured(calmix, tmp_path):

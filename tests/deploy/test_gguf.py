@@ -109,7 +109,6 @@ def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(
         ("qwen", like, "is not a file of the model"),
         ("wide", like, "is not a file of the model"),
         ("llama", ("--like", tmp_path / "cut.gguf"), "cut.gguf"),
-        ("llama", ("--like", tmp_path / "none.gguf"), "there is no model folder or .gguf file"),
         ("llama", ("--like", tmp_path / "qwen"), "is not a GGUF file"),
         ("llama", (*like, "--weights", "int8"), "--to gguf has no --weights int8"),
     ):

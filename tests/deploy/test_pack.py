@@ -15,18 +15,14 @@ from calmix.errors import InputError, ModelError
 from calmix.models import open_model
 from calmix.models.attention import use_own_attention
 from calmix.models.shards import PACK, with_length
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes()
-            for path in folder.rglob("*") if path.is_file()}  # fmt: skip
+from tests.faults.places import tree
 
 
 def comes_back(model, folder):
     """Pack and unpack a model, compare the two, and return the result of packing."""
     made = pack(str(model), str(folder / "pack"), overwrite=True)
     assert unpack(str(folder / "pack"), str(folder / "back"), overwrite=True) == made.dense
-    assert contents(folder / "back") == contents(model)
+    assert tree(folder / "back") == tree(model)
     return made
 
 
@@ -43,9 +39,9 @@ def test_a_model_comes_back_byte_for_byte_and_loads(pruned, tmp_path, calmix):
     with pytest.raises(ModelError, match=r"is a pack: run 'calmix export .* --to model"):
         open_model(str(tmp_path / "pack"))
     assert "where weights are pruned" in calmix("export", pruned, "-o", tmp_path / "again").ok().out
-    assert contents(tmp_path / "again") == contents(tmp_path / "pack")
+    assert tree(tmp_path / "again") == tree(tmp_path / "pack")
     calmix("export", tmp_path / "again", "--to", "model", "-o", tmp_path / "dense").ok()
-    assert contents(tmp_path / "dense") == contents(pruned)
+    assert tree(tmp_path / "dense") == tree(pruned)
 
 
 def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(pruned, tmp_path):

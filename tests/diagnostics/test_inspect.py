@@ -81,8 +81,6 @@ def test_a_recovery_of_a_model_that_another_program_pruned_can_be_checked(calmix
     told = health(calmix, copy)
     assert (told["problems"], told["warnings"]) == ([], [])
     assert [*told["facts"]] == ["model", "recovery by blocks", "versions"]
-    (copy / "model-00001-of-00004.safetensors").write_bytes(b"")
-    assert "is damaged or changed" in calmix("doctor", "inspect", copy).line
 
 
 def test_what_a_running_trial_writes_is_not_checked(calmix, made, tmp_path):

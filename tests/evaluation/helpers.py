@@ -8,7 +8,7 @@ import torch
 
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.scores import CapabilityScores
-from calmix.evaluation.suites import ASKED
+from calmix.evaluation.suites import ASKED, template
 from calmix.models import OpenModel
 from calmix.yaml_files import packaged
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -17,6 +17,13 @@ from tests.tiny import tiny_model, tiny_tokenizer
 def opened(kind="llama", seed=0):
     """A tiny model in memory, as returned by `open_model`."""
     return OpenModel(f"tiny-{kind}", Path("nowhere"), tiny_model(kind, seed), tiny_tokenizer())
+
+
+def new_suite(folder):
+    """Write a user's new suite `mine.yaml` with its rows, and return the folder."""
+    for name, text in template("mine").items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
 
 
 def benchmark_of(folder):

@@ -11,7 +11,7 @@ from calmix.evaluation.suites import Suite, builtin_suites, load_suite, read_row
 from calmix.evaluation.tasks import load_items, task_of
 from calmix.sources.registry import offline_sources
 from calmix.yaml_files import parse_model
-from tests.evaluation.helpers import benchmark, benchmarks_read
+from tests.evaluation.helpers import benchmark, benchmarks_read, new_suite
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 MBPP = "{archive: codex_mbpp/gold_bpb, form: answer, metric: bits_per_byte, shots: 0}"
@@ -102,7 +102,6 @@ def test_selections_of_a_users_own_file_have_hashes_of_their_own(tmp_path):
         ("      chance: choices\n", "", 6, "needs 'chance'"),
         ("shots: 5", "shots: 5\n      score: kept", 6, "'score' of such a task is probability or"),
         ("    mbpp: ", "    sciq: ", 1, "task 'sciq' is in 'general' and in 'code'"),
-        ("name: mine", "name: a b", 1, "name: String should match"),
         ("  general:", f"  {TOTAL}:", 1, f"'{TOTAL}' is a reserved name"),
         ("  general:", f"  {WORST}:", 1, f"'{WORST}' is a reserved name"),
         *((MBPP, task, 15, says) for task, says in (
@@ -130,9 +129,7 @@ CITY = {"question": "What is the capital of France? Answer with one word.", "ans
 @pytest.fixture
 def folder(tmp_path):
     """A new suite, with another question."""
-    for name, text in template("mine").items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    with (tmp_path / "mine-answers.jsonl").open("a", encoding="utf-8") as file:
+    with (new_suite(tmp_path) / "mine-answers.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(CITY) + "\n\n")
     return tmp_path
 
@@ -266,9 +263,8 @@ def test_models_asked_in_other_forms_are_refused_before_an_answer_is_written(
     folder, calmix, tiny_folder, tmp_path, monkeypatch
 ):
     other = save_tiny_model(tmp_path / "other")
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(other)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tiny_tokenizer(template).save_pretrained(other)
     command = ("evaluate", str(other), "--suite", str(folder / "mine.yaml"))
 
     def write(opened, prompts, progress):

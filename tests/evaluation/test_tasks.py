@@ -106,8 +106,7 @@ TEMPLATE = (
 
 
 def asked(name, template):
-    tokenizer, first = tiny_tokenizer(), load_asked(name)[0]
-    tokenizer.chat_template = template
+    tokenizer, first = tiny_tokenizer(template), load_asked(name)[0]
     made = prompt(tokenizer, first.chat, first.plain, first.tokens, first.until)
     return made, tokenizer.decode(made.ids)
 

@@ -170,11 +170,8 @@ def test_a_mapping_may_mix_kinds_but_names_every_layer():
         ("owl", "3 bits", "owl distributes a sparsity: choose kl, or a file"),
         ("kl", 0.5, "kl distributes bits: choose owl or error, or a file"),
         ({"a": 8.1}, "3 bits", "the bits of a is 8.1, not a number between 0.1 and 8"),
-        ("none.json", 0.5, "there is no file"),
         ({"a": 1.0}, 0.5, "of a is 1.0, not a number between 0 and 1; an allocation maps layers"),
-        ({"a": "0.5"}, 0.5, "the sparsity of a is 0.5, not a number"),
         ({"a": True}, 0.5, "the sparsity of a is True, not a number"),
-        ({"layers": {"a": 0.5}}, 0.5, "the sparsity of layers is {'a': 0.5}, not a number"),
         ({"a": float("nan")}, 0.5, "the sparsity of a is nan"),
     ],
 )
@@ -221,16 +218,10 @@ def test_the_command_line_allocates(calmix, tiny_folder, text_file, common, tmp_
     calmix(*common, tmp_path / "file", "--allocation", file).ok()
     for name, value in load_weights(tmp_path / "file").items():
         assert (value == 0).sum() == pytest.approx((found[name] == 0).sum(), abs=2), name
-    first = next(iter(shares))
-    for content, says in [
-        (dict(list(shares.items())[1:]), f"lacks 1 layers, the first is {first}"),
-        (shares | {"x.y": 0.6}, "the allocation names 'x.y', which is not a layer"),
-        (dict.fromkeys(shares, 0.5), "averages a sparsity of 0.5000 over all weights, not"),
-        ([], "is not a mapping"),
-    ]:
-        file.write_text(json.dumps(content))
-        assert says in calmix(*common, tmp_path / "bad", "--allocation", file).line
-        assert not list(tmp_path.glob("bad*"))
+    file.write_text(json.dumps(shares | {"x.y": 0.6}))
+    line = calmix(*common, tmp_path / "bad", "--allocation", file).line
+    assert "the allocation names 'x.y', which is not a layer" in line
+    assert not list(tmp_path.glob("bad*"))
 
 
 def test_a_block_without_layers_to_prune_has_no_outliers(calmix, common, tmp_path):

@@ -70,8 +70,6 @@ def test_every_architecture_is_pruned_exactly_and_nothing_else_changes(kind):
         assert torch.isfinite(model(ids).logits).all()
     assert all(0 < layer.error < 1 for layer in report.layers)
     assert bool(report.experts) == (kind in MIXTURES)
-    assert len(report.experts) == sum(dense.reason == "router" for dense in report.dense)
-    assert all(sum(mixture.tokens) == ids.numel() * 2 for mixture in report.experts)
     assert any("shared" in name for name in pruned) == (
         kind in ("qwen2_moe", "deepseek_v3", "llama4_text")
     )

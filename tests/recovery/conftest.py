@@ -26,7 +26,6 @@ def place(tmp_path_factory):
     opened = api.open_model(str(folder / "dense"))
     drawn = api.resolve(str(text), opened, rows=32, length=32, leakage="off")
     drawn.save(folder / "set")
-    api.resolve(str(text), opened, rows=5, length=32, leakage="off").save(folder / "small")
     for name, *how in (("half",), ("2of4", api.SemiStructured(2, 4), torch.bfloat16)):
         save_pruned(folder / "dense", folder / name, drawn.ids, "sparsegpt", *how)
     return folder

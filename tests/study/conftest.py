@@ -53,12 +53,16 @@ def writer(folder, model, monkeypatch):
     """Return a function that writes a study file, text replaced or added, and gives its path."""
     monkeypatch.setenv("CALMIX_CACHE", str(folder / "cache"))
     use_archive(monkeypatch)
+    return writing(folder, model, suite_text())
+
+
+def writing(folder, model, suite):
+    """Return such a function, over a suite."""
     write_texts(folder / "texts")
-    suite = folder / "suite.yaml"
-    suite.write_text(suite_text(), encoding="utf-8")
+    (folder / "suite.yaml").write_text(suite, encoding="utf-8")
 
     def write(*changes, more="", name="study.yaml"):
-        text = STUDY.format(model=model, suite=suite, texts=folder / "texts")
+        text = STUDY.format(model=model, suite=folder / "suite.yaml", texts=folder / "texts")
         for old, new in changes:
             assert old in text
             text = text.replace(old, new)
@@ -71,14 +75,8 @@ def writer(folder, model, monkeypatch):
 
 def write_study(folder, model, *, rows=6):
     """Write a study over the real archive, for use in other processes; return its path."""
-    write_texts(folder / "texts")
-    (folder / "suite.yaml").write_text(REAL_SUITE, encoding="utf-8")
-    longer(model, folder / "model")
-    text = STUDY.format(model=folder / "model", suite=folder / "suite.yaml", texts=folder / "texts")
-    path = folder / "study.yaml"
-    text = text.replace("rows: 6", f"rows: {rows}").replace(', wanda: ["2:4"]', "")
-    path.write_text(text, encoding="utf-8")
-    return path
+    write = writing(folder, longer(model, folder / "model"), REAL_SUITE)
+    return write(("rows: 6", f"rows: {rows}"), (', wanda: ["2:4"]', ""))
 
 
 @pytest.fixture

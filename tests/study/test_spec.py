@@ -125,9 +125,8 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
     form = (
         "name: a b\nmodels: [builtin:smollm2-135m]\nsuit: offline\nrows: '64'\n"
         "calibrations:\n  b: {mix: {x: 1}, uniform: [y]}\n  c: {form: x}\n"
-        "  d: {from: news, packing: row}\n"
         "methods:\n  sparsegpt: [1.6]\n  wandda: 0.5\n  wanda: 4-2\n  ria: []\nseeds: [-1]\n"
-        "grids:\n  - sedes: [1]\n  - {propagation: two}\nallocation: [olw]\n"
+        "grids:\n  - sedes: [1]\nallocation: [olw]\n"
         "recovery: 'distill,epochs=0'\n"
     )
     names = (
@@ -145,16 +144,14 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
             (4, "rows: Input should be a valid integer"),
             (6, "calibrations.b: give exactly one of"),
             (7, "calibrations.c.form: unknown key: did you mean from"),
-            (8, "calibrations.d.packing: Input should be 'concat' or 'window'"),
-            (10, "methods.sparsegpt.0: sparsity 1.6 is above 1: did you mean 0.016?"),
-            (11, "methods.wandda: unknown method 'wandda': did you mean wanda"),
-            (12, "methods.wanda: sparsity '4-2' is not a share"),
-            (13, "methods.ria: Value should have at least 1 item"),
-            (14, "seeds.0: Input should be greater than or equal to 0"),
-            (16, "grids.0.sedes: unknown key: did you mean seeds"),
-            (17, "grids.1.propagation: Input should be 'sequential' or 'block'"),
-            (18, "allocation.0: Input should be 'uniform', 'owl', 'error' or 'kl'"),
-            (19, "recovery: --epochs 0: must be greater"),
+            (9, "methods.sparsegpt.0: sparsity 1.6 is above 1: did you mean 0.016?"),
+            (10, "methods.wandda: unknown method 'wandda': did you mean wanda"),
+            (11, "methods.wanda: sparsity '4-2' is not a share"),
+            (12, "methods.ria: Value should have at least 1 item"),
+            (13, "seeds.0: Input should be greater than or equal to 0"),
+            (15, "grids.0.sedes: unknown key: did you mean seeds"),
+            (16, "allocation.0: Input should be 'uniform', 'owl', 'error' or 'kl'"),
+            (17, "recovery: --epochs 0: must be greater"),
         ]),
         (names, [
             (3, "models.m: unknown builtin model 'smollm': did you mean smollm2-135m"),

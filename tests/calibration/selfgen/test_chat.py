@@ -19,9 +19,7 @@ TEMPLATE = (
 def talker(tmp_path_factory):
     """A tiny model with a chat template."""
     folder = save_tiny_model(tmp_path_factory.mktemp("talker") / "model")
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    tiny_tokenizer(TEMPLATE).save_pretrained(folder)
     return open_model(str(folder), dtype="float32")
 
 

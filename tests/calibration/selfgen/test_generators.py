@@ -202,11 +202,10 @@ HEADED = (
 
 def chat_tokenizer(template, bos, eos, *others):
     """The tiny tokenizer with a chat template."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(template)
     given = [token for token in (bos, eos) if token is not None]
     tokenizer.add_special_tokens({"additional_special_tokens": [*others, *given]})
     tokenizer.bos_token, tokenizer.eos_token = bos, eos
-    tokenizer.chat_template = template
     return tokenizer
 
 
@@ -259,9 +258,7 @@ def test_bad_prompts(tmp_path):
         ("{}", "names no dimension"),
         ("general: [{text: a, ask: b}]", "should have at most 1 item"),
         ("general: [{tekst: a}]", "should be 'text', 'ask' or 'begin'"),
-        ("general: word", "line 1: general: "),
         ("general: [{text: ''}]", "prompt 1 of dimension general in .* has no tokens"),
-        ("general: [{ask: ' '}]", "prompt 1 of dimension general in .* has no tokens"),
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=message):
