@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -99,16 +100,19 @@ def test_a_target_that_cannot_be_solved_does_not_stop_the_others(
     assert hashes(tmp_path / "out" / "sparsegpt-0.5") == hashes(tmp_path / "alone")
 
 
-def mistakes(tiny_folder, text_file):
+def mistakes(tiny_folder, text_file, tmp_path):
     """Yield arguments after `prune MODEL`, and text that the error must contain; errors of models,
     sources, mixes, patterns and methods have their own tests."""
     data, half = ("--calibration", text_file, *SMALL), ("--sparsity", 0.5)
+    odd = save_tiny_model(tmp_path / "mixture", "mixtral")
+    yield (odd, *data, *half, "--drop-experts", 0.75), "is routed to 2: drop fewer"
     for more, words in {
         (): "either --sparsity", (*half, "--pattern", "2:4"): "either --sparsity",
         ("--sparsity", "0.5,"): "has an empty part between commas",
         ("--sparsity", "0.5,0.5"): "names 0.5 twice", ("--sparsity", "0.5,1.5"): "mean 0.015",
-        ("--pattern", "2:5"): "--skip '*.q_proj'",
+        ("--pattern", "2of4"): "N:M", ("--pattern", "2:5"): "--skip '*.q_proj'",
         (*half, "--method", "wanda,bits=0,wanda"): "two targets are the same, wanda-0.5",
+        (*half, "--method", "bits=4,wanda"): "unknown method 'bits=4'",
         (*half, "--method", "magnitude"): "--calibration has no effect",
         (*half, "--damping", 1): "sparsegpt,damping=VALUE",
         (*half, "--only", "*.nothing"): "matches no layer: names are like model.layers.0.",
@@ -125,7 +129,7 @@ def mistakes(tiny_folder, text_file):
 
 
 def test_every_error_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_file, tmp_path):
-    for number, (arguments, words) in enumerate(mistakes(tiny_folder, text_file)):
+    for number, (arguments, words) in enumerate(mistakes(tiny_folder, text_file, tmp_path)):
         output = tmp_path / f"out{number}"
         before = sorted(path.name for path in tmp_path.iterdir())
         ended = calmix("prune", *arguments, "-o", output)
@@ -136,6 +140,29 @@ def test_every_error_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_fi
         assert words in last, (arguments, last)
         assert "Traceback" not in ended.err
         assert sorted(path.name for path in tmp_path.iterdir()) == before, arguments
+
+
+def test_a_failed_write_leaves_the_old_folder_alone(calmix, tiny_folder, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in ("calmix.json", "config.json"):
+        (output / name).write_text("x", encoding="utf-8")
+    asked = ("--method", "magnitude", "--sparsity", 0.5, "-o", output, "--overwrite")
+    command = ("prune", tiny_folder, *asked)
+    with monkeypatch.context() as patched:
+        full = Mock(side_effect=OSError(28, "No space left on device"))
+        patched.setattr("calmix.pruning.checkpoint.write_json", full)
+        ended = calmix(*command)
+    assert ended.code == 2
+    kept, error = ended.err.splitlines()
+    assert kept.startswith("2 blocks are kept in ")
+    assert "no space left" in error
+    assert {p.name for p in output.iterdir()} == {"calmix.json", "config.json"}
+    # The work is kept and can resume when there is room.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.unfinished"]
+    ended = calmix(*command, "--resume").ok()
+    assert "resuming after 2 of 2 blocks" in ended.err
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(("kind", "more", "stages"), [

@@ -10,8 +10,10 @@ from calmix.models import open_model
 from calmix.pruning import Method, get_method, register
 from calmix.pruning.methods import METHODS, methods
 from calmix.pruning.methods.base import Saliency
+from calmix.study import read_results
 from tests.pruning.toy import SMALL, Absolute, Toy, pruning_of
 from tests.study.conftest import tiny_study  # noqa: F401
+from tests.study.test_running import run
 from tests.tiny import load_weights, tiny_ids, tiny_model
 
 
@@ -61,8 +63,16 @@ def test_a_method_of_another_package_prunes(shipped, calmix, tiny_folder, text_f
     for name, weight in opened.model.state_dict().items():
         assert name not in found or torch.equal(found[name], weight), name
     assert "toy" in calmix("doctor", "methods").out
-    assert method_name("toy,strength=2") == "Toy,strength=2"
     assert not {"gone", "other", "none", "silent"} & set(methods())
+
+
+def test_a_study_takes_it(shipped, tiny_study, tmp_path):  # noqa: F811
+    before = 'methods: {sparsegpt: [0.6], wanda: ["2:4"]}'
+    study = tiny_study((before, "methods:\n  toy,strength=2: 0.6"))
+    assert run(study, tmp_path / "store", only=["code*toy*"]).errors == {}
+    done = read_results(tmp_path / "store").trials
+    assert {trial.method for trial in done} == {"toy,strength=2"}
+    assert method_name("toy,strength=2") == "Toy,strength=2"
 
 
 @pytest.mark.parametrize(
