@@ -50,11 +50,11 @@ def show(found: list[ConditionAnalysis]) -> None:
     print(f"|---|{'---|' * len(COLUMNS)}")
     order = sorted(range(len(names)), key=lambda at: -found[1].joint.values[at, 0])
     for at in order:
-        cells = [told(one.joint.one(at, 0)) for one in found]
+        cells = [told(one.joint.mean([at], 0).estimate()) for one in found]
         print(f"| {names[at]} | {' | '.join(cells)} |")
     best = names[order[0]]
     for number, dimension in enumerate(dimensions, 1):
-        cells = [told(one.joint.one(order[0], number)) for one in found]
+        cells = [told(one.joint.mean([order[0]], number).estimate()) for one in found]
         print(f"| {best}: {dimension} | {' | '.join(cells)} |")
     leads = [
         {(d.left, d.right.split(",")[0]): d.gap for d in one.differences if d.quantity == "total"}

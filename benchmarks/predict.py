@@ -43,9 +43,9 @@ from calmix.study.store import Store, open_store
 
 def set_ids(store: Store, model: str, name: str, rows: int) -> Tensor:
     """Return the first rows of a calibration set's first draw."""
-    drawn = (e for e in store.entries if e.key[:2] == [model, name])
+    drawn = (e for e in store.index.trials if e.key[:2] == [model, name])
     entry = min(drawn, key=lambda e: e.key[6])
-    return CalibrationSet.open(store.calibration(entry.set)).ids[:rows]
+    return CalibrationSet.open(store.path / "calibration" / entry.set).ids[:rows]
 
 
 def table(cells: Cells, candidates: dict[str, Array]) -> None:

@@ -22,7 +22,8 @@ import torch
 from common import commit, machine
 
 from calmix.models import open_model
-from calmix.pruning import Unstructured, get_method, prune
+from calmix.pruning import Unstructured, prune
+from calmix.specs import prune_request
 from calmix.study.estimate import Timed
 
 MODEL = "builtin:smollm2-135m"
@@ -81,7 +82,8 @@ def main() -> None:
             model.load_state_dict(before)
 
             def told(method: str = method, rows: int = len(ids)) -> float:
-                return Timed(MODEL).pruning(get_method(method), "sequential", rows, LENGTH)
+                request = prune_request(method=method, sparsity=0.6, calibration="stories")
+                return Timed(MODEL).pruning(request, rows, LENGTH)
 
             known = label.endswith("tokens")
             said = told() if known else 0.0

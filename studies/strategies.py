@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from calmix.analysis import ConditionAnalysis, Settings, analyse
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.differences import BEST
-from calmix.study.export import read_results
 from calmix.study.results import StudyResults
+from calmix.study.store import read_results
 
 
 def percent(value: float | None) -> str:

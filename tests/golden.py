@@ -72,7 +72,7 @@ def masks():
 def studies():
     """Retention with its intervals, and leads, of both committed studies."""
     from calmix.analysis import analyse
-    from calmix.study.export import read_results
+    from calmix.study.store import read_results
 
     found = {}
     for study in ("smollm2-offline", "two-models"):

@@ -137,9 +137,9 @@ def test_links_out_of_a_store_are_refused_and_links_within_are_not(tmp_path):
         link.unlink()
         (path / "within").mkdir()
         link.symlink_to(path / "within")
-        assert open_store(path).entries
+        assert open_store(path).index.trials
     (tmp_path / "elsewhere").symlink_to(path)
-    assert open_store(tmp_path / "elsewhere").entries
+    assert open_store(tmp_path / "elsewhere").index.trials
 
 
 def test_spaces_of_other_scripts_are_printed_and_controls_are_not():

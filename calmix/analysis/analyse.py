@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmix.analysis.bootstrap import Joint, joints
-from calmix.analysis.cells import Cells, Condition, dimensions_of, select
+from calmix.analysis.cells import Cells, Condition, dimensions_of
 from calmix.analysis.correlations import Correlation, Spread, agreements, correlate, spreads
 from calmix.analysis.differences import Difference, Gain, compare, gains
 from calmix.analysis.power import Noise, noise_of
 from calmix.analysis.ranking import Ranked, leaders, rank
-from calmix.errors import InputError, nearest
 from calmix.files import atomic_folder, write_json, write_text
 from calmix.options import Settings
 from calmix.study.results import StudyResults
@@ -99,17 +98,15 @@ class Analysis:
         names."""
         from pandas import json_normalize
 
-        data = self.to_dict()
-        made = {"gains": data["gains"], **{name: [] for name in FOUND if name != "agreements"}}
-        made["tasks"] = []
+        data, tasks = self.to_dict(), list[dict[str, Any]]()
         for found in data["conditions"]:
             for one in found["ranking"]:
                 kept = one.pop("tasks")  # they have their own table
                 head = {name: one[name] for name in ("condition", "calibration")}
-                made["tasks"] += [{**head, **task, "kept": kept[task["name"]]}
-                                  for task in found["tasks"]]  # fmt: skip
-            for name in made.keys() & set(FOUND):
-                made[name] += found[name]
+                tasks += [{**head, **task, "kept": kept[task["name"]]} for task in found["tasks"]]
+        made = {name: [one for found in data["conditions"] for one in found[name]]
+                for name in FOUND if name != "agreements"}  # fmt: skip
+        made |= {"gains": data["gains"], "tasks": tasks}
         return {name: json_normalize(rows, sep="_").astype(object) for name, rows in made.items()}
 
     def save(self, folder: Path) -> None:
@@ -130,14 +127,7 @@ def analyse(
 ) -> Analysis:
     """Analyse the finished trials of a study (definitions: docs/studies.md)."""
     settings = settings or Settings()
-    trials = select(results, method=method, sparsity=sparsity)
-    known = {trial.calibration for trial in trials}
-    if settings.default is not None and settings.default not in known:
-        raise InputError(
-            f"no finished trial has the calibration set '{settings.default}': "
-            f"{nearest(settings.default, known)}"
-        )
-    made = joints(results, trials, settings)
+    made = list(joints(results, settings, method=method, sparsity=sparsity))
     correlations = correlate([found.cells for found in made], settings)
     differences = compare(made, settings.default)
     conditions = [

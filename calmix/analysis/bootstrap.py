@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -28,12 +28,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from calmix.analysis.cells import Cells, rolled_up, tables
+from calmix.analysis.cells import Cells, rolled_up, select, tables
+from calmix.errors import InputError, nearest
 from calmix.evaluation import retention
 from calmix.evaluation.measures import Array
 from calmix.evaluation.retention import LEVEL
 from calmix.options import Settings
-from calmix.study.results import StudyResults, Trial
+from calmix.study.results import StudyResults
 
 TAILS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # of the resamples
 ALPHA = 0.05
@@ -147,23 +148,12 @@ class Joint:
         both = float(share @ c**2 @ self.both)
         return by_items, by_draws, min(both, by_draws, by_items)
 
-    def contrast(self, coefficients: Array, value: float | None = None) -> Contrast:
-        """Return the contrast with these coefficients, shape (sets, quantities); `value` replaces
-        its own value."""
-        if value is None:
-            used = coefficients != 0
-            value = float(coefficients[used] @ self.values[used])
-        return Contrast(value, {self: coefficients})
-
     def mean(self, sets: Sequence[int], quantity: int) -> Contrast:
         """Return the mean of one quantity over some sets, by position."""
         coefficients = np.zeros(self.values.shape)
         coefficients[list(sets), quantity] = 1 / len(sets)
-        return self.contrast(coefficients)
-
-    def one(self, at: int, quantity: int) -> Estimate:
-        """Return the estimate of one set's quantity, by position."""
-        return self.mean([at], quantity).estimate()
+        used = coefficients != 0
+        return Contrast(float(coefficients[used] @ self.values[used]), {self: coefficients})
 
 
 @lru_cache(maxsize=64)
@@ -223,12 +213,22 @@ def joint(
     )  # fmt: skip
 
 
-def joints(results: StudyResults, trials: Sequence[Trial], settings: Settings) -> list[Joint]:
-    """Return the joint bootstrap of every condition among some trials. The results for a condition
-    do not depend on which other trials are selected."""
+def joints(results: StudyResults, settings: Settings, **which: str | None) -> Iterator[Joint]:
+    """Return the joint bootstrap of every condition, or of those that `cells.select` selects by
+    `which`; each is computed when it is taken. The results for a condition do not depend on which
+    others are selected."""
+    trials = select(results, **which)
+    known = {trial.calibration for trial in trials}
+    if settings.default is not None and settings.default not in known:
+        raise InputError(
+            f"no finished trial has the calibration set '{settings.default}': "
+            f"{nearest(settings.default, known)}"
+        )
     layout = sorted({(trial.calibration, trial.seed) for trial in results.trials})
-    return [joint(cells, resamples=settings.resamples, seed=settings.seed, layout=layout)
-            for cells in tables(results, trials, settings.measure)]  # fmt: skip
+    return (
+        joint(cells, resamples=settings.resamples, seed=settings.seed, layout=layout)
+        for cells in tables(results, trials, settings.measure)
+    )
 
 
 def corrected(rows: Iterable[Row], **columns: Callable[[Row], float | None]) -> list[Row]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -167,21 +167,15 @@ def method_name(method: str) -> str:
 
 def _labelled(key: Condition, every: Collection[Condition]) -> Condition:
     """Label a condition by method, pattern, and any other setting that varies within the study."""
-
-    def differs(*names: str, among: Collection[Condition] = every) -> bool:
-        return len({tuple(getattr(one, name) for name in names) for one in among}) > 1
-
-    calibrated = [one for one in every if one.rows] or every
-    parts = {
-        key.model: differs("model"),
-        f"{key.propagation} propagation":
-            key.propagation is not None and differs("propagation", among=calibrated),
-        f"{key.rows} x {key.length}":
-            key.rows and differs("rows", "length", among=calibrated),
-        f"suite {key.suite}": differs("suite"),
-    }  # fmt: skip
+    calibrated = [one for one in every if one.rows] if key.rows else []
+    parts: dict[str, set[Any]] = {
+        key.model: {one.model for one in every},
+        f"{key.propagation} propagation": {one.propagation for one in calibrated},
+        f"{key.rows} x {key.length}": {(one.rows, one.length) for one in calibrated},
+        f"suite {key.suite}": {one.suite for one in every},
+    }
     name = method_name(key.method)
-    rest = "".join(f", {part}" for part, needed in parts.items() if needed)
+    rest = "".join(f", {part}" for part, found in parts.items() if len(found) > 1)
     return replace(key, label=f"{name} {key.pattern}{rest}", series=name + rest)
 
 
@@ -193,12 +187,6 @@ def _cells(
     dimensions = dimensions_of(results)
     order = list(dict.fromkeys(one.calibration for one in results.trials))
     trials = sorted(trials, key=lambda one: (order.index(one.calibration), one.seed))
-    for before, trial in pairwise(trials):
-        if (before.calibration, before.seed) == (trial.calibration, trial.seed):
-            raise InputError(
-                f"the analysis cannot distinguish two trials of {trial.calibration} at seed "
-                f"{trial.seed} ({condition.label}; one is {trial.id})"
-            )
     first = tuple(next(same) for _, same in groupby(trials, key=lambda one: one.calibration))
     dense = results.dense[condition.model]
     pruned = [results.scores[trial.id] for trial in trials]
@@ -212,6 +200,9 @@ def _cells(
         for scores in pruned
     ])  # fmt: skip
     names = [trial.calibration for trial in trials]
+    measured = [trial.distance for trial in trials]
+    alike = len({one["texts"] for one in measured if one}) == 1  # else distances are not comparable
+    far = [{**one["dimensions"], TOTAL: one["total"]} if alike and one else {} for one in measured]
 
     def table(rows: Sequence[Any] | Array) -> DataFrame:
         """Average rows of trials over the seeds of each set."""
@@ -220,25 +211,17 @@ def _cells(
     def rolled(of_tasks: Array) -> Array:
         return table(rolled_up(of_tasks, tasks, dimensions)).to_numpy()
 
+    distance = {}
+    for key, field in (("kl", "kl_mean"), ("top1", "top1")):
+        rows = [[each.get(name, {}).get(field, math.nan) for name in (TOTAL, *dimensions)]
+                for each in far]  # fmt: skip
+        distance[key] = table(rows).to_numpy()
     return Cells(
         condition, first, dimensions, tasks,
         tuple((trial.calibration, trial.seed) for trial in trials), items, rolled(values),
-        rolled(accuracies),
-        {"kl": table(_distance(trials, dimensions, "kl_mean")).to_numpy(),
-         "top1": table(_distance(trials, dimensions, "top1")).to_numpy(), "flips": rolled(flips)},
+        rolled(accuracies), distance | {"flips": rolled(flips)},
         table([trial.information for trial in trials]),
     )  # fmt: skip
-
-
-def _distance(trials: Sequence[Trial], dimensions: Sequence[str], field: str) -> list[list[float]]:
-    """Return total and dimensions of a distance by trial; nan if the trials' texts differ."""
-    same = len({trial.distance["texts"] for trial in trials if trial.distance}) == 1
-    rows = []
-    for trial in trials:
-        known = trial.distance if same and trial.distance else {"total": {}, "dimensions": {}}
-        each = [known["total"], *(known["dimensions"].get(name, {}) for name in dimensions)]
-        rows.append([part.get(field, math.nan) for part in each])
-    return rows
 
 
 def _measured(

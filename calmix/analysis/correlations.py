@@ -16,10 +16,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from calmix.analysis.bootstrap import ALPHA, ROUNDING, corrected
+from calmix.analysis.bootstrap import ALPHA, ROUNDING, TAILS, corrected
 from calmix.analysis.cells import TOTAL, Cells
 from calmix.evaluation.measures import Array
-from calmix.evaluation.retention import LEVEL, RESAMPLES
+from calmix.evaluation.retention import RESAMPLES
 from calmix.options import Settings
 
 METRIC = "perplexity"
@@ -49,11 +49,6 @@ class Correlation:
     def significant(self) -> bool:
         """Whether the corrected p is at most 0.05."""
         return self.p_corrected is not None and self.p_corrected <= ALPHA
-
-    @property
-    def agrees(self) -> bool:
-        """Whether rho is negative with p (uncorrected) at most 0.05."""
-        return (self.rho or 0) < 0 and self.p is not None and self.p <= ALPHA
 
 
 @dataclass(frozen=True)
@@ -128,8 +123,7 @@ def bootstrap_intervals(x: Array, y: Array, *, resamples: int = RESAMPLES, seed:
     picks = np.random.default_rng([seed, len(x)]).integers(len(x), size=(resamples, len(x)))
     rho = (unit_ranks(x[picks]) * unit_ranks(y[..., picks])).sum(-1)
     few = 2 * (~np.isnan(rho)).sum(-1) < resamples
-    tail = (1 - LEVEL) / 2
-    ends = np.nanquantile(np.where(few[..., None], 0.0, rho), [tail, 1 - tail], axis=-1)
+    ends = np.nanquantile(np.where(few[..., None], 0.0, rho), TAILS, axis=-1)
     return np.where(few[..., None], np.nan, np.clip(np.moveaxis(ends, 0, -1), -1.0, 1.0))
 
 

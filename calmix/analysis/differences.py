@@ -79,8 +79,8 @@ def every(found: Joint, sets: Sequence[int], *, picked: bool = False) -> dict[st
     if picked:
         weights = np.eye(found.values.shape[1])[: len(names)]
         shrunken = [(weight, *shrink(found, weight)) for weight in weights]
-        kept = [found.contrast(np.outer(unit[sets].mean(0), weight), float(values[sets].mean()))
-                for weight, values, unit in shrunken]  # fmt: skip
+        kept = [Contrast(float(values[sets].mean()), {found: np.outer(unit[sets].mean(0), weight)})
+                for weight, _, values, unit in shrunken]  # fmt: skip
     low = lowest_of(found.values[sets, 1 : len(names)].mean(0))
     worst = Contrast(math.nan, {}) if low is None else kept[1 + low]
     return {TOTAL: kept[0], WORST: worst, **dict(zip(names[1:], kept[1:], strict=True))}

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calmix.analysis.bootstrap import Joint, joints
-from calmix.analysis.cells import TOTAL, select
+from calmix.analysis.cells import TOTAL
 from calmix.evaluation.measures import Z
 from calmix.evaluation.retention import LEVEL
 from calmix.options import Measure, Settings
@@ -135,13 +135,9 @@ def needed(difference: float, draw: float, freedom: float, item: float) -> Neede
 
 
 def noises(
-    results: StudyResults,
-    *,
-    method: str | None = None,
-    sparsity: str | None = None,
-    measure: Measure = "primary",
+    results: StudyResults, *, measure: Measure = "primary", **which: str | None
 ) -> list[Noise]:
-    """Return the noise of every quantity under every condition with calibration."""
-    trials = [t for t in select(results, method=method, sparsity=sparsity) if t.strategy != "none"]
-    found = joints(results, trials, Settings(measure=measure, resamples=1))  # as few as possible
-    return [one for each in found for one in noise_of(each)]
+    """Return the noise of every quantity under every condition with calibration that
+    `cells.select` selects by `which`."""
+    found = joints(results, Settings(measure=measure, resamples=1), **which)  # as few as possible
+    return [one for each in found if each.cells.condition.rows for one in noise_of(each)]

@@ -40,6 +40,7 @@ from calmix.sources import Source, own_sources
 
 ROWS, LENGTH, EVERY = 16, 512, 7
 LEAST = 1e-12  # smaller fractions of output energy are rounding
+Part = tuple[float, tuple[str, dict[str, Any]]]  # of a set: its weight, and a text with options
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def predict(
         CalmixError: any error that a user can fix.
     """
     draw = {"rows": rows, "length": length, "sources": own_sources(sources), **draw}
-    check_request(calibrations, method, every=every, **draw)
+    made = check_request(calibrations, method, every=every, **draw)
     chosen, pattern = get_method(method), as_pattern(0.6 if pattern is None else pattern)
     only = every_block(opened, every)
     blocks = find_blocks(opened.model).select(only)
@@ -172,7 +173,6 @@ def predict(
     held_out = texts(opened, rows=ROWS, length=LENGTH) if held_out is None else held_out
     share = check_weights(weights or dict.fromkeys(held_out, 1.0), tuple(held_out),
                           "the held-out text")  # fmt: skip
-    made = {text: _parts(text, draw) for text in calibrations}
     samples = {repr(sample): sample for parts in made.values() for _, sample in parts}
     folder = cache_dir() / "grams"
     # An upper bound: one matrix for each layer, though layers may share their input.
@@ -204,8 +204,8 @@ def prediction(name: str, lost: dict[str, float], share: Mapping[str, float]) ->
 
 def check_request(
     calibrations: Sequence[str], method: str | Method, *, every: int = EVERY, **draw: Any
-) -> None:
-    """Check a request to `predict` without the model."""
+) -> dict[str, list[Part]]:
+    """Check a request to `predict` without the model; return the parts of each set."""
     if every < 1:
         raise InputError(f"--every must be at least 1, not {every}")
     chosen = get_method(method)
@@ -213,17 +213,14 @@ def check_request(
         raise InputError(f"method {chosen.name} uses no calibration text: all sets are equal")
     if chosen.needs not in (Gram, Squares):
         raise InputError(f"method {chosen.name} cannot be predicted: it uses no Gram matrix")
-    for text in calibrations:
-        ask(text, **({} if saved_set(text) else draw))
+    return {text: _parts(text, draw) for text in calibrations}
 
 
-def _parts(text: str, draw: Mapping[str, Any]) -> list[tuple[float, tuple[str, dict[str, Any]]]]:
-    """Split a set into the texts that are run separately: (weight, (text, options of its draw))."""
-    if saved_set(text):
-        return [(1.0, (text, {}))]
-    given = {name: value for name, value in draw.items() if value is not None}
+def _parts(text: str, draw: Mapping[str, Any]) -> list[Part]:
+    """Split a set into the texts that are run separately."""
+    given = {} if saved_set(text) else {k: v for k, v in draw.items() if v is not None}
     asked = ask(text, **given)
-    if asked.generator is not None or len(asked.mix) == 1:
+    if len(asked.mix) < 2:  # none if the set is saved or generated
         return [(1.0, (text, given))]
     options = {**asked.draw.drawn(), "sources": asked.own}
     return [(weight, (name, options)) for name, weight in asked.mix.items()]

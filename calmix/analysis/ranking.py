@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calmix.analysis.bootstrap import ROUNDING, Estimate, Joint, joints
-from calmix.analysis.cells import dimensions_of, select
+from calmix.analysis.bootstrap import ROUNDING, Contrast, Estimate, Joint, joints
+from calmix.analysis.cells import dimensions_of
 from calmix.errors import InputError, nearest
 from calmix.evaluation.measures import Array
 from calmix.evaluation.retention import RESAMPLES
@@ -47,7 +47,7 @@ class Ranked:
     distance: dict[str, dict[str, float | None]]  # as in `Cells`, total and dimensions
 
 
-def shrink(found: Joint, weight: Array) -> tuple[Array, Array]:
+def shrink(found: Joint, weight: Array) -> tuple[Array, Array, Array]:
     """Shrink every set's weighted quantity towards its group's mean (James and Stein; ours).
 
     The groups are the single sources and all others, or all sets together if either is small. Noise
@@ -56,10 +56,12 @@ def shrink(found: Joint, weight: Array) -> tuple[Array, Array]:
     noise, at least 0. A set's distance is multiplied by signal / (signal + noise), its resamples
     by the square root of that.
 
-    Returns values, shape (sets,), and for each the coefficients of the sets' deviations.
+    Returns the values before and after, shape (sets,), nan where a part is unknown, and for each
+    the coefficients of the sets' deviations.
     """
-    values = weighed(found, weight)
-    count = len(values)
+    used = weight != 0
+    measured = found.values[:, used] @ weight[used]
+    values, count = measured.copy(), len(measured)
     coefficients = np.eye(count)
     singles = found.cells.of("single")
     rest = [at for at in range(count) if at not in singles]
@@ -78,13 +80,7 @@ def shrink(found: Joint, weight: Array) -> tuple[Array, Array]:
             factor = signal / (signal + noise) if signal + noise else 1.0
             coefficients[at] = mean + math.sqrt(factor) * (coefficients[at] - mean)
             values[at] = centre + factor * (values[at] - centre)
-    return values, coefficients
-
-
-def weighed(found: Joint, weight: Array) -> Array:
-    """Return a weighted quantity of every set, shape (sets,); nan where a part is unknown."""
-    used = weight != 0
-    return found.values[:, used] @ weight[used]
+    return measured, values, coefficients
 
 
 def _chances(found: Joint, weight: Array, values: Array, coefficients: Array) -> list[float | None]:
@@ -118,29 +114,30 @@ def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
     first; sets without a value come last."""
     cells, names = found.cells, found.cells.quantities
     weight = np.eye(found.values.shape[1])[0] if weight is None else weight
-    measured, (values, coefficients) = weighed(found, weight), shrink(found, weight)
+    measured, values, coefficients = shrink(found, weight)
     best = _chances(found, weight, values, coefficients)
     order = np.argsort(-measured, kind="stable").tolist()
     parts = found.values[:, 1 : len(names)]
     unit, made = np.eye(len(values)), []
 
-    def estimate(of_sets: Array, value: float | None = None, *, test: bool = False) -> Estimate:
-        return found.contrast(np.outer(of_sets, weight), value).estimate(test=test)
+    def estimate(of_sets: Array, value: float, *, test: bool = False) -> Estimate:
+        return Contrast(float(value), {found: np.outer(of_sets, weight)}).estimate(test=test)
 
     for position, at in enumerate(order, start=1):
         behind, first, trial = None, order[0], cells.made[at]
         if at != first and not math.isnan(measured[first]):
-            behind = estimate(coefficients[first] - coefficients[at],
-                              float(values[first] - values[at]), test=True)  # fmt: skip
-        total = estimate(unit[at])
-        dimensions = {name: found.one(at, q) for q, name in enumerate(names) if q}
+            apart = coefficients[first] - coefficients[at]
+            behind = estimate(apart, values[first] - values[at], test=True)
+        total = estimate(unit[at], measured[at])
+        dimensions = {name: found.mean([at], q).estimate() for q, name in enumerate(names) if q}
         worst = None if (low := lowest_of(parts[at])) is None else cells.dimensions[low]
         made.append(Ranked(
-            trial.calibration, trial.strategy, total, estimate(coefficients[at], float(values[at])),
+            trial.calibration, trial.strategy, total, estimate(coefficients[at], values[at]),
             best[at], behind, cells.condition.label,
             None if total.value is None else position, worst,
             Estimate(None) if worst is None else dimensions[worst], dimensions,
-            {task.name: found.one(at, q) for q, task in enumerate(cells.tasks, len(names))},
+            {task.name: found.mean([at], q).estimate()
+             for q, task in enumerate(cells.tasks, len(names))},
             _named(names, cells.accuracy[at]),
             {key: _named(names, far[at]) for key, far in cells.distance.items()},
         ))  # fmt: skip
@@ -202,10 +199,11 @@ def recommend(
 
     Without weights all dimensions with signal count equally.
     """
-    trials = select(results, method=method, sparsity=sparsity)
+    settings = Settings(measure=measure, resamples=resamples)
+    made = joints(results, settings, method=method, sparsity=sparsity)
     given = check_weights(weights, dimensions_of(results)) if weights else None
     advice = []
-    for found in joints(results, trials, Settings(measure=measure, resamples=resamples)):
+    for found in made:
         cells, weight = found.cells, None
         known = ~np.isnan(cells.means[:, 1 : len(cells.quantities)]).all(0)
         share = known / max(1, known.sum())

@@ -163,7 +163,7 @@ def run(
             load_study(study), store, note=note, show=bar.show, options=trials, only=only,
             skip=skip, retry_failed=retry_failed, execute=execute,
         )  # fmt: skip
-    states = [kept.state(entry.id) for entry in kept.entries]
+    states = [kept.state(entry.id) for entry in kept.index.trials]
     done = states.count("finished")
     failed, elsewhere = ({label: what for label, (how, what) in left.items() if how == ended}
                          for ended in ("failed", "elsewhere"))  # fmt: skip
@@ -188,7 +188,7 @@ def status(
     from calmix.study.store import open_store
 
     kept, rows, seconds = open_store(store), [], []
-    for entry in kept.entries:
+    for entry in kept.index.trials:
         state, text = kept.state(entry.id), ""
         if state == "failed":
             text = kept.read_failure(entry).error

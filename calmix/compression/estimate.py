@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +152,7 @@ def _pruning(model: Timed, request: PruneRequest, rows: int, length: int) -> flo
     """Return the seconds of pruning to one target, including files."""
     seconds = model.files
     if request.method != NONE:
-        spread = request.allocation if isinstance(request.allocation, str) else None
-        seconds += model.pruning(request.chosen, request.propagation, rows, length, spread)
+        seconds += model.pruning(request, rows, length)
     if request.drop_experts is not None:  # a pass, and all experts' outputs once more
         seconds += model.forward(2 * rows * length, length)
     return seconds
@@ -162,6 +162,6 @@ def _recovery_memory(model: Timed, request: Recovering, length: int, most: int |
     """Return the bytes a recovery takes, with what pruning before it leaves; refuse more than
     `most`."""
     held = int(PROGRAM + BEHIND)
-    memory = model.recovery_memory(request, length, None if most is None else most - held)
+    memory = model.recovery_memory(request, length, math.inf if most is None else most - held)
     check_memory(memory, held, most, 0)
     return memory + held

@@ -205,10 +205,10 @@ def _calibration(folder: Path, health: Health, say: Say) -> None:
 
 def _store(folder: Path, health: Health, say: Say) -> None:
     store = open_store(folder)
-    states = {entry.id: store.state(entry.id) for entry in store.entries}
+    states = {entry.id: store.state(entry.id) for entry in store.index.trials}
     counts = dict(Counter(states.values()))
     health.facts = {"study": store.index.name, "trials": len(states)} | counts
-    for entry in store.entries:
+    for entry in store.index.trials:
         state = states[entry.id]
         if state == "failed":
             health.warnings.append(f"{entry.label} failed")

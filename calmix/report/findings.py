@@ -107,10 +107,11 @@ def _condition(each: ConditionAnalysis) -> Iterator[str]:
             f"retention: it takes at least {LEAST}, with different values."
         )
     for one in each.agreements:
-        if one.quantity == TOTAL and one.rho is not None:
+        if one.quantity == TOTAL and one.rho is not None and one.p is not None:
+            agrees = one.rho < 0 and one.p <= ALPHA
             yield (
                 f"KL to the dense model, which needs no labels, "
-                f"{'ranks' if one.agrees else 'does not rank'} {one.n} sets as total retention "
+                f"{'ranks' if agrees else 'does not rank'} {one.n} sets as total retention "
                 f"does (ρ {words.rho(one.rho)}, p {words.p_value(one.p)}; −1 is the same order)."
             )
     if faint := [f"{one.quantity} ({one.ratio:.1f})" for one in each.noise

@@ -8,12 +8,13 @@ block times the number of such blocks that make up all block weights. Memory com
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import use_own_attention
 from calmix.models.blocks import outer_weights, tied
 from calmix.models.opening import DTYPES, device_of, known_model, loading
-from calmix.options import Recovering
+from calmix.options import Propagation, Recovering
 from calmix.precision import suited
 from calmix.pruning import prune
 from calmix.pruning.allocation import KL
@@ -43,6 +44,7 @@ from calmix.pruning.patterns import Rate, Unstructured
 from calmix.pruning.rates import ROWS, STRIDE
 from calmix.recovery import memory as recovery
 from calmix.recovery.training import held_out, rows_at_once
+from calmix.specs import PruneRequest
 from calmix.study.spec import Study
 from calmix.study.trials import Condition, Planned, plan
 
@@ -135,21 +137,19 @@ class Timed:
     def _ids(self, rows: int, length: int) -> Tensor:
         return torch.randint(0, min(self.vocabulary, 256), (rows, length), device=self.device)
 
-    def _prune(self, method: Method, propagation: str | None, length: int) -> tuple[float, float]:
+    def _prune(
+        self, method: Method, propagation: Propagation | None, length: int
+    ) -> tuple[float, float]:
         """Return the seconds to solve all blocks, and the seconds per calibration token."""
         model, count = self._sample
         ids = self._ids(max(1, tokens_at_once(self.device) // max(1, length)), length)
         pattern: Any = Rate(3) if isinstance(method, Quantiser) else Unstructured(0.5)
-        times: list[dict[str, float]] = []
-
-        def act() -> None:
-            report = prune(
-                model, None if method.needs is None else ids, method=method, pattern=pattern,
-                propagation="block" if propagation == "block" else "sequential",
-            )  # fmt: skip
-            times.append(report.seconds)
-
-        seconds(act, self.device)
+        act = partial(
+            prune, model, None if method.needs is None else ids, method=method, pattern=pattern,
+            propagation=propagation or "sequential",
+        )  # fmt: skip
+        times = list[dict[str, float]]()
+        seconds(lambda: times.append(act().seconds), self.device)
         last = times[-1]
         each = 0.0 if method.needs is None else last["statistics"] + last["forward"]
         return count * last["solve"], count * each / max(1, ids.numel())
@@ -183,22 +183,15 @@ class Timed:
         """Return the seconds to generate tokens, `BATCH` rows at a time."""
         return tokens * (self._token(BATCH, 1) + self._position()) if tokens else 0.0
 
-    def pruning(
-        self,
-        method: Method,
-        propagation: str | None,
-        rows: int,
-        length: int,
-        allocation: str | None = None,
-    ) -> float:
+    def pruning(self, request: PruneRequest, rows: int, length: int) -> float:
         """Return the seconds of pruning and allocation, without reading and writing files."""
-        fixed, each = self.prune(method, propagation, length)
-        if allocation == KL:
+        fixed, each = self.prune(request.chosen, request.propagation, length)
+        if request.allocation == KL:
             tokens = ROWS * length
             fixed += 2 * len(self.blocks) * self.forward(tokens, length, 2 * tokens / STRIDE)
-        elif allocation is not None:
+        elif isinstance(request.allocation, str):  # else sparsities from a file
             fixed += self.prune(Look(), None, length)[0]
-            each += self.prune(Look(gram=allocation == "error"), None, length)[1]
+            each += self.prune(Look(gram=request.allocation == "error"), None, length)[1]
         return fixed + rows * length * each
 
     def calibration(self, asked: Asked, measured: bool = True) -> float:
@@ -223,18 +216,15 @@ class Timed:
         passes = (1 + TRAINED) * trained + 2 * read + once
         return self.forward(passes, length, 4 * (trained + read))
 
-    def recovery_memory(self, request: Recovering, length: int, room: float | None = None) -> int:
+    def recovery_memory(self: Any, request: Recovering, length: int, room: float = math.inf) -> int:
         """Return the bytes that recovery needs besides the program; less if `room` is limited."""
-        source: Any = self
         rows = rows_at_once(request.batch, length)
-        rows, most = (rows[:1], float("inf")) if room is None else (rows, room)
-        return recovery.make_plan(source, request.method, self.dtype, length, rows, most)[-1]
+        return recovery.make_plan(self, request.method, self.dtype, length, rows, room)[-1]
 
-    def trial_memory(self, trial: Planned, *, compared: bool) -> float:
+    def trial_memory(self: Any, trial: Planned, *, compared: bool) -> float:
         """Return a trial's peak memory in bytes on the device that prunes."""
-        source: Any = self
         shape = trial.rows, trial.length
-        needed = plan_for(source, shape, trial.request.chosen, budget=2**62).needed
+        needed = plan_for(self, shape, trial.request.chosen, budget=2**62).needed
         blocks = 2 * max(self.blocks.sizes)  # already counted in `self.bytes`
         scored = 3 * 512 * self.vocabulary * 4  # logits
         if compared and trial.request.embeddings:  # distance needs the dense head
@@ -317,8 +307,8 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
     for members in groups.values():
         first, model = members[0], models[members[0].model]
         pruned = sum(prunes[trial.pruned] is trial for trial in members) / len(members)
-        shape, request = (first.rows, first.length), first.request
-        once = model.pruning(request.chosen, request.propagation, *shape, request.allocation)
+        shape = first.rows, first.length
+        once = model.pruning(first.request, *shape)
         times = {"prune": pruned * once, "evaluate": model.evaluation(asked, texts)}
         if first.recovery is not None:
             times["recover"] = model.recovery(first.recovery, *shape)

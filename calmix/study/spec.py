@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,19 +135,15 @@ class Grid(Options):
     recovery: Annotated[list[Recovery], Listed, Filled] | None = None
 
 
-def _under(key: str) -> BeforeValidator:
-    """Return a validator that expands a list of names or texts to a mapping by label."""
-
-    def wrap(value: Any) -> Any:
-        if isinstance(value, list):
-            if doubles := [name for name in value if value.count(name) > 1]:
-                raise ValueError(f"'{doubles[0]}' is listed twice")
-            value = {str(name): name for name in value}
-        if not isinstance(value, dict):
-            return value
-        return {k: {key: v} if isinstance(v, str) else v for k, v in value.items()}
-
-    return BeforeValidator(wrap)
+def _by_label(key: str, value: Any) -> Any:
+    """Expand a list of names or texts to a mapping by label, each text to a mapping by `key`."""
+    if isinstance(value, list):
+        if doubles := [name for name in value if value.count(name) > 1]:
+            raise ValueError(f"'{doubles[0]}' is listed twice")
+        value = {str(name): name for name in value}
+    if not isinstance(value, dict):
+        return value
+    return {k: {key: v} if isinstance(v, str) else v for k, v in value.items()}
 
 
 class StudyFile(_Draw, Grid):
@@ -155,13 +152,15 @@ class StudyFile(_Draw, Grid):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     description: str = ""
-    models: Annotated[dict[str, Model], Filled, _under("name")]  # type: ignore[assignment]
+    models: Annotated[  # type: ignore[assignment]
+        dict[str, Model], Filled, BeforeValidator(partial(_by_label, "name"))
+    ]
     suite: str = "offline"
     quick: bool = False
     limit: Count | None = None
     right_only: bool = False
     calibrations: Annotated[  # type: ignore[assignment]
-        dict[str, Calibration], Filled, _under("from")
+        dict[str, Calibration], Filled, BeforeValidator(partial(_by_label, "from"))
     ]
     sources: dict[str, Any] = Field(default={})
     grids: list[Grid] = Field(default=[])

@@ -14,6 +14,7 @@ A trial's folder is written under a temporary name and renamed, so it is never i
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from filelock import SoftFileLease, Timeout
 from pydantic import BaseModel, Field, ValidationError
 
+from calmix.calibration import CalibrationSet, text_metrics
 from calmix.errors import DiskError, InputError, disk_errors
 from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.files import atomic_folder, check_apart, check_writable, read_object, write_json
-from calmix.study.results import FailedTrial, Trial
+from calmix.study.results import FailedTrial, StudyResults, Trial
 from calmix.study.trials import Planned
 from calmix.yaml_files import first_problem
 
@@ -91,22 +93,9 @@ class Store:
     path: Path
     index: Index
 
-    @property
-    def entries(self) -> list[Entry]:
-        """The trials of the study as last run, in order."""
-        return self.index.trials
-
     def trial(self, trial_id: str) -> Path:
         """Return a trial's folder."""
         return self.path / "trials" / trial_id
-
-    def calibration(self, calibration_id: str) -> Path:
-        """Return the folder of a calibration set."""
-        return self.path / "calibration" / calibration_id
-
-    def dense(self, key: str) -> Path:
-        """Return the file of a dense model's scores."""
-        return self.path / "dense" / f"{key}.json"
 
     def lock(self, name: str) -> SoftFileLease:
         """Return the lock on a trial or a shared part; it holds across machines."""
@@ -194,10 +183,66 @@ def check_folder(path: Path, inputs: Iterable[object]) -> list[Entry]:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file: name a folder for the store")
     if (path / INDEX).is_file():
-        return open_store(path).entries
+        return open_store(path).index.trials
     check_apart(path, inputs)
     check_writable(path / INDEX)
     left = {f.name for f in path.iterdir()} - set(PARTS) if path.is_dir() else set()
     if any(not name.startswith(f".{INDEX}.") for name in left):
         raise InputError(f"{path} is not empty and is not a study store: name another folder")
     return []
+
+
+def read_results(path: Path | str) -> StudyResults:
+    """Read the results of a study so far from its store."""
+    store = open_store(Path(path))
+    entries = store.index.trials
+    states = {entry.id: store.state(entry.id) for entry in entries}
+    done = [entry for entry in entries if states[entry.id] == "finished"]
+    kept = {entry.id: store.result(entry) for entry in done}
+    scored = {entry.id: store.scores(entry) for entry in done}
+    extra = _compared(store, {e.set: kept[e.id].trial for e in done if e.set is not None})
+    trials = []
+    for entry in done:
+        trial, distance = kept[entry.id].trial, scored[entry.id].distance
+        information = trial.information | extra.get(entry.set or "", {})
+        trials.append(trial.model_copy(update={"information": information, "distance": distance}))
+    # Each kind of processor scores the dense model itself: take the scores most trials refer to.
+    named = Counter((record.trial.model, record.dense) for record in kept.values())
+    dense = {model: key for (model, key), _ in reversed(named.most_common())}
+    held = {key: load_scores(store.path / "dense" / f"{key}.json").tasks for _, key in named}
+    return StudyResults(
+        name=store.index.name,
+        text=store.index.text,
+        planned=len(entries),
+        trials=tuple(trials),
+        failed=tuple(store.read_failure(e) for e in entries if states[e.id] == "failed"),
+        suite=store.index.suite,
+        scores={name: one.tasks for name, one in scored.items()},
+        dense={label: held[key] for label, key in dense.items()},
+        paired={name: held[record.dense] for name, record in kept.items()},
+    )
+
+
+def _compared(store: Store, sets: dict[str, Trial]) -> dict[str, dict[str, float]]:
+    """Return coverage and mismatch of calibration sets, by set.
+
+    Each set is compared with the study's pooled single sources (the lowest seed of each, for the
+    same model, rows and length); mismatch leaves out the set's own source. Absent with fewer than
+    two single sources, or if the store was passed on without its sets.
+    """
+    found: dict[str, dict[str, float]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Trial]] = {}
+    folder = store.path / "calibration"
+    for name, trial in sets.items():
+        groups.setdefault((trial.model, trial.rows, trial.length), {})[name] = trial
+    for members in groups.values():
+        singles = {trial.calibration: name  # the lowest seed comes last and wins
+                   for name, trial in sorted(members.items(), key=lambda one: -one[1].seed)
+                   if trial.strategy == "single"}  # fmt: skip
+        if len(singles) < 2 or not all((folder / name).is_dir() for name in members):
+            continue
+        ids = {name: CalibrationSet.open(folder / name).ids.numpy() for name in members}
+        named = [(trial.calibration, ids[name]) for name, trial in members.items()]
+        pool = {label: ids[name] for label, name in singles.items()}
+        found |= dict(zip(members, text_metrics.compared(named, pool), strict=True))
+    return found

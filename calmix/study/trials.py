@@ -31,11 +31,12 @@ from calmix.pruning.patterns import Pattern
 from calmix.sources import get_source
 from calmix.sources.readers import LocalFile
 from calmix.specs import SEED, PruneRequest, printed, prune_request, recovery_of
-from calmix.study.spec import NONE, UNIFORM, Calibration, Grid, Study
+from calmix.study.spec import NONE, UNIFORM, Grid, Study
 
 FORMAT = 1  # of the request; raised when the same request would give another outcome
 # Added later: left out of the request if empty, so that older ids stay valid.
 LATER = ("options", "allocation", "embeddings", "recovery")
+RECORDED = {"method", *RECOVERY_OPTIONS}
 
 Condition = tuple[Any, ...]  # everything but calibration set and seed
 Key = tuple[Any, ...]  # identifies a trial within its study
@@ -140,8 +141,16 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
                 request = prune_request(method=method.text, pattern=target, **same)
                 yield Planned(model, NONE, "none", request)
         for seed, label in product(grid["seeds"], grid["calibrations"]):
-            entry = study.file.calibrations[label]
-            asked, draw = _asked(study, entry, grid, seed)
+            # Precedence: the set's entry, the grid, the top of the study file, the set's own file.
+            entry, top = study.file.calibrations[label], study.file.given()
+            if saved_set(entry.written):  # takes only its entry and the licence
+                draw = {k: v for k, v in top.items() if k == "licence"} | entry.given()
+            else:
+                if ask(entry.written, sources=study.own).generator is not None:
+                    top.pop("packing", None)  # has no effect
+                sizes = {k: v for k, v in grid.items() if k in ("rows", "length")}
+                draw = {**top, **sizes, **entry.given(), "seed": seed}
+            asked = ask(entry.written, sources=study.own, **draw)
             drawn = asked.draw.seed if asked.saved is None else asked.saved.manifest.get("seed")
             draw |= same | {"calibration": entry.written, "propagation": grid.get("propagation")}
             variants = product(grid["allocation"], grid["recovery"], calibrated)
@@ -153,25 +162,6 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
                     model, label, asked.strategy, request, asked.draw.rows, asked.draw.length,
                     drawn or 0, None if recovery == NONE else recovery_of(recovery), asked,
                 )  # fmt: skip
-
-
-def _asked(
-    study: Study, entry: Calibration, grid: dict[str, Any], seed: int
-) -> tuple[Asked, dict[str, Any]]:
-    """Return how a calibration set is made, and the options of its draw.
-
-    Precedence: the calibration's entry, the grid, the top of the study file, the set's own file. A
-    saved set takes only its entry and the licence.
-    """
-    text, top = entry.written, study.file.given()
-    if saved_set(text):
-        draw = {k: v for k, v in top.items() if k == "licence"} | entry.given()
-    else:
-        sizes = {k: v for k, v in grid.items() if k in ("rows", "length")}
-        if ask(text, sources=study.own).generator is not None:  # packing has no effect
-            top.pop("packing", None)
-        draw = {**top, **sizes, **entry.given(), "seed": seed}
-    return ask(text, sources=study.own, **draw), draw
 
 
 def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
@@ -199,8 +189,7 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
             "suite": {"name": suite.name, "hash": suite.hash, "scorer": SCORER},
             "allocation": asked.allocation,
             "embeddings": asked.embeddings,
-            "recovery": trial.recovery
-            and {name: getattr(trial.recovery, name) for name in ("method", *RECOVERY_OPTIONS)},
+            "recovery": trial.recovery and trial.recovery.model_dump(include=RECORDED),
         }
         request = {k: v for k, v in request.items() if v or k not in LATER}
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
@@ -240,8 +229,7 @@ def _calibration(
             chosen.pop("chat")
         return chosen | ({"seeds": described(generator.sources)} if generator.sources else {})
 
-    options: dict[str, Any] = {name: getattr(asked.draw, name)
-                               for name in ("rows", "length", "seed")}  # fmt: skip
+    options = asked.draw.model_dump(include={"rows", "length", "seed"})
     options |= {"leakage": "off"} | {k: v for k, v in draw.items() if k == "licence"}
     if asked.draw.leakage != "off":
         options["leakage"] = ",".join(one.hash for one in guarded_suites(asked.draw.leakage))

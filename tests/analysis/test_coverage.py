@@ -93,7 +93,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(truth):
     times, inside = 200, {name: [] for name in ("one", "one, draws", "gap", "gap, draws")}
     for found, expected in studies(truth, times):
         for quantity in (0, 1, 3):
-            one = found.one(2, quantity)
+            one = found.mean([2], quantity).estimate()
             real = expected[:, quantity]
             gap = (found.mean([0], quantity) - found.mean([2], quantity)).estimate(test=True)
             inside["one"].append(one.low <= 0.5 <= one.high)
@@ -134,7 +134,7 @@ def test_the_one_that_was_picked_is_not_favoured():
             centre = expected[:, 0].mean() - level.mean()  # the common effect of these items
             real = level[best, 0] + centre
             raw.append(found.values[best, 0] - real)
-            drawn.append(shrink(found, weight)[0][best] - real)
+            drawn.append(shrink(found, weight)[1][best] - real)
         assert np.mean(raw) > 0.01
         assert abs(np.mean(drawn)) < 0.3 * np.mean(raw)
 

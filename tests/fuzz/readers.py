@@ -27,8 +27,8 @@ from calmix.sources import get_source, own_sources
 from calmix.sources.readers import LocalFile
 from calmix.sources.registry import documents_hash
 from calmix.specs import prune_request, recover_request
-from calmix.study.export import read_results
 from calmix.study.spec import check_study
+from calmix.study.store import read_results
 from calmix.study.trials import plan
 from tests import synthetic
 from tests.tiny import save_tiny_model, tiny_gguf, tiny_tokenizer

@@ -1,5 +1,6 @@
 """The estimator: sizes from a configuration, and estimates from one timed block."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,14 +9,13 @@ from calmix.calibration import ask
 from calmix.errors import InputError, ModelError
 from calmix.evaluation.evaluate import choose
 from calmix.models import find_blocks
-from calmix.pruning.methods import get_method
-from calmix.specs import recover_request
+from calmix.specs import prune_request, recover_request
 from calmix.study import estimate, load_study
 from calmix.study.estimate import SuiteWork, Timed, suite_work
 from calmix.study.trials import plan
 from tests.tiny import ARCHITECTURES, MIXTURES, quick, save_tiny_model, tiny_model
 
-SPARSEGPT = get_method("sparsegpt")
+asked = partial(prune_request, method="sparsegpt", sparsity=0.5, calibration="stories")
 
 
 @pytest.fixture(autouse=True)
@@ -43,17 +43,17 @@ def test_a_model_is_timed_from_its_configuration(tmp_path, kind):
     assert found.block_weights == sum(p.numel() for b in blocks.blocks for p in b.parameters())
     recovery = recover_request(calibration="x", method="distill")
     seconds = [
-        found.pruning(SPARSEGPT, "sequential", 8, 32), found.pruning(SPARSEGPT, "block", 8, 32),
-        found.pruning(get_method("magnitude"), None, 0, 0), found.write(100),
-        found.pruning(SPARSEGPT, None, 8, 32, "owl"), found.recovery(recovery, 16, 32),
+        found.pruning(asked(), 8, 32), found.pruning(asked(propagation="block"), 8, 32),
+        found.pruning(prune_request(method="magnitude", sparsity=0.5), 0, 0), found.write(100),
+        found.pruning(asked(allocation="owl"), 8, 32), found.recovery(recovery, 16, 32),
     ]  # fmt: skip
     assert all(0 < one < 60 for one in seconds)
 
 
 def test_time_is_that_of_a_block_times_blocks_and_of_a_token_times_tokens(tmp_path, known):
     model = timed(tmp_path)
-    assert model.pruning(SPARSEGPT, "sequential", 4, 32) == 7 + 0.5 * 4 * 32
-    assert model.pruning(SPARSEGPT, None, 4, 32, "error") == 2 * (7 + 0.5 * 4 * 32)
+    assert model.pruning(asked(), 4, 32) == 7 + 0.5 * 4 * 32
+    assert model.pruning(asked(allocation="error"), 4, 32) == 2 * (7 + 0.5 * 4 * 32)
     size = {"rows": 4, "length": 32}
     assert model.calibration(ask("stories", **size)) == 4 * 32 * 101
     assert model.calibration(ask("stories", **size), measured=False) == 0

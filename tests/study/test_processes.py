@@ -20,7 +20,7 @@ from tests.tiny import quick
 
 def states(store):
     found = open_store(store)
-    return [found.state(entry.id) for entry in found.entries]
+    return [found.state(entry.id) for entry in found.index.trials]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def killer(store, killed):
     def note(text):
         while not killed and ": total" in text and {"pending", "running"} & set(states(store)):
             found = open_store(store)
-            owners = (found.lock(entry.id).owner for entry in found.entries)
+            owners = (found.lock(entry.id).owner for entry in found.index.trials)
             pids = [one.pid for one in owners if one is not None and one.pid != os.getpid()]
             for pid in pids[:1]:
                 os.kill(pid, signal.SIGKILL)

@@ -102,7 +102,7 @@ def test_a_lock_is_a_processs_and_goes_with_it(tiny_study, tmp_path, monkeypatch
     path, store = tiny_study(), tmp_path / "store"
     run(path, store, only=["mix wanda*"])
     kept = open_store(store)
-    pending = next(e.id for e in kept.entries if e.label == "mix sparsegpt 60% seed 0")
+    pending = next(e.id for e in kept.index.trials if e.label == "mix sparsegpt 60% seed 0")
     with kept.lock(pending):
         assert kept.runner(pending) == f"pid {os.getpid()} on {socket.gethostname()}"
         assert kept.state(pending) == "running"
@@ -161,7 +161,7 @@ def test_a_defect_in_one_trial_does_not_stop_the_others(ran, tmp_path, monkeypat
     monkeypatch.setattr(bench_module, "prune", broken)
     store = tmp_path / "store"
     assert set(run(ran[0], store).errors.values()) == {"RuntimeError: out of"}
-    failed = open_store(store).entries[1].id
+    failed = open_store(store).index.trials[1].id
     error = json.loads((store / "trials" / failed / "error.json").read_text())
     assert "Traceback" in error["traceback"]
     # The failure left a pruned model, yet the next trial started from the dense one.
@@ -198,7 +198,7 @@ def test_an_interrupt_leaves_a_consistent_store(ran, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_module, "evaluate", evaluate)
     with pytest.raises(KeyboardInterrupt):
         run(path, store)
-    states = [open_store(store).state(e.id) for e in open_store(store).entries]
+    states = [open_store(store).state(e.id) for e in open_store(store).index.trials]
     assert states == ["finished"] * 2 + ["pending"] * 4
     assert len(list((store / "trials").iterdir())) == 2
     run(path, store)
@@ -351,7 +351,7 @@ def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(tiny_study
         "mix wanda + owl 60% seed 0", "mix wanda + owl + distill,epochs=1 60% seed 0",
     ]  # fmt: skip
     store = open_store(tmp_path / "store")
-    entries = {entry.label: entry for entry in store.entries}
+    entries = {entry.label: entry for entry in store.index.trials}
     folders = {label: store.trial(entry.id) for label, entry in entries.items()}
     last = folders[seen.ran[-1]]
     request = json.loads((last / "request.json").read_text(encoding="utf-8"))
