@@ -108,7 +108,7 @@ def plan_for(
         shape: of the calibration ids, (0, 0) without any.
         method: the pruning method, or `Look`.
         budget: bytes per process; None for the free memory, which a CPU may exceed.
-        sequential: whether micro-batches pause within a block.
+        sequential: whether pruned weights replace the dense ones before a block's end.
         rows_at_once: rows of a micro-batch in resumed work, which must not change.
         embeddings: whether embeddings are rounded at the end.
     """
@@ -133,8 +133,8 @@ def plan_for(
         expert = max((2 * kind.memory(width) for _, width in experts), default=0)
         solver += expert
         states = rows * length * hidden
-        if not sequential:  # all statistics of a block are held together
-            solver += sum(kind.memory(width) for _, width in alone)
+        if not sequential:
+            solver += block
     if embeddings:
         largest = max(outer_weights(source.model), key=lambda weight: weight.nbytes)
         last = source.outside_bytes(head=True) + largest.nbytes + ROUNDING * ROUNDED
@@ -156,7 +156,7 @@ def plan_for(
         tokens = at_once * length
         running = 9 * tokens * (hidden + inner)
         first = held + begin + running
-        wanted = -(-rows // at_once) if sequential else 0
+        wanted = -(-rows // at_once)
         each = max(1, tokens * (3 * hidden + 2 * inner))  # held while paused in a block
         plans: list[tuple[int, Plan]] = []
         for overlap in (True, False):
@@ -174,7 +174,7 @@ def plan_for(
             return max(plans, key=lambda one: one[0])[1]
         if swaps:
             needed = max(first, least + min(EXPERT_BYTES, count * expert))
-            return Plan(tokens, 0 if sequential else None, False, needed)
+            return Plan(tokens, 0, False, needed)
         if rows_at_once or at_once == 1:
             needed = int(max(first, least) / (1 - SLACK)) + 1
             raise InputError(

@@ -6,8 +6,9 @@ reaches a layer. When all micro-batches have paused there, the input's statistic
 layers that share it are solved together, and the coroutines continue through the pruned weights.
 Nothing is computed twice.
 
-Block propagation: the two passes of the papers. All layers of a block are pruned on the inputs
-that its dense weights produce, then the block runs again to produce the next block's inputs.
+Block propagation, as in the papers: all layers of a block are pruned on the inputs that its dense
+weights produce. Pruned weights wait until all are solved; then the block runs again to produce the
+next block's inputs.
 
 A paused micro-batch holds a block's activations. When memory is short, only some stay paused and
 the others restart the block for every input: the same numbers in more time.
@@ -48,7 +49,7 @@ from calmix.precision import bfloat16_products, dtype_name, reproducible
 from calmix.pruning import distributed
 from calmix.pruning.experts import EXPERT_BYTES, SMOOTHING, Routed, Step
 from calmix.pruning.gram import Gram, Statistic, inverse_factor, relative_error
-from calmix.pruning.methods import Method, Solution, get_method
+from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.patterns import Pattern, Rate, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
@@ -133,8 +134,8 @@ def prune(
     try:
         run_through(run, ids, micro_tokens, progress)
     except BaseException as error:
-        if run.done or run.begun:
-            last = run.done - (not run.begun)
+        if run.changed:
+            last = run.changed - 1
             error.add_note(f"the model is left pruned in blocks 0 to {last}: open it again")
         raise
     return run.report
@@ -223,25 +224,6 @@ def check_ids(ids: Tensor | None, method: str) -> Tensor:
     return ids
 
 
-def solve(
-    method: Method,
-    name: str,
-    weights: Sequence[Tensor],
-    statistic: Tensor | None,
-    patterns: Sequence[Pattern],
-) -> Solution:
-    """Solve the layers of one input and compute their errors; a SolverError gets their name."""
-    try:
-        made = method.solve(weights, statistic, patterns)
-    except SolverError as error:
-        raise SolverError(f"{name}: {error}") from error
-    errors: list[float | None] = [None] * len(weights)
-    if statistic is not None and method.needs is not None and issubclass(method.needs, Gram):
-        pairs = zip(weights, made.weights, strict=True)
-        errors = [relative_error(weight, kept, statistic) for weight, kept in pairs]
-    return replace(made, errors=errors)
-
-
 @dataclass(eq=False)
 class Run:
     """One pruning run, block by block; the caller decides where weights and hidden states are kept.
@@ -256,8 +238,7 @@ class Run:
         seen: called with the layers of each input and its statistic, in place of pruning; then the
             pattern does not matter.
         states: hidden states entering the current block, by micro-batch number.
-        done: number of blocks pruned by this run.
-        begun: whether any layer of the current block is pruned.
+        changed: number of blocks up to the last one with a changed weight.
         needs_ids: whether the method uses calibration data.
         report: the report so far.
     """
@@ -273,13 +254,13 @@ class Run:
     expert_bytes: int = EXPERT_BYTES
     seen: Callable[[list[Prunable], Any], None] | None = None
     states: dict[int, Tensor] | States = field(default_factory=dict)
-    done: int = 0
-    begun: bool = False
+    changed: int = 0
 
     def __post_init__(self) -> None:
         self._kind: Any = self.method.needs
         self.needs_ids = self._kind is not None
         self._batches: list[Batch] = []
+        self._waiting: list[tuple[list[Prunable], list[Tensor]]] = []  # pruned weights of a block
         self.report = PruneReport(
             self.method.name,
             "by layer" if isinstance(self.pattern, Mapping) else str(self.pattern),
@@ -310,6 +291,7 @@ class Run:
         """Prune one block, whose weights are in memory, and advance the states to the next."""
         seconds, device = self.report.seconds, self._device(index)
         began, before, self._laps = time.perf_counter(), sum(seconds.values()), Laps(device)
+        self._index = index
         self.report.dense += self.blocks.dense(index)
         with _at_work(device):
             if self.needs_ids:
@@ -317,12 +299,10 @@ class Run:
                 with torch.inference_mode(False):
                     inputs, dense = observe_block(self.blocks, index, batch, hidden)
                 self.report.dense += dense
-                one_pass = self.propagation == "sequential"
-                (self._sequential if one_pass else self._two_pass)(index, inputs)
+                self._through(index, inputs)
             else:
                 for layer in self.blocks.prunables(index):
                     self._prune([layer], None)
-        self.done, self.begun = self.done + 1, False
         self._laps.read(seconds)
         rest = "forward" if self.needs_ids else "solve"
         seconds[rest] += time.perf_counter() - began - (sum(seconds.values()) - before)
@@ -333,7 +313,7 @@ class Run:
         with _at_work(self._device(index)):
             with torch.inference_mode(False), torch.no_grad():
                 batch.run(index, hidden)
-            self._advance(index, partial(self._run, index))
+            self._advance(index)
 
     def outside(self) -> None:
         """Round embeddings and output head, which are in memory, after the last block.
@@ -371,21 +351,23 @@ class Run:
         distributed.add_up(gram.sum)
         return gram.matrix()
 
-    def _advance(self, index: int, run: Callable[[int], Tensor]) -> None:
+    def _advance(self, index: int, run: Callable[[int], Tensor] | None = None) -> None:
         """Replace the states by the block's outputs if these are still needed; `run` returns those
         of a micro-batch."""
+        run = run or partial(self._run, index)
         if index + 1 < len(self.blocks) or self.embeddings is not None:
             for number in range(len(self._batches)):
                 self.states[number] = run(number)
 
-    def _run(self, index: int, number: int, *, keep: bool = True) -> Tensor:
-        return self._batches[number].run(index, self.states[number], keep=keep)
+    def _run(self, index: int, number: int) -> Tensor:
+        return self._batches[number].run(index, self.states[number])
 
-    def _sequential(self, index: int, inputs: list[SharedInput | Routed]) -> None:
-        """Prune one block in one pass; replace the states by its outputs if these are needed."""
+    def _through(self, index: int, inputs: list[SharedInput | Routed]) -> None:
+        """Prune one block; replace the states by its outputs if these are needed."""
         device, current, batches = self._device(index), 0, range(len(self._batches))
         held = len(batches) if self.paused is None else self.paused
         work: dict[int, Work] = {}  # at the current input
+        owners: list[Any] = [one if isinstance(one, Routed) else one[0] for one in inputs]
 
         def pause(number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             while number >= current:  # else it continues, or restarts the block
@@ -397,8 +379,9 @@ class Run:
         run = partial(self._run, index)
         tasks = [greenlet(partial(run, batch)) for batch in batches]
         with ExitStack() as hooks:
-            for number, one in enumerate(inputs):
-                hooks.enter_context(_before(one, partial(pause, number)))
+            for number, owner in enumerate(owners):
+                hook = partial(pause, number)
+                hooks.enter_context(owner.module.register_forward_pre_hook(hook, with_kwargs=True))
             try:
                 for one in inputs:
                     for part in self._parts(one):
@@ -407,8 +390,9 @@ class Run:
                             reached = tasks[batch].switch()
                             if tasks[batch].dead or reached != current:
                                 raise ModelError(
-                                    f"{_first(one).name} is not reached by every micro-batch: the "
-                                    "engine cannot prune layers that only some tokens pass through"
+                                    f"{owners[current].name} is not reached by every micro-batch: "
+                                    "the engine cannot prune layers that only some tokens pass "
+                                    "through"
                                 )
                             if batch >= held:
                                 tasks[batch].throw()
@@ -416,34 +400,16 @@ class Run:
                         work.clear()  # drops the last reference to the statistic
                         next(part, None)
                     current += 1
-                self._advance(index, lambda batch: tasks[batch].switch())
+                if self.propagation == "sequential":
+                    self._advance(index, lambda batch: tasks[batch].switch())
             finally:
                 for task in tasks:
                     task.throw()
-
-    def _two_pass(self, index: int, inputs: list[SharedInput | Routed]) -> None:
-        """Prune one block on its dense inputs, then run it again for the next block's inputs."""
-        batch = 0
-
-        def working(work: Work) -> Callable[..., None]:
-            return lambda module, args, kwargs: work(batch, args, kwargs)
-
-        parts = [(one, part) for one in inputs for part in self._parts(one)]
-        shared = [pair for pair in parts if not isinstance(pair[0], Routed)]
-        # Experts go from last to first: everything upstream of them must still be dense.
-        routed = [pair for pair in reversed(parts) if isinstance(pair[0], Routed)]
-        first = [*shared, *routed[:1]]  # summed in one pass
-        for group in filter(None, [first, *([pair] for pair in routed[1:])]):
-            with ExitStack() as hooks:
-                for one, part in group:
-                    hooks.enter_context(_before(one, working(next(part))))
-                for batch in range(len(self._batches)):
-                    self._run(index, batch, keep=False)
-            if isinstance(one, Routed):
-                next(part, None)
-        for _, part in shared:
-            next(part, None)
-        self._advance(index, partial(self._run, index))
+        if self.propagation == "block":
+            for layers, weights in self._waiting:
+                self._assign(layers, weights)
+            self._waiting.clear()
+            self._advance(index)
 
     def _parts(self, one: SharedInput | Routed) -> Iterator[Iterator[Work]]:
         """Yield the parts of an input that are pruned together: all its layers, or as many experts
@@ -453,8 +419,9 @@ class Run:
             yield self._layers(one)
             return
         for step in (step for step in one.steps if step.layers):
-            at_once = max(1, self.expert_bytes // (2 * self._kind.memory(step.columns)))
             experts = list(step.layers)
+            columns = step.layers[experts[0]][0].shape[1]
+            at_once = max(1, self.expert_bytes // (2 * self._kind.memory(columns)))
             for at in range(0, len(experts), at_once):
                 yield self._experts(one, step, experts[at : at + at_once])
 
@@ -475,7 +442,8 @@ class Run:
     def _experts(self, routed: Routed, step: Step, experts: list[int]) -> Iterator[Work]:
         """Gather the statistics of some experts at one step, smoothed by those of all tokens, then
         prune them. Each process collects those of its own rows."""
-        report, kind = self.report, partial(self._kind, step.columns, routed.device)
+        columns = step.layers[experts[0]][0].shape[1]
+        report, kind = self.report, partial(self._kind, columns, routed.device)
         own: dict[int, Statistic] = defaultdict(kind)
         every: dict[int, Statistic] = defaultdict(kind)
         length, (rank, world) = report.tokens // report.rows, distributed.processes()
@@ -532,6 +500,12 @@ class Run:
                 self._prune(step.layers[expert], statistic, tokens)
                 del statistic
 
+    def _assign(self, layers: list[Prunable], weights: list[Tensor]) -> None:
+        self.changed = self._index + 1
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.assign(weight)
+        _check_finite(layers, "its pruned weights are not finite")
+
     def _device(self, index: int) -> torch.device:
         return next(self.blocks.blocks[index].parameters()).device
 
@@ -547,19 +521,26 @@ class Run:
             square = statistic.ndim == 2 and statistic.shape[0] == statistic.shape[1]
             inputs = [statistic.diagonal() if square else statistic]
         _check_finite(layers, "its weights are not finite", inputs)
-        weights = [layer.view() for layer in layers]
-        given = self.pattern
+        weights, given = [layer.view() for layer in layers], self.pattern
         patterns = [given[one.name] if isinstance(given, Mapping) else given for one in layers]
         # Solvers allow rounding explicitly; all else is float32, whatever the caller has set.
+        errors: list[float | None] = [None] * len(layers)
         with bfloat16_products(allowed=False):
-            solved = solve(self.method, layers[0].name, weights, statistic, patterns)
-            self.begun = True
-            for layer, weight in zip(layers, solved.weights, strict=True):
-                layer.assign(weight)
-            _check_finite(layers, "its pruned weights are not finite")
+            try:
+                solved = self.method.solve(weights, statistic, patterns)
+            except SolverError as error:
+                raise SolverError(f"{layers[0].name}: {error}") from error
+            if statistic is not None and issubclass(self._kind, Gram):
+                pairs = zip(weights, solved.weights, strict=True)
+                errors = [relative_error(weight, kept, statistic) for weight, kept in pairs]
+        if self.report.propagation == "block":
+            made = [weight.to(weights[0].dtype) for weight in solved.weights]
+            self._waiting.append((layers, made))
+        else:
+            self._assign(layers, solved.weights)
         precision = None if solved.dtype is None else dtype_name(solved.dtype)
         grids: Sequence[Grid | None] = solved.grids or [None] * len(layers)
-        results = zip(layers, solved.pruned, solved.errors, grids, strict=True)
+        results = zip(layers, solved.pruned, errors, grids, strict=True)
         for layer, pruned, error, grid in results:
             rows, columns = layer.shape
             if grid is not None and layer.whole_matrix:
@@ -571,16 +552,6 @@ class Run:
                     None if grid is None else grid.bits,
                 )
             )  # fmt: skip
-
-
-def _first(one: SharedInput | Routed) -> Any:
-    """Return the object that names an input: the mixture, or the first layer."""
-    return one if isinstance(one, Routed) else one[0]
-
-
-def _before(one: SharedInput | Routed, hook: Callable[..., None]) -> Any:
-    """Call a hook before the module that receives an input."""
-    return _first(one).module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 @contextmanager

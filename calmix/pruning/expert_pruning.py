@@ -48,7 +48,7 @@ class ScorePass(Run):
     """
 
     def __init__(self, model: Any, blocks: DecoderBlocks) -> None:
-        super().__init__(model, blocks, Look(), propagation="block")
+        super().__init__(model, blocks, Look())
         self.scores: dict[str, list[float]] = {}
         for mixture in (one for index in range(len(blocks)) for one in blocks.mixtures(index)):
             owner = model.get_submodule(mixture.name.rpartition(".")[0])
@@ -59,7 +59,7 @@ class ScorePass(Run):
                     "weights: --drop-experts does not support this architecture"
                 )
 
-    def _two_pass(self, index: int, inputs: list[SharedInput | Routed]) -> None:
+    def _through(self, index: int, inputs: list[SharedInput | Routed]) -> None:
         sums: dict[str, Tensor] = {}
         traced = {one.name: one for one in inputs if isinstance(one, Routed)}
         with ExitStack() as hooks:

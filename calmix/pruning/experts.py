@@ -106,19 +106,13 @@ class Step:
     keys: tuple[str, ...]
     common: bool = False
 
-    @property
-    def columns(self) -> int:
-        """Width of the input."""
-        return next(iter(self.layers.values()))[0].shape[1]
-
 
 class Routed:
     """A mixture of experts, traced.
 
     Attributes:
         mixture: the experts.
-        layers: all linear maps in it.
-        wanted: names of those to prune.
+        layers: the linear maps in it to prune.
         name, module: of the module that routes tokens.
         device: of its weights.
         steps: the inputs, in the order in which they can be pruned.
@@ -129,8 +123,8 @@ class Routed:
             `shared` (all experts see all tokens).
     """
 
-    def __init__(self, mixture: Mixture, layers: list[Prunable], wanted: Collection[str]) -> None:
-        self.mixture, self.layers, self.wanted = mixture, layers, wanted
+    def __init__(self, mixture: Mixture, layers: list[Prunable]) -> None:
+        self.mixture, self.layers = mixture, layers
         self.name, self.module = mixture.name, mixture.module
         self.device = layers[0].view().device
         self.steps: list[Step] = []
@@ -157,7 +151,7 @@ class Routed:
             elif not done.issuperset(keys):
                 raise ModelError(f"the experts in {self.name} are not all wired alike")
             done |= set(keys)
-        if missing := {layer.parameter for layer in self.layers} - done:
+        if missing := {layer.parameter for layer in self.mixture.layers} - done:
             raise ModelError(
                 f"the input of {min(missing)} of the experts in {self.name} cannot be traced: the "
                 "engine cannot prune them"
@@ -169,7 +163,7 @@ class Routed:
         self.chosen = round(int(self.counts(1, args, kwargs).sum()) / tokens)
         for step in self.steps:
             for layer in self.layers:
-                if layer.parameter in step.keys and layer.name in self.wanted:
+                if layer.parameter in step.keys:
                     step.layers.setdefault(layer.expert or 0, []).append(layer)
             experts = list(step.layers)[:2]
             if experts and self.kind != "shared":
@@ -186,15 +180,14 @@ class Routed:
         """
         args, kwargs = given
         config: Any = getattr(self.module, "config", None)
-        selectable = hasattr(config, "_experts_implementation")
-        before = config._experts_implementation if selectable else None
-        if selectable:
+        before = getattr(config, "_experts_implementation", None)
+        if before is not None:
             config._experts_implementation = "eager"
         try:
-            with _Products(self.layers, seen):
+            with _Products(self.mixture.layers, seen):
                 return self.module.forward(*args, **kwargs)
         finally:
-            if selectable:
+            if before is not None:
                 config._experts_implementation = before
 
     def collect(self, step: Step, experts: Collection[int], given: Given, add: Add) -> None:

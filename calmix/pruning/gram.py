@@ -134,12 +134,11 @@ def squared(upper: Tensor) -> Tensor:
     return mirrored(full)
 
 
-def chunks(matrix: Tensor) -> Iterator[slice]:
-    """Yield slices of the rows of a matrix, to process one at a time."""
+def chunks(matrix: Tensor) -> list[slice]:
+    """Return slices of the rows of a matrix, to process one at a time."""
     rows, columns = matrix.shape
     size = OUTPUTS if matrix.device.type == "cpu" else max(OUTPUTS, ENTRIES // columns)
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
+    return [slice(*ends) for ends in _panels(rows, size)]
 
 
 def output_energy(weight: Tensor, gram: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ it.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -54,11 +55,10 @@ def rates_by_kl(
     """
     few = ids[np.unique(np.linspace(0, len(ids) - 1, ROWS).round().astype(int))]
     apart: dict[str, float] = {}
-    parts: dict[str, list[Prunable]] = {}  # by direct child of a block
-    for index in range(len(found)):
-        block = f"{found.name}.{index}."
-        for layer in found.prunables(index):
-            parts.setdefault(block + layer.name.removeprefix(block).split(".")[0], []).append(layer)
+    parts: dict[str, list[Prunable]] = defaultdict(list)  # by direct child of a block
+    depth = found.name.count(".") + 3
+    for layer in found.layers:
+        parts[".".join(layer.name.split(".")[:depth])].append(layer)
     with evaluating(model), reproducible(next(model.parameters()).device):
         decoder, head = decoder_and_head(model)
 
@@ -79,11 +79,11 @@ def rates_by_kl(
                 )
             progress(number, len(parts))
     sizes = {name: sum(one.view().numel() for one in layers) for name, layers in parts.items()}
-    chosen = {target: balanced(apart, sizes, target.bits) for target in targets}
-    return {
-        target: {one.name: Rate(bits[name]) for name, layers in parts.items() for one in layers}
-        for target, bits in chosen.items()
-    }
+    made: dict[Pattern, dict[str, Rate]] = {}
+    for target in targets:
+        bits = balanced(apart, sizes, target.bits)
+        made[target] = {one.name: Rate(bits[name]) for name in parts for one in parts[name]}
+    return made
 
 
 def balanced(apart: Mapping[str, float], sizes: Mapping[str, int], bits: float) -> dict[str, float]:

@@ -8,7 +8,7 @@ current one needs its weights in memory.
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, MutableMapping, MutableSequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from calmix.pruning.experts import Routed
 
 TOKENS = 8  # tokens a block is traced on
 UNSEEN = "the inputs of its experts cannot be traced"
-KNOWN = 3  # values kept per argument: for the few tokens, full and last micro-batches
+KNOWN = 8  # values kept per argument: of two kinds, for the few tokens, full and last micro-batches
 
 # Linear maps of one block that read the same input, in call order.
 SharedInput = list[Prunable]
@@ -97,7 +97,7 @@ class Calls:
     def __init__(self, model: Any, blocks: DecoderBlocks, ids: Tensor) -> None:
         self._model, self._decoder = model, decoder_of(model)
         self._blocks = blocks
-        self._known: dict[tuple[int, str], list[Tensor]] = {}
+        self._known: dict[str, list[Tensor]] = defaultdict(list)
         try:
             self._learn(ids, mark=True)
         except ModelError:  # some decoders read what a block returns
@@ -173,24 +173,26 @@ class Calls:
         # Arguments common to all blocks are compared once: comparing synchronises the device.
         compared: dict[tuple[int, str], tuple[Any, Any]] = {}
 
-        def kept(key: tuple[int, str], value: Any) -> Any:
+        def kept(name: str, value: Any) -> Any:
             if (handed := self._handed(value)) is not None:
                 return handed
             if isinstance(value, tuple):
-                return tuple(kept((key[0], f"{key[1]}.{i}"), v) for i, v in enumerate(value))
+                return tuple(kept(f"{name}.{i}", v) for i, v in enumerate(value))
             if isinstance(value, MutableMapping | MutableSequence):
                 if not any(known is value for known in written):
                     written.append(value)
                 return Slot(next(n for n, known in enumerate(written) if known is value))
-            place = id(value), key[1]
+            if not isinstance(value, Tensor):
+                return value
+            place = id(value), name
             if place not in compared:
-                compared[place] = value, self._shared(key, value)
+                compared[place] = value, self._shared(name, value)
             return compared[place][1]
 
         def see(index: int, hidden: Tensor, others: list[Any], named: dict[str, Any]) -> Tensor:
             first.append(hidden)
-            held = tuple(kept((index, str(i)), value) for i, value in enumerate(others))
-            batch.calls.append((held, {key: kept((index, key), v) for key, v in named.items()}))
+            held = tuple(kept(str(i), value) for i, value in enumerate(others))
+            batch.calls.append((held, {name: kept(name, value) for name, value in named.items()}))
             return hidden
 
         self._decode(see, ids)
@@ -215,12 +217,10 @@ class Calls:
             self._decode(lambda *_: hidden, ids, self._model)
         return given[0] if given else None
 
-    def _shared(self, key: tuple[int, str], value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        # Blocks mostly share their arguments, so the first block's are compared too.
-        values = self._known.setdefault(key, [])
-        for known in (*self._known.get((0, key[1]), ()), *values):
+    def _shared(self, name: str, value: Tensor) -> Tensor:
+        """Return an equal tensor that was an argument of this name before, if one is kept."""
+        values = self._known[name]
+        for known in values:
             alike = known.shape == value.shape and known.dtype == value.dtype
             if alike and torch.equal(known, value):
                 return known
@@ -241,14 +241,11 @@ def observe_block(
     """
     seen: list[tuple[Prunable | Routed, tuple[Any, ...]]] = []
     kept: list[Tensor] = []  # keeps inputs alive, so that no address is reused
-    layers, everything = blocks.prunables(index), blocks.prunables(index, every=True)
-    wanted = frozenset(layer.name for layer in layers)
-    routed = [
-        Routed(mixture, [one for one in everything if one.mixture == mixture.name], wanted)
-        for mixture in blocks.mixtures(index)
-        if any(layer.mixture == mixture.name for layer in layers)
-    ]
-    layers = [layer for layer in layers if layer.mixture is None]
+    wanted: dict[str | None, list[Prunable]] = defaultdict(list)  # by mixture
+    for layer in blocks.prunables(index):
+        wanted[layer.mixture].append(layer)
+    layers, mixtures = wanted[None], blocks.mixtures(index)
+    routed = [Routed(one, wanted[one.name]) for one in mixtures if one.name in wanted]
     why: dict[str, str] = {}  # the reason of each that stays dense
 
     def on_linear(layer: Prunable, module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -287,11 +284,11 @@ def observe_block(
             why.setdefault(layer.name, "called more than once in a pass")
     for mixture in routed:
         if times[mixture.name] != 1 or mixture.name in why:
-            names = [mixture.name, *(one.name for one in mixture.layers if one.name in wanted)]
-            why |= dict.fromkeys(names, UNSEEN)
-    layers += [one for mixture in routed for one in mixture.layers]
+            why |= dict.fromkeys([mixture.name, *(one.name for one in mixture.layers)], UNSEEN)
     dense = [
-        Dense(one.name, one.view().numel(), why[one.name]) for one in layers if one.name in why
+        Dense(one.name, one.view().numel(), why[one.name])
+        for one in (*layers, *(one for mixture in routed for one in mixture.layers))
+        if one.name in why
     ]
     inputs: dict[tuple[Any, ...], Any] = {}
     for one, key in seen:

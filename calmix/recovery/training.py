@@ -270,7 +270,7 @@ class Masters:
         if name not in self._levels:
             return value
         grid, low, high = self._levels[name]
-        return grid.nearest(value, low, high)
+        return grid.values(grid.levels(value).clamp_(low, high))
 
     def stored(self, *, copy: bool = False) -> dict[str, Tensor]:
         """Return the rounded masters in the types of the files."""

@@ -89,7 +89,7 @@ class Admm(Sparse):
             for weight in weights
         ]
         counts = self.counts(weights, patterns)
-        return Solution(made, counts, [], used, torch.float32, scaled.dead)
+        return Solution(made, counts, used, torch.float32, scaled.dead)
 
     def _search(
         self, weight: Tensor, order: Tensor, scaled: Scaled, reflector: Tensor, pattern: Pattern

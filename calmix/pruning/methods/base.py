@@ -51,8 +51,6 @@ class Solution:
         weights: matrices (rows, columns) in float32, or in their original type if kept weights are
             unchanged; may be transposed views. Pruned entries are exactly zero.
         pruned: number of entries removed by each layer's mask.
-        errors: set by the engine, not by methods: `relative_error` of each layer, or None without a
-            Gram matrix.
         damping: the damping used, None if the method has none.
         dtype: precision of the factorisation, None if there is none.
         dead: inputs that were zero on every token.
@@ -61,7 +59,6 @@ class Solution:
 
     weights: list[Tensor]
     pruned: list[int]
-    errors: list[float | None] = field(default_factory=list)
     damping: float | None = None
     dtype: torch.dtype | None = None
     dead: int = 0
@@ -265,7 +262,7 @@ class Quantiser(Method):
             made, grids = self.round(some, factor, self.rate(rates[0]).bits)
             zeros = [weight.numel() - int(weight.count_nonzero()) for weight in made]
             dead = int(factor.dead.sum())
-            return Solution(made, zeros, [], factor.damping, factor.dtype, dead, grids)
+            return Solution(made, zeros, factor.damping, factor.dtype, dead, grids)
 
         return by_kind(choose, weights, statistic, patterns)
 

@@ -38,7 +38,7 @@ class SparseGPT(Sparse):
             rounding = Symmetric(weights, self.group, self.bits)
         made, grids = solve_columns(weights, factor, patterns, rounding, counts)
         dead = int(factor.dead.sum())
-        return Solution(made, counts, [], factor.damping, factor.dtype, dead, grids)
+        return Solution(made, counts, factor.damping, factor.dtype, dead, grids)
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Return one group per 128 columns, and one for the remainder."""

@@ -54,10 +54,6 @@ class Grid:
         value = levels.float().view(len(levels), step.shape[1], -1) * step
         return value.view(levels.shape).add_(0.0)  # no -0.0
 
-    def nearest(self, weight: Tensor, least: int, most: int) -> Tensor:
-        """Return the nearest float32 weights on the grid (rows, columns), between two levels."""
-        return self.values(self.levels(weight).clamp_(least, most))
-
     def steps(self) -> Tensor:
         """Return the step between levels (rows or 1, groups of columns), float32."""
         return self.scale if self.octaves is None else self.scale * factors(self.octaves)
