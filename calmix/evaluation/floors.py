@@ -113,7 +113,8 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""
         rows = [asdict(one) | {"passed": one.passed} for one in self.tested]
-        return asdict(self) | {"tested": rows, "passed": self.passed, "lines": self.lines()}
+        lists = {"tested": rows, "untested": [*self.untested], "not_run": [*self.not_run]}
+        return asdict(self) | lists | {"passed": self.passed, "lines": self.lines()}
 
 
 def record(verdict: Verdict, floors: Mapping[str, float], pairs: Sequence[Pair]) -> dict[str, Any]:
