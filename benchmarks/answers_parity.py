@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.greedy import answers, prompt
-from calmix.evaluation.tasks import task_of
+from calmix.evaluation.tasks import load_items
 from calmix.models import open_model
 from calmix.models.opening import quiet_transformers
 from calmix.progress import quiet
@@ -50,7 +50,7 @@ def theirs(lm: HFLM, name: str, count: int) -> tuple[float, list[str]]:
 
 def chosen(name: str, count: int) -> Any:
     """A task with so many of its items."""
-    return task_of(choose("abilities", limit=count).tasks[name])
+    return load_items(choose("abilities", limit=count).tasks[name])
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def main() -> None:
     print("| engine | method | sparsity | perplexity | seconds to prune |")
     print("|---|---|---|---|---|", flush=True)
     if "dense" in options.engines:
-        print(f"| dense | | | {perplexity(dense, text).perplexity:.2f} | |", flush=True)
+        print(f"| dense | | | {perplexity(dense, text)['perplexity']:.2f} | |", flush=True)
     for sparsity in options.sparsities:
         for method in options.methods if "calmix" in options.engines else ():
             opened = open_model(MODEL)
@@ -63,7 +63,7 @@ def main() -> None:
                 method=method,
                 pattern=Unstructured(sparsity),
             )
-            value = perplexity(opened, text).perplexity
+            value = perplexity(opened, text)["perplexity"]
             row("calmix", method, sparsity, value, report.seconds["total"])
         for method in options.rival_methods if "rival" in options.engines else ():
             if not options.rival:
@@ -78,7 +78,7 @@ def main() -> None:
                     dtype="bfloat16",
                     output=folder,
                 )
-                value = perplexity(open_model(folder), text).perplexity
+                value = perplexity(open_model(folder), text)["perplexity"]
             row(f"llm-compressor {told['version']}", method, sparsity, value, told["seconds"])
 
 

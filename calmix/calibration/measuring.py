@@ -38,7 +38,7 @@ def measure_set(
 def distortion(opened: Any, made: CalibrationSet) -> dict[str, float]:
     """Return distortion, the model's own perplexity on a set, and its bits per byte, by name."""
     measured = perplexity_of_rows(opened, made.ids)
-    return {"distortion": measured.perplexity, "bits_per_byte": measured.bits_per_byte}
+    return {"distortion": measured["perplexity"], "bits_per_byte": measured["bits_per_byte"]}
 
 
 @dataclass(frozen=True)

@@ -373,9 +373,9 @@ def perplexity(
     opened = open_model(model, **opening.opening())
     with Progress() as bar:
         made = measure(opened, whole, length=length, tick=bar.of("scoring windows"))
-    print_json({"model": model, "text": str(text)} | asdict(made))
-    line(f"perplexity {made.perplexity:.3f}, {made.bits_per_byte:.4f} bits per byte "
-         f"(lower is better; context {made.length}, {made.windows} windows)")  # fmt: skip
+    print_json({"model": model, "text": str(text)} | made)
+    line(f"perplexity {made['perplexity']:.3f}, {made['bits_per_byte']:.4f} bits per byte "
+         f"(lower is better; context {made['length']}, {made['windows']} windows)")  # fmt: skip
 
 
 @verb("suites", of=evaluate)

@@ -28,7 +28,7 @@ from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.scorer import BATCH_TOKENS, Scorer
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.evaluation.suites import Suite, TaskSpec, load_suite
-from calmix.evaluation.tasks import Ask, Item, load_items, task_of, task_texts
+from calmix.evaluation.tasks import Ask, Item, load_items, task_texts
 from calmix.evaluation.tasks import suite_items as suite_items
 from calmix.machine import cores
 from calmix.manifest import deciding_versions
@@ -146,17 +146,15 @@ def evaluate(
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     form, size, kept = how_asked(model.tokenizer, chosen), batch_tokens or BATCH_TOKENS, None
     if cache and floors and right is None:
-        about = *form_of(model, chosen), chosen.hash, size, SCORER, FLOORS
+        # Items of a user's rows are named after their file.
+        stems = sorted((name, Path(t.file).stem) for name, t in chosen.tasks.items() if t.file)
+        about = *form_of(model, chosen), chosen.hash, size, SCORER, FLOORS, *stems
         kept = model.cached("scores", *about).with_suffix(".json")
         with suppress(InputError):  # missing or damaged
-            held = load_scores(kept)
-            if named_as(held, chosen):
-                return replace(held, model=model.name, suite=describe(chosen),
-                               not_run=tuple(skipped), form=form)  # fmt: skip
+            return replace(load_scores(kept), model=model.name, suite=describe(chosen),
+                           not_run=tuple(skipped), form=form)  # fmt: skip
     start, specs, done = time.perf_counter(), chosen.tasks, list[TaskScores]()
-    items: dict[str, Sequence[Any]] = {
-        name: task_of(spec) if spec.writes else load_items(spec) for name, spec in specs.items()
-    }
+    items = {name: load_items(spec) for name, spec in specs.items()}
     pairs = [(name, item) for name, of_task in items.items() for item in of_task]
     asked = [(name, item) for name, item in pairs
              if specs[name].writes and (right is None or item.id in right[name])]  # fmt: skip
@@ -207,13 +205,6 @@ def form_of(model: OpenModel, suite: Suite) -> list[Any]:
     if not suite.asks:
         return []
     return [str(getattr(model.tokenizer, "chat_template", None)), end_tokens(model)]
-
-
-def named_as(scores: CapabilityScores, suite: Suite) -> bool:
-    """Whether items are named after the suite's files of rows as they are called now."""
-    stems = {name: Path(task.file).stem for name, task in suite.tasks.items() if task.file}
-    return all(item.rpartition("/")[0] == stems[one.name] for one in scores.tasks
-               if one.name in stems for item in one.items[:1])  # fmt: skip
 
 
 def accuracies(

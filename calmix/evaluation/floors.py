@@ -161,13 +161,9 @@ def proven(bound: float) -> str:
     return f"{math.floor(1000 * bound + 1e-9) / 10:.1f}"
 
 
-def provable(items: int, confidence: float = CONFIDENCE) -> float:
-    """Return the highest floor that this many right answers prove if all of them are kept."""
-    return float((1 - confidence) ** (1 / items)) if items else 0.0
-
-
 def lower_bound(kept: int, of: int, confidence: float = CONFIDENCE) -> float:
-    """Return the exact one-sided lower bound of a proportion (Clopper and Pearson 1934)."""
+    """Return the exact one-sided lower bound of a proportion (Clopper and Pearson 1934). With all
+    kept, it is the highest floor that so many right answers prove."""
     from scipy.special import betaincinv
 
     return float(betaincinv(kept, of - kept + 1, 1 - confidence)) if kept else 0.0
@@ -242,11 +238,9 @@ def _judged(
         items = round(math.fsum(value for before, _ in pairs for value in before.values))
         each = items / whole  # above chance, a right answer counts for more than one
         most = max(pairs, key=lambda both: len(both[0].items))
-        one_more_lost = [
-            [replace(task, items=(*task.items, ""), values=(*task.values, value))
-             if both is most else task for task, value in zip(both, (1.0, 0.0), strict=True)]
-            for both in pairs
-        ]  # fmt: skip
+        longer = [replace(task, items=(*task.items, ""), values=(*task.values, value))
+                  for task, value in zip(most, (1.0, 0.0), strict=True)]  # fmt: skip
+        one_more_lost = [longer if both is most else both for both in pairs]
         resampled = retention(*zip(*one_more_lost, strict=True), measure=score, level=level)
         kept = float(sum(one.kept.sum() for one in made) / sum(one.whole.sum() for one in made))
         low = resampled.of(ability).low or 0.0
@@ -254,7 +248,7 @@ def _judged(
         items = sum(len(before.items) for before, _ in pairs)
         found = retention(*zip(*pairs, strict=True), level=level).of(ability)
         kept, low = found.value or 0.0, found.low or 0.0
-    best = 1 - each * (1 - provable(items, confidence))
+    best = 1 - each * (1 - lower_bound(items, items, confidence))
     if best < 0.01:
         return None
     return Tested(

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from calmix.evaluation.likelihood import Progress
-from calmix.evaluation.scorer import attention_window
+from calmix.evaluation.scorer import attention_window, prefix_cache
 from calmix.evaluation.tasks import shared_start
 from calmix.machine import tokens_at_once
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, own_places, repeated_cache
+from calmix.models.blocks import decoder_of
 from calmix.models.opening import end_tokens, generating, in_chat, quiet_transformers
 
 ROWS = 64  # largest batch
@@ -86,7 +87,8 @@ def answers(
         rows.append(Prompt(one.ids[-(context - room) :], room, one.until))
     for _, some in itertools.groupby(sorted(rows, key=lambda row: row.ids), key=Prompt.begins):
         alike = list(some)
-        head = min(shared_start([row.ids for row in alike]), min(len(row.ids) for row in alike) - 1)
+        ids = [row.ids for row in alike]
+        head = min(shared_start(ids), min(map(len, ids)) - 1)
         for row in alike:
             row.head = head if head >= SHARED and len(alike) > 1 else 0
     with quiet_transformers():
@@ -116,7 +118,7 @@ class _Writer:
         config = self.model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         self.padded = (
-            not {"cache", "past_key_values"}.isdisjoint(known)
+            self.cache in known
             and kinds <= {"full_attention", "sliding_attention"}
             and not getattr(self.model, "_is_stateful", False)
         )
@@ -126,17 +128,9 @@ class _Writer:
         self.read: tuple[list[int], Any] = ([], None)  # the last shared prefix, and its cache
         self.held = 8 * tokens_at_once(self.device)  # tokens that fit into memory
         if self.padded:
-            cache = self._read([0])
+            cache = prefix_cache(decoder_of(self.model), [0])
             per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
             self.held = max(self.held, int(HELD / per_token))
-
-    def _read(self, ids: list[int]) -> Any:
-        """Return the keys and values of one row of tokens."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()  # without a configuration, as `repeated_cache`
-        self._forward(torch.tensor([ids], device=self.device), cache, None, None)
-        return cache
 
     def groups(self, rows: Sequence[Prompt]) -> Iterator[list[Prompt]]:
         """Yield rows to answer together: all that may be padded, and the others by equal length.
@@ -203,7 +197,7 @@ class _Writer:
         positions = (mask.cumsum(-1) - 1)[:, head:].clamp(min=0)
         if head:
             if self.read[0] != ids[0][:head]:
-                self.read = ids[0][:head], self._read(ids[0][:head])
+                self.read = ids[0][:head], prefix_cache(decoder_of(self.model), ids[0][:head])
             cache = repeated_cache(self.read[1], len(rows))
         tokens = self._forward(inputs, cache, mask, positions).argmax(-1)
         held.fill(places, cache, mask)
@@ -212,7 +206,7 @@ class _Writer:
 
     def _forward(self, ids: Any, held: Any, mask: Any, positions: Any) -> Any:
         more = {"position_ids": positions, "logits_to_keep": 1}
-        more = {key: more[key] for key in self.takes if more[key] is not None} | {self.cache: held}
+        more = {key: more[key] for key in self.takes} | {self.cache: held}
         return self.model(ids, attention_mask=mask, use_cache=True, **more).logits[:, -1]
 
     def _append(self, rows: Sequence[Prompt], tokens: Any) -> None:

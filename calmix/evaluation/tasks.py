@@ -37,13 +37,12 @@ class Item:
     """An item of the archive: (context, continuation) of each choice; `gold` is the right index.
 
     `number` identifies its document (MBPP's task_id); its parity splits a data set between suites
-    and sources. Items are taken evenly from groups (MMLU's subjects). The choices share one
-    context; in the form `contexts` they share the continuation instead.
+    and sources. The choices share one context; in the form `contexts` they share the continuation
+    instead.
     """
 
     id: str
     number: int
-    group: str
     requests: tuple[tuple[str, str], ...]
     gold: int
 
@@ -62,25 +61,37 @@ class Ask:
     check: str
     tokens: int
     until: tuple[str, ...]
-    group: str = ""
 
 
-def load_items(spec: TaskSpec) -> list[Item]:
-    """Return the items of a task scored by likelihood, in order."""
+def load_items(spec: TaskSpec) -> list[Any]:
+    """Return the items of a task, in order: `Ask` if the model writes its answers, else `Item`."""
+    kind, shots = str(spec.kind), spec.shots or 0
+    if spec.asked is not None:
+        return spec.pick(load_asked(spec.asked))
     if spec.file is None:
-        return spec.pick(_archive_items(str(spec.archive), str(spec.form), spec.shots or 0))
-    name, rows = Path(spec.file).stem, read_rows(spec.file, "choices")
-    return spec.pick([
-        _cloze(f"{name}/{at}", at, "", row | {"choices": [one.strip() for one in row["choices"]]})
-        for at, row in enumerate(rows)
-    ])  # fmt: skip
+        return spec.pick(_archive_items(str(spec.archive), str(spec.form), shots))
+    name, rows = Path(spec.file).stem, read_rows(spec.file, kind, shots)
+    if kind == "choices":
+        for row in rows:
+            row["choices"] = [one.strip() for one in row["choices"]]
+        return spec.pick([_cloze(f"{name}/{at}", at, row) for at, row in enumerate(rows)])
+    if kind == "programs":  # asked like the builtin small programs
+        known = packaged(ASKED)["small_programs"] | {"tokens": 320}
+        docs = [_program(row["head"].strip(), row["question"], row["tests"]) for row in rows]
+    else:
+        known, docs = OWN[kind], []
+        for row in rows:
+            right = row["answer"] if kind == "answers" else str(row["answer"])
+            shown = right if isinstance(right, str) else right[0]
+            docs.append({"question": row["question"], "right": right, "shown": shown})
+    return spec.pick(_asked(name, known | {"examples": shots}, docs))
 
 
-def _cloze(name: str, number: int, group: str, row: Mapping[str, Any]) -> Item:
+def _cloze(name: str, number: int, row: Mapping[str, Any]) -> Item:
     """Render a question with choices as OLMES does."""
     context = f"Question: {row['question'].strip()}\nAnswer:"
     requests = tuple((context, f" {choice}") for choice in row["choices"])
-    return Item(name, number, group, requests, row["answer"])
+    return Item(name, number, requests, row["answer"])
 
 
 @functools.lru_cache(maxsize=64)
@@ -122,7 +133,7 @@ def _rendered(archive: str, shots: int) -> Iterator[Item]:
             if member.startswith(MMLU) and member.endswith("/test/data-00000-of-00001.arrow"):
                 subject = member.split("/")[-3]
                 for number, row in enumerate(assets.read_arrow(ARCHIVE, member)):
-                    yield _cloze(f"mmlu/{subject}/{number}", number, subject, row)
+                    yield _cloze(f"mmlu/{subject}/{number}", number, row)
         return
     for number, rows in _requests(f"{ROOT}/{name}{ending}").items():  # choices are in order
         if number >= UNCONDITIONAL:
@@ -131,7 +142,7 @@ def _rendered(archive: str, shots: int) -> Iterator[Item]:
                          for row in rows)  # fmt: skip
         parity, gold = document_number(rows[0]["doc"], number), rows[0]["label"]
         name = f"{archive.split('/')[0]}/{number}"
-        yield Item(name, parity, "", requests, gold if len(rows) > 1 else 0)
+        yield Item(name, parity, requests, gold if len(rows) > 1 else 0)
 
 
 def _requests(member: str) -> dict[int, list[dict[str, Any]]]:
@@ -153,24 +164,6 @@ def document_number(doc: Mapping[str, Any], number: int) -> int:
 def _members() -> list[str]:
     with assets.open_archive(ARCHIVE) as archive:
         return archive.namelist()
-
-
-def task_of(spec: TaskSpec) -> list[Ask]:
-    """Return the items of a task with generated answers."""
-    if spec.file is None:
-        return spec.pick(load_asked(str(spec.asked)))
-    kind, shots = str(spec.kind), spec.shots or 0
-    rows = read_rows(spec.file, kind, shots)
-    if kind == "programs":  # asked like the builtin small programs
-        known = packaged(ASKED)["small_programs"] | {"tokens": 320}
-        docs = [_program(row["head"].strip(), row["question"], row["tests"]) for row in rows]
-    else:
-        known, docs = OWN[kind], []
-        for row in rows:
-            right = row["answer"] if kind == "answers" else str(row["answer"])
-            shown = right if isinstance(right, str) else right[0]
-            docs.append({"question": row["question"], "right": right, "shown": shown})
-    return spec.pick(_asked(Path(spec.file).stem, known | {"examples": shots}, docs))
 
 
 @functools.lru_cache(maxsize=32)
@@ -244,38 +237,31 @@ def _program(head: str, question: str, tests: list[str]) -> dict[str, Any]:
             "entry_point": head.partition("(")[0].strip()}  # fmt: skip
 
 
-def asked_texts(spec: TaskSpec) -> list[tuple[str, str]]:
-    """Return id and text, question and right answer, of a task with generated answers."""
-    found = []
-    for item in task_of(spec):
-        doc = item.doc
-        keys = ("canonical_solution", "code", "solution", "answer", "shown")
-        right = next((doc[key] for key in keys if doc.get(key)), item.right)
-        if spec.kind == "programs":
-            right = "\n".join(doc["tests"])
-        question = doc.get("question") or doc.get("query") or item.chat or item.plain
-        found.append((item.id, f"{str(question).rpartition('Question:')[2]}\n{right}"))
-    return found
-
-
 def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
     """Yield task, id and text of every scored item of a suite, without worked examples."""
     for name, spec in suite.tasks.items():
-        for one in asked_texts(spec) if spec.writes else item_texts(spec):
-            yield (name, *one)
+        yield from ((name, *one) for one in item_texts(spec))
 
 
 def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
-    """Return id and text of the items of a task scored by likelihood, without worked examples: the
-    question, the right answer and, for choices, the wrong ones."""
-    items = load_items(spec)
-    head = preamble([context for item in items for context, _ in item.requests])
-    found = []
+    """Return id and text of a task's items, without worked examples: the question, the right answer
+    and, for choices, the wrong ones."""
+    items, found = load_items(spec), []
+    head = 0 if spec.writes else preamble([one for item in items for one, _ in item.requests])
     for item in items:
-        context, right = item.requests[item.gold]
-        wrong = [answer for at, (other, answer) in enumerate(item.requests)
-                 if at != item.gold and other == context]  # fmt: skip
-        found.append((item.id, context[head:].lstrip() + "\n".join([right, *wrong])))
+        if spec.writes:
+            doc, keys = item.doc, ("canonical_solution", "code", "solution", "answer", "shown")
+            right = next((doc[key] for key in keys if doc.get(key)), item.right)
+            if spec.kind == "programs":
+                right = "\n".join(doc["tests"])
+            question = doc.get("question") or doc.get("query") or item.chat or item.plain
+            text = f"{str(question).rpartition('Question:')[2]}\n{right}"
+        else:
+            context, right = item.requests[item.gold]
+            wrong = [answer for at, (other, answer) in enumerate(item.requests)
+                     if at != item.gold and other == context]  # fmt: skip
+            text = context[head:].lstrip() + "\n".join([right, *wrong])
+        found.append((item.id, text))
     return found
 
 

@@ -27,7 +27,7 @@ from calmix.calibration.texts import ROWS as TEXT_ROWS
 from calmix.calibration.texts import builtin_readers
 from calmix.errors import InputError
 from calmix.evaluation.suites import ARCHIVE, Suite
-from calmix.evaluation.tasks import asked_texts, item_texts, task_of
+from calmix.evaluation.tasks import item_texts, load_items
 from calmix.machine import device_memory, tokens_at_once, total_memory
 from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import use_own_attention
@@ -270,9 +270,8 @@ def suite_work(suite: Suite) -> SuiteWork:
     for spec in suite.tasks.values():
         sizes = [EACH] * min(ITEMS, spec.limit or ITEMS)
         if known := present or spec.file is not None:
-            texts = asked_texts(spec) if spec.writes else item_texts(spec)
-            sizes = [len(text) for _, text in texts]
-            written += sum(one.tokens for one in task_of(spec)) // 2 if spec.writes else 0
+            sizes = [len(text) for _, text in item_texts(spec)]
+            written += sum(one.tokens for one in load_items(spec)) // 2 if spec.writes else 0
         exact, items, characters = exact and known, items + len(sizes), characters + sum(sizes)
     return SuiteWork(items, round(characters / CHARACTERS), written, exact)
 

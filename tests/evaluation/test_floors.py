@@ -7,7 +7,7 @@ from scipy.stats import binom
 
 from calmix.errors import InputError
 from calmix.evaluation.behaviour import behaviour, likelihood, proportion
-from calmix.evaluation.floors import judge, lower_bound, needed, parse_floors, provable, proven
+from calmix.evaluation.floors import judge, lower_bound, needed, parse_floors, proven
 from calmix.evaluation.retention import retention
 from calmix.report import words
 from tests.evaluation.helpers import accuracy, bits, scored, written
@@ -56,8 +56,9 @@ def test_bounds_are_exact_and_say_what_so_many_right_answers_can_prove():
         assert binom.sf(kept - 1, of, bound) == pytest.approx(1 - confidence)
     for confidence, floor in ((0.9, 0.5), (0.95, 0.77), (0.99, 0.95)):
         few = needed(floor, confidence)
-        assert provable(few, confidence) >= floor > provable(few - 1, confidence)
-    assert (needed(0.9), needed(provable(40)), provable(0)) == (29, 40, 0)
+        assert lower_bound(few, few, confidence) >= floor
+        assert lower_bound(few - 1, few - 1, confidence) < floor
+    assert (needed(0.9), needed(lower_bound(40, 40))) == (29, 40)
 
 
 def test_each_ability_is_judged_by_the_first_measure_it_has():
@@ -77,7 +78,7 @@ def test_each_ability_is_judged_by_the_first_measure_it_has():
     assert 0.93 < general.bound < general.kept
     kept = retention([likely[0]], [likely[1]], level=0.9).of("prose")
     assert (prose.measure, prose.items, prose.kept) == ("likelihood", 60, kept.value)
-    assert prose.bound == pytest.approx(min(kept.low or 0, provable(60)))
+    assert prose.bound == pytest.approx(min(kept.low or 0, lower_bound(60, 60)))
     assert verdict.passed
     first, left_out = verdict.lines()
     assert first.startswith(
@@ -132,7 +133,7 @@ def test_what_cannot_be_proven_is_said_with_the_nearest_that_can():
         judged("0.9", scored(lost), scored(lost))
     strict = scored(accuracy([1.0] * 50 + [0.0] * 50))  # a right answer weighs 2: 25 above chance
     (found,) = judged("0.8", strict, strict).tested
-    assert found.provable == pytest.approx(1 - 2 * (1 - provable(50)))
+    assert found.provable == pytest.approx(1 - 2 * (1 - lower_bound(50, 50)))
     assert found.needed == needed(0.9)
     with pytest.raises(InputError, match=f"needs {needed(0.95)} right answers and has 50"):
         judged("0.9", strict, strict)

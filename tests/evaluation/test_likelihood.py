@@ -79,11 +79,12 @@ def test_perplexity_is_of_whole_windows():
     model, calls = opened(), list[tuple[int, int]]()
     text = "the river runs " * 5
     found = perplexity(model, text, length=32, tick=lambda *of: calls.append(of))
-    assert (found.length, found.windows, found.tokens, calls[-1]) == (32, 2, 62, (2, 2))
+    assert [*found.values()][2:] == [32, 2, 62]
+    assert calls[-1] == (2, 2)
     windows = [model.tokenizer(text)["input_ids"][at : at + 32] for at in (0, 32)]
     nll = float(row_nll(model.model, torch.tensor(windows)).sum())
-    assert found.perplexity == pytest.approx(math.exp(nll / 62))
-    assert found.bits_per_byte == pytest.approx(nll / math.log(2) / 62)  # a byte is a token here
+    assert found["perplexity"] == pytest.approx(math.exp(nll / 62))
+    assert found["bits_per_byte"] == pytest.approx(nll / math.log(2) / 62)  # a byte is a token here
     for length, says in ((300, "beyond the model's context"), (80, "one window")):
         with pytest.raises(InputError, match=says):
             perplexity(model, text, length=length)

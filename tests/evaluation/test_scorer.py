@@ -28,7 +28,7 @@ def test_scores_are_the_plain_models_on_every_architecture(kind):
     assert calls[-1] == (2 * len(requests), 2 * len(requests))
     assert calls == sorted(calls)
     # Bloom derives positions from a two-dimensional mask.
-    assert (kind, scorer.packed) in (("bloom", False), (kind, kind != "bloom"))
+    assert (kind, scorer.window > 0) in (("bloom", False), (kind, kind != "bloom"))
     assert (attention_window(model.model) == 16) == (kind in ("gemma2", "mistral"))
 
 

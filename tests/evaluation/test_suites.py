@@ -8,7 +8,7 @@ from calmix.analysis.cells import TOTAL, WORST
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import choose, evaluate, suite_items, verdict
 from calmix.evaluation.suites import Suite, builtin_suites, load_suite, read_rows, template
-from calmix.evaluation.tasks import load_items, task_of
+from calmix.evaluation.tasks import load_items
 from calmix.sources.registry import offline_sources
 from calmix.yaml_files import parse_model
 from tests.evaluation.helpers import benchmark, benchmarks_read, new_suite
@@ -152,7 +152,7 @@ def test_the_template_is_a_suite_whose_examples_are_right(folder):
         ("my_programs", "```python\ndef double(x):\n    return 2 * x\n```", "    return x"),
         ("my_programs", "    return 2 * x", "def double(x):\n    return 3 * x"),
     ):  # fmt: skip
-        first, *_ = task_of(suite.tasks[name])
+        first, *_ = load_items(suite.tasks[name])
         assert verdict(first, text), (name, text)
         assert not verdict(first, other), (name, other)
     texts = [text for _, _, text in suite_items(suite)]  # the texts of the leakage check
@@ -166,7 +166,7 @@ def test_the_last_rows_are_worked_examples_if_asked_for_and_the_hash_is_of_all(f
         file.write("\n")
     assert load_suite(folder / "mine.yaml").hash != before
     suite = changed(folder, "kind: answers", "kind: answers, shots: 1")
-    (only,) = task_of(suite.tasks["my_answers"])
+    (only,) = load_items(suite.tasks["my_answers"])
     assert only.plain.startswith("Question: What is the capital of France?")
     assert " Paris\n\nQuestion: What is the opposite of up?" in only.plain
     with pytest.raises(InputError, match="has 2 rows, 2 of them worked examples: add rows"):
@@ -251,7 +251,7 @@ def test_rows_hold_any_text_and_long_numbers(folder):
     path, long = folder / "mine-numbers.jsonl", 123456789012345
     row = {"question": "one\u2028line\x85?", "answer": long}
     path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
-    (item,) = task_of(load_suite(folder / "mine.yaml").tasks["my_numbers"])
+    (item,) = load_items(load_suite(folder / "mine.yaml").tasks["my_numbers"])
     assert verdict(item, f"It is {long}.")
     assert not verdict(item, f"It is {long + 1}.")
     path.write_bytes(b'{"question": "caf\xe9", "answer": 1}\n')
