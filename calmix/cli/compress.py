@@ -43,24 +43,26 @@ def compress_verb(
     resume. calmix check OUT tests the result against floors of your own.
     """
     from calmix.compression import ladder
+    from calmix.compression.plan import target
     from calmix.report import words
     from calmix.report.card import read_card
 
     if dry_run:
-        request, costs = ladder.dry(options, output)
-        title = f"{options.model} at {request.target}, effort {options.effort}, on this machine"
-        if options.keep_at_least is not None:
+        walk = ladder.begin(options, output)
+        costs, wanted = ladder.dry(walk), target(walk.request.model_dump())
+        title = f"{options.model} at {wanted}, effort {options.effort}, on this machine"
+        if walk.floors:
             title = f"{options.model} to keep {options.keep_at_least}, with all candidates"
         print_json([asdict(one) | {"command": one.stage.command} for one in costs])
         print_costs(costs, title)
-        if options.keep_at_least is not None:
-            line(words.wrapped(ladder.provable(request)))
+        if walk.floors:
+            line(words.wrapped(walk.provable()))
         return
     began = time.monotonic()
     walked, seconds = ladder.make(options, output, _run, note)
     result: dict[str, Any] = {"output": str(output), "model": None}
-    if walked is not None:
-        result |= {"ladder": asdict(walked)}
+    if walked.floors:
+        result |= {"ladder": walked.state}
         print_table(walked.rows(), title="candidates: kept % (proven %)")
         for text in (walked.why(), *walked.promise):
             line(words.wrapped(text))
@@ -169,7 +171,7 @@ def compress(
     given = {key: str(one) if isinstance(one, Path) else one for key, one in given.items()}
     request, folder = checked(Compression, given), Path(output)
     walked, _ = ladder.make(request, folder, _run, note if shown else None)
-    if walked is not None and walked.bits is None:
+    if walked.floors and walked.bits is None:
         yet = " yet" * bool(walked.left)
         raise NotKeptError(f"no candidate keeps {request.keep_at_least}{yet}: {walked.why()}")
     return Compressed(folder)
