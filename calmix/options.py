@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -127,20 +128,14 @@ class ModelOptions(DeviceOptions):
         return {name: getattr(self, name) for name in ModelOptions.model_fields}
 
 
-def own_sources_option(advanced: bool = True) -> Any:
-    """Return the field of a user's own sources, `--sources`."""
-    text = "YAML file of your own sources, e.g. mine.yaml."
-    return option(None, text, metavar="FILE", advanced=advanced)
-
-
+own_sources_option = partial(
+    option, None, "YAML file of your own sources, e.g. mine.yaml.", metavar="FILE"
+)
 Licence = Literal["permissive"] | None
-
-
-def licence_option(advanced: bool = True) -> Any:
-    """Return the field `--licence`, or `--license`."""
-    text = "Only sources with this kind of licence."
-    return option(None, text, flag="--licence --license", advanced=advanced)
-
+licence_option = partial(
+    option, None, "Only sources with this kind of licence.", flag="--licence --license"
+)
+path_option = partial(option, flag="--output -o", metavar="PATH")  # of an output
 
 ROWS_OF = re.compile(r"([^,:]+\.(?:csv|tsv|jsonl?|parquet))(?=[:,]|$)", re.IGNORECASE)
 
@@ -174,7 +169,7 @@ class SizeOptions(Options):
     packing: Literal["concat", "window"] = option(
         "concat", "Documents joined (concat) or one window of each.", advanced=True
     )
-    sources: Path | dict[str, Any] | None = own_sources_option()
+    sources: Path | dict[str, Any] | None = own_sources_option(advanced=True)
 
 
 class DrawOptions(SizeOptions):
@@ -183,7 +178,7 @@ class DrawOptions(SizeOptions):
     leakage: Leakage = option(
         "offline", "Suites whose text is excluded; off: no check.", advanced=True
     )
-    licence: Licence = licence_option()
+    licence: Licence = licence_option(advanced=True)
 
     def drawn(self) -> dict[str, Any]:
         """Return the drawing options that were set, by name."""
@@ -312,7 +307,7 @@ class Target(DeviceOptions):
     )
     suite: str = option("offline", "Suite by name, or a YAML file.")
     seed: int | None = option(None, "Seed of the calibration text.", shown="0", ge=0)
-    licence: Licence = licence_option(advanced=False)
+    licence: Licence = licence_option()
     prompts: Path | None = option(None, "Prompts for the card: .txt, .jsonl or .parquet.",
                                   shown="ten plain questions", advanced=True)  # fmt: skip
     allow_code_execution: bool = RUN_CODE
@@ -365,30 +360,25 @@ def named_options(what: str, text: str) -> tuple[str, dict[str, str]]:
 
 
 def checked(model: type[Some], values: Mapping[str, Any]) -> Some:
-    """Check options, None being not given; an InputError names the flag."""
+    """Check options, None being not given; an InputError names the flag of the first mistake."""
     try:
         return model.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
-        raise InputError(mistake(error, model)) from None
-
-
-def mistake(error: ValidationError, model: type[Options]) -> str:
-    """Return the first error of a failed validation as a line that names the flag."""
-    problem = error.errors()[0]
+        problem = error.errors()[0]
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "extra_forbidden":
-        return f"unknown option '{name}': {nearest(name, model.model_fields)}"
+        raise InputError(f"unknown option '{name}': {nearest(name, model.model_fields)}")
     flag = flags(model, name)[0] if name in model.model_fields else name
     if problem["type"] == "missing":
-        return f"{flag} is missing"
+        raise InputError(f"{flag} is missing")
     said = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{flag}: {said}" if name else said
+        raise InputError(f"{flag}: {said}" if name else said)
     said = said.partition(", unable")[0].replace("Input should", "must")
     hint = nearest(str(problem["input"]), re.findall(r"'([^']+)'", said))
     if problem["type"] == "literal_error" and hint.startswith("did"):
         said += f": {hint}"
-    return f"{flag} {problem['input']}: {said}"
+    raise InputError(f"{flag} {problem['input']}: {said}")
 
 
 def flags(model: type[Options], name: str) -> list[str]:
@@ -397,8 +387,3 @@ def flags(model: type[Options], name: str) -> list[str]:
     if extra.get("argument"):
         return [extra.get("metavar") or name.upper()]
     return (extra.get("flag") or f"--{name.replace('_', '-')}").split()
-
-
-def path_option(text: str, **more: Any) -> Any:
-    """Return the field of an output path, `--output` or `-o`."""
-    return option(more.pop("default", ...), text, flag="--output -o", metavar="PATH", **more)

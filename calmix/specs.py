@@ -153,10 +153,9 @@ def prune_request(
     drops, bare = request.drop_experts is not None, sparsity is None and pattern is None
     chosen: dict[str, Any]
     if drops and bare and "bits" not in own:
-        unused = {*own, *(given.keys() - SCORED)}
-        unused |= {"method"} if method not in (None, NONE) else set()
+        named = {} if method in (None, NONE) else {"method": method}
         where = "if only experts are dropped: leave it out, or add --sparsity or --pattern"
-        _check_unused(unused, where)
+        _check_unused({**own, **given, **named}.keys() - SCORED, where)
         chosen = {"method": NONE}
     else:
         if sparsity is not None and pattern is not None:

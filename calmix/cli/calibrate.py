@@ -45,7 +45,7 @@ def draw(
         ..., "Source, a:0.5,b:0.5, uniform:a,b, YAML, file; or self-written.", argument=True
     ),
     model: str = option(..., "Model that the set is for.", flag="--model -m"),
-    output: Path = path_option("Folder to write."),
+    output: Path = path_option(..., "Folder to write."),
     overwrite: bool = option(False, "Replace a calibration set."),
 ) -> None:
     """Draw a calibration set from sources, or let the model write it.
@@ -110,7 +110,7 @@ def measure(
     rows: int = option(32, "Rows per sample, e.g. 64.", ge=1),
     draws: int = option(3, "Samples per text, each with its own seed.", ge=1),
     no_perplexity: bool = option(False, "Skip perplexity, which runs the model."),
-    output: Path | None = path_option("A .json or .csv file to write.", default=None),
+    output: Path | None = path_option(None, "A .json or .csv file to write."),
 ) -> None:
     """Measure calibration text, such as its diversity and perplexity, at one token budget."""
     from calmix.calibration import open_tokenizer
@@ -203,8 +203,8 @@ def predict(
 
 @verb("sources", of=calibrate)
 def list_sources(
-    sources: Path | None = own_sources_option(advanced=False),
-    licence: Licence = licence_option(advanced=False),
+    sources: Path | None = own_sources_option(),
+    licence: Licence = licence_option(),
     dimension: str | None = option(None, "Only sources of this dimension, e.g. code."),
 ) -> None:
     """List the sources; files, folders and hub ids (owner/name) are sources too."""
@@ -237,7 +237,7 @@ def show_source(
     name: str = option(..., "A source, file or hub id.", argument=True),
     documents: int = option(1, "Documents to show.", ge=1),
     characters: int = option(600, "Characters per document.", ge=1),
-    sources: Path | None = own_sources_option(advanced=False),
+    sources: Path | None = own_sources_option(),
 ) -> None:
     """Show a source and the beginning of its first documents."""
     own = own_sources(sources)

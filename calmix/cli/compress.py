@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @verb("compress")
 def compress_verb(
     options: Compression,
-    output: Path = path_option("Folder to write, or to resume in."),
+    output: Path = path_option(..., "Folder to write, or to resume in."),
     dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing."),
     resume: bool = option(
         False, "Resume an interrupted run, as compress always does.", advanced=True
@@ -181,7 +181,7 @@ def compress(
 def report(
     folders: tuple[Path, ...] = option(..., "Folders of calmix compress.", argument=True),
     output: Path | None = path_option(
-        "Page to write; required for several folders.", default=None, shown="OUT/card.html"
+        None, "Page to write; required for several folders.", shown="OUT/card.html"
     ),
 ) -> None:
     """Write the report card of a compressed model, or a page that compares several."""
@@ -217,7 +217,7 @@ def check(
     confidence: Share | None = option(
         None, "Confidence of the test, e.g. 0.99.", ge=0.8, le=0.999, shown="0.95"
     ),
-    output: Path | None = path_option("JSON file to write.", default=None, shown="OUT/check.json"),
+    output: Path | None = path_option(None, "JSON file to write.", shown="OUT/check.json"),
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
     """Test whether a model meets its floors; exit code 1 if it does not.

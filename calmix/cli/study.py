@@ -53,7 +53,7 @@ class StudyOptions(Options):
 
 
 class AnalyseOptions(Settings, StudyOptions):
-    output: Path | None = path_option("Folder to write.", default=None, shown="in STUDY")
+    output: Path | None = path_option(None, "Folder to write.", shown="in STUDY")
     overwrite: bool = option(False, "Replace what calmix wrote there.")
 
 
