@@ -12,11 +12,10 @@ from pydantic import Field
 from calmix.errors import InputError, nearest
 from calmix.options import (
     BITS_METHOD,
-    CALIBRATED,
-    DRAW,
     METHOD,
     PRUNE,
     RECOVERY_OPTIONS,
+    DrawOptions,
     Pruning,
     Recovering,
     checked,
@@ -32,7 +31,8 @@ if TYPE_CHECKING:
 LENGTH, SEED = 512, 0
 BOTH = "give either --sparsity (such as 0.5) or --pattern (such as 2:4)"
 NONE = "none"  # method of a request that only drops experts
-SCORED = {"calibration", "drop_experts", *DRAW}  # the options that dropping experts reads
+SCORED = {"calibration", "drop_experts", *DrawOptions.model_fields}  # read to drop experts
+CALIBRATED = {"propagation", *SCORED}  # read by methods that use data
 
 
 class PruneRequest(Pruning):
@@ -208,7 +208,7 @@ def _unread(method: Method, given: Collection[str]) -> set[str]:
     """Return the options given that have no effect because the method uses no calibration data."""
     if method.needs is not None:
         return set()
-    return set(given) & set(CALIBRATED) - (SCORED if "drop_experts" in given else set())
+    return set(given) & CALIBRATED - (SCORED if "drop_experts" in given else set())
 
 
 def requests(

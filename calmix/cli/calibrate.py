@@ -20,10 +20,12 @@ from calmix.options import (
     SizeOptions,
     TextField,
     Weights,
+    advanced,
     licence_option,
     option,
     own_sources_option,
     path_option,
+    weights_option,
 )
 from calmix.progress import Progress
 from calmix.sources import builtin_sources, get_source, offline_sources, own_sources
@@ -154,17 +156,12 @@ def predict(
     method: str = option(METHOD, "Pruning method, e.g. admm,refit=5."),
     sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.", shown="0.6"),
     pattern: str | None = option(None, "N:M instead of a sparsity, e.g. 2:4."),
-    weights: Weights | None = option(
-        None,
-        "Weight of each held-out text: general=1,code=2.",
-        shown="all equal",
-        metavar="NAME=WEIGHT,...",
-    ),
-    text: tuple[str, ...] = option(
-        (), "Your held-out text: code=mine.jsonl (repeat).", metavar="NAME=PATH", advanced=True
+    weights: Weights | None = weights_option("Weight of each held-out text: general=1,code=2."),
+    text: tuple[str, ...] = advanced(
+        (), "Your held-out text: code=mine.jsonl (repeat).", metavar="NAME=PATH"
     ),
     rows: int = option(16, "Rows per source.", ge=1),
-    every: int = option(7, "Measure every k-th block only.", ge=1, advanced=True),
+    every: int = advanced(7, "Measure every k-th block only.", ge=1),
 ) -> None:
     """Rank calibration sets by predicted reconstruction error, without pruning.
 

@@ -18,7 +18,7 @@ from calmix.cli.verbs import verb
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.scores import load_pairs, load_scores
 from calmix.files import check_output_file, write_json, write_text
-from calmix.options import Compression, Share, checked, option, path_option
+from calmix.options import Compression, Share, advanced, checked, option, path_option
 from calmix.progress import duration
 from calmix.shown import Shown, percent
 
@@ -32,9 +32,7 @@ def compress_verb(
     options: Compression,
     output: Path = path_option(..., "Folder to write, or to resume in."),
     dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing."),
-    resume: bool = option(
-        False, "Resume an interrupted run, as compress always does.", advanced=True
-    ),
+    resume: bool = advanced(False, "Resume an interrupted run, as compress always does."),
     open: bool = option(False, "Open the card in a browser at the end."),
 ) -> None:
     """Quantise a model (or prune and distil it), evaluate it, and write its report card.

@@ -26,7 +26,16 @@ from calmix.evaluation.scores import (
     load_scores,
 )
 from calmix.files import check_output_file, user_path, write_text
-from calmix.options import MEASURE, MODEL, RUN_CODE, Measure, ModelOptions, option, path_option
+from calmix.options import (
+    MEASURE,
+    MODEL,
+    RUN_CODE,
+    Measure,
+    ModelOptions,
+    advanced,
+    option,
+    path_option,
+)
 from calmix.progress import Progress
 from calmix.sources.licences import use_of
 from calmix.sources.registry import local_file
@@ -48,30 +57,21 @@ def run(
     against: str | None = option(None, DENSE, metavar="DENSE"),
     output: Path | None = path_option(None, "JSON file to write, with every item."),
     quick: bool = option(False, "Only the suite's quick slice."),
-    whole: tuple[str, ...] = option(
-        (), "With --quick: all items of this dimension (repeat).", advanced=True
-    ),
+    whole: tuple[str, ...] = advanced((), "With --quick: all items of this dimension (repeat)."),
     limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1),
     dimension: tuple[str, ...] = option((), "Only this dimension (repeat)."),
     task: tuple[str, ...] = option((), "Only this task (repeat)."),
     without: tuple[str, ...] = option((), "Skip this task (repeat).", metavar="TASK"),
     allow_code_execution: bool = RUN_CODE,
-    right_only: bool = option(
-        False,
-        "Generate only answers that DENSE, a .json file, has right.",
-        advanced=True,
+    right_only: bool = advanced(
+        False, "Generate only answers that DENSE, a .json file, has right."
     ),
-    text: tuple[str, ...] = option(
-        (),
-        "Text to measure the distance on: code=mine.jsonl (repeat).",
-        metavar="NAME=PATH",
-        advanced=True,
+    text: tuple[str, ...] = advanced(
+        (), "Text to measure the distance on: code=mine.jsonl (repeat).", metavar="NAME=PATH"
     ),
-    no_distance: bool = option(False, "Skip the distance to the dense model.", advanced=True),
-    batch_tokens: int | None = option(
-        None, "Tokens per forward pass.", shown="2048", ge=1, advanced=True
-    ),
-    no_cache: bool = option(False, "Ignore cached results of the dense model.", advanced=True),
+    no_distance: bool = advanced(False, "Skip the distance to the dense model."),
+    batch_tokens: int | None = advanced(None, "Tokens per forward pass.", shown="2048", ge=1),
+    no_cache: bool = advanced(False, "Ignore cached results of the dense model."),
     measure: Measure = MEASURE,
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
@@ -352,7 +352,7 @@ def perplexity(
     model: str = option(..., MODEL, argument=True),
     text: Path = option(..., "A .txt, .jsonl or .parquet file."),
     length: int = option(2048, "Tokens per window.", ge=2),
-    separator: str = option("", "Text between the documents of the file.", advanced=True),
+    separator: str = advanced("", "Text between the documents of the file."),
 ) -> None:
     """Measure perplexity and bits per byte of a text in non-overlapping windows."""
     from calmix.evaluation.likelihood import perplexity as measure
