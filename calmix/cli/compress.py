@@ -41,14 +41,13 @@ def compress_verb(
     resume. calmix check OUT tests the result against floors of your own.
     """
     from calmix.compression import ladder
-    from calmix.compression.plan import target
     from calmix.report import words
     from calmix.report.card import read_card
 
     if dry_run:
         walk = ladder.begin(options, output)
-        costs, wanted = ladder.dry(walk), target(walk.request.model_dump())
-        title = f"{options.model} at {wanted}, effort {options.effort}, on this machine"
+        costs, request = ladder.dry(walk), walk.request
+        title = f"{options.model} at {request.target}, effort {options.effort}, on this machine"
         if walk.floors:
             title = f"{options.model} to keep {options.keep_at_least}, with all candidates"
         print_json([asdict(one) | {"command": one.stage.command} for one in costs])

@@ -94,8 +94,6 @@ def run(
     dense, original, own_texts = None, against, parse_texts(text)
     if against is not None and against.lower().endswith(".json"):
         dense, original = load_scores(user_path(against)), None
-        check_same_suite(describe(chosen), dense.suite)
-        _kept(dense, None, measure)
     if own_texts and (original is None or no_distance):
         raise InputError(
             "--text measures the distance to a dense model: name it with --against, and leave out "
@@ -103,6 +101,9 @@ def run(
         )
     if right_only and dense is None:
         raise InputError("--right-only needs the scores of a dense model: --against FILE.json")
+    if dense is not None:
+        check_same_suite(describe(chosen), dense.suite)
+        _kept(dense, None, measure)
     known_right = dense.right if dense is not None and right_only else None
     if output is not None:
         read = [local_file(str(path)).path for path in own_texts.values()]

@@ -151,9 +151,14 @@ class Request(Target):
         walks = self.keep_at_least is not None and self.effort == "standard"
         return 1 if walks else EFFORTS[self.effort].epochs
 
+    @property
+    def target(self) -> str:
+        """The target as text: `60 %`, `2:4`, `2.8 bits`, `50 %, 4 bits`."""
+        return target(self.model_dump())
+
 
 def target(request: Mapping[str, Any]) -> str:
-    """Return the target of a request as text: `60 %`, `2:4`, `2.8 bits`, `50 %, 4 bits`."""
+    """Return the target of a request as text."""
     share = None if request["sparsity"] is None else f"{100 * request['sparsity']:g} %"
     bits = None if request.get("bits") is None else f"{request['bits']:g} bits"
     return ", ".join(filter(None, (request["pattern"] or share, bits)))

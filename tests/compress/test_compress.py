@@ -14,7 +14,7 @@ import pytest
 import calmix as api
 from calmix.calibration import parse_mix
 from calmix.cli import compress as verb
-from calmix.compression.plan import MIX, PERMISSIVE, aim, stages, target, weighed
+from calmix.compression.plan import MIX, PERMISSIVE, aim, stages, weighed
 from calmix.compression.running import read_record
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import choose, runnable
@@ -343,7 +343,7 @@ def test_size_and_bits_replace_or_accompany_a_sparsity(calmix, command, asked, t
     four = stages(asked(effort="quick"), out)
     assert not [one for one in four if one.arguments[0] == "recover"]
     both = asked(bits=4, pattern="2:4")
-    assert (target(both.model_dump()), aim(both)["method"]) == ("2:4, 4 bits", "admm")
+    assert (both.target, aim(both)["method"]) == ("2:4, 4 bits", "admm")
     for text, method in (("python-docs", "sparsegpt"), ("self-written", "admm")):
         assert aim(asked(pattern="2:4", calibration=text))["method"] == method
     assert calmix(*command(tmp_path / "no", "--bits", 3, "--dry-run")).code == 0
