@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -61,6 +62,9 @@ def option(
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
 
+advanced = partial(option, advanced=True)
+
+
 def parse_share(value: Any) -> Any:
     """Return `0.6` or `60%` as a share; for 60 a ValueError suggests 0.6."""
     try:
@@ -96,9 +100,9 @@ Leakage = Annotated[str, BeforeValidator(lambda value: "off" if value is False e
 
 
 # Options that several models have.
-TRUST = option(False, "Run modelling code shipped with the model.", advanced=True)
+TRUST = advanced(False, "Run modelling code shipped with the model.")
 RUN_CODE = option(False, "Run code the model writes, in a limited subprocess.")
-MAX_MEMORY = option(None, "Memory to use at most, e.g. 6GiB.", shown="free memory", advanced=True)
+MAX_MEMORY = advanced(None, "Memory to use at most, e.g. 6GiB.", shown="free memory")
 MEASURE = option("primary", "Score that retention compares, e.g. accuracy.", metavar="NAME")
 
 
@@ -118,8 +122,8 @@ class TrialOptions(DeviceOptions):
 class ModelOptions(DeviceOptions):
     """How a model is opened."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Number format to compute in.", advanced=True
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = advanced(
+        "auto", "Number format to compute in."
     )
 
     def opening(self) -> dict[str, Any]:
@@ -127,20 +131,15 @@ class ModelOptions(DeviceOptions):
         return {name: getattr(self, name) for name in ModelOptions.model_fields}
 
 
-def own_sources_option(advanced: bool = True) -> Any:
-    """Return the field of a user's own sources, `--sources`."""
-    text = "YAML file of your own sources, e.g. mine.yaml."
-    return option(None, text, metavar="FILE", advanced=advanced)
-
-
+weights_option = partial(option, None, shown="all equal", metavar="NAME=WEIGHT,...")
+own_sources_option = partial(
+    option, None, "YAML file of your own sources, e.g. mine.yaml.", metavar="FILE"
+)
 Licence = Literal["permissive"] | None
-
-
-def licence_option(advanced: bool = True) -> Any:
-    """Return the field `--licence`, or `--license`."""
-    text = "Only sources with this kind of licence."
-    return option(None, text, flag="--licence --license", advanced=advanced)
-
+licence_option = partial(
+    option, None, "Only sources with this kind of licence.", flag="--licence --license"
+)
+path_option = partial(option, flag="--output -o", metavar="PATH")  # of an output
 
 ROWS_OF = re.compile(r"([^,:]+\.(?:csv|tsv|jsonl?|parquet))(?=[:,]|$)", re.IGNORECASE)
 
@@ -171,19 +170,17 @@ class SizeOptions(Options):
     rows: int = option(64, "Rows of the set, e.g. 128.", ge=1)
     length: int = option(512, "Tokens per row, e.g. 2048.", ge=1)
     seed: int = option(0, "Seed of the calibration text, e.g. 1.", ge=0)
-    packing: Literal["concat", "window"] = option(
-        "concat", "Documents joined (concat) or one window of each.", advanced=True
+    packing: Literal["concat", "window"] = advanced(
+        "concat", "Documents joined (concat) or one window of each."
     )
-    sources: Path | dict[str, Any] | None = own_sources_option()
+    sources: Path | dict[str, Any] | None = own_sources_option(advanced=True)
 
 
 class DrawOptions(SizeOptions):
     """How a calibration set is drawn; the same on the command line, in YAML and in Python."""
 
-    leakage: Leakage = option(
-        "offline", "Suites whose text is excluded; off: no check.", advanced=True
-    )
-    licence: Licence = licence_option()
+    leakage: Leakage = advanced("offline", "Suites whose text is excluded; off: no check.")
+    licence: Licence = licence_option(advanced=True)
 
     def drawn(self) -> dict[str, Any]:
         """Return the drawing options that were set, by name."""
@@ -204,12 +201,12 @@ class Settings(Options):
     """How a study is analysed."""
 
     measure: Measure = MEASURE
-    default: str | None = option(
-        None, "Set to compare others with.", shown="mean of the single sources", advanced=True
+    default: str | None = advanced(
+        None, "Set to compare others with.", shown="mean of the single sources"
     )
-    permutations: int = option(19_999, "Permutations, beyond 8 sets.", ge=1, advanced=True)
-    resamples: int = option(2000, "Bootstrap resamples for intervals.", ge=1, advanced=True)
-    seed: int = option(0, "Seed of permutations and bootstrap.", ge=0, advanced=True)
+    permutations: int = advanced(19_999, "Permutations, beyond 8 sets.", ge=1)
+    resamples: int = advanced(2000, "Bootstrap resamples for intervals.", ge=1)
+    seed: int = advanced(0, "Seed of permutations and bootstrap.", ge=0)
 
 
 Propagation = Literal["sequential", "block"]
@@ -224,26 +221,22 @@ class Pruning(DrawOptions):
     calibration: str | None = option(
         None, "Source, mix, file or saved set, e.g. uniform:stories,python-stdlib."
     )
-    propagation: Propagation | None = option(
+    propagation: Propagation | None = advanced(
         None, "sequential: inputs from pruned layers; block: the papers' two passes.",
         shown="sequential",
-        advanced=True,
     )  # fmt: skip
-    allocation: Any = option(
-        None,
-        "Per-layer sparsity (owl, error) or bits (kl); or a file.",
-        shown="uniform",
-        advanced=True,
+    allocation: Any = advanced(
+        None, "Per-layer sparsity (owl, error) or bits (kl); or a file.", shown="uniform"
     )
-    drop_experts: float | None = option(
-        None, "Fraction of experts to drop per MoE layer: 0.25.", advanced=True, gt=0, lt=1
+    drop_experts: float | None = advanced(
+        None, "Fraction of experts to drop per MoE layer: 0.25.", gt=0, lt=1
     )
-    embeddings: float | None = option(
+    embeddings: float | None = advanced(
         None, "Bits per weight of embeddings and output head: 5.", shown="as they are",
-        advanced=True, ge=2, le=MOST_EMBEDDING,
+        ge=2, le=MOST_EMBEDDING,
     )  # fmt: skip
-    only: tuple[str, ...] = option((), "Only layers whose names match: '*.mlp.*'.", advanced=True)
-    skip: tuple[str, ...] = option((), "Skip layers whose names match: '*.o_proj'.", advanced=True)
+    only: tuple[str, ...] = advanced((), "Only layers whose names match: '*.mlp.*'.")
+    skip: tuple[str, ...] = advanced((), "Skip layers whose names match: '*.o_proj'.")
 
 
 RECOVERIES = {"distill": (2, 1e-3), "blocks": (2, 3e-3)}  # epochs and learning rate
@@ -296,14 +289,12 @@ class Target(DeviceOptions):
     keep_at_least: str | None = option(
         None, "Smallest model that provably keeps this: code=0.9,math=0.7.", metavar="FLOORS"
     )
-    confidence: Share | None = option(
-        None, "Confidence of --keep-at-least, e.g. 0.99.", shown="0.95", ge=0.8, le=0.999,
-        advanced=True,
-    )  # fmt: skip
-    seeds: int | None = option(
-        None, "Text seeds that must all pass --keep-at-least.", shown="1", ge=1, le=9,
-        advanced=True,
-    )  # fmt: skip
+    confidence: Share | None = advanced(
+        None, "Confidence of --keep-at-least, e.g. 0.99.", shown="0.95", ge=0.8, le=0.999
+    )
+    seeds: int | None = advanced(
+        None, "Text seeds that must all pass --keep-at-least.", shown="1", ge=1, le=9
+    )
     effort: Literal["quick", "standard", "best"] = option(
         "standard", "Time to spend on calibration, recovery and evaluation."
     )
@@ -312,9 +303,10 @@ class Target(DeviceOptions):
     )
     suite: str = option("offline", "Suite by name, or a YAML file.")
     seed: int | None = option(None, "Seed of the calibration text.", shown="0", ge=0)
-    licence: Licence = licence_option(advanced=False)
-    prompts: Path | None = option(None, "Prompts for the card: .txt, .jsonl or .parquet.",
-                                  shown="ten plain questions", advanced=True)  # fmt: skip
+    licence: Licence = licence_option()
+    prompts: Path | None = advanced(
+        None, "Prompts for the card: .txt, .jsonl or .parquet.", shown="ten plain questions"
+    )
     allow_code_execution: bool = RUN_CODE
 
 
@@ -322,11 +314,11 @@ class Compression(TextField, Target):
     """The options of `compress`."""
 
     no_corpus: bool = option(False, "Calibrate on text the model writes itself.")
-    keep: Weights | None = option(
-        None, "Weights of dimensions besides chats: code=2,general=1.", metavar="NAME=WEIGHT,..."
+    keep: Weights | None = weights_option(
+        "Weights of dimensions besides chats: code=2,general=1.", shown=None
     )
-    within: Annotated[float, BeforeValidator(parse_duration)] | None = option(
-        None, "Time limit of --keep-at-least, e.g. 2h.", metavar="TIME", advanced=True
+    within: Annotated[float, BeforeValidator(parse_duration)] | None = advanced(
+        None, "Time limit of --keep-at-least, e.g. 2h.", metavar="TIME"
     )
 
 
@@ -334,10 +326,7 @@ METHOD = "sparsegpt"  # default of pruning
 BITS_METHOD = "ecq"  # default for bits without a sparsity
 COMPRESS_METHOD = "admm"  # ends in a refit of its own: docs/methods.md
 
-# Options of drawing a calibration set; options of methods that use data; and options of every
-# pruning run, whose names no method's option may have.
-DRAW = tuple(DrawOptions.model_fields)
-CALIBRATED = ("calibration", "propagation", "drop_experts", *DRAW)
+# Options of every pruning run, whose names no method's option may have.
 PRUNE = (
     *Pruning.model_fields, *ModelOptions.model_fields, "method", "sparsity", "pattern", "model",
     "ids", "output", "max_memory", "micro_tokens", "paused", "progress", "resume", "overwrite",
@@ -365,30 +354,25 @@ def named_options(what: str, text: str) -> tuple[str, dict[str, str]]:
 
 
 def checked(model: type[Some], values: Mapping[str, Any]) -> Some:
-    """Check options, None being not given; an InputError names the flag."""
+    """Check options, None being not given; an InputError names the flag of the first mistake."""
     try:
         return model.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
-        raise InputError(mistake(error, model)) from None
-
-
-def mistake(error: ValidationError, model: type[Options]) -> str:
-    """Return the first error of a failed validation as a line that names the flag."""
-    problem = error.errors()[0]
+        problem = error.errors()[0]
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "extra_forbidden":
-        return f"unknown option '{name}': {nearest(name, model.model_fields)}"
+        raise InputError(f"unknown option '{name}': {nearest(name, model.model_fields)}")
     flag = flags(model, name)[0] if name in model.model_fields else name
     if problem["type"] == "missing":
-        return f"{flag} is missing"
+        raise InputError(f"{flag} is missing")
     said = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{flag}: {said}" if name else said
+        raise InputError(f"{flag}: {said}" if name else said)
     said = said.partition(", unable")[0].replace("Input should", "must")
     hint = nearest(str(problem["input"]), re.findall(r"'([^']+)'", said))
     if problem["type"] == "literal_error" and hint.startswith("did"):
         said += f": {hint}"
-    return f"{flag} {problem['input']}: {said}"
+    raise InputError(f"{flag} {problem['input']}: {said}")
 
 
 def flags(model: type[Options], name: str) -> list[str]:
@@ -397,8 +381,3 @@ def flags(model: type[Options], name: str) -> list[str]:
     if extra.get("argument"):
         return [extra.get("metavar") or name.upper()]
     return (extra.get("flag") or f"--{name.replace('_', '-')}").split()
-
-
-def path_option(text: str, **more: Any) -> Any:
-    """Return the field of an output path, `--output` or `-o`."""
-    return option(more.pop("default", ...), text, flag="--output -o", metavar="PATH", **more)

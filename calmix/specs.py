@@ -12,11 +12,10 @@ from pydantic import Field
 from calmix.errors import InputError, nearest
 from calmix.options import (
     BITS_METHOD,
-    CALIBRATED,
-    DRAW,
     METHOD,
     PRUNE,
     RECOVERY_OPTIONS,
+    DrawOptions,
     Pruning,
     Recovering,
     checked,
@@ -32,7 +31,8 @@ if TYPE_CHECKING:
 LENGTH, SEED = 512, 0
 BOTH = "give either --sparsity (such as 0.5) or --pattern (such as 2:4)"
 NONE = "none"  # method of a request that only drops experts
-SCORED = {"calibration", "drop_experts", *DRAW}  # the options that dropping experts reads
+SCORED = {"calibration", "drop_experts", *DrawOptions.model_fields}  # read to drop experts
+CALIBRATED = {"propagation", *SCORED}  # read by methods that use data
 
 
 class PruneRequest(Pruning):
@@ -153,10 +153,9 @@ def prune_request(
     drops, bare = request.drop_experts is not None, sparsity is None and pattern is None
     chosen: dict[str, Any]
     if drops and bare and "bits" not in own:
-        unused = {*own, *(given.keys() - SCORED)}
-        unused |= {"method"} if method not in (None, NONE) else set()
+        named = {} if method in (None, NONE) else {"method": method}
         where = "if only experts are dropped: leave it out, or add --sparsity or --pattern"
-        _check_unused(unused, where)
+        _check_unused({**own, **given, **named}.keys() - SCORED, where)
         chosen = {"method": NONE}
     else:
         if sparsity is not None and pattern is not None:
@@ -209,7 +208,7 @@ def _unread(method: Method, given: Collection[str]) -> set[str]:
     """Return the options given that have no effect because the method uses no calibration data."""
     if method.needs is not None:
         return set()
-    return set(given) & set(CALIBRATED) - (SCORED if "drop_experts" in given else set())
+    return set(given) & CALIBRATED - (SCORED if "drop_experts" in given else set())
 
 
 def requests(

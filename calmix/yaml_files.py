@@ -121,12 +121,11 @@ def locate(node: yaml.Node, path: Sequence[Any]) -> tuple[int, int]:
     """Return the line of the deepest existing part of a path, and its depth."""
     line = node.start_mark.line + 1
     for depth, part in enumerate(path):
-        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-            continue
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        entries = {key.value: (key, value) for key, value in pairs}
+        entries: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        if isinstance(node, yaml.MappingNode):
+            entries = {key.value: (key, value) for key, value in node.value}
+        elif isinstance(node, yaml.SequenceNode):
+            entries = {str(at): (one, one) for at, one in enumerate(node.value)}
         if str(part) not in entries:
             return line, depth
         key, node = entries[str(part)]

@@ -20,10 +20,12 @@ from calmix.options import (
     SizeOptions,
     TextField,
     Weights,
+    advanced,
     licence_option,
     option,
     own_sources_option,
     path_option,
+    weights_option,
 )
 from calmix.progress import Progress
 from calmix.sources import builtin_sources, get_source, offline_sources, own_sources
@@ -45,7 +47,7 @@ def draw(
         ..., "Source, a:0.5,b:0.5, uniform:a,b, YAML, file; or self-written.", argument=True
     ),
     model: str = option(..., "Model that the set is for.", flag="--model -m"),
-    output: Path = path_option("Folder to write."),
+    output: Path = path_option(..., "Folder to write."),
     overwrite: bool = option(False, "Replace a calibration set."),
 ) -> None:
     """Draw a calibration set from sources, or let the model write it.
@@ -110,7 +112,7 @@ def measure(
     rows: int = option(32, "Rows per sample, e.g. 64.", ge=1),
     draws: int = option(3, "Samples per text, each with its own seed.", ge=1),
     no_perplexity: bool = option(False, "Skip perplexity, which runs the model."),
-    output: Path | None = path_option("A .json or .csv file to write.", default=None),
+    output: Path | None = path_option(None, "A .json or .csv file to write."),
 ) -> None:
     """Measure calibration text, such as its diversity and perplexity, at one token budget."""
     from calmix.calibration import open_tokenizer
@@ -154,17 +156,12 @@ def predict(
     method: str = option(METHOD, "Pruning method, e.g. admm,refit=5."),
     sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.", shown="0.6"),
     pattern: str | None = option(None, "N:M instead of a sparsity, e.g. 2:4."),
-    weights: Weights | None = option(
-        None,
-        "Weight of each held-out text: general=1,code=2.",
-        shown="all equal",
-        metavar="NAME=WEIGHT,...",
-    ),
-    text: tuple[str, ...] = option(
-        (), "Your held-out text: code=mine.jsonl (repeat).", metavar="NAME=PATH", advanced=True
+    weights: Weights | None = weights_option("Weight of each held-out text: general=1,code=2."),
+    text: tuple[str, ...] = advanced(
+        (), "Your held-out text: code=mine.jsonl (repeat).", metavar="NAME=PATH"
     ),
     rows: int = option(16, "Rows per source.", ge=1),
-    every: int = option(7, "Measure every k-th block only.", ge=1, advanced=True),
+    every: int = advanced(7, "Measure every k-th block only.", ge=1),
 ) -> None:
     """Rank calibration sets by predicted reconstruction error, without pruning.
 
@@ -203,8 +200,8 @@ def predict(
 
 @verb("sources", of=calibrate)
 def list_sources(
-    sources: Path | None = own_sources_option(advanced=False),
-    licence: Licence = licence_option(advanced=False),
+    sources: Path | None = own_sources_option(),
+    licence: Licence = licence_option(),
     dimension: str | None = option(None, "Only sources of this dimension, e.g. code."),
 ) -> None:
     """List the sources; files, folders and hub ids (owner/name) are sources too."""
@@ -237,7 +234,7 @@ def show_source(
     name: str = option(..., "A source, file or hub id.", argument=True),
     documents: int = option(1, "Documents to show.", ge=1),
     characters: int = option(600, "Characters per document.", ge=1),
-    sources: Path | None = own_sources_option(advanced=False),
+    sources: Path | None = own_sources_option(),
 ) -> None:
     """Show a source and the beginning of its first documents."""
     own = own_sources(sources)

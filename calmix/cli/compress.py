@@ -18,7 +18,7 @@ from calmix.cli.verbs import verb
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.scores import load_pairs, load_scores
 from calmix.files import check_output_file, write_json, write_text
-from calmix.options import Compression, Share, checked, option, path_option
+from calmix.options import Compression, Share, advanced, checked, option, path_option
 from calmix.progress import duration
 from calmix.shown import Shown, percent
 
@@ -30,11 +30,9 @@ if TYPE_CHECKING:
 @verb("compress")
 def compress_verb(
     options: Compression,
-    output: Path = path_option("Folder to write, or to resume in."),
+    output: Path = path_option(..., "Folder to write, or to resume in."),
     dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing."),
-    resume: bool = option(
-        False, "Resume an interrupted run, as compress always does.", advanced=True
-    ),
+    resume: bool = advanced(False, "Resume an interrupted run, as compress always does."),
     open: bool = option(False, "Open the card in a browser at the end."),
 ) -> None:
     """Quantise a model (or prune and distil it), evaluate it, and write its report card.
@@ -47,20 +45,21 @@ def compress_verb(
     from calmix.report.card import read_card
 
     if dry_run:
-        request, costs = ladder.dry(options, output)
+        walk = ladder.begin(options, output)
+        costs, request = ladder.dry(walk), walk.request
         title = f"{options.model} at {request.target}, effort {options.effort}, on this machine"
-        if options.keep_at_least is not None:
+        if walk.floors:
             title = f"{options.model} to keep {options.keep_at_least}, with all candidates"
         print_json([asdict(one) | {"command": one.stage.command} for one in costs])
         print_costs(costs, title)
-        if options.keep_at_least is not None:
-            line(words.wrapped(ladder.provable(request)))
+        if walk.floors:
+            line(words.wrapped(walk.provable()))
         return
     began = time.monotonic()
     walked, seconds = ladder.make(options, output, _run, note)
     result: dict[str, Any] = {"output": str(output), "model": None}
-    if walked is not None:
-        result |= {"ladder": asdict(walked)}
+    if walked.floors:
+        result |= {"ladder": walked.state}
         print_table(walked.rows(), title="candidates: kept % (proven %)")
         for text in (walked.why(), *walked.promise):
             line(words.wrapped(text))
@@ -169,7 +168,7 @@ def compress(
     given = {key: str(one) if isinstance(one, Path) else one for key, one in given.items()}
     request, folder = checked(Compression, given), Path(output)
     walked, _ = ladder.make(request, folder, _run, note if shown else None)
-    if walked is not None and walked.bits is None:
+    if walked.floors and walked.bits is None:
         yet = " yet" * bool(walked.left)
         raise NotKeptError(f"no candidate keeps {request.keep_at_least}{yet}: {walked.why()}")
     return Compressed(folder)
@@ -179,7 +178,7 @@ def compress(
 def report(
     folders: tuple[Path, ...] = option(..., "Folders of calmix compress.", argument=True),
     output: Path | None = path_option(
-        "Page to write; required for several folders.", default=None, shown="OUT/card.html"
+        None, "Page to write; required for several folders.", shown="OUT/card.html"
     ),
 ) -> None:
     """Write the report card of a compressed model, or a page that compares several."""
@@ -215,7 +214,7 @@ def check(
     confidence: Share | None = option(
         None, "Confidence of the test, e.g. 0.99.", ge=0.8, le=0.999, shown="0.95"
     ),
-    output: Path | None = path_option("JSON file to write.", default=None, shown="OUT/check.json"),
+    output: Path | None = path_option(None, "JSON file to write.", shown="OUT/check.json"),
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
     """Test whether a model meets its floors; exit code 1 if it does not.

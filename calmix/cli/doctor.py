@@ -81,7 +81,7 @@ def rerun(
     manifest: Path = option(
         ..., "A checkpoint's calmix.json or a set's manifest.json.", argument=True
     ),
-    output: Path | None = path_option("Folder to keep the new result in.", default=None),
+    output: Path | None = path_option(None, "Folder to keep the new result in."),
     trust_remote_code: bool = option(False, "Run modelling code shipped with the model."),
 ) -> None:
     """Recreate a result from its manifest and compare hashes; exit code 2 if they differ.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
+from calmix.evaluation import suites
 from calmix.evaluation.behaviour import Behaviour, behaviour, likelihood
 from calmix.evaluation.measures import RIGHT_OR_WRONG
 from calmix.evaluation.retention import RESAMPLES, Retention, flips
@@ -24,16 +25,17 @@ from calmix.evaluation.scores import (
     load_pair,
     load_scores,
 )
-from calmix.evaluation.suites import (
-    Suite,
-    builtin_suites,
-    load_suite,
-    provenance,
-    suite_file,
-    template,
-)
 from calmix.files import check_output_file, user_path, write_text
-from calmix.options import MEASURE, MODEL, RUN_CODE, Measure, ModelOptions, option, path_option
+from calmix.options import (
+    MEASURE,
+    MODEL,
+    RUN_CODE,
+    Measure,
+    ModelOptions,
+    advanced,
+    option,
+    path_option,
+)
 from calmix.progress import Progress
 from calmix.sources.licences import use_of
 from calmix.sources.registry import local_file
@@ -53,32 +55,23 @@ def run(
     model: str = option(..., MODEL, argument=True),
     suite: str = option("offline", "Suite by name, or a YAML file."),
     against: str | None = option(None, DENSE, metavar="DENSE"),
-    output: Path | None = path_option("JSON file to write, with every item.", default=None),
+    output: Path | None = path_option(None, "JSON file to write, with every item."),
     quick: bool = option(False, "Only the suite's quick slice."),
-    whole: tuple[str, ...] = option(
-        (), "With --quick: all items of this dimension (repeat).", advanced=True
-    ),
+    whole: tuple[str, ...] = advanced((), "With --quick: all items of this dimension (repeat)."),
     limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1),
     dimension: tuple[str, ...] = option((), "Only this dimension (repeat)."),
     task: tuple[str, ...] = option((), "Only this task (repeat)."),
     without: tuple[str, ...] = option((), "Skip this task (repeat).", metavar="TASK"),
     allow_code_execution: bool = RUN_CODE,
-    right_only: bool = option(
-        False,
-        "Generate only answers that DENSE, a .json file, has right.",
-        advanced=True,
+    right_only: bool = advanced(
+        False, "Generate only answers that DENSE, a .json file, has right."
     ),
-    text: tuple[str, ...] = option(
-        (),
-        "Text to measure the distance on: code=mine.jsonl (repeat).",
-        metavar="NAME=PATH",
-        advanced=True,
+    text: tuple[str, ...] = advanced(
+        (), "Text to measure the distance on: code=mine.jsonl (repeat).", metavar="NAME=PATH"
     ),
-    no_distance: bool = option(False, "Skip the distance to the dense model.", advanced=True),
-    batch_tokens: int | None = option(
-        None, "Tokens per forward pass.", shown="2048", ge=1, advanced=True
-    ),
-    no_cache: bool = option(False, "Ignore cached results of the dense model.", advanced=True),
+    no_distance: bool = advanced(False, "Skip the distance to the dense model."),
+    batch_tokens: int | None = advanced(None, "Tokens per forward pass.", shown="2048", ge=1),
+    no_cache: bool = advanced(False, "Ignore cached results of the dense model."),
     measure: Measure = MEASURE,
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
@@ -97,22 +90,31 @@ def run(
     chosen, left_out = capability.runnable(chosen, allow_code_execution)
     if left_out:
         note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
-    saved = against if (against or "").lower().endswith(".json") else None
-    original, own_texts = None if saved else against, parse_texts(text)
+    # All inputs are read and checked before anything is scored.
+    dense, original, own_texts = None, against, parse_texts(text)
+    if against is not None and against.lower().endswith(".json"):
+        dense, original = load_scores(user_path(against)), None
     if own_texts and (original is None or no_distance):
         raise InputError(
             "--text measures the distance to a dense model: name it with --against, and leave out "
             "--no-distance"
         )
-    if right_only and not saved:
+    if right_only and dense is None:
         raise InputError("--right-only needs the scores of a dense model: --against FILE.json")
-    named = [model] if original is None else [model, original]
+    if dense is not None:
+        check_same_suite(describe(chosen), dense.suite)
+        _kept(dense, None, measure)
+    known_right = dense.right if dense is not None and right_only else None
     if output is not None:
         read = [local_file(str(path)).path for path in own_texts.values()]
         rows = [one.file for one in chosen.tasks.values()]
-        inputs = [model, against, suite_file(suite), *read, *rows]
+        inputs = [model, against, suites.suite_file(suite), *read, *rows]
         check_output_file(output, inputs=inputs, overwrite=overwrite)
-    check_models(*named, **how)
+    check_models(model, original, **how)
+    named = [model] if original is None else [model, original]
+    held = [open_tokenizer(name, trust_remote_code=opening.trust_remote_code) for name in named]
+    forms = [capability.how_asked(one.tokenizer, chosen) for one in held]
+    check_same_form("" if dense is None else dense.form, *forms)
 
     def score(opened: OpenModel, dense: bool) -> CapabilityScores:
         with Progress() as bar:
@@ -123,18 +125,7 @@ def run(
                 progress=bar.of(f"scoring {opened.name}"),
             )  # fmt: skip
 
-    # All inputs are read and checked before anything is scored.
-    dense = found = dense_states = known_right = None
-    if saved:
-        dense = load_scores(user_path(saved))
-        check_same_suite(describe(chosen), dense.suite)
-        _kept(dense, None, measure)
-        known_right = dense.right if right_only else None
-    forms = [] if dense is None else [dense.form]
-    for name in named:
-        held = open_tokenizer(name, trust_remote_code=opening.trust_remote_code)
-        forms.append(capability.how_asked(held.tokenizer, chosen))
-    check_same_form(*forms)
+    found = dense_states = None
     if original is not None:
         opened = open_model(original, **how)
         by_likelihood = not no_distance and any(
@@ -327,7 +318,7 @@ def _print(scores: CapabilityScores, dense: CapabilityScores | None, kept: Reten
 def answers(
     opening: ModelOptions,
     models: tuple[str, ...] = option(..., "Models, the dense one first.", argument=True),
-    output: Path = path_option("JSON file to write."),
+    output: Path = path_option(..., "JSON file to write."),
     prompts: Path | None = option(
         None, "Your own prompts: .txt, .jsonl or .parquet.", shown="ten plain questions"
     ),
@@ -362,7 +353,7 @@ def perplexity(
     model: str = option(..., MODEL, argument=True),
     text: Path = option(..., "A .txt, .jsonl or .parquet file."),
     length: int = option(2048, "Tokens per window.", ge=2),
-    separator: str = option("", "Text between the documents of the file.", advanced=True),
+    separator: str = advanced("", "Text between the documents of the file."),
 ) -> None:
     """Measure perplexity and bits per byte of a text in non-overlapping windows."""
     from calmix.evaluation.likelihood import perplexity as measure
@@ -379,10 +370,10 @@ def perplexity(
 
 
 @verb("suites", of=evaluate)
-def suites() -> None:
+def list_suites() -> None:
     """List the builtin suites; a YAML file is a suite too."""
     rows, full = [], []
-    for each in builtin_suites().values():
+    for each in suites.builtin_suites().values():
         origins = _origins(each)
         closed = [name for name, one in origins.items() if one["use"] == "non-commercial"]
         rows.append({
@@ -396,28 +387,28 @@ def suites() -> None:
                 least=["not for commercial use", "tasks"])  # fmt: skip
 
 
-def _origins(suite: Suite) -> dict[str, dict[str, str]]:
+def _origins(suite: suites.Suite) -> dict[str, dict[str, str]]:
     """Return licence, permitted use and origin of each task's items."""
-    found = {name: provenance(spec) for name, spec in suite.tasks.items()}
+    found = {name: suites.provenance(spec) for name, spec in suite.tasks.items()}
     return {name: {**one, "use": use_of(one["licence"])} for name, one in found.items()}
 
 
 @verb("suite", of=evaluate)
-def suite(
+def show_suite(
     name: str = option(..., "Suite by name, or a YAML file.", argument=True),
     new: bool = option(False, "Write a suite to start from: NAME.yaml and its rows."),
 ) -> None:
     """Check a suite and show its tasks."""
     if new:
         stem = Path(re.sub(r"\.ya?ml$", "", name))
-        files = {stem.with_name(file): text for file, text in template(stem.name).items()}
+        files = {stem.with_name(file): text for file, text in suites.template(stem.name).items()}
         for path in files:
             check_output_file(path, overwrite=None)
         for path, text in files.items():
             write_text(path, text)
         line(f"wrote {', '.join(map(str, files))}; calmix evaluate suite {stem}.yaml checks them")
         return
-    found = load_suite(name)
+    found = suites.load_suite(name)
     origins = _origins(found)
     fields = found.model_dump(mode="json", exclude_none=True)
     print_json({**fields, "hash": found.hash, "provenance": origins})

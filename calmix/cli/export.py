@@ -20,7 +20,7 @@ SETS = ("jsonl", "imatrix")
 class ExportOptions(Options):
     what: str = option(..., "A model, a pack or a saved calibration set.", argument=True)
     to: Form | None = option(None, "Format to write.", shown="pack; jsonl for a set")
-    output: Path = path_option("Folder, .jsonl or .gguf file to write.")
+    output: Path = path_option(..., "Folder, .jsonl or .gguf file to write.")
     weights: Literal["int8", "own", "f16", "q8_0", "q4_0", "q4_1"] | None = option(
         None, "OpenVINO: int8 or own. GGUF: f16, q8_0, q4_0, q4_1.", shown="int8; f16 for GGUF"
     )
@@ -73,11 +73,8 @@ def _pack(options: ExportOptions, form: str, bar: Progress) -> Made:
     made = pack(*folders, overwrite=overwrite, progress=bar.of("packing"))
     before, after = made.sparse
     sparse = f", {after / before:.3f} where weights are pruned or quantised" if before else ""
-    return (
-        {"dense": made.dense, "packed": made.packed, "sparse": list(made.sparse)},
-        f"{made.dense / 1e6:,.1f} MB of weights in {made.packed / 1e6:,.1f} MB "
-        f"({made.packed / made.dense:.3f}{sparse})",
-    )
+    text = f"{made.dense / 1e6:,.1f} MB of weights in {made.packed / 1e6:,.1f} MB "
+    return asdict(made), text + f"({made.packed / made.dense:.3f}{sparse})"
 
 
 def _engine(options: ExportOptions, form: str, bar: Progress) -> Made:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,14 +42,30 @@ class WorkOptions(TextField, DrawOptions, ModelOptions):
     resume: bool = option(False, "Resume an interrupted run of the same request.")
     overwrite: bool = option(False, "Replace what calmix wrote there.")
 
-    def work(self) -> dict[str, Any]:
-        """Return how to open the model, bound memory and resume."""
+    def most(self) -> int | None:
+        """Return the bytes of memory to use at most."""
         from calmix.pruning.budget import parse_memory
 
-        bound = None if self.max_memory is None else parse_memory(self.max_memory)
-        return self.opening() | {
-            "max_memory": bound, "resume": self.resume, "overwrite": self.overwrite, "note": note,
-        }  # fmt: skip
+        return None if self.max_memory is None else parse_memory(self.max_memory)
+
+    @contextmanager
+    def running(self, what: str) -> Iterator[tuple[bool, Progress, dict[str, Any]]]:
+        """Yield whether this process prints (of several, one does), progress, and how to run."""
+        from calmix.pruning import distributed
+
+        def started(drawn: CalibrationSet | None) -> None:
+            if leads and drawn is not None:
+                shares = ", ".join(f"{name} {count}" for name, count in drawn.counts.items())
+                note(f"{what} on {drawn.rows} rows of {drawn.length} tokens: {shares}")
+
+        with distributed.launched(self.device) as device:
+            leads = distributed.processes()[0] == 0
+            with Progress(shown=leads) as bar:
+                yield leads, bar, self.opening() | {
+                    "device": device, "max_memory": self.most(), "resume": self.resume,
+                    "overwrite": self.overwrite, "note": note, "started": started,
+                    "writing": bar.writing,
+                }  # fmt: skip
 
 
 @verb("prune")
@@ -56,7 +73,7 @@ def prune(
     pruning: Pruning,
     work: WorkOptions,
     model: str = option(..., MODEL, argument=True),
-    output: Path = path_option("Folder to write; several targets get folders inside it."),
+    output: Path = path_option(..., "Folder to write; several targets get folders inside it."),
     method: str | None = option(None, "Methods, e.g. admm or wanda,refit=10.", shown=METHOD),
     sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%; or 0.5,0.6."),
     pattern: str | None = option(None, "N:M, keep N of every M inputs, e.g. 2:4."),
@@ -70,7 +87,6 @@ def prune(
     """
     wanted = requests(method=method, sparsity=sparsity, pattern=pattern, bits=bits,
                       **work.options_of(Pruning))  # fmt: skip
-    from calmix.pruning import distributed
     from calmix.pruning.checkpoint import prune_checkpoints
 
     several = len(wanted) > 1
@@ -80,20 +96,15 @@ def prune(
     shares = user_path(pruning.allocation or "")
     for target in targets:
         check_apart(target, [work.sources, shares if shares.is_file() else None])
-    how = work.work()
     if dry_run:
         from calmix.compression.estimate import estimate_prune
 
-        costs = estimate_prune(model, targets, max_memory=how["max_memory"], **work.opening())
+        costs = estimate_prune(model, targets, max_memory=work.most(), **work.opening())
         print_json([asdict(one) | {"stage": one.stage.name} for one in costs])
         print_costs(costs, f"{model}, on this machine")
         return
-    with distributed.launched(work.device) as device:
-        leads = distributed.processes()[0] == 0  # only one process prints
-        with Progress(shown=leads) as bar:
-            how |= {"device": device, "writing": bar.writing,
-                    "started": partial(_started, "calibrating")}  # fmt: skip
-            reports = prune_checkpoints(model, targets, progress=bar.of("pruning blocks"), **how)
+    with work.running("calibrating") as (leads, bar, how):
+        reports = prune_checkpoints(model, targets, progress=bar.of("pruning blocks"), **how)
     if not leads:
         return
     results = [{"output": str(path)} | report.to_dict()
@@ -101,13 +112,6 @@ def prune(
     print_json(results if several else results[0])
     for path, report in zip(targets, reports, strict=True):
         _print_pruned(path, report, brief=several)
-
-
-def _started(what: str, drawn: CalibrationSet | None) -> None:
-    """Print which calibration rows are used."""
-    if drawn is not None:
-        shares = ", ".join(f"{name} {count}" for name, count in drawn.counts.items())
-        note(f"{what} on {drawn.rows} rows of {drawn.length} tokens: {shares}")
 
 
 def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
@@ -151,26 +155,18 @@ def recover(
     work: WorkOptions,
     pruned: str = option(..., "Pruned model, as calmix prune wrote it.", argument=True),
     against: str = option(..., "Dense model it was pruned from.", metavar="DENSE"),
-    output: Path = path_option("Folder to write."),
+    output: Path = path_option(..., "Folder to write."),
 ) -> None:
     """Distil the dense model into the remaining weights; pruned weights stay zero.
 
     Held-out rows decide when to stop. Under torchrun, distill splits the work among processes.
     """
     request = recover_request(**work.options_of(Recovering))
-    from calmix.pruning import distributed
     from calmix.recovery import recover as run
 
     check_apart(output, [work.sources])
-    with distributed.launched(work.device) as device:
-        leads = distributed.processes()[0] == 0  # only one process prints
-        with Progress(shown=leads) as bar:
-            report = run(
-                pruned, against, request, output,
-                started=partial(_started, "recovering") if leads else None,
-                progress=bar.of(recovering.method), writing=bar.writing,
-                **work.work() | {"device": device},
-            )  # fmt: skip
+    with work.running("recovering") as (leads, bar, how):
+        report = run(pruned, against, request, output, progress=bar.of(recovering.method), **how)
     if not leads:
         return
     print_json({"output": str(output)} | report.to_dict())

@@ -23,8 +23,10 @@ from calmix.options import (
     Settings,
     TrialOptions,
     Weights,
+    advanced,
     option,
     path_option,
+    weights_option,
 )
 from calmix.progress import Progress, duration
 
@@ -53,7 +55,7 @@ class StudyOptions(Options):
 
 
 class AnalyseOptions(Settings, StudyOptions):
-    output: Path | None = path_option("Folder to write.", default=None, shown="in STUDY")
+    output: Path | None = path_option(None, "Folder to write.", shown="in STUDY")
     overwrite: bool = option(False, "Replace what calmix wrote there.")
 
 
@@ -132,21 +134,14 @@ def run(
     skip: list[str] = option([], "Skip these trials (repeat).", metavar="PATTERN"),
     retry_failed: bool = option(False, "Run failed trials again."),
     executor: Literal["local", "ray"] = option("local", "In this process, or on a Ray cluster."),
-    address: str | None = option(
-        None,
-        "Ray cluster: auto, HOST:PORT or ray://HOST:PORT.",
-        shown="one on this machine",
-        advanced=True,
+    address: str | None = advanced(
+        None, "Ray cluster: auto, HOST:PORT or ray://HOST:PORT.", shown="one on this machine"
     ),
-    workers: int | None = option(
-        None, "Ray: trials at a time.", shown="as many as fit", ge=1, advanced=True
-    ),
-    cpus: float | None = option(None, "Ray: CPUs per trial.", shown="1", gt=0, advanced=True),
-    gpus: float | None = option(
-        None, "Ray: GPUs per trial.", shown="1 if there are any", ge=0, advanced=True
-    ),
-    retries: int | None = option(
-        None, "Ray: restarts of a trial whose worker died.", shown="2", ge=0, advanced=True
+    workers: int | None = advanced(None, "Ray: trials at a time.", shown="as many as fit", ge=1),
+    cpus: float | None = advanced(None, "Ray: CPUs per trial.", shown="1", gt=0),
+    gpus: float | None = advanced(None, "Ray: GPUs per trial.", shown="1 if there are any", ge=0),
+    retries: int | None = advanced(
+        None, "Ray: restarts of a trial whose worker died.", shown="2", ge=0
     ),
 ) -> None:
     """Run the remaining trials of a study; if interrupted, run the same command again to resume."""
@@ -253,12 +248,7 @@ def _analysed(
 @verb("recommend", of=studies)
 def recommend(
     options: StudyOptions,
-    weights: Weights | None = option(
-        None,
-        "Weight of each dimension, e.g. general=1,code=2.",
-        shown="all equal",
-        metavar="NAME=WEIGHT,...",
-    ),
+    weights: Weights | None = weights_option("Weight of each dimension, e.g. general=1,code=2."),
     top: int = option(5, "Sets to list per condition.", ge=1),
 ) -> None:
     """Recommend the calibration set that keeps the most, by your weights."""

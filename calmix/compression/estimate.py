@@ -9,18 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import ask
-from calmix.compression.plan import (
-    CALIBRATION,
-    EFFORTS,
-    PACK,
-    SCORES,
-    Request,
-    Stage,
-    aim,
-    scored,
-    stages,
-    timed,
-)
+from calmix.compression import plan
+from calmix.compression.plan import PACK, SCORES, Request, Stage, timed
 from calmix.evaluation.generations import TOKENS
 from calmix.files import check_free
 from calmix.models import check_models, resolve_model
@@ -30,14 +20,8 @@ from calmix.pruning.allocation import KL
 from calmix.pruning.checkpoint import planned
 from calmix.recovery.memory import BEHIND, check_memory
 from calmix.specs import NONE, PruneRequest, prune_request, recover_request
-from calmix.study.estimate import (
-    PROGRAM,
-    START,
-    SuiteWork,
-    Timed,
-    suite_work,
-    text_tokens,
-)
+from calmix.study import estimate as study
+from calmix.study.estimate import PROGRAM, Timed
 
 ASKED = 16  # the card's few prompts take as long as this many answers of a full batch
 ZIPPED, SMALLER = 0.2e9, 0.45  # bytes packed per second, and packed size over size
@@ -57,12 +41,12 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
     """Return the cost of each stage of a compression on this machine."""
     model = timed(request.model, "auto", request.device, request.trust_remote_code)
     rows, length = _drawn(request)
-    pruning = prune_request(**aim(request), calibration=request.calibration)
-    suites, found = scored(request), []
+    pruning = prune_request(**plan.aim(request), calibration=request.calibration)
+    suites, found = plan.scored(request), []
     for stage in listed:
         seconds, memory, disk = 0.0, PROGRAM + model.bytes, 0.0
         leaves = Path(stage.leaves or "").name.removeprefix("dense-")
-        if leaves == CALIBRATION:
+        if leaves == plan.CALIBRATION:
             disk = 8.0 * rows * length
             memory = memory if request.generated else PROGRAM
             seconds = model.calibration(ask(request.calibration, rows=rows, length=length), False)
@@ -79,13 +63,15 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
         elif leaves == PACK:
             seconds, memory, disk = model.bytes / ZIPPED, PROGRAM, SMALLER * model.bytes
         elif leaves in suites:
-            work = suite_work(suites[leaves])
+            work = study.suite_work(suites[leaves])
             if "--right-only" in stage.arguments:
                 work = work.right
             both = request.model in stage.arguments[2:]  # the dense model is scored with it
             far = both and leaves == SCORES and "--no-distance" not in stage.arguments
-            texts = text_tokens(suites[leaves]) if far else 0
-            seconds = (1 + both) * model.evaluation(work) + model.evaluation(SuiteWork(), texts)
+            seconds = (1 + both) * model.evaluation(work)
+            if far:
+                texts = study.text_tokens(suites[leaves])
+                seconds += model.evaluation(study.SuiteWork(), texts)
             disk = 160.0 * work.items
         elif leaves == "answers.json":
             seconds = model.write(2 * TOKENS * ASKED)
@@ -109,12 +95,12 @@ def estimate_prune(
         rows, length = drawn.draw.rows, drawn.draw.length
         if seconds := model.calibration(drawn, False):
             stage = Stage("write the calibration set", (), None)
-            found.append(StageCost(stage, START + seconds, model.bytes + PROGRAM, 0.0))
+            found.append(StageCost(stage, study.START + seconds, model.bytes + PROGRAM, 0.0))
     needed, checkpoint = planned(name, targets, rows, length, max_memory=max_memory, **how)
     if any(request.allocation == KL for request in targets.values()):
         needed = max(needed, int(PROGRAM + model.bytes))
     for request in targets.values():
-        seconds = _pruning(model, request, rows, length) + (0.0 if found else START)
+        seconds = _pruning(model, request, rows, length) + (0.0 if found else study.START)
         stage = Stage(f"prune, {request.name}", (), None)
         found.append(StageCost(stage, seconds, needed, checkpoint))
     return found
@@ -122,13 +108,12 @@ def estimate_prune(
 
 def check_room(request: Request, out: Path) -> None:
     """Refuse a compression if its recovery exceeds `--max-memory` or its weights the disk."""
-    left = [stage for stage in stages(request, out) if not stage.done(out)]
-    recovered = [stage for stage in left if stage.arguments[0] == "recover"]
-    if recovered and request.most is not None:
-        model = timed(request.model, "auto", request.device, request.trust_remote_code)
-        for stage in recovered:
+    left = [stage for stage in plan.stages(request, out) if not stage.done(out)]
+    for stage in left:
+        if stage.arguments[0] == "recover" and request.most is not None:
+            model = timed(request.model, "auto", request.device, request.trust_remote_code)
             _recovery_memory(model, _recovery(request, stage), _drawn(request)[1], request.most)
-    copies: float = len(recovered) + sum(stage.arguments[0] == "prune" for stage in left)
+    copies: float = sum(stage.arguments[0] in ("prune", "recover") for stage in left)
     copies += SMALLER * any(stage.leaves == PACK for stage in left)
     size = weight_bytes(resolve_model(request.model))
     check_free(out, int(copies * size), "the checkpoints take")
@@ -139,7 +124,7 @@ def _drawn(request: Request) -> tuple[int, int]:
     if request.saved:
         draw = ask(request.calibration).draw
         return draw.rows, draw.length
-    return EFFORTS[request.effort].rows, request.length
+    return plan.EFFORTS[request.effort].rows, request.length
 
 
 def _recovery(request: Request, stage: Stage) -> Recovering:

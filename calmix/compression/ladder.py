@@ -23,53 +23,24 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from calmix import files
 from calmix.calibration import saved_set
 from calmix.calibration.texts import texts
-from calmix.compression import running
+from calmix.compression import plan, running
 from calmix.compression.estimate import StageCost, check_room, estimate
-from calmix.compression.plan import (
-    BEHAVIOUR,
-    CALIBRATION,
-    EFFORTS,
-    MANIFEST,
-    PACK,
-    SCORES,
-    Request,
-    Stage,
-    check_options,
-    scored,
-    scoring,
-    stages,
-)
+from calmix.compression.plan import CALIBRATION, MANIFEST, SCORES, Request, Stage, stages
 from calmix.errors import CalmixError, InputError
+from calmix.evaluation import floors
 from calmix.evaluation.distance import distance, reference
 from calmix.evaluation.evaluate import choose
-from calmix.evaluation.floors import (
-    CONFIDENCE,
-    FILE,
-    judge,
-    lower_bound,
-    needed,
-    parse_floors,
-    proven,
-    record,
-)
 from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.evaluation.suites import suite_file
-from calmix.files import (
-    alone,
-    check_apart,
-    check_output_folder,
-    remove,
-    write_bytes,
-    write_json,
-)
 from calmix.manifest import read_sealed, sealed
 from calmix.models import find_blocks, open_model
 from calmix.options import Compression
@@ -88,15 +59,47 @@ HELPS = (
 )
 
 
-@dataclass(frozen=True)
-class Ladder:
-    """The candidates tested so far, how the walk `ended` (`failed`, `time` or `bottom`; empty while
-    it goes on), and the bits of the `first` candidate. A rung holds `bits`, `seconds` and one
-    verdict of `calmix.evaluation.floors` per sample of the text (`verdicts`)."""
+class Walk:
+    """A walk in OUT, as far as it has come: the candidates tested (`rungs`), how it `ended`
+    (`failed`, `time` or `bottom`; empty while it goes on), and the bits of the `first` candidate.
 
-    rungs: tuple[dict[str, Any], ...]
-    ended: str
-    first: float
+    A rung holds `bits`, `seconds` and one verdict of `calmix.evaluation.floors` per sample of the
+    text (`verdicts`).
+    """
+
+    def __init__(self, request: Request, out: Path) -> None:
+        """Read the state in OUT; InputError if OUT is of another request."""
+        self.request, self.out = request, out
+        saved, but = dict[str, Any](), set[str]()
+        if (out / running.LADDER).exists():
+            saved = read_sealed(out / running.LADDER, "")
+            if request.keep_at_least is None:
+                but = {"bits"}  # a walk has none
+            elif not saved["rungs"]:  # so far only scores depend on the floors (`_forget`)
+                but = {"keep_at_least", "confidence"}
+        elif (out / MANIFEST).exists():
+            saved = running.read_record(out)
+        now = request.model_dump(mode="json")
+        held = saved.get("request", now)
+        if differs := [key for key in now if held.get(key) != now[key] and key not in but]:
+            raise InputError(
+                f"{out} is of another request ({differs[0]}: {held.get(differs[0])}, now "
+                f"{now[differs[0]]}): repeat that request or name another folder"
+            )
+        self.rungs: list[dict[str, Any]] = saved.get("rungs", [])
+        self.ended, self.first = saved.get("ended", ""), saved.get("first", RUNGS[0])
+        if not {self.first, *self.kept} <= {*RUNGS}:
+            raise InputError(f"{out} holds a walk over other candidates: choose another -o")
+        # The score file that decides, as in `calmix check OUT`: behaviour, which has every ability,
+        # or a suite that is scored alone.
+        self.file = plan.BEHAVIOUR if request.suite == "offline" else SCORES
+        self.dense = out / CANDIDATES / f"dense-{self.file}"
+        self.floors = floors.parse_floors(request.keep_at_least) if request.keep_at_least else {}
+        self.confidence = request.confidence or floors.CONFIDENCE
+        # The folder in OUT of each sample of the text and how its stages are called.
+        more = range(2, (request.seeds or 1) + 1)
+        self.samples = {"": "", **{f"{CANDIDATES}/draw-{n}": f", sample {n}" for n in more}}
+        self.seconds: Mapping[str, float] = {}  # expected of stages, by name
 
     @property
     def kept(self) -> dict[float, bool]:
@@ -116,20 +119,25 @@ class Ladder:
         order = RUNGS[at + done :] if begun else RUNGS[done - 1 : at]
         return order if all(later) else ()
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one record per candidate: what it keeps of each ability, and what is proven."""
-        return [
-            {"bits": f"{bits:g}", "kept": "yes" if kept else "no"}
-            | {one["ability"]: f"{100 * one['kept']:.1f} ({proven(one['bound'])})"
-               for one in _weakest(rung)}
-            for rung, (bits, kept) in zip(self.rungs, self.kept.items(), strict=True)
-        ]  # fmt: skip
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is saved in OUT and printed."""
+        return {"ended": self.ended, "first": self.first, "rungs": self.rungs}
 
     @property
     def promise(self) -> list[str]:
         """The verdict on the smallest candidate that passes, in lines."""
         passed = (rung["verdicts"][0] for rung in self.rungs if rung["bits"] == self.bits)
         return next((verdict["lines"] for verdict in passed), [])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one record per candidate: what it keeps of each ability, and what is proven."""
+        return [
+            {"bits": f"{bits:g}", "kept": "yes" if kept else "no"}
+            | {one["ability"]: f"{100 * one['kept']:.1f} ({floors.proven(one['bound'])})"
+               for one in _weakest(rung)}
+            for rung, (bits, kept) in zip(self.rungs, self.kept.items(), strict=True)
+        ]  # fmt: skip
 
     def why(self) -> str:
         """Return a sentence that says why the walk ended."""
@@ -141,12 +149,199 @@ class Ladder:
                    key=lambda rung: rung["bits"])  # fmt: skip
         failures = ", ".join(
             f"{one['ability']} keeps {100 * one['kept']:.1f} % of {one['items']} items by "
-            f"{one['measure']}, proven {proven(one['bound'])} %, required {100 * one['floor']:g} %"
+            f"{one['measure']}, proven {floors.proven(one['bound'])} %, required "
+            f"{100 * one['floor']:g} %"
             for one in _weakest(last) if not one["passed"]
         )  # fmt: skip
         drawn = len(last["verdicts"])
         of = f" (the worst of {drawn} samples of text)" if drawn > 1 else ""
         return f"{last['bits']:g} bits fail: {failures}{of}"
+
+    def provable(self) -> str:
+        """Return a sentence that says how many right answers of the dense model the floors need."""
+        counts = ", ".join(
+            f"{floors.needed(floor, self.confidence)} {f'in {name}' if name else 'in each ability'}"
+            for name, floor in self.floors.items()
+        )
+        return f"to prove the floors, the dense model must get right at least: {counts}"
+
+    def at(self, bits: float) -> Request:
+        """Return the request of one candidate."""
+        return self.request.model_copy(update={"bits": bits})
+
+    def folder(self, bits: float, sample: str = "") -> Path:
+        """Return the folder of a candidate."""
+        return self.out / (sample or CANDIDATES) / f"{bits:g}"
+
+    def whole(self) -> list[Stage]:
+        """Return all stages if no candidate fails."""
+        return self.opening() + [stage for bits in RUNGS for stage in self.building(bits)]
+
+    def opening(self) -> list[Stage]:
+        """Return the stages before the first candidate: missing sets, scores of the dense model."""
+        request, listed = self.request, list[Stage]()
+        for number, (sample, called) in enumerate(self.samples.items()):
+            seeded = request.model_copy(update={"seed": request.seed + number})
+            listed += [
+                replace(one, name=one.name + called, leaves=str(Path(sample, CALIBRATION)))
+                for one in stages(seeded, self.out / sample) if one.leaves == CALIBRATION
+            ]  # fmt: skip
+        leaves = f"{CANDIDATES}/dense-"
+        dense = plan.scoring(request, self.file, request.model, self.out, leaves=leaves)
+        return [*listed, replace(dense, name=f"{dense.name}, dense")]
+
+    def building(self, bits: float) -> list[Stage]:
+        """Return the stages that build a candidate and score it against the dense scores."""
+        request, candidate, listed = self.request, self.at(bits), list[Stage]()
+        for sample, called in self.samples.items():
+            held = request.calibration if request.saved else str(self.out / sample / CALIBRATION)
+            folder = self.folder(bits, sample)
+            parts = stages(candidate, folder, held)
+            made = itertools.takewhile(lambda one: one.leaves != plan.PACK, parts)
+            tested = plan.scoring(candidate, self.file, str(folder / "model"), folder, self.dense)
+            listed += [
+                replace(one, name=f"{bits:g} bits, {one.name}{called}",
+                        leaves=str(folder.relative_to(self.out) / str(one.leaves)))
+                for one in (*made, tested)
+            ]  # fmt: skip
+        return listed
+
+    def run(
+        self,
+        run: running.Run,
+        say: running.Say,
+        within: float = math.inf,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        """Build and test candidates until one fails; move the smallest that passes to OUT/model,
+        with its scores beside it.
+
+        `say` receives each stage, and whether its result existed. No candidate is begun that would
+        end after `within` seconds; `seconds` are the estimates of stages by name. Too little time
+        for one candidate, or too few right answers of the dense model, is an InputError.
+        """
+        began, before, self.seconds = time.monotonic(), self.opening(), seconds or {}
+        due = self._due([*before, *self.building(RUNGS[0])])
+        if due > within and not self.rungs:
+            raise InputError(
+                f"--within {duration(within)} is too short: the first candidate takes about "
+                f"{duration(due)} here"
+            )
+        with files.alone(self.out, wait=False):
+            self._save(self.ended)  # first, so that OUT is known as that of a walk
+            if self.left:
+                self._forget()
+                list(running.do(before, self.out, run, say))
+                dense = load_scores(self.dense)
+                # Raises if the floors cannot be proven.
+                floors.judge(self.floors, [(dense, dense)], self.confidence)
+                if not self.rungs:
+                    self.first = self._first(dense, within - (time.monotonic() - began))
+            tested = len(self.rungs)  # by earlier runs: the estimates have only what they left
+            while self.left:
+                bits, at = self.left[0], time.monotonic()
+                made = self.building(bits)
+                if self.rungs:
+                    last, ours = self.rungs[-1], len(self.rungs) > tested
+                    known = self._due(self.building(last["bits"])) if ours else 0.0
+                    due = self._due(made)
+                    due = last["seconds"] * due / known if known else max(last["seconds"], due)
+                    if at - began + due > within:
+                        self._save("time")
+                        break
+                if self.ended:
+                    self._reopen()
+                list(running.do(made, self.out, run, say))
+                verdicts = self._verdicts(bits, dense)
+                taken = round(time.monotonic() - at, 1)
+                self.rungs.append({"bits": bits, "seconds": taken, "verdicts": verdicts})
+                over = "bottom" if self.bits == RUNGS[-1] else "failed"
+                self._save("" if self.left else over)
+            self._place()
+
+    def _verdicts(self, bits: float, dense: CapabilityScores) -> list[dict[str, Any]]:
+        """Test the model of each sample at the level of its sequence, and write the verdict, which
+        holds at the requested confidence, beside it."""
+        share = FIRST if bits <= self.first else 1 - FIRST
+        share = 1.0 if self.first == RUNGS[0] else share
+        level = 1 - share * (1 - self.confidence)
+        folders = [self.folder(bits, sample) for sample in self.samples]
+        pairs = [(dense, load_scores(folder / self.file)) for folder in folders]
+        verdicts = [replace(floors.judge(self.floors, [pair], level), confidence=self.confidence)
+                    for pair in pairs]  # fmt: skip
+        if all(one.passed for one in verdicts):
+            verdicts = [replace(one, draws=len(verdicts)) for one in verdicts]
+        for folder, pair, verdict in zip(folders, pairs, verdicts, strict=True):
+            record = floors.record(verdict, self.floors, [pair])
+            files.write_json(folder / floors.FILE, record)
+        return [one.to_dict() for one in verdicts]
+
+    def _due(self, listed: Iterable[Stage]) -> float:
+        """Return the estimated seconds of stages; unknown ones count as 0."""
+        return sum(self.seconds.get(stage.name, 0.0) for stage in listed)
+
+    def _first(self, dense: CapabilityScores, left: float) -> float:
+        """Return the bits to begin with: one step above the fewest expected to prove every floor,
+        or the most bits if items or time are too few or the distance cannot be measured."""
+        request, error = self.request, 1 - self.confidence
+        later, level = 1 - (1 - FIRST) * error, 1 - FIRST * error
+        try:
+            tested = floors.judge(self.floors, [(dense, dense)], later).tested
+            plain = plain_distance(request.model, request.device, request.trust_remote_code)
+        except CalmixError:
+            return RUNGS[0]
+
+        def proves(bits: float) -> bool:
+            kept = expected(plain, bits, bits <= plan.EFFORTS[request.effort].levels)
+            return all(
+                floors.lower_bound(round(kept * one.items), one.items, level) >= one.floor
+                for one in tested
+            )
+
+        fewest = max((index for index, bits in enumerate(RUNGS) if proves(bits)), default=0)
+        bits = RUNGS[max(fewest, 1) - 1]
+        return bits if self._due(self.building(bits)) <= left else RUNGS[0]
+
+    def _save(self, ended: str) -> None:
+        """Save the state, and remove all models but the smallest that passes and those of
+        candidates that may still be built."""
+        self.ended = ended
+        self.out.mkdir(parents=True, exist_ok=True)
+        value = {"kind": KIND, "request": self.request.model_dump(mode="json"), **self.state}
+        files.write_json(self.out / running.LADDER, sealed(value))
+        for bits in {*RUNGS}.difference(self.left):
+            for sample in self.samples:
+                for name in MODELS if sample or bits != self.bits else ():
+                    shutil.rmtree(self.folder(bits, sample) / name, ignore_errors=True)
+
+    def _forget(self) -> None:
+        """Remove scores of other items, left from earlier floors, except those of tested
+        candidates."""
+        tested = [self.folder(bits, sample) for bits in self.kept for sample in self.samples]
+        wanted = plan.scored(self.request)[self.file].hash
+        for path in (self.out / CANDIDATES).rglob(f"*{self.file}"):
+            if path.parent not in tested and load_scores(path).suite["hash"] != wanted:
+                files.remove(path)
+
+    def _reopen(self) -> None:
+        """Resume after time ran out: the model becomes a candidate again, and results made from it
+        are removed."""
+        _move(self.out, self.folder(self.bits or RUNGS[0]))
+        made = {stage.leaves for stage in stages(self.request, self.out)} - {CALIBRATION, None}
+        for name in (*made, MANIFEST, running.RUN, floors.FILE, "card.html"):
+            files.remove(self.out / str(name))
+        self.ended = ""
+
+    def _place(self) -> None:
+        """Move the smallest candidate that passes to OUT, with its verdict and its answers:
+        generated again in other batches, a few would differ."""
+        if self.bits is not None:
+            chosen = self.folder(self.bits)
+            answers = SCORES if choose(self.request.suite).asks else plan.BEHAVIOUR
+            for name in (answers, floors.FILE):
+                if (chosen / name).exists() and not (self.out / name).exists():
+                    files.write_bytes(self.out / name, (chosen / name).read_bytes())
+            _move(chosen, self.out)
 
 
 def _weakest(rung: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -155,272 +350,11 @@ def _weakest(rung: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [min(same, key=lambda one: one["bound"] - one["floor"]) for same in drawn]
 
 
-def dry(options: Compression, out: Path) -> tuple[Request, list[StageCost]]:
-    """Return the checked request and the cost of its stages, including all candidates."""
-    request = _checked(options, out)
-    if request.keep_at_least is None:
-        return request, estimate(request, stages(request, out))
-    return request, estimate(at(request, RUNGS[0]), whole(request, out))
-
-
-def make(
-    options: Compression, out: Path, run: running.Run, note: Callable[[str], None] | None
-) -> tuple[Ladder | None, dict[str, float]]:
-    """Compress a model; `note` receives each stage as it begins. What stages print is discarded.
-
-    Returns:
-        The walk, None without floors, and the seconds of each stage run now, none if no candidate
-        passes.
-    """
-    request, ladder = _checked(options, out), None
-    if request.keep_at_least is not None:
-        with _staged(at(request, RUNGS[0]), out, whole(request, out), note) as (say, seconds):
-            ladder = walk(request, out, run, say, options.within or math.inf, seconds)
-        if ladder.bits is None:
-            return ladder, {}
-        request = at(request, ladder.bits)
-    check_room(request, out)
-    with _staged(request, out, stages(request, out), note) as (say, _):
-        return ladder, running.compress(request, out, run, say)
-
-
-def _checked(options: Compression, out: Path) -> Request:
-    """Return the checked request; refuse an output that is an input or holds something else."""
-    inputs = [options.model, saved_set(options.calibration), options.prompts,
-              suite_file(options.suite)]  # fmt: skip
-    check_apart(out, inputs)
-    if not (out / MANIFEST).exists() and not (out / running.LADDER).exists():
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(
-                f"{out} is not empty and was not made by calmix compress: name another folder"
-            )
-        check_output_folder(out)
-    request = check_options(options)
-    read_ladder(request, out)
-    return request
-
-
-@contextmanager
-def _staged(
-    request: Request, out: Path, listed: Sequence[Stage], note: Callable[[str], None] | None
-) -> Iterator[tuple[running.Say, dict[str, float]]]:
-    """Yield a callback that shows the progress of stages, and the estimated seconds of those
-    missing in OUT; what stages print is discarded."""
-
-    def say(stage: Stage, done: bool) -> None:
-        if note is not None:
-            note(f"{stage.name}: already done" if done else f"$ {stage.command}")
-        bar.begin(stage.name)
-
-    seconds: dict[str, float] = {}
-    names, left = [one.name for one in listed], [one for one in listed if not one.done(out)]
-    with Progress(names, shown=note is not None) as bar, redirect_stdout(io.StringIO()):
-        bar.show("estimating", None)
-        with suppress(CalmixError):  # only progress and --within need it
-            seconds = {one.stage.name: one.seconds for one in estimate(request, left)}
-        bar.expect(seconds)
-        yield say, seconds
-
-
-def whole(request: Request, out: Path) -> list[Stage]:
-    """Return all stages of a walk on which no candidate fails."""
-    return opening(request, out) + [one for bits in RUNGS for one in building(request, out, bits)]
-
-
-def opening(request: Request, out: Path) -> list[Stage]:
-    """Return the stages before the first candidate: draw missing sets, score the dense model."""
-    listed = []
-    for number, sample in enumerate(samples(request)):
-        drawn = request.model_copy(update={"seed": request.seed + number})
-        listed += [_within(sample, one) for one in stages(drawn, out / sample)
-                   if one.leaves == CALIBRATION]  # fmt: skip
-    dense = scoring(request, deciding(request), request.model, out, leaves=f"{CANDIDATES}/dense-")
-    return [*listed, replace(dense, name=f"{dense.name}, dense")]
-
-
-def building(request: Request, out: Path, bits: float) -> list[Stage]:
-    """Return the stages that build a candidate and score it against the dense scores."""
-    file, candidate, listed = deciding(request), at(request, bits), list[Stage]()
-    dense = out / CANDIDATES / f"dense-{file}"
-    for sample in samples(request):
-        calibration = request.calibration if request.saved else str(out / sample / CALIBRATION)
-        folder = out / _folder(bits, sample)
-        parts = stages(candidate, folder, calibration)
-        made = itertools.takewhile(lambda one: one.leaves != PACK, parts)
-        tested = scoring(candidate, file, str(folder / "model"), folder, dense)
-        listed += [_within(_folder(bits, sample), replace(one, name=f"{bits:g} bits, {one.name}"))
-                   for one in (*made, tested)]  # fmt: skip
-    return listed
-
-
-def samples(request: Request) -> list[str]:
-    """Return the folder of each sample of the text, in OUT; the first is OUT itself."""
-    return ["", *(f"{CANDIDATES}/draw-{n}" for n in range(2, (request.seeds or 1) + 1))]
-
-
-def _within(folder: str, stage: Stage) -> Stage:
-    """Return a stage with its result in a folder of OUT and its sample's number in its name."""
-    number = folder.partition("draw-")[2].partition("/")[0]
-    name = stage.name + f", sample {number}" * bool(number)
-    return replace(stage, name=name, leaves=str(Path(folder) / (stage.leaves or "")))
-
-
-def _folder(bits: float, sample: str = "") -> str:
-    return f"{sample or CANDIDATES}/{bits:g}"
-
-
-def provable(request: Request) -> str:
-    """Return a sentence that says how many right answers of the dense model the floors need."""
-    floors, confidence = _floors(request)
-    counts = ", ".join(
-        f"{needed(floor, confidence)} {f'in {name}' if name else 'in each ability'}"
-        for name, floor in floors.items()
-    )
-    return f"to prove the floors, the dense model must get right at least: {counts}"
-
-
-def _floors(request: Request) -> tuple[dict[str, float], float]:
-    return parse_floors(request.keep_at_least or ""), request.confidence or CONFIDENCE
-
-
-def at(request: Request, bits: float) -> Request:
-    """Return the request of one candidate."""
-    return request.model_copy(update={"bits": bits})
-
-
-def deciding(request: Request) -> str:
-    """Return the score file that decides, as in `calmix check OUT`: behaviour, which has every
-    ability, or a suite that is scored alone."""
-    return BEHAVIOUR if request.suite == "offline" else SCORES
-
-
-def read_ladder(request: Request, out: Path) -> Ladder:
-    """Return the state of a walk in OUT; InputError if OUT is of another request."""
-    saved, but = dict[str, Any](), set[str]()
-    if (out / running.LADDER).exists():
-        saved = read_sealed(out / running.LADDER, "")
-        if request.keep_at_least is None:
-            but = {"bits"}  # a walk has none
-        elif not saved["rungs"]:  # so far only scores depend on the floors (`_forget`)
-            but = {"keep_at_least", "confidence"}
-    elif (out / MANIFEST).exists():
-        saved = running.read_record(out)
-    now = request.model_dump(mode="json")
-    held = saved["request"] if saved else now
-    if differs := [key for key in now if held.get(key) != now[key] and key not in but]:
-        raise InputError(
-            f"{out} is of another request ({differs[0]}: {held.get(differs[0])}, now "
-            f"{now[differs[0]]}): repeat that request or name another folder"
-        )
-    rungs, first = saved.get("rungs", ()), saved.get("first", RUNGS[0])
-    ladder = Ladder(tuple(rungs), saved.get("ended", ""), first)
-    if not {first, *ladder.kept} <= {*RUNGS}:
-        raise InputError(f"{out} holds a walk over other candidates: choose another -o")
-    return ladder
-
-
-def walk(
-    request: Request,
-    out: Path,
-    run: running.Run,
-    say: running.Say,
-    within: float = math.inf,
-    seconds: Mapping[str, float] | None = None,
-) -> Ladder:
-    """Build and test candidates until one fails; move the smallest that passes to OUT/model, with
-    its scores beside it.
-
-    `say` receives each stage, and whether its result existed. No candidate is begun that would end
-    after `within` seconds; `seconds` are the estimates of stages by name. Too little time for one
-    candidate, or too few right answers of the dense model, is an InputError.
-    """
-    began, file, seconds = time.monotonic(), deciding(request), seconds or {}
-    ladder, before = read_ladder(request, out), opening(request, out)
-    due = _due([*before, *building(request, out, RUNGS[0])], seconds)
-    if due > within and not ladder.rungs:
-        raise InputError(
-            f"--within {duration(within)} is too short: the first candidate takes about "
-            f"{duration(due)} here"
-        )
-    with alone(out, wait=False):
-        ladder = _saved(ladder, request, out)  # first, so that OUT is known as that of a walk
-        if ladder.left:
-            floors, confidence = _floors(request)
-            _forget(ladder, request, out)
-            list(running.do(before, out, run, say))
-            dense = load_scores(out / CANDIDATES / f"dense-{file}")
-            judge(floors, [(dense, dense)], confidence)  # raises if they cannot be proven
-            if not ladder.rungs:
-                left = within - (time.monotonic() - began)
-                ladder = replace(ladder, first=_first(request, dense, out, left, seconds))
-        tested = len(ladder.rungs)  # by earlier runs: the estimates have only what they left to do
-        while ladder.left:
-            bits, at_ = ladder.left[0], time.monotonic()
-            made = building(request, out, bits)
-            if ladder.rungs:
-                last, ours = ladder.rungs[-1], len(ladder.rungs) > tested
-                known = _due(building(request, out, last["bits"]), seconds) if ours else 0.0
-                due = _due(made, seconds)
-                due = last["seconds"] * due / known if known else max(last["seconds"], due)
-                if at_ - began + due > within:
-                    ladder = _saved(replace(ladder, ended="time"), request, out)
-                    break
-            if ladder.ended:
-                ladder = _reopened(ladder, request, out)
-            list(running.do(made, out, run, say))
-            share = FIRST if bits <= ladder.first else 1 - FIRST
-            share = 1.0 if ladder.first == RUNGS[0] else share
-            verdicts = _tested(request, out, bits, dense, 1 - share * (1 - confidence))
-            taken = round(time.monotonic() - at_, 1)
-            rung = {"bits": bits, "seconds": taken, "verdicts": verdicts}
-            ladder = replace(ladder, rungs=(*ladder.rungs, rung))
-            ended = "" if ladder.left else "bottom" if ladder.bits == RUNGS[-1] else "failed"
-            ladder = _saved(replace(ladder, ended=ended), request, out)
-        return _placed(ladder, request, out)
-
-
-def _tested(
-    request: Request, out: Path, bits: float, dense: CapabilityScores, level: float
-) -> list[dict[str, Any]]:
-    """Test the model of each sample at the `level` of its sequence, and write the verdict, which
-    holds at the requested confidence, beside it."""
-    (floors, confidence), file = _floors(request), deciding(request)
-    folders = [out / _folder(bits, sample) for sample in samples(request)]
-    pairs = [(dense, load_scores(folder / file)) for folder in folders]
-    verdicts = [replace(judge(floors, [pair], level), confidence=confidence) for pair in pairs]
-    if all(one.passed for one in verdicts):
-        verdicts = [replace(one, draws=len(verdicts)) for one in verdicts]
-    for folder, pair, verdict in zip(folders, pairs, verdicts, strict=True):
-        write_json(folder / FILE, record(verdict, floors, [pair]))
-    return [one.to_dict() for one in verdicts]
-
-
-def _due(listed: Iterable[Stage], seconds: Mapping[str, float]) -> float:
-    """Return the estimated seconds of stages; unknown ones count as 0."""
-    return sum(seconds.get(stage.name, 0.0) for stage in listed)
-
-
-def _first(
-    request: Request, dense: CapabilityScores, out: Path, left: float, seconds: Mapping[str, float]
-) -> float:
-    """Return the bits to begin with: one step above the fewest expected to prove every floor, or
-    the most bits if items or time are too few or the distance cannot be measured."""
-    floors, confidence = _floors(request)
-    try:
-        tested = judge(floors, [(dense, dense)], 1 - (1 - FIRST) * (1 - confidence)).tested
-        plain = plain_distance(request.model, request.device, request.trust_remote_code)
-    except CalmixError:
-        return RUNGS[0]
-
-    def proves(bits: float) -> bool:
-        kept = expected(plain, bits, bits <= EFFORTS[request.effort].levels)
-        level = 1 - FIRST * (1 - confidence)
-        return all(lower_bound(round(kept * one.items), one.items, level) >= one.floor
-                   for one in tested)  # fmt: skip
-
-    fewest = max((index for index, bits in enumerate(RUNGS) if proves(bits)), default=0)
-    bits = RUNGS[max(fewest, 1) - 1]
-    return bits if _due(building(request, out, bits), seconds) <= left else RUNGS[0]
+def _move(folder: Path, to: Path) -> None:
+    """Move a candidate's models, the final one last."""
+    for name in MODELS:
+        if (folder / name).exists():
+            (folder / name).rename(to / name)
 
 
 def plain_distance(model: str, device: str, trust_remote_code: bool) -> float:
@@ -445,54 +379,66 @@ def expected(plain: float, bits: float, recovered: bool = False) -> float:
     return (1 - LOST) * math.exp(-left * plain * 4 ** (BITS - bits))
 
 
-def _saved(ladder: Ladder, request: Request, out: Path) -> Ladder:
-    """Save the state of a walk, and remove all models but the smallest that passes and those of
-    candidates that may still be built."""
-    out.mkdir(parents=True, exist_ok=True)
-    value = {"kind": KIND, "request": request.model_dump(mode="json"), "ended": ladder.ended,
-             "first": ladder.first, "rungs": ladder.rungs}  # fmt: skip
-    write_json(out / running.LADDER, sealed(value))
-    for bits in {*RUNGS}.difference(ladder.left):
-        for sample in samples(request):
-            for name in MODELS if sample or bits != ladder.bits else ():
-                shutil.rmtree(out / _folder(bits, sample) / name, ignore_errors=True)
-    return ladder
+def begin(options: Compression, out: Path) -> Walk:
+    """Return the walk in OUT with the checked request, without candidates unless floors are given;
+    refuse an OUT that is an input or holds something else."""
+    inputs = [options.model, saved_set(options.calibration), options.prompts,
+              suite_file(options.suite)]  # fmt: skip
+    files.check_apart(out, inputs)
+    if not (out / MANIFEST).exists() and not (out / running.LADDER).exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(
+                f"{out} is not empty and was not made by calmix compress: name another folder"
+            )
+        files.check_output_folder(out)
+    return Walk(plan.check_options(options), out)
 
 
-def _forget(ladder: Ladder, request: Request, out: Path) -> None:
-    """Remove scores of other items, left from earlier floors, except those of tested candidates."""
-    tested = [out / _folder(bits, one) for bits in ladder.kept for one in samples(request)]
-    file = deciding(request)
-    wanted = scored(request)[file].hash
-    for path in (out / CANDIDATES).rglob(f"*{file}"):
-        if path.parent not in tested and load_scores(path).suite["hash"] != wanted:
-            remove(path)
+def dry(walk: Walk) -> list[StageCost]:
+    """Return the cost of all stages, including those of all candidates."""
+    if not walk.floors:
+        return estimate(walk.request, stages(walk.request, walk.out))
+    return estimate(walk.at(RUNGS[0]), walk.whole())
 
 
-def _reopened(ladder: Ladder, request: Request, out: Path) -> Ladder:
-    """Resume a walk that ran out of time: its model becomes a candidate again, and results made
-    from it are removed."""
-    _move(out, out / _folder(ladder.bits or RUNGS[0]))
-    made = {stage.leaves for stage in stages(request, out)} - {CALIBRATION, None}
-    for name in (*made, MANIFEST, running.RUN, FILE, "card.html"):
-        remove(out / str(name))
-    return replace(ladder, ended="")
+def make(
+    options: Compression, out: Path, run: running.Run, note: Callable[[str], None] | None
+) -> tuple[Walk, dict[str, float]]:
+    """Compress a model; `note` receives each stage as it begins. What stages print is discarded.
+
+    Returns:
+        The walk, and the seconds of each stage run now, none if no candidate passes.
+    """
+    walk = begin(options, out)
+    request = walk.request
+    if walk.floors:
+        with _staged(walk.at(RUNGS[0]), out, walk.whole(), note) as (say, seconds):
+            walk.run(run, say, options.within or math.inf, seconds)
+        if walk.bits is None:
+            return walk, {}
+        request = walk.at(walk.bits)
+    check_room(request, out)
+    with _staged(request, out, stages(request, out), note) as (say, _):
+        return walk, running.compress(request, out, run, say)
 
 
-def _placed(ladder: Ladder, request: Request, out: Path) -> Ladder:
-    """Move the smallest candidate that passes to OUT, with its verdict and its answers: generated
-    again in other batches, a few would differ."""
-    if ladder.bits is not None:
-        chosen = out / _folder(ladder.bits)
-        for name in (SCORES if choose(request.suite).asks else BEHAVIOUR, FILE):
-            if (chosen / name).exists() and not (out / name).exists():
-                write_bytes(out / name, (chosen / name).read_bytes())
-        _move(chosen, out)
-    return ladder
+@contextmanager
+def _staged(
+    request: Request, out: Path, listed: Sequence[Stage], note: Callable[[str], None] | None
+) -> Iterator[tuple[running.Say, dict[str, float]]]:
+    """Yield a callback that shows the progress of stages, and the estimated seconds of those
+    missing in OUT; what stages print is discarded."""
 
+    def say(stage: Stage, done: bool) -> None:
+        if note is not None:
+            note(f"{stage.name}: already done" if done else f"$ {stage.command}")
+        bar.begin(stage.name)
 
-def _move(folder: Path, to: Path) -> None:
-    """Move a candidate's models, the final one last."""
-    for name in MODELS:
-        if (folder / name).exists():
-            (folder / name).rename(to / name)
+    seconds: dict[str, float] = {}
+    names, left = [one.name for one in listed], [one for one in listed if not one.done(out)]
+    with Progress(names, shown=note is not None) as bar, redirect_stdout(io.StringIO()):
+        bar.show("estimating", None)
+        with suppress(CalmixError):  # only progress and --within need it
+            seconds = {one.stage.name: one.seconds for one in estimate(request, left)}
+        bar.expect(seconds)
+        yield say, seconds

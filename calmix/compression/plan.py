@@ -345,11 +345,10 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
     known = tuple(dict.fromkeys(dimensions.values()))
     shares = check_weights(keep, known, "the calibration set")
     whole = {d: sum(w for n, w in parsed.mix.items() if dimensions[n] == d) for d in known}
-    found = {
+    return {
         name: weight / whole[dimensions[name]] * shares[dimensions[name]]
-        for name, weight in parsed.mix.items()
-    }
-    return {name: weight for name, weight in found.items() if weight > 0}
+        for name, weight in parsed.mix.items() if shares[dimensions[name]]
+    }  # fmt: skip
 
 
 def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:

@@ -42,7 +42,9 @@ def other(want, **changed):
 
 
 def walk(want, out, run, *more, say=lambda *_: None):
-    return ladder.walk(want, out, run, say, *more)
+    made = ladder.Walk(want, out)
+    made.run(run, say, *more)
+    return made
 
 
 def scores(words, kept=100):
@@ -113,13 +115,13 @@ def test_the_walk_ends_at_the_first_failure_and_keeps_the_candidate_before(want,
     both = ["prune", "evaluate"]
     assert run.run == ["calibrate", "evaluate", *both * 4, "prune", "recover", "evaluate"]
     assert said[2] == ("6 bits, quantise", False)
-    _, recovered, scored = ladder.building(want, out, 3.2)
+    _, recovered, scored = found.building(3.2)
     assert "--epochs 1 " in recovered.command  # 2 without a walk
     # Only what the dense model gets right is asked.
     assert "--right-only" in scored.command
-    assert "--right-only" not in ladder.opening(want, out)[-1].command
+    assert "--right-only" not in found.opening()[-1].command
     again = walk(want, out, stop, say=lambda *_: pytest.fail("nothing is left to do"))
-    assert again == found
+    assert again.state == found.state
 
 
 def test_a_candidate_passes_if_the_models_of_all_samples_do(want, out):
@@ -142,7 +144,7 @@ def test_a_candidate_passes_if_the_models_of_all_samples_do(want, out):
     assert (out / "model/made").read_text().count("draw-2") == 0
     assert not models(out)
     assert "the models of all 2 samples" in json.loads((out / "check.json").read_text())["lines"][0]
-    assert walk(want, out, stop) == found
+    assert walk(want, out, stop).state == found.state
 
 
 ALL = dict.fromkeys(RUNGS, 95)
@@ -174,7 +176,7 @@ def test_a_walk_begins_where_the_distance_suggests_and_returns_to_the_top(
     failed = [bits for bits, kept in found.kept.items() if not kept]
     assert found.ended == ("failed" if failed else "bottom")
     assert found.why().startswith(f"{max(failed or [2.6]):g} bits {'fail' if failed else 'are'}")
-    assert walk(want, out, stop) == found
+    assert walk(want, out, stop).state == found.state
     assert (out / "model").exists() == (bits is not None)
 
 
@@ -333,7 +335,7 @@ def test_a_folder_belongs_to_one_request(calmix, want, out, tmp_path, asked, min
         walk(want, out, stop)
     plain = other(want, keep_at_least=None, bits=3.0)
     with pytest.raises(InputError, match=r"of another request .keep_at_least: math=0\.8, now None"):
-        ladder.read_ladder(plain, out)
+        ladder.Walk(plain, out)
     for words in (("report", out), ("check", out, "--keep-at-least", "0.9")):
         assert "out has no model yet: run its calmix compress again" in calmix(*words).line
     assert "out: ladder of candidates" in calmix("doctor", "inspect", out).ok().out
@@ -341,12 +343,12 @@ def test_a_folder_belongs_to_one_request(calmix, want, out, tmp_path, asked, min
     for request in (plain, asked(**given)):
         record = sealed({"request": request.model_dump(mode="json")})
         (tmp_path / "compress.json").write_text(json.dumps(record), encoding="utf-8")
-        ladder.read_ladder(request, tmp_path)
+        ladder.Walk(request, tmp_path)
         with pytest.raises(InputError, match=r"is of another request .bits: 3\.0, now None"):
             walk(want, tmp_path, stop)
     (mine / "mine-choices.jsonl").write_text(json.dumps(EXAMPLES["choices"] | {"answer": 0}))
     with pytest.raises(InputError, match=r"another request .suite_sha256"):
-        ladder.read_ladder(asked(**given), tmp_path)
+        ladder.Walk(asked(**given), tmp_path)
     assert asked(**given | {"suite": "offline"}).suite_sha256 is None
 
 
