@@ -27,7 +27,7 @@ from calmix.calibration.texts import builtin_readers
 from calmix.errors import InputError
 from calmix.evaluation.suites import ARCHIVE, Suite
 from calmix.evaluation.tasks import asked_texts, item_texts, task_of
-from calmix.machine import device_memory, tokens_at_once, total_memory
+from calmix.machine import device_memory, host_memory, tokens_at_once
 from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import use_own_attention
 from calmix.models.blocks import outer_weights, tied
@@ -88,8 +88,7 @@ class Timed:
         self.model: Any = model.requires_grad_(False).eval()
         use_own_attention(self.model)
         self.blocks = find_blocks(self.model)
-        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        self.weights = sum(p.numel() for p in self.parameters.values())
+        self.weights = sum(p.numel() for p in self.model.parameters())
         self.block_weights = sum(p.numel() for p in self.blocks.blocks.parameters())
         self.vocabulary, self.hidden = self.model.get_output_embeddings().weight.shape
         self.bytes = self.weights * self.dtype.itemsize
@@ -229,7 +228,7 @@ class Timed:
         source: Any = self
         rows = rows_at_once(request.batch, length)
         rows, most = (rows[:1], float("inf")) if room is None else (rows, room)
-        return recovery.make_plan(source, request.method, self.dtype, length, rows, most)[-1]
+        return recovery.make_plan(source, request.method, length, rows, most)[-1]
 
     def trial_memory(self, trial: Planned, *, compared: bool) -> float:
         """Return a trial's peak memory in bytes on the device that prunes."""
@@ -330,7 +329,7 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
             "memory": memory,
             "disk": 80.0 * work.items + study.file.keep_checkpoints * model.bytes + 50_000,
         })  # fmt: skip
-        available = device_memory(model.device)[2] or total_memory()
+        available = device_memory(model.device)[2] or host_memory()[1]
         if memory > available:
             label = f"{first.model} {first.recipe} {first.pattern}"
             notes.append(too_large(label, memory, available))
