@@ -236,9 +236,8 @@ class StreamedModel:
             {name: memory[alike.get(name, name)].detach()
              for name in self.names if alike.get(name, name) in changed}
         )  # fmt: skip
-        stored = {name: self.read(name) for name in names if name not in new}
-        tensors = {name: value.to(types.get(name, value.dtype)) for name, value in stored.items()}
-        return tensors | {name: new[name] for name in names if name in new}
+        tensors = {name: new[name] if name in new else self.read(name) for name in names}
+        return {name: value.to(types.get(name, value.dtype)) for name, value in tensors.items()}
 
     def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
         """Set a block's weights from tensors by their stored names, in the block's type."""

@@ -30,7 +30,7 @@ from calmix.evaluation.tasks import asked_texts, item_texts, task_of
 from calmix.machine import device_memory, host_memory, tokens_at_once
 from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import use_own_attention
-from calmix.models.blocks import outer_weights, tied
+from calmix.models.blocks import outer_weights
 from calmix.models.opening import DTYPES, device_of, known_model, loading
 from calmix.options import Recovering
 from calmix.precision import suited
@@ -99,12 +99,12 @@ class Timed:
     @property
     def outer_weights(self) -> int:
         """Number of weights in embeddings and output head."""
-        head, embedded = (weight.numel() for weight in outer_weights(self.model))
-        return embedded if tied(self.model) else head + embedded
+        return sum(weight.numel() for weight in outer_weights(self.model))
 
     def outside_bytes(self, *, head: bool = False) -> int:
         """Return the bytes outside the blocks; an untied output head counts only if `head`."""
-        untied = 0 if head or tied(self.model) else self.vocabulary * self.hidden
+        tied = len(outer_weights(self.model)) == 1
+        untied = 0 if head or tied else self.vocabulary * self.hidden
         return (self.weights - self.block_weights - untied) * self.dtype.itemsize
 
     @cached_property
