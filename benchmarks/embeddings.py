@@ -18,7 +18,7 @@ from common import commit, data_file, machine
 
 from calmix import open_model, prune
 from calmix.calibration import build, parse_mix
-from calmix.models.blocks import outer_weights, tied
+from calmix.models.blocks import outer_weights
 from calmix.pruning.engine import round_rows
 from calmix.pruning.gram import Gram
 from calmix.sources.readers import LocalFile
@@ -41,7 +41,7 @@ def main() -> None:
     held = held[: 16 * 512].view(16, 512)
     drawn = build(parse_mix("uniform:encyclopedia,python-stdlib,books"), dense, rows=32, length=512)
 
-    head, embedded = outer_weights(model)
+    head, *embedded = outer_weights(model)
     seen = Gram(head.shape[1], head.device)
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, x: seen.add(x[0]))
     for row in drawn.ids:
@@ -49,8 +49,7 @@ def main() -> None:
     hook.remove()
     plain = torch.eye(head.shape[1])
     told = [("head, solved", head, seen.matrix()), ("head, rounded", head, plain)]
-    if not tied(model):
-        told.append(("embeddings", embedded, plain))
+    told += [("embeddings", weight, plain) for weight in embedded]
     print(f"{options.model}, {machine()}, {commit()}, {datetime.date.today()}")
     print("| what | " + " | ".join(f"{bits} bits" for bits in RATES) + " |")
     print("|---" * (len(RATES) + 1) + "|")

@@ -23,7 +23,7 @@ import torch
 from common import HERE, commit, machine
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calmix.machine import device_memory, tokens_at_once, total_memory
+from calmix.machine import device_memory, host_memory, tokens_at_once
 from calmix.models.opening import device_of
 from calmix.pruning import Unstructured, get_method, prune
 from calmix.pruning.budget import GIB, solver_bytes
@@ -164,7 +164,7 @@ def print_blocks(device: torch.device, rows: int, length: int, shapes: list[str]
     short = []
     for name in shapes:
         sizes = SHAPES[name]
-        total = device_memory(device)[2] or total_memory()
+        total = device_memory(device)[2] or host_memory()[1]
         for method in ("sparsegpt", "wanda"):
             held = formula(sizes, method, rows, length, device)
             if held > total:

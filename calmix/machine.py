@@ -22,16 +22,20 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 
 
-def free_memory() -> int:
-    """Return the bytes of memory this process can still allocate without swapping."""
-    # As kubelet and docker count it: inactive file pages can be reclaimed.
-    within = (limit - used for limit, used in _memory())
-    return max(0, min([psutil.virtual_memory().available, *within]))
-
-
-def total_memory() -> int:
-    """Return the total bytes of memory for this process and those that share its limits."""
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory())])
+def host_memory() -> tuple[int, int]:
+    """Return the bytes of memory this process can still allocate without swapping, and the total
+    for it and those that share its limits."""
+    host = psutil.virtual_memory()
+    free, total = host.available, host.total
+    for folder in _groups():
+        stat = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
+        for limit in ("memory.max", "memory.high"):
+            most, used = _text(folder / limit).strip(), _text(folder / "memory.current").strip()
+            if most.isdecimal() and used.isdecimal():  # `max` means no limit
+                # As kubelet and docker count it: inactive file pages can be reclaimed.
+                held = max(0, int(used) - int(stat.get("inactive_file", 0)))
+                free, total = min(free, int(most) - held), min(total, int(most))
+    return max(0, free), total
 
 
 def give_memory_back() -> None:
@@ -43,10 +47,8 @@ def give_memory_back() -> None:
 
 def cores() -> int:
     """Return how many processor cores this process can keep busy."""
-    try:
-        most = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        most = os.cpu_count() or 1
+    on_all = not hasattr(os, "sched_getaffinity")  # not on every system
+    most = os.cpu_count() or 1 if on_all else len(os.sched_getaffinity(0))
     for folder in _groups():
         quota = _text(folder / "cpu.max").split()
         if len(quota) == 2 and all(map(str.isdecimal, quota)):
@@ -58,7 +60,7 @@ def device_memory(device: torch.device) -> tuple[int, int, int | None]:
     """Return a device's memory in bytes: used by this process, still available to it, and total;
     None for the total where memory can be swapped."""
     if device.type not in ("cuda", "xpu"):
-        return psutil.Process().memory_info().rss, free_memory(), None
+        return psutil.Process().memory_info().rss, host_memory()[0], None
     backend = torch.get_device_module(device)
     free, total = backend.mem_get_info(device)
     held = backend.memory_allocated(device)
@@ -113,16 +115,6 @@ def tokens_at_once(device: torch.device) -> int:
 def values_at_once(device: torch.device) -> int:
     """Return how many float32 values to process at a time in a chain of operations."""
     return CACHED_VALUES * torch.get_num_threads() if device.type == "cpu" else 2**31
-
-
-def _memory() -> Iterator[tuple[int, int]]:
-    """Yield memory limit and use, in bytes, of every control group of this process."""
-    for folder in _groups():
-        stat = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
-        for limit in ("memory.max", "memory.high"):
-            most, used = _text(folder / limit).strip(), _text(folder / "memory.current").strip()
-            if most.isdecimal() and used.isdecimal():  # `max` means no limit
-                yield int(most), max(0, int(used) - int(stat.get("inactive_file", 0)))
 
 
 def _groups() -> Iterator[Path]:

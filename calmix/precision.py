@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -55,14 +55,11 @@ def _bfloat16_alone() -> bool:
 
 @contextmanager
 def _set(precisions: Mapping[Any, str]) -> Iterator[None]:
-    before = {backend: backend.fp32_precision for backend in precisions}
-    for backend, precision in precisions.items():
-        backend.fp32_precision = precision
-    try:
-        yield
-    finally:
-        for backend, precision in before.items():
+    with ExitStack() as stack:
+        for backend, precision in precisions.items():
+            stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
             backend.fp32_precision = precision
+        yield
 
 
 def bfloat16_products(allowed: bool = True) -> AbstractContextManager[None]:

@@ -369,7 +369,7 @@ def plain_distance(model: str, device: str, trust_remote_code: bool) -> float:
     for layer in find_blocks(opened.model).layers:
         weight = layer.view().float()
         step = weight.std(1, keepdim=True) * math.sqrt(2 * math.pi * math.e) / 2**BITS
-        layer.assign(torch.where(step > 0, (weight / step).round() * step, weight))
+        layer.view().copy_(torch.where(step > 0, (weight / step).round() * step, weight))
     return float(distance(opened, dense)["total"]["kl_mean"])
 
 

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from calmix import assets
 from calmix.errors import DiskError
 from calmix.files import cache_dir, check_writable, existing
-from calmix.machine import cores, free_memory, total_memory
+from calmix.machine import cores, host_memory
 from calmix.precision import capabilities
 
 FAST = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "bf16", "sve", "neon")
@@ -75,9 +75,9 @@ def machine() -> Iterator[Check]:
     limited = f" of the machine's {total}" if usable < total else ""
     fast = f" ({', '.join(kinds)})" if kinds else ""
     yield Check("cores", "ok", f"{usable}{limited}{fast}, {torch.get_num_threads()} threads")
-    free = free_memory()
+    free, whole = host_memory()
     small = "less than 2 GB free: stop other programs or pass --max-memory"
-    found = f"{_size(free)} free of {_size(total_memory())}"
+    found = f"{_size(free)} free of {_size(whole)}"
     yield Check("memory", "ok", found, small if free < 2 << 30 else None)
     device = torch.accelerator.current_accelerator(check_available=True)
     name = "cpu, no accelerator"

@@ -188,11 +188,9 @@ def repeated_cache(cache: Any, rows: int) -> Any:
     """Return a cache that repeats the one row of `cache`, which stays unchanged."""
     from transformers import DynamicCache
 
-    repeated = DynamicCache()  # without a configuration it keeps all tokens of sliding windows
-    for number, layer in enumerate(cache.layers):
-        parts = (part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
-        repeated.update(*parts, number)
-    return repeated
+    # Without a configuration it keeps all tokens of sliding windows.
+    held = ((layer.keys, layer.values) for layer in cache.layers)
+    return DynamicCache([[part.expand(rows, -1, -1, -1) for part in parts] for parts in held])
 
 
 def reserved_cache(model: Any, length: int) -> Any:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +60,6 @@ class Prunable:
         return f"{self.mixture or self.name}.{self.parameter}"
 
     @property
-    def parameter_id(self) -> int:
-        """Identity of the parameter."""
-        return id(self.module._parameters[self.parameter])
-
-    @property
     def whole_matrix(self) -> bool:
         """Whether the parameter is exactly this matrix, as stored."""
         return not self.transposed and self.expert is None and self.rows == slice(None)
@@ -79,10 +73,6 @@ class Prunable:
         """Return the weight in the module as a view (rows, columns)."""
         weight = self.whole() if self.expert is None else self.whole()[self.expert]
         return (weight.T if self.transposed else weight)[self.rows]
-
-    def assign(self, matrix: Tensor) -> None:
-        """Copy a (rows, columns) matrix into the module, in the module's dtype."""
-        self.view().copy_(matrix)
 
 
 @dataclass(frozen=True)
@@ -114,7 +104,7 @@ class DecoderBlocks:
     name: str
     blocks: Any
     width: int | None = None  # of the residual stream, if the configuration gives it
-    shared: frozenset[int] = frozenset()  # ids of parameters that are also used elsewhere
+    shared: frozenset[str] = frozenset()  # names of parameters that are also used elsewhere
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
@@ -184,37 +174,32 @@ class DecoderBlocks:
     def _layers(self, index: int) -> tuple[list[Prunable], list[Dense]]:
         block, prefix = self.blocks[index], f"{self.name}.{index}"
         mixtures = {mixture.name: mixture for mixture in self.mixtures(index)}
+        experts: dict[str, list[Prunable]] = {}  # by parameter
+        for layer in (one for mixture in mixtures.values() for one in mixture.layers):
+            experts.setdefault(layer.parameter_name, []).append(layer)
         layers: list[Prunable] = []
-        beside = set()  # weights of linear layers within a mixture
-        for name, module in block.named_modules():
-            path = f"{prefix}.{name}"
-            if _is_linear(module):
-                weight = module.weight
-                if any(path.startswith(f"{mixture}.") for mixture in mixtures):
-                    beside.add(id(weight))
-                elif not _routes(path, weight, mixtures):
-                    if weight.dtype not in FLOATS:
-                        raise ModelError(
-                            f"weight {path}.weight is {weight.dtype}: only floats can be pruned"
-                        )
-                    transposed = not isinstance(module, nn.Linear)
-                    layers.append(Prunable(path, module, transposed=transposed))
-            elif mixture := mixtures.get(path):
-                layers += mixture.layers
-        layers = [layer for layer in layers if layer.parameter_id not in self.shared]
-        taken, dense = {layer.parameter_id for layer in layers}, []
-        for name, p in block.named_parameters():
-            vector = p.ndim < 2 or p.numel() == max(p.shape) or name.endswith("bias")
-            if id(p) in taken or vector:
-                continue
-            path, reason = f"{prefix}.{name}", "no linear map"
-            if id(p) in self.shared:
+        dense: list[Dense] = []
+        for path, p in block.named_parameters(prefix):
+            owner, _, name = path.rpartition(".")
+            module = block.get_submodule(owner.removeprefix(prefix).removeprefix("."))
+            linear = name == "weight" and _is_linear(module)
+            reason = "no linear map"
+            if path in self.shared:
                 reason = "used elsewhere too"
-            elif p.ndim == 2 and _routes(path.rpartition(".")[0], p, mixtures):
+            elif path in experts:
+                layers += experts[path]
+                continue
+            elif p.ndim == 2 and _routes(owner, p, mixtures):
                 reason = "router"
-            elif id(p) in beside:
+            elif linear and any(owner.startswith(f"{mixture}.") for mixture in mixtures):
                 reason = "beside experts"
-            dense.append(Dense(path, p.numel(), reason))
+            elif linear:
+                if p.dtype not in FLOATS:
+                    raise ModelError(f"weight {path} is {p.dtype}: only floats can be pruned")
+                layers.append(Prunable(owner, module, transposed=not isinstance(module, nn.Linear)))
+                continue
+            if p.ndim > 1 and p.numel() > max(p.shape) and not name.endswith("bias"):
+                dense.append(Dense(path, p.numel(), reason))
         return layers, dense
 
 
@@ -316,12 +301,13 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
         experts = [p for p in one.parameters() if p.ndim >= 3]
         sizes[key] = sum(weight.numel() for weight in (*linears, *experts))
     name = max(sizes, key=sizes.__getitem__, default="")
-    used = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    named = list(model.named_parameters(remove_duplicate=False))
+    used = Counter(id(p) for _, p in named)
     config: Any = getattr(model, "config", None)
     width = config and config.get_text_config(decoder=True).to_dict().get("hidden_size")
     blocks = DecoderBlocks(
         name, lists.get(name, ()), width if isinstance(width, int) else None,
-        frozenset(key for key, times in used.items() if times > 1),
+        frozenset(name for name, p in named if used[id(p)] > 1),
     )  # fmt: skip
     if not any(blocks.prunables(index) for index in range(len(blocks))):
         kind = type(model).__name__
@@ -354,26 +340,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def forwards(pairs: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Replace the forward of modules temporarily."""
-    with ExitStack() as stack:
-        for module, forward in pairs:
-            stack.enter_context(patch.object(module, "forward", forward))
-        yield
-
-
-def outer_weights(model: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return the weights of a model's output head and embeddings, which are often the same."""
+def outer_weights(model: Any) -> list[nn.Parameter]:
+    """Return the weights of a model's output head and embeddings; one if they are the same once
+    they are loaded."""
     head, embedded = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(head, "weight", None) is None:
         raise ModelError(f"{type(model).__name__} has no output head: leave out --embeddings")
-    return head.weight, embedded.weight
-
-
-def tied(model: Any) -> bool:
-    """Whether the output head shares the embeddings' weights once they are loaded."""
-    head, embedded = model.get_output_embeddings(), model.get_input_embeddings()
     names = [f"{name}.weight" for name, one in model.named_modules() if one in (head, embedded)]
-    alike = getattr(head, "weight", None) is embedded.weight
-    return alike or not getattr(model, "all_tied_weights_keys", {}).keys().isdisjoint(names)
+    alike = not getattr(model, "all_tied_weights_keys", {}).keys().isdisjoint(names)
+    tied = alike or head.weight is embedded.weight
+    return [embedded.weight] if tied else [head.weight, embedded.weight]

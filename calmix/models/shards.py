@@ -75,10 +75,8 @@ def stored_tensors(folder: Path) -> dict[str, Place]:
 
     Raises ModelError if a file is cut short, damaged, or has an unsupported type.
     """
-    places: dict[str, Place] = {}
-    for name in weight_files(folder):
-        places |= read_header(folder / name)
-    return places
+    headers = (read_header(folder / name) for name in weight_files(folder))
+    return {name: place for header in headers for name, place in header.items()}
 
 
 def weight_width(stored: Mapping[str, Place]) -> int:

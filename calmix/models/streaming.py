@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calmix.errors import ModelError
 from calmix.models.attention import use_own_attention
@@ -49,7 +49,6 @@ class StreamedModel:
         names: of parameters and buffers in the files, except merged and split ones.
         merges: whether parameters are merged from several stored tensors, which takes memory.
         unknown: names in the files without a parameter or buffer in the model.
-        parameters: those in the files, by name in the model, without data.
     """
 
     def __init__(
@@ -90,8 +89,6 @@ class StreamedModel:
         if lacking:
             why = f"its files lack {lacking[0]}, or hold it in a form that transformers converts"
             raise _not_streamable(self.name, why)
-        named = self.model.named_parameters()
-        self.parameters: dict[str, Tensor] = {n: p for n, p in named if n in self._parts}
         self._pool = ThreadPoolExecutor(1, "reading")
         self._ahead: dict[int, Future[tuple[dict[str, Tensor], Any]]] = {}
         # The next block's weights are copied to the device in a separate queue.
@@ -162,10 +159,9 @@ class StreamedModel:
     def fetch_outside(self, *, head: bool = False) -> None:
         """Read the weights outside the blocks (embeddings, norms), and the stored buffers."""
         self._put(*self._read(self.outside_names(head=head)))
-        for name, buffer in list(self.model.named_buffers()):
+        for name, buffer in self.model.named_buffers():
             value = self.read(self.names[name]).to(buffer.dtype) if name in self.names else buffer
-            module, last = self._owner(name)
-            module._buffers[last] = value.to(self.device)
+            buffer.data = value.to(self.device)
 
     def drop_outside(self) -> None:
         """Drop the weights outside the blocks; buffers stay."""
@@ -240,9 +236,8 @@ class StreamedModel:
             {name: memory[alike.get(name, name)].detach()
              for name in self.names if alike.get(name, name) in changed}
         )  # fmt: skip
-        stored = {name: self.read(name) for name in names if name not in new}
-        tensors = {name: value.to(types.get(name, value.dtype)) for name, value in stored.items()}
-        return tensors | {name: new[name] for name in names if name in new}
+        tensors = {name: new[name] if name in new else self.read(name) for name in names}
+        return {name: value.to(types.get(name, value.dtype)) for name, value in tensors.items()}
 
     def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
         """Set a block's weights from tensors by their stored names, in the block's type."""
@@ -291,25 +286,18 @@ class StreamedModel:
 
     def _put(self, values: Mapping[str, Tensor], copied: Any = None) -> None:
         """Set parameters of the model, once the device has `copied` them."""
-        now = None if copied is None else torch.cuda.current_stream(self.device)
-        if now is not None:
+        if copied is not None:
+            now = torch.cuda.current_stream(self.device)
             now.wait_event(copied)
-        for name, value in values.items():
-            if now is not None:
+            for value in values.values():
                 value.record_stream(now)
-            module, last = self._owner(name)
-            here = value.to(self.device, non_blocking=True)
-            module._parameters[last] = nn.Parameter(here, requires_grad=False)
+        here = {name: value.to(self.device, non_blocking=True) for name, value in values.items()}
+        self.model.load_state_dict(here, strict=False, assign=True)
 
     def _drop(self, names: Iterable[str]) -> None:
-        for name in names:
-            module, last = self._owner(name)
-            empty = torch.empty_like(module._parameters[last], device="meta")
-            module._parameters[last] = nn.Parameter(empty, requires_grad=False)
-
-    def _owner(self, name: str) -> tuple[Any, str]:
-        owner, _, last = name.rpartition(".")
-        return self.model.get_submodule(owner), last
+        parameters = self._parameters()
+        empty = {name: torch.empty_like(parameters[name], device="meta") for name in names}
+        self.model.load_state_dict(empty, strict=False, assign=True)
 
 
 def _merge(

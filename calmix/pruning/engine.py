@@ -34,14 +34,7 @@ from torch import Tensor, nn
 from calmix.calibration.dataset import CalibrationSet
 from calmix.errors import InputError, ModelError, PassingError, SolverError, nearest
 from calmix.machine import Laps, out_of_memory, tokens_at_once
-from calmix.models.blocks import (
-    DecoderBlocks,
-    Prunable,
-    evaluating,
-    find_blocks,
-    outer_weights,
-    tied,
-)
+from calmix.models.blocks import DecoderBlocks, Prunable, evaluating, find_blocks, outer_weights
 from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
 from calmix.options import BITS_METHOD, METHOD, Propagation
@@ -324,7 +317,7 @@ class Run:
         if self.embeddings is None:
             return
         began = time.perf_counter()
-        outer = outer_weights(self.model)[tied(self.model) :]  # one matrix if tied
+        outer = outer_weights(self.model)
         names = {id(weight): name for name, weight in self.model.named_parameters()}
         with _at_work(outer[0].device):
             head_gram = self._head_gram(outer[0]) if self.needs_ids else None
@@ -503,7 +496,7 @@ class Run:
     def _assign(self, layers: list[Prunable], weights: list[Tensor]) -> None:
         self.changed = self._index + 1
         for layer, weight in zip(layers, weights, strict=True):
-            layer.assign(weight)
+            layer.view().copy_(weight)
         _check_finite(layers, "its pruned weights are not finite")
 
     def _device(self, index: int) -> torch.device:

@@ -53,7 +53,7 @@ class _Products(TorchFunctionMode):
         super().__init__()
         self._seen = seen
         self._sources: dict[int, list[tuple[Prunable, Tensor]]] = {}
-        for layer in {layer.parameter_id: layer for layer in layers}.values():
+        for layer in {layer.parameter_name: layer for layer in layers}.values():
             stored = layer.whole().transpose(1, 2) if layer.transposed else layer.whole()
             self._sources.setdefault(_memory(stored), []).append((layer, stored))
 

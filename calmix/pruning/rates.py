@@ -107,8 +107,8 @@ def _rounded(layers: list[Prunable]) -> Iterator[None]:
         for layer in layers:
             weight = layer.view().float()
             step = weight.std(1, keepdim=True).clamp_min_(1e-12) * 2 ** (RATE - ROUNDED)
-            layer.assign((weight / step).round_().mul_(step))
+            layer.view().copy_((weight / step).round_().mul_(step))
         yield
     finally:
         for layer, weight in zip(layers, kept, strict=True):
-            layer.assign(weight)
+            layer.view().copy_(weight)

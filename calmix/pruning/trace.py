@@ -14,13 +14,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from calmix.errors import ModelError, first_line
-from calmix.models.blocks import DecoderBlocks, Dense, Prunable, decoder_of, forwards
+from calmix.models.blocks import DecoderBlocks, Dense, Prunable, decoder_of
 from calmix.pruning.experts import Routed
 
 TOKENS = 8  # tokens a block is traced on
@@ -154,7 +155,9 @@ class Calls:
             hidden = see(index, given, others, kwargs)
             return hidden if self._rest is None else (hidden, *self._rest)
 
-        with forwards([(b, partial(stub, i)) for i, b in enumerate(self._blocks.blocks)]):
+        with ExitStack() as stack:
+            for index, block in enumerate(self._blocks.blocks):
+                stack.enter_context(patch.object(block, "forward", partial(stub, index)))
             (self._decoder if model is None else model)(input_ids=ids, use_cache=False)
 
     def _handed(self, value: Any) -> Slot | None:
@@ -213,7 +216,7 @@ class Calls:
 
         ids = torch.zeros(rows, length, dtype=torch.int64, device=hidden.device)
         head = self._model.get_output_embeddings()
-        with suppress(StopIteration), forwards([(head, stop)]):
+        with suppress(StopIteration), patch.object(head, "forward", stop):
             self._decode(lambda *_: hidden, ids, self._model)
         return given[0] if given else None
 
@@ -262,7 +265,7 @@ def observe_block(
 
     def on_mixture(mixture: Routed, run: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append((mixture, (mixture.name,)))
-        with forwards([(mixture.module, run)]):
+        with patch.object(mixture.module, "forward", run):
             try:
                 return mixture.learn(args, kwargs)
             except ModelError:
@@ -274,7 +277,7 @@ def observe_block(
             stack.enter_context(layer.module.register_forward_hook(partial(on_linear, layer)))
         for mixture in routed:
             run = partial(on_mixture, mixture, mixture.module.forward)
-            stack.enter_context(forwards([(mixture.module, run)]))
+            stack.enter_context(patch.object(mixture.module, "forward", run))
         batch.run(index, hidden)
     times = Counter(one.name for one, _ in seen)
     for layer in layers:

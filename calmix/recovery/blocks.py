@@ -28,24 +28,23 @@ if TYPE_CHECKING:
 class Stream:
     """The hidden states of one model's micro-batches, and the other arguments of its blocks.
 
-    Each group of rows is a micro-batch. The weights outside the blocks and those of the first block
-    must be in memory.
+    Each group of rows is a micro-batch, known by its first row. The weights outside the blocks and
+    those of the first block must be in memory.
     """
 
     @torch.no_grad()
     def __init__(
         self, model: StreamedModel, states: States, ids: Tensor, groups: Sequence[list[int]]
     ) -> None:
-        self.states, self.batches, self.length = states, list[Batch](), ids.shape[1]
+        self.states, self.batches, self.length = states, dict[int, Batch](), ids.shape[1]
         calls = Calls(model.model, model.blocks, ids[:1, :TOKENS].to(model.device))
-        for number, group in enumerate(groups):
-            states[number], batch = calls.record(ids[group].to(model.device))
-            self.batches.append(batch)
+        for group in groups:
+            states[group[0]], self.batches[group[0]] = calls.record(ids[group].to(model.device))
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Replace the states of every micro-batch by a block's outputs."""
-        for number, batch in enumerate(self.batches):
+        for number, batch in self.batches.items():
             self.states[number] = batch.run(index, self.states[number])
 
 
@@ -78,8 +77,8 @@ def tune(
     """
 
     def mean(numbers: list[int], learn: bool) -> Tensor:
-        rows, values = sum(stream.batches[number].rows for number in numbers), []
-        tokens = rows * stream.length
+        tokens = stream.length * sum(stream.batches[number].rows for number in numbers)
+        total: Any = 0
         for number in numbers:
             with torch.set_grad_enabled(learn):
                 hidden = stream.states[number]
@@ -88,8 +87,8 @@ def tune(
             if learn:
                 loss.backward()
                 masters.collect()
-            values.append(loss.detach().to(widest(loss.device)))
-        return sum(values[1:], values[0])
+            total += loss.detach().to(widest(loss.device))
+        return total
 
     progress, every = Progress(len(steps)), len(steps) // request.epochs
     lr, where = request.lr, f"in block {index} "
@@ -118,9 +117,9 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
     """
     work, ids, blocks = job.work, job.calibration.ids, job.pruned.blocks
     together = rows_at_once(job.request.batch, ids.shape[1])[0]  # shuffled as one, for any plan
-    units, micro = [*grouped(job.training, together), job.held_out], itertools.count()
+    units = [*grouped(job.training, together), job.held_out]
     parts = [grouped(rows, job.rows) for rows in units]
-    numbers = [[next(micro) for _ in part] for part in parts]  # micro-batches of each unit
+    numbers = [[rows[0] for rows in part] for part in parts]  # micro-batches of each unit
     reports: list[dict[str, Any]] = list(work.kept.get("blocks", []))
     at_once = job.request.batch // together
     grouped_steps = steps_of(numbers[:-1], at_once, job.request.epochs, job.seed)
@@ -152,7 +151,7 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
             )
             reports.append(report)
             del masters, trained
-            made = job.write(files[index], best)
+            made = job.write(files[index], job.pruned.as_stored(best))
             del best
             job.keep(index + 1, blocks=reports)
         job.pruned.refill(index, made)

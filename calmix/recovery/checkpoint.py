@@ -39,7 +39,7 @@ from calmix.pruning.work import CHECKPOINT, WorkFolder, draw_set
 from calmix.recovery.blocks import recover_blocks
 from calmix.recovery.distill import distill_model
 from calmix.recovery.memory import check_memory, make_plan
-from calmix.recovery.training import Masters, rows_at_once, split_rows, trained_names
+from calmix.recovery.training import Masters, rows_at_once, split_rows, trained_parameters
 from calmix.shown import Shown
 from calmix.specs import How
 
@@ -113,13 +113,12 @@ class Job:
                 f"--batch {request.batch} is not a multiple of {self.processes} processes: use "
                 f"--batch {request.batch + -request.batch % self.processes}"
             )
-        self.type_name = run.dtype
-        if run.dtype == "auto":
-            self.type_name = dtype_name(suited(torch.bfloat16, self.device))
-        if self.type_name not in ("bfloat16", "float32"):
-            raise InputError(f"--dtype {run.dtype} cannot train: use bfloat16 or float32")
-        self.dtype: torch.dtype = getattr(torch, self.type_name)
-        self.opening = run.opening | {"dtype": self.type_name, "device": str(self.device)}
+        dtype = run.dtype
+        if dtype == "auto":
+            dtype = dtype_name(suited(torch.bfloat16, self.device))
+        if dtype not in ("bfloat16", "float32"):
+            raise InputError(f"--dtype {dtype} cannot train: use bfloat16 or float32")
+        self.opening = run.opening | {"dtype": dtype, "device": str(self.device)}
         self.say = run.note if self.main else How.note
         self.work = WorkFolder(output, "steps" if request.method == "distill" else "blocks")
 
@@ -189,7 +188,7 @@ class Job:
         if begun := self.work.kept.get("rows_at_once"):
             rows = [begun]
         self.rows, self.sparing, needed = make_plan(
-            self.pruned, self.request.method, self.dtype, calibration.length, rows, room
+            self.pruned, self.request.method, calibration.length, rows, room
         )
         self.say("recovery " + check_memory(needed, held, most, free))
 
@@ -198,10 +197,10 @@ class Job:
         source = self.pruned
         needed = sum(place.size for place in source.places.values())
         width = source.model.get_output_embeddings().weight.shape[1]
-        states = tokens * width * self.dtype.itemsize
+        states = tokens * width * source.dtype.itemsize
         if self.request.method == "distill":
-            trained = sum(source.parameters[n].numel() for n in trained_names(source.model))
-            needed += states + 2 * (12 + 4) * trained
+            trained = trained_parameters(source.model).values()
+            needed += states + 2 * (12 + 4) * sum(p.numel() for p in trained)
         else:
             needed += 2 * states
         check_free(self.output, needed - self.work.bytes, "checkpoint and states take up to")
@@ -217,12 +216,11 @@ class Job:
         return Masters(parameters, self.pruned.stored, masked, self.grids, self.dense.stored)
 
     def write(self, file: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Write a file of the result, trained tensors replacing pruned ones, and return it."""
-        source = self.pruned
-        made = {name: source.read(name) for name in source.layout[file]}
-        for name, value in source.as_stored(trained).items():
-            if name in made:
-                made[name] = value.to(made[name].dtype)
+        """Write a file of the result, trained tensors (by stored name) replacing pruned ones, and
+        return it."""
+        made = {name: self.pruned.read(name) for name in self.pruned.layout[file]}
+        for name in made.keys() & trained:
+            made[name] = trained[name].to(made[name].dtype)
         self.work.save(f"{CHECKPOINT}/{file}", made)
         return made
 
@@ -278,7 +276,7 @@ def recover(
         asked = {  # all that determines the bytes of the result, except the text
             "pruned": fingerprint(job.pruned.folder),
             "against": fingerprint(job.dense.folder),
-            "dtype": job.type_name,
+            "dtype": job.opening["dtype"],
             "device": job.device.type,
             "processes": job.processes,
             **request.record(),
@@ -331,9 +329,7 @@ def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
         "kind": "recovered checkpoint",
         "model": {"name": pruned.name, "sha256": asked["pruned"]},
         "against": {"name": job.dense.name, "sha256": asked["against"]},
-        "dtype": asked["dtype"],
-        "device": asked["device"],
-        "processes": job.processes,
+        **{name: asked[name] for name in ("dtype", "device", "processes")},
         "request": job.request.record(),
         "calibration": job.calibration.manifest,
         "recovery": done,

@@ -23,7 +23,7 @@ from calmix.models import find_blocks, open_model
 from calmix.models.shards import read_file, write_file
 from calmix.pruning.distributed import add_up, everyone, once
 from calmix.recovery.memory import CHUNK, LEAST
-from calmix.recovery.training import Progress, grouped, steps_of, train, trained_names
+from calmix.recovery.training import Progress, grouped, steps_of, train, trained_parameters
 
 if TYPE_CHECKING:
     from calmix.recovery.checkpoint import Job
@@ -98,8 +98,8 @@ class Student(nn.Module):
         self._forwards = decoder_and_head(model)
         self._dense_head = dense_head
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
-        for name in trained_names(model):
-            model.get_parameter(name).requires_grad_(name not in fixed)
+        for name, parameter in trained_parameters(model).items():
+            parameter.requires_grad_(name not in fixed)
         if recompute:
             for block in find_blocks(model).blocks:
                 block.forward = functools.partial(
@@ -184,11 +184,9 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
             took = saved - now
     if job.main:
         made = work.load(f"best-{best}") if progress.best else {}
-        parts = [job.pruned.block_names(index) for index in range(len(job.pruned.blocks))]
-        others = made.keys() - {name for part in parts for name in part}
-        for number, file in enumerate(job.pruned.layout):
-            names = parts[number] if number < len(parts) else others
-            job.write(file, {name: made[name] for name in names if name in made})
+        stored = job.pruned.as_stored(made)
+        for file in job.pruned.layout:
+            job.write(file, stored)
     losses = dict(progress.held_out)
     return losses[0], losses[progress.best], asdict(progress) | {"shared_head": shared}
 

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from calmix.errors import InputError
 from calmix.models.blocks import experts_per_token
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.budget import GIB
 from calmix.pruning.trace import token_bytes
-from calmix.recovery.training import trained_names
+from calmix.recovery.training import trained_parameters
 
 PASSING = 2  # temporary activations while a block runs, in blocks
 CHUNK = 2**23  # logits of one model held at a time
@@ -31,7 +29,6 @@ BEHIND = 3 * GIB // 8  # extra memory of a process that has pruned: kernels and 
 def make_plan(
     model: StreamedModel,
     method: str,
-    dtype: torch.dtype,
     length: int,
     rows: Sequence[int],
     room: float,
@@ -43,7 +40,7 @@ def make_plan(
     spare memory costs time and changes no number: blocks are not read ahead, or (distill) are
     recomputed in the backward pass.
     """
-    blocks, own, size = model.blocks, model.parameters, dtype.itemsize
+    blocks, size = model.blocks, model.dtype.itemsize
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
     hidden = token_bytes(model.model, blocks) // size
     largest = blocks.sizes.index(max(blocks.sizes))
@@ -54,11 +51,12 @@ def make_plan(
         for layer in blocks.prunables(largest)
         if layer.expert is None or layer.expert < chosen
     )
-    weights = sum(p.numel() for p in own.values()) * size
-    outside = model.outside_bytes() // model.dtype.itemsize * size
-    trained = sum(p.numel() for p in blocks.blocks[largest].parameters())
+    weights = sum(p.numel() for p in model.model.parameters()) * size
+    outside = model.outside_bytes()
+    learning = blocks.blocks[largest].parameters()
     if method == "distill":
-        trained = sum(own[name].numel() for name in trained_names(model.model))
+        learning = trained_parameters(model.model).values()
+    trained = sum(p.numel() for p in learning)
 
     def needed(tokens: int, sparing: bool) -> int:
         activations = tokens * (6 * hidden + widths) * size

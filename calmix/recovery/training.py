@@ -84,7 +84,7 @@ def rate(step: int, steps: int, peak: float) -> float:
     return peak * (steps - step) / (steps - warm + 1)
 
 
-def trained_names(model: Any) -> list[str]:
+def trained_parameters(model: Any) -> dict[str, nn.Parameter]:
     """Return the parameters that distillation trains: all of the blocks and the final norm.
 
     Embeddings, output head and all else after the decoder stay unchanged.
@@ -93,11 +93,11 @@ def trained_names(model: Any) -> list[str]:
     fixed |= {id(p) for p in model.get_output_embeddings().parameters()}
     fixed |= {id(p) for p in behind(model).values()}
     prefix = f"{find_blocks(model).name}."
-    return [
-        name
+    return {
+        name: parameter
         for name, parameter in model.named_parameters()
         if name.startswith(prefix) or (parameter.ndim == 1 and id(parameter) not in fixed)
-    ]
+    }
 
 
 def size_of(stored: Tensor) -> float:
@@ -154,9 +154,10 @@ def train(
     reduced in proportion.
     """
 
-    def loss_of(items: list[int], learn: bool, at: str) -> float:
-        loss = float(mean(items, learn))
+    def loss_of(items: list[int], learn: bool) -> float:
+        loss, done = float(mean(items, learn)), progress.done
         if not math.isfinite(loss):
+            at = f"at step {done + 1}" if learn else f"on the held-out rows after step {done}"
             raise SolverError(
                 f"the loss is not finite {where}{at} of {len(steps)}: lower --lr, use --dtype "
                 "float32, or check the models' weights"
@@ -164,15 +165,13 @@ def train(
         return loss
 
     def evaluate() -> None:
-        at = f"on the held-out rows after step {progress.done}"
-        progress.held_out.append([progress.done, loss_of(held_out, False, at)])
+        progress.held_out.append([progress.done, loss_of(held_out, False)])
 
     if not progress.held_out:
         evaluate()
     peak = lr * min(1.0, progress.held_out[0][1] / wide) if wide else lr
     while progress.done < len(steps) and not progress.stopped:
-        at = f"at step {progress.done + 1}"
-        progress.losses.append(loss_of(steps[progress.done], True, at))
+        progress.losses.append(loss_of(steps[progress.done], True))
         masters.step(rate(progress.done, len(steps), peak))
         progress.done += 1
         if progress.done % every == 0 or progress.done == len(steps):

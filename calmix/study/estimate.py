@@ -28,10 +28,10 @@ from calmix.calibration.texts import builtin_readers
 from calmix.errors import InputError
 from calmix.evaluation.suites import ARCHIVE, Suite
 from calmix.evaluation.tasks import item_texts, load_items
-from calmix.machine import device_memory, tokens_at_once, total_memory
+from calmix.machine import device_memory, host_memory, tokens_at_once
 from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import use_own_attention
-from calmix.models.blocks import outer_weights, tied
+from calmix.models.blocks import outer_weights
 from calmix.models.opening import DTYPES, device_of, known_model, loading
 from calmix.options import Propagation, Recovering
 from calmix.precision import suited
@@ -90,8 +90,7 @@ class Timed:
         self.model: Any = model.requires_grad_(False).eval()
         use_own_attention(self.model)
         self.blocks = find_blocks(self.model)
-        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        self.weights = sum(p.numel() for p in self.parameters.values())
+        self.weights = sum(p.numel() for p in self.model.parameters())
         self.block_weights = sum(p.numel() for p in self.blocks.blocks.parameters())
         self.vocabulary, self.hidden = self.model.get_output_embeddings().weight.shape
         self.bytes = self.weights * self.dtype.itemsize
@@ -102,12 +101,12 @@ class Timed:
     @property
     def outer_weights(self) -> int:
         """Number of weights in embeddings and output head."""
-        head, embedded = (weight.numel() for weight in outer_weights(self.model))
-        return embedded if tied(self.model) else head + embedded
+        return sum(weight.numel() for weight in outer_weights(self.model))
 
     def outside_bytes(self, *, head: bool = False) -> int:
         """Return the bytes outside the blocks; an untied output head counts only if `head`."""
-        untied = 0 if head or tied(self.model) else self.vocabulary * self.hidden
+        tied = len(outer_weights(self.model)) == 1
+        untied = 0 if head or tied else self.vocabulary * self.hidden
         return (self.weights - self.block_weights - untied) * self.dtype.itemsize
 
     @cached_property
@@ -219,7 +218,7 @@ class Timed:
     def recovery_memory(self: Any, request: Recovering, length: int, room: float = math.inf) -> int:
         """Return the bytes that recovery needs besides the program; less if `room` is limited."""
         rows = rows_at_once(request.batch, length)
-        return recovery.make_plan(self, request.method, self.dtype, length, rows, room)[-1]
+        return recovery.make_plan(self, request.method, length, rows, room)[-1]
 
     def trial_memory(self: Any, trial: Planned, *, compared: bool) -> float:
         """Return a trial's peak memory in bytes on the device that prunes."""
@@ -318,7 +317,7 @@ def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
             "memory": memory,
             "disk": 80.0 * work.items + study.file.keep_checkpoints * model.bytes + 50_000,
         })  # fmt: skip
-        available = device_memory(model.device)[2] or total_memory()
+        available = device_memory(model.device)[2] or host_memory()[1]
         if memory > available:
             label = f"{first.model} {first.recipe} {first.pattern}"
             notes.append(too_large(label, memory, available))

@@ -15,7 +15,7 @@ from calmix.evaluation.distance import distance, head_hash, reference
 from calmix.evaluation.likelihood import behind, decoder_and_head, perplexity, row_nll
 from calmix.models import open_model
 from calmix.recovery.distill import Student
-from calmix.recovery.training import trained_names
+from calmix.recovery.training import trained_parameters
 from tests.evaluation.helpers import opened
 from tests.tiny import save_tiny_model, tiny_ids, tiny_model
 
@@ -45,8 +45,8 @@ def test_logits_are_those_of_the_models_own_forward(kind):
     parts = {"lm_head.dense.weight", "lm_head.norm.weight"} if kind.startswith("modern") else set()
     assert set(behind(model)) == parts
     student = Student(model, None, recompute=False)
-    for name in trained_names(model):
-        model.get_parameter(name).data.mul_(1.1)
+    for parameter in trained_parameters(model).values():
+        parameter.data.mul_(1.1)
     loss = student(ids, target)
     loss.backward()
     with torch.no_grad():

@@ -69,7 +69,7 @@ def reference(model, ids, method, pattern, propagation):
         for layer, dense, weight in zip(layers, weights, solved.weights, strict=True):
             known = kind.needs is Gram
             errors[layer.name] = float(relative_error(dense, weight, gram)) if known else None
-            todo.append((layer, weight)) if propagation == "block" else layer.assign(weight)
+            todo.append((layer, weight)) if propagation == "block" else layer.view().copy_(weight)
 
     for inputs in wiring(model, ids):
         todo = []
@@ -82,7 +82,7 @@ def reference(model, ids, method, pattern, propagation):
                     gram, whole = (x.double().T @ x.double() for x in (own, every))
                     solve(step.layers[expert], gram + SMOOTHING * whole / len(every))
         for layer, weight in todo:
-            layer.assign(weight)
+            layer.view().copy_(weight)
     return errors
 
 

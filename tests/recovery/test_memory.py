@@ -4,7 +4,6 @@ import math
 from functools import partial
 
 import pytest
-import torch
 
 from calmix.models.streaming import StreamedModel
 from calmix.recovery import checkpoint
@@ -20,7 +19,7 @@ def test_what_changes_no_number_is_spared_first_then_rows(tmp_path, kind):
     for method in METHODS:
 
         def made(room, method=method):
-            return make_plan(model, method, torch.float32, 16, [4, 2, 1], room)
+            return make_plan(model, method, 16, [4, 2, 1], room)
 
         plan, plans = made(math.inf), []
         while not plans or plan != plans[-1]:
