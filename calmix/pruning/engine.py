@@ -521,8 +521,8 @@ class Run:
         with bfloat16_products(allowed=False):
             try:
                 solved = self.method.solve(weights, statistic, patterns)
-            except SolverError as error:
-                raise SolverError(f"{layers[0].name}: {error}") from error
+            except SolverError as failure:
+                raise SolverError(f"{layers[0].name}: {failure}") from failure
             if statistic is not None and issubclass(self._kind, Gram):
                 pairs = zip(weights, solved.weights, strict=True)
                 errors = [relative_error(weight, kept, statistic) for weight, kept in pairs]
