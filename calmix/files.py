@@ -170,8 +170,10 @@ def _sweep(path: Path) -> None:
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.{kind}*"):
             with suppress(OSError):  # another user's
                 if (handle := _locked(leftover, own=False)) is not None:
-                    _clear(leftover, path)
-                    os.close(handle)
+                    try:
+                        _clear(leftover, path)
+                    finally:
+                        os.close(handle)
 
 
 def _clear(leftover: Path, path: Path) -> None:

@@ -59,7 +59,7 @@ def compress_verb(
     walked, seconds = ladder.make(options, output, _run, note)
     result: dict[str, Any] = {"output": str(output), "model": None}
     if walked.floors:
-        result |= {"ladder": walked.state}
+        result |= {"ladder": {"rungs": walked.rungs} | walked.state}
         print_table(walked.rows(), title="candidates: kept % (proven %)")
         for text in (walked.why(), *walked.promise):
             line(words.wrapped(text))

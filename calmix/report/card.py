@@ -27,7 +27,7 @@ from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import user_path
 from calmix.manifest import file_hashes, read_sealed
 from calmix.models import builtin_models
-from calmix.models.shards import stored_tensors, weight_width
+from calmix.models.shards import Place, stored_tensors, weight_width
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.report import charts, words
 from calmix.report.charts import LOOKS, Chart
@@ -53,14 +53,28 @@ class Card:
     pruning: Mapping[str, Any]
     size: int
     packed: int
-    width: int  # bits of a stored weight
-    outer: int  # weights outside the linear layers
     calibration: Mapping[str, Any]
     recoveries: tuple[Mapping[str, Any], ...]
     pairs: Sequence[Pair]  # the scores of both models on each suite
     answers: Answered | None
     tasks: list[dict[str, str]]  # that were scored, with origin and licence
     hashes: list[dict[str, str]]  # of inputs and outputs
+
+    @cached_property
+    def stored(self) -> dict[str, Place]:
+        """The tensors in the model's files, which a page of several models does not need."""
+        return stored_tensors(self.out / "model")
+
+    @property
+    def width(self) -> int:
+        """Bits of a stored weight."""
+        return 8 * weight_width(self.stored)
+
+    @property
+    def outer(self) -> int:
+        """Number of weights outside the linear layers."""
+        every = sum(math.prod(place.shape) for place in self.stored.values())
+        return every - int(self.pruning["weights"])
 
     @property
     def speed(self) -> str:
@@ -308,15 +322,13 @@ def read_card(out: Path) -> Card:
                 name = f"{one.name} ({suite})" if len(pairs) > 1 else one.name
                 tasks.append({"task": name, "use": use_of(origin["licence"]), **origin})
     known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
-    answers, stored = out / "answers.json", stored_tensors(out / "model")
-    weights = sum(math.prod(place.shape) for place in stored.values())
+    answers = out / "answers.json"
     return Card(
         out, out.resolve().name, record, asked,
         known.licence if known else "see the model's own card", known.origin if known else model,
         manifest["pruning"],
         sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS),
         sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()),
-        8 * weight_width(stored), weights - manifest["pruning"]["weights"],
         calibration, tuple(recoveries), pairs,
         load_answers(answers) if answers.exists() else None, tasks,
         [{"what": name, "SHA-256": value} for name, value in hashes.items()],

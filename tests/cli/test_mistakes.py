@@ -109,6 +109,8 @@ SAID = {
     "study recommend {results} --weights coding=1": "did you mean code",
     "study recommend {results} --weights code=-1": "must be 0 or a positive number",
     "prune {model} --calibration igsp --sparsity 0.5 --length 9999 -o {out}": LONG,
+    "recover {model} --against {other} --calibration igsp --length 9999 -o {out}": LONG,
+    "calibrate draw igsp --model {model} --length 9999 -o {out}": LONG,
     "calibrate show chat": "chat has no text yet: the model writes it (calmix calibrate chat)",
     "calibrate sources --dimension cod": "no source has dimension 'cod': did you mean code",
     "prune": "error: Missing argument 'MODEL' (see calmix prune --help)",
