@@ -58,11 +58,12 @@ class WorkOptions(TextField, DrawOptions, ModelOptions):
                 shares = ", ".join(f"{name} {count}" for name, count in drawn.counts.items())
                 note(f"{what} on {drawn.rows} rows of {drawn.length} tokens: {shares}")
 
+        most = self.most()  # refused before processes meet
         with distributed.launched(self.device) as device:
             leads = distributed.processes()[0] == 0
             with Progress(shown=leads) as bar:
                 yield leads, bar, self.opening() | {
-                    "device": device, "max_memory": self.most(), "resume": self.resume,
+                    "device": device, "max_memory": most, "resume": self.resume,
                     "overwrite": self.overwrite, "note": note, "started": started,
                     "writing": bar.writing,
                 }  # fmt: skip
