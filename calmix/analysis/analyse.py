@@ -104,9 +104,9 @@ class Analysis:
                 kept = one.pop("tasks")  # they have their own table
                 head = {name: one[name] for name in ("condition", "calibration")}
                 tasks += [{**head, **task, "kept": kept[task["name"]]} for task in found["tasks"]]
-        made = {name: [one for found in data["conditions"] for one in found[name]]
+        each = {name: [one for found in data["conditions"] for one in found[name]]
                 for name in FOUND if name != "agreements"}  # fmt: skip
-        made |= {"gains": data["gains"], "tasks": tasks}
+        made = {"gains": data["gains"], **each, "tasks": tasks}
         return {name: json_normalize(rows, sep="_").astype(object) for name, rows in made.items()}
 
     def save(self, folder: Path) -> None:

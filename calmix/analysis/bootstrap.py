@@ -225,10 +225,12 @@ def joints(results: StudyResults, settings: Settings, **which: str | None) -> It
             f"{nearest(settings.default, known)}"
         )
     layout = sorted({(trial.calibration, trial.seed) for trial in results.trials})
-    return (
-        joint(cells, resamples=settings.resamples, seed=settings.seed, layout=layout)
-        for cells in tables(results, trials, settings.measure)
-    )
+
+    def computed() -> Iterator[Joint]:  # what is wrong in a request is told before any work
+        for cells in tables(results, trials, settings.measure):
+            yield joint(cells, resamples=settings.resamples, seed=settings.seed, layout=layout)
+
+    return computed()
 
 
 def corrected(rows: Iterable[Row], **columns: Callable[[Row], float | None]) -> list[Row]:

@@ -192,25 +192,32 @@ def build(
         tick(name)
     drawn = [drawn[at] for at in np.random.default_rng(seed).permutation(len(drawn))]
     names, ids = zip(*drawn, strict=True)
-    mine = {name: own[name].model_dump(mode="json") for name in counts if name in own}
-    more = {"mix": mix, "seed": seed, "packing": packing, "own": mine, "sources": described}
-    return new_set(torch.tensor(ids), names, opened, guard, **more)
-
-
-def new_set(
-    ids: Tensor, names: Sequence[str], opened: HasTokenizer, guard: Guard | None, **more: Any
-) -> CalibrationSet:
-    """Return a set with what every manifest has, and what this one has besides."""
     manifest = {
         "kind": KIND,
         "model": {"name": opened.name},
-        "rows": ids.shape[0],
-        "length": ids.shape[1],
+        "mix": mix,
+        "rows": rows,
+        "length": length,
+        "seed": seed,
+        "packing": packing,
+        **checks(opened, guard),
+        "own": {name: own[name].model_dump(mode="json") for name in counts if name in own},
+        "sources": described,
+    }
+    return hashed(torch.tensor(ids), names, manifest)
+
+
+def checks(opened: HasTokenizer, guard: Guard | None) -> dict[str, Any]:
+    """Return what a manifest says of the tokenizer and of leakage."""
+    return {
         "begin_token": next(iter(begin_token(opened.tokenizer)), None),
         "tokenizer": opened.tokenizer_fingerprint,
         "leakage": "off" if guard is None else guard.report(),
-        **more,
     }
+
+
+def hashed(ids: Tensor, names: Sequence[str], manifest: dict[str, Any]) -> CalibrationSet:
+    """Return a new set, with the hash of its ids added to its manifest."""
     made = CalibrationSet(ids, tuple(names), manifest)
     manifest["sha256"] = made.sha256
     return made

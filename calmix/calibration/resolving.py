@@ -170,7 +170,8 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
     elif isinstance(file.mix, dict):
         mix = make_mix(file.mix, where)
     else:
-        mix = parse_mix(file.mix or "uniform:" + ",".join(file.uniform or ()))
+        named = "uniform:" + ",".join(file.uniform or ()) if file.mix is None else file.mix
+        mix = parse_mix(named)
     fixed = {name: value for name, value in file.drawn().items() if name != "sources"}
     draw = DrawOptions(**(fixed | given))
     check_length(draw.length, context)

@@ -141,10 +141,12 @@ def test_a_set_is_drawn_saved_read_back_and_exported(calmix, sources, tiny, tiny
     assert [row["source"] for row in rows] == list(made.sources)
     assert rows[0]["text"] == tiny.tokenizer.decode(made.ids[0], skip_special_tokens=True)
     for words, line in (
+        (export, "exists: choose another file"),
         (("export", folder, "-m", foreign, "-o", other), "another tokenizer"),
         (("export", tiny_folder, "-m", tiny_folder, "-o", other), "no effect with --to pack"),
         (("export", folder, "-o", other), "name its model with --model"),
         (("export", folder, "--to", "openvino", "-o", other), "it has no export to openvino"),
+        (("calibrate", mix, *how, "-o", folder), "exists and is not empty"),
         (("calibrate", folder, *how, "-o", other), "is already a calibration set"),
     ):
         assert line in calmix(*words).line

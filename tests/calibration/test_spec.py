@@ -49,7 +49,7 @@ def test_mix_clean_reads_no_benchmark_that_a_suite_scores():
         ("a:-1,b:2", "weight of 'a' is -1.0"),
         ("a:nan,b:2", "weight of 'a' is nan"),
         ("a:0,b:0", "all weights are zero"),
-        ("", "empty name between commas"),
+        ("", "calibration '' has an empty name between commas"),
         ("igsp,temperatur=1", "unknown option 'temperatur': did you mean temperature"),
         ("self-cal,start=end", "--start end: must be 'prompts', 'auto', 'bos' or 'separator'"),
         ("igsp,stories", "'stories' is not of the form option=value"),

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy import sparse
 
-from calmix.calibration.build import new_set, rows_per_source
-from calmix.calibration.dataset import CalibrationSet
+from calmix.calibration.build import checks, hashed, rows_per_source
+from calmix.calibration.dataset import KIND, CalibrationSet
 from calmix.calibration.leakage import Guard
 from calmix.calibration.selfgen.prompts import (
     Openers,
@@ -284,6 +284,7 @@ def generate(
     order = rng.permutation(rows)
     ids = written[joined].reshape(rows, -1)[order, :length]
     manifest = {
+        "kind": KIND,
         "generated": generator.name,
         "settings": generator.record(),
         "model": {
@@ -293,7 +294,10 @@ def generate(
             "device": opened.model.device.type,
         },
         "own": {n: own[n].model_dump(mode="json") for n in generator.sources if n in own},
+        "rows": rows,
+        "length": length,
         "seed": seed,
+        **checks(opened, guard),
         "aggregation_4": aggregation(ids, ORDER),
         "temperature": temps,
         "perplexity": {
@@ -304,7 +308,7 @@ def generate(
         "pieces": {"tokens": size, "a_row": per_row} | counted,
     }
     names = groups[joined[::per_row]][order].tolist()
-    return new_set(torch.from_numpy(ids), names, opened, guard, **manifest)
+    return hashed(torch.from_numpy(ids), names, manifest)
 
 
 def _enough(
