@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -187,6 +187,12 @@ def _cells(
     dimensions = dimensions_of(results)
     order = list(dict.fromkeys(one.calibration for one in results.trials))
     trials = sorted(trials, key=lambda one: (order.index(one.calibration), one.seed))
+    for before, trial in pairwise(trials):
+        if (before.calibration, before.seed) == (trial.calibration, trial.seed):
+            raise InputError(
+                f"the analysis cannot distinguish two trials of {trial.calibration} at seed "
+                f"{trial.seed} ({condition.label}; one is {trial.id})"
+            )
     first = tuple(next(same) for _, same in groupby(trials, key=lambda one: one.calibration))
     dense = results.dense[condition.model]
     pruned = [results.scores[trial.id] for trial in trials]

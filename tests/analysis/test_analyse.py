@@ -88,8 +88,11 @@ def test_a_study_in_progress_tells_its_gaps_and_mistakes_are_one_line():
     results = study(full_plan(seeds=(0,)))
     shares = [analyse(results, QUICK, sparsity=text) for text in ("60%", " 0.60 ")]
     assert [[one.condition.pattern for one in made.conditions] for made in shares] == [["60%"]] * 2
+    twin = results.trials[0].model_copy(update={"id": "again"})
+    doubled = results.model_copy(update={"trials": (*results.trials, twin)})
     empty = results.model_copy(update={"trials": (), "failed": (failed("x"),)})
     for made, settings, filters, words in [
+        (doubled, QUICK, {}, "two trials of encyclopedia at seed 0"),
         (empty, QUICK, {}, r"no finished trials \(66 planned, 1 failed\)"),
         (results, QUICK, {"method": "wnada"}, "did you mean wanda"),
         (results, QUICK, {"sparsity": "2:4"}, "known: 50%, 60%"),

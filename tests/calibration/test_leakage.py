@@ -1,5 +1,7 @@
 """The leakage guard."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from calmix.errors import InputError, SourceError
 from calmix.evaluation.suites import template
 from tests.calibration.conftest import write_rows
 from tests.evaluation.helpers import new_suite
+from tests.tiny import quick
 
 ids = st.lists(st.integers(0, 6), max_size=20)
 
@@ -54,7 +57,7 @@ def planted(tmp_path, documents, leaks, text=ITEM):
 
 @pytest.mark.parametrize("packing", ["concat", "window"])
 def test_a_planted_item_of_a_named_suite_is_dropped_and_counted(
-    calmix, tmp_path, tiny, tiny_folder, monkeypatch, packing
+    tmp_path, tiny, monkeypatch, packing
 ):
     asked, path = [], planted(tmp_path, 100, 2)
     monkeypatch.setattr(leakage, "suite_items", lambda suite: asked.append(suite) or ITEMS)
@@ -69,9 +72,6 @@ def test_a_planted_item_of_a_named_suite_is_dropped_and_counted(
     assert asked == ["offline"]
     assert resolve(path, tiny, leakage="mine", **how).manifest["leakage"]["suite"] == "mine"
     assert asked == ["offline", "mine"]
-    words = [word for key, value in how.items() for word in (f"--{key}", value)]
-    calmix("calibrate", path, "-m", tiny_folder, *words, "-o", tmp_path / "set").ok()
-    assert CalibrationSet.open(tmp_path / "set").manifest["leakage"] == report
 
 
 def test_a_small_draw_with_one_leak_looks_further(tmp_path, tiny, guard):
@@ -93,6 +93,32 @@ def test_a_shorter_run_is_no_leak_and_a_source_that_leaks_is_refused(tmp_path, t
     assert made.manifest["leakage"]["dropped"] == {}
     with pytest.raises(SourceError, match=r"share 11 tokens.*suite toy, .*task gsm8k"):
         build(parse_mix(path), tiny, rows=18, length=50, guard=guard(11))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "case",
+    quick([("gsm8k", 3)], [("gsm8k", 10), ("humaneval", 10), ("arc_easy", 3), ("pattern", 3)]),
+)
+def test_a_planted_item_of_the_offline_suite_is_caught(case, calmix, tmp_path):
+    task, leaks = case
+    item = next(i for i in suite_items("offline") if i[0] == task and len(i[2]) > 60)
+    rng, words = random.Random(0), ("river", "stone", "under", "bright", "seven", "north", "quiet")
+    rows = [" ".join(rng.choices(words, k=60)) for _ in range(120)]
+    for number in range(5, 5 + 12 * leaks, 12):
+        rows[number] = f"{rows[number]}\n\n{item[2]}\n\n{rows[number]}"
+    own, out = tmp_path / "own.jsonl", tmp_path / "out"
+    write_rows(own, rows)
+    ended = calmix("calibrate", own, "--model", "builtin:smollm2-135m", "--rows", 110,
+                   "--length", 50, "-o", out, "--packing", "window")  # fmt: skip
+    if leaks == 10:
+        assert f"source {own} leaks" in ended.line
+        assert f"with task {task}" in ended.line
+        assert not out.exists()
+        return
+    dropped = CalibrationSet.open(out).manifest["leakage"]["dropped"][str(own)]
+    assert {entry["task"] for entry in dropped} == {task}
+    assert 1 <= len(dropped) <= 3
 
 
 @pytest.mark.real

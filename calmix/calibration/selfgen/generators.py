@@ -154,6 +154,7 @@ class Chat(Generator):
     template alone (as in Magpie, arXiv 2406.08464)."""
 
     name = "chat"
+    usual = 0.8
 
     temperature: Positive | None = 0.8
     piece: Piece = 256
@@ -201,6 +202,7 @@ class Sgs(Generator):
     dimension of a mix gets rows."""
 
     name = "sgs"
+    usual = 1.0
 
     temperature: Positive | None = 0.6
     top_k: Count | None = 50
