@@ -27,7 +27,7 @@ from calmix.machine import device_memory, host_memory, tokens_at_once
 from calmix.models.opening import device_of
 from calmix.pruning import Unstructured, get_method, prune
 from calmix.pruning.budget import GIB, solver_bytes
-from calmix.pruning.gram import Gram, Squares
+from calmix.pruning.gram import Gram, Squares, relative_error
 from calmix.pruning.patterns import Pattern, SemiStructured
 
 
@@ -121,12 +121,11 @@ def check_solvers(device: torch.device, width: int) -> list[tuple[str, bool, str
             ]
             same = min(float((a == b).float().mean()) for a, b in masks)
             counted = [int(b.sum()) for _, b in masks] == there.pruned == here.pruned
-            errors = [
-                abs(float(a) - float(b)) / float(a)
-                for a, b in zip(here.errors, there.errors, strict=True)
-                if a is not None and b is not None
-            ]
-            apart = max(errors, default=0.0)
+            apart = 0.0
+            if method.needs is Gram:
+                for weight, a, b in zip(weights, here.weights, there.weights, strict=True):
+                    one, other = (relative_error(weight, made, gram) for made in (a, b.cpu()))
+                    apart = max(apart, abs(other - one) / one)
             right = counted and same >= AGREE.get(name, LEAST) and apart < 0.01
             told = f"masks agree to {same:.3%}, counts {'right' if counted else 'WRONG'}"
             found.append((f"{name} {pattern}", right, f"{told}, errors apart by {apart:.1e}"))

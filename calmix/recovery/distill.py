@@ -184,9 +184,13 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
             took = saved - now
     if job.main:
         made = work.load(f"best-{best}") if progress.best else {}
-        stored = job.pruned.as_stored(made)
-        for file in job.pruned.layout:
-            job.write(file, stored)
+        parts = [job.pruned.block_names(index) for index in range(len(job.pruned.blocks))]
+        others = made.keys() - {name for part in parts for name in part}
+        # File by file: splitting merged weights copies them.
+        for number, file in enumerate(job.pruned.layout):
+            names = parts[number] if number < len(parts) else others
+            held = {name: made[name] for name in names if name in made}
+            job.write(file, job.pruned.as_stored(held))
     losses = dict(progress.held_out)
     return losses[0], losses[progress.best], asdict(progress) | {"shared_head": shared}
 

@@ -51,7 +51,7 @@ def make_plan(
         for layer in blocks.prunables(largest)
         if layer.expert is None or layer.expert < chosen
     )
-    weights = sum(p.numel() for p in model.model.parameters()) * size
+    weights = sum(blocks.sizes) + model.outside_bytes(head=True)  # a tied head counts once
     outside = model.outside_bytes()
     learning = blocks.blocks[largest].parameters()
     if method == "distill":

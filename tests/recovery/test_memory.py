@@ -33,6 +33,17 @@ def test_what_changes_no_number_is_spared_first_then_rows(tmp_path, kind):
     model.close()
 
 
+def test_a_tied_head_is_counted_once(tmp_path):
+    needed = []
+    for tied in (False, True):
+        folder = save_tiny_model(tmp_path / f"{tied}", "llama", tie_word_embeddings=tied)
+        model = StreamedModel(str(folder))
+        needed.append(make_plan(model, "distill", 16, [1], math.inf)[-1])
+        head = model.model.get_output_embeddings().weight.nbytes
+        model.close()
+    assert needed[0] - needed[1] == head
+
+
 @pytest.mark.parametrize("method", quick(["blocks"], METHODS))
 def test_it_goes_on_with_as_many_rows_at_a_time(calmix, place, tmp_path, monkeypatch, method):
     monkeypatch.setattr(

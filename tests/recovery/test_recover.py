@@ -206,6 +206,12 @@ def test_what_a_drop_of_experts_leaves_is_recovered(calmix, place, tmp_path, cas
     told = manifest(tmp_path / "out")["recovery"]
     assert told["after"] < told["before"]
     assert told["zeros"] == (0 if method == "none" else told["weights"] // 2)
+    before, after = map(load_weights, (dropped, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    experts = [name for name in before if ".experts." in name]
+    assert any(not torch.equal(after[name], before[name]) for name in experts)
+    for name in experts:
+        assert not after[name][before[name] == 0].any(), name
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.num_local_experts == 2
     wider = save_tiny_model(tmp_path / "wider", "mixtral", intermediate_size=48)
