@@ -215,15 +215,17 @@ class Timed:
         passes = (1 + TRAINED) * trained + 2 * read + once
         return self.forward(passes, length, 4 * (trained + read))
 
-    def recovery_memory(self: Any, request: Recovering, length: int, room: float = math.inf) -> int:
+    def recovery_memory(self, request: Recovering, length: int, room: float = math.inf) -> int:
         """Return the bytes that recovery needs besides the program; less if `room` is limited."""
+        source: Any = self
         rows = rows_at_once(request.batch, length)
-        return recovery.make_plan(self, request.method, length, rows, room)[-1]
+        return recovery.make_plan(source, request.method, length, rows, room)[-1]
 
-    def trial_memory(self: Any, trial: Planned, *, compared: bool) -> float:
+    def trial_memory(self, trial: Planned, *, compared: bool) -> float:
         """Return a trial's peak memory in bytes on the device that prunes."""
+        source: Any = self
         shape = trial.rows, trial.length
-        needed = plan_for(self, shape, trial.request.chosen, budget=2**62).needed
+        needed = plan_for(source, shape, trial.request.chosen, budget=2**62).needed
         blocks = 2 * max(self.blocks.sizes)  # already counted in `self.bytes`
         scored = 3 * 512 * self.vocabulary * 4  # logits
         if compared and trial.request.embeddings:  # distance needs the dense head
