@@ -185,11 +185,11 @@ def report(
     from calmix.report.card import card_page, model_card, read_card, several_page
 
     if output is not None:  # it may stand beside the default page
-        if output.suffix.lower() not in (".html", ".htm"):
-            raise InputError(f"cannot write a page to {output}: name an .html file")
         inside = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
         inputs = [path for path in inside if path.suffix != ".html"]
         check_output_file(output, inputs=inputs, overwrite=True)
+        if output.suffix.lower() not in (".html", ".htm"):
+            raise InputError(f"cannot write a page to {output}: name an .html file")
     if len(folders) == 1:
         card = read_card(folders[0])
         output = output or folders[0] / "card.html"
