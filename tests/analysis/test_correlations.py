@@ -19,7 +19,7 @@ from calmix.analysis.correlations import (
     permutation_p,
     unit_ranks,
 )
-from tests.synthetic import Plan, full_plan, study
+from tests.synthetic import SOURCES, Plan, full_plan, study
 
 QUICK = Settings(permutations=1999, resamples=200)
 
@@ -36,10 +36,31 @@ def test_rho_is_that_of_the_seed_means_of_single_sources_alone():
     own = [[t for t in results.trials if t.calibration == cells.sets[at]] for at in singles]
     x = [np.mean([t.information["perplexity"] for t in each]) for each in own]
     y = [np.mean([t.dimensions["code"].value for t in each]) for each in own]
-    settings = Settings(permutations=99, resamples=10)
+    settings = Settings(permutations=99, resamples=10, seed=3)
     (one,) = [c for c in correlate([cells], settings)
               if (c.metric, c.quantity) == ("perplexity", "code")]  # fmt: skip
     assert (one.n, one.rho) == (16, pytest.approx(stats.spearmanr(x, y).statistic))
+    x, y = np.array(x), np.array(y)
+    p = permutation_p(x, y, permutations=99, seed=3)[0]
+    assert (one.p, one.exact, one.least_p) == (pytest.approx(p), False, 0.01)
+    ends = bootstrap_intervals(x, y, resamples=10, seed=3)
+    assert (one.low, one.high) == pytest.approx(tuple(ends))
+
+
+def test_four_sources_are_the_least_and_their_total_may_hide_what_dimensions_lose():
+    for count, tested in ((3, False), (4, True)):
+        results = study(full_plan(sources=SOURCES[:count], conditions=[("wanda", "50%")]))
+        found = analyse(results, QUICK).conditions[0]
+        assert bool(found.correlations) == tested
+        known = {one.quantity: one.p_cancel for one in found.spread}
+        assert [name for name, p in known.items() if p is not None] == ["total"] * tested
+        assert {one.n for one in found.spread} == {count}
+    one = found.correlations[0]
+    assert (one.n, one.exact, one.least_p) == (4, True, 2 / 24)
+    cells = tables(results, select(results), "primary")[0]
+    own = cells.means[cells.of("single")][:, 1 : len(cells.quantities)]
+    p = cancellation(own, permutations=QUICK.resamples, seed=QUICK.seed)
+    assert known["total"] == p
 
 
 def test_all_of_a_study_is_corrected_together():

@@ -34,6 +34,27 @@ def test_tasks_and_dimensions_without_signal_do_not_count():
     assert (silent.total.value, silent.worst) == (None, None)
 
 
+def test_the_level_is_that_of_all_intervals_and_the_worst_keeps_the_least():
+    dense = [right(80, 100, name="a"), right(9, 10, name="b", dimension="code")]
+    pruned = [right(60, 100, name="a"), right(7, 10, name="b", dimension="code")]
+    wide, narrow = (retention(dense, pruned, resamples=200, level=level) for level in (0.95, 0.5))
+    for one, other in ((wide.total, narrow.total), (wide.of("code"), narrow.of("code"))):
+        assert one.low < other.low < other.high < one.high
+    # By what is kept, not by the ends of intervals: those of ten items are wider.
+    assert (wide.worst, wide.of("general").value < wide.of("code").value) == ("general", True)
+    assert wide.of("code").low < wide.of("general").low
+    assert wide.of("math").value is None
+
+
+def test_accuracy_is_of_tasks_with_right_and_wrong_answers_alone():
+    text = bits([2.0, 3.0], [9, 9], "c", "code")
+    found = retention([right(8, 10), text], [right(6, 10), text], measure="accuracy", resamples=9)
+    assert [one.name for one in found.tasks] == ["quiz"]
+    assert found.total.value == pytest.approx((0.6 - 0.25) / (0.8 - 0.25))
+    with pytest.raises(InputError, match="no task has right or wrong answers"):
+        retention([text], [text], measure="accuracy")
+
+
 def test_other_tasks_or_items_are_refused():
     a, b, c = (right(5, 10, name=name) for name in "abc")
     for dense, pruned, first in (([a], [b], "a"), ([c, b], [c], "b"), ([a, b], [b, a], "b")):

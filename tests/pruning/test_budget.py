@@ -11,6 +11,7 @@ from calmix.models import find_blocks
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import budget, get_method
 from calmix.pruning.budget import GIB, Plan, parse_memory, plan_for
+from calmix.pruning.gram import Gram
 from tests.tiny import save_tiny_model
 
 MIB = 2**20
@@ -110,6 +111,16 @@ def test_what_is_free_on_a_device_decides_its_micro_batch(tiny_folder, monkeypat
     with pytest.raises(InputError, match="cannot hold one block at work"):
         plan(budget.WORKSPACE)
     assert plan(0, 2 * GIB).micro_tokens == 8192
+
+
+def test_a_refit_and_bits_take_more_and_wider_or_taller_layers_too():
+    for name in ("wanda,refit=2", "wanda,bits=4", "sparsegpt,bits=4", "ria,refit=1,bits=3"):
+        plain, method = get_method(name.partition(",")[0]), get_method(name)
+        least = method.memory(512, 512)
+        assert plain.memory(512, 512) <= least < method.memory(1024, 512)
+        assert least + 4 * 512 * 3584 <= method.memory(512, 4096)  # a copy of the weights
+    # A factorisation in float64 where outputs are few.
+    assert get_method("wanda,refit=2").memory(4096, 1) >= Gram.memory(4096) + 8 * 4096**2
 
 
 def test_amounts_of_memory():

@@ -9,7 +9,7 @@ from benchmarks.traced import tracing
 from calmix.errors import SolverError
 from calmix.pruning import Unstructured, prune
 from calmix.pruning import gram as gram_module
-from calmix.pruning.gram import Gram, Squares, inverse_factor, squared
+from calmix.pruning.gram import Gram, Squares, inverse_factor, relative_error, squared
 from calmix.pruning.methods.wanda import Wanda
 from tests.pruning.toy import Elsewhere
 from tests.tiny import tiny_ids, tiny_model
@@ -110,6 +110,12 @@ def test_square_of_a_triangle(columns):
     found, exact = squared(upper), upper.double().T @ upper.double()
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
     assert torch.equal(found, found.T)
+
+
+def test_what_lost_nothing_or_had_nothing_has_no_error():
+    weight, gram = torch.ones(2, 3), torch.eye(3)
+    assert relative_error(0 * weight, 0 * weight, gram) == relative_error(weight, weight, gram) == 0
+    assert relative_error(weight, 0 * weight, gram) == 1
 
 
 def test_damping_is_raised_and_recorded_never_skipped():

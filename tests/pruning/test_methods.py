@@ -153,7 +153,8 @@ def test_options_reach_the_solver():
     for other in ({"iterations": 2}, {"rho": 1}, {"damping": 0.5}, {"refit": 0}):
         less = solved("admm", [w], h, [HALF], **options | other)
         assert not torch.equal(made.weights[0], less.weights[0]), other
-    linear, plain = (solved(name, [w], h, [HALF]).weights[0] for name in ("ria,power=1", "ria"))
-    assert not torch.equal(linear, plain)
+    for pair in (("ria,power=1", "ria"), ("wanda,refit=1", "wanda,refit=30")):
+        one, other = (solved(name, [w], h, [HALF]).weights[0] for name in pair)
+        assert not torch.equal(one, other), pair
     damped = solved("sparsegpt,damping=0.3", [w], h, [HALF])
     assert (damped.damping, damped.dtype) == (0.3, torch.float32)

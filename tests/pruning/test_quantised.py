@@ -61,6 +61,15 @@ def test_levels_are_those_of_the_textbook_loop_on_the_scales_that_were_found(tex
         assert made.pruned == [zeros]
 
 
+def test_gptq_takes_whole_bits_from_two_to_eight():
+    method = get_method("gptq")
+    for bits in (2, 8):
+        method.check(Rate(bits), 64)
+    for bits in (1.5, 2.5):
+        with pytest.raises(InputError, match=f"whole bits from 2 to 8, not {bits} bits"):
+            method.check(Rate(bits), 64)
+
+
 def test_more_bits_lose_less_and_ecq_hits_its_rate():
     w, h = as_tensors(*problem(rows=200, columns=128, tokens=1000))
     lost = {}

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from calmix import precision
+from calmix.pruning.methods.admm import _bound
+from calmix.pruning.methods.base import sampled
 from calmix.pruning.patterns import SemiStructured, Unstructured
 from calmix.pruning.solvers.refit import refit, refit_layer, scale
 from tests.pruning.test_methods import as_tensors, mask_of, output_error, problem, solved
@@ -173,6 +175,13 @@ def test_units_and_the_order_in_memory_do_not_matter(pattern):
     assert torch.equal(admm(view, h, pattern) == 0, mask)
     first, second = (solved("ria", [one], h, [pattern]).weights[0] for one in (view, w))
     assert torch.equal(first, second)
+
+
+def test_a_bound_is_the_entry_of_its_rank_in_a_sample_of_every_column():
+    state = torch.arange(1.0, 33.0).view(2, 16) * torch.tensor([1.0, -1.0]).repeat(8)
+    assert [float(_bound(state, share)) for share in (0, 0.5, 1)] == [0, 16, 32]
+    some = sampled(torch.arange(64.0).view(8, 8), 16)
+    assert (len(some), len(set((some % 8).tolist()))) == (13, 8)
 
 
 def test_kept_weights_of_dead_inputs_stay():
