@@ -61,6 +61,18 @@ def test_four_sources_are_the_least_and_their_total_may_hide_what_dimensions_los
     own = cells.means[cells.of("single")][:, 1 : len(cells.quantities)]
     p = cancellation(own, permutations=QUICK.resamples, seed=QUICK.seed)
     assert known["total"] == p
+    for dimensions, hides in ((("general", "code"), True), (("code",), False)):
+        plan = full_plan(sources=SOURCES[:4], conditions=[("wanda", "50%")], dimensions=dimensions)
+        total = analyse(study(plan), QUICK).conditions[0].spread[0]
+        assert (total.quantity, total.p_cancel is not None) == ("total", hides)
+
+
+def test_a_metric_that_few_sets_have_is_listed_without_rho():
+    whole = study(full_plan(seeds=(0,), conditions=[("wanda", "50%")]))
+    trials = [one.model_copy(update={"information": one.information | {"odd": float(at)}})
+              if at in (1, 2, 4) else one for at, one in enumerate(whole.trials)]  # fmt: skip
+    found = of(whole.model_copy(update={"trials": tuple(trials)})).correlations
+    assert {(one.n, one.rho, one.p) for one in found if one.metric == "odd"} == {(3, None, None)}
 
 
 def test_all_of_a_study_is_corrected_together():

@@ -44,6 +44,8 @@ def test_the_level_is_that_of_all_intervals_and_the_worst_keeps_the_least():
     assert (wide.worst, wide.of("general").value < wide.of("code").value) == ("general", True)
     assert wide.of("code").low < wide.of("general").low
     assert wide.of("math").value is None
+    few = [right(1, 1, name="c", dimension="math", chance=0.0)]  # known, and in every resample
+    assert retention(dense + few, pruned + few, resamples=9).worst == "general"
 
 
 def test_accuracy_is_of_tasks_with_right_and_wrong_answers_alone():

@@ -68,6 +68,8 @@ def test_gptq_takes_whole_bits_from_two_to_eight():
     for bits in (1.5, 2.5):
         with pytest.raises(InputError, match=f"whole bits from 2 to 8, not {bits} bits"):
             method.check(Rate(bits), 64)
+    with pytest.raises(InputError, match=r"inputs of a\.b: choose"):
+        get_method("wanda,bits=4,group=48").check(HALF, 64, "a.b")
 
 
 def test_more_bits_lose_less_and_ecq_hits_its_rate():
