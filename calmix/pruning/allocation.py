@@ -33,7 +33,6 @@ from calmix.precision import widest
 from calmix.pruning.engine import Run, check_ids, check_names, run_through
 from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import Look, Method, get_method
-from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import Pattern, Rate, Unstructured, as_pattern, clear
 from calmix.pruning.rates import rates_by_kl
 from calmix.yaml_files import read_yaml
@@ -45,7 +44,6 @@ MEASURED = KL, *SPREAD  # allocations that look at the dense model
 TOLERANCE = 5e-4  # allowed distance of a file's mean from the target: its numbers are rounded
 STEPS = 2  # rounding steps a layer may move, in either direction
 STATES = 4096  # totals kept while steps are chosen
-METRIC = Wanda().score  # |W| ||x||
 
 
 def read_allocation(
@@ -93,10 +91,14 @@ def outlier_share(weights: Sequence[Tensor], squares: Sequence[Tensor]) -> float
     """
     pairs = list(zip(weights, squares, strict=True))
     size, wide = sum(weight.numel() for weight in weights), widest(squares[0].device)
-    sums = [METRIC(weight, square).sum(dtype=wide) for weight, square in pairs]
+    sums = [_metric(weight, square).sum(dtype=wide) for weight, square in pairs]
     bound = OUTLIER * torch.stack(sums).sum() / size
-    above = [(METRIC(weight, square) > bound).sum() for weight, square in pairs]
+    above = [(_metric(weight, square) > bound).sum() for weight, square in pairs]
     return int(torch.stack(above).sum()) / size
+
+
+def _metric(weight: Tensor, squares: Tensor) -> Tensor:
+    return weight.abs().float().mul_(squares.sqrt())
 
 
 def output_error(weight: Tensor, gram: Tensor, sparsity: float) -> float:
@@ -107,7 +109,7 @@ def output_error(weight: Tensor, gram: Tensor, sparsity: float) -> float:
         gram: float32 (columns, columns), sum of x x^T.
         sparsity: fraction pruned of every row.
     """
-    mask = Unstructured(sparsity).mask(METRIC(weight, gram.diagonal()), by_row=True)
+    mask = Unstructured(sparsity).mask(_metric(weight, gram.diagonal()), by_row=True)
     return relative_error(weight, clear(weight.clone(), mask), gram)
 
 
