@@ -12,6 +12,8 @@ from calmix.evaluation.scorer import Row, Scorer, attention_window, fill_rows, p
 from tests.evaluation.helpers import opened, quiz, reference
 from tests.tiny import ARCHITECTURES, quick
 
+WINDOWED = "gemma2", "gemma3_text", "gemma4_text", "mistral", "phi3", "starcoder2"
+
 
 @pytest.fixture(autouse=True)
 def small_rows(monkeypatch):
@@ -29,7 +31,7 @@ def test_scores_are_the_plain_models_on_every_architecture(kind):
     assert calls == sorted(calls)
     # Bloom derives positions from a two-dimensional mask.
     assert (kind, scorer.window > 0) in (("bloom", False), (kind, kind != "bloom"))
-    assert (attention_window(model.model) == 16) == (kind in ("gemma2", "mistral"))
+    assert (attention_window(model.model) == 16) == (kind in WINDOWED)
 
 
 def test_long_contexts_are_cut_on_the_left_and_counted_and_long_answers_refused():

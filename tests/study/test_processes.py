@@ -71,7 +71,8 @@ def killer(store, killed):
     """Return a callback that kills a running worker once the first trial has finished."""
 
     def note(text):
-        while not killed and ": total" in text and {"pending", "running"} & set(states(store)):
+        ended = text.startswith("1/3 ")
+        while not killed and ended and {"pending", "running"} & set(states(store)):
             found = open_store(store)
             owners = (found.lock(entry.id).owner for entry in found.index.trials)
             pids = [one.pid for one in owners if one is not None and one.pid != os.getpid()]
