@@ -69,10 +69,11 @@ def rerun(
                 raise InputError(
                     f"the model {model['name']} has changed: its files have another hash"
                 )
+        then = _hashes(kept)
         (_calibrate if kind == KINDS[-1] else _checkpoint)(path, kept, output, how)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path} lacks data to rerun it: {error!r}") from error
-    return _compared(path, kept, output)
+    return _compared(path, kept, then, output)
 
 
 def _found(folder: Path) -> Path:
@@ -145,15 +146,22 @@ def _calibrate(path: Path, kept: dict[str, Any], output: Path, how: dict[str, An
     make(asked, opened, guard, writing=how["writing"], note=how["note"]).save(output)
 
 
-def _compared(path: Path, kept: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Compare a new result with the manifest of the old one."""
+def _hashes(manifest: dict[str, Any]) -> dict[str, str]:
+    """Return the hashes of the files that a manifest lists, by name."""
+    made: dict[str, str] | None = manifest.get("files")
+    return made or {dataset.TENSORS: manifest["sha256"], dataset.MANIFEST: manifest[SEAL]}
+
+
+def _compared(
+    path: Path, kept: dict[str, Any], then: dict[str, str], output: Path
+) -> dict[str, Any]:
+    """Compare a new result with the manifest of the old one, and the files' hashes in that."""
     name = next(name for name in (MANIFEST, dataset.MANIFEST) if (output / name).is_file())
     new = read_sealed(output / name, "")
-    then, now = (one.get("files") or {dataset.TENSORS: one["sha256"], dataset.MANIFEST: one[SEAL]}
-                 for one in (kept, new))  # fmt: skip
+    now = _hashes(new)
     differing = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
     inputs = [d for d in differences(kept, new) if re.split(r"[.:]", d)[0] not in MADE]
     if (path.parent / RUN).is_file():
-        then, now = (read_object(one / RUN, "") for one in (path.parent, output))
-        inputs += [line for key in WHERE for line in differences(then.get(key), now.get(key), key)]
+        old, run = (read_object(one / RUN, "") for one in (path.parent, output))
+        inputs += [line for key in WHERE for line in differences(old.get(key), run.get(key), key)]
     return {"same": not differing, "differing": differing, "inputs": inputs}

@@ -369,6 +369,10 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
         tokenizer.decode(tokenizer("one two")["input_ids"])
         saved = [tokenizer.init_kwargs, tokenizer.chat_template]
         json.dumps(saved, ensure_ascii=False, default=str).encode("utf-8")
+        several = tokenizer.chat_template
+        for template in several.values() if isinstance(several, dict) else ():
+            if not isinstance(template, str):
+                raise TypeError(f"a chat template is {type(template).__name__}, not text")
         return tokenizer
 
 

@@ -64,6 +64,8 @@ def rejected(name, match):
 def test_names_folders_and_files_that_are_no_model_to_use(tmp_path, tiny_folder):
     (tmp_path / "model.txt").write_text("x")
     tiny_model("llama").save_pretrained(tmp_path / "mute")
+    odd = shutil.copytree(tiny_folder, tmp_path / "odd") / "tokenizer_config.json"
+    odd.write_text(json.dumps(json.loads(odd.read_text()) | {"chat_template": {"a": {}}}))
     for name, line in (
         ("builtin:smollm2-135n", "did you mean smollm2-135m"),
         ("smollm2-135m", "did you mean builtin:smollm2-135m"),
@@ -73,6 +75,7 @@ def test_names_folders_and_files_that_are_no_model_to_use(tmp_path, tiny_folder)
         (tmp_path / "model.txt", "not a .gguf"),
         (tmp_path, "no config.json"),
         (tmp_path / "mute", "no usable tokenizer"),
+        (tmp_path / "odd", "no usable tokenizer.*a chat template is dict, not text"),
     ):
         rejected(name, line)
     for how, line in (
