@@ -159,9 +159,10 @@ class StreamedModel:
     def fetch_outside(self, *, head: bool = False) -> None:
         """Read the weights outside the blocks (embeddings, norms), and the stored buffers."""
         self._put(*self._read(self.outside_names(head=head)))
-        for name, buffer in self.model.named_buffers():
+        for name, buffer in list(self.model.named_buffers()):
             value = self.read(self.names[name]).to(buffer.dtype) if name in self.names else buffer
-            buffer.data = value.to(self.device)
+            owner, _, last = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[last] = value.to(self.device)
 
     def drop_outside(self) -> None:
         """Drop the weights outside the blocks; buffers stay."""
