@@ -226,7 +226,7 @@ class Card:
         return {"#KL": words.number(far.get("kl_mean")), "#top-1 %": words.percent(far.get("top1")),
                 "#flips %": words.with_span(self.flipped.get(name))}  # fmt: skip
 
-    @property
+    @cached_property
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """The tables of generated answers, and of likelihood by dimension and by task."""
         abilities = [

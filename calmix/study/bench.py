@@ -66,7 +66,7 @@ class Bench:
         kind = [str(opened.model.dtype), opened.model.device.type, SCORER]
         files = [opened.fingerprint, opened.tokenizer_fingerprint, *form_of(opened, suite)]
         self._key = sha256_json([*files, suite.hash, kind])
-        path = self.store.path / "dense" / f"{self._key}.json"
+        path = self.store.dense(self._key)
         with self.store.lock(f"dense-{self._key[:32]}"):
             try:
                 self._dense = load_scores(path)
@@ -81,10 +81,12 @@ class Bench:
         """Open the dense model of a label, unless it is already open."""
         if self._label != label or self._pruned is not None:
             self._label = self.opened = self._pruned = None  # free the memory first
-            entry = self.study.file.models[label]
-            self._dense_model = partial(open_model, entry.name, dtype=entry.dtype, **self.how)
-            self.opened = self._dense_model()
+            self.opened = self._dense_model(label)
             self._label = label
+
+    def _dense_model(self, label: str) -> OpenModel:
+        entry = self.study.file.models[label]
+        return open_model(entry.name, dtype=entry.dtype, **self.how)
 
     def run(self, trial: Planned, stage: Stage, note: Callable[[str], None]) -> Trial:
         """Run one trial of the model made `ready`, write it to the store and return it."""
@@ -106,7 +108,7 @@ class Bench:
             write_json(folder / PRUNING, report.to_dict())
             scored = self.opened
             if trial.recovery is not None and trial.calibration_id is not None:
-                held = str(self.store.path / "calibration" / trial.calibration_id)
+                held = str(self.store.calibration(trial.calibration_id))
                 write_checkpoint(self.opened, folder / "pruned", report, made)
                 recovered = recover(
                     str(folder / "pruned"), self.study.file.models[trial.model].name,
@@ -127,7 +129,7 @@ class Bench:
             )  # fmt: skip
             if self._reference is not None:
                 found = distance(
-                    scored, self._reference, dense=self._dense_model,
+                    scored, self._reference, dense=partial(self._dense_model, trial.model),
                     progress=lambda *of: stage("distance", *of),
                 )  # fmt: skip
                 scores = replace(scores, distance=found)
@@ -187,7 +189,7 @@ class Bench:
         model."""
         if trial.calibration_id is None:
             return None, {}
-        folder = self.store.path / "calibration" / trial.calibration_id
+        folder = self.store.calibration(trial.calibration_id)
         with self.store.lock(f"set-{trial.calibration_id}"):
             if not folder.is_dir():
                 stage("calibration set", 0, 1)

@@ -97,6 +97,14 @@ class Store:
         """Return a trial's folder."""
         return self.path / "trials" / trial_id
 
+    def calibration(self, calibration_id: str) -> Path:
+        """Return the folder of a calibration set."""
+        return self.path / "calibration" / calibration_id
+
+    def dense(self, key: str) -> Path:
+        """Return the file of a dense model's scores."""
+        return self.path / "dense" / f"{key}.json"
+
     def lock(self, name: str) -> SoftFileLease:
         """Return the lock on a trial or a shared part; it holds across machines."""
         path = self.path / "locks" / f"{name}.lock"
@@ -209,7 +217,7 @@ def read_results(path: Path | str) -> StudyResults:
     # Each kind of processor scores the dense model itself: take the scores most trials refer to.
     named = Counter((record.trial.model, record.dense) for record in kept.values())
     dense = {model: key for (model, key), _ in reversed(named.most_common())}
-    held = {key: load_scores(store.path / "dense" / f"{key}.json").tasks for _, key in named}
+    held = {key: load_scores(store.dense(key)).tasks for _, key in named}
     return StudyResults(
         name=store.index.name,
         text=store.index.text,
@@ -232,16 +240,15 @@ def _compared(store: Store, sets: dict[str, Trial]) -> dict[str, dict[str, float
     """
     found: dict[str, dict[str, float]] = {}
     groups: dict[tuple[Any, ...], dict[str, Trial]] = {}
-    folder = store.path / "calibration"
     for name, trial in sets.items():
         groups.setdefault((trial.model, trial.rows, trial.length), {})[name] = trial
     for members in groups.values():
         singles = {trial.calibration: name  # the lowest seed comes last and wins
                    for name, trial in sorted(members.items(), key=lambda one: -one[1].seed)
                    if trial.strategy == "single"}  # fmt: skip
-        if len(singles) < 2 or not all((folder / name).is_dir() for name in members):
+        if len(singles) < 2 or not all(store.calibration(name).is_dir() for name in members):
             continue
-        ids = {name: CalibrationSet.open(folder / name).ids.numpy() for name in members}
+        ids = {name: CalibrationSet.open(store.calibration(name)).ids.numpy() for name in members}
         named = [(trial.calibration, ids[name]) for name, trial in members.items()]
         pool = {label: ids[name] for label, name in singles.items()}
         found |= dict(zip(members, text_metrics.compared(named, pool), strict=True))

@@ -262,8 +262,8 @@ def generate(
     starts = generator.beginnings(opened.tokenizer, seed, own)
     shares = rows_per_source(dict.fromkeys(starts, 1 / len(starts)), rows)
     quota = {name: per_row * count for name, count in shares.items() if count}
-    known = load_prompts(getattr(generator, "prompts", None))
     given = generator.temperature or generator.usual
+    known = {} if given else load_prompts(getattr(generator, "prompts", None))
     temps = {name: given or known[name].temperature for name in quota}
 
     def more(pairs: list[tuple[str, int]], number: int) -> Written:
