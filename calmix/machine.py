@@ -68,8 +68,8 @@ def device_memory(device: torch.device) -> tuple[int, int, int | None]:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an accelerator ran out of memory; its backends share no exception class."""
-    known = any(part in str(error) for part in ("out of memory", "ALLOC_FAILED"))
+    """Whether a device ran out of memory; backends share no exception class."""
+    known = any(part in str(error) for part in ("out of memory", "ALLOC_FAILED", "allocate memory"))
     return known or isinstance(error, torch.OutOfMemoryError)
 
 

@@ -18,6 +18,7 @@ from calmix.errors import InputError
 from calmix.files import check_output_file, check_output_folder, real_place, write_text
 from calmix.options import (
     MEASURE,
+    TRUST,
     Measure,
     Options,
     Settings,
@@ -92,13 +93,14 @@ def validate(study: Path = FILE) -> None:
 def plan(
     study: Path = FILE,
     device: str = option("auto", "Torch device to plan for, e.g. cuda:1."),
+    trust_remote_code: bool = TRUST,
 ) -> None:
     """Estimate trials, time, memory and disk before anything runs."""
     from calmix.study.estimate import estimate
     from calmix.study.spec import load_study
 
     file = load_study(study)
-    found = estimate(file, device)
+    found = estimate(file, device, trust_remote_code=trust_remote_code)
     print_json({"study": file.file.name, **found})
     rows = [
         {

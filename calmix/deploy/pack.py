@@ -37,7 +37,14 @@ import zstandard
 from numpy.typing import NDArray
 
 from calmix.errors import InputError, disk_errors
-from calmix.files import atomic_folder, check_free, check_output_folder, sha256_file, write_text
+from calmix.files import (
+    atomic_folder,
+    check_free,
+    check_output_folder,
+    sha256_file,
+    user_path,
+    write_text,
+)
 from calmix.machine import cores
 from calmix.manifest import versions
 from calmix.models.opening import check_folder, load_config, loading
@@ -102,7 +109,7 @@ def pack(
             restored exactly; `output` cannot be written.
         ModelError: a weight file is damaged.
     """
-    folder, output = Path(folder), Path(output)
+    folder, output = user_path(folder), user_path(output)
     check_folder(folder)
     scales = [f"{SCALES}/{path.name}" for path in sorted((folder / SCALES).glob("[!.]*"))]
     files = [*scales, *weight_files(folder)]
@@ -161,7 +168,7 @@ def unpack(
     Raises InputError if `folder` is not a pack, of another format, cut or altered, or if `output`
     cannot be written; nothing is left there then.
     """
-    folder, output = Path(folder), Path(output)
+    folder, output = user_path(folder), user_path(output)
     manifest, grids = _opened(folder)
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
     total = 0
@@ -201,7 +208,7 @@ def load(
         InputError: `folder` is not a pack, of another format, cut or altered.
         ModelError: transformers cannot open the model.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     (manifest, grids), state = _opened(folder), dict[str, torch.Tensor]()
     weights = {n: one for n, one in manifest["weights"].items() if not n.startswith(SCALES)}
     for number, (name, entry) in enumerate(weights.items(), start=1):

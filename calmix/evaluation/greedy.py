@@ -22,7 +22,13 @@ from calmix.machine import tokens_at_once
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, own_places, repeated_cache
 from calmix.models.blocks import decoder_of
-from calmix.models.opening import end_tokens, generating, in_chat, quiet_transformers
+from calmix.models.opening import (
+    end_tokens,
+    generating,
+    in_chat,
+    quiet_transformers,
+    to_continue,
+)
 
 ROWS = 64  # largest batch
 SHARED = 8  # shortest common prefix, in tokens, that is computed once
@@ -65,7 +71,7 @@ def prompt(
     """Make a prompt of `chat` in the model's chat template if it has one, else of `plain` text."""
     made = None if chat is None else in_chat(tokenizer, chat)
     if made is None:
-        return Prompt(tokenizer(plain)["input_ids"], tokens, until)
+        return Prompt(to_continue(tokenizer, [plain])[0], tokens, until)
     return Prompt(tokenizer(made, add_special_tokens=False)["input_ids"], tokens)
 
 

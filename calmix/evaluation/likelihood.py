@@ -22,7 +22,7 @@ from calmix.errors import InputError, ModelError, first_line
 from calmix.machine import tokens_at_once, values_at_once
 from calmix.models import OpenModel
 from calmix.models.blocks import decoder_of
-from calmix.models.opening import check_length
+from calmix.models.opening import check_length, to_continue
 from calmix.precision import dtype_name
 
 HEAD_TOKENS = 512
@@ -177,7 +177,7 @@ def perplexity(
         InputError: `length` exceeds the model's context or the text.
     """
     check_length(length, opened.context)
-    ids = torch.tensor(opened.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = torch.tensor(to_continue(opened.tokenizer, [text])[0], dtype=torch.int64)
     windows = len(ids) // length
     if not windows:
         raise InputError(f"the text has {len(ids)} tokens, fewer than one window of {length}")

@@ -32,7 +32,7 @@ from calmix.evaluation import likelihood
 from calmix.evaluation.likelihood import Progress, close, decoder_and_head, log_sums
 from calmix.models import OpenModel
 from calmix.models.attention import cache_argument, repeated_cache
-from calmix.models.opening import quiet_transformers
+from calmix.models.opening import quiet_transformers, to_continue
 from calmix.precision import dtype_name
 
 BATCH_TOKENS = 2048
@@ -98,10 +98,10 @@ class Scorer:
             self.progress(self.done, self.total)
 
     def encode(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
-        """Tokenise texts; the tokenizer adds its special tokens if `special`."""
-        if not texts:
-            return []
-        return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+        """Tokenise texts; the tokenizer adds its begin token, if any, if `special`."""
+        if special or not texts:
+            return to_continue(self.tokenizer, texts)
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def loglikelihood(self, requests: Sequence[tuple[str, str, str]]) -> list[float]:
         """Return the log-likelihood of each answer in nats, for requests (task, context, answer).

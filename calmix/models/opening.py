@@ -376,6 +376,17 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
         return tokenizer
 
 
+def to_continue(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Tokenise texts that an answer follows: with the tokenizer's begin token, if any, but without
+    an end token that it appends."""
+    plain, full = (tokenizer("a", add_special_tokens=special)["input_ids"]
+                   for special in (False, True))  # fmt: skip
+    fits = (n for n in range(len(full)) if full[: len(full) - n][-len(plain) :] == plain)
+    after = next(fits, 0)
+    rows = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+    return [row[: len(row) - after] for row in rows]
+
+
 def check_ids(name: str, embeddings: Any, ids: Tensor) -> None:
     """Raise ModelError for token ids without an embedding; an accelerator would not name them."""
     count = embeddings.weight.shape[0]
@@ -525,7 +536,10 @@ def loading(what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # a damaged checkpoint can raise anything
-            raise ModelError(f"{what}: {first_line(error)}") from error
+            told = first_line(error)
+            if "custom code" in told:  # transformers names an address, and no flag
+                told = "it needs code of its own: read that, then run it by --trust-remote-code"
+            raise ModelError(f"{what}: {told}") from error
 
 
 @contextlib.contextmanager

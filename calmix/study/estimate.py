@@ -282,14 +282,17 @@ def text_tokens(suite: Suite) -> int:
     return TEXT_ROWS * TEXT_LENGTH * sum(name in builtin_readers() for name in suite.dimensions)
 
 
-def estimate(study: Study, device: str = "auto") -> dict[str, Any]:
+def estimate(
+    study: Study, device: str = "auto", *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Estimate what a study takes on this machine, running one trial at a time.
 
     The result has the total `seconds`, and bytes of `memory` and `disk`. `sets_seconds` is for
     making and measuring calibration sets, `dense_seconds` for scoring dense models. `groups` holds
     the cost per trial of similar trials; `notes` lists assumptions and trials that do not fit.
     """
-    models = {label: Timed(m.name, m.dtype, device) for label, m in study.file.models.items()}
+    models = {label: Timed(m.name, m.dtype, device, trust_remote_code)
+              for label, m in study.file.models.items()}  # fmt: skip
     work, texts = suite_work(study.suite), text_tokens(study.suite)
     asked = work.right if study.file.right_only else work
     trials, groups = plan(study), dict[Condition, list[Planned]]()

@@ -26,11 +26,12 @@ def comes_back(model, folder):
     return made
 
 
-def test_a_model_comes_back_byte_for_byte_and_loads(pruned, tmp_path, calmix):
+def test_a_model_comes_back_byte_for_byte_and_loads(pruned, tmp_path, calmix, monkeypatch):
     before, after = comes_back(pruned, tmp_path).sparse
     assert after < 0.5 * before  # tiny tensors; docs have real figures
     dense, seen = open_model(str(pruned)).model, []
-    model = load(str(tmp_path / "pack"), progress=lambda *of: seen.append(of))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = load("~/pack", progress=lambda *of: seen.append(of))
     use_own_attention(model)
     ids = torch.arange(1, 9)[None]
     assert (model.dtype, seen) == (torch.float32, [(1, 1)])

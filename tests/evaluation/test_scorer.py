@@ -5,10 +5,12 @@ import math
 import random
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from calmix.errors import ModelError
 from calmix.evaluation import scorer as module
 from calmix.evaluation.scorer import Row, Scorer, attention_window, fill_rows, plan
+from calmix.models.opening import to_continue
 from tests.evaluation.helpers import opened, quiz, reference
 from tests.tiny import ARCHITECTURES, quick
 
@@ -47,6 +49,24 @@ def test_long_contexts_are_cut_on_the_left_and_counted_and_long_answers_refused(
     ):
         with pytest.raises(ModelError, match=says):
             scorer.loglikelihood([("x", "a", answer)])
+
+
+@pytest.mark.parametrize("form", ["$A </s>", "<s> $A </s>", "</s> $A", "<s> $A"])
+def test_an_end_token_that_the_tokenizer_appends_is_not_scored(form):
+    """Else an answer would be its last token, after a context that has ended."""
+    model, requests = opened(), [("x", "one two", " three"), ("x", "", "four")]
+    ends = [("<s>", 1), ("</s>", 2)]
+    before = {"<s>": [1], "</s>": [2]}.get(form.split()[0], [])
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(form, None, ends)
+    assert to_continue(model.tokenizer, ["ab", ""]) == [
+        [*before, *model.tokenizer("ab", add_special_tokens=False)["input_ids"]],
+        before,
+    ]
+    found = Scorer(model).loglikelihood(requests[: 1 + bool(before)])
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        form.replace("$A </s>", "$A"), None, ends
+    )
+    assert found == pytest.approx(Scorer(model).loglikelihood(requests[: len(found)]))
 
 
 def test_a_model_that_gives_no_numbers_is_refused():

@@ -1,5 +1,7 @@
 """The estimator: sizes from a configuration, and estimates from one timed block."""
 
+import json
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -86,6 +88,23 @@ def test_a_plan_counts_what_is_shared_once(tiny_study, known):
     parts = sum(group["trials"] * sum(group["seconds"].values()) for group in groups)
     assert found["seconds"] == parts + found["sets_seconds"] + found["dense_seconds"]
     assert found["disk"] > 36 * 50_000
+
+
+def test_a_models_code_is_run_only_if_allowed(tiny_study, tiny_folder, tmp_path, known):
+    folder = shutil.copytree(tiny_folder, tmp_path / "own")
+    code = "from transformers import LlamaConfig, LlamaForCausalLM\n"
+    code += "class Own(LlamaConfig):\n    model_type = 'own'\n"
+    code += "class Model(LlamaForCausalLM):\n    config_class = Own\n"
+    (folder / "own.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    study = load_study(tiny_study((str(tiny_folder), str(folder))))
+    assert estimate.estimate(study, "cpu", trust_remote_code=True)["trials"] == 6
+    with pytest.raises(ModelError, match=r"own: it needs .* --trust-remote-code"):
+        estimate.estimate(study, "cpu")
 
 
 def test_answers_asked_only_where_the_dense_model_is_right_take_less(

@@ -210,9 +210,8 @@ def write(
                 size = wanted = room
             try:
                 part = _batch(opened, request, range(at, at + wanted), tick)
-            except RuntimeError as error:  # a CPU says that it cannot allocate memory
-                known = out_of_memory(error) or "allocate memory" in str(error)
-                if wanted == 1 or not known:
+            except RuntimeError as error:
+                if wanted == 1 or not out_of_memory(error):
                     raise
                 size = wanted // 2
                 say(f"out of memory with {wanted} rows at a time: resuming with {size}")
