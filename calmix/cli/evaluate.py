@@ -103,7 +103,7 @@ def run(
         raise InputError("--right-only needs the scores of a dense model: --against FILE.json")
     if dense is not None:
         check_same_suite(describe(chosen), dense.suite)
-        _kept(dense, None, measure)
+        _kept(replace(dense, right_only=right_only), None, measure)
     known_right = dense.right if dense is not None and right_only else None
     if output is not None:
         read = [local_file(str(path)).path for path in own_texts.values()]
@@ -231,7 +231,7 @@ def _print_kept(
     records: list[dict[str, Any]] = []
     for scores, retention, does in zip(models, kept, behaved, strict=True):
         far = scores.distance and scores.distance.get("total")
-        changed = flips(dense.tasks, scores.tasks).get("total")
+        changed = flips(*map(scores.asked_all, (dense.tasks, scores.tasks))).get("total")
         records.append({
             "answers kept": does.answers and with_span(does.answers.share),
             **{part.name: with_span(part.kept) for part in retention.dimensions},

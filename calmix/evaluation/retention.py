@@ -119,8 +119,8 @@ def retention(
     check_paired(dense, pruned)
     if measure == "accuracy":
         dense, pruned = ([task for task in tasks if task.values] for tasks in (dense, pruned))
-        if not dense:
-            raise InputError("no task has right or wrong answers: use another --measure")
+    if not dense:
+        raise InputError("no task has right or wrong answers: use another --measure")
     tasks, points = [], np.full((len(dense), 1 + resamples), np.nan)
     for before, after, point in zip(dense, pruned, points, strict=True):
         made, signal = parts(before, after, measure), measures.has_signal(before, measure)

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from calmix.errors import InputError
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.retention import Retention, retention
-from calmix.evaluation.suites import Suite
+from calmix.evaluation.suites import WRITTEN, Suite
 from calmix.files import read_object, write_text
 from calmix.shown import Shown, percent
 from calmix.yaml_files import first_problem
@@ -58,13 +58,20 @@ class CapabilityScores(Shown):
 
     def retention(self, dense: CapabilityScores, **how: Any) -> Retention:
         """Return this model's retention of a dense one; options are those of `retention.retention`.
+        Accuracy leaves out tasks that were not asked all items.
 
         Raises:
             InputError: the two were scored with different suites, versions or selections, or
                 lack what the measure needs.
         """
         check_same_suite(self.suite, dense.suite)
+        if how.get("measure") in ("accuracy", "ratio"):
+            return retention(self.asked_all(dense.tasks), self.asked_all(self.tasks), **how)
         return retention(dense.tasks, self.tasks, **how)
+
+    def asked_all(self, tasks: Sequence[TaskScores]) -> list[TaskScores]:
+        """Return the tasks of which this model was asked all items."""
+        return [one for one in tasks if not (self.right_only and one.metric in WRITTEN)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""

@@ -190,6 +190,9 @@ def test_where_only_right_answers_were_asked_nothing_is_said_of_others_or_of_few
     whole = behaviour((dense, pruned))
     assert (whole.answers.asked, whole.answers.share) == (10, found.answers.share)
     chosen = scored(accuracy([1.0] * 10, "quiz", "general"))
+    full, part = (scored(*one.tasks, *chosen.tasks) for one in (dense, pruned))
+    (task,) = replace(part, right_only=True).retention(full, measure="accuracy").tasks
+    assert task.name == "quiz"
     assert "were not measured" in words.verdict(behaviour((chosen, chosen)), None, "x")[0]
     with pytest.raises(InputError, match="cannot be compared"):
         behaviour((few, pruned))

@@ -301,5 +301,10 @@ def test_only_what_a_dense_model_gets_right_is_asked_and_all_else_is_wrong(
     assert found["scores"]["right_only"]
     for part in ("dense", "scores"):
         assert [task["values"] for task in found[part]["tasks"]] == [[1.0, 0.0], [0.0]]
+    for measure in ("accuracy", "ratio"):  # it would count what was not asked as wrong
+        refused = calmix(*again[:-1], str(tmp_path / "new.json"), "--measure", measure)
+        assert "no task has right or wrong answers" in refused.line
+        assert "no task has right or wrong" in calmix("compare", pruned, "--measure", measure).line
+    assert seen == [3, 1]
     refused = calmix(*command, "--right-only", "--against", str(tiny_folder))
     assert (refused.code, "--against FILE.json" in refused.err) == (2, True)
