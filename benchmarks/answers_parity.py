@@ -77,10 +77,12 @@ def main() -> None:
     for name in names:
         own, found = ours(opened, name, options.items)
         other, wanted = theirs(lm, name, options.items)
-        same = sum(a.strip() == b.strip() for a, b in zip(found, wanted, strict=True))
+        pairs = [(a.strip(), b.strip()) for a, b in zip(found, wanted, strict=True)]
+        same = sum(a == b for a, b in pairs)
+        cut = sum(a != b and b.startswith(a) for a, b in pairs)
         whole = [whole[0] + own, whole[1] + other]
-        print(f"{name}: {own:.1f} s, HFLM {other:.1f} s: {other / own:.1f} times; "
-              f"{same} of {len(found)} answers the same", flush=True)  # fmt: skip
+        print(f"{name}: {own:.1f} s, HFLM {other:.1f} s: {other / own:.1f} times; {same} of "
+              f"{len(found)} answers the same, {cut} cut as they loop", flush=True)  # fmt: skip
     print(f"all: {whole[0]:.1f} s, HFLM {whole[1]:.1f} s: {whole[1] / whole[0]:.1f} times")
 
 
