@@ -16,7 +16,7 @@ from calmix.errors import InputError
 from calmix.evaluation import suites
 from calmix.evaluation.behaviour import Behaviour, behaviour, likelihood
 from calmix.evaluation.measures import RIGHT_OR_WRONG
-from calmix.evaluation.retention import RESAMPLES, Retention, flips
+from calmix.evaluation.retention import RESAMPLES, Retention
 from calmix.evaluation.scores import (
     CapabilityScores,
     check_same_form,
@@ -231,7 +231,7 @@ def _print_kept(
     records: list[dict[str, Any]] = []
     for scores, retention, does in zip(models, kept, behaved, strict=True):
         far = scores.distance and scores.distance.get("total")
-        changed = flips(*map(scores.asked_all, (dense.tasks, scores.tasks))).get("total")
+        changed = scores.flips(dense).get("total")
         records.append({
             "answers kept": does.answers and with_span(does.answers.share),
             **{part.name: with_span(part.kept) for part in retention.dimensions},

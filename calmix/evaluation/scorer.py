@@ -99,7 +99,9 @@ class Scorer:
 
     def encode(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
         """Tokenise texts; the tokenizer adds its begin token, if any, if `special`."""
-        if special or not texts:
+        if not texts:
+            return []
+        if special:
             return to_continue(self.tokenizer, texts)
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 

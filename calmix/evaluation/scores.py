@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from calmix.errors import InputError
 from calmix.evaluation.measures import TaskScores
-from calmix.evaluation.retention import Retention, retention
+from calmix.evaluation.retention import Estimate, Retention, flips, retention
 from calmix.evaluation.suites import WRITTEN, Suite
 from calmix.files import read_object, write_text
 from calmix.shown import Shown, percent
@@ -66,12 +66,18 @@ class CapabilityScores(Shown):
         """
         check_same_suite(self.suite, dense.suite)
         if how.get("measure") in ("accuracy", "ratio"):
-            return retention(self.asked_all(dense.tasks), self.asked_all(self.tasks), **how)
+            return retention(*self._asked_all(dense), **how)
         return retention(dense.tasks, self.tasks, **how)
 
-    def asked_all(self, tasks: Sequence[TaskScores]) -> list[TaskScores]:
-        """Return the tasks of which this model was asked all items."""
-        return [one for one in tasks if not (self.right_only and one.metric in WRITTEN)]
+    def flips(self, dense: CapabilityScores) -> dict[str, Estimate]:
+        """Return the flips against a dense model (`retention.flips`), of the same tasks as
+        accuracy."""
+        return flips(*self._asked_all(dense))
+
+    def _asked_all(self, dense: CapabilityScores) -> list[list[TaskScores]]:
+        """Return both models' tasks of which this one was asked all items."""
+        part = WRITTEN if self.right_only else ()
+        return [[one for one in each.tasks if one.metric not in part] for each in (dense, self)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""

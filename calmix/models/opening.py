@@ -383,7 +383,7 @@ def to_continue(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
                    for special in (False, True))  # fmt: skip
     fits = (n for n in range(len(full)) if full[: len(full) - n][-len(plain) :] == plain)
     after = next(fits, 0)
-    rows = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+    rows = tokenizer(list(texts), verbose=False)["input_ids"]
     return [row[: len(row) - after] for row in rows]
 
 
@@ -538,7 +538,7 @@ def loading(what: str) -> Iterator[None]:
         except Exception as error:  # a damaged checkpoint can raise anything
             told = first_line(error)
             if "custom code" in told:  # transformers names an address, and no flag
-                told = "it needs code of its own: read that, then run it by --trust-remote-code"
+                told = "it needs code of its own: read it, then allow it with --trust-remote-code"
             raise ModelError(f"{what}: {told}") from error
 
 

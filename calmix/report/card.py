@@ -21,7 +21,7 @@ from calmix.errors import InputError
 from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.generations import Answered, Prompt, load_answers
-from calmix.evaluation.retention import Retention, flips
+from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import check_same_suite, load_pairs
 from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import user_path
@@ -95,7 +95,8 @@ class Card:
     @cached_property
     def flipped(self) -> Mapping[str, Any]:
         """Items right under one model only."""
-        return flips(*(scores.tasks for scores in self.pairs[0]))
+        dense, pruned = self.pairs[0]
+        return pruned.flips(dense)
 
     @property
     def suite(self) -> str:

@@ -193,6 +193,8 @@ def test_where_only_right_answers_were_asked_nothing_is_said_of_others_or_of_few
     full, part = (scored(*one.tasks, *chosen.tasks) for one in (dense, pruned))
     (task,) = replace(part, right_only=True).retention(full, measure="accuracy").tasks
     assert task.name == "quiz"
+    assert part.flips(full)["total"].value == pytest.approx(0.1)  # of all items: 2 of 10, and none
+    assert replace(part, right_only=True).flips(full)["total"].value == 0
     assert "were not measured" in words.verdict(behaviour((chosen, chosen)), None, "x")[0]
     with pytest.raises(InputError, match="cannot be compared"):
         behaviour((few, pruned))
