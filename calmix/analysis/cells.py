@@ -19,6 +19,7 @@ import numpy as np
 from calmix.errors import InputError, nearest
 from calmix.evaluation.measures import Array, TaskScores, has_signal, parts, task_weights
 from calmix.evaluation.retention import check_paired, nan_mean
+from calmix.evaluation.suites import WRITTEN
 from calmix.options import Measure
 from calmix.specs import printed, target_of
 from calmix.study.results import StudyResults, Trial
@@ -198,11 +199,14 @@ def _cells(
     pruned = [results.scores[trial.id] for trial in trials]
     for scores in pruned:
         check_paired(dense, scores)
-    tasks, items, values = _measured(dense, pruned, measure)
-    accuracies = values if measure == "accuracy" else _measured(dense, pruned, "accuracy")[2]
+    part = not results.right_only.isdisjoint(trial.id for trial in trials)
+    whole = [not part or one.metric not in WRITTEN for one in dense]  # tasks asked all items
+    tasks, items, values = _measured(dense, pruned, measure, whole)
+    accuracies = values if measure == "accuracy" else _measured(dense, pruned, "accuracy", whole)[2]
     flips = np.array([
-        [np.not_equal(before.values, after.values).mean() if before.values and after.values
-         else math.nan for before, after in zip(dense, scores, strict=True)]
+        [np.not_equal(before.values, after.values).mean()
+         if every and before.values and after.values else math.nan
+         for before, after, every in zip(dense, scores, whole, strict=True)]
         for scores in pruned
     ])  # fmt: skip
     names = [trial.calibration for trial in trials]
@@ -231,13 +235,15 @@ def _cells(
 
 
 def _measured(
-    dense: Sequence[TaskScores], pruned: Sequence[Sequence[TaskScores]], measure: Measure
-) -> tuple[tuple[Task, ...], dict[int, tuple[Array, Array]], Array]:
-    """Return the tasks, the items of tasks with signal, and retention, shape (trials, tasks)."""
+    dense: Sequence[TaskScores], pruned: Sequence[Sequence[TaskScores]], measure: Measure,
+    whole: Sequence[bool],
+) -> tuple[tuple[Task, ...], dict[int, tuple[Array, Array]], Array]:  # fmt: skip
+    """Return the tasks, the items of tasks with signal, and retention, shape (trials, tasks).
+    Accuracy has no signal in a task that was not asked as a whole."""
     tasks, items = [], {}
     values = np.full((len(pruned), len(dense)), np.nan)
     for at, (before, weight) in enumerate(zip(dense, task_weights(dense, measure), strict=True)):
-        signal = has_signal(before, measure)
+        signal = has_signal(before, measure) and (whole[at] or measure not in ("accuracy", "ratio"))
         made = [parts(before, scores[at], measure) for scores in pruned]
         tasks.append(
             Task(before.name, before.dimension, made[0].score, len(before.items), made[0].dense,
@@ -245,13 +251,13 @@ def _measured(
         )  # fmt: skip
         if signal:
             # In the paper's ratio for bits per byte, dense over pruned, `whole` differs by trial.
-            # Rewrite `kept` for a common `whole` with the same ratio and item derivatives.
-            whole = parts(before, before, measure).whole
+            # Rewrite `kept` for a `common` one with the same ratio and item derivatives.
+            common = parts(before, before, measure).whole
             kept = np.stack([
-                each.retention * whole
-                + (each.kept - each.retention * each.whole) * (whole.sum() / each.whole.sum())
+                each.retention * common
+                + (each.kept - each.retention * each.whole) * (common.sum() / each.whole.sum())
                 for each in made
             ])  # fmt: skip
-            items[at] = kept, whole
+            items[at] = kept, common
             values[:, at] = [each.retention for each in made]
     return tuple(tasks), items, values

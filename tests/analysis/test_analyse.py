@@ -2,11 +2,13 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
 from calmix.analysis import Settings, analyse, recommend
 from calmix.errors import InputError
+from calmix.files import write_json
 from calmix.study.store import read_results
 from tests.synthetic import CONDITIONS, SOURCES, Plan, failed, full_plan, save, study, trial
 
@@ -59,6 +61,31 @@ def test_a_store_gives_the_analysis_of_its_results(tmp_path):
     assert again.dense == results.dense
     assert again.paired[name] == results.scores[name]
     assert again.paired[results.trials[1].id] == results.dense[results.trials[1].model]
+
+
+def test_accuracy_and_flips_leave_out_answers_asked_only_where_the_dense_model_is_right(tmp_path):
+    """Items that were not asked count as wrong in the scores."""
+    whole = study(Plan(sources=SOURCES[:2], seeds=(0,), others={}))
+
+    def asked(tasks):
+        return tuple(replace(one, metric="pass@1") if one.name == "code_a" else one
+                     for one in tasks)  # fmt: skip
+
+    results = whole.model_copy(update={
+        "dense": {name: asked(tasks) for name, tasks in whole.dense.items()},
+        "scores": {name: asked(tasks) for name, tasks in whole.scores.items()},
+    })  # fmt: skip
+    place, files = save(results, tmp_path / "s"), (tmp_path / "s/trials").glob("*/scores.json")
+    for right_only in (False, True):
+        one = analyse(read_results(place), QUICK).conditions[0].ranking[0]
+        assert one.tasks["code_a"].value is not None
+        assert (one.accuracy["code"] is None, one.accuracy["math"] is None) == (right_only, False)
+        assert (one.distance["flips"]["code"] is None) == right_only
+        by_accuracy = QUICK.model_copy(update={"measure": "accuracy"})
+        named = analyse(read_results(place), by_accuracy).conditions[0].ranking[0].tasks
+        assert (named["code_a"].value is None, named["math_a"].value is None) == (right_only, False)
+        for file in files:
+            write_json(file, json.loads(file.read_text()) | {"right_only": True})
 
 
 @pytest.mark.parametrize(("sources", "seeds"), [(1, (0,)), (3, (0,)), (4, (0, 1))])
