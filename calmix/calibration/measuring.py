@@ -114,7 +114,7 @@ def measure(
     specs: Sequence[str],
     opened: HasTokenizer,
     *,
-    rows: int = 32,
+    rows: int | None = None,
     length: int = 512,
     draws: int = 3,
     seed: int = 0,
@@ -131,6 +131,7 @@ def measure(
     Args:
         specs: sources, mixes, YAML files or saved folders, as for `resolve`.
         opened: the model; its tokenizer is enough without perplexity.
+        rows: by default 32, or those of the first saved set.
         sources: the user's own, by name or as a YAML file.
         tick: called with the name of a spec after each of its draws.
 
@@ -138,6 +139,7 @@ def measure(
         InputError: no or doubled specs, a number out of range, a saved set of another length.
         SourceError: a source is unknown, unreadable or too small.
     """
+    rows = rows_of(specs, rows)
     draw: dict[str, Any] = {"rows": rows, "length": length, "packing": packing, "sources": sources}
     check_request(specs, draws=draws, perplexity=perplexity, seed=seed, **draw)
     if perplexity and not isinstance(opened, OpenModel):
@@ -163,6 +165,14 @@ def measure(
         "tokenizer": opened.tokenizer_fingerprint,
     }  # fmt: skip
     return Measurement(budget, values, dict.fromkeys(saved if draws > 1 else (), "saved: one draw"))
+
+
+def rows_of(specs: Sequence[str], rows: int | None) -> int:
+    """Return the rows of each sample, by default 32 or those of the first saved set."""
+    if rows is None:
+        held = next((path for spec in specs if (path := saved_set(spec)) is not None), None)
+        return 32 if held is None else CalibrationSet.open(held).rows
+    return rows
 
 
 def check_request(specs: Sequence[str], *, draws: int, perplexity: bool, **draw: Any) -> list[Path]:

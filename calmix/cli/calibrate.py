@@ -109,20 +109,23 @@ def measure(
         ..., "Sources, mixes or saved sets; or offline, all offline sources.", argument=True
     ),
     model: str = option(..., "Model that tokenizes and scores the text.", flag="--model -m"),
-    rows: int = option(32, "Rows per sample, e.g. 64.", ge=1),
+    rows: int | None = option(
+        None, "Rows per sample (default: 32, or those of a saved set), e.g. 64.", ge=1
+    ),
     draws: int = option(3, "Samples per text, each with its own seed.", ge=1),
     no_perplexity: bool = option(False, "Skip perplexity, which runs the model."),
     output: Path | None = path_option(None, "A .json or .csv file to write."),
 ) -> None:
     """Measure calibration text, such as its diversity and perplexity, at one token budget."""
     from calmix.calibration import open_tokenizer
-    from calmix.calibration.measuring import check_request, table
+    from calmix.calibration.measuring import check_request, rows_of, table
     from calmix.calibration.measuring import measure as run
     from calmix.models import check_models, open_model
 
     names = [name for one in specs for name in (offline_sources() if one == "offline" else [one])]
     # These override the sizes in a file, too.
     options = {name: getattr(size, name) for name in SizeOptions.model_fields}
+    rows = rows_of(names, rows)
     options |= {"rows": rows, "draws": draws, "perplexity": not no_perplexity}
     files = check_request(names, **options)
     if output is not None:

@@ -41,6 +41,7 @@ MIXES: dict[str, dict[str, float]] = {
     "web-mix": dict.fromkeys(("c4", "github-code", "gutenberg", "stackexchange"), 1.0),
     "web-mix-70": {"c4": 7.0, "github-code": 1.0, "gutenberg": 1.0, "stackexchange": 1.0},
 }  # fmt: skip
+ON_HUB = "see its card on the hub"
 WRITTEN = ("self-written", "chat", "igsp", "self-cal", "sgs")  # the model writes the text
 
 
@@ -144,6 +145,8 @@ def own_sources(
         if isinstance(reader := source.reader, LocalFile):
             reader = reader.model_copy(update={"path": path.parent / reader.path.expanduser()})
             source = source.model_copy(update={"reader": reader})
+        elif isinstance(reader, HubText) and source.licence == OWN:
+            source = source.model_copy(update={"licence": ON_HUB})
         sources[name] = source
     return sources
 
@@ -170,7 +173,7 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
     if HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file:
         identifier, _, subset = name.partition("@")
         return Source(
-            name=name, kind="hub data set", licence="see its card on the hub",
+            name=name, kind="hub data set", licence=ON_HUB,
             description=f"the data set {identifier} on the hub",
             reader=HubText(type="hub", id=identifier, subset=subset or None),
         )  # fmt: skip

@@ -70,6 +70,8 @@ def test_mixes_saved_sets_and_bad_requests(opened, tiny, tmp_path):
     how = {"rows": 8, "length": 32, "perplexity": False, "draws": 2}
     found = package.measure(["saved", "few.jsonl:1,many.jsonl:3"], opened, **how)
     assert (len(found.draws["saved"]), found.notes["saved"]) == (1, "saved: one draw")
+    alone = package.measure(["saved", *NAMES], opened, **(how | {"rows": None}))
+    assert alone.budget["rows"] == 8  # those of the saved set
     for specs, model, options, message in (
         (["saved"], opened, {"rows": 8, "length": 16},
          r"has 8 rows of 32 tokens, not 8 of 16: .*--rows 8 --length 32"),

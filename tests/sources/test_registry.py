@@ -64,6 +64,7 @@ def test_an_own_file_of_sources(tmp_path, calmix):
     assert [d.text for d in own["notes"].documents()] == ["hello"]
     assert get_source("notes", own) is own["notes"]
     assert own["web"].reader.origin == "hub"
+    assert (own["web"].use, own["notes"].use) == ("unstated", "own")
     listed = json.loads(calmix("calibrate", "sources", "--sources", file, "--json").out)
     assert set(listed[0]) == {"name", "dimension", "kind", "licence", "use", "size", "from",
                               "available", "version", "description"}  # fmt: skip
