@@ -18,7 +18,7 @@ from calmix.calibration.dataset import KIND, CalibrationSet
 from calmix.calibration.leakage import Guard, Tokenized
 from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
 from calmix.errors import InputError, SourceError
-from calmix.models.opening import TEMPLATE
+from calmix.models.opening import templated
 from calmix.sources import Document, Source, get_source
 from calmix.sources.readers import LocalFile
 from calmix.sources.registry import documents_hash
@@ -235,11 +235,11 @@ def _text(document: Document, tokenizer: Any, name: str) -> str:
     if document.messages is None or not getattr(tokenizer, "chat_template", None):
         return document.text
     try:
-        text = tokenizer.apply_chat_template(list(document.messages), tokenize=False, **TEMPLATE)
+        text = templated(tokenizer, document.messages)
     except Exception as error:  # templates can raise anything
         why = " ".join(str(error).split())[:160]
         raise SourceError(
             f"source {name}: chat {document.id} does not fit the model's chat template ({why}): "
             "change the roles or the order of its messages, or remove it"
         ) from error
-    return str(text).removeprefix(tokenizer.bos_token or "")
+    return text.removeprefix(tokenizer.bos_token or "")

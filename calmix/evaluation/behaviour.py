@@ -112,8 +112,8 @@ def not_run(pairs: Sequence[Pair]) -> tuple[str, ...]:
 
 def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[TaskPair]:
     """Return both models' scores of the tasks that fit, each from the suite where it has the most
-    items. With `right_only` scores, only the items that the dense model gets right remain. An
-    `InputError` unless both models were given the same items in the same form."""
+    items. With `right_only` scores, only the items that the dense model gets right remain, if there
+    are any. An `InputError` unless both models were given the same items in the same form."""
     found: dict[str, tuple[int, TaskPair]] = {}
     for dense, pruned in pairs:
         check_same_suite(pruned.suite, dense.suite)
@@ -123,7 +123,7 @@ def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[Task
             name, count = before.name, len(before.items)
             if not fits(before) or count <= found.get(name, (0,))[0]:
                 continue
-            if pruned.right_only and answered(before):
+            if pruned.right_only and answered(before) and any(before.values):
                 right = before.values
                 before, after = (
                     replace(one, items=tuple(compress(one.items, right)),

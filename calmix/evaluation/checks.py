@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import string
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ LANGUAGES = {  # common words that identify a language
     "es": "el la los las un una es y de del en que con por su al está cielo se",
     "de": "der die das ein eine einen ist und von im in auf mit den dem hat sich himmel",
 }
-CODE = re.compile(r"```(?:[a-zA-Z0-9+]*)\s*\n(.*?)(?:```|\Z)", re.DOTALL)
+CODE = re.compile(r"```[^\S\n]*[a-zA-Z0-9+]*\s*\n(.*?)(?:```|\Z)", re.DOTALL)
 NUMBER = re.compile(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)-?\.\d+")
 
 
@@ -122,7 +123,8 @@ def _braced(text: str) -> str:
 def program(answer: str, head: str, entry: str) -> str:
     """Extract the code of an answer; add the head of the function if it is missing."""
     blocks, defined = CODE.findall(answer), re.compile(rf"^def {re.escape(entry)}\b", re.MULTILINE)
-    code = next(filter(defined.search, blocks), (blocks or [answer])[0])
+    whole = [*blocks, *map(textwrap.dedent, blocks)]
+    code = next(filter(defined.search, whole), (blocks or [answer])[0])
     if not defined.search(code):
         return head + code
     before = defined.split(head)[0] if defined.search(head) else ""

@@ -11,6 +11,7 @@ import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from calmix.evaluation.scorer import attention_window, prefix_cache
 from calmix.evaluation.tasks import shared_start
 from calmix.machine import tokens_at_once
 from calmix.models import OpenModel
-from calmix.models.attention import cache_argument, own_places, repeated_cache
+from calmix.models.attention import cache_argument, mixes_rows, own_places, repeated_cache
 from calmix.models.blocks import decoder_of
 from calmix.models.opening import (
     end_tokens,
@@ -101,8 +102,10 @@ def answers(
         writer = _Writer(opened, context, len(rows), progress)
         for group in writer.groups(rows):
             (writer.answer if writer.padded else writer.by_transformers)(group)
-    for row in rows:
-        text = opened.tokenizer.decode(row.written, skip_special_tokens=True)
+    decode = partial(opened.tokenizer.decode, skip_special_tokens=True)
+    before = opened.tokenizer("a", add_special_tokens=False)["input_ids"]
+    for row in rows:  # some decoders drop the first space of a text
+        text = decode([*before, *row.written])[len(decode(before)) :]
         for stop in row.until:
             text = text.partition(stop)[0]
         found.append((text, row.ended))
@@ -155,15 +158,19 @@ class _Writer:
 
     def _width(self, rows: Sequence[Prompt]) -> int:
         """Return how many of the rows fit into one batch."""
+        if mixes_rows(self.model):
+            return 1
         return max(1, min(ROWS, len(rows), self.held // max(row.needs for row in rows)))
 
     def answer(self, rows: Sequence[Prompt]) -> None:
         """Answer rows; those that finish are replaced by waiting ones."""
         waiting, batch, held = list(rows), list[Prompt](), own_places(self.model)
+        exact = rows[0].needs > self.window  # a row that joined late would see too few tokens
         idle, tokens = Prompt([], 0, (), over=True), self.ends.new_zeros(0)
         while waiting or not all(row.over for row in batch):
             free = [n for n, row in enumerate(batch) if row.over]
-            if len(free) >= max(1, len(batch) // LEAVING) or not batch:
+            leaving = 1 if exact and waiting else max(1, len(batch) // LEAVING)
+            if len(free) >= leaving or not batch:
                 active = [n for n, row in enumerate(batch) if not row.over]
                 due = [*(batch[n] for n in active), *waiting]
                 width = self._width(due)

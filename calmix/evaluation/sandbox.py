@@ -88,7 +88,7 @@ def failure(source: str, *, seconds: float = 10.0) -> str:
     """
     token = secrets.token_hex(16)
     reading, writing = os.pipe()  # for the token; the program's own output is discarded
-    command = [sys.executable, "-I", "-c", CHILD, str(seconds), str(writing)]
+    command = [sys.executable, "-B", "-I", "-c", CHILD, str(seconds), str(writing)]
     with (
         os.fdopen(reading, "rb", buffering=0) as report,
         tempfile.TemporaryDirectory(prefix="calmix-run-", ignore_cleanup_errors=True) as folder,
@@ -122,7 +122,7 @@ def failure(source: str, *, seconds: float = 10.0) -> str:
 @functools.cache
 def check_sandbox() -> None:
     """Raise an `InputError` if a correct program fails here or a wrong one passes."""
-    reason = failure("import math, collections\nassert math.gcd(4, 6) == 2\n")
+    reason = failure("import math, fractions\nassert math.gcd(4, 6) == 2\n")
     if reason or not failure("assert 1 == 2\n"):
         raise InputError(f"generated code cannot be run here ({reason or 'nothing fails'}): "
                          "leave out --allow-code-execution")  # fmt: skip

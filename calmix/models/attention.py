@@ -184,6 +184,12 @@ def cache_argument(module: Any) -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
+def mixes_rows(module: Any) -> bool:
+    """Whether the rows of a batch change each other while text is written: RWKV's do in
+    transformers 5, whose state has no axis of tokens."""
+    return "state" in inspect.signature(module.forward).parameters
+
+
 def repeated_cache(cache: Any, rows: int) -> Any:
     """Return a cache that repeats the one row of `cache`, which stays unchanged."""
     from transformers import DynamicCache

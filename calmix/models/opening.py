@@ -11,9 +11,11 @@ import functools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -54,8 +56,8 @@ WIDTHS = (
     "embedding_length", "feed_forward_length", "head_count", "head_count_kv", "key_length",
     "value_length", "dimension_count",
 )  # fmt: skip
-# Options of chat templates: no thinking before the answer, and the same prompt on any day.
-TEMPLATE = {"enable_thinking": False, "date_string": "1 Jan 2025"}
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>")
+TURNS = ("one-turn", "two-turn", "three-turn")  # of a chat that shows a template's parts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -557,6 +559,23 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+class _OneDay(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> _OneDay:
+        return cls(2025, 1, 1, tzinfo=tz)
+
+
+def templated(tokenizer: Any, chat: Sequence[Mapping[str, Any]], **how: Any) -> str:
+    """Return a chat in the model's template: without thinking before the answer, and the same on
+    any day."""
+    from transformers.utils import chat_template_utils
+
+    with patch.object(chat_template_utils, "datetime", _OneDay):
+        return str(tokenizer.apply_chat_template(
+            list(chat), tokenize=False, enable_thinking=False, date_string="1 Jan 2025", **how
+        ))  # fmt: skip
+
+
 def in_chat(tokenizer: Any, *turns: str) -> str | None:
     """Return a chat that ends with a user's turn in the model's template, up to the answer; None
     without a template, or if it refuses turns of only user and assistant."""
@@ -564,19 +583,31 @@ def in_chat(tokenizer: Any, *turns: str) -> str | None:
         return None
     chat = [{"role": ("user", "assistant")[at % 2], "content": t} for at, t in enumerate(turns)]
     try:
-        text = str(tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, **TEMPLATE
-        ))  # fmt: skip
+        text = templated(tokenizer, chat, add_generation_prompt=True)
     except Exception:  # templates can raise anything
         return None
     return text if all(turn.strip() in text for turn in turns) else None
 
 
 def end_tokens(opened: OpenModel) -> list[int]:
-    """Return the token ids that end a text: the tokenizer's and the generation configuration's."""
+    """Return the token ids that end a text: the tokenizer's, the generation configuration's and, if
+    none of these ends a turn in the chat template, that which does (GGUF files name one token)."""
     configured = getattr(getattr(opened.model, "generation_config", None), "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return sorted({end for end in [opened.tokenizer.eos_token_id, *listed] if end is not None})
+    listed, tokenizer = (
+        configured if isinstance(configured, list) else [configured],
+        opened.tokenizer,
+    )
+    ends = {end for end in [tokenizer.eos_token_id, *listed] if end is not None}
+    if found := re.search("two-turn(.*?)three-turn", in_chat(tokenizer, *TURNS) or "", re.DOTALL):
+        between = set(tokenizer(found[1], add_special_tokens=False)["input_ids"])
+        ends |= between & turn_ends(tokenizer) if not between & ends else set()
+    return sorted(ends)
+
+
+def turn_ends(tokenizer: Any) -> set[int]:
+    """Return the ids of the tokens that usually end a turn in a chat."""
+    known = set(map(tokenizer.convert_tokens_to_ids, END_OF_TURN))
+    return known - {tokenizer.unk_token_id, None}
 
 
 @contextlib.contextmanager

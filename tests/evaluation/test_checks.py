@@ -99,6 +99,8 @@ def test_a_program_is_taken_from_its_block_or_continues_the_head():
     assert checks.program("def ff(x):\n    return x\n", head, "f").startswith(head)
     assert checks.program("    return x\n", head, "f") == head + "    return x\n"
     assert checks.program("```python\n    return x\n", head, "f") == head + "    return x\n"
+    indented = "1. Code:\n   ``` python\n   def f(x):\n       return x\n   ```\nIt returns x."
+    assert checks.program(indented, head, "f").endswith("\ndef f(x):\n    return x\n")
 
 
 FORKS = "import os\nwhile True:\n  try:\n    os.fork()\n  except OSError:\n    pass"
@@ -109,6 +111,7 @@ PROCESS, FILE = "start a process", "write a file"
     ("source", "reason"),
     [
         ("import math, re, heapq, collections\nprint('x')\nassert math.gcd(4, 6) == 2", None),
+        ("import fractions, sys\nassert sys.dont_write_bytecode", None),  # some have no .pyc
         ("import bz2, os\nassert 'SECRET_OF_THE_USER' not in os.environ", None),
         ("while True:\n    pass", "still running"),
         (FORKS, PROCESS),

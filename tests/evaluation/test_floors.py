@@ -184,6 +184,9 @@ def test_where_only_right_answers_were_asked_nothing_is_said_of_others_or_of_few
     assert (found.answers.asked, found.answers.dense, found.answers.gained) == (8, 8, None)
     (said,) = words.verdict(found, None, "")
     assert said.endswith("75.0 [40.9, 92.9] % (only these were asked).")
+    none = scored(written("qa", "general", [0] * 10))
+    (said,) = words.verdict(behaviour((none, replace(none, right_only=True))), None, "")
+    assert said.startswith("The dense model gets none of 10 generated answers right")
     few = scored(written("qa", "general", [1] * 2 + [0] * 7), suite="few")  # fewer items
     again = behaviour((few, few), (dense, replace(pruned, right_only=True)), (few, few))
     assert again.answers == found.answers

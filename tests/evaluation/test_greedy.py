@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import decoders
 
 from calmix.errors import InputError
 from calmix.evaluation import generations, greedy
 from calmix.evaluation.generations import Answered, answer, load_answers, panel, read_prompts
 from calmix.evaluation.greedy import Prompt, answers, loops
 from calmix.models import open_model
-from calmix.models.opening import end_tokens
+from calmix.models.opening import end_tokens, in_chat
 from tests.evaluation.helpers import opened
-from tests.tiny import ARCHITECTURES, quick, save_tiny_model
+from tests.tiny import ARCHITECTURES, quick, save_tiny_model, tiny_tokenizer
 
-QUICK = ("gemma3_text", "opt", "bloom", "mamba")
+QUICK = ("gemma3_text", "opt", "bloom", "mamba", "rwkv")
 
 
 @pytest.mark.parametrize("kind", quick(QUICK, (*ARCHITECTURES, "deepseek_v3")))
@@ -34,6 +35,41 @@ def test_answers_are_those_given_one_at_a_time(tmp_path, monkeypatch, kind):
             eos_token_id=end_tokens(opened), pad_token_id=0,
         )  # fmt: skip
         assert text == opened.tokenizer.decode(alone[0, len(one.ids) :], skip_special_tokens=True)
+
+
+def test_a_row_with_another_beginning_sees_its_whole_window(tmp_path):
+    """All places are filled before the first row leaves: positions in a window are those of the
+    longest row."""
+    folder = save_tiny_model(tmp_path / "m", "mistral", sliding_window=16)
+    opened, rng = open_model(str(folder), dtype="float32"), random.Random(0)
+    head, other = ([n] * 10 for n in (40, 250))
+    asked = [Prompt(start + [rng.randrange(5, 300) for _ in range(20)], tokens)
+             for start, tokens in [(head, 24)] * 14 + [(head, 20)] * 3 + [(other, 20)]]  # fmt: skip
+    (alone,) = answers(opened, asked[-1:])
+    assert answers(opened, asked)[-1] == alone
+
+
+def test_an_answer_keeps_its_first_space_and_a_turn_ends_where_the_template_ends_it(monkeypatch):
+    model, text = opened(), "    return x"
+    tokenizer = model.tokenizer
+    kept = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])  # as Llama 2's
+    monkeypatch.setattr(tokenizer.backend_tokenizer, "decoder", kept)
+
+    def write(_, rows):
+        rows[0].written = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    monkeypatch.setattr(greedy._Writer, "answer", write)
+    assert answers(model, [Prompt([7, 8], 9)]) == [(text, False)]
+    tokenizer.add_tokens(["<end_of_turn>"], special_tokens=True)
+    turn, own = tokenizer.convert_tokens_to_ids("<end_of_turn>"), tokenizer.eos_token_id
+    for end, ids in (("<end_of_turn>", [own, turn]), ("</s>", [own]), ("\n", [own])):
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+        assert end_tokens(model) == sorted(ids)
+
+
+def test_a_chat_is_the_same_on_any_day():
+    today = "{{ strftime_now('%d %B %Y') }}: {{ messages[0].content }}"
+    assert in_chat(tiny_tokenizer(today), "Hello") == "01 January 2025: Hello"
 
 
 def test_a_model_without_an_end_token_writes_up_to_the_limit():

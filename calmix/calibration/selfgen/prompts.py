@@ -11,13 +11,12 @@ from torch import Tensor
 
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError
-from calmix.models.opening import in_chat
+from calmix.models.opening import TURNS, in_chat, turn_ends
 from calmix.options import Options
 from calmix.yaml_files import parse_model, read_text
 
 # Names of the token after every document in pretraining.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>")
 
 
 # The beginning of a text, a request, or (`begin: true`) the start token alone.
@@ -89,15 +88,14 @@ def chat_turns(tokenizer: Any) -> list[list[int]] | None:
     """Return the token ids before a chat's first user's turn, before an answer, and before the next
     user's turn, each without the token that ends the previous turn; None without a chat template,
     if no token ends a turn, or if no token is before the first."""
-    marks = "one-turn", "two-turn", "three-turn"  # in no template
-    text, request = in_chat(tokenizer, *marks), in_chat(tokenizer, marks[0])
+    text, request = in_chat(tokenizer, *TURNS), in_chat(tokenizer, TURNS[0])
     found = re.match("(.*?)one-turn.*?two-turn(.*?)three-turn", text or "", re.DOTALL)
     if found is None or request is None:
         return None
     # Where a request ends, templates turn thinking off.
-    parts = found[1], request.partition(marks[0])[2], found[2]
+    parts = found[1], request.partition(TURNS[0])[2], found[2]
     first, *later = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
-    known = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, END_OF_TURN)}
+    known = turn_ends(tokenizer) | {tokenizer.eos_token_id}
     if not first or not all(len(ids) > 1 and ids[0] in known for ids in later):
         return None
     return [first, *(ids[1:] for ids in later)]

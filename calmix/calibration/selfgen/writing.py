@@ -25,7 +25,7 @@ from calmix.errors import InputError
 from calmix.files import write_bytes
 from calmix.machine import device_memory, out_of_memory
 from calmix.models import OpenModel
-from calmix.models.attention import cache_argument, reserved_cache
+from calmix.models.attention import cache_argument, mixes_rows, reserved_cache
 from calmix.models.opening import end_tokens, generating, quiet_transformers
 
 BATCH = 128  # rows at a time; on two cores throughput does not grow beyond
@@ -189,7 +189,8 @@ def write(
         raise InputError(f"rows of {request.length} token leave the model nothing to write")
     say = note or (lambda line: None)
     ends, total = end_tokens(opened), len(request.openers)
-    folder, size, room = opened.cached("written", VERSION, ends, asdict(request)), batch or BATCH, 0
+    folder, room = opened.cached("written", VERSION, ends, asdict(request)), 0
+    size = 1 if mixes_rows(opened.model) else batch or BATCH
     parts: list[Written] = []
     at = 0
 

@@ -105,7 +105,7 @@ def test_after_the_end_token_the_next_opener_follows(opened):
     assert restarts > 8
 
 
-@pytest.mark.parametrize("kind", quick(["gemma3_text", "gpt_bigcode"], ARCHITECTURES))
+@pytest.mark.parametrize("kind", quick(["gemma3_text", "gpt_bigcode", "rwkv"], ARCHITECTURES))
 def test_every_architecture_writes_the_same_rows_in_any_batch(opened, kind):
     other = dataclasses.replace(opened, model=tiny_model(kind))
     asked, parts = request(rows=7, length=12, temperature=0.9, repetition_penalty=1.1), []
