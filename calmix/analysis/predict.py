@@ -223,4 +223,5 @@ def _parts(text: str, draw: Mapping[str, Any]) -> list[Part]:
     if len(asked.mix) < 2:  # none if the set is saved or generated
         return [(1.0, (text, given))]
     options = {**asked.draw.drawn(), "sources": asked.own}
-    return [(weight, (name, options)) for name, weight in asked.mix.items()]
+    own = {"self-written": "self-written,chat=0"}  # in a mix chats have their own share
+    return [(weight, (own.get(name, name), options)) for name, weight in asked.mix.items()]

@@ -97,11 +97,22 @@ def pack_concat(documents: Iterator[Tokenized], rows: int, length: int, end: int
     used: list[Tokenized] = []
     for document, ids in documents:
         used.append((document, ids))
-        stream += ids if end is None else [*ids, end]
+        closed = document.messages is not None and end in ids[-2:]  # by the chat template
+        stream += ids if end is None or closed else [*ids, end]
         if len(stream) >= rows * length:
             break
     whole = min(rows, len(stream) // length)
     return [stream[i * length : (i + 1) * length] for i in range(whole)], used
+
+
+def pack_pieces(
+    documents: Iterator[Tokenized], rows: int, length: int, rng: np.random.Generator
+) -> Packed:
+    """Cut documents into rows, and take `rows` of them at random."""
+    used = list(documents)
+    pieces = [ids[at : at + length] for _, ids in used
+              for at in range(0, len(ids) - length + 1, length)]  # fmt: skip
+    return [pieces[at] for at in rng.permutation(len(pieces))[:rows]], used
 
 
 def pack_window(
@@ -166,7 +177,9 @@ def build(
         stream = tokenized(order, opened.tokenizer, name)
         if guard is not None:
             stream = (one for one in stream if guard.passes(name, one[0].id, one[1]))
-        if packing == "concat":
+        if packing == "concat" and len(documents) == 1:  # else only its beginning would be used
+            packed, used = pack_pieces(stream, count, body, rng)
+        elif packing == "concat":
             packed, used = pack_concat(stream, count, body, end)
         else:
             packed, used = pack_window(stream, count, body, rng)
@@ -228,10 +241,12 @@ def tokenized(documents: list[Document], tokenizer: Any, name: str) -> Iterator[
     tokenize = tokenizer_function(tokenizer)
     for start in range(0, len(documents), BATCH):
         batch = documents[start : start + BATCH]
-        yield from zip(batch, tokenize([_text(one, tokenizer, name) for one in batch]), strict=True)
+        texts = [formatted(one, tokenizer, name) for one in batch]
+        yield from zip(batch, tokenize(texts), strict=True)
 
 
-def _text(document: Document, tokenizer: Any, name: str) -> str:
+def formatted(document: Document, tokenizer: Any, name: str) -> str:
+    """Return the text of a source's document; of a chat in the model's chat template, if any."""
     if document.messages is None or not getattr(tokenizer, "chat_template", None):
         return document.text
     try:
@@ -242,4 +257,13 @@ def _text(document: Document, tokenizer: Any, name: str) -> str:
             f"source {name}: chat {document.id} does not fit the model's chat template ({why}): "
             "change the roles or the order of its messages, or remove it"
         ) from error
+    for one in document.messages:
+        if (
+            one["role"] not in ("system", "assistant", "tool")
+            and one["content"].strip() not in text
+        ):
+            raise SourceError(
+                f"source {name}: the model's chat template leaves out what '{one['role']}' says in "
+                f"chat {document.id}: change the role"
+            )
     return text.removeprefix(tokenizer.bos_token or "")

@@ -226,6 +226,9 @@ def resolve(
         guard = guard_of(request.draw.leakage, TOKENS, opened)
         made = make(request, opened, guard, tick=tick, writing=writing, note=note)
     if note is not None:
+        for name in request.mix if request.saved is None else ():
+            if name not in made.sources:
+                note(f"{name} has no row: its share of {made.rows} rows is below one")
         for name in request.sources:
             reader = get_source(name, request.own).reader
             if isinstance(reader, LocalFile) and (left := reader.files()[1]):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmix.calibration.build import pack_concat
+from calmix.calibration.build import formatted, pack_concat
 from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.suites import ARCHIVE
@@ -77,7 +77,10 @@ def texts(
             share = rows // len(of_name) + (number < rows % len(of_name))
             most, documents = LONGEST * share * length, list(reader.read())
             order = np.random.default_rng(SEED).permutation(len(documents))
-            stream = ((documents[i], tokenize([documents[i].text[:most]])[0]) for i in order)
+            stream = (
+                (documents[i], tokenize([formatted(documents[i], tokenizer, name)[:most]])[0])
+                for i in order
+            )
             packed, used = pack_concat(stream, share, length - len(head), tokenizer.eos_token_id)
             made += [head + row for row in packed]
             tokens += sum(len(ids) for _, ids in used)

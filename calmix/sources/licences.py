@@ -17,8 +17,10 @@ from calmix.errors import InputError
 Use = Literal["permissive", "share-alike", "non-commercial", "unstated", "own"]
 OWN = "the user's own"
 
-_RESTRICTED = re.compile(r"\bNC\b|non-?commercial|research use|research only|MSR-LA", re.IGNORECASE)
-_ALIKE = re.compile(r"\bSA\b|GFDL|\bL?A?GPL\b|share-?alike", re.IGNORECASE)
+_RESTRICTED = re.compile(
+    r"\bNC(?![a-z])|non[- ]?commercial|research use|research only|academic|MSR-LA", re.IGNORECASE
+)
+_ALIKE = re.compile(r"\bSA\b|GFDL|\b[LA]?GPL|General Public Licen|share-?alike", re.IGNORECASE)
 _FREE = re.compile(
     r"\b(Apache[- ]2\.0|MIT|BSD([- ][23]-Clause)?|ISC|PSF-2\.0|AFL-3\.0|Unlicense|CC0(-1\.0)?"
     r"|ODC-BY(-1\.0)?|CC[- ]BY(?![- ]ND)([- ]?[1-4]\.[05])?|public domain|permissive)(?![\w-])",
@@ -30,12 +32,12 @@ def use_of(licence: str) -> Use:
     """Return what the licences of a source, model or task permit: the strictest counts."""
     if licence == OWN:
         return "own"
-    names = short(licence)
-    if _RESTRICTED.search(names):
+    if _RESTRICTED.search(licence):
         return "non-commercial"
-    if _ALIKE.search(names):
+    if _ALIKE.search(licence):
         return "share-alike"
-    parts = [part.strip() for part in re.split(r"[,;]|\band\b", names)]
+    names = re.split(r"[,;/+]|\b(?:and|or|with)\b", short(licence), flags=re.IGNORECASE)
+    parts = [part.strip() for part in names]
     parts = [part for part in parts if part and not part.startswith("through ")]
     return "permissive" if parts and all(map(_FREE.search, parts)) else "unstated"
 

@@ -15,7 +15,7 @@ import platform
 import re
 import sysconfig
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -39,7 +39,11 @@ FIELD = re.compile(r"\{([^{}\n]+)\}")
 
 TEXT = "{text}"  # the default template of a user's rows
 CHATS = ("messages", "conversations", "conversation")  # fields that hold a chat
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+ROLES = {
+    "human": "user", "observation": "tool", "function": "tool", "function_response": "tool",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
+}  # fmt: skip
+CALLS = ("tool_calls", "tool_call_id", "name")  # keys of a message that templates use too
 CODE = {
     ".py", ".pyi", ".js", ".jsx", ".ts", ".tsx", ".java", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu",
     ".cs", ".go", ".rs", ".rb", ".php", ".swift", ".kt", ".scala", ".sh", ".sql", ".r", ".jl",
@@ -68,13 +72,13 @@ Rows = Iterator[tuple[int, Any]]  # of a file, with their numbers
 class Document:
     """A piece of text with an identifier that is unique and stable within its source.
 
-    `messages` are those of a chat, each with `role` and `content`: a model's chat template formats
-    them. `text` is the same chat as plain text.
+    `messages` are those of a chat, each with `role` and `content` (and calls of tools): a model's
+    chat template formats them. `text` is the same chat as plain text.
     """
 
     id: str
     text: str
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
 
 
 class Reader(Options):
@@ -155,6 +159,9 @@ class PackageFiles(OfPackage):
         if not (places := self._spec().submodule_search_locations):
             raise SourceError(f"{self.package} is a single module: name a package")
         root = Path(places[0])
+        for pattern in self.files:
+            if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+                raise SourceError(f"'{pattern}' is no pattern of files inside {self.package}")
         files = (path for pattern in self.files for path in root.glob(pattern))
         yield from _source_files(root, files, SKIPPED)
 
@@ -396,7 +403,7 @@ class HubText(Reader):
                 f"there is no field 'text' or 'content' (has: {', '.join(row)}): name the fields "
                 "in a template, in a YAML file of sources"
             )
-        except SourceError as error:
+        except (SourceError, TypeError, AttributeError, IndexError) as error:
             raise SourceError(f"{self.id} row {number}: {error}") from error
 
 
@@ -473,7 +480,7 @@ class LocalFile(Reader):
                     head = opened.read(1 << 20)
                     # Of a binary file the rest is not read.
                     text = _decoded(file, head if b"\0" in head else head + opened.read())
-                yield Document(f"{prefix}0", text)
+                yield Document(f"{prefix}0", lines(text))
                 continue
             kind = "line" if ending == ".jsonl" else "row"
             for number, row in rows(file, self.template):
@@ -511,6 +518,7 @@ def _read_csv(path: Path, template: str) -> Rows:
         mark = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
         rows = csv.DictReader(lines, delimiter=mark, strict=True)
         try:
+            _check_names(path, rows.fieldnames or ())
             for number, row in enumerate(rows, start=1):
                 if any(row.pop(None, ())):  # else the text would end at its first delimiter
                     raise SourceError(
@@ -527,7 +535,7 @@ def _read_parquet(path: Path, template: str) -> Rows:
 
     try:
         file = parquet.ParquetFile(path)
-        names = file.schema_arrow.names
+        _check_names(path, names := file.schema_arrow.names)
         columns: list[str] | None = fields(template, names)
         if template == TEXT and "text" not in names:
             columns = [name for name in CHATS if name in names][:1]
@@ -535,8 +543,15 @@ def _read_parquet(path: Path, template: str) -> Rows:
             columns = None  # the error for the first row then lists all fields
         batches = file.iter_batches(batch_size=ROWS, columns=columns)
         yield from enumerate(row for batch in batches for row in batch.to_pylist())
+    except SourceError:
+        raise
     except Exception as error:  # pyarrow raises its own classes for bad bytes
         raise SourceError(f"{path} is not a parquet file, or is damaged") from error
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    if doubled := next((name for name in names if list(names).count(name) > 1), None):
+        raise SourceError(f"{path} has two columns named '{doubled}': rename one")
 
 
 FORMATS: dict[str, Callable[[Path, str], Rows] | None] = {  # None: the file is one document
@@ -567,19 +582,23 @@ def _decoded(where: Path | str, raw: bytes) -> str:
 def _of_row(key: str, template: str, row: Any, where: str) -> Document:
     """Return a row as a document, from its template or its chat."""
     messages, held = None, row if isinstance(row, Mapping) else {}
-    searched = template == TEXT and "text" not in held  # for a chat in the usual fields
+    searched = template == TEXT and held.get("text") is None  # for a chat in the usual fields
     name = next((one for one in CHATS if one in held), None) if searched else template[1:-1]
     try:
         if name is not None:
             messages = _chat(held.get(name), name, searched)
         if messages is not None:
-            text = "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
+            said = (one["content"] or json.dumps(one.get("tool_calls", "")) for one in messages)
+            roles = (one["role"] for one in messages)
+            text = "\n\n".join(f"{role}: {part}" for role, part in zip(roles, said, strict=True))
         else:
             for path in fields(template, held):
                 if not isinstance(value := lookup(row, path), str | list | dict | None):
                     raise SourceError(f"field '{path}' is not text but {type(value).__name__}")
-            text = fill(template, row)
+            text = lines(fill(template, row))
         text.encode("utf-8")
+    except RecursionError as error:
+        raise SourceError(f"{where}: its lists are nested too deeply") from error
     except SourceError as error:
         other = held and template == TEXT and "no field" in str(error)
         hint = ": name one, as FILE@FIELD" if other else ""
@@ -589,7 +608,7 @@ def _of_row(key: str, template: str, row: Any, where: str) -> Document:
     return Document(key, text, messages)
 
 
-def _chat(value: Any, name: str, expected: bool) -> tuple[dict[str, str], ...] | None:
+def _chat(value: Any, name: str, expected: bool) -> tuple[dict[str, Any], ...] | None:
     """Return the messages in a field, a list or JSON in any of the usual formats, as `role` and
     `content`; None if there are none and none are `expected`."""
     chat, messages = value, []
@@ -605,13 +624,16 @@ def _chat(value: Any, name: str, expected: bool) -> tuple[dict[str, str], ...] |
         one = one if isinstance(one, Mapping) else {}
         role, content = one.get("role", one.get("from")), one.get("content", one.get("value"))
         if isinstance(content, list):  # parts: only text is kept
-            content = "\n".join(str(p.get("text", "")) for p in content if isinstance(p, Mapping))
+            parts = (part.get("text") if isinstance(part, Mapping) else part for part in content)
+            content = "\n".join(part for part in parts if part and isinstance(part, str))
         if not isinstance(role, str) or not isinstance(content, str | None):
             raise SourceError(
                 f"message {number} of '{name}' has no role and content: write "
                 '{"role": "user", "content": "..."}, or name another field, FILE@FIELD'
             )
-        messages.append({"role": ROLES.get(role, role), "content": content or ""})
+        more = {key: one[key] for key in CALLS if one.get(key)}
+        role = ROLES.get(role.lower(), role.lower())
+        messages.append({"role": role, "content": lines(content or ""), **more})
     return tuple(messages)
 
 
@@ -646,7 +668,17 @@ def fields(template: str, names: Collection[str] = ()) -> list[str]:
     return list(dict.fromkeys(path if path in names else path.split(".")[0] for path in paths))
 
 
+def lines(text: str) -> str:
+    """Return a text with the line ends of Unix."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        has = ", ".join(map(str, value))
+        raise SourceError(
+            f"a field is not text but has fields of its own ({has}): name one, as A.B"
+        )
     if isinstance(value, list | tuple):
         return "\n\n".join(text for part in value if (text := _text(part)).strip())
     return "" if value is None else str(value)

@@ -100,11 +100,21 @@ def test_too_little_text_tells_has_and_needs(sources, tiny):
         build(mix, tiny, rows=11, length=90, packing="window")
 
 
+def test_a_single_document_is_used_from_end_to_end(tmp_path, tiny):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"{number:04d} " for number in range(4000)), encoding="utf-8")
+    seeds = [build(parse_mix(str(path)), tiny, rows=8, length=50, seed=seed) for seed in (0, 1, 0)]
+    rows = [set(tiny.tokenizer.batch_decode(made.ids)) for made in seeds]
+    assert rows[0] == rows[2] != rows[1]
+    assert max(rows[0]) > "2000"
+    assert seeds[0].manifest["sources"][str(path)]["drawn"] == ["0"]
+
+
 def test_chats_are_written_by_the_models_template(tmp_path, tiny):
     path = tmp_path / "chats.jsonl"
     said = {"user": "hello there", "assistant": "yes " * 9}
     chat = [{"role": role, "content": text} for role, text in said.items()]
-    path.write_text(json.dumps({"messages": chat}) + "\n", encoding="utf-8")
+    path.write_text((json.dumps({"messages": chat}) + "\n") * 2, encoding="utf-8")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     rendered = replace(tiny, tokenizer=tokenizer)
@@ -113,8 +123,14 @@ def test_chats_are_written_by_the_models_template(tmp_path, tiny):
     assert "[user]hello there[assistant]ye" in text
     plain = build(parse_mix(str(path)), tiny, rows=1, length=30)
     assert "user: hello there" in tiny.tokenizer.decode(plain.ids[0])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}</s>"
+    ids = build(parse_mix(str(path)), rendered, rows=1, length=94).ids[0].tolist()
+    assert ids.count(tokenizer.eos_token_id) == 1  # the template's own, between two chats
+    tokenizer.chat_template = "{{ messages[1].content }}"
+    with pytest.raises(SourceError, match="leaves out what 'user' says in chat"):
+        build(parse_mix(str(path)), rendered, rows=1, length=30)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(SourceError, match=r"chats.jsonl: chat 1 .* \(roles must.*: change"):
+    with pytest.raises(SourceError, match=r"chats.jsonl: chat [12] .* \(roles must.*: change"):
         build(parse_mix(str(path)), rendered, rows=1, length=30)
 
 

@@ -64,6 +64,9 @@ def write(folder, files):
         ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' is not text but int"),
         ("a.jsonl", b'{"id": "1", "q": "x"}\n', r"\(has: id, q\): name one, as FILE@FIELD"),
         ("a.jsonl", b'{"messages": "no"}\n', "message 0 of 'messages' has no role and content"),
+        ("a.jsonl", b'{"text": {"a": "x"}}\n', r"has fields of its own \(a\): name one, as A.B"),
+        ("a.jsonl", b'{"text": ' + b"[" * 900 + b"]" * 900 + b"}\n", "nested too deeply"),
+        ("a.csv", b"text,text\na,b\n", "has two columns named 'text'"),
         ("a.parquet", b"PAR0", "is not a parquet file"),
         ("b.parquet", [{"body": "x"}], r"row 0: .* 'text' \(has: body\): name one, as FILE@FIELD"),
         ("a.doc", b"x", r"supported endings are .txt, .*, .parquet and those of source code"),
@@ -111,7 +114,8 @@ def test_rows_of_every_kind_of_file_and_their_fields(tmp_path):
         with pytest.raises(SourceError, match="name a field after the @"):
             get_source(f"{path}{empty}")
     old = write(tmp_path, {"old.csv": b'text;n\rhello;1\r"a\rb";2\r'}) / "old.csv"
-    assert texts(old) == ["hello", "a\rb"]
+    assert texts(old) == ["hello", "a\nb"]  # as everywhere, and as the leakage check reads items
+    assert texts(write(tmp_path, {"crlf.txt": b"a\r\nb"}) / "crlf.txt") == ["a\nb"]
     for name, content in {
         "one.tsv": "text\nhello, world; again\n",
         "more.tsv": "id, n\ttext\n1\thello, world; again\n",
@@ -132,6 +136,16 @@ def test_chats_of_every_usual_form(tmp_path):
         (document,) = get_source(str(file)).documents()
         assert list(document.messages) == CHAT
         assert document.text == "user: Hi?\n\nassistant: Ho."
+    calls = [{"function": {"name": "f", "arguments": "{}"}}]
+    told = [{"role": "Human", "content": ["Hi?"]}, {"role": "chatgpt", "tool_calls": calls},
+            {"from": "observation", "value": "1"}]  # fmt: skip
+    seen = [{"type": "image", "text": None}, {"type": "text", "text": "Hi?"}]
+    rows = [{"text": None, "messages": told}, {"messages": [{"role": "user", "content": seen}]}]
+    one, two = get_source(f"{write(tmp_path, {'odd.jsonl': rows})}/odd.jsonl").documents()
+    assert [part["role"] for part in one.messages] == ["user", "assistant", "tool"]
+    assert (one.messages[0]["content"], one.messages[1]["tool_calls"]) == ("Hi?", calls)
+    assert '"name": "f"' in one.text
+    assert two.text == "user: Hi?"
     write(tmp_path, {"both.jsonl": [{"text": "plain", "messages": CHAT}]})
     both = tmp_path / "both.jsonl"
     assert [(d.text, d.messages) for d in get_source(str(both)).documents()] == [("plain", None)]
@@ -189,6 +203,9 @@ def test_entries_that_name_no_package_or_generator():
     for name, line in (("no.such", "is not installed"), ("typing_extensions", "single module")):
         with pytest.raises(SourceError, match=line):
             list(PackageFiles(type="package", package=name, files=["*.py"]).read())
+    for pattern in ("/etc/*.conf", "../*.py", ""):
+        with pytest.raises(SourceError, match="is no pattern of files inside pytest"):
+            list(PackageFiles(type="package", package="pytest", files=[pattern]).read())
     with pytest.raises(SourceError, match="'gdc' not registered"):
         list(ReasoningGym(type="reasoning-gym", datasets=["gdc"], documents=2).read())
 
