@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from calmix.files import sha256_json
 from calmix.models import OpenModel, resolve_model
 from calmix.models.opening import context_of, load_config, load_tokenizer, tokenizer_fingerprint
 
@@ -18,6 +19,12 @@ class OpenTokenizer:
     tokenizer: Any
     context: int | None
     tokenizer_fingerprint: str
+
+    @property
+    def identity(self) -> str:
+        """A hash of the tokenizer and its chat template."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        return sha256_json([self.tokenizer_fingerprint, template])
 
 
 HasTokenizer = OpenModel | OpenTokenizer

@@ -43,6 +43,7 @@ Place = tuple[str, Array | None, float]
 TYPES = {"f16": 0.01, "q8_0": 0.2, "q4_0": 3.0, "q4_1": 3.0}
 ROUNDED = 0.05  # the same in llama.cpp, which rounds the inputs of quantised matrices to 8 bits
 BLOCK = 32  # weights in a block of Q4_0, Q4_1 and Q8_0
+KEPT = ("shortconv.conv.weight", "ssm_conv1d.weight", "ffn_gate_inp.weight")  # F32 in llama.cpp
 TOKENS = 64  # of the vocabulary to compare with the template's
 
 
@@ -154,8 +155,12 @@ def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, Place]:
         ids = list(range(0, size, max(1, size // TOKENS)))
         tokens = opened.tokenizer.convert_ids_to_tokens(ids)
         alike = sum(field.contents(at) == token for at, token in zip(ids, tokens, strict=True))
-        if alike < 0.8 * len(ids):
-            raise InputError(f"{other}: its tokens differ")
+        special = {at: token.content for at, token in opened.tokenizer.added_tokens_decoder.items()
+                   if token.special and at < len(field.data)}  # fmt: skip
+        wrong = next((at for at in special if field.contents(at) != special[at]), None)
+        if alike < 0.8 * len(ids) or wrong is not None:
+            named = "" if wrong is None else f" ({field.contents(wrong)} for {special[wrong]})"
+            raise InputError(f"{other}: its tokens differ{named}")
     return places
 
 
@@ -209,7 +214,8 @@ def _write(
         else:
             value = lay_out(state[parameter].float().numpy() - np.float32(offset))
             kind = kinds.F32
-            if tensor.tensor_type != kinds.F32 or value.ndim > 1:
+            plain = value.ndim == 1 or tensor.name.endswith(KEPT)
+            if tensor.tensor_type != kinds.F32 or not plain:
                 fits = value.ndim == 2 and value.shape[-1] % BLOCK == 0
                 kind = kinds[weights.upper()] if fits else kinds.F16
             data = quants.quantize(value, kind)

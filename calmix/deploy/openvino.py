@@ -37,7 +37,7 @@ from calmix.errors import (
 from calmix.files import EXPORT, atomic_folder, check_free, check_output_folder, write_json
 from calmix.manifest import file_hashes, run_record, sealed, versions
 from calmix.models import OpenModel, check_models, resolve_model
-from calmix.models.opening import quiet_transformers
+from calmix.models.opening import quiet_transformers, save_tokenizer
 from calmix.models.shards import weight_bytes
 
 # Weights, and the divergence from the model (nats per token) beyond which an export is refused. A
@@ -145,7 +145,7 @@ def export(
         with quiet_transformers(), contextlib.redirect_stdout(io.StringIO()):
             _convert(opened, weights, beside)
         converted = time.perf_counter() - began
-        opened.tokenizer.save_pretrained(beside)
+        save_tokenizer(opened.tokenizer, opened.folder, beside)
         say("check")
         kl, top1 = difference(opened, partial(_logits, beside), WEIGHTS[weights], weights)
         say("hash")

@@ -25,6 +25,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -36,7 +37,7 @@ import torch
 import zstandard
 from numpy.typing import NDArray
 
-from calmix.errors import InputError, disk_errors
+from calmix.errors import CalmixError, InputError, disk_errors
 from calmix.files import (
     atomic_folder,
     check_free,
@@ -58,9 +59,10 @@ from calmix.models.shards import (
     weight_files,
     with_length,
 )
+from calmix.models.streaming import StreamedModel
 from calmix.pruning.solvers.grids import SCALES, Grid, as_grids, read_grids
 
-FORMATS = 1, 2  # without and with levels
+FORMATS = 1, 2, 3  # without and with levels, and with levels of tensors stored by another name
 AHEAD = 3  # tensors packed at a time: a small one is a single chunk, and uses one core
 CHUNK = 1 << 22  # values compressed together: a few megabytes
 SPARSE = 0.08  # share of zeros from which a mask, one bit per value, pays off in 16 bits
@@ -116,6 +118,8 @@ def pack(
     places = {name: _in_order(read_header(folder / name)) for name in files}
     others = _other_files(folder, places)
     grids = read_grids(folder)
+    renamed = _renamed(folder, grids, {name for each in places.values() for name, _ in each})
+    grids = {renamed.get(name, name): grid for name, grid in grids.items()}
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
     total, done = sum((folder / name).stat().st_size for name in places), 0
 
@@ -147,8 +151,8 @@ def pack(
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, beside / name)
         manifest = {
-            "format": FORMATS[any("levels" in entry for _, entry in entries)],
-            "versions": versions(), "weights": weights,
+            "format": FORMATS[any("levels" in entry for _, entry in entries) + bool(renamed)],
+            "versions": versions(), "weights": weights, **({"names": renamed} if renamed else {}),
             "files": {name: sha256_file(beside / name) for name in others},
         }  # fmt: skip
         write_text(beside / PACK, json.dumps(manifest, ensure_ascii=False) + "\n")  # compact
@@ -272,6 +276,7 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
                 f"{folder} is a pack of format {manifest['format']}, but this calmix reads up to "
                 f"{FORMATS[-1]}: unpack it with the version that made it"
             )
+        names = dict(manifest.get("names", {}))
         for name in (*manifest["weights"], *manifest["files"]):
             if {"", ".", ".."} & {*name.split("/")}:
                 raise InputError(f"{path} names a file outside the pack: {name!r}")
@@ -287,7 +292,17 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
     for name, entry in manifest["weights"].items():
         if name.startswith(SCALES):
             scales |= _tensors(folder / name, entry, {})
-    return manifest, as_grids(scales)
+    return manifest, {names.get(name, name): grid for name, grid in as_grids(scales).items()}
+
+
+def _renamed(folder: Path, grids: Collection[str], stored: Collection[str]) -> dict[str, str]:
+    """Return the stored names of quantised parameters whose names in the model are others."""
+    if all(name in stored for name in grids):
+        return {}
+    with suppress(CalmixError), closing(StreamedModel(str(folder))) as model:
+        return {name: model.names[name] for name in grids
+                if name not in stored and model.names.get(name) in stored}  # fmt: skip
+    return {}
 
 
 def _write(

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,10 @@ from calmix.progress import quiet
 from calmix.yaml_files import packaged
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
+TOKENIZER_FILES = (
+    "tokenizer*", "*token*_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "*.tiktoken",
+)  # fmt: skip
 REPEATED = ["*consolidated*.safetensors"]  # a second copy of the weights, in Mistral's format
 # Size keys, checked against the weights: depths by their number, widths by the largest tensor.
 DEPTHS = (
@@ -509,7 +514,8 @@ def fingerprint(folder: Path) -> str:
 def _cached_sha256(file: Path) -> str:
     """Return a file's SHA-256, kept in the cache by path, size and time."""
     stat = file.stat()
-    key = sha256_json([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    # Copies keep the time of a change, but not that of the entry.
+    key = sha256_json([str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     entry = cache_dir() / "hashes" / key
     # A file changed in the last seconds can change again within its time stamp's resolution.
     settled = time.time_ns() - stat.st_mtime_ns > 5_000_000_000
@@ -529,6 +535,16 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         return sha256_json(sorted(tokenizer.get_vocab().items()))
     state = json.loads(backend.to_str())
     return sha256_json({k: v for k, v in state.items() if k not in ("padding", "truncation")})
+
+
+def save_tokenizer(tokenizer: Any, source: Path, folder: Path) -> None:
+    """Write a tokenizer to a folder, the files that its source has unchanged: transformers can
+    write others than it has read."""
+    tokenizer.save_pretrained(folder)
+    for kind in TOKENIZER_FILES:
+        for path in source.glob(kind):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
 
 
 @contextlib.contextmanager

@@ -195,9 +195,9 @@ class StreamedModel:
         """Return a block's parameters by name, and its stored buffers, read from the files."""
         parameters, prefix = self._parameters(), f"{self.blocks.name}.{index}."
         held = {name: parameters[name].detach() for name in self.block_names(index)}
-        for name, buffer in self.model.named_buffers():
+        for name, _ in self.model.named_buffers():
             if name in self.names and name.startswith(prefix):
-                held[name] = self.read(self.names[name]).to(buffer.dtype)
+                held[name] = self.read(self.names[name])
         return held
 
     def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -41,7 +41,13 @@ from calmix.manifest import (
     versions,
 )
 from calmix.models import OpenModel, find_blocks, open_model
-from calmix.models.opening import check_ids, check_models, fingerprint, quiet_transformers
+from calmix.models.opening import (
+    check_ids,
+    check_models,
+    fingerprint,
+    quiet_transformers,
+    save_tokenizer,
+)
 from calmix.models.shards import write_file
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
@@ -60,8 +66,8 @@ from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import CHECKPOINT, States, WorkFolder, draw_set
 from calmix.specs import NONE, How, PruneRequest
 
-# Of multimodal models opened as text models.
-PROCESSOR_FILES = ("*processor_config.json", "chat_template.*")
+# Besides configuration and tokenizer; code runs only with --trust-remote-code, in the copy too.
+BESIDE = ("*processor_config.json", "chat_template.*", "LICENSE*", "NOTICE*", "*.py")
 MANIFEST, RUN = "calmix.json", "calmix-run.json"
 
 
@@ -170,8 +176,9 @@ class _Pruning:
         source.blocks = source.blocks.select(only, skip)
         self.jobs = [Job(output, request, source) for output, request in targets.items()]
         model = distributed.once(lambda: fingerprint(source.folder))  # reads the whole model
+        self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
         for job in self.jobs:
-            job.asked["model"] = model
+            job.asked |= {"model": model, "tokenizer": self.tokenizer.identity}
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -186,7 +193,8 @@ class _Pruning:
         for job in self.jobs:
             manifest, run = (read_told(job.output / name) for name in (MANIFEST, RUN))
             with suppress(KeyError, TypeError):
-                if manifest["request_sha256"] == sha256_json(job.asked):
+                whole = all((job.output / name).is_file() for name in manifest["files"])
+                if whole and manifest["request_sha256"] == sha256_json(job.asked):
                     pruning = manifest["pruning"] | {"seconds": run["seconds"]}
                     reports[job.output] = PruneReport.from_json(pruning)
                     job.work.remove_leftover()
@@ -245,7 +253,7 @@ class _Pruning:
 
     def prune(self) -> dict[Path, PruneReport]:
         """Prune and write the outputs one after another; return their reports."""
-        run, source = self.run, self.source
+        run = self.run
         calibrated = [job for job in self.jobs if job.request.calibration is not None]
         for job in self.jobs:
             job.work.claim(job.asked, resume=run.resume, overwrite=run.overwrite)
@@ -254,7 +262,6 @@ class _Pruning:
             asked = [one.request for one in calibrated[:1]]
             draws = [ask(str(one.calibration), **one.drawn()).draw for one in asked]
             self.check_room((draws[0].rows, draws[0].length) if draws else (0, 0))
-        self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
         self.drawn = self.draw(calibrated) if calibrated else None
         ids = torch.empty(0, 0) if self.drawn is None else self.drawn.ids
         dropped = [] if self.share is None else self._drop(ids, self.share)
@@ -379,7 +386,7 @@ class _Pruning:
         with disk_errors(work.path), quiet_transformers():
             if not self.drops_alone:
                 source.save_config(work.checkpoint)
-            self.tokenizer.tokenizer.save_pretrained(work.checkpoint)
+            save_tokenizer(self.tokenizer.tokenizer, source.folder, work.checkpoint)
             work.check(_write_beside(work.checkpoint, source, job.asked, report, drawn, request))
         work.complete()
 
@@ -478,15 +485,12 @@ def _write_beside(
     calibration: CalibrationSet | None,
     request: PruneRequest | None = None,
 ) -> dict[str, str]:
-    """Write the model's code and processor files, the manifest and the run record; return the
-    files' hashes."""
-    for kind in PROCESSOR_FILES:
+    """Copy the model's other files, write the manifest and the run record; return the files'
+    hashes."""
+    for kind in BESIDE:
         for path in source.folder.glob(kind):
-            if not (folder / path.name).exists():
-                shutil.copy(path, folder / path.name)
-    if source.trust_remote_code:
-        for code in source.folder.glob("*.py"):
-            shutil.copy(code, folder / code.name)
+            if path.is_file() and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
     done, files = report.to_dict(), file_hashes(folder, without=(MANIFEST, RUN))
     run = run_record(done.pop("seconds")) | {
         "batch": report.rows_at_once, "processes": distributed.processes()[1],
@@ -519,7 +523,7 @@ def write_checkpoint(
     asked = {"model": opened.fingerprint, "dtype": dtype_name(model.dtype), "device": device}
     with atomic_folder(output) as folder, quiet_transformers():
         model.save_pretrained(folder)
-        opened.tokenizer.save_pretrained(folder)
+        save_tokenizer(opened.tokenizer, opened.folder, folder)
         if report.grids:
             (folder / SCALES).mkdir()
             write_file(folder / SCALES / "all", stored(report.grids))

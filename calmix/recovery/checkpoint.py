@@ -43,7 +43,11 @@ from calmix.recovery.training import Masters, rows_at_once, split_rows, trained_
 from calmix.shown import Shown
 from calmix.specs import How
 
-BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # files of a model beside its weights
+# Files of a model beside its weights; code runs only with --trust-remote-code, in the copy too.
+BESIDE = (
+    "*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*", "*.tiktoken",
+    "LICENSE*", "NOTICE*", "*.py",
+)  # fmt: skip
 ROOM = 0.8  # of the free memory, used without a budget
 LEAST = 0.01  # share of zeros below which a model counts as dense
 APART = 0.9  # relative distance of embeddings beyond which models are unrelated
@@ -276,6 +280,7 @@ def recover(
         asked = {  # all that determines the bytes of the result, except the text
             "pruned": fingerprint(job.pruned.folder),
             "against": fingerprint(job.dense.folder),
+            "tokenizer": tokenizers[0].identity,
             "dtype": job.opening["dtype"],
             "device": job.device.type,
             "processes": job.processes,
@@ -284,7 +289,8 @@ def recover(
         }
         manifest, record = (read_told(job.output / name) for name in (MANIFEST, RUN))
         with suppress(KeyError, TypeError):
-            if run.resume and manifest["request_sha256"] == sha256_json(asked):
+            whole = all((job.output / name).is_file() for name in manifest["files"])
+            if run.resume and whole and manifest["request_sha256"] == sha256_json(asked):
                 report = RecoveryReport(**manifest["recovery"], seconds=record["seconds"])
                 job.say(f"{job.output} was finished by an earlier run")
                 work.remove_leftover()
@@ -337,11 +343,12 @@ def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
         "versions": versions() | asked["versions"],
         "request_sha256": sha256_json(asked),
     }
-    kinds = (*BESIDE, "*.py") if job.run.trust_remote_code else BESIDE
     with disk_errors(folder):
-        for path in (path for kind in kinds for path in pruned.folder.glob(kind)):
+        for path in (path for kind in BESIDE for path in pruned.folder.glob(kind)):
             if path.name not in (MANIFEST, RUN) and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, folder / path.name)
+                copy = folder / path.relative_to(pruned.folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
         if (scales := pruned.folder / SCALES).is_dir():
             shutil.copytree(scales, folder / SCALES, dirs_exist_ok=True)
         write_index(folder)

@@ -101,6 +101,8 @@ def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(
     save_tiny_model(tmp_path / "qwen", "qwen2")
     save_tiny_model(tmp_path / "wide", "llama", hidden_size=64)
     (save_tiny_model(tmp_path / "other") / "calmix.json").write_text('{"pruned": null}')
+    for file in save_tiny_model(tmp_path / "tuned").glob("tokenizer*.json"):  # of a fine-tune
+        file.write_text(file.read_text().replace("<s>", "<turn>"))
     (tmp_path / "cut.gguf").write_bytes((quantised / "tiny.gguf").read_bytes()[:3000])
     like = "--like", quantised / "tiny.gguf"
     for model, more, says in (
@@ -108,6 +110,7 @@ def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(
         ("other", (), "--to gguf needs a GGUF file of the same model"),
         ("qwen", like, "is not a file of the model"),
         ("wide", like, "is not a file of the model"),
+        ("tuned", like, "its tokens differ (<s> for <turn>)"),
         ("llama", ("--like", tmp_path / "cut.gguf"), "cut.gguf"),
         ("llama", ("--like", tmp_path / "qwen"), "is not a GGUF file"),
         ("llama", (*like, "--weights", "int8"), "--to gguf has no --weights int8"),

@@ -109,7 +109,7 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(pruned, tmp_pa
     for at in (0, 7, len(whole) // 2, len(whole) - 1):
         refused(altered, whole[:at])
     for match, manifest in (
-        ("is a pack of format 3, but this calmix reads up to 2", {"format": 3}),
+        ("is a pack of format 4, but this calmix reads up to 3", {"format": 4}),
         ("names a file outside the pack", {"files": {"a/../../evil": "0"}}),
         ("names a file outside the pack", {"files": {"/evil": "0"}}),
         ("lacks sub/model.safetensors", {"weights": {"sub/model.safetensors": {}}}),
@@ -135,6 +135,23 @@ def test_levels_are_packed_and_come_back_to_the_bit(quantised, name, tmp_path, m
     assert sum(one["astray"] for one in levels) < 0.01 * sum(one["count"] for one in levels)
     dense, loaded = open_model(str(model)).model.state_dict(), load(tmp_path / "pack").state_dict()
     assert all(torch.equal(dense[key], value) for key, value in loaded.items())
+
+
+def test_levels_of_a_model_whose_files_have_other_names_are_packed(quantised, tmp_path):
+    model = shutil.copytree(quantised / "ecq", tmp_path / "model")
+    for file in model.glob("*.safetensors"):
+        weights = {name.removeprefix("model."): value for name, value in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+    index = model / "model.safetensors.index.json"
+    names = json.loads(index.read_text())
+    names["weight_map"] = {key.removeprefix("model."): name
+                           for key, name in names["weight_map"].items()}  # fmt: skip
+    index.write_text(json.dumps(names))
+    comes_back(model, tmp_path)
+    manifest = json.loads((tmp_path / "pack" / PACK).read_text())
+    tensors = [one for file in manifest["weights"].values() for one in file["tensors"].items()]
+    assert sum("levels" in entry for _, entry in tensors) == 14 == len(manifest["names"])
+    assert manifest["format"] == 3
 
 
 def test_weights_that_have_left_the_grid_are_altered_they_are(quantised, tmp_path):

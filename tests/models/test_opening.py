@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from calmix import assets
 from calmix.errors import DiskError, InputError, ModelError
 from calmix.models import builtin_models, find_blocks, open_model, opening, resolve_model
-from calmix.models.opening import context_of, tokenizer_fingerprint
+from calmix.models.opening import context_of, fingerprint, tokenizer_fingerprint
 from calmix.models.shards import weight_files
 from tests import tiny
 from tests.tiny import quick, save_tiny_model, tiny_ids, tiny_model
@@ -50,6 +50,12 @@ def test_fingerprints_follow_the_bytes(tiny_folder, tmp_path):
     folders = tiny_folder, *(save_tiny_model(tmp_path / kind, kind) for kind in ("llama", "qwen2"))
     first, same, other = map(open_model, folders)
     assert first.fingerprint == same.fingerprint != other.fingerprint
+    file = folders[1] / "model.safetensors"  # replaced by another of its size and time
+    for content in (file.read_bytes(), file.read_bytes()[:-1] + b"x"):
+        file.write_bytes(content)
+        os.utime(file, (1e9, 1e9))
+        hashed = fingerprint(folders[1])
+        assert (hashed == first.fingerprint) == (content[-1:] != b"x")
     assert first.tokenizer_fingerprint == same.tokenizer_fingerprint
     first.tokenizer.add_tokens(["new"])
     assert tokenizer_fingerprint(first.tokenizer) != same.tokenizer_fingerprint

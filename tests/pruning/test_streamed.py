@@ -1,5 +1,6 @@
 """Pruning from disk to disk: the same numbers, interruption at any moment, bounded memory."""
 
+import json
 from functools import partial
 
 import pytest
@@ -283,6 +284,27 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(
     for name in pruning_of(whole)["embeddings"]:
         levels = grids[name].values(grids[name].levels(found[name]))
         assert torch.equal(levels.to(found[name].dtype), found[name])
+
+
+def test_a_models_other_files_are_copied_and_a_resumed_run_looks_at_them(calmix, tmp_path):
+    model, out = save_tiny_model(tmp_path / "model"), tmp_path / "out"
+    tokenizer = model / "tokenizer.json"  # not as transformers would write it
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_bytes()), indent=7))
+    (model / "additional_chat_templates").mkdir()
+    others = ("tokenizer.model", "LICENSE", "modeling_own.py", "chat_template.jinja",
+              "additional_chat_templates/tools.jinja")  # fmt: skip
+    for name in others:
+        (model / name).write_text("{{ messages }}")
+    command = "prune", model, *MAGNITUDE, "-o", out
+    calmix(*command).ok()
+    for name in ("tokenizer.json", *others):
+        assert (out / name).read_bytes() == (model / name).read_bytes(), name
+    assert "finished by an earlier run" in calmix(*command, "--resume").ok().err
+    (model / "chat_template.jinja").write_text("{{ messages[0] }}")
+    assert "is not empty" in calmix(*command, "--resume").line
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    next(out.glob("*.safetensors")).unlink()
+    assert "is not empty" in calmix(*command, "--resume").line
 
 
 def test_a_resumed_run_goes_through_the_finished_blocks_once_more(

@@ -172,8 +172,12 @@ def test_a_loss_that_is_no_number_stops_and_leaves_what_stood(
 
 
 def test_weights_as_they_came_where_nothing_gets_better(calmix, place, tmp_path):
+    (more := place / "half" / "additional_chat_templates").mkdir()
+    (more / "tools.jinja").write_text("{{ messages }}")
     ended = calmix(*command(place, tmp_path / "out", "distill", "--lr", 0.9)).ok()
     assert "the weights are unchanged" in ended.err
+    assert (tmp_path / "out" / more.name / "tools.jinja").is_file()
+    shutil.rmtree(more)
     before, after = map(load_weights, (place / "half", tmp_path / "out"))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert manifest(tmp_path / "out")["recovery"]["curve"]["stopped"]
