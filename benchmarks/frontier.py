@@ -142,8 +142,8 @@ def of_store(store: Path, sizes: dict[str, Sizes]) -> Iterator[Point]:
 
 
 def reference(points: list[Point]) -> Iterator[str]:
-    """Yield what the card shows beside a model: answers that models keep if `compress` quantises
-    them to so many bits, on the mix with chats."""
+    """Yield what the card shows beside a model: answers that models keep if they are quantised
+    to so many bits on the mix with chats, as by `compress` but without recovery."""
     yield "# Share of the dense model's right answers that are kept at so many bits per weight:"
     yield "# benchmarks/frontier.py --reference on studies/results/frontier"
     for bits in (8, 4.5, 4, 3):

@@ -149,7 +149,7 @@ def tables(results: StudyResults, trials: Sequence[Trial], measure: Measure) -> 
     groups: dict[Condition, list[Trial]] = {}
     for trial in trials:
         key = Condition(
-            trial.model, trial.method, target_of(trial.pattern).sparsity or trial.sparsity,
+            trial.model, trial.method, target_of(trial.pattern).sparsity,
             trial.pattern, trial.propagation, trial.rows, trial.length, trial.suite,
         )  # fmt: skip
         groups.setdefault(key, []).append(trial)

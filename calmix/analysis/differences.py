@@ -66,6 +66,12 @@ class Gain:
     sets: int
     quantity: str
     gap: Estimate
+    p_corrected: float | None = None  # over all gains of the analysis that are changes of leads
+
+    @property
+    def significant(self) -> bool:
+        """Whether the corrected p is at most 0.05."""
+        return self.p_corrected is not None and self.p_corrected <= ALPHA
 
 
 def every(found: Joint, sets: Sequence[int], *, picked: bool = False) -> dict[str, Contrast]:
@@ -163,7 +169,7 @@ def gains(made: Sequence[Joint], default: str | None) -> list[Gain]:
         found += [Gain(*head, MEAN, "", len(common), quantity, gap.estimate())
                   for quantity, gap in between(means[more], means[less]).items()]  # fmt: skip
         leads = between(*leads_over((more, less), default))
-        found += [Gain(*head, name, over, 1, quantity, gap.estimate())
+        found += [Gain(*head, name, over, 1, quantity, gap.estimate(test=True))
                   for (name, quantity), gap in leads.items()]  # fmt: skip
     # How leads grow over conditions that differ only in sparsity, without N:M patterns.
     series: dict[str, list[Joint]] = {}
@@ -178,6 +184,6 @@ def gains(made: Sequence[Joint], default: str | None) -> list[Gain]:
             if len(known) > 1:
                 (less, low), *_, (more, high) = known
                 labels = more.cells.condition.label, less.cells.condition.label
-                gap = (high - low).estimate()
+                gap = (high - low).estimate(test=True)
                 found.append(Gain(*labels, "sparsity", key[0], over, 1, key[1], gap))
-    return found
+    return corrected(found, p_corrected=lambda one: one.gap.p)

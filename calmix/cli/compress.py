@@ -270,13 +270,17 @@ def check(
 
 def _score_files(folder: Path) -> tuple[Path, ...]:
     """Return the score files of `calmix compress` in a folder."""
-    from calmix.compression.plan import BEHAVIOUR, SCORES
+    from calmix.compression.plan import BEHAVIOUR, MANIFEST, SCORES
     from calmix.evaluation.behaviour import answered
+    from calmix.pruning.checkpoint import read_told
 
     scores, answers = folder / SCORES, folder / BEHAVIOUR
     if not scores.exists():
         raise InputError(f"{folder} is not finished: it lacks {scores.name}; run its calmix "
                          "compress again")  # fmt: skip
+    asked = read_told(folder / MANIFEST).get("request") or {}
+    if asked.get("suite", "offline") != "offline":  # it is scored alone
+        return (scores,)
     if answers.exists():
         return (answers,)
     if not any(map(answered, load_scores(scores).tasks)):

@@ -70,13 +70,13 @@ class Walk:
     def __init__(self, request: Request, out: Path) -> None:
         """Read the state in OUT; InputError if OUT is of another request."""
         self.request, self.out = request, out
-        saved, but = dict[str, Any](), set[str]()
+        saved, but = dict[str, Any](), {"max_memory"}  # which decides nothing that is kept
         if (out / running.LADDER).exists():
             saved = read_sealed(out / running.LADDER, "")
             if request.keep_at_least is None:
-                but = {"bits"}  # a walk has none
+                but.add("bits")  # a walk has none
             elif not saved["rungs"]:  # so far only scores depend on the floors (`_forget`)
-                but = {"keep_at_least", "confidence"}
+                but |= {"keep_at_least", "confidence"}
         elif (out / MANIFEST).exists():
             saved = running.read_record(out)
         now = request.model_dump(mode="json")

@@ -108,13 +108,13 @@ def _condition(each: ConditionAnalysis) -> Iterator[str]:
         )
     for one in each.agreements:
         if one.quantity == TOTAL and one.rho is not None and one.p is not None:
-            agrees = one.rho < 0 and one.p <= ALPHA
+            agrees = "ranks" if one.p <= ALPHA else "cannot be said to rank"
             yield (
                 f"KL to the dense model, which needs no labels, "
-                f"{'ranks' if agrees else 'does not rank'} {one.n} sets as total retention "
+                f"{agrees if one.rho < 0 else 'does not rank'} {one.n} sets as total retention "
                 f"does (ρ {words.rho(one.rho)}, p {words.p_value(one.p)}; −1 is the same order)."
             )
-    if faint := [f"{one.quantity} ({one.ratio:.1f})" for one in each.noise
+    if faint := [f"{one.quantity} ({one.ratio:.2f})" for one in each.noise
                  if one.kind != "task" and one.ratio is not None and one.ratio < 1]:  # fmt: skip
         yield (
             "One trial per source cannot separate the sources (signal over noise below 1) in "
@@ -157,7 +157,7 @@ def claims(analysis: Analysis) -> dict[str, list[Verdict]]:
 Gap = tuple[str, Estimate, bool]  # the sets' names, the lead, and whether it is significant
 
 
-def _judged(where: str, gaps: Sequence[Gap], wanted: int = 1, before: str = "") -> Verdict | None:
+def _judged(where: str, gaps: Sequence[Gap], wanted: int = 1) -> Verdict | None:
     """Judge gaps together: a significant one with the wanted sign supports the claim."""
     if not gaps:
         return None
@@ -169,7 +169,7 @@ def _judged(where: str, gaps: Sequence[Gap], wanted: int = 1, before: str = "") 
         + (" (not after correction for the number of tests)" * (gap.clear and not significant))
         for name, gap, significant in gaps
     )
-    return {"where": where, "verdict": verdict, "figures": before + figures}
+    return {"where": where, "verdict": verdict, "figures": figures}
 
 
 def _compared(each: ConditionAnalysis, left: str, right: str, named: bool) -> Verdict | None:
@@ -194,15 +194,13 @@ def _moved(analysis: Analysis, each: ConditionAnalysis, by: str, wanted: int) ->
     gains = [one for one in analysis.gains
              if (one.by, one.more, one.quantity) == (by, each.condition.label, TOTAL)
              and one.over and one.calibration in mixes]  # fmt: skip
-    gaps = [(one.calibration + f" over {one.over}" * (by == "recovery"), one.gap, one.gap.clear)
+    if by == "recovery":
+        gaps = [(f"{one.calibration} over {one.over}", one.gap, one.significant) for one in gains]
+        return _judged(each.condition.label, gaps, wanted)
+    at = {one.condition.label: f"{100 * one.condition.sparsity:g} %" for one in analysis.conditions}
+    gaps = [(f"{one.calibration} from {at[one.less]} to {at[one.more]}", one.gap, one.significant)
             for one in gains]  # fmt: skip
-    where, ends = each.condition.label, ""
-    if gains and by == "sparsity":
-        low = next(one.condition.sparsity for one in analysis.conditions
-                   if one.condition.label == gains[0].less)  # fmt: skip
-        where = each.condition.series
-        ends = f"{100 * low:g} % to {100 * each.condition.sparsity:g} %: "
-    return _judged(where, gaps, wanted, ends)
+    return _judged(each.condition.series, gaps, wanted)
 
 
 def _cancelled(each: ConditionAnalysis) -> Verdict | None:

@@ -34,7 +34,7 @@ FOOTER = (
 )
 FRONTIER = (
     "packs of this model at other bits, estimated, and the answers that two measured models keep "
-    "there"
+    "there, without the recovery that compress adds below 4 bits"
 )
 MINUS = "\N{MINUS SIGN}"
 WIDTH = 80  # columns of a terminal

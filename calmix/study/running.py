@@ -9,8 +9,10 @@ worker died.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -171,21 +173,27 @@ def chosen_trials(
 def run_locally(bench: Bench, todo: Sequence[Planned], stage: Stage, note: Note) -> Ends:
     """Run trials one after another in this process, except those that another process runs."""
     check_memory(bench.study, todo, **bench.how)
-    left = []
+    left, began = [], time.time()
     for trial in todo:
-        yield trial, (ended := run_one(bench, trial, stage, note))
+        yield trial, (ended := run_one(bench, trial, stage, note, began))
         left += [trial] if ended[0] == "elsewhere" else []
     for trial in left:  # the other process may have stopped since
         if bench.store.state(trial.id) == "pending":
             yield trial, run_one(bench, trial, stage, note)
 
 
-def run_one(bench: Bench, trial: Planned, stage: Stage, note: Note) -> Ended:
-    """Run one trial under its lock and store its result or its error."""
+def run_one(
+    bench: Bench, trial: Planned, stage: Stage, note: Note, began: float = math.inf
+) -> Ended:
+    """Run one trial under its lock and store its result or its error, unless another process has
+    finished it, or has failed since a time."""
     store, progress = bench.store, partial(stage, trial)
     try:
         with store.lock(trial.id).acquire(timeout=0):
-            if (store.trial(trial.id) / RESULT).is_file():  # finished by another process meanwhile
+            folder, failed = store.trial(trial.id), store.trial(trial.id) / ERROR
+            if (folder / RESULT).is_file():  # finished by another process meanwhile
+                return "", None
+            if failed.is_file() and failed.stat().st_mtime > began:
                 return "", None
             progress("", 0, 1)
             # Not caught: a model that cannot be opened or scored would fail every trial.

@@ -227,6 +227,10 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
         wrong(["methods"], "the grid has no trials: name at least one, e.g. wanda: [0.5]")
     parts: list[tuple[list[Any], Grid]]
     parts = [(["grids", number], grid) for number, grid in enumerate(file.grids)]
+    for at, part in [([], file), *parts]:
+        for method, targets in (part.methods or {}).items():
+            for target in targets:
+                check([*at, "methods", method], _fits, method, target)
     for at, part in parts or [([], file)]:  # keys above grids apply to all of them
         for key, labels in (("models", file.models), ("calibrations", file.calibrations)):
             for place, name in enumerate(getattr(part, key) or ()):
@@ -240,6 +244,11 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
     if problems:
         return None, sorted(problems, key=_line)
     return Study(file, text, path, own, suite), []
+
+
+def _fits(name: str, target: Any) -> None:
+    method, pattern = get_method(name).aim(target)
+    method.check(pattern, 0)
 
 
 def _line(problem: str) -> int:

@@ -208,6 +208,13 @@ def read_results(path: Path | str) -> StudyResults:
     done = [entry for entry in entries if states[entry.id] == "finished"]
     kept = {entry.id: store.result(entry) for entry in done}
     scored = {entry.id: store.scores(entry) for entry in done}
+    for model in {kept[entry.id].trial.model for entry in done}:
+        forms = {scored[e.id].form for e in done if kept[e.id].trial.model == model} - {""}
+        if len(forms) > 1:
+            raise InputError(
+                f"{path} has trials of {model} asked in its chat template and others with worked "
+                "examples, so the template has changed: run the study in another folder"
+            )
     extra = _compared(store, {e.set: kept[e.id].trial for e in done if e.set is not None})
     trials = []
     for entry in done:

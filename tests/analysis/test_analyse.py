@@ -108,6 +108,13 @@ def test_sets_that_cannot_be_told_apart_share_the_chance_to_be_best():
         assert ranked.best == pytest.approx(1 / 3)
 
 
+def test_sets_at_so_many_bits_are_compared_whatever_share_became_zero():
+    trials = tuple(trial(name, "mix", "ecq", "3 bits", seed, {"general": 0.5}, sparsity=0.1 * seed)
+                   for name in "ab" for seed in (1, 2))  # fmt: skip
+    (one,) = analyse(study(Plan(), trials=trials), QUICK).conditions
+    assert {ranked.calibration for ranked in one.ranking} == {"a", "b"}
+
+
 def test_a_study_in_progress_tells_its_gaps_and_mistakes_are_one_line():
     whole = study(full_plan(conditions=[("wanda", "50%")], seeds=(0, 1)))
     part = whole.model_copy(update={"trials": whole.trials[:-1], "failed": (failed("x"),)})

@@ -78,6 +78,10 @@ def test_leads_grow_with_sparsity_as_planted():
     found = analyse(results, QUICK)
     leads = [gap(each, "mix-8", SINGLES).gap.value for each in found.conditions]
     (growth,) = [one for one in found.gains if (one.calibration, one.quantity) == ("mix-8", TOTAL)]
+    moved = [one for one in found.gains if one.over]
+    assert growth.significant
+    assert all(one.p_corrected >= one.gap.p for one in moved)
+    assert all(one.p_corrected is None for one in found.gains if not one.over)
     # N:M patterns do not count as sparsities.
     assert (growth.by, growth.less, growth.more, growth.over) == (
         "sparsity", "SparseGPT 30%", "SparseGPT 60%", SINGLES,

@@ -438,6 +438,10 @@ def test_answers_of_a_users_suite_count_as_measured(calmix, tmp_path):
     ended = calmix("check", tmp_path, "--keep-at-least", "0.9").ok()
     assert "code 90 % (100 generated answers)" in ended.out
     assert "not measured" not in ended.err
+    write_json(tmp_path / "compress.json", sealed({"request": {"suite": "mine.yaml"}}))
+    other = answered(9, 9, "chat")  # scored as the card advises; not what was promised
+    saved(tmp_path / "abilities.json", other, other, suite="abilities")
+    assert "code 90 % (100" in calmix("check", tmp_path, "--keep-at-least", "0.9").ok().out
     more = ("-o", tmp_path / "compress.json", "--overwrite")
     ended = calmix("check", tmp_path, "--keep-at-least", "0.9", *more)
     assert "compress.json is the input" in ended.line

@@ -344,6 +344,7 @@ def test_a_folder_belongs_to_one_request(calmix, want, out, tmp_path, asked, min
         record = sealed({"request": request.model_dump(mode="json")})
         (tmp_path / "compress.json").write_text(json.dumps(record), encoding="utf-8")
         ladder.Walk(request, tmp_path)
+        ladder.Walk(request.model_copy(update={"max_memory": "4GiB"}), tmp_path)
         with pytest.raises(InputError, match=r"is of another request .bits: 3\.0, now None"):
             walk(want, tmp_path, stop)
     (mine / "mine-choices.jsonl").write_text(json.dumps(EXAMPLES["choices"] | {"answer": 0}))

@@ -94,8 +94,8 @@ def stepped(lift):
         METRIC: "not found (no opposite signs survive correction; strongest: ",
         "A mix keeps more than the best single source": None,
     }),
-    (stepped(0.2), {GROWS: "holds (30 % to 60 %: mix-8 +"}),
-    (stepped(0.0), {GROWS: "undecided (30 % to 60 %: mix-8 "}),
+    (stepped(0.2), {GROWS: "holds (mix-8 from 30 % to 60 % +"}),
+    (stepped(0.0), {GROWS: "undecided (mix-8 from 30 % to 60 % "}),
     ({"prose": (0.8, 0.7), "mix": (0.85, 0.85)}, {SHRINKS: "holds (mix over prose −"}),
     ({"prose": (0.6, 0.3), "mix": (0.95, 0.95)}, {SHRINKS: "does not hold (mix over prose +"}),
     ({"prose": (0.65, 0.35), "mix": (0.85, 0.85)}, {SHRINKS: "undecided (mix over prose "}),
@@ -138,6 +138,8 @@ def test_few_sources_leave_signs_open():
     assert found["verdict"] == "undecided"
     assert found["figures"].endswith("; 4 sources")
     assert any("no correlation could have been found" in one for one in small["certainty"])
+    alone = of(study(Plan(seeds=(0,), sources=("a", "b", "c", "d"))))
+    assert any("cannot be said to rank 4 sets" in one for one in alone["conditions"][0])
     many = study(Plan(noise=0.05))
     known = {name: at for at, name in enumerate(Plan().sources[:3])}  # a metric that only they have
     trials = tuple(

@@ -167,6 +167,13 @@ def test_a_defect_in_one_trial_does_not_stop_the_others(ran, tmp_path, monkeypat
     # The failure left a pruned model, yet the next trial started from the dense one.
     alone = [t.total for t in read_results(ran[1]).trials if t.method == "sparsegpt"]
     assert [t.total for t in read_results(store).trials] == alone
+    # A trial that failed in another process since this one began is not run again.
+
+    def late(bench, todo, stage, note):
+        for trial in todo:
+            yield trial, running_module.run_one(bench, trial, stage, note, 0.0)
+
+    assert run(ran[0], store, execute=late, retry_failed=True).errors == {}
     # A failed trial that is not run again needs no room.
     asked = []
     monkeypatch.setattr(
@@ -259,6 +266,15 @@ def test_folders_that_are_no_store(ran, tmp_path):
         (other / "store.json").write_text(text)
         with pytest.raises(InputError, match=says):
             run(ran[0], other)
+
+
+def test_trials_of_one_model_in_two_forms_are_refused(ran, tmp_path):
+    store = shutil.copytree(ran[1], tmp_path / "store")
+    forms = ("chat template", "worked examples")
+    for file, form in zip(sorted(store.glob("trials/*/scores.json")), forms, strict=False):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"form": form}))
+    with pytest.raises(InputError, match="the template has changed: run the study in another"):
+        read_results(store)
 
 
 def test_patterns_choose_trials(ran):

@@ -134,7 +134,7 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
         "  a: python-stdlb\n"
         f"  b: a:1,a:2\n  c: {tmp_path}/none.jsonl\n  none: news\n  d: 'igsp,repeats=5'\n"
         "  e: {from: sgs, packing: window}\nmethods:\n  sparsegpt: 0.5\n"
-        "allocation: owl\ngrids:\n"
+        "  gptq: 2.5 bits\nallocation: owl\ngrids:\n"
         "  - calibrations:\n      - a\n      - zz\n    models: [q]\n"
     )
     for text, wanted in (
@@ -162,8 +162,9 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
             (9, "calibrations.none: 'none' is reserved for"),
             (10, "calibrations.d: calibration 'igsp,repeats=5': --repeats 5: must be less"),
             (11, "calibrations.e: 'packing' has no effect with sgs"),
-            (18, "grids.0.calibrations.1: unknown 'zz': known"),
-            (19, "grids.0.models.0: unknown 'q': known: m"),
+            (14, "methods.gptq: gptq takes whole bits"),
+            (19, "grids.0.calibrations.1: unknown 'zz': known"),
+            (20, "grids.0.models.0: unknown 'q': known: m"),
         ]),
     ):  # fmt: skip
         for line, (number, words) in zip(problems(text), wanted, strict=True):
