@@ -28,7 +28,8 @@ def made(tiny_folder, tmp_path_factory):
     """A folder with a result of every kind, made from a user's own text `mine`."""
     base = tmp_path_factory.mktemp("made")
     write_text_file(base / "text.txt")
-    (base / "more.txt").write_text("other words here " * 800, encoding="utf-8")
+    other = " ".join(f"other words {number}" for number in range(800))
+    (base / "more.txt").write_text(other, encoding="utf-8")
     (base / "own.yaml").write_text(
         "mine: {licence: MIT, dimension: code, reader: {type: file, path: text.txt}}\n", "utf-8"
     )
