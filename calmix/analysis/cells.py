@@ -19,7 +19,6 @@ import numpy as np
 from calmix.errors import InputError, nearest
 from calmix.evaluation.measures import Array, TaskScores, has_signal, parts, task_weights
 from calmix.evaluation.retention import check_paired, nan_mean
-from calmix.evaluation.suites import WRITTEN
 from calmix.options import Measure
 from calmix.specs import printed, target_of
 from calmix.study.results import StudyResults, Trial
@@ -199,8 +198,8 @@ def _cells(
     pruned = [results.scores[trial.id] for trial in trials]
     for scores in pruned:
         check_paired(dense, scores)
-    part = not results.right_only.isdisjoint(trial.id for trial in trials)
-    whole = [not part or one.metric not in WRITTEN for one in dense]  # tasks asked all items
+    part = set[str]().union(*(results.part.get(trial.id, ()) for trial in trials))
+    whole = [one.name not in part for one in dense]  # tasks asked all items
     tasks, items, values = _measured(dense, pruned, measure, whole)
     accuracies = values if measure == "accuracy" else _measured(dense, pruned, "accuracy", whole)[2]
     flips = np.array([

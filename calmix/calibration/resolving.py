@@ -226,7 +226,7 @@ def resolve(
         guard = guard_of(request.draw.leakage, TOKENS, opened)
         made = make(request, opened, guard, tick=tick, writing=writing, note=note)
     if note is not None:
-        for name in request.mix if request.saved is None else ():
+        for name in request.mix:
             if name not in made.sources:
                 note(f"{name} has no row: its share of {made.rows} rows is below one")
         for name in request.sources:

@@ -103,9 +103,11 @@ def answers(
         for group in writer.groups(rows):
             (writer.answer if writer.padded else writer.by_transformers)(group)
     decode = partial(opened.tokenizer.decode, skip_special_tokens=True)
+    # Some decoders drop the first space of a text: put a letter before it.
     before = opened.tokenizer("a", add_special_tokens=False)["input_ids"]
-    for row in rows:  # some decoders drop the first space of a text
-        text = decode([*before, *row.written])[len(decode(before)) :]
+    start = len(decode(before))
+    for row in rows:
+        text = decode([*before, *row.written])[start:]
         for stop in row.until:
             text = text.partition(stop)[0]
         found.append((text, row.ended))
@@ -123,7 +125,7 @@ class _Writer:
         self.ends = torch.tensor(end_tokens(opened), dtype=torch.int64, device=self.device)
         known = inspect.signature(self.model.forward).parameters
         self.takes = {"position_ids", "logits_to_keep"} & set(known)
-        self.cache = cache_argument(self.model)
+        self.cache, self.most = cache_argument(self.model), 1 if mixes_rows(self.model) else ROWS
         config = self.model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         self.padded = (
@@ -158,9 +160,7 @@ class _Writer:
 
     def _width(self, rows: Sequence[Prompt]) -> int:
         """Return how many of the rows fit into one batch."""
-        if mixes_rows(self.model):
-            return 1
-        return max(1, min(ROWS, len(rows), self.held // max(row.needs for row in rows)))
+        return max(1, min(self.most, len(rows), self.held // max(row.needs for row in rows)))
 
     def answer(self, rows: Sequence[Prompt]) -> None:
         """Answer rows; those that finish are replaced by waiting ones."""

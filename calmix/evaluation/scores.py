@@ -56,6 +56,11 @@ class CapabilityScores(Shown):
         return {task.name: {item for item, value in zip(task.items, task.values, strict=False)
                             if value} for task in self.tasks}  # fmt: skip
 
+    @property
+    def part(self) -> set[str]:
+        """Tasks that were not asked all items."""
+        return {one.name for one in self.tasks if self.right_only and one.metric in WRITTEN}
+
     def retention(self, dense: CapabilityScores, **how: Any) -> Retention:
         """Return this model's retention of a dense one; options are those of `retention.retention`.
         Accuracy leaves out tasks that were not asked all items.
@@ -76,8 +81,7 @@ class CapabilityScores(Shown):
 
     def _asked_all(self, dense: CapabilityScores) -> list[list[TaskScores]]:
         """Return both models' tasks of which this one was asked all items."""
-        part = WRITTEN if self.right_only else ()
-        return [[one for one in each.tasks if one.metric not in part] for each in (dense, self)]
+        return [[one for one in each.tasks if one.name not in self.part] for each in (dense, self)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""

@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -609,15 +608,12 @@ def end_tokens(opened: OpenModel) -> list[int]:
     """Return the token ids that end a text: the tokenizer's, the generation configuration's and, if
     none of these ends a turn in the chat template, that which does (GGUF files name one token)."""
     configured = getattr(getattr(opened.model, "generation_config", None), "eos_token_id", None)
-    listed, tokenizer = (
-        configured if isinstance(configured, list) else [configured],
-        opened.tokenizer,
-    )
+    listed = configured if isinstance(configured, list) else [configured]
+    tokenizer = opened.tokenizer
     ends = {end for end in [tokenizer.eos_token_id, *listed] if end is not None}
-    if found := re.search("two-turn(.*?)three-turn", in_chat(tokenizer, *TURNS) or "", re.DOTALL):
-        between = set(tokenizer(found[1], add_special_tokens=False)["input_ids"])
-        ends |= between & turn_ends(tokenizer) if not between & ends else set()
-    return sorted(ends)
+    after = (in_chat(tokenizer, *TURNS) or "").partition(TURNS[1])[2].partition(TURNS[2])[0]
+    turn = set(tokenizer(after, add_special_tokens=False)["input_ids"])
+    return sorted(ends if turn & ends else ends | turn & turn_ends(tokenizer))
 
 
 def turn_ends(tokenizer: Any) -> set[int]:

@@ -193,8 +193,7 @@ class _Pruning:
         for job in self.jobs:
             manifest, run = (read_told(job.output / name) for name in (MANIFEST, RUN))
             with suppress(KeyError, TypeError):
-                whole = all((job.output / name).is_file() for name in manifest["files"])
-                if whole and manifest["request_sha256"] == sha256_json(job.asked):
+                if is_of(manifest, job.asked, job.output):
                     pruning = manifest["pruning"] | {"seconds": run["seconds"]}
                     reports[job.output] = PruneReport.from_json(pruning)
                     job.work.remove_leftover()
@@ -467,6 +466,12 @@ def take_through(
             run.outside()
     if run.needs_ids:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_of(manifest: Mapping[str, Any], asked: Mapping[str, Any], output: Path) -> bool:
+    """Whether an output is of a request, and has all its files."""
+    whole = all((output / name).is_file() for name in manifest["files"])
+    return whole and manifest["request_sha256"] == sha256_json(asked)
 
 
 def read_told(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name, reproducible, suited
 from calmix.pruning.budget import GIB
-from calmix.pruning.checkpoint import MANIFEST, RUN, check_request, read_told
+from calmix.pruning.checkpoint import MANIFEST, RUN, check_request, is_of, read_told
 from calmix.pruning.distributed import everyone, once, processes
 from calmix.pruning.expert_pruning import experts_of
 from calmix.pruning.solvers.grids import SCALES, read_grids
@@ -289,8 +289,7 @@ def recover(
         }
         manifest, record = (read_told(job.output / name) for name in (MANIFEST, RUN))
         with suppress(KeyError, TypeError):
-            whole = all((job.output / name).is_file() for name in manifest["files"])
-            if run.resume and whole and manifest["request_sha256"] == sha256_json(asked):
+            if run.resume and is_of(manifest, asked, job.output):
                 report = RecoveryReport(**manifest["recovery"], seconds=record["seconds"])
                 job.say(f"{job.output} was finished by an earlier run")
                 work.remove_leftover()

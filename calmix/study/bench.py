@@ -17,7 +17,6 @@ from calmix.calibration import CalibrationSet, resolve
 from calmix.calibration.measuring import distortion, measure_set
 from calmix.calibration.texts import builtin_readers, texts
 from calmix.errors import InputError
-from calmix.evaluation.behaviour import answered
 from calmix.evaluation.distance import distance, reference
 from calmix.evaluation.evaluate import SCORER, evaluate, form_of
 from calmix.evaluation.scores import load_scores
@@ -139,7 +138,6 @@ class Bench:
                 shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
             lap("evaluate")
             kept = scores.retention(self._dense)
-            part = {one.name for one in scores.tasks if scores.right_only and answered(one)}
             seconds["total"] = round(time.perf_counter() - began, 3)
             outcome = Trial(
                 **{name: getattr(trial, name) for name in SHARED}, method=trial.recipe,
@@ -149,7 +147,7 @@ class Bench:
                 total=kept.total, worst=kept.worst, seconds=seconds,
                 dimensions={one.name: one.kept for one in kept.dimensions},
                 tasks=tuple(
-                    {NAMES.get(key, key): None if key in PART and one.name in part else value
+                    {NAMES.get(key, key): None if key in PART and one.name in scores.part else value
                      for key, value in asdict(one).items() if key != "noise"}
                     for one in kept.tasks
                 ),

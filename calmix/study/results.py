@@ -84,7 +84,7 @@ class StudyResults(BaseModel, frozen=True):
         scores: item-level scores of every trial, by id.
         dense: those of the dense models, by label.
         paired: those of the dense model that each trial was compared with, by the trial's id.
-        right_only: ids of trials that were asked only what the dense model answers correctly.
+        part: tasks that were not asked all items, by the trial's id.
     """
 
     name: str
@@ -96,4 +96,4 @@ class StudyResults(BaseModel, frozen=True):
     scores: Scores = {}
     dense: Scores = {}
     paired: Scores = {}
-    right_only: Annotated[frozenset[str], Field(exclude=True)] = frozenset()
+    part: Annotated[Mapping[str, set[str]], Field(exclude=True)] = {}

@@ -235,7 +235,7 @@ def read_results(path: Path | str) -> StudyResults:
         scores={name: one.tasks for name, one in scored.items()},
         dense={label: held[key] for label, key in dense.items()},
         paired={name: held[record.dense] for name, record in kept.items()},
-        right_only=frozenset(name for name, one in scored.items() if one.right_only),
+        part={name: one.part for name, one in scored.items()},
     )
 
 
