@@ -1,10 +1,10 @@
 """What each trial of a study keeps of the answers that its dense model gets right.
 
-    python benchmarks/behaviour.py STORE
+    python benchmarks/behaviour.py STORE [--tasks]
 
-A row a trial: kept of all right answers, and by dimension, each as kept/right; answers gained (none
-with `right_only`, which asks no other items); the share of answers that ended by themselves, of
-those that are not empty; and choices that are right beside the dense model's.
+A row a trial: kept of all right answers, and by dimension, or by task, each as kept/right; answers
+gained (none with `right_only`, which asks no other items); the share of answers that ended by
+themselves, of those that are not empty; and choices that are right beside the dense model's.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from calmix.study import read_results
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store", type=Path)
-    results = read_results(parser.parse_args().store)
-    asked = [n for n in results.suite["dimensions"] if n != "commonsense"]
+    parser.add_argument("--tasks", action="store_true")
+    arguments = parser.parse_args()
+    results, by = read_results(arguments.store), "name" if arguments.tasks else "dimension"
+    first = results.paired[results.trials[0].id]
+    asked = list(dict.fromkeys(getattr(one, by) for one in first if one.metric in WRITTEN))
     print("| model | text | method | seed | answers kept, % |", " | ".join(asked),
           "| gained | ended, % | choices right |")  # fmt: skip
     print("|---" * (9 + len(asked) - 1), "|", sep="")
@@ -30,7 +33,7 @@ def main() -> None:
         written = [(a, b) for a, b in pairs if a.metric in WRITTEN]
         chosen = [(a, b) for a, b in pairs if a.metric not in WRITTEN]
         whole = counted("all", written)
-        parts = [counted(name, [two for two in written if two[0].dimension == name])
+        parts = [counted(name, [two for two in written if getattr(two[0], by) == name])
                  for name in asked]  # fmt: skip
         assert whole is not None
         share = whole.share

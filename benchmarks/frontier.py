@@ -8,10 +8,12 @@ of kept weights), KL to the dense model where it was measured, and kept of the a
 dense model gets right. FOLDER is one that `benchmarks/anchors.py` has filled. With -o they are
 drawn too; with `--distance` answers kept against KL, and how well one orders the other; with
 `--likelihood STORE`, of the same trials by a suite that is scored by likelihood, against that too.
+A trial that several stores hold is counted once, from the first.
 `--keep-at-least FLOORS`, once or more, prints the smallest of each line that keeps them
 by the test of `calmix check`; `--lead "LINE - LINE"` by how much one keeps more than the other of
-the same pattern, in all and in general, code, mathematics and chat, with a 95 % interval of the
-bootstrap over items and seeds; `--texts LABEL` what each text keeps of a model at each target.
+the same pattern, in all, in general, code, mathematics and chat, and in all but sums, with a 95 %
+interval of the bootstrap over items and seeds (of one seed: over items); `--texts LABEL` what each
+text keeps of a model at each target.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ EDGES = (0.05, 0.1, 0.2, 0.4, 0.8)  # of KL, in the table
 SHARES = (40, 50, 60, 70, 80, 90)  # of likelihood kept, %
 CODE = "all, above single tokens"  # the baseline before version 0.3
 ABILITIES = ("general", "code", "math", "chat")  # whose answers are generated
+PROGRAMS, BUT_SUMS = "pass@1", "-sums"  # a metric; all tasks but one
 RECOVERED = ", recovered"
 TEXTS = 4  # of one target, that make a row
 SAMPLE = 2**22  # words of a tensor that are compressed
@@ -70,17 +73,20 @@ class Point(NamedTuple):
     seed: int
     likely: Mapping[str, float] = {}  # likelihood kept in %, by dimension and in all
 
-    def written(self, ability: str = "") -> np.ndarray:
-        """Return whether each generated answer is right, of the dense model and this one."""
+    def written(self, part: str = "") -> np.ndarray:
+        """Return whether each generated answer is right, of the dense model and this one; `part` is
+        an ability, a metric, a task, or `-` and a task that is left out."""
         tasks = zip(*(one.tasks for one in self.pair), strict=True)
         found = [both for one, other in tasks
-                 if one.metric in WRITTEN and ability in ("", one.dimension)
+                 if one.metric in WRITTEN
+                 and (part in ("", one.dimension, one.metric, one.name)
+                      or (part[0] == "-" and part[1:] != one.name))
                  for both in zip(one.values, other.values, strict=True)]  # fmt: skip
         return np.array(found, float).T
 
-    def right(self, ability: str = "") -> np.ndarray:
+    def right(self, part: str = "") -> np.ndarray:
         """Return 1.0 for each answer of the dense model that is still right, else 0.0."""
-        before, after = self.written(ability)
+        before, after = self.written(part)
         return after[before > 0]
 
 
@@ -234,8 +240,8 @@ def leads(points: list[Point], lines: str) -> Iterator[str]:
     both = sorted(ours.keys() & theirs.keys())
     for pattern, group in itertools.groupby(both, key=lambda one: one[0]):
         keys, spans = list(group), []
-        for ability in ("", *ABILITIES):
-            pairs = [(ours[key].written(ability), theirs[key].written(ability)) for key in keys]
+        for part in ("", *ABILITIES, BUT_SUMS):
+            pairs = [(ours[key].written(part), theirs[key].written(part)) for key in keys]
             both = np.all([one[0] for pair in pairs for one in pair], axis=0)
             spans.append(lead(100 * np.array([(one[1] - other[1])[both] for one, other in pairs])))
         yield f"| {lines} | {pattern} | {len(keys)} | {' | '.join(spans)} |"
@@ -354,7 +360,7 @@ def together(
     for least, most in itertools.pairwise(edges):
         if own := [one for one in points if least <= of(one) < most]:
             end = f"to {most:g}" if most < math.inf else "and more"
-            kept = ([100 * one.right(ability).mean() for one in own] for ability in ("", "code"))
+            kept = ([100 * one.right(part).mean() for one in own] for part in ("", PROGRAMS))
             spans = " | ".join(f"{min(one):.0f} to {max(one):.0f}" for one in kept)
             yield f"| {least:g} {end} | {len(own)} | {spans} |"
     yield f"\n{len(points)} models, rank correlation {ordered(points, of):.2f}"
@@ -398,7 +404,8 @@ def main() -> None:
     asked = parser.parse_args()
     sizes = {label: Sizes(model) for label, _, model in
              (text.partition("=") for text in asked.model)}  # fmt: skip
-    points = [one for store in asked.stores for one in of_store(store, sizes)]
+    trials = (one for store in reversed(asked.stores) for one in of_store(store, sizes))
+    points = list({(one.line, one.pattern, one.seed): one for one in trials}.values())
     points += of_anchors(asked.anchors) if asked.anchors else []
     if asked.likelihood:
         kept = of_likelihood(asked.likelihood)

@@ -33,13 +33,13 @@ GROUP = "offline"  # in a mix: every builtin source that needs no hub
 # Manifest entries of written text that do not apply to a mix with other text.
 OF_TEXT = ("generated", "settings", "pieces", "perplexity", "temperature", "aggregation_4", "J")
 CHATLESS = (
-    "has no row in this model's chat format, and a model pruned on it forgets how to answer: add "
-    "a share of chats, such as chat:0.25 beside the others"
+    "has no row in this model's chat format, which can cost it answers: add a share of chats, such "
+    "as chat:0.25 beside the others"
 )
 UNWRITABLE = (
     "this model's chat template has no token that ends a turn, or none before the first, so calmix "
-    "cannot write chats. A model "
-    "pruned without chats forgets how to answer: add your own (rows with 'messages')"
+    "cannot write chats. A set without "
+    "chats can cost it answers: add your own (rows with 'messages')"
 )
 
 

@@ -167,7 +167,7 @@ def target(request: Mapping[str, Any]) -> str:
 def aim(request: Target) -> dict[str, Any]:
     """Return method and target as options of a pruning run.
 
-    On text of one source ADMM keeps fewer answers of other kinds than SparseGPT (docs/results.md).
+    On text of one source ADMM can keep fewer other answers than SparseGPT (docs/results.md).
     """
     sparse = (request.sparsity, request.pattern) != (None, None)
     method = COMPRESS_METHOD
