@@ -38,8 +38,8 @@ CHATLESS = (
 )
 UNWRITABLE = (
     "this model's chat template has no token that ends a turn, or none before the first, so calmix "
-    "cannot write chats. A set without "
-    "chats can cost it answers: add your own (rows with 'messages')"
+    "cannot write chats. A set without chats can cost it answers: add your own (rows with "
+    "'messages')"
 )
 
 
