@@ -75,11 +75,11 @@ class Point(NamedTuple):
 
     def written(self, part: str = "") -> np.ndarray:
         """Return whether each generated answer is right, of the dense model and this one; `part` is
-        an ability, a metric, a task, or `-` and a task that is left out."""
+        an ability, a metric, or `-` and a task that is left out."""
         tasks = zip(*(one.tasks for one in self.pair), strict=True)
         found = [both for one, other in tasks
                  if one.metric in WRITTEN
-                 and (part in ("", one.dimension, one.metric, one.name)
+                 and (part in ("", one.dimension, one.metric)
                       or (part[0] == "-" and part[1:] != one.name))
                  for both in zip(one.values, other.values, strict=True)]  # fmt: skip
         return np.array(found, float).T

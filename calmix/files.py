@@ -193,6 +193,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def matching(folder: Path, kinds: Iterable[str]) -> list[Path]:
+    """Return the files of a folder that fit glob patterns, relative to it."""
+    return [path.relative_to(folder) for kind in kinds for path in folder.glob(kind)
+            if path.is_file()]  # fmt: skip
+
+
+def copy_files(source: Path, folder: Path, names: Iterable[str | Path]) -> None:
+    """Copy files of one folder to the same places in another."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+
+
 def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's entries, are on disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -42,6 +42,7 @@ from calmix.files import (
     atomic_folder,
     check_free,
     check_output_folder,
+    copy_files,
     sha256_file,
     user_path,
     write_text,
@@ -147,9 +148,7 @@ def pack(
                    for name, tensors in places.items() for tensor, place in tensors]  # fmt: skip
         sparse = [(size, sum(map(sum, entry["sizes"].values())))
                   for size, entry in entries if entry["mask"] or "levels" in entry]  # fmt: skip
-        for name in others:
-            (beside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, beside / name)
+        copy_files(folder, beside, others)
         manifest = {
             "format": FORMATS[any("levels" in entry for _, entry in entries) + bool(renamed)],
             "versions": versions(), "weights": weights, **({"names": renamed} if renamed else {}),
@@ -183,9 +182,7 @@ def unpack(
     check_free(output, total, "the weights take")
     done = 0
     with atomic_folder(output) as beside, disk_errors(output):
-        for name in manifest["files"]:
-            (beside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, beside / name)
+        copy_files(folder, beside, manifest["files"])
         for name, entry in manifest["weights"].items():
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             with (beside / name).open("wb") as file:

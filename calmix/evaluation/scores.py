@@ -81,7 +81,8 @@ class CapabilityScores(Shown):
 
     def _asked_all(self, dense: CapabilityScores) -> list[list[TaskScores]]:
         """Return both models' tasks of which this one was asked all items."""
-        return [[one for one in each.tasks if one.name not in self.part] for each in (dense, self)]
+        part = self.part
+        return [[one for one in each.tasks if one.name not in part] for each in (dense, self)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""

@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,9 @@ from calmix.files import (
     alone,
     atomic_folder,
     cache_dir,
+    copy_files,
     hidden,
+    matching,
     sha256_file,
     sha256_json,
     user_path,
@@ -540,10 +541,7 @@ def save_tokenizer(tokenizer: Any, source: Path, folder: Path) -> None:
     """Write a tokenizer to a folder, the files that its source has unchanged: transformers can
     write others than it has read."""
     tokenizer.save_pretrained(folder)
-    for kind in TOKENIZER_FILES:
-        for path in source.glob(kind):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    copy_files(source, folder, matching(source, TOKENIZER_FILES))
 
 
 @contextlib.contextmanager

@@ -28,6 +28,8 @@ from calmix.files import (
     atomic_folder,
     check_free,
     check_output_folder,
+    copy_files,
+    matching,
     read_object,
     sha256_json,
     write_json,
@@ -492,10 +494,8 @@ def _write_beside(
 ) -> dict[str, str]:
     """Copy the model's other files, write the manifest and the run record; return the files'
     hashes."""
-    for kind in BESIDE:
-        for path in source.folder.glob(kind):
-            if path.is_file() and not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
+    others = (name for name in matching(source.folder, BESIDE) if not (folder / name).exists())
+    copy_files(source.folder, folder, others)
     done, files = report.to_dict(), file_hashes(folder, without=(MANIFEST, RUN))
     run = run_record(done.pop("seconds")) | {
         "batch": report.rows_at_once, "processes": distributed.processes()[1],

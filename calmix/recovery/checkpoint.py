@@ -21,7 +21,7 @@ from torch import Tensor
 from calmix.calibration import CalibrationSet, ask, open_tokenizer
 from calmix.errors import InputError, disk_errors
 from calmix.evaluation.likelihood import close
-from calmix.files import check_free, sha256_json, write_json
+from calmix.files import check_free, copy_files, matching, sha256_json, write_json
 from calmix.machine import device_memory, give_memory_back
 from calmix.manifest import deciding_versions, file_hashes, run_record, sealed, versions
 from calmix.models import open_model
@@ -343,11 +343,9 @@ def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
         "request_sha256": sha256_json(asked),
     }
     with disk_errors(folder):
-        for path in (path for kind in BESIDE for path in pruned.folder.glob(kind)):
-            if path.name not in (MANIFEST, RUN) and not path.name.endswith(".index.json"):
-                copy = folder / path.relative_to(pruned.folder)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)
+        own = {MANIFEST, RUN, *(path.name for path in pruned.folder.glob("*.index.json"))}
+        others = (path for path in matching(pruned.folder, BESIDE) if path.name not in own)
+        copy_files(pruned.folder, folder, others)
         if (scales := pruned.folder / SCALES).is_dir():
             shutil.copytree(scales, folder / SCALES, dirs_exist_ok=True)
         write_index(folder)

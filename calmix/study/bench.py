@@ -139,6 +139,7 @@ class Bench:
             lap("evaluate")
             kept = scores.retention(self._dense)
             seconds["total"] = round(time.perf_counter() - began, 3)
+            part = scores.part
             outcome = Trial(
                 **{name: getattr(trial, name) for name in SHARED}, method=trial.recipe,
                 mix=(trial.definition["calibration"] or {}).get("mix", {}),
@@ -147,7 +148,7 @@ class Bench:
                 total=kept.total, worst=kept.worst, seconds=seconds,
                 dimensions={one.name: one.kept for one in kept.dimensions},
                 tasks=tuple(
-                    {NAMES.get(key, key): None if key in PART and one.name in scores.part else value
+                    {NAMES.get(key, key): None if key in PART and one.name in part else value
                      for key, value in asdict(one).items() if key != "noise"}
                     for one in kept.tasks
                 ),
