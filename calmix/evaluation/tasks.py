@@ -252,8 +252,7 @@ def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
         if spec.writes:
             doc, keys = item.doc, ("canonical_solution", "code", "solution", "answer", "shown")
             right = next((doc[key] for key in keys if doc.get(key)), item.right)
-            if spec.kind == "programs":
-                right = "\n".join(doc["tests"])
+            right = "\n".join(doc["tests"]) if right is None else right
             question = doc.get("question") or doc.get("query") or item.chat or item.plain
             text = f"{str(question).rpartition('Question:')[2]}\n{right}"
         else:

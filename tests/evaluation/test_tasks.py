@@ -9,7 +9,7 @@ from calmix.errors import InputError
 from calmix.evaluation.evaluate import choose, runnable, suite_items, verdict
 from calmix.evaluation.greedy import prompt
 from calmix.evaluation.suites import ASKED, Suite, TaskSpec, load_suite, spread
-from calmix.evaluation.tasks import load_asked, load_items, preamble
+from calmix.evaluation.tasks import item_texts, load_asked, load_items, preamble
 from calmix.yaml_files import packaged, parse_model
 from tests.evaluation.archive import suite_text, use_archive
 from tests.tiny import tiny_tokenizer
@@ -133,6 +133,8 @@ def test_every_item_that_is_made_here_has_a_right_answer():
     programs, requests = load_asked("small_programs"), load_asked("requests")
     (double,) = [item for item in programs if item.doc["entry_point"] == "double"]
     assert verdict(double, "    return 2 * x")
+    texts = dict(item_texts(load_suite("abilities").tasks["small_programs"]))
+    assert texts[double.id] == "returns x times two.\ndouble(4) == 8\ndouble(0) == 0"
     assert len(requests) == 150
     solved = 0
     for item in requests:
