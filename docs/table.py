@@ -41,7 +41,8 @@ def main(folders: list[Path]) -> None:
     """Write the table into the README."""
     lines = [HEAD, ["---"] * len(HEAD), *map(row, folders)]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    table += "\nHigher is better; brackets are 95 % intervals over items.\n"
+    table += "\nHigher is better; brackets are 95 % intervals over items. Programs run "
+    table += "(`--allow-code-execution`).\n"
     text = README.read_text(encoding="utf-8")
     README.write_text(BETWEEN.sub(rf"\1\n{table}\n\2", text), encoding="utf-8")
 

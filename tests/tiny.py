@@ -152,8 +152,9 @@ def longer(model, folder):
     return folder
 
 
-def tiny_gguf(path):
-    """Write the tiny llama as GGUF, in float32, with a byte-level vocabulary."""
+def tiny_gguf(path, **rope):
+    """Write the tiny llama as GGUF, in float32, with a byte-level vocabulary; `rope` are factors of
+    its positions."""
     from gguf import MODEL_ARCH, GGUFWriter, TokenType, get_tensor_name_map
 
     config, model = tiny_config("llama"), tiny_model("llama")
@@ -167,6 +168,8 @@ def tiny_gguf(path):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_dimension_count(config.head_dim)
+    for key, value in rope.items():
+        writer.add_float32(f"llama.rope.scaling.{key}", value)
     writer.add_vocab_size(config.vocab_size)
     vocabulary = tiny_tokenizer().get_vocab()
     tokens = [token for token, _ in sorted(vocabulary.items(), key=lambda pair: pair[1])]

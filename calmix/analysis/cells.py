@@ -199,9 +199,17 @@ def _cells(
     for scores in pruned:
         check_paired(dense, scores)
     part = set[str]().union(*(results.part.get(trial.id, ()) for trial in trials))
+    if part:  # items right under every processor's dense model: others were not asked everywhere
+        asked = [results.paired[trial.id] for trial in trials]
+        dense = tuple(
+            replace(one, values=tuple(np.min([each[at].values for each in asked], 0).tolist()))
+            if one.name in part
+            else one
+            for at, one in enumerate(dense)
+        )
     whole = [one.name not in part for one in dense]  # tasks asked all items
     tasks, items, values = _measured(dense, pruned, measure, whole)
-    accuracies = values if measure == "accuracy" else _measured(dense, pruned, "accuracy", whole)[2]
+    judged, _, accuracies = _measured(dense, pruned, "accuracy", whole)
     flips = np.array([
         [np.not_equal(before.values, after.values).mean()
          if every and before.values and after.values else math.nan
@@ -217,7 +225,7 @@ def _cells(
         """Average rows of trials over the seeds of each set."""
         return pd.DataFrame(rows).groupby(names, sort=False).mean()
 
-    def rolled(of_tasks: Array) -> Array:
+    def rolled(of_tasks: Array, tasks: Sequence[Task]) -> Array:
         return table(rolled_up(of_tasks, tasks, dimensions)).to_numpy()
 
     distance = {}
@@ -227,8 +235,9 @@ def _cells(
         distance[key] = table(rows).to_numpy()
     return Cells(
         condition, first, dimensions, tasks,
-        tuple((trial.calibration, trial.seed) for trial in trials), items, rolled(values),
-        rolled(accuracies), distance | {"flips": rolled(flips)},
+        tuple((trial.calibration, trial.seed) for trial in trials), items,
+        rolled(values, tasks), rolled(accuracies, judged),
+        distance | {"flips": rolled(flips, [replace(one, weight=1.0) for one in tasks])},
         table([trial.information for trial in trials]),
     )  # fmt: skip
 

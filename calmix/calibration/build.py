@@ -24,6 +24,7 @@ from calmix.sources.readers import LocalFile
 from calmix.sources.registry import documents_hash
 
 BATCH = 64  # documents tokenised at a time
+CHARACTERS = 4  # of a token, roughly
 # Source names with positive weights that sum to 1, in the order they were written.
 Mix = dict[str, float]
 
@@ -177,7 +178,7 @@ def build(
         stream = tokenized(order, opened.tokenizer, name)
         if guard is not None:
             stream = (one for one in stream if guard.passes(name, one[0].id, one[1]))
-        if packing == "concat" and len(documents) == 1:  # else only its beginning would be used
+        if packing == "concat" and _few(documents, count, body):
             packed, used = pack_pieces(stream, count, body, rng)
         elif packing == "concat":
             packed, used = pack_concat(stream, count, body, end)
@@ -218,6 +219,15 @@ def build(
         "sources": described,
     }
     return hashed(torch.tensor(ids), names, manifest)
+
+
+def _few(documents: list[Document], rows: int, length: int) -> bool:
+    """Whether joined documents would give rows from the beginnings of one or few of them only: one
+    document, or fewer than rows, each of several rows and all together of twice as many."""
+    sizes = [len(one.text) // CHARACTERS // length for one in documents]  # in rows
+    return len(sizes) == 1 or (
+        len(sizes) < rows and min(sizes, default=0) > 3 and sum(sizes) > 2 * rows
+    )
 
 
 def checks(opened: HasTokenizer, guard: Guard | None) -> dict[str, Any]:

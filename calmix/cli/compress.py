@@ -16,7 +16,7 @@ from calmix.cli.common import line, note, print_costs, print_json, print_table
 from calmix.cli.root import app
 from calmix.cli.verbs import verb
 from calmix.errors import InputError, NotKeptError
-from calmix.evaluation.scores import load_pairs, load_scores
+from calmix.evaluation.scores import load_pairs
 from calmix.files import check_output_file, write_json, write_text
 from calmix.options import Compression, Share, advanced, checked, option, path_option
 from calmix.progress import duration
@@ -223,7 +223,7 @@ def check(
 
     No model is opened: it reads the scores that compress or evaluate --against wrote.
     """
-    from calmix.compression.plan import MANIFEST
+    from calmix.compression.plan import BEHAVIOUR, MANIFEST, SCORES
     from calmix.compression.running import read_record
     from calmix.evaluation.floors import CONFIDENCE, FILE, judge, parse_floors, proven, record
     from calmix.report import words
@@ -235,7 +235,11 @@ def check(
         if len(results) > 1:
             raise InputError("a folder is checked alone: name one folder, or only files")
         request = read_record(folders[0])["request"]
-        files = _score_files(folders[0])
+        file = folders[0] / (BEHAVIOUR if request["suite"] == "offline" else SCORES)
+        if not file.exists():
+            raise InputError(f"{folders[0]} is not finished: it lacks {file.name}; run its calmix "
+                             "compress again")  # fmt: skip
+        files = (file,)
     wanted = keep_at_least or request.get("keep_at_least")
     if wanted is None:
         raise InputError("--keep-at-least is missing: name the floors, e.g. code=0.9,general=80%")
@@ -266,24 +270,3 @@ def check(
         note(f"next: calmix report {folders[0]} adds it to the card")
     if not verdict.passed:
         raise typer.Exit(1)
-
-
-def _score_files(folder: Path) -> tuple[Path, ...]:
-    """Return the score files of `calmix compress` in a folder."""
-    from calmix.compression.plan import BEHAVIOUR, MANIFEST, SCORES
-    from calmix.evaluation.behaviour import answered
-    from calmix.pruning.checkpoint import read_told
-
-    scores, answers = folder / SCORES, folder / BEHAVIOUR
-    if not scores.exists():
-        raise InputError(f"{folder} is not finished: it lacks {scores.name}; run its calmix "
-                         "compress again")  # fmt: skip
-    asked = read_told(folder / MANIFEST).get("request") or {}
-    if asked.get("suite", "offline") != "offline":  # it is scored alone
-        return (scores,)
-    if answers.exists():
-        return (answers,)
-    if not any(map(answered, load_scores(scores).tasks)):
-        note(f"generated answers were not measured: {answers} is missing (calmix report shows "
-             "how)")  # fmt: skip
-    return (scores,)

@@ -22,8 +22,8 @@ from calmix.evaluation.scores import (
     check_same_form,
     check_same_suite,
     describe,
+    load_dense,
     load_pair,
-    load_scores,
 )
 from calmix.files import check_output_file, user_path, write_text
 from calmix.options import (
@@ -93,7 +93,7 @@ def run(
     # All inputs are read and checked before anything is scored.
     dense, original, own_texts = None, against, parse_texts(text)
     if against is not None and against.lower().endswith(".json"):
-        dense, original = load_scores(user_path(against)), None
+        dense, original = load_dense(user_path(against)), None
     if own_texts and (original is None or no_distance):
         raise InputError(
             "--text measures the distance to a dense model: name it with --against, and leave out "
@@ -167,7 +167,7 @@ def rescore(
 ) -> None:
     """Recompute scores and retention of a file by another measure, without the model."""
     dense, scores = load_pair(file)
-    dense = dense if against is None else load_scores(against)
+    dense = dense if against is None else load_dense(against)
     kept = _kept(scores, dense, measure)
     print_json(kept.to_dict() if dense is not None else [
         {"dimension": task.dimension, "task": task.name, "n": task.items,
@@ -194,7 +194,7 @@ def compare(
         raise InputError(f"two files are called {doubles[0]}: rename one")
     pairs = [load_pair(path) for path in scores]
     models = [pruned for _, pruned in pairs]
-    dense = pairs[0][0] if against is None else load_scores(against)
+    dense = pairs[0][0] if against is None else load_dense(against)
     if dense is None:
         raise InputError(
             f"{scores[0]} was scored without a dense model: name its file with --against"
@@ -324,7 +324,7 @@ def answers(
     ),
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
-    """Show the greedy answers of several models to ten plain questions side by side."""
+    """Show the greedy answers of several models to ten plain questions."""
     from calmix.evaluation.generations import TOKENS, Answered, answer, panel, read_prompts
     from calmix.models import check_models, open_model
     from calmix.report import words

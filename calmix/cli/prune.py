@@ -143,7 +143,7 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
     if report.bits is not None:
         packed = size(report.weights * report.bits / 8)
         line(f"{report.bits:.2f} bits per weight, {report.sparsity:.1%} zeros: "
-             f"{size(2 * report.weights)} in {packed} once packed "
+             f"{packed} once packed, of {size(2 * report.weights)} in 16 bits "
              f"(calmix export --to pack), {done}")  # fmt: skip
     elif report.layers:
         line(f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) "

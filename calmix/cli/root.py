@@ -110,6 +110,8 @@ class Group(Plain, TyperGroup):
         the group's help is asked for."""
         if args[:1] == ["help"]:
             args = [*args[1:], "--help"]
+        if args[:1] == ["--help-all"] and not self.default:
+            args = ["--help"]
         named = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
         if self.default and not named and (args or not ctx.resilient_parsing):
             args = [self.default, *args]

@@ -217,6 +217,9 @@ def bits_for(request: Target) -> float:
     dense = weight_bytes(folder)
     wanted = parse_size(request.size or "", dense)
     held = timed(request.model, "auto", request.device, request.trust_remote_code)
+    if not all(one.whole_matrix for one in held.blocks.layers):
+        raise InputError(f"--size: {request.model} has fused or transposed matrices, or experts, "
+                         "whose levels a pack does not hold: use --bits")  # fmt: skip
     matrices = sum(p.numel() for p in held.blocks.blocks.parameters() if p.ndim > 1)
     rest = dense - weight_width(stored_tensors(folder)) * (matrices + held.outer_weights)
     size = partial(packed_bytes, matrices=matrices, outer=held.outer_weights, rest=rest)

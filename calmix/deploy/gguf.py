@@ -300,7 +300,8 @@ def export_imatrix(
 
     check_output_file(output, inputs=[folder, model], overwrite=overwrite)
     check_models(model, **how)
-    drawn = CalibrationSet.open(folder, open_tokenizer(model))
+    trust = how.get("trust_remote_code", False)
+    drawn = CalibrationSet.open(folder, open_tokenizer(model, trust_remote_code=trust))
     opened = open_model(model, **how)
     found, sums = find_blocks(opened.model), dict[str, Any]()
     if any(found.mixtures(index) for index in range(len(found))):

@@ -114,23 +114,27 @@ def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[Task
     """Return both models' scores of the tasks that fit, each from the suite where it has the most
     items. With `right_only` scores, only the items that the dense model gets right remain, if there
     are any. An `InputError` unless both models were given the same items in the same form."""
-    found: dict[str, tuple[int, TaskPair]] = {}
+    found: dict[tuple[str, ...], tuple[int, TaskPair]] = {}
     for dense, pruned in pairs:
         check_same_suite(pruned.suite, dense.suite)
         check_paired(dense.tasks, pruned.tasks)
         check_same_form(dense.form, pruned.form)
+        part = pruned.right_only and any(any(one.values) for one in dense.tasks if answered(one))
         for before, after in zip(dense.tasks, pruned.tasks, strict=True):
-            name, count = before.name, len(before.items)
-            if not fits(before) or count <= found.get(name, (0,))[0]:
+            if not fits(before):
                 continue
-            if pruned.right_only and answered(before) and any(before.values):
+            # Tasks of two suites are the same if their items are of one data set.
+            key = before.name, before.dimension, before.items[0].partition("/")[0]
+            if (count := len(before.items)) <= found.get(key, (0,))[0]:
+                continue
+            if part and answered(before):
                 right = before.values
                 before, after = (
                     replace(one, items=tuple(compress(one.items, right)),
                             values=tuple(compress(one.values, right)), answers=(), ended=())
                     for one in (before, after)
                 )  # fmt: skip
-            found[name] = count, (before, after)
+            found[key] = count, (before, after)
     return [both for _, both in found.values()]
 
 

@@ -9,6 +9,7 @@ import json
 import re
 import string
 import textwrap
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,6 +41,16 @@ def exact_match(answer: str, right: Sequence[str]) -> bool:
     """Whether the first line of an answer is a right one after normalisation."""
     given = short_text(first_line(answer))
     return bool(given) and given in {short_text(one) for one in right}
+
+
+def own_match(answer: str, right: Sequence[str]) -> bool:
+    """`exact_match` in any script: whatever the punctuation and the form of its characters."""
+    given, *known = (
+        "".join(char for char in unicodedata.normalize("NFKC", text)
+                if char.isascii() or unicodedata.category(char)[0] != "P")
+        for text in (answer, *right)
+    )  # fmt: skip
+    return exact_match(given, known)
 
 
 def same_text(answer: str, right: Sequence[str]) -> bool:

@@ -38,8 +38,8 @@ from calmix.precision import dtype_name
 
 ANSWER = 24  # cost of a generated answer, in likelihood requests
 CHECKS: dict[str, Callable[[str, Any], bool]] = {
-    "text": checks.exact_match, "exact": checks.same_text, "number": checks.same_number,
-    "result": checks.same_result, "request": checks.as_requested,
+    "text": checks.exact_match, "own": checks.own_match, "exact": checks.same_text,
+    "number": checks.same_number, "result": checks.same_result, "request": checks.as_requested,
 }  # fmt: skip
 CUE = "Answer:"  # replaces the question when answers are scored without it
 SCORER = 2  # raised when scores change, so that cached ones are not reused

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from calmix.evaluation.likelihood import Progress
-from calmix.evaluation.scorer import attention_window, prefix_cache
+from calmix.evaluation.scorer import attention_window, not_finite, prefix_cache
 from calmix.evaluation.tasks import shared_start
 from calmix.machine import tokens_at_once
 from calmix.models import OpenModel
@@ -90,7 +90,7 @@ def answers(
         return []
     found, rows, context = [], [], opened.context or 2**31
     for one in prompts:
-        room = min(one.tokens, context // 2)
+        room = min(one.tokens, max(context // 2, context - len(one.ids)))
         rows.append(Prompt(one.ids[-(context - room) :], room, one.until))
     for _, some in itertools.groupby(sorted(rows, key=lambda row: row.ids), key=Prompt.begins):
         alike = list(some)
@@ -118,7 +118,7 @@ class _Writer:
     def __init__(
         self, opened: OpenModel, context: int, total: int, progress: Progress | None
     ) -> None:
-        self.model: Any = opened.model
+        self.model, self.opened = opened.model, opened
         self.tokenizer, self.progress = opened.tokenizer, progress
         self.done, self.total = 0, total
         self.device = next(self.model.parameters()).device
@@ -190,8 +190,7 @@ class _Writer:
                     tokens[places] = self._prefill(joined, held, places)
                     continue
             mask = torch.arange(held.last + 1, device=self.device) <= held.at[:, None]
-            scores = self._forward(tokens[:, None], held, mask.long(), held.at[:, None])
-            tokens = scores.argmax(-1)
+            tokens = self._forward(tokens[:, None], held, mask.long(), held.at[:, None])
             held.move(torch.tensor([not row.over for row in batch], device=self.device))
             self._append(batch, tokens)
 
@@ -212,7 +211,7 @@ class _Writer:
             if self.read[0] != ids[0][:head]:
                 self.read = ids[0][:head], prefix_cache(decoder_of(self.model), ids[0][:head])
             cache = repeated_cache(self.read[1], len(rows))
-        tokens = self._forward(inputs, cache, mask, positions).argmax(-1)
+        tokens = self._forward(inputs, cache, mask, positions)
         held.fill(places, cache, mask)
         self._append(rows, tokens)
         return tokens
@@ -220,7 +219,14 @@ class _Writer:
     def _forward(self, ids: Any, held: Any, mask: Any, positions: Any) -> Any:
         more = {"position_ids": positions, "logits_to_keep": 1}
         more = {key: more[key] for key in self.takes} | {self.cache: held}
-        return self.model(ids, attention_mask=mask, use_cache=True, **more).logits[:, -1]
+        made = self.model(ids, attention_mask=mask, use_cache=True, **more)
+        return self._sound(None, made.logits[:, -1]).argmax(-1)
+
+    def _sound(self, _: Any, logits: Any) -> Any:
+        """Return logits of shape (rows, vocabulary), or raise a `ModelError` if any is nan."""
+        if logits.amax(-1).isnan().any():  # nan is the largest
+            raise not_finite(self.opened, "logits")
+        return logits
 
     def _append(self, rows: Sequence[Prompt], tokens: Any) -> None:
         """Append the next token of each row, and mark the rows that are finished."""
@@ -248,8 +254,9 @@ class _Writer:
         )  # fmt: skip
         with generating(self.model, config):
             made = self.model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), generation_config=config
-            )
+                inputs, attention_mask=torch.ones_like(inputs), generation_config=config,
+                logits_processor=[self._sound],
+            )  # fmt: skip
         for step in made[:, inputs.shape[1] :].T:
             self._append(rows, step)
 

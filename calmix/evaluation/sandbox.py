@@ -88,7 +88,7 @@ def failure(source: str, *, seconds: float = 10.0) -> str:
     """
     token = secrets.token_hex(16)
     reading, writing = os.pipe()  # for the token; the program's own output is discarded
-    command = [sys.executable, "-B", "-I", "-c", CHILD, str(seconds), str(writing)]
+    command = [sys.executable, "-B", "-s", "-P", "-c", CHILD, str(seconds), str(writing)]
     with (
         os.fdopen(reading, "rb", buffering=0) as report,
         tempfile.TemporaryDirectory(prefix="calmix-run-", ignore_cleanup_errors=True) as folder,
@@ -98,7 +98,8 @@ def failure(source: str, *, seconds: float = 10.0) -> str:
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # it could fill our memory
                 cwd=folder, pass_fds=[writing], start_new_session=True,
-                env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+                env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1",
+                     "PYTHONHASHSEED": "0"},
             )  # fmt: skip
         finally:
             os.close(writing)

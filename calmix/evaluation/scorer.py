@@ -45,6 +45,14 @@ MIN_SHARED = 6  # fewest common tokens for two neighbours to share a tree
 OPEN_ROWS = 64  # most rows kept open while packing
 
 
+def not_finite(opened: OpenModel, what: str) -> ModelError:
+    """Return the error about a model whose `what` is not finite."""
+    kind = dtype_name(opened.model.dtype)
+    hint = "" if kind == "float32" else "try --dtype float32, or "
+    return ModelError(f"{opened.name} gives {what} that are not finite in {kind}: {hint}"
+                      "check its weights")  # fmt: skip
+
+
 @dataclass
 class Row:
     """The token nodes of several trees, and the tokens to score.
@@ -135,12 +143,7 @@ class Scorer:
                 owners = [owner for row in rows for owner, _, _ in row.targets]
                 values = self._values(rows, hidden)
                 if not values.isfinite().all():
-                    kind = dtype_name(self.model.dtype)
-                    hint = "" if kind == "float32" else "try --dtype float32, or "
-                    raise ModelError(
-                        f"{self.opened.name} gives log-likelihoods that are not finite in {kind}: "
-                        f"{hint}check its weights"
-                    )
+                    raise not_finite(self.opened, "log-likelihoods")
                 for owner, value in zip(owners, values.tolist(), strict=True):
                     totals[owner] += value
                 self.tick(len({*owners}))  # a request is never split between rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ class CapabilityScores(Shown):
 
     def retention(self, dense: CapabilityScores, **how: Any) -> Retention:
         """Return this model's retention of a dense one; options are those of `retention.retention`.
-        Accuracy leaves out tasks that were not asked all items.
+        Tasks that were not asked all items are measured by answers kept, and accuracy leaves them
+        out.
 
         Raises:
             InputError: the two were scored with different suites, versions or selections, or
@@ -72,7 +73,12 @@ class CapabilityScores(Shown):
         check_same_suite(self.suite, dense.suite)
         if how.get("measure") in ("accuracy", "ratio"):
             return retention(*self._asked_all(dense), **how)
-        return retention(dense.tasks, self.tasks, **how)
+        part = self.part
+        made = retention(*([replace(one, primary="kept") if one.name in part else one
+                            for one in each.tasks] for each in (dense, self)), **how)  # fmt: skip
+        return replace(made, tasks=tuple(
+            replace(one, pruned=None, pruned_accuracy=None) if one.name in part else one
+            for one in made.tasks))  # fmt: skip
 
     def flips(self, dense: CapabilityScores) -> dict[str, Estimate]:
         """Return the flips against a dense model (`retention.flips`), of the same tasks as
@@ -139,6 +145,15 @@ def check_same_form(*forms: str) -> None:
 def load_scores(path: Path) -> CapabilityScores:
     """Read scores written by `CapabilityScores.save` or `calmix evaluate -o`."""
     return load_pair(path)[1]
+
+
+def load_dense(path: Path) -> CapabilityScores:
+    """Read such scores of a dense model."""
+    dense, scores = load_pair(path)
+    if dense is not None:
+        raise InputError(f"{path} holds scores of {scores.model} beside those of {dense.model}: "
+                         "name a file of the dense model alone")  # fmt: skip
+    return scores
 
 
 def load_pair(path: Path) -> tuple[CapabilityScores | None, CapabilityScores]:

@@ -291,10 +291,10 @@ def read_rows(path: str, kind: str, shots: int = 0) -> list[dict[str, Any]]:
 def _mistake(row: Any, kind: str) -> str:
     """Return what is wrong with a row, or ""."""
     choices, answer, head, tests = map(row.get, ("choices", "answer", "head", "tests"))
-    several = _texts(choices) and len(set(choices)) > 1
+    several = _texts(choices) and 1 < len(choices) == len({one.strip() for one in choices})
     rules = {
         "choices": {
-            "'choices' must be a list of two or more texts": several,
+            "'choices' must be a list of two or more different texts": several,
             "'answer' must be the index of the right choice, from 0": several
             and type(answer) is int and 0 <= answer < len(choices),
         },
@@ -320,9 +320,10 @@ def _texts(value: Any) -> bool:
 
 def _parses(code: str, mode: str) -> bool:
     try:
-        return bool(ast.parse(code, mode=mode))
+        parsed: Any = ast.parse(code, mode=mode)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two if nested deeply
         return False
+    return not isinstance(parsed.body, ast.Tuple)  # `assert` would take its second as a message
 
 
 def template(name: str) -> dict[str, str]:

@@ -27,7 +27,7 @@ SUMS = 120
 # How a user's own rows are asked, in the format of tasks.yaml.
 QUESTION = {"chat": "{question}", "plain": "Question: {question}\nAnswer:"}
 OWN: dict[str, dict[str, Any]] = {
-    "answers": QUESTION | {"check": "text", "tokens": 32, "until": ("\n",)},
+    "answers": QUESTION | {"check": "own", "tokens": 32, "until": ("\n",)},
     "numbers": QUESTION | {"check": "number", "tokens": 256, "until": ("\n\n", "\nQuestion")},
 }
 
@@ -182,7 +182,7 @@ def _asked(
     right: list[Any] = [
         doc[key][int(doc["gold"])] if key == "choices" else doc.get(key) for doc in docs
     ]
-    if check in ("text", "exact"):
+    if check in ("text", "own", "exact"):
         right = [[one] if isinstance(one, str) else one for one in right]
     count = len(docs) - known.get("examples", 0)
     head = "".join(f"{plain.format(**doc)} {doc.get('shown') or one[0]}\n\n"

@@ -492,7 +492,8 @@ def _dequantise(file: Path, folder: Path) -> None:
 
 
 def _gguf_dtype(file: Path) -> torch.dtype:
-    """Return the type of a float32 or float16 file, and bfloat16 for a quantised one."""
+    """Return the type of a float32 or float16 file, and bfloat16 for a quantised one; ValueError if
+    the file cannot be read as it is meant."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
@@ -500,6 +501,15 @@ def _gguf_dtype(file: Path) -> torch.dtype:
     sizes = {key: fields[key].contents() for key in (*DEPTHS, *WIDTHS) if key in fields}
     if found := _too_large(sizes, [int(tensor.n_elements) for tensor in reader.tensors]):
         raise ValueError(f"its header has {found}, more than its weights allow")
+    rope = {name.partition(".rope.")[2]: entry for name, entry in reader.fields.items()}
+    factor, how = rope.get("scaling.factor") or rope.get("scale_linear"), rope.get("scaling.type")
+    scaled = factor is not None and factor.contents() != 1
+    scaled = scaled and (how is None or how.contents() != "none")
+    frequencies = ("rope_freqs", "rope_factors")
+    scaled = scaled or any(tensor.name.startswith(frequencies) for tensor in reader.tensors)
+    if scaled and "gpt-oss.rope.scaling.type" not in reader.fields:
+        raise ValueError("it scales rotary positions, which transformers ignores in GGUF: name the "
+                         "original checkpoint (and export with --like this file)")  # fmt: skip
     kind = reader.get_field("general.file_type")
     code = int(kind.contents()) if kind is not None else -1
     return {0: torch.float32, 1: torch.float16}.get(code, torch.bfloat16)

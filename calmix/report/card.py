@@ -29,6 +29,7 @@ from calmix.manifest import file_hashes, read_sealed
 from calmix.models import builtin_models
 from calmix.models.shards import Place, stored_tensors, weight_width
 from calmix.pruning.checkpoint import MANIFEST
+from calmix.pruning.solvers.grids import SCALES
 from calmix.report import charts, words
 from calmix.report.charts import LOOKS, Chart
 from calmix.report.pages import render
@@ -112,7 +113,8 @@ class Card:
     def title(self) -> str:
         """What was done to which model."""
         name = self.asked["model"].rstrip("/").rpartition("/")[2].removeprefix("builtin:")
-        rate = " per weight" * bool(self.pruning.get("bits"))
+        rate = " per kept weight" if self.done == "pruned" else " per weight"
+        rate *= bool(self.pruning.get("bits"))
         return f"{name} {self.done} to {target(self.asked)}{rate}"
 
     @cached_property
@@ -143,8 +145,11 @@ class Card:
         how = ["--trust-remote-code"] * self.asked["trust_remote_code"]
         if self.asked["device"] != "auto":
             how += ["--device", self.asked["device"]]
+        # As many items as before: fewer could prove less.
+        asked = self.record["commands"].get("evaluate behaviour", "--quick")
         return words.measuring(
-            self.out / "model", self.asked["model"], "--quick", "--allow-code-execution", *how,
+            self.out / "model", self.asked["model"], *["--quick"] * ("--quick" in asked.split()),
+            "--allow-code-execution", *how,
             "-o", self.out / BEHAVIOUR, "--overwrite",
         )  # fmt: skip
 
@@ -173,13 +178,11 @@ class Card:
         if not self.packed:
             return []
         weights, kept = self.pruning["weights"], self.behaved.answers
-        beside = sum(path.stat().st_size for path in (self.out / PACK).rglob("*")
-                     if path.is_file() and path.suffix != WEIGHTS)  # fmt: skip
         measured = packaged("report/frontier.yaml")
         models = ["this model", *measured[max(measured)]]
         own: Any = {"this model": kept and kept.share.value}
         rows = [(float(self.packed), f"this model, {target(self.asked)}", own)]
-        rows += [(packed_bytes(bits, weights, self.outer, beside), f"{bits:g} bits", shares)
+        rows += [(packed_bytes(bits, weights, self.outer), f"{bits:g} bits", shares)
                  for bits, shares in measured.items()]  # fmt: skip
         return [
             {"weights at": name, "#packed, MB": words.number(size / 1e6, 0),
@@ -322,16 +325,19 @@ def read_card(out: Path) -> Card:
                 origin = provenance(load_suite(suite).tasks[one.name])
                 name = f"{one.name} ({suite})" if len(pairs) > 1 else one.name
                 tasks.append({"task": name, "use": use_of(origin["licence"]), **origin})
+    answers = load_answers(out / "answers.json") if (out / "answers.json").exists() else None
+    if answers and [key for _, key in answers.models] != [one.fingerprint for one in pairs[0]]:
+        answers = None  # of other models
     known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
-    answers = out / "answers.json"
     return Card(
         out, out.resolve().name, record, asked,
         known.licence if known else "see the model's own card", known.origin if known else model,
         manifest["pruning"],
         sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS),
-        sum(p.stat().st_size for p in (out / PACK).rglob("*") if p.is_file()),
+        sum(p.stat().st_size for p in (out / PACK).rglob("*")
+            if p.suffix == WEIGHTS or p.parent.name == SCALES),
         calibration, tuple(recoveries), pairs,
-        load_answers(answers) if answers.exists() else None, tasks,
+        answers, tasks,
         [{"what": name, "SHA-256": value} for name, value in hashes.items()],
     )  # fmt: skip
 

@@ -38,7 +38,6 @@ INFORMATION, PRUNING, RECOVERY = "information.json", "pruning.json", "recovery.j
 CHECKPOINT = "checkpoint"
 SHARED = ("id", "model", "calibration", "strategy", "pattern", "rows", "length", "seed")
 NAMES = {"name": "task", "kept": "retention"}  # fields renamed in a trial's record of its tasks
-PART = ("pruned", "pruned_accuracy")  # fields that say nothing of items that were not asked
 
 Stage = Callable[[str, int, int], None]  # name of the step, amount done, total amount
 
@@ -139,7 +138,6 @@ class Bench:
             lap("evaluate")
             kept = scores.retention(self._dense)
             seconds["total"] = round(time.perf_counter() - began, 3)
-            part = scores.part
             outcome = Trial(
                 **{name: getattr(trial, name) for name in SHARED}, method=trial.recipe,
                 mix=(trial.definition["calibration"] or {}).get("mix", {}),
@@ -148,7 +146,7 @@ class Bench:
                 total=kept.total, worst=kept.worst, seconds=seconds,
                 dimensions={one.name: one.kept for one in kept.dimensions},
                 tasks=tuple(
-                    {NAMES.get(key, key): None if key in PART and one.name in part else value
+                    {NAMES.get(key, key): value
                      for key, value in asdict(one).items() if key != "noise"}
                     for one in kept.tasks
                 ),

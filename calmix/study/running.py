@@ -36,7 +36,18 @@ from calmix.study.bench import Bench
 from calmix.study.estimate import PROGRAM, check_memory, largest
 from calmix.study.results import StudyResults
 from calmix.study.spec import Study
-from calmix.study.store import ERROR, INDEX, RESULT, Entry, Index, Store, check_folder, read_results
+from calmix.study.store import (
+    BEAT,
+    ERROR,
+    INDEX,
+    RESULT,
+    SILENCE,
+    Entry,
+    Index,
+    Store,
+    check_folder,
+    read_results,
+)
 from calmix.study.trials import Planned, checkpoint_bytes, plan, resolve_all
 
 CSV = "results.csv"
@@ -183,13 +194,13 @@ def run_locally(bench: Bench, todo: Sequence[Planned], stage: Stage, note: Note)
 
 
 def run_one(
-    bench: Bench, trial: Planned, stage: Stage, note: Note, began: float = math.inf
+    bench: Bench, trial: Planned, stage: Stage, note: Note, began: float = math.inf, wait: float = 0
 ) -> Ended:
-    """Run one trial under its lock and store its result or its error, unless another process has
-    finished it, or has failed since a time."""
+    """Run one trial under its lock, for which it waits so many seconds, and store its result or its
+    error, unless another process has finished it, or has failed since a time."""
     store, progress = bench.store, partial(stage, trial)
     try:
-        with store.lock(trial.id).acquire(timeout=0):
+        with store.lock(trial.id).acquire(timeout=wait):
             folder, failed = store.trial(trial.id), store.trial(trial.id) / ERROR
             if (folder / RESULT).is_file():  # finished by another process meanwhile
                 return "", None
@@ -203,6 +214,8 @@ def run_one(
             except DiskError:
                 raise
             except Exception as error:
+                if (folder / RESULT).is_file():  # by another process, while this one was suspended
+                    return "", None
                 line = " ".join(str(error).split())
                 if not isinstance(error, CalmixError):
                     line = f"{type(error).__name__}: {first_line(error)}"
@@ -304,4 +317,5 @@ def _on_worker(folder: Path, bench: Bench, trial: Planned) -> Ended:
     if folder.is_dir():  # the study's paths are relative to where it was started
         os.chdir(folder)
     check_memory(bench.study, [trial], **bench.how)
-    return run_one(bench, trial, ignored, ignored)
+    # Ray tries again what ran on a lost machine, whose lock expires.
+    return run_one(bench, trial, ignored, ignored, wait=SILENCE + BEAT)

@@ -1,6 +1,7 @@
 """Differences, leads against sparsity and method, gains of methods, ranking, names."""
 
 import math
+from dataclasses import fields, replace
 
 import pytest
 from scipy import stats
@@ -8,7 +9,7 @@ from scipy import stats
 from calmix.analysis import Settings, analyse
 from calmix.analysis.cells import TOTAL, WORST, method_name
 from calmix.analysis.differences import BEST, MEAN, SINGLES
-from calmix.evaluation.retention import retention
+from calmix.evaluation.retention import flips, retention
 from tests.synthetic import Plan, full_plan, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)
@@ -102,6 +103,31 @@ def test_accuracy_is_read_beside_the_primary_scores():
         answers, text = (by_accuracy[name].tasks[task].value for task in ("code_a", "code_b"))
         assert answers == pytest.approx(0.9 * one.tasks["code_a"].value, abs=0.01)
         assert (one.accuracy["code"], text) == (pytest.approx(answers), None)
+
+
+def test_accuracy_pools_items_and_flips_average_tasks_as_evaluate_does():
+    def more(tasks):
+        one = next(task for task in tasks if task.name == "code_a")
+        few = {field.name: getattr(one, field.name)[:9] for field in fields(one)
+               if isinstance(getattr(one, field.name), tuple)}  # fmt: skip
+        return (*tasks, replace(one, name="code_c", **few))
+
+    whole = study(Plan(seeds=(0,), sources=("a", "b")))
+    results = whole.model_copy(update={
+        "dense": {name: more(tasks) for name, tasks in whole.dense.items()},
+        "scores": {name: more(tasks) for name, tasks in whole.scores.items()},
+    })  # fmt: skip
+    (dense,) = results.dense.values()
+    for settings in (QUICK, QUICK.model_copy(update={"measure": "accuracy"})):
+        found = analyse(results, settings).conditions[0]
+        for one in found.ranking:
+            trial = next(t for t in results.trials if t.calibration == one.calibration)
+            pruned = results.scores[trial.id]
+            wanted = retention(dense, pruned, measure="accuracy", resamples=2).of("code").value
+            assert one.accuracy["code"] == pytest.approx(wanted)
+            assert one.distance["flips"]["code"] == pytest.approx(
+                flips(dense, pruned)["code"].value
+            )
 
 
 def test_bits_per_byte_resample_as_the_ratio_they_are():

@@ -110,6 +110,19 @@ def test_a_single_document_is_used_from_end_to_end(tmp_path, tiny):
     assert seeds[0].manifest["sources"][str(path)]["drawn"] == ["0"]
 
 
+def test_a_few_long_documents_are_used_from_end_to_end(tmp_path, tiny):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for name in "ab":
+        text = "".join(f"{name}{number:04d} " for number in range(4000))
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    made = build(parse_mix(str(folder)), tiny, rows=8, length=50)
+    starts = {row[0] for text in tiny.tokenizer.batch_decode(made.ids) for row in text.split()}
+    assert {"a", "b"} <= starts
+    assert "3" in {row[1] for text in tiny.tokenizer.batch_decode(made.ids)
+                   for row in text.split() if len(row) == 5}  # fmt: skip
+
+
 def test_chats_are_written_by_the_models_template(tmp_path, tiny):
     path = tmp_path / "chats.jsonl"
     said = {"user": "hello there", "assistant": "yes " * 9}

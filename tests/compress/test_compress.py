@@ -145,11 +145,18 @@ def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, 
     asked = {**card.asked, "trust_remote_code": True, "device": "cuda:1"}
     line = replace(card, asked=asked).measure
     assert "--trust-remote-code --device cuda:1 -o " in line
+    assert "--quick" in line
+    all_ = card.record | {"commands": {"evaluate behaviour": "calmix evaluate x --suite abilities"}}
+    assert "--quick" not in replace(card, record=all_).measure  # fewer items would prove less
     left = [(one, replace(two, not_run=("programs",))) for one, two in card.pairs]
     for suite_, after in (("offline", "calmix evaluate"), ("mine.yaml", "hf upload")):
         again = replace(card, pairs=left, asked=card.asked | {"suite": suite_})
         assert again.next.startswith(after)  # a user's own programs need no abilities
     assert replace(again, out=Path("my models")).next == "hf upload NAME/out 'my models/model'"
+    told = json.loads((out / "answers.json").read_text(encoding="utf-8"))
+    write_json(out / "answers.json", told | {"models": told["models"][::-1]})
+    assert (card.answers is None, read_card(out).answers) == (False, None)
+    write_json(out / "answers.json", told)
     both = ("report", out, other, "-o", tmp_path / "both.html")
     assert "other lacks abilities.json, which out has" in calmix(*both).line
     measured(other, choose(suite, limit=3))
@@ -335,6 +342,9 @@ def test_size_and_bits_replace_or_accompany_a_sparsity(calmix, command, asked, t
     assert card.pruning["bits"] == pytest.approx(bits, abs=0.1)
     assert 0 < card.packed < card.size
     packed = sum(path.stat().st_size for path in (out / "pack").glob("*.safetensors"))
+    assert card.packed > packed  # with scales
+    joint = replace(card, asked=card.asked | {"sparsity": 0.5, "bits": 4})
+    assert joint.title.endswith("pruned to 50 %, 4 bits per kept weight")
     headers = 6  # kB, which matter only in such a small model
     assert 0.8 * wanted < packed / 1000 < 1.2 * wanted + headers
     told = (out / "model/README.md").read_text(encoding="utf-8")

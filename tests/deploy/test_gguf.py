@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf import GGUFReader, quants
 
-from calmix.calibration import resolve
+from calmix.calibration import open_tokenizer, resolve
 from calmix.deploy import gguf
 from calmix.deploy.gguf import export
 from calmix.models import open_model
@@ -159,10 +159,17 @@ def test_an_importance_matrix_is_the_sum_of_squares_of_inputs(
         )
 
 
-def test_a_matrix_whose_inputs_are_never_seen_has_no_importance(calmix, text_file, tmp_path):
+def test_a_matrix_whose_inputs_are_never_seen_has_no_importance(
+    calmix, text_file, tmp_path, monkeypatch
+):
     """Mamba multiplies with the weight of a layer that recent versions never call."""
     model, out = str(save_tiny_model(tmp_path / "mamba", "mamba")), tmp_path / "imatrix.gguf"
     drawn = resolve(str(text_file), open_model(model), rows=2, length=32, leakage="off")
     drawn.save(tmp_path / "set")
-    told = calmix("export", tmp_path / "set", "--to", "imatrix", "-m", model, "-o", out).ok().out
+    seen = []
+    monkeypatch.setattr(gguf, "open_tokenizer", lambda name, *, trust_remote_code: (
+        seen.append(trust_remote_code), open_tokenizer(name))[1])  # fmt: skip
+    asked = ("export", tmp_path / "set", "--to", "imatrix", "-m", model, "-o", out)
+    told = calmix(*asked, "--trust-remote-code").ok().out
+    assert seen == [True]
     assert f"of {len(GGUFReader(out).tensors) // 2} matrices" in told

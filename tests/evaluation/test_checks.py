@@ -47,6 +47,11 @@ REQUESTS = [  # answers, and what a request asks for
         ("exact_match", "the", ["A"], False),
         ("exact_match", "a dog", ["dog"], True),
         ("exact_match", "+", ["+"], True),
+        # In rows of a user's file any script's punctuation and composition are ignored.
+        ("own_match", "\u6771\u4eac\u3002", ["\u6771\u4eac"], True),
+        ("own_match", "Answer\uff1a \u201cParis\u201d", ["Paris"], True),
+        ("own_match", "cafe\u0301, s\u2019il", ["caf\xe9 s'il"], True),
+        ("own_match", "Rome", ["Paris"], False),
         ("same_text", " 'GOOD MORNING'", ["GOOD MORNING"], True),
         ("same_text", '["red", "green"]', ["['red', 'green']"], True),
         # The last number counts.
@@ -137,6 +142,11 @@ def test_right_programs_pass_and_everything_else_is_a_plain_failure(source, reas
     assert bool(found) == (reason is not None)
     assert (reason or "") in found
     assert "\n" not in found
+
+
+def test_a_program_takes_sets_in_the_same_order_whenever_it_runs():
+    source = "raise ValueError(''.join({*'abcdefghij'}))"
+    assert len({failure(source) for _ in range(4)}) == 1
 
 
 def test_nothing_is_left_behind_and_what_is_printed_fills_no_memory_of_ours(tmp_path, monkeypatch):

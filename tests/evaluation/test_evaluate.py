@@ -159,10 +159,13 @@ def test_the_distance_to_the_dense_model_on_a_text_of_the_users(
     assert "flips %" in ended.out
     assert max(map(len, ended.out.splitlines())) <= 80
     assert "KL to dense" in calmix("compare", out).out  # the dense scores are in the file
-    kept = json.loads(out.read_text(encoding="utf-8"))["scores"]["distance"]
-    assert kept["dimensions"]["mine"]["kl_mean"] > 0
-    for against in ((), ("--against", out)):
+    made, dense = json.loads(out.read_text(encoding="utf-8")), tmp_path / "dense.json"
+    assert made["scores"]["distance"]["dimensions"]["mine"]["kl_mean"] > 0
+    dense.write_text(json.dumps(made["dense"]), encoding="utf-8")
+    for against in ((), ("--against", dense)):
         assert "name it with --against" in calmix(*arguments, *against).line
+    both = f"{out} holds scores of {other} beside those of {tiny_folder}: name a file"
+    assert both in calmix("evaluate", other, "--suite", suite_file, "--against", out).line
 
 
 @pytest.mark.parametrize(("kind", "cut"), [("llama", {"q": 1}), ("bloom", {})])

@@ -176,6 +176,20 @@ def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named():
         behaviour((replace(dense, form="chat template"), replace(pruned, form="worked examples")))
 
 
+def test_tasks_of_two_suites_are_told_apart_by_ability_and_data_set():
+    own, ours = answered(40, 40, "support"), answered(99, 99, "chat")
+    own, ours = (replace(one, name="requests") for one in (own, ours))
+    lost = replace(own, values=(0.0,) * 40)
+    verdict = judge(
+        parse_floors("0.9"), [(scored(own), scored(lost)), (scored(ours, suite="t"),) * 2]
+    )
+    assert [(one.ability, one.passed) for one in verdict.tested] == [
+        ("support", False), ("chat", True)]  # fmt: skip
+    other = replace(own, dimension="chat", items=tuple(f"mine/{n}" for n in range(40)))
+    found = behaviour((scored(other), scored(other)), (scored(ours, suite="t"),) * 2)
+    assert found.answers.dense == 139
+
+
 def test_where_only_right_answers_were_asked_nothing_is_said_of_others_or_of_fewer_items():
     """A task of two suites counts where it has most items."""
     dense = scored(written("qa", "general", [1] * 8 + [0, 0]))
@@ -187,6 +201,9 @@ def test_where_only_right_answers_were_asked_nothing_is_said_of_others_or_of_few
     none = scored(written("qa", "general", [0] * 10))
     (said,) = words.verdict(behaviour((none, replace(none, right_only=True))), None, "")
     assert said.startswith("The dense model gets none of 10 generated answers right")
+    hard = written("hard", "general", [0] * 30)  # of which nothing was asked
+    both = scored(*dense.tasks, hard), replace(scored(*pruned.tasks, hard), right_only=True)
+    assert behaviour(both).answers == found.answers
     few = scored(written("qa", "general", [1] * 2 + [0] * 7), suite="few")  # fewer items
     again = behaviour((few, few), (dense, replace(pruned, right_only=True)), (few, few))
     assert again.answers == found.answers
@@ -198,6 +215,12 @@ def test_where_only_right_answers_were_asked_nothing_is_said_of_others_or_of_few
     assert task.name == "quiz"
     assert part.flips(full)["total"].value == pytest.approx(0.1)  # of all items: 2 of 10, and none
     assert replace(part, right_only=True).flips(full)["total"].value == 0
+    # Whatever is right or wrong is measured by answers kept then, and of others nothing is said.
+    strict = [scored(*(replace(task, primary="accuracy") for task in one.tasks))
+              for one in (dense, pruned)]  # fmt: skip
+    assert strict[1].retention(strict[0]).total.value == pytest.approx(6 / 8)
+    (task,) = replace(strict[1], right_only=True).retention(strict[0]).tasks
+    assert (task.kept.value, task.pruned, task.pruned_accuracy) == (0.75, None, None)
     assert "were not measured" in words.verdict(behaviour((chosen, chosen)), None, "x")[0]
     with pytest.raises(InputError, match="cannot be compared"):
         behaviour((few, pruned))

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tokenizers import decoders
 
-from calmix.errors import InputError
+from calmix.errors import InputError, ModelError
 from calmix.evaluation import generations, greedy
 from calmix.evaluation.generations import Answered, answer, load_answers, panel, read_prompts
 from calmix.evaluation.greedy import Prompt, answers, loops
-from calmix.models import open_model
+from calmix.models import OpenModel, open_model
 from calmix.models.opening import end_tokens, in_chat
 from tests.evaluation.helpers import opened
 from tests.tiny import ARCHITECTURES, quick, save_tiny_model, tiny_tokenizer
@@ -78,6 +78,23 @@ def test_a_model_without_an_end_token_writes_up_to_the_limit():
     assert end_tokens(model) == []
     found = answers(model, [Prompt([7, 8, 9], 4), Prompt([9, 8], 6)])
     assert [ended for _, ended in found] == [False, False]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_a_model_that_computes_nan_is_refused(kind):
+    model = opened(kind)
+    next(model.model.parameters()).data.fill_(torch.nan)
+    with pytest.raises(ModelError, match="logits that are not finite in float32: check its"):
+        answers(model, [Prompt([7, 8, 9], 4)])
+
+
+def test_an_answer_has_all_room_that_the_prompt_leaves(monkeypatch):
+    rooms, model = [], opened()
+    monkeypatch.setattr(greedy._Writer, "answer", lambda _, rows: rooms.extend(rows))
+    monkeypatch.setattr(OpenModel, "context", 100)
+    answers(model, [Prompt([7] * 20, 90), Prompt([8] * 300, 90), Prompt([9] * 60, 9)])
+    assert {(row.ids[0], len(row.ids), row.tokens) for row in rooms} == {
+        (7, 20, 80), (8, 50, 50), (9, 60, 9)}  # fmt: skip
 
 
 def test_an_answer_that_goes_round_in_a_loop_is_cut():

@@ -228,7 +228,8 @@ def test_a_new_suite_is_written_and_overwrites_nothing(calmix, tmp_path):
         ("programs", {"question": "x", "head": "f(x)", "tests": ["-" * 3000 + "1"]}, "expressions"),
         ("programs", {"question": "x", "head": "f(x)", "tests": ["-" * 9999 + "1"]}, "expressions"),
         ("choices", "[1]", "not a JSON object"),
-        ("choices", {"question": "x", "choices": ["a"], "answer": 0}, "two or more texts"),
+        ("choices", {"question": "x", "choices": ["a"], "answer": 0}, "two or more different"),
+        ("choices", {"question": "x", "choices": ["a", "b", "b "], "answer": 0}, "different"),
         ("choices", {"question": "x", "choices": ["a", "b"], "answer": 2}, "the index of"),
         ("answers", {"question": "x", "answer": []}, "a text, or a list"),
         ("answers", {"question": " ", "answer": "a"}, "'question' must be a text"),
@@ -236,6 +237,7 @@ def test_a_new_suite_is_written_and_overwrites_nothing(calmix, tmp_path):
         ("numbers", {"question": "x", "answer": 10**400}, r"must be a number below 1e\+15"),
         ("programs", {"question": "x", "head": "f", "tests": ["f(1)"]}, "e.g. double"),
         ("programs", {"question": "x", "head": "f(x)", "tests": "a"}, "list of expressions"),
+        ("programs", {"question": "x", "head": "f(x)", "tests": ["f(1), f(2)"]}, "expressions"),
     ],
 )
 def test_a_row_that_is_wrong_is_named_with_its_line(tmp_path, kind, row, said):

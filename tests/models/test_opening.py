@@ -217,6 +217,11 @@ def test_a_gguf_file_is_read_alone_and_whole(tmp_path, monkeypatch):
     opened = open_model(str(own / "a.gguf"))
     assert "ab" in opened.tokenizer.get_vocab()
     assert opened.model.model.layers[0].mlp.up_proj.weight.any()
+    for factor in (1.0, 4.0):
+        monkeypatch.setattr(tiny, "tiny_model", tiny_model)
+        tiny.tiny_gguf(own / f"{factor:g}.gguf", factor=factor)
+    assert open_model(str(own / "1.gguf")).model.config.vocab_size == 320
+    rejected(own / "4.gguf", "it scales rotary positions, which transformers ignores in GGUF: name")
     rejected(own / "b.gguf", r"lacks 1 weights, first 'model.layers.1.mlp.up_proj.weight': merge")
 
 

@@ -12,7 +12,7 @@ from calmix.errors import InputError
 from calmix.study import load_study, run_study, running
 from calmix.study.bench import Bench
 from calmix.study.running import check_room, on_ray
-from calmix.study.store import open_store
+from calmix.study.store import SILENCE, open_store
 from tests.forks import command, run, start, stopped, wait
 from tests.study.conftest import write_study
 from tests.tiny import quick
@@ -116,6 +116,13 @@ def test_a_trial_that_no_machine_can_hold_is_refused():
     line = r"no machine of the cluster has 9 CPUs, 0 GPUs and 30\.0 GB of memory, which a needs: "
     with pytest.raises(InputError, match=line):
         check_room(nodes, {"CPU": 9, "GPU": 0, "memory": 30e9}, "a")
+
+
+def test_a_worker_waits_until_the_lock_of_a_lost_machine_expires(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(running, "check_memory", lambda *_, **__: None)
+    monkeypatch.setattr(running, "run_one", lambda *_, wait=0: wait)
+    assert running._on_worker(tmp_path, SimpleNamespace(study=None, how={}), None) > SILENCE
 
 
 @pytest.mark.parametrize(("device", "wanted"), [("auto", 1.0), ("cpu", 0.0)])

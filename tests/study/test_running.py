@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,10 @@ def test_a_lock_is_a_processs_and_goes_with_it(tiny_study, tmp_path, monkeypatch
         assert not file.exists()
     file.write_text(f"filelock/2\npid=1\nhost=elsewhere\n{lease}")
     assert kept.runner(pending) == "pid 1 on elsewhere"
+    with monkeypatch.context() as patch:  # as on a machine whose clock is ahead
+        now = time.time()
+        patch.setattr("calmix.study.store.time.time", lambda: now + 2 * SILENCE)
+        assert kept.runner(pending) == "pid 1 on elsewhere"
     os.utime(file, (time.time() - SILENCE - 1,) * 2)
 
     def refused(path, missing_ok=False):
@@ -181,6 +186,37 @@ def test_a_defect_in_one_trial_does_not_stop_the_others(ran, tmp_path, monkeypat
     )
     assert run(ran[0], store).ran == []
     assert asked == [0]
+
+
+def test_an_error_does_not_replace_a_result_of_another_process(tiny_study, tmp_path, monkeypatch):
+    """One was suspended, and another took its trial over."""
+    path, store, real = tiny_study(), tmp_path / "store", bench_module.Bench.run
+
+    def late(*of):
+        real(*of)  # as if by the other
+        raise RuntimeError("connection lost")
+
+    monkeypatch.setattr(bench_module.Bench, "run", late)
+    assert run(path, store, only=["mix wanda*"]).errors == {}
+    (folder,) = (store / "trials").iterdir()
+    names = {file.name for file in folder.iterdir()}
+    assert ("result.json" in names, "error.json" in names) == (True, False)
+
+
+def test_a_trial_waits_for_the_lock_of_a_lost_machine(tiny_study, tmp_path):
+    path, store, ended = tiny_study(), tmp_path / "store", []
+
+    def execute(bench, todo, stage, note):
+        file = store / "locks" / f"{todo[0].id}.lock"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"filelock/2\npid=1\nhost=lost\nmode=lease\ntoken=t\nduration={SILENCE}\n")
+        ended.append(running_module.run_one(bench, todo[0], stage, note))
+        threading.Timer(0.2, file.unlink).start()
+        ended.append(running_module.run_one(bench, todo[0], stage, note, wait=60))
+        yield todo[0], ended[-1]
+
+    run(path, store, only=["mix wanda*"], execute=execute)
+    assert [one for one, _ in ended] == ["elsewhere", "finished"]
 
 
 def test_a_model_that_changes_meanwhile_gives_no_result(tiny_study, tiny_folder, tmp_path):
