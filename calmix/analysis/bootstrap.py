@@ -100,6 +100,8 @@ class Contrast:
             by_items = float(np.nanvar(item))
             both = min(both, by_items)
         freedom = min(one.freedom for one, _, _ in parts)
+        if not freedom:  # one condition has one seed: the interval is about items alone
+            by_draws = both = 0.0
         each = np.concatenate([one.deviations[used] for one, _, used in parts]).tolist()
         found: dict[str, Any] = {
             "draws": min(int(one.counts[used.any(1)].min()) for one, _, used in parts),

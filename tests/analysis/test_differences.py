@@ -92,6 +92,17 @@ def test_leads_grow_with_sparsity_as_planted():
     assert growth.gap.value == pytest.approx(0.08 * (1 - 0.5**3), abs=0.02)
 
 
+def test_a_condition_with_one_seed_is_compared_with_one_of_several_by_items():
+    pairs = [("sparsegpt", "50%"), ("sparsegpt", "60%")]
+    whole = study(full_plan(conditions=pairs))
+    kept = tuple(one for one in whole.trials if one.pattern == "60%" or one.seed == 0)
+    found = analyse(whole.model_copy(update={"trials": kept}), QUICK)
+    tested = [one.gap for one in found.gains if one.over]
+    assert tested
+    assert all(0 <= one.p <= 1 and one.draw_p is None for one in tested)
+    assert all(one.low == one.item_low for one in tested)
+
+
 def test_accuracy_is_read_beside_the_primary_scores():
     """The made-up tasks keep 0.9 times as much in accuracy; texts have none."""
     results = study(Plan(seeds=(0,), sources=("a", "b")))
