@@ -235,7 +235,7 @@ def check(
         if len(results) > 1:
             raise InputError("a folder is checked alone: name one folder, or only files")
         request = read_record(folders[0])["request"]
-        file = folders[0] / (BEHAVIOUR if request["suite"] == "offline" else SCORES)
+        file = folders[0] / (BEHAVIOUR if request.get("suite", "offline") == "offline" else SCORES)
         if not file.exists():
             raise InputError(f"{folders[0]} is not finished: it lacks {file.name}; run its calmix "
                              "compress again")  # fmt: skip

@@ -19,7 +19,7 @@ from calmix.compression import running
 from calmix.compression.plan import Request, stages
 from calmix.errors import CalmixError, InputError, first_line
 from calmix.evaluation import generations, scores
-from calmix.files import EXPORT, RESULTS, read_object, sha256_json
+from calmix.files import EXPORT, RESULTS, read_object, sha256_file, sha256_json
 from calmix.manifest import file_hashes, read_sealed
 from calmix.models.shards import PACK
 from calmix.pruning.checkpoint import MANIFEST, RUN
@@ -234,6 +234,10 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
     begun = [one for one in leaves.values()
              if any((folder / (one + end)).exists() for end in ("", SUFFIX))]  # fmt: skip
     parts = _parts(folder, begun, health, say)
+    if (file := folder / running.RUN).exists():
+        ran = read_object(file, "")["seconds"]
+        health.problems += [f"{folder / leaves[name]} is missing" for name in left
+                            if name in ran and leaves[name] != "pruned"]  # fmt: skip
     if "model" in parts:
         health.layers = parts["model"].layers
         health.facts["method"] = parts["model"].facts.get("method")
@@ -269,6 +273,9 @@ def _work(folder: Path, health: Health, say: Say) -> None:
     health.kind = "unfinished recovery" if "against" in asked else "unfinished prune"
     health.facts = {"method": asked["method"], f"{unit} done": done,
                     "to finish it": "the same command with --resume"}  # fmt: skip
+    kept = record["kept"].get("files", {})
+    found = {name: sha256_file(folder / name) for name in kept if (folder / name).is_file()}
+    health.problems += _changed(folder, kept, found)
     if (folder / SET).is_dir():
         health.problems += inspect(folder / SET, say).problems
 

@@ -115,23 +115,23 @@ def plan_for(
     blocks, (rows, length), world = source.blocks, shape, distributed.processes()[1]
     rows, kind, sizes = -(-rows // world), method.needs, blocks.sizes
     block, device = max(sizes), source.device
-    pruned = [index for index in range(len(blocks)) if blocks.prunables(index)]
-    layers = blocks.prunables(max(pruned, key=sizes.__getitem__))
-    inside = [layer for layer in layers if layer.expert is not None]
-    one = {layer.mixture: layer.expert for layer in inside}
-    alone = [layer.shape for layer in layers if layer.expert is None]
-    experts = [layer.shape for layer in inside if layer.expert == one[layer.mixture]]
-    count = max((layer.expert or 0 for layer in inside), default=-1) + 1
+    accelerator = device.type != "cpu"
     # Bytes per token: hidden states, and the widest input.
     hidden = token_bytes(source.model, blocks) if rows else 0
-    inner = max(columns for _, columns in (*alone, *experts)) * source.dtype.itemsize
-    accelerator = device.type != "cpu"
-    solver = max(solver_bytes(method, some, accelerator=accelerator) for some in (alone, experts))
-    states = expert = last = 0
-    if kind is not None:
+    inner = solver = expert = count = states = last = 0
+    for layers in map(blocks.prunables, range(len(blocks))):  # the widest need not be the largest
+        inside = [layer for layer in layers if layer.expert is not None]
+        one = {layer.mixture: layer.expert for layer in inside}
+        alone = [layer.shape for layer in layers if layer.expert is None]
+        experts = [layer.shape for layer in inside if layer.expert == one[layer.mixture]]
+        count = max([count, *(1 + (layer.expert or 0) for layer in inside)])
+        widths = [columns * source.dtype.itemsize for _, columns in (*alone, *experts)]
+        inner = max([inner, *widths])
         # The statistics of one expert's widest input: for its own tokens and for all.
-        expert = max((2 * kind.memory(width) for _, width in experts), default=0)
-        solver += expert
+        both = 0 if kind is None else max((2 * kind.memory(w) for _, w in experts), default=0)
+        taken = [solver_bytes(method, some, accelerator=accelerator) for some in (alone, experts)]
+        expert, solver = max(expert, both), max(solver, max(taken) + both)
+    if kind is not None:
         states = rows * length * hidden
         if not sequential:
             solver += block

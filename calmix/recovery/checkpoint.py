@@ -35,6 +35,7 @@ from calmix.pruning.checkpoint import MANIFEST, RUN, check_request, is_of, read_
 from calmix.pruning.distributed import everyone, once, processes
 from calmix.pruning.expert_pruning import experts_of
 from calmix.pruning.solvers.grids import SCALES, read_grids
+from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import CHECKPOINT, WorkFolder, draw_set
 from calmix.recovery.blocks import recover_blocks
 from calmix.recovery.distill import distill_model
@@ -206,7 +207,7 @@ class Job:
             trained = trained_parameters(source.model).values()
             needed += states + 2 * (12 + 4) * sum(p.numel() for p in trained)
         else:
-            needed += 2 * states
+            needed += 2 * tokens * token_bytes(source.model, source.blocks)
         check_free(self.output, needed - self.work.bytes, "checkpoint and states take up to")
 
     def keep(self, done: int, **facts: Any) -> None:

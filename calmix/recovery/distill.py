@@ -209,6 +209,8 @@ def _dense_states(job: Job) -> tuple[Path, Head | None, list[Tensor]]:
         for row, value in zip(part, hidden, strict=True):
             write_file(folder / str(row), {"hidden": value})
     everyone(None)
+    for block in find_blocks(model).blocks:  # the head holds the model
+        block.to("meta")
     return folder, head, _head_weights(model)
 
 

@@ -20,10 +20,11 @@ OWN = "the user's own"
 _RESTRICTED = re.compile(
     r"\bNC(?![a-z])|non[- ]?commercial|research use|research only|academic|MSR-LA", re.IGNORECASE
 )
-_ALIKE = re.compile(r"\bSA\b|GFDL|\b[LA]?GPL|General Public Licen|share-?alike", re.IGNORECASE)
+_ALIKE = re.compile(r"\bSA\b|GFDL|\b[LA]?GPL|General Public Licen|share[- ]?alike", re.IGNORECASE)
 _FREE = re.compile(
-    r"\b(Apache[- ]2\.0|MIT|BSD([- ][23]-Clause)?|ISC|PSF-2\.0|AFL-3\.0|Unlicense|CC0(-1\.0)?"
-    r"|ODC-BY(-1\.0)?|CC[- ]BY(?![- ]ND)([- ]?[1-4]\.[05])?|public domain|permissive)(?![\w-])",
+    r"(translations )?(Apache[- ]2\.0|MIT|BSD([- ][23]-Clause)?|ISC|PSF-2\.0|AFL-3\.0|Unlicense"
+    r"|CC0(-1\.0)?|ODC-BY(-1\.0)?|CC[- ]BY([- ]?[1-4]\.[05])?|public domain|permissive)"
+    r"( licen[cs]e)?",
     re.IGNORECASE,
 )
 
@@ -39,7 +40,7 @@ def use_of(licence: str) -> Use:
     names = re.split(r"[,;/+]|\b(?:and|or|with)\b", short(licence), flags=re.IGNORECASE)
     parts = [part.strip() for part in names]
     parts = [part for part in parts if part and not part.startswith("through ")]
-    return "permissive" if parts and all(map(_FREE.search, parts)) else "unstated"
+    return "permissive" if parts and all(map(_FREE.fullmatch, parts)) else "unstated"
 
 
 def short(licence: str) -> str:

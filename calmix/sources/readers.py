@@ -15,6 +15,7 @@ import platform
 import re
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -342,12 +343,13 @@ class HubText(Reader):
     def read(self) -> Iterator[Document]:
         if not (cached := self._kept()).is_file():
             with quiet():
-                lines = [json.dumps([one.id, one.text]) + "\n" for one in self._documents()]
-            write_bytes(cached, gzip.compress("".join(lines).encode(), mtime=0))
+                rows = [json.dumps([one.id, one.text]) + "\n" for one in self._documents()]
+            write_bytes(cached, gzip.compress("".join(rows).encode(), mtime=0))
         try:
             with gzip.open(cached, "rt", encoding="utf-8") as file:
                 for line in file:
-                    yield Document(*json.loads(line))
+                    key, text = json.loads(line)
+                    yield Document(key, lines(text))
         except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
             raise SourceError(f"{cached} is damaged: delete it to fetch it again") from error
 
@@ -448,15 +450,22 @@ class LocalFile(Reader):
 
     def files(self) -> tuple[list[Path], str]:
         """Return the files of the folder to read, and in a few words the others, if any."""
-        rest, code = list[Path](), list[Path]()
+        rest, code, others = list[Path](), list[Path](), list[str]()
         for file in sorted(self.path.rglob("*")):
             inside, ending = file.relative_to(self.path).parts, file.suffix.lower()
             hidden = any(part.startswith(".") or part in LEFT for part in inside)
-            if ending in {*FORMATS, *CODE} and not hidden and file.is_file():
+            if hidden or file.is_dir():
+                others += ["linked folders"] * (file.is_symlink() and not hidden)
+            elif ending in {*FORMATS, *CODE}:
                 (code if ending in CODE else rest).append(file)
+            else:
+                others.append("files of other kinds")
         if not rest or sum(file.suffix.lower() not in PAGES for file in code) > len(rest):
-            return code, f"files other than source code ({len(rest)})" if rest else ""
-        return rest, f"source code files ({len(code)})" if code else ""
+            others += ["files other than source code"] * len(rest)
+            rest = code
+        else:
+            others += ["source code files"] * len(code)
+        return rest, ", ".join(f"{name} ({count})" for name, count in Counter(others).items())
 
     def _documents(self) -> Iterator[Document]:
         path, files = self.path, [self.path]
@@ -537,8 +546,8 @@ def _read_parquet(path: Path, template: str) -> Rows:
         file = parquet.ParquetFile(path)
         _check_names(path, names := file.schema_arrow.names)
         columns: list[str] | None = fields(template, names)
-        if template == TEXT and "text" not in names:
-            columns = [name for name in CHATS if name in names][:1]
+        if template == TEXT:
+            columns = [name for name in ("text", *CHATS) if name in names]
         if not columns or not set(columns) <= set(names):
             columns = None  # the error for the first row then lists all fields
         batches = file.iter_batches(batch_size=ROWS, columns=columns)
@@ -582,15 +591,17 @@ def _decoded(where: Path | str, raw: bytes) -> str:
 def _of_row(key: str, template: str, row: Any, where: str) -> Document:
     """Return a row as a document, from its template or its chat."""
     messages, held = None, row if isinstance(row, Mapping) else {}
-    searched = template == TEXT and held.get("text") is None  # for a chat in the usual fields
+    searched = template == TEXT and not held.get("text")  # for a chat in the usual fields
     name = next((one for one in CHATS if one in held), None) if searched else template[1:-1]
     try:
         if name is not None:
             messages = _chat(held.get(name), name, searched)
         if messages is not None:
-            said = (one["content"] or json.dumps(one.get("tool_calls", "")) for one in messages)
-            roles = (one["role"] for one in messages)
-            text = "\n\n".join(f"{role}: {part}" for role, part in zip(roles, said, strict=True))
+            said = ((one["role"], one["content"] or one.get("tool_calls")) for one in messages)
+            text = "\n\n".join(
+                f"{role}: {part if isinstance(part, str) else json.dumps(part)}"
+                for role, part in said if part
+            )  # fmt: skip
         else:
             for path in fields(template, held):
                 if not isinstance(value := lookup(row, path), str | list | dict | None):
@@ -632,6 +643,9 @@ def _chat(value: Any, name: str, expected: bool) -> tuple[dict[str, Any], ...] |
                 '{"role": "user", "content": "..."}, or name another field, FILE@FIELD'
             )
         more = {key: one[key] for key in CALLS if one.get(key)}
+        if one.get("function_call"):  # as it was before `tool_calls`
+            call = {"type": "function", "function": one["function_call"]}
+            more.setdefault("tool_calls", [call])
         role = ROLES.get(role.lower(), role.lower())
         messages.append({"role": role, "content": lines(content or ""), **more})
     return tuple(messages)

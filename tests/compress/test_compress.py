@@ -443,12 +443,11 @@ def test_a_verdict_is_printed_sealed_and_sets_the_exit_code(calmix, tmp_path):
 
 def test_answers_of_a_users_suite_count_as_measured(calmix, tmp_path):
     """They are in `scores.json`, so nothing is missing."""
-    write_json(tmp_path / "compress.json", sealed({"request": {}}))
+    write_json(tmp_path / "compress.json", sealed({"request": {"suite": "mine.yaml"}}))
     saved(tmp_path / "scores.json", answered(100, 120), answered(100, 120, kept=97))
     ended = calmix("check", tmp_path, "--keep-at-least", "0.9").ok()
     assert "code 90 % (100 generated answers)" in ended.out
     assert "not measured" not in ended.err
-    write_json(tmp_path / "compress.json", sealed({"request": {"suite": "mine.yaml"}}))
     other = answered(9, 9, "chat")  # scored as the card advises; not what was promised
     saved(tmp_path / "abilities.json", other, other, suite="abilities")
     assert "code 90 % (100" in calmix("check", tmp_path, "--keep-at-least", "0.9").ok().out

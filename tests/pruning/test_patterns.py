@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calmix.errors import InputError
+from calmix.pruning import get_method
 from calmix.pruning.patterns import (
     SemiStructured,
     Unstructured,
@@ -64,6 +65,8 @@ def test_a_pattern_is_read_and_its_count_rounded_once():
     assert Unstructured(0.5).count(3) == 2
     assert as_pattern(" 1 : 4 ") == SemiStructured(1, 4)
     assert (SemiStructured(1, 4).sparsity, repr(SemiStructured(1, 4).count(12))) == (0.75, "9")
+    # Groups of a pattern do not end where a method's groups do.
+    assert get_method("sparsegpt").count(SemiStructured(5, 12), 10, 384) == 2240
     for texts, says in (
         (("2/4", "2:", "", ":4", "a:b", "2:4:8"), "is neither a sparsity"),
         (("0:4", "4:4", "5:4"), "at least 1 and less than M"),

@@ -146,6 +146,17 @@ def test_chats_of_every_usual_form(tmp_path):
     assert (one.messages[0]["content"], one.messages[1]["tool_calls"]) == ("Hi?", calls)
     assert '"name": "f"' in one.text
     assert two.text == "user: Hi?"
+    old = {"role": "assistant", "content": None, "function_call": calls[0]["function"]}
+    rows = [{"messages": [{"role": "system", "content": ""}, CHAT[0], old]}]
+    (one,) = get_source(f"{write(tmp_path, {'old.jsonl': rows})}/old.jsonl").documents()
+    assert one.text.startswith("user: Hi?\n\nassistant: [{")
+    assert one.messages[2]["tool_calls"] == [{"type": "function", **calls[0]}]
+    mixed = [{"text": "plain", "messages": None}, {"text": None, "messages": CHAT}]
+    for name in ("mixed.parquet", "mixed.jsonl", "mixed.csv"):
+        rows = [row | {"messages": row["messages"] and json.dumps(row["messages"])}
+                for row in mixed] if name.endswith("csv") else mixed  # fmt: skip
+        write(tmp_path, {name: rows})
+        assert texts(tmp_path / name) == ["plain", "user: Hi?\n\nassistant: Ho."]
     write(tmp_path, {"both.jsonl": [{"text": "plain", "messages": CHAT}]})
     both = tmp_path / "both.jsonl"
     assert [(d.text, d.messages) for d in get_source(str(both)).documents()] == [("plain", None)]
@@ -156,7 +167,8 @@ def test_chats_of_every_usual_form(tmp_path):
     ("files", "read", "left"),
     [
         ({"z/a.txt": "last\nline", "b.md": "first", ".hidden/a.txt": "no", "notes.rtf": "no"},
-         {"b.md/0": "first", "z/a.txt/0": "last\nline"}, ""),
+         {"b.md/0": "first", "z/a.txt/0": "last\nline"}, "files of other kinds (1)"),
+        ({"a.md": "first " * 9}, {"a.md/0": "first " * 9}, ""),
         ({"src/b.py": "x = 1\n" * 50, "a.rs": "x" * 300, "data.jsonl": "{}", "notes.txt": "x" * 300,
           "short.py": "x", ".git/c.py": "x" * 300, "node_modules/d.js": "x" * 300,
           "latin.py": b"\xff" * 300}, {"a.rs": "x" * 300, "src/b.py": "x = 1\n" * 50},
@@ -174,6 +186,8 @@ def test_a_folder_is_read_as_text_or_as_code(tmp_path, tiny_folder, files, read,
     how = {"rows": 1, "length": 8, "leakage": "off", "note": lines.append}
     resolve(str(folder), open_tokenizer(str(tiny_folder)), **how)
     assert lines == ([f"{folder}: not read: {left}"] if left else [])
+    (folder / "link").symlink_to(tmp_path, target_is_directory=True)
+    assert "linked folders (1)" in source.reader.files()[1]
     short = write(tmp_path / "short", {"short.py": "x"})
     with pytest.raises(SourceError, match="has no text, and no source file of 200 characters"):
         get_source(str(short)).check()

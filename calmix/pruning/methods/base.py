@@ -136,7 +136,8 @@ class Method(BaseModel, ABC):
 
     def count(self, pattern: Pattern, rows: int, columns: int) -> int:
         """Return how many weights a pattern prunes in a layer."""
-        return sum(number * pattern.count(size) for number, size in self.groups(rows, columns))
+        groups = [(1, rows * columns)] if pattern.group > 1 else self.groups(rows, columns)
+        return sum(number * pattern.count(size) for number, size in groups)
 
     def counts(self, weights: Sequence[Tensor], patterns: Sequence[Pattern]) -> list[int]:
         """Return how many weights each layer's pattern prunes."""
