@@ -66,7 +66,7 @@ def main() -> None:
         for trial in results.trials:
             if trial.method in methods:
                 key = trial.model, trial.pattern, trial.calibration, trial.seed
-                found[key][trial.method] = measured(results, trial)
+                found[key].setdefault(trial.method, measured(results, trial))
     pairs = {key: both for key, both in sorted(found.items()) if len(both) == len(methods)}
     print(f"| model, pattern, text, seed | programs kept: {' | '.join(methods)} |",
           " | ".join(MEASURES), "|")  # fmt: skip

@@ -11,6 +11,7 @@ with 10 to 60 blocks. Prints a Markdown table.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -86,11 +87,11 @@ def main() -> None:
                 return Timed(MODEL).pruning(request, rows, LENGTH)
 
             known = label.endswith("tokens")
-            said = told() if known else 0.0
+            said = told() if known else math.nan
             began = time.perf_counter()
             report = prune(model, ids, method=method, pattern=Unstructured(0.6))
             took = time.perf_counter() - began
-            said = (said + told()) / 2 if known else took
+            said = (said + told()) / 2 if known else said
             parts = [f"{report.seconds[key]:.1f}" for key in ("forward", "statistics", "solve")]
             print(
                 f"| {label} | {method} | {said:.1f} s | {took:.1f} s | {took / said:.2f} | "

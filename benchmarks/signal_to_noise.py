@@ -97,8 +97,9 @@ def of_kinds(results: StudyResults, method: str, sparsity: str) -> None:
     print(
         "\none draw of the total by how the set is made (degrees of freedom), draws to tell apart"
     )
-    for kind, made in (("single source", ("single",)), ("mix", ("mix",)),
-                       ("written by the model", ("self-cal", "sgs", "igsp"))):  # fmt: skip
+    written = "self-written", "igsp", "self-cal", "sgs"
+    kinds = {"single source": ["single"], "mix": ["mix"], "written by the model": written}
+    for kind, made in kinds.items():
         own = [at for name in made for at in cells.of(name) if more[at]]
         freedom = int(more[own].sum())
         if not freedom:

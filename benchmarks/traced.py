@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -19,7 +19,6 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2",
@@ -30,40 +29,6 @@ FREE = {"device", "sym_size", "sym_stride", "sym_numel", "detach", "empty", "emp
 COPIES = {"_to_copy", "copy_", "_copy_from"}
 
 
-class Work(NamedTuple):
-    """One operation: products by the precision of their factors, and bytes read and written."""
-
-    name: str
-    flop: float
-    precision: str
-    moved: int
-
-
-def _flop(func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> tuple[float, str]:
-    """Return FLOP of products and factorisations by PyTorch's own formulas, and the precision."""
-    packet = func.overloadpacket
-    if packet is aten.linalg_cholesky_ex:
-        return args[0].shape[-1] ** 3 / 3, "float32"
-    if packet is aten.linalg_solve_triangular:
-        return args[1].numel() * args[0].shape[-1], "float32"
-    if packet is aten.linear:  # whole within inference mode
-        flop = 2.0 * args[0].numel() * len(args[1])
-        return flop, "float32" if args[0].dtype == torch.float32 else "half"
-    if packet is aten.scaled_dot_product_attention:
-        query, key = args[:2]
-        return 2.0 * query.numel() * key.shape[-2], "half"  # half of the square: causal
-    if packet not in flop_registry:
-        return 0.0, "none"
-    own = {key: value for key, value in kwargs.items() if key not in ("out", "beta", "alpha")}
-    factors = args[:3] if packet is aten.addmm else args
-    flop = float(flop_registry[packet](*factors, **own, out_val=found))
-    first = next(a for a in args[packet is aten.addmm :] if isinstance(a, Tensor))
-    if first.dtype != torch.float32:
-        return flop, "half"
-    fast = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return flop, "tf32" if fast else "float32"
-
-
 class Traced(TorchDispatchMode):
     """Counts what a program asks of a device.
 
@@ -71,7 +36,6 @@ class Traced(TorchDispatchMode):
         reads: times the host waits for numbers, by operation.
         copies: tensors that go from one device to another, by (from, to).
         operations: all operations that start work, by name; views start none.
-        work: the same with what each computes and moves.
     """
 
     def __init__(self) -> None:
@@ -79,7 +43,6 @@ class Traced(TorchDispatchMode):
         self.reads: Counter[str] = Counter()
         self.copies: Counter[tuple[str, str]] = Counter()
         self.operations: Counter[str] = Counter()
-        self.work: Counter[Work] = Counter()
 
     def __torch_dispatch__(
         self,
@@ -126,8 +89,6 @@ class Traced(TorchDispatchMode):
             return found
         if any(t.device.type != "cpu" for t in (*given, *made)):
             self.operations[name] += 1
-            moved = sum(t.numel() * t.element_size() for t in (*given, *made))
-            self.work[Work(name, *_flop(func, args, kwargs, found), moved)] += 1
         return found
 
     def listed(self, value: Tensor) -> Any:

@@ -85,7 +85,7 @@ def main() -> None:
                 "seed": seed,
                 "kl": {key: one["kl_mean"] for key, one in found["dimensions"].items()}
                 | {"total": found["total"]["kl_mean"]},
-                "top1": found.total.top1,
+                "top1": found["total"]["top1"],
                 "seconds": [round(drawn - began), round(time.perf_counter() - drawn)],
                 "manifest": {
                     key: made.manifest.get(key)
