@@ -454,8 +454,8 @@ class LocalFile(Reader):
         for file in sorted(self.path.rglob("*")):
             inside, ending = file.relative_to(self.path).parts, file.suffix.lower()
             hidden = any(part.startswith(".") or part in LEFT for part in inside)
-            if hidden or file.is_dir():
-                others += ["linked folders"] * (file.is_symlink() and not hidden)
+            if hidden or not file.is_file():
+                others += ["linked folders"] * (file.is_dir() and file.is_symlink() and not hidden)
             elif ending in {*FORMATS, *CODE}:
                 (code if ending in CODE else rest).append(file)
             else:

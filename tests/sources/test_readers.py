@@ -187,7 +187,9 @@ def test_a_folder_is_read_as_text_or_as_code(tmp_path, tiny_folder, files, read,
     resolve(str(folder), open_tokenizer(str(tiny_folder)), **how)
     assert lines == ([f"{folder}: not read: {left}"] if left else [])
     (folder / "link").symlink_to(tmp_path, target_is_directory=True)
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
     assert "linked folders (1)" in source.reader.files()[1]
+    assert {d.id: d.text for d in source.documents()} == read
     short = write(tmp_path / "short", {"short.py": "x"})
     with pytest.raises(SourceError, match="has no text, and no source file of 200 characters"):
         get_source(str(short)).check()
