@@ -64,9 +64,9 @@ def main() -> None:
     for store in options.stores:
         results = read_results(store)
         for trial in results.trials:
-            if trial.method in methods:
-                key = trial.model, trial.pattern, trial.calibration, trial.seed
-                found[key].setdefault(trial.method, measured(results, trial))
+            key = trial.model, trial.pattern, trial.calibration, trial.seed
+            if trial.method in methods and trial.method not in found[key]:
+                found[key][trial.method] = measured(results, trial)
     pairs = {key: both for key, both in sorted(found.items()) if len(both) == len(methods)}
     print(f"| model, pattern, text, seed | programs kept: {' | '.join(methods)} |",
           " | ".join(MEASURES), "|")  # fmt: skip

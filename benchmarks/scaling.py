@@ -91,7 +91,8 @@ def main() -> None:
             began = time.perf_counter()
             report = prune(model, ids, method=method, pattern=Unstructured(0.6))
             took = time.perf_counter() - began
-            said = (said + told()) / 2 if known else said
+            if known:
+                said = (said + told()) / 2
             parts = [f"{report.seconds[key]:.1f}" for key in ("forward", "statistics", "solve")]
             print(
                 f"| {label} | {method} | {said:.1f} s | {took:.1f} s | {took / said:.2f} | "

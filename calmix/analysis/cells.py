@@ -209,7 +209,9 @@ def _cells(
         )
     whole = [one.name not in part for one in dense]  # tasks asked all items
     tasks, items, values = _measured(dense, pruned, measure, whole)
-    judged, _, accuracies = _measured(dense, pruned, "accuracy", whole)
+    judged, accuracies = tasks, values
+    if measure != "accuracy":
+        judged, _, accuracies = _measured(dense, pruned, "accuracy", whole)
     flips = np.array([
         [np.not_equal(before.values, after.values).mean()
          if every and before.values and after.values else math.nan

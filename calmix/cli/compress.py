@@ -224,7 +224,7 @@ def check(
     No model is opened: it reads the scores that compress or evaluate --against wrote.
     """
     from calmix.compression.plan import BEHAVIOUR, MANIFEST, SCORES
-    from calmix.compression.running import read_record
+    from calmix.compression.running import read_record, result_in
     from calmix.evaluation.floors import CONFIDENCE, FILE, judge, parse_floors, proven, record
     from calmix.report import words
 
@@ -235,11 +235,8 @@ def check(
         if len(results) > 1:
             raise InputError("a folder is checked alone: name one folder, or only files")
         request = read_record(folders[0])["request"]
-        file = folders[0] / (BEHAVIOUR if request.get("suite", "offline") == "offline" else SCORES)
-        if not file.exists():
-            raise InputError(f"{folders[0]} is not finished: it lacks {file.name}; run its calmix "
-                             "compress again")  # fmt: skip
-        files = (file,)
+        alone = request.get("suite", "offline") != "offline"
+        files = (result_in(folders[0], SCORES if alone else BEHAVIOUR),)
     wanted = keep_at_least or request.get("keep_at_least")
     if wanted is None:
         raise InputError("--keep-at-least is missing: name the floors, e.g. code=0.9,general=80%")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.compression.plan import MANIFEST, Request, Stage, stages
-from calmix.errors import CalmixError
+from calmix.errors import CalmixError, InputError
 from calmix.files import alone, read_object, write_json
 from calmix.manifest import read_sealed, run_record, sealed, versions
 from calmix.models import resolve_model
@@ -28,6 +28,15 @@ def read_record(out: Path) -> dict[str, Any]:
     if (out / LADDER).exists():
         missing = f"{out} has no model yet: run its calmix compress again to resume or see why"
     return read_sealed(out / MANIFEST, missing)
+
+
+def result_in(out: Path, name: str) -> Path:
+    """Return the path of a result in OUT; InputError if it is missing."""
+    if not (path := out / name).exists():
+        raise InputError(
+            f"{out} is not finished: it lacks {name}; run its calmix compress again to resume"
+        )
+    return path
 
 
 def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float]:

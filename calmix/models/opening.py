@@ -501,18 +501,23 @@ def _gguf_dtype(file: Path) -> torch.dtype:
     sizes = {key: fields[key].contents() for key in (*DEPTHS, *WIDTHS) if key in fields}
     if found := _too_large(sizes, [int(tensor.n_elements) for tensor in reader.tensors]):
         raise ValueError(f"its header has {found}, more than its weights allow")
-    rope = {name.partition(".rope.")[2]: entry for name, entry in reader.fields.items()}
-    factor, how = rope.get("scaling.factor") or rope.get("scale_linear"), rope.get("scaling.type")
-    scaled = factor is not None and factor.contents() != 1
-    scaled = scaled and (how is None or how.contents() != "none")
-    frequencies = ("rope_freqs", "rope_factors")
-    scaled = scaled or any(tensor.name.startswith(frequencies) for tensor in reader.tensors)
-    if scaled and "gpt-oss.rope.scaling.type" not in reader.fields:
+    if _scales_positions(reader):
         raise ValueError("it scales rotary positions, which transformers ignores in GGUF: name the "
                          "original checkpoint (and export with --like this file)")  # fmt: skip
     kind = reader.get_field("general.file_type")
     code = int(kind.contents()) if kind is not None else -1
     return {0: torch.float32, 1: torch.float16}.get(code, torch.bfloat16)
+
+
+def _scales_positions(reader: Any) -> bool:
+    """Whether a GGUF file scales rotary positions in a way that transformers ignores."""
+    rope = {name.partition(".rope.")[2]: entry.contents() for name, entry in reader.fields.items()
+            if ".rope." in name}  # fmt: skip
+    factor = rope.get("scaling.factor", rope.get("scale_linear", 1))
+    return "gpt-oss.rope.scaling.type" not in reader.fields and (
+        (factor != 1 and rope.get("scaling.type") != "none")
+        or any(tensor.name.startswith(("rope_freqs", "rope_factors")) for tensor in reader.tensors)
+    )
 
 
 def fingerprint(folder: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from calmix.calibration import CalibrationSet, saved_set
 from calmix.compression.plan import BEHAVIOUR, MOST, PACK, SCORES, packed_bytes, target
-from calmix.compression.running import read_record
+from calmix.compression.running import read_record, result_in
 from calmix.errors import InputError
 from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
@@ -297,17 +297,11 @@ class Card:
 def read_card(out: Path) -> Card:
     """Read the card of the model in a folder of `calmix compress`."""
     record = read_record(out)
-    asked, scored = record["request"], out / SCORES
+    asked, folder, scored = record["request"], result_in(out, "model"), result_in(out, SCORES)
     model = asked["model"]
-    for needed in (out / "model", scored):
-        if not needed.exists():
-            raise InputError(
-                f"{out} is not finished: it lacks {needed.name}; run its calmix compress again to "
-                "resume"
-            )
     pairs = load_pairs([scored, *(path for path in [out / BEHAVIOUR] if path.exists())])
-    path, recoveries = out / "model" / MANIFEST, list[Mapping[str, Any]]()
-    recovered = manifest = read_sealed(path, f"{path} is missing: make {out / 'model'} again")
+    path, recoveries = folder / MANIFEST, list[Mapping[str, Any]]()
+    recovered = manifest = read_sealed(path, f"{path} is missing: make {folder} again")
     while manifest["kind"] == "recovered checkpoint":
         recoveries.insert(0, manifest["recovery"])
         recovered, manifest = manifest, manifest["pruned"]
@@ -316,7 +310,7 @@ def read_card(out: Path) -> Card:
               "calibration set": calibration["sha256"]}  # fmt: skip
     if recoveries:
         hashes["pruned model, before recovery"] = recovered["model"]["sha256"]
-    hashes |= {f"model/{name}": value for name, value in file_hashes(out / "model").items()
+    hashes |= {f"model/{name}": value for name, value in file_hashes(folder).items()
                if name.endswith(WEIGHTS) or name == "config.json"}  # fmt: skip
     tasks: list[dict[str, str]] = []
     with contextlib.suppress(InputError, KeyError):  # the user's own suite was moved or changed
@@ -333,7 +327,7 @@ def read_card(out: Path) -> Card:
         out, out.resolve().name, record, asked,
         known.licence if known else "see the model's own card", known.origin if known else model,
         manifest["pruning"],
-        sum(p.stat().st_size for p in (out / "model").iterdir() if p.suffix == WEIGHTS),
+        sum(p.stat().st_size for p in folder.iterdir() if p.suffix == WEIGHTS),
         sum(p.stat().st_size for p in (out / PACK).rglob("*")
             if p.suffix == WEIGHTS or p.parent.name == SCALES),
         calibration, tuple(recoveries), pairs,
