@@ -199,6 +199,23 @@ def matching(folder: Path, kinds: Iterable[str]) -> list[Path]:
             if path.is_file()]  # fmt: skip
 
 
+def leads_out(link: Path, folder: Path) -> bool:
+    """Whether a link leads out of a folder; to a blob of the hub's cache, as a snapshot's do, it
+    does not."""
+    target = real_place(link)
+    return not (target.is_relative_to(real_place(folder)) or target.match("*--*/blobs/*"))
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder with links that lead out of it: a stranger's could name a private file."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() and leads_out(path, folder):
+            raise InputError(
+                f"{path} is a link out of its folder, to {real_place(path)}: delete it, or replace "
+                "it by a copy of that file"
+            )
+
+
 def copy_files(source: Path, folder: Path, names: Iterable[str | Path]) -> None:
     """Copy files of one folder to the same places in another."""
     for name in names:

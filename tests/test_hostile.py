@@ -6,9 +6,13 @@ import time
 
 import pytest
 
+from calmix.calibration import CalibrationSet, open_tokenizer, resolve
 from calmix.cli.common import printable
+from calmix.deploy.pack import pack, unpack
+from calmix.diagnostics.inspecting import inspect
 from calmix.errors import InputError, ModelError, SourceError
 from calmix.files import write_json
+from calmix.models.opening import check_folder
 from calmix.models.shards import weight_files
 from calmix.sources.readers import LocalFile
 from calmix.study.store import open_store
@@ -126,13 +130,68 @@ def test_names_in_a_store_lead_nowhere_else(tmp_path):
             open_store(store(tmp_path / "store", **changes))
 
 
+def test_links_out_of_a_model_are_refused_and_links_within_or_to_the_hubs_blobs_are_not(
+    calmix, tmp_path, model
+):
+    secret, link = tmp_path / "id_rsa", model / "NOTICE"
+    secret.write_text("secret")
+    for target in (secret, "../id_rsa", tmp_path / "nowhere", "/proc/self/environ", tmp_path):
+        link.symlink_to(target)
+        assert "NOTICE is a link out of its folder" in prune(calmix, model).line
+        with pytest.raises(InputError, match="is a link out of its folder"):
+            pack(model, tmp_path / "out")
+        link.unlink()
+    (model / "code").mkdir()
+    for name, target in {"code/deep.py": secret, "tokenizer_extra": "code/deep.py"}.items():
+        (model / name).symlink_to(target)
+    assert "is a link out of its folder" in prune(calmix, model).line
+    assert not (tmp_path / "out").exists()
+    for name in ("code/deep.py", "tokenizer_extra"):
+        (model / name).unlink()
+    link.symlink_to("config.json")
+    prune(calmix, model).ok()
+    assert (tmp_path / "out/NOTICE").read_bytes() == (model / "config.json").read_bytes()
+
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/1"
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    for file in (path for path in model.iterdir() if path.is_file()):
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    check_folder(snapshot)
+    (blobs / "more").symlink_to(secret)
+    (snapshot / "more").symlink_to("../../blobs/more")
+    with pytest.raises(InputError, match=r"1/more is a link out of its folder, to .*id_rsa"):
+        check_folder(snapshot)
+
+
+def test_links_out_of_a_set_a_pack_or_a_folder_of_text_lead_nowhere(tmp_path, tiny_folder):
+    texts, secret = tmp_path / "texts", tmp_path / "id_rsa"
+    texts.mkdir()
+    secret.write_text("secret " * 50)
+    (texts / "a.txt").write_text("alpha " * 50)
+    made = resolve(str(texts), open_tokenizer(str(tiny_folder)), rows=2, length=8, leakage="off")
+    saved, packed = made.save(tmp_path / "set"), tmp_path / "pack"
+    pack(tiny_folder, packed)
+    for folder in (saved, packed):
+        (folder / "link").symlink_to(secret)
+        assert "is a link out of its folder" in inspect(folder).problems[0]
+    for act in (CalibrationSet.open, lambda _: unpack(packed, tmp_path / "out")):
+        with pytest.raises(InputError, match="is a link out of its folder"):
+            act(saved)
+    (texts / "b.txt").symlink_to(secret)
+    reader = LocalFile(type="file", path=texts)
+    assert [one.id for one in reader.read()] == ["a.txt/0"]
+    assert reader.files()[1] == "links out of the folder (1)"
+
+
 def test_links_out_of_a_store_are_refused_and_links_within_are_not(tmp_path):
     for where in ("trials", "trials/t0", "calibration/c", "dense/d.json"):
         path = store(tmp_path / where.replace("/", "-"))
         link = path / where
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(tmp_path)
-        with pytest.raises(InputError, match="is a link out of the store"):
+        with pytest.raises(InputError, match="is a link out of its folder"):
             open_store(path)
         link.unlink()
         (path / "within").mkdir()

@@ -23,6 +23,7 @@ from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError
 from calmix.files import (
     atomic_folder,
+    check_links,
     check_output_folder,
     read_object,
     sha256_json,
@@ -118,7 +119,7 @@ class CalibrationSet(Shown):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        folder = Path(folder)
+        check_links(folder := Path(folder))
         manifest = read_object(folder / MANIFEST, f"there is no calibration set at {folder}")
         if (manifest.get("kind"), manifest.get("format")) != (KIND, FORMAT):
             raise InputError(

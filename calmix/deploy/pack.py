@@ -41,6 +41,7 @@ from calmix.errors import CalmixError, InputError, disk_errors
 from calmix.files import (
     atomic_folder,
     check_free,
+    check_links,
     check_output_folder,
     copy_files,
     sha256_file,
@@ -266,6 +267,7 @@ def _tensor(data: Any, place: Place) -> torch.Tensor:
 def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
     """Return the checked manifest of a pack, and the grids of its quantised tensors."""
     path, scales = folder / PACK, dict[str, torch.Tensor]()
+    check_links(folder)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] not in FORMATS:

@@ -19,7 +19,7 @@ from calmix.compression import running
 from calmix.compression.plan import Request, stages
 from calmix.errors import CalmixError, InputError, first_line
 from calmix.evaluation import generations, scores
-from calmix.files import EXPORT, RESULTS, read_object, sha256_file, sha256_json
+from calmix.files import EXPORT, RESULTS, check_links, read_object, sha256_file, sha256_json
 from calmix.manifest import file_hashes, read_sealed
 from calmix.models.shards import PACK
 from calmix.pruning.checkpoint import MANIFEST, RUN
@@ -76,6 +76,7 @@ def inspect(path: Path, tick: Say = lambda name: None) -> Health:
         _parts(target, sorted(inside), health, tick)
         return health
     try:
+        check_links(target)
         (CHECKS | FILES)[health.kind](target, health, tick)
     except CalmixError as error:
         health.problems.append(str(error))

@@ -28,6 +28,7 @@ from calmix.files import (
     alone,
     atomic_folder,
     cache_dir,
+    check_links,
     copy_files,
     hidden,
     matching,
@@ -159,8 +160,10 @@ def known_model(name: str) -> Path | BuiltinModel | None:
 def check_folder(folder: Path) -> None:
     """Raise ModelError for a folder that transformers could not load.
 
-    It is a pack, its weights are pickled, or configuration or weight files are missing.
+    It is a pack, its weights are pickled, configuration or weight files are missing, or links lead
+    out of it (InputError).
     """
+    check_links(folder)
     if (folder / PACK).is_file():
         raise ModelError(
             f"{folder} is a pack: run 'calmix export {folder} --to model -o OUT' first, or load it "

@@ -28,7 +28,7 @@ from pydantic import AfterValidator, Field
 
 from calmix import assets
 from calmix.errors import SourceError, first_line, missing_extra
-from calmix.files import cache_dir, parse_json, sha256_json, write_bytes
+from calmix.files import cache_dir, leads_out, parse_json, sha256_json, write_bytes
 from calmix.options import Options
 from calmix.progress import quiet
 
@@ -454,8 +454,11 @@ class LocalFile(Reader):
         for file in sorted(self.path.rglob("*")):
             inside, ending = file.relative_to(self.path).parts, file.suffix.lower()
             hidden = any(part.startswith(".") or part in LEFT for part in inside)
+            linked = file.is_symlink() and not hidden
             if hidden or not file.is_file():
-                others += ["linked folders"] * (file.is_dir() and file.is_symlink() and not hidden)
+                others += ["linked folders"] * (file.is_dir() and linked)
+            elif linked and leads_out(file, self.path):
+                others.append("links out of the folder")
             elif ending in {*FORMATS, *CODE}:
                 (code if ending in CODE else rest).append(file)
             else:

@@ -27,7 +27,14 @@ from pydantic import BaseModel, Field, ValidationError
 from calmix.calibration import CalibrationSet, text_metrics
 from calmix.errors import DiskError, InputError, disk_errors
 from calmix.evaluation.scores import CapabilityScores, load_scores
-from calmix.files import atomic_folder, check_apart, check_writable, read_object, write_json
+from calmix.files import (
+    atomic_folder,
+    check_apart,
+    check_links,
+    check_writable,
+    read_object,
+    write_json,
+)
 from calmix.study.results import FailedTrial, StudyResults, Trial
 from calmix.study.trials import Planned
 from calmix.yaml_files import first_problem
@@ -180,10 +187,7 @@ def open_store(path: Path) -> Store:
             f"store {path} has format {found.get('format')}, but this calmix reads format "
             f"{FORMAT}: use another folder, or the version of calmix that made it"
         )
-    for part in PARTS:
-        for entry in (path / part, *(path / part).glob("*")):
-            if entry.is_symlink() and not entry.resolve().is_relative_to(path.resolve()):
-                raise InputError(f"{entry} is a link out of the store: replace it by its target")
+    check_links(path)
     return Store(path, _read(path / INDEX, Index, "run the study in another folder"))
 
 

@@ -61,7 +61,7 @@ def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(pruned, tmp_
     with pytest.raises(ModelError, match="is cut short or damaged"):
         pack(model, tmp_path / "out")
     weights.write_bytes(whole)
-    for link, to in (("sub", tmp_path / "pack"), ("gone", tmp_path / "nowhere")):
+    for link, to in (("sub", "code"), ("gone", "nowhere")):
         (model / link).symlink_to(to)
         with pytest.raises(InputError, match=f"cannot pack .*'{link}' is not a regular file"):
             pack(model, tmp_path / "out")
