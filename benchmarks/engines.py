@@ -2,8 +2,8 @@
 
     python benchmarks/engines.py MODEL... [--llama PYTHON] [--repeats 3]
 
-MODEL is a model folder or builtin name (transformers), a pack (`calmix.load`), an export to
-OpenVINO, or a GGUF file (llama.cpp, by the interpreter of an environment with llama-cpp-py-sync).
+MODEL is a model folder or builtin name (transformers), a pack (`calmix.load`), or a GGUF file
+(llama.cpp, by the interpreter of an environment with llama-cpp-py-sync).
 Each in a process of its own, one row, two threads: seconds from its start to the first answer; the
 prompt is 256 tokens at once, writing 64 more one at a time, the best of the repeats; memory is what
 stays resident, mapped files counted.
@@ -36,24 +36,14 @@ else:
     import torch
     torch.set_num_threads(THREADS)
     ids = torch.arange(PROMPT + WRITTEN)[None] % 1000 + 100
-    if kind == "openvino":
-        from pathlib import Path
-        from calmix.deploy.openvino import Session
-        session = Session(Path(place), INFERENCE_NUM_THREADS=THREADS)
-        def run(written):
-            session.reset()
-            session(ids[:, :PROMPT])
-            for at in range(1, written):
-                session(ids[:, PROMPT + at : PROMPT + at + 1])
-    else:
-        import calmix
-        model = calmix.load(place) if kind == "pack" else calmix.open_model(place).model
-        @torch.inference_mode()
-        def run(written):
-            made = model(ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
-            for at in range(1, written):
-                made = model(ids[:, PROMPT + at : PROMPT + at + 1], use_cache=True,
-                             past_key_values=made.past_key_values)
+    import calmix
+    model = calmix.load(place) if kind == "pack" else calmix.open_model(place).model
+    @torch.inference_mode()
+    def run(written):
+        made = model(ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
+        for at in range(1, written):
+            made = model(ids[:, PROMPT + at : PROMPT + at + 1], use_cache=True,
+                         past_key_values=made.past_key_values)
 run(1)
 first = time.perf_counter() - began
 def timed(written):
@@ -75,7 +65,7 @@ def kind_of(place: str) -> str:
         return "llama.cpp"
     if (folder / "calmix-pack.json").is_file():
         return "pack"
-    return "openvino" if (folder / "openvino_model.xml").is_file() else "transformers"
+    return "transformers"
 
 
 def main() -> None:

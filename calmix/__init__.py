@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from calmix.calibration import resolve as resolve
     from calmix.calibration.measuring import measure as measure
     from calmix.cli.compress import compress as compress
-    from calmix.deploy.openvino import export as export
     from calmix.deploy.pack import load as load
     from calmix.deploy.pack import pack as pack
     from calmix.deploy.pack import unpack as unpack
@@ -43,7 +42,6 @@ _NAMES = {
     "calibration": ("CalibrationSet", "resolve"),
     "calibration.measuring": ("measure",),
     "cli.compress": ("compress",),
-    "deploy.openvino": ("export",),
     "deploy.pack": ("load", "pack", "unpack"),
     "errors": ("CalmixError",),
     "evaluation.evaluate": ("evaluate",),

@@ -21,7 +21,6 @@ from filelock import BaseFileLock, FileLock, Timeout
 from calmix.errors import DiskError, InputError, disk_errors
 
 PARTIAL, OLD = "partial-", "old-"  # hidden beside a result: the new one, the replaced one
-EXPORT = "calmix-export.json"  # the manifest of an export for another program
 # Files that identify each kind of result. The first match counts: a pack also has a checkpoint's
 # manifest, so it comes first.
 RESULTS = {
@@ -29,7 +28,6 @@ RESULTS = {
     "compressed model": ("compress.json",),
     "pack": ("calmix-pack.json", "config.json"),
     "checkpoint": ("calmix.json", "config.json"),
-    "export": (EXPORT,),
     "calibration set": ("manifest.json", "calibration.safetensors"),
     "study analysis": ("analysis.json", "ranking.csv"),
     "study report": ("report.html", "summary.txt"),

@@ -375,6 +375,19 @@ def checked(model: type[Some], values: Mapping[str, Any]) -> Some:
     raise InputError(f"{flag} {problem['input']}: {said}")
 
 
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """Return options as words of a command line, without those that are None, False or empty."""
+    words: list[str] = []
+    for key, value in options.items():
+        flag = f"--{key.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value not in (None, False, "", ()) and (key, value) != ("device", "auto"):
+            values = value if isinstance(value, tuple) else (value,)
+            words += [word for one in values for word in (flag, str(one))]
+    return words
+
+
 def flags(model: type[Options], name: str) -> list[str]:
     """Return a field's flags on the command line, or the metavar of an argument."""
     extra: Any = model.model_fields[name].json_schema_extra or {}

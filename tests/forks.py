@@ -11,11 +11,9 @@ import sys
 import tempfile
 import traceback
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch.distributed import TCPStore
 
 from calmix.cli import main
 
@@ -102,27 +100,3 @@ def stopped(arm, *arguments):
     with tempfile.TemporaryDirectory() as folder:
         ended = run(act, Path(folder) / "log")
     assert ended.code == -signal.SIGKILL, ended.errors
-
-
-def ranks(act, count, log):
-    """Act in forks that see what `torchrun` tells its processes, and wait for all of them."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's
-
-    def ranked(rank):
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }  # fmt: skip
-        act()
-
-    logs = [log.with_suffix(f".{rank}") for rank in range(count)]
-    children = [start(partial(ranked, rank), own) for rank, own in enumerate(logs)]
-    return [wait(child, own) for child, own in zip(children, logs, strict=True)]
-
-
-def forked(arguments, log):
-    """Run the command line in two such forks, which end well; return what they print."""
-    ended = ranks(command(*arguments), 2, log)
-    assert [one.code for one in ended] == [0, 0], [one.errors for one in ended]
-    return "".join(one.errors for one in ended)

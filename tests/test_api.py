@@ -64,5 +64,3 @@ def test_models_may_be_paths_and_a_bare_word_is_no_list(tmp_path):
         calmix.measure("stories", opened)
     with pytest.raises(calmix.CalmixError, match="none"):
         calmix.evaluate(tmp_path / "none", "smoke")
-    with pytest.raises(calmix.CalmixError, match="model"):
-        calmix.export(str(folder), str(folder))

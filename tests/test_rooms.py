@@ -1,5 +1,5 @@
 """Imports point down the floors of docs/architecture.md, those inside functions too, and
-`pip install calmix` brings all of them, but for four extras."""
+`pip install calmix` brings all of them, but for three extras."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"llama_cpp": "llama", "nncf": "export", "ray": "ray", "reasoning_gym": "reasoning"}
+EXTRAS = {"llama_cpp": "llama", "ray": "ray", "reasoning_gym": "reasoning"}
 
 
 def floors():

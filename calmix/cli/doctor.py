@@ -1,19 +1,17 @@
-"""`doctor`: check the installation, inspect and rerun results, list what comes with calmix."""
+"""`doctor`: check the installation, inspect results, list what comes with calmix."""
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from calmix import assets
-from calmix.cli.common import line, note, print_json, print_layers, print_table
+from calmix.cli.common import line, print_json, print_layers, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
-from calmix.options import option, path_option
+from calmix.options import option
 from calmix.progress import Progress
 from calmix.sources.licences import use_of
 
@@ -74,37 +72,6 @@ def inspect(
         more = f" (and {len(health.problems) - 1} more)" if health.problems[1:] else ""
         raise InputError(f"{health.problems[0]}{more}; create it again")
     line("intact: nothing is missing or damaged")
-
-
-@verb("rerun", of=doctor)
-def rerun(
-    manifest: Path = option(
-        ..., "A checkpoint's calmix.json or a set's manifest.json.", argument=True
-    ),
-    output: Path | None = path_option(None, "Folder to keep the new result in."),
-    trust_remote_code: bool = option(False, "Run modelling code shipped with the model."),
-) -> None:
-    """Recreate a result from its manifest and compare hashes; exit code 2 if they differ.
-
-    Relative paths in the manifest are relative to the current folder.
-    """
-    from calmix.diagnostics.rerunning import rerun as again
-
-    beside = (manifest if manifest.is_dir() else manifest.parent).resolve().parent
-    temporary = tempfile.TemporaryDirectory(dir=beside if os.access(beside, os.W_OK) else None,
-                                            prefix=".calmix-rerun-")  # fmt: skip
-    with temporary as folder, Progress() as bar:
-        result = again(
-            manifest, output or Path(folder) / "again", trust_remote_code=trust_remote_code,
-            progress=bar.of("rerunning"), writing=bar.writing, note=note,
-        )  # fmt: skip
-    print_json({"output": None if output is None else str(output), **result})
-    for change in result["inputs"]:
-        line(f"changed since: {change}")
-    if not result["same"]:
-        why = next(iter(result["inputs"]), "though all inputs are the same")
-        raise InputError(f"not the same: {', '.join(result['differing'])} ({why})")
-    line("the same: every file has the hash in the manifest")
 
 
 @verb("models", of=doctor)

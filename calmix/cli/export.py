@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from calmix.cli.common import line, print_json, size
 from calmix.cli.verbs import verb
-from calmix.errors import InputError, nearest
+from calmix.errors import InputError
 from calmix.files import check_output_file, user_path
 from calmix.options import TRUST, Options, option, path_option
 from calmix.progress import Progress
 
-Form = Literal["pack", "model", "gguf", "openvino", "jsonl", "imatrix"]
+Form = Literal["pack", "model", "gguf", "jsonl", "imatrix"]
 SETS = ("jsonl", "imatrix")
 
 
@@ -21,8 +21,8 @@ class ExportOptions(Options):
     what: str = option(..., "A model, a pack or a saved calibration set.", argument=True)
     to: Form | None = option(None, "Format to write.", shown="pack; jsonl for a set")
     output: Path = path_option(..., "Folder, .jsonl or .gguf file to write.")
-    weights: Literal["int8", "own", "f16", "q8_0", "q4_0", "q4_1"] | None = option(
-        None, "OpenVINO: int8 or own. GGUF: f16, q8_0, q4_0, q4_1.", shown="int8; f16 for GGUF"
+    weights: Literal["f16", "q8_0", "q4_0", "q4_1"] | None = option(
+        None, "GGUF: type of weights without levels.", shown="f16"
     )
     like: Path | None = option(None, "GGUF: an existing file of the same model.", metavar="FILE")
     model: str | None = option(None, "Set: model that it is for.", flag="--model -m")
@@ -32,9 +32,12 @@ class ExportOptions(Options):
 
 PLACE, SET = {"output", "overwrite"}, {"output", "overwrite", "model", "trust_remote_code"}
 FORMS = {  # the options of each format
-    "pack": PLACE, "model": PLACE, "gguf": PLACE | {"weights", "like"}, "imatrix": SET,
-    "openvino": PLACE | {"weights", "trust_remote_code"}, "jsonl": SET,
-}  # fmt: skip
+    "pack": PLACE,
+    "model": PLACE,
+    "gguf": PLACE | {"weights", "like"},
+    "imatrix": SET,
+    "jsonl": SET,
+}
 
 
 @verb("export")
@@ -52,7 +55,7 @@ def export(options: ExportOptions) -> None:
         raise InputError(f"--{flag} has no effect with --to {form}: leave it out")
     if of_set and options.model is None:
         raise InputError(f"{options.what} is a calibration set: name its model with --model")
-    write = {"pack": _pack, "model": _pack, "gguf": _engine, "openvino": _engine}.get(form, _set)
+    write = {"pack": _pack, "model": _pack, "gguf": _gguf}.get(form, _set)
     with Progress() as bar:
         value, text = write(options, form, bar)
     print_json(value)
@@ -77,28 +80,23 @@ def _pack(options: ExportOptions, form: str, bar: Progress) -> Made:
     return asdict(made), text + f"({made.packed / made.dense:.3f}{sparse})"
 
 
-def _engine(options: ExportOptions, form: str, bar: Progress) -> Made:
-    """Export to an engine; the first of its weight formats is the default."""
-    from calmix.deploy import gguf, openvino
+def _gguf(options: ExportOptions, form: str, bar: Progress) -> Made:
+    from calmix.deploy import gguf
 
-    known = gguf.TYPES if form == "gguf" else openvino.WEIGHTS
-    weights: str = options.weights or next(iter(known))
-    if weights not in known:
-        raise InputError(f"--to {form} has no --weights {weights}: {nearest(weights, known)}")
-    how: dict[str, Any] = {"weights": weights, "overwrite": options.overwrite}
-    if form == "gguf":
-        made = gguf.export(options.what, options.output, like=options.like,
-                           say=bar.each("export", 2), **how)  # fmt: skip
-        kinds = ", ".join(f"{count} {kind}" for kind, count in made["types"].items())
-        stored = f" ({kinds}; {made['ours']} keep the levels of calmix)"
-        alike = f", in {made['engine']}"
-    else:
-        steps, trust = len(openvino.STEPS), options.trust_remote_code
-        made = asdict(openvino.export(options.what, options.output, trust_remote_code=trust,
-                                      say=bar.each("export", steps), **how))  # fmt: skip
-        stored, alike = "", f", same top-1 token {made['top1']:.0%}"
-    return made, (f"{size(made['before'])} of weights in {size(made['after'])}{stored}, KL to the "
-                  f"model {made['kl']:.2g} nats per token{alike}")  # fmt: skip
+    made = gguf.export(
+        options.what,
+        options.output,
+        weights=options.weights or "f16",
+        like=options.like,
+        overwrite=options.overwrite,
+        say=bar.each("export", 2),
+    )
+    kinds = ", ".join(f"{count} {kind}" for kind, count in made["types"].items())
+    return made, (
+        f"{size(made['before'])} of weights in {size(made['after'])} ({kinds}; {made['ours']} keep "
+        f"the levels of calmix), KL to the model {made['kl']:.2g} nats per token, in "
+        f"{made['engine']}"
+    )
 
 
 def _set(options: ExportOptions, form: str, bar: Progress) -> Made:

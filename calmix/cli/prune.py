@@ -49,24 +49,27 @@ class WorkOptions(TextField, DrawOptions, ModelOptions):
         return None if self.max_memory is None else parse_memory(self.max_memory)
 
     @contextmanager
-    def running(self, what: str) -> Iterator[tuple[bool, Progress, dict[str, Any]]]:
-        """Yield whether this process prints (of several, one does), progress, and how to run."""
-        from calmix.pruning import distributed
+    def running(self, what: str) -> Iterator[tuple[Progress, dict[str, Any]]]:
+        """Yield progress, and how to run."""
 
         def started(drawn: CalibrationSet | None) -> None:
-            if leads and drawn is not None:
+            if drawn is not None:
                 shares = ", ".join(f"{name} {count}" for name, count in drawn.counts.items())
                 note(f"{what} on {drawn.rows} rows of {drawn.length} tokens: {shares}")
 
-        most = self.most()  # refused before processes meet
-        with distributed.launched(self.device) as device:
-            leads = distributed.processes()[0] == 0
-            with Progress(shown=leads) as bar:
-                yield leads, bar, self.opening() | {
-                    "device": device, "max_memory": most, "resume": self.resume,
-                    "overwrite": self.overwrite, "note": note, "started": started,
+        with Progress() as bar:
+            yield (
+                bar,
+                self.opening()
+                | {
+                    "max_memory": self.most(),
+                    "resume": self.resume,
+                    "overwrite": self.overwrite,
+                    "note": note,
+                    "started": started,
                     "writing": bar.writing,
-                }  # fmt: skip
+                },
+            )
 
 
 @verb("prune")
@@ -84,7 +87,7 @@ def prune(
     """Prune or quantise a model in one shot and write a checkpoint that loads anywhere.
 
     Several methods, sparsities or patterns share one calibration set; each target gets its own
-    folder. Under torchrun, several processes with one GPU each prune one model together.
+    folder.
     """
     wanted = requests(method=method, sparsity=sparsity, pattern=pattern, bits=bits,
                       **work.options_of(Pruning))  # fmt: skip
@@ -104,10 +107,8 @@ def prune(
         print_json([asdict(one) | {"stage": one.stage.name} for one in costs])
         print_costs(costs, f"{model}, on this machine")
         return
-    with work.running("calibrating") as (leads, bar, how):
+    with work.running("calibrating") as (bar, how):
         reports = prune_checkpoints(model, targets, progress=bar.of("pruning blocks"), **how)
-    if not leads:
-        return
     results = [{"output": str(path)} | report.to_dict()
                for path, report in zip(targets, reports, strict=True)]  # fmt: skip
     print_json(results if several else results[0])
@@ -160,16 +161,14 @@ def recover(
 ) -> None:
     """Distil the dense model into the remaining weights; pruned weights stay zero.
 
-    Held-out rows decide when to stop. Under torchrun, distill splits the work among processes.
+    Held-out rows decide when to stop.
     """
     request = recover_request(**work.options_of(Recovering))
     from calmix.recovery import recover as run
 
     check_apart(output, [work.sources])
-    with work.running("recovering") as (leads, bar, how):
+    with work.running("recovering") as (bar, how):
         report = run(pruned, against, request, output, progress=bar.of(recovering.method), **how)
-    if not leads:
-        return
     print_json({"output": str(output)} | report.to_dict())
     line(f"held-out rows ({len(report.held_out)} of {report.rows}), {LOSSES[report.method]}: "
          f"{report.before:.4f} before, {report.after:.4f} after")  # fmt: skip

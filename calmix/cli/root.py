@@ -19,9 +19,9 @@ VERBS = {
     "compare": ("evaluate", "Compare the retention of several models"),
     "report": ("compress", "Write the report card of one or several models"),
     "calibrate": ("calibrate", "Draw a calibration set, or let the model write it"),
-    "export": ("export", "Export a pack, GGUF, OpenVINO, a set or imatrix"),
+    "export": ("export", "Export a pack, GGUF, a set or an imatrix"),
     "study": ("study", "Run many sets, methods and sparsities from one file"),
-    "doctor": ("doctor", "Check the installation; inspect or re-run a result"),
+    "doctor": ("doctor", "Check the installation, inspect a result"),
 }
 # Documented verbs that `calmix --help` does not list.
 CALLED = {"check": ("compress", "Test whether a compressed model meets its floors")}
@@ -35,7 +35,7 @@ MOVED = {
     "suites": "calmix evaluate suites, and calmix evaluate suite NAME",
     "pack": "calmix export --to pack", "unpack": "calmix export --to model",
     "hub": "hf upload OWNER/NAME OUT/model", "recommend": "calmix study recommend",
-    "inspect": "calmix doctor inspect", "rerun": "calmix doctor rerun",
+    "inspect": "calmix doctor inspect",
     "models": "calmix doctor models", "methods": "calmix doctor methods",
     "assets": "calmix doctor assets",
 }  # fmt: skip

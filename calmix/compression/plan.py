@@ -35,6 +35,7 @@ from calmix.options import (
     Compression,
     DeviceOptions,
     Target,
+    option_words,
     parse_share,
 )
 from calmix.pruning.budget import parse_memory
@@ -415,11 +416,5 @@ def scoring(
 
 
 def _stage(name: str, out: Path, leaves: str, *words: str, **options: object) -> Stage:
-    """Return a stage of words and options, without those that are None, False or the default."""
-    found: list[str] = []
-    for key, value in options.items():
-        if value is not None and value is not False and (key, value) != ("device", "auto"):
-            flag = f"--{key.replace('_', '-')}"
-            values = value if isinstance(value, tuple) else (value,)
-            found += [flag] if value is True else [s for one in values for s in (flag, str(one))]
-    return Stage(name, (*words, *found, "-o", str(out / leaves)), leaves)
+    """Return a stage of words and options."""
+    return Stage(name, (*words, *option_words(options), "-o", str(out / leaves)), leaves)

@@ -1,1 +1,1 @@
-"""Models in other formats: lossless packs, GGUF and OpenVINO exports."""
+"""Models in other formats: lossless packs and GGUF."""

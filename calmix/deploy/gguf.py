@@ -87,7 +87,7 @@ def export(
         if find_spec("llama_cpp"):
             engine, run = "llama.cpp", _in_llama_cpp
             most = max(most, ROUNDED) if ours else most
-        kl, _ = difference(opened, partial(run, new), most, weights)
+        kl = difference(opened, partial(run, new), most, weights)
         new.chmod(0o644)
         sync(new)  # a rename can reach the disk before the bytes
         new.replace(real_place(output))

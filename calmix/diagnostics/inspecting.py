@@ -5,6 +5,7 @@ A missing, changed or damaged file is a problem; something intact but unusual is
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,17 +20,19 @@ from calmix.compression import running
 from calmix.compression.plan import Request, stages
 from calmix.errors import CalmixError, InputError, first_line
 from calmix.evaluation import generations, scores
-from calmix.files import EXPORT, RESULTS, check_links, read_object, sha256_file, sha256_json
+from calmix.files import RESULTS, check_links, read_object, sha256_file, sha256_json
 from calmix.manifest import file_hashes, read_sealed
 from calmix.models.shards import PACK
+from calmix.options import option_words
 from calmix.pruning.checkpoint import MANIFEST, RUN
 from calmix.pruning.experts import starved
 from calmix.pruning.report import LayerReport
 from calmix.pruning.work import RECORD, SET, SUFFIX, read_record
+from calmix.specs import NONE
 from calmix.study.store import open_store
 
 # Files that no manifest lists: manifests, run records and model cards.
-BESIDE = {MANIFEST, RUN, PACK, EXPORT, "README.md"}
+BESIDE = {MANIFEST, RUN, PACK, "README.md"}
 Say = Callable[[str], None]
 # Beyond these a layer gets a warning (ours: some three times the values of SparseGPT at 60 %).
 ERROR, DEAD = 0.3, 0.1
@@ -128,6 +131,7 @@ def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, 
     if another program pruned the model."""
     manifest = read_sealed(folder / MANIFEST, "")
     pruned: dict[str, Any] | None = manifest
+    command = {"command": _command(manifest)} if manifest.get("request") else {}
     health.kind = health.kind.replace("checkpoint", manifest["kind"])
     recovered: dict[str, str] = {}
     while pruned is not None and pruned["kind"] == "recovered checkpoint":
@@ -135,8 +139,12 @@ def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, 
         text = f"held-out rows {one['before']:.4f} before, {one['after']:.4f} after"
         recovered, pruned = {f"recovery by {one['method']}": text, **recovered}, pruned["pruned"]
     if pruned is None:
-        health.facts = {"model": manifest["model"]["name"], **recovered,
-                        "versions": _versions(manifest)}  # fmt: skip
+        health.facts = {
+            "model": manifest["model"]["name"],
+            **recovered,
+            **command,
+            "versions": _versions(manifest),
+        }
         return dict(manifest["files"]), None
     done, drawn, text = pruned["pruning"], pruned["calibration"], "none"
     if drawn is not None:
@@ -152,8 +160,27 @@ def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, 
         health.facts["bits a weight"] = f"{done['bits']:.3f}" + "".join(outer)
     if gone := sum(len(one["scores"]) - len(one["kept"]) for one in done["dropped"]):
         health.facts["experts dropped"] = gone
-    health.facts["versions"] = _versions(manifest)
+    health.facts |= {**command, "versions": _versions(manifest)}
     return dict(manifest["files"]), pruned
+
+
+def _command(manifest: dict[str, Any]) -> str:
+    """Return the command that makes a checkpoint again, without its output folder."""
+    name, recovered = manifest["model"]["name"], manifest["kind"] == "recovered checkpoint"
+    options = dict(manifest["request"])
+    options |= options.pop("draw")
+    if options.pop("sources", None):
+        options["sources"] = "FILE"
+    if recovered:
+        options = {"against": manifest["against"]["name"], **options}
+    else:
+        own = [f"{key}={value}" for key, value in options.pop("options").items()]
+        method = options.pop("method")
+        options |= {} if method == NONE else {"method": ",".join([method, *own])}
+        options |= {key: tuple(options[key]) for key in ("only", "skip")}
+    options |= {"dtype": manifest["dtype"], "device": manifest["device"]}
+    words = ["calmix", "recover" if recovered else "prune", name, *option_words(options)]
+    return shlex.join(words)
 
 
 def _versions(manifest: dict[str, Any]) -> str:
@@ -171,16 +198,6 @@ def _pack(folder: Path, health: Health, say: Say) -> None:
     _files(folder, packed, health, say)
     sizes = [(folder / name).stat().st_size for name in packed if (folder / name).is_file()]
     health.facts["packed bytes"] = sum(sizes)
-
-
-def _export(folder: Path, health: Health, say: Say) -> None:
-    manifest = read_sealed(folder / EXPORT, "")
-    health.facts = {
-        "model": manifest["model"]["name"],
-        "engine": f"{manifest['engine']}, {manifest['weights']} weights",
-        "versions": _versions(manifest),
-    }
-    _files(folder, dict(manifest["files"]), health, say)
 
 
 def _calibration(folder: Path, health: Health, say: Say) -> None:
@@ -305,7 +322,6 @@ CHECKS: dict[str, Check] = {
     "compressed model": _compressed,
     "pack": _pack,
     "checkpoint": _checkpoint,
-    "export": _export,
     "calibration set": _calibration,
     "ladder of candidates": _ladder,
     "unfinished work": _work,

@@ -15,7 +15,6 @@ The formulas for activations and solver were fitted to the engine.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from calmix.machine import device_memory, tokens_at_once
 from calmix.models.blocks import outer_weights
 from calmix.models.streaming import StreamedModel
 from calmix.options import BITS_METHOD
-from calmix.pruning import distributed
 from calmix.pruning.engine import ROUNDED
 from calmix.pruning.experts import EXPERT_BYTES
 from calmix.pruning.gram import ENTRIES
@@ -96,8 +94,7 @@ def plan_for(
     rows_at_once: int = 0,
     embeddings: bool = False,
 ) -> Plan:
-    """Return how to prune a model within a budget or the free memory; several processes all follow
-    the one with the least.
+    """Return how to prune a model within a budget or the free memory.
 
     The process's memory is rounded up to a quarter of a GiB, so that the same budget gives the same
     plan: the micro-batch size affects rounding. Fewer paused micro-batches and no overlap change no
@@ -107,13 +104,13 @@ def plan_for(
         source: the model.
         shape: of the calibration ids, (0, 0) without any.
         method: the pruning method, or `Look`.
-        budget: bytes per process; None for the free memory, which a CPU may exceed.
+        budget: bytes of the process; None for the free memory, which a CPU may exceed.
         sequential: whether pruned weights replace the dense ones before a block's end.
         rows_at_once: rows of a micro-batch in resumed work, which must not change.
         embeddings: whether embeddings are rounded at the end.
     """
-    blocks, (rows, length), world = source.blocks, shape, distributed.processes()[1]
-    rows, kind, sizes = -(-rows // world), method.needs, blocks.sizes
+    blocks, (rows, length) = source.blocks, shape
+    kind, sizes = method.needs, blocks.sizes
     block, device = max(sizes), source.device
     accelerator = device.type != "cpu"
     # Bytes per token: hidden states, and the widest input.
@@ -143,10 +140,8 @@ def plan_for(
 
     held, free, total = device_memory(device)
     swaps = total is None
-    if swaps and world > 1:  # processes share main memory, but not a device
-        free //= int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    most = min(distributed.everyone(held + int(FREE_SHARE * free) if budget is None else budget))
-    held = max(distributed.everyone(held + (KERNELS if swaps else WORKSPACE)))
+    most = held + int(FREE_SHARE * free) if budget is None else budget
+    held += KERNELS if swaps else WORKSPACE
     room, held = int((1 - SLACK) * most), -(-held // (GIB // 4)) * (GIB // 4)
     # On a CPU the micro-batch does not depend on the free memory, so that results do not either;
     # what does not fit is swapped.

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,6 @@ from calmix.models.shards import write_file
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name
-from calmix.pruning import distributed
 from calmix.pruning.allocation import KL, SPREAD, DensePass, from_shares
 from calmix.pruning.budget import Plan, plan_for
 from calmix.pruning.engine import Patterns, Run, check_pattern, memory_errors
@@ -79,8 +78,7 @@ def prune_checkpoints(
     """Draw a model's calibration set, prune the model block by block and write checkpoints.
 
     Weights are read and written one block at a time. Finished blocks are kept beside each output,
-    so that an interrupted run can be resumed. With several processes
-    (`calmix.pruning.distributed`) the first one draws, writes and reports.
+    so that an interrupted run can be resumed.
 
     Args:
         name: the model, as for `open_model`.
@@ -92,12 +90,10 @@ def prune_checkpoints(
         A report for each target, in order.
     """
     run = How.of(**how)
-    if distributed.processes()[0] != 0:
-        run = replace(run, note=How.note, started=How.started)
-    distributed.once(lambda: check_request([name], targets, run))
+    check_request([name], targets, run)
     work = _Pruning(name, targets, run)
     try:
-        done = distributed.once(work.finished) if run.resume else {}
+        done = work.finished() if run.resume else {}
         for output in done:
             run.note(f"{output} was finished by an earlier run")
         work.jobs = [job for job in work.jobs if job.output not in done]
@@ -158,8 +154,6 @@ class Job:
         self.asked: dict[str, Any] = {
             "dtype": dtype_name(source.dtype),
             "device": source.device.type,
-            # How the rows are divided changes the order of summation.
-            "processes": distributed.processes()[1],
             **request.record(),
             "versions": deciding_versions(),
         }
@@ -177,7 +171,7 @@ class _Pruning:
         only, skip, self.share, self.drops_alone = alike.pop()
         source.blocks = source.blocks.select(only, skip)
         self.jobs = [Job(output, request, source) for output, request in targets.items()]
-        model = distributed.once(lambda: fingerprint(source.folder))  # reads the whole model
+        model = fingerprint(source.folder)  # reads the whole model
         self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
         for job in self.jobs:
             job.asked |= {"model": model, "tokenizer": self.tokenizer.identity}
@@ -231,25 +225,26 @@ class _Pruning:
         """Refuse a run for which memory or disk space is too small."""
         tokens = shape[0] * shape[1]
         states = tokens and tokens * token_bytes(self.source.model, self.source.blocks)
-        if min(plan.states for plan in self.plans(shape)) * distributed.processes()[1] >= states:
+        if min(plan.states for plan in self.plans(shape)) >= states:
             states = 0
         what = "checkpoint and hidden states take" if tokens else "the checkpoint takes"
         needed = len(self.jobs) * self.checkpoint_bytes + states
         needed -= sum(job.work.bytes for job in self.jobs)
-        distributed.once(lambda: check_free(self.jobs[0].output, needed, what))
+        check_free(self.jobs[0].output, needed, what)
 
     def draw(self, jobs: Sequence[Job]) -> CalibrationSet:
         """Return the jobs' shared set from resumed work, or draw and save it."""
         first, works = jobs[0].request, [job.work for job in jobs]
-        drawn = distributed.once(
-            lambda: draw_set(
-                works, str(first.calibration), self.tokenizer,
-                lambda: open_model(self.source.name, **self.run.opening),
-                first.drawn(), writing=self.run.writing, note=self.run.note,
-            )
-        )  # fmt: skip
+        drawn = draw_set(
+            works,
+            str(first.calibration),
+            self.tokenizer,
+            lambda: open_model(self.source.name, **self.run.opening),
+            first.drawn(),
+            writing=self.run.writing,
+            note=self.run.note,
+        )
         check_ids(self.source.name, self.source.model.get_input_embeddings(), drawn.ids)
-        distributed.own_rows(drawn.ids)  # refuses too few rows before anything is written
         return drawn
 
     def prune(self) -> dict[Path, PruneReport]:
@@ -280,8 +275,7 @@ class _Pruning:
                 failed[job.output] = error
                 continue
             report.dropped = dropped
-            if distributed.processes()[0] == 0:
-                self._finish(job, report)
+            self._finish(job, report)
             done[job.output] = report
         for output, failure in failed.items():
             line = f"{output}: {failure}; all others are done" if done else str(failure)
@@ -339,7 +333,7 @@ class _Pruning:
         folder = last.checkpoint if self.drops_alone else last.path / "scratch" / "dropped"
         for work in works:
             work.keep(dropped=[asdict(mixture) for mixture in dropped])
-        distributed.once(partial(write_dropped, source, dropped, folder))
+        write_dropped(source, dropped, folder)
         dtype = dtype_name(source.dtype)
         made = StreamedModel(str(folder), **self.run.opening | {"dtype": dtype})
         source.close()
@@ -351,7 +345,7 @@ class _Pruning:
     def _allocate(self, ids: Tensor) -> None:
         """Compute and keep per-layer sparsities or bits for jobs with an allocation."""
         if jobs := self._unallocated(KL):
-            rates = distributed.once(partial(self._rates, jobs, ids))
+            rates = self._rates(jobs, ids)
             for job in jobs:
                 bits = rates[job.request.target]
                 job.work.keep(allocation={name: str(rate) for name, rate in bits.items()})
@@ -415,18 +409,16 @@ def prune_streamed(
     if work.done < count or run.embeddings is not None:
         for index in take_through(source, ids, run, work, plan, shards[: work.done]):
             run.report.seconds["total"] = time.perf_counter() - began
-            if work.claimed:
-                work.save(shards[index], source.weights(index))
-                if run.report.grids:
-                    work.save(f"{CHECKPOINT}/{SCALES}/{index:05}", stored(run.report.grids))
+            work.save(shards[index], source.weights(index))
+            if run.report.grids:
+                work.save(f"{CHECKPOINT}/{SCALES}/{index:05}", stored(run.report.grids))
             run.report.grids.clear()
             work.keep(done=index + 1, report=run.report.to_dict())
             progress(index + 1)
-    if work.claimed:
-        for shard, names in list(zip(shards, files.values(), strict=True))[count:]:
-            work.save(shard, source.rest(names, run.report.embeddings))
-        if run.embeddings is not None:
-            work.save(f"{CHECKPOINT}/{SCALES}/outside", stored(run.report.grids))
+    for shard, names in list(zip(shards, files.values(), strict=True))[count:]:
+        work.save(shard, source.rest(names, run.report.embeddings))
+    if run.embeddings is not None:
+        work.save(f"{CHECKPOINT}/{SCALES}/outside", stored(run.report.grids))
     source.drop_outside()
     run.report.seconds["total"] = time.perf_counter() - began
     return run.report
@@ -448,7 +440,7 @@ def take_through(
     run.paused, run.expert_bytes = plan.paused, plan.expert_bytes
     with memory_errors(run, source.device):
         if run.needs_ids:
-            folder = work.scratch(f"states-{distributed.processes()[0]}")
+            folder = work.scratch("states")
             run.states = States(folder, source.device, plan.states)
             source.fetch_outside()
             source.fetch(0)
@@ -497,9 +489,7 @@ def _write_beside(
     others = (name for name in matching(source.folder, BESIDE) if not (folder / name).exists())
     copy_files(source.folder, folder, others)
     done, files = report.to_dict(), file_hashes(folder, without=(MANIFEST, RUN))
-    run = run_record(done.pop("seconds")) | {
-        "batch": report.rows_at_once, "processes": distributed.processes()[1],
-    }  # fmt: skip
+    run = run_record(done.pop("seconds")) | {"batch": report.rows_at_once}
     manifest = {
         "kind": "pruned checkpoint",
         "model": {"name": source.name, "sha256": asked["model"]},

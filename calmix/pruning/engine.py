@@ -39,7 +39,6 @@ from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
 from calmix.options import BITS_METHOD, METHOD, Propagation
 from calmix.precision import bfloat16_products, dtype_name, reproducible
-from calmix.pruning import distributed
 from calmix.pruning.experts import EXPERT_BYTES, SMOOTHING, Routed, Step
 from calmix.pruning.gram import Gram, Statistic, inverse_factor, relative_error
 from calmix.pruning.methods import Method, get_method
@@ -266,16 +265,15 @@ class Run:
         began, ids = time.perf_counter(), check_ids(ids, self.method.name)
         device, (rows, length) = self._device(0), ids.shape
         self.report.tokens, self.report.rows = ids.numel(), rows
-        own = distributed.own_rows(ids)
         at_once = max(1, (micro_tokens or tokens_at_once(device)) // length)
-        self.report.rows_at_once = min(at_once, len(own))
+        self.report.rows_at_once = min(at_once, rows)
         with _at_work(device):
             # Blocks are observed outside inference mode: tensors have version counters there.
             with torch.inference_mode(False), torch.no_grad():
                 few = ids[:1, :TOKENS].clone().to(device)
                 self._calls = calls = Calls(self.model, self.blocks, few)
                 self._few = calls.record(few)
-            for number, part in enumerate(own.split(at_once)):
+            for number, part in enumerate(ids.split(at_once)):
                 self.states[number], batch = calls.record(part.to(device))
                 self._batches.append(batch)
         self.report.seconds["prepare"] += time.perf_counter() - began
@@ -341,7 +339,6 @@ class Run:
             if inputs is None:
                 return None
             gram.add(inputs)
-        distributed.add_up(gram.sum)
         return gram.matrix()
 
     def _advance(self, index: int, run: Callable[[int], Tensor] | None = None) -> None:
@@ -429,18 +426,16 @@ class Run:
 
         yield add
         with self._laps.lap("solve"):
-            distributed.add_up(statistic.sum)
             self._prune(shared, statistic.matrix())
 
     def _experts(self, routed: Routed, step: Step, experts: list[int]) -> Iterator[Work]:
         """Gather the statistics of some experts at one step, smoothed by those of all tokens, then
-        prune them. Each process collects those of its own rows."""
+        prune them."""
         columns = step.layers[experts[0]][0].shape[1]
         report, kind = self.report, partial(self._kind, columns, routed.device)
         own: dict[int, Statistic] = defaultdict(kind)
         every: dict[int, Statistic] = defaultdict(kind)
-        length, (rank, world) = report.tokens // report.rows, distributed.processes()
-        first = rank * (report.rows // world) + min(rank, report.rows % world)  # as `own_rows`
+        length = report.tokens // report.rows
         # One in `spacing` tokens stands for all, so that each expert sees as many of them as are
         # routed to it on average. A `spacing` coprime to the row length favours no position.
         spacing, sampled = max(1, round(routed.mixture.count / max(1, routed.chosen))), 0
@@ -458,7 +453,7 @@ class Run:
             rows = self._batches[number].rows
             if number not in routed.counted:
                 routed.counted[number] = routed.counts(rows, args, kwargs)
-            before = (first + number * report.rows_at_once) * length
+            before = number * report.rows_at_once * length
             tokens = torch.arange(-before % spacing, rows * length, spacing).to(routed.device)
             routed.collect(step, experts, (args, kwargs), partial(add, own))
             if smoothed and len(tokens):
@@ -466,15 +461,14 @@ class Run:
                 routed.everything(step, smoothed, tokens, (args, kwargs), partial(add, every))
 
         def summed(sums: dict[int, Statistic], expert: int) -> Tensor:
-            statistic = sums[expert]  # of no tokens if this process has seen none
+            statistic = sums[expert]  # of no tokens if none is routed to it
             del sums[expert]
-            distributed.add_up(statistic.sum)
             return statistic.matrix()
 
         yield collect
         if not report.experts or report.experts[-1].name != routed.name:  # once per mixture
-            here = torch.cat([routed.counted[number] for number in range(len(self._batches))]).cpu()
-            by_row = torch.cat(distributed.everyone(here))
+            counts = [routed.counted[number] for number in range(len(self._batches))]
+            by_row = torch.cat(counts).cpu()
             by_source = {}
             for source in dict.fromkeys(self.sources):
                 own_rows = torch.tensor([one == source for one in self.sources])
@@ -482,13 +476,12 @@ class Run:
             report.experts.append(ExpertsReport(routed.name, by_row.sum(0).tolist(), by_source))
         whole: Tensor | None = None
         with self._laps.lap("solve"):
-            total = sum(distributed.everyone(sampled))
             for expert in experts:
                 statistic = summed(own, expert)
                 if smoothed:
                     if whole is None or not step.common:
                         whole = summed(every, expert)
-                    statistic.add_(whole, alpha=SMOOTHING / total)
+                    statistic.add_(whole, alpha=SMOOTHING / sampled)
                 tokens = report.experts[-1].tokens[expert]
                 self._prune(step.layers[expert], statistic, tokens)
                 del statistic

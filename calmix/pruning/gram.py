@@ -34,7 +34,7 @@ ATTEMPTS = (
 class Statistic(ABC):
     """What a method needs of a layer's inputs: a float32 sum over all calibration tokens.
 
-    Sums over several sets of tokens, or from several processes, add up. The default is a vector.
+    Sums over several sets of tokens add up. The default is a vector.
 
     Args:
         columns: width of the input.

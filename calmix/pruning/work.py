@@ -16,9 +16,7 @@ A run uses it in this order:
     work.complete()                                         # checkpoint/ becomes the output
 
 and `work.leave(error, note)` on an error. work.json is replaced atomically, so the files it lists
-are complete; a file saved after it is written again when the run resumes. With several processes
-the first one holds the folder; `claim` gives the others its contents, and their `keep` writes
-nothing.
+are complete; a file saved after it is written again when the run resumes.
 """
 
 from __future__ import annotations
@@ -51,7 +49,6 @@ from calmix.files import (
 from calmix.manifest import differences, read_sealed, sealed
 from calmix.models import OpenModel
 from calmix.models.shards import read_file, tensor_bytes, write_file
-from calmix.pruning import distributed
 
 SUFFIX, RECORD, CHECKPOINT, SET = ".unfinished", "work.json", "checkpoint", "calibration"
 
@@ -102,10 +99,10 @@ class WorkFolder:
         return bool(self.done or self.kept.get("dropped"))
 
     def claim(self, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Take the folder for a request; all processes get an earlier run's record."""
+        """Take the folder, and the record of an earlier run, for a request."""
         self._asked, self._overwrite = json.loads(json.dumps(asked)), overwrite
         try:
-            self.kept = distributed.once(lambda: self._take(resume, overwrite))
+            self.kept = self._take(resume, overwrite)
         except BaseException:
             give_back(self._lock)
             raise
@@ -153,8 +150,7 @@ class WorkFolder:
     def keep(self, **facts: Any) -> None:
         """Record the saved files and JSON-serialisable facts."""
         self.kept |= facts
-        if self.claimed:
-            self._write(self.path)
+        self._write(self.path)
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors to a safetensors file of the folder, atomically."""
@@ -303,5 +299,4 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path) -> InputError:
-    what = "damaged or missing (several processes need one disk)"
-    return InputError(f"{path} is {what}: start over with --overwrite")
+    return InputError(f"{path} is damaged or missing: start over with --overwrite")

@@ -32,7 +32,6 @@ from calmix.options import Recovering
 from calmix.precision import dtype_name, reproducible, suited
 from calmix.pruning.budget import GIB
 from calmix.pruning.checkpoint import MANIFEST, RUN, check_request, is_of, read_told
-from calmix.pruning.distributed import everyone, once, processes
 from calmix.pruning.expert_pruning import experts_of
 from calmix.pruning.solvers.grids import SCALES, read_grids
 from calmix.pruning.trace import token_bytes
@@ -93,7 +92,7 @@ class RecoveryReport(Shown):
 
 
 class Job:
-    """A running recovery, in each of its processes.
+    """A running recovery.
 
     Attributes:
         pruned, dense: the models, their blocks on disk.
@@ -108,23 +107,13 @@ class Job:
 
     def __init__(self, request: Recovering, output: Path, run: How) -> None:
         self.request, self.output, self.run = request, output, run
-        self.rank, self.processes = processes()
-        self.main = self.rank == 0
-        if self.processes > 1 and request.method == "blocks":
-            raise InputError("recovery by blocks runs in one process: start it without a launcher")
         self.device = device_of(run.device)
-        if request.batch % self.processes:
-            raise InputError(
-                f"--batch {request.batch} is not a multiple of {self.processes} processes: use "
-                f"--batch {request.batch + -request.batch % self.processes}"
-            )
         dtype = run.dtype
         if dtype == "auto":
             dtype = dtype_name(suited(torch.bfloat16, self.device))
         if dtype not in ("bfloat16", "float32"):
             raise InputError(f"--dtype {dtype} cannot train: use bfloat16 or float32")
         self.opening = run.opening | {"dtype": dtype, "device": str(self.device)}
-        self.say = run.note if self.main else How.note
         self.work = WorkFolder(output, "steps" if request.method == "distill" else "blocks")
 
     def take(self, pruned: StreamedModel, dense: StreamedModel) -> None:
@@ -173,7 +162,7 @@ class Job:
         """Set the calibration set, hold rows out, plan the memory, and resume the clock.
 
         The process's memory is rounded up to a quarter of a GiB, so that the same budget gives the
-        same plan. All processes follow one plan: they add up gradients after each pass.
+        same plan.
         """
         self.calibration = calibration
         seed = calibration.manifest.get("seed")
@@ -183,10 +172,9 @@ class Job:
         self.began = time.perf_counter() - self.work.kept.get("seconds", 0.0)  # of earlier runs
         give_memory_back()
         held, free, _ = device_memory(self.device)
-        held, free = max(everyone(held)), min(everyone(free))
-        rows = rows_at_once(self.request.batch // self.processes, calibration.length)
+        rows = rows_at_once(self.request.batch, calibration.length)
         if (most := self.run.max_memory) is None:
-            rows, room = rows[:1], int(ROOM * free) // self.processes
+            rows, room = rows[:1], int(ROOM * free)
         else:
             held = -(-held // (GIB // 4)) * (GIB // 4)
             room = most - held
@@ -195,7 +183,7 @@ class Job:
         self.rows, self.sparing, needed = make_plan(
             self.pruned, self.request.method, calibration.length, rows, room
         )
-        self.say("recovery " + check_memory(needed, held, most, free))
+        self.run.note("recovery " + check_memory(needed, held, most, free))
 
     def check_room(self, tokens: int) -> None:
         """Refuse a recovery if the disk has no room for the files of this many tokens."""
@@ -240,8 +228,7 @@ def recover(
     """Train the remaining weights of a pruned model on a calibration set, and write a checkpoint.
 
     Zeros of the linear maps stay exactly zero; embeddings and output head stay unchanged. Held-out
-    rows of the set decide when to stop and which weights are kept. Distillation can run in several
-    processes (`calmix.pruning.distributed`) that share a disk.
+    rows of the set decide when to stop and which weights are kept.
 
     Args:
         pruned: the model to recover, as for `open_model`.
@@ -268,9 +255,9 @@ def recover(
             writing=run.writing, note=run.note,
         )  # fmt: skip
 
-    once(lambda: check_request([pruned, against], {job.output: request}, run))
+    check_request([pruned, against], {job.output: request}, run)
     if not run.resume:  # are there enough rows? A resumed run may lack the source files
-        rows = once(lambda: ask(request.calibration, **request.drawn()).draw.rows)
+        rows = ask(request.calibration, **request.drawn()).draw.rows
         split_rows([""] * rows, request.batch, 0)
     models = [StreamedModel(name, **job.opening) for name in (pruned, against)]
     try:
@@ -284,7 +271,6 @@ def recover(
             "tokenizer": tokenizers[0].identity,
             "dtype": job.opening["dtype"],
             "device": job.device.type,
-            "processes": job.processes,
             **request.record(),
             "versions": deciding_versions(),
         }
@@ -292,19 +278,19 @@ def recover(
         with suppress(KeyError, TypeError):
             if run.resume and is_of(manifest, asked, job.output):
                 report = RecoveryReport(**manifest["recovery"], seconds=record["seconds"])
-                job.say(f"{job.output} was finished by an earlier run")
+                run.note(f"{job.output} was finished by an earlier run")
                 work.remove_leftover()
                 return report
         work.claim(asked, resume=run.resume, overwrite=run.overwrite)
         try:
-            calibration = once(draw)
+            calibration = draw()
             if work.resumes:
-                once(lambda: job.check_room(calibration.ids.numel()))
+                job.check_room(calibration.ids.numel())
             check_ids(pruned, job.pruned.model.get_input_embeddings(), calibration.ids)
             job.begin(calibration)
             run.started(calibration)
             if work.done:
-                job.say(f"resuming after {work.done} {work.unit}")
+                run.note(f"resuming after {work.done} {work.unit}")
             with reproducible(job.device):
                 train = distill_model if request.method == "distill" else recover_blocks
                 before, after, curve = train(job)
@@ -314,11 +300,9 @@ def recover(
                 job.weights, job.zeros, curve, {"total": time.perf_counter() - job.began},
                 job.quantised,
             )  # fmt: skip
-            if job.main:
-                _finish(job, asked, report)
-            everyone(None)
+            _finish(job, asked, report)
         except BaseException as error:
-            work.leave(error, job.say)
+            work.leave(error, run.note)
             raise
         return report
     finally:
@@ -335,7 +319,7 @@ def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
         "kind": "recovered checkpoint",
         "model": {"name": pruned.name, "sha256": asked["pruned"]},
         "against": {"name": job.dense.name, "sha256": asked["against"]},
-        **{name: asked[name] for name in ("dtype", "device", "processes")},
+        **{name: asked[name] for name in ("dtype", "device")},
         "request": job.request.record(),
         "calibration": job.calibration.manifest,
         "recovery": done,

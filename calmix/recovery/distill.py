@@ -1,7 +1,7 @@
 """Distillation of the dense model's logits into the whole pruned model, KL(dense || pruned).
 
 The dense model runs once: its head's inputs are kept, and logits are recomputed from them when
-needed. With several processes, each holds the models and takes a share of every step's rows.
+needed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from calmix.evaluation.likelihood import Head, behind, decoder_and_head, divergences, in_cache
 from calmix.models import find_blocks, open_model
 from calmix.models.shards import read_file, write_file
-from calmix.pruning.distributed import add_up, everyone, once
 from calmix.recovery.memory import CHUNK, LEAST
 from calmix.recovery.training import Progress, grouped, steps_of, train, trained_parameters
 
@@ -84,7 +82,7 @@ def divergence(
 
 
 class Student(nn.Module):
-    """A pruned model whose forward returns the loss, as wrappers such as DDP expect.
+    """A pruned model whose forward returns the loss.
 
     `dense_head` is None if the heads are equal; `fixed` weights are not trained. With `recompute`,
     blocks are recomputed in the backward pass: the same numbers in less memory and more time.
@@ -133,13 +131,10 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
         dense_head = None
     del weights
     student: Any = Student(model, dense_head, recompute=job.sparing, fixed=job.fixed)
-    if job.processes > 1:
-        student = DistributedDataParallel(student)
     masters = job.masters({name: p for name, p in model.named_parameters() if p.requires_grad})
-    ids, share = job.calibration.ids, request.batch // job.processes
+    ids = job.calibration.ids
 
-    def mean(numbers: list[int], learn: bool) -> Tensor:
-        rows = numbers[job.rank * share : (job.rank + 1) * share] if learn else numbers
+    def mean(rows: list[int], learn: bool) -> Tensor:
         tokens = len(rows) * ids.shape[1]
         total = torch.zeros((), dtype=torch.float32, device=job.device)
         for part in grouped(rows, job.rows):
@@ -150,8 +145,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
             if learn:
                 loss.backward()
                 masters.collect()
-        add_up(total)
-        return total / job.processes
+        return total
 
     steps = steps_of(job.training, request.batch, request.epochs, job.seed)
     progress = Progress(len(steps))
@@ -169,28 +163,24 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
             continue
         if progress.best == progress.done:
             best = 1 - counted[1]
-            if job.main:
-                work.save(f"best-{best}", masters.stored())
+            work.save(f"best-{best}", masters.stored())
         now = time.monotonic()
         over = progress.stopped or progress.done == progress.steps
-        due = not over and now - saved >= SAVING * took
-        if once(functools.partial(bool, due)):
+        if not over and now - saved >= SAVING * took:
             state = 1 - counted[0]
-            if job.main:
-                work.save(f"state-{state}", masters.state())
+            work.save(f"state-{state}", masters.state())
             counted = state, best
             job.keep(progress.done, run=asdict(progress), counted=counted)
             saved = time.monotonic()
             took = saved - now
-    if job.main:
-        made = work.load(f"best-{best}") if progress.best else {}
-        parts = [job.pruned.block_names(index) for index in range(len(job.pruned.blocks))]
-        others = made.keys() - {name for part in parts for name in part}
-        # File by file: splitting merged weights copies them.
-        for number, file in enumerate(job.pruned.layout):
-            names = parts[number] if number < len(parts) else others
-            held = {name: made[name] for name in names if name in made}
-            job.write(file, job.pruned.as_stored(held))
+    made = work.load(f"best-{best}") if progress.best else {}
+    parts = [job.pruned.block_names(index) for index in range(len(job.pruned.blocks))]
+    others = made.keys() - {name for part in parts for name in part}
+    # File by file: splitting merged weights copies them.
+    for number, file in enumerate(job.pruned.layout):
+        names = parts[number] if number < len(parts) else others
+        held = {name: made[name] for name in names if name in made}
+        job.write(file, job.pruned.as_stored(held))
     losses = dict(progress.held_out)
     return losses[0], losses[progress.best], asdict(progress) | {"shared_head": shared}
 
@@ -198,17 +188,16 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
 def _dense_states(job: Job) -> tuple[Path, Head | None, list[Tensor]]:
     """Write the dense model's head inputs, one file per row, in the compute type.
 
-    Each process computes its share. Returns the folder, the head and its weights.
+    Returns the folder, the head and its weights.
     """
-    folder, ids = once(lambda: job.work.scratch("dense")), job.calibration.ids
+    folder, ids = job.work.scratch("dense"), job.calibration.ids
     model = open_model(job.dense.name, **job.opening).model
     decoder, head = decoder_and_head(model)
-    for part in grouped(range(job.rank, len(ids), job.processes), job.rows):
+    for part in grouped(range(len(ids)), job.rows):
         with torch.inference_mode():
             hidden = decoder(input_ids=ids[part].to(job.device), use_cache=False)[0]
         for row, value in zip(part, hidden, strict=True):
             write_file(folder / str(row), {"hidden": value})
-    everyone(None)
     for block in find_blocks(model).blocks:  # the head holds the model
         block.to("meta")
     return folder, head, _head_weights(model)

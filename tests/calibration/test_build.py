@@ -174,7 +174,7 @@ def test_a_set_is_drawn_saved_read_back_and_exported(calmix, sources, tiny, tiny
         (("export", folder, "-m", foreign, "-o", other), "another tokenizer"),
         (("export", tiny_folder, "-m", tiny_folder, "-o", other), "no effect with --to pack"),
         (("export", folder, "-o", other), "name its model with --model"),
-        (("export", folder, "--to", "openvino", "-o", other), "it has no export to openvino"),
+        (("export", folder, "--to", "gguf", "-o", other), "it has no export to gguf"),
         (("calibrate", mix, *how, "-o", folder), "exists and is not empty"),
         (("calibrate", folder, *how, "-o", other), "is already a calibration set"),
     ):

@@ -33,7 +33,6 @@ VERBS = {
     "recover": "{model} --against {other} --calibration {text} --length 64 -o {out}",
     "export --to pack": "{model} -o {out}",
     "export --to model": "{pack} -o {out}",
-    "export --to openvino": "{model} -o {out}",
     "export --to jsonl": "{set} --model {model} -o {out}.jsonl",
     "calibrate draw": "{text} --model {model} --length 64 -o {out}",
     "calibrate measure": "{text} {set} --model {model} --rows 4 --length 32 -o {out}.json",
@@ -60,7 +59,6 @@ VERBS = {
     "study recommend": "{results}",
     "doctor check": "",
     "doctor inspect": "{set}",
-    "doctor rerun": "{set} -o {out}",
     "doctor models": "",
     "doctor methods": "",
     "doctor assets": "",
@@ -125,10 +123,7 @@ SAID = {
     **{old: f"calmix {old} is now {new}" for old, new in MOVED.items()},
 }
 # Verbs that know beforehand how much disk space they need.
-DISK = (
-    "compress", "prune", "recover", "export --to openvino",
-    "export --to model", "study run",
-)  # fmt: skip
+DISK = "compress", "prune", "recover", "export --to model", "study run"
 
 
 def commands(group, name=""):
@@ -320,10 +315,9 @@ def test_error_messages(calmix, files, idle, words):
 
 
 def test_a_missing_extra_is_reported_before_the_work(calmix, files, idle, monkeypatch):
-    for name in ("openvino", "ray", "reasoning_gym"):
+    for name in ("ray", "reasoning_gym"):
         monkeypatch.setitem(sys.modules, name, None)
     for extra, verb, more in (
-        ("export", "export --to openvino", ()),
         ("ray", "study run", ("--executor", "ray")),
         ("reasoning", "prune", ("--calibration", "algebra")),
     ):

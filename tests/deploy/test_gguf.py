@@ -113,7 +113,7 @@ def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(
         ("tuned", like, "its tokens differ (<s> for <turn>)"),
         ("llama", ("--like", tmp_path / "cut.gguf"), "cut.gguf"),
         ("llama", ("--like", tmp_path / "qwen"), "is not a GGUF file"),
-        ("llama", (*like, "--weights", "int8"), "--to gguf has no --weights int8"),
+        ("llama", (*like, "--weights", "int8"), "--weights int8: must be 'f16', 'q8_0'"),
     ):
         ended = calmix("export", tmp_path / model, "--to", "gguf", "-o", tmp_path / "o.gguf", *more)
         assert says in ended.line

@@ -55,6 +55,8 @@ def made(tiny_folder, tmp_path_factory):
                "--calibration", "mine", *OWN, *SMALL, "-o", "recovered")  # fmt: skip
         calmix("prune", "mixture", "--calibration", "text.txt", *SMALL, "--drop-experts", 0.25,
                "-o", "dropped")  # fmt: skip
+        calmix("prune", tiny_folder, "-o", "quantised", "--calibration", "text.txt", *SMALL,
+               "--bits", 3.5, "--embeddings", 5, "--skip", "*.o_proj")  # fmt: skip
         (base / "pruned" / "README.md").write_text("a card", encoding="utf-8")
         calmix("export", "--to", "pack", "pruned", "-o", "pack")
         calmix("export", "--to", "pack", tiny_folder, "-o", "dense-pack")

@@ -1,12 +1,14 @@
 """`inspect` of all results: their kinds, and every kind of damage is reported."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 
 from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
+from tests.tiny import hashes
 
 # By name: the kind, and a file that is checked by its bytes, or None.
 KINDS = {
@@ -49,6 +51,19 @@ def test_kind_health_and_changes_are_reported(calmix, made, tmp_path, name):
     assert str(file.parent) in calmix("doctor", "inspect", copy).line
 
 
+@pytest.mark.parametrize(
+    "name", ["pruned", "bare", "recovered", "dropped", "quantised", "several/sparsegpt-0.5"]
+)
+def test_the_command_of_a_checkpoint_makes_it_again(calmix, made, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(made)  # relative paths in the manifest start there
+    program, *words = shlex.split(health(calmix, made / name)["facts"]["command"])
+    again = ["own.yaml" if word == "FILE" else word for word in words]
+    assert program == "calmix"
+    calmix(*again, "-o", tmp_path / "again").ok()
+    (tmp_path / "again" / "README.md").write_text("a card", encoding="utf-8")
+    assert hashes(tmp_path / "again") == {**hashes(tmp_path / "again"), **hashes(made / name)}
+
+
 def test_what_is_unusual_is_a_warning_and_a_changed_manifest_is_named(calmix, made, tmp_path):
     """An unlisted file, raised damping, dead inputs and large errors are unusual."""
     pruned = shutil.copytree(made / "pruned", tmp_path / "pruned")
@@ -80,7 +95,7 @@ def test_a_recovery_of_a_model_that_another_program_pruned_can_be_checked(calmix
     write_json(copy / "calmix.json", sealed(manifest | {"pruned": None}))
     told = health(calmix, copy)
     assert (told["problems"], told["warnings"]) == ([], [])
-    assert [*told["facts"]] == ["model", "recovery by blocks", "versions"]
+    assert [*told["facts"]] == ["model", "recovery by blocks", "command", "versions"]
 
 
 def test_what_a_running_trial_writes_is_not_checked(calmix, made, tmp_path):

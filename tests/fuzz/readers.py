@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from calmix.calibration import CalibrationSet, ask, open_tokenizer, resolve
 from calmix.calibration.tokenizer import OpenTokenizer, tokenizer_function
 from calmix.diagnostics.inspecting import inspect
-from calmix.diagnostics.rerunning import rerun
 from calmix.errors import InputError, ModelError
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.scores import load_pair, load_scores
@@ -157,14 +156,6 @@ def _calibration(folder, _):
     CalibrationSet.open(folder / "set", opened)
 
 
-def _again(folder, path):
-    silent = dict.fromkeys(("progress", "writing", "note"), lambda *of: None)
-    try:
-        rerun(path, folder / "again", **silent)
-    finally:
-        shutil.rmtree(folder / "again", ignore_errors=True)
-
-
 def _scores(folder, path):
     inspect(path)
     load_pair(path)
@@ -222,8 +213,6 @@ KINDS = {
     "manifest": Kind("pruned/calmix.json", "sealed", _inspected),
     "checkpoint": Kind(SHARD, "binary", _inspected),
     "recovered": Kind("recovered/calmix.json", "sealed", _inspected),
-    "rerun-set": Kind("set/manifest.json", "sealed", _again, 0.2),
-    "rerun": Kind("recovered/calmix.json", "sealed", _again, 0.2),
     "scores": Kind("scores.json", "json", _scores),
     "store": Kind("store/store.json", "json", _store),
     "result": Kind(f"{TRIAL}/result.json", "json", _store),

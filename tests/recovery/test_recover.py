@@ -4,7 +4,6 @@ import errno
 import functools
 import json
 import shutil
-import signal
 from functools import partial
 
 import pytest
@@ -19,8 +18,7 @@ from calmix.pruning.work import WorkFolder
 from calmix.recovery import blocks as by_block
 from calmix.recovery import distill
 from calmix.recovery.distill import Student
-from tests import forks
-from tests.forks import forked, stopped
+from tests.forks import stopped
 from tests.pruning import stopper
 from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
@@ -235,39 +233,6 @@ def test_blocks_that_run_anew_give_the_same_gradients(kind):
         gradients.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     assert len(gradients[0]) > 10
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_two_processes_share_a_distillation(place, tmp_path, calmix):
-    more = ("--epochs", 1, "--dtype", "float32")
-    alone, shared = (command(place, tmp_path / n, "distill", *more) for n in ("one", "two"))
-    assert forked(shared, tmp_path / "log").count("held-out rows") == 1
-    calmix(*alone).ok()
-    one, two = (load_weights(tmp_path / n) for n in ("one", "two"))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-4)
-    assert manifest(tmp_path / "two")["processes"] == 2
-
-
-@pytest.mark.long
-def test_two_processes_that_were_killed_go_on_to_the_same_bytes(place, tmp_path, calmix):
-    def shared(output, *more):
-        return command(place, output, "distill", "--epochs", 3, "--dtype", "float32", *more)
-
-    def killed():
-        arm("counted", 12)  # the third time
-        forks.command(*shared(tmp_path / "cut"))()
-
-    ended = forks.ranks(killed, 2, tmp_path / "log")
-    assert ended[0].code == -signal.SIGKILL, ended[0].errors
-    assert ended[1].code != 0
-    work = tmp_path / "cut.unfinished"
-    assert list(work.glob("state-*"))
-    line = calmix(*shared(tmp_path / "cut", "--resume")).line
-    assert "another request (processes: 2, now 1)" in line
-    assert "resuming after" in forked(shared(tmp_path / "cut", "--resume"), tmp_path / "log")
-    forked(shared(tmp_path / "whole"), tmp_path / "log")
-    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
-    assert not work.exists()
 
 
 def test_every_mistake_is_one_line(calmix, place, tmp_path):
