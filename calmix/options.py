@@ -225,8 +225,8 @@ class Pruning(DrawOptions):
         None, "sequential: inputs from pruned layers; block: the papers' two passes.",
         shown="sequential",
     )  # fmt: skip
-    allocation: Any = advanced(
-        None, "Per-layer sparsity (owl, error) or bits (kl); or a file.", shown="uniform"
+    allocation: str | None = advanced(
+        None, "Per-layer sparsity (owl) or bits (kl).", shown="uniform"
     )
     drop_experts: float | None = advanced(
         None, "Fraction of experts to drop per MoE layer: 0.25.", gt=0, lt=1

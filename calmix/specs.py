@@ -173,10 +173,10 @@ def prune_request(
             "propagation": (request.propagation or "sequential") if solver.needs else None,
             "allocation": read_allocation(request.allocation, target),
         }  # fmt: skip
-        if solver.needs is None and isinstance(chosen["allocation"], str):
+        if solver.needs is None and chosen["allocation"] is not None:
             raise InputError(
                 f"--allocation {chosen['allocation']} needs calibration data, which method "
-                f"{solver.name} does not use: name a file of sparsities, or choose another method"
+                f"{solver.name} does not use: choose another method"
             )
         if solver.needs is not None and request.calibration is None:
             raise InputError(
@@ -192,10 +192,10 @@ def prune_request(
         except InputError:
             raise InputError(
                 f"--allocation {KL} gives layers fractional bits, which method {solver.name} does "
-                "not take: choose --method ecq, or a file of whole bits by layer"
+                "not take: choose --method ecq"
             ) from None
-    if drops and (isinstance(chosen.get("allocation"), dict) or chosen.get("allocation") == KL):
-        raise InputError("--drop-experts takes no file and no kl as --allocation: use owl or error")
+    if drops and chosen.get("allocation") == KL:
+        raise InputError(f"--drop-experts takes no {KL} as --allocation: use owl")
     return PruneRequest(**given | chosen)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from calmix.cli.common import line, note, print_costs, print_json, print_layers, size
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
-from calmix.files import check_apart, user_path
+from calmix.files import check_apart
 from calmix.options import (
     MAX_MEMORY,
     METHOD,
@@ -97,9 +97,8 @@ def prune(
     if several and (output / "config.json").is_file():
         raise InputError(f"{output} is a model folder: name another folder for several checkpoints")
     targets = {output / one.name if several else output: one for one in wanted}
-    shares = user_path(pruning.allocation or "")
     for target in targets:
-        check_apart(target, [work.sources, shares if shares.is_file() else None])
+        check_apart(target, [work.sources])
     if dry_run:
         from calmix.compression.estimate import estimate_prune
 

@@ -54,7 +54,7 @@ from calmix.models.shards import write_file
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name
-from calmix.pruning.allocation import KL, SPREAD, DensePass, from_shares
+from calmix.pruning.allocation import KL, OWL, OutlierPass
 from calmix.pruning.budget import Plan, plan_for
 from calmix.pruning.engine import Patterns, Run, check_pattern, memory_errors
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
@@ -147,9 +147,6 @@ class Job:
         self.output, self.work = output, WorkFolder(output)
         self.request, self.method = request, request.chosen
         self.pattern: Patterns = request.target
-        if isinstance(request.allocation, dict):
-            shares = request.allocation
-            self.pattern = from_shares(shares, source.blocks, request.target, self.method)
         check_pattern(source.blocks, self.pattern, self.method)
         self.asked: dict[str, Any] = {
             "dtype": dtype_name(source.dtype),
@@ -215,11 +212,10 @@ class _Pruning:
                 f"{most / 1e9:.1f} GB may be used: leave it out, raise --max-memory, or use "
                 "--device cpu"
             )
-        asked = [job.request.allocation for job in self.jobs]
-        methods = [Look(gram=by == "error") for by in SPREAD if by in asked]
-        methods += [Look()] if self.share is not None else []
         plans = [self.plan(shape, job.method, job) for job in self.jobs]
-        return plans + [self.plan(shape, method) for method in methods]
+        if self.share is not None or any(job.request.allocation == OWL for job in self.jobs):
+            plans.append(self.plan(shape, Look()))
+        return plans
 
     def check_room(self, shape: Sequence[int]) -> None:
         """Refuse a run for which memory or disk space is too small."""
@@ -298,8 +294,7 @@ class _Pruning:
             request.propagation or "sequential", embeddings=request.embeddings,
             sources=() if self.drawn is None else self.drawn.sources,
         )  # fmt: skip
-        allocation = request.allocation
-        run.report.allocation = "given" if isinstance(allocation, dict) else allocation
+        run.report.allocation = request.allocation
         return prune_streamed(
             self.source, ids, run, work, self.plan(ids.shape, job.method, job),
             lambda done: self.run.progress(number * count + done, len(self.jobs) * count),
@@ -349,14 +344,13 @@ class _Pruning:
             for job in jobs:
                 bits = rates[job.request.target]
                 job.work.keep(allocation={name: str(rate) for name, rate in bits.items()})
-        for by in SPREAD:
-            if jobs := self._unallocated(by):
-                shares = sorted({job.request.sparsity or 0.0 for job in jobs})
-                dense = DensePass(self.source.model, self.source.blocks, by, shares)
-                self._observe(dense, ids)
-                for job in jobs:
-                    made = dense.patterns(job.request.sparsity or 0.0, job.method)
-                    job.work.keep(allocation={name: one.sparsity for name, one in made.items()})
+        if jobs := self._unallocated(OWL):
+            dense = OutlierPass(self.source.model, self.source.blocks)
+            self._observe(dense, ids)
+            for job in jobs:
+                patterns = dense.patterns(job.request.sparsity or 0.0)
+                shares = {name: one.sparsity for name, one in patterns.items()}
+                job.work.keep(allocation=shares)
 
     def _unallocated(self, by: str) -> list[Job]:
         """Return the jobs with an allocation that is not computed yet."""

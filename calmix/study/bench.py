@@ -171,9 +171,9 @@ class Bench:
         model, request = self.opened.model, trial.request
         ids, method = None if made is None else made.ids, request.chosen.text
         pattern: Patterns = request.target
-        if isinstance(request.allocation, str):
+        if request.allocation is not None:
             assert ids is not None
-            pattern = allocate(model, ids, request.target, request.allocation, method=method)
+            pattern = allocate(model, ids, request.target, request.allocation)
         self._pruned = (), None
         report = prune(
             model, ids, method=method, pattern=pattern, progress=progress,

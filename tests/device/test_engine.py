@@ -7,7 +7,7 @@ from torch.nn import functional
 from benchmarks.traced import empty_model, tracing
 from calmix.models import find_blocks
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune
-from calmix.pruning.allocation import DensePass
+from calmix.pruning.allocation import OutlierPass
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
@@ -32,8 +32,8 @@ def a_run(method, propagation="sequential", pattern=HALF, paused=None):
     return make
 
 
-def a_look(by):
-    return lambda model: DensePass(model, find_blocks(model), by, [0.5])
+def a_look(model):
+    return OutlierPass(model, find_blocks(model))
 
 
 def by_block(kind, make, micro_tokens=64, change=lambda model: None, more=()):
@@ -85,11 +85,10 @@ def test_a_block_is_read_a_few_times_however_many_its_rows(case):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("by", "times"), [("owl", 1), ("error", 7)])
-def test_a_look_reads_a_few_times(by, times):
-    look, blocks = by_block("llama", a_look(by))
-    assert blocks == [(times, {}, {})] * 2
-    assert len(look.importance[0.5]) == 14
+def test_a_look_reads_once():
+    look, blocks = by_block("llama", a_look)
+    assert blocks == [(1, {}, {})] * 2
+    assert len(look.importance) == 14
 
 
 @pytest.mark.parametrize("kind", quick(["mixtral"], ["llama"]))
@@ -178,10 +177,10 @@ def test_experts_are_read_a_few_times_besides_what_routing_asks(case):
 
 @pytest.mark.parametrize(
     ("kind", "make"),
-    [("llama", a_look("error")), ("llama", a_run(QUICK)),
+    [("llama", a_look), ("llama", a_run(QUICK)),
      pytest.param("mixtral", a_run("sparsegpt", "block"), marks=pytest.mark.long),
      ("mixtral", lambda model: ScorePass(model, find_blocks(model)))],
-    ids=["error", "admm", "experts", "scores"],
+    ids=["owl", "admm", "experts", "scores"],
 )  # fmt: skip
 def test_apples_gpus_are_given_no_float64(kind, make):
     """Nor is it made there on the way: the tracer refuses it, as they do."""

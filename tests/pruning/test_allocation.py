@@ -1,23 +1,14 @@
-"""Sparsity by layer: the published formula, exact totals, and every door."""
-
-import json
+"""Sparsity by layer: the published formula, and every door."""
 
 import numpy as np
 import pytest
 import torch
 
 from calmix.calibration import resolve
-from calmix.errors import InputError, ModelError, SolverError
+from calmix.errors import InputError, ModelError
 from calmix.models import find_blocks, open_model
-from calmix.pruning import SemiStructured, Unstructured, allocate, checkpoint, get_method, prune
-from calmix.pruning.allocation import (
-    DensePass,
-    exact,
-    outlier_share,
-    output_error,
-    read_allocation,
-    spread,
-)
+from calmix.pruning import SemiStructured, Unstructured, allocate, checkpoint, prune
+from calmix.pruning.allocation import OutlierPass, outlier_share, read_allocation, spread
 from calmix.pruning.engine import run_through
 from calmix.pruning.patterns import as_pattern
 from calmix.pruning.rates import balanced
@@ -32,11 +23,10 @@ def common(tiny_folder, text_file):
 
 
 def check_alike(folder, model):
-    """A checkpoint has the layers of a model pruned in memory; return its tensors."""
+    """A checkpoint has the layers of a model pruned in memory."""
     found = load_weights(folder)
     for layer in find_blocks(model).layers:
         assert torch.equal(found[f"{layer.name}.weight"], layer.view().float()), layer.name
-    return found
 
 
 def test_owl_is_the_published_formula():
@@ -62,64 +52,22 @@ def test_owl_is_the_published_formula():
         spread([0.0, 1.0], [1, 1], 0.95, 0.16)
 
 
-def test_the_error_is_that_of_half_the_weights():
-    rng = np.random.default_rng(1)
-    w, x = rng.normal(size=(10, 24)), rng.normal(size=(200, 24)) * rng.uniform(0.1, 3, 24)
-    gram = x.T @ x
-    score = np.abs(w) * np.sqrt(np.diag(gram))
-    kept = np.where(score.argsort(1, kind="stable").argsort(1) < round(0.3 * 24), 0, w)
-    expected = np.linalg.norm((w - kept) @ x.T) ** 2 / np.linalg.norm(w @ x.T) ** 2
-    found = float(output_error(torch.tensor(w), torch.tensor(gram).float(), 0.3))
-    assert found == pytest.approx(expected, rel=1e-3)
-    assert output_error(torch.zeros(2, 24), torch.tensor(gram).float(), 0.3) == 0
-
-
-@pytest.mark.parametrize("name", ["sparsegpt", "wanda", "ria"])
-@pytest.mark.parametrize("seed", range(3))
-def test_as_many_weights_go_as_everywhere_the_same(name, seed):
-    rng, method = np.random.default_rng(seed), get_method(name)
-    kinds = [(576, 576), (192, 576), (1536, 576), (576, 1536), (100, 300)][: 3 + seed]
-    shapes = {f"{b}.{k}": shape for b in range(6) for k, shape in enumerate(kinds)}
-    sizes = [rows * columns for rows, columns in shapes.values()]
-    wanted = spread(list(rng.uniform(size=len(sizes))), sizes, 0.6137, 0.16)
-    shares = dict(zip(shapes, wanted, strict=True))
-    found = exact(shares, shapes, 0.6137, method)
-    uniform = dict.fromkeys(shapes, Unstructured(0.6137))
-    made, same = (
-        sum(method.count(one[layer], *shape) for layer, shape in shapes.items())
-        for one in (found, uniform)
-    )
-    assert made == same
-    # Moved by steps of rounding alone: three entries of a group, at most.
-    for layer, shape in shapes.items():
-        smallest = min(size for _, size in method.groups(*shape))
-        assert abs(found[layer].sparsity - shares[layer]) <= 3 / smallest
-    # One layer cannot be moved alone without the whole moving.
-    with pytest.raises(InputError, match="no sparsities near those of the allocation"):
-        exact({"a": 0.9}, {"a": (4, 8)}, 0.5, method)
-
-
-@pytest.mark.parametrize(("kind", "by"), [("llama", "owl"), ("gemma4_text", "error")])
-def test_a_look_changes_nothing_and_sees_the_dense_model(kind, by):
+@pytest.mark.parametrize("kind", ["llama", "gemma4_text"])
+def test_a_look_changes_nothing_and_sees_the_dense_model(kind):
     model, ids = tiny_model(kind), tiny_ids()
     before = [p.clone() for p in model.parameters()]
-    look = DensePass(model, find_blocks(model), by, [0.4, 0.6])
+    look = OutlierPass(model, find_blocks(model))
     run_through(look, ids, 5 * 32)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     found = find_blocks(model)
     for layers in map(found.prunables, range(len(found))):
         grams = [input_gram(model, layer.module, ids) for layer in layers]
         share = outlier_share([one.view() for one in layers], [one.diagonal() for one in grams])
-        for layer, gram in zip(layers, grams, strict=True):
-            for sparsity, importance in look.importance.items():
-                lost = output_error(layer.view().float(), gram, sparsity / 2)
-                expected = pytest.approx(*((share, None, 1e-3) if by == "owl" else (lost, 1e-2)))
-                assert importance[layer.name] == expected
-    patterns = look.patterns(0.6, get_method("magnitude"))
-    made, uniform = (
-        prune(tiny_model(kind), method="magnitude", pattern=one) for one in (patterns, 0.6)
-    )
-    assert (made.pruned, made.pattern) == (uniform.pruned, "by layer")
+        for layer in layers:
+            assert look.importance[layer.name] == pytest.approx(share, abs=1e-3)
+    patterns = look.patterns(0.6)
+    made = prune(tiny_model(kind), method="magnitude", pattern=patterns)
+    assert (made.sparsity, made.pattern) == (pytest.approx(0.6, abs=2e-3), "by layer")
     assert len({round(layer.sparsity, 2) for layer in made.layers}) > 1
     for layer in made.layers:
         assert layer.sparsity == pytest.approx(patterns[layer.name].sparsity, abs=0.02)
@@ -128,7 +76,7 @@ def test_a_look_changes_nothing_and_sees_the_dense_model(kind, by):
 def test_what_no_input_reaches_has_a_pattern_too():
     """Gemma 3n calls some layers more than once in a pass: the engine leaves them dense."""
     model, ids = tiny_model("gemma3n_text"), tiny_ids()
-    patterns = allocate(model, ids, 0.6, "owl", method="magnitude")
+    patterns = allocate(model, ids, 0.6, "owl")
     assert patterns.keys() == {layer.name for layer in find_blocks(model).layers}
     dense = {one.name for one in prune(tiny_model("gemma3n_text"), ids, pattern=patterns).dense}
     assert dense & patterns.keys()
@@ -136,14 +84,7 @@ def test_what_no_input_reaches_has_a_pattern_too():
         prune(tiny_model("gemma3n_text"), method="magnitude", pattern=one)
         for one in (patterns, 0.6)
     )
-    assert made.pruned == uniform.pruned
-
-
-def test_what_is_not_finite_is_named():
-    model = tiny_model("llama")
-    model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.inf
-    with pytest.raises(SolverError, match=r"1\.mlp\.down_proj: its weights or inputs are not fin"):
-        allocate(model, tiny_ids(), 0.6, "error")
+    assert made.sparsity == pytest.approx(uniform.sparsity, abs=2e-3)
 
 
 def test_a_mapping_may_mix_kinds_but_names_every_layer():
@@ -165,14 +106,10 @@ def test_a_mapping_may_mix_kinds_but_names_every_layer():
 @pytest.mark.parametrize(
     ("asked", "target", "says"),
     [
-        ("owll", 0.5, r"unknown allocation 'owll': did you mean owl\? \(or name a file\)"),
+        ("owll", 0.5, r"unknown allocation 'owll': did you mean owl\?"),
         ("owl", "2:4", "has no effect with an N:M pattern"),
-        ("owl", "3 bits", "owl distributes a sparsity: choose kl, or a file"),
-        ("kl", 0.5, "kl distributes bits: choose owl or error, or a file"),
-        ({"a": 8.1}, "3 bits", "the bits of a is 8.1, not a number between 0.1 and 8"),
-        ({"a": 1.0}, 0.5, "of a is 1.0, not a number between 0 and 1; an allocation maps layers"),
-        ({"a": True}, 0.5, "the sparsity of a is True, not a number"),
-        ({"a": float("nan")}, 0.5, "the sparsity of a is nan"),
+        ("owl", "3 bits", "owl distributes a sparsity: choose kl"),
+        ("kl", 0.5, "kl distributes bits: choose owl"),
     ],
 )
 def test_what_is_no_allocation(asked, target, says):
@@ -180,25 +117,6 @@ def test_what_is_no_allocation(asked, target, says):
         read_allocation(asked, as_pattern(target))
     assert read_allocation("uniform", as_pattern("2:4")) is None
     assert read_allocation(None, as_pattern(0.5)) is None
-    assert read_allocation({"a": np.float64(8)}, as_pattern("3 bits")) == {"a": 8}
-
-
-def test_bits_by_layer_from_a_file(calmix, tiny_folder, common, tmp_path):
-    layers = find_blocks(open_model(str(tiny_folder)).model).layers
-    wide = sum(one.view().numel() for one in layers if "down" in one.name)
-    rest = sum(one.view().numel() for one in layers) - wide
-    bits = {one.name: 5 if "down" in one.name else 3 - 2 * wide / rest for one in layers}
-    file = tmp_path / "bits.json"
-    file.write_text(json.dumps(bits))
-    says = "averages 3.0000 bits over all weights, not the 3.5 requested"
-    common += ("--method", "ecq", "--allocation", file, "-o", tmp_path / "a", "--bits")
-    calmix(*common, 3, "--dry-run").ok()
-    assert says in calmix(*common, 3.5).line
-    calmix(*common, 3).ok()
-    told = pruning_of(tmp_path / "a")
-    assert (told["allocation"], told["pattern"]) == ("given", "by layer")
-    for layer in told["layers"]:
-        assert layer["bits"] == pytest.approx(bits[layer["name"]], abs=0.3), layer["name"]
 
 
 def test_the_command_line_allocates(calmix, tiny_folder, text_file, common, tmp_path):
@@ -210,18 +128,7 @@ def test_the_command_line_allocates(calmix, tiny_folder, text_file, common, tmp_
     opened = open_model(str(tiny_folder))
     ids = resolve(str(text_file), opened, rows=6, length=32, leakage="off").ids
     prune(opened.model, ids, pattern=allocate(opened.model, ids, 0.6, "owl"))
-    found = check_alike(tmp_path / "owl", opened.model)
-    # A file, and what is wrong with one.
-    file = tmp_path / "shares.json"
-    shares = {layer["name"]: layer["sparsity"] for layer in told["layers"]}
-    file.write_text(json.dumps(shares))
-    calmix(*common, tmp_path / "file", "--allocation", file).ok()
-    for name, value in load_weights(tmp_path / "file").items():
-        assert (value == 0).sum() == pytest.approx((found[name] == 0).sum(), abs=2), name
-    file.write_text(json.dumps(shares | {"x.y": 0.6}))
-    line = calmix(*common, tmp_path / "bad", "--allocation", file).line
-    assert "the allocation names 'x.y', which is not a layer" in line
-    assert not list(tmp_path.glob("bad*"))
+    check_alike(tmp_path / "owl", opened.model)
 
 
 def test_a_block_without_layers_to_prune_has_no_outliers(calmix, common, tmp_path):

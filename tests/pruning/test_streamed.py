@@ -14,7 +14,7 @@ from calmix.models import open_model
 from calmix.models.attention import use_own_attention
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import Unstructured, budget, get_method, prune
-from calmix.pruning.allocation import DensePass
+from calmix.pruning.allocation import OutlierPass
 from calmix.pruning.budget import Plan
 from calmix.pruning.checkpoint import prune_streamed, write_checkpoint
 from calmix.pruning.engine import Run
@@ -246,7 +246,7 @@ DEEP = {kind: {"num_hidden_layers": 5} for kind in ("llama", "qwen3_moe")}
         ("llama", SPARSEGPT, "solved", 2), ("llama", SPARSEGPT, "renamed", 0),
         ("llama", MAGNITUDE, "written", 3), ("llama", MAGNITUDE, "claimed", 0),
         ("qwen3_moe", SPARSEGPT, "solved", 2), ("mixtral", DROP, "scored", 0),
-        ("llama", (*SPARSEGPT, "--allocation", "error"), "counted", 0),
+        ("llama", (*SPARSEGPT, "--allocation", "owl"), "counted", 0),
         *((kind, EMBEDDED, *at) for kind in ("llama", "gemma4_text")
           for at in (("solved", 1), ("outside", 0))),
         *(pytest.param(*how, marks=pytest.mark.long) for how in (
@@ -272,7 +272,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(
         # Those of others, which cannot change the bytes, make no other request.
         assert versions.keys() == {"calmix", "torch", "transformers", "tokenizers"}
     with monkeypatch.context() as patched:
-        for look in (DensePass, ScorePass):  # what was seen is kept
+        for look in (OutlierPass, ScorePass):  # what was seen is kept
             patched.setattr(look, "block", None)
         ended = calmix(*command, cut, "--resume").ok()
     assert ("finished by an earlier run" in ended.err) == (moment == "renamed")

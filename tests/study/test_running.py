@@ -424,7 +424,7 @@ def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(tiny_study
     dense = evaluate(opened, study.suite)
     made = resolve(text, opened, rows=16, length=32, leakage="off")
     made.save(tmp_path / "set")
-    patterns = allocate(opened.model, made.ids, 0.6, "owl", method="wanda")
+    patterns = allocate(opened.model, made.ids, 0.6, "owl")
     prune(opened.model, made.ids, method="wanda", pattern=patterns)
     opened.model.save_pretrained(tmp_path / "pruned")
     opened.tokenizer.save_pretrained(tmp_path / "pruned")

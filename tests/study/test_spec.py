@@ -150,7 +150,7 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
             (12, "methods.ria: Value should have at least 1 item"),
             (13, "seeds.0: Input should be greater than or equal to 0"),
             (15, "grids.0.sedes: unknown key: did you mean seeds"),
-            (16, "allocation.0: Input should be 'uniform', 'owl', 'error' or 'kl'"),
+            (16, "allocation.0: Input should be 'uniform', 'owl' or 'kl'"),
             (17, "recovery: --epochs 0: must be greater"),
         ]),
         (names, [
@@ -214,7 +214,7 @@ def test_sources_of_ones_own_are_rooted_at_the_file(tmp_path):
 @pytest.mark.real
 def test_allocations_and_recoveries_are_part_of_a_condition(tmp_path):
     text = (
-        NEWS + "methods: {sparsegpt: 0.6, magnitude: 0.5}\nallocation: [owl, error]\n"
+        NEWS + "methods: {sparsegpt: 0.6, magnitude: 0.5}\nallocation: [owl, uniform]\n"
         "recovery: [none, 'blocks,epochs=2', 'distill,lr=2e-3']\n"
     )
     study = parsed(text)
@@ -225,4 +225,4 @@ def test_allocations_and_recoveries_are_part_of_a_condition(tmp_path):
     request = found["sparsegpt + owl + blocks"]
     assert request["allocation"] == "owl"
     assert request["recovery"] == {"method": "blocks", "epochs": 2, "lr": 3e-3, "batch": 4}
-    assert found["sparsegpt + error + distill,lr=0.002"]["recovery"]["lr"] == 2e-3
+    assert found["sparsegpt + distill,lr=0.002"]["recovery"]["lr"] == 2e-3
