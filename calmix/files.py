@@ -83,6 +83,16 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
     return value
 
 
+def check_readable(path: Path) -> None:
+    """Raise an InputError with the system's reason if an existing file cannot be opened."""
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -25,6 +25,7 @@ from calmix.files import (
     atomic_folder,
     check_links,
     check_output_folder,
+    check_readable,
     read_object,
     sha256_json,
     user_path,
@@ -137,6 +138,7 @@ class CalibrationSet(Shown):
             if found.ids.dtype != torch.int64 or not found._kept().items() <= manifest.items():
                 raise ValueError
         except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+            check_readable(folder / TENSORS)
             raise InputError(f"calibration set {folder} is damaged: make it again") from error
         if opened is not None and manifest.get("tokenizer") != opened.tokenizer_fingerprint:
             raise InputError(

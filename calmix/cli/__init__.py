@@ -84,6 +84,10 @@ def main() -> None:
         from calmix.cli.common import fail
 
         fail(str(error))
+    except PermissionError as error:
+        from calmix.cli.common import fail
+
+        fail(f"cannot open {error.filename}: {error.strerror}")
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except SystemExit as stop:  # 1 from typer or rich: the reader of our output (head) has exited

@@ -153,6 +153,7 @@ def evaluate(
         with suppress(InputError):  # missing or damaged
             return replace(load_scores(kept), model=model.name, suite=describe(chosen),
                            not_run=tuple(skipped), form=form)  # fmt: skip
+    sha256 = model.fingerprint  # first: the files may change while the model is scored
     start, specs, done = time.perf_counter(), chosen.tasks, list[TaskScores]()
     items = {name: load_items(spec) for name, spec in specs.items()}
     pairs = [(name, item) for name, of_task in items.items() for item in of_task]
@@ -181,8 +182,10 @@ def evaluate(
                 items=tuple(item.id for item in of_task), **record,
             )
         )  # fmt: skip
+    if model.files is not None:
+        model.files.check()
     scores = CapabilityScores(
-        model.name, model.fingerprint, dtype_name(model.model.dtype), describe(chosen),
+        model.name, sha256, dtype_name(model.model.dtype), describe(chosen),
         tuple(done), truncated=dict(scorer.truncated),
         seconds=round(time.perf_counter() - start, 2), versions=deciding_versions(),
         not_run=tuple(skipped), form=form, right_only=right is not None,

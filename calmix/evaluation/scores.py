@@ -29,7 +29,7 @@ class CapabilityScores(Shown):
     Attributes:
         suite: name, version and hash of the suite as run (including limits and selection).
         truncated: by task, how many requests were cut to fit the model's context.
-        seconds: wall time of scoring, without opening the model.
+        seconds: wall time of scoring, without opening the model; not saved, 0 if read.
         distance: to the dense model, if measured (`calmix.evaluation.distance`).
         not_run: tasks left out because they run code the model writes.
         form: how the model is prompted, with its `chat template` or `worked examples`.
@@ -43,7 +43,7 @@ class CapabilityScores(Shown):
     suite: dict[str, Any]
     tasks: tuple[TaskScores, ...]
     truncated: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
     versions: dict[str, str] = field(default_factory=dict)
     distance: dict[str, Any] | None = None
     not_run: tuple[str, ...] = ()
@@ -92,7 +92,9 @@ class CapabilityScores(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""
-        return {"kind": KIND, "format": FORMAT, **asdict(self)}
+        values = asdict(self)
+        del values["seconds"]  # equal runs give equal files
+        return {"kind": KIND, "format": FORMAT, **values}
 
     def _line(self) -> str:
         items = sum(len(task.items) for task in self.tasks)

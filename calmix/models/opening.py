@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from calmix import assets
-from calmix.errors import DiskError, InputError, ModelError, disk_errors, first_line, nearest
+from calmix.errors import (
+    DiskError,
+    InputError,
+    ModelError,
+    PassingError,
+    disk_errors,
+    first_line,
+    nearest,
+)
 from calmix.files import (
     alone,
     atomic_folder,
@@ -79,6 +87,48 @@ class BuiltinModel:
     description: str
 
 
+class ModelFiles:
+    """Configuration, weights and tokenizer of a model folder, as they are when it is opened."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self._times = self._stat()
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 by file; a PassingError if a file changed since the model was opened."""
+        hashes = self._hash()
+        if self._stat() != self._times:
+            raise self._changed()
+        return hashes
+
+    @property
+    def sha256(self) -> str:
+        """The model's `fingerprint`."""
+        return combined({name: self.hashes[name] for name in model_files(self.folder)})
+
+    def check(self) -> None:
+        """Raise a PassingError if a file's content changed since the model was opened."""
+        if (times := self._stat()) != self._times:
+            if "hashes" not in vars(self) or self._hash() != self.hashes:
+                raise self._changed()
+            self._times = times
+
+    def _stat(self) -> dict[str, tuple[int, ...]]:
+        found = dict[str, tuple[int, ...]]()
+        for name in [*model_files(self.folder), *map(str, matching(self.folder, TOKENIZER_FILES))]:
+            with contextlib.suppress(FileNotFoundError):
+                stat = (self.folder / name).stat()
+                found[name] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        return found
+
+    def _hash(self) -> dict[str, str]:
+        return {name: cached_sha256(self.folder / name) for name in self._stat()}
+
+    def _changed(self) -> PassingError:
+        return PassingError(f"the files of {self.name} changed while they were read: run it again")
+
+
 @dataclass(repr=False)
 class OpenModel:
     """A causal language model in memory, with its tokenizer and origin.
@@ -91,6 +141,7 @@ class OpenModel:
     model: Any
     tokenizer: Any
     trust_remote_code: bool = False
+    files: ModelFiles | None = None
 
     def __repr__(self) -> str:
         return f"<OpenModel: {self.name}, {self.model.num_parameters():,} weights>"
@@ -103,7 +154,7 @@ class OpenModel:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the names and bytes of the folder's configuration and weight files."""
-        return fingerprint(self.folder)
+        return fingerprint(self.folder) if self.files is None else self.files.sha256
 
     @functools.cached_property
     def tokenizer_fingerprint(self) -> str:
@@ -223,7 +274,7 @@ def resolve_model(name: str) -> Path:
         key = sha256_json([value for asset, member in model.parts.items()
                            for value in (assets.get_asset(asset).sha256, member)])  # fmt: skip
     elif model.is_file():
-        key = _cached_sha256(model)
+        key = cached_sha256(model)
     else:
         return model
     folder = cache_dir() / "models" / f"gguf-{key[:16]}"
@@ -288,6 +339,7 @@ def open_model(
     """
     name, target, chosen = str(name), device_of(device), dtype_of(dtype)
     folder = resolve_model(name)
+    files = ModelFiles(folder, name)
     load_config(folder, name, trust_remote_code)
     with loading(f"cannot open {name}"):
         from transformers import AutoModelForCausalLM
@@ -313,7 +365,7 @@ def open_model(
     if max(tokenizer.get_vocab().values(), default=0) >= embeddings.weight.shape[0]:
         # Only then: checking ids makes the host wait for the device.
         embeddings.register_forward_pre_hook(lambda module, ids: check_ids(name, module, *ids))
-    return OpenModel(name, folder, model.to(target).eval(), tokenizer, trust_remote_code)
+    return OpenModel(name, folder, model.to(target).eval(), tokenizer, trust_remote_code, files)
 
 
 def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
@@ -523,13 +575,22 @@ def _scales_positions(reader: Any) -> bool:
     )
 
 
+def model_files(folder: Path) -> list[str]:
+    """Return the names of a model folder's configuration and weight files."""
+    return sorted(["config.json", *weight_files(folder)])
+
+
 def fingerprint(folder: Path) -> str:
     """Return a SHA-256 over the configuration and weight files of a model folder."""
-    files = sorted([folder / "config.json", *(folder / name for name in weight_files(folder))])
-    return sha256_json([[file.name, _cached_sha256(file)] for file in files])
+    return combined({name: cached_sha256(folder / name) for name in model_files(folder)})
 
 
-def _cached_sha256(file: Path) -> str:
+def combined(hashes: Mapping[str, str]) -> str:
+    """Return a `fingerprint` from the SHA-256 of configuration and weight files by name."""
+    return sha256_json(sorted(map(list, hashes.items())))
+
+
+def cached_sha256(file: Path) -> str:
     """Return a file's SHA-256, kept in the cache by path, size and time."""
     stat = file.stat()
     # Copies keep the time of a change, but not that of the entry.

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from calmix.errors import ModelError
-from calmix.files import parse_json, replacing, write_json
+from calmix.files import check_readable, parse_json, replacing, write_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -61,6 +61,7 @@ def weight_files(folder: Path) -> list[str]:
         try:
             names = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            check_readable(index)
             raise ModelError(f"{index} is damaged: fetch the model again") from error
         for name in names:  # results are written under these names
             plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
@@ -120,6 +121,7 @@ def read_header(path: Path) -> dict[str, Place]:
             f"{path} has tensors of the unsupported type {error.args[0]}: convert them to bfloat16"
         ) from error
     except (OSError, SafetensorError) as error:
+        check_readable(path)
         raise ModelError(f"{path} is cut short or damaged: fetch it again") from error
 
 

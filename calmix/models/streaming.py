@@ -23,7 +23,14 @@ from torch import Tensor
 from calmix.errors import ModelError
 from calmix.models.attention import use_own_attention
 from calmix.models.blocks import DecoderBlocks, find_blocks
-from calmix.models.opening import device_of, dtype_of, load_config, loading, resolve_model
+from calmix.models.opening import (
+    ModelFiles,
+    device_of,
+    dtype_of,
+    load_config,
+    loading,
+    resolve_model,
+)
 from calmix.models.shards import Place, read_tensor, stored_tensors, write_index
 from calmix.precision import dtype_name, suited
 
@@ -45,6 +52,7 @@ class StreamedModel:
     between `fetch` and `drop`.
 
     Attributes:
+        files: what it is read from.
         dtype: the type of the blocks' weights in memory.
         names: of parameters and buffers in the files, except merged and split ones.
         merges: whether parameters are merged from several stored tensors, which takes memory.
@@ -62,6 +70,7 @@ class StreamedModel:
         self.name, self.trust_remote_code = name, trust_remote_code
         self.device, chosen = device_of(device), dtype_of(dtype)
         self.folder = resolve_model(name)
+        self.files = ModelFiles(self.folder, name)
         self.places = stored_tensors(self.folder)
         # The folder's configuration; the model's can be its text part.
         self.config = load_config(self.folder, name, trust_remote_code)

@@ -46,7 +46,6 @@ from calmix.models import OpenModel, find_blocks, open_model
 from calmix.models.opening import (
     check_ids,
     check_models,
-    fingerprint,
     quiet_transformers,
     save_tokenizer,
 )
@@ -168,7 +167,7 @@ class _Pruning:
         only, skip, self.share, self.drops_alone = alike.pop()
         source.blocks = source.blocks.select(only, skip)
         self.jobs = [Job(output, request, source) for output, request in targets.items()]
-        model = fingerprint(source.folder)  # reads the whole model
+        model = source.files.sha256  # reads the whole model
         self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
         for job in self.jobs:
             job.asked |= {"model": model, "tokenizer": self.tokenizer.identity}
@@ -332,7 +331,7 @@ class _Pruning:
         dtype = dtype_name(source.dtype)
         made = StreamedModel(str(folder), **self.run.opening | {"dtype": dtype})
         source.close()
-        made.name, made.folder = source.name, source.folder
+        made.name, made.folder, made.files = source.name, source.folder, source.files
         made.blocks = made.blocks.select(source.blocks.only, source.blocks.skip)
         self.source = made
         return dropped
@@ -377,6 +376,7 @@ class _Pruning:
                 source.save_config(work.checkpoint)
             save_tokenizer(self.tokenizer.tokenizer, source.folder, work.checkpoint)
             work.check(_write_beside(work.checkpoint, source, job.asked, report, drawn, request))
+            source.files.check()
         work.complete()
 
 
@@ -403,6 +403,7 @@ def prune_streamed(
     if work.done < count or run.embeddings is not None:
         for index in take_through(source, ids, run, work, plan, shards[: work.done]):
             run.report.seconds["total"] = time.perf_counter() - began
+            source.files.check()  # before the block counts as done
             work.save(shards[index], source.weights(index))
             if run.report.grids:
                 work.save(f"{CHECKPOINT}/{SCALES}/{index:05}", stored(run.report.grids))
@@ -476,7 +477,7 @@ def _write_beside(
     asked: Mapping[str, Any],
     report: PruneReport,
     calibration: CalibrationSet | None,
-    request: PruneRequest | None = None,
+    request: PruneRequest,
 ) -> dict[str, str]:
     """Copy the model's other files, write the manifest and the run record; return the files'
     hashes."""
@@ -490,7 +491,7 @@ def _write_beside(
         "dtype": asked["dtype"],
         "device": asked["device"],
         "trust_remote_code": source.trust_remote_code,
-        "request": None if request is None else request.record(),
+        "request": request.record(),
         "calibration": None if calibration is None else calibration.manifest,
         "pruning": done,
         "versions": versions(),
@@ -503,17 +504,29 @@ def _write_beside(
 
 
 def write_checkpoint(
-    opened: OpenModel, output: Path, report: PruneReport, calibration: CalibrationSet | None
+    opened: OpenModel,
+    output: Path,
+    report: PruneReport,
+    calibration: CalibrationSet | None,
+    request: PruneRequest,
 ) -> None:
-    """Write model, tokenizer, manifest and run record to a folder, new or empty, atomically."""
+    """Write a model that was pruned in memory on request, with tokenizer, manifest and run record,
+    to a folder, new or empty, atomically."""
     check_output_folder(output, overwrite=None)
     model, device = opened.model, opened.model.device.type
     check_free(output, sum(p.nbytes for p in model.parameters()), "the checkpoint takes")
-    asked = {"model": opened.fingerprint, "dtype": dtype_name(model.dtype), "device": device}
+    asked = {
+        "model": opened.fingerprint,
+        "dtype": dtype_name(model.dtype),
+        "device": device,
+        **request.record(),
+        "text": None if calibration is None else calibration.sha256,
+        "versions": deciding_versions(),
+    }
     with atomic_folder(output) as folder, quiet_transformers():
         model.save_pretrained(folder)
         save_tokenizer(opened.tokenizer, opened.folder, folder)
         if report.grids:
             (folder / SCALES).mkdir()
             write_file(folder / SCALES / "all", stored(report.grids))
-        _write_beside(folder, opened, asked, report, calibration)
+        _write_beside(folder, opened, asked, report, calibration, request)

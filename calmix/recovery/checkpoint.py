@@ -25,7 +25,7 @@ from calmix.files import check_free, copy_files, matching, sha256_json, write_js
 from calmix.machine import device_memory, give_memory_back
 from calmix.manifest import deciding_versions, file_hashes, run_record, sealed, versions
 from calmix.models import open_model
-from calmix.models.opening import check_ids, device_of, fingerprint
+from calmix.models.opening import check_ids, device_of
 from calmix.models.shards import write_index
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
@@ -199,7 +199,9 @@ class Job:
         check_free(self.output, needed - self.work.bytes, "checkpoint and states take up to")
 
     def keep(self, done: int, **facts: Any) -> None:
-        """Record the progress."""
+        """Record the progress, unless a model has changed."""
+        self.pruned.files.check()
+        self.dense.files.check()
         seconds = time.perf_counter() - self.began
         self.work.keep(done=done, rows_at_once=self.rows, seconds=seconds, **facts)
 
@@ -262,12 +264,17 @@ def recover(
     models = [StreamedModel(name, **job.opening) for name in (pruned, against)]
     try:
         job.take(*models)
+        if models[0].files.sha256 == models[1].files.sha256:
+            raise InputError(
+                f"{pruned} and {against} are the same model, so there is nothing to recover: name "
+                "the dense model with --against"
+            )
         tokenizers = [open_tokenizer(one.name, trust_remote_code=trust) for one in models]
         if tokenizers[0].tokenizer_fingerprint != tokenizers[1].tokenizer_fingerprint:
             raise InputError(f"{pruned} was not pruned from {against}: their tokenizers differ")
         asked = {  # all that determines the bytes of the result, except the text
-            "pruned": fingerprint(job.pruned.folder),
-            "against": fingerprint(job.dense.folder),
+            "pruned": job.pruned.files.sha256,
+            "against": job.dense.files.sha256,
             "tokenizer": tokenizers[0].identity,
             "dtype": job.opening["dtype"],
             "device": job.device.type,
@@ -337,4 +344,5 @@ def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
         hashed = {"files": file_hashes(folder, without=(MANIFEST, RUN))}
         write_json(folder / MANIFEST, sealed(manifest | hashed))
         write_json(folder / RUN, run)
+        pruned.files.check()
     job.work.complete()

@@ -28,7 +28,14 @@ from pydantic import AfterValidator, Field
 
 from calmix import assets
 from calmix.errors import SourceError, first_line, missing_extra
-from calmix.files import cache_dir, leads_out, parse_json, sha256_json, write_bytes
+from calmix.files import (
+    cache_dir,
+    check_readable,
+    leads_out,
+    parse_json,
+    sha256_json,
+    write_bytes,
+)
 from calmix.options import Options
 from calmix.progress import quiet
 
@@ -351,6 +358,7 @@ class HubText(Reader):
                     key, text = json.loads(line)
                     yield Document(key, lines(text))
         except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
+            check_readable(cached)
             raise SourceError(f"{cached} is damaged: delete it to fetch it again") from error
 
     def _kept(self) -> Path:

@@ -109,7 +109,7 @@ class Bench:
             scored = self.opened
             if trial.recovery is not None and trial.calibration_id is not None:
                 held = str(self.store.calibration(trial.calibration_id))
-                write_checkpoint(self.opened, folder / "pruned", report, made)
+                write_checkpoint(self.opened, folder / "pruned", report, made, trial.request)
                 recovered = recover(
                     str(folder / "pruned"), self.study.file.models[trial.model].name,
                     trial.recovery.model_copy(update={"calibration": held}), folder / CHECKPOINT,
@@ -121,7 +121,7 @@ class Bench:
                 shutil.rmtree(folder / "pruned")
                 lap("recover")
             elif self.study.file.keep_checkpoints:
-                write_checkpoint(self.opened, folder / CHECKPOINT, report, made)
+                write_checkpoint(self.opened, folder / CHECKPOINT, report, made, trial.request)
             scores = evaluate(
                 scored, self.study.suite, floors=False, allow_code_execution=self.allows,
                 right=self._dense.right if self.study.file.right_only else None,

@@ -31,6 +31,7 @@ from calmix.files import (
     atomic_folder,
     check_apart,
     check_links,
+    check_readable,
     check_writable,
     read_object,
     write_json,
@@ -89,6 +90,7 @@ def _read(path: Path, kind: type[Kept], remedy: str) -> Kept:
     except ValidationError as error:
         raise InputError(f"{path} is damaged ({first_problem(error)}): {remedy}") from error
     except OSError as error:
+        check_readable(path)
         raise InputError(f"{path} is damaged: {remedy}") from error
 
 

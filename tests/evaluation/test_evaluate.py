@@ -2,12 +2,13 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import asdict, replace
 
 import pytest
 
-from calmix.errors import InputError
+from calmix.errors import InputError, PassingError
 from calmix.evaluation.evaluate import ask, evaluate
 from calmix.evaluation.scorer import Scorer
 from calmix.evaluation.scores import load_scores
@@ -95,13 +96,33 @@ def test_a_file_gives_the_scores_back_or_is_refused(suite, tiny, tmp_path):
             load_scores(path)
 
 
+def test_a_model_that_changes_while_it_is_scored_is_refused(suite, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    opened = open_model(str(folder))
+
+    def change(done, total):
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+
+    with pytest.raises(PassingError, match="changed while they were read"):
+        evaluate(opened, suite, limit=2, progress=change)
+
+
+def test_equal_runs_give_equal_files(suite, tiny, tmp_path):
+    """Timings are not in them."""
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    for path in (first, second):
+        evaluate(tiny, suite, limit=2).save(path)
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_dense_scores_are_kept_by_model_suite_and_dtype(
     suite, tiny, tiny_folder, tmp_path, monkeypatch
 ):
     folder, first = tmp_path / "cache/scores", evaluate(tiny, suite, cache=True)
     (kept,) = folder.iterdir()
     held = kept.read_bytes()
-    assert evaluate(tiny, suite, cache=True) == first  # seconds too, so it was not scored again
+    again = evaluate(tiny, suite, cache=True)
+    assert (again, again.seconds) == (first, 0.0)  # read, not scored again
     evaluate(tiny, suite, limit=2, cache=True)
     evaluate(open_model(str(tiny_folder), dtype="bfloat16", device="cpu"), suite, cache=True)
     assert len([*folder.iterdir()]) == 3
@@ -112,7 +133,7 @@ def test_dense_scores_are_kept_by_model_suite_and_dtype(
     first = evaluate(tiny, suite, cache=True)
     tiny.name, renamed = "moved", suite.model_copy(update={"name": "ours"})
     again = evaluate(tiny, renamed, cache=True)
-    assert (again.model, again.suite["name"], again.seconds) == ("moved", "ours", first.seconds)
+    assert (again.model, again.suite["name"], again.seconds) == ("moved", "ours", 0.0)
     assert first.retention(again, resamples=1).measure == "primary"
     (tmp_path / "file").write_text("x", encoding="utf-8")
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "file" / "cache"))

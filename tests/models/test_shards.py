@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from calmix.errors import ModelError
+from calmix.errors import InputError, ModelError
 from calmix.models.shards import (
     INDEX,
     read_file,
@@ -48,6 +48,13 @@ def test_an_index_is_written_where_there_are_several_files(tmp_path):
         "weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors"},
     }
     assert list(stored_tensors(tmp_path)) == ["b", "a"]
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path):
+    """The system's reason is given; here it is a folder, for which root has permission too."""
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(InputError, match=r"cannot read .*model\.safetensors: Is a directory"):
+        read_header(tmp_path / "model.safetensors")
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):

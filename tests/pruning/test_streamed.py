@@ -1,17 +1,21 @@
 """Pruning from disk to disk: the same numbers, interruption at any moment, bounded memory."""
 
 import json
+import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from calmix.errors import InputError, ModelError
+from calmix.calibration import CalibrationSet
+from calmix.errors import InputError, ModelError, PassingError
 from calmix.machine import out_of_memory
 from calmix.models import open_model
 from calmix.models.attention import use_own_attention
+from calmix.models.opening import fingerprint
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import Unstructured, budget, get_method, prune
 from calmix.pruning.allocation import OutlierPass
@@ -23,6 +27,7 @@ from calmix.pruning.gram import Gram
 from calmix.pruning.solvers.grids import read_grids
 from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder, read_record
+from calmix.specs import prune_request
 from tests.forks import stopped
 from tests.pruning.stopper import arm
 from tests.pruning.test_engine import check_equal
@@ -38,6 +43,7 @@ from tests.tiny import (
 )
 
 HALF = Unstructured(0.5)
+PLAIN = {"method": "magnitude", "sparsity": 0.5}
 BATCH = 5 * 32 * 32 * 4  # bytes of the hidden states of a micro-batch
 PLENTY = Plan(5 * 32, None, True, 0, states=2**30)
 FEW = [Plan(5 * 32, 0, False, 0), Plan(5 * 32, 1, True, 0, states=BATCH),
@@ -204,10 +210,28 @@ def test_half_precision_and_a_file_a_block(calmix, tmp_path):
 def test_no_folder_of_a_user_is_replaced(tiny_folder, tmp_path):
     (tmp_path / "mine").touch()
     opened = open_model(str(tiny_folder))
-    report = prune(opened, method="magnitude", pattern=HALF)
+    report, request = prune(opened, method="magnitude", pattern=HALF), prune_request(**PLAIN)
     with pytest.raises(InputError, match="exists and is not empty"):
-        write_checkpoint(opened, tmp_path, report, None)
+        write_checkpoint(opened, tmp_path, report, None, request)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_checkpoint_is_identified_by_its_request_and_its_text(tiny_folder, tmp_path):
+    """A study's trials differ in method, options and calibration set."""
+    opened = open_model(str(tiny_folder))
+    report = prune(opened, method="magnitude", pattern=HALF)
+    text = {"calibration": "stories", "sparsity": 0.5}
+    sets = [CalibrationSet(torch.full((2, 4), token), ("a", "a"), {}) for token in (1, 2)]
+    trials = [
+        (None, PLAIN), (sets[0], text), (sets[1], text), (sets[0], text | {"damping": 0.1}),
+        (sets[0], text | {"method": "wanda"}),
+    ]  # fmt: skip
+    found = set()
+    for number, (drawn, options) in enumerate(trials):
+        out = tmp_path / str(number)
+        write_checkpoint(opened, out, report, drawn, prune_request(**options))
+        found.add(json.loads((out / "calmix.json").read_text())["request_sha256"])
+    assert len(found) == len(trials)
 
 
 def test_only_the_block_at_hand_is_in_memory(tiny_folder):
@@ -339,6 +363,48 @@ def test_a_resumed_run_goes_through_the_finished_blocks_once_more(
     assert solved[7:] == [2, 3, 0, 1, 2, 3]
     for name in ("sparsegpt-0.4", "sparsegpt-0.5", "sparsegpt-0.6"):
         assert hashes(tmp_path / "cut" / name) == hashes(tmp_path / "whole" / name)
+
+
+def test_a_model_that_changes_while_it_is_pruned_is_refused(
+    calmix, deep, text_file, tmp_path, monkeypatch
+):
+    """No block of the changed model counts as done, so the original one can be resumed."""
+    model = Path(shutil.copytree(deep, tmp_path / "model"))
+    command = ("prune", model, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
+    calmix(*command, tmp_path / "whole").ok()
+    file, block = model / "model.safetensors", Run.block
+    original = file.read_bytes()
+
+    def changing(self, index):
+        block(self, index)
+        if index == 2:
+            save_file({n: w + 1 for n, w in load_weights(deep).items()}, file, {"format": "pt"})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "block", changing)
+        ended = calmix(*command, tmp_path / "cut")
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].endswith(
+        f"the files of {model} changed while they were read: run it again"
+    )
+    assert not (tmp_path / "cut").exists()
+    assert read_record(WorkFolder(tmp_path / "cut").path)["kept"]["done"] == 2
+    assert "another request (model: " in calmix(*command, tmp_path / "cut", "--resume").line
+    file.write_bytes(original)
+    calmix(*command, tmp_path / "cut", "--resume").ok()
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def test_a_file_that_is_written_again_unchanged_does_not_stop_a_run(deep, tmp_path):
+    model = Path(shutil.copytree(deep, tmp_path / "model"))
+    streamed, file = StreamedModel(str(model)), model / "model.safetensors"
+    streamed.close()
+    assert streamed.files.sha256 == fingerprint(model)
+    file.write_bytes(file.read_bytes())
+    streamed.files.check()
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(PassingError, match="changed while they were read"):
+        streamed.files.check()
 
 
 def test_resuming_keeps_the_size_of_a_micro_batch(calmix, command, tmp_path, monkeypatch):

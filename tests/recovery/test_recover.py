@@ -256,6 +256,7 @@ def test_every_mistake_is_one_line(calmix, place, tmp_path):
         ((tokens, *against, *data), "their tokenizers differ"),
         ((half, "--against", other, *data), "their embeddings are of different models"),
         ((dense, *against, *data), "is not sparse (0.00% of its linear maps' weights"),
+        ((half, "--against", half, *data), "are the same model, so there is nothing to recover"),
         ((half, *against, "--calibration", foreign), "was made with another tokenizer"),
         ((half, *against, *data, "--rows", 16), "has rows 32, not 16"),
         ((half, *against, "--calibration", "encyclopedia", "--licence", "permissive"), "licence"),

@@ -374,6 +374,9 @@ def test_checkpoints_are_kept_if_asked_and_a_recovery_holds_levels_and_embedding
     assert (seen.errors, len(seen.ran)) == ({}, 2)
     assert "embeddings 4" in seen.ran[0]
     checkpoints = [*(tmp_path / "store" / "trials").glob("*/checkpoint")]
+    told = [json.loads((one / "calmix.json").read_text(encoding="utf-8")) for one in checkpoints]
+    made = next(one for one in told if one["kind"] == "pruned checkpoint")
+    assert (made["request"]["method"], made["request"]["pattern"]) == ("ecq", "3 bits")
     assert len(checkpoints) == 2
     for made in checkpoints:
         again = evaluate(str(made), load_study(path).suite, floors=False)
