@@ -75,18 +75,27 @@ def init(
 @verb("validate", of=studies)
 def validate(study: Path = FILE) -> None:
     """Check a study file and list every error with its line."""
+    from calmix.study.declaring import declaration
     from calmix.study.spec import check_study
     from calmix.study.trials import plan
 
     checked, problems = check_study(study)
     trials = [] if checked is None else plan(checked)
     sets = len({trial.calibration for trial in trials if trial.rows})
-    print_json({"problems": problems, "trials": [trial.label for trial in trials]})
+    declared = None if checked is None else declaration(checked, trials)
+    print_json(
+        {
+            "problems": problems,
+            "trials": [trial.label for trial in trials],
+            "declaration": declared and declared.hash,
+        }
+    )
     for problem in problems:
         line(problem)
     if problems:
         raise InputError(f"{study} has {len(problems)} mistake{'s' * (len(problems) > 1)}")
     line(f"{study}: {len(trials)} trials over {sets} calibration sets")
+    line(f"{study} {declared}")
 
 
 @verb("plan", of=studies)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, SkipValidation
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.retention import Estimate
 from calmix.options import Strategy
+from calmix.study.declaring import Declared
 
 Scores = Annotated[
     Mapping[str, tuple[TaskScores, ...]], SkipValidation, Field(exclude=True, repr=False)
@@ -85,6 +86,8 @@ class StudyResults(BaseModel, frozen=True):
         dense: those of the dense models, by label.
         paired: those of the dense model that each trial was compared with, by the trial's id.
         part: tasks that were not asked all items, by the trial's id.
+        dates: when each trial finished (UTC, ISO 8601), by the trial's id.
+        declarations: what was declared before the trials, oldest first; the last one is valid.
     """
 
     name: str
@@ -97,3 +100,5 @@ class StudyResults(BaseModel, frozen=True):
     dense: Scores = {}
     paired: Scores = {}
     part: Annotated[Mapping[str, set[str]], Field(exclude=True)] = {}
+    dates: Mapping[str, str] = {}
+    declarations: tuple[Declared, ...] = ()

@@ -33,6 +33,7 @@ from calmix.models.opening import check_models, device_of
 from calmix.models.shards import weight_bytes
 from calmix.options import TrialOptions
 from calmix.study.bench import Bench
+from calmix.study.declaring import declaration, declare
 from calmix.study.estimate import PROGRAM, check_memory, largest
 from calmix.study.results import StudyResults
 from calmix.study.spec import Study
@@ -86,7 +87,9 @@ def run_study(
     options = options or TrialOptions()
     planned, models = plan(study), [model.name for model in study.file.models.values()]
     files = {file for trial in planned if trial.asked for file in trial.asked.files}
-    before = check_folder(path, [study.path, *models, *files])
+    now, index = declaration(study, planned), check_folder(path, [study.path, *models, *files])
+    finished = None if index is None or not [*path.glob(f"trials/*/{RESULT}")] else index.name
+    declared = declare(study, now, () if index is None else index.declarations, finished)
     runnable(study.suite, options.allow_code_execution, whole=True)
     chosen = {trial.key for trial in chosen_trials(planned, only, skip)}
     if execute is None:  # the devices of a cluster are not known here
@@ -101,7 +104,19 @@ def run_study(
     entries = [
         Entry(id=t.id, label=t.label, key=list(t.key), set=t.calibration_id) for t in resolved
     ]
-    store = Store(path, Index(name=study.file.name, text=study.text, suite=suite, trials=entries))
+    if now.comparisons and index is None:
+        note(f"study {study.file.name} {now}")
+    store = Store(
+        path,
+        Index(
+            name=study.file.name,
+            text=study.text,
+            suite=suite,
+            trials=entries,
+            declarations=declared,
+        ),
+    )
+    before = [] if index is None else index.trials
     stale = [e.label for e in before if e.id not in names and store.state(e.id) == "finished"]
     if stale:
         note(

@@ -16,6 +16,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    FiniteFloat,
     ValidationError,
     WrapValidator,
     model_validator,
@@ -26,10 +27,10 @@ from calmix.errors import CalmixError, InputError, nearest
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.suites import Suite
 from calmix.models.opening import known_model
-from calmix.options import MOST_EMBEDDING, Leakage, Licence, Options, Propagation
+from calmix.options import MOST_EMBEDDING, Leakage, Licence, Measure, Options, Propagation
 from calmix.pruning.methods import get_method
 from calmix.sources import Source, own_sources
-from calmix.specs import recovery_of, target_of
+from calmix.specs import printed, recovery_of, target_of
 from calmix.yaml_files import locate, parse_yaml, read_text, yaml_problems
 
 NONE = "none"  # no calibration set, or no recovery
@@ -57,6 +58,9 @@ Method = Annotated[str, _by(lambda text: get_method(text).text)]  # `sparsegpt,d
 Recovery = Annotated[str, _by(lambda text: NONE if text == NONE else recovery_of(text).text)]
 Filled = Field(min_length=1)
 Targets = Annotated[list[Annotated[Any, _by(target_of)]], Listed, Filled]
+Target = Annotated[Any, _by(lambda value: printed(target_of(value)))]  # as printed: `60%` or `2:4`
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+Text = Annotated[str, Field(pattern=r"\S")]
 
 
 def _apart(value: Any, handler: Callable[[Any], Any]) -> Any:
@@ -146,11 +150,103 @@ def _by_label(key: str, value: Any) -> Any:
     return {k: {key: v} if isinstance(v, str) else v for k, v in value.items()}
 
 
+# What a comparison may name of a trial, with the key of `where` that restricts it.
+ASPECTS = {
+    "model": "models",
+    "calibration": "calibrations",
+    "method": "methods",
+    "target": "targets",
+    "recovery": "recoveries",
+}
+
+
+class Side(Options):
+    """One side of a comparison: a calibration set, or the best of several, and how models are
+    pruned with it. `best_of` is chosen on the items of odd position and compared on the others."""
+
+    calibration: str | None = None
+    best_of: Annotated[list[str], Field(min_length=2)] | None = None
+    method: Method | None = None
+    target: Target | None = None
+    recovery: Recovery | None = None
+
+    @model_validator(mode="after")
+    def _one_set(self) -> Side:
+        if self.calibration is not None and self.best_of is not None:
+            raise ValueError("give one of 'calibration' and 'best_of'")
+        return self
+
+    @property
+    def aspects(self) -> dict[str, list[str]]:
+        """What defines the side's trials, and its possible values."""
+        given = {key: getattr(self, key, None) for key in ASPECTS}
+        values = {key: [value] for key, value in given.items() if value is not None}
+        return {"calibration": self.best_of, **values} if self.best_of else values
+
+
+class Where(Options):
+    """The trials to which a comparison is restricted."""
+
+    models: Annotated[list[str], Listed, Filled] | None = None
+    calibrations: Annotated[list[str], Listed, Filled] | None = None
+    methods: Annotated[list[Method], Listed, Filled] | None = None
+    targets: Annotated[list[Target], Listed, Filled] | None = None
+    recoveries: Annotated[list[Recovery], Listed, Filled] | None = None
+
+
+class Refuted(Options):
+    """What refutes a prediction: an interval that ends below or begins above so many points."""
+
+    below: FiniteFloat | None = None
+    above: FiniteFloat | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Refuted:
+        if self.below is None and self.above is None:
+            raise ValueError("give 'below' or 'above', e.g. {below: 5}")
+        return self
+
+
+class Comparison(Options):
+    """A declared comparison: `of` minus `over`, in points of the primary measure. All else is the
+    same on both sides; each model is compared by itself, everything else in the mean."""
+
+    name: Text
+    of: Side
+    over: Side
+    where: Where = Where()
+    predict: tuple[FiniteFloat, FiniteFloat] | None = None
+    refuted: Refuted | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Comparison:
+        of, over = self.of.aspects, self.over.aspects
+        if set(of) != set(over):
+            odd = min(set(of) ^ set(over))
+            raise ValueError(f"'of' and 'over' must name the same keys: one lacks '{odd}'")
+        if of == over:
+            raise ValueError("'of' and 'over' are the same")
+        for key, plural in ASPECTS.items():
+            if key in of and getattr(self.where, plural) is not None:
+                raise ValueError(f"'where.{plural}' has no effect: 'of' and 'over' name it")
+        if self.predict is not None and self.predict[0] > self.predict[1]:
+            raise ValueError("'predict' must be two numbers, the lower one first")
+        return self
+
+
+class Amends(Options):
+    """The study whose declaration a file changes, and why."""
+
+    study: Name
+    reason: Text
+
+
 class StudyFile(_Draw, Grid):
     """A study: models and calibrations by label. Without `grids` its top level is the only grid.
-    Without `perplexity` sets get only metrics that need no model."""
+    Without `perplexity` sets get only metrics that need no model. `primary`, `margin` (in points),
+    `exclude` (a reason for each task) and `comparisons` are declared before the first trial."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+    name: Name
     description: str = ""
     models: Annotated[  # type: ignore[assignment]
         dict[str, Model], Filled, BeforeValidator(partial(_by_label, "name"))
@@ -164,6 +260,11 @@ class StudyFile(_Draw, Grid):
     ]
     sources: dict[str, Any] = Field(default={})
     grids: list[Grid] = Field(default=[])
+    primary: Measure | None = None
+    margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    exclude: dict[str, Text] = Field(default={})
+    comparisons: list[Comparison] = Field(default=[])
+    amends: Amends | None = None
     perplexity: bool = True
     keep_checkpoints: bool = False
 
@@ -183,6 +284,11 @@ class Study:
     path: Path
     own: dict[str, Source]
     suite: Suite
+
+    @property
+    def primary(self) -> Measure:
+        """The primary measure: if none is named, the one of the suite."""
+        return self.file.primary or "primary"
 
 
 def load_study(path: Path) -> Study:
@@ -241,9 +347,49 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
             if (methods and set(getattr(part, key) or ()) - {idle}
                     and all(get_method(name).needs is None for name in methods)):  # fmt: skip
                 wrong([*at, key], f"no effect with {', '.join(methods)}")
+    if suite is not None:
+        _check_declaration(file, suite, wrong)
     if problems:
         return None, sorted(problems, key=_line)
     return Study(file, text, path, own, suite), []
+
+
+def _check_declaration(file: StudyFile, suite: Suite, wrong: Callable[..., None]) -> None:
+    """Report names in what a study declares that the study lacks."""
+    for task in file.exclude:
+        if task not in suite.tasks:
+            wrong(["exclude", task], f"the suite has no such task: {nearest(task, suite.tasks)}")
+    if not set(suite.tasks) - set(file.exclude):
+        wrong(["exclude"], "it names every task of the suite: keep at least one")
+    if file.amends is not None and file.amends.study == file.name:
+        wrong(["amends", "study"], "a study cannot amend itself: give this file another name")
+    grids = file.grids or [file]
+    methods = [grid.methods or file.methods or {} for grid in grids]
+    known: dict[str, set[str]] = {
+        "models": set(file.models),
+        "calibrations": set(file.calibrations),
+        "methods": {name for each in methods for name in each},
+        "targets": {printed(one) for each in methods for some in each.values() for one in some},
+        "recoveries": {name for grid in grids for name in grid.recovery or file.recovery or [NONE]},
+    }
+
+    def check(at: list[Any], plural: str, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in known[plural]:
+                wrong(at, f"the study has no '{name}': {nearest(name, known[plural])}")
+
+    seen = set[str]()
+    for number, one in enumerate(file.comparisons):
+        at: list[Any] = ["comparisons", number]
+        if one.name in seen:
+            wrong([*at, "name"], "two comparisons have this name: rename one")
+        seen.add(one.name)
+        for side in ("of", "over"):
+            for key, names in getattr(one, side).aspects.items():
+                given = "best_of" if len(names) > 1 else key
+                check([*at, side, given], ASPECTS[key], names)
+        for plural in Where.model_fields:
+            check([*at, "where", plural], plural, getattr(one.where, plural) or ())
 
 
 def _fits(name: str, target: Any) -> None:

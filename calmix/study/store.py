@@ -36,6 +36,7 @@ from calmix.files import (
     read_object,
     write_json,
 )
+from calmix.study.declaring import Declared
 from calmix.study.results import FailedTrial, StudyResults, Trial
 from calmix.study.trials import Planned
 from calmix.yaml_files import first_problem
@@ -61,8 +62,8 @@ class Entry(BaseModel, frozen=True):
 
 
 class Index(BaseModel, frozen=True):
-    """The study as last run: its name, the text of its file, its trials in order, and the name,
-    version, hash and dimensions of its suite."""
+    """The study as last run: its name, the text of its file, its trials in order, the name,
+    version, hash and dimensions of its suite, and what was declared, the last entry being valid."""
 
     kind: str = KIND
     format: int = FORMAT
@@ -70,6 +71,7 @@ class Index(BaseModel, frozen=True):
     text: str
     suite: dict[str, Any]
     trials: list[Entry]
+    declarations: tuple[Declared, ...] = ()
 
 
 class Result(BaseModel, frozen=True):
@@ -193,19 +195,19 @@ def open_store(path: Path) -> Store:
     return Store(path, _read(path / INDEX, Index, "run the study in another folder"))
 
 
-def check_folder(path: Path, inputs: Iterable[object]) -> list[Entry]:
-    """Return the trials of the store at `path`, if there is one; raise an `InputError` if the
-    folder cannot become a store."""
+def check_folder(path: Path, inputs: Iterable[object]) -> Index | None:
+    """Return the index of the store at `path`, if there is one; raise an `InputError` if the folder
+    cannot become a store."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file: name a folder for the store")
     if (path / INDEX).is_file():
-        return open_store(path).index.trials
+        return open_store(path).index
     check_apart(path, inputs)
     check_writable(path / INDEX)
     left = {f.name for f in path.iterdir()} - set(PARTS) if path.is_dir() else set()
     if any(not name.startswith(f".{INDEX}.") for name in left):
         raise InputError(f"{path} is not empty and is not a study store: name another folder")
-    return []
+    return None
 
 
 def read_results(path: Path | str) -> StudyResults:
@@ -244,6 +246,8 @@ def read_results(path: Path | str) -> StudyResults:
         dense={label: held[key] for label, key in dense.items()},
         paired={name: held[record.dense] for name, record in kept.items()},
         part={name: one.part for name, one in scored.items()},
+        dates={name: one.run.get("finished", "") for name, one in kept.items()},
+        declarations=store.index.declarations,
     )
 
 

@@ -262,6 +262,70 @@ def test_a_changed_study_keeps_what_it_no_longer_asks_for(tiny_study, tmp_path):
         assert run(tiny_study(), store, only=["code"]).ran == []
 
 
+def test_what_is_declared_holds_from_the_first_finished_trial_on(tiny_study, tmp_path):
+    store, line = tmp_path / "store", "  - {name: x, of: {calibration: mix}, over: {calibration: "
+    first = f"margin: 5\ncomparisons:\n{line}code}}}}\n"
+    path, index = tiny_study(more=first), lambda: open_store(store).index
+
+    def broken(bench, todo, stage, note):
+        return iter([(trial, ("failed", "x")) for trial in todo])
+
+    run(tiny_study(more=first.replace("5", "3"), name="early.yaml"), store, execute=broken)
+    seen = run(path, store, only=["mix wanda*"])  # nothing had finished
+    (declared,) = index().declarations
+    told = "study tiny declares 1 comparison by measure primary, margin 5 points (hash {})"
+    assert told.format(declared.hash[:12]) in run(path, tmp_path / "new", execute=broken).notes
+    assert seen.ran == ["mix wanda 2:4 seed 0"]
+    assert (declared.study, declared.intact) == ("tiny", True)
+    trial = json.loads(next(store.glob("trials/*/result.json")).read_text(encoding="utf-8"))
+    assert declared.since <= trial["run"]["finished"]
+    changes = (
+        ("margin: 5", "margin: 3", "margin: 5.0, now 3.0"),
+        (first, "", "margin: 5.0, now None"),
+        (
+            "calibration: code}",
+            "calibration: letters}",
+            "comparisons.x.over.calibration: code, now letters",
+        ),
+        ("margin: 5", "margin: 5\nexclude: {quiz: too hard}", "exclude.quiz: None, now too hard"),
+        ("margin: 5", "margin: 5\nseeds: [0, 1]", "pairs.x: "),
+    )
+    for old, new, what in changes:
+        other = tiny_study(more=first.replace(old, new), name="other.yaml")
+        with pytest.raises(InputError, match=re.escape(f"declared has changed ({what}")) as error:
+            run(other, store)
+        assert str(error.value).endswith(
+            f": name {other} anew, with amends: {{study: tiny, reason: ...}}"
+        )
+        assert index().declarations == (declared,)
+    # What no comparison is about may change.
+    run(tiny_study(("letters:", "others:"), more=first, name="more.yaml"), store, execute=broken)
+    assert index().declarations == (declared,)
+    amends = "margin: 3\namends: {study: %s, reason: three points matter}\ncomparisons:"
+    for name, wrong in (("tiny", "none"), ("more", "none")):
+        text = first.replace("margin: 5\ncomparisons:", amends % wrong)
+        with pytest.raises(InputError, match="what study tiny declared has changed"):
+            run(tiny_study(("name: tiny", f"name: {name}"), more=text, name="a.yaml"), store)
+    text = first.replace("margin: 5\ncomparisons:", amends % "tiny")
+    run(tiny_study(("name: tiny", "name: more"), more=text, name="a.yaml"), store, only=["mix*"])
+    before, now = index().declarations
+    assert (before, now.study, now.amends.reason) == (declared, "more", "three points matter")
+    with pytest.raises(InputError, match="what study more declared has changed"):
+        run(path, store)
+    assert read_results(store).declarations == (before, now)
+
+
+def test_a_store_without_a_declaration_gets_none_afterwards(tiny_study, tmp_path):
+    store = tmp_path / "store"
+    run(tiny_study(), store, only=["mix wanda*"])
+    index = json.loads((store / "store.json").read_text(encoding="utf-8"))
+    del index["declarations"]  # as of an older version
+    (store / "store.json").write_text(json.dumps(index), encoding="utf-8")
+    run(tiny_study(), store, only=["mix wanda*"])
+    with pytest.raises(InputError, match="what study tiny declared has changed"):
+        run(tiny_study(more="margin: 5\n", name="later.yaml"), store)
+
+
 def test_a_set_or_model_can_be_named_anew_and_trials_copied_from_another_store(
     tiny_study, tmp_path, monkeypatch
 ):

@@ -8,7 +8,9 @@ import torch
 from calmix.calibration import CalibrationSet
 from calmix.calibration.resolving import Asked
 from calmix.errors import InputError
+from calmix.evaluation.suites import load_suite
 from calmix.manifest import differences
+from calmix.study.declaring import Declaration, declaration
 from calmix.study.spec import check_study, load_study
 from calmix.study.trials import plan, resolve_all
 
@@ -226,3 +228,151 @@ def test_allocations_and_recoveries_are_part_of_a_condition(tmp_path):
     assert request["allocation"] == "owl"
     assert request["recovery"] == {"method": "blocks", "epochs": 2, "lr": 3e-3, "batch": 4}
     assert found["sparsegpt + distill,lr=0.002"]["recovery"]["lr"] == 2e-3
+
+
+DECLARES = (
+    HEAD + "calibrations: {a: news, b: books, c: stories, mix: 'uniform:news,books'}\n"
+    "grids:\n  - methods: {sparsegpt: [0.5, 0.6]}\n    seeds: [0, 1]\n"
+    "  - {methods: {admm: 0.5}, calibrations: [a, mix], recovery: [none, distill]}\n"
+)
+
+
+def compared(*lines):
+    """Return what a study with these comparisons declares."""
+    study = parsed(DECLARES + "comparisons:\n" + "".join(f"  - {one}\n" for one in lines))
+    return declaration(study, plan(study))
+
+
+def test_a_comparison_pairs_trials_that_are_alike_in_all_else():
+    found = compared(
+        "{name: mixed, of: {calibration: mix}, over: {calibration: a}, where: {targets: 0.5}}",
+        "{name: solver, of: {method: admm}, over: {method: sparsegpt}}",
+        "{name: best, of: {calibration: mix}, over: {best_of: [a, b, c]},"
+        " where: {methods: sparsegpt, targets: 50%}}",
+        "{name: recovered, of: {recovery: distill, calibration: mix},"
+        " over: {recovery: none, calibration: a}}",
+    ).pairs
+
+    def sides(name):
+        return [
+            [
+                [f"{of} {how} {at} {seed}" for _, of, how, at, *_, seed, _ in side]
+                for side in (pair.of, pair.over)
+            ]
+            for pair in found[name]
+        ]
+
+    assert sides("mixed") == [
+        [[f"{name} sparsegpt 50% {seed}" for seed in (0, 1)] for name in ("mix", "a")],
+        [["mix admm 50% 0"], ["a admm 50% 0"]],
+        [["mix admm + distill 50% 0"], ["a admm + distill 50% 0"]],
+    ]
+    assert sides("solver") == [
+        [[f"{name} admm 50% 0"], [f"{name} sparsegpt 50% {seed}" for seed in (0, 1)]]
+        for name in ("a", "mix")
+    ]
+    ((ours, theirs),) = sides("best")
+    assert len(ours) == 2
+    assert [text[0] for text in theirs] == ["a", "b", "c"] * 2
+    assert sides("recovered") == [[["mix admm + distill 50% 0"], ["a admm 50% 0"]]]
+
+
+def test_a_declaration_changes_with_all_that_its_comparisons_rest_on_and_nothing_else():
+    line = "{name: mixed, of: {calibration: mix}, over: {calibration: a}}"
+    whole = DECLARES + f"margin: 5\ncomparisons:\n  - {line}\n"
+
+    def hashed(*change):
+        study = parsed(whole.replace(*change))
+        found = declaration(study, plan(study))
+        assert Declaration.model_validate_json(found.model_dump_json()) == found
+        return found.hash
+
+    same = hashed("", "")
+    for change in (
+        ("margin: 5", "margin: 4"),
+        ("margin: 5", "primary: accuracy"),
+        ("seeds: [0, 1]", ""),
+        ("margin: 5", "margin: 5\nexclude: {arc_easy: too easy}"),
+        ("0.6]", "0.7]"),
+        ("uniform:news,books", "uniform:news,stories"),
+        ("builtin:smollm2-135m", "a/b"),
+        ("calibration: a}}", "calibration: a}, predict: [1, 2]}"),
+    ):
+        assert change[0] in whole
+        assert hashed(*change) != same, change
+    for change in (("c: stories", "c: history"), ("name: s", "name: t\ndescription: x")):
+        assert hashed(*change) == same, change
+
+
+def test_mistakes_in_what_is_declared_are_told_with_their_line():
+    text = DECLARES + (
+        "primary: rigth\nmargin: 0\nexclude: {arc_easy: ''}\namends: {study: t}\n"
+        "comparisons:\n"
+        "  - {name: x, of: {calibration: a}, over: {method: wanda}}\n"
+        "  - {name: y, of: {calibration: a, best_of: [a, b]}, over: {calibration: b}}\n"
+        "  - {name: z, of: {calibration: a}, over: {calibration: a}}\n"
+        "  - {name: w, of: {calibration: a}, over: {calibration: b}, where: {calibrations: c}}\n"
+        "  - {name: v, of: {calibration: a}, over: {calibration: b}, predict: [3, 1]}\n"
+        "  - {name: u, of: {calibration: a}, over: {calibration: b}, refuted: {}}\n"
+        "  - {name: t, of: {target: 60}, over: {target: 0.5}}\n"
+    )
+    names = DECLARES + (
+        "exclude: {arc_esy: x}\namends: {study: s, reason: x}\ncomparisons:\n"
+        "  - {name: x, of: {calibration: mx}, over: {best_of: [a, d]}}\n"
+        "  - name: x\n    of: {method: wanda}\n    over: {method: admm}\n"
+        "    where:\n      targets: [0.7]\n      models: [q]\n      recoveries: blocks\n"
+    )
+    for given, wanted in (
+        (
+            text,
+            [
+                (8, "primary: Input should be 'primary'"),
+                (9, "margin: Input should be greater"),
+                (10, "exclude.arc_easy: String should match"),
+                (11, "amends: lacks 'reason'"),
+                (
+                    13,
+                    "comparisons.0: 'of' and 'over' must name the same keys: one lacks 'calib",
+                ),
+                (14, "comparisons.1.of: give one of 'calibration' and 'best_of'"),
+                (15, "comparisons.2: 'of' and 'over' are the same"),
+                (16, "comparisons.3: 'where.calibrations' has no effect: 'of' and 'over' name it"),
+                (17, "comparisons.4: 'predict' must be two numbers, the lower one first"),
+                (18, "comparisons.5.refuted: give 'below' or 'above'"),
+                (19, "comparisons.6.of.target: sparsity 60 is above 1: did you mean 0.6?"),
+            ],
+        ),
+        (
+            names,
+            [
+                (8, "exclude.arc_esy: the suite has no such task: did you mean arc_easy"),
+                (9, "amends.study: a study cannot amend itself"),
+                (11, "comparisons.0.of.calibration: the study has no 'mx': did you mean mix"),
+                (11, "comparisons.0.over.best_of: the study has no 'd': known"),
+                (12, "comparisons.1.name: two comparisons have this name"),
+                (13, "comparisons.1.of.method: the study has no 'wanda'"),
+                (16, "comparisons.1.where.targets: the study has no '70%': "),
+                (17, "comparisons.1.where.models: the study has no 'q'"),
+                (18, "comparisons.1.where.recoveries: the study has no 'blocks'"),
+            ],
+        ),
+    ):
+        for line, (number, words) in zip(problems(given), wanted, strict=True):
+            assert line.startswith(f"s.yaml line {number}: {words}"), line
+    every = ", ".join(f"{task}: x" for task in load_suite("offline").tasks)
+    (line,) = problems(DECLARES + f"exclude: {{{every}}}\n")
+    assert line == "s.yaml line 8: exclude: it names every task of the suite: keep at least one"
+    for line, says in (
+        ("{name: x, of: {calibration: b}, over: {calibration: a}, where: {methods: admm}}", " at"),
+        (
+            "{name: x, of: {method: admm}, over: {method: sparsegpt}, where: {targets: [.5, .6]}}",
+            "alike at 60%: add",
+        ),
+        (
+            "{name: x, of: {calibration: mix, recovery: distill},"
+            " over: {calibration: b, recovery: none}}",
+            "alike: add",
+        ),
+    ):
+        with pytest.raises(InputError, match=rf"s\.yaml line 9: comparison 'x' has no .*{says}"):
+            compared(line)

@@ -74,6 +74,11 @@ def test_the_file_to_start_from_is_a_study(calmix, tmp_path):
     path = tmp_path / "mine.yaml"
     assert calmix("study", "init", path).code == 0
     assert load_study(path).file.name == "my-study"
+    text, start = path.read_text(encoding="utf-8"), "# primary: "
+    declared = text[text.index(start) : text.index("# Grids")].replace("\n# ", "\n")
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(text.replace("# Grids", f"{declared[2:]}\n# Grids"), encoding="utf-8")
+    assert "declares 1 comparison by measure" in calmix("study", "validate", whole).ok().out
     assert "exists" in calmix("study", "init", path).line
     assert calmix("study", "init", path, "--overwrite").code == 0
 
