@@ -22,11 +22,10 @@ from scipy.stats import spearmanr
 from calmix.analysis.bootstrap import joint
 from calmix.analysis.cells import select, tables
 from calmix.analysis.power import Noise, needed, noises
-from calmix.evaluation.suites import Score
 from calmix.options import Measure
 from calmix.study import StudyResults, read_results
 
-SCORES: tuple[Score, ...] = ("bits", "smoothed", "probability", "margin", "accuracy")
+SCORES: tuple[Measure, ...] = ("bits", "smoothed", "accuracy")
 
 
 def number(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
@@ -71,7 +70,7 @@ def scores(results: StudyResults, method: str, sparsity: str, agreement: str) ->
     suite = next(iter(results.dense.values()))
     print("\nsignal over noise of one trial by score; in brackets the rank correlation with")
     print(f"accuracy over {len(cells.sets)} sets at {cells.condition.label}")
-    form = "{:<18} {:>14} {:>14} {:>14} {:>14}   {}"
+    form = "{:<18} {:>14} {:>14} {:>14}   {}"
     print(form.format("task", *SCORES, "primary"))
     for at, task in enumerate(suite):
         if not task.values:

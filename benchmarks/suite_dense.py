@@ -34,7 +34,7 @@ def main() -> None:
     total = 0.0
     for name in suite.tasks:
         scores = evaluate(model, suite, tasks=[name])
-        task = scores.retention(scores, resamples=1).tasks[0]
+        task = scores.retention(scores, "primary", resamples=1).tasks[0]
         total += scores.seconds
         print(
             form.format(

@@ -103,7 +103,8 @@ Leakage = Annotated[str, BeforeValidator(lambda value: "off" if value is False e
 TRUST = advanced(False, "Run modelling code shipped with the model.")
 RUN_CODE = option(False, "Run code the model writes, in a limited subprocess.")
 MAX_MEMORY = advanced(None, "Memory to use at most, e.g. 6GiB.", shown="free memory")
-MEASURE = option("primary", "Score that retention compares, e.g. accuracy.", metavar="NAME")
+measure_option = partial(option, text="Measure to compare by, e.g. accuracy.", metavar="NAME")
+MEASURE = measure_option(None, shown="right; without generated answers primary")
 
 
 class DeviceOptions(Options):
@@ -194,13 +195,13 @@ class DrawOptions(SizeOptions):
         return rest | {"draw": draw}
 
 
-Measure = Literal["primary", "probability", "bits", "smoothed", "margin", "accuracy", "ratio"]
+Measure = Literal["right", "primary", "bits", "smoothed", "accuracy", "ratio"]
 
 
 class Settings(Options):
     """How a study is analysed."""
 
-    measure: Measure = MEASURE
+    measure: Measure = measure_option("primary")
     default: str | None = advanced(
         None, "Set to compare others with.", shown="mean of the single sources"
     )

@@ -105,7 +105,7 @@ def study(plan, **changes):
 def scores(task, of):
     """Return a task's scores by the dense model, or by a trial's with exactly its retention.
 
-    Tasks on `_a` are multiple choice, of which 0.9 times the retention of probabilities is kept in
+    Tasks on `_a` are multiple choice, of which 0.9 times the retention of bits is kept in
     accuracy; others are texts. An item is off its task's retention by a part that all calibration
     sets share and one of the set's own. Without signal the dense model is at its floor.
     """
@@ -126,25 +126,24 @@ def scores(task, of):
     head = {"name": task["task"], "dimension": task["dimension"]}
     head["items"] = tuple(map(str, range(COUNT)))
     gold = {"gold": (0,) * COUNT}
+    rows = (-60 + 60 * kept)[:, None]
+    head |= gold | {"primary": "bits", "unigram": (-60.0,) * COUNT if of is None else ()}
     if task["task"].endswith("_a"):
-
-        def choices(p):
-            rest = np.log((1 - p) / 3)
-            return rounded(np.stack([np.log(p), rest, rest, rest], 1).tolist())
-
         return TaskScores(
-            **head, metric="acc", primary="probability", chance=0.25, **gold,
-            values=tuple(accuracy.tolist()), bytes=((4, 4, 4, 4),) * COUNT, floor="context-free",
-            loglikelihoods=choices(np.clip(0.3 + kept, 0.001, 0.999)),
-            floors=choices(np.full(COUNT, 0.3)) if of is None else (),
-            unigram=(-8.0,) * COUNT if of is None else (),
-        )  # fmt: skip
+            **head,
+            metric="acc",
+            chance=0.25,
+            values=tuple(accuracy.tolist()),
+            bytes=((20, 20, 20, 20),) * COUNT,
+            loglikelihoods=rounded((rows - [0, 99, 99, 99]).tolist()),
+        )
     return TaskScores(
-        **head, metric="bits_per_byte", primary="bits", chance=0.0, **gold,
+        **head,
+        metric="bits_per_byte",
+        chance=0.0,
         bytes=((20,),) * COUNT,
-        loglikelihoods=rounded((-60 + 60 * kept)[:, None].tolist()),
-        unigram=(-60.0,) * COUNT if of is None else (),
-    )  # fmt: skip
+        loglikelihoods=rounded(rows.tolist()),
+    )
 
 
 def trial(calibration, strategy, method, pattern, seed, kept, information=None, **changes):

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calmix.errors import InputError, nearest
-from calmix.evaluation.measures import Array, TaskScores, has_signal, parts, task_weights
+from calmix.evaluation.measures import (
+    Array,
+    TaskScores,
+    has_signal,
+    judged,
+    parts,
+    task_weights,
+)
 from calmix.evaluation.retention import check_paired, nan_mean
 from calmix.options import Measure
 from calmix.specs import printed, target_of
@@ -209,9 +216,9 @@ def _cells(
         )
     whole = [one.name not in part for one in dense]  # tasks asked all items
     tasks, items, values = _measured(dense, pruned, measure, whole)
-    judged, accuracies = tasks, values
+    each, accuracies = tasks, values
     if measure != "accuracy":
-        judged, _, accuracies = _measured(dense, pruned, "accuracy", whole)
+        each, _, accuracies = _measured(dense, pruned, "accuracy", whole)
     flips = np.array([
         [np.not_equal(before.values, after.values).mean()
          if every and before.values and after.values else math.nan
@@ -238,8 +245,8 @@ def _cells(
     return Cells(
         condition, first, dimensions, tasks,
         tuple((trial.calibration, trial.seed) for trial in trials), items,
-        rolled(values, tasks), rolled(accuracies, judged),
-        distance | {"flips": rolled(flips, [replace(one, weight=1.0) for one in tasks])},
+        rolled(values, tasks), rolled(accuracies, each),
+        distance | {"flips": rolled(flips, [replace(one, weight=1.0) for one in each])},
         table([trial.information for trial in trials]),
     )  # fmt: skip
 
@@ -248,8 +255,18 @@ def _measured(
     dense: Sequence[TaskScores], pruned: Sequence[Sequence[TaskScores]], measure: Measure,
     whole: Sequence[bool],
 ) -> tuple[tuple[Task, ...], dict[int, tuple[Array, Array]], Array]:  # fmt: skip
-    """Return the tasks, the items of tasks with signal, and retention, shape (trials, tasks).
-    Accuracy has no signal in a task that was not asked as a whole."""
+    """Return the tasks (for `right`, the abilities), the items of those with signal, and retention,
+    shape (trials, tasks). Accuracy has no signal in a task that was not asked as a whole."""
+    if measure == "right":
+        if not all(whole):
+            raise InputError(
+                "gains were not measured, because trials were asked only what the dense model has "
+                "right (right_only): use --measure primary"
+            )
+        dense, *pruned = (judged(scores, measure) for scores in (dense, *pruned))
+        whole = [True] * len(dense)
+        if not dense:
+            raise InputError("no task has generated answers: use another --measure")
     tasks, items = [], {}
     values = np.full((len(pruned), len(dense)), np.nan)
     for at, (before, weight) in enumerate(zip(dense, task_weights(dense, measure), strict=True)):

@@ -71,8 +71,12 @@ def compress_verb(
             line(words.wrapped(text))
             raise typer.Exit(1)
     page, card = output / "card.html", read_card(output)
-    result |= {"model": str(output / "model"), "card": str(page), "seconds": seconds,
-               "behaviour": asdict(card.behaved)}  # fmt: skip
+    result |= {
+        "model": str(output / "model"),
+        "card": str(page),
+        "seconds": seconds,
+        "behaviour": card.behaved.to_dict(),
+    }
     print_json(result)
     for text in (
         card.shortly, f"size: {card.sizes}", f"speed: {card.speed}",
@@ -125,7 +129,7 @@ class Compressed(Shown):
     def to_dict(self) -> dict[str, Any]:
         """Return paths, behaviour and retention."""
         return {"model": str(self.model), "card": str(self.card),
-                "behaviour": asdict(self._card.behaved),
+                "behaviour": self._card.behaved.to_dict(),
                 "retention": self.retention.to_dict()}  # fmt: skip
 
     def _line(self) -> str:

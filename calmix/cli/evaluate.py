@@ -6,7 +6,7 @@ import json
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ def run(
     no_distance: bool = advanced(False, "Skip the distance to the dense model."),
     batch_tokens: int | None = advanced(None, "Tokens per forward pass.", shown="2048", ge=1),
     no_cache: bool = advanced(False, "Ignore cached results of the dense model."),
-    measure: Measure = MEASURE,
+    measure: Measure | None = MEASURE,
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
     """Score a model on a suite; with --against, report what it kept, with intervals."""
@@ -103,7 +103,7 @@ def run(
         raise InputError("--right-only needs the scores of a dense model: --against FILE.json")
     if dense is not None:
         check_same_suite(describe(chosen), dense.suite)
-        _kept(replace(dense, right_only=right_only), None, measure)
+        _kept(replace(dense, right_only=right_only), dense, measure)
     known_right = dense.right if dense is not None and right_only else None
     if output is not None:
         read = [local_file(str(path)).path for path in own_texts.values()]
@@ -147,8 +147,11 @@ def run(
     result, kept = {"scores": scores.to_dict()}, None
     if dense is not None:
         kept = _kept(scores, dense, measure)
-        result |= {"dense": dense.to_dict(), "retention": kept.to_dict(),
-                   "behaviour": asdict(behaviour((dense, scores)))}  # fmt: skip
+        result |= {
+            "dense": dense.to_dict(),
+            "retention": kept.to_dict(),
+            "behaviour": behaviour((dense, scores)).to_dict(),
+        }
     if output is not None:
         write_text(output, json.dumps(result, ensure_ascii=False) + "\n")
     print_json(result)
@@ -163,7 +166,7 @@ def run(
 def rescore(
     file: Path = option(..., "A file of calmix evaluate -o.", argument=True),
     against: Path | None = option(None, "Dense model's scores.", shown="those in FILE"),
-    measure: Measure = MEASURE,
+    measure: Measure | None = MEASURE,
 ) -> None:
     """Recompute scores and retention of a file by another measure, without the model."""
     dense, scores = load_pair(file)
@@ -182,7 +185,7 @@ def rescore(
 def compare(
     scores: tuple[Path, ...] = option(..., "Files of calmix evaluate -o.", argument=True),
     against: Path | None = option(None, "Dense model's scores.", shown="those in SCORES"),
-    measure: Measure = MEASURE,
+    measure: Measure | None = MEASURE,
 ) -> None:
     """Compare the retention of several models by dimension."""
     from calmix.report import words
@@ -267,10 +270,13 @@ def _print_kept(
     line(f"Brackets: 95 % intervals over items, {RESAMPLES} resamples, seed 0.")
 
 
-def _kept(scores: CapabilityScores, dense: CapabilityScores | None, measure: Measure) -> Retention:
+def _kept(
+    scores: CapabilityScores, dense: CapabilityScores | None, measure: Measure | None
+) -> Retention:
     """Return retention against the dense model, or without one against the model itself."""
-    alone = {"resamples": 1} if dense is None else {}
-    return scores.retention(dense or scores, measure=measure, **alone)
+    if dense is None:
+        return scores.retention(scores, measure or "primary", resamples=1)
+    return scores.retention(dense, measure)
 
 
 def _print(scores: CapabilityScores, dense: CapabilityScores | None, kept: Retention) -> None:

@@ -17,7 +17,6 @@ from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, check_output_folder, real_place, write_text
 from calmix.options import (
-    MEASURE,
     TRUST,
     Measure,
     Options,
@@ -25,6 +24,7 @@ from calmix.options import (
     TrialOptions,
     Weights,
     advanced,
+    measure_option,
     option,
     path_option,
     weights_option,
@@ -49,7 +49,7 @@ studies = group("study")
 class StudyOptions(Options):
     """Which trials of a study are analysed, and by which measure."""
 
-    measure: Measure = MEASURE
+    measure: Measure = measure_option("primary")
     study: Path = option(..., "A study's results folder.", argument=True)
     method: str | None = option(None, "Only trials of this pruning method.")
     sparsity: str | None = option(None, "Only this sparsity or pattern: 0.6 or 2:4.")

@@ -1,23 +1,23 @@
-"""Behaviour kept after pruning: generated answers checked by a program, and correct choices.
+"""Behaviour of a smaller model: generated answers checked by a program, and correct choices.
 
-Items are counted in pairs with the dense model's. Intervals are Wilson's (1927), which do not
-collapse when all or none of a few items are right.
+Items are counted in pairs with the dense model's. The primary measure is the mean over abilities of
+right answers relative to the dense model, with its bootstrap interval (`retention`). Intervals of
+counts are Wilson's (1927), which do not collapse when all or none of a few items are right.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import compress
+from typing import Any
 
 from calmix.errors import InputError
-from calmix.evaluation.measures import RIGHT_OR_WRONG, TaskScores, Z, has_signal
+from calmix.evaluation.measures import FEW, PRIMARY, RIGHT_OR_WRONG, TaskScores, Z, has_signal
 from calmix.evaluation.retention import Estimate, Retention, check_paired, retention
 from calmix.evaluation.scores import CapabilityScores, check_same_form, check_same_suite
-from calmix.evaluation.suites import WRITTEN
 
-FEW = 5  # an ability is judged only if the dense model gets at least this many items right
 Pair = tuple[CapabilityScores, CapabilityScores]  # dense, pruned
 TaskPair = tuple[TaskScores, TaskScores]
 
@@ -25,7 +25,14 @@ TaskPair = tuple[TaskScores, TaskScores]
 @dataclass(frozen=True)
 class Counted:
     """Number of items `asked`, and of those right under the `dense` model, the `pruned` one and
-    both (`kept`); `chance` is the accuracy of guessing."""
+    both (`kept`).
+
+    Attributes:
+        chance: accuracy of guessing.
+        identical: items whose two answers are the same text; None if texts were not stored.
+        whole: whether the pruned model was asked all items, not only those that the dense model
+            gets right. If not, gains were not measured.
+    """
 
     name: str
     asked: int
@@ -33,11 +40,29 @@ class Counted:
     pruned: int
     kept: int
     chance: float = 0.0
+    identical: int | None = None
+    whole: bool = True
+
+    @property
+    def lost(self) -> int:
+        """Items right under the dense model only."""
+        return self.dense - self.kept
 
     @property
     def gained(self) -> int | None:
-        """Items right under the pruned model only; None if the dense model gets all right."""
-        return self.pruned - self.kept if self.asked > self.dense else None
+        """Items right under the pruned model only; None if gains were not measured."""
+        return self.pruned - self.kept if self.whole else None
+
+    @property
+    def ratio(self) -> float | None:
+        """Right answers relative to the dense model's; None if gains were not measured or the dense
+        model gets too few right."""
+        return self.pruned / self.dense if self.whole and self.dense >= FEW else None
+
+    @property
+    def p(self) -> float | None:
+        """McNemar's exact two-sided p of losses against gains; None if these were not measured."""
+        return None if self.gained is None else mcnemar(self.lost, self.gained)
 
     @property
     def share(self) -> Estimate:
@@ -45,29 +70,67 @@ class Counted:
         return proportion(self.kept, self.dense)
 
     @property
+    def same(self) -> float | None:
+        """Fraction of answers that are the same text under both models."""
+        return None if self.identical is None else self.identical / self.asked
+
+    @property
     def accuracy(self) -> tuple[Estimate, Estimate]:
         """Accuracy of the dense and of the pruned model."""
         return proportion(self.dense, self.asked), proportion(self.pruned, self.asked)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return counts and what follows from them as JSON-serialisable data."""
+        more = {name: getattr(self, name) for name in ("lost", "gained", "ratio", "p")}
+        return asdict(self) | more | {"share": asdict(self.share)}
+
 
 @dataclass(frozen=True)
 class Behaviour:
-    """Counts of generated `answers`, pooled and by ability, and of `choices`, pooled over tasks
-    where the dense model beats chance; None without items. `at_chance` and `not_run` name the
-    other tasks; `form` is that of `CapabilityScores`."""
+    """What a smaller model does, beside a dense one.
 
+    Attributes:
+        right: the primary measure: right answers relative to the dense model, by ability and their
+            mean as `total`. None if answers were not generated, or gains were not measured.
+        answers, abilities: counts of generated answers, pooled and by ability.
+        choices: counts of choices, pooled over tasks where the dense model beats chance.
+        at_chance, not_run: names of the other tasks.
+        form: as in `CapabilityScores`.
+        repeat: the dense model against itself, with answers generated again in other batches: what
+            rounding alone changes. None if not measured.
+    """
+
+    right: Retention | None
     answers: Counted | None
     abilities: tuple[Counted, ...]
     choices: Counted | None
     at_chance: tuple[str, ...]
     not_run: tuple[str, ...]
     form: str
+    repeat: Behaviour | None = None
 
     @property
     def worst(self) -> Counted | None:
         """The ability with the lowest kept fraction; None unless several can be judged."""
         known = [one for one in self.abilities if one.dense >= FEW]
         return min(known, key=lambda one: one.kept / one.dense) if len(known) > 1 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-serialisable data."""
+        counts = {
+            name: one and one.to_dict()
+            for name, one in (("answers", self.answers), ("choices", self.choices))
+        }
+        return {
+            "measure": PRIMARY,
+            "right": self.right and self.right.to_dict(),
+            **counts,
+            "abilities": [one.to_dict() for one in self.abilities],
+            "at_chance": [*self.at_chance],
+            "not_run": [*self.not_run],
+            "form": self.form,
+            "repeat": self.repeat and self.repeat.to_dict(),
+        }
 
 
 def behaviour(*pairs: Pair) -> Behaviour:
@@ -76,26 +139,40 @@ def behaviour(*pairs: Pair) -> Behaviour:
     written, chosen = held(pairs, answered), held(pairs, chosen_from)
     above_chance = [both for both in chosen if has_signal(both[0], "accuracy")]
     abilities = dict.fromkeys(dense.dimension for dense, _ in written)
-    counts = (counted(name, [both for both in written if both[0].dimension == name])
+    whole = not any(pruned.part for _, pruned in pairs)
+    counts = (counted(name, [both for both in written if both[0].dimension == name], whole)
               for name in abilities)  # fmt: skip
     return Behaviour(
-        counted("all", written),
+        retention(*zip(*written, strict=True), measure=PRIMARY) if written and whole else None,
+        counted("all", written, whole),
         tuple(one for one in counts if one),
         counted("choices", above_chance),
         tuple(both[0].name for both in chosen if both not in above_chance),
         not_run(pairs),
         next((pruned.form for _, pruned in pairs if pruned.form), ""),
+        itself(dense for dense, _ in pairs if dense.repeat),
     )
+
+
+def itself(scores: Iterable[CapabilityScores]) -> Behaviour | None:
+    """Count a dense model's answers against those it generated in other batches."""
+    pairs = []
+    for dense in scores:
+        names = {task.name for task in dense.repeat}
+        once = tuple(task for task in dense.tasks if task.name in names)
+        again = replace(dense, tasks=dense.repeat, repeat=())
+        pairs.append((replace(again, tasks=once), again))
+    return behaviour(*pairs) if pairs else None
 
 
 def answered(task: TaskScores) -> bool:
     """Whether a task's answers were generated and checked by a program."""
-    return bool(task.values) and task.metric in WRITTEN
+    return task.written
 
 
 def chosen_from(task: TaskScores) -> bool:
     """Whether a task's answers were chosen from given options."""
-    return bool(task.values) and task.metric not in WRITTEN
+    return bool(task.values) and not task.written
 
 
 def likely(task: TaskScores) -> bool:
@@ -138,7 +215,7 @@ def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[Task
     return [both for _, both in found.values()]
 
 
-def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
+def counted(name: str, tasks: Sequence[TaskPair], whole: bool = True) -> Counted | None:
     """Count the items of several tasks together; None if there are none."""
     items = [both for before, after in tasks
              for both in zip(before.values, after.values, strict=True)]  # fmt: skip
@@ -146,7 +223,28 @@ def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
         return None
     dense, pruned = (sum(map(round, values)) for values in zip(*items, strict=True))
     chance = math.fsum(before.chance * len(before.items) for before, _ in tasks) / len(items)
-    return Counted(name, len(items), dense, pruned, sum(round(a * b) for a, b in items), chance)
+    texts = [
+        one == other
+        for before, after in tasks
+        for one, other in zip(before.answers, after.answers, strict=False)
+    ]
+    return Counted(
+        name,
+        asked=len(items),
+        dense=dense,
+        pruned=pruned,
+        kept=sum(round(a * b) for a, b in items),
+        chance=chance,
+        identical=sum(texts) if len(texts) == len(items) else None,
+        whole=whole,
+    )
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Return McNemar's exact two-sided p (a binomial test of losses against gains)."""
+    changed = lost + gained
+    tail = sum(math.comb(changed, count) for count in range(min(lost, gained) + 1))
+    return min(1.0, 2 * tail / 2**changed)
 
 
 def proportion(right: int, of: int) -> Estimate:

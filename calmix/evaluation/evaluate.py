@@ -241,15 +241,14 @@ def _likely(
     if chance == "choices":
         chance = sum(1 / len(item.requests) for item in items) / len(items)
     answers = [[answer for _, answer in item.requests] for item in items]
-    floor = {"passage": "none", "contexts": "uniform"}.get(str(spec.form), "context-free")
     found: dict[str, Any] = {
         "chance": float(chance), "values": tuple(accuracies(spec, items, rows)),
         "gold": tuple(item.gold for item in items), "loglikelihoods": rounded(rows),
-        "bytes": tuple(tuple(len(one.encode()) for one in row) for row in answers), "floor": floor,
+        "bytes": tuple(tuple(len(one.encode()) for one in row) for row in answers),
     }  # fmt: skip
     if scorer is None:
         return found
-    if floor == "context-free":
+    if spec.form not in ("passage", "contexts"):
         distinct = list(dict.fromkeys(one for row in answers for one in row))
         values = scorer.loglikelihood([(name, CUE, answer) for answer in distinct])
         context_free = dict(zip(distinct, values, strict=True))

@@ -31,6 +31,7 @@ from calmix.options import parse_share
 CONFIDENCE = 0.95
 FILE = "check.json"  # verdict of `calmix check` in an output folder of calmix compress
 FLAG = "--keep-at-least"
+LEAST = 5  # right answers without which an ability has no signal: an exact bound needs few
 ANSWERS, ACCURACY, LIKELIHOOD = "generated answers", "accuracy", "likelihood"
 # The tasks a measure applies to, the score it uses, and the items behind a bound.
 MEASURES: dict[str, tuple[Callable[[TaskScores], bool], Measure, str]] = {
@@ -229,7 +230,7 @@ def _judged(
     each, level = 1.0, 2 * confidence - 1
     if measure == ANSWERS:
         count = behaviour.counted(ability, pairs)  # None if no item is right and only those count
-        if count is None or (items := count.dense) < behaviour.FEW:
+        if count is None or (items := count.dense) < LEAST:
             return None
         kept, low = count.kept / items, lower_bound(count.kept, items, confidence)
     elif measure == ACCURACY:

@@ -5,20 +5,19 @@ only the file, not the model.
 Every measure of retention is a ratio of two sums over items, `sum(kept) / sum(whole)`, so one
 bootstrap serves all. With l the log-likelihoods of an item's choices and g the right one:
 
-    probability   exp(l_g) / sum_i exp(l_i)
-    margin        (l_g - max over the others) / (bytes of the right one), in bits
+    right         right generated answers, s1 / s0, of all items of an ability together (`pooled`)
+    kept          right answers that stay right (kept = s1 s0, whole = s0): gains do not count
+    accuracy      1 if the answer is right, else 0
     bits          -l_g, in bits per byte of all answers together
     smoothed      as bits, of (exp(l_g) + exp(u_g)) / 2, with u_g from a unigram code
-    accuracy      1 if the answer is right, else 0
-    kept          accuracy on the items the dense model gets right (kept = s1 s0, whole = s0):
-                  paired, so lucky guesses of two models add no noise; gains do not count
 
-Our measures are relative to a baseline f, the score without task knowledge: kept = s1 - f, whole =
-s0 - f (negated for bits), without clipping. f is the dense model's score without the question, a
-unigram code for bits, chance for accuracy. Smoothed bits (interpolation after Jelinek and Mercer;
-ours) lose at most one bit per answer; otherwise a few short answers would dominate a task. The
-measures `accuracy` and `ratio` are defined as in the paper: (s1 - c) / (s0 - c) and s1 / s0 for
-accuracy, b0 / b1 for bits per byte.
+`right` is the primary measure: the mean over abilities of right answers relative to the dense
+model. Accuracy and bits are relative to a baseline f, the score without task knowledge: kept =
+s1 - f, whole = s0 - f (negated for bits), without clipping. f is chance for accuracy; for bits the
+better of a unigram code and the dense model without the question. Smoothed bits (interpolation
+after Jelinek and Mercer; ours) lose at most one bit per answer; otherwise a few short answers would
+dominate a task. The measures `accuracy` and `ratio` are defined as in the paper: (s1 - c) / (s0 -
+c) and s1 / s0 for accuracy, b0 / b1 for bits per byte.
 """
 
 from __future__ import annotations
@@ -26,21 +25,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
-from typing import Literal
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calmix.errors import InputError
-from calmix.evaluation.suites import Score
+from calmix.evaluation.suites import WRITTEN, Score
 from calmix.options import Measure
 
 Array = NDArray[np.float64]
 
 Z = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 LN2 = math.log(2)
-RIGHT_OR_WRONG: tuple[Score, ...] = ("accuracy", "kept")  # scores that are 0 or 1
+PRIMARY: Measure = "right"  # decides wherever answers were generated; all else is secondary
+FEW = 10  # an ability is judged only if the dense model gets at least this many answers right
+RIGHT_OR_WRONG: tuple[Score, ...] = ("accuracy", "kept", "right")  # scores that are 0 or 1
 BITS: tuple[Score, ...] = ("bits", "smoothed")  # lower is better; printed per byte
 DIGITS = 3  # decimals of a log-likelihood in nats: finer than bfloat16's rounding
 
@@ -57,8 +57,7 @@ class TaskScores:
         gold: index of each item's right choice.
         loglikelihoods, bytes: for every choice of every item, in nats and in UTF-8 bytes; empty if
             the model generated its answers.
-        floor: baseline without task knowledge: this model's log-likelihoods without the question
-            (`context-free`, stored in `floors`), equal choices (`uniform`), or `none`.
+        floors: this model's log-likelihoods without the question, if it is a dense model.
         unigram: log-likelihood in nats of each right answer under a unigram code.
         answers: the generated answers, if any; `ended` is 0 for those that were cut.
     """
@@ -73,7 +72,6 @@ class TaskScores:
     gold: tuple[int, ...] = ()
     loglikelihoods: tuple[tuple[float, ...], ...] = ()
     bytes: tuple[tuple[int, ...], ...] = ()
-    floor: Literal["context-free", "uniform", "none"] = "none"
     floors: tuple[tuple[float, ...], ...] = ()
     unigram: tuple[float, ...] = ()
     answers: tuple[str, ...] = ()
@@ -83,6 +81,11 @@ class TaskScores:
     def accuracy(self) -> float | None:
         """Mean accuracy; None for tasks with a single answer per item."""
         return math.fsum(self.values) / len(self.values) if self.values else None
+
+    @property
+    def written(self) -> bool:
+        """Whether the model generated its answers, which a program checked."""
+        return bool(self.values) and self.metric in WRITTEN
 
     @property
     def consistent(self) -> bool:
@@ -124,14 +127,41 @@ class Parts:
         return float(self.kept.sum()) / whole if whole > 0 else math.nan
 
 
+def judged(tasks: Sequence[TaskScores], measure: Measure) -> list[TaskScores]:
+    """Return what a measure judges: for `right` the generated answers pooled by ability, for
+    accuracy the tasks with right and wrong answers, else all tasks."""
+    if measure == "right":
+        return pooled([task for task in tasks if task.written])
+    return [task for task in tasks if task.values or measure != "accuracy"]
+
+
+def pooled(tasks: Sequence[TaskScores]) -> list[TaskScores]:
+    """Return one task per ability, which holds the right and wrong answers of all its tasks."""
+    members: dict[str, list[TaskScores]] = {}
+    for task in tasks:
+        members.setdefault(task.dimension, []).append(task)
+    return [
+        TaskScores(
+            name,
+            name,
+            some[0].metric,
+            "right",
+            0.0,
+            tuple(f"{one.name}/{item}" for one in some for item in one.items),
+            tuple(chain.from_iterable(one.values for one in some)),
+        )
+        for name, some in members.items()
+    ]
+
+
 def score_of(task: TaskScores, measure: Measure) -> Score:
-    """Return the score of a task under a measure; its primary one if that does not apply (a single
-    answer has no probability among choices, a generated one no log-likelihood)."""
+    """Return the score of a task under a measure; its primary one if that does not apply (a
+    generated answer has no log-likelihood)."""
+    if measure == "right":
+        return "right"
     if measure in ("accuracy", "ratio"):
         return "accuracy" if task.values else "bits"
     if measure == "primary" or not task.loglikelihoods:
-        return task.primary
-    if measure not in BITS and all(len(row) < 2 for row in task.loglikelihoods):
         return task.primary
     return measure  # type: ignore[return-value]
 
@@ -143,14 +173,7 @@ def item_scores(task: TaskScores, score: Score) -> Array:
         return np.asarray(task.values, dtype=float)
     values = task.loglikelihoods
     right = np.array([row[gold] for row, gold in zip(values, task.gold, strict=True)])
-    if score in BITS:
-        return -right / LN2
-    table = np.array(list(zip_longest(*values, fillvalue=-np.inf))).T
-    if score == "probability":
-        top = table.max(1)
-        return np.exp(right - top) / np.exp(table - top[:, None]).sum(1)
-    table[np.arange(len(values)), list(task.gold)] = -np.inf
-    return (right - table.max(1)) / LN2 / _sizes(task)
+    return -right / LN2
 
 
 def _sizes(task: TaskScores) -> Array:
@@ -160,28 +183,23 @@ def _sizes(task: TaskScores) -> Array:
 
 def floor_scores(dense: TaskScores, score: Score) -> Array:
     """Return the baseline score of each item, shape (items,); an `InputError` if it is missing."""
-    count, ignorant = len(dense.items), replace(dense, loglikelihoods=dense.floors)
     if score in RIGHT_OR_WRONG:
-        return np.full(count, dense.chance)
-    if score in BITS and dense.unigram:
-        codes = -np.asarray(dense.unigram) / LN2
-        return np.minimum(codes, item_scores(ignorant, score)) if dense.floors else codes
-    if score not in BITS and dense.floors:
-        return item_scores(ignorant, score)
-    if score not in BITS and dense.floor == "uniform":
-        share = [1 / len(row) for row in dense.loglikelihoods]
-        return np.array(share) if score == "probability" else np.zeros(count)
-    raise InputError(
-        f"the dense model's scores of task {dense.name} lack the baseline without task knowledge: "
-        "evaluate the dense model without --against, or use --measure accuracy"
-    )
+        return np.full(len(dense.items), dense.chance)
+    if not dense.unigram:
+        raise InputError(
+            f"the dense model's scores of task {dense.name} lack the baseline without task "
+            "knowledge: evaluate the dense model without --against, or use --measure accuracy"
+        )
+    codes = -np.asarray(dense.unigram) / LN2
+    ignorant = replace(dense, loglikelihoods=dense.floors)
+    return np.minimum(codes, item_scores(ignorant, score)) if dense.floors else codes
 
 
 def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -> Parts:
     """Return the terms of retention, `kept` and `whole`, for each item."""
     score = score_of(dense, measure)
     before, after = item_scores(dense, score), item_scores(pruned, score)
-    anchored = measure != "ratio" and (measure != "accuracy" or score not in BITS)
+    anchored = measure not in ("right", "ratio") and (measure != "accuracy" or score not in BITS)
     floor = floor_scores(dense, score) if anchored else None
     # As printed: a mean, or bits per byte over all answers.
     count = _sizes(dense).sum() if score in BITS else len(before)
@@ -215,9 +233,12 @@ def noise(whole: Array) -> float:
 
 
 def has_signal(dense: TaskScores, measure: Measure = "primary") -> bool:
-    """Whether the dense model is above the baseline by more than its noise (ours)."""
-    judged = "accuracy" if measure == "ratio" else measure
-    if judged == "accuracy" and not dense.values:
+    """Whether the dense model is above the baseline by more than its noise (ours); for `right`,
+    whether it gets at least `FEW` answers right."""
+    if measure == "right":
+        return sum(dense.values) >= FEW
+    anchored = "accuracy" if measure == "ratio" else measure
+    if anchored == "accuracy" and not dense.values:
         return measure == "ratio"  # the paper's ratio of bits per byte has no baseline
-    whole = parts(dense, dense, judged).whole
+    whole = parts(dense, dense, anchored).whole
     return float(whole.mean()) > noise(whole)

@@ -81,9 +81,12 @@ class Retention(Shown):
     seed: int
 
     def _line(self) -> str:
+        value = f"{percent(self.total.value)} %"
+        if self.measure == "right":
+            return f"right answers: {value} of the dense model's, worst {self.worst}"
         named = {"kept": "answers", "accuracy": "accuracy"}
         of = dict.fromkeys(named.get(one.score, "likelihood") for one in self.tasks)
-        return f"{' and '.join(of)} kept: {percent(self.total.value)} %, worst {self.worst}"
+        return f"{' and '.join(of)} kept: {value}, worst {self.worst}"
 
     def _rows(self) -> list[dict[str, Any]]:
         named = [*((one.name, one.kept) for one in self.dimensions), ("total", self.total)]
@@ -111,17 +114,18 @@ def retention(
     """Compare two models' scores on the same items (definitions: docs/evaluation.md).
 
     Intervals are the central `level` of a paired bootstrap: each resample draws items with
-    replacement, task by task, the same ones for both models, and recomputes every mean.
+    replacement, task by task (for `right`, ability by ability), the same ones for both models, and
+    recomputes every mean.
 
     Raises:
         InputError: the models were scored on different tasks or items, or the scores lack
             what the measure needs.
     """
     check_paired(dense, pruned)
-    if measure == "accuracy":
-        dense, pruned = ([task for task in tasks if task.values] for tasks in (dense, pruned))
+    dense, pruned = measures.judged(dense, measure), measures.judged(pruned, measure)
     if not dense:
-        raise InputError("no task has right or wrong answers: use another --measure")
+        lacks = "generated" if measure == "right" else "right or wrong"
+        raise InputError(f"no task has {lacks} answers: use another --measure")
     tasks, points = [], np.full((len(dense), 1 + resamples), np.nan)
     for before, after, point in zip(dense, pruned, points, strict=True):
         made, signal = parts(before, after, measure), measures.has_signal(before, measure)

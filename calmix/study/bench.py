@@ -136,7 +136,7 @@ class Bench:
             if not self.study.file.keep_checkpoints:
                 shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
             lap("evaluate")
-            kept = scores.retention(self._dense)
+            kept = scores.retention(self._dense, "primary")
             seconds["total"] = round(time.perf_counter() - began, 3)
             outcome = Trial(
                 **{name: getattr(trial, name) for name in SHARED}, method=trial.recipe,

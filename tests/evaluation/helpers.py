@@ -108,9 +108,9 @@ def choices(values, gold, floors=(), name="choice"):
     """Made-up log-likelihoods of choices, four bytes each."""
     right = [float(max(row) == row[at]) for row, at in zip(values, gold, strict=True)]
     return TaskScores(
-        name, "general", "acc", "probability", 1 / len(values[0]),
+        name, "general", "acc", "smoothed", 1 / len(values[0]),
         tuple(map(str, range(len(values)))), tuple(right), tuple(gold),
         tuple(map(tuple, values)), tuple((4,) * len(row) for row in values),
-        "context-free" if floors else "uniform", tuple(map(tuple, floors)),
+        tuple(map(tuple, floors)),
         tuple(-8.0 for _ in gold),
     )  # fmt: skip

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, binomtest
 
 from calmix.errors import InputError
-from calmix.evaluation.behaviour import behaviour, likelihood, proportion
+from calmix.evaluation.behaviour import behaviour, likelihood, mcnemar, proportion
 from calmix.evaluation.floors import judge, lower_bound, needed, parse_floors, proven
 from calmix.evaluation.retention import retention
 from calmix.report import words
@@ -142,21 +142,32 @@ def test_what_cannot_be_proven_is_said_with_the_nearest_that_can():
 def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named():
     guessed = accuracy([1.0, 0.0] * 15, "coin", chance=0.5)
     dense = scored(
-        written("qa", "general", [1] * 8 + [0, 0]), written("sums", "math", [1] * 6 + [0] * 4),
+        written("qa", "general", [1] * 12 + [0] * 3), written("sums", "math", [1] * 10 + [0] * 4),
         written("few", "chat", [1] * 3), accuracy([1.0] * 20, "quiz", "general"), guessed,
     )  # fmt: skip
     pruned = scored(
-        written("qa", "general", [1] * 6 + [0, 0, 1, 0]), written("sums", "math", [0] * 10),
+        written("qa", "general", [1] * 9 + [0] * 3 + [1, 1, 0]), written("sums", "math", [0] * 14),
         written("few", "chat", [0] * 3), accuracy([1.0, 0.0] * 10, "quiz", "general"), guessed,
         not_run=("humaneval",),
     )  # fmt: skip
     found = behaviour((dense, pruned))
     assert found.choices is not None
     assert (found.choices.pruned, found.at_chance) == (10, ("coin",))
-    first, code, accurate, *rest = words.verdict(found, likelihood(dense, pruned), "calmix x")
+    assert [(one.name, one.lost, one.gained, one.ratio) for one in found.abilities] == [
+        ("general", 3, 2, 11 / 12),
+        ("math", 10, 0, 0.0),
+        ("chat", 3, 0, None),
+    ]
+    assert found.right is not None
+    assert found.right.total.value == pytest.approx(11 / 24)  # of two abilities with enough
+    assert pruned.retention(dense, resamples=2000) == found.right
+    first, kept, code, accurate, *rest = words.verdict(found, likelihood(dense, pruned), "calmix x")
     assert first == (
-        "This model keeps 6 of the 17 generated answers that the dense model gets right: "
-        "35.3 [17.3, 58.7] %, least in math, 0 of 6 (asked: 23, gained: 1)."
+        f"Right answers: {words.with_span(found.right.total)} % of the dense model's (mean of 2 "
+        "abilities; too few to tell: chat), 16 of 25 lost, 2 gained, p = 0.001."
+    )
+    assert kept == (
+        "Kept: 9 of 25 right answers, 36.0 [20.2, 55.5] %, least in math, 0 of 10 (asked: 32)."
     )
     assert "not run (humaneval" in code
     assert accurate == (
@@ -169,9 +180,9 @@ def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named():
     lost = scored(bits([3.0] * 9, [1] * 9))  # no better than the unigram code
     assert words.verdict(found, likelihood(lost, lost), "x")[-1].startswith("Likelihood: the dense")
     silent = replace(found, answers=replace(found.answers, dense=0, kept=0))
-    assert words.verdict(silent, None, "")[0].startswith("The dense model gets none of 23")
-    formed = words.verdict(replace(found, form="worked examples"), None, "")[0]
-    assert "(asked: 23 with worked examples, gained: 1)" in formed
+    assert words.verdict(silent, None, "")[0].startswith("The dense model gets none of 32")
+    formed = words.verdict(replace(found, form="worked examples"), None, "")[1]
+    assert "(asked: 32 with worked examples)" in formed
     with pytest.raises(InputError, match="in its chat template, the other with worked"):
         behaviour((replace(dense, form="chat template"), replace(pruned, form="worked examples")))
 
@@ -196,8 +207,12 @@ def test_where_only_right_answers_were_asked_nothing_is_said_of_others_or_of_few
     pruned = scored(written("qa", "general", [1] * 6 + [0] * 4))
     found = behaviour((dense, replace(pruned, right_only=True)))
     assert (found.answers.asked, found.answers.dense, found.answers.gained) == (8, 8, None)
+    assert found.right is None
+    assert found.to_dict()["answers"]["p"] is None
+    with pytest.raises(InputError, match="m: gains were not measured, because only answers that"):
+        replace(pruned, right_only=True).retention(dense, "right")
     (said,) = words.verdict(found, None, "")
-    assert said.endswith("75.0 [40.9, 92.9] % (only these were asked).")
+    assert said.endswith("92.9] % (only these were asked: gains were not measured).")
     none = scored(written("qa", "general", [0] * 10))
     (said,) = words.verdict(behaviour((none, replace(none, right_only=True))), None, "")
     assert said.startswith("The dense model gets none of 10 generated answers right")
@@ -218,12 +233,54 @@ def test_where_only_right_answers_were_asked_nothing_is_said_of_others_or_of_few
     # Whatever is right or wrong is measured by answers kept then, and of others nothing is said.
     strict = [scored(*(replace(task, primary="accuracy") for task in one.tasks))
               for one in (dense, pruned)]  # fmt: skip
-    assert strict[1].retention(strict[0]).total.value == pytest.approx(6 / 8)
+    assert strict[1].retention(strict[0], "primary").total.value == pytest.approx(6 / 8)
     (task,) = replace(strict[1], right_only=True).retention(strict[0]).tasks
     assert (task.kept.value, task.pruned, task.pruned_accuracy) == (0.75, None, None)
     assert "were not measured" in words.verdict(behaviour((chosen, chosen)), None, "x")[0]
     with pytest.raises(InputError, match="cannot be compared"):
         behaviour((few, pruned))
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(12, 11), (0, 0), (5, 0), (700, 600), (1, 3)])
+def test_p_of_lost_and_gained_is_mcnemars_exact(lost, gained):
+    wanted = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+    assert mcnemar(lost, gained) == mcnemar(gained, lost) == pytest.approx(wanted)
+
+
+def test_the_dense_model_beside_itself_is_the_ceiling():
+    dense = scored(
+        *(
+            replace(one, answers=tuple(map(str, range(20))))
+            for one in (
+                written("qa", "general", [1] * 12 + [0] * 8),
+                written("sums", "math", [1] * 10 + [0] * 10),
+            )
+        ),
+        accuracy([1.0] * 20, "quiz", "general"),
+    )
+    again = tuple(
+        replace(one, values=(0.0, *one.values[1:18], 1.0, 1.0), answers=("other", *one.answers[1:]))
+        for one in dense.tasks[:2]
+    )
+    pruned = scored(*(replace(one, values=(0.0,) * 20) for one in dense.tasks))
+    found = behaviour((replace(dense, repeat=again), pruned)).repeat
+    assert found is not None
+    assert found.answers is not None
+    assert (found.answers.lost, found.answers.gained, found.answers.same) == (2, 4, 38 / 40)
+    assert found.right is not None
+    assert found.right.total.value == pytest.approx((13 / 12 + 11 / 10) / 2)
+    assert (found.choices, found.repeat) == (None, None)
+    only = replace(pruned, right_only=True)  # says nothing of the dense model's own
+    for small in (pruned, only):
+        lines = words.verdict(behaviour((replace(dense, repeat=again), small)), None, "")
+        assert any(
+            line.startswith("The dense model against itself, in other batches: 109.2 [")
+            and line.endswith(
+                "2 of 22 lost, 4 gained, p = 0.688, 90.9 % kept; 95.0 % of its "
+                "answers are identical."
+            )
+            for line in lines
+        )
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from calmix.errors import InputError
+from calmix.evaluation.measures import FEW as FEW_RIGHT
 from calmix.evaluation.measures import floor_scores, has_signal, item_scores, parts, score_of
 from calmix.evaluation.retention import estimate, flips, item_weights, resampled, retention
-from tests.evaluation.helpers import accuracy, bits, choices
+from tests.evaluation.helpers import accuracy, bits, choices, written
 
 
 def right(count, of, **fields):
@@ -98,6 +99,56 @@ def test_draws_are_those_of_seed_name_and_count():
     assert found.dtype == float
 
 
+def answers(name, dimension, right):
+    return written(name, dimension, [int(one) for one in right])
+
+
+def test_right_answers_are_pooled_by_ability_and_count_gains():
+    dense = [
+        answers("a", "code", "1" * 8 + "0" * 8),
+        answers("b", "code", "1" * 4 + "0" * 4),
+        answers("c", "code", "0" * 6),
+        answers("d", "math", "1" * 30 + "0" * 10),
+        answers("e", "chat", "1" * 9),
+        right(80, 100),
+        bits([3.0], [2]),
+    ]
+    pruned = [
+        answers("a", "code", "0" * 4 + "1" * 12),
+        answers("b", "code", "1" * 3 + "0" * 5),
+        answers("c", "code", "1" * 3 + "0" * 3),
+        answers("d", "math", "1" * 15 + "0" * 25),
+        answers("e", "chat", "0" * 9),
+        right(10, 100),
+        bits([9.0], [2]),
+    ]
+    found = retention(dense, pruned, measure="right")
+    # The dense model gets nothing of c right, where the pruned one gains, and too little of e.
+    values = {one.name: one.kept.value for one in found.dimensions}
+    assert values == {"code": 18 / 12, "math": 0.5, "chat": None}
+    assert (found.total.value, found.worst) == (1.0, "math")
+    assert [(one.name, one.items, one.score) for one in found.tasks] == [
+        ("code", 30, "right"),
+        ("math", 40, "right"),
+        ("chat", 9, "right"),
+    ]
+    assert FEW_RIGHT == 10
+    assert [one.without_signal for one in found.dimensions] == [(), (), ("chat",)]
+    for name, size in (("code", 30), ("math", 40)):  # items are resampled within abilities
+        both = [
+            np.concatenate([one.values for one in some if one.dimension == name])
+            for some in (dense, pruned)
+        ]
+        times = item_weights(name, size, resamples=2000, seed=0)
+        ratios = (times @ both[1]) / (times @ both[0])
+        one = found.of(name)
+        assert [one.low, one.high] == pytest.approx(np.quantile(ratios, [0.025, 0.975]))
+    again = retention(dense, dense, measure="right")
+    assert astuple(again.total) == (1, 1, 1)
+    with pytest.raises(InputError, match="no task has generated answers"):
+        retention(dense[-2:], pruned[-2:], measure="right")
+
+
 def test_flips_are_counted_both_ways_and_texts_have_none():
     dense = [
         accuracy([1, 1, 1, 1, 0, 0, 0, 0], "a"), accuracy([1, 0], "b"), bits([3.0], [2]),
@@ -120,13 +171,11 @@ DENSE = choices([[-1.0, -3.0, -2.0], [-4.0, -2.0, -2.5]], [0, 1], [[-2.0] * 3, [
 TEXT, GONE = bits([10, 30], [20, 20], floor=2.0), bits([90, 90], [20, 20])
 TWICE = bits([20, 60], [20, 20])
 MOST, FEW = right(75, 100), right(10, 100)
-E, LN2 = math.exp, math.log(2)
+LN2 = math.log(2)
 
 
 def test_every_score_by_hand():
     for score, wanted in {
-        "probability": [E(-1) / (E(-1) + E(-3) + E(-2)), E(-2) / (E(-4) + E(-2) + E(-2.5))],
-        "margin": [1 / LN2 / 4, 0.5 / LN2 / 4],
         "bits": [1 / LN2, 2 / LN2],
         "accuracy": [1, 1],
     }.items():
@@ -144,9 +193,7 @@ def test_every_score_by_hand():
         # In the paper, bits are dense over pruned.
         (TEXT, TWICE, "ratio", 0.5),
         (TEXT, bits([40, 40], [20, 20]), "smoothed", 0.0),
-        *((DENSE, DENSE, measure, 1.0) for measure in ("probability", "margin", "smoothed")),
-        *((DENSE, replace(DENSE, loglikelihoods=DENSE.floors), measure, 0.0)
-          for measure in ("probability", "margin")),
+        (DENSE, DENSE, "smoothed", 1.0),
     ],
 )  # fmt: skip
 def test_retention_by_hand(dense, pruned, measure, kept):
@@ -158,8 +205,7 @@ def test_the_baseline_of_bits_is_the_better_of_two():
     assert parts(replace(DENSE, floors=()), worst, "bits").retention == pytest.approx(0.0)
     assert parts(DENSE, worst, "bits").retention < 0
     ignorant = replace(DENSE, loglikelihoods=DENSE.floors)
-    for score in ("bits", "probability"):
-        assert floor_scores(DENSE, score).tolist() == item_scores(ignorant, score).tolist()
+    assert floor_scores(DENSE, "bits").tolist() == item_scores(ignorant, "bits").tolist()
 
 
 def test_smoothed_bits_lose_one_bit_at_most_on_an_answer():
@@ -175,18 +221,17 @@ def test_smoothed_bits_lose_one_bit_at_most_on_an_answer():
 def test_which_score_judges_which_task():
     contexts = choices([[-1.0, -2.0]], [0])  # one answer after two contexts
     for task, wanted in (
-        (DENSE, {"primary": "probability", "margin": "margin", "ratio": "accuracy"}),
-        (TEXT, dict.fromkeys(("primary", "probability", "accuracy"), "bits")),
+        (DENSE, {"primary": "smoothed", "bits": "bits", "ratio": "accuracy", "right": "right"}),
+        (TEXT, dict.fromkeys(("primary", "accuracy"), "bits")),
         (MOST, dict.fromkeys(("primary", "bits", "ratio"), "accuracy")),
         (contexts, {"bits": "bits"}),
     ):
         assert {measure: score_of(task, measure) for measure in wanted} == wanted
-    assert floor_scores(contexts, "probability").tolist() == [0.5]
-    assert floor_scores(contexts, "margin").tolist() == [0.0]
+    assert floor_scores(contexts, "accuracy").tolist() == [0.5]
 
 
 def test_what_a_record_lacks_is_said():
-    old = replace(DENSE, gold=(), loglikelihoods=(), bytes=(), floor="none", floors=(), unigram=())
+    old = replace(DENSE, gold=(), loglikelihoods=(), bytes=(), floors=(), unigram=())
     assert parts(old, old, "accuracy").retention == 1.0
     pruned_alone = replace(DENSE, floors=(), unigram=())
     with pytest.raises(InputError, match="lack the baseline without task knowledge"):

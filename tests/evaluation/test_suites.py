@@ -100,7 +100,7 @@ def test_selections_of_a_users_own_file_have_hashes_of_their_own(tmp_path):
         ("version: 3", "versoin: 3", 2, "versoin: unknown key: did you mean version"),
         ("      metric: acc_norm\n", "", 6, "dimensions.general.sciq: lacks 'metric'"),
         ("      chance: choices\n", "", 6, "needs 'chance'"),
-        ("shots: 5", "shots: 5\n      score: kept", 6, "'score' of such a task is probability or"),
+        ("shots: 5", "shots: 5\n      score: kept", 6, "'score' of such a task is smoothed or"),
         ("    mbpp: ", "    sciq: ", 1, "task 'sciq' is in 'general' and in 'code'"),
         ("  general:", f"  {TOTAL}:", 1, f"'{TOTAL}' is a reserved name"),
         ("  general:", f"  {WORST}:", 1, f"'{WORST}' is a reserved name"),
