@@ -23,7 +23,7 @@ def requests(folder):
     elif folder == "which/rc_0shot":
         for n in range(6):
             for i, word in enumerate(["moon", "sun"]):
-                yield request(n, i, f"The {word} {n}", " is hot.", 1)
+                yield request(n, i, f"The {word} {n}", " is hot.", 0)
     elif folder == "mbpp/gold_0shot":
         for n in range(4):
             one = request(n, 0, f"Write {n + 11}.\n", f"return {n + 11}", None)

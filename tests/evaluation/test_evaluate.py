@@ -150,11 +150,10 @@ def test_retention_against_a_dense_model_or_its_file_also_by_another_measure(
     value = json.loads(path.read_text(encoding="utf-8"))
     assert len(value["scores"]["tasks"][0]["values"]) == 10
     assert "retention" not in value
-    against = (*arguments, "--against", tiny_folder, "--measure", "ratio")  # needs no signal
-    ended = calmix(*against, "-o", both).ok()
+    ended = calmix(*arguments, "--against", tiny_folder, "-o", both).ok()
     assert "100.0 [100.0, 100.0]" in ended.out
     assert max(map(len, ended.out.splitlines())) <= 80
-    again = calmix(*against, "--json")  # dense scores from the cache
+    again = calmix(*arguments, "--against", tiny_folder, "--json")  # dense scores from the cache
     value = json.loads(again.out)
     whole = {"value": 1.0, "low": 1.0, "high": 1.0}
     assert [d["kept"] for d in value["retention"]["dimensions"] if d["kept"]["value"]] == [whole]
