@@ -21,7 +21,7 @@ class ExportOptions(Options):
     what: str = option(..., "A model, a pack or a saved calibration set.", argument=True)
     to: Form | None = option(None, "Format to write.", shown="pack; jsonl for a set")
     output: Path = path_option(..., "Folder, .jsonl or .gguf file to write.")
-    weights: Literal["f16", "q8_0", "q4_0", "q4_1"] | None = option(
+    weights: Literal["f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "q4_1"] | None = option(
         None, "GGUF: type of weights without levels.", shown="f16"
     )
     like: Path | None = option(None, "GGUF: an existing file of the same model.", metavar="FILE")

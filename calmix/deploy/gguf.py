@@ -1,8 +1,9 @@
 """GGUF for llama.cpp: exports in the layout of the original GGUF file, and importance matrices.
 
 Everything except the weights comes from a template, a GGUF file of the same model: metadata,
-tokenizer, names, the order of rows. Quantised layers keep their levels where GGUF has the grid:
-Q4_0 for up to 4 symmetric bits, Q8_0 for up to 8, with groups that are multiples of 32. The file is
+tokenizer, names, the order of rows. Layers of the method `ggml` are written as solved, byte for
+byte; other quantised layers keep their levels where GGUF has the grid: Q4_0 for up to 4 symmetric
+bits, Q8_0 for up to 8, with groups that are multiples of 32. The file is
 compared with the model before it is moved into place, in llama.cpp if llama-cpp-python is there,
 else in transformers.
 """
@@ -31,7 +32,10 @@ from calmix.models.shards import weight_bytes
 from calmix.pruning.checkpoint import MANIFEST, read_told
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.methods import Look
-from calmix.pruning.solvers.grids import Grid, read_grids
+from calmix.pruning.solvers.block_grid import fitting, rounded_rows
+from calmix.pruning.solvers.ggml import TYPES as BLOCK_TYPES
+from calmix.pruning.solvers.ggml import Encoded
+from calmix.pruning.solvers.grids import Grid, read_blocks, read_grids
 
 Array = np.ndarray[Any, Any]
 # The origin of a tensor in a GGUF file: the parameter's name, and an order (None: the parameter's
@@ -40,7 +44,8 @@ Place = tuple[str, Array | None, float]
 
 # Types for weights without a grid that GGUF has, and the divergence from the model (nats per token)
 # beyond which a file is refused.
-TYPES = {"f16": 0.01, "q8_0": 0.2, "q4_0": 3.0, "q4_1": 3.0}
+TYPES = {"f16": 0.01, "q8_0": 0.2, "q6_k": 0.5, "q5_k": 1.0, "q4_k": 3.0, "q4_0": 3.0, "q4_1": 3.0}
+FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # else those of the tensors
 ROUNDED = 0.05  # the same in llama.cpp, which rounds the inputs of quantised matrices to 8 bits
 BLOCK = 32  # weights in a block of Q4_0, Q4_1 and Q8_0
 KEPT = ("shortconv.conv.weight", "ssm_conv1d.weight", "ffn_gate_inp.weight")  # F32 in llama.cpp
@@ -81,7 +86,7 @@ def export(
         opened = open_as_stored(name, folder)  # levels are exact in this type alone
         places = _places(opened, reader, template)
         new = beside / f".{output.name}"  # no clash with a builtin template's name
-        types, ours = _write(new, reader, opened, places, read_grids(folder), weights)
+        types, ours = _write(new, reader, opened, places, folder, weights)
         say("check")
         engine, run, most = "transformers", _in_transformers, TYPES[weights]
         if find_spec("llama_cpp"):
@@ -194,13 +199,14 @@ def _write(
     reader: Any,
     opened: OpenModel,
     places: dict[str, Place],
-    grids: dict[str, Grid],
+    folder: Path,
     weights: str,
 ) -> tuple[dict[str, int], int]:
     """Write the file; return the number of its tensors by type, and with levels of a grid."""
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, quants
 
     kinds, state, ours = GGMLQuantizationType, opened.model.state_dict(), 0
+    grids, blocks = read_grids(folder), read_blocks(folder)
     types = Counter[str]()
     writer = GGUFWriter(path, str(reader.get_field("general.architecture").contents()))
     for tensor in reader.tensors:
@@ -208,6 +214,9 @@ def _write(
         lay_out = np.asarray if order is None else partial(np.take, indices=order)
         if not parameter:  # a tensor of the architecture, not a weight
             data, kind = np.asarray(tensor.data), tensor.tensor_type
+        elif (own := _rows(state[parameter], blocks.get(parameter), order)) is not None:
+            data, kind = own, kinds[blocks[parameter].name]
+            ours += 1
         elif not offset and (levels := _levels(state[parameter], grids.get(parameter), lay_out)):
             data, kind = levels
             ours += 1
@@ -217,8 +226,14 @@ def _write(
             plain = value.ndim == 1 or tensor.name.endswith(KEPT)
             if tensor.tensor_type != kinds.F32 or not plain:
                 fits = value.ndim == 2 and value.shape[-1] % BLOCK == 0
-                kind = kinds[weights.upper()] if fits else kinds.F16
-            data = quants.quantize(value, kind)
+                name = weights.upper() if fits else "F16"
+                if name.endswith("_K"):
+                    name = fitting(name, value.shape[-1]).name
+                kind = kinds[name]
+            if weights.endswith("_k") and kind.name in BLOCK_TYPES:
+                data = rounded_rows(torch.from_numpy(value), BLOCK_TYPES[kind.name]).data.numpy()
+            else:
+                data = quants.quantize(value, kind)
         writer.add_tensor(tensor.name, data, raw_dtype=kind)
         types[kind.name] += 1
     for field in reader.fields.values():
@@ -226,8 +241,9 @@ def _write(
             continue
         value = field.contents()
         if field.name == "general.file_type":
-            common = max((kind for kind in types if kind.lower() in TYPES), key=types.__getitem__)
-            value = LlamaFileType[f"MOSTLY_{common}"].value
+            common = max((one for one in types if one in BLOCK_TYPES or one == "F16"),
+                         key=types.__getitem__)  # fmt: skip
+            value = LlamaFileType[f"MOSTLY_{FILE_TYPES.get(common, common)}"].value
         inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, value, field.types[0], inner)
     _close(writer)
@@ -239,6 +255,19 @@ def _close(writer: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _rows(weight: Tensor, blocks: Encoded | None, order: Array | None) -> Array | None:
+    """Return a matrix's blocks in the order of the file's rows; None if it has none, or others."""
+    if blocks is None or not torch.equal(blocks.values().to(weight.dtype), weight):
+        return None
+    data: Array = blocks.data.numpy()
+    if order is None:
+        return data
+    first, columns = order[:, 0] // weight.shape[1], np.arange(weight.shape[1])
+    if order.shape != weight.shape or (order != first[:, None] * len(columns) + columns).any():
+        return None
+    return data[first]
 
 
 def _levels(

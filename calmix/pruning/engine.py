@@ -45,6 +45,7 @@ from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.patterns import Pattern, Rate, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
+from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import Grid
 from calmix.pruning.trace import TOKENS, Batch, Calls, SharedInput, observe_block
 from calmix.pruning.work import States
@@ -525,7 +526,7 @@ class Run:
         else:
             self._assign(layers, solved.weights)
         precision = None if solved.dtype is None else dtype_name(solved.dtype)
-        grids: Sequence[Grid | None] = solved.grids or [None] * len(layers)
+        grids: Sequence[Grid | Encoded | None] = solved.grids or [None] * len(layers)
         results = zip(layers, solved.pruned, errors, grids, strict=True)
         for layer, pruned, error, grid in results:
             rows, columns = layer.shape

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError
+from calmix.pruning.solvers.ggml import TYPES, block_type
 
 
 class Pattern:
@@ -116,8 +117,22 @@ class Rate(Pattern):
         return f"{self.bits:g} bits"
 
 
+@dataclass(frozen=True)
+class Blocks(Pattern):
+    """A type of GGML, such as Q3_K, whose blocks hold the weights."""
+
+    type: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "type", block_type(self.type).name)
+
+    def __str__(self) -> str:
+        return self.type
+
+
 def as_pattern(value: Pattern | str | float) -> Pattern:
-    """Return a pattern from a `Pattern`, a sparsity such as `0.5`, `N:M`, or `2.8 bits`."""
+    """Return a pattern from a `Pattern`, a sparsity such as `0.5`, `N:M`, `2.8 bits` or a type of
+    GGML such as `Q3_K`."""
     if isinstance(value, Pattern):
         return value
     text = str(value)
@@ -125,6 +140,8 @@ def as_pattern(value: Pattern | str | float) -> Pattern:
         return SemiStructured(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"\s*(\d+\.?\d*)\s*bits?\s*", text):
         return Rate(float(match[1]))
+    if text.strip().upper() in TYPES:
+        return Blocks(text.strip())
     try:
         return Unstructured(float(text))
     except ValueError:

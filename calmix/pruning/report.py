@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from calmix.models.blocks import Dense
+from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import Grid
 from calmix.shown import Shown, percent
 
@@ -80,7 +81,7 @@ class PruneReport(Shown):
     dropped: list[Dropped] = field(default_factory=list)
     embeddings: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    grids: dict[str, Grid] = field(default_factory=dict, compare=False)
+    grids: dict[str, Grid | Encoded] = field(default_factory=dict, compare=False)
 
     @property
     def weights(self) -> int:

@@ -40,7 +40,8 @@ from calmix.pruning.allocation import KL
 from calmix.pruning.budget import plan_for
 from calmix.pruning.methods import Look, Method
 from calmix.pruning.methods.base import Quantiser
-from calmix.pruning.patterns import Rate, Unstructured
+from calmix.pruning.methods.ggml import Ggml
+from calmix.pruning.patterns import Blocks, Rate, Unstructured
 from calmix.pruning.rates import ROWS, STRIDE
 from calmix.recovery import memory as recovery
 from calmix.recovery.training import held_out, rows_at_once
@@ -143,6 +144,8 @@ class Timed:
         model, count = self._sample
         ids = self._ids(max(1, tokens_at_once(self.device) // max(1, length)), length)
         pattern: Any = Rate(3) if isinstance(method, Quantiser) else Unstructured(0.5)
+        if isinstance(method, Ggml):
+            pattern = Blocks(method.type)
         act = partial(
             prune, model, None if method.needs is None else ids, method=method, pattern=pattern,
             propagation=propagation or "sequential",

@@ -19,6 +19,7 @@ from torch import Tensor
 from calmix.errors import InputError
 from calmix.pruning.gram import OUTPUTS, Factor, Gram, Squares, Statistic, inverse_factor
 from calmix.pruning.patterns import Pattern, Rate, Unstructured, clear
+from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import Grid, Symmetric, check_group
 from calmix.pruning.solvers.refit import refit
 from calmix.pruning.solvers.surgeon import solve_columns
@@ -54,7 +55,8 @@ class Solution:
         damping: the damping used, None if the method has none.
         dtype: precision of the factorisation, None if there is none.
         dead: inputs that were zero on every token.
-        grids: the grids of quantised layers; empty if nothing is quantised.
+        grids: the grids of quantised layers, or the blocks that hold their levels and scales; empty
+            if nothing is quantised.
     """
 
     weights: list[Tensor]
@@ -62,7 +64,7 @@ class Solution:
     damping: float | None = None
     dtype: torch.dtype | None = None
     dead: int = 0
-    grids: list[Grid] = field(default_factory=list)
+    grids: Sequence[Grid | Encoded] = field(default_factory=list)
 
 
 class Method(BaseModel, ABC):

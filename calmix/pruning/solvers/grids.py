@@ -7,10 +7,11 @@ Bits per weight include levels, scales and the mask.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from calmix.errors import InputError
 from calmix.models.shards import read_file
 from calmix.pruning.patterns import clear
+from calmix.pruning.solvers.ggml import TYPES, Encoded
 
 SCALES = "calmix-scales"  # folder beside a model's weights, with one file per block
 SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)  # multiples of the largest scale that are tried
@@ -46,7 +48,7 @@ class Grid:
         """Return the nearest levels (rows, columns) to weights, float32."""
         step = self.steps()[:, :, None]
         parts = weight.float().reshape(len(weight), step.shape[1], -1)
-        return (parts * _inverse(step)).round_().view(weight.shape)
+        return (parts * inverse(step)).round_().view(weight.shape)
 
     def values(self, levels: Tensor) -> Tensor:
         """Return the weights for levels, float32."""
@@ -68,10 +70,13 @@ class Grid:
         return replace(self, scale=self.scale[rows]) if len(self.scale) > 1 else self
 
 
-def stored(grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+def stored(grids: Mapping[str, Grid | Encoded]) -> dict[str, Tensor]:
     """Return the grids of parameters as the tensors of a file in `SCALES`."""
     made = {}
     for name, grid in grids.items():
+        if isinstance(grid, Encoded):
+            made[f"{name}|{grid.name}"] = grid.data
+            continue
         scale = grid.scale.bfloat16()  # may be a strided view
         made[f"{name}|scale"] = scale.clone(memory_format=torch.contiguous_format)
         if grid.octaves is not None:
@@ -80,20 +85,32 @@ def stored(grids: Mapping[str, Grid]) -> dict[str, Tensor]:
 
 
 def as_grids(tensors: Mapping[str, Tensor]) -> dict[str, Grid]:
-    """Return `stored` grids by parameter; their bits are unknown."""
+    """Return `stored` grids by parameter, without blocks; their bits are unknown."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter, _, kind = name.rpartition("|")
+        if kind in TYPES:
+            continue
         parts.setdefault(parameter, {})[kind] = value if kind == "octaves" else value.float()
     return {name: Grid(bits=0.0, **values) for name, values in parts.items()}
 
 
 def read_grids(folder: Path) -> dict[str, Grid]:
     """Return the grids of a model folder's quantised parameters; {} without scales."""
+    return as_grids(_read_stored(folder))
+
+
+def read_blocks(folder: Path) -> dict[str, Encoded]:
+    """Return the blocks of a model folder's quantised parameters; {} without any."""
+    parts = ((name.rpartition("|"), value) for name, value in _read_stored(folder).items())
+    return {name: Encoded(kind, value) for (name, _, kind), value in parts if kind in TYPES}
+
+
+def _read_stored(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in sorted((folder / SCALES).glob("[!.]*")):
         tensors |= read_file(path)
-    return as_grids(tensors)
+    return tensors
 
 
 def factors(octaves: Tensor) -> Tensor:
@@ -138,12 +155,46 @@ def check_group(group: int, columns: int, name: str = "a layer") -> int:
     return min(group, columns)
 
 
-class Symmetric:
+G = TypeVar("G")
+
+
+class Rounding(ABC, Generic[G]):
+    """Rounds the columns of layers that share an input, as `solve_columns` reaches them.
+
+    It calls `begin` for a block of columns, `step` for each of them and `finish` at its end.
+    """
+
+    @abstractmethod
+    def begin(
+        self, start: int, stacked: Tensor, mask: Tensor, leverage: Tensor, masked: bool
+    ) -> None:
+        """Prepare a block of columns.
+
+        Args:
+            start: the block's first column.
+            stacked: all columns (columns, outputs), corrected so far.
+            mask: the block's, 1.0 where a weight is known to be pruned.
+            leverage: 1 / U_jj of the block's columns, (block, 1).
+            masked: whether any weight is pruned.
+        """
+
+    @abstractmethod
+    def step(self, number: int, column: Tensor, level: Tensor, mask: Tensor) -> None:
+        """Write the levels of one column of a block, and overwrite the column with its errors."""
+
+    @abstractmethod
+    def finish(self, weights: Tensor, levels: Tensor) -> None:
+        """Write a block's weights from its levels."""
+
+    @abstractmethod
+    def grids(self, weights: Sequence[Tensor], pruned: Sequence[int]) -> list[G]:
+        """Return the grid of each layer, from its rounded weights and number of pruned ones."""
+
+
+class Symmetric(Rounding[Grid]):
     """2^bits evenly spaced levels; the largest weight is level -2^(bits-1), as in GGUF's Q4_0.
 
-    Scales can therefore be negative. `solve_columns` calls `begin` for a block of columns of the
-    layers that share an input, `step` for each column and `finish` at its end. Other grids
-    implement the same methods.
+    Scales can therefore be negative.
 
     Args:
         weights: matrices (rows, columns) of the layers.
@@ -161,15 +212,7 @@ class Symmetric:
     def begin(
         self, start: int, stacked: Tensor, mask: Tensor, leverage: Tensor, masked: bool
     ) -> None:
-        """Choose the scales of groups that begin in a block of columns.
-
-        Args:
-            start: the block's first column.
-            stacked: all columns (columns, outputs), corrected so far.
-            mask: the block's, 1.0 where a weight is known to be pruned.
-            leverage: 1 / U_jj of the block's columns, (block, 1).
-            masked: whether any weight is pruned.
-        """
+        """Choose the scales of groups that begin in the block."""
         self._start, self._masked = start, masked
         first = -(-start // self.group)
         inside = slice(first * self.group - start, None)
@@ -187,10 +230,9 @@ class Symmetric:
         parts = values.unflatten(0, (number, self.group)).split(size, 2)
         scales = [self._fit(part, importance) for part in parts]
         here = self.scales[first : first + number].copy_(torch.cat(scales, dim=1).bfloat16())
-        self._found.extend(zip(here, _inverse(here), strict=True))
+        self._found.extend(zip(here, inverse(here), strict=True))
 
     def step(self, number: int, column: Tensor, level: Tensor, mask: Tensor) -> None:
-        """Write the levels of one column of a block, and overwrite the column with its errors."""
         scale, units = self._found[(self._start + number) // self.group]
         self.nearest(torch.mul(column, units, out=level))
         if self._masked:
@@ -198,7 +240,6 @@ class Symmetric:
         column.addcmul_(level, scale, value=-1)
 
     def finish(self, weights: Tensor, levels: Tensor) -> None:
-        """Write a block's weights from its levels."""
         at = 0
         while at < len(levels):
             group = (self._start + at) // self.group
@@ -227,7 +268,7 @@ class Symmetric:
         tried = (scale * shrinks).bfloat16().float()
         best, least = scale, torch.full_like(scale, math.inf)
         lost = self._lost.resize_(values.shape)
-        for one, units in zip(tried, _inverse(tried), strict=True):
+        for one, units in zip(tried, inverse(tried), strict=True):
             level = self.nearest(torch.mul(values, units[:, None], out=lost))
             torch.addcmul(values, level, one[:, None], value=-1, out=lost).square_()
             error = (importance @ lost)[:, 0]
@@ -241,13 +282,18 @@ class Symmetric:
         """Round weights in units of their scale to levels, in place."""
         return scaled.round_().clamp_(-self._half, self._half - 1)
 
-    def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
-        """Return the grid of a layer from its scales (rows, groups)."""
-        beside = 16 * scale.numel() / weight.numel()
-        return Grid(scale, self.bits * (1 - sparsity) + mask_bits(sparsity) + beside)
+    def grids(self, weights: Sequence[Tensor], pruned: Sequence[int]) -> list[Grid]:
+        grids = []
+        for weight, scale, count in zip(
+            weights, _by_layer(self.scales, weights), pruned, strict=True
+        ):
+            sparsity, beside = count / weight.numel(), 16 * scale.numel() / weight.numel()
+            bits = self.bits * (1 - sparsity) + mask_bits(sparsity) + beside
+            grids.append(Grid(scale, bits))
+        return grids
 
 
-class DeadZone:
+class DeadZone(Rounding[Grid]):
     """Unbounded integer levels with one step per layer, and a wider interval rounded to zero.
 
     Args:
@@ -273,9 +319,12 @@ class DeadZone:
         """Return sign(w) floor(|w| + 0.42)."""
         return torch.copysign(self._zone, scaled, out=out).add_(scaled).trunc_()
 
-    def grid(self, weight: Tensor, scale: Tensor, sparsity: float) -> Grid:
-        bits = entropy(weight.T, float(_inverse(scale[:1])))
-        return Grid(scale[:1].clone(), bits + self.beside(weight))
+    def grids(self, weights: Sequence[Tensor], pruned: Sequence[int]) -> list[Grid]:
+        grids = []
+        for weight, scale in zip(weights, _by_layer(self.scales, weights), strict=True):
+            bits = entropy(weight.T, float(inverse(scale[:1])))
+            grids.append(Grid(scale[:1].clone(), bits + self.beside(weight)))
+        return grids
 
     @staticmethod
     def beside(weight: Tensor) -> float:
@@ -283,9 +332,11 @@ class DeadZone:
         return 16 / weight.numel() + 8 / len(weight)
 
 
-Rounding = Symmetric | DeadZone
+def _by_layer(scales: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return the scales (rows, groups) of each layer, from those of all, transposed."""
+    return [part.T.contiguous() for part in scales.split([len(w) for w in weights], 1)]
 
 
-def _inverse(scale: Tensor) -> Tensor:
+def inverse(scale: Tensor) -> Tensor:
     """Return 1 / scale, or zero where the scale is zero."""
     return torch.where(scale != 0, scale.reciprocal(), 0)

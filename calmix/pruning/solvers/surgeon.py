@@ -11,6 +11,7 @@ of all output rows: with row-major weights the same loop is about seventy times 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from calmix.precision import large_products
 from calmix.pruning.gram import Factor
 from calmix.pruning.patterns import Pattern, Unstructured, clear
-from calmix.pruning.solvers.grids import Grid, Rounding
+from calmix.pruning.solvers.grids import G, Rounding
 
 BLOCK = 128  # columns whose mask is chosen together (SparseGPT's B_s)
 PANEL = 16  # columns corrected one by one before a matrix product corrects the rest
@@ -28,9 +29,9 @@ def solve_columns(
     weights: Sequence[Tensor],
     factor: Factor,
     patterns: Sequence[Pattern] | None,
-    rounding: Rounding | None = None,
+    rounding: Rounding[G] | None = None,
     pruned: Sequence[int] = (),
-) -> tuple[list[Tensor], list[Grid]]:
+) -> tuple[list[Tensor], list[G]]:
     """Return pruned or rounded float32 weights of layers that share one input, and their grids.
 
     Args:
@@ -78,11 +79,7 @@ def solve_columns(
     made = [layer.T for layer in layers]
     if rounding is None:
         return made, []
-    gone = pruned or [0] * len(made)
-    return made, [
-        rounding.grid(weight, scale.T.contiguous(), count / weight.numel())
-        for weight, scale, count in zip(made, rounding.scales.split(heights, 1), gone, strict=True)
-    ]
+    return made, rounding.grids(made, pruned or [0] * len(made))
 
 
 def prune_block(
@@ -92,7 +89,7 @@ def prune_block(
     inverse: Tensor,
     leverage: Tensor,
     pattern: Pattern,
-    rounding: Rounding | None,
+    rounding: Rounding[Any] | None,
     levels: Tensor,
 ) -> Tensor:
     """Prune one block in place and return its scaled errors (error / U_jj), same shape.

@@ -1,0 +1,100 @@
+"""Types of GGML, which llama.cpp runs, by GPTQ's loop (arXiv 2210.17323) with llama.cpp's scales.
+
+llama.cpp searches the scales of each block for the least error, weighted by the importance of each
+input, and lets no weight make up for another's rounding. Research code corrects weights but
+searches scales without weights (gptq-gguf-toolkit). Both together are ours: scales are searched on
+the corrected weights when the loop reaches a block, weighted by 1 / U_jj^2, then frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from calmix.errors import InputError
+from calmix.pruning.gram import EvenGram, Factor, Gram, Statistic, inverse_factor
+from calmix.pruning.methods.base import Damping, Method, Solution, by_kind
+from calmix.pruning.patterns import Blocks, Pattern
+from calmix.pruning.solvers.block_grid import BlockGrid, fitting, solve_blocks
+from calmix.pruning.solvers.ggml import BlockType, Encoded, block_type
+from calmix.pruning.solvers.libggml import check_library, quantise
+from calmix.pruning.solvers.surgeon import solve_columns
+
+Kind = type[Statistic]
+
+
+class Ggml(Method):
+    """Quantise to a type of GGML, such as Q3_K or IQ4_NL.
+
+    Rows that are not a multiple of 256 get another type (`calmix.pruning.solvers.block_grid`).
+    """
+
+    name, title = "ggml", "GGML"
+    paper = "arXiv 2210.17323; weighted scales are ours"
+    statistic = Gram
+    work = 7, 18  # factorisation; transposed weights, their levels and bytes
+
+    type: str = Field(default="Q4_K", description="Type of the blocks, such as Q3_K or IQ4_NL.")
+    damping: Damping = 0.1
+    even: bool = Field(default=False, description="Whether to scale all tokens to one norm.")
+
+    @field_validator("type")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return block_type(name).name
+
+    def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
+        if pattern is not None and "type" in self.changed:
+            raise InputError(f"the type is given twice: {self.type} and {pattern}")
+        target = Blocks(self.type) if pattern is None else pattern
+        bare = type(self)(**{k: v for k, v in self.changed.items() if k != "type"})
+        return bare, target
+
+    def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
+        if not of(pattern, columns, name).group:
+            check_library()
+
+    @property
+    def needs(self) -> Kind:
+        return EvenGram if self.even else Gram
+
+    def solve(
+        self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
+    ) -> Solution:
+        """Quantise layers, those of equal types together."""
+        factor = inverse_factor(statistic, self.damping)
+
+        def choose(some: Sequence[Tensor], _: Tensor, types: Sequence[Pattern]) -> Solution:
+            made, grids = rounded(some, factor, of(types[0], some[0].shape[1]))
+            zeros, dead = [0] * len(made), int(factor.dead.sum())
+            return Solution(made, zeros, factor.damping, factor.dtype, dead, grids)
+
+        return by_kind(choose, weights, statistic, patterns)
+
+
+def of(pattern: Pattern, columns: int, name: str = "a layer") -> BlockType:
+    """Return the type of a layer: the pattern's, or one whose blocks fit its rows."""
+    if not isinstance(pattern, Blocks):
+        raise InputError(f"method ggml takes a type such as Q3_K, not {pattern}")
+    kind = fitting(pattern.type, columns)
+    if columns % kind.size:
+        raise InputError(
+            f"no type of GGML fits the {columns} inputs of {name}: leave such layers dense with "
+            f"--skip '*.{name.rsplit('.', 1)[-1]}'"
+        )
+    return kind
+
+
+def rounded(
+    weights: Sequence[Tensor], factor: Factor, kind: BlockType
+) -> tuple[list[Tensor], list[Encoded]]:
+    """Return the rounded float32 weights of layers that share an input, and their blocks."""
+    if kind.group:
+        importance = factor.upper.diagonal().square().reciprocal()
+        return solve_columns(weights, factor, None, BlockGrid(weights, kind, importance))
+    search = partial(quantise, name=kind.name)
+    grids = [solve_blocks(weight, factor, kind.size, search) for weight in weights]
+    return [grid.values() for grid in grids], grids

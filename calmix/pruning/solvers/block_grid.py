@@ -1,0 +1,344 @@
+"""The grid of a block type of GGML: scales searched on corrected weights, levels column by column.
+
+llama.cpp searches the scale (and minimum) of each group for the least squared error, weighted by
+the importance of each column (`make_qkx3_quants`, `make_qx_quants`). The same search runs here when
+`solve_columns` reaches a block, on the weights as corrected by then.
+
+Arrays are transposed as in that loop: each column of all outputs is a contiguous row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calmix.precision import large_products
+from calmix.pruning.gram import Factor
+from calmix.pruning.solvers.ggml import TYPES, BlockType, Encoded, Levels
+from calmix.pruning.solvers.grids import Rounding, inverse
+
+CACHED = 2**16  # weights whose scales are searched at a time on a CPU: they fit in its cache
+TRIES = 9  # candidates on each side of the scale that maps the largest weight to the last level
+APART = 0.1  # levels between two candidates; ten times as much in a codebook of -127 to 113
+NEAR = (-1, 0, 1)  # neighbours of a group's integer scale and minimum that are tried
+ROWS = 4096  # rounded plainly at a time
+# Types for rows that are not a multiple of 256. They are llama.cpp's, but for IQ4_NL in place of
+# Q4_0, of the same size.
+FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+SWEEPS = 2  # over integers and steps, each chosen for the other
+
+
+@dataclass
+class Scales:
+    """Scales of a block, or of several in a row.
+
+    Attributes:
+        step, least: float16 (blocks, outputs), units of the scales and of the minima.
+        scales, minima: float32 (groups, outputs), integers; minima are 0 in types without.
+    """
+
+    step: Tensor
+    least: Tensor
+    scales: Tensor
+    minima: Tensor
+
+    def units(self) -> tuple[Tensor, Tensor]:
+        """Return scales and minima in float32, as GGML computes them."""
+        shape = len(self.step), -1, self.step.shape[1]
+        pairs = (self.step, self.scales), (self.least, self.minima)
+        scale, minimum = (
+            (step.float()[:, None] * number.view(shape)).view(number.shape)
+            for step, number in pairs
+        )
+        return scale, minimum
+
+
+class BlockGrid(Rounding[Encoded]):
+    """Rounds columns to a block type; all layers in one.
+
+    Args:
+        weights: matrices (rows, columns) of the layers.
+        kind: a type that has levels.
+        importance: (columns,), weight of a squared error in each column.
+
+    Attributes:
+        scales: of all blocks, found so far.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], kind: BlockType, importance: Tensor) -> None:
+        columns, outputs, device = len(importance), sum(map(len, weights)), importance.device
+        half: dict[str, Any] = {"dtype": torch.float16, "device": device}
+        steps = [torch.zeros(columns // kind.size, outputs, **half) for _ in range(2)]
+        numbers = [torch.zeros(columns // kind.group, outputs, device=device) for _ in range(2)]
+        self.kind, self._importance = kind, importance
+        self.scales = Scales(*steps, *numbers)
+        self._units = [torch.zeros_like(numbers[0]) for _ in range(3)]
+        self._levels = torch.empty(columns, outputs, dtype=torch.int8, device=device)
+        self._nearest = Nearest(kind, device)
+
+    def begin(self, start: int, stacked: Tensor, *_: object) -> None:
+        self._start, self._stacked = start, stacked
+
+    def step(self, number: int, column: Tensor, level: Tensor, mask: Tensor) -> None:
+        at = self._start + number
+        if at % self.kind.size == 0:
+            self._search(at // self.kind.size)
+        scale, units, minimum = (part[at // self.kind.group] for part in self._units)
+        if self.kind.minima:
+            column.add_(minimum)
+        self._nearest.levels(torch.mul(column, units, out=level))
+        self._levels[at].copy_(level)
+        column.addcmul_(self._nearest.values(level), scale, value=-1)
+
+    def finish(self, weights: Tensor, levels: Tensor) -> None:
+        for at in range(len(levels)):
+            scale, _, minimum = (
+                part[(self._start + at) // self.kind.group] for part in self._units
+            )
+            torch.mul(self._nearest.values(levels[at]), scale, out=weights[at])
+            if self.kind.minima:
+                weights[at].sub_(minimum)
+
+    def grids(self, made: Sequence[Tensor], pruned: Sequence[int]) -> list[Encoded]:
+        """Return the blocks of each layer."""
+        kind, numbers = self.kind, (self.scales.scales, self.scales.minima)
+        step, least = self.scales.step.T, self.scales.least.T
+        scales, minima = (None if kind.scales is None else part.T for part in numbers)
+        levels = Levels(
+            kind, self._levels.T, step, scales, *((least, minima) if kind.minima else ())
+        )
+        parts = levels.encoded().data.split([len(weight) for weight in made])
+        return [Encoded(kind.name, part) for part in parts]
+
+    def _search(self, block: int) -> None:
+        """Find and freeze the scales of a block whose columns are corrected by all before it."""
+        size, found, per = self.kind.size, self.scales, self.kind.size // self.kind.group
+        columns, groups = (slice(block * each, (block + 1) * each) for each in (size, per))
+        values, importance = self._stacked[columns], self._importance[columns]
+        some = max(1, CACHED // size) if values.device.type == "cpu" else values.shape[1]
+        for at in range(0, values.shape[1], some):
+            here = slice(at, at + some)
+            one = search(self.kind, values[:, here], importance)
+            found.step[block, here], found.least[block, here] = one.step[0], one.least[0]
+            found.scales[groups, here], found.minima[groups, here] = one.scales, one.minima
+            scale, minimum = one.units()
+            for whole, new in zip(self._units, (scale, inverse(scale), minimum), strict=True):
+                whole[groups, here] = new
+
+
+def fitting(name: str, columns: int) -> BlockType:
+    """Return a type, or the one in its place for rows that its blocks of 256 do not fit."""
+    kind = TYPES[name]
+    return TYPES[FALLBACKS.get(name, "IQ4_NL")] if columns % kind.size else kind
+
+
+def rounded_rows(weight: Tensor, kind: BlockType) -> Encoded:
+    """Return a matrix (rows, columns) in blocks, rounded plainly: all errors count alike."""
+    parts = []
+    for rows in weight.float().split(ROWS):
+        columns = rows.T.contiguous()
+        grid, level = BlockGrid([rows], kind, torch.ones_like(columns[:, 0])), columns[0].clone()
+        grid.begin(0, columns)
+        for at, column in enumerate(columns):
+            grid.step(at, column, level, level)
+        parts.append(grid.grids([rows], [0])[0].data)
+    return Encoded(kind.name, torch.cat(parts))
+
+
+def solve_blocks(
+    weight: Tensor,
+    factor: Factor,
+    size: int,
+    quantise: Callable[[Tensor, Tensor], Encoded],
+) -> Encoded:
+    """Return a matrix quantised some columns at a time, correcting those that follow.
+
+    For types without levels: the loop of `solve_columns`, with whole blocks in place of columns.
+
+    Args:
+        weight: (rows, columns).
+        factor: of the inputs' Gram matrix.
+        size: columns quantised at a time.
+        quantise: returns columns in blocks, with the weight of a squared error in each column.
+    """
+    rest, parts = weight.float().clone(), []
+    for columns in torch.arange(weight.shape[1]).split(size):
+        here = slice(int(columns[0]), int(columns[-1]) + 1)
+        local, identity = factor.upper[here, here], torch.eye(len(columns), device=rest.device)
+        inner = torch.linalg.solve_triangular(local, identity, upper=True)
+        # Errors E of these columns cost |E U^-1|^2 once the columns after them have made up for it.
+        parts.append(quantise(rest[:, here], inner.square().sum(1)))
+        wrong = (rest[:, here] - parts[-1].values()) @ inner
+        with large_products():
+            rest[:, here.stop :].addmm_(wrong, factor.upper[here, here.stop :], alpha=-1)
+    return Encoded(parts[0].name, torch.cat([part.data for part in parts], dim=1))
+
+
+class Nearest:
+    """Nearest levels of a type, and the values they stand for."""
+
+    def __init__(self, kind: BlockType, device: torch.device) -> None:
+        self._ends = kind.low, kind.high
+        self.book = book = torch.tensor(kind.codebook, dtype=torch.float32, device=device)
+        if kind.codebook:  # a table of half integers is fifteen times faster than bucketize
+            self._ends = 2 * kind.codebook[0], 2 * kind.codebook[-1]
+            halves = torch.arange(*self._ends, device=device) / 2 + 0.25
+            self._table = torch.bucketize(halves, (book[1:] + book[:-1]) / 2).float()
+
+    def levels(self, scaled: Tensor) -> Tensor:
+        """Round weights in units of their scale to levels, in place."""
+        if not len(self.book):
+            return scaled.round_().clamp_(*self._ends)
+        low, high = self._ends
+        places = scaled.mul_(2).floor_().clamp_(low, high - 1).sub_(low)
+        return scaled.copy_(_looked_up(self._table, places))
+
+    def values(self, levels: Tensor) -> Tensor:
+        """Return the values of levels in units of their scale."""
+        return _looked_up(self.book, levels) if len(self.book) else levels
+
+
+def _looked_up(table: Tensor, places: Tensor) -> Tensor:
+    return table.index_select(0, places.flatten().int()).view(places.shape)
+
+
+def search(kind: BlockType, values: Tensor, importance: Tensor) -> Scales:
+    """Return the scales of one block with about the least error.
+
+    Args:
+        values: (size, outputs), the block's weights.
+        importance: (size,), weight of a squared error in each column.
+    """
+    nearest = Nearest(kind, values.device)
+    x, w = values.unflatten(0, (-1, kind.group)), importance.view(-1, kind.group, 1)
+    scale, minimum, weight = _affine(kind, x, w) if kind.minima else _signed(kind, nearest, x, w)
+    if kind.scales is None:  # one group
+        ones = torch.ones_like(scale)
+        found = Scales(scale.half(), minimum.half(), ones, ones if kind.minima else 0 * ones)
+    else:
+        parts = [
+            _numbers(one, at, *kind.scales) for one, at in ((scale, weight), (minimum, w.sum(1)))
+        ]
+        (step, scales), (least, minima) = parts
+        found = Scales(step, least, scales, minima)
+    for _ in range(SWEEPS):
+        if kind.scales is not None:
+            _settle(kind, nearest, found, x, w)
+        _refit(kind, nearest, found, x, w)
+    if kind.scales is not None:
+        _settle(kind, nearest, found, x, w)
+    return found
+
+
+def _affine(kind: BlockType, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each group's best scale and minimum, and the weight of an error in the scale.
+
+    Args:
+        x: (groups, group, outputs).
+        w: (groups, group, 1).
+    """
+    high, low = kind.high, x.amin(1).clamp_(max=0)
+    above, xw, wt = x - low[:, None], x * w, w.transpose(1, 2)
+    total, first, span = w.sum(1), xw.sum(1), above.amax(1)
+    scale, minimum = span / high, -low
+    best, weight = torch.full_like(scale, -torch.inf), torch.zeros_like(scale)
+    for at in range(-TRIES, TRIES + 1):
+        units = (high + APART * at) * inverse(span)
+        level = torch.mul(above, units[:, None]).round_().clamp_(0, high)
+        one, cross = (wt @ level)[:, 0], (xw * level).sum(1)
+        two = (wt @ level.square_())[:, 0]
+        determinant = total * two - one * one
+        s = (total * cross - first * one) / determinant
+        m = (two * first - one * cross) / determinant
+        s, m = torch.where(m > 0, cross / two, s), m.clamp_(max=0)
+        gain = 2 * (s * cross + m * first) - s * s * two - m * (2 * s * one + m * total)
+        _keep(gain > best, (best, gain), (scale, s), (minimum, -m), (weight, two))
+    return scale, minimum, weight
+
+
+def _signed(
+    kind: BlockType, nearest: Nearest, x: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same with minima of zero: the largest weight gets the lowest level or beyond."""
+    end, apart = (kind.codebook[0], 10 * APART) if kind.codebook else (kind.low, APART)
+    largest = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
+    scale, xw, wt = largest / end, x * w, w.transpose(1, 2)
+    best, weight = torch.zeros_like(scale), torch.zeros_like(scale)
+    for at in range(-TRIES, TRIES + 1):
+        units = (end + apart * at) * inverse(largest)
+        level = nearest.values(nearest.levels(x * units[:, None]))
+        cross, two = (xw * level).sum(1), (wt @ level.square())[:, 0]
+        s = cross / two
+        _keep(s * cross > best, (best, s * cross), (scale, s), (weight, two))
+    return scale, torch.zeros_like(scale), weight
+
+
+def _keep(better: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
+    """Overwrite the first of each pair by the second where that is better (false for NaN)."""
+    for old, new in pairs:
+        old.copy_(torch.where(better, new, old))
+
+
+def _numbers(values: Tensor, weight: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Return a step, float16 (1, outputs), and integers times which it is near values.
+
+    Args:
+        values: (groups, outputs), not negative if `low` is 0.
+        weight: of a squared error in each.
+    """
+    end = low or high
+    largest = values.gather(0, values.abs().argmax(0, keepdim=True))
+    step, best = largest / end, torch.full_like(largest, -torch.inf)
+    for at in range(-TRIES, TRIES + 1):
+        number = (values * ((end + APART * at) * inverse(largest))).round_().clamp_(low, high)
+        cross, two = ((weight * number * part).sum(0, keepdim=True) for part in (values, number))
+        _keep(cross * cross / two > best, (best, cross * cross / two), (step, cross / two))
+    half = step.half()
+    return half, (values * inverse(half.float())).round_().clamp_(low, high)
+
+
+def _settle(kind: BlockType, nearest: Nearest, found: Scales, x: Tensor, w: Tensor) -> None:
+    """Replace each group's integers by those near them with the least error."""
+    low, high = kind.scales or (1, 1)
+    best = torch.full_like(found.scales, torch.inf)
+    before = found.scales.clone(), found.minima.clone()
+    for ds, dm in product(NEAR, NEAR if kind.minima else (0,)):
+        scales, minima = (
+            (old + more).clamp_(low, high) for old, more in zip(before, (ds, dm), strict=True)
+        )
+        one = Scales(found.step, found.least, scales, minima)
+        scale, minimum = one.units()
+        error = _errors(kind, nearest, x, scale, minimum)[1].square_()
+        error = (w.transpose(1, 2) @ error)[:, 0]
+        _keep(error < best, (best, error), (found.scales, scales), (found.minima, minima))
+
+
+def _errors(
+    kind: BlockType, nearest: Nearest, x: Tensor, scale: Tensor, minimum: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the values of the nearest levels in units of their scale, and the errors."""
+    above = x + minimum[:, None] if kind.minima else x
+    level = nearest.values(nearest.levels(above * inverse(scale)[:, None]))
+    return level, above - level * scale[:, None]
+
+
+def _refit(kind: BlockType, nearest: Nearest, found: Scales, x: Tensor, w: Tensor) -> None:
+    """Replace the steps by those with the least error for the same levels and integers."""
+    level = _errors(kind, nearest, x, *found.units())[0]
+    wt, k, m = w.transpose(1, 2), found.scales, -found.minima
+    one, two, cross = (wt @ level)[:, 0], (wt @ level.square())[:, 0], (w * x * level).sum(1)
+    first, total = (wt @ x)[:, 0], w.sum(1)
+    a, b, c = (k * k * two).sum(0), (k * m * one).sum(0), (m * m * total).sum(0)
+    p, q = (k * cross).sum(0), (m * first).sum(0)
+    determinant = a * c - b * b
+    both = determinant > 1e-6 * a * c
+    before = found.least[0].float()
+    step = torch.where(both, (c * p - b * q) / determinant, (p - b * before) / a).half()
+    least = torch.where(both, (a * q - b * p) / determinant, before).half()
+    good = step.isfinite() & least.isfinite() & (least >= 0)
+    _keep(good, (found.step[0], step), (found.least[0], least))

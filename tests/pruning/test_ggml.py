@@ -1,0 +1,214 @@
+"""Block types of GGML: bytes against the gguf package, scale search, and the column solver."""
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+from calmix.errors import InputError
+from calmix.pruning.gram import EvenGram, Gram, inverse_factor, relative_error
+from calmix.pruning.methods import get_method
+from calmix.pruning.patterns import Blocks, as_pattern
+from calmix.pruning.solvers.block_grid import BlockGrid, search, solve_blocks
+from calmix.pruning.solvers.ggml import TYPES, Encoded, Levels, block_type
+from calmix.pruning.solvers.libggml import quantise
+from calmix.pruning.solvers.surgeon import solve_columns
+
+BY_COLUMN = [name for name, kind in TYPES.items() if kind.group]
+
+
+def random_levels(kind, rows=3, blocks=2, seed=0):
+    """Return a random matrix on the grid of a type; every level and scale can occur."""
+    rng = torch.Generator().manual_seed(seed)
+    size = rows, blocks * kind.size
+
+    def numbers(ends, count):
+        return torch.randint(ends[0], ends[1] + 1, (rows, count), generator=rng)
+
+    def units():
+        return (torch.rand(rows, blocks, generator=rng) + 0.01).half()
+
+    groups = size[1] // kind.group
+    scales = None if kind.scales is None else numbers(kind.scales, groups).short()
+    minima = numbers(kind.scales, groups).short() if kind.minima and kind.scales else None
+    least = units() if kind.minima else None
+    levels = numbers((kind.low, kind.high), size[1]).to(torch.int8)
+    return Levels(kind, levels, units(), scales, least, minima)
+
+
+def correlated(tokens=1500, columns=512, seed=0):
+    """Return inputs of a few strong directions."""
+    rng = torch.Generator().manual_seed(seed)
+    turn = torch.randn(columns, columns, generator=rng) * torch.randn(columns, generator=rng).exp()
+    return torch.randn(tokens, columns, generator=rng) @ turn
+
+
+def matrix(rows=24, columns=512, seed=2):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.03
+
+
+def solved(name, weights, gram, **options):
+    method, pattern = get_method("ggml", type=name, **options).aim(None)
+    return method.solve(weights, gram, [pattern] * len(weights))
+
+
+def test_sizes_are_those_of_the_format():
+    for name, kind in TYPES.items():
+        assert (kind.size, kind.bytes) == GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+
+
+@pytest.mark.parametrize("name", BY_COLUMN)
+def test_the_gguf_package_decodes_the_bytes_to_the_same_weights(name):
+    grid = random_levels(TYPES[name], rows=20, blocks=6)
+    encoded = grid.encoded()
+    assert encoded.data.shape == (20, 6 * TYPES[name].bytes)
+    decoded = quants.dequantize(encoded.data.numpy(), GGMLQuantizationType[name])
+    np.testing.assert_array_equal(decoded, grid.values().numpy())
+    assert torch.equal(encoded.values(), grid.values())
+
+
+def test_an_unknown_type_is_one_line():
+    assert block_type("q3_k").name == "Q3_K"
+    with pytest.raises(InputError, match="unknown type 'Q3K': did you mean"):
+        block_type("Q3K")
+    with pytest.raises(InputError, match="unknown type 'Q9'"):
+        get_method("ggml,type=Q9")
+    with pytest.raises(InputError, match="the type is given twice: Q3_K and Q2_K"):
+        get_method("ggml,type=Q3_K").aim(as_pattern("q2_k"))
+    with pytest.raises(InputError, match=r"method ggml takes a type such as Q3_K, not 0\.5"):
+        get_method("ggml").check(as_pattern(0.5), 256)
+
+
+@pytest.mark.parametrize("name", BY_COLUMN)
+def test_the_weights_of_a_solution_are_those_of_its_blocks(name):
+    x, weights = correlated(), [matrix(24), matrix(9, seed=3)]
+    weights[0][3] = 0
+    weights[1][:, 256:300] = 0
+    solution = solved(name, weights, x.T @ x)
+    for weight, made, grid in zip(weights, solution.weights, solution.grids, strict=True):
+        assert (grid.name, grid.bits) == (name, 8 * TYPES[name].bytes / TYPES[name].size)
+        assert grid.data.shape == (len(weight), 512 // TYPES[name].size * TYPES[name].bytes)
+        assert torch.equal(grid.values(), made)
+        assert not made[(weight == 0).all(1)].any()
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_0", "IQ4_XS"])
+def test_levels_are_those_of_a_plain_loop_with_the_same_scales(name):
+    """GPTQ in float64, with the values that the blocks can hold."""
+    kind, x, weight = TYPES[name], correlated(columns=256), matrix(columns=256)
+    factor = inverse_factor(x.T @ x, 0.1)
+    grid = BlockGrid([weight], kind, torch.ones(256))
+    [made], _ = solve_columns([weight], factor, None, grid)
+    levels = torch.arange(kind.low, kind.high + 1.0, dtype=torch.float64)
+    worth = torch.tensor(kind.codebook).double() if kind.codebook else levels
+    scale, minimum = (one.T.double() for one in grid.scales.units())
+    upper, rest = factor.upper.double(), weight.double()
+    for column in range(256):
+        group = column // kind.group
+        values = scale[:, group, None] * worth - minimum[:, group, None]
+        nearest = (rest[:, column, None] - values).abs().argmin(1)
+        wrong = rest[:, column] - values.gather(1, nearest[:, None])[:, 0]
+        rest[:, column] -= wrong
+        rest[:, column + 1 :] -= torch.outer(
+            wrong, upper[column, column + 1 :] / upper[column, column]
+        )
+    assert (made - rest.float()).abs().gt(1e-6).float().mean() < 0.002
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q4_0", "IQ4_NL"])
+def test_scales_leave_no_more_error_than_those_of_ggml(name):
+    pytest.importorskip("libggml")
+    kind, weight = TYPES[name], matrix(64, 256) * (1 + matrix(64, 256, 5).abs() * 30)
+    importance = (30 * matrix(1, 256, seed=4)[0]).exp()
+    theirs = quantise(weight, importance, name=name).values()
+    np.testing.assert_array_equal(
+        theirs.numpy(),
+        quants.dequantize(
+            quantise(weight, importance, name=name).data.numpy(), GGMLQuantizationType[name]
+        ),
+    )
+    identity = inverse_factor(torch.eye(256), 1e-9)
+    [ours], _ = solve_columns([weight], identity, None, BlockGrid([weight], kind, importance))
+
+    def error(made):
+        return float(((made - weight).square() * importance).sum())
+
+    assert error(ours) < 1.01 * error(theirs)
+
+
+def test_scales_of_weights_on_the_grid_are_found_again():
+    for name in ("Q4_0", "Q5_0", "Q4_1"):
+        values = random_levels(TYPES[name], rows=200, blocks=1).values()
+        scales = search(TYPES[name], values.T.contiguous(), torch.ones(32))
+        assert ((scales.step[0].float() * 31).abs() > 0).all()
+        factor = inverse_factor(torch.eye(32), 1e-9)
+        grid = BlockGrid([values], TYPES[name], torch.ones(32))
+        [made], _ = solve_columns([values], factor, None, grid)
+        assert relative_error(values, made, torch.eye(32)) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("Q2_K", 0.85), ("Q3_K", 0.85), ("IQ4_NL", 0.95), ("IQ3_S", 1)]
+)
+def test_feedback_is_better_than_an_importance_matrix_on_other_inputs(name, share):
+    pytest.importorskip("libggml")
+    x = correlated(tokens=3000)
+    fitted, other = x[:2000], x[2000:]
+    weight, gram = matrix(48), fitted.T @ fitted
+    plain = quantise(weight, gram.diagonal(), name=name).values()
+    [made] = solved(name, [weight], gram).weights
+    before, after = (relative_error(weight, one, other.T @ other) for one in (plain, made))
+    assert after < share * before
+
+
+def test_feedback_between_blocks_of_one_column_is_gptq():
+    x, weight = correlated(columns=32), matrix(columns=32)
+    factor = inverse_factor(x.T @ x)
+
+    def quantise(part, importance):
+        assert len(importance) == part.shape[1]
+        return Halves(part)
+
+    class Halves(Encoded):
+        def __init__(self, part):
+            super().__init__("Q8_0", (part * 50).round().to(torch.int8))
+
+        def values(self):
+            return self.data / 50
+
+    made, rest = solve_blocks(weight, factor, 1, quantise).data / 50, weight.clone()
+    for column in range(32):
+        nearest = (rest[:, column] * 50).round() / 50
+        wrong = (rest[:, column] - nearest) / factor.upper[column, column]
+        rest[:, column + 1 :] -= torch.outer(wrong, factor.upper[column, column + 1 :])
+        rest[:, column] = nearest
+    torch.testing.assert_close(made, rest)
+    whole = solve_blocks(weight, factor, 32, quantise).data
+    torch.testing.assert_close(whole, (weight * 50).round().to(torch.int8))
+
+
+def test_rows_that_no_block_of_256_fits_get_another_type():
+    method = get_method("ggml")
+    for name, instead in (
+        ("Q2_K", "IQ4_NL"),
+        ("Q4_K", "Q5_0"),
+        ("Q6_K", "Q8_0"),
+        ("IQ2_S", "IQ4_NL"),
+    ):
+        [grid] = method.solve([matrix(4, 96)], torch.eye(96), [Blocks(name)]).grids
+        assert grid.name == instead
+    both = method.solve([matrix(4), matrix(4)], torch.eye(512), [Blocks("Q2_K"), Blocks("Q8_0")])
+    assert [grid.name for grid in both.grids] == ["Q2_K", "Q8_0"]
+    with pytest.raises(InputError, match=r"no type of GGML fits the 40 inputs of a\.b: .* '\*\.b'"):
+        method.check(Blocks("Q4_K"), 40, "a.b")
+
+
+def test_tokens_of_one_norm_weigh_alike():
+    x = correlated(tokens=600, columns=40)
+    x[::7] *= 100
+    even, plain = EvenGram(40, x.device), Gram(40, x.device)
+    for part in x.split(250):
+        even.add(part)
+    plain.add(torch.nn.functional.normalize(x, dim=1))
+    torch.testing.assert_close(even.matrix(), plain.matrix())
+    assert get_method("ggml,even=true").needs is EvenGram
