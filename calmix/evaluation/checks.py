@@ -1,6 +1,8 @@
 """Checks of generated answers: pure functions of the answer and of what is expected.
 
-Empty or truncated answers never get here (`evaluate.verdict`).
+An answer ends at its own mark, and what follows does not count: a program at the fence that closes
+its code block, a string at its closing quotation mark, a short answer after its first sentence, a
+number after the first sentence with "answer is". `finished` says which cut answers are judged.
 """
 
 from __future__ import annotations
@@ -11,30 +13,135 @@ import string
 import textwrap
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
+VERSION = 2  # raised when verdicts change; part of the hash of suites with generated answers
 LANGUAGES = {  # common words that identify a language
     "en": "the a an is are and of to in it on with that was has this for",
     "fr": "le la les un une est et de des du dans sur il elle qui avec pour au c'est ciel",
     "es": "el la los las un una es y de del en que con por su al está cielo se",
     "de": "der die das ein eine einen ist und von im in auf mit den dem hat sich himmel",
 }
+FENCE = "```"
 CODE = re.compile(r"```[^\S\n]*[a-zA-Z0-9+]*\s*\n(.*?)(?:```|\Z)", re.DOTALL)
-NUMBER = re.compile(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)-?\.\d+")
+EXPONENT = re.compile(r"(?<=[\w)\]}])(?:\^|\*\*)\s*(?:\{[^{}]*\}|[-+]?[\w.]+)")
+FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+GAP = re.compile(r"(?<=\d)(?:\\[,;!]|\{,\}|[\u00a0\u2009\u202f])(?=\d{3})")  # between thousands
+NUMBER = re.compile(
+    r"(?<![\w^./])(?P<minus>-?)\$?(?:(?P<whole>\d{1,9}) (?=\d+/\d))?"
+    r"(?P<digits>\d{1,3}([, ])\d{3}(?:\4\d{3})*(?:\.\d+)?|\d{1,999}(?:\.\d{1,999})?|\.\d{1,999})"
+    r"(?P<power>[eE][-+]?\d{1,3}(?!\w))?(?:\s?/\s?(?P<under>\d{1,999}))?"
+    r"(?!\d|[./]\d|\s?/\s?\d|\^|(?:st|nd|rd|th)\b)"
+)
+ANSWER_IS = re.compile(
+    r"\banswer\s+is\b(?!\s+not\b)\s*:?\s*((?:[^.\n]|\.(?=\d))+)(\.|\n|\Z)", re.IGNORECASE
+)
+# The end of a sentence: not after an initial or a short title ("W. W.", "Dr.").
+STOP = re.compile(r"(?:(?<=[^\W\d_A-Z]{2})|(?<=[A-Z]{2})|(?<=[\d)\]'\"`]))[.!?](?=\s|\Z)")
+QUOTES = "'\"`"
+QUOTED = re.compile(r"(?<!\w)(['\"`])(.+?)\1(?!\w)")
+SIGNS = r"(?<=\w)[+#]+|(?<=\d)[.,:/-](?=\d)|(?<![\w.])(?:-\$?\.?|\.)(?=\d)|(?<=\b\w)-(?!\w)"
+PUNCTUATION = re.compile(rf"({SIGNS})|[{re.escape(string.punctuation)}]")
+_COUNTS = "zero one two three four five six seven eight nine ten eleven twelve"
+COUNTS = {word: str(count) for count, word in enumerate(_COUNTS.split())}
+# Beside a right phrase: words that may stand there, words that introduce it, and words that deny it
+# or make it one of several guesses.
+PLAIN, NAMING, DOUBT = (
+    {*words.split()}
+    for words in (
+        "a an the this that these it its his her their of in on at by from with",
+        "is are was were be being called known named termed as",
+        "or either neither nor not no never but except unlike without than cannot isnt arent wasnt "
+        "werent doesnt dont didnt cant",
+    )
+)
+
+
+def finished(answer: str, check: str) -> str:
+    """Return the part of a cut answer that may be judged, or "".
+
+    An answer that reached the token limit or ran into a loop counts only up to its own mark: the
+    last fence after a program, the closing quotation mark of a string, the end of the first
+    sentence of a short answer or of the first one with "answer is", the last complete box. Without
+    its mark it is wrong. Requests have rules for the whole reply, so a cut reply is wrong.
+    """
+    line, text = first_line(answer), answer.strip()
+    if check == "program":
+        return "".join(answer.rpartition(FENCE)[:2])
+    if check in ("number", "result"):
+        boxes = [end for _, end in _boxes(answer) if check == "result"]
+        stated = (one for one in ANSWER_IS.finditer(answer) if re.search(r"[\d\\$]", one[1]))
+        ends = [one.end() for one in stated if one[2]]
+        return answer[: boxes[-1] if boxes else min(ends, default=0)]
+    if check == "request" or not line:
+        return ""
+    mark = (check == "exact" and QUOTED.match(line)) or STOP.search(line)
+    return line[: mark.end()] if mark else line if "\n" in text else ""
 
 
 def short_text(text: str) -> str:
-    """Normalise a short answer for comparison, as SQuAD does (arXiv 1606.05250), but keep an
-    answer that is only an article or punctuation, such as the choice "A"."""
-    kept = "".join(char for char in text.lower() if char not in string.punctuation).strip()
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split()) or kept or text.strip()
+    """Normalise a short answer for comparison, as SQuAD does (arXiv 1606.05250), but keep signs and
+    points ("-5", "1.5", "C++"), write counts up to twelve in digits, and keep an article or
+    punctuation that is the whole answer or its last word ("A", "vitamin A")."""
+    kept = text.replace("\N{MINUS SIGN}", "-").lower().strip()
+    kept = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", kept)
+    kept = PUNCTUATION.sub(lambda sign: (sign[1] or "").replace("$", ""), kept)
+    words = re.sub(r"\b(a|an|the)\s+(?=\S)", " ", kept).split()
+    return " ".join(COUNTS.get(word, word) for word in words) or text.strip()
 
 
 def first_line(text: str) -> str:
     """Return the first line of an answer, without a leading `Answer:`."""
-    line = next((line for line in text.strip().splitlines() if line.strip()), "")
-    return re.sub(r"^\W*(final )?answer\W*:\W*", "", line.strip(), flags=re.IGNORECASE)
+    line = next((line for line in text.strip().splitlines() if line.strip()), "").strip()
+    return re.sub(r"^\W*(final )?answer\W{0,2}:[\s*_`]*", "", line, flags=re.IGNORECASE)
+
+
+def sentences(line: str) -> list[str]:
+    """Return a line, and what stands before the end of each of its sentences but the last."""
+    return [line, *(line[: stop.start()] for stop in STOP.finditer(line))]
+
+
+def short_match(answer: str, right: Sequence[str], question: str = "") -> bool:
+    """Whether the first line of an answer is a right one after normalisation, or its first
+    sentence names one (`named`)."""
+    line, known = first_line(answer), {short_text(one) for one in right}
+    if known & ({short_text(one) for one in sentences(line)} - {""}):
+        return True
+    first = min(sentences(line), key=len)
+    return any(named(first, one, short_text(question).split()) for one in known)
+
+
+def named(sentence: str, phrase: str, asked: Sequence[str]) -> bool:
+    """Whether a sentence gives a phrase as its answer to a question, whose words are `asked`.
+
+    The phrase has to stand in whole words and not in the question. Between the last verb that names
+    it ("is", "called") and the phrase, one word may stand that the question lacks ("water bottle");
+    behind it none, unless a remark follows ("which ..."). A denial or an alternative in the
+    sentence ("not", "or") and a list before the phrase rule it out.
+    """
+    sentence = re.sub(r"\([^()]*\)", " ", sentence)
+    words, wanted, free = short_text(sentence).split(), phrase.split(), {*asked} | PLAIN
+    parts = (len(short_text(part).split()) for part in re.split(r"[,;](?!\d)", sentence))
+    commas = {*accumulate(parts)}
+    for start in range(len(words) - len(wanted) + 1):
+        end = start + len(wanted)
+        before, after = words[:start], words[end:]
+        if words[start:end] != wanted or f" {phrase} " in f" {' '.join(asked)} ":
+            continue
+        lead = before[max((n + 1 for n, word in enumerate(before) if word in NAMING), default=0) :]
+        tail = [] if after[:1] in (["which"], ["who"]) else after
+        if (
+            not DOUBT & {*before, *after}
+            and before[-1:] != ["to"]
+            and not commas & {*range(start - len(lead) + 1, start + 1)}
+            and sum(word not in free for word in lead) <= 1
+            and free.issuperset(tail)
+        ):
+            return True
+    return False
 
 
 def exact_match(answer: str, right: Sequence[str]) -> bool:
@@ -46,47 +153,94 @@ def exact_match(answer: str, right: Sequence[str]) -> bool:
 def own_match(answer: str, right: Sequence[str]) -> bool:
     """`exact_match` in any script: whatever the punctuation and the form of its characters."""
     given, *known = (
-        "".join(char for char in unicodedata.normalize("NFKC", text)
-                if char.isascii() or unicodedata.category(char)[0] != "P")
+        "".join(
+            char
+            for char in unicodedata.normalize("NFKC", text)
+            if char.isascii() or unicodedata.category(char)[0] != "P"
+        )
         for text in (answer, *right)
-    )  # fmt: skip
+    )
     return exact_match(given, known)
 
 
 def same_text(answer: str, right: Sequence[str]) -> bool:
-    """Whether the first line of an answer is exactly a right one, up to quotation marks."""
-    given = first_line(answer).strip("'\"` ").replace('"', "'")
-    return given in {one.strip("'\"` ").replace('"', "'") for one in right}
+    """Whether the first line of an answer is exactly a right one, up to quotation marks and one
+    full stop, or its first sentence or quotation is."""
+    line = first_line(answer).removeprefix("you ")
+    known = {_listed(one.strip(QUOTES)) for one in right}
+    if (quoted := QUOTED.search(line)) and not line.startswith("["):
+        if _listed(quoted[2]) in known and not re.match(r"\W*or\b", line[quoted.end() :]):
+            return True
+        if not quoted.start():
+            return False
+    known = {one.strip() for one in known}
+    begins = [part for one in sentences(line) for part in (one, one.removesuffix("."))]
+    return not known.isdisjoint(_listed(one.strip(QUOTES)) for one in begins)
+
+
+def _listed(text: str) -> str:
+    """Write quotation marks and the spaces of a list in one way."""
+    text = text.replace('"', "'")
+    return re.sub(r",\s*", ", ", text) if text.startswith("[") else text
+
+
+def numbers(text: str) -> list[Fraction]:
+    """Return the numbers in a text: with signs, points, separated thousands ("18 000") and
+    fractions ("3/4", "1 1/2"); not exponents, ordinals and parts of words or dates."""
+    text = FRACTION.sub(r" \1/\2 ", GAP.sub(",", text.replace("\N{MINUS SIGN}", "-")))
+    found = []
+    for one in NUMBER.finditer(EXPONENT.sub("^", text)):
+        under = int(one["under"] or 1)
+        if under:
+            value = Fraction(re.sub("[, ]", "", one["digits"]) + (one["power"] or "")) / under
+            value += int(one["whole"] or 0)
+            found.append(-value if one["minus"] else value)
+    return found
 
 
 def same_number(answer: str, right: str) -> bool:
-    """Whether the last number of an answer is the right one."""
-    found = NUMBER.findall(answer.replace("\N{MINUS SIGN}", "-"))
-    return bool(found) and float(found[-1].replace(",", "")) == float(right.replace(",", ""))
+    """Whether the number of an answer is the right one: that of the first sentence with "answer
+    is" (behind its last "=", if any), or else the last one."""
+    stated = (numbers(one[1].rpartition("=")[2])[:1] for one in ANSWER_IS.finditer(answer))
+    given = next(filter(None, stated), None) or numbers(answer)[-1:]
+    return given == [Fraction(right.replace(",", ""))]
 
 
 def same_result(answer: str, solution: str) -> bool:
-    """Whether an answer has the same result as a solution: its last `\\boxed`, or else its last
-    formula or number."""
-    given, wanted = (
-        re.sub(r"\\(?:text|mathrm|mbox)\{([^}]*)\}|\\[!,;]|\\(?:left|right)\b", r"\1", one).strip()
-        for one in (_result(answer), _result(solution))
-    )
+    """Whether an answer has the same result as a solution: its last `\\boxed`, or else what the
+    first "answer is" states, or else its last formula or number."""
+    given, wanted = map(_cleaned, (_result(answer), _result(solution)))
     return same_formula(given, wanted)
 
 
-def _result(text: str) -> str:
-    _, boxed, rest = text.rpartition("\\boxed")
-    if boxed and rest.startswith("{") and "\\boxed " not in text:
-        depth = 0
-        for at, char in enumerate(rest):
-            depth += (char == "{") - (char == "}")
+def _cleaned(text: str) -> str:
+    pieces = r"\\(?:text|mathrm|mbox)\{([^}]*)\}|\\[!,;]|\\(?:left|right)\b"
+    text = re.sub(pieces, r"\1", GAP.sub(",", text)).strip()
+    thousands = re.fullmatch(r"(-?(?:\\\$)?\d{1,3}(?:,\d{3})+)((?:\.\d+)?(?:\\?%)?)", text)
+    return thousands[1].replace(",", "") + thousands[2] if thousands else text
+
+
+def _boxes(text: str) -> Iterator[tuple[str, int]]:
+    """Yield what stands in each complete `\\boxed{...}` of a text, and where it ends."""
+    for begin in re.finditer(r"\\boxed\s*\{", text):
+        depth = 1
+        for at in range(begin.end(), len(text)):
+            depth += (text[at] == "{") - (text[at] == "}")
             if not depth:
-                return rest[1:at]
-    formulas = re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)", text)
-    if formulas:
-        return next(filter(None, formulas[-1]))
-    return str(["", *NUMBER.findall(text)][-1]).replace(",", "")
+                yield text[begin.end() : at], at + 1
+                break
+
+
+def _result(text: str) -> str:
+    if boxes := [box for box, _ in _boxes(text)]:
+        return boxes[-1]
+    stated = ANSWER_IS.search(text)
+    for part, which in ((stated[1] if stated else "", 0), (text, -1)):
+        if formulas := re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)", part):
+            return next(filter(None, formulas[which]))
+        if found := [one[0] for one in NUMBER.finditer(GAP.sub(",", part))]:
+            return str(found[which])
+    return ""
 
 
 def same_formula(given: str, wanted: str) -> bool:
@@ -133,13 +287,17 @@ def _braced(text: str) -> str:
 
 def program(answer: str, head: str, entry: str) -> str:
     """Extract the code of an answer; add the head of the function if it is missing."""
-    blocks, defined = CODE.findall(answer), re.compile(rf"^def {re.escape(entry)}\b", re.MULTILINE)
+    defined = re.compile(rf"^def {re.escape(entry)}\b", re.MULTILINE)
+    before, blocks = answer.partition(FENCE)[0], CODE.findall(answer)
+    unopened = rf"\s*(?:(?:import|from|#|@).*\n\s*)*def {re.escape(entry)}\b|\n*(?:  +|\t)\S"
+    if not blocks or re.match(unopened, before):
+        blocks = [before]
     whole = [*blocks, *map(textwrap.dedent, blocks)]
-    code = next(filter(defined.search, whole), (blocks or [answer])[0])
+    code = next(filter(defined.search, whole), blocks[0])
     if not defined.search(code):
         return head + code
-    before = defined.split(head)[0] if defined.search(head) else ""
-    return before + code
+    begin = defined.split(head)[0] if defined.search(head) else ""
+    return begin + code
 
 
 def as_requested(answer: str, expected: Mapping[str, Any]) -> bool:
@@ -147,6 +305,8 @@ def as_requested(answer: str, expected: Mapping[str, Any]) -> bool:
     text = answer.strip()
     words = re.findall(r"\w+", text.lower())
     looping = len(words) > 4 and max(Counter(words).values()) > len(words) / 2
+    if "language" in expected:  # an introduction may be in another language
+        text = re.sub(r"\A[^\n:]*:\s*(?=[\n\"\u00ab\u201e])", "", text)
     return not looping and all(_REQUESTED[key](text, value) for key, value in expected.items())
 
 
@@ -178,7 +338,14 @@ def _json(text: str, value: str) -> bool:
 
 
 def _any(text: str, value: str) -> bool:
-    return any(re.search(rf"\b{re.escape(one.lower())}", text.lower()) for one in value.split("|"))
+    return any(re.search(rf"\b{re.escape(one)}", text.lower()) for one in value.lower().split("|"))
+
+
+def _among(text: str, value: str) -> bool:
+    lines = _items(text)
+    named = lines if len(lines) > 1 else _items(text, comma=True)
+    known = re.compile(rf"\b(?:{value.replace('y|', '(?:y|ies)|')})(?:s|es)?\b")
+    return 2 * sum(bool(known.search(one)) for one in named) > len(named)
 
 
 def _language(text: str, value: str) -> bool:
@@ -189,8 +356,8 @@ def _language(text: str, value: str) -> bool:
 
 
 def _sentences(text: str) -> int:
-    short = re.sub(r"\b(?:[a-z]\.){2,}", "", text)  # p.m.
-    return len([part for part in re.split(r"[.!?]+(?:\s+|$)", short) if part.strip()])
+    short = re.sub(r"\b(?:[a-z]\.){2,}|^\s*\d+[.)]\s", "", text, flags=re.MULTILINE)  # p.m., 1.
+    return len({part.strip() for part in re.split(r"[.!?]+(?:\s+|$)", short)} - {""})
 
 
 _REQUESTED = {
@@ -203,6 +370,7 @@ _REQUESTED = {
     "each_words": lambda text, value: all(
         len(part.split()) <= int(value) for line in _items(text) for part in line.split(",")
     ),
+    "among": _among,
     "json": _json,
     "contains": _any,
     "without": lambda text, value: not _any(text, value),

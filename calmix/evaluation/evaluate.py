@@ -38,9 +38,12 @@ from calmix.precision import dtype_name
 
 ANSWER = 24  # cost of a generated answer, in likelihood requests
 CHECKS: dict[str, Callable[[str, Any], bool]] = {
-    "text": checks.exact_match, "own": checks.own_match, "exact": checks.same_text,
-    "number": checks.same_number, "result": checks.same_result, "request": checks.as_requested,
-}  # fmt: skip
+    "own": checks.own_match,
+    "exact": checks.same_text,
+    "number": checks.same_number,
+    "result": checks.same_result,
+    "request": checks.as_requested,
+}
 CUE = "Answer:"  # replaces the question when answers are scored without it
 SCORER = 2  # raised when scores change, so that cached ones are not reused
 FLOORS = 2  # the same for the baselines, which only a dense model's scores hold
@@ -278,10 +281,13 @@ def ask(scorer: Scorer, asked: Sequence[tuple[str, Ask]]) -> list[tuple[float, s
 
 
 def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
-    """Whether an answer is right. Empty or unfinished answers are wrong; programs run in the
-    sandbox."""
-    if not ended or not answer.strip():
+    """Whether an answer is right. Of one that was cut, only the part that `checks.finished` returns
+    counts; an empty one is wrong. Programs run in the sandbox."""
+    answer = answer if ended else checks.finished(answer, item.check)
+    if not answer.strip():
         return False
+    if item.check == "text":
+        return checks.short_match(answer, item.right, item.question)
     if item.check != "program":
         return CHECKS[item.check](answer, item.right)
     doc = item.doc

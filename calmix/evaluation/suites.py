@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from calmix import assets
 from calmix.errors import InputError, nearest
+from calmix.evaluation import checks
 from calmix.files import parse_json, sha256_file, sha256_json, user_path
 from calmix.yaml_files import packaged, parse_model, read_text
 
@@ -226,6 +227,8 @@ class Suite(BaseModel):
             files = sorted(_ROOT.joinpath("abilities").iterdir(), key=lambda file: file.name)
             texts = [f.read_text(encoding="utf-8") for f in files if f.name.endswith(".yaml")]
             content |= {"asked": asked, "items": sha256_json(texts)}
+        if self.asks:
+            content["checks"] = checks.VERSION
         return sha256_json(content)
 
 

@@ -62,6 +62,12 @@ class Ask:
     tokens: int
     until: tuple[str, ...]
 
+    @property
+    def question(self) -> str:
+        """The question itself, without worked examples."""
+        asked = self.doc.get("question") or self.doc.get("query") or self.chat or self.plain
+        return str(asked).rpartition("Question:")[2]
+
 
 def load_items(spec: TaskSpec) -> list[Any]:
     """Return the items of a task, in order: `Ask` if the model writes its answers, else `Item`."""
@@ -183,19 +189,25 @@ def _asked(
         doc[key][int(doc["gold"])] if key == "choices" else doc.get(key) for doc in docs
     ]
     if check in ("text", "own", "exact"):
-        right = [[one] if isinstance(one, str) else one for one in right]
+        also = known.get("also", {})
+        right = [[one, *also.get(one, [])] if isinstance(one, str) else one for one in right]
     count = len(docs) - known.get("examples", 0)
     head = "".join(f"{plain.format(**doc)} {doc.get('shown') or one[0]}\n\n"
                    for doc, one in zip(docs[count:], right[count:], strict=True))  # fmt: skip
     return tuple(
         Ask(
-            f"{name}/{at}", document_number(doc, doc.get("number", at)),
+            f"{name}/{doc.get('at', at)}",
+            document_number(doc, doc.get("number", at)),
             known["chat"].format(**doc) if "chat" in known else None,
-            head + plain.format(**doc), right[at], doc, check, known["tokens"],
+            head + plain.format(**doc),
+            right[at],
+            doc,
+            check,
+            known["tokens"],
             tuple(known["until"]),
         )
         for at, doc in enumerate(docs[:count])
-    )  # fmt: skip
+    )
 
 
 def _documents(member: str) -> list[dict[str, Any]]:
@@ -206,8 +218,9 @@ def _documents(member: str) -> list[dict[str, Any]]:
             digits = 1 + number % 3
             a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
             sign = "+-"[rng.randrange(2)]
-            value = str(a + b if sign == "+" else a - b)
-            found.append({"question": f"{a} {sign} {b}", "right": value, "shown": value})
+            value, question = str(a + b if sign == "+" else a - b), f"{a} {sign} {b}"
+            if all(one["question"] != question for one in found):
+                found.append({"at": number, "question": question, "right": value, "shown": value})
     elif member == "small_programs":
         found += [_program(head, what, tests) for head, what, *tests
                   in packaged("evaluation/abilities/small_programs.yaml")]  # fmt: skip
@@ -253,8 +266,7 @@ def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
             doc, keys = item.doc, ("canonical_solution", "code", "solution", "answer", "shown")
             right = next((doc[key] for key in keys if doc.get(key)), item.right)
             right = "\n".join(doc["tests"]) if right is None else right
-            question = doc.get("question") or doc.get("query") or item.chat or item.plain
-            text = f"{str(question).rpartition('Question:')[2]}\n{right}"
+            text = f"{item.question}\n{right}"
         else:
             context, right = item.requests[item.gold]
             wrong = [answer for at, (other, answer) in enumerate(item.requests)

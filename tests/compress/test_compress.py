@@ -132,7 +132,7 @@ def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, 
     measured(out)
     card = read_card(out)
     first, second = card.suite.split(" and ")
-    assert first == "abilities version 1 (8 items of 1 task)"
+    assert first == "abilities version 2 (8 items of 1 task)"
     assert second.startswith("made version 1 (")
     named = [one["task"] for one in card.tasks if one["task"].endswith("(abilities)")]
     assert named == ["sums (abilities)"]

@@ -1,0 +1,235 @@
+"""Judge the stored answers of studies again, under the checks of today, without running a model.
+
+    CALMIX_DATA=FOLDER python studies/rejudge.py --cache CACHE
+
+Reads the answers of every trial and of its dense model from `studies/results/NAME/store.tar.xz`,
+judges them as suite `abilities` does now, prints how many verdicts changed, and writes
+`studies/results/rejudged.csv.gz`. Generated programs run in the sandbox; CACHE, a file, keeps their
+outcomes, so that an interrupted run resumes. `load()` returns the table item by item:
+
+    from studies.rejudge import load
+    items = load()
+    kept = items[items.dense & items.right.notna()].groupby(["store", "trial", "task"]).right.mean()
+
+Layout of the file: a row for each trial and task with generated answers, and one (without `trial`)
+for each dense model and task. Rows of a trial name their dense model's rows by `against`.
+
+    store         name of the study
+    trial, label  hash and label of the trial; empty in rows of a dense model
+    against       dense model, and number of its scores in the store
+    model, calibration, method, pattern, seed   settings of the trial
+    right_only    1 if only the items that the dense model had right in version 1 were asked
+    dimension, task
+    items         numbers of the items, in order; only in rows of a dense model
+    before        verdicts of version 1, a character for each item
+    after         verdicts now
+
+A verdict is 1 (right), 0 (wrong), - (not asked) or x (no longer in the suite).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import io
+import os
+import tarfile
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import calmix.evaluation.evaluate as evaluation
+from calmix.evaluation.behaviour import answered
+from calmix.evaluation.checks import VERSION
+from calmix.evaluation.measures import TaskScores
+from calmix.evaluation.sandbox import check_sandbox, failure
+from calmix.evaluation.suites import load_suite
+from calmix.evaluation.tasks import Ask, load_asked
+from calmix.study.store import read_results
+
+RESULTS = Path(__file__).parent / "results"
+TABLE = RESULTS / "rejudged.csv.gz"
+STORES = ("abilities", "behaviour", "frontier", "noise")
+Answer = tuple[str, str, str, int]  # task, item, answer, whether it ended
+SETTINGS = ["model", "calibration", "method", "pattern", "seed"]
+OF_TRIAL = ["store", "trial", "label", *SETTINGS, "right_only"]
+COLUMNS = [*OF_TRIAL, "against", "dimension", "task", "items", "before", "after"]
+RIGHT, WRONG, NOT_ASKED, DROPPED = "1", "0", "-", "x"
+
+
+def load(path: Path = TABLE) -> pd.DataFrame:
+    """Return the table with a row for each trial and item.
+
+    Columns: those of a trial; dimension, task, item; `dense_before`, `dense`, `before` and `right`
+    (nullable booleans: the verdicts of version 1 and of now, for the dense and the small model).
+    They are missing where a small model was not asked, and now where an item left the suite.
+    """
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    rows["right_only"], rows["seed"] = rows.right_only == "1", pd.to_numeric(rows.seed)
+    key = ["store", "against", "task"]
+    dense = rows[rows.trial == ""].set_index(key)[["items", "before", "after"]]
+    rows = rows[rows.trial != ""].drop(columns="items").join(dense, on=key, rsuffix="_dense")
+    packed = ["before_dense", "after_dense", "before", "after"]
+    for column in packed:
+        rows[column] = rows[column].map(list)
+    rows["items"] = rows["items"].str.split()
+    found = rows.explode(["items", *packed], ignore_index=True)
+    verdicts = {RIGHT: True, WRONG: False}
+    for column in packed:
+        found[column] = found[column].map(verdicts).astype("boolean")
+    found["items"] = found.task + "/" + found["items"]
+    names = {"items": "item", "before_dense": "dense_before", "after_dense": "dense"}
+    found = found.rename(columns=names | {"after": "right"})
+    found["seed"] = found.seed.astype(int)
+    judged = ["dense_before", "dense", "before", "right"]
+    return found[[*OF_TRIAL, "dimension", "task", "item", *judged]]
+
+
+def unpacked(names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the results of each store."""
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            with tarfile.open(RESULTS / name / "store.tar.xz") as archive:
+                archive.extractall(folder, filter="data")
+            yield name, read_results(next(Path(folder).iterdir()))
+
+
+def verdicts(answers: Sequence[Answer], cache: Path) -> dict[Answer, bool]:
+    """Judge distinct answers; programs whose outcome is in the cache do not run again."""
+    known = dict(line.split() for line in cache.read_text().splitlines()) if cache.exists() else {}
+    lock = threading.Lock()
+
+    def outcome(source: str, **how: Any) -> str:
+        key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        if key not in known:
+            failed = failure(source, **how)
+            if failed.startswith("still running"):  # perhaps because the machine is busy
+                failed = failure(source, seconds=30)
+            with lock, cache.open("a") as file:
+                known[key] = WRONG if failed else RIGHT
+                file.write(f"{key} {known[key]}\n")
+        return "" if known[key] == RIGHT else "failed"
+
+    evaluation.failure = outcome
+    check_sandbox()
+    items: dict[str, Ask] = {}
+    for name in {task for task, *_ in answers}:
+        items |= {one.id: one for one in load_asked(name)}
+
+    def judge(one: Answer) -> bool:
+        _, item, answer, ended = one
+        return item in items and evaluation.verdict(items[item], answer, bool(ended))
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(answers, pool.map(judge, answers), strict=True))
+
+
+def given(task: TaskScores) -> list[Answer]:
+    """Return a task's answers."""
+    rows = zip(task.items, task.answers, task.ended, strict=True)
+    return [(task.name, item, answer, ended) for item, answer, ended in rows]
+
+
+def packed_rows(results: Any, name: str, judged: dict[Answer, bool]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a store: of its dense models, and of its trials."""
+    tasks = load_suite("abilities").tasks
+    current = {one: {item.id for item in load_asked(one)} for one in tasks if tasks[one].writes}
+    dense: list[tuple[TaskScores, ...]] = []
+
+    def packed(task: TaskScores, asked: Sequence[bool]) -> dict[str, str]:
+        before = [RIGHT if value else WRONG for value in task.values]
+        after = [RIGHT if judged[one] else WRONG for one in given(task)]
+        for at, (item, was_asked) in enumerate(zip(task.items, asked, strict=True)):
+            if not was_asked:
+                before[at] = after[at] = NOT_ASKED
+            if item not in current[task.name]:
+                after[at] = DROPPED
+        return {"dimension": task.dimension, "task": task.name, "before": "".join(before),
+                "after": "".join(after)}  # fmt: skip
+
+    for trial in results.trials:
+        paired = results.paired[trial.id]
+        if paired not in dense:
+            dense.append(paired)
+            label = f"{trial.model} {dense.index(paired)}"
+            for task in filter(answered, paired):
+                numbers = " ".join(item.rpartition("/")[2] for item in task.items)
+                yield {"store": name, "against": label, "model": trial.model, "items": numbers,
+                       **packed(task, [True] * len(task.items))}  # fmt: skip
+        shared = {
+            "store": name, "trial": trial.id, "label": f"{trial.calibration} {trial.method} "
+            f"{trial.pattern} seed {trial.seed}",
+            "against": f"{trial.model} {dense.index(paired)}",
+            **{key: getattr(trial, key) for key in SETTINGS},
+        }  # fmt: skip
+        for task, reference in zip(results.scores[trial.id], paired, strict=True):
+            if answered(task):
+                part = task.name in results.part[trial.id]
+                asked = [not part or bool(value) for value in reference.values]
+                yield shared | packed(task, asked) | {"right_only": int(part)}
+
+
+def moved(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Count verdicts before and after, of trials and of dense models."""
+    rows = table.assign(of=np.where(table.trial == "", "dense", "small"))
+    counted = []
+    for key, some in rows.groupby([*by, "of"], sort=False):
+        pairs = Counter(pair for row in some.itertuples()
+                        for pair in zip(row.before, row.after, strict=True))  # fmt: skip
+        counted.append([
+            *key,
+            sum(n for (before, _), n in pairs.items() if before in "01"),
+            sum(n for (before, _), n in pairs.items() if before == RIGHT),
+            sum(n for (_, after), n in pairs.items() if after == RIGHT),
+            pairs[WRONG, RIGHT], pairs[RIGHT, WRONG], pairs[RIGHT, DROPPED] + pairs[WRONG, DROPPED],
+        ])  # fmt: skip
+    heads = ["asked", "right before", "right now", "wrong->right", "right->wrong", "dropped"]
+    return pd.DataFrame(counted, columns=[*by, "of", *heads])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("stores", nargs="*", default=STORES, help="names below studies/results")
+    parser.add_argument("--cache", type=Path, required=True, help="file of outcomes of programs")
+    parser.add_argument("-o", "--output", type=Path, default=TABLE)
+    options = parser.parse_args()
+    os.nice(10)
+    options.cache.parent.mkdir(parents=True, exist_ok=True)
+    stores = dict(unpacked(options.stores))
+    distinct = dict.fromkeys(
+        one
+        for results in stores.values()
+        for scores in (results.scores, results.paired)
+        for tasks in scores.values()
+        for task in filter(answered, tasks)
+        for one in given(task)
+    )
+    print(f"{len(distinct):,} distinct answers, checks of version {VERSION}", flush=True)
+    judged = verdicts([*distinct], options.cache)
+    rows = [
+        dict.fromkeys(COLUMNS, "") | row
+        for name, results in stores.items()
+        for row in packed_rows(results, name, judged)
+    ]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    with io.StringIO() as text:
+        table.to_csv(text, index=False, lineterminator="\n")
+        content = text.getvalue().encode()
+    with options.output.open("wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed:
+        packed.write(content)
+    print(moved(table, ["task"]).to_string(index=False))
+    print(moved(table, ["store"]).to_string(index=False))
+    print(f"{options.output}: {options.output.stat().st_size / 1024:.0f} KiB, "
+          f"{table[table.trial != ''].trial.nunique()} trials")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
