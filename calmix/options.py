@@ -383,7 +383,7 @@ def option_words(options: Mapping[str, Any]) -> list[str]:
         flag = f"--{key.replace('_', '-')}"
         if value is True:
             words.append(flag)
-        elif value not in (None, False, "", ()) and (key, value) != ("device", "auto"):
+        elif (value or value == 0) and value is not False and (key, value) != ("device", "auto"):
             values = value if isinstance(value, tuple) else (value,)
             words += [word for one in values for word in (flag, str(one))]
     return words

@@ -69,6 +69,10 @@ def run(
     text: tuple[str, ...] = advanced(
         (), "Text to measure the distance on: code=mine.jsonl (repeat).", metavar="NAME=PATH"
     ),
+    repeat: bool = advanced(
+        False, "Generate the dense model's answers twice, also with --quick or alone."
+    ),
+    no_repeat: bool = advanced(False, "Generate the dense model's answers only once."),
     no_distance: bool = advanced(False, "Skip the distance to the dense model."),
     batch_tokens: int | None = advanced(None, "Tokens per forward pass.", shown="2048", ge=1),
     no_cache: bool = advanced(False, "Ignore cached results of the dense model."),
@@ -101,6 +105,10 @@ def run(
         )
     if right_only and dense is None:
         raise InputError("--right-only needs the scores of a dense model: --against FILE.json")
+    if repeat and (no_repeat or not chosen.asks or dense is not None):
+        why = "scores in a file" if dense is not None else "a suite without generated answers"
+        why = "--no-repeat" if no_repeat else why
+        raise InputError(f"--repeat has no effect with {why}: leave it out")
     if dense is not None:
         check_same_suite(describe(chosen), dense.suite)
         _kept(replace(dense, right_only=right_only), dense, measure)
@@ -116,14 +124,21 @@ def run(
     forms = [capability.how_asked(one.tokenizer, chosen) for one in held]
     check_same_form("" if dense is None else dense.form, *forms)
 
+    twice = repeat or not (quick or no_repeat or original is None)
+
     def score(opened: OpenModel, dense: bool) -> CapabilityScores:
         with Progress() as bar:
             return capability.evaluate(
-                opened, chosen, batch_tokens=batch_tokens,
+                opened,
+                chosen,
+                batch_tokens=batch_tokens,
                 allow_code_execution=allow_code_execution,
-                floors=dense or against is None, right=known_right, cache=dense and not no_cache,
+                floors=dense or against is None,
+                right=known_right,
+                repeat=twice and (dense or against is None),
+                cache=dense and not no_cache,
                 progress=bar.of(f"scoring {opened.name}"),
-            )  # fmt: skip
+            )
 
     found = dense_states = None
     if original is not None:

@@ -64,11 +64,9 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
             seconds, memory, disk = model.bytes / ZIPPED, PROGRAM, SMALLER * model.bytes
         elif leaves in suites:
             work = study.suite_work(suites[leaves])
-            if "--right-only" in stage.arguments:
-                work = work.right
             both = request.model in stage.arguments[2:]  # the dense model is scored with it
             far = both and leaves == SCORES and "--no-distance" not in stage.arguments
-            seconds = (1 + both) * model.evaluation(work)
+            seconds = (1 + both + ("--repeat" in stage.arguments)) * model.evaluation(work)
             if far:
                 texts = study.text_tokens(suites[leaves])
                 seconds += model.evaluation(study.SuiteWork(), texts)

@@ -73,6 +73,7 @@ class Effort:
     behaviour: Mapping[str, Any]  # the slice of the behaviour suite
     levels: float = 3.9  # most bits at which quantised weights are trained
     distance: bool = True  # whether the distance to the dense model is measured
+    repeat: bool = True  # whether the dense model's answers are generated twice
 
 
 QUICK = {"quick": True}
@@ -85,7 +86,9 @@ def guarded(suite: str) -> str:
 
 
 EFFORTS = {
-    "quick": Effort(32, ("distill",), 1, {"quick": True, "limit": 10}, SHORT, distance=False),
+    "quick": Effort(
+        32, ("distill",), 1, {**QUICK, "limit": 10}, SHORT, distance=False, repeat=False
+    ),
     "standard": Effort(64, ("distill",), 2, QUICK, QUICK),
     "best": Effort(192, ("blocks", "distill"), 2, {}, {}, 4.5),
 }
@@ -402,14 +405,14 @@ def scoring(
     request: Request, file: str, model: str, out: Path, against: object = None, leaves: str = ""
 ) -> Stage:
     """Return the stage that scores a model `against` a dense one or its saved scores and leaves
-    `file`, its path prefixed with `leaves`. Against saved scores only items that the dense model
-    has right are asked, since they decide what is kept."""
+    `file`, its path prefixed with `leaves`."""
     suite, part = slices(request)[file]
     near = not EFFORTS[request.effort].distance and against is not None
+    twice = EFFORTS[request.effort].repeat and not isinstance(against, Path)
     return _stage(
         "evaluate" if file == SCORES else "evaluate behaviour", out, f"{leaves}{file}",
         "evaluate", model, against=against, suite=None if suite == "offline" else suite, **part,
-        right_only=isinstance(against, Path) and choose(suite).asks,
+        repeat=twice and choose(suite).asks,
         no_distance=near and file == SCORES, allow_code_execution=request.allow_code_execution,
         **request.options_of(DeviceOptions),
     )  # fmt: skip

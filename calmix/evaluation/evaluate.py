@@ -118,6 +118,7 @@ def evaluate(
     allow_code_execution: bool = False,
     floors: bool = True,
     right: Mapping[str, Collection[str]] | None = None,
+    repeat: bool = False,
     cache: bool = False,
     progress: Progress | None = None,
 ) -> CapabilityScores:
@@ -135,6 +136,9 @@ def evaluate(
         floors: also compute the baselines without task knowledge (`TaskScores.floors`), which
             retention needs from the dense model only.
         right: by task, the items to generate answers for; all others count as wrong.
+        repeat: also generate the answers again, in another order and size of batches
+            (`CapabilityScores.repeat`). Against the first ones they show what rounding alone
+            changes: the ceiling of a comparison with this model.
         cache: read scores of the same model files from the cache, or store them there. Leave it
             off for a model changed in memory, which the cache cannot detect.
         progress: called with the requests done and in total; an answer counts as several.
@@ -147,11 +151,35 @@ def evaluate(
     chosen, skipped = runnable(chosen, allow_code_execution)
     if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    form, size, kept = how_asked(model.tokenizer, chosen), batch_tokens or BATCH_TOKENS, None
+    how: dict[str, Any] = {"size": batch_tokens or BATCH_TOKENS, "cache": cache}
+    how |= {"skipped": skipped, "progress": progress}
+    scores = _scored(model, chosen, floors=floors, right=right, **how)
+    if repeat and chosen.asks:
+        written = choose(chosen, tasks=[name for name, one in chosen.tasks.items() if one.writes])
+        again = _scored(model, written, rearranged=True, **how)
+        scores = replace(scores, repeat=again.tasks)
+    return scores
+
+
+def _scored(
+    model: OpenModel,
+    chosen: Suite,
+    *,
+    size: int,
+    cache: bool,
+    skipped: Sequence[str],
+    progress: Progress | None,
+    floors: bool = True,
+    right: Mapping[str, Collection[str]] | None = None,
+    rearranged: bool = False,
+) -> CapabilityScores:
+    """Score an open model on a suite that may run, or read its scores from the cache."""
+    form, kept = how_asked(model.tokenizer, chosen), None
     if cache and floors and right is None:
         # Items of a user's rows are named after their file.
         stems = sorted((name, Path(t.file).stem) for name, t in chosen.tasks.items() if t.file)
         about = *form_of(model, chosen), chosen.hash, size, SCORER, FLOORS, *stems
+        about += ("rearranged",) * rearranged
         kept = model.cached("scores", *about).with_suffix(".json")
         with suppress(InputError):  # missing or damaged
             return replace(load_scores(kept), model=model.name, suite=describe(chosen),
@@ -170,7 +198,8 @@ def evaluate(
     likely = iter(scorer.loglikelihood([
         (name, *one) for name, item in pairs if not specs[name].writes for one in item.requests
     ]))  # fmt: skip
-    written = dict(zip(((name, item.id) for name, item in asked), ask(scorer, asked), strict=True))
+    texts = ask(scorer, asked, rearranged)
+    written = dict(zip(((name, item.id) for name, item in asked), texts, strict=True))
     for name, spec in specs.items():
         of_task, record = items[name], dict[str, Any](chance=0.0)
         if spec.writes:
@@ -265,7 +294,9 @@ def _likely(
     return found | {"unigram": rounded([[math.fsum(unigram[t] for t in row) for row in right]])[0]}
 
 
-def ask(scorer: Scorer, asked: Sequence[tuple[str, Ask]]) -> list[tuple[float, str, int]]:
+def ask(
+    scorer: Scorer, asked: Sequence[tuple[str, Ask]], rearranged: bool = False
+) -> list[tuple[float, str, int]]:
     """Generate an answer to each item (given with its task's name). Returns whether it is right,
     its text and whether it ended."""
     prompts = [prompt(scorer.tokenizer, one.chat, one.plain, one.tokens, one.until)
@@ -273,7 +304,12 @@ def ask(scorer: Scorer, asked: Sequence[tuple[str, Ask]]) -> list[tuple[float, s
     context = scorer.opened.context or math.inf
     scorer.truncated.update(name for (name, _), one in zip(asked, prompts, strict=True)
                             if one.needs > context)  # fmt: skip
-    written = answers(scorer.opened, prompts, progress=lambda done, total: scorer.tick(ANSWER))
+    written = answers(
+        scorer.opened,
+        prompts,
+        rearranged=rearranged,
+        progress=lambda done, total: scorer.tick(ANSWER),
+    )
     with ThreadPoolExecutor(cores()) as pool:  # programs run in subprocesses
         good = pool.map(lambda item, one: verdict(item, *one), (one for _, one in asked), written)
     return [(float(right), text, int(ended))

@@ -32,6 +32,7 @@ from calmix.models.opening import (
 )
 
 ROWS = 64  # largest batch
+FEWER = 0.6  # size of rearranged batches over that of others
 SHARED = 8  # shortest common prefix, in tokens, that is computed once
 HELD = 0.5e9  # smallest capacity of the key-value cache, in bytes
 LEAVING = 8  # refill the batch once one row in this many has finished
@@ -78,13 +79,18 @@ def prompt(
 
 @torch.inference_mode()
 def answers(
-    opened: OpenModel, prompts: Sequence[Prompt], *, progress: Progress | None = None
+    opened: OpenModel,
+    prompts: Sequence[Prompt],
+    *,
+    rearranged: bool = False,
+    progress: Progress | None = None,
 ) -> list[tuple[str, bool]]:
     """Return a model's greedy answer to each prompt, in order, and whether it ended by itself
     rather than at the limit or in a loop.
 
-    Prompts too long for the model's context are truncated on the left. `progress` is called with
-    the number of answers finished and in total.
+    Prompts too long for the model's context are truncated on the left. `rearranged` prompts are
+    decoded in another order and in smaller batches, which changes the rounding. `progress` is
+    called with the number of answers finished and in total.
     """
     if not prompts:
         return []
@@ -99,7 +105,7 @@ def answers(
         for row in alike:
             row.head = head if head >= SHARED and len(alike) > 1 else 0
     with quiet_transformers():
-        writer = _Writer(opened, context, len(rows), progress)
+        writer = _Writer(opened, context, len(rows), rearranged, progress)
         for group in writer.groups(rows):
             (writer.answer if writer.padded else writer.by_transformers)(group)
     decode = partial(opened.tokenizer.decode, skip_special_tokens=True)
@@ -116,9 +122,14 @@ def answers(
 
 class _Writer:
     def __init__(
-        self, opened: OpenModel, context: int, total: int, progress: Progress | None
+        self,
+        opened: OpenModel,
+        context: int,
+        total: int,
+        rearranged: bool,
+        progress: Progress | None,
     ) -> None:
-        self.model, self.opened = opened.model, opened
+        self.model, self.opened, self.rearranged = opened.model, opened, rearranged
         self.tokenizer, self.progress = opened.tokenizer, progress
         self.done, self.total = 0, total
         self.device = next(self.model.parameters()).device
@@ -151,8 +162,9 @@ class _Writer:
             return len(row.ids) if row.needs > self.window else 0
 
         ordered = sorted(
-            rows, key=lambda row: (kind(row), -row.tokens, row.begins(), -len(row.ids), row.ids)
+            rows, key=lambda row: (row.begins(), -len(row.ids), row.ids), reverse=self.rearranged
         )
+        ordered.sort(key=lambda row: (kind(row), -row.tokens))
         for length, some in itertools.groupby(ordered, key=kind):
             group = list(some)
             step = self._width(group) if length else len(group)
@@ -160,7 +172,8 @@ class _Writer:
 
     def _width(self, rows: Sequence[Prompt]) -> int:
         """Return how many of the rows fit into one batch."""
-        return max(1, min(self.most, len(rows), self.held // max(row.needs for row in rows)))
+        width = min(self.most, len(rows), self.held // max(row.needs for row in rows))
+        return max(1, int(FEWER * width) if self.rearranged else width)
 
     def answer(self, rows: Sequence[Prompt]) -> None:
         """Answer rows; those that finish are replaced by waiting ones."""

@@ -146,12 +146,17 @@ class Card:
         if self.asked["device"] != "auto":
             how += ["--device", self.asked["device"]]
         # As many items as before: fewer could prove less.
-        asked = self.record["commands"].get("evaluate behaviour", "--quick")
+        asked = self.record["commands"].get("evaluate behaviour", "--quick").split()
         return words.measuring(
-            self.out / "model", self.asked["model"], *["--quick"] * ("--quick" in asked.split()),
-            "--allow-code-execution", *how,
-            "-o", self.out / BEHAVIOUR, "--overwrite",
-        )  # fmt: skip
+            self.out / "model",
+            self.asked["model"],
+            *(flag for flag in ("--quick", "--repeat") if flag in asked),
+            "--allow-code-execution",
+            *how,
+            "-o",
+            self.out / BEHAVIOUR,
+            "--overwrite",
+        )
 
     @property
     def next(self) -> str:

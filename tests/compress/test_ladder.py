@@ -117,9 +117,10 @@ def test_the_walk_ends_at_the_first_failure_and_keeps_the_candidate_before(want,
     assert said[2] == ("6 bits, quantise", False)
     _, recovered, scored = found.building(3.2)
     assert "--epochs 1 " in recovered.command  # 2 without a walk
-    # Only what the dense model gets right is asked.
-    assert "--right-only" in scored.command
-    assert "--right-only" not in found.opening()[-1].command
+    # All items are asked, and the dense model is asked twice.
+    assert "--right-only" not in scored.command
+    assert "--repeat" not in scored.command
+    assert "--repeat" in found.opening()[-1].command
     again = walk(want, out, stop, say=lambda *_: pytest.fail("nothing is left to do"))
     assert again.state == found.state
 

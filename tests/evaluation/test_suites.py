@@ -269,7 +269,7 @@ def test_models_asked_in_other_forms_are_refused_before_an_answer_is_written(
     tiny_tokenizer(template).save_pretrained(other)
     command = ("evaluate", str(other), "--suite", str(folder / "mine.yaml"))
 
-    def write(opened, prompts, progress):
+    def write(opened, prompts, rearranged, progress):
         assert not prompts
         return []
 
@@ -282,12 +282,53 @@ def test_models_asked_in_other_forms_are_refused_before_an_answer_is_written(
     assert calmix(*command, "--task", "my_choices", "--against", path).code == 0
 
 
+def test_the_dense_models_answers_are_generated_twice_and_cached(
+    folder, calmix, tiny_folder, tmp_path, monkeypatch
+):
+    seen, out = [], tmp_path / "out.json"
+
+    def fake(opened, prompts, rearranged, progress):
+        seen.append("again" if rearranged else "once")
+        return [("up" if rearranged else "down", True) for _ in prompts]
+
+    monkeypatch.setattr("calmix.evaluation.evaluate.answers", fake)
+    command = ("evaluate", tiny_folder, "--suite", folder / "mine.yaml", "--overwrite", "-o", out)
+    command += ("--task", "my_answers", "--task", "my_choices")
+    for more, wanted in (
+        (("--against", tiny_folder), ["once", "again", "once"]),
+        (("--against", tiny_folder), ["once"]),  # the dense model's are in the cache
+        (("--against", tiny_folder, "--quick"), ["once"]),
+        (("--against", tiny_folder, "--no-repeat"), ["once"]),
+        (("--repeat",), ["once", "again"]),
+        (("--against", tiny_folder, "--quick", "--repeat"), ["once"]),
+    ):
+        seen.clear()
+        printed = calmix(*command, *more).ok().out
+        value = json.loads(out.read_text(encoding="utf-8"))
+        stored = value.get("dense", value["scores"])["repeat"]
+        twice = "again" in wanted or "--repeat" in more or more == ("--against", tiny_folder)
+        assert [task["name"] for task in stored] == ["my_answers"] * twice
+        assert not any(task["values"][0] for task in stored)
+        assert ("The dense model against itself" in printed) == (twice and "--against" in more)
+        assert seen == wanted
+    found = value["behaviour"]["repeat"]["answers"]
+    assert (found["lost"], found["gained"], found["identical"], found["asked"]) == (1, 0, 0, 2)
+    dense = tmp_path / "dense.json"
+    dense.write_text(json.dumps(value["dense"]), encoding="utf-8")
+    for more, said in (
+        (("--task", "my_choices", "--repeat"), "a suite without generated answers"),
+        (("--task", "my_answers", "--repeat", "--against", dense), "scores in a file"),
+        (("--task", "my_answers", "--repeat", "--no-repeat"), "--no-repeat: leave it out"),
+    ):
+        assert said in calmix(*command[:4], *more).line
+
+
 def test_only_what_a_dense_model_gets_right_is_asked_and_all_else_is_wrong(
     folder, calmix, tiny_folder, tmp_path, monkeypatch
 ):
     seen = []
 
-    def fake(opened, prompts, progress):
+    def fake(opened, prompts, rearranged, progress):
         seen.append(len(prompts))
         return [("down", True) for _ in prompts]
 
