@@ -285,6 +285,7 @@ def test_models_asked_in_other_forms_are_refused_before_an_answer_is_written(
 def test_the_dense_models_answers_are_generated_twice_and_cached(
     folder, calmix, tiny_folder, tmp_path, monkeypatch
 ):
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     seen, out = [], tmp_path / "out.json"
 
     def fake(opened, prompts, rearranged, progress):
