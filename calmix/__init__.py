@@ -18,7 +18,6 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 if TYPE_CHECKING:
     __version__: str
     from calmix import sources as sources
-    from calmix.analysis.predict import predict as predict
     from calmix.calibration import CalibrationSet as CalibrationSet
     from calmix.calibration import resolve as resolve
     from calmix.calibration.measuring import measure as measure
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from calmix.specs import recover_request as recover_request
 
 _NAMES = {
-    "analysis.predict": ("predict",),
     "calibration": ("CalibrationSet", "resolve"),
     "calibration.measuring": ("measure",),
     "cli.compress": ("compress",),

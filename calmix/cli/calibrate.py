@@ -1,9 +1,8 @@
-"""`calibrate`: make calibration sets, list and measure text, predict what a set keeps."""
+"""`calibrate`: make calibration sets, list and measure text."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,21 @@ from calmix.cli.verbs import group, verb
 from calmix.errors import InputError, nearest
 from calmix.files import check_output_folder, check_result_file
 from calmix.options import (
-    METHOD,
     DrawOptions,
     Licence,
     ModelOptions,
-    Share,
     SizeOptions,
     TextField,
-    Weights,
-    advanced,
     licence_option,
     option,
     own_sources_option,
     path_option,
-    weights_option,
 )
 from calmix.progress import Progress
 from calmix.sources import builtin_sources, get_source, offline_sources, own_sources
 from calmix.sources.licences import allowed, short
 from calmix.sources.registry import MIXES
 from calmix.sources.registry import WRITTEN as GENERATORS
-from calmix.specs import BOTH
 
 WRITTEN = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of self-written text
 calibrate = group("calibrate", default="draw")
@@ -148,57 +141,6 @@ def measure(
     )  # fmt: skip
     for name, text in made.notes.items():
         line(f"{name}: {text}")
-
-
-@verb("predict", of=calibrate)
-def predict(
-    drawn: DrawOptions,
-    how: ModelOptions,
-    calibrations: tuple[str, ...] = option(..., "Sets, as for calmix prune.", argument=True),
-    model: str = option(..., "Model to prune.", flag="--model -m"),
-    method: str = option(METHOD, "Pruning method, e.g. admm,refit=5."),
-    sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.", shown="0.6"),
-    pattern: str | None = option(None, "N:M instead of a sparsity, e.g. 2:4."),
-    weights: Weights | None = weights_option("Weight of each held-out text: general=1,code=2."),
-    text: tuple[str, ...] = advanced(
-        (), "Your held-out text: code=mine.jsonl (repeat).", metavar="NAME=PATH"
-    ),
-    rows: int = option(16, "Rows per source.", ge=1),
-    every: int = advanced(7, "Measure every k-th block only.", ge=1),
-) -> None:
-    """Rank calibration sets by predicted reconstruction error, without pruning.
-
-    Each source runs through the dense model once; more mixes of the same sources take seconds.
-    """
-    from calmix.analysis.predict import LENGTH, ROWS, check_request
-    from calmix.analysis.predict import predict as run
-    from calmix.analysis.ranking import check_weights
-    from calmix.calibration.texts import builtin_readers, parse_texts, texts
-    from calmix.models import check_models, open_model
-    from calmix.pruning.patterns import as_pattern
-
-    if sparsity is not None and pattern is not None:
-        raise InputError(BOTH)
-    target, own_texts = sparsity if pattern is None else pattern, parse_texts(text)
-    if weights is not None:
-        check_weights(weights, (*builtin_readers(), *own_texts), "the held-out text")
-    options = {"method": method, "length": drawn.length, **drawn.drawn(), "rows": rows}
-    pruned_to = None if target is None else as_pattern(target)
-    check_request(calibrations, **options)
-    check_models(model, **how.opening())
-    opened = open_model(model, **how.opening())
-    with Progress() as bar:
-        made = run(
-            opened, calibrations, pattern=pruned_to, weights=weights, every=every,
-            held_out=texts(opened, own_texts, rows=ROWS, length=LENGTH),
-            tick=bar.each("predicting"), note=note, writing=bar.writing, **options,
-        )  # fmt: skip
-    print_json([asdict(one) for one in made])
-    table = [{"calibration": one.calibration, "total": f"{one.total:.2%}",
-             **{name: f"{value:.2%}" for name, value in one.lost.items()}}
-            for one in made]  # fmt: skip
-    print_table(table, text=["calibration"], title="predicted error of layers, lower is better")
-    line("this ranks sets; it does not predict retention")
 
 
 @verb("sources", of=calibrate)

@@ -28,7 +28,7 @@ CALLED = {"check": ("compress", "Test whether a compressed model meets its floor
 # New names of the verbs of version 0.2; for one release the old ones are refused with these.
 MOVED = {
     "generate": "calmix calibrate SPEC, such as calmix calibrate self-written",
-    "measure": "calmix calibrate measure", "predict": "calmix calibrate predict",
+    "measure": "calmix calibrate measure",
     "sources": "calmix calibrate sources, and calmix calibrate show NAME",
     "rescore": "calmix evaluate rescore", "answer": "calmix evaluate answers",
     "perplexity": "calmix evaluate perplexity",

@@ -30,7 +30,6 @@ from calmix.models.shards import stored_tensors, weight_bytes, weight_width
 from calmix.options import (
     BITS_METHOD,
     COMPRESS_METHOD,
-    METHOD,
     MOST_EMBEDDING,
     Compression,
     DeviceOptions,
@@ -54,7 +53,7 @@ PERMISSIVE = {
     "papers": 1.0, "abstracts": 1.0, "procedures": 1.0, "activities": 1.0,
     "python-stdlib": 1.0, "code-compiled": 1.0, "math-solutions": 2.0,
 }  # fmt: skip
-BITS = 4.5  # the default: keeps what llama.cpp's Q4_K_M keeps, in fewer bytes
+BITS = 4.5  # the default
 MANIFEST = "compress.json"
 SCORES, BEHAVIOUR = "scores.json", "abilities.json"
 CALIBRATION, PACK = "calibration", "pack"
@@ -169,20 +168,15 @@ def target(request: Mapping[str, Any]) -> str:
 
 
 def aim(request: Target) -> dict[str, Any]:
-    """Return method and target as options of a pruning run.
-
-    On text of one source ADMM can keep fewer other answers than SparseGPT (docs/results.md).
-    """
+    """Return method and target as options of a pruning run."""
     sparse = (request.sparsity, request.pattern) != (None, None)
-    method = COMPRESS_METHOD
-    if sparse and isinstance(request, Request):
-        asked = ask(request.calibration, licence=request.licence)
-        method = METHOD if asked.strategy == "single" else COMPRESS_METHOD
     return {
-        "method": method if sparse else BITS_METHOD, "sparsity": request.sparsity,
-        "pattern": request.pattern, "bits": None if request.bits is None else f"{request.bits:g}",
+        "method": COMPRESS_METHOD if sparse else BITS_METHOD,
+        "sparsity": request.sparsity,
+        "pattern": request.pattern,
+        "bits": None if request.bits is None else f"{request.bits:g}",
         "embeddings": None if request.bits is None else embedding_bits(request.bits),
-    }  # fmt: skip
+    }
 
 
 def embedding_bits(bits: float) -> float:

@@ -36,7 +36,6 @@ VERBS = {
     "export --to jsonl": "{set} --model {model} -o {out}.jsonl",
     "calibrate draw": "{text} --model {model} --length 64 -o {out}",
     "calibrate measure": "{text} {set} --model {model} --rows 4 --length 32 -o {out}.json",
-    "calibrate predict": "{text} --model {model} --length 64",
     "calibrate sources": "",
     "calibrate show": "{text}",
     "evaluate run": "{model} --against {other} --suite {suite} -o {out}.json",

@@ -33,7 +33,7 @@ MEMORY_SHARE = 0.7  # of the free memory, for a batch
 MOSTLY_EMPTY = 0.5  # share of texts without a sampled token above which a model is refused
 STRETCH = 256  # entries of a distribution that are summed before the running sum is taken
 Tick = Callable[[int, int], None]  # takes numbers of rows, and of tokens that each has
-VERSION = 4  # raised when the same request writes other tokens, to invalidate the cache
+VERSION = 5  # raised when the same request writes other tokens, to invalidate the cache
 
 
 @dataclass(frozen=True)
