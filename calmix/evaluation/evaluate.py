@@ -5,8 +5,8 @@ Scores of a dense model are cached, since every comparison needs them.
 
 from __future__ import annotations
 
+import ast
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -326,13 +326,19 @@ def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
         return checks.short_match(answer, item.right, item.question)
     if item.check != "program":
         return CHECKS[item.check](answer, item.right)
-    doc = item.doc
-    called = re.findall(r"assert.*?(\w+)\s*\(", doc.get("test_list", [""])[0])
-    entry = doc.get("entry_point") or next(iter(called), "")
+    doc, entry = item.doc, item.doc.get("entry_point", "")
+    names = [entry] if entry else _definitions(doc["code"])
+    tests = doc.get("test_list") or [f"assert {one}" for one in doc.get("tests", ())]
+    entry = entry or next((name for name in names if f"{name}(" in tests[0]), "")
     code = checks.program(answer, doc.get("prompt", ""), entry)
     if "test" in doc:
-        tests = [doc["test"], f"check({entry})"]
+        text, head = f"{doc['test']}\ncheck({entry})\n", doc["prompt"]
     else:
-        tests = doc.get("test_list") or [f"assert {one}" for one in doc["tests"]]
-        tests = [doc.get("test_setup_code", ""), *tests]
-    return not failure("\n".join([code, *tests, ""]))
+        text, head = "\n".join([doc.get("test_setup_code", ""), *tests, ""]), ""
+    return not failure(code, text, names=names, head=head)
+
+
+def _definitions(code: str) -> list[str]:
+    """Return the functions and classes that a module defines."""
+    kinds = ast.FunctionDef, ast.ClassDef
+    return [node.name for node in ast.parse(code).body if isinstance(node, kinds)]

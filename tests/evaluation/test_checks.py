@@ -1,12 +1,10 @@
-"""Which answers are right, and generated programs: anything that goes wrong is a failure."""
+"""Which answers are right."""
 
 import random
-import resource
 
 import pytest
 
 from calmix.evaluation import checks
-from calmix.evaluation.sandbox import failure
 
 REQUESTS = [  # answers, and what a request asks for
     ("**Paris**", {"words": 1, "is": "Paris"}, True),
@@ -272,54 +270,3 @@ def test_numbers_are_read_with_signs_thousands_and_fractions(text, values):
 )
 def test_a_cut_answer_counts_up_to_its_own_mark(check, answer, part):
     assert checks.finished(answer, check) == part
-
-
-FORKS = "import os\nwhile True:\n  try:\n    os.fork()\n  except OSError:\n    pass"
-PROCESS, FILE = "start a process", "write a file"
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("import math, re, heapq, collections\nprint('x')\nassert math.gcd(4, 6) == 2", None),
-        ("import fractions, sys\nassert sys.dont_write_bytecode", None),  # some have no .pyc
-        ("import bz2, os\nassert 'SECRET_OF_THE_USER' not in os.environ", None),
-        ("while True:\n    pass", "still running"),
-        (FORKS, PROCESS),
-        ("import subprocess\nsubprocess.run(['true'])", PROCESS),
-        ("import os\nos.kill(os.getppid(), 0)", PROCESS),
-        ("x = []\nwhile True:\n    x.append(bytearray(1 << 20))", "MemoryError"),
-        ("import os\nos.open('out', os.O_CREAT | os.O_WRONLY)", FILE),
-        ("try:\n    open('out.txt', 'w')\nexcept BaseException:\n    pass", FILE),
-        ("import socket\nsocket.create_connection(('127.0.0.1', 80))", "use the network"),
-        ("import os\nos._exit(0)", "ended early with exit code 0"),
-        ("raise SystemExit(3)", "exit code 3"),
-        ("import os\nos.abort()", "exit code -6"),
-        ("assert 1 == 2", "AssertionError"),
-        ("def f(:", "SyntaxError"),
-        ("input()", "RuntimeError"),
-        ("raise ValueError('\\ud800')", ""),
-    ],
-)
-def test_right_programs_pass_and_everything_else_is_a_plain_failure(source, reason, monkeypatch):
-    monkeypatch.setenv("SECRET_OF_THE_USER", "x")
-    # Programs that end by themselves get enough time even on a busy machine.
-    found = failure(source, seconds=0.3 if reason == "still running" else 30)
-    assert bool(found) == (reason is not None)
-    assert (reason or "") in found
-    assert "\n" not in found
-
-
-def test_a_program_takes_sets_in_the_same_order_whenever_it_runs():
-    source = "raise ValueError(''.join({*'abcdefghij'}))"
-    assert len({failure(source) for _ in range(4)}) == 1
-
-
-def test_nothing_is_left_behind_and_what_is_printed_fills_no_memory_of_ours(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    failure(f"open({str(tmp_path / 'target.txt')!r}, 'w').write('x')")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    endless = "import sys\nwhile True: sys.stderr.write('x' * 100_000)"
-    assert failure(endless, seconds=1) == "still running after 1 s"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
-    assert list(tmp_path.iterdir()) == []

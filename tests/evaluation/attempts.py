@@ -1,0 +1,231 @@
+"""Programs that try to leave the sandbox, or to have a wrong answer count as right.
+
+python -m tests.evaluation.attempts    # tries all deeds and prints which succeed
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from calmix.evaluation.sandbox import failure
+
+MODULES = [
+    *("atexit", "builtins", "ctypes", "fcntl", "gc", "mmap", "multiprocessing", "os", "resource"),
+    *("signal", "socket", "struct", "subprocess", "sys", "threading", "time"),
+]
+CALL = """
+def call(number, *arguments):
+    result = ctypes.CDLL(None).syscall(number, *arguments)
+    assert result >= 0
+def call_of_32_bits():
+    memory = mmap.mmap(-1, 4096, prot=7)
+    memory.write(b"\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3")  # getpid
+    ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))()
+"""
+FRAMES = """
+def frames():
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        yield frame
+"""
+
+
+def answering(payload: str, length: int | None = None) -> str:
+    """Return a program that answers the judge with `payload`, a pickle of protocol 0."""
+    raw = payload.encode()
+    return f"""
+        def f(x):
+            for file in range(3, 32):
+                try: os.write(file, struct.pack("<Q", {length or len(raw)}) + {raw})
+                except OSError: pass
+            return 0"""
+
+
+# Each is one line of a function that returns whether it ran without an error.
+DEEDS = {
+    "file: write": "open(FOLDER + '/x', 'w').close()",
+    "file: write, relative": "open('x', 'w').close()",
+    "file: low level": "os.close(os.open(FOLDER + '/x', os.O_CREAT | os.O_WRONLY))",
+    "file: unnamed": "os.open(FOLDER, os.O_TMPFILE | os.O_RDWR)",
+    "file: pipe": "os.mkfifo(FOLDER + '/x')",
+    "file: node": "os.mknod(FOLDER + '/x')",
+    "file: folder": "os.mkdir(FOLDER + '/x')",
+    "file: link": "os.symlink('/etc/passwd', FOLDER + '/x')",
+    "file: hard link": "os.link(FOLDER + '/target', FOLDER + '/x')",
+    "file: remove": "os.remove(FOLDER + '/target')",
+    "file: rename": "os.rename(FOLDER + '/target', FOLDER + '/x')",
+    "file: mode": "os.chmod(FOLDER + '/target', 0o777)",
+    "file: owner": "os.chown(FOLDER + '/target', 1, 1)",
+    "file: time": "os.utime(FOLDER + '/target')",
+    "file: attribute": "os.setxattr(FOLDER + '/target', 'user.x', b'x')",
+    "file: truncate": "os.truncate(FOLDER + '/target', 0)",
+    "file: in memory": "os.memfd_create('x')",
+    "read: another's file": "open(FOLDER + '/target').read()",
+    "read: names of files": "os.listdir(FOLDER)",
+    "read: accounts": "open('/etc/passwd').read()",
+    "read: installed packages": "open(PACKAGE).read()",
+    "read: calmix's environment": "open(f'/proc/{VICTIM}/environ', 'rb').read()",
+    "read: calmix's memory": "open(f'/proc/{VICTIM}/mem', 'rb').read()",
+    "read: the judge's memory": "open(f'/proc/{os.getppid()}/mem', 'rb').read()",
+    "read: own memory": "open('/proc/self/mem', 'rb').read()",
+    "signal: kill": "os.kill(VICTIM, 0)",
+    "signal: the judge": "os.kill(os.getppid(), 0)",
+    "signal: the group": "os.killpg(0, 0)",
+    "signal: everyone": "os.kill(-1, 0)",
+    "signal: by descriptor": "signal.pidfd_send_signal(os.pidfd_open(VICTIM), 0)",
+    "signal: by ownership of a pipe": "fcntl.fcntl(1, fcntl.F_SETOWN, VICTIM)",
+    "signal: by a thread's id": "call(234, VICTIM, VICTIM, 0)",
+    "limits: calmix's": "resource.prlimit(VICTIM, resource.RLIMIT_NOFILE, (64, 64))",
+    "limits: calmix's priority": "os.setpriority(os.PRIO_PROCESS, VICTIM, 19)",
+    "limits: calmix's processors": "os.sched_setaffinity(VICTIM, {0})",
+    "limits: calmix's scheduler": "os.sched_setscheduler(VICTIM, os.SCHED_IDLE, os.sched_param(0))",
+    "limits: raised": "resource.setrlimit(resource.RLIMIT_NPROC, (9, 9))",
+    "children: fork": "os.fork()",
+    "children: in a session of its own": "os.fork() or (os.setsid(), time.sleep(9))",
+    "children: run": "subprocess.run(['/bin/true'])",
+    "children: spawn": "os.posix_spawn('/bin/true', ['true'], {})",
+    "children: replace itself": "os.execv('/bin/true', ['true'])",
+    "children: by clone": "call(56, 17, 0, 0, 0, 0)",
+    "children: by multiprocessing": "multiprocessing.get_context('fork').Process().start()",
+    "children: threads": "threading.Thread(target=print).start()",
+    "session: leave the group": "os.setsid()",
+    "network: connect": "socket.create_connection(('127.0.0.1', 9), 1)",
+    "network: local socket": "socket.socket(socket.AF_UNIX).connect('/run/x')",
+    "network: socket pair": "socket.socketpair()",
+    "kernel: namespace": "call(272, 0x10000000)",
+    "kernel: trace": "call(101, 16, VICTIM, 0, 0)",
+    "kernel: io_uring": "call(425, 1, bytes(120))",
+    "kernel: numbers of x32": "call(0x40000000 + 39)",
+    "kernel: calls of 32 bits": "call_of_32_bits()",
+    "kernel: be root": "os.setuid(0)",
+}
+
+# Programs whose f is wrong: the test is f(20) == 21.
+FORGERIES = {
+    "a result equal to all": """
+        class Any:
+            __eq__ = lambda self, other: True
+            __bool__ = lambda self: True
+        f = lambda x: Any()""",
+    "a number equal to all": """
+        class Any(int):
+            __eq__ = lambda self, other: True
+            __int__ = lambda self: self
+        f = lambda x: Any(0)""",
+    "exit at once": "os._exit(0)",
+    "exit by an exception": "raise SystemExit(0)",
+    "exit when called": "f = lambda x: os._exit(0)",
+    "exit when called, by an exception": "f = lambda x: sys.exit(0)",
+    "exit handler": "atexit.register(os._exit, 0)\nf = lambda x: sys.exit(1)",
+    "assertions that raise nothing": """
+        builtins.AssertionError = None
+        builtins.compile = lambda *_: 'pass'
+        builtins.exec = lambda *_: None
+        f = lambda x: 0""",
+    "no error is an error": """
+        builtins.Exception = builtins.BaseException = ()
+        def f(x): assert False""",
+    "a name of the test is replaced": "len = abs = lambda x: 0\nf = lambda x: 0",
+    "an error that says it passed": "def f(x): raise type('+', (Exception,), {})('+')",
+    "an error that ends the judge": "def f(x): raise KeyboardInterrupt",
+    "a verdict to all files": """
+        for file in range(32):
+            try: os.write(file, b'+')
+            except OSError: pass
+        f = lambda x: 0""",
+    "more answers than questions": """
+        for frame in frames():
+            if 'packed' in frame.f_globals:
+                own = frame.f_globals
+        for file in range(3, 32):
+            try: own['send'](file, own['packed'](True, None, '') + own['packed'](True, 0, '') * 9)
+            except OSError: pass
+        f = lambda x: 0""",
+    "an answer that runs code": answering("(I01\ncposix\n_exit\n(I0\ntRV\nt."),
+    "an answer that runs code of builtins": answering("(I01\ncbuiltins\nexec\n(V0\ntRV\nt."),
+    "an answer that reaches the judge": answering("(I01\nc__main__\nJUDGE\nV\nt."),
+    "an answer without end": answering("", length=1 << 40),
+    "an answer that fills memory": answering("(I01\ncbuiltins\nbytes\n(I99999999999\ntRV\nt."),
+    "no more answers": "os.closerange(3, 32)\nf = lambda x: 0",
+    "frames": """
+        def f(x):
+            wanted = '== )02('
+            for frame in frames():
+                for value in [*frame.f_locals.values(), *frame.f_globals.values()]:
+                    if wanted[::-1] in str(value): return 21
+            return 0""",
+    "objects": """
+        def f(x):
+            wanted = '== )02('
+            return 21 if any(wanted[::-1] in str(one) for one in gc.get_objects()) else 0""",
+    "an answer of itself": """
+        loop = []
+        loop.append(loop)
+        f = lambda x: loop""",
+}
+TESTS = "assert abs(f(20) - 21) < 0.5\nassert f(20) == 21\n"
+
+
+@contextmanager
+def surroundings() -> Iterator[str]:
+    """Yield the beginning of a program that knows a folder and a process; check that both are as
+    before at the end."""
+    with tempfile.TemporaryDirectory() as name, subprocess.Popen(["sleep", "99"]) as victim:
+        folder = Path(name)
+        folder.chmod(0o777)
+        target = folder / "target"
+        target.write_text("secret")
+
+        def state() -> list[object]:
+            limits = resource.prlimit(victim.pid, resource.RLIMIT_NOFILE)
+            stat = target.stat()
+            return [
+                *(*folder.iterdir(), target.read_text(), stat.st_mode, stat.st_uid, stat.st_mtime),
+                *(limits, os.getpriority(os.PRIO_PROCESS, victim.pid), victim.poll()),
+                *(os.sched_getaffinity(victim.pid), os.sched_getscheduler(victim.pid)),
+            ]
+
+        before = state()
+        try:
+            yield f"FOLDER, PACKAGE, VICTIM = {name!r}, {__file__!r}, {victim.pid}\n"
+            assert state() == before
+        finally:
+            victim.kill()
+
+
+def succeeds(name: str, begin: str) -> bool:
+    """Whether an attempt does what it tries, or has a wrong answer count as right."""
+    if name in FORGERIES:
+        text, tests = textwrap.dedent(FORGERIES[name]), TESTS
+    else:
+        text, tests = f"def f():\n    {DEEDS[name]}\n    return True\n", "assert f() is True\n"
+    reason = failure(beginning(text, begin) + text, tests, names=["f"], seconds=2)
+    assert not reason.startswith(("SyntaxError", "NameError", "ImportError", "AttributeError"))
+    return not reason
+
+
+def beginning(text: str, begin: str) -> str:
+    """Return what an attempt needs: its surroundings, functions and modules."""
+    begin += CALL if "call" in text else FRAMES if "frames" in text else ""
+    used = [module for module in MODULES if f"{module}." in begin + text]
+    return f"import {', '.join(used or ['sys'])}\n{begin}"
+
+
+def survey() -> list[str]:
+    """Return which deeds succeed."""
+    with surroundings() as begin, ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda name: succeeds(name, begin), DEEDS)
+        return [name for name, result in zip(DEEDS, results, strict=True) if result]
+
+
+if __name__ == "__main__":
+    sys.exit(", ".join(survey()) or None)
