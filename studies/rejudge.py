@@ -107,12 +107,12 @@ def verdicts(answers: Sequence[Answer], cache: Path) -> dict[Answer, bool]:
     known = dict(line.split() for line in cache.read_text().splitlines()) if cache.exists() else {}
     lock = threading.Lock()
 
-    def outcome(source: str, **how: Any) -> str:
-        key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    def outcome(*texts: str, **how: Any) -> str:
+        key = hashlib.sha256(repr((texts, how)).encode()).hexdigest()[:32]
         if key not in known:
-            failed = failure(source, **how)
+            failed = failure(*texts, **how)
             if failed.startswith("still running"):  # perhaps because the machine is busy
-                failed = failure(source, seconds=30)
+                failed = failure(*texts, **how, seconds=30)
             with lock, cache.open("a") as file:
                 known[key] = WRONG if failed else RIGHT
                 file.write(f"{key} {known[key]}\n")

@@ -88,9 +88,12 @@ def drop_privileges() -> None:
         _system("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
         _system("prctl", 8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
     if root:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        except OSError as error:
+            raise OSError(f"root may not become nobody ({error}): use an ordinary user") from None
     if linux:
         _system("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
         # CAP_DAC_READ_SEARCH or, in most containers, CAP_DAC_OVERRIDE.
