@@ -1,11 +1,10 @@
-"""Time and memory of ADMM and of recovery, beside floors of this machine and beside what was told.
+"""Time and memory of ADMM and of recovery, beside floors of this machine.
 
     python benchmarks/recovery.py -o DIR [--model builtin:smollm2-135m] [--ways ...]
 
 Each way is a `calmix prune` in a process of its own, on the same 64 x 512 tokens of a mix of four
 at 60 %: `sparsegpt`, `admm`, and ADMM with a `calmix recover` by `blocks` and `distill` behind it.
-Seconds and peak resident memory (the operating system's) stand beside those that `--dry-run` told
-right before, and those that a study's plan would tell of the recovery.
+Peak resident memory (the operating system's) stands beside that of `--dry-run` and study plans.
 Floors, by plain transformers and PyTorch in this process: one forward pass of the blocks and one
 Gram matrix per distinct input (as in speed.py), and for an epoch of recovery one pass there and
 back. Prints Markdown tables.
@@ -33,7 +32,7 @@ from calmix.calibration import build, parse_mix
 from calmix.models import find_blocks, open_model
 from calmix.options import RECOVERIES
 from calmix.specs import recover_request
-from calmix.study.estimate import PROGRAM, Timed
+from calmix.study.estimate import PROGRAM, EmptyModel
 
 WAYS = {
     "sparsegpt": ("sparsegpt", None),
@@ -63,26 +62,22 @@ def there_and_back(model: str, ids: torch.Tensor) -> float:
 
 
 def measured(options: argparse.Namespace, way: str) -> dict[str, Any]:
-    """Run a way; return what was told before, and what it took."""
+    """Run a way; return the memory planned before, and what it took."""
     method, recovery = WAYS[way]
     pruned, output = options.output / f"{way}-pruned", options.output / way
     program, rows = [sys.executable, "-m", "calmix"], str(options.rows)
     drawn = ["--calibration", MIX, "--rows", rows, "--overwrite"]
     prune = [*program, "prune", options.model, "-o", str(pruned), "--method", method,
              "--sparsity", "0.6", *drawn]  # fmt: skip
-    commands, last = [prune], 0.0
+    commands = [prune]
     dry = subprocess.run([*prune, "--dry-run", "--json"], capture_output=True, check=True)
-    stages = json.loads(dry.stdout)
-    told, memory = (
-        sum(stage["seconds"] for stage in stages), max(stage["memory"] for stage in stages),
-    )  # fmt: skip
+    memory = max(stage["memory"] for stage in json.loads(dry.stdout))
     if recovery:
         commands.append([*program, "recover", str(pruned), "--against", options.model, "-o",
                          str(output), "--method", recovery, *drawn])  # fmt: skip
-        timed, asked = Timed(options.model), recover_request(method=recovery, calibration=MIX)
-        last = timed.files + timed.recovery(asked, options.rows, 512)
-        told += last
-        memory = max(memory, timed.recovery_memory(asked, 512) + PROGRAM)
+        request = recover_request(method=recovery, calibration=MIX)
+        empty = EmptyModel(options.model)
+        memory = max(memory, empty.recovery_memory(request, 512) + PROGRAM)
     began, peak = time.perf_counter(), 0.0
     for command in commands:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -96,9 +91,11 @@ def measured(options: argparse.Namespace, way: str) -> dict[str, Any]:
     for folder in (pruned, output):
         shutil.rmtree(folder, ignore_errors=True)
     return {
-        "told": told, "took": took, "last": last, "run": run["seconds"]["total"],
-        "memory": memory / 2**30, "peak": peak,
-    }  # fmt: skip
+        "took": took,
+        "run": run["seconds"]["total"],
+        "memory": memory / 2**30,
+        "peak": peak,
+    }
 
 
 def main() -> None:
@@ -123,20 +120,17 @@ def main() -> None:
         ("the blocks there and back", both),
     ):  # fmt: skip
         print(f"| {name} | {value:.1f} |", flush=True)
-    print("\n| way | seconds (told) | measured / told | recovery alone | peak, GiB (told) | "
-          "over its floor |\n|---|---|---|---|---|---|")  # fmt: skip
+    print("\n| way | seconds | recovery alone | peak, GiB (planned) | over its floor |")
+    print("|---|---|---|---|---|")
     for way, one in found.items():
         recovery = WAYS[way][1]
         if recovery:
-            part, over = (
-                f"{one['run']:.1f} ({one['last']:.1f})",
-                one["run"] / RECOVERIES[recovery][0] / both,
-            )
+            part, over = f"{one['run']:.1f}", one["run"] / RECOVERIES[recovery][0] / both
         else:
             part, over = "", one["run"] / (forward + gram)
         print(
-            f"| {way} | {one['took']:.1f} ({one['told']:.1f}) | {one['took'] / one['told']:.2f} | "
-            f"{part} | {one['peak']:.2f} ({one['memory']:.2f}) | {over:.2f} |",
+            f"| {way} | {one['took']:.1f} | {part} | {one['peak']:.2f} ({one['memory']:.2f}) | "
+            f"{over:.2f} |",
         )
 
 

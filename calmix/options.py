@@ -377,7 +377,7 @@ def checked(model: type[Some], values: Mapping[str, Any]) -> Some:
 
 
 def option_words(options: Mapping[str, Any]) -> list[str]:
-    """Return options as words of a command line, without those that are None, False or empty."""
+    """Return options as words of a command line, without those that are None or False."""
     words: list[str] = []
     for key, value in options.items():
         flag = f"--{key.replace('_', '-')}"

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -48,25 +48,23 @@ def quiet() -> Iterator[None]:
 class Progress:
     """A progress display for `with`; its methods return callbacks that long functions take.
 
-    The share shown never falls and stays below 100 %. A run with `stages` is one line, such as
-    `3/6 recover, 4 min left`; another `Progress` inside is shown as part of the current stage.
+    The share shown never falls and stays below 100 %. The time left is that of the work shown, from
+    its own pace. A run of `stages` is one line, such as `3/6 recover: distill, 40%, 4 min left`;
+    another `Progress` inside is shown as part of the current stage.
 
     Args:
-        stages: names of the stages, in order; skipped ones do not count unless the run returns to
-            them.
+        stages: the most stages there can be.
     """
 
     console: ClassVar[Any] = None  # of the terminal: other output is printed above the line
     _over: ClassVar[Progress | None] = None
 
-    def __init__(self, stages: Iterable[str] = (), *, shown: bool = True) -> None:
+    def __init__(self, stages: int = 0, *, shown: bool = True) -> None:
         self._shown, self._last = shown, 0.0
         self._view: View | None = None
         self._most: dict[str, float] = {}
         self._since: dict[str, tuple[float, float]] = {}  # time and share when it was first shown
-        self._stages, self._done = list(stages), set[int]()
-        self._at, self._start, self._taken = 0, 0.0, 0.0
-        self.expect({})
+        self._stages, self._begun, self._stage = stages, 0, ""
 
     def __enter__(self) -> Any:
         self._last = time.monotonic()
@@ -115,7 +113,7 @@ class Progress:
             left: seconds left, if known better than from the share.
         """
         if Progress._over is not None and Progress._over is not self:
-            Progress._over.part(text)
+            Progress._over.part(text, share, key or text)
             return
         key, now = key or text, time.monotonic()
         if share is not None:
@@ -131,34 +129,16 @@ class Progress:
             parts = text, "" if share is None else f"{share:.0%}", remaining
             sys.stderr.write(", ".join(filter(None, parts)) + "\n")
 
-    def expect(self, seconds: Mapping[str, float]) -> None:
-        """Set the expected seconds of each stage by name; a missing one takes 0."""
-        self._expected = [seconds.get(name, 0.0) for name in self._stages]
-
     def begin(self, name: str) -> None:
         """Start a stage."""
-        now = time.monotonic()
-        if self._start:
-            self._taken += now - self._start
-            self._done.add(self._at)
-        self._at, self._start = self._stages.index(name), now
-        self.part()
+        self._begun, self._stage = self._begun + 1, name
+        self.part("", None, "")
 
-    def part(self, inside: str = "") -> None:
-        """Show the expected progress, and what runs inside the stage."""
-        text = f"{self._at + 1}/{len(self._stages)} {self._stages[self._at]}"
+    def part(self, inside: str, share: float | None, key: str) -> None:
+        """Show what runs inside the current stage."""
+        text = f"{self._begun}/{self._stages} {self._stage}"
         text += f": {textwrap.shorten(inside, WIDE, placeholder='...')}" if inside else ""
-        before, this = sum(self._expected[at] for at in self._done), self._expected[self._at]
-        after = range(self._at, len(self._stages))
-        whole = before + sum(self._expected[at] for at in after if at not in self._done)
-        if not whole:  # no estimate
-            self.show(text, None)
-            return
-        pace = self._taken / before if min(self._taken, before) > 1 else 1.0
-        spent = (time.monotonic() - self._start) / pace
-        # Past 70 % of its time a stage slows down without stopping, because it may take longer.
-        done = before + (spent if spent <= 0.7 * this else this * spent / (spent + 0.3 * this))
-        self.show(text, done / whole, "all", pace * (whole - done))
+        self.show(text, share, f"{self._begun} {key}")
 
 
 def _terminal() -> View:

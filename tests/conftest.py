@@ -67,8 +67,7 @@ class Ended:
 
 @pytest.fixture
 def calmix(monkeypatch, capfd):
-    """Run the command line in this process and return how it ended; estimates time one call."""
-    monkeypatch.setattr("calmix.study.estimate.MOMENT", 0.0)
+    """Run the command line in this process and return how it ended."""
     monkeypatch.setattr("calmix.progress.EVERY", float("inf"))
 
     def run(*arguments):

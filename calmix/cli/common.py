@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calmix.progress import Progress, duration
+from calmix.progress import Progress
 
 if TYPE_CHECKING:
     from calmix.compression.estimate import StageCost
@@ -160,19 +160,24 @@ def _widest(text: str) -> int:
 
 
 def print_costs(costs: Sequence[StageCost], title: str) -> None:
-    """Print time, memory and disk by stage, the stages' commands, and the totals."""
+    """Print work, memory and disk by stage, the stages' commands, and the totals."""
     rows = [
-        {"stage": one.stage.name, "time": duration(one.seconds), "memory": size(one.memory),
-         "disk": size(one.disk) if one.disk else None}
+        {
+            "stage": one.stage.name,
+            "work": one.work or None,
+            "memory": size(one.memory),
+            "disk": size(one.disk) if one.disk else None,
+        }
         for one in costs
-    ]  # fmt: skip
+    ]
     print_table(rows, title=title)
     for one in costs:
         if one.stage.arguments:
             line(one.stage.command)
-    line(f"\nabout {duration(sum(one.seconds for one in costs))}, "
-         f"{size(max(one.memory for one in costs))} of memory at peak, "
-         f"{size(sum(one.disk for one in costs))} on disk; nothing was written")  # fmt: skip
+    line(
+        f"\nabout {size(max(one.memory for one in costs))} of memory at peak, "
+        f"{size(sum(one.disk for one in costs))} on disk; nothing was written"
+    )
 
 
 def print_layers(layers: Sequence[LayerReport], *, each: bool = False) -> None:

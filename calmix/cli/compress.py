@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def compress_verb(
     options: Compression,
     output: Path = path_option(..., "Folder to write, or to resume in."),
-    dry_run: bool = option(False, "Print commands, time, memory, disk; write nothing."),
+    dry_run: bool = option(False, "Print commands, memory, disk; write nothing."),
     resume: bool = advanced(False, "Resume an interrupted run, as compress always does."),
     open: bool = option(False, "Open the card in a browser at the end."),
 ) -> None:

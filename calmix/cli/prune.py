@@ -82,7 +82,7 @@ def prune(
     sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%; or 0.5,0.6."),
     pattern: str | None = option(None, "N:M, keep N of every M inputs, e.g. 2:4."),
     bits: str | None = option(None, "Bits per weight, e.g. 2.8; or 2.4,3."),
-    dry_run: bool = option(False, "Print time, memory and disk; write nothing."),
+    dry_run: bool = option(False, "Print memory and disk; write nothing."),
 ) -> None:
     """Prune or quantise a model in one shot and write a checkpoint that loads anywhere.
 

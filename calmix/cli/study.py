@@ -104,7 +104,7 @@ def plan(
     device: str = option("auto", "Torch device to plan for, e.g. cuda:1."),
     trust_remote_code: bool = TRUST,
 ) -> None:
-    """Estimate trials, time, memory and disk before anything runs."""
+    """Print trials, memory and disk before anything runs."""
     from calmix.study.estimate import estimate
     from calmix.study.spec import load_study
 
@@ -116,8 +116,6 @@ def plan(
             "model": each["model"] if len(file.file.models) > 1 else None,
             **{name: each[name] for name in ("trials", "method", "pattern")},
             "tokens": f"{each['rows']}x{each['length']}" if each["rows"] else None,
-            **{stage: duration(each["seconds"][stage]) if stage in each["seconds"] else None
-               for stage in ("prune", "recover", "evaluate")},
             "memory": size(each["memory"]), "disk": size(each["disk"]),
         }
         for each in found["groups"]
@@ -125,10 +123,9 @@ def plan(
     print_table(rows, title=f"study {file.file.name}, each trial",
                 least=["disk", "memory", "tokens", "model"])  # fmt: skip
     line(
-        f"{found['trials']} trials, {found['sets']} calibration sets "
-        f"({duration(found['sets_seconds'])} to make and measure), dense scores "
-        f"({duration(found['dense_seconds'])}): {duration(found['seconds'])} in total, one trial "
-        f"at a time; at most {size(found['memory'])} of memory, {size(found['disk'])} on disk"
+        f"{found['trials']} trials of {found['items']} items, {found['prunes']} pruned models, "
+        f"{found['sets']} calibration sets; at most {size(found['memory'])} of memory, one trial "
+        f"at a time, and {size(found['disk'])} on disk"
     )
     for text in found["notes"]:
         line(f"note: {text}")

@@ -1,4 +1,7 @@
-"""Estimate time, memory and disk of a compression or pruning run before it starts, by stage."""
+"""Memory and disk of a compression or pruning run, and what each stage works on, before it starts.
+
+Time is not predicted: a run that has finished one unit of work shows its own pace.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,7 @@ from typing import Any
 
 from calmix.calibration import ask
 from calmix.compression import plan
-from calmix.compression.plan import PACK, SCORES, Request, Stage, timed
-from calmix.evaluation.generations import TOKENS
+from calmix.compression.plan import PACK, Request, Stage, empty_model
 from calmix.files import check_free
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
@@ -19,62 +21,57 @@ from calmix.options import Recovering
 from calmix.pruning.allocation import KL
 from calmix.pruning.checkpoint import planned
 from calmix.recovery.memory import BEHIND, check_memory
-from calmix.specs import NONE, PruneRequest, prune_request, recover_request
-from calmix.study import estimate as study
-from calmix.study.estimate import PROGRAM, Timed
+from calmix.specs import PruneRequest, prune_request, recover_request
+from calmix.study.estimate import PROGRAM, SCORED, EmptyModel, suite_size
 
-ASKED = 16  # the card's few prompts take as long as this many answers of a full batch
-ZIPPED, SMALLER = 0.2e9, 0.45  # bytes packed per second, and packed size over size
+SMALLER = 0.45  # packed size of a pruned model over its size
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage will take: seconds, bytes of memory at peak, bytes left on disk."""
+    """What a stage takes: what it works on, bytes of memory at peak, bytes left on disk."""
 
     stage: Stage
-    seconds: float
+    work: str
     memory: float
     disk: float
 
 
 def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
     """Return the cost of each stage of a compression on this machine."""
-    model = timed(request.model, "auto", request.device, request.trust_remote_code)
+    model = empty_model(request.model, "auto", request.device, request.trust_remote_code)
     rows, length = _drawn(request)
+    tokens = f"{rows} rows of {length} tokens"
     pruning = prune_request(**plan.aim(request), calibration=request.calibration)
-    suites, found = plan.scored(request), []
+    suites, costs = plan.scored(request), []
     for stage in listed:
-        seconds, memory, disk = 0.0, PROGRAM + model.bytes, 0.0
+        work, memory, disk = "", PROGRAM + model.bytes, 0.0
         leaves = Path(stage.leaves or "").name.removeprefix("dense-")
         if leaves == plan.CALIBRATION:
-            disk = 8.0 * rows * length
+            work, disk = tokens, 8.0 * rows * length
             memory = memory if request.generated else PROGRAM
-            seconds = model.calibration(ask(request.calibration, rows=rows, length=length), False)
         elif stage.arguments[0] == "prune":
-            seconds = _pruning(model, pruning, rows, length)
+            work = tokens
             memory, disk = planned(
-                request.model, {Path("pruned"): pruning}, rows, length, device=request.device,
-                trust_remote_code=request.trust_remote_code, max_memory=request.most,
-            )  # fmt: skip
+                request.model,
+                {Path("pruned"): pruning},
+                rows,
+                length,
+                device=request.device,
+                trust_remote_code=request.trust_remote_code,
+                max_memory=request.most,
+            )
         elif stage.arguments[0] == "recover":
             recovery, disk = _recovery(request, stage), model.bytes
-            seconds = model.files + model.recovery(recovery, rows, length)
+            work = f"{recovery.epochs} x {tokens}"
             memory = _recovery_memory(model, recovery, length, request.most)
         elif leaves == PACK:
-            seconds, memory, disk = model.bytes / ZIPPED, PROGRAM, SMALLER * model.bytes
+            memory, disk = PROGRAM, SMALLER * model.bytes
         elif leaves in suites:
-            work = study.suite_work(suites[leaves])
-            both = request.model in stage.arguments[2:]  # the dense model is scored with it
-            far = both and leaves == SCORES and "--no-distance" not in stage.arguments
-            seconds = (1 + both + ("--repeat" in stage.arguments)) * model.evaluation(work)
-            if far:
-                texts = study.text_tokens(suites[leaves])
-                seconds += model.evaluation(study.SuiteWork(), texts)
-            disk = 160.0 * work.items
-        elif leaves == "answers.json":
-            seconds = model.write(2 * TOKENS * ASKED)
-        found.append(StageCost(stage, seconds, memory, disk))
-    return found
+            size = suite_size(suites[leaves])
+            work, disk = f"{'' if size.exact else 'about '}{size.items} items", SCORED * size.items
+        costs.append(StageCost(stage, work, memory, disk))
+    return costs
 
 
 def estimate_prune(
@@ -87,21 +84,22 @@ def estimate_prune(
     """Return the cost of pruning to one or several targets on this machine."""
     check_models(name, **how)
     first = next((r for r in targets.values() if r.calibration is not None), None)
-    model, found, rows, length = Timed(name, **how), list[StageCost](), 0, 0
+    model, costs, rows, length = EmptyModel(name, **how), list[StageCost](), 0, 0
+    work = ""
     if first is not None:
         drawn = ask(first.calibration or "", **first.drawn())
         rows, length = drawn.draw.rows, drawn.draw.length
-        if seconds := model.calibration(drawn, False):
+        work = f"{rows} rows of {length} tokens"
+        if drawn.written:
             stage = Stage("write the calibration set", (), None)
-            found.append(StageCost(stage, study.START + seconds, model.bytes + PROGRAM, 0.0))
+            costs.append(StageCost(stage, work, model.bytes + PROGRAM, 0.0))
     needed, checkpoint = planned(name, targets, rows, length, max_memory=max_memory, **how)
     if any(request.allocation == KL for request in targets.values()):
         needed = max(needed, int(PROGRAM + model.bytes))
     for request in targets.values():
-        seconds = _pruning(model, request, rows, length) + (0.0 if found else study.START)
         stage = Stage(f"prune, {request.name}", (), None)
-        found.append(StageCost(stage, seconds, needed, checkpoint))
-    return found
+        costs.append(StageCost(stage, work if request.calibration else "", needed, checkpoint))
+    return costs
 
 
 def check_room(request: Request, out: Path) -> None:
@@ -109,7 +107,7 @@ def check_room(request: Request, out: Path) -> None:
     left = [stage for stage in plan.stages(request, out) if not stage.done(out)]
     for stage in left:
         if stage.arguments[0] == "recover" and request.most is not None:
-            model = timed(request.model, "auto", request.device, request.trust_remote_code)
+            model = empty_model(request.model, "auto", request.device, request.trust_remote_code)
             _recovery_memory(model, _recovery(request, stage), _drawn(request)[1], request.most)
     copies: float = sum(stage.arguments[0] in ("prune", "recover") for stage in left)
     copies += SMALLER * any(stage.leaves == PACK for stage in left)
@@ -131,17 +129,9 @@ def _recovery(request: Request, stage: Stage) -> Recovering:
     return recover_request(calibration=request.calibration, method=method, epochs=epochs)
 
 
-def _pruning(model: Timed, request: PruneRequest, rows: int, length: int) -> float:
-    """Return the seconds of pruning to one target, including files."""
-    seconds = model.files
-    if request.method != NONE:
-        seconds += model.pruning(request, rows, length)
-    if request.drop_experts is not None:  # a pass, and all experts' outputs once more
-        seconds += model.forward(2 * rows * length, length)
-    return seconds
-
-
-def _recovery_memory(model: Timed, request: Recovering, length: int, most: int | None) -> float:
+def _recovery_memory(
+    model: EmptyModel, request: Recovering, length: int, most: int | None
+) -> float:
     """Return the bytes a recovery takes, with what pruning before it leaves; refuse more than
     `most`."""
     held = int(PROGRAM + BEHIND)

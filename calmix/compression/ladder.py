@@ -1,17 +1,10 @@
-"""Find the smallest model that meets the floors: test candidates from most bits to fewest.
+"""Find the smallest model that meets the floors: a bisection over six candidates.
 
-The walk is a fixed-sequence test: the first candidate that fails ends it, so bounds need no
-correction for the number of candidates (Maurer, Hothorn and Lehmacher, 1995). It begins one
-candidate above the fewest bits expected to pass. That choice uses no answer of a candidate, so all
-items count in the tests. If the first candidate fails, a second sequence walks those of more bits
-from the top. Each sequence has its share of the allowed error (Bonferroni); a walk that begins at
-the top has all of it. With several samples of the calibration text a candidate has one model per
-sample; all must pass, and that of the first sample is kept.
-
-The forecast of what a candidate keeps is ours. In the study of bits (studies/frontier.yaml) a model
-at distance KL keeps about exp(-2 KL) of its answers, up to a tenth less where KL is small. One bit
-per weight less multiplies the distance by four. Levels solved on text have about half the distance
-of plain rounding; recovered levels (of SmolLM2) have 0.3 of it.
+At most three candidates are built, each tested at a third of the allowed error. If more bits never
+truly keep less, at most two candidates below the floor are tested before one of them passes, so the
+error of what is promised is at most two thirds of the allowed one. No answer decides where the
+search begins. With several samples of the calibration text a candidate has one model per sample;
+all must pass, and that of the first sample is kept.
 """
 
 from __future__ import annotations
@@ -21,38 +14,29 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from calmix import files
 from calmix.calibration import saved_set
-from calmix.calibration.texts import texts
 from calmix.compression import plan, running
 from calmix.compression.estimate import StageCost, check_room, estimate
 from calmix.compression.plan import CALIBRATION, MANIFEST, SCORES, Request, Stage, stages
-from calmix.errors import CalmixError, InputError
+from calmix.errors import InputError
 from calmix.evaluation import floors
-from calmix.evaluation.distance import distance, reference
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.evaluation.suites import suite_file
 from calmix.manifest import read_sealed, sealed
-from calmix.models import find_blocks, open_model
 from calmix.options import Compression
-from calmix.progress import Progress, duration
+from calmix.progress import Progress
 
 RUNGS = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits per weight; wider steps where each needs a recovery
-FIRST = 0.8  # share of the allowed error for a first sequence that begins below the top
 MODELS = ("pruned", "blocks", "model")  # folders of a candidate, each made from the one before
 KIND, CANDIDATES = "ladder of candidates", "candidates"
-BITS = 4  # of plain rounding, whose distance decides where a walk begins
-LOST = 0.05  # share of answers lost at any distance
-RECOVERED = 0.6  # distance of recovered levels over that of solved ones
 HELPS = (
     "Try a lower floor, more rows (--effort best), or more text of the abilities that failed "
     "(--keep)."
@@ -60,8 +44,8 @@ HELPS = (
 
 
 class Walk:
-    """A walk in OUT, as far as it has come: the candidates tested (`rungs`), how it `ended`
-    (`failed`, `time` or `bottom`; empty while it goes on), and the bits of the `first` candidate.
+    """A search in OUT, as far as it has come: the candidates tested (`rungs`), and how it `ended`
+    (`failed`, `time` or `bottom`; empty while it goes on).
 
     A rung holds `bits`, `seconds` and one verdict of `calmix.evaluation.floors` per sample of the
     text (`verdicts`).
@@ -87,19 +71,19 @@ class Walk:
                 f"{now[differs[0]]}): repeat that request or name another folder"
             )
         self.rungs: list[dict[str, Any]] = saved.get("rungs", [])
-        self.ended, self.first = saved.get("ended", ""), saved.get("first", RUNGS[0])
-        if not {self.first, *self.kept} <= {*RUNGS}:
-            raise InputError(f"{out} holds a walk over other candidates: choose another -o")
+        self.ended: str = saved.get("ended", "")
+        if not self.kept.keys() <= {*RUNGS}:
+            raise InputError(f"{out} holds a search over other candidates: choose another -o")
         # The score file that decides, as in `calmix check OUT`: behaviour, which has every ability,
         # or a suite that is scored alone.
         self.file = plan.BEHAVIOUR if request.suite == "offline" else SCORES
         self.dense = out / CANDIDATES / f"dense-{self.file}"
         self.floors = floors.parse_floors(request.keep_at_least) if request.keep_at_least else {}
         self.confidence = request.confidence or floors.CONFIDENCE
+        self.level = plan.test_level(request)
         # The folder in OUT of each sample of the text and how its stages are called.
         more = range(2, (request.seeds or 1) + 1)
         self.samples = {"": "", **{f"{CANDIDATES}/draw-{n}": f", sample {n}" for n in more}}
-        self.seconds: Mapping[str, float] = {}  # expected of stages, by name
 
     @property
     def kept(self) -> dict[float, bool]:
@@ -114,15 +98,14 @@ class Walk:
     @property
     def left(self) -> tuple[float, ...]:
         """Bits of the candidates that may still be built."""
-        done, at = len(self.rungs), RUNGS.index(self.first)
-        begun, *later = self.kept.values() or [True]
-        order = RUNGS[at + done :] if begun else RUNGS[done - 1 : at]
-        return order if all(later) else ()
+        fewest = min((bits for bits, kept in self.kept.items() if kept), default=math.inf)
+        failed = max((bits for bits, kept in self.kept.items() if not kept), default=-math.inf)
+        return tuple(bits for bits in RUNGS if failed < bits < fewest)
 
     @property
     def state(self) -> dict[str, Any]:
         """What is saved in OUT and printed."""
-        return {"ended": self.ended, "first": self.first, "rungs": self.rungs}
+        return {"ended": self.ended, "rungs": self.rungs}
 
     @property
     def promise(self) -> list[str]:
@@ -160,7 +143,7 @@ class Walk:
     def provable(self) -> str:
         """Return a sentence that says how many right answers of the dense model the floors need."""
         counts = ", ".join(
-            f"{floors.needed(floor, self.confidence)} {f'in {name}' if name else 'in each ability'}"
+            f"{floors.needed(floor, self.level)} {f'in {name}' if name else 'in each ability'}"
             for name, floor in self.floors.items()
         )
         return f"to prove the floors, the dense model must get right at least: {counts}"
@@ -173,9 +156,13 @@ class Walk:
         """Return the folder of a candidate."""
         return self.out / (sample or CANDIDATES) / f"{bits:g}"
 
-    def whole(self) -> list[Stage]:
-        """Return all stages if no candidate fails."""
-        return self.opening() + [stage for bits in RUNGS for stage in self.building(bits)]
+    def longest(self) -> list[Stage]:
+        """Return all stages if no candidate fails: no other search takes more."""
+        listed, left = self.opening(), tuple[float, ...](RUNGS)
+        while left:
+            at = _middle(left)
+            listed, left = listed + self.building(left[at]), left[at + 1 :]
+        return listed
 
     def opening(self) -> list[Stage]:
         """Return the stages before the first candidate: missing sets, scores of the dense model."""
@@ -206,52 +193,31 @@ class Walk:
             ]  # fmt: skip
         return listed
 
-    def run(
-        self,
-        run: running.Run,
-        say: running.Say,
-        within: float = math.inf,
-        seconds: Mapping[str, float] | None = None,
-    ) -> None:
-        """Build and test candidates until one fails; move the smallest that passes to OUT/model,
-        with its scores beside it.
+    def run(self, run: running.Run, say: running.Say, within: float = math.inf) -> None:
+        """Build and test candidates until none is left between the smallest that passes and one
+        that fails; move the smallest that passes to OUT/model, with its scores beside it.
 
         `say` receives each stage, and whether its result existed. No candidate is begun that would
-        end after `within` seconds; `seconds` are the estimates of stages by name. Too little time
-        for one candidate, or too few right answers of the dense model, is an InputError.
+        end after `within` seconds if it took as long as the one before. Too few right answers of
+        the dense model are an InputError.
         """
-        began, before, self.seconds = time.monotonic(), self.opening(), seconds or {}
-        due = self._due([*before, *self.building(RUNGS[0])])
-        if due > within and not self.rungs:
-            raise InputError(
-                f"--within {duration(within)} is too short: the first candidate takes about "
-                f"{duration(due)} here"
-            )
+        began = time.monotonic()
         with files.alone(self.out, wait=False):
-            self._save(self.ended)  # first, so that OUT is known as that of a walk
+            self._save(self.ended)  # first, so that OUT is known as that of a search
             if self.left:
                 self._forget()
-                list(running.do(before, self.out, run, say))
+                list(running.do(self.opening(), self.out, run, say))
                 dense = load_scores(self.dense)
                 # Raises if the floors cannot be proven.
-                floors.judge(self.floors, [(dense, dense)], self.confidence)
-                if not self.rungs:
-                    self.first = self._first(dense, within - (time.monotonic() - began))
-            tested = len(self.rungs)  # by earlier runs: the estimates have only what they left
-            while self.left:
-                bits, at = self.left[0], time.monotonic()
-                made = self.building(bits)
-                if self.rungs:
-                    last, ours = self.rungs[-1], len(self.rungs) > tested
-                    known = self._due(self.building(last["bits"])) if ours else 0.0
-                    due = self._due(made)
-                    due = last["seconds"] * due / known if known else max(last["seconds"], due)
-                    if at - began + due > within:
-                        self._save("time")
-                        break
+                floors.judge(self.floors, [(dense, dense)], self.level)
+            while left := self.left:
+                bits, at = left[_middle(left)], time.monotonic()
+                if self.rungs and at - began + self.rungs[-1]["seconds"] > within:
+                    self._save("time")
+                    break
                 if self.ended:
                     self._reopen()
-                list(running.do(made, self.out, run, say))
+                list(running.do(self.building(bits), self.out, run, say))
                 verdicts = self._verdicts(bits, dense)
                 taken = round(time.monotonic() - at, 1)
                 self.rungs.append({"bits": bits, "seconds": taken, "verdicts": verdicts})
@@ -260,47 +226,18 @@ class Walk:
             self._place()
 
     def _verdicts(self, bits: float, dense: CapabilityScores) -> list[dict[str, Any]]:
-        """Test the model of each sample at the level of its sequence, and write the verdict, which
-        holds at the requested confidence, beside it."""
-        share = FIRST if bits <= self.first else 1 - FIRST
-        share = 1.0 if self.first == RUNGS[0] else share
-        level = 1 - share * (1 - self.confidence)
+        """Test the model of each sample, and write the verdict, which holds at the requested
+        confidence, beside it."""
         folders = [self.folder(bits, sample) for sample in self.samples]
         pairs = [(dense, load_scores(folder / self.file)) for folder in folders]
-        verdicts = [replace(floors.judge(self.floors, [pair], level), confidence=self.confidence)
-                    for pair in pairs]  # fmt: skip
+        verdicts = [floors.judge(self.floors, [pair], self.level) for pair in pairs]
+        verdicts = [replace(one, confidence=self.confidence) for one in verdicts]
         if all(one.passed for one in verdicts):
             verdicts = [replace(one, draws=len(verdicts)) for one in verdicts]
         for folder, pair, verdict in zip(folders, pairs, verdicts, strict=True):
             record = floors.record(verdict, self.floors, [pair])
             files.write_json(folder / floors.FILE, record)
         return [one.to_dict() for one in verdicts]
-
-    def _due(self, listed: Iterable[Stage]) -> float:
-        """Return the estimated seconds of stages; unknown ones count as 0."""
-        return sum(self.seconds.get(stage.name, 0.0) for stage in listed)
-
-    def _first(self, dense: CapabilityScores, left: float) -> float:
-        """Return the bits to begin with: one step above the fewest expected to prove every floor,
-        or the most bits if items or time are too few or the distance cannot be measured."""
-        request, error = self.request, 1 - self.confidence
-        later, level = 1 - (1 - FIRST) * error, 1 - FIRST * error
-        try:
-            tested = floors.judge(self.floors, [(dense, dense)], later).tested
-            plain = plain_distance(request.model, request.device, request.trust_remote_code)
-        except CalmixError:
-            return RUNGS[0]
-
-        def proves(bits: float) -> bool:
-            kept = expected(plain, bits, bits <= plan.EFFORTS[request.effort].levels)
-            return all(
-                floors.lower_bound(round(kept * one.items), one.items, level) >= one.floor
-                for one in tested
-            )
-
-        fewest = max((index for index, bits in enumerate(RUNGS) if proves(bits)), default=0)
-        bits = RUNGS[max(fewest, 1) - 1]
-        return bits if self._due(self.building(bits)) <= left else RUNGS[0]
 
     def _save(self, ended: str) -> None:
         """Save the state, and remove all models but the smallest that passes and those of
@@ -357,26 +294,9 @@ def _move(folder: Path, to: Path) -> None:
             (folder / name).rename(to / name)
 
 
-def plain_distance(model: str, device: str, trust_remote_code: bool) -> float:
-    """Return KL(dense || rounded) on the builtin texts, in nats per token: block weights are
-    rounded to a uniform grid on which normal weights have an entropy of 4 bits.
-
-    Raises:
-        CalmixError: the model cannot be opened or the distance not be measured.
-    """
-    opened = open_model(model, device=device, trust_remote_code=trust_remote_code)
-    dense = reference(opened, texts(opened), cache=True)
-    for layer in find_blocks(opened.model).layers:
-        weight = layer.view().float()
-        step = weight.std(1, keepdim=True) * math.sqrt(2 * math.pi * math.e) / 2**BITS
-        layer.view().copy_(torch.where(step > 0, (weight / step).round() * step, weight))
-    return float(distance(opened, dense)["total"]["kl_mean"])
-
-
-def expected(plain: float, bits: float, recovered: bool = False) -> float:
-    """Return the share of answers that a candidate is expected to keep."""
-    left = RECOVERED if recovered else 1.0
-    return (1 - LOST) * math.exp(-left * plain * 4 ** (BITS - bits))
+def _middle(left: tuple[float, ...]) -> int:
+    """Return the position of the candidate to test next."""
+    return (len(left) - 1) // 2
 
 
 def begin(options: Compression, out: Path) -> Walk:
@@ -395,10 +315,10 @@ def begin(options: Compression, out: Path) -> Walk:
 
 
 def dry(walk: Walk) -> list[StageCost]:
-    """Return the cost of all stages, including those of all candidates."""
+    """Return the cost of all stages; of a search, the most that there can be."""
     if not walk.floors:
         return estimate(walk.request, stages(walk.request, walk.out))
-    return estimate(walk.at(RUNGS[0]), walk.whole())
+    return estimate(walk.at(RUNGS[-1]), walk.longest())
 
 
 def make(
@@ -412,33 +332,25 @@ def make(
     walk = begin(options, out)
     request = walk.request
     if walk.floors:
-        with _staged(walk.at(RUNGS[0]), out, walk.whole(), note) as (say, seconds):
-            walk.run(run, say, options.within or math.inf, seconds)
+        with _staged(len(walk.longest()), note) as say:
+            walk.run(run, say, options.within or math.inf)
         if walk.bits is None:
             return walk, {}
         request = walk.at(walk.bits)
     check_room(request, out)
-    with _staged(request, out, stages(request, out), note) as (say, _):
+    with _staged(len(stages(request, out)), note) as say:
         return walk, running.compress(request, out, run, say)
 
 
 @contextmanager
-def _staged(
-    request: Request, out: Path, listed: Sequence[Stage], note: Callable[[str], None] | None
-) -> Iterator[tuple[running.Say, dict[str, float]]]:
-    """Yield a callback that shows the progress of stages, and the estimated seconds of those
-    missing in OUT; what stages print is discarded."""
+def _staged(most: int, note: Callable[[str], None] | None) -> Iterator[running.Say]:
+    """Yield a callback that shows the progress of stages, `most` of them; what they print is
+    discarded."""
 
     def say(stage: Stage, done: bool) -> None:
         if note is not None:
             note(f"{stage.name}: already done" if done else f"$ {stage.command}")
         bar.begin(stage.name)
 
-    seconds: dict[str, float] = {}
-    names, left = [one.name for one in listed], [one for one in listed if not one.done(out)]
-    with Progress(names, shown=note is not None) as bar, redirect_stdout(io.StringIO()):
-        bar.show("estimating", None)
-        with suppress(CalmixError):  # only progress and --within need it
-            seconds = {one.stage.name: one.seconds for one in estimate(request, left)}
-        bar.expect(seconds)
-        yield say, seconds
+    with Progress(most, shown=note is not None) as bar, redirect_stdout(io.StringIO()):
+        yield say

@@ -41,7 +41,7 @@ from calmix.pruning.budget import parse_memory
 from calmix.sources import get_source
 from calmix.sources.registry import local_file
 from calmix.specs import LENGTH, SEED, prune_request
-from calmix.study.estimate import Timed
+from calmix.study.estimate import EmptyModel
 
 # Two sources per dimension (mathematics has one) that need neither network nor extra. Chats are
 # added if the model has a chat template. For what the mix keeps see docs/methods.md.
@@ -58,6 +58,7 @@ MANIFEST = "compress.json"
 SCORES, BEHAVIOUR = "scores.json", "abilities.json"
 CALIBRATION, PACK = "calibration", "pack"
 LEAST, MOST = 1.0, 8.0  # bits per weight that --size may result in
+BUILDS = 3  # candidates that a search for --keep-at-least builds at most
 SPARE = 0.015  # share of a file for headers and the overhead of the entropy coder
 
 
@@ -187,7 +188,7 @@ def embedding_bits(bits: float) -> float:
     return min(max(bits, 2.0), MOST_EMBEDDING)
 
 
-timed = lru_cache(maxsize=1)(Timed)  # size and estimate share one model
+empty_model = lru_cache(maxsize=1)(EmptyModel)  # size and estimate share one
 
 
 def parse_size(text: str, dense: int) -> float:
@@ -214,7 +215,7 @@ def bits_for(request: Target) -> float:
     folder = resolve_model(request.model)
     dense = weight_bytes(folder)
     wanted = parse_size(request.size or "", dense)
-    held = timed(request.model, "auto", request.device, request.trust_remote_code)
+    held = empty_model(request.model, "auto", request.device, request.trust_remote_code)
     if not all(one.whole_matrix for one in held.blocks.layers):
         raise InputError(f"--size: {request.model} has fused or transposed matrices, or experts, "
                          "whose levels a pack does not hold: use --bits")  # fmt: skip
@@ -324,13 +325,19 @@ def _check_floors(options: Target) -> None:
             raise InputError(
                 f"{start}whose tasks are not run: pass --allow-code-execution or a larger --effort"
             )
-        least = needed(floor, options.confidence or CONFIDENCE)
+        least = needed(floor, test_level(options))
         if name and rows is not None and rows[name] < least:
             raise InputError(
                 f"--keep-at-least {name}={floor:g} needs {least} items that the dense model gets "
                 f"right, and --effort {options.effort} scores {rows[name]} rows of {name}: add "
                 "rows, choose a larger effort, or lower the floor"
             )
+
+
+def test_level(request: Target) -> float:
+    """Return the confidence of the test of one candidate, by which what is promised of the chosen
+    one has the requested confidence."""
+    return 1 - (1 - (request.confidence or CONFIDENCE)) / BUILDS
 
 
 def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:

@@ -169,8 +169,7 @@ def _command(manifest: dict[str, Any]) -> str:
     name, recovered = manifest["model"]["name"], manifest["kind"] == "recovered checkpoint"
     options = dict(manifest["request"])
     options |= options.pop("draw")
-    if options.pop("sources", None):
-        options["sources"] = "FILE"
+    options["sources"] = "FILE" if options.get("sources") else None
     if recovered:
         options = {"against": manifest["against"]["name"], **options}
     else:

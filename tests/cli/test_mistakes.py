@@ -276,7 +276,6 @@ def idle(monkeypatch, tmp_path):
         "calmix.assets._fetch", "transformers.AutoModelForCausalLM.from_pretrained",
         "calmix.models.streaming.StreamedModel.fetch", "calmix.sources.registry.Source.documents",
         "huggingface_hub.snapshot_download", "calmix.deploy.pack._encoded",
-        "calmix.study.estimate.seconds",
     ):  # fmt: skip
         monkeypatch.setattr(name, worked)
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
