@@ -31,6 +31,12 @@ def suited(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if slow else dtype
 
 
+def narrower(stored: torch.dtype, memory: torch.dtype) -> torch.dtype:
+    """Return the type to write a tensor in: that of the files it came from, if memory holds it in
+    a wider one."""
+    return stored if memory.itemsize > stored.itemsize else memory
+
+
 def dtype_name(dtype: torch.dtype | str) -> str:
     """Return a type's name as used in options and manifests: `bfloat16`."""
     return str(dtype).removeprefix("torch.")

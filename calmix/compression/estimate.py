@@ -62,11 +62,11 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
                 max_memory=request.most,
             )
         elif stage.arguments[0] == "recover":
-            recovery, disk = _recovery(request, stage), model.bytes
+            recovery, disk = _recovery(request, stage), model.disk
             work = f"{recovery.epochs} x {tokens}"
             memory = _recovery_memory(model, recovery, length, request.most)
         elif leaves == PACK:
-            memory, disk = PROGRAM, SMALLER * model.bytes
+            memory, disk = PROGRAM, SMALLER * model.disk
         elif leaves in suites:
             size = suite_size(suites[leaves])
             work, disk = f"{'' if size.exact else 'about '}{size.items} items", SCORED * size.items

@@ -26,7 +26,7 @@ from calmix.evaluation.suites import Suite, suite_file
 from calmix.files import sha256_file, user_path
 from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
-from calmix.models.shards import stored_tensors, weight_bytes, weight_width
+from calmix.models.shards import stored_tensors, weight_bytes, weight_dtype
 from calmix.options import (
     BITS_METHOD,
     COMPRESS_METHOD,
@@ -220,7 +220,8 @@ def bits_for(request: Target) -> float:
         raise InputError(f"--size: {request.model} has fused or transposed matrices, or experts, "
                          "whose levels a pack does not hold: use --bits")  # fmt: skip
     matrices = sum(p.numel() for p in held.blocks.blocks.parameters() if p.ndim > 1)
-    rest = dense - weight_width(stored_tensors(folder)) * (matrices + held.outer_weights)
+    width = weight_dtype(stored_tensors(folder)).itemsize
+    rest = dense - width * (matrices + held.outer_weights)
     size = partial(packed_bytes, matrices=matrices, outer=held.outer_weights, rest=rest)
     rates = [number / 100 for number in range(round(100 * LEAST), round(100 * MOST) + 1)]
     if not size(LEAST) <= wanted <= size(MOST):

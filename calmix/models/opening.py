@@ -49,8 +49,8 @@ from calmix.machine import cores
 from calmix.manifest import deciding_versions
 from calmix.models.attention import use_own_attention
 from calmix.models.blocks import evaluating
-from calmix.models.shards import PACK, stored_tensors, weight_files
-from calmix.precision import dtype_name, suited
+from calmix.models.shards import PACK, stored_tensors, weight_dtype, weight_files
+from calmix.precision import dtype_name, narrower, suited
 from calmix.progress import quiet
 from calmix.yaml_files import packaged
 
@@ -150,6 +150,11 @@ class OpenModel:
     def context(self) -> int | None:
         """Context length in tokens; None if the configuration does not give it."""
         return context_of(self.model.config)
+
+    @functools.cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """Type of the weights in a checkpoint of this model."""
+        return narrower(weight_dtype(stored_tensors(self.folder)), self.model.dtype)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -614,6 +619,13 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         return sha256_json(sorted(tokenizer.get_vocab().items()))
     state = json.loads(backend.to_str())
     return sha256_json({k: v for k, v in state.items() if k not in ("padding", "truncation")})
+
+
+def save_config(config: Any, dtype: torch.dtype, folder: Path) -> None:
+    """Write the configuration of a checkpoint with weights of this type; changes the type in it."""
+    for part in (config, config.get_text_config(decoder=True)):
+        part.dtype = dtype_name(dtype)
+    config.save_pretrained(folder)
 
 
 def save_tokenizer(tokenizer: Any, source: Path, folder: Path) -> None:

@@ -80,9 +80,9 @@ def stored_tensors(folder: Path) -> dict[str, Place]:
     return {name: place for header in headers for name, place in header.items()}
 
 
-def weight_width(stored: Mapping[str, Place]) -> int:
-    """Return the bytes of a stored weight, as in the largest tensor."""
-    return max(stored.values(), key=lambda place: place.size).dtype.itemsize
+def weight_dtype(stored: Mapping[str, Place]) -> torch.dtype:
+    """Return the type of stored weights, that of the largest tensor."""
+    return max(stored.values(), key=lambda place: place.size).dtype
 
 
 def weight_bytes(folder: Path) -> int:

@@ -31,8 +31,9 @@ from calmix.models.opening import (
     loading,
     resolve_model,
 )
-from calmix.models.shards import Place, read_tensor, stored_tensors, write_index
-from calmix.precision import dtype_name, suited
+from calmix.models.opening import save_config as save_configuration
+from calmix.models.shards import Place, read_tensor, stored_tensors, weight_dtype, write_index
+from calmix.precision import narrower, suited
 
 Merge = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # stored tensors into parameters
 
@@ -53,7 +54,8 @@ class StreamedModel:
 
     Attributes:
         files: what it is read from.
-        dtype: the type of the blocks' weights in memory.
+        dtype, stored_dtype: the type of the blocks' weights in memory, and in a checkpoint.
+        types: of parameters in a checkpoint, by name.
         names: of parameters and buffers in the files, except merged and split ones.
         merges: whether parameters are merged from several stored tensors, which takes memory.
         unknown: names in the files without a parameter or buffer in the model.
@@ -77,6 +79,7 @@ class StreamedModel:
         self.model = self._skeleton(chosen)
         self.blocks: DecoderBlocks = find_blocks(self.model)
         self.dtype: torch.dtype = next(self.blocks.blocks[0].parameters()).dtype
+        self.stored_dtype = narrower(weight_dtype(self.places), self.dtype)
         alike = getattr(self.model, "all_tied_weights_keys", {})
         for pair in alike.items():
             if any(name.startswith(f"{self.blocks.name}.") for name in pair):
@@ -84,6 +87,10 @@ class StreamedModel:
         parts, self._merging = find_parts(self.model, self.places, self.name)
         own = self._parameters()
         self._parts = {name: part for name, part in parts.items() if name in own}
+        self.types = {
+            name: narrower(self.places[part[0]].dtype, own[name].dtype)
+            for name, part in self._parts.items()
+        }
         self.names = {n: stored[0] for n, stored in parts.items() if n not in self._merging}
         self.merges = bool(self._merging)
         self.unknown = self.places.keys() - set(chain(*parts.values()))
@@ -210,10 +217,11 @@ class StreamedModel:
         return held
 
     def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert a block's tensors, by name in the model, to those stored in the files."""
+        """Convert a block's tensors, by name in the model, to those stored in a checkpoint."""
         held = {self.names[name]: value for name, value in tensors.items() if name in self.names}
         merged = {name: value for name, value in tensors.items() if name not in self.names}
-        return held | split(self.model, merged) if merged else held
+        held |= split(self.model, merged) if merged else {}
+        return {n: v.to(narrower(self.places[n].dtype, v.dtype)) for n, v in held.items()}
 
     @property
     def layout(self) -> dict[str, list[str]]:
@@ -225,7 +233,8 @@ class StreamedModel:
             list(dict.fromkeys(s for name in self.block_names(i) for s in self._parts[name]))
             for i in range(len(self.blocks))
         ]
-        most, size = max(self.blocks.sizes), 0
+        sizes = [sum(self.places[name].size for name in part) for part in parts]
+        most, size = max(sizes), 0
         inside = {name for part in parts for name in part}
         for name, place in self.places.items():
             if name not in inside:
@@ -238,10 +247,10 @@ class StreamedModel:
         return {f"model-{n:05}-of-{count:05}.safetensors": p for n, p in enumerate(parts, 1)}
 
     def rest(self, names: Collection[str], changed: Collection[str] = ()) -> dict[str, Tensor]:
-        """Return tensors by their stored names, parameters in their type in memory; the `changed`
-        ones are taken from memory."""
+        """Return the tensors of a checkpoint by their stored names; the `changed` ones are taken
+        from memory."""
         memory, alike = self._parameters(), getattr(self.model, "all_tied_weights_keys", {})
-        types = {s: memory[name].dtype for name, part in self._parts.items() for s in part}
+        types = {s: self.types[name] for name, part in self._parts.items() for s in part}
         new = self.as_stored(
             {name: memory[alike.get(name, name)].detach()
              for name in self.names if alike.get(name, name) in changed}
@@ -260,9 +269,7 @@ class StreamedModel:
         model, config = self.model, self.config
         if type(config) is type(model.config):
             config.architectures = [type(model).__name__]
-        for part in (config, config.get_text_config(decoder=True)):
-            part.dtype = dtype_name(self.dtype)
-        config.save_pretrained(folder)
+        save_configuration(config, self.stored_dtype, folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
 

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,12 +48,19 @@ from calmix.models.opening import (
     check_ids,
     check_models,
     quiet_transformers,
+    save_config,
     save_tokenizer,
 )
-from calmix.models.shards import write_file
+from calmix.models.shards import (
+    read_file,
+    stored_tensors,
+    weight_files,
+    write_file,
+    write_index,
+)
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
-from calmix.precision import dtype_name
+from calmix.precision import dtype_name, narrower
 from calmix.pruning.allocation import KL, OWL, OutlierPass
 from calmix.pruning.budget import Plan, plan_for
 from calmix.pruning.engine import Patterns, Run, check_pattern, memory_errors
@@ -175,9 +183,8 @@ class _Pruning:
     @property
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint in bytes."""
-        blocks, places = self.source.blocks, self.source.places
-        outside = list(self.source.layout.values())[len(blocks) :]
-        return sum(blocks.sizes) + sum(places[name].size for names in outside for name in names)
+        files, places = self.source.layout.values(), self.source.places
+        return sum(places[name].size for names in files for name in names)
 
     def finished(self) -> dict[Path, PruneReport]:
         """Return the reports of outputs finished by an earlier run of the same requests."""
@@ -394,7 +401,7 @@ def prune_streamed(
     the calibration rows through the finished blocks again and gets the same hidden states.
     `progress` is called with the number of finished blocks.
     """
-    files, count = source.layout, len(source.blocks)
+    files, count, run.types = source.layout, len(source.blocks), source.types
     shards = [f"{CHECKPOINT}/{file}" for file in files]
     if work.done:
         run.report = PruneReport.from_json(work.kept["report"])
@@ -489,6 +496,7 @@ def _write_beside(
         "kind": "pruned checkpoint",
         "model": {"name": source.name, "sha256": asked["model"]},
         "dtype": asked["dtype"],
+        "stored_dtype": dtype_name(source.stored_dtype),
         "device": asked["device"],
         "trust_remote_code": source.trust_remote_code,
         "request": request.record(),
@@ -525,6 +533,15 @@ def write_checkpoint(
     }
     with atomic_folder(output) as folder, quiet_transformers():
         model.save_pretrained(folder)
+        if opened.stored_dtype != model.dtype:
+            types = {name: place.dtype for name, place in stored_tensors(opened.folder).items()}
+            for path in (folder / name for name in weight_files(folder)):
+                tensors = read_file(path).items()
+                write_file(
+                    path, {n: v.to(narrower(types.get(n, v.dtype), v.dtype)) for n, v in tensors}
+                )
+            write_index(folder)
+            save_config(deepcopy(model.config), opened.stored_dtype, folder)
         save_tokenizer(opened.tokenizer, opened.folder, folder)
         if report.grids:
             (folder / SCALES).mkdir()

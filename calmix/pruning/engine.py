@@ -38,7 +38,7 @@ from calmix.models.blocks import DecoderBlocks, Prunable, evaluating, find_block
 from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
 from calmix.options import BITS_METHOD, METHOD, Propagation
-from calmix.precision import bfloat16_products, dtype_name, reproducible
+from calmix.precision import bfloat16_products, dtype_name, narrower, reproducible
 from calmix.pruning.experts import EXPERT_BYTES, SMOOTHING, Routed, Step
 from calmix.pruning.gram import Gram, Statistic, inverse_factor, relative_error
 from calmix.pruning.methods import Method, get_method
@@ -100,8 +100,9 @@ def prune(
 
     An error after the first block leaves the model partly pruned and names the pruned blocks.
     """
+    stored = None
     if isinstance(model, OpenModel):
-        model = model.model
+        stored, model = model.stored_dtype, model.model
     if isinstance(ids, CalibrationSet):
         ids = ids.ids
     if not isinstance(model, nn.Module):
@@ -124,6 +125,8 @@ def prune(
         input_embeddings: Any = model.get_input_embeddings  # a method of transformers' models
         check_vocabulary(type(model).__name__, input_embeddings(), check_ids(ids, chosen.name))
     run = Run(model, blocks, chosen, pattern, propagation, paused, sources, embeddings)
+    if stored is not None:
+        run.types = {name: narrower(stored, p.dtype) for name, p in model.named_parameters()}
     try:
         run_through(run, ids, micro_tokens, progress)
     except BaseException as error:
@@ -231,6 +234,8 @@ class Run:
         seen: called with the layers of each input and its statistic, in place of pruning; then the
             pattern does not matter.
         states: hidden states entering the current block, by micro-batch number.
+        types: that parameters will be stored in, by name, if narrower than in memory; pruned
+            weights are rounded to them.
         changed: number of blocks up to the last one with a changed weight.
         needs_ids: whether the method uses calibration data.
         report: the report so far.
@@ -247,6 +252,7 @@ class Run:
     expert_bytes: int = EXPERT_BYTES
     seen: Callable[[list[Prunable], Any], None] | None = None
     states: dict[int, Tensor] | States = field(default_factory=dict)
+    types: Mapping[str, torch.dtype] = field(default_factory=dict)
     changed: int = 0
 
     def __post_init__(self) -> None:
@@ -517,14 +523,16 @@ class Run:
                 solved = self.method.solve(weights, statistic, patterns)
             except SolverError as failure:
                 raise SolverError(f"{layers[0].name}: {failure}") from failure
+            pairs = list(zip(layers, solved.weights, strict=True))
+            made = [kept.to(self.types.get(one.parameter_name, one.view().dtype))
+                    for one, kept in pairs]  # fmt: skip
             if statistic is not None and issubclass(self._kind, Gram):
-                pairs = zip(weights, solved.weights, strict=True)
-                errors = [relative_error(weight, kept, statistic) for weight, kept in pairs]
+                errors = [relative_error(weight, kept, statistic)
+                          for weight, kept in zip(weights, made, strict=True)]  # fmt: skip
         if self.report.propagation == "block":
-            made = [weight.to(weights[0].dtype) for weight in solved.weights]
             self._waiting.append((layers, made))
         else:
-            self._assign(layers, solved.weights)
+            self._assign(layers, made)
         precision = None if solved.dtype is None else dtype_name(solved.dtype)
         grids: Sequence[Grid | Encoded | None] = solved.grids or [None] * len(layers)
         results = zip(layers, solved.pruned, errors, grids, strict=True)

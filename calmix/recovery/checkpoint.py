@@ -26,7 +26,7 @@ from calmix.machine import device_memory, give_memory_back
 from calmix.manifest import deciding_versions, file_hashes, run_record, sealed, versions
 from calmix.models import open_model
 from calmix.models.opening import check_ids, device_of
-from calmix.models.shards import write_index
+from calmix.models.shards import weight_dtype, write_index
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name, reproducible, suited
@@ -327,6 +327,7 @@ def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
         "model": {"name": pruned.name, "sha256": asked["pruned"]},
         "against": {"name": job.dense.name, "sha256": asked["against"]},
         **{name: asked[name] for name in ("dtype", "device")},
+        "stored_dtype": dtype_name(weight_dtype(pruned.places)),
         "request": job.request.record(),
         "calibration": job.calibration.manifest,
         "recovery": done,

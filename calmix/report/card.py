@@ -27,7 +27,7 @@ from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import user_path
 from calmix.manifest import file_hashes, read_sealed
 from calmix.models import builtin_models
-from calmix.models.shards import Place, stored_tensors, weight_width
+from calmix.models.shards import Place, stored_tensors, weight_dtype
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.pruning.solvers.grids import SCALES
 from calmix.report import charts, words
@@ -69,7 +69,7 @@ class Card:
     @property
     def width(self) -> int:
         """Bits of a stored weight."""
-        return 8 * weight_width(self.stored)
+        return 8 * weight_dtype(self.stored).itemsize
 
     @property
     def outer(self) -> int:

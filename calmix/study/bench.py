@@ -168,12 +168,12 @@ class Bench:
         if self._pruned is not None and self._pruned[0] == trial.pruned:
             return self._pruned[1]
         self._open(trial.model)
-        model, request = self.opened.model, trial.request
+        model, request = self.opened, trial.request
         ids, method = None if made is None else made.ids, request.chosen.text
         pattern: Patterns = request.target
         if request.allocation is not None:
             assert ids is not None
-            pattern = allocate(model, ids, request.target, request.allocation)
+            pattern = allocate(model.model, ids, request.target, request.allocation)
         self._pruned = (), None
         report = prune(
             model, ids, method=method, pattern=pattern, progress=progress,

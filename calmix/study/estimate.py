@@ -24,7 +24,7 @@ from calmix.models.attention import use_own_attention
 from calmix.models.blocks import outer_weights
 from calmix.models.opening import DTYPES, device_of, known_model, loading
 from calmix.options import Recovering
-from calmix.precision import suited
+from calmix.precision import narrower, suited
 from calmix.pruning.budget import plan_for
 from calmix.recovery import memory as recovery
 from calmix.recovery.training import rows_at_once
@@ -55,7 +55,8 @@ class EmptyModel:
         trust = {"trust_remote_code": trust_remote_code}
         with loading(f"cannot read the configuration of {name}"):
             config = AutoConfig.from_pretrained(path, **trust)
-            chosen = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+            own = getattr(config, "dtype", None) or torch.float32
+            chosen = DTYPES.get(dtype, own)
             self.dtype = suited(chosen, self.device) if dtype == "auto" else chosen
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **trust)
@@ -67,6 +68,7 @@ class EmptyModel:
         self.block_weights = sum(p.numel() for p in self.blocks.blocks.parameters())
         self.vocabulary, self.hidden = self.model.get_output_embeddings().weight.shape
         self.bytes = self.weights * self.dtype.itemsize
+        self.disk = self.weights * narrower(own, self.dtype).itemsize  # of a checkpoint
 
     @property
     def outer_weights(self) -> int:
@@ -155,7 +157,7 @@ def estimate(
     for members in groups.values():
         first, model = members[0], models[members[0].model]
         memory = model.trial_memory(first, compared=compared)
-        kept = study.file.keep_checkpoints * model.bytes
+        kept = study.file.keep_checkpoints * model.disk
         costs.append(
             {
                 "model": first.model,
