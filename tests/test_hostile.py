@@ -8,14 +8,17 @@ import pytest
 
 from calmix.calibration import CalibrationSet, open_tokenizer, resolve
 from calmix.cli.common import printable
+from calmix.deploy.gguf import export
 from calmix.deploy.pack import pack, unpack
 from calmix.diagnostics.inspecting import inspect
 from calmix.errors import InputError, ModelError, SourceError
 from calmix.files import write_json
+from calmix.models import chat_template, resolve_model
 from calmix.models.opening import check_folder
 from calmix.models.shards import weight_files
 from calmix.sources.readers import LocalFile
 from calmix.study.store import open_store
+from tests.tiny import tiny_gguf
 
 DEEP = "[" * 20_000
 
@@ -109,6 +112,60 @@ def test_code_beside_a_model_does_not_run_unasked(calmix, tmp_path, model):
     assert prune(calmix, model).line
     assert calmix("calibrate", "python-docs", "-m", model, "-o", tmp_path / "set").code == 2
     assert not harm.exists()
+
+
+def with_value(raw, key, number, skip=4):
+    """Return a GGUF file with another number behind a key, its type and what else is to skip."""
+    at, size = raw.index(key.encode()) + len(key) + skip, 8 if number >= 2**32 else 4
+    return raw[:at] + number.to_bytes(size, "little") + raw[at + size :]
+
+
+def test_a_gguf_file_is_not_believed(calmix, tmp_path, model):
+    """As a model, and as the file that an export is like."""
+    whole = tiny_gguf(tmp_path / "whole.gguf").read_bytes()
+    array = {"skip": 8}  # the type of the array, and that of its entries
+    for content, says in (
+        (with_value(whole, "tokenizer.ggml.tokens", 2**40, **array), "counts 1099511627776"),
+        (with_value(whole, "tokenizer.ggml.tokens", 2**22, **array), "cut short, or its header"),
+        (with_value(whole, "llama.block_count", 10**9), "block_count 1000000000, more than its"),
+        (with_value(whole, "llama.attention.head_count", 10**9), "head_count 1000000000, more"),
+        (whole.replace(b"general.architecture", b"general.architectura"), "names no architecture"),
+        (whole[:4] + whole[4:8][::-1] + whole[8:], "big-endian"),
+        (whole[:8] + (2**40).to_bytes(8, "little") + whole[16:], "counts 1099511627776"),
+        (with_value(whole, "blk.0.attn_q.weight", 2**60, 4), "more than its bytes can hold"),
+        (with_value(whole, "blk.0.attn_q.weight", 10**9, 0), "has 1000000000 dimensions"),
+        (with_value(whole, "llama.block_count", 77, 0), "unknown type 77"),
+        (whole[:2000], "cut short"),
+        (b"GGUF", "cut short"),
+    ):
+        (path := tmp_path / "bad.gguf").write_bytes(content)
+        with pytest.raises(ModelError, match=rf"bad\.gguf: .*{says}"):
+            resolve_model(str(path))
+        with pytest.raises(ModelError, match=rf"cannot read .*bad\.gguf: .*{says}"):
+            export(str(model), tmp_path / "out.gguf", like=path)
+        assert not list(tmp_path.glob("*out.gguf*"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 'a' * 10000000000000 }}", "{{ 9 ** 9 ** 9 }}", "{{ '%9999999999d' % 1 }}",
+     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+     "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}"
+     "{% endfor %}",
+     "{% set ns = namespace(n=3) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}"
+     "{% endfor %}"],
+)  # fmt: skip
+def test_a_chat_template_is_bounded(calmix, tmp_path, monkeypatch, model, template):
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "MEMORY", 2**26)
+    (model / "chat_template.jinja").write_text(template)
+    chats = [{"messages": [{"role": "user", "content": "Hi"}]}] * 9
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, chats)))
+    small = ("--rows", 1, "--length", 32, "--leakage", "off")
+    ended = calmix("calibrate", path, "-m", model, "-o", tmp_path / "set", *small)
+    assert "chat template" in ended.line
+    assert not (tmp_path / "set").exists()
 
 
 def store(path, **changes):

@@ -189,3 +189,4 @@ def tiny_gguf(path, **rope):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path

@@ -17,8 +17,8 @@ from torch import Tensor
 from calmix.calibration.dataset import KIND, CalibrationSet
 from calmix.calibration.leakage import Guard, Tokenized
 from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
-from calmix.errors import InputError, SourceError
-from calmix.models.opening import templated
+from calmix.errors import InputError, ModelError, SourceError
+from calmix.models.chat_template import templated
 from calmix.sources import Document, Source, get_source
 from calmix.sources.readers import LocalFile
 from calmix.sources.registry import documents_hash
@@ -261,6 +261,8 @@ def formatted(document: Document, tokenizer: Any, name: str) -> str:
         return document.text
     try:
         text = templated(tokenizer, document.messages)
+    except ModelError:
+        raise
     except Exception as error:  # templates can raise anything
         why = " ".join(str(error).split())[:160]
         raise SourceError(

@@ -27,7 +27,14 @@ from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import check_output_file, hidden, real_place, replacing, sync
 from calmix.models import OpenModel, check_models, open_model, resolve_model
 from calmix.models.blocks import Prunable, find_blocks
-from calmix.models.opening import gguf_file, known_model, loading, read_gguf, reading_gguf
+from calmix.models.opening import (
+    check_gguf,
+    gguf_file,
+    known_model,
+    loading,
+    read_gguf,
+    reading_gguf,
+)
 from calmix.models.shards import weight_bytes
 from calmix.pruning.checkpoint import MANIFEST, read_told
 from calmix.pruning.engine import Run, run_through
@@ -80,7 +87,8 @@ def export(
         if origin is None or (isinstance(origin, Path) and not origin.is_file()):
             raise InputError(f"{template} is not a GGUF file")
         with loading(f"cannot read {template}"):
-            reader = GGUFReader(gguf_file(origin, beside))
+            check_gguf(file := gguf_file(origin, beside))
+            reader = GGUFReader(file)
         say("convert")
         folder = resolve_model(name)
         opened = open_as_stored(name, folder)  # levels are exact in this type alone
@@ -206,7 +214,8 @@ def _write(
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, quants
 
     kinds, state, ours = GGMLQuantizationType, opened.model.state_dict(), 0
-    grids, blocks = read_grids(folder), read_blocks(folder)
+    shapes = {name: value.shape for name, value in state.items()}
+    grids, blocks = read_grids(folder, shapes), read_blocks(folder, shapes)
     types = Counter[str]()
     writer = GGUFWriter(path, str(reader.get_field("general.architecture").contents()))
     for tensor in reader.tensors:

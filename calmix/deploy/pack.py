@@ -44,6 +44,7 @@ from calmix.files import (
     check_links,
     check_output_folder,
     copy_files,
+    parse_json,
     sha256_file,
     user_path,
     write_text,
@@ -62,7 +63,7 @@ from calmix.models.shards import (
     with_length,
 )
 from calmix.models.streaming import StreamedModel
-from calmix.pruning.solvers.grids import SCALES, Grid, as_grids, read_grids
+from calmix.pruning.solvers.grids import SCALES, Grid, as_grids, check_fit, read_grids
 
 FORMATS = 1, 2, 3  # without and with levels, and with levels of tensors stored by another name
 AHEAD = 3  # tensors packed at a time: a small one is a single chunk, and uses one core
@@ -71,6 +72,7 @@ SPARSE = 0.08  # share of zeros from which a mask, one bit per value, pays off i
 HELPS = 0.98  # compressed parts are kept if they are smaller by this factor
 RARE = 5e-4  # largest share of levels beyond half a byte for two levels to share a byte
 ASTRAY = 1e-2  # largest share of weights off the grid for a tensor to be stored as levels
+GROWTH, FIRST = 1000, 1 << 26  # most bytes unpacked from each byte packed, and beside them
 ALTERED = "does not have its original content: fetch the pack again"
 MAGIC = b"\x28\xb5\x2f\xfd"  # the first bytes of a zstandard frame
 
@@ -121,7 +123,9 @@ def pack(
     others = _other_files(folder, places)
     grids = read_grids(folder)
     renamed = _renamed(folder, grids, {name for each in places.values() for name, _ in each})
+    shapes = {name: place.shape for each in places.values() for name, place in each}
     grids = {renamed.get(name, name): grid for name, grid in grids.items()}
+    check_fit(grids, shapes, folder)
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
     total, done = sum((folder / name).stat().st_size for name in places), 0
 
@@ -269,13 +273,14 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
     path, scales = folder / PACK, dict[str, torch.Tensor]()
     check_links(folder)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         if manifest["format"] not in FORMATS:
             raise InputError(
                 f"{folder} is a pack of format {manifest['format']}, but this calmix reads up to "
                 f"{FORMATS[-1]}: unpack it with the version that made it"
             )
-        names = dict(manifest.get("names", {}))
+        manifest["weights"] = dict(manifest["weights"])
+        names = {str(name): str(stored) for name, stored in manifest.get("names", {}).items()}
         for name in (*manifest["weights"], *manifest["files"]):
             if {"", ".", ".."} & {*name.split("/")}:
                 raise InputError(f"{path} names a file outside the pack: {name!r}")
@@ -291,7 +296,8 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
     for name, entry in manifest["weights"].items():
         if name.startswith(SCALES):
             scales |= _tensors(folder / name, entry, {})
-    return manifest, {names.get(name, name): grid for name, grid in as_grids(scales).items()}
+    grids = as_grids(scales, folder)
+    return manifest, {names.get(name, name): grid for name, grid in grids.items()}
 
 
 def _renamed(folder: Path, grids: Collection[str], stored: Collection[str]) -> dict[str, str]:
@@ -462,6 +468,8 @@ def _unpacked(path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]) -> I
             file.seek(held["header"].start)
             header = file.read(held["header"].size)
             digest, places = hashlib.sha256(header), _in_order(parse_header(header, path))
+            if sum(place.size for _, place in places) > FIRST + GROWTH * path.stat().st_size:
+                raise ValueError("more than any weights grow")
             yield header
             jobs = (
                 job

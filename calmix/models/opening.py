@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -49,6 +48,8 @@ from calmix.machine import cores
 from calmix.manifest import deciding_versions
 from calmix.models.attention import use_own_attention
 from calmix.models.blocks import evaluating
+from calmix.models.chat_template import templated
+from calmix.models.gguf_header import Header, read_header
 from calmix.models.shards import PACK, stored_tensors, weight_dtype, weight_files
 from calmix.precision import dtype_name, narrower, suited
 from calmix.progress import quiet
@@ -551,32 +552,36 @@ def _dequantise(file: Path, folder: Path) -> None:
             tokenizer.save_pretrained(beside)
 
 
+def check_gguf(file: Path) -> Header:
+    """Return the header of a GGUF file; ValueError if it is damaged, or sizes in it are beyond its
+    weights."""
+    header = read_header(file)
+    widest = [max(shape, default=0) for shape in header.shapes.values()]
+    for name, value in header.values.items():
+        if found := _too_large({name.rpartition(".")[2]: value}, widest):
+            raise ValueError(f"its header has {found}, more than its weights allow")
+    return header
+
+
 def _gguf_dtype(file: Path) -> torch.dtype:
     """Return the type of a float32 or float16 file, and bfloat16 for a quantised one; ValueError if
     the file cannot be read as it is meant."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
-    fields = {name.rsplit(".", 1)[-1]: entry for name, entry in reader.fields.items()}
-    sizes = {key: fields[key].contents() for key in (*DEPTHS, *WIDTHS) if key in fields}
-    if found := _too_large(sizes, [int(tensor.n_elements) for tensor in reader.tensors]):
-        raise ValueError(f"its header has {found}, more than its weights allow")
-    if _scales_positions(reader):
+    header = check_gguf(file)
+    if _scales_positions(header):
         raise ValueError("it scales rotary positions, which transformers ignores in GGUF: name the "
                          "original checkpoint (and export with --like this file)")  # fmt: skip
-    kind = reader.get_field("general.file_type")
-    code = int(kind.contents()) if kind is not None else -1
-    return {0: torch.float32, 1: torch.float16}.get(code, torch.bfloat16)
+    kinds = {0: torch.float32, 1: torch.float16}
+    return kinds.get(header.values.get("general.file_type", -1), torch.bfloat16)
 
 
-def _scales_positions(reader: Any) -> bool:
+def _scales_positions(header: Header) -> bool:
     """Whether a GGUF file scales rotary positions in a way that transformers ignores."""
-    rope = {name.partition(".rope.")[2]: entry.contents() for name, entry in reader.fields.items()
+    rope = {name.partition(".rope.")[2]: value for name, value in header.values.items()
             if ".rope." in name}  # fmt: skip
     factor = rope.get("scaling.factor", rope.get("scale_linear", 1))
-    return "gpt-oss.rope.scaling.type" not in reader.fields and (
+    return "gpt-oss.rope.scaling.type" not in header.values and (
         (factor != 1 and rope.get("scaling.type") != "none")
-        or any(tensor.name.startswith(("rope_freqs", "rope_factors")) for tensor in reader.tensors)
+        or any(name.startswith(("rope_freqs", "rope_factors")) for name in header.shapes)
     )
 
 
@@ -663,23 +668,6 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-class _OneDay(datetime):
-    @classmethod
-    def now(cls, tz: Any = None) -> _OneDay:
-        return cls(2025, 1, 1, tzinfo=tz)
-
-
-def templated(tokenizer: Any, chat: Sequence[Mapping[str, Any]], **how: Any) -> str:
-    """Return a chat in the model's template: without thinking before the answer, and the same on
-    any day."""
-    from transformers.utils import chat_template_utils
-
-    with patch.object(chat_template_utils, "datetime", _OneDay):
-        return str(tokenizer.apply_chat_template(
-            list(chat), tokenize=False, enable_thinking=False, date_string="1 Jan 2025", **how
-        ))  # fmt: skip
-
-
 def in_chat(tokenizer: Any, *turns: str) -> str | None:
     """Return a chat that ends with a user's turn in the model's template, up to the answer; None
     without a template, or if it refuses turns of only user and assistant."""
@@ -688,6 +676,8 @@ def in_chat(tokenizer: Any, *turns: str) -> str | None:
     chat = [{"role": ("user", "assistant")[at % 2], "content": t} for at, t in enumerate(turns)]
     try:
         text = templated(tokenizer, chat, add_generation_prompt=True)
+    except ModelError:
+        raise
     except Exception:  # templates can raise anything
         return None
     return text if all(turn.strip() in text for turn in turns) else None

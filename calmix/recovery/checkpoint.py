@@ -142,7 +142,8 @@ class Job:
             manifest = manifest["pruned"]
         done = manifest.get("pruning", {})
         names = {layer.parameter_name for layer in layers}
-        self.grids = {n: grid for n, grid in read_grids(pruned.folder).items() if n in names}
+        grids = read_grids(pruned.folder, shapes)
+        self.grids = {name: grid for name, grid in grids.items() if name in names}
         rounded = {one["name"] for one in done.get("layers", []) if one.get("bits") is not None}
         on_grid = {layer.parameter_name for layer in layers if layer.name in rounded}
         self.fixed = on_grid - self.grids.keys()

@@ -116,9 +116,25 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(pruned, tmp_pa
         ("lacks gone.txt, which is part of the pack", {"files": {"gone.txt": "0"}}),
         (altered, {"files": {"config.json": "0"}}),
         (altered, {"weights": {"model.safetensors": {"packed": "0"}}}),
-        ("is damaged", {"weights": 3}),
-    ):
+        *(("is damaged", {key: value}) for key, value in (
+            ("weights", 3), ("weights", ["model.safetensors"]), ("files", [["a"]]), ("names", ["a"])
+        )),
+    ):  # fmt: skip
         refused(match, **manifest)
+    (tmp_path / "pack" / PACK).write_text("[" * 10**6)
+    with pytest.raises(InputError, match="is damaged"):
+        unpack(tmp_path / "pack", tmp_path / "out")
+
+
+def test_a_pack_that_would_grow_without_end_is_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    zeros = {"zeros": torch.zeros(2**20, 40, dtype=torch.bfloat16)}
+    save_file(zeros, tmp_path / "model" / "model.safetensors")
+    pack(tmp_path / "model", tmp_path / "pack")
+    assert (tmp_path / "pack" / "model.safetensors").stat().st_size < 10_000
+    with pytest.raises(InputError, match="does not have its original content"):
+        unpack(tmp_path / "pack", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["ecq", "eight", "joint"])

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from calmix.calibration import CalibrationSet, ask, open_tokenizer, resolve
 from calmix.calibration.tokenizer import OpenTokenizer, tokenizer_function
+from calmix.deploy.gguf import export
+from calmix.deploy.pack import pack, unpack
 from calmix.diagnostics.inspecting import inspect
 from calmix.errors import InputError, ModelError
 from calmix.evaluation.evaluate import choose
@@ -103,6 +105,9 @@ def make(folder):
     request = prune_request(method="magnitude", pattern="2:4")
     prune_checkpoints(str(model), {folder / "pruned": request})
     how = {"rows": 8, "length": 16, "epochs": 1, "leakage": "off"}
+    request = prune_request(method="gptq,group=32", bits=4, calibration=str(folder / "set"))
+    prune_checkpoints(str(model), {folder / "rounded": request})
+    pack(folder / "rounded", folder / "pack")
     asked = recover_request(method="blocks", calibration=str(text), **how)
     recover(str(folder / "pruned"), str(model), asked, folder / "recovered")
     few = {"sources": synthetic.SOURCES[:2], "seeds": (0,), "dimensions": ("general", "code")}
@@ -193,6 +198,29 @@ def _dequantised(folder, path):
     resolve_model(str(path))
 
 
+def _exported(folder, path):
+    out = folder / "out.gguf"
+    try:
+        export(str(folder / "model"), out, like=path)
+    finally:
+        out.unlink(missing_ok=True)
+
+
+def _packed(folder, _):
+    try:
+        pack(folder / "rounded", folder / "packed")
+    finally:
+        shutil.rmtree(folder / "packed", ignore_errors=True)
+
+
+def _unpacked(folder, _):
+    inspect(folder / "pack")
+    try:
+        unpack(folder / "pack", folder / "unpacked")
+    finally:
+        shutil.rmtree(folder / "unpacked", ignore_errors=True)
+
+
 def _inspected(_, path):
     if problems := inspect(path.parent).problems:
         raise InputError(problems[0])  # as the verb does
@@ -218,6 +246,10 @@ KINDS = {
     "result": Kind(f"{TRIAL}/result.json", "json", _store),
     "trial-scores": Kind(f"{TRIAL}/scores.json", "json", _store),
     "gguf": Kind("tiny.gguf", "binary", _dequantised, 0.5),
+    "like": Kind("tiny.gguf", "binary", _exported, 0.3),
+    "scales": Kind("rounded/calmix-scales/00000", "binary", _packed, 0.5),
+    "pack": Kind("pack/calmix-pack.json", "json", _unpacked, 0.5),
+    "packed": Kind("pack/model-00001-of-00004.safetensors", "binary", _unpacked, 0.5),
     "safetensors": Kind("model/model.safetensors", "binary", _model),
     "config": Kind("model/config.json", "json", _model),
     "tokenizer": Kind("model/tokenizer.json", "json", _tokenizer),

@@ -12,6 +12,7 @@ from calmix.pruning import prune
 from calmix.pruning.checkpoint import write_checkpoint
 from calmix.pruning.engine import Run
 from calmix.pruning.solvers.grids import read_grids
+from calmix.specs import prune_request
 from tests.pruning.toy import SMALL
 from tests.tiny import hashes, load_weights, save_tiny_model, tiny_ids, tiny_model
 
@@ -70,7 +71,8 @@ def test_a_model_pruned_in_memory_is_the_one_that_is_stored(tmp_path, kind):
     opened = open_model(str(save_half(tmp_path / "model", torch.float16, kind)))
     assert (opened.model.dtype, opened.stored_dtype) == (torch.float32, torch.float16)
     report = prune(opened, tiny_ids(), pattern="2:4")
-    write_checkpoint(opened, tmp_path / "out", report, None)
+    request = prune_request(pattern="2:4", calibration="none.txt")
+    write_checkpoint(opened, tmp_path / "out", report, None, request)
     stored = load_weights(tmp_path / "out")
     assert stored.keys() == load_weights(tmp_path / "model").keys()
     assert {value.dtype for value in stored.values()} == {torch.float16}

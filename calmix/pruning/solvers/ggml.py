@@ -7,7 +7,7 @@ A row is cut into blocks of 32 or 256 weights. A weight is `scale * level - mini
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -151,6 +151,11 @@ class Encoded:
     def bits(self) -> float:
         """Bits per weight."""
         return TYPES[self.name].bits
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether these are the blocks of a matrix of this shape (rows, columns)."""
+        kind, held = TYPES[self.name], (self.data.dtype, *self.data.shape)
+        return held == (torch.uint8, shape[0], shape[-1] // kind.size * kind.bytes)
 
     def values(self) -> Tensor:
         """Return the weights, float32 (rows, columns)."""

@@ -23,6 +23,8 @@ from calmix.models.shards import read_file
 from calmix.pruning.patterns import clear
 from calmix.pruning.solvers.ggml import TYPES, Encoded
 
+G = TypeVar("G", "Grid", Encoded)
+
 SCALES = "calmix-scales"  # folder beside a model's weights, with one file per block
 SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)  # multiples of the largest scale that are tried
 FINE = 6  # bits from which the largest weight sets the scale
@@ -65,6 +67,12 @@ class Grid:
         octaves = None if self.octaves is None else self.octaves.to(device)
         return replace(self, scale=self.scale.to(device), octaves=octaves)
 
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a matrix of this shape (rows, columns) can have the grid."""
+        rows, groups = self.scale.shape
+        apart = self.octaves is None or (self.octaves.shape == shape[1:] and groups == 1)
+        return apart and len(shape) == 2 and rows in (1, shape[0]) and shape[1] % groups == 0
+
     def part(self, rows: slice) -> Grid:
         """Return the grid of some rows."""
         return replace(self, scale=self.scale[rows]) if len(self.scale) > 1 else self
@@ -84,26 +92,35 @@ def stored(grids: Mapping[str, Grid | Encoded]) -> dict[str, Tensor]:
     return made
 
 
-def as_grids(tensors: Mapping[str, Tensor]) -> dict[str, Grid]:
-    """Return `stored` grids by parameter, without blocks; their bits are unknown."""
+def as_grids(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Grid]:
+    """Return `stored` grids of a folder by parameter, without blocks; their bits are unknown."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter, _, kind = name.rpartition("|")
-        if kind in TYPES:
-            continue
-        parts.setdefault(parameter, {})[kind] = value if kind == "octaves" else value.float()
-    return {name: Grid(bits=0.0, **values) for name, values in parts.items()}
+        if kind not in TYPES:
+            parts.setdefault(parameter, {})[kind] = value
+    grids = {}
+    for name, each in parts.items():
+        scale, octaves = each.pop("scale", torch.empty(0)), each.pop("octaves", None)
+        sound = scale.dtype == torch.bfloat16 and scale.ndim == 2 and bool(scale.isfinite().all())
+        whole = octaves is None or (octaves.dtype, octaves.ndim) == (torch.int8, 1)
+        if each or not (sound and whole and scale.numel()):
+            raise _damaged(folder, name)
+        grids[name] = Grid(scale.float(), 0.0, octaves)
+    return grids
 
 
-def read_grids(folder: Path) -> dict[str, Grid]:
-    """Return the grids of a model folder's quantised parameters; {} without scales."""
-    return as_grids(_read_stored(folder))
+def read_grids(folder: Path, shapes: Mapping[str, Sequence[int]] = {}) -> dict[str, Grid]:
+    """Return the grids of a model folder's quantised parameters; {} without scales. InputError if
+    they are damaged, or do not fit the parameters' `shapes`."""
+    return check_fit(as_grids(_read_stored(folder), folder), shapes, folder)
 
 
-def read_blocks(folder: Path) -> dict[str, Encoded]:
-    """Return the blocks of a model folder's quantised parameters; {} without any."""
+def read_blocks(folder: Path, shapes: Mapping[str, Sequence[int]] = {}) -> dict[str, Encoded]:
+    """Return the blocks of a model folder's quantised parameters; as `read_grids`."""
     parts = ((name.rpartition("|"), value) for name, value in _read_stored(folder).items())
-    return {name: Encoded(kind, value) for (name, _, kind), value in parts if kind in TYPES}
+    blocks = {name: Encoded(kind, value) for (name, _, kind), value in parts if kind in TYPES}
+    return check_fit(blocks, shapes, folder)
 
 
 def _read_stored(folder: Path) -> dict[str, Tensor]:
@@ -111,6 +128,24 @@ def _read_stored(folder: Path) -> dict[str, Tensor]:
     for path in sorted((folder / SCALES).glob("[!.]*")):
         tensors |= read_file(path)
     return tensors
+
+
+def check_fit(
+    stored: dict[str, G], shapes: Mapping[str, Sequence[int]], folder: Path
+) -> dict[str, G]:
+    """Return grids or blocks of a folder; InputError for one that does not fit its parameter's
+    shape."""
+    for name in stored.keys() & shapes.keys():
+        if not stored[name].fits(shapes[name]):
+            raise _damaged(folder, name)
+    return stored
+
+
+def _damaged(folder: Path, name: str) -> InputError:
+    return InputError(
+        f"{folder / SCALES} is damaged, or of another model ({name}): fetch the model again, or "
+        "delete these scales to use the weights as they are"
+    )
 
 
 def factors(octaves: Tensor) -> Tensor:
@@ -153,9 +188,6 @@ def check_group(group: int, columns: int, name: str = "a layer") -> int:
             "group, such as group=32, or leave such layers dense with --skip"
         )
     return min(group, columns)
-
-
-G = TypeVar("G")
 
 
 class Rounding(ABC, Generic[G]):
