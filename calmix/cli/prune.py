@@ -140,11 +140,18 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
         line(f"{before - after} of {before} experts dropped (calmix.json){alone}")
     for name, bits in report.embeddings.items():
         line(f"{name}: {bits:.2f} bits per weight")
+    if types := Counter(layer.type for layer in report.layers if layer.type):
+        kinds = ", ".join(f"{count} {name}" for name, count in types.items())
+        instead = types.keys() - {report.pattern}
+        why = " (no block of 256 fits the rows of some)" if instead else ""
+        line(f"layers by type: {kinds}{why}")
     if report.bits is not None:
-        packed = size(report.weights * report.bits / 8)
-        line(f"{report.bits:.2f} bits per weight, {report.sparsity:.1%} zeros: "
-             f"{packed} once packed, of {size(2 * report.weights)} in 16 bits "
-             f"(calmix export --to pack), {done}")  # fmt: skip
+        small, form = size(report.weights * report.bits / 8), "gguf" if types else "pack"
+        zeros = "" if types else f", {report.sparsity:.1%} zeros"
+        line(
+            f"{report.bits:.2f} bits per weight{zeros}: {small} of {size(2 * report.weights)} in "
+            f"16 bits, once exported (calmix export --to {form}), {done}"
+        )
     elif report.layers:
         line(f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) "
              f"{done}")  # fmt: skip

@@ -545,6 +545,7 @@ class Run:
                     layer.name, rows, columns, pruned, pruned / (rows * columns), error,
                     solved.damping, precision, solved.dead, tokens,
                     None if grid is None else grid.bits,
+                    grid.name if isinstance(grid, Encoded) else None,
                 )
             )  # fmt: skip
 

@@ -17,7 +17,8 @@ class LayerReport:
     """The result for one layer.
 
     `error` is the share of output energy lost, `tokens` the number routed to it if it belongs to an
-    expert, `bits` the storage per quantised weight: levels, scales and mask.
+    expert, `bits` the storage per quantised weight: levels, scales and mask. `type` is that of
+    GGML's blocks.
     """
 
     name: str
@@ -31,6 +32,7 @@ class LayerReport:
     dead_inputs: int
     tokens: int | None = None
     bits: float | None = None
+    type: str | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ QUANTISED = {
     "four": {"method": "gptq,group=32", "bits": 4},
     "eight": {"method": "gptq,group=64", "bits": 8},
     "ecq": {"bits": 2.8},
+    "blocks": {"method": "ggml,type=Q4_K"},
     "joint": {"sparsity": 0.5, "bits": 4},
 }
 

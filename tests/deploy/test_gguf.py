@@ -1,18 +1,22 @@
 """GGUF files with the levels of a grid, read back by other libraries; importance matrices."""
 
+import shutil
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader, quants
+from gguf import GGUFReader, LlamaFileType, quants
+from safetensors.torch import load_file, save_file
 
 from calmix.calibration import open_tokenizer, resolve
 from calmix.deploy import gguf
 from calmix.deploy.gguf import export
 from calmix.models import open_model
 from calmix.pruning.checkpoint import prune_checkpoints
+from calmix.pruning.solvers.ggml import Encoded
+from calmix.pruning.solvers.grids import read_blocks
 from calmix.specs import prune_request
 from tests.tiny import load_weights, save_tiny_model
 
@@ -23,7 +27,8 @@ def own_cache(quantised, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("four", "Q4_0"), ("eight", "Q8_0"), ("joint", "Q4_0"), ("ecq", "F16")]
+    ("name", "kind"),
+    [("four", "Q4_0"), ("eight", "Q8_0"), ("joint", "Q4_0"), ("ecq", "F16"), ("blocks", "Q5_0")],
 )
 def test_a_file_has_the_levels_of_the_grid(quantised, name, kind, tmp_path):
     """Types are as requested; transformers and the gguf library read the checkpoint's weights."""
@@ -47,6 +52,43 @@ def test_a_file_has_the_levels_of_the_grid(quantised, name, kind, tmp_path):
     np.testing.assert_allclose(
         found, weights["model.layers.1.mlp.up_proj.weight"].float().numpy(), rtol=1e-3, atol=1e-6
     )
+
+
+def test_blocks_are_written_as_solved(calmix, quantised, tmp_path):
+    """Byte for byte, in the file's order of rows; not where a weight has changed since."""
+    out, blocks = tmp_path / "out.gguf", read_blocks(quantised / "blocks")
+    command = "export", quantised / "blocks", "--to", "gguf", "--weights", "q4_k", "-o", out
+    assert "(15 Q5_0, 5 F32; 14 keep the levels" in calmix(*command).ok().out
+    tensors = {one.name: one for one in GGUFReader(out).tensors}
+    up = blocks["model.layers.1.mlp.up_proj.weight"]
+    assert (tensors["blk.1.ffn_up.weight"].data == up.data.numpy()).all()
+    assert GGUFReader(out).get_field("general.file_type").contents() == LlamaFileType.MOSTLY_Q5_0
+    query, own = (
+        tensors["blk.0.attn_q.weight"].data,
+        blocks["model.layers.0.self_attn.q_proj.weight"],
+    )
+    assert (query != own.data.numpy()).any()
+    assert sorted(map(bytes, query)) == sorted(map(bytes, own.data.numpy()))
+    shutil.copytree(quantised / "blocks", tmp_path / "changed")
+    for file in (tmp_path / "changed").glob("*.safetensors"):
+        tensors = load_file(file)
+        if (key := "model.layers.1.mlp.up_proj.weight") in tensors:
+            tensors[key][0, 0] += 1
+            save_file(tensors, file, metadata={"format": "pt"})
+    written = export(str(tmp_path / "changed"), out, overwrite=True)
+    assert (written["types"]["Q5_0"], written["ours"]) == (13, 13)
+
+
+def test_blocks_follow_rows_alone():
+    values = np.arange(6 * 64).reshape(6, 64)
+    blocks = Encoded("Q8_0", torch.arange(6 * 68, dtype=torch.uint8).view(6, 68).remainder(50))
+    weight, turned = blocks.values(), np.array([3, 1, 2, 0, 5, 4])
+    assert gguf._rows(weight, blocks, None) is not None
+    np.testing.assert_array_equal(gguf._rows(weight, blocks, values[turned]), blocks.data[turned])
+    assert gguf._rows(weight, blocks, values[:, ::-1]) is None
+    assert gguf._rows(weight, blocks, values.T) is None
+    assert gguf._rows(weight, None, None) is None
+    assert gguf._rows(weight + 1, blocks, None) is None
 
 
 def test_levels_are_kept_where_the_processor_has_no_fast_bfloat16(quantised, tmp_path, monkeypatch):

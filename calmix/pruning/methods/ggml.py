@@ -68,11 +68,17 @@ class Ggml(Method):
         factor = inverse_factor(statistic, self.damping)
 
         def choose(some: Sequence[Tensor], _: Tensor, types: Sequence[Pattern]) -> Solution:
-            made, grids = rounded(some, factor, of(types[0], some[0].shape[1]))
+            kind = of(types[0], some[0].shape[1])
+            importance = self.importance(statistic, factor)
+            made, grids = rounded(some, factor, kind, importance)
             zeros, dead = [0] * len(made), int(factor.dead.sum())
             return Solution(made, zeros, factor.damping, factor.dtype, dead, grids)
 
         return by_kind(choose, weights, statistic, patterns)
+
+    def importance(self, gram: Tensor, factor: Factor) -> Tensor:
+        """Return what a squared error in each column costs, once later ones have made up for it."""
+        return factor.upper.diagonal().square().reciprocal()
 
 
 def of(pattern: Pattern, columns: int, name: str = "a layer") -> BlockType:
@@ -89,11 +95,10 @@ def of(pattern: Pattern, columns: int, name: str = "a layer") -> BlockType:
 
 
 def rounded(
-    weights: Sequence[Tensor], factor: Factor, kind: BlockType
+    weights: Sequence[Tensor], factor: Factor, kind: BlockType, importance: Tensor
 ) -> tuple[list[Tensor], list[Encoded]]:
     """Return the rounded float32 weights of layers that share an input, and their blocks."""
     if kind.group:
-        importance = factor.upper.diagonal().square().reciprocal()
         return solve_columns(weights, factor, None, BlockGrid(weights, kind, importance))
     search = partial(quantise, name=kind.name)
     grids = [solve_blocks(weight, factor, kind.size, search) for weight in weights]
