@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -87,14 +87,17 @@ SOLVED = {
 WAYS = (*ROUNDED, *SOLVED)
 
 
-def statistics(opened: OpenModel, ids: Tensor, *, gram: bool) -> dict[str, Tensor]:
+def statistics(
+    opened: OpenModel, ids: Tensor, *, gram: bool, only: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """Return the sum of squares, or the Gram matrix, of the inputs of every matrix."""
     sums: dict[str, Tensor] = {}
 
     def seen(layers: list[Prunable], statistic: Tensor) -> None:
         sums.update(dict.fromkeys((layer.name for layer in layers), statistic))
 
-    run_through(Run(opened.model, find_blocks(opened.model), Look(gram=gram), seen=seen), ids)
+    found = find_blocks(opened.model).select(only)
+    run_through(Run(opened.model, found, Look(gram=gram), seen=seen), ids)
     return sums
 
 
@@ -150,18 +153,14 @@ def by_matrix(options: argparse.Namespace, opened: OpenModel, ids: Tensor) -> No
     """Print a row for each matrix and type: the error on rows that were not fitted, by way."""
     blocks = opened.model.get_decoder().layers
     del blocks[max(options.blocks) + 1 :]
-    wanted = [f".{block}." for block in options.blocks]
-    fitted, other = {}, {}
+    wanted = [f"*.{block}.*" for block in options.blocks]
     own = torch.arange(len(ids)) % (len(ids) // options.held_out) != 0  # some of every source
-    for part, sums in ((ids[own], fitted), (ids[~own], other)):
-        for name, gram in statistics(opened, part, gram=True).items():
-            if any(block in name for block in wanted):
-                sums[name] = gram
+    fitted, other = (
+        statistics(opened, part, gram=True, only=wanted) for part in (ids[own], ids[~own])
+    )
     print(f"| matrix | inputs | type | {' | '.join(options.ways)} |")
     print("|---|---|---|" + "---|" * len(options.ways), flush=True)
-    for layer in find_blocks(opened.model).layers:
-        if layer.name not in fitted:
-            continue
+    for layer in find_blocks(opened.model).select(wanted).layers:
         gram, weight = fitted[layer.name], layer.view()
         for name in options.types:
             kind, errors = fitting(name, weight.shape[1]), []

@@ -143,7 +143,7 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
     if types := Counter(layer.type for layer in report.layers if layer.type):
         kinds = ", ".join(f"{count} {name}" for name, count in types.items())
         instead = types.keys() - {report.pattern}
-        why = " (no block of 256 fits the rows of some)" if instead else ""
+        why = " (blocks of 256 do not fit all rows)" if instead else ""
         line(f"layers by type: {kinds}{why}")
     if report.bits is not None:
         small, form = size(report.weights * report.bits / 8), "gguf" if types else "pack"

@@ -14,7 +14,7 @@ from calmix.calibration import open_tokenizer, resolve
 from calmix.deploy import gguf
 from calmix.deploy.gguf import export
 from calmix.models import open_model
-from calmix.pruning.checkpoint import prune_checkpoints
+from calmix.pruning.checkpoint import prune_checkpoints, read_told
 from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import read_blocks
 from calmix.specs import prune_request
@@ -77,6 +77,22 @@ def test_blocks_are_written_as_solved(calmix, quantised, tmp_path):
             save_file(tensors, file, metadata={"format": "pt"})
     written = export(str(tmp_path / "changed"), out, overwrite=True)
     assert (written["types"]["Q5_0"], written["ours"]) == (13, 13)
+
+
+def test_a_type_that_fits_no_row_is_replaced_and_reported(calmix, quantised, tmp_path):
+    drawn = "--calibration", quantised / "text.txt", "--rows", 6, "--length", 32, "--leakage", "off"
+    model = quantised / "tiny.gguf"
+    told = calmix("prune", model, "--method", "ggml,type=q3_k", *drawn, "-o", tmp_path / "out").ok()
+    assert "layers by type: 14 IQ4_NL (blocks of 256 do not fit all rows)" in told.out
+    assert "(calmix export --to gguf)" in told.out
+    layers = read_told(tmp_path / "out" / "calmix.json")["pruning"]["layers"]
+    assert {(one["type"], one["bits"]) for one in layers} == {("IQ4_NL", 4.5)}
+    wrong = calmix("prune", model, "--method", "ggml,type=Q3", *drawn, "-o", tmp_path / "wrong")
+    assert "unknown type 'Q3': did you mean" in wrong.line
+    wrong = calmix(
+        "prune", model, "--method", "ggml", "--sparsity", 0.5, *drawn, "-o", tmp_path / "w"
+    )
+    assert "method ggml takes a type such as Q3_K, not 0.5" in wrong.line
 
 
 def test_blocks_follow_rows_alone():

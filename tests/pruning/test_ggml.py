@@ -5,6 +5,7 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
+from benchmarks.twins import make_twin
 from calmix.errors import InputError
 from calmix.pruning.gram import EvenGram, Gram, inverse_factor, relative_error
 from calmix.pruning.methods import get_method
@@ -13,6 +14,7 @@ from calmix.pruning.solvers.block_grid import BlockGrid, search, solve_blocks
 from calmix.pruning.solvers.ggml import TYPES, Encoded, Levels, block_type
 from calmix.pruning.solvers.libggml import quantise
 from calmix.pruning.solvers.surgeon import solve_columns
+from tests.tiny import tiny_ids, tiny_model
 
 BY_COLUMN = [name for name, kind in TYPES.items() if kind.group]
 
@@ -212,3 +214,17 @@ def test_tokens_of_one_norm_weigh_alike():
     plain.add(torch.nn.functional.normalize(x, dim=1))
     torch.testing.assert_close(even.matrix(), plain.matrix())
     assert get_method("ggml,even=true").needs is EvenGram
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text"])
+def test_a_twin_is_the_same_function(kind):
+    dense, twin = tiny_model(kind), tiny_model(kind)
+    make_twin(twin)
+    ids = tiny_ids(2)
+    torch.testing.assert_close(twin(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-4)
+    before, after = dense.state_dict(), twin.state_dict()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    ends = {name.split(".")[-2] for name in changed}
+    assert {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} <= ends
+    ratio = after["model.layers.0.mlp.up_proj.weight"] / before["model.layers.0.mlp.up_proj.weight"]
+    assert 0.5 < ratio.min() < 0.8 < 1.25 < ratio.max() < 2
