@@ -226,9 +226,7 @@ class Pruning(DrawOptions):
         None, "sequential: inputs from pruned layers; block: the papers' two passes.",
         shown="sequential",
     )  # fmt: skip
-    allocation: str | None = advanced(
-        None, "Per-layer sparsity (owl) or bits (kl).", shown="uniform"
-    )
+    allocation: str | None = advanced(None, "Per-layer sparsity: owl.", shown="uniform")
     drop_experts: float | None = advanced(
         None, "Fraction of experts to drop per MoE layer: 0.25.", gt=0, lt=1
     )

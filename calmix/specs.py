@@ -143,9 +143,9 @@ def prune_request(
 ) -> PruneRequest:
     """Check the options of `calmix.options.Pruning` and of the method, and fill in the method's
     defaults."""
-    from calmix.pruning.allocation import KL, read_allocation
+    from calmix.pruning.allocation import read_allocation
     from calmix.pruning.methods import get_method
-    from calmix.pruning.patterns import Rate, Unstructured, as_pattern
+    from calmix.pruning.patterns import Unstructured, as_pattern
 
     given = _given(options)
     own = {name: given.pop(name) for name in list(given) if name not in PRUNE}
@@ -186,16 +186,6 @@ def prune_request(
             )
     if drops and request.calibration is None:
         raise InputError("--drop-experts needs --calibration: text to score the experts on")
-    if chosen.get("allocation") == KL and isinstance(target, Rate):
-        try:
-            solver.check(Rate(4.5), 0)
-        except InputError:
-            raise InputError(
-                f"--allocation {KL} gives layers fractional bits, which method {solver.name} does "
-                "not take: choose --method ecq"
-            ) from None
-    if drops and chosen.get("allocation") == KL:
-        raise InputError(f"--drop-experts takes no {KL} as --allocation: use owl")
     return PruneRequest(**given | chosen)
 
 

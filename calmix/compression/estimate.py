@@ -18,7 +18,6 @@ from calmix.files import check_free
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.options import Recovering
-from calmix.pruning.allocation import KL
 from calmix.pruning.checkpoint import planned
 from calmix.recovery.memory import BEHIND, check_memory
 from calmix.specs import PruneRequest, prune_request, recover_request
@@ -94,8 +93,6 @@ def estimate_prune(
             stage = Stage("write the calibration set", (), None)
             costs.append(StageCost(stage, work, model.bytes + PROGRAM, 0.0))
     needed, checkpoint = planned(name, targets, rows, length, max_memory=max_memory, **how)
-    if any(request.allocation == KL for request in targets.values()):
-        needed = max(needed, int(PROGRAM + model.bytes))
     for request in targets.values():
         stage = Stage(f"prune, {request.name}", (), None)
         costs.append(StageCost(stage, work if request.calibration else "", needed, checkpoint))

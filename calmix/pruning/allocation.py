@@ -1,10 +1,9 @@
-"""Per-layer sparsity or bits at a fixed global target.
+"""Per-layer sparsity at a fixed global target.
 
     uniform   the same in every layer
     owl       blocks with more outliers keep more (OWL, arXiv 2310.05175): D is the share of
               |W| ||x|| above five times its mean over a block, and a block keeps
               r - mean(r) + 1 - S with r = 0.16 minmax(D)
-    kl        distributes bits: more where rounding moves the predictions further (`rates.py`)
 
 Means are over weights, so that the total is right when blocks differ in size. `owl` adds one pass
 of the dense model over the calibration set.
@@ -22,32 +21,23 @@ from calmix.errors import InputError, nearest
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks
 from calmix.models.opening import OpenModel
 from calmix.precision import widest
-from calmix.pruning.engine import Run, check_ids, run_through
+from calmix.pruning.engine import Run, run_through
 from calmix.pruning.methods import Look
-from calmix.pruning.patterns import Pattern, Rate, Unstructured, as_pattern
-from calmix.pruning.rates import rates_by_kl
+from calmix.pruning.patterns import Pattern, Unstructured, as_pattern
 
 OUTLIER = 5.0  # times the mean
 SPREAD = 0.16  # difference between the highest and the lowest sparsity of `owl`
-OWL, KL = "owl", "kl"
+OWL = "owl"
 
 
 def read_allocation(name: str | None, target: Pattern) -> str | None:
     """Check the name of an allocation; return None for `uniform`."""
     if name is None or name == "uniform":
         return None
-    known = {OWL: Unstructured, KL: Rate}
-    if name not in known:
-        hint = nearest(str(name), ["uniform", *known])
-        raise InputError(f"unknown allocation '{name}': {hint}")
-    if not isinstance(target, Unstructured | Rate):
-        raise InputError(
-            "--allocation has no effect with an N:M pattern, which is the same in every layer: "
-            "give --sparsity"
-        )
-    if not isinstance(target, known[name]):
-        what, other = ("a sparsity", KL) if name == OWL else ("bits", OWL)
-        raise InputError(f"--allocation {name} distributes {what}: choose {other}")
+    if name != OWL:
+        raise InputError(f"unknown allocation '{name}': {nearest(name, ['uniform', OWL])}")
+    if not isinstance(target, Unstructured):
+        raise InputError(f"--allocation {OWL} distributes a sparsity: it needs --sparsity")
     return name
 
 
@@ -130,9 +120,9 @@ def allocate(
     """Return a pattern for every layer of a model in memory, for `calmix.prune`.
 
     Args:
-        model, ids, micro_tokens: as for `calmix.prune`; `kl` does not use micro_tokens.
-        target: fraction pruned of all weights; for `kl` bits a weight, such as `2.6 bits`.
-        by: `owl` or `kl`.
+        model, ids, micro_tokens: as for `calmix.prune`.
+        target: fraction pruned of all weights.
+        by: `owl`.
 
     Raises:
         InputError: no such allocation, or no room for it.
@@ -144,8 +134,6 @@ def allocate(
     net: nn.Module = model.model if isinstance(model, OpenModel) else model
     rows = ids.ids if isinstance(ids, CalibrationSet) else ids
     blocks = find_blocks(net)
-    if isinstance(target, Rate):
-        return dict(rates_by_kl(net, blocks, check_ids(rows, f"allocation {by}"), [target])[target])
     dense = OutlierPass(net, blocks)
     run_through(dense, rows, micro_tokens)
     uniform: dict[str, Pattern] = {layer.name: target for layer in blocks.layers}

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from calmix.files import (
     sha256_json,
     write_json,
 )
-from calmix.machine import device_memory
 from calmix.manifest import (
     deciding_versions,
     file_hashes,
@@ -43,7 +41,7 @@ from calmix.manifest import (
     sealed,
     versions,
 )
-from calmix.models import OpenModel, find_blocks, open_model
+from calmix.models import OpenModel, open_model
 from calmix.models.opening import (
     check_ids,
     check_models,
@@ -61,13 +59,12 @@ from calmix.models.shards import (
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name, narrower
-from calmix.pruning.allocation import KL, OWL, OutlierPass
+from calmix.pruning.allocation import OWL, OutlierPass
 from calmix.pruning.budget import Plan, plan_for
 from calmix.pruning.engine import Patterns, Run, check_pattern, memory_errors
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.methods import Look, Method
-from calmix.pruning.patterns import Pattern, Rate, as_pattern
-from calmix.pruning.rates import rates_by_kl
+from calmix.pruning.patterns import as_pattern
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.solvers.grids import SCALES, stored
 from calmix.pruning.trace import token_bytes
@@ -208,16 +205,7 @@ class _Pruning:
         return plan_for(self.source, shape, method, budget=self.run.max_memory, **how)
 
     def plans(self, shape: Sequence[int]) -> list[Plan]:
-        """Return the memory plans of all jobs and of the passes before them; refuse a budget that
-        is too small."""
-        held, free, total = device_memory(self.source.device)
-        most = self.run.max_memory or (None if total is None else held + free)
-        if most and (size := self.checkpoint_bytes) > most and self._unallocated(KL):
-            raise InputError(
-                f"--allocation {KL} needs the whole model in memory, {size / 1e9:.1f} GB, but only "
-                f"{most / 1e9:.1f} GB may be used: leave it out, raise --max-memory, or use "
-                "--device cpu"
-            )
+        """Return the memory plans of all jobs and of the passes before them."""
         plans = [self.plan(shape, job.method, job) for job in self.jobs]
         if self.share is not None or any(job.request.allocation == OWL for job in self.jobs):
             plans.append(self.plan(shape, Look()))
@@ -344,35 +332,15 @@ class _Pruning:
         return dropped
 
     def _allocate(self, ids: Tensor) -> None:
-        """Compute and keep per-layer sparsities or bits for jobs with an allocation."""
-        if jobs := self._unallocated(KL):
-            rates = self._rates(jobs, ids)
-            for job in jobs:
-                bits = rates[job.request.target]
-                job.work.keep(allocation={name: str(rate) for name, rate in bits.items()})
-        if jobs := self._unallocated(OWL):
+        """Compute and keep per-layer sparsities for jobs with an allocation."""
+        jobs = [job for job in self.jobs if job.request.allocation == OWL]
+        if jobs := [job for job in jobs if "allocation" not in job.work.kept]:
             dense = OutlierPass(self.source.model, self.source.blocks)
             self._observe(dense, ids)
             for job in jobs:
                 patterns = dense.patterns(job.request.sparsity or 0.0)
                 shares = {name: one.sparsity for name, one in patterns.items()}
                 job.work.keep(allocation=shares)
-
-    def _unallocated(self, by: str) -> list[Job]:
-        """Return the jobs with an allocation that is not computed yet."""
-        jobs = [job for job in self.jobs if job.request.allocation == by]
-        return [job for job in jobs if "allocation" not in job.work.kept]
-
-    def _rates(self, jobs: Sequence[Job], ids: Tensor) -> dict[Pattern, dict[str, Rate]]:
-        """Return the bits of each layer for the target of each job."""
-        self.run.note(f"--allocation {KL} opens the whole model, to round a part of it at a time")
-        model, alike = open_model(self.source.name, **self.run.opening).model, self.source.blocks
-        found = find_blocks(model).select(alike.only, alike.skip)
-        targets = [job.request.target for job in jobs]
-        return rates_by_kl(
-            model, found, ids, [one for one in targets if isinstance(one, Rate)],
-            partial(self.run.writing, "allocating bits"),
-        )  # fmt: skip
 
     def _finish(self, job: Job, report: PruneReport) -> None:
         """Write the files beside the weights, and turn the work folder into the output."""

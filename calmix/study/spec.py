@@ -34,7 +34,7 @@ from calmix.specs import printed, recovery_of, target_of
 from calmix.yaml_files import locate, parse_yaml, read_text, yaml_problems
 
 NONE = "none"  # no calibration set, or no recovery
-Allocation = Literal["uniform", "owl", "kl"]
+Allocation = Literal["uniform", "owl"]
 UNIFORM = "uniform"  # allocation: the same sparsity in every layer
 
 

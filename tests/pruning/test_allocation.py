@@ -5,13 +5,12 @@ import pytest
 import torch
 
 from calmix.calibration import resolve
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError
 from calmix.models import find_blocks, open_model
-from calmix.pruning import SemiStructured, Unstructured, allocate, checkpoint, prune
+from calmix.pruning import SemiStructured, Unstructured, allocate, prune
 from calmix.pruning.allocation import OutlierPass, outlier_share, read_allocation, spread
 from calmix.pruning.engine import run_through
 from calmix.pruning.patterns import as_pattern
-from calmix.pruning.rates import balanced
 from tests.pruning.test_engine import input_gram
 from tests.pruning.toy import SMALL, pruning_of
 from tests.tiny import load_weights, tiny_ids, tiny_model
@@ -107,9 +106,8 @@ def test_a_mapping_may_mix_kinds_but_names_every_layer():
     ("asked", "target", "says"),
     [
         ("owll", 0.5, r"unknown allocation 'owll': did you mean owl\?"),
-        ("owl", "2:4", "has no effect with an N:M pattern"),
-        ("owl", "3 bits", "owl distributes a sparsity: choose kl"),
-        ("kl", 0.5, "kl distributes bits: choose owl"),
+        ("owl", "2:4", "owl distributes a sparsity: it needs --sparsity"),
+        ("owl", "3 bits", "owl distributes a sparsity: it needs --sparsity"),
     ],
 )
 def test_what_is_no_allocation(asked, target, says):
@@ -137,69 +135,3 @@ def test_a_block_without_layers_to_prune_has_no_outliers(calmix, common, tmp_pat
     told = pruning_of(tmp_path / "out")
     assert told["sparsity"] == pytest.approx(0.6, abs=1e-3)
     assert all(".layers.1." in layer["name"] for layer in told["layers"])
-
-
-def test_bits_follow_divergence():
-    apart, sizes = {"a": 0.4, "b": 0.1, "c": 0.0, "d": 0.1}, {"a": 4, "b": 4, "c": 8, "d": 1}
-    rates = balanced(apart, sizes, 3)
-    assert sum(rates[name] * size for name, size in sizes.items()) == pytest.approx(51, abs=0.02)
-    assert rates["a"] - rates["b"] == pytest.approx(0.5, abs=2e-3)  # half of log4 of four times
-    assert rates["d"] - rates["b"] == pytest.approx(0.5, abs=2e-3)  # as for a quarter of the size
-    assert 1 <= rates["c"] < rates["b"]
-    assert set(balanced(apart, sizes, 8).values()) <= {8.0}  # no part can have more
-
-
-def test_kl_measures_experts_and_without_dropout():
-    model, ids = tiny_model("qwen3_moe"), tiny_ids(3)
-    model.config._attn_implementation = "eager"
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.5
-    before = [p.clone() for p in model.parameters()]
-    evaluated = allocate(model.eval(), ids, "3 bits", "kl")
-    assert allocate(model.train(), ids, "3 bits", "kl") == evaluated
-    assert model.training
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
-    assert sum(".experts." in name for name in evaluated) > 2
-    assert prune(model.eval(), ids, method="ecq", pattern=evaluated).pattern == "by layer"
-    with pytest.raises(InputError, match="kl needs calibration ids of shape"):
-        allocate(model, ids[:0], "3 bits", "kl")
-    model.model.layers[1].mlp.gate.weight.data.fill_(float("nan"))
-    with pytest.raises(ModelError, match=r"not finite when model\.layers\.0\.self_attn is rounded"):
-        allocate(model, ids, "3 bits", "kl")
-
-
-def test_kl_gives_bits_to_what_moves_predictions(
-    calmix, tiny_folder, text_file, common, tmp_path, monkeypatch
-):
-    """Measured once for several targets."""
-    opened = open_model(str(tiny_folder))
-    before = {name: value.clone() for name, value in opened.model.state_dict().items()}
-    drawn = resolve(str(text_file), opened, rows=6, length=32, leakage="off")
-    patterns = allocate(opened, drawn, "3 bits", "kl")
-    assert all(torch.equal(opened.model.state_dict()[name], one) for name, one in before.items())
-    sizes = {one.name: one.view().numel() for one in find_blocks(opened.model).layers}
-    assert patterns.keys() == sizes.keys()
-    mean = sum(patterns[name].bits * size for name, size in sizes.items()) / sum(sizes.values())
-    assert mean == pytest.approx(3, abs=2e-3)
-    assert len({one.bits for one in patterns.values()}) > 2
-    common += ("--allocation", "kl", "-o")
-    ended = calmix(*common, tmp_path / "kl", "--method", "ecq", "--bits", "2.5,3").ok()
-    assert ended.err.count("opens the whole model") == 1
-    for bits in (2.5, 3):
-        told = pruning_of(tmp_path / "kl" / f"ecq-{bits}bits")
-        assert (told["allocation"], told["pattern"]) == ("kl", "by layer")
-        assert told["bits"] == pytest.approx(bits, abs=0.2)
-    prune(opened, drawn, method="ecq", pattern=patterns)
-    check_alike(tmp_path / "kl" / "ecq-3bits", opened.model)
-    calmix(*common, tmp_path / "no", "--method", "ecq", "--bits", 3, "--dry-run").ok()
-    little = ("--bits", 3, "--max-memory", "1000")
-    for extra, says in [
-        (("--method", "gptq", "--bits", 4), "fractional bits, which method gptq does not take"),
-        (little, "needs the whole model in memory"),
-        ((*little, "--dry-run"), "needs the whole model in memory"),
-    ]:
-        assert says in calmix(*common, tmp_path / "no", *extra).line
-    monkeypatch.setattr(checkpoint, "device_memory", lambda device: (0, 1000, 2000))
-    says = "GB, but only 0.0 GB may be used: leave it out, raise --max-memory"
-    assert says in calmix(*common, tmp_path / "no", "--bits", 3).line
-    assert not (tmp_path / "no").exists()

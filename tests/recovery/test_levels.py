@@ -61,18 +61,6 @@ def test_levels_move_on_their_grid_also_after_a_kill(calmix, quantised, tmp_path
     assert hashes(cut) == hashes(output)
 
 
-def test_zeros_move_where_every_layer_has_bits_of_its_own(calmix, place, tmp_path):
-    """They are levels, no mask, whatever the manifest calls the pattern."""
-    asked = ("--method", "ecq", "--bits", 3, "--allocation", "kl", "--calibration", place / "set")
-    calmix("prune", place / "dense", *asked, "-o", tmp_path / "kl").ok()
-    assert manifest(tmp_path / "kl")["pruning"]["pattern"] == "by layer"
-    how = ("--epochs", 4, "--lr", 0.001)
-    calmix(*command(place, tmp_path / "out", "distill", *how, pruned=tmp_path / "kl")).ok()
-    before, after = load_weights(tmp_path / "kl"), load_weights(tmp_path / "out")
-    assert any(after[name][before[name] == 0].any() for name in read_grids(tmp_path / "out"))
-    assert manifest(tmp_path / "out")["recovery"]["zeros"] == 0
-
-
 def test_masters_begin_within_their_level():
     grid = Grid(torch.tensor([[0.5], [-0.25]]), 3.0, torch.zeros(8, dtype=torch.int8))
     stored = grid.values(torch.randint(-3, 4, (2, 8), generator=torch.Generator().manual_seed(0)))

@@ -152,7 +152,7 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
             (12, "methods.ria: Value should have at least 1 item"),
             (13, "seeds.0: Input should be greater than or equal to 0"),
             (15, "grids.0.sedes: unknown key: did you mean seeds"),
-            (16, "allocation.0: Input should be 'uniform', 'owl' or 'kl'"),
+            (16, "allocation.0: Input should be 'uniform' or 'owl'"),
             (17, "recovery: --epochs 0: must be greater"),
         ]),
         (names, [
@@ -185,7 +185,7 @@ def test_what_has_no_effect_is_told_with_its_line():
     assert line.endswith("damping has no effect with method wanda: known: bits, group, refit")
     (line,) = problems(NEWS + "methods: {wanda: 0.5, 'wanda,refit=0': 0.6}\n")
     assert line.startswith("s.yaml line 4: methods: two names mean the same method: ")
-    with pytest.raises(InputError, match="--allocation has no effect with an N:M pattern"):
+    with pytest.raises(InputError, match="--allocation owl distributes a sparsity"):
         plan(parsed(NEWS + "methods: {wanda: 2:4}\nallocation: owl\n"))
 
 
