@@ -133,12 +133,17 @@ def print_table(
         width = terminal_width()
         out.print(Text(title, style="bold"), soft_wrap=width is None, width=width)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    tight = sum(max(cell_len(head), narrow[head]) + GAP for head in heads) > limit
     for head in heads:
         filled = [cell for cell in cells[head] if cell not in ("", "-", "\N{EN DASH}")]
         numbers = sum(bool(NUMBER.match(cell)) for cell in filled) > len(filled) / 2
-        table.add_column(head, justify="right" if numbers and head != heads[0] else "left",
-                         min_width=narrow[head], no_wrap=head not in text,
-                         overflow="fold")  # fmt: skip
+        table.add_column(
+            head.replace(" ", "\n") if tight else head,
+            justify="right" if numbers and head != heads[0] else "left",
+            min_width=narrow[head],
+            no_wrap=head not in text,
+            overflow="fold",
+        )
     lines, above = iter(zip(*(cells[head] for head in heads), strict=True)), None
     for row in rows:
         if row is None:

@@ -16,6 +16,7 @@ from calmix.cli.common import line, note, print_costs, print_json, print_table
 from calmix.cli.root import app
 from calmix.cli.verbs import verb
 from calmix.errors import InputError, NotKeptError
+from calmix.evaluation.retention import bounds
 from calmix.evaluation.scores import load_pairs
 from calmix.files import check_output_file, write_json, write_text
 from calmix.options import Compression, Share, advanced, checked, option, path_option
@@ -113,7 +114,7 @@ class Compressed(Shown):
 
     @property
     def retention(self) -> Retention:
-        """Retention on the suite with intervals; of most suites it is of likelihood."""
+        """Retention on the suite with intervals: of right answers, or without any of likelihood."""
         from calmix.compression.plan import SCORES
 
         [(dense, scores)] = load_pairs([self.folder / SCORES])
@@ -136,13 +137,17 @@ class Compressed(Shown):
         return f"{self.model}, {self._card.shortly}; {self.card}"
 
     def _rows(self) -> list[dict[str, Any]]:
-        answers = [
-            {"kept": "answers", "dimension": one.name, "kept %": percent(one.share.value),
-             "from": percent(one.share.low), "to": percent(one.share.high)}
-            for one in self._card.behaved.abilities
-        ]  # fmt: skip
-        likelihood = self._card.kept._rows() if self._card.kept else []
-        return [*answers, *({"kept": "likelihood", **row} for row in likelihood)]
+        does, likelihood = self._card.behaved, self._card.kept
+        tables = {
+            "right answers": does.right.estimates if does.right else {},
+            "right answers kept": {one.name: one.share for one in does.abilities},
+            "likelihood kept": likelihood.estimates if likelihood else {},
+        }
+        return [
+            {"measure": measure, "dimension": name, "%": percent(one.value), **bounds(one)}
+            for measure, estimates in tables.items()
+            for name, one in estimates.items()
+        ]
 
 
 def compress(

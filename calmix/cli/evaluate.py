@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.evaluation import suites
-from calmix.evaluation.behaviour import Behaviour, behaviour, likelihood
-from calmix.evaluation.measures import RIGHT_OR_WRONG
+from calmix.evaluation.comparison import Comparison, compared_by, read_pairs
+from calmix.evaluation.measures import BITS, PRIMARY, RIGHT_OR_WRONG
 from calmix.evaluation.retention import RESAMPLES, Retention
 from calmix.evaluation.scores import (
     CapabilityScores,
@@ -44,7 +45,22 @@ if TYPE_CHECKING:
     from calmix.models import OpenModel
 
 BESIDE = 3  # models whose intervals fit side by side in 80 columns
+BRACKETS = (
+    "KL(dense || pruned): nats per token; flips: items right under one model only.\n"
+    f"Brackets: 95 % intervals over items, {RESAMPLES} resamples, seed 0."
+)
 UNITS = "bits and smoothed: bits per byte, lower is better; others: higher is better."
+RETENTION = "Retention: 100 = dense model; 0 = no task knowledge, chance, or no answer kept."
+MEANINGS = {  # of tables of answers: title and explanation
+    "right": (
+        "right answers, % of the dense model's",
+        "100 = as many right answers as the dense model; total: mean over abilities.",
+    ),
+    "kept": (
+        "right answers kept, %",
+        "100 = all right answers of the dense model are still right; total: all together.",
+    ),
+}
 DENSE = "Dense model, or a .json file of its scores."
 evaluate = group("evaluate", default="run")
 
@@ -159,18 +175,14 @@ def run(
                 progress=bar.of("distance to the dense model"),
             )  # fmt: skip
     scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
-    result, kept = {"scores": scores.to_dict()}, None
+    result: dict[str, Any] = {"scores": scores.to_dict()}
     if dense is not None:
-        kept = _kept(scores, dense, measure)
-        result |= {
-            "dense": dense.to_dict(),
-            "retention": kept.to_dict(),
-            "behaviour": behaviour((dense, scores)).to_dict(),
-        }
+        result["dense"] = dense.to_dict()
+        result |= Comparison.of(scores.model, [(dense, scores)], measure).to_dict()
     if output is not None:
         write_text(output, json.dumps(result, ensure_ascii=False) + "\n")
     print_json(result)
-    _print(scores, dense, kept or _kept(scores, None, measure))
+    _print(scores, dense, measure)
     for name, count in scores.truncated.items():
         note(f"task {name}: {count} requests were cut to fit the model's context")
     if output is not None:
@@ -193,96 +205,112 @@ def rescore(
          "noise": task.noise, "signal": task.signal, "accuracy": task.dense_accuracy}
         for task in kept.tasks
     ])  # fmt: skip
-    _print(scores, dense, kept)
+    _print(scores, dense, measure)
 
 
 @verb("compare")
 def compare(
-    scores: tuple[Path, ...] = option(..., "Files of calmix evaluate -o.", argument=True),
+    scores: tuple[Path, ...] = option(
+        ..., "Files of calmix evaluate -o, or folders of calmix compress.", argument=True
+    ),
     against: Path | None = option(None, "Dense model's scores.", shown="those in SCORES"),
     measure: Measure | None = MEASURE,
 ) -> None:
-    """Compare the retention of several models by dimension."""
+    """Compare several smaller models of one dense model, by ability."""
     from calmix.report import words
 
-    # Results of calmix compress are named after their folder.
-    names = [path.resolve().parent.name if path.stem in ("scores", "abilities") else path.stem
-             for path in scores]  # fmt: skip
-    if doubles := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"two files are called {doubles[0]}: rename one")
-    pairs = [load_pair(path) for path in scores]
-    models = [pruned for _, pruned in pairs]
-    dense = pairs[0][0] if against is None else load_dense(against)
-    if dense is None:
-        raise InputError(
-            f"{scores[0]} was scored without a dense model: name its file with --against"
-        )
-    for path, (other, _) in zip(scores, pairs, strict=True):
-        if other is not None and other.fingerprint != dense.fingerprint:
-            raise InputError(
-                f"{path} was scored against {other.model}, not against the dense model of the "
-                f"others ({dense.model}): compare it separately"
-            )
-    kept = [one.retention(dense, measure=measure) for one in models]
-    print_json({name: one.to_dict() for name, one in zip(names, kept, strict=True)})
-    behaved = [behaviour((dense, one)) for one in models]
-    for at, (name, one) in enumerate(zip(names, models, strict=True)):
-        lines = words.verdict(behaved[at], likelihood(dense, one),
-                              words.measuring(one.model, dense.model))  # fmt: skip
-        if at and behaved[at].answers is None:  # the first model's lines show the command
-            lines = lines[1:]
-        line(words.wrapped(f"{name}: {' '.join(lines)}", rest="  "))
+    files = {}
+    for path in scores:
+        name, files_of = _result(path)
+        if name in files:
+            raise InputError(f"two files are called {name}: rename one")
+        files[name] = files_of
+    given = None if against is None else load_dense(against)
+    found = [
+        Comparison.of(name, pairs, measure)
+        for name, pairs in read_pairs(files, given, note).items()
+    ]
+    print_json({one.name: one.to_dict() for one in found})
+    for one in found:
+        dense, small = one.pairs[-1]
+        does, command = one.behaviour, words.measuring(small.model, dense.model)
+        if does.answers is not None or one is found[0]:
+            line(words.wrapped(f"{one.name}: {words.verdict(does, None, command)[0]}", rest="  "))
+    if ceiling := next(filter(None, (words.against_itself(one.behaviour) for one in found)), ""):
+        line(words.wrapped(ceiling))
     line("")
-    _print_kept(names, models, dense, kept, behaved)
+    _print_comparisons(found, measure)
 
 
-def _print_kept(
-    names: Sequence[str],
-    models: Sequence[CapabilityScores],
-    dense: CapabilityScores,
-    kept: Sequence[Retention],
-    behaved: Sequence[Behaviour],
+def _result(path: Path) -> tuple[str, list[Path]]:
+    """Return the name of a result and its files of scores; one of calmix compress is named after
+    its folder."""
+    from calmix.compression.plan import BEHAVIOUR, SCORES
+
+    names = SCORES, BEHAVIOUR
+    if not path.is_dir():
+        place = path.resolve()
+        return place.parent.name if path.name in names else path.stem, [path]
+    if not (files := [path / name for name in names if (path / name).exists()]):
+        raise InputError(
+            f"{path} has neither {SCORES} nor {BEHAVIOUR}: name a folder that calmix "
+            "compress has finished"
+        )
+    return path.resolve().name, files
+
+
+def _print_comparisons(
+    found: Sequence[Comparison], measure: Measure | None, *, alone: bool = False
 ) -> None:
-    """Print retention by dimension, answers kept, and the distance to the dense model."""
-    from calmix.report.words import number, percent, with_span
+    """Print what models keep by ability, and their distance to the dense model; `alone` without
+    what `evaluate` prints before."""
+    from calmix.report.words import comparison, distances
 
-    records: list[dict[str, Any]] = []
-    for scores, retention, does in zip(models, kept, behaved, strict=True):
-        far = scores.distance and scores.distance.get("total")
-        changed = scores.flips(dense).get("total")
-        records.append({
-            "answers kept": does.answers and with_span(does.answers.share),
-            **{part.name: with_span(part.kept) for part in retention.dimensions},
-            "total": with_span(retention.total), "worst": retention.worst,
-            "accuracy %": does.choices and with_span(does.choices.accuracy[1]),
-            "KL to dense": far and number(far["kl_mean"]), "top-1 %": far and percent(far["top1"]),
-            "flips %": changed and with_span(changed),
-        })  # fmt: skip
+    by = compared_by(found, measure)
+    answers = by in (PRIMARY, "kept")
+    if alone and answers:
+        line(", ".join(f"{name}: {cell}" for name, cell in distances(found[0]).items() if cell))
+        line(BRACKETS)
+        return
+    records = [comparison(one, by, alone) | distances(one) for one in found]
+    labels = [
+        label
+        for label in dict.fromkeys(chain.from_iterable(records))
+        if any(one.get(label) is not None for one in records)
+    ]
     table: list[dict[str, Any] | None] = []
-    if len(models) <= BESIDE:
-        for label in records[0]:
-            if any(one[label] for one in records):
-                if label in ("total", "accuracy %", "KL to dense"):
-                    table.append(None)
-                cells = (one[label] for one in records)
-                table.append({"": label, **dict(zip(names, cells, strict=True))})
+    if len(found) <= BESIDE:
+        for label in labels:
+            if label in ("total", "lost", "accuracy %", "KL to dense"):
+                table.append(None)
+            cells = {
+                one.name: record.get(label) for one, record in zip(found, records, strict=True)
+            }
+            table.append({"": label, **cells})
     else:  # one row per model; only the total has its interval
-        table += [
-            {"": name} | {label: cell and (cell if label == "total" else cell.split(" ")[0])
-                          for label, cell in one.items()}
-            for name, one in zip(names, records, strict=True)
-        ]  # fmt: skip
-    suite, measure = dense.suite, kept[0].measure
-    least = ["accuracy %", "top-1 %", "flips %", "worst", "KL to dense"]
-    print_table(
-        table, least=least if len(models) > BESIDE else [],
-        title=f"retention %, suite {suite['name']} version {suite['version']}, by {measure}; "
-        "KL and flips: lower is better",
-    )  # fmt: skip
-    line(UNITS)
-    line("Retention: 100 = dense model; 0 = no task knowledge, chance, or no answer kept.")
-    line("KL(dense || pruned): nats per token; flips: items right under one model only.")
-    line(f"Brackets: 95 % intervals over items, {RESAMPLES} resamples, seed 0.")
+        for one, record in zip(found, records, strict=True):
+            cells = {
+                label: record.get(label) if label == "total" else _value(record.get(label))
+                for label in labels
+            }
+            table.append({"": one.name, **cells})
+    suite = found[0].pairs[-1][0].suite
+    what, meaning = MEANINGS.get(by, (f"retention %, by {by}", RETENTION))
+    least = ["accuracy %", "top-1 %", "flips %", "worst", "likelihood %", "p", "KL to dense"]
+    least += ["kept %", "gained", "lost"]
+    if table:
+        print_table(
+            table,
+            least=least if len(found) > BESIDE else [],
+            title=f"{what}; suite {suite['name']} version {suite['version']}",
+        )
+    line(meaning)
+    line(BRACKETS)
+
+
+def _value(cell: Any) -> Any:
+    """Return a cell without its interval."""
+    return cell.split(" [")[0] if isinstance(cell, str) else cell
 
 
 def _kept(
@@ -294,9 +322,19 @@ def _kept(
     return scores.retention(dense, measure)
 
 
-def _print(scores: CapabilityScores, dense: CapabilityScores | None, kept: Retention) -> None:
-    """Print scores and, with a dense model, retention."""
-    from calmix.report.words import measuring, number, short, verdict, with_span, wrapped
+def _print(
+    scores: CapabilityScores, dense: CapabilityScores | None, measure: Measure | None
+) -> None:
+    """Print scores and, with a dense model, what the model keeps of it."""
+    from calmix.report.words import (
+        ability_rows,
+        measuring,
+        number,
+        short,
+        verdict,
+        with_span,
+        wrapped,
+    )
 
     title = f"suite {scores.suite['name']} version {scores.suite['version']}, {scores.dtype}"
     if dense is None:
@@ -304,35 +342,54 @@ def _print(scores: CapabilityScores, dense: CapabilityScores | None, kept: Reten
             {"dimension": task.dimension, "task": task.name, "scored by": task.score,
              "n": task.items, "baseline": number(task.floor), "score": number(task.dense),
              "signal": "yes" if task.signal else "no", "accuracy": number(task.dense_accuracy)}
-            for task in kept.tasks
+            for task in _kept(scores, None, measure).tasks
         ]  # fmt: skip
         print_table(rows, by="dimension", title=f"{scores.model}: {title}, {scores.seconds:.0f} s",
                     least=["scored by", "baseline", "accuracy", "n"])  # fmt: skip
         line(UNITS)
         return
-    behaved = behaviour((dense, scores))
-    for text in verdict(behaved, likelihood(dense, scores), measuring(scores.model, dense.model)):
+    one = Comparison.of(short(scores.model), [(dense, scores)], measure)
+    does = one.behaviour
+    for text in verdict(does, one.likelihood, measuring(scores.model, dense.model)):
         line(wrapped(text))
     line("")
-    if behaved.abilities:
-        counts = [{"ability": one.name, "asked": one.asked, "dense right": one.dense,
-                   "still right": one.kept, "kept %": with_span(one.share),
-                   "gained": number(one.gained, 0)}
-                  for one in behaved.abilities]  # fmt: skip
-        print_table(counts, title="generated answers, higher is better", least=["asked", "gained"])
-    rows = [
-        {"dimension": task.dimension, "task": task.name, "n": task.items, "scored by": task.score,
-         "dense": number(task.dense), "pruned": number(task.pruned),
-         "accuracy": "-" if task.dense_accuracy is None
-         else f"{number(task.dense_accuracy)} {number(task.pruned_accuracy)}",
-         "retention %": with_span(task.kept) if task.signal else "no signal"}
-        for task in kept.tasks
-    ]  # fmt: skip
-    print_table(rows, by="dimension", title=f"{scores.model} against {dense.model}: {title}",
-                least=["scored by", "n", "accuracy", "dense", "pruned"])  # fmt: skip
-    if any(not task.signal for task in kept.tasks):
+    if does.abilities:
+        counts = [
+            {name.removeprefix("#"): cell for name, cell in row.items()}
+            for row in ability_rows(does)
+        ]
+        print_table(counts, title="generated answers", least=["p", "asked"])
+    asked = {task.name for task in scores.tasks if task.written and measure is None}
+    tasks: list[dict[str, Any]] = [
+        {
+            "dimension": task.dimension,
+            "task": task.name,
+            "n": task.items,
+            "scored by": "right" if task.name in asked else task.score,
+            "dense": number(task.dense),
+            "pruned": number(task.pruned),
+            "accuracy": None
+            if task.score in RIGHT_OR_WRONG or task.dense_accuracy is None
+            else f"{number(task.dense_accuracy)} {number(task.pruned_accuracy)}",
+            "retention %": None
+            if task.name in asked
+            else with_span(task.kept)
+            if task.signal
+            else "no signal",
+        }
+        for task in scores.retention(dense, measure or "primary").tasks
+    ]
+    print_table(
+        tasks,
+        by="dimension",
+        title=f"{scores.model} against {dense.model}: {title}",
+        least=["scored by", "n", "accuracy", "dense", "pruned"],
+    )
+    if any(row["retention %"] == "no signal" for row in tasks):
         line("no signal: left out, because the dense score is within noise of the baseline")
-    _print_kept([short(scores.model)], [scores], dense, [kept], [behaved])
+    if any(row["scored by"] in BITS for row in tasks):
+        line(UNITS)
+    _print_comparisons([one], measure, alone=True)
 
 
 @verb("answers", of=evaluate, json=False)

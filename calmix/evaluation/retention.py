@@ -35,6 +35,11 @@ class Estimate:
     high: float | None = None
 
 
+def bounds(one: Estimate) -> dict[str, float | None]:
+    """Return the ends of an interval in per cent, as columns of a table."""
+    return {"from": percent(one.low), "to": percent(one.high)}
+
+
 @dataclass(frozen=True)
 class TaskRetention:
     """Retention of one task, with the scores of the dense and the pruned model.
@@ -88,13 +93,17 @@ class Retention(Shown):
         of = dict.fromkeys(named.get(one.score, "likelihood") for one in self.tasks)
         return f"{' and '.join(of)} kept: {value}, worst {self.worst}"
 
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """Retention by dimension, and in `total`."""
+        return {one.name: one.kept for one in self.dimensions} | {"total": self.total}
+
     def _rows(self) -> list[dict[str, Any]]:
-        named = [*((one.name, one.kept) for one in self.dimensions), ("total", self.total)]
+        label = "right %" if self.measure == "right" else "kept %"
         return [
-            {"dimension": name, "kept %": percent(one.value), "from": percent(one.low),
-             "to": percent(one.high)}
-            for name, one in named
-        ]  # fmt: skip
+            {"dimension": name, label: percent(one.value), **bounds(one)}
+            for name, one in self.estimates.items()
+        ]
 
     def of(self, dimension: str) -> Estimate:
         """Return the retention of a dimension; all None if the measure has none."""

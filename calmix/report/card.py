@@ -124,13 +124,12 @@ class Card:
 
     @property
     def shortly(self) -> str:
-        """Answers kept and the worst ability, in one line."""
+        """Right answers, or answers kept where gains were not measured, in one line."""
         if (all_ := self.behaved.answers) is None or not all_.dense:
-            return "answers kept: not measured" if all_ is None else self.verdict[0]
-        text = f"answers kept: {all_.kept} of {all_.dense} ({words.percent(all_.share.value)} %)"
-        if (worst := self.behaved.worst) is not None:
-            text += f", worst in {worst.name}: {worst.kept} of {worst.dense}"
-        return text
+            return "right answers: not measured" if all_ is None else self.verdict[0]
+        if self.behaved.right is not None:
+            return f"right answers: {words.right_answers(self.behaved)}"
+        return f"kept: {words.kept_answers(self.behaved)}"
 
     @property
     def sizes(self) -> str:
@@ -238,18 +237,12 @@ class Card:
     @cached_property
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """The tables of generated answers, and of likelihood by dimension and by task."""
-        abilities = [
-            {"ability": one.name, "#asked": one.asked, "#dense right": one.dense,
-             "#still right": one.kept, "#kept %": words.with_span(one.share),
-             "#gained": words.number(one.gained, 0)}
-            for one in self.behaved.abilities
-        ]  # fmt: skip
+        abilities = words.ability_rows(self.behaved)
         if self.kept is None:
             return {"abilities": abilities, "dimensions": [], "tasks": []}
-        parts = {one.name: one.kept for one in self.kept.dimensions} | {"total": self.kept.total}
         dimensions = [
             {"dimension": name, "#likelihood kept %": words.with_span(kept), **self.apart(name)}
-            for name, kept in parts.items()
+            for name, kept in self.kept.estimates.items()
         ]
         tasks = [
             {"task": one.name, "dimension": one.dimension, "scored by": one.score,
@@ -345,18 +338,21 @@ def read_card(out: Path) -> Card:
 
 
 def kept_chart(cards: Sequence[Card]) -> Chart | None:
-    """Return the chart of answers kept by ability, or of likelihood if answers were not measured;
-    each row has one mark per model."""
+    """Return the chart of right answers by ability, of those kept if gains were not measured, or of
+    likelihood without answers; each row has one mark per model."""
     shares: list[dict[str, Any]] = []
     answers = all(card.behaved.abilities for card in cards)
+    whole = all(card.behaved.right for card in cards)
     for card in cards:
-        if answers:
+        if whole and (right := card.behaved.right) is not None:
+            shares.append(right.estimates)
+        elif answers:
             some = (*card.behaved.abilities, card.behaved.answers)
             shares.append({one.name: one.share for one in some if one})
         elif (kept := card.kept) is None:
             return None
         else:
-            shares.append({one.name: one.kept for one in kept.dimensions} | {"all": kept.total})
+            shares.append(kept.estimates)
     keys = [(card.name, *look) for card, look in zip(cards, itertools.cycle(LOOKS))]
     marks = [
         [(values[name], f"{label}, {name}", colour, marker, None)
@@ -364,7 +360,11 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
          if name in values and values[name].low is not None]
         for name in shares[0]
     ]  # fmt: skip
-    what = "Answers kept, by ability" if answers else "Likelihood kept, by dimension"
+    what, unit = "Likelihood kept, by dimension", "kept, %"
+    if answers:
+        what = "Right answers kept, by ability"
+    if whole:
+        what, unit = "Right answers relative to the dense model, by ability", "right answers, %"
     text = "; ".join(
         f"{card.name}: " + ", ".join(f"{name} {words.percent(one.value)}"
                                      for name, one in values.items())
@@ -374,7 +374,7 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
         "kept", what, "Lines: 95 % intervals over items. The dashed line is the dense model.",
         f"{what}, in percent. {text}.",
         partial(charts.bars, rows=[(name, None) for name in shares[0]], marks=marks,
-                below="kept, %", keys=keys if len(keys) > 1 else [], rule=100),
+                below=unit, keys=keys if len(keys) > 1 else [], rule=100),
     )  # fmt: skip
 
 
@@ -416,14 +416,19 @@ def several_page(cards: Sequence[Card]) -> str:
              for card in cards]  # fmt: skip
     rows = [
         {"model": card.name, "target": target(card.asked), "effort": card.asked["effort"],
-         "#answers kept %": words.with_span(does.answers and does.answers.share),
-         "worst ability": f"{worst.name}, {worst.kept} of {worst.dense}" if worst else "–",
+         "#right %": words.with_span(does.right and does.right.total),
+         "#lost": counts.lost if counts else "–",
+         "#gained": "–" if counts is None or counts.gained is None else counts.gained,
+         "#p": words.p_value(counts.p if counts else None),
+         "#kept %": words.with_span(counts and counts.share),
+         "least kept in": f"{worst.name}, {worst.kept} of {worst.dense}" if worst else "–",
          "#accuracy %": words.with_span(does.choices and does.choices.accuracy[1]),
          "#likelihood kept %": words.with_span(card.kept and card.kept.total),
          **card.apart("total"),
          "#MB": words.number((card.packed or card.size) / 1e6, 0),
          "calibration": card.asked["calibration"]}
-        for card in named for does, worst in [(card.behaved, card.behaved.worst)]
+        for card in named for does in [card.behaved]
+        for counts, worst in [(does.answers, does.worst)]
     ]  # fmt: skip
     return render(
         "several.html", cards=named, first=first, rows=rows,

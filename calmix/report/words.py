@@ -9,6 +9,8 @@ from typing import Any
 
 from calmix.analysis.ranking import Ranked, leaders
 from calmix.evaluation.behaviour import Behaviour
+from calmix.evaluation.comparison import Comparison
+from calmix.evaluation.measures import FEW, PRIMARY
 
 STRATEGIES = {  # of making a calibration set: name and colour
     "single": ("single source", "#8a96a8"),
@@ -28,9 +30,11 @@ DISTANCE = (
     "likely successor; flips: items right under one model only"
 )
 FOOTER = (
-    "Written by calmix from the files beside it. Kept: of the answers that the dense model gets "
-    "right, the share that is still right. Likelihood kept: 100 % = dense model, 0 = no task "
-    "knowledge. Brackets: 95 % intervals over items."
+    "Written by calmix from the files beside it. Right answers: those of this model over those of "
+    "the dense model, by ability, then the mean; lost and gained: right under one model only; p: "
+    "McNemar's exact test. Kept: of the dense model's right answers, the share that is still "
+    "right. Likelihood kept: 100 % = dense model, 0 = no task knowledge. Brackets: 95 % intervals "
+    "over items."
 )
 FRONTIER = (
     "packs of this model at other bits, estimated, and the answers that two measured models keep "
@@ -113,35 +117,84 @@ def right_answers(found: Behaviour) -> str:
         text += f" ({mean}{f'; {TOO_FEW}: {listed(few)}' if few else ''})"
     return (
         f"{text}, {counts.lost} of {counts.dense} lost, {counts.gained} gained, "
-        f"p = {p_value(counts.p)}"
+        f"p = {p_value(counts.p)}".replace("= <", "< ")
     )
 
 
-def answered(found: Behaviour) -> list[str]:
-    """Return sentences on generated answers: right ones, the dense model against itself, and those
-    kept. The dense model gets at least one right."""
-    counts, lines = found.answers, list[str]()
-    if counts is None:
-        return lines
-    if text := right_answers(found):
-        lines.append(f"Right answers: {text}.")
-    if found.repeat is not None and (again := found.repeat.answers) is not None:
-        same = f"; {percent(again.same)} % of its answers are identical" if again.identical else ""
-        lines.append(
-            f"The dense model against itself, in other batches: {right_answers(found.repeat)}, "
-            f"{percent(again.share.value)} % kept{same}."
-        )
-    kept = (
-        f"Kept: {counts.kept} of {counted(counts.dense, 'right answer')}, "
-        f"{with_span(counts.share)} %"
+def against_itself(found: Behaviour) -> str:
+    """Return a sentence on the dense model's answers generated twice, the ceiling of every
+    comparison with it; empty if not measured."""
+    if found.repeat is None or (counts := found.repeat.answers) is None or not counts.dense:
+        return ""
+    same = "" if counts.same is None else f", {percent(counts.same)} % of its answers identical"
+    return (
+        f"The dense model against itself, in other batches: {right_answers(found.repeat)}; "
+        f"{percent(counts.share.value)} % kept{same}."
     )
+
+
+def kept_answers(found: Behaviour) -> str:
+    """Return how many of the dense model's right answers stay right, the worst ability, and how
+    many were asked; empty without answers."""
+    if (counts := found.answers) is None:
+        return ""
+    kept = f"{counts.kept} of {counted(counts.dense, 'right answer')}, {with_span(counts.share)} %"
     if (worst := found.worst) is not None:
         kept += f", least in {worst.name}, {worst.kept} of {worst.dense}"
     how = FORMS.get(found.form, "")
     asked = f"asked: {counts.asked:,}{how}"
     if counts.gained is None:
         asked = f"only these were asked{how and f',{how}'}: gains were not measured"
-    return [*lines, f"{kept} ({asked})."]
+    return f"{kept} ({asked})"
+
+
+def ability_rows(found: Behaviour) -> list[dict[str, Any]]:
+    """Return the rows of the table of generated answers; a # marks a column of numbers."""
+    rows = []
+    for one in found.abilities:
+        row: dict[str, Any] = {"ability": one.name, "#asked": one.asked, "#dense right": one.dense}
+        if found.right is None:
+            rows.append(row | {"#lost": one.lost, "#kept %": with_span(one.share)})
+            continue
+        few = one.dense < FEW
+        row |= {"#small right": one.pruned, "#lost": one.lost, "#gained": one.gained}
+        row["#p"] = "–" if few else p_value(one.p)
+        rows.append(row | {"#right %": TOO_FEW if few else with_span(found.right.of(one.name))})
+    return rows
+
+
+def comparison(one: Comparison, by: str, alone: bool = False) -> dict[str, Any]:
+    """Return the figures of a model in a table of several: by ability and in total, and for answers
+    what was lost and gained; `alone` without accuracy, which other lines show."""
+    does, counts, parts = one.behaviour, one.behaviour.answers, one.retention.dimensions
+    total, more = one.retention.total, dict[str, Any]()
+    cells = {part.name: with_span(part.kept) for part in parts}
+    if by == "kept" and counts is not None:
+        cells, total = {part.name: with_span(part.share) for part in does.abilities}, counts.share
+    elif by == PRIMARY:
+        cells |= {part.name: TOO_FEW for part in parts if part.kept.value is None}
+    if by in (PRIMARY, "kept") and counts is not None:
+        more = {"lost": counts.lost, "gained": counts.gained, "p": counts.p and p_value(counts.p)}
+        if by == PRIMARY:
+            more["kept %"] = with_span(counts.share)
+        more["likelihood %"] = one.likelihood and with_span(one.likelihood.total)
+    else:
+        more["worst"] = one.retention.worst
+    if does.choices and not alone:
+        more["accuracy %"] = with_span(does.choices.accuracy[1])
+    return {**cells, "total": with_span(total), **more}
+
+
+def distances(one: Comparison) -> dict[str, Any]:
+    """Return the distance of a model to the dense one, and its flips."""
+    dense, small = one.pairs[0]
+    far = small.distance and small.distance.get("total")
+    changed = small.flips(dense).get("total")
+    return {
+        "KL to dense": far and number(far["kl_mean"]),
+        "top-1 %": far and percent(far["top1"]),
+        "flips %": changed and with_span(changed),
+    }
 
 
 def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
@@ -154,7 +207,9 @@ def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
         lines.append(f"The dense model gets none of {all_.asked:,} generated answers right: "
                      "nothing can be kept.")  # fmt: skip
     else:
-        lines += answered(found)
+        lines += [f"Right answers: {text}."] if (text := right_answers(found)) else []
+        lines += [text] if (text := against_itself(found)) else []
+        lines.append(f"Kept: {kept_answers(found)}.")
     if found.not_run:
         lines.append(f"Programs: not run ({listed(found.not_run)}; --allow-code-execution runs "
                      "them).")  # fmt: skip

@@ -99,7 +99,7 @@ SAID = {
     "check {set} {scores} --keep-at-least 0.9": "a folder is checked alone",
     "check {scores} --keep-at-least 0.9": "without a dense model: evaluate again with --against",
     "check {scores} --keep-at-least 0.9 --confidence 0.5": "--confidence",
-    "compare {results}": ": Is a directory",
+    "compare {results}": "has neither scores.json nor abilities.json",
     "compare {scores}": "was scored without a dense model",
     "compare {half} {x/half} --against {scores}": "two files are called half:",
     "compare {half} {foreign} --against {scores}": "foreign.json was scored against other, not",

@@ -125,7 +125,8 @@ def test_retention_fits(calmix, tmp_path, monkeypatch, count):
     ended = calmix(*verb, *files, "--against", dense).ok()
     assert all(word in ended.out for word in ("worst", "flips %"))
     for one in [told] if count == 1 else told.values():
-        low, value, high = (f"{100 * one['total'][k]:.1f}" for k in ("low", "value", "high"))
+        total = one.get("retention", one)["total"]
+        low, value, high = (f"{100 * total[k]:.1f}" for k in ("low", "value", "high"))
         check(ended.out, 80, f"{value} [{low}, {high}]".replace("-", "\N{MINUS SIGN}"))
     check(calmix("evaluate", "rescore", files[0]).out, 80, "a_rather_long_name_of_it")
 

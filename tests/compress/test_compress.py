@@ -61,7 +61,7 @@ def test_an_interrupt_after_any_stage_resumes_to_the_same_model(
     ended = calmix(*command(cut)).ok()
     assert ended.err.count("already done") == 6
     first, *rest = ended.out.splitlines()
-    assert first == "answers kept: not measured"
+    assert first == "right answers: not measured"
     named = [line.split(": ")[0] for line in rest]
     assert named == ["size", "speed", "card", "next", "at this size"]
     assert " MB dense, " in rest[0]
@@ -136,9 +136,12 @@ def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, 
     assert second.startswith("made version 1 (")
     named = [one["task"] for one in card.tasks if one["task"].endswith("(abilities)")]
     assert named == ["sums (abilities)"]
-    assert verb.Compressed(out)._rows()[0] == {
-        "kept": "answers", "dimension": "math", "kept %": 100.0, "from": 67.6, "to": 100.0
-    }  # fmt: skip
+    rows = verb.Compressed(out)._rows()
+    assert [list(row.values()) for row in rows[:3]] == [
+        ["right answers", "math", None, None, None],  # of 8, too few to tell
+        ["right answers", "total", None, None, None],
+        ["right answers kept", "math", 100.0, 67.6, 100.0],
+    ]
     bare = tuple(replace(one, tasks=tuple(replace(task, values=()) for task in one.tasks))
                  for one in card.pairs[0])  # neither right nor wrong  # fmt: skip
     assert several_page([replace(card, pairs=[bare, *card.pairs[1:]])] * 2)
@@ -242,12 +245,13 @@ def test_python_compresses_as_the_verb_does(compressed, options, tmp_path, tiny_
     made = api.compress(tiny_folder, tmp_path / "out", shown=False, sparsity="0.6", **options)
     assert capfd.readouterr() == ("", "")
     assert made.retention.total.value is not None
-    assert made.to_pandas().iloc[-1][["kept", "dimension"]].tolist() == ["likelihood", "total"]
+    last = made.to_pandas().iloc[-1]
+    assert (last["measure"], last["dimension"]) == ("likelihood kept", "total")
     assert repr(made.retention).startswith("<Retention: likelihood kept: ")
-    assert "answers kept: not measured" in repr(made)
+    assert "right answers: not measured" in repr(made)
     with pytest.MonkeyPatch.context() as patch:  # the card is read only once
         patch.setattr("calmix.report.card.read_card", None)
-        assert "answers kept: not measured" in repr(made)
+        assert "right answers: not measured" in repr(made)
     assert made.to_dict()["card"] == str(made.card)
     with pytest.raises(InputError, match="unknown option 'efort': did you mean effort"):
         api.compress(tiny_folder, tmp_path / "other", efort="quick")

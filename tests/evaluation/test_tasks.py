@@ -46,7 +46,7 @@ def test_items_are_conditional_and_even_if_asked_and_their_texts_have_no_worked_
     items = list(suite_items(parse_model(Suite, suite_text(), "suite")))
     texts = {identifier: text for _, identifier, text in items}  # for the leakage check
     assert texts["quiz/2"] == "Question: what is 2?\nAnswer: two 2\n not 2\n none 2"
-    assert texts["which/0"] == "The sun 0 is hot."
+    assert texts["which/0"] == "The moon 0 is hot."
     assert texts["mbpp/1"] == "Write 12.\nreturn 12"
     assert preamble(["Q: x", "Q: y"]) == preamble(["same\n\ntext"] * 2) == preamble([]) == 0
 

@@ -1,0 +1,118 @@
+"""Several smaller models beside one dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import ne
+from pathlib import Path
+from typing import Any
+
+from calmix.errors import InputError
+from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
+from calmix.evaluation.measures import PRIMARY
+from calmix.evaluation.retention import Retention, check_paired
+from calmix.evaluation.scores import CapabilityScores, check_same_suite, load_pair
+from calmix.options import Measure
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A smaller model beside the dense one, on one or several suites.
+
+    `retention` is by the chosen measure on the suite with generated answers, or the first.
+    """
+
+    name: str
+    pairs: Sequence[Pair]
+    behaviour: Behaviour
+    retention: Retention
+    likelihood: Retention | None
+
+    @classmethod
+    def of(cls, name: str, pairs: Sequence[Pair], measure: Measure | None = None) -> Comparison:
+        """Compare two models' scores; by default by the primary measure of `retention`."""
+        dense, small = max(pairs, key=lambda pair: any(task.written for task in pair[0].tasks))
+        kept = small.retention(dense, measure)
+        return cls(name, pairs, behaviour(*pairs), kept, likelihood(*pairs[0]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON-serialisable values."""
+        return {"retention": self.retention.to_dict(), "behaviour": self.behaviour.to_dict()}
+
+
+def compared_by(found: Sequence[Comparison], measure: Measure | None) -> str:
+    """Return what a table of several models shows: a `measure` that was chosen, else `right`, or
+    `kept` where gains were not measured, or `primary` without generated answers."""
+    if measure is not None or any(one.behaviour.answers is None for one in found):
+        return measure or "primary"
+    return PRIMARY if all(one.behaviour.right for one in found) else "kept"
+
+
+def read_pairs(
+    files: Mapping[str, Sequence[Path]],
+    given: CapabilityScores | None,
+    note: Callable[[str], None],
+) -> dict[str, list[Pair]]:
+    """Read the scores of the dense and the smaller models in the files of each name.
+
+    A file's dense scores are those `given`, else its own, else those of the first file. Only suites
+    that all names have remain; `note` receives what is left out, and where dense scores differ.
+
+    Raises:
+        InputError: a file lacks dense scores or is about another dense model, or no suite is
+            common to all.
+    """
+    first, found = given, dict[str, list[Pair]]()
+    for name, paths in files.items():
+        found[name] = []
+        for path in paths:
+            own, small = load_pair(path)
+            if (dense := given or own or first) is None:
+                raise InputError(
+                    f"{path} was scored without a dense model: name its file with --against"
+                )
+            first = first or dense
+            if own is not None and own.fingerprint != first.fingerprint:
+                raise InputError(
+                    f"{path} was scored against {own.model}, not against the dense model of the "
+                    f"others ({first.model}): compare it separately"
+                )
+            if small.right_only and own is not None and own.right != dense.right:
+                raise InputError(
+                    f"{path} was asked only what its own dense scores have right, and others were "
+                    "given: leave out --against"
+                )
+            found[name].append((dense, small))
+    return _in_common(found, note)
+
+
+def _in_common(
+    found: Mapping[str, Sequence[Pair]], note: Callable[[str], None]
+) -> dict[str, list[Pair]]:
+    """Return the pairs of the suites that all have."""
+    hashes = [{small.suite["hash"] for _, small in pairs} for pairs in found.values()]
+    shared = set[str].intersection(*hashes)
+    head, *others = found
+    if not shared:
+        for pairs in found.values():
+            check_same_suite(pairs[-1][1].suite, found[head][-1][1].suite)
+        raise InputError("no suite is common to all that are compared: compare fewer at a time")
+    for name, pairs in found.items():
+        for _, small in pairs:
+            if small.suite["hash"] not in shared:
+                note(f"left out: suite {small.suite['name']} of {name}, which others lack")
+    kept = {
+        name: [pair for pair in pairs if pair[1].suite["hash"] in shared]
+        for name, pairs in found.items()
+    }
+    for name in others:
+        for (one, _), (other, _) in zip(kept[head], kept[name], strict=True):
+            check_paired(one.tasks, other.tasks)
+            tasks = zip(one.tasks, other.tasks, strict=True)
+            if differ := sum(sum(map(ne, left.values, right.values)) for left, right in tasks):
+                note(
+                    f"the dense model's own results in {head} and {name} differ in {differ} items "
+                    "(rounding): each model is compared with those in its file"
+                )
+    return kept

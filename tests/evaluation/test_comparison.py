@@ -1,0 +1,117 @@
+"""Comparing models: one figure for one model, whatever stands beside it, and what is left out."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from calmix.evaluation.comparison import Comparison
+from calmix.evaluation.scores import load_pair
+from calmix.report import words
+from tests.evaluation.helpers import bits, scored, written
+
+RIGHT = [1] * 12 + [0] * 8
+LOST = [1] * 9 + [0] * 3 + [1, 1] + [0] * 6  # three of them, and two gained
+
+
+def tasks(code, math=RIGHT):
+    return written("programs", "code", code), written("sums", "math", math)
+
+
+def saved(path, dense, small, **changes):
+    """Write both models' scores as `calmix evaluate --against -o` does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = replace(small, model=path.stem, fingerprint=path.stem, **changes)
+    value = {"scores": small.to_dict(), "dense": dense.to_dict()}
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def printed(calmix, monkeypatch):
+    """Return a function that runs `compare` and returns its rows by label, and its notes."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments):
+        ended = calmix("compare", *arguments).ok()
+        parted = (line.split("  ") for line in ended.out.splitlines())
+        cells = ([one.strip() for one in line if one.strip()] for line in parted)
+        return {row[0]: row[1:] for row in cells if len(row) > 1}, ended
+
+    return run
+
+
+def test_a_model_has_the_same_figures_alone_and_beside_another(calmix, printed, tmp_path):
+    dense = scored(*tasks(RIGHT))
+    other = scored(*tasks([*RIGHT[:11], *[0] * 9]))  # the same model, rounded otherwise
+    one = saved(tmp_path / "one.json", dense, scored(*tasks(LOST)))
+    two = saved(tmp_path / "two.json", other, scored(*tasks(LOST)))
+    labels = ("code", "math", "total", "lost", "gained", "p", "kept %")
+    alone = [printed(path)[0] for path in (one, two)]
+    both, ended = printed(one, two)
+    assert {name: both[name] for name in labels} == {
+        name: [row[name][0] for row in alone] for name in labels
+    }
+    assert "differ in 1 items (rounding): each model is compared with those in" in ended.err
+    assert both["lost"] == ["3", "2"]
+    # The bracket is that of `evaluate`, of the card's table, and of Python.
+    before, after = load_pair(one)
+    wanted = words.with_span(after.retention(before, "right").of("code"))
+    assert both["code"][0] == wanted == words.with_span(after.behaviour(before).right.of("code"))
+    assert wanted in calmix("evaluate", "rescore", one).ok().out
+    assert words.ability_rows(after.behaviour(before))[0] == {
+        "ability": "code", "#asked": 20, "#dense right": 12, "#small right": 11, "#lost": 3,
+        "#gained": 2, "#p": "1.000", "#right %": wanted,
+    }  # fmt: skip
+    told = json.loads(calmix("compare", one, "--json").ok().out)["one"]
+    assert told["retention"]["total"] == told["behaviour"]["right"]["total"]
+
+
+def test_where_gains_were_not_measured_all_are_compared_by_what_they_keep(
+    calmix, printed, tmp_path
+):
+    dense, small = scored(*tasks(RIGHT)), scored(*tasks(LOST))
+    one = saved(tmp_path / "one.json", dense, small)
+    kept = scored(*tasks([a * b for a, b in zip(LOST, RIGHT, strict=True)]))
+    two = saved(tmp_path / "two.json", dense, kept, right_only=True)
+    rows, ended = printed(one, two)
+    assert rows["code"][0] == rows["code"][1] == "75.0 [46.8, 91.1]"
+    assert (rows["gained"], rows["p"]) == (["2", "-"], ["1.000", "-"])
+    assert "gains were not measured" in " ".join(ended.out.split())
+    assert "gains were not measured" in calmix("compare", one, two, "--measure", "right").line
+    other = tmp_path / "other.json"
+    scored(*tasks([*RIGHT[:11], *[0] * 9])).save(other)
+    assert "leave out --against" in calmix("compare", two, "--against", other).line
+
+
+def test_a_folder_of_compress_is_compared_on_the_suites_that_all_have(printed, calmix, tmp_path):
+    likely = [scored(bits(nats, [4] * 30), suite="offline") for nats in ([1.0] * 30, [2.0] * 30)]
+    dense, small = scored(*tasks(RIGHT)), scored(*tasks(LOST))
+    for name in ("first", "second"):
+        saved(tmp_path / name / "scores.json", *likely)
+        saved(tmp_path / name / "abilities.json", dense, small)
+    rows, ended = printed(tmp_path / "first", tmp_path / "second")
+    assert rows["lost"] == ["3", "3"]
+    assert rows["likelihood %"][0] == words.with_span(likely[1].retention(likely[0]).total)
+    assert "left out" not in ended.err
+    alone = saved(tmp_path / "alone.json", dense, small)
+    rows, ended = printed(tmp_path / "first", alone)
+    assert "left out: suite offline of first, which others lack" in ended.err
+    assert (rows["lost"], "likelihood %" in rows) == (["3", "3"], False)
+    (tmp_path / "empty").mkdir()
+    assert "has neither scores.json nor" in calmix("compare", tmp_path / "empty").line
+    third = saved(tmp_path / "third.json", *likely)
+    assert "of different suites" in calmix("compare", alone, third).line
+
+
+def test_the_ceiling_is_printed_once_and_few_right_answers_are_too_few_to_tell(printed, tmp_path):
+    few = [1] * 4 + [0] * 16
+    dense = scored(*tasks(RIGHT, few))
+    dense = replace(dense, repeat=tasks([0, *RIGHT[1:]], few))
+    files = [saved(tmp_path / f"{n}.json", dense, scored(*tasks(LOST, few))) for n in "ab"]
+    rows, ended = printed(*files)
+    assert rows["math"] == [words.TOO_FEW] * 2
+    assert ended.out.count("The dense model against itself, in other batches: 91.7 [") == 1
+    found = Comparison.of("a", [load_pair(files[0])])
+    assert found.behaviour.right.total.value == found.behaviour.right.of("code").value
+    assert words.ability_rows(found.behaviour)[1]["#right %"] == words.TOO_FEW
