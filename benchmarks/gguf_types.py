@@ -1,7 +1,7 @@
 """GGML's types by llama.cpp's rounding and by calmix, at the same bytes: KL to the dense model.
 
     python benchmarks/gguf_types.py [--model builtin:smollm2-135m] [--types IQ4_NL Q4_0]
-        [--ways ...] [--rows 32] [--blocks 3 13 --held-out 16]
+        [--ways ...] [--rows 32] [--blocks 3 13 --held-out 16 --outputs 512]
 
 The model is a twin (twins.py): the file it came from leaves no grid. Every matrix of the blocks
 gets the type, or the one that fits its rows; embeddings and head stay dense. Ways:
@@ -11,9 +11,10 @@ gets the type, or the one that fits its rows; embeddings and head stay dense. Wa
     matrix      the same with that of the calibration set
     gptq        feedback alone: damping 0.01, scales by a flat search on corrected weights
     both-0.01   feedback, scales weighted by 1 / U_jj^2, damping 0.01
-    both        the same with damping 0.1: the method's default; both-1: 1
+    both        the same with damping 0.1; both-1: 1
+    sweep       as both, with a sweep: the method's default
     diagonal    the same with scales weighted as llama.cpp's, by the sum of squares
-    even        as both, all tokens scaled to one norm
+    even        as both, all tokens scaled to one norm; even-sweep: with a sweep
 
 Printed is KL(dense || quantised) in nats per token on four texts of the data folder that no source
 reads, with a 95 % interval over rows, and the processor's seconds. With `--blocks` nothing is run
@@ -77,12 +78,14 @@ ROUNDED: dict[str, Callable[[Tensor], Tensor | None]] = {
     "matrix": lambda squares: squares,
 }
 SOLVED = {
-    "gptq": Flat(damping=0.01),
-    "both-0.01": Ggml(damping=0.01),
-    "both": Ggml(),
-    "both-1": Ggml(damping=1),
-    "diagonal": Diagonal(),
-    "even": Ggml(even=True),
+    "gptq": Flat(damping=0.01, sweeps=0),
+    "both-0.01": Ggml(damping=0.01, sweeps=0),
+    "both": Ggml(sweeps=0),
+    "both-1": Ggml(damping=1, sweeps=0),
+    "diagonal": Diagonal(sweeps=0),
+    "sweep": Ggml(),
+    "even": Ggml(even=True, sweeps=0),
+    "even-sweep": Ggml(even=True),
 }
 WAYS = (*ROUNDED, *SOLVED)
 
@@ -162,6 +165,7 @@ def by_matrix(options: argparse.Namespace, opened: OpenModel, ids: Tensor) -> No
     print("|---|---|---|" + "---|" * len(options.ways), flush=True)
     for layer in find_blocks(opened.model).select(wanted).layers:
         gram, weight = fitted[layer.name], layer.view()
+        weight = weight[:: max(1, len(weight) // options.outputs)][: options.outputs]
         for name in options.types:
             kind, errors = fitting(name, weight.shape[1]), []
             for way in options.ways:
@@ -185,6 +189,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=8, help="rows of each text, or of the set")
+    parser.add_argument("--outputs", type=int, default=2**20, help="rows of a matrix, at most")
     parser.add_argument("--blocks", type=int, nargs="+", help="of which to print every matrix")
     options = parser.parse_args()
     opened = open_model(options.model)

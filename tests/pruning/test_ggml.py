@@ -117,6 +117,34 @@ def test_levels_are_those_of_a_plain_loop_with_the_same_scales(name):
     assert (made - rest.float()).abs().gt(1e-6).float().mean() < 0.002
 
 
+@pytest.mark.parametrize("name", ["Q2_K", "IQ4_NL"])
+def test_a_sweep_is_coordinate_descent(name):
+    kind, x, weight = TYPES[name], correlated(columns=256), matrix(columns=256)
+    gram = x.T @ x
+    damped = gram + 0.1 * gram.diagonal().mean() * torch.eye(256)
+    grid = BlockGrid([weight], kind, torch.ones(256))
+    [first], _ = solve_columns([weight], inverse_factor(gram, 0.1), None, grid)
+    second = first.T.clone()
+    grid.sweep(weight.T, second, damped)
+    [swept] = solved(name, [weight], gram, sweeps=1).weights
+    levels = torch.arange(kind.low, kind.high + 1.0, dtype=torch.float64)
+    worth = torch.tensor(kind.codebook).double() if kind.codebook else levels
+    scale, minimum = (one.T.double() for one in grid.scales.units())
+    now, target, damped = first.double(), weight.double(), damped.double()
+    for column in range(256):
+        group = column // kind.group
+        pull = (target - now) @ damped[:, column] / damped[column, column]
+        values = scale[:, group, None] * worth - minimum[:, group, None]
+        nearest = (now[:, column, None] + pull[:, None] - values).abs().argmin(1)
+        now[:, column] = values.gather(1, nearest[:, None])[:, 0]
+    assert (second.T - now.float()).abs().gt(1e-6).float().mean() < 0.002
+    errors = [relative_error(weight, made, damped.float()) for made in (first, second.T)]
+    assert errors[1] < 0.97 * errors[0]
+    assert relative_error(weight, swept, gram) < relative_error(weight, first, gram)
+    [grid_of] = grid.grids([second.T], [0])
+    assert torch.equal(grid_of.values(), second.T)
+
+
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q4_0", "IQ4_NL"])
 def test_scales_leave_no_more_error_than_those_of_ggml(name):
     pytest.importorskip("libggml")

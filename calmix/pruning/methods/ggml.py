@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -39,6 +40,7 @@ class Ggml(Method):
 
     type: str = Field(default="Q4_K", description="Type of the blocks, such as Q3_K or IQ4_NL.")
     damping: Damping = 0.1
+    sweeps: int = Field(default=1, ge=0, le=10, description="Passes that choose all levels again.")
     even: bool = Field(default=False, description="Whether to scale all tokens to one norm.")
 
     @field_validator("type")
@@ -70,7 +72,7 @@ class Ggml(Method):
         def choose(some: Sequence[Tensor], _: Tensor, types: Sequence[Pattern]) -> Solution:
             kind = of(types[0], some[0].shape[1])
             importance = self.importance(statistic, factor)
-            made, grids = rounded(some, factor, kind, importance)
+            made, grids = rounded(some, statistic, factor, kind, importance, self.sweeps)
             zeros, dead = [0] * len(made), int(factor.dead.sum())
             return Solution(made, zeros, factor.damping, factor.dtype, dead, grids)
 
@@ -95,11 +97,26 @@ def of(pattern: Pattern, columns: int, name: str = "a layer") -> BlockType:
 
 
 def rounded(
-    weights: Sequence[Tensor], factor: Factor, kind: BlockType, importance: Tensor
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    factor: Factor,
+    kind: BlockType,
+    importance: Tensor,
+    sweeps: int,
 ) -> tuple[list[Tensor], list[Encoded]]:
     """Return the rounded float32 weights of layers that share an input, and their blocks."""
     if kind.group:
-        return solve_columns(weights, factor, None, BlockGrid(weights, kind, importance))
+        grid = BlockGrid(weights, kind, importance)
+        made, grids = solve_columns(weights, factor, None, grid)
+        if not sweeps:
+            return made, grids
+        damped = gram.clone()
+        damped.diagonal().add_(factor.damping * gram.diagonal().mean())
+        target, values = (torch.cat([one.T.float() for one in each], 1) for each in (weights, made))
+        for _ in range(sweeps):
+            grid.sweep(target, values, damped)
+        made = [part.T for part in values.split([len(weight) for weight in weights], 1)]
+        return made, grid.grids(made, [0] * len(made))
     search = partial(quantise, name=kind.name)
     grids = [solve_blocks(weight, factor, kind.size, search) for weight in weights]
     return [grid.values() for grid in grids], grids

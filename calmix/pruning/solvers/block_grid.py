@@ -26,6 +26,7 @@ CACHED = 2**16  # weights whose scales are searched at a time on a CPU: they fit
 TRIES = 9  # candidates on each side of the scale that maps the largest weight to the last level
 APART = 0.1  # levels between two candidates; ten times as much in a codebook of -127 to 113
 NEAR = (-1, 0, 1)  # neighbours of a group's integer scale and minimum that are tried
+PANEL = 64  # columns of a sweep whose errors one product gathers
 ROWS = 4096  # rounded plainly at a time
 # Types for rows that are not a multiple of 256. They are llama.cpp's, but for IQ4_NL in place of
 # Q4_0, of the same size.
@@ -88,12 +89,44 @@ class BlockGrid(Rounding[Encoded]):
         at = self._start + number
         if at % self.kind.size == 0:
             self._search(at // self.kind.size)
-        scale, units, minimum = (part[at // self.kind.group] for part in self._units)
+        self._round(at, column, level)
+        scale, _, minimum = (part[at // self.kind.group] for part in self._units)
+        column.addcmul_(self._nearest.values(level), scale, value=-1)
         if self.kind.minima:
             column.add_(minimum)
-        self._nearest.levels(torch.mul(column, units, out=level))
+
+    def _round(self, at: int, column: Tensor, level: Tensor) -> None:
+        """Write the levels nearest to a column."""
+        _, units, minimum = (part[at // self.kind.group] for part in self._units)
+        above = torch.add(column, minimum, out=level) if self.kind.minima else column
+        self._nearest.levels(torch.mul(above, units, out=level))
         self._levels[at].copy_(level)
-        column.addcmul_(self._nearest.values(level), scale, value=-1)
+
+    def sweep(self, target: Tensor, values: Tensor, gram: Tensor) -> None:
+        """Choose all levels once more, each for the current errors of all others, in place.
+
+        The loop cannot correct a column for the rounding of those after it; this coordinate descent
+        does.
+
+        Args:
+            target, values: (columns, outputs), dense and rounded weights.
+            gram: damped (columns, columns).
+        """
+        wrong, level = target - values, torch.empty_like(values[0])
+        for start in range(0, len(gram), PANEL):
+            here = slice(start, start + PANEL)
+            inner, moves = gram[here, here], torch.zeros_like(values[here])
+            with large_products():
+                pulls = gram[here] @ wrong
+            for at, pull in enumerate(pulls):
+                pull.addmv_(moves[:at].T, inner[at, :at], alpha=-1)
+                old = values[start + at]
+                self._round(start + at, old + pull / inner[at, at], level)
+                moves[at] = -old
+                self._start = start + at
+                self.finish(values[start + at : start + at + 1], level[None])
+                moves[at] += values[start + at]
+            wrong[here] -= moves
 
     def finish(self, weights: Tensor, levels: Tensor) -> None:
         for at in range(len(levels)):
