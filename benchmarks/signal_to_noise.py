@@ -63,8 +63,8 @@ def scores(results: StudyResults, method: str, sparsity: str, agreement: str) ->
                 if n.kind == "task"}
         for score in SCORES
     }  # fmt: skip
-    there = select(results, method=method, sparsity=agreement)
-    means = {score: tables(results, there, score)[0] for score in SCORES}
+    there = {"trials": select(results, method=method, sparsity=agreement)}
+    means = {score: tables(results.model_copy(update=there), score)[0] for score in SCORES}
     cells = means["accuracy"]
     first = 1 + len(cells.dimensions)
     suite = next(iter(results.dense.values()))
@@ -89,7 +89,7 @@ def scores(results: StudyResults, method: str, sparsity: str, agreement: str) ->
 def of_kinds(results: StudyResults, method: str, sparsity: str) -> None:
     """Print how much a draw of the total moves by how a set is made, and what that tells apart."""
     trials = select(results, method=method, sparsity=sparsity)
-    cells = tables(results, trials, "primary")[0]
+    cells = tables(results.model_copy(update={"trials": trials}), "primary")[0]
     item = noises(results, method=method, sparsity=sparsity)[0].item or 0.0
     found = joint(cells, resamples=2, seed=0)
     more, squares = found.counts - 1, found.deviations[:, 0] ** 2

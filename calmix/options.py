@@ -105,6 +105,7 @@ RUN_CODE = option(False, "Run code the model writes, in a limited subprocess.")
 MAX_MEMORY = advanced(None, "Memory to use at most, e.g. 6GiB.", shown="free memory")
 measure_option = partial(option, text="Measure to compare by, e.g. accuracy.", metavar="NAME")
 MEASURE = measure_option(None, shown="right; without generated answers primary")
+STUDY_MEASURE = measure_option(None, shown="the study's primary measure")
 
 
 class DeviceOptions(Options):
@@ -201,7 +202,8 @@ Measure = Literal["right", "primary", "bits", "smoothed", "accuracy", "ratio"]
 class Settings(Options):
     """How a study is analysed."""
 
-    measure: Measure = measure_option("primary")
+    measure: Measure | None = STUDY_MEASURE
+    without: list[str] = option([], "Leave this task out (repeat).", metavar="TASK")
     default: str | None = advanced(
         None, "Set to compare others with.", shown="mean of the single sources"
     )

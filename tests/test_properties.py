@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from calmix.analysis.bootstrap import corrected, two_sided_p
+from calmix.analysis.bootstrap import corrected, holm, two_sided_p
 from calmix.analysis.correlations import (
     bootstrap_intervals,
     least_p,
@@ -257,9 +257,9 @@ def test_more_orders_than_are_counted_are_drawn():
 
 @given(p=st.lists(st.floats(0, 1), max_size=8))
 def test_corrected_ps_are_the_step_up_ones(p):
-    row = make_dataclass("Row", ["p", ("q", float, None)])
-    rows = corrected([row(one) for one in (None, *p, None)], q=lambda one: one.p)
-    first, *found, last = [one.q for one in rows]
+    row = make_dataclass("Row", ["p", ("p_corrected", float, None)])
+    rows = corrected([row(one) for one in (None, *p[:3])], [row(one) for one in (*p[3:], None)])
+    first, *found, last = [one.p_corrected for some in rows for one in some]
     assert (first, last) == (None, None)
     order = sorted(range(len(p)), key=lambda i: p[i])
     expected = [
@@ -267,6 +267,22 @@ def test_corrected_ps_are_the_step_up_ones(p):
         for i in range(len(p))
     ]
     assert found == pytest.approx(expected)
+
+
+@given(p=st.lists(st.floats(0, 1), max_size=6), waiting=st.integers(0, 2))
+def test_holms_ps_count_tests_that_are_still_to_come(p, waiting):
+    found = holm([*p, *[None] * waiting])
+    order = sorted(range(len(p)), key=lambda at: p[at])
+    count = len(p) + waiting
+    expected = [
+        max(
+            min(1.0, (count - rank) * p[at])
+            for rank, at in enumerate(order)
+            if rank <= order.index(each)
+        )
+        for each in range(len(p))
+    ]
+    assert found == [*map(pytest.approx, expected), *[None] * waiting]
 
 
 @given(value=st.floats(-5, 5), error=st.floats(0.01, 3), freedom=st.sampled_from([1, 4, math.inf]))

@@ -7,20 +7,22 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.analysis.bootstrap import Joint, joints
-from calmix.analysis.cells import Cells, Condition, dimensions_of
-from calmix.analysis.correlations import Correlation, Spread, agreements, correlate, spreads
+from calmix.analysis.bootstrap import Joint, corrected, joints
+from calmix.analysis.cells import Cells, Condition, dimensions_of, measure_of
+from calmix.analysis.correlations import Correlation, agreements, correlate
+from calmix.analysis.declared import Comparison, judge
 from calmix.analysis.differences import Difference, Gain, compare, gains
 from calmix.analysis.power import Noise, noise_of
 from calmix.analysis.ranking import Ranked, leaders, rank
 from calmix.files import atomic_folder, write_json, write_text
-from calmix.options import Settings
+from calmix.options import Measure, Settings
+from calmix.study.declaring import Declared, Key
 from calmix.study.results import StudyResults
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-FOUND = ("ranking", "correlations", "agreements", "differences", "spread", "noise")
+FOUND = ("ranking", "correlations", "agreements", "differences", "noise")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,6 @@ class ConditionAnalysis:
     correlations: tuple[Correlation, ...]
     agreements: tuple[Correlation, ...]  # between retention and KL to the dense model
     differences: tuple[Difference, ...]
-    spread: tuple[Spread, ...]
     noise: tuple[Noise, ...]
 
     @property
@@ -59,28 +60,67 @@ class ConditionAnalysis:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The analysis of a study."""
+    """The analysis of a study: what it declared, then all else, which is exploratory.
+
+    Attributes:
+        planned, finished, failed: trials of the whole study.
+        measure: of all that is exploratory.
+        whole: whether every trial was asked all items; else gains were not measured.
+        declarations: as in the store, oldest first; the last one is valid.
+        comparisons: those declared, by the primary measure.
+        afterwards: the same without the tasks that are left out now (`Settings.without`).
+        older: compared trials that finished before the declaration.
+        missing: compared trials that have not finished, by key.
+    """
 
     study: str
-    planned: int  # trials in the whole study
+    planned: int
     finished: int
     failed: int
     settings: Settings
+    measure: Measure
+    whole: bool
+    declarations: tuple[Declared, ...]
+    comparisons: tuple[Comparison, ...]
+    afterwards: tuple[Comparison, ...]
+    older: int
+    missing: tuple[Key, ...]
     dimensions: tuple[str, ...]
     conditions: tuple[ConditionAnalysis, ...]
     gains: tuple[Gain, ...]
 
     @property
     def tests(self) -> int:
-        """Number of correlations that are corrected together."""
-        return sum(one.p is not None for found in self.conditions for one in found.correlations)
+        """Number of exploratory tests, which are corrected together."""
+        tested: list[Any] = [*self.gains]
+        for each in self.conditions:
+            tested += [*each.correlations, *each.agreements, *each.differences]
+        return sum(one.p is not None for one in tested)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a JSON-serialisable value."""
-        heads = ("study", "planned", "finished", "failed", "dimensions", "tests")
+        heads = (
+            "study",
+            "planned",
+            "finished",
+            "failed",
+            "measure",
+            "whole",
+            "older",
+            "missing",
+            "dimensions",
+            "tests",
+        )
         return {
             "kind": "analysis",
             **{name: getattr(self, name) for name in heads},
+            "declarations": [
+                one.model_dump(mode="json") | {"intact": one.intact} for one in self.declarations
+            ],
+            **{
+                name: [asdict(one) | {"verdict": one.verdict} for one in getattr(self, name)]
+                for name in ("comparisons", "afterwards")
+            },
             "settings": self.settings.model_dump(include=set(Settings.model_fields)),
             "conditions": [
                 asdict(found.condition)
@@ -106,7 +146,7 @@ class Analysis:
                 tasks += [{**head, **task, "kept": kept[task["name"]]} for task in found["tasks"]]
         each = {name: [one for found in data["conditions"] for one in found[name]]
                 for name in FOUND if name != "agreements"}  # fmt: skip
-        made = {"gains": data["gains"], **each, "tasks": tasks}
+        made = {"comparisons": data["comparisons"], "gains": data["gains"], **each, "tasks": tasks}
         return {name: json_normalize(rows, sep="_").astype(object) for name, rows in made.items()}
 
     def save(self, folder: Path) -> None:
@@ -128,19 +168,40 @@ def analyse(
     """Analyse the finished trials of a study (definitions: docs/studies.md)."""
     settings = settings or Settings()
     made = list(joints(results, settings, method=method, sparsity=sparsity))
-    correlations = correlate([found.cells for found in made], settings)
-    differences = compare(made, settings.default)
+    correlations, differences, between, *agreeing = corrected(
+        correlate([found.cells for found in made], settings),
+        compare(made, settings.default),
+        gains(made),
+        *(agreements(found.cells, settings) for found in made),
+    )
     conditions = [
         ConditionAnalysis(
-            found, tuple(rank(found)),
+            found,
+            tuple(rank(found)),
             tuple(one for one in correlations if one.condition == found.cells.condition.label),
-            tuple(agreements(found.cells, settings)),
+            tuple(agreed),
             tuple(one for one in differences if one.condition == found.cells.condition.label),
-            tuple(spreads(found.cells, settings)), tuple(noise_of(found)),
+            tuple(noise_of(found)),
         )
-        for found in made
-    ]  # fmt: skip
+        for found, agreed in zip(made, agreeing, strict=True)
+    ]
+    known = {trial.key: trial.id for trial in results.trials}
+    since = results.declarations[-1].since if results.declarations else ""
+    compared = results.declaration.keys
     return Analysis(
-        results.name, results.planned, len(results.trials), len(results.failed), settings,
-        dimensions_of(results), tuple(conditions), tuple(gains(made, settings.default)),
-    )  # fmt: skip
+        results.name,
+        results.planned,
+        len(results.trials),
+        len(results.failed),
+        settings,
+        measure_of(results, settings.measure),
+        not any(results.part.values()),
+        results.declarations,
+        tuple(judge(results, settings)),
+        tuple(judge(results, settings, settings.without) if settings.without else ()),
+        sum(results.dates.get(known.get(key, ""), since) < since for key in compared),
+        tuple(key for key in compared if key not in known),
+        dimensions_of(results),
+        tuple(conditions),
+        tuple(between),
+    )

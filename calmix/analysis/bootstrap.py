@@ -5,10 +5,11 @@ A repetition of the study would differ in two respects:
 * **items**: other test items. Each resample draws items with replacement, task by task, the same
   ones for every calibration set (`evaluation.retention.item_weights`), so differences are paired.
 * **seeds**: other calibration rows, drawn with other seeds. The deviation of a trial from its set's
-  mean is a vector over tasks. These vectors are pooled over all sets with two or more seeds; each
-  resample adds to a set with k seeds a normal vector with their covariance divided by k. A common
-  factor sqrt(df / chi-squared) for all sets of a resample turns this into Student's t. If no set
-  has two seeds, this part is unknown and intervals cover items only.
+  mean is a vector over tasks. These vectors are pooled over all sets of a condition with two or
+  more seeds; each resample adds to a set with k seeds a normal vector with their covariance divided
+  by k. A common factor sqrt(df / chi-squared) for all sets of a resample turns this into Student's
+  t. A condition without such a set uses the vectors of all other conditions of the model. If there
+  are none, this part is unknown and intervals cover items only.
 
 A resample combines both parts. The interaction of item and seed is contained in both; it is
 estimated separately and removed from the items' part when the two are combined.
@@ -20,26 +21,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calmix.analysis.cells import Cells, rolled_up, select, tables
+from calmix.analysis.cells import Cells, left_out, rolled_up, select, tables
 from calmix.errors import InputError, nearest
 from calmix.evaluation import retention
 from calmix.evaluation.measures import Array
 from calmix.evaluation.retention import LEVEL
 from calmix.options import Settings
-from calmix.study.results import StudyResults
+from calmix.study.results import StudyResults, Trial
 
 TAILS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # of the resamples
 ALPHA = 0.05
 ROUNDING = 1e-12  # rank correlations or totals closer than this are equal
-Row = TypeVar("Row", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ class Estimate(retention.Estimate):
     draws: int = 0  # seeds averaged; for a difference, on the side with fewer
     deviation: float | None = None  # standard deviation over the set's own seeds
     p: float | None = None  # two-sided, against a difference of 0, for other items and seeds
-    draw_p: float | None = None  # the same for other seeds
 
     def __neg__(self) -> Estimate:
         """Return value and interval with the opposite sign."""
@@ -78,11 +77,17 @@ class Contrast:
     value: float
     parts: dict[Joint, Array]
 
-    def __sub__(self, other: Contrast) -> Contrast:
+    def __add__(self, other: Contrast) -> Contrast:
         parts = dict(self.parts)
-        for found, less in other.parts.items():
-            parts[found] = parts.get(found, 0.0) - less
-        return Contrast(self.value - other.value, parts)
+        for found, more in other.parts.items():
+            parts[found] = parts.get(found, 0.0) + more
+        return Contrast(self.value + other.value, parts)
+
+    def __mul__(self, factor: float) -> Contrast:
+        return Contrast(factor * self.value, {one: factor * c for one, c in self.parts.items()})
+
+    def __sub__(self, other: Contrast) -> Contrast:
+        return self + other * -1.0
 
     def estimate(self, *, test: bool = False) -> Estimate:
         """Return the estimate, with p-values against 0 if `test`.
@@ -100,7 +105,7 @@ class Contrast:
             by_items = float(np.nanvar(item))
             both = min(both, by_items)
         freedom = min(one.freedom for one, _, _ in parts)
-        if not freedom:  # one condition has one seed: the interval is about items alone
+        if not freedom:  # the study has one seed of each set: the interval is about items alone
             by_draws = both = 0.0
         each = np.concatenate([one.deviations[used] for one, _, used in parts]).tolist()
         found: dict[str, Any] = {
@@ -120,8 +125,6 @@ class Contrast:
             items_only = by_items - both
             pooled = freedom * (1 + items_only / by_draws) ** 2 if by_draws else math.inf
             found["p"] = two_sided_p(self.value, math.sqrt(items_only + by_draws), pooled)
-            if freedom:
-                found["draw_p"] = two_sided_p(self.value, math.sqrt(by_draws), freedom)
         return Estimate(self.value, **found)
 
 
@@ -138,13 +141,14 @@ class Joint:
     by_items: Array = field(repr=False)  # covariance of sets' means, shape (tasks, sets, sets)
     by_draws: Array = field(repr=False)  # covariance of one seed, shape (tasks, tasks)
     both: Array = field(repr=False)  # item-seed interaction of one seed, shape (tasks,)
-    freedom: int  # degrees of freedom of `by_draws`; 0 if no set has two seeds
+    freedom: int  # degrees of freedom of `by_draws`; 0 if unknown
+    pooled: bool = False  # whether `by_draws` is that of the model's other conditions
 
     def variances(self, coefficients: Array) -> tuple[float, float, float]:
         """Return a contrast's variance from items, from seeds, and from their interaction, which
         both contain."""
         c = coefficients @ self.cells.weights
-        by_items = float(np.einsum("st,tsu,ut->", c, self.by_items, c))
+        by_items = max(0.0, float(np.einsum("st,tsu,ut->", c, self.by_items, c)))
         share = 1 / np.maximum(self.counts, 1)
         by_draws = float(((c @ self.by_draws) * c).sum(1) @ share)
         both = float(share @ c**2 @ self.both)
@@ -164,55 +168,112 @@ def _times(task: str, size: int, resamples: int, seed: int) -> NDArray[np.uint8]
     return retention.item_weights(task, size, resamples=resamples, seed=seed).astype(np.uint8)
 
 
+@dataclass(frozen=True)
+class Seeds:
+    """Deviations of trials from the mean of their set, shape (trials, tasks), the item-seed
+    interaction by task as a sum of squares, and the degrees of freedom of both."""
+
+    residuals: Array
+    both: Array
+    freedom: int
+
+    @classmethod
+    def of(cls, cells: Cells) -> Seeds:
+        """Return the deviations of one condition's trials."""
+        mean_of, counts = _members(cells)
+        freedom = int(np.maximum(counts - 1, 0).sum())
+        residuals, both = (
+            np.zeros((len(cells.trials), len(cells.tasks))),
+            np.zeros(len(cells.tasks)),
+        )
+        for at, (each, whole) in cells.items.items():
+            residual = (each - (mean_of @ each)[mean_of.argmax(0)]) / whole.sum()
+            residuals[:, at] = residual.sum(1)
+            residual -= residuals[:, [at]] * whole / whole.sum()
+            both[at] = _unbiased(whole) * float((residual**2).sum())
+        return cls(residuals, both, freedom)
+
+    def __add__(self, other: Seeds) -> Seeds:
+        residuals = np.concatenate([self.residuals, other.residuals])
+        return Seeds(residuals, self.both + other.both, self.freedom + other.freedom)
+
+
+def _members(cells: Cells) -> tuple[Array, Array]:
+    """Return the matrix that averages trials by set, shape (sets, trials), and the seeds of each
+    set."""
+    names = [name for name, _ in cells.trials]
+    of = np.array([[name == one for name in names] for one in cells.sets], dtype=float)
+    return of / of.sum(1, keepdims=True), of.sum(1)
+
+
+def _unbiased(whole: Array) -> float:
+    """Return n / (n - 1): the bootstrap variance is (n - 1) / n of the items' own."""
+    return len(whole) / max(1, len(whole) - 1)
+
+
 def joint(
-    cells: Cells, *, resamples: int, seed: int, layout: Sequence[tuple[str, int]] | None = None
+    cells: Cells,
+    *,
+    resamples: int,
+    seed: int,
+    layout: Sequence[tuple[str, int]] | None = None,
+    pool: Seeds | None = None,
 ) -> Joint:
     """Return the joint bootstrap of one condition. `layout` lists (set, seed) of all trials of the
-    study, so that a seed has the same random effect under every condition that has it."""
-    of = np.array([cells.sets.index(name) for name, _ in cells.trials])
+    study, so that a seed has the same random effect under every condition that has it. `pool` is
+    used if no set of the condition has two seeds."""
+    mean_of, counts = _members(cells)
     count, tasks = len(cells.sets), len(cells.tasks)
-    counts = np.bincount(of, minlength=count).astype(float)
-    freedom = int(np.maximum(counts - 1, 0).sum())
     points = np.full((count, 1 + resamples, tasks), np.nan)  # the value, then the resamples
-    residuals = np.zeros((len(of), tasks))
-    by_items, both = np.zeros((tasks, count, count)), np.zeros(tasks)
-    mean_of = (of[None] == np.arange(count)[:, None]) / counts[:, None]
+    by_items = np.zeros((tasks, count, count))
     for at, (each, whole) in cells.items.items():
         size, total = len(whole), float(whole.sum())
-        unbiased = size / max(1, size - 1)  # bootstrap variance is (n - 1) / n of the items' own
         times = _times(cells.tasks[at].name, size, resamples, seed).astype(float)
         kept, wholes = mean_of @ each, times @ whole
         point = kept.sum(1, keepdims=True) / total
         moved = np.divide(
             kept @ times.T, wholes, out=np.full((count, resamples), np.nan), where=wholes > 0
         )
+        unbiased = _unbiased(whole)
         points[:, :, at] = np.hstack([point, point + (moved - point) * math.sqrt(unbiased)])
         # Influence of each item on the ratio; the sum of squares is the ratio's variance.
         moved = (kept - point * whole) / total
         by_items[at] = unbiased * moved @ moved.T
-        residual = (each - kept[of]) / total
-        residuals[:, at] = residual.sum(1)
-        residual -= residuals[:, [at]] * whole / total
-        both[at] = unbiased * float((residual**2).sum()) / max(freedom, 1)
     rolled = rolled_up(points, cells.tasks, cells.dimensions).transpose(0, 2, 1)
-    values, spread = rolled[..., 0], residuals @ cells.weights.T
-    squares = np.stack([(spread[of == at] ** 2).sum(0) for at in range(count)])
+    values, seeds = rolled[..., 0], Seeds.of(cells)
+    squares = (mean_of > 0) @ (seeds.residuals @ cells.weights.T) ** 2
     several = np.where(counts > 1, counts - 1, np.nan)[:, None]
+    pooled = not seeds.freedom and pool is not None and pool.freedom > 0
+    if pooled and pool is not None:
+        seeds = pool
+    freedom, spread = seeds.freedom, seeds.residuals @ cells.weights.T
     draw = np.zeros((*values.shape, resamples))
     if freedom:
         # Residuals summed with normal factors are a normal vector with the pooled covariance.
         layout = layout or cells.trials
         columns = [layout.index(one) for one in cells.trials]
+        width = len(spread) if pooled else len(layout)
         scale = np.sqrt(freedom / np.random.default_rng([seed, 1]).chisquare(freedom, resamples))
         for at, name in enumerate(cells.sets):
-            key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-            rng = np.random.default_rng([seed, key])
-            normal = rng.standard_normal((resamples, len(layout)))[:, columns] @ spread
-            draw[at] = (normal * scale[:, None] / math.sqrt(freedom * max(counts[at], 1))).T
+            # What is pooled is not paired between conditions: their covariance is unknown.
+            text = f"{name} {cells.condition.label}" if pooled else name
+            key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+            normal = np.random.default_rng([seed, key]).standard_normal((resamples, width))
+            moved = (normal if pooled else normal[:, columns]) @ spread
+            draw[at] = (moved * scale[:, None] / math.sqrt(freedom * max(counts[at], 1))).T
     return Joint(
-        cells, values, counts, np.sqrt(squares / several), rolled[..., 1:] - values[..., None],
-        draw, by_items, residuals.T @ residuals / max(freedom, 1), both, freedom,
-    )  # fmt: skip
+        cells,
+        values,
+        counts,
+        np.sqrt(squares / several),
+        rolled[..., 1:] - values[..., None],
+        draw,
+        by_items,
+        seeds.residuals.T @ seeds.residuals / max(freedom, 1),
+        seeds.both / max(freedom, 1),
+        freedom,
+        pooled,
+    )
 
 
 def joints(results: StudyResults, settings: Settings, **which: str | None) -> Iterator[Joint]:
@@ -226,26 +287,50 @@ def joints(results: StudyResults, settings: Settings, **which: str | None) -> It
             f"no finished trial has the calibration set '{settings.default}': "
             f"{nearest(settings.default, known)}"
         )
-    layout = sorted({(trial.calibration, trial.seed) for trial in results.trials})
-
-    def computed() -> Iterator[Joint]:  # what is wrong in a request is told before any work
-        for cells in tables(results, trials, settings.measure):
-            yield joint(cells, resamples=settings.resamples, seed=settings.seed, layout=layout)
-
-    return computed()
+    return joined(tables(results, settings.measure, left_out(results, settings)), settings, trials)
 
 
-def corrected(rows: Iterable[Row], **columns: Callable[[Row], float | None]) -> list[Row]:
-    """Set fields of dataclass rows to p-values corrected for the false discovery rate (Benjamini
-    and Hochberg). `columns` maps a field to its raw p; None is ignored."""
+def joined(
+    every: Sequence[Cells], settings: Settings, trials: Iterable[Trial] | None = None
+) -> Iterator[Joint]:
+    """Return the joint bootstraps of a study's conditions, or of those that have the `trials`; each
+    is computed when it is taken."""
+    ids = None if trials is None else {trial.id for trial in trials}
+    layout, pools = sorted({pair for cells in every for pair in cells.trials}), dict[Any, Seeds]()
+    for cells in every:
+        key, own = (cells.condition.model, cells.condition.suite), Seeds.of(cells)
+        pools[key] = pools[key] + own if key in pools else own
+    for cells in every:
+        if ids is None or cells.made[0].id in ids:
+            yield joint(
+                cells,
+                resamples=settings.resamples,
+                seed=settings.seed,
+                layout=layout,
+                pool=pools[cells.condition.model, cells.condition.suite],
+            )
+
+
+def corrected(*lists: Iterable[Any]) -> list[list[Any]]:
+    """Set `p_corrected` of dataclass rows, which have a `p`, for the false discovery rate over all
+    lists together (Benjamini and Hochberg). A p of None is ignored."""
     from scipy.stats import false_discovery_control
 
-    made = list(rows)
-    for name, p in columns.items():
-        known = [at for at, one in enumerate(made) if p(one) is not None]
-        adjusted = false_discovery_control([p(made[at]) for at in known]).tolist() if known else []
-        for at, value in zip(known, adjusted, strict=True):
-            made[at] = replace(made[at], **{name: value})
+    made = [list(rows) for rows in lists]
+    known = [(rows, at) for rows in made for at, one in enumerate(rows) if one.p is not None]
+    adjusted = false_discovery_control([rows[at].p for rows, at in known]).tolist() if known else []
+    for (rows, at), value in zip(known, adjusted, strict=True):
+        rows[at] = replace(rows[at], p_corrected=value)
+    return made
+
+
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """Return p-values corrected for all of them (Holm); None, of a test still to come, counts."""
+    known = sorted((p, at) for at, p in enumerate(values) if p is not None)
+    made, least = list(values), 0.0
+    for rank, (p, at) in enumerate(known):
+        least = min(1.0, max(least, (len(values) - rank) * p))
+        made[at] = least
     return made
 
 

@@ -26,7 +26,7 @@ from calmix.evaluation.measures import (
     task_weights,
 )
 from calmix.evaluation.retention import check_paired, nan_mean
-from calmix.options import Measure
+from calmix.options import Measure, Settings
 from calmix.specs import printed, target_of
 from calmix.study.results import StudyResults, Trial
 
@@ -150,17 +150,44 @@ def select(
     return trials
 
 
-def tables(results: StudyResults, trials: Sequence[Trial], measure: Measure) -> list[Cells]:
-    """Return one table per condition, ordered by model, method, sparsity and so on."""
+def left_out(results: StudyResults, settings: Settings) -> set[str]:
+    """Return the tasks that are not analysed: those the study excludes, and those left out now."""
+    known = {task.name for tasks in results.dense.values() for task in tasks}
+    for name in settings.without:
+        if name not in known:
+            raise InputError(f"--without: the study has no task '{name}': {nearest(name, known)}")
+    out = {*results.declaration.exclude, *settings.without}
+    if not known - out:
+        raise InputError("--without leaves no task: keep at least one")
+    return out
+
+
+def measure_of(results: StudyResults, measure: Measure | None = None) -> Measure:
+    """Return the measure that is analysed, by default the study's primary one; it is `primary` in
+    place of `right` if not every trial was asked all items."""
+    if measure is None:
+        written = any(task.written for tasks in results.dense.values() for task in tasks)
+        measure = "right" if written else "primary"
+        if results.declarations:
+            measure = results.declaration.primary
+    return "primary" if measure == "right" and any(results.part.values()) else measure
+
+
+def tables(
+    results: StudyResults, measure: Measure | None = None, without: Collection[str] = ()
+) -> list[Cells]:
+    """Return one table per condition, ordered by model, method, sparsity and so on, of all tasks
+    but some."""
     groups: dict[Condition, list[Trial]] = {}
-    for trial in trials:
+    for trial in results.trials:
         key = Condition(
             trial.model, trial.method, target_of(trial.pattern).sparsity,
             trial.pattern, trial.propagation, trial.rows, trial.length, trial.suite,
         )  # fmt: skip
         groups.setdefault(key, []).append(trial)
     ordered = sorted(groups, key=lambda key: ["" if one is None else one for one in astuple(key)])
-    return [_cells(_labelled(key, groups), groups[key], results, measure) for key in ordered]
+    how = results, measure_of(results, measure), without
+    return [_cells(_labelled(key, groups), groups[key], *how) for key in ordered]
 
 
 def method_name(method: str) -> str:
@@ -187,7 +214,11 @@ def _labelled(key: Condition, every: Collection[Condition]) -> Condition:
 
 
 def _cells(
-    condition: Condition, trials: Sequence[Trial], results: StudyResults, measure: Measure
+    condition: Condition,
+    trials: Sequence[Trial],
+    results: StudyResults,
+    measure: Measure,
+    without: Collection[str],
 ) -> Cells:
     import pandas as pd  # takes half a second
 
@@ -213,6 +244,10 @@ def _cells(
             if one.name in part
             else one
             for at, one in enumerate(dense)
+        )
+    if without:
+        dense, *pruned = (
+            tuple(task for task in tasks if task.name not in without) for tasks in (dense, *pruned)
         )
     whole = [one.name not in part for one in dense]  # tasks asked all items
     tasks, items, values = _measured(dense, pruned, measure, whole)
@@ -258,11 +293,6 @@ def _measured(
     """Return the tasks (for `right`, the abilities), the items of those with signal, and retention,
     shape (trials, tasks). Accuracy has no signal in a task that was not asked as a whole."""
     if measure == "right":
-        if not all(whole):
-            raise InputError(
-                "gains were not measured, because trials were asked only what the dense model has "
-                "right (right_only): use --measure primary"
-            )
         dense, *pruned = (judged(scores, measure) for scores in (dense, *pruned))
         whole = [True] * len(dense)
         if not dense:

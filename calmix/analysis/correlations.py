@@ -1,4 +1,4 @@
-"""Correlations of retention with metrics of the calibration text and with KL, and its spread.
+"""Correlations of retention with metrics of the calibration text and with KL.
 
 Method section 5. A calibration set is one point; its seeds are averaged first, since they are not
 independent points. Only single sources count, since a mix would count its sources twice. The
@@ -16,8 +16,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from calmix.analysis.bootstrap import ALPHA, ROUNDING, TAILS, corrected
-from calmix.analysis.cells import TOTAL, Cells
+from calmix.analysis.bootstrap import ALPHA, ROUNDING, TAILS
+from calmix.analysis.cells import Cells
 from calmix.evaluation.measures import Array
 from calmix.evaluation.retention import RESAMPLES
 from calmix.options import Settings
@@ -43,29 +43,12 @@ class Correlation:
     p: float | None = None  # two-sided; exact if all permutations were enumerated
     exact: bool = False
     least_p: float | None = None  # smallest p possible with this many points and no ties
-    p_corrected: float | None = None  # over all metrics of all conditions
+    p_corrected: float | None = None  # over all exploratory tests of the analysis
 
     @property
     def significant(self) -> bool:
         """Whether the corrected p is at most 0.05."""
         return self.p_corrected is not None and self.p_corrected <= ALPHA
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The range of the total or of one dimension over single sources.
-
-    Sets that differ a lot in every dimension can look alike in the mean over dimensions, where
-    gains in one cancel losses in another.
-    """
-
-    condition: str
-    quantity: str
-    n: int
-    lowest: str
-    highest: str
-    range: float
-    p_cancel: float | None  # one-sided p of totals this close if dimensions are permuted (ours)
 
 
 def unit_ranks(values: Array) -> Array:
@@ -157,7 +140,7 @@ def correlate(conditions: Sequence[Cells], settings: Settings) -> list[Correlati
             known = [at for at in chosen if not np.isnan(x[at])]
             head = cells.condition.label, metric, aliases
             made += _correlated(head, cells, x, range(len(cells.quantities)), known, settings)
-    return corrected(made, p_corrected=lambda one: one.p)
+    return made
 
 
 def agreements(cells: Cells, settings: Settings) -> list[Correlation]:
@@ -195,29 +178,4 @@ def _correlated(
         known = exact and rho is not None
         name = cells.quantities[at]
         found.append(Correlation(*head, name, len(sets), rho, low, high, p, known, least))
-    return found
-
-
-def cancellation(parts: Array, *, permutations: int, seed: int) -> float:
-    """Return the one-sided p of a mean over dimensions that varies this little between sets if the
-    dimensions were unrelated; `parts` is retention, shape (sets, dimensions)."""
-    tiled = np.tile(parts.T, (permutations, 1, 1))
-    permuted = np.random.default_rng([seed, len(parts)]).permuted(tiled, axis=2).mean(1).std(1)
-    return float(((permuted <= parts.mean(1).std() + ROUNDING).sum() + 1) / (permutations + 1))
-
-
-def spreads(cells: Cells, settings: Settings) -> list[Spread]:
-    """Return the spread of total and dimensions over two or more single sources."""
-    found, chosen = [], cells.of("single")
-    means = cells.means[chosen][:, : len(cells.quantities)]
-    parts = means[:, 1:][:, ~np.isnan(means[:, 1:]).any(0)]
-    for quantity, values in zip(cells.quantities, means.T, strict=True):
-        if len(chosen) < 2 or np.isnan(values).any():
-            continue
-        p = None
-        if quantity == TOTAL and len(chosen) >= LEAST and parts.shape[1] > 1:
-            p = cancellation(parts, permutations=settings.resamples, seed=settings.seed)
-        low, high = (cells.sets[chosen[int(at)]] for at in (values.argmin(), values.argmax()))
-        found.append(Spread(cells.condition.label, quantity, len(chosen), low, high,
-                            float(values.max() - values.min()), p))  # fmt: skip
     return found

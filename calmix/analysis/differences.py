@@ -1,4 +1,4 @@
-"""Differences between calibrations and between methods, and how leads change.
+"""Differences between calibrations and between methods.
 
 Each is a contrast of the joint bootstrap: both sides share the items, and the seeds that both have.
 A method here includes solver, options, allocation and recovery.
@@ -15,20 +15,34 @@ from typing import TypeVar
 
 import numpy as np
 
-from calmix.analysis.bootstrap import ALPHA, Contrast, Estimate, Joint, corrected
+from calmix.analysis.bootstrap import ALPHA, Contrast, Estimate, Joint
 from calmix.analysis.cells import TOTAL, WORST
 from calmix.analysis.ranking import lowest_of, shrink
-from calmix.options import RECOVERIES
 
 SINGLES = "mean of the single sources"
 BEST = "best single source, "
-MEAN = "mean of the sets of both"
 Key = TypeVar("Key")
-Leads = dict[tuple[str, str], Contrast]  # over the default, by (set, quantity)
+
+
+class Tested:
+    """A `gap` with its p, and `p_corrected` over all exploratory tests of an analysis."""
+
+    gap: Estimate
+    p_corrected: float | None
+
+    @property
+    def p(self) -> float | None:
+        """p against a difference of 0, for other items and seeds."""
+        return self.gap.p
+
+    @property
+    def significant(self) -> bool:
+        """Whether the corrected p is at most 0.05."""
+        return self.p_corrected is not None and self.p_corrected <= ALPHA
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Tested):
     """How much more one calibration keeps than another: `gap` is left - right.
 
     Quantities are `total`, `worst` (each side's own worst dimension) and the dimensions.
@@ -39,39 +53,20 @@ class Difference:
     right: str
     quantity: str
     gap: Estimate
-    p_corrected: float | None = None  # over all differences of the analysis
-    draw_p_corrected: float | None = None
-
-    @property
-    def significant(self) -> bool:
-        """Whether the corrected p, for other items and seeds, is at most 0.05."""
-        return self.p_corrected is not None and self.p_corrected <= ALPHA
+    p_corrected: float | None = None
 
 
 @dataclass(frozen=True)
-class Gain:
+class Gain(Tested):
     """How much more one condition keeps than another that differs only in method, in the mean of
-    the `sets` that both have; or, with `over`, how much a set's lead over that set (or over the
-    mean of single sources) grows, also between sparsities.
-
-    `more` is the method with recovery if that is the difference, else the one that keeps more over
-    common sets; between sparsities, the highest at which the set was run.
-    """
+    the `sets` that both have."""
 
     more: str
     less: str
-    by: str  # method, recovery or sparsity
-    calibration: str
-    over: str
     sets: int
     quantity: str
     gap: Estimate
-    p_corrected: float | None = None  # over all gains of the analysis that are changes of leads
-
-    @property
-    def significant(self) -> bool:
-        """Whether the corrected p is at most 0.05."""
-        return self.p_corrected is not None and self.p_corrected <= ALPHA
+    p_corrected: float | None = None
 
 
 def every(found: Joint, sets: Sequence[int], *, picked: bool = False) -> dict[str, Contrast]:
@@ -122,68 +117,27 @@ def compare(made: Sequence[Joint], default: str | None = None) -> list[Differenc
                 Difference(cells.condition.label, left, right, name, gap.estimate(test=True))
                 for name, gap in between(ours, theirs).items()
             ]
-    return corrected(differences, p_corrected=lambda one: one.gap.p,
-                     draw_p_corrected=lambda one: one.gap.draw_p)  # fmt: skip
+    return differences
 
 
-def leads_over(made: Sequence[Joint], default: str | None) -> list[Leads]:
-    """Return the leads over the default under each of several conditions.
-
-    The default is a calibration set or, if None, the mean of the single sources that all conditions
-    with sources share, so that leads do not depend on which other sources were run.
-    """
-    singles = [{one.cells.sets[at] for at in one.cells.of("single")} for one in made]
-    defaults = [names for names in singles if names] if default is None else [{default}]
-    common, leads = set.intersection(*defaults) if defaults else set(), list[Leads]()
-    for found in made:
-        against = [at for at, name in enumerate(found.cells.sets) if name in common]
-        theirs = every(found, against) if against else {}
-        leads.append({
-            (one.calibration, name): gap
-            for at, one in enumerate(found.cells.made)
-            if one.strategy != "single" and at not in against
-            for name, gap in between(every(found, [at]), theirs).items()
-        })  # fmt: skip
-    return leads
-
-
-def gains(made: Sequence[Joint], default: str | None) -> list[Gain]:
-    """Compare every two methods by model and pattern, and the leads of mixes and self-written sets
-    between methods and between the lowest and the highest sparsity."""
-    over, found = default or SINGLES, list[Gain]()
+def gains(made: Sequence[Joint]) -> list[Gain]:
+    """Compare every two methods by model and pattern."""
+    found = list[Gain]()
     alike = attrgetter("model", "pattern", "propagation", "rows", "length", "suite")
     for pair in itertools.combinations(made, 2):
         common = [name for name in pair[0].cells.sets if name in pair[1].cells.sets]
         if not common or alike(pair[0].cells.condition) != alike(pair[1].cells.condition):
             continue
         means = {one: every(one, [one.cells.sets.index(name) for name in common]) for one in pair}
-        by = "recovery"  # if one is the other's method followed by a recovery
-        for more, less in (pair, pair[::-1]):
-            before, _, added = more.cells.condition.method.rpartition(" + ")
-            if before == less.cells.condition.method and added.split(",")[0] in RECOVERIES:
-                break
-        else:
-            by = "method"
-            more, less = sorted(pair, key=lambda one: means[one][TOTAL].value, reverse=True)
-        head = more.cells.condition.label, less.cells.condition.label, by
-        found += [Gain(*head, MEAN, "", len(common), quantity, gap.estimate())
-                  for quantity, gap in between(means[more], means[less]).items()]  # fmt: skip
-        leads = between(*leads_over((more, less), default))
-        found += [Gain(*head, name, over, 1, quantity, gap.estimate(test=True))
-                  for (name, quantity), gap in leads.items()]  # fmt: skip
-    # How leads grow over conditions that differ only in sparsity, without N:M patterns.
-    series: dict[str, list[Joint]] = {}
-    for one in made:
-        at = one.cells.condition
-        if at.rows and at.pattern.endswith("%"):
-            series.setdefault(at.series, []).append(one)
-    for members in series.values():
-        each = leads_over(members, default)
-        for key in dict.fromkeys(key for own in each for key in own):
-            known = [(one, own[key]) for one, own in zip(members, each, strict=True) if key in own]
-            if len(known) > 1:
-                (less, low), *_, (more, high) = known
-                labels = more.cells.condition.label, less.cells.condition.label
-                gap = (high - low).estimate(test=True)
-                found.append(Gain(*labels, "sparsity", key[0], over, 1, key[1], gap))
-    return corrected(found, p_corrected=lambda one: one.gap.p)
+        more, less = sorted(pair, key=lambda one: means[one][TOTAL].value, reverse=True)
+        found += [
+            Gain(
+                more.cells.condition.label,
+                less.cells.condition.label,
+                len(common),
+                quantity,
+                gap.estimate(test=True),
+            )
+            for quantity, gap in between(means[more], means[less]).items()
+        ]
+    return found

@@ -85,7 +85,8 @@ def noise_of(found: Joint) -> list[Noise]:
     for (name, kind), weight, values in zip(names, cells.weights, found.values.T, strict=True):
         if not weight.any():
             continue
-        draw = math.sqrt(weight @ found.by_draws @ weight) if found.freedom else None
+        known = found.freedom and not found.pooled
+        draw = math.sqrt(weight @ found.by_draws @ weight) if known else None
         by_items = np.tensordot(weight**2, found.by_items, 1)
         each = np.diag(by_items) - float(weight**2 @ found.both) / np.maximum(found.counts, 1)
         pairs = np.maximum(0.0, each[:, None] + each[None] - 2 * by_items)
@@ -135,7 +136,7 @@ def needed(difference: float, draw: float, freedom: float, item: float) -> Neede
 
 
 def noises(
-    results: StudyResults, *, measure: Measure = "primary", **which: str | None
+    results: StudyResults, *, measure: Measure | None = None, **which: str | None
 ) -> list[Noise]:
     """Return the noise of every quantity under every condition with calibration that
     `cells.select` selects by `which`."""

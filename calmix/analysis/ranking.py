@@ -190,7 +190,7 @@ def recommend(
     results: StudyResults,
     weights: Mapping[str, float] | None = None,
     *,
-    measure: Measure = "primary",
+    measure: Measure | None = None,
     resamples: int = RESAMPLES,
     method: str | None = None,
     sparsity: str | None = None,

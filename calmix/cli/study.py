@@ -17,6 +17,7 @@ from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.files import check_output_file, check_output_folder, real_place, write_text
 from calmix.options import (
+    STUDY_MEASURE,
     TRUST,
     Measure,
     Options,
@@ -24,7 +25,6 @@ from calmix.options import (
     TrialOptions,
     Weights,
     advanced,
-    measure_option,
     option,
     path_option,
     weights_option,
@@ -49,7 +49,7 @@ studies = group("study")
 class StudyOptions(Options):
     """Which trials of a study are analysed, and by which measure."""
 
-    measure: Measure = measure_option("primary")
+    measure: Measure | None = STUDY_MEASURE
     study: Path = option(..., "A study's results folder.", argument=True)
     method: str | None = option(None, "Only trials of this pruning method.")
     sparsity: str | None = option(None, "Only this sparsity or pattern: 0.6 or 2:4.")
@@ -215,7 +215,7 @@ def status(
 
 @verb("analyse", of=studies)
 def analyse(options: AnalyseOptions) -> None:
-    """Write ranking, differences and correlations as JSON and CSV; print a summary."""
+    """Judge the declared comparisons, then explore all else; write JSON and CSV."""
     _analysed(options, "analysis", "analysis.json", lambda _, found, folder: found.save(folder))
 
 

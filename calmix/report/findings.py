@@ -1,60 +1,130 @@
-"""The results of a study in sentences: findings, claims and their verdicts, certainty.
+"""The results of a study in sentences: what was declared, findings, how certain they are.
 
-All numbers come from the analysis, which corrects p; nothing is tested here. All but the last two
-claims are the paper's (arXiv 2606.03328) or follow from it; verdicts are ours.
+All numbers come from the analysis, which corrects p; nothing is tested here.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from calmix.analysis import Analysis, ConditionAnalysis
-from calmix.analysis.bootstrap import ALPHA, Estimate
+from calmix.analysis.bootstrap import ALPHA
 from calmix.analysis.cells import TOTAL
 from calmix.analysis.correlations import LEAST
-from calmix.analysis.differences import BEST, SINGLES, Gain
+from calmix.analysis.declared import Comparison
+from calmix.analysis.differences import Gain
 from calmix.analysis.ranking import leaders
 from calmix.report import words
+from calmix.study.declaring import Declaration, Declared, Key
 
-HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
-OPEN, NOT_FOUND = "undecided", "not found"
+SEEDS = {
+    "own": "items and seeds",
+    "pooled": "items and seeds (spread of seeds under the model's other conditions)",
+    "unknown": "items alone",
+}
 NO_ANSWERS = (
     "Generated answers were not measured; calmix evaluate MODEL --against DENSE --suite abilities "
     "measures them."
 )
-COMPARED = (  # a claim, a strategy, and the strategy, source or contender it is compared with
-    ("A mix keeps more than the best single source", "mix", BEST),
-    ("A mix keeps more than single sources do on average", "mix", SINGLES),
-    ("IGSP keeps more than the best single source", "igsp", BEST),
-    ("IGSP keeps more than Self-Cal", "igsp", "self-cal"),
-    ("IGSP keeps more than SGS", "igsp", "sgs"),
-    ("A mix keeps more than IGSP", "mix", "igsp"),
-)
-
-
-# On a claim: `where` (a condition, or a series of sparsities), the `verdict` and its `figures`.
-Verdict = dict[str, str]
-
-
-def tally(verdicts: Sequence[Verdict]) -> str:
-    """Return in how many conditions a claim holds, or the verdict of a single one."""
-    if len(verdicts) == 1:
-        return verdicts[0]["verdict"]
-    held = sum(one["verdict"] == HOLDS for one in verdicts)
-    return f"holds in {held} of {len(verdicts)}"
 
 
 def summarise(analysis: Analysis) -> dict[str, Any]:
-    """Return the sentences of an analysis: the headline, findings by condition, methods, claims
-    with their verdicts, and how certain they are."""
+    """Return the sentences of an analysis: what was declared, with its verdicts; then the
+    exploratory headline, findings by condition and methods; and how certain they are."""
     return {
+        "opening": list(_opening(analysis)),
+        "declared": list(_declared(analysis)),
+        "exploratory": _exploratory(analysis),
         "headline": _headline(analysis),
         "conditions": [list(_condition(each)) for each in analysis.conditions],
-        "methods": list(_methods(analysis)), "claims": claims(analysis),
+        "methods": list(_methods(analysis)),
         "certainty": list(_certainty(analysis)),
-    }  # fmt: skip
+    }
+
+
+def _opening(analysis: Analysis) -> Iterator[str]:
+    """Say what was declared and when, and all that differs from it."""
+    declared = Declaration()
+    if not analysis.declarations or not analysis.comparisons:
+        yield f"Study {analysis.study} {declared}."
+    else:
+        last, declared = analysis.declarations[-1], analysis.declarations[-1].declaration
+        yield f"Study {last.study} {declared}, declared {_date(last)}."
+        if not last.intact:
+            yield f"The declaration was changed: its hash was {last.hash[:12]}."
+        for before, after in pairwise(analysis.declarations):
+            why = f": {after.amends.reason}" if after.amends else ""
+            yield f"Study {after.study} amends {before.study}, declared {_date(before)}{why}."
+        if analysis.older:
+            older = words.counted(analysis.older, "trial")
+            yield f"Older than the declaration: {older} of {len(declared.keys)} that are compared."
+        ran = {_without_seed(key) for key in declared.keys if key not in analysis.missing}
+        for what, some in (("Declared and not run", False), ("Missing seeds", True)):
+            keys = [key for key in analysis.missing if (_without_seed(key) in ran) == some]
+            if keys:
+                names = ["{1} {2} {3} seed {6} ({0})".format(*key) for key in keys]
+                yield f"{what}: {_first(names)}."
+        if declared.exclude:
+            left_out = [f"{task} ({reason})" for task, reason in declared.exclude.items()]
+            yield f"Left out, as declared: {words.listed(left_out)}."
+    if analysis.settings.without:
+        yield f"Left out afterwards, not declared: {words.listed(analysis.settings.without)}."
+    if not analysis.whole:
+        yield (
+            "Gains were not measured: answers were asked only where the dense model is right "
+            "(right_only). The share of its right answers that are kept is analysed."
+        )
+
+
+def _exploratory(analysis: Analysis) -> str:
+    tests = words.counted(analysis.tests, "exploratory test")
+    text = f"Corrected together (Benjamini-Hochberg at {ALPHA:g}): {tests}."
+    return f"All else is exploratory. {text}" if analysis.comparisons else text
+
+
+def _date(declared: Declared) -> str:
+    return f"{declared.since[:16].replace('T', ' ')} UTC"
+
+
+def _without_seed(key: Key) -> Key:
+    return *key[:6], *key[7:]
+
+
+def _first(names: Sequence[str], most: int = 3) -> str:
+    more = len(names) - most
+    return words.listed([*names[:most], f"{more} more"] if more > 0 else names)
+
+
+def _declared(analysis: Analysis) -> Iterator[str]:
+    """Say what each declared comparison shows, and what it shows with a later exclusion."""
+    several = len({one.model for one in analysis.comparisons}) > 1
+    later = {(one.name, one.model): one for one in analysis.afterwards}
+    for one in analysis.comparisons:
+        text = f"{one.name}{f' ({one.model})' if several else ''}: {_verdict(one)}"
+        said = analysis.declarations[-1].declaration.comparisons[one.name]
+        if one.best:
+            text += f"; best: {words.listed(dict.fromkeys(one.best))}"
+        if one.predicted is not None:
+            low, high = said["predict"]
+            text += f"; prediction {low:g} to {high:g}: {'' if one.predicted else 'not '}met"
+        if one.refuted is not None:
+            text += f"; {'' if one.refuted else 'not '}refuted"
+        if (after := later.get((one.name, one.model))) is not None:
+            without = words.listed(analysis.settings.without)
+            text += f". Afterwards, without {without}: {_verdict(after)}"
+        yield f"{text}."
+
+
+def _verdict(one: Comparison) -> str:
+    if one.gap.value is None:
+        return f"{one.verdict}, without trials on both sides"
+    return (
+        f"{one.verdict}, {words.with_span(one.gap, sign=True)} points over {SEEDS[one.seeds]}, "
+        f"p {words.p_value(one.gap.p)}, corrected {words.p_value(one.p_corrected)}"
+    )
 
 
 def main_condition(conditions: Sequence[ConditionAnalysis]) -> ConditionAnalysis:
@@ -73,21 +143,30 @@ def main_condition(conditions: Sequence[ConditionAnalysis]) -> ConditionAnalysis
 def _headline(analysis: Analysis) -> str:
     main = main_condition(analysis.conditions)
     scores = {task.score for each in analysis.conditions for task in each.cells.tasks}
-    named = {"generated answers": scores & {"kept"}, "right choices": scores & {"accuracy"},
-             "likelihood": scores - {"kept", "accuracy"}}  # fmt: skip
+    named = {
+        "right answers": scores & {"right"},
+        "generated answers": scores & {"kept"},
+        "right choices": scores & {"accuracy"},
+        "likelihood": scores - {"right", "kept", "accuracy"},
+    }
     what = words.listed(name for name, some in named.items() if some)
     ranked = [one for one in main.ranking if one.total.value is not None]
     where = f"after {main.condition.label}"
     if not ranked:
         return f"No calibration set has retention {where}: no task of the suite has signal."
     if len(main.ranking) == 1:
+        share = f"{words.with_span(ranked[0].total)} %"
+        kept = f"keeps {share} of the dense model's {what}"
+        if analysis.measure == "right":
+            kept = f"gives {share} as many right answers as the dense model"
         text = (
-            f"{ranked[0].calibration} keeps {words.with_span(ranked[0].total)} % of the dense "
-            f"model's {what} {where}. It is the only calibration set: there is nothing to compare."
+            f"{ranked[0].calibration} {kept} {where}. It is the only calibration set: there is "
+            "nothing to compare."
         )
     else:
         sets, last = leaders(main.ranking), ranked[-1]
-        text = f"{what.capitalize()} kept {where} (dense model: 100 %): "
+        kept = "relative to the dense model" if analysis.measure == "right" else "kept"
+        text = f"{what.capitalize()} {kept} {where} (dense model: 100 %): "
         text += f"{words.which_is_best(main.ranking)}."
         if worst := [f"{one.calibration} {words.percent(one.lowest.value)} % in {one.worst}"
                      for one in sets[:3] if one.worst is not None]:  # fmt: skip
@@ -107,12 +186,13 @@ def _condition(each: ConditionAnalysis) -> Iterator[str]:
             f"retention: it takes at least {LEAST}, with different values."
         )
     for one in each.agreements:
-        if one.quantity == TOTAL and one.rho is not None and one.p is not None:
-            agrees = "ranks" if one.p <= ALPHA else "cannot be said to rank"
+        if one.quantity == TOTAL and one.rho is not None:
+            agrees = "ranks" if one.significant else "cannot be said to rank"
             yield (
                 f"KL to the dense model, which needs no labels, "
                 f"{agrees if one.rho < 0 else 'does not rank'} {one.n} sets as total retention "
-                f"does (ρ {words.rho(one.rho)}, p {words.p_value(one.p)}; −1 is the same order)."
+                f"does (ρ {words.rho(one.rho)}, corrected p {words.p_value(one.p_corrected)}; "
+                "−1 is the same order)."
             )
     if faint := [f"{one.quantity} ({one.ratio:.2f})" for one in each.noise
                  if one.kind != "task" and one.ratio is not None and one.ratio < 1]:  # fmt: skip
@@ -125,125 +205,16 @@ def _condition(each: ConditionAnalysis) -> Iterator[str]:
 def _methods(analysis: Analysis) -> Iterator[str]:
     """Compare each method with the one that keeps next less."""
     nearest: dict[str, Gain] = {}
-    totals = (one for one in analysis.gains if one.quantity == TOTAL and not one.over)
+    totals = (one for one in analysis.gains if one.quantity == TOTAL)
     for one in sorted(totals, key=lambda one: one.gap.value or 0.0):
         nearest.setdefault(one.more, one)
     for each in analysis.conditions:
         if (gain := nearest.get(each.condition.label)) is not None:
             yield (
                 f"{gain.more} against {gain.less}: {words.with_span(gain.gap, sign=True)} points "
-                f"in total, mean of {words.counted(gain.sets, 'set')}."
+                f"in total, mean of {words.counted(gain.sets, 'set')} (corrected p "
+                f"{words.p_value(gain.p_corrected)})."
             )
-
-
-def claims(analysis: Analysis) -> dict[str, list[Verdict]]:
-    """Return the claims that this study can judge, each with the verdicts of conditions."""
-    found = analysis.conditions
-    compared: list[tuple[Any, ...]] = [(*one, False) for one in COMPARED]
-    if (default := analysis.settings.default) is not None:
-        compared.insert(2, (f"A mix keeps more than {default}", "mix", default, True))
-    judged = {text: [_compared(each, *sides) for each in found] for text, *sides in compared} | {
-        "Dimensions are far apart where the total is close": [_cancelled(each) for each in found],
-        "A metric of the text raises one dimension and lowers another":
-            [_pulled(each) for each in found],
-        "The lead of a mix grows with sparsity":
-            [_moved(analysis, each, "sparsity", 1) for each in found],
-        "The lead of a mix shrinks with recovery":
-            [_moved(analysis, each, "recovery", -1) for each in found],
-    }  # fmt: skip
-    return {text: some for text, verdicts in judged.items() if (some := [*filter(None, verdicts)])}
-
-
-Gap = tuple[str, Estimate, bool]  # the sets' names, the lead, and whether it is significant
-
-
-def _judged(where: str, gaps: Sequence[Gap], wanted: int = 1) -> Verdict | None:
-    """Judge gaps together: a significant one with the wanted sign supports the claim."""
-    if not gaps:
-        return None
-    signs = {0 if not significant or not gap.value else wanted if gap.value > 0 else -wanted
-             for _, gap, significant in gaps}  # fmt: skip
-    verdict = HOLDS if signs == {1} else IN_PART if 1 in signs else FAILS if -1 in signs else OPEN
-    figures = "; ".join(
-        f"{name} {words.with_span(gap, sign=True)}"
-        + (" (not after correction for the number of tests)" * (gap.clear and not significant))
-        for name, gap, significant in gaps
-    )
-    return {"where": where, "verdict": verdict, "figures": figures}
-
-
-def _compared(each: ConditionAnalysis, left: str, right: str, named: bool) -> Verdict | None:
-    """Compare sets of one strategy with those of another, or with a set `named` by its label."""
-    made = {one.calibration: one.strategy for one in each.cells.made}
-    gaps = [
-        (ours if right == SINGLES else f"{ours} over {theirs.removeprefix(BEST)}", gap,
-         one.significant)
-        for one in each.differences if one.quantity == TOTAL
-        for ours, theirs, gap in ((one.left, one.right, one.gap), (one.right, one.left, -one.gap))
-        if made.get(ours) == left
-        and right == (theirs if named or theirs == SINGLES
-                      else BEST if theirs.startswith(BEST) else made.get(theirs))
-    ]  # fmt: skip
-    return _judged(each.condition.label, gaps)
-
-
-def _moved(analysis: Analysis, each: ConditionAnalysis, by: str, wanted: int) -> Verdict | None:
-    """Judge whether mixes lead by more than at the lowest sparsity, or by less than without
-    recovery."""
-    mixes = {one.calibration for one in each.cells.made if one.strategy == "mix"}
-    gains = [one for one in analysis.gains
-             if (one.by, one.more, one.quantity) == (by, each.condition.label, TOTAL)
-             and one.over and one.calibration in mixes]  # fmt: skip
-    if by == "recovery":
-        gaps = [(f"{one.calibration} over {one.over}", one.gap, one.significant) for one in gains]
-        return _judged(each.condition.label, gaps, wanted)
-    at = {one.condition.label: f"{100 * one.condition.sparsity:g} %" for one in analysis.conditions}
-    gaps = [(f"{one.calibration} from {at[one.less]} to {at[one.more]}", one.gap, one.significant)
-            for one in gains]  # fmt: skip
-    return _judged(each.condition.series, gaps, wanted)
-
-
-def _cancelled(each: ConditionAnalysis) -> Verdict | None:
-    spread = {one.quantity: one for one in each.spread}
-    total = spread.pop(TOTAL, None)
-    if total is None or len(spread) < 2 or total.p_cancel is None:
-        return None
-    widest = max(spread.values(), key=lambda one: one.range)
-    figures = (
-        f"single sources {words.percent(widest.range)} points apart in {widest.quantity} "
-        f"({widest.lowest} to {widest.highest}), {100 * total.range:.1f} in total; "
-        f"p {words.p_value(total.p_cancel)} against unrelated dimensions"
-    )
-    verdict = HOLDS if total.p_cancel <= ALPHA else NOT_FOUND
-    return {"where": each.condition.label, "verdict": verdict, "figures": figures}
-
-
-def _pulled(each: ConditionAnalysis) -> Verdict | None:
-    """Judge whether a metric rises with one dimension and falls with another, both significant
-    after correction."""
-    if not (tested := each.correlations):
-        return None
-    pairs, verdict = [], HOLDS
-    for metric in dict.fromkeys(one.metric for one in tested):
-        strong = sorted((one.rho or 0.0, one.quantity) for one in tested if one.significant
-                        and one.metric == metric and one.quantity != TOTAL)  # fmt: skip
-        if strong and strong[0][0] < 0 < strong[-1][0]:
-            (low, falls), (high, rises) = strong[0], strong[-1]
-            pairs.append((max(low, -high), f"{metric}: {rises} "
-                          f"{words.rho(high)}, {falls} {words.rho(low)}"))  # fmt: skip
-    figures = [text for _, text in sorted(pairs)]  # the strongest first
-    if more := figures[2:]:
-        figures[2:] = [words.counted(len(more), "more metric")]
-    if not pairs:
-        verdict = OPEN if min(one.least_p or 0.0 for one in tested) > ALPHA else NOT_FOUND
-        near = max(tested, key=lambda one: (one.significant, abs(one.rho or 0)))
-        figures = [
-            "no opposite signs survive correction",
-            f"strongest: {near.metric} with {near.quantity}, ρ {words.rho(near.rho)}, corrected p "
-            f"{words.p_value(near.p_corrected)}",
-        ]
-    figures.append(words.counted(max(one.n for one in tested), "source"))
-    return {"where": each.condition.label, "verdict": verdict, "figures": "; ".join(figures)}
 
 
 def _certainty(analysis: Analysis) -> Iterator[str]:
@@ -266,6 +237,11 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
             "Intervals are over both test items and seeds; the spread over seeds is pooled over "
             "all sets of a condition."
         )
+    if pooled := [each.condition.label for each in found if each.joint.pooled]:
+        yield (
+            f"Every set has one seed in {words.listed(pooled)}: the spread over seeds is that of "
+            "the model's other conditions."
+        )
     if once:
         where = f" in {words.listed(once)}" if len(once) < len(found) else ""
         yield (
@@ -277,8 +253,7 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
         numbers = words.listed(str(n) for n in sorted({each.points for each in tested}))
         yield (
             f"Correlations are over {numbers} single sources, averaged over seeds; a mix would "
-            f"count its parts twice. p is two-sided, by permutation, corrected over "
-            f"{analysis.tests} tests (Benjamini-Hochberg at {ALPHA:g})."
+            "count its parts twice. p is two-sided, by permutation."
         )
         least = min(one.least_p or 0.0 for each in tested for one in each.correlations)
         if least > ALPHA:

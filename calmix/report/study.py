@@ -13,7 +13,7 @@ from calmix.analysis.cells import TOTAL, WORST
 from calmix.files import atomic_folder, write_text
 from calmix.options import Settings
 from calmix.report import figures, words
-from calmix.report.findings import main_condition, summarise, tally
+from calmix.report.findings import main_condition, summarise
 from calmix.report.pages import render
 from calmix.study.results import StudyResults
 
@@ -39,11 +39,9 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
     """Return the report's texts by file name: the page, and a summary in plain text."""
     summary, found = summarise(analysis), analysis.conditions
     settings = analysis.settings.model_dump(include=set(Settings.model_fields))
-    claims = [{"claim": claim, **one}
-              for claim, verdicts in summary["claims"].items() for one in verdicts]  # fmt: skip
     return {
         "report.html": render(
-            "study.html", results=results, analysis=analysis, summary=summary, claims=claims,
+            "study.html", results=results, analysis=analysis, summary=summary,
             main=main_condition(found),
             conditions=[(each, sentences, figures.condition_charts(analysis, each),
                          _tables(analysis, each))
@@ -81,8 +79,7 @@ def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict
         {"set": one.left, "over": one.right, "in": one.quantity,
          "#points": w.with_span(one.gap, sign=True), "#p": w.p_value(one.gap.p),
          "#corrected p": w.p_value(one.p_corrected) + " ●" * one.significant,
-         "over seeds alone": w.span(one.gap.draw_low, one.gap.draw_high),
-         "#corrected p over seeds": w.p_value(one.draw_p_corrected)}
+         "over seeds alone": w.span(one.gap.draw_low, one.gap.draw_high)}
         for one in found.differences if one.quantity in (TOTAL, WORST)
     ]  # fmt: skip
     return {"ranking": ranking, "distance": distance, "differences": differences}
@@ -91,7 +88,9 @@ def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict
 def summary_text(analysis: Analysis) -> str:
     """Return the findings as plain text of 80 columns."""
     summary = summarise(analysis)
-    text = words.wrapped(summary["headline"])
+    text = "\n".join(map(words.wrapped, summary["opening"]))
+    text += _block("Declared comparisons", summary["declared"])
+    text += f"\n\n{words.wrapped(summary['exploratory'])}\n\n{words.wrapped(summary['headline'])}"
     for each, sentences in zip(analysis.conditions, summary["conditions"], strict=True):
         rows = [("", "total", "acc.", "shrunken", "best", "worst dimension")]
         rows += [(one.calibration, words.with_span(one.total), words.percent(one.accuracy[TOTAL]),
@@ -104,13 +103,6 @@ def summary_text(analysis: Analysis) -> str:
             text += f"\n  and {len(more)} more"
         text += _block(f"{label}: findings", sentences)
     text += _block("Method by method", summary["methods"])
-    if summary["claims"]:
-        text += "\n\nClaims"
-    for claim, verdicts in summary["claims"].items():
-        text += "\n" + words.wrapped(f"{claim}: {tally(verdicts)}", "  - ", "    ")
-        for one in verdicts:
-            said = "{where}: {verdict} ({figures})".format(**one)
-            text += "\n" + words.wrapped(said, "      ", "        ")
     return text + _block("How certain this is", summary["certainty"])
 
 

@@ -30,6 +30,16 @@ class Pair(BaseModel, frozen=True):
     of: tuple[Key, ...]
     over: tuple[Key, ...]
 
+    @property
+    def sides(self) -> tuple[tuple[Key, ...], ...]:
+        """Both sides."""
+        return self.of, self.over
+
+    @property
+    def model(self) -> str:
+        """The label of the model."""
+        return str(self.of[0][0])
+
 
 class Declaration(BaseModel, frozen=True):
     """What a study declares.
@@ -48,6 +58,12 @@ class Declaration(BaseModel, frozen=True):
     models: dict[str, Any] = {}
     calibrations: dict[str, Any] = {}
     pairs: dict[str, tuple[Pair, ...]] = {}
+
+    @property
+    def keys(self) -> dict[Key, None]:
+        """The keys of all trials that are compared, each once."""
+        pairs = (pair for some in self.pairs.values() for pair in some)
+        return dict.fromkeys(key for pair in pairs for side in pair.sides for key in side)
 
     @property
     def hash(self) -> str:
@@ -98,7 +114,7 @@ def declaration(study: Study, planned: Sequence[Planned]) -> Declaration:
                 f"{study.path} line {line}: comparison '{one.name}' has no trials on both sides "
                 f"that are otherwise alike{where}: add them to the grid"
             )
-    keys = {key for some in pairs.values() for pair in some for key in (*pair.of, *pair.over)}
+    keys = Declaration(pairs=pairs).keys
     models, sets = ({key[at] for key in keys} for at in (0, 1))
     return Declaration(
         primary=study.primary,

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, SkipValidation
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.retention import Estimate
 from calmix.options import Strategy
-from calmix.study.declaring import Declared
+from calmix.study.declaring import Declaration, Declared
 
 Scores = Annotated[
     Mapping[str, tuple[TaskScores, ...]], SkipValidation, Field(exclude=True, repr=False)
@@ -54,6 +54,12 @@ class Trial(BaseModel, frozen=True):
     tasks: tuple[dict[str, Any], ...]
     seconds: dict[str, float]
     distance: dict[str, Any] | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Identifies the trial within its study (`Planned.key`)."""
+        sizes = self.rows, self.length, self.seed, self.propagation
+        return self.model, self.calibration, self.method, self.pattern, *sizes
 
     @property
     def told(self) -> str:
@@ -102,3 +108,8 @@ class StudyResults(BaseModel, frozen=True):
     part: Annotated[Mapping[str, set[str]], Field(exclude=True)] = {}
     dates: Mapping[str, str] = {}
     declarations: tuple[Declared, ...] = ()
+
+    @property
+    def declaration(self) -> Declaration:
+        """What the study declares: nothing if its store is of an older version."""
+        return self.declarations[-1].declaration if self.declarations else Declaration()

@@ -287,8 +287,9 @@ class Study:
 
     @property
     def primary(self) -> Measure:
-        """The primary measure: if none is named, the one of the suite."""
-        return self.file.primary or "primary"
+        """The primary measure: if none is named, right answers where all are asked."""
+        asked = self.suite.asks and not self.file.right_only
+        return self.file.primary or ("right" if asked else "primary")
 
 
 def load_study(path: Path) -> Study:
@@ -355,7 +356,11 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
 
 
 def _check_declaration(file: StudyFile, suite: Suite, wrong: Callable[..., None]) -> None:
-    """Report names in what a study declares that the study lacks."""
+    """Report what a study declares and cannot measure, or names and lacks."""
+    if file.primary == "right" and not suite.asks:
+        wrong(["primary"], f"suite {suite.name} has no generated answers: use another measure")
+    if file.primary == "right" and file.right_only:
+        wrong(["primary"], "right counts gains, which right_only does not measure: use primary")
     for task in file.exclude:
         if task not in suite.tasks:
             wrong(["exclude", task], f"the suite has no such task: {nearest(task, suite.tasks)}")

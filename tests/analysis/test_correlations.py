@@ -1,4 +1,4 @@
-"""Planted correlations are recovered, noise stays noise; distances, spreads, the bare statistics.
+"""Planted correlations are recovered, noise stays noise; distances, the bare statistics.
 
 `tests/test_properties.py` has what must hold for any input.
 """
@@ -11,10 +11,9 @@ import pytest
 from scipy import stats
 
 from calmix.analysis import Settings, analyse
-from calmix.analysis.cells import select, tables
+from calmix.analysis.cells import tables
 from calmix.analysis.correlations import (
     bootstrap_intervals,
-    cancellation,
     correlate,
     permutation_p,
     unit_ranks,
@@ -30,7 +29,7 @@ def of(results):
 
 def test_rho_is_that_of_the_seed_means_of_single_sources_alone():
     results = study(full_plan(conditions=[("wanda", "50%")]))
-    cells = tables(results, select(results, method="wanda"), "primary")[0]
+    cells = tables(results, "primary")[0]
     singles = cells.of("single")
     assert (len(singles), len(cells.sets)) == (16, 22)
     own = [[t for t in results.trials if t.calibration == cells.sets[at]] for at in singles]
@@ -47,24 +46,13 @@ def test_rho_is_that_of_the_seed_means_of_single_sources_alone():
     assert (one.low, one.high) == pytest.approx(tuple(ends))
 
 
-def test_four_sources_are_the_least_and_their_total_may_hide_what_dimensions_lose():
+def test_four_sources_are_the_least():
     for count, tested in ((3, False), (4, True)):
         results = study(full_plan(sources=SOURCES[:count], conditions=[("wanda", "50%")]))
         found = analyse(results, QUICK).conditions[0]
         assert bool(found.correlations) == tested
-        known = {one.quantity: one.p_cancel for one in found.spread}
-        assert [name for name, p in known.items() if p is not None] == ["total"] * tested
-        assert {one.n for one in found.spread} == {count}
     one = found.correlations[0]
     assert (one.n, one.exact, one.least_p) == (4, True, 2 / 24)
-    cells = tables(results, select(results), "primary")[0]
-    own = cells.means[cells.of("single")][:, 1 : len(cells.quantities)]
-    p = cancellation(own, permutations=QUICK.resamples, seed=QUICK.seed)
-    assert known["total"] == p
-    for dimensions, hides in ((("general", "code"), True), (("code",), False)):
-        plan = full_plan(sources=SOURCES[:4], conditions=[("wanda", "50%")], dimensions=dimensions)
-        total = analyse(study(plan), QUICK).conditions[0].spread[0]
-        assert (total.quantity, total.p_cancel is not None) == ("total", hides)
 
 
 def test_a_metric_that_few_sets_have_is_listed_without_rho():
@@ -75,13 +63,18 @@ def test_a_metric_that_few_sets_have_is_listed_without_rho():
     assert {(one.n, one.rho, one.p) for one in found if one.metric == "odd"} == {(3, None, None)}
 
 
-def test_all_of_a_study_is_corrected_together():
+def test_all_that_is_exploratory_is_corrected_together():
     results = study(full_plan(seeds=(0,)))
     whole = analyse(results, QUICK)
-    every = [one for found in whole.conditions for one in found.correlations]
+    every = [
+        one
+        for found in whole.conditions
+        for one in (*found.correlations, *found.differences, *found.agreements)
+    ] + [*whole.gains]
     expected = stats.false_discovery_control([one.p for one in every])
     assert [one.p_corrected for one in every] == pytest.approx(expected)
-    assert analyse(results, QUICK, method="wanda").tests == whole.tests // 3
+    assert whole.tests == len(every)
+    assert analyse(results, QUICK, method="wanda").tests == (len(every) - len(whole.gains)) // 3
 
 
 def test_metrics_that_order_the_sets_alike_are_one_test():
@@ -124,17 +117,6 @@ def test_distances_not_measured_or_on_other_texts_are_left_out():
     mixed = of(results.model_copy(update={"trials": trials}))
     assert not mixed.agreements
     assert all(one.distance["kl"]["total"] is None for one in mixed.ranking)
-
-
-def test_cancelling_is_seen_where_it_is_and_not_where_it_is_not():
-    rng = np.random.default_rng(4)
-    gain = rng.standard_normal(16)
-    quiet = 0.1 * rng.standard_normal((16, 4))
-    opposed = np.column_stack([gain, -gain, gain, -gain]) + quiet
-    assert cancellation(opposed, permutations=999, seed=0) == 0.001
-    found = [cancellation(rng.standard_normal((16, 4)), permutations=199, seed=0) <= 0.05
-             for _ in range(200)]  # fmt: skip
-    assert np.mean(found) == pytest.approx(0.05, abs=0.03)
 
 
 def test_no_bound_is_beyond_one_and_what_does_not_vary_has_none():

@@ -1,4 +1,4 @@
-"""Differences, leads against sparsity and method, gains of methods, ranking, names."""
+"""Differences, gains of methods, ranking, names."""
 
 import math
 from dataclasses import fields, replace
@@ -8,9 +8,9 @@ from scipy import stats
 
 from calmix.analysis import Settings, analyse
 from calmix.analysis.cells import TOTAL, WORST, method_name
-from calmix.analysis.differences import BEST, MEAN, SINGLES
+from calmix.analysis.differences import BEST, SINGLES
 from calmix.evaluation.retention import flips, retention
-from tests.synthetic import Plan, full_plan, study, trial
+from tests.synthetic import SOURCES, Plan, full_plan, study, trial
 
 QUICK = Settings(permutations=199, resamples=50)
 EXACT = Settings(permutations=199, resamples=2000)
@@ -33,7 +33,7 @@ def test_a_difference_of_seeds_is_students_t_of_the_pooled_spread():
     assert one.value == pytest.approx(kept[mix] - kept[found.cells.of("single")].mean())
     error = math.sqrt((spread**2).mean() * (1 / 3 + 1 / 48))
     half = stats.t.ppf(0.975, 22 * 2) * error
-    assert one.draw_p == pytest.approx(2 * stats.t.sf(abs(one.value) / error, 44))
+    assert one.p >= 2 * stats.t.sf(abs(one.value) / error, 44)
     assert one.draw_high - one.draw_low == pytest.approx(2 * half, rel=0.1)
     assert one.low < one.item_low < one.value < one.item_high < one.high
     assert one.high - one.low < 0.9 * ((one.item_high - one.item_low) + 2 * half)
@@ -52,8 +52,7 @@ def test_sets_of_few_seeds_are_compared_by_the_pooled_spread_or_about_items_alon
         one = gap(found, "mix-8", SINGLES)
         assert (found.joint.freedom, len(found.missing)) == (freedom, missing)
         assert one.p_corrected is not None
-        seeds = (one.gap.draw_low, one.gap.draw_p, one.draw_p_corrected)
-        assert [value is None for value in seeds] == [single] * 3
+        assert (one.gap.draw_low is None) == single
         assert ((one.gap.low, one.gap.high) == (one.gap.item_low, one.gap.item_high)) == single
 
 
@@ -73,34 +72,39 @@ def test_the_worst_dimension_of_the_picked_source_is_by_its_own_numbers():
     assert worst == pytest.approx(general)
 
 
-def test_leads_grow_with_sparsity_as_planted():
-    pairs = [("sparsegpt", pattern) for pattern in ("2:4", "30%", "50%", "60%")]
-    results = study(full_plan(conditions=pairs, draw=0.003, noise=0.005))
+def test_a_condition_with_one_seed_has_the_spread_of_the_others():
+    pairs = [("sparsegpt", "50%"), ("sparsegpt", "60%"), ("admm", "60%")]
+    few = {"sources": SOURCES[:4], "others": {"mix-8": ("mix", 0.08)}}
+    whole = study(full_plan(conditions=pairs, **few))
+    kept = tuple(one for one in whole.trials if one.pattern == "50%" or one.seed == 0)
+    results = whole.model_copy(update={"trials": kept})
     found = analyse(results, QUICK)
-    leads = [gap(each, "mix-8", SINGLES).gap.value for each in found.conditions]
-    (growth,) = [one for one in found.gains if (one.calibration, one.quantity) == ("mix-8", TOTAL)]
-    moved = [one for one in found.gains if one.over]
-    assert growth.significant
-    assert all(one.p_corrected >= one.gap.p for one in moved)
-    assert all(one.p_corrected is None for one in found.gains if not one.over)
-    # N:M patterns do not count as sparsities.
-    assert (growth.by, growth.less, growth.more, growth.over) == (
-        "sparsity", "SparseGPT 30%", "SparseGPT 60%", SINGLES,
-    )  # fmt: skip
-    assert growth.gap.low > 0
-    assert growth.gap.value == pytest.approx(leads[-1] - leads[0], abs=1e-9)
-    assert growth.gap.value == pytest.approx(0.08 * (1 - 0.5**3), abs=0.02)
-
-
-def test_a_condition_with_one_seed_is_compared_with_one_of_several_by_items():
-    pairs = [("sparsegpt", "50%"), ("sparsegpt", "60%")]
-    whole = study(full_plan(conditions=pairs))
-    kept = tuple(one for one in whole.trials if one.pattern == "60%" or one.seed == 0)
-    found = analyse(whole.model_copy(update={"trials": kept}), QUICK)
-    tested = [one.gap for one in found.gains if one.over]
-    assert tested
-    assert all(0 <= one.p <= 1 and one.draw_p is None for one in tested)
-    assert all(one.low == one.item_low for one in tested)
+    alone = analyse(results, QUICK, sparsity="60%")
+    assert [one.ranking for one in alone.conditions] == [
+        one.ranking for one in found.conditions if one.condition.pattern == "60%"
+    ]
+    pooled = {
+        one.condition.label: (one.joint.pooled, one.joint.freedom) for one in found.conditions
+    }
+    assert pooled == {
+        "ADMM 60%": (True, 10),
+        "SparseGPT 50%": (False, 10),
+        "SparseGPT 60%": (True, 10),
+    }
+    once, often = found.conditions[2].joint, found.conditions[1].joint
+    assert once.by_draws == pytest.approx(often.by_draws)
+    assert all(one.draw is None for one in found.conditions[2].noise)  # of its own
+    one = gap(found.conditions[2], "mix-8", SINGLES).gap
+    assert one.draw_low < one.value < one.draw_high
+    # Seeds are not taken to move both methods alike: their covariance is unknown.
+    (gain,) = [one.gap for one in found.gains if one.quantity == TOTAL]
+    weight = once.cells.weights[0]
+    assert gain.draw_high - gain.draw_low > 2 * math.sqrt(2 * weight @ once.by_draws @ weight / 5)
+    other = tuple(
+        one.model_copy(update={"model": "other"}) if one.pattern == "50%" else one for one in kept
+    )
+    told = analyse(study(Plan(), trials=other), QUICK).conditions
+    assert [one.joint.freedom for one in told if one.condition.model != "other"] == [0, 0]
 
 
 def test_accuracy_is_read_beside_the_primary_scores():
@@ -191,40 +195,32 @@ def analysed(kept, *, seeds=1, default="prose"):
     return analyse(study(Plan(), trials=trials), settings)
 
 
-def gain(found, more, less, name, quantity=TOTAL, over=""):
-    (one,) = [each for each in found.gains
-              if (each.more, each.less, each.over) == (NAMES[more], NAMES[less], over)
-              and (each.calibration, each.quantity) == (name, quantity)]  # fmt: skip
+def gain(found, more, less, quantity=TOTAL):
+    (one,) = [
+        each
+        for each in found.gains
+        if (each.more, each.less, each.quantity) == (NAMES[more], NAMES[less], quantity)
+    ]
     return one
 
 
-def test_every_two_methods_are_compared_and_leads_are_followed_from_one_to_the_other():
-    found, over_sources = analysed(KEPT), analysed(KEPT, default=None)
+def test_every_two_methods_are_compared():
+    found = analysed(KEPT)
     assert len({(one.more, one.less) for one in found.gains}) == 3
-    for more, less, quantity, sets, by, wanted in (
-        (BETTER, PLAIN, TOTAL, 3, "method", (0.05 + 0.05 + 0.2) / 3),
-        (BETTER, PLAIN, "general", 3, "method", (0.1 + 0.1 + 0.2) / 3),
-        (TUNED, BETTER, TOTAL, 2, "recovery", (0.2 + 0.1) / 2),  # sets that one lacks are left out
-        (TUNED, PLAIN, TOTAL, 2, "method", (0.25 + 0.3) / 2),
+    for more, less, quantity, sets, wanted in (
+        (BETTER, PLAIN, TOTAL, 3, (0.05 + 0.05 + 0.2) / 3),
+        (BETTER, PLAIN, "general", 3, (0.1 + 0.1 + 0.2) / 3),
+        (TUNED, BETTER, TOTAL, 2, (0.2 + 0.1) / 2),  # sets that one lacks are left out
+        (TUNED, PLAIN, TOTAL, 2, (0.25 + 0.3) / 2),
     ):
-        one = gain(found, more, less, MEAN, quantity)
-        assert (one.sets, one.by, one.gap.value) == (sets, by, pytest.approx(wanted, abs=1e-3))
-    for more, less, default, quantity, wanted in (
-        (BETTER, PLAIN, "prose", TOTAL, (0.8 - 0.45) - (0.6 - 0.4)),
-        (TUNED, BETTER, "prose", "code", (0.9 - 0.5) - (0.8 - 0.3)),
-        (BETTER, PLAIN, "prose", WORST, (0.8 - 0.3) - (0.6 - 0.3)),
-        (BETTER, PLAIN, SINGLES, TOTAL, (0.8 - 0.5) - (0.6 - 0.45)),
-        (TUNED, BETTER, SINGLES, TOTAL, (0.9 - 0.65) - (0.8 - 0.45)),  # over the common source
-    ):
-        made = over_sources if default == SINGLES else found
-        one = gain(made, more, less, "mix", quantity, default)
-        assert one.gap.value == pytest.approx(wanted, abs=1e-3)
+        one = gain(found, more, less, quantity)
+        assert (one.sets, one.gap.value) == (sets, pytest.approx(wanted, abs=1e-3))
 
 
 def test_items_and_seeds_are_the_same_on_both_sides():
     """The interval of a gap between methods accounts for their common items and seeds."""
     found = analysed(KEPT, seeds=2)
-    one = gain(found, BETTER, PLAIN, MEAN).gap
+    one = gain(found, BETTER, PLAIN).gap
     means = [each.joint.mean(range(3), 0).estimate() for each in found.conditions[::2]]
     widths = [each.item_high - each.item_low for each in means]
     assert one.low < one.value < one.high
@@ -241,12 +237,3 @@ def test_only_conditions_alike_but_for_the_method_are_compared():
         trials = [t.model_copy(update={field: value} if t.method == "admm" else {})
                   for t in one.trials]  # fmt: skip
         assert analyse(study(Plan(), trials=tuple(trials)), QUICK).gains == ()
-
-
-def test_a_recovery_is_one_whatever_it_keeps_and_an_allocation_is_none():
-    found = analysed({BETTER: KEPT[BETTER], TUNED: KEPT[PLAIN]})
-    mean = gain(found, TUNED, BETTER, MEAN)
-    assert (mean.by, mean.gap.value) == ("recovery", pytest.approx(-0.1, abs=1e-3))
-    for less, added, by in ((BETTER, "owl", "method"), (f"{BETTER} + owl", "blocks", "recovery")):
-        kept = {less: KEPT[PLAIN], f"{less} + {added}": KEPT[BETTER]}
-        assert {one.by for one in analysed(kept).gains} == {by}

@@ -326,7 +326,7 @@ def test_mistakes_in_what_is_declared_are_told_with_their_line():
         (
             text,
             [
-                (8, "primary: Input should be 'primary'"),
+                (8, "primary: Input should be 'right', 'primary'"),
                 (9, "margin: Input should be greater"),
                 (10, "exclude.arc_easy: String should match"),
                 (11, "amends: lacks 'reason'"),
@@ -362,6 +362,22 @@ def test_mistakes_in_what_is_declared_are_told_with_their_line():
     every = ", ".join(f"{task}: x" for task in load_suite("offline").tasks)
     (line,) = problems(DECLARES + f"exclude: {{{every}}}\n")
     assert line == "s.yaml line 8: exclude: it names every task of the suite: keep at least one"
+    for more, says in (
+        ("", "suite offline has no generated answers: use another measure"),
+        (
+            "suite: abilities\nright_only: true\n",
+            "right counts gains, which right_only does not measure: use primary",
+        ),
+    ):
+        (line,) = problems(f"{DECLARES}primary: right\n{more}")
+        assert line == f"s.yaml line 8: primary: {says}"
+    for more, primary in (
+        ("", "primary"),
+        ("suite: abilities\n", "right"),
+        ("suite: abilities\nright_only: true\n", "primary"),
+        ("suite: abilities\nprimary: accuracy\n", "accuracy"),
+    ):
+        assert parsed(DECLARES + more).primary == primary
     for line, says in (
         ("{name: x, of: {calibration: b}, over: {calibration: a}, where: {methods: admm}}", " at"),
         (
