@@ -79,8 +79,11 @@ def compress_verb(
         "behaviour": card.behaved.to_dict(),
     }
     print_json(result)
+    for text in (card.shortly, words.against_itself(card.behaved)):
+        if text:
+            line(words.wrapped(text, rest="  "))
     for text in (
-        card.shortly, f"size: {card.sizes}", f"speed: {card.speed}",
+        f"size: {card.sizes}", f"speed: {card.speed}",
         f"card: {page}, after {duration(time.monotonic() - began)}", f"next: {card.next}",
     ):  # fmt: skip
         line(text)

@@ -119,6 +119,8 @@ def run(
             "--text measures the distance to a dense model: name it with --against, and leave out "
             "--no-distance"
         )
+    if measure == PRIMARY and not chosen.asks:
+        raise InputError("--measure right needs generated answers: try --suite abilities")
     if right_only and dense is None:
         raise InputError("--right-only needs the scores of a dense model: --against FILE.json")
     if repeat and (no_repeat or not chosen.asks or dense is not None):

@@ -123,6 +123,7 @@ class Behaviour:
         }
         return {
             "measure": PRIMARY,
+            "gains_measured": self.right is not None,
             "right": self.right and self.right.to_dict(),
             **counts,
             "abilities": [one.to_dict() for one in self.abilities],

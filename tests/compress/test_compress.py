@@ -21,6 +21,7 @@ from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.scores import describe
 from calmix.files import write_json
 from calmix.manifest import sealed
+from calmix.report import words
 from calmix.report.card import card_page, read_card, several_page
 from calmix.sources import builtin_sources
 from tests.calibration.selfgen.test_chat import TEMPLATE
@@ -70,11 +71,11 @@ def test_an_interrupt_after_any_stage_resumes_to_the_same_model(
     assert weights(cut / "model") == weights(whole / "model")
     told = [json.loads(f.read_text()) for f in (place / "measured.json", cut / "scores.json")]
     assert told[0]["retention"] == told[1]["retention"]
-    for more, words in (
+    for more, said in (
         (("--sparsity", 0.5), "is of another request (sparsity: 0.6, now 0.5)"),
         (("--sparsity", 0.5, "--dry-run"), "is of another request (sparsity: 0.6, now 0.5)"),
     ):
-        assert words in calmix(*command(cut, *more)).line
+        assert said in calmix(*command(cut, *more)).line
 
 
 def test_the_cards_numbers_are_those_of_the_scores(calmix, compressed):
@@ -171,6 +172,53 @@ def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, 
     assert several_page([read_card(out), read_card(other)])
     measured(other, fingerprint="0")
     assert "abilities.json is about other models than" in calmix("report", other).line
+
+
+def test_a_card_leads_with_right_answers_beside_the_dense_model_against_itself(
+    calmix, command, compressed, tmp_path
+):
+    out = Path(shutil.copytree(compressed, tmp_path / "out"))
+    suite = describe(runnable(choose("abilities", quick=True), False)[0])
+    before, after = read_card(out).pairs[0]
+    right = [1] * 20 + [0] * 10
+    dense, small = (
+        replace(one, suite=suite, tasks=(written("sums", "math", values),))
+        for one, values in ((before, right), (after, [0, 0, 0, *right[3:20], 1, *right[21:]]))
+    )
+    dense = replace(dense, repeat=(written("sums", "math", [0, *right[1:]]),))
+    path = out / "abilities.json"
+
+    def pages(**changed):
+        pair = {"dense": dense, "scores": replace(small, **changed)}
+        write_json(path, {name: one.to_dict() for name, one in pair.items()})
+        calmix("report", out).ok()
+        calmix("report", out, "-o", tmp_path / "several.html").ok()
+        page, readme = (out / "card.html", out / "model" / "README.md")
+        return [
+            " ".join(re.sub("<[^>]*>", " ", one.read_text("utf-8")).split())
+            for one in (page, readme)
+        ]
+
+    total = words.with_span(small.retention(dense).total)
+    lead = (
+        f"Right answers: {total} % of the dense model's (in math), 3 of 20 lost, 1 gained, "
+        "p = 0.625."
+    )
+    ceiling = "The dense model against itself, in other batches: 95.0 ["
+    for text in pages():
+        text = text.replace("&#39;", "'")
+        assert lead in text
+        assert text.index(lead) < text.index(ceiling) < text.index("Kept: 17 of 20 right answers")
+        assert "not measured" not in text
+    assert f"| math | 30 | 20 | 18 | 3 | 1 | 0.625 | {total} |" in (
+        out / "model" / "README.md"
+    ).read_text("utf-8")
+    ended = calmix(*command(out)).ok()
+    assert " ".join(ended.out.split()).startswith(lead[0].lower() + lead[1:-1])
+    assert ceiling in " ".join(ended.out.split())
+    for text in pages(right_only=True):
+        assert f"Right answers: {total}" not in text
+        assert "only these were asked: gains were not measured" in text
 
 
 def test_the_time_printed_is_that_of_the_whole_command(

@@ -320,6 +320,7 @@ def test_the_dense_models_answers_are_generated_twice_and_cached(
         (("--task", "my_choices", "--repeat"), "a suite without generated answers"),
         (("--task", "my_answers", "--repeat", "--against", dense), "scores in a file"),
         (("--task", "my_answers", "--repeat", "--no-repeat"), "--no-repeat: leave it out"),
+        (("--task", "my_choices", "--measure", "right"), "needs generated answers"),
     ):
         assert said in calmix(*command[:4], *more).line
 
