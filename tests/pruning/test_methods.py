@@ -50,9 +50,10 @@ def mask_of(score, pattern, by_row=False):
     return stable_mask(parts, count, 1).reshape(score.shape)
 
 
-def textbook_obs(weight, gram, pattern=None, mask=None, nearest=lambda j, column: column):
+def textbook_obs(weight, gram, pattern=None, mask=None, nearest=lambda j, rest: rest[:, 0]):
     """Optimal brain surgeon, column by column, with the explicit inverse of what remains.
 
+    `nearest` gets a column and all behind it, corrected by those before, and returns its values.
     Returns the weights and the mask, chosen by a pattern if it is not given.
     """
     w = weight.astype(np.float64).copy()
@@ -67,7 +68,7 @@ def textbook_obs(weight, gram, pattern=None, mask=None, nearest=lambda j, column
         if isinstance(pattern, SemiStructured) and j % pattern.m == 0:
             here = slice(j, j + pattern.m)
             mask[:, here] = mask_of(w[:, here] ** 2 / leverage[here], pattern)
-        made = np.where(mask[:, j], 0, nearest(j, w[:, j]))
+        made = np.where(mask[:, j], 0, nearest(j, w[:, j:]))
         w[:, j:] -= np.outer((w[:, j] - made) / leverage[j], remaining[j][0])
         w[:, j] = made
     return w, mask

@@ -8,8 +8,8 @@ import torch
 
 from calmix.errors import InputError
 from calmix.pruning import prune
-from calmix.pruning.gram import relative_error
-from calmix.pruning.methods import get_method
+from calmix.pruning.gram import inverse_factor, relative_error
+from calmix.pruning.methods import base, get_method, sparsegpt
 from calmix.pruning.patterns import Rate, Unstructured, as_pattern
 from calmix.pruning.solvers.grids import read_grids
 from calmix.specs import prune_request, requests
@@ -41,7 +41,8 @@ def test_levels_are_those_of_the_textbook_loop_on_the_scales_that_were_found(tex
     scale = grid.values(torch.ones(len(w), 40, dtype=torch.int16)).numpy().astype(np.float64)
     half = 2 if pattern == "2 bits" else 8
 
-    def nearest(j, column):
+    def nearest(j, rest):
+        column = rest[:, 0]
         level = column / np.where(scale[:, j], scale[:, j], 1)  # 0 where a whole group goes
         if text == "ecq":
             return np.sign(level) * np.floor(abs(level) + 0.42) * scale[:, j]
@@ -61,10 +62,68 @@ def test_levels_are_those_of_the_textbook_loop_on_the_scales_that_were_found(tex
         assert made.pruned == [zeros]
 
 
+@pytest.mark.parametrize("group", [8, 24, 64, 96, 192])
+def test_a_groups_scale_is_chosen_on_the_weights_as_corrected_when_the_loop_reaches_it(group):
+    """Also where groups are narrower than a panel of columns, or reach behind a block of them."""
+    weight, gram = problem(rows=24, columns=192, tokens=800)
+    h = gram + 0.01 * np.mean(np.diag(gram)) * np.eye(192)
+    importance = np.array([1 / np.linalg.inv(h[j:, j:])[0, 0] for j in range(192)])
+    scales = []
+
+    def nearest(j, rest):
+        if j % group == 0:
+            scales.append(scale_of(rest[:, :group], importance[j : j + group]))
+        return np.clip(np.round(rest[:, 0] / scales[-1]), -2, 1) * scales[-1]
+
+    textbook_obs(weight, gram, nearest=nearest)
+    w, h = as_tensors(weight, gram)
+    (grid,) = get_method(f"gptq,group={group}").solve([w], h, [Rate(2)]).grids
+    alike = np.isclose(grid.scale.numpy(), np.stack(scales, 1), rtol=2**-7)
+    assert alike.mean() > 0.97  # a rounding can turn the choice between two scales, or a level
+
+
+def scale_of(values, importance):
+    """The scale of each row, by the definition: the largest weight gets the lowest level of two
+    bits or beyond."""
+    largest = values[np.arange(len(values)), np.abs(values).argmax(1)]
+    best, least = np.zeros(len(values)), np.full(len(values), np.inf)
+    for shrink in (1, 0.92, 0.84, 0.76, 0.68, 0.6):
+        scale = torch.tensor(largest / -2 * shrink).bfloat16().double().numpy()[:, None]
+        lost = (values - np.clip(np.round(values / scale), -2, 1) * scale) ** 2 @ importance
+        best, least = np.where(lost < least, scale[:, 0], best), np.minimum(lost, least)
+    return best
+
+
+def test_options_without_effect_are_refused_and_one_damping_serves_mask_and_rounding(monkeypatch):
+    for text in ("wanda,group=32", "sparsegpt,group=7", "magnitude,group=128"):
+        for pattern in (0.5, dict.fromkeys(["model.layers.0.mlp.up_proj"], 0.5)):
+            with pytest.raises(InputError, match=r"group=\d+ has no effect .* without bits: add"):
+                prune(tiny_model("llama"), tiny_ids(), method=text, pattern=pattern,
+                      only=["model.layers.0.mlp.up_proj"])  # fmt: skip
+        with pytest.raises(InputError, match="without bits"):
+            prune_request(method=text, sparsity=0.5, calibration="x")
+    prune_request(method="wanda,bits=4,group=32", sparsity=0.5, calibration="x")
+    used, w, h = [], *as_tensors(*problem(columns=64))
+
+    def noted(gram, damping):
+        used.append(damping)
+        return inverse_factor(gram, damping)
+
+    for place in (base, sparsegpt):
+        monkeypatch.setattr(place, "inverse_factor", noted)
+    for options in ("", ",refit=2"):
+        solved(f"sparsegpt,damping=0.5,bits=4{options}", [w], h, [HALF])
+    assert used == [0.5, 0.5, 0.5]
+    used.clear()
+    solved("wanda,bits=4", [w], h, [HALF])
+    assert used == [0.01]
+
+
 def test_gptq_takes_whole_bits_from_two_to_eight():
     method = get_method("gptq")
     for bits in (2, 8):
         method.check(Rate(bits), 64)
+        method.check(Rate(bits), 0)  # of no layer yet, as for a study file
     for bits in (1.5, 2.5):
         with pytest.raises(InputError, match=f"whole bits from 2 to 8, not {bits} bits"):
             method.check(Rate(bits), 64)

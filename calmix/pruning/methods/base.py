@@ -295,8 +295,18 @@ class Sparse(Method):
             raise ValueError("a kept weight takes at least 2 bits")
         return bits
 
+    def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
+        method, target = super().aim(pattern)
+        method.check(target, 0)
+        return method, target
+
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
         super().check(pattern, columns, name)
+        if "group" in self.changed and not self.bits:
+            raise InputError(
+                f"group={self.group} has no effect with method {self.name} without bits: add "
+                "bits=4, or leave it out"
+            )
         if self.needs is not self.statistic and self.statistic not in (None, Squares):
             raise InputError(
                 f"method {self.name} has a statistic of its own, which a refit and bits replace by "
@@ -324,10 +334,15 @@ class Sparse(Method):
             chosen = replace(chosen, weights=made)
         if self.bits and not chosen.grids:  # GPTQ's loop, with a fixed mask
             rounding = Symmetric(chosen.weights, self.group, self.bits)
-            factor = inverse_factor(statistic, DAMPING)
+            factor = inverse_factor(statistic, self.rounding_damping)
             made, grids = solve_columns(chosen.weights, factor, None, rounding, chosen.pruned)
             chosen = replace(chosen, weights=made, grids=grids)
         return chosen
+
+    @property
+    def rounding_damping(self) -> float:
+        """The damping of the Gram matrix when kept weights are rounded."""
+        return DAMPING
 
     @property
     def needs(self) -> type[Statistic] | None:

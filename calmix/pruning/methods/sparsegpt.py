@@ -40,6 +40,10 @@ class SparseGPT(Sparse):
         dead = int(factor.dead.sum())
         return Solution(made, counts, factor.damping, factor.dtype, dead, grids)
 
+    @property
+    def rounding_damping(self) -> float:
+        return self.damping
+
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Return one group per 128 columns, and one for the remainder."""
         groups = [(columns // BLOCK, rows * BLOCK), (1, rows * (columns % BLOCK))]

@@ -28,7 +28,7 @@ G = TypeVar("G", "Grid", Encoded)
 SCALES = "calmix-scales"  # folder beside a model's weights, with one file per block
 SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)  # multiples of the largest scale that are tried
 FINE = 6  # bits from which the largest weight sets the scale
-CACHED = 2**17  # weights whose scales are found at a time on a CPU: they fit in its cache
+CACHED = 2**17  # weights whose scales are chosen at a time on a CPU: they fit in its cache
 DEAD_ZONE = 0.42  # added before a magnitude is truncated to a level: 0.5 would be rounding
 
 
@@ -182,7 +182,7 @@ def mask_bits(sparsity: float) -> float:
 
 def check_group(group: int, columns: int, name: str = "a layer") -> int:
     """Return how many inputs share a scale: all if the group is longer than a row."""
-    if columns % min(group, columns):
+    if columns and columns % min(group, columns):
         raise InputError(
             f"groups of {group} do not divide the {columns} inputs of {name}: choose another "
             "group, such as group=32, or leave such layers dense with --skip"
@@ -194,7 +194,13 @@ class Rounding(ABC, Generic[G]):
     """Rounds the columns of layers that share an input, as `solve_columns` reaches them.
 
     It calls `begin` for a block of columns, `step` for each of them and `finish` at its end.
+
+    Attributes:
+        group: columns that share a scale, chosen at the first of them, which `starts` a panel; 0 if
+            panels need not start there.
     """
+
+    group = 0
 
     @abstractmethod
     def begin(
@@ -206,9 +212,13 @@ class Rounding(ABC, Generic[G]):
             start: the block's first column.
             stacked: all columns (columns, outputs), corrected so far.
             mask: the block's, 1.0 where a weight is known to be pruned.
-            leverage: 1 / U_jj of the block's columns, (block, 1).
+            leverage: 1 / U_jj of all columns, (columns, 1).
             masked: whether any weight is pruned.
         """
+
+    def starts(self, size: int) -> range:
+        """Return the first columns of groups that start in a block."""
+        return range(0)
 
     @abstractmethod
     def step(self, number: int, column: Tensor, level: Tensor, mask: Tensor) -> None:
@@ -237,35 +247,24 @@ class Symmetric(Rounding[Grid]):
         columns, outputs = weights[0].shape[1], sum(map(len, weights))
         self.group = check_group(group, columns)
         self.scales = torch.zeros(columns // self.group, outputs, device=weights[0].device)
-        self.bits, self._half, self._start, self._masked = bits, 2 ** (bits - 1), 0, False
+        self.bits, self._half = bits, 2 ** (bits - 1)
         self._found: list[tuple[Tensor, Tensor]] = []  # scales of groups, and their inverse
         self._lost = self.scales.new_empty(0)  # reused: allocating costs more than computing
 
     def begin(
         self, start: int, stacked: Tensor, mask: Tensor, leverage: Tensor, masked: bool
     ) -> None:
-        """Choose the scales of groups that begin in the block."""
-        self._start, self._masked = start, masked
-        first = -(-start // self.group)
-        inside = slice(first * self.group - start, None)
-        squares = leverage[inside].square()
-        number = -(-len(squares) // self.group)
-        if not number:
-            return
-        values = stacked[start:][inside][: number * self.group]
-        if masked:
-            values = values.clone()
-            clear(values[: len(squares)], mask[inside])
-        rest = squares[(number - 1) * self.group :].mean().expand(len(values) - len(squares), 1)
-        importance = torch.cat([squares, rest]).view(number, 1, self.group)
-        size = max(CACHED // len(values), 64) if values.device.type == "cpu" else values.shape[1]
-        parts = values.unflatten(0, (number, self.group)).split(size, 2)
-        scales = [self._fit(part, importance) for part in parts]
-        here = self.scales[first : first + number].copy_(torch.cat(scales, dim=1).bfloat16())
-        self._found.extend(zip(here, inverse(here), strict=True))
+        self._start, self._stacked, self._mask, self._masked = start, stacked, mask, masked
+        self._squares = leverage.square().T
+
+    def starts(self, size: int) -> range:
+        return range(-self._start % self.group, size, self.group)
 
     def step(self, number: int, column: Tensor, level: Tensor, mask: Tensor) -> None:
-        scale, units = self._found[(self._start + number) // self.group]
+        group, inside = divmod(self._start + number, self.group)
+        if not inside:
+            self._found.append(self._scales(group, number))
+        scale, units = self._found[group]
         self.nearest(torch.mul(column, units, out=level))
         if self._masked:
             clear(level, mask)
@@ -279,31 +278,44 @@ class Symmetric(Rounding[Grid]):
             torch.mul(levels[at:to], self._found[group][0], out=weights[at:to])
             at = to
 
+    def _scales(self, group: int, at: int) -> tuple[Tensor, Tensor]:
+        """Choose the scales of a group that begins `at` a column of the block, whose weights are
+        corrected by all columns before it; return them and their inverse."""
+        columns = slice(group * self.group, (group + 1) * self.group)
+        values, squares = self._stacked[columns], self._squares[:, columns]
+        if self._masked:
+            values, known = values.clone(), self._mask[at : at + self.group]
+            clear(values[: len(known)], known)
+        size = max(CACHED // self.group, 64) if values.device.type == "cpu" else values.shape[1]
+        scales = [self._fit(part, squares) for part in values.split(size, 1)]
+        here = self.scales[group].copy_(torch.cat(scales).bfloat16())
+        return here, inverse(here)
+
     def _fit(self, values: Tensor, importance: Tensor) -> Tensor:
-        """Return the scales (groups, outputs) for columns (groups, group, outputs).
+        """Return the scales (outputs,) of a group of columns (group, outputs).
 
         The largest weight gets the lowest level or beyond: of a few decreasing scales, the one with
         the least error. The search stops once fewer than one output in a hundred gains.
 
         Args:
-            importance: (groups, 1, group), weight of a squared error in a column.
+            importance: (1, group), weight of a squared error in a column.
         """
-        high, low = values.amax(1), values.amin(1)
+        high, low = values.amax(0), values.amin(0)
         largest = torch.where(high > -low, high, low)
-        tied = (high == -low).nonzero(as_tuple=True)  # the first of the two decides
-        ties = values.transpose(1, 2)[tied]
+        tied = (high == -low).nonzero()[:, 0]  # the first of the two decides
+        ties = values.T[tied]
         largest[tied] = ties.gather(1, ties.abs().argmax(1, keepdim=True))[:, 0]
         scale = largest / -self._half
         if self.bits >= FINE:
             return scale
-        shrinks = torch.tensor(SHRINKS, device=scale.device)[:, None, None]
+        shrinks = torch.tensor(SHRINKS, device=scale.device)[:, None]
         tried = (scale * shrinks).bfloat16().float()
         best, least = scale, torch.full_like(scale, math.inf)
         lost = self._lost.resize_(values.shape)
         for one, units in zip(tried, inverse(tried), strict=True):
-            level = self.nearest(torch.mul(values, units[:, None], out=lost))
-            torch.addcmul(values, level, one[:, None], value=-1, out=lost).square_()
-            error = (importance @ lost)[:, 0]
+            level = self.nearest(torch.mul(values, units, out=lost))
+            torch.addcmul(values, level, one, value=-1, out=lost).square_()
+            error = (importance @ lost)[0]
             gains = error < least
             if 100 * int(gains.count_nonzero()) < gains.numel():
                 break

@@ -11,6 +11,7 @@ of all output rows: with row-major weights the same loop is about seventy times 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,28 +55,32 @@ def solve_columns(
     # Masks are 1.0 and 0.0, not booleans: the loop multiplies by them.
     masks = torch.empty_like(stacked[:size])
     levels = masks if rounding is None else torch.empty_like(masks)
+    inverses = upper.diagonal().reciprocal()[:, None]
+    # Dead inputs carry nothing: their weights are pruned first.
+    leverages = inverses.masked_fill(factor.dead[:, None], 0)
     for start in range(0, columns, size):
         stop = min(start + size, columns)
-        inverse = upper.diagonal()[start:stop].reciprocal()[:, None]
-        # Dead inputs carry nothing: their weights are pruned first.
-        leverage = inverse.masked_fill(factor.dead[start:stop, None], 0)
+        leverage = leverages[start:stop]
         mask = masks[: stop - start].zero_()
         for i, part in enumerate(mask.split(heights, dim=1)):
             if pruned and not patterns:
                 part.copy_(weights[i][:, start:stop].T == 0)
             elif patterns and first.group == 1:
                 part.copy_(patterns[i].mask((layers[i][start:stop] * leverage).abs_()))
-        local = upper[start:stop, start:stop]
         if rounding is not None:
-            rounding.begin(start, stacked, mask, leverage, bool(pruned or patterns))
-        errors = prune_block(
-            stacked[start:stop], mask, local, inverse, leverage, first, rounding,
+            rounding.begin(start, stacked, mask, leverages, bool(pruned or patterns))
+        prune_block(
+            stacked[start:],
+            mask,
+            upper[start:stop, start:],
+            inverses[start:stop],
+            leverage,
+            first,
+            rounding,
             levels[: stop - start],
-        )  # fmt: skip
+        )
         if rounding is None:
             clear(stacked[start:stop], mask)
-        with large_products():
-            stacked[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     made = [layer.T for layer in layers]
     if rounding is None:
         return made, []
@@ -83,7 +88,7 @@ def solve_columns(
 
 
 def prune_block(
-    weights: Tensor,
+    columns: Tensor,
     mask: Tensor,
     upper: Tensor,
     inverse: Tensor,
@@ -91,27 +96,37 @@ def prune_block(
     pattern: Pattern,
     rounding: Rounding[Any] | None,
     levels: Tensor,
-) -> Tensor:
-    """Prune one block in place and return its scaled errors (error / U_jj), same shape.
+) -> None:
+    """Prune one block of columns in place, and correct those behind it.
 
-    `weights` is (columns of the block, rows of all layers). `mask` is given (unstructured) or
-    filled group by group from the corrected weights times `leverage` (N:M). A column is
-    corrected by all earlier ones in its group at once, just before it is pruned. The caller clears
-    pruned entries: no later step reads them. `levels` is a buffer for the rounding.
+    `columns` are those of the block and all behind it, (columns, rows of all layers); `upper` has
+    the block's rows of U for them. `mask` is given (unstructured) or filled group by group from the
+    corrected weights times `leverage` (N:M). A column is corrected by all earlier ones in its group
+    at once, just before it is pruned. The caller clears pruned entries: no later step reads them.
+    `levels` is a buffer for the rounding.
     """
-    semi, size = pattern.group > 1, len(weights)
+    semi, size = pattern.group > 1, len(mask)
+    weights, behind, across = columns[:size], columns[size:], upper[:, size:]
     panel = -(-PANEL // pattern.group) * pattern.group
     width = pattern.group if semi else panel
     errors = torch.empty_like(weights) if rounding is None else weights
+    starts, reaching, done = {*range(0, size, panel)}, 0, 0
     # Views are created once: creating one takes as long as a step's arithmetic.
-    before, columns = errors.T, weights.unbind()
+    before, column, upper = errors.T, weights.unbind(), upper[:, :size]
     if rounding is None:
-        across, wrong = upper.T.contiguous().unbind(), errors.unbind()
+        turned, wrong = upper.T.contiguous().unbind(), errors.unbind()
     else:  # errors overwrite the weights and are scaled at the end
         upper = (upper * inverse).triu_(1)
-        turned, rows = upper.T.contiguous(), list(zip(columns, levels, mask, strict=True))
-    for start in range(0, size, panel):
-        stop = min(start + panel, size)
+        factors, rows = upper.T.contiguous(), list(zip(column, levels, mask, strict=True))
+        chosen = [at - at % pattern.group for at in rounding.starts(size)]
+        starts |= {*chosen}
+        if chosen and chosen[-1] + rounding.group > size:
+            reaching = chosen[-1]  # a group that ends behind the block
+    for start, stop in pairwise([*sorted(starts), size]):
+        if start and start == reaching:
+            scaled = weights[:start] * inverse[:start]
+            behind.addmm_(across[:start].T, scaled, alpha=-1)
+            done = start
         for group in range(start, stop, width):
             last = min(group + width, stop)
             if group > start:
@@ -121,22 +136,23 @@ def prune_block(
                 score = (weights[group:last] * leverage[group:last]).abs_()
                 mask[group:last] = pattern.group_mask(score)
             if rounding is not None:  # columns that are not errors yet are multiplied by zero
-                earlier, factors = before[:, group:last], turned[group:last, group:last].unbind()
-                for j, factor in enumerate(factors, start=group):
+                earlier, parts = before[:, group:last], factors[group:last, group:last].unbind()
+                for j, part in enumerate(parts, start=group):
                     if j > group:
-                        columns[j].addmv_(earlier, factor, alpha=-1)
+                        column[j].addmv_(earlier, part, alpha=-1)
                     rounding.step(j, *rows[j])
                 continue
             torch.mul(mask[group:last], inverse[group:last], out=errors[group:last])
             for j in range(group, last):
                 if j > group:
-                    seen = across[j].narrow(0, group, j - group)
-                    columns[j].addmv_(before.narrow(1, group, j - group), seen, alpha=-1)
-                wrong[j].mul_(columns[j])
+                    seen = turned[j].narrow(0, group, j - group)
+                    column[j].addmv_(before.narrow(1, group, j - group), seen, alpha=-1)
+                wrong[j].mul_(column[j])
         if stop < size:
             weights[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
     if rounding is not None:
         errors = torch.mul(weights, inverse, out=mask)  # no longer needed
         rounding.finish(weights, levels)
         weights.add_(0.0)  # no -0.0
-    return errors
+    with large_products():
+        behind.addmm_(across[done:].T, errors[done:], alpha=-1)
