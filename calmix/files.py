@@ -351,13 +351,20 @@ def existing(path: Path) -> Path:
     return next(folder for folder in path.parents if folder.exists())
 
 
+def size_text(count: float) -> str:
+    """Return bytes as text: `320 kB`, `3.2 MB`, `14 GB`."""
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+    unit, name = next((one for one in units if count >= one[0]), units[-1])
+    return f"{float(f'{count / unit:.3g}'):g} {name}"  # never as 1e+03
+
+
 def check_free(path: Path, needed: int, what: str) -> None:
     """Refuse work, before it starts, that needs more bytes than are free on the disk of `path`."""
     free = shutil.disk_usage(existing(real_place(path))).free
     if free < needed:
         raise DiskError(
-            f"no space left for {path}: {what} {needed / 1e6:.0f} MB, but only "
-            f"{free / 1e6:.0f} MB are free"
+            f"no space left for {path}: {what} {size_text(needed)}, but only "
+            f"{size_text(free)} are free"
         )
 
 

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from calmix.errors import InputError, nearest
+from calmix.errors import InputError, nearest, plain_problem
 
 
 class Options(BaseModel):
@@ -318,6 +318,7 @@ class Compression(TextField, Target):
     keep: Weights | None = weights_option(
         "Weights of dimensions besides chats: code=2,general=1.", shown=None
     )
+    anyway: bool = advanced(False, "Compress below 2 bits per weight too.")
     within: Annotated[float, BeforeValidator(parse_duration)] | None = advanced(
         None, "Time limit of --keep-at-least, e.g. 2h.", metavar="TIME"
     )
@@ -366,10 +367,9 @@ def checked(model: type[Some], values: Mapping[str, Any]) -> Some:
     flag = flags(model, name)[0] if name in model.model_fields else name
     if problem["type"] == "missing":
         raise InputError(f"{flag} is missing")
-    said = problem["msg"].removeprefix("Value error, ")
+    said = plain_problem(problem["msg"])
     if problem["type"] == "value_error":
         raise InputError(f"{flag}: {said}" if name else said)
-    said = said.partition(", unable")[0].replace("Input should", "must")
     hint = nearest(str(problem["input"]), re.findall(r"'([^']+)'", said))
     if problem["type"] == "literal_error" and hint.startswith("did"):
         said += f": {hint}"

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.constructor import ConstructorError
 
-from calmix.errors import InputError, nearest
+from calmix.errors import InputError, nearest, plain_problem
 
 LARGEST = 500_000  # characters in a file; PyYAML takes seconds for this many
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -106,7 +106,7 @@ def yaml_problems(
     for problem in error.errors():
         path = [part for part in problem["loc"] if part != "[key]"]
         line, depth = locate(node, path)
-        message = problem["msg"].removeprefix("Value error, ")
+        message = plain_problem(problem["msg"])
         if problem["type"] == "extra_forbidden":
             message = f"unknown key: {nearest(str(path[-1]), known)}"
         elif problem["type"] == "missing":
@@ -158,4 +158,4 @@ def first_problem(error: ValidationError) -> str:
         return f"unknown key '{where}'"
     if problem["type"] == "missing":
         return f"'{where}' is missing"
-    return f"'{where}': {problem['msg'].removeprefix('Value error, ')}"
+    return f"'{where}': {plain_problem(problem['msg'])}"

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from calmix.files import size_text
 from calmix.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 LONGEST = 2000  # characters of an error line
 ENDLESS, GAP = 10_000, 2  # columns without a terminal; padding of a cell
-UNITS = (1e9, "GB"), (1e6, "MB"), (1e3, "kB")
 NUMBER = re.compile(r"[-\N{MINUS SIGN}>]?\d")
 
 
@@ -78,12 +78,6 @@ def fail(message: str) -> NoReturn:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     sys.stderr.write(f"error: {text}\n")
     sys.exit(2)
-
-
-def size(count: float) -> str:
-    """Return bytes as text: `3.2 MB`, `14 GB`."""
-    unit, name = next((one for one in UNITS if count >= one[0]), UNITS[-1])
-    return f"{float(f'{count / unit:.3g}'):g} {name}"  # never as 1e+03
 
 
 def terminal_width() -> int | None:
@@ -170,8 +164,8 @@ def print_costs(costs: Sequence[StageCost], title: str) -> None:
         {
             "stage": one.stage.name,
             "work": one.work or None,
-            "memory": size(one.memory),
-            "disk": size(one.disk) if one.disk else None,
+            "memory": size_text(one.memory),
+            "disk": size_text(one.disk) if one.disk else None,
         }
         for one in costs
     ]
@@ -180,8 +174,8 @@ def print_costs(costs: Sequence[StageCost], title: str) -> None:
         if one.stage.arguments:
             line(one.stage.command)
     line(
-        f"\nabout {size(max(one.memory for one in costs))} of memory at peak, "
-        f"{size(sum(one.disk for one in costs))} on disk; nothing was written"
+        f"\nabout {size_text(max(one.memory for one in costs))} of memory at peak, "
+        f"{size_text(sum(one.disk for one in costs))} on disk; nothing was written"
     )
 
 

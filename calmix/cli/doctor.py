@@ -11,6 +11,7 @@ from calmix import assets
 from calmix.cli.common import line, print_json, print_layers, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
+from calmix.files import size_text
 from calmix.options import option
 from calmix.progress import Progress
 from calmix.sources.licences import use_of
@@ -130,7 +131,7 @@ def archives(
     rows = [
         {
             "name": one.name, "package": f"{one.distribution} {one.version}",
-            "size": f"{one.size / 1e6:.0f} MB", "state": one.state, "licence": one.licence,
+            "size": size_text(one.size), "state": one.state, "licence": one.licence,
             "purpose": one.purpose,
         }
         for one in map(assets.get_asset, names or assets.assets())

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from calmix.cli.common import line, print_json, size
+from calmix.cli.common import line, print_json
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
-from calmix.files import check_output_file, user_path
+from calmix.files import check_output_file, size_text, user_path
 from calmix.options import TRUST, Options, option, path_option
 from calmix.progress import Progress
 
@@ -71,12 +71,12 @@ def _pack(options: ExportOptions, form: str, bar: Progress) -> Made:
     folders, overwrite = (Path(options.what), options.output), options.overwrite
     if form == "model":
         dense = unpack(*folders, overwrite=overwrite, progress=bar.of("unpacking"))
-        text = f"{dense / 1e6:,.1f} MB of weights"
+        text = f"{size_text(dense)} of weights"
         return {"output": str(options.output), "dense": dense}, text
     made = pack(*folders, overwrite=overwrite, progress=bar.of("packing"))
     before, after = made.sparse
     sparse = f", {after / before:.3f} where weights are pruned or quantised" if before else ""
-    text = f"{made.dense / 1e6:,.1f} MB of weights in {made.packed / 1e6:,.1f} MB "
+    text = f"{size_text(made.dense)} of weights in {size_text(made.packed)} "
     return asdict(made), text + f"({made.packed / made.dense:.3f}{sparse})"
 
 
@@ -93,9 +93,9 @@ def _gguf(options: ExportOptions, form: str, bar: Progress) -> Made:
     )
     kinds = ", ".join(f"{count} {kind}" for kind, count in made["types"].items())
     return made, (
-        f"{size(made['before'])} of weights in {size(made['after'])} ({kinds}; {made['ours']} keep "
-        f"the levels of calmix), KL to the model {made['kl']:.2g} nats per token, in "
-        f"{made['engine']}"
+        f"{size_text(made['before'])} of weights in {size_text(made['after'])} ({kinds}; "
+        f"{made['ours']} keep the levels of calmix), KL to the model {made['kl']:.2g} nats per "
+        f"token, in {made['engine']}"
     )
 
 

@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.cli.common import line, note, print_costs, print_json, print_layers, size
+from calmix.cli.common import line, note, print_costs, print_json, print_layers
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
-from calmix.files import check_apart
+from calmix.files import check_apart, size_text
 from calmix.options import (
+    BITS_METHOD,
     MAX_MEMORY,
     METHOD,
     MODEL,
@@ -117,6 +118,7 @@ def prune(
 
 def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
     """Print the result of a target: a line, and unless `brief` a table of the layers."""
+    from calmix.compression.plan import LEAST, MOST
     from calmix.pruning.experts import starved
 
     if not brief:
@@ -146,12 +148,15 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
         why = " (blocks of 256 do not fit all rows)" if instead else ""
         line(f"layers by type: {kinds}{why}")
     if report.bits is not None:
-        small, form = size(report.weights * report.bits / 8), "gguf" if types else "pack"
         zeros = "" if types else f", {report.sparsity:.1%} zeros"
-        line(
-            f"{report.bits:.2f} bits per weight{zeros}: {small} of {size(2 * report.weights)} in "
-            f"16 bits, once exported (calmix export --to {form}), {done}"
-        )
+        exported = ""
+        if LEAST <= report.bits <= MOST or report.method != BITS_METHOD:
+            exported = (
+                f": {size_text(report.weights * report.bits / 8)} of "
+                f"{size_text(2 * report.weights)} in 16 bits, once exported (calmix export --to "
+                f"{'gguf' if types else 'pack'})"
+            )
+        line(f"{report.bits:.2f} bits per weight{zeros}{exported}, {done}")
     elif report.layers:
         line(f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) "
              f"{done}")  # fmt: skip

@@ -12,10 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from calmix.cli.common import line, note, print_json, print_table, size
+from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
-from calmix.files import check_output_file, check_output_folder, real_place, write_text
+from calmix.files import (
+    check_output_file,
+    check_output_folder,
+    real_place,
+    size_text,
+    write_text,
+)
 from calmix.options import (
     STUDY_MEASURE,
     TRUST,
@@ -116,7 +122,7 @@ def plan(
             "model": each["model"] if len(file.file.models) > 1 else None,
             **{name: each[name] for name in ("trials", "method", "pattern")},
             "tokens": f"{each['rows']}x{each['length']}" if each["rows"] else None,
-            "memory": size(each["memory"]), "disk": size(each["disk"]),
+            "memory": size_text(each["memory"]), "disk": size_text(each["disk"]),
         }
         for each in found["groups"]
     ]  # fmt: skip
@@ -124,8 +130,8 @@ def plan(
                 least=["disk", "memory", "tokens", "model"])  # fmt: skip
     line(
         f"{found['trials']} trials of {found['items']} items, {found['prunes']} pruned models, "
-        f"{found['sets']} calibration sets; at most {size(found['memory'])} of memory, one trial "
-        f"at a time, and {size(found['disk'])} on disk"
+        f"{found['sets']} calibration sets; at most {size_text(found['memory'])} of memory, one "
+        f"trial at a time, and {size_text(found['disk'])} on disk"
     )
     for text in found["notes"]:
         line(f"note: {text}")

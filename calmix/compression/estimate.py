@@ -17,7 +17,7 @@ from calmix.compression.plan import PACK, Request, Stage, empty_model
 from calmix.files import check_free
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
-from calmix.options import Recovering
+from calmix.options import BITS_METHOD, Recovering
 from calmix.pruning.checkpoint import planned
 from calmix.recovery.memory import BEHIND, check_memory
 from calmix.specs import PruneRequest, prune_request, recover_request
@@ -66,6 +66,8 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
             memory = _recovery_memory(model, recovery, length, request.most)
         elif leaves == PACK:
             memory, disk = PROGRAM, SMALLER * model.disk
+            if pruning.method == BITS_METHOD and (sizes := plan.pack_sizes(request)):
+                disk = sizes(request.bits or 0.0)
         elif leaves in suites:
             size = suite_size(suites[leaves])
             work, disk = f"{'' if size.exact else 'about '}{size.items} items", SCORED * size.items

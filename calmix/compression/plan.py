@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from calmix.evaluation.evaluate import choose, runnable, suite_items
 from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
 from calmix.evaluation.generations import read_prompts
 from calmix.evaluation.suites import Suite, suite_file
-from calmix.files import sha256_file, user_path
+from calmix.files import sha256_file, size_text, user_path
 from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
 from calmix.models.shards import stored_tensors, weight_bytes, weight_dtype
@@ -57,9 +57,13 @@ BITS = 4.5  # the default
 MANIFEST = "compress.json"
 SCORES, BEHAVIOUR = "scores.json", "abilities.json"
 CALIBRATION, PACK = "calibration", "pack"
-LEAST, MOST = 1.0, 8.0  # bits per weight that --size may result in
+# Bits per weight that --size may result in. Above, levels do not fit a byte; below, a Huffman code
+# takes more than their entropy.
+LEAST, MOST = 1.5, 7.0
+SURVIVED = 2.0  # fewest bits at which a measured model keeps much of its answers
 BUILDS = 3  # candidates that a search for --keep-at-least builds at most
-SPARE = 0.015  # share of a file for headers and the overhead of the entropy coder
+SPARE = 0.015  # share of a file for scales and the overhead of the entropy coder
+HEADER = 300  # bytes of a packed tensor's names and offsets
 
 
 @dataclass(frozen=True)
@@ -210,24 +214,34 @@ def packed_bytes(bits: float, matrices: int, outer: int, rest: float = 0) -> flo
     return (1 + SPARE) * (rest + (bits * matrices + embedding_bits(bits) * outer) / 8)
 
 
+def pack_sizes(request: Target) -> Callable[[float], float] | None:
+    """Return a function from bits per block weight to bytes of a pack; None if a pack does not hold
+    the levels of all matrices."""
+    folder = resolve_model(request.model)
+    empty = empty_model(request.model, "auto", request.device, request.trust_remote_code)
+    if not all(one.whole_matrix for one in empty.blocks.layers):
+        return None
+    matrices = sum(p.numel() for p in empty.blocks.blocks.parameters() if p.ndim > 1)
+    stored = stored_tensors(folder)
+    levels = weight_dtype(stored).itemsize * (matrices + empty.outer_weights)
+    rest = weight_bytes(folder) - levels + HEADER * len(stored)
+    return partial(packed_bytes, matrices=matrices, outer=empty.outer_weights, rest=rest)
+
+
 def bits_for(request: Target) -> float:
     """Return the bits per block weight at which a pack has the requested size."""
-    folder = resolve_model(request.model)
-    dense = weight_bytes(folder)
+    dense = weight_bytes(resolve_model(request.model))
     wanted = parse_size(request.size or "", dense)
-    held = empty_model(request.model, "auto", request.device, request.trust_remote_code)
-    if not all(one.whole_matrix for one in held.blocks.layers):
-        raise InputError(f"--size: {request.model} has fused or transposed matrices, or experts, "
-                         "whose levels a pack does not hold: use --bits")  # fmt: skip
-    matrices = sum(p.numel() for p in held.blocks.blocks.parameters() if p.ndim > 1)
-    width = weight_dtype(stored_tensors(folder)).itemsize
-    rest = dense - width * (matrices + held.outer_weights)
-    size = partial(packed_bytes, matrices=matrices, outer=held.outer_weights, rest=rest)
+    if (size := pack_sizes(request)) is None:
+        raise InputError(
+            f"--size: {request.model} has fused or transposed matrices, or experts, whose levels a "
+            "pack does not hold: use --bits"
+        )
     rates = [number / 100 for number in range(round(100 * LEAST), round(100 * MOST) + 1)]
     if not size(LEAST) <= wanted <= size(MOST):
         raise InputError(
             f"--size {request.size} is out of reach: a pack of {request.model} has from "
-            f"{size(LEAST) / 1e3:,.0f} to {size(MOST) / 1e3:,.0f} kB (dense: {dense / 1e3:,.0f} kB)"
+            f"{size_text(size(LEAST))} to {size_text(size(MOST))} (dense: {size_text(dense)})"
         )
     return max(bits for bits in rates if size(bits) <= wanted)
 
@@ -274,6 +288,7 @@ def check_options(options: Compression) -> Request:
         if (options.sparsity, options.pattern, bits) == (None, None, None):
             bits = BITS
         prune_request(**aim(options.model_copy(update={"bits": bits})), calibration=text)
+        _check_bits(options, bits)
     runnable(choose(options.suite), options.allow_code_execution)
     if options.prompts is not None:
         read_prompts(options.prompts)
@@ -288,6 +303,7 @@ def check_options(options: Compression) -> Request:
         text = mix_text({"chat": CHAT} | rest)
     if options.size is not None:
         bits = bits_for(options)
+        _check_bits(options, bits)
     return Request(**{name: getattr(options, name) for name in Target.model_fields} | {
         "bits": bits, "calibration": text, "seed": options.seed or SEED,
         "sha256": fingerprint(resolve_model(options.model)), "prompts_sha256": prompts,
@@ -309,6 +325,16 @@ def _check_idle(options: Compression, saved: bool) -> None:
         for name in idle if holds else ():
             if getattr(options, name) is not None:
                 raise InputError(f"--{name} has no effect {where}: leave it out")
+
+
+def _check_bits(options: Compression, bits: float | None) -> None:
+    """Refuse bits at which no measured model keeps its answers, unless they are wanted anyway."""
+    if bits is not None and bits < SURVIVED and not options.anyway:
+        how = "--bits" if options.size is None else f"--size {options.size} leaves"
+        raise InputError(
+            f"{how} {bits:g} bits per weight: below {SURVIVED:g} no measured model keeps its "
+            "answers (SmolLM2-135M kept 3 of 87 at 1.7). Choose more, or pass --anyway"
+        )
 
 
 def _check_floors(options: Target) -> None:

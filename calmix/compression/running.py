@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from calmix.compression.plan import MANIFEST, Request, Stage, stages
+from calmix.compression.plan import MANIFEST, PACK, Request, Stage, parse_size, stages
 from calmix.errors import CalmixError, InputError
-from calmix.files import alone, read_object, write_json
+from calmix.files import alone, read_object, size_text, write_json
 from calmix.manifest import read_sealed, run_record, sealed, versions
 from calmix.models import resolve_model
 from calmix.models.shards import weight_bytes
@@ -50,9 +50,26 @@ def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float
                       "dense_bytes": weight_bytes(resolve_model(request.model))}  # fmt: skip
             write_json(out / MANIFEST, sealed(record | {"versions": versions()}))
         for stage, taken in do(listed, out, run, say):
+            if stage.leaves == PACK:
+                _check_pack(request, out)
             seconds[stage.name] = taken
             write_json(out / RUN, run_record(before | seconds))
     return seconds
+
+
+def _check_pack(request: Request, out: Path) -> None:
+    """Remove a pack that is larger than requested, and refuse it."""
+    if request.size is None:
+        return
+    most = parse_size(request.size, weight_bytes(resolve_model(request.model)))
+    size = sum(path.stat().st_size for path in (out / PACK).rglob("*.safetensors"))
+    if size > most:
+        shutil.rmtree(out / PACK)
+        raise InputError(
+            f"the pack of {out / 'model'} has {size_text(size)}, more than --size {request.size}: "
+            f"repeat with --size {size_text(0.98 * most * most / size).replace(' ', '')} and "
+            "another -o"
+        )
 
 
 def do(listed: Iterable[Stage], out: Path, run: Run, say: Say) -> Iterator[tuple[Stage, float]]:

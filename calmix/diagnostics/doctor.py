@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 from calmix import assets
 from calmix.errors import DiskError
-from calmix.files import cache_dir, check_writable, existing
+from calmix.files import cache_dir, check_writable, existing, size_text
 from calmix.machine import cores, host_memory
 from calmix.precision import capabilities
 
@@ -109,7 +109,7 @@ def archives() -> Iterator[Check]:
             state = asset.state
         except OSError as error:
             state = f"unreadable ({error.strerror})"
-        advice = f"calmix doctor assets {asset.name} --install ({asset.size / 1e6:.0f} MB)"
+        advice = f"calmix doctor assets {asset.name} --install ({size_text(asset.size)})"
         found = ("ok", "hash matches") if state == "ok" else ("missing", state, advice)
         yield Check(f"asset {asset.name}", *found)
 

@@ -24,7 +24,7 @@ from calmix.evaluation.generations import Answered, Prompt, load_answers
 from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import check_same_suite, load_pairs
 from calmix.evaluation.suites import load_suite, provenance
-from calmix.files import user_path
+from calmix.files import size_text, user_path
 from calmix.manifest import file_hashes, read_sealed
 from calmix.models import builtin_models
 from calmix.models.shards import Place, stored_tensors, weight_dtype
@@ -136,7 +136,12 @@ class Card:
         """Bytes of the weights on disk before and after."""
         dense = self.record.get("dense_bytes") or 0
         sizes = (dense, "dense"), (self.size, self.done), (self.packed, "packed")
-        return ", ".join(f"{size / 1e6:,.0f} MB {name}" for size, name in sizes if size)
+        return ", ".join(f"{size_text(size)} {name}" for size, name in sizes if size)
+
+    @property
+    def disk(self) -> str:
+        """Bytes of the smallest form of the weights."""
+        return size_text(self.packed or self.size)
 
     @property
     def measure(self) -> str:
@@ -170,7 +175,7 @@ class Card:
         """A hint to quantise to the size of a sparse model; empty for a quantised one."""
         if self.pruning.get("bits") or not self.packed:
             return ""
-        size = ["--size", f"{self.packed / 1e6:.0f}MB"]
+        size = ["--size", size_text(self.packed).replace(" ", "")]
         if self.packed > packed_bytes(MOST, self.pruning["weights"], self.outer):
             size = ["--bits", f"{MOST:g}"]  # --size takes no more than that
         command = ["calmix", "compress", self.asked["model"], "-o", f"{self.out}-bits", *size]
@@ -189,7 +194,7 @@ class Card:
         rows += [(packed_bytes(bits, weights, self.outer), f"{bits:g} bits", shares)
                  for bits, shares in measured.items()]  # fmt: skip
         return [
-            {"weights at": name, "#packed, MB": words.number(size / 1e6, 0),
+            {"weights at": name, "#packed, MB": words.megabytes(size),
              **{f"#{model} keeps %": words.percent(shares.get(model)) for model in models}}
             for size, name, shares in sorted(rows, key=lambda row: row[:2], reverse=True)
         ]  # fmt: skip
@@ -425,7 +430,7 @@ def several_page(cards: Sequence[Card]) -> str:
          "#accuracy %": words.with_span(does.choices and does.choices.accuracy[1]),
          "#likelihood kept %": words.with_span(card.kept and card.kept.total),
          **card.apart("total"),
-         "#MB": words.number((card.packed or card.size) / 1e6, 0),
+         "#MB": words.megabytes(card.packed or card.size),
          "calibration": card.asked["calibration"]}
         for card in named for does in [card.behaved]
         for counts, worst in [(does.answers, does.worst)]

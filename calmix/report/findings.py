@@ -223,8 +223,8 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
     if waiting or analysis.failed:
         yield (
             f"{analysis.finished} of {words.counted(analysis.planned, 'planned trial')} finished, "
-            f"{analysis.failed} failed, {waiting} to come (calmix study status lists them). All "
-            "figures are of finished trials and may change."
+            f"{analysis.failed} failed, {waiting} not run (calmix study status lists them). All "
+            "figures are of finished trials."
         )
     if gaps := sum(len(each.missing) for each in found):
         yield (

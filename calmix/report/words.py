@@ -54,6 +54,11 @@ def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
     return plus + text.replace("-", MINUS)
 
 
+def megabytes(count: float) -> str:
+    """Return bytes in megabytes: whole from 10 on, three digits below."""
+    return f"{count / 1e6:.0f}" if count >= 1e7 else f"{count / 1e6:.3g}"
+
+
 def percent(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
     """Return a share as a percentage, without the sign for it."""
     return number(None if value is None else 100 * value, digits, sign=sign)

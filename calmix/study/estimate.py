@@ -18,6 +18,7 @@ from calmix.calibration.texts import builtin_readers
 from calmix.errors import InputError
 from calmix.evaluation.suites import ARCHIVE, Suite
 from calmix.evaluation.tasks import load_items
+from calmix.files import size_text
 from calmix.machine import device_memory, host_memory
 from calmix.models import find_blocks, resolve_model
 from calmix.models.attention import use_own_attention
@@ -190,8 +191,8 @@ def estimate(
 def too_large(label: str, needed: float, available: float) -> str:
     """Return the message that a trial needs more memory than there is."""
     return (
-        f"{label} needs {needed / 1e9:.1f} GB of memory, but there are only "
-        f"{available / 1e9:.1f} GB: use fewer or shorter rows"
+        f"{label} needs {size_text(needed)} of memory, but there are only "
+        f"{size_text(available)}: use fewer or shorter rows"
     )
 
 

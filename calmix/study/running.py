@@ -27,7 +27,7 @@ from calmix import machine
 from calmix.errors import CalmixError, DiskError, InputError, first_line, missing_extra, nearest
 from calmix.evaluation.evaluate import runnable
 from calmix.evaluation.scores import describe
-from calmix.files import check_free, write_json, write_text
+from calmix.files import check_free, size_text, write_json, write_text
 from calmix.models import resolve_model
 from calmix.models.opening import check_models, device_of
 from calmix.models.shards import weight_bytes
@@ -287,7 +287,7 @@ def on_ray(
                 names = (model.name for model in bench.study.file.models.values())
                 memory = PROGRAM + max(weight_bytes(resolve_model(name)) for name in names)
             check_room(nodes, {"CPU": cpus, "GPU": given, "memory": memory}, label)
-            note(f"each trial reserves {memory / 1e9:.1f} GB of memory")
+            note(f"each trial reserves {size_text(memory)} of memory")
             remote: Any = ray.remote(
                 num_cpus=cpus, num_gpus=given, memory=memory, max_retries=retries, max_calls=1
             )(_on_worker)
@@ -322,7 +322,7 @@ def check_room(
     if not any(all(node.get(key, 0) >= need for key, need in needs.items()) for node in nodes):
         raise InputError(
             f"no machine of the cluster has {needs['CPU']:g} CPUs, {needs['GPU']:g} GPUs and "
-            f"{needs['memory'] / 1e9:.1f} GB of memory, which {label} needs: use larger machines, "
+            f"{size_text(needs['memory'])} of memory, which {label} needs: use larger machines, "
             "or fewer or shorter rows"
         )
 

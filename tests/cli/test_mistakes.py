@@ -81,7 +81,7 @@ SAID = {
     COMPRESS + "--size 0.3 --bits 3": "--bits has no effect with --size",
     COMPRESS + "--size 0.3 --keep-at-least code=0.4": "--size has no effect with --keep-at-least",
     COMPRESS + "--bits 9": "--bits 9: must be less than or equal to 8",
-    COMPRESS + "--bits 2.5 --sparsity 0.5": "bits 2.5: Input should be a valid integer",
+    COMPRESS + "--bits 2.5 --sparsity 0.5": "bits 2.5: kept weights take whole bits from 2 to 8",
     COMPRESS + "--keep-at-least 1.2": "did you mean 0.012",
     COMPRESS + "--keep-at-least code=0.4 --sparsity 0.5": "--sparsity has no effect with",
     COMPRESS + "--keep-at-least cod=0.4": "which suite",

@@ -86,11 +86,11 @@ def test_a_study_takes_it(shipped, tiny_study, tmp_path):  # noqa: F811
         ("pytest", "unknown method 'pytest'"),  # another group's entry point
         ("toy,strength", r"^method 'toy,strength': 'strength' is not of the form option=value"),
         ("toy,strength=1,strength=2", "gives strength twice"),
-        ("toy,strength=many", "method toy: strength many: Input should be a valid integer"),
-        ("toy,strength=10", "method toy: strength 10: Input should be less than or equal to 9"),
+        ("toy,strength=many", "method toy: strength many: must be a valid integer"),
+        ("toy,strength=10", "method toy: strength 10: must be less than or equal to 9"),
         ("toy,strenth=1", "strenth has no effect with method toy: did you mean strength"),
         ("wanda,damping=1", "damping has no effect with method wanda: known: bits, group, refit"),
-        ("sparsegpt,damping=nan", "damping nan: Input should be"),
+        ("sparsegpt,damping=nan", "damping nan: must be"),
     ],
 )
 def test_mistakes_are_one_line(shipped, method, says):

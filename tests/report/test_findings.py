@@ -80,9 +80,9 @@ def test_small_studies_say_what_they_cannot_show_and_unfinished_ones_what_is_to_
     whole = study(full_plan(**SMALL))
     part = whole.model_copy(update={"trials": whole.trials[:29], "failed": (failed("x"),)})
     told = of(part)["certainty"]
-    assert told[0].startswith("29 of 40 planned trials finished, 1 failed, 10 to come")
+    assert told[0].startswith("29 of 40 planned trials finished, 1 failed, 10 not run")
     assert any("empty cell" in line for line in told)
-    assert "to come" not in " ".join(of(whole)["certainty"])
+    assert "not run" not in " ".join(of(whole)["certainty"])
     alone = of(study(Plan(sources=("a",), seeds=(0,))))
     assert "nothing to compare" in alone["headline"]
     assert alone["conditions"] == [[]]

@@ -89,7 +89,7 @@ WRONG = {
     b"- a": "is not a mapping",
     b"a: [": "line 1",
     b"a: {name: b, reader: {type: python-docs}}": "source 'a': .*'name'",
-    b"a: {reader: {type: hub, id: b/c, starts: '['}}": "starts': Input should be a valid regular",
+    b"a: {reader: {type: hub, id: b/c, starts: '['}}": "starts': must be a valid regular",
     b"a: {reader: {type: reasoning-gym, datasets: [lcm], documents: 1, strip: '('}}": "valid reg",
     b"a: {reader: {type: file, path: b, template: body}}": "template': 'body' names no field, such",
     b"\xff": "not UTF-8",

@@ -143,16 +143,16 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
         (form, [
             (1, "name: String should match"),
             (3, "suit: unknown key: did you mean suite"),
-            (4, "rows: Input should be a valid integer"),
+            (4, "rows: must be a valid integer"),
             (6, "calibrations.b: give exactly one of"),
             (7, "calibrations.c.form: unknown key: did you mean from"),
             (9, "methods.sparsegpt.0: sparsity 1.6 is above 1: did you mean 0.016?"),
             (10, "methods.wandda: unknown method 'wandda': did you mean wanda"),
             (11, "methods.wanda: sparsity '4-2' is not a share"),
             (12, "methods.ria: Value should have at least 1 item"),
-            (13, "seeds.0: Input should be greater than or equal to 0"),
+            (13, "seeds.0: must be greater than or equal to 0"),
             (15, "grids.0.sedes: unknown key: did you mean seeds"),
-            (16, "allocation.0: Input should be 'uniform' or 'owl'"),
+            (16, "allocation.0: must be 'uniform' or 'owl'"),
             (17, "recovery: --epochs 0: must be greater"),
         ]),
         (names, [
@@ -326,8 +326,8 @@ def test_mistakes_in_what_is_declared_are_told_with_their_line():
         (
             text,
             [
-                (8, "primary: Input should be 'right', 'primary'"),
-                (9, "margin: Input should be greater"),
+                (8, "primary: must be 'right'"),
+                (9, "margin: must be greater"),
                 (10, "exclude.arc_easy: String should match"),
                 (11, "amends: lacks 'reason'"),
                 (

@@ -98,7 +98,7 @@ def test_validate_lists_every_mistake(calmix, tiny_study):
     assert ended.line == f"error: {path} has 2 mistakes"
     first, second = ended.out.splitlines()
     assert first.startswith(f"{path} line 4: row: unknown key: did you mean rows")
-    assert second.startswith(f"{path} line 5: length: Input should be a valid integer")
+    assert second.startswith(f"{path} line 5: length: must be a valid integer")
     told = json.loads(calmix("study", "validate", path, "--json").out)
     assert told["problems"] == [first, second]
     run = calmix("study", "run", path, "-o", path.with_name("store"), "--workers", 2)

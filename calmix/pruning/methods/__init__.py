@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from calmix.errors import InputError, nearest
+from calmix.errors import InputError, nearest, plain_problem
 from calmix.options import PRUNE, named_options
 from calmix.pruning.methods.base import Look, Method, Solution
 
@@ -88,7 +88,7 @@ def get_method(method: str | Method, **options: Any) -> Method:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "options"
-        says = first["msg"].removeprefix("Value error, ")
+        says = plain_problem(first["msg"])
         raise InputError(f"method {kind.name}: {where} {first['input']}: {says}") from None
 
 

@@ -288,12 +288,16 @@ class Sparse(Method):
     group: int = Field(default=64, ge=1, description="Inputs of a row that share a scale.")
     refit: Refit = 0
 
-    @field_validator("bits")
+    @field_validator("bits", mode="before")
     @classmethod
-    def _more_than_one(cls, bits: int) -> int:
-        if bits == 1:
-            raise ValueError("a kept weight takes at least 2 bits")
-        return bits
+    def _whole(cls, bits: Any) -> Any:
+        try:
+            whole = float(bits) in (0, *range(2, 9))
+        except (TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise ValueError("kept weights take whole bits from 2 to 8")
+        return int(float(bits))
 
     def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
         method, target = super().aim(pattern)
