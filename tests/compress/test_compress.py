@@ -439,7 +439,9 @@ def test_a_pack_larger_than_its_promise_is_refused(calmix, command, tmp_path, mo
     out = tmp_path / "out"
     monkeypatch.setattr("calmix.compression.plan.packed_bytes", lambda bits, **_: 5000 * bits)
     ended = calmix(*command(out, "--size", "10kB"))
-    said = r"error: the pack of .* has [\d.]+ kB, more than --size 10kB: repeat with --size [\d.]+kB"
+    said = (
+        r"error: the pack of .* has [\d.]+ kB, more than --size 10kB: repeat with --size [\d.]+kB"
+    )
     assert (ended.code, bool(re.match(said, ended.err.splitlines()[-1]))) == (2, True)
     assert (out / "model").exists()
     assert not (out / "pack").exists()

@@ -107,6 +107,15 @@ def test_blocks_follow_rows_alone():
     assert gguf._rows(weight + 1, blocks, None) is None
 
 
+def test_a_file_far_from_its_model_has_a_warning(calmix, quantised, tmp_path, monkeypatch):
+    words = "export", quantised / "tiny.gguf", "--to", "gguf", "--weights", "q4_0", "-o"
+    for far, warned in ((0.68, True), (0.05, False)):
+        monkeypatch.setattr(gguf, "difference", lambda *_, far=far: far)
+        ended = calmix(*words, tmp_path / f"{far}.gguf").ok()
+        said = f"warning: a file at KL {far} can lose many answers: SmolLM2-135M at 4.5 bits"
+        assert (said in ended.err) == warned
+
+
 def test_levels_are_kept_where_the_processor_has_no_fast_bfloat16(quantised, tmp_path, monkeypatch):
     """A weight of the checkpoint is the product of level and scale, rounded to bfloat16."""
     drawn = {"calibration": str(quantised / "text.txt"), "rows": 6, "length": 32, "leakage": "off"}
