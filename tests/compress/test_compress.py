@@ -430,8 +430,8 @@ def test_bits_below_what_a_measured_model_survives_are_wanted_anyway_or_refused(
     low = re.search(r"has from ([\d.]+) kB", line)[1]
     few = f"{float(low) + 0.5}kB"
     assert f"--size {few} leaves 1." in calmix(*command(out, "--size", few)).line
-    for words in (("--bits", 1, "--anyway"), ("--size", few, "--anyway"), ("--bits", 2)):
-        calmix(*command(out, *words, "--dry-run")).ok()
+    for target in (("--bits", 1, "--anyway"), ("--size", few, "--anyway"), ("--bits", 2)):
+        calmix(*command(out, *target, "--dry-run")).ok()
     assert not out.exists()
 
 
