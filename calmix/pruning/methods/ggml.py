@@ -36,7 +36,7 @@ class Ggml(Method):
     name, title = "ggml", "GGML"
     paper = "arXiv 2210.17323; weighted scales are ours"
     statistic = Gram
-    work = 8, 26  # factorisation; dense and rounded weights, transposed, their errors, levels, bytes
+    work = 8, 26  # factorisation; dense and rounded weights, transposed, their errors and bytes
 
     type: str = Field(default="Q4_K", description="Type of the blocks, such as Q3_K or IQ4_NL.")
     damping: Damping = 0.1
