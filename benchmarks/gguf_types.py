@@ -99,8 +99,8 @@ def statistics(
     def seen(layers: list[Prunable], statistic: Tensor) -> None:
         sums.update(dict.fromkeys((layer.name for layer in layers), statistic))
 
-    found = find_blocks(opened.model).select(only)
-    run_through(Run(opened.model, found, Look(gram=gram), seen=seen), ids)
+    layers = find_blocks(opened.model).select(only)
+    run_through(Run(opened.model, layers, Look(gram=gram), seen=seen), ids)
     return sums
 
 
@@ -171,10 +171,10 @@ def by_matrix(options: argparse.Namespace, opened: OpenModel, ids: Tensor) -> No
             for way in options.ways:
                 if way in ROUNDED:
                     importance = ROUNDED[way](gram.diagonal())
-                    made = quantise(weight, importance, name=kind.name).values()
+                    after = quantise(weight, importance, name=kind.name).values()
                 else:
-                    [made] = SOLVED[way].solve([weight], gram, [Blocks(kind.name)]).weights
-                errors.append(relative_error(weight, made, other[layer.name]))
+                    [after] = SOLVED[way].solve([weight], gram, [Blocks(kind.name)]).weights
+                errors.append(relative_error(weight, after, other[layer.name]))
             row = " | ".join(f"{error:.5f}" for error in errors)
             print(f"| {layer.name} | {weight.shape[1]} | {kind.name} | {row} |", flush=True)
 

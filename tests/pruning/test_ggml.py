@@ -87,11 +87,11 @@ def test_the_weights_of_a_solution_are_those_of_its_blocks(name):
     weights[0][3] = 0
     weights[1][:, 256:300] = 0
     solution = solved(name, weights, x.T @ x)
-    for weight, made, grid in zip(weights, solution.weights, solution.grids, strict=True):
+    for weight, result, grid in zip(weights, solution.weights, solution.grids, strict=True):
         assert (grid.name, grid.bits) == (name, 8 * TYPES[name].bytes / TYPES[name].size)
         assert grid.data.shape == (len(weight), 512 // TYPES[name].size * TYPES[name].bytes)
-        assert torch.equal(grid.values(), made)
-        assert not made[(weight == 0).all(1)].any()
+        assert torch.equal(grid.values(), result)
+        assert not result[(weight == 0).all(1)].any()
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_0", "IQ4_XS"])
@@ -100,7 +100,7 @@ def test_levels_are_those_of_a_plain_loop_with_the_same_scales(name):
     kind, x, weight = TYPES[name], correlated(columns=256), matrix(columns=256)
     factor = inverse_factor(x.T @ x, 0.1)
     grid = BlockGrid([weight], kind, torch.ones(256))
-    [made], _ = solve_columns([weight], factor, None, grid)
+    [result], _ = solve_columns([weight], factor, None, grid)
     levels = torch.arange(kind.low, kind.high + 1.0, dtype=torch.float64)
     worth = torch.tensor(kind.codebook).double() if kind.codebook else levels
     scale, minimum = (one.T.double() for one in grid.scales.units())
@@ -114,7 +114,7 @@ def test_levels_are_those_of_a_plain_loop_with_the_same_scales(name):
         rest[:, column + 1 :] -= torch.outer(
             wrong, upper[column, column + 1 :] / upper[column, column]
         )
-    assert (made - rest.float()).abs().gt(1e-6).float().mean() < 0.002
+    assert (result - rest.float()).abs().gt(1e-6).float().mean() < 0.002
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "IQ4_NL"])
@@ -138,7 +138,7 @@ def test_a_sweep_is_coordinate_descent(name):
         nearest = (now[:, column, None] + pull[:, None] - values).abs().argmin(1)
         now[:, column] = values.gather(1, nearest[:, None])[:, 0]
     assert (second.T - now.float()).abs().gt(1e-6).float().mean() < 0.002
-    errors = [relative_error(weight, made, damped.float()) for made in (first, second.T)]
+    errors = [relative_error(weight, result, damped.float()) for result in (first, second.T)]
     assert errors[1] < 0.97 * errors[0]
     assert relative_error(weight, swept, gram) < relative_error(weight, first, gram)
     [grid_of] = grid.grids([second.T], [0])
@@ -160,8 +160,8 @@ def test_scales_leave_no_more_error_than_those_of_ggml(name):
     identity = inverse_factor(torch.eye(256), 1e-9)
     [ours], _ = solve_columns([weight], identity, None, BlockGrid([weight], kind, importance))
 
-    def error(made):
-        return float(((made - weight).square() * importance).sum())
+    def error(result):
+        return float(((result - weight).square() * importance).sum())
 
     assert error(ours) < 1.01 * error(theirs)
 
@@ -173,8 +173,8 @@ def test_scales_of_weights_on_the_grid_are_found_again():
         assert ((scales.step[0].float() * 31).abs() > 0).all()
         factor = inverse_factor(torch.eye(32), 1e-9)
         grid = BlockGrid([values], TYPES[name], torch.ones(32))
-        [made], _ = solve_columns([values], factor, None, grid)
-        assert relative_error(values, made, torch.eye(32)) < 2e-4
+        [result], _ = solve_columns([values], factor, None, grid)
+        assert relative_error(values, result, torch.eye(32)) < 2e-4
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_feedback_is_better_than_an_importance_matrix_on_other_inputs(name, shar
     fitted, other = x[:2000], x[2000:]
     weight, gram = matrix(48), fitted.T @ fitted
     plain = quantise(weight, gram.diagonal(), name=name).values()
-    [made] = solved(name, [weight], gram).weights
-    before, after = (relative_error(weight, one, other.T @ other) for one in (plain, made))
+    [result] = solved(name, [weight], gram).weights
+    before, after = (relative_error(weight, one, other.T @ other) for one in (plain, result))
     assert after < share * before
 
 
@@ -206,13 +206,13 @@ def test_feedback_between_blocks_of_one_column_is_gptq():
         def values(self):
             return self.data / 50
 
-    made, rest = solve_blocks(weight, factor, 1, quantise).data / 50, weight.clone()
+    result, rest = solve_blocks(weight, factor, 1, quantise).data / 50, weight.clone()
     for column in range(32):
         nearest = (rest[:, column] * 50).round() / 50
         wrong = (rest[:, column] - nearest) / factor.upper[column, column]
         rest[:, column + 1 :] -= torch.outer(wrong, factor.upper[column, column + 1 :])
         rest[:, column] = nearest
-    torch.testing.assert_close(made, rest)
+    torch.testing.assert_close(result, rest)
     whole = solve_blocks(weight, factor, 32, quantise).data
     torch.testing.assert_close(whole, (weight * 50).round().to(torch.int8))
 

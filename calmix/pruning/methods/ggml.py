@@ -56,7 +56,7 @@ class Ggml(Method):
         return bare, target
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
-        if not of(pattern, columns, name).group:
+        if not type_of(pattern, columns, name).group:
             check_library()
 
     @property
@@ -70,11 +70,11 @@ class Ggml(Method):
         factor = inverse_factor(statistic, self.damping)
 
         def choose(some: Sequence[Tensor], _: Tensor, types: Sequence[Pattern]) -> Solution:
-            kind = of(types[0], some[0].shape[1])
+            kind = type_of(types[0], some[0].shape[1])
             importance = self.importance(statistic, factor)
-            made, grids = rounded(some, statistic, factor, kind, importance, self.sweeps)
-            zeros, dead = [0] * len(made), int(factor.dead.sum())
-            return Solution(made, zeros, factor.damping, factor.dtype, dead, grids)
+            solved, grids = solve_layers(some, statistic, factor, kind, importance, self.sweeps)
+            zeros, dead = [0] * len(solved), int(factor.dead.sum())
+            return Solution(solved, zeros, factor.damping, factor.dtype, dead, grids)
 
         return by_kind(choose, weights, statistic, patterns)
 
@@ -83,7 +83,7 @@ class Ggml(Method):
         return factor.upper.diagonal().square().reciprocal()
 
 
-def of(pattern: Pattern, columns: int, name: str = "a layer") -> BlockType:
+def type_of(pattern: Pattern, columns: int, name: str = "a layer") -> BlockType:
     """Return the type of a layer: the pattern's, or one whose blocks fit its rows."""
     if not isinstance(pattern, Blocks):
         raise InputError(f"method ggml takes a type such as Q3_K, not {pattern}")
@@ -96,7 +96,7 @@ def of(pattern: Pattern, columns: int, name: str = "a layer") -> BlockType:
     return kind
 
 
-def rounded(
+def solve_layers(
     weights: Sequence[Tensor],
     gram: Tensor,
     factor: Factor,
@@ -107,16 +107,18 @@ def rounded(
     """Return the rounded float32 weights of layers that share an input, and their blocks."""
     if kind.group:
         grid = BlockGrid(weights, kind, importance)
-        made, grids = solve_columns(weights, factor, None, grid)
+        solved, grids = solve_columns(weights, factor, None, grid)
         if not sweeps:
-            return made, grids
+            return solved, grids
         damped = gram.clone()
         damped.diagonal().add_(factor.damping * gram.diagonal().mean())
-        target, values = (torch.cat([one.T.float() for one in each], 1) for each in (weights, made))
+        target, values = (
+            torch.cat([one.T.float() for one in each], 1) for each in (weights, solved)
+        )
         for _ in range(sweeps):
             grid.sweep(target, values, damped)
-        made = [part.T for part in values.split([len(weight) for weight in weights], 1)]
-        return made, grid.grids(made, [0] * len(made))
+        solved = [part.T for part in values.split([len(weight) for weight in weights], 1)]
+        return solved, grid.grids(solved, [0] * len(solved))
     search = partial(quantise, name=kind.name)
     grids = [solve_blocks(weight, factor, kind.size, search) for weight in weights]
     return [grid.values() for grid in grids], grids

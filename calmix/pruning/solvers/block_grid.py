@@ -68,7 +68,7 @@ class BlockGrid(Rounding[Encoded]):
         importance: (columns,), weight of a squared error in each column.
 
     Attributes:
-        scales: of all blocks, found so far.
+        scales: of all blocks reached so far.
     """
 
     def __init__(self, weights: Sequence[Tensor], kind: BlockType, importance: Tensor) -> None:
@@ -137,7 +137,7 @@ class BlockGrid(Rounding[Encoded]):
             if self.kind.minima:
                 weights[at].sub_(minimum)
 
-    def grids(self, made: Sequence[Tensor], pruned: Sequence[int]) -> list[Encoded]:
+    def grids(self, weights: Sequence[Tensor], pruned: Sequence[int]) -> list[Encoded]:
         """Return the blocks of each layer."""
         kind, numbers = self.kind, (self.scales.scales, self.scales.minima)
         step, least = self.scales.step.T, self.scales.least.T
@@ -145,23 +145,23 @@ class BlockGrid(Rounding[Encoded]):
         levels = Levels(
             kind, self._levels.T, step, scales, *((least, minima) if kind.minima else ())
         )
-        parts = levels.encoded().data.split([len(weight) for weight in made])
+        parts = levels.encoded().data.split([len(weight) for weight in weights])
         return [Encoded(kind.name, part) for part in parts]
 
     def _search(self, block: int) -> None:
         """Find and freeze the scales of a block whose columns are corrected by all before it."""
-        size, found, per = self.kind.size, self.scales, self.kind.size // self.kind.group
+        size, whole, per = self.kind.size, self.scales, self.kind.size // self.kind.group
         columns, groups = (slice(block * each, (block + 1) * each) for each in (size, per))
         values, importance = self._stacked[columns], self._importance[columns]
         some = max(1, CACHED // size) if values.device.type == "cpu" else values.shape[1]
         for at in range(0, values.shape[1], some):
             here = slice(at, at + some)
             one = search(self.kind, values[:, here], importance)
-            found.step[block, here], found.least[block, here] = one.step[0], one.least[0]
-            found.scales[groups, here], found.minima[groups, here] = one.scales, one.minima
+            whole.step[block, here], whole.least[block, here] = one.step[0], one.least[0]
+            whole.scales[groups, here], whole.minima[groups, here] = one.scales, one.minima
             scale, minimum = one.units()
-            for whole, new in zip(self._units, (scale, inverse(scale), minimum), strict=True):
-                whole[groups, here] = new
+            for unit, new in zip(self._units, (scale, inverse(scale), minimum), strict=True):
+                unit[groups, here] = new
 
 
 def fitting(name: str, columns: int) -> BlockType:
@@ -252,20 +252,20 @@ def search(kind: BlockType, values: Tensor, importance: Tensor) -> Scales:
     scale, minimum, weight = _affine(kind, x, w) if kind.minima else _signed(kind, nearest, x, w)
     if kind.scales is None:  # one group
         ones = torch.ones_like(scale)
-        found = Scales(scale.half(), minimum.half(), ones, ones if kind.minima else 0 * ones)
+        block = Scales(scale.half(), minimum.half(), ones, ones if kind.minima else 0 * ones)
     else:
         parts = [
             _numbers(one, at, *kind.scales) for one, at in ((scale, weight), (minimum, w.sum(1)))
         ]
         (step, scales), (least, minima) = parts
-        found = Scales(step, least, scales, minima)
+        block = Scales(step, least, scales, minima)
     for _ in range(SWEEPS):
         if kind.scales is not None:
-            _settle(kind, nearest, found, x, w)
-        _refit(kind, nearest, found, x, w)
+            _settle(kind, nearest, block, x, w)
+        _refit(kind, nearest, block, x, w)
     if kind.scales is not None:
-        _settle(kind, nearest, found, x, w)
-    return found
+        _settle(kind, nearest, block, x, w)
+    return block
 
 
 def _affine(kind: BlockType, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -335,20 +335,20 @@ def _numbers(values: Tensor, weight: Tensor, low: int, high: int) -> tuple[Tenso
     return half, (values * inverse(half.float())).round_().clamp_(low, high)
 
 
-def _settle(kind: BlockType, nearest: Nearest, found: Scales, x: Tensor, w: Tensor) -> None:
+def _settle(kind: BlockType, nearest: Nearest, block: Scales, x: Tensor, w: Tensor) -> None:
     """Replace each group's integers by those near them with the least error."""
     low, high = kind.scales or (1, 1)
-    best = torch.full_like(found.scales, torch.inf)
-    before = found.scales.clone(), found.minima.clone()
+    best = torch.full_like(block.scales, torch.inf)
+    before = block.scales.clone(), block.minima.clone()
     for ds, dm in product(NEAR, NEAR if kind.minima else (0,)):
         scales, minima = (
             (old + more).clamp_(low, high) for old, more in zip(before, (ds, dm), strict=True)
         )
-        one = Scales(found.step, found.least, scales, minima)
+        one = Scales(block.step, block.least, scales, minima)
         scale, minimum = one.units()
         error = _errors(kind, nearest, x, scale, minimum)[1].square_()
         error = (w.transpose(1, 2) @ error)[:, 0]
-        _keep(error < best, (best, error), (found.scales, scales), (found.minima, minima))
+        _keep(error < best, (best, error), (block.scales, scales), (block.minima, minima))
 
 
 def _errors(
@@ -360,18 +360,18 @@ def _errors(
     return level, above - level * scale[:, None]
 
 
-def _refit(kind: BlockType, nearest: Nearest, found: Scales, x: Tensor, w: Tensor) -> None:
+def _refit(kind: BlockType, nearest: Nearest, block: Scales, x: Tensor, w: Tensor) -> None:
     """Replace the steps by those with the least error for the same levels and integers."""
-    level = _errors(kind, nearest, x, *found.units())[0]
-    wt, k, m = w.transpose(1, 2), found.scales, -found.minima
+    level = _errors(kind, nearest, x, *block.units())[0]
+    wt, k, m = w.transpose(1, 2), block.scales, -block.minima
     one, two, cross = (wt @ level)[:, 0], (wt @ level.square())[:, 0], (w * x * level).sum(1)
     first, total = (wt @ x)[:, 0], w.sum(1)
     a, b, c = (k * k * two).sum(0), (k * m * one).sum(0), (m * m * total).sum(0)
     p, q = (k * cross).sum(0), (m * first).sum(0)
     determinant = a * c - b * b
     both = determinant > 1e-6 * a * c
-    before = found.least[0].float()
+    before = block.least[0].float()
     step = torch.where(both, (c * p - b * q) / determinant, (p - b * before) / a).half()
     least = torch.where(both, (a * q - b * p) / determinant, before).half()
     good = step.isfinite() & least.isfinite() & (least >= 0)
-    _keep(good, (found.step[0], step), (found.least[0], least))
+    _keep(good, (block.step[0], step), (block.least[0], least))
