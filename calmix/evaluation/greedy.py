@@ -136,7 +136,9 @@ class _Writer:
         self.ends = torch.tensor(end_tokens(opened), dtype=torch.int64, device=self.device)
         known = inspect.signature(self.model.forward).parameters
         self.takes = {"position_ids", "logits_to_keep"} & set(known)
-        self.cache, self.most = cache_argument(self.model), 1 if mixes_rows(self.model) else ROWS
+        share = FEWER if rearranged else 1.0
+        most = 1 if mixes_rows(self.model) else max(1, int(share * min(ROWS, total)))
+        self.cache, self.most = cache_argument(self.model), most
         config = self.model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         self.padded = (
@@ -153,6 +155,7 @@ class _Writer:
             cache = prefix_cache(decoder_of(self.model), [0])
             per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
             self.held = max(self.held, int(HELD / per_token))
+        self.held = int(share * self.held)
 
     def groups(self, rows: Sequence[Prompt]) -> Iterator[list[Prompt]]:
         """Yield rows to answer together: all that may be padded, and the others by equal length.
@@ -172,8 +175,7 @@ class _Writer:
 
     def _width(self, rows: Sequence[Prompt]) -> int:
         """Return how many of the rows fit into one batch."""
-        width = min(self.most, len(rows), self.held // max(row.needs for row in rows))
-        return max(1, int(FEWER * width) if self.rearranged else width)
+        return max(1, min(self.most, len(rows), self.held // max(row.needs for row in rows)))
 
     def answer(self, rows: Sequence[Prompt]) -> None:
         """Answer rows; those that finish are replaced by waiting ones."""

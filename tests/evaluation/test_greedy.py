@@ -49,7 +49,7 @@ def test_rearranged_prompts_run_in_another_order_and_in_smaller_batches(monkeypa
         return forward(input_ids, **how)
 
     monkeypatch.setattr(model.model, "forward", noted)
-    asked = [Prompt([10 + n, 40, 50], 4) for n in range(10)]
+    asked = [Prompt([10 + n, 40, 50], 3 + n // 4) for n in range(10)]
     texts = []
     for rearranged in (False, True):
         batches.append([])
