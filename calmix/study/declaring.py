@@ -48,6 +48,7 @@ class Declaration(BaseModel, frozen=True):
         margin: in points.
         exclude: the reason for leaving out each task.
         comparisons: as in the study file, by name; `pairs` are their trials.
+        suite: its name, and how much of it is asked, if anything is compared.
         models, calibrations: those compared, as in the study file, by label.
     """
 
@@ -55,6 +56,7 @@ class Declaration(BaseModel, frozen=True):
     margin: float | None = None
     exclude: dict[str, str] = {}
     comparisons: dict[str, dict[str, Any]] = {}
+    suite: dict[str, Any] = {}
     models: dict[str, Any] = {}
     calibrations: dict[str, Any] = {}
     pairs: dict[str, tuple[Pair, ...]] = {}
@@ -118,6 +120,7 @@ def declaration(study: Study, planned: Sequence[Planned]) -> Declaration:
     models, sets = ({key[at] for key in keys} for at in (0, 1))
     return Declaration(
         primary=study.primary,
+        suite=file.model_dump(include={"suite", "quick", "limit"}) if pairs else {},
         margin=file.margin,
         exclude=file.exclude,
         models={name: one.model_dump() for name, one in file.models.items() if name in models},

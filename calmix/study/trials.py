@@ -141,7 +141,8 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
                 request = prune_request(method=method.text, pattern=target, **same)
                 yield Planned(model, NONE, "none", request)
         for seed, label in product(grid["seeds"], grid["calibrations"]):
-            # Precedence: the set's entry, the grid, the top of the study file, the set's own file.
+            # Precedence: the set's entry, the grid, the top of the study file, the set's own file,
+            # and for the leakage guard the suite that is scored.
             entry, top = study.file.calibrations[label], study.file.given()
             if saved_set(entry.written):  # takes only its entry and the licence
                 draw = {k: v for k, v in top.items() if k == "licence"} | entry.given()
@@ -151,6 +152,9 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
                 sizes = {k: v for k, v in grid.items() if k in ("rows", "length")}
                 draw = {**top, **sizes, **entry.given(), "seed": seed}
             asked = ask(entry.written, sources=study.own, **draw)
+            if asked.saved is None and "leakage" not in asked.draw.model_fields_set:
+                draw["leakage"] = study.file.suite
+                asked = ask(entry.written, sources=study.own, **draw)
             drawn = asked.draw.seed if asked.saved is None else asked.saved.manifest.get("seed")
             draw |= same | {"calibration": entry.written, "propagation": grid.get("propagation")}
             variants = product(grid["allocation"], grid["recovery"], calibrated)

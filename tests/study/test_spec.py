@@ -1,5 +1,7 @@
 """Study files: their meaning, and every mistake with its line."""
 
+import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -108,7 +110,38 @@ def test_a_set_may_be_drawn_in_its_own_way():
     assert (b.calibration, b.drawn()["packing"]) == ("news:3.0,books:1.0", "window")
     assert [trial.rows for trial in plan(study)] == [3, 64, 64]
     # Packing does not apply to self-written text.
-    assert c.drawn() == {"length": 40, "seed": 0}
+    assert c.drawn() == {"length": 40, "seed": 0, "leakage": "offline"}
+
+
+def test_sets_are_kept_apart_from_the_suite_that_is_scored_unless_told_otherwise():
+    Path("own.yaml").write_text("mix: news\nleakage: off\n", encoding="utf-8")
+    sets = "calibrations: {a: news, own: own.yaml, c: {from: news, leakage: smoke}, igsp: igsp}\n"
+
+    def guards(more=""):
+        trials = plan(parsed(f"{HEAD}suite: abilities\n{sets}methods: {{wanda: 0.5}}\n{more}"))
+        return [(one.asked.draw.leakage, one.request.drawn().get("leakage")) for one in trials]
+
+    own = ("off", None)  # its file says so
+    assert guards() == [("abilities",) * 2, own, ("smoke",) * 2, ("abilities",) * 2]
+    top = ("offline",) * 2
+    assert guards("leakage: offline\n") == [top, top, ("smoke",) * 2, top]
+
+
+def test_the_study_file_of_a_committed_store_gives_the_ids_of_its_sets(tmp_path, monkeypatch):
+    """Those of sets whose texts come with the tool and have not changed since."""
+    root = Path(__file__).parents[2]
+    with tarfile.open(root / "studies/results/noise/store.tar.xz") as packed:
+        packed.extractall(tmp_path, filter="data")
+    index = json.loads((tmp_path / "noise/store.json").read_text(encoding="utf-8"))
+    stored = {one["label"]: one for one in index["trials"]}
+    request = tmp_path / "noise/trials" / index["trials"][0]["id"] / "request.json"
+    model = json.loads(request.read_text(encoding="utf-8"))["model"]["sha256"]
+    monkeypatch.setattr("calmix.study.trials.resolve_model", lambda name: name)
+    monkeypatch.setattr("calmix.study.trials.fingerprint", lambda path: model)
+    study = load_study(root / "studies/noise.yaml")
+    trials = resolve_all(study, plan(study))
+    same = {one.calibration for one in trials if one.calibration_id == stored[one.label]["set"]}
+    assert same >= {"python-algorithms", "math-solutions"}
 
 
 def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path):
@@ -171,6 +204,18 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
     ):  # fmt: skip
         for line, (number, words) in zip(problems(text), wanted, strict=True):
             assert line.startswith(f"s.yaml line {number}: {words}"), line
+
+
+def test_kept_weights_may_be_quantised():
+    study = parsed(NEWS + "methods: {'sparsegpt,bits=4': 0.5}\n")
+    assert [trial.label for trial in plan(study)] == ["a sparsegpt,bits=4 50% seed 0"]
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("studies/*.yaml")))
+def test_committed_studies_have_no_mistakes(path, monkeypatch):
+    monkeypatch.chdir(path.parents[1])
+    if "calibrations:" in path.read_text(encoding="utf-8"):
+        assert check_study(path)[1] == []
 
 
 def test_what_has_no_effect_is_told_with_its_line():
