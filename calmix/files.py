@@ -399,6 +399,14 @@ def alone(path: Path, *, wait: bool = True) -> Iterator[None]:
         give_back(lock)
 
 
+def check_unlocked(path: Path) -> None:
+    """Raise InputError if another process holds the lock on `path`."""
+    path = real_place(path)
+    if path.with_name(f".{path.name}.lock").exists():
+        with alone(path, wait=False):
+            pass
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `path`; rename it to `path` only if the body succeeds.

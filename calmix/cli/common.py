@@ -158,6 +158,19 @@ def _widest(text: str) -> int:
     return max((cell_len(word) for word in text.split()), default=0)
 
 
+def not_here(model: str) -> bool:
+    """Whether a model would have to be fetched first; if so, say what that takes."""
+    from calmix.models.opening import to_fetch
+
+    if first := to_fetch(model):
+        print_json({"model": model, "first": first})
+        line(
+            f"{model} is not here: a run first {first}. Nothing was fetched or written; memory and "
+            "disk are known once the model is here"
+        )
+    return bool(first)
+
+
 def print_costs(costs: Sequence[StageCost], title: str) -> None:
     """Print work, memory and disk by stage, the stages' commands, and the totals."""
     rows = [

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from calmix.cli.common import line, note, print_costs, print_json, print_table
+from calmix.cli.common import line, not_here, note, print_costs, print_json, print_table
 from calmix.cli.root import app
 from calmix.cli.verbs import verb
 from calmix.errors import InputError, NotKeptError
@@ -42,10 +42,14 @@ def compress_verb(
     resume. calmix check OUT tests the result against floors of your own.
     """
     from calmix.compression import ladder
+    from calmix.compression.plan import check_options
     from calmix.report import words
     from calmix.report.card import read_card
 
     if dry_run:
+        check_options(options)
+        if not_here(options.model):
+            return
         walk = ladder.begin(options, output)
         costs, request = ladder.dry(walk), walk.request
         title = f"{options.model} at {request.target}, effort {options.effort}, on this machine"

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmix.cli.common import line, note, print_costs, print_json, print_layers
+from calmix.cli.common import line, not_here, note, print_costs, print_json, print_layers
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.files import check_apart, size_text
@@ -103,6 +103,8 @@ def prune(
     if dry_run:
         from calmix.compression.estimate import estimate_prune
 
+        if not_here(model):
+            return
         costs = estimate_prune(model, targets, max_memory=work.most(), **work.opening())
         print_json([asdict(one) | {"stage": one.stage.name} for one in costs])
         print_costs(costs, f"{model}, on this machine")

@@ -305,13 +305,14 @@ def begin(options: Compression, out: Path) -> Walk:
     inputs = [options.model, saved_set(options.calibration), options.prompts,
               suite_file(options.suite)]  # fmt: skip
     files.check_apart(out, inputs)
+    files.check_unlocked(out)
     if not (out / MANIFEST).exists() and not (out / running.LADDER).exists():
         if out.is_dir() and any(out.iterdir()):
             raise InputError(
                 f"{out} is not empty and was not made by calmix compress: name another folder"
             )
         files.check_output_folder(out)
-    return Walk(plan.check_options(options), out)
+    return Walk(plan.check_request(options), out)
 
 
 def dry(walk: Walk) -> list[StageCost]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from calmix.analysis.ranking import check_weights
 from calmix.calibration import ask, mix_text, open_tokenizer, parse_mix, saved_set
@@ -265,8 +265,16 @@ class Stage:
         return self.leaves is not None and (out / self.leaves).exists()
 
 
-def check_options(options: Compression) -> Request:
-    """Check a user's options before any work."""
+class Checked(NamedTuple):
+    """What a user's options ask for, as far as it is known without the model."""
+
+    text: str
+    bits: float | None
+    prompts_sha256: str | None
+
+
+def check_options(options: Compression) -> Checked:
+    """Check a user's options without the model."""
     given, saved = options.calibration, saved_set(options.calibration) is not None
     _check_idle(options, saved)
     mix = MIX if options.licence is None else PERMISSIVE
@@ -295,7 +303,13 @@ def check_options(options: Compression) -> Request:
         prompts = sha256_file(local_file(str(options.prompts)).path)
     if options.max_memory is not None:
         parse_memory(options.max_memory)
-    trust = options.trust_remote_code
+    return Checked(text, bits, prompts)
+
+
+def check_request(options: Compression) -> Request:
+    """Check a user's options before any work; fetches the model."""
+    text, bits, prompts = check_options(options)
+    given, trust = options.calibration, options.trust_remote_code
     check_models(options.model, device=options.device, trust_remote_code=trust)
     tokenizer = open_tokenizer(options.model, trust_remote_code=trust)
     if given is None and not options.no_corpus and chat_turns(tokenizer.tokenizer) is not None:

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from calmix.files import (
     matching,
     sha256_file,
     sha256_json,
+    size_text,
     user_path,
     write_text,
 )
@@ -73,6 +75,8 @@ WIDTHS = (
 )  # fmt: skip
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>")
 TURNS = ("one-turn", "two-turn", "three-turn")  # of a chat that shows a template's parts
+# Classes whose text part may be a decoder; the last without its head.
+CAUSAL_CLASS = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|Model$")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -258,7 +262,8 @@ def check_models(
         elif model is None:
             with _hub_errors(name):
                 if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-                    HfApi().model_info(name)
+                    about = HfApi().model_info(name)
+                    check_causal(name, getattr(about, "config", None) or {})
 
 
 def resolve_model(name: str) -> Path:
@@ -275,21 +280,51 @@ def resolve_model(name: str) -> Path:
             fetched = snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED)
         check_folder(Path(fetched))
         return Path(fetched)
-    if isinstance(model, BuiltinModel):
-        # Archives are pinned by hash, so their hashes and member names identify the bytes.
-        key = sha256_json([value for asset, member in model.parts.items()
-                           for value in (assets.get_asset(asset).sha256, member)])  # fmt: skip
-    elif model.is_file():
-        key = cached_sha256(model)
-    else:
+    if isinstance(model, Path) and model.is_dir():
         return model
-    folder = cache_dir() / "models" / f"gguf-{key[:16]}"
+    folder = _unpacked(model)
     if (folder / "config.json").is_file():
         return folder
     with alone(folder), disk_errors(folder), hidden(folder) as beside:
         if not (folder / "config.json").is_file():
             _dequantise(gguf_file(model, beside), folder)
     return folder
+
+
+def _unpacked(model: Path | BuiltinModel) -> Path:
+    """Return the cache folder of a dequantised GGUF file."""
+    if isinstance(model, Path):
+        key = cached_sha256(model)
+    else:
+        # Archives are pinned by hash, so their hashes and member names identify the bytes.
+        known = ((assets.get_asset(asset).sha256, member) for asset, member in model.parts.items())
+        key = sha256_json([value for pair in known for value in pair])
+    return cache_dir() / "models" / f"gguf-{key[:16]}"
+
+
+def to_fetch(name: str) -> str:
+    """Return what `resolve_model` would fetch and unpack, as text; empty if the model is here."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import filter_repo_objects
+
+    model = known_model(name)
+    which: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": REPEATED}
+    if model is None:
+        with contextlib.suppress(Exception):  # of many kinds, if it is not in the hub's cache
+            check_folder(Path(snapshot_download(name, local_files_only=True, **which)))
+            return ""
+        with _hub_errors(name):
+            files = HfApi().model_info(name, files_metadata=True).siblings or []
+        chosen = filter_repo_objects(files, key=lambda file: file.rfilename, **which)
+        return f"fetches {size_text(sum(file.size or 0 for file in chosen))} from the hub"
+    if (isinstance(model, Path) and model.is_dir()) or (_unpacked(model) / "config.json").is_file():
+        return ""
+    place = cache_dir() / "models"
+    if isinstance(model, Path):
+        return f"unpacks {model.name} into {place}"
+    archives = [one for one in map(assets.get_asset, model.parts) if one.state != "ok"]
+    fetched = f"fetches {size_text(sum(one.size for one in archives))} and " if archives else ""
+    return f"{fetched}unpacks {model.parameters} weights, 2 bytes each, into {place}"
 
 
 def gguf_file(model: Path | BuiltinModel, folder: Path) -> Path:
@@ -306,7 +341,7 @@ def _hub_errors(name: str) -> Iterator[None]:
 
     try:
         yield
-    except DiskError:
+    except (DiskError, ModelError):
         raise
     except errors.HFValidationError as error:
         raise ModelError(
@@ -389,11 +424,26 @@ def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
         raise ModelError(f"{name} is quantised: prune the full-precision model, then quantise")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder: only decoder-only models work")
+    check_causal(name, config.to_dict())
     counts = [math.prod(place.shape) for place in stored_tensors(folder).values()]
     # Some configurations raise on attributes that differ between layers.
     if found := _too_large(config.get_text_config(decoder=True).to_dict(), counts):
         raise ModelError(f"{folder / 'config.json'} has {found}, more than its weights allow")
     return config
+
+
+def check_causal(name: str, config: Mapping[str, Any]) -> None:
+    """Raise ModelError if a configuration is of a model that does not continue text."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    kind, classes = config.get("model_type"), config.get("architectures") or []
+    if kind not in CONFIG_MAPPING_NAMES or "AutoModelForCausalLM" in (config.get("auto_map") or {}):
+        return
+    causal = {CAUSAL.get(kind), *(one for one in classes if CAUSAL_CLASS.search(one))}
+    if kind not in CAUSAL or (classes and causal.isdisjoint(classes)):
+        what = ", ".join(classes) or kind
+        raise ModelError(f"{name} does not continue text ({what}): name a causal language model")
 
 
 def _too_large(sizes: Mapping[str, Any], counts: Sequence[int]) -> str | None:

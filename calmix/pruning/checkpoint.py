@@ -28,6 +28,7 @@ from calmix.files import (
     atomic_folder,
     check_free,
     check_output_folder,
+    check_unlocked,
     copy_files,
     matching,
     read_object,
@@ -123,6 +124,7 @@ def check_request(
         if not run.resume:
             inputs += ask(str(request.calibration), **request.drawn()).files
     for output in targets:
+        check_unlocked(output)
         finished = run.resume and (output / MANIFEST).is_file()
         check_output_folder(output, inputs=inputs, overwrite=run.overwrite or finished)
     check_models(*names, **run.opening)

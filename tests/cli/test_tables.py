@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from calmix.cli.common import Terminal, print_table, size
+from calmix.cli.common import Terminal, print_table
 from calmix.diagnostics import doctor
 from calmix.evaluation.scores import CapabilityScores
+from calmix.files import size_text
 from tests.evaluation.helpers import bits, choices
 
 HEADS = ("task", "scored by", "retention %", "what it is about")
@@ -72,11 +73,18 @@ def test_without_a_terminal_a_table_has_no_limit(capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 kB"), (512, "0.512 kB"), (3.21e6, "3.21 MB"), (999.6e6, "1000 MB"), (14e9, "14 GB"),
-     (1.234e12, "1230 GB")],
-)  # fmt: skip
+    [
+        (0, "0 bytes"),
+        (512, "512 bytes"),
+        (3210, "3.21 kB"),
+        (3.21e6, "3.21 MB"),
+        (999.6e6, "1000 MB"),
+        (14e9, "14 GB"),
+        (1.234e12, "1230 GB"),
+    ],
+)
 def test_sizes_are_plain_numbers(count, text):
-    assert size(count) == text
+    assert size_text(count) == text
 
 
 def test_lists_fit_and_sources_are_chosen_by_dimension_and_licence(calmix, monkeypatch):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from calmix.cli import app
-from calmix.compression.plan import check_options
+from calmix.compression.plan import check_request
 from calmix.options import Compression
 from tests.conftest import write_text_file
 from tests.evaluation.archive import suite_text, use_archive
@@ -46,7 +46,7 @@ def command(options, tiny_folder):
 @pytest.fixture(scope="session")
 def asked(tiny_folder):
     """Return a function that checks options and returns the request."""
-    return lambda **more: check_options(Compression(**{"model": str(tiny_folder)} | more))
+    return lambda **more: check_request(Compression(**{"model": str(tiny_folder)} | more))
 
 
 def stopping(run, after):

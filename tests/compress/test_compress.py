@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
 import calmix as api
 from calmix.calibration import parse_mix
@@ -260,6 +261,28 @@ def test_a_dry_run_writes_nothing(calmix, command, tmp_path, place):
     assert taken["answer prompts"]["disk"] == 0 < taken["evaluate"]["disk"]
     assert not list(tmp_path.iterdir())
     assert sorted(place.glob("*")) == before
+
+
+def test_a_dry_run_of_a_model_that_is_not_here_fetches_nothing(calmix, tmp_path, monkeypatch):
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    model, more = "builtin:gemma3-270m", ("--dry-run", "-o", tmp_path / "out")
+    prune = ("--calibration", "stories", "--sparsity", 0.5)
+    for verb_words in (("compress", model), ("prune", model, *prune)):
+        ended = calmix(*verb_words, *more).ok()
+        assert ended.out.startswith(f"{model} is not here: a run first fetches ")
+        assert "weights, 2 bytes each, into" in ended.out
+        assert "Nothing was fetched or written" in ended.out
+        told = json.loads(calmix(*verb_words, *more, "--json").out)
+        assert told["first"].startswith("fetches ")
+    assert "--bits 1 bits per weight" in calmix("compress", model, "--bits", 1, *more).line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_at_work_is_refused_before_anything_else(calmix, command, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr("calmix.compression.plan.check_request", lambda *_: pytest.fail("checked"))
+    with FileLock(tmp_path / ".out.lock"):
+        assert "another process is at work in" in calmix(*command(out)).line
 
 
 def test_keep_weights_the_set_by_dimension():

@@ -372,7 +372,7 @@ def test_the_verb_builds_tests_and_ends_with_a_card(
     assert "to 5 bits per weight" in (out / "card.html").read_text(encoding="utf-8")
     readme = (out / "model/README.md").read_text(encoding="utf-8")
     for said in ("Kept at 95 % confidence, at least: code 30 %", "tags: [quantized, calmix]",
-                 " MB quantised, ", "Once packed, a weight takes 5.0"):  # fmt: skip
+                 " kB quantised, ", "Once packed, a weight takes 5.0"):  # fmt: skip
         assert said in readme
     before = (out / "ladder.json").read_bytes()
     ended = calmix(*words, *floors, "--within", "1s", "--json")

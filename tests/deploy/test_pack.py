@@ -42,6 +42,9 @@ def test_a_model_comes_back_byte_for_byte_and_loads(pruned, tmp_path, calmix, mo
     assert "where weights are pruned" in calmix("export", pruned, "-o", tmp_path / "again").ok().out
     assert tree(tmp_path / "again") == tree(tmp_path / "pack")
     calmix("export", tmp_path / "again", "--to", "model", "-o", tmp_path / "dense").ok()
+    for words in (("evaluate", tmp_path / "again"), ("export", tmp_path / "again", "--to", "gguf")):
+        line = calmix(*words, "-o", tmp_path / "no").line
+        assert f"again is a pack: run 'calmix export {tmp_path / 'again'} --to model" in line
     assert tree(tmp_path / "dense") == tree(pruned)
 
 

@@ -15,7 +15,14 @@ import transformers
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from calmix import assets
 from calmix.errors import DiskError, InputError, ModelError
@@ -155,6 +162,47 @@ def test_all_models_are_looked_for_before_one_is_fetched(tiny_folder, monkeypatc
     ):
         with pytest.raises(ModelError, match=words):
             opening.check_models("some/one", name)
+
+
+def test_models_that_do_not_continue_text_are_refused_before_they_are_fetched(
+    tmp_path, monkeypatch
+):
+    kinds = {
+        "bert": (BertConfig, BertForMaskedLM),
+        "vit": (ViTConfig, ViTForImageClassification),
+    }
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    about = {"llava": {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}}
+    for kind, (config, model) in kinds.items():
+        made = model(config(intermediate_size=8, **sizes))
+        made.save_pretrained(tmp_path / kind)
+        rejected(tmp_path / kind, rf"does not continue text \({model.__name__}\): name a causal")
+        about[kind] = made.config.to_dict()
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info",
+        lambda _, name: SimpleNamespace(config=about[name.partition("/")[2]]),
+    )
+    for kind in about:
+        with pytest.raises(ModelError, match=f"some/{kind} does not continue text"):
+            opening.check_models(f"some/{kind}")
+
+
+def test_what_a_run_would_fetch_is_known_without_fetching_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    files = {"model.safetensors": 10**9, "config.json": 500, "pytorch_model.bin": 10**9}
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
+
+    def model_info(self, name, files_metadata):
+        return SimpleNamespace(siblings=siblings)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    assert opening.to_fetch("some/one") == "fetches 1 GB from the hub"
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert opening.to_fetch(str(tmp_path / "model.gguf")).startswith("unpacks model.gguf into ")
+    told = opening.to_fetch("builtin:qwen2.5-coder-0.5b")
+    assert told.startswith("fetches 478 MB and unpacks 630M weights, 2 bytes each, into ")
+    assert opening.to_fetch(str(save_tiny_model(tmp_path / "tiny"))) == ""
+    assert not list((tmp_path / "cache").glob("models/*"))
 
 
 def test_a_full_disk_is_not_taken_for_a_hub_that_cannot_be_reached(monkeypatch):
