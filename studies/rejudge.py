@@ -30,10 +30,13 @@ A verdict is 1 (right), 0 (wrong), - (not asked) or x (no longer in the suite).
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import hashlib
 import io
+import itertools
 import os
+import random
 import tarfile
 import tempfile
 import threading
@@ -51,7 +54,7 @@ from calmix.evaluation.behaviour import answered
 from calmix.evaluation.checks import VERSION
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.sandbox import check_sandbox, failure
-from calmix.evaluation.suites import load_suite
+from calmix.evaluation.suites import load_suite, provenance
 from calmix.evaluation.tasks import Ask, load_asked
 from calmix.study.store import read_results
 
@@ -120,16 +123,20 @@ def verdicts(answers: Sequence[Answer], cache: Path) -> dict[Answer, bool]:
 
     evaluation.failure = outcome
     check_sandbox()
-    items: dict[str, Ask] = {}
-    for name in {task for task, *_ in answers}:
-        items |= {one.id: one for one in load_asked(name)}
 
     def judge(one: Answer) -> bool:
-        _, item, answer, ended = one
-        return item in items and evaluation.verdict(items[item], answer, bool(ended))
+        task, item, answer, ended = one
+        known = items_of(task).get(item)
+        return known is not None and evaluation.verdict(known, answer, bool(ended))
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(answers, pool.map(judge, answers), strict=True))
+
+
+@functools.cache
+def items_of(task: str) -> dict[str, Ask]:
+    """Return the items of a task by their ids."""
+    return {one.id: one for one in load_asked(task)}
 
 
 def given(task: TaskScores) -> list[Answer]:
@@ -140,8 +147,6 @@ def given(task: TaskScores) -> list[Answer]:
 
 def packed_rows(results: Any, name: str, judged: dict[Answer, bool]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a store: of its dense models, and of its trials."""
-    tasks = load_suite("abilities").tasks
-    current = {one: {item.id for item in load_asked(one)} for one in tasks if tasks[one].writes}
     dense: list[tuple[TaskScores, ...]] = []
 
     def packed(task: TaskScores, asked: Sequence[bool]) -> dict[str, str]:
@@ -150,7 +155,7 @@ def packed_rows(results: Any, name: str, judged: dict[Answer, bool]) -> Iterator
         for at, (item, was_asked) in enumerate(zip(task.items, asked, strict=True)):
             if not was_asked:
                 before[at] = after[at] = NOT_ASKED
-            if item not in current[task.name]:
+            if item not in items_of(task.name):
                 after[at] = DROPPED
         return {"dimension": task.dimension, "task": task.name, "before": "".join(before),
                 "after": "".join(after)}  # fmt: skip
@@ -177,6 +182,51 @@ def packed_rows(results: Any, name: str, judged: dict[Answer, bool]) -> Iterator
                 yield shared | packed(task, asked) | {"right_only": int(part)}
 
 
+def sample(
+    stores: dict[str, Any], judged: dict[Answer, bool], seed: int, each: int = 50
+) -> pd.DataFrame:
+    """Draw answers to read, `each` judged right and wrong: in turns from every task and model, and
+    from the texts drawn least often. Questions without a stated licence are left out."""
+    rng, drawn = random.Random(seed), list[dict[str, Any]]()
+    pool: dict[Answer, set[tuple[str, str]]] = {}
+    for results in stores.values():
+        sides = [(results.scores, lambda trial: trial.calibration), (results.paired, lambda _: "")]
+        for trial, (scores, text) in itertools.product(results.trials, sides):
+            for one in itertools.chain(*map(given, filter(answered, scores[trial.id]))):
+                if one[2].strip() and one[1] in items_of(one[0]):
+                    pool.setdefault(one, set()).add((trial.model, text(trial) or "dense model"))
+    tasks, used = load_suite("abilities").tasks, Counter[str]()
+    for verdict in (True, False):
+        strata: dict[tuple[str, str], list[tuple[Answer, str]]] = {}
+        for one in sorted(pool):
+            for model, text in sorted(pool[one]) if judged[one] is verdict else ():
+                strata.setdefault((one[0], model), []).append((one, text))
+        for some in strata.values():
+            rng.shuffle(some)
+        seen = set[Answer]()
+        turns = itertools.cycle(rng.sample(sorted(strata), len(strata)))
+        while len(seen) < each:
+            task, model = next(turns)
+            left = [pair for pair in strata[task, model] if pair[0] not in seen]
+            if not left:
+                continue
+            one, text = min(left, key=lambda pair: used[pair[1]])
+            seen.add(one)
+            used[text] += 1
+            item, licence = items_of(task)[one[1]], provenance(tasks[task])["licence"]
+            free = not licence.startswith("unstated")
+            gold = item.doc.get("tests") or item.doc.get("test_list") or item.right
+            drawn.append({
+                "model": model, "text": text, "task": task, "item": one[1],
+                "question": item.question.strip()[-300:] if free else "",
+                "gold": str(gold or "tests")[-300:] if free else "",
+                "answer": one[2] if len(one[2]) <= 400 else f"{one[2][:200]} [...] {one[2][-190:]}",
+                "cut": "" if one[3] else "cut",
+                "verdict": "right" if verdict else "wrong",
+            })  # fmt: skip
+    return pd.DataFrame(drawn)
+
+
 def moved(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Count verdicts before and after, of trials and of dense models."""
     rows = table.assign(of=np.where(table.trial == "", "dense", "small"))
@@ -200,6 +250,7 @@ def main() -> None:
     parser.add_argument("stores", nargs="*", default=STORES, help="names below studies/results")
     parser.add_argument("--cache", type=Path, required=True, help="file of outcomes of programs")
     parser.add_argument("-o", "--output", type=Path, default=TABLE)
+    parser.add_argument("--sample", type=int, metavar="SEED", help="draw answers to read instead")
     options = parser.parse_args()
     os.nice(10)
     options.cache.parent.mkdir(parents=True, exist_ok=True)
@@ -214,6 +265,9 @@ def main() -> None:
     )
     print(f"{len(distinct):,} distinct answers, checks of version {VERSION}", flush=True)
     judged = verdicts([*distinct], options.cache)
+    if options.sample is not None:
+        sample(stores, judged, options.sample).to_csv(options.output, index=False)
+        return
     rows = [
         dict.fromkeys(COLUMNS, "") | row
         for name, results in stores.items()

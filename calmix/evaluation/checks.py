@@ -26,7 +26,7 @@ LANGUAGES = {  # common words that identify a language
     "de": "der die das ein eine einen ist und von im in auf mit den dem hat sich himmel",
 }
 FENCE = "```"
-CODE = re.compile(r"```[^\S\n]*[a-zA-Z0-9+]*\s*\n(.*?)(?:```|\Z)", re.DOTALL)
+CODE = re.compile(r"```[^\S\n]*[a-zA-Z0-9+]*\s*\n(.*?)(?:```|`{0,2}\Z)", re.DOTALL)
 EXPONENT = re.compile(r"(?<=[\w)\]}])(?:\^|\*\*)\s*(?:\{[^{}]*\}|[-+]?[\w.]+)")
 FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 GAP = re.compile(r"(?<=\d)(?:\\[,;!]|\{,\}|[\u00a0\u2009\u202f])(?=\d{3})")  # between thousands
@@ -105,8 +105,8 @@ def sentences(line: str) -> list[str]:
 
 
 def short_match(answer: str, right: Sequence[str], question: str = "") -> bool:
-    """Whether the first line of an answer is a right one after normalisation, or its first
-    sentence names one (`named`)."""
+    """Whether the first line or sentence of an answer is a right one after normalisation, or its
+    first sentence names one (`named`)."""
     line, known = first_line(answer), {short_text(one) for one in right}
     if known & ({short_text(one) for one in sentences(line)} - {""}):
         return True
@@ -120,7 +120,7 @@ def named(sentence: str, phrase: str, asked: Sequence[str]) -> bool:
     The phrase has to stand in whole words and not in the question. Between the last verb that names
     it ("is", "called") and the phrase, one word may stand that the question lacks ("water bottle");
     behind it none, unless a remark follows ("which ..."). A denial or an alternative in the
-    sentence ("not", "or") and a list before the phrase rule it out.
+    sentence ("not", "or"), a list before the phrase, "to" and "number of" rule it out.
     """
     sentence = re.sub(r"\([^()]*\)", " ", sentence)
     words, wanted, free = short_text(sentence).split(), phrase.split(), {*asked} | PLAIN
@@ -136,6 +136,7 @@ def named(sentence: str, phrase: str, asked: Sequence[str]) -> bool:
         if (
             not DOUBT & {*before, *after}
             and before[-1:] != ["to"]
+            and before[-2:] != ["number", "of"]
             and not commas & {*range(start - len(lead) + 1, start + 1)}
             and sum(word not in free for word in lead) <= 1
             and free.issuperset(tail)

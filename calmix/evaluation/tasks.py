@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -236,8 +237,12 @@ def _documents(member: str) -> list[dict[str, Any]]:
             ("Write one sentence about tea.", "Tea is a warm drink made of leaves."),
         )]  # fmt: skip
     elif member.endswith(".arrow"):
-        found += [{**row, **row["answer"], "shown": row["answer"]["value"]}
-                  for row in assets.read_arrow(ARCHIVE, member)]  # fmt: skip
+        for row in assets.read_arrow(ARCHIVE, member):
+            answer, asked = row["answer"], row["question"].lower()
+            aliases = [one for one in answer["aliases"] if one.lower() not in asked
+                       or not re.search(rf"\b{re.escape(one.lower())}\b", asked)]  # fmt: skip
+            new = {"aliases": aliases or answer["aliases"], "shown": answer["value"]}
+            found.append(row | answer | new)
     else:
         found += [rows[0]["doc"] | {"context": rows[0]["request"]["context"], "number": number}
                   for number, rows in _requests(member).items()]  # fmt: skip

@@ -6,6 +6,7 @@ import pytest
 
 from calmix.analysis.cells import TOTAL, WORST
 from calmix.errors import InputError
+from calmix.evaluation import checks
 from calmix.evaluation.evaluate import choose, evaluate, suite_items, verdict
 from calmix.evaluation.suites import Suite, builtin_suites, load_suite, read_rows, template
 from calmix.evaluation.tasks import load_items
@@ -160,11 +161,18 @@ def test_the_template_is_a_suite_whose_examples_are_right(folder):
     assert "returns x times two.\ndouble(4) == 8\ndouble(0) == 0" in texts
 
 
-def test_the_last_rows_are_worked_examples_if_asked_for_and_the_hash_is_of_all(folder):
+def test_the_last_rows_are_worked_examples_if_asked_for_and_the_hash_is_of_all(folder, monkeypatch):
     before = load_suite(folder / "mine.yaml").hash
     with (folder / "mine-answers.jsonl").open("a", encoding="utf-8") as file:
         file.write("\n")
     assert load_suite(folder / "mine.yaml").hash != before
+    suites = {name: load_suite(name) for name in ("abilities", "offline")}
+    older = {name: suite.hash for name, suite in suites.items()}
+    monkeypatch.setattr(
+        checks, "VERSION", checks.VERSION + 1
+    )
+    assert suites["abilities"].hash != older["abilities"]
+    assert suites["offline"].hash == older["offline"]
     suite = changed(folder, "kind: answers", "kind: answers, shots: 1")
     (only,) = load_items(suite.tasks["my_answers"])
     assert only.plain.startswith("Question: What is the capital of France?")

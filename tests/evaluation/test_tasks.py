@@ -127,12 +127,18 @@ def test_a_model_with_a_chat_template_is_asked_in_it_and_others_by_worked_exampl
 
 def test_every_item_that_is_made_here_has_a_right_answer():
     """Right answers pass, so no item asks for the impossible."""
-    for item in load_asked("sums"):
+    sums = load_asked("sums")
+    assert (len({item.plain for item in sums}), len(sums)) == (111, 111)  # without repeated ones
+    assert (sums[0].id, sums[-1].id) == ("sums/0", "sums/114")
+    for item in sums:
         a, sign, b = item.plain.splitlines()[-1].removesuffix(" =").split()
         assert int(item.right) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
     programs, requests = load_asked("small_programs"), load_asked("requests")
     (double,) = [item for item in programs if item.doc["entry_point"] == "double"]
     assert verdict(double, "    return 2 * x")
+    answer = "```python\ndef double(x):\n    return 2 * x\n```\nThis function"
+    assert verdict(double, answer, False)
+    assert not verdict(double, answer.partition("\n```")[0], False)
     texts = dict(item_texts(load_suite("abilities").tasks["small_programs"]))
     assert texts[double.id] == "returns x times two.\ndouble(4) == 8\ndouble(0) == 0"
     assert len(requests) == 150
@@ -156,6 +162,16 @@ def test_without_leave_programs_are_left_out_and_named():
     for refused, whole in ((choose(suite, tasks=left), False), (suite, True)):
         with pytest.raises(InputError, match="humaneval, mbpp, small_programs runs code"):
             runnable(refused, allowed=False, whole=whole)
+
+
+@pytest.mark.real
+def test_other_wordings_are_right_and_what_the_question_says_is_not():
+    known = {item.id: item for item in load_asked("triviaqa")}
+    lady = known["triviaqa/2046"]
+    assert verdict(lady, " The Bank of England")
+    assert not verdict(lady, " The Old Lady of Threadneedle Street")
+    phone = {item.id: item for item in load_asked("common_knowledge")}["common_knowledge/1068"]
+    assert [verdict(phone, one) for one in ("a telephone", " phone.", "fax")] == [True, True, False]
 
 
 @pytest.mark.real
