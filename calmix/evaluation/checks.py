@@ -52,7 +52,8 @@ COUNTS = {word: str(count) for count, word in enumerate(_COUNTS.split())}
 PLAIN, NAMING, DOUBT = (
     {*words.split()}
     for words in (
-        "a an the this that these it its his her their of in on at by from with",
+        "a an the this that these it its his her their of in on at by from with "
+        "company inc ltd plc",
         "is are was were be being called known named termed as",
         "or either neither nor not no never but except unlike without than cannot isnt arent wasnt "
         "werent doesnt dont didnt cant",

@@ -191,7 +191,8 @@ def _asked(
     ]
     if check in ("text", "own", "exact"):
         also = known.get("also", {})
-        right = [[one, *also.get(one, [])] if isinstance(one, str) else one for one in right]
+        right = [[one] if isinstance(one, str) else one for one in right]
+        right = [[*some, *(more for one in some for more in also.get(one, []))] for some in right]
     count = len(docs) - known.get("examples", 0)
     head = "".join(f"{plain.format(**doc)} {doc.get('shown') or one[0]}\n\n"
                    for doc, one in zip(docs[count:], right[count:], strict=True))  # fmt: skip

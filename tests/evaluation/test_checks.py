@@ -204,6 +204,7 @@ QUESTIONS = {  # answers to a question, whether they are right
         "Wellington (the capital)": True,
         "Wellington, which is the capital": True,
         "Wellington Boots": False,
+        "Wellington Ltd. Ltd. Ltd.": True,
         "Auckland. Wellington is smaller.": False,
     },
     ("Is Baga beach in North or South Goa?", "North"): {

@@ -168,9 +168,7 @@ def test_the_last_rows_are_worked_examples_if_asked_for_and_the_hash_is_of_all(f
     assert load_suite(folder / "mine.yaml").hash != before
     suites = {name: load_suite(name) for name in ("abilities", "offline")}
     older = {name: suite.hash for name, suite in suites.items()}
-    monkeypatch.setattr(
-        checks, "VERSION", checks.VERSION + 1
-    )
+    monkeypatch.setattr(checks, "VERSION", checks.VERSION + 1)
     assert suites["abilities"].hash != older["abilities"]
     assert suites["offline"].hash == older["offline"]
     suite = changed(folder, "kind: answers", "kind: answers, shots: 1")
