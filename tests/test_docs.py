@@ -118,3 +118,15 @@ def test_a_walk_arrives(name, tmp_path):
     reached = {"first-card": "small/pack", "own-chats": "again"}.get(name, "take ")
     assert reached in ended.stdout, ended.stdout
     assert "arrived after" in ended.stdout.splitlines()[-1]
+
+
+def test_the_results_page_holds_what_its_script_prints():
+    """No number of the page is typed by hand."""
+    sys.path.insert(0, str(ROOT / "studies"))
+    try:
+        import page
+    finally:
+        sys.path.remove(str(ROOT / "studies"))
+    text = page.page()
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == text
+    assert text.count("\n") <= 90

@@ -39,20 +39,10 @@ from calmix.options import (
 )
 from calmix.pruning.budget import parse_memory
 from calmix.sources import get_source
-from calmix.sources.registry import local_file
+from calmix.sources.registry import MIXES, local_file
 from calmix.specs import LENGTH, SEED, prune_request
 from calmix.study.estimate import EmptyModel
 
-# Two sources per dimension (mathematics has one) that need neither network nor extra. Chats are
-# added if the model has a chat template. For what the mix keeps see docs/methods.md.
-MIX = {
-    "encyclopedia": 1.0, "books": 1.0, "stories": 1.0, "procedures": 1.0,
-    "python-stdlib": 1.0, "code-compiled": 1.0, "math-solutions": 2.0,
-}  # fmt: skip
-PERMISSIVE = {
-    "papers": 1.0, "abstracts": 1.0, "procedures": 1.0, "activities": 1.0,
-    "python-stdlib": 1.0, "code-compiled": 1.0, "math-solutions": 2.0,
-}  # fmt: skip
 BITS = 4.5  # the default
 MANIFEST = "compress.json"
 SCORES, BEHAVIOUR = "scores.json", "abilities.json"
@@ -277,7 +267,7 @@ def check_options(options: Compression) -> Checked:
     """Check a user's options without the model."""
     given, saved = options.calibration, saved_set(options.calibration) is not None
     _check_idle(options, saved)
-    mix = MIX if options.licence is None else PERMISSIVE
+    mix = MIXES["mix-default" if options.licence is None else "mix-permissive"]
     text = "self-written" if options.no_corpus else mix_text(mix) if given is None else given
     if options.keep is not None:
         text = mix_text(weighed(text, options.keep))

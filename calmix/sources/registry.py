@@ -31,9 +31,15 @@ from calmix.yaml_files import first_problem, packaged, read_yaml
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 DATA = "CALMIX_DATA"  # names a folder of texts to read instead of the hub
-# Named mixes, with relative weights. `mix-clean` shares no benchmark with a suite, not even the
-# half that is not scored; the web mixes are the usual calibration text, without selection.
+# Named mixes, with relative weights. `mix-default` is what `compress` takes, with chats added, and
+# `mix-permissive` what it takes under a licence filter: two sources per dimension (mathematics has
+# one) that need neither network nor extra. `mix-clean` shares no benchmark with a suite, not even
+# the half that is not scored; the web mixes are the usual calibration text, without selection.
 MIXES: dict[str, dict[str, float]] = {
+    "mix-default": {"encyclopedia": 1.0, "books": 1.0, "stories": 1.0, "procedures": 1.0,
+                    "python-stdlib": 1.0, "code-compiled": 1.0, "math-solutions": 2.0},
+    "mix-permissive": {"papers": 1.0, "abstracts": 1.0, "procedures": 1.0, "activities": 1.0,
+                       "python-stdlib": 1.0, "code-compiled": 1.0, "math-solutions": 2.0},
     "mix-8": dict.fromkeys(("encyclopedia", "books", "stories", "activities", "python-stdlib",
                             "code-compiled", "math-solutions", "word-problems"), 1.0),
     "mix-clean": {"encyclopedia": 2.0, "papers": 1.0, "stories": 2.0, "python-stdlib": 1.0,

@@ -15,7 +15,7 @@ from filelock import FileLock
 import calmix as api
 from calmix.calibration import parse_mix
 from calmix.cli import compress as verb
-from calmix.compression.plan import MIX, PERMISSIVE, aim, stages, weighed
+from calmix.compression.plan import aim, stages, weighed
 from calmix.compression.running import read_record
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import choose, runnable
@@ -25,6 +25,7 @@ from calmix.manifest import sealed
 from calmix.report import words
 from calmix.report.card import card_page, read_card, several_page
 from calmix.sources import builtin_sources
+from calmix.sources.registry import MIXES
 from tests.calibration.selfgen.test_chat import TEMPLATE
 from tests.compress.conftest import stopping
 from tests.evaluation.helpers import scored, written
@@ -286,7 +287,7 @@ def test_a_folder_at_work_is_refused_before_anything_else(calmix, command, tmp_p
 
 
 def test_keep_weights_the_set_by_dimension():
-    mix = ",".join(f"{name}:{weight:g}" for name, weight in MIX.items())
+    mix = ",".join(f"{name}:{weight:g}" for name, weight in MIXES["mix-default"].items())
     found = weighed(mix, {"code": 2, "general": 1})
     assert found == pytest.approx(
         {"encyclopedia": 1 / 6, "books": 1 / 6, "python-stdlib": 1 / 3, "code-compiled": 1 / 3}
@@ -300,7 +301,7 @@ def test_keep_weights_the_set_by_dimension():
 
 def test_the_builtin_mixes_are_balanced_offline_and_permissive():
     known = builtin_sources()
-    for mix in (MIX, PERMISSIVE):
+    for mix in (MIXES["mix-default"], MIXES["mix-permissive"]):
         weights = Counter[str]()
         for name, weight in mix.items():
             weights[known[name].dimension] += weight
@@ -308,7 +309,7 @@ def test_the_builtin_mixes_are_balanced_offline_and_permissive():
             assert known[name].reader.type != "reasoning-gym"  # an extra
         assert set(weights.values()) == {2.0}
         assert list(weights) == ["general", "commonsense", "code", "math"]
-    assert {known[name].use for name in PERMISSIVE} == {"permissive"}
+    assert {known[name].use for name in MIXES["mix-permissive"]} == {"permissive"}
 
 
 def test_python_compresses_as_the_verb_does(compressed, options, tmp_path, tiny_folder, capfd):
@@ -351,7 +352,9 @@ def test_a_model_with_a_chat_template_has_chats_in_its_mix(tmp_path, tiny_folder
     tiny_tokenizer(TEMPLATE).save_pretrained(folder)
     found = asked(model=str(folder))
     mix = parse_mix(found.calibration)
-    assert mix == {"chat": 0.25} | {name: 0.75 * weight / 8 for name, weight in MIX.items()}
+    assert mix == {"chat": 0.25} | {
+        name: 0.75 * weight / 8 for name, weight in MIXES["mix-default"].items()
+    }
     assert found.generated
     kept = asked(model=str(folder), keep={"code": 1})
     assert parse_mix(kept.calibration) == {
