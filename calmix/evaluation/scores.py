@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,9 +18,6 @@ from calmix.files import read_object, write_text
 from calmix.options import Measure
 from calmix.shown import Shown, percent
 from calmix.yaml_files import first_problem
-
-if TYPE_CHECKING:
-    from calmix.evaluation.behaviour import Behaviour
 
 KIND = "capability scores"
 FORMAT = 2  # of the JSON file
@@ -100,13 +97,6 @@ class CapabilityScores(Shown):
         return replace(made, tasks=tuple(
             replace(one, pruned=None, pruned_accuracy=None) if one.name in part else one
             for one in made.tasks))  # fmt: skip
-
-    def behaviour(self, dense: CapabilityScores) -> Behaviour:
-        """Return the answers and choices that are right under both models, lost and gained, and the
-        primary measure (`calmix.evaluation.behaviour`)."""
-        from calmix.evaluation.behaviour import behaviour
-
-        return behaviour((dense, self))
 
     def flips(self, dense: CapabilityScores) -> dict[str, Estimate]:
         """Return the flips against a dense model (`retention.flips`), of the same tasks as

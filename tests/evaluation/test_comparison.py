@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from calmix.evaluation.behaviour import behaviour
 from calmix.evaluation.comparison import Comparison
 from calmix.evaluation.scores import load_pair
 from calmix.report import words
@@ -57,9 +58,9 @@ def test_a_model_has_the_same_figures_alone_and_beside_another(calmix, printed, 
     # The bracket is that of `evaluate`, of the card's table, and of Python.
     before, after = load_pair(one)
     wanted = words.with_span(after.retention(before, "right").of("code"))
-    assert both["code"][0] == wanted == words.with_span(after.behaviour(before).right.of("code"))
+    assert both["code"][0] == wanted == words.with_span(behaviour((before, after)).right.of("code"))
     assert wanted in calmix("evaluate", "rescore", one).ok().out
-    assert words.ability_rows(after.behaviour(before))[0] == {
+    assert words.ability_rows(behaviour((before, after)))[0] == {
         "ability": "code", "#asked": 20, "#dense right": 12, "#small right": 11, "#lost": 3,
         "#gained": 2, "#p": "1.000", "#right %": wanted,
     }  # fmt: skip
