@@ -94,11 +94,9 @@ SOLVED = (
 )
 QUANTISED = (
     ("smollm2", "ecq + embeddings 5", "4.5 bits", "mix-8-chat-4"),
-    ("smollm2", "ecq + embeddings 5", "4 bits", "mix-8-chat-4"),
     ("smollm2", "ecq", "3 bits", "mix-8-chat-4"),
     ("smollm2", "ecq", "3 bits", "c4"),
     ("qwen", "ecq + embeddings 4", "4 bits", "mix-8-chat-4"),
-    ("qwen", "sparsegpt", "20%", "c4"),
 )
 
 
@@ -281,6 +279,13 @@ def facts() -> dict[str, object]:
                        ("self", "self-written")):  # fmt: skip
         trial = select(store="abilities", calibration=text, method="sparsegpt")[0]
         numbers[f"humaneval_{name}"], numbers["humaneval_dense"] = right_of(trial, "humaneval")
+    for model in LABELS:
+        pair = [
+            select(store="right-answers", model=model, calibration=text)
+            for text in ("mix-clean-chat-4", "compress-mix")
+        ]
+        numbers[f"choice_{model}"] = lead(*pair, "right")
+    numbers["declared_run"] = len(select(store="right-answers"))
     for end, pattern in (("", "2.6 bits"), ("_3", "3 bits")):
         numbers[f"kl_own{end}"] = kept_of("ecq + kl", pattern)
         numbers[f"kl_even{end}"] = kept_of("ecq", pattern)
@@ -288,21 +293,27 @@ def facts() -> dict[str, object]:
 
 
 def rejudged() -> dict[str, object]:
-    """Return how many verdicts changed, and how many of those read by hand are wrong."""
+    """Return how many verdicts changed, and how many of those read by hand are mistaken."""
     every = rejudge.load()
     before, after = every.before, every.right
     known = before.notna() & after.notna()
+    read = pd.read_csv(RESULTS.parent / "hand_read.csv", comment=None, skiprows=1)
+    mistaken = read[read.verdict != read.judgement].groupby("verdict").size()
     return {
         "judged": f"{int(before.notna().sum()):,}",
         "to_right": f"{int((~before[known] & after[known]).sum()):,}",
         "to_wrong": f"{int((before[known] & ~after[known]).sum()):,}",
-    }  # fmt: skip
+        "hand": ", ".join(
+            f"{mistaken.get(name, 0)} of {n} {name} ones"
+            for name, n in read.groupby("verdict").size().items()
+        ),
+    }
 
 
 def page() -> str:
     """Return the text of docs/results.md."""
     tables = {one.__name__: one() for one in (verdicts, texts, solvers, bits, declared)}
-    return TEMPLATE.read_text(encoding="utf-8").format(**facts(), **tables)
+    return TEMPLATE.read_text(encoding="utf-8").format(**facts(), **tables).rstrip() + "\n"
 
 
 def whole_bits(model: str, report: dict[str, Any]) -> float:

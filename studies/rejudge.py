@@ -60,7 +60,7 @@ from calmix.study.store import read_results
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = RESULTS / "rejudged.csv.gz"
-STORES = ("abilities", "behaviour", "frontier", "noise")
+STORES = ("abilities", "behaviour", "frontier", "noise", "right-answers")
 Answer = tuple[str, str, str, int]  # task, item, answer, whether it ended
 SETTINGS = ["model", "calibration", "method", "pattern", "seed"]
 OF_TRIAL = ["store", "trial", "label", *SETTINGS, "right_only"]
