@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,6 +53,25 @@ def sha256_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached_sha256(path: Path, *, again: bool = False) -> str:
+    """Return a file's SHA-256, kept in the cache by path, size and time; with `again`, read the
+    file in any case."""
+    stat = path.stat()
+    # Copies keep the time of a change, but not that of the entry.
+    key = sha256_json([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+    entry = cache_dir() / "hashes" / key
+    # A file changed in the last seconds can change again within its time stamp's resolution.
+    settled = time.time_ns() - stat.st_mtime_ns > 5_000_000_000
+    known = settled and not again and entry.is_file()
+    if known and len(cached := entry.read_text(encoding="ascii")) == 64:
+        return cached
+    value = sha256_file(path)
+    if settled:
+        with suppress(OSError, DiskError):
+            write_text(entry, value)
+    return value
 
 
 def sha256_json(value: Any) -> str:

@@ -13,15 +13,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from calmix.errors import InputError
-from calmix.files import is_hidden, read_object, sha256_file, sha256_json
+from calmix.files import RESULTS, is_hidden, read_object, sha256_file, sha256_json
 from calmix.machine import cores
 
 SEAL = "manifest_sha256"
+ROLES = ("model", "against", "calibration")  # what a result is made from, in its record
 # Dependencies whose versions can change the bytes of a result. The others read, plot, print or move
 # files; a run saves its calibration set, so resuming does not depend on them either.
 DECIDING = ("calmix", "torch", "transformers", "tokenizers")
@@ -61,25 +62,95 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_sealed(path: Path, missing: str) -> dict[str, Any]:
     """Read a manifest and check its hash; InputError, with the text `missing` if there is none."""
-    value = read_object(path, missing)
-    if sealed(value) != value:
-        raise InputError(f"{path} is damaged or changed: its hash does not match")
+    check_seal(path, value := read_object(path, missing))
     return value
 
 
+def check_seal(path: Path, value: Mapping[str, Any]) -> None:
+    """Refuse the content of a sealed file unless it is as calmix wrote it."""
+    if SEAL not in value:
+        raise InputError(
+            f"{path} is damaged or of an older calmix, because it has no hash of its own: make it "
+            "again"
+        )
+    if sealed(value) != value:
+        raise InputError(f"{path} is damaged or changed: its hash does not match")
+
+
+class Input(NamedTuple):
+    """What a result is made from: its name as the user wrote it, and its SHA-256."""
+
+    name: str
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.sha256[:12]})"
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read the sealed record of a result: the file itself, or the manifest in its folder."""
+    named = [path / names[0] for names in RESULTS.values()] if path.is_dir() else [path]
+    file = next(filter(Path.is_file, named), None)
+    if file is None:
+        raise InputError(f"{path} is not a result of calmix: it has no manifest")
+    return read_sealed(file, "")
+
+
+def inputs_of(record: Mapping[str, Any]) -> dict[str, Input]:
+    """Return what a result was made from, by role, as its record has it."""
+    parts = {role: record.get(role) for role in ROLES}
+    return {role: Input(str(part.get("name", f"another {role}")), str(part["sha256"]))
+            for role, part in parts.items()
+            if isinstance(part, dict) and "sha256" in part}  # fmt: skip
+
+
+def check_inputs(
+    result: Path,
+    record: Mapping[str, Any],
+    inputs: Mapping[str, Input],
+    request: Mapping[str, Any],
+    remedy: str,
+) -> None:
+    """Refuse a result that was made on another `request`, or from other `inputs`, than those here.
+
+    `record` is the result's own; `inputs` are by role, and only these and the parts of `request`
+    are compared. The error ends with the `remedy`.
+    """
+    made = record.get("request") or {}
+    for line in differences({key: made.get(key) for key in request}, request):
+        raise InputError(f"{result} was made on another request ({line}): {remedy}")
+    before = inputs_of(record)
+    for role, now in inputs.items():
+        if role not in before:
+            raise InputError(f"{result} does not record its {role}: {remedy}")
+        if before[role].sha256 != now.sha256:
+            raise InputError(f"{result} was made from {before[role]}, but {now} is there: {remedy}")
+
+
+def changed(folder: Path, files: Mapping[str, str], hashes: Mapping[str, str]) -> list[str]:
+    """Return a line for each of the `files` in a manifest that is missing or has another hash."""
+    wrong = {name: "is damaged or changed: its hash differs" if name in hashes else "is missing"
+             for name, value in files.items() if hashes.get(name) != value}  # fmt: skip
+    return [f"{folder / name} {what}" for name, what in wrong.items()]
+
+
 def file_hashes(
-    folder: Path, *, without: Collection[str] = (), tick: Callable[[str], None] = lambda name: None
+    folder: Path,
+    *,
+    without: Collection[str] = (),
+    tick: Callable[[str], None] = lambda name: None,
+    hashed: Callable[[Path], str] = sha256_file,
 ) -> dict[str, str]:
     """Return the SHA-256 of every file in a folder except `without`, sorted by relative path.
 
-    `tick` is called with each file's name once it is hashed. Links to folders are not followed, and
-    hidden leftovers of killed processes are ignored.
+    `tick` is called with each file's name once it is `hashed`. Links to folders are not followed,
+    and hidden leftovers of killed processes are ignored.
     """
     paths = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
     names = sorted({p.as_posix() for p in paths if not is_hidden(p)} - set(without))
     found: dict[str, str] = {}
     with ThreadPoolExecutor(cores()) as pool:
-        hashes = pool.map(lambda name: sha256_file(folder / name), names)
+        hashes = pool.map(lambda name: hashed(folder / name), names)
         for name, value in zip(names, hashes, strict=True):
             found[name] = value
             tick(name)

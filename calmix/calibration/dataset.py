@@ -158,6 +158,12 @@ def saved_set(named: str | Path | None) -> Path | None:
     return None
 
 
+def identified(text: str | None) -> str | None:
+    """Return a request for text as it identifies a result: a saved set by its hash, wherever it
+    lies."""
+    return text if (folder := saved_set(text)) is None else CalibrationSet.open(folder).sha256
+
+
 def export_jsonl(made: CalibrationSet, tokenizer: Any, path: Path | str) -> None:
     """Write one JSON object per row, with `text` (without special tokens) and `source`.
 

@@ -225,6 +225,7 @@ def resolve(
     else:
         guard = guard_of(request.draw.leakage, TOKENS, opened)
         made = make(request, opened, guard, tick=tick, writing=writing, note=note)
+        made.manifest["request"] = recorded(text, options)
     if note is not None:
         for name in request.mix:
             if name not in made.sources:
@@ -239,6 +240,13 @@ def resolve(
         elif turns is None and getattr(opened.tokenizer, "chat_template", None):
             note(f"warning: {UNWRITABLE}")
     return made
+
+
+def recorded(text: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a request for text as the set that it gave records it."""
+    given = {name: value for name, value in options.items() if name != "sources"}
+    draw = checked(DrawOptions, given).model_dump(mode="json", exclude={"sources"})
+    return {"calibration": text, **draw}
 
 
 def make(

@@ -6,7 +6,7 @@ import time
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from calmix.cli.verbs import verb
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.retention import bounds
 from calmix.evaluation.scores import load_pairs
-from calmix.files import check_output_file, write_json, write_text
+from calmix.files import cached_sha256, check_output_file, write_json, write_text
 from calmix.options import Compression, Share, advanced, checked, option, path_option
 from calmix.progress import duration
 from calmix.shown import Shown, percent
@@ -122,9 +122,7 @@ class Compressed(Shown):
     @property
     def retention(self) -> Retention:
         """Retention on the suite with intervals: of right answers, or without any of likelihood."""
-        from calmix.compression.plan import SCORES
-
-        [(dense, scores)] = load_pairs([self.folder / SCORES])
+        dense, scores = self._card.pairs[0]
         return scores.retention(dense)
 
     @cached_property
@@ -237,10 +235,12 @@ def check(
 ) -> None:
     """Test whether a model meets its floors; exit code 1 if it does not.
 
-    No model is opened: it reads the scores that compress or evaluate --against wrote.
+    No model is opened: it reads the scores that compress or evaluate --against wrote, and hashes
+    the model that they are of.
     """
     from calmix.compression.plan import BEHAVIOUR, MANIFEST, SCORES
-    from calmix.compression.running import read_record, result_in
+    from calmix.compression.results import Results
+    from calmix.compression.running import read_record, recorded, result_in
     from calmix.evaluation.floors import CONFIDENCE, FILE, judge, parse_floors, proven, record
     from calmix.report import words
 
@@ -250,7 +250,7 @@ def check(
     if folders:
         if len(results) > 1:
             raise InputError("a folder is checked alone: name one folder, or only files")
-        request = read_record(folders[0])["request"]
+        request = (made := read_record(folders[0]))["request"]
         alone = request.get("suite", "offline") != "offline"
         files = (result_in(folders[0], SCORES if alone else BEHAVIOUR),)
     wanted = keep_at_least or request.get("keep_at_least")
@@ -262,6 +262,12 @@ def check(
         inputs = [*files, *(folder / MANIFEST for folder in folders)]
         check_output_file(path, inputs=inputs, overwrite=overwrite or carded)
     pairs = load_pairs(files)
+    proof = Results(partial(cached_sha256, again=True))  # a gate reads the model's every byte
+    if folders:
+        proof.check_all(recorded(folders[0], made), folders[0])
+    for file, (_, scores) in zip(files, pairs, strict=True) if not folders else ():
+        if not proof.check_scores(file, scores):
+            note(f"no folder {scores.model} is here: only its scores were checked, not its files")
     verdict = judge(floors, pairs, confidence or request.get("confidence") or CONFIDENCE)
     result = record(verdict, floors, pairs)
     if path is not None:

@@ -72,6 +72,8 @@ def inspect(
     if health.problems:
         more = f" (and {len(health.problems) - 1} more)" if health.problems[1:] else ""
         raise InputError(f"{health.problems[0]}{more}; create it again")
+    if health.unsealed:
+        line(f"not covered by a hash: {', '.join(health.unsealed)}")
     line("intact: nothing is missing or damaged")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Sequence
@@ -25,6 +24,8 @@ from calmix.evaluation.scores import (
     describe,
     load_dense,
     load_pair,
+    pair_record,
+    write_scores,
 )
 from calmix.files import check_output_file, user_path, write_text
 from calmix.options import (
@@ -177,12 +178,12 @@ def run(
                 progress=bar.of("distance to the dense model"),
             )  # fmt: skip
     scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
-    result: dict[str, Any] = {"scores": scores.to_dict()}
+    more = {}
     if dense is not None:
-        result["dense"] = dense.to_dict()
-        result |= Comparison.of(scores.model, [(dense, scores)], measure).to_dict()
+        more = Comparison.of(scores.model, [(dense, scores)], measure).to_dict()
+    result = pair_record(scores, dense, **more)
     if output is not None:
-        write_text(output, json.dumps(result, ensure_ascii=False) + "\n")
+        write_scores(output, result)
     print_json(result)
     _print(scores, dense, measure)
     for name, count in scores.truncated.items():
@@ -247,7 +248,8 @@ def compare(
 def _result(path: Path) -> tuple[str, list[Path]]:
     """Return the name of a result and its files of scores; one of calmix compress is named after
     its folder."""
-    from calmix.compression.plan import BEHAVIOUR, SCORES
+    from calmix.compression.plan import BEHAVIOUR, MANIFEST, SCORES
+    from calmix.compression.running import verified
 
     names = SCORES, BEHAVIOUR
     if not path.is_dir():
@@ -258,6 +260,8 @@ def _result(path: Path) -> tuple[str, list[Path]]:
             f"{path} has neither {SCORES} nor {BEHAVIOUR}: name a folder that calmix "
             "compress has finished"
         )
+    if (path / MANIFEST).is_file():
+        verified(path)
     return path.resolve().name, files
 
 

@@ -168,7 +168,7 @@ class Walk:
         """Return the stages before the first candidate: missing sets, scores of the dense model."""
         request, listed = self.request, list[Stage]()
         for number, (sample, called) in enumerate(self.samples.items()):
-            seeded = request.model_copy(update={"seed": request.seed + number})
+            seeded = self.at(RUNGS[0]).model_copy(update={"seed": request.seed + number})
             listed += [
                 replace(one, name=one.name + called, leaves=str(Path(sample, CALIBRATION)))
                 for one in stages(seeded, self.out / sample) if one.leaves == CALIBRATION
@@ -264,7 +264,8 @@ class Walk:
         """Resume after time ran out: the model becomes a candidate again, and results made from it
         are removed."""
         _move(self.out, self.folder(self.bits or RUNGS[0]))
-        made = {stage.leaves for stage in stages(self.request, self.out)} - {CALIBRATION, None}
+        listed = stages(self.at(RUNGS[0]), self.out)
+        made = {stage.leaves for stage in listed} - {CALIBRATION, None}
         for name in (*made, MANIFEST, running.RUN, floors.FILE, "card.html"):
             files.remove(self.out / str(name))
         self.ended = ""

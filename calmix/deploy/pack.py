@@ -11,9 +11,10 @@ if nearly all are small, and coded in the same way. Weights that differ in any b
 of level and scale are stored separately.
 
 A pack is a folder: `calmix-pack.json`, a safetensors file of plain bytes for each weight file, and
-all other files unchanged, also in subfolders. Nothing in it is executable. Memory is bounded: three
-tensors are packed, and a few chunks unpacked, at a time. SHA-256 verifies that unpacking restores
-the original bytes.
+all other files unchanged, also in subfolders, except that `config.json` has a model type of its
+own: transformers would fill the weights of any other with random numbers. Nothing in it is
+executable. Memory is bounded: three tensors are packed, and a few chunks unpacked, at a time.
+SHA-256 verifies that unpacking restores the original bytes.
 """
 
 from __future__ import annotations
@@ -44,14 +45,15 @@ from calmix.files import (
     check_links,
     check_output_folder,
     copy_files,
-    parse_json,
+    read_object,
     sha256_file,
     user_path,
+    write_json,
     write_text,
 )
 from calmix.machine import cores
-from calmix.manifest import versions
-from calmix.models.opening import check_folder, load_config, loading
+from calmix.manifest import check_seal, sealed, versions
+from calmix.models.opening import check_folder, combined, load_config, loading
 from calmix.models.shards import (
     PACK,
     Place,
@@ -65,7 +67,10 @@ from calmix.models.shards import (
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.solvers.grids import SCALES, Grid, as_grids, check_fit, read_grids
 
-FORMATS = 1, 2, 3  # without and with levels, and with levels of tensors stored by another name
+# Without and with levels, with levels of tensors stored by another name, and with a model type of
+# their own, sealed.
+FORMATS = 1, 2, 3, 4
+CONFIG, TYPE = "config.json", "calmix-pack"
 AHEAD = 3  # tensors packed at a time: a small one is a single chunk, and uses one core
 CHUNK = 1 << 22  # values compressed together: a few megabytes
 SPARSE = 0.08  # share of zeros from which a mask, one bit per value, pays off in 16 bits
@@ -120,7 +125,7 @@ def pack(
     scales = [f"{SCALES}/{path.name}" for path in sorted((folder / SCALES).glob("[!.]*"))]
     files = [*scales, *weight_files(folder)]
     places = {name: _in_order(read_header(folder / name)) for name in files}
-    others = _other_files(folder, places)
+    others, config = _other_files(folder, places), read_object(folder / CONFIG, "")
     grids = read_grids(folder)
     renamed = _renamed(folder, grids, {name for each in places.values() for name, _ in each})
     shapes = {name: place.shape for each in places.values() for name, place in each}
@@ -154,12 +159,17 @@ def pack(
         sparse = [(size, sum(map(sum, entry["sizes"].values())))
                   for size, entry in entries if entry["mask"] or "levels" in entry]  # fmt: skip
         copy_files(folder, beside, others)
+        write_json(beside / CONFIG, config | {"model_type": TYPE})
+        text = (folder / CONFIG).read_bytes()
+        hashes = {name: weights[name]["sha256"] for name in weight_files(folder)}
+        whole = combined(hashes | {CONFIG: hashlib.sha256(text).hexdigest()})
         manifest = {
-            "format": FORMATS[any("levels" in entry for _, entry in entries) + bool(renamed)],
-            "versions": versions(), "weights": weights, **({"names": renamed} if renamed else {}),
+            "format": FORMATS[-1], "model": {"sha256": whole}, "versions": versions(),
+            "weights": weights, **({"names": renamed} if renamed else {}), "config": text.decode(),
             "files": {name: sha256_file(beside / name) for name in others},
         }  # fmt: skip
-        write_text(beside / PACK, json.dumps(manifest, ensure_ascii=False) + "\n")  # compact
+        content = json.dumps(sealed(manifest), ensure_ascii=False)  # compact
+        write_text(beside / PACK, content + "\n")
     before, left = map(sum, zip((0, 0), *sparse, strict=True))
     return Packed(total, after, (before, left))
 
@@ -188,6 +198,7 @@ def unpack(
     done = 0
     with atomic_folder(output) as beside, disk_errors(output):
         copy_files(folder, beside, manifest["files"])
+        (beside / CONFIG).write_bytes(config_of(folder, manifest))
         for name, entry in manifest["weights"].items():
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             with (beside / name).open("wb") as file:
@@ -221,7 +232,9 @@ def load(
         state |= _tensors(folder / name, entry, grids)
         if progress is not None:
             progress(number, len(weights))
-    config = load_config(folder, str(folder), False)
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / CONFIG).write_bytes(config_of(folder, manifest))
+        config = load_config(Path(place), str(folder), False, state)
     with loading(f"cannot open {folder}"):
         from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -231,6 +244,12 @@ def load(
         if "generation_config.json" in manifest["files"] and "generation_config" not in options:
             model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).to(device).eval()
+
+
+def config_of(folder: Path, manifest: Mapping[str, Any]) -> bytes:
+    """Return the `config.json` of the model in a pack, which older packs have unchanged."""
+    text: str | None = manifest.get("config")
+    return (folder / CONFIG).read_bytes() if text is None else text.encode()
 
 
 def _other_files(folder: Path, weights: Collection[str]) -> list[str]:
@@ -273,12 +292,15 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
     path, scales = folder / PACK, dict[str, torch.Tensor]()
     check_links(folder)
     try:
-        manifest = parse_json(path.read_text(encoding="utf-8"))
+        manifest = read_object(path, f"{folder} is not a pack: it has no {PACK}")
         if manifest["format"] not in FORMATS:
             raise InputError(
                 f"{folder} is a pack of format {manifest['format']}, but this calmix reads up to "
                 f"{FORMATS[-1]}: unpack it with the version that made it"
             )
+        if manifest["format"] == FORMATS[-1]:
+            check_seal(path, manifest)
+            manifest["config"].encode()
         manifest["weights"] = dict(manifest["weights"])
         names = {str(name): str(stored) for name, stored in manifest.get("names", {}).items()}
         for name in (*manifest["weights"], *manifest["files"]):
@@ -289,8 +311,6 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
         for name, expected in manifest["files"].items():
             if sha256_file(folder / name) != expected:
                 raise InputError(f"{folder / name} {ALTERED}")
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder} is not a pack: it has no {PACK}") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is damaged: fetch the pack again") from error
     for name, entry in manifest["weights"].items():

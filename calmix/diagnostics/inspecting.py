@@ -5,23 +5,33 @@ A missing, changed or damaged file is a problem; something intact but unusual is
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from calmix.calibration import CalibrationSet
-from calmix.compression import running
-from calmix.compression.plan import Request, stages
+from calmix.compression import plan, running
+from calmix.compression.results import Results
+from calmix.deploy.pack import CONFIG, config_of
 from calmix.errors import CalmixError, InputError, first_line
 from calmix.evaluation import generations, scores
-from calmix.files import RESULTS, check_links, read_object, sha256_file, sha256_json
-from calmix.manifest import file_hashes, read_sealed
+from calmix.files import (
+    RESULTS,
+    cached_sha256,
+    check_links,
+    read_object,
+    sha256_file,
+    sha256_json,
+)
+from calmix.manifest import SEAL, changed, check_seal, file_hashes, read_sealed
 from calmix.models.shards import PACK
 from calmix.options import option_words
 from calmix.pruning.checkpoint import MANIFEST, RUN
@@ -31,8 +41,9 @@ from calmix.pruning.work import RECORD, SET, SUFFIX, read_record
 from calmix.specs import NONE
 from calmix.study.store import open_store
 
-# Files that no manifest lists: manifests, run records and model cards.
-BESIDE = {MANIFEST, RUN, PACK, "README.md"}
+# Run records and pages, which no hash covers; they and manifests are in no manifest's list.
+UNSEALED = (RUN, running.RUN, "card.html", "README.md")
+BESIDE = {MANIFEST, PACK, *UNSEALED}
 Say = Callable[[str], None]
 # Beyond these a layer gets a warning (ours: some three times the values of SparseGPT at 60 %).
 ERROR, DEAD = 0.3, 0.1
@@ -40,8 +51,8 @@ ERROR, DEAD = 0.3, 0.1
 
 @dataclass
 class Health:
-    """The state of a result: `facts` in order, `problems` (empty if it is intact), `warnings`, and
-    the `layers` of a pruned checkpoint."""
+    """The state of a result: `facts` in order, `problems` (empty if it is intact), `warnings`, the
+    `layers` of a pruned checkpoint, and the files `unsealed`, in which a change is not noticed."""
 
     path: str
     kind: str
@@ -49,6 +60,7 @@ class Health:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
+    unsealed: list[str] = field(default_factory=list)
 
 
 Check = Callable[[Path, Health, Say], None]
@@ -72,7 +84,10 @@ def inspect(path: Path, tick: Say = lambda name: None) -> Health:
                 f"{path} cannot be checked: name a folder that calmix wrote or a file of "
                 f"{', '.join(FILES)}"
             )
-    elif not name:
+    elif health.kind != "study store":
+        found = (path for one in UNSEALED for path in target.rglob(one))
+        health.unsealed = sorted(path.relative_to(target).as_posix() for path in found)
+    if target.is_dir() and not name:
         inside = {one.parent.name for mark in MARKS for one in target.glob(f"[!.]*/{mark}")}
         if not inside:
             raise InputError(f"{path} holds no result of calmix: none of {', '.join(MARKS)}")
@@ -91,17 +106,11 @@ def inspect(path: Path, tick: Say = lambda name: None) -> Health:
 
 def _files(folder: Path, kept: dict[str, str], health: Health, say: Say) -> None:
     """Compare a folder's files with their hashes, and warn of those that are not listed."""
-    found = file_hashes(folder, without=BESIDE - kept.keys(), tick=say)
-    health.problems += _changed(folder, kept, found)
+    hashed = partial(cached_sha256, again=True)
+    found = file_hashes(folder, without=BESIDE - kept.keys(), tick=say, hashed=hashed)
+    health.problems += changed(folder, kept, found)
     more = sorted(found.keys() - kept)
     health.warnings += [f"{folder / name} is not in the manifest" for name in more]
-
-
-def _changed(folder: Path, kept: dict[str, str], found: dict[str, str]) -> list[str]:
-    """Return a line for each file that is missing or has another hash than in the manifest."""
-    wrong = {name: "is damaged or changed: its hash differs" if name in found else "is missing"
-             for name, value in kept.items() if found.get(name) != value}  # fmt: skip
-    return [f"{folder / name} {what}" for name, what in wrong.items()]
 
 
 def _checkpoint(folder: Path, health: Health, say: Say) -> None:
@@ -188,12 +197,15 @@ def _versions(manifest: dict[str, Any]) -> str:
 
 def _pack(folder: Path, health: Health, say: Say) -> None:
     held = read_object(folder / PACK, f"there is no {folder / PACK}")
+    if "config" in held:  # packs of older formats have no hash of their own
+        check_seal(folder / PACK, held)
     weights, others = dict(held["weights"]), dict(held["files"])
     packed = others | {name: one["packed"] for name, one in weights.items()}
     if MANIFEST in others:
         health.kind += " of a checkpoint"
         unpacked = others | {name: one["sha256"] for name, one in weights.items()}
-        health.problems += _changed(folder, _described(folder, health)[0], unpacked)
+        unpacked[CONFIG] = hashlib.sha256(config_of(folder, held)).hexdigest()
+        health.problems += changed(folder, _described(folder, health)[0], unpacked)
     _files(folder, packed, health, say)
     sizes = [(folder / name).stat().st_size for name in packed if (folder / name).is_file()]
     health.facts["packed bytes"] = sum(sizes)
@@ -242,10 +254,12 @@ def _store(folder: Path, health: Health, say: Say) -> None:
 
 def _compressed(folder: Path, health: Health, say: Say) -> None:
     """Check the result of every stage, and report what is left to do."""
-    asked = Request(**running.read_record(folder)["request"])
-    leaves = {one.name: str(one.leaves) for one in stages(asked, folder) if one.leaves}
+    record, results = running.read_record(folder), Results()
+    asked, listed = record["request"], running.recorded(folder, record)
+    leaves = {one.name: str(one.leaves) for one in listed}
     left = [name for name, path in leaves.items() if not (folder / path).exists()]
-    health.facts = {"dense model": asked.model, "target": asked.target, "effort": asked.effort}
+    health.facts = {"dense model": asked["model"], "target": plan.target(asked),
+                    "effort": asked["effort"]}  # fmt: skip
     if left:
         health.facts["left to do"] = f"{', '.join(left)} (run its calmix compress again to resume)"
     begun = [one for one in leaves.values()
@@ -258,17 +272,25 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
     if "model" in parts:
         health.layers = parts["model"].layers
         health.facts["method"] = parts["model"].facts.get("method")
+    for one in listed:
+        if one.done(folder) and not parts[str(one.leaves)].problems:
+            try:
+                results.check(one, folder)
+            except CalmixError as error:
+                health.problems.append(str(error))
 
 
 def _ladder(folder: Path, health: Health, say: Say) -> None:
     """Check the candidates of a walk that has chosen none, and report its progress."""
     held = read_sealed(folder / running.LADDER, "")
-    asked, tested = Request(**held["request"]), [f"{one['bits']:g}" for one in held["rungs"]]
+    asked, tested = plan.Request(**held["request"]), [f"{one['bits']:g}" for one in held["rungs"]]
     health.facts = {
         "dense model": asked.model, "to keep": asked.keep_at_least,
         "bits tested": ", ".join(tested) or "none", "ended": held["ended"] or "not yet",
     }  # fmt: skip
     places = [*folder.glob("calibration"), *sorted(folder.glob("candidates/*/model"))]
+    for name in (plan.SCORES, plan.BEHAVIOUR):
+        places += sorted(folder.glob(f"candidates/**/*{name}"))
     _parts(folder, [str(path.relative_to(folder)) for path in places], health, say)
 
 
@@ -292,7 +314,7 @@ def _work(folder: Path, health: Health, say: Say) -> None:
                     "to finish it": "the same command with --resume"}  # fmt: skip
     kept = record["kept"].get("files", {})
     found = {name: sha256_file(folder / name) for name in kept if (folder / name).is_file()}
-    health.problems += _changed(folder, kept, found)
+    health.problems += changed(folder, kept, found)
     if (folder / SET).is_dir():
         health.problems += inspect(folder / SET, say).problems
 
@@ -305,6 +327,8 @@ def _answers(path: Path, health: Health, say: Say) -> None:
 
 def _scores(path: Path, health: Health, say: Say) -> None:
     found = scores.load_scores(path)
+    if SEAL not in read_object(path, ""):
+        health.warnings.append(f"{path} has no hash of its own: a change is not noticed")
     health.facts = {
         "model": found.model,
         "suite": f"{found.suite['name']} version {found.suite['version']}",

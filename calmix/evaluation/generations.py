@@ -15,6 +15,7 @@ from calmix.errors import InputError
 from calmix.evaluation.greedy import answers, prompt
 from calmix.evaluation.likelihood import Progress
 from calmix.files import read_object, write_json
+from calmix.manifest import check_seal, sealed
 from calmix.models import OpenModel
 from calmix.sources.registry import local_file
 from calmix.yaml_files import first_problem, packaged
@@ -42,15 +43,18 @@ class Answered:
     answers: tuple[tuple[str, ...], ...]
 
     def save(self, path: Path) -> None:
-        """Write everything as JSON."""
-        write_json(path, {"kind": KIND, "tokens": TOKENS, **asdict(self)})
+        """Write everything as JSON, sealed by its hash; of two models, the first is dense."""
+        named = [{"name": name, "sha256": sha256} for name, sha256 in self.models]
+        roles = dict(zip(("against", "model"), named, strict=True)) if len(named) == 2 else {}
+        write_json(path, sealed({"kind": KIND, "tokens": TOKENS, **roles, **asdict(self)}))
 
 
 def load_answers(path: Path) -> Answered:
     """Read what `Answered.save` wrote."""
     value = read_object(path, f"there is no file {path}")
-    if value.pop("kind", None) != KIND:
+    if value.get("kind") != KIND:
         raise InputError(f"{path} is not a file of answers written by calmix")
+    check_seal(path, value)
     try:
         found = TypeAdapter(Answered).validate_python(value)
     except ValidationError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from calmix.evaluation.measures import PRIMARY, TaskScores
 from calmix.evaluation.retention import Estimate, Retention, flips, retention
 from calmix.evaluation.suites import WRITTEN, Suite
 from calmix.files import read_object, write_text
+from calmix.manifest import SEAL, check_seal, sealed
 from calmix.options import Measure
 from calmix.shown import Shown, percent
 from calmix.yaml_files import first_problem
@@ -130,9 +131,28 @@ class CapabilityScores(Shown):
     def save(self, path: Path | str) -> None:
         """Write the scores as JSON on one line, since they are long, or their table as CSV."""
         if Path(path).suffix.lower() == ".json":
-            write_text(Path(path), json.dumps(self.to_dict(), ensure_ascii=False) + "\n")
+            write_scores(Path(path), self.to_dict())
         else:
             super().save(path)
+
+
+def pair_record(
+    scores: CapabilityScores, dense: CapabilityScores | None = None, **more: Any
+) -> dict[str, Any]:
+    """Return the content of a file of scores: name and hash of each model, and what it scored."""
+    models = {"model": scores} if dense is None else {"model": scores, "against": dense}
+    both = {"scores": scores} if dense is None else {"scores": scores, "dense": dense}
+    return {
+        "kind": KIND,
+        **{role: {"name": one.model, "sha256": one.fingerprint} for role, one in models.items()},
+        **{name: one.to_dict() for name, one in both.items()},
+        **more,
+    }
+
+
+def write_scores(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the content of a file of scores as JSON on one line, sealed by its hash."""
+    write_text(path, json.dumps(sealed(content), ensure_ascii=False) + "\n")
 
 
 def describe(suite: Suite) -> dict[str, Any]:
@@ -168,17 +188,22 @@ def load_scores(path: Path) -> CapabilityScores:
 
 
 def load_dense(path: Path) -> CapabilityScores:
-    """Read such scores of a dense model."""
-    dense, scores = load_pair(path)
+    """Read such scores of a dense model, which must be sealed."""
+    dense, scores = load_pair(path, unsealed=False)
     if dense is not None:
         raise InputError(f"{path} holds scores of {scores.model} beside those of {dense.model}: "
                          "name a file of the dense model alone")  # fmt: skip
     return scores
 
 
-def load_pair(path: Path) -> tuple[CapabilityScores | None, CapabilityScores]:
-    """Read such scores, preceded by those of the dense model that `--against` added, if any."""
+def load_pair(
+    path: Path, *, unsealed: bool = True
+) -> tuple[CapabilityScores | None, CapabilityScores]:
+    """Read such scores, preceded by those of the dense model that `--against` added, if any. A
+    file of an older calmix may be `unsealed`."""
     value = read_object(path, f"there is no file {path}")
+    if SEAL in value or not unsealed:
+        check_seal(path, value)
     dense, scores = value.get("dense"), value.get("scores")
     return (
         _parsed(dense, path) if isinstance(dense, dict) else None,
@@ -187,10 +212,10 @@ def load_pair(path: Path) -> tuple[CapabilityScores | None, CapabilityScores]:
 
 
 def load_pairs(files: Sequence[Path]) -> list[tuple[CapabilityScores, CapabilityScores]]:
-    """Read both models' scores from files about the same two models."""
+    """Read both models' scores from sealed files about the same two models."""
     pairs: list[tuple[CapabilityScores, CapabilityScores]] = []
     for path in files:
-        dense, scores = load_pair(path)
+        dense, scores = load_pair(path, unsealed=False)
         if dense is None:
             raise InputError(
                 f"{path} was scored without a dense model: evaluate again with --against DENSE"

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +35,14 @@ from calmix.files import (
     alone,
     atomic_folder,
     cache_dir,
+    cached_sha256,
     check_links,
     copy_files,
     hidden,
     matching,
-    sha256_file,
     sha256_json,
     size_text,
     user_path,
-    write_text,
 )
 from calmix.machine import cores
 from calmix.manifest import deciding_versions
@@ -409,8 +407,11 @@ def open_model(
     return OpenModel(name, folder, model.to(target).eval(), tokenizer, trust_remote_code, files)
 
 
-def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
-    """Return the configuration of a causal language model; `name` is what the user wrote.
+def load_config(
+    folder: Path, name: str, trust_remote_code: bool, weights: Mapping[str, Any] | None = None
+) -> Any:
+    """Return the configuration of a causal language model; `name` is what the user wrote, `weights`
+    are those of the folder unless given.
 
     Raises ModelError if it is unreadable, or the model is quantised or an encoder-decoder.
     """
@@ -425,7 +426,8 @@ def load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder: only decoder-only models work")
     check_causal(name, config.to_dict())
-    counts = [math.prod(place.shape) for place in stored_tensors(folder).values()]
+    stored = stored_tensors(folder) if weights is None else weights
+    counts = [math.prod(one.shape) for one in stored.values()]
     # Some configurations raise on attributes that differ between layers.
     if found := _too_large(config.get_text_config(decoder=True).to_dict(), counts):
         raise ModelError(f"{folder / 'config.json'} has {found}, more than its weights allow")
@@ -648,23 +650,6 @@ def fingerprint(folder: Path) -> str:
 def combined(hashes: Mapping[str, str]) -> str:
     """Return a `fingerprint` from the SHA-256 of configuration and weight files by name."""
     return sha256_json(sorted(map(list, hashes.items())))
-
-
-def cached_sha256(file: Path) -> str:
-    """Return a file's SHA-256, kept in the cache by path, size and time."""
-    stat = file.stat()
-    # Copies keep the time of a change, but not that of the entry.
-    key = sha256_json([str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
-    entry = cache_dir() / "hashes" / key
-    # A file changed in the last seconds can change again within its time stamp's resolution.
-    settled = time.time_ns() - stat.st_mtime_ns > 5_000_000_000
-    if settled and entry.is_file() and len(cached := entry.read_text(encoding="ascii")) == 64:
-        return cached
-    value = sha256_file(file)
-    if settled:
-        with contextlib.suppress(OSError, DiskError):
-            write_text(entry, value)
-    return value
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from calmix.calibration import CalibrationSet, ask, open_tokenizer, saved_set
+from calmix.calibration.dataset import identified
 from calmix.errors import InputError, SolverError, disk_errors
 from calmix.files import (
     atomic_folder,
@@ -157,7 +158,7 @@ class Job:
         self.asked: dict[str, Any] = {
             "dtype": dtype_name(source.dtype),
             "device": source.device.type,
-            **request.record(),
+            **request.record() | {"calibration": identified(request.calibration)},
             "versions": deciding_versions(),
         }
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from calmix.calibration import CalibrationSet, ask, open_tokenizer
+from calmix.calibration.dataset import identified
 from calmix.errors import InputError, disk_errors
 from calmix.evaluation.likelihood import close
 from calmix.files import check_free, copy_files, matching, sha256_json, write_json
@@ -279,7 +280,7 @@ def recover(
             "tokenizer": tokenizers[0].identity,
             "dtype": job.opening["dtype"],
             "device": job.device.type,
-            **request.record(),
+            **request.record() | {"calibration": identified(request.calibration)},
             "versions": deciding_versions(),
         }
         manifest, record = (read_told(job.output / name) for name in (MANIFEST, RUN))

@@ -16,7 +16,7 @@ from typing import Any
 
 from calmix.calibration import CalibrationSet, saved_set
 from calmix.compression.plan import BEHAVIOUR, MOST, PACK, SCORES, packed_bytes, target
-from calmix.compression.running import read_record, result_in
+from calmix.compression.running import verified
 from calmix.errors import InputError
 from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
@@ -25,7 +25,7 @@ from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import check_same_suite, load_pairs
 from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import size_text, user_path
-from calmix.manifest import file_hashes, read_sealed
+from calmix.manifest import read_sealed
 from calmix.models import builtin_models
 from calmix.models.shards import Place, stored_tensors, weight_dtype
 from calmix.pruning.checkpoint import MANIFEST
@@ -299,12 +299,12 @@ class Card:
 
 def read_card(out: Path) -> Card:
     """Read the card of the model in a folder of `calmix compress`."""
-    record = read_record(out)
-    asked, folder, scored = record["request"], result_in(out, "model"), result_in(out, SCORES)
+    record, results = verified(out, "model", SCORES)
+    asked, folder = record["request"], out / "model"
     model = asked["model"]
-    pairs = load_pairs([scored, *(path for path in [out / BEHAVIOUR] if path.exists())])
-    path, recoveries = folder / MANIFEST, list[Mapping[str, Any]]()
-    recovered = manifest = read_sealed(path, f"{path} is missing: make {folder} again")
+    pairs = load_pairs([out / SCORES, *(path for path in [out / BEHAVIOUR] if path.exists())])
+    recoveries = list[Mapping[str, Any]]()
+    recovered = manifest = read_sealed(folder / MANIFEST, "")
     while manifest["kind"] == "recovered checkpoint":
         recoveries.insert(0, manifest["recovery"])
         recovered, manifest = manifest, manifest["pruned"]
@@ -313,7 +313,7 @@ def read_card(out: Path) -> Card:
               "calibration set": calibration["sha256"]}  # fmt: skip
     if recoveries:
         hashes["pruned model, before recovery"] = recovered["model"]["sha256"]
-    hashes |= {f"model/{name}": value for name, value in file_hashes(folder).items()
+    hashes |= {f"model/{name}": value for name, value in results.hashes(folder).items()
                if name.endswith(WEIGHTS) or name == "config.json"}  # fmt: skip
     tasks: list[dict[str, str]] = []
     with contextlib.suppress(InputError, KeyError):  # the user's own suite was moved or changed
@@ -323,8 +323,6 @@ def read_card(out: Path) -> Card:
                 name = f"{one.name} ({suite})" if len(pairs) > 1 else one.name
                 tasks.append({"task": name, "use": use_of(origin["licence"]), **origin})
     answers = load_answers(out / "answers.json") if (out / "answers.json").exists() else None
-    if answers and [key for _, key in answers.models] != [one.fingerprint for one in pairs[0]]:
-        answers = None  # of other models
     known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
     return Card(
         out, out.resolve().name, record, asked,

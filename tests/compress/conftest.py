@@ -7,6 +7,7 @@ import pytest
 
 from calmix.cli import app
 from calmix.compression.plan import check_request
+from calmix.evaluation.scores import write_scores
 from calmix.options import Compression
 from tests.conftest import write_text_file
 from tests.evaluation.archive import suite_text, use_archive
@@ -91,6 +92,6 @@ def compressed(place, command):
                     zip(task["loglikelihoods"], task["gold"], strict=True)
                 ):
                     row[gold] = -nats - 0.1 * (number % 3)
-        (out / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+        write_scores(out / "scores.json", scores)
         app(["report", str(out)], standalone_mode=False)
     return out

@@ -8,10 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from calmix.deploy import pack as packed
 from calmix.deploy.pack import load, pack, unpack
 from calmix.errors import InputError, ModelError
+from calmix.files import sha256_file, write_json
+from calmix.manifest import SEAL, sealed
 from calmix.models import open_model
 from calmix.models.attention import use_own_attention
 from calmix.models.shards import PACK, with_length
@@ -72,6 +75,26 @@ def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(pruned, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_transformers_refuses_a_pack_instead_of_inventing_its_weights(pruned, tmp_path):
+    """A plain configuration would give a model of random weights and a warning."""
+    pack(pruned, tmp_path / "pack")
+    with pytest.raises(ValueError, match="model type `calmix-pack`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pack")
+
+
+def test_a_pack_of_an_older_format_is_read(pruned, tmp_path):
+    """It has the model's own configuration, and no hash of its own."""
+    folder = tmp_path / "pack"
+    pack(pruned, folder)
+    manifest = json.loads((folder / PACK).read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(manifest.pop("config"), encoding="utf-8")
+    manifest["files"]["config.json"] = sha256_file(folder / "config.json")
+    write_json(folder / PACK, {k: v for k, v in manifest.items() if k != SEAL} | {"format": 3})
+    unpack(folder, tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(pruned)
+    load(folder)
+
+
 @given(data=st.data())
 def test_every_type_and_value_survives(data, tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("any")
@@ -100,7 +123,7 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(pruned, tmp_pa
         folder = shutil.copytree(tmp_path / "pack", tmp_path / "bad", dirs_exist_ok=True)
         (folder / "model.safetensors").write_bytes(content)
         kept = json.loads((folder / PACK).read_text(encoding="utf-8"))
-        (folder / PACK).write_text(json.dumps(kept | manifest), encoding="utf-8")
+        (folder / PACK).write_text(json.dumps(sealed(kept | manifest)), encoding="utf-8")
         for act in (lambda: unpack(folder, tmp_path / "out"), lambda: load(folder)):
             with pytest.raises(InputError, match=match):
                 act()
@@ -112,7 +135,7 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(pruned, tmp_pa
     for at in (0, 7, len(whole) // 2, len(whole) - 1):
         refused(altered, whole[:at])
     for match, manifest in (
-        ("is a pack of format 4, but this calmix reads up to 3", {"format": 4}),
+        ("is a pack of format 5, but this calmix reads up to 4", {"format": 5}),
         ("names a file outside the pack", {"files": {"a/../../evil": "0"}}),
         ("names a file outside the pack", {"files": {"/evil": "0"}}),
         ("lacks sub/model.safetensors", {"weights": {"sub/model.safetensors": {}}}),
@@ -120,7 +143,8 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(pruned, tmp_pa
         (altered, {"files": {"config.json": "0"}}),
         (altered, {"weights": {"model.safetensors": {"packed": "0"}}}),
         *(("is damaged", {key: value}) for key, value in (
-            ("weights", 3), ("weights", ["model.safetensors"]), ("files", [["a"]]), ("names", ["a"])
+            ("weights", 3), ("weights", ["model.safetensors"]), ("files", [["a"]]),
+            ("names", ["a"]), ("config", 3),
         )),
     ):  # fmt: skip
         refused(match, **manifest)
@@ -170,7 +194,6 @@ def test_levels_of_a_model_whose_files_have_other_names_are_packed(quantised, tm
     manifest = json.loads((tmp_path / "pack" / PACK).read_text())
     tensors = [one for file in manifest["weights"].values() for one in file["tensors"].items()]
     assert sum("levels" in entry for _, entry in tensors) == 14 == len(manifest["names"])
-    assert manifest["format"] == 3
 
 
 def test_weights_that_have_left_the_grid_are_altered_they_are(quantised, tmp_path):

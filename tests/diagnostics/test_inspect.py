@@ -128,7 +128,7 @@ def test_the_model_in_a_pack_is_checked_against_its_manifest(calmix, made, tmp_p
     path = copy / "calmix-pack.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["files"]["calmix.json"] = sha256_file(copy / "calmix.json")
-    write_json(path, manifest)
+    write_json(path, sealed(manifest))
     line = calmix("doctor", "inspect", copy).line
     assert "model-00001-of-00004.safetensors is damaged or changed" in line
 

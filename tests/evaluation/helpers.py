@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from calmix.evaluation.measures import TaskScores
-from calmix.evaluation.scores import CapabilityScores
+from calmix.evaluation.scores import CapabilityScores, pair_record, write_scores
 from calmix.evaluation.suites import ASKED, template
 from calmix.models import OpenModel
 from calmix.yaml_files import packaged
@@ -90,6 +90,12 @@ def scored(*tasks, suite="s", not_run=()):
     """Scores of a model on tasks."""
     about = {"name": suite, "version": 1, "hash": suite}
     return CapabilityScores("m", "f", "float32", about, tasks, not_run=not_run)
+
+
+def save_pair(path, dense, pruned):
+    """Write scores of two models as `calmix evaluate --against -o` does; return the path."""
+    write_scores(path, pair_record(pruned, dense))
+    return path
 
 
 def bits(nats, sizes, name="text", dimension="code", floor=3.0):

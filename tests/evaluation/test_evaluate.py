@@ -11,7 +11,7 @@ import pytest
 from calmix.errors import InputError, PassingError
 from calmix.evaluation.evaluate import ask, evaluate
 from calmix.evaluation.scorer import Scorer
-from calmix.evaluation.scores import load_scores
+from calmix.evaluation.scores import load_scores, write_scores
 from calmix.evaluation.suites import load_suite
 from calmix.evaluation.tasks import Ask, load_items
 from calmix.models import open_model
@@ -182,7 +182,7 @@ def test_the_distance_to_the_dense_model_on_a_text_of_the_users(
     assert "KL to dense" in calmix("compare", out).out  # the dense scores are in the file
     made, dense = json.loads(out.read_text(encoding="utf-8")), tmp_path / "dense.json"
     assert made["scores"]["distance"]["dimensions"]["mine"]["kl_mean"] > 0
-    dense.write_text(json.dumps(made["dense"]), encoding="utf-8")
+    write_scores(dense, made["dense"])
     for against in ((), ("--against", dense)):
         assert "name it with --against" in calmix(*arguments, *against).line
     both = f"{out} holds scores of {other} beside those of {tiny_folder}: name a file"

@@ -13,6 +13,7 @@ from calmix.errors import InputError, ModelError
 from calmix.evaluation import generations, greedy
 from calmix.evaluation.generations import Answered, answer, load_answers, panel, read_prompts
 from calmix.evaluation.greedy import Prompt, answers, loops
+from calmix.manifest import SEAL, sealed
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import end_tokens, in_chat
 from tests.evaluation.helpers import opened
@@ -153,8 +154,12 @@ def test_prompts_of_a_file_and_the_file_of_answers(tmp_path):
         ({"kind": "x"}, "is not a file of answers"), ({"answers": [["a"]]}, "do not match"),
         ({"models": 1}, "is damaged: 'models'"),
     ):  # fmt: skip
-        out.write_text(json.dumps(value | wrong), encoding="utf-8")
+        out.write_text(json.dumps(sealed(value | wrong)), encoding="utf-8")
         with pytest.raises(InputError, match=says):
+            load_answers(out)
+    for changed in (value | {"tokens": 1}, {k: v for k, v in value.items() if k != SEAL}):
+        out.write_text(json.dumps(changed), encoding="utf-8")
+        with pytest.raises(InputError, match="is damaged"):
             load_answers(out)
     path.write_text("line\n" * 51, encoding="utf-8")
     with pytest.raises(InputError, match="holds 51 prompts: give at most 50"):

@@ -8,6 +8,7 @@ from calmix.analysis.cells import TOTAL, WORST
 from calmix.errors import InputError
 from calmix.evaluation import checks
 from calmix.evaluation.evaluate import choose, evaluate, suite_items, verdict
+from calmix.evaluation.scores import write_scores
 from calmix.evaluation.suites import Suite, builtin_suites, load_suite, read_rows, template
 from calmix.evaluation.tasks import load_items
 from calmix.sources.registry import offline_sources
@@ -321,7 +322,7 @@ def test_the_dense_models_answers_are_generated_twice_and_cached(
     found = value["behaviour"]["repeat"]["answers"]
     assert (found["lost"], found["gained"], found["identical"], found["asked"]) == (1, 0, 0, 2)
     dense = tmp_path / "dense.json"
-    dense.write_text(json.dumps(value["dense"]), encoding="utf-8")
+    write_scores(dense, value["dense"])
     for more, said in (
         (("--task", "my_choices", "--repeat"), "a suite without generated answers"),
         (("--task", "my_answers", "--repeat", "--against", dense), "scores in a file"),

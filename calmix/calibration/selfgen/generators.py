@@ -291,7 +291,7 @@ def generate(
         "settings": generator.record(),
         "model": {
             "name": opened.name,
-            "fingerprint": opened.fingerprint,
+            "sha256": opened.fingerprint,
             "dtype": dtype_name(opened.model.dtype),
             "device": opened.model.device.type,
         },

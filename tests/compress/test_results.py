@@ -1,0 +1,200 @@
+"""Results are compared with what they were made from, by whoever reads them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from calmix.cli import compress as verb
+from calmix.evaluation.scores import write_scores
+from calmix.files import sha256_file, write_json
+from calmix.manifest import sealed
+from calmix.pruning.engine import Run
+from calmix.pruning.work import SUFFIX
+from tests.compress.conftest import stopping
+from tests.diagnostics.conftest import interrupting
+from tests.tiny import hashes
+
+FLOOR = ("--keep-at-least", "0.05")
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+@pytest.fixture
+def out(compressed, tmp_path):
+    """A finished compression, moved to another folder."""
+    return Path(shutil.copytree(compressed, tmp_path / "out"))
+
+
+@pytest.fixture
+def lines(calmix, command):
+    """Return a function that reads a compression in every way and returns the refusals."""
+
+    def read(out):
+        inspected = calmix("doctor", "inspect", out, "--json")
+        ways = (("report", out), ("check", out, *FLOOR), ("compare", out), command(out))
+        assert inspected.code == 2
+        return [json.loads(inspected.out)["problems"][0], *(calmix(*way).line for way in ways)]
+
+    return read
+
+
+def changed(path, change):
+    """Change a sealed JSON file as another run would have written it."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    change(value)
+    write_json(path, sealed(value))
+
+
+def other_weights(model):
+    """Change a weight, and the manifest too, as another run of the same request would."""
+    shard = max(model.glob("*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    files = {shard.name: sha256_file(shard)}
+    changed(model / "calmix.json", lambda value: value["files"].update(files))
+
+
+def test_a_result_that_was_moved_is_read_and_resumed(calmix, command, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(out)
+    for path in (out, "out", tmp_path / "link"):
+        calmix("report", path).ok()
+        assert calmix("check", path, *FLOOR).code in (0, 1)
+        calmix("doctor", "inspect", path).ok()
+        assert calmix(*command(path)).ok().err.count("already done") == 6
+
+
+def test_another_model_in_place_of_the_one_measured_is_refused(
+    calmix, lines, out, tiny_folder, tmp_path
+):
+    calmix("prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.6,
+           "-o", tmp_path / "other").ok()  # fmt: skip
+    shutil.rmtree(out / "model")
+    shutil.copytree(tmp_path / "other", out / "model")
+    for line in lines(out):
+        assert "model was made on another request (method: magnitude, now distill)" in line
+
+
+def test_other_weights_than_those_measured_are_refused(lines, out):
+    other_weights(out / "model")
+    for line in lines(out):
+        said = f"{out}/pack was made from another model ("
+        assert said in line
+        assert f"but {out}/model (" in line
+    shutil.rmtree(out / "pack")
+    for line in lines(out)[1:]:  # the first names the missing pack
+        assert f"{out}/scores.json was made from " in line
+        assert line.endswith(f"delete {out}/scores.json and run its calmix compress again")
+
+
+def test_weights_that_the_models_manifest_does_not_have_are_refused(lines, out):
+    shard = max((out / "model").glob("*.safetensors"))
+    shutil.copyfile(max((out / "pruned").glob("*.safetensors")), shard)
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    for line in lines(out):
+        assert f"{shard} is damaged or changed" in line
+
+
+def test_scores_of_another_model_are_refused(lines, out):
+    def change(value):
+        value["model"]["sha256"] = value["scores"]["fingerprint"] = "0" * 64
+
+    changed(out / "scores.json", change)
+    for line in lines(out):
+        assert "scores.json was made from" in line
+        assert "(000000000000), but " in line
+
+
+def test_edited_scores_are_refused(calmix, lines, out):
+    value = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    for task in value["scores"]["tasks"]:
+        task["values"] = [1.0] * len(task["values"])
+    (out / "scores.json").write_text(json.dumps(value), encoding="utf-8")
+    for line in lines(out):
+        assert "scores.json is damaged or changed: its hash does not match" in line
+    del value["manifest_sha256"]
+    (out / "scores.json").write_text(json.dumps(value), encoding="utf-8")
+    for line in (*lines(out)[1:], calmix("check", out / "scores.json", *FLOOR).line):
+        assert "scores.json is damaged or of an older calmix" in line
+
+
+def test_a_model_pruned_on_another_text_is_refused(calmix, command, lines, out, tiny_folder, place):
+    shutil.rmtree(out / "calibration")
+    calmix("calibrate", place / "text.txt", "-m", tiny_folder, "--rows", 32, "--length", 256,
+           "--seed", 1, "--leakage", "off", "-o", out / "calibration").ok()  # fmt: skip
+    for line in lines(out):
+        assert "calibration was made on another request (seed: 1, now 0)" in line
+    shutil.rmtree(out / "calibration")
+    calmix("report", out).ok()  # what is gone is not compared
+    calmix(*command(out)).ok()  # and the same is drawn again
+
+
+def test_a_model_made_by_hand_in_an_unfinished_run_is_refused(
+    calmix, command, compressed, tiny_folder, tmp_path, monkeypatch
+):
+    out, run = tmp_path / "out", verb._run
+    monkeypatch.setattr(verb, "_run", stopping(run, 1))
+    assert calmix(*command(out)).code == 130
+    monkeypatch.setattr(verb, "_run", run)
+    by_hand = ("prune", tiny_folder, "--calibration", out / "calibration", "--sparsity", 0.6,
+               "-o", out / "pruned", "--overwrite")  # fmt: skip
+    calmix(*by_hand, "--method", "wanda").ok()
+    line = calmix(*command(out)).line
+    assert "pruned was made on another request (method: wanda, now " in line
+    assert line.endswith(f"delete {out}/pruned and run its calmix compress again")
+    (asked,) = (
+        one for one in json.loads((compressed / "compress.json").read_text())["stages"]
+        if one["leaves"] == "pruned"
+    )  # fmt: skip
+    calmix(*by_hand, "--method", asked["request"]["method"]).ok()
+    calmix(*command(out)).ok()
+    assert hashes(out / "pruned").keys() == hashes(compressed / "pruned").keys()
+    for name in hashes(out / "model").keys() - {"README.md", "calmix.json"}:
+        assert (out / "model" / name).read_bytes() == (compressed / "model" / name).read_bytes()
+
+
+def test_a_run_that_was_killed_and_moved_is_resumed(calmix, command, compressed, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "block", interrupting(Run.block))
+        assert calmix(*command(tmp_path / "cut")).code == 130
+    moved = tmp_path / "elsewhere" / "out"
+    moved.parent.mkdir()
+    (tmp_path / "cut").rename(moved)
+    assert (moved / f"pruned{SUFFIX}").is_dir()
+    calmix(*command(moved)).ok()
+    ours, theirs = (hashes(one / "pruned") for one in (moved, compressed))
+    assert {n: h for n, h in ours.items() if n != "calmix.json"} == {
+        n: h for n, h in theirs.items() if n != "calmix.json"
+    }
+
+
+def test_a_folder_of_an_older_calmix_is_one_line(calmix, lines, out):
+    changed(out / "compress.json", lambda value: value.pop("stages"))
+    for line in lines(out):
+        assert "was made by an older calmix, which did not record what its results were" in line
+
+
+def test_a_gate_compares_files_of_scores_with_the_model_that_they_name(
+    calmix, compressed, out, tmp_path
+):
+    file = tmp_path / "measured.json"
+    value = json.loads((compressed / "scores.json").read_text(encoding="utf-8"))
+    value["scores"]["model"] = str(out / "model")
+    write_scores(file, value)
+    ended = calmix("check", file, *FLOOR)
+    assert (ended.code in (0, 1), "were checked" in ended.err) == (True, False)
+    other_weights(out / "model")
+    line = calmix("check", file, *FLOOR).line
+    assert f"measured.json was made from {out}/model (" in line
+    shutil.rmtree(out / "model")
+    ended = calmix("check", file, *FLOOR)
+    assert f"no folder {out}/model is here: only its scores were checked" in ended.err
+
+
+def test_inspect_names_what_no_hash_covers(calmix, compressed):
+    ended = calmix("doctor", "inspect", compressed).ok()
+    named = "card.html, compress-run.json, model/README.md, model/calmix-run.json"
+    assert f"not covered by a hash: {named}" in ended.out
