@@ -150,6 +150,8 @@ def list_sources(
     dimension: str | None = option(None, "Only sources of this dimension, e.g. code."),
 ) -> None:
     """List the sources; files, folders and hub ids (owner/name) are sources too."""
+    from calmix.report import words
+
     known = {**builtin_sources(), **own_sources(sources)}
     dimensions = {source.dimension for source in known.values()}
     if dimension is not None and dimension not in dimensions:
@@ -171,7 +173,7 @@ def list_sources(
     print_table([{head: row[head] for head in heads} | {"licence": short(row["licence"])}
                  for row in rows],
                 text=["licence", "available"], least=["available", "licence"])  # fmt: skip
-    line(f"mixes: {', '.join(MIXES)}; offline: all that need no hub")
+    line(words.wrapped(f"mixes: {', '.join(MIXES)}; offline: all that need no hub"))
 
 
 @verb("show", of=calibrate)

@@ -8,7 +8,7 @@ import pytest
 
 from calmix.analysis import Settings, analyse, recommend
 from calmix.errors import InputError
-from calmix.files import write_json
+from calmix.evaluation.scores import write_scores
 from calmix.study.store import read_results
 from tests.synthetic import CONDITIONS, SOURCES, Plan, failed, full_plan, save, study, trial
 
@@ -86,7 +86,7 @@ def test_accuracy_and_flips_leave_out_answers_asked_only_where_the_dense_model_i
         named = analyse(read_results(place), by_accuracy).conditions[0].ranking[0].tasks
         assert (named["code_a"].value is None, named["math_a"].value is None) == (right_only, False)
         for file in files:
-            write_json(file, json.loads(file.read_text()) | {"right_only": True})
+            write_scores(file, json.loads(file.read_text()) | {"right_only": True})
 
 
 @pytest.mark.parametrize(("sources", "seeds"), [(1, (0,)), (3, (0,)), (4, (0, 1))])

@@ -24,7 +24,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from calmix import assets
+from calmix import assets, files
 from calmix.errors import DiskError, InputError, ModelError
 from calmix.models import builtin_models, find_blocks, open_model, opening, resolve_model
 from calmix.models.opening import context_of, fingerprint, tokenizer_fingerprint
@@ -239,7 +239,7 @@ def test_several_that_want_a_gguf_file_dequantise_it_once(tmp_path, monkeypatch)
     # Nor is the file read again for its hash, once it has not changed for a while.
     os.utime(file, (1, 1))
     assert resolve_model(str(file)) == found[0]
-    monkeypatch.setattr(opening, "sha256_file", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(files, "sha256_file", lambda path: pytest.fail("read again"))
     assert resolve_model(str(file)) == found[0]
 
 

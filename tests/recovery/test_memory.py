@@ -61,10 +61,3 @@ def test_it_goes_on_with_as_many_rows_at_a_time(calmix, place, tmp_path, monkeyp
     few, many = (manifest(tmp_path / name)["recovery"] for name in ("cut", "plenty"))
     assert few["rows_at_once"] == 1 < many["rows_at_once"]
     assert few["after"] == pytest.approx(many["after"], rel=0.02)
-
-
-def test_processes_plan_for_the_one_that_holds_most(calmix, place, tmp_path, monkeypatch):
-    """With other numbers of rows at a time they would wait for each other's gradients forever."""
-    monkeypatch.setattr(checkpoint, "everyone", lambda own: [own, 2**40 if own else own])
-    asked = command(place, tmp_path / "out", "distill", "--max-memory", "64GiB")
-    assert "64.00 GiB of memory are not enough: 1024." in calmix(*asked).line

@@ -19,6 +19,7 @@ from calmix.calibration import text_metrics as metrics
 from calmix.calibration.measuring import measure
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate, load_scores
+from calmix.evaluation.scores import write_scores
 from calmix.models import open_model
 from calmix.pruning import Unstructured, allocate, prune
 from calmix.pruning.solvers.grids import read_grids
@@ -372,7 +373,7 @@ def test_trials_of_one_model_in_two_forms_are_refused(ran, tmp_path):
     store = shutil.copytree(ran[1], tmp_path / "store")
     forms = ("chat template", "worked examples")
     for file, form in zip(sorted(store.glob("trials/*/scores.json")), forms, strict=False):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"form": form}))
+        write_scores(file, json.loads(file.read_text()) | {"form": form})
     with pytest.raises(InputError, match="the template has changed: run the study in another"):
         read_results(store)
 

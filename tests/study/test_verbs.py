@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from calmix.analysis.power import needed
+from calmix.evaluation.scores import write_scores
 from calmix.study import load_study, read_results
 from tests.synthetic import Plan, save, study
 
@@ -50,7 +51,7 @@ def test_a_study_from_its_file_to_its_report(calmix, tiny_study, tmp_path):
     parts = {name: {"kl_mean": 1.25, "top1": 0.5} for name in told["dimensions"]}
     scores["distance"] = {"dense": "d", "texts": "t", "dimensions": parts,
                           "total": {"kl_mean": 1.75, "top1": 0.5}}  # fmt: skip
-    (one / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    write_scores(one / "scores.json", scores)
     # Output inside the store leaves it a valid store.
     assert "0 of 6 trials to run" in calmix("study", "run", path, "-o", store).err
     again = json.loads(calmix("study", "analyse", store, "--json").out)

@@ -257,7 +257,7 @@ def test_bad_prompts(tmp_path):
         ("general: []", "line 1: general: List should have at least 1 item"),
         ("{}", "names no dimension"),
         ("general: [{text: a, ask: b}]", "should have at most 1 item"),
-        ("general: [{tekst: a}]", "should be 'text', 'ask' or 'begin'"),
+        ("general: [{tekst: a}]", "must be 'text', 'ask' or 'begin'"),
         ("general: [{text: ''}]", "prompt 1 of dimension general in .* has no tokens"),
     ):
         path.write_text(text, encoding="utf-8")
