@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from calmix.cli.common import size
 from calmix.compression.plan import target
+from calmix.files import size_text
 from calmix.report.card import read_card
 from calmix.report.words import p_value, with_span
 
@@ -31,7 +31,7 @@ def row(folder: Path) -> list[str]:
     assert counts is not None
     return [
         f"{target(card.asked)}, effort {card.asked['effort']}",
-        f"{size(card.size)}, {size(card.packed)}",
+        f"{size_text(card.size)}, {size_text(card.packed)}",
         with_span(behaved.right.total),
         f"{counts.lost} of {counts.dense}, {counts.gained} ({p_value(counts.p)})",
         with_span(counts.share),

@@ -6,6 +6,7 @@ python -m tests.evaluation.attempts    # tries all deeds and prints which succee
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -22,6 +23,8 @@ MODULES = [
     *("atexit", "builtins", "ctypes", "fcntl", "gc", "mmap", "multiprocessing", "os", "resource"),
     *("signal", "socket", "struct", "subprocess", "sys", "threading", "time"),
 ]
+X86 = platform.machine() == "x86_64"
+# System calls by their number on x86-64.
 CALL = """
 def call(number, *arguments):
     result = ctypes.CDLL(None).syscall(number, *arguments)
@@ -108,6 +111,8 @@ DEEDS = {
     "kernel: calls of 32 bits": "call_of_32_bits()",
     "kernel: be root": "os.setuid(0)",
 }
+if not X86:
+    DEEDS = {name: deed for name, deed in DEEDS.items() if "call" not in deed}
 
 # Programs whose f is wrong: the test is f(20) == 21.
 FORGERIES = {

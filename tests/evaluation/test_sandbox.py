@@ -20,7 +20,6 @@ from tests.evaluation import attempts
 
 ROOT = Path(__file__).parents[2]
 LINUX = sys.platform == "linux"
-X86 = judge.platform.machine() == "x86_64"
 
 FORKS = "import os\nwhile True:\n  try:\n    os.fork()\n  except OSError:\n    pass"
 PROCESS, FILE = "start a process", "write a file"
@@ -132,8 +131,9 @@ def test_names_of_the_tests_are_not_the_programs():
     head = "def same(x, y): return x == y"
     for test in ("same(f(), 1)", "abs(f() - 1) < 0.5", "math.isclose(f(), 1)"):
         assert failure(program, f"assert {test}", names=["f"], head=head)
-    assert "NameError" in failure(program, "assert other()", names=["f"])
-    assert "NameError: name 'g'" in failure(program, "assert g()", names=["g"])
+    for test, name in (("other()", "f"), ("g()", "g")):
+        reason = failure(program, f"assert {test}", names=[name], seconds=60)
+        assert reason.startswith("NameError: name '")
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +149,15 @@ def test_no_attempt_succeeds(name, begin):
 
 
 @pytest.mark.skipif(not LINUX, reason="the attempts are those of Linux")
-@pytest.mark.parametrize("call", ["", "frames()", "call(39)", "open(os.__file__).read()"])
+@pytest.mark.parametrize(
+    "call", ["", "frames()", "call(39)" * attempts.X86, "open(os.__file__).read()"]
+)
 def test_attempts_could_succeed(call, begin):
     """They fail by what they do, and not by how they begin."""
     text = f"def f(x):\n    {call}\n    return x + 1"
-    assert not failure(attempts.beginning(text, begin) + text, attempts.TESTS, names=["f"])
+    assert not failure(
+        attempts.beginning(text, begin) + text, attempts.TESTS, names=["f"], seconds=60
+    )
 
 
 def readable_python():
@@ -187,7 +191,7 @@ def test_no_attempt_succeeds_with_another_user_or_python(user):
             python,
             "-c",
             "from calmix.evaluation.sandbox import *; check_sandbox();"
-            "print(failure('import os; assert 0, os.getuid()'))",
+            "print(failure('import os; assert 0, os.getuid()', seconds=60))",
         ]
         if user == "nobody":
             who = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python]
@@ -229,7 +233,7 @@ def test_where_a_program_cannot_be_confined_none_is_run(without_landlock, monkey
 def test_that_confinement_fails_is_an_error_and_no_verdict(monkeypatch):
     monkeypatch.setattr(sandbox, "_confinement", lambda: ([], 0, ""))  # no ruleset
     with pytest.raises(InputError, match="cannot be run here: syscall 446: "):
-        failure("")
+        failure("", seconds=60)
 
 
 def filtered(machine, number, *arguments, architecture=None):
@@ -295,7 +299,7 @@ def test_the_filter_allows_a_computation_on_every_processor(machine, calls):
 @pytest.mark.skipif(not LINUX, reason="macOS has no signal at a parent's end")
 def test_a_program_ends_with_calmix(tmp_path):
     """Also where calmix is killed."""
-    code = "from calmix.evaluation.sandbox import failure; failure('while True: pass', seconds=60)"
+    code = "from calmix.evaluation.sandbox import failure; failure('while True: pass', seconds=300)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as calmix:
         try:
             running = wait(lambda: [one for one in children(calmix.pid) if children(one)])
@@ -314,8 +318,8 @@ def children(pid):
 
 
 def wait(condition):
-    for _ in range(600):
+    for _ in range(2400):
         if value := condition():
             return value
         time.sleep(0.05)
-    raise AssertionError("still waiting after 30 s")
+    raise AssertionError("still waiting after 120 s")
