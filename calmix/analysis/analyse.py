@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmix.analysis.bootstrap import Joint, corrected, joints
-from calmix.analysis.cells import Cells, Condition, dimensions_of, measure_of
+from calmix.analysis.cells import Cells, Condition, dimensions_of, left_out, measure_of
 from calmix.analysis.correlations import Correlation, agreements, correlate
 from calmix.analysis.declared import Comparison, judge
 from calmix.analysis.differences import Difference, Gain, compare, gains
 from calmix.analysis.power import Noise, noise_of
 from calmix.analysis.ranking import Ranked, leaders, rank
+from calmix.evaluation.retention import retention
 from calmix.files import atomic_folder, write_json, write_text
 from calmix.options import Measure, Settings
 from calmix.study.declaring import Declared, Key
@@ -69,6 +71,7 @@ class Analysis:
         declarations: as in the store, oldest first; the last one is valid.
         comparisons: those declared, by the primary measure.
         afterwards: the same without the tasks that are left out now (`Settings.without`).
+        ceilings: what the dense models reach against themselves, in other batches, by label.
         older: compared trials that finished before the declaration.
         missing: compared trials that have not finished, by key.
     """
@@ -83,6 +86,7 @@ class Analysis:
     declarations: tuple[Declared, ...]
     comparisons: tuple[Comparison, ...]
     afterwards: tuple[Comparison, ...]
+    ceilings: dict[str, float | None]
     older: int
     missing: tuple[Key, ...]
     dimensions: tuple[str, ...]
@@ -106,6 +110,7 @@ class Analysis:
             "failed",
             "measure",
             "whole",
+            "ceilings",
             "older",
             "missing",
             "dimensions",
@@ -199,9 +204,23 @@ def analyse(
         results.declarations,
         tuple(judge(results, settings)),
         tuple(judge(results, settings, settings.without) if settings.without else ()),
+        dict(_ceilings(results, settings)),
         sum(results.dates.get(known.get(key, ""), since) < since for key in compared),
         tuple(key for key in compared if key not in known),
         dimensions_of(results),
         tuple(conditions),
         tuple(between),
     )
+
+
+def _ceilings(results: StudyResults, settings: Settings) -> Iterator[tuple[str, float | None]]:
+    """Yield label and total of each dense model whose answers were generated twice."""
+    out, measure = left_out(results, settings), measure_of(results, settings.measure)
+    for label, again in results.repeat.items():
+        names = {task.name for task in again} - out
+        if names:
+            twice = (
+                [task for task in tasks if task.name in names]
+                for tasks in (results.dense[label], again)
+            )
+            yield label, retention(*twice, measure=measure, resamples=1).total.value

@@ -8,8 +8,8 @@ A repetition of the study would differ in two respects:
   mean is a vector over tasks. These vectors are pooled over all sets of a condition with two or
   more seeds; each resample adds to a set with k seeds a normal vector with their covariance divided
   by k. A common factor sqrt(df / chi-squared) for all sets of a resample turns this into Student's
-  t. A condition without such a set uses the vectors of all other conditions of the model. If there
-  are none, this part is unknown and intervals cover items only.
+  t. A condition with fewer than four degrees of freedom uses the vectors of all conditions of the
+  model. If no set has two seeds, this part is unknown and intervals cover items only.
 
 A resample combines both parts. The interaction of item and seed is contained in both; it is
 estimated separately and removed from the items' part when the two are combined.
@@ -29,16 +29,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calmix.analysis.cells import Cells, left_out, rolled_up, select, tables
+from calmix.analysis.cells import Cells, left_out, rolled_up, select, shared, tables
 from calmix.errors import InputError, nearest
 from calmix.evaluation import retention
-from calmix.evaluation.measures import Array
+from calmix.evaluation.measures import Array, Z
 from calmix.evaluation.retention import LEVEL
 from calmix.options import Settings
 from calmix.study.results import StudyResults, Trial
 
 TAILS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # of the resamples
 ALPHA = 0.05
+ENOUGH = 4  # degrees of freedom from which a condition's own spread over seeds is used
 ROUNDING = 1e-12  # rank correlations or totals closer than this are equal
 
 
@@ -102,7 +103,8 @@ class Contrast:
         draw = sum(c[used] @ one.draw[used] for one, c, used in parts)
         by_items, by_draws, both = np.sum([one.variances(c) for one, c, _ in parts], 0).tolist()
         if len(parts) > 1:
-            by_items = float(np.nanvar(item))
+            # By quantiles: a resample of few items may have next to nothing that can be retained.
+            by_items = float(np.ptp(np.nanquantile(item, TAILS)) / (2 * Z)) ** 2
             both = min(both, by_items)
         freedom = min(one.freedom for one, _, _ in parts)
         if not freedom:  # the study has one seed of each set: the interval is about items alone
@@ -142,7 +144,7 @@ class Joint:
     by_draws: Array = field(repr=False)  # covariance of one seed, shape (tasks, tasks)
     both: Array = field(repr=False)  # item-seed interaction of one seed, shape (tasks,)
     freedom: int  # degrees of freedom of `by_draws`; 0 if unknown
-    pooled: bool = False  # whether `by_draws` is that of the model's other conditions
+    pooled: bool = False  # whether `by_draws` is pooled over all conditions of the model
 
     def variances(self, coefficients: Array) -> tuple[float, float, float]:
         """Return a contrast's variance from items, from seeds, and from their interaction, which
@@ -221,7 +223,7 @@ def joint(
 ) -> Joint:
     """Return the joint bootstrap of one condition. `layout` lists (set, seed) of all trials of the
     study, so that a seed has the same random effect under every condition that has it. `pool` is
-    used if no set of the condition has two seeds."""
+    used if the condition has too few degrees of freedom of its own."""
     mean_of, counts = _members(cells)
     count, tasks = len(cells.sets), len(cells.tasks)
     points = np.full((count, 1 + resamples, tasks), np.nan)  # the value, then the resamples
@@ -243,8 +245,8 @@ def joint(
     values, seeds = rolled[..., 0], Seeds.of(cells)
     squares = (mean_of > 0) @ (seeds.residuals @ cells.weights.T) ** 2
     several = np.where(counts > 1, counts - 1, np.nan)[:, None]
-    pooled = not seeds.freedom and pool is not None and pool.freedom > 0
-    if pooled and pool is not None:
+    pooled = pool is not None and seeds.freedom < min(ENOUGH, pool.freedom)
+    if pool is not None and pooled:
         seeds = pool
     freedom, spread = seeds.freedom, seeds.residuals @ cells.weights.T
     draw = np.zeros((*values.shape, resamples))
@@ -295,13 +297,13 @@ def joined(
 ) -> Iterator[Joint]:
     """Return the joint bootstraps of a study's conditions, or of those that have the `trials`; each
     is computed when it is taken."""
-    ids = None if trials is None else {trial.id for trial in trials}
+    wanted = None if trials is None else {shared(trial) for trial in trials}
     layout, pools = sorted({pair for cells in every for pair in cells.trials}), dict[Any, Seeds]()
     for cells in every:
         key, own = (cells.condition.model, cells.condition.suite), Seeds.of(cells)
         pools[key] = pools[key] + own if key in pools else own
     for cells in every:
-        if ids is None or cells.made[0].id in ids:
+        if wanted is None or shared(cells.condition) in wanted:
             yield joint(
                 cells,
                 resamples=settings.resamples,

@@ -52,6 +52,12 @@ class Condition:
     series: str = ""  # the label without the pattern
 
 
+def shared(one: Condition | Trial) -> tuple[Any, ...]:
+    """Return what identifies the condition of a trial."""
+    sizes = one.propagation, one.rows, one.length
+    return one.model, one.method, one.pattern, *sizes, one.suite
+
+
 @dataclass(frozen=True)
 class Task:
     """A task with the dense model's score under the measure, whether that is a signal, and the

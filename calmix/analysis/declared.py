@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Literal
 
 from calmix.analysis.bootstrap import ALPHA, Contrast, Estimate, Joint, holm, joined
-from calmix.analysis.cells import Cells, Condition, tables
+from calmix.analysis.cells import Cells, shared, tables
 from calmix.options import Settings
 from calmix.study.declaring import Declaration
 from calmix.study.results import StudyResults, Trial
@@ -25,8 +25,8 @@ class Comparison:
 
     Attributes:
         gap: `of` minus `over`; no value without finished trials on both sides.
-        seeds: where the spread over seeds is from: the compared conditions, the model's other
-            conditions, or unknown, if the interval is over items alone.
+        seeds: whether the spread over seeds is from the compared conditions or pooled over all of
+            the model, or unknown: then the interval is over items alone.
         best: the sets that `best_of` chose.
         level: whether the interval is inside the declared margin and covers seeds.
         predicted: whether the value is in the predicted interval, if there is one.
@@ -68,14 +68,14 @@ def judge(
         """Return where the sets under each condition are: on all items, or on half of them."""
         cells = [half(one, *start) for one in every] if start else every
         return {
-            (*_condition(one.cells.condition), name): (one, at)
+            (*shared(one.cells.condition), name): (one, at)
             for one in joined(cells, settings, used)
             for at, name in enumerate(one.cells.sets)
         }
 
     def total(trial: Trial) -> float:
         """Return the total of a trial's set on the items of odd position."""
-        one, at = places(0)[*_condition(trial), trial.calibration]
+        one, at = places(0)[*shared(trial), trial.calibration]
         return -math.inf if math.isnan(one.values[at, 0]) else float(one.values[at, 0])
 
     for name, said in declared.comparisons.items():
@@ -91,9 +91,7 @@ def judge(
                     trial = max(side, key=total) if split else side[0]
                     if len({one.calibration for one in side}) > 1:
                         best.append(trial.calibration)
-                    one, at = (places(1) if split else places())[
-                        *_condition(trial), trial.calibration
-                    ]
+                    one, at = (places(1) if split else places())[*shared(trial), trial.calibration]
                     joints.append(one)
                     means.append(one.mean([at], 0))
                 gaps.append(means[0] - means[1])
@@ -132,12 +130,6 @@ def _judged(
         refuted=refuted
         and (high < refuted.get("below", -math.inf) or low > refuted.get("above", math.inf)),
     )
-
-
-def _condition(one: Condition | Trial) -> tuple[Any, ...]:
-    """Return what trials of one condition share."""
-    sizes = one.propagation, one.rows, one.length
-    return one.model, one.method, one.pattern, *sizes, one.suite
 
 
 def half(cells: Cells, start: int) -> Cells:

@@ -41,8 +41,8 @@ class Noise:
     divided by sqrt(n); `draw` hardly changes (it includes the item-seed interaction).
 
     Attributes:
-        draw: standard deviation of one seed on these items, pooled over all sets with two or more
-            seeds, with its degrees of `freedom`; None if there are no such sets.
+        draw: standard deviation of one seed on these items, pooled over sets as in `bootstrap`,
+            with its degrees of `freedom`; None if no set has two seeds.
         item: standard error from items of the paired difference of two sets, without the item-seed
             interaction: the median over all pairs. None with one set.
         items: number of test items behind the quantity, counting only tasks with signal.
@@ -85,7 +85,7 @@ def noise_of(found: Joint) -> list[Noise]:
     for (name, kind), weight, values in zip(names, cells.weights, found.values.T, strict=True):
         if not weight.any():
             continue
-        known = found.freedom and not found.pooled
+        known = (found.counts > 1).any()
         draw = math.sqrt(weight @ found.by_draws @ weight) if known else None
         by_items = np.tensordot(weight**2, found.by_items, 1)
         each = np.diag(by_items) - float(weight**2 @ found.both) / np.maximum(found.counts, 1)

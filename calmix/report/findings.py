@@ -22,7 +22,7 @@ from calmix.study.declaring import Declaration, Declared, Key
 
 SEEDS = {
     "own": "items and seeds",
-    "pooled": "items and seeds (spread of seeds under the model's other conditions)",
+    "pooled": "items and seeds (pooled over the model's conditions)",
     "unknown": "items alone",
 }
 NO_ANSWERS = (
@@ -231,6 +231,9 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
             f"Not every set has every seed ({words.counted(gaps, 'empty cell')}); means are over "
             "the seeds that exist."
         )
+    if analysis.ceilings:
+        reached = [f"{words.percent(one)} % ({name})" for name, one in analysis.ceilings.items()]
+        yield f"The dense model against itself, in other batches: {words.listed(reached)}."
     once = [each.condition.label for each in found if not each.joint.freedom]
     if len(once) < len(found):
         yield (
@@ -239,8 +242,8 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
         )
     if pooled := [each.condition.label for each in found if each.joint.pooled]:
         yield (
-            f"Every set has one seed in {words.listed(pooled)}: the spread over seeds is that of "
-            "the model's other conditions."
+            f"Few sets have two seeds in {words.listed(pooled)}: there the spread over seeds is "
+            "pooled over all conditions of the model."
         )
     if once:
         where = f" in {words.listed(once)}" if len(once) < len(found) else ""

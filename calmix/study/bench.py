@@ -72,9 +72,13 @@ class Bench:
                 self._dense = load_scores(path)
             except InputError:  # missing, of an older format, or damaged
                 self._dense = evaluate(
-                    opened, suite, allow_code_execution=self.allows, cache=True,
+                    opened,
+                    suite,
+                    allow_code_execution=self.allows,
+                    cache=True,
+                    repeat=True,
                     progress=lambda *of: stage("scoring the dense model", *of),
-                )  # fmt: skip
+                )
                 self._dense.save(path)
 
     def _open(self, label: str) -> None:

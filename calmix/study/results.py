@@ -90,6 +90,7 @@ class StudyResults(BaseModel, frozen=True):
         suite: name, version, hash, and the names of the dimensions in order.
         scores: item-level scores of every trial, by id.
         dense: those of the dense models, by label.
+        repeat: their answers generated again in other batches, by label; empty if they were not.
         paired: those of the dense model that each trial was compared with, by the trial's id.
         part: tasks that were not asked all items, by the trial's id.
         dates: when each trial finished (UTC, ISO 8601), by the trial's id.
@@ -104,6 +105,7 @@ class StudyResults(BaseModel, frozen=True):
     suite: dict[str, Any] = {}
     scores: Scores = {}
     dense: Scores = {}
+    repeat: Scores = {}
     paired: Scores = {}
     part: Annotated[Mapping[str, set[str]], Field(exclude=True)] = {}
     dates: Mapping[str, str] = {}

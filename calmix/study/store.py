@@ -234,7 +234,7 @@ def read_results(path: Path | str) -> StudyResults:
     # Each kind of processor scores the dense model itself: take the scores most trials refer to.
     named = Counter((record.trial.model, record.dense) for record in kept.values())
     dense = {model: key for (model, key), _ in reversed(named.most_common())}
-    held = {key: load_scores(store.dense(key)).tasks for _, key in named}
+    held = {key: load_scores(store.dense(key)) for _, key in named}
     return StudyResults(
         name=store.index.name,
         text=store.index.text,
@@ -243,8 +243,9 @@ def read_results(path: Path | str) -> StudyResults:
         failed=tuple(store.read_failure(e) for e in entries if states[e.id] == "failed"),
         suite=store.index.suite,
         scores={name: one.tasks for name, one in scored.items()},
-        dense={label: held[key] for label, key in dense.items()},
-        paired={name: held[record.dense] for name, record in kept.items()},
+        dense={label: held[key].tasks for label, key in dense.items()},
+        repeat={label: held[key].repeat for label, key in dense.items()},
+        paired={name: held[record.dense].tasks for name, record in kept.items()},
         part={name: one.part for name, one in scored.items()},
         dates={name: one.run.get("finished", "") for name, one in kept.items()},
         declarations=store.index.declarations,

@@ -88,8 +88,8 @@ def declaring(results, comparisons, *, amends=None, since=DATE, **fields):
                 keys += [one.key] if matches(one.key, side) else []
         return tuple(Pair(of=of, over=over) for of, over in cells.values() if of and over)
 
+    fields = {"primary": "right"} | fields
     content = Declaration(
-        primary="right",
         comparisons=comparisons,
         pairs={name: pairs(said) for name, said in comparisons.items()},
         **fields,
@@ -139,6 +139,17 @@ def test_verdicts_follow_interval_corrected_p_and_margin():
     assert first.gap == alone.gap
     assert first.gap.p < 0.05 < first.p_corrected == pytest.approx(3 * first.gap.p)
     assert (alone.verdict, first.verdict) == ("more", "cannot be told")
+
+
+def test_sets_that_are_not_compared_change_nothing():
+    right = {"b": 60, "mix": 80, "c": 30, "a": 40}
+    some, whole = (
+        analyse(declaring(made(each), {"far": over("a")}), QUICK).comparisons[0]
+        for each in ({"mix": 80, "a": 40}, right)
+    )
+    assert whole.gap.value == some.gap.value
+    ends = some.gap.item_low, some.gap.item_high
+    assert (whole.gap.item_low, whole.gap.item_high) == pytest.approx(ends)
 
 
 def test_each_model_is_compared_by_itself_and_methods_in_the_mean():
@@ -259,6 +270,15 @@ def test_kept_answers_stand_in_where_gains_were_not_measured():
     assert {task.score for task in found.conditions[0].cells.tasks} == {"kept"}
     assert any(line.startswith("Gains were not measured") for line in summarise(found)["opening"])
     assert found.comparisons[0].verdict == "more"
+
+
+def test_the_dense_model_against_itself_is_the_ceiling():
+    again = tuple(answers(*task, range(1, COUNT)) for task in TASKS)
+    results = made({"mix": 80, "a": 40}, repeat={"m": again})
+    found = analyse(results, QUICK)
+    assert found.ceilings == {"m": pytest.approx(0.99)}
+    line = "The dense model against itself, in other batches: 99.0 % (m)."
+    assert line in summarise(found)["certainty"]
 
 
 def test_the_text_and_the_files_put_first_what_was_declared(calmix, tmp_path):

@@ -219,14 +219,25 @@ def test_every_two_methods_are_compared():
 
 def test_items_and_seeds_are_the_same_on_both_sides():
     """The interval of a gap between methods accounts for their common items and seeds."""
-    found = analysed(KEPT, seeds=2)
+    found = analysed(KEPT, seeds=3)
     one = gain(found, BETTER, PLAIN).gap
     means = [each.joint.mean(range(3), 0).estimate() for each in found.conditions[::2]]
     widths = [each.item_high - each.item_low for each in means]
     assert one.low < one.value < one.high
     assert one.item_high - one.item_low < 0.9 * math.hypot(*widths)
-    assert one.draws == 2
+    assert one.draws == 3
     assert one.draw_high - one.draw_low < 0.1 * (means[0].draw_high - means[0].draw_low)
+
+
+def test_one_wild_resample_changes_no_p():
+    """Of few items next to nothing that can be retained may be left in a resample."""
+    better, plain = (one.joint for one in analysed(KEPT, seeds=3).conditions[::2])
+    item = better.item.copy()
+    item[..., 0] = 1e12
+    wild = replace(better, item=item)
+    gaps = [(one.mean([0], 0) - plain.mean([0], 0)).estimate(test=True) for one in (better, wild)]
+    assert 0 < gaps[0].p < 1
+    assert gaps[1].p == pytest.approx(gaps[0].p, rel=0.3)
 
 
 def test_only_conditions_alike_but_for_the_method_are_compared():

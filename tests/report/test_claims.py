@@ -35,8 +35,12 @@ def of(results, **settings):
 
 SHARP = {"noise": 0.01, "draw": 0.004}
 PLANTED = Plan(others=LIFTS, slopes=SLOPES, **SHARP)
-OPPOSITE = {"igsp": ("igsp", -0.2), "mixed": ("self-cal", 0.2), "mix-a": ("mix", 0.2),
-            "mix-b": ("mix", -0.2)}  # fmt: skip
+OPPOSITE = {
+    "igsp": ("igsp", -0.2),
+    "mixed": ("self-cal", 0.2),
+    "mix-a": ("mix", 0.2),
+    "mix-b": ("mix", -0.2),
+}
 STEPS = [("sparsegpt", "30%"), ("sparsegpt", "60%")]
 GROWS, SHRINKS = "The lead of a mix grows with sparsity", "The lead of a mix shrinks with recovery"
 
@@ -45,32 +49,44 @@ def stepped(lift):
     return Plan(conditions=STEPS, others={"mix-8": ("mix", lift)}, noise=0.0, draw=0.005)
 
 
-@pytest.mark.parametrize(("plan", "told"), [
-    (PLANTED, {
-        "A mix keeps more than the best single source": "holds (mix-8 over ",
-        "A mix keeps more than single sources do on average": "holds (mix-8 +",
-        "IGSP keeps more than the best single source": "holds (igsp over ",
-        "IGSP keeps more than Self-Cal": "undecided (igsp over self-cal ",
-        "IGSP keeps more than SGS": "holds (igsp over sgs +",
-        "A mix keeps more than IGSP": "holds (mix-8 over igsp +",
-        "Dimensions are far apart where the total is close": "holds (single sources ",
-        METRIC: "holds (perplexity: general +",
-    }),
-    (Plan(others=OPPOSITE, **SHARP), {
-        "IGSP keeps more than Self-Cal": "does not hold (igsp over mixed −",
-        "A mix keeps more than single sources do on average": "holds in part (",
-        "A mix keeps more than IGSP": "holds in part (mix-a over igsp +",  # in the next study
-    }),
-    (Plan(noise=0.05), {
-        METRIC: "not found (no opposite signs survive correction; strongest: ",
-        "A mix keeps more than the best single source": None,
-    }),
-    (stepped(0.2), {GROWS: "holds (mix-8 from 30 % to 60 % +"}),
-    (stepped(0.0), {GROWS: "undecided (mix-8 from 30 % to 60 % "}),
-    ({"prose": (0.8, 0.7), "mix": (0.85, 0.85)}, {SHRINKS: "holds (mix over prose −"}),
-    ({"prose": (0.6, 0.3), "mix": (0.95, 0.95)}, {SHRINKS: "does not hold (mix over prose +"}),
-    ({"prose": (0.65, 0.35), "mix": (0.85, 0.85)}, {SHRINKS: "undecided (mix over prose "}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        (
+            PLANTED,
+            {
+                "A mix keeps more than the best single source": "holds (mix-8 over ",
+                "A mix keeps more than single sources do on average": "holds (mix-8 +",
+                "IGSP keeps more than the best single source": "holds (igsp over ",
+                "IGSP keeps more than Self-Cal": "undecided (igsp over self-cal ",
+                "IGSP keeps more than SGS": "holds (igsp over sgs +",
+                "A mix keeps more than IGSP": "holds (mix-8 over igsp +",
+                "Dimensions are far apart where the total is close": "holds (single sources ",
+                METRIC: "holds (perplexity: general +",
+            },
+        ),
+        (
+            Plan(others=OPPOSITE, **SHARP),
+            {
+                "IGSP keeps more than Self-Cal": "does not hold (igsp over mixed −",
+                "A mix keeps more than single sources do on average": "holds in part (",
+                "A mix keeps more than IGSP": "holds in part (mix-a over igsp +",
+            },
+        ),
+        (
+            Plan(noise=0.05),
+            {
+                METRIC: "not found (no opposite signs survive correction; strongest: ",
+                "A mix keeps more than the best single source": None,
+            },
+        ),
+        (stepped(0.2), {GROWS: "holds (mix-8 from 30 % to 60 % +"}),
+        (stepped(0.0), {GROWS: "undecided (mix-8 from 30 % to 60 % "}),
+        ({"prose": (0.8, 0.7), "mix": (0.85, 0.85)}, {SHRINKS: "holds (mix over prose −"}),
+        ({"prose": (0.6, 0.3), "mix": (0.95, 0.95)}, {SHRINKS: "does not hold (mix over prose +"}),
+        ({"prose": (0.65, 0.35), "mix": (0.85, 0.85)}, {SHRINKS: "undecided (mix over prose "}),
+    ],
+)
 def test_claims_report_planted_effects(plan, told):
     found = SCRIPT.claims(
         analyse(study(plan), QUICK) if isinstance(plan, Plan) else analysed({**KEPT, TUNED: plan})

@@ -22,7 +22,9 @@ STORES = [
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_study_from_its_file_to_its_report(calmix, tiny_study, tmp_path):
-    path = tiny_study((', wanda: ["2:4"]', ""), more="seeds: [0, 1]\n")
+    compared = "  - {name: mixed, of: {calibration: mix}, over: {calibration: code}}\n"
+    more = f"seeds: [0, 1]\ncomparisons:\n{compared}"
+    path = tiny_study((', wanda: ["2:4"]', ""), more=more)
     store = tmp_path / "store"
     assert "6 trials over 3 calibration sets" in calmix("study", "validate", path).ok().out
     ended = calmix("study", "run", path, "-o", store, "--only", "code", "--json").ok()
@@ -30,6 +32,9 @@ def test_a_study_from_its_file_to_its_report(calmix, tiny_study, tmp_path):
     assert (told["planned"], told["finished"], told["failed"]) == (6, 2, {})
     assert "2 of 6 trials to run" in ended.err
     assert "1/2 code sparsegpt 60% seed 0: total" in ended.err
+    part = calmix("study", "analyse", store, "--resamples", 20).ok().out
+    assert "Declared and not run: mix sparsegpt 60% seed 0 (tiny) and mix" in part
+    assert "mixed: cannot be told, without trials on both sides." in part
     assert "2 finished, 4 pending" in calmix("study", "status", store).out
     assert "6 of 6 trials finished" in calmix("study", "run", path, "-o", store).out
     told = json.loads(calmix("study", "status", store, "--json").out)
