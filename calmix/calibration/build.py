@@ -177,7 +177,7 @@ def build(
         order = [documents[i] for i in rng.permutation(len(documents))]
         stream = tokenized(order, opened.tokenizer, name)
         if guard is not None:
-            stream = (one for one in stream if guard.passes(name, one[0].id, one[1]))
+            stream = (one for one in stream if guard.passes(name, one[0].id, one[0].text))
         if packing == "concat" and _few(documents, count, body):
             packed, used = pack_pieces(stream, count, body, rng)
         elif packing == "concat":

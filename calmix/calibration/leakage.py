@@ -1,14 +1,21 @@
-"""The leakage guard: drop calibration text that shares a long run of tokens with a scored item.
+"""The leakage guard: drop calibration text that shares a long run of words with a scored item.
 
-Every window of n ids of the items is hashed to 64 bits, and a document's windows are looked up in
-the sorted hashes. A chance collision takes about 10^13 tokens of text.
+Words are runs of letters and digits, after Unicode normalisation (NFKC) and case folding: line
+breaks, spaces, punctuation and capitals make no difference, and nor does the tokenizer. A Chinese
+or Japanese character is a word.
 
-A run counts only if at least three quarters of its ids are distinct: `([1, 2, 3, 4])` is twelve
-tokens under a tokenizer that splits digits, and occurs in much code, but is not an item.
+Every window of n words of the items is hashed to 64 bits, and a document's windows are looked up in
+the sorted hashes. A chance collision takes about 10^13 words of text. Of an item shorter than n
+words all of it must occur, question and answers, if it has at least `LEAST` words.
+
+A run counts only if at least three quarters of its words are distinct: `1 2 1 2 1 2` occurs in much
+code, but is not an item.
 """
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,66 +24,90 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calmix.calibration.tokenizer import HasTokenizer, Tokenize, tokenizer_function
 from calmix.errors import SourceError
 from calmix.evaluation import evaluate
 from calmix.evaluation.suites import Suite, load_suite
 from calmix.sources import Document
 
-TOKENS = 13  # the run length common since GPT-3's contamination study (arXiv 2005.14165)
+WORDS = 13  # the run length of GPT-3's contamination study (arXiv 2005.14165)
+LEAST = 5  # words of the shortest item that can be found
 LIMIT = 0.05  # the share of leaking documents above which a source is refused
 ENOUGH = 4_000  # documents that suffice to estimate the share that leaks
-DISTINCT = 0.75  # the share of a run's ids that must be distinct for it to count
+DISTINCT = 0.75  # the share of a run's words that must be distinct for it to count
+_IDEOGRAPH = "\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(f"[{_IDEOGRAPH}]|[^\\W{_IDEOGRAPH}]+")
+_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_MIX = np.uint64(0xBF58476D1CE4E5B9)
+_POWERS = np.cumprod(np.full(64, 0xBF58476D1CE4E5B9, np.uint64))  # modulo 2^64
 
-_INDICES: dict[tuple[int, str, int], ItemIndex] = {}
+_INDICES: dict[int, ItemIndex] = {}
 
+Hashes = NDArray[np.int64]
+Places = NDArray[np.intp]
 Item = tuple[str, str, str]  # task, item id, text
 Tokenized = tuple[Document, list[int]]
 
 
-def window_hashes(ids: NDArray[np.int64], n: int) -> NDArray[np.uint64]:
-    """Return a 64-bit hash of every window of `n` consecutive ids, shape (len(ids) - n + 1,)."""
-    count = len(ids) - n + 1
-    if count < 1:
+def words(text: str) -> Hashes:
+    """Return a hash of each word of a text, normalised, the same within this process."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text.translate(_INVISIBLE))
+    found = _WORD.findall(text.casefold())
+    return np.fromiter(map(hash, found), np.int64, len(found))
+
+
+def window_hashes(values: Hashes, n: int) -> NDArray[np.uint64]:
+    """Return a 64-bit hash of every window of `n` consecutive values, shape (windows,)."""
+    if len(values) < n:
         return np.empty(0, np.uint64)
-    mixed = (ids.astype(np.uint64) + np.uint64(1)) * _MULTIPLIER
+    mixed = (values.view(np.uint64) + np.uint64(1)) * _MULTIPLIER
     mixed ^= mixed >> np.uint64(29)
-    total = np.zeros(count, np.uint64)
-    for offset in range(n):
-        total *= _MIX
-        total += mixed[offset : offset + count]
-    return total
+    return np.correlate(mixed, _POWERS[:n], "valid")
 
 
 class ItemIndex:
-    """An index of the windows of `n` token ids in a suite's items.
+    """An index of the windows of `n` words in a suite's items, and of shorter items."""
 
-    Items shorter than `n` tokens have no window and cannot be found.
-    """
-
-    def __init__(self, items: Sequence[Item], tokenize: Tokenize, n: int = TOKENS) -> None:
-        self.n = n
+    def __init__(self, items: Sequence[Item], n: int = WORDS) -> None:
+        self.n, self._least = n, min(n, LEAST)
         self.names = [(task, item) for task, item, _ in items]
         hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-        for number, row in enumerate(tokenize([text for _, _, text in items]) if items else []):
+        self._short: dict[int, list[tuple[int, Hashes]]] = {}  # by the hash of their first words
+        for number, (_, _, text) in enumerate(items):
+            row = words(text)
             if len(row) >= n:
                 windows = np.sort(np.lib.stride_tricks.sliding_window_view(row, n), axis=1)
                 distinct = 1 + (windows[:, 1:] != windows[:, :-1]).sum(axis=1)
-                hashes.append(window_hashes(np.array(row), n)[distinct >= DISTINCT * n])
+                hashes.append(window_hashes(row, n)[distinct >= DISTINCT * n])
                 owners.append(np.full(len(hashes[-1]), number))
+            elif len(row) >= self._least and len(np.unique(row)) >= DISTINCT * len(row):
+                head = int(window_hashes(row[: self._least], self._least)[0])
+                self._short.setdefault(head, []).append((number, row))
         self._hashes, first = np.unique(np.concatenate(hashes), return_index=True)
         self._owner = np.concatenate(owners)[first]
+        self._heads = np.array(sorted(self._short), np.uint64)
 
-    def find(self, ids: list[int]) -> tuple[str, str] | None:
-        """Return task and id of an item that shares a run of `n` tokens, or None."""
-        hashes = window_hashes(np.asarray(ids, dtype=np.int64), self.n)
-        if not len(hashes) or not len(self._hashes):
-            return None
-        at = np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)
-        hits = at[self._hashes[at] == hashes]
-        return self.names[int(self._owner[hits[0]])] if len(hits) else None
+    def find(self, text: str) -> tuple[str, str] | None:
+        """Return task and id of an item that shares a run of words with a text, or None."""
+        row = words(text)
+        _, found = _known(window_hashes(row, self.n), self._hashes)
+        if len(found):
+            return self.names[int(self._owner[found[0]])]
+        places, found = _known(window_hashes(row, self._least), self._heads)
+        for at, head in zip(places, found, strict=True):
+            for number, item in self._short[int(self._heads[head])]:
+                if np.array_equal(row[at : at + len(item)], item):
+                    return self.names[number]
+        return None
+
+
+def _known(hashes: NDArray[np.uint64], known: NDArray[np.uint64]) -> tuple[Places, Places]:
+    """Return where hashes are among sorted known ones, and which they are there."""
+    if not len(hashes) or not len(known):
+        return np.empty(0, np.intp), np.empty(0, np.intp)
+    at = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+    places = np.flatnonzero(known[at] == hashes)
+    return places, at[places]
 
 
 @dataclass
@@ -88,10 +119,10 @@ class Guard:
     checked: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
-    def passes(self, source: str, document: str, ids: list[int]) -> bool:
+    def passes(self, source: str, document: str, text: str) -> bool:
         """Whether a text shares no run with an item; if it does, it is counted as dropped."""
         self.checked[source] += 1
-        item = self.index.find(ids)
+        item = self.index.find(text)
         if item is not None:
             entry = {"document": document, "task": item[0], "item": item[1]}
             self.dropped.setdefault(source, []).append(entry)
@@ -114,7 +145,7 @@ class Guard:
             task, hits = Counter(entry["task"] for entry in dropped).most_common(1)[0]
             raise SourceError(
                 f"source {source} leaks: {len(dropped)} of {self.checked[source]} documents share "
-                f"{self.index.n} tokens in a row with items of suite {self.suite}, {hits} with "
+                f"{self.index.n} words in a row with items of suite {self.suite}, {hits} with "
                 f"task {task}: calibrate on other text, or --leakage off"
             )
         self.checked[source] = checked
@@ -124,22 +155,22 @@ class Guard:
         """Return what was checked and dropped, for the manifest."""
         return {
             "suite": self.suite,
-            "tokens": self.index.n,
+            "words": self.index.n,
             "items": len(self.index.names),
             "checked": dict(self.checked),
             "dropped": self.dropped,
         }
 
 
-def guard_of(suite: str, tokens: int, opened: HasTokenizer) -> Guard | None:
+def guard_of(suite: str) -> Guard | None:
     """Return the guard for the items of one or more suites (`a,b`); None for `off`."""
     if suite == "off":
         return None
     items = tuple(suite_items(suite))
-    key = hash(items), opened.tokenizer_fingerprint, tokens
+    key = hash(items)
     if key not in _INDICES:  # a study builds many sets with the same guard
         _INDICES.clear()
-        _INDICES[key] = ItemIndex(items, tokenizer_function(opened.tokenizer), tokens)
+        _INDICES[key] = ItemIndex(items)
     return Guard(suite, _INDICES[key])
 
 

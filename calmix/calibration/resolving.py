@@ -13,7 +13,7 @@ from pydantic import Field
 
 from calmix.calibration.build import Mix, build, make_mix, mix_text, parse_mix, rows_per_source
 from calmix.calibration.dataset import CalibrationSet, saved_set
-from calmix.calibration.leakage import TOKENS, Guard, guard_of, guarded_suites
+from calmix.calibration.leakage import Guard, guard_of, guarded_suites
 from calmix.calibration.selfgen.generators import GENERATORS, Generator, SelfWritten, generate
 from calmix.calibration.selfgen.prompts import chat_turns, count_turns, load_prompts
 from calmix.calibration.tokenizer import HasTokenizer
@@ -223,7 +223,7 @@ def resolve(
     if request.saved is not None:
         made = CalibrationSet.open(user_path(text), opened)
     else:
-        guard = guard_of(request.draw.leakage, TOKENS, opened)
+        guard = guard_of(request.draw.leakage)
         made = make(request, opened, guard, tick=tick, writing=writing, note=note)
         made.manifest["request"] = recorded(text, options)
     if note is not None:

@@ -90,7 +90,7 @@ def draw(
         line("not checked for leakage")
     else:
         line(f"dropped {sum(dropped.values())} of {sum(leakage['checked'].values())} documents, "
-             f"which share {leakage['tokens']} consecutive tokens with an item of suite "
+             f"which share {leakage['words']} words in a row with an item of suite "
              f"{leakage['suite']}")  # fmt: skip
 
 

@@ -227,9 +227,10 @@ class Card:
             return "The calibration text was not checked for items of the suite."
         dropped = sum(len(entries) for entries in leakage.get("dropped", {}).values())
         suites = leakage["suite"].replace(",", " or ")
+        run = f"{leakage['words']} words" if "words" in leakage else f"{leakage['tokens']} tokens"
         return (
-            f"No calibration row shares {leakage['tokens']} consecutive tokens with an item of "
-            f"suite {suites} ({words.counted(dropped, 'document')} dropped)."
+            f"No calibration row shares {run} in a row with an item of suite "
+            f"{suites} ({words.counted(dropped, 'document')} dropped)."
         )
 
     def apart(self, name: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import ask, saved_set
-from calmix.calibration.leakage import TOKENS, guarded_suites
+from calmix.calibration.leakage import WORDS, guarded_suites
 from calmix.calibration.resolving import Asked
 from calmix.calibration.selfgen.generators import Generator
 from calmix.calibration.selfgen.writing import VERSION
@@ -237,7 +237,7 @@ def _calibration(
     options |= {"leakage": "off"} | {k: v for k, v in draw.items() if k == "licence"}
     if asked.draw.leakage != "off":
         options["leakage"] = ",".join(one.hash for one in guarded_suites(asked.draw.leakage))
-        options["leakage_tokens"] = TOKENS
+        options["leakage_tokens"] = WORDS  # the name since older versions
     if asked.generator is not None:
         chosen = settings(asked.generator)
         return {"generated": asked.generator.name, "version": VERSION, "settings": chosen} | options

@@ -1,6 +1,7 @@
 """The leakage guard."""
 
 import random
+import textwrap
 
 import pytest
 from hypothesis import given
@@ -8,41 +9,82 @@ from hypothesis import strategies as st
 
 from calmix.calibration import CalibrationSet, build, leakage, parse_mix, resolve
 from calmix.calibration.leakage import Guard, ItemIndex, suite_items
-from calmix.calibration.tokenizer import tokenizer_function
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.suites import template
 from tests.calibration.conftest import write_rows
 from tests.evaluation.helpers import new_suite
 from tests.tiny import quick
 
-ids = st.lists(st.integers(0, 6), max_size=20)
+rows = st.lists(st.sampled_from("abcdefg"), max_size=20)
 
 
-@given(st.lists(ids, max_size=5), ids, st.integers(2, 6))
+def runs(row, n):
+    """The runs of n words, three quarters of them distinct."""
+    found = {tuple(row[i : i + n]) for i in range(len(row) - n + 1)}
+    return {run for run in found if len(set(run)) >= 0.75 * n}
+
+
+@given(st.lists(rows, max_size=5), rows, st.integers(2, 8))
 def test_finding_equals_brute_force(items, document, n):
-    texts = {str(i): row for i, row in enumerate(items)}
-    index = ItemIndex(
-        [("task", name, name) for name in texts], lambda names: [texts[name] for name in names], n
-    )
-    runs = [tuple(document[i : i + n]) for i in range(len(document) - n + 1)]
-    runs = [run for run in runs if len(set(run)) >= 0.75 * n]
-    shares = [
-        name
-        for name, row in texts.items()
-        if any(tuple(row[i : i + n]) in runs for i in range(len(row) - n + 1))
-    ]
-    found = index.find(document)
+    index = ItemIndex([("task", str(i), " ".join(row)) for i, row in enumerate(items)], n)
+    shares = set()
+    for i, row in enumerate(items):
+        whole = n if len(row) >= n else len(row)
+        if len(row) >= min(n, 5) and runs(row, whole) & runs(document, whole):
+            shares.add(str(i))
+    found = index.find(", ".join(document))
     assert (found is not None) == bool(shares)
     assert found is None or found[1] in shares
 
 
-ITEM = "Janet sells sixteen eggs a day; how many dollars does she make?"
+def wrapped(columns):
+    return lambda text: "\n".join(textwrap.wrap(text, columns))
+
+
+def wide(text):
+    return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
+
+
+@pytest.mark.parametrize(
+    "reflowed",
+    [
+        str, wrapped(40), wrapped(72), str.upper, str.title, wide,
+        lambda text: text.replace(" ", "\r\n> "),
+        lambda text: text.replace(" ", "  "), lambda text: text.replace(" ", "\N{NO-BREAK SPACE}"),
+        lambda text: text.replace("e", "e\N{SOFT HYPHEN}"),
+        lambda text: text.replace(",", " -").replace('"', "\N{LEFT DOUBLE QUOTATION MARK}"),
+    ],
+)  # fmt: skip
+def test_text_that_was_reflowed_is_found(reflowed):
+    """Line breaks, spaces, capitals, punctuation, full width and marks that nobody sees."""
+    rng, parts = random.Random(0), ["ka", "lo", "mi", "ne", "ru", "ta", "vo", "zi"]
+    words = ["".join(rng.choices(parts, k=3)) for _ in range(600)]
+    long = [", ".join(words[i : i + 5]) + f' "{" ".join(words[i + 5 : i + 20])}"'
+            for i in range(0, 400, 20)]  # fmt: skip
+    short = [" ".join(words[i : i + 6]) + "?" for i in range(400, 600, 20)]
+    index = ItemIndex([("task", str(i), text) for i, text in enumerate(long + short)])
+    for number, text in enumerate(long + short):
+        assert index.find(f"Before it. {reflowed(text)} And after.") == ("task", str(number))
+    assert index.find(" ".join(words[i + 1] for i in range(0, 599, 3))) is None
+
+
+def test_scripts_without_spaces_and_the_shortest_items():
+    chinese = "\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341\u767e\u5343\u842c\u5104"
+    index = ItemIndex([("a", "0", chinese), ("a", "1", "2 + 2\n4"), ("a", "2", "one to five: 1 2")])
+    assert index.find(f"\u5929{chinese[:13]}\u5929") == ("a", "0")
+    assert index.find(chinese[:12]) is None
+    assert index.find("2 + 2 4") is None  # fewer than five words
+    assert index.find("from one to five: 1 2 and so on") == ("a", "2")
+    assert index.find("from one to five: 1 3 and so on") is None
+
+
+ITEM = "Janet sells sixteen eggs a day; how many dollars does she make weekly?"
 ITEMS = [("gsm8k", "7", ITEM), ("sciq", "1", "too short")]
 
 
 @pytest.fixture
-def guard(tiny):
-    return lambda n=13: Guard("toy", ItemIndex(ITEMS, tokenizer_function(tiny.tokenizer), n))
+def guard():
+    return lambda n=13: Guard("toy", ItemIndex(ITEMS, n))
 
 
 def planted(tmp_path, documents, leaks, text=ITEM):
@@ -66,7 +108,7 @@ def test_a_planted_item_of_a_named_suite_is_dropped_and_counted(
     made = resolve(path, tiny, **how)
     assert "Janet" not in "".join(tiny.tokenizer.batch_decode(made.ids.tolist()))
     report = made.manifest["leakage"]
-    assert (report["suite"], report["tokens"], report["items"]) == ("offline", 13, 2)
+    assert (report["suite"], report["words"], report["items"]) == ("offline", 13, 2)
     assert [(d["task"], d["item"]) for d in report["dropped"][path]] == [("gsm8k", "7")] * 2
     assert resolve(path, tiny, leakage="off", **how).manifest["leakage"] == "off"
     assert asked == ["offline"]
@@ -88,10 +130,10 @@ def test_a_small_draw_with_one_leak_looks_further(tmp_path, tiny, guard):
 
 
 def test_a_shorter_run_is_no_leak_and_a_source_that_leaks_is_refused(tmp_path, tiny, guard):
-    path = planted(tmp_path, 20, 5, text="<many dollar>")
+    path = planted(tmp_path, 20, 5, text=ITEM.rpartition(" ")[0])
     made = build(parse_mix(path), tiny, rows=18, length=50, guard=guard(13))
     assert made.manifest["leakage"]["dropped"] == {}
-    with pytest.raises(SourceError, match=r"share 11 tokens.*suite toy, .*task gsm8k"):
+    with pytest.raises(SourceError, match=r"share 11 words.*suite toy, .*task gsm8k"):
         build(parse_mix(path), tiny, rows=18, length=50, guard=guard(11))
 
 

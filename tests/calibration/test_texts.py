@@ -8,7 +8,7 @@ import torch
 
 from calmix.calibration import open_tokenizer
 from calmix.calibration import texts as module
-from calmix.calibration.leakage import DISTINCT, TOKENS
+from calmix.calibration.leakage import DISTINCT, WORDS
 from calmix.calibration.texts import builtin_readers, parse_texts, texts
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.distance import texts_hash
@@ -63,8 +63,8 @@ def runs(documents):
     return {
         hash(run)
         for document in documents
-        for run in word_runs(document.text, TOKENS)
-        if len(set(run)) >= DISTINCT * TOKENS
+        for run in word_runs(document.text, WORDS)
+        if len(set(run)) >= DISTINCT * WORDS
     }
 
 

@@ -278,7 +278,7 @@ def generate(
         progress = writing and partial(writing, label)
         return write(opened, request, batch=generator.batch, progress=progress, note=note)
 
-    pieces, counted = _enough(generator, more, quota, guard)
+    pieces, counted = _enough(generator, more, quota, guard, opened.tokenizer)
     places = generator.choose(pieces, quota)
     written, groups, nll, tokens = chosen = [part[places] for part in pieces]
     rng = np.random.default_rng(seed)  # pieces of one dimension are joined to rows
@@ -318,6 +318,7 @@ def _enough(
     more: Callable[[list[tuple[str, int]], int], Written],
     quota: Mapping[str, int],
     guard: Guard | None,
+    tokenizer: Any,
 ) -> tuple[Pieces, dict[str, int]]:
     """Write pieces, and replacements for those that the guard refuses or that loop.
 
@@ -334,8 +335,8 @@ def _enough(
         part = more(pairs, number)
         taken = part.sampled.any(1).numpy()
         if guard is not None:
-            rows = enumerate(part.ids.tolist())
-            taken &= [guard.passes(generator.name, str(i), row) for i, row in rows]
+            texts = tokenizer.batch_decode(part.ids, skip_special_tokens=True)
+            taken &= [guard.passes(generator.name, str(i), text) for i, text in enumerate(texts)]
         parts.append(part)
         groups = np.append(groups, [d for d, _ in pairs])
         repeated = np.where(taken, row_aggregation(part.ids.numpy(), ORDER), np.inf)
