@@ -131,10 +131,12 @@ def against_itself(found: Behaviour) -> str:
     comparison with it; empty if not measured."""
     if found.repeat is None or (counts := found.repeat.answers) is None or not counts.dense:
         return ""
+    right = found.repeat.right and found.repeat.right.total
+    total = f"{with_span(right)} %, " if right and right.value is not None else ""
     same = "" if counts.same is None else f", {percent(counts.same)} % of its answers identical"
     return (
-        f"The dense model against itself, in other batches: {right_answers(found.repeat)}; "
-        f"{percent(counts.share.value)} % kept{same}."
+        f"The dense model against itself, in other batches: {total}{counts.lost} of "
+        f"{counts.dense} lost, {counts.gained} gained; {percent(counts.share.value)} % kept{same}."
     )
 
 

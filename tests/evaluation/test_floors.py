@@ -276,7 +276,7 @@ def test_the_dense_model_beside_itself_is_the_ceiling():
         assert any(
             line.startswith("The dense model against itself, in other batches: 109.2 [")
             and line.endswith(
-                "2 of 22 lost, 4 gained, p = 0.688; 90.9 % kept, 95.0 % of its answers identical."
+                "2 of 22 lost, 4 gained; 90.9 % kept, 95.0 % of its answers identical."
             )
             for line in lines
         )
