@@ -1,12 +1,16 @@
 """How often a proven floor is broken, and how much the bounds give away.
 
     python benchmarks/floors.py [STORE ...] [--splits 200]
+    python benchmarks/floors.py --skewed
 
 STORE is a study's store or its archive (all that are committed). Each checkpoint's items are split
 into two halves, again and again: a floor is broken where one half proves it and the other keeps
 less. Then planted models, whose true share is known: how often the bound is above it, and the
 median of true share less bound, in points, beside that of the best bound there could be (answers:
 the randomised one of Stevens 1950; else the normal one of a spread that is known).
+
+With --skewed only likelihood on made-up losses, most of them small and few large: how often the
+bound, and the bootstrap quantile that it replaced, is above the true share.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import numpy as np
 from scipy.stats import beta, binom
 
 from calmix.errors import InputError
-from calmix.evaluation import retention
+from calmix.evaluation import floors, retention
 from calmix.evaluation.behaviour import Pair
 from calmix.evaluation.floors import (
     ACCURACY,
@@ -35,6 +39,7 @@ from calmix.evaluation.floors import (
     Tested,
     judge,
     lower_bound,
+    studentized_bound,
 )
 from calmix.evaluation.measures import Parts, TaskScores, has_signal, parts
 from calmix.evaluation.scores import CapabilityScores
@@ -112,19 +117,23 @@ def split(own: Scores, theirs: Sequence[Scores], made: Sequence[Sequence[Parts]]
             bounds = np.array(
                 [lower_bound(*map(round, two)) for two in zip(count, of, strict=True)]
             )
+        elif measure == LIKELIHOOD:
+            bounds = studentized_bound(
+                [(own[i].name, k := kept[i][0], np.broadcast_to(whole[i][0], k.shape)) for i in use]
+            )
         else:
             most = max(use, key=lambda i: len(first[i].items))
             drawn, weights = [], []
             for i in use:
                 k, w = kept[i][0], whole[i][0][:1]  # the dense model's, and so the same of all
-                if measure == ACCURACY and i == most:
+                if i == most:
                     chance = first[i].chance
                     k = np.hstack([k, np.full((len(k), 1), -chance)])
                     w = np.hstack([w, np.full((len(w), 1), 1 - chance)])
                 times = retention.item_weights(own[i].name, k.shape[1], resamples=2000, seed=0)
                 of = times @ w.T
                 drawn.append(times @ k.T / np.where(of > 0, of, np.nan))
-                weights.append(1.0 if measure == LIKELIHOOD else float(w[0].sum()))
+                weights.append(float(w[0].sum()))
             means = retention.nan_mean(np.stack(drawn), 0, np.array(weights)[:, None, None])
             quantile = np.nanquantile if np.isnan(means).any() else np.quantile
             bounds = quantile(means, 0.05, axis=0)
@@ -214,12 +223,48 @@ def planted_likelihood(results: StudyResults, rng: np.random.Generator) -> None:
                         functools.partial(draw, share, own))  # fmt: skip
 
 
+def skewed() -> None:
+    """Print how often a bound is above the true share, by distribution of the losses (mean 1, of
+    10 on average) and number of items in one task or three."""
+    rng, draws = np.random.default_rng(0), 2000
+    losses: dict[str, Callable[[tuple[int, int]], np.ndarray]] = {
+        "normal": lambda shape: rng.normal(1, 0.5, shape),
+        "exponential": lambda shape: rng.exponential(1, shape),
+        "gamma, shape 0.2": lambda shape: rng.gamma(0.2, 5, shape),
+        "log-normal, sigma 1": lambda shape: rng.lognormal(-0.5, 1, shape),
+        "log-normal, sigma 1.5": lambda shape: rng.lognormal(-1.125, 1.5, shape),
+        "Pareto, index 2.5": lambda shape: 1.5 * rng.pareto(2.5, shape),
+        "one item of 20": lambda shape: rng.exponential(20, shape) * (rng.random(shape) < 0.05),
+    }
+    print("| losses | items | tasks | above, % | of quantile | short, points | of quantile |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name, draw in losses.items():
+        for items, tasks in ((30, 1), (60, 1), (100, 1), (300, 1), (90, 3)):
+            rows, means = [], []
+            for task in range(tasks):
+                whole = rng.gamma(4, 2.5, (draws, items // tasks))
+                rows.append((str(task), whole - draw(whole.shape), whole))
+                times = retention.item_weights(str(task), items // tasks, resamples=2000, seed=0)
+                means.append(times @ rows[-1][1].T / (times @ whole.T))
+            best = lower_bound(items, items)
+            quantile = np.quantile(np.mean(means, 0), 0.05, axis=0)
+            bounds = [np.minimum(one, best) for one in (studentized_bound(rows), quantile)]
+            above = " | ".join(f"{100 * np.mean(one > 0.9):.1f}" for one in bounds)
+            slack = " | ".join(f"{100 * np.median(0.9 - one):.1f}" for one in bounds)
+            print(f"| {name} | {items} | {tasks} | {above} | {slack} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stores", type=Path, nargs="*")
     parser.add_argument("--splits", type=int, default=200)
+    parser.add_argument("--skewed", action="store_true", help="made-up losses alone")
     options = parser.parse_args()
+    if options.skewed:
+        skewed()
+        return
     retention.item_weights = functools.cache(retention.item_weights)
+    floors.item_weights = retention.item_weights
     rng, told, largest = np.random.default_rng(0), defaultdict[str, list[Any]](list), None
     with tempfile.TemporaryDirectory() as place:
         for path in options.stores or sorted(STORES.glob("*/store.tar.xz")):

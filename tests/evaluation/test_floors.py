@@ -2,12 +2,21 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
 from calmix.errors import InputError
 from calmix.evaluation.behaviour import behaviour, likelihood, mcnemar, proportion
-from calmix.evaluation.floors import judge, lower_bound, needed, parse_floors, proven
+from calmix.evaluation.floors import (
+    judge,
+    lower_bound,
+    needed,
+    parse_floors,
+    proven,
+    studentized_bound,
+)
+from calmix.evaluation.measures import parts
 from calmix.evaluation.retention import retention
 from calmix.report import words
 from tests.evaluation.helpers import accuracy, bits, scored, written
@@ -289,3 +298,24 @@ def test_the_interval_of_a_share_is_wilsons(right, of, low, high):
     found = proportion(right, of)
     assert (found.low, found.high) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
     assert proportion(0, 0).value is None
+
+
+@pytest.mark.parametrize(("items", "tasks"), [(30, 1), (60, 1), (30, 2)])
+def test_a_bound_by_likelihood_holds_where_few_items_lose_much(items, tasks):
+    """Nominal 5 %; a bootstrap quantile is above the truth in 10 to 15 % of these samples."""
+    rng, rows = np.random.default_rng(0), []
+    for name in map(str, range(tasks)):
+        whole = rng.gamma(4, 2.5, (400, items))
+        rows.append((name, whole - rng.gamma(0.2, 5, whole.shape), whole))
+    bounds = studentized_bound(rows)
+    assert (bounds > 0.9).mean() <= 0.065
+    assert np.median(bounds) > 0.7
+
+
+def test_a_floor_by_likelihood_is_tested_with_that_bound():
+    lost = np.random.default_rng(0).gamma(0.2, 0.4, 400)
+    dense, pruned = (bits(list(one), [2] * 400) for one in (np.full(400, 0.5), 0.5 + lost))
+    (found,) = judged("0.5", scored(dense), scored(pruned)).tested
+    made = parts(dense, pruned)
+    assert found.bound == studentized_bound([(dense.name, made.kept[None], made.whole[None])])
+    assert 0.5 < found.bound < (retention([dense], [pruned], level=0.9).of("code").low or 0)
