@@ -427,8 +427,7 @@ def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:
             f"{'write' if request.generated else 'draw'} the calibration set", out, CALIBRATION,
             "calibrate", request.calibration, model=model, **draw,
             **where | ({} if request.generated else {"device": None}),
-            reads={"model": dense} if request.generated else {},
-            request=recorded(request.calibration, draw),
+            reads={}, request=recorded(request.calibration, draw),
         ))  # fmt: skip
     wanted = aim(request)
     sparse = wanted["method"] != BITS_METHOD

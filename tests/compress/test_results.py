@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from calmix.cli import compress as verb
+from calmix.compression.plan import stages
+from calmix.compression.results import Results
 from calmix.evaluation.scores import write_scores
 from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
@@ -198,3 +200,15 @@ def test_inspect_names_what_no_hash_covers(calmix, compressed):
     ended = calmix("doctor", "inspect", compressed).ok()
     named = "card.html, compress-run.json, model/README.md, model/calmix-run.json"
     assert f"not covered by a hash: {named}" in ended.out
+
+
+def test_a_mix_of_which_the_model_writes_no_row_is_the_one_requested(
+    calmix, asked, place, tmp_path
+):
+    """Its set names no model that wrote it."""
+    text = f"{place / 'text.txt'}:0.999,self-written:0.001"
+    suite = str(place / "made.yaml")
+    stage = stages(asked(calibration=text, effort="quick", suite=suite), tmp_path)[0]
+    assert stage.name == "write the calibration set"
+    calmix(*stage.arguments).ok()
+    Results().check(stage, tmp_path)
