@@ -174,6 +174,8 @@ class Side(Options):
     def _one_set(self) -> Side:
         if self.calibration is not None and self.best_of is not None:
             raise ValueError("give one of 'calibration' and 'best_of'")
+        if len(set(self.best_of or ())) < len(self.best_of or ()):
+            raise ValueError("'best_of' names a set twice")
         return self
 
     @property
@@ -215,7 +217,7 @@ class Comparison(Options):
     of: Side
     over: Side
     where: Where = Where()
-    predict: tuple[FiniteFloat, FiniteFloat] | None = None
+    predict: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None = None
     refuted: Refuted | None = None
 
     @model_validator(mode="after")
@@ -232,6 +234,12 @@ class Comparison(Options):
         if self.predict is not None and self.predict[0] > self.predict[1]:
             raise ValueError("'predict' must be two numbers, the lower one first")
         return self
+
+
+def _reasons(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("give a reason for each task, e.g. {sums: one text can swing them}")
+    return value
 
 
 class Amends(Options):
@@ -262,7 +270,7 @@ class StudyFile(_Draw, Grid):
     grids: list[Grid] = Field(default=[])
     primary: Measure | None = None
     margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    exclude: dict[str, Text] = Field(default={})
+    exclude: Annotated[dict[str, Text], BeforeValidator(_reasons)] = Field(default={})
     comparisons: list[Comparison] = Field(default=[])
     amends: Amends | None = None
     perplexity: bool = True

@@ -404,6 +404,15 @@ def test_mistakes_in_what_is_declared_are_told_with_their_line():
     ):
         for line, (number, words) in zip(problems(given), wanted, strict=True):
             assert line.startswith(f"s.yaml line {number}: {words}"), line
+    for more, says in (
+        ("exclude: [arc_easy]", "8: exclude: give a reason for each task, e.g. {sums: "),
+        (
+            "comparisons:\n  - {name: x, of: {calibration: mix}, over: {best_of: [a, a]}}",
+            "9: comparisons.0.over: 'best_of' names a set twice",
+        ),
+    ):
+        (line,) = problems(f"{DECLARES}{more}\n")
+        assert line.startswith(f"s.yaml line {says}")
     every = ", ".join(f"{task}: x" for task in load_suite("offline").tasks)
     (line,) = problems(DECLARES + f"exclude: {{{every}}}\n")
     assert line == "s.yaml line 8: exclude: it names every task of the suite: keep at least one"
