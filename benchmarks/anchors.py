@@ -75,20 +75,41 @@ def main() -> None:
     for name, _, held in (one.partition("=") for one in asked.sets):
         matrices[f"-{name}"] = [asked.output / f"imatrix-{name}"]
         if not matrices[f"-{name}"][0].exists():
-            run(*calmix, "export", held, "--to", "imatrix", "--model", asked.model, "-o",
-                *matrices[f"-{name}"])  # fmt: skip
+            run(
+                *calmix,
+                "export",
+                held,
+                "--to",
+                "imatrix",
+                "--model",
+                asked.model,
+                "-o",
+                *matrices[f"-{name}"],
+            )
     for kind in asked.types.split(","):
         for name, matrix in matrices.items():
             file, scores = (asked.output / f"{kind}{name}.{end}" for end in ("gguf", "json"))
             if not file.exists():
                 run(asked.llama, "-c", QUANTISE, whole, file, kind, *matrix)
             if not scores.exists():
-                run(*calmix, "evaluate", file, "--against", asked.model, "--suite", "abilities",
-                    "--quick", "--allow-code-execution", "-o", scores)  # fmt: skip
+                run(
+                    *calmix,
+                    "evaluate",
+                    file,
+                    "--against",
+                    asked.model,
+                    "--suite",
+                    "abilities",
+                    "--quick",
+                    "--allow-code-execution",
+                    "-o",
+                    scores,
+                )
             far = asked.output / f"{kind}{name}.distance.json"
             if not far.exists():
-                found = distance(open_model(str(file)), dense_states(),
-                                 dense=partial(open_model, asked.model))  # fmt: skip
+                found = distance(
+                    open_model(str(file)), dense_states(), dense=partial(open_model, asked.model)
+                )
                 far.write_text(json.dumps(found), "utf-8")
             apart = json.loads(far.read_text("utf-8"))
             parts = {"all": apart["total"], **apart["dimensions"]}

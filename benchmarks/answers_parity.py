@@ -81,8 +81,11 @@ def main() -> None:
         same = sum(a == b for a, b in pairs)
         cut = sum(a != b and b.startswith(a) for a, b in pairs)
         whole = [whole[0] + own, whole[1] + other]
-        print(f"{name}: {own:.1f} s, HFLM {other:.1f} s: {other / own:.1f} times; {same} of "
-              f"{len(found)} answers the same, {cut} cut as they loop", flush=True)  # fmt: skip
+        print(
+            f"{name}: {own:.1f} s, HFLM {other:.1f} s: {other / own:.1f} times; {same} of "
+            f"{len(found)} answers the same, {cut} cut as they loop",
+            flush=True,
+        )
     print(f"all: {whole[0]:.1f} s, HFLM {whole[1]:.1f} s: {whole[1] / whole[0]:.1f} times")
 
 

@@ -212,10 +212,13 @@ def small_config(kind: type, own: dict[str, Any]) -> Any:
         given[heads[1]] = given[heads[0]]
     depth = told.get("num_hidden_layers")
     lists = {
-        key: value for key, value in told.items()
-        if isinstance(value, list) and depth and len(value) == depth
+        key: value
+        for key, value in told.items()
+        if isinstance(value, list)
+        and depth
+        and len(value) == depth
         and len(set(map(str, value))) < depth
-    }  # fmt: skip
+    }
     if lists:
         kinds = list(zip(*(map(str, v) for v in lists.values()), strict=True))
         first = sorted({row: number for number, row in reversed(list(enumerate(kinds)))}.values())
@@ -314,8 +317,11 @@ class Sweep:
         letters = torch.randint(33, 127, (2 * ROWS * LENGTH,), generator=generator)
         text.write_text("".join(map(chr, letters.tolist())))
         self.drawn: dict[str, Any] = {
-            "calibration": str(text), "rows": ROWS, "length": LENGTH, "leakage": "off",
-        }  # fmt: skip
+            "calibration": str(text),
+            "rows": ROWS,
+            "length": LENGTH,
+            "leakage": "off",
+        }
         self.long = torch.randint(3, 259, (2, LONG), generator=generator)
         model = load(self.dense, torch.float32)
         # So small that only experts without tokens are pruned on others'.
@@ -567,32 +573,67 @@ def one_line(error: BaseException) -> str:
 # What a configuration has to say of itself to be built small.
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
 OWN: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
-             "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 32}},
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 32},
+    },
     "dots3_note": {"audio_config": {"adapter_input_size": 32}},
-    "bailing_hybrid": {"num_expert_group": 2, "topk_group": 1, "num_experts_per_token": 2,
-                       "q_lora_rank": 8, "linear_head_dim": 8, "qk_head_dim": 16},
+    "bailing_hybrid": {
+        "num_expert_group": 2,
+        "topk_group": 1,
+        "num_experts_per_token": 2,
+        "q_lora_rank": 8,
+        "linear_head_dim": 8,
+        "qk_head_dim": 16,
+    },
     "bamba": MAMBA,
     "bert-generation": {"is_decoder": True},
     "blt": {"encoder_hash_byte_group_vocab": 500},
-    "cohere_compass_text": {"rope_parameters": {
-        kind: {"rope_type": "default", "rope_theta": 1e4}
-        for kind in ("full_attention", "sliding_attention")}},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_routed_experts": 4},
     "deepseek_v3": {"first_k_dense_replace": 1},
-    "dots3_note_text": {"per_layer_config": {2: {
-        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "q_lora_rank": 16,
-        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_rope_head_dim": 8}}},
-    "dory": {"n_input_layers": 4, "n_recurrent_layers": 4, "n_output_layers": 4,
-             "num_hidden_layers": 12, "layer_types": ["full_attention", "mlp"] * 6},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
-              "n_shared_experts": 1},
+    "dots3_note_text": {
+        "per_layer_config": {
+            2: {
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "q_lora_rank": 16,
+                "kv_lora_rank": 16,
+                "qk_nope_head_dim": 8,
+                "v_head_dim": 8,
+                "qk_rope_head_dim": 8,
+            }
+        }
+    },
+    "dory": {
+        "n_input_layers": 4,
+        "n_recurrent_layers": 4,
+        "n_output_layers": 4,
+        "num_hidden_layers": 12,
+        "layer_types": ["full_attention", "mlp"] * 6,
+    },
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+    },
     "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5, "<|visual token 000000|>": 6}},
     "ernie4_5_moe": {"moe_k": 2},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64},
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
-                     "layer_types": ["sliding_attention", "full_attention"] * 2,
-                     "intermediate_size": [64] * 4, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [64] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": MAMBA,
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -604,17 +645,43 @@ OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
-    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
-                       "indexer_budget": 16, "indexer_compress_ratio": 2, "ple_layer_ids": []},
-    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 2, "chunk_size": 32,
-              "qk_dim_factor": 1.0, "max_inference_chunksize": 256},
-    "zamba": {"num_hidden_layers": 4, "attention_hidden_size": 64, "attention_head_dim": 16,
-              "layers_block_type": ["linear_attention", "hybrid"] * 2, "mamba_dt_rank": 4},
-    "zamba2": {"num_hidden_layers": 4, "attention_hidden_size": 64, "attention_head_dim": 16,
-               "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
-               "num_attention_heads": 4, "num_key_value_heads": 4, "n_mamba_heads": 4,
-               "mamba_headdim": 16, "num_query_groups": 4, "kv_channels": 16},
-}  # fmt: skip
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 2,
+        "ple_layer_ids": [],
+    },
+    "xlstm": {
+        "hidden_size": 64,
+        "embedding_dim": 64,
+        "num_heads": 2,
+        "chunk_size": 32,
+        "qk_dim_factor": 1.0,
+        "max_inference_chunksize": 256,
+    },
+    "zamba": {
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "mamba_dt_rank": 4,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "num_query_groups": 4,
+        "kv_channels": 16,
+    },
+}
 
 OWN["qwen4_exp"] = {"text_config": OWN["qwen4_exp_text"]}
 OWN["dots3_note"]["text_config"] = OWN["dots3_note_text"]
@@ -651,8 +718,10 @@ def page(rows: list[Row]) -> str:
         "opens it from that folder, as it would yours, and knows no architecture by name. Each "
         "result is compared with what transformers alone makes of the same files:",
         "",
-        *(f"* **{name}**: {' '.join((getattr(Sweep, name).__doc__ or '').split())}"
-          for name in CHECKS),
+        *(
+            f"* **{name}**: {' '.join((getattr(Sweep, name).__doc__ or '').split())}"
+            for name in CHECKS
+        ),
         "",
         f"Where bfloat16 is named it is float32 for {singles}, which transformers does not run in "
         "bfloat16 on a CPU. *Pruned* is the share of the weights in the tiny model's blocks; the "
@@ -665,7 +734,7 @@ def page(rows: list[Row]) -> str:
         "",
         f"## The {len(tried) - len(passed)} that do not pass every check",
         "",
-    ]  # fmt: skip
+    ]
     for row in tried:
         if row.state != "swept":
             lines.append(f"* {row.kind}: not tried, {ALONE.get(row.kind, row.why)}")

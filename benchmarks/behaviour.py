@@ -25,20 +25,25 @@ def main() -> None:
     results, by = read_results(arguments.store), "name" if arguments.tasks else "dimension"
     first = results.paired[results.trials[0].id]
     asked = list(dict.fromkeys(getattr(one, by) for one in first if one.metric in WRITTEN))
-    print("| model | text | method | seed | answers kept, % |", " | ".join(asked),
-          "| gained | ended, % | choices right |")  # fmt: skip
+    print(
+        "| model | text | method | seed | answers kept, % |",
+        " | ".join(asked),
+        "| gained | ended, % | choices right |",
+    )
     print("|---" * (9 + len(asked) - 1), "|", sep="")
     for trial in results.trials:
         pairs = list(zip(results.paired[trial.id], results.scores[trial.id], strict=True))
         written = [(a, b) for a, b in pairs if a.metric in WRITTEN]
         chosen = [(a, b) for a, b in pairs if a.metric not in WRITTEN]
         whole = counted("all", written)
-        parts = [counted(name, [two for two in written if getattr(two[0], by) == name])
-                 for name in asked]  # fmt: skip
+        parts = [
+            counted(name, [two for two in written if getattr(two[0], by) == name]) for name in asked
+        ]
         assert whole is not None
         share = whole.share
-        ended = [one for _, b in written for one, text in zip(b.ended, b.answers, strict=True)
-                 if text]  # fmt: skip
+        ended = [
+            one for _, b in written for one, text in zip(b.ended, b.answers, strict=True) if text
+        ]
         choices = counted("choices", chosen)
         assert choices is not None
         cells = [f"{part.kept}/{part.dense}" if part else "-" for part in parts]

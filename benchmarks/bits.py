@@ -29,8 +29,11 @@ MODEL = "builtin:smollm2-135m"
 
 def matrices(model: Any) -> dict[str, torch.nn.Linear]:
     """Return the linear maps of the blocks by name."""
-    return {name: one for name, one in model.named_modules()
-            if ".layers." in name and isinstance(one, torch.nn.Linear)}  # fmt: skip
+    return {
+        name: one
+        for name, one in model.named_modules()
+        if ".layers." in name and isinstance(one, torch.nn.Linear)
+    }
 
 
 @torch.inference_mode()
@@ -93,13 +96,23 @@ def main() -> None:
     print("| engine | bits a weight | KL, WikiText-2 | matrices with less error | seconds |")
     print("|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        told = run_rival(options.rival, drawn.ids, model=dense.folder, method="gptq", bits=3,
-                         group=options.group, dtype="float32", output=folder)  # fmt: skip
+        told = run_rival(
+            options.rival,
+            drawn.ids,
+            model=dense.folder,
+            method="gptq",
+            bits=3,
+            group=options.group,
+            dtype="float32",
+            output=folder,
+        )
         rival = open_model(folder).model
     beside, bits = errors(rival), 3 + 16 / options.group
-    print(f"| llm-compressor {told['version']}, GPTQ | {bits:.2f} | "
-          f"{divergence(dense.model, rival, held):.3f} | | {told['seconds']:.1f} |",
-          flush=True)  # fmt: skip
+    print(
+        f"| llm-compressor {told['version']}, GPTQ | {bits:.2f} | "
+        f"{divergence(dense.model, rival, held):.3f} | | {told['seconds']:.1f} |",
+        flush=True,
+    )
     for method, pattern, more in [
         ("gptq", "3 bits", {"group": options.group}),
         *(("ecq", f"{bits:g} bits", {}) for bits in options.bits),
@@ -108,9 +121,12 @@ def main() -> None:
         report = prune(opened.model, drawn.ids, method=method, pattern=pattern, **more)
         own = errors(opened.model)
         less = sum(own[name] < beside[name] for name in own)
-        print(f"| calmix {method} | {report.bits:.2f} | "
-              f"{divergence(dense.model, opened.model, held):.3f} | {less} of {len(own)} | "
-              f"{report.seconds['total']:.1f} |", flush=True)  # fmt: skip
+        print(
+            f"| calmix {method} | {report.bits:.2f} | "
+            f"{divergence(dense.model, opened.model, held):.3f} | {less} of {len(own)} | "
+            f"{report.seconds['total']:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -76,22 +76,30 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
     print(f"{machine()}, commit {commit()}")
-    print("| model | engine | files, MB | to the first answer, s | prompt, tokens/s "
-          "| writing, tokens/s | memory, MB |")  # fmt: skip
+    print(
+        "| model | engine | files, MB | to the first answer, s | prompt, tokens/s "
+        "| writing, tokens/s | memory, MB |"
+    )
     print("|---" * 7 + "|")
     for place in asked.models:
         kind, path = kind_of(place), Path(place)
         files = [path] if path.is_file() else [*path.rglob("*")]
         size = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
         python = asked.llama if kind == "llama.cpp" else sys.executable
-        done = subprocess.run([python, "-c", CHILD, kind, place, str(asked.repeats)],
-                              capture_output=True, text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            [python, "-c", CHILD, kind, place, str(asked.repeats)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             sys.exit(f"{place}: {done.stderr.strip().splitlines()[-1]}")
         told = json.loads(done.stdout.strip().splitlines()[-1])
-        print(f"| {path.name} | {kind} | {size or float('nan'):.0f} | {told['first']:.1f} "
-              f"| {told['prompt']:.0f} | {told['writing']:.1f} | {told['held']:.0f} |",
-              flush=True)  # fmt: skip
+        print(
+            f"| {path.name} | {kind} | {size or float('nan'):.0f} | {told['first']:.1f} "
+            f"| {told['prompt']:.0f} | {told['writing']:.1f} | {told['held']:.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -79,8 +79,11 @@ def beside(lm: Scorer, rival: HFLM, suite: Suite, task: str) -> dict[str, Any]:
     ours_seconds, ours_wall, ours = run(lm, alone)
     theirs_seconds, theirs_wall, theirs = run(rival, alone)
     a, b = ours[task], theirs[task]
-    difference = max(abs(x - y) / abs(y) for mine, other in zip(a, b, strict=True)
-                     for x, y in zip(mine, other, strict=True))  # fmt: skip
+    difference = max(
+        abs(x - y) / abs(y)
+        for mine, other in zip(a, b, strict=True)
+        for x, y in zip(mine, other, strict=True)
+    )
     spec, items = suite.tasks[task], load_items(suite.tasks[task])
     same = ties = 0
     for item, mine, other, scores in zip(
@@ -92,10 +95,15 @@ def beside(lm: Scorer, rival: HFLM, suite: Suite, task: str) -> dict[str, Any]:
             first, second = sorted(np.divide(scores, sizes))[-2:][::-1]
             ties += abs(first - second) <= TIE * abs(first)
     return {
-        "task": task, "items": len(items), "requests": sum(map(len, a)), "difference": difference,
-        "same": same, "ties": int(ties), "ours": [ours_seconds, ours_wall],
+        "task": task,
+        "items": len(items),
+        "requests": sum(map(len, a)),
+        "difference": difference,
+        "same": same,
+        "ties": int(ties),
+        "ours": [ours_seconds, ours_wall],
         "theirs": [theirs_seconds, theirs_wall],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -112,8 +120,10 @@ def main() -> None:
     there = options.output is not None and options.output.is_file()
     found = [json.loads(line) for line in options.output.read_text().splitlines()] if there else []
     print(machine(), f"commit {commit()}")
-    print(f"{options.model} in {opened.model.dtype}, suite offline version {suite.version}, "
-          f"{options.limit or 'all'} items a task")  # fmt: skip
+    print(
+        f"{options.model} in {opened.model.dtype}, suite offline version {suite.version}, "
+        f"{options.limit or 'all'} items a task"
+    )
     sizes = [int(size) for size in options.batch_sizes.split(",")]
     if len(sizes) > 1:
         trial = choose("offline", limit=2)
@@ -122,8 +132,19 @@ def main() -> None:
         print(f"HFLM, 2 items a task, processor seconds: {told}")
         sizes = [min(seconds, key=seconds.__getitem__)]
     form = "{:<18} {:>6} {:>9} {:>12} {:>6} {:>5} {:>9} {:>7} {:>6}"
-    print(form.format("task", "items", "requests", "max rel diff", "same", "ties",
-                      "HFLM, s", "ours, s", "times"))  # fmt: skip
+    print(
+        form.format(
+            "task",
+            "items",
+            "requests",
+            "max rel diff",
+            "same",
+            "ties",
+            "HFLM, s",
+            "ours, s",
+            "times",
+        )
+    )
     done = {one["task"]: one for one in found if one["task"] in suite.tasks}
     scorer, rival = Scorer(opened), hflm(opened, sizes[0])
     for task in suite.tasks:
@@ -134,12 +155,25 @@ def main() -> None:
                 with options.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(one) + "\n")
         mine, other = one["ours"][0], one["theirs"][0]
-        print(form.format(task, one["items"], one["requests"], f"{one['difference']:.1e}",
-                          one["same"], one["ties"], f"{other:.1f}", f"{mine:.1f}",
-                          f"{other / mine:.1f}"), flush=True)  # fmt: skip
+        print(
+            form.format(
+                task,
+                one["items"],
+                one["requests"],
+                f"{one['difference']:.1e}",
+                one["same"],
+                one["ties"],
+                f"{other:.1f}",
+                f"{mine:.1f}",
+                f"{other / mine:.1f}",
+            ),
+            flush=True,
+        )
     wrong = sum(one["items"] - one["same"] - one["ties"] for one in done.values())
-    print(f"largest relative difference of a log-likelihood: "
-          f"{max(one['difference'] for one in done.values()):.1e}")  # fmt: skip
+    print(
+        f"largest relative difference of a log-likelihood: "
+        f"{max(one['difference'] for one in done.values()):.1e}"
+    )
     print(f"results that differ, ties aside: {wrong}")
     mine, other = (
         np.sum([one[who] for one in done.values()], axis=0) for who in ("ours", "theirs")

@@ -48,8 +48,17 @@ from calmix.study import StudyResults, read_results
 STORES = Path(__file__).parents[1] / "studies" / "results"
 FLOORS = np.arange(0.5, 0.951, 0.05)
 ONE_SIDED, DRAWS = 1.6448536269514722, 400
-PARTS = ("items", "values", "gold", "loglikelihoods", "bytes", "floors", "unigram", "answers",
-         "ended")  # fmt: skip
+PARTS = (
+    "items",
+    "values",
+    "gold",
+    "loglikelihoods",
+    "bytes",
+    "floors",
+    "unigram",
+    "answers",
+    "ended",
+)
 Scores = Sequence[TaskScores]
 PLANTED = defaultdict[str, list[tuple[float, float]]](list)  # by measure
 
@@ -63,8 +72,10 @@ def some(task: TaskScores, at: Any) -> TaskScores:
 
 
 def pair(dense: Scores, pruned: Scores) -> Pair:
-    one, other = (CapabilityScores("", "", "", {"name": "", "version": 1, "hash": ""}, tuple(of))
-                  for of in (dense, pruned))  # fmt: skip
+    one, other = (
+        CapabilityScores("", "", "", {"name": "", "version": 1, "hash": ""}, tuple(of))
+        for of in (dense, pruned)
+    )
     return one, other
 
 
@@ -92,8 +103,14 @@ def halves(results: StudyResults, splits: int, told: dict[str, list[Any]]) -> No
                 split(own, theirs, made, measure, seed, told[measure])
 
 
-def split(own: Scores, theirs: Sequence[Scores], made: Sequence[Sequence[Parts]], measure: str,
-          seed: int, told: list[Any]) -> None:  # fmt: skip
+def split(
+    own: Scores,
+    theirs: Sequence[Scores],
+    made: Sequence[Sequence[Parts]],
+    measure: str,
+    seed: int,
+    told: list[Any],
+) -> None:
     """One split of the items of one dense model and its checkpoints, all at once."""
     rng = np.random.default_rng(seed)
     cuts = [np.array_split(rng.permutation(len(task.items)), 2) for task in own]
@@ -102,11 +119,18 @@ def split(own: Scores, theirs: Sequence[Scores], made: Sequence[Sequence[Parts]]
     for one in tested(first, first).values():
         if one.measure != measure:
             continue
-        use = [i for i, task in enumerate(first) if task.dimension == one.ability
-               and (measure == ANSWERS or has_signal(task, score))]  # fmt: skip
-        kept, whole = ({i: [np.stack([getattr(of, name)[cut] for of in made[i]])
-                            for cut in cuts[i]] for i in use}
-                       for name in ("kept", "whole"))  # fmt: skip
+        use = [
+            i
+            for i, task in enumerate(first)
+            if task.dimension == one.ability and (measure == ANSWERS or has_signal(task, score))
+        ]
+        kept, whole = (
+            {
+                i: [np.stack([getattr(of, name)[cut] for of in made[i]]) for cut in cuts[i]]
+                for i in use
+            }
+            for name in ("kept", "whole")
+        )
         sums = [np.stack([one[i][1].sum(1) for i in use]) for one in (kept, whole)]
         if measure == LIKELIHOOD:
             shares = (sums[0] / sums[1]).mean(0)
@@ -160,8 +184,10 @@ def row(what: str, true: float, bounds: Any, best: float) -> None:
     bounds = np.asarray(bounds)
     slack, above = float(np.median(true - bounds)), float(np.mean(bounds > true + 1e-9))
     PLANTED[what.partition(",")[0]].append((above, slack - best))
-    print(f"| {what} | {100 * true:.1f} | {100 * above:.1f} "
-          f"| {100 * slack:.1f} | {100 * best:.1f} |", flush=True)  # fmt: skip
+    print(
+        f"| {what} | {100 * true:.1f} | {100 * above:.1f} | {100 * slack:.1f} | {100 * best:.1f} |",
+        flush=True,
+    )
 
 
 def planted_answers(rng: np.random.Generator) -> None:
@@ -193,8 +219,13 @@ def drawn_choices(
 
 def planted_choices(rng: np.random.Generator) -> None:
     for count in (100, 400):
-        for known, lost, gained in ((0.6, 0.02, 0.0), (0.6, 0.1, 0.05), (0.8, 0.02, 0.02),
-                                    (0.8, 0.05, 0.0), (0.8, 0.2, 0.1)):  # fmt: skip
+        for known, lost, gained in (
+            (0.6, 0.02, 0.0),
+            (0.6, 0.1, 0.05),
+            (0.8, 0.02, 0.02),
+            (0.8, 0.05, 0.0),
+            (0.8, 0.2, 0.1),
+        ):
             kept = known * (1 - lost) + (1 - known) * gained - 0.25
             what = f"{ACCURACY}, {count} choices, {lost:.0%} lost, {gained:.0%} gained"
             draw = functools.partial(drawn_choices, rng, count, known, lost, gained)
@@ -207,20 +238,26 @@ def planted_likelihood(results: StudyResults, rng: np.random.Generator) -> None:
     def draw(share: float, own: Sequence[Scores]) -> tuple[Scores, Scores]:
         counts = [len(task.items) for task in own[0]]
         places = [rng.integers(0, count, round(share * count)) for count in counts]
-        dense, pruned = ([some(task, at) for task, at in zip(of, places, strict=True)]
-                         for of in own)  # fmt: skip
+        dense, pruned = (
+            [some(task, at) for task, at in zip(of, places, strict=True)] for of in own
+        )
         return dense, pruned
 
     for trial in results.trials[:: max(1, len(results.trials) // 3)][:3]:
         dense, pruned = results.dense[trial.model], results.scores[trial.id]
         for name in dict.fromkeys(task.dimension for task in dense):
-            own = [[replace(task, values=()) for task in of if task.dimension == name]
-                   for of in (dense, pruned)]  # fmt: skip
+            own = [
+                [replace(task, values=()) for task in of if task.dimension == name]
+                for of in (dense, pruned)
+            ]
             whole = tested(own[0], own[1]).get(name)
             for share in (0.25, 1.0) if whole and whole.measure == LIKELIHOOD else ():
                 items = round(share * whole.items) if whole else 0
-                planted(f"{LIKELIHOOD}, {name}, {items} items", whole.kept if whole else 0.0,
-                        functools.partial(draw, share, own))  # fmt: skip
+                planted(
+                    f"{LIKELIHOOD}, {name}, {items} items",
+                    whole.kept if whole else 0.0,
+                    functools.partial(draw, share, own),
+                )
 
 
 def skewed() -> None:
@@ -289,9 +326,11 @@ def main() -> None:
         if not found:
             continue
         proven, broken = np.concatenate(found, 1)
-        print(f"| {measure} | {proven.size:,} | {100 * proven.mean():.1f} "
-              f"| {100 * broken.mean():.2f} | {100 * broken.sum() / max(1, proven.sum()):.1f} "
-              f"| {100 * broken.mean(0).max():.2f} |")  # fmt: skip
+        print(
+            f"| {measure} | {proven.size:,} | {100 * proven.mean():.1f} "
+            f"| {100 * broken.mean():.2f} | {100 * broken.sum() / max(1, proven.sum()):.1f} "
+            f"| {100 * broken.mean(0).max():.2f} |"
+        )
     print("\n| planted | true, % | bound above it, % | slack, points | best possible |")
     print("|---|---:|---:|---:|---:|")
     planted_answers(rng)
@@ -304,8 +343,10 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|")
     for measure, rows in PLANTED.items():
         above, beyond = np.array(rows).T
-        print(f"| {measure} | {len(rows)} | {100 * above.mean():.1f} | {100 * above.max():.1f} "
-              f"| {100 * np.median(beyond):.1f} |")  # fmt: skip
+        print(
+            f"| {measure} | {len(rows)} | {100 * above.mean():.1f} | {100 * above.max():.1f} "
+            f"| {100 * np.median(beyond):.1f} |"
+        )
 
 
 if __name__ == "__main__":

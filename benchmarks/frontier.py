@@ -77,11 +77,15 @@ class Point(NamedTuple):
         """Return whether each generated answer is right, of the dense model and this one; `part` is
         an ability, a metric, or `-` and a task that is left out."""
         tasks = zip(*(one.tasks for one in self.pair), strict=True)
-        found = [both for one, other in tasks
-                 if one.metric in WRITTEN
-                 and (part in ("", one.dimension, one.metric)
-                      or (part[0] == "-" and part[1:] != one.name))
-                 for both in zip(one.values, other.values, strict=True)]  # fmt: skip
+        found = [
+            both
+            for one, other in tasks
+            if one.metric in WRITTEN
+            and (
+                part in ("", one.dimension, one.metric) or (part[0] == "-" and part[1:] != one.name)
+            )
+            for both in zip(one.values, other.values, strict=True)
+        ]
         return np.array(found, float).T
 
     def right(self, part: str = "") -> np.ndarray:
@@ -96,8 +100,7 @@ class Sizes:
     def __init__(self, model: str) -> None:
         folder = resolve_model(model)
         places = stored_tensors(folder)
-        blocks = [one for name, one in places.items()
-                  if ".layers." in name and len(one.shape) > 1]  # fmt: skip
+        blocks = [one for name, one in places.items() if ".layers." in name and len(one.shape) > 1]
         width = max(one.dtype.itemsize for one in places.values())
         self.matrices = sum(one.size for one in blocks) // width
         outside = weight_bytes(folder) - width * self.matrices
@@ -118,8 +121,9 @@ class Sizes:
 
     def megabytes(self, bits: float, outer: Mapping[str, float]) -> float:
         """Return the size of the whole model; `outer`: bits of embeddings and head, by name."""
-        fewer = sum(self._sizes[name] * (own / 8 / self._width - self._left)
-                    for name, own in outer.items())  # fmt: skip
+        fewer = sum(
+            self._sizes[name] * (own / 8 / self._width - self._left) for name, own in outer.items()
+        )
         return (self._rest + fewer + bits / 8 * self.matrices) / 1e6
 
 
@@ -136,15 +140,23 @@ def of_store(store: Path, sizes: dict[str, Sizes]) -> Iterator[Point]:
         found = counted("all", [(a, b) for a, b in tasks if a.metric in WRITTEN])
         assert found is not None
         suite = {"name": "abilities", "version": 1, "hash": ""}
-        dense, pruned = (CapabilityScores(trial.model, name, "", suite, tuple(one))
-                         for name, one in zip(("dense", trial.id), both, strict=True))  # fmt: skip
+        dense, pruned = (
+            CapabilityScores(trial.model, name, "", suite, tuple(one))
+            for name, one in zip(("dense", trial.id), both, strict=True)
+        )
         yield Point(
             f"{trial.model}: {trial.method}, {trial.calibration}",
-            f"{trial.method} {trial.pattern}, {trial.calibration}, seed {trial.seed}", bits,
+            f"{trial.method} {trial.pattern}, {trial.calibration}, seed {trial.seed}",
+            bits,
             sizes[trial.model].megabytes(bits, told.get("embeddings", {})),
-            divergence(trial.distance), found.kept, found.dense, found.share,
-            (dense, pruned), trial.pattern, trial.seed,
-        )  # fmt: skip
+            divergence(trial.distance),
+            found.kept,
+            found.dense,
+            found.share,
+            (dense, pruned),
+            trial.pattern,
+            trial.seed,
+        )
 
 
 def reference(points: list[Point]) -> Iterator[str]:
@@ -155,8 +167,10 @@ def reference(points: list[Point]) -> Iterator[str]:
     for bits in (8, 4.5, 4, 3):
         method = f"ecq + embeddings {embedding_bits(bits):g}, mix-8-chat-4"
         shares = {(one.line, one.pattern): round(one.share.value, 3) for one in points}
-        kept = {name: shares[f"{label}: {method}", f"{bits:g} bits"] for label, name in
-                (("smollm2", "SmolLM2-135M"), ("qwen", "Qwen2.5-Coder-0.5B"))}  # fmt: skip
+        kept = {
+            name: shares[f"{label}: {method}", f"{bits:g} bits"]
+            for label, name in (("smollm2", "SmolLM2-135M"), ("qwen", "Qwen2.5-Coder-0.5B"))
+        }
         yield f"{bits:g}: {json.dumps(kept)}".replace('"', "")
 
 
@@ -167,8 +181,11 @@ def of_smaller(store: Path, sizes: Mapping[str, Sizes]) -> Iterator[str]:
     order = sorted(dense.keys() & sizes.keys(), key=lambda name: sizes[name].matrices)
     for small, large in itertools.combinations(order, 2):
         own = {one.name: dict(zip(one.items, one.values, strict=True)) for one in dense[small]}
-        both = [(one, replace(one, values=tuple(own[one.name][item] for item in one.items)))
-                for one in dense[large] if one.metric in WRITTEN]  # fmt: skip
+        both = [
+            (one, replace(one, values=tuple(own[one.name][item] for item in one.items)))
+            for one in dense[large]
+            if one.metric in WRITTEN
+        ]
         found = counted("all", both)
         assert found is not None
         kept = f"{found.kept} of {found.dense}: {with_span(found.share)}"
@@ -184,8 +201,11 @@ def of_likelihood(store: Path) -> dict[tuple[str, str, int], dict[str, float]]:
         kept = retention(dense, pruned)
         alone = [replace(task, floors=()) if task.unigram else task for task in dense]
         line = f"{trial.model}: {trial.method}, {trial.calibration}"
-        values = {"": kept.total, CODE: retention(alone, pruned).total,
-                  **{one.name: one.kept for one in kept.dimensions}}  # fmt: skip
+        values = {
+            "": kept.total,
+            CODE: retention(alone, pruned).total,
+            **{one.name: one.kept for one in kept.dimensions},
+        }
         found[line, trial.pattern, trial.seed] = {
             name: 100 * one.value for name, one in values.items() if one.value is not None
         }
@@ -195,12 +215,16 @@ def of_likelihood(store: Path) -> dict[tuple[str, str, int], dict[str, float]]:
 def both_ways(points: list[Point]) -> Iterator[str]:
     """Yield what models keep of likelihood and of answers, by ability."""
     dimensions = list(dict.fromkeys(name for one in points for name in one.likely if name))
-    names = [*(f"likelihood, {name or 'all'}" for name in ("", *dimensions)),
-             *(f"answers, {name or 'all'}" for name in ("", *ABILITIES))]  # fmt: skip
+    names = [
+        *(f"likelihood, {name or 'all'}" for name in ("", *dimensions)),
+        *(f"answers, {name or 'all'}" for name in ("", *ABILITIES)),
+    ]
     yield f"| model | MB | {' | '.join(names)} |\n|---|---{'|---' * len(names)}|"
     for one in points:
-        values = [*(one.likely.get(name) for name in ("", *dimensions)),
-                  *(100 * one.right(name).mean() for name in ("", *ABILITIES))]  # fmt: skip
+        values = [
+            *(one.likely.get(name) for name in ("", *dimensions)),
+            *(100 * one.right(name).mean() for name in ("", *ABILITIES)),
+        ]
         cells = ("" if value is None else f"{value:.1f}" for value in values)
         yield f"| {one.line.partition(':')[0]}: {one.name} | {one.size:.1f} | {' | '.join(cells)} |"
 
@@ -219,8 +243,19 @@ def of_anchors(folder: Path) -> Iterator[Point]:
         line = f"llama.cpp, imatrix of {text}" if text else "llama.cpp"
         far = path.with_suffix(".distance.json")
         kl = divergence(json.loads(far.read_text("utf-8")) if far.exists() else None)
-        yield Point(line, f"llama.cpp {path.stem}", None, size, kl, found.kept, found.dense,
-                    found.share, pair, path.stem.partition("-")[0], 0)  # fmt: skip
+        yield Point(
+            line,
+            f"llama.cpp {path.stem}",
+            None,
+            size,
+            kl,
+            found.kept,
+            found.dense,
+            found.share,
+            pair,
+            path.stem.partition("-")[0],
+            0,
+        )
 
 
 def smallest(points: list[Point], floors: str) -> Iterator[str]:
@@ -235,8 +270,10 @@ def smallest(points: list[Point], floors: str) -> Iterator[str]:
 def leads(points: list[Point], lines: str) -> Iterator[str]:
     """Yield by how much a line keeps more than another, pattern by pattern, in all and by ability:
     of what the dense model has right in every run, as its answers depend on those beside them."""
-    ours, theirs = ({(one.pattern, one.seed): one for one in points if one.line == line}
-                    for line in lines.split(" - "))  # fmt: skip
+    ours, theirs = (
+        {(one.pattern, one.seed): one for one in points if one.line == line}
+        for line in lines.split(" - ")
+    )
     both = sorted(ours.keys() & theirs.keys())
     for pattern, group in itertools.groupby(both, key=lambda one: one[0]):
         keys, spans = list(group), []
@@ -251,8 +288,10 @@ def lead(apart: np.ndarray) -> str:
     """Return the mean of differences of shape (seeds, items), with its interval."""
     seeds, items = apart.shape
     random = np.random.default_rng(0)
-    drawn = [apart[random.integers(seeds, size=seeds)][:, random.integers(items, size=items)]
-             for _ in range(5000)]  # fmt: skip
+    drawn = [
+        apart[random.integers(seeds, size=seeds)][:, random.integers(items, size=items)]
+        for _ in range(5000)
+    ]
     low, high = np.quantile([one.mean() for one in drawn], [0.025, 0.975])
     return f"{apart.mean():+.1f} [{low:.1f}, {high:.1f}]"
 
@@ -271,8 +310,11 @@ def texts(points: list[Point], model: str) -> Iterator[str]:
     yield f"| target | {' | '.join(names)} | between draws |\n|---{'|---' * len(names)}|---|"
     for target, own in targets.items():
         cells = []
-        spread = [np.var([100 * one.share.value for one in drawn], ddof=1)
-                  for drawn in own.values() if len(drawn) > 1]  # fmt: skip
+        spread = [
+            np.var([100 * one.share.value for one in drawn], ddof=1)
+            for drawn in own.values()
+            if len(drawn) > 1
+        ]
         for drawn in (sorted(own.get(name, ()), key=lambda one: one.seed) for name in names):
             kept = ", ".join(f"{100 * one.share.value:.1f}" for one in drawn)
             cells.append(f"{kept} ({np.mean([one.kl for one in drawn]):.3f})" if drawn else "")
@@ -289,21 +331,34 @@ def draw(points: list[Point], path: Path) -> None:
         for number, line in enumerate(lines):
             own = sorted((one for one in points if one.line == line), key=lambda one: one.size)
             values = [100 * one.share.value for one in own]
-            ends = [[100 * (one.share.value - one.share.low) for one in own],
-                    [100 * (one.share.high - one.share.value) for one in own]]  # fmt: skip
+            ends = [
+                [100 * (one.share.value - one.share.low) for one in own],
+                [100 * (one.share.high - one.share.value) for one in own],
+            ]
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             axes.errorbar(
-                [one.size for one in own], values, yerr=ends, label=line, elinewidth=0.8,
-                marker=marker, color=colour, linestyle="none",
-            )  # fmt: skip
-            drawn = [[one for one in own if one.pattern == pattern]
-                     for pattern in dict.fromkeys(one.pattern for one in own)]  # fmt: skip
-            axes.plot([np.mean([one.size for one in some]) for some in drawn],
-                      [100 * np.mean([one.share.value for one in some]) for some in drawn],
-                      color=colour,
-                      linestyle="--" if line.startswith("llama.cpp") else "-")  # fmt: skip
-        axes.set(xlabel="size of the model's files, MB", ylabel="right answers kept, %",
-                 ylim=(0, 100))  # fmt: skip
+                [one.size for one in own],
+                values,
+                yerr=ends,
+                label=line,
+                elinewidth=0.8,
+                marker=marker,
+                color=colour,
+                linestyle="none",
+            )
+            drawn = [
+                [one for one in own if one.pattern == pattern]
+                for pattern in dict.fromkeys(one.pattern for one in own)
+            ]
+            axes.plot(
+                [np.mean([one.size for one in some]) for some in drawn],
+                [100 * np.mean([one.share.value for one in some]) for some in drawn],
+                color=colour,
+                linestyle="--" if line.startswith("llama.cpp") else "-",
+            )
+        axes.set(
+            xlabel="size of the model's files, MB", ylabel="right answers kept, %", ylim=(0, 100)
+        )
         axes.set_title("How many answers are left at which size", color=INK, loc="left")
         axes.grid()
         figure.legend(loc="outside lower left", ncols=2)
@@ -320,23 +375,31 @@ def draw_distance(points: list[Point], path: Path) -> Iterator[str]:
         all_axes = figure.subplots(1, 1 + bool(known), sharey=True, squeeze=False)[0]
         names = sorted({family(one) for one in (*far, *known)})
         models = list(dict.fromkeys(name.partition(", ")[0] for name in names))
-        kinds = list(dict.fromkeys(name.partition(", ")[2].removesuffix(RECOVERED)
-                                   for name in names))  # fmt: skip
+        kinds = list(
+            dict.fromkeys(name.partition(", ")[2].removesuffix(RECOVERED) for name in names)
+        )
         panels = ((far, lambda one: one.kl), (known, lambda one: one.likely[""]))
         for axes, (own, of) in zip(all_axes, panels, strict=False):
             for name in names:
                 some = [one for one in own if family(one) == name]
                 model, _, kind = name.partition(", ")
                 kind = kind.removesuffix(RECOVERED)
-                axes.plot([of(one) for one in some],
-                          [100 * one.share.value for one in some],
-                          label=name if own is far else None, linestyle="none",
-                          marker=MARKERS[models.index(model)],
-                          fillstyle="none" if name.endswith(RECOVERED) else "full",
-                          color=COLOURS[kinds.index(kind)])  # fmt: skip
+                axes.plot(
+                    [of(one) for one in some],
+                    [100 * one.share.value for one in some],
+                    label=name if own is far else None,
+                    linestyle="none",
+                    marker=MARKERS[models.index(model)],
+                    fillstyle="none" if name.endswith(RECOVERED) else "full",
+                    color=COLOURS[kinds.index(kind)],
+                )
             axes.grid()
-        all_axes[0].set(xlabel="KL to the dense model, nats a token", ylim=(0, 100), xscale="log",
-                        ylabel="right answers kept, %")  # fmt: skip
+        all_axes[0].set(
+            xlabel="KL to the dense model, nats a token",
+            ylim=(0, 100),
+            xscale="log",
+            ylabel="right answers kept, %",
+        )
         all_axes[-1].set_xlabel("likelihood kept, %") if known else None
         title = "What a distance to the dense model means in answers"
         all_axes[0].set_title(title, color=INK, loc="left")
@@ -347,8 +410,12 @@ def draw_distance(points: list[Point], path: Path) -> Iterator[str]:
     yield from together("KL, nats a token", (0, *EDGES, math.inf), far, lambda one: one.kl)
     for name in ("", CODE) if known else ():
         yield ""
-        yield from together(f"likelihood kept, {name or 'all'}, %", (0, *SHARES, math.inf), known,
-                            lambda one, name=name: max(0, one.likely[name]))  # fmt: skip
+        yield from together(
+            f"likelihood kept, {name or 'all'}, %",
+            (0, *SHARES, math.inf),
+            known,
+            lambda one, name=name: max(0, one.likely[name]),
+        )
 
 
 def together(
@@ -402,15 +469,17 @@ def main() -> None:
     parser.add_argument("--likelihood", type=Path, metavar="STORE")
     parser.add_argument("--reference", type=Path, metavar="FILE.yaml")
     asked = parser.parse_args()
-    sizes = {label: Sizes(model) for label, _, model in
-             (text.partition("=") for text in asked.model)}  # fmt: skip
+    sizes = {
+        label: Sizes(model) for label, _, model in (text.partition("=") for text in asked.model)
+    }
     trials = (one for store in reversed(asked.stores) for one in of_store(store, sizes))
     points = list({(one.line, one.pattern, one.seed): one for one in trials}.values())
     points += of_anchors(asked.anchors) if asked.anchors else []
     if asked.likelihood:
         kept = of_likelihood(asked.likelihood)
-        points = [one._replace(likely=kept.get((one.line, one.pattern, one.seed), {}))
-                  for one in points]  # fmt: skip
+        points = [
+            one._replace(likely=kept.get((one.line, one.pattern, one.seed), {})) for one in points
+        ]
     points.sort(key=lambda one: one.size)
     print("| model | bits a weight | MB | KL | answers kept, % |\n|---|---|---|---|---|")
     for one in points:
@@ -429,8 +498,11 @@ def main() -> None:
         print("", *texts(points, label), sep="\n")
     if asked.output:
         only = dict(one.partition("=")[::2] for one in asked.only.split(";") if one)
-        drawn = [one._replace(line=only[one.line] or one.line) for one in points
-                 if one.line in only] if only else points  # fmt: skip
+        drawn = (
+            [one._replace(line=only[one.line] or one.line) for one in points if one.line in only]
+            if only
+            else points
+        )
         draw(drawn, asked.output)
     if asked.reference:
         asked.reference.write_text("\n".join(reference(points)) + "\n", "utf-8")

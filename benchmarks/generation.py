@@ -54,8 +54,10 @@ def main() -> None:
                 start = time.perf_counter()
                 write(opened, request, batch=rows)
                 seconds = time.perf_counter() - start
-                print(f"{rows} rows of {length}, {name}: "
-                      f"{rows * length / seconds:.0f} tokens/s", flush=True)  # fmt: skip
+                print(
+                    f"{rows} rows of {length}, {name}: {rows * length / seconds:.0f} tokens/s",
+                    flush=True,
+                )
         seconds = forward_alone(opened.model, rows, length)
         print(f"{rows} rows of {length}, forward alone: {rows * length / seconds:.0f} tokens/s")
 

@@ -196,8 +196,10 @@ def main() -> None:
     make_twin(opened.model)
     rows = options.rows + (options.held_out if options.blocks else 0)
     drawn = resolve(options.calibration, opened, rows=rows, length=options.length, leakage="off")
-    print(f"commit {commit()}, {machine()}; twin of {options.model}, {opened.model.dtype}, "
-          f"{options.rows} rows of {options.length} tokens of {options.calibration}\n")  # fmt: skip
+    print(
+        f"commit {commit()}, {machine()}; twin of {options.model}, {opened.model.dtype}, "
+        f"{options.rows} rows of {options.length} tokens of {options.calibration}\n"
+    )
     (by_matrix if options.blocks else by_model)(options, opened, drawn.ids)
 
 

@@ -46,9 +46,11 @@ class Sizes(NamedTuple):
     def inputs(self) -> list[tuple[int, int]]:
         """Width of a block's distinct inputs, and outputs of the maps that read each."""
         return [
-            (self.hidden, self.query + 2 * self.key), (self.query, self.hidden),
-            (self.hidden, 2 * self.inner), (self.inner, self.hidden),
-        ]  # fmt: skip
+            (self.hidden, self.query + 2 * self.key),
+            (self.query, self.hidden),
+            (self.hidden, 2 * self.inner),
+            (self.inner, self.hidden),
+        ]
 
     @property
     def block_weights(self) -> int:
@@ -137,11 +139,16 @@ def measured(
 ) -> tuple[dict[str, float], float]:
     """Seconds by activity of two blocks of random weights, and the peak of the device's memory."""
     config = AutoConfig.for_model(
-        "llama", num_hidden_layers=2, vocab_size=sizes.vocabulary, hidden_size=sizes.hidden,
-        intermediate_size=sizes.inner, num_attention_heads=sizes.query // sizes.head,
-        num_key_value_heads=sizes.key // sizes.head, head_dim=sizes.head,
+        "llama",
+        num_hidden_layers=2,
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.inner,
+        num_attention_heads=sizes.query // sizes.head,
+        num_key_value_heads=sizes.key // sizes.head,
+        head_dim=sizes.head,
         max_position_embeddings=max(length, 256),
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -157,8 +164,7 @@ def measured(
 
 def print_blocks(device: torch.device, rows: int, length: int, shapes: list[str]) -> list[str]:
     """Print a table of blocks; return it in short."""
-    print(f"\nTwo blocks, {rows} x {length} tokens, 60 %: seconds, GiB at the "
-          "peak / by formula\n")  # fmt: skip
+    print(f"\nTwo blocks, {rows} x {length} tokens, 60 %: seconds, GiB at the peak / by formula\n")
     print("| shape | method | forward | statistic | solve | all | memory |\n|" + "---|" * 7)
     short = []
     for name in shapes:
@@ -191,8 +197,20 @@ def formula(sizes: Sizes, method: str, rows: int, length: int, device: torch.dev
 
 def others(tiny: bool) -> list[str]:
     """Run the other benchmarks; return those that failed."""
-    small = (("speed.py", "--repeats", "1", "--rows", "4", "--length", "64", "--methods", "wanda",
-              "--sequential-only"),)  # fmt: skip
+    small = (
+        (
+            "speed.py",
+            "--repeats",
+            "1",
+            "--rows",
+            "4",
+            "--length",
+            "64",
+            "--methods",
+            "wanda",
+            "--sequential-only",
+        ),
+    )
     failed = []
     for script, *options in small if tiny else OTHERS:
         print(f"\n## {script} {' '.join(options)}\n", flush=True)

@@ -154,22 +154,32 @@ def main() -> None:
                 for target in options.targets:
                     for way in options.ways:
                         cell = {
-                            "model": model, "calibration": name, "target": target, "way": way,
-                            "draw": draw, "rows": options.rows,
-                        }  # fmt: skip
+                            "model": model,
+                            "calibration": name,
+                            "target": target,
+                            "way": way,
+                            "draw": draw,
+                            "rows": options.rows,
+                        }
                         if any(cell.items() <= one.items() for one in read(options.records)):
                             continue
                         note = make(options, cell, text)
                         texts = readout.texts(resolve_model(model), options.output / way)
                         kept = means(texts)
                         many = {"many": options.many} if way == "many" else {}
-                        one = cell | many | {
-                            "kept": {key: round(value, 3) for key, value in kept.items()},
-                            "texts": {name: {text: round(value, 3) for text, value in own.items()}
-                                      for name, own in texts.items()},
-                            "error": round(note["error"], 6),
-                            "cpu_seconds": round(note["seconds"], 1),
-                        }  # fmt: skip
+                        one = (
+                            cell
+                            | many
+                            | {
+                                "kept": {key: round(value, 3) for key, value in kept.items()},
+                                "texts": {
+                                    name: {text: round(value, 3) for text, value in own.items()}
+                                    for name, own in texts.items()
+                                },
+                                "error": round(note["error"], 6),
+                                "cpu_seconds": round(note["seconds"], 1),
+                            }
+                        )
                         with options.records.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(one | made_by) + "\n")
                         print(f"{cell}: {kept['total']:.1f}", flush=True)

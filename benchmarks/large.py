@@ -40,35 +40,64 @@ from calmix.pruning.budget import parse_memory
 
 SHAPES = {
     "llama-3.1-8b": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
-        "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "max_position_embeddings": 8192, "tie_word_embeddings": False,
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
     },
     "mixtral-8x7b": {
-        "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096,
-        "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
     },
     "qwen3-30b-a3b": {
-        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
-        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
-        "norm_topk_prob": True, "tie_word_embeddings": False,
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
     },
     "small-mixture": {
-        "model_type": "qwen3_moe", "vocab_size": 8192, "hidden_size": 512,
-        "intermediate_size": 1024, "moe_intermediate_size": 256, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4,
-        "norm_topk_prob": True, "tie_word_embeddings": False,
+        "model_type": "qwen3_moe",
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "moe_intermediate_size": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
     },
-}  # fmt: skip
+}
 
 
 def block_shapes(shape: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a block by their names in hub checkpoints, experts one by one."""
     width, inner, heads = (
-        shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"],
-    )  # fmt: skip
+        shape["hidden_size"],
+        shape["intermediate_size"],
+        shape["num_attention_heads"],
+    )
     head = shape.get("head_dim", width // heads)
     shared = head * shape["num_key_value_heads"]
     found: dict[str, tuple[int, ...]] = {
@@ -83,14 +112,18 @@ def block_shapes(shape: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         parts = {"mlp.": ("gate_proj", "up_proj", "down_proj")}
     elif shape["model_type"] == "mixtral":
         found["block_sparse_moe.gate.weight"] = (shape["num_local_experts"], width)
-        parts = {f"block_sparse_moe.experts.{number}.": ("w1", "w3", "w2")
-                 for number in range(shape["num_local_experts"])}  # fmt: skip
+        parts = {
+            f"block_sparse_moe.experts.{number}.": ("w1", "w3", "w2")
+            for number in range(shape["num_local_experts"])
+        }
     else:
         inner = shape["moe_intermediate_size"]
         found["mlp.gate.weight"] = (shape["num_experts"], width)
         found |= {f"self_attn.{name}_norm.weight": (head,) for name in "qk"}
-        parts = {f"mlp.experts.{number}.": ("gate_proj", "up_proj", "down_proj")
-                 for number in range(shape["num_experts"])}  # fmt: skip
+        parts = {
+            f"mlp.experts.{number}.": ("gate_proj", "up_proj", "down_proj")
+            for number in range(shape["num_experts"])
+        }
     for at, (gate, up, down) in parts.items():
         found |= {
             f"{at}{gate}.weight": (inner, width),
@@ -129,10 +162,14 @@ def write_model(folder: Path, blocks: int, shape: dict[str, Any]) -> None:
         save_file(made, folder / name, {"format": "pt"})
         weights.update(dict.fromkeys(made, name))
 
-    keep("model-outside.safetensors", {
-        "model.embed_tokens.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width),
-        "model.norm.weight": (width,),
-    })  # fmt: skip
+    keep(
+        "model-outside.safetensors",
+        {
+            "model.embed_tokens.weight": (vocabulary, width),
+            "lm_head.weight": (vocabulary, width),
+            "model.norm.weight": (width,),
+        },
+    )
     for index in range(blocks):
         own = {f"model.layers.{index}.{name}": size for name, size in block_shapes(shape).items()}
         keep(f"model-{index:05d}.safetensors", own)
@@ -167,8 +204,10 @@ def run(command: list[str], work: Path, kill_after: int | None) -> tuple[float, 
     if not killed and os.waitstatus_to_exitcode(status):
         sys.exit(f"the prune ended with {os.waitstatus_to_exitcode(status)}")
     if held:
-        print(f"resident memory {held[0]:.2f} GiB after the first block, {held[-1]:.2f} GiB after "
-              f"block {done}")  # fmt: skip
+        print(
+            f"resident memory {held[0]:.2f} GiB after the first block, {held[-1]:.2f} GiB after "
+            f"block {done}"
+        )
     return usage.ru_maxrss / 2**20, times, killed
 
 
@@ -198,11 +237,31 @@ def main() -> None:
     letters = torch.randint(97, 123, (4 * options.rows * options.length,), generator=generator)
     text.write_text("".join(map(chr, letters.tolist())))
     command = [
-        sys.executable, "-m", "calmix", "prune", str(model), "-o", str(output), "--calibration",
-        str(text), "--rows", str(options.rows), "--length", str(options.length), "--sparsity",
-        "0.6", "--method", options.method, "--dtype", "bfloat16", "--leakage", "off",
-        "--max-memory", options.max_memory, "--overwrite",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "calmix",
+        "prune",
+        str(model),
+        "-o",
+        str(output),
+        "--calibration",
+        str(text),
+        "--rows",
+        str(options.rows),
+        "--length",
+        str(options.length),
+        "--sparsity",
+        "0.6",
+        "--method",
+        options.method,
+        "--dtype",
+        "bfloat16",
+        "--leakage",
+        "off",
+        "--max-memory",
+        options.max_memory,
+        "--overwrite",
+    ]
     dry = subprocess.run(
         [*command, "--dry-run", "--json"], capture_output=True, text=True, check=True
     )
@@ -210,16 +269,20 @@ def main() -> None:
     memory, expected = max(p["memory"] for p in planned), sum(p["seconds"] for p in planned)
     size = sum(p.stat().st_size for p in model.glob("*.safetensors")) / 2**30
     print(f"commit {commit()}, {machine()}")
-    print(f"{options.blocks} blocks, {size:.1f} GiB of weights, {options.rows} x {options.length} "
-          f"tokens, {options.method} 60 %, --max-memory {options.max_memory}\n")  # fmt: skip
+    print(
+        f"{options.blocks} blocks, {size:.1f} GiB of weights, {options.rows} x {options.length} "
+        f"tokens, {options.method} 60 %, --max-memory {options.max_memory}\n"
+    )
     work = output.with_name(output.name + ".unfinished")
     began = time.perf_counter()
     peak, times, killed = run(command, work, options.kill_after)
     seconds = time.perf_counter() - began
     steps = [b - a for a, b in itertools.pairwise(times)]
     each = sum(steps) / len(steps) if steps else float("nan")
-    print(f"peak resident memory {peak:.2f} GiB; {each:.1f} s a block ({len(times)} blocks seen), "
-          f"{seconds:.0f} s in all")  # fmt: skip
+    print(
+        f"peak resident memory {peak:.2f} GiB; {each:.1f} s a block ({len(times)} blocks seen), "
+        f"{seconds:.0f} s in all"
+    )
     print(f"planned: {memory / 2**30:.2f} GiB, {expected:.0f} s in all")
     most = peak
     if killed:

@@ -82,14 +82,18 @@ def main() -> None:
         kinds: dict[str, list[tuple[float, float]]] = {}
         for name, both in zip(names, FOUND, strict=True):
             kinds.setdefault(name.rsplit(".", 1)[-1], []).append(both)
-        print(f"\n{options.model}, {target}, {options.rows} x {options.length}, "
-              f"{time.perf_counter() - began:.0f} s")  # fmt: skip
+        print(
+            f"\n{options.model}, {target}, {options.rows} x {options.length}, "
+            f"{time.perf_counter() - began:.0f} s"
+        )
         print(f"{'':<12}{options.method:>10}{options.against:>12}   worst ratio   behind")
         for kind, found in [*kinds.items(), ("all", FOUND)]:
             one, other = (sum(pair[at] for pair in found) / len(found) for at in (0, 1))
             worst = max(a / b for a, b in found)
-            print(f"{kind:<12}{one:10.4f}{other:12.4f}{worst:14.3f}"
-                  f"{sum(a > b for a, b in found):6} of {len(found)}")  # fmt: skip
+            print(
+                f"{kind:<12}{one:10.4f}{other:12.4f}{worst:14.3f}"
+                f"{sum(a > b for a, b in found):6} of {len(found)}"
+            )
         for name, (a, b) in zip(names, FOUND, strict=True):
             if a > b:
                 print(f"  {name}: {a:.5f}, {options.against} {b:.5f}")

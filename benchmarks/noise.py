@@ -49,15 +49,19 @@ def table(results: StudyResults, method: str, points: float) -> None:
         far = [trial.distance["total"]["kl_mean"] for trial in alike if trial.distance]
         distances.append(np.array(far))
         kept = 100 * answers[-1].mean(1)
-        print(f"| {text} | {len(alike)} | {kept.mean():.1f} ± {kept.std(ddof=1):.1f} "
-              f"| {np.mean(far):.3f} ± {np.std(far, ddof=1):.3f} |")  # fmt: skip
+        print(
+            f"| {text} | {len(alike)} | {kept.mean():.1f} ± {kept.std(ddof=1):.1f} "
+            f"| {np.mean(far):.3f} ± {np.std(far, ddof=1):.3f} |"
+        )
     tasks = right(results, trials[0].id)[1]
     freedom = sum(len(each) - 1 for each in answers)
     seed, text = spread([100 * each.mean(1) for each in answers])
     items, by_task = zip(*(paired(a, b, tasks) for a, b in combinations(answers, 2)), strict=True)
     item, task = math.sqrt(max(0.0, np.median(items))), math.sqrt(max(0.0, np.median(by_task)))
-    print(f"answers, {len(tasks)} right in the dense model: text {text:.1f}, seed {seed:.1f}, "
-          f"items {item:.1f}, tasks {task:.1f} points")  # fmt: skip
+    print(
+        f"answers, {len(tasks)} right in the dense model: text {text:.1f}, seed {seed:.1f}, "
+        f"items {item:.1f}, tasks {task:.1f} points"
+    )
     wanted = needed(points / 100, seed / 100, freedom, item / 100)
     more = wanted.draws_items or f"none; {wanted.items:.0f} times the items"
     print(f"{points:g} points need {wanted.draws} seeds on these items, for others too: {more}")
@@ -65,8 +69,10 @@ def table(results: StudyResults, method: str, points: float) -> None:
     mean = float(np.mean(np.concatenate(distances)))
     share = points / 100 * mean
     wanted = needed(share, seed, freedom, 0.0)
-    print(f"KL, mean {mean:.3f}: text {text:.4f}, seed {seed:.4f} ({100 * seed / mean:.1f} %); "
-          f"{points:g} % of it ({share:.4f}) need {wanted.draws} seeds")  # fmt: skip
+    print(
+        f"KL, mean {mean:.3f}: text {text:.4f}, seed {seed:.4f} ({100 * seed / mean:.1f} %); "
+        f"{points:g} % of it ({share:.4f}) need {wanted.draws} seeds"
+    )
 
 
 def spread(groups: list[np.ndarray]) -> tuple[float, float]:

@@ -86,9 +86,12 @@ def main() -> None:
     opened = stage("open the model", lambda: calmix.open_model(MODEL))
     drawn = stage("draw 64 x 512 tokens", lambda: calmix.resolve(MIX, opened, rows=64, length=512))
     stage("measure them", lambda: measure_set(drawn, opened))
-    report = stage("prune", lambda: calmix.prune(
-        opened.model, drawn.ids, method="sparsegpt", pattern=calmix.Unstructured(0.6)
-    ))  # fmt: skip
+    report = stage(
+        "prune",
+        lambda: calmix.prune(
+            opened.model, drawn.ids, method="sparsegpt", pattern=calmix.Unstructured(0.6)
+        ),
+    )
     part = "whole" if options.full else "quick slice"
     stage(f"score suite {options.suite}, {part}", score)
     stage(f"write {WRITTEN[0]} x {WRITTEN[1]} tokens", generate)
@@ -103,8 +106,11 @@ def main() -> None:
         print(
             f"| {kind} | " + " | ".join(f"{k.get(kind, 0):.1f}" for _, k in found.values()) + " |"
         )
-    print("| all, with the profiler | " + " | ".join(f"{all_:.1f}" for all_, _ in found.values())
-          + " |")  # fmt: skip
+    print(
+        "| all, with the profiler | "
+        + " | ".join(f"{all_:.1f}" for all_, _ in found.values())
+        + " |"
+    )
 
 
 if __name__ == "__main__":

@@ -46,11 +46,15 @@ def measured(results: Any, trial: Any) -> dict[str, float]:
                 same.append(alike(wanted, pruned.answers[at]) / len(wanted))
     far = ((trial.distance or {}).get("dimensions") or {}).get("code") or {}
     return {
-        "kept": sum(kept), "right": len(kept), "share": float(np.mean(kept)),
-        "KL": far.get("kl_mean", np.nan), "KL p99": far.get("kl_p99", np.nan),
-        "top1": far.get("top1", np.nan), "ended": float(np.mean(ended)),
+        "kept": sum(kept),
+        "right": len(kept),
+        "share": float(np.mean(kept)),
+        "KL": far.get("kl_mean", np.nan),
+        "KL p99": far.get("kl_p99", np.nan),
+        "top1": far.get("top1", np.nan),
+        "ended": float(np.mean(ended)),
         "same as dense": float(np.mean(same)),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -68,8 +72,11 @@ def main() -> None:
             if trial.method in methods and trial.method not in found[key]:
                 found[key][trial.method] = measured(results, trial)
     pairs = {key: both for key, both in sorted(found.items()) if len(both) == len(methods)}
-    print(f"| model, pattern, text, seed | programs kept: {' | '.join(methods)} |",
-          " | ".join(MEASURES), "|")  # fmt: skip
+    print(
+        f"| model, pattern, text, seed | programs kept: {' | '.join(methods)} |",
+        " | ".join(MEASURES),
+        "|",
+    )
     print("|---" * (1 + len(methods) + len(MEASURES)) + "|")
     for key, both in pairs.items():
         cells = [f"{both[name]['kept']}/{both[name]['right']}" for name in methods]
@@ -90,8 +97,10 @@ def main() -> None:
             told = [sign * (one[methods[1]][measure] - one[methods[0]][measure]) for one in some]
             right_sign = [a * b > 0 for a, b in zip(told, apart, strict=True) if b]
             rank = spearmanr(*zip(*every, strict=True)).statistic
-            print(f"  {measure}: rank {rank:+.2f}, prefers the better one in {sum(right_sign)} of "
-                  f"{len(right_sign)}")  # fmt: skip
+            print(
+                f"  {measure}: rank {rank:+.2f}, prefers the better one in {sum(right_sign)} of "
+                f"{len(right_sign)}"
+            )
 
 
 if __name__ == "__main__":

@@ -67,14 +67,36 @@ def measured(options: argparse.Namespace, way: str) -> dict[str, Any]:
     pruned, output = options.output / f"{way}-pruned", options.output / way
     program, rows = [sys.executable, "-m", "calmix"], str(options.rows)
     drawn = ["--calibration", MIX, "--rows", rows, "--overwrite"]
-    prune = [*program, "prune", options.model, "-o", str(pruned), "--method", method,
-             "--sparsity", "0.6", *drawn]  # fmt: skip
+    prune = [
+        *program,
+        "prune",
+        options.model,
+        "-o",
+        str(pruned),
+        "--method",
+        method,
+        "--sparsity",
+        "0.6",
+        *drawn,
+    ]
     commands = [prune]
     dry = subprocess.run([*prune, "--dry-run", "--json"], capture_output=True, check=True)
     memory = max(stage["memory"] for stage in json.loads(dry.stdout))
     if recovery:
-        commands.append([*program, "recover", str(pruned), "--against", options.model, "-o",
-                         str(output), "--method", recovery, *drawn])  # fmt: skip
+        commands.append(
+            [
+                *program,
+                "recover",
+                str(pruned),
+                "--against",
+                options.model,
+                "-o",
+                str(output),
+                "--method",
+                recovery,
+                *drawn,
+            ]
+        )
         request = recover_request(method=recovery, calibration=MIX)
         empty = EmptyModel(options.model)
         memory = max(memory, empty.recovery_memory(request, 512) + PROGRAM)
@@ -116,9 +138,10 @@ def main() -> None:
     both = there_and_back(options.model, ids)
     print("| floor | seconds |\n|---|---|")
     for name, value in (
-        ("forward of the blocks", forward), ("Gram matrices", gram),
+        ("forward of the blocks", forward),
+        ("Gram matrices", gram),
         ("the blocks there and back", both),
-    ):  # fmt: skip
+    ):
         print(f"| {name} | {value:.1f} |", flush=True)
     print("\n| way | seconds | recovery alone | peak, GiB (planned) | over its floor |")
     print("|---|---|---|---|---|")

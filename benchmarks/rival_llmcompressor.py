@@ -43,8 +43,13 @@ def main() -> None:
     if options.method == "gptq":
         from llmcompressor.modifiers.quantization import GPTQModifier
 
-        levels = {"num_bits": options.bits, "type": "int", "symmetric": True, "strategy": "group",
-                  "group_size": options.group}  # fmt: skip
+        levels = {
+            "num_bits": options.bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": options.group,
+        }
         group = {"targets": ["Linear"], "weights": levels}
         recipe = GPTQModifier(config_groups={"all": group}, ignore=where["ignore"])
     else:

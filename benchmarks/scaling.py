@@ -37,10 +37,16 @@ def random_model(hidden: int, inner: int, heads: int, shared: int, blocks: int) 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        "llama", vocab_size=512, hidden_size=hidden, intermediate_size=inner,
-        num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=shared,
-        max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
+        "llama",
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     with torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -49,20 +49,28 @@ def overview(results: StudyResults, method: str, sparsity: str, measure: Measure
         name = one.quantity if one.kind != "task" else f"  {one.quantity}"
         print(
             form.format(
-                name, one.items, number(one.signal, 1, 100), number(one.draw, 2, 100),
-                number(one.item, 2, 100), number(one.ratio), draws(one, 2), draws(one, 1),
+                name,
+                one.items,
+                number(one.signal, 1, 100),
+                number(one.draw, 2, 100),
+                number(one.item, 2, 100),
+                number(one.ratio),
+                draws(one, 2),
+                draws(one, 1),
             )
-        )  # fmt: skip
+        )
 
 
 def scores(results: StudyResults, method: str, sparsity: str, agreement: str) -> None:
     """Print for every task with accuracies the ratio and the agreement of each score."""
     ratios = {
-        score: {n.quantity: n.ratio for n in noises(results, method=method, sparsity=sparsity,
-                                                     measure=score)
-                if n.kind == "task"}
+        score: {
+            n.quantity: n.ratio
+            for n in noises(results, method=method, sparsity=sparsity, measure=score)
+            if n.kind == "task"
+        }
         for score in SCORES
-    }  # fmt: skip
+    }
     there = {"trials": select(results, method=method, sparsity=agreement)}
     means = {score: tables(results.model_copy(update=there), score)[0] for score in SCORES}
     cells = means["accuracy"]

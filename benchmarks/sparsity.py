@@ -22,8 +22,11 @@ from calmix.report.charts import COLOURS, INK, MARKERS, SETTINGS
 from calmix.study import read_results
 
 NAMES = {
-    "wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM", "admm + distill": "ADMM, distilled",
-}  # fmt: skip
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "admm": "ADMM",
+    "admm + distill": "ADMM, distilled",
+}
 
 
 def main() -> None:
@@ -43,12 +46,17 @@ def main() -> None:
     for model, method, pattern, text in found:
         if text == options.mix:
             ours = np.mean(found[model, method, pattern, text])
-            singles = [np.mean(values) for (*where, name), values in found.items()
-                       if where == [model, method, pattern] and name != text]  # fmt: skip
+            singles = [
+                np.mean(values)
+                for (*where, name), values in found.items()
+                if where == [model, method, pattern] and name != text
+            ]
             ahead = float(ours - max(singles)), float(ours - np.mean(singles))
             leads[model, method].append((float(pattern.rstrip("%")), *ahead))
-            print(f"{model} {method} {pattern}: {ahead[0]:+.1f} over the best of {len(singles)}, "
-                  f"{ahead[1]:+.1f} over their mean")  # fmt: skip
+            print(
+                f"{model} {method} {pattern}: {ahead[0]:+.1f} over the best of {len(singles)}, "
+                f"{ahead[1]:+.1f} over their mean"
+            )
     if options.o is None:
         return
     models, methods = (list(dict.fromkeys(key[at] for key in leads)) for at in (0, 1))
@@ -57,8 +65,13 @@ def main() -> None:
         for axes, model in zip(figure.subplots(1, len(models), sharey=True), models, strict=True):
             for method, colour, marker in zip(methods, COLOURS, MARKERS, strict=False):
                 points = sorted(leads[model, method])
-                axes.plot([one[0] for one in points], [one[1] for one in points], color=colour,
-                          marker=marker, label=NAMES.get(method, method))  # fmt: skip
+                axes.plot(
+                    [one[0] for one in points],
+                    [one[1] for one in points],
+                    color=colour,
+                    marker=marker,
+                    label=NAMES.get(method, method),
+                )
             axes.axhline(0, color=INK, linewidth=0.8)
             axes.set(xlabel="sparsity, %", xticks=[one[0] for one in points])
             axes.set_title(model, color=INK, loc="left")

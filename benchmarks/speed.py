@@ -90,8 +90,13 @@ def ours(ids: torch.Tensor, method: str, propagation: str, pattern: Pattern) -> 
 def layers(repeats: int) -> None:
     """Print how long quantisers take for single layers beside SparseGPT at 60 %."""
     torch.set_num_threads(1)
-    runs = [("sparsegpt", "0.6"), ("gptq", "4 bits"), ("gptq", "3 bits"), ("ecq", "2.8 bits"),
-            ("sparsegpt,bits=4", "0.5")]  # fmt: skip
+    runs = [
+        ("sparsegpt", "0.6"),
+        ("gptq", "4 bits"),
+        ("gptq", "3 bits"),
+        ("ecq", "2.8 bits"),
+        ("sparsegpt,bits=4", "0.5"),
+    ]
     print("| layer | SparseGPT, ms | " + " | ".join(map(" ".join, runs[1:])) + " |")
     print("|---" * (len(runs) + 1) + "|")
     for rows, columns in (
@@ -157,9 +162,13 @@ def main() -> None:
                 )
             for dtype in ("bfloat16", "float32") if options.rival else ():
                 told = run_rival(
-                    options.rival, ids, model=opened.folder, method=method, sparsity=0.6,
+                    options.rival,
+                    ids,
+                    model=opened.folder,
+                    method=method,
+                    sparsity=0.6,
                     dtype=dtype,
-                )  # fmt: skip
+                )
                 rivals.setdefault(f"{method} {dtype}", []).append(told["seconds"])
     forward = statistics.median(f for f, _ in floors)
     gram = statistics.median(g for _, g in floors)

@@ -21,11 +21,33 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2",
-         "unique_dim", "unique_consecutive", "repeat_interleave", "allclose"}  # fmt: skip
+READS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "repeat_interleave",
+    "allclose",
+}
 SELECTS = {"index", "index_put", "index_put_", "_index_put_impl_"}
-FREE = {"device", "sym_size", "sym_stride", "sym_numel", "detach", "empty", "empty_like",
-        "new_empty", "empty_strided", "_unsafe_view", "_reshape_alias", "lift_fresh"}  # fmt: skip
+FREE = {
+    "device",
+    "sym_size",
+    "sym_stride",
+    "sym_numel",
+    "detach",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "_unsafe_view",
+    "_reshape_alias",
+    "lift_fresh",
+}
 COPIES = {"_to_copy", "copy_", "_copy_from"}
 
 

@@ -46,16 +46,24 @@ def upcycle(folder: Path) -> None:
     opened = open_model(MODEL)
     dense, told = opened.model, opened.model.config
     config = MixtralConfig(
-        vocab_size=told.vocab_size, hidden_size=told.hidden_size,
-        intermediate_size=told.intermediate_size, num_hidden_layers=told.num_hidden_layers,
+        vocab_size=told.vocab_size,
+        hidden_size=told.hidden_size,
+        intermediate_size=told.intermediate_size,
+        num_hidden_layers=told.num_hidden_layers,
         num_attention_heads=told.num_attention_heads,
-        num_key_value_heads=told.num_key_value_heads, rms_norm_eps=told.rms_norm_eps,
-        max_position_embeddings=told.max_position_embeddings, head_dim=dense.model.layers[0].
-        self_attn.head_dim, rope_parameters=told.rope_parameters, sliding_window=None,
-        tie_word_embeddings=told.tie_word_embeddings, num_local_experts=EXPERTS,
-        num_experts_per_tok=CHOSEN, bos_token_id=told.bos_token_id,
-        eos_token_id=told.eos_token_id, pad_token_id=told.pad_token_id,
-    )  # fmt: skip
+        num_key_value_heads=told.num_key_value_heads,
+        rms_norm_eps=told.rms_norm_eps,
+        max_position_embeddings=told.max_position_embeddings,
+        head_dim=dense.model.layers[0].self_attn.head_dim,
+        rope_parameters=told.rope_parameters,
+        sliding_window=None,
+        tie_word_embeddings=told.tie_word_embeddings,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=CHOSEN,
+        bos_token_id=told.bos_token_id,
+        eos_token_id=told.eos_token_id,
+        pad_token_id=told.pad_token_id,
+    )
     made = AutoModelForCausalLM.from_config(config, dtype=dense.dtype)
     made.load_state_dict(dense.state_dict(), strict=False)
     seed = torch.Generator().manual_seed(0)
@@ -87,9 +95,11 @@ def coverage(folder: Path) -> dict[str, Any]:
         for source in done["experts"][0]["sources"]
     }
     return {
-        "least": min(tokens), "most": max(tokens), "by_source": least,
+        "least": min(tokens),
+        "most": max(tokens),
+        "by_source": least,
         "error": sum(errors) / len(errors),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -117,9 +127,12 @@ def main() -> None:
             continue
         output = options.work / name.replace(" ", "-")
         request = prune_request(
-            method=options.method, sparsity=sparsity, calibration=SOURCES[calibration],
-            rows=options.rows, length=options.length,
-        )  # fmt: skip
+            method=options.method,
+            sparsity=sparsity,
+            calibration=SOURCES[calibration],
+            rows=options.rows,
+            length=options.length,
+        )
         try:
             prune_checkpoints(str(dense), {output: request}, resume=True)
             results[name] = coverage(output) | {"kept": read.kept(dense, output)}

@@ -59,12 +59,29 @@ def missing_extra(what: str, extra: str) -> CalmixError:
 
 # Names from other tools, and their equivalents here.
 MEANT = {
-    "fast": "quick", "faster": "quick", "small": "quick", "full": "standard", "slow": "best",
-    "ratio": "sparsity", "amount": "sparsity", "data": "calibration", "dataset": "calibration",
-    "nsamples": "rows", "samples": "rows", "seqlen": "length", "gpu": "device", "out": "output",
-    "quantize": "prune", "quantise": "prune", "gguf": "export", "benchmark": "evaluate",
-    "distill": "recover", "finetune": "recover", "train": "recover", "sample": "calibrate",
-}  # fmt: skip
+    "fast": "quick",
+    "faster": "quick",
+    "small": "quick",
+    "full": "standard",
+    "slow": "best",
+    "ratio": "sparsity",
+    "amount": "sparsity",
+    "data": "calibration",
+    "dataset": "calibration",
+    "nsamples": "rows",
+    "samples": "rows",
+    "seqlen": "length",
+    "gpu": "device",
+    "out": "output",
+    "quantize": "prune",
+    "quantise": "prune",
+    "gguf": "export",
+    "benchmark": "evaluate",
+    "distill": "recover",
+    "finetune": "recover",
+    "train": "recover",
+    "sample": "calibrate",
+}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -82,9 +99,15 @@ def first_line(error: BaseException) -> str:
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EEXIST, errno.ENOTDIR, errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EBUSY,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.ELOOP,
     errno.ENAMETOOLONG,
-}  # fmt: skip
+}
 
 
 @contextmanager

@@ -223,8 +223,9 @@ def remove(path: Path) -> None:
 
 def matching(folder: Path, kinds: Iterable[str]) -> list[Path]:
     """Return the files of a folder that fit glob patterns, relative to it."""
-    return [path.relative_to(folder) for kind in kinds for path in folder.glob(kind)
-            if path.is_file()]  # fmt: skip
+    return [
+        path.relative_to(folder) for kind in kinds for path in folder.glob(kind) if path.is_file()
+    ]
 
 
 def leads_out(link: Path, folder: Path) -> bool:

@@ -99,9 +99,11 @@ def read_record(path: Path) -> dict[str, Any]:
 def inputs_of(record: Mapping[str, Any]) -> dict[str, Input]:
     """Return what a result was made from, by role, as its record has it."""
     parts = {role: record.get(role) for role in ROLES}
-    return {role: Input(str(part.get("name", f"another {role}")), str(part["sha256"]))
-            for role, part in parts.items()
-            if isinstance(part, dict) and "sha256" in part}  # fmt: skip
+    return {
+        role: Input(str(part.get("name", f"another {role}")), str(part["sha256"]))
+        for role, part in parts.items()
+        if isinstance(part, dict) and "sha256" in part
+    }
 
 
 def check_inputs(
@@ -129,8 +131,11 @@ def check_inputs(
 
 def changed(folder: Path, files: Mapping[str, str], hashes: Mapping[str, str]) -> list[str]:
     """Return a line for each of the `files` in a manifest that is missing or has another hash."""
-    wrong = {name: "is damaged or changed: its hash differs" if name in hashes else "is missing"
-             for name, value in files.items() if hashes.get(name) != value}  # fmt: skip
+    wrong = {
+        name: "is damaged or changed: its hash differs" if name in hashes else "is missing"
+        for name, value in files.items()
+        if hashes.get(name) != value
+    }
     return [f"{folder / name} {what}" for name, what in wrong.items()]
 
 
@@ -164,6 +169,7 @@ def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
             where = f"{path}.{key}" if path else str(key)
             yield from differences(before.get(key), after.get(key), where)
     elif before != after:
-        was, now = (text if len(text) <= 40 else text[:12] + "..."
-                    for text in (str(before), str(after)))  # fmt: skip
+        was, now = (
+            text if len(text) <= 40 else text[:12] + "..." for text in (str(before), str(after))
+        )
         yield f"{path}: {was}, now {now}"

@@ -56,9 +56,12 @@ def option(
     makes it positional, and an `advanced` option appears only in `--help-all`.
     """
     extra: dict[str, Any] = {
-        "flag": flag, "shown": shown, "metavar": metavar, "argument": argument,
+        "flag": flag,
+        "shown": shown,
+        "metavar": metavar,
+        "argument": argument,
         "advanced": advanced,
-    }  # fmt: skip
+    }
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
 
@@ -225,17 +228,21 @@ class Pruning(DrawOptions):
         None, "Source, mix, file or saved set, e.g. uniform:stories,python-stdlib."
     )
     propagation: Propagation | None = advanced(
-        None, "sequential: inputs from pruned layers; block: the papers' two passes.",
+        None,
+        "sequential: inputs from pruned layers; block: the papers' two passes.",
         shown="sequential",
-    )  # fmt: skip
+    )
     allocation: str | None = advanced(None, "Per-layer sparsity: owl.", shown="uniform")
     drop_experts: float | None = advanced(
         None, "Fraction of experts to drop per MoE layer: 0.25.", gt=0, lt=1
     )
     embeddings: float | None = advanced(
-        None, "Bits per weight of embeddings and output head: 5.", shown="as they are",
-        ge=2, le=MOST_EMBEDDING,
-    )  # fmt: skip
+        None,
+        "Bits per weight of embeddings and output head: 5.",
+        shown="as they are",
+        ge=2,
+        le=MOST_EMBEDDING,
+    )
     only: tuple[str, ...] = advanced((), "Only layers whose names match: '*.mlp.*'.")
     skip: tuple[str, ...] = advanced((), "Skip layers whose names match: '*.o_proj'.")
 
@@ -253,9 +260,13 @@ class Recovering(DrawOptions):
     )
     epochs: int = option(None, "Maximum passes over the rows.", shown="2", ge=1, le=1000)
     lr: float = option(
-        None, "Peak learning rate, relative to weights' size.", shown="1e-3, blocks 3e-3",
-        gt=0, lt=1, allow_inf_nan=False,
-    )  # fmt: skip
+        None,
+        "Peak learning rate, relative to weights' size.",
+        shown="1e-3, blocks 3e-3",
+        gt=0,
+        lt=1,
+        allow_inf_nan=False,
+    )
     batch: int = option(4, "Rows per step.", ge=1)
 
     @model_validator(mode="before")
@@ -268,8 +279,11 @@ class Recovering(DrawOptions):
     def text(self) -> str:
         """The recovery as a user writes it, with options that differ from their defaults."""
         usual = Recovering(method=self.method, calibration="")
-        given = (f"{key}={getattr(self, key)!r}" for key in RECOVERY_OPTIONS
-                 if getattr(self, key) != getattr(usual, key))  # fmt: skip
+        given = (
+            f"{key}={getattr(self, key)!r}"
+            for key in RECOVERY_OPTIONS
+            if getattr(self, key) != getattr(usual, key)
+        )
         return ",".join([self.method, *given])
 
 
@@ -285,7 +299,7 @@ class Target(DeviceOptions):
     pattern: str | None = option(None, "N:M instead of a sparsity, e.g. 2:4.")
     bits: float | None = option(
         None, "Bits per weight: 2.8; with a sparsity, per kept weight.", shown="4.5", gt=0, le=8
-    )  # fmt: skip
+    )
     size: str | None = option(None, "Packed size instead of --bits: 120MB, or 0.25 of dense.")
     keep_at_least: str | None = option(
         None, "Smallest model that provably keeps this: code=0.9,math=0.7.", metavar="FLOORS"
@@ -330,10 +344,25 @@ COMPRESS_METHOD = "admm"  # ends in a refit of its own: docs/methods.md
 
 # Options of every pruning run, whose names no method's option may have.
 PRUNE = (
-    *Pruning.model_fields, *ModelOptions.model_fields, "method", "sparsity", "pattern", "model",
-    "ids", "output", "max_memory", "micro_tokens", "paused", "progress", "resume", "overwrite",
-    "json", "as_json", "help", "text_field",
-)  # fmt: skip
+    *Pruning.model_fields,
+    *ModelOptions.model_fields,
+    "method",
+    "sparsity",
+    "pattern",
+    "model",
+    "ids",
+    "output",
+    "max_memory",
+    "micro_tokens",
+    "paused",
+    "progress",
+    "resume",
+    "overwrite",
+    "json",
+    "as_json",
+    "help",
+    "text_field",
+)
 
 
 def named_values(what: str, parts: Iterable[str], form: str) -> dict[str, str]:

@@ -144,9 +144,11 @@ class Progress:
 def _terminal() -> View:
     """Return a bar that pulses while the share is unknown and disappears at the end."""
     columns = (
-        rich.TextColumn("{task.description}", markup=False), rich.BarColumn(None),
-        rich.TextColumn("{task.fields[remaining]}", markup=False), rich.TimeElapsedColumn(),
-    )  # fmt: skip
+        rich.TextColumn("{task.description}", markup=False),
+        rich.BarColumn(None),
+        rich.TextColumn("{task.fields[remaining]}", markup=False),
+        rich.TimeElapsedColumn(),
+    )
     console = Progress.console or Console(stderr=True)
     bar = rich.Progress(*columns, console=console, transient=True)
     task = bar.add_task("", total=None, remaining="")

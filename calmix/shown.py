@@ -17,8 +17,9 @@ class Shown:
         return f"<{type(self).__name__}: {self._line()}>"
 
     def _repr_html_(self: Any) -> str:
-        table = self.to_pandas().to_html(index=False, na_rep="", float_format="{:.4g}".format,
-                                         max_rows=40, border=0)  # fmt: skip
+        table = self.to_pandas().to_html(
+            index=False, na_rep="", float_format="{:.4g}".format, max_rows=40, border=0
+        )
         return f"<p>{html.escape(self._line())}</p>{table}"
 
     def to_pandas(self: Any) -> Any:

@@ -168,11 +168,13 @@ def prune_request(
         _check_unused(_unread(solver, given), where)
         share = target.sparsity if isinstance(target, Unstructured) else None
         chosen = {
-            "method": solver.name, "options": solver.options, "sparsity": share,
+            "method": solver.name,
+            "options": solver.options,
+            "sparsity": share,
             "pattern": None if share is not None else str(target),
             "propagation": (request.propagation or "sequential") if solver.needs else None,
             "allocation": read_allocation(request.allocation, target),
-        }  # fmt: skip
+        }
         if solver.needs is None and chosen["allocation"] is not None:
             raise InputError(
                 f"--allocation {chosen['allocation']} needs calibration data, which method "
@@ -225,8 +227,12 @@ def requests(
             unread = _unread(get_method(name, **joint), given)
         unused &= unread
         own = {key: value for key, value in given.items() if key not in unread}
-        made += [prune_request(method=name, sparsity=share, pattern=shape, **rate, **own)
-                 for share in shares for shape in patterns for rate in rates]  # fmt: skip
+        made += [
+            prune_request(method=name, sparsity=share, pattern=shape, **rate, **own)
+            for share in shares
+            for shape in patterns
+            for rate in rates
+        ]
     _check_unused(unused, f"with method {method}: leave it out")
     names = [one.name for one in made]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -82,10 +82,14 @@ LABELS = {"smollm2": "SmolLM2", "qwen": "Qwen"}
 METHODS = {"sparsegpt": "SparseGPT", "admm": "ADMM", "ecq": "ECQ"}
 SETS = ("c4", "math-solutions", "mix-clean-chat-4", "compress-mix", "mix-8-chat-4", "self-written")
 SETTINGS = (
-    ("qwen", "sparsegpt", "40%"), ("qwen", "sparsegpt", "50%"), ("qwen", "sparsegpt", "60%"),
-    ("qwen", "sparsegpt", "2:4"), ("qwen", "admm", "50%"), ("smollm2", "sparsegpt", "50%"),
+    ("qwen", "sparsegpt", "40%"),
+    ("qwen", "sparsegpt", "50%"),
+    ("qwen", "sparsegpt", "60%"),
+    ("qwen", "sparsegpt", "2:4"),
+    ("qwen", "admm", "50%"),
+    ("smollm2", "sparsegpt", "50%"),
     ("smollm2", "admm", "50%"),
-)  # fmt: skip
+)
 SOLVED = (
     ("qwen", "c4", "50%"),
     ("qwen", "mix-8-chat-4", "50%"),
@@ -130,8 +134,10 @@ def items() -> dict[tuple[str, str], Items]:
         "dense": every.dense.astype(bool),
         "small": every.right.astype(bool),
     }
-    arrays = [np.array(column, "U32" if name in ("key", "task") else None)
-              for name, column in columns.items()]  # fmt: skip
+    arrays = [
+        np.array(column, "U32" if name in ("key", "task") else None)
+        for name, column in columns.items()
+    ]
     places = every.groupby(TRIAL).indices
     return {trial: Items(*(one[at] for one in arrays)) for trial, at in places.items()}
 
@@ -212,8 +218,9 @@ def lead(ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]], mea
     error = (apart[1:].var() + variance * (1 / len(ours) + 1 / len(theirs))) ** 0.5
     half = stats.t.ppf(0.975, freedom) * error
     p = 2 * stats.t.sf(abs(apart[0]) / error, freedom)
-    return Lead(*(100 * np.array([apart[0], apart[0] - half, apart[0] + half])), p,
-                (len(ours), len(theirs)))  # fmt: skip
+    return Lead(
+        *(100 * np.array([apart[0], apart[0] - half, apart[0] + half])), p, (len(ours), len(theirs))
+    )
 
 
 def conditions(text: str, model: str, method: str, pattern: str = "50%") -> list[tuple[str, str]]:
@@ -224,8 +231,13 @@ def conditions(text: str, model: str, method: str, pattern: str = "50%") -> list
 
 def kept_of(method: str, pattern: str) -> str:
     """Return what SmolLM2 keeps on the mix with chats, in per cent."""
-    chosen = select(store="frontier", model="smollm2", method=method, pattern=pattern,
-                    calibration="mix-8-chat-4")  # fmt: skip
+    chosen = select(
+        store="frontier",
+        model="smollm2",
+        method=method,
+        pattern=pattern,
+        calibration="mix-8-chat-4",
+    )
     return f"{100 * np.mean([value(one, 'kept') for one in chosen]):.1f}"
 
 
@@ -242,16 +254,22 @@ def facts() -> dict[str, object]:
     whole = [one for one in every.index[~every.right_only] if one[0] != "right-answers"]
     gaps = [value(one, "right").item() - value(one, "kept").item() for one in whole]
     older = every[every.index.get_level_values("store") != "right-answers"]
-    best = select(store="frontier", model="smollm2", method="ecq + embeddings 5",
-                  pattern="4.5 bits")[0]  # fmt: skip
+    best = select(
+        store="frontier", model="smollm2", method="ecq + embeddings 5", pattern="4.5 bits"
+    )[0]
     right, moved, _ = right_cells(best)
     lost, gained = moved.split(", ")
     numbers: dict[str, object] = {
-        "best_bits": f"{every.bits[best]:.1f}", "best_right": right.split(" ")[0],
-        "best_lost": lost, "best_gained": gained, "n_all": len(whole), "n": len(older),
-        "n_part": int(older.right_only.sum()), "gap": f"{100 * np.mean(gaps):.1f}",
+        "best_bits": f"{every.bits[best]:.1f}",
+        "best_right": right.split(" ")[0],
+        "best_lost": lost,
+        "best_gained": gained,
+        "n_all": len(whole),
+        "n": len(older),
+        "n_part": int(older.right_only.sum()),
+        "gap": f"{100 * np.mean(gaps):.1f}",
         "curve": f"{curve_error():.0f}",
-    }  # fmt: skip
+    }
     ps = []
     for model, method, pattern in SETTINGS:
         pair = [
@@ -269,12 +287,16 @@ def facts() -> dict[str, object]:
             f"pairs_{model}": f"{right} of {pairs}",
             f"predicted_{model}": "{} of {} pairs".format(*predicted(model)),
             f"rank_{model}": f"{predicted(model)[2]:.2f}",
-        }  # fmt: skip
+        }
     for name, ours, theirs, model, method, pattern in LEADS:
         pair = [conditions(text, model, method, pattern) for text in (ours, theirs)]
         numbers[name] = lead(*pair, "kept")
-    for name, text in (("c4", "c4"), ("math", "math-solutions"), ("mix", "mix-8-chat-4"),
-                       ("self", "self-written")):  # fmt: skip
+    for name, text in (
+        ("c4", "c4"),
+        ("math", "math-solutions"),
+        ("mix", "mix-8-chat-4"),
+        ("self", "self-written"),
+    ):
         trial = select(store="abilities", calibration=text, method="sparsegpt")[0]
         numbers[f"humaneval_{name}"], numbers["humaneval_dense"] = right_of(trial, "humaneval")
     for model in LABELS:
@@ -333,13 +355,20 @@ def export(stores: Path) -> None:
         results = read_results(path)
         for trial in results.trials:
             report = json.loads((path / "trials" / trial.id / "pruning.json").read_text())
-            rows.append({
-                "store": store, "trial": trial.id, "model": trial.model, "method": trial.method,
-                "pattern": trial.pattern, "calibration": trial.calibration, "seed": trial.seed,
-                "right_only": bool(results.part.get(trial.id)),
-                "kl": trial.distance and round(trial.distance["total"]["kl_mean"], 4),
-                "bits": round(whole_bits(trial.model, report), 3),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "store": store,
+                    "trial": trial.id,
+                    "model": trial.model,
+                    "method": trial.method,
+                    "pattern": trial.pattern,
+                    "calibration": trial.calibration,
+                    "seed": trial.seed,
+                    "right_only": bool(results.part.get(trial.id)),
+                    "kl": trial.distance and round(trial.distance["total"]["kl_mean"], 4),
+                    "bits": round(whole_bits(trial.model, report), 3),
+                }
+            )
     pd.DataFrame(rows).to_csv(RESULTS / "trials.csv", index=False)
 
 
@@ -493,13 +522,21 @@ def bits() -> str:
         name = f"{label}, its own file, {FILES[model]} MB"
         rows.append([name, f"{rate:.1f}", "100", "0, 0", "–"])
     for model, method, pattern, text in QUANTISED:
-        [trial] = select(store="frontier", model=model, method=method, pattern=pattern,
-                         calibration=text, seed=0, right_only=False)  # fmt: skip
+        [trial] = select(
+            store="frontier",
+            model=model,
+            method=method,
+            pattern=pattern,
+            calibration=text,
+            seed=0,
+            right_only=False,
+        )
         way = f"{METHODS[method.split(' ')[0]]} {pattern}".replace("%", " %")
         name = f"{LABELS[model]}, {way}, {NAMES.get(text, text)}"
         rows.append([name, f"{trials().bits[trial]:.1f}", *right_cells(trial)])
-    return table(["model, blocks, text", "bits a weight", "right, % of dense", "lost, gained", "p"],
-                 rows)  # fmt: skip
+    return table(
+        ["model, blocks, text", "bits a weight", "right, % of dense", "lost, gained", "p"], rows
+    )
 
 
 def main() -> None:

@@ -157,8 +157,12 @@ def packed_rows(results: Any, name: str, judged: dict[Answer, bool]) -> Iterator
                 before[at] = after[at] = NOT_ASKED
             if item not in items_of(task.name):
                 after[at] = DROPPED
-        return {"dimension": task.dimension, "task": task.name, "before": "".join(before),
-                "after": "".join(after)}  # fmt: skip
+        return {
+            "dimension": task.dimension,
+            "task": task.name,
+            "before": "".join(before),
+            "after": "".join(after),
+        }
 
     for trial in results.trials:
         paired = results.paired[trial.id]
@@ -167,14 +171,20 @@ def packed_rows(results: Any, name: str, judged: dict[Answer, bool]) -> Iterator
             label = f"{trial.model} {dense.index(paired)}"
             for task in filter(answered, paired):
                 numbers = " ".join(item.rpartition("/")[2] for item in task.items)
-                yield {"store": name, "against": label, "model": trial.model, "items": numbers,
-                       **packed(task, [True] * len(task.items))}  # fmt: skip
+                yield {
+                    "store": name,
+                    "against": label,
+                    "model": trial.model,
+                    "items": numbers,
+                    **packed(task, [True] * len(task.items)),
+                }
         shared = {
-            "store": name, "trial": trial.id, "label": f"{trial.calibration} {trial.method} "
-            f"{trial.pattern} seed {trial.seed}",
+            "store": name,
+            "trial": trial.id,
+            "label": f"{trial.calibration} {trial.method} {trial.pattern} seed {trial.seed}",
             "against": f"{trial.model} {dense.index(paired)}",
             **{key: getattr(trial, key) for key in SETTINGS},
-        }  # fmt: skip
+        }
         for task, reference in zip(results.scores[trial.id], paired, strict=True):
             if answered(task):
                 part = task.name in results.part[trial.id]
@@ -216,14 +226,21 @@ def sample(
             item, licence = items_of(task)[one[1]], provenance(tasks[task])["licence"]
             free = not licence.startswith("unstated")
             gold = item.doc.get("tests") or item.doc.get("test_list") or item.right
-            drawn.append({
-                "model": model, "text": text, "task": task, "item": one[1],
-                "question": item.question.strip()[-300:] if free else "",
-                "gold": str(gold or "tests")[-300:] if free else "",
-                "answer": one[2] if len(one[2]) <= 400 else f"{one[2][:200]} [...] {one[2][-190:]}",
-                "cut": "" if one[3] else "cut",
-                "verdict": "right" if verdict else "wrong",
-            })  # fmt: skip
+            drawn.append(
+                {
+                    "model": model,
+                    "text": text,
+                    "task": task,
+                    "item": one[1],
+                    "question": item.question.strip()[-300:] if free else "",
+                    "gold": str(gold or "tests")[-300:] if free else "",
+                    "answer": one[2]
+                    if len(one[2]) <= 400
+                    else f"{one[2][:200]} [...] {one[2][-190:]}",
+                    "cut": "" if one[3] else "cut",
+                    "verdict": "right" if verdict else "wrong",
+                }
+            )
     return pd.DataFrame(drawn)
 
 
@@ -232,15 +249,20 @@ def moved(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     rows = table.assign(of=np.where(table.trial == "", "dense", "small"))
     counted = []
     for key, some in rows.groupby([*by, "of"], sort=False):
-        pairs = Counter(pair for row in some.itertuples()
-                        for pair in zip(row.before, row.after, strict=True))  # fmt: skip
-        counted.append([
-            *key,
-            sum(n for (before, _), n in pairs.items() if before in "01"),
-            sum(n for (before, _), n in pairs.items() if before == RIGHT),
-            sum(n for (_, after), n in pairs.items() if after == RIGHT),
-            pairs[WRONG, RIGHT], pairs[RIGHT, WRONG], pairs[RIGHT, DROPPED] + pairs[WRONG, DROPPED],
-        ])  # fmt: skip
+        pairs = Counter(
+            pair for row in some.itertuples() for pair in zip(row.before, row.after, strict=True)
+        )
+        counted.append(
+            [
+                *key,
+                sum(n for (before, _), n in pairs.items() if before in "01"),
+                sum(n for (before, _), n in pairs.items() if before == RIGHT),
+                sum(n for (_, after), n in pairs.items() if after == RIGHT),
+                pairs[WRONG, RIGHT],
+                pairs[RIGHT, WRONG],
+                pairs[RIGHT, DROPPED] + pairs[WRONG, DROPPED],
+            ]
+        )
     heads = ["asked", "right before", "right now", "wrong->right", "right->wrong", "dropped"]
     return pd.DataFrame(counted, columns=[*by, "of", *heads])
 
@@ -281,8 +303,10 @@ def main() -> None:
         packed.write(content)
     print(moved(table, ["task"]).to_string(index=False))
     print(moved(table, ["store"]).to_string(index=False))
-    print(f"{options.output}: {options.output.stat().st_size / 1024:.0f} KiB, "
-          f"{table[table.trial != ''].trial.nunique()} trials")  # fmt: skip
+    print(
+        f"{options.output}: {options.output.stat().st_size / 1024:.0f} KiB, "
+        f"{table[table.trial != ''].trial.nunique()} trials"
+    )
 
 
 if __name__ == "__main__":

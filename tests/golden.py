@@ -32,11 +32,24 @@ FILE = Path(__file__).with_name("golden.json.gz")
 RESULTS = Path(__file__).parents[1] / "studies/results"
 MODEL = "builtin:smollm2-135m"
 FAMILIES = (
-    "llama", "gemma3_text", "gpt2", "opt", "gpt_neox", "mixtral", "deepseek_v3", "gpt_oss",
-)  # fmt: skip
+    "llama",
+    "gemma3_text",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "mixtral",
+    "deepseek_v3",
+    "gpt_oss",
+)
 METHODS = (
-    "sparsegpt", "sparsegpt,damping=0.1", "admm", "wanda", "ria", "magnitude", "wanda,refit=2",
-)  # fmt: skip
+    "sparsegpt",
+    "sparsegpt,damping=0.1",
+    "admm",
+    "wanda",
+    "ria",
+    "magnitude",
+    "wanda,refit=2",
+)
 PATTERNS = {
     "50%": calmix.Unstructured(0.5),
     "70%": calmix.Unstructured(0.7),

@@ -15,10 +15,23 @@ from calmix.study.store import Entry, Index
 
 DIMENSIONS = ("general", "commonsense", "code", "math")
 SOURCES = (
-    "encyclopedia", "news", "books", "abstracts", "textbook", "medicine", "trivia", "stories",
-    "procedures", "social", "python-stdlib", "code-compiled", "code-scripting",
-    "python-exercises", "math-solutions", "word-problems",
-)  # fmt: skip
+    "encyclopedia",
+    "news",
+    "books",
+    "abstracts",
+    "textbook",
+    "medicine",
+    "trivia",
+    "stories",
+    "procedures",
+    "social",
+    "python-stdlib",
+    "code-compiled",
+    "code-scripting",
+    "python-exercises",
+    "math-solutions",
+    "word-problems",
+)
 COUNT = 40  # items of a task
 
 
@@ -41,9 +54,13 @@ class Plan:
 
 SLOPES = {"general": 0.08, "commonsense": 0.02, "code": -0.12, "math": -0.08}
 OTHERS = {
-    "mix-4": ("mix", 0.06), "mix-8": ("mix", 0.08), "mix-all": ("mix", 0.07),
-    "self-cal": ("self-cal", 0.0), "sgs": ("sgs", 0.01), "igsp": ("igsp", 0.04),
-}  # fmt: skip
+    "mix-4": ("mix", 0.06),
+    "mix-8": ("mix", 0.08),
+    "mix-all": ("mix", 0.07),
+    "self-cal": ("self-cal", 0.0),
+    "sgs": ("sgs", 0.01),
+    "igsp": ("igsp", 0.04),
+}
 CONDITIONS = (("sparsegpt", "50%"), ("sparsegpt", "60%"), ("wanda", "50%"))
 
 
@@ -83,13 +100,18 @@ def study(plan, **changes):
                 perplexity = 15 * math.exp(height + 0.02 * float(rng.standard_normal()))
                 entropy = float(7 + rng.random())
                 information = {"perplexity": perplexity, "entropy": entropy, **extra}
-                trials.append(trial(name, made, method, pattern, seed, kept,
-                                    information | {"tokens": 32768.0}))  # fmt: skip
+                trials.append(
+                    trial(
+                        name, made, method, pattern, seed, kept, information | {"tokens": 32768.0}
+                    )
+                )
     fields = {
-        "name": "made-up", "text": "name: made-up\nmodel: builtin:smollm2-135m\n",
-        "planned": len(trials), "trials": tuple(trials),
+        "name": "made-up",
+        "text": "name: made-up\nmodel: builtin:smollm2-135m\n",
+        "planned": len(trials),
+        "trials": tuple(trials),
         "suite": {"name": "offline", "version": 1, "dimensions": list(plan.dimensions)},
-    } | changes  # fmt: skip
+    } | changes
     ordered = sorted(fields["trials"], key=lambda one: one.tasks[0]["signal"])
     known = {(one.model, task["task"]): task for one in ordered for task in one.tasks}
     fields["dense"] = {
@@ -152,15 +174,24 @@ def trial(calibration, strategy, method, pattern, seed, kept, information=None, 
     total = sum(known.values()) / len(known) if known else None
     dimensions = {name: interval(value) for name, value in kept.items()}
     tasks = tuple(
-        {"task": f"{name}_{kind}", "dimension": name, "signal": value is not None,
-         "retention": asdict(interval(value))}
+        {
+            "task": f"{name}_{kind}",
+            "dimension": name,
+            "signal": value is not None,
+            "retention": asdict(interval(value)),
+        }
         for name, value in kept.items()
         for kind in ("a", "b")
-    )  # fmt: skip
-    far = {name: {"kl_mean": 3 * (1 - value), "top1": 0.2 + 0.8 * value}
-           for name, value in known.items()}  # fmt: skip
-    means = {key: sum(one[key] for one in far.values()) / len(far)
-             for key in ("kl_mean", "top1")} if far else {}  # fmt: skip
+    )
+    far = {
+        name: {"kl_mean": 3 * (1 - value), "top1": 0.2 + 0.8 * value}
+        for name, value in known.items()
+    }
+    means = (
+        {key: sum(one[key] for one in far.values()) / len(far) for key in ("kl_mean", "top1")}
+        if far
+        else {}
+    )
     fields = {
         "id": f"{calibration}-{method}-{pattern}-{seed}".replace("%", ""),
         "model": "builtin:smollm2-135m",
@@ -212,10 +243,13 @@ def save(results, folder):
     for bad in results.failed:
         (folder / "trials" / bad.id).mkdir(parents=True)
         write_json(folder / "trials" / bad.id / "error.json", bad.model_dump(mode="json"))
-    entries = [Entry(id=one.id, label=one.id, key=[one.model, one.calibration], set=None)
-               for one in results.trials]  # fmt: skip
-    entries += [Entry(id=bad.id, label=bad.label, key=["m", "c"], set=None)
-                for bad in results.failed]  # fmt: skip
+    entries = [
+        Entry(id=one.id, label=one.id, key=[one.model, one.calibration], set=None)
+        for one in results.trials
+    ]
+    entries += [
+        Entry(id=bad.id, label=bad.label, key=["m", "c"], set=None) for bad in results.failed
+    ]
     index = Index(name=results.name, text=results.text, suite=suite, trials=entries)
     folder.mkdir(exist_ok=True)
     write_json(folder / "store.json", index.model_dump())

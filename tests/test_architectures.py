@@ -15,9 +15,20 @@ FAMILIES = "mixtral", "zamba2"
 # Latent attention; several streams; several parameters stored as one; biases; state spaces; soft
 # caps and windows; transposed maps; the text of a model of images; linear attention.
 MORE = (
-    "deepseek_v32", "gemma3n_text", "sarvam_moe", "bloom", "falcon_h1", "gemma2",
-    "granitemoehybrid", "mamba", "gpt2", "gpt_oss", "mamba2", "mllama", "qwen3_next",
-)  # fmt: skip
+    "deepseek_v32",
+    "gemma3n_text",
+    "sarvam_moe",
+    "bloom",
+    "falcon_h1",
+    "gemma2",
+    "granitemoehybrid",
+    "mamba",
+    "gpt2",
+    "gpt_oss",
+    "mamba2",
+    "mllama",
+    "qwen3_next",
+)
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,10 @@ from tests.tiny import tiny_ids, tiny_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "docs" / "walks").iterdir()),
-]  # fmt: skip
+]
 SAID = [page for page in PAGES if "lab" not in page.parts and page.name != "CHANGELOG.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -63,8 +64,9 @@ def test_links_lead_somewhere(page):
         assert target.exists(), link
         if anchor:
             heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-            slugs = {re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-")
-                     for head in heads}  # fmt: skip
+            slugs = {
+                re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads
+            }
             assert anchor in slugs, link
 
 
@@ -112,8 +114,9 @@ def test_a_walk_arrives(name, tmp_path):
     ended = subprocess.run(
         [ROOT / "docs" / "walks" / f"{name}.sh", tmp_path / "walk"],
         env=os.environ | path | ({"SUITE": "smoke"} if name == "two-sets" else {}),
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 0, ended.stderr
     reached = {"first-card": "small/pack", "own-chats": "again"}.get(name, "take ")
     assert reached in ended.stdout, ended.stdout

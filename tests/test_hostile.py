@@ -42,14 +42,24 @@ def prune(calmix, model):
 
 
 TEXTS = (
-    "a: &a [*a]", f"a: {DEEP[:600]}", "a: 1\n" * 200_000, 'a: "\\ud800"', "a: 2001-99-99",
-    "a: !!python/object/apply:os.system ['touch harm']", "<<: &m [{a: 1}, *m]",
-    "a: !!str [b]", "a: !!int ''", "a: !!bool maybe", "a: !!timestamp x",
-)  # fmt: skip
+    "a: &a [*a]",
+    f"a: {DEEP[:600]}",
+    "a: 1\n" * 200_000,
+    'a: "\\ud800"',
+    "a: 2001-99-99",
+    "a: !!python/object/apply:os.system ['touch harm']",
+    "<<: &m [{a: 1}, *m]",
+    "a: !!str [b]",
+    "a: !!int ''",
+    "a: !!bool maybe",
+    "a: !!timestamp x",
+)
 VERBS = {
-    "study run": ("-o", "store"), "evaluate suite": (), "calibrate sources --sources": (),
+    "study run": ("-o", "store"),
+    "evaluate suite": (),
+    "calibrate sources --sources": (),
     "calibrate": ("-m", "model", "-o", "set"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -148,13 +158,17 @@ def test_a_gguf_file_is_not_believed(calmix, tmp_path, model):
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ 'a' * 10000000000000 }}", "{{ 9 ** 9 ** 9 }}", "{{ '%9999999999d' % 1 }}",
-     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-     "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}"
-     "{% endfor %}",
-     "{% set ns = namespace(n=3) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}"
-     "{% endfor %}"],
-)  # fmt: skip
+    [
+        "{{ 'a' * 10000000000000 }}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}"
+        "{% endfor %}",
+        "{% set ns = namespace(n=3) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}"
+        "{% endfor %}",
+    ],
+)
 def test_a_chat_template_is_bounded(calmix, tmp_path, monkeypatch, model, template):
     monkeypatch.setattr(chat_template, "SECONDS", 0.3)
     monkeypatch.setattr(chat_template, "MEMORY", 2**26)
@@ -171,18 +185,27 @@ def test_a_chat_template_is_bounded(calmix, tmp_path, monkeypatch, model, templa
 def store(path, **changes):
     entry = {"id": "t0", "label": "x", "key": ["m", "c", 1], "set": None} | changes
     index = {
-        "kind": "study store", "format": 2, "name": "n", "text": "", "trials": [entry],
+        "kind": "study store",
+        "format": 2,
+        "name": "n",
+        "text": "",
+        "trials": [entry],
         "suite": {"name": "s", "version": 1, "hash": "h", "dimensions": []},
-    }  # fmt: skip
+    }
     write_json(path / "store.json", index)
     return path
 
 
 def test_names_in_a_store_lead_nowhere_else(tmp_path):
     for changes in (
-        {"id": "../../x"}, {"id": "/etc"}, {"id": ""}, {"set": "../x"}, {"id": 3}, {"key": [[]]},
+        {"id": "../../x"},
+        {"id": "/etc"},
+        {"id": ""},
+        {"set": "../x"},
+        {"id": 3},
+        {"key": [[]]},
         {"key": ["m"]},
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match="is damaged"):
             open_store(store(tmp_path / "store", **changes))
 

@@ -32,19 +32,33 @@ def groups(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("own", "files", "limited"),
     [
-        ("0::/\n", {
-            "memory.max": 96 * MIB, "memory.current": 64 * MIB, "cpu.max": "50000 100000",
-            "memory.stat": f"anon 1\ninactive_file {16 * MIB}\nactive_file 7",
-        }, True),
-        ("0::/a/b\n", {  # a group within a limited one
-            "a/b/memory.max": "max", "a/b/memory.current": 5, "a/b/cpu.max": "max 100000",
-            "a/memory.max": 96 * MIB, "a/memory.current": 48 * MIB, "a/cpu.max": "100000 100000",
-        }, True),
+        (
+            "0::/\n",
+            {
+                "memory.max": 96 * MIB,
+                "memory.current": 64 * MIB,
+                "cpu.max": "50000 100000",
+                "memory.stat": f"anon 1\ninactive_file {16 * MIB}\nactive_file 7",
+            },
+            True,
+        ),
+        (
+            "0::/a/b\n",
+            {  # a group within a limited one
+                "a/b/memory.max": "max",
+                "a/b/memory.current": 5,
+                "a/b/cpu.max": "max 100000",
+                "a/memory.max": 96 * MIB,
+                "a/memory.current": 48 * MIB,
+                "a/cpu.max": "100000 100000",
+            },
+            True,
+        ),
         ("", {}, False),
         ("0::/\n", {"memory.max": "max", "memory.current": 5, "cpu.max": "max 100000"}, False),
         ("nonsense\n0::/../..\n", {"memory.max": "what", "cpu.max": ""}, False),
     ],
-)  # fmt: skip
+)
 def test_limits_are_a_containers_or_else_the_hosts(groups, own, files, limited):
     groups(own, **files)
     (free, total), usable = machine.host_memory(), machine.cores()

@@ -90,8 +90,9 @@ def test_a_long_text_inside_a_stage_is_cut(drawn):
 def test_the_bar_pulses_again_when_the_share_is_unknown(monkeypatch):
     monkeypatch.setattr(Progress, "console", Console(file=io.StringIO()))
     totals = []
-    monkeypatch.setattr("rich.progress.Progress.update",
-                        lambda bar, *_, **__: totals.append(bar.tasks[0].total))  # fmt: skip
+    monkeypatch.setattr(
+        "rich.progress.Progress.update", lambda bar, *_, **__: totals.append(bar.tasks[0].total)
+    )
     draw, end = progress._terminal()
     for share in (None, 0.5, None):
         draw("x", share, "")
@@ -106,8 +107,9 @@ def test_without_a_terminal_a_line_is_printed_now_and_then(capsys, now):
             show(done, 10)
             now[0] += 10
     assert capsys.readouterr().err.splitlines() == [
-        "scoring m, 30%, 70 s left", "scoring m, 60%, 40 s left",
-    ]  # fmt: skip
+        "scoring m, 30%, 70 s left",
+        "scoring m, 60%, 40 s left",
+    ]
     with Progress(shown=False) as bar:
         now[0] += 100
         bar.of("x")(1, 2)

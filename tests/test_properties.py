@@ -191,9 +191,11 @@ def test_every_method_prunes_just_what_is_asked(name, layer, pattern):
     made = method.solve([weight], statistic, [pattern])
     assert torch.equal(weight, before)
     pruned = made.weights[0]
-    count = sum(
-        many * pattern.count(size) for many, size in method.groups(*weight.shape)
-    ) if isinstance(pattern, Unstructured) else pattern.count(weight.numel())  # fmt: skip
+    count = (
+        sum(many * pattern.count(size) for many, size in method.groups(*weight.shape))
+        if isinstance(pattern, Unstructured)
+        else pattern.count(weight.numel())
+    )
     zeros = pruned == 0
     assert made.pruned == [count]
     assert int(zeros.sum()) == count
@@ -304,8 +306,13 @@ def test_resamples_are_of_drawn_items(count, seed, name):
         assert math.isnan(value) if whole <= 0 else value == pytest.approx(row @ made.kept / whole)
 
 
-@given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 2.5, math.nan]), min_size=3, max_size=3),
-                min_size=1, max_size=4))  # fmt: skip
+@given(
+    st.lists(
+        st.lists(st.sampled_from([0.0, 1.0, 2.5, math.nan]), min_size=3, max_size=3),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_means_leave_out_what_is_not_defined(rows):
     for column, told in zip(zip(*rows, strict=True), nan_mean(np.array(rows), 0), strict=True):
         known = [one for one in column if not math.isnan(one)]

@@ -24,8 +24,12 @@ def test_a_pruned_checkpoint_loads_anywhere_and_has_a_manifest(
 ):
     """And the processor files of a vision-language model, which is opened as a text model."""
     source, output = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "pruned"
-    beside = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-              "chat_template.json")  # fmt: skip
+    beside = (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+        "chat_template.json",
+    )
     for name in beside:
         (source / name).write_text(f'{{"is": "{name}"}}', encoding="utf-8")
     asked = ("prune", source, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
@@ -56,8 +60,9 @@ def test_several_targets_equal_those_of_separate_runs(calmix, tiny_folder, text_
     together, methods = tmp_path / "together", "sparsegpt,wanda,refit=5,magnitude"
     ended = calmix(*common, "--method", methods, "--sparsity", "0.5,0.6", "-o", together).ok()
     names = sorted(p.name for p in together.iterdir())
-    assert names == sorted(f"{m}-{s}" for m in ("sparsegpt", "wanda-refit=5", "magnitude")
-                           for s in (0.5, 0.6))  # fmt: skip
+    assert names == sorted(
+        f"{m}-{s}" for m in ("sparsegpt", "wanda-refit=5", "magnitude") for s in (0.5, 0.6)
+    )
     assert ended.out.count("weights pruned") == 6
     for name in names[1::2]:
         method, _, sparsity = name.replace("-refit", ",refit").rpartition("-")
@@ -106,10 +111,13 @@ def mistakes(tiny_folder, text_file, tmp_path):
     odd = save_tiny_model(tmp_path / "mixture", "mixtral")
     yield (odd, *data, *half, "--drop-experts", 0.75), "is routed to 2: drop fewer"
     for more, words in {
-        (): "either --sparsity", (*half, "--pattern", "2:4"): "either --sparsity",
+        (): "either --sparsity",
+        (*half, "--pattern", "2:4"): "either --sparsity",
         ("--sparsity", "0.5,"): "has an empty part between commas",
-        ("--sparsity", "0.5,0.5"): "names 0.5 twice", ("--sparsity", "0.5,1.5"): "mean 0.015",
-        ("--pattern", "2of4"): "N:M", ("--pattern", "2:5"): "--skip '*.q_proj'",
+        ("--sparsity", "0.5,0.5"): "names 0.5 twice",
+        ("--sparsity", "0.5,1.5"): "mean 0.015",
+        ("--pattern", "2of4"): "N:M",
+        ("--pattern", "2:5"): "--skip '*.q_proj'",
         (*half, "--method", "wanda,bits=0,wanda"): "two targets are the same, wanda-0.5",
         (*half, "--method", "bits=4,wanda"): "unknown method 'bits=4'",
         (*half, "--method", "magnitude"): "--calibration has no effect",
@@ -120,7 +128,7 @@ def mistakes(tiny_folder, text_file, tmp_path):
         ("--bits", 4, "--embeddings", 8): "less than or equal to 6",
         ("--bits", 4, "--embeddings", 1): "greater than or equal to 2",
         ("--sparsity", "0.5,0.6", "--rows", 9999): "has",
-    }.items():  # fmt: skip
+    }.items():
         yield (tiny_folder, *data, *more), words
     yield (tiny_folder, *half), "needs --calibration"
     yield (tiny_folder, *half, "--method", "magnitude,refit=5"), "magnitude needs --calibration"
@@ -164,18 +172,35 @@ def test_a_failed_write_leaves_the_old_folder_alone(calmix, tiny_folder, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(("kind", "more", "stages"), [
-    ("llama", ("--sparsity", "0.4,0.6", "--allocation", "owl"), [
-        "prune, sparsegpt-0.4", "prune, sparsegpt-0.6",
-    ]),
-    ("mixtral", ("--drop-experts", 0.25), ["prune, drop-0.25"]),
-    ("mixtral", ("--drop-experts", 0.25, "--sparsity", 0.5), ["prune, sparsegpt-0.5"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "more", "stages"),
+    [
+        (
+            "llama",
+            ("--sparsity", "0.4,0.6", "--allocation", "owl"),
+            [
+                "prune, sparsegpt-0.4",
+                "prune, sparsegpt-0.6",
+            ],
+        ),
+        ("mixtral", ("--drop-experts", 0.25), ["prune, drop-0.25"]),
+        ("mixtral", ("--drop-experts", 0.25, "--sparsity", 0.5), ["prune, sparsegpt-0.5"]),
+    ],
+)
 def test_a_dry_run_estimates_and_writes_nothing(calmix, tmp_path, text_file, kind, more, stages):
     model = save_tiny_model(tmp_path / "model", kind)
     before = sorted(tmp_path.iterdir())
-    asked = ("prune", model, "--calibration", text_file, *SMALL, *more, "--dry-run",
-             "-o", tmp_path / "out")  # fmt: skip
+    asked = (
+        "prune",
+        model,
+        "--calibration",
+        text_file,
+        *SMALL,
+        *more,
+        "--dry-run",
+        "-o",
+        tmp_path / "out",
+    )
     ended = calmix(*asked, "--json").ok()
     told = json.loads(ended.out)
     assert [one["stage"] for one in told] == stages

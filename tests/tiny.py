@@ -15,21 +15,46 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 VOCABULARY = 320
 ARCHITECTURES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt_neox",
-    "opt", "gpt2", "phi", "falcon", "stablelm", "granite", "cohere", "starcoder2", "glm", "bloom",
-    "gpt_bigcode", "smollm3", "gemma4_text",
-)  # fmt: skip
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "gpt_neox",
+    "opt",
+    "gpt2",
+    "phi",
+    "falcon",
+    "stablelm",
+    "granite",
+    "cohere",
+    "starcoder2",
+    "glm",
+    "bloom",
+    "gpt_bigcode",
+    "smollm3",
+    "gemma4_text",
+)
 MIXTURES = (
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v3",
+    "gpt_oss",
+    "granitemoe",
     "llama4_text",
-)  # fmt: skip
+)
 
 
 SIZES = {
     0: "pad_token_id",
     1: "n_shared_experts first_k_dense_replace bos_token_id",
     2: "num_hidden_layers num_key_value_heads num_experts_per_tok n_group topk_group eos_token_id "
-       "sliding_window_pattern",
+    "sliding_window_pattern",
     4: "num_attention_heads num_experts num_local_experts n_routed_experts",
     8: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim",
     16: "q_lora_rank kv_lora_rank sliding_window",
@@ -37,30 +62,45 @@ SIZES = {
     64: "intermediate_size intermediate_size_mlp",
     256: "max_position_embeddings",
     VOCABULARY: "vocab_size",
-}  # fmt: skip
+}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 DEEPSEEK = {"num_key_value_heads": 4}  # every head has keys of its own
 GEMMA4 = {  # the last two blocks read keys and values of the first two
-    "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
-    "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
-}  # fmt: skip
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+}
 OWN = {
     "gpt_neox": {"tie_word_embeddings": False},
-    "gpt2": GPT2, "gpt_bigcode": GPT2, "deepseek_v3": DEEPSEEK, "deepseek_v32": DEEPSEEK,
+    "gpt2": GPT2,
+    "gpt_bigcode": GPT2,
+    "deepseek_v3": DEEPSEEK,
+    "deepseek_v32": DEEPSEEK,
     "bloom": {"n_layer": 2, "n_head": 4},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "gemma4_text": GEMMA4,
-    "gemma3n_text": GEMMA4 | {  # four streams between its blocks
-        "intermediate_size": [64] * 4, "activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 8,
+    "gemma3n_text": GEMMA4
+    | {  # four streams between its blocks
+        "intermediate_size": [64] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "laurel_rank": 8,
     },
     "mamba2": {  # whose blocks return float32
-        "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16,
+        "state_size": 8,
+        "num_heads": 4,
+        "head_dim": 16,
+        "n_groups": 1,
+        "chunk_size": 16,
     },
     "zamba": {  # two of its blocks share a transformer
-        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
-        "attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 4,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_dt_rank": 4,
     },
-}  # fmt: skip
+}
 
 
 def tiny_config(kind):
@@ -102,8 +142,10 @@ def _made(kind, seed, settings):
 def quick(chosen, others):
     """Return parameters of a test: the chosen ones, and the others for `make test-long` alone."""
     chosen = list(chosen)
-    return [*chosen, *(pytest.param(one, marks=pytest.mark.long) for one in others
-                       if one not in chosen)]  # fmt: skip
+    return [
+        *chosen,
+        *(pytest.param(one, marks=pytest.mark.long) for one in others if one not in chosen),
+    ]
 
 
 def tiny_ids(rows=12, length=32, seed=1):
@@ -120,9 +162,12 @@ def tiny_tokenizer(chat_template=None):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
         chat_template=chat_template,
-    )  # fmt: skip
+    )
 
 
 def save_tiny_model(folder, kind="llama", seed=0, **settings):
@@ -134,8 +179,11 @@ def save_tiny_model(folder, kind="llama", seed=0, **settings):
 
 def hashes(folder):
     """Return hashes of all files but the run record, which holds date and seconds."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in folder.rglob("*") if p.is_file() and p.name != "calmix-run.json"}  # fmt: skip
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != "calmix-run.json"
+    }
 
 
 def load_weights(folder):

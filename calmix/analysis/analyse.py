@@ -129,14 +129,18 @@ class Analysis:
             "settings": self.settings.model_dump(include=set(Settings.model_fields)),
             "conditions": [
                 asdict(found.condition)
-                | {"seeds": found.cells.seeds, "points": found.points, "missing": found.missing,
-                   "best": [one.calibration for one in leaders(found.ranking)],
-                   "tasks": [asdict(task) for task in found.cells.tasks]}
+                | {
+                    "seeds": found.cells.seeds,
+                    "points": found.points,
+                    "missing": found.missing,
+                    "best": [one.calibration for one in leaders(found.ranking)],
+                    "tasks": [asdict(task) for task in found.cells.tasks],
+                }
                 | {name: [asdict(one) for one in getattr(found, name)] for name in FOUND}
                 for found in self.conditions
             ],
             "gains": [asdict(one) for one in self.gains],
-        }  # fmt: skip
+        }
 
     def tables(self) -> dict[str, DataFrame]:
         """Return tables by name with one row per result; nested fields become columns with joined
@@ -149,8 +153,11 @@ class Analysis:
                 kept = one.pop("tasks")  # they have their own table
                 head = {name: one[name] for name in ("condition", "calibration")}
                 tasks += [{**head, **task, "kept": kept[task["name"]]} for task in found["tasks"]]
-        each = {name: [one for found in data["conditions"] for one in found[name]]
-                for name in FOUND if name != "agreements"}  # fmt: skip
+        each = {
+            name: [one for found in data["conditions"] for one in found[name]]
+            for name in FOUND
+            if name != "agreements"
+        }
         made = {"comparisons": data["comparisons"], "gains": data["gains"], **each, "tasks": tasks}
         return {name: json_normalize(rows, sep="_").astype(object) for name, rows in made.items()}
 

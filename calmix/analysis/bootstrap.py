@@ -60,8 +60,9 @@ class Estimate(retention.Estimate):
 
     def __neg__(self) -> Estimate:
         """Return value and interval with the opposite sign."""
-        value, low, high = (None if end is None else -end
-                            for end in (self.value, self.high, self.low))  # fmt: skip
+        value, low, high = (
+            None if end is None else -end for end in (self.value, self.high, self.low)
+        )
         return Estimate(value, low, high)
 
     @property

@@ -120,8 +120,9 @@ class Cells:
 def rolled_up(values: Array, tasks: Sequence[Task], dimensions: Sequence[str]) -> Array:
     """Compute all quantities from values of the tasks, shape (..., tasks), ignoring nan."""
     weights = np.array([task.weight for task in tasks])
-    members = [[at for at, task in enumerate(tasks) if task.dimension == name]
-               for name in dimensions]  # fmt: skip
+    members = [
+        [at for at, task in enumerate(tasks) if task.dimension == name] for name in dimensions
+    ]
     stacked = np.stack([nan_mean(values[..., at], -1, weights[at]) for at in members], -1)
     return np.concatenate([nan_mean(stacked, -1)[..., None], stacked, values], -1)
 
@@ -146,8 +147,9 @@ def select(
         )
     pattern = None if sparsity is None else printed(target_of(sparsity))
     for name, field, given, wanted in (
-        ("method", "method", method, method), ("sparsity", "pattern", sparsity, pattern)
-    ):  # fmt: skip
+        ("method", "method", method, method),
+        ("sparsity", "pattern", sparsity, pattern),
+    ):
         known = {getattr(trial, field) for trial in trials}
         trials = tuple(trial for trial in trials if wanted in (None, getattr(trial, field)))
         if not trials:
@@ -187,9 +189,15 @@ def tables(
     groups: dict[Condition, list[Trial]] = {}
     for trial in results.trials:
         key = Condition(
-            trial.model, trial.method, target_of(trial.pattern).sparsity,
-            trial.pattern, trial.propagation, trial.rows, trial.length, trial.suite,
-        )  # fmt: skip
+            trial.model,
+            trial.method,
+            target_of(trial.pattern).sparsity,
+            trial.pattern,
+            trial.propagation,
+            trial.rows,
+            trial.length,
+            trial.suite,
+        )
         groups.setdefault(key, []).append(trial)
     ordered = sorted(groups, key=lambda key: ["" if one is None else one for one in astuple(key)])
     how = results, measure_of(results, measure), without
@@ -260,12 +268,17 @@ def _cells(
     each, accuracies = tasks, values
     if measure != "accuracy":
         each, _, accuracies = _measured(dense, pruned, "accuracy", whole)
-    flips = np.array([
-        [np.not_equal(before.values, after.values).mean()
-         if every and before.values and after.values else math.nan
-         for before, after, every in zip(dense, scores, whole, strict=True)]
-        for scores in pruned
-    ])  # fmt: skip
+    flips = np.array(
+        [
+            [
+                np.not_equal(before.values, after.values).mean()
+                if every and before.values and after.values
+                else math.nan
+                for before, after, every in zip(dense, scores, whole, strict=True)
+            ]
+            for scores in pruned
+        ]
+    )
     names = [trial.calibration for trial in trials]
     measured = [trial.distance for trial in trials]
     alike = len({one["texts"] for one in measured if one}) == 1  # else distances are not comparable
@@ -280,22 +293,31 @@ def _cells(
 
     distance = {}
     for key, field in (("kl", "kl_mean"), ("top1", "top1")):
-        rows = [[each.get(name, {}).get(field, math.nan) for name in (TOTAL, *dimensions)]
-                for each in far]  # fmt: skip
+        rows = [
+            [each.get(name, {}).get(field, math.nan) for name in (TOTAL, *dimensions)]
+            for each in far
+        ]
         distance[key] = table(rows).to_numpy()
     return Cells(
-        condition, first, dimensions, tasks,
-        tuple((trial.calibration, trial.seed) for trial in trials), items,
-        rolled(values, tasks), rolled(accuracies, each),
+        condition,
+        first,
+        dimensions,
+        tasks,
+        tuple((trial.calibration, trial.seed) for trial in trials),
+        items,
+        rolled(values, tasks),
+        rolled(accuracies, each),
         distance | {"flips": rolled(flips, [replace(one, weight=1.0) for one in each])},
         table([trial.information for trial in trials]),
-    )  # fmt: skip
+    )
 
 
 def _measured(
-    dense: Sequence[TaskScores], pruned: Sequence[Sequence[TaskScores]], measure: Measure,
+    dense: Sequence[TaskScores],
+    pruned: Sequence[Sequence[TaskScores]],
+    measure: Measure,
     whole: Sequence[bool],
-) -> tuple[tuple[Task, ...], dict[int, tuple[Array, Array]], Array]:  # fmt: skip
+) -> tuple[tuple[Task, ...], dict[int, tuple[Array, Array]], Array]:
     """Return the tasks (for `right`, the abilities), the items of those with signal, and retention,
     shape (trials, tasks). Accuracy has no signal in a task that was not asked as a whole."""
     if measure == "right":
@@ -309,18 +331,27 @@ def _measured(
         signal = has_signal(before, measure) and (whole[at] or measure not in ("accuracy", "ratio"))
         made = [parts(before, scores[at], measure) for scores in pruned]
         tasks.append(
-            Task(before.name, before.dimension, made[0].score, len(before.items), made[0].dense,
-                 signal, weight)
-        )  # fmt: skip
+            Task(
+                before.name,
+                before.dimension,
+                made[0].score,
+                len(before.items),
+                made[0].dense,
+                signal,
+                weight,
+            )
+        )
         if signal:
             # In the paper's ratio for bits per byte, dense over pruned, `whole` differs by trial.
             # Rewrite `kept` for a `common` one with the same ratio and item derivatives.
             common = parts(before, before, measure).whole
-            kept = np.stack([
-                each.retention * common
-                + (each.kept - each.retention * each.whole) * (common.sum() / each.whole.sum())
-                for each in made
-            ])  # fmt: skip
+            kept = np.stack(
+                [
+                    each.retention * common
+                    + (each.kept - each.retention * each.whole) * (common.sum() / each.whole.sum())
+                    for each in made
+                ]
+            )
             items[at] = kept, common
             values[:, at] = [each.retention for each in made]
     return tuple(tasks), items, values

@@ -80,8 +80,10 @@ def every(found: Joint, sets: Sequence[int], *, picked: bool = False) -> dict[st
     if picked:
         weights = np.eye(found.values.shape[1])[: len(names)]
         shrunken = [(weight, *shrink(found, weight)) for weight in weights]
-        kept = [Contrast(float(values[sets].mean()), {found: np.outer(unit[sets].mean(0), weight)})
-                for weight, _, values, unit in shrunken]  # fmt: skip
+        kept = [
+            Contrast(float(values[sets].mean()), {found: np.outer(unit[sets].mean(0), weight)})
+            for weight, _, values, unit in shrunken
+        ]
     low = lowest_of(found.values[sets, 1 : len(names)].mean(0))
     worst = Contrast(math.nan, {}) if low is None else kept[1 + low]
     return {TOTAL: kept[0], WORST: worst, **dict(zip(names[1:], kept[1:], strict=True))}
@@ -99,8 +101,11 @@ def compare(made: Sequence[Joint], default: str | None = None) -> list[Differenc
     differences = []
     for found in made:
         cells, singles = found.cells, found.cells.of("single")
-        sides = [(one.calibration, one.strategy, [at]) for at, one in enumerate(cells.made)
-                 if one.strategy != "single" or one.calibration == default]  # fmt: skip
+        sides = [
+            (one.calibration, one.strategy, [at])
+            for at, one in enumerate(cells.made)
+            if one.strategy != "single" or one.calibration == default
+        ]
         sides.sort(key=lambda side: side[0] == default)  # so that others are compared with it
         totals = found.values[singles, 0]
         if not np.isnan(totals).all():
@@ -108,8 +113,10 @@ def compare(made: Sequence[Joint], default: str | None = None) -> list[Differenc
             sides.append((BEST + cells.sets[best], "single", [best]))
         if len(singles) > 1:
             sides.append((SINGLES, "single", singles))
-        kept = [(name, strategy, every(found, sets, picked=name.startswith(BEST)))
-                for name, strategy, sets in sides]  # fmt: skip
+        kept = [
+            (name, strategy, every(found, sets, picked=name.startswith(BEST)))
+            for name, strategy, sets in sides
+        ]
         for (left, one, ours), (right, other, theirs) in itertools.combinations(kept, 2):
             if one == other == "single":
                 continue  # single sources are not compared among themselves

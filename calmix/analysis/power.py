@@ -77,9 +77,10 @@ def noise_of(found: Joint) -> list[Noise]:
     """Return the noise of the total, of every dimension and of every task with signal."""
     cells, count, sets = found.cells, len(found.cells.sets), found.cells.of("single")
     names = [
-        (TOTAL, "total"), *((name, "dimension") for name in cells.dimensions),
+        (TOTAL, "total"),
+        *((name, "dimension") for name in cells.dimensions),
         *((task.name, "task") for task in cells.tasks),
-    ]  # fmt: skip
+    ]
     sizes = np.array([task.items for task in cells.tasks])
     made = []
     for (name, kind), weight, values in zip(names, cells.weights, found.values.T, strict=True):
@@ -99,8 +100,20 @@ def noise_of(found: Joint) -> list[Noise]:
             signal = math.sqrt(max(0.0, variance))
             noise = math.hypot(draw, (item or 0.0) / math.sqrt(2))
             ratio = signal / noise if noise else None
-        made.append(Noise(cells.condition.label, name, kind, count, draw, found.freedom, item,
-                          int(sizes[weight > 0].sum()), signal, ratio))  # fmt: skip
+        made.append(
+            Noise(
+                cells.condition.label,
+                name,
+                kind,
+                count,
+                draw,
+                found.freedom,
+                item,
+                int(sizes[weight > 0].sum()),
+                signal,
+                ratio,
+            )
+        )
     return made
 
 

@@ -103,10 +103,11 @@ def _chances(found: Joint, weight: Array, values: Array, coefficients: Array) ->
 def leaders(ranking: Sequence[Ranked]) -> list[Ranked]:
     """Return the first set and those tied with it: the interval of `behind` reaches 0 or below."""
     return [
-        one for one in ranking
+        one
+        for one in ranking
         if one.total.value is not None
         and (one.behind is None or one.behind.low is None or one.behind.low <= 0)
-    ]  # fmt: skip
+    ]
 
 
 def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
@@ -131,16 +132,27 @@ def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
         total = estimate(unit[at], measured[at])
         dimensions = {name: found.mean([at], q).estimate() for q, name in enumerate(names) if q}
         worst = None if (low := lowest_of(parts[at])) is None else cells.dimensions[low]
-        made.append(Ranked(
-            trial.calibration, trial.strategy, total, estimate(coefficients[at], values[at]),
-            best[at], behind, cells.condition.label,
-            None if total.value is None else position, worst,
-            Estimate(None) if worst is None else dimensions[worst], dimensions,
-            {task.name: found.mean([at], q).estimate()
-             for q, task in enumerate(cells.tasks, len(names))},
-            _named(names, cells.accuracy[at]),
-            {key: _named(names, far[at]) for key, far in cells.distance.items()},
-        ))  # fmt: skip
+        made.append(
+            Ranked(
+                trial.calibration,
+                trial.strategy,
+                total,
+                estimate(coefficients[at], values[at]),
+                best[at],
+                behind,
+                cells.condition.label,
+                None if total.value is None else position,
+                worst,
+                Estimate(None) if worst is None else dimensions[worst],
+                dimensions,
+                {
+                    task.name: found.mean([at], q).estimate()
+                    for q, task in enumerate(cells.tasks, len(names))
+                },
+                _named(names, cells.accuracy[at]),
+                {key: _named(names, far[at]) for key, far in cells.distance.items()},
+            )
+        )
     return made
 
 
@@ -213,8 +225,10 @@ def recommend(
         ranked = [one for one in rank(found, weight) if one.total.value is not None]
         advice.append(
             Recommendation(
-                cells.condition.label, dict(zip(cells.dimensions, share.tolist(), strict=True)),
-                tuple(ranked), tuple(one.calibration for one in leaders(ranked)),
+                cells.condition.label,
+                dict(zip(cells.dimensions, share.tolist(), strict=True)),
+                tuple(ranked),
+                tuple(one.calibration for one in leaders(ranked)),
             )
-        )  # fmt: skip
+        )
     return advice

@@ -111,8 +111,9 @@ def pack_pieces(
 ) -> Packed:
     """Cut documents into rows, and take `rows` of them at random."""
     used = list(documents)
-    pieces = [ids[at : at + length] for _, ids in used
-              for at in range(0, len(ids) - length + 1, length)]  # fmt: skip
+    pieces = [
+        ids[at : at + length] for _, ids in used for at in range(0, len(ids) - length + 1, length)
+    ]
     return [pieces[at] for at in rng.permutation(len(pieces))[:rows]], used
 
 

@@ -75,8 +75,10 @@ class CalibrationSet(Shown):
         return f"{self.rows} rows of {self.length} tokens"
 
     def _rows(self) -> list[dict[str, Any]]:
-        return [{"source": name, "rows": count, "tokens": count * self.length}
-                for name, count in self.counts.items()]  # fmt: skip
+        return [
+            {"source": name, "rows": count, "tokens": count * self.length}
+            for name, count in self.counts.items()
+        ]
 
     def save(  # type: ignore[override]  # a folder
         self, folder: Path | str, *, overwrite: bool = False

@@ -78,18 +78,28 @@ class Measurement(Shown):
 
     def _rows(self) -> list[dict[str, Any]]:
         return [
-            {"name": name, "metric": key, **asdict(value), "budget_tokens": self.budget["tokens"],
-             "draws": len(draws)}
-            for name, draws in self.draws.items() for key, value in self[name].items()
-        ]  # fmt: skip
+            {
+                "name": name,
+                "metric": key,
+                **asdict(value),
+                "budget_tokens": self.budget["tokens"],
+                "draws": len(draws),
+            }
+            for name, draws in self.draws.items()
+            for key, value in self[name].items()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a JSON-serialisable value."""
         results = [
-            {"name": name, "note": self.notes.get(name, ""),
-             "metrics": {key: asdict(value) for key, value in self[name].items()}, "draws": draws}
+            {
+                "name": name,
+                "note": self.notes.get(name, ""),
+                "metrics": {key: asdict(value) for key, value in self[name].items()},
+                "draws": draws,
+            }
             for name, draws in self.draws.items()
-        ]  # fmt: skip
+        ]
         return {
             "kind": "measurement",
             "definitions": "calmix's own, after Objective Information Theory (method section 3)",
@@ -145,12 +155,17 @@ def measure(
     if perplexity and not isinstance(opened, OpenModel):
         raise InputError("perplexity needs the model, not only its tokenizer")
 
-    saved = {spec: CalibrationSet.open(path, opened) for spec in specs
-             if (path := saved_set(spec)) is not None}  # fmt: skip
+    saved = {
+        spec: CalibrationSet.open(path, opened)
+        for spec in specs
+        if (path := saved_set(spec)) is not None
+    }
     values: dict[str, list[dict[str, float]]] = {spec: [] for spec in specs}
     for number in range(draws):
-        sets = [saved.get(spec) or resolve(spec, opened, seed=seed + number, leakage="off", **draw)
-                for spec in specs]  # fmt: skip
+        sets = [
+            saved.get(spec) or resolve(spec, opened, seed=seed + number, leakage="off", **draw)
+            for spec in specs
+        ]
         named = [(spec, made.ids.numpy()) for spec, made in zip(specs, sets, strict=True)]
         extras = compared(named, dict(named)) if len(named) > 1 else [{}]
         for spec, made, extra in zip(specs, sets, extras, strict=True):
@@ -159,11 +174,17 @@ def measure(
             values[spec].append(measure_set(made, opened, perplexity=perplexity) | extra)
             tick(spec)
     budget = {
-        "rows": rows, "length": length, "tokens": rows * length, "draws": draws, "seed": seed,
-        "packing": packing, "reference": "all others pooled" if len(specs) > 1 else None,
-        "vocabulary": len(opened.tokenizer), "model": opened.name,
+        "rows": rows,
+        "length": length,
+        "tokens": rows * length,
+        "draws": draws,
+        "seed": seed,
+        "packing": packing,
+        "reference": "all others pooled" if len(specs) > 1 else None,
+        "vocabulary": len(opened.tokenizer),
+        "model": opened.name,
         "tokenizer": opened.tokenizer_fingerprint,
-    }  # fmt: skip
+    }
     return Measurement(budget, values, dict.fromkeys(saved if draws > 1 else (), "saved: one draw"))
 
 
@@ -205,9 +226,13 @@ def check_request(specs: Sequence[str], *, draws: int, perplexity: bool, **draw:
 
 
 COMPACT = {
-    "docs": "scope_documents", "entropy": "entropy", "aggr.4": "aggregation_4",
-    "cover.1": "coverage_1", "ppl": "distortion", "mismatch": "mismatch",
-}  # fmt: skip
+    "docs": "scope_documents",
+    "entropy": "entropy",
+    "aggr.4": "aggregation_4",
+    "cover.1": "coverage_1",
+    "ppl": "distortion",
+    "mismatch": "mismatch",
+}
 
 
 def table(measurement: Measurement) -> list[dict[str, str]]:

@@ -273,9 +273,13 @@ def make(
     if drawn := {name: float(counts[name]) for name in request.sources if counts[name]}:
         mix = make_mix(drawn, mix_text(request.mix)) if request.written else request.mix
         parts["own"] = build(
-            mix, opened, rows=round(sum(drawn.values())), packing=request.draw.packing, tick=tick,
+            mix,
+            opened,
+            rows=round(sum(drawn.values())),
+            packing=request.draw.packing,
+            tick=tick,
             **common,
-        )  # fmt: skip
+        )
     for name, generator in generators.items():
         if counts[name]:
             if not isinstance(opened, OpenModel):
@@ -317,9 +321,12 @@ def _saved(path: Path, given: dict[str, Any]) -> CalibrationSet:
     saved, licence = CalibrationSet.open(path), given.pop("licence", None)
     has = dict(saved.manifest)
     parts = [has, *(has.get("written") or {}).values()]
-    licences = {name: source.get("licence", "unstated") for part in parts
-                for kind in ("own", "sources")
-                for name, source in (part.get(kind) or {}).items()}  # fmt: skip
+    licences = {
+        name: source.get("licence", "unstated")
+        for part in parts
+        for kind in ("own", "sources")
+        for name, source in (part.get(kind) or {}).items()
+    }
     seeds = filter(None, ((part.get("settings") or {}).get("seeds") for part in parts))
     for name in [*licences, *(name for one in seeds for name in MIXES.get(one, [one]))]:
         refuse(name, licences.get(name) or get_source(name).licence, licence)

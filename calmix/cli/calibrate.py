@@ -65,17 +65,24 @@ def draw(
     if written:
         opened = open_model(model, **how.opening())
     with Progress() as bar:
-        made = resolve(spec, opened, **drawn.drawn(), writing=bar.writing, note=note,
-                       tick=bar.each("drawing"))  # fmt: skip
+        made = resolve(
+            spec, opened, **drawn.drawn(), writing=bar.writing, note=note, tick=bar.each("drawing")
+        )
     made.save(output, overwrite=overwrite)
     manifest, leakage = made.manifest, made.manifest["leakage"]
     dropped = {} if leakage == "off" else {k: len(ids) for k, ids in leakage["dropped"].items()}
-    print_json({
-        "folder": str(output), "rows": made.rows, "length": made.length, "counts": made.counts,
-        "chat_turns": manifest.get("chat_turns"),
-        **{key: manifest[key] for key in WRITTEN if key in manifest}, "sha256": made.sha256,
-        "leakage": leakage if leakage == "off" else {"dropped": dropped},
-    })  # fmt: skip
+    print_json(
+        {
+            "folder": str(output),
+            "rows": made.rows,
+            "length": made.length,
+            "counts": made.counts,
+            "chat_turns": manifest.get("chat_turns"),
+            **{key: manifest[key] for key in WRITTEN if key in manifest},
+            "sha256": made.sha256,
+            "leakage": leakage if leakage == "off" else {"dropped": dropped},
+        }
+    )
     shares = ", ".join(f"{name} {count}" for name, count in made.counts.items())
     line(f"{output}: {made.rows} rows of {made.length} tokens ({shares})")
     if turns := manifest.get("chat_turns"):
@@ -84,14 +91,18 @@ def draw(
         values = ", ".join(f"{k} {v:.1f}" for k, v in manifest["perplexity"].items())
         line(f"4-gram aggregation {manifest['aggregation_4']:.2%}, perplexity {values}")
         if looping := manifest["pieces"]["looping"]:
-            line(f"{looping} texts repeat more than {manifest['settings']['repeats']:.0%} of their "
-                 "4-grams after all retries: try a higher temperature")  # fmt: skip
+            line(
+                f"{looping} texts repeat more than {manifest['settings']['repeats']:.0%} of their "
+                "4-grams after all retries: try a higher temperature"
+            )
     if leakage == "off":
         line("not checked for leakage")
     else:
-        line(f"dropped {sum(dropped.values())} of {sum(leakage['checked'].values())} documents, "
-             f"which share {leakage['words']} words in a row with an item of suite "
-             f"{leakage['suite']}")  # fmt: skip
+        line(
+            f"dropped {sum(dropped.values())} of {sum(leakage['checked'].values())} documents, "
+            f"which share {leakage['words']} words in a row with an item of suite "
+            f"{leakage['suite']}"
+        )
 
 
 @verb("measure", of=calibrate)
@@ -135,10 +146,11 @@ def measure(
         made.save(output)
     print_json(made.to_dict())
     print_table(
-        table(made), least=[] if len(names) <= 4 else None,
+        table(made),
+        least=[] if len(names) <= 4 else None,
         title=f"{made.budget['tokens']} tokens per sample ({rows} x {size.length}), "
         f"{draws} samples from seed {size.seed}; mean ± half of the 95 % interval",
-    )  # fmt: skip
+    )
     for name, text in made.notes.items():
         line(f"{name}: {text}")
 
@@ -157,22 +169,33 @@ def list_sources(
     if dimension is not None and dimension not in dimensions:
         hint = nearest(dimension, dimensions)
         raise InputError(f"no source has dimension '{dimension}': {hint}")
-    chosen = [source for source in known.values() if allowed(source.licence, licence)
-              and dimension in (None, source.dimension)]  # fmt: skip
+    chosen = [
+        source
+        for source in known.values()
+        if allowed(source.licence, licence) and dimension in (None, source.dimension)
+    ]
     rows = [
         {
-            "name": source.name, "dimension": source.dimension, "use": source.use,
-            "licence": source.licence, "available": source.reader.availability,
-            "kind": source.kind, "size": source.size, "from": source.reader.origin,
-            "version": source.reader.version, "description": source.description,
+            "name": source.name,
+            "dimension": source.dimension,
+            "use": source.use,
+            "licence": source.licence,
+            "available": source.reader.availability,
+            "kind": source.kind,
+            "size": source.size,
+            "from": source.reader.origin,
+            "version": source.reader.version,
+            "description": source.description,
         }
         for source in chosen
-    ]  # fmt: skip
+    ]
     print_json(rows)
     heads = ("name", "dimension", "use", "licence", "available")
-    print_table([{head: row[head] for head in heads} | {"licence": short(row["licence"])}
-                 for row in rows],
-                text=["licence", "available"], least=["available", "licence"])  # fmt: skip
+    print_table(
+        [{head: row[head] for head in heads} | {"licence": short(row["licence"])} for row in rows],
+        text=["licence", "available"],
+        least=["available", "licence"],
+    )
     line(words.wrapped(f"mixes: {', '.join(MIXES)}; offline: all that need no hub"))
 
 

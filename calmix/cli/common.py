@@ -150,8 +150,9 @@ def print_table(
     Terminal(width=width, quiet=out.quiet).print(table)
     if left_out:
         named = ", ".join(left_out)
-        out.print(f"(a wider terminal shows {named} too; so does --json)", highlight=False,
-                  width=limit)  # fmt: skip
+        out.print(
+            f"(a wider terminal shows {named} too; so does --json)", highlight=False, width=limit
+        )
 
 
 def _widest(text: str) -> int:
@@ -199,17 +200,22 @@ def print_layers(layers: Sequence[LayerReport], *, each: bool = False) -> None:
         kinds.setdefault(layer.name if each else layer.name.rpartition(".")[2], []).append(layer)
     rows = [
         {
-            "layer": name, "blocks": len(same),
+            "layer": name,
+            "blocks": len(same),
             "sparsity": _range([one.sparsity for one in same]),
             "error": _range([one.error for one in same if one.error is not None]),
-            "damping": max((f"{one.damping:g}" for one in same if one.damping is not None),
-                           key=float, default=None),
+            "damping": max(
+                (f"{one.damping:g}" for one in same if one.damping is not None),
+                key=float,
+                default=None,
+            ),
             "dead inputs": sum(one.dead_inputs for one in same) or None,
-            "bits": None if same[0].bits is None
+            "bits": None
+            if same[0].bits is None
             else f"{sum(one.bits or 0 for one in same) / len(same):.2f}",
         }
         for name, same in kinds.items()
-    ]  # fmt: skip
+    ]
     if rows:
         print_table(rows, title="error is the relative reconstruction error: lower is better")
 

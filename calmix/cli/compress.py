@@ -87,9 +87,11 @@ def compress_verb(
         if text:
             line(words.wrapped(text, rest="  "))
     for text in (
-        f"size: {card.sizes}", f"speed: {card.speed}",
-        f"card: {page}, after {duration(time.monotonic() - began)}", f"next: {card.next}",
-    ):  # fmt: skip
+        f"size: {card.sizes}",
+        f"speed: {card.speed}",
+        f"card: {page}, after {duration(time.monotonic() - began)}",
+        f"next: {card.next}",
+    ):
         line(text)
     if card.instead:
         line(f"at this size: {card.instead}")
@@ -134,9 +136,12 @@ class Compressed(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return paths, behaviour and retention."""
-        return {"model": str(self.model), "card": str(self.card),
-                "behaviour": self._card.behaved.to_dict(),
-                "retention": self.retention.to_dict()}  # fmt: skip
+        return {
+            "model": str(self.model),
+            "card": str(self.card),
+            "behaviour": self._card.behaved.to_dict(),
+            "retention": self.retention.to_dict(),
+        }
 
     def _line(self) -> str:
         return f"{self.model}, {self._card.shortly}; {self.card}"
@@ -274,11 +279,17 @@ def check(
         write_json(path, result)
     print_json(result)
     rows = [
-        {"ability": one.ability, "measure": one.measure, "items": one.items,
-         "kept %": words.percent(one.kept), "proven %": proven(one.bound),
-         "required %": words.percent(one.floor), "": "kept" if one.passed else "not kept"}
+        {
+            "ability": one.ability,
+            "measure": one.measure,
+            "items": one.items,
+            "kept %": words.percent(one.kept),
+            "proven %": proven(one.bound),
+            "required %": words.percent(one.floor),
+            "": "kept" if one.passed else "not kept",
+        }
         for one in verdict.tested
-    ]  # fmt: skip
+    ]
     dense, pruned = pairs[0]
     print_table(rows, title=f"{pruned.model} against {dense.model}", least=["measure", "items"])
     for text in verdict.lines():

@@ -84,19 +84,30 @@ def models() -> None:
 
     rows: list[dict[str, Any]] = [
         {
-            "name": f"builtin:{model.name}", "parameters": model.parameters,
-            "licence": model.licence, "use": use_of(model.licence), "assets": list(model.parts),
-            "from": model.origin, "description": model.description,
+            "name": f"builtin:{model.name}",
+            "parameters": model.parameters,
+            "licence": model.licence,
+            "use": use_of(model.licence),
+            "assets": list(model.parts),
+            "from": model.origin,
+            "description": model.description,
         }
         for model in builtin_models().values()
-    ]  # fmt: skip
+    ]
     print_json(rows)
     print_table(
-        [{key: row[key] for key in ("name", "parameters", "licence", "use")}
-         | {"assets": ", ".join(sorted({assets.get_asset(name).state for name in row["assets"]}))}
-         for row in rows],
-        text=["licence", "assets"], least=["parameters", "assets"],
-    )  # fmt: skip
+        [
+            {key: row[key] for key in ("name", "parameters", "licence", "use")}
+            | {
+                "assets": ", ".join(
+                    sorted({assets.get_asset(name).state for name in row["assets"]})
+                )
+            }
+            for row in rows
+        ],
+        text=["licence", "assets"],
+        least=["parameters", "assets"],
+    )
     for row in rows:
         line(f"{row['name']}: {row['description']}; from {row['from']}")
 
@@ -132,11 +143,14 @@ def archives(
             line(f"{name}: {assets.install(name)}")
     rows = [
         {
-            "name": one.name, "package": f"{one.distribution} {one.version}",
-            "size": size_text(one.size), "state": one.state, "licence": one.licence,
+            "name": one.name,
+            "package": f"{one.distribution} {one.version}",
+            "size": size_text(one.size),
+            "state": one.state,
+            "licence": one.licence,
             "purpose": one.purpose,
         }
         for one in map(assets.get_asset, names or assets.assets())
-    ]  # fmt: skip
+    ]
     print_json(rows)
     print_table(rows, text=["package", "licence", "purpose"], least=["package", "licence"])

@@ -105,9 +105,14 @@ def run(
 
     how = opening.opening()
     chosen = capability.choose(
-        suite, dimensions=dimension, tasks=task, without=without, quick=quick,
-        whole=whole, limit=limit,
-    )  # fmt: skip
+        suite,
+        dimensions=dimension,
+        tasks=task,
+        without=without,
+        quick=quick,
+        whole=whole,
+        limit=limit,
+    )
     chosen, left_out = capability.runnable(chosen, allow_code_execution)
     if left_out:
         note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
@@ -163,7 +168,8 @@ def run(
     if original is not None:
         opened = open_model(original, **how)
         by_likelihood = not no_distance and any(
-            one.primary not in RIGHT_OR_WRONG for one in chosen.tasks.values())  # fmt: skip
+            one.primary not in RIGHT_OR_WRONG for one in chosen.tasks.values()
+        )
         known = [n for n in chosen.dimensions if n in builtin_readers() and by_likelihood]
         if known or own_texts:
             held_out = texts(opened, own_texts, dimensions=known)
@@ -174,9 +180,11 @@ def run(
     if dense_states is not None:
         with Progress() as bar:
             found = distance(
-                pruned, dense_states, dense=lambda: open_model(str(original), **how),
+                pruned,
+                dense_states,
+                dense=lambda: open_model(str(original), **how),
                 progress=bar.of("distance to the dense model"),
-            )  # fmt: skip
+            )
     scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
     more = {}
     if dense is not None:
@@ -202,12 +210,24 @@ def rescore(
     dense, scores = load_pair(file)
     dense = dense if against is None else load_dense(against)
     kept = _kept(scores, dense, measure)
-    print_json(kept.to_dict() if dense is not None else [
-        {"dimension": task.dimension, "task": task.name, "n": task.items,
-         "score": task.score, "floor": task.floor, "value": task.dense,
-         "noise": task.noise, "signal": task.signal, "accuracy": task.dense_accuracy}
-        for task in kept.tasks
-    ])  # fmt: skip
+    print_json(
+        kept.to_dict()
+        if dense is not None
+        else [
+            {
+                "dimension": task.dimension,
+                "task": task.name,
+                "n": task.items,
+                "score": task.score,
+                "floor": task.floor,
+                "value": task.dense,
+                "noise": task.noise,
+                "signal": task.signal,
+                "accuracy": task.dense_accuracy,
+            }
+            for task in kept.tasks
+        ]
+    )
     _print(scores, dense, measure)
 
 
@@ -345,13 +365,24 @@ def _print(
     title = f"suite {scores.suite['name']} version {scores.suite['version']}, {scores.dtype}"
     if dense is None:
         rows = [
-            {"dimension": task.dimension, "task": task.name, "scored by": task.score,
-             "n": task.items, "baseline": number(task.floor), "score": number(task.dense),
-             "signal": "yes" if task.signal else "no", "accuracy": number(task.dense_accuracy)}
+            {
+                "dimension": task.dimension,
+                "task": task.name,
+                "scored by": task.score,
+                "n": task.items,
+                "baseline": number(task.floor),
+                "score": number(task.dense),
+                "signal": "yes" if task.signal else "no",
+                "accuracy": number(task.dense_accuracy),
+            }
             for task in _kept(scores, None, measure).tasks
-        ]  # fmt: skip
-        print_table(rows, by="dimension", title=f"{scores.model}: {title}, {scores.seconds:.0f} s",
-                    least=["scored by", "baseline", "accuracy", "n"])  # fmt: skip
+        ]
+        print_table(
+            rows,
+            by="dimension",
+            title=f"{scores.model}: {title}, {scores.seconds:.0f} s",
+            least=["scored by", "baseline", "accuracy", "n"],
+        )
         line(UNITS)
         return
     one = Comparison.of(short(scores.model), [(dense, scores)], measure)
@@ -449,8 +480,10 @@ def perplexity(
     with Progress() as bar:
         made = measure(opened, whole, length=length, tick=bar.of("scoring windows"))
     print_json({"model": model, "text": str(text)} | made)
-    line(f"perplexity {made['perplexity']:.3f}, {made['bits_per_byte']:.4f} bits per byte "
-         f"(lower is better; context {made['length']}, {made['windows']} windows)")  # fmt: skip
+    line(
+        f"perplexity {made['perplexity']:.3f}, {made['bits_per_byte']:.4f} bits per byte "
+        f"(lower is better; context {made['length']}, {made['windows']} windows)"
+    )
 
 
 @verb("suites", of=evaluate)
@@ -460,15 +493,23 @@ def list_suites() -> None:
     for each in suites.builtin_suites().values():
         origins = _origins(each)
         closed = [name for name, one in origins.items() if one["use"] == "non-commercial"]
-        rows.append({
-            "name": each.name, "version": each.version, "dimensions": ", ".join(each.dimensions),
-            "tasks": len(each.tasks), "not for commercial use": ", ".join(closed),
-            "description": each.description,
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": each.name,
+                "version": each.version,
+                "dimensions": ", ".join(each.dimensions),
+                "tasks": len(each.tasks),
+                "not for commercial use": ", ".join(closed),
+                "description": each.description,
+            }
+        )
         full.append({**rows[-1], "task": origins})
     print_json(full)
-    print_table(rows, text=["dimensions", "not for commercial use", "description"],
-                least=["not for commercial use", "tasks"])  # fmt: skip
+    print_table(
+        rows,
+        text=["dimensions", "not for commercial use", "description"],
+        least=["not for commercial use", "tasks"],
+    )
 
 
 def _origins(suite: suites.Suite) -> dict[str, dict[str, str]]:
@@ -498,16 +539,28 @@ def show_suite(
     print_json({**fields, "hash": found.hash, "provenance": origins})
     rows = [
         {
-            "dimension": dimension, "task": task, "metric": spec.metric,
+            "dimension": dimension,
+            "task": task,
+            "metric": spec.metric,
             "shots": "own" if spec.shots is None else spec.shots,
             "items": ("even" if spec.items == "even" else "all")
             + ("" if spec.limit is None else f", {spec.limit}"),
             "quick": spec.quick if spec.quick is not None else spec.limit or "all",
-            "chance": spec.chance, "data": spec.archive or spec.asked or spec.file,
+            "chance": spec.chance,
+            "data": spec.archive or spec.asked or spec.file,
         }
-        for dimension, tasks in found.dimensions.items() for task, spec in tasks.items()
-    ]  # fmt: skip
-    print_table(rows, by="dimension", text=["data"], least=["chance", "shots", "metric", "data"],
-                title=f"{found.name} version {found.version}: {found.description}")  # fmt: skip
-    print_table([{"task": name, **one} for name, one in origins.items()], text=["licence"],
-                least=["origin", "licence"])  # fmt: skip
+        for dimension, tasks in found.dimensions.items()
+        for task, spec in tasks.items()
+    ]
+    print_table(
+        rows,
+        by="dimension",
+        text=["data"],
+        least=["chance", "shots", "metric", "data"],
+        title=f"{found.name} version {found.version}: {found.description}",
+    )
+    print_table(
+        [{"task": name, **one} for name, one in origins.items()],
+        text=["licence"],
+        least=["origin", "licence"],
+    )

@@ -90,8 +90,9 @@ def prune(
     Several methods, sparsities or patterns share one calibration set; each target gets its own
     folder.
     """
-    wanted = requests(method=method, sparsity=sparsity, pattern=pattern, bits=bits,
-                      **work.options_of(Pruning))  # fmt: skip
+    wanted = requests(
+        method=method, sparsity=sparsity, pattern=pattern, bits=bits, **work.options_of(Pruning)
+    )
     from calmix.pruning.checkpoint import prune_checkpoints
 
     several = len(wanted) > 1
@@ -111,8 +112,10 @@ def prune(
         return
     with work.running("calibrating") as (bar, how):
         reports = prune_checkpoints(model, targets, progress=bar.of("pruning blocks"), **how)
-    results = [{"output": str(path)} | report.to_dict()
-               for path, report in zip(targets, reports, strict=True)]  # fmt: skip
+    results = [
+        {"output": str(path)} | report.to_dict()
+        for path, report in zip(targets, reports, strict=True)
+    ]
     print_json(results if several else results[0])
     for path, report in zip(targets, reports, strict=True):
         _print_pruned(path, report, brief=several)
@@ -160,8 +163,9 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
             )
         line(f"{report.bits:.2f} bits per weight{zeros}{exported}, {done}")
     elif report.layers:
-        line(f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) "
-             f"{done}")  # fmt: skip
+        line(
+            f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) {done}"
+        )
 
 
 @verb("recover")
@@ -183,12 +187,16 @@ def recover(
     with work.running("recovering") as (bar, how):
         report = run(pruned, against, request, output, progress=bar.of(recovering.method), **how)
     print_json({"output": str(output)} | report.to_dict())
-    line(f"held-out rows ({len(report.held_out)} of {report.rows}), {LOSSES[report.method]}: "
-         f"{report.before:.4f} before, {report.after:.4f} after")  # fmt: skip
+    line(
+        f"held-out rows ({len(report.held_out)} of {report.rows}), {LOSSES[report.method]}: "
+        f"{report.before:.4f} before, {report.after:.4f} after"
+    )
     fixed, what = report.zeros, "zero"
     if report.quantised:
         fixed, what = report.quantised, "on their grid"
-    line(f"{fixed:,} of {report.weights:,} weights stay {what} "
-         f"({fixed / report.weights:.4%}), {report.seconds['total']:.1f} s: {output}")  # fmt: skip
+    line(
+        f"{fixed:,} of {report.weights:,} weights stay {what} "
+        f"({fixed / report.weights:.4%}), {report.seconds['total']:.1f} s: {output}"
+    )
     if report.after >= report.before:
         note("the held-out rows did not improve: the weights are unchanged")

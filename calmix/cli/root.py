@@ -30,15 +30,19 @@ MOVED = {
     "generate": "calmix calibrate SPEC, such as calmix calibrate self-written",
     "measure": "calmix calibrate measure",
     "sources": "calmix calibrate sources, and calmix calibrate show NAME",
-    "rescore": "calmix evaluate rescore", "answer": "calmix evaluate answers",
+    "rescore": "calmix evaluate rescore",
+    "answer": "calmix evaluate answers",
     "perplexity": "calmix evaluate perplexity",
     "suites": "calmix evaluate suites, and calmix evaluate suite NAME",
-    "pack": "calmix export --to pack", "unpack": "calmix export --to model",
-    "hub": "hf upload OWNER/NAME OUT/model", "recommend": "calmix study recommend",
+    "pack": "calmix export --to pack",
+    "unpack": "calmix export --to model",
+    "hub": "hf upload OWNER/NAME OUT/model",
+    "recommend": "calmix study recommend",
     "inspect": "calmix doctor inspect",
-    "models": "calmix doctor models", "methods": "calmix doctor methods",
+    "models": "calmix doctor models",
+    "methods": "calmix doctor methods",
     "assets": "calmix doctor assets",
-}  # fmt: skip
+}
 
 
 class Plain:
@@ -47,8 +51,11 @@ class Plain:
     def collect_usage_pieces(self: Any, ctx: Any) -> list[str]:
         """Return arguments, required options, and the rest."""
         pieces = [_word(one) for one in self.params if isinstance(one, TyperArgument)]
-        pieces += [f"{min(one.opts, key=len)} {one.metavar}" for one in self.params
-                   if one.required and isinstance(one, TyperOption)]  # fmt: skip
+        pieces += [
+            f"{min(one.opts, key=len)} {one.metavar}"
+            for one in self.params
+            if one.required and isinstance(one, TyperOption)
+        ]
         return [*pieces, *(["COMMAND"] if hasattr(self, "commands") else []), "[OPTIONS]"]
 
     def format_options(self: Any, ctx: Any, formatter: Any) -> None:
@@ -56,12 +63,19 @@ class Plain:
         params = [one for one in self.get_params(ctx) if not one.hidden]
         lists = {
             "Commands": self.lines() if hasattr(self, "commands") else [],
-            "Arguments": [(_word(one), one.help) for one in params
-                          if isinstance(one, TyperArgument)],
-            "Options": [(", ".join(sorted(one.opts, key=len))
-                         + ("" if one.is_flag else f" {one.metavar}"), one.help)
-                        for one in params if not isinstance(one, TyperArgument)],
-        }  # fmt: skip
+            "Arguments": [
+                (_word(one), one.help) for one in params if isinstance(one, TyperArgument)
+            ],
+            "Options": [
+                (
+                    ", ".join(sorted(one.opts, key=len))
+                    + ("" if one.is_flag else f" {one.metavar}"),
+                    one.help,
+                )
+                for one in params
+                if not isinstance(one, TyperArgument)
+            ],
+        }
         if any(one.hidden for one in self.params):
             lists["Options"].append(("--help-all", "Show advanced options too, and exit."))
         for title, rows in lists.items():

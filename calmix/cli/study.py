@@ -44,8 +44,10 @@ if TYPE_CHECKING:
 
 
 # Differences given to `power`: 1,2,3.
-Points = Annotated[Sequence[Annotated[float, Field(gt=0, allow_inf_nan=False)]],
-                   BeforeValidator(lambda text: text.split(","))]  # fmt: skip
+Points = Annotated[
+    Sequence[Annotated[float, Field(gt=0, allow_inf_nan=False)]],
+    BeforeValidator(lambda text: text.split(",")),
+]
 MANY = 999  # seeds, or times the items: more print as >999
 WHICH = {"method", "sparsity", "measure"}  # options that choose trials and their measure
 FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
@@ -122,12 +124,16 @@ def plan(
             "model": each["model"] if len(file.file.models) > 1 else None,
             **{name: each[name] for name in ("trials", "method", "pattern")},
             "tokens": f"{each['rows']}x{each['length']}" if each["rows"] else None,
-            "memory": size_text(each["memory"]), "disk": size_text(each["disk"]),
+            "memory": size_text(each["memory"]),
+            "disk": size_text(each["disk"]),
         }
         for each in found["groups"]
-    ]  # fmt: skip
-    print_table(rows, title=f"study {file.file.name}, each trial",
-                least=["disk", "memory", "tokens", "model"])  # fmt: skip
+    ]
+    print_table(
+        rows,
+        title=f"study {file.file.name}, each trial",
+        least=["disk", "memory", "tokens", "model"],
+    )
     line(
         f"{found['trials']} trials of {found['items']} items, {found['prunes']} pruned models, "
         f"{found['sets']} calibration sets; at most {size_text(found['memory'])} of memory, one "
@@ -169,15 +175,31 @@ def run(
     execute = on_ray(**given) if executor == "ray" else None
     with Progress() as bar:
         kept, left = run_study(
-            load_study(study), store, note=note, show=bar.show, options=trials, only=only,
-            skip=skip, retry_failed=retry_failed, execute=execute,
-        )  # fmt: skip
+            load_study(study),
+            store,
+            note=note,
+            show=bar.show,
+            options=trials,
+            only=only,
+            skip=skip,
+            retry_failed=retry_failed,
+            execute=execute,
+        )
     states = [kept.state(entry.id) for entry in kept.index.trials]
     done = states.count("finished")
-    failed, elsewhere = ({label: what for label, (how, what) in left.items() if how == ended}
-                         for ended in ("failed", "elsewhere"))  # fmt: skip
-    print_json({"store": str(store), "planned": len(states), "finished": done,
-                "failed": failed, "elsewhere": elsewhere})  # fmt: skip
+    failed, elsewhere = (
+        {label: what for label, (how, what) in left.items() if how == ended}
+        for ended in ("failed", "elsewhere")
+    )
+    print_json(
+        {
+            "store": str(store),
+            "planned": len(states),
+            "finished": done,
+            "failed": failed,
+            "elsewhere": elsewhere,
+        }
+    )
     line(f"{done} of {len(states)} trials finished: {store}")
     for label, who in elsewhere.items():
         note(f"left to {who}: {label}")
@@ -281,21 +303,28 @@ def recommend(
             shares = "all equal"
         rows = [
             {
-                "calibration": each.calibration, "made": each.strategy,
+                "calibration": each.calibration,
+                "made": each.strategy,
                 "retention %": words.with_span(each.total),
                 "shrunken": words.percent(each.shrunken.value),
                 "best": "–" if each.best is None else words.sure(each.best),
                 "seeds": each.total.draws,
             }
             for each in one.candidates[:top]
-        ]  # fmt: skip
-        print_table(rows, least=["seeds", "made", "best", "shrunken"],
-                    title=f"{one.condition}, weights {shares}; higher is better")  # fmt: skip
+        ]
+        print_table(
+            rows,
+            least=["seeds", "made", "best", "shrunken"],
+            title=f"{one.condition}, weights {shares}; higher is better",
+        )
         first, *rest = one.candidates
         more = " or a set tied with it" if len(one.best) > 1 else "" if rest else ", the only set"
         best = f". {words.which_is_best(one.candidates)}" if rest else ""
-        line(words.wrapped(f"take {first.calibration}{more}: expect "
-                           f"{words.with_span(first.shrunken)} %{best}"))  # fmt: skip
+        line(
+            words.wrapped(
+                f"take {first.calibration}{more}: expect {words.with_span(first.shrunken)} %{best}"
+            )
+        )
     drawn = any(each.total.draw_low is not None for one in found for each in one.candidates)
     over = "test items and seeds" if drawn else "test items alone, with one seed each"
     line(f"brackets: 95 % intervals over {over} (docs/studies.md)")
@@ -316,34 +345,45 @@ def power(
     noisy = noises(read_results(options.study), **options.model_dump(include=WHICH))
     found = [
         (one, [needed(p / 100, one.draw, one.freedom, one.item or 0.0) for p in difference])
-        for one in noisy if one.draw is not None
-    ]  # fmt: skip
+        for one in noisy
+        if one.draw is not None
+    ]
     if not found:
         raise InputError(
             f"power needs a set with two seeds, and {options.study} has none: add a seed to the "
             "study file"
         )
-    print_json([{"noise": asdict(noise), "needed": [asdict(one) for one in each],
-                 "ratio": noise.ratio} for noise, each in found])  # fmt: skip
+    print_json(
+        [
+            {"noise": asdict(noise), "needed": [asdict(one) for one in each], "ratio": noise.ratio}
+            for noise, each in found
+        ]
+    )
     for condition, members in groupby(found, key=lambda one: one[0].condition):
         same = list(members)
         rows = [
             {
-                "quantity": noise.quantity, "signal": words.percent(noise.signal),
-                "seed": words.percent(noise.draw), "items": words.percent(noise.item),
+                "quantity": noise.quantity,
+                "signal": words.percent(noise.signal),
+                "seed": words.percent(noise.draw),
+                "items": words.percent(noise.item),
                 "s/n": "-" if noise.ratio is None else f"{noise.ratio:.1f}",
                 **{f"{p:g} pt": _seeds(n) for p, n in zip(difference, each, strict=True)},
             }
             for noise, each in same
-        ]  # fmt: skip
-        print_table(rows, title=f"{condition}: {same[0][0].sets} sets, "
-                    f"{same[0][0].freedom} degrees of freedom")  # fmt: skip
-    line(words.wrapped(
-        "In points of retention. signal: spread between single sources; seed: noise of one seed; "
-        "items: noise over items of a difference of two sets; s/n: signal over noise of one trial. "
-        "N pt: seeds per set that detect N points in 80 % of studies, on these items/on new items "
-        "too; 3x: no number of seeds is enough without 3 times the items."
-    ))  # fmt: skip
+        ]
+        print_table(
+            rows,
+            title=f"{condition}: {same[0][0].sets} sets, {same[0][0].freedom} degrees of freedom",
+        )
+    line(
+        words.wrapped(
+            "In points of retention. signal: spread between single sources; seed: noise of one "
+            "seed; items: noise over items of a difference of two sets; s/n: signal over noise "
+            "of one trial. N pt: seeds per set that detect N points in 80 % of studies, on these "
+            "items/on new items too; 3x: no number of seeds is enough without 3 times the items."
+        )
+    )
 
 
 def _seeds(found: Needed) -> str:

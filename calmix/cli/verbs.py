@@ -28,9 +28,8 @@ from calmix.options import (
 Handler = Callable[..., None]
 # Shared options, which help lists after a verb's own.
 COMMON = {
-    name for model in (DrawOptions, ModelOptions, TextField)
-    for name in model.model_fields
-} | {"max_memory", "resume", "overwrite", "as_json"}  # fmt: skip
+    name for model in (DrawOptions, ModelOptions, TextField) for name in model.model_fields
+} | {"max_memory", "resume", "overwrite", "as_json"}
 JSON: Any = {"as_json": (bool, option(False, "Print JSON instead of a table.", flag="--json"))}
 
 
@@ -40,9 +39,12 @@ def group(name: str, default: str = "") -> typer.Typer:
     if default:
         text += f"\n\ncalmix {name} is short for calmix {name} {default}; see its --help."
     made = typer.Typer(
-        cls=type("Default", (Group,), {"default": default}), help=text, add_completion=False,
-        no_args_is_help=not default, rich_markup_mode=None,
-    )  # fmt: skip
+        cls=type("Default", (Group,), {"default": default}),
+        help=text,
+        add_completion=False,
+        no_args_is_help=not default,
+        rich_markup_mode=None,
+    )
     app.add_typer(made, name=name)
     return made
 
@@ -58,8 +60,11 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Ha
         hints = typing.get_type_hints(handler, include_extras=True)
         declared = inspect.signature(handler).parameters.values()
         shared = [hints[one.name] for one in declared if one.default is one.empty]
-        own: Any = {one.name: (hints[one.name], one.default)
-                    for one in declared if one.default is not one.empty}  # fmt: skip
+        own: Any = {
+            one.name: (hints[one.name], one.default)
+            for one in declared
+            if one.default is not one.empty
+        }
         bases = (*shared, Options)
         model = create_model(handler.__name__, __base__=bases, **own, **JSON if json else {})
 
@@ -74,9 +79,11 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Ha
         fields: dict[str, Any] = model.model_fields
         parameters = [_parameter(model, key, field) for key, field in fields.items()]
         parameters.sort(
-            key=lambda one: (one.default is not one.empty,
-                             one.name in COMMON and one.name not in own)
-        )  # fmt: skip
+            key=lambda one: (
+                one.default is not one.empty,
+                one.name in COMMON and one.name not in own,
+            )
+        )
         command.__annotations__ = {one.name: one.annotation for one in parameters}
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__doc__ = handler.__doc__
@@ -110,7 +117,8 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
         info = typer.Option(*flags(model, name), hidden=bool(extra.get("advanced")), **how)
     held: Any = bool if kind is bool else list[str] if listed else str
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY,
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if required else False if kind is bool else None,
         annotation=Annotated[held if required or kind is bool else held | None, info],
-    )  # fmt: skip
+    )

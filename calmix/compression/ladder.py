@@ -117,10 +117,12 @@ class Walk:
         """Return one record per candidate: what it keeps of each ability, and what is proven."""
         return [
             {"bits": f"{bits:g}", "kept": "yes" if kept else "no"}
-            | {one["ability"]: f"{100 * one['kept']:.1f} ({floors.proven(one['bound'])})"
-               for one in _weakest(rung)}
+            | {
+                one["ability"]: f"{100 * one['kept']:.1f} ({floors.proven(one['bound'])})"
+                for one in _weakest(rung)
+            }
             for rung, (bits, kept) in zip(self.rungs, self.kept.items(), strict=True)
-        ]  # fmt: skip
+        ]
 
     def why(self) -> str:
         """Return a sentence that says why the walk ended."""
@@ -128,14 +130,17 @@ class Walk:
             return "time ran out before the next candidate: run the same command again to resume"
         if self.ended == "bottom":
             return f"{RUNGS[-1]:g} bits are the fewest that are tried"
-        last = max((rung for rung in self.rungs if not self.kept[rung["bits"]]),
-                   key=lambda rung: rung["bits"])  # fmt: skip
+        last = max(
+            (rung for rung in self.rungs if not self.kept[rung["bits"]]),
+            key=lambda rung: rung["bits"],
+        )
         failures = ", ".join(
             f"{one['ability']} keeps {100 * one['kept']:.1f} % of {one['items']} items by "
             f"{one['measure']}, proven {floors.proven(one['bound'])} %, required "
             f"{100 * one['floor']:g} %"
-            for one in _weakest(last) if not one["passed"]
-        )  # fmt: skip
+            for one in _weakest(last)
+            if not one["passed"]
+        )
         drawn = len(last["verdicts"])
         of = f" (the worst of {drawn} samples of text)" if drawn > 1 else ""
         return f"{last['bits']:g} bits fail: {failures}{of}"
@@ -171,8 +176,9 @@ class Walk:
             seeded = self.at(RUNGS[0]).model_copy(update={"seed": request.seed + number})
             listed += [
                 replace(one, name=one.name + called, leaves=str(Path(sample, CALIBRATION)))
-                for one in stages(seeded, self.out / sample) if one.leaves == CALIBRATION
-            ]  # fmt: skip
+                for one in stages(seeded, self.out / sample)
+                if one.leaves == CALIBRATION
+            ]
         leaves = f"{CANDIDATES}/dense-"
         dense = plan.scoring(request, self.file, request.model, self.out, leaves=leaves)
         return [*listed, replace(dense, name=f"{dense.name}, dense")]
@@ -187,10 +193,13 @@ class Walk:
             made = itertools.takewhile(lambda one: one.leaves != plan.PACK, parts)
             tested = plan.scoring(candidate, self.file, str(folder / "model"), folder, self.dense)
             listed += [
-                replace(one, name=f"{bits:g} bits, {one.name}{called}",
-                        leaves=str(folder.relative_to(self.out) / str(one.leaves)))
+                replace(
+                    one,
+                    name=f"{bits:g} bits, {one.name}{called}",
+                    leaves=str(folder.relative_to(self.out) / str(one.leaves)),
+                )
                 for one in (*made, tested)
-            ]  # fmt: skip
+            ]
         return listed
 
     def run(self, run: running.Run, say: running.Say, within: float = math.inf) -> None:
@@ -303,8 +312,12 @@ def _middle(left: tuple[float, ...]) -> int:
 def begin(options: Compression, out: Path) -> Walk:
     """Return the walk in OUT with the checked request, without candidates unless floors are given;
     refuse an OUT that is an input or holds something else."""
-    inputs = [options.model, saved_set(options.calibration), options.prompts,
-              suite_file(options.suite)]  # fmt: skip
+    inputs = [
+        options.model,
+        saved_set(options.calibration),
+        options.prompts,
+        suite_file(options.suite),
+    ]
     files.check_apart(out, inputs)
     files.check_unlocked(out)
     if not (out / MANIFEST).exists() and not (out / running.LADDER).exists():

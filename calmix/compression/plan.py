@@ -120,8 +120,10 @@ def slices(request: Target) -> dict[str, tuple[str, Mapping[str, Any]]]:
 
 def scored(request: Target) -> dict[str, Suite]:
     """Return the sliced suite of each score file, without tasks that may not run."""
-    return {file: runnable(choose(name, **part), request.allow_code_execution)[0]
-            for file, (name, part) in slices(request).items()}  # fmt: skip
+    return {
+        file: runnable(choose(name, **part), request.allow_code_execution)[0]
+        for file, (name, part) in slices(request).items()
+    }
 
 
 class Request(Target):
@@ -288,9 +290,10 @@ def check_options(options: Compression) -> Checked:
     if options.keep is not None:
         text = mix_text(weighed(text, options.keep))
     draw: dict[str, Any] = {
-        "rows": EFFORTS[options.effort].rows, "leakage": guarded(options.suite),
+        "rows": EFFORTS[options.effort].rows,
+        "leakage": guarded(options.suite),
         "seed": options.seed,
-    }  # fmt: skip
+    }
     ask(text, licence=options.licence, **({} if saved else draw))
     # The checks of all stages, made before the first begins.
     bits, prompts = options.bits, None
@@ -324,12 +327,18 @@ def check_request(options: Compression) -> Request:
     if options.size is not None:
         bits = bits_for(options)
         _check_bits(options, bits)
-    return Request(**{name: getattr(options, name) for name in Target.model_fields} | {
-        "bits": bits, "calibration": text, "seed": options.seed or SEED,
-        "sha256": fingerprint(resolve_model(options.model)), "prompts_sha256": prompts,
-        "length": min(LENGTH, tokenizer.context or LENGTH),
-        "suite_sha256": suite_file(options.suite) and choose(options.suite).hash,
-    })  # fmt: skip
+    return Request(
+        **{name: getattr(options, name) for name in Target.model_fields}
+        | {
+            "bits": bits,
+            "calibration": text,
+            "seed": options.seed or SEED,
+            "sha256": fingerprint(resolve_model(options.model)),
+            "prompts_sha256": prompts,
+            "length": min(LENGTH, tokenizer.context or LENGTH),
+            "suite_sha256": suite_file(options.suite) and choose(options.suite).hash,
+        }
+    )
 
 
 def _check_idle(options: Compression, saved: bool) -> None:
@@ -360,10 +369,14 @@ def _check_bits(options: Compression, bits: float | None) -> None:
 def _check_floors(options: Target) -> None:
     """Refuse floors of abilities that are not scored or have too few rows in a user's suite."""
     suites = scored(options)
-    whole = dict.fromkeys(name for suite, _ in slices(options).values()
-                          for name in choose(suite).dimensions)  # fmt: skip
-    rows = None if suite_file(options.suite) is None else Counter(
-        suites[SCORES].dimension_of(task) for task, *_ in suite_items(suites[SCORES]))  # fmt: skip
+    whole = dict.fromkeys(
+        name for suite, _ in slices(options).values() for name in choose(suite).dimensions
+    )
+    rows = (
+        None
+        if suite_file(options.suite) is None
+        else Counter(suites[SCORES].dimension_of(task) for task, *_ in suite_items(suites[SCORES]))
+    )
     for name, floor in parse_floors(options.keep_at_least or "").items():
         start = f"--keep-at-least names '{name}', "
         if name and name not in whole:
@@ -402,8 +415,9 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
     whole = {d: sum(w for n, w in parsed.mix.items() if dimensions[n] == d) for d in known}
     return {
         name: weight / whole[dimensions[name]] * shares[dimensions[name]]
-        for name, weight in parsed.mix.items() if shares[dimensions[name]]
-    }  # fmt: skip
+        for name, weight in parsed.mix.items()
+        if shares[dimensions[name]]
+    }
 
 
 def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:
@@ -423,45 +437,84 @@ def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:
             "leakage": guarded(request.suite),
             "licence": request.licence,
         }
-        found.append(_stage(
-            f"{'write' if request.generated else 'draw'} the calibration set", out, CALIBRATION,
-            "calibrate", request.calibration, model=model, **draw,
-            **where | ({} if request.generated else {"device": None}),
-            reads={}, request=recorded(request.calibration, draw),
-        ))  # fmt: skip
+        found.append(
+            _stage(
+                f"{'write' if request.generated else 'draw'} the calibration set",
+                out,
+                CALIBRATION,
+                "calibrate",
+                request.calibration,
+                model=model,
+                **draw,
+                **where | ({} if request.generated else {"device": None}),
+                reads={},
+                request=recorded(request.calibration, draw),
+            )
+        )
     wanted = aim(request)
     sparse = wanted["method"] != BITS_METHOD
     trained = sparse or (request.bits is not None and request.bits <= effort.levels)
     recoveries = effort.recoveries if trained else ()
     before = "pruned" if recoveries else "model"
     text = Input(held, CalibrationSet.open(user_path(held)).sha256 if request.saved else "")
-    found.append(_stage(
-        "prune" if sparse else "quantise", out, before, "prune", model, **wanted, calibration=held,
-        licence=request.licence if request.saved else None, **work,
-        reads={"model": dense, "calibration": text},
-        request=decided(prune_request(**wanted, calibration=held)),
-    ))  # fmt: skip
+    found.append(
+        _stage(
+            "prune" if sparse else "quantise",
+            out,
+            before,
+            "prune",
+            model,
+            **wanted,
+            calibration=held,
+            licence=request.licence if request.saved else None,
+            **work,
+            reads={"model": dense, "calibration": text},
+            request=decided(prune_request(**wanted, calibration=held)),
+        )
+    )
     for method in recoveries:
         last = method == effort.recoveries[-1]
         after = "model" if last else method
         how = {"method": method, "epochs": request.epochs if last else None}
-        found.append(_stage(
-            f"recover by {method}", out, after, "recover", str(out / before), against=model,
-            calibration=held, **how, **work,
-            reads={"model": Input(str(out / before), ""), "against": dense, "calibration": text},
-            request=decided(recover_request(**how, calibration=held)),
-        ))  # fmt: skip
+        found.append(
+            _stage(
+                f"recover by {method}",
+                out,
+                after,
+                "recover",
+                str(out / before),
+                against=model,
+                calibration=held,
+                **how,
+                **work,
+                reads={
+                    "model": Input(str(out / before), ""),
+                    "against": dense,
+                    "calibration": text,
+                },
+                request=decided(recover_request(**how, calibration=held)),
+            )
+        )
         before = after
     made = str(out / "model")
     return [
         *found,
         _stage("pack", out, PACK, "export", made, to="pack", reads={"model": Input(made, "")}),
         *(scoring(request, file, made, out, model) for file in slices(request)),
-        _stage("answer prompts", out, "answers.json", "evaluate", "answers", model, made,
-               prompts=request.prompts, **where,
-               reads={"model": Input(made, ""), "against": dense}),
+        _stage(
+            "answer prompts",
+            out,
+            "answers.json",
+            "evaluate",
+            "answers",
+            model,
+            made,
+            prompts=request.prompts,
+            **where,
+            reads={"model": Input(made, ""), "against": dense},
+        ),
         Stage("report card", ("report", str(out)), None),
-    ]  # fmt: skip
+    ]
 
 
 def decided(request: DrawOptions) -> dict[str, Any]:
@@ -482,13 +535,20 @@ def scoring(
     dense = Input(request.model, request.sha256)
     reads = {"model": dense if model == request.model else Input(model, "")}
     return _stage(
-        "evaluate" if file == SCORES else "evaluate behaviour", out, f"{leaves}{file}",
-        "evaluate", model, against=against, suite=None if suite == "offline" else suite, **part,
+        "evaluate" if file == SCORES else "evaluate behaviour",
+        out,
+        f"{leaves}{file}",
+        "evaluate",
+        model,
+        against=against,
+        suite=None if suite == "offline" else suite,
+        **part,
         repeat=twice and choose(suite).asks,
-        no_distance=near and file == SCORES, allow_code_execution=request.allow_code_execution,
+        no_distance=near and file == SCORES,
+        allow_code_execution=request.allow_code_execution,
         **request.options_of(DeviceOptions),
         reads=reads if against is None else reads | {"against": dense},
-    )  # fmt: skip
+    )
 
 
 def _stage(

@@ -35,8 +35,9 @@ class Results:
         remedy = f"put back what was there, or delete {path} and run its calmix compress again"
         inputs = {
             role: one if one.sha256 else Input(one.name, self.sha256(Path(one.name)))
-            for role, one in stage.reads.items() if one.sha256 or Path(one.name).exists()
-        }  # fmt: skip
+            for role, one in stage.reads.items()
+            if one.sha256 or Path(one.name).exists()
+        }
         check_inputs(path, read_record(path), inputs, stage.request, remedy)
         if (path / MANIFEST).exists():
             self.hashes(path)

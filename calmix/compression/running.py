@@ -31,19 +31,28 @@ def read_record(out: Path) -> dict[str, Any]:
         missing = f"{out} has no model yet: run its calmix compress again to resume or see why"
     record = read_sealed(out / MANIFEST, missing)
     if "stages" not in record:
-        raise InputError(f"{out} was made by an older calmix, which did not record what its "
-                         "results were made from: make it again in another folder")  # fmt: skip
+        raise InputError(
+            f"{out} was made by an older calmix, which did not record what its "
+            "results were made from: make it again in another folder"
+        )
     return record
 
 
 def recorded(out: Path, record: Mapping[str, Any]) -> list[Stage]:
     """Return the stages in a record that leave a result, wherever OUT is now."""
     return [
-        Stage(one["name"], (), one["leaves"],
-              {role: Input(name if sha256 else str(out / name), sha256)
-               for role, (name, sha256) in one["reads"].items()}, one["request"])
+        Stage(
+            one["name"],
+            (),
+            one["leaves"],
+            {
+                role: Input(name if sha256 else str(out / name), sha256)
+                for role, (name, sha256) in one["reads"].items()
+            },
+            one["request"],
+        )
         for one in record["stages"]
-    ]  # fmt: skip
+    ]
 
 
 def verified(out: Path, *needed: str) -> tuple[dict[str, Any], Results]:
@@ -58,8 +67,10 @@ def verified(out: Path, *needed: str) -> tuple[dict[str, Any], Results]:
 
 def _entry(stage: Stage, out: Path) -> dict[str, Any]:
     """Return a stage as it is recorded: results of other stages are relative to OUT."""
-    reads = {role: (name if sha256 else str(Path(name).relative_to(out)), sha256)
-             for role, (name, sha256) in stage.reads.items()}  # fmt: skip
+    reads = {
+        role: (name if sha256 else str(Path(name).relative_to(out)), sha256)
+        for role, (name, sha256) in stage.reads.items()
+    }
     return {"name": stage.name, "leaves": stage.leaves, "reads": reads, "request": stage.request}
 
 
@@ -78,10 +89,13 @@ def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float
         listed, seconds = stages(request, out), dict[str, float]()
         before = read_object(out / RUN, "")["seconds"] if (out / RUN).exists() else {}
         if not (out / MANIFEST).exists():
-            record = {"kind": KIND, "request": request.model_dump(mode="json"),
-                      "commands": {stage.name: stage.command for stage in listed},
-                      "stages": [_entry(stage, out) for stage in listed if stage.leaves],
-                      "dense_bytes": weight_bytes(resolve_model(request.model))}  # fmt: skip
+            record = {
+                "kind": KIND,
+                "request": request.model_dump(mode="json"),
+                "commands": {stage.name: stage.command for stage in listed},
+                "stages": [_entry(stage, out) for stage in listed if stage.leaves],
+                "dense_bytes": weight_bytes(resolve_model(request.model)),
+            }
             write_json(out / MANIFEST, sealed(record | {"versions": versions()}))
         for stage, taken in do(listed, out, run, say):
             if stage.leaves == PACK:

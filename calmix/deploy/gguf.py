@@ -104,8 +104,14 @@ def export(
         new.chmod(0o644)
         sync(new)  # a rename can reach the disk before the bytes
         new.replace(real_place(output))
-    return {"before": weight_bytes(folder), "after": output.stat().st_size, "types": types,
-            "ours": ours, "kl": kl, "engine": engine}  # fmt: skip
+    return {
+        "before": weight_bytes(folder),
+        "after": output.stat().st_size,
+        "types": types,
+        "ours": ours,
+        "kl": kl,
+        "engine": engine,
+    }
 
 
 def _origin(name: str) -> str:
@@ -168,8 +174,11 @@ def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, Place]:
         ids = list(range(0, size, max(1, size // TOKENS)))
         tokens = opened.tokenizer.convert_ids_to_tokens(ids)
         alike = sum(field.contents(at) == token for at, token in zip(ids, tokens, strict=True))
-        special = {at: token.content for at, token in opened.tokenizer.added_tokens_decoder.items()
-                   if token.special and at < len(field.data)}  # fmt: skip
+        special = {
+            at: token.content
+            for at, token in opened.tokenizer.added_tokens_decoder.items()
+            if token.special and at < len(field.data)
+        }
         wrong = next((at for at in special if field.contents(at) != special[at]), None)
         if alike < 0.8 * len(ids) or wrong is not None:
             named = "" if wrong is None else f" ({field.contents(wrong)} for {special[wrong]})"
@@ -250,8 +259,9 @@ def _write(
             continue
         value = field.contents()
         if field.name == "general.file_type":
-            common = max((one for one in types if one in BLOCK_TYPES or one == "F16"),
-                         key=types.__getitem__)  # fmt: skip
+            common = max(
+                (one for one in types if one in BLOCK_TYPES or one == "F16"), key=types.__getitem__
+            )
             value = LlamaFileType[f"MOSTLY_{FILE_TYPES.get(common, common)}"].value
         inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, value, field.types[0], inner)
@@ -294,8 +304,10 @@ def _levels(
     levels = grid.levels(weight)
     if not torch.equal(grid.values(levels).to(weight.dtype), weight):
         return None
-    blocks, scales = (lay_out(one.numpy()).reshape(len(weight), -1, BLOCK)
-                      for one in (levels, half.repeat_interleave(group, 1)))  # fmt: skip
+    blocks, scales = (
+        lay_out(one.numpy()).reshape(len(weight), -1, BLOCK)
+        for one in (levels, half.repeat_interleave(group, 1))
+    )
     if (scales != scales[..., :1]).any():
         return None
     if -8 <= blocks.min() <= blocks.max() <= 7:

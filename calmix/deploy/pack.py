@@ -154,20 +154,30 @@ def pack(
             for name, (dense, tensors, packed) in made.items()
         }
         after = sum((beside / name).stat().st_size for name in weights)
-        entries = [(place.size, weights[name]["tensors"][tensor])
-                   for name, tensors in places.items() for tensor, place in tensors]  # fmt: skip
-        sparse = [(size, sum(map(sum, entry["sizes"].values())))
-                  for size, entry in entries if entry["mask"] or "levels" in entry]  # fmt: skip
+        entries = [
+            (place.size, weights[name]["tensors"][tensor])
+            for name, tensors in places.items()
+            for tensor, place in tensors
+        ]
+        sparse = [
+            (size, sum(map(sum, entry["sizes"].values())))
+            for size, entry in entries
+            if entry["mask"] or "levels" in entry
+        ]
         copy_files(folder, beside, others)
         write_json(beside / CONFIG, config | {"model_type": TYPE})
         text = (folder / CONFIG).read_bytes()
         hashes = {name: weights[name]["sha256"] for name in weight_files(folder)}
         whole = combined(hashes | {CONFIG: hashlib.sha256(text).hexdigest()})
         manifest = {
-            "format": FORMATS[-1], "model": {"sha256": whole}, "versions": versions(),
-            "weights": weights, **({"names": renamed} if renamed else {}), "config": text.decode(),
+            "format": FORMATS[-1],
+            "model": {"sha256": whole},
+            "versions": versions(),
+            "weights": weights,
+            **({"names": renamed} if renamed else {}),
+            "config": text.decode(),
             "files": {name: sha256_file(beside / name) for name in others},
-        }  # fmt: skip
+        }
         content = json.dumps(sealed(manifest), ensure_ascii=False)  # compact
         write_text(beside / PACK, content + "\n")
     before, left = map(sum, zip((0, 0), *sparse, strict=True))
@@ -278,8 +288,10 @@ def _tensors(
     for part in parts:
         whole += part
     data = memoryview(whole)
-    return {name: _tensor(data[place.start : place.start + place.size], place)
-            for name, place in places.items()}  # fmt: skip
+    return {
+        name: _tensor(data[place.start : place.start + place.size], place)
+        for name, place in places.items()
+    }
 
 
 def _tensor(data: Any, place: Place) -> torch.Tensor:
@@ -325,15 +337,22 @@ def _renamed(folder: Path, grids: Collection[str], stored: Collection[str]) -> d
     if all(name in stored for name in grids):
         return {}
     with suppress(CalmixError), closing(StreamedModel(str(folder))) as model:
-        return {name: model.names[name] for name in grids
-                if name not in stored and model.names.get(name) in stored}  # fmt: skip
+        return {
+            name: model.names[name]
+            for name in grids
+            if name not in stored and model.names.get(name) in stored
+        }
     return {}
 
 
 def _write(
-    source: Path, target: Path, tensors: Sequence[tuple[str, Place]], grids: Mapping[str, Grid],
-    pool: ThreadPoolExecutor, tick: Callable[[int], None],
-) -> dict[str, Any]:  # fmt: skip
+    source: Path,
+    target: Path,
+    tensors: Sequence[tuple[str, Place]],
+    grids: Mapping[str, Grid],
+    pool: ThreadPoolExecutor,
+    tick: Callable[[int], None],
+) -> dict[str, Any]:
     """Pack a weight file; return the manifest's entries for its tensors.
 
     The sizes in the header are known only at the end, so the data goes to a temporary file first.
@@ -352,8 +371,10 @@ def _write(
             start, sizes = data.tell(), [len(part) for part in parts]
             data.writelines(parts)
             header[name] = {
-                "dtype": "U8", "shape": [sum(sizes)], "data_offsets": [start, data.tell()],
-            }  # fmt: skip
+                "dtype": "U8",
+                "shape": [sum(sizes)],
+                "data_offsets": [start, data.tell()],
+            }
             return sizes
 
         add("header", [header_bytes(source)])
@@ -508,9 +529,13 @@ def _unpacked(path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]) -> I
 
 
 def _chunks(
-    file: BinaryIO, held: Mapping[str, Place], name: str, place: Place, entry: dict[str, Any],
+    file: BinaryIO,
+    held: Mapping[str, Place],
+    name: str,
+    place: Place,
+    entry: dict[str, Any],
     grid: Grid | None,
-) -> Iterator[Callable[[], bytes]]:  # fmt: skip
+) -> Iterator[Callable[[], bytes]]:
     """Yield a function for each chunk of a tensor that decodes its bytes."""
 
     def read(kind: str, number: int) -> bytes:

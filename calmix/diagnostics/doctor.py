@@ -147,9 +147,14 @@ def _self_test(pattern: str) -> str:
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     results = []
     for _ in range(2):
         with torch.random.fork_rng():
@@ -170,8 +175,9 @@ def _self_test(pattern: str) -> str:
 def _requirements(extra: str = "") -> list[Requirement]:
     """Return the requirements of calmix, or those that an extra adds."""
     every = [Requirement(line) for line in importlib.metadata.requires("calmix") or ()]
-    return [one for one in every
-            if (one.marker.evaluate({"extra": extra}) if one.marker else not extra)]  # fmt: skip
+    return [
+        one for one in every if (one.marker.evaluate({"extra": extra}) if one.marker else not extra)
+    ]
 
 
 def _unmet(requirement: Requirement) -> str | None:

@@ -161,9 +161,13 @@ def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, 
         text = drawn.get("generated") or ", ".join(parts)
         text += f" ({drawn['rows']} x {drawn['length']} tokens)"
     health.facts = {
-        "model": pruned["model"]["name"], "method": f"{done['method']} {done['pattern']}",
-        **recovered, "calibration": text, "weights": done["weights"], "pruned": done["pruned"],
-    }  # fmt: skip
+        "model": pruned["model"]["name"],
+        "method": f"{done['method']} {done['pattern']}",
+        **recovered,
+        "calibration": text,
+        "weights": done["weights"],
+        "pruned": done["pruned"],
+    }
     if done.get("bits"):
         outer = [f", {name} {bits:.3f}" for name, bits in done.get("embeddings", {}).items()]
         health.facts["bits a weight"] = f"{done['bits']:.3f}" + "".join(outer)
@@ -258,17 +262,26 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
     asked, listed = record["request"], running.recorded(folder, record)
     leaves = {one.name: str(one.leaves) for one in listed}
     left = [name for name, path in leaves.items() if not (folder / path).exists()]
-    health.facts = {"dense model": asked["model"], "target": plan.target(asked),
-                    "effort": asked["effort"]}  # fmt: skip
+    health.facts = {
+        "dense model": asked["model"],
+        "target": plan.target(asked),
+        "effort": asked["effort"],
+    }
     if left:
         health.facts["left to do"] = f"{', '.join(left)} (run its calmix compress again to resume)"
-    begun = [one for one in leaves.values()
-             if any((folder / (one + end)).exists() for end in ("", SUFFIX))]  # fmt: skip
+    begun = [
+        one
+        for one in leaves.values()
+        if any((folder / (one + end)).exists() for end in ("", SUFFIX))
+    ]
     parts = _parts(folder, begun, health, say)
     if (file := folder / running.RUN).exists():
         ran = read_object(file, "")["seconds"]
-        health.problems += [f"{folder / leaves[name]} is missing" for name in left
-                            if name in ran and leaves[name] != "pruned"]  # fmt: skip
+        health.problems += [
+            f"{folder / leaves[name]} is missing"
+            for name in left
+            if name in ran and leaves[name] != "pruned"
+        ]
     if "model" in parts:
         health.layers = parts["model"].layers
         health.facts["method"] = parts["model"].facts.get("method")
@@ -285,9 +298,11 @@ def _ladder(folder: Path, health: Health, say: Say) -> None:
     held = read_sealed(folder / running.LADDER, "")
     asked, tested = plan.Request(**held["request"]), [f"{one['bits']:g}" for one in held["rungs"]]
     health.facts = {
-        "dense model": asked.model, "to keep": asked.keep_at_least,
-        "bits tested": ", ".join(tested) or "none", "ended": held["ended"] or "not yet",
-    }  # fmt: skip
+        "dense model": asked.model,
+        "to keep": asked.keep_at_least,
+        "bits tested": ", ".join(tested) or "none",
+        "ended": held["ended"] or "not yet",
+    }
     places = [*folder.glob("calibration"), *sorted(folder.glob("candidates/*/model"))]
     for name in (plan.SCORES, plan.BEHAVIOUR):
         places += sorted(folder.glob(f"candidates/**/*{name}"))
@@ -310,8 +325,11 @@ def _work(folder: Path, health: Health, say: Say) -> None:
     asked, done = record["request"], record["kept"].get("done", 0)
     unit = "steps" if asked["method"] == "distill" else "blocks"
     health.kind = "unfinished recovery" if "against" in asked else "unfinished prune"
-    health.facts = {"method": asked["method"], f"{unit} done": done,
-                    "to finish it": "the same command with --resume"}  # fmt: skip
+    health.facts = {
+        "method": asked["method"],
+        f"{unit} done": done,
+        "to finish it": "the same command with --resume",
+    }
     kept = record["kept"].get("files", {})
     found = {name: sha256_file(folder / name) for name in kept if (folder / name).is_file()}
     health.problems += changed(folder, kept, found)

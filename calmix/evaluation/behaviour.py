@@ -141,8 +141,10 @@ def behaviour(*pairs: Pair) -> Behaviour:
     above_chance = [both for both in chosen if has_signal(both[0], "accuracy")]
     abilities = dict.fromkeys(dense.dimension for dense, _ in written)
     whole = not any(pruned.part for _, pruned in pairs)
-    counts = (counted(name, [both for both in written if both[0].dimension == name], whole)
-              for name in abilities)  # fmt: skip
+    counts = (
+        counted(name, [both for both in written if both[0].dimension == name], whole)
+        for name in abilities
+    )
     return Behaviour(
         retention(*zip(*written, strict=True), measure=PRIMARY) if written and whole else None,
         counted("all", written, whole),
@@ -184,8 +186,9 @@ def likely(task: TaskScores) -> bool:
 def not_run(pairs: Sequence[Pair]) -> tuple[str, ...]:
     """Return the tasks that every suite left out because they run generated code."""
     run = {task.name for dense, _ in pairs for task in dense.tasks if task.values}
-    return tuple(dict.fromkeys(name for _, pruned in pairs for name in pruned.not_run
-                               if name not in run))  # fmt: skip
+    return tuple(
+        dict.fromkeys(name for _, pruned in pairs for name in pruned.not_run if name not in run)
+    )
 
 
 def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[TaskPair]:
@@ -208,18 +211,24 @@ def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[Task
             if part and answered(before):
                 right = before.values
                 before, after = (
-                    replace(one, items=tuple(compress(one.items, right)),
-                            values=tuple(compress(one.values, right)), answers=(), ended=())
+                    replace(
+                        one,
+                        items=tuple(compress(one.items, right)),
+                        values=tuple(compress(one.values, right)),
+                        answers=(),
+                        ended=(),
+                    )
                     for one in (before, after)
-                )  # fmt: skip
+                )
             found[key] = count, (before, after)
     return [both for _, both in found.values()]
 
 
 def counted(name: str, tasks: Sequence[TaskPair], whole: bool = True) -> Counted | None:
     """Count the items of several tasks together; None if there are none."""
-    items = [both for before, after in tasks
-             for both in zip(before.values, after.values, strict=True)]  # fmt: skip
+    items = [
+        both for before, after in tasks for both in zip(before.values, after.values, strict=True)
+    ]
     if not items:
         return None
     dense, pruned = (sum(map(round, values)) for values in zip(*items, strict=True))

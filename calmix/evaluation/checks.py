@@ -257,9 +257,17 @@ def _normal(text: str) -> str:
     """Return the normal form of Hendrycks et al. (arXiv 2103.03874), as implemented in
     lm-evaluation-harness."""
     for piece, other in (
-        ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
-        ("\\left", ""), ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""),
-    ):  # fmt: skip
+        ("\n", ""),
+        ("\\!", ""),
+        ("\\\\", "\\"),
+        ("tfrac", "frac"),
+        ("dfrac", "frac"),
+        ("\\left", ""),
+        ("\\right", ""),
+        ("^{\\circ}", ""),
+        ("^\\circ", ""),
+        ("\\$", ""),
+    ):
         text = text.replace(piece, other)
     if "\\text{ " in text:  # a unit
         text, _ = text.split("\\text{ ")
@@ -332,8 +340,10 @@ def _items(text: str, comma: bool = False) -> list[str]:
 def _json(text: str, value: str) -> bool:
     found = re.search(r"\{.*\}", text, re.DOTALL)
     try:
-        given, wanted = (json.dumps(json.loads(one), sort_keys=True).lower()
-                         for one in (found[0] if found else "", value))  # fmt: skip
+        given, wanted = (
+            json.dumps(json.loads(one), sort_keys=True).lower()
+            for one in (found[0] if found else "", value)
+        )
     except (ValueError, RecursionError):
         return False
     return given == wanted
@@ -352,8 +362,9 @@ def _among(text: str, value: str) -> bool:
 
 def _language(text: str, value: str) -> bool:
     words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower())
-    counts = {name: sum(word in known.split() for word in words)
-              for name, known in LANGUAGES.items()}  # fmt: skip
+    counts = {
+        name: sum(word in known.split() for word in words) for name, known in LANGUAGES.items()
+    }
     return counts[value] > 0 and counts[value] == max(counts.values())
 
 

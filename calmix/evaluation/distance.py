@@ -157,8 +157,12 @@ def distance(
         found[name] = _record(kls.size, points[-1], [*np.quantile(kls, [0.5, 0.99]), top1])
     others = [np.mean([one[key] for one in found.values()]) for key in REPORTED]
     tokens = sum(one["tokens"] for one in found.values())
-    return {"dense": reference.dense, "texts": texts_hash(reference.texts), "dimensions": found,
-            "total": _record(tokens, np.mean(points, 0), others)}  # fmt: skip
+    return {
+        "dense": reference.dense,
+        "texts": texts_hash(reference.texts),
+        "dimensions": found,
+        "total": _record(tokens, np.mean(points, 0), others),
+    }
 
 
 def logit_pairs(
@@ -174,9 +178,13 @@ def logit_pairs(
 
 def _record(tokens: int, kl: Array, others: Sequence[Any]) -> dict[str, Any]:
     mean = estimate(kl)
-    return {"tokens": tokens, "kl_mean": mean.value,
-            **dict(zip(REPORTED, map(float, others), strict=True)),
-            "kl_low": mean.low, "kl_high": mean.high}  # fmt: skip
+    return {
+        "tokens": tokens,
+        "kl_mean": mean.value,
+        **dict(zip(REPORTED, map(float, others), strict=True)),
+        "kl_low": mean.low,
+        "kl_high": mean.high,
+    }
 
 
 def texts_hash(texts: Texts) -> str:

@@ -82,8 +82,10 @@ def choose(
             named = dimension in (dimensions or full.dimensions) and name in (tasks or full.tasks)
             if named and name not in without and not (sliced and task.quick == 0):
                 most = (task.quick if sliced else None) or task.limit
-                values = {"limit": most if limit is None else min(limit, most or limit),
-                          "quick": None if sliced else task.quick}  # fmt: skip
+                values = {
+                    "limit": most if limit is None else min(limit, most or limit),
+                    "quick": None if sliced else task.quick,
+                }
                 kept.setdefault(dimension, {})[name] = task.model_copy(update=values)
     if not kept:
         raise InputError(f"no task of suite {full.name} is left: select others, or exclude fewer")
@@ -182,22 +184,37 @@ def _scored(
         about += ("rearranged",) * rearranged
         kept = model.cached("scores", *about).with_suffix(".json")
         with suppress(InputError):  # missing or damaged
-            return replace(load_scores(kept), model=model.name, suite=describe(chosen),
-                           not_run=tuple(skipped), form=form)  # fmt: skip
+            return replace(
+                load_scores(kept),
+                model=model.name,
+                suite=describe(chosen),
+                not_run=tuple(skipped),
+                form=form,
+            )
     sha256 = model.fingerprint  # first: the files may change while the model is scored
     start, specs, done = time.perf_counter(), chosen.tasks, list[TaskScores]()
     items = {name: load_items(spec) for name, spec in specs.items()}
     pairs = [(name, item) for name, of_task in items.items() for item in of_task]
-    asked = [(name, item) for name, item in pairs
-             if specs[name].writes and (right is None or item.id in right[name])]  # fmt: skip
+    asked = [
+        (name, item)
+        for name, item in pairs
+        if specs[name].writes and (right is None or item.id in right[name])
+    ]
     if any(one.check == "program" for _, one in asked):
         check_sandbox()
     scorer = Scorer(model, batch_tokens=size, progress=progress)
     scorer.total += ANSWER * len(asked)
     # All likelihood requests at once, so that common prefixes run only once.
-    likely = iter(scorer.loglikelihood([
-        (name, *one) for name, item in pairs if not specs[name].writes for one in item.requests
-    ]))  # fmt: skip
+    likely = iter(
+        scorer.loglikelihood(
+            [
+                (name, *one)
+                for name, item in pairs
+                if not specs[name].writes
+                for one in item.requests
+            ]
+        )
+    )
     texts = ask(scorer, asked, rearranged)
     written = dict(zip(((name, item.id) for name, item in asked), texts, strict=True))
     for name, spec in specs.items():
@@ -210,18 +227,29 @@ def _scored(
             record = _likely(name, spec, of_task, rows, scorer if floors else None)
         done.append(
             TaskScores(
-                name, chosen.dimension_of(name), spec.metric, spec.primary,
-                items=tuple(item.id for item in of_task), **record,
+                name,
+                chosen.dimension_of(name),
+                spec.metric,
+                spec.primary,
+                items=tuple(item.id for item in of_task),
+                **record,
             )
-        )  # fmt: skip
+        )
     if model.files is not None:
         model.files.check()
     scores = CapabilityScores(
-        model.name, sha256, dtype_name(model.model.dtype), describe(chosen),
-        tuple(done), truncated=dict(scorer.truncated),
-        seconds=round(time.perf_counter() - start, 2), versions=deciding_versions(),
-        not_run=tuple(skipped), form=form, right_only=right is not None,
-    )  # fmt: skip
+        model.name,
+        sha256,
+        dtype_name(model.model.dtype),
+        describe(chosen),
+        tuple(done),
+        truncated=dict(scorer.truncated),
+        seconds=round(time.perf_counter() - start, 2),
+        versions=deciding_versions(),
+        not_run=tuple(skipped),
+        form=form,
+        right_only=right is not None,
+    )
     if kept is not None:
         with suppress(DiskError):  # a cache that is full or read-only costs no result
             scores.save(kept)
@@ -251,10 +279,14 @@ def accuracies(
         return []
     # `acc_norm` divides by characters, not counting the leading space if all choices have one.
     spaced = all(choice[:1] == " " for item in items for _, choice in item.requests)
-    norms = [[len(choice) - spaced if spec.metric == "acc_norm" else 1
-              for _, choice in item.requests] for item in items]  # fmt: skip
-    return [float(np.argmax(np.divide(row, norm)) == item.gold)
-            for item, row, norm in zip(items, rows, norms, strict=True)]  # fmt: skip
+    norms = [
+        [len(choice) - spaced if spec.metric == "acc_norm" else 1 for _, choice in item.requests]
+        for item in items
+    ]
+    return [
+        float(np.argmax(np.divide(row, norm)) == item.gold)
+        for item, row, norm in zip(items, rows, norms, strict=True)
+    ]
 
 
 def _likely(
@@ -274,10 +306,12 @@ def _likely(
         chance = sum(1 / len(item.requests) for item in items) / len(items)
     answers = [[answer for _, answer in item.requests] for item in items]
     found: dict[str, Any] = {
-        "chance": float(chance), "values": tuple(accuracies(spec, items, rows)),
-        "gold": tuple(item.gold for item in items), "loglikelihoods": rounded(rows),
+        "chance": float(chance),
+        "values": tuple(accuracies(spec, items, rows)),
+        "gold": tuple(item.gold for item in items),
+        "loglikelihoods": rounded(rows),
         "bytes": tuple(tuple(len(one.encode()) for one in row) for row in answers),
-    }  # fmt: skip
+    }
     if scorer is None:
         return found
     if spec.form not in ("passage", "contexts"):
@@ -285,12 +319,14 @@ def _likely(
         values = scorer.loglikelihood([(name, CUE, answer) for answer in distinct])
         context_free = dict(zip(distinct, values, strict=True))
         found["floors"] = rounded([[context_free[one] for one in row] for row in answers])
-    counts = Counter(token for row in scorer.encode(task_texts(spec), special=False)
-                     for token in row)  # fmt: skip
+    counts = Counter(
+        token for row in scorer.encode(task_texts(spec), special=False) for token in row
+    )
     total = math.log(counts.total())
     unigram = {token: math.log(count) - total for token, count in counts.items()}
-    right = scorer.encode([row[item.gold] for row, item in zip(answers, items, strict=True)],
-                          special=False)  # fmt: skip
+    right = scorer.encode(
+        [row[item.gold] for row, item in zip(answers, items, strict=True)], special=False
+    )
     return found | {"unigram": rounded([[math.fsum(unigram[t] for t in row) for row in right]])[0]}
 
 
@@ -299,11 +335,13 @@ def ask(
 ) -> list[tuple[float, str, int]]:
     """Generate an answer to each item (given with its task's name). Returns whether it is right,
     its text and whether it ended."""
-    prompts = [prompt(scorer.tokenizer, one.chat, one.plain, one.tokens, one.until)
-               for _, one in asked]  # fmt: skip
+    prompts = [
+        prompt(scorer.tokenizer, one.chat, one.plain, one.tokens, one.until) for _, one in asked
+    ]
     context = scorer.opened.context or math.inf
-    scorer.truncated.update(name for (name, _), one in zip(asked, prompts, strict=True)
-                            if one.needs > context)  # fmt: skip
+    scorer.truncated.update(
+        name for (name, _), one in zip(asked, prompts, strict=True) if one.needs > context
+    )
     written = answers(
         scorer.opened,
         prompts,
@@ -312,8 +350,9 @@ def ask(
     )
     with ThreadPoolExecutor(cores()) as pool:  # programs run in subprocesses
         good = pool.map(lambda item, one: verdict(item, *one), (one for _, one in asked), written)
-    return [(float(right), text, int(ended))
-            for right, (text, ended) in zip(good, written, strict=True)]  # fmt: skip
+    return [
+        (float(right), text, int(ended)) for right, (text, ended) in zip(good, written, strict=True)
+    ]
 
 
 def verdict(item: Ask, answer: str, ended: bool = True) -> bool:

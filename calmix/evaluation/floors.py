@@ -94,17 +94,22 @@ class Verdict:
             others = "another sample of calibration text may keep more or less"
             if self.draws > 1:
                 others = f"the models of all {self.draws} samples of calibration text keep it"
-            lines = [f"Kept at {sure}, at least: {kept}. This holds for items like these and for "
-                     f"this checkpoint; {others}."]  # fmt: skip
+            lines = [
+                f"Kept at {sure}, at least: {kept}. This holds for items like these and for "
+                f"this checkpoint; {others}."
+            ]
         else:
             missed = ", ".join(
                 f"{one.ability} (keeps {100 * one.kept:.1f} %, proven {proven(one.bound)} %, "
                 f"required {100 * one.floor:g} %; {one.items} {MEASURES[one.measure][2]}"
                 f"{'; more items may prove it' * (one.kept > one.floor)})"
-                for one in self.tested if not one.passed
-            )  # fmt: skip
-            lines = [f"Not kept at {sure}: {missed}. This holds for items like these and this "
-                     "checkpoint."]  # fmt: skip
+                for one in self.tested
+                if not one.passed
+            )
+            lines = [
+                f"Not kept at {sure}: {missed}. This holds for items like these and this "
+                "checkpoint."
+            ]
         if self.untested:
             lines.append(f"Not tested (no signal in the dense model): {', '.join(self.untested)}.")
         if self.not_run:
@@ -124,11 +129,17 @@ class Verdict:
 def record(verdict: Verdict, floors: Mapping[str, float], pairs: Sequence[Pair]) -> dict[str, Any]:
     """Return the content of a check's file, sealed by its hash."""
     dense, pruned = pairs[0]
-    return sealed({
-        "kind": "check", "floors": dict(floors), **verdict.to_dict(),
-        "model": pruned.fingerprint, "dense": dense.fingerprint,
-        "suites": [one.suite for _, one in pairs], "versions": versions(),
-    })  # fmt: skip
+    return sealed(
+        {
+            "kind": "check",
+            "floors": dict(floors),
+            **verdict.to_dict(),
+            "model": pruned.fingerprint,
+            "dense": dense.fingerprint,
+            "suites": [one.suite for _, one in pairs],
+            "versions": versions(),
+        }
+    )
 
 
 def parse_floors(text: str) -> dict[str, float]:
@@ -220,11 +231,15 @@ def judge(
     if unknown := [name for name in floors if name and name not in known]:
         left = ", ".join(behaviour.not_run(pairs))
         more = f" (not run without --allow-code-execution: {left})" if left else ""
-        raise InputError(f"{FLAG} names '{unknown[0]}', which the scores lack: they have "
-                         f"{', '.join(known)}{more}")  # fmt: skip
+        raise InputError(
+            f"{FLAG} names '{unknown[0]}', which the scores lack: they have "
+            f"{', '.join(known)}{more}"
+        )
     chosen = known if "" in floors else [name for name in known if name in floors]
-    found = {name: _judged(name, floors.get(name, floors.get("", 0.0)), tasks, confidence)
-             for name in chosen}  # fmt: skip
+    found = {
+        name: _judged(name, floors.get(name, floors.get("", 0.0)), tasks, confidence)
+        for name in chosen
+    }
     tested = tuple(one for one in found.values() if one is not None)
     silent = tuple(name for name, one in found.items() if one is None)
     if named := [name for name in silent if name in floors]:
@@ -254,8 +269,11 @@ def _judged(
 ) -> Tested | None:
     """Test an ability against its floor, by the first measure it has; None without signal."""
     for measure, (_, score, _) in MEASURES.items():
-        pairs = [both for both in tasks[measure] if both[0].dimension == ability
-                 and (measure == ANSWERS or has_signal(both[0], score))]  # fmt: skip
+        pairs = [
+            both
+            for both in tasks[measure]
+            if both[0].dimension == ability and (measure == ANSWERS or has_signal(both[0], score))
+        ]
         if pairs:
             break
     else:
@@ -272,8 +290,10 @@ def _judged(
         items = round(math.fsum(value for before, _ in pairs for value in before.values))
         each = items / whole  # above chance, a right answer counts for more than one
         most = max(pairs, key=lambda both: len(both[0].items))
-        longer = [replace(task, items=(*task.items, ""), values=(*task.values, value))
-                  for task, value in zip(most, (1.0, 0.0), strict=True)]  # fmt: skip
+        longer = [
+            replace(task, items=(*task.items, ""), values=(*task.values, value))
+            for task, value in zip(most, (1.0, 0.0), strict=True)
+        ]
         one_more_lost = [longer if both is most else both for both in pairs]
         resampled = retention(*zip(*one_more_lost, strict=True), measure=score, level=level)
         kept = float(sum(one.kept.sum() for one in made) / sum(one.whole.sum() for one in made))
@@ -282,13 +302,21 @@ def _judged(
         items = sum(len(before.items) for before, _ in pairs)
         made = [parts(*both) for both in pairs]
         kept = math.fsum(one.retention for one in made) / len(made)
-        rows = [(both[0].name, one.kept[None], one.whole[None])
-                for both, one in zip(pairs, made, strict=True)]  # fmt: skip
+        rows = [
+            (both[0].name, one.kept[None], one.whole[None])
+            for both, one in zip(pairs, made, strict=True)
+        ]
         low = float(studentized_bound(rows, confidence)[0])
     best = 1 - each * (1 - lower_bound(items, items, confidence))
     if best < 0.01:
         return None
     return Tested(
-        ability, measure, floor, items, needed(max(1 - (1 - floor) / each, 1e-9), confidence), best,
-        kept, low if measure == ANSWERS else min(low, best),
-    )  # fmt: skip
+        ability,
+        measure,
+        floor,
+        items,
+        needed(max(1 - (1 - floor) / each, 1e-9), confidence),
+        best,
+        kept,
+        low if measure == ANSWERS else min(low, best),
+    )

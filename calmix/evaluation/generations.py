@@ -82,8 +82,10 @@ def panel() -> list[Prompt]:
     """Return the ten plain questions of every report card."""
     file = packaged("evaluation/panel.yaml")
     head = "".join(f"Question: {one}\nAnswer: {answer}\n\n" for one, answer in file["examples"])
-    return [Prompt(about, shown, f"{head}Question: {shown}\nAnswer:")
-            for about, shown in file["questions"]]  # fmt: skip
+    return [
+        Prompt(about, shown, f"{head}Question: {shown}\nAnswer:")
+        for about, shown in file["questions"]
+    ]
 
 
 def answer(
@@ -91,7 +93,8 @@ def answer(
 ) -> tuple[str, ...]:
     """Return a model's greedy answer to each prompt, in its chat template if it has one. Answers
     longer than `TOKENS` are cut and end in an ellipsis."""
-    inputs = [prompt(opened.tokenizer, one.shown, one.plain, TOKENS, ("\nQuestion:",))
-              for one in prompts]  # fmt: skip
+    inputs = [
+        prompt(opened.tokenizer, one.shown, one.plain, TOKENS, ("\nQuestion:",)) for one in prompts
+    ]
     texts = answers(opened, inputs, progress=progress)
     return tuple(text.strip() + ("" if ended else " …") for text, ended in texts)

@@ -264,14 +264,19 @@ class _Writer:
         inputs = torch.tensor([row.ids for row in rows], device=self.device)
         ends = self.ends.tolist()
         config = GenerationConfig(
-            do_sample=False, num_beams=1, max_new_tokens=max(row.tokens for row in rows),
-            eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,
-        )  # fmt: skip
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max(row.tokens for row in rows),
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+        )
         with generating(self.model, config):
             made = self.model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), generation_config=config,
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=config,
                 logits_processor=[self._sound],
-            )  # fmt: skip
+            )
         for step in made[:, inputs.shape[1] :].T:
             self._append(rows, step)
 

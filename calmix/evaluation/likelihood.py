@@ -197,5 +197,10 @@ def perplexity_of_rows(
     predicted = ids[:, 1:]
     texts = opened.tokenizer.batch_decode(predicted.tolist(), skip_special_tokens=False)
     size, tokens = sum(len(text.encode()) for text in texts), predicted.numel()
-    return {"perplexity": math.exp(nll / tokens), "bits_per_byte": nll / (math.log(2) * size),
-            "length": ids.shape[1], "windows": len(ids), "tokens": tokens}  # fmt: skip
+    return {
+        "perplexity": math.exp(nll / tokens),
+        "bits_per_byte": nll / (math.log(2) * size),
+        "length": ids.shape[1],
+        "windows": len(ids),
+        "tokens": tokens,
+    }

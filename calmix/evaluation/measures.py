@@ -203,8 +203,11 @@ def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -
     floor = floor_scores(dense, score) if anchored else None
     # As printed: a mean, or bits per byte over all answers.
     count = _sizes(dense).sum() if score in BITS else len(before)
-    shown = (float(before.sum() / count), float(after.sum() / count),
-             None if floor is None else float(floor.sum() / count))  # fmt: skip
+    shown = (
+        float(before.sum() / count),
+        float(after.sum() / count),
+        None if floor is None else float(floor.sum() / count),
+    )
     if score == "kept":
         return Parts(score, before * after, before, *shown)
     if floor is None:
@@ -222,8 +225,11 @@ def task_weights(dense: Sequence[TaskScores], measure: Measure = "primary") -> l
     the sum of `whole`, which pools the items of its tasks."""
     tasks = [task for task in dense if measure != "ratio" and has_signal(task, measure)]
     mixed = {task.dimension for task in tasks if score_of(task, measure) not in RIGHT_OR_WRONG}
-    pooled = {task.name: float(parts(task, task, measure).whole.sum())
-              for task in tasks if task.dimension not in mixed}  # fmt: skip
+    pooled = {
+        task.name: float(parts(task, task, measure).whole.sum())
+        for task in tasks
+        if task.dimension not in mixed
+    }
     return [pooled.get(task.name, 1.0) for task in dense]
 
 

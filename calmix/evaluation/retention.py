@@ -142,11 +142,20 @@ def retention(
             point[:] = resampled(before.name, made, resamples=resamples, seed=seed)
         tasks.append(
             TaskRetention(
-                before.name, before.dimension, made.score, len(before.items), made.floor,
-                made.dense, made.pruned, before.accuracy, after.accuracy,
-                measures.noise(made.whole), signal, estimate(point, level),
+                before.name,
+                before.dimension,
+                made.score,
+                len(before.items),
+                made.floor,
+                made.dense,
+                made.pruned,
+                before.accuracy,
+                after.accuracy,
+                measures.noise(made.whole),
+                signal,
+                estimate(point, level),
             )
-        )  # fmt: skip
+        )
     rolled = by_dimension(dense, points, measures.task_weights(dense, measure))
     total, dimensions = estimate(rolled.pop("total"), level), []
     for name, point in rolled.items():
@@ -202,8 +211,10 @@ def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> N
     names = [task.name for task in dense], [task.name for task in pruned]
     if names[0] != names[1]:
         odd = sorted(set(names[0]) ^ set(names[1])) or names[1]
-        raise InputError(f"the two models were scored on different tasks (first: {odd[0]}): "
-                         "evaluate both on the same suite")  # fmt: skip
+        raise InputError(
+            f"the two models were scored on different tasks (first: {odd[0]}): "
+            "evaluate both on the same suite"
+        )
     for before, after in zip(dense, pruned, strict=True):
         if (before.items, before.bytes, before.metric) != (after.items, after.bytes, after.metric):
             raise InputError(

@@ -49,8 +49,9 @@ def not_finite(opened: OpenModel, what: str) -> ModelError:
     """Return the error about a model whose `what` is not finite."""
     kind = dtype_name(opened.model.dtype)
     hint = "" if kind == "float32" else "try --dtype float32, or "
-    return ModelError(f"{opened.name} gives {what} that are not finite in {kind}: {hint}"
-                      "check its weights")  # fmt: skip
+    return ModelError(
+        f"{opened.name} gives {what} that are not finite in {kind}: {hint}check its weights"
+    )
 
 
 @dataclass
@@ -182,15 +183,21 @@ class Scorer:
         past = {} if cache is None else {key: repeated_cache(cache, count)}
         position = torch.from_numpy(visible[:, 0].sum(-1) - 1).to(self.device)  # all before it
         return self._run(
-            rows, attention_mask=mask.to(self.device), position_ids=position, use_cache=bool(past),
+            rows,
+            attention_mask=mask.to(self.device),
+            position_ids=position,
+            use_cache=bool(past),
             **past,
-        )  # fmt: skip
+        )
 
     def _values(self, rows: list[Row], hidden: Tensor) -> Tensor:
         """Return the log-probability of each target of the rows, in order."""
         width, device = hidden.shape[1], hidden.device
-        targets = [(n * width + node, token) for n, row in enumerate(rows)
-                   for _, node, token in row.targets]  # fmt: skip
+        targets = [
+            (n * width + node, token)
+            for n, row in enumerate(rows)
+            for _, node, token in row.targets
+        ]
         places, tokens = torch.tensor(targets).T
         distinct, which = places.unique(return_inverse=True)
         states = hidden.flatten(0, 1)[distinct.to(device)]
@@ -225,10 +232,16 @@ class Scorer:
                 return False
             first, second, third = (self._run([one])[0] for one in chains)
         limit = TOLERANCE.get(self.model.dtype, 1e-1)
-        return all(close(one, alone, limit) for one, alone in (
-            (packed[0, 7], first[-1]), (packed[0, 11], second[-1]), (packed[0, 17], third[-1]),
-            (packed[1, :5], first[4:9]), (bare[0], first),
-        ))  # fmt: skip
+        return all(
+            close(one, alone, limit)
+            for one, alone in (
+                (packed[0, 7], first[-1]),
+                (packed[0, 11], second[-1]),
+                (packed[0, 17], third[-1]),
+                (packed[1, :5], first[4:9]),
+                (bare[0], first),
+            )
+        )
 
 
 def prefix_cache(decoder: Any, ids: list[int]) -> Any:

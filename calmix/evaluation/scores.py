@@ -58,8 +58,10 @@ class CapabilityScores(Shown):
     @property
     def right(self) -> dict[str, set[str]]:
         """Items answered correctly, by task."""
-        return {task.name: {item for item, value in zip(task.items, task.values, strict=False)
-                            if value} for task in self.tasks}  # fmt: skip
+        return {
+            task.name: {item for item, value in zip(task.items, task.values, strict=False) if value}
+            for task in self.tasks
+        }
 
     @property
     def part(self) -> set[str]:
@@ -93,11 +95,20 @@ class CapabilityScores(Shown):
         if measure in ("accuracy", "ratio"):
             return retention(*self._asked_all(dense), **how)
         part = self.part
-        made = retention(*([replace(one, primary="kept") if one.name in part else one
-                            for one in each.tasks] for each in (dense, self)), **how)  # fmt: skip
-        return replace(made, tasks=tuple(
-            replace(one, pruned=None, pruned_accuracy=None) if one.name in part else one
-            for one in made.tasks))  # fmt: skip
+        made = retention(
+            *(
+                [replace(one, primary="kept") if one.name in part else one for one in each.tasks]
+                for each in (dense, self)
+            ),
+            **how,
+        )
+        return replace(
+            made,
+            tasks=tuple(
+                replace(one, pruned=None, pruned_accuracy=None) if one.name in part else one
+                for one in made.tasks
+            ),
+        )
 
     def flips(self, dense: CapabilityScores) -> dict[str, Estimate]:
         """Return the flips against a dense model (`retention.flips`), of the same tasks as
@@ -117,16 +128,24 @@ class CapabilityScores(Shown):
 
     def _line(self) -> str:
         items = sum(len(task.items) for task in self.tasks)
-        return (f"{self.model} on suite {self.suite['name']} version {self.suite['version']}, "
-                f"{len(self.tasks)} tasks, {items:,} items")  # fmt: skip
+        return (
+            f"{self.model} on suite {self.suite['name']} version {self.suite['version']}, "
+            f"{len(self.tasks)} tasks, {items:,} items"
+        )
 
     def _rows(self) -> list[dict[str, Any]]:
         kept = self.retention(self, "primary", resamples=1)
         return [
-            {"dimension": one.dimension, "task": one.name, "items": one.items,
-             "scored by": one.score, "score": one.dense, "accuracy %": percent(one.dense_accuracy)}
+            {
+                "dimension": one.dimension,
+                "task": one.name,
+                "items": one.items,
+                "scored by": one.score,
+                "score": one.dense,
+                "accuracy %": percent(one.dense_accuracy),
+            }
             for one in kept.tasks
-        ]  # fmt: skip
+        ]
 
     def save(self, path: Path | str) -> None:
         """Write the scores as JSON on one line, since they are long, or their table as CSV."""
@@ -191,8 +210,10 @@ def load_dense(path: Path) -> CapabilityScores:
     """Read such scores of a dense model, which must be sealed."""
     dense, scores = load_pair(path, unsealed=False)
     if dense is not None:
-        raise InputError(f"{path} holds scores of {scores.model} beside those of {dense.model}: "
-                         "name a file of the dense model alone")  # fmt: skip
+        raise InputError(
+            f"{path} holds scores of {scores.model} beside those of {dense.model}: "
+            "name a file of the dense model alone"
+        )
     return scores
 
 

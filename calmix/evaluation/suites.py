@@ -57,13 +57,20 @@ LARGEST = 1e15  # below it a float represents every integer
 # An example row of each kind, for `calmix evaluate suite --new`.
 EXAMPLES: dict[str, dict[str, Any]] = {
     "choices": {"question": "Which is a fruit?", "choices": ["a stone", "an apple"], "answer": 1},
-    "answers": {"question": "What is the opposite of up? Answer with one word.",
-                "answer": ["down", "downwards"]},
-    "numbers": {"question": "A shop sells pens in packs of 6. How many pens are in 7 packs?",
-                "answer": 42},
-    "programs": {"head": "double(x)", "question": "returns x times two.",
-                 "tests": ["double(4) == 8", "double(0) == 0"]},
-}  # fmt: skip
+    "answers": {
+        "question": "What is the opposite of up? Answer with one word.",
+        "answer": ["down", "downwards"],
+    },
+    "numbers": {
+        "question": "A shop sells pens in packs of 6. How many pens are in 7 packs?",
+        "answer": 42,
+    },
+    "programs": {
+        "head": "double(x)",
+        "question": "returns x times two.",
+        "tests": ["double(4) == 8", "double(0) == 0"],
+    },
+}
 
 
 class TaskSpec(BaseModel):
@@ -284,8 +291,10 @@ def read_rows(path: str, kind: str, shots: int = 0) -> list[dict[str, Any]]:
         except ValueError:
             wrong = "not valid JSON"
         if wrong:
-            raise InputError(f"{path}, line {number}: {wrong} (example of kind {kind}: "
-                             f"{json.dumps(EXAMPLES[kind])})")  # fmt: skip
+            raise InputError(
+                f"{path}, line {number}: {wrong} (example of kind {kind}: "
+                f"{json.dumps(EXAMPLES[kind])})"
+            )
         found.append(row)
     if len(found) <= shots:
         raise InputError(f"{path} has {len(found)} rows, {shots} of them worked examples: add rows")
@@ -300,19 +309,23 @@ def _mistake(row: Any, kind: str) -> str:
         "choices": {
             "'choices' must be a list of two or more different texts": several,
             "'answer' must be the index of the right choice, from 0": several
-            and type(answer) is int and 0 <= answer < len(choices),
+            and type(answer) is int
+            and 0 <= answer < len(choices),
         },
-        "answers": {"'answer' must be a text, or a list of texts": _texts(answer)
-                    or _texts([answer])},
-        "numbers": {f"'answer' must be a number below {LARGEST:g}": type(answer) in (int, float)
-                    and abs(answer) < LARGEST},
+        "answers": {
+            "'answer' must be a text, or a list of texts": _texts(answer) or _texts([answer])
+        },
+        "numbers": {
+            f"'answer' must be a number below {LARGEST:g}": type(answer) in (int, float)
+            and abs(answer) < LARGEST
+        },
         "programs": {
             "'head' must be the head of a function, e.g. double(x)": _texts([head])
             and _parses(f"def {head.strip()}: pass", "exec"),
             "'tests' must be a list of expressions": _texts(tests)
             and all(_parses(one.strip(), "eval") for one in tests),
         },
-    }[kind] | {"'question' must be a text": _texts([row.get("question")])}  # fmt: skip
+    }[kind] | {"'question' must be a text": _texts([row.get("question")])}
     return next((rule for rule, met in rules.items() if not met), "")
 
 
@@ -334,8 +347,9 @@ def template(name: str) -> dict[str, str]:
     """Return the files of an example suite: its YAML, and a file of rows for each kind."""
     if not re.match(NAME, name):
         raise InputError(f"'{name}' cannot name a suite: use letters, digits, '.', '_', '+', '-'")
-    tasks = {kind: f"    my_{kind}: {{file: {name}-{kind}.jsonl, kind: {kind}}}\n"
-             for kind in EXAMPLES}  # fmt: skip
+    tasks = {
+        kind: f"    my_{kind}: {{file: {name}-{kind}.jsonl, kind: {kind}}}\n" for kind in EXAMPLES
+    }
     code = tasks.pop("programs")
     suite = (
         f"# Check this file with: calmix evaluate suite {name}.yaml (rows: the .jsonl files).\n"

@@ -129,8 +129,11 @@ def _rendered(archive: str, shots: int) -> Iterator[Item]:
     """Yield the items of an archive folder `SET/FORM` with this number of shots; for MMLU the test
     questions, subject by subject."""
     ending, name = "/requests.jsonl.gz", f"{archive}_{shots}shot"
-    folders = {member.removeprefix(f"{ROOT}/").removesuffix(ending)
-               for member in _members() if member.startswith(ROOT)}  # fmt: skip
+    folders = {
+        member.removeprefix(f"{ROOT}/").removesuffix(ending)
+        for member in _members()
+        if member.startswith(ROOT)
+    }
     if name not in (known := {"mmlu_0shot", *folders}):
         raise InputError(
             f"the offline archive has no '{archive}' with {shots} shots: {nearest(name, known)}"
@@ -145,8 +148,9 @@ def _rendered(archive: str, shots: int) -> Iterator[Item]:
     for number, rows in _requests(f"{ROOT}/{name}{ending}").items():  # choices are in order
         if number >= UNCONDITIONAL:
             continue
-        requests = tuple((row["request"]["context"], row["request"]["continuation"])
-                         for row in rows)  # fmt: skip
+        requests = tuple(
+            (row["request"]["context"], row["request"]["continuation"]) for row in rows
+        )
         parity, gold = document_number(rows[0]["doc"], number), rows[0]["label"]
         name = f"{archive.split('/')[0]}/{number}"
         yield Item(name, parity, requests, gold if len(rows) > 1 else 0)
@@ -194,8 +198,10 @@ def _asked(
         right = [[one] if isinstance(one, str) else one for one in right]
         right = [[*some, *(more for one in some for more in also.get(one, []))] for some in right]
     count = len(docs) - known.get("examples", 0)
-    head = "".join(f"{plain.format(**doc)} {doc.get('shown') or one[0]}\n\n"
-                   for doc, one in zip(docs[count:], right[count:], strict=True))  # fmt: skip
+    head = "".join(
+        f"{plain.format(**doc)} {doc.get('shown') or one[0]}\n\n"
+        for doc, one in zip(docs[count:], right[count:], strict=True)
+    )
     return tuple(
         Ask(
             f"{name}/{doc.get('at', at)}",
@@ -224,36 +230,54 @@ def _documents(member: str) -> list[dict[str, Any]]:
             if all(one["question"] != question for one in found):
                 found.append({"at": number, "question": question, "right": value, "shown": value})
     elif member == "small_programs":
-        found += [_program(head, what, tests) for head, what, *tests
-                  in packaged("evaluation/abilities/small_programs.yaml")]  # fmt: skip
+        found += [
+            _program(head, what, tests)
+            for head, what, *tests in packaged("evaluation/abilities/small_programs.yaml")
+        ]
     elif member == "requests":
         for one in packaged("evaluation/abilities/chat.yaml").values():
             for fill in one["fill"]:
-                expected = {key: value.format(*fill) if isinstance(value, str) else value
-                            for key, value in one["expect"].items()}  # fmt: skip
+                expected = {
+                    key: value.format(*fill) if isinstance(value, str) else value
+                    for key, value in one["expect"].items()
+                }
                 found.append({"question": one["ask"].format(*fill), "right": expected})
-        found += [{"question": question, "right": {}, "shown": answer} for question, answer in (
-            ("Which animal gives us wool? Answer with one word.", "Sheep"),
-            ("Name exactly two trees, separated by commas.", "Oak, birch"),
-            ("Write one sentence about tea.", "Tea is a warm drink made of leaves."),
-        )]  # fmt: skip
+        found += [
+            {"question": question, "right": {}, "shown": answer}
+            for question, answer in (
+                ("Which animal gives us wool? Answer with one word.", "Sheep"),
+                ("Name exactly two trees, separated by commas.", "Oak, birch"),
+                ("Write one sentence about tea.", "Tea is a warm drink made of leaves."),
+            )
+        ]
     elif member.endswith(".arrow"):
         for row in assets.read_arrow(ARCHIVE, member):
             answer, asked = row["answer"], row["question"].lower()
-            aliases = [one for one in answer["aliases"] if one.lower() not in asked
-                       or not re.search(rf"\b{re.escape(one.lower())}\b", asked)]  # fmt: skip
+            aliases = [
+                one
+                for one in answer["aliases"]
+                if one.lower() not in asked
+                or not re.search(rf"\b{re.escape(one.lower())}\b", asked)
+            ]
             new = {"aliases": aliases or answer["aliases"], "shown": answer["value"]}
             found.append(row | answer | new)
     else:
-        found += [rows[0]["doc"] | {"context": rows[0]["request"]["context"], "number": number}
-                  for number, rows in _requests(member).items()]  # fmt: skip
+        found += [
+            rows[0]["doc"] | {"context": rows[0]["request"]["context"], "number": number}
+            for number, rows in _requests(member).items()
+        ]
     return found
 
 
 def _program(head: str, question: str, tests: list[str]) -> dict[str, Any]:
     """Return the document of a function to write and its tests."""
-    return {"head": head, "question": question, "tests": tests, "prompt": f"def {head}:\n",
-            "entry_point": head.partition("(")[0].strip()}  # fmt: skip
+    return {
+        "head": head,
+        "question": question,
+        "tests": tests,
+        "prompt": f"def {head}:\n",
+        "entry_point": head.partition("(")[0].strip(),
+    }
 
 
 def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
@@ -275,8 +299,11 @@ def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
             text = f"{item.question}\n{right}"
         else:
             context, right = item.requests[item.gold]
-            wrong = [answer for at, (other, answer) in enumerate(item.requests)
-                     if at != item.gold and other == context]  # fmt: skip
+            wrong = [
+                answer
+                for at, (other, answer) in enumerate(item.requests)
+                if at != item.gold and other == context
+            ]
             text = context[head:].lstrip() + "\n".join([right, *wrong])
         found.append((item.id, text))
     return found

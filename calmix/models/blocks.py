@@ -23,8 +23,11 @@ from calmix.errors import InputError, ModelError
 EXPERTS = "experts"  # the name of the list of experts in every model that has one
 ROUTERS = ("router", "gate", "wg")  # names of the linear layers that choose experts
 CHOSEN = (  # configuration keys for the number of experts per token
-    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k",
-)  # fmt: skip
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+)
 DOWN = re.compile(r"down|w2|out")  # names of the last linear layer of an expert
 TOWERS = re.compile(r"vision|visual|image|audio|speech")  # names of parts beside the decoder
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -306,9 +309,11 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
     config: Any = getattr(model, "config", None)
     width = config and config.get_text_config(decoder=True).to_dict().get("hidden_size")
     blocks = DecoderBlocks(
-        name, lists.get(name, ()), width if isinstance(width, int) else None,
+        name,
+        lists.get(name, ()),
+        width if isinstance(width, int) else None,
         frozenset(name for name, p in named if used[id(p)] > 1),
-    )  # fmt: skip
+    )
     if not any(blocks.prunables(index) for index in range(len(blocks))):
         kind = type(model).__name__
         raise ModelError(f"{kind} has no list of decoder blocks with linear layers to prune")

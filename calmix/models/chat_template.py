@@ -48,9 +48,11 @@ def templated(tokenizer: Any, chat: Sequence[Mapping[str, Any]], **how: Any) -> 
         patch.object(chat_template_utils, "ImmutableSandboxedEnvironment", _Sandbox),
         _bounded(),
     ):
-        return str(tokenizer.apply_chat_template(
-            list(chat), tokenize=False, enable_thinking=False, date_string="1 Jan 2025", **how
-        ))  # fmt: skip
+        return str(
+            tokenizer.apply_chat_template(
+                list(chat), tokenize=False, enable_thinking=False, date_string="1 Jan 2025", **how
+            )
+        )
 
 
 @contextmanager

@@ -57,20 +57,44 @@ from calmix.yaml_files import packaged
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
 TOKENIZER_FILES = (
-    "tokenizer*", "*token*_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "tokenizer*",
+    "*token*_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
     "*.tiktoken",
-)  # fmt: skip
+)
 REPEATED = ["*consolidated*.safetensors"]  # a second copy of the weights, in Mistral's format
 # Size keys, checked against the weights: depths by their number, widths by the largest tensor.
 DEPTHS = (
-    "num_hidden_layers", "n_layer", "num_layers", "num_experts", "num_local_experts", "block_count",
-)  # fmt: skip
+    "num_hidden_layers",
+    "n_layer",
+    "num_layers",
+    "num_experts",
+    "num_local_experts",
+    "block_count",
+)
 WIDTHS = (
-    "hidden_size", "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads",
-    "vocab_size", "n_embd", "n_inner", "n_head", "ffn_dim", "hidden_size_per_layer_input",
-    "embedding_length", "feed_forward_length", "head_count", "head_count_kv", "key_length",
-    "value_length", "dimension_count",
-)  # fmt: skip
+    "hidden_size",
+    "intermediate_size",
+    "head_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "n_embd",
+    "n_inner",
+    "n_head",
+    "ffn_dim",
+    "hidden_size_per_layer_input",
+    "embedding_length",
+    "feed_forward_length",
+    "head_count",
+    "head_count_kv",
+    "key_length",
+    "value_length",
+    "dimension_count",
+)
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>")
 TURNS = ("one-turn", "two-turn", "three-turn")  # of a chat that shows a template's parts
 # Classes whose text part may be a decoder; the last without its head.
@@ -384,9 +408,13 @@ def open_model(
         from transformers import AutoModelForCausalLM
 
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=chosen, local_files_only=True, use_safetensors=True,
-            trust_remote_code=trust_remote_code, output_loading_info=True,
-        )  # fmt: skip
+            folder,
+            dtype=chosen,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     if missing := sorted(info.get("missing_keys", ())):
         raise ModelError(
             f"{name} lacks {len(missing)} weights its configuration requires, first '{missing[0]}'"
@@ -499,8 +527,9 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
 def to_continue(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Tokenise texts that an answer follows: with the tokenizer's begin token, if any, but without
     an end token that it appends."""
-    plain, full = (tokenizer("a", add_special_tokens=special)["input_ids"]
-                   for special in (False, True))  # fmt: skip
+    plain, full = (
+        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
+    )
     fits = (n for n in range(len(full)) if full[: len(full) - n][-len(plain) :] == plain)
     after = next(fits, 0)
     rows = tokenizer(list(texts), verbose=False)["input_ids"]
@@ -620,16 +649,21 @@ def _gguf_dtype(file: Path) -> torch.dtype:
     the file cannot be read as it is meant."""
     header = check_gguf(file)
     if _scales_positions(header):
-        raise ValueError("it scales rotary positions, which transformers ignores in GGUF: name the "
-                         "original checkpoint (and export with --like this file)")  # fmt: skip
+        raise ValueError(
+            "it scales rotary positions, which transformers ignores in GGUF: name the "
+            "original checkpoint (and export with --like this file)"
+        )
     kinds = {0: torch.float32, 1: torch.float16}
     return kinds.get(header.values.get("general.file_type", -1), torch.bfloat16)
 
 
 def _scales_positions(header: Header) -> bool:
     """Whether a GGUF file scales rotary positions in a way that transformers ignores."""
-    rope = {name.partition(".rope.")[2]: value for name, value in header.values.items()
-            if ".rope." in name}  # fmt: skip
+    rope = {
+        name.partition(".rope.")[2]: value
+        for name, value in header.values.items()
+        if ".rope." in name
+    }
     factor = rope.get("scaling.factor", rope.get("scale_linear", 1))
     return "gpt-oss.rope.scaling.type" not in header.values and (
         (factor != 1 and rope.get("scaling.type") != "none")

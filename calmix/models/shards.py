@@ -24,10 +24,17 @@ from calmix.errors import ModelError
 from calmix.files import check_readable, parse_json, replacing, write_json
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 PACK = "calmix-pack.json"  # marks a folder as a pack (calmix/deploy/pack.py)
@@ -102,10 +109,14 @@ def parse_header(header: bytes, path: Path) -> dict[str, Place]:
     entries = parse_json(header[8:])
     entries.pop("__metadata__", None)
     return {
-        name: Place(path, DTYPES[entry["dtype"]], tuple(entry["shape"]),
-                    len(header) + entry["data_offsets"][0])
+        name: Place(
+            path,
+            DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            len(header) + entry["data_offsets"][0],
+        )
         for name, entry in entries.items()
-    }  # fmt: skip
+    }
 
 
 def read_header(path: Path) -> dict[str, Place]:
@@ -146,9 +157,10 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
     ordered, at = sorted(tensors.items(), key=lambda t: (-t[1].dtype.itemsize, t[0])), 0
     for name, tensor in ordered:
         entries[name] = {
-            "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
             "data_offsets": [at, at := at + tensor.nbytes],
-        }  # fmt: skip
+        }
     header = with_length(entries)
     digest = hashlib.sha256(header)
     with replacing(path) as file:

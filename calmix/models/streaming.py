@@ -252,9 +252,12 @@ class StreamedModel:
         memory, alike = self._parameters(), getattr(self.model, "all_tied_weights_keys", {})
         types = {s: self.types[name] for name, part in self._parts.items() for s in part}
         new = self.as_stored(
-            {name: memory[alike.get(name, name)].detach()
-             for name in self.names if alike.get(name, name) in changed}
-        )  # fmt: skip
+            {
+                name: memory[alike.get(name, name)].detach()
+                for name in self.names
+                if alike.get(name, name) in changed
+            }
+        )
         tensors = {name: new[name] if name in new else self.read(name) for name in names}
         return {name: value.to(types.get(name, value.dtype)) for name, value in tensors.items()}
 
@@ -376,8 +379,9 @@ def find_parts(
         first = next(iter(roles))
         rule = next(one for one in converters if roles[first] in one.source_patterns)
         merge = partial(_merge, model, rule, target, roles)
-        stored = {n: torch.empty(places[n].shape, dtype=places[n].dtype, device="meta")
-                  for n in roles}  # fmt: skip
+        stored = {
+            n: torch.empty(places[n].shape, dtype=places[n].dtype, device="meta") for n in roles
+        }
         try:
             made = merge(stored)
         except (RuntimeError, ValueError):  # a tensor is missing, so the parameter is too

@@ -200,11 +200,15 @@ class _Pruning:
 
     def plan(self, shape: Sequence[int], method: Method, job: Job | None = None) -> Plan:
         """Return the memory plan of a job, or of a pass over the dense model."""
-        how: dict[str, Any] = {} if job is None else {
-            "sequential": job.request.propagation == "sequential",
-            "embeddings": job.request.embeddings is not None,
-            "rows_at_once": job.work.kept.get("report", {}).get("rows_at_once", 0),
-        }  # fmt: skip
+        how: dict[str, Any] = (
+            {}
+            if job is None
+            else {
+                "sequential": job.request.propagation == "sequential",
+                "embeddings": job.request.embeddings is not None,
+                "rows_at_once": job.work.kept.get("report", {}).get("rows_at_once", 0),
+            }
+        )
         return plan_for(self.source, shape, method, budget=self.run.max_memory, **how)
 
     def plans(self, shape: Sequence[int]) -> list[Plan]:
@@ -287,15 +291,23 @@ class _Pruning:
         shares = work.kept.get("allocation") or {}
         by_layer = {name: as_pattern(share) for name, share in shares.items()}
         run = Run(
-            self.source.model, self.source.blocks, job.method, by_layer or job.pattern,
-            request.propagation or "sequential", embeddings=request.embeddings,
+            self.source.model,
+            self.source.blocks,
+            job.method,
+            by_layer or job.pattern,
+            request.propagation or "sequential",
+            embeddings=request.embeddings,
             sources=() if self.drawn is None else self.drawn.sources,
-        )  # fmt: skip
+        )
         run.report.allocation = request.allocation
         return prune_streamed(
-            self.source, ids, run, work, self.plan(ids.shape, job.method, job),
+            self.source,
+            ids,
+            run,
+            work,
+            self.plan(ids.shape, job.method, job),
             lambda done: self.run.progress(number * count + done, len(self.jobs) * count),
-        )  # fmt: skip
+        )
 
     def _observe(self, run: Run, ids: Tensor) -> None:
         """Run a pass that changes nothing through all blocks."""

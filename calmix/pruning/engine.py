@@ -263,9 +263,11 @@ class Run:
         self.report = PruneReport(
             self.method.name,
             "by layer" if isinstance(self.pattern, Mapping) else str(self.pattern),
-            self.propagation if self.needs_ids else None, 0, self.method.options,
+            self.propagation if self.needs_ids else None,
+            0,
+            self.method.options,
             seconds=dict.fromkeys(("prepare", "statistics", "solve", "forward"), 0.0),
-        )  # fmt: skip
+        )
 
     def record(self, ids: Tensor | None, micro_tokens: int | None = None) -> None:
         """Compute the states entering the first block, and keep the blocks' other arguments."""
@@ -524,11 +526,14 @@ class Run:
             except SolverError as failure:
                 raise SolverError(f"{layers[0].name}: {failure}") from failure
             pairs = list(zip(layers, solved.weights, strict=True))
-            made = [kept.to(self.types.get(one.parameter_name, one.view().dtype))
-                    for one, kept in pairs]  # fmt: skip
+            made = [
+                kept.to(self.types.get(one.parameter_name, one.view().dtype)) for one, kept in pairs
+            ]
             if statistic is not None and issubclass(self._kind, Gram):
-                errors = [relative_error(weight, kept, statistic)
-                          for weight, kept in zip(weights, made, strict=True)]  # fmt: skip
+                errors = [
+                    relative_error(weight, kept, statistic)
+                    for weight, kept in zip(weights, made, strict=True)
+                ]
         if self.report.propagation == "block":
             self._waiting.append((layers, made))
         else:
@@ -542,12 +547,20 @@ class Run:
                 self.report.grids[layer.parameter_name] = grid
             self.report.layers.append(
                 LayerReport(
-                    layer.name, rows, columns, pruned, pruned / (rows * columns), error,
-                    solved.damping, precision, solved.dead, tokens,
+                    layer.name,
+                    rows,
+                    columns,
+                    pruned,
+                    pruned / (rows * columns),
+                    error,
+                    solved.damping,
+                    precision,
+                    solved.dead,
+                    tokens,
                     None if grid is None else grid.bits,
                     grid.name if isinstance(grid, Encoded) else None,
                 )
-            )  # fmt: skip
+            )
 
 
 @contextmanager

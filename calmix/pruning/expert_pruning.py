@@ -33,9 +33,12 @@ from calmix.pruning.report import Dropped
 from calmix.pruning.trace import SharedInput
 
 COUNTS = (
-    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
     "num_routed_experts",
-)  # fmt: skip
+)
 NEXT = "num_nextn_predict_layers"
 
 

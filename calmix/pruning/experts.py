@@ -25,10 +25,17 @@ from calmix.models.blocks import Mixture, Prunable
 
 EXPERT_BYTES = 2**30  # for statistics of experts at a time
 SMOOTHING = 32.0  # weight of the all-token average, in tokens
-MATMULS = frozenset({
-    torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm,
-    torch.bmm, torch.Tensor.bmm,
-})  # fmt: skip
+MATMULS = frozenset(
+    {
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.__matmul__,
+        torch.mm,
+        torch.Tensor.mm,
+        torch.bmm,
+        torch.Tensor.bmm,
+    }
+)
 
 # Takes the parameter's name, the expert (None: all at once) and the input; returns whether to
 # compute the product.

@@ -27,8 +27,11 @@ OUTPUTS = 512  # rows of a layer processed at a time: a fast product, little ext
 ENTRIES = 2**25  # of a layer processed at a time on an accelerator, to launch few kernels
 # Precision and multiple of the requested damping, tried in turn until the factor exists.
 ATTEMPTS = (
-    (torch.float32, 1), (torch.float32, 10), (torch.float64, 10), (torch.float64, 100),
-)  # fmt: skip
+    (torch.float32, 1),
+    (torch.float32, 10),
+    (torch.float64, 10),
+    (torch.float64, 100),
+)
 
 
 class Statistic(ABC):

@@ -54,8 +54,11 @@ class Dropped:
 
 
 PARTS: dict[str, Any] = {
-    "layers": LayerReport, "dense": Dense, "experts": ExpertsReport, "dropped": Dropped,
-}  # fmt: skip
+    "layers": LayerReport,
+    "dense": Dense,
+    "experts": ExpertsReport,
+    "dropped": Dropped,
+}
 
 
 @dataclass(repr=False)
@@ -122,15 +125,21 @@ class PruneReport(Shown):
 
     def _line(self) -> str:
         seconds = f", {self.seconds['total']:.0f} s" if "total" in self.seconds else ""
-        return (f"{self.method} to {self.pattern}, {self.pruned:,} of {self.weights:,} weights "
-                f"pruned ({self.sparsity:.2%}){seconds}")  # fmt: skip
+        return (
+            f"{self.method} to {self.pattern}, {self.pruned:,} of {self.weights:,} weights "
+            f"pruned ({self.sparsity:.2%}){seconds}"
+        )
 
     def _rows(self) -> list[dict[str, Any]]:
         return [
-            {"layer": one.name, "weights": one.rows * one.columns,
-             "pruned %": percent(one.sparsity), "output energy lost %": percent(one.error)}
+            {
+                "layer": one.name,
+                "weights": one.rows * one.columns,
+                "pruned %": percent(one.sparsity),
+                "output energy lost %": percent(one.error),
+            }
             for one in self.layers
-        ]  # fmt: skip
+        ]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PruneReport:

@@ -161,6 +161,7 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
         job.run.progress(index + 1, len(blocks), f"error {reports[index]['after']:.4f}")
     for file in files[len(blocks) :]:
         job.write(file, {})
-    first, last = (sum(report[at] for report in reports) / len(reports)
-                   for at in ("before", "after"))  # fmt: skip
+    first, last = (
+        sum(report[at] for report in reports) / len(reports) for at in ("before", "after")
+    )
     return first, last, reports

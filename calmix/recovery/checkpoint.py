@@ -46,9 +46,16 @@ from calmix.specs import How
 
 # Files of a model beside its weights; code runs only with --trust-remote-code, in the copy too.
 BESIDE = (
-    "*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*", "*.tiktoken",
-    "LICENSE*", "NOTICE*", "*.py",
-)  # fmt: skip
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "additional_chat_templates/*",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "*.py",
+)
 ROOM = 0.8  # of the free memory, used without a budget
 LEAST = 0.01  # share of zeros below which a model counts as dense
 APART = 0.9  # relative distance of embeddings beyond which models are unrelated
@@ -83,8 +90,10 @@ class RecoveryReport(Shown):
     quantised: int = 0
 
     def _line(self) -> str:
-        return (f"{self.method}, loss of {len(self.held_out)} held-out rows (lower is better) "
-                f"{self.before:.4f} before, {self.after:.4f} after")  # fmt: skip
+        return (
+            f"{self.method}, loss of {len(self.held_out)} held-out rows (lower is better) "
+            f"{self.before:.4f} before, {self.after:.4f} after"
+        )
 
     def _rows(self) -> list[dict[str, Any]]:
         if self.method == "distill":
@@ -121,8 +130,9 @@ class Job:
         """Set both models, or refuse the pair; the pruned one may lack experts."""
         self.pruned, self.dense = pruned, dense
         line = f"{pruned.name} was not pruned from {dense.name}"
-        shapes, others = ({n: tuple(p.shape) for n, p in one.model.named_parameters()}
-                          for one in (pruned, dense))  # fmt: skip
+        shapes, others = (
+            {n: tuple(p.shape) for n, p in one.model.named_parameters()} for one in (pruned, dense)
+        )
         kept, count = (experts_of(one.model.config) for one in (pruned, dense))
         for name in dict.fromkeys([*shapes, *others]):
             here, there = shapes.get(name), others.get(name)
@@ -254,10 +264,14 @@ def recover(
             size = ask(request.calibration, context=tokenizers[1].context, **request.drawn()).draw
             job.check_room(size.rows * size.length)
         return draw_set(
-            [work], request.calibration, tokenizers[1],
-            lambda: open_model(against, **job.opening | {"dtype": "auto"}), request.drawn(),
-            writing=run.writing, note=run.note,
-        )  # fmt: skip
+            [work],
+            request.calibration,
+            tokenizers[1],
+            lambda: open_model(against, **job.opening | {"dtype": "auto"}),
+            request.drawn(),
+            writing=run.writing,
+            note=run.note,
+        )
 
     check_request([pruned, against], {job.output: request}, run)
     if not run.resume:  # are there enough rows? A resumed run may lack the source files
@@ -304,11 +318,23 @@ def recover(
                 train = distill_model if request.method == "distill" else recover_blocks
                 before, after, curve = train(job)
             report = RecoveryReport(
-                request.method, request.epochs, request.lr, request.batch, job.rows, job.seed,
-                calibration.rows, calibration.length, job.held_out, before, after,
-                job.weights, job.zeros, curve, {"total": time.perf_counter() - job.began},
+                request.method,
+                request.epochs,
+                request.lr,
+                request.batch,
+                job.rows,
+                job.seed,
+                calibration.rows,
+                calibration.length,
+                job.held_out,
+                before,
+                after,
+                job.weights,
+                job.zeros,
+                curve,
+                {"total": time.perf_counter() - job.began},
                 job.quantised,
-            )  # fmt: skip
+            )
             _finish(job, asked, report)
         except BaseException as error:
             work.leave(error, run.note)

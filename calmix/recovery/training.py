@@ -273,8 +273,9 @@ class Masters:
 
     def stored(self, *, copy: bool = False) -> dict[str, Tensor]:
         """Return the rounded masters in the types of the files."""
-        return {name: self.rounded(name).to(dtype, copy=copy)
-                for name, dtype in self._dtypes.items()}  # fmt: skip
+        return {
+            name: self.rounded(name).to(dtype, copy=copy) for name, dtype in self._dtypes.items()
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Return masters and moments, enough to resume."""

@@ -191,13 +191,18 @@ class Card:
         models = ["this model", *measured[max(measured)]]
         own: Any = {"this model": kept and kept.share.value}
         rows = [(float(self.packed), f"this model, {target(self.asked)}", own)]
-        rows += [(packed_bytes(bits, weights, self.outer), f"{bits:g} bits", shares)
-                 for bits, shares in measured.items()]  # fmt: skip
+        rows += [
+            (packed_bytes(bits, weights, self.outer), f"{bits:g} bits", shares)
+            for bits, shares in measured.items()
+        ]
         return [
-            {"weights at": name, "#packed, MB": words.megabytes(size),
-             **{f"#{model} keeps %": words.percent(shares.get(model)) for model in models}}
+            {
+                "weights at": name,
+                "#packed, MB": words.megabytes(size),
+                **{f"#{model} keeps %": words.percent(shares.get(model)) for model in models},
+            }
             for size, name, shares in sorted(rows, key=lambda row: row[:2], reverse=True)
-        ]  # fmt: skip
+        ]
 
     @property
     def removed(self) -> str:
@@ -237,8 +242,11 @@ class Card:
         """Return distance and flips of a dimension, or in `total`."""
         known = self.pairs[0][1].distance or {"total": {}, "dimensions": {}}
         far = (known if name == "total" else known["dimensions"]).get(name, {})
-        return {"#KL": words.number(far.get("kl_mean")), "#top-1 %": words.percent(far.get("top1")),
-                "#flips %": words.with_span(self.flipped.get(name))}  # fmt: skip
+        return {
+            "#KL": words.number(far.get("kl_mean")),
+            "#top-1 %": words.percent(far.get("top1")),
+            "#flips %": words.with_span(self.flipped.get(name)),
+        }
 
     @cached_property
     def tables(self) -> dict[str, list[dict[str, Any]]]:
@@ -251,14 +259,19 @@ class Card:
             for name, kept in self.kept.estimates.items()
         ]
         tasks = [
-            {"task": one.name, "dimension": one.dimension, "scored by": one.score,
-             "#items": one.items, "#dense": words.number(one.dense),
-             "#pruned": words.number(one.pruned),
-             "#accuracy, dense": words.number(one.dense_accuracy),
-             "#accuracy, pruned": words.number(one.pruned_accuracy),
-             "#kept %": words.with_span(one.kept) if one.signal else "no signal"}
+            {
+                "task": one.name,
+                "dimension": one.dimension,
+                "scored by": one.score,
+                "#items": one.items,
+                "#dense": words.number(one.dense),
+                "#pruned": words.number(one.pruned),
+                "#accuracy, dense": words.number(one.dense_accuracy),
+                "#accuracy, pruned": words.number(one.pruned_accuracy),
+                "#kept %": words.with_span(one.kept) if one.signal else "no signal",
+            }
             for one in self.kept.tasks
-        ]  # fmt: skip
+        ]
         return {"abilities": abilities, "dimensions": dimensions, "tasks": tasks}
 
     @cached_property
@@ -276,12 +289,18 @@ class Card:
         known = {name: one.get("dimension", "-") for name, one in own}
         known |= {name: source.dimension for name, source in builtin_sources().items()}
         return [
-            {"source": name, "dimension": known.get(name, "-") if licence else name,
-             "#rows": part["rows"], "#tokens": part["rows"] * manifest["length"],
-             "licence": licence or "written by the model",
-             "use": use_of(licence) if licence else "–", "version": part.get("version", "")}
-            for name, part in parts.items() for licence in [part.get("licence")]
-        ]  # fmt: skip
+            {
+                "source": name,
+                "dimension": known.get(name, "-") if licence else name,
+                "#rows": part["rows"],
+                "#tokens": part["rows"] * manifest["length"],
+                "licence": licence or "written by the model",
+                "use": use_of(licence) if licence else "–",
+                "version": part.get("version", ""),
+            }
+            for name, part in parts.items()
+            for licence in [part.get("licence")]
+        ]
 
     @cached_property
     def checked(self) -> str:
@@ -310,12 +329,17 @@ def read_card(out: Path) -> Card:
         recoveries.insert(0, manifest["recovery"])
         recovered, manifest = manifest, manifest["pruned"]
     calibration = manifest["calibration"]
-    hashes = {f"dense model {model}": manifest["model"]["sha256"],
-              "calibration set": calibration["sha256"]}  # fmt: skip
+    hashes = {
+        f"dense model {model}": manifest["model"]["sha256"],
+        "calibration set": calibration["sha256"],
+    }
     if recoveries:
         hashes["pruned model, before recovery"] = recovered["model"]["sha256"]
-    hashes |= {f"model/{name}": value for name, value in results.hashes(folder).items()
-               if name.endswith(WEIGHTS) or name == "config.json"}  # fmt: skip
+    hashes |= {
+        f"model/{name}": value
+        for name, value in results.hashes(folder).items()
+        if name.endswith(WEIGHTS) or name == "config.json"
+    }
     tasks: list[dict[str, str]] = []
     with contextlib.suppress(InputError, KeyError):  # the user's own suite was moved or changed
         for suite, (_, scored_by) in zip((asked["suite"], "abilities"), pairs, strict=False):
@@ -326,16 +350,26 @@ def read_card(out: Path) -> Card:
     answers = load_answers(out / "answers.json") if (out / "answers.json").exists() else None
     known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
     return Card(
-        out, out.resolve().name, record, asked,
-        known.licence if known else "see the model's own card", known.origin if known else model,
+        out,
+        out.resolve().name,
+        record,
+        asked,
+        known.licence if known else "see the model's own card",
+        known.origin if known else model,
         manifest["pruning"],
         sum(p.stat().st_size for p in folder.iterdir() if p.suffix == WEIGHTS),
-        sum(p.stat().st_size for p in (out / PACK).rglob("*")
-            if p.suffix == WEIGHTS or p.parent.name == SCALES),
-        calibration, tuple(recoveries), pairs,
-        answers, tasks,
+        sum(
+            p.stat().st_size
+            for p in (out / PACK).rglob("*")
+            if p.suffix == WEIGHTS or p.parent.name == SCALES
+        ),
+        calibration,
+        tuple(recoveries),
+        pairs,
+        answers,
+        tasks,
         [{"what": name, "SHA-256": value} for name, value in hashes.items()],
-    )  # fmt: skip
+    )
 
 
 # Charts
@@ -359,27 +393,37 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
             shares.append(kept.estimates)
     keys = [(card.name, *look) for card, look in zip(cards, itertools.cycle(LOOKS))]
     marks = [
-        [(values[name], f"{label}, {name}", colour, marker, None)
-         for (label, colour, marker), values in zip(keys, shares, strict=True)
-         if name in values and values[name].low is not None]
+        [
+            (values[name], f"{label}, {name}", colour, marker, None)
+            for (label, colour, marker), values in zip(keys, shares, strict=True)
+            if name in values and values[name].low is not None
+        ]
         for name in shares[0]
-    ]  # fmt: skip
+    ]
     what, unit = "Likelihood kept, by dimension", "kept, %"
     if answers:
         what = "Right answers kept, by ability"
     if whole:
         what, unit = "Right answers relative to the dense model, by ability", "right answers, %"
     text = "; ".join(
-        f"{card.name}: " + ", ".join(f"{name} {words.percent(one.value)}"
-                                     for name, one in values.items())
+        f"{card.name}: "
+        + ", ".join(f"{name} {words.percent(one.value)}" for name, one in values.items())
         for card, values in zip(cards, shares, strict=True)
-    )  # fmt: skip
+    )
     return Chart(
-        "kept", what, "Lines: 95 % intervals over items. The dashed line is the dense model.",
+        "kept",
+        what,
+        "Lines: 95 % intervals over items. The dashed line is the dense model.",
         f"{what}, in percent. {text}.",
-        partial(charts.bars, rows=[(name, None) for name in shares[0]], marks=marks,
-                below=unit, keys=keys if len(keys) > 1 else [], rule=100),
-    )  # fmt: skip
+        partial(
+            charts.bars,
+            rows=[(name, None) for name in shares[0]],
+            marks=marks,
+            below=unit,
+            keys=keys if len(keys) > 1 else [],
+            rule=100,
+        ),
+    )
 
 
 # Pages
@@ -387,16 +431,21 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
 
 def card_page(card: Card) -> str:
     """Return the report card as HTML."""
-    return render("card.html", card=card, kept=kept_chart([card]),
-                  answers=_answers([card]), names=[card.done])  # fmt: skip
+    return render(
+        "card.html", card=card, kept=kept_chart([card]), answers=_answers([card]), names=[card.done]
+    )
 
 
 def model_card(card: Card) -> str:
     """Return the README.md of the compressed model: the same figures in Markdown."""
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", card.origin) and not Path(card.origin).exists()
     named = re.fullmatch(r"[\w.-]+", card.licence)
-    return render("model.md", card=card, base=card.origin if hub else "",
-                  licence=card.licence.lower() if named else "")  # fmt: skip
+    return render(
+        "model.md",
+        card=card,
+        base=card.origin if hub else "",
+        licence=card.licence.lower() if named else "",
+    )
 
 
 def several_page(cards: Sequence[Card]) -> str:
@@ -416,28 +465,37 @@ def several_page(cards: Sequence[Card]) -> str:
                 f"{card.name} and {first.name} have different dense models: compare them separately"
             )
     counts = Counter(card.name for card in cards)
-    named = [replace(card, name=str(card.out)) if counts[card.name] > 1 else card
-             for card in cards]  # fmt: skip
+    named = [replace(card, name=str(card.out)) if counts[card.name] > 1 else card for card in cards]
     rows = [
-        {"model": card.name, "target": target(card.asked), "effort": card.asked["effort"],
-         "#right %": words.with_span(does.right and does.right.total),
-         "#lost": counts.lost if counts else "–",
-         "#gained": "–" if counts is None or counts.gained is None else counts.gained,
-         "#p": words.p_value(counts.p if counts else None),
-         "#kept %": words.with_span(counts and counts.share),
-         "least kept in": f"{worst.name}, {worst.kept} of {worst.dense}" if worst else "–",
-         "#accuracy %": words.with_span(does.choices and does.choices.accuracy[1]),
-         "#likelihood kept %": words.with_span(card.kept and card.kept.total),
-         **card.apart("total"),
-         "#MB": words.megabytes(card.packed or card.size),
-         "calibration": card.asked["calibration"]}
-        for card in named for does in [card.behaved]
+        {
+            "model": card.name,
+            "target": target(card.asked),
+            "effort": card.asked["effort"],
+            "#right %": words.with_span(does.right and does.right.total),
+            "#lost": counts.lost if counts else "–",
+            "#gained": "–" if counts is None or counts.gained is None else counts.gained,
+            "#p": words.p_value(counts.p if counts else None),
+            "#kept %": words.with_span(counts and counts.share),
+            "least kept in": f"{worst.name}, {worst.kept} of {worst.dense}" if worst else "–",
+            "#accuracy %": words.with_span(does.choices and does.choices.accuracy[1]),
+            "#likelihood kept %": words.with_span(card.kept and card.kept.total),
+            **card.apart("total"),
+            "#MB": words.megabytes(card.packed or card.size),
+            "calibration": card.asked["calibration"],
+        }
+        for card in named
+        for does in [card.behaved]
         for counts, worst in [(does.answers, does.worst)]
-    ]  # fmt: skip
+    ]
     return render(
-        "several.html", cards=named, first=first, rows=rows,
-        kept=kept_chart(named), answers=_answers(named), names=[card.name for card in named],
-    )  # fmt: skip
+        "several.html",
+        cards=named,
+        first=first,
+        rows=rows,
+        kept=kept_chart(named),
+        answers=_answers(named),
+        names=[card.name for card in named],
+    )
 
 
 def _answers(cards: Sequence[Card]) -> list[tuple[Prompt, tuple[str, ...]]]:

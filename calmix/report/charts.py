@@ -103,11 +103,13 @@ class Chart:
         text = text[text.index("<svg") :]
         width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0]
         for pattern, new in (
-            (r"(?s)<metadata>.*?</metadata>|<style.*?</style>", ""), (r"\n\s*", " "),
+            (r"(?s)<metadata>.*?</metadata>|<style.*?</style>", ""),
+            (r"\n\s*", " "),
             (r"font: (\d+) ([\d.]+px) [^;\"]*", r"font-weight: \1; font-size: \2"),
-            (r"font: ([\d.]+px) [^;\"]*", r"font-size: \1"), (r"font-family: [^;\"]*;? ?", ""),
+            (r"font: ([\d.]+px) [^;\"]*", r"font-size: \1"),
+            (r"font-family: [^;\"]*;? ?", ""),
             *((colour, f"var(--{variable})") for colour, variable in VARIABLES.items()),
-        ):  # fmt: skip
+        ):
             text = re.sub(pattern, new, text)
         used = set(re.findall(r"#([\w-]+)", text))
         text = re.sub(r' id="([\w.-]+)"', lambda id: id[0] if id[1] in used else "", text)
@@ -122,8 +124,10 @@ class Chart:
 
 
 def _legend(figure: Any, keys: Sequence[Key], narrow: bool) -> None:
-    handles = [mpl.lines.Line2D([], [], label=name, color=colour, marker=marker, linestyle="none")
-               for name, colour, marker in keys]  # fmt: skip
+    handles = [
+        mpl.lines.Line2D([], [], label=name, color=colour, marker=marker, linestyle="none")
+        for name, colour, marker in keys
+    ]
     if handles:
         most = 5 if not narrow else 1 if max(len(name) for name, *_ in keys) > 16 else 2
         figure.legend(handles=handles, loc="outside lower left", ncols=min(most, len(handles)))
@@ -132,22 +136,34 @@ def _legend(figure: Any, keys: Sequence[Key], narrow: bool) -> None:
 def _named(axes: Any, rows: Sequence[Named], narrow: bool, lines: int = 1) -> None:
     """Label the rows of a chart from the top, with a dot if they have a colour."""
     wide = 15 if narrow else 40
-    names = ["\n".join(textwrap.wrap(words.short(name, wide * lines), wide)[:lines])
-             for name, _ in rows]  # fmt: skip
+    names = [
+        "\n".join(textwrap.wrap(words.short(name, wide * lines), wide)[:lines]) for name, _ in rows
+    ]
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     left = mpl.transforms.ScaledTranslation(-9 / 72, 0, axes.figure.dpi_scale_trans)
     for y, (_, colour) in enumerate(rows):
         if colour:
-            axes.plot([0], [y], marker="o", color=colour, clip_on=False, markeredgewidth=0,
-                      transform=axes.get_yaxis_transform() + left)  # fmt: skip
+            axes.plot(
+                [0],
+                [y],
+                marker="o",
+                color=colour,
+                clip_on=False,
+                markeredgewidth=0,
+                transform=axes.get_yaxis_transform() + left,
+            )
             axes.tick_params(axis="y", pad=16)
 
 
 def bars(
-    width: float, rows: Sequence[Named], marks: Sequence[Sequence[Mark]], below: str,
-    keys: Sequence[Key], rule: float,
-) -> Any:  # fmt: skip
+    width: float,
+    rows: Sequence[Named],
+    marks: Sequence[Sequence[Mark]],
+    below: str,
+    keys: Sequence[Key],
+    rule: float,
+) -> Any:
     """Draw rows of bars and markers with intervals, and a line at `rule`."""
     narrow = width < WIDTH
     height = 0.8 + 0.3 * bool(keys) + sum(0.24 + 0.12 * len(row) for row in marks)
@@ -157,17 +173,24 @@ def bars(
     for at, row in enumerate(marks):
         for number, (share, tip, colour, marker, notch) in enumerate(row):
             y, bar = at + 0.6 * ((number + 0.5) / len(row) - 0.5), marker == "bar"
-            value, low, high = (None if end is None else 100 * end
-                                for end in (share.value, share.low, share.high))  # fmt: skip
+            value, low, high = (
+                None if end is None else 100 * end for end in (share.value, share.low, share.high)
+            )
             if bar:
                 [drawn] = axes.barh(y, value, height=0.6 / len(row), color=colour)
             else:
-                [drawn] = axes.plot([value], [y], marker=marker, color=colour,
-                                    markeredgecolor=PAPER, **dot)  # fmt: skip
+                [drawn] = axes.plot(
+                    [value], [y], marker=marker, color=colour, markeredgecolor=PAPER, **dot
+                )
             drawn.set_gid(f"tip: {tip}: {words.with_span(share)} %")
             if low is not None:
-                axes.plot([low, high], [y, y], color=INK if bar else colour, linewidth=1.5,
-                          solid_capstyle="butt")  # fmt: skip
+                axes.plot(
+                    [low, high],
+                    [y, y],
+                    color=INK if bar else colour,
+                    linewidth=1.5,
+                    solid_capstyle="butt",
+                )
             if notch is not None:
                 axes.plot([100 * notch], [y], marker="|", color=INK, **dot)
     _named(axes, rows, narrow, 1 + narrow)
@@ -197,9 +220,10 @@ def heat(
     tilted = many or max(map(len, columns)) > 12
     heads = 1.9 if tilted else 0.9 + 0.6 * narrow
     wide = max(width, 2.4 + (0.55 if tilted else 1.15) * len(columns))
-    figure = Figure(figsize=(width if narrow else wide,
-                             heads + 0.3 * len(rows) + 0.3 * bool(keys)),
-                    layout="constrained")  # fmt: skip
+    figure = Figure(
+        figsize=(width if narrow else wide, heads + 0.3 * len(rows) + 0.3 * bool(keys)),
+        layout="constrained",
+    )
     small = narrow and many  # no room for numbers
     axes = figure.subplots()
     for y, row in enumerate(cells):
@@ -208,13 +232,19 @@ def heat(
             share = ((value or 0) - low) / (high - low)
             fill = mpl.colors.to_hex(mpl.colormaps[ramp](0.06 + 0.88 * share)) if known else "none"
             box = mpl.patches.Rectangle(
-                (x + 0.02, y - 0.45), 0.96, 0.9, facecolor=fill, linewidth=0,
-                edgecolor=PAPER if known else GRID, hatch=None if known else "///",
-            )  # fmt: skip
+                (x + 0.02, y - 0.45),
+                0.96,
+                0.9,
+                facecolor=fill,
+                linewidth=0,
+                edgecolor=PAPER if known else GRID,
+                hatch=None if known else "///",
+            )
             axes.add_patch(box).set_gid(f"tip: {tip}")
             if known and not small:
-                axes.text(x + 0.5, y, text, ha="center", va="center", fontsize=9.5,
-                          color=_readable(fill))  # fmt: skip
+                axes.text(
+                    x + 0.5, y, text, ha="center", va="center", fontsize=9.5, color=_readable(fill)
+                )
     _named(axes, rows, narrow)
     axes.set(xlim=(-0.02, len(columns) + 0.02), ylim=(len(rows) - 0.5, -0.5))
     axes.set_xticks(np.arange(len(columns)) + 0.5, [words.short(name, 22) for name in columns])

@@ -23,8 +23,12 @@ from calmix.report.words import STRATEGIES
 
 def condition_charts(analysis: Analysis, found: ConditionAnalysis) -> list[Chart]:
     """Return the charts of one condition, without empty ones."""
-    made = [_abilities(analysis, found), _ranking(analysis, found), _tasks(found),
-            *_correlations(analysis, found)]  # fmt: skip
+    made = [
+        _abilities(analysis, found),
+        _ranking(analysis, found),
+        _tasks(found),
+        *_correlations(analysis, found),
+    ]
     label = found.condition.label
     slug = re.sub(r"[^a-z0-9]+", "-", label.lower().replace("%", "pct")).strip("-")
     return [replace(one, name=f"{one.name}-{slug}", title=f"{one.title}, {label}") for one in made]
@@ -42,11 +46,16 @@ def _cells(
 ) -> list[list[Cell]]:
     """Return the cells of a heat map: each calibration set's retention by part."""
     return [
-        [(kept.value, words.percent(kept.value, digits),
-          f"{one.calibration}, {name}: {words.with_span(kept)} %")
-         for name, kept in by_part.items()]
+        [
+            (
+                kept.value,
+                words.percent(kept.value, digits),
+                f"{one.calibration}, {name}: {words.with_span(kept)} %",
+            )
+            for name, kept in by_part.items()
+        ]
         for one, by_part in zip(ranking, parts, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
@@ -59,13 +68,21 @@ def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
     columns = (*best.dimensions, TOTAL)
     parts = ({**one.dimensions, TOTAL: one.total} for one in found.ranking)
     return Chart(
-        "heat-map", "Retention by calibration set and dimension",
+        "heat-map",
+        "Retention by calibration set and dimension",
         "Percent of the dense model, highest total first. The whole study has one colour scale.",
         f"Heat map of {len(rows)} calibration sets by {len(columns)} columns. Highest total: "
         f"{best.calibration}, {words.with_span(best.total)} %. The ranking holds the numbers.",
-        partial(charts.heat, rows=rows, columns=columns, low=low, high=max(low + 0.1, high),
-                cells=_cells(found.ranking, parts, 1), keys=keys),
-    )  # fmt: skip
+        partial(
+            charts.heat,
+            rows=rows,
+            columns=columns,
+            low=low,
+            high=max(low + 0.1, high),
+            cells=_cells(found.ranking, parts, 1),
+            keys=keys,
+        ),
+    )
 
 
 def _tasks(found: ConditionAnalysis) -> Chart:
@@ -74,14 +91,20 @@ def _tasks(found: ConditionAnalysis) -> Chart:
     cells = _cells(found.ranking, (one.tasks for one in found.ranking), 0)
     known = [value for row in cells for value, _, _ in row if value is not None]
     return Chart(
-        "tasks", "Retention by calibration set and task",
+        "tasks",
+        "Retention by calibration set and task",
         "In percent; after each task its dense score (bits per byte: lower is better).",
         f"Heat map of {len(cells)} calibration sets by {len(tasks)} tasks. The numbers are in "
         "tasks.csv of calmix study analyse.",
-        partial(charts.heat, rows=_rows(found.ranking)[0],
-                columns=[f"{task.name} {task.dense:.2f}" for task in tasks], cells=cells,
-                low=min([0.0, *known]), high=max([1.0, *known])),
-    )  # fmt: skip
+        partial(
+            charts.heat,
+            rows=_rows(found.ranking)[0],
+            columns=[f"{task.name} {task.dense:.2f}" for task in tasks],
+            cells=cells,
+            low=min([0.0, *known]),
+            high=max([1.0, *known]),
+        ),
+    )
 
 
 def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
@@ -94,21 +117,28 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
         marks.append([(one.total, f"{tip}total", colour, "bar", one.shrunken.value)])
         if one.worst is not None:
             marks[-1].append((one.lowest, f"{tip}worst: {one.worst}", *looks[one.worst], None))
-    worst = [(f"worst: {name}", *look) for name, look in looks.items()
-             if any(one.worst == name for one in ranked)]  # fmt: skip
+    worst = [
+        (f"worst: {name}", *look)
+        for name, look in looks.items()
+        if any(one.worst == name for one in ranked)
+    ]
     over = "test items and seeds" if found.joint.freedom else "test items alone (one seed each)"
     return Chart(
-        "ranking", "Ranking by total, with the worst dimension",
+        "ranking",
+        "Ranking by total, with the worst dimension",
         f"Bars: total retention; marks: each set's worst dimension; lines: 95 % intervals over "
         f"{over}; notches: expected total of a set chosen for its rank (shrunken).",
-        "Bar chart: " + "; ".join(
+        "Bar chart: "
+        + "; ".join(
             f"{one.calibration} {words.with_span(one.total)}"
             + (f", worst {one.worst} {words.percent(one.lowest.value)}" if one.worst else "")
             for one in found.ranking
-        ) + ".",
-        partial(charts.bars, rows=rows, marks=marks, below="retention, %", keys=[*keys, *worst],
-                rule=0),
-    )  # fmt: skip
+        )
+        + ".",
+        partial(
+            charts.bars, rows=rows, marks=marks, below="retention, %", keys=[*keys, *worst], rule=0
+        ),
+    )
 
 
 def _correlation(one: Correlation) -> str:
@@ -126,18 +156,31 @@ def _correlations(analysis: Analysis, found: ConditionAnalysis) -> Iterator[Char
         return
     metrics = list(dict.fromkeys(name for name, _ in by_pair))
     cells = [
-        [(one.rho, words.rho(one.rho) + " ●" * one.significant,
-          f"{metric} and {name}: {_correlation(one)}")
-         for name in columns for one in [by_pair[metric, name]]]
+        [
+            (
+                one.rho,
+                words.rho(one.rho) + " ●" * one.significant,
+                f"{metric} and {name}: {_correlation(one)}",
+            )
+            for name in columns
+            for one in [by_pair[metric, name]]
+        ]
         for metric in metrics
-    ]  # fmt: skip
+    ]
     strong = sum(one.significant for one in by_pair.values())
     yield Chart(
-        "correlations", "Text metrics and retention",
+        "correlations",
+        "Text metrics and retention",
         f"Spearman's ρ over {by_pair[metrics[0], TOTAL].n} calibration sets; ● survives correction "
         f"over {analysis.tests} tests at 0.05.",
         f"Correlation map of {len(metrics)} metrics by {len(columns)} columns; "
         f"{words.counted(strong, 'correlation')} survive correction.",
-        partial(charts.heat, rows=[(metric, None) for metric in metrics], columns=columns,
-                cells=cells, ramp="RdBu", low=-1),
-    )  # fmt: skip
+        partial(
+            charts.heat,
+            rows=[(metric, None) for metric in metrics],
+            columns=columns,
+            cells=cells,
+            ramp="RdBu",
+            low=-1,
+        ),
+    )

@@ -134,10 +134,12 @@ def main_condition(conditions: Sequence[ConditionAnalysis]) -> ConditionAnalysis
     return max(
         conditions,
         key=lambda each: (
-            len(each.ranking), methods[each.condition.method], len(each.cells.trials),
+            len(each.ranking),
+            methods[each.condition.method],
+            len(each.cells.trials),
             each.condition.sparsity,
         ),
-    )  # fmt: skip
+    )
 
 
 def _headline(analysis: Analysis) -> str:
@@ -168,8 +170,11 @@ def _headline(analysis: Analysis) -> str:
         kept = "relative to the dense model" if analysis.measure == "right" else "kept"
         text = f"{what.capitalize()} {kept} {where} (dense model: 100 %): "
         text += f"{words.which_is_best(main.ranking)}."
-        if worst := [f"{one.calibration} {words.percent(one.lowest.value)} % in {one.worst}"
-                     for one in sets[:3] if one.worst is not None]:  # fmt: skip
+        if worst := [
+            f"{one.calibration} {words.percent(one.lowest.value)} % in {one.worst}"
+            for one in sets[:3]
+            if one.worst is not None
+        ]:
             text += f" In the worst dimension: {words.listed(worst)}."
         if last not in sets:
             text += f" {last.calibration} keeps the least: {words.percent(last.total.value)} %."
@@ -194,8 +199,11 @@ def _condition(each: ConditionAnalysis) -> Iterator[str]:
                 f"does (ρ {words.rho(one.rho)}, corrected p {words.p_value(one.p_corrected)}; "
                 "−1 is the same order)."
             )
-    if faint := [f"{one.quantity} ({one.ratio:.2f})" for one in each.noise
-                 if one.kind != "task" and one.ratio is not None and one.ratio < 1]:  # fmt: skip
+    if faint := [
+        f"{one.quantity} ({one.ratio:.2f})"
+        for one in each.noise
+        if one.kind != "task" and one.ratio is not None and one.ratio < 1
+    ]:
         yield (
             "One trial per source cannot separate the sources (signal over noise below 1) in "
             f"{words.listed(faint)}."

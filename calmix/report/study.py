@@ -41,47 +41,66 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
     settings = analysis.settings.model_dump(include=set(Settings.model_fields))
     return {
         "report.html": render(
-            "study.html", results=results, analysis=analysis, summary=summary,
+            "study.html",
+            results=results,
+            analysis=analysis,
+            summary=summary,
             main=main_condition(found),
-            conditions=[(each, sentences, figures.condition_charts(analysis, each),
-                         _tables(analysis, each))
-                        for each, sentences in zip(found, summary["conditions"], strict=True)],
+            conditions=[
+                (each, sentences, figures.condition_charts(analysis, each), _tables(analysis, each))
+                for each, sentences in zip(found, summary["conditions"], strict=True)
+            ],
             made=yaml.safe_dump({"suite": results.suite, "analysis": settings}, sort_keys=False),
         ),
         "summary.txt": summary_text(analysis) + "\n",
-    }  # fmt: skip
+    }
 
 
 def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict[str, Any]]]:
     """Return the tables of one condition: ranking, distance to the dense model, differences."""
     w, names = words, analysis.dimensions
     ranking = [
-        {"calibration set": one.calibration, "made": w.STRATEGIES[one.strategy][0],
-         "#seeds": one.total.draws, "#total %": w.with_span(one.total),
-         "#accuracy %": w.percent(one.accuracy[TOTAL]),
-         "#shrunken %": w.percent(one.shrunken.value), "#best": w.sure(one.best),
-         "#behind the first": w.with_span(one.behind, sign=True),
-         "worst": one.worst or "–", "#worst %": w.with_span(one.lowest)}
+        {
+            "calibration set": one.calibration,
+            "made": w.STRATEGIES[one.strategy][0],
+            "#seeds": one.total.draws,
+            "#total %": w.with_span(one.total),
+            "#accuracy %": w.percent(one.accuracy[TOTAL]),
+            "#shrunken %": w.percent(one.shrunken.value),
+            "#best": w.sure(one.best),
+            "#behind the first": w.with_span(one.behind, sign=True),
+            "worst": one.worst or "–",
+            "#worst %": w.with_span(one.lowest),
+        }
         | {f"#{name} %": w.with_span(one.dimensions[name]) for name in names}
         | {f"#{name}, accuracy %": w.percent(one.accuracy[name]) for name in names}
         for one in found.ranking
-    ]  # fmt: skip
+    ]
     distance = [
-        {"calibration set": one.calibration, "#total %": w.percent(one.total.value),
-         "#KL": w.number(one.distance["kl"][TOTAL]),
-         "#top-1 %": w.percent(one.distance["top1"][TOTAL]),
-         "#flips %": w.percent(one.distance["flips"][TOTAL])}
+        {
+            "calibration set": one.calibration,
+            "#total %": w.percent(one.total.value),
+            "#KL": w.number(one.distance["kl"][TOTAL]),
+            "#top-1 %": w.percent(one.distance["top1"][TOTAL]),
+            "#flips %": w.percent(one.distance["flips"][TOTAL]),
+        }
         | {f"#KL, {name}": w.number(one.distance["kl"][name]) for name in names}
         for one in found.ranking
         if any(each.distance["kl"][TOTAL] is not None for each in found.ranking)
-    ]  # fmt: skip
+    ]
     differences = [
-        {"set": one.left, "over": one.right, "in": one.quantity,
-         "#points": w.with_span(one.gap, sign=True), "#p": w.p_value(one.gap.p),
-         "#corrected p": w.p_value(one.p_corrected) + " ●" * one.significant,
-         "over seeds alone": w.span(one.gap.draw_low, one.gap.draw_high)}
-        for one in found.differences if one.quantity in (TOTAL, WORST)
-    ]  # fmt: skip
+        {
+            "set": one.left,
+            "over": one.right,
+            "in": one.quantity,
+            "#points": w.with_span(one.gap, sign=True),
+            "#p": w.p_value(one.gap.p),
+            "#corrected p": w.p_value(one.p_corrected) + " ●" * one.significant,
+            "over seeds alone": w.span(one.gap.draw_low, one.gap.draw_high),
+        }
+        for one in found.differences
+        if one.quantity in (TOTAL, WORST)
+    ]
     return {"ranking": ranking, "distance": distance, "differences": differences}
 
 
@@ -93,10 +112,17 @@ def summary_text(analysis: Analysis) -> str:
     text += f"\n\n{words.wrapped(summary['exploratory'])}\n\n{words.wrapped(summary['headline'])}"
     for each, sentences in zip(analysis.conditions, summary["conditions"], strict=True):
         rows = [("", "total", "acc.", "shrunken", "best", "worst dimension")]
-        rows += [(one.calibration, words.with_span(one.total), words.percent(one.accuracy[TOTAL]),
-                  words.percent(one.shrunken.value), words.sure(one.best),
-                  f"{words.percent(one.lowest.value)} {words.short(one.worst or '', 16)}".strip())
-                 for one in each.ranking[:ROWS]]  # fmt: skip
+        rows += [
+            (
+                one.calibration,
+                words.with_span(one.total),
+                words.percent(one.accuracy[TOTAL]),
+                words.percent(one.shrunken.value),
+                words.sure(one.best),
+                f"{words.percent(one.lowest.value)} {words.short(one.worst or '', 16)}".strip(),
+            )
+            for one in each.ranking[:ROWS]
+        ]
         label = each.condition.label
         text += f"\n\n{label}: retention in % (acc.: of accuracy)\n{words.columns(rows)}"
         if more := each.ranking[ROWS:]:

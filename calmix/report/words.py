@@ -211,15 +211,18 @@ def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
     if (all_ := found.answers) is None:
         lines.append(f"Generated answers were not measured; to measure them: {measure}")
     elif not all_.dense:
-        lines.append(f"The dense model gets none of {all_.asked:,} generated answers right: "
-                     "nothing can be kept.")  # fmt: skip
+        lines.append(
+            f"The dense model gets none of {all_.asked:,} generated answers right: "
+            "nothing can be kept."
+        )
     else:
         lines += [f"Right answers: {text}."] if (text := right_answers(found)) else []
         lines += [text] if (text := against_itself(found)) else []
         lines.append(f"Kept: {kept_answers(found)}.")
     if found.not_run:
-        lines.append(f"Programs: not run ({listed(found.not_run)}; --allow-code-execution runs "
-                     "them).")  # fmt: skip
+        lines.append(
+            f"Programs: not run ({listed(found.not_run)}; --allow-code-execution runs them)."
+        )
     if (choices := found.choices) is not None:
         before, after = choices.accuracy
         text = (
@@ -268,8 +271,14 @@ def which_is_best(placed: Sequence[Ranked]) -> str:
 
 def wrapped(text: str, first: str = "", rest: str = "") -> str:
     """Return text wrapped to the terminal's width; `first` and `rest` are the indents."""
-    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest,
-                         break_long_words=False, break_on_hyphens=False)  # fmt: skip
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -277,7 +286,9 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     wide[0] = min(wide[0], max(8, WIDTH - sum(2 + width for width in wide[1:]) - 2))
     return "\n".join(
-        "  " + "  ".join(short(text, width).ljust(width)
-                         for text, width in zip(row, wide, strict=True)).rstrip()
+        "  "
+        + "  ".join(
+            short(text, width).ljust(width) for text, width in zip(row, wide, strict=True)
+        ).rstrip()
         for row in rows
-    )  # fmt: skip
+    )

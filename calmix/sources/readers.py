@@ -48,20 +48,61 @@ FIELD = re.compile(r"\{([^{}\n]+)\}")
 TEXT = "{text}"  # the default template of a user's rows
 CHATS = ("messages", "conversations", "conversation")  # fields that hold a chat
 ROLES = {
-    "human": "user", "observation": "tool", "function": "tool", "function_response": "tool",
+    "human": "user",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
-}  # fmt: skip
+}
 CALLS = ("tool_calls", "tool_call_id", "name")  # keys of a message that templates use too
 CODE = {
-    ".py", ".pyi", ".js", ".jsx", ".ts", ".tsx", ".java", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu",
-    ".cs", ".go", ".rs", ".rb", ".php", ".swift", ".kt", ".scala", ".sh", ".sql", ".r", ".jl",
-    ".lua", ".pl", ".hs", ".ml", ".vue", ".css", ".html",
-}  # fmt: skip
+    ".py",
+    ".pyi",
+    ".js",
+    ".jsx",
+    ".ts",
+    ".tsx",
+    ".java",
+    ".c",
+    ".h",
+    ".cc",
+    ".cpp",
+    ".hpp",
+    ".cu",
+    ".cs",
+    ".go",
+    ".rs",
+    ".rb",
+    ".php",
+    ".swift",
+    ".kt",
+    ".scala",
+    ".sh",
+    ".sql",
+    ".r",
+    ".jl",
+    ".lua",
+    ".pl",
+    ".hs",
+    ".ml",
+    ".vue",
+    ".css",
+    ".html",
+}
 PAGES = {".css", ".html"}  # also found beside notes
 SKIPPED = {  # folders of a package or of the standard library
-    "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "ensurepip",
-    "_vendor", "lib2to3", "pydoc_data", "__pycache__",
-}  # fmt: skip
+    "test",
+    "tests",
+    "testing",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "ensurepip",
+    "_vendor",
+    "lib2to3",
+    "pydoc_data",
+    "__pycache__",
+}
 LEFT = {"node_modules", "__pycache__", "venv", "site-packages"}  # folders of third-party code
 
 
@@ -575,9 +616,14 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
 
 
 FORMATS: dict[str, Callable[[Path, str], Rows] | None] = {  # None: the file is one document
-    ".txt": None, ".md": None, ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv,
-    ".tsv": _read_csv, ".parquet": _read_parquet,
-}  # fmt: skip
+    ".txt": None,
+    ".md": None,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
 
 
 def _json(where: Path | str, text: str) -> Any:
@@ -611,8 +657,9 @@ def _of_row(key: str, template: str, row: Any, where: str) -> Document:
             said = ((one["role"], one["content"] or one.get("tool_calls")) for one in messages)
             text = "\n\n".join(
                 f"{role}: {part if isinstance(part, str) else json.dumps(part)}"
-                for role, part in said if part
-            )  # fmt: skip
+                for role, part in said
+                if part
+            )
         else:
             for path in fields(template, held):
                 if not isinstance(value := lookup(row, path), str | list | dict | None):

@@ -36,17 +36,49 @@ DATA = "CALMIX_DATA"  # names a folder of texts to read instead of the hub
 # one) that need neither network nor extra. `mix-clean` shares no benchmark with a suite, not even
 # the half that is not scored; the web mixes are the usual calibration text, without selection.
 MIXES: dict[str, dict[str, float]] = {
-    "mix-default": {"encyclopedia": 1.0, "books": 1.0, "stories": 1.0, "procedures": 1.0,
-                    "python-stdlib": 1.0, "code-compiled": 1.0, "math-solutions": 2.0},
-    "mix-permissive": {"papers": 1.0, "abstracts": 1.0, "procedures": 1.0, "activities": 1.0,
-                       "python-stdlib": 1.0, "code-compiled": 1.0, "math-solutions": 2.0},
-    "mix-8": dict.fromkeys(("encyclopedia", "books", "stories", "activities", "python-stdlib",
-                            "code-compiled", "math-solutions", "word-problems"), 1.0),
-    "mix-clean": {"encyclopedia": 2.0, "papers": 1.0, "stories": 2.0, "python-stdlib": 1.0,
-                  "python-algorithms": 1.0, "cpp-headers": 1.0, "word-problems": 2.0},
+    "mix-default": {
+        "encyclopedia": 1.0,
+        "books": 1.0,
+        "stories": 1.0,
+        "procedures": 1.0,
+        "python-stdlib": 1.0,
+        "code-compiled": 1.0,
+        "math-solutions": 2.0,
+    },
+    "mix-permissive": {
+        "papers": 1.0,
+        "abstracts": 1.0,
+        "procedures": 1.0,
+        "activities": 1.0,
+        "python-stdlib": 1.0,
+        "code-compiled": 1.0,
+        "math-solutions": 2.0,
+    },
+    "mix-8": dict.fromkeys(
+        (
+            "encyclopedia",
+            "books",
+            "stories",
+            "activities",
+            "python-stdlib",
+            "code-compiled",
+            "math-solutions",
+            "word-problems",
+        ),
+        1.0,
+    ),
+    "mix-clean": {
+        "encyclopedia": 2.0,
+        "papers": 1.0,
+        "stories": 2.0,
+        "python-stdlib": 1.0,
+        "python-algorithms": 1.0,
+        "cpp-headers": 1.0,
+        "word-problems": 2.0,
+    },
     "web-mix": dict.fromkeys(("c4", "github-code", "gutenberg", "stackexchange"), 1.0),
     "web-mix-70": {"c4": 7.0, "github-code": 1.0, "gutenberg": 1.0, "stackexchange": 1.0},
-}  # fmt: skip
+}
 ON_HUB = "see its card on the hub"
 WRITTEN = ("self-written", "chat", "igsp", "self-cal", "sgs")  # the model writes the text
 
@@ -102,10 +134,14 @@ class Source(Options):
         if self.local is None or not (root := os.environ.get(DATA)):
             return self
         reader = LocalFile(type="file", path=Path(root).expanduser() / self.local)
-        return self.model_copy(update={
-            "reader": reader, "licence": f"unstated (read from {DATA})", "size": "-",
-            "description": f"{self.local} in the folder {DATA}",
-        })  # fmt: skip
+        return self.model_copy(
+            update={
+                "reader": reader,
+                "licence": f"unstated (read from {DATA})",
+                "size": "-",
+                "description": f"{self.local} in the folder {DATA}",
+            }
+        )
 
 
 def builtin_sources() -> dict[str, Source]:
@@ -179,10 +215,12 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
     if HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file:
         identifier, _, subset = name.partition("@")
         return Source(
-            name=name, kind="hub data set", licence=ON_HUB,
+            name=name,
+            kind="hub data set",
+            licence=ON_HUB,
             description=f"the data set {identifier} on the hub",
             reader=HubText(type="hub", id=identifier, subset=subset or None),
-        )  # fmt: skip
+        )
     if is_file or "/" in name:
         raise SourceError(f"there is no file {named}")
     raise SourceError(f"unknown source '{name}': {nearest(name, [*known, *MIXES, *WRITTEN])}")

@@ -115,10 +115,13 @@ class Bench:
                 held = str(self.store.calibration(trial.calibration_id))
                 write_checkpoint(self.opened, folder / "pruned", report, made, trial.request)
                 recovered = recover(
-                    str(folder / "pruned"), self.study.file.models[trial.model].name,
-                    trial.recovery.model_copy(update={"calibration": held}), folder / CHECKPOINT,
-                    progress=lambda done, total, loss: stage("recovering", done, total), **self.how,
-                )  # fmt: skip
+                    str(folder / "pruned"),
+                    self.study.file.models[trial.model].name,
+                    trial.recovery.model_copy(update={"calibration": held}),
+                    folder / CHECKPOINT,
+                    progress=lambda done, total, loss: stage("recovering", done, total),
+                    **self.how,
+                )
                 write_json(folder / RECOVERY, recovered.to_dict())
                 kind = dtype_name(self.opened.model.dtype)
                 scored = open_model(str(folder / CHECKPOINT), dtype=kind, **self.how)
@@ -127,15 +130,20 @@ class Bench:
             elif self.study.file.keep_checkpoints:
                 write_checkpoint(self.opened, folder / CHECKPOINT, report, made, trial.request)
             scores = evaluate(
-                scored, self.study.suite, floors=False, allow_code_execution=self.allows,
+                scored,
+                self.study.suite,
+                floors=False,
+                allow_code_execution=self.allows,
                 right=self._dense.right if self.study.file.right_only else None,
                 progress=lambda *of: stage("scoring", *of),
-            )  # fmt: skip
+            )
             if self._reference is not None:
                 found = distance(
-                    scored, self._reference, dense=partial(self._dense_model, trial.model),
+                    scored,
+                    self._reference,
+                    dense=partial(self._dense_model, trial.model),
                     progress=lambda *of: stage("distance", *of),
-                )  # fmt: skip
+                )
                 scores = replace(scores, distance=found)
             if not self.study.file.keep_checkpoints:
                 shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
@@ -143,18 +151,26 @@ class Bench:
             kept = scores.retention(self._dense, "primary")
             seconds["total"] = round(time.perf_counter() - began, 3)
             outcome = Trial(
-                **{name: getattr(trial, name) for name in SHARED}, method=trial.recipe,
+                **{name: getattr(trial, name) for name in SHARED},
+                method=trial.recipe,
                 mix=(trial.definition["calibration"] or {}).get("mix", {}),
-                sparsity=report.sparsity, propagation=trial.request.propagation,
-                suite=self.study.suite.name, information=information,
-                total=kept.total, worst=kept.worst, seconds=seconds,
+                sparsity=report.sparsity,
+                propagation=trial.request.propagation,
+                suite=self.study.suite.name,
+                information=information,
+                total=kept.total,
+                worst=kept.worst,
+                seconds=seconds,
                 dimensions={one.name: one.kept for one in kept.dimensions},
                 tasks=tuple(
-                    {NAMES.get(key, key): value
-                     for key, value in asdict(one).items() if key != "noise"}
+                    {
+                        NAMES.get(key, key): value
+                        for key, value in asdict(one).items()
+                        if key != "noise"
+                    }
                     for one in kept.tasks
                 ),
-            )  # fmt: skip
+            )
             run = run_record(seconds) | {
                 "versions": versions() | scores.versions,
                 "dtype": scores.dtype,
@@ -180,9 +196,14 @@ class Bench:
             pattern = allocate(model.model, ids, request.target, request.allocation)
         self._pruned = (), None
         report = prune(
-            model, ids, method=method, pattern=pattern, progress=progress,
-            propagation=request.propagation or "sequential", embeddings=request.embeddings,
-        )  # fmt: skip
+            model,
+            ids,
+            method=method,
+            pattern=pattern,
+            progress=progress,
+            propagation=request.propagation or "sequential",
+            embeddings=request.embeddings,
+        )
         self._pruned = trial.pruned, report
         return report
 
@@ -199,9 +220,13 @@ class Bench:
                 stage("calibration set", 0, 1)
                 self._open(trial.model)
                 drawn = resolve(
-                    trial.request.calibration or "", self.opened, sources=self.study.own,
-                    writing=stage, note=note, **trial.request.drawn(),
-                )  # fmt: skip
+                    trial.request.calibration or "",
+                    self.opened,
+                    sources=self.study.own,
+                    writing=stage,
+                    note=note,
+                    **trial.request.drawn(),
+                )
                 metrics = measure_set(drawn, self.opened, perplexity=False)
                 with atomic_folder(folder) as beside:
                     drawn.save(beside)

@@ -124,8 +124,9 @@ def run_study(
             f"longer part of it and stay in {path / 'trials'}"
         )
     done = {"finished"} if retry_failed else {"finished", "failed"}
-    todo = [trial for trial in resolved
-            if trial.key in chosen and store.state(trial.id) not in done]  # fmt: skip
+    todo = [
+        trial for trial in resolved if trial.key in chosen and store.state(trial.id) not in done
+    ]
     check_free(path, checkpoint_bytes(study, todo), "checkpoints take")
     write_json(path / INDEX, store.index.model_dump())
     if len(todo) < len(resolved):
@@ -169,9 +170,13 @@ def write_table(results: StudyResults, folder: Path) -> None:
         for task in trial.tasks:
             dimension = columns(distance["dimensions"].get(task["dimension"]))
             dimension["retention"] = asdict(trial.dimensions[task["dimension"]])
-            rows.append(head | columns(distance["total"]) | task
-                        | {f"dimension_{name}": one for name, one in dimension.items()}
-                        | {"info": trial.information})  # fmt: skip
+            rows.append(
+                head
+                | columns(distance["total"])
+                | task
+                | {f"dimension_{name}": one for name, one in dimension.items()}
+                | {"info": trial.information}
+            )
     table = pd.json_normalize(rows, sep="_")
     table.columns = [str(name).removesuffix("_value") for name in table.columns]
     write_text(folder / CSV, table.to_csv(index=False))

@@ -353,8 +353,11 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
                     wrong([*at, key, place], f"unknown '{name}': {nearest(name, labels)}")
         methods = part.methods or file.methods or {}
         for key, idle in (("allocation", UNIFORM), ("recovery", NONE)):
-            if (methods and set(getattr(part, key) or ()) - {idle}
-                    and all(get_method(name).needs is None for name in methods)):  # fmt: skip
+            if (
+                methods
+                and set(getattr(part, key) or ()) - {idle}
+                and all(get_method(name).needs is None for name in methods)
+            ):
                 wrong([*at, key], f"no effect with {', '.join(methods)}")
     if suite is not None:
         _check_declaration(file, suite, wrong)

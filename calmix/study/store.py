@@ -264,9 +264,11 @@ def _compared(store: Store, sets: dict[str, Trial]) -> dict[str, dict[str, float
     for name, trial in sets.items():
         groups.setdefault((trial.model, trial.rows, trial.length), {})[name] = trial
     for members in groups.values():
-        singles = {trial.calibration: name  # the lowest seed comes last and wins
-                   for name, trial in sorted(members.items(), key=lambda one: -one[1].seed)
-                   if trial.strategy == "single"}  # fmt: skip
+        singles = {
+            trial.calibration: name  # the lowest seed comes last and wins
+            for name, trial in sorted(members.items(), key=lambda one: -one[1].seed)
+            if trial.strategy == "single"
+        }
         if len(singles) < 2 or not all(store.calibration(name).is_dir() for name in members):
             continue
         ids = {name: CalibrationSet.open(store.calibration(name)).ids.numpy() for name in members}

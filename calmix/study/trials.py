@@ -163,9 +163,16 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
                     method=method.text, pattern=target, allocation=allocation, **draw
                 )
                 yield Planned(
-                    model, label, asked.strategy, request, asked.draw.rows, asked.draw.length,
-                    drawn or 0, None if recovery == NONE else recovery_of(recovery), asked,
-                )  # fmt: skip
+                    model,
+                    label,
+                    asked.strategy,
+                    request,
+                    asked.draw.rows,
+                    asked.draw.length,
+                    drawn or 0,
+                    None if recovery == NONE else recovery_of(recovery),
+                    asked,
+                )
 
 
 def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
@@ -197,8 +204,9 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
         }
         request = {k: v for k, v in request.items() if v or k not in LATER}
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
-        found.append(replace(trial, id=sha256_json(request), definition=request,
-                             calibration_id=shared))  # fmt: skip
+        found.append(
+            replace(trial, id=sha256_json(request), definition=request, calibration_id=shared)
+        )
     return found
 
 

@@ -19,28 +19,42 @@ KEPT = {
     ("blend", "mix"): {"general": 0.6, "code": 0.6},
 }
 TRIALS = tuple(
-    trial(name, made, "sparsegpt", "60%", seed,
-          {key: value + 0.01 * seed for key, value in by.items()})
+    trial(
+        name,
+        made,
+        "sparsegpt",
+        "60%",
+        seed,
+        {key: value + 0.01 * seed for key, value in by.items()},
+    )
     for (name, made), by in KEPT.items()
     for seed in (0, 1, 2)
-)  # fmt: skip
+)
 
 
 def test_everything_is_written_and_the_same_every_time(tmp_path):
     results = study(full_plan(seeds=(0,), sources=SOURCES[6:14]))
     for name in ("one", "two"):
         analyse(results, QUICK).save(tmp_path / name)
-    one, two = ({path.name: path.read_text() for path in sorted((tmp_path / name).iterdir())}
-                for name in ("one", "two"))  # fmt: skip
+    one, two = (
+        {path.name: path.read_text() for path in sorted((tmp_path / name).iterdir())}
+        for name in ("one", "two")
+    )
     assert one == two
     assert list(one) == [
-        "analysis.json", "correlations.csv", "differences.csv", "gains.csv", "noise.csv",
-        "ranking.csv", "tasks.csv",
-    ]  # fmt: skip
+        "analysis.json",
+        "correlations.csv",
+        "differences.csv",
+        "gains.csv",
+        "noise.csv",
+        "ranking.csv",
+        "tasks.csv",
+    ]
     assert not any("nan" in text.lower() for text in one.values())
     told = json.loads(one["analysis.json"])
-    rows, tasks = ([*csv.DictReader(one[f"{name}.csv"].splitlines())]
-                   for name in ("ranking", "tasks"))  # fmt: skip
+    rows, tasks = (
+        [*csv.DictReader(one[f"{name}.csv"].splitlines())] for name in ("ranking", "tasks")
+    )
     assert (len(told["conditions"]), len(rows), len(tasks)) == (3, 42, 42 * 8)
     first = told["conditions"][0]["ranking"][0]
     assert float(rows[0]["dimensions_code_high"]) == first["dimensions"]["code"]["high"]
@@ -68,13 +82,16 @@ def test_accuracy_and_flips_leave_out_answers_asked_only_where_the_dense_model_i
     whole = study(Plan(sources=SOURCES[:2], seeds=(0,), others={}))
 
     def asked(tasks):
-        return tuple(replace(one, metric="pass@1") if one.name == "code_a" else one
-                     for one in tasks)  # fmt: skip
+        return tuple(
+            replace(one, metric="pass@1") if one.name == "code_a" else one for one in tasks
+        )
 
-    results = whole.model_copy(update={
-        "dense": {name: asked(tasks) for name, tasks in whole.dense.items()},
-        "scores": {name: asked(tasks) for name, tasks in whole.scores.items()},
-    })  # fmt: skip
+    results = whole.model_copy(
+        update={
+            "dense": {name: asked(tasks) for name, tasks in whole.dense.items()},
+            "scores": {name: asked(tasks) for name, tasks in whole.scores.items()},
+        }
+    )
     place, files = save(results, tmp_path / "s"), (tmp_path / "s/trials").glob("*/scores.json")
     primary = QUICK.model_copy(update={"measure": "primary"})
     for right_only in (False, True):
@@ -109,8 +126,11 @@ def test_sets_that_cannot_be_told_apart_share_the_chance_to_be_best():
 
 
 def test_sets_at_so_many_bits_are_compared_whatever_share_became_zero():
-    trials = tuple(trial(name, "mix", "ecq", "3 bits", seed, {"general": 0.5}, sparsity=0.1 * seed)
-                   for name in "ab" for seed in (1, 2))  # fmt: skip
+    trials = tuple(
+        trial(name, "mix", "ecq", "3 bits", seed, {"general": 0.5}, sparsity=0.1 * seed)
+        for name in "ab"
+        for seed in (1, 2)
+    )
     (one,) = analyse(study(Plan(), trials=trials), QUICK).conditions
     assert {ranked.calibration for ranked in one.ranking} == {"a", "b"}
 
@@ -165,21 +185,33 @@ def test_the_verb_names_the_best_set_and_its_uncertainty(calmix, tmp_path):
     singles = tuple(one for one in TRIALS if one.strategy == "single" and one.seed < 2)
     text = recommended(singles, "--weights", "general=1,code=3")
     assert max(map(len, text.splitlines())) <= 80
-    for words in ("take coder: expect 6", "coder keeps the most: 6", "ahead of reader by ",
-                  "brackets: 95 % intervals over test items and seeds ("):  # fmt: skip
+    for words in (
+        "take coder: expect 6",
+        "coder keeps the most: 6",
+        "ahead of reader by ",
+        "brackets: 95 % intervals over test items and seeds (",
+    ):
         assert words in " ".join(text.split())
     told = json.loads(recommended(singles, "--weights", "general=1", "--json"))
     assert told[0]["candidates"][0]["calibration"] == "reader"
     text = recommended(singles[::2])
-    for words in ("over test items alone, with one seed each", "weights all equal",
-                  "take coder or a set tied with it: expect 55"):  # fmt: skip
+    for words in (
+        "over test items alone, with one seed each",
+        "weights all equal",
+        "take coder or a set tied with it: expect 55",
+    ):
         assert words in text
     assert "take coder, the only set: " in recommended(singles[:1])
 
 
 def test_the_verb_writes_into_the_study_and_prints_the_summary(calmix, tmp_path):
-    plan = full_plan(sources=SOURCES[:5], conditions=CONDITIONS[1:], others={}, seeds=(0, 1),
-                     dimensions=("general", "code"))  # fmt: skip
+    plan = full_plan(
+        sources=SOURCES[:5],
+        conditions=CONDITIONS[1:],
+        others={},
+        seeds=(0, 1),
+        dimensions=("general", "code"),
+    )
     folder, quick = save(study(plan), tmp_path / "study"), ("--permutations", 99, "--resamples", 20)
     assert "findings" in calmix("study", "analyse", folder, *quick).ok().out
     ended = calmix("study", "analyse", folder, "--json", "--method", "wanda", *quick)

@@ -36,8 +36,9 @@ def test_rho_is_that_of_the_seed_means_of_single_sources_alone():
     x = [np.mean([t.information["perplexity"] for t in each]) for each in own]
     y = [np.mean([t.dimensions["code"].value for t in each]) for each in own]
     settings = Settings(permutations=99, resamples=10, seed=3)
-    (one,) = [c for c in correlate([cells], settings)
-              if (c.metric, c.quantity) == ("perplexity", "code")]  # fmt: skip
+    (one,) = [
+        c for c in correlate([cells], settings) if (c.metric, c.quantity) == ("perplexity", "code")
+    ]
     assert (one.n, one.rho) == (16, pytest.approx(stats.spearmanr(x, y).statistic))
     x, y = np.array(x), np.array(y)
     p = permutation_p(x, y, permutations=99, seed=3)[0]
@@ -57,8 +58,12 @@ def test_four_sources_are_the_least():
 
 def test_a_metric_that_few_sets_have_is_listed_without_rho():
     whole = study(full_plan(seeds=(0,), conditions=[("wanda", "50%")]))
-    trials = [one.model_copy(update={"information": one.information | {"odd": float(at)}})
-              if at in (1, 2, 4) else one for at, one in enumerate(whole.trials)]  # fmt: skip
+    trials = [
+        one.model_copy(update={"information": one.information | {"odd": float(at)}})
+        if at in (1, 2, 4)
+        else one
+        for at, one in enumerate(whole.trials)
+    ]
     found = of(whole.model_copy(update={"trials": tuple(trials)})).correlations
     assert {(one.n, one.rho, one.p) for one in found if one.metric == "odd"} == {(3, None, None)}
 
@@ -93,8 +98,11 @@ def test_metrics_that_order_the_sets_alike_are_one_test():
 def test_kl_that_orders_as_retention_does_is_said_to():
     results = study(Plan(seeds=(0, 1)))
     first = of(results)
-    own = [one.distance for one in results.trials
-           if one.distance and one.calibration == first.ranking[0].calibration]  # fmt: skip
+    own = [
+        one.distance
+        for one in results.trials
+        if one.distance and one.calibration == first.ranking[0].calibration
+    ]
     kept = first.ranking[0].distance
     assert kept["kl"]["total"] == pytest.approx(np.mean([one["total"]["kl_mean"] for one in own]))
     assert kept["flips"]["code"] == 1  # every made-up item differs from the dense one
@@ -137,8 +145,11 @@ def test_the_bootstrap_is_a_plain_one():
         drawn = np.random.default_rng([seed, 5]).integers(5, size=(10, 5))
         ends = bootstrap_intervals(x, rows, resamples=10, seed=seed)
         for row, found in zip(rows, ends, strict=True):
-            known = [stats.spearmanr(x[order], row[order]).statistic for order in drawn
-                     if np.ptp(x[order]) and np.ptp(row[order])]  # fmt: skip
+            known = [
+                stats.spearmanr(x[order], row[order]).statistic
+                for order in drawn
+                if np.ptp(x[order]) and np.ptp(row[order])
+            ]
             counts.add(len(known))
             expected = [math.nan] * 2 if len(known) < 5 else np.quantile(known, [0.025, 0.975])
             assert found == pytest.approx(expected, nan_ok=True)

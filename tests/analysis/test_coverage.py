@@ -20,10 +20,10 @@ from calmix.analysis.power import detectable, needed, noise_of
 from calmix.analysis.ranking import shrink
 from tests.tiny import quick
 
-AT = Condition("m", "wanda", 0.5, "50%", None, 64, 512, "offline", "Wanda 50%",
-               "Wanda")  # fmt: skip
-TASKS = tuple(Task(name, name[0], "probability", 60, 0.6, True)
-              for name in ("a1", "a2", "b1", "b2"))  # fmt: skip
+AT = Condition("m", "wanda", 0.5, "50%", None, 64, 512, "offline", "Wanda 50%", "Wanda")
+TASKS = tuple(
+    Task(name, name[0], "probability", 60, 0.6, True) for name in ("a1", "a2", "b1", "b2")
+)
 RESAMPLES = 200
 
 
@@ -82,9 +82,13 @@ def slack(times, share=0.05):
 
 CASES = quick(
     [Truth(), Truth(draws=(2, 1, 1, 1, 2, 1), draw=0.04)],  # the usual, and two degrees of freedom
-    [Truth(draws=(3,) * 6, draw_items=0.6, own_items=0.05, draw=0.0),  # seeds change single items
-     Truth(draws=(2, 2, 1, 1), own_items=0.6, draw=0.01)],  # items matter most
-)  # fmt: skip
+    [
+        Truth(
+            draws=(3,) * 6, draw_items=0.6, own_items=0.05, draw=0.0
+        ),  # seeds change single items
+        Truth(draws=(2, 2, 1, 1), own_items=0.6, draw=0.01),
+    ],  # items matter most
+)
 
 
 @pytest.mark.parametrize("truth", CASES)

@@ -18,8 +18,11 @@ SPARSE = [("sparsegpt", "60%")]
 
 
 def gap(found, left, right, quantity=TOTAL):
-    (one,) = [one for one in found.differences
-              if (one.left, one.right, one.quantity) == (left, right, quantity)]  # fmt: skip
+    (one,) = [
+        one
+        for one in found.differences
+        if (one.left, one.right, one.quantity) == (left, right, quantity)
+    ]
     return one
 
 
@@ -46,8 +49,9 @@ def test_sets_of_few_seeds_are_compared_by_the_pooled_spread_or_about_items_alon
     """As in a study with one seed for sources and three for mixes."""
     whole = study(full_plan(conditions=SPARSE))
     for single, freedom, missing in ((True, 0, 0), (False, 12, 32)):
-        kept = tuple(one for one in whole.trials
-                     if one.seed == 0 or not (single or one.strategy == "single"))  # fmt: skip
+        kept = tuple(
+            one for one in whole.trials if one.seed == 0 or not (single or one.strategy == "single")
+        )
         found = analyse(whole.model_copy(update={"trials": kept}), QUICK).conditions[0]
         one = gap(found, "mix-8", SINGLES)
         assert (found.joint.freedom, len(found.missing)) == (freedom, missing)
@@ -60,10 +64,16 @@ def test_the_worst_dimension_of_the_picked_source_is_by_its_own_numbers():
     """If fully shrunken to the mean of the sources, its worst would be code; it is not."""
     own = {"a": (0.5, 0.9), "b": (0.9, 0.1), "c": (0.9, 0.1), "m": (0.7, 0.71)}
     trials = tuple(
-        trial(name, "mix" if name == "m" else "single", *SPARSE[0], seed,
-              {"general": general + off, "code": code + off})
-        for name, (general, code) in own.items() for seed, off in enumerate((0.4, -0.4))
-    )  # fmt: skip
+        trial(
+            name,
+            "mix" if name == "m" else "single",
+            *SPARSE[0],
+            seed,
+            {"general": general + off, "code": code + off},
+        )
+        for name, (general, code) in own.items()
+        for seed, off in enumerate((0.4, -0.4))
+    )
     found = analyse(study(Plan(), trials=trials), QUICK).conditions[0]
     worst, general, code = (
         gap(found, "m", f"{BEST}a", quantity).gap.value for quantity in (WORST, "general", "code")
@@ -123,15 +133,20 @@ def test_accuracy_is_read_beside_the_primary_scores():
 def test_accuracy_pools_items_and_flips_average_tasks_as_evaluate_does():
     def more(tasks):
         one = next(task for task in tasks if task.name == "code_a")
-        few = {field.name: getattr(one, field.name)[:9] for field in fields(one)
-               if isinstance(getattr(one, field.name), tuple)}  # fmt: skip
+        few = {
+            field.name: getattr(one, field.name)[:9]
+            for field in fields(one)
+            if isinstance(getattr(one, field.name), tuple)
+        }
         return (*tasks, replace(one, name="code_c", **few))
 
     whole = study(Plan(seeds=(0,), sources=("a", "b")))
-    results = whole.model_copy(update={
-        "dense": {name: more(tasks) for name, tasks in whole.dense.items()},
-        "scores": {name: more(tasks) for name, tasks in whole.scores.items()},
-    })  # fmt: skip
+    results = whole.model_copy(
+        update={
+            "dense": {name: more(tasks) for name, tasks in whole.dense.items()},
+            "scores": {name: more(tasks) for name, tasks in whole.scores.items()},
+        }
+    )
     (dense,) = results.dense.values()
     for settings in (QUICK, QUICK.model_copy(update={"measure": "accuracy"})):
         found = analyse(results, settings).conditions[0]
@@ -150,8 +165,9 @@ def test_bits_per_byte_resample_as_the_ratio_they_are():
     results = study(Plan(seeds=(0,), sources=("a",)))
     only, by_ratio = results.trials[0], EXACT.model_copy(update={"measure": "ratio"})
     ours = analyse(results, by_ratio).conditions[0].ranking[0].tasks["code_b"]
-    made = retention(results.dense[only.model], results.scores[only.id], measure="ratio",
-                     resamples=2000)  # fmt: skip
+    made = retention(
+        results.dense[only.model], results.scores[only.id], measure="ratio", resamples=2000
+    )
     theirs = next(task.kept for task in made.tasks if task.name == "code_b")
     assert ours.value == pytest.approx(theirs.value)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.004)
@@ -162,14 +178,17 @@ def test_conditions_are_named_by_what_differs():
     for name, title in (("admm,refit=5 + distill", "ADMM,refit=5 + distill"), ("ours", "ours")):
         assert method_name(name) == title
     kept = {"general": 0.5, "code": 0.5}
-    trials = tuple(trial("a", "single", *SPARSE[0], 0, kept, **more)
-                   for more in ({}, {"rows": 128}, {"propagation": "block"}))  # fmt: skip
+    trials = tuple(
+        trial("a", "single", *SPARSE[0], 0, kept, **more)
+        for more in ({}, {"rows": 128}, {"propagation": "block"})
+    )
     bare = trial("none", "none", "magnitude", "60%", 0, kept, propagation=None, rows=0, length=0)
     found = analyse(study(Plan(), trials=(*trials, bare)), QUICK)
     assert {c.condition.label for c in found.conditions} == {
-        "SparseGPT 60%, block propagation, 64 x 512", "Magnitude 60%",
+        "SparseGPT 60%, block propagation, 64 x 512",
+        "Magnitude 60%",
         *(f"SparseGPT 60%, layer propagation, {rows} x 512" for rows in (64, 128)),
-    }  # fmt: skip
+    }
 
 
 # One method against another
@@ -186,11 +205,18 @@ NAMES = {PLAIN: "SparseGPT 60%", BETTER: "ADMM 60%", TUNED: "ADMM + distill,epoc
 
 def analysed(kept, *, seeds=1, default="prose"):
     trials = tuple(
-        trial(name, MADE[name], method, "60%", seed,
-              {"general": general + 0.01 * seed, "code": code + 0.01 * seed})
+        trial(
+            name,
+            MADE[name],
+            method,
+            "60%",
+            seed,
+            {"general": general + 0.01 * seed, "code": code + 0.01 * seed},
+        )
         for method, sets in kept.items()
-        for name, (general, code) in sets.items() for seed in range(seeds)
-    )  # fmt: skip
+        for name, (general, code) in sets.items()
+        for seed in range(seeds)
+    )
     settings = Settings(permutations=9, resamples=400, default=default)
     return analyse(study(Plan(), trials=trials), settings)
 
@@ -245,6 +271,7 @@ def test_only_conditions_alike_but_for_the_method_are_compared():
     one = study(Plan(sources=("a", "b"), conditions=conditions))
     assert len(analyse(one, QUICK).gains) == 6
     for field, value in (("model", "other"), ("pattern", "50%"), ("rows", 8)):
-        trials = [t.model_copy(update={field: value} if t.method == "admm" else {})
-                  for t in one.trials]  # fmt: skip
+        trials = [
+            t.model_copy(update={field: value} if t.method == "admm" else {}) for t in one.trials
+        ]
         assert analyse(study(Plan(), trials=tuple(trials)), QUICK).gains == ()

@@ -31,8 +31,11 @@ def sources(tmp_path):
     found = {}
     for name, letters in (("lower", "abcdefgh"), ("upper", "ABCDEFGH")):
         found[name] = str(tmp_path / f"{name}.jsonl")
-        write_rows(tmp_path / f"{name}.jsonl", (
-            "".join(letters[(i * i + number * i + number) % 8] for i in range(40 + number))
-            for number in range(60)
-        ))  # fmt: skip
+        write_rows(
+            tmp_path / f"{name}.jsonl",
+            (
+                "".join(letters[(i * i + number * i + number) % 8] for i in range(40 + number))
+                for number in range(60)
+            ),
+        )
     return found

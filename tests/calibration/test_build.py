@@ -47,8 +47,11 @@ def test_rows_are_full_of_one_source_and_repeatable(sources, tiny, rows, length,
 def test_rows_are_of_name_and_seed_whatever_else_is_drawn(tmp_path, tiny, sources, monkeypatch):
     alone = build(parse_mix(sources["lower"]), tiny, rows=4, length=32)
     both = build(mix_of(sources), tiny, rows=8, length=32)
-    rows = {tuple(r) for r, s in zip(both.ids.tolist(), both.sources, strict=True)
-            if s == sources["lower"]}  # fmt: skip
+    rows = {
+        tuple(r)
+        for r, s in zip(both.ids.tolist(), both.sources, strict=True)
+        if s == sources["lower"]
+    }
     assert rows == {tuple(row) for row in alone.ids.tolist()}
     moved = tmp_path / "elsewhere" / Path(sources["lower"]).name
     moved.parent.mkdir()
@@ -119,8 +122,12 @@ def test_a_few_long_documents_are_used_from_end_to_end(tmp_path, tiny):
     made = build(parse_mix(str(folder)), tiny, rows=8, length=50)
     starts = {row[0] for text in tiny.tokenizer.batch_decode(made.ids) for row in text.split()}
     assert {"a", "b"} <= starts
-    assert "3" in {row[1] for text in tiny.tokenizer.batch_decode(made.ids)
-                   for row in text.split() if len(row) == 5}  # fmt: skip
+    assert "3" in {
+        row[1]
+        for text in tiny.tokenizer.batch_decode(made.ids)
+        for row in text.split()
+        if len(row) == 5
+    }
 
 
 def test_chats_are_written_by_the_models_template(tmp_path, tiny):
@@ -194,12 +201,15 @@ def test_damage_is_noticed(sources, tiny, tmp_path):
         (TENSORS, save(held | {"source": 1 - held["source"]}), "is damaged: make it again"),
         (TENSORS, None, "is damaged: make it again"),
         (MANIFEST, json.dumps(told | {"seed": 1}), r"is damaged \(manifest.json\): make it again"),
-        (MANIFEST, json.dumps(sealed(told | {"format": 99})),
-         "format 1, which .*: .* calibration set and format 99"),
+        (
+            MANIFEST,
+            json.dumps(sealed(told | {"format": 99})),
+            "format 1, which .*: .* calibration set and format 99",
+        ),
         (MANIFEST, "{", "is damaged: not JSON"),
         (MANIFEST, "{}", "is not a calibration set"),
         (MANIFEST, None, "there is no calibration set at"),
-    ):  # fmt: skip
+    ):
         whole = (folder / name).read_bytes()
         (folder / name).unlink()
         if content is not None:

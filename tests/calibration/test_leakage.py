@@ -48,19 +48,27 @@ def wide(text):
 @pytest.mark.parametrize(
     "reflowed",
     [
-        str, wrapped(40), wrapped(72), str.upper, str.title, wide,
+        str,
+        wrapped(40),
+        wrapped(72),
+        str.upper,
+        str.title,
+        wide,
         lambda text: text.replace(" ", "\r\n> "),
-        lambda text: text.replace(" ", "  "), lambda text: text.replace(" ", "\N{NO-BREAK SPACE}"),
+        lambda text: text.replace(" ", "  "),
+        lambda text: text.replace(" ", "\N{NO-BREAK SPACE}"),
         lambda text: text.replace("e", "e\N{SOFT HYPHEN}"),
         lambda text: text.replace(",", " -").replace('"', "\N{LEFT DOUBLE QUOTATION MARK}"),
     ],
-)  # fmt: skip
+)
 def test_text_that_was_reflowed_is_found(reflowed):
     """Line breaks, spaces, capitals, punctuation, full width and marks that nobody sees."""
     rng, parts = random.Random(0), ["ka", "lo", "mi", "ne", "ru", "ta", "vo", "zi"]
     words = ["".join(rng.choices(parts, k=3)) for _ in range(600)]
-    long = [", ".join(words[i : i + 5]) + f' "{" ".join(words[i + 5 : i + 20])}"'
-            for i in range(0, 400, 20)]  # fmt: skip
+    long = [
+        ", ".join(words[i : i + 5]) + f' "{" ".join(words[i + 5 : i + 20])}"'
+        for i in range(0, 400, 20)
+    ]
     short = [" ".join(words[i : i + 6]) + "?" for i in range(400, 600, 20)]
     index = ItemIndex([("task", str(i), text) for i, text in enumerate(long + short)])
     for number, text in enumerate(long + short):
@@ -89,8 +97,10 @@ def guard():
 
 def planted(tmp_path, documents, leaks, text=ITEM):
     path = tmp_path / "planted.jsonl"
-    rows = [f"document {i} " + "".join(chr(97 + (i * j) % 26) for j in range(60))
-            for i in range(documents)]  # fmt: skip
+    rows = [
+        f"document {i} " + "".join(chr(97 + (i * j) % 26) for j in range(60))
+        for i in range(documents)
+    ]
     for i in range(leaks):
         rows[i * (documents // max(1, leaks))] = f"By the way: {text} And so on for {i}."
     write_rows(path, rows)
@@ -151,8 +161,20 @@ def test_a_planted_item_of_the_offline_suite_is_caught(case, calmix, tmp_path):
         rows[number] = f"{rows[number]}\n\n{item[2]}\n\n{rows[number]}"
     own, out = tmp_path / "own.jsonl", tmp_path / "out"
     write_rows(own, rows)
-    ended = calmix("calibrate", own, "--model", "builtin:smollm2-135m", "--rows", 110,
-                   "--length", 50, "-o", out, "--packing", "window")  # fmt: skip
+    ended = calmix(
+        "calibrate",
+        own,
+        "--model",
+        "builtin:smollm2-135m",
+        "--rows",
+        110,
+        "--length",
+        50,
+        "-o",
+        out,
+        "--packing",
+        "window",
+    )
     if leaks == 10:
         assert f"source {own} leaks" in ended.line
         assert f"with task {task}" in ended.line

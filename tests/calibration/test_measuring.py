@@ -73,13 +73,17 @@ def test_mixes_saved_sets_and_bad_requests(opened, tiny, tmp_path):
     alone = package.measure(["saved", *NAMES], opened, **(how | {"rows": None}))
     assert alone.budget["rows"] == 8  # those of the saved set
     for specs, model, options, message in (
-        (["saved"], opened, {"rows": 8, "length": 16},
-         r"has 8 rows of 32 tokens, not 8 of 16: .*--rows 8 --length 32"),
+        (
+            ["saved"],
+            opened,
+            {"rows": 8, "length": 16},
+            r"has 8 rows of 32 tokens, not 8 of 16: .*--rows 8 --length 32",
+        ),
         ([], opened, {}, "name at least one source"),
         (NAMES, opened, {"draws": 0}, "--draws 0: must be 1 or more"),
         (NAMES, opened, {"length": 1}, "too short to predict"),
         (NAMES, tiny, {}, "needs the model"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=message):
             package.measure(specs, model, **(BUDGET | options))
 

@@ -37,8 +37,11 @@ def test_mix_clean_reads_no_benchmark_that_a_suite_scores():
             assert benchmark(task) not in read, (suite, name)
     asked = load_suite("abilities").tasks
     assert [benchmark(asked[name]) for name in ("mbpp", "math500", "triviaqa", "sums")] == [
-        "mbpp", "minerva_math", "trivia_qa", None
-    ]  # fmt: skip
+        "mbpp",
+        "minerva_math",
+        "trivia_qa",
+        None,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +113,12 @@ def test_a_saved_folder(sources, tiny, tmp_path):
     assert torch.equal(resolve(str(folder), tiny).ids, made.ids)
     assert resolve(str(folder), tiny, rows=4, length=16, seed=3, packing="concat").rows == 4
     for option, value in {
-        "rows": 5, "length": 8, "seed": 0, "packing": "window", "leakage": "offline",
-    }.items():  # fmt: skip
+        "rows": 5,
+        "length": 8,
+        "seed": 0,
+        "packing": "window",
+        "leakage": "offline",
+    }.items():
         with pytest.raises(InputError, match=f"has {option} .*, not {value}: leave --{option} out"):
             resolve(str(folder), tiny, **{option: value})
 
@@ -127,7 +134,9 @@ def test_a_folder_of_code_with_a_manifest_of_its_own_is_text(tiny, tmp_path):
 def test_long_mixes_and_odd_names_are_not_paths(tiny):
     names = ",".join(f"no-such-source-{i}" for i in range(40))
     for spec, name in (
-        (f"uniform:{names}", "no-such-source-0"), ("x" * 300, "xxx"), ("~nobody-here", "~nobody"),
-    ):  # fmt: skip
+        (f"uniform:{names}", "no-such-source-0"),
+        ("x" * 300, "xxx"),
+        ("~nobody-here", "~nobody"),
+    ):
         with pytest.raises(SourceError, match=f"unknown source '{name}"):
             drawn(spec, tiny, rows=80, length=8)

@@ -165,10 +165,13 @@ def files(tmp_path_factory):
     (at / "file").touch()
     found["suite"].write_text(REAL_SUITE)
     asked = {
-        "name": "s", "models": {"m": str(found["model"])}, "suite": str(found["suite"]),
-        "calibrations": {"a": str(found["text"])}, "methods": {"wanda": [0.5]},
+        "name": "s",
+        "models": {"m": str(found["model"])},
+        "suite": str(found["suite"]),
+        "calibrations": {"a": str(found["text"])},
+        "methods": {"wanda": [0.5]},
         "keep_checkpoints": True,
-    }  # fmt: skip
+    }
     found["study"].write_text(yaml.safe_dump(asked))
     results = study(Plan(sources=("news", "books"), seeds=(0, 1)))
     found["results"] = save(results, at / "results")
@@ -273,10 +276,13 @@ def idle(monkeypatch, tmp_path):
         raise AssertionError("work was done before the mistake was found")
 
     for name in (
-        "calmix.assets._fetch", "transformers.AutoModelForCausalLM.from_pretrained",
-        "calmix.models.streaming.StreamedModel.fetch", "calmix.sources.registry.Source.documents",
-        "huggingface_hub.snapshot_download", "calmix.deploy.pack._encoded",
-    ):  # fmt: skip
+        "calmix.assets._fetch",
+        "transformers.AutoModelForCausalLM.from_pretrained",
+        "calmix.models.streaming.StreamedModel.fetch",
+        "calmix.sources.registry.Source.documents",
+        "huggingface_hub.snapshot_download",
+        "calmix.deploy.pack._encoded",
+    ):
         monkeypatch.setattr(name, worked)
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)

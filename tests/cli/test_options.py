@@ -65,8 +65,16 @@ def test_few_kernels_are_cached_and_threads_spin_briefly(calmix, monkeypatch):
 
 
 def test_every_way_to_ask_for_help(calmix):
-    for words in ("-h", "help", "help report", "report -h", "doctor help", "report --help-all",
-                  "study plan --help-all", "--help-all"):  # fmt: skip
+    for words in (
+        "-h",
+        "help",
+        "help report",
+        "report -h",
+        "doctor help",
+        "report --help-all",
+        "study plan --help-all",
+        "--help-all",
+    ):
         assert calmix(*words.split()).ok().out.startswith("Usage: calmix"), words
     assert "[0]" in calmix("calibrate", "draw", "--help").out.partition("--seed")[2][:60]
 

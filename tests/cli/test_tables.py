@@ -13,11 +13,19 @@ from tests.evaluation.helpers import bits, choices
 
 HEADS = ("task", "scored by", "retention %", "what it is about")
 ROWS = [
-    {"task": "common_knowledge", "scored by": "smoothed", "retention %": "65.9 [58.9, 71.0]",
-     "what it is about": "words between which lines may be broken, if there is no room"},
-    {"task": "mmlu", "scored by": "probability", "retention %": "-1.2 [-12.3, 10.0]",
-     "what it is about": "others"},
-]  # fmt: skip
+    {
+        "task": "common_knowledge",
+        "scored by": "smoothed",
+        "retention %": "65.9 [58.9, 71.0]",
+        "what it is about": "words between which lines may be broken, if there is no room",
+    },
+    {
+        "task": "mmlu",
+        "scored by": "probability",
+        "retention %": "-1.2 [-12.3, 10.0]",
+        "what it is about": "others",
+    },
+]
 
 
 @pytest.fixture(params=[80, 40])
@@ -48,8 +56,9 @@ def test_columns_are_dropped_before_anything_is_broken(columns, capsys):
 
 
 def test_headings_narrow_nothing_and_long_cells_are_not_cut(columns, capsys):
-    print_table([{"of": "a heading of a group", "task": "x", "scored": "probability", "n": "1"}],
-                by="of")  # fmt: skip
+    print_table(
+        [{"of": "a heading of a group", "task": "x", "scored": "probability", "n": "1"}], by="of"
+    )
     check(capsys.readouterr().out, columns, "a heading of a group", "scored", "probability")
     name = "model.layers.10.self_attention.query_key_value_projection" * 2
     print_table([{"a": name, "b": "1.25"}], title="a title of more words than columns " * 4)
@@ -61,8 +70,12 @@ def test_without_a_terminal_a_table_has_no_limit(capsys, monkeypatch):
     wide = {f"column {n}": f"value {n}" * 3 for n in range(12)}
     print_table([wide])
     assert any(line.count("value") == 36 for line in capsys.readouterr().out.splitlines())
-    print_table([{"a": "x", "number": "1.5 %", "word": "", "none": None},
-                 {"a": "y", "number": None, "word": "w", "none": None}])  # fmt: skip
+    print_table(
+        [
+            {"a": "x", "number": "1.5 %", "word": "", "none": None},
+            {"a": "y", "number": None, "word": "w", "none": None},
+        ]
+    )
     *_, first, second, _ = capsys.readouterr().out.splitlines()
     assert (first.rstrip(), second.rstrip()) == (" x   1.5 %", " y       -  w")
     monkeypatch.setattr(Terminal, "is_terminal", True)
@@ -91,10 +104,15 @@ def test_lists_fit_and_sources_are_chosen_by_dimension_and_licence(calmix, monke
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("calmix.assets.Asset.state", "ok")  # hashing them takes a second
     for words in (
-        "doctor models", "doctor methods", "doctor assets", "evaluate suites",
-        "evaluate suite offline", "evaluate suite paper", "calibrate sources",
+        "doctor models",
+        "doctor methods",
+        "doctor assets",
+        "evaluate suites",
+        "evaluate suite offline",
+        "evaluate suite paper",
+        "calibrate sources",
         "calibrate sources --dimension general --licence permissive",
-    ):  # fmt: skip
+    ):
         ended = calmix(*words.split()).ok()
         below = ended.out.rpartition("builtin:smollm2-135m: ")[0] if "models" in words else ""
         told = json.loads(calmix(*words.split(), "--json").out)
@@ -108,17 +126,27 @@ def scores(model, nats):
     """Made-up scores with very wide names and numbers."""
     task = "a_rather_long_name_of_it"
     return CapabilityScores(
-        model, "f", "bfloat16", {"name": "offline", "version": 3, "hash": "0" * 64},
+        model,
+        "f",
+        "bfloat16",
+        {"name": "offline", "version": 3, "hash": "0" * 64},
         (
             choices([[-nats, -2.0, -2.5]] * 30, [0] * 30, [[-2.0, -2.0, -2.0]] * 30, task),
             bits([nats * 4] * 20, [4] * 20, name="text", dimension="commonsense"),
             bits([nats * 3] * 20, [4] * 20, name="other", dimension="mathematics"),
         ),
-        distance={"dimensions": {}, "total": {
-            "kl_mean": 1.7954, "kl_low": 1.6581, "kl_high": 1.9252, "kl_median": 1.234,
-            "kl_p99": 12.34, "top1": 0.412,
-        }},
-    )  # fmt: skip
+        distance={
+            "dimensions": {},
+            "total": {
+                "kl_mean": 1.7954,
+                "kl_low": 1.6581,
+                "kl_high": 1.9252,
+                "kl_median": 1.234,
+                "kl_p99": 12.34,
+                "top1": 0.412,
+            },
+        },
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
@@ -144,9 +172,21 @@ def test_tables_of_a_pruning_run_and_of_its_problems_fit(
 ):
     pruned = tmp_path / "pruned"
     ended = calmix(
-        "prune", tiny_folder, "-o", pruned, "--calibration", text_file, "--sparsity", 0.5,
-        "--rows", 8, "--length", 32, "--leakage", "off",
-    ).ok()  # fmt: skip
+        "prune",
+        tiny_folder,
+        "-o",
+        pruned,
+        "--calibration",
+        text_file,
+        "--sparsity",
+        0.5,
+        "--rows",
+        8,
+        "--length",
+        32,
+        "--leakage",
+        "off",
+    ).ok()
     table, _, _ = ended.out.rpartition(" weights pruned")
     errors = re.findall(r"\d+\.\d\d%", table)
     assert len(errors) >= 7

@@ -46,9 +46,16 @@ def test_an_interrupt_after_any_stage_resumes_to_the_same_model(
     verbs = [line.split()[1 + (" answers " in line)] for line in commands]
     assert verbs == ["calibrate", "prune", "recover", "export", "evaluate", "answers", "report"]
     assert sorted(path.name for path in whole.iterdir()) == [
-        "answers.json", "calibration", "card.html", "compress-run.json", "compress.json", "model",
-        "pack", "pruned", "scores.json",
-    ]  # fmt: skip
+        "answers.json",
+        "calibration",
+        "card.html",
+        "compress-run.json",
+        "compress.json",
+        "model",
+        "pack",
+        "pruned",
+        "scores.json",
+    ]
     found = load_weights(whole / "model").items()
     maps = [w for name, w in found if ".layers." in name and w.ndim == 2]
     zeros, total = sum(int((w == 0).sum()) for w in maps), sum(w.numel() for w in maps)
@@ -147,8 +154,10 @@ def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, 
         ["right answers", "total", None, None, None],
         ["right answers kept", "math", 100.0, 67.6, 100.0],
     ]
-    bare = tuple(replace(one, tasks=tuple(replace(task, values=()) for task in one.tasks))
-                 for one in card.pairs[0])  # neither right nor wrong  # fmt: skip
+    bare = tuple(
+        replace(one, tasks=tuple(replace(task, values=()) for task in one.tasks))
+        for one in card.pairs[0]
+    )  # neither right nor wrong
     assert several_page([replace(card, pairs=[bare, *card.pairs[1:]])] * 2)
     asked = {**card.asked, "trust_remote_code": True, "device": "cuda:1"}
     line = replace(card, asked=asked).measure
@@ -360,8 +369,10 @@ def test_a_model_with_a_chat_template_has_chats_in_its_mix(tmp_path, tiny_folder
     assert found.generated
     kept = asked(model=str(folder), keep={"code": 1})
     assert parse_mix(kept.calibration) == {
-        "chat": 0.25, "python-stdlib": 0.375, "code-compiled": 0.375
-    }  # fmt: skip
+        "chat": 0.25,
+        "python-stdlib": 0.375,
+        "code-compiled": 0.375,
+    }
     given = asked(model=str(folder), calibration="python-docs")
     assert (given.calibration, given.generated) == ("python-docs", False)
 
@@ -370,9 +381,19 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
     kept = tmp_path / "set"
     text_file = str(place / "text.txt")
     calmix(
-        "calibrate", text_file, "--model", tiny_folder, "--rows", 16, "--length", 64, "-o", kept,
-        "--leakage", "off",
-    ).ok()  # fmt: skip
+        "calibrate",
+        text_file,
+        "--model",
+        tiny_folder,
+        "--rows",
+        16,
+        "--length",
+        64,
+        "-o",
+        kept,
+        "--leakage",
+        "off",
+    ).ok()
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one <b>& two\n\nthree\n", encoding="utf-8")
     out = tmp_path / "out"

@@ -211,8 +211,13 @@ def test_running_out_of_time_leaves_a_model_and_can_resume(want, out, ticks):
     assert (found.ended, found.bits) == ("failed", 4)
     assert (out / "model/made").read_text().count("candidates/4/model")
     assert {path.name for path in out.iterdir()} == {
-        "abilities.json", "calibration", "candidates", "check.json", "ladder.json", "model"
-    }  # fmt: skip
+        "abilities.json",
+        "calibration",
+        "candidates",
+        "check.json",
+        "ladder.json",
+        "model",
+    }
 
 
 def test_a_changed_search_or_one_over_other_candidates_is_refused(want, out):
@@ -271,12 +276,15 @@ def test_floors_changed_before_the_first_candidate_get_their_own_items(want, out
     assert run.run[:5] == ["evaluate", "evaluate", "evaluate", "prune", "evaluate"]
 
 
-@pytest.mark.parametrize(("effort", "floors", "chosen"), [
-    ("standard", "math=0.8", {"quick": True, "whole": ["math"]}),
-    ("standard", "0.8,math=0.7", {}),
-    ("quick", "math=0.8", {"quick": True, "without": ["gsm8k"]}),
-    ("best", "math=0.8", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("effort", "floors", "chosen"),
+    [
+        ("standard", "math=0.8", {"quick": True, "whole": ["math"]}),
+        ("standard", "0.8,math=0.7", {}),
+        ("quick", "math=0.8", {"quick": True, "without": ["gsm8k"]}),
+        ("best", "math=0.8", {}),
+    ],
+)
 def test_all_items_of_an_ability_with_a_floor_decide(want, effort, floors, chosen):
     want = other(want, effort=effort, allow_code_execution=True, keep_at_least=floors)
     assert scored(want)["abilities.json"] == choose("abilities", **chosen)
@@ -335,9 +343,12 @@ def test_floors_that_a_users_rows_cannot_prove_are_refused_at_once(
     words = command(tmp_path / "out", "--suite", "mine.yaml", sparse=False)
     for kept, said in (
         ("code=0.9", "names 'code', whose tasks are not run: pass --allow-code-execution"),
-        ("support=0.9", "needs 39 items that the dense model gets right, and --effort quick scores "
-                        "3 rows of support: add rows"),
-    ):  # fmt: skip
+        (
+            "support=0.9",
+            "needs 39 items that the dense model gets right, and --effort quick scores "
+            "3 rows of support: add rows",
+        ),
+    ):
         for more in ((), ("--dry-run",)):
             assert said in calmix(*words, "--keep-at-least", kept, *more).line
     assert not (tmp_path / "out").exists()
@@ -378,8 +389,12 @@ def test_the_verb_builds_tests_and_ends_with_a_card(
     assert json.loads((out / "check.json").read_text(encoding="utf-8"))["floors"] == {"code": 0.3}
     assert "to 5 bits per weight" in (out / "card.html").read_text(encoding="utf-8")
     readme = (out / "model/README.md").read_text(encoding="utf-8")
-    for said in ("Kept at 95 % confidence, at least: code 30 %", "tags: [quantized, calmix]",
-                 " kB quantised, ", "Once packed, a weight takes 5.0"):  # fmt: skip
+    for said in (
+        "Kept at 95 % confidence, at least: code 30 %",
+        "tags: [quantized, calmix]",
+        " kB quantised, ",
+        "Once packed, a weight takes 5.0",
+    ):
         assert said in readme
     before = (out / "ladder.json").read_bytes()
     ended = calmix(*words, *floors, "--within", "1s", "--json")

@@ -71,8 +71,9 @@ def test_a_result_that_was_moved_is_read_and_resumed(calmix, command, out, tmp_p
 def test_another_model_in_place_of_the_one_measured_is_refused(
     calmix, lines, out, tiny_folder, tmp_path
 ):
-    calmix("prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.6,
-           "-o", tmp_path / "other").ok()  # fmt: skip
+    calmix(
+        "prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.6, "-o", tmp_path / "other"
+    ).ok()
     shutil.rmtree(out / "model")
     shutil.copytree(tmp_path / "other", out / "model")
     for line in lines(out):
@@ -125,8 +126,22 @@ def test_edited_scores_are_refused(calmix, lines, out):
 
 def test_a_model_pruned_on_another_text_is_refused(calmix, command, lines, out, tiny_folder, place):
     shutil.rmtree(out / "calibration")
-    calmix("calibrate", place / "text.txt", "-m", tiny_folder, "--rows", 32, "--length", 256,
-           "--seed", 1, "--leakage", "off", "-o", out / "calibration").ok()  # fmt: skip
+    calmix(
+        "calibrate",
+        place / "text.txt",
+        "-m",
+        tiny_folder,
+        "--rows",
+        32,
+        "--length",
+        256,
+        "--seed",
+        1,
+        "--leakage",
+        "off",
+        "-o",
+        out / "calibration",
+    ).ok()
     for line in lines(out):
         assert "calibration was made on another request (seed: 1, now 0)" in line
     shutil.rmtree(out / "calibration")
@@ -141,16 +156,26 @@ def test_a_model_made_by_hand_in_an_unfinished_run_is_refused(
     monkeypatch.setattr(verb, "_run", stopping(run, 1))
     assert calmix(*command(out)).code == 130
     monkeypatch.setattr(verb, "_run", run)
-    by_hand = ("prune", tiny_folder, "--calibration", out / "calibration", "--sparsity", 0.6,
-               "-o", out / "pruned", "--overwrite")  # fmt: skip
+    by_hand = (
+        "prune",
+        tiny_folder,
+        "--calibration",
+        out / "calibration",
+        "--sparsity",
+        0.6,
+        "-o",
+        out / "pruned",
+        "--overwrite",
+    )
     calmix(*by_hand, "--method", "wanda").ok()
     line = calmix(*command(out)).line
     assert "pruned was made on another request (method: wanda, now " in line
     assert line.endswith(f"delete {out}/pruned and run its calmix compress again")
     (asked,) = (
-        one for one in json.loads((compressed / "compress.json").read_text())["stages"]
+        one
+        for one in json.loads((compressed / "compress.json").read_text())["stages"]
         if one["leaves"] == "pruned"
-    )  # fmt: skip
+    )
     calmix(*by_hand, "--method", asked["request"]["method"]).ok()
     calmix(*command(out)).ok()
     assert hashes(out / "pruned").keys() == hashes(compressed / "pruned").keys()

@@ -234,8 +234,13 @@ def test_a_matrix_whose_inputs_are_never_seen_has_no_importance(
     drawn = resolve(str(text_file), open_model(model), rows=2, length=32, leakage="off")
     drawn.save(tmp_path / "set")
     seen = []
-    monkeypatch.setattr(gguf, "open_tokenizer", lambda name, *, trust_remote_code: (
-        seen.append(trust_remote_code), open_tokenizer(name))[1])  # fmt: skip
+    monkeypatch.setattr(
+        gguf,
+        "open_tokenizer",
+        lambda name, *, trust_remote_code: (seen.append(trust_remote_code), open_tokenizer(name))[
+            1
+        ],
+    )
     asked = ("export", tmp_path / "set", "--to", "imatrix", "-m", model, "-o", out)
     told = calmix(*asked, "--trust-remote-code").ok().out
     assert seen == [True]

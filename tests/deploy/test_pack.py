@@ -142,11 +142,17 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(pruned, tmp_pa
         ("lacks gone.txt, which is part of the pack", {"files": {"gone.txt": "0"}}),
         (altered, {"files": {"config.json": "0"}}),
         (altered, {"weights": {"model.safetensors": {"packed": "0"}}}),
-        *(("is damaged", {key: value}) for key, value in (
-            ("weights", 3), ("weights", ["model.safetensors"]), ("files", [["a"]]),
-            ("names", ["a"]), ("config", 3),
-        )),
-    ):  # fmt: skip
+        *(
+            ("is damaged", {key: value})
+            for key, value in (
+                ("weights", 3),
+                ("weights", ["model.safetensors"]),
+                ("files", [["a"]]),
+                ("names", ["a"]),
+                ("config", 3),
+            )
+        ),
+    ):
         refused(match, **manifest)
     (tmp_path / "pack" / PACK).write_text("[" * 10**6)
     with pytest.raises(InputError, match="is damaged"):
@@ -187,8 +193,9 @@ def test_levels_of_a_model_whose_files_have_other_names_are_packed(quantised, tm
         save_file(weights, file, metadata={"format": "pt"})
     index = model / "model.safetensors.index.json"
     names = json.loads(index.read_text())
-    names["weight_map"] = {key.removeprefix("model."): name
-                           for key, name in names["weight_map"].items()}  # fmt: skip
+    names["weight_map"] = {
+        key.removeprefix("model."): name for key, name in names["weight_map"].items()
+    }
     index.write_text(json.dumps(names))
     comes_back(model, tmp_path)
     manifest = json.loads((tmp_path / "pack" / PACK).read_text())

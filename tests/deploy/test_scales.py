@@ -61,15 +61,19 @@ def renamed(folder, name):
 
 
 CASES = {
-    **{n: ("four", lambda f, c=c: first(f).write_bytes(c(first(f).read_bytes())))
-       for n, c in FILES.items()},
+    **{
+        n: ("four", lambda f, c=c: first(f).write_bytes(c(first(f).read_bytes())))
+        for n, c in FILES.items()
+    },
     **{n: ("four", lambda f, c=c: changed(f, "|scale", c)) for n, c in SCALE.items()},
-    **{f"octaves, {n}": ("ecq", lambda f, c=c: changed(f, "|octaves", c))
-       for n, c in OCTAVES.items()},
+    **{
+        f"octaves, {n}": ("ecq", lambda f, c=c: changed(f, "|octaves", c))
+        for n, c in OCTAVES.items()
+    },
     **{n: ("four", lambda f, c=c: renamed(f, c)) for n, c in NAMES.items()},
     "two steps": ("ecq", lambda f: changed(f, "|scale", lambda scale: scale.repeat(1, 2))),
     "a folder": ("four", lambda f: (first(f).unlink(), (f / SCALES / "00000").mkdir())),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)

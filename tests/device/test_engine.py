@@ -65,15 +65,19 @@ def by_block(kind, make, micro_tokens=64, change=lambda model: None, more=()):
     "case",
     quick(
         [("llama", QUICK, "block", HALF), ("gpt2", "wanda", "sequential", SemiStructured(2, 4), 1)],
-        [("llama", "sparsegpt", "sequential", HALF), ("gemma3_text", "wanda", "sequential", HALF),
-         ("llama", "wanda", "sequential", SemiStructured(2, 4)),
-         ("llama", "sparsegpt", "block", SemiStructured(2, 4)),
-         ("llama", "wanda,refit=2", "sequential", HALF), ("llama", "ria", "sequential", HALF),
-         ("llama", "magnitude", "sequential", SemiStructured(2, 4)),
-         ("gemma4_text", "wanda", "sequential", HALF)],
+        [
+            ("llama", "sparsegpt", "sequential", HALF),
+            ("gemma3_text", "wanda", "sequential", HALF),
+            ("llama", "wanda", "sequential", SemiStructured(2, 4)),
+            ("llama", "sparsegpt", "block", SemiStructured(2, 4)),
+            ("llama", "wanda,refit=2", "sequential", HALF),
+            ("llama", "ria", "sequential", HALF),
+            ("llama", "magnitude", "sequential", SemiStructured(2, 4)),
+            ("gemma4_text", "wanda", "sequential", HALF),
+        ],
     ),
     ids=str,
-)  # fmt: skip
+)
 def test_a_block_is_read_a_few_times_however_many_its_rows(case):
     kind, *how = case
     found = []
@@ -177,11 +181,14 @@ def test_experts_are_read_a_few_times_besides_what_routing_asks(case):
 
 @pytest.mark.parametrize(
     ("kind", "make"),
-    [("llama", a_look), ("llama", a_run(QUICK)),
-     pytest.param("mixtral", a_run("sparsegpt", "block"), marks=pytest.mark.long),
-     ("mixtral", lambda model: ScorePass(model, find_blocks(model)))],
+    [
+        ("llama", a_look),
+        ("llama", a_run(QUICK)),
+        pytest.param("mixtral", a_run("sparsegpt", "block"), marks=pytest.mark.long),
+        ("mixtral", lambda model: ScorePass(model, find_blocks(model))),
+    ],
     ids=["owl", "admm", "experts", "scores"],
-)  # fmt: skip
+)
 def test_apples_gpus_are_given_no_float64(kind, make):
     """Nor is it made there on the way: the tracer refuses it, as they do."""
     change = as_slices if kind == "mixtral" else lambda model: None

@@ -65,9 +65,14 @@ def test_a_block_learns_with_a_read_a_step(kind, gradients):
         traced.copies.clear()
         with reproducible(torch.device("cpu")):
             tune(
-                stream, 0, masters, targets, [[0, 1]] * 2, [2, 3],
+                stream,
+                0,
+                masters,
+                targets,
+                [[0, 1]] * 2,
+                [2, 3],
                 recover_request(calibration="", method="blocks", epochs=2, lr=1e-3),
-            )  # fmt: skip
+            )
         assert all(value.device.type == "cuda" for value in masters.values.values())
     assert traced.reads == {"_local_scalar_dense": 5}  # two steps, and three readings
     assert not traced.copies
@@ -87,8 +92,10 @@ def test_a_head_may_lie_on_another_device(gradients, monkeypatch):
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     with tracing(None):
         weight = torch.randn(VOCABULARY, 32, device=second)
-        heads = [lambda states: functional.linear(states.to(second), weight),
-                 lambda states: functional.linear(states, weight.to(first))]  # fmt: skip
+        heads = [
+            lambda states: functional.linear(states.to(second), weight),
+            lambda states: functional.linear(states, weight.to(first)),
+        ]
         hidden = torch.randn(7, 32, device=first, requires_grad=True)
         for ours, theirs in (heads, heads[::-1]):
             target = torch.randn(7, 32, device=first)

@@ -23,10 +23,12 @@ def on_device(*tensors):
 
 @pytest.mark.parametrize(
     "how",
-    quick([(torch.bfloat16, PATTERNS[0]), (torch.float32, PATTERNS[1])],
-          itertools.product([torch.bfloat16, torch.float32], PATTERNS)),
+    quick(
+        [(torch.bfloat16, PATTERNS[0]), (torch.float32, PATTERNS[1])],
+        itertools.product([torch.bfloat16, torch.float32], PATTERNS),
+    ),
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", [*SPARSE, "sparsegpt,refit=11", "wanda,refit=1"])
 def test_a_solve_reads_a_few_numbers_and_copies_nothing(name, how):
     """Layers of several sizes.

@@ -47,24 +47,82 @@ def made(tiny_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(base)
         prune("pruned", "--sparsity", 0.5, "--seed", 3)
-        calmix("prune", tiny_folder, "-o", "several", "--calibration", "self-cal", *SMALL,
-               "--sparsity", "0.4,0.5")  # fmt: skip
+        calmix(
+            "prune",
+            tiny_folder,
+            "-o",
+            "several",
+            "--calibration",
+            "self-cal",
+            *SMALL,
+            "--sparsity",
+            "0.4,0.5",
+        )
         # A pruning run without text must not get a warning of few tokens after a recovery.
         calmix("prune", tiny_folder, "-o", "bare", "--sparsity", 0.5, "--method", "magnitude")
-        calmix("recover", "bare", "--against", tiny_folder, "--method", "blocks", "--epochs", 1,
-               "--calibration", "mine", *OWN, *SMALL, "-o", "recovered")  # fmt: skip
-        calmix("prune", "mixture", "--calibration", "text.txt", *SMALL, "--drop-experts", 0.25,
-               "-o", "dropped")  # fmt: skip
-        calmix("prune", tiny_folder, "-o", "quantised", "--calibration", "text.txt", *SMALL,
-               "--bits", 3.5, "--embeddings", 5, "--skip", "*.o_proj")  # fmt: skip
+        calmix(
+            "recover",
+            "bare",
+            "--against",
+            tiny_folder,
+            "--method",
+            "blocks",
+            "--epochs",
+            1,
+            "--calibration",
+            "mine",
+            *OWN,
+            *SMALL,
+            "-o",
+            "recovered",
+        )
+        calmix(
+            "prune",
+            "mixture",
+            "--calibration",
+            "text.txt",
+            *SMALL,
+            "--drop-experts",
+            0.25,
+            "-o",
+            "dropped",
+        )
+        calmix(
+            "prune",
+            tiny_folder,
+            "-o",
+            "quantised",
+            "--calibration",
+            "text.txt",
+            *SMALL,
+            "--bits",
+            3.5,
+            "--embeddings",
+            5,
+            "--skip",
+            "*.o_proj",
+        )
         (base / "pruned" / "README.md").write_text("a card", encoding="utf-8")
         calmix("export", "--to", "pack", "pruned", "-o", "pack")
         calmix("export", "--to", "pack", tiny_folder, "-o", "dense-pack")
         calibrate("set", "mine:0.3,more.txt:0.7", *OWN, "--packing", "concat")
         calibrate("written", "self-written")
         calibrate("continued", "sgs,seeds=mine", *OWN)
-        calmix("calibrate", "measure", "text.txt", "--model", tiny_folder, "--rows", 8,
-               "--length", 32, "--draws", 1, "-o", "measured.json")  # fmt: skip
+        calmix(
+            "calibrate",
+            "measure",
+            "text.txt",
+            "--model",
+            tiny_folder,
+            "--rows",
+            8,
+            "--length",
+            32,
+            "--draws",
+            1,
+            "-o",
+            "measured.json",
+        )
         patch.setattr(Run, "block", interrupting(Run.block))
         prune("cut", "--sparsity", 0.5)
     few = synthetic.Plan(seeds=(0,), sources=("a", "b", "c", "d"), dimensions=("general", "code"))

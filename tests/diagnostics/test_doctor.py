@@ -43,10 +43,11 @@ def test_what_is_missing_or_outside_its_range_comes_with_advice(monkeypatch, tmp
     parts = (doctor.cache, doctor.archives, doctor.versions, doctor.extras)
     found = {check.name: check for part in parts for check in part()}
     for name, state, advice in (
-        ("cache", "missing", "CALMIX_CACHE"), ("torch", "failed", "pip install 'torch>=99'"),
+        ("cache", "missing", "CALMIX_CACHE"),
+        ("torch", "failed", "pip install 'torch>=99'"),
         ("asset smollm2-135m", "missing", "calmix doctor assets smollm2-135m --install"),
         ("extra ray", "missing", "pip install 'calmix[ray]'"),
-    ):  # fmt: skip
+    ):
         assert (found[name].state, advice in found[name].advice) == (state, True), name
     assert found["torch"].core
     assert found["extra ray"].found == "nothing-of-the-sort is not installed"

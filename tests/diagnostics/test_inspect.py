@@ -74,9 +74,11 @@ def test_what_is_unusual_is_a_warning_and_a_changed_manifest_is_named(calmix, ma
     write_json(path, sealed(manifest))
     told = health(calmix, path)
     for part in (
-        "model-00002", "damping was raised from 0.01 to 0.1", "9 of 32 inputs are dead",
+        "model-00002",
+        "damping was raised from 0.01 to 0.1",
+        "9 of 32 inputs are dead",
         "error of 40.0%",
-    ):  # fmt: skip
+    ):
         assert any(part in line for line in told["warnings"]), part
     assert len(told["layers"]) == 14
     for layer in told["layers"][1:]:

@@ -11,8 +11,11 @@ REQUESTS = [  # answers, and what a request asks for
     ("It is Paris.", {"words": 1, "is": "Paris"}, False),
     ("dogs", {"words": 1, "is": "dog|dogs"}, True),
     ("1. apple\n2. pear\n3. plum", {"lines": "3", "each_words": 4}, True),
-    ("Here are three fruits for you today:\n- apple\n- pear", {"lines": "3", "each_words": 4},
-     False),
+    (
+        "Here are three fruits for you today:\n- apple\n- pear",
+        {"lines": "3", "each_words": 4},
+        False,
+    ),
     ("apple, pear", {"lines": 1, "commas": "2", "each_words": 4}, True),
     ('```json\n{"a": 1}\n```', {"json": '{"a": 1}'}, True),
     ('{"a": 1', {"json": '{"a": 1}'}, False),
@@ -38,7 +41,7 @@ REQUESTS = [  # answers, and what a request asks for
     ("- plum\n- stone", {"lines": 2, "among": "berry|plum|fig"}, False),
     ("- a red plum\n- fig\n- stone", {"lines": 3, "among": "berry|plum|fig"}, True),
     ('Here is one sentence:\n"Le ciel est bleu."', {"language": "fr", "contains": "ciel"}, True),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -149,9 +152,30 @@ def test_results_are_compared_as_the_harness_compares_them():
     from lm_eval.tasks.hendrycks_math.utils import is_equiv
 
     pieces = [
-        "\\frac", "\\sqrt", "tfrac", "\\text{ ", "\\left", "^\\circ", "\\\\", "\\!", "\\%", "\\$",
-        "{", "}", "/", "=", ".", "0.5", " ", "\n", "-", "x", "1", "2", "12",
-    ]  # fmt: skip
+        "\\frac",
+        "\\sqrt",
+        "tfrac",
+        "\\text{ ",
+        "\\left",
+        "^\\circ",
+        "\\\\",
+        "\\!",
+        "\\%",
+        "\\$",
+        "{",
+        "}",
+        "/",
+        "=",
+        ".",
+        "0.5",
+        " ",
+        "\n",
+        "-",
+        "x",
+        "1",
+        "2",
+        "12",
+    ]
     rng, same = random.Random(0), 0
     for _ in range(20_000):
         made = rng.choices(pieces, k=rng.randrange(1, 7))
@@ -222,7 +246,7 @@ QUESTIONS = {  # answers to a question, whether they are right
         "hammer handle": False,
         "drill, saw and hammer": False,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -236,14 +260,32 @@ def test_a_short_answer_names_the_right_one_in_its_first_sentence(question, righ
 @pytest.mark.parametrize(
     ("text", "values"),
     [
-        ("x^2", []), ("x^{10} + 3", [3]), ("2**5", []), ("3/4 of it", [0.75]), ("1 1/2", [1.5]),
-        (r"\frac{3}{4}", [0.75]), ("18 000", [18000]), ("18\u202f000", [18000]),
-        (r"18\,000", [18000]), ("1,234,567.5", [1234567.5]), ("1, 2, 3", [1, 2, 3]),
-        ("-.5", [-0.5]), ("$18", [18]), ("-$18.50", [-18.5]), ("5-3", [5, 3]), ("18kg", [18]),
-        ("the 5th and 2nd", []), ("12/25/2020", []), ("1.2.3", []), ("1/0", []), ("1.5e3", [1500]),
-        ("H2O", []), ("2019 500", [2019, 500]), ("9" * 5000, []),
+        ("x^2", []),
+        ("x^{10} + 3", [3]),
+        ("2**5", []),
+        ("3/4 of it", [0.75]),
+        ("1 1/2", [1.5]),
+        (r"\frac{3}{4}", [0.75]),
+        ("18 000", [18000]),
+        ("18\u202f000", [18000]),
+        (r"18\,000", [18000]),
+        ("1,234,567.5", [1234567.5]),
+        ("1, 2, 3", [1, 2, 3]),
+        ("-.5", [-0.5]),
+        ("$18", [18]),
+        ("-$18.50", [-18.5]),
+        ("5-3", [5, 3]),
+        ("18kg", [18]),
+        ("the 5th and 2nd", []),
+        ("12/25/2020", []),
+        ("1.2.3", []),
+        ("1/0", []),
+        ("1.5e3", [1500]),
+        ("H2O", []),
+        ("2019 500", [2019, 500]),
+        ("9" * 5000, []),
     ],
-)  # fmt: skip
+)
 def test_numbers_are_read_with_signs_thousands_and_fractions(text, values):
     assert [float(one) for one in checks.numbers(text)] == values
 

@@ -61,9 +61,15 @@ def test_a_model_has_the_same_figures_alone_and_beside_another(calmix, printed, 
     assert both["code"][0] == wanted == words.with_span(behaviour((before, after)).right.of("code"))
     assert wanted in calmix("evaluate", "rescore", one).ok().out
     assert words.ability_rows(behaviour((before, after)))[0] == {
-        "ability": "code", "#asked": 20, "#dense right": 12, "#small right": 11, "#lost": 3,
-        "#gained": 2, "#p": "1.000", "#right %": wanted,
-    }  # fmt: skip
+        "ability": "code",
+        "#asked": 20,
+        "#dense right": 12,
+        "#small right": 11,
+        "#lost": 3,
+        "#gained": 2,
+        "#p": "1.000",
+        "#right %": wanted,
+    }
     told = json.loads(calmix("compare", one, "--json").ok().out)["one"]
     assert told["retention"]["total"] == told["behaviour"]["right"]["total"]
 

@@ -87,10 +87,12 @@ def test_a_file_gives_the_scores_back_or_is_refused(suite, tiny, tmp_path):
         *(({"tasks": [one]}, "task quiz has parts of different lengths") for one in short),
         ({"tasks": [asdict(replace(quiz, gold=(0, 3)))]}, "is damaged"),
         ({"tasks": [asdict(replace(quiz, loglikelihoods=()))]}, "is damaged"),
-        ({"tasks": [{"name": "a"}]}, "is damaged"), ({"suite": {}}, "does not name its suite"),
+        ({"tasks": [{"name": "a"}]}, "is damaged"),
+        ({"suite": {}}, "does not name its suite"),
         ({"suite": {"name": "a", "hash": "b"}}, "does not name its suite"),
-        ({"kind": "other"}, "is not a file of scores"), ({"format": 1}, "in format 1, not 2"),
-    ):  # fmt: skip
+        ({"kind": "other"}, "is not a file of scores"),
+        ({"format": 1}, "in format 1, not 2"),
+    ):
         path.write_text(json.dumps(told | change), encoding="utf-8")
         with pytest.raises(InputError, match=says):
             load_scores(path)

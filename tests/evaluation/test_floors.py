@@ -73,8 +73,10 @@ def test_bounds_are_exact_and_say_what_so_many_right_answers_can_prove():
 def test_each_ability_is_judged_by_the_first_measure_it_has():
     said = answered(100, 120), answered(100, 120, kept=97)
     chosen = [accuracy([1.0] * n + [0.0] * (300 - n), "quiz", "general") for n in (280, 275)]
-    likely = [bits([0.5 + more * (n % 3) for n in range(60)], [2] * 60, "passages", "prose")
-              for more in (0.0, 0.01)]  # fmt: skip
+    likely = [
+        bits([0.5 + more * (n % 3) for n in range(60)], [2] * 60, "passages", "prose")
+        for more in (0.0, 0.01)
+    ]
     more = bits([0.5] * 60, [2] * 60, "answers", "code")  # in an ability that has answers too
     dense = scored(said[0], chosen[0], likely[0], more)
     pruned = scored(said[1], chosen[1], likely[1], more, not_run=("humaneval",))
@@ -151,14 +153,20 @@ def test_what_cannot_be_proven_is_said_with_the_nearest_that_can():
 def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named():
     guessed = accuracy([1.0, 0.0] * 15, "coin", chance=0.5)
     dense = scored(
-        written("qa", "general", [1] * 12 + [0] * 3), written("sums", "math", [1] * 10 + [0] * 4),
-        written("few", "chat", [1] * 3), accuracy([1.0] * 20, "quiz", "general"), guessed,
-    )  # fmt: skip
+        written("qa", "general", [1] * 12 + [0] * 3),
+        written("sums", "math", [1] * 10 + [0] * 4),
+        written("few", "chat", [1] * 3),
+        accuracy([1.0] * 20, "quiz", "general"),
+        guessed,
+    )
     pruned = scored(
-        written("qa", "general", [1] * 9 + [0] * 3 + [1, 1, 0]), written("sums", "math", [0] * 14),
-        written("few", "chat", [0] * 3), accuracy([1.0, 0.0] * 10, "quiz", "general"), guessed,
+        written("qa", "general", [1] * 9 + [0] * 3 + [1, 1, 0]),
+        written("sums", "math", [0] * 14),
+        written("few", "chat", [0] * 3),
+        accuracy([1.0, 0.0] * 10, "quiz", "general"),
+        guessed,
         not_run=("humaneval",),
-    )  # fmt: skip
+    )
     found = behaviour((dense, pruned))
     assert found.choices is not None
     assert (found.choices.pruned, found.at_chance) == (10, ("coin",))
@@ -204,7 +212,9 @@ def test_tasks_of_two_suites_are_told_apart_by_ability_and_data_set():
         parse_floors("0.9"), [(scored(own), scored(lost)), (scored(ours, suite="t"),) * 2]
     )
     assert [(one.ability, one.passed) for one in verdict.tested] == [
-        ("support", False), ("chat", True)]  # fmt: skip
+        ("support", False),
+        ("chat", True),
+    ]
     other = replace(own, dimension="chat", items=tuple(f"mine/{n}" for n in range(40)))
     found = behaviour((scored(other), scored(other)), (scored(ours, suite="t"),) * 2)
     assert found.answers.dense == 139
@@ -240,8 +250,10 @@ def test_where_only_right_answers_were_asked_nothing_is_said_of_others_or_of_few
     assert part.flips(full)["total"].value == pytest.approx(0.1)  # of all items: 2 of 10, and none
     assert replace(part, right_only=True).flips(full)["total"].value == 0
     # Whatever is right or wrong is measured by answers kept then, and of others nothing is said.
-    strict = [scored(*(replace(task, primary="accuracy") for task in one.tasks))
-              for one in (dense, pruned)]  # fmt: skip
+    strict = [
+        scored(*(replace(task, primary="accuracy") for task in one.tasks))
+        for one in (dense, pruned)
+    ]
     assert strict[1].retention(strict[0], "primary").total.value == pytest.approx(6 / 8)
     (task,) = replace(strict[1], right_only=True).retention(strict[0]).tasks
     assert (task.kept.value, task.pruned, task.pruned_accuracy) == (0.75, None, None)

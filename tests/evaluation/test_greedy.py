@@ -28,14 +28,23 @@ def test_answers_are_those_given_one_at_a_time(tmp_path, monkeypatch, kind):
     opened = open_model(str(save_tiny_model(tmp_path / kind, kind)), dtype="float32")
     rng = random.Random(19)
     head = [rng.randrange(5, 300) for _ in range(10)]
-    asked = [Prompt(head + [rng.randrange(5, 300) for _ in range(rng.randrange(1, 24))],
-                    rng.choice([4, 12, 20])) for _ in range(19)]  # fmt: skip
+    asked = [
+        Prompt(
+            head + [rng.randrange(5, 300) for _ in range(rng.randrange(1, 24))],
+            rng.choice([4, 12, 20]),
+        )
+        for _ in range(19)
+    ]
     for one, (text, _) in zip(asked, answers(opened, asked), strict=True):
         ids = torch.tensor([one.ids])
         alone = opened.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=one.tokens,
-            eos_token_id=end_tokens(opened), pad_token_id=0,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=one.tokens,
+            eos_token_id=end_tokens(opened),
+            pad_token_id=0,
+        )
         assert text == opened.tokenizer.decode(alone[0, len(one.ids) :], skip_special_tokens=True)
 
 
@@ -68,8 +77,10 @@ def test_a_row_with_another_beginning_sees_its_whole_window(tmp_path):
     folder = save_tiny_model(tmp_path / "m", "mistral", sliding_window=16)
     opened, rng = open_model(str(folder), dtype="float32"), random.Random(0)
     head, other = ([n] * 10 for n in (40, 250))
-    asked = [Prompt(start + [rng.randrange(5, 300) for _ in range(20)], tokens)
-             for start, tokens in [(head, 24)] * 14 + [(head, 20)] * 3 + [(other, 20)]]  # fmt: skip
+    asked = [
+        Prompt(start + [rng.randrange(5, 300) for _ in range(20)], tokens)
+        for start, tokens in [(head, 24)] * 14 + [(head, 20)] * 3 + [(other, 20)]
+    ]
     (alone,) = answers(opened, asked[-1:])
     assert answers(opened, asked)[-1] == alone
 
@@ -119,7 +130,10 @@ def test_an_answer_has_all_room_that_the_prompt_leaves(monkeypatch):
     monkeypatch.setattr(OpenModel, "context", 100)
     answers(model, [Prompt([7] * 20, 90), Prompt([8] * 300, 90), Prompt([9] * 60, 9)])
     assert {(row.ids[0], len(row.ids), row.tokens) for row in rooms} == {
-        (7, 20, 80), (8, 50, 50), (9, 60, 9)}  # fmt: skip
+        (7, 20, 80),
+        (8, 50, 50),
+        (9, 60, 9),
+    }
 
 
 def test_an_answer_that_goes_round_in_a_loop_is_cut():
@@ -151,9 +165,10 @@ def test_prompts_of_a_file_and_the_file_of_answers(tmp_path):
     assert load_answers(out) == made
     value = json.loads(out.read_text(encoding="utf-8"))
     for wrong, says in (
-        ({"kind": "x"}, "is not a file of answers"), ({"answers": [["a"]]}, "do not match"),
+        ({"kind": "x"}, "is not a file of answers"),
+        ({"answers": [["a"]]}, "do not match"),
         ({"models": 1}, "is damaged: 'models'"),
-    ):  # fmt: skip
+    ):
         out.write_text(json.dumps(sealed(value | wrong)), encoding="utf-8")
         with pytest.raises(InputError, match=says):
             load_answers(out)

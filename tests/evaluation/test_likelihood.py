@@ -20,10 +20,14 @@ from tests.evaluation.helpers import opened
 from tests.tiny import save_tiny_model, tiny_ids, tiny_model
 
 KINDS = {
-    "llama": {}, "gemma2": {"final_logit_softcapping": 2.0}, "granite": {"logits_scaling": 4.0},
-    "hyperclovax": {"logits_scaling": 4.0}, "modernbert-decoder": {}, "mamba2": {},
+    "llama": {},
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "granite": {"logits_scaling": 4.0},
+    "hyperclovax": {"logits_scaling": 4.0},
+    "modernbert-decoder": {},
+    "mamba2": {},
     "recurrent_gemma": {"logits_soft_cap": 2.0},
-}  # fmt: skip
+}
 
 
 def divergence(before, after):
@@ -61,8 +65,10 @@ def test_a_model_of_other_inputs_or_logits_is_refused_in_one_line():
     model.forward = lambda **kwargs: run(**kwargs, attention_mask=object())
     with pytest.raises(ModelError, match="gives no logits for token ids in float32"):
         row_nll(model, tiny_ids())
-    for step, says in ((1, "computes logits from more than its decoder's output"),
-                       (-1, "LlamaForCausalLM is not causal")):  # fmt: skip
+    for step, says in (
+        (1, "computes logits from more than its decoder's output"),
+        (-1, "LlamaForCausalLM is not causal"),
+    ):
 
         def forward(input_ids, step=step, **kwargs):
             result = run(input_ids=input_ids, **kwargs)
@@ -149,8 +155,10 @@ def test_a_model_is_at_no_distance_from_itself_and_one_row_has_no_interval(dtype
     dense.model.to(dtype)
     found = distance(dense, reference(dense, TEXTS | {"code": TEXTS["code"][:1]}))
     assert [list(one.values())[1:] for one in (*found["dimensions"].values(), found["total"])] == [
-        [0, 0, 0, 1, None, None], [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, None, None],
-    ]  # fmt: skip
+        [0, 0, 0, 1, None, None],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1, None, None],
+    ]
 
 
 def test_the_cache_gives_the_same_reference_without_the_blocks(tmp_path, monkeypatch):

@@ -20,9 +20,10 @@ def right(count, of, **fields):
 
 def test_tasks_and_dimensions_without_signal_do_not_count():
     dense = [
-        right(80, 100, name="good"), right(27, 100, name="weak"),
+        right(80, 100, name="good"),
+        right(27, 100, name="weak"),
         right(0, 40, name="written", dimension="code", chance=0.0),
-    ]  # fmt: skip
+    ]
     found = retention(dense, [right(60, 100, name="good"), *dense[1:]], resamples=100)
     assert [task.signal for task in found.tasks] == [True, False, False]
     assert [task.kept.value is None for task in found.tasks] == [False, True, True]
@@ -72,13 +73,17 @@ def test_other_tasks_or_items_are_refused():
 def test_dimensions_and_total_are_means_of_what_tasks_keep(measure):
     rng = np.random.default_rng(0)
     nats, sizes = rng.uniform(2, 6, 40), rng.integers(9, 20, 40)
-    pairs = [(right(40, 80, name="a"), right(30, 80, name="a")),
-             (right(40, 50, name="b"), right(30, 50, name="b")),
-             (bits(nats, sizes, "c", "code"), bits(1.3 * nats, sizes, "c", "code"))]  # fmt: skip
+    pairs = [
+        (right(40, 80, name="a"), right(30, 80, name="a")),
+        (right(40, 50, name="b"), right(30, 50, name="b")),
+        (bits(nats, sizes, "c", "code"), bits(1.3 * nats, sizes, "c", "code")),
+    ]
     found = retention(*zip(*pairs, strict=True), measure=measure, resamples=50)
     made = [parts(*both, measure) for both in pairs]
-    points = [resampled(one.name, own, resamples=50, seed=0)
-              for (one, _), own in zip(pairs, made, strict=True)]  # fmt: skip
+    points = [
+        resampled(one.name, own, resamples=50, seed=0)
+        for (one, _), own in zip(pairs, made, strict=True)
+    ]
     assert [one.kept for one in found.tasks] == list(map(estimate, points))
     floors = [0.25, 0.25, 3 / math.log(2)] if measure == "primary" else [None] * 3
     assert [one.floor for one in found.tasks] == pytest.approx(floors)
@@ -151,17 +156,23 @@ def test_right_answers_are_pooled_by_ability_and_count_gains():
 
 def test_flips_are_counted_both_ways_and_texts_have_none():
     dense = [
-        accuracy([1, 1, 1, 1, 0, 0, 0, 0], "a"), accuracy([1, 0], "b"), bits([3.0], [2]),
+        accuracy([1, 1, 1, 1, 0, 0, 0, 0], "a"),
+        accuracy([1, 0], "b"),
+        bits([3.0], [2]),
         accuracy([1, 1, 0, 0], "c", "math"),
-    ]  # fmt: skip
+    ]
     pruned = [
-        accuracy([0, 0, 1, 1, 1, 0, 0, 0], "a"), accuracy([1, 0], "b"), bits([9.0], [2]),
+        accuracy([0, 0, 1, 1, 1, 0, 0, 0], "a"),
+        accuracy([1, 0], "b"),
+        bits([9.0], [2]),
         accuracy([0, 1, 0, 0], "c", "math"),
-    ]  # fmt: skip
+    ]
     found = flips(dense, pruned)
     assert {name: one.value for name, one in found.items()} == {
-        "general": 3 / 16, "math": 1 / 4, "total": (3 / 16 + 1 / 4) / 2
-    }  # fmt: skip
+        "general": 3 / 16,
+        "math": 1 / 4,
+        "total": (3 / 16 + 1 / 4) / 2,
+    }
     assert found["general"].low < 3 / 16 < found["general"].high
     assert astuple(flips([dense[1]], [pruned[1]])["total"]) == (0, 0, 0)
     assert flips(dense[2:3], pruned[2:3]) == {}
@@ -195,7 +206,7 @@ def test_every_score_by_hand():
         (TEXT, bits([40, 40], [20, 20]), "smoothed", 0.0),
         (DENSE, DENSE, "smoothed", 1.0),
     ],
-)  # fmt: skip
+)
 def test_retention_by_hand(dense, pruned, measure, kept):
     assert parts(dense, pruned, measure).retention == pytest.approx(kept)
 

@@ -45,8 +45,9 @@ def test_builtin_suites():
     offline, read = suites["offline"].tasks, benchmarks_read(offline_sources().values())
     assert all((task.quick or 0) < (task.limit or 0) for task in offline.values())
     # It leaves the odd items to the sources.
-    parts = {name for name, task in offline.items()
-             if task.items == "all" and benchmark(task) in read}  # fmt: skip
+    parts = {
+        name for name, task in offline.items() if task.items == "all" and benchmark(task) in read
+    }
     assert parts == {"math500"}  # its source leaves out all similar items
 
 
@@ -62,9 +63,12 @@ def test_selections_of_a_users_own_file_have_hashes_of_their_own(tmp_path):
     assert suite.hash == suite.model_copy(update={"description": "other words"}).hash
     assert suite.hash != suite.model_copy(update={"version": 4}).hash
     for limit, how in (
-        (2, {"quick": True}), (10, {"quick": True, "whole": ["general"]}), (10, {"limit": 99}),
-        (3, {"limit": 3}), (1, {"quick": True, "limit": 1}),
-    ):  # fmt: skip
+        (2, {"quick": True}),
+        (10, {"quick": True, "whole": ["general"]}),
+        (10, {"limit": 99}),
+        (3, {"limit": 3}),
+        (1, {"quick": True, "limit": 1}),
+    ):
         assert choose(suite, **how).tasks["sciq"].limit == limit
     assert choose(suite, limit=3).tasks["mbpp"].limit == 3
     abilities = load_suite("abilities")
@@ -87,9 +91,11 @@ def test_selections_of_a_users_own_file_have_hashes_of_their_own(tmp_path):
             choose(suite, **wrong)
     path.write_bytes(b"\xff\xfe\x00")
     for wrong, says in (
-        (path, "not UTF-8"), (tmp_path, "Is a directory"), (tmp_path / "none.yaml", "is no file"),
+        (path, "not UTF-8"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none.yaml", "is no file"),
         ("offlin", "unknown suite 'offlin': did you mean offline"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=says):
             load_suite(wrong)
 
@@ -106,17 +112,29 @@ def test_selections_of_a_users_own_file_have_hashes_of_their_own(tmp_path):
         ("    mbpp: ", "    sciq: ", 1, "task 'sciq' is in 'general' and in 'code'"),
         ("  general:", f"  {TOTAL}:", 1, f"'{TOTAL}' is a reserved name"),
         ("  general:", f"  {WORST}:", 1, f"'{WORST}' is a reserved name"),
-        *((MBPP, task, 15, says) for task, says in (
-            ("{file: a.jsonl}", "a task with 'file' needs 'kind'"),
-            ("{file: a.jsonl, kind: answers, archive: x}", "needs one of 'archive', 'asked' and"),
-            ("{file: a.jsonl, kind: answers, metric: acc}", "'metric' of such a task is as_asked"),
-            ("{file: a.jsonl, kind: choices, shots: 3}", "'shots' has no effect on choices"),
-            ("{file: a.jsonl, kind: programs, shots: 1}", "'shots' has no effect on such a task"),
-            ("{asked: sums, metric: as_asked, shots: 2}", "'shots' has no effect"),
-            ("{asked: nothing, metric: as_asked}", "unknown asked task 'nothing'"),
-        )),
+        *(
+            (MBPP, task, 15, says)
+            for task, says in (
+                ("{file: a.jsonl}", "a task with 'file' needs 'kind'"),
+                (
+                    "{file: a.jsonl, kind: answers, archive: x}",
+                    "needs one of 'archive', 'asked' and",
+                ),
+                (
+                    "{file: a.jsonl, kind: answers, metric: acc}",
+                    "'metric' of such a task is as_asked",
+                ),
+                ("{file: a.jsonl, kind: choices, shots: 3}", "'shots' has no effect on choices"),
+                (
+                    "{file: a.jsonl, kind: programs, shots: 1}",
+                    "'shots' has no effect on such a task",
+                ),
+                ("{asked: sums, metric: as_asked, shots: 2}", "'shots' has no effect"),
+                ("{asked: nothing, metric: as_asked}", "unknown asked task 'nothing'"),
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_mistake_gives_one_line_with_line_and_key(old, new, line, says):
     assert old in GOOD
     with pytest.raises(InputError) as caught:
@@ -150,10 +168,11 @@ def test_the_template_is_a_suite_whose_examples_are_right(folder):
     (item,) = load_items(suite.tasks["my_choices"])
     assert ([answer for _, answer in item.requests], item.gold) == ([" a stone", " an apple"], 1)
     for name, text, other in (
-        ("my_answers", "Downwards", "left"), ("my_numbers", "That is 42 pens.", "75"),
+        ("my_answers", "Downwards", "left"),
+        ("my_numbers", "That is 42 pens.", "75"),
         ("my_programs", "```python\ndef double(x):\n    return 2 * x\n```", "    return x"),
         ("my_programs", "    return 2 * x", "def double(x):\n    return 3 * x"),
-    ):  # fmt: skip
+    ):
         first, *_ = load_items(suite.tasks[name])
         assert verdict(first, text), (name, text)
         assert not verdict(first, other), (name, other)

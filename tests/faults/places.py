@@ -23,9 +23,18 @@ from tests.tiny import save_tiny_model
 RUN = ("calmix-run.json",)  # holds date and seconds
 SMALL = ("--rows", 8, "--length", 64, "--leakage", "off")
 NAMES = (
-    "prune sparsegpt", "prune wanda", "prune magnitude", "prune block", "prune targets",
-    "recover distill", "recover blocks", "calibrate", "generate", "evaluate", "study",
-)  # fmt: skip
+    "prune sparsegpt",
+    "prune wanda",
+    "prune magnitude",
+    "prune block",
+    "prune targets",
+    "recover distill",
+    "recover blocks",
+    "calibrate",
+    "generate",
+    "evaluate",
+    "study",
+)
 CACHED = ("generate", "evaluate", "study")  # what keeps something in the cache
 
 
@@ -77,11 +86,18 @@ def verbs(files):
         "calibrate": kept("calibrate", text, "-m", model, *SMALL, resume=()),
         "generate": kept("calibrate", "self-cal", "-m", model, *SMALL, resume=()),
         "evaluate": Verb(
-            lambda at: ("evaluate", files / "model", "--suite", files / "suite.yaml", "-o",
-                        at / "out.json"), _scores,
+            lambda at: (
+                "evaluate",
+                files / "model",
+                "--suite",
+                files / "suite.yaml",
+                "-o",
+                at / "out.json",
+            ),
+            _scores,
         ),
         "study": Verb(lambda at: ("study", "run", study, "-o", at / "out"), _study, anew=()),
-    }  # fmt: skip
+    }
     assert tuple(found) == NAMES
     return found
 

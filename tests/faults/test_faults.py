@@ -117,8 +117,9 @@ def test_a_disk_too_small_or_read_only_is_a_line(place, share):
     disk = place.fresh("disk")
     size = sum(path.stat().st_size for path in (place.folder / "clean").rglob("*"))
     room = "ro" if share is None else f"size={max(4096, int(share * size))}"
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", room, "tmpfs", disk],
-                      capture_output=True).returncode:  # fmt: skip
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", room, "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("this system does not let tests mount a small disk")
     try:
         ended = place.run(disk)

@@ -6,17 +6,72 @@ from calmix.manifest import SEAL, sealed
 
 NESTED = "[" * 5000 + "]" * 5000
 VALUES = (
-    None, True, 0, -1, 2**63, 10**30, 1.5, 1e308, float("nan"), float("inf"), "", "x", "\ud800",
-    "\x00", "\x1b[2J", "../../x", "<script>alert(1)</script>", "[/bold]", "x" * 100_000, "{a.b}",
-    "off", "2:4", "0.5", [], {}, [[]], [None], [-1], {"": {}}, [1, "2", 3.0], ["x"] * 1000,
-)  # fmt: skip
+    None,
+    True,
+    0,
+    -1,
+    2**63,
+    10**30,
+    1.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\ud800",
+    "\x00",
+    "\x1b[2J",
+    "../../x",
+    "<script>alert(1)</script>",
+    "[/bold]",
+    "x" * 100_000,
+    "{a.b}",
+    "off",
+    "2:4",
+    "0.5",
+    [],
+    {},
+    [[]],
+    [None],
+    [-1],
+    {"": {}},
+    [1, "2", 3.0],
+    ["x"] * 1000,
+)
 LINES = (
-    "&a [*a]", "<<: *a", "<<: {rows: 3}", "? [a, b]\n: c", "? {a: b}\n: c", "\t", "---", "...",
-    "a: &a [x, x]\nb: [*a, *a]", "x: !!python/object/apply:os.system ['true']", "x: 2001-99-99",
-    "x: 0x", "x: 1e999", "x: .nan", "x: " + "9" * 5000, "x: " + NESTED, "- x", ": ", "rows: -1",
-    "rows: 99999999999999999999", "seed: 1.5", "length: null", "%YAML 9.9", "x: |\n  y", "\ufeff",
-    "\u2028", "x: '", 'x: "\\ud800"', "x: !!binary '='", "x: 12:30:45", "on: off", "1: 2",
-)  # fmt: skip
+    "&a [*a]",
+    "<<: *a",
+    "<<: {rows: 3}",
+    "? [a, b]\n: c",
+    "? {a: b}\n: c",
+    "\t",
+    "---",
+    "...",
+    "a: &a [x, x]\nb: [*a, *a]",
+    "x: !!python/object/apply:os.system ['true']",
+    "x: 2001-99-99",
+    "x: 0x",
+    "x: 1e999",
+    "x: .nan",
+    "x: " + "9" * 5000,
+    "x: " + NESTED,
+    "- x",
+    ": ",
+    "rows: -1",
+    "rows: 99999999999999999999",
+    "seed: 1.5",
+    "length: null",
+    "%YAML 9.9",
+    "x: |\n  y",
+    "\ufeff",
+    "\u2028",
+    "x: '",
+    'x: "\\ud800"',
+    "x: !!binary '='",
+    "x: 12:30:45",
+    "on: off",
+    "1: 2",
+)
 
 
 def mutated(raw, kind, rng):
@@ -42,10 +97,16 @@ def _bytes(raw, rng):
     noise = bytes(rng.choice(b'{}[]",:0a\n\xff\x00') for _ in range(rng.randrange(1, 9)))
     size = rng.randrange(1, 400)
     other = bytes([rng.randrange(256)])
-    return rng.choice([
-        raw[:at] + other + raw[at + 1 :], raw[:at], raw[:at] + raw[at + size :],
-        raw[:at] + noise + raw[at:], raw[: at + size] + raw[at:], b"",
-    ])  # fmt: skip
+    return rng.choice(
+        [
+            raw[:at] + other + raw[at + 1 :],
+            raw[:at],
+            raw[:at] + raw[at + size :],
+            raw[:at] + noise + raw[at:],
+            raw[: at + size] + raw[at:],
+            b"",
+        ]
+    )
 
 
 def _words(raw, rng):
@@ -109,8 +170,14 @@ def _lines(raw, rng):
     at = rng.randrange(len(lines))
     line, key = lines[at], lines[at].partition(":")[0]
     indent = line[: len(line) - len(line.lstrip())]
-    lines[at : at + 1] = rng.choice([
-        [indent + rng.choice(LINES), line], [rng.choice(LINES)], [], [line, line],
-        [" " * rng.randrange(9) + line.lstrip()], [f"{key}: {json.dumps(rng.choice(VALUES))}"],
-    ])  # fmt: skip
+    lines[at : at + 1] = rng.choice(
+        [
+            [indent + rng.choice(LINES), line],
+            [rng.choice(LINES)],
+            [],
+            [line, line],
+            [" " * rng.randrange(9) + line.lstrip()],
+            [f"{key}: {json.dumps(rng.choice(VALUES))}"],
+        ]
+    )
     return "\n".join(lines).encode("utf-8", "surrogatepass")

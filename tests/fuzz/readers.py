@@ -96,9 +96,11 @@ def make(folder):
     pyarrow.parquet.write_table(pyarrow.table(table), folder / "rows.parquet")
     suite = resources.files("calmix.evaluation").joinpath("suites/smoke.yaml")
     for name, held in {
-        "study": STUDY.replace("MODEL", str(model)), "sources": SOURCES, "mix": MIX,
+        "study": STUDY.replace("MODEL", str(model)),
+        "sources": SOURCES,
+        "mix": MIX,
         "suite": suite.read_text(encoding="utf-8"),
-    }.items():  # fmt: skip
+    }.items():
         (folder / f"{name}.yaml").write_text(held)
     drawn = resolve(str(text), open_tokenizer(str(model)), rows=3, length=8, leakage="off")
     drawn.save(folder / "set")

@@ -13,8 +13,10 @@ from tests.tiny import ARCHITECTURES, quick, tiny_ids, tiny_model
 FEW = "llama", "bloom", "gemma4_text", "gpt2", "falcon"
 OTHERS = "bloom", "falcon", "gemma2"  # do not use transformers' attention interface, or not sdpa
 SHAPES = [  # rows, heads, key heads, positions, tokens, width, value width
-    (3, 6, 2, 150, 150, 16, 16), (2, 4, 4, 64, 64, 8, 12), (5, 4, 1, 33, 90, 16, 16),
-]  # fmt: skip
+    (3, 6, 2, 150, 150, 16, 16),
+    (2, 4, 4, 64, 64, 8, 12),
+    (5, 4, 1, 33, 90, 16, 16),
+]
 
 
 @pytest.fixture
@@ -62,8 +64,14 @@ def there_and_back(attend, given, *how, back=None):
 def test_slices_attend_as_torch_does_there_and_back(shape, slices):
     rows, heads, shared, positions, tokens, width, wide = shape
     torch.manual_seed(0)
-    given = [torch.randn(rows, n, many, size) for n, many, size in (
-        (heads, positions, width), (shared, tokens, width), (shared, tokens, wide))]  # fmt: skip
+    given = [
+        torch.randn(rows, n, many, size)
+        for n, many, size in (
+            (heads, positions, width),
+            (shared, tokens, width),
+            (shared, tokens, wide),
+        )
+    ]
     back = torch.randn(rows, positions, heads, wide)
     plain = [None] if positions == tokens else []
     for mask in plain + masks(rows, positions, tokens):
@@ -79,8 +87,11 @@ def test_bfloat16_is_no_further_off_than_torchs():
     torch.manual_seed(1)
     given = [torch.randn(2, n, 200, 32, dtype=torch.bfloat16) for n in (6, 2, 2)]
     exact = [one.double() for one in given]
-    off = [there_and_back(torchs, exact, None), there_and_back(torchs, given, None),
-           there_and_back(sliced_attention, given, None)]  # fmt: skip
+    off = [
+        there_and_back(torchs, exact, None),
+        there_and_back(torchs, given, None),
+        there_and_back(sliced_attention, given, None),
+    ]
     for truth, theirs, ours in zip(*off, strict=True):
         assert (ours - truth).norm() < 1.4 * (theirs - truth).norm() < 0.02 * truth.norm()
 
@@ -126,18 +137,28 @@ def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch
     seen, both = [], torch.ones(1, 1, 7, 7, dtype=torch.bool)
     attend = F.scaled_dot_product_attention
     monkeypatch.setattr(
-        F, "scaled_dot_product_attention",
+        F,
+        "scaled_dot_product_attention",
         lambda query, *more, **how: seen.append(tuple(query.shape)) or attend(query, *more, **how),
-    )  # fmt: skip
-    for number, (who, query, mask, how, folded, sliced) in enumerate((
-        (module, one, None, {}, True, False),
-        (module, several, None, {}, False, True),
-        (encoder, several, None, {}, False, False),
-        (module, several, both, {}, False, False),  # with only a mask it is not causal
-        (module, several[:, :, :5], None, {}, False, False),  # positions of the queries are unknown
-        (module, several, None, {"is_causal": False}, False, False),
-        (module, several, torch.zeros(2, 9, 7, 7), {}, False, False),  # one mask per head
-    )):  # fmt: skip
+    )
+    for number, (who, query, mask, how, folded, sliced) in enumerate(
+        (
+            (module, one, None, {}, True, False),
+            (module, several, None, {}, False, True),
+            (encoder, several, None, {}, False, False),
+            (module, several, both, {}, False, False),  # with only a mask it is not causal
+            (
+                module,
+                several[:, :, :5],
+                None,
+                {},
+                False,
+                False,
+            ),  # positions of the queries are unknown
+            (module, several, None, {"is_causal": False}, False, False),
+            (module, several, torch.zeros(2, 9, 7, 7), {}, False, False),  # one mask per head
+        )
+    ):
         wanted, _ = sdpa_attention_forward(who, query, key, value, mask, scaling=0.5, **how)
         seen.clear()
         slices.clear()

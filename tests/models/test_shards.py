@@ -65,11 +65,17 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"\xff" * 40, struct.pack("<Q", 8) + b"not json", entry()[:-4], entry() + b"more",
-        entry(shape=[1 << 40]), entry(shape=[-2]), entry(offsets=[-8, 0]),
+        b"",
+        b"\xff" * 40,
+        struct.pack("<Q", 8) + b"not json",
+        entry()[:-4],
+        entry() + b"more",
+        entry(shape=[1 << 40]),
+        entry(shape=[-2]),
+        entry(offsets=[-8, 0]),
         entry(offsets=[1 << 62, (1 << 62) + 8]),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_or_a_header_that_lies_is_named(tmp_path, content):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)

@@ -21,15 +21,24 @@ MIB = 2**20
 def source():
     """A block of Llama 3 8B without weights."""
     config = AutoConfig.for_model(
-        "llama", hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
-        num_key_value_heads=8, num_hidden_layers=1, vocab_size=128256,
-    )  # fmt: skip
+        "llama",
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_hidden_layers=1,
+        vocab_size=128256,
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return {
-        "model": model, "blocks": find_blocks(model), "dtype": torch.bfloat16, "merges": False,
-        "device": torch.device("cpu"), "outside_bytes": lambda head=False: 1002 * MIB,
-    }  # fmt: skip
+        "model": model,
+        "blocks": find_blocks(model),
+        "dtype": torch.bfloat16,
+        "merges": False,
+        "device": torch.device("cpu"),
+        "outside_bytes": lambda head=False: 1002 * MIB,
+    }
 
 
 @pytest.fixture
@@ -126,9 +135,13 @@ def test_a_refit_and_bits_take_more_and_wider_or_taller_layers_too():
 
 def test_amounts_of_memory():
     for text, value in {
-        "6GiB": 6 * GIB, "1.5 gib": 3 * GIB // 2, "512MB": 512 * 10**6, "7000": 7000, "2k": 2000,
+        "6GiB": 6 * GIB,
+        "1.5 gib": 3 * GIB // 2,
+        "512MB": 512 * 10**6,
+        "7000": 7000,
+        "2k": 2000,
         "4Mi": 4 * MIB,
-    }.items():  # fmt: skip
+    }.items():
         assert parse_memory(text) == value
     for text in ("", "much", "-1GiB", "6 GiBit", "0", "1e9"):
         with pytest.raises(InputError, match=r"^--max-memory '"):

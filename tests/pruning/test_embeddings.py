@@ -24,16 +24,21 @@ from tests.tiny import (
 )
 
 
-@pytest.mark.parametrize("kind", quick(("llama", "gemma2", "opt", "gpt2", "mixtral"),
-                                       (*ARCHITECTURES, *MIXTURES)))  # fmt: skip
+@pytest.mark.parametrize(
+    "kind", quick(("llama", "gemma2", "opt", "gpt2", "mixtral"), (*ARCHITECTURES, *MIXTURES))
+)
 def test_both_are_rounded_and_nothing_else_outside_the_blocks(kind, tmp_path):
     folder = save_tiny_model(tmp_path / "model", kind)
     dense, model = open_model(str(folder)).model, open_model(str(folder)).model
     prune(dense, tiny_ids(), bits=4)
     report = prune(model, tiny_ids(), bits=4, embeddings=4)
-    changed = {name for (name, one), (_, other) in zip(
-        model.named_parameters(), dense.named_parameters(), strict=True)
-        if not torch.equal(one, other)}  # fmt: skip
+    changed = {
+        name
+        for (name, one), (_, other) in zip(
+            model.named_parameters(), dense.named_parameters(), strict=True
+        )
+        if not torch.equal(one, other)
+    }
     assert changed == report.embeddings.keys()
     assert len(changed) == len(outer_weights(model))
     for name in changed:
@@ -114,12 +119,26 @@ def test_two_bits_are_recovered_and_packed(calmix, text_file, tmp_path):
     weights["model.layers.1.mlp.down_proj.weight"] = low
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     data = ("--calibration", text_file, "--length", 32, "--leakage", "off")
-    calmix("prune", folder, *data, "--rows", 16, "--bits", 4, "--embeddings", 2,
-           "-o", tmp_path / "two").ok()  # fmt: skip
+    calmix(
+        "prune", folder, *data, "--rows", 16, "--bits", 4, "--embeddings", 2, "-o", tmp_path / "two"
+    ).ok()
     for way in ("blocks", "distill"):
         made = tmp_path / way
-        calmix("recover", tmp_path / "two", "--against", folder, *data, "--rows", 16,
-               "--method", way, "--epochs", 1, "-o", made).ok()  # fmt: skip
+        calmix(
+            "recover",
+            tmp_path / "two",
+            "--against",
+            folder,
+            *data,
+            "--rows",
+            16,
+            "--method",
+            way,
+            "--epochs",
+            1,
+            "-o",
+            made,
+        ).ok()
         name = "model.embed_tokens.weight"
         assert torch.equal(load_weights(made)[name], load_weights(tmp_path / "two")[name])
         calmix("export", made, "--to", "pack", "-o", tmp_path / f"{way}-pack").ok()

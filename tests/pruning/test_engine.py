@@ -82,8 +82,11 @@ def test_every_architecture_is_pruned_exactly_and_nothing_else_changes(kind):
 def test_layers_that_read_one_input_share_it():
     first, *_ = wiring(tiny_model("llama"), tiny_ids(1, 8))
     assert [[layer.name.rsplit(".", 1)[-1] for layer in one] for one in first] == [
-        ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"],
-    ]  # fmt: skip
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -201,8 +204,11 @@ def test_what_is_not_finite_is_named(method, monkeypatch):
             prune(model, ids, method=method, pattern=HALF)
     model = tiny_model("llama").half()
     if method == "magnitude":
-        monkeypatch.setattr(Magnitude, "solve", lambda _, weights, *more: Solution(
-            [weight * 1e6 for weight in weights], [0]))  # fmt: skip
+        monkeypatch.setattr(
+            Magnitude,
+            "solve",
+            lambda _, weights, *more: Solution([weight * 1e6 for weight in weights], [0]),
+        )
         says = r"0\.self_attn\.q_proj: its pruned weights are not fini"
     else:
         for layer in (model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj):
@@ -219,8 +225,11 @@ def test_what_goes_wrong_half_way_names_the_blocks_that_are_pruned(kind):
     find_blocks(model).prunables(1)[-1].view().view(-1)[0] = torch.nan
     with pytest.raises(SolverError, match="the model is left pruned in blocks 0 to 1: open it"):
         prune(model, ids, pattern=0.5)
-    changed = {n.split(".layers.")[1][0] for n, w in weights_of(model).items()
-               if not torch.equal(w, before[n])}  # fmt: skip
+    changed = {
+        n.split(".layers.")[1][0]
+        for n, w in weights_of(model).items()
+        if not torch.equal(w, before[n])
+    }
     assert changed == {"0", "1"}
 
     def interrupted(done, blocks):
@@ -246,20 +255,38 @@ def half_in_bfloat16():
 def piece_by_piece():
     """Its blocks run several times a row, with states of their own in between."""
     config = AutoConfig.for_model(
-        "xlstm", vocab_size=320, hidden_size=64, embedding_dim=64, num_heads=2, num_blocks=2,
-        num_hidden_layers=2, qk_dim_factor=1.0, chunk_size=16, max_inference_chunksize=16,
-    )  # fmt: skip
+        "xlstm",
+        vocab_size=320,
+        hidden_size=64,
+        embedding_dim=64,
+        num_heads=2,
+        num_blocks=2,
+        num_hidden_layers=2,
+        qk_dim_factor=1.0,
+        chunk_size=16,
+        max_inference_chunksize=16,
+    )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize(
     ("model", "ids", "pattern", "kind", "says"),
     [
-        (lambda: "a/b", tiny_ids(), 0.5, InputError,
-         r"open it first with calmix\.open_model\('a/b'\)\.model"),
+        (
+            lambda: "a/b",
+            tiny_ids(),
+            0.5,
+            InputError,
+            r"open it first with calmix\.open_model\('a/b'\)\.model",
+        ),
         (lambda: torch.nn.Linear(4, 4), tiny_ids(), 0.5, ModelError, "no list of decoder blocks"),
-        (half_in_bfloat16, tiny_ids(), 0.5, ModelError,
-         "LlamaModel does not run on token ids in bfloat16: exp"),
+        (
+            half_in_bfloat16,
+            tiny_ids(),
+            0.5,
+            ModelError,
+            "LlamaModel does not run on token ids in bfloat16: exp",
+        ),
         (piece_by_piece, tiny_ids(), 0.5, ModelError, r"rows of 32 tokens .* a shorter --length"),
         (None, None, 0.5, InputError, "^sparsegpt needs calibration ids"),
         (None, torch.zeros(3, dtype=torch.int64), 0.5, InputError, "needs calibration ids"),
@@ -267,7 +294,7 @@ def piece_by_piece():
         (None, out_of_vocabulary(320), 0.5, ModelError, r"no embedding for token id 320 \(the"),
         (None, tiny_ids(), "2:5", InputError, "does not divide"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_pruned_is_refused_before_any_change(model, ids, pattern, kind, says):
     made = tiny_model("llama") if model is None else model()
     before = weights_of(made) if model is None else {}

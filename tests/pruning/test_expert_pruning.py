@@ -96,18 +96,26 @@ def test_what_inference_engines_read_of_deepseek_fits(calmix, tmp_path, text_fil
 def test_every_form_of_a_routers_bias_is_cut():
     """LFM2 and AFMoE keep it beside the router, ERNIE with a dimension for groups."""
     sizes = {
-        "a.expert_bias": (4,), "a.e_score_correction_bias": (4,), "a.gate.weight": (4, 8),
-        "a.gate.moe_statics.e_score_correction_bias": (1, 4), "a.experts.down_proj": (4, 8, 4),
-        "a.shared_expert.down_proj.weight": (8, 4), "a.experts.scale": (4, 4), "b.bias": (4,),
-    }  # fmt: skip
+        "a.expert_bias": (4,),
+        "a.e_score_correction_bias": (4,),
+        "a.gate.weight": (4, 8),
+        "a.gate.moe_statics.e_score_correction_bias": (1, 4),
+        "a.experts.down_proj": (4, 8, 4),
+        "a.shared_expert.down_proj.weight": (8, 4),
+        "a.experts.scale": (4, 4),
+        "b.bias": (4,),
+    }
     tensors = {name: torch.randn(*size) for name, size in sizes.items()}
     one = Dropped("a.experts", [0.0] * 4, [0, 2, 3])
     made = cut([Mixture("a.experts", None, 4, ())], {one.name: one}, tensors)
     assert {name: tuple(value.shape) for name, value in made.items()} == sizes | {
-        "a.expert_bias": (3,), "a.e_score_correction_bias": (3,), "a.gate.weight": (3, 8),
-        "a.gate.moe_statics.e_score_correction_bias": (1, 3), "a.experts.down_proj": (3, 8, 4),
+        "a.expert_bias": (3,),
+        "a.e_score_correction_bias": (3,),
+        "a.gate.weight": (3, 8),
+        "a.gate.moe_statics.e_score_correction_bias": (1, 3),
+        "a.experts.down_proj": (3, 8, 4),
         "a.experts.scale": (3, 4),
-    }  # fmt: skip
+    }
     name = "a.gate.moe_statics.e_score_correction_bias"
     assert torch.equal(made[name], tensors[name][:, one.kept])
 

@@ -98,8 +98,13 @@ def test_options_without_effect_are_refused_and_one_damping_serves_mask_and_roun
     for text in ("wanda,group=32", "sparsegpt,group=7", "magnitude,group=128"):
         for pattern in (0.5, dict.fromkeys(["model.layers.0.mlp.up_proj"], 0.5)):
             with pytest.raises(InputError, match=r"group=\d+ has no effect .* without bits: add"):
-                prune(tiny_model("llama"), tiny_ids(), method=text, pattern=pattern,
-                      only=["model.layers.0.mlp.up_proj"])  # fmt: skip
+                prune(
+                    tiny_model("llama"),
+                    tiny_ids(),
+                    method=text,
+                    pattern=pattern,
+                    only=["model.layers.0.mlp.up_proj"],
+                )
         with pytest.raises(InputError, match="without bits"):
             prune_request(method=text, sparsity=0.5, calibration="x")
     prune_request(method="wanda,bits=4,group=32", sparsity=0.5, calibration="x")
@@ -135,9 +140,11 @@ def test_more_bits_lose_less_and_ecq_hits_its_rate():
     w, h = as_tensors(*problem(rows=200, columns=128, tokens=1000))
     lost = {}
     for method, rates, target in (
-        ("ecq", (1.2, 2, 2.8, 4), None), ("gptq", (2, 3, 4, 8), None),
-        ("sparsegpt,bits={}", (2, 3, 4, 8), HALF), ("sparsegpt", (0,), HALF),
-    ):  # fmt: skip
+        ("ecq", (1.2, 2, 2.8, 4), None),
+        ("gptq", (2, 3, 4, 8), None),
+        ("sparsegpt,bits={}", (2, 3, 4, 8), HALF),
+        ("sparsegpt", (0,), HALF),
+    ):
         for bits in rates:
             made = get_method(method.format(bits)).solve([w, w[:60]], h, [target or Rate(bits)] * 2)
             lost[method, bits] = relative_error(w, made.weights[0], h)
@@ -162,8 +169,9 @@ def test_bits_behind_a_mask_keep_it(text, pattern):
     assert made.grids[0].bits == pytest.approx(2 + 1 + 0.25)
 
 
-@pytest.mark.parametrize("text", ["gptq 3 bits", "ecq 2.8 bits", "sparsegpt,bits=3 0.5",
-                                  "sparsegpt,bits=4,refit=2 2:4"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", ["gptq 3 bits", "ecq 2.8 bits", "sparsegpt,bits=3 0.5", "sparsegpt,bits=4,refit=2 2:4"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_levels_are_read_off_stored_weights(text, dtype):
     """Layers with dead inputs and dead rows; every stored value comes back, to the bit."""
@@ -212,7 +220,7 @@ def test_python_and_requests_take_bits_in_place_of_a_sparsity():
         ({"method": "gptq,group=24", "bits": 4}, "groups of 24 do not divide the 32 inputs of"),
         ({"method": "sparsegpt,group=7", "pattern": 0.5, "bits": 4}, "groups of 7 do not divide"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_one_line(asked, says):
     with pytest.raises(InputError, match=says):
         prune(tiny_model("llama"), tiny_ids(), **asked)

@@ -46,8 +46,11 @@ HALF = Unstructured(0.5)
 PLAIN = {"method": "magnitude", "sparsity": 0.5}
 BATCH = 5 * 32 * 32 * 4  # bytes of the hidden states of a micro-batch
 PLENTY = Plan(5 * 32, None, True, 0, states=2**30)
-FEW = [Plan(5 * 32, 0, False, 0), Plan(5 * 32, 1, True, 0, states=BATCH),
-       Plan(5 * 32, 2, False, 0, states=2 * BATCH)]  # fmt: skip
+FEW = [
+    Plan(5 * 32, 0, False, 0),
+    Plan(5 * 32, 1, True, 0, states=BATCH),
+    Plan(5 * 32, 2, False, 0, states=2 * BATCH),
+]
 ONE = [Plan(5 * 32, 1, True, 0, 1)]  # expert at a time
 ROUNDED = "llama", "qwen2", "gemma4_text", "phi", "opt"  # embeddings too
 
@@ -83,12 +86,15 @@ def check_same(found, expected):
 @pytest.mark.parametrize(
     "case",
     quick(
-        [("llama", None), *((kind, 5 if kind in ROUNDED else None) for kind in ARCHITECTURES),
-         *((kind, None) for kind in ("mixtral", "gpt_oss", "deepseek_v3", "llama4_text"))],
+        [
+            ("llama", None),
+            *((kind, 5 if kind in ROUNDED else None) for kind in ARCHITECTURES),
+            *((kind, None) for kind in ("mixtral", "gpt_oss", "deepseek_v3", "llama4_text")),
+        ],
         [(kind, None) for kind in MIXTURES],
     ),
     ids=str,
-)  # fmt: skip
+)
 def test_weights_are_those_of_a_prune_in_memory(case, tmp_path):
     """With embeddings rounded too, and in less memory: with replays, experts one at a time."""
     kind, embeddings = case
@@ -170,10 +176,12 @@ def test_buffers_the_files_lack_are_those_of_a_model_opened_whole(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "lacks", "says"),
-    [("qwen3_moe", "model.layers.0.mlp.experts.3.up_proj.weight", "lack model.layers.0.mlp"),
-     ("gemma4_text", "model.layers.0.layer_scalar", r"layers\.0\.layer_scalar"),
-     ("zamba", None, r"share weights \(first model\.layers\.3\.")],
-)  # fmt: skip
+    [
+        ("qwen3_moe", "model.layers.0.mlp.experts.3.up_proj.weight", "lack model.layers.0.mlp"),
+        ("gemma4_text", "model.layers.0.layer_scalar", r"layers\.0\.layer_scalar"),
+        ("zamba", None, r"share weights \(first model\.layers\.3\."),
+    ],
+)
 def test_what_makes_a_model_be_opened_whole(tmp_path, kind, lacks, says):
     """An expert or a buffer that the files lack; or blocks that share weights: Zamba's second
     transformer is its first, though files may hold a copy for each."""
@@ -223,9 +231,12 @@ def test_a_checkpoint_is_identified_by_its_request_and_its_text(tiny_folder, tmp
     text = {"calibration": "stories", "sparsity": 0.5}
     sets = [CalibrationSet(torch.full((2, 4), token), ("a", "a"), {}) for token in (1, 2)]
     trials = [
-        (None, PLAIN), (sets[0], text), (sets[1], text), (sets[0], text | {"damping": 0.1}),
+        (None, PLAIN),
+        (sets[0], text),
+        (sets[1], text),
+        (sets[0], text | {"damping": 0.1}),
         (sets[0], text | {"method": "wanda"}),
-    ]  # fmt: skip
+    ]
     found = set()
     for number, (drawn, options) in enumerate(trials):
         out = tmp_path / str(number)
@@ -267,20 +278,32 @@ DEEP = {kind: {"num_hidden_layers": 5} for kind in ("llama", "qwen3_moe")}
 @pytest.mark.parametrize(
     ("kind", "asked", "moment", "block"),
     [
-        ("llama", SPARSEGPT, "solved", 2), ("llama", SPARSEGPT, "renamed", 0),
-        ("llama", MAGNITUDE, "written", 3), ("llama", MAGNITUDE, "claimed", 0),
-        ("qwen3_moe", SPARSEGPT, "solved", 2), ("mixtral", DROP, "scored", 0),
+        ("llama", SPARSEGPT, "solved", 2),
+        ("llama", SPARSEGPT, "renamed", 0),
+        ("llama", MAGNITUDE, "written", 3),
+        ("llama", MAGNITUDE, "claimed", 0),
+        ("qwen3_moe", SPARSEGPT, "solved", 2),
+        ("mixtral", DROP, "scored", 0),
         ("llama", (*SPARSEGPT, "--allocation", "owl"), "counted", 0),
-        *((kind, EMBEDDED, *at) for kind in ("llama", "gemma4_text")
-          for at in (("solved", 1), ("outside", 0))),
-        *(pytest.param(*how, marks=pytest.mark.long) for how in (
-            ("llama", SPARSEGPT, "written", 2), ("llama", SPARSEGPT, "counted", 0),
-            ("llama", WANDA, "counted", 4), ("llama", WANDA, "solved", 0),
-            ("mixtral", DROP, "renamed", 0), ("mixtral", (*SPARSEGPT, *DROP), "scored", 0),
-            ("mixtral", (*SPARSEGPT, *DROP), "counted", 0),
-        )),
+        *(
+            (kind, EMBEDDED, *at)
+            for kind in ("llama", "gemma4_text")
+            for at in (("solved", 1), ("outside", 0))
+        ),
+        *(
+            pytest.param(*how, marks=pytest.mark.long)
+            for how in (
+                ("llama", SPARSEGPT, "written", 2),
+                ("llama", SPARSEGPT, "counted", 0),
+                ("llama", WANDA, "counted", 4),
+                ("llama", WANDA, "solved", 0),
+                ("mixtral", DROP, "renamed", 0),
+                ("mixtral", (*SPARSEGPT, *DROP), "scored", 0),
+                ("mixtral", (*SPARSEGPT, *DROP), "counted", 0),
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_killed_run_is_resumed_to_the_same_bytes(
     calmix, text_file, tmp_path, monkeypatch, kind, asked, moment, block
 ):
@@ -315,8 +338,13 @@ def test_a_models_other_files_are_copied_and_a_resumed_run_looks_at_them(calmix,
     tokenizer = model / "tokenizer.json"  # not as transformers would write it
     tokenizer.write_text(json.dumps(json.loads(tokenizer.read_bytes()), indent=7))
     (model / "additional_chat_templates").mkdir()
-    others = ("tokenizer.model", "LICENSE", "modeling_own.py", "chat_template.jinja",
-              "additional_chat_templates/tools.jinja")  # fmt: skip
+    others = (
+        "tokenizer.model",
+        "LICENSE",
+        "modeling_own.py",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+    )
     for name in others:
         (model / name).write_text("{{ messages }}")
     command = "prune", model, *MAGNITUDE, "-o", out
@@ -337,8 +365,16 @@ def test_a_resumed_run_goes_through_the_finished_blocks_once_more(
     """The last two blocks read the keys and values of the first two; nothing is solved again, and
     of several targets those that are finished or not begun are not lost."""
     model = save_tiny_model(tmp_path / "model", "gemma4_text")
-    command = ("prune", model, "--calibration", text_file, *SMALL, "--sparsity", "0.4,0.5,0.6",
-               "-o")  # fmt: skip
+    command = (
+        "prune",
+        model,
+        "--calibration",
+        text_file,
+        *SMALL,
+        "--sparsity",
+        "0.4,0.5,0.6",
+        "-o",
+    )
     assert calmix(*command, tmp_path / "whole").code == 0
     solved, block = [], Run.block
 
@@ -426,8 +462,10 @@ def test_resuming_keeps_the_size_of_a_micro_batch(calmix, command, tmp_path, mon
 
 def test_out_of_memory_what_is_done_is_kept(calmix, command, tmp_path, monkeypatch):
     """Told by a CUDA device, and by others as torch says it there."""
-    assert all(out_of_memory(RuntimeError(f"{said}.")) for said in (
-        "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))  # fmt: skip
+    assert all(
+        out_of_memory(RuntimeError(f"{said}."))
+        for said in ("MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
     add, seen = Gram.add, []
 
     def short(self, inputs):

@@ -77,9 +77,11 @@ def test_a_damaged_file_is_one_line(cut, how):
 
 def test_a_mistake_leaves_nothing_and_a_full_disk_what_is_done(tmp_path):
     for error, done, stays in (
-        (InputError("x"), 1, False), (DiskError("x"), 1, True), (DiskError("x"), 0, False),
+        (InputError("x"), 1, False),
+        (DiskError("x"), 1, True),
+        (DiskError("x"), 0, False),
         (RuntimeError("x"), 1, True),
-    ):  # fmt: skip
+    ):
         work = claimed(tmp_path / "out", overwrite=True)
         work.keep(done=done)
         said = []

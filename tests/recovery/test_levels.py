@@ -68,9 +68,12 @@ def test_masters_begin_within_their_level():
     for masked in (False, True):
         parameters = {"w": torch.nn.Parameter(stored.clone())}
         masters = Masters(
-            parameters, lambda name: stored, lambda name, masked=masked: masked, {"w": grid},
+            parameters,
+            lambda name: stored,
+            lambda name, masked=masked: masked,
+            {"w": grid},
             lambda name: dense,
-        )  # fmt: skip
+        )
         begun = masters.values["w"].detach()
         assert torch.equal(masters.rounded("w"), stored)
         if masked:

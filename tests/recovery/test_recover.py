@@ -52,9 +52,20 @@ def whole(place):
 
 def command(place, output, method, *more, pruned="half", dense="dense"):
     return (
-        "recover", place / pruned, "--against", place / dense, "--calibration", place / "set",
-        "--method", method, "--lr", 0.006, *more, "-o", output,
-    )  # fmt: skip
+        "recover",
+        place / pruned,
+        "--against",
+        place / dense,
+        "--calibration",
+        place / "set",
+        "--method",
+        method,
+        "--lr",
+        0.006,
+        *more,
+        "-o",
+        output,
+    )
 
 
 def arm(moment, number):
@@ -101,9 +112,16 @@ def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method
 
 @pytest.mark.parametrize(
     "case",
-    quick([("distill", "written", 8)], [("blocks", "written", 2), ("distill", "counted", 8),
-                                        ("distill", "renamed", 0), ("blocks", "counted", 1)]),
-)  # fmt: skip
+    quick(
+        [("distill", "written", 8)],
+        [
+            ("blocks", "written", 2),
+            ("distill", "counted", 8),
+            ("distill", "renamed", 0),
+            ("blocks", "counted", 1),
+        ],
+    ),
+)
 def test_a_killed_recovery_goes_on_to_the_same_bytes(calmix, place, whole, tmp_path, case):
     method, moment, number = case
     stopped(partial(arm, moment, number), *command(place, tmp_path / "cut", method))

@@ -57,9 +57,16 @@ def test_the_rate_rises_shortly_and_falls_to_the_end():
     assert rate(0, 1, 1.0) == 1.0
 
 
-@pytest.mark.parametrize(("batch", "length", "rows"), [
-    (4, 512, [4, 2, 1]), (4, 1024, [2, 1]), (6, 512, [3, 2, 1]), (4, 4096, [1]), (1, 16, [1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("batch", "length", "rows"),
+    [
+        (4, 512, [4, 2, 1]),
+        (4, 1024, [2, 1]),
+        (6, 512, [3, 2, 1]),
+        (4, 4096, [1]),
+        (1, 16, [1]),
+    ],
+)
 def test_a_micro_batch_divides_the_batch(batch, length, rows):
     assert rows_at_once(batch, length) == rows
 
@@ -129,8 +136,10 @@ def test_masters_train_as_adam_does_but_hold_the_zeros():
     masters = masters_of(module)
     plain = layer(torch.float32)
     kept = [one[one != 0].square().mean().sqrt().item() for one in plain.parameters()]
-    groups = [{"params": [one], "lr": 1e-2 * size}
-              for one, size in zip(plain.parameters(), kept, strict=True)]  # fmt: skip
+    groups = [
+        {"params": [one], "lr": 1e-2 * size}
+        for one, size in zip(plain.parameters(), kept, strict=True)
+    ]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
     fit(module, masters, range(5))
     for step in range(5):

@@ -10,9 +10,11 @@ from calmix.report.study import write_report
 from tests.synthetic import OTHERS, SOURCES, failed, full_plan, study
 
 SMALL = {
-    "sources": SOURCES[6:14], "others": {name: OTHERS[name] for name in ("mix-8", "igsp")},
-    "conditions": [("sparsegpt", "50%"), ("sparsegpt", "60%")], "seeds": (0, 1),
-}  # fmt: skip
+    "sources": SOURCES[6:14],
+    "others": {name: OTHERS[name] for name in ("mix-8", "igsp")},
+    "conditions": [("sparsegpt", "50%"), ("sparsegpt", "60%")],
+    "seeds": (0, 1),
+}
 FEW = ("trivia", "stories", "mix-8")  # the sets of the second condition
 
 

@@ -12,8 +12,12 @@ from tests.report.conftest import SMALL
 from tests.synthetic import Plan, failed, full_plan, study, trial
 
 QUICK = Settings(permutations=999, resamples=100)
-LIFTS = {"mix-8": ("mix", 0.2), "igsp": ("igsp", 0.1), "self-cal": ("self-cal", 0.1),
-         "sgs": ("sgs", -0.1)}  # fmt: skip
+LIFTS = {
+    "mix-8": ("mix", 0.2),
+    "igsp": ("igsp", 0.1),
+    "self-cal": ("self-cal", 0.1),
+    "sgs": ("sgs", -0.1),
+}
 
 
 def of(results, **settings):
@@ -27,17 +31,28 @@ KEPT_BY = {"bad": 0.3, "worse": 0.2, "near": 0.70, "top": 0.71}
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(("kept", "seeds", "best"), [
-    (KEPT_BY, (0, 1), ["top", "near"]), (KEPT_BY | {"top": 0.9}, (0, 1), ["top"]),
-    ({"lower": 0.600, "higher": 0.604}, (0,), ["higher", "lower"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kept", "seeds", "best"),
+    [
+        (KEPT_BY, (0, 1), ["top", "near"]),
+        (KEPT_BY | {"top": 0.9}, (0, 1), ["top"]),
+        ({"lower": 0.600, "higher": 0.604}, (0,), ["higher", "lower"]),
+    ],
+)
 def test_a_near_tie_is_a_tie_and_a_clear_lead_is_not(kept, seeds, best):
     """In the ranking, the advice, the sentences and the page."""
     trials = tuple(
-        trial(name, "single", "sparsegpt", "60%", seed,
-              {"general": value + 0.002 * seed, "code": value - 0.002 * seed})
-        for name, value in kept.items() for seed in seeds
-    )  # fmt: skip
+        trial(
+            name,
+            "single",
+            "sparsegpt",
+            "60%",
+            seed,
+            {"general": value + 0.002 * seed, "code": value - 0.002 * seed},
+        )
+        for name, value in kept.items()
+        for seed in seeds
+    )
     results = study(Plan(), trials=trials)
     found = analyse(results, QUICK)
     ranking = found.conditions[0].ranking
@@ -67,8 +82,10 @@ def test_few_sources_can_show_no_correlation():
     known = {name: at for at, name in enumerate(Plan().sources[:3])}  # a metric that only they have
     trials = tuple(
         one.model_copy(update={"information": one.information | {"own": known[one.calibration]}})
-        if one.calibration in known else one for one in many.trials
-    )  # fmt: skip
+        if one.calibration in known
+        else one
+        for one in many.trials
+    )
     told = of(study(Plan(noise=0.05), trials=trials))["certainty"]
     assert not any("no correlation could" in one for one in told)
 
@@ -110,8 +127,9 @@ def test_the_text_has_every_sentence():
 def test_each_method_is_compared_with_the_next_weaker_one():
     told = summarise(analysed(KEPT))["methods"]
     assert [line.split(":")[0] for line in told] == [
-        "ADMM 60% against SparseGPT 60%", "ADMM + distill,epochs=4 60% against ADMM 60%",
-    ]  # fmt: skip
+        "ADMM 60% against SparseGPT 60%",
+        "ADMM + distill,epochs=4 60% against ADMM 60%",
+    ]
     assert "points in total, mean of 3 sets (corrected p " in told[0]
     few = {PLAIN: {"mix": (0.5, 0.5)}, BETTER: {"mix": (0.501, 0.5)}}
     (line,) = summarise(analysed(few, default="mix"))["methods"]
@@ -119,15 +137,28 @@ def test_each_method_is_compared_with_the_next_weaker_one():
     assert " points in total, mean of 1 set (corrected p " in line
 
 
-@pytest.mark.parametrize(("written", "text"), [
-    (words.percent(0.5004), "50.0"), (words.percent(None), "–"), (words.percent(-0.001), "−0.1"),
-    (words.percent(-0.0001), "0.0"), (words.percent(-0.046, 0), "−5"),
-    (words.percent(0.012, sign=True), "+1.2"), (words.percent(0.0, sign=True), "0.0"),
-    (words.rho(-0.5), "−0.50"), (words.rho(-0.001), "0.00"), (words.p_value(0.0004), "<0.001"),
-    (words.p_value(0.04), "0.040"), (words.p_value(None), "–"), (words.sure(0.9999), "99 %"),
-    (words.sure(0.0), "1 %"), (words.listed("abc"), "a, b and c"),
-    (words.short("x" * 40), "x" * 25 + "…"), (words.counted(1, "seed"), "1 seed"),
-    (words.counted(2, "seed"), "2 seeds"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        (words.percent(0.5004), "50.0"),
+        (words.percent(None), "–"),
+        (words.percent(-0.001), "−0.1"),
+        (words.percent(-0.0001), "0.0"),
+        (words.percent(-0.046, 0), "−5"),
+        (words.percent(0.012, sign=True), "+1.2"),
+        (words.percent(0.0, sign=True), "0.0"),
+        (words.rho(-0.5), "−0.50"),
+        (words.rho(-0.001), "0.00"),
+        (words.p_value(0.0004), "<0.001"),
+        (words.p_value(0.04), "0.040"),
+        (words.p_value(None), "–"),
+        (words.sure(0.9999), "99 %"),
+        (words.sure(0.0), "1 %"),
+        (words.listed("abc"), "a, b and c"),
+        (words.short("x" * 40), "x" * 25 + "…"),
+        (words.counted(1, "seed"), "1 seed"),
+        (words.counted(2, "seed"), "2 seeds"),
+    ],
+)
 def test_a_number_or_name_is_written(written, text):
     assert written == text

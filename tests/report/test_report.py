@@ -63,8 +63,13 @@ def test_figures_use_the_colours_of_the_theme(page):
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path):
-    few = full_plan(seeds=(0,), conditions=[("sparsegpt", "60%")], sources=SOURCES[8:11], others={},
-                    dimensions=("general", "code"))  # fmt: skip
+    few = full_plan(
+        seeds=(0,),
+        conditions=[("sparsegpt", "60%")],
+        sources=SOURCES[8:11],
+        others={},
+        dimensions=("general", "code"),
+    )
     results = study(few)
     for name in ("one", "two"):
         write_report(results, analyse(results, QUICK), tmp_path / name)
@@ -76,10 +81,18 @@ def test_text_of_a_study_is_shown_and_never_executed():
     evil = "<script>alert('x')</script> $\\frac{1}{2}$ & \"quotes\" 漢字"
     kept = {"general": 0.5, evil: 0.4}
     trials = tuple(
-        trial(f"{name}{evil}", "single", "sparsegpt", "60%", 0, kept,
-              {"perplexity": 3.0 + at, evil: float(at)}, model=evil)
+        trial(
+            f"{name}{evil}",
+            "single",
+            "sparsegpt",
+            "60%",
+            0,
+            kept,
+            {"perplexity": 3.0 + at, evil: float(at)},
+            model=evil,
+        )
         for at, name in enumerate("abcde")
-    )  # fmt: skip
+    )
     page = page_of(study(Plan(), trials=trials, name=evil, text=evil), default=f"a{evil}")
     assert page.count("<script>") == 1
     assert "<script>alert" not in page
@@ -91,15 +104,26 @@ ODD = {
     "of one set": Plan(sources=("a",), seeds=(0,), dimensions=("math",)),
     "of few sets": Plan(sources=("a", "b", "c"), seeds=(0,), dimensions=("general", "math")),
     "without values": (
-        *(trial(f"s{n}", "single", "sparsegpt", "60%", seed, {"general": 0.5, "math": None},
-                {"perplexity": 4.0 + n} if n else {}) for n in range(5) for seed in (0, 1)),
+        *(
+            trial(
+                f"s{n}",
+                "single",
+                "sparsegpt",
+                "60%",
+                seed,
+                {"general": 0.5, "math": None},
+                {"perplexity": 4.0 + n} if n else {},
+            )
+            for n in range(5)
+            for seed in (0, 1)
+        ),
         trial("none", "none", "magnitude", "2:4", 0, {"general": 0.1, "math": None}),
     ),
     "below nothing": tuple(
         trial(f"s{n}", "single", "wanda", "2:4", 0, {"general": 0.1, "code": -0.2 - n / 10})
         for n in range(2)
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("odd", ODD)

@@ -12,9 +12,11 @@ from calmix.sources.readers import HubText
 
 # A row of each data set with more fields than text, as on its card, and the text read from it.
 CHOICES = {
-    "id": "1", "question": "What is wet?", "answerKey": "B",
+    "id": "1",
+    "question": "What is wet?",
+    "answerKey": "B",
     "choices": {"label": ["A", "B"], "text": ["fire", "water"]},
-}  # fmt: skip
+}
 ANSWERED = "Question: What is wet?\nAnswer: water"
 TASK = {"instruction": "Add.", "input": "1 2", "output": "3"}
 CHAT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
@@ -127,10 +129,12 @@ def test_the_budget_ends_the_stream_and_what_cannot_be_read_is_named(mirror, tmp
     put(mirror, "a/b", [{"text": "x"}], ["en"])
     for reader, line in (
         ({"id": "a/other"}, r"no field 'text' or 'content' \(has: body\)"),
-        ({"id": "a/other", "template": "{txet}"},
-         r"a/other row 0: there is no field 'txet' \(has: body"),
+        (
+            {"id": "a/other", "template": "{txet}"},
+            r"a/other row 0: there is no field 'txet' \(has: body",
+        ),
         ({"id": "a/b", "subset": "de"}, r"a/b \(de, train\) cannot be read: .*Available"),
         ({"id": "a/b", "subset": "en", "split": "test"}, "cannot be read: .*Available"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(SourceError, match=line):
             list(HubText(type="hub", **reader).read())

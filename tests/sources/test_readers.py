@@ -97,14 +97,17 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 
 
 def test_rows_of_every_kind_of_file_and_their_fields(tmp_path):
-    rows = [{"prompt (en)": "a, b\nc", "the.answer": 'say "d"'},
-            {"prompt (en)": "é", "the.answer": "f"}]  # fmt: skip
+    rows = [
+        {"prompt (en)": "a, b\nc", "the.answer": 'say "d"'},
+        {"prompt (en)": "é", "the.answer": "f"},
+    ]
     for name in ("r.json", "r.jsonl", "r.parquet", "r.csv", "semi.csv", "r.tsv"):
         path = write(tmp_path, {name: rows}) / name
         for field, read in (
-            ("prompt (en)", ["a, b\nc", "é"]), ("the.answer", ['say "d"', "f"]),
+            ("prompt (en)", ["a, b\nc", "é"]),
+            ("the.answer", ['say "d"', "f"]),
             ("prompt (en)+the.answer", ['a, b\nc\n\nsay "d"', "é\n\nf"]),
-        ):  # fmt: skip
+        ):
             assert [d.text for d in get_source(f"{path}@{field}").documents()] == read
         assert texts(path, template="{the.answer}-{prompt (en)}") == ['say "d"-a, b\nc', "f-é"]
         assert get_source(f"{path}@prompt (en)").check() == [path]
@@ -137,8 +140,11 @@ def test_chats_of_every_usual_form(tmp_path):
         assert list(document.messages) == CHAT
         assert document.text == "user: Hi?\n\nassistant: Ho."
     calls = [{"function": {"name": "f", "arguments": "{}"}}]
-    told = [{"role": "Human", "content": ["Hi?"]}, {"role": "chatgpt", "tool_calls": calls},
-            {"from": "observation", "value": "1"}]  # fmt: skip
+    told = [
+        {"role": "Human", "content": ["Hi?"]},
+        {"role": "chatgpt", "tool_calls": calls},
+        {"from": "observation", "value": "1"},
+    ]
     seen = [{"type": "image", "text": None}, {"type": "text", "text": "Hi?"}]
     rows = [{"text": None, "messages": told}, {"messages": [{"role": "user", "content": seen}]}]
     one, two = get_source(f"{write(tmp_path, {'odd.jsonl': rows})}/odd.jsonl").documents()
@@ -153,8 +159,11 @@ def test_chats_of_every_usual_form(tmp_path):
     assert one.messages[2]["tool_calls"] == [{"type": "function", **calls[0]}]
     mixed = [{"text": "plain", "messages": None}, {"text": None, "messages": CHAT}]
     for name in ("mixed.parquet", "mixed.jsonl", "mixed.csv"):
-        rows = [row | {"messages": row["messages"] and json.dumps(row["messages"])}
-                for row in mixed] if name.endswith("csv") else mixed  # fmt: skip
+        rows = (
+            [row | {"messages": row["messages"] and json.dumps(row["messages"])} for row in mixed]
+            if name.endswith("csv")
+            else mixed
+        )
         write(tmp_path, {name: rows})
         assert texts(tmp_path / name) == ["plain", "user: Hi?\n\nassistant: Ho."]
     write(tmp_path, {"both.jsonl": [{"text": "plain", "messages": CHAT}]})
@@ -166,17 +175,33 @@ def test_chats_of_every_usual_form(tmp_path):
 @pytest.mark.parametrize(
     ("files", "read", "left"),
     [
-        ({"z/a.txt": "last\nline", "b.md": "first", ".hidden/a.txt": "no", "notes.rtf": "no"},
-         {"b.md/0": "first", "z/a.txt/0": "last\nline"}, "files of other kinds (1)"),
+        (
+            {"z/a.txt": "last\nline", "b.md": "first", ".hidden/a.txt": "no", "notes.rtf": "no"},
+            {"b.md/0": "first", "z/a.txt/0": "last\nline"},
+            "files of other kinds (1)",
+        ),
         ({"a.md": "first " * 9}, {"a.md/0": "first " * 9}, ""),
-        ({"src/b.py": "x = 1\n" * 50, "a.rs": "x" * 300, "data.jsonl": "{}", "notes.txt": "x" * 300,
-          "short.py": "x", ".git/c.py": "x" * 300, "node_modules/d.js": "x" * 300,
-          "latin.py": b"\xff" * 300}, {"a.rs": "x" * 300, "src/b.py": "x = 1\n" * 50},
-         "files other than source code (2)"),
-        (dict.fromkeys(("a.md", "style.css", "index.html", "b.css", "one.py"), "text\n" * 200),
-         {"a.md/0": "text\n" * 200}, "source code files (4)"),
+        (
+            {
+                "src/b.py": "x = 1\n" * 50,
+                "a.rs": "x" * 300,
+                "data.jsonl": "{}",
+                "notes.txt": "x" * 300,
+                "short.py": "x",
+                ".git/c.py": "x" * 300,
+                "node_modules/d.js": "x" * 300,
+                "latin.py": b"\xff" * 300,
+            },
+            {"a.rs": "x" * 300, "src/b.py": "x = 1\n" * 50},
+            "files other than source code (2)",
+        ),
+        (
+            dict.fromkeys(("a.md", "style.css", "index.html", "b.css", "one.py"), "text\n" * 200),
+            {"a.md/0": "text\n" * 200},
+            "source code files (4)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_folder_is_read_as_text_or_as_code(tmp_path, tiny_folder, files, read, left):
     folder, lines = write(tmp_path / "folder", files), []
     source = get_source(str(folder))
@@ -198,9 +223,12 @@ def test_a_folder_is_read_as_text_or_as_code(tmp_path, tiny_folder, files, read,
 
 @pytest.mark.parametrize(
     "reader",
-    [PythonText(type="python-stdlib"), PythonText(type="python-docs"),
-     PackageFiles(type="package", package="networkx", files=["algorithms/*.py"])],
-)  # fmt: skip
+    [
+        PythonText(type="python-stdlib"),
+        PythonText(type="python-docs"),
+        PackageFiles(type="package", package="networkx", files=["algorithms/*.py"]),
+    ],
+)
 def test_installed_text(reader):
     names = [document.id for document, _ in zip(reader.read(), range(20), strict=False)]
     assert len(names) == 20
@@ -263,19 +291,28 @@ def test_items_are_split_by_their_number(monkeypatch):
     texts = [row["doc"]["text"] for row in rows]
     apart = {"members": ["a/b/c/d/e"], "items": "odd"}
     for how, expected in (
-        ({}, texts), ({"items": "odd"}, texts[1::2]), ({"items": "even"}, texts[::2]),
+        ({}, texts),
+        ({"items": "odd"}, texts[1::2]),
+        ({"items": "even"}, texts[::2]),
         ({"items": "even", "apart": apart}, [texts[0], texts[4]]),
-        ({"apart": apart | {"items": "all"}}, []), ({"items": "odd", "number": "doc_id"}, []),
-    ):  # fmt: skip
+        ({"apart": apart | {"items": "all"}}, []),
+        ({"items": "odd", "number": "doc_id"}, []),
+    ):
         assert read(**how) == expected
 
 
 def test_a_template_is_filled_and_paragraphs_of_empty_fields_are_left_out():
     row = {
-        "a": {"b": "x"}, "turns": [{"say": "hi"}, {"say": "ho"}], "deep": [["p"], ["q", ""]],
-        "instruction": "Add.", "none": None, "empty": "", "maths": "{b} \\frac{1}{2}",
-        "body": {"text": "no"}, "body.text": "he",
-    }  # fmt: skip
+        "a": {"b": "x"},
+        "turns": [{"say": "hi"}, {"say": "ho"}],
+        "deep": [["p"], ["q", ""]],
+        "instruction": "Add.",
+        "none": None,
+        "empty": "",
+        "maths": "{b} \\frac{1}{2}",
+        "body": {"text": "no"},
+        "body.text": "he",
+    }
     for template, text in {
         "{a.b}: {turns.*.say}": "x: hi\n\nho",
         "{deep}": "p\n\nq",

@@ -34,8 +34,18 @@ def test_builtin_entries_are_complete():
 def test_what_the_suite_may_score_is_left_out():
     """The suite has the even items of these; a source of the same data set must not use them."""
     shared = ("piqa", "socialiqa", "lambada", "sciq", "hellaswag", "mbpp", "jeopardy")
-    never = ("gsm8k", "codex_humaneval", "minerva_math_500", "mmlu", "basic_skills", "arc_",
-             "csqa", "winogrande", "openbookqa", "boolq")  # fmt: skip
+    never = (
+        "gsm8k",
+        "codex_humaneval",
+        "minerva_math_500",
+        "mmlu",
+        "basic_skills",
+        "arc_",
+        "csqa",
+        "winogrande",
+        "openbookqa",
+        "boolq",
+    )
     for source in builtin_sources().values():
         if not isinstance(source.reader, AssetText):
             continue
@@ -64,13 +74,25 @@ def test_an_own_file_of_sources(tmp_path, calmix):
     assert own["web"].reader.origin == "hub"
     assert (own["web"].use, own["notes"].use) == ("unstated", "own")
     listed = json.loads(calmix("calibrate", "sources", "--sources", file, "--json").out)
-    assert set(listed[0]) == {"name", "dimension", "kind", "licence", "use", "size", "from",
-                              "available", "version", "description"}  # fmt: skip
+    assert set(listed[0]) == {
+        "name",
+        "dimension",
+        "kind",
+        "licence",
+        "use",
+        "size",
+        "from",
+        "available",
+        "version",
+        "description",
+    }
     assert (listed[-1]["name"], listed[-1]["available"]) == ("mine", "missing")
     for words, told in (
-        (("sources",), "mix-clean"), (("sources",), "python-stdlib"),
-        (("show", "web-mix-70"), "c4:7"), (("show", "notes", "--sources", file), "hello"),
-    ):  # fmt: skip
+        (("sources",), "mix-clean"),
+        (("sources",), "python-stdlib"),
+        (("show", "web-mix-70"), "c4:7"),
+        (("show", "notes", "--sources", file), "hello"),
+    ):
         assert told in calmix("calibrate", *words).ok().out
     assert calmix("calibrate", "show", tmp_path / "notes.jsonl").code == 2
     assert "did you mean" in calmix("calibrate", "show", "pyton-docs").line
@@ -128,11 +150,15 @@ def test_what_a_name_may_mean(tmp_path):
     assert isinstance(reader, HubText)
     assert (reader.id, reader.subset) == ("owner/data", "part")
     for name, line in (
-        ("pyton-stdlib", "did you mean python-stdlib"), ("missing/file.txt", "there is no file"),
-        ("self-writen", "self-written"), ("mix8", "mix-8"), ("web-mx", "web-mix"),
-        ("/no/such/place", "there is no file"), ("mine.csv@body", "there is no file mine.csv$"),
+        ("pyton-stdlib", "did you mean python-stdlib"),
+        ("missing/file.txt", "there is no file"),
+        ("self-writen", "self-written"),
+        ("mix8", "mix-8"),
+        ("web-mx", "web-mix"),
+        ("/no/such/place", "there is no file"),
+        ("mine.csv@body", "there is no file mine.csv$"),
         ("data/mine.csv@body", "there is no file data/mine.csv$"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(SourceError, match=line):
             get_source(name)
 

@@ -132,9 +132,11 @@ def test_a_trial_on_the_cpu_reserves_no_gpu(monkeypatch, device, wanted):
 
     resources = {"CPU": 8, "GPU": 2, "memory": 40e9}
     ray = SimpleNamespace(
-        init=lambda **_: None, shutdown=lambda: None, remote=remote,
+        init=lambda **_: None,
+        shutdown=lambda: None,
+        remote=remote,
         nodes=lambda: [{"Alive": True, "Resources": resources}],
-    )  # fmt: skip
+    )
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setattr(running, "largest", lambda *_, **how: ("a", 1e9))
     study = SimpleNamespace(file=SimpleNamespace(models={"m": SimpleNamespace(name="m")}))

@@ -39,14 +39,19 @@ def run(path, store, heard=lambda text: None, **options):
     """Run a study; return the labels of trials run, errors by label, and all messages."""
     notes, shown = [], []
     run_study(
-        load_study(path), store, note=lambda text: (heard(text), notes.append(text)),
-        show=lambda text, share, left: shown.append(text), **options,
-    )  # fmt: skip
+        load_study(path),
+        store,
+        note=lambda text: (heard(text), notes.append(text)),
+        show=lambda text, share, left: shown.append(text),
+        **options,
+    )
     ended = [one.groups() for text in notes if (one := re.match(r"\d+/\d+ (.*?): (.*)", text))]
-    failed = {label: said.removeprefix("failed: ") for label, said in ended
-              if said.startswith("failed: ")}  # fmt: skip
-    return SimpleNamespace(notes=notes, shown=shown, ran=[label for label, _ in ended],
-                           errors=failed)  # fmt: skip
+    failed = {
+        label: said.removeprefix("failed: ") for label, said in ended if said.startswith("failed: ")
+    }
+    return SimpleNamespace(
+        notes=notes, shown=shown, ran=[label for label, _ in ended], errors=failed
+    )
 
 
 @pytest.fixture(scope="module")
@@ -252,10 +257,12 @@ def test_an_interrupt_leaves_a_consistent_store(ran, tmp_path, monkeypatch):
 def test_a_changed_study_keeps_what_it_no_longer_asks_for(tiny_study, tmp_path):
     store = tmp_path / "store"
     run(tiny_study(), store, only=["code"])
-    for number, (old, new, left, ran) in enumerate([
-        ("sparsegpt: [0.6]", "sparsegpt: [0.5]", 1, 1),
-        ("/code.jsonl\n", "/sums.jsonl\n", 2, 0),
-    ]):  # fmt: skip
+    for number, (old, new, left, ran) in enumerate(
+        [
+            ("sparsegpt: [0.6]", "sparsegpt: [0.5]", 1, 1),
+            ("/code.jsonl\n", "/sums.jsonl\n", 2, 0),
+        ]
+    ):
         seen = run(tiny_study((old, new), name=f"{number}.yaml"), store, only=["mix wanda*"])
         line = f"the study has changed: {left} finished trials (first: 'code sparsegpt 60% seed 0')"
         assert seen.notes[0].startswith(line)
@@ -354,16 +361,18 @@ def test_folders_that_are_no_store(ran, tmp_path):
     other.mkdir()
     (other / "file").write_text("x")
     for place, says in (
-        (other, "not empty and is not a study store"), (other / "file", "is a file"),
-    ):  # fmt: skip
+        (other, "not empty and is not a study store"),
+        (other / "file", "is a file"),
+    ):
         with pytest.raises(InputError, match=says):
             run(ran[0], place)
     with pytest.raises(InputError, match="there is no study store"):
         read_results(tmp_path / "none")
     for text, says in (
         ('{"kind": "study store", "format": 99}', "has format 99, but this calmix reads format 2"),
-        ('{"kind": "other"}', "of another kind"), ("{", "damaged"),
-    ):  # fmt: skip
+        ('{"kind": "other"}', "of another kind"),
+        ("{", "damaged"),
+    ):
         (other / "store.json").write_text(text)
         with pytest.raises(InputError, match=says):
             run(ran[0], other)
@@ -415,8 +424,9 @@ def test_sets_are_compared_with_the_single_sources_and_have_a_perplexity_if_aske
     # It is added later without making the sets again.
     monkeypatch.setattr(bench_module, "resolve", None)
     run(tiny_study(more), store)
-    after = [trial for trial in read_results(store).trials if trial.id not in
-             {one.id for one in before}]  # fmt: skip
+    after = [
+        trial for trial in read_results(store).trials if trial.id not in {one.id for one in before}
+    ]
     assert len(after) == 8 - len(before) == 4
     assert all(trial.information["perplexity"] > 1 for trial in after)
 
@@ -431,10 +441,11 @@ def test_checkpoints_are_kept_if_asked_and_a_recovery_holds_levels_and_embedding
     tiny_study, tmp_path
 ):
     path = tiny_study(
-        ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{ecq: [3 bits]}"), ("rows: 6", "rows: 16"),
+        ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{ecq: [3 bits]}"),
+        ("rows: 6", "rows: 16"),
         more="embeddings: 4\nrecovery: [none, 'distill,epochs=1']\nkeep_checkpoints: true\n"
         "right_only: true\n",
-    )  # fmt: skip
+    )
     seen = run(path, tmp_path / "store", only=["mix*"])
     assert (seen.errors, len(seen.ran)) == ({}, 2)
     assert "embeddings 4" in seen.ran[0]
@@ -451,8 +462,10 @@ def test_checkpoints_are_kept_if_asked_and_a_recovery_holds_levels_and_embedding
         for name, grid in grids.items():
             levels = grid.values(grid.levels(found[name])).to(found[name].dtype)
             assert torch.equal(levels, found[name])
-    (told,) = [json.loads(file.read_text(encoding="utf-8"))
-               for file in (tmp_path / "store" / "trials").glob("*/recovery.json")]  # fmt: skip
+    (told,) = [
+        json.loads(file.read_text(encoding="utf-8"))
+        for file in (tmp_path / "store" / "trials").glob("*/recovery.json")
+    ]
     inside = [name for name in grids if ".layers." in name]
     assert told["quantised"] == sum(found[name].numel() for name in inside) > 0
     assert len(grids) > len(inside)
@@ -467,9 +480,12 @@ def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(tiny_study
     seen = run(path, tmp_path / "store", only=["mix*", "magnitude*"])
     assert seen.errors == {}
     assert seen.ran == [
-        "magnitude 50%", "mix wanda 60% seed 0", "mix wanda + distill,epochs=1 60% seed 0",
-        "mix wanda + owl 60% seed 0", "mix wanda + owl + distill,epochs=1 60% seed 0",
-    ]  # fmt: skip
+        "magnitude 50%",
+        "mix wanda 60% seed 0",
+        "mix wanda + distill,epochs=1 60% seed 0",
+        "mix wanda + owl 60% seed 0",
+        "mix wanda + owl + distill,epochs=1 60% seed 0",
+    ]
     store = open_store(tmp_path / "store")
     entries = {entry.label: entry for entry in store.index.trials}
     folders = {label: store.trial(entry.id) for label, entry in entries.items()}
@@ -478,8 +494,12 @@ def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(tiny_study
     assert request["allocation"] == "owl"
     assert request["recovery"] == {"method": "distill", "epochs": 1, "lr": 1e-3, "batch": 4}
     assert sorted(p.name for p in last.iterdir()) == [
-        "pruning.json", "recovery.json", "request.json", "result.json", "scores.json",
-    ]  # fmt: skip
+        "pruning.json",
+        "recovery.json",
+        "request.json",
+        "result.json",
+        "scores.json",
+    ]
     trial = store.result(entries[seen.ran[-1]]).trial
     assert (trial.method, trial.seconds["recover"] > 0) == ("wanda + owl + distill,epochs=1", True)
     # Trials that differ only in recovery share one pruning run, timings included.

@@ -39,8 +39,11 @@ GRIDS = {
     "every combination, what uses one set together": (
         HEAD + "calibrations: {a: news, b: 'uniform:news,books'}\n"
         "methods: {sparsegpt: [50%, 2:4], wanda: 0.5, magnitude: 0.5}\nseeds: [0, 1]\n",
-        ["magnitude 50%"] + [
-            f"{name} {method} seed {seed}" for seed in (0, 1) for name in ("a", "b")
+        ["magnitude 50%"]
+        + [
+            f"{name} {method} seed {seed}"
+            for seed in (0, 1)
+            for name in ("a", "b")
             for method in ("sparsegpt 50%", "sparsegpt 2:4", "wanda 50%")
         ],
     ),
@@ -52,25 +55,41 @@ GRIDS = {
         HEAD + "calibrations: {a: news, b: books, igsp: igsp}\nmethods: {sparsegpt: 0.6}\n"
         "rows: 8\ngrids:\n  - {}\n  - {seeds: [0, 1], calibrations: [b]}\n"
         "  - {methods: {wanda: 2:4}, rows: 4}\n",
-        ["a sparsegpt 60% seed 0", "b sparsegpt 60% seed 0", "igsp sparsegpt 60% seed 0",
-         "b sparsegpt 60% seed 1", "a wanda 2:4 seed 0", "b wanda 2:4 seed 0",
-         "igsp wanda 2:4 seed 0"],
+        [
+            "a sparsegpt 60% seed 0",
+            "b sparsegpt 60% seed 0",
+            "igsp sparsegpt 60% seed 0",
+            "b sparsegpt 60% seed 1",
+            "a wanda 2:4 seed 0",
+            "b wanda 2:4 seed 0",
+            "igsp wanda 2:4 seed 0",
+        ],
     ),
     "labels tell models, sizes and options apart": (
         "name: s\nmodels: {one: a/b, two: c/d}\ncalibrations: {a: news}\n"
         "methods: {'sparsegpt,damping=0.1': 0.5, magnitude: 0.5}\nrows: 8\n"
         "grids:\n  - {}\n  - {models: [one], rows: 4, methods: {wanda: 0.5}, seeds: [1]}\n",
-        ["magnitude 50%, one", "a sparsegpt,damping=0.1 50%, one seed 0", "magnitude 50%, two",
-         "a sparsegpt,damping=0.1 50%, two seed 0", "a wanda 50% seed 1"],
+        [
+            "magnitude 50%, one",
+            "a sparsegpt,damping=0.1 50%, one seed 0",
+            "magnitude 50%, two",
+            "a sparsegpt,damping=0.1 50%, two seed 0",
+            "a wanda 50% seed 1",
+        ],
     ),
     "what differs in recovery alone comes right after its prune": (
         HEAD + "calibrations: {a: news, b: stories}\nmethods: {sparsegpt: [0.5, 0.6]}\n"
         "grids:\n  - {calibrations: [a, b]}\n"
         "  - {calibrations: [b], methods: {sparsegpt: 0.6}, recovery: distill}\n",
-        ["a sparsegpt 50% seed 0", "a sparsegpt 60% seed 0", "b sparsegpt 50% seed 0",
-         "b sparsegpt 60% seed 0", "b sparsegpt + distill 60% seed 0"],
+        [
+            "a sparsegpt 50% seed 0",
+            "a sparsegpt 60% seed 0",
+            "b sparsegpt 50% seed 0",
+            "b sparsegpt 60% seed 0",
+            "b sparsegpt + distill 60% seed 0",
+        ],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("text", "labels"), GRIDS.values(), ids=GRIDS)
@@ -105,8 +124,7 @@ def test_a_set_may_be_drawn_in_its_own_way():
         "methods: {wanda: 0.5}\nlength: 40\npacking: window\n"
     )
     a, b, c = (trial.request for trial in plan(study))
-    assert a.drawn() == {"rows": 3, "length": 40, "packing": "window", "leakage": "off",
-                      "seed": 0}  # fmt: skip
+    assert a.drawn() == {"rows": 3, "length": 40, "packing": "window", "leakage": "off", "seed": 0}
     assert (b.calibration, b.drawn()["packing"]) == ("news:3.0,books:1.0", "window")
     assert [trial.rows for trial in plan(study)] == [3, 64, 64]
     # Packing does not apply to self-written text.
@@ -173,35 +191,41 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
         "  - calibrations:\n      - a\n      - zz\n    models: [q]\n"
     )
     for text, wanted in (
-        (form, [
-            (1, "name: String should match"),
-            (3, "suit: unknown key: did you mean suite"),
-            (4, "rows: must be a valid integer"),
-            (6, "calibrations.b: give exactly one of"),
-            (7, "calibrations.c.form: unknown key: did you mean from"),
-            (9, "methods.sparsegpt.0: sparsity 1.6 is above 1: did you mean 0.016?"),
-            (10, "methods.wandda: unknown method 'wandda': did you mean wanda"),
-            (11, "methods.wanda: sparsity '4-2' is not a share"),
-            (12, "methods.ria: Value should have at least 1 item"),
-            (13, "seeds.0: must be greater than or equal to 0"),
-            (15, "grids.0.sedes: unknown key: did you mean seeds"),
-            (16, "allocation.0: must be 'uniform' or 'owl'"),
-            (17, "recovery: --epochs 0: must be greater"),
-        ]),
-        (names, [
-            (3, "models.m: unknown builtin model 'smollm': did you mean smollm2-135m"),
-            (4, "suite: unknown suite 'ofline': did you mean offline"),
-            (6, "calibrations.a: unknown source 'python-stdlb': did you mean python-stdlib"),
-            (7, "calibrations.b: calibration 'a:1,a:2' names 'a' twice"),
-            (8, "calibrations.c: there is no file"),
-            (9, "calibrations.none: 'none' is reserved for"),
-            (10, "calibrations.d: calibration 'igsp,repeats=5': --repeats 5: must be less"),
-            (11, "calibrations.e: 'packing' has no effect with sgs"),
-            (14, "methods.gptq: gptq takes whole bits"),
-            (19, "grids.0.calibrations.1: unknown 'zz': known"),
-            (20, "grids.0.models.0: unknown 'q': known: m"),
-        ]),
-    ):  # fmt: skip
+        (
+            form,
+            [
+                (1, "name: String should match"),
+                (3, "suit: unknown key: did you mean suite"),
+                (4, "rows: must be a valid integer"),
+                (6, "calibrations.b: give exactly one of"),
+                (7, "calibrations.c.form: unknown key: did you mean from"),
+                (9, "methods.sparsegpt.0: sparsity 1.6 is above 1: did you mean 0.016?"),
+                (10, "methods.wandda: unknown method 'wandda': did you mean wanda"),
+                (11, "methods.wanda: sparsity '4-2' is not a share"),
+                (12, "methods.ria: Value should have at least 1 item"),
+                (13, "seeds.0: must be greater than or equal to 0"),
+                (15, "grids.0.sedes: unknown key: did you mean seeds"),
+                (16, "allocation.0: must be 'uniform' or 'owl'"),
+                (17, "recovery: --epochs 0: must be greater"),
+            ],
+        ),
+        (
+            names,
+            [
+                (3, "models.m: unknown builtin model 'smollm': did you mean smollm2-135m"),
+                (4, "suite: unknown suite 'ofline': did you mean offline"),
+                (6, "calibrations.a: unknown source 'python-stdlb': did you mean python-stdlib"),
+                (7, "calibrations.b: calibration 'a:1,a:2' names 'a' twice"),
+                (8, "calibrations.c: there is no file"),
+                (9, "calibrations.none: 'none' is reserved for"),
+                (10, "calibrations.d: calibration 'igsp,repeats=5': --repeats 5: must be less"),
+                (11, "calibrations.e: 'packing' has no effect with sgs"),
+                (14, "methods.gptq: gptq takes whole bits"),
+                (19, "grids.0.calibrations.1: unknown 'zz': known"),
+                (20, "grids.0.models.0: unknown 'q': known: m"),
+            ],
+        ),
+    ):
         for line, (number, words) in zip(problems(text), wanted, strict=True):
             assert line.startswith(f"s.yaml line {number}: {words}"), line
 
@@ -236,13 +260,15 @@ def test_what_has_no_effect_is_told_with_its_line():
 
 def test_empty_grids_and_broken_files(tmp_path):
     for text, says in (
-        (HEAD + "calibrations: {}\nmethods: {wanda: 0.5}\n",
-         "calibrations: Dictionary should have at least 1"),
+        (
+            HEAD + "calibrations: {}\nmethods: {wanda: 0.5}\n",
+            "calibrations: Dictionary should have at least 1",
+        ),
         (NEWS, "methods: the grid has no trials"),
         (NEWS + "methods: {wanda: 0.5}\nseeds: []\n", "seeds: List should have at least 1"),
         ("name: s\nmodels: []\ncalibrations: {a: news}\nmethods: {wanda: 0.5}\n", "at least 1"),
         (HEAD + "suit: 1\n", r"line 1: lacks 'calibrations' \(and 1 more: calmix"),
-    ):  # fmt: skip
+    ):
         (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=says):
             load_study(tmp_path / "s.yaml")

@@ -54,8 +54,12 @@ def test_a_study_from_its_file_to_its_report(calmix, tiny_study, tmp_path):
     scores = json.loads((one / "scores.json").read_text(encoding="utf-8"))
     assert scores["distance"] is None  # the tiny suite has no texts
     parts = {name: {"kl_mean": 1.25, "top1": 0.5} for name in told["dimensions"]}
-    scores["distance"] = {"dense": "d", "texts": "t", "dimensions": parts,
-                          "total": {"kl_mean": 1.75, "top1": 0.5}}  # fmt: skip
+    scores["distance"] = {
+        "dense": "d",
+        "texts": "t",
+        "dimensions": parts,
+        "total": {"kl_mean": 1.75, "top1": 0.5},
+    }
     write_scores(one / "scores.json", scores)
     # Output inside the store leaves it a valid store.
     assert "0 of 6 trials to run" in calmix("study", "run", path, "-o", store).err
@@ -67,8 +71,11 @@ def test_a_study_from_its_file_to_its_report(calmix, tiny_study, tmp_path):
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:4] == ["study", "id", "model", "calibration"]
     assert len(rows) == 6 * 3
-    kept = [(row["kl"], row["dimension_kl"], row["dimension_top1"]) for row in rows
-            if row["id"] == one.name]  # fmt: skip
+    kept = [
+        (row["kl"], row["dimension_kl"], row["dimension_top1"])
+        for row in rows
+        if row["id"] == one.name
+    ]
     assert {*kept} == {("1.75", "1.25", "0.5")}
     assert {row["kl"] for row in rows if row["id"] != one.name} == {""}
     # A store passed on without its calibration sets can be read too.

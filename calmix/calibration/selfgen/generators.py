@@ -270,10 +270,14 @@ def generate(
         """Write a piece for each pair of a dimension and a number."""
         at = seed + 1 + number * ANOTHER
         request = Request(
-            [generator.in_turn(starts[d], j, size, at) for d, j in pairs], size,
-            [temps[d] for d, _ in pairs], at, generator.top_k, generator.top_p,
+            [generator.in_turn(starts[d], j, size, at) for d, j in pairs],
+            size,
+            [temps[d] for d, _ in pairs],
+            at,
+            generator.top_k,
+            generator.top_p,
             generator.repetition_penalty,
-        )  # fmt: skip
+        )
         label = "writing replacements for unusable text" if number else "writing"
         progress = writing and partial(writing, label)
         return write(opened, request, batch=generator.batch, progress=progress, note=note)

@@ -239,9 +239,12 @@ def _batch(opened: OpenModel, request: Request, rows: range, tick: Tick) -> Writ
     ids = torch.tensor([[request.openers[row][0][0]] for row in rows], device=device)
     sampler = Sampler(request, rows, end_tokens(opened), device, tick)
     plain = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=request.length - 1, use_cache=True,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=request.length - 1,
+        use_cache=True,
         pad_token_id=opened.tokenizer.pad_token_id or ids[0, 0].item(),
-    )  # fmt: skip
+    )
     tick(len(ids), 1)
     with quiet_transformers(), generating(opened.model, plain), torch.inference_mode():
         written = opened.model.generate(

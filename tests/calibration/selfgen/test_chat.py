@@ -85,9 +85,13 @@ def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path, mon
     assert chat_turns(talker.tokenizer) is None  # nothing begins a chat
     monkeypatch.setattr(talker.tokenizer, "chat_template", unended)
     drawn(lower, talker, note=lines.append)
-    for line, said in zip(lines, (
-        f"{lower} has no row in this model's chat format",
-        f"{tmp_path / 'set'} has no row in this model's chat format",
-        "this model's chat template has no token that ends a turn",
-    ), strict=True):  # fmt: skip
+    for line, said in zip(
+        lines,
+        (
+            f"{lower} has no row in this model's chat format",
+            f"{tmp_path / 'set'} has no row in this model's chat format",
+            "this model's chat template has no token that ends a turn",
+        ),
+        strict=True,
+    ):
         assert line.startswith(f"warning: {said}")

@@ -48,9 +48,14 @@ def made(opened, monkeypatch, tmp_path):
         if name in ("self-written", "igsp"):
             settings = {"prompts": path, "piece": 16} | settings
         return generate(
-            GENERATORS[name](**settings), opened, rows=rows, length=length, seed=0, guard=guard,
+            GENERATORS[name](**settings),
+            opened,
+            rows=rows,
+            length=length,
+            seed=0,
+            guard=guard,
             own=own or {},
-        )  # fmt: skip
+        )
 
     return run
 
@@ -80,8 +85,11 @@ def test_pieces_of_one_dimension_share_a_row(made, opened):
 
 def test_dimensions_have_temperatures_and_only_prompts_that_leave_half_of_a_piece(made, tmp_path):
     path = tmp_path / "long.yaml"
-    path.write_text("x: {temperature: 0.5, prompts: [{text: abc}, {text: 'abcdefghi'}]}\n"
-                    "y: [{text: 'abcdefghijkl'}, {text: 'abcdefghijklm'}]\n", "utf-8")  # fmt: skip
+    path.write_text(
+        "x: {temperature: 0.5, prompts: [{text: abc}, {text: 'abcdefghi'}]}\n"
+        "y: [{text: 'abcdefghijkl'}, {text: 'abcdefghijklm'}]\n",
+        "utf-8",
+    )
     found = made(prompts=path)
     assert found.manifest["temperature"] == {"x": 0.5, "y": 0.9}
     assert made.requests[0].temperatures[:2] == [0.5, 0.9]
@@ -169,8 +177,10 @@ def test_sgs_continues_documents_and_drops_the_least_likely_fifth_of_each_dimens
     made, text_file, opened, monkeypatch, tmp_path
 ):
     own = {"a": "code", "b": "code", "c": "math"}
-    sources = {n: get_source(str(text_file)).model_copy(update={"name": n, "dimension": d})
-               for n, d in own.items()}  # fmt: skip
+    sources = {
+        n: get_source(str(text_file)).model_copy(update={"name": n, "dimension": d})
+        for n, d in own.items()
+    }
     monkeypatch.setitem(generators.MIXES, "three", dict.fromkeys(own, 1.0))
 
     def fill(ids, nll):
@@ -270,8 +280,9 @@ def test_a_set_is_written_also_after_the_users_own_prompts(
 ):
     held, spec = tmp_path / "prompts.yaml", tmp_path / "mine.yaml"
     held.write_text("law: [{text: The court}]\ncooking: [{text: Stir}]\n", encoding="utf-8")
-    spec.write_text(f"generate: self-written\n"
-                    f"options: {{prompts: '{held}', top_k: 1, repeats: 0.01}}\n")  # fmt: skip
+    spec.write_text(
+        f"generate: self-written\noptions: {{prompts: '{held}', top_k: 1, repeats: 0.01}}\n"
+    )
     how = ("-m", tiny_folder, "--rows", 4, "--length", 40, "--leakage", "off", "-o")
     for text, told in (
         ("igsp,candidates=2,temperature=1", "4-gram aggregation .*, perplexity general "),

@@ -37,9 +37,13 @@ def test_draws_follow_the_distribution_transformers_would_sample_from():
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
     for temperature, cut in (
-        (0.6, {}), (1.7, {}), (1.0, {"top_k": 3}), (1.0, {"top_k": 1}), (1.0, {"top_p": 0.35}),
+        (0.6, {}),
+        (1.7, {}),
+        (1.0, {"top_k": 3}),
+        (1.0, {"top_k": 1}),
+        (1.0, {"top_p": 0.35}),
         (0.6, {"top_k": 4, "top_p": 0.8}),
-    ):  # fmt: skip
+    ):
         heat = torch.full((count,), temperature)
         tokens = sample(LOGITS.expand(count, -1), heat, uniform, **cut)
         found = torch.bincount(tokens, minlength=LOGITS.shape[1]) / count
@@ -170,9 +174,10 @@ def test_little_or_no_memory_means_smaller_batches(opened, monkeypatch):
     said, told = [], []
     how = {"note": notes.append, "progress": lambda *of: told.append(of)}
     for line in (
-        "CUDA out of memory", "DefaultCPUAllocator: can't allocate memory",
+        "CUDA out of memory",
+        "DefaultCPUAllocator: can't allocate memory",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-    ):  # fmt: skip
+    ):
         said.append(line)
         forget()
         notes.clear()
