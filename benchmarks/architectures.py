@@ -1,6 +1,6 @@
 """Every decoder-only architecture of the installed transformers, on the path users take.
 
-    python benchmarks/architectures.py [KIND ...] [--json FILE] [--write docs/lab/architectures.md]
+    python benchmarks/architectures.py [KIND ...] [--json FILE] [--write docs/lab/architectures.csv]
 
 A tiny random model of each is saved as bfloat16 safetensors with a tokenizer, and pruned, scored,
 recovered and packed from that folder, as the verbs do it. `CHECKS` says what each result is held
@@ -12,7 +12,7 @@ needs a word of its own to be built small.
 from __future__ import annotations
 
 import argparse
-import datetime
+import csv
 import json
 import multiprocessing
 import os
@@ -33,7 +33,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from common import machine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -693,58 +692,10 @@ ALONE = {  # why a model does not run on text alone
 TEXT_ALONE = ("emu3",)  # of which transformers finds no text in the whole
 
 
-def line(row: Row) -> str:
+def cells(row: Row) -> list[str]:
     """Return a row of the table."""
     outcomes = [row.checks.get(name, "not reached").partition(":")[0] for name in CHECKS]
-    cells = [row.kind, f"{row.pruned:.1%}", str(row.experts or ""), *outcomes, row.dense]
-    return f"| {' | '.join(cells)} |"
-
-
-def page(rows: list[Row]) -> str:
-    """Return the table as a page of the documentation."""
-    swept = [row for row in rows if row.state == "swept"]
-    tried = [row for row in rows if row.state != "no decoder"]
-    passed = [row for row in swept if all(told == "ok" for told in row.checks.values())]
-    singles = ", ".join(row.kind for row in swept if row.dtype == "float32")
-    lines = [
-        "# Architectures",
-        "",
-        f"Of the {len(tried)} decoder-only architectures that transformers "
-        f"{transformers.__version__} names for causal language models, {len(passed)} pass every "
-        "check below. No check ends in a wrong result: what does not pass is refused in one line, "
-        "or cannot be tried.",
-        "",
-        "A tiny random model of each is saved as bfloat16 safetensors with a tokenizer. calmix "
-        "opens it from that folder, as it would yours, and knows no architecture by name. Each "
-        "result is compared with what transformers alone makes of the same files:",
-        "",
-        *(
-            f"* **{name}**: {' '.join((getattr(Sweep, name).__doc__ or '').split())}"
-            for name in CHECKS
-        ),
-        "",
-        f"Where bfloat16 is named it is float32 for {singles}, which transformers does not run in "
-        "bfloat16 on a CPU. *Pruned* is the share of the weights in the tiny model's blocks; the "
-        "last column names what stays dense and its share. Every prune reports the same (`dense` "
-        "in `calmix.json`). Routers are never pruned.",
-        "",
-        "    python benchmarks/architectures.py --write docs/lab/architectures.md",
-        "",
-        f"{datetime.date.today()}, {machine()}.",
-        "",
-        f"## The {len(tried) - len(passed)} that do not pass every check",
-        "",
-    ]
-    for row in tried:
-        if row.state != "swept":
-            lines.append(f"* {row.kind}: not tried, {ALONE.get(row.kind, row.why)}")
-        elif row not in passed:
-            lines.append(f"* {row.kind}: {reasons(row)}")
-    heads = ["architecture", "pruned", "experts' layers", *CHECKS, "left dense"]
-    lines += ["", "## All", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    lines += [line(row) for row in swept]
-    others = ", ".join(row.kind for row in rows if row.state == "no decoder")
-    return "\n".join([*lines, "", f"Not decoders on their own, and left out: {others}.", ""])
+    return [row.kind, f"{row.pruned:.1%}", str(row.experts or ""), *outcomes, row.dense]
 
 
 def reasons(row: Row) -> str:
@@ -786,7 +737,7 @@ def apart(kind: str) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kinds", nargs="*", metavar="KIND")
-    parser.add_argument("--write", type=Path, help="Markdown file to write")
+    parser.add_argument("--write", type=Path, help="CSV file to write")
     parser.add_argument("--json", type=Path, help="file of rows, gone on with")
     parser.add_argument("--tell", action="store_true", help="write from the rows there are")
     options = parser.parse_args()
@@ -810,7 +761,10 @@ def main() -> None:
             options.json.write_text(json.dumps(done, indent=1), encoding="utf-8")
     rows = [Row(**row) for _, row in sorted(done.items())]
     if options.write is not None:
-        options.write.write_text(page(rows), encoding="utf-8")
+        heads = ["architecture", "pruned", "experts' layers", *CHECKS, "left dense"]
+        with options.write.open("w", encoding="utf-8", newline="") as file:
+            lines = [cells(row) for row in rows if row.state == "swept"]
+            csv.writer(file, lineterminator="\n").writerows([heads, *lines])
     words = ("wrong", "crashed")
     if faults := [row.kind for row in rows if any(w in reasons(row) for w in words)]:
         sys.exit(f"wrong, or not refused in one line: {', '.join(faults)}")

@@ -1,16 +1,17 @@
-"""The table of all offline sources in docs/sources.md, measured with the builtin model.
+"""Metrics of all offline sources with the builtin model, as CSV (docs/lab/sources.csv).
 
-    python benchmarks/sources_table.py --json sources.json
+    python benchmarks/sources_table.py > docs/lab/sources.csv
 
-Prints Markdown: every offline source at one token budget, the mean over draws with half of the
-95 % interval. Coverage and mismatch are against the other sources pooled.
+One token budget for all sources; the mean over draws and half of its 95 % interval. Coverage and
+mismatch are against the other sources pooled.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
 import sys
-import time
 from pathlib import Path
 
 from calmix.calibration import open_tokenizer
@@ -33,11 +34,11 @@ COLUMNS = {
 }
 
 
-def cell(value: Interval, form: str) -> str:
-    """Return a mean with half of its interval."""
+def cells(value: Interval, form: str) -> list[str]:
+    """Return a mean and half of its interval."""
     if value.low is None or value.high is None:
-        return form.format(value.mean)
-    return f"{form.format(value.mean)} ± {form.format((value.high - value.low) / 2)}"
+        return [form.format(value.mean), ""]
+    return [form.format(value.mean), form.format((value.high - value.low) / 2)]
 
 
 def main() -> None:
@@ -51,7 +52,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-perplexity", action="store_true", help="skip what runs the model")
     options = parser.parse_args()
-    start = time.perf_counter()
     sources = offline_sources()
     perplexity = not options.no_perplexity
     found = measure(
@@ -66,18 +66,15 @@ def main() -> None:
     )
     if options.json:
         found.save(options.json)
-    print(
-        f"Model {options.model}; {found.budget['tokens']} tokens a draw ({options.rows} rows of "
-        f"{options.length}), {options.draws} draws from seed {options.seed}; mean ± half of the "
-        f"95 % interval. Took {time.perf_counter() - start:.0f} s.\n"
-    )
-    names = list(sources)
-    columns = {title: pair for title, pair in COLUMNS.items() if pair[0] in found[names[0]]}
-    print("| source | dimension | " + " | ".join(columns) + " |")
-    print("|---|---|" + "---|" * len(columns))
+    columns = {
+        title: pair for title, pair in COLUMNS.items() if pair[0] in found[next(iter(sources))]
+    }
+    heads = [head for title in columns for head in (title, f"{title} ±")]
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["source", "dimension", *heads])
     for name, source in sources.items():
-        values = [cell(found[name][key], form) for key, form in columns.values()]
-        print(f"| {name} | {source.dimension} | " + " | ".join(values) + " |")
+        pairs = (cells(found[name][key], form) for key, form in columns.values())
+        table.writerow([name, source.dimension, *itertools.chain(*pairs)])
 
 
 if __name__ == "__main__":
