@@ -119,9 +119,7 @@ bench: setup $(RIVAL)/.ready
 	$(BIN)/python benchmarks/scaling.py --methods sparsegpt wanda
 	$(BIN)/python benchmarks/recovery.py -o out/recovery
 	$(BIN)/python benchmarks/generation.py
-	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/architectures.py
-	$(BIN)/python benchmarks/profile_trial.py
 	test -z "$$CALMIX_DATA" || \
 	  $(BIN)/python benchmarks/quality.py --data "$$CALMIX_DATA" --rival $(RIVAL)/bin/python
 

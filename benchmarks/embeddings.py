@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+from typing import Any
 
 import torch
-from bits import divergence
 from common import commit, data_file, machine
 
 from calmix import open_model, prune
@@ -67,6 +67,16 @@ def main() -> None:
         prune(opened, drawn, bits=bits)
         lost.append(divergence(torch_dense, opened.model, held))
     print(f"| blocks, {blocks / 1e6:.0f} M | {row_of(lost)}", flush=True)
+
+
+@torch.inference_mode()
+def divergence(dense: Any, model: Any, ids: torch.Tensor) -> float:
+    """Return the mean KL(dense || model) of the next token, in nats."""
+    total = 0.0
+    for row in ids:
+        p, q = (one(row[None]).logits.float().log_softmax(-1) for one in (dense, model))
+        total += float((p.exp() * (p - q)).sum(-1).mean())
+    return total / len(ids)
 
 
 def row_of(lost: list[float]) -> str:

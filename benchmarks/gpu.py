@@ -70,7 +70,6 @@ SHAPES = {
 OTHERS = (
     ("speed.py", "--repeats", "1", "--pattern", "2:4"),
     ("scaling.py",),
-    ("profile_trial.py",),
     ("generation.py",),
 )
 # Rounding may turn a choice between two weights of nearly the same saliency, and in ADMM's many

@@ -1,13 +1,11 @@
 """Seconds to prune the builtin model: calmix, llm-compressor, and the floor of the machine.
 
     python benchmarks/speed.py [--rival PYTHON] [--repeats 3] [--pattern 2:4]
-    python benchmarks/speed.py --layers [--repeats 9]
 
-Everything is timed in one run on the same ids, the engines in turn. The floor is one forward
-pass of the blocks as transformers runs them, with PyTorch's attention, plus one Gram matrix per
-distinct input as plain products of this machine; Wanda's floor is the forward pass alone. With
-`--layers` it is quantisers beside SparseGPT, on layers as of SmolLM2-135M and Qwen2.5-0.5B with
-random weights: processor time of one thread, in turn, medians of ratios. Prints a Markdown table.
+Everything is timed in one run on the same ids, the engines in turn. The floor is one forward pass
+of the blocks as transformers runs them, with PyTorch's attention, plus one Gram matrix per distinct
+input as plain products of this machine; Wanda's floor is the forward pass alone. Prints a Markdown
+table.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from calmix.calibration import build, parse_mix
 from calmix.machine import MICRO_TOKENS
 from calmix.models import find_blocks, open_model
 from calmix.pruning import Unstructured, prune
-from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Pattern, as_pattern
 from calmix.pruning.trace import Calls, observe_block
 
@@ -86,46 +83,6 @@ def ours(ids: torch.Tensor, method: str, propagation: str, pattern: Pattern) -> 
     return report.seconds
 
 
-@torch.inference_mode()
-def layers(repeats: int) -> None:
-    """Print how long quantisers take for single layers beside SparseGPT at 60 %."""
-    torch.set_num_threads(1)
-    runs = [
-        ("sparsegpt", "0.6"),
-        ("gptq", "4 bits"),
-        ("gptq", "3 bits"),
-        ("ecq", "2.8 bits"),
-        ("sparsegpt,bits=4", "0.5"),
-    ]
-    print("| layer | SparseGPT, ms | " + " | ".join(map(" ".join, runs[1:])) + " |")
-    print("|---" * (len(runs) + 1) + "|")
-    for rows, columns in (
-        (576, 576),
-        (1536, 576),
-        (576, 1536),
-        (896, 896),
-        (4864, 896),
-        (896, 4864),
-    ):
-        spread = torch.randn(columns, columns).mul_(torch.randn(columns).exp()) / columns**0.5
-        inputs = torch.randn(2 * columns, columns) @ spread
-        weight, gram = 0.02 * torch.randn(rows, columns).bfloat16(), inputs.T @ inputs
-        seconds = []
-        for _ in range(repeats + 1):  # the first is a warm-up
-            seconds.append([])
-            for method, pattern in runs:
-                began = time.process_time()
-                get_method(method).solve([weight], gram, [as_pattern(pattern)])
-                seconds[-1].append(time.process_time() - began)
-        first, *ratios = (
-            statistics.median(one[at] / (one[0] if at else 1e-3) for one in seconds[1:])
-            for at in range(len(runs))
-        )
-        print(
-            f"| {rows} x {columns} | {first:.0f} | " + " | ".join(f"{r:.2f}" for r in ratios) + " |"
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rival", help="interpreter with llmcompressor")
@@ -135,12 +92,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["sparsegpt", "wanda"])
     parser.add_argument("--sequential-only", action="store_true", help="leave block out")
     parser.add_argument("--pattern", action="append", default=[], help="an N:M pattern, timed too")
-    parser.add_argument("--layers", action="store_true", help="quantisers on single layers")
     options = parser.parse_args()
-    if options.layers:
-        print(f"{datetime.date.today()}, commit {commit()}, {machine()}\n")
-        layers(options.repeats)
-        return
     targets: list[tuple[str, str, Pattern]] = [("sequential", "sequential", SIXTY)]
     if not options.sequential_only:
         targets.append(("block", "block", SIXTY))

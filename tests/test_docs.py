@@ -20,6 +20,7 @@ from tests.tiny import tiny_ids, tiny_model
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *sorted(ROOT.glob("*.md")),
+    ROOT / "benchmarks" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "docs" / "walks").iterdir()),
 ]
@@ -68,6 +69,13 @@ def test_links_lead_somewhere(page):
                 re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads
             }
             assert anchor in slugs, link
+
+
+def test_every_benchmark_is_in_the_index():
+    index = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    assert scripts == set(re.findall(r"\b(\w+\.py)\b", index)) - {"page.py"}
+    assert len(scripts) <= 25
 
 
 def test_the_readme_is_short_and_there_is_one_version_and_one_repository():

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks.traced import empty_model, tracing
 from calmix.models import find_blocks
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.allocation import OutlierPass
@@ -14,6 +13,7 @@ from calmix.pruning.gram import Gram
 from calmix.pruning.methods.admm import Admm
 from calmix.pruning.solvers.grids import Grid
 from calmix.pruning.trace import Batch, Calls
+from tests.device.traced import empty_model, tracing
 from tests.tiny import VOCABULARY, quick, tiny_config, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks.traced import empty_model, tracing
 from calmix.calibration.selfgen.writing import Request, Sampler
 from calmix.models import find_blocks
 from calmix.precision import reproducible
@@ -18,6 +17,7 @@ from calmix.recovery.blocks import Stream, tune
 from calmix.recovery.distill import divergence
 from calmix.recovery.training import Masters
 from calmix.specs import recover_request
+from tests.device.traced import empty_model, tracing
 from tests.tiny import VOCABULARY, quick, tiny_config
 
 CUDA = torch.device("cuda")

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.traced import tracing
 from calmix.pruning import gram
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured, smallest
+from tests.device.traced import tracing
 from tests.pruning.toy import SPARSE
 from tests.tiny import quick
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.traced import tracing
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import Unstructured, get_method
 from calmix.pruning.budget import Plan
 from calmix.pruning.checkpoint import prune_streamed
 from calmix.pruning.engine import Run
 from calmix.pruning.work import WorkFolder
+from tests.device.traced import tracing
 from tests.tiny import VOCABULARY, quick
 
 BATCHES, ROWS, LENGTH = 3, 2, 32

@@ -5,12 +5,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from benchmarks.traced import tracing
 from calmix.errors import SolverError
 from calmix.pruning import Unstructured, prune
 from calmix.pruning import gram as gram_module
 from calmix.pruning.gram import Gram, Squares, inverse_factor, relative_error, squared
 from calmix.pruning.methods.wanda import Wanda
+from tests.device.traced import tracing
 from tests.pruning.toy import Elsewhere
 from tests.tiny import tiny_ids, tiny_model
 

@@ -1,6 +1,6 @@
 """Screenshots of pages at 1280 and 390 pixels, light and dark: a card, a study's report, the site.
 
-python benchmarks/screens.py out/card.html out/site -o out/screens
+python docs/screens.py out/card.html out/site -o out/screens
 
 A folder is served to this machine, and its first page is shown.
 """
