@@ -1,4 +1,4 @@
-# Everything a fresh clone needs: Python (3.11 or later) with pip and venv, and make.
+# A fresh clone needs only make and Python 3.11 or later, with pip and venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,9 +14,8 @@ setup: $(VENV)/.ready
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# A new pip resolves requirements in a third of the time of the one that comes with Python 3.11. It
-# would compile all modules, on one core: left out are those that are seldom imported. Files that no
-# Python can compile are templates.
+# A recent pip resolves dependencies three times as fast as Python 3.11's. Modules are compiled on
+# all cores, except rarely imported ones. Errors are ignored: some packages contain templates.
 SELDOM := tests?|transformers/models|ray|sklearn|nltk|pip|mypy|debugpy|libcst|textual|IPython
 define install
 	$(BIN)/python -m pip install -q -U pip
@@ -32,7 +31,7 @@ $(VENV)/.ready: pyproject.toml | $(BIN)/python
 	$(call install,.[dev])
 	touch $@ $(VENV)/.base
 
-# The real model, quantised on a mix, and tested.
+# Quantise a real model and test what it keeps.
 demo: $(VENV)/.base
 	$(BIN)/calmix doctor assets --install
 	rm -rf $(OUT)
@@ -40,7 +39,7 @@ demo: $(VENV)/.base
 	$(BIN)/calmix check $(OUT)/compressed --keep-at-least general=0.5,math=0.4
 	@echo "the report card: $(OUT)/compressed/card.html"
 
-# What is kept beside it by a plain prune on one source, which takes more bytes.
+# The same model pruned on one source, for comparison.
 demo-plain: demo
 	$(BIN)/calmix prune $(MODEL) -o $(OUT)/plain --sparsity 0.6 --calibration encyclopedia
 	$(BIN)/calmix evaluate $(OUT)/plain --suite abilities --quick --without gsm8k \
@@ -50,24 +49,24 @@ demo-plain: demo
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-# What takes too long for every change: Ray, ten thousand mutated files, all faults of all verbs.
+# Slow tests: Ray, 10,000 fuzzed files, fault injection for every command.
 test-long: setup docs
 	HF_HUB_OFFLINE=1 CALMIX_LONG=1 $(BIN)/python -m pytest -m long
 	HF_HUB_OFFLINE=1 CALMIX_LONG=1 $(BIN)/python -m pytest tests/fuzz
 
-# Branches that `make test` takes; htmlcov/index.html shows those it does not.
+# Branch coverage of `make test`, in htmlcov/index.html.
 coverage: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered \
 	  --cov-report=html
 
-# Changes in the code of solvers, masks, statistics and retention that no test notices
-# (pyproject.toml says which files and tests); many CPU hours. MUTANTS narrows it by name.
+# Mutation testing of solvers, masks, statistics and retention (files and tests: pyproject.toml).
+# Takes many CPU hours; MUTANTS selects mutants by name.
 mutants: setup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/mutmut run $(MUTANTS)
 	$(BIN)/mutmut results
 
-# The lower end of every range in pyproject.toml, in an environment of its own. Torch may bring
-# gigabytes of CUDA: UV_OVERRIDE names a file that asks for another build, `torch==2.13.0+cpu`.
+# The tests with the lowest version of every dependency, in a separate environment. To avoid the CUDA
+# build of PyTorch, set UV_OVERRIDE to a file that requires another one, e.g. `torch==2.13.0+cpu`.
 LOWEST := .lowest-venv
 test-lowest: setup
 	$(PYTHON) -m venv --clear $(LOWEST)
@@ -81,7 +80,9 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The documentation as a site in out/site; a link that leads nowhere is an error.
+url = $$(sed -n 's/^$(1) = "\(.*\)"/\1/p' pyproject.toml)
+
+# The documentation site, in out/site. A broken link is an error.
 docs: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -e '.[docs]'
 	rm -rf out/site-src && mkdir -p out/site-src
@@ -91,10 +92,11 @@ docs: $(VENV)/.ready
 	$(BIN)/jupyter-nbconvert --to markdown --log-level WARN out/site-src/docs/notebooks/*.ipynb
 	sed -i.bak 's/\.ipynb)/.md)/' out/site-src/README.md out/site-src/docs/tasks/*.md && \
 	  find out/site-src -name '*.bak' -delete
-	NO_MKDOCS_2_WARNING=1 SITE_NAME="$$($(BIN)/calmix --version)" $(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 SITE_NAME="$$($(BIN)/calmix --version)" REPOSITORY=$(call url,Source) \
+	  SITE=$(call url,Documentation) $(BIN)/mkdocs build
 
-# What would be uploaded: built, checked, and tried in an empty environment; nothing is uploaded.
-# On Linux that environment gets the CUDA build of PyTorch, unless pip is set to take another.
+# Build and check the wheel, then try it in an empty environment. Nothing is uploaded. On Linux that
+# environment gets the CUDA build of PyTorch unless pip is configured otherwise.
 release: $(BIN)/python
 	$(BIN)/python -m pip install -q 'build>=1.3' 'twine>=6.2'
 	rm -rf dist out/release
@@ -104,16 +106,16 @@ release: $(BIN)/python
 	out/release/bin/python -m pip install -q dist/*.whl
 	cd out/release && bin/calmix --version && bin/calmix doctor && \
 	  bin/calmix compress $(MODEL) -o small --effort quick --dry-run
-	@grep -q OWNER pyproject.toml && echo "before an upload: put the owner's name for OWNER" || true
+	@grep -q OWNER pyproject.toml && echo "replace OWNER in pyproject.toml before uploading" || true
 	@echo "dist/ is ready: $(BIN)/twine upload dist/*"
 
-# llm-compressor, to measure against, lives in an environment of its own.
+# llm-compressor, for comparison, has its own environment.
 $(RIVAL)/.ready:
 	$(PYTHON) -m venv $(RIVAL)
 	$(RIVAL)/bin/python -m pip install -q 'llmcompressor>=0.14'
 	touch $@
 
-# Takes an hour or two on two cores. With CALMIX_DATA set, quality beside llm-compressor too.
+# Takes one to two hours on two cores. Set CALMIX_DATA to compare perplexity with llm-compressor too.
 bench: setup $(RIVAL)/.ready
 	$(BIN)/python benchmarks/speed.py --rival $(RIVAL)/bin/python --pattern 2:4
 	$(BIN)/python benchmarks/scaling.py --methods sparsegpt wanda

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import rejudge
 
 RESULTS = Path(__file__).parent / "results"
-TEMPLATE = Path(__file__).parent / "results_page.md"
+TEMPLATE = Path(__file__).parent / "results_page.txt"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 ABILITIES = ("general", "code", "math", "chat")
 RESAMPLES = 1000
