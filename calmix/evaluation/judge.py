@@ -306,8 +306,13 @@ class Call(pickle.Pickler):
         return marshal.dumps((value.__code__, value.__defaults__)) if own else None
 
 
-class Answer(pickle.Unpickler):
+class Answer(pickle._Unpickler):
     """Read an answer of the program: only data, and objects that stay there."""
+
+    # BUILD sets attributes, also of a class that the tests use.
+    dispatch: ClassVar = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BUILD[0]
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in DATA.get(module, ()):
@@ -338,10 +343,10 @@ class Judge:
             send(self.sink, file.getvalue())
         except BrokenPipeError:
             self.ended()
-        return self.answer()
+        return self.answer(operation)
 
-    def answer(self) -> Any:
-        """Return what the program's process answers, or raise its error."""
+    def answer(self, operation: str = "") -> Any:
+        """Return what the program's process answers to an operation, or raise its error."""
         try:
             passed, result, text = Answer(io.BytesIO(receive(self.source))).load()
             if passed is True:
@@ -355,6 +360,8 @@ class Judge:
         kind = getattr(builtins, result, None)
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
             kind, text = Exception, f"{result}: {text}"
+        if kind is StopIteration and operation != "next":  # would end a loop of the test
+            kind = RuntimeError
         raised = kind.__new__(kind)
         raised.args = (text,)
         raise raised

@@ -158,6 +158,10 @@ FORGERIES = {
     "an answer that runs code": answering("(I01\ncposix\n_exit\n(I0\ntRV\nt."),
     "an answer that runs code of builtins": answering("(I01\ncbuiltins\nexec\n(V0\ntRV\nt."),
     "an answer that reaches the judge": answering("(I01\nc__main__\nJUDGE\nV\nt."),
+    "an answer that changes a class": answering(
+        "(I01\ncfractions\nFraction\n(N(V__sub__\nPs\ndtb0cfractions\nFraction\n(I0\ntRV\nt."
+    )
+    + "\n        s = lambda y: y",  # one answer late, so the second f(20) is 21
     "an answer without end": answering("", length=1 << 40),
     "an answer that fills memory": answering("(I01\ncbuiltins\nbytes\n(I99999999999\ntRV\nt."),
     "no more answers": "os.closerange(3, 32)\nf = lambda x: 0",

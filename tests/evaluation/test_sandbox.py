@@ -136,6 +136,11 @@ def test_names_of_the_tests_are_not_the_programs():
         assert reason.startswith("NameError: name '")
 
 
+def test_an_error_of_the_program_does_not_end_a_loop_of_the_test():
+    program, test = "def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == 1, [0]))"
+    assert failure(program, test, names=["f"], seconds=60).startswith("RuntimeError")
+
+
 @pytest.fixture(scope="module")
 def begin():
     with attempts.surroundings() as text:
