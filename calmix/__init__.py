@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from calmix.calibration import CalibrationSet as CalibrationSet
     from calmix.calibration import resolve as resolve
     from calmix.calibration.measuring import measure as measure
-    from calmix.cli.compress import compress as compress
+    from calmix.compression.compress import compress as compress
     from calmix.deploy.pack import load as load
     from calmix.deploy.pack import pack as pack
     from calmix.deploy.pack import unpack as unpack
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "calibration": ("CalibrationSet", "resolve"),
     "calibration.measuring": ("measure",),
-    "cli.compress": ("compress",),
+    "compression.compress": ("compress",),
     "deploy.pack": ("load", "pack", "unpack"),
     "errors": ("CalmixError",),
     "evaluation.evaluate": ("evaluate",),

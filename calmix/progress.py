@@ -129,6 +129,12 @@ class Progress:
             parts = text, "" if share is None else f"{share:.0%}", remaining
             sys.stderr.write(", ".join(filter(None, parts)) + "\n")
 
+    def note(self, text: str) -> None:
+        """Print a line above the display."""
+        if self._shown:
+            console = Progress.console or Console(stderr=True)
+            console.print(text, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
     def begin(self, name: str) -> None:
         """Start a stage."""
         self._begun, self._stage = self._begun + 1, name

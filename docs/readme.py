@@ -12,9 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from calmix.compression.card import read_card
 from calmix.compression.plan import target
 from calmix.files import size_text
-from calmix.report.card import read_card
 from calmix.report.words import p_value, with_span
 
 ROOT = Path(__file__).parents[1]

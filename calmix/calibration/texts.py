@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import Tensor
 from calmix.calibration.build import formatted, pack_concat
 from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
 from calmix.errors import InputError, SourceError
-from calmix.evaluation.suites import ARCHIVE
+from calmix.evaluation.measures import RIGHT_OR_WRONG
+from calmix.evaluation.suites import ARCHIVE, Suite
 from calmix.files import user_path
 from calmix.options import named_values
 from calmix.sources.readers import AssetText, Reader
@@ -43,6 +44,16 @@ def parse_texts(given: Sequence[str]) -> dict[str, Path]:
         except SourceError as error:
             raise InputError(f"--text {name}: {error}") from error
     return paths
+
+
+def texts_for(
+    suite: Suite, own: Mapping[str, Path] | None = None
+) -> Callable[[HasTokenizer], dict[str, Tensor]] | None:
+    """Return `texts` of a suite's dimensions and the user's own; None if there are none, or only
+    answers are scored."""
+    likely = any(one.primary not in RIGHT_OR_WRONG for one in suite.tasks.values())
+    known = [name for name in suite.dimensions if likely and name in builtin_readers()]
+    return functools.partial(texts, own=own, dimensions=known) if known or own else None
 
 
 def texts(

@@ -176,7 +176,7 @@ def print_costs(costs: Sequence[StageCost], title: str) -> None:
     """Print work, memory and disk by stage, the stages' commands, and the totals."""
     rows = [
         {
-            "stage": one.stage.name,
+            "stage": one.stage,
             "work": one.work or None,
             "memory": size_text(one.memory),
             "disk": size_text(one.disk) if one.disk else None,
@@ -185,8 +185,8 @@ def print_costs(costs: Sequence[StageCost], title: str) -> None:
     ]
     print_table(rows, title=title)
     for one in costs:
-        if one.stage.arguments:
-            line(one.stage.command)
+        if one.command:
+            line(one.command)
     line(
         f"\nabout {size_text(max(one.memory for one in costs))} of memory at peak, "
         f"{size_text(sum(one.disk for one in costs))} on disk; nothing was written"

@@ -1,35 +1,27 @@
-"""`compress` (in Python `calmix.compress`), `report` and `check`."""
+"""`compress`, `report` and `check`."""
 
 from __future__ import annotations
 
 import time
 import webbrowser
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from calmix.cli.common import line, not_here, note, print_costs, print_json, print_table
-from calmix.cli.root import app
 from calmix.cli.verbs import verb
-from calmix.errors import InputError, NotKeptError
-from calmix.evaluation.retention import bounds
+from calmix.errors import InputError
 from calmix.evaluation.scores import load_pairs
 from calmix.files import cached_sha256, check_output_file, write_json, write_text
-from calmix.options import Compression, Share, advanced, checked, option, path_option
+from calmix.options import Compression, Share, advanced, option, path_option
 from calmix.progress import duration
-from calmix.shown import Shown, percent
-
-if TYPE_CHECKING:
-    from calmix.evaluation.retention import Retention
-    from calmix.report.card import Card
 
 
 @verb("compress")
-def compress_verb(
+def compress(
     options: Compression,
     output: Path = path_option(..., "Folder to write, or to resume in."),
     dry_run: bool = option(False, "Print commands, memory, disk; write nothing."),
@@ -42,26 +34,27 @@ def compress_verb(
     resume. calmix check OUT tests the result against floors of your own.
     """
     from calmix.compression import ladder
+    from calmix.compression.card import PAGE, read_card
+    from calmix.compression.compress import begin, dry, make
     from calmix.compression.plan import check_options
     from calmix.report import words
-    from calmix.report.card import read_card
 
     if dry_run:
         check_options(options)
         if not_here(options.model):
             return
-        walk = ladder.begin(options, output)
-        costs, request = ladder.dry(walk), walk.request
+        walk = begin(options, output)
+        costs, request = dry(walk), walk.request
         title = f"{options.model} at {request.target}, effort {options.effort}, on this machine"
         if walk.floors:
             title = f"{options.model} to keep {options.keep_at_least}, with all candidates"
-        print_json([asdict(one) | {"command": one.stage.command} for one in costs])
+        print_json([asdict(one) for one in costs])
         print_costs(costs, title)
         if walk.floors:
             line(words.wrapped(walk.provable()))
         return
     began = time.monotonic()
-    walked, seconds = ladder.make(options, output, _run, note)
+    walked, seconds = make(options, output)
     result: dict[str, Any] = {"output": str(output), "model": None}
     if walked.floors:
         result |= {"ladder": {"rungs": walked.rungs} | walked.state}
@@ -75,7 +68,7 @@ def compress_verb(
             print_json(result)
             line(words.wrapped(text))
             raise typer.Exit(1)
-    page, card = output / "card.html", read_card(output)
+    page, card = output / PAGE, read_card(output)
     result |= {
         "model": str(output / "model"),
         "card": str(page),
@@ -99,100 +92,6 @@ def compress_verb(
         webbrowser.open(page.resolve().as_uri())
 
 
-def _run(arguments: Sequence[str]) -> None:
-    """Run a command line in this process; errors are raised."""
-    if app(list(arguments), prog_name="calmix", standalone_mode=False) == 130:
-        raise KeyboardInterrupt
-
-
-@dataclass(frozen=True, repr=False)
-class Compressed(Shown):
-    """A result of `compress`: the smaller model in `model`, the report card in `card`."""
-
-    folder: Path
-
-    @property
-    def model(self) -> Path:
-        """The model's folder, which transformers loads."""
-        return self.folder / "model"
-
-    @property
-    def card(self) -> Path:
-        """The report card, an HTML page."""
-        return self.folder / "card.html"
-
-    @property
-    def retention(self) -> Retention:
-        """Retention on the suite with intervals: of right answers, or without any of likelihood."""
-        dense, scores = self._card.pairs[0]
-        return scores.retention(dense)
-
-    @cached_property
-    def _card(self) -> Card:
-        """The card, cached because reading it hashes the whole model."""
-        from calmix.report.card import read_card
-
-        return read_card(self.folder)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return paths, behaviour and retention."""
-        return {
-            "model": str(self.model),
-            "card": str(self.card),
-            "behaviour": self._card.behaved.to_dict(),
-            "retention": self.retention.to_dict(),
-        }
-
-    def _line(self) -> str:
-        return f"{self.model}, {self._card.shortly}; {self.card}"
-
-    def _rows(self) -> list[dict[str, Any]]:
-        does, likelihood = self._card.behaved, self._card.kept
-        tables = {
-            "right answers": does.right.estimates if does.right else {},
-            "right answers kept": {one.name: one.share for one in does.abilities},
-            "likelihood kept": likelihood.estimates if likelihood else {},
-        }
-        return [
-            {"measure": measure, "dimension": name, "%": percent(one.value), **bounds(one)}
-            for measure, estimates in tables.items()
-            for name, one in estimates.items()
-        ]
-
-
-def compress(
-    model: str | Path, output: str | Path, *, shown: bool = True, **options: Any
-) -> Compressed:
-    """Quantise a model (or prune and distil it), evaluate it, and write its report card.
-
-    If interrupted, call it again to resume.
-
-    Args:
-        model: hub id, folder, `.gguf` file or `builtin:NAME`.
-        output: folder to write, or to resume in.
-        shown: whether to show progress.
-        **options: those of `calmix compress` that decide the result, such as `sparsity=0.6`,
-            `bits=2.8`, `pattern="2:4"`, `effort="quick"`, `calibration="mine.csv"`,
-            `text_field="prompt"`, `no_corpus=True` (text that the model writes itself);
-            `keep={"code": 2, "general": 1}`, shares of dimensions in the calibration text;
-            `keep_at_least="code=0.9"`, and `within="2h"` to limit the time of its search.
-
-    Raises:
-        NotKeptError: no candidate meets the floors of `keep_at_least`.
-        CalmixError: an error the user can fix, raised before any work or download if possible.
-    """
-    from calmix.compression import ladder
-
-    given = {"model": model, **options}
-    given = {key: str(one) if isinstance(one, Path) else one for key, one in given.items()}
-    request, folder = checked(Compression, given), Path(output)
-    walked, _ = ladder.make(request, folder, _run, note if shown else None)
-    if walked.floors and walked.bits is None:
-        yet = " yet" * bool(walked.left)
-        raise NotKeptError(f"no candidate keeps {request.keep_at_least}{yet}: {walked.why()}")
-    return Compressed(folder)
-
-
 @verb("report", json=False)
 def report(
     folders: tuple[Path, ...] = option(..., "Folders of calmix compress.", argument=True),
@@ -201,7 +100,7 @@ def report(
     ),
 ) -> None:
     """Write the report card of a compressed model, or a page that compares several."""
-    from calmix.report.card import card_page, model_card, read_card, several_page
+    from calmix.compression.card import PAGE, read_card, several_page, write_card
 
     if output is not None:  # it may stand beside the default page
         inside = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
@@ -210,10 +109,8 @@ def report(
         if output.suffix.lower() not in (".html", ".htm"):
             raise InputError(f"cannot write a page to {output}: name an .html file")
     if len(folders) == 1:
-        card = read_card(folders[0])
-        output = output or folders[0] / "card.html"
-        write_text(output, card_page(card))
-        write_text(folders[0] / "model" / "README.md", model_card(card))
+        output = output or folders[0] / PAGE
+        write_card(folders[0], output)
     elif output is None:
         raise InputError("several folders need an output page: name it with -o")
     else:
@@ -243,9 +140,14 @@ def check(
     No model is opened: it reads the scores that compress or evaluate --against wrote, and hashes
     the model that they are of.
     """
-    from calmix.compression.plan import BEHAVIOUR, MANIFEST, SCORES
-    from calmix.compression.results import Results
-    from calmix.compression.running import read_record, recorded, result_in
+    from calmix.compression.plan import BEHAVIOUR, SCORES
+    from calmix.compression.results import (
+        MANIFEST,
+        Results,
+        read_compressed,
+        recorded,
+        result_in,
+    )
     from calmix.evaluation.floors import CONFIDENCE, FILE, judge, parse_floors, proven, record
     from calmix.report import words
 
@@ -255,7 +157,7 @@ def check(
     if folders:
         if len(results) > 1:
             raise InputError("a folder is checked alone: name one folder, or only files")
-        request = (made := read_record(folders[0]))["request"]
+        request = (made := read_compressed(folders[0]))["request"]
         alone = request.get("suite", "offline") != "offline"
         files = (result_in(folders[0], SCORES if alone else BEHAVIOUR),)
     wanted = keep_at_least or request.get("keep_at_least")
@@ -269,7 +171,7 @@ def check(
     pairs = load_pairs(files)
     proof = Results(partial(cached_sha256, again=True))  # a gate reads the model's every byte
     if folders:
-        proof.check_all(recorded(folders[0], made), folders[0])
+        proof.check_all(recorded(folders[0], made))
     for file, (_, scores) in zip(files, pairs, strict=True) if not folders else ():
         if not proof.check_scores(file, scores):
             note(f"no folder {scores.model} is here: only its scores were checked, not its files")

@@ -8,23 +8,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.evaluation import suites
-from calmix.evaluation.comparison import Comparison, compared_by, read_pairs
+from calmix.evaluation.comparison import (
+    Comparison,
+    compared_by,
+    evaluate_against,
+    read_pairs,
+    scores_record,
+)
 from calmix.evaluation.measures import BITS, PRIMARY, RIGHT_OR_WRONG
 from calmix.evaluation.retention import RESAMPLES, Retention
 from calmix.evaluation.scores import (
     CapabilityScores,
-    check_same_form,
-    check_same_suite,
-    describe,
     load_dense,
     load_pair,
-    pair_record,
     write_scores,
 )
 from calmix.files import check_output_file, user_path, write_text
@@ -41,9 +43,6 @@ from calmix.options import (
 from calmix.progress import Progress
 from calmix.sources.licences import use_of
 from calmix.sources.registry import local_file
-
-if TYPE_CHECKING:
-    from calmix.models import OpenModel
 
 BESIDE = 3  # models whose intervals fit side by side in 80 columns
 BRACKETS = (
@@ -97,11 +96,9 @@ def run(
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
     """Score a model on a suite; with --against, report what it kept, with intervals."""
-    from calmix.calibration import open_tokenizer
-    from calmix.calibration.texts import builtin_readers, parse_texts, texts
+    from calmix.calibration.texts import parse_texts, texts_for
     from calmix.evaluation import evaluate as capability
-    from calmix.evaluation.distance import distance, reference
-    from calmix.models import check_models, open_model
+    from calmix.models import check_models
 
     how = opening.opening()
     chosen = capability.choose(
@@ -134,62 +131,29 @@ def run(
         why = "--no-repeat" if no_repeat else why
         raise InputError(f"--repeat has no effect with {why}: leave it out")
     if dense is not None:
-        check_same_suite(describe(chosen), dense.suite)
         _kept(replace(dense, right_only=right_only), dense, measure)
-    known_right = dense.right if dense is not None and right_only else None
     if output is not None:
         read = [local_file(str(path)).path for path in own_texts.values()]
         rows = [one.file for one in chosen.tasks.values()]
         inputs = [model, against, suites.suite_file(suite), *read, *rows]
         check_output_file(output, inputs=inputs, overwrite=overwrite)
     check_models(model, original, **how)
-    named = [model] if original is None else [model, original]
-    held = [open_tokenizer(name, trust_remote_code=opening.trust_remote_code) for name in named]
-    forms = [capability.how_asked(one.tokenizer, chosen) for one in held]
-    check_same_form("" if dense is None else dense.form, *forms)
-
-    twice = repeat or not (quick or no_repeat or original is None)
-
-    def score(opened: OpenModel, dense: bool) -> CapabilityScores:
-        with Progress() as bar:
-            return capability.evaluate(
-                opened,
-                chosen,
-                batch_tokens=batch_tokens,
-                allow_code_execution=allow_code_execution,
-                floors=dense or against is None,
-                right=known_right,
-                repeat=twice and (dense or against is None),
-                cache=dense and not no_cache,
-                progress=bar.of(f"scoring {opened.name}"),
-            )
-
-    found = dense_states = None
-    if original is not None:
-        opened = open_model(original, **how)
-        by_likelihood = not no_distance and any(
-            one.primary not in RIGHT_OR_WRONG for one in chosen.tasks.values()
+    with Progress() as bar:
+        scores, dense = evaluate_against(
+            model,
+            chosen,
+            dense or original,
+            texts=None if no_distance or original is None else texts_for(chosen, own_texts),
+            allow_code_execution=allow_code_execution,
+            right_only=right_only,
+            repeat=repeat or not (quick or no_repeat or original is None),
+            cache=not no_cache,
+            batch_tokens=batch_tokens,
+            bar=bar,
+            **how,
         )
-        known = [n for n in chosen.dimensions if n in builtin_readers() and by_likelihood]
-        if known or own_texts:
-            held_out = texts(opened, own_texts, dimensions=known)
-            dense_states = reference(opened, held_out, cache=not no_cache)
-        dense = score(opened, True)
-        del opened
-    pruned = open_model(model, **how)
-    if dense_states is not None:
-        with Progress() as bar:
-            found = distance(
-                pruned,
-                dense_states,
-                dense=lambda: open_model(str(original), **how),
-                progress=bar.of("distance to the dense model"),
-            )
-    scores = replace(score(pruned, False), distance=found, not_run=tuple(left_out))
-    more = {}
-    if dense is not None:
-        more = Comparison.of(scores.model, [(dense, scores)], measure).to_dict()
-    result = pair_record(scores, dense, **more)
+    scores = replace(scores, not_run=tuple(left_out))
+    result = scores_record(scores, dense, measure)
     if output is not None:
         write_scores(output, result)
     print_json(result)
@@ -268,8 +232,8 @@ def compare(
 def _result(path: Path) -> tuple[str, list[Path]]:
     """Return the name of a result and its files of scores; one of calmix compress is named after
     its folder."""
-    from calmix.compression.plan import BEHAVIOUR, MANIFEST, SCORES
-    from calmix.compression.running import verified
+    from calmix.compression.plan import BEHAVIOUR, SCORES
+    from calmix.compression.results import MANIFEST, verified
 
     names = SCORES, BEHAVIOUR
     if not path.is_dir():
@@ -440,22 +404,18 @@ def answers(
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
     """Show the greedy answers of several models to ten plain questions."""
-    from calmix.evaluation.generations import TOKENS, Answered, answer, panel, read_prompts
-    from calmix.models import check_models, open_model
+    from calmix.evaluation.generations import TOKENS, answer_all, panel, read_prompts
+    from calmix.models import check_models
     from calmix.report import words
 
     how, read = opening.opening(), None if prompts is None else local_file(str(prompts)).path
     check_output_file(output, inputs=[*models, read], overwrite=overwrite)
     check_models(*models, **how)
     questions = panel() if prompts is None else read_prompts(prompts)
-    named, written = [], []
-    for name in models:
-        opened = open_model(name, **how)
-        with Progress() as bar:
-            written.append(answer(opened, questions, progress=bar.of(f"{name} answers")))
-        named.append((name, opened.fingerprint))
-    Answered(tuple(questions), tuple(named), tuple(written)).save(output)
-    for prompt, *texts in zip(questions, *written, strict=True):
+    with Progress() as bar:
+        made = answer_all(models, questions, bar, **how)
+    made.save(output)
+    for prompt, *texts in zip(questions, *made.answers, strict=True):
         line(f"\n{words.wrapped(prompt.shown)}")
         for name, text in zip(models, texts, strict=True):
             line(f"{name}:\n{textwrap.indent(text, '  ')}")

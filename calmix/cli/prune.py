@@ -107,7 +107,7 @@ def prune(
         if not_here(model):
             return
         costs = estimate_prune(model, targets, max_memory=work.most(), **work.opening())
-        print_json([asdict(one) | {"stage": one.stage.name} for one in costs])
+        print_json([asdict(one) for one in costs])
         print_costs(costs, f"{model}, on this machine")
         return
     with work.running("calibrating") as (bar, how):

@@ -13,14 +13,16 @@ from typing import Any
 
 from calmix.calibration import ask
 from calmix.compression import plan
-from calmix.compression.plan import PACK, Request, Stage, empty_model
+from calmix.compression.plan import Request, empty_model
+from calmix.compression.running import stages
+from calmix.compression.stages import Draw, Pack, Prune, Recover, Score, Stage
 from calmix.files import check_free
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.options import BITS_METHOD, Recovering
 from calmix.pruning.checkpoint import planned
 from calmix.recovery.memory import BEHIND, check_memory
-from calmix.specs import PruneRequest, prune_request, recover_request
+from calmix.specs import PruneRequest
 from calmix.study.estimate import PROGRAM, SCORED, EmptyModel, suite_size
 
 SMALLER = 0.45  # packed size of a pruned model over its size
@@ -30,10 +32,11 @@ SMALLER = 0.45  # packed size of a pruned model over its size
 class StageCost:
     """What a stage takes: what it works on, bytes of memory at peak, bytes left on disk."""
 
-    stage: Stage
+    stage: str
     work: str
     memory: float
     disk: float
+    command: str = ""
 
 
 def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
@@ -41,37 +44,36 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
     model = empty_model(request.model, "auto", request.device, request.trust_remote_code)
     rows, length = _drawn(request)
     tokens = f"{rows} rows of {length} tokens"
-    pruning = prune_request(**plan.aim(request), calibration=request.calibration)
-    suites, costs = plan.scored(request), []
+    costs = []
     for stage in listed:
         work, memory, disk = "", PROGRAM + model.bytes, 0.0
-        leaves = Path(stage.leaves or "").name.removeprefix("dense-")
-        if leaves == plan.CALIBRATION:
-            work, disk = tokens, 8.0 * rows * length
-            memory = memory if request.generated else PROGRAM
-        elif stage.arguments[0] == "prune":
-            work = tokens
-            memory, disk = planned(
-                request.model,
-                {Path("pruned"): pruning},
-                rows,
-                length,
-                device=request.device,
-                trust_remote_code=request.trust_remote_code,
-                max_memory=request.most,
-            )
-        elif stage.arguments[0] == "recover":
-            recovery, disk = _recovery(request, stage), model.disk
-            work = f"{recovery.epochs} x {tokens}"
-            memory = _recovery_memory(model, recovery, length, request.most)
-        elif leaves == PACK:
-            memory, disk = PROGRAM, SMALLER * model.disk
-            if pruning.method == BITS_METHOD and (sizes := plan.pack_sizes(request)):
-                disk = sizes(request.bits or 0.0)
-        elif leaves in suites:
-            size = suite_size(suites[leaves])
-            work, disk = f"{'' if size.exact else 'about '}{size.items} items", SCORED * size.items
-        costs.append(StageCost(stage, work, memory, disk))
+        match stage.request:
+            case Draw() as draw:
+                work, disk = tokens, 8.0 * rows * length
+                memory = memory if draw.written else PROGRAM
+            case Prune() as prune:
+                work = tokens
+                memory, disk = planned(
+                    request.model,
+                    {Path("pruned"): prune.request},
+                    rows,
+                    length,
+                    **request.how,
+                    max_memory=request.most,
+                )
+            case Recover(request=recovery):
+                work, disk = f"{recovery.epochs} x {tokens}", model.disk
+                memory = _recovery_memory(model, recovery, length, request.most)
+            case Pack():
+                memory, disk = PROGRAM, SMALLER * model.disk
+                if request.bits and plan.aim(request)["method"] == BITS_METHOD:
+                    sizes = plan.pack_sizes(request)
+                    disk = sizes(request.bits) if sizes else disk
+            case Score() as score:
+                size = suite_size(score.chosen[0])
+                work = f"{'' if size.exact else 'about '}{size.items} items"
+                disk = SCORED * size.items
+        costs.append(StageCost(stage.name, work, memory, disk, stage.command))
     return costs
 
 
@@ -92,24 +94,24 @@ def estimate_prune(
         rows, length = drawn.draw.rows, drawn.draw.length
         work = f"{rows} rows of {length} tokens"
         if drawn.written:
-            stage = Stage("write the calibration set", (), None)
-            costs.append(StageCost(stage, work, model.bytes + PROGRAM, 0.0))
+            memory = model.bytes + PROGRAM
+            costs.append(StageCost("write the calibration set", work, memory, 0.0))
     needed, checkpoint = planned(name, targets, rows, length, max_memory=max_memory, **how)
     for request in targets.values():
-        stage = Stage(f"prune, {request.name}", (), None)
-        costs.append(StageCost(stage, work if request.calibration else "", needed, checkpoint))
+        on = work if request.calibration else ""
+        costs.append(StageCost(f"prune, {request.name}", on, needed, checkpoint))
     return costs
 
 
 def check_room(request: Request, out: Path) -> None:
     """Refuse a compression if its recovery exceeds `--max-memory` or its weights the disk."""
-    left = [stage for stage in plan.stages(request, out) if not stage.done(out)]
-    for stage in left:
-        if stage.arguments[0] == "recover" and request.most is not None:
+    left = [stage.request for stage in stages(request, out) if not stage.done]
+    for one in left:
+        if isinstance(one, Recover) and request.most is not None:
             model = empty_model(request.model, "auto", request.device, request.trust_remote_code)
-            _recovery_memory(model, _recovery(request, stage), _drawn(request)[1], request.most)
-    copies: float = sum(stage.arguments[0] in ("prune", "recover") for stage in left)
-    copies += SMALLER * any(stage.leaves == PACK for stage in left)
+            _recovery_memory(model, one.request, _drawn(request)[1], request.most)
+    copies: float = sum(isinstance(one, (Prune, Recover)) for one in left)
+    copies += SMALLER * any(isinstance(one, Pack) for one in left)
     size = weight_bytes(resolve_model(request.model))
     check_free(out, int(copies * size), "the checkpoints take")
 
@@ -120,12 +122,6 @@ def _drawn(request: Request) -> tuple[int, int]:
         draw = ask(request.calibration).draw
         return draw.rows, draw.length
     return plan.EFFORTS[request.effort].rows, request.length
-
-
-def _recovery(request: Request, stage: Stage) -> Recovering:
-    method = stage.arguments[stage.arguments.index("--method") + 1]
-    epochs = request.epochs if Path(stage.leaves or "").name == "model" else None
-    return recover_request(calibration=request.calibration, method=method, epochs=epochs)
 
 
 def _recovery_memory(

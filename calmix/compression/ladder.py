@@ -9,30 +9,27 @@ all must pass, and that of the first sample is kept.
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from calmix import files
-from calmix.calibration import saved_set
 from calmix.compression import plan, running
-from calmix.compression.estimate import StageCost, check_room, estimate
-from calmix.compression.plan import CALIBRATION, MANIFEST, SCORES, Request, Stage, stages
+from calmix.compression.card import PAGE
+from calmix.compression.plan import CALIBRATION, SCORES, Request
+from calmix.compression.results import LADDER, MANIFEST, RUN, read_compressed
+from calmix.compression.running import scoring, stages
+from calmix.compression.stages import Draw, Pack, Stage
 from calmix.errors import InputError
 from calmix.evaluation import floors
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.scores import CapabilityScores, load_scores
-from calmix.evaluation.suites import suite_file
 from calmix.manifest import read_sealed, sealed
-from calmix.options import Compression
-from calmix.progress import Progress
 
 RUNGS = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits per weight; wider steps where each needs a recovery
 MODELS = ("pruned", "blocks", "model")  # folders of a candidate, each made from the one before
@@ -55,14 +52,14 @@ class Walk:
         """Read the state in OUT; InputError if OUT is of another request."""
         self.request, self.out = request, out
         saved, but = dict[str, Any](), {"max_memory"}  # which decides nothing that is kept
-        if (out / running.LADDER).exists():
-            saved = read_sealed(out / running.LADDER, "")
+        if (out / LADDER).exists():
+            saved = read_sealed(out / LADDER, "")
             if request.keep_at_least is None:
                 but.add("bits")  # a walk has none
             elif not saved["rungs"]:  # so far only scores depend on the floors (`_forget`)
                 but |= {"keep_at_least", "confidence"}
         elif (out / MANIFEST).exists():
-            saved = running.read_record(out)
+            saved = read_compressed(out)
         now = request.model_dump(mode="json")
         held = saved.get("request", now)
         if differs := [key for key in now if held.get(key) != now[key] and key not in but]:
@@ -175,12 +172,11 @@ class Walk:
         for number, (sample, called) in enumerate(self.samples.items()):
             seeded = self.at(RUNGS[0]).model_copy(update={"seed": request.seed + number})
             listed += [
-                replace(one, name=one.name + called, leaves=str(Path(sample, CALIBRATION)))
+                replace(one, name=one.name + called)
                 for one in stages(seeded, self.out / sample)
-                if one.leaves == CALIBRATION
+                if isinstance(one.request, Draw)
             ]
-        leaves = f"{CANDIDATES}/dense-"
-        dense = plan.scoring(request, self.file, request.model, self.out, leaves=leaves)
+        dense = scoring(request, self.file, None, self.dense)
         return [*listed, replace(dense, name=f"{dense.name}, dense")]
 
     def building(self, bits: float) -> list[Stage]:
@@ -190,15 +186,11 @@ class Walk:
             held = request.calibration if request.saved else str(self.out / sample / CALIBRATION)
             folder = self.folder(bits, sample)
             parts = stages(candidate, folder, held)
-            made = itertools.takewhile(lambda one: one.leaves != plan.PACK, parts)
-            tested = plan.scoring(candidate, self.file, str(folder / "model"), folder, self.dense)
+            made = itertools.takewhile(lambda one: not isinstance(one.request, Pack), parts)
+            scores = folder / self.file
+            tested = scoring(candidate, self.file, folder / "model", scores, self.dense)
             listed += [
-                replace(
-                    one,
-                    name=f"{bits:g} bits, {one.name}{called}",
-                    leaves=str(folder.relative_to(self.out) / str(one.leaves)),
-                )
-                for one in (*made, tested)
+                replace(one, name=f"{bits:g} bits, {one.name}{called}") for one in (*made, tested)
             ]
         return listed
 
@@ -254,7 +246,7 @@ class Walk:
         self.ended = ended
         self.out.mkdir(parents=True, exist_ok=True)
         value = {"kind": KIND, "request": self.request.model_dump(mode="json"), **self.state}
-        files.write_json(self.out / running.LADDER, sealed(value))
+        files.write_json(self.out / LADDER, sealed(value))
         for bits in {*RUNGS}.difference(self.left):
             for sample in self.samples:
                 for name in MODELS if sample or bits != self.bits else ():
@@ -273,10 +265,11 @@ class Walk:
         """Resume after time ran out: the model becomes a candidate again, and results made from it
         are removed."""
         _move(self.out, self.folder(self.bits or RUNGS[0]))
-        listed = stages(self.at(RUNGS[0]), self.out)
-        made = {stage.leaves for stage in listed} - {CALIBRATION, None}
-        for name in (*made, MANIFEST, running.RUN, floors.FILE, "card.html"):
-            files.remove(self.out / str(name))
+        made = [stage.leaves for stage in stages(self.at(RUNGS[0]), self.out) if stage.leaves]
+        others = [self.out / name for name in (MANIFEST, RUN, floors.FILE, PAGE)]
+        for path in (*made, *others):
+            if path.name != CALIBRATION:
+                files.remove(path)
         self.ended = ""
 
     def _place(self) -> None:
@@ -307,65 +300,3 @@ def _move(folder: Path, to: Path) -> None:
 def _middle(left: tuple[float, ...]) -> int:
     """Return the position of the candidate to test next."""
     return (len(left) - 1) // 2
-
-
-def begin(options: Compression, out: Path) -> Walk:
-    """Return the walk in OUT with the checked request, without candidates unless floors are given;
-    refuse an OUT that is an input or holds something else."""
-    inputs = [
-        options.model,
-        saved_set(options.calibration),
-        options.prompts,
-        suite_file(options.suite),
-    ]
-    files.check_apart(out, inputs)
-    files.check_unlocked(out)
-    if not (out / MANIFEST).exists() and not (out / running.LADDER).exists():
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(
-                f"{out} is not empty and was not made by calmix compress: name another folder"
-            )
-        files.check_output_folder(out)
-    return Walk(plan.check_request(options), out)
-
-
-def dry(walk: Walk) -> list[StageCost]:
-    """Return the cost of all stages; of a search, the most that there can be."""
-    if not walk.floors:
-        return estimate(walk.request, stages(walk.request, walk.out))
-    return estimate(walk.at(RUNGS[-1]), walk.longest())
-
-
-def make(
-    options: Compression, out: Path, run: running.Run, note: Callable[[str], None] | None
-) -> tuple[Walk, dict[str, float]]:
-    """Compress a model; `note` receives each stage as it begins. What stages print is discarded.
-
-    Returns:
-        The walk, and the seconds of each stage run now, none if no candidate passes.
-    """
-    walk = begin(options, out)
-    request = walk.request
-    if walk.floors:
-        with _staged(len(walk.longest()), note) as say:
-            walk.run(run, say, options.within or math.inf)
-        if walk.bits is None:
-            return walk, {}
-        request = walk.at(walk.bits)
-    check_room(request, out)
-    with _staged(len(stages(request, out)), note) as say:
-        return walk, running.compress(request, out, run, say)
-
-
-@contextmanager
-def _staged(most: int, note: Callable[[str], None] | None) -> Iterator[running.Say]:
-    """Yield a callback that shows the progress of stages, `most` of them; what they print is
-    discarded."""
-
-    def say(stage: Stage, done: bool) -> None:
-        if note is not None:
-            note(f"{stage.name}: already done" if done else f"$ {stage.command}")
-        bar.begin(stage.name)
-
-    with Progress(most, shown=note is not None) as bar, redirect_stdout(io.StringIO()):
-        yield say

@@ -1,29 +1,16 @@
-"""The stages of `compress` as data: each is a command line and the result it leaves in OUT.
-
-Printing, the manifest, resuming and the dry run all read this list; nothing runs here.
-"""
+"""What a compression is to make: its request, checked before any work, and what efforts mean."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from calmix.analysis.ranking import check_weights
-from calmix.calibration import (
-    CalibrationSet,
-    ask,
-    mix_text,
-    open_tokenizer,
-    parse_mix,
-    saved_set,
-)
-from calmix.calibration.resolving import recorded
+from calmix.calibration import ask, mix_text, open_tokenizer, parse_mix, saved_set
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.errors import InputError, nearest
@@ -32,7 +19,6 @@ from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
 from calmix.evaluation.generations import read_prompts
 from calmix.evaluation.suites import Suite, suite_file
 from calmix.files import sha256_file, size_text, user_path
-from calmix.manifest import Input
 from calmix.models import check_models, resolve_model
 from calmix.models.opening import fingerprint
 from calmix.models.shards import stored_tensors, weight_bytes, weight_dtype
@@ -42,19 +28,16 @@ from calmix.options import (
     MOST_EMBEDDING,
     Compression,
     DeviceOptions,
-    DrawOptions,
     Target,
-    option_words,
     parse_share,
 )
 from calmix.pruning.budget import parse_memory
 from calmix.sources import get_source
 from calmix.sources.registry import MIXES, local_file
-from calmix.specs import LENGTH, SEED, prune_request, recover_request
+from calmix.specs import LENGTH, SEED, prune_request
 from calmix.study.estimate import EmptyModel
 
 BITS = 4.5  # the default
-MANIFEST = "compress.json"
 SCORES, BEHAVIOUR = "scores.json", "abilities.json"
 CALIBRATION, PACK = "calibration", "pack"
 # Bits per weight that --size may result in. Above, levels do not fit a byte; below, a Huffman code
@@ -141,9 +124,20 @@ class Request(Target):
     length: int
 
     @property
-    def generated(self) -> bool:
-        """Whether the model writes calibration text."""
-        return bool(ask(self.calibration).written)
+    def draw(self) -> dict[str, Any]:
+        """How the calibration text is drawn (`calmix.resolve`)."""
+        return {
+            "rows": EFFORTS[self.effort].rows,
+            "length": self.length,
+            "seed": self.seed,
+            "leakage": guarded(self.suite),
+            "licence": self.licence,
+        }
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the model is opened (`calmix.open_model`)."""
+        return {name: getattr(self, name) for name in DeviceOptions.model_fields}
 
     @property
     def saved(self) -> bool:
@@ -246,31 +240,6 @@ def bits_for(request: Target) -> float:
             f"{size_text(size(LEAST))} to {size_text(size(MOST))} (dense: {size_text(dense)})"
         )
     return max(bits for bits in rates if size(bits) <= wanted)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command: its arguments, and the result it leaves in OUT, complete or not at all; a stage
-    that leaves None always runs.
-
-    `reads` are its inputs by role, with an empty hash for results of other stages; `request` is
-    what the record of its result says of the request.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    leaves: str | None
-    reads: Mapping[str, Input] = field(default_factory=dict)
-    request: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def command(self) -> str:
-        """The command line for a shell."""
-        return shlex.join(["calmix", *self.arguments])
-
-    def done(self, out: Path) -> bool:
-        """Whether the result exists."""
-        return self.leaves is not None and (out / self.leaves).exists()
 
 
 class Checked(NamedTuple):
@@ -418,148 +387,3 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
         for name, weight in parsed.mix.items()
         if shares[dimensions[name]]
     }
-
-
-def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:
-    """Return the stages in order; `held` is the folder of an existing calibration set."""
-    effort, model, found = EFFORTS[request.effort], request.model, list[Stage]()
-    where = request.options_of(DeviceOptions)
-    work = where | {"max_memory": request.max_memory, "resume": True}
-    dense = Input(model, request.sha256)
-    if held is None and request.saved:
-        held = request.calibration
-    elif held is None:
-        held = str(out / CALIBRATION)
-        draw = {
-            "rows": effort.rows,
-            "length": request.length,
-            "seed": request.seed,
-            "leakage": guarded(request.suite),
-            "licence": request.licence,
-        }
-        found.append(
-            _stage(
-                f"{'write' if request.generated else 'draw'} the calibration set",
-                out,
-                CALIBRATION,
-                "calibrate",
-                request.calibration,
-                model=model,
-                **draw,
-                **where | ({} if request.generated else {"device": None}),
-                reads={},
-                request=recorded(request.calibration, draw),
-            )
-        )
-    wanted = aim(request)
-    sparse = wanted["method"] != BITS_METHOD
-    trained = sparse or (request.bits is not None and request.bits <= effort.levels)
-    recoveries = effort.recoveries if trained else ()
-    before = "pruned" if recoveries else "model"
-    text = Input(held, CalibrationSet.open(user_path(held)).sha256 if request.saved else "")
-    found.append(
-        _stage(
-            "prune" if sparse else "quantise",
-            out,
-            before,
-            "prune",
-            model,
-            **wanted,
-            calibration=held,
-            licence=request.licence if request.saved else None,
-            **work,
-            reads={"model": dense, "calibration": text},
-            request=decided(prune_request(**wanted, calibration=held)),
-        )
-    )
-    for method in recoveries:
-        last = method == effort.recoveries[-1]
-        after = "model" if last else method
-        how = {"method": method, "epochs": request.epochs if last else None}
-        found.append(
-            _stage(
-                f"recover by {method}",
-                out,
-                after,
-                "recover",
-                str(out / before),
-                against=model,
-                calibration=held,
-                **how,
-                **work,
-                reads={
-                    "model": Input(str(out / before), ""),
-                    "against": dense,
-                    "calibration": text,
-                },
-                request=decided(recover_request(**how, calibration=held)),
-            )
-        )
-        before = after
-    made = str(out / "model")
-    return [
-        *found,
-        _stage("pack", out, PACK, "export", made, to="pack", reads={"model": Input(made, "")}),
-        *(scoring(request, file, made, out, model) for file in slices(request)),
-        _stage(
-            "answer prompts",
-            out,
-            "answers.json",
-            "evaluate",
-            "answers",
-            model,
-            made,
-            prompts=request.prompts,
-            **where,
-            reads={"model": Input(made, ""), "against": dense},
-        ),
-        Stage("report card", ("report", str(out)), None),
-    ]
-
-
-def decided(request: DrawOptions) -> dict[str, Any]:
-    """Return what a request decides, besides its text, as its result records it."""
-    record = request.record()
-    first = {"method": record["method"]}  # its options differ too where it does
-    return first | {key: one for key, one in record.items() if key not in ("calibration", "draw")}
-
-
-def scoring(
-    request: Request, file: str, model: str, out: Path, against: object = None, leaves: str = ""
-) -> Stage:
-    """Return the stage that scores a model `against` a dense one or its saved scores and leaves
-    `file`, its path prefixed with `leaves`."""
-    suite, part = slices(request)[file]
-    near = not EFFORTS[request.effort].distance and against is not None
-    twice = EFFORTS[request.effort].repeat and not isinstance(against, Path)
-    dense = Input(request.model, request.sha256)
-    reads = {"model": dense if model == request.model else Input(model, "")}
-    return _stage(
-        "evaluate" if file == SCORES else "evaluate behaviour",
-        out,
-        f"{leaves}{file}",
-        "evaluate",
-        model,
-        against=against,
-        suite=None if suite == "offline" else suite,
-        **part,
-        repeat=twice and choose(suite).asks,
-        no_distance=near and file == SCORES,
-        allow_code_execution=request.allow_code_execution,
-        **request.options_of(DeviceOptions),
-        reads=reads if against is None else reads | {"against": dense},
-    )
-
-
-def _stage(
-    name: str,
-    out: Path,
-    leaves: str,
-    *words: str,
-    reads: Mapping[str, Input],
-    request: Mapping[str, Any] | None = None,
-    **options: object,
-) -> Stage:
-    """Return a stage of words and options."""
-    words = (*words, *option_words(options), "-o", str(out / leaves))
-    return Stage(name, words, leaves, reads, request or {})

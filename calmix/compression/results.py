@@ -1,18 +1,45 @@
-"""Whether the results in a folder of `calmix compress` were made from one another."""
+"""The results in a folder of `calmix compress`, and whether they were made from one another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from calmix.calibration import CalibrationSet, saved_set
-from calmix.compression.plan import Stage
 from calmix.errors import InputError
 from calmix.evaluation.scores import CapabilityScores
 from calmix.files import cached_sha256, user_path
-from calmix.manifest import Input, changed, check_inputs, file_hashes, read_record
+from calmix.manifest import Input, changed, check_inputs, file_hashes, read_record, read_sealed
 from calmix.models.opening import combined, model_files
-from calmix.pruning.checkpoint import MANIFEST
+from calmix.pruning.checkpoint import MANIFEST as CHECKPOINT
+
+MANIFEST, RUN = "compress.json", "compress-run.json"
+LADDER = "ladder.json"  # state of a search for --keep-at-least
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result and what it was made from.
+
+    `reads` are its inputs by role, with an empty hash for results of other stages; `request` is
+    what its own record says of the request.
+    """
+
+    stage: str
+    path: Path
+    reads: Mapping[str, Input]
+    request: Mapping[str, Any]
+
+    def entry(self, out: Path) -> dict[str, Any]:
+        """Return what OUT's record says of it: results are relative to OUT."""
+        reads = {
+            role: (name if sha256 else str(Path(name).relative_to(out)), sha256)
+            for role, (name, sha256) in self.reads.items()
+        }
+        leaves = str(self.path.relative_to(out))
+        return {"name": self.stage, "leaves": leaves, "reads": reads, "request": self.request}
 
 
 class Results:
@@ -26,27 +53,27 @@ class Results:
     def __init__(self, hashed: Callable[[Path], str] = cached_sha256) -> None:
         self._hashed, self._known = hashed, dict[Path, dict[str, str]]()
 
-    def check(self, stage: Stage, out: Path) -> None:
-        """Refuse a stage's result, unless this stage made it from what lies there now.
+    def check(self, result: Result) -> None:
+        """Refuse a result, unless its stage made it from what lies there now.
 
         An input that is gone, such as a pruned model after its recovery, is not compared.
         """
-        path = out / str(stage.leaves)
+        path = result.path
         remedy = f"put back what was there, or delete {path} and run its calmix compress again"
         inputs = {
             role: one if one.sha256 else Input(one.name, self.sha256(Path(one.name)))
-            for role, one in stage.reads.items()
+            for role, one in result.reads.items()
             if one.sha256 or Path(one.name).exists()
         }
-        check_inputs(path, read_record(path), inputs, stage.request, remedy)
-        if (path / MANIFEST).exists():
+        check_inputs(path, read_record(path), inputs, result.request, remedy)
+        if (path / CHECKPOINT).exists():
             self.hashes(path)
 
-    def check_all(self, stages: Iterable[Stage], out: Path) -> None:
+    def check_all(self, results: Iterable[Result]) -> None:
         """Check the results that exist."""
-        for stage in stages:
-            if stage.done(out):
-                self.check(stage, out)
+        for result in results:
+            if result.path.exists():
+                self.check(result)
 
     def check_scores(self, file: Path, scores: CapabilityScores) -> bool:
         """Refuse a file of scores if the folder of its model holds another model now; return
@@ -64,7 +91,7 @@ class Results:
         if saved_set(path) is not None:
             return CalibrationSet.open(path).sha256
         names = model_files(path)
-        if (path / MANIFEST).exists():
+        if (path / CHECKPOINT).exists():
             return combined({name: self.hashes(path)[name] for name in names})
         return combined({name: self._hashed(path / name) for name in names})
 
@@ -77,3 +104,54 @@ class Results:
                 raise InputError(f"{wrong[0]}: put it back, or make {folder} again")
             self._known[folder] = hashes
         return self._known[folder]
+
+
+def read_compressed(out: Path) -> dict[str, Any]:
+    """Return the record in OUT: the `request`, the `commands` of all stages by name, the `stages`
+    (`recorded`), `dense_bytes` of the dense weights; InputError if there is none or it is damaged.
+    """
+    missing = f"{out} was not made by calmix compress: it has no {MANIFEST}"
+    if (out / LADDER).exists():
+        missing = f"{out} has no model yet: run its calmix compress again to resume or see why"
+    record = read_sealed(out / MANIFEST, missing)
+    if "stages" not in record:
+        raise InputError(
+            f"{out} was made by an older calmix, which did not record what its "
+            "results were made from: make it again in another folder"
+        )
+    return record
+
+
+def recorded(out: Path, record: Mapping[str, Any]) -> list[Result]:
+    """Return the results that a record lists, wherever OUT is now."""
+    return [
+        Result(
+            one["name"],
+            out / one["leaves"],
+            {
+                role: Input(name if sha256 else str(out / name), sha256)
+                for role, (name, sha256) in one["reads"].items()
+            },
+            one["request"],
+        )
+        for one in record["stages"]
+    ]
+
+
+def verified(out: Path, *needed: str) -> tuple[dict[str, Any], Results]:
+    """Return the record in OUT and the hashes of its models, once it has the results `needed` and
+    none of another run."""
+    record, results = read_compressed(out), Results()
+    for name in needed:
+        result_in(out, name)
+    results.check_all(recorded(out, record))
+    return record, results
+
+
+def result_in(out: Path, name: str) -> Path:
+    """Return the path of a result in OUT; InputError if it is missing."""
+    if not (path := out / name).exists():
+        raise InputError(
+            f"{out} is not finished: it lacks {name}; run its calmix compress again to resume"
+        )
+    return path

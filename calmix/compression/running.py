@@ -4,83 +4,103 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from calmix.compression.plan import MANIFEST, PACK, Request, Stage, parse_size, stages
-from calmix.compression.results import Results
+from calmix.calibration import CalibrationSet
+from calmix.compression.card import Report
+from calmix.compression.plan import (
+    CALIBRATION,
+    EFFORTS,
+    PACK,
+    SCORES,
+    Request,
+    aim,
+    parse_size,
+    slices,
+)
+from calmix.compression.results import LADDER, MANIFEST, RUN, Results
+from calmix.compression.stages import Answer, Draw, Pack, Prune, Recover, Score, Stage
 from calmix.errors import CalmixError, InputError
-from calmix.files import alone, read_object, size_text, write_json
-from calmix.manifest import Input, read_sealed, run_record, sealed, versions
+from calmix.evaluation.evaluate import choose
+from calmix.files import alone, read_object, size_text, user_path, write_json
+from calmix.manifest import Input, run_record, sealed, versions
 from calmix.models import resolve_model
 from calmix.models.shards import weight_bytes
+from calmix.options import BITS_METHOD
 
-Run = Callable[[Sequence[str]], None]  # runs a command line
+Run = Callable[[Stage], None]
 Say = Callable[[Stage, bool], None]  # receives a stage, and whether its result existed
-KIND, RUN = "compressed model", "compress-run.json"
-LADDER = "ladder.json"  # state of a walk for --keep-at-least
+KIND = "compressed model"
 
 
-def read_record(out: Path) -> dict[str, Any]:
-    """Return the record in OUT: the `request`, the `commands` of all stages by name, the `stages`
-    (`recorded`), `dense_bytes` of the dense weights; InputError if there is none or it is damaged.
-    """
-    missing = f"{out} was not made by calmix compress: it has no {MANIFEST}"
-    if (out / LADDER).exists():
-        missing = f"{out} has no model yet: run its calmix compress again to resume or see why"
-    record = read_sealed(out / MANIFEST, missing)
-    if "stages" not in record:
-        raise InputError(
-            f"{out} was made by an older calmix, which did not record what its "
-            "results were made from: make it again in another folder"
-        )
-    return record
-
-
-def recorded(out: Path, record: Mapping[str, Any]) -> list[Stage]:
-    """Return the stages in a record that leave a result, wherever OUT is now."""
+def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:
+    """Return the stages in order; `held` is the folder of an existing calibration set."""
+    effort, listed, how = EFFORTS[request.effort], list[Stage](), request.how
+    dense = Input(request.model, request.sha256)
+    if held is None and request.saved:
+        held = request.calibration
+    elif held is None:
+        held = str(out / CALIBRATION)
+        drawn = Draw(request.calibration, request.model, request.draw, how=how)
+        what = f"{'write' if drawn.written else 'draw'} the calibration set"
+        listed.append(Stage(what, drawn, out / CALIBRATION))
+    wanted = aim(request)
+    sparse = wanted["method"] != BITS_METHOD
+    trained = sparse or (request.bits is not None and request.bits <= effort.levels)
+    recoveries = effort.recoveries if trained else ()
+    before = out / ("pruned" if recoveries else "model")
+    text = Input(held, CalibrationSet.open(user_path(held)).sha256 if request.saved else "")
+    work: dict[str, Any] = {"how": how, "max_memory": request.max_memory}
+    reads = {"model": dense, "calibration": text}
+    wanted |= {"licence": request.licence if request.saved else None}
+    listed.append(
+        Stage("prune" if sparse else "quantise", Prune(wanted, reads=reads, **work), before)
+    )
+    for method in recoveries:
+        last = method == effort.recoveries[-1]
+        after = out / ("model" if last else method)
+        reads = {"model": Input(str(before), ""), "against": dense, "calibration": text}
+        recovery = Recover(method, request.epochs if last else None, reads=reads, **work)
+        listed.append(Stage(f"recover by {method}", recovery, after))
+        before = after
+    made = out / "model"
+    model = {"model": Input(str(made), "")}
     return [
+        *listed,
+        Stage("pack", Pack(reads=model), out / PACK),
+        *(scoring(request, file, made, out / file) for file in slices(request)),
         Stage(
-            one["name"],
-            (),
-            one["leaves"],
-            {
-                role: Input(name if sha256 else str(out / name), sha256)
-                for role, (name, sha256) in one["reads"].items()
-            },
-            one["request"],
-        )
-        for one in record["stages"]
+            "answer prompts",
+            Answer(request.prompts, reads=model | {"against": dense}, how=how),
+            out / "answers.json",
+        ),
+        Stage("report card", Report(out), None),
     ]
 
 
-def verified(out: Path, *needed: str) -> tuple[dict[str, Any], Results]:
-    """Return the record in OUT and the hashes of its models, once it has the results `needed` and
-    none of another run."""
-    record, results = read_record(out), Results()
-    for name in needed:
-        result_in(out, name)
-    results.check_all(recorded(out, record), out)
-    return record, results
-
-
-def _entry(stage: Stage, out: Path) -> dict[str, Any]:
-    """Return a stage as it is recorded: results of other stages are relative to OUT."""
-    reads = {
-        role: (name if sha256 else str(Path(name).relative_to(out)), sha256)
-        for role, (name, sha256) in stage.reads.items()
-    }
-    return {"name": stage.name, "leaves": stage.leaves, "reads": reads, "request": stage.request}
-
-
-def result_in(out: Path, name: str) -> Path:
-    """Return the path of a result in OUT; InputError if it is missing."""
-    if not (path := out / name).exists():
-        raise InputError(
-            f"{out} is not finished: it lacks {name}; run its calmix compress again to resume"
-        )
-    return path
+def scoring(
+    request: Request, file: str, model: Path | None, leaves: Path, dense: Path | None = None
+) -> Stage:
+    """Return the stage that scores a `model` on the suite of a score file, or without one the dense
+    model alone. `dense` is a file of the dense model's scores, if they exist."""
+    suite, part = slices(request)[file]
+    effort, original = EFFORTS[request.effort], Input(request.model, request.sha256)
+    reads = {"model": original}
+    if model is not None:
+        reads = {"model": Input(str(model), ""), "against": original}
+    score = Score(
+        suite,
+        part,
+        dense,
+        distance=effort.distance or file != SCORES,
+        repeat=effort.repeat and dense is None and choose(suite).asks,
+        allow_code_execution=request.allow_code_execution,
+        reads=reads,
+        how=request.how,
+    )
+    return Stage("evaluate" if file == SCORES else "evaluate behaviour", score, leaves)
 
 
 def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float]:
@@ -93,12 +113,12 @@ def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float
                 "kind": KIND,
                 "request": request.model_dump(mode="json"),
                 "commands": {stage.name: stage.command for stage in listed},
-                "stages": [_entry(stage, out) for stage in listed if stage.leaves],
+                "stages": [stage.result.entry(out) for stage in listed if stage.leaves],
                 "dense_bytes": weight_bytes(resolve_model(request.model)),
             }
             write_json(out / MANIFEST, sealed(record | {"versions": versions()}))
         for stage, taken in do(listed, out, run, say):
-            if stage.leaves == PACK:
+            if isinstance(stage.request, Pack):
                 _check_pack(request, out)
             seconds[stage.name] = taken
             write_json(out / RUN, run_record(before | seconds))
@@ -124,16 +144,16 @@ def do(listed: Iterable[Stage], out: Path, run: Run, say: Say) -> Iterator[tuple
     """Run the stages without a result and yield each with its seconds; before that, refuse a result
     that was not made by its stage from what lies there."""
     results, listed, ran = Results(), list(listed), False
-    results.check_all(listed, out)
+    results.check_all(stage.result for stage in listed if stage.done)
     for stage in listed:
-        done = stage.done(out)
+        done = stage.done
         if done and ran:  # its input may have been missing before
-            results.check(stage, out)
+            results.check(stage.result)
         say(stage, done)
         if not done:
             began, ran = time.perf_counter(), True
             try:
-                run(stage.arguments)
+                run(stage)
             except CalmixError:  # a record without any result is useless
                 if {path.name for path in out.iterdir()} in ({MANIFEST}, {LADDER}):
                     shutil.rmtree(out, ignore_errors=True)

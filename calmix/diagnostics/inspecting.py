@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from calmix.calibration import CalibrationSet
-from calmix.compression import plan, running
-from calmix.compression.results import Results
+from calmix.compression import plan, results
+from calmix.compression.card import PAGE
 from calmix.deploy.pack import CONFIG, config_of
 from calmix.errors import CalmixError, InputError, first_line
 from calmix.evaluation import generations, scores
@@ -42,7 +42,7 @@ from calmix.specs import NONE
 from calmix.study.store import open_store
 
 # Run records and pages, which no hash covers; they and manifests are in no manifest's list.
-UNSEALED = (RUN, running.RUN, "card.html", "README.md")
+UNSEALED = (RUN, results.RUN, PAGE, "README.md")
 BESIDE = {MANIFEST, PACK, *UNSEALED}
 Say = Callable[[str], None]
 # Beyond these a layer gets a warning (ours: some three times the values of SparseGPT at 60 %).
@@ -258,10 +258,10 @@ def _store(folder: Path, health: Health, say: Say) -> None:
 
 def _compressed(folder: Path, health: Health, say: Say) -> None:
     """Check the result of every stage, and report what is left to do."""
-    record, results = running.read_record(folder), Results()
-    asked, listed = record["request"], running.recorded(folder, record)
-    leaves = {one.name: str(one.leaves) for one in listed}
-    left = [name for name, path in leaves.items() if not (folder / path).exists()]
+    record, check = results.read_compressed(folder), results.Results()
+    asked, listed = record["request"], results.recorded(folder, record)
+    leaves = {one.stage: one.path.name for one in listed}
+    left = [one.stage for one in listed if not one.path.exists()]
     health.facts = {
         "dense model": asked["model"],
         "target": plan.target(asked),
@@ -275,7 +275,7 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
         if any((folder / (one + end)).exists() for end in ("", SUFFIX))
     ]
     parts = _parts(folder, begun, health, say)
-    if (file := folder / running.RUN).exists():
+    if (file := folder / results.RUN).exists():
         ran = read_object(file, "")["seconds"]
         health.problems += [
             f"{folder / leaves[name]} is missing"
@@ -286,16 +286,16 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
         health.layers = parts["model"].layers
         health.facts["method"] = parts["model"].facts.get("method")
     for one in listed:
-        if one.done(folder) and not parts[str(one.leaves)].problems:
+        if one.path.exists() and not parts[one.path.name].problems:
             try:
-                results.check(one, folder)
+                check.check(one)
             except CalmixError as error:
                 health.problems.append(str(error))
 
 
 def _ladder(folder: Path, health: Health, say: Say) -> None:
     """Check the candidates of a walk that has chosen none, and report its progress."""
-    held = read_sealed(folder / running.LADDER, "")
+    held = read_sealed(folder / results.LADDER, "")
     asked, tested = plan.Request(**held["request"]), [f"{one['bits']:g}" for one in held["rungs"]]
     health.facts = {
         "dense model": asked.model,
@@ -368,5 +368,5 @@ CHECKS: dict[str, Check] = {
     "unfinished work": _work,
 }
 MARKS = {names[0]: kind for kind, names in RESULTS.items() if kind in CHECKS}
-MARKS |= {running.LADDER: "ladder of candidates", RECORD: "unfinished work"}
+MARKS |= {results.LADDER: "ladder of candidates", RECORD: "unfinished work"}
 FILES: dict[str, Check] = {scores.KIND: _scores, generations.KIND: _answers}

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import ne
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from calmix.errors import InputError
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
+from calmix.evaluation.distance import distance, reference
+from calmix.evaluation.evaluate import evaluate, how_asked
 from calmix.evaluation.measures import PRIMARY
 from calmix.evaluation.retention import Retention, check_paired
-from calmix.evaluation.scores import CapabilityScores, check_same_suite, load_pair
+from calmix.evaluation.scores import (
+    CapabilityScores,
+    check_same_form,
+    check_same_suite,
+    describe,
+    load_pair,
+    pair_record,
+)
+from calmix.evaluation.suites import Suite
+from calmix.models import OpenModel, open_model, resolve_model
+from calmix.models.opening import load_tokenizer
 from calmix.options import Measure
+from calmix.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,85 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON-serialisable values."""
         return {"retention": self.retention.to_dict(), "behaviour": self.behaviour.to_dict()}
+
+
+def evaluate_against(
+    model: str,
+    suite: Suite,
+    against: CapabilityScores | str | None = None,
+    *,
+    texts: Callable[[OpenModel], Mapping[str, Tensor]] | None = None,
+    allow_code_execution: bool = False,
+    right_only: bool = False,
+    repeat: bool = False,
+    cache: bool = True,
+    batch_tokens: int | None = None,
+    bar: Progress,
+    **opening: Any,
+) -> tuple[CapabilityScores, CapabilityScores | None]:
+    """Score a model on a suite, and return its scores and those of the dense model.
+
+    Args:
+        against: the dense model, which is scored first, or its scores.
+        texts: returns rows of token ids by dimension, on which the distance to a dense model given
+            by name is measured.
+        right_only: generate only the answers that the dense model has right.
+        repeat: generate the dense model's answers twice; without one, the model's own.
+        cache: whether results of the dense model may come from the cache.
+        allow_code_execution, batch_tokens: as for `calmix.evaluate`.
+        **opening: as for `open_model`.
+
+    Raises:
+        InputError: the models would be asked in different forms, or scored on different suites.
+    """
+    original = against if isinstance(against, str) else None
+    dense = against if isinstance(against, CapabilityScores) else None
+    trust = bool(opening.get("trust_remote_code"))
+    names = [model] if original is None else [model, original]
+    tokenizers = [load_tokenizer(resolve_model(name), name, trust) for name in names]
+    if dense is not None:
+        check_same_suite(describe(suite), dense.suite)
+    check_same_form("" if dense is None else dense.form, *(how_asked(t, suite) for t in tokenizers))
+
+    def score(opened: OpenModel, first: bool) -> CapabilityScores:
+        return evaluate(
+            opened,
+            suite,
+            batch_tokens=batch_tokens,
+            allow_code_execution=allow_code_execution,
+            floors=first,
+            right=dense.right if dense is not None and right_only else None,
+            repeat=repeat and first,
+            cache=cache and first and original is not None,
+            progress=bar.of(f"scoring {opened.name}"),
+        )
+
+    states = apart = None
+    if original is not None:
+        opened = open_model(original, **opening)
+        if texts is not None:
+            states = reference(opened, texts(opened), cache=cache)
+        dense = score(opened, True)
+        del opened
+    small = open_model(model, **opening)
+    if states is not None:
+        apart = distance(
+            small,
+            states,
+            dense=lambda: open_model(str(original), **opening),
+            progress=bar.of("distance to the dense model"),
+        )
+    return replace(score(small, against is None), distance=apart), dense
+
+
+def scores_record(
+    scores: CapabilityScores, dense: CapabilityScores | None, measure: Measure | None = None
+) -> dict[str, Any]:
+    """Return the content of a file of scores, with what the model keeps of a dense one."""
+    more = {}
+    if dense is not None:
+        more = Comparison.of(scores.model, [(dense, scores)], measure).to_dict()
+    return pair_record(scores, dense, **more)
 
 
 def compared_by(found: Sequence[Comparison], measure: Measure | None) -> str:

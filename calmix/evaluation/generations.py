@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -16,7 +17,8 @@ from calmix.evaluation.greedy import answers, prompt
 from calmix.evaluation.likelihood import Progress
 from calmix.files import read_object, write_json
 from calmix.manifest import check_seal, sealed
-from calmix.models import OpenModel
+from calmix.models import OpenModel, open_model
+from calmix.progress import Progress as Bar
 from calmix.sources.registry import local_file
 from calmix.yaml_files import first_problem, packaged
 
@@ -98,3 +100,13 @@ def answer(
     ]
     texts = answers(opened, inputs, progress=progress)
     return tuple(text.strip() + ("" if ended else " …") for text, ended in texts)
+
+
+def answer_all(models: Sequence[str], prompts: Sequence[Prompt], bar: Bar, **how: Any) -> Answered:
+    """Return the answers of models by name, opened one after another; `how` as for `open_model`."""
+    named, written = list[tuple[str, str]](), list[tuple[str, ...]]()
+    for name in models:
+        opened = open_model(name, **how)
+        written.append(answer(opened, prompts, progress=bar.of(f"{name} answers")))
+        named.append((name, opened.fingerprint))
+    return Answered(tuple(prompts), tuple(named), tuple(written))

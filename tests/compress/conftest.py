@@ -51,13 +51,13 @@ def asked(tiny_folder):
 
 
 def stopping(run, after):
-    """Run `after` commands, and interrupt the next."""
+    """Run `after` stages, and interrupt the next."""
     left = iter(range(after))
 
-    def stopped(words):
+    def stopped(*stage):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        run(words)
+        run(*stage)
 
     return stopped
 

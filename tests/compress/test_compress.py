@@ -13,17 +13,20 @@ import pytest
 from filelock import FileLock
 
 import calmix as api
-from calmix.calibration import parse_mix
+from calmix.calibration import ask, parse_mix
 from calmix.cli import compress as verb
-from calmix.compression.plan import aim, stages, weighed
-from calmix.compression.running import read_record
+from calmix.compression.card import card_page, read_card, several_page
+from calmix.compression.compress import Compressed
+from calmix.compression.plan import aim, weighed
+from calmix.compression.results import read_compressed
+from calmix.compression.running import stages
+from calmix.compression.stages import Recover, Stage
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.scores import describe
 from calmix.files import write_json
 from calmix.manifest import sealed
 from calmix.report import words
-from calmix.report.card import card_page, read_card, several_page
 from calmix.sources import builtin_sources
 from calmix.sources.registry import MIXES
 from tests.calibration.selfgen.test_chat import TEMPLATE
@@ -42,7 +45,7 @@ def test_an_interrupt_after_any_stage_resumes_to_the_same_model(
     calmix, command, compressed, place, tmp_path, monkeypatch, undrawn
 ):
     whole, cut = compressed, tmp_path / "cut"
-    commands = read_record(whole)["commands"].values()
+    commands = read_compressed(whole)["commands"].values()
     verbs = [line.split()[1 + (" answers " in line)] for line in commands]
     assert verbs == ["calibrate", "prune", "recover", "export", "evaluate", "answers", "report"]
     assert sorted(path.name for path in whole.iterdir()) == [
@@ -60,14 +63,14 @@ def test_an_interrupt_after_any_stage_resumes_to_the_same_model(
     maps = [w for name, w in found if ".layers." in name and w.ndim == 2]
     zeros, total = sum(int((w == 0).sum()) for w in maps), sum(w.numel() for w in maps)
     assert abs(zeros / total - 0.6) < 0.001
-    run = verb._run
+    run = Stage.run
     for done in range(len(verbs)):
-        monkeypatch.setattr(verb, "_run", stopping(run, min(done, 1)))  # one more stage each time
+        monkeypatch.setattr(Stage, "run", stopping(run, min(done, 1)))  # one more stage each time
         ended = calmix(*command(cut))
         assert (ended.code, ended.err.splitlines()[-1]) == (130, "interrupted")
         assert ended.err.count("already done") == max(0, done - 1)
         assert f" {verbs[done]} " in ended.err.rpartition("$ calmix")[2]
-    monkeypatch.setattr(verb, "_run", run)
+    monkeypatch.setattr(Stage, "run", run)
     ended = calmix(*command(cut)).ok()
     assert ended.err.count("already done") == 6
     first, *rest = ended.out.splitlines()
@@ -148,7 +151,7 @@ def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, 
     assert second.startswith("made version 1 (")
     named = [one["task"] for one in card.tasks if one["task"].endswith("(abilities)")]
     assert named == ["sums (abilities)"]
-    rows = verb.Compressed(out)._rows()
+    rows = Compressed(out)._rows()
     assert [list(row.values()) for row in rows[:3]] == [
         ["right answers", "math", None, None, None],  # of 8, too few to tell
         ["right answers", "total", None, None, None],
@@ -161,10 +164,10 @@ def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, 
     assert several_page([replace(card, pairs=[bare, *card.pairs[1:]])] * 2)
     asked = {**card.asked, "trust_remote_code": True, "device": "cuda:1"}
     line = replace(card, asked=asked).measure
-    assert "--trust-remote-code --device cuda:1 -o " in line
+    assert "--device cuda:1 --trust-remote-code -o " in line
     assert "--quick" in line
-    all_ = card.record | {"commands": {"evaluate behaviour": "calmix evaluate x --suite abilities"}}
-    assert "--quick" not in replace(card, record=all_).measure  # fewer items would prove less
+    best = replace(card, asked=card.asked | {"effort": "best", "suite": "offline"}).measure
+    assert "--quick" not in best  # fewer items would prove less
     left = [(one, replace(two, not_run=("programs",))) for one, two in card.pairs]
     for suite_, after in (("offline", "calmix evaluate"), ("mine.yaml", "hf upload")):
         again = replace(card, pairs=left, asked=card.asked | {"suite": suite_})
@@ -264,9 +267,9 @@ def test_a_dry_run_writes_nothing(calmix, command, tmp_path, place):
     assert "nothing was written" in ended.out
     assert "calmix recover" in ended.out
     told = json.loads(calmix(*command(tmp_path / "out", "--dry-run", "--json")).out)
-    assert [one["stage"]["name"] for one in told][1] == "prune"
+    assert [one["stage"] for one in told][1] == "prune"
     assert all(one["memory"] > 0 for one in told)
-    taken = {one["stage"]["name"]: one for one in told}
+    taken = {one["stage"]: one for one in told}
     assert taken["prune"]["work"] == "32 rows of 256 tokens"
     assert taken["recover by distill"]["work"] == "1 x 32 rows of 256 tokens"
     assert taken["evaluate"]["work"].endswith(" items")
@@ -292,7 +295,9 @@ def test_a_dry_run_of_a_model_that_is_not_here_fetches_nothing(calmix, tmp_path,
 
 def test_a_folder_at_work_is_refused_before_anything_else(calmix, command, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr("calmix.compression.plan.check_request", lambda *_: pytest.fail("checked"))
+    monkeypatch.setattr(
+        "calmix.compression.compress.check_request", lambda *_: pytest.fail("checked")
+    )
     with FileLock(tmp_path / ".out.lock"):
         assert "another process is at work in" in calmix(*command(out)).line
 
@@ -334,7 +339,7 @@ def test_python_compresses_as_the_verb_does(compressed, options, tmp_path, tiny_
     assert repr(made.retention).startswith("<Retention: likelihood kept: ")
     assert "right answers: not measured" in repr(made)
     with pytest.MonkeyPatch.context() as patch:  # the card is read only once
-        patch.setattr("calmix.report.card.read_card", None)
+        patch.setattr("calmix.compression.compress.read_card", None)
         assert "right answers: not measured" in repr(made)
     assert made.to_dict()["card"] == str(made.card)
     with pytest.raises(InputError, match="unknown option 'efort': did you mean effort"):
@@ -347,14 +352,14 @@ def test_python_compresses_as_the_verb_does(compressed, options, tmp_path, tiny_
 
 def test_an_effort_and_a_pattern_become_stages(asked):
     best = stages(asked(effort="best", sparsity=0.6), Path("out"))
-    assert [stage.arguments[0] for stage in best].count("recover") == 2
+    assert [isinstance(stage.request, Recover) for stage in best].count(True) == 2
     own = asked(pattern="2:4", trust_remote_code=True, no_corpus=True)
     written = stages(own, Path("o"))
-    assert written[0].arguments[:2] == ("calibrate", "self-written")
+    assert written[0].request.words[:2] == ("calibrate", "self-written")
     assert all(
-        "--trust-remote-code" in stage.arguments for stage in written[:-1] if stage.name != "pack"
+        "--trust-remote-code" in stage.command for stage in written[:-1] if stage.name != "pack"
     )
-    assert {"--pattern", "2:4"} <= set(written[1].arguments)
+    assert "--pattern 2:4" in written[1].command
 
 
 def test_a_model_with_a_chat_template_has_chats_in_its_mix(tmp_path, tiny_folder, asked):
@@ -366,7 +371,7 @@ def test_a_model_with_a_chat_template_has_chats_in_its_mix(tmp_path, tiny_folder
     assert mix == {"chat": 0.25} | {
         name: 0.75 * weight / 8 for name, weight in MIXES["mix-default"].items()
     }
-    assert found.generated
+    assert ask(found.calibration).written
     kept = asked(model=str(folder), keep={"code": 1})
     assert parse_mix(kept.calibration) == {
         "chat": 0.25,
@@ -374,7 +379,7 @@ def test_a_model_with_a_chat_template_has_chats_in_its_mix(tmp_path, tiny_folder
         "code-compiled": 0.375,
     }
     given = asked(model=str(folder), calibration="python-docs")
-    assert (given.calibration, given.generated) == ("python-docs", False)
+    assert given.calibration == "python-docs"
 
 
 def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folder, place, undrawn):
@@ -438,7 +443,7 @@ def test_size_and_bits_replace_or_accompany_a_sparsity(calmix, command, asked, t
     sizes = {}
     for size in (f"{wanted}kB", f"{wanted + 4}kB"):
         told = json.loads(calmix(*command(out, "--size", size, "--dry-run", "--json")).out)
-        sizes[size] = next(one["disk"] for one in told if one["stage"]["name"] == "pack")
+        sizes[size] = next(one["disk"] for one in told if one["stage"] == "pack")
     assert [0.95 < one / 1000 / float(size[:-2]) <= 1 for size, one in sizes.items()] == [True] * 2
     calmix(*command(out, "--size", f"{wanted}kB")).ok()
     assert "quantise" in (out / "compress.json").read_text()
@@ -460,7 +465,7 @@ def test_size_and_bits_replace_or_accompany_a_sparsity(calmix, command, asked, t
     assert "Once packed, a weight takes" in told
     assert "left to do" not in calmix("doctor", "inspect", out, "--json").out
     four = stages(asked(effort="quick"), out)
-    assert not [one for one in four if one.arguments[0] == "recover"]
+    assert not [one for one in four if isinstance(one.request, Recover)]
     both = asked(bits=4, pattern="2:4")
     assert (both.target, aim(both)["method"]) == ("2:4, 4 bits", "admm")
     assert aim(asked(pattern="2:4", calibration="python-docs"))["method"] == "admm"
@@ -515,7 +520,7 @@ def test_inspect_checks_every_stage(calmix, compressed, tmp_path):
     assert told["facts"]["left to do"] == "evaluate (run its calmix compress again to resume)"
     assert told["facts"]["model"] == "recovered checkpoint, damaged"
     assert (ended.code, "config.json is missing" in ended.line) == (2, True)
-    write_json(out / "compress.json", read_record(out) | {"versions": {}})
+    write_json(out / "compress.json", read_compressed(out) | {"versions": {}})
     assert "compress.json" in calmix("doctor", "inspect", out).line
 
 

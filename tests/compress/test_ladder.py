@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 import calmix as api
-from calmix.cli import compress as verb
-from calmix.compression import ladder
+from calmix.compression import compress, ladder
 from calmix.compression.ladder import CANDIDATES, RUNGS
 from calmix.compression.plan import scored
 from calmix.compression.results import Results
+from calmix.compression.stages import Draw, Score, Stage
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.scores import CapabilityScores, describe, write_scores
@@ -46,9 +46,9 @@ def walk(want, out, run, *more, say=lambda *_: None):
     return made
 
 
-def scores(words, kept=100):
-    """Return scores of `evaluate` with `kept` of a hundred sums right."""
-    whole = [words[at + 1] for at, word in enumerate(words) if word == "--whole"]
+def scores(request, kept=100):
+    """Return scores of a stage with `kept` of a hundred sums right."""
+    whole = request.part.get("whole", ())
     suite = describe(runnable(choose("abilities", quick=True, whole=whole), False)[0])
     task = written("sums", "math", [1] * kept + [0] * (100 - kept))
     return CapabilityScores("m", f"{kept}", "float32", suite, (replace(task, chance=0.0),))
@@ -70,18 +70,18 @@ class Fake:
         self.kept, self.rest = dict(kept), rest
         self.run = []
 
-    def __call__(self, words):
-        self.run.append(words[0])
-        place = Path(words[words.index("-o") + 1])
-        if words[0] == "evaluate":
-            if "--against" not in words:
-                scores(words).save(place)
+    def __call__(self, stage):
+        self.run.append(stage.request.words[0])
+        request, place = stage.request, stage.leaves
+        if isinstance(request, Score):
+            if "against" not in request.reads:
+                scores(request).save(place)
                 return
             kept = self.kept.get(float(place.parent.name), self.rest)
-            save_pair(place, scores(words), scores(words, kept))
+            save_pair(place, scores(request), scores(request, kept))
             return
         place.mkdir(parents=True)
-        (place / "made").write_text(str(words), encoding="utf-8")
+        (place / "made").write_text(stage.command, encoding="utf-8")
 
 
 def models(out):
@@ -124,15 +124,15 @@ def test_a_candidate_passes_if_the_models_of_all_samples_do(want, out):
     """The model of the second sample fails, that of the first does not."""
     want, runs, sets = other(want, seeds=2), [], []
 
-    def run(words):
-        runs.append(words[0])
-        place = Path(words[words.index("-o") + 1])
-        if words[0] == "calibrate":
-            sets.append((words[words.index("--seed") + 1], place.relative_to(out)))
-        Fake(rest=97 if "draw-2/6" in str(place) or "draw-2" not in str(place) else 50)(words)
+    def run(stage):
+        runs.append(stage.request.words[0])
+        place = stage.leaves
+        if isinstance(stage.request, Draw):
+            sets.append((stage.request.draw["seed"], place.relative_to(out)))
+        Fake(rest=97 if "draw-2/6" in str(place) or "draw-2" not in str(place) else 50)(stage)
 
     found = walk(want, out, run)
-    assert sets == [("0", Path("calibration")), ("1", Path("candidates/draw-2/calibration"))]
+    assert sets == [(0, Path("calibration")), (1, Path("candidates/draw-2/calibration"))]
     assert runs == ["calibrate", "calibrate", "evaluate", *["prune", "evaluate"] * 6]
     assert ([*found.kept], found.bits, found.ended) == ([4.5, 6, 5], 6, "failed")
     assert "math keeps 50.0 % of 100 items" in found.why()
@@ -185,7 +185,7 @@ def test_running_out_of_time_before_a_candidate_passes_leaves_no_verdict(
     run = Fake({4.5: 80, 6: 99, 5: 99})
     found = walk(want, out, run, 15)
     assert (found.bits, found.ended, found.left) == (None, "time", (6, 5))
-    monkeypatch.setattr(ladder, "make", lambda *_: (found, {}))
+    monkeypatch.setattr(compress, "make", lambda *_, **how: (found, {}))
     ended = calmix(*command(out, "--keep-at-least", "math=0.8"))
     assert (ended.code, "refused" in ended.out) == (1, False)
     assert ended.out.endswith("stopped: no candidate meets the floors yet.\n")
@@ -320,10 +320,10 @@ def test_a_first_stage_that_fails_leaves_no_record(want, out):
     run = Fake()
     for refused, left in (("calibrate", False), ("evaluate", True)):
 
-        def refuse(words, refused=refused):
-            if words[0] == refused:
+        def refuse(stage, refused=refused):
+            if stage.request.words[0] == refused:
                 raise InputError("no such text")
-            run(words)
+            run(stage)
 
         with pytest.raises(InputError, match="no such text"):
             walk(want, out, refuse)
@@ -357,13 +357,13 @@ def test_floors_that_a_users_rows_cannot_prove_are_refused_at_once(
 def test_the_verb_builds_tests_and_ends_with_a_card(
     calmix, command, options, tmp_path, monkeypatch, undrawn
 ):
-    run = verb._run
+    run = Stage.run
 
-    def planted(words):
+    def planted(stage, bar):
         """A random model knows nothing, so both get answers they know better."""
-        run(words)
-        path = Path(words[words.index("-o") + 1]) if "-o" in words else Path()
-        if words[0] != "evaluate" or not path.name.endswith("scores.json"):
+        run(stage, bar)
+        path = stage.leaves
+        if not isinstance(stage.request, Score) or not path.name.endswith("scores.json"):
             return
         told = json.loads(path.read_text(encoding="utf-8"))
         lost = {"6": 1.05, "5": 1.1, "out": 1.1}.get(path.parent.name, 300.0)
@@ -374,7 +374,7 @@ def test_the_verb_builds_tests_and_ends_with_a_card(
                     row[gold] = -nats
         write_scores(path, told)
 
-    monkeypatch.setattr(verb, "_run", planted)
+    monkeypatch.setattr(Stage, "run", planted)
     monkeypatch.setattr(Results, "check", CHECK)
     out, floors = tmp_path / "out", ("--keep-at-least", "code=0.3")
     words = command(out, sparse=False)

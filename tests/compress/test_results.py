@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from calmix.cli import compress as verb
-from calmix.compression.plan import stages
 from calmix.compression.results import Results
+from calmix.compression.running import stages
+from calmix.compression.stages import Stage
 from calmix.evaluation.scores import write_scores
 from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
+from calmix.progress import Progress
 from calmix.pruning.engine import Run
 from calmix.pruning.work import SUFFIX
 from tests.compress.conftest import stopping
@@ -152,10 +153,10 @@ def test_a_model_pruned_on_another_text_is_refused(calmix, command, lines, out, 
 def test_a_model_made_by_hand_in_an_unfinished_run_is_refused(
     calmix, command, compressed, tiny_folder, tmp_path, monkeypatch
 ):
-    out, run = tmp_path / "out", verb._run
-    monkeypatch.setattr(verb, "_run", stopping(run, 1))
+    out, run = tmp_path / "out", Stage.run
+    monkeypatch.setattr(Stage, "run", stopping(run, 1))
     assert calmix(*command(out)).code == 130
-    monkeypatch.setattr(verb, "_run", run)
+    monkeypatch.setattr(Stage, "run", run)
     by_hand = (
         "prune",
         tiny_folder,
@@ -227,13 +228,11 @@ def test_inspect_names_what_no_hash_covers(calmix, compressed):
     assert f"not covered by a hash: {named}" in ended.out
 
 
-def test_a_mix_of_which_the_model_writes_no_row_is_the_one_requested(
-    calmix, asked, place, tmp_path
-):
+def test_a_mix_of_which_the_model_writes_no_row_is_the_one_requested(asked, place, tmp_path):
     """Its set names no model that wrote it."""
     text = f"{place / 'text.txt'}:0.999,self-written:0.001"
     suite = str(place / "made.yaml")
     stage = stages(asked(calibration=text, effort="quick", suite=suite), tmp_path)[0]
     assert stage.name == "write the calibration set"
-    calmix(*stage.arguments).ok()
-    Results().check(stage, tmp_path)
+    stage.run(Progress())
+    Results().check(stage.result)

@@ -15,8 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import CalibrationSet, saved_set
-from calmix.compression.plan import BEHAVIOUR, MOST, PACK, SCORES, packed_bytes, target
-from calmix.compression.running import verified
+from calmix.compression.plan import (
+    BEHAVIOUR,
+    EFFORTS,
+    MOST,
+    PACK,
+    SCORES,
+    Request,
+    packed_bytes,
+    slices,
+    target,
+)
+from calmix.compression.results import verified
+from calmix.compression.stages import StageRequest
 from calmix.errors import InputError
 from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
@@ -24,10 +35,12 @@ from calmix.evaluation.generations import Answered, Prompt, load_answers
 from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import check_same_suite, load_pairs
 from calmix.evaluation.suites import load_suite, provenance
-from calmix.files import size_text, user_path
+from calmix.files import size_text, user_path, write_text
 from calmix.manifest import read_sealed
 from calmix.models import builtin_models
 from calmix.models.shards import Place, stored_tensors, weight_dtype
+from calmix.options import option_words
+from calmix.progress import Progress
 from calmix.pruning.checkpoint import MANIFEST
 from calmix.pruning.solvers.grids import SCALES
 from calmix.report import charts, words
@@ -38,6 +51,7 @@ from calmix.sources.licences import use_of
 from calmix.yaml_files import packaged
 
 WEIGHTS = ".safetensors"
+PAGE = "card.html"
 
 
 @dataclass(frozen=True)
@@ -146,21 +160,18 @@ class Card:
     @property
     def measure(self) -> str:
         """The command that measures generated answers, including programs."""
-        how = ["--trust-remote-code"] * self.asked["trust_remote_code"]
-        if self.asked["device"] != "auto":
-            how += ["--device", self.asked["device"]]
-        # As many items as before: fewer could prove less.
-        asked = self.record["commands"].get("evaluate behaviour", "--quick").split()
-        return words.measuring(
-            self.out / "model",
-            self.asked["model"],
-            *(flag for flag in ("--quick", "--repeat") if flag in asked),
-            "--allow-code-execution",
-            *how,
-            "-o",
-            self.out / BEHAVIOUR,
-            "--overwrite",
-        )
+        request = Request(**self.asked)
+        part = slices(request).get(BEHAVIOUR, ("", EFFORTS[request.effort].behaviour))[1]
+        options = {
+            # As many items as before: fewer could prove less.
+            **{name: part[name] for name in ("quick", "whole") if name in part},
+            "repeat": EFFORTS[request.effort].repeat,
+            "allow_code_execution": True,
+            **request.how,
+        }
+        written = "-o", self.out / BEHAVIOUR, "--overwrite"
+        model = self.out / "model"
+        return words.measuring(model, request.model, *option_words(options), *written)
 
     @property
     def next(self) -> str:
@@ -370,6 +381,29 @@ def read_card(out: Path) -> Card:
         tasks,
         [{"what": name, "SHA-256": value} for name, value in hashes.items()],
     )
+
+
+@dataclass(frozen=True)
+class Report(StageRequest):
+    """Write the report card of a folder."""
+
+    out: Path
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return "report", str(self.out)
+
+    def run(self, output: Path, bar: Progress) -> None:
+        write_card(self.out)
+
+
+def write_card(out: Path, page: Path | None = None) -> Card:
+    """Write the report card of the model in OUT, by default to OUT/card.html, and its model card;
+    return the facts."""
+    card = read_card(out)
+    write_text(page or out / PAGE, card_page(card))
+    write_text(out / "model" / "README.md", model_card(card))
+    return card
 
 
 # Charts

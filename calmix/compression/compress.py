@@ -1,0 +1,171 @@
+"""`calmix.compress`: from a model to a smaller one and its report card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from calmix.calibration import saved_set
+from calmix.compression.card import PAGE, Card, read_card
+from calmix.compression.estimate import StageCost, check_room, estimate
+from calmix.compression.ladder import RUNGS, Walk
+from calmix.compression.plan import check_request
+from calmix.compression.results import LADDER, MANIFEST
+from calmix.compression.running import Run, Say, stages
+from calmix.compression.running import compress as run_stages
+from calmix.compression.stages import Stage
+from calmix.errors import InputError, NotKeptError
+from calmix.evaluation.retention import Retention, bounds
+from calmix.evaluation.suites import suite_file
+from calmix.files import check_apart, check_output_folder, check_unlocked
+from calmix.options import Compression, checked
+from calmix.progress import Progress
+from calmix.shown import Shown, percent
+
+
+@dataclass(frozen=True, repr=False)
+class Compressed(Shown):
+    """A result of `compress`: the smaller model in `model`, the report card in `card`."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        """The model's folder, which transformers loads."""
+        return self.folder / "model"
+
+    @property
+    def card(self) -> Path:
+        """The report card, an HTML page."""
+        return self.folder / PAGE
+
+    @property
+    def retention(self) -> Retention:
+        """Retention on the suite with intervals: of right answers, or without any of likelihood."""
+        dense, scores = self._card.pairs[0]
+        return scores.retention(dense)
+
+    @cached_property
+    def _card(self) -> Card:
+        """The card, cached because reading it hashes the whole model."""
+        return read_card(self.folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return paths, behaviour and retention."""
+        return {
+            "model": str(self.model),
+            "card": str(self.card),
+            "behaviour": self._card.behaved.to_dict(),
+            "retention": self.retention.to_dict(),
+        }
+
+    def _line(self) -> str:
+        return f"{self.model}, {self._card.shortly}; {self.card}"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        does, likelihood = self._card.behaved, self._card.kept
+        tables = {
+            "right answers": does.right.estimates if does.right else {},
+            "right answers kept": {one.name: one.share for one in does.abilities},
+            "likelihood kept": likelihood.estimates if likelihood else {},
+        }
+        return [
+            {"measure": measure, "dimension": name, "%": percent(one.value), **bounds(one)}
+            for measure, estimates in tables.items()
+            for name, one in estimates.items()
+        ]
+
+
+def compress(
+    model: str | Path, output: str | Path, *, shown: bool = True, **options: Any
+) -> Compressed:
+    """Quantise a model (or prune and distil it), evaluate it, and write its report card.
+
+    If interrupted, call it again to resume.
+
+    Args:
+        model: hub id, folder, `.gguf` file or `builtin:NAME`.
+        output: folder to write, or to resume in.
+        shown: whether to show progress.
+        **options: those of `calmix compress` that decide the result, such as `sparsity=0.6`,
+            `bits=2.8`, `pattern="2:4"`, `effort="quick"`, `calibration="mine.csv"`,
+            `text_field="prompt"`, `no_corpus=True` (text that the model writes itself);
+            `keep={"code": 2, "general": 1}`, shares of dimensions in the calibration text;
+            `keep_at_least="code=0.9"`, and `within="2h"` to limit the time of its search.
+
+    Raises:
+        NotKeptError: no candidate meets the floors of `keep_at_least`.
+        CalmixError: an error the user can fix, raised before any work or download if possible.
+    """
+    given = {"model": model, **options}
+    given = {key: str(one) if isinstance(one, Path) else one for key, one in given.items()}
+    request, folder = checked(Compression, given), Path(output)
+    walked, _ = make(request, folder, shown=shown)
+    if walked.floors and walked.bits is None:
+        yet = " yet" * bool(walked.left)
+        raise NotKeptError(f"no candidate keeps {request.keep_at_least}{yet}: {walked.why()}")
+    return Compressed(folder)
+
+
+def begin(options: Compression, out: Path) -> Walk:
+    """Return the walk in OUT with the checked request, without candidates unless floors are given;
+    refuse an OUT that is an input or holds something else."""
+    inputs = [
+        options.model,
+        saved_set(options.calibration),
+        options.prompts,
+        suite_file(options.suite),
+    ]
+    check_apart(out, inputs)
+    check_unlocked(out)
+    if not (out / MANIFEST).exists() and not (out / LADDER).exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(
+                f"{out} is not empty and was not made by calmix compress: name another folder"
+            )
+        check_output_folder(out)
+    return Walk(check_request(options), out)
+
+
+def dry(walk: Walk) -> list[StageCost]:
+    """Return the cost of all stages; of a search, the most that there can be."""
+    if not walk.floors:
+        return estimate(walk.request, stages(walk.request, walk.out))
+    return estimate(walk.at(RUNGS[-1]), walk.longest())
+
+
+def make(options: Compression, out: Path, *, shown: bool = True) -> tuple[Walk, dict[str, float]]:
+    """Compress a model, and return the walk and the seconds of each stage run now, none if no
+    candidate passes."""
+    walk = begin(options, out)
+    request = walk.request
+    if walk.floors:
+        with _staged(len(walk.longest()), shown) as (run, say):
+            walk.run(run, say, options.within or math.inf)
+        if walk.bits is None:
+            return walk, {}
+        request = walk.at(walk.bits)
+    check_room(request, out)
+    with _staged(len(stages(request, out)), shown) as (run, say):
+        return walk, run_stages(request, out, run, say)
+
+
+@contextmanager
+def _staged(most: int, shown: bool) -> Iterator[tuple[Run, Say]]:
+    """Yield functions that run a stage and announce it; there are at most `most`."""
+
+    def run(stage: Stage) -> None:
+        with Progress(shown=shown) as inside:
+            stage.run(inside)
+
+    def say(stage: Stage, done: bool) -> None:
+        bar.note(f"{stage.name}: already done" if done else f"$ {stage.command}")
+        bar.begin(stage.name)
+
+    with Progress(most, shown=shown) as bar:
+        yield run, say

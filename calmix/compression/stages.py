@@ -1,0 +1,282 @@
+"""What each stage of `calmix compress` does: typed requests with a command line to print."""
+
+from __future__ import annotations
+
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from calmix.calibration import ask, open_tokenizer, resolve
+from calmix.calibration.resolving import recorded
+from calmix.calibration.texts import texts_for
+from calmix.compression.plan import PACK
+from calmix.compression.results import Result
+from calmix.deploy.pack import pack
+from calmix.evaluation.comparison import evaluate_against, scores_record
+from calmix.evaluation.evaluate import choose, runnable
+from calmix.evaluation.generations import answer_all, panel, read_prompts
+from calmix.evaluation.scores import load_dense, write_scores
+from calmix.evaluation.suites import Suite
+from calmix.manifest import Input
+from calmix.models import open_model
+from calmix.options import DrawOptions, Recovering, option_words
+from calmix.progress import Progress
+from calmix.pruning.budget import parse_memory
+from calmix.pruning.checkpoint import prune_checkpoints
+from calmix.recovery import recover
+from calmix.specs import PruneRequest, prune_request, recover_request
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRequest(ABC):
+    """What one stage does.
+
+    Attributes:
+        reads: inputs by role (`calmix.compression.results.Result`).
+        how: `device` and `trust_remote_code`, as for `open_model`.
+        max_memory: as a user writes it.
+    """
+
+    reads: Mapping[str, Input] = field(default_factory=dict)
+    how: Mapping[str, Any] = field(default_factory=dict)
+    max_memory: str | None = None
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """What the result's own record says of the request."""
+        return {}
+
+    @property
+    @abstractmethod
+    def words(self) -> tuple[str, ...]:
+        """The command without its output."""
+
+    @abstractmethod
+    def run(self, output: Path, bar: Progress) -> None:
+        """Write the result."""
+
+    def named(self, role: str) -> str:
+        """Return the name of an input."""
+        return self.reads[role].name
+
+    def work(self, bar: Progress) -> dict[str, Any]:
+        """Return the arguments of a long run (`calmix.specs.How`)."""
+        most = None if self.max_memory is None else parse_memory(self.max_memory)
+        how = {**self.how, "max_memory": most, "resume": True}
+        return how | {"writing": bar.writing, "note": bar.note}
+
+    def options(self, **more: Any) -> list[str]:
+        """Return the words of options, those of a long run last."""
+        return option_words({**more, **self.how, "max_memory": self.max_memory, "resume": True})
+
+
+@dataclass(frozen=True)
+class Draw(StageRequest):
+    """Draw a calibration set, or let the model write it; `draw` is as for `calmix.resolve`."""
+
+    text: str
+    model: str
+    draw: Mapping[str, Any]
+
+    @property
+    def written(self) -> bool:
+        """Whether the model writes some of the text."""
+        return bool(ask(self.text).written)
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        return recorded(self.text, self.draw)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        how = self.how if self.written else {**self.how, "device": None}
+        return "calibrate", self.text, *option_words({"model": self.model, **self.draw, **how})
+
+    def run(self, output: Path, bar: Progress) -> None:
+        opened: Any
+        if self.written:
+            opened = open_model(self.model, **self.how)
+        else:
+            trust = self.how["trust_remote_code"]
+            opened = open_tokenizer(self.model, trust_remote_code=trust)
+        tick = bar.each("drawing")
+        made = resolve(
+            self.text, opened, **self.draw, writing=bar.writing, note=bar.note, tick=tick
+        )
+        made.save(output)
+
+
+@dataclass(frozen=True)
+class Prune(StageRequest):
+    """Prune or quantise the `model` on the `calibration`; `target` is as for `prune_request`."""
+
+    target: Mapping[str, Any]
+
+    @property
+    def request(self) -> PruneRequest:
+        """The checked request."""
+        return prune_request(**self.target, calibration=self.named("calibration"))
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        return _decides(self.request)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        options = self.options(**self.target, calibration=self.named("calibration"))
+        return "prune", self.named("model"), *options
+
+    def run(self, output: Path, bar: Progress) -> None:
+        how = self.work(bar) | {"progress": bar.of("pruning blocks")}
+        prune_checkpoints(self.named("model"), {output: self.request}, **how)
+
+
+@dataclass(frozen=True)
+class Recover(StageRequest):
+    """Train what is left of the `model` towards the dense one (`against`)."""
+
+    method: str
+    epochs: int | None = None
+
+    @property
+    def request(self) -> Recovering:
+        """The checked request."""
+        text = self.named("calibration")
+        return recover_request(method=self.method, epochs=self.epochs, calibration=text)
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        return _decides(self.request)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        names = {role: self.named(role) for role in ("against", "calibration")}
+        options = self.options(**names, method=self.method, epochs=self.epochs)
+        return "recover", self.named("model"), *options
+
+    def run(self, output: Path, bar: Progress) -> None:
+        how = self.work(bar) | {"progress": bar.of(self.method)}
+        recover(self.named("model"), self.named("against"), self.request, output, **how)
+
+
+@dataclass(frozen=True)
+class Pack(StageRequest):
+    """Write the `model` in fewer bytes, without loss."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return "export", self.named("model"), "--to", PACK
+
+    def run(self, output: Path, bar: Progress) -> None:
+        pack(self.named("model"), output, progress=bar.of("packing"))
+
+
+@dataclass(frozen=True)
+class Score(StageRequest):
+    """Score the `model`, against the dense one (`against`) if there is one.
+
+    Attributes:
+        suite, part: the suite and which of it (`calmix.evaluation.evaluate.choose`).
+        dense: a file of the dense model's scores, used instead of scoring it.
+        distance: whether to measure the distance to the dense model.
+        repeat: whether to generate the dense model's answers twice.
+    """
+
+    suite: str
+    part: Mapping[str, Any]
+    dense: Path | None = None
+    distance: bool = True
+    repeat: bool = False
+    allow_code_execution: bool = False
+
+    @property
+    def chosen(self) -> tuple[Suite, list[str]]:
+        """The suite that is scored, and the tasks left out because they may not run."""
+        return runnable(choose(self.suite, **self.part), self.allow_code_execution)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        against = self.dense or (self.named("against") if "against" in self.reads else None)
+        options = {
+            "against": against,
+            "suite": None if self.suite == "offline" else self.suite,
+            **self.part,
+            "repeat": self.repeat,
+            "no_distance": against is not None and not self.distance,
+            "allow_code_execution": self.allow_code_execution,
+        }
+        return "evaluate", self.named("model"), *option_words({**options, **self.how})
+
+    def run(self, output: Path, bar: Progress) -> None:
+        suite, left_out = self.chosen
+        against = self.named("against") if "against" in self.reads else None
+        scores, dense = evaluate_against(
+            self.named("model"),
+            suite,
+            against if self.dense is None else load_dense(self.dense),
+            texts=texts_for(suite) if self.distance and self.dense is None and against else None,
+            repeat=self.repeat,
+            allow_code_execution=self.allow_code_execution,
+            bar=bar,
+            **self.how,
+        )
+        scores = replace(scores, not_run=tuple(left_out))
+        write_scores(output, scores_record(scores, dense))
+
+
+@dataclass(frozen=True)
+class Answer(StageRequest):
+    """Show answers of the dense and the smaller model to the user's `prompts`, or ten questions."""
+
+    prompts: Path | None
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        names = self.named("against"), self.named("model")
+        return "evaluate", "answers", *names, *option_words({"prompts": self.prompts, **self.how})
+
+    def run(self, output: Path, bar: Progress) -> None:
+        prompts = panel() if self.prompts is None else read_prompts(self.prompts)
+        names = self.named("against"), self.named("model")
+        answer_all(names, prompts, bar, **self.how).save(output)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a compression, and the result it leaves, complete or not at all; a stage that
+    leaves None always runs."""
+
+    name: str
+    request: StageRequest
+    leaves: Path | None
+
+    @property
+    def command(self) -> str:
+        """The command line for a shell."""
+        output = () if self.leaves is None else ("-o", str(self.leaves))
+        return shlex.join(["calmix", *self.request.words, *output])
+
+    @property
+    def result(self) -> Result:
+        """What is recorded of the result."""
+        request = self.request
+        return Result(self.name, self.leaves or Path(), request.reads, request.decides)
+
+    @property
+    def done(self) -> bool:
+        """Whether the result exists."""
+        return self.leaves is not None and self.leaves.exists()
+
+    def run(self, bar: Progress) -> None:
+        """Make the result."""
+        self.request.run(self.leaves or Path(), bar)
+
+
+def _decides(request: DrawOptions) -> dict[str, Any]:
+    """Return what a request decides, besides its text, as its result records it."""
+    record = request.record()
+    first = {"method": record["method"]}  # its options differ too where it does
+    return first | {key: one for key, one in record.items() if key not in ("calibration", "draw")}
