@@ -22,7 +22,7 @@ class ExportOptions(Options):
     what: str = option(..., "A model, a pack or a saved calibration set.", argument=True)
     to: Form | None = option(None, "Format to write.", shown="pack; jsonl for a set")
     output: Path = path_option(..., "Folder, .jsonl or .gguf file to write.")
-    weights: Literal["f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "q4_1"] | None = option(
+    weights: Literal["f16", "q8_0", "q4_0", "q4_1"] | None = option(
         None, "GGUF: type of weights without levels.", shown="f16"
     )
     like: Path | None = option(None, "GGUF: an existing file of the same model.", metavar="FILE")
@@ -96,7 +96,7 @@ def _gguf(options: ExportOptions, form: str, bar: Progress) -> Made:
         note(
             f"warning: a file at KL {made['kl']:.2g} can lose many answers: SmolLM2-135M at 4.5 "
             "bits kept 57 of 65, rounded to Q4_0 (KL 0.68) 35. Use --weights q8_0, or solve the "
-            "types: calmix prune MODEL --method ggml,type=Q4_K"
+            "types: calmix prune MODEL --method ggml,type=Q4_K_M"
         )
     kinds = ", ".join(f"{count} {kind}" for kind, count in made["types"].items())
     return made, (

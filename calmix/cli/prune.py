@@ -145,13 +145,15 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
         after = sum(len(one.kept) for one in report.dropped)
         alone = "" if report.layers else f" {done}"
         line(f"{before - after} of {before} experts dropped (calmix.json){alone}")
-    for name, bits in report.embeddings.items():
-        line(f"{name}: {bits:.2f} bits per weight")
-    if types := Counter(layer.type for layer in report.layers if layer.type):
-        kinds = ", ".join(f"{count} {name}" for name, count in types.items())
-        instead = types.keys() - {report.pattern}
-        why = " (blocks of 256 do not fit all rows)" if instead else ""
-        line(f"layers by type: {kinds}{why}")
+    for layer in report.outer:
+        line(f"{layer.name}: {layer.bits:.2f} bits per weight")
+    typed = [layer for layer in (*report.layers, *report.outer) if layer.type]
+    types = Counter(layer.type for layer in typed)
+    if types:
+        kinds = ", ".join(f"{count} {name}" for name, count in types.most_common())
+        odd = sum(layer.columns % 256 > 0 for layer in typed)
+        why = f" (blocks of 256 do not fit the rows of {odd})" if odd else ""
+        line(f"matrices by type: {kinds}{why}")
     if report.bits is not None:
         zeros = "" if types else f", {report.sparsity:.1%} zeros"
         exported = ""

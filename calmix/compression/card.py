@@ -221,7 +221,7 @@ class Card:
         rate, weights, pruned = "", self.pruning["weights"], self.pruning["pruned"]
         if bits := self.pruning.get("bits"):
             rate = f" Once packed, a weight takes {bits:.2f} bits"
-            outer = self.pruning.get("embeddings", {}).values()
+            outer = [one["bits"] for one in self.pruning.get("outer", [])]
             rate += f"; one of embeddings or head {max(outer):.2f}." if outer else "."
         moved = self.recoveries and self.done == "quantised"  # zero is one of the levels
         return (

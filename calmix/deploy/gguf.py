@@ -1,7 +1,7 @@
 """GGUF for llama.cpp: exports in the layout of the original GGUF file, and importance matrices.
 
 Everything except the weights comes from a template, a GGUF file of the same model: metadata,
-tokenizer, names, the order of rows. Layers of the method `ggml` are written as solved, byte for
+tokenizer, names, the order of rows. Matrices of the method `ggml` are written as solved, byte for
 byte; other quantised layers keep their levels where GGUF has the grid: Q4_0 for up to 4 symmetric
 bits, Q8_0 for up to 8, with groups that are multiples of 32. The file is
 compared with the model before it is moved into place, in llama.cpp if llama-cpp-python is there,
@@ -39,7 +39,7 @@ from calmix.models.shards import weight_bytes
 from calmix.pruning.checkpoint import MANIFEST, read_told
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.methods import Look
-from calmix.pruning.solvers.block_grid import fitting, rounded_rows
+from calmix.pruning.recipes import RECIPES
 from calmix.pruning.solvers.ggml import TYPES as BLOCK_TYPES
 from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import Grid, read_blocks, read_grids
@@ -51,7 +51,7 @@ Place = tuple[str, Array | None, float]
 
 # Types for weights without a grid that GGUF has, and the divergence from the model (nats per token)
 # beyond which a file is refused.
-TYPES = {"f16": 0.01, "q8_0": 0.2, "q6_k": 0.5, "q5_k": 1.0, "q4_k": 3.0, "q4_0": 3.0, "q4_1": 3.0}
+TYPES = {"f16": 0.01, "q8_0": 0.2, "q4_0": 3.0, "q4_1": 3.0}
 FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # else those of the tensors
 ROUNDED = 0.05  # the same in llama.cpp, which rounds the inputs of quantised matrices to 8 bits
 BLOCK = 32  # weights in a block of Q4_0, Q4_1 and Q8_0
@@ -118,9 +118,7 @@ def _origin(name: str) -> str:
     """Return the GGUF file or builtin model that a model is or was pruned from."""
     origin = known_model(name)
     if isinstance(origin, Path) and origin.is_dir():
-        manifest = read_told(origin / MANIFEST)
-        while manifest.get("pruned"):  # None if another tool has pruned it
-            manifest = manifest["pruned"]
+        manifest = _first(read_told(origin / MANIFEST))
         name = str(manifest.get("model", {}).get("name", ""))
         origin = known_model(name) if name.startswith("builtin:") or Path(name).is_file() else None
     if origin is None:
@@ -129,6 +127,13 @@ def _origin(name: str) -> str:
             "with --like FILE.gguf"
         )
     return name
+
+
+def _first(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of the pruned model that a recovered one began with."""
+    while manifest.get("pruned"):  # None if another tool has pruned it
+        manifest = manifest["pruned"]
+    return manifest
 
 
 def _mapped(opened: OpenModel, architecture: str) -> tuple[Any, dict[str, str]]:
@@ -244,14 +249,8 @@ def _write(
             plain = value.ndim == 1 or tensor.name.endswith(KEPT)
             if tensor.tensor_type != kinds.F32 or not plain:
                 fits = value.ndim == 2 and value.shape[-1] % BLOCK == 0
-                name = weights.upper() if fits else "F16"
-                if name.endswith("_K"):
-                    name = fitting(name, value.shape[-1]).name
-                kind = kinds[name]
-            if weights.endswith("_k") and kind.name in BLOCK_TYPES:
-                data = rounded_rows(torch.from_numpy(value), BLOCK_TYPES[kind.name]).data.numpy()
-            else:
-                data = quants.quantize(value, kind)
+                kind = kinds[weights.upper() if fits else "F16"]
+            data = quants.quantize(value, kind)
         writer.add_tensor(tensor.name, data, raw_dtype=kind)
         types[kind.name] += 1
     for field in reader.fields.values():
@@ -262,11 +261,18 @@ def _write(
             common = max(
                 (one for one in types if one in BLOCK_TYPES or one == "F16"), key=types.__getitem__
             )
-            value = LlamaFileType[f"MOSTLY_{FILE_TYPES.get(common, common)}"].value
+            called = _recipe(folder) or FILE_TYPES.get(common, common)
+            value = LlamaFileType[f"MOSTLY_{called}"].value
         inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, value, field.types[0], inner)
     _close(writer)
     return dict(types), ours
+
+
+def _recipe(folder: Path) -> str | None:
+    """Return the recipe that a model's types are of; None if it has none."""
+    pattern = _first(read_told(folder / MANIFEST)).get("request", {}).get("pattern")
+    return pattern if pattern in RECIPES else None
 
 
 def _close(writer: Any) -> None:

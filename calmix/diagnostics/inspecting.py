@@ -169,7 +169,7 @@ def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, 
         "pruned": done["pruned"],
     }
     if done.get("bits"):
-        outer = [f", {name} {bits:.3f}" for name, bits in done.get("embeddings", {}).items()]
+        outer = [f", {one['name']} {one['bits']:.3f}" for one in done.get("outer", [])]
         health.facts["bits a weight"] = f"{done['bits']:.3f}" + "".join(outer)
     if gone := sum(len(one["scores"]) - len(one["kept"]) for one in done["dropped"]):
         health.facts["experts dropped"] = gone

@@ -355,3 +355,9 @@ def outer_weights(model: Any) -> list[nn.Parameter]:
     alike = not getattr(model, "all_tied_weights_keys", {}).keys().isdisjoint(names)
     tied = alike or head.weight is embedded.weight
     return [embedded.weight] if tied else [head.weight, embedded.weight]
+
+
+def outer_layers(model: Any) -> dict[str, nn.Parameter]:
+    """Return the same weights by the names of their modules."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    return {names[id(weight)].removesuffix(".weight"): weight for weight in outer_weights(model)}

@@ -135,7 +135,7 @@ def plan_for(
     if embeddings:
         largest = max(outer_weights(source.model), key=lambda weight: weight.nbytes)
         last = source.outside_bytes(head=True) + largest.nbytes + ROUNDING * ROUNDED
-        last += get_method(BITS_METHOD).memory(largest.shape[1], 0)
+        last += max(one.memory(largest.shape[1], 0) for one in (get_method(BITS_METHOD), method))
     begin = max(block + (source.outside_bytes() if rows else 0), last)
 
     held, free, total = device_memory(device)

@@ -63,10 +63,10 @@ from calmix.options import Recovering
 from calmix.precision import dtype_name, narrower
 from calmix.pruning.allocation import OWL, OutlierPass
 from calmix.pruning.budget import Plan, plan_for
-from calmix.pruning.engine import Patterns, Run, check_pattern, memory_errors
+from calmix.pruning.engine import Patterns, Run, check_outer, check_pattern, memory_errors
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.methods import Look, Method
-from calmix.pruning.patterns import as_pattern
+from calmix.pruning.patterns import Recipe, as_pattern
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.solvers.grids import SCALES, stored
 from calmix.pruning.trace import token_bytes
@@ -154,13 +154,32 @@ class Job:
         self.output, self.work = output, WorkFolder(output)
         self.request, self.method = request, request.chosen
         self.pattern: Patterns = request.target
+        if isinstance(request.target, Recipe):
+            self.pattern = request.target.types(source.model, source.blocks)
         check_pattern(source.blocks, self.pattern, self.method)
+        check_outer(self.run(source))
         self.asked: dict[str, Any] = {
             "dtype": dtype_name(source.dtype),
             "device": source.device.type,
             **request.record() | {"calibration": identified(request.calibration)},
             "versions": deciding_versions(),
         }
+
+    def run(self, source: StreamedModel) -> Run:
+        """Return the run of the engine."""
+        shares, request = self.work.kept.get("allocation") or {}, self.request
+        by_layer = {name: as_pattern(share) for name, share in shares.items()}
+        run = Run(
+            source.model,
+            source.blocks,
+            self.method,
+            by_layer or self.pattern,
+            request.propagation or "sequential",
+            embeddings=request.embeddings,
+        )
+        run.report.pattern = request.pattern or run.report.pattern
+        run.report.allocation = request.allocation
+        return run
 
 
 class _Pruning:
@@ -205,7 +224,7 @@ class _Pruning:
             if job is None
             else {
                 "sequential": job.request.propagation == "sequential",
-                "embeddings": job.request.embeddings is not None,
+                "embeddings": bool(job.run(self.source).outer),
                 "rows_at_once": job.work.kept.get("report", {}).get("rows_at_once", 0),
             }
         )
@@ -281,25 +300,15 @@ class _Pruning:
 
     def _pruned(self, number: int, job: Job, ids: Tensor) -> PruneReport:
         """Prune one target; the files beside the weights are written later."""
-        request, work, count = job.request, job.work, len(self.source.blocks)
+        work, count = job.work, len(self.source.blocks)
         if self.drops_alone:
             report = PruneReport("reap", "none", None, ids.numel(), rows=len(ids))
             report.seconds = {"total": time.perf_counter() - self.began}
             return report
         if work.resumes:
             self.run.note(f"resuming after {work.done} of {count} blocks")
-        shares = work.kept.get("allocation") or {}
-        by_layer = {name: as_pattern(share) for name, share in shares.items()}
-        run = Run(
-            self.source.model,
-            self.source.blocks,
-            job.method,
-            by_layer or job.pattern,
-            request.propagation or "sequential",
-            embeddings=request.embeddings,
-            sources=() if self.drawn is None else self.drawn.sources,
-        )
-        run.report.allocation = request.allocation
+        run = job.run(self.source)
+        run.sources = () if self.drawn is None else self.drawn.sources
         return prune_streamed(
             self.source,
             ids,
@@ -390,7 +399,7 @@ def prune_streamed(
         run.report = PruneReport.from_json(work.kept["report"])
     began = time.perf_counter() - run.report.seconds.get("total", 0.0)
     progress(work.done)
-    if work.done < count or run.embeddings is not None:
+    if work.done < count or run.outer:
         for index in take_through(source, ids, run, work, plan, shards[: work.done]):
             run.report.seconds["total"] = time.perf_counter() - began
             source.files.check()  # before the block counts as done
@@ -400,9 +409,10 @@ def prune_streamed(
             run.report.grids.clear()
             work.keep(done=index + 1, report=run.report.to_dict())
             progress(index + 1)
+    changed = {f"{one.name}.weight" for one in run.report.outer}
     for shard, names in list(zip(shards, files.values(), strict=True))[count:]:
-        work.save(shard, source.rest(names, run.report.embeddings))
-    if run.embeddings is not None:
+        work.save(shard, source.rest(names, changed))
+    if run.outer:
         work.save(f"{CHECKPOINT}/{SCALES}/outside", stored(run.report.grids))
     source.drop_outside()
     run.report.seconds["total"] = time.perf_counter() - began
@@ -440,7 +450,7 @@ def take_through(
                 source.refill(index, work.load(done[index]))
                 run.replay(index)
             source.drop(index)
-        if run.embeddings is not None:
+        if run.outer:
             source.fetch_outside(head=True)
             run.outside()
     if run.needs_ids:

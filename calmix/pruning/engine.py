@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from calmix.calibration.dataset import CalibrationSet
 from calmix.errors import InputError, ModelError, PassingError, SolverError, nearest
 from calmix.machine import Laps, out_of_memory, tokens_at_once
-from calmix.models.blocks import DecoderBlocks, Prunable, evaluating, find_blocks, outer_weights
+from calmix.models.blocks import DecoderBlocks, Prunable, evaluating, find_blocks, outer_layers
 from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
 from calmix.options import BITS_METHOD, METHOD, Propagation
@@ -43,8 +43,9 @@ from calmix.pruning.experts import EXPERT_BYTES, SMOOTHING, Routed, Step
 from calmix.pruning.gram import Gram, Statistic, inverse_factor, relative_error
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.base import Quantiser
-from calmix.pruning.patterns import Pattern, Rate, as_pattern
+from calmix.pruning.patterns import Blocks, Pattern, Rate, Recipe, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
+from calmix.pruning.solvers.block_grid import fitting, rounded_rows
 from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import Grid
 from calmix.pruning.trace import TOKENS, Batch, Calls, SharedInput, observe_block
@@ -73,7 +74,8 @@ def prune(
 ) -> PruneReport:
     """Prune the linear maps in a causal language model's blocks, in place.
 
-    Norms and biases are never changed; embeddings and the output head only with `embeddings`.
+    Norms and biases are never changed; embeddings and the output head only with `embeddings`, or by
+    a pattern that includes them.
 
     Args:
         model: decoder-only causal language model of transformers, or one opened by `open_model`.
@@ -81,8 +83,8 @@ def prune(
             calibration set; None for a method that needs none.
         method: a name, `NAME,option=value` or a `Method` (`calmix.pruning.methods.get_method`);
             by default SparseGPT, or ECQ if only `bits` is given.
-        pattern: a sparsity such as 0.5, `"2:4"` or `"2.8 bits"` (`as_pattern`); or a mapping with
-            one for every layer name.
+        pattern: a sparsity such as 0.5, `"2:4"`, `"2.8 bits"` or `"Q3_K_M"` (`as_pattern`); or a
+            mapping with one for every layer name, which can include embeddings and head.
         propagation: `sequential` (inputs from already-pruned layers) or `block` (the papers').
         micro_tokens: tokens that run through a block at a time; None for the device's default.
         paused: micro-batches that may hold a block's activations at a time; None for all.
@@ -113,18 +115,21 @@ def prune(
         )
     default = BITS_METHOD if pattern is None and options.get("bits") else METHOD
     chosen = get_method(default if method is None else method, **options)
+    blocks, what = find_blocks(model).select(only, skip), "by layer"
     if isinstance(pattern, Mapping):
         pattern = {name: as_pattern(one) for name, one in pattern.items()}
     else:
         chosen, pattern = chosen.aim(None if pattern is None else as_pattern(pattern))
-    blocks = find_blocks(model).select(only, skip)
+        what = str(pattern)
+        if isinstance(pattern, Recipe):
+            pattern = pattern.types(model, blocks)
     check_pattern(blocks, pattern, chosen)
-    if embeddings is not None:  # refused before any block has changed
-        _ = outer_weights(model), Rate(embeddings)
     if chosen.needs is not None:
         input_embeddings: Any = model.get_input_embeddings  # a method of transformers' models
         check_vocabulary(type(model).__name__, input_embeddings(), check_ids(ids, chosen.name))
     run = Run(model, blocks, chosen, pattern, propagation, paused, sources, embeddings)
+    run.report.pattern = what
+    check_outer(run)
     if stored is not None:
         run.types = {name: narrower(stored, p.dtype) for name, p in model.named_parameters()}
     try:
@@ -176,10 +181,46 @@ def check_pattern(blocks: DecoderBlocks, pattern: Patterns, method: Method) -> N
     """Refuse patterns that do not fit the layers or the method."""
     layers = blocks.layers
     if isinstance(pattern, Mapping):
-        check_names([layer.name for layer in layers], pattern, "pattern")
+        inside = pattern.keys() - _outside(blocks, pattern)
+        check_names([layer.name for layer in layers], dict.fromkeys(inside), "pattern")
     for layer in layers:
         own = pattern[layer.name] if isinstance(pattern, Mapping) else pattern
         method.check(own, layer.shape[1], layer.name)
+
+
+def _outside(blocks: DecoderBlocks, pattern: Patterns) -> dict[str, Pattern]:
+    """Return the types that a mapping has for matrices outside the blocks."""
+    every = pattern.items() if isinstance(pattern, Mapping) else ()
+    inside = f"{blocks.name}."
+    return {n: one for n, one in every if isinstance(one, Blocks) and not n.startswith(inside)}
+
+
+def check_outer(run: Run) -> None:
+    """Refuse patterns of embeddings and head that do not fit, before any block has changed."""
+    if not (wanted := run.outer):
+        return
+    layers = outer_layers(run.model)
+    check_names(list(layers), layers | wanted, "pattern")
+    for name, one in _outside(run.blocks, run.pattern).items():
+        run.method.check(one, layers[name].shape[1], name)
+
+
+def solve_rows(
+    weight: Tensor, gram: Tensor | None, pattern: Blocks, method: Method
+) -> tuple[Tensor, Encoded]:
+    """Return a matrix with many rows in blocks of a type, as `round_rows`; rounded plainly without
+    a Gram matrix."""
+    made, parts = torch.empty_like(weight), -(-weight.numel() // ROUNDED)
+    grids: list[Any] = []
+    for rows, out in zip(weight.tensor_split(parts), made.tensor_split(parts), strict=True):
+        if gram is None:
+            grids.append(rounded_rows(rows, fitting(pattern.type, rows.shape[1])))
+            out.copy_(grids[-1].values())
+        else:
+            solved = method.solve([rows], gram, [pattern])
+            grids += solved.grids
+            out.copy_(solved.weights[0])
+    return made, Encoded(grids[0].name, torch.cat([grid.data for grid in grids]))
 
 
 def round_rows(weight: Tensor, gram: Tensor, bits: float) -> tuple[Tensor, Grid]:
@@ -269,6 +310,13 @@ class Run:
             seconds=dict.fromkeys(("prepare", "statistics", "solve", "forward"), 0.0),
         )
 
+    @property
+    def outer(self) -> dict[str, Pattern]:
+        """The patterns of embeddings and output head, by layer name; {} to leave them unchanged."""
+        if self.embeddings is not None:
+            return dict.fromkeys(outer_layers(self.model), Rate(self.embeddings))
+        return _outside(self.blocks, self.pattern)
+
     def record(self, ids: Tensor | None, micro_tokens: int | None = None) -> None:
         """Compute the states entering the first block, and keep the blocks' other arguments."""
         began, ids = time.perf_counter(), check_ids(ids, self.method.name)
@@ -321,24 +369,35 @@ class Run:
         The head, or the matrix shared with it, is solved on its inputs; separate embeddings are
         rounded without correction.
         """
-        if self.embeddings is None:
+        if not (wanted := self.outer):
             return
         began = time.perf_counter()
-        outer = outer_weights(self.model)
-        names = {id(weight): name for name, weight in self.model.named_parameters()}
-        with _at_work(outer[0].device):
-            head_gram = self._head_gram(outer[0]) if self.needs_ids else None
-            for weight, gram in zip(outer, (head_gram, None), strict=False):
-                name, columns = names[id(weight)], weight.shape[1]
-                gram = torch.eye(columns, device=weight.device) if gram is None else gram
-                if not torch.stack([*torch.aminmax(weight), *torch.aminmax(gram)]).isfinite().all():
+        outer = outer_layers(self.model)
+        head = next(iter(outer.values()))
+        with _at_work(head.device):
+            head_gram = self._head_gram(head) if self.needs_ids else None
+            for (name, weight), gram in zip(outer.items(), (head_gram, None), strict=False):
+                if (pattern := wanted.get(name)) is None:
+                    continue
+                numbers = [weight] if gram is None else [weight, gram]
+                ends = torch.stack([end for one in numbers for end in torch.aminmax(one)])
+                if not ends.isfinite().all():
                     raise SolverError(f"{name}: its weights or inputs are not finite")
                 with bfloat16_products(allowed=False):
-                    made, grid = round_rows(weight, gram, self.embeddings)
+                    made, grid = self._round(weight, gram, pattern)
                 weight.data.copy_(made)
-                self.report.grids[name] = grid
-                self.report.embeddings[name] = grid.bits
+                self.report.grids[f"{name}.weight"] = grid
+                self.report.outer.append(_layer_report(name, weight, grid))
         self.report.seconds["solve"] += time.perf_counter() - began
+
+    def _round(
+        self, weight: Tensor, gram: Tensor | None, pattern: Pattern
+    ) -> tuple[Tensor, Grid | Encoded]:
+        if isinstance(pattern, Blocks):
+            return solve_rows(weight, gram, pattern, self.method)
+        assert isinstance(pattern, Rate)
+        gram = torch.eye(weight.shape[1], device=weight.device) if gram is None else gram
+        return round_rows(weight, gram, pattern.bits)
 
     def _head_gram(self, head: Tensor) -> Tensor | None:
         """Return the Gram matrix of the head's inputs; None if it is never called."""
@@ -354,7 +413,7 @@ class Run:
         """Replace the states by the block's outputs if these are still needed; `run` returns those
         of a micro-batch."""
         run = run or partial(self._run, index)
-        if index + 1 < len(self.blocks) or self.embeddings is not None:
+        if index + 1 < len(self.blocks) or self.outer:
             for number in range(len(self._batches)):
                 self.states[number] = run(number)
 
@@ -561,6 +620,13 @@ class Run:
                     grid.name if isinstance(grid, Encoded) else None,
                 )
             )
+
+
+def _layer_report(name: str, weight: Tensor, grid: Grid | Encoded) -> LayerReport:
+    """Return the report of a matrix outside the blocks."""
+    rows, columns = weight.shape
+    kind = grid.name if isinstance(grid, Encoded) else None
+    return LayerReport(name, rows, columns, 0, 0.0, None, None, None, 0, None, grid.bits, kind)
 
 
 @contextmanager

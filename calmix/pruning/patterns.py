@@ -8,14 +8,17 @@ subclass of `Pattern`, parsed by `as_pattern`.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from calmix.errors import InputError
-from calmix.pruning.solvers.ggml import TYPES, block_type
+from calmix.pruning.recipes import recipe_name, recipe_types
+from calmix.pruning.solvers.ggml import block_type
 
 
 class Pattern:
@@ -127,12 +130,30 @@ class Blocks(Pattern):
         object.__setattr__(self, "type", block_type(self.type).name)
 
     def __str__(self) -> str:
-        return self.type
+        return f"{self.type} blocks"
+
+
+@dataclass(frozen=True)
+class Recipe(Pattern):
+    """A file of llama.cpp, such as Q3_K_M, which has a type for every matrix."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", recipe_name(self.name))
+
+    def __str__(self) -> str:
+        return self.name
+
+    def types(self, model: Any, blocks: Any) -> dict[str, Pattern]:
+        """Return the type of each layer to prune, and of embeddings and output head, by name."""
+        types = recipe_types(self.name, model, blocks)
+        return {name: Blocks(kind) for name, kind in types.items()}
 
 
 def as_pattern(value: Pattern | str | float) -> Pattern:
-    """Return a pattern from a `Pattern`, a sparsity such as `0.5`, `N:M`, `2.8 bits` or a type of
-    GGML such as `Q3_K`."""
+    """Return a pattern from a `Pattern`, a sparsity such as `0.5`, `N:M`, `2.8 bits`, a recipe such
+    as `Q3_K_M`, or one type of GGML, such as `Q3_K blocks`."""
     if isinstance(value, Pattern):
         return value
     text = str(value)
@@ -140,8 +161,10 @@ def as_pattern(value: Pattern | str | float) -> Pattern:
         return SemiStructured(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"\s*(\d+\.?\d*)\s*bits?\s*", text):
         return Rate(float(match[1]))
-    if text.strip().upper() in TYPES:
-        return Blocks(text.strip())
+    if match := re.fullmatch(r"\s*(\w+)\s+blocks\s*", text):
+        return Blocks(match[1])
+    with suppress(InputError):
+        return Recipe(text.strip())
     try:
         return Unstructured(float(text))
     except ValueError:

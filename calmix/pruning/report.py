@@ -55,6 +55,7 @@ class Dropped:
 
 PARTS: dict[str, Any] = {
     "layers": LayerReport,
+    "outer": LayerReport,
     "dense": Dense,
     "experts": ExpertsReport,
     "dropped": Dropped,
@@ -68,8 +69,8 @@ class PruneReport(Shown):
     `options` are the method's; `allocation` is the source of sparsities or bits by layer; `dense`
     lists the matrices of blocks that were left unchanged. `rows_at_once` is the number of rows each
     process ran at a time, which can change rounding. `grids` of quantised parameters are stored
-    beside the weights, not here. `embeddings` gives the bits per weight of rounded matrices outside
-    the blocks.
+    beside the weights, not here. `outer` are rounded matrices outside the blocks: output head and
+    embeddings.
     """
 
     method: str
@@ -84,7 +85,7 @@ class PruneReport(Shown):
     dense: list[Dense] = field(default_factory=list)
     experts: list[ExpertsReport] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
-    embeddings: dict[str, float] = field(default_factory=dict)
+    outer: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     grids: dict[str, Grid | Encoded] = field(default_factory=dict, compare=False)
 

@@ -27,14 +27,19 @@ def own_cache(quantised, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("four", "Q4_0"), ("eight", "Q8_0"), ("joint", "Q4_0"), ("ecq", "F16"), ("blocks", "Q5_0")],
+    ("name", "kind", "count", "ours"),
+    [
+        ("four", "Q4_0", 14, 14),
+        ("eight", "Q8_0", 14, 14),
+        ("joint", "Q4_0", 14, 14),
+        ("ecq", "F16", 15, 0),
+        ("blocks", "Q5_0", 12, 15),
+    ],
 )
-def test_a_file_has_the_levels_of_the_grid(quantised, name, kind, tmp_path):
+def test_a_file_has_the_levels_of_the_grid(quantised, name, kind, count, ours, tmp_path):
     """Types are as requested; transformers and the gguf library read the checkpoint's weights."""
     written = export(str(quantised / name), tmp_path / "out.gguf")
-    assert written["types"][kind] == 14 + (kind == "F16")
-    assert written["ours"] == (0 if name == "ecq" else 14)
+    assert (written["types"][kind], written["ours"]) == (count, ours)
     assert written["kl"] < 1e-4
     assert written["after"] == (tmp_path / "out.gguf").stat().st_size
     weights, again = load_weights(quantised / name), open_model(str(tmp_path / "out.gguf")).model
@@ -57,12 +62,12 @@ def test_a_file_has_the_levels_of_the_grid(quantised, name, kind, tmp_path):
 def test_blocks_are_written_as_solved(calmix, quantised, tmp_path):
     """Byte for byte, in the file's order of rows; not where a weight has changed since."""
     out, blocks = tmp_path / "out.gguf", read_blocks(quantised / "blocks")
-    command = "export", quantised / "blocks", "--to", "gguf", "--weights", "q4_k", "-o", out
-    assert "(15 Q5_0, 5 F32; 14 keep the levels" in calmix(*command).ok().out
+    command = "export", quantised / "blocks", "--to", "gguf", "-o", out
+    assert "(3 Q8_0, 12 Q5_0, 5 F32; 15 keep the levels" in calmix(*command).ok().out
     tensors = {one.name: one for one in GGUFReader(out).tensors}
     up = blocks["model.layers.1.mlp.up_proj.weight"]
     assert (tensors["blk.1.ffn_up.weight"].data == up.data.numpy()).all()
-    assert GGUFReader(out).get_field("general.file_type").contents() == LlamaFileType.MOSTLY_Q5_0
+    assert GGUFReader(out).get_field("general.file_type").contents() == LlamaFileType.MOSTLY_Q4_K_M
     query, own = (
         tensors["blk.0.attn_q.weight"].data,
         blocks["model.layers.0.self_attn.q_proj.weight"],
@@ -76,23 +81,26 @@ def test_blocks_are_written_as_solved(calmix, quantised, tmp_path):
             tensors[key][0, 0] += 1
             save_file(tensors, file, metadata={"format": "pt"})
     written = export(str(tmp_path / "changed"), out, overwrite=True)
-    assert (written["types"]["Q5_0"], written["ours"]) == (13, 13)
+    assert (written["types"]["Q5_0"], written["ours"]) == (11, 14)
 
 
 def test_a_type_that_fits_no_row_is_replaced_and_reported(calmix, quantised, tmp_path):
     drawn = "--calibration", quantised / "text.txt", "--rows", 6, "--length", 32, "--leakage", "off"
     model = quantised / "tiny.gguf"
     told = calmix("prune", model, "--method", "ggml,type=q3_k", *drawn, "-o", tmp_path / "out").ok()
-    assert "layers by type: 14 IQ4_NL (blocks of 256 do not fit all rows)" in told.out
+    shown = "matrices by type: 8 IQ4_NL, 4 Q5_0, 2 Q5_1, 1 Q8_0 (blocks of 256 do not fit the rows"
+    assert f"{shown} of 15)" in told.out
     assert "(calmix export --to gguf)" in told.out
-    layers = read_told(tmp_path / "out" / "calmix.json")["pruning"]["layers"]
-    assert {(one["type"], one["bits"]) for one in layers} == {("IQ4_NL", 4.5)}
+    pruning = read_told(tmp_path / "out" / "calmix.json")["pruning"]
+    kinds = {("IQ4_NL", 4.5), ("Q5_0", 5.5), ("Q5_1", 6)}
+    assert {(one["type"], one["bits"]) for one in pruning["layers"]} == kinds
+    assert [one["type"] for one in pruning["outer"]] == ["Q8_0"]
     wrong = calmix("prune", model, "--method", "ggml,type=Q3", *drawn, "-o", tmp_path / "wrong")
     assert "unknown type 'Q3': did you mean" in wrong.line
     wrong = calmix(
         "prune", model, "--method", "ggml", "--sparsity", 0.5, *drawn, "-o", tmp_path / "w"
     )
-    assert "method ggml takes a type such as Q3_K, not 0.5" in wrong.line
+    assert "method ggml takes a type such as Q3_K_M, not 0.5" in wrong.line
 
 
 def test_blocks_follow_rows_alone():

@@ -39,10 +39,11 @@ def test_both_are_rounded_and_nothing_else_outside_the_blocks(kind, tmp_path):
         )
         if not torch.equal(one, other)
     }
-    assert changed == report.embeddings.keys()
+    assert changed == {f"{one.name}.weight" for one in report.outer}
     assert len(changed) == len(outer_weights(model))
-    for name in changed:
-        assert report.embeddings[name] == pytest.approx(4, abs=0.7)  # 2 bytes a row or column weigh
+    for one in report.outer:
+        assert one.bits == pytest.approx(4, abs=0.7)  # 2 bytes a row or column weigh
+        name = f"{one.name}.weight"
         grid, value = report.grids[name], model.get_parameter(name)
         assert torch.equal(grid.values(grid.levels(value)).to(value.dtype), value)
     wide = {id(weight) for weight in outer_weights(model)}

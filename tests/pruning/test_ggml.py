@@ -50,8 +50,7 @@ def matrix(rows=24, columns=512, seed=2):
 
 
 def solved(name, weights, gram, **options):
-    method, pattern = get_method("ggml", type=name, **options).aim(None)
-    return method.solve(weights, gram, [pattern] * len(weights))
+    return get_method("ggml", **options).solve(weights, gram, [Blocks(name)] * len(weights))
 
 
 def test_sizes_are_those_of_the_format():
@@ -75,9 +74,9 @@ def test_an_unknown_type_is_one_line():
         block_type("Q3K")
     with pytest.raises(InputError, match="unknown type 'Q9'"):
         get_method("ggml,type=Q9")
-    with pytest.raises(InputError, match="the type is given twice: Q3_K and Q2_K"):
+    with pytest.raises(InputError, match="the type is given twice: Q3_K_M and Q2_K"):
         get_method("ggml,type=Q3_K").aim(as_pattern("q2_k"))
-    with pytest.raises(InputError, match=r"method ggml takes a type such as Q3_K, not 0\.5"):
+    with pytest.raises(InputError, match=r"method ggml takes a type such as Q3_K_M, not 0\.5"):
         get_method("ggml").check(as_pattern(0.5), 256)
 
 

@@ -328,7 +328,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(
     assert hashes(cut) == hashes(whole)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "model", "text.txt", "whole"]
     found, grids = load_weights(whole), read_grids(whole)
-    for name in pruning_of(whole)["embeddings"]:
+    for name in (f"{one['name']}.weight" for one in pruning_of(whole)["outer"]):
         levels = grids[name].values(grids[name].levels(found[name]))
         assert torch.equal(levels.to(found[name].dtype), found[name])
 

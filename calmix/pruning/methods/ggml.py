@@ -18,9 +18,10 @@ from torch import Tensor
 from calmix.errors import InputError
 from calmix.pruning.gram import EvenGram, Factor, Gram, Statistic, inverse_factor
 from calmix.pruning.methods.base import Damping, Method, Solution, by_kind
-from calmix.pruning.patterns import Blocks, Pattern
+from calmix.pruning.patterns import Blocks, Pattern, Recipe
+from calmix.pruning.recipes import recipe_name
 from calmix.pruning.solvers.block_grid import BlockGrid, fitting, solve_blocks
-from calmix.pruning.solvers.ggml import BlockType, Encoded, block_type
+from calmix.pruning.solvers.ggml import BlockType, Encoded
 from calmix.pruning.solvers.libggml import check_library, quantise
 from calmix.pruning.solvers.surgeon import solve_columns
 
@@ -28,7 +29,7 @@ Kind = type[Statistic]
 
 
 class Ggml(Method):
-    """Quantise to a type of GGML, such as Q3_K or IQ4_NL.
+    """Quantise to the types of a file of llama.cpp, such as Q3_K_M or IQ4_XS.
 
     Rows that are not a multiple of 256 get another type (`calmix.pruning.solvers.block_grid`).
     """
@@ -38,7 +39,7 @@ class Ggml(Method):
     statistic = Gram
     work = 8, 26  # factorisation; dense and rounded weights, transposed, their errors and bytes
 
-    type: str = Field(default="Q4_K", description="Type of the blocks, such as Q3_K or IQ4_NL.")
+    type: str = Field(default="Q4_K_M", description="File of llama.cpp, such as Q3_K_M or IQ4_XS.")
     damping: Damping = 0.1
     sweeps: int = Field(default=1, ge=0, le=10, description="Passes that choose all levels again.")
     even: bool = Field(default=False, description="Whether to scale all tokens to one norm.")
@@ -46,12 +47,12 @@ class Ggml(Method):
     @field_validator("type")
     @classmethod
     def _known(cls, name: str) -> str:
-        return block_type(name).name
+        return recipe_name(name)
 
     def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
         if pattern is not None and "type" in self.changed:
             raise InputError(f"the type is given twice: {self.type} and {pattern}")
-        target = Blocks(self.type) if pattern is None else pattern
+        target = Recipe(self.type) if pattern is None else pattern
         bare = type(self)(**{k: v for k, v in self.changed.items() if k != "type"})
         return bare, target
 
@@ -86,7 +87,7 @@ class Ggml(Method):
 def type_of(pattern: Pattern, columns: int, name: str = "a layer") -> BlockType:
     """Return the type of a layer: the pattern's, or one whose blocks fit its rows."""
     if not isinstance(pattern, Blocks):
-        raise InputError(f"method ggml takes a type such as Q3_K, not {pattern}")
+        raise InputError(f"method ggml takes a type such as Q3_K_M, not {pattern}")
     kind = fitting(pattern.type, columns)
     if columns % kind.size:
         raise InputError(

@@ -21,6 +21,7 @@ from calmix.precision import large_products
 from calmix.pruning.gram import Factor
 from calmix.pruning.solvers.ggml import TYPES, BlockType, Encoded, Levels
 from calmix.pruning.solvers.grids import Rounding, inverse
+from calmix.pruning.solvers.libggml import quantise
 
 CACHED = 2**16  # weights whose scales are searched at a time on a CPU: they fit in its cache
 TRIES = 9  # candidates on each side of the scale that maps the largest weight to the last level
@@ -173,8 +174,11 @@ def fitting(name: str, columns: int) -> BlockType:
 def rounded_rows(weight: Tensor, kind: BlockType) -> Encoded:
     """Return a matrix (rows, columns) in blocks, rounded plainly: all errors count alike."""
     parts = []
-    for rows in weight.float().split(ROWS):
-        columns = rows.T.contiguous()
+    for rows in weight.split(ROWS):
+        columns = rows.T.float().contiguous()
+        if not kind.group:
+            parts.append(quantise(rows, torch.ones_like(columns[:, 0]), name=kind.name).data)
+            continue
         grid, level = BlockGrid([rows], kind, torch.ones_like(columns[:, 0])), columns[0].clone()
         grid.begin(0, columns)
         for at, column in enumerate(columns):

@@ -1,0 +1,125 @@
+"""llama.cpp's recipes: the types its own quantiser chose for each matrix, and their solution."""
+
+import json
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from calmix.errors import InputError
+from calmix.models import find_blocks
+from calmix.models.blocks import outer_layers
+from calmix.pruning import prune
+from calmix.pruning.patterns import Blocks, Recipe, as_pattern
+from calmix.pruning.recipes import RECIPES
+from calmix.pruning.solvers.block_grid import fitting
+from tests.tiny import tiny_ids, tiny_model
+
+# By llama.cpp's quantiser (build 11739, with an importance matrix, dry run) on files of the models.
+RECORDED = json.loads(Path(__file__).with_name("llama_types.json").read_text())
+SHAPES = {
+    "smollm2-135m": (
+        "llama",
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2.5-coder-1.5b": (
+        "qwen2",
+        {
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+NAMES = {
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+    "embed_tokens": "token_embd",
+    "lm_head": "output",
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_types_are_those_of_llama_cpp(name):
+    """But for IQ4_NL in place of Q4_0, of the same size, where blocks of 256 do not fit."""
+    kind, settings = SHAPES[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    blocks = find_blocks(model)
+    columns = {layer.name: layer.shape[1] for layer in blocks.layers}
+    columns |= {layer: weight.shape[1] for layer, weight in outer_layers(model).items()}
+    assert RECORDED[name].keys() == RECIPES.keys()
+    for recipe, recorded in RECORDED[name].items():
+        found: dict[str, list[str]] = {}
+        for layer, pattern in Recipe(recipe).types(model, blocks).items():
+            fitted = fitting(pattern.type, columns[layer]).name
+            if pattern.type != fitted == "IQ4_NL" and not pattern.type.startswith("IQ"):
+                fitted = "Q4_0"
+            found.setdefault(NAMES[layer.rpartition(".")[2]], []).append(fitted)
+        counted = {
+            role: " ".join(f"{len(list(same))}*{kind}" for kind, same in groupby(types))
+            for role, types in found.items()
+        }
+        assert counted == recorded, recipe
+
+
+def test_a_recipe_covers_other_architectures_by_the_names_of_their_matrices():
+    names = {
+        "phi3": {"qkv_proj": "Q6_K", "down_proj": "Q6_K", "o_proj": "Q4_K"},
+        "gpt2": {"c_attn": "Q6_K", "c_fc": "Q4_K"},
+        "falcon": {"query_key_value": "Q6_K", "dense_4h_to_h": "Q6_K"},
+        "gemma2": {"v_proj": "Q6_K", "gate_proj": "Q4_K"},
+    }
+    for kind, expected in names.items():
+        model = tiny_model(kind)
+        types = Recipe("Q4_K_M").types(model, find_blocks(model))
+        last = {name.rpartition(".")[2]: pattern.type for name, pattern in types.items()}
+        assert last.items() >= expected.items(), kind
+        outer = outer_layers(model)
+        assert [types[name].type for name in outer] == ["Q8_0", "Q4_K"][: len(outer)]
+
+
+def test_names_are_those_of_files_and_one_type_is_named_apart():
+    assert as_pattern("q3_k_m") == as_pattern("Q3_K") == Recipe("Q3_K_M")
+    assert as_pattern("Q2_K") == Recipe("Q2_K")
+    assert as_pattern("Q2_K blocks") == Blocks("Q2_K") == as_pattern(str(Blocks("Q2_K")))
+    with pytest.raises(InputError, match="unknown type 'Q3_K_X': did you mean Q3_K_"):
+        Recipe("Q3_K_X")
+    model = tiny_model("mixtral")
+    with pytest.raises(InputError, match="Q4_K_M is a recipe for models without experts"):
+        Recipe("Q4_K_M").types(model, find_blocks(model))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_and_embeddings_are_solved_in_their_types(tied):
+    model, ids = tiny_model("llama", tie_word_embeddings=tied), tiny_ids()
+    report = prune(model, ids, method="ggml,type=Q4_0")
+    types = {one.name: one.type for one in report.outer}
+    both = {"lm_head": "Q8_0", "model.embed_tokens": "Q4_0"}
+    assert types == ({"model.embed_tokens": "Q8_0"} if tied else both)
+    assert report.pattern == "Q4_0"
+    for name, weight in outer_layers(model).items():
+        assert torch.equal(report.grids[f"{name}.weight"].values(), weight)
+    assert {layer.type for layer in report.layers} == {"Q4_0"}
+    chosen = {layer.name: Blocks("Q8_0") for layer in find_blocks(model).layers}
+    with pytest.raises(InputError, match="the pattern names 'lm_haed', which is not a layer"):
+        prune(model, ids, method="ggml", pattern=chosen | {"lm_haed": Blocks("Q8_0")})
