@@ -111,7 +111,7 @@ def _judged(where: str, gaps: Sequence[Gap], wanted: int = 1) -> Verdict | None:
 
 def _compared(each: ConditionAnalysis, left: str, right: str, named: bool) -> Verdict | None:
     """Compare sets of one strategy with those of another, or with a set `named` by its label."""
-    made = {one.calibration: one.strategy for one in each.cells.made}
+    made = {one.calibration: one.strategy for one in each.cells.per_set}
     gaps = [
         (
             ours if right == SINGLES else f"{ours} over {theirs.removeprefix(BEST)}",
@@ -149,7 +149,7 @@ def leads_over(made: Sequence[Joint], default: str | None) -> list[Leads]:
         leads.append(
             {
                 (one.calibration, name): gap
-                for at, one in enumerate(found.cells.made)
+                for at, one in enumerate(found.cells.per_set)
                 if one.strategy != "single" and at not in against
                 for name, gap in between(every(found, [at]), theirs).items()
             }
@@ -215,7 +215,7 @@ def _moved(
 ) -> Verdict | None:
     """Judge whether mixes lead by more than at the lowest sparsity, or by less than without
     recovery."""
-    mixes = {one.calibration for one in each.cells.made if one.strategy == "mix"}
+    mixes = {one.calibration for one in each.cells.per_set if one.strategy == "mix"}
     some = [
         one
         for one in moved

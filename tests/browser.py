@@ -1,4 +1,4 @@
-"""A headless Chromium driven over its DevTools protocol, for what only a browser can tell."""
+"""A headless Chromium driven over its DevTools protocol, for tests that need a browser."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Forks of this process that run the command line, or anything else, and may be ended on the way.
+"""Forks of this process that run a command, or anything else, and may be killed on the way.
 
 A fork needs no second import of torch, and a timer of processor time ends it at the same place
 however busy the machine is. A timer whose signal nobody handles ends a process as SIGKILL does: at

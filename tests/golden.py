@@ -1,11 +1,10 @@
-"""What must not change while the house is rebuilt: masks, retention, scores, drawn sets, figures.
+"""Results that refactoring must not change: masks, retention, scores, calibration sets.
 
-    python -m tests.golden --write     freeze what this checkout gives in tests/golden.json.gz
-    python -m tests.golden             compare; one line a difference, exit code 1 if there is any
+    python -m tests.golden --write     store the results of this checkout
+    python -m tests.golden             compare with the stored ones; exit code 1 if they differ
 
-Parts by name (`masks`, `studies`, `drawn`, `scores`) narrow it. Masks and scores depend on the
-machine's products: they are compared exactly where the capabilities are those of the file, and
-left out, with a line, elsewhere.
+Name parts (`masks`, `studies`, `drawn`, `scores`) to run only those. Masks and scores depend on how
+the machine multiplies: they are skipped, with a line, on machines with other capabilities.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from tests.cli.test_tables import scores
 from tests.tiny import save_tiny_model
 
 
-def test_every_public_name_is_there():
+def test_public_names():
     for name in calmix.__all__:
         assert getattr(calmix, name) is not None
         assert name in dir(calmix)
@@ -20,7 +20,7 @@ def test_every_public_name_is_there():
 
 
 @pytest.mark.parametrize("told", [None, ":16:8"])
-def test_cuda_is_told_to_sum_in_one_order_unless_it_was_told_already(told):
+def test_cublas_workspace_default(told):
     code = "import os, calmix; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
     env = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
     env |= {"CUBLAS_WORKSPACE_CONFIG": told} if told else {}
@@ -28,7 +28,7 @@ def test_cuda_is_told_to_sum_in_one_order_unless_it_was_told_already(told):
     assert ended.stdout.strip() == (told or ":4096:8")
 
 
-def test_the_readme_example_in_small_and_how_results_show_themselves(tmp_path, text_file):
+def test_readme_example(tmp_path, text_file):
     opened = calmix.open_model(str(save_tiny_model(tmp_path / "model")))
     drawn = calmix.resolve(str(text_file), opened, rows=4, length=32, leakage="off")
     report = calmix.prune(opened, drawn, method="sparsegpt", pattern=0.5)
@@ -56,7 +56,7 @@ def test_the_readme_example_in_small_and_how_results_show_themselves(tmp_path, t
     assert list(kept.to_pandas()["dimension"])[-1] == "total"
 
 
-def test_models_may_be_paths_and_a_bare_word_is_no_list(tmp_path):
+def test_path_arguments(tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     opened = calmix.open_model(folder)
     assert opened.name == str(folder)

@@ -35,7 +35,7 @@ def fake(tmp_path, monkeypatch):
     return asset, calls, tmp_path
 
 
-def test_install_fetches_once_pinned_by_hash_and_without_dependencies(fake):
+def test_assets_are_fetched_once(fake):
     asset, calls, tmp_path = fake
     assert asset.state == "missing"
     path = assets.install("thing")
@@ -50,7 +50,7 @@ def test_install_fetches_once_pinned_by_hash_and_without_dependencies(fake):
     assert list(asset.path.parent.iterdir()) == [asset.path]
 
 
-def test_a_damaged_archive_is_named_and_fetched_again(fake, capsys):
+def test_damaged_archive_is_fetched_again(fake, capsys):
     asset, calls, _ = fake
     assets.install("thing")
     asset.path.write_bytes(b"broken")
@@ -67,7 +67,7 @@ def test_a_damaged_archive_is_named_and_fetched_again(fake, capsys):
         ("/usr/bin/python: No module named pip", "this Python has no pip"),
     ],
 )
-def test_a_failed_download_is_one_line_that_says_what_to_do(fake, monkeypatch, stderr, match):
+def test_failed_download_is_one_line(fake, monkeypatch, stderr, match):
     failed = subprocess.CompletedProcess((), 1, stderr=stderr)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(CalmixError, match=match) as caught:
@@ -88,9 +88,7 @@ def test_unknown_names_and_members(fake):
     assert target.read_text() == '{"a": 1}\n{"a": 2}\n'
 
 
-def test_what_needs_asking_for_is_fetched_where_it_is_named_and_shows_its_licence(
-    fake, calmix, monkeypatch
-):
+def test_optional_asset_shows_its_licence(fake, calmix, monkeypatch):
     asked = dataclasses.replace(fake[0], on_request=True, licence="Terms")
     monkeypatch.setattr(assets, "assets", lambda: {"thing": asked})
     assert calmix("doctor", "assets", "--install").code == 0
@@ -101,7 +99,7 @@ def test_what_needs_asking_for_is_fetched_where_it_is_named_and_shows_its_licenc
 
 
 @pytest.mark.real
-def test_the_real_archives_are_what_they_are_pinned_to():
+def test_real_archives_match_their_hashes():
     for name in assets.needed():
         asset = assets.get_asset(name)
         assert assets.install(name) == asset.path

@@ -1,4 +1,4 @@
-"""What the pages say can be typed: commands parse, links lead somewhere, walks arrive."""
+"""The docs: commands parse, links resolve, walkthroughs run."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def lines_to_type(page):
 
 
 @pytest.mark.parametrize("page", SAID, ids=lambda page: page.name)
-def test_what_is_to_be_typed_is_understood(page):
+def test_commands_in_docs_parse(page):
     for said in lines_to_type(page):
         if "..." in said or said.split()[1] in MOVED:
             continue
@@ -56,7 +56,7 @@ def test_what_is_to_be_typed_is_understood(page):
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.suffix == ".md"], ids=lambda p: p.name)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for link in LINK.findall(page.read_text(encoding="utf-8")):
         path, _, anchor = link.partition("#")
         if re.match(r"\w+:", link) or not path:
@@ -91,7 +91,7 @@ def test_version_and_repository_are_stated_once():
     assert [path for path in others if source[1] in path.read_text(encoding="utf-8")] == []
 
 
-def test_the_method_of_its_page_prunes(monkeypatch):
+def test_method_of_the_docs_prunes(monkeypatch):
     monkeypatch.setattr("calmix.pruning.methods.METHODS", dict(METHODS))
     page = (ROOT / "docs" / "tasks" / "add-method.md").read_text(encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
@@ -103,7 +103,7 @@ def test_the_method_of_its_page_prunes(monkeypatch):
 
 
 @pytest.mark.parametrize("page", ["studies.md", "tasks/compare-sets.md", "walks/two-sets.sh"])
-def test_the_studies_of_the_pages_are_studies(page):
+def test_studies_in_docs_are_valid(page):
     text = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", (ROOT / "docs" / page).read_text(encoding="utf-8"))
     found = re.findall(r"^name: .*?(?=^```|^END)", text, re.DOTALL | re.MULTILINE)
     assert found
@@ -114,7 +114,7 @@ def test_the_studies_of_the_pages_are_studies(page):
 @pytest.mark.real
 @pytest.mark.long  # minutes each: the builtin model
 @pytest.mark.parametrize("name", ["first-card", "own-chats", "two-sets"])
-def test_a_walk_arrives(name, tmp_path):
+def test_walkthrough_runs(name, tmp_path):
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "calmix"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m calmix "$@"\n', encoding="utf-8")
@@ -132,7 +132,7 @@ def test_a_walk_arrives(name, tmp_path):
     assert "arrived after" in ended.stdout.splitlines()[-1]
 
 
-def test_the_results_page_holds_what_its_script_prints():
+def test_results_page_matches_its_script():
     """No number of the page is typed by hand."""
     sys.path.insert(0, str(ROOT / "studies"))
     try:

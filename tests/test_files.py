@@ -70,7 +70,7 @@ def names(folder):
 
 
 @pytest.mark.parametrize("option", ["--resume", "--overwrite"])
-def test_a_mount_point_is_refused_before_the_work(calmix, tiny_folder, disk, option):
+def test_mount_point_is_refused(calmix, tiny_folder, disk, option):
     ended = calmix("prune", tiny_folder, *MAGNITUDE, "-o", disk, option)
     assert "mount point" in ended.line
     assert f"name a folder inside it, such as {disk / 'out'}" in ended.line
@@ -90,7 +90,7 @@ def test_a_mount_point_is_refused_before_the_work(calmix, tiny_folder, disk, opt
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
-def test_what_the_killed_left_goes_and_what_the_living_make_stays(tmp_path, make):
+def test_leftovers_of_dead_processes_are_removed(tmp_path, make):
     def act():
         with hidden(tmp_path / "out", make):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -104,7 +104,7 @@ def test_what_the_killed_left_goes_and_what_the_living_make_stays(tmp_path, make
     assert names(tmp_path) == ["out"]
 
 
-def test_killed_between_two_renames_the_old_folder_comes_back(tmp_path):
+def test_kill_between_renames_restores_the_folder(tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     (output / "old").touch()
@@ -129,7 +129,7 @@ def test_killed_between_two_renames_the_old_folder_comes_back(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_the_folder_one_is_in_is_refused(tmp_path, monkeypatch):
+def test_current_folder_is_refused(tmp_path, monkeypatch):
     here = tmp_path / "here"
     (here / "sub").mkdir(parents=True)
     monkeypatch.chdir(here)
@@ -139,7 +139,7 @@ def test_the_folder_one_is_in_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_an_output_that_is_an_input_lies_in_one_or_holds_one_is_refused(tmp_path, overwrite):
+def test_output_overlapping_an_input_is_refused(tmp_path, overwrite):
     model = tmp_path / "models" / "a"
     model.mkdir(parents=True)
     for name in ("calmix.json", "config.json"):  # such a folder --overwrite would replace
@@ -166,7 +166,7 @@ def test_an_output_that_is_an_input_lies_in_one_or_holds_one_is_refused(tmp_path
     check_output_file(tmp_path / "texts" / "scores.json", **how)
 
 
-def test_overwrite_replaces_results_of_calmix_alone(tmp_path):
+def test_overwrite_replaces_only_results(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     check_output_folder(mine)
@@ -187,7 +187,7 @@ def test_overwrite_replaces_results_of_calmix_alone(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a place that takes no files is needed")
-def test_a_place_that_takes_no_files_is_one_line(tmp_path):
+def test_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "circle").symlink_to("circle")
     for output, told in {
         "/proc/deep/out": "cannot write to /proc/deep/out: cannot create files in /proc",
@@ -205,7 +205,7 @@ def test_a_place_that_takes_no_files_is_one_line(tmp_path):
         check_output_folder(Path("/dev/null"), overwrite=True)
 
 
-def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, synced):
+def test_files_are_synced_before_rename(tmp_path, synced):
     write_text(tmp_path / "a", "a")
     assert synced[0].startswith(".a.")
     assert synced[1:] == ["> a", tmp_path.name]
@@ -218,7 +218,7 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, synced)
 
 
 @pytest.mark.parametrize("before", ["the old one goes", "the new one comes"])
-def test_an_interrupt_at_a_rename_leaves_the_old_folder(tmp_path, monkeypatch, before):
+def test_interrupted_rename_keeps_the_old_folder(tmp_path, monkeypatch, before):
     output = tmp_path / "out"
     output.mkdir()
     (output / "old").touch()
@@ -242,7 +242,7 @@ def test_an_interrupt_at_a_rename_leaves_the_old_folder(tmp_path, monkeypatch, b
     assert names(tmp_path) == ["out"]
 
 
-def test_a_name_that_is_no_utf_8_can_be_recorded(calmix, tiny_folder, tmp_path):
+def test_non_utf8_names(calmix, tiny_folder, tmp_path):
     name = os.fsdecode(b"caf\xe9.txt")
     write_json(tmp_path / "a.json", {"name": name})
     assert read_object(tmp_path / "a.json", "") == {"name": name}
@@ -267,7 +267,7 @@ class ForeignError(Exception):
         (OSError("No space left"), None),
     ],
 )
-def test_a_full_disk_is_known_by_its_number(tmp_path, error, told):
+def test_disk_full_errors(tmp_path, error, told):
     with (
         pytest.raises(DiskError if told else type(error), match=told) as raised,
         disk_errors(tmp_path),
@@ -276,7 +276,7 @@ def test_a_full_disk_is_known_by_its_number(tmp_path, error, told):
     assert told or raised.value is error
 
 
-def test_folders_and_files_written_through_a_link(tmp_path):
+def test_writing_through_links(tmp_path):
     for name in ("folder", "file"):
         (tmp_path / name).symlink_to(tmp_path / f"real {name}")
     with atomic_folder(tmp_path / "folder") as beside:

@@ -59,7 +59,7 @@ def groups(tmp_path, monkeypatch):
         ("nonsense\n0::/../..\n", {"memory.max": "what", "cpu.max": ""}, False),
     ],
 )
-def test_limits_are_a_containers_or_else_the_hosts(groups, own, files, limited):
+def test_container_and_host_limits(groups, own, files, limited):
     groups(own, **files)
     (free, total), usable = machine.host_memory(), machine.cores()
     if limited:
@@ -69,7 +69,7 @@ def test_limits_are_a_containers_or_else_the_hosts(groups, own, files, limited):
     assert 0 < free <= total
 
 
-def test_memory_of_a_device_is_its_own_and_what_its_allocator_keeps(monkeypatch):
+def test_device_memory(monkeypatch):
     told = {"mem_get_info": (50, 200), "memory_allocated": 30, "memory_reserved": 70}
     backend = SimpleNamespace(**{key: lambda _, value=value: value for key, value in told.items()})
     monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
@@ -80,7 +80,7 @@ def test_memory_of_a_device_is_its_own_and_what_its_allocator_keeps(monkeypatch)
 
 
 @pytest.mark.parametrize(("asked", "threads"), [(None, 2), ("8", 8)])
-def test_threads_are_no_more_than_the_container_keeps_busy(groups, monkeypatch, asked, threads):
+def test_thread_count_in_a_container(groups, monkeypatch, asked, threads):
     groups("0::/\n", **{"cpu.max": "200000 100000"})
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked:
@@ -113,7 +113,7 @@ class Mark:
         return 1000.0 * (other.at - self.at)
 
 
-def test_seconds_are_those_of_the_device_at_work(monkeypatch):
+def test_device_seconds(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: ("queue of", device))
     monkeypatch.setattr(torch, "Event", Mark)

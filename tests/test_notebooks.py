@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, on a tiny model; what is kept in them is a real run's."""
+"""The notebooks run from top to bottom, on a tiny model; their stored output is from a real run."""
 
 import os
 import sys
@@ -36,7 +36,7 @@ def outputs(book):
         ("compare-sets", {"ROWS": 8, "LENGTH": 64, "LEAKAGE": "off"}, "own-set/manifest.json"),
     ],
 )
-def test_a_notebook_runs(name, more, made, tmp_path, tiny_folder, monkeypatch):
+def test_notebook_runs(name, more, made, tmp_path, tiny_folder, monkeypatch):
     """In a folder of its own."""
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "assets").symlink_to(cache_dir() / "assets")
@@ -55,7 +55,7 @@ def test_a_notebook_runs(name, more, made, tmp_path, tiny_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted(BOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_what_is_kept_is_a_run_elsewhere_than_here(path):
+def test_notebook_output_has_no_local_paths(path):
     told = outputs(nbformat.read(path, 4))
     assert all(told[1:]), "executed once, with the builtin model"
     text = path.read_text(encoding="utf-8")

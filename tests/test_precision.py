@@ -1,4 +1,4 @@
-"""Which products may be rounded, and that settings are what they were."""
+"""Which products may be rounded, and that settings are restored."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from calmix.precision import bfloat16_products, large_product, large_products, r
 from calmix.precision import rounded_product as product
 
 
-def test_float64_is_used_where_a_device_has_it(monkeypatch):
+def test_float64_support(monkeypatch):
     for has in (True, False):
         told = SimpleNamespace(has_fp64=has)
         monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device, told=told: told)
@@ -24,7 +24,7 @@ def alone(monkeypatch, yes):
     monkeypatch.setattr(precision, "_bfloat16_alone", lambda: yes)
 
 
-def test_large_products_are_exact_on_this_machine():
+def test_large_products_are_exact():
     torch.manual_seed(0)
     left, right = torch.randn(256, 300), torch.randn(300, 200)
     exact = left.double() @ right.double()
@@ -35,7 +35,7 @@ def test_large_products_are_exact_on_this_machine():
 
 
 @pytest.mark.parametrize("yes", [False, True])
-def test_factors_may_be_rounded(yes, monkeypatch):
+def test_rounded_factors(yes, monkeypatch):
     torch.manual_seed(0)
     alone(monkeypatch, yes)
     left, right = torch.randn(70, 90), torch.randn(90, 90)
@@ -45,7 +45,7 @@ def test_factors_may_be_rounded(yes, monkeypatch):
     assert (found - exact).norm() < 0.005 * exact.norm()
 
 
-def test_what_is_set_for_large_products_is_the_cpus_alone_and_does_not_last(monkeypatch):
+def test_large_product_settings_are_temporary(monkeypatch):
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = [cpu.fp32_precision, cuda.fp32_precision]
     alone(monkeypatch, True)
@@ -62,7 +62,7 @@ def test_what_is_set_for_large_products_is_the_cpus_alone_and_does_not_last(monk
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_an_older_torch_names_fewer_instructions(monkeypatch, able):
+def test_capabilities_of_older_torch(monkeypatch, able):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     for name, told in (("amx_tile", False), ("avx512_bf16", able)):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda t=told: t, raising=False)

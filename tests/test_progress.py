@@ -26,7 +26,7 @@ def now(monkeypatch):
     return made
 
 
-def test_a_share_is_unknown_at_0_of_0_and_never_falls_when_the_total_grows(drawn):
+def test_progress_share(drawn):
     with Progress() as bar:
         show = bar.of("scoring")
         show(0, 0)
@@ -43,7 +43,7 @@ def test_a_share_is_unknown_at_0_of_0_and_never_falls_when_the_total_grows(drawn
     assert drawn[-1][0] == "drawing news"
 
 
-def test_the_time_left_of_a_resumed_run_is_from_its_own_pace(drawn, now):
+def test_time_left_after_resume(drawn, now):
     with Progress() as bar:
         show = bar.of("pruning blocks")
         show(20, 30)
@@ -52,7 +52,7 @@ def test_the_time_left_of_a_resumed_run_is_from_its_own_pace(drawn, now):
     assert [told for *_, told in drawn] == ["", "9 min left"]
 
 
-def test_stages_are_one_line_and_show_the_work_inside(drawn, now):
+def test_stage_lines(drawn, now):
     """The time left is that of the work inside, from its own pace."""
     with Progress(3) as bar:
         bar.begin("draw")
@@ -79,7 +79,7 @@ def test_stages_are_one_line_and_show_the_work_inside(drawn, now):
     assert Progress._over is None
 
 
-def test_a_long_text_inside_a_stage_is_cut(drawn):
+def test_long_stage_text_is_cut(drawn):
     with Progress(2) as bar:
         bar.begin("prune")
         with Progress() as inner:
@@ -87,7 +87,7 @@ def test_a_long_text_inside_a_stage_is_cut(drawn):
     assert drawn[-1][0] == "1/2 prune: a text of the block that is..."
 
 
-def test_the_bar_pulses_again_when_the_share_is_unknown(monkeypatch):
+def test_bar_pulses_without_a_share(monkeypatch):
     monkeypatch.setattr(Progress, "console", Console(file=io.StringIO()))
     totals = []
     monkeypatch.setattr(
@@ -100,7 +100,7 @@ def test_the_bar_pulses_again_when_the_share_is_unknown(monkeypatch):
     assert totals == [None, 1.0, None]
 
 
-def test_without_a_terminal_a_line_is_printed_now_and_then(capsys, now):
+def test_progress_without_a_terminal(capsys, now):
     with Progress() as bar:
         show = bar.of("scoring m")
         for done in range(9):
@@ -116,7 +116,7 @@ def test_without_a_terminal_a_line_is_printed_now_and_then(capsys, now):
     assert not capsys.readouterr().err
 
 
-def test_a_notebook_shows_it_in_its_cell(monkeypatch):
+def test_progress_in_a_notebook(monkeypatch):
     cells = []
 
     class ZMQInteractiveShell:

@@ -43,7 +43,7 @@ def mixes(draw):
 
 
 @given(mix=mixes(), rows=st.integers(0, 500))
-def test_rows_are_shared_out_by_the_largest_remainders(mix, rows):
+def test_largest_remainders(mix, rows):
     counts = rows_per_source(mix, rows)
     assert list(counts) == list(mix)
     assert sum(counts.values()) == rows
@@ -56,7 +56,7 @@ def test_rows_are_shared_out_by_the_largest_remainders(mix, rows):
 
 
 @given(names=NAMES, parts=st.lists(st.integers(1, 99), min_size=6, max_size=6))
-def test_a_mix_is_what_is_written(names, parts):
+def test_mix_parsing(names, parts):
     weights = dict(zip(names, parts, strict=False))
     whole = sum(weights.values())
     read = parse_mix(" , ".join(f"{name}:{part}" for name, part in weights.items()))
@@ -78,7 +78,7 @@ def documents(draw):
 
 
 @given(texts=documents(), rows=st.integers(1, 6), length=st.integers(1, 12), joined=st.booleans())
-def test_joined_rows_are_the_text_cut_up(texts, rows, length, joined):
+def test_concat_packing(texts, rows, length, joined):
     cut, used = pack_concat(iter(texts), rows, length, -1 if joined else None)
     stream = [token for _, ids in texts for token in [*ids, *([-1] if joined else [])]]
     whole = min(rows, len(stream) // length)
@@ -88,7 +88,7 @@ def test_joined_rows_are_the_text_cut_up(texts, rows, length, joined):
 
 
 @given(texts=documents(), rows=st.integers(1, 6), length=st.integers(1, 12), seed=SEEDS)
-def test_windows_are_runs_of_documents_of_their_own(texts, rows, length, seed):
+def test_window_packing(texts, rows, length, seed):
     cut, used = pack_window(iter(texts), rows, length, np.random.default_rng(seed))
     enough = [pair for pair in texts if len(pair[1]) >= length]
     assert used == enough[:rows]
@@ -98,7 +98,7 @@ def test_windows_are_runs_of_documents_of_their_own(texts, rows, length, seed):
         assert len(row) == length
 
 
-def test_every_window_of_a_document_is_drawn():
+def test_all_windows_are_drawn():
     text = [(Document(id="a", text="x"), list(range(6)))]
     drawn = [pack_window(iter(text), 1, 4, np.random.default_rng(seed)) for seed in range(60)]
     assert {rows[0][0] for rows, _ in drawn} == {0, 1, 2}
@@ -116,7 +116,7 @@ def grams(ids, n):
 
 
 @given(ids=token_rows(), other=token_rows(), n=st.integers(1, 4))
-def test_metrics_are_those_of_a_plain_count(ids, other, n):
+def test_metrics_match_plain_counts(ids, other, n):
     total, distinct = grams(ids, n), set(grams(ids, n))
     expected = 1 - len(distinct) / len(total) if total else 0.0
     assert metrics.aggregation(ids, n) == expected
@@ -140,7 +140,7 @@ def test_metrics_are_those_of_a_plain_count(ids, other, n):
     assert metrics.row_aggregation(ids, n) == pytest.approx(alone, abs=1e-12)
 
 
-def test_a_vocabulary_too_large_for_packing():
+def test_ngrams_of_a_large_vocabulary():
     ids = np.random.default_rng(0).permutation(200_000)[:100_000].reshape(100, 1000)
     ids[50:] = ids[:50]  # every n-gram twice
     for n in (3, 4, 5):
@@ -148,7 +148,7 @@ def test_a_vocabulary_too_large_for_packing():
 
 
 @given(left=token_rows(), right=token_rows())
-def test_mismatch_is_a_bounded_symmetric_divergence(left, right):
+def test_mismatch_is_bounded_and_symmetric(left, right):
     found = metrics.mismatch(left, [right])
     assert found == pytest.approx(metrics.mismatch(right, [left]), abs=1e-12)
     p, q = (np.bincount(part.ravel(), minlength=12) / part.size for part in (left, right))
@@ -179,7 +179,7 @@ def layers(draw):
     "name", sorted({*METHODS} - {"ecq", "ggml", "gptq"})
 )  # these only quantise
 @given(layer=layers(), pattern=st.sampled_from(PATTERNS))
-def test_every_method_prunes_just_what_is_asked(name, layer, pattern):
+def test_methods_prune_exactly(name, layer, pattern):
     weight, x = layer
     method = get_method(name)
     statistic = None
@@ -219,7 +219,7 @@ NUMBERS = st.lists(st.integers(0, 5), min_size=4, max_size=5)
 
 
 @given(x=NUMBERS, seed=SEEDS)
-def test_rank_correlation_and_its_p_are_scipys(x, seed):
+def test_rank_correlation_matches_scipy(x, seed):
     a = np.array(x, float)
     b = np.random.default_rng(seed).integers(0, 5, len(x)).astype(float)
     assume(len(set(x)) > 1 and len(set(b)) > 1)
@@ -235,13 +235,13 @@ def test_rank_correlation_and_its_p_are_scipys(x, seed):
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])
-def test_few_orders_are_all_counted(size):
+def test_exact_permutations(size):
     found = orders(size, 10, 0)
     assert sorted(map(tuple, found.tolist())) == list(itertools.permutations(range(size)))
     assert least_p(size) == 2 / len(found)
 
 
-def test_more_orders_than_are_counted_are_drawn():
+def test_sampled_permutations():
     rng = np.random.default_rng(0)
     found = orders(9, 500, 3)
     assert found.shape == (500, 9)
@@ -258,7 +258,7 @@ def test_more_orders_than_are_counted_are_drawn():
 
 
 @given(p=st.lists(st.floats(0, 1), max_size=8))
-def test_corrected_ps_are_the_step_up_ones(p):
+def test_benjamini_hochberg(p):
     row = make_dataclass("Row", ["p", ("p_corrected", float, None)])
     rows = corrected([row(one) for one in (None, *p[:3])], [row(one) for one in (*p[3:], None)])
     first, *found, last = [one.p_corrected for some in rows for one in some]
@@ -272,7 +272,7 @@ def test_corrected_ps_are_the_step_up_ones(p):
 
 
 @given(p=st.lists(st.floats(0, 1), max_size=6), waiting=st.integers(0, 2))
-def test_holms_ps_count_tests_that_are_still_to_come(p, waiting):
+def test_holm_counts_pending_tests(p, waiting):
     found = holm([*p, *[None] * waiting])
     order = sorted(range(len(p)), key=lambda at: p[at])
     count = len(p) + waiting
@@ -288,7 +288,7 @@ def test_holms_ps_count_tests_that_are_still_to_come(p, waiting):
 
 
 @given(value=st.floats(-5, 5), error=st.floats(0.01, 3), freedom=st.sampled_from([1, 4, math.inf]))
-def test_two_sided_ps(value, error, freedom):
+def test_two_sided_p(value, error, freedom):
     t = stats.norm if math.isinf(freedom) else stats.t(freedom)
     expected = 2 * t.cdf(-abs(value / error))
     assert two_sided_p(value, error, freedom) == pytest.approx(expected, rel=1e-9)
@@ -296,7 +296,7 @@ def test_two_sided_ps(value, error, freedom):
 
 
 @given(count=st.integers(1, 12), seed=SEEDS, name=st.text(max_size=5))
-def test_resamples_are_of_drawn_items(count, seed, name):
+def test_resample_weights(count, seed, name):
     times = item_weights(name, count, resamples=20, seed=seed)
     rng = np.random.default_rng(seed)
     made = Parts("accuracy", rng.random(count), rng.integers(-1, 2, count).astype(float))
@@ -313,14 +313,14 @@ def test_resamples_are_of_drawn_items(count, seed, name):
         max_size=4,
     )
 )
-def test_means_leave_out_what_is_not_defined(rows):
+def test_nan_means(rows):
     for column, told in zip(zip(*rows, strict=True), nan_mean(np.array(rows), 0), strict=True):
         known = [one for one in column if not math.isnan(one)]
         assert math.isnan(told) if not known else told == pytest.approx(np.mean(known))
 
 
 @given(draws=st.lists(st.floats(-3, 3), max_size=40), lost=st.integers(0, 3))
-def test_an_estimate_is_the_central_share_of_its_draws(draws, lost):
+def test_estimate_interval(draws, lost):
     found = estimate(np.array([0.7, *draws, *[math.nan] * lost]))
     assert found.value == 0.7
     if draws:

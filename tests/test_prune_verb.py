@@ -19,9 +19,7 @@ from tests.tiny import hashes, save_tiny_model
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 
 
-def test_a_pruned_checkpoint_loads_anywhere_and_has_a_manifest(
-    calmix, tiny_folder, text_file, tmp_path
-):
+def test_pruned_checkpoint_and_manifest(calmix, tiny_folder, text_file, tmp_path):
     """And the processor files of a vision-language model, which is opened as a text model."""
     source, output = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "pruned"
     beside = (
@@ -55,7 +53,7 @@ def test_a_pruned_checkpoint_loads_anywhere_and_has_a_manifest(
     assert run["seconds"]["total"] > 0
 
 
-def test_several_targets_equal_those_of_separate_runs(calmix, tiny_folder, text_file, tmp_path):
+def test_several_targets_match_separate_runs(calmix, tiny_folder, text_file, tmp_path):
     common = ("prune", tiny_folder, "--calibration", text_file, *SMALL)
     together, methods = tmp_path / "together", "sparsegpt,wanda,refit=5,magnitude"
     ended = calmix(*common, "--method", methods, "--sparsity", "0.5,0.6", "-o", together).ok()
@@ -82,9 +80,7 @@ def test_several_targets_equal_those_of_separate_runs(calmix, tiny_folder, text_
         assert hashes(both) == hashes(tmp_path / f"{kind}-alone")
 
 
-def test_a_target_that_cannot_be_solved_does_not_stop_the_others(
-    calmix, tiny_folder, text_file, tmp_path, monkeypatch
-):
+def test_failing_target_does_not_stop_others(calmix, tiny_folder, text_file, tmp_path, monkeypatch):
     score, seen = Wanda.score, []
 
     def fail(self, *given):
@@ -135,7 +131,7 @@ def mistakes(tiny_folder, text_file, tmp_path):
     yield (tiny_folder, *half, "--method", "magnitude", "--seed", 1), "--seed has no effect"
 
 
-def test_every_error_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_file, tmp_path):
+def test_prune_errors_leave_nothing(calmix, tiny_folder, text_file, tmp_path):
     for number, (arguments, words) in enumerate(mistakes(tiny_folder, text_file, tmp_path)):
         output = tmp_path / f"out{number}"
         before = sorted(path.name for path in tmp_path.iterdir())
@@ -149,7 +145,7 @@ def test_every_error_is_one_line_and_leaves_nothing(calmix, tiny_folder, text_fi
         assert sorted(path.name for path in tmp_path.iterdir()) == before, arguments
 
 
-def test_a_failed_write_leaves_the_old_folder_alone(calmix, tiny_folder, tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_folder(calmix, tiny_folder, tmp_path, monkeypatch):
     output = tmp_path / "out"
     output.mkdir()
     for name in ("calmix.json", "config.json"):
@@ -187,7 +183,7 @@ def test_a_failed_write_leaves_the_old_folder_alone(calmix, tiny_folder, tmp_pat
         ("mixtral", ("--drop-experts", 0.25, "--sparsity", 0.5), ["prune, sparsegpt-0.5"]),
     ],
 )
-def test_a_dry_run_estimates_and_writes_nothing(calmix, tmp_path, text_file, kind, more, stages):
+def test_prune_dry_run(calmix, tmp_path, text_file, kind, more, stages):
     model = save_tiny_model(tmp_path / "model", kind)
     before = sorted(tmp_path.iterdir())
     asked = (
@@ -213,7 +209,7 @@ def test_a_dry_run_estimates_and_writes_nothing(calmix, tmp_path, text_file, kin
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_perplexity_of_a_text(calmix, tiny_folder, text_file):
+def test_perplexity_command(calmix, tiny_folder, text_file):
     asked = ("evaluate", "perplexity", tiny_folder, "--text", text_file, "--length", 64, "--json")
     opened, text = open_model(str(tiny_folder)), text_file.read_text(encoding="utf-8")
     found = perplexity(opened, text, length=64)

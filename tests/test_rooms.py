@@ -1,5 +1,5 @@
-"""Imports point down the floors of docs/architecture.md, those inside functions too, and
-`pip install calmix` brings all of them, but for three extras."""
+"""Imports follow the layers of docs/architecture.md, inside functions too, and every imported
+package is a declared dependency."""
 
 import ast
 import re
@@ -39,7 +39,7 @@ def imports(path):
             )
 
 
-def test_imports_point_down():
+def test_imports_follow_the_layers():
     known, climbing = floors(), []
     for path in (ROOT / "calmix").rglob("*.py"):
         own = path.relative_to(ROOT / "calmix").with_suffix("").parts[0]
@@ -52,7 +52,7 @@ def test_imports_point_down():
     assert not climbing
 
 
-def test_all_that_is_imported_is_required():
+def test_imports_are_declared_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     required = {Requirement(line).name.lower() for line in project["dependencies"]}
     brought = [Requirement(line) for name in required for line in requires(name) or ()]
@@ -68,7 +68,7 @@ def test_all_that_is_imported_is_required():
     assert set(project["optional-dependencies"]) >= set(EXTRAS.values())
 
 
-def test_a_wheel_holds_every_file_of_the_package(tmp_path):
+def test_wheel_contains_all_files(tmp_path):
     source, ignored = tmp_path / "source", shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "calmix", source / "calmix", ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):

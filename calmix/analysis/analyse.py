@@ -128,16 +128,16 @@ class Analysis:
             },
             "settings": self.settings.model_dump(include=set(Settings.model_fields)),
             "conditions": [
-                asdict(found.condition)
+                asdict(analysed.condition)
                 | {
-                    "seeds": found.cells.seeds,
-                    "points": found.points,
-                    "missing": found.missing,
-                    "best": [one.calibration for one in leaders(found.ranking)],
-                    "tasks": [asdict(task) for task in found.cells.tasks],
+                    "seeds": analysed.cells.seeds,
+                    "points": analysed.points,
+                    "missing": analysed.missing,
+                    "best": [one.calibration for one in leaders(analysed.ranking)],
+                    "tasks": [asdict(task) for task in analysed.cells.tasks],
                 }
-                | {name: [asdict(one) for one in getattr(found, name)] for name in FOUND}
-                for found in self.conditions
+                | {name: [asdict(one) for one in getattr(analysed, name)] for name in FOUND}
+                for analysed in self.conditions
             ],
             "gains": [asdict(one) for one in self.gains],
         }
@@ -148,18 +148,27 @@ class Analysis:
         from pandas import json_normalize
 
         data, tasks = self.to_dict(), list[dict[str, Any]]()
-        for found in data["conditions"]:
-            for one in found["ranking"]:
-                kept = one.pop("tasks")  # they have their own table
+        for condition in data["conditions"]:
+            for one in condition["ranking"]:
+                retained = one.pop("tasks")  # they have their own table
                 head = {name: one[name] for name in ("condition", "calibration")}
-                tasks += [{**head, **task, "kept": kept[task["name"]]} for task in found["tasks"]]
+                tasks += [
+                    {**head, **task, "kept": retained[task["name"]]} for task in condition["tasks"]
+                ]
         each = {
-            name: [one for found in data["conditions"] for one in found[name]]
+            name: [one for condition in data["conditions"] for one in condition[name]]
             for name in FOUND
             if name != "agreements"
         }
-        made = {"comparisons": data["comparisons"], "gains": data["gains"], **each, "tasks": tasks}
-        return {name: json_normalize(rows, sep="_").astype(object) for name, rows in made.items()}
+        rows_of = {
+            "comparisons": data["comparisons"],
+            "gains": data["gains"],
+            **each,
+            "tasks": tasks,
+        }
+        return {
+            name: json_normalize(rows, sep="_").astype(object) for name, rows in rows_of.items()
+        }
 
     def save(self, folder: Path) -> None:
         """Write `analysis.json` and the tables as CSV into a folder, atomically."""
@@ -179,23 +188,23 @@ def analyse(
 ) -> Analysis:
     """Analyse the finished trials of a study (definitions: docs/studies.md)."""
     settings = settings or Settings()
-    made = list(joints(results, settings, method=method, sparsity=sparsity))
+    analysed_conditions = list(joints(results, settings, method=method, sparsity=sparsity))
     correlations, differences, between, *agreeing = corrected(
-        correlate([found.cells for found in made], settings),
-        compare(made, settings.default),
-        gains(made),
-        *(agreements(found.cells, settings) for found in made),
+        correlate([joint.cells for joint in analysed_conditions], settings),
+        compare(analysed_conditions, settings.default),
+        gains(analysed_conditions),
+        *(agreements(joint.cells, settings) for joint in analysed_conditions),
     )
     conditions = [
         ConditionAnalysis(
-            found,
-            tuple(rank(found)),
-            tuple(one for one in correlations if one.condition == found.cells.condition.label),
+            joint,
+            tuple(rank(joint)),
+            tuple(one for one in correlations if one.condition == joint.cells.condition.label),
             tuple(agreed),
-            tuple(one for one in differences if one.condition == found.cells.condition.label),
-            tuple(noise_of(found)),
+            tuple(one for one in differences if one.condition == joint.cells.condition.label),
+            tuple(noise_of(joint)),
         )
-        for found, agreed in zip(made, agreeing, strict=True)
+        for joint, agreed in zip(analysed_conditions, agreeing, strict=True)
     ]
     known = {trial.key: trial.id for trial in results.trials}
     since = results.declarations[-1].since if results.declarations else ""

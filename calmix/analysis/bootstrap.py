@@ -81,8 +81,8 @@ class Contrast:
 
     def __add__(self, other: Contrast) -> Contrast:
         parts = dict(self.parts)
-        for found, more in other.parts.items():
-            parts[found] = parts.get(found, 0.0) + more
+        for joint, more in other.parts.items():
+            parts[joint] = parts.get(joint, 0.0) + more
         return Contrast(self.value + other.value, parts)
 
     def __mul__(self, factor: float) -> Contrast:
@@ -111,7 +111,7 @@ class Contrast:
         if not freedom:  # the study has one seed of each set: the interval is about items alone
             by_draws = both = 0.0
         each = np.concatenate([one.deviations[used] for one, _, used in parts]).tolist()
-        found: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "draws": min(int(one.counts[used.any(1)].min()) for one, _, used in parts),
             "deviation": each[0] if len(each) == 1 and not (test or math.isnan(each[0])) else None,
         }
@@ -122,13 +122,13 @@ class Contrast:
         moved = np.stack(list(ends.values()))
         quantile = np.nanquantile if np.isnan(moved).any() else np.quantile  # five times as fast
         for head, low, high in zip(ends, *quantile(moved, TAILS, axis=1).tolist(), strict=True):
-            found |= {f"{head}low": self.value + low, f"{head}high": self.value + high}
+            fields |= {f"{head}low": self.value + low, f"{head}high": self.value + high}
         if test:
             # Satterthwaite: the items' part has many degrees of freedom, the seeds' part few.
             items_only = by_items - both
             pooled = freedom * (1 + items_only / by_draws) ** 2 if by_draws else math.inf
-            found["p"] = two_sided_p(self.value, math.sqrt(items_only + by_draws), pooled)
-        return Estimate(self.value, **found)
+            fields["p"] = two_sided_p(self.value, math.sqrt(items_only + by_draws), pooled)
+        return Estimate(self.value, **fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,15 +232,15 @@ def joint(
     for at, (each, whole) in cells.items.items():
         size, total = len(whole), float(whole.sum())
         times = _times(cells.tasks[at].name, size, resamples, seed).astype(float)
-        kept, wholes = mean_of @ each, times @ whole
-        point = kept.sum(1, keepdims=True) / total
+        sums, wholes = mean_of @ each, times @ whole
+        point = sums.sum(1, keepdims=True) / total
         moved = np.divide(
-            kept @ times.T, wholes, out=np.full((count, resamples), np.nan), where=wholes > 0
+            sums @ times.T, wholes, out=np.full((count, resamples), np.nan), where=wholes > 0
         )
         unbiased = _unbiased(whole)
         points[:, :, at] = np.hstack([point, point + (moved - point) * math.sqrt(unbiased)])
         # Influence of each item on the ratio; the sum of squares is the ratio's variance.
-        moved = (kept - point * whole) / total
+        moved = (sums - point * whole) / total
         by_items[at] = unbiased * moved @ moved.T
     rolled = rolled_up(points, cells.tasks, cells.dimensions).transpose(0, 2, 1)
     values, seeds = rolled[..., 0], Seeds.of(cells)
@@ -319,22 +319,22 @@ def corrected(*lists: Iterable[Any]) -> list[list[Any]]:
     lists together (Benjamini and Hochberg). A p of None is ignored."""
     from scipy.stats import false_discovery_control
 
-    made = [list(rows) for rows in lists]
-    known = [(rows, at) for rows in made for at, one in enumerate(rows) if one.p is not None]
+    copies = [list(rows) for rows in lists]
+    known = [(rows, at) for rows in copies for at, one in enumerate(rows) if one.p is not None]
     adjusted = false_discovery_control([rows[at].p for rows, at in known]).tolist() if known else []
     for (rows, at), value in zip(known, adjusted, strict=True):
         rows[at] = replace(rows[at], p_corrected=value)
-    return made
+    return copies
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
     """Return p-values corrected for all of them (Holm); None, of a test still to come, counts."""
     known = sorted((p, at) for at, p in enumerate(values) if p is not None)
-    made, least = list(values), 0.0
+    adjusted, least = list(values), 0.0
     for rank, (p, at) in enumerate(known):
         least = min(1.0, max(least, (len(values) - rank) * p))
-        made[at] = least
-    return made
+        adjusted[at] = least
+    return adjusted
 
 
 def two_sided_p(value: float, error: float, freedom: float) -> float:

@@ -78,7 +78,7 @@ class Cells:
     then the tasks. Values are nan without a trial or without signal."""
 
     condition: Condition
-    made: tuple[Trial, ...]  # one trial of each set, in the study's order
+    per_set: tuple[Trial, ...]  # one trial of each set, in the study's order
     dimensions: tuple[str, ...]
     tasks: tuple[Task, ...]
     trials: tuple[tuple[str, int], ...]  # (set, seed) of each trial
@@ -93,7 +93,7 @@ class Cells:
     @property
     def sets(self) -> tuple[str, ...]:
         """The calibration sets."""
-        return tuple(one.calibration for one in self.made)
+        return tuple(one.calibration for one in self.per_set)
 
     @property
     def seeds(self) -> list[int]:
@@ -114,7 +114,7 @@ class Cells:
 
     def of(self, strategy: str) -> list[int]:
         """Return the positions of the sets made by a strategy."""
-        return [at for at, one in enumerate(self.made) if one.strategy == strategy]
+        return [at for at, one in enumerate(self.per_set) if one.strategy == strategy]
 
 
 def rolled_up(values: Array, tasks: Sequence[Task], dimensions: Sequence[str]) -> Array:
@@ -146,14 +146,14 @@ def select(
             "run it first"
         )
     pattern = None if sparsity is None else printed(target_of(sparsity))
-    for name, field, given, wanted in (
+    for name, field, value, wanted in (
         ("method", "method", method, method),
         ("sparsity", "pattern", sparsity, pattern),
     ):
         known = {getattr(trial, field) for trial in trials}
         trials = tuple(trial for trial in trials if wanted in (None, getattr(trial, field)))
         if not trials:
-            line = f"no finished trial has the {name} '{given}': {nearest(str(wanted), known)}"
+            line = f"no finished trial has the {name} '{value}': {nearest(str(wanted), known)}"
             raise InputError(line)
     return trials
 
@@ -223,7 +223,7 @@ def _labelled(key: Condition, every: Collection[Condition]) -> Condition:
         f"suite {key.suite}": {one.suite for one in every},
     }
     name = method_name(key.method)
-    rest = "".join(f", {part}" for part, found in parts.items() if len(found) > 1)
+    rest = "".join(f", {part}" for part, distinct in parts.items() if len(distinct) > 1)
     return replace(key, label=f"{name} {key.pattern}{rest}", series=name + rest)
 
 
@@ -252,9 +252,9 @@ def _cells(
         check_paired(dense, scores)
     part = set[str]().union(*(results.part.get(trial.id, ()) for trial in trials))
     if part:  # items right under every processor's dense model: others were not asked everywhere
-        asked = [results.paired[trial.id] for trial in trials]
+        references = [results.paired[trial.id] for trial in trials]
         dense = tuple(
-            replace(one, values=tuple(np.min([each[at].values for each in asked], 0).tolist()))
+            replace(one, values=tuple(np.min([each[at].values for each in references], 0).tolist()))
             if one.name in part
             else one
             for at, one in enumerate(dense)
@@ -329,14 +329,14 @@ def _measured(
     values = np.full((len(pruned), len(dense)), np.nan)
     for at, (before, weight) in enumerate(zip(dense, task_weights(dense, measure), strict=True)):
         signal = has_signal(before, measure) and (whole[at] or measure not in ("accuracy", "ratio"))
-        made = [parts(before, scores[at], measure) for scores in pruned]
+        measured = [parts(before, scores[at], measure) for scores in pruned]
         tasks.append(
             Task(
                 before.name,
                 before.dimension,
-                made[0].score,
+                measured[0].score,
                 len(before.items),
-                made[0].dense,
+                measured[0].dense,
                 signal,
                 weight,
             )
@@ -345,13 +345,13 @@ def _measured(
             # In the paper's ratio for bits per byte, dense over pruned, `whole` differs by trial.
             # Rewrite `kept` for a `common` one with the same ratio and item derivatives.
             common = parts(before, before, measure).whole
-            kept = np.stack(
+            rescaled = np.stack(
                 [
                     each.retention * common
                     + (each.kept - each.retention * each.whole) * (common.sum() / each.whole.sum())
-                    for each in made
+                    for each in measured
                 ]
             )
-            items[at] = kept, common
-            values[:, at] = [each.retention for each in made]
+            items[at] = rescaled, common
+            values[:, at] = [each.retention for each in measured]
     return tuple(tasks), items, values

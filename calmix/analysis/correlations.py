@@ -118,41 +118,41 @@ def distinct(cells: Cells, chosen: Sequence[int]) -> dict[str, tuple[str, ...]]:
     """
     values = cells.information.iloc[list(chosen)]
     values = values.loc[:, values.nunique() > 1]
-    known, rho, found = values.notna(), values.corr("spearman"), dict[str, tuple[str, ...]]()
+    known, rho, aliases = values.notna(), values.corr("spearman"), dict[str, tuple[str, ...]]()
     for name in sorted(values, key=lambda name: name != METRIC):
-        for other in found:
+        for other in aliases:
             if known[name].equals(known[other]) and abs(rho.loc[name, other]) >= 1 - ROUNDING:
-                found[other] += (name if rho.loc[name, other] > 0 else f"-{name}",)
+                aliases[other] += (name if rho.loc[name, other] > 0 else f"-{name}",)
                 break
         else:
-            found[name] = ()
-    return found
+            aliases[name] = ()
+    return aliases
 
 
 def correlate(conditions: Sequence[Cells], settings: Settings) -> list[Correlation]:
     """Correlate every metric with every quantity under each condition with at least four single
     sources."""
-    made = []
+    rows = []
     for cells in conditions:
         chosen = cells.of("single")
         for metric, aliases in distinct(cells, chosen).items() if len(chosen) >= LEAST else ():
             x = cells.information[metric].to_numpy()
             known = [at for at in chosen if not np.isnan(x[at])]
             head = cells.condition.label, metric, aliases
-            made += _correlated(head, cells, x, range(len(cells.quantities)), known, settings)
-    return made
+            rows += _correlated(head, cells, x, range(len(cells.quantities)), known, settings)
+    return rows
 
 
 def agreements(cells: Cells, settings: Settings) -> list[Correlation]:
     """Correlate KL to the dense model with retention over all sets, in total and by dimension
     (ours). Quantities with fewer than four sets are left out."""
-    made = []
+    rows = []
     for at, x in enumerate(cells.distance["kl"].T):
         known = np.flatnonzero(~np.isnan(x + cells.means[:, at])).tolist()
         if len(known) >= LEAST:
             head = cells.condition.label, "kl", ()
-            made += _correlated(head, cells, x, [at], known, settings)
-    return made
+            rows += _correlated(head, cells, x, [at], known, settings)
+    return rows
 
 
 def _correlated(
@@ -172,10 +172,10 @@ def _correlated(
         chance, exact = permutation_p(x, y, permutations=settings.permutations, seed=settings.seed)
         ends = bootstrap_intervals(x, y, resamples=settings.resamples, seed=settings.seed)
         rows = np.column_stack([unit_ranks(y) @ unit_ranks(x), ends, chance])
-    found = []
+    correlations = []
     for at, row in zip(quantities, rows.tolist(), strict=True):
         rho, low, high, p = (None if math.isnan(value) else value for value in row)
         known = exact and rho is not None
         name = cells.quantities[at]
-        found.append(Correlation(*head, name, len(sets), rho, low, high, p, known, least))
-    return found
+        correlations.append(Correlation(*head, name, len(sets), rho, low, high, p, known, least))
+    return correlations

@@ -56,9 +56,9 @@ def judge(
     results: StudyResults, settings: Settings, without: Iterable[str] = ()
 ) -> list[Comparison]:
     """Judge what a study declared, each model by itself; `without` leaves out more tasks."""
-    declared, found = results.declaration, list[Comparison]()
+    declared, comparisons = results.declaration, list[Comparison]()
     if not declared.comparisons:
-        return found
+        return comparisons
     every = tables(results, declared.primary, {*declared.exclude, *without})
     known = {trial.key: trial for trial in results.trials}
     used = [known[key] for key in declared.keys if key in known]
@@ -95,9 +95,9 @@ def judge(
                     joints.append(one)
                     means.append(one.mean([at], 0))
                 gaps.append(means[0] - means[1])
-            found.append(_judged(name, model, gaps, joints, best, declared))
-    corrected = holm([one.gap.p for one in found])
-    return [replace(one, p_corrected=p) for one, p in zip(found, corrected, strict=True)]
+            comparisons.append(_judged(name, model, gaps, joints, best, declared))
+    corrected = holm([one.gap.p for one in comparisons])
+    return [replace(one, p_corrected=p) for one, p in zip(comparisons, corrected, strict=True)]
 
 
 def _judged(

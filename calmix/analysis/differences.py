@@ -69,55 +69,55 @@ class Gain(Tested):
     p_corrected: float | None = None
 
 
-def every(found: Joint, sets: Sequence[int], *, picked: bool = False) -> dict[str, Contrast]:
+def every(joint: Joint, sets: Sequence[int], *, picked: bool = False) -> dict[str, Contrast]:
     """Return the mean of some sets, by position: total, worst and dimensions by name.
 
     A set that was `picked` for its high values, which are biased upwards, uses its shrunken ones;
     its worst dimension is that of the measured values.
     """
-    names, sets = found.cells.quantities, list(sets)
-    kept = [found.mean(sets, at) for at in range(len(names))]
+    names, sets = joint.cells.quantities, list(sets)
+    means = [joint.mean(sets, at) for at in range(len(names))]
     if picked:
-        weights = np.eye(found.values.shape[1])[: len(names)]
-        shrunken = [(weight, *shrink(found, weight)) for weight in weights]
-        kept = [
-            Contrast(float(values[sets].mean()), {found: np.outer(unit[sets].mean(0), weight)})
+        weights = np.eye(joint.values.shape[1])[: len(names)]
+        shrunken = [(weight, *shrink(joint, weight)) for weight in weights]
+        means = [
+            Contrast(float(values[sets].mean()), {joint: np.outer(unit[sets].mean(0), weight)})
             for weight, _, values, unit in shrunken
         ]
-    low = lowest_of(found.values[sets, 1 : len(names)].mean(0))
-    worst = Contrast(math.nan, {}) if low is None else kept[1 + low]
-    return {TOTAL: kept[0], WORST: worst, **dict(zip(names[1:], kept[1:], strict=True))}
+    low = lowest_of(joint.values[sets, 1 : len(names)].mean(0))
+    worst = Contrast(math.nan, {}) if low is None else means[1 + low]
+    return {TOTAL: means[0], WORST: worst, **dict(zip(names[1:], means[1:], strict=True))}
 
 
 def between(left: Mapping[Key, Contrast], right: Mapping[Key, Contrast]) -> dict[Key, Contrast]:
     """Return left - right for everything that has a value on both sides."""
-    gaps = {key: kept - right[key] for key, kept in left.items() if key in right}
+    gaps = {key: mean - right[key] for key, mean in left.items() if key in right}
     return {key: gap for key, gap in gaps.items() if not math.isnan(gap.value)}
 
 
-def compare(made: Sequence[Joint], default: str | None = None) -> list[Difference]:
+def compare(joints: Sequence[Joint], default: str | None = None) -> list[Difference]:
     """Compare every two calibrations under each condition: each mix and self-written set, the
     single source with the highest total, the mean of all single sources, and the default."""
     differences = []
-    for found in made:
-        cells, singles = found.cells, found.cells.of("single")
+    for joint in joints:
+        cells, singles = joint.cells, joint.cells.of("single")
         sides = [
             (one.calibration, one.strategy, [at])
-            for at, one in enumerate(cells.made)
+            for at, one in enumerate(cells.per_set)
             if one.strategy != "single" or one.calibration == default
         ]
         sides.sort(key=lambda side: side[0] == default)  # so that others are compared with it
-        totals = found.values[singles, 0]
+        totals = joint.values[singles, 0]
         if not np.isnan(totals).all():
             best = singles[int(np.nanargmax(totals))]
             sides.append((BEST + cells.sets[best], "single", [best]))
         if len(singles) > 1:
             sides.append((SINGLES, "single", singles))
-        kept = [
-            (name, strategy, every(found, sets, picked=name.startswith(BEST)))
+        contrasts = [
+            (name, strategy, every(joint, sets, picked=name.startswith(BEST)))
             for name, strategy, sets in sides
         ]
-        for (left, one, ours), (right, other, theirs) in itertools.combinations(kept, 2):
+        for (left, one, ours), (right, other, theirs) in itertools.combinations(contrasts, 2):
             if one == other == "single":
                 continue  # single sources are not compared among themselves
             differences += [
@@ -127,17 +127,17 @@ def compare(made: Sequence[Joint], default: str | None = None) -> list[Differenc
     return differences
 
 
-def gains(made: Sequence[Joint]) -> list[Gain]:
+def gains(joints: Sequence[Joint]) -> list[Gain]:
     """Compare every two methods by model and pattern."""
-    found = list[Gain]()
+    rows = list[Gain]()
     alike = attrgetter("model", "pattern", "propagation", "rows", "length", "suite")
-    for pair in itertools.combinations(made, 2):
+    for pair in itertools.combinations(joints, 2):
         common = [name for name in pair[0].cells.sets if name in pair[1].cells.sets]
         if not common or alike(pair[0].cells.condition) != alike(pair[1].cells.condition):
             continue
         means = {one: every(one, [one.cells.sets.index(name) for name in common]) for one in pair}
         more, less = sorted(pair, key=lambda one: means[one][TOTAL].value, reverse=True)
-        found += [
+        rows += [
             Gain(
                 more.cells.condition.label,
                 less.cells.condition.label,
@@ -147,4 +147,4 @@ def gains(made: Sequence[Joint]) -> list[Gain]:
             )
             for quantity, gap in between(means[more], means[less]).items()
         ]
-    return found
+    return rows

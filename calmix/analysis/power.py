@@ -73,48 +73,48 @@ class Needed:
     items: float  # multiple of the present items needed even with unlimited seeds
 
 
-def noise_of(found: Joint) -> list[Noise]:
+def noise_of(joint: Joint) -> list[Noise]:
     """Return the noise of the total, of every dimension and of every task with signal."""
-    cells, count, sets = found.cells, len(found.cells.sets), found.cells.of("single")
+    cells, count, sets = joint.cells, len(joint.cells.sets), joint.cells.of("single")
     names = [
         (TOTAL, "total"),
         *((name, "dimension") for name in cells.dimensions),
         *((task.name, "task") for task in cells.tasks),
     ]
     sizes = np.array([task.items for task in cells.tasks])
-    made = []
-    for (name, kind), weight, values in zip(names, cells.weights, found.values.T, strict=True):
+    noises = []
+    for (name, kind), weight, values in zip(names, cells.weights, joint.values.T, strict=True):
         if not weight.any():
             continue
-        known = (found.counts > 1).any()
-        draw = math.sqrt(weight @ found.by_draws @ weight) if known else None
-        by_items = np.tensordot(weight**2, found.by_items, 1)
-        each = np.diag(by_items) - float(weight**2 @ found.both) / np.maximum(found.counts, 1)
+        known = (joint.counts > 1).any()
+        draw = math.sqrt(weight @ joint.by_draws @ weight) if known else None
+        by_items = np.tensordot(weight**2, joint.by_items, 1)
+        each = np.diag(by_items) - float(weight**2 @ joint.both) / np.maximum(joint.counts, 1)
         pairs = np.maximum(0.0, each[:, None] + each[None] - 2 * by_items)
         item = math.sqrt(np.median(pairs[np.triu_indices(count, 1)])) if count > 1 else None
         signal = ratio = None
         if draw is not None and len(sets) > 1:  # variance between sets, without noise
             from_items = pairs[np.ix_(sets, sets)].sum() / (len(sets) * (len(sets) - 1)) / 2
-            from_draws = draw**2 * float(np.mean(1 / found.counts[sets]))
+            from_draws = draw**2 * float(np.mean(1 / joint.counts[sets]))
             variance = float(values[sets].var(ddof=1)) - from_draws - from_items
             signal = math.sqrt(max(0.0, variance))
             noise = math.hypot(draw, (item or 0.0) / math.sqrt(2))
             ratio = signal / noise if noise else None
-        made.append(
+        noises.append(
             Noise(
                 cells.condition.label,
                 name,
                 kind,
                 count,
                 draw,
-                found.freedom,
+                joint.freedom,
                 item,
                 int(sizes[weight > 0].sum()),
                 signal,
                 ratio,
             )
         )
-    return made
+    return noises
 
 
 def detectable(draws: int, draw: float, freedom: float, item: float = 0.0) -> float:
@@ -153,5 +153,6 @@ def noises(
 ) -> list[Noise]:
     """Return the noise of every quantity under every condition with calibration that
     `cells.select` selects by `which`."""
-    found = joints(results, Settings(measure=measure, resamples=1), **which)  # as few as possible
-    return [one for each in found if each.cells.condition.rows for one in noise_of(each)]
+    settings = Settings(measure=measure, resamples=1)  # as few as possible
+    analysed = joints(results, settings, **which)
+    return [one for each in analysed if each.cells.condition.rows for one in noise_of(each)]

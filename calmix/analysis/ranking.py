@@ -47,7 +47,7 @@ class Ranked:
     distance: dict[str, dict[str, float | None]]  # as in `Cells`, total and dimensions
 
 
-def shrink(found: Joint, weight: Array) -> tuple[Array, Array, Array]:
+def shrink(joint: Joint, weight: Array) -> tuple[Array, Array, Array]:
     """Shrink every set's weighted quantity towards its group's mean (James and Stein; ours).
 
     The groups are the single sources and all others, or all sets together if either is small. Noise
@@ -60,10 +60,10 @@ def shrink(found: Joint, weight: Array) -> tuple[Array, Array, Array]:
     the coefficients of the sets' deviations.
     """
     used = weight != 0
-    measured = found.values[:, used] @ weight[used]
+    measured = joint.values[:, used] @ weight[used]
     values, count = measured.copy(), len(measured)
     coefficients = np.eye(count)
-    singles = found.cells.of("single")
+    singles = joint.cells.of("single")
     rest = [at for at in range(count) if at not in singles]
     few = min(len(singles), len(rest)) < SMALL
     for members in [singles + rest] if few else [singles, rest]:
@@ -71,7 +71,7 @@ def shrink(found: Joint, weight: Array) -> tuple[Array, Array, Array]:
             continue
         mean = np.zeros(count)
         mean[members] = 1 / len(members)
-        variances = [found.variances(np.outer(coefficients[at] - mean, weight)) for at in members]
+        variances = [joint.variances(np.outer(coefficients[at] - mean, weight)) for at in members]
         noises = np.array([items - both + draws for items, draws, both in variances])
         noises *= len(members) / (len(members) - 1)
         centre = values[members].mean()
@@ -83,14 +83,14 @@ def shrink(found: Joint, weight: Array) -> tuple[Array, Array, Array]:
     return measured, values, coefficients
 
 
-def _chances(found: Joint, weight: Array, values: Array, coefficients: Array) -> list[float | None]:
+def _chances(joint: Joint, weight: Array, values: Array, coefficients: Array) -> list[float | None]:
     """Return each set's probability of being the best, shared between ties; None without a value
     or with only one set."""
     share: list[float | None] = [None] * len(values)
     used, known = weight != 0, np.flatnonzero(~np.isnan(values))
     if len(known) < 2 or not used.any():
         return share
-    deviations = np.einsum("sqr,q->sr", (found.item + found.draw)[:, used], weight[used])
+    deviations = np.einsum("sqr,q->sr", (joint.item + joint.draw)[:, used], weight[used])
     sampled = values[known, None] + coefficients[known] @ deviations
     sampled = sampled[:, ~np.isnan(sampled).any(0)]
     top = sampled >= sampled.max(0) - ROUNDING  # fully shrunken sets are all tied
@@ -110,29 +110,29 @@ def leaders(ranking: Sequence[Ranked]) -> list[Ranked]:
     ]
 
 
-def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
+def rank(joint: Joint, weight: Array | None = None) -> list[Ranked]:
     """Rank the calibration sets of a condition by total, or by another weighted quantity, highest
     first; sets without a value come last."""
-    cells, names = found.cells, found.cells.quantities
-    weight = np.eye(found.values.shape[1])[0] if weight is None else weight
-    measured, values, coefficients = shrink(found, weight)
-    best = _chances(found, weight, values, coefficients)
+    cells, names = joint.cells, joint.cells.quantities
+    weight = np.eye(joint.values.shape[1])[0] if weight is None else weight
+    measured, values, coefficients = shrink(joint, weight)
+    best = _chances(joint, weight, values, coefficients)
     order = np.argsort(-measured, kind="stable").tolist()
-    parts = found.values[:, 1 : len(names)]
-    unit, made = np.eye(len(values)), []
+    parts = joint.values[:, 1 : len(names)]
+    unit, ranked = np.eye(len(values)), []
 
     def estimate(of_sets: Array, value: float, *, test: bool = False) -> Estimate:
-        return Contrast(float(value), {found: np.outer(of_sets, weight)}).estimate(test=test)
+        return Contrast(float(value), {joint: np.outer(of_sets, weight)}).estimate(test=test)
 
     for position, at in enumerate(order, start=1):
-        behind, first, trial = None, order[0], cells.made[at]
+        behind, first, trial = None, order[0], cells.per_set[at]
         if at != first and not math.isnan(measured[first]):
             apart = coefficients[first] - coefficients[at]
             behind = estimate(apart, values[first] - values[at], test=True)
         total = estimate(unit[at], measured[at])
-        dimensions = {name: found.mean([at], q).estimate() for q, name in enumerate(names) if q}
+        dimensions = {name: joint.mean([at], q).estimate() for q, name in enumerate(names) if q}
         worst = None if (low := lowest_of(parts[at])) is None else cells.dimensions[low]
-        made.append(
+        ranked.append(
             Ranked(
                 trial.calibration,
                 trial.strategy,
@@ -146,14 +146,14 @@ def rank(found: Joint, weight: Array | None = None) -> list[Ranked]:
                 Estimate(None) if worst is None else dimensions[worst],
                 dimensions,
                 {
-                    task.name: found.mean([at], q).estimate()
+                    task.name: joint.mean([at], q).estimate()
                     for q, task in enumerate(cells.tasks, len(names))
                 },
                 _named(names, cells.accuracy[at]),
                 {key: _named(names, far[at]) for key, far in cells.distance.items()},
             )
         )
-    return made
+    return ranked
 
 
 def _named(names: Sequence[str], values: Array) -> dict[str, float | None]:
@@ -212,17 +212,17 @@ def recommend(
     Without weights all dimensions with signal count equally.
     """
     settings = Settings(measure=measure, resamples=resamples)
-    made = joints(results, settings, method=method, sparsity=sparsity)
-    given = check_weights(weights, dimensions_of(results)) if weights else None
+    analysed = joints(results, settings, method=method, sparsity=sparsity)
+    shares = check_weights(weights, dimensions_of(results)) if weights else None
     advice = []
-    for found in made:
-        cells, weight = found.cells, None
+    for joint in analysed:
+        cells, weight = joint.cells, None
         known = ~np.isnan(cells.means[:, 1 : len(cells.quantities)]).all(0)
         share = known / max(1, known.sum())
-        if given is not None:
-            share = np.array([given[name] for name in cells.dimensions])
+        if shares is not None:
+            share = np.array([shares[name] for name in cells.dimensions])
             weight = np.concatenate([[0], share, np.zeros(len(cells.tasks))])
-        ranked = [one for one in rank(found, weight) if one.total.value is not None]
+        ranked = [one for one in rank(joint, weight) if one.total.value is not None]
         advice.append(
             Recommendation(
                 cells.condition.label,

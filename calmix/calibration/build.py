@@ -242,9 +242,9 @@ def checks(opened: HasTokenizer, guard: Guard | None) -> dict[str, Any]:
 
 def hashed(ids: Tensor, names: Sequence[str], manifest: dict[str, Any]) -> CalibrationSet:
     """Return a new set, with the hash of its ids added to its manifest."""
-    made = CalibrationSet(ids, tuple(names), manifest)
-    manifest["sha256"] = made.sha256
-    return made
+    drawn = CalibrationSet(ids, tuple(names), manifest)
+    manifest["sha256"] = drawn.sha256
+    return drawn
 
 
 def tokenized(documents: list[Document], tokenizer: Any, name: str) -> Iterator[Tokenized]:

@@ -136,8 +136,8 @@ class CalibrationSet(Shown):
         try:
             tensors = load_file(folder / TENSORS)
             sources = tuple(manifest["names"][i] for i in tensors["source"].tolist())
-            found = cls(tensors["ids"], sources, manifest)
-            if found.ids.dtype != torch.int64 or not found._kept().items() <= manifest.items():
+            dataset = cls(tensors["ids"], sources, manifest)
+            if dataset.ids.dtype != torch.int64 or not dataset._kept().items() <= manifest.items():
                 raise ValueError
         except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
             check_readable(folder / TENSORS)
@@ -147,7 +147,7 @@ class CalibrationSet(Shown):
                 f"calibration set {folder} was made with another tokenizer than the model's: "
                 "make one for this model with calmix calibrate"
             )
-        return found
+        return dataset
 
 
 def saved_set(named: str | Path | None) -> Path | None:
@@ -166,11 +166,11 @@ def identified(text: str | None) -> str | None:
     return text if (folder := saved_set(text)) is None else CalibrationSet.open(folder).sha256
 
 
-def export_jsonl(made: CalibrationSet, tokenizer: Any, path: Path | str) -> None:
+def export_jsonl(drawn: CalibrationSet, tokenizer: Any, path: Path | str) -> None:
     """Write one JSON object per row, with `text` (without special tokens) and `source`.
 
     Tokenising the text again can give other ids at the edges of a row.
     """
-    texts = tokenizer.batch_decode(made.ids.tolist(), skip_special_tokens=True)
-    rows = [{"text": t, "source": s} for t, s in zip(texts, made.sources, strict=True)]
+    texts = tokenizer.batch_decode(drawn.ids.tolist(), skip_special_tokens=True)
+    rows = [{"text": t, "source": s} for t, s in zip(texts, drawn.sources, strict=True)]
     write_text(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

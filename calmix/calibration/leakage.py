@@ -52,8 +52,8 @@ def words(text: str) -> Hashes:
     """Return a hash of each word of a text, normalised, the same within this process."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text.translate(_INVISIBLE))
-    found = _WORD.findall(text.casefold())
-    return np.fromiter(map(hash, found), np.int64, len(found))
+    matches = _WORD.findall(text.casefold())
+    return np.fromiter(map(hash, matches), np.int64, len(matches))
 
 
 def window_hashes(values: Hashes, n: int) -> NDArray[np.uint64]:
@@ -90,11 +90,11 @@ class ItemIndex:
     def find(self, text: str) -> tuple[str, str] | None:
         """Return task and id of an item that shares a run of words with a text, or None."""
         row = words(text)
-        _, found = _known(window_hashes(row, self.n), self._hashes)
-        if len(found):
-            return self.names[int(self._owner[found[0]])]
-        places, found = _known(window_hashes(row, self._least), self._heads)
-        for at, head in zip(places, found, strict=True):
+        _, indices = _known(window_hashes(row, self.n), self._hashes)
+        if len(indices):
+            return self.names[int(self._owner[indices[0]])]
+        places, indices = _known(window_hashes(row, self._least), self._heads)
+        for at, head in zip(places, indices, strict=True):
             for number, item in self._short[int(self._heads[head])]:
                 if np.array_equal(row[at : at + len(item)], item):
                     return self.names[number]

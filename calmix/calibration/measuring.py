@@ -21,23 +21,23 @@ from calmix.sources import Source
 
 
 def measure_set(
-    made: CalibrationSet, opened: HasTokenizer, *, perplexity: bool = True
+    drawn: CalibrationSet, opened: HasTokenizer, *, perplexity: bool = True
 ) -> dict[str, float]:
     """Return every metric of one calibration set alone, by name."""
-    values = of_ids(made.ids.numpy(), len(opened.tokenizer))
-    sources = made.manifest.get("sources", {}).values()
+    values = of_ids(drawn.ids.numpy(), len(opened.tokenizer))
+    sources = drawn.manifest.get("sources", {}).values()
     if described := [source for source in sources if "drawn" in source]:
         documents = sum(len(source["drawn"]) for source in described)
         tokens = sum(source["drawn_tokens"] for source in described)
         values |= {"scope_documents": documents, "granularity": tokens / max(1, documents)}
-    texts = opened.tokenizer.batch_decode(made.ids.tolist(), skip_special_tokens=False)
+    texts = opened.tokenizer.batch_decode(drawn.ids.tolist(), skip_special_tokens=False)
     values["bytes"] = sum(len(text.encode()) for text in texts)
-    return values | distortion(opened, made) if perplexity else values
+    return values | distortion(opened, drawn) if perplexity else values
 
 
-def distortion(opened: Any, made: CalibrationSet) -> dict[str, float]:
+def distortion(opened: Any, drawn: CalibrationSet) -> dict[str, float]:
     """Return distortion, the model's own perplexity on a set, and its bits per byte, by name."""
-    measured = perplexity_of_rows(opened, made.ids)
+    measured = perplexity_of_rows(opened, drawn.ids)
     return {"distortion": measured["perplexity"], "bits_per_byte": measured["bits_per_byte"]}
 
 
@@ -166,12 +166,12 @@ def measure(
             saved.get(spec) or resolve(spec, opened, seed=seed + number, leakage="off", **draw)
             for spec in specs
         ]
-        named = [(spec, made.ids.numpy()) for spec, made in zip(specs, sets, strict=True)]
+        named = [(spec, drawn.ids.numpy()) for spec, drawn in zip(specs, sets, strict=True)]
         extras = compared(named, dict(named)) if len(named) > 1 else [{}]
-        for spec, made, extra in zip(specs, sets, extras, strict=True):
+        for spec, drawn, extra in zip(specs, sets, extras, strict=True):
             if number and spec in saved:
                 continue
-            values[spec].append(measure_set(made, opened, perplexity=perplexity) | extra)
+            values[spec].append(measure_set(drawn, opened, perplexity=perplexity) | extra)
             tick(spec)
     budget = {
         "rows": rows,
@@ -191,8 +191,8 @@ def measure(
 def rows_of(specs: Sequence[str], rows: int | None) -> int:
     """Return the rows of each sample, by default 32 or those of the first saved set."""
     if rows is None:
-        held = next((path for spec in specs if (path := saved_set(spec)) is not None), None)
-        return 32 if held is None else CalibrationSet.open(held).rows
+        saved = next((path for spec in specs if (path := saved_set(spec)) is not None), None)
+        return 32 if saved is None else CalibrationSet.open(saved).rows
     return rows
 
 
@@ -215,12 +215,12 @@ def check_request(specs: Sequence[str], *, draws: int, perplexity: bool, **draw:
             files += ask(spec, **options.drawn()).files
             continue
         files.append(path)
-        held = CalibrationSet.open(path)
-        if (held.rows, held.length) != (options.rows, options.length):
+        saved = CalibrationSet.open(path)
+        if (saved.rows, saved.length) != (options.rows, options.length):
             raise InputError(
-                f"calibration set {path} has {held.rows} rows of {held.length} tokens, not "
+                f"calibration set {path} has {saved.rows} rows of {saved.length} tokens, not "
                 f"{options.rows} of {options.length}: measure everything with --rows "
-                f"{held.rows} --length {held.length}"
+                f"{saved.rows} --length {saved.length}"
             )
     return files
 

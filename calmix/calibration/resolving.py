@@ -97,8 +97,12 @@ class Asked:
         method: Any = None if self.generator is None else self.generator.name
         names, written = list(self.mix), self.written
         if self.saved is not None:
-            held = self.saved.manifest
-            method, names, written = held.get("generated"), held["names"], held.get("written", {})
+            manifest = self.saved.manifest
+            method, names, written = (
+                manifest.get("generated"),
+                manifest["names"],
+                manifest.get("written", {}),
+            )
         if method == "chat" or not (method or set(names) - written.keys()):
             return "self-written"
         return method or ("mix" if len(names) > 1 else "single")
@@ -154,10 +158,10 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
         context: of the model, in tokens, if it is known.
         text, **options: as for `resolve`.
     """
-    given = checked(DrawOptions, options).drawn()
-    own = own_sources(given.pop("sources", None))
+    settings = checked(DrawOptions, options).drawn()
+    own = own_sources(settings.pop("sources", None))
     if (path := saved_set(text)) is not None:
-        saved = _saved(path, given)
+        saved = _saved(path, settings)
         check_length(saved.length, context)
         size = DrawOptions(rows=saved.rows, length=saved.length)
         return Asked({}, saved=saved, draw=size, files=[path])
@@ -173,7 +177,7 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
         named = "uniform:" + ",".join(file.uniform or ()) if file.mix is None else file.mix
         mix = parse_mix(named)
     fixed = {name: value for name, value in file.drawn().items() if name != "sources"}
-    draw = DrawOptions(**(fixed | given))
+    draw = DrawOptions(**(fixed | settings))
     check_length(draw.length, context)
     if draw.leakage != "off":
         guarded_suites(draw.leakage)
@@ -221,31 +225,31 @@ def resolve(
     """
     request = ask(text, context=opened.context, **options)
     if request.saved is not None:
-        made = CalibrationSet.open(user_path(text), opened)
+        drawn = CalibrationSet.open(user_path(text), opened)
     else:
         guard = guard_of(request.draw.leakage)
-        made = make(request, opened, guard, tick=tick, writing=writing, note=note)
-        made.manifest["request"] = recorded(text, options)
+        drawn = make(request, opened, guard, tick=tick, writing=writing, note=note)
+        drawn.manifest["request"] = recorded(text, options)
     if note is not None:
         for name in request.mix:
-            if name not in made.sources:
-                note(f"{name} has no row: its share of {made.rows} rows is below one")
+            if name not in drawn.sources:
+                note(f"{name} gets no rows: its share of {drawn.rows} rows rounds to zero")
         for name in request.sources:
             reader = get_source(name, request.own).reader
             if isinstance(reader, LocalFile) and (left := reader.files()[1]):
                 note(f"{name}: not read: {left}")
-        turns = count_turns(made.ids, opened.tokenizer)
+        turns = count_turns(drawn.ids, opened.tokenizer)
         if turns == 0:
             note(f"warning: {text} {CHATLESS}")
         elif turns is None and getattr(opened.tokenizer, "chat_template", None):
             note(f"warning: {UNWRITABLE}")
-    return made
+    return drawn
 
 
 def recorded(text: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a request for text as the set that it gave records it."""
-    given = {name: value for name, value in options.items() if name != "sources"}
-    draw = checked(DrawOptions, given).model_dump(mode="json", exclude={"sources"})
+    settings = {name: value for name, value in options.items() if name != "sources"}
+    draw = checked(DrawOptions, settings).model_dump(mode="json", exclude={"sources"})
     return {"calibration": text, **draw}
 
 
@@ -285,10 +289,10 @@ def make(
             if not isinstance(opened, OpenModel):
                 raise InputError(f"{generator.name} needs the model, not only its tokenizer")
             parts[name] = generate(generator, opened, rows=counts[name], **heard, **common)
-    made = _together(parts, request, seed)
-    if (turns := count_turns(made.ids, opened.tokenizer)) is not None:
-        made.manifest["chat_turns"] = turns
-    return made
+    joined = _together(parts, request, seed)
+    if (turns := count_turns(joined.ids, opened.tokenizer)) is not None:
+        joined.manifest["chat_turns"] = turns
+    return joined
 
 
 def _together(parts: Mapping[str, CalibrationSet], request: Asked, seed: int) -> CalibrationSet:
@@ -311,14 +315,14 @@ def _together(parts: Mapping[str, CalibrationSet], request: Asked, seed: int) ->
         "written": {name: part.manifest for name, part in parts.items() if name != "own"},
     }
     names = tuple(source if name == "own" else name for name, _, source in rows)
-    made = CalibrationSet(torch.stack([ids for _, ids, _ in rows]), names, manifest)
-    manifest["sha256"] = made.sha256
-    return made
+    joined = CalibrationSet(torch.stack([ids for _, ids, _ in rows]), names, manifest)
+    manifest["sha256"] = joined.sha256
+    return joined
 
 
-def _saved(path: Path, given: dict[str, Any]) -> CalibrationSet:
+def _saved(path: Path, settings: dict[str, Any]) -> CalibrationSet:
     """Return the set in a folder; InputError if it does not fit the given options."""
-    saved, licence = CalibrationSet.open(path), given.pop("licence", None)
+    saved, licence = CalibrationSet.open(path), settings.pop("licence", None)
     has = dict(saved.manifest)
     parts = [has, *(has.get("written") or {}).values()]
     licences = {
@@ -332,7 +336,7 @@ def _saved(path: Path, given: dict[str, Any]) -> CalibrationSet:
         refuse(name, licences.get(name) or get_source(name).licence, licence)
     if isinstance(guard := has.get("leakage"), dict):
         has["leakage"] = guard["suite"]
-    for key, value in given.items():
+    for key, value in settings.items():
         if has.get(key) != value:
             raise InputError(
                 f"calibration set {path} has {key} {has.get(key)}, not {value}: leave "

@@ -34,9 +34,9 @@ def builtin_readers() -> dict[str, list[AssetText]]:
     }
 
 
-def parse_texts(given: Sequence[str]) -> dict[str, Path]:
+def parse_texts(pairs: Sequence[str]) -> dict[str, Path]:
     """Return the user's own texts by dimension, each given as `NAME=PATH`."""
-    named = named_values("--text", given, "NAME=PATH, such as code=mine.jsonl")
+    named = named_values("--text", pairs, "NAME=PATH, such as code=mine.jsonl")
     paths = {name: user_path(path) for name, path in named.items()}
     for name, path in paths.items():
         try:
@@ -82,7 +82,7 @@ def texts(
     head, length = begin_token(tokenizer), min(length, opened.context or length)
     rows_of: dict[str, Tensor] = {}
     for name, of_name in readers.items():
-        made: list[list[int]] = []
+        packed_rows: list[list[int]] = []
         tokens = 0
         for number, reader in enumerate(of_name):
             share = rows // len(of_name) + (number < rows % len(of_name))
@@ -93,9 +93,9 @@ def texts(
                 for i in order
             )
             packed, used = pack_concat(stream, share, length - len(head), tokenizer.eos_token_id)
-            made += [head + row for row in packed]
+            packed_rows += [head + row for row in packed]
             tokens += sum(len(ids) for _, ids in used)
-        if not made:
+        if not packed_rows:
             raise InputError(f"the text {name} has {tokens} tokens, fewer than a row of {length}")
-        rows_of[name] = torch.tensor(made, dtype=torch.int64)
+        rows_of[name] = torch.tensor(packed_rows, dtype=torch.int64)
     return rows_of

@@ -195,8 +195,8 @@ def repeated_cache(cache: Any, rows: int) -> Any:
     from transformers import DynamicCache
 
     # Without a configuration it keeps all tokens of sliding windows.
-    held = ((layer.keys, layer.values) for layer in cache.layers)
-    return DynamicCache([[part.expand(rows, -1, -1, -1) for part in parts] for parts in held])
+    layers = ((layer.keys, layer.values) for layer in cache.layers)
+    return DynamicCache([[part.expand(rows, -1, -1, -1) for part in parts] for parts in layers])
 
 
 def reserved_cache(model: Any, length: int) -> Any:
@@ -218,9 +218,9 @@ def reserved_cache(model: Any, length: int) -> Any:
                 ]
             at = self.get_seq_length()
             stop = at + key_states.shape[-2]
-            for held, new in zip(self.room, (key_states, value_states), strict=True):
-                held[..., at:stop, :] = new
-            self.keys, self.values = (held[..., :stop, :] for held in self.room)
+            for state, new in zip(self.room, (key_states, value_states), strict=True):
+                state[..., at:stop, :] = new
+            self.keys, self.values = (state[..., :stop, :] for state in self.room)
             return self.keys, self.values
 
     cache = DynamicCache(config=model.config)
@@ -253,10 +253,10 @@ def own_places(model: Any) -> Any:
                     layer.keys = self._room(layer.keys[left, :, : self.last])
                     layer.values = self._room(layer.values[left, :, : self.last])
 
-        def _room(self, held: Tensor) -> Tensor:
+        def _room(self, tensor: Tensor) -> Tensor:
             # Zeros, because masked values must be finite too.
-            room = held.new_zeros(self.rows, held.shape[1], self.length, held.shape[3])
-            room[: len(held), :, : held.shape[2]] = held
+            room = tensor.new_zeros(self.rows, tensor.shape[1], self.length, tensor.shape[3])
+            room[: len(tensor), :, : tensor.shape[2]] = tensor
             return room
 
         def fill(self, places: Tensor, cache: DynamicCache, seen: Tensor) -> None:
@@ -267,9 +267,9 @@ def own_places(model: Any) -> Any:
                     own.keys = self._room(other.keys[:0, :, :0])
                     own.values = self._room(other.values[:0, :, :0])
                     own.is_initialized = True
-                for held, new in ((own.keys, other.keys), (own.values, other.values)):
+                for tensor, new in ((own.keys, other.keys), (own.values, other.values)):
                     for place, row, which in zip(places.tolist(), new, shown, strict=True):
-                        held[place, :, : len(which)] = row[:, which]
+                        tensor[place, :, : len(which)] = row[:, which]
             self.at[places] = seen.sum(-1)
             self.move(0)
 
@@ -283,8 +283,8 @@ def own_places(model: Any) -> Any:
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
             line = torch.arange(len(cache.at), device=cache.at.device)
-            for held, new in ((self.keys, key_states), (self.values, value_states)):
-                held[line, :, cache.at] = new[:, :, 0]
+            for tensor, new in ((self.keys, key_states), (self.values, value_states)):
+                tensor[line, :, cache.at] = new[:, :, 0]
             stop = cache.last + 1
             return self.keys[..., :stop, :], self.values[..., :stop, :]
 

@@ -236,19 +236,21 @@ def _mixture(path: str, module: nn.Module, width: int | None) -> Mixture | None:
     to the number of neurons (or twice that, for gate and up in one) and back, which shows whether
     they are stored transposed; if both fit, the module's own flag or the model's width decides.
     """
-    held = {
+    shapes = {
         name: tuple(p.shape)
         for name, p in module._parameters.items()
         if p is not None and p.ndim == 3 and p.dtype in FLOATS
     }
     words = [type(module).__name__, *vars(module)]
-    if len(held) < 2 or not any("expert" in word.lower() for word in words):
+    if len(shapes) < 2 or not any("expert" in word.lower() for word in words):
         return None
-    down = next((name for name in held if DOWN.search(name)), list(held)[-1])
+    down = next((name for name in shapes if DOWN.search(name)), list(shapes)[-1])
     stated = getattr(module, "is_transposed", None)
     layouts = []
     for transposed in (False, True) if stated is None else (bool(stated),):
-        sides = {n: s[:0:-1] if transposed else s[1:] for n, s in held.items()}  # (outputs, inputs)
+        sides = {
+            n: s[:0:-1] if transposed else s[1:] for n, s in shapes.items()
+        }  # (outputs, inputs)
         back, neurons = sides.pop(down)
         ups = set(sides.values())
         if len(ups) == 1 and (up := ups.pop())[1] == back and up[0] in (neurons, 2 * neurons):
@@ -256,10 +258,10 @@ def _mixture(path: str, module: nn.Module, width: int | None) -> Mixture | None:
     if not layouts:
         return None
     _, transposed, half = max(layouts, key=lambda one: one[0])
-    count = min(shape[0] for shape in held.values())
+    count = min(shape[0] for shape in shapes.values())
     layers = [
         Prunable(f"{path}.{expert}.{part}", module, name, transposed, path, expert, rows)
-        for name in held
+        for name in shapes
         for expert in range(count)
         for part, rows in _parts(module, name, None if name == down else half).items()
     ]

@@ -142,12 +142,12 @@ class ModelFiles:
             self._times = times
 
     def _stat(self) -> dict[str, tuple[int, ...]]:
-        found = dict[str, tuple[int, ...]]()
+        stats = dict[str, tuple[int, ...]]()
         for name in [*model_files(self.folder), *map(str, matching(self.folder, TOKENIZER_FILES))]:
             with contextlib.suppress(FileNotFoundError):
                 stat = (self.folder / name).stat()
-                found[name] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-        return found
+                stats[name] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        return stats
 
     def _hash(self) -> dict[str, str]:
         return {name: cached_sha256(self.folder / name) for name in self._stat()}
@@ -457,8 +457,8 @@ def load_config(
     stored = stored_tensors(folder) if weights is None else weights
     counts = [math.prod(one.shape) for one in stored.values()]
     # Some configurations raise on attributes that differ between layers.
-    if found := _too_large(config.get_text_config(decoder=True).to_dict(), counts):
-        raise ModelError(f"{folder / 'config.json'} has {found}, more than its weights allow")
+    if excess := _too_large(config.get_text_config(decoder=True).to_dict(), counts):
+        raise ModelError(f"{folder / 'config.json'} has {excess}, more than its weights allow")
     return config
 
 
@@ -558,8 +558,8 @@ def device_of(name: str) -> torch.device:
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > (most := cores()):
         torch.set_num_threads(most)
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None else torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -639,8 +639,8 @@ def check_gguf(file: Path) -> Header:
     header = read_header(file)
     widest = [max(shape, default=0) for shape in header.shapes.values()]
     for name, value in header.values.items():
-        if found := _too_large({name.rpartition(".")[2]: value}, widest):
-            raise ValueError(f"its header has {found}, more than its weights allow")
+        if excess := _too_large({name.rpartition(".")[2]: value}, widest):
+            raise ValueError(f"its header has {excess}, more than its weights allow")
     return header
 
 
@@ -716,10 +716,10 @@ def loading(what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # a damaged checkpoint can raise anything
-            told = first_line(error)
-            if "custom code" in told:  # transformers names an address, and no flag
-                told = "it needs code of its own: read it, then allow it with --trust-remote-code"
-            raise ModelError(f"{what}: {told}") from error
+            reason = first_line(error)
+            if "custom code" in reason:  # transformers names an address, and no flag
+                reason = "it needs code of its own: read it, then allow it with --trust-remote-code"
+            raise ModelError(f"{what}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -100,8 +100,8 @@ class StreamedModel:
                 self._drop([name])
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
         lacking = [name for name in own if name not in parts and name not in tied]
-        kept = self.model.state_dict().keys() - self.names
-        lacking += [name for name, _ in self.model.named_buffers() if name in kept]
+        unstored = self.model.state_dict().keys() - self.names
+        lacking += [name for name, _ in self.model.named_buffers() if name in unstored]
         if lacking:
             why = f"its files lack {lacking[0]}, or hold it in a form that transformers converts"
             raise _not_streamable(self.name, why)
@@ -210,18 +210,18 @@ class StreamedModel:
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Return a block's parameters by name, and its stored buffers, read from the files."""
         parameters, prefix = self._parameters(), f"{self.blocks.name}.{index}."
-        held = {name: parameters[name].detach() for name in self.block_names(index)}
+        tensors = {name: parameters[name].detach() for name in self.block_names(index)}
         for name, _ in self.model.named_buffers():
             if name in self.names and name.startswith(prefix):
-                held[name] = self.read(self.names[name])
-        return held
+                tensors[name] = self.read(self.names[name])
+        return tensors
 
     def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert a block's tensors, by name in the model, to those stored in a checkpoint."""
-        held = {self.names[name]: value for name, value in tensors.items() if name in self.names}
+        stored = {self.names[name]: value for name, value in tensors.items() if name in self.names}
         merged = {name: value for name, value in tensors.items() if name not in self.names}
-        held |= split(self.model, merged) if merged else {}
-        return {n: v.to(narrower(self.places[n].dtype, v.dtype)) for n, v in held.items()}
+        stored |= split(self.model, merged) if merged else {}
+        return {n: v.to(narrower(self.places[n].dtype, v.dtype)) for n, v in stored.items()}
 
     @property
     def layout(self) -> dict[str, list[str]]:
@@ -261,10 +261,10 @@ class StreamedModel:
         tensors = {name: new[name] if name in new else self.read(name) for name in names}
         return {name: value.to(types.get(name, value.dtype)) for name, value in tensors.items()}
 
-    def refill(self, index: int, held: Mapping[str, Tensor]) -> None:
+    def refill(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Set a block's weights from tensors by their stored names, in the block's type."""
         names = self.block_names(index)
-        self._put(self._merged(names, lambda stored, dtype: held[stored].to(dtype)))
+        self._put(self._merged(names, lambda stored, dtype: tensors[stored].to(dtype)))
 
     def save_config(self, folder: Path) -> None:
         """Write index and configuration, so that a folder with the layout's files loads."""
@@ -383,12 +383,12 @@ def find_parts(
             n: torch.empty(places[n].shape, dtype=places[n].dtype, device="meta") for n in roles
         }
         try:
-            made = merge(stored)
+            whole = merge(stored)
         except (RuntimeError, ValueError):  # a tensor is missing, so the parameter is too
             continue
-        fitting = [n for n, t in made.items() if n in tensors and t.shape == tensors[n].shape]
+        fitting = [n for n, t in whole.items() if n in tensors and t.shape == tensors[n].shape]
         if fitting:
-            back = split(model, {n: torch.empty_like(tensors[n], device="meta") for n in made})
+            back = split(model, {n: torch.empty_like(tensors[n], device="meta") for n in whole})
             if {n: v.shape for n, v in back.items()} != {n: v.shape for n, v in stored.items()}:
                 why = f"transformers converts its weights but not back (first {first})"
                 raise _not_streamable(called, why)

@@ -92,11 +92,11 @@ def tune(
 
     progress, every = Progress(len(steps)), len(steps) // request.epochs
     lr, where = request.lr, f"in block {index} "
-    kept: dict[str, Tensor] = {}
+    best_weights: dict[str, Tensor] = {}
     for _ in train(progress, masters, steps, held_out, mean, lr, every=every, where=where):
         if progress.best == progress.done:
-            kept.clear()  # only one set at a time is in memory
-            kept = masters.stored(copy=True)
+            best_weights.clear()  # only one set at a time is in memory
+            best_weights = masters.stored(copy=True)
     readings, epochs = [loss for _, loss in progress.held_out], grouped(progress.losses, every)
     best = progress.best // every
     report = {
@@ -107,7 +107,7 @@ def tune(
         "held_out": readings[1:],
         "epochs": best,
     }
-    return report, kept
+    return report, best_weights
 
 
 def recover_blocks(job: Job) -> tuple[float, float, Any]:
@@ -139,7 +139,7 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
         job.dense.drop(index)
         job.pruned.fetch(index, ahead=not job.sparing)
         if index < len(reports):
-            made = work.load(f"{CHECKPOINT}/{files[index]}")
+            tensors = work.load(f"{CHECKPOINT}/{files[index]}")
         else:
             named = blocks.blocks[index].named_parameters(prefix=f"{blocks.name}.{index}")
             trained = {name: value for name, value in named if name not in job.fixed}
@@ -151,11 +151,11 @@ def recover_blocks(job: Job) -> tuple[float, float, Any]:
             )
             reports.append(report)
             del masters, trained
-            made = job.write(files[index], job.pruned.as_stored(best))
+            tensors = job.write(files[index], job.pruned.as_stored(best))
             del best
             job.keep(index + 1, blocks=reports)
-        job.pruned.refill(index, made)
-        del made
+        job.pruned.refill(index, tensors)
+        del tensors
         pruned.advance(index)
         job.pruned.drop(index)
         job.run.progress(index + 1, len(blocks), f"error {reports[index]['after']:.4f}")

@@ -133,12 +133,12 @@ class Job:
         shapes, others = (
             {n: tuple(p.shape) for n, p in one.model.named_parameters()} for one in (pruned, dense)
         )
-        kept, count = (experts_of(one.model.config) for one in (pruned, dense))
+        experts, count = (experts_of(one.model.config) for one in (pruned, dense))
         for name in dict.fromkeys([*shapes, *others]):
             here, there = shapes.get(name), others.get(name)
             # ERNIE's bias has groups first.
-            cut = there and ((kept, *there[1:]), (*there[:1], kept, *there[2:]))
-            fewer = kept < count and (here is None or (cut and here in cut))
+            cut = there and ((experts, *there[1:]), (*there[:1], experts, *there[2:]))
+            fewer = experts < count and (here is None or (cut and here in cut))
             if here != there and not fewer:
                 raise InputError(
                     f"{line}: {name} is {here or 'none'} here, {there or 'none'} in the dense model"
@@ -164,7 +164,7 @@ class Job:
         self.weights = sum(math.prod(shapes[name]) for name in names)
         self.zeros = sum(int((pruned.stored(name) == 0).sum()) for name in self.masked)
         self.quantised = sum(math.prod(shapes[name]) for name in self.grids.keys() | on_grid)
-        if self.zeros < LEAST * self.weights and kept == count and not self.quantised:
+        if self.zeros < LEAST * self.weights and experts == count and not self.quantised:
             raise InputError(
                 f"{pruned.name} is not sparse ({self.zeros / self.weights:.2%} of its linear maps' "
                 "weights are zero): prune it first"
@@ -183,19 +183,19 @@ class Job:
         self.training, self.held_out = split_rows(sources, batch, self.seed)
         self.began = time.perf_counter() - self.work.kept.get("seconds", 0.0)  # of earlier runs
         give_memory_back()
-        held, free, _ = device_memory(self.device)
+        resident, free, _ = device_memory(self.device)
         rows = rows_at_once(self.request.batch, calibration.length)
         if (most := self.run.max_memory) is None:
             rows, room = rows[:1], int(ROOM * free)
         else:
-            held = -(-held // (GIB // 4)) * (GIB // 4)
-            room = most - held
+            resident = -(-resident // (GIB // 4)) * (GIB // 4)
+            room = most - resident
         if begun := self.work.kept.get("rows_at_once"):
             rows = [begun]
         self.rows, self.sparing, needed = make_plan(
             self.pruned, self.request.method, calibration.length, rows, room
         )
-        self.run.note("recovery " + check_memory(needed, held, most, free))
+        self.run.note("recovery " + check_memory(needed, resident, most, free))
 
     def check_room(self, tokens: int) -> None:
         """Refuse a recovery if the disk has no room for the files of this many tokens."""
@@ -225,11 +225,11 @@ class Job:
     def write(self, file: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write a file of the result, trained tensors (by stored name) replacing pruned ones, and
         return it."""
-        made = {name: self.pruned.read(name) for name in self.pruned.layout[file]}
-        for name in made.keys() & trained:
-            made[name] = trained[name].to(made[name].dtype)
-        self.work.save(f"{CHECKPOINT}/{file}", made)
-        return made
+        tensors = {name: self.pruned.read(name) for name in self.pruned.layout[file]}
+        for name in tensors.keys() & trained:
+            tensors[name] = trained[name].to(tensors[name].dtype)
+        self.work.save(f"{CHECKPOINT}/{file}", tensors)
+        return tensors
 
 
 def recover(
@@ -288,7 +288,7 @@ def recover(
         tokenizers = [open_tokenizer(one.name, trust_remote_code=trust) for one in models]
         if tokenizers[0].tokenizer_fingerprint != tokenizers[1].tokenizer_fingerprint:
             raise InputError(f"{pruned} was not pruned from {against}: their tokenizers differ")
-        asked = {  # all that determines the bytes of the result, except the text
+        identity = {  # all that determines the bytes of the result, except the text
             "pruned": job.pruned.files.sha256,
             "against": job.dense.files.sha256,
             "tokenizer": tokenizers[0].identity,
@@ -299,12 +299,12 @@ def recover(
         }
         manifest, record = (read_told(job.output / name) for name in (MANIFEST, RUN))
         with suppress(KeyError, TypeError):
-            if run.resume and is_of(manifest, asked, job.output):
+            if run.resume and is_of(manifest, identity, job.output):
                 report = RecoveryReport(**manifest["recovery"], seconds=record["seconds"])
                 run.note(f"{job.output} was finished by an earlier run")
                 work.remove_leftover()
                 return report
-        work.claim(asked, resume=run.resume, overwrite=run.overwrite)
+        work.claim(identity, resume=run.resume, overwrite=run.overwrite)
         try:
             calibration = draw()
             if work.resumes:
@@ -335,7 +335,7 @@ def recover(
                 {"total": time.perf_counter() - job.began},
                 job.quantised,
             )
-            _finish(job, asked, report)
+            _finish(job, identity, report)
         except BaseException as error:
             work.leave(error, run.note)
             raise
@@ -345,23 +345,23 @@ def recover(
             one.close()
 
 
-def _finish(job: Job, asked: dict[str, Any], report: RecoveryReport) -> None:
+def _finish(job: Job, identity: dict[str, Any], report: RecoveryReport) -> None:
     """Write the files beside the weights, and turn the work folder into the output."""
     folder, pruned = job.work.checkpoint, job.pruned
     done = report.to_dict()
     run = run_record(done.pop("seconds")) | {"pruned": read_told(pruned.folder / RUN) or None}
     manifest = {
         "kind": "recovered checkpoint",
-        "model": {"name": pruned.name, "sha256": asked["pruned"]},
-        "against": {"name": job.dense.name, "sha256": asked["against"]},
-        **{name: asked[name] for name in ("dtype", "device")},
+        "model": {"name": pruned.name, "sha256": identity["pruned"]},
+        "against": {"name": job.dense.name, "sha256": identity["against"]},
+        **{name: identity[name] for name in ("dtype", "device")},
         "stored_dtype": dtype_name(weight_dtype(pruned.places)),
         "request": job.request.record(),
         "calibration": job.calibration.manifest,
         "recovery": done,
         "pruned": read_told(pruned.folder / MANIFEST) or None,
-        "versions": versions() | asked["versions"],
-        "request_sha256": sha256_json(asked),
+        "versions": versions() | identity["versions"],
+        "request_sha256": sha256_json(identity),
     }
     with disk_errors(folder):
         own = {MANIFEST, RUN, *(path.name for path in pruned.folder.glob("*.index.json"))}

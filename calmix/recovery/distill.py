@@ -173,14 +173,14 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
             job.keep(progress.done, run=asdict(progress), counted=counted)
             saved = time.monotonic()
             took = saved - now
-    made = work.load(f"best-{best}") if progress.best else {}
+    best_weights = work.load(f"best-{best}") if progress.best else {}
     parts = [job.pruned.block_names(index) for index in range(len(job.pruned.blocks))]
-    others = made.keys() - {name for part in parts for name in part}
+    others = best_weights.keys() - {name for part in parts for name in part}
     # File by file: splitting merged weights copies them.
     for number, file in enumerate(job.pruned.layout):
         names = parts[number] if number < len(parts) else others
-        held = {name: made[name] for name in names if name in made}
-        job.write(file, job.pruned.as_stored(held))
+        present = {name: best_weights[name] for name in names if name in best_weights}
+        job.write(file, job.pruned.as_stored(present))
     losses = dict(progress.held_out)
     return losses[0], losses[progress.best], asdict(progress) | {"shared_head": shared}
 

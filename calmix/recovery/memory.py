@@ -63,13 +63,13 @@ def make_plan(
         optimiser = trained * (16 + size)
         if method == "blocks":
             # The block, its best weights, and both models' next blocks unless sparing.
-            held = trained * (2 if sparing else 4) * size
+            weights_held = trained * (2 if sparing else 4) * size
             first = outside + trained * size  # for the first states
-            return max(first, held + optimiser + (1 + 2 * PASSING) * activations)
+            return max(first, weights_held + optimiser + (1 + 2 * PASSING) * activations)
         between = len(blocks) * tokens * hidden * size
-        kept = PASSING + (1 if sparing else len(blocks))
+        passes = PASSING + (1 if sparing else len(blocks))
         logits = 5 * 4 * min(max(CHUNK, LEAST * vocabulary), tokens * vocabulary)
-        return weights + optimiser + between + kept * activations + logits
+        return weights + optimiser + between + passes * activations + logits
 
     plans = [
         (count, sparing, needed(count * length, sparing))
@@ -79,18 +79,19 @@ def make_plan(
     return min(plans, key=lambda plan: max(0, plan[-1] - room))
 
 
-def check_memory(needed: int, held: int, most: int | None, free: int) -> str:
-    """Return a line with the memory needed, including the `held` bytes of the program.
+def check_memory(needed: int, resident: int, most: int | None, free: int) -> str:
+    """Return a line with the memory needed, including the `resident` bytes of the program.
 
     Exceeding `most` is an InputError; without it, exceeding `free` is only reported.
     """
-    if most is not None and held + needed > most:
+    total = resident + needed
+    if most is not None and total > most:
         raise InputError(
-            f"{most / GIB:.2f} GiB of memory are not enough: {(held + needed) / GIB:.2f} GiB are "
+            f"{most / GIB:.2f} GiB of memory are not enough: {total / GIB:.2f} GiB are "
             f"needed ({needed / GIB:.2f} for weights, optimiser and activations, "
-            f"{held / GIB:.2f} for the program)"
+            f"{resident / GIB:.2f} for the program)"
         )
-    line = f"takes about {(held + needed) / GIB:.2f} GiB of memory"
+    line = f"takes about {total / GIB:.2f} GiB of memory"
     if most is None and needed > free:
         line += f", but only {free / GIB:.2f} GiB are free: it may be killed"
     return line

@@ -45,16 +45,16 @@ def split_rows(sources: Sequence[str], batch: int, seed: int) -> tuple[list[int]
     each source has the same weight in early stopping as in the set.
     """
     rows = len(sources)
-    held = held_out(rows)
-    if rows - held < batch:
+    count = held_out(rows)
+    if rows - count < batch:
         raise InputError(
-            f"a calibration set of {rows} rows is too small for recovery: with {held} held out "
-            f"and {batch} per step, at least {batch + held} are needed (--rows)"
+            f"a calibration set of {rows} rows is too small for recovery: with {count} held out "
+            f"and {batch} per step, at least {batch + count} are needed (--rows)"
         )
     generator = torch.Generator().manual_seed(seed)
     order = sorted(torch.randperm(rows, generator=generator).tolist(), key=lambda i: sources[i])
     start = float(torch.rand(1, generator=generator))
-    chosen = {order[int((number + start) * rows / held)] for number in range(held)}
+    chosen = {order[int((number + start) * rows / count)] for number in range(count)}
     return [row for row in range(rows) if row not in chosen], sorted(chosen)
 
 
@@ -107,11 +107,11 @@ def size_of(stored: Tensor) -> float:
     (Adafactor, arXiv 1804.04235, section 8), whose weights can differ tenfold. Norm vectors can
     hold values in the hundreds beside tiny ones: the bound of 1 keeps the rate from growing.
     """
-    kept = int(torch.count_nonzero(stored))
+    nonzero = int(torch.count_nonzero(stored))
     exact = torch.promote_types(stored.dtype, torch.float32)
     whole = float(torch.linalg.vector_norm(stored, dtype=exact))
     least, most = SIZES
-    return min(most, max(least, whole / math.sqrt(max(1, kept))))
+    return min(most, max(least, whole / math.sqrt(max(1, nonzero))))
 
 
 def rows_at_once(batch: int, length: int) -> list[int]:

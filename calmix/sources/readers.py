@@ -447,9 +447,9 @@ class HubText(Reader):
                 row = {**row, "answer": texts[labels.index(label)] if label in labels else ""}
             if self.template is not None:
                 return fill(self.template, row)
-            held = [row[k] for k in ("text", "content") if isinstance(row.get(k, 0), str | None)]
-            if held:
-                return next((one for one in held if one is not None), "")
+            values = [row[k] for k in ("text", "content") if isinstance(row.get(k, 0), str | None)]
+            if values:
+                return next((one for one in values if one is not None), "")
             raise SourceError(
                 f"there is no field 'text' or 'content' (has: {', '.join(row)}): name the fields "
                 "in a template, in a YAML file of sources"
@@ -647,12 +647,12 @@ def _decoded(where: Path | str, raw: bytes) -> str:
 
 def _of_row(key: str, template: str, row: Any, where: str) -> Document:
     """Return a row as a document, from its template or its chat."""
-    messages, held = None, row if isinstance(row, Mapping) else {}
-    searched = template == TEXT and not held.get("text")  # for a chat in the usual fields
-    name = next((one for one in CHATS if one in held), None) if searched else template[1:-1]
+    messages, mapping = None, row if isinstance(row, Mapping) else {}
+    searched = template == TEXT and not mapping.get("text")  # for a chat in the usual fields
+    name = next((one for one in CHATS if one in mapping), None) if searched else template[1:-1]
     try:
         if name is not None:
-            messages = _chat(held.get(name), name, searched)
+            messages = _chat(mapping.get(name), name, searched)
         if messages is not None:
             said = ((one["role"], one["content"] or one.get("tool_calls")) for one in messages)
             text = "\n\n".join(
@@ -661,7 +661,7 @@ def _of_row(key: str, template: str, row: Any, where: str) -> Document:
                 if part
             )
         else:
-            for path in fields(template, held):
+            for path in fields(template, mapping):
                 if not isinstance(value := lookup(row, path), str | list | dict | None):
                     raise SourceError(f"field '{path}' is not text but {type(value).__name__}")
             text = lines(fill(template, row))
@@ -669,7 +669,7 @@ def _of_row(key: str, template: str, row: Any, where: str) -> Document:
     except RecursionError as error:
         raise SourceError(f"{where}: its lists are nested too deeply") from error
     except SourceError as error:
-        other = held and template == TEXT and "no field" in str(error)
+        other = mapping and template == TEXT and "no field" in str(error)
         hint = ": name one, as FILE@FIELD" if other else ""
         raise SourceError(f"{where}: {error}{hint}") from error
     except UnicodeEncodeError as error:
@@ -724,13 +724,13 @@ def lookup(row: Any, path: str) -> Any:
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
     """Return a template with each `{dotted.field}` replaced; lists are joined by blank lines."""
-    kept = []
+    paragraphs = []
     for paragraph in template.split("\n\n"):
         parts = FIELD.split(paragraph)  # every second part is the name of a field
         parts[1::2] = values = [_text(lookup(row, path)) for path in parts[1::2]]
         if not values or any(value.strip() for value in values):
-            kept.append("".join(parts))
-    return "\n\n".join(kept)
+            paragraphs.append("".join(parts))
+    return "\n\n".join(paragraphs)
 
 
 def fields(template: str, names: Collection[str] = ()) -> list[str]:

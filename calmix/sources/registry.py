@@ -161,19 +161,19 @@ def offline_sources() -> dict[str, Source]:
 
 
 def own_sources(
-    given: Path | str | Mapping[str, Any] | None, path: Path | None = None
+    entries: Path | str | Mapping[str, Any] | None, path: Path | None = None
 ) -> dict[str, Source]:
     """Return a user's own sources by name, from a mapping of names to entries or from a YAML file.
 
     An entry needs only `reader`; relative paths start at the folder of the file, for a mapping
     `path`. Raises InputError if the file is unreadable, or an entry has a wrong key or value.
     """
-    if isinstance(given, Path | str):
-        path = Path(given)
-        given = read_yaml(path)
+    if isinstance(entries, Path | str):
+        path = Path(entries)
+        entries = read_yaml(path)
     path = path or Path.cwd() / "sources"
     sources: dict[str, Source] = {}
-    for name, entry in (given or {}).items():
+    for name, entry in (entries or {}).items():
         if isinstance(entry, Source):
             sources[name] = entry
             continue

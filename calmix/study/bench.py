@@ -102,9 +102,9 @@ class Bench:
             before, at = at, time.perf_counter()
             seconds[name] = round(at - before, 3)
 
-        made, information = self._calibration(trial, stage, note)
+        calibration, information = self._calibration(trial, stage, note)
         lap("calibration")
-        report = self._prune(trial, made, lambda *of: stage("pruning", *of))
+        report = self._prune(trial, calibration, lambda *of: stage("pruning", *of))
         lap("prune")
         if self.opened.fingerprint != trial.definition["model"]["sha256"]:
             raise InputError(f"the files of {self.opened.name} have changed: run the study again")
@@ -112,12 +112,12 @@ class Bench:
             write_json(folder / PRUNING, report.to_dict())
             scored = self.opened
             if trial.recovery is not None and trial.calibration_id is not None:
-                held = str(self.store.calibration(trial.calibration_id))
-                write_checkpoint(self.opened, folder / "pruned", report, made, trial.request)
+                folder_of_set = str(self.store.calibration(trial.calibration_id))
+                write_checkpoint(self.opened, folder / "pruned", report, calibration, trial.request)
                 recovered = recover(
                     str(folder / "pruned"),
                     self.study.file.models[trial.model].name,
-                    trial.recovery.model_copy(update={"calibration": held}),
+                    trial.recovery.model_copy(update={"calibration": folder_of_set}),
                     folder / CHECKPOINT,
                     progress=lambda done, total, loss: stage("recovering", done, total),
                     **self.how,
@@ -128,7 +128,9 @@ class Bench:
                 shutil.rmtree(folder / "pruned")
                 lap("recover")
             elif self.study.file.keep_checkpoints:
-                write_checkpoint(self.opened, folder / CHECKPOINT, report, made, trial.request)
+                write_checkpoint(
+                    self.opened, folder / CHECKPOINT, report, calibration, trial.request
+                )
             scores = evaluate(
                 scored,
                 self.study.suite,
@@ -138,17 +140,17 @@ class Bench:
                 progress=lambda *of: stage("scoring", *of),
             )
             if self._reference is not None:
-                found = distance(
+                divergence = distance(
                     scored,
                     self._reference,
                     dense=partial(self._dense_model, trial.model),
                     progress=lambda *of: stage("distance", *of),
                 )
-                scores = replace(scores, distance=found)
+                scores = replace(scores, distance=divergence)
             if not self.study.file.keep_checkpoints:
                 shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
             lap("evaluate")
-            kept = scores.retention(self._dense, "primary")
+            retention = scores.retention(self._dense, "primary")
             seconds["total"] = round(time.perf_counter() - began, 3)
             outcome = Trial(
                 **{name: getattr(trial, name) for name in SHARED},
@@ -158,17 +160,17 @@ class Bench:
                 propagation=trial.request.propagation,
                 suite=self.study.suite.name,
                 information=information,
-                total=kept.total,
-                worst=kept.worst,
+                total=retention.total,
+                worst=retention.worst,
                 seconds=seconds,
-                dimensions={one.name: one.kept for one in kept.dimensions},
+                dimensions={one.name: one.kept for one in retention.dimensions},
                 tasks=tuple(
                     {
                         NAMES.get(key, key): value
                         for key, value in asdict(one).items()
                         if key != "noise"
                     }
-                    for one in kept.tasks
+                    for one in retention.tasks
                 ),
             )
             run = run_record(seconds) | {
@@ -182,14 +184,17 @@ class Bench:
         return outcome
 
     def _prune(
-        self, trial: Planned, made: CalibrationSet | None, progress: Callable[[int, int], None]
+        self,
+        trial: Planned,
+        calibration: CalibrationSet | None,
+        progress: Callable[[int, int], None],
     ) -> PruneReport:
         """Prune the dense model, unless the open model was pruned in the same way."""
         if self._pruned is not None and self._pruned[0] == trial.pruned:
             return self._pruned[1]
         self._open(trial.model)
         model, request = self.opened, trial.request
-        ids, method = None if made is None else made.ids, request.chosen.text
+        ids, method = None if calibration is None else calibration.ids, request.chosen.text
         pattern: Patterns = request.target
         if request.allocation is not None:
             assert ids is not None
@@ -232,14 +237,14 @@ class Bench:
                     drawn.save(beside)
                     named = {"label": trial.calibration, "metrics": metrics}
                     write_json(beside / INFORMATION, named)
-            made = CalibrationSet.open(folder, self.opened)
+            calibration = CalibrationSet.open(folder, self.opened)
             path = folder / INFORMATION
             information = read_object(path, f"{path} is missing: delete its folder to make it anew")
             if self.study.file.perplexity and "perplexity" not in information["metrics"]:
                 stage("measuring the set", 0, 1)
                 self._open(trial.model)
-                found = distortion(self.opened, made)
-                found["perplexity"] = found.pop("distortion")
-                information["metrics"] |= found
+                measured = distortion(self.opened, calibration)
+                measured["perplexity"] = measured.pop("distortion")
+                information["metrics"] |= measured
                 write_json(path, information)
-        return made, information["metrics"]
+        return calibration, information["metrics"]

@@ -158,7 +158,7 @@ def estimate(
     for members in groups.values():
         first, model = members[0], models[members[0].model]
         memory = model.trial_memory(first, compared=compared)
-        kept = study.file.keep_checkpoints * model.disk
+        checkpoints = study.file.keep_checkpoints * model.disk
         costs.append(
             {
                 "model": first.model,
@@ -168,7 +168,7 @@ def estimate(
                 "length": first.length,
                 "trials": len(members),
                 "memory": memory,
-                "disk": SCORED / 2 * size.items + kept + 50_000,
+                "disk": SCORED / 2 * size.items + checkpoints + 50_000,
             }
         )
         available = device_memory(model.device)[2] or host_memory()[1]

@@ -86,7 +86,7 @@ def run_study(
     """
     options = options or TrialOptions()
     planned, models = plan(study), [model.name for model in study.file.models.values()]
-    files = {file for trial in planned if trial.asked for file in trial.asked.files}
+    files = {file for trial in planned if trial.parsed for file in trial.parsed.files}
     now, index = declaration(study, planned), check_folder(path, [study.path, *models, *files])
     finished = None if index is None or not [*path.glob(f"trials/*/{RESULT}")] else index.name
     declared = declare(study, now, () if index is None else index.declarations, finished)
@@ -195,10 +195,10 @@ def chosen_trials(
         if not any(matches(trial, [pattern]) for trial in trials):
             known = dict.fromkeys(n for trial in trials for n in (trial.model, trial.calibration))
             raise InputError(f"no trial matches '{pattern}': {nearest(pattern, known)}")
-    kept = [t for t in trials if (not only or matches(t, only)) and not matches(t, skip)]
-    if not kept:
+    chosen = [t for t in trials if (not only or matches(t, only)) and not matches(t, skip)]
+    if not chosen:
         raise InputError("--only and --skip together leave no trial: relax one of them")
-    return kept
+    return chosen
 
 
 def run_locally(bench: Bench, todo: Sequence[Planned], stage: Stage, note: Note) -> Ends:
@@ -286,22 +286,22 @@ def on_ray(
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             on_cpu = bench.how["device"] == "cpu"
             any_gpu = not on_cpu and any(node.get("GPU", 0) >= 1 for node in nodes)
-            given = float(any_gpu) if gpus is None else gpus
+            per_trial = float(any_gpu) if gpus is None else gpus
             label, memory = largest(bench.study, todo, **bench.how | {"device": "cpu"})
-            if given and not on_cpu:  # weights only pass through host memory
+            if per_trial and not on_cpu:  # weights only pass through host memory
                 names = (model.name for model in bench.study.file.models.values())
                 memory = PROGRAM + max(weight_bytes(resolve_model(name)) for name in names)
-            check_room(nodes, {"CPU": cpus, "GPU": given, "memory": memory}, label)
+            check_room(nodes, {"CPU": cpus, "GPU": per_trial, "memory": memory}, label)
             note(f"each trial reserves {size_text(memory)} of memory")
             remote: Any = ray.remote(
-                num_cpus=cpus, num_gpus=given, memory=memory, max_retries=retries, max_calls=1
+                num_cpus=cpus, num_gpus=per_trial, memory=memory, max_retries=retries, max_calls=1
             )(_on_worker)
             bench.store.path = bench.store.path.absolute()
             left, running = list(todo), dict[Any, Planned]()
             while left or running:
                 while left and len(running) < (workers or len(todo)):
                     trial = left.pop(0)
-                    sent = replace(trial, asked=None)  # it may hold a set too large for a call
+                    sent = replace(trial, parsed=None)  # it may hold a set too large for a call
                     running[remote.remote(Path.cwd(), bench, sent)] = trial
                 ended = ray.wait(list(running))[0][0]
                 trial = running.pop(ended)

@@ -65,10 +65,10 @@ Text = Annotated[str, Field(pattern=r"\S")]
 
 def _apart(value: Any, handler: Callable[[Any], Any]) -> Any:
     """Refuse two spellings of one method, of which a mapping would keep the last."""
-    made = handler(value)
-    if len(made) < len(value):
+    methods = handler(value)
+    if len(methods) < len(value):
         raise ValueError("two names mean the same method: name it once, with all its targets")
-    return made
+    return methods
 
 
 Methods = Annotated[dict[Method, Targets], Filled, WrapValidator(_apart)]
@@ -181,8 +181,8 @@ class Side(Options):
     @property
     def aspects(self) -> dict[str, list[str]]:
         """What defines the side's trials, and its possible values."""
-        given = {key: getattr(self, key, None) for key in ASPECTS}
-        values = {key: [value] for key, value in given.items() if value is not None}
+        aspects = {key: getattr(self, key, None) for key in ASPECTS}
+        values = {key: [value] for key, value in aspects.items() if value is not None}
         return {"calibration": self.best_of, **values} if self.best_of else values
 
 
@@ -296,8 +296,8 @@ class Study:
     @property
     def primary(self) -> Measure:
         """The primary measure: if none is named, right answers where all are asked."""
-        asked = self.suite.asks and not self.file.right_only
-        return self.file.primary or ("right" if asked else "primary")
+        answers = self.suite.asks and not self.file.right_only
+        return self.file.primary or ("right" if answers else "primary")
 
 
 def load_study(path: Path) -> Study:
@@ -323,9 +323,9 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
         number, _ = locate(node, at)
         problems.append(f"{path} line {number}: {'.'.join(map(str, at))}: {line}")
 
-    def check(at: Sequence[Any], act: Callable[..., Any], *given: Any, **more: Any) -> Any:
+    def check(at: Sequence[Any], act: Callable[..., Any], *args: Any, **more: Any) -> Any:
         try:
-            return act(*given, **more)
+            return act(*args, **more)
         except CalmixError as error:
             wrong(at, error)
 
@@ -402,8 +402,8 @@ def _check_declaration(file: StudyFile, suite: Suite, wrong: Callable[..., None]
         seen.add(one.name)
         for side in ("of", "over"):
             for key, names in getattr(one, side).aspects.items():
-                given = "best_of" if len(names) > 1 else key
-                check([*at, side, given], ASPECTS[key], names)
+                aspect = "best_of" if len(names) > 1 else key
+                check([*at, side, aspect], ASPECTS[key], names)
         for plural in Where.model_fields:
             check([*at, "where", plural], plural, getattr(one.where, plural) or ())
 

@@ -183,12 +183,12 @@ def open_store(path: Path) -> Store:
     """Open an existing store."""
     if not path.exists():
         raise InputError(f"there is no study store at {path}: calmix study run makes one")
-    found = read_object(path / INDEX, f"{path} is not a study store: it has no {INDEX}")
-    if found.get("kind") != KIND:
+    index = read_object(path / INDEX, f"{path} is not a study store: it has no {INDEX}")
+    if index.get("kind") != KIND:
         raise InputError(f"{path} is not a study store: its {INDEX} is of another kind")
-    if found.get("format") != FORMAT:
+    if index.get("format") != FORMAT:
         raise InputError(
-            f"store {path} has format {found.get('format')}, but this calmix reads format "
+            f"store {path} has format {index.get('format')}, but this calmix reads format "
             f"{FORMAT}: use another folder, or the version of calmix that made it"
         )
     check_links(path)
@@ -216,25 +216,25 @@ def read_results(path: Path | str) -> StudyResults:
     entries = store.index.trials
     states = {entry.id: store.state(entry.id) for entry in entries}
     done = [entry for entry in entries if states[entry.id] == "finished"]
-    kept = {entry.id: store.result(entry) for entry in done}
+    records = {entry.id: store.result(entry) for entry in done}
     scored = {entry.id: store.scores(entry) for entry in done}
-    for model in {kept[entry.id].trial.model for entry in done}:
-        forms = {scored[e.id].form for e in done if kept[e.id].trial.model == model} - {""}
+    for model in {records[entry.id].trial.model for entry in done}:
+        forms = {scored[e.id].form for e in done if records[e.id].trial.model == model} - {""}
         if len(forms) > 1:
             raise InputError(
                 f"{path} has trials of {model} asked in its chat template and others with worked "
                 "examples, so the template has changed: run the study in another folder"
             )
-    extra = _compared(store, {e.set: kept[e.id].trial for e in done if e.set is not None})
+    extra = _compared(store, {e.set: records[e.id].trial for e in done if e.set is not None})
     trials = []
     for entry in done:
-        trial, distance = kept[entry.id].trial, scored[entry.id].distance
+        trial, distance = records[entry.id].trial, scored[entry.id].distance
         information = trial.information | extra.get(entry.set or "", {})
         trials.append(trial.model_copy(update={"information": information, "distance": distance}))
     # Each kind of processor scores the dense model itself: take the scores most trials refer to.
-    named = Counter((record.trial.model, record.dense) for record in kept.values())
+    named = Counter((record.trial.model, record.dense) for record in records.values())
     dense = {model: key for (model, key), _ in reversed(named.most_common())}
-    held = {key: load_scores(store.dense(key)) for _, key in named}
+    dense_scores = {key: load_scores(store.dense(key)) for _, key in named}
     return StudyResults(
         name=store.index.name,
         text=store.index.text,
@@ -243,11 +243,11 @@ def read_results(path: Path | str) -> StudyResults:
         failed=tuple(store.read_failure(e) for e in entries if states[e.id] == "failed"),
         suite=store.index.suite,
         scores={name: one.tasks for name, one in scored.items()},
-        dense={label: held[key].tasks for label, key in dense.items()},
-        repeat={label: held[key].repeat for label, key in dense.items()},
-        paired={name: held[record.dense].tasks for name, record in kept.items()},
+        dense={label: dense_scores[key].tasks for label, key in dense.items()},
+        repeat={label: dense_scores[key].repeat for label, key in dense.items()},
+        paired={name: dense_scores[record.dense].tasks for name, record in records.items()},
         part={name: one.part for name, one in scored.items()},
-        dates={name: one.run.get("finished", "") for name, one in kept.items()},
+        dates={name: one.run.get("finished", "") for name, one in records.items()},
         declarations=store.index.declarations,
     )
 
@@ -259,7 +259,7 @@ def _compared(store: Store, sets: dict[str, Trial]) -> dict[str, dict[str, float
     same model, rows and length); mismatch leaves out the set's own source. Absent with fewer than
     two single sources, or if the store was passed on without its sets.
     """
-    found: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, float]] = {}
     groups: dict[tuple[Any, ...], dict[str, Trial]] = {}
     for name, trial in sets.items():
         groups.setdefault((trial.model, trial.rows, trial.length), {})[name] = trial
@@ -274,5 +274,5 @@ def _compared(store: Store, sets: dict[str, Trial]) -> dict[str, dict[str, float
         ids = {name: CalibrationSet.open(store.calibration(name)).ids.numpy() for name in members}
         named = [(trial.calibration, ids[name]) for name, trial in members.items()]
         pool = {label: ids[name] for label, name in singles.items()}
-        found |= dict(zip(members, text_metrics.compared(named, pool), strict=True))
-    return found
+        metrics |= dict(zip(members, text_metrics.compared(named, pool), strict=True))
+    return metrics

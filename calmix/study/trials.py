@@ -49,7 +49,7 @@ class Planned:
     Attributes:
         request: as from the command line; `request.drawn()` goes to `calmix.calibration.resolve`.
         rows, length, seed: of the calibration set, with defaults filled in; 0 without a set.
-        asked: how the calibration set is made.
+        parsed: how the calibration set is made.
         label: short description, unique within the study.
         definition: the resolved request, JSON-serialisable, and `id` its hash; empty until
             resolved. `calibration_id` is the hash of model and calibration, by which sets are
@@ -64,7 +64,7 @@ class Planned:
     length: int = 0
     seed: int = 0
     recovery: Recovering | None = None
-    asked: Asked | None = field(default=None, compare=False)
+    parsed: Asked | None = field(default=None, compare=False)
     label: str = field(default="", compare=False)
     id: str = ""
     definition: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -106,14 +106,14 @@ def plan(study: Study) -> list[Planned]:
 
     Duplicates between grids are dropped; trials that differ only in recovery are adjacent.
     """
-    found: dict[Key, dict[Key, Planned]] = {}
+    planned: dict[Key, dict[Key, Planned]] = {}
     default = {"seeds": [SEED], "allocation": [UNIFORM], "recovery": [NONE]}
     top = [(name, getattr(study.file, name)) for name in Grid.model_fields]
     for grid in study.file.grids or [Grid()]:
         filled = [*default.items(), *top, *grid]  # the last given value wins
         for trial in _of_grid(study, {key: one for key, one in filled if one is not None}):
-            found.setdefault(trial.pruned, {}).setdefault(trial.key, trial)
-    trials = [trial for alike in found.values() for trial in alike.values()]
+            planned.setdefault(trial.pruned, {}).setdefault(trial.key, trial)
+    trials = [trial for alike in planned.values() for trial in alike.values()]
     conditions = {trial.condition for trial in trials}
     return [replace(trial, label=_label(trial, conditions)) for trial in trials]
 
@@ -151,11 +151,11 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
                     top.pop("packing", None)  # has no effect
                 sizes = {k: v for k, v in grid.items() if k in ("rows", "length")}
                 draw = {**top, **sizes, **entry.given(), "seed": seed}
-            asked = ask(entry.written, sources=study.own, **draw)
-            if asked.saved is None and "leakage" not in asked.draw.model_fields_set:
+            parsed = ask(entry.written, sources=study.own, **draw)
+            if parsed.saved is None and "leakage" not in parsed.draw.model_fields_set:
                 draw["leakage"] = study.file.suite
-                asked = ask(entry.written, sources=study.own, **draw)
-            drawn = asked.draw.seed if asked.saved is None else asked.saved.manifest.get("seed")
+                parsed = ask(entry.written, sources=study.own, **draw)
+            drawn = parsed.draw.seed if parsed.saved is None else parsed.saved.manifest.get("seed")
             draw |= same | {"calibration": entry.written, "propagation": grid.get("propagation")}
             variants = product(grid["allocation"], grid["recovery"], calibrated)
             for allocation, recovery, (method, target) in variants:
@@ -165,74 +165,74 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
                 yield Planned(
                     model,
                     label,
-                    asked.strategy,
+                    parsed.strategy,
                     request,
-                    asked.draw.rows,
-                    asked.draw.length,
+                    parsed.draw.rows,
+                    parsed.draw.length,
                     drawn or 0,
                     None if recovery == NONE else recovery_of(recovery),
-                    asked,
+                    parsed,
                 )
 
 
 def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
     """Fill in the definitions and hashes of trials."""
-    content, suite, found = cache(_content), study.suite, []
+    content, suite, resolved = cache(_content), study.suite, []
     models = {
         label: {"sha256": fingerprint(resolve_model(entry.name)), "dtype": entry.dtype}
         for label, entry in study.file.models.items()
     }
     for trial in trials:
-        model, asked, method = models[trial.model], trial.request, trial.request.chosen
+        model, pruning, method = models[trial.model], trial.request, trial.request.chosen
         calibration = None
-        if trial.asked is not None:
-            calibration = _calibration(trial.asked, asked.drawn(), content)
+        if trial.parsed is not None:
+            calibration = _calibration(trial.parsed, pruning.drawn(), content)
         request = {
             "format": FORMAT,
             "model": model,
             "calibration": calibration,
             "method": method.name,
             "pattern": trial.pattern,
-            "sparsity": asked.target.sparsity,
-            "propagation": asked.propagation,
+            "sparsity": pruning.target.sparsity,
+            "propagation": pruning.propagation,
             "damping": method.options.get("damping"),
             "options": {k: v for k, v in method.changed.items() if k != "damping"},
             "suite": {"name": suite.name, "hash": suite.hash, "scorer": SCORER},
-            "allocation": asked.allocation,
-            "embeddings": asked.embeddings,
+            "allocation": pruning.allocation,
+            "embeddings": pruning.embeddings,
             "recovery": trial.recovery and trial.recovery.model_dump(include=RECORDED),
         }
         request = {k: v for k, v in request.items() if v or k not in LATER}
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
-        found.append(
+        resolved.append(
             replace(trial, id=sha256_json(request), definition=request, calibration_id=shared)
         )
-    return found
+    return resolved
 
 
 def checkpoint_bytes(study: Study, trials: Iterable[Planned]) -> int:
     """Return the most disk space that checkpoints of the trials need, kept or temporary."""
     size = cache(lambda label: weight_bytes(resolve_model(study.file.models[label].name)))
-    kept = sum(size(t.model) for t in trials) if study.file.keep_checkpoints else 0
-    return kept + max((2 * size(t.model) for t in trials if t.recovery is not None), default=0)
+    permanent = sum(size(t.model) for t in trials) if study.file.keep_checkpoints else 0
+    return permanent + max((2 * size(t.model) for t in trials if t.recovery is not None), default=0)
 
 
 def _calibration(
-    asked: Asked, draw: dict[str, Any], content: Callable[[Path], str]
+    parsed: Asked, draw: dict[str, Any], content: Callable[[Path], str]
 ) -> dict[str, Any]:
     """Return the definition of a calibration set's rows; `draw` holds the options given."""
-    if asked.saved is not None:
-        return {"saved": asked.saved.manifest["sha256"], **draw}
+    if parsed.saved is not None:
+        return {"saved": parsed.saved.manifest["sha256"], **draw}
 
     def described(names: Iterable[str]) -> dict[str, Any]:
-        found = {}
+        sources = {}
         for name in names:
-            reader = get_source(name, asked.own).reader
+            reader = get_source(name, parsed.own).reader
             known = reader.model_dump(mode="json", exclude_defaults=True)
             if isinstance(reader, LocalFile):  # identified by its content
                 known["path"] = content(reader.path.expanduser())
-            found[name] = {"reader": known, "version": reader.version}
-        return found
+            sources[name] = {"reader": known, "version": reader.version}
+        return sources
 
     def settings(generator: Generator) -> dict[str, Any]:
         chosen = generator.record()
@@ -241,19 +241,23 @@ def _calibration(
             chosen.pop("chat")
         return chosen | ({"seeds": described(generator.sources)} if generator.sources else {})
 
-    options = asked.draw.model_dump(include={"rows", "length", "seed"})
+    options = parsed.draw.model_dump(include={"rows", "length", "seed"})
     options |= {"leakage": "off"} | {k: v for k, v in draw.items() if k == "licence"}
-    if asked.draw.leakage != "off":
-        options["leakage"] = ",".join(one.hash for one in guarded_suites(asked.draw.leakage))
+    if parsed.draw.leakage != "off":
+        options["leakage"] = ",".join(one.hash for one in guarded_suites(parsed.draw.leakage))
         options["leakage_tokens"] = WORDS  # the name since older versions
-    if asked.generator is not None:
-        chosen = settings(asked.generator)
-        return {"generated": asked.generator.name, "version": VERSION, "settings": chosen} | options
-    options |= {"packing": asked.draw.packing, "select": "random"}  # older versions had a choice
-    if asked.written:
-        options["written"] = {name: settings(one) for name, one in asked.written.items()}
+    if parsed.generator is not None:
+        chosen = settings(parsed.generator)
+        return {
+            "generated": parsed.generator.name,
+            "version": VERSION,
+            "settings": chosen,
+        } | options
+    options |= {"packing": parsed.draw.packing, "select": "random"}  # older versions had a choice
+    if parsed.written:
+        options["written"] = {name: settings(one) for name, one in parsed.written.items()}
         options["writing"] = VERSION
-    return {"mix": asked.mix, "sources": described(asked.sources), **options}
+    return {"mix": parsed.mix, "sources": described(parsed.sources), **options}
 
 
 def _content(path: Path) -> str:

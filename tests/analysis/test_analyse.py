@@ -32,7 +32,7 @@ TRIALS = tuple(
 )
 
 
-def test_everything_is_written_and_the_same_every_time(tmp_path):
+def test_analysis_files_are_reproducible(tmp_path):
     results = study(full_plan(seeds=(0,), sources=SOURCES[6:14]))
     for name in ("one", "two"):
         analyse(results, QUICK).save(tmp_path / name)
@@ -62,7 +62,7 @@ def test_everything_is_written_and_the_same_every_time(tmp_path):
     assert float(tasks[0]["kept_value"]) == first["tasks"][tasks[0]["name"]]["value"]
 
 
-def test_a_store_gives_the_analysis_of_its_results(tmp_path):
+def test_analysis_of_a_store(tmp_path):
     """A study uses the dense scores that most trials refer to, whatever the order."""
     results = study(full_plan(seeds=(0, 1), conditions=[("wanda", "50%")]))
     place = save(results, tmp_path / "once")
@@ -77,7 +77,7 @@ def test_a_store_gives_the_analysis_of_its_results(tmp_path):
     assert again.paired[results.trials[1].id] == results.dense[results.trials[1].model]
 
 
-def test_accuracy_and_flips_leave_out_answers_asked_only_where_the_dense_model_is_right(tmp_path):
+def test_accuracy_and_flips_skip_right_only_tasks(tmp_path):
     """Items that were not asked count as wrong in the scores."""
     whole = study(Plan(sources=SOURCES[:2], seeds=(0,), others={}))
 
@@ -107,7 +107,7 @@ def test_accuracy_and_flips_leave_out_answers_asked_only_where_the_dense_model_i
 
 
 @pytest.mark.parametrize(("sources", "seeds"), [(1, (0,)), (3, (0,)), (4, (0, 1))])
-def test_tiny_studies_say_what_they_can(sources, seeds):
+def test_tiny_studies(sources, seeds):
     names = [f"s{number}" for number in range(sources)]
     found = analyse(study(Plan(sources=names, seeds=seeds)), QUICK)
     only = found.conditions[0]
@@ -118,14 +118,14 @@ def test_tiny_studies_say_what_they_can(sources, seeds):
     assert (only.ranking[0].total.draw_low is None) == (len(seeds) == 1)
 
 
-def test_sets_that_cannot_be_told_apart_share_the_chance_to_be_best():
+def test_equal_sets_share_the_probability_of_being_best():
     kept = {"general": 0.44, "math": 0.40}
     trials = tuple(trial(name, "single", "wanda", "50%", 0, kept) for name in "abc")
     for ranked in analyse(study(Plan(), trials=trials), QUICK).conditions[0].ranking:
         assert ranked.best == pytest.approx(1 / 3)
 
 
-def test_sets_at_so_many_bits_are_compared_whatever_share_became_zero():
+def test_conditions_by_bits_ignore_sparsity():
     trials = tuple(
         trial(name, "mix", "ecq", "3 bits", seed, {"general": 0.5}, sparsity=0.1 * seed)
         for name in "ab"
@@ -135,7 +135,7 @@ def test_sets_at_so_many_bits_are_compared_whatever_share_became_zero():
     assert {ranked.calibration for ranked in one.ranking} == {"a", "b"}
 
 
-def test_a_study_in_progress_tells_its_gaps_and_mistakes_are_one_line():
+def test_incomplete_study_and_errors():
     whole = study(full_plan(conditions=[("wanda", "50%")], seeds=(0, 1)))
     part = whole.model_copy(update={"trials": whole.trials[:-1], "failed": (failed("x"),)})
     assert analyse(part, QUICK).conditions[0].missing == [("igsp", 1)]
@@ -157,7 +157,7 @@ def test_a_study_in_progress_tells_its_gaps_and_mistakes_are_one_line():
             analyse(made, settings, **filters)
 
 
-def test_the_recommendation_follows_the_weights_and_tells_its_doubt():
+def test_recommendation_follows_weights():
     results = study(Plan(), trials=TRIALS)
     only = recommend(results)[0]
     assert [c.calibration for c in only.candidates] == ["blend", "coder", "reader"]
@@ -176,7 +176,7 @@ def test_the_recommendation_follows_the_weights_and_tells_its_doubt():
     assert value - 0.01 < best.shrunken.value < best.total.value
 
 
-def test_the_verb_names_the_best_set_and_its_uncertainty(calmix, tmp_path):
+def test_recommend_command(calmix, tmp_path):
     def recommended(trials, *more):
         place = tmp_path / str(len(trials))
         folder = place if place.exists() else save(study(Plan(), trials=trials), place)
@@ -204,7 +204,7 @@ def test_the_verb_names_the_best_set_and_its_uncertainty(calmix, tmp_path):
     assert "take coder, the only set: " in recommended(singles[:1])
 
 
-def test_the_verb_writes_into_the_study_and_prints_the_summary(calmix, tmp_path):
+def test_analyse_command(calmix, tmp_path):
     plan = full_plan(
         sources=SOURCES[:5],
         conditions=CONDITIONS[1:],
@@ -220,7 +220,7 @@ def test_the_verb_writes_into_the_study_and_prints_the_summary(calmix, tmp_path)
     assert json.loads((folder / "analysis" / "analysis.json").read_text()) == told
 
 
-def test_without_signal_in_a_wanted_dimension_nothing_is_recommended():
+def test_no_recommendation_without_signal():
     blind = trial("blind", "single", "sparsegpt", "60%", 0, {"general": 0.99, "code": None})
     nobody = study(Plan(), trials=(blind,))
     assert recommend(nobody)[0].weights == {"general": 1.0, "code": 0.0}

@@ -27,7 +27,7 @@ def of(results):
     return analyse(results, QUICK).conditions[0]
 
 
-def test_rho_is_that_of_the_seed_means_of_single_sources_alone():
+def test_rho_uses_seed_means_of_single_sources():
     results = study(full_plan(conditions=[("wanda", "50%")]))
     cells = tables(results, "primary")[0]
     singles = cells.of("single")
@@ -47,7 +47,7 @@ def test_rho_is_that_of_the_seed_means_of_single_sources_alone():
     assert (one.low, one.high) == pytest.approx(tuple(ends))
 
 
-def test_four_sources_are_the_least():
+def test_correlation_needs_four_sources():
     for count, tested in ((3, False), (4, True)):
         results = study(full_plan(sources=SOURCES[:count], conditions=[("wanda", "50%")]))
         found = analyse(results, QUICK).conditions[0]
@@ -56,7 +56,7 @@ def test_four_sources_are_the_least():
     assert (one.n, one.exact, one.least_p) == (4, True, 2 / 24)
 
 
-def test_a_metric_that_few_sets_have_is_listed_without_rho():
+def test_rare_metric_has_no_rho():
     whole = study(full_plan(seeds=(0,), conditions=[("wanda", "50%")]))
     trials = [
         one.model_copy(update={"information": one.information | {"odd": float(at)}})
@@ -68,7 +68,7 @@ def test_a_metric_that_few_sets_have_is_listed_without_rho():
     assert {(one.n, one.rho, one.p) for one in found if one.metric == "odd"} == {(3, None, None)}
 
 
-def test_all_that_is_exploratory_is_corrected_together():
+def test_exploratory_tests_are_corrected_together():
     results = study(full_plan(seeds=(0,)))
     whole = analyse(results, QUICK)
     every = [
@@ -82,7 +82,7 @@ def test_all_that_is_exploratory_is_corrected_together():
     assert analyse(results, QUICK, method="wanda").tests == (len(every) - len(whole.gains)) // 3
 
 
-def test_metrics_that_order_the_sets_alike_are_one_test():
+def test_equivalent_metrics_are_one_test():
     whole = study(Plan(seeds=(0,)))
     trials = []
     for one in whole.trials:
@@ -95,7 +95,7 @@ def test_metrics_that_order_the_sets_alike_are_one_test():
     assert aliases["perplexity"] == ("bits_per_byte", "-volume")
 
 
-def test_kl_that_orders_as_retention_does_is_said_to():
+def test_kl_agreement_is_reported():
     results = study(Plan(seeds=(0, 1)))
     first = of(results)
     own = [
@@ -112,7 +112,7 @@ def test_kl_that_orders_as_retention_does_is_said_to():
     assert found["total"].p <= 0.05
 
 
-def test_distances_not_measured_or_on_other_texts_are_left_out():
+def test_missing_or_other_distances_are_skipped():
     results = study(Plan(seeds=(0,)))
     gone = results.trials[0].model_copy(update={"distance": None})
     part = of(results.model_copy(update={"trials": (gone, *results.trials[1:])}))
@@ -127,7 +127,7 @@ def test_distances_not_measured_or_on_other_texts_are_left_out():
     assert all(one.distance["kl"]["total"] is None for one in mixed.ranking)
 
 
-def test_no_bound_is_beyond_one_and_what_does_not_vary_has_none():
+def test_bounds_of_constant_metrics():
     for sign, n in itertools.product((1, -1), range(4, 30, 5)):
         x = np.random.default_rng(n).standard_normal(n)
         assert np.max(sign * bootstrap_intervals(x, sign * x, resamples=40)) == 1.0
@@ -137,7 +137,7 @@ def test_no_bound_is_beyond_one_and_what_does_not_vary_has_none():
     assert np.isnan(bootstrap_intervals(same, np.arange(6.0))).all()
 
 
-def test_the_bootstrap_is_a_plain_one():
+def test_bootstrap_matches_a_plain_loop():
     """One resample at a time, some of them constant, up to half or more."""
     x, rows = np.array([1.0, 1, 1, 1, 5]), np.array([[3.0, 1, 4, 1.5, 9], [2, 9, 2, 2, 2], [2] * 5])
     counts = set()

@@ -92,7 +92,7 @@ CASES = quick(
 
 
 @pytest.mark.parametrize("truth", CASES)
-def test_intervals_cover_the_truth_as_often_as_they_say(truth):
+def test_interval_coverage(truth):
     """Coverage is at least 95 % and at most 98.5 %."""
     times, inside = 200, {name: [] for name in ("one", "one, draws", "gap", "gap, draws")}
     for found, expected in studies(truth, times):
@@ -108,7 +108,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(truth):
         assert 0.95 - slack(times) <= np.mean(told) <= 0.985 + slack(times, 0.015), name
 
 
-def test_sets_of_one_seed_are_covered_with_the_spread_of_other_conditions():
+def test_coverage_with_one_seed():
     """The same spread of seeds under a condition with two seeds of each set."""
     times, inside, alone = 200, [], []
     once, twice = Truth(draws=(1,) * 4, own_items=0.05), Truth(draws=(2,) * 6)
@@ -124,7 +124,7 @@ def test_sets_of_one_seed_are_covered_with_the_spread_of_other_conditions():
     assert np.mean(alone) < 0.9
 
 
-def test_among_equal_sets_no_more_is_claimed_than_the_level_allows():
+def test_false_positive_rate():
     """Mixes, the best source (picked by its values) and the mean of the sources are all equal."""
     times, claimed, found_at_all = 60, [], []
     truth = Truth(draws=(1, 2, 1, 2, 1, 3, 3, 2), others=3)
@@ -138,7 +138,7 @@ def test_among_equal_sets_no_more_is_claimed_than_the_level_allows():
         assert np.mean(told) <= 0.05 + slack(times)
 
 
-def test_the_one_that_was_picked_is_not_favoured():
+def test_picked_set_is_unbiased():
     """The raw total of the best of 12 sources is biased upwards, the shrunken one is not."""
     rng = np.random.default_rng(4)
     for spread in (0.0, 0.03):
@@ -158,7 +158,7 @@ def test_the_one_that_was_picked_is_not_favoured():
         assert abs(np.mean(drawn)) < 0.3 * np.mean(raw)
 
 
-def test_noise_is_what_was_planted():
+def test_noise_estimate_matches_planted_noise():
     rng = np.random.default_rng(5)
     found = []
     for _ in range(60):
@@ -195,7 +195,7 @@ def detected(difference, draws, draw, freedom, item):
     ("draws", "freedom", "item"),
     [(2, 2, 0.0), (9, 6, 0.0), (2, 40, 0.0), (3, 6, 0.004), (3, 6, 0.02), (3, 40, 0.01)],
 )
-def test_what_is_detectable_is_detected_in_80_percent(draws, freedom, item):
+def test_detectable_difference_has_80_percent_power(draws, freedom, item):
     found = detectable(draws, 0.012, freedom, item)
     assert found >= detectable(draws, 0.012, freedom)
     assert detected(found, draws, 0.012, freedom, item) == pytest.approx(
@@ -204,7 +204,7 @@ def test_what_is_detectable_is_detected_in_80_percent(draws, freedom, item):
 
 
 @pytest.mark.parametrize("difference", [0.01, 0.02, 0.03])
-def test_the_least_draws_are_enough_and_one_less_is_not(difference):
+def test_needed_seeds_are_minimal(difference):
     draw, freedom, item = 0.015, 12, 0.003
     found = needed(difference, draw, freedom, item)
     assert found.draws_items >= found.draws > 1
@@ -213,7 +213,7 @@ def test_the_least_draws_are_enough_and_one_less_is_not(difference):
         assert detectable(draws - 1, draw, freedom, other) > difference
 
 
-def test_by_hand_with_much_freedom_and_where_items_are_the_limit():
+def test_power_by_hand():
     # (1.96 + 0.84)^2 x 2 x s^2 / d^2 = 7.849 x 2
     assert needed(0.01, 0.01, 1e7, 0.0).draws == 16
     assert detectable(16, 0.01, 1e7) == pytest.approx(2.8016 * 0.01 * math.sqrt(1 / 8), rel=1e-4)

@@ -104,7 +104,7 @@ def over(name, **more):
     return {"of": {"calibration": "mix"}, "over": {"calibration": name}, **more}
 
 
-def test_verdicts_follow_interval_corrected_p_and_margin():
+def test_verdicts():
     right = {"mix": 80, "a": 40, "b": lambda seed: shuffled(80, seed + 9), "c": 95}
     results = made(right)
     said = {
@@ -141,7 +141,7 @@ def test_verdicts_follow_interval_corrected_p_and_margin():
     assert (alone.verdict, first.verdict) == ("more", "cannot be told")
 
 
-def test_sets_that_are_not_compared_change_nothing():
+def test_other_sets_do_not_change_a_comparison():
     right = {"b": 60, "mix": 80, "c": 30, "a": 40}
     some, whole = (
         analyse(declaring(made(each), {"far": over("a")}), QUICK).comparisons[0]
@@ -152,7 +152,7 @@ def test_sets_that_are_not_compared_change_nothing():
     assert (whole.gap.item_low, whole.gap.item_high) == pytest.approx(ends)
 
 
-def test_each_model_is_compared_by_itself_and_methods_in_the_mean():
+def test_comparison_per_model_averages_methods():
     right = {"mix": {"sparsegpt": 60, "admm": 80}, "a": {"sparsegpt": 50, "admm": 50}}
     results = made(right, models=("m", "n"), methods=("sparsegpt", "admm"))
     said = {
@@ -173,7 +173,7 @@ def test_each_model_is_compared_by_itself_and_methods_in_the_mean():
     assert found.comparisons[1].verdict == "cannot be told"
 
 
-def test_the_best_of_several_sets_is_chosen_on_odd_items_and_compared_on_even_ones():
+def test_best_of_is_chosen_on_odd_items():
     odd, even = set(range(0, COUNT, 2)), set(range(1, COUNT, 2))
     right = {
         "mix": lambda seed: shuffled(40) | {at for at in even if at < 60},
@@ -190,7 +190,7 @@ def test_the_best_of_several_sets_is_chosen_on_odd_items_and_compared_on_even_on
     assert one.verdict == "more"
 
 
-def test_what_is_left_out_afterwards_is_shown_beside_the_declared_verdict():
+def test_post_hoc_exclusion_is_shown_separately():
     results = made({"mix": (80, 80, 30), "a": (70, 70, 90), "b": (60, 60, 60)})
     said = {"mixed": over("a", predict=[0, 9])}
     found = analyse(declaring(results, said), QUICK)
@@ -218,7 +218,7 @@ def test_what_is_left_out_afterwards_is_shown_beside_the_declared_verdict():
             analyse(results, QUICK.model_copy(update={"without": without}))
 
 
-def test_the_first_lines_say_what_differs_from_the_declaration():
+def test_summary_reports_deviations_from_the_declaration():
     results = made({"mix": 80, "a": 40, "b": 60})
     plain = summarise(analyse(results, QUICK))
     assert plain["opening"] == [
@@ -256,7 +256,7 @@ def test_the_first_lines_say_what_differs_from_the_declaration():
     assert told[2] == "Older than the declaration: 9 trials of 9 that are compared."
 
 
-def test_kept_answers_stand_in_where_gains_were_not_measured():
+def test_kept_replaces_right_without_gains():
     results = declaring(made({"mix": 80, "a": 40}), {"mixed": over("a")})
     assert analyse(results, QUICK).measure == "right"
     part = results.model_copy(
@@ -272,7 +272,7 @@ def test_kept_answers_stand_in_where_gains_were_not_measured():
     assert found.comparisons[0].verdict == "more"
 
 
-def test_the_dense_model_against_itself_is_the_ceiling():
+def test_dense_repeat_is_the_ceiling():
     again = tuple(answers(*task, range(1, COUNT)) for task in TASKS)
     results = made({"mix": 80, "a": 40}, repeat={"m": again})
     found = analyse(results, QUICK)
@@ -281,7 +281,7 @@ def test_the_dense_model_against_itself_is_the_ceiling():
     assert line in summarise(found)["certainty"]
 
 
-def test_the_text_and_the_files_put_first_what_was_declared(calmix, tmp_path):
+def test_declared_comparisons_come_first(calmix, tmp_path):
     results = made({"mix": 80, "a": 40, "b": 60})
     found = analyse(declaring(results, {"mixed": over("a"), "other": over("b")}), QUICK)
     text = summary_text(found)

@@ -26,7 +26,7 @@ def gap(found, left, right, quantity=TOTAL):
     return one
 
 
-def test_a_difference_of_seeds_is_students_t_of_the_pooled_spread():
+def test_seed_difference_uses_students_t():
     """One mean of 3 seeds minus 16 such means, with the pooled standard deviation of a seed."""
     found = analyse(study(full_plan(conditions=SPARSE)), EXACT).conditions[0]
     one = gap(found, "mix-8", SINGLES, "code").gap
@@ -45,7 +45,7 @@ def test_a_difference_of_seeds_is_students_t_of_the_pooled_spread():
     assert len({d.left for d in found.differences} | {d.right for d in found.differences}) == 8
 
 
-def test_sets_of_few_seeds_are_compared_by_the_pooled_spread_or_about_items_alone():
+def test_few_seeds_use_pooled_spread():
     """As in a study with one seed for sources and three for mixes."""
     whole = study(full_plan(conditions=SPARSE))
     for single, freedom, missing in ((True, 0, 0), (False, 12, 32)):
@@ -60,7 +60,7 @@ def test_sets_of_few_seeds_are_compared_by_the_pooled_spread_or_about_items_alon
         assert ((one.gap.low, one.gap.high) == (one.gap.item_low, one.gap.item_high)) == single
 
 
-def test_the_worst_dimension_of_the_picked_source_is_by_its_own_numbers():
+def test_worst_dimension_of_picked_source():
     """If fully shrunken to the mean of the sources, its worst would be code; it is not."""
     own = {"a": (0.5, 0.9), "b": (0.9, 0.1), "c": (0.9, 0.1), "m": (0.7, 0.71)}
     trials = tuple(
@@ -82,7 +82,7 @@ def test_the_worst_dimension_of_the_picked_source_is_by_its_own_numbers():
     assert worst == pytest.approx(general)
 
 
-def test_a_condition_with_one_seed_has_the_spread_of_the_others():
+def test_one_seed_borrows_spread():
     pairs = [("sparsegpt", "50%"), ("sparsegpt", "60%"), ("admm", "60%")]
     few = {"sources": SOURCES[:4], "others": {"mix-8": ("mix", 0.08)}}
     whole = study(full_plan(conditions=pairs, **few))
@@ -117,7 +117,7 @@ def test_a_condition_with_one_seed_has_the_spread_of_the_others():
     assert [one.joint.freedom for one in told if one.condition.model != "other"] == [0, 0]
 
 
-def test_accuracy_is_read_beside_the_primary_scores():
+def test_accuracy_beside_primary_scores():
     """The made-up tasks keep 0.9 times as much in accuracy; texts have none."""
     results = study(Plan(seeds=(0,), sources=("a", "b")))
     found, by_accuracy = (
@@ -130,7 +130,7 @@ def test_accuracy_is_read_beside_the_primary_scores():
         assert (one.accuracy["code"], text) == (pytest.approx(answers), None)
 
 
-def test_accuracy_pools_items_and_flips_average_tasks_as_evaluate_does():
+def test_accuracy_and_flips_match_evaluate():
     def more(tasks):
         one = next(task for task in tasks if task.name == "code_a")
         few = {
@@ -160,7 +160,7 @@ def test_accuracy_pools_items_and_flips_average_tasks_as_evaluate_does():
             )
 
 
-def test_bits_per_byte_resample_as_the_ratio_they_are():
+def test_bits_per_byte_are_resampled_as_a_ratio():
     """The paper's ratio divides by the trial's own bits; the interval is that of the ratio."""
     results = study(Plan(seeds=(0,), sources=("a",)))
     only, by_ratio = results.trials[0], EXACT.model_copy(update={"measure": "ratio"})
@@ -174,7 +174,7 @@ def test_bits_per_byte_resample_as_the_ratio_they_are():
     assert ours.high - ours.low > 0.01
 
 
-def test_conditions_are_named_by_what_differs():
+def test_condition_labels():
     for name, title in (("admm,refit=5 + distill", "ADMM,refit=5 + distill"), ("ours", "ours")):
         assert method_name(name) == title
     kept = {"general": 0.5, "code": 0.5}
@@ -230,7 +230,7 @@ def gain(found, more, less, quantity=TOTAL):
     return one
 
 
-def test_every_two_methods_are_compared():
+def test_gains_between_all_methods():
     found = analysed(KEPT)
     assert len({(one.more, one.less) for one in found.gains}) == 3
     for more, less, quantity, sets, wanted in (
@@ -243,7 +243,7 @@ def test_every_two_methods_are_compared():
         assert (one.sets, one.gap.value) == (sets, pytest.approx(wanted, abs=1e-3))
 
 
-def test_items_and_seeds_are_the_same_on_both_sides():
+def test_items_and_seeds_are_paired():
     """The interval of a gap between methods accounts for their common items and seeds."""
     found = analysed(KEPT, seeds=3)
     one = gain(found, BETTER, PLAIN).gap
@@ -255,7 +255,7 @@ def test_items_and_seeds_are_the_same_on_both_sides():
     assert one.draw_high - one.draw_low < 0.1 * (means[0].draw_high - means[0].draw_low)
 
 
-def test_one_wild_resample_changes_no_p():
+def test_p_is_robust_to_one_resample():
     """Of few items next to nothing that can be retained may be left in a resample."""
     better, plain = (one.joint for one in analysed(KEPT, seeds=3).conditions[::2])
     item = better.item.copy()
@@ -266,7 +266,7 @@ def test_one_wild_resample_changes_no_p():
     assert gaps[1].p == pytest.approx(gaps[0].p, rel=0.3)
 
 
-def test_only_conditions_alike_but_for_the_method_are_compared():
+def test_gains_need_equal_conditions():
     conditions = [("sparsegpt", "60%"), ("admm", "60%")]
     one = study(Plan(sources=("a", "b"), conditions=conditions))
     assert len(analyse(one, QUICK).gains) == 6

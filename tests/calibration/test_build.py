@@ -30,7 +30,7 @@ def mix_of(sources, lower=1, upper=1):
     seed=st.integers(0, 2**31),
     packing=st.sampled_from(["concat", "window"]),
 )
-def test_rows_are_full_of_one_source_and_repeatable(sources, tiny, rows, length, seed, packing):
+def test_rows_are_full_and_reproducible(sources, tiny, rows, length, seed, packing):
     request = {"rows": rows, "length": length, "seed": seed, "packing": packing}
     mix = mix_of(sources, 1, 2)
     made = build(mix, tiny, **request)
@@ -44,7 +44,7 @@ def test_rows_are_full_of_one_source_and_repeatable(sources, tiny, rows, length,
         assert text == (text.lower() if source == sources["lower"] else text.upper())
 
 
-def test_rows_are_of_name_and_seed_whatever_else_is_drawn(tmp_path, tiny, sources, monkeypatch):
+def test_rows_depend_only_on_source_name_and_seed(tmp_path, tiny, sources, monkeypatch):
     alone = build(parse_mix(sources["lower"]), tiny, rows=4, length=32)
     both = build(mix_of(sources), tiny, rows=8, length=32)
     rows = {
@@ -63,7 +63,7 @@ def test_rows_are_of_name_and_seed_whatever_else_is_drawn(tmp_path, tiny, source
     assert len(set(seeds)) == 5
 
 
-def test_a_begin_token_opens_every_row(sources, tiny):
+def test_every_row_starts_with_the_begin_token(sources, tiny):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny_tokenizer()
@@ -80,7 +80,7 @@ def test_a_begin_token_opens_every_row(sources, tiny):
         build(mix_of(sources), opened, rows=1, length=1)
 
 
-def test_the_manifest_names_the_documents(sources, tiny):
+def test_manifest_lists_documents(sources, tiny):
     made = build(mix_of(sources), tiny, rows=9, length=32)
     for name, entry in made.manifest["sources"].items():
         texts = {d.id: d.text for d in get_source(name).documents()}
@@ -95,7 +95,7 @@ def test_the_manifest_names_the_documents(sources, tiny):
     assert (entry["documents"], len(set(entry["drawn"]))) == (60, 3)
 
 
-def test_too_little_text_tells_has_and_needs(sources, tiny):
+def test_too_little_text_reports_available_and_needed(sources, tiny):
     mix = parse_mix(sources["lower"])
     with pytest.raises(SourceError, match=r"has text for 66 rows of 64 tokens, not 100: add text"):
         build(mix, tiny, rows=100, length=64)
@@ -103,7 +103,7 @@ def test_too_little_text_tells_has_and_needs(sources, tiny):
         build(mix, tiny, rows=11, length=90, packing="window")
 
 
-def test_a_single_document_is_used_from_end_to_end(tmp_path, tiny):
+def test_single_document_is_used_whole(tmp_path, tiny):
     path = tmp_path / "book.txt"
     path.write_text("".join(f"{number:04d} " for number in range(4000)), encoding="utf-8")
     seeds = [build(parse_mix(str(path)), tiny, rows=8, length=50, seed=seed) for seed in (0, 1, 0)]
@@ -113,7 +113,7 @@ def test_a_single_document_is_used_from_end_to_end(tmp_path, tiny):
     assert seeds[0].manifest["sources"][str(path)]["drawn"] == ["0"]
 
 
-def test_a_few_long_documents_are_used_from_end_to_end(tmp_path, tiny):
+def test_few_long_documents_are_used_whole(tmp_path, tiny):
     folder = tmp_path / "books"
     folder.mkdir()
     for name in "ab":
@@ -130,7 +130,7 @@ def test_a_few_long_documents_are_used_from_end_to_end(tmp_path, tiny):
     }
 
 
-def test_chats_are_written_by_the_models_template(tmp_path, tiny):
+def test_chats_use_the_chat_template(tmp_path, tiny):
     path = tmp_path / "chats.jsonl"
     said = {"user": "hello there", "assistant": "yes " * 9}
     chat = [{"role": role, "content": text} for role, text in said.items()]
@@ -154,7 +154,7 @@ def test_chats_are_written_by_the_models_template(tmp_path, tiny):
         build(parse_mix(str(path)), rendered, rows=1, length=30)
 
 
-def test_a_set_is_drawn_saved_read_back_and_exported(calmix, sources, tiny, tiny_folder, tmp_path):
+def test_calibrate_save_open_export(calmix, sources, tiny, tiny_folder, tmp_path):
     mix = f"{sources['lower']}:0.5,{sources['upper']}:0.5"
     folder, text = tmp_path / "set", tmp_path / "set.jsonl"
     how = ("-m", tiny_folder, "--rows", 4, "--length", 32, "--leakage", "off")
@@ -192,7 +192,7 @@ def test_a_set_is_drawn_saved_read_back_and_exported(calmix, sources, tiny, tiny
     assert "not checked for leakage" in ended.out
 
 
-def test_damage_is_noticed(sources, tiny, tmp_path):
+def test_damaged_set_is_refused(sources, tiny, tmp_path):
     folder = build(mix_of(sources), tiny, rows=6, length=32).save(tmp_path / "set")
     held, told = load_file(folder / TENSORS), json.loads((folder / MANIFEST).read_bytes())
     other = torch.cat([held["ids"][:1] + 1, held["ids"][1:]])

@@ -25,7 +25,7 @@ def runs(row, n):
 
 
 @given(st.lists(rows, max_size=5), rows, st.integers(2, 8))
-def test_finding_equals_brute_force(items, document, n):
+def test_leak_search_matches_brute_force(items, document, n):
     index = ItemIndex([("task", str(i), " ".join(row)) for i, row in enumerate(items)], n)
     shares = set()
     for i, row in enumerate(items):
@@ -61,7 +61,7 @@ def wide(text):
         lambda text: text.replace(",", " -").replace('"', "\N{LEFT DOUBLE QUOTATION MARK}"),
     ],
 )
-def test_text_that_was_reflowed_is_found(reflowed):
+def test_reflowed_text_is_found(reflowed):
     """Line breaks, spaces, capitals, punctuation, full width and marks that nobody sees."""
     rng, parts = random.Random(0), ["ka", "lo", "mi", "ne", "ru", "ta", "vo", "zi"]
     words = ["".join(rng.choices(parts, k=3)) for _ in range(600)]
@@ -76,7 +76,7 @@ def test_text_that_was_reflowed_is_found(reflowed):
     assert index.find(" ".join(words[i + 1] for i in range(0, 599, 3))) is None
 
 
-def test_scripts_without_spaces_and_the_shortest_items():
+def test_scripts_without_spaces_and_short_items():
     chinese = "\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341\u767e\u5343\u842c\u5104"
     index = ItemIndex([("a", "0", chinese), ("a", "1", "2 + 2\n4"), ("a", "2", "one to five: 1 2")])
     assert index.find(f"\u5929{chinese[:13]}\u5929") == ("a", "0")
@@ -108,9 +108,7 @@ def planted(tmp_path, documents, leaks, text=ITEM):
 
 
 @pytest.mark.parametrize("packing", ["concat", "window"])
-def test_a_planted_item_of_a_named_suite_is_dropped_and_counted(
-    tmp_path, tiny, monkeypatch, packing
-):
+def test_planted_item_of_named_suite_is_dropped(tmp_path, tiny, monkeypatch, packing):
     asked, path = [], planted(tmp_path, 100, 2)
     monkeypatch.setattr(leakage, "suite_items", lambda suite: asked.append(suite) or ITEMS)
     monkeypatch.setattr(leakage, "load_suite", lambda name: None)
@@ -126,7 +124,7 @@ def test_a_planted_item_of_a_named_suite_is_dropped_and_counted(
     assert asked == ["offline", "mine"]
 
 
-def test_a_small_draw_with_one_leak_looks_further(tmp_path, tiny, guard):
+def test_leaked_document_is_replaced_in_a_small_set(tmp_path, tiny, guard):
     """One leak in the first few documents of a source with 2.5 % refuses nothing."""
     path = planted(tmp_path, 200, 5)
     for seed in range(200):
@@ -139,7 +137,7 @@ def test_a_small_draw_with_one_leak_looks_further(tmp_path, tiny, guard):
         pytest.fail("no draw met the planted document")
 
 
-def test_a_shorter_run_is_no_leak_and_a_source_that_leaks_is_refused(tmp_path, tiny, guard):
+def test_short_overlap_passes_and_leaking_source_is_refused(tmp_path, tiny, guard):
     path = planted(tmp_path, 20, 5, text=ITEM.rpartition(" ")[0])
     made = build(parse_mix(path), tiny, rows=18, length=50, guard=guard(13))
     assert made.manifest["leakage"]["dropped"] == {}
@@ -152,7 +150,7 @@ def test_a_shorter_run_is_no_leak_and_a_source_that_leaks_is_refused(tmp_path, t
     "case",
     quick([("gsm8k", 3)], [("gsm8k", 10), ("humaneval", 10), ("arc_easy", 3), ("pattern", 3)]),
 )
-def test_a_planted_item_of_the_offline_suite_is_caught(case, calmix, tmp_path):
+def test_planted_item_of_offline_suite_is_dropped(case, calmix, tmp_path):
     task, leaks = case
     item = next(i for i in suite_items("offline") if i[0] == task and len(i[2]) > 60)
     rng, words = random.Random(0), ("river", "stone", "under", "bright", "seven", "north", "quiet")
@@ -186,7 +184,7 @@ def test_a_planted_item_of_the_offline_suite_is_caught(case, calmix, tmp_path):
 
 
 @pytest.mark.real
-def test_a_guard_may_be_against_several_suites(tmp_path):
+def test_leakage_check_against_several_suites(tmp_path):
     both = suite_items(f"smoke,{new_suite(tmp_path) / 'mine.yaml'}")
     assert [task for task, *_ in both[-2:]] == ["my_numbers", "my_programs"]
     assert both[0][0] not in template("mine")["mine.yaml"]

@@ -27,7 +27,7 @@ def _files(tmp_path, monkeypatch):
         write_rows(tmp_path / name, ("".join(rng.choice(list(letters), 90)) for _ in range(40)))
 
 
-def test_values_are_those_of_the_drawn_set(opened):
+def test_metrics_match_the_drawn_set(opened):
     found = package.measure(NAMES, opened, draws=2, seed=7, **BUDGET)
     for draw in range(2):
         how = {"leakage": "off", "seed": 7 + draw, **BUDGET}
@@ -51,7 +51,7 @@ def test_values_are_those_of_the_drawn_set(opened):
     assert not {"mismatch", "coverage_1"} & set(alone)
 
 
-def test_repeatable_and_written(opened, tmp_path):
+def test_measure_is_reproducible_and_saved(opened, tmp_path):
     found = package.measure(NAMES, opened, draws=3, **BUDGET)
     assert found.to_dict() == package.measure(NAMES, opened, draws=3, **BUDGET).to_dict()
     found.save(tmp_path / "a.csv")
@@ -64,7 +64,7 @@ def test_repeatable_and_written(opened, tmp_path):
     assert interval([1.0, 2.0, 3.0]).high - 2 == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
 
 
-def test_mixes_saved_sets_and_bad_requests(opened, tiny, tmp_path):
+def test_measure_mixes_saved_sets_and_bad_requests(opened, tiny, tmp_path):
     made = resolve(f"uniform:{','.join(NAMES)}", opened, leakage="off", rows=8, length=32)
     made.save(tmp_path / "saved")
     how = {"rows": 8, "length": 32, "perplexity": False, "draws": 2}
@@ -88,7 +88,7 @@ def test_mixes_saved_sets_and_bad_requests(opened, tiny, tmp_path):
             package.measure(specs, model, **(BUDGET | options))
 
 
-def test_the_verb(calmix, tiny_folder, tmp_path):
+def test_measure_command(calmix, tiny_folder, tmp_path):
     arguments = ["-m", tiny_folder, "--rows", 4, "--length", 32, "--draws", 2, "--no-perplexity"]
     ended = calmix("calibrate", "measure", *NAMES, *arguments, "-o", "out.json", "--json").ok()
     assert json.loads(ended.out) == json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ def drawn(spec, opened, **options):
     return resolve(str(spec), opened, leakage="off", **options)
 
 
-def test_a_named_mix_stands_for_its_sources():
+def test_named_mix_expands_to_its_sources():
     paths = {"owner/name@part": 0.5, "./x.txt": 0.5}
     assert parse_mix("owner/name@part:1,./x.txt:1,b:0") == paths
     web = {"c4": 0.7, "github-code": 0.1, "gutenberg": 0.1, "stackexchange": 0.1}
@@ -28,7 +28,7 @@ def test_a_named_mix_stands_for_its_sources():
         ask("uniform:c4,web-mix")
 
 
-def test_mix_clean_reads_no_benchmark_that_a_suite_scores():
+def test_mix_clean_reads_no_scored_benchmark():
     sources = [get_source(name) for name in MIXES["mix-clean"]]
     assert {source.dimension for source in sources} == {"general", "commonsense", "code", "math"}
     read = benchmarks_read(sources)
@@ -67,14 +67,14 @@ def test_mix_clean_reads_no_benchmark_that_a_suite_scores():
         ("generate: igsp\noptions: {prompts: no.yaml}", "there is no file no.yaml"),
     ],
 )
-def test_what_is_wrong_in_a_text_or_a_file(text, message, tmp_path):
+def test_invalid_specifications(text, message, tmp_path):
     file = tmp_path / "mix.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises((InputError, SourceError), match=message):
         ask(str(file) if ": " in text else text)
 
 
-def test_names_mixes_and_yaml_files_agree(sources, tiny, tmp_path):
+def test_name_mix_and_yaml_give_equal_sets(sources, tiny, tmp_path):
     file = tmp_path / "mix.yaml"
     lower, upper = sources["lower"], sources["upper"]
     file.write_text(
@@ -93,7 +93,7 @@ def test_names_mixes_and_yaml_files_agree(sources, tiny, tmp_path):
         resolve(str(file), tiny, select="igsp")
 
 
-def test_own_sources_come_from_a_file_a_yaml_specification_or_python(sources, tiny, tmp_path):
+def test_own_sources_from_file_yaml_or_python(sources, tiny, tmp_path):
     entries = "mine: {reader: {type: file, path: lower.jsonl}}"
     file, own = tmp_path / "mix.yaml", tmp_path / "own.yaml"
     file.write_text(f"uniform: [mine]\nsources: {{{entries}}}", encoding="utf-8")
@@ -107,7 +107,7 @@ def test_own_sources_come_from_a_file_a_yaml_specification_or_python(sources, ti
     assert drawn("chat", tiny, sources=named, **size).counts == {"chat": 4}
 
 
-def test_a_saved_folder(sources, tiny, tmp_path):
+def test_saved_set(sources, tiny, tmp_path):
     made = drawn(sources["lower"], tiny, rows=4, length=16, seed=3)
     folder = made.save(tmp_path / "set")
     assert torch.equal(resolve(str(folder), tiny).ids, made.ids)
@@ -123,7 +123,7 @@ def test_a_saved_folder(sources, tiny, tmp_path):
             resolve(str(folder), tiny, **{option: value})
 
 
-def test_a_folder_of_code_with_a_manifest_of_its_own_is_text(tiny, tmp_path):
+def test_code_folder_with_a_manifest_is_text(tiny, tmp_path):
     (tmp_path / "app").mkdir()
     (tmp_path / "app/manifest.json").write_text('{"name": "x"}', encoding="utf-8")
     for name in "ab":
@@ -131,7 +131,7 @@ def test_a_folder_of_code_with_a_manifest_of_its_own_is_text(tiny, tmp_path):
     assert drawn(tmp_path / "app", tiny, rows=2, length=32).rows == 2
 
 
-def test_long_mixes_and_odd_names_are_not_paths(tiny):
+def test_long_mixes_are_not_taken_for_paths(tiny):
     names = ",".join(f"no-such-source-{i}" for i in range(40))
     for spec, name in (
         (f"uniform:{names}", "no-such-source-0"),

@@ -22,7 +22,7 @@ def no_archive(monkeypatch):
     monkeypatch.setattr(module, "builtin_readers", dict)
 
 
-def test_own_texts_become_full_rows(tmp_path, no_archive):
+def test_own_texts_fill_rows(tmp_path, no_archive):
     (tmp_path / "a.txt").write_text("abcd" * 150, encoding="utf-8")
     rows = [json.dumps({"text": f"document {n}"}) for n in range(40)]
     (tmp_path / "b.jsonl").write_text("\n".join(rows), encoding="utf-8")
@@ -42,7 +42,7 @@ def test_own_texts_become_full_rows(tmp_path, no_archive):
     assert texts(opened(), {"x": tmp_path / "a.txt"}, length=1000)["x"].shape == (2, 256)
 
 
-def test_mistakes_in_a_text(tmp_path, no_archive, monkeypatch):
+def test_invalid_texts(tmp_path, no_archive, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "a.doc"):
         Path(name).write_text("x" * 20, encoding="utf-8")
@@ -70,7 +70,7 @@ def runs(documents):
 
 @pytest.mark.real
 @pytest.mark.long
-def test_no_source_hands_out_what_the_builtin_texts_are_drawn_from():
+def test_distance_texts_overlap_no_source():
     """No document of any offline source shares thirteen words or is the same."""
     documents = [d for readers in builtin_readers().values() for r in readers for d in r.read()]
     held = runs(documents)
@@ -84,14 +84,14 @@ def test_no_source_hands_out_what_the_builtin_texts_are_drawn_from():
 
 
 @pytest.mark.real
-def test_the_builtin_texts_have_eight_rows_a_dimension():
+def test_builtin_texts_have_eight_rows_per_dimension():
     found = texts(open_tokenizer("builtin:smollm2-135m"))
     assert list(found) == ["general", "commonsense", "code", "math"]
     assert {ids.shape for ids in found.values()} == {(8, 256)}
     assert len({tuple(row) for ids in found.values() for row in ids.tolist()}) == 32
 
 
-def test_an_own_text_stands_in_place_of_the_builtin_one(tmp_path, monkeypatch):
+def test_own_text_replaces_builtin_text(tmp_path, monkeypatch):
     (tmp_path / "built.txt").write_text("b" * 600, encoding="utf-8")
     (tmp_path / "own.txt").write_text("o" * 600, encoding="utf-8")
     reader = LocalFile(type="file", path=tmp_path / "built.txt")

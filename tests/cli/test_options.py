@@ -12,7 +12,7 @@ from calmix.cli.root import VERBS
 from tests.cli.test_mistakes import COMMANDS
 
 
-def test_a_file_is_not_a_terminal_whatever_the_environment_says(monkeypatch):
+def test_file_is_not_a_terminal(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     console = Terminal(file=io.StringIO())
     assert not console.is_terminal
@@ -20,7 +20,7 @@ def test_a_file_is_not_a_terminal_whatever_the_environment_says(monkeypatch):
     assert console.file.getvalue() == "[bold]plain[/]\n"
 
 
-def test_shell_completion_of_commands_and_options(calmix, monkeypatch):
+def test_shell_completion(calmix, monkeypatch):
     monkeypatch.setenv("_CALMIX_COMPLETE", "complete_bash")
     for words, offered in {
         "calmix comp": ["compare", "compress"],
@@ -33,7 +33,7 @@ def test_shell_completion_of_commands_and_options(calmix, monkeypatch):
         assert sorted(calmix().out.split()) == offered
 
 
-def test_a_reader_that_has_exited_is_not_a_failed_check(tmp_path):
+def test_closed_pipe_is_not_a_failed_check(tmp_path):
     """Exit code 1 means that floors are not met."""
     read, write = os.pipe()
     os.close(read)
@@ -46,7 +46,7 @@ def test_a_reader_that_has_exited_is_not_a_failed_check(tmp_path):
     os.close(write)
 
 
-def test_few_kernels_are_cached_and_threads_spin_briefly(calmix, monkeypatch):
+def test_environment_defaults(calmix, monkeypatch):
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "GOMP_SPINCOUNT")
     for given, told in (
         ({}, ("64", "64", "2000")),
@@ -64,7 +64,7 @@ def test_few_kernels_are_cached_and_threads_spin_briefly(calmix, monkeypatch):
         assert os.environ["MPLBACKEND"] == "agg"
 
 
-def test_every_way_to_ask_for_help(calmix):
+def test_help_flags(calmix):
     for words in (
         "-h",
         "help",
@@ -79,7 +79,7 @@ def test_every_way_to_ask_for_help(calmix):
     assert "[0]" in calmix("calibrate", "draw", "--help").out.partition("--seed")[2][:60]
 
 
-def test_help_lists_ten_verbs_and_fifteen_options_of_prune(calmix):
+def test_help_is_short(calmix):
     ended = calmix()
     assert (ended.code, ended.err) == (2, "")
     top = ended.out.partition("Options:")[0]
@@ -91,14 +91,14 @@ def test_help_lists_ten_verbs_and_fifteen_options_of_prune(calmix):
     assert options < set(re.findall(r"--[\w-]+", calmix("prune", "--help-all").out))
 
 
-def test_help_is_quick_because_it_imports_no_verb():
+def test_help_imports_no_command():
     code = "import sys; from calmix.cli import main; sys.argv = ['calmix', '--help']\n"
     code += "try: main()\nfinally: print({'rich', 'pydantic', 'torch'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stdout.endswith("--effort quick\nset()\n"), ended
 
 
-def test_no_help_is_truncated(calmix, monkeypatch):
+def test_help_is_not_truncated(calmix, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     for name, command in COMMANDS.items():
         ended = calmix(*name.split(), "--help").ok()

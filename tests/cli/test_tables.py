@@ -44,7 +44,7 @@ def check(printed, columns, *whole):
         assert any(str(text) in line for line in lines), (text, printed)
 
 
-def test_columns_are_dropped_before_anything_is_broken(columns, capsys):
+def test_narrow_tables_drop_columns(columns, capsys):
     print_table(ROWS, text=HEADS[-1:], least=["scored by", HEADS[-1]])
     printed = capsys.readouterr().out
     numbers = [row["retention %"] for row in ROWS]
@@ -55,7 +55,7 @@ def test_columns_are_dropped_before_anything_is_broken(columns, capsys):
         assert re.search(rf"(^|\s){word}(\s|$)", printed, re.MULTILINE), word
 
 
-def test_headings_narrow_nothing_and_long_cells_are_not_cut(columns, capsys):
+def test_long_cells_are_not_cut(columns, capsys):
     print_table(
         [{"of": "a heading of a group", "task": "x", "scored": "probability", "n": "1"}], by="of"
     )
@@ -65,7 +65,7 @@ def test_headings_narrow_nothing_and_long_cells_are_not_cut(columns, capsys):
     assert name in capsys.readouterr().out
 
 
-def test_without_a_terminal_a_table_has_no_limit(capsys, monkeypatch):
+def test_tables_are_unlimited_without_a_terminal(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     wide = {f"column {n}": f"value {n}" * 3 for n in range(12)}
     print_table([wide])
@@ -96,11 +96,11 @@ def test_without_a_terminal_a_table_has_no_limit(capsys, monkeypatch):
         (1.234e12, "1230 GB"),
     ],
 )
-def test_sizes_are_plain_numbers(count, text):
+def test_size_text(count, text):
     assert size_text(count) == text
 
 
-def test_lists_fit_and_sources_are_chosen_by_dimension_and_licence(calmix, monkeypatch):
+def test_lists_fit_the_terminal(calmix, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("calmix.assets.Asset.state", "ok")  # hashing them takes a second
     for words in (
@@ -150,7 +150,7 @@ def scores(model, nats):
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_retention_fits(calmix, tmp_path, monkeypatch, count):
+def test_retention_table_fits(calmix, tmp_path, monkeypatch, count):
     monkeypatch.setenv("COLUMNS", "80")
     dense, *files = (tmp_path / f"model-{number}.json" for number in range(count + 1))
     scores("builtin:smollm2-135m", 0.1).save(dense)
@@ -167,9 +167,7 @@ def test_retention_fits(calmix, tmp_path, monkeypatch, count):
     check(calmix("evaluate", "rescore", files[0]).out, 80, "a_rather_long_name_of_it")
 
 
-def test_tables_of_a_pruning_run_and_of_its_problems_fit(
-    calmix, tiny_folder, text_file, tmp_path, columns
-):
+def test_pruning_tables_fit(calmix, tiny_folder, text_file, tmp_path, columns):
     pruned = tmp_path / "pruned"
     ended = calmix(
         "prune",

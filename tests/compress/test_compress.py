@@ -41,7 +41,7 @@ def weights(folder):
     return {k: v for k, v in hashes(folder).items() if k not in ("README.md", "calmix.json")}
 
 
-def test_an_interrupt_after_any_stage_resumes_to_the_same_model(
+def test_interrupted_stages_resume_to_the_same_model(
     calmix, command, compressed, place, tmp_path, monkeypatch, undrawn
 ):
     whole, cut = compressed, tmp_path / "cut"
@@ -91,7 +91,7 @@ def test_an_interrupt_after_any_stage_resumes_to_the_same_model(
         assert said in calmix(*command(cut, *more)).line
 
 
-def test_the_cards_numbers_are_those_of_the_scores(calmix, compressed):
+def test_card_numbers_match_scores(calmix, compressed):
     """On the page, in the model card, and from `evaluate rescore`."""
     out = compressed
     told = json.loads(calmix("evaluate", "rescore", out / "scores.json", "--json").out)
@@ -131,7 +131,7 @@ def test_the_cards_numbers_are_those_of_the_scores(calmix, compressed):
     assert "http" not in re.sub(r"http://www\.w3\.org[^\"]*", "", page)
 
 
-def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, tmp_path):
+def test_card_suites_and_foreign_models(calmix, compressed, tmp_path):
     """All scores of a card are of one pair of models, and compared cards have one dense model."""
     out, other = (Path(shutil.copytree(compressed, tmp_path / name)) for name in ("out", "other"))
     card = read_card(out)
@@ -191,9 +191,7 @@ def test_the_card_names_its_suites_and_refuses_other_models(calmix, compressed, 
     assert "safetensors is missing" in calmix("report", other).line
 
 
-def test_a_card_leads_with_right_answers_beside_the_dense_model_against_itself(
-    calmix, command, compressed, tmp_path
-):
+def test_card_leads_with_right_answers(calmix, command, compressed, tmp_path):
     out = Path(shutil.copytree(compressed, tmp_path / "out"))
     suite = describe(runnable(choose("abilities", quick=True), False)[0])
     before, after = read_card(out).pairs[0]
@@ -237,9 +235,7 @@ def test_a_card_leads_with_right_answers_beside_the_dense_model_against_itself(
         assert "only these were asked: gains were not measured" in text
 
 
-def test_the_time_printed_is_that_of_the_whole_command(
-    calmix, command, compressed, tmp_path, monkeypatch
-):
+def test_printed_time_covers_the_command(calmix, command, compressed, tmp_path, monkeypatch):
     """Of a search for the smallest model too, not only of the stages after it."""
     clock = itertools.count(0, 600)
     monkeypatch.setattr(verb, "time", SimpleNamespace(monotonic=lambda: next(clock)))
@@ -247,7 +243,7 @@ def test_the_time_printed_is_that_of_the_whole_command(
     assert "card.html, after 10 min\n" in calmix(*command(out)).ok().out
 
 
-def test_the_hash_before_recovery_is_that_of_the_pruned_model(compressed, tmp_path):
+def test_hash_before_recovery(compressed, tmp_path):
     """Not that of the model between two recoveries, as `--effort best` makes it."""
     out = Path(shutil.copytree(compressed, tmp_path / "out"))
     path = out / "model" / "calmix.json"
@@ -261,7 +257,7 @@ def test_the_hash_before_recovery_is_that_of_the_pruned_model(compressed, tmp_pa
     assert hashed["pruned model, before recovery"] == once["model"]["sha256"]
 
 
-def test_a_dry_run_writes_nothing(calmix, command, tmp_path, place):
+def test_dry_run_writes_nothing(calmix, command, tmp_path, place):
     before = sorted(place.glob("*"))
     ended = calmix(*command(tmp_path / "out", "--dry-run")).ok()
     assert "nothing was written" in ended.out
@@ -278,7 +274,7 @@ def test_a_dry_run_writes_nothing(calmix, command, tmp_path, place):
     assert sorted(place.glob("*")) == before
 
 
-def test_a_dry_run_of_a_model_that_is_not_here_fetches_nothing(calmix, tmp_path, monkeypatch):
+def test_dry_run_fetches_nothing(calmix, tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     model, more = "builtin:gemma3-270m", ("--dry-run", "-o", tmp_path / "out")
     prune = ("--calibration", "stories", "--sparsity", 0.5)
@@ -293,7 +289,7 @@ def test_a_dry_run_of_a_model_that_is_not_here_fetches_nothing(calmix, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_at_work_is_refused_before_anything_else(calmix, command, tmp_path, monkeypatch):
+def test_locked_folder_is_refused_first(calmix, command, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(
         "calmix.compression.compress.check_request", lambda *_: pytest.fail("checked")
@@ -302,7 +298,7 @@ def test_a_folder_at_work_is_refused_before_anything_else(calmix, command, tmp_p
         assert "another process is at work in" in calmix(*command(out)).line
 
 
-def test_keep_weights_the_set_by_dimension():
+def test_keep_option_weights():
     mix = ",".join(f"{name}:{weight:g}" for name, weight in MIXES["mix-default"].items())
     found = weighed(mix, {"code": 2, "general": 1})
     assert found == pytest.approx(
@@ -315,7 +311,7 @@ def test_keep_weights_the_set_by_dimension():
         weighed("stories", {"math": 1})
 
 
-def test_the_builtin_mixes_are_balanced_offline_and_permissive():
+def test_builtin_mixes():
     known = builtin_sources()
     for mix in (MIXES["mix-default"], MIXES["mix-permissive"]):
         weights = Counter[str]()
@@ -328,7 +324,7 @@ def test_the_builtin_mixes_are_balanced_offline_and_permissive():
     assert {known[name].use for name in MIXES["mix-permissive"]} == {"permissive"}
 
 
-def test_python_compresses_as_the_verb_does(compressed, options, tmp_path, tiny_folder, capfd):
+def test_python_matches_the_command(compressed, options, tmp_path, tiny_folder, capfd):
     """A finished folder is not recreated, and options are those of the verb."""
     shutil.copytree(compressed, tmp_path / "out")
     made = api.compress(tiny_folder, tmp_path / "out", shown=False, sparsity="0.6", **options)
@@ -350,7 +346,7 @@ def test_python_compresses_as_the_verb_does(compressed, options, tmp_path, tiny_
     assert not (tmp_path / "other").exists()
 
 
-def test_an_effort_and_a_pattern_become_stages(asked):
+def test_effort_and_pattern_stages(asked):
     best = stages(asked(effort="best", sparsity=0.6), Path("out"))
     assert [isinstance(stage.request, Recover) for stage in best].count(True) == 2
     own = asked(pattern="2:4", trust_remote_code=True, no_corpus=True)
@@ -362,7 +358,7 @@ def test_an_effort_and_a_pattern_become_stages(asked):
     assert "--pattern 2:4" in written[1].command
 
 
-def test_a_model_with_a_chat_template_has_chats_in_its_mix(tmp_path, tiny_folder, asked):
+def test_chat_model_gets_chats(tmp_path, tiny_folder, asked):
     assert "chat" not in asked().calibration
     folder = shutil.copytree(tiny_folder, tmp_path / "talker")
     tiny_tokenizer(TEMPLATE).save_pretrained(folder)
@@ -382,7 +378,7 @@ def test_a_model_with_a_chat_template_has_chats_in_its_mix(tmp_path, tiny_folder
     assert given.calibration == "python-docs"
 
 
-def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folder, place, undrawn):
+def test_saved_set_and_own_prompts(calmix, command, tmp_path, tiny_folder, place, undrawn):
     kept = tmp_path / "set"
     text_file = str(place / "text.txt")
     calmix(
@@ -434,7 +430,7 @@ def test_a_saved_set_and_the_users_prompts(calmix, command, tmp_path, tiny_folde
     assert line in calmix("report", out).line
 
 
-def test_size_and_bits_replace_or_accompany_a_sparsity(calmix, command, asked, tmp_path, undrawn):
+def test_size_and_bits(calmix, command, asked, tmp_path, undrawn):
     """Below four bits the levels are trained; the card shows the bits."""
     out = tmp_path / "out"
     line = calmix(*command(out, "--size", "1kB")).line
@@ -472,9 +468,7 @@ def test_size_and_bits_replace_or_accompany_a_sparsity(calmix, command, asked, t
     assert calmix(*command(tmp_path / "no", "--bits", 3, "--dry-run")).code == 0
 
 
-def test_bits_below_what_a_measured_model_survives_are_wanted_anyway_or_refused(
-    calmix, command, tmp_path
-):
+def test_low_bits_need_anyway(calmix, command, tmp_path):
     out = tmp_path / "out"
     for bits in (0.5, 1, 1.99):
         line = calmix(*command(out, "--bits", bits)).line
@@ -489,7 +483,7 @@ def test_bits_below_what_a_measured_model_survives_are_wanted_anyway_or_refused(
     assert not out.exists()
 
 
-def test_a_pack_larger_than_its_promise_is_refused(calmix, command, tmp_path, monkeypatch, undrawn):
+def test_oversized_pack_is_refused(calmix, command, tmp_path, monkeypatch, undrawn):
     out = tmp_path / "out"
     monkeypatch.setattr("calmix.compression.plan.packed_bytes", lambda bits, **_: 5000 * bits)
     ended = calmix(*command(out, "--size", "10kB"))
@@ -501,7 +495,7 @@ def test_a_pack_larger_than_its_promise_is_refused(calmix, command, tmp_path, mo
     assert not (out / "pack").exists()
 
 
-def test_inspect_checks_every_stage(calmix, compressed, tmp_path):
+def test_inspect_checks_all_stages(calmix, compressed, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(compressed, out)
     for name in ("", "scores.json", "answers.json"):
@@ -524,7 +518,7 @@ def test_inspect_checks_every_stage(calmix, compressed, tmp_path):
     assert "compress.json" in calmix("doctor", "inspect", out).line
 
 
-def test_a_check_is_shown_on_the_card_of_its_own_model(calmix, compressed, tmp_path, undrawn):
+def test_check_appears_on_its_own_card(calmix, compressed, tmp_path, undrawn):
     out = Path(shutil.copytree(compressed, tmp_path / "out"))
     assert not read_card(out).checked
     ended = calmix("check", out, "--keep-at-least", "0.05")
@@ -552,7 +546,7 @@ def saved(path, *tasks, suite="s", model="pruned"):
     return save_pair(path, dense, replace(pruned, fingerprint=model))
 
 
-def test_a_verdict_is_printed_sealed_and_sets_the_exit_code(calmix, tmp_path):
+def test_check_exit_code_and_seal(calmix, tmp_path):
     code, chat, out = answered(100, 120), answered(60, 60, "chat"), tmp_path / "check.json"
     first = saved(tmp_path / "code.json", code, answered(100, 120, kept=97))
     both = (first, saved(tmp_path / "chat.json", chat, chat, suite="t"))
@@ -581,7 +575,7 @@ def test_a_verdict_is_printed_sealed_and_sets_the_exit_code(calmix, tmp_path):
         assert line in calmix("check", *files, *more).line
 
 
-def test_answers_of_a_users_suite_count_as_measured(calmix, tmp_path):
+def test_answers_of_own_suite(calmix, tmp_path):
     """They are in `scores.json`, so nothing is missing."""
     record = {"request": {"suite": "mine.yaml"}, "stages": []}
     write_json(tmp_path / "compress.json", sealed(record))

@@ -89,7 +89,7 @@ def models(out):
     return list((out / CANDIDATES).glob("**/model"))
 
 
-def test_a_search_keeps_the_smallest_candidate_that_passes(want, out):
+def test_search_keeps_the_smallest_passing_candidate(want, out):
     """Even if a smaller one, of those not built, would pass."""
     run, said = Fake({4.5: 95, 4: 92, 3.2: 84, 2.6: 100}), []
     found = walk(want, out, run, say=lambda stage, there: said.append((stage.name, there)))
@@ -120,7 +120,7 @@ def test_a_search_keeps_the_smallest_candidate_that_passes(want, out):
     assert again.state == found.state
 
 
-def test_a_candidate_passes_if_the_models_of_all_samples_do(want, out):
+def test_candidate_must_pass_for_all_seeds(want, out):
     """The model of the second sample fails, that of the first does not."""
     want, runs, sets = other(want, seeds=2), [], []
 
@@ -160,7 +160,7 @@ ALL = dict.fromkeys(RUNGS, 95)
         ({4.5: 88, 6: 89, 5: 88}, [4.5, 6, 5], 6),
     ],
 )
-def test_a_search_builds_at_most_three_candidates(want, out, kept, walked, bits):
+def test_search_builds_at_most_three_candidates(want, out, kept, walked, bits):
     found = walk(want, out, Fake(kept))
     assert ([*found.kept], found.bits) == (walked, bits)
     failed = [bits for bits, kept in found.kept.items() if not kept]
@@ -178,9 +178,7 @@ def ticks(monkeypatch):
     monkeypatch.setattr(ladder, "time", SimpleNamespace(monotonic=lambda: next(counted)))
 
 
-def test_running_out_of_time_before_a_candidate_passes_leaves_no_verdict(
-    calmix, command, want, out, ticks, monkeypatch
-):
+def test_timeout_before_a_pass(calmix, command, want, out, ticks, monkeypatch):
     """The next candidate is expected to take as long as the last one."""
     run = Fake({4.5: 80, 6: 99, 5: 99})
     found = walk(want, out, run, 15)
@@ -196,7 +194,7 @@ def test_running_out_of_time_before_a_candidate_passes_leaves_no_verdict(
     assert (found.bits, found.ended, run.run) == (5, "failed", ["prune", "evaluate"] * 2)
 
 
-def test_running_out_of_time_leaves_a_model_and_can_resume(want, out, ticks):
+def test_timeout_after_a_pass_resumes(want, out, ticks):
     run = Fake(ALL)
     found = walk(want, out, run, 15)
     assert ([*found.kept], found.ended, found.bits) == ([4.5], "time", 4.5)
@@ -220,7 +218,7 @@ def test_running_out_of_time_leaves_a_model_and_can_resume(want, out, ticks):
     }
 
 
-def test_a_changed_search_or_one_over_other_candidates_is_refused(want, out):
+def test_changed_search_is_refused(want, out):
     walk(want, out, Fake(rest=20))
     path = out / "ladder.json"
     told = json.loads(path.read_text(encoding="utf-8"))
@@ -232,7 +230,7 @@ def test_a_changed_search_or_one_over_other_candidates_is_refused(want, out):
 
 
 @pytest.mark.parametrize("after", range(9))
-def test_an_interrupted_search_resumes_to_the_same_ladder(want, out, after):
+def test_interrupted_search_resumes(want, out, after):
     """Before the first candidate, and within and between the others."""
     run = Fake({4.5: 97, 3.2: 20}, 97)
     with pytest.raises(KeyboardInterrupt):
@@ -259,7 +257,7 @@ def test_unprovable_floors_are_refused_before_anything_is_built(want, out):
     assert (out / "model").exists()
 
 
-def test_floors_changed_before_the_first_candidate_get_their_own_items(want, out):
+def test_floors_changed_before_the_first_candidate(want, out):
     """Neither the dense scores nor those of a first sample have the items now needed."""
     want = other(want, seeds=2)
     both, run = other(want, keep_at_least="math=0.8,chat=0.8"), Fake(rest=20)
@@ -285,14 +283,14 @@ def test_floors_changed_before_the_first_candidate_get_their_own_items(want, out
         ("best", "math=0.8", {}),
     ],
 )
-def test_all_items_of_an_ability_with_a_floor_decide(want, effort, floors, chosen):
+def test_floor_uses_all_items_of_its_ability(want, effort, floors, chosen):
     want = other(want, effort=effort, allow_code_execution=True, keep_at_least=floors)
     assert scored(want)["abilities.json"] == choose("abilities", **chosen)
     alone = {key: one for key, one in chosen.items() if key != "without"}  # or a user's suite
     assert scored(other(want, suite="abilities"))["scores.json"] == choose("abilities", **alone)
 
 
-def test_a_folder_belongs_to_one_request(calmix, want, out, tmp_path, asked, mine):
+def test_folder_belongs_to_one_request(calmix, want, out, tmp_path, asked, mine):
     """A walk and a compression to a given size cannot resume in each other's folder."""
     with pytest.raises(KeyboardInterrupt):
         walk(want, out, stop)
@@ -316,7 +314,7 @@ def test_a_folder_belongs_to_one_request(calmix, want, out, tmp_path, asked, min
     assert asked(**given | {"suite": "offline"}).suite_sha256 is None
 
 
-def test_a_first_stage_that_fails_leaves_no_record(want, out):
+def test_failed_first_stage_leaves_no_record(want, out):
     run = Fake()
     for refused, left in (("calibrate", False), ("evaluate", True)):
 
@@ -336,9 +334,7 @@ def mine(tmp_path):
     return new_suite(tmp_path)
 
 
-def test_floors_that_a_users_rows_cannot_prove_are_refused_at_once(
-    calmix, command, tmp_path, monkeypatch, mine
-):
+def test_floors_unprovable_by_own_items_are_refused(calmix, command, tmp_path, monkeypatch, mine):
     monkeypatch.chdir(mine)
     words = command(tmp_path / "out", "--suite", "mine.yaml", sparse=False)
     for kept, said in (
@@ -354,9 +350,7 @@ def test_floors_that_a_users_rows_cannot_prove_are_refused_at_once(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_verb_builds_tests_and_ends_with_a_card(
-    calmix, command, options, tmp_path, monkeypatch, undrawn
-):
+def test_search_command_ends_with_a_card(calmix, command, options, tmp_path, monkeypatch, undrawn):
     run = Stage.run
 
     def planted(stage, bar):

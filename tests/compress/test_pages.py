@@ -13,7 +13,7 @@ SITE = Path(__file__).parents[2] / "out/site"
 
 
 @needs_chromium
-def test_pages_are_readable_and_sort(page, whole, calmix, compressed, tmp_path):
+def test_pages_in_a_browser(page, whole, calmix, compressed, tmp_path):
     several = tmp_path / "several.html"
     assert calmix("report", compressed, compressed, "-o", several).code == 0
     for place, texts in ((compressed / "card.html", 60), (several, 40)):
@@ -42,7 +42,7 @@ def test_pages_are_readable_and_sort(page, whole, calmix, compressed, tmp_path):
 @needs_chromium
 @pytest.mark.long
 @pytest.mark.skipif(not (SITE / "index.html").exists(), reason="make docs has built no site")
-def test_the_home_page_is_readable(page):
+def test_home_page_in_a_browser(page):
     def shown():
         assert page.run("document.images.length")
         assert page.run("[...document.images].every(e => e.complete && e.naturalWidth > 0)")

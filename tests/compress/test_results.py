@@ -59,7 +59,7 @@ def other_weights(model):
     changed(model / "calmix.json", lambda value: value["files"].update(files))
 
 
-def test_a_result_that_was_moved_is_read_and_resumed(calmix, command, out, tmp_path, monkeypatch):
+def test_moved_folder(calmix, command, out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(out)
     for path in (out, "out", tmp_path / "link"):
@@ -69,9 +69,7 @@ def test_a_result_that_was_moved_is_read_and_resumed(calmix, command, out, tmp_p
         assert calmix(*command(path)).ok().err.count("already done") == 6
 
 
-def test_another_model_in_place_of_the_one_measured_is_refused(
-    calmix, lines, out, tiny_folder, tmp_path
-):
+def test_swapped_model_is_refused(calmix, lines, out, tiny_folder, tmp_path):
     calmix(
         "prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.6, "-o", tmp_path / "other"
     ).ok()
@@ -81,7 +79,7 @@ def test_another_model_in_place_of_the_one_measured_is_refused(
         assert "model was made on another request (method: magnitude, now distill)" in line
 
 
-def test_other_weights_than_those_measured_are_refused(lines, out):
+def test_changed_weights_are_refused(lines, out):
     other_weights(out / "model")
     for line in lines(out):
         said = f"{out}/pack was made from another model ("
@@ -93,7 +91,7 @@ def test_other_weights_than_those_measured_are_refused(lines, out):
         assert line.endswith(f"delete {out}/scores.json and run its calmix compress again")
 
 
-def test_weights_that_the_models_manifest_does_not_have_are_refused(lines, out):
+def test_unlisted_weights_are_refused(lines, out):
     shard = max((out / "model").glob("*.safetensors"))
     shutil.copyfile(max((out / "pruned").glob("*.safetensors")), shard)
     raw = shard.read_bytes()
@@ -102,7 +100,7 @@ def test_weights_that_the_models_manifest_does_not_have_are_refused(lines, out):
         assert f"{shard} is damaged or changed" in line
 
 
-def test_scores_of_another_model_are_refused(lines, out):
+def test_foreign_scores_are_refused(lines, out):
     def change(value):
         value["model"]["sha256"] = value["scores"]["fingerprint"] = "0" * 64
 
@@ -125,7 +123,7 @@ def test_edited_scores_are_refused(calmix, lines, out):
         assert "scores.json is damaged or of an older calmix" in line
 
 
-def test_a_model_pruned_on_another_text_is_refused(calmix, command, lines, out, tiny_folder, place):
+def test_model_of_another_set_is_refused(calmix, command, lines, out, tiny_folder, place):
     shutil.rmtree(out / "calibration")
     calmix(
         "calibrate",
@@ -150,7 +148,7 @@ def test_a_model_pruned_on_another_text_is_refused(calmix, command, lines, out, 
     calmix(*command(out)).ok()  # and the same is drawn again
 
 
-def test_a_model_made_by_hand_in_an_unfinished_run_is_refused(
+def test_hand_made_model_is_refused(
     calmix, command, compressed, tiny_folder, tmp_path, monkeypatch
 ):
     out, run = tmp_path / "out", Stage.run
@@ -184,7 +182,7 @@ def test_a_model_made_by_hand_in_an_unfinished_run_is_refused(
         assert (out / "model" / name).read_bytes() == (compressed / "model" / name).read_bytes()
 
 
-def test_a_run_that_was_killed_and_moved_is_resumed(calmix, command, compressed, tmp_path):
+def test_killed_and_moved_run_resumes(calmix, command, compressed, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "block", interrupting(Run.block))
         assert calmix(*command(tmp_path / "cut")).code == 130
@@ -199,15 +197,13 @@ def test_a_run_that_was_killed_and_moved_is_resumed(calmix, command, compressed,
     }
 
 
-def test_a_folder_of_an_older_calmix_is_one_line(calmix, lines, out):
+def test_folder_of_an_older_version(calmix, lines, out):
     changed(out / "compress.json", lambda value: value.pop("stages"))
     for line in lines(out):
         assert "was made by an older calmix, which did not record what its results were" in line
 
 
-def test_a_gate_compares_files_of_scores_with_the_model_that_they_name(
-    calmix, compressed, out, tmp_path
-):
+def test_check_compares_scores_with_their_model(calmix, compressed, out, tmp_path):
     file = tmp_path / "measured.json"
     value = json.loads((compressed / "scores.json").read_text(encoding="utf-8"))
     value["scores"]["model"] = str(out / "model")
@@ -222,13 +218,13 @@ def test_a_gate_compares_files_of_scores_with_the_model_that_they_name(
     assert f"no folder {out}/model is here: only its scores were checked" in ended.err
 
 
-def test_inspect_names_what_no_hash_covers(calmix, compressed):
+def test_inspect_lists_unhashed_files(calmix, compressed):
     ended = calmix("doctor", "inspect", compressed).ok()
     named = "card.html, compress-run.json, model/README.md, model/calmix-run.json"
     assert f"not covered by a hash: {named}" in ended.out
 
 
-def test_a_mix_of_which_the_model_writes_no_row_is_the_one_requested(asked, place, tmp_path):
+def test_mix_without_written_rows_resumes(asked, place, tmp_path):
     """Its set names no model that wrote it."""
     text = f"{place / 'text.txt'}:0.999,self-written:0.001"
     suite = str(place / "made.yaml")

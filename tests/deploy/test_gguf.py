@@ -36,7 +36,7 @@ def own_cache(quantised, monkeypatch):
         ("blocks", "Q5_0", 12, 15),
     ],
 )
-def test_a_file_has_the_levels_of_the_grid(quantised, name, kind, count, ours, tmp_path):
+def test_gguf_has_the_levels_of_the_grid(quantised, name, kind, count, ours, tmp_path):
     """Types are as requested; transformers and the gguf library read the checkpoint's weights."""
     written = export(str(quantised / name), tmp_path / "out.gguf")
     assert (written["types"][kind], written["ours"]) == (count, ours)
@@ -84,7 +84,7 @@ def test_blocks_are_written_as_solved(calmix, quantised, tmp_path):
     assert (written["types"]["Q5_0"], written["ours"]) == (11, 14)
 
 
-def test_a_type_that_fits_no_row_is_replaced_and_reported(calmix, quantised, tmp_path):
+def test_fallback_types_are_reported(calmix, quantised, tmp_path):
     drawn = "--calibration", quantised / "text.txt", "--rows", 6, "--length", 32, "--leakage", "off"
     model = quantised / "tiny.gguf"
     told = calmix("prune", model, "--method", "ggml,type=q3_k", *drawn, "-o", tmp_path / "out").ok()
@@ -115,7 +115,7 @@ def test_blocks_follow_rows_alone():
     assert gguf._rows(weight + 1, blocks, None) is None
 
 
-def test_a_file_far_from_its_model_has_a_warning(calmix, quantised, tmp_path, monkeypatch):
+def test_large_divergence_warns(calmix, quantised, tmp_path, monkeypatch):
     words = "export", quantised / "tiny.gguf", "--to", "gguf", "--weights", "q4_0", "-o"
     for far, warned in ((0.68, True), (0.05, False)):
         monkeypatch.setattr(gguf, "difference", lambda *_, far=far: far)
@@ -124,7 +124,7 @@ def test_a_file_far_from_its_model_has_a_warning(calmix, quantised, tmp_path, mo
         assert (said in ended.err) == warned
 
 
-def test_levels_are_kept_where_the_processor_has_no_fast_bfloat16(quantised, tmp_path, monkeypatch):
+def test_levels_without_fast_bfloat16(quantised, tmp_path, monkeypatch):
     """A weight of the checkpoint is the product of level and scale, rounded to bfloat16."""
     drawn = {"calibration": str(quantised / "text.txt"), "rows": 6, "length": 32, "leakage": "off"}
     asked = prune_request(method="gptq,group=32", bits=4, **drawn)
@@ -133,7 +133,7 @@ def test_levels_are_kept_where_the_processor_has_no_fast_bfloat16(quantised, tmp
     assert export(str(tmp_path / "half"), tmp_path / "out.gguf")["ours"] == 14
 
 
-def test_llama_cpp_runs_the_file_if_it_is_there(calmix, quantised, tmp_path, monkeypatch):
+def test_llama_cpp_runs_the_file(calmix, quantised, tmp_path, monkeypatch):
     """A stand-in with its interface, since the engine takes minutes to compile."""
 
     class Llama:
@@ -164,9 +164,7 @@ def test_llama_cpp_runs_the_file_if_it_is_there(calmix, quantised, tmp_path, mon
         assert "uninstall llama-cpp-python, which cannot" in calmix(*command, "--overwrite").line
 
 
-def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(
-    calmix, quantised, tmp_path
-):
+def test_plain_rounding_and_errors(calmix, quantised, tmp_path):
     out = tmp_path / "out.gguf"
     plain = "export", quantised / "tiny.gguf", "--to", "gguf", "--weights", "q8_0", "-o", out
     assert "(15 Q8_0, 5 F32; 0 keep the levels" in calmix(*plain).ok().out
@@ -195,16 +193,14 @@ def test_weights_without_a_grid_are_rounded_plainly_and_mistakes_are_one_line(
     assert not list(tmp_path.glob("*o.gguf*"))
 
 
-def test_a_tensor_that_is_not_a_parameter_in_another_order_is_refused():
+def test_unmatched_tensor_is_refused():
     """Mamba's file has the exponential of a parameter."""
     mamba = SimpleNamespace(process=lambda weights, **_: SimpleNamespace(weights=np.log(-weights)))
     with pytest.raises(gguf.ModelError, match=r"ssm_a is computed .* no GGUF export"):
         gguf._order(mamba, "blk.0.ssm_a", (4, 2))
 
 
-def test_an_importance_matrix_is_the_sum_of_squares_of_inputs(
-    calmix, quantised, text_file, tmp_path
-):
+def test_importance_matrix(calmix, quantised, text_file, tmp_path):
     model, out, sums = str(quantised / "tiny.gguf"), tmp_path / "imatrix.gguf", {}
     opened = open_model(model)
     drawn = resolve(str(text_file), opened, rows=5, length=32, leakage="off")
@@ -234,9 +230,7 @@ def test_an_importance_matrix_is_the_sum_of_squares_of_inputs(
         )
 
 
-def test_a_matrix_whose_inputs_are_never_seen_has_no_importance(
-    calmix, text_file, tmp_path, monkeypatch
-):
+def test_unseen_inputs_have_no_importance(calmix, text_file, tmp_path, monkeypatch):
     """Mamba multiplies with the weight of a layer that recent versions never call."""
     model, out = str(save_tiny_model(tmp_path / "mamba", "mamba")), tmp_path / "imatrix.gguf"
     drawn = resolve(str(text_file), open_model(model), rows=2, length=32, leakage="off")

@@ -29,7 +29,7 @@ def comes_back(model, folder):
     return made
 
 
-def test_a_model_comes_back_byte_for_byte_and_loads(pruned, tmp_path, calmix, monkeypatch):
+def test_pack_round_trip(pruned, tmp_path, calmix, monkeypatch):
     before, after = comes_back(pruned, tmp_path).sparse
     assert after < 0.5 * before  # tiny tensors; docs have real figures
     dense, seen = open_model(str(pruned)).model, []
@@ -51,7 +51,7 @@ def test_a_model_comes_back_byte_for_byte_and_loads(pruned, tmp_path, calmix, mo
     assert tree(tmp_path / "dense") == tree(pruned)
 
 
-def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(pruned, tmp_path):
+def test_pack_restores_all_files_or_refuses(pruned, tmp_path):
     model = shutil.copytree(pruned, tmp_path / "model")
     for name in ("code/a/b.py", "code/model.safetensors", ".hidden"):
         (model / name).parent.mkdir(parents=True, exist_ok=True)
@@ -75,14 +75,14 @@ def test_what_a_pack_takes_comes_back_and_what_would_not_is_refused(pruned, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_transformers_refuses_a_pack_instead_of_inventing_its_weights(pruned, tmp_path):
+def test_transformers_refuses_a_pack(pruned, tmp_path):
     """A plain configuration would give a model of random weights and a warning."""
     pack(pruned, tmp_path / "pack")
     with pytest.raises(ValueError, match="model type `calmix-pack`"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "pack")
 
 
-def test_a_pack_of_an_older_format_is_read(pruned, tmp_path):
+def test_older_pack_format(pruned, tmp_path):
     """It has the model's own configuration, and no hash of its own."""
     folder = tmp_path / "pack"
     pack(pruned, folder)
@@ -96,7 +96,7 @@ def test_a_pack_of_an_older_format_is_read(pruned, tmp_path):
 
 
 @given(data=st.data())
-def test_every_type_and_value_survives(data, tmp_path_factory, monkeypatch):
+def test_all_types_and_values_survive(data, tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("any")
     kinds = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8]
     tensors = {}
@@ -115,7 +115,7 @@ def test_every_type_and_value_survives(data, tmp_path_factory, monkeypatch):
     comes_back(folder / "model", folder)
 
 
-def test_what_was_altered_cut_or_is_of_another_format_is_one_line(pruned, tmp_path):
+def test_damaged_packs_are_one_line(pruned, tmp_path):
     pack(pruned, tmp_path / "pack")
     whole = (tmp_path / "pack" / "model.safetensors").read_bytes()
 
@@ -159,7 +159,7 @@ def test_what_was_altered_cut_or_is_of_another_format_is_one_line(pruned, tmp_pa
         unpack(tmp_path / "pack", tmp_path / "out")
 
 
-def test_a_pack_that_would_grow_without_end_is_refused(tmp_path):
+def test_pack_bomb_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     zeros = {"zeros": torch.zeros(2**20, 40, dtype=torch.bfloat16)}
@@ -171,7 +171,7 @@ def test_a_pack_that_would_grow_without_end_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ecq", "eight", "joint"])
-def test_levels_are_packed_and_come_back_to_the_bit(quantised, name, tmp_path, monkeypatch):
+def test_levels_round_trip(quantised, name, tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "CHUNK", 500)  # several chunks per tensor
     model = quantised / name
     comes_back(model, tmp_path)
@@ -186,7 +186,7 @@ def test_levels_are_packed_and_come_back_to_the_bit(quantised, name, tmp_path, m
     assert all(torch.equal(dense[key], value) for key, value in loaded.items())
 
 
-def test_levels_of_a_model_whose_files_have_other_names_are_packed(quantised, tmp_path):
+def test_levels_with_other_file_names(quantised, tmp_path):
     model = shutil.copytree(quantised / "ecq", tmp_path / "model")
     for file in model.glob("*.safetensors"):
         weights = {name.removeprefix("model."): value for name, value in load_file(file).items()}
@@ -203,7 +203,7 @@ def test_levels_of_a_model_whose_files_have_other_names_are_packed(quantised, tm
     assert sum("levels" in entry for _, entry in tensors) == 14 == len(manifest["names"])
 
 
-def test_weights_that_have_left_the_grid_are_altered_they_are(quantised, tmp_path):
+def test_weights_off_the_grid_are_refused(quantised, tmp_path):
     model = shutil.copytree(quantised / "ecq", tmp_path / "model")
     for number, file in enumerate(sorted(model.glob("*.safetensors"))):
         weights = load_file(file)
@@ -214,7 +214,7 @@ def test_weights_that_have_left_the_grid_are_altered_they_are(quantised, tmp_pat
     comes_back(model, tmp_path)
 
 
-def test_scales_of_another_pack_are_refused(quantised, tmp_path):
+def test_foreign_scales_are_refused(quantised, tmp_path):
     for name in ("ecq", "joint"):
         pack(quantised / name, tmp_path / name)
     scales = next((tmp_path / "joint" / "calmix-scales").iterdir())

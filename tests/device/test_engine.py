@@ -1,4 +1,4 @@
-"""The engine on a device that is not there: a few reads a layer, and no copy between devices."""
+"""The engine on a simulated device: a few reads per layer, and no copy between devices."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def by_block(kind, make, micro_tokens=64, change=lambda model: None, more=()):
     ),
     ids=str,
 )
-def test_a_block_is_read_a_few_times_however_many_its_rows(case):
+def test_reads_do_not_grow_with_rows(case):
     kind, *how = case
     found = []
     for micro_tokens in (64, 160):
@@ -89,14 +89,14 @@ def test_a_block_is_read_a_few_times_however_many_its_rows(case):
     assert found[0] == found[1]
 
 
-def test_a_look_reads_once():
+def test_allocation_pass_reads_once():
     look, blocks = by_block("llama", a_look)
     assert blocks == [(1, {}, {})] * 2
     assert len(look.importance) == 14
 
 
 @pytest.mark.parametrize("kind", quick(["mixtral"], ["llama"]))
-def test_a_device_sums_in_one_order(monkeypatch, kind):
+def test_device_sums_in_fixed_order(monkeypatch, kind):
     """ADMM carries the last bit of a sum into the mask."""
     ordered = []
 
@@ -127,7 +127,7 @@ def test_a_device_sums_in_one_order(monkeypatch, kind):
     assert not any(ordered)
 
 
-def test_embeddings_are_rounded_where_they_lie(monkeypatch):
+def test_embeddings_are_rounded_in_place(monkeypatch):
     """Those apart from the head too, whose inputs all count alike."""
     seen = []
 
@@ -166,7 +166,7 @@ def as_slices(model):
 
 
 @pytest.mark.parametrize("case", quick([("wanda", "sequential")], [(QUICK, "block")]))
-def test_experts_are_read_a_few_times_besides_what_routing_asks(case):
+def test_experts_reads(case):
     """A module that sends tokens to experts asks which; ours ask if experts see the same tokens."""
     run, blocks = by_block("mixtral", a_run(*case), 64, as_slices, [None])
     for numbers, reads, copies in blocks:
@@ -189,7 +189,7 @@ def test_experts_are_read_a_few_times_besides_what_routing_asks(case):
     ],
     ids=["owl", "admm", "experts", "scores"],
 )
-def test_apples_gpus_are_given_no_float64(kind, make):
+def test_no_float64_on_mps(kind, make):
     """Nor is it made there on the way: the tracer refuses it, as they do."""
     change = as_slices if kind == "mixtral" else lambda model: None
     with tracing(None) as traced:

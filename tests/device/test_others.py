@@ -1,4 +1,4 @@
-"""Recovery, scoring, distance and generation on a device that is not there.
+"""Recovery, scoring, distance and generation on a simulated device.
 
 Gradients are given, not computed: a CPU build keeps no graph of what another device does.
 """
@@ -50,7 +50,7 @@ def gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", quick(["llama"], ["gemma3_text"]))
-def test_a_block_learns_with_a_read_a_step(kind, gradients):
+def test_block_recovery_reads_once_per_step(kind, gradients):
     with tracing(None) as traced:
         model = empty_model(tiny_config(kind))
         found = find_blocks(model)
@@ -78,7 +78,7 @@ def test_a_block_learns_with_a_read_a_step(kind, gradients):
     assert not traced.copies
 
 
-def test_a_head_may_lie_on_another_device(gradients, monkeypatch):
+def test_head_on_another_device(gradients, monkeypatch):
     """As hooks of accelerate leave it: its logits are not where the hidden states are."""
     monkeypatch.setattr(torch, "is_grad_enabled", lambda: True)
     asked = []
@@ -107,7 +107,7 @@ CUT = {"top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}
 
 
 @pytest.mark.parametrize(("kind", "cut"), [("cuda", {}), ("cuda", CUT), ("mps", {})])
-def test_a_step_of_writing_reads_once(kind, cut):
+def test_generation_step_reads_once(kind, cut):
     """Where float64 is not known, tokens are drawn on the CPU."""
     request = Request([[[3, 4]], [[5]]], 6, [1.0, 0.9], seed=0, **cut)
     with tracing(None) as traced:

@@ -1,4 +1,4 @@
-"""Solvers, statistics and patterns on a device that is not there: types, shapes, devices, reads."""
+"""Solvers, statistics and patterns on a simulated device: types, shapes, devices, reads."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def on_device(*tensors):
     ids=str,
 )
 @pytest.mark.parametrize("name", [*SPARSE, "sparsegpt,refit=11", "wanda,refit=1"])
-def test_a_solve_reads_a_few_numbers_and_copies_nothing(name, how):
+def test_solve_reads_few_numbers(name, how):
     """Layers of several sizes.
 
     Nothing that is made on the way lies elsewhere: where nobody says, it would be on the CPU.
@@ -53,7 +53,7 @@ def test_a_solve_reads_a_few_numbers_and_copies_nothing(name, how):
         assert not traced.copies, traced.copies
 
 
-def test_the_error_of_a_large_layer_starts_few_kernels():
+def test_error_of_a_large_layer_uses_few_kernels():
     with tracing() as traced:
         weight = torch.randn(14336, 4096, dtype=torch.bfloat16)
         traced.operations.clear()
@@ -63,7 +63,7 @@ def test_the_error_of_a_large_layer_starts_few_kernels():
 
 
 @pytest.mark.parametrize("score", [(5, 64), (1, 5000), (3, 2)])
-def test_masks_are_made_without_the_host(score):
+def test_masks_need_no_host_reads(score):
     with tracing() as traced:
         values = torch.rand(score)
         assert on_device(smallest(values, 2), smallest(values, score[1] - 1), smallest(values, 0))

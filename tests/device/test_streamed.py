@@ -1,4 +1,4 @@
-"""The prune from disk to disk on a device that is not there: what is copied and when it is read."""
+"""Pruning from disk to disk on a simulated device: what is copied, and when it is read."""
 
 from collections import Counter
 from concurrent.futures import Future
@@ -65,7 +65,7 @@ def numberless(monkeypatch, tiny_folder):
     streamed.close()
 
 
-def test_a_device_without_a_queue_for_it_copies_in_one_thread(numberless):
+def test_copies_without_a_stream(numberless):
     streamed, *_ = numberless
     streamed._queue = None
     with tracing(None) as traced:
@@ -76,7 +76,7 @@ def test_a_device_without_a_queue_for_it_copies_in_one_thread(numberless):
 
 
 @pytest.mark.parametrize("method", quick(["wanda,refit=2"], ["sparsegpt"]))
-def test_a_block_comes_and_goes_once(numberless, tmp_path, monkeypatch, method):
+def test_block_is_copied_once(numberless, tmp_path, monkeypatch, method):
     """Its weights come and go; hidden states stay."""
     streamed, pinned, waited = numberless
     work = WorkFolder(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A device that is not there: operations run on tensors without numbers, and are counted.
+"""A simulated device: operations run on tensors without data, and are counted.
 
 PyTorch's FakeTensorMode follows types, shapes and devices through every operation, so a CPU build
 can run what a GPU would. What needs numbers on the host is answered here and counted: every such

@@ -1,4 +1,4 @@
-"""Results of every kind, made once."""
+"""Results of every kind, created once."""
 
 import pytest
 

@@ -6,7 +6,7 @@ from calmix import pruning
 from calmix.diagnostics import doctor
 
 
-def test_every_finding_is_in_the_json(calmix):
+def test_doctor_json(calmix):
     ended = calmix("doctor", "--json")
     told = json.loads(ended.out)
     assert told["works"] is True
@@ -17,7 +17,7 @@ def test_every_finding_is_in_the_json(calmix):
         assert (check["state"] == "ok") or check["advice"], check
 
 
-def test_an_engine_that_prunes_wrongly_is_found(calmix, monkeypatch):
+def test_doctor_detects_a_broken_engine(calmix, monkeypatch):
     right = pruning.prune
 
     def wrong(model, ids, **options):
@@ -35,7 +35,7 @@ def test_an_engine_that_prunes_wrongly_is_found(calmix, monkeypatch):
     assert "not half" in failed[0]["found"]
 
 
-def test_what_is_missing_or_outside_its_range_comes_with_advice(monkeypatch, tmp_path):
+def test_doctor_gives_advice(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "file" / "cache"))
     lines = ["torch>=99", "nothing-of-the-sort>=1; extra == 'ray'"]

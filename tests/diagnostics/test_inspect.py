@@ -31,7 +31,7 @@ def health(calmix, path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_kind_health_and_changes_are_reported(calmix, made, tmp_path, name):
+def test_inspect_reports_kind_health_and_changes(calmix, made, tmp_path, name):
     kind, changed = KINDS[name]
     ended = calmix("doctor", "inspect", made / name).ok()
     lines = ended.out.strip().splitlines()
@@ -54,7 +54,7 @@ def test_kind_health_and_changes_are_reported(calmix, made, tmp_path, name):
 @pytest.mark.parametrize(
     "name", ["pruned", "bare", "recovered", "dropped", "quantised", "several/sparsegpt-0.5"]
 )
-def test_the_command_of_a_checkpoint_makes_it_again(calmix, made, tmp_path, monkeypatch, name):
+def test_printed_command_reproduces_the_checkpoint(calmix, made, tmp_path, monkeypatch, name):
     monkeypatch.chdir(made)  # relative paths in the manifest start there
     program, *words = shlex.split(health(calmix, made / name)["facts"]["command"])
     again = ["own.yaml" if word == "FILE" else word for word in words]
@@ -64,7 +64,7 @@ def test_the_command_of_a_checkpoint_makes_it_again(calmix, made, tmp_path, monk
     assert hashes(tmp_path / "again") == {**hashes(tmp_path / "again"), **hashes(made / name)}
 
 
-def test_what_is_unusual_is_a_warning_and_a_changed_manifest_is_named(calmix, made, tmp_path):
+def test_inspect_warnings_and_changed_manifest(calmix, made, tmp_path):
     """An unlisted file, raised damping, dead inputs and large errors are unusual."""
     pruned = shutil.copytree(made / "pruned", tmp_path / "pruned")
     (pruned / "model-00002.safetensors").write_bytes(b"")
@@ -91,7 +91,7 @@ def test_what_is_unusual_is_a_warning_and_a_changed_manifest_is_named(calmix, ma
     assert "not JSON" in calmix("doctor", "inspect", pruned).line
 
 
-def test_a_recovery_of_a_model_that_another_program_pruned_can_be_checked(calmix, made, tmp_path):
+def test_inspect_recovery_of_a_foreign_model(calmix, made, tmp_path):
     copy = shutil.copytree(made / "recovered", tmp_path / "recovered")
     manifest = json.loads((copy / "calmix.json").read_text(encoding="utf-8"))
     write_json(copy / "calmix.json", sealed(manifest | {"pruned": None}))
@@ -100,7 +100,7 @@ def test_a_recovery_of_a_model_that_another_program_pruned_can_be_checked(calmix
     assert [*told["facts"]] == ["model", "recovery by blocks", "command", "versions"]
 
 
-def test_what_a_running_trial_writes_is_not_checked(calmix, made, tmp_path):
+def test_inspect_skips_running_trials(calmix, made, tmp_path):
     store = shutil.copytree(made / "results", tmp_path / "store")
     part = store / "trials" / ".id.partial-0" / "checkpoint"
     part.mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_what_a_running_trial_writes_is_not_checked(calmix, made, tmp_path):
     assert "intact" in calmix("doctor", "inspect", store).ok().out
 
 
-def test_text_that_the_model_wrote_for_a_mix_is_named(calmix, made, tmp_path):
+def test_inspect_names_self_written_text(calmix, made, tmp_path):
     pruned = shutil.copytree(made / "pruned", tmp_path / "pruned")
     manifest = json.loads((pruned / "calmix.json").read_text(encoding="utf-8"))
     manifest["calibration"]["written"] = {"chat": {}}
@@ -123,7 +123,7 @@ def test_text_that_the_model_wrote_for_a_mix_is_named(calmix, made, tmp_path):
         drawn.pop("sources", None)
 
 
-def test_the_model_in_a_pack_is_checked_against_its_manifest(calmix, made, tmp_path):
+def test_inspect_checks_a_packs_model(calmix, made, tmp_path):
     """An intact pack with the manifest of another model."""
     copy = shutil.copytree(made / "pack", tmp_path / "pack")
     shutil.copyfile(made / "several" / "sparsegpt-0.4" / "calmix.json", copy / "calmix.json")
@@ -135,7 +135,7 @@ def test_the_model_in_a_pack_is_checked_against_its_manifest(calmix, made, tmp_p
     assert "model-00001-of-00004.safetensors is damaged or changed" in line
 
 
-def test_anything_but_a_result_is_one_line(calmix, made, tmp_path):
+def test_inspect_of_anything_else_is_one_line(calmix, made, tmp_path):
     line = calmix("doctor", "inspect", made / "measured.json").line
     assert "cannot be checked: name a folder" in line
     assert "holds no result of calmix" in calmix("doctor", "inspect", tmp_path).line

@@ -1,6 +1,6 @@
 """Programs that try to leave the sandbox, or to have a wrong answer count as right.
 
-python -m tests.evaluation.attempts    # tries all deeds and prints which succeed
+python -m tests.evaluation.attempts    # tries all of them and prints which succeed
 """
 
 from __future__ import annotations

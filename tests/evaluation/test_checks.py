@@ -143,11 +143,11 @@ REQUESTS = [  # answers, and what a request asks for
         *(("as_requested", *row) for row in REQUESTS),
     ],
 )
-def test_an_answer_is_compared_with_what_is_right(check, answer, right, ok):
+def test_answer_checks(check, answer, right, ok):
     assert getattr(checks, check)(answer, right) is ok
 
 
-def test_results_are_compared_as_the_harness_compares_them():
+def test_results_match_the_harness():
     """Strings are compared exactly, whatever their characters."""
     from lm_eval.tasks.hendrycks_math.utils import is_equiv
 
@@ -188,7 +188,7 @@ def test_results_are_compared_as_the_harness_compares_them():
     assert 500 < same < 10_000
 
 
-def test_a_program_is_taken_from_its_block_or_continues_the_head():
+def test_program_extraction():
     head = "from typing import List\n\n\ndef f(x: int) -> int:\n"
     block = "Sure:\n```python\ndef f(x):\n    return x\n```\nDone."
     assert (
@@ -253,7 +253,7 @@ QUESTIONS = {  # answers to a question, whether they are right
     ("question", "right", "answer", "ok"),
     [(*key, *case) for key, cases in QUESTIONS.items() for case in cases.items()],
 )
-def test_a_short_answer_names_the_right_one_in_its_first_sentence(question, right, answer, ok):
+def test_short_answers(question, right, answer, ok):
     assert checks.short_match(answer, [right], question) is ok
 
 
@@ -286,7 +286,7 @@ def test_a_short_answer_names_the_right_one_in_its_first_sentence(question, righ
         ("9" * 5000, []),
     ],
 )
-def test_numbers_are_read_with_signs_thousands_and_fractions(text, values):
+def test_number_parsing(text, values):
     assert [float(one) for one in checks.numbers(text)] == values
 
 
@@ -311,5 +311,5 @@ def test_numbers_are_read_with_signs_thousands_and_fractions(text, values):
         ("request", "Coffee, tea.\nCoffee", ""),
     ],
 )
-def test_a_cut_answer_counts_up_to_its_own_mark(check, answer, part):
+def test_truncated_answers(check, answer, part):
     assert checks.finished(answer, check) == part

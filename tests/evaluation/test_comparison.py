@@ -1,4 +1,4 @@
-"""Comparing models: one figure for one model, whatever stands beside it, and what is left out."""
+"""Comparing models: a model's figures do not depend on the others; what is left out is named."""
 
 import json
 from dataclasses import replace
@@ -42,7 +42,7 @@ def printed(calmix, monkeypatch):
     return run
 
 
-def test_a_model_has_the_same_figures_alone_and_beside_another(calmix, printed, tmp_path):
+def test_figures_are_the_same_alone_and_compared(calmix, printed, tmp_path):
     dense = scored(*tasks(RIGHT))
     other = scored(*tasks([*RIGHT[:11], *[0] * 9]))  # the same model, rounded otherwise
     one = saved(tmp_path / "one.json", dense, scored(*tasks(LOST)))
@@ -74,9 +74,7 @@ def test_a_model_has_the_same_figures_alone_and_beside_another(calmix, printed, 
     assert told["retention"]["total"] == told["behaviour"]["right"]["total"]
 
 
-def test_where_gains_were_not_measured_all_are_compared_by_what_they_keep(
-    calmix, printed, tmp_path
-):
+def test_comparison_without_gains_uses_kept(calmix, printed, tmp_path):
     dense, small = scored(*tasks(RIGHT)), scored(*tasks(LOST))
     one = saved(tmp_path / "one.json", dense, small)
     kept = scored(*tasks([a * b for a, b in zip(LOST, RIGHT, strict=True)]))
@@ -91,7 +89,7 @@ def test_where_gains_were_not_measured_all_are_compared_by_what_they_keep(
     assert "leave out --against" in calmix("compare", two, "--against", other).line
 
 
-def test_a_folder_of_compress_is_compared_on_the_suites_that_all_have(printed, calmix, tmp_path):
+def test_compare_folders_on_common_suites(printed, calmix, tmp_path):
     likely = [scored(bits(nats, [4] * 30), suite="offline") for nats in ([1.0] * 30, [2.0] * 30)]
     dense, small = scored(*tasks(RIGHT)), scored(*tasks(LOST))
     for name in ("first", "second"):
@@ -111,7 +109,7 @@ def test_a_folder_of_compress_is_compared_on_the_suites_that_all_have(printed, c
     assert "of different suites" in calmix("compare", alone, third).line
 
 
-def test_the_ceiling_is_printed_once_and_few_right_answers_are_too_few_to_tell(printed, tmp_path):
+def test_ceiling_and_too_few_answers(printed, tmp_path):
     few = [1] * 4 + [0] * 16
     dense = scored(*tasks(RIGHT, few))
     dense = replace(dense, repeat=tasks([0, *RIGHT[1:]], few))

@@ -40,7 +40,7 @@ def tiny(tiny_folder):
     return open_model(str(tiny_folder), dtype="float32", device="cpu")
 
 
-def test_scores_are_those_of_the_plain_model(suite, tiny):
+def test_scores_match_the_plain_model(suite, tiny):
     scores = evaluate(tiny, suite)
     assert [(t.name, t.dimension, t.primary, bool(t.floors), t.chance) for t in scores.tasks] == [
         ("quiz", "general", "smoothed", True, pytest.approx(1 / 3)),
@@ -74,7 +74,7 @@ def test_scores_are_those_of_the_plain_model(suite, tiny):
     assert evaluate(tiny, suite, tasks=["text"], limit=2).tasks[0].unigram == text.unigram[::2]
 
 
-def test_a_file_gives_the_scores_back_or_is_refused(suite, tiny, tmp_path):
+def test_score_files(suite, tiny, tmp_path):
     assert len(evaluate(tiny, suite, quick=True).tasks[0].items) == 3
     scores, path = evaluate(tiny, suite, limit=2), tmp_path / "scores.json"
     assert [len(task.items) for task in scores.tasks] == [2, 2, 2]
@@ -98,7 +98,7 @@ def test_a_file_gives_the_scores_back_or_is_refused(suite, tiny, tmp_path):
             load_scores(path)
 
 
-def test_a_model_that_changes_while_it_is_scored_is_refused(suite, tiny_folder, tmp_path):
+def test_model_changed_during_scoring_is_refused(suite, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     opened = open_model(str(folder))
 
@@ -109,7 +109,7 @@ def test_a_model_that_changes_while_it_is_scored_is_refused(suite, tiny_folder, 
         evaluate(opened, suite, limit=2, progress=change)
 
 
-def test_equal_runs_give_equal_files(suite, tiny, tmp_path):
+def test_score_files_are_reproducible(suite, tiny, tmp_path):
     """Timings are not in them."""
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     for path in (first, second):
@@ -117,9 +117,7 @@ def test_equal_runs_give_equal_files(suite, tiny, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_dense_scores_are_kept_by_model_suite_and_dtype(
-    suite, tiny, tiny_folder, tmp_path, monkeypatch
-):
+def test_dense_scores_are_cached(suite, tiny, tiny_folder, tmp_path, monkeypatch):
     folder, first = tmp_path / "cache/scores", evaluate(tiny, suite, cache=True)
     (kept,) = folder.iterdir()
     held = kept.read_bytes()
@@ -142,9 +140,7 @@ def test_dense_scores_are_kept_by_model_suite_and_dtype(
     assert evaluate(tiny, suite, limit=1, cache=True).tasks
 
 
-def test_retention_against_a_dense_model_or_its_file_also_by_another_measure(
-    calmix, tiny_folder, suite_file, tmp_path
-):
+def test_retention_against_model_or_file(calmix, tiny_folder, suite_file, tmp_path):
     arguments, path = ("evaluate", tiny_folder, "--suite", suite_file), tmp_path / "out/dense.json"
     both = tmp_path / "both.json"
     ended = calmix(*arguments, "-o", path).ok()
@@ -172,9 +168,7 @@ def test_retention_against_a_dense_model_or_its_file_also_by_another_measure(
     assert calmix("evaluate", "rescore", both, "--against", path).code == 0
 
 
-def test_the_distance_to_the_dense_model_on_a_text_of_the_users(
-    calmix, tiny_folder, suite_file, text_file, tmp_path
-):
+def test_distance_on_own_text(calmix, tiny_folder, suite_file, text_file, tmp_path):
     other, out = save_tiny_model(tmp_path / "other", seed=1), tmp_path / "scores.json"
     arguments = ("evaluate", other, "--suite", suite_file, "--text", f"mine={text_file}")
     ended = calmix(*arguments, "--against", tiny_folder, "-o", out).ok()
@@ -192,7 +186,7 @@ def test_the_distance_to_the_dense_model_on_a_text_of_the_users(
 
 
 @pytest.mark.parametrize(("kind", "cut"), [("llama", {"q": 1}), ("bloom", {})])
-def test_a_prompt_is_called_cut_only_if_it_is(monkeypatch, kind, cut):
+def test_prompt_truncation_is_reported(monkeypatch, kind, cut):
     """Bloom states no context: its prompts are read in full."""
     monkeypatch.setattr("calmix.evaluation.evaluate.answers", lambda *_, **__: [("x", True)])
     scorer = Scorer(opened(kind))

@@ -48,7 +48,7 @@ def judged(text, dense, pruned):
         ("0.9,0.8", "the floor of all abilities is given twice"),
     ],
 )
-def test_floors_are_read_or_refused_in_one_line(text, found):
+def test_floor_parsing(text, found):
     if isinstance(found, dict):
         assert parse_floors(text) == pytest.approx(found)
         return
@@ -56,7 +56,7 @@ def test_floors_are_read_or_refused_in_one_line(text, found):
         parse_floors(text)
 
 
-def test_bounds_are_exact_and_say_what_so_many_right_answers_can_prove():
+def test_exact_bounds_and_provable_floors():
     assert lower_bound(0, 20) == 0
     assert [proven(one) for one in (0.89999, 0.9, 0.57, 1.0)] == ["89.9", "90.0", "57.0", "100.0"]
     assert lower_bound(20, 20) == pytest.approx(0.05 ** (1 / 20))
@@ -70,7 +70,7 @@ def test_bounds_are_exact_and_say_what_so_many_right_answers_can_prove():
     assert (needed(0.9), needed(lower_bound(40, 40))) == (29, 40)
 
 
-def test_each_ability_is_judged_by_the_first_measure_it_has():
+def test_measure_order_per_ability():
     said = answered(100, 120), answered(100, 120, kept=97)
     chosen = [accuracy([1.0] * n + [0.0] * (300 - n), "quiz", "general") for n in (280, 275)]
     likely = [
@@ -108,7 +108,7 @@ def test_each_ability_is_judged_by_the_first_measure_it_has():
     assert strict.to_dict()["tested"][0]["passed"] is strict.to_dict()["passed"] is False
 
 
-def test_no_bound_is_above_what_the_items_can_prove():
+def test_bound_is_at_most_provable():
     for task in (answered(40, 60), accuracy([1.0] * 50 + [0.0] * 10), bits([0.5] * 40, [2] * 40)):
         one = scored(task)
         (found,) = judged("0.5", one, one).tested
@@ -118,7 +118,7 @@ def test_no_bound_is_above_what_the_items_can_prove():
         assert judged(f"{found.provable - 0.03}", one, one).passed
 
 
-def test_what_cannot_be_proven_is_said_with_the_nearest_that_can():
+def test_unprovable_floor_names_the_nearest():
     guessed = accuracy([1.0, 0.0, 0.0, 0.0] * 10, "coin", "logic")
     dense = scored(answered(12, 60), answered(90, 90, "chat"), answered(2, 60, "math"), guessed)
     assert judged("0.75", dense, dense).untested == ("math", "logic")
@@ -150,7 +150,7 @@ def test_what_cannot_be_proven_is_said_with_the_nearest_that_can():
         judged("0.9", strict, strict)
 
 
-def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named():
+def test_answer_counts_and_worst_ability():
     guessed = accuracy([1.0, 0.0] * 15, "coin", chance=0.5)
     dense = scored(
         written("qa", "general", [1] * 12 + [0] * 3),
@@ -204,7 +204,7 @@ def test_answers_are_counted_item_by_item_and_the_worst_ability_is_named():
         behaviour((replace(dense, form="chat template"), replace(pruned, form="worked examples")))
 
 
-def test_tasks_of_two_suites_are_told_apart_by_ability_and_data_set():
+def test_tasks_of_two_suites():
     own, ours = answered(40, 40, "support"), answered(99, 99, "chat")
     own, ours = (replace(one, name="requests") for one in (own, ours))
     lost = replace(own, values=(0.0,) * 40)
@@ -220,7 +220,7 @@ def test_tasks_of_two_suites_are_told_apart_by_ability_and_data_set():
     assert found.answers.dense == 139
 
 
-def test_where_only_right_answers_were_asked_nothing_is_said_of_others_or_of_fewer_items():
+def test_right_only_behaviour():
     """A task of two suites counts where it has most items."""
     dense = scored(written("qa", "general", [1] * 8 + [0, 0]))
     pruned = scored(written("qa", "general", [1] * 6 + [0] * 4))
@@ -263,12 +263,12 @@ def test_where_only_right_answers_were_asked_nothing_is_said_of_others_or_of_few
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(12, 11), (0, 0), (5, 0), (700, 600), (1, 3)])
-def test_p_of_lost_and_gained_is_mcnemars_exact(lost, gained):
+def test_mcnemar_p(lost, gained):
     wanted = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
     assert mcnemar(lost, gained) == mcnemar(gained, lost) == pytest.approx(wanted)
 
 
-def test_the_dense_model_beside_itself_is_the_ceiling():
+def test_dense_repeat():
     dense = scored(
         *(
             replace(one, answers=tuple(map(str, range(20))))
@@ -306,14 +306,14 @@ def test_the_dense_model_beside_itself_is_the_ceiling():
 @pytest.mark.parametrize(
     ("right", "of", "low", "high"), [(0, 13, 0.0, 0.228), (13, 48, 0.166, 0.410), (5, 5, 0.566, 1)]
 )
-def test_the_interval_of_a_share_is_wilsons(right, of, low, high):
+def test_wilson_interval(right, of, low, high):
     found = proportion(right, of)
     assert (found.low, found.high) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
     assert proportion(0, 0).value is None
 
 
 @pytest.mark.parametrize(("items", "tasks"), [(30, 1), (60, 1), (30, 2)])
-def test_a_bound_by_likelihood_holds_where_few_items_lose_much(items, tasks):
+def test_likelihood_bound_on_skewed_losses(items, tasks):
     """Nominal 5 %; a bootstrap quantile is above the truth in 10 to 15 % of these samples."""
     rng, rows = np.random.default_rng(0), []
     for name in map(str, range(tasks)):
@@ -324,7 +324,7 @@ def test_a_bound_by_likelihood_holds_where_few_items_lose_much(items, tasks):
     assert np.median(bounds) > 0.7
 
 
-def test_a_floor_by_likelihood_is_tested_with_that_bound():
+def test_likelihood_floor_uses_the_bound():
     lost = np.random.default_rng(0).gamma(0.2, 0.4, 400)
     dense, pruned = (bits(list(one), [2] * 400) for one in (np.full(400, 0.5), 0.5 + lost))
     (found,) = judged("0.5", scored(dense), scored(pruned)).tested

@@ -23,7 +23,7 @@ QUICK = ("gemma3_text", "opt", "bloom", "mamba", "rwkv")
 
 
 @pytest.mark.parametrize("kind", quick(QUICK, (*ARCHITECTURES, "deepseek_v3")))
-def test_answers_are_those_given_one_at_a_time(tmp_path, monkeypatch, kind):
+def test_batched_answers_match_single_ones(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(greedy, "ROWS", 4)  # so that most rows start in the place of a finished one
     opened = open_model(str(save_tiny_model(tmp_path / kind, kind)), dtype="float32")
     rng = random.Random(19)
@@ -49,7 +49,7 @@ def test_answers_are_those_given_one_at_a_time(tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("kind", ["opt", "mamba"])  # with padded batches, and without
-def test_rearranged_prompts_run_in_another_order_and_in_smaller_batches(monkeypatch, kind):
+def test_rearranged_batches(monkeypatch, kind):
     model, batches = opened(kind), []
     forward = model.model.forward
 
@@ -71,7 +71,7 @@ def test_rearranged_prompts_run_in_another_order_and_in_smaller_batches(monkeypa
     assert first != last
 
 
-def test_a_row_with_another_beginning_sees_its_whole_window(tmp_path):
+def test_window_of_a_row_with_another_prefix(tmp_path):
     """All places are filled before the first row leaves: positions in a window are those of the
     longest row."""
     folder = save_tiny_model(tmp_path / "m", "mistral", sliding_window=16)
@@ -85,7 +85,7 @@ def test_a_row_with_another_beginning_sees_its_whole_window(tmp_path):
     assert answers(opened, asked)[-1] == alone
 
 
-def test_an_answer_keeps_its_first_space_and_a_turn_ends_where_the_template_ends_it(monkeypatch):
+def test_first_space_and_end_of_turn(monkeypatch):
     model, text = opened(), "    return x"
     tokenizer = model.tokenizer
     kept = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])  # as Llama 2's
@@ -103,12 +103,12 @@ def test_an_answer_keeps_its_first_space_and_a_turn_ends_where_the_template_ends
         assert end_tokens(model) == sorted(ids)
 
 
-def test_a_chat_is_the_same_on_any_day():
+def test_chat_template_date_is_fixed():
     today = "{{ strftime_now('%d %B %Y') }}: {{ messages[0].content }}"
     assert in_chat(tiny_tokenizer(today), "Hello") == "01 January 2025: Hello"
 
 
-def test_a_model_without_an_end_token_writes_up_to_the_limit():
+def test_no_end_token():
     model = opened()
     model.tokenizer.eos_token = model.model.generation_config.eos_token_id = None
     assert end_tokens(model) == []
@@ -117,14 +117,14 @@ def test_a_model_without_an_end_token_writes_up_to_the_limit():
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
-def test_a_model_that_computes_nan_is_refused(kind):
+def test_nan_logits_are_refused(kind):
     model = opened(kind)
     next(model.model.parameters()).data.fill_(torch.nan)
     with pytest.raises(ModelError, match="logits that are not finite in float32: check its"):
         answers(model, [Prompt([7, 8, 9], 4)])
 
 
-def test_an_answer_has_all_room_that_the_prompt_leaves(monkeypatch):
+def test_answer_length_limit(monkeypatch):
     rooms, model = [], opened()
     monkeypatch.setattr(greedy._Writer, "answer", lambda _, rows: rooms.extend(rows))
     monkeypatch.setattr(OpenModel, "context", 100)
@@ -136,14 +136,14 @@ def test_an_answer_has_all_room_that_the_prompt_leaves(monkeypatch):
     }
 
 
-def test_an_answer_that_goes_round_in_a_loop_is_cut():
+def test_looping_answer_is_cut():
     assert loops([1, 2] + [7, 8, 9] * 22)
     assert not loops([7, 8, 9] * 20)  # too short to be sure
     assert not loops(list(range(64)))
     assert not loops([*range(20)] * 5)  # periods this long occur in lists of similar lines
 
 
-def test_the_panel_is_asked_behind_worked_examples_and_an_answer_that_is_cut_says_so(monkeypatch):
+def test_answers_panel(monkeypatch):
     model, prompts = opened(), panel()
     written = [(" Paris. ", False), (" Paris. ", True)]
     monkeypatch.setattr(generations, "answers", lambda *_, **__: written)
@@ -153,7 +153,7 @@ def test_the_panel_is_asked_behind_worked_examples_and_an_answer_that_is_cut_say
     assert prompts[0].plain.count("Answer:") == 4
 
 
-def test_prompts_of_a_file_and_the_file_of_answers(tmp_path):
+def test_prompts_file_and_answers_file(tmp_path):
     path, out, rows = tmp_path / "mine.txt", tmp_path / "answers.json", tmp_path / "mine.csv"
     path.write_text("first\n\n  second \n", encoding="utf-8")
     rows.write_text("ask\nfirst\n", encoding="utf-8")

@@ -36,7 +36,7 @@ def divergence(before, after):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_the_models_own_forward(kind):
+def test_logits_match_the_models_forward(kind):
     model = tiny_model(kind, **KINDS[kind])
     if kind == "mamba2":  # its decoder returns float32 whatever the dtype
         model.bfloat16()
@@ -59,7 +59,7 @@ def test_logits_are_those_of_the_models_own_forward(kind):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_a_model_of_other_inputs_or_logits_is_refused_in_one_line():
+def test_unusual_inputs_or_logits_are_refused():
     model = tiny_model("llama")
     run = model.forward
     model.forward = lambda **kwargs: run(**kwargs, attention_mask=object())
@@ -81,7 +81,7 @@ def test_a_model_of_other_inputs_or_logits_is_refused_in_one_line():
             row_nll(model, tiny_ids())
 
 
-def test_perplexity_is_of_whole_windows():
+def test_perplexity_uses_whole_windows():
     model, calls = opened(), list[tuple[int, int]]()
     text = "the river runs " * 5
     found = perplexity(model, text, length=32, tick=lambda *of: calls.append(of))
@@ -124,7 +124,7 @@ def whole(dense, pruned, ids):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt_neox", "modernbert-decoder"])
-def test_distance_is_that_of_whole_logits(kind, monkeypatch):
+def test_distance_matches_full_logits(kind, monkeypatch):
     monkeypatch.setattr(module, "POSITIONS", 7)
     monkeypatch.setattr("calmix.machine.MICRO_TOKENS", 100)
     monkeypatch.setattr("calmix.machine.CACHED_VALUES", 300)  # room for a few positions
@@ -150,7 +150,7 @@ def test_distance_is_that_of_whole_logits(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_is_at_no_distance_from_itself_and_one_row_has_no_interval(dtype):
+def test_distance_to_itself_is_zero(dtype):
     dense, _ = pair()
     dense.model.to(dtype)
     found = distance(dense, reference(dense, TEXTS | {"code": TEXTS["code"][:1]}))
@@ -161,7 +161,7 @@ def test_a_model_is_at_no_distance_from_itself_and_one_row_has_no_interval(dtype
     ]
 
 
-def test_the_cache_gives_the_same_reference_without_the_blocks(tmp_path, monkeypatch):
+def test_cached_reference(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     dense = open_model(str(save_tiny_model(tmp_path / "m")))
     made = reference(dense, TEXTS, cache=True)
@@ -179,7 +179,7 @@ def test_the_cache_gives_the_same_reference_without_the_blocks(tmp_path, monkeyp
     assert reference(dense, TEXTS, cache=True).hidden.keys() == TEXTS.keys()  # not kept
 
 
-def test_another_head_needs_the_dense_one():
+def test_different_head_needs_the_dense_model():
     dense, pruned = pair("gpt_neox")  # its head is not tied
     made = reference(dense, TEXTS)
     pruned.model.get_output_embeddings().weight.mul_(1.5)
@@ -194,7 +194,7 @@ def test_another_head_needs_the_dense_one():
     assert len({*capped}) == 2
 
 
-def test_what_does_not_compare_is_refused():
+def test_incomparable_models_are_refused():
     dense, pruned = pair()
     made = reference(dense, TEXTS)
     with pytest.raises(InputError, match=r"pruned has another tokenizer .* \(--no-dist"):

@@ -18,7 +18,7 @@ def right(count, of, **fields):
     return accuracy([1.0] * count + [0.0] * (of - count), **fields)
 
 
-def test_tasks_and_dimensions_without_signal_do_not_count():
+def test_tasks_without_signal_are_skipped():
     dense = [
         right(80, 100, name="good"),
         right(27, 100, name="weak"),
@@ -36,7 +36,7 @@ def test_tasks_and_dimensions_without_signal_do_not_count():
     assert (silent.total.value, silent.worst) == (None, None)
 
 
-def test_the_level_is_that_of_all_intervals_and_the_worst_keeps_the_least():
+def test_confidence_level_and_worst():
     dense = [right(80, 100, name="a"), right(9, 10, name="b", dimension="code")]
     pruned = [right(60, 100, name="a"), right(7, 10, name="b", dimension="code")]
     wide, narrow = (retention(dense, pruned, resamples=200, level=level) for level in (0.95, 0.5))
@@ -50,7 +50,7 @@ def test_the_level_is_that_of_all_intervals_and_the_worst_keeps_the_least():
     assert retention(dense + few, pruned + few, resamples=9).worst == "general"
 
 
-def test_accuracy_is_of_tasks_with_right_and_wrong_answers_alone():
+def test_accuracy_skips_unjudged_tasks():
     text = bits([2.0, 3.0], [9, 9], "c", "code")
     found = retention([right(8, 10), text], [right(6, 10), text], measure="accuracy", resamples=9)
     assert [one.name for one in found.tasks] == ["quiz"]
@@ -59,7 +59,7 @@ def test_accuracy_is_of_tasks_with_right_and_wrong_answers_alone():
         retention([text], [text], measure="accuracy")
 
 
-def test_other_tasks_or_items_are_refused():
+def test_other_items_are_refused():
     a, b, c = (right(5, 10, name=name) for name in "abc")
     for dense, pruned, first in (([a], [b], "a"), ([c, b], [c], "b"), ([a, b], [b, a], "b")):
         with pytest.raises(InputError, match=rf"different tasks \(first: {first}\): eval"):
@@ -70,7 +70,7 @@ def test_other_tasks_or_items_are_refused():
 
 
 @pytest.mark.parametrize("measure", ["primary", "ratio"])
-def test_dimensions_and_total_are_means_of_what_tasks_keep(measure):
+def test_dimension_and_total_are_means(measure):
     rng = np.random.default_rng(0)
     nats, sizes = rng.uniform(2, 6, 40), rng.integers(9, 20, 40)
     pairs = [
@@ -96,7 +96,7 @@ def test_dimensions_and_total_are_means_of_what_tasks_keep(measure):
     assert found.worst == min(found.dimensions, key=lambda one: one.kept.value).name
 
 
-def test_draws_are_those_of_seed_name_and_count():
+def test_resamples_depend_on_seed_name_and_count():
     """The same on all machines and in all versions: published results are reproducible."""
     rng = np.random.default_rng([3, int.from_bytes(hashlib.sha256(b"quiz").digest()[:8], "little")])
     found = item_weights("quiz", 7, resamples=20, seed=3)
@@ -108,7 +108,7 @@ def answers(name, dimension, right):
     return written(name, dimension, [int(one) for one in right])
 
 
-def test_right_answers_are_pooled_by_ability_and_count_gains():
+def test_right_answers_by_ability():
     dense = [
         answers("a", "code", "1" * 8 + "0" * 8),
         answers("b", "code", "1" * 4 + "0" * 4),
@@ -154,7 +154,7 @@ def test_right_answers_are_pooled_by_ability_and_count_gains():
         retention(dense[-2:], pruned[-2:], measure="right")
 
 
-def test_flips_are_counted_both_ways_and_texts_have_none():
+def test_flips():
     dense = [
         accuracy([1, 1, 1, 1, 0, 0, 0, 0], "a"),
         accuracy([1, 0], "b"),
@@ -185,7 +185,7 @@ MOST, FEW = right(75, 100), right(10, 100)
 LN2 = math.log(2)
 
 
-def test_every_score_by_hand():
+def test_scores_by_hand():
     for score, wanted in {
         "bits": [1 / LN2, 2 / LN2],
         "accuracy": [1, 1],
@@ -211,7 +211,7 @@ def test_retention_by_hand(dense, pruned, measure, kept):
     assert parts(dense, pruned, measure).retention == pytest.approx(kept)
 
 
-def test_the_baseline_of_bits_is_the_better_of_two():
+def test_bits_baseline():
     worst = replace(DENSE, loglikelihoods=((-8.0,) * 3,) * 2)  # like a unigram code
     assert parts(replace(DENSE, floors=()), worst, "bits").retention == pytest.approx(0.0)
     assert parts(DENSE, worst, "bits").retention < 0
@@ -219,7 +219,7 @@ def test_the_baseline_of_bits_is_the_better_of_two():
     assert floor_scores(DENSE, "bits").tolist() == item_scores(ignorant, "bits").tolist()
 
 
-def test_smoothed_bits_lose_one_bit_at_most_on_an_answer():
+def test_smoothed_bits_lose_at_most_one_bit():
     gone = bits([900, 30], [20, 20])
     assert parts(TEXT, gone, "bits").retention < 0
     gain = [30 / LN2, 10 / LN2]  # of the dense model over the baseline, in bits
@@ -229,7 +229,7 @@ def test_smoothed_bits_lose_one_bit_at_most_on_an_answer():
     assert parts(TEXT, TEXT, "smoothed").dense == pytest.approx(1 / LN2)  # not smoothed
 
 
-def test_which_score_judges_which_task():
+def test_score_per_task():
     contexts = choices([[-1.0, -2.0]], [0])  # one answer after two contexts
     for task, wanted in (
         (DENSE, {"primary": "smoothed", "bits": "bits", "ratio": "accuracy", "right": "right"}),
@@ -241,7 +241,7 @@ def test_which_score_judges_which_task():
     assert floor_scores(contexts, "accuracy").tolist() == [0.5]
 
 
-def test_what_a_record_lacks_is_said():
+def test_missing_fields_are_named():
     old = replace(DENSE, gold=(), loglikelihoods=(), bytes=(), floors=(), unigram=())
     assert parts(old, old, "accuracy").retention == 1.0
     pruned_alone = replace(DENSE, floors=(), unigram=())
@@ -250,7 +250,7 @@ def test_what_a_record_lacks_is_said():
     assert parts(DENSE, pruned_alone).retention == 1.0  # a pruned model needs no baselines
 
 
-def test_signal_is_a_dense_score_beyond_its_noise_of_knowing_nothing():
+def test_signal():
     blind = np.random.default_rng(0).normal(-3, 0.1, (60, 4))
     for more, signal in ((0, False), (2, True)):
         rows = np.add(blind, [more, 0, 0, 0])

@@ -48,7 +48,7 @@ PROCESS, FILE = "start a process", "write a file"
         ("raise ValueError('\\ud800')", ""),
     ],
 )
-def test_right_programs_pass_and_everything_else_is_a_plain_failure(source, reason, monkeypatch):
+def test_only_right_programs_pass(source, reason, monkeypatch):
     monkeypatch.setenv("SECRET_OF_THE_USER", "x")
     # Programs that end by themselves get enough time even on a busy machine.
     found = failure(source, seconds=0.3 if reason == "still running" else 30)
@@ -57,12 +57,12 @@ def test_right_programs_pass_and_everything_else_is_a_plain_failure(source, reas
     assert "\n" not in found
 
 
-def test_a_program_takes_sets_in_the_same_order_whenever_it_runs():
+def test_set_order_is_fixed():
     source = "raise ValueError(''.join({*'abcdefghij'}))"
     assert len({failure(source) for _ in range(4)}) == 1
 
 
-def test_nothing_is_left_behind_and_what_is_printed_fills_no_memory_of_ours(tmp_path, monkeypatch):
+def test_no_leftovers_and_bounded_output(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     failure(f"open({str(tmp_path / 'target.txt')!r}, 'w').write('x')")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -119,13 +119,13 @@ def raises(kind, f, *args):
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_a_right_program_passes_and_its_test_can_fail(name):
+def test_archive_programs(name):
     program, test = RIGHT[name]
     assert not failure(program, f"assert {test}", names=["f"], head=HEAD, seconds=60)
     assert failure(program, f"assert not ({test})", names=["f"], head=HEAD, seconds=60)
 
 
-def test_names_of_the_tests_are_not_the_programs():
+def test_test_names_are_hidden_from_programs():
     """A function that checks comes from the head or from Python."""
     program = "def f(): return 0\ndef same(*_): return True\nabs = lambda _: 0"
     head = "def same(x, y): return x == y"
@@ -136,7 +136,7 @@ def test_names_of_the_tests_are_not_the_programs():
         assert reason.startswith("NameError: name '")
 
 
-def test_an_error_of_the_program_does_not_end_a_loop_of_the_test():
+def test_program_error_inside_a_test_loop():
     program, test = "def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == 1, [0]))"
     assert failure(program, test, names=["f"], seconds=60).startswith("RuntimeError")
 
@@ -149,7 +149,7 @@ def begin():
 
 @pytest.mark.skipif(not LINUX, reason="the attempts are those of Linux")
 @pytest.mark.parametrize("name", [*attempts.DEEDS, *attempts.FORGERIES])
-def test_no_attempt_succeeds(name, begin):
+def test_escape_attempts_fail(name, begin):
     assert not attempts.succeeds(name, begin)
 
 
@@ -157,7 +157,7 @@ def test_no_attempt_succeeds(name, begin):
 @pytest.mark.parametrize(
     "call", ["", "frames()", "call(39)" * attempts.X86, "open(os.__file__).read()"]
 )
-def test_attempts_could_succeed(call, begin):
+def test_attempts_succeed_without_confinement(call, begin):
     """They fail by what they do, and not by how they begin."""
     text = f"def f(x):\n    {call}\n    return x + 1"
     assert not failure(
@@ -176,7 +176,7 @@ def readable_python():
 
 @pytest.mark.skipif(not LINUX or os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("user", ["root", "nobody"])
-def test_no_attempt_succeeds_with_another_user_or_python(user):
+def test_escape_attempts_fail_as_another_user(user):
     python = readable_python()
     if python is None or not shutil.which("setpriv"):
         pytest.skip("no other Python, or no setpriv")
@@ -215,14 +215,14 @@ def without_landlock(monkeypatch):
 
 
 @pytest.mark.skipif(not LINUX or not shutil.which("bwrap"), reason="needs bubblewrap")
-def test_without_landlock_bubblewrap_hides_files(without_landlock, begin):
+def test_bubblewrap_replaces_landlock(without_landlock, begin):
     check_sandbox.__wrapped__()
     for name in attempts.DEEDS:
         if name.startswith("read"):
             assert not attempts.succeeds(name, begin)
 
 
-def test_where_a_program_cannot_be_confined_none_is_run(without_landlock, monkeypatch):
+def test_no_program_runs_unconfined(without_landlock, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr(sys, "platform", "linux")
     with pytest.raises(
@@ -235,7 +235,7 @@ def test_where_a_program_cannot_be_confined_none_is_run(without_landlock, monkey
 
 
 @pytest.mark.skipif(not LINUX, reason="a ruleset of Linux")
-def test_that_confinement_fails_is_an_error_and_no_verdict(monkeypatch):
+def test_failed_confinement_is_an_error(monkeypatch):
     monkeypatch.setattr(sandbox, "_confinement", lambda: ([], 0, ""))  # no ruleset
     with pytest.raises(InputError, match="cannot be run here: syscall 446: "):
         failure("", seconds=60)
@@ -263,7 +263,7 @@ def filtered(machine, number, *arguments, architecture=None):
     ("machine", "calls"),  # read, openat, clone, kill, tgkill, prlimit64, fcntl
     [("x86_64", (0, 257, 56, 62, 234, 302, 72)), ("aarch64", (63, 56, 220, 129, 131, 261, 25))],
 )
-def test_the_filter_allows_a_computation_on_every_processor(machine, calls):
+def test_seccomp_filter_allows_computation(machine, calls):
     reading, opening, cloning, killing, raising, limiting, control = calls
     at, write = 100, os.O_WRONLY
     assert [
@@ -302,7 +302,7 @@ def test_the_filter_allows_a_computation_on_every_processor(machine, calls):
 
 
 @pytest.mark.skipif(not LINUX, reason="macOS has no signal at a parent's end")
-def test_a_program_ends_with_calmix(tmp_path):
+def test_program_dies_with_calmix(tmp_path):
     """Also where calmix is killed."""
     code = "from calmix.evaluation.sandbox import failure; failure('while True: pass', seconds=300)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as calmix:

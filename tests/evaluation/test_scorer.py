@@ -23,7 +23,7 @@ def small_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", quick(["llama", "gemma2", "bloom", "opt"], ARCHITECTURES))
-def test_scores_are_the_plain_models_on_every_architecture(kind):
+def test_scores_match_the_plain_model_on_architectures(kind):
     calls, model, requests = [], opened(kind), quiz()
     scorer = Scorer(model, batch_tokens=200, progress=lambda *of: calls.append(of))
     found = scorer.loglikelihood(requests)
@@ -36,7 +36,7 @@ def test_scores_are_the_plain_models_on_every_architecture(kind):
     assert (attention_window(model.model) == 16) == (kind in WINDOWED)
 
 
-def test_long_contexts_are_cut_on_the_left_and_counted_and_long_answers_refused():
+def test_long_contexts_and_answers():
     model = opened()
     text = "abcdefghij" * 40  # 400 tokens, the context is 256
     scorer = Scorer(model)
@@ -52,7 +52,7 @@ def test_long_contexts_are_cut_on_the_left_and_counted_and_long_answers_refused(
 
 
 @pytest.mark.parametrize("form", ["$A </s>", "<s> $A </s>", "</s> $A", "<s> $A"])
-def test_an_end_token_that_the_tokenizer_appends_is_not_scored(form):
+def test_appended_end_token_is_not_scored(form):
     """Else an answer would be its last token, after a context that has ended."""
     model, requests = opened(), [("x", "one two", " three"), ("x", "", "four")]
     ends = [("<s>", 1), ("</s>", 2)]
@@ -69,7 +69,7 @@ def test_an_end_token_that_the_tokenizer_appends_is_not_scored(form):
     assert found == pytest.approx(Scorer(model).loglikelihood(requests[: len(found)]))
 
 
-def test_a_model_that_gives_no_numbers_is_refused():
+def test_non_finite_scores_are_refused():
     """The likeliest of choices that are all nan would be the first."""
     model = opened()
     model.model.model.layers[0].mlp.down_proj.weight.fill_(math.nan)
@@ -77,7 +77,7 @@ def test_a_model_that_gives_no_numbers_is_refused():
         Scorer(model).loglikelihood([("x", "a", "b"), ("x", "a", "c")])
 
 
-def test_rows_keep_their_size_and_shared_tokens_run_once():
+def test_shared_tokens_run_once():
     rng = random.Random(0)
     preambles = [[token + rng.randrange(100) for _ in range(200)] for token in (0, 100)]
     sequences = []
@@ -92,7 +92,7 @@ def test_rows_keep_their_size_and_shared_tokens_run_once():
         assert sum(map(len, rows)) == 30 * (20 + 4)
 
 
-def test_rows_are_filled_closely():
+def test_rows_are_packed_tightly():
     trees = [Row([1] * n, [-1] * n, [(n, n - 1, 5)]) for n in (60, 40, 30, 70, 100)]
     rows = fill_rows(trees, 100)
     assert sorted(map(len, rows)) == [100, 100, 100]

@@ -51,7 +51,7 @@ def test_builtin_suites():
     assert parts == {"math500"}  # its source leaves out all similar items
 
 
-def test_selections_of_a_users_own_file_have_hashes_of_their_own(tmp_path):
+def test_selection_hashes(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(GOOD, encoding="utf-8")
     suite = load_suite(path)
@@ -135,7 +135,7 @@ def test_selections_of_a_users_own_file_have_hashes_of_their_own(tmp_path):
         ),
     ],
 )
-def test_each_mistake_gives_one_line_with_line_and_key(old, new, line, says):
+def test_suite_errors_name_line_and_key(old, new, line, says):
     assert old in GOOD
     with pytest.raises(InputError) as caught:
         parse_model(Suite, GOOD.replace(old, new, 1), "mine.yaml")
@@ -160,7 +160,7 @@ def changed(folder, old, new):
     return load_suite(path)
 
 
-def test_the_template_is_a_suite_whose_examples_are_right(folder):
+def test_template_suite_is_valid(folder):
     suite = load_suite(folder / "mine.yaml")
     assert list(suite.dimensions) == ["support", "code"]
     metrics = ["acc_norm", "as_asked", "as_asked", "pass@1"]
@@ -181,7 +181,7 @@ def test_the_template_is_a_suite_whose_examples_are_right(folder):
     assert "returns x times two.\ndouble(4) == 8\ndouble(0) == 0" in texts
 
 
-def test_the_last_rows_are_worked_examples_if_asked_for_and_the_hash_is_of_all(folder, monkeypatch):
+def test_shots_are_the_last_rows(folder, monkeypatch):
     before = load_suite(folder / "mine.yaml").hash
     with (folder / "mine-answers.jsonl").open("a", encoding="utf-8") as file:
         file.write("\n")
@@ -199,7 +199,7 @@ def test_the_last_rows_are_worked_examples_if_asked_for_and_the_hash_is_of_all(f
         changed(folder, "shots: 1", "shots: 2")
 
 
-def test_rows_of_a_renamed_file_are_scored_again(folder, tiny_folder, monkeypatch):
+def test_renamed_file_is_scored_again(folder, tiny_folder, monkeypatch):
     """Items are named after their file: kept scores would be of other items."""
     monkeypatch.setenv("CALMIX_CACHE", str(folder / "cache"))
     how = {"tasks": ["my_choices"], "cache": True}
@@ -209,7 +209,7 @@ def test_rows_of_a_renamed_file_are_scored_again(folder, tiny_folder, monkeypatc
     assert task.items == ("ours/0",)
 
 
-def test_a_model_is_scored_on_all_kinds(folder, tiny_folder, calmix, monkeypatch):
+def test_all_kinds_are_scored(folder, tiny_folder, calmix, monkeypatch):
     scores = evaluate(tiny_folder, folder / "mine.yaml", allow_code_execution=True)
     assert [len(one.items) for one in scores.tasks] == [1, 2, 1, 1]
     assert scores.form == "worked examples"
@@ -225,9 +225,7 @@ def test_a_model_is_scored_on_all_kinds(folder, tiny_folder, calmix, monkeypatch
     assert "mine-programs.jsonl" in shown.out.replace("\n", "")
 
 
-def test_that_programs_cannot_run_is_said_before_anything_is_scored(
-    folder, tiny_folder, monkeypatch
-):
+def test_missing_sandbox_is_reported_first(folder, tiny_folder, monkeypatch):
     def refuse():
         raise InputError("generated code cannot be run here")
 
@@ -237,7 +235,7 @@ def test_that_programs_cannot_run_is_said_before_anything_is_scored(
         evaluate(tiny_folder, folder / "mine.yaml", allow_code_execution=True)
 
 
-def test_a_new_suite_is_written_and_overwrites_nothing(calmix, tmp_path):
+def test_new_suite_overwrites_nothing(calmix, tmp_path):
     for name in ("ours", "ours.v2"):
         calmix("evaluate", "suite", tmp_path / name, "--new").ok()
         assert load_suite(tmp_path / f"{name}.yaml").name == name
@@ -266,7 +264,7 @@ def test_a_new_suite_is_written_and_overwrites_nothing(calmix, tmp_path):
         ("programs", {"question": "x", "head": "f(x)", "tests": ["f(1), f(2)"]}, "expressions"),
     ],
 )
-def test_a_row_that_is_wrong_is_named_with_its_line(tmp_path, kind, row, said):
+def test_invalid_rows_name_their_line(tmp_path, kind, row, said):
     path = tmp_path / "rows.jsonl"
     text = row if isinstance(row, str) else json.dumps(row)
     path.write_text(template("x")[f"x-{kind}.jsonl"] + text + "\n", encoding="utf-8")
@@ -274,7 +272,7 @@ def test_a_row_that_is_wrong_is_named_with_its_line(tmp_path, kind, row, said):
         read_rows(str(path), kind)
 
 
-def test_rows_hold_any_text_and_long_numbers(folder):
+def test_rows_with_any_text_and_long_numbers(folder):
     """A line separator within a text does not end the row."""
     path, long = folder / "mine-numbers.jsonl", 123456789012345
     row = {"question": "one\u2028line\x85?", "answer": long}
@@ -287,9 +285,7 @@ def test_rows_hold_any_text_and_long_numbers(folder):
         read_rows(str(path), "numbers")
 
 
-def test_models_asked_in_other_forms_are_refused_before_an_answer_is_written(
-    folder, calmix, tiny_folder, tmp_path, monkeypatch
-):
+def test_other_prompt_forms_are_refused_first(folder, calmix, tiny_folder, tmp_path, monkeypatch):
     other = save_tiny_model(tmp_path / "other")
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tiny_tokenizer(template).save_pretrained(other)
@@ -308,9 +304,7 @@ def test_models_asked_in_other_forms_are_refused_before_an_answer_is_written(
     assert calmix(*command, "--task", "my_choices", "--against", path).code == 0
 
 
-def test_the_dense_models_answers_are_generated_twice_and_cached(
-    folder, calmix, tiny_folder, tmp_path, monkeypatch
-):
+def test_dense_repeat_is_cached(folder, calmix, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     seen, out = [], tmp_path / "out.json"
 
@@ -351,9 +345,7 @@ def test_the_dense_models_answers_are_generated_twice_and_cached(
         assert said in calmix(*command[:4], *more).line
 
 
-def test_only_what_a_dense_model_gets_right_is_asked_and_all_else_is_wrong(
-    folder, calmix, tiny_folder, tmp_path, monkeypatch
-):
+def test_right_only(folder, calmix, tiny_folder, tmp_path, monkeypatch):
     seen = []
 
     def fake(opened, prompts, rearranged, progress):

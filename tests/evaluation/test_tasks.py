@@ -15,7 +15,7 @@ from tests.evaluation.archive import suite_text, use_archive
 from tests.tiny import tiny_tokenizer
 
 
-def test_spread_is_even_within_and_over_groups():
+def test_even_spread():
     assert spread([""] * 10, 5) == [0, 2, 4, 6, 8]
     assert spread([""] * 3, 9) == spread([""] * 3, None) == [0, 1, 2]
     groups = ["a"] * 100 + ["b"] * 10 + ["c"] * 2
@@ -35,7 +35,7 @@ def spec(**fields):
 
 
 @pytest.mark.usefixtures("archive")
-def test_items_are_conditional_and_even_if_asked_and_their_texts_have_no_worked_examples():
+def test_item_selection():
     assert [item.id for item in load_items(spec())] == [f"quiz/{n}" for n in range(10)]
     assert [item.number for item in load_items(spec(items="even", limit=2))] == [0, 4]
     # MBPP has its own numbers, from 11 on.
@@ -52,7 +52,7 @@ def test_items_are_conditional_and_even_if_asked_and_their_texts_have_no_worked_
 
 
 @pytest.mark.usefixtures("archive")
-def test_a_passage_is_scored_once_from_its_middle_on(monkeypatch):
+def test_passage_scoring(monkeypatch):
     texts = ["one two three four five", "one two three four five", "word " * 500]
 
     def read(_, member):
@@ -80,13 +80,13 @@ def test_a_passage_is_scored_once_from_its_middle_on(monkeypatch):
         ({"archive": "which/rc", "shots": 0}, "item which/0 of the archive is not of form 'quest"),
     ],
 )
-def test_what_the_archive_lacks_is_one_line(fields, says):
+def test_missing_archive_entries(fields, says):
     with pytest.raises(InputError, match=says):
         load_items(spec(**fields))
 
 
 @pytest.mark.real
-def test_the_real_archive_gives_every_offline_task_its_items():
+def test_real_archive_items():
     for task in load_suite("offline").tasks.values():
         items = load_items(task)
         assert len({item.id for item in items}) == len(items) == task.limit
@@ -111,7 +111,7 @@ def asked(name, template):
     return made, tokenizer.decode(made.ids)
 
 
-def test_a_model_with_a_chat_template_is_asked_in_it_and_others_by_worked_examples():
+def test_prompt_forms():
     question = "What is the capital of France? Answer with one word."
     turn, text = asked("requests", TEMPLATE)
     assert (text, turn.until) == (f"<user>{question}<assistant>", ())
@@ -125,7 +125,7 @@ def test_a_model_with_a_chat_template_is_asked_in_it_and_others_by_worked_exampl
     assert text.endswith(" =")
 
 
-def test_every_item_that_is_made_here_has_a_right_answer():
+def test_generated_items_have_right_answers():
     """Right answers pass, so no item asks for the impossible."""
     sums = load_asked("sums")
     assert (len({item.plain for item in sums}), len(sums)) == (111, 111)  # without repeated ones
@@ -153,7 +153,7 @@ def test_every_item_that_is_made_here_has_a_right_answer():
     assert solved >= 80
 
 
-def test_without_leave_programs_are_left_out_and_named():
+def test_programs_need_permission():
     suite = load_suite("abilities")
     kept, left = runnable(suite, allowed=False)
     assert left == ["humaneval", "mbpp", "small_programs"]
@@ -165,7 +165,7 @@ def test_without_leave_programs_are_left_out_and_named():
 
 
 @pytest.mark.real
-def test_other_wordings_are_right_and_what_the_question_says_is_not():
+def test_other_wordings():
     known = {item.id: item for item in load_asked("triviaqa")}
     lady = known["triviaqa/2046"]
     assert verdict(lady, " The Bank of England")
@@ -176,7 +176,7 @@ def test_other_wordings_are_right_and_what_the_question_says_is_not():
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", [n for n in packaged(ASKED) if n not in MADE])
-def test_the_archives_items_are_asked_and_have_a_right_answer(name):
+def test_archive_items_have_right_answers(name):
     item, *others = load_asked(name)
     assert len(others) > 100
     doc = item.doc

@@ -1,1 +1,1 @@
-"""What a night can bring: kills, interrupts, full and read-only disks, a second process."""
+"""Fault injection: kills, interrupts, full and read-only disks, a second process."""

@@ -1,4 +1,4 @@
-"""The verbs that faults are brought upon, and the folders in which they are tried."""
+"""The commands under fault injection, and the folders they run in."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Faults, verb by verb: each ends with an undisturbed run's bytes, or with a clear stop.
+"""Faults, command by command: each ends with the bytes of an undisturbed run, or a clear error.
 
-`make test` has a kill and two damaged files of one verb, `make test-long` dozens of each.
+`make test` tries a kill and two damaged files of one command, `make test-long` dozens of each.
 """
 
 import os
@@ -33,7 +33,7 @@ def tries(count, *, now=0, names=NAMES):
 
 
 @tries(60, now=1)
-def test_a_verb_that_was_killed_or_interrupted_is_asked_again(place, number):
+def test_killed_command_resumes(place, number):
     """End a verb at a seeded moment, up to three times in a row, and ask for it again."""
     how = "kill" if number < 50 else "interrupt"
     rng, folder = place.seeded(how, number), place.fresh("tried")
@@ -46,7 +46,7 @@ def test_a_verb_that_was_killed_or_interrupted_is_asked_again(place, number):
 
 
 @tries(50, now=2)
-def test_a_damaged_file_is_told_or_does_no_harm(place, number):
+def test_damaged_file_is_reported_or_harmless(place, number):
     """End a verb, damage one file of what it has left, and ask for it again or read it.
 
     Of a whole result, `inspect` must tell; of an unfinished one, the verb: it stops in one line,
@@ -94,7 +94,7 @@ def both(place, *folders):
 
 
 @tries(2)
-def test_of_two_on_one_output_one_makes_it(place, number):
+def test_concurrent_writers_one_wins(place, number):
     """The other stops in one line, or finds it."""
     folder = place.fresh("tried")
     ended = both(place, folder, folder)
@@ -103,7 +103,7 @@ def test_of_two_on_one_output_one_makes_it(place, number):
 
 
 @tries(2, names=CACHED)
-def test_two_on_one_cache_have_what_each_alone_would(place, number):
+def test_concurrent_cache_use(place, number):
     folders = place.fresh("tried"), place.fresh("other")
     for folder, ended in zip(folders, both(place, *folders), strict=True):
         assert not ended.code, ended
@@ -112,7 +112,7 @@ def test_two_on_one_cache_have_what_each_alone_would(place, number):
 
 @pytest.mark.parametrize("share", [None, 0.1, 0.4, 0.7, 0.9, 1.0])
 @pytest.mark.parametrize("place", NAMES if LONG else [], indirect=True)
-def test_a_disk_too_small_or_read_only_is_a_line(place, share):
+def test_full_or_read_only_disk_is_one_line(place, share):
     """Once there is room, the verb has its result."""
     disk = place.fresh("disk")
     size = sum(path.stat().st_size for path in (place.folder / "clean").rglob("*"))

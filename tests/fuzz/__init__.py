@@ -1,1 +1,1 @@
-"""Files of a user or a stranger, mutated: every reader takes them, or refuses them in one line."""
+"""Mutated input files: every reader reads them, or refuses them in one line."""

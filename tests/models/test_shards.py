@@ -28,7 +28,7 @@ TENSORS = {
 }
 
 
-def test_the_library_and_calmix_write_the_same_bytes(tmp_path):
+def test_shards_match_safetensors(tmp_path):
     theirs, ours = tmp_path / "model.safetensors", tmp_path / "own.safetensors"
     save_file(TENSORS, theirs, {"format": "pt"})
     assert_close(read_file(theirs), TENSORS, rtol=0, atol=0)
@@ -37,7 +37,7 @@ def test_the_library_and_calmix_write_the_same_bytes(tmp_path):
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_an_index_is_written_where_there_are_several_files(tmp_path):
+def test_index_is_written_for_several_files(tmp_path):
     write_file(tmp_path / "model-1.safetensors", {"b": TENSORS["b"]})
     write_index(tmp_path)
     assert not (tmp_path / INDEX).exists()
@@ -50,7 +50,7 @@ def test_an_index_is_written_where_there_are_several_files(tmp_path):
     assert list(stored_tensors(tmp_path)) == ["b", "a"]
 
 
-def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path):
+def test_unreadable_file_is_not_called_damaged(tmp_path):
     """The system's reason is given; here it is a folder, for which root has permission too."""
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(InputError, match=r"cannot read .*model\.safetensors: Is a directory"):
@@ -76,7 +76,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         entry(offsets=[1 << 62, (1 << 62) + 8]),
     ],
 )
-def test_a_damaged_file_or_a_header_that_lies_is_named(tmp_path, content):
+def test_damaged_file_or_header_is_named(tmp_path, content):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(ModelError, match="is cut short or damaged: fetch it again"):

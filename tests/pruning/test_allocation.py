@@ -1,4 +1,4 @@
-"""Sparsity by layer: the published formula, and every door."""
+"""Sparsity by layer: the published formula, in Python and on the command line."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def check_alike(folder, model):
         assert torch.equal(found[f"{layer.name}.weight"], layer.view().float()), layer.name
 
 
-def test_owl_is_the_published_formula():
+def test_owl_formula():
     rng = np.random.default_rng(0)
     weights = [rng.standard_t(3, size=(6, 8)) for _ in range(2)]
     squares = [rng.uniform(0, 4, 8) for _ in range(2)]
@@ -52,7 +52,7 @@ def test_owl_is_the_published_formula():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma4_text"])
-def test_a_look_changes_nothing_and_sees_the_dense_model(kind):
+def test_allocation_pass_leaves_the_model_unchanged(kind):
     model, ids = tiny_model(kind), tiny_ids()
     before = [p.clone() for p in model.parameters()]
     look = OutlierPass(model, find_blocks(model))
@@ -72,7 +72,7 @@ def test_a_look_changes_nothing_and_sees_the_dense_model(kind):
         assert layer.sparsity == pytest.approx(patterns[layer.name].sparsity, abs=0.02)
 
 
-def test_what_no_input_reaches_has_a_pattern_too():
+def test_unreached_layers_have_a_pattern():
     """Gemma 3n calls some layers more than once in a pass: the engine leaves them dense."""
     model, ids = tiny_model("gemma3n_text"), tiny_ids()
     patterns = allocate(model, ids, 0.6, "owl")
@@ -86,7 +86,7 @@ def test_what_no_input_reaches_has_a_pattern_too():
     assert made.sparsity == pytest.approx(uniform.sparsity, abs=2e-3)
 
 
-def test_a_mapping_may_mix_kinds_but_names_every_layer():
+def test_pattern_mapping():
     names = [layer.name for layer in find_blocks(tiny_model("llama")).layers]
     mixed = {n: SemiStructured(2, 4) if "mlp" in n else Unstructured(0.7) for n in names}
     report = prune(tiny_model("llama"), tiny_ids(), pattern=mixed)
@@ -110,14 +110,14 @@ def test_a_mapping_may_mix_kinds_but_names_every_layer():
         ("owl", "3 bits", "owl distributes a sparsity: it needs --sparsity"),
     ],
 )
-def test_what_is_no_allocation(asked, target, says):
+def test_invalid_allocations(asked, target, says):
     with pytest.raises(InputError, match=says):
         read_allocation(asked, as_pattern(target))
     assert read_allocation("uniform", as_pattern("2:4")) is None
     assert read_allocation(None, as_pattern(0.5)) is None
 
 
-def test_the_command_line_allocates(calmix, tiny_folder, text_file, common, tmp_path):
+def test_allocation_option(calmix, tiny_folder, text_file, common, tmp_path):
     common += ("--sparsity", 0.6, "-o")
     calmix(*common, tmp_path / "owl", "--allocation", "owl").ok()
     told = pruning_of(tmp_path / "owl")
@@ -129,7 +129,7 @@ def test_the_command_line_allocates(calmix, tiny_folder, text_file, common, tmp_
     check_alike(tmp_path / "owl", opened.model)
 
 
-def test_a_block_without_layers_to_prune_has_no_outliers(calmix, common, tmp_path):
+def test_block_without_layers(calmix, common, tmp_path):
     common += ("--sparsity", 0.6, "--allocation", "owl", "--skip", "*.layers.0.*")
     calmix(*common, "-o", tmp_path / "out").ok()
     told = pruning_of(tmp_path / "out")

@@ -53,7 +53,7 @@ def plan(source, monkeypatch):
     return made
 
 
-def test_what_is_spared_first_where_memory_is_short(plan):
+def test_order_of_memory_savings(plan):
     """Hidden states in memory, then overlap and paused micro-batches, and at last rows at once."""
     states = 128 * 2048 * 4096 * 2
     plenty = plan(80)
@@ -77,7 +77,7 @@ def test_what_is_spared_first_where_memory_is_short(plan):
     assert (least.paused, least.overlap, least.micro_tokens, least.states) == (0, False, 2048, 0)
 
 
-def test_what_decides_the_plan_and_that_what_is_needed_is_told_and_enough(plan, source):
+def test_plan_is_sufficient_and_reported(plan, source):
     with pytest.raises(InputError, match=r"3\.00 GiB of memory cannot hold one block") as told:
         plan(3)
     needed = float(str(told.value).split(": ")[1].split(" GiB")[0])
@@ -92,7 +92,7 @@ def test_what_decides_the_plan_and_that_what_is_needed_is_told_and_enough(plan, 
     assert plan(3, (0, 0), "magnitude", sequential=False).paused is None
 
 
-def test_the_widest_block_decides_the_plan(tmp_path, monkeypatch):
+def test_plan_uses_the_widest_block(tmp_path, monkeypatch):
     """Gemma 4's full attention is wider than its sliding one."""
     seen = []
     monkeypatch.setattr(budget, "solver_bytes", lambda _, layers, **how: seen.append(layers) or 0)
@@ -103,7 +103,7 @@ def test_the_widest_block_decides_the_plan(tmp_path, monkeypatch):
     assert seen[:4] == [shapes[0], [], shapes[1], []]
 
 
-def test_what_is_free_on_a_device_decides_its_micro_batch(tiny_folder, monkeypatch):
+def test_micro_batch_follows_free_memory(tiny_folder, monkeypatch):
     """Beside what libraries take there; what others hold of it does not count as room."""
     model = StreamedModel(str(tiny_folder))
     model.device = torch.device("cuda")
@@ -122,7 +122,7 @@ def test_what_is_free_on_a_device_decides_its_micro_batch(tiny_folder, monkeypat
     assert plan(0, 2 * GIB).micro_tokens == 8192
 
 
-def test_a_refit_and_bits_take_more_and_wider_or_taller_layers_too():
+def test_solver_memory_grows():
     for name in ("wanda,refit=2", "wanda,bits=4", "sparsegpt,bits=4", "ria,refit=1,bits=3"):
         plain, method = get_method(name.partition(",")[0]), get_method(name)
         least = method.memory(512, 512)
@@ -133,7 +133,7 @@ def test_a_refit_and_bits_take_more_and_wider_or_taller_layers_too():
     assert get_method("wanda,bits=4").memory(64, 4096) >= 20 * 64 * 4096
 
 
-def test_amounts_of_memory():
+def test_memory_amounts():
     for text, value in {
         "6GiB": 6 * GIB,
         "1.5 gib": 3 * GIB // 2,

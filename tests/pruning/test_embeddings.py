@@ -27,7 +27,7 @@ from tests.tiny import (
 @pytest.mark.parametrize(
     "kind", quick(("llama", "gemma2", "opt", "gpt2", "mixtral"), (*ARCHITECTURES, *MIXTURES))
 )
-def test_both_are_rounded_and_nothing_else_outside_the_blocks(kind, tmp_path):
+def test_embeddings_and_head_are_rounded(kind, tmp_path):
     folder = save_tiny_model(tmp_path / "model", kind)
     dense, model = open_model(str(folder)).model, open_model(str(folder)).model
     prune(dense, tiny_ids(), bits=4)
@@ -51,7 +51,7 @@ def test_both_are_rounded_and_nothing_else_outside_the_blocks(kind, tmp_path):
 
 
 @pytest.mark.parametrize("alike", [True, False])
-def test_a_head_that_the_files_hold_too_is_rounded(tmp_path, alike):
+def test_stored_head_is_rounded(tmp_path, alike):
     """With the embeddings, as which it is configured, or where it is another one, apart."""
     folder = save_tiny_model(tmp_path / "model", "llama", tie_word_embeddings=True)
     weights, head = load_file(folder / "model.safetensors"), "lm_head.weight"
@@ -67,7 +67,7 @@ def test_a_head_that_the_files_hold_too_is_rounded(tmp_path, alike):
         assert 0 < (found[name] - weights[name]).norm() < 0.2 * weights[name].norm()
 
 
-def test_no_few_rows_are_left_over(monkeypatch):
+def test_row_chunks_are_even(monkeypatch):
     """Whose columns' steps would take all their bits."""
     monkeypatch.setattr("calmix.pruning.engine.ROUNDED", 64 * 32)
     weight = torch.randn(129, 32)
@@ -79,7 +79,7 @@ def test_no_few_rows_are_left_over(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "how"), [("llama", {"tie_word_embeddings": False}), ("bert", {"is_decoder": True})]
 )
-def test_a_head_loses_less_on_what_it_is_given(tmp_path, kind, how):
+def test_head_is_solved_on_its_inputs(tmp_path, kind, how):
     """Than if its weights were just rounded; in BERT that is not what the decoder returns."""
     folder = save_tiny_model(tmp_path / "model", kind, **how)
     ids, apart = tiny_ids(), []
@@ -98,7 +98,7 @@ def test_a_head_loses_less_on_what_it_is_given(tmp_path, kind, how):
     assert apart[0] < 0.9 * apart[1]
 
 
-def test_what_cannot_be_rounded_is_refused_before_the_first_block(tmp_path):
+def test_unroundable_embeddings_are_refused_first(tmp_path):
     model = open_model(str(save_tiny_model(tmp_path / "model", "llama"))).model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(InputError, match="9 bits"):
@@ -111,7 +111,7 @@ def test_what_cannot_be_rounded_is_refused_before_the_first_block(tmp_path):
         prune(model, pattern=0.5, method="magnitude", embeddings=4)
 
 
-def test_two_bits_are_recovered_and_packed(calmix, text_file, tmp_path):
+def test_recover_and_pack_two_bits(calmix, text_file, tmp_path):
     """However far from the dense ones they are where the head hardly looks."""
     folder = save_tiny_model(tmp_path / "model", "llama")
     weights = load_file(folder / "model.safetensors")
@@ -148,7 +148,7 @@ def test_two_bits_are_recovered_and_packed(calmix, text_file, tmp_path):
         assert hashes(back) == hashes(made)
 
 
-def test_one_value_of_another_type_does_not_change_the_bits_of_a_size(tmp_path):
+def test_size_ignores_a_stray_dtype(tmp_path):
     folder, found = save_tiny_model(tmp_path / "model", "llama"), []
     weights = load_file(folder / "model.safetensors")
     weights = {name: value.bfloat16() for name, value in weights.items()}

@@ -50,7 +50,7 @@ def input_gram(model, module, ids):
         ["llama", "gpt2", "phi3", "bloom", "qwen2_moe", "granitemoe"], (*ARCHITECTURES, *MIXTURES)
     ),
 )
-def test_every_architecture_is_pruned_exactly_and_nothing_else_changes(kind):
+def test_architectures_are_pruned_exactly(kind):
     model, ids = tiny_model(kind), tiny_ids()
     before = {name: p.clone() for name, p in model.named_parameters()}
     report = prune(model, ids, method="sparsegpt", pattern=HALF)
@@ -79,7 +79,7 @@ def test_every_architecture_is_pruned_exactly_and_nothing_else_changes(kind):
         assert ((weight.view(len(weight), -1, 4) == 0).sum(-1) == 2).all(), name
 
 
-def test_layers_that_read_one_input_share_it():
+def test_shared_inputs():
     first, *_ = wiring(tiny_model("llama"), tiny_ids(1, 8))
     assert [[layer.name.rsplit(".", 1)[-1] for layer in one] for one in first] == [
         ["q_proj", "k_proj", "v_proj"],
@@ -93,7 +93,7 @@ def test_layers_that_read_one_input_share_it():
     ("kind", "method", "paused"),
     [("llama", "sparsegpt", 0), ("bloom", "sparsegpt", 2), ("gemma4_text", "wanda", 1)],
 )
-def test_what_does_not_stay_paused_begins_anew_to_the_same_bytes(kind, method, paused):
+def test_restarted_blocks_give_the_same_bytes(kind, method, paused):
     """Of 12 rows in micro-batches of 5 the last one is smaller."""
     made, seen = [], []
     for few in (None, paused):
@@ -108,7 +108,7 @@ def test_what_does_not_stay_paused_begins_anew_to_the_same_bytes(kind, method, p
 
 
 @pytest.mark.parametrize("paused", [None, 1])
-def test_a_block_under_autocast_keeps_it_to_itself(paused):
+def test_autocast_stays_inside_the_block(paused):
     """Autocast is one for all coroutines of a thread; a paused one must not leave it behind."""
     model, plain = tiny_model("llama"), tiny_model("llama")
     reached = []
@@ -136,7 +136,7 @@ def test_a_block_under_autocast_keeps_it_to_itself(paused):
 
 
 @pytest.mark.parametrize("around", [torch.autocast("cpu", torch.bfloat16), torch.enable_grad()])
-def test_what_the_caller_has_set_changes_no_bytes(around):
+def test_caller_settings_do_not_matter(around):
     """Autocast, and training mode, which is what it was again afterwards."""
     model, plain = tiny_model("gpt2"), tiny_model("gpt2")
     model.train()
@@ -151,7 +151,7 @@ def test_what_the_caller_has_set_changes_no_bytes(around):
 
 @pytest.mark.parametrize("massive", [1.0, 1e3])
 @pytest.mark.parametrize("name", ["admm", "sparsegpt", "wanda,refit=4", "sparsegpt,refit=4"])
-def test_errors_are_exact_whatever_the_method(name, massive):
+def test_reported_errors_are_exact(name, massive):
     """The undamped share of output energy that the weights lose as they are stored."""
     x = torch.randn(500, 96, generator=torch.Generator().manual_seed(0)) + 0.3
     x[:, 5] *= massive
@@ -164,7 +164,7 @@ def test_errors_are_exact_whatever_the_method(name, massive):
         assert relative_error(weight, made, gram) == pytest.approx(float(exact), rel=1e-4)
 
 
-def test_reports_count_what_the_mask_removes_and_not_zeros():
+def test_reports_count_masked_weights():
     model = tiny_model("llama")
     for layer in find_blocks(model).prunables(0):
         layer.view()[:, ::3] = 0
@@ -174,7 +174,7 @@ def test_reports_count_what_the_mask_removes_and_not_zeros():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_of_the_engine_is_left_in_the_model(fails, monkeypatch):
+def test_engine_leaves_no_hooks(fails, monkeypatch):
     model = tiny_model("llama")
     if fails:
         monkeypatch.setattr("calmix.pruning.engine.LayerReport", lambda *given: 1 / 0)
@@ -194,7 +194,7 @@ def test_nothing_of_the_engine_is_left_in_the_model(fails, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
-def test_what_is_not_finite_is_named(method, monkeypatch):
+def test_non_finite_layers_are_named(method, monkeypatch):
     """Weights, inputs that overflow, and pruned weights that do not fit their type."""
     ids = None if method == "magnitude" else tiny_ids()
     for value in (torch.nan, torch.inf):
@@ -219,7 +219,7 @@ def test_what_is_not_finite_is_named(method, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_what_goes_wrong_half_way_names_the_blocks_that_are_pruned(kind):
+def test_partial_failure_names_pruned_blocks(kind):
     model, ids = tiny_model(kind), tiny_ids()
     before = weights_of(model)
     find_blocks(model).prunables(1)[-1].view().view(-1)[0] = torch.nan
@@ -295,7 +295,7 @@ def piece_by_piece():
         (None, tiny_ids(), "2:5", InputError, "does not divide"),
     ],
 )
-def test_what_cannot_be_pruned_is_refused_before_any_change(model, ids, pattern, kind, says):
+def test_invalid_requests_change_nothing(model, ids, pattern, kind, says):
     made = tiny_model("llama") if model is None else model()
     before = weights_of(made) if model is None else {}
     with pytest.raises(kind, match=says):

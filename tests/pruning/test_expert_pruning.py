@@ -24,7 +24,7 @@ from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, t
 
 
 @pytest.mark.parametrize("kind", quick(["gpt_oss"], ["mixtral", "qwen2_moe"]))
-def test_scores_are_those_of_the_definition(kind):
+def test_expert_scores_match_the_definition(kind):
     model, ids = tiny_model(kind), tiny_ids(6)
     look = ScorePass(model, find_blocks(model))
     run_through(look, ids, 5 * 32)
@@ -48,7 +48,7 @@ def drop(folder, text, output, *more):
 @pytest.mark.parametrize(
     "kind", quick(["qwen3_moe", "gpt_oss"], ["mixtral", "granitemoe", "llama4_text"])
 )
-def test_the_smaller_checkpoint_holds_what_is_left_and_loads(calmix, tmp_path, text_file, kind):
+def test_checkpoint_without_dropped_experts_loads(calmix, tmp_path, text_file, kind):
     folder, output = save_tiny_model(tmp_path / "model", kind), tmp_path / "out"
     calmix(*drop(folder, text_file, output, "--sparsity", 0.5, "--only", "*.o_proj")).ok()
     told = pruning_of(output)
@@ -67,7 +67,7 @@ def test_the_smaller_checkpoint_holds_what_is_left_and_loads(calmix, tmp_path, t
     assert not (tmp_path / "out.unfinished").exists()
 
 
-def test_what_inference_engines_read_of_deepseek_fits(calmix, tmp_path, text_file):
+def test_deepseek_configuration_fits_engines(calmix, tmp_path, text_file):
     """Groups of the same size, a bias an expert, the settings of the router as they were; and no
     layer that predicts further tokens, with a mixture of another size than the configuration says.
     """
@@ -93,7 +93,7 @@ def test_what_inference_engines_read_of_deepseek_fits(calmix, tmp_path, text_fil
     assert found.keys() == held.keys() - gone
 
 
-def test_every_form_of_a_routers_bias_is_cut():
+def test_router_biases_are_cut():
     """LFM2 and AFMoE keep it beside the router, ERNIE with a dimension for groups."""
     sizes = {
         "a.expert_bias": (4,),
@@ -120,7 +120,7 @@ def test_every_form_of_a_routers_bias_is_cut():
     assert torch.equal(made[name], tensors[name][:, one.kept])
 
 
-def test_a_resumed_drop_keeps_the_routers_biases(calmix, tmp_path, text_file):
+def test_resumed_drop_keeps_router_biases(calmix, tmp_path, text_file):
     """No pass over the model has read them from its files."""
     folder = save_tiny_model(tmp_path / "model", "deepseek_v3", n_routed_experts=8)
     held = load_weights(folder)
@@ -135,7 +135,7 @@ def test_a_resumed_drop_keeps_the_routers_biases(calmix, tmp_path, text_file):
     assert hashes(cut) == hashes(whole)
 
 
-def test_the_choice_is_of_the_least_scores_in_every_group():
+def test_lowest_scores_per_group_are_dropped():
     def left(scores, share, groups=1, reach=None, chosen=2):
         config = AutoConfig.for_model(
             "mixtral", n_group=groups, topk_group=reach, num_experts_per_tok=chosen
@@ -157,7 +157,7 @@ def test_the_choice_is_of_the_least_scores_in_every_group():
 
 
 @pytest.mark.parametrize("how", ["table", "wider", "unseen"])
-def test_experts_that_cannot_be_dropped_are_refused(how, monkeypatch):
+def test_undroppable_experts_are_refused(how, monkeypatch):
     """DeepSeek V4 has a table of experts by token, LongCat experts that do nothing."""
     model = tiny_model("mixtral")
     mixture = model.model.layers[1].mlp
@@ -176,7 +176,7 @@ def test_experts_that_cannot_be_dropped_are_refused(how, monkeypatch):
         run_through(ScorePass(model, find_blocks(model)), tiny_ids(6), 5 * 32)
 
 
-def test_what_has_no_effect_on_a_drop_alone_is_one_line(text_file):
+def test_options_without_effect_on_a_drop(text_file):
     given = {"calibration": str(text_file), "drop_experts": 0.25}
     one, other = requests(method="magnitude,wanda", sparsity="0.5", **given)
     assert one.drop_experts == other.drop_experts == 0.25  # text for what is left, or none

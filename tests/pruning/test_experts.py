@@ -1,5 +1,4 @@
-"""The engine, of mixtures too, against plain loops over whole forward passes with a Gram per input
-and expert."""
+"""The engine on mixtures of experts, against plain loops with a Gram matrix per expert."""
 
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ HALF = Unstructured(0.5)
 EVERY = 3  # of how many tokens one stands for all: two of four experts, and no factor of 32
 
 
-def test_experts_that_are_modules_are_refused():
+def test_expert_modules_are_refused():
     model = tiny_model("mixtral")
     model.model.layers[0].mlp.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.experts are separate modules"):
@@ -93,7 +92,7 @@ EVERY_KIND = quick(["mixtral", "gpt_oss", "llama4_text"], MIXTURES)
 @pytest.mark.parametrize(
     ("method", "propagation"), [("sparsegpt", "sequential"), ("wanda", "block")]
 )
-def test_engine_equals_the_definition(kind, method, propagation):
+def test_experts_match_the_definition(kind, method, propagation):
     ids = tiny_ids()
     ours, theirs = tiny_model(kind), tiny_model(kind)
     found = find_blocks(ours)
@@ -112,7 +111,7 @@ def test_engine_equals_the_definition(kind, method, propagation):
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_an_expert_without_tokens_is_pruned_on_all(kind):
+def test_expert_without_tokens_uses_all(kind):
     """Tokens that are all alike go to the same two experts; they are counted by source."""
     model, names = tiny_model(kind), ["prose", "code", "prose"]
     report = prune(model, torch.full((3, 32), 7), pattern=HALF, sources=names)
@@ -134,7 +133,7 @@ def deep(tmp_path_factory):
     return save_tiny_model(folder, "qwen3_moe", num_hidden_layers=4)
 
 
-def test_starved_experts_are_told(calmix, deep, tmp_path, text_file):
+def test_starved_experts_warn(calmix, deep, tmp_path, text_file):
     few = ("--rows", 1, "--length", 16, "--leakage", "off", "--sparsity", 0.5)
     output = tmp_path / "out"
     ended = calmix("prune", deep, "--calibration", text_file, *few, "-o", output).ok()
@@ -153,7 +152,7 @@ def test_starved_experts_are_told(calmix, deep, tmp_path, text_file):
     assert starved(layers[1:], 2) is None
 
 
-def test_names_choose_what_is_pruned(calmix, deep, text_file, tmp_path):
+def test_only_and_skip(calmix, deep, text_file, tmp_path):
     output = tmp_path / "out"
     names = ("--only", "*.mlp.*", "--skip", r"re:experts\.3\.", "--skip", "*.layers.0.*")
     asked = ("prune", deep, "--calibration", text_file, *SMALL, "--sparsity", 0.5, *names)

@@ -53,13 +53,13 @@ def solved(name, weights, gram, **options):
     return get_method("ggml", **options).solve(weights, gram, [Blocks(name)] * len(weights))
 
 
-def test_sizes_are_those_of_the_format():
+def test_block_sizes():
     for name, kind in TYPES.items():
         assert (kind.size, kind.bytes) == GGML_QUANT_SIZES[GGMLQuantizationType[name]]
 
 
 @pytest.mark.parametrize("name", BY_COLUMN)
-def test_the_gguf_package_decodes_the_bytes_to_the_same_weights(name):
+def test_blocks_decode_with_the_gguf_package(name):
     grid = random_levels(TYPES[name], rows=20, blocks=6)
     encoded = grid.encoded()
     assert encoded.data.shape == (20, 6 * TYPES[name].bytes)
@@ -68,7 +68,7 @@ def test_the_gguf_package_decodes_the_bytes_to_the_same_weights(name):
     assert torch.equal(encoded.values(), grid.values())
 
 
-def test_an_unknown_type_is_one_line():
+def test_unknown_type_is_one_line():
     assert block_type("q3_k").name == "Q3_K"
     with pytest.raises(InputError, match="unknown type 'Q3K': did you mean"):
         block_type("Q3K")
@@ -81,7 +81,7 @@ def test_an_unknown_type_is_one_line():
 
 
 @pytest.mark.parametrize("name", BY_COLUMN)
-def test_the_weights_of_a_solution_are_those_of_its_blocks(name):
+def test_solution_weights_match_its_blocks(name):
     x, weights = correlated(), [matrix(24), matrix(9, seed=3)]
     weights[0][3] = 0
     weights[1][:, 256:300] = 0
@@ -94,7 +94,7 @@ def test_the_weights_of_a_solution_are_those_of_its_blocks(name):
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_0", "IQ4_XS"])
-def test_levels_are_those_of_a_plain_loop_with_the_same_scales(name):
+def test_ggml_levels_match_a_plain_loop(name):
     """GPTQ in float64, with the values that the blocks can hold."""
     kind, x, weight = TYPES[name], correlated(columns=256), matrix(columns=256)
     factor = inverse_factor(x.T @ x, 0.1)
@@ -117,7 +117,7 @@ def test_levels_are_those_of_a_plain_loop_with_the_same_scales(name):
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "IQ4_NL"])
-def test_a_sweep_is_coordinate_descent(name):
+def test_sweep_is_coordinate_descent(name):
     kind, x, weight = TYPES[name], correlated(columns=256), matrix(columns=256)
     gram = x.T @ x
     damped = gram + 0.1 * gram.diagonal().mean() * torch.eye(256)
@@ -145,7 +145,7 @@ def test_a_sweep_is_coordinate_descent(name):
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q4_0", "IQ4_NL"])
-def test_scales_leave_no_more_error_than_those_of_ggml(name):
+def test_scales_are_as_good_as_ggmls(name):
     pytest.importorskip("libggml")
     kind, weight = TYPES[name], matrix(64, 256) * (1 + matrix(64, 256, 5).abs() * 30)
     importance = (30 * matrix(1, 256, seed=4)[0]).exp()
@@ -165,7 +165,7 @@ def test_scales_leave_no_more_error_than_those_of_ggml(name):
     assert error(ours) < 1.01 * error(theirs)
 
 
-def test_scales_of_weights_on_the_grid_are_found_again():
+def test_scales_of_weights_on_the_grid():
     for name in ("Q4_0", "Q5_0", "Q4_1"):
         values = random_levels(TYPES[name], rows=200, blocks=1).values()
         scales = search(TYPES[name], values.T.contiguous(), torch.ones(32))
@@ -179,7 +179,7 @@ def test_scales_of_weights_on_the_grid_are_found_again():
 @pytest.mark.parametrize(
     ("name", "share"), [("Q2_K", 0.85), ("Q3_K", 0.85), ("IQ4_NL", 0.95), ("IQ3_S", 1)]
 )
-def test_feedback_is_better_than_an_importance_matrix_on_other_inputs(name, share):
+def test_feedback_beats_an_importance_matrix(name, share):
     pytest.importorskip("libggml")
     x = correlated(tokens=3000)
     fitted, other = x[:2000], x[2000:]
@@ -190,7 +190,7 @@ def test_feedback_is_better_than_an_importance_matrix_on_other_inputs(name, shar
     assert after < share * before
 
 
-def test_feedback_between_blocks_of_one_column_is_gptq():
+def test_block_feedback_of_one_column_is_gptq():
     x, weight = correlated(columns=32), matrix(columns=32)
     factor = inverse_factor(x.T @ x)
 
@@ -216,7 +216,7 @@ def test_feedback_between_blocks_of_one_column_is_gptq():
     torch.testing.assert_close(whole, (weight * 50).round().to(torch.int8))
 
 
-def test_rows_that_no_block_of_256_fits_get_another_type():
+def test_fallback_type_for_narrow_rows():
     method = get_method("ggml")
     for name, instead in (
         ("Q2_K", "IQ4_NL"),
@@ -232,7 +232,7 @@ def test_rows_that_no_block_of_256_fits_get_another_type():
         method.check(Blocks("Q4_K"), 40, "a.b")
 
 
-def test_tokens_of_one_norm_weigh_alike():
+def test_even_token_weights():
     x = correlated(tokens=600, columns=40)
     x[::7] *= 100
     even, plain = EvenGram(40, x.device), Gram(40, x.device)
@@ -244,7 +244,7 @@ def test_tokens_of_one_norm_weigh_alike():
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text"])
-def test_a_twin_is_the_same_function(kind):
+def test_twin_is_the_same_function(kind):
     dense, twin = tiny_model(kind), tiny_model(kind)
     make_twin(twin)
     ids = tiny_ids(2)

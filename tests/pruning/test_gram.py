@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "as on an accelerator"])
 @pytest.mark.parametrize("columns", [1, 33, 600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_statistics_match_float64(columns, dtype, elsewhere, monkeypatch):
+def test_gram_matches_float64(columns, dtype, elsewhere, monkeypatch):
     if elsewhere:
         monkeypatch.setattr(gram_module, "bfloat16_products", lambda allowed: nullcontext())
     x = torch.randn(3, 900, columns, generator=torch.Generator().manual_seed(columns)).to(dtype)
@@ -39,7 +39,7 @@ def test_statistics_match_float64(columns, dtype, elsewhere, monkeypatch):
 # The precision of products
 
 
-def test_half_types_may_be_multiplied_as_bfloat16_where_that_is_exact(monkeypatch):
+def test_half_types_multiplied_as_bfloat16(monkeypatch):
     seen = []
 
     def allowed(given):
@@ -55,7 +55,7 @@ def test_half_types_may_be_multiplied_as_bfloat16_where_that_is_exact(monkeypatc
 
 
 @pytest.mark.parametrize("setting", ["high", "medium"])
-def test_precision_is_what_it_was_and_solvers_have_their_own(setting, monkeypatch):
+def test_precision_settings_are_restored(setting, monkeypatch):
     """What a solver does not allow itself is float32, not what the user has set."""
     seen, backends = [], (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     solve = Wanda.choose
@@ -88,7 +88,7 @@ def check_factor(factor, gram, damping):
 
 
 @pytest.mark.parametrize("columns", [40, 311])  # LAPACK's alone, and of blocks
-def test_factor_is_that_of_the_damped_inverse(columns):
+def test_inverse_factor(columns):
     torch.manual_seed(0)
     x, mixing = (torch.randn(n, columns, dtype=torch.float64) for n in (12 * columns, columns))
     x = x @ mixing
@@ -112,13 +112,13 @@ def test_square_of_a_triangle(columns):
     assert torch.equal(found, found.T)
 
 
-def test_what_lost_nothing_or_had_nothing_has_no_error():
+def test_zero_error_cases():
     weight, gram = torch.ones(2, 3), torch.eye(3)
     assert relative_error(0 * weight, 0 * weight, gram) == relative_error(weight, weight, gram) == 0
     assert relative_error(weight, 0 * weight, gram) == 1
 
 
-def test_damping_is_raised_and_recorded_never_skipped():
+def test_damping_is_raised_and_recorded():
     """Not positive definite at 1 % damping: one eigenvalue is so much of the mean diagonal."""
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(30, 30, dtype=torch.float64)).Q
@@ -142,7 +142,7 @@ def test_damping_is_raised_and_recorded_never_skipped():
         inverse_factor(torch.zeros(3, 3))
 
 
-def test_where_float64_is_not_known_the_factor_is_made_on_the_cpu():
+def test_factor_falls_back_to_the_cpu():
     with tracing() as traced:
         gram = torch.randn(24, 24, device="mps")
         traced.copies.clear()

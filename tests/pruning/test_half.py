@@ -1,5 +1,5 @@
-"""A half-precision model is computed in float32 where the CPU is slow with it, and stored as it
-was."""
+"""Half-precision models are computed in float32 where the CPU is slow with them, and stored as they
+were."""
 
 import json
 
@@ -39,9 +39,7 @@ def logits(opened):
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
-def test_it_is_stored_in_its_own_type_and_what_was_computed_is_what_is_stored(
-    calmix, text_file, tmp_path, half, way
-):
+def test_half_model_is_stored_in_its_own_type(calmix, text_file, tmp_path, half, way):
     model, out = save_half(tmp_path / "model", half), tmp_path / "out"
     calmix("prune", model, "--calibration", text_file, *SMALL, *WAYS[way], "-o", out).ok()
     before, after = load_weights(model), load_weights(out)
@@ -67,7 +65,7 @@ def test_it_is_stored_in_its_own_type_and_what_was_computed_is_what_is_stored(
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_a_model_pruned_in_memory_is_the_one_that_is_stored(tmp_path, kind):
+def test_pruning_in_memory_matches_the_stored_model(tmp_path, kind):
     opened = open_model(str(save_half(tmp_path / "model", torch.float16, kind)))
     assert (opened.model.dtype, opened.stored_dtype) == (torch.float32, torch.float16)
     report = prune(opened, tiny_ids(), pattern="2:4")
@@ -81,7 +79,7 @@ def test_a_model_pruned_in_memory_is_the_one_that_is_stored(tmp_path, kind):
     assert torch.equal(logits(found), logits(opened))
 
 
-def test_a_resumed_run_sees_the_weights_that_are_stored(calmix, text_file, tmp_path, monkeypatch):
+def test_resume_uses_stored_weights(calmix, text_file, tmp_path, monkeypatch):
     """Rounded already when the next block's inputs are computed."""
     model = save_half(tmp_path / "model", torch.bfloat16)
     command = ("prune", model, "--calibration", text_file, *SMALL, *WAYS["pruned"], "-o")

@@ -77,7 +77,7 @@ def textbook_obs(weight, gram, pattern=None, mask=None, nearest=lambda j, rest: 
 @pytest.mark.parametrize(
     ("pattern", "columns"), [*itertools.product(PATTERNS, [40, 152]), (UNEVEN, 156)], ids=str
 )
-def test_sparsegpt_equals_textbook_obs(pattern, columns):
+def test_sparsegpt_matches_textbook_obs(pattern, columns):
     weight, gram = problem(columns=columns, tokens=4 * columns)
     expected, mask = textbook_obs(weight, gram, pattern)
     w, h = as_tensors(weight, gram)
@@ -99,7 +99,7 @@ SCORES = {
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("name", SCORES)
-def test_the_least_scores_go_and_the_rest_stays(name, pattern):
+def test_lowest_scores_are_pruned(name, pattern):
     weight, gram = problem()
     w, h = as_tensors(weight, gram)
     mask = mask_of(SCORES[name](np.abs(weight), gram), pattern, by_row=name == "wanda")
@@ -108,7 +108,7 @@ def test_the_least_scores_go_and_the_rest_stays(name, pattern):
     assert torch.equal(pruned[pruned != 0], w[pruned != 0])
 
 
-def test_ria_takes_inputs_without_weights():
+def test_ria_with_zero_weights():
     w = torch.ones(4, 8)
     w[:, 3] = w[2] = 0
     pruned = solved("ria", [w.bfloat16()], torch.eye(8), [SemiStructured(2, 4)]).weights[0]
@@ -117,7 +117,7 @@ def test_ria_takes_inputs_without_weights():
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_every_layer_has_its_own_pattern(name):
+def test_pattern_per_layer(name):
     """Shares and N:M side by side: each layer as if it were alone. Nothing given is changed."""
     h = as_tensors(*problem(columns=160))[1]
     weights = [torch.tensor(problem(rows, 160, seed=rows)[0]).float() for rows in (8, 12, 6, 9)]
@@ -135,7 +135,7 @@ def test_every_layer_has_its_own_pattern(name):
 
 
 @pytest.mark.parametrize("name", [*SPARSE, "sparsegpt,refit=2", "wanda,refit=2"])
-def test_inputs_that_never_fired_are_counted(name):
+def test_dead_inputs_are_counted(name):
     weight, gram = problem(columns=48)
     gram[[3, 7]] = gram[:, [3, 7]] = 0
     for scale in (1, 1e-8):  # whatever the units of the others are

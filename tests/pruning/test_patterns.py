@@ -29,7 +29,7 @@ def stable_mask(score, count, axis):
     seed=st.integers(0, 10_000),
     share=st.floats(0, 1),
 )
-def test_smallest_marks_exactly_and_ties_by_index(groups, size, levels, seed, share):
+def test_smallest_breaks_ties_by_index(groups, size, levels, seed, share):
     score = np.random.default_rng(seed).integers(0, levels, (groups, size)).astype(np.float32)
     count = round(share * size)
     marked = smallest(torch.from_numpy(score), count).numpy()
@@ -41,7 +41,7 @@ def test_smallest_marks_exactly_and_ties_by_index(groups, size, levels, seed, sh
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_accelerator_marks_the_same_whatever_the_values(dtype):
+def test_smallest_on_an_accelerator(dtype):
     generator = torch.Generator().manual_seed(0)
     score = torch.randn(4, 1001, generator=generator).to(dtype)
     score[0], score[1] = -score[0].abs(), score[1].abs()
@@ -53,14 +53,14 @@ def test_an_accelerator_marks_the_same_whatever_the_values(dtype):
 
 
 @given(m=st.integers(2, 20), seed=st.integers(0, 10_000), data=st.data())
-def test_groups_of_m_equal_a_stable_sort(m, seed, data):
+def test_n_m_mask_matches_stable_sort(m, seed, data):
     count = data.draw(st.integers(1, m - 1))
     score = np.random.default_rng(seed).integers(0, 4, (m, 7)).astype(np.float32)
     marked = SemiStructured(m - count, m).group_mask(torch.from_numpy(score)).numpy()
     assert (marked == stable_mask(score, count, 0)).all()
 
 
-def test_a_pattern_is_read_and_its_count_rounded_once():
+def test_pattern_parsing_and_count():
     assert Unstructured(0.6).count(576 * 128) == round(0.6 * 576 * 128)
     assert Unstructured(0.5).count(3) == 2
     assert as_pattern(" 1 : 4 ") == SemiStructured(1, 4)

@@ -39,7 +39,7 @@ def shipped(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(site))
 
 
-def test_a_method_in_hand_prunes_by_its_own_statistic():
+def test_method_class_with_own_statistic():
     model = tiny_model("llama")
     api.prune(model, tiny_ids(), method=Toy(), pattern=0.5, strength=2)
     # The first input's sum, by hand: embeddings through the first norm.
@@ -50,7 +50,7 @@ def test_a_method_in_hand_prunes_by_its_own_statistic():
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight == 0, score <= bound)
 
 
-def test_a_method_of_another_package_prunes(shipped, calmix, tiny_folder, text_file, tmp_path):
+def test_method_from_entry_point(shipped, calmix, tiny_folder, text_file, tmp_path):
     common = ("prune", tiny_folder, "--calibration", text_file, *SMALL)
     calmix(*common, "--sparsity", 0.5, "--method", "toy,strength=3", "-o", tmp_path / "out").ok()
     told = pruning_of(tmp_path / "out")
@@ -66,7 +66,7 @@ def test_a_method_of_another_package_prunes(shipped, calmix, tiny_folder, text_f
     assert not {"gone", "other", "none", "silent"} & set(methods())
 
 
-def test_a_study_takes_it(shipped, tiny_study, tmp_path):  # noqa: F811
+def test_plugin_method_in_a_study(shipped, tiny_study, tmp_path):  # noqa: F811
     before = 'methods: {sparsegpt: [0.6], wanda: ["2:4"]}'
     study = tiny_study((before, "methods:\n  toy,strength=2: 0.6"))
     assert run(study, tmp_path / "store", only=["code*toy*"]).errors == {}
@@ -93,19 +93,19 @@ def test_a_study_takes_it(shipped, tiny_study, tmp_path):  # noqa: F811
         ("sparsegpt,damping=nan", "damping nan: must be"),
     ],
 )
-def test_mistakes_are_one_line(shipped, method, says):
+def test_plugin_errors_are_one_line(shipped, method, says):
     with pytest.raises(InputError, match=says):
         get_method(method)
 
 
 @pytest.mark.parametrize("options", [{"refit": 2}, {"bits": 4}])
-def test_a_statistic_of_its_own_is_not_replaced(options):
+def test_own_statistic_is_not_replaced(options):
     method = made(Saliency, name="own", statistic=Absolute, score=Toy.solve)(**options)
     with pytest.raises(InputError, match="method own has a statistic of its own"):
         api.prune(tiny_model("llama"), tiny_ids(), method=method, pattern=0.5)
 
 
-def test_options_of_a_method_in_hand():
+def test_options_of_a_method_class():
     toy = Toy(strength=3)
     assert get_method(toy) is toy
     assert get_method(toy, strength=2) == Toy(strength=2)
@@ -134,7 +134,7 @@ def made(base=Toy, **parts):
         (lambda: 3, "3 is not a subclass of"),
     ],
 )
-def test_what_cannot_be_a_method_is_refused(kind, says):
+def test_invalid_method_classes(kind, says):
     with pytest.raises(InputError, match=says):
         register(kind())
     assert "wanda" in methods()

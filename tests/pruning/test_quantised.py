@@ -31,7 +31,7 @@ HALF = Unstructured(0.5)
         ("ecq", "2.4 bits", None),
     ],
 )
-def test_levels_are_those_of_the_textbook_loop_on_the_scales_that_were_found(text, pattern, taken):
+def test_levels_match_textbook_loop(text, pattern, taken):
     weight, gram = problem(rows=64 if text == "ecq" else 10)
     w, h = as_tensors(weight, gram)
     found, target = get_method(text), as_pattern(pattern)
@@ -63,7 +63,7 @@ def test_levels_are_those_of_the_textbook_loop_on_the_scales_that_were_found(tex
 
 
 @pytest.mark.parametrize("group", [8, 24, 64, 96, 192])
-def test_a_groups_scale_is_chosen_on_the_weights_as_corrected_when_the_loop_reaches_it(group):
+def test_group_scale_uses_corrected_weights(group):
     """Also where groups are narrower than a panel of columns, or reach behind a block of them."""
     weight, gram = problem(rows=24, columns=192, tokens=800)
     h = gram + 0.01 * np.mean(np.diag(gram)) * np.eye(192)
@@ -94,7 +94,7 @@ def scale_of(values, importance):
     return best
 
 
-def test_options_without_effect_are_refused_and_one_damping_serves_mask_and_rounding(monkeypatch):
+def test_bits_options_and_damping(monkeypatch):
     for text in ("wanda,group=32", "sparsegpt,group=7", "magnitude,group=128"):
         for pattern in (0.5, dict.fromkeys(["model.layers.0.mlp.up_proj"], 0.5)):
             with pytest.raises(InputError, match=r"group=\d+ has no effect .* without bits: add"):
@@ -124,7 +124,7 @@ def test_options_without_effect_are_refused_and_one_damping_serves_mask_and_roun
     assert used == [0.01]
 
 
-def test_gptq_takes_whole_bits_from_two_to_eight():
+def test_gptq_bits():
     method = get_method("gptq")
     for bits in (2, 8):
         method.check(Rate(bits), 64)
@@ -136,7 +136,7 @@ def test_gptq_takes_whole_bits_from_two_to_eight():
         get_method("wanda,bits=4,group=48").check(HALF, 64, "a.b")
 
 
-def test_more_bits_lose_less_and_ecq_hits_its_rate():
+def test_more_bits_lose_less():
     w, h = as_tensors(*problem(rows=200, columns=128, tokens=1000))
     lost = {}
     for method, rates, target in (
@@ -160,7 +160,7 @@ def test_more_bits_lose_less_and_ecq_hits_its_rate():
 
 @pytest.mark.parametrize("text", ["admm", "wanda", "magnitude", "wanda,refit=4"])
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_bits_behind_a_mask_keep_it(text, pattern):
+def test_bits_keep_the_mask(text, pattern):
     w, h = as_tensors(*problem(rows=24, columns=64))
     masked = solved(text, [w], h, [as_pattern(pattern)])
     made = get_method(text, bits=4).solve([w], h, [as_pattern(pattern)])
@@ -173,7 +173,7 @@ def test_bits_behind_a_mask_keep_it(text, pattern):
     "text", ["gptq 3 bits", "ecq 2.8 bits", "sparsegpt,bits=3 0.5", "sparsegpt,bits=4,refit=2 2:4"]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_levels_are_read_off_stored_weights(text, dtype):
+def test_levels_from_stored_weights(text, dtype):
     """Layers with dead inputs and dead rows; every stored value comes back, to the bit."""
     weight, gram = problem(rows=33, columns=64)
     gram[5] = gram[:, 5] = 0
@@ -187,7 +187,7 @@ def test_levels_are_read_off_stored_weights(text, dtype):
         assert torch.equal(again.view(torch.uint8), stored.view(torch.uint8))
 
 
-def test_python_and_requests_take_bits_in_place_of_a_sparsity():
+def test_bits_instead_of_sparsity():
     report = prune(tiny_model("llama"), tiny_ids(), bits=3)
     assert (report.method, report.pattern) == ("ecq", "3 bits")
     assert report.bits == pytest.approx(3, abs=0.15)  # of so few weights
@@ -221,12 +221,12 @@ def test_python_and_requests_take_bits_in_place_of_a_sparsity():
         ({"method": "sparsegpt,group=7", "pattern": 0.5, "bits": 4}, "groups of 7 do not divide"),
     ],
 )
-def test_what_does_not_fit_is_one_line(asked, says):
+def test_invalid_combinations_are_one_line(asked, says):
     with pytest.raises(InputError, match=says):
         prune(tiny_model("llama"), tiny_ids(), **asked)
 
 
-def test_a_quantised_checkpoint_says_what_it_takes(calmix, tiny_folder, text_file, tmp_path):
+def test_quantised_manifest_reports_bits(calmix, tiny_folder, text_file, tmp_path):
     common = ("prune", tiny_folder, "--calibration", text_file, *SMALL)
     out = tmp_path / "out"
     ended = calmix(*common, "--bits", "4", "--method", "gptq", "-o", out).ok()

@@ -1,4 +1,4 @@
-"""Refit and ADMM against naive implementations in float64, and their own promises."""
+"""Refit and ADMM against naive implementations in float64, and what they promise."""
 
 from contextlib import nullcontext
 from itertools import pairwise
@@ -44,7 +44,7 @@ def assert_pattern(pruned, pattern):
         assert (zeros == pattern.m - pattern.n).all()
 
 
-def test_refit_reaches_the_least_squares_optimum():
+def test_refit_reaches_least_squares():
     weight, gram = problem(tokens=4000)
     kept = np.random.default_rng(0).random(weight.shape) < 0.5
     best = least_squares(weight, kept, gram)
@@ -89,7 +89,7 @@ def rounded(request, monkeypatch):
 
 @pytest.mark.parametrize("near", [False, True])  # a Gram matrix that came rounded, and is none
 @pytest.mark.parametrize("kind", ["even", "mean", "outliers", "spectrum"])
-def test_refit_is_no_worse_with_more_steps(kind, near, rounded):
+def test_refit_improves_monotonically(kind, near, rounded):
     generator = torch.Generator().manual_seed(2)
     x = shaped(kind, 600, 96, generator)
     gram, w = x.T @ x, torch.randn(48, 96, generator=generator)
@@ -137,7 +137,7 @@ def textbook_admm(weight, gram, pattern, iterations, rho=1.0, damping=0.001):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_admm_equals_the_textbook_updates(pattern):
+def test_admm_matches_textbook_updates(pattern):
     weight, gram = problem(rows=24, columns=40, tokens=800)
     w, h = as_tensors(weight, gram)
     expected = textbook_admm(weight, gram, pattern, 12)
@@ -148,7 +148,7 @@ def test_admm_equals_the_textbook_updates(pattern):
 
 
 @pytest.mark.parametrize("kind", ["even", "mean", "outliers", "units", "spectrum", "gated"])
-def test_admm_is_exact_and_never_behind_sparsegpt_whatever_the_inputs(kind, rounded):
+def test_admm_is_at_least_as_good_as_sparsegpt(kind, rounded):
     for rows, columns in ((96, 64), (16, 160)):
         generator = torch.Generator().manual_seed(rows)
         x = shaped(kind, 600, columns, generator)
@@ -163,7 +163,7 @@ def test_admm_is_exact_and_never_behind_sparsegpt_whatever_the_inputs(kind, roun
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_units_and_the_order_in_memory_do_not_matter(pattern):
+def test_scale_and_memory_layout_invariance(pattern):
     """Inputs of other units with weights the other way round, and what GPT-2's layers hold."""
     weight, gram = problem(rows=16, columns=32, tokens=900)
     units = 2.0 ** np.random.default_rng(1).integers(-6, 6, 32)
@@ -177,14 +177,14 @@ def test_units_and_the_order_in_memory_do_not_matter(pattern):
     assert torch.equal(first, second)
 
 
-def test_a_bound_is_the_entry_of_its_rank_in_a_sample_of_every_column():
+def test_sampled_bound():
     state = torch.arange(1.0, 33.0).view(2, 16) * torch.tensor([1.0, -1.0]).repeat(8)
     assert [float(_bound(state, share)) for share in (0, 0.5, 1)] == [0, 16, 32]
     some = sampled(torch.arange(64.0).view(8, 8), 16)
     assert (len(some), len(set((some % 8).tolist()))) == (13, 8)
 
 
-def test_kept_weights_of_dead_inputs_stay():
+def test_dead_inputs_keep_their_weights():
     weight, gram = problem(rows=8, columns=20)
     gram[4:8] = gram[:, 4:8] = 0  # a whole group: some of it must be kept
     w, h = as_tensors(weight, gram)
@@ -195,7 +195,7 @@ def test_kept_weights_of_dead_inputs_stay():
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_degenerate_layers_are_solved(pattern):
+def test_degenerate_layers(pattern):
     one_token = np.outer(np.arange(1.0, 17), np.arange(1.0, 17))  # rank one
     for rows, gram in ((1, np.eye(16)), (6, one_token), (1, one_token)):
         w, h = torch.ones(rows, 16), torch.tensor(gram, dtype=torch.float32)

@@ -95,7 +95,7 @@ def check_same(found, expected):
     ),
     ids=str,
 )
-def test_weights_are_those_of_a_prune_in_memory(case, tmp_path):
+def test_streamed_matches_in_memory(case, tmp_path):
     """With embeddings rounded too, and in less memory: with replays, experts one at a time."""
     kind, embeddings = case
     folder = save_tiny_model(tmp_path / "model", kind)
@@ -116,7 +116,7 @@ def test_weights_are_those_of_a_prune_in_memory(case, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "gemma3n_text"])
-def test_states_of_another_type_or_shape_give_the_same_bytes(kind, tmp_path):
+def test_states_of_other_types_and_shapes(kind, tmp_path):
     """In a bfloat16 model blocks may return float32, or several streams; memory counts that."""
     folder = save_tiny_model(tmp_path / "model", kind)
     model = in_memory(folder, dtype="bfloat16")
@@ -132,7 +132,7 @@ def test_states_of_another_type_or_shape_give_the_same_bytes(kind, tmp_path):
         check_same(found, {n: v for n, v in model.state_dict().items() if n in found})
 
 
-def test_a_checkpoint_of_merged_experts_keeps_its_names(tmp_path):
+def test_merged_experts_keep_their_names(tmp_path):
     """Not every tool that saves a model takes experts apart again."""
     folder = save_tiny_model(tmp_path / "model", "mixtral")
     apart = load_weights(folder)
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_merged_experts_keeps_its_names(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
-def test_buffers_come_from_the_files(tmp_path, prefix):
+def test_buffers_are_read_from_files(tmp_path, prefix):
     """Gemma 4 scales what a layer returns by a buffer of its checkpoint."""
     folder = save_tiny_model(tmp_path / "model", "gemma4_text")
     stored = load_weights(folder)
@@ -164,7 +164,7 @@ def test_buffers_come_from_the_files(tmp_path, prefix):
             assert torch.equal(found[name.replace("model.", prefix, 1)], tensor), name
 
 
-def test_buffers_the_files_lack_are_those_of_a_model_opened_whole(tmp_path):
+def test_missing_buffers_are_computed(tmp_path):
     """GPT-J's positions, which the type the model is made in would round."""
     small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
     folder = save_tiny_model(tmp_path / "model", "gptj", **small)
@@ -182,7 +182,7 @@ def test_buffers_the_files_lack_are_those_of_a_model_opened_whole(tmp_path):
         ("zamba", None, r"share weights \(first model\.layers\.3\."),
     ],
 )
-def test_what_makes_a_model_be_opened_whole(tmp_path, kind, lacks, says):
+def test_reasons_to_open_a_model_whole(tmp_path, kind, lacks, says):
     """An expert or a buffer that the files lack; or blocks that share weights: Zamba's second
     transformer is its first, though files may hold a copy for each."""
     folder = save_tiny_model(tmp_path / "model", kind)
@@ -196,7 +196,7 @@ def test_what_makes_a_model_be_opened_whole(tmp_path, kind, lacks, says):
         StreamedModel(str(folder))
 
 
-def test_half_precision_and_a_file_a_block(calmix, tmp_path):
+def test_half_precision_shards(calmix, tmp_path):
     """What is outside the blocks lies in files no larger than a block's, where a tensor is not."""
     folder = tmp_path / "model"
     opened = open_model(str(save_tiny_model(tmp_path / "first")))
@@ -215,7 +215,7 @@ def test_half_precision_and_a_file_a_block(calmix, tmp_path):
     check_equal(found, whole)
 
 
-def test_no_folder_of_a_user_is_replaced(tiny_folder, tmp_path):
+def test_user_folder_is_not_replaced(tiny_folder, tmp_path):
     (tmp_path / "mine").touch()
     opened = open_model(str(tiny_folder))
     report, request = prune(opened, method="magnitude", pattern=HALF), prune_request(**PLAIN)
@@ -224,7 +224,7 @@ def test_no_folder_of_a_user_is_replaced(tiny_folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_checkpoint_is_identified_by_its_request_and_its_text(tiny_folder, tmp_path):
+def test_checkpoint_identity(tiny_folder, tmp_path):
     """A study's trials differ in method, options and calibration set."""
     opened = open_model(str(tiny_folder))
     report = prune(opened, method="magnitude", pattern=HALF)
@@ -245,7 +245,7 @@ def test_a_checkpoint_is_identified_by_its_request_and_its_text(tiny_folder, tmp
     assert len(found) == len(trials)
 
 
-def test_only_the_block_at_hand_is_in_memory(tiny_folder):
+def test_one_block_in_memory(tiny_folder):
     streamed = StreamedModel(str(tiny_folder))
     streamed.fetch(1)
     real = {n for n, p in streamed.model.named_parameters() if not p.is_meta}
@@ -304,7 +304,7 @@ DEEP = {kind: {"num_hidden_layers": 5} for kind in ("llama", "qwen3_moe")}
         ),
     ],
 )
-def test_a_killed_run_is_resumed_to_the_same_bytes(
+def test_killed_prune_resumes_to_the_same_bytes(
     calmix, text_file, tmp_path, monkeypatch, kind, asked, moment, block
 ):
     model = save_tiny_model(tmp_path / "model", kind, **DEEP.get(kind, {}))
@@ -333,7 +333,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(
         assert torch.equal(levels.to(found[name].dtype), found[name])
 
 
-def test_a_models_other_files_are_copied_and_a_resumed_run_looks_at_them(calmix, tmp_path):
+def test_other_files_are_copied_and_checked_on_resume(calmix, tmp_path):
     model, out = save_tiny_model(tmp_path / "model"), tmp_path / "out"
     tokenizer = model / "tokenizer.json"  # not as transformers would write it
     tokenizer.write_text(json.dumps(json.loads(tokenizer.read_bytes()), indent=7))
@@ -359,9 +359,7 @@ def test_a_models_other_files_are_copied_and_a_resumed_run_looks_at_them(calmix,
     assert "is not empty" in calmix(*command, "--resume").line
 
 
-def test_a_resumed_run_goes_through_the_finished_blocks_once_more(
-    calmix, text_file, tmp_path, monkeypatch
-):
+def test_resume_replays_finished_blocks(calmix, text_file, tmp_path, monkeypatch):
     """The last two blocks read the keys and values of the first two; nothing is solved again, and
     of several targets those that are finished or not begun are not lost."""
     model = save_tiny_model(tmp_path / "model", "gemma4_text")
@@ -401,9 +399,7 @@ def test_a_resumed_run_goes_through_the_finished_blocks_once_more(
         assert hashes(tmp_path / "cut" / name) == hashes(tmp_path / "whole" / name)
 
 
-def test_a_model_that_changes_while_it_is_pruned_is_refused(
-    calmix, deep, text_file, tmp_path, monkeypatch
-):
+def test_model_changed_during_pruning_is_refused(calmix, deep, text_file, tmp_path, monkeypatch):
     """No block of the changed model counts as done, so the original one can be resumed."""
     model = Path(shutil.copytree(deep, tmp_path / "model"))
     command = ("prune", model, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
@@ -431,7 +427,7 @@ def test_a_model_that_changes_while_it_is_pruned_is_refused(
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 
-def test_a_file_that_is_written_again_unchanged_does_not_stop_a_run(deep, tmp_path):
+def test_rewritten_identical_file_is_accepted(deep, tmp_path):
     model = Path(shutil.copytree(deep, tmp_path / "model"))
     streamed, file = StreamedModel(str(model)), model / "model.safetensors"
     streamed.close()
@@ -443,7 +439,7 @@ def test_a_file_that_is_written_again_unchanged_does_not_stop_a_run(deep, tmp_pa
         streamed.files.check()
 
 
-def test_resuming_keeps_the_size_of_a_micro_batch(calmix, command, tmp_path, monkeypatch):
+def test_resume_keeps_micro_batch_size(calmix, command, tmp_path, monkeypatch):
     """Another budget must not change how sums round; one that is too small takes nothing away."""
     with monkeypatch.context() as patched:
         # A row at a time, as a small budget would.
@@ -460,7 +456,7 @@ def test_resuming_keeps_the_size_of_a_micro_batch(calmix, command, tmp_path, mon
 # Memory
 
 
-def test_out_of_memory_what_is_done_is_kept(calmix, command, tmp_path, monkeypatch):
+def test_out_of_memory_keeps_finished_work(calmix, command, tmp_path, monkeypatch):
     """Told by a CUDA device, and by others as torch says it there."""
     assert all(
         out_of_memory(RuntimeError(f"{said}."))

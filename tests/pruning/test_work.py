@@ -1,5 +1,4 @@
-"""The work folder: claimed by one, resumed by the same request, damage told and not built on; and
-hidden states, of which what was set is read whatever room there is."""
+"""The work folder: locking, resuming, damage; hidden states in memory or on disk."""
 
 import errno
 
@@ -41,7 +40,7 @@ def cut(tmp_path):
         (ASKED | {"draw": {}}, {"resume": True}, r"\(draw.torch: x, now None\)"),
     ],
 )
-def test_what_cannot_be_resumed_is_refused(cut, asked, how, message):
+def test_mismatched_work_is_refused(cut, asked, how, message):
     with pytest.raises(InputError, match=message):
         claimed(cut, asked, **how)
     assert read_record(WorkFolder(cut).path)["kept"]["done"] == 2
@@ -50,7 +49,7 @@ def test_what_cannot_be_resumed_is_refused(cut, asked, how, message):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"kept": {}}', b"\xff", b"[" * 5000])
-def test_a_damaged_record_is_one_line(cut, content):
+def test_damaged_record(cut, content):
     (WorkFolder(cut).path / "work.json").write_bytes(content)
     with pytest.raises(InputError, match=r"work\.json " + DAMAGED):
         claimed(cut, resume=True)
@@ -60,7 +59,7 @@ def test_a_damaged_record_is_one_line(cut, content):
 
 
 @pytest.mark.parametrize("how", ["changed", "missing", "of another run"])
-def test_a_damaged_file_is_one_line(cut, how):
+def test_damaged_file(cut, how):
     work = claimed(cut, resume=True)
     path = work.path / SHARD
     if how == "changed":
@@ -75,7 +74,7 @@ def test_a_damaged_file_is_one_line(cut, how):
     assert work.path.exists()  # an earlier run's work stays
 
 
-def test_a_mistake_leaves_nothing_and_a_full_disk_what_is_done(tmp_path):
+def test_errors_leave_nothing_full_disk_keeps_work(tmp_path):
     for error, done, stays in (
         (InputError("x"), 1, False),
         (DiskError("x"), 1, True),
@@ -90,7 +89,7 @@ def test_a_mistake_leaves_nothing_and_a_full_disk_what_is_done(tmp_path):
         assert work.path.exists() == stays
 
 
-def test_temporary_files_are_not_part_of_the_output(tmp_path):
+def test_temporary_files_are_removed(tmp_path):
     """Such as the model without its dropped experts, of which the pruned one takes no room."""
     work = claimed(tmp_path / "out")
     work.save(SHARD, TENSORS)
@@ -100,7 +99,7 @@ def test_temporary_files_are_not_part_of_the_output(tmp_path):
     work.abandon()
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_work_folder_lock(tmp_path):
     work = claimed(tmp_path / "out")
     with pytest.raises(InputError, match="is at work on"):
         claimed(tmp_path / "out", overwrite=True)
@@ -109,7 +108,7 @@ def test_one_process_at_a_time(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_not_ours_is_not_replaced(tmp_path):
+def test_foreign_files_are_not_replaced(tmp_path):
     work = claimed(tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
@@ -125,7 +124,7 @@ def test_what_is_not_ours_is_not_replaced(tmp_path):
     assert (mine / "mine").exists()
 
 
-def test_what_a_run_killed_at_its_very_end_left_is_removed(tmp_path):
+def test_leftovers_of_a_late_kill_are_removed(tmp_path):
     """It was removing its folder under a hidden name; only a finished output stays."""
     (tmp_path / "out").mkdir()
     (tmp_path / ".out.lock").touch()
@@ -135,7 +134,7 @@ def test_what_a_run_killed_at_its_very_end_left_is_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_work_whose_files_became_the_output_is_not_resumed(cut):
+def test_finished_work_is_not_resumed(cut):
     """It was killed after the renaming, and then the output was moved away."""
     WorkFolder(cut).remove_leftover()  # none yet
     work = WorkFolder(cut)
@@ -146,7 +145,7 @@ def test_work_whose_files_became_the_output_is_not_resumed(cut):
 
 
 @pytest.mark.parametrize(("room", "files"), [(0, 3), (BATCH, 2), (2**20, 0)])
-def test_states_that_were_set_are_read(tmp_path, room, files):
+def test_states_round_trip(tmp_path, room, files):
     states = States(tmp_path, CPU, room)
     for block in range(4):
         dtype = torch.bfloat16 if block == 2 else torch.float32
@@ -159,7 +158,7 @@ def test_states_that_were_set_are_read(tmp_path, room, files):
             assert len(list(tmp_path.iterdir())) == files
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+def test_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*given):
         raise OSError(errno.ENOSPC, "x")
 

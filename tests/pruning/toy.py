@@ -1,5 +1,4 @@
-"""A method as another package would ship it, a tensor that seems to be on an accelerator, and what
-several tests ask and read."""
+"""A plugin method, a tensor that seems to be on an accelerator, and shared helpers."""
 
 import json
 

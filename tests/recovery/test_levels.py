@@ -28,7 +28,7 @@ def quantised(request, place):
     return place, name
 
 
-def test_levels_move_on_their_grid_also_after_a_kill(calmix, quantised, tmp_path):
+def test_levels_stay_on_the_grid(calmix, quantised, tmp_path):
     place, name = quantised
     output, cut = tmp_path / "out", tmp_path / "cut"
     more = ("--epochs", 4, "--lr", 0.001 if name == "ecq" else 0.02)
@@ -61,7 +61,7 @@ def test_levels_move_on_their_grid_also_after_a_kill(calmix, quantised, tmp_path
     assert hashes(cut) == hashes(output)
 
 
-def test_masters_begin_within_their_level():
+def test_masters_start_within_their_level():
     grid = Grid(torch.tensor([[0.5], [-0.25]]), 3.0, torch.zeros(8, dtype=torch.int8))
     stored = grid.values(torch.randint(-3, 4, (2, 8), generator=torch.Generator().manual_seed(0)))
     dense = stored + torch.linspace(-3, 3, 16).view(2, 8)
@@ -87,7 +87,7 @@ def test_masters_begin_within_their_level():
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
 @pytest.mark.parametrize("method", ["distill", "blocks"])
-def test_weights_whose_grid_is_not_stored_stay(calmix, place, tmp_path, kind, method):
+def test_weights_without_stored_grid_are_fixed(calmix, place, tmp_path, kind, method):
     """Matrices that lie transposed, and experts; the rest is trained."""
     dense, bits, output = (tmp_path / name for name in ("dense", "bits", "out"))
     save_tiny_model(dense, kind)

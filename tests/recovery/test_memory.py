@@ -1,4 +1,4 @@
-"""What a recovery spares to stay within its memory: the plan, and runs that follow a small one."""
+"""Memory plans of recovery, and runs under a small limit."""
 
 import math
 from functools import partial
@@ -14,7 +14,7 @@ from tests.tiny import hashes, quick, save_tiny_model
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_what_changes_no_number_is_spared_first_then_rows(tmp_path, kind):
+def test_memory_is_saved_before_rows(tmp_path, kind):
     model = StreamedModel(str(save_tiny_model(tmp_path / kind, kind)))
     for method in METHODS:
 
@@ -33,7 +33,7 @@ def test_what_changes_no_number_is_spared_first_then_rows(tmp_path, kind):
     model.close()
 
 
-def test_a_tied_head_is_counted_once(tmp_path):
+def test_tied_head_counts_once(tmp_path):
     needed = []
     for tied in (False, True):
         folder = save_tiny_model(tmp_path / f"{tied}", "llama", tie_word_embeddings=tied)
@@ -45,7 +45,7 @@ def test_a_tied_head_is_counted_once(tmp_path):
 
 
 @pytest.mark.parametrize("method", quick(["blocks"], METHODS))
-def test_it_goes_on_with_as_many_rows_at_a_time(calmix, place, tmp_path, monkeypatch, method):
+def test_resume_keeps_rows_per_step(calmix, place, tmp_path, monkeypatch, method):
     monkeypatch.setattr(
         checkpoint, "make_plan", lambda *of: make_plan(*of[:-1], 0)
     )  # as if none were free

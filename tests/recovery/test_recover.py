@@ -77,7 +77,7 @@ def arm(moment, number):
 @pytest.mark.parametrize(
     ("method", "pruned"), [("distill", "half"), ("blocks", "half"), ("distill", "2of4")]
 )
-def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method, pruned):
+def test_recovery_keeps_zeros_and_improves(calmix, place, tmp_path, method, pruned):
     output = tmp_path / "out"
     ended = calmix(*command(place, output, method, pruned=pruned)).ok()
     assert "held-out rows (2 of 32)" in ended.out
@@ -122,7 +122,7 @@ def test_zeros_stay_and_held_out_rows_get_better(calmix, place, tmp_path, method
         ],
     ),
 )
-def test_a_killed_recovery_goes_on_to_the_same_bytes(calmix, place, whole, tmp_path, case):
+def test_killed_recovery_resumes_to_the_same_bytes(calmix, place, whole, tmp_path, case):
     method, moment, number = case
     stopped(partial(arm, moment, number), *command(place, tmp_path / "cut", method))
     unfinished = moment != "renamed"
@@ -138,7 +138,7 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(calmix, place, whole, tmp_p
 
 
 @pytest.mark.parametrize("method", quick(["blocks"], METHODS))
-def test_a_full_disk_leaves_what_it_takes(calmix, place, whole, tmp_path, monkeypatch, method):
+def test_full_disk_leaves_resumable_work(calmix, place, whole, tmp_path, monkeypatch, method):
     monkeypatch.setattr(distill, "SAVING", 0)
     keep, seen = WorkFolder.keep, []
 
@@ -163,9 +163,7 @@ def test_a_full_disk_leaves_what_it_takes(calmix, place, whole, tmp_path, monkey
 @pytest.mark.parametrize(
     ("method", "where"), [("distill", "at step 3 of 14"), ("blocks", "in block 1 at step 2 of 16")]
 )
-def test_a_loss_that_is_no_number_stops_and_leaves_what_stood(
-    calmix, place, tmp_path, monkeypatch, method, where
-):
+def test_non_finite_loss_stops(calmix, place, tmp_path, monkeypatch, method, where):
     module, name, last = (
         (distill, "divergence", 3) if method == "distill" else (by_block, "relative_error", 18)
     )
@@ -187,7 +185,7 @@ def test_a_loss_that_is_no_number_stops_and_leaves_what_stood(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_weights_as_they_came_where_nothing_gets_better(calmix, place, tmp_path):
+def test_initial_weights_are_kept_without_improvement(calmix, place, tmp_path):
     (more := place / "half" / "additional_chat_templates").mkdir()
     (more / "tools.jinja").write_text("{{ messages }}")
     ended = calmix(*command(place, tmp_path / "out", "distill", "--lr", 0.9)).ok()
@@ -199,7 +197,7 @@ def test_weights_as_they_came_where_nothing_gets_better(calmix, place, tmp_path)
     assert manifest(tmp_path / "out")["recovery"]["curve"]["stopped"]
 
 
-def test_another_head_is_asked_for_its_own_logits(calmix, place, tmp_path):
+def test_different_head(calmix, place, tmp_path):
     dense = shutil.copytree(place / "dense", tmp_path / "dense")
     weights = load_weights(dense)
     weights["model.embed_tokens.weight"] *= 1.05
@@ -211,7 +209,7 @@ def test_another_head_is_asked_for_its_own_logits(calmix, place, tmp_path):
 
 
 @pytest.mark.parametrize("case", quick([("magnitude", "blocks")], [("none", "distill")]))
-def test_what_a_drop_of_experts_leaves_is_recovered(calmix, place, tmp_path, case):
+def test_recovery_after_dropping_experts(calmix, place, tmp_path, case):
     """And a mixture of other shapes than it leaves is refused."""
     dense, dropped, (method, way) = tmp_path / "dense", tmp_path / "dropped", case
     save_tiny_model(dense, "mixtral")
@@ -239,7 +237,7 @@ def test_what_a_drop_of_experts_leaves_is_recovered(calmix, place, tmp_path, cas
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma4_text"])
-def test_blocks_that_run_anew_give_the_same_gradients(kind):
+def test_recomputed_blocks_give_equal_gradients(kind):
     ids = tiny_ids(2, 16)
     gradients = []
     for recompute in (False, True):
@@ -253,7 +251,7 @@ def test_blocks_that_run_anew_give_the_same_gradients(kind):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_every_mistake_is_one_line(calmix, place, tmp_path):
+def test_errors_are_one_line(calmix, place, tmp_path):
     half, dense, data = place / "half", place / "dense", ("--calibration", place / "set")
     other = save_tiny_model(tmp_path / "other", seed=7)
     kind = save_tiny_model(tmp_path / "qwen", "qwen2")

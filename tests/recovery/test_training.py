@@ -1,4 +1,4 @@
-"""Rows, steps, rates, masters and losses: what the ways of recovery are made of."""
+"""The parts of recovery: rows, steps, learning rates, masters, losses."""
 
 import copy
 from functools import partial
@@ -23,7 +23,7 @@ from calmix.recovery.training import (
 )
 
 
-def test_rows_train_or_are_held_out():
+def test_split_of_rows():
     one = ["a"] * 64
     training, held_out = rows = split_rows(one, 4, seed=3)
     assert len(held_out) == 4
@@ -40,7 +40,7 @@ def test_rows_train_or_are_held_out():
         assert sorted(sources[row] for row in held) == ["a", "a", "b", "c"]
 
 
-def test_an_epoch_takes_no_row_twice():
+def test_epoch_uses_each_row_once():
     steps = steps_of(range(10), 4, 3, seed=0)
     assert [len(step) for step in steps] == [4] * 6
     for epoch in (steps[:2], steps[2:4], steps[4:]):
@@ -48,7 +48,7 @@ def test_an_epoch_takes_no_row_twice():
     assert steps[:2] != steps[2:4]
 
 
-def test_the_rate_rises_shortly_and_falls_to_the_end():
+def test_learning_rate_schedule():
     rates = [rate(step, 100, 1.0) for step in range(100)]
     assert max(rates) == rates[4] == 1.0
     assert rates[:5] == sorted(rates[:5])
@@ -67,7 +67,7 @@ def test_the_rate_rises_shortly_and_falls_to_the_end():
         (1, 16, [1]),
     ],
 )
-def test_a_micro_batch_divides_the_batch(batch, length, rows):
+def test_micro_batches(batch, length, rows):
     assert rows_at_once(batch, length) == rows
 
 
@@ -84,7 +84,7 @@ def curve(held_out, steps=20, **how):
     return progress, rates
 
 
-def test_it_stops_after_three_readings_without_a_better_one():
+def test_early_stopping():
     held_out = [1.0, 0.9, 0.95, 0.8, 0.8, 0.9, 0.85, 0.1]
     progress, _ = curve(held_out)
     assert (progress.best, progress.done, progress.stopped) == (6, 12, True)
@@ -95,7 +95,7 @@ def test_it_stops_after_three_readings_without_a_better_one():
         curve([1.0, float("nan")])
 
 
-def test_the_nearer_two_models_are_the_smaller_the_steps():
+def test_learning_rate_shrinks_for_similar_models():
     full, quarter = (curve([0.5] * 9, wide=wide)[1] for wide in (1e-9, 2.0))
     assert max(full) == 1.0
     assert quarter == pytest.approx([rate / 4 for rate in full])
@@ -131,7 +131,7 @@ def fit(module, masters, steps):
         masters.step(1e-2)
 
 
-def test_masters_train_as_adam_does_but_hold_the_zeros():
+def test_masters_match_adam_and_keep_zeros():
     module = layer(torch.float32)
     masters = masters_of(module)
     plain = layer(torch.float32)
@@ -153,14 +153,14 @@ def test_masters_train_as_adam_does_but_hold_the_zeros():
     assert module.bias.all()  # only zeros of linear maps are held
 
 
-def test_the_size_is_that_of_kept_weights_within_limits():
+def test_size_of_nonzero_weights():
     assert size_of(torch.tensor([0.0, 0.3, 0.0, -0.4])) == pytest.approx((0.25 / 2) ** 0.5)
     assert size_of(torch.tensor([0.5, -0.5], dtype=torch.float64)) == 0.5
     assert size_of(torch.zeros(4)) == size_of(torch.full((4,), 1e-5)) == 1e-3
     assert size_of(torch.tensor([300.0, 0.01], dtype=torch.bfloat16)) == 1.0
 
 
-def test_masters_keep_what_the_modules_type_would_lose():
+def test_masters_keep_small_updates():
     module = layer()
     masters = masters_of(module)
     before = masters.values["weight"].detach().clone()
@@ -171,7 +171,7 @@ def test_masters_keep_what_the_modules_type_would_lose():
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])
-def test_divergence_in_chunks_is_that_of_all_logits_at_once(monkeypatch, cap):
+def test_chunked_divergence(monkeypatch, cap):
     torch.manual_seed(0)
     heads = [torch.randn(50, 8) for _ in range(2)]
     hidden, target = torch.randn(37, 8), torch.randn(37, 8)
@@ -198,7 +198,7 @@ def test_divergence_in_chunks_is_that_of_all_logits_at_once(monkeypatch, cap):
     assert again.item() == found.item()
 
 
-def test_every_token_counts_the_same_to_a_block():
+def test_block_loss_weights_tokens_equally():
     target = torch.tensor([[3.0, 4.0], [3000.0, 4000.0], [0.0, 0.0]])
     output = target * 1.1
     assert relative_error(output, target).item() == pytest.approx(0.02, rel=1e-4)

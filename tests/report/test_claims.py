@@ -87,7 +87,7 @@ def stepped(lift):
         ({"prose": (0.65, 0.35), "mix": (0.85, 0.85)}, {SHRINKS: "undecided (mix over prose "}),
     ],
 )
-def test_claims_report_planted_effects(plan, told):
+def test_claims_find_planted_effects(plan, told):
     found = SCRIPT.claims(
         analyse(study(plan), QUICK) if isinstance(plan, Plan) else analysed({**KEPT, TUNED: plan})
     )
@@ -102,7 +102,7 @@ def test_claims_report_planted_effects(plan, told):
         assert "code −" in found[METRIC][0]["figures"]
 
 
-def test_a_set_counts_by_how_it_was_made_and_not_by_its_label():
+def test_claims_use_strategy_not_label():
     others = {"mix": ("self-written", 0.2), "igsp": ("mix", 0.1), "mix-8": ("mix", 0.2)}
     found = of(study(Plan(others=others, **SHARP)))
     [best] = found["A mix keeps more than the best single source"]
@@ -114,19 +114,19 @@ def test_a_set_counts_by_how_it_was_made_and_not_by_its_label():
     assert named["A mix keeps more than igsp"][0]["figures"].startswith("mix-8 over igsp ")
 
 
-def test_a_default_adds_a_claim_and_claims_are_counted_over_conditions():
+def test_default_set_adds_a_claim():
     found = of(study(PLANTED), default="news")["A mix keeps more than news"]
     assert SCRIPT.tally(found) == "holds"
     assert SCRIPT.tally([*found, found[0] | {"verdict": "undecided"}]) == "holds in 1 of 2"
 
 
-def test_few_sources_leave_signs_open():
+def test_few_sources_leave_claims_open():
     [found] = of(study(Plan(others=LIFTS, seeds=(0,), sources=("a", "b", "c", "d"))))[METRIC]
     assert found["verdict"] == "undecided"
     assert found["figures"].endswith("; 4 sources")
 
 
-def test_leads_grow_with_sparsity_as_planted():
+def test_lead_growth():
     pairs = [("sparsegpt", pattern) for pattern in ("2:4", "30%", "50%", "60%")]
     found = analyse(study(full_plan(conditions=pairs, draw=0.003, noise=0.005)), QUICK)
     leads = [gap(each, "mix-8", SINGLES).gap.value for each in found.conditions]
@@ -151,7 +151,7 @@ def test_leads_grow_with_sparsity_as_planted():
         (TUNED, BETTER, None, TOTAL, (0.9 - 0.65) - (0.8 - 0.45)),  # over the common source
     ],
 )
-def test_leads_are_followed_from_one_method_to_another(more, less, default, quantity, wanted):
+def test_lead_across_methods(more, less, default, quantity, wanted):
     found = analysed(KEPT, default=default)
     (one,) = [
         each
@@ -162,7 +162,7 @@ def test_leads_are_followed_from_one_method_to_another(more, less, default, quan
     assert one.gap.value == pytest.approx(wanted, abs=1e-3)
 
 
-def test_a_recovery_is_one_whatever_it_keeps_and_an_allocation_is_none():
+def test_recovery_is_told_from_allocation():
     for kept, by in (
         ({BETTER: KEPT[BETTER], TUNED: KEPT[PLAIN]}, "recovery"),
         ({BETTER: KEPT[PLAIN], f"{BETTER} + owl": KEPT[BETTER]}, "method"),
@@ -172,7 +172,7 @@ def test_a_recovery_is_one_whatever_it_keeps_and_an_allocation_is_none():
         assert {one.by for one in found} == {by}
 
 
-def test_cancelling_is_seen_where_it_is_and_not_where_it_is_not():
+def test_cancelling_effects():
     rng = np.random.default_rng(4)
     gain = rng.standard_normal(16)
     quiet = 0.1 * rng.standard_normal((16, 4))
@@ -186,7 +186,7 @@ def test_cancelling_is_seen_where_it_is_and_not_where_it_is_not():
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_script_prints_every_claim(tmp_path, monkeypatch, capsys):
+def test_script_prints_all_claims(tmp_path, monkeypatch, capsys):
     save(study(PLANTED), tmp_path / "store")
     monkeypatch.setattr(sys, "argv", ["paper_claims.py", str(tmp_path / "store")])
     SCRIPT.main()

@@ -39,7 +39,7 @@ KEPT_BY = {"bad": 0.3, "worse": 0.2, "near": 0.70, "top": 0.71}
         ({"lower": 0.600, "higher": 0.604}, (0,), ["higher", "lower"]),
     ],
 )
-def test_a_near_tie_is_a_tie_and_a_clear_lead_is_not(kept, seeds, best):
+def test_ties_and_leads(kept, seeds, best):
     """In the ranking, the advice, the sentences and the page."""
     trials = tuple(
         trial(
@@ -66,14 +66,14 @@ def test_a_near_tie_is_a_tie_and_a_clear_lead_is_not(kept, seeds, best):
     assert sentence in lead
 
 
-def test_part_of_a_study_gives_the_same_answer_as_the_whole():
+def test_part_of_a_study():
     results = study(full_plan(**SMALL, seed=3))
     whole, part = analyse(results, QUICK), analyse(results, QUICK, sparsity="60%")
     assert whole.conditions[1].ranking == part.conditions[0].ranking
     assert recommend(results, sparsity="60%")[0] == recommend(results)[1]
 
 
-def test_few_sources_can_show_no_correlation():
+def test_few_sources_show_no_correlation():
     small = of(study(Plan(others=LIFTS, seeds=(0,), sources=("a", "b", "c", "d"))))
     assert any("no correlation could have been found" in one for one in small["certainty"])
     alone = of(study(Plan(seeds=(0,), sources=("a", "b", "c", "d"))))
@@ -93,7 +93,7 @@ def test_few_sources_can_show_no_correlation():
 # Sentences
 
 
-def test_small_studies_say_what_they_cannot_show_and_unfinished_ones_what_is_to_come():
+def test_small_and_unfinished_studies():
     whole = study(full_plan(**SMALL))
     part = whole.model_copy(update={"trials": whole.trials[:29], "failed": (failed("x"),)})
     told = of(part)["certainty"]
@@ -113,7 +113,7 @@ def test_small_studies_say_what_they_cannot_show_and_unfinished_ones_what_is_to_
     assert "no task of the suite has signal" in of(study(Plan(), trials=(silent,)))["headline"]
 
 
-def test_the_text_has_every_sentence():
+def test_summary_sentences():
     found = analyse(study(full_plan(conditions=SMALL["conditions"])), QUICK)
     told, lines = summarise(found), summary_text(found).splitlines()
     assert max(map(len, lines)) <= 80
@@ -124,7 +124,7 @@ def test_the_text_has_every_sentence():
     assert "  and 14 more" in lines
 
 
-def test_each_method_is_compared_with_the_next_weaker_one():
+def test_gains_to_the_next_weaker_method():
     told = summarise(analysed(KEPT))["methods"]
     assert [line.split(":")[0] for line in told] == [
         "ADMM 60% against SparseGPT 60%",
@@ -160,5 +160,5 @@ def test_each_method_is_compared_with_the_next_weaker_one():
         (words.counted(2, "seed"), "2 seeds"),
     ],
 )
-def test_a_number_or_name_is_written(written, text):
+def test_formatting(written, text):
     assert written == text

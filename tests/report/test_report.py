@@ -24,7 +24,7 @@ def page_of(results, **settings):
     return pages(results, analyse(results, QUICK.model_copy(update=settings)))["report.html"]
 
 
-def test_every_figure_is_there_as_a_file_and_in_the_page(whole, page):
+def test_figures_are_files_and_in_the_page(whole, page):
     names = {f"{kind}-sparsegpt-50pct" for kind in KINDS}
     names |= {f"{kind}-sparsegpt-60pct" for kind in KINDS[:3]}  # with few sets
     kept = {path.name for path in (whole / "figures").iterdir()}
@@ -35,7 +35,7 @@ def test_every_figure_is_there_as_a_file_and_in_the_page(whole, page):
         assert root.findall(".//{http://www.w3.org/2000/svg}text")
 
 
-def test_the_page_is_small_well_formed_and_needs_nothing_from_outside(page):
+def test_page_is_self_contained(page):
     assert len(page) < 3_000_000
     links = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert all(link.startswith(("#", "data:")) for link in links)
@@ -55,14 +55,14 @@ def test_the_page_is_small_well_formed_and_needs_nothing_from_outside(page):
     assert {*used} <= {*ids}
 
 
-def test_figures_use_the_colours_of_the_theme(page):
+def test_figures_use_theme_colours(page):
     style, drawn = re.fullmatch(r"(?s)(.*)</style>(.*)", page).groups()
     assert not any(colour in drawn for colour in VARIABLES)
     light, dark = style.split("prefers-color-scheme: dark", 1)
     assert all(f"--{name}:" in part for name in VARIABLES.values() for part in (light, dark))
 
 
-def test_the_same_results_give_the_same_bytes(tmp_path):
+def test_report_is_reproducible(tmp_path):
     few = full_plan(
         seeds=(0,),
         conditions=[("sparsegpt", "60%")],
@@ -77,7 +77,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
     assert hashes(tmp_path / "two") == one
 
 
-def test_text_of_a_study_is_shown_and_never_executed():
+def test_text_is_escaped():
     evil = "<script>alert('x')</script> $\\frac{1}{2}$ & \"quotes\" 漢字"
     kept = {"general": 0.5, evil: 0.4}
     trials = tuple(
@@ -127,7 +127,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_an_odd_study_has_a_report(odd):
+def test_unusual_studies(odd):
     made = ODD[odd]
     page = page_of(study(made) if isinstance(made, Plan) else study(Plan(), trials=made))
     assert "nothing" in page or "tied" in page or "keeps the most" in page
@@ -139,7 +139,7 @@ def test_an_odd_study_has_a_report(odd):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_known_distance_to_the_dense_model_has_a_table():
+def test_distance_table():
     results = study(Plan(sources=("a", "b", "c", "d"), seeds=(0,)))
     page = page_of(results)
     assert "rank 4 sets as total retention does (ρ −1.00" in page
@@ -151,7 +151,7 @@ def test_a_known_distance_to_the_dense_model_has_a_table():
     assert "Distance to the dense model" not in page
 
 
-def test_the_ranking_comes_first_with_both_readings(page):
+def test_ranking_comes_first(page):
     assert "1 failed, 1 not run" in page
     section = page[page.index('<details class="condition"') :]
     assert section.index("<summary>Ranking") < section.index("<figure>")

@@ -68,7 +68,7 @@ def mirror(tmp_path, monkeypatch):
     return root
 
 
-def test_every_entry_reads_its_shape_and_what_was_streamed_is_kept(mirror):
+def test_hub_entries_are_read_and_cached(mirror):
     for name in HUB:
         reader = builtin_sources()[name].reader
         row, wanted = SHAPES.get(name, ({"text": "some text"}, "some text"))
@@ -90,7 +90,7 @@ def test_every_entry_reads_its_shape_and_what_was_streamed_is_kept(mirror):
             assert [d.text for d in documents] == [wanted] * (3 * len(reader.subsets)), name
 
 
-def test_a_damaged_copy_is_named_wherever_the_damage_is(tmp_path, monkeypatch):
+def test_damaged_cache_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
     reader = HubText(type="hub", id="a/c")
     kept, lines = reader._kept(), "".join(f'["{n}", "{n * n % 97}"]\n' for n in range(400))
@@ -102,7 +102,7 @@ def test_a_damaged_copy_is_named_wherever_the_damage_is(tmp_path, monkeypatch):
             list(reader.read())
 
 
-def test_what_the_hub_refuses_is_not_taken_for_a_missing_connection(tmp_path, monkeypatch):
+def test_hub_refusal_is_not_reported_as_offline(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
@@ -120,7 +120,7 @@ def test_what_the_hub_refuses_is_not_taken_for_a_missing_connection(tmp_path, mo
             list(HubText(type="hub", id="a/b").read())
 
 
-def test_the_budget_ends_the_stream_and_what_cannot_be_read_is_named(mirror, tmp_path):
+def test_stream_stops_at_the_budget_and_errors_name_the_row(mirror, tmp_path):
     put(mirror, "a/c", [{"text": "0123456789"}] * 100)
     assert len(list(HubText(type="hub", id="a/c", characters=95).read())) == 10
     put(mirror, "a/content", [{"content": "x"}, {"content": None}])

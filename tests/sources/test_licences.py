@@ -57,13 +57,13 @@ USES = {
 }
 
 
-def test_what_a_licence_lets_one_do():
+def test_licence_kinds():
     assert {
         use: tuple(line for line in lines if use_of(line) == use) for use, lines in USES.items()
     } == USES
 
 
-def test_everything_builtin_has_licence_and_origin(calmix):
+def test_builtin_entries_have_licence_and_origin(calmix):
     restricted = {n for n, s in builtin_sources().items() if s.use == "non-commercial"}
     assert restricted == {"school-readings", "textbook", "stories", "alpaca"}
     uses = [use_of(model.licence) for model in builtin_models().values()]
@@ -77,7 +77,7 @@ def test_everything_builtin_has_licence_and_origin(calmix):
     assert told == ["", "sciq"]
 
 
-def test_a_group_leaves_out_what_a_licence_forbids_and_shares_its_weight():
+def test_group_drops_forbidden_licences_and_rescales():
     spec = ask("uniform:offline", licence="permissive")
     allowed = [n for n, s in offline_sources().items() if s.use == "permissive"]
     assert list(spec.mix) == allowed
@@ -85,7 +85,7 @@ def test_a_group_leaves_out_what_a_licence_forbids_and_shares_its_weight():
     assert list(ask("offline").mix) == list(offline_sources())
 
 
-def test_seeds_of_a_part_that_the_model_wrote_count(tmp_path):
+def test_licence_check_covers_seed_texts(tmp_path):
     written = {"chat": {"settings": {}}, "sgs": {"settings": {"seeds": "mix-clean"}}}
     made = CalibrationSet(torch.zeros(1, 2, dtype=torch.int64), ("sgs",), {"written": written})
     folder = made.save(tmp_path / "set")
@@ -94,9 +94,7 @@ def test_seeds_of_a_part_that_the_model_wrote_count(tmp_path):
         ask(str(folder), licence="permissive")
 
 
-def test_a_source_named_outright_is_refused_wherever_it_is_named(
-    calmix, tiny_folder, text_file, tmp_path
-):
+def test_forbidden_source_is_refused_everywhere(calmix, tiny_folder, text_file, tmp_path):
     (tmp_path / "mix.yaml").write_text("uniform: [python-docs, alpaca]\nlicence: permissive\n")
     assert (
         calmix(

@@ -78,14 +78,14 @@ def write(folder, files):
         ("", None, r"has no \.txt"),
     ],
 )
-def test_bad_files(tmp_path, name, content, message):
+def test_invalid_files(tmp_path, name, content, message):
     if content is not None:
         write(tmp_path, {name: content})
     with pytest.raises(SourceError, match=message):
         texts(tmp_path / name)
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+def test_unreadable_file_is_named(tmp_path, monkeypatch):
     def refuse(self, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
@@ -96,7 +96,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
             texts(tmp_path / name)
 
 
-def test_rows_of_every_kind_of_file_and_their_fields(tmp_path):
+def test_rows_and_fields_of_every_file_type(tmp_path):
     rows = [
         {"prompt (en)": "a, b\nc", "the.answer": 'say "d"'},
         {"prompt (en)": "é", "the.answer": "f"},
@@ -127,7 +127,7 @@ def test_rows_of_every_kind_of_file_and_their_fields(tmp_path):
         assert texts(write(tmp_path, {name: content}) / name) == ["hello, world; again"]
 
 
-def test_chats_of_every_usual_form(tmp_path):
+def test_chat_formats(tmp_path):
     shared = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Ho."}]
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hi?"}]}, CHAT[1]]
     rows = {"messages": CHAT, "conversations": shared, "conversation": parts}
@@ -202,7 +202,7 @@ def test_chats_of_every_usual_form(tmp_path):
         ),
     ],
 )
-def test_a_folder_is_read_as_text_or_as_code(tmp_path, tiny_folder, files, read, left):
+def test_folder_of_text_or_code(tmp_path, tiny_folder, files, read, left):
     folder, lines = write(tmp_path / "folder", files), []
     source = get_source(str(folder))
     assert {d.id: d.text for d in source.documents()} == read
@@ -243,7 +243,7 @@ def test_installed_text(reader):
             list(gone.read())
 
 
-def test_entries_that_name_no_package_or_generator():
+def test_unknown_package_or_generator():
     for name, line in (("no.such", "is not installed"), ("typing_extensions", "single module")):
         with pytest.raises(SourceError, match=line):
             list(PackageFiles(type="package", package=name, files=["*.py"]).read())
@@ -263,7 +263,7 @@ for name in ("word-problems", "arithmetic", "algebra", "logic-puzzles"):
 """
 
 
-def test_generated_text_does_not_depend_on_the_hash_seed_of_the_process(capsys):
+def test_generated_text_is_independent_of_hash_seed(capsys):
     environment = os.environ | {"PYTHONHASHSEED": "1"}
     run = [sys.executable, "-c", PROGRAM]
     told = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
@@ -275,7 +275,7 @@ def test_generated_text_does_not_depend_on_the_hash_seed_of_the_process(capsys):
     assert all("\nAnswer: " in text and "Give only" not in text for text in made)
 
 
-def test_items_are_split_by_their_number(monkeypatch):
+def test_items_are_split_by_parity(monkeypatch):
     """`number` decides which items are odd, and `apart` drops overlaps with the other half."""
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     texts = [" ".join(words[n:] + words[:n]) for n in range(4)] + [" ".join(words) + " nine"]
@@ -301,7 +301,7 @@ def test_items_are_split_by_their_number(monkeypatch):
         assert read(**how) == expected
 
 
-def test_a_template_is_filled_and_paragraphs_of_empty_fields_are_left_out():
+def test_template_skips_paragraphs_of_empty_fields():
     row = {
         "a": {"b": "x"},
         "turns": [{"say": "hi"}, {"say": "ho"}],

@@ -31,7 +31,7 @@ def test_builtin_entries_are_complete():
         assert not set(source.name) & set(":, /")
 
 
-def test_what_the_suite_may_score_is_left_out():
+def test_sources_leave_out_items_of_the_suite():
     """The suite has the even items of these; a source of the same data set must not use them."""
     shared = ("piqa", "socialiqa", "lambada", "sciq", "hellaswag", "mbpp", "jeopardy")
     never = (
@@ -60,7 +60,7 @@ def test_what_the_suite_may_score_is_left_out():
                 assert source.reader.apart.items == "all"
 
 
-def test_an_own_file_of_sources(tmp_path, calmix):
+def test_sources_file(tmp_path, calmix):
     (tmp_path / "notes.jsonl").write_text('{"body": "hello"}\n', encoding="utf-8")
     file = tmp_path / "own.yaml"
     file.write_text(
@@ -116,7 +116,7 @@ WRONG = {
 }
 
 
-def test_a_wrong_file_of_sources(tmp_path):
+def test_invalid_sources_file(tmp_path):
     file = tmp_path / "own.yaml"
     for text, message in WRONG.items():
         file.write_bytes(text)
@@ -124,7 +124,7 @@ def test_a_wrong_file_of_sources(tmp_path):
             own_sources(file)
 
 
-def test_the_folder_of_data_is_read_in_place_of_the_hub(tmp_path, monkeypatch):
+def test_data_folder_replaces_the_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
     monkeypatch.delenv("CALMIX_DATA", raising=False)
     with pytest.raises(SourceError, match="CALMIX_DATA to a folder with general/c4"):
@@ -141,7 +141,7 @@ def test_the_folder_of_data_is_read_in_place_of_the_hub(tmp_path, monkeypatch):
     assert "c4" not in offline_sources()  # `offline` is the same mix everywhere
 
 
-def test_what_a_name_may_mean(tmp_path):
+def test_source_names_resolve(tmp_path):
     assert set(WRITTEN) == set(GENERATORS)
     file = tmp_path / "a.txt"
     file.write_text("x", encoding="utf-8")
@@ -165,7 +165,7 @@ def test_what_a_name_may_mean(tmp_path):
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", quick(FEW, sorted(offline_sources())))
-def test_documents_are_many_distinct_and_none_of_the_suites(name):
+def test_documents_are_distinct_and_not_in_a_suite(name):
     source = offline_sources()[name]
     documents, reader = list(source.documents()), source.reader
     assert len({d.id for d in documents}) == len(documents)
@@ -188,7 +188,7 @@ def test_documents_are_many_distinct_and_none_of_the_suites(name):
 @pytest.mark.real
 @pytest.mark.long
 @pytest.mark.parametrize("suite", ["offline", "abilities"])
-def test_the_guard_refuses_no_source_for_what_a_suite_scores(suite):
+def test_leakage_check_accepts_builtin_sources(suite):
     guard = guard_of(suite)
 
     def passed(name, documents):

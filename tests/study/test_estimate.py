@@ -20,7 +20,7 @@ asked = partial(prune_request, method="sparsegpt", sparsity=0.5, calibration="st
 
 
 @pytest.mark.parametrize("kind", quick(["gpt2", "gpt_oss"], ARCHITECTURES + MIXTURES))
-def test_a_model_is_sized_from_its_configuration(tmp_path, kind):
+def test_model_size_from_configuration(tmp_path, kind):
     empty = EmptyModel(str(save_tiny_model(tmp_path / kind, kind)))
     model = tiny_model(kind)
     blocks = find_blocks(model)
@@ -29,7 +29,7 @@ def test_a_model_is_sized_from_its_configuration(tmp_path, kind):
     assert all(p.is_meta for p in empty.model.parameters())
 
 
-def test_a_plan_counts_what_is_shared_once(tiny_study):
+def test_plan_counts_shared_work_once(tiny_study):
     study = load_study(tiny_study(more="recovery: [none, distill, blocks]\nseeds: [0, 1]\n"))
     found = estimate.estimate(study, "cpu")
     groups = found["groups"]
@@ -39,7 +39,7 @@ def test_a_plan_counts_what_is_shared_once(tiny_study):
     assert found["disk"] > 36 * 50_000
 
 
-def test_a_models_code_is_run_only_if_allowed(tiny_study, tiny_folder, tmp_path):
+def test_remote_code_needs_permission(tiny_study, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "own")
     code = "from transformers import LlamaConfig, LlamaForCausalLM\n"
     code += "class Own(LlamaConfig):\n    model_type = 'own'\n"
@@ -56,7 +56,7 @@ def test_a_models_code_is_run_only_if_allowed(tiny_study, tiny_folder, tmp_path)
         estimate.estimate(study, "cpu")
 
 
-def test_trials_an_accelerator_cannot_hold_are_refused(tiny_study, monkeypatch):
+def test_trials_too_large_for_the_device_are_refused(tiny_study, monkeypatch):
     study = load_study(tiny_study(more="recovery: [none, distill]\n"))
     trials = plan(study)
     model = EmptyModel(study.file.models["tiny"].name)
@@ -72,7 +72,7 @@ def test_trials_an_accelerator_cannot_hold_are_refused(tiny_study, monkeypatch):
     assert note.startswith("tiny sparsegpt 60% needs ")
 
 
-def test_a_model_with_a_rounded_head_is_compared_beside_the_dense_one(tiny_study, monkeypatch):
+def test_rounded_head_needs_the_dense_model(tiny_study, monkeypatch):
     monkeypatch.setattr(estimate, "plan_for", lambda *_, **how: SimpleNamespace(needed=0))
     plain, rounded = (load_study(tiny_study(more=one)) for one in ("", "embeddings: 4\n"))
     model = EmptyModel(plain.file.models["tiny"].name)
@@ -80,7 +80,7 @@ def test_a_model_with_a_rounded_head_is_compared_beside_the_dense_one(tiny_study
     assert needed[1] - needed[0] == model.bytes > 0
 
 
-def test_a_configuration_that_cannot_be_read_is_refused(tmp_path):
+def test_invalid_configuration_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": 64}')
     (tmp_path / "model.safetensors").write_bytes(b"")
     for name in (str(tmp_path), "owner/name"):
@@ -88,12 +88,12 @@ def test_a_configuration_that_cannot_be_read_is_refused(tmp_path):
             EmptyModel(name)
 
 
-def test_a_suite_whose_data_is_not_here_is_assumed(monkeypatch, tmp_path):
+def test_item_count_is_assumed_without_data(monkeypatch, tmp_path):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
     assert suite_size(choose("paper", limit=100)) == (1200, False)
 
 
 @pytest.mark.real
-def test_the_items_of_a_suite_are_counted():
+def test_item_count():
     suite = choose("abilities", tasks=["sums", "requests"], limit=50)
     assert suite_size(suite) == (100, True)

@@ -48,9 +48,7 @@ def kill_in_second_trial():
 
 
 @pytest.mark.real
-def test_a_study_killed_at_work_is_finished_by_two_runners_that_share_the_rest(
-    undisturbed, tmp_path
-):
+def test_two_runners_finish_a_killed_study(undisturbed, tmp_path):
     path, whole = undisturbed
     store = tmp_path / "store"
     study = ("study", "run", path, "-o", store)
@@ -85,9 +83,7 @@ def killer(store, killed):
 
 @pytest.mark.real
 @pytest.mark.parametrize("dies", quick([False], [True]))
-def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
-    undisturbed, tmp_path, monkeypatch, dies
-):
+def test_ray_gives_the_same_results_after_worker_loss(undisturbed, tmp_path, monkeypatch, dies):
     pytest.importorskip("ray")
     path, whole = undisturbed
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
@@ -108,7 +104,7 @@ def test_on_ray_the_table_is_the_same_even_if_a_worker_dies(
     assert (store / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
 
 
-def test_a_trial_that_no_machine_can_hold_is_refused():
+def test_trial_too_large_for_the_cluster_is_refused():
     nodes = [{"CPU": 8, "memory": 40e9, "GPU": 2}, {"CPU": 32, "memory": 25e9}]
     needs = {"CPU": 1, "GPU": 0, "memory": 12e9}
     check_room(nodes, needs, "a")
@@ -118,7 +114,7 @@ def test_a_trial_that_no_machine_can_hold_is_refused():
         check_room(nodes, {"CPU": 9, "GPU": 0, "memory": 30e9}, "a")
 
 
-def test_a_worker_waits_until_the_lock_of_a_lost_machine_expires(monkeypatch, tmp_path):
+def test_worker_waits_for_an_expiring_lock(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(running, "check_memory", lambda *_, **__: None)
     monkeypatch.setattr(running, "run_one", lambda *_, wait=0: wait)
@@ -126,7 +122,7 @@ def test_a_worker_waits_until_the_lock_of_a_lost_machine_expires(monkeypatch, tm
 
 
 @pytest.mark.parametrize(("device", "wanted"), [("auto", 1.0), ("cpu", 0.0)])
-def test_a_trial_on_the_cpu_reserves_no_gpu(monkeypatch, device, wanted):
+def test_gpu_reservation(monkeypatch, device, wanted):
     def remote(**options):
         raise LookupError(options["num_gpus"])
 
@@ -148,7 +144,7 @@ def test_a_trial_on_the_cpu_reserves_no_gpu(monkeypatch, device, wanted):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere", "host:x"])
-def test_an_address_nobody_answers_at(address):
+def test_unreachable_ray_address(address):
     pytest.importorskip("ray")
     with pytest.raises(InputError, match=f"no Ray cluster answers at '{address}'"):
         on_ray(address)

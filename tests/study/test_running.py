@@ -75,7 +75,7 @@ def ran(tmp_path_factory, tiny_folder):
         yield path, folder / "store", first.ran + seen.ran, made
 
 
-def test_a_trial_finds_what_its_steps_find_by_hand(ran):
+def test_trial_matches_its_steps_by_hand(ran):
     path, store, labels, made = ran
     assert len(labels) == 6
     results, study = read_results(store), load_study(path)
@@ -105,7 +105,7 @@ def test_a_trial_finds_what_its_steps_find_by_hand(ran):
     assert not list((store / "locks").iterdir())
 
 
-def test_a_lock_is_a_processs_and_goes_with_it(tiny_study, tmp_path, monkeypatch):
+def test_lock_ends_with_its_process(tiny_study, tmp_path, monkeypatch):
     path, store = tiny_study(), tmp_path / "store"
     run(path, store, only=["mix wanda*"])
     kept = open_store(store)
@@ -136,7 +136,7 @@ def test_a_lock_is_a_processs_and_goes_with_it(tiny_study, tmp_path, monkeypatch
     assert kept.state(pending) == "pending"
 
 
-def test_one_process_at_a_time_writes_the_table(ran, monkeypatch):
+def test_index_has_one_writer(ran, monkeypatch):
     path, store = ran[:2]
     owners = []
 
@@ -150,7 +150,7 @@ def test_one_process_at_a_time_writes_the_table(ran, monkeypatch):
     assert not list((store / "locks").iterdir())
 
 
-def test_a_trial_that_another_process_left_is_not_counted_twice(tiny_study, tmp_path):
+def test_result_of_another_process_counts_once(tiny_study, tmp_path):
     def execute(bench, todo, stage, note):
         for trial in todo:
             yield trial, ("elsewhere", "pid 1 on elsewhere")
@@ -160,7 +160,7 @@ def test_a_trial_that_another_process_left_is_not_counted_twice(tiny_study, tmp_
     assert seen.shown == ["trial 6 of 6: letters sparsegpt 60% seed 0"]
 
 
-def test_a_defect_in_one_trial_does_not_stop_the_others(ran, tmp_path, monkeypatch):
+def test_failing_trial_does_not_stop_others(ran, tmp_path, monkeypatch):
     real = bench_module.prune
 
     def broken(model, ids, **options):
@@ -194,7 +194,7 @@ def test_a_defect_in_one_trial_does_not_stop_the_others(ran, tmp_path, monkeypat
     assert asked == [0]
 
 
-def test_an_error_does_not_replace_a_result_of_another_process(tiny_study, tmp_path, monkeypatch):
+def test_error_does_not_replace_a_result(tiny_study, tmp_path, monkeypatch):
     """One was suspended, and another took its trial over."""
     path, store, real = tiny_study(), tmp_path / "store", bench_module.Bench.run
 
@@ -209,7 +209,7 @@ def test_an_error_does_not_replace_a_result_of_another_process(tiny_study, tmp_p
     assert ("result.json" in names, "error.json" in names) == (True, False)
 
 
-def test_a_trial_waits_for_the_lock_of_a_lost_machine(tiny_study, tmp_path):
+def test_trial_waits_for_a_stale_lock(tiny_study, tmp_path):
     path, store, ended = tiny_study(), tmp_path / "store", []
 
     def execute(bench, todo, stage, note):
@@ -225,7 +225,7 @@ def test_a_trial_waits_for_the_lock_of_a_lost_machine(tiny_study, tmp_path):
     assert [one for one, _ in ended] == ["elsewhere", "finished"]
 
 
-def test_a_model_that_changes_meanwhile_gives_no_result(tiny_study, tiny_folder, tmp_path):
+def test_changed_model_gives_no_result(tiny_study, tiny_folder, tmp_path):
     model = tmp_path / "model"
     path = tiny_study((str(tiny_folder), str(shutil.copytree(tiny_folder, model))))
     seen = run(path, tmp_path / "store", lambda text: save_tiny_model(model, seed=5))
@@ -233,7 +233,7 @@ def test_a_model_that_changes_meanwhile_gives_no_result(tiny_study, tiny_folder,
     assert list(seen.errors.values()) == [line] * 5
 
 
-def test_an_interrupt_leaves_a_consistent_store(ran, tmp_path, monkeypatch):
+def test_interrupt_leaves_a_consistent_store(ran, tmp_path, monkeypatch):
     path, whole, store = ran[0], ran[1], tmp_path / "store"
     calls = []
     real = bench_module.evaluate
@@ -254,7 +254,7 @@ def test_an_interrupt_leaves_a_consistent_store(ran, tmp_path, monkeypatch):
     assert (store / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
 
 
-def test_a_changed_study_keeps_what_it_no_longer_asks_for(tiny_study, tmp_path):
+def test_changed_study_keeps_old_trials(tiny_study, tmp_path):
     store = tmp_path / "store"
     run(tiny_study(), store, only=["code"])
     for number, (old, new, left, ran) in enumerate(
@@ -270,7 +270,7 @@ def test_a_changed_study_keeps_what_it_no_longer_asks_for(tiny_study, tmp_path):
         assert run(tiny_study(), store, only=["code"]).ran == []
 
 
-def test_what_is_declared_holds_from_the_first_finished_trial_on(tiny_study, tmp_path):
+def test_declaration_is_fixed_by_the_first_result(tiny_study, tmp_path):
     store, line = tmp_path / "store", "  - {name: x, of: {calibration: mix}, over: {calibration: "
     first = f"margin: 5\ncomparisons:\n{line}code}}}}\n"
     path, index = tiny_study(more=first), lambda: open_store(store).index
@@ -323,7 +323,7 @@ def test_what_is_declared_holds_from_the_first_finished_trial_on(tiny_study, tmp
     assert read_results(store).declarations == (before, now)
 
 
-def test_a_store_without_a_declaration_gets_none_afterwards(tiny_study, tmp_path):
+def test_declaration_cannot_be_added_later(tiny_study, tmp_path):
     store = tmp_path / "store"
     run(tiny_study(), store, only=["mix wanda*"])
     index = json.loads((store / "store.json").read_text(encoding="utf-8"))
@@ -334,9 +334,7 @@ def test_a_store_without_a_declaration_gets_none_afterwards(tiny_study, tmp_path
         run(tiny_study(more="margin: 5\n", name="later.yaml"), store)
 
 
-def test_a_set_or_model_can_be_named_anew_and_trials_copied_from_another_store(
-    tiny_study, tmp_path, monkeypatch
-):
+def test_renamed_sets_and_copied_trials(tiny_study, tmp_path, monkeypatch):
     first, second = tmp_path / "first", tmp_path / "second"
     run(tiny_study(), first, only=["letters", "code*wanda*"])
     before = {trial.id: trial.total for trial in read_results(first).trials}
@@ -356,7 +354,7 @@ def test_a_set_or_model_can_be_named_anew_and_trials_copied_from_another_store(
     assert run(other, first, only=["letters", "python*"]).ran == seen.ran
 
 
-def test_folders_that_are_no_store(ran, tmp_path):
+def test_invalid_stores(ran, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "file").write_text("x")
@@ -378,7 +376,7 @@ def test_folders_that_are_no_store(ran, tmp_path):
             run(ran[0], other)
 
 
-def test_trials_of_one_model_in_two_forms_are_refused(ran, tmp_path):
+def test_trials_with_two_prompt_forms_are_refused(ran, tmp_path):
     store = shutil.copytree(ran[1], tmp_path / "store")
     forms = ("chat template", "worked examples")
     for file, form in zip(sorted(store.glob("trials/*/scores.json")), forms, strict=False):
@@ -387,7 +385,7 @@ def test_trials_of_one_model_in_two_forms_are_refused(ran, tmp_path):
         read_results(store)
 
 
-def test_patterns_choose_trials(ran):
+def test_only_and_skip_patterns(ran):
     trials = plan(load_study(ran[0]))
     chosen = chosen_trials(trials, ["l*", "mix wanda*"], ["letters w*"])
     labels = ["letters sparsegpt 60% seed 0", "mix wanda 2:4 seed 0"]
@@ -400,9 +398,7 @@ def test_patterns_choose_trials(ran):
     assert chosen_trials(trials, [model], []) == trials
 
 
-def test_sets_are_compared_with_the_single_sources_and_have_a_perplexity_if_asked(
-    tiny_study, tmp_path, monkeypatch
-):
+def test_set_metrics_and_optional_perplexity(tiny_study, tmp_path, monkeypatch):
     store, twin = tmp_path / "store", tmp_path / "texts" / "twin.jsonl"
     twin.write_bytes((tmp_path / "texts" / "code.jsonl").read_bytes())
     more = ("  mix:", f"  twin: {twin}\n  mix:")
@@ -431,15 +427,13 @@ def test_sets_are_compared_with_the_single_sources_and_have_a_perplexity_if_aske
     assert all(trial.information["perplexity"] > 1 for trial in after)
 
 
-def test_two_names_for_one_trial_are_refused(tiny_study, tmp_path):
+def test_duplicate_trials_are_refused(tiny_study, tmp_path):
     path = tiny_study(("  mix:", f"  twin: {tmp_path}/texts/code.jsonl\n  mix:"))
     with pytest.raises(InputError, match=r"'code sparsegpt.*' and 'twin sparsegpt.*' are the same"):
         run(path, tmp_path / "store")
 
 
-def test_checkpoints_are_kept_if_asked_and_a_recovery_holds_levels_and_embeddings(
-    tiny_study, tmp_path
-):
+def test_kept_checkpoints_and_recovered_levels(tiny_study, tmp_path):
     path = tiny_study(
         ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{ecq: [3 bits]}"),
         ("rows: 6", "rows: 16"),
@@ -471,7 +465,7 @@ def test_checkpoints_are_kept_if_asked_and_a_recovery_holds_levels_and_embedding
     assert len(grids) > len(inside)
 
 
-def test_allocations_and_recoveries_are_what_their_steps_give_by_hand(tiny_study, tmp_path):
+def test_allocation_and_recovery_match_their_steps(tiny_study, tmp_path):
     path = tiny_study(
         ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{wanda: [0.6], magnitude: 0.5}"),
         ("rows: 6", "rows: 16"),

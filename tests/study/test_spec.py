@@ -93,11 +93,11 @@ GRIDS = {
 
 
 @pytest.mark.parametrize(("text", "labels"), GRIDS.values(), ids=GRIDS)
-def test_a_study_is_its_grids(text, labels):
+def test_grids_become_trials(text, labels):
     assert [trial.label for trial in plan(parsed(text))] == labels
 
 
-def test_a_trial_knows_how_it_is_made():
+def test_trial_strategy():
     every, embedded, replaced, *_ = (plan(parsed(text)) for text, _ in GRIDS.values())
     bare = every[0]
     assert (bare.calibration, bare.request.calibration, bare.rows) == ("none", None, 0)
@@ -107,7 +107,7 @@ def test_a_trial_knows_how_it_is_made():
     assert replaced[2].strategy == "igsp"
 
 
-def test_a_source_beside_chats_is_a_mix_also_from_a_folder():
+def test_source_with_chats_is_a_mix():
     sets = "calibrations: {a: 'chat:1,stories:3', b: 'chat:1,self-written:3', c: stories}\n"
     trials = plan(parsed(HEAD + sets + "methods: {wanda: 0.5}\n"))
     assert [trial.strategy for trial in trials] == ["mix", "self-written", "single"]
@@ -117,7 +117,7 @@ def test_a_source_beside_chats_is_a_mix_also_from_a_folder():
         assert Asked({}, saved=saved).strategy == strategy
 
 
-def test_a_set_may_be_drawn_in_its_own_way():
+def test_per_set_sampling_options():
     study = parsed(
         HEAD + "calibrations:\n  a: {from: news, rows: 3, packing: window, leakage: off}\n"
         "  b: {mix: {news: 3, books: 1}}\n  c: {from: igsp}\n"
@@ -131,13 +131,13 @@ def test_a_set_may_be_drawn_in_its_own_way():
     assert c.drawn() == {"length": 40, "seed": 0, "leakage": "offline"}
 
 
-def test_sets_are_kept_apart_from_the_suite_that_is_scored_unless_told_otherwise():
+def test_leakage_suite_of_a_study():
     Path("own.yaml").write_text("mix: news\nleakage: off\n", encoding="utf-8")
     sets = "calibrations: {a: news, own: own.yaml, c: {from: news, leakage: smoke}, igsp: igsp}\n"
 
     def guards(more=""):
         trials = plan(parsed(f"{HEAD}suite: abilities\n{sets}methods: {{wanda: 0.5}}\n{more}"))
-        return [(one.asked.draw.leakage, one.request.drawn().get("leakage")) for one in trials]
+        return [(one.parsed.draw.leakage, one.request.drawn().get("leakage")) for one in trials]
 
     own = ("off", None)  # its file says so
     assert guards() == [("abilities",) * 2, own, ("smoke",) * 2, ("abilities",) * 2]
@@ -145,7 +145,7 @@ def test_sets_are_kept_apart_from_the_suite_that_is_scored_unless_told_otherwise
     assert guards("leakage: offline\n") == [top, top, ("smoke",) * 2, top]
 
 
-def test_the_study_file_of_a_committed_store_gives_the_ids_of_its_sets(tmp_path, monkeypatch):
+def test_committed_study_file_gives_its_set_ids(tmp_path, monkeypatch):
     """Those of sets whose texts come with the tool and have not changed since."""
     root = Path(__file__).parents[2]
     with tarfile.open(root / "studies/results/noise/store.tar.xz") as packed:
@@ -162,7 +162,7 @@ def test_the_study_file_of_a_committed_store_gives_the_ids_of_its_sets(tmp_path,
     assert same >= {"python-algorithms", "math-solutions"}
 
 
-def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path):
+def test_generator_settings_distinguish_sets(tiny_study, tmp_path):
     spec = tmp_path / "bos.yaml"
     spec.write_text("generate: self-cal\noptions: {start: bos}\n", encoding="utf-8")
     sets = f"auto: self-cal,start=auto\n  bos: {spec}\n  letters: "
@@ -174,7 +174,7 @@ def test_two_settings_of_a_generated_set_are_two_sets(tiny_study, tmp_path):
     assert auto.calibration_id != bos.calibration_id
 
 
-def test_every_mistake_is_told_with_its_line(tmp_path):
+def test_errors_name_their_line(tmp_path):
     form = (
         "name: a b\nmodels: [builtin:smollm2-135m]\nsuit: offline\nrows: '64'\n"
         "calibrations:\n  b: {mix: {x: 1}, uniform: [y]}\n  c: {form: x}\n"
@@ -230,19 +230,19 @@ def test_every_mistake_is_told_with_its_line(tmp_path):
             assert line.startswith(f"s.yaml line {number}: {words}"), line
 
 
-def test_kept_weights_may_be_quantised():
+def test_pruned_and_quantised_target():
     study = parsed(NEWS + "methods: {'sparsegpt,bits=4': 0.5}\n")
     assert [trial.label for trial in plan(study)] == ["a sparsegpt,bits=4 50% seed 0"]
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("studies/*.yaml")))
-def test_committed_studies_have_no_mistakes(path, monkeypatch):
+def test_committed_studies_are_valid(path, monkeypatch):
     monkeypatch.chdir(path.parents[1])
     if "calibrations:" in path.read_text(encoding="utf-8"):
         assert check_study(path)[1] == []
 
 
-def test_what_has_no_effect_is_told_with_its_line():
+def test_options_without_effect_name_their_line():
     text = (
         "methods: {wanda: 0.5}\ngrids:\n"
         "  - {methods: {magnitude: 0.5}, recovery: distill}\n  - {recovery: none}\n"
@@ -258,7 +258,7 @@ def test_what_has_no_effect_is_told_with_its_line():
         plan(parsed(NEWS + "methods: {wanda: 2:4}\nallocation: owl\n"))
 
 
-def test_empty_grids_and_broken_files(tmp_path):
+def test_empty_grids_and_invalid_files(tmp_path):
     for text, says in (
         (
             HEAD + "calibrations: {}\nmethods: {wanda: 0.5}\n",
@@ -274,7 +274,7 @@ def test_empty_grids_and_broken_files(tmp_path):
             load_study(tmp_path / "s.yaml")
 
 
-def test_sources_of_ones_own_are_rooted_at_the_file(tmp_path):
+def test_own_sources_are_relative_to_the_file(tmp_path):
     (tmp_path / "notes.txt").write_text("a b c", encoding="utf-8")
     own = "sources:\n  mine: {reader: {type: file, path: notes.txt}}\n"
     text = HEAD + own + "calibrations: {a: mine}\nmethods: {wanda: 0.5}\n"
@@ -285,7 +285,7 @@ def test_sources_of_ones_own_are_rooted_at_the_file(tmp_path):
 
 
 @pytest.mark.real
-def test_allocations_and_recoveries_are_part_of_a_condition(tmp_path):
+def test_conditions_include_allocation_and_recovery(tmp_path):
     text = (
         NEWS + "methods: {sparsegpt: 0.6, magnitude: 0.5}\nallocation: [owl, uniform]\n"
         "recovery: [none, 'blocks,epochs=2', 'distill,lr=2e-3']\n"
@@ -314,7 +314,7 @@ def compared(*lines):
     return declaration(study, plan(study))
 
 
-def test_a_comparison_pairs_trials_that_are_alike_in_all_else():
+def test_comparison_pairs_matching_trials():
     found = compared(
         "{name: mixed, of: {calibration: mix}, over: {calibration: a}, where: {targets: 0.5}}",
         "{name: solver, of: {method: admm}, over: {method: sparsegpt}}",
@@ -348,7 +348,7 @@ def test_a_comparison_pairs_trials_that_are_alike_in_all_else():
     assert sides("recovered") == [[["mix admm + distill 50% 0"], ["a admm 50% 0"]]]
 
 
-def test_a_declaration_changes_with_all_that_its_comparisons_rest_on_and_nothing_else():
+def test_declaration_hash():
     line = "{name: mixed, of: {calibration: mix}, over: {calibration: a}}"
     whole = DECLARES + f"margin: 5\ncomparisons:\n  - {line}\n"
 
@@ -375,7 +375,7 @@ def test_a_declaration_changes_with_all_that_its_comparisons_rest_on_and_nothing
         assert hashed(*change) == same, change
 
 
-def test_mistakes_in_what_is_declared_are_told_with_their_line():
+def test_declaration_errors_name_their_line():
     text = DECLARES + (
         "primary: rigth\nmargin: 0\nexclude: {arc_easy: ''}\namends: {study: t}\n"
         "comparisons:\n"

@@ -21,7 +21,7 @@ STORES = [
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_study_from_its_file_to_its_report(calmix, tiny_study, tmp_path):
+def test_study_commands_end_to_end(calmix, tiny_study, tmp_path):
     compared = "  - {name: mixed, of: {calibration: mix}, over: {calibration: code}}\n"
     more = f"seeds: [0, 1]\ncomparisons:\n{compared}"
     path = tiny_study((', wanda: ["2:4"]', ""), more=more)
@@ -83,7 +83,7 @@ def test_a_study_from_its_file_to_its_report(calmix, tiny_study, tmp_path):
     assert len(json.loads(calmix("study", "analyse", store, "--json").out)["conditions"]) == 1
 
 
-def test_the_file_to_start_from_is_a_study(calmix, tmp_path):
+def test_study_init_writes_a_valid_file(calmix, tmp_path):
     path = tmp_path / "mine.yaml"
     assert calmix("study", "init", path).code == 0
     assert load_study(path).file.name == "my-study"
@@ -96,7 +96,7 @@ def test_the_file_to_start_from_is_a_study(calmix, tmp_path):
     assert calmix("study", "init", path, "--overwrite").code == 0
 
 
-def test_a_plan_in_words_and_as_json(calmix, tiny_study):
+def test_plan_as_text_and_json(calmix, tiny_study):
     path = tiny_study()
     ended = calmix("study", "plan", path).ok()
     assert "6 trials of 3000 items, 6 pruned models, 3 calibration sets; at most" in ended.out
@@ -105,7 +105,7 @@ def test_a_plan_in_words_and_as_json(calmix, tiny_study):
     assert [group["trials"] for group in told["groups"]] == [3, 3]
 
 
-def test_validate_lists_every_mistake(calmix, tiny_study):
+def test_validate_lists_all_errors(calmix, tiny_study):
     path = tiny_study(("rows: 6", "row: 6"), ("length: 32", "length: x"))
     ended = calmix("study", "validate", path)
     assert ended.line == f"error: {path} has 2 mistakes"
@@ -118,7 +118,7 @@ def test_validate_lists_every_mistake(calmix, tiny_study):
     assert "--workers has no effect without" in run.line
 
 
-def test_failed_trials_keep_their_error_and_are_run_again_on_demand(calmix, tiny_study, tmp_path):
+def test_retry_failed_trials(calmix, tiny_study, tmp_path):
     text, store = tmp_path / "texts" / "letters.jsonl", tmp_path / "store"
     run = "study", "run", tiny_study(), "-o", store
     kept = text.read_text()
@@ -143,7 +143,7 @@ def test_failed_trials_keep_their_error_and_are_run_again_on_demand(calmix, tiny
     assert read_results(store).failed == ()
 
 
-def test_the_noise_of_a_study_and_the_seeds_it_needs(calmix, tmp_path):
+def test_power_command(calmix, tmp_path):
     results = study(Plan(sources=("news", "books", "stories"), seeds=(0, 1)))
     store = save(results, tmp_path / "store")
     told = json.loads(calmix("study", "power", store, "--difference", "1,2.5", "--json").out)
@@ -170,7 +170,7 @@ def test_the_noise_of_a_study_and_the_seeds_it_needs(calmix, tmp_path):
 
 
 @pytest.mark.parametrize("path", STORES, ids=lambda path: path.parent.name)
-def test_a_committed_store_can_be_read(path, tmp_path):
+def test_committed_store_is_readable(path, tmp_path):
     with tarfile.open(path) as held:
         held.extractall(tmp_path, filter="data")
     results = read_results(tmp_path / path.parent.name)

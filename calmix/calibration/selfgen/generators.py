@@ -111,9 +111,9 @@ class Generator(Options):
         """Return the settings for a manifest, with prompts as a hash."""
         settings = self.model_dump(mode="json")
         if "prompts" in settings or settings.get("start") == "prompts":
-            held = load_prompts(getattr(self, "prompts", None)).items()
+            prompts = load_prompts(getattr(self, "prompts", None)).items()
             settings["prompts_sha256"] = sha256_json(
-                {name: one.model_dump(exclude_none=True) for name, one in held}
+                {name: one.model_dump(exclude_none=True) for name, one in prompts}
             )
         return settings
 
@@ -262,9 +262,9 @@ def generate(
     starts = generator.beginnings(opened.tokenizer, seed, own)
     shares = rows_per_source(dict.fromkeys(starts, 1 / len(starts)), rows)
     quota = {name: per_row * count for name, count in shares.items() if count}
-    given = generator.temperature or generator.usual
-    known = {} if given else load_prompts(getattr(generator, "prompts", None))
-    temps = {name: given or known[name].temperature for name in quota}
+    temperature = generator.temperature or generator.usual
+    known = {} if temperature else load_prompts(getattr(generator, "prompts", None))
+    temps = {name: temperature or known[name].temperature for name in quota}
 
     def more(pairs: list[tuple[str, int]], number: int) -> Written:
         """Write a piece for each pair of a dimension and a number."""
@@ -406,14 +406,14 @@ def select_rows(
     holds.sum_duplicates()
     holds.data[:] = 1
     grams = np.split(holds.indices, holds.indptr[1:-1])
-    held = np.zeros(holds.shape[1], np.int32)  # how many chosen rows hold each 4-gram
+    counts = np.zeros(holds.shape[1], np.int32)  # how many chosen rows hold each 4-gram
     rows_of = {name: np.flatnonzero(groups == name) for name in quota}
     number = {name: at for at, name in enumerate(quota)}
     sums = np.zeros((2, len(quota)))  # nll and tokens of the chosen rows of each group
     inside = np.zeros(len(ids), bool)
 
     def move(row: int, sign: int) -> None:
-        held[grams[row]] += sign
+        counts[grams[row]] += sign
         sums[:, number[groups[row]]] += sign * np.array([nll[row], tokens[row]])
         inside[row] = sign > 0
 
@@ -424,7 +424,7 @@ def select_rows(
         bound, row = heapq.heappop(heap)
         if not left[groups[row]]:
             continue
-        gain = int((held[grams[row]] == 0).sum())
+        gain = int((counts[grams[row]] == 0).sum())
         if gain != -bound:  # gains never rise, so the greedy choice can be lazy
             heapq.heappush(heap, (-gain, row))
             continue
@@ -437,7 +437,7 @@ def select_rows(
         for at, out in enumerate(chosen):
             rows, place = rows_of[groups[out]], number[groups[out]]
             move(out, -1)
-            new = grams_of[groups[out]] @ (held == 0).astype(np.int32)
+            new = grams_of[groups[out]] @ (counts == 0).astype(np.int32)
             logs = np.tile(sums[0] / np.maximum(sums[1], 1), (len(rows), 1))
             logs[:, place] = (sums[0, place] + nll[rows]) / (sums[1, place] + tokens[rows])
             value = logs.var(1) - new / (len(chosen) * per_row)

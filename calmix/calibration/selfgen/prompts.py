@@ -89,11 +89,11 @@ def chat_turns(tokenizer: Any) -> list[list[int]] | None:
     user's turn, each without the token that ends the previous turn; None without a chat template,
     if no token ends a turn, or if no token is before the first."""
     text, request = in_chat(tokenizer, *TURNS), in_chat(tokenizer, TURNS[0])
-    found = re.match("(.*?)one-turn.*?two-turn(.*?)three-turn", text or "", re.DOTALL)
-    if found is None or request is None:
+    match = re.match("(.*?)one-turn.*?two-turn(.*?)three-turn", text or "", re.DOTALL)
+    if match is None or request is None:
         return None
     # Where a request ends, templates turn thinking off.
-    parts = found[1], request.partition(TURNS[0])[2], found[2]
+    parts = match[1], request.partition(TURNS[0])[2], match[2]
     first, *later = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
     known = turn_ends(tokenizer) | {tokenizer.eos_token_id}
     if not first or not all(len(ids) > 1 and ids[0] in known for ids in later):

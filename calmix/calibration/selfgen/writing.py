@@ -100,7 +100,7 @@ class Sampler:
         logits = plain = scores.to(self.device, torch.float32)
         forced = [row.pop(0) if row else -1 for row in self.pending]
         # One copy to the device, and one back.
-        given, start = torch.tensor([forced, self.start]).to(self.device)
+        prescribed, start = torch.tensor([forced, self.start]).to(self.device)
         if request.repetition_penalty != 1:
             ids, start = ids.to(self.device), start[:, None].clamp(max=at - 1)
             place = torch.arange(at, device=self.device)[None]
@@ -108,7 +108,7 @@ class Sampler:
             logits = RepetitionPenaltyLogitsProcessor(request.repetition_penalty)(text, plain)
         uniform, k, p = self.uniform[:, at], request.top_k, request.top_p
         sampled = sample(logits, self.temperatures, uniform, top_k=k, top_p=p)
-        tokens = torch.where(given >= 0, given, sampled)
+        tokens = torch.where(prescribed >= 0, prescribed, sampled)
         self.nll[:, at] = plain.logsumexp(-1) - plain.gather(1, tokens[:, None])[:, 0]
         self.sampled[:, at] = torch.tensor([token < 0 for token in forced])
         for row, (token, opener) in enumerate(zip(tokens.tolist(), forced, strict=True)):

@@ -27,7 +27,7 @@ def drawn(text, opened, rows=8, **how):
     return resolve(text, opened, rows=rows, length=64, leakage="off", **how)
 
 
-def test_a_row_is_a_conversation_in_the_models_template(talker, opened, tiny, sources):
+def test_row_is_a_conversation_in_the_chat_template(talker, opened, tiny, sources):
     turns = [talker.tokenizer.decode(ids) for ids in chat_turns(talker.tokenizer)]
     assert turns == ["S:be kind</s>u:", "a:", "u:"]
     made = drawn("chat,temperature=1", talker)
@@ -43,7 +43,7 @@ def test_a_row_is_a_conversation_in_the_models_template(talker, opened, tiny, so
         drawn(f"chat:0.5,{sources['lower']}:0.5", tiny)
 
 
-def test_a_share_of_a_set_may_be_chats(talker, opened, sources, tmp_path):
+def test_chats_as_part_of_a_mix(talker, opened, sources, tmp_path):
     lower = sources["lower"]
     for text, rest, counts in (
         (f"chat:0.25,{lower}:0.75", lower, {lower: 6, "chat": 2}),
@@ -67,7 +67,7 @@ def test_a_share_of_a_set_may_be_chats(talker, opened, sources, tmp_path):
     assert "chat_turns" not in plain.manifest
 
 
-def test_a_set_without_chats_is_warned_of(talker, opened, sources, tmp_path, monkeypatch):
+def test_set_without_chats_warns(talker, opened, sources, tmp_path, monkeypatch):
     lower, lines = sources["lower"], []
     made = drawn(lower, talker, note=lines.append)
     assert made.manifest["chat_turns"] == 0

@@ -64,7 +64,7 @@ def pieces(found, size=16):
     return [tuple(piece) for piece in found.ids.reshape(-1, size).tolist()]
 
 
-def test_pieces_of_one_dimension_share_a_row(made, opened):
+def test_row_holds_pieces_of_one_dimension(made, opened):
     found = made(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.1)
     (request,) = made.requests
     assert (request.length, len(request.openers)) == (16, 16)
@@ -83,7 +83,7 @@ def test_pieces_of_one_dimension_share_a_row(made, opened):
     assert made(rows=1).counts == {"x": 1}
 
 
-def test_dimensions_have_temperatures_and_only_prompts_that_leave_half_of_a_piece(made, tmp_path):
+def test_temperatures_and_prompt_lengths(made, tmp_path):
     path = tmp_path / "long.yaml"
     path.write_text(
         "x: {temperature: 0.5, prompts: [{text: abc}, {text: 'abcdefghi'}]}\n"
@@ -97,7 +97,7 @@ def test_dimensions_have_temperatures_and_only_prompts_that_leave_half_of_a_piec
     assert lengths == [{3}, {12}]  # none of y fits: the shortest
 
 
-def test_what_loops_is_written_anew_unless_it_is_allowed(made):
+def test_looping_pieces_are_rewritten(made):
     def fill(ids, nll):
         if len(ids) == 16:
             ids[[0, 2, 4, 6, 8, 10, 11]] = torch.tensor(LOOP)
@@ -112,7 +112,7 @@ def test_what_loops_is_written_anew_unless_it_is_allowed(made):
     assert len(made.requests) == 1
 
 
-def test_what_loops_least_is_taken_where_all_does(made):
+def test_least_repetitive_pieces_are_used_if_all_loop(made):
     def fill(ids, nll):
         step = 2 if len(ids) == 16 else 1
         ids[::step, : 15 - len(made.requests)] = 7  # x; less of it, round by round
@@ -124,7 +124,7 @@ def test_what_loops_least_is_taken_where_all_does(made):
     assert sorted(runs) == [0] * 8 + [7] * 8
 
 
-def test_text_of_the_suite_is_refused_and_replaced(made, opened):
+def test_leaked_pieces_are_replaced(made, opened):
     held, all_of = [], []
 
     def fill(ids, nll):
@@ -144,7 +144,7 @@ def test_text_of_the_suite_is_refused_and_replaced(made, opened):
         made(guard=guard)
 
 
-def test_igsp_writes_more_and_chooses_by_j(made):
+def test_igsp_selects_by_j(made):
     def plant(ids, nll):  # some loop, end in punctuation or copy another
         ids[0:4], ids[4:8], ids[8:12] = torch.tensor(LOOP), 7, ids[12:16].clone()
 
@@ -157,7 +157,7 @@ def test_igsp_writes_more_and_chooses_by_j(made):
     assert len(made.requests[0].openers) == 48  # three times as many by default
 
 
-def test_self_cal_samples_rows_after_prompts_or_a_start_token(made, opened):
+def test_self_cal_starts_from_prompts_or_token(made, opened):
     for start, token in (("auto", 1), ("separator", 2)):
         found = made("self-cal", start=start)
         (request,) = made.requests
@@ -173,9 +173,7 @@ def test_self_cal_samples_rows_after_prompts_or_a_start_token(made, opened):
     assert (request.length, set(request.temperatures)) == (200, {1.0})
 
 
-def test_sgs_continues_documents_and_drops_the_least_likely_fifth_of_each_dimension(
-    made, text_file, opened, monkeypatch, tmp_path
-):
+def test_sgs_continues_documents_and_drops_a_fifth(made, text_file, opened, monkeypatch, tmp_path):
     own = {"a": "code", "b": "code", "c": "math"}
     sources = {
         n: get_source(str(text_file)).model_copy(update={"name": n, "dimension": d})
@@ -219,7 +217,7 @@ def chat_tokenizer(template, bos, eos, *others):
     return tokenizer
 
 
-def test_text_starts_at_no_token_of_chats():
+def test_start_token_is_not_from_the_chat_template():
     for tokens, auto, separator in (
         ((CHATML, "<|im_start|>", "<|im_end|>", "<|endoftext|>"), "<|endoftext|>", "<|endoftext|>"),
         ((CHATML, "<|im_start|>", "</s>"), "</s>", "</s>"),
@@ -233,7 +231,7 @@ def test_text_starts_at_no_token_of_chats():
         assert start_token(tokenizer, "separator") == tokenizer.convert_tokens_to_ids(separator)
 
 
-def test_without_any_start_there_is_an_error(monkeypatch, tmp_path, opened):
+def test_missing_start_token_is_an_error(monkeypatch, tmp_path, opened):
     monkeypatch.setattr(prompts, "END_OF_TEXT", ())
     chat = chat_tokenizer(CHATML, "<|im_start|>", "<|im_end|>")
     assert start_token(chat) == chat.bos_token_id
@@ -247,7 +245,7 @@ def test_without_any_start_there_is_an_error(monkeypatch, tmp_path, opened):
         beginnings(path, bare)
 
 
-def test_prompts_use_the_chat_template_from_the_users_words_on(tmp_path):
+def test_prompts_use_the_chat_template(tmp_path):
     path = tmp_path / "prompts.yaml"
     path.write_text("only: [{ask: Tell me.}, {text: 'Once'}]", encoding="utf-8")
     tokenizer = tiny_tokenizer()
@@ -261,7 +259,7 @@ def test_prompts_use_the_chat_template_from_the_users_words_on(tmp_path):
     assert [tokenizer.decode(ids) for ids in chat] == ["Tell me.\nassistant: ", "Once"]
 
 
-def test_bad_prompts(tmp_path):
+def test_invalid_prompts(tmp_path):
     path = tmp_path / "prompts.yaml"
     for text, message in (
         ("general: []", "line 1: general: List should have at least 1 item"),
@@ -275,9 +273,7 @@ def test_bad_prompts(tmp_path):
             beginnings(path, tiny_tokenizer())
 
 
-def test_a_set_is_written_also_after_the_users_own_prompts(
-    calmix, tiny_folder, text_file, tmp_path
-):
+def test_generate_command_and_own_prompts(calmix, tiny_folder, text_file, tmp_path):
     held, spec = tmp_path / "prompts.yaml", tmp_path / "mine.yaml"
     held.write_text("law: [{text: The court}]\ncooking: [{text: Stir}]\n", encoding="utf-8")
     spec.write_text(
@@ -315,7 +311,7 @@ def pool(seed, symbols=4, size=(12, 30)):
     return ids, np.array(["a"] * 6 + ["b"] * 6), rng.uniform(1.8, 2.6, size[0]) * tokens, tokens
 
 
-def test_a_selection_against_exhaustive_search():
+def test_selection_matches_exhaustive_search():
     quota = {"a": 3, "b": 2}
     equal, gaps = 0, []
     for seed in range(20):

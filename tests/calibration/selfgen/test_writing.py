@@ -32,7 +32,7 @@ def forget():
         file.unlink()
 
 
-def test_draws_follow_the_distribution_transformers_would_sample_from():
+def test_sampling_matches_transformers_distribution():
     count = 20_000  # over an even grid of uniform numbers
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
@@ -53,7 +53,7 @@ def test_draws_follow_the_distribution_transformers_would_sample_from():
         torch.testing.assert_close(found, scores.softmax(-1)[0], atol=3e-4, rtol=0)
 
 
-def test_a_token_without_probability_is_never_drawn():
+def test_zero_probability_token_is_never_sampled():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
     uniform = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert sample(logits, torch.ones(4), uniform).tolist() == [1, 1, 3, 3]
@@ -71,7 +71,7 @@ def ending(opened, bias):
     return opened.model.get_output_embeddings().register_forward_hook(more)
 
 
-def test_rows_are_full_begin_with_their_openers_and_have_the_models_likelihood(opened):
+def test_rows_start_with_openers_and_record_likelihood(opened):
     made = write(opened, request(temperature=0.7, repetition_penalty=1.5))
     assert made.ids.shape == (6, 24)
     assert made.ids[:, :3].tolist() == [[10 + i, 20 + i, 30 + i] for i in range(6)]
@@ -93,7 +93,7 @@ def texts_of(made, row):
     return texts
 
 
-def test_after_the_end_token_the_next_opener_follows(opened):
+def test_next_opener_follows_the_end_token(opened):
     with ending(opened, 4.0):
         made = write(opened, request(rows=8, length=48))
     restarts = 0
@@ -110,7 +110,7 @@ def test_after_the_end_token_the_next_opener_follows(opened):
 
 
 @pytest.mark.parametrize("kind", quick(["gemma3_text", "gpt_bigcode", "rwkv"], ARCHITECTURES))
-def test_every_architecture_writes_the_same_rows_in_any_batch(opened, kind):
+def test_rows_are_independent_of_batch_size(opened, kind):
     other = dataclasses.replace(opened, model=tiny_model(kind))
     asked, parts = request(rows=7, length=12, temperature=0.9, repetition_penalty=1.1), []
     for batch in (1, 3, 7):
@@ -120,7 +120,7 @@ def test_every_architecture_writes_the_same_rows_in_any_batch(opened, kind):
     assert all(torch.equal(parts[0].ids, part.ids) for part in parts)
 
 
-def test_the_models_own_generation_settings_have_no_say(opened, monkeypatch):
+def test_generation_config_is_ignored(opened, monkeypatch):
     plain = write(opened, request(seed=8)).ids
     forget()
     config = type(opened.model.generation_config)
@@ -130,7 +130,7 @@ def test_the_models_own_generation_settings_have_no_say(opened, monkeypatch):
     assert opened.model.generation_config is changed
 
 
-def test_interrupted_work_goes_on_from_the_parts_that_are_whole(opened):
+def test_interrupted_writing_resumes(opened):
     whole = write(opened, request(seed=5), batch=2)
     forget()
     told = []
@@ -151,7 +151,7 @@ def test_interrupted_work_goes_on_from_the_parts_that_are_whole(opened):
         assert torch.equal(made.ids, whole.ids)
 
 
-def test_little_or_no_memory_means_smaller_batches(opened, monkeypatch):
+def test_batches_shrink_when_memory_is_short(opened, monkeypatch):
     plain, notes = write(opened, request(seed=7)).ids, []
     forget()
     monkeypatch.setattr(writing, "device_memory", lambda device: (0, 60_000, None))
@@ -191,7 +191,7 @@ def test_little_or_no_memory_means_smaller_batches(opened, monkeypatch):
     assert len(notes) == 2
 
 
-def test_what_holds_nothing_is_refused(opened):
+def test_empty_requests_are_refused(opened):
     with (
         ending(opened, 50.0),
         pytest.raises(InputError, match=r"ends 57 of 57 texts \(100%\) before their first"),
