@@ -21,7 +21,7 @@ import numpy as np
 from calmix.analysis import Analysis, ConditionAnalysis, Settings, analyse
 from calmix.analysis.bootstrap import ALPHA, ROUNDING, Contrast, Estimate, Joint, corrected
 from calmix.analysis.cells import TOTAL
-from calmix.analysis.correlations import LEAST
+from calmix.analysis.correlations import FEWEST_SETS
 from calmix.analysis.differences import BEST, SINGLES, Tested, between, every
 from calmix.evaluation.measures import Array
 from calmix.options import RECOVERIES
@@ -250,7 +250,7 @@ def _cancelled(each: ConditionAnalysis, settings: Settings) -> Verdict | None:
         for name, values in zip(cells.dimensions, parts, strict=True)
         if not np.isnan(values).any()
     }
-    if len(chosen) < LEAST or len(known) < 2 or np.isnan(total).any():
+    if len(chosen) < FEWEST_SETS or len(known) < 2 or np.isnan(total).any():
         return None
     how = {"permutations": settings.resamples, "seed": settings.seed}
     p = cancellation(np.stack([*known.values()], 1), **how)

@@ -24,7 +24,7 @@ from calmix.options import Settings
 
 METRIC = "perplexity"
 EXACT = 40_320  # 8!: enumerate up to this many permutations, sample if there are more
-LEAST = 4  # fewest sets to correlate: with fewer, even rho = 1 has p >= 0.33
+FEWEST_SETS = 4  # fewest sets to correlate: with fewer, even rho = 1 has p >= 0.33
 PERMUTATIONS = 19_999
 
 
@@ -135,7 +135,9 @@ def correlate(conditions: Sequence[Cells], settings: Settings) -> list[Correlati
     rows = []
     for cells in conditions:
         chosen = cells.of("single")
-        for metric, aliases in distinct(cells, chosen).items() if len(chosen) >= LEAST else ():
+        if len(chosen) < FEWEST_SETS:
+            continue
+        for metric, aliases in distinct(cells, chosen).items():
             x = cells.information[metric].to_numpy()
             known = [at for at in chosen if not np.isnan(x[at])]
             head = cells.condition.label, metric, aliases
@@ -149,7 +151,7 @@ def agreements(cells: Cells, settings: Settings) -> list[Correlation]:
     rows = []
     for at, x in enumerate(cells.distance["kl"].T):
         known = np.flatnonzero(~np.isnan(x + cells.means[:, at])).tolist()
-        if len(known) >= LEAST:
+        if len(known) >= FEWEST_SETS:
             head = cells.condition.label, "kl", ()
             rows += _correlated(head, cells, x, [at], known, settings)
     return rows
@@ -167,7 +169,7 @@ def _correlated(
     four sets, or if x or the quantity is constant or unknown."""
     rows = np.full((len(quantities), 4), np.nan)
     exact, least = False, least_p(len(sets), settings.permutations)
-    if len(sets) >= LEAST:
+    if len(sets) >= FEWEST_SETS:
         x, y = x[sets], cells.means[sets][:, quantities].T
         chance, exact = permutation_p(x, y, permutations=settings.permutations, seed=settings.seed)
         ends = bootstrap_intervals(x, y, resamples=settings.resamples, seed=settings.seed)

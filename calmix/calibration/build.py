@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmix.calibration.dataset import KIND, CalibrationSet
+from calmix.calibration.dataset import SET_KIND, CalibrationSet
 from calmix.calibration.leakage import Guard, Tokenized
 from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
 from calmix.errors import InputError, ModelError, SourceError
@@ -208,7 +208,7 @@ def build(
     drawn = [drawn[at] for at in np.random.default_rng(seed).permutation(len(drawn))]
     names, ids = zip(*drawn, strict=True)
     manifest = {
-        "kind": KIND,
+        "kind": SET_KIND,
         "model": {"name": opened.name},
         "mix": mix,
         "rows": rows,

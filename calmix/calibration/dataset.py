@@ -35,7 +35,8 @@ from calmix.files import (
 from calmix.manifest import SEAL, sealed
 from calmix.shown import Shown
 
-TENSORS, MANIFEST, KIND, FORMAT = "calibration.safetensors", "manifest.json", "calibration set", 1
+TENSORS, SET_MANIFEST = "calibration.safetensors", "manifest.json"
+SET_KIND, FORMAT = "calibration set", 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,13 +95,13 @@ class CalibrationSet(Shown):
         check_output_folder(folder, overwrite=overwrite)
         names = list(self.counts)
         source = torch.tensor([names.index(name) for name in self.sources], dtype=torch.int32)
-        named = {"kind": KIND, "format": FORMAT, "calmix": metadata.version("calmix")}
+        named = {"kind": SET_KIND, "format": FORMAT, "calmix": metadata.version("calmix")}
         manifest = {**self.manifest, **named, "names": names, **self._kept()}
         with atomic_folder(folder) as beside:
             tensors = {"ids": self.ids.to(torch.int64).contiguous(), "source": source}
             save_file(tensors, beside / TENSORS)
             (beside / TENSORS).chmod(0o644)  # safetensors allows only the owner to read
-            write_json(beside / MANIFEST, sealed(manifest))
+            write_json(beside / SET_MANIFEST, sealed(manifest))
         return folder
 
     def _kept(self) -> dict[str, Any]:
@@ -123,15 +124,15 @@ class CalibrationSet(Shown):
         from safetensors.torch import load_file
 
         check_links(folder := Path(folder))
-        manifest = read_object(folder / MANIFEST, f"there is no calibration set at {folder}")
-        if (manifest.get("kind"), manifest.get("format")) != (KIND, FORMAT):
+        manifest = read_object(folder / SET_MANIFEST, f"there is no calibration set at {folder}")
+        if (manifest.get("kind"), manifest.get("format")) != (SET_KIND, FORMAT):
             raise InputError(
                 f"{folder} is not a calibration set of format {FORMAT}, which this calmix reads: "
-                f"its {MANIFEST} has kind {manifest.get('kind')} and format "
+                f"its {SET_MANIFEST} has kind {manifest.get('kind')} and format "
                 f"{manifest.get('format')}"
             )
         if sealed(manifest) != manifest:
-            raise InputError(f"calibration set {folder} is damaged ({MANIFEST}): make it again")
+            raise InputError(f"calibration set {folder} is damaged ({SET_MANIFEST}): make it again")
         manifest.pop(SEAL)
         try:
             tensors = load_file(folder / TENSORS)
@@ -155,8 +156,10 @@ def saved_set(named: str | Path | None) -> Path | None:
     and web pages have a `manifest.json` of their own."""
     path = user_path(named or "")
     with suppress(OSError, InputError):  # a mix of many sources can be too long for a path
-        known = (path / TENSORS).exists() or read_object(path / MANIFEST, "").get("kind") == KIND
-        return path if named and known else None
+        if named and (path / TENSORS).exists():
+            return path
+        if named and read_object(path / SET_MANIFEST, "").get("kind") == SET_KIND:
+            return path
     return None
 
 

@@ -6,7 +6,7 @@ or Japanese character is a word.
 
 Every window of n words of the items is hashed to 64 bits, and a document's windows are looked up in
 the sorted hashes. A chance collision takes about 10^13 words of text. Of an item shorter than n
-words all of it must occur, question and answers, if it has at least `LEAST` words.
+words all of it must occur, question and answers, if it has at least `SHORTEST_ITEM` words.
 
 A run counts only if at least three quarters of its words are distinct: `1 2 1 2 1 2` occurs in much
 code, but is not an item.
@@ -30,7 +30,7 @@ from calmix.evaluation.suites import Suite, load_suite
 from calmix.sources import Document
 
 WORDS = 13  # the run length of GPT-3's contamination study (arXiv 2005.14165)
-LEAST = 5  # words of the shortest item that can be found
+SHORTEST_ITEM = 5  # words of the shortest item that can be found
 LIMIT = 0.05  # the share of leaking documents above which a source is refused
 ENOUGH = 4_000  # documents that suffice to estimate the share that leaks
 DISTINCT = 0.75  # the share of a run's words that must be distinct for it to count
@@ -69,7 +69,7 @@ class ItemIndex:
     """An index of the windows of `n` words in a suite's items, and of shorter items."""
 
     def __init__(self, items: Sequence[Item], n: int = WORDS) -> None:
-        self.n, self._least = n, min(n, LEAST)
+        self.n, self._least = n, min(n, SHORTEST_ITEM)
         self.names = [(task, item) for task, item, _ in items]
         hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         self._short: dict[int, list[tuple[int, Hashes]]] = {}  # by the hash of their first words

@@ -21,7 +21,7 @@ from calmix.sources.readers import AssetText, Reader
 from calmix.sources.registry import local_file
 from calmix.yaml_files import packaged
 
-ROWS, LENGTH, SEED = 8, 256, 0
+TEXT_ROWS, TEXT_LENGTH, SEED = 8, 256, 0
 LONGEST = 16  # characters per token, more than any useful text has on average
 
 
@@ -61,8 +61,8 @@ def texts(
     own: Mapping[str, Path] | None = None,
     *,
     dimensions: Sequence[str] | None = None,
-    rows: int = ROWS,
-    length: int = LENGTH,
+    rows: int = TEXT_ROWS,
+    length: int = TEXT_LENGTH,
 ) -> dict[str, Tensor]:
     """Return rows of token ids by dimension, of the builtin texts and the user's own.
 

@@ -45,7 +45,7 @@ from calmix.shown import Shown
 from calmix.specs import How
 
 # Files of a model beside its weights; code runs only with --trust-remote-code, in the copy too.
-BESIDE = (
+MODEL_FILES = (
     "*.json",
     "*.txt",
     "*.model",
@@ -57,9 +57,9 @@ BESIDE = (
     "*.py",
 )
 ROOM = 0.8  # of the free memory, used without a budget
-LEAST = 0.01  # share of zeros below which a model counts as dense
+DENSE_ZEROS = 0.01  # share of zeros below which a model counts as dense
 APART = 0.9  # relative distance of embeddings beyond which models are unrelated
-ROWS = 4096  # rows of the embeddings that are compared
+COMPARED_ROWS = 4096  # rows of the embeddings that are compared
 
 
 @dataclass(repr=False)
@@ -145,7 +145,7 @@ class Job:
                 )
         embedded = pruned.model.get_input_embeddings().weight
         named = next(n for n, p in pruned.model.named_parameters() if p is embedded)
-        ours, theirs = (one.stored(named)[:ROWS].float() for one in (pruned, dense))
+        ours, theirs = (one.stored(named)[:COMPARED_ROWS].float() for one in (pruned, dense))
         if not close(ours, theirs, APART):
             raise InputError(f"{line}: their embeddings are of different models")
         layers, manifest = pruned.blocks.layers, read_told(pruned.folder / MANIFEST)
@@ -164,7 +164,7 @@ class Job:
         self.weights = sum(math.prod(shapes[name]) for name in names)
         self.zeros = sum(int((pruned.stored(name) == 0).sum()) for name in self.masked)
         self.quantised = sum(math.prod(shapes[name]) for name in self.grids.keys() | on_grid)
-        if self.zeros < LEAST * self.weights and experts == count and not self.quantised:
+        if self.zeros < DENSE_ZEROS * self.weights and experts == count and not self.quantised:
             raise InputError(
                 f"{pruned.name} is not sparse ({self.zeros / self.weights:.2%} of its linear maps' "
                 "weights are zero): prune it first"
@@ -365,7 +365,7 @@ def _finish(job: Job, identity: dict[str, Any], report: RecoveryReport) -> None:
     }
     with disk_errors(folder):
         own = {MANIFEST, RUN, *(path.name for path in pruned.folder.glob("*.index.json"))}
-        others = (path for path in matching(pruned.folder, BESIDE) if path.name not in own)
+        others = (path for path in matching(pruned.folder, MODEL_FILES) if path.name not in own)
         copy_files(pruned.folder, folder, others)
         if (scales := pruned.folder / SCALES).is_dir():
             shutil.copytree(scales, folder / SCALES, dirs_exist_ok=True)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from calmix.evaluation.likelihood import Head, behind, decoder_and_head, divergences, in_cache
 from calmix.models import find_blocks, open_model
 from calmix.models.shards import read_file, write_file
-from calmix.recovery.memory import CHUNK, LEAST
+from calmix.recovery.memory import CHUNK, CHUNK_TOKENS
 from calmix.recovery.training import Progress, grouped, steps_of, train, trained_parameters
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def divergence(
     """
     learns = torch.is_grad_enabled() and hidden.requires_grad
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    chunk = max(LEAST, CHUNK // vocabulary)
+    chunk = max(CHUNK_TOKENS, CHUNK // vocabulary)
     gradients: list[Tensor] = []
     for states, dense_states in zip(hidden.detach().split(chunk), target.split(chunk), strict=True):
         states.requires_grad_(learns)

@@ -13,7 +13,7 @@ from typing import Any
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import ALPHA
 from calmix.analysis.cells import TOTAL
-from calmix.analysis.correlations import LEAST
+from calmix.analysis.correlations import FEWEST_SETS
 from calmix.analysis.declared import Comparison
 from calmix.analysis.differences import Gain
 from calmix.analysis.ranking import leaders
@@ -188,7 +188,7 @@ def _condition(each: ConditionAnalysis) -> Iterator[str]:
     if len(each.ranking) > 1 and each.points and not each.correlations:
         yield (
             f"With {words.counted(each.points, 'single source')} no metric can be correlated with "
-            f"retention: it takes at least {LEAST}, with different values."
+            f"retention: it takes at least {FEWEST_SETS}, with different values."
         )
     for one in each.agreements:
         if one.quantity == TOTAL and one.rho is not None:

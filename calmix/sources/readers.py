@@ -40,7 +40,7 @@ from calmix.options import Options
 from calmix.progress import quiet
 
 LINE = 64 << 20  # most bytes in a line of .jsonl
-ROWS = 1024  # rows of a .parquet file in memory at a time
+PARQUET_ROWS = 1024  # rows of a .parquet file in memory at a time
 SHORTEST = 200  # characters: shorter source files are mostly re-exports
 BUDGET = 8_000_000  # characters: about 2 million tokens, 60 usual calibration sets
 FIELD = re.compile(r"\{([^{}\n]+)\}")
@@ -602,7 +602,7 @@ def _read_parquet(path: Path, template: str) -> Rows:
             columns = [name for name in ("text", *CHATS) if name in names]
         if not columns or not set(columns) <= set(names):
             columns = None  # the error for the first row then lists all fields
-        batches = file.iter_batches(batch_size=ROWS, columns=columns)
+        batches = file.iter_batches(batch_size=PARQUET_ROWS, columns=columns)
         yield from enumerate(row for batch in batches for row in batch.to_pylist())
     except SourceError:
         raise

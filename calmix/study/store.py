@@ -41,7 +41,7 @@ from calmix.study.results import FailedTrial, StudyResults, Trial
 from calmix.study.trials import Planned
 from calmix.yaml_files import first_problem
 
-KIND, FORMAT = "study store", 2
+STORE_KIND, FORMAT = "study store", 2
 INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
 SCORES = "scores.json"
 PARTS = ("trials", "calibration", "dense", "locks")
@@ -65,7 +65,7 @@ class Index(BaseModel, frozen=True):
     """The study as last run: its name, the text of its file, its trials in order, the name,
     version, hash and dimensions of its suite, and what was declared, the last entry being valid."""
 
-    kind: str = KIND
+    kind: str = STORE_KIND
     format: int = FORMAT
     name: str
     text: str
@@ -184,7 +184,7 @@ def open_store(path: Path) -> Store:
     if not path.exists():
         raise InputError(f"there is no study store at {path}: calmix study run makes one")
     index = read_object(path / INDEX, f"{path} is not a study store: it has no {INDEX}")
-    if index.get("kind") != KIND:
+    if index.get("kind") != STORE_KIND:
         raise InputError(f"{path} is not a study store: its {INDEX} is of another kind")
     if index.get("format") != FORMAT:
         raise InputError(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from calmix.calibration import CalibrationSet, build, parse_mix
-from calmix.calibration.dataset import MANIFEST, TENSORS
+from calmix.calibration.dataset import SET_MANIFEST, TENSORS
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError, SourceError
 from calmix.manifest import sealed
@@ -166,7 +166,7 @@ def test_calibrate_save_open_export(calmix, sources, tiny, tiny_folder, tmp_path
     assert again.counts == told["counts"]
     assert again.manifest["sources"] == made.manifest["sources"]
     again.save(tmp_path / "again")
-    for name in (TENSORS, MANIFEST):
+    for name in (TENSORS, SET_MANIFEST):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     foreign, tokenizer = save_tiny_model(tmp_path / "foreign"), tiny_tokenizer()
     tokenizer.add_tokens(["<new>"])
@@ -194,26 +194,30 @@ def test_calibrate_save_open_export(calmix, sources, tiny, tiny_folder, tmp_path
 
 def test_damaged_set_is_refused(sources, tiny, tmp_path):
     folder = build(mix_of(sources), tiny, rows=6, length=32).save(tmp_path / "set")
-    held, told = load_file(folder / TENSORS), json.loads((folder / MANIFEST).read_bytes())
+    held, told = load_file(folder / TENSORS), json.loads((folder / SET_MANIFEST).read_bytes())
     other = torch.cat([held["ids"][:1] + 1, held["ids"][1:]])
     for name, content, message in (
         (TENSORS, save(held | {"ids": other}), "is damaged: make it again"),
         (TENSORS, save(held | {"source": 1 - held["source"]}), "is damaged: make it again"),
         (TENSORS, None, "is damaged: make it again"),
-        (MANIFEST, json.dumps(told | {"seed": 1}), r"is damaged \(manifest.json\): make it again"),
         (
-            MANIFEST,
+            SET_MANIFEST,
+            json.dumps(told | {"seed": 1}),
+            r"is damaged \(manifest.json\): make it again",
+        ),
+        (
+            SET_MANIFEST,
             json.dumps(sealed(told | {"format": 99})),
             "format 1, which .*: .* calibration set and format 99",
         ),
-        (MANIFEST, "{", "is damaged: not JSON"),
-        (MANIFEST, "{}", "is not a calibration set"),
-        (MANIFEST, None, "there is no calibration set at"),
+        (SET_MANIFEST, "{", "is damaged: not JSON"),
+        (SET_MANIFEST, "{}", "is not a calibration set"),
+        (SET_MANIFEST, None, "there is no calibration set at"),
     ):
         whole = (folder / name).read_bytes()
         (folder / name).unlink()
         if content is not None:
-            (folder / name).write_bytes(content.encode() if name == MANIFEST else content)
+            (folder / name).write_bytes(content.encode() if name == SET_MANIFEST else content)
         with pytest.raises(InputError, match=message):
             CalibrationSet.open(folder)
         (folder / name).write_bytes(whole)

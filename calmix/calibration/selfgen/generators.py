@@ -21,7 +21,7 @@ from pydantic import Field
 from scipy import sparse
 
 from calmix.calibration.build import checks, hashed, rows_per_source
-from calmix.calibration.dataset import KIND, CalibrationSet
+from calmix.calibration.dataset import SET_KIND, CalibrationSet
 from calmix.calibration.leakage import Guard
 from calmix.calibration.selfgen.prompts import (
     Openers,
@@ -290,7 +290,7 @@ def generate(
     order = rng.permutation(rows)
     ids = written[joined].reshape(rows, -1)[order, :length]
     manifest = {
-        "kind": KIND,
+        "kind": SET_KIND,
         "generated": generator.name,
         "settings": generator.record(),
         "model": {
