@@ -1,7 +1,7 @@
-"""Print every number of docs/results.md, and write its tables.
+"""Print or write docs/results.md and docs/lab/results.md, with every number from stored answers.
 
-    python studies/page.py            tables and sentences' numbers
-    python studies/page.py --write    put the tables into docs/results.md
+    python studies/page.py            print the pages
+    python studies/page.py --write    write them
     python studies/page.py --trials STORES    rewrite results/trials.csv from unpacked stores
 
 Answers are those of the committed stores, judged again by `rejudge.py` (results/rejudged.csv.gz);
@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import rejudge
 
 RESULTS = Path(__file__).parent / "results"
-TEMPLATE = Path(__file__).parent / "results_page.txt"
-PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {"results_page.txt": DOCS / "results.md", "results_lab.txt": DOCS / "lab" / "results.md"}
 ABILITIES = ("general", "code", "math", "chat")
 RESAMPLES = 1000
 TRIAL = ["store", "trial"]
@@ -330,10 +330,14 @@ def rejudged() -> dict[str, object]:
     }
 
 
-def page() -> str:
-    """Return the text of docs/results.md."""
+def pages() -> dict[Path, str]:
+    """Return the text of each page."""
     tables = {one.__name__: one() for one in (verdicts, texts, solvers, bits, declared)}
-    return TEMPLATE.read_text(encoding="utf-8").format(**facts(), **tables).rstrip() + "\n"
+    values = facts() | tables
+    return {
+        path: (Path(__file__).parent / name).read_text("utf-8").format(**values).rstrip() + "\n"
+        for name, path in PAGES.items()
+    }
 
 
 def whole_bits(model: str, report: dict[str, Any]) -> float:
@@ -542,15 +546,16 @@ def bits() -> str:
 def main() -> None:
     """Print the page's numbers, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write docs/results.md")
+    parser.add_argument("--write", action="store_true", help="write the pages")
     parser.add_argument("--trials", type=Path, help="folder of unpacked stores")
     options = parser.parse_args()
     if options.trials:
         export(options.trials)
     if options.write:
-        PAGE.write_text(page(), encoding="utf-8")
+        for path, text in pages().items():
+            path.write_text(text, encoding="utf-8")
     else:
-        print(page())
+        print(*pages().values(), sep="\n")
 
 
 if __name__ == "__main__":

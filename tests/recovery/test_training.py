@@ -185,7 +185,7 @@ def test_chunked_divergence(monkeypatch, cap):
     expected = (p * (p / q).log()).sum()
     expected.backward()
     monkeypatch.setattr(distill, "CHUNK", 0)
-    monkeypatch.setattr(distill, "LEAST", 16)
+    monkeypatch.setattr(distill, "CHUNK_TOKENS", 16)
     monkeypatch.setattr("calmix.machine.CACHED_VALUES", 150)  # three rows
     hidden.requires_grad_()
     ours, theirs = (partial(head, weight=weight) for weight in heads)
