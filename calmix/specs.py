@@ -145,7 +145,7 @@ def prune_request(
     defaults."""
     from calmix.pruning.allocation import read_allocation
     from calmix.pruning.methods import get_method
-    from calmix.pruning.patterns import Blocks, Recipe, Unstructured, as_pattern
+    from calmix.pruning.patterns import Blocks, Mixed, Recipe, Unstructured, as_pattern
 
     given = _given(options)
     own = {name: given.pop(name) for name in list(given) if name not in PRUNE}
@@ -166,7 +166,7 @@ def prune_request(
         solver, target = get_method(default if method is None else method, **own).aim(wanted)
         where = f"with method {solver.name}: leave it out, or choose another method"
         _check_unused(_unread(solver, given), where)
-        if isinstance(target, Blocks | Recipe) and "embeddings" in given:
+        if isinstance(target, Blocks | Mixed | Recipe) and "embeddings" in given:
             raise InputError(f"--embeddings has no effect with {target}: leave it out")
         share = target.sparsity if isinstance(target, Unstructured) else None
         chosen = {

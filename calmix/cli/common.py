@@ -187,6 +187,9 @@ def print_costs(costs: Sequence[StageCost], title: str) -> None:
     for one in costs:
         if one.command:
             line(one.command)
+    for one in costs:
+        if one.tensors is not None:
+            line(f"{one.stage}: {size_text(one.tensors)} of tensors in a GGUF file")
     line(
         f"\nabout {size_text(max(one.memory for one in costs))} of memory at peak, "
         f"{size_text(sum(one.disk for one in costs))} on disk; nothing was written"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from calmix.files import check_free
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.options import BITS_METHOD, Recovering
+from calmix.pruning.allocation import planned_bytes
 from calmix.pruning.checkpoint import planned
 from calmix.recovery.memory import BEHIND, check_memory
-from calmix.specs import PruneRequest
+from calmix.specs import NONE, PruneRequest
 from calmix.study.estimate import PROGRAM, SCORED, EmptyModel, suite_size
 
 SMALLER = 0.45  # packed size of a pruned model over its size
@@ -30,13 +31,17 @@ SMALLER = 0.45  # packed size of a pruned model over its size
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage takes: what it works on, bytes of memory at peak, bytes left on disk."""
+    """What a stage takes: what it works on, bytes of memory at peak, bytes left on disk.
+
+    `tensors` are the bytes of all tensors in the GGUF file that its result can be exported to.
+    """
 
     stage: str
     work: str
     memory: float
     disk: float
     command: str = ""
+    tensors: int | None = None
 
 
 def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
@@ -98,8 +103,11 @@ def estimate_prune(
             costs.append(StageCost("write the calibration set", work, memory, 0.0))
     needed, checkpoint = planned(name, targets, rows, length, max_memory=max_memory, **how)
     for request in targets.values():
-        on = work if request.calibration else ""
-        costs.append(StageCost(f"prune, {request.name}", on, needed, checkpoint))
+        cost = StageCost(f"prune, {request.name}", work, needed, checkpoint)
+        if request.method != NONE:
+            size = planned_bytes(request.target, model.model, model.blocks)
+            cost = replace(cost, tensors=size)
+        costs.append(cost if request.calibration else replace(cost, work=""))
     return costs
 
 

@@ -61,12 +61,12 @@ from calmix.models.shards import (
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name, narrower
-from calmix.pruning.allocation import OWL, OutlierPass
+from calmix.pruning.allocation import LOSS, LossPass, OutlierPass, check_bits
 from calmix.pruning.budget import Plan, plan_for
 from calmix.pruning.engine import Patterns, Run, check_outer, check_pattern, memory_errors
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.methods import Look, Method
-from calmix.pruning.patterns import Recipe, as_pattern
+from calmix.pruning.patterns import Mixed, Recipe, as_pattern
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.solvers.grids import SCALES, stored
 from calmix.pruning.trace import token_bytes
@@ -156,6 +156,8 @@ class Job:
         self.pattern: Patterns = request.target
         if isinstance(request.target, Recipe):
             self.pattern = request.target.types(source.model, source.blocks)
+        if isinstance(request.target, Mixed):
+            check_bits(request.target.bits, source.model, source.blocks)
         check_pattern(source.blocks, self.pattern, self.method)
         check_outer(self.run(source))
         self.asked: dict[str, Any] = {
@@ -219,21 +221,19 @@ class _Pruning:
 
     def plan(self, shape: Sequence[int], method: Method, job: Job | None = None) -> Plan:
         """Return the memory plan of a job, or of a pass over the dense model."""
-        how: dict[str, Any] = (
-            {}
-            if job is None
-            else {
-                "sequential": job.request.propagation == "sequential",
-                "embeddings": bool(job.run(self.source).outer),
-                "rows_at_once": job.work.kept.get("report", {}).get("rows_at_once", 0),
-            }
-        )
-        return plan_for(self.source, shape, method, budget=self.run.max_memory, **how)
+        jobs = self.jobs if job is None else [job]
+        outer = any(one.request.allocation == LOSS or one.run(self.source).outer for one in jobs)
+        how: dict[str, Any] = {}
+        if job is not None:
+            how["sequential"] = job.request.propagation == "sequential"
+            how["rows_at_once"] = job.work.kept.get("report", {}).get("rows_at_once", 0)
+        most = self.run.max_memory
+        return plan_for(self.source, shape, method, budget=most, embeddings=outer, **how)
 
     def plans(self, shape: Sequence[int]) -> list[Plan]:
         """Return the memory plans of all jobs and of the passes before them."""
         plans = [self.plan(shape, job.method, job) for job in self.jobs]
-        if self.share is not None or any(job.request.allocation == OWL for job in self.jobs):
+        if self.share is not None or any(job.request.allocation for job in self.jobs):
             plans.append(self.plan(shape, Look()))
         return plans
 
@@ -356,15 +356,15 @@ class _Pruning:
         return dropped
 
     def _allocate(self, ids: Tensor) -> None:
-        """Compute and keep per-layer sparsities for jobs with an allocation."""
-        jobs = [job for job in self.jobs if job.request.allocation == OWL]
-        if jobs := [job for job in jobs if "allocation" not in job.work.kept]:
-            dense = OutlierPass(self.source.model, self.source.blocks)
-            self._observe(dense, ids)
-            for job in jobs:
-                patterns = dense.patterns(job.request.sparsity or 0.0)
-                shares = {name: one.sparsity for name, one in patterns.items()}
-                job.work.keep(allocation=shares)
+        """Compute and keep per-layer targets for jobs with an allocation."""
+        for kind in (OutlierPass, LossPass):
+            jobs = [job for job in self.jobs if job.request.allocation == kind.name]
+            if jobs := [job for job in jobs if "allocation" not in job.work.kept]:
+                self._observe(dense := kind(self.source.model, self.source.blocks), ids)
+                for job in jobs:
+                    patterns = dense.patterns(job.request.target).items()
+                    kept = {name: one.sparsity or str(one) for name, one in patterns}
+                    job.work.keep(allocation=kept)
 
     def _finish(self, job: Job, report: PruneReport) -> None:
         """Write the files beside the weights, and turn the work folder into the output."""

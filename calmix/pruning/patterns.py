@@ -151,6 +151,16 @@ class Recipe(Pattern):
         return {name: Blocks(kind) for name, kind in types.items()}
 
 
+@dataclass(frozen=True)
+class Mixed(Pattern):
+    """A number of bits per weight of a whole GGUF file, and a type of GGML for every matrix."""
+
+    bits: float
+
+    def __str__(self) -> str:
+        return f"{self.bits:g} bits mixed"
+
+
 def as_pattern(value: Pattern | str | float) -> Pattern:
     """Return a pattern from a `Pattern`, a sparsity such as `0.5`, `N:M`, `2.8 bits`, a recipe such
     as `Q3_K_M`, or one type of GGML, such as `Q3_K blocks`."""
@@ -161,6 +171,8 @@ def as_pattern(value: Pattern | str | float) -> Pattern:
         return SemiStructured(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"\s*(\d+\.?\d*)\s*bits?\s*", text):
         return Rate(float(match[1]))
+    if match := re.fullmatch(r"\s*(\d+\.?\d*)\s*bits? mixed\s*", text):
+        return Mixed(float(match[1]))
     if match := re.fullmatch(r"\s*(\w+)\s+blocks\s*", text):
         return Blocks(match[1])
     with suppress(InputError):

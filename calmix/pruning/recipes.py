@@ -110,16 +110,21 @@ def recipe_name(name: str) -> str:
     raise InputError(f"unknown type '{name}': {nearest(short, RECIPES)}")
 
 
+def check_no_experts(blocks: DecoderBlocks, what: str) -> None:
+    """Refuse types by matrix for a model with mixtures of experts."""
+    if any(blocks.mixtures(index) for index in range(len(blocks))):
+        raise InputError(
+            f"{what} are types for models without experts: for one type everywhere, write "
+            "--pattern 'Q4_K blocks'"
+        )
+
+
 def recipe_types(name: str, model: Any, blocks: DecoderBlocks) -> dict[str, str]:
     """Return the types of a recipe by layer name, before blocks of 256 are fitted to rows.
 
     Embeddings and output head are included, unless no block fits their rows.
     """
-    if any(blocks.mixtures(index) for index in range(len(blocks))):
-        raise InputError(
-            f"{name} is a recipe for models without experts: for one type everywhere, write "
-            "--pattern 'Q4_K blocks'"
-        )
+    check_no_experts(blocks, name)
     base, rules = RECIPES[name]
     config = model.config.get_text_config(decoder=True)
     heads, keys = (

@@ -64,7 +64,7 @@ def test_allocation_pass_leaves_the_model_unchanged(kind):
         share = outlier_share([one.view() for one in layers], [one.diagonal() for one in grams])
         for layer in layers:
             assert look.importance[layer.name] == pytest.approx(share, abs=1e-3)
-    patterns = look.patterns(0.6)
+    patterns = look.patterns(Unstructured(0.6))
     made = prune(tiny_model(kind), method="magnitude", pattern=patterns)
     assert (made.sparsity, made.pattern) == (pytest.approx(0.6, abs=2e-3), "by layer")
     assert len({round(layer.sparsity, 2) for layer in made.layers}) > 1

@@ -105,7 +105,7 @@ def test_names_are_those_of_files_and_one_type_is_named_apart():
     with pytest.raises(InputError, match="unknown type 'Q3_K_X': did you mean Q3_K_"):
         Recipe("Q3_K_X")
     model = tiny_model("mixtral")
-    with pytest.raises(InputError, match="Q4_K_M is a recipe for models without experts"):
+    with pytest.raises(InputError, match="Q4_K_M are types for models without experts"):
         Recipe("Q4_K_M").types(model, find_blocks(model))
 
 

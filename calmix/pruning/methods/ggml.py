@@ -18,7 +18,7 @@ from torch import Tensor
 from calmix.errors import InputError
 from calmix.pruning.gram import EvenGram, Factor, Gram, Statistic, inverse_factor
 from calmix.pruning.methods.base import Damping, Method, Solution, by_kind
-from calmix.pruning.patterns import Blocks, Pattern, Recipe
+from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe
 from calmix.pruning.recipes import recipe_name
 from calmix.pruning.solvers.block_grid import BlockGrid, fitting, solve_blocks
 from calmix.pruning.solvers.ggml import BlockType, Encoded
@@ -40,6 +40,9 @@ class Ggml(Method):
     work = 8, 26  # factorisation; dense and rounded weights, transposed, their errors and bytes
 
     type: str = Field(default="Q4_K_M", description="File of llama.cpp, such as Q3_K_M or IQ4_XS.")
+    bits: float = Field(
+        default=0, ge=0, le=9, description="Bits per weight of the file, in place of a type."
+    )
     damping: Damping = 0.1
     sweeps: int = Field(default=1, ge=0, le=10, description="Passes that choose all levels again.")
     even: bool = Field(default=False, description="Whether to scale all tokens to one norm.")
@@ -50,14 +53,18 @@ class Ggml(Method):
         return recipe_name(name)
 
     def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
-        if pattern is not None and "type" in self.changed:
-            raise InputError(f"the type is given twice: {self.type} and {pattern}")
-        target = Recipe(self.type) if pattern is None else pattern
-        bare = type(self)(**{k: v for k, v in self.changed.items() if k != "type"})
+        aims = {name: one for name, one in self.changed.items() if name in ("type", "bits")}
+        if len(aims) + (pattern is not None) > 1:
+            several = [*map(str, aims.values()), *([] if pattern is None else [str(pattern)])]
+            raise InputError(f"the type is given twice: {' and '.join(several)}")
+        target: Pattern = Mixed(self.bits) if self.bits else Recipe(self.type)
+        if pattern is not None:
+            target = Mixed(pattern.bits) if isinstance(pattern, Rate) else pattern
+        bare = type(self)(**{k: v for k, v in self.changed.items() if k not in aims})
         return bare, target
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
-        if not type_of(pattern, columns, name).group:
+        if isinstance(pattern, Mixed) or not type_of(pattern, columns, name).group:
             check_library()
 
     @property

@@ -1,0 +1,117 @@
+"""Types by measured loss: the assignment, its budget and the pass that measures."""
+
+import itertools
+
+import pytest
+import torch
+
+from calmix.errors import InputError
+from calmix.models import find_blocks
+from calmix.models.blocks import outer_layers
+from calmix.pruning import allocate, allocation, prune
+from calmix.pruning.allocation import (
+    LossPass,
+    cheapest,
+    file_bytes,
+    file_weights,
+    types_for,
+)
+from calmix.pruning.engine import run_through
+from calmix.pruning.methods import get_method
+from calmix.pruning.patterns import Blocks, Mixed, as_pattern
+from calmix.pruning.solvers.ggml import TYPES
+from calmix.pruning.solvers.libggml import quantise
+from tests.pruning.test_engine import input_gram
+from tests.tiny import save_tiny_model, tiny_ids, tiny_model
+
+pytest.importorskip("libggml")
+
+
+def test_the_assignment_is_the_best_of_all_at_a_budget_on_its_hull():
+    rng = torch.Generator().manual_seed(0)
+    choices = {
+        name: [
+            (size, float(torch.rand((), generator=rng)) / size, str(size)) for size in (2, 3, 4, 7)
+        ]
+        for name in "abcde"
+    }
+    every = [dict(zip(choices, some, strict=True)) for some in itertools.product(*choices.values())]
+    met = 0
+    for budget in range(10, 36):
+        chosen = cheapest(choices, budget)
+        taken = {n: next(one for one in choices[n] if one[2] == chosen[n]) for n in choices}
+        size = sum(one[0] for one in taken.values())
+        assert size <= budget
+        loss = sum(one[1] for one in taken.values())
+        best = min(
+            sum(one[1] for one in each.values())
+            for each in every
+            if sum(one[0] for one in each.values()) <= size
+        )
+        met += loss <= best + 1e-9
+        assert loss < 1.15 * best
+    assert met > 15
+    # A choice that is larger and no better is never taken.
+    assert cheapest({"a": [(1, 0.5, "x"), (2, 0.6, "y"), (3, 0.1, "z")]}, 9) == {"a": "z"}
+
+
+def test_losses_are_those_of_the_library_on_the_inputs_of_the_dense_model():
+    model, ids = tiny_model("llama", tie_word_embeddings=False), tiny_ids()
+    before = [p.clone() for p in model.parameters()]
+    look = LossPass(model, find_blocks(model))
+    run_through(look, ids, 5 * 32)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert look.losses.keys() == {one.name for one in find_blocks(model).layers} | {
+        "lm_head",
+        "model.embed_tokens",
+    }
+    layer = find_blocks(model).layers[3]
+    squares = input_gram(model, layer.module, ids).diagonal().float()
+    after = quantise(layer.view(), squares, name="IQ4_NL").values()
+    energy = layer.view().square() @ squares
+    wrong = (after - layer.view()).square() @ squares
+    found = look.losses[layer.name]["IQ4_NL"]
+    assert found == pytest.approx(float(wrong.sum() / energy.sum()), rel=0.02)
+    assert [kind.name for kind in types_for(512)][:2] == ["IQ2_XXS", "IQ2_XS"]
+    assert {kind.size for kind in types_for(96)} == {32}
+
+
+@pytest.mark.parametrize(("tied", "bits"), [(True, 4.7), (False, 3.0)])
+def test_a_file_has_at_most_the_bits_asked_for(tied, bits, monkeypatch):
+    slow = [name for name in TYPES if name.startswith(("IQ2", "IQ3"))]  # to make their codebooks
+    monkeypatch.setattr(allocation, "TYPES", {k: v for k, v in TYPES.items() if k not in slow})
+    settings = {"tie_word_embeddings": tied, "hidden_size": 256, "intermediate_size": 512}
+    model, ids = tiny_model("llama", **settings), tiny_ids()
+    types = allocate(model, ids, f"{bits} bits")
+    size = file_bytes(model, types)
+    assert 0.98 * bits < 8 * size / file_weights(model) <= bits
+    assert len({one.type for one in types.values()}) > 2
+    report = prune(model, ids, method="ggml", pattern=types)
+    written = sum(one.rows * one.columns * one.bits / 8 for one in (*report.layers, *report.outer))
+    dense = [p for p in model.parameters() if p.ndim == 1]
+    assert size == pytest.approx(written + sum(4 * p.numel() for p in dense), abs=32 * 40)
+    assert {one.name for one in report.outer} == set(outer_layers(model))
+
+
+def test_the_target_is_given_once_and_within_reach(calmix, text_file, tmp_path):
+    assert get_method("ggml,bits=3.4").aim(None)[1] == Mixed(3.4) == as_pattern("3.4 bits mixed")
+    assert get_method("ggml").aim(as_pattern("3.4 bits"))[1] == Mixed(3.4)
+    with pytest.raises(InputError, match="the type is given twice: Q3_K_M and 3"):
+        get_method("ggml,type=Q3_K_M,bits=3").aim(None)
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    command = ("prune", folder, "--calibration", text_file, "--rows", 4, "--length", 32)
+    common = (*command, "--leakage", "off", "-o", tmp_path / "out", "--method")
+    for method, says in (
+        ("ggml,bits=3", "3 bits per weight are out of reach: GGUF files of this model have 4."),
+        ("ggml,bits=8.9", "8.9 bits per weight are out of reach: GGUF files of this model have 4."),
+        ("ggml,bits=ten", "bits ten: "),
+        ("ggml,type=Q3_K_X", "unknown type 'Q3_K_X': did you mean Q3_K_"),
+    ):
+        assert says in calmix(*common, method).line
+    assert "--embeddings has no effect" in calmix(*common, "ggml", "--embeddings", 4).line
+    assert not (tmp_path / "out").exists()
+    told = calmix(*common, "ggml,bits=5.5", "--dry-run").ok()
+    assert "of tensors in a GGUF file" in told.out
+    made = calmix(*common, "ggml,bits=5.5").ok()
+    assert "matrices by type: " in made.out
+    assert Blocks("IQ4_NL").type in made.out
