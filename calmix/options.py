@@ -37,6 +37,7 @@ class Options(BaseModel):
 
 Some = TypeVar("Some", bound=Options)
 MODEL = "Hub id, folder, .gguf file, or builtin:smollm2-135m."
+SERVED = f"{MODEL.rstrip('.')}; http://HOST:PORT/v1 for generated answers."
 
 
 def option(
@@ -116,6 +117,16 @@ class DeviceOptions(Options):
 
     device: str = option("auto", "Torch device, e.g. cpu or cuda:1.")
     trust_remote_code: bool = TRUST
+
+
+class ServerOptions(Options):
+    """How a model behind a server is asked."""
+
+    model_name: str | None = option(
+        None, "Model at an http:// address that serves several.", flag="--model", metavar="NAME"
+    )
+    concurrency: int = advanced(4, "Requests to a server at a time.", ge=1, le=256)
+    timeout: float = advanced(300.0, "Seconds to wait for a server's answer.", gt=0, le=86_400)
 
 
 class TrialOptions(DeviceOptions):

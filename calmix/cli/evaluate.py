@@ -14,6 +14,7 @@ from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.evaluation import suites
+from calmix.evaluation.answers import Answers, compare_answers
 from calmix.evaluation.comparison import (
     Comparison,
     compared_by,
@@ -21,7 +22,9 @@ from calmix.evaluation.comparison import (
     read_pairs,
     scores_record,
 )
+from calmix.evaluation.journal import journal_beside
 from calmix.evaluation.measures import BITS, PRIMARY, RIGHT_OR_WRONG
+from calmix.evaluation.prompts import read_prompts
 from calmix.evaluation.retention import RESAMPLES, Retention
 from calmix.evaluation.scores import (
     CapabilityScores,
@@ -29,13 +32,16 @@ from calmix.evaluation.scores import (
     load_pair,
     write_scores,
 )
+from calmix.evaluation.served import Served, connect, is_served
 from calmix.files import check_output_file, user_path, write_text
 from calmix.options import (
     MEASURE,
     MODEL,
     RUN_CODE,
+    SERVED,
     Measure,
     ModelOptions,
+    ServerOptions,
     advanced,
     option,
     path_option,
@@ -62,16 +68,23 @@ MEANINGS = {  # of tables of answers: title and explanation
     ),
 }
 DENSE = "Dense model, or a .json file of its scores."
+PROMPTS = option(None, "Your own prompts instead of a suite: mine.jsonl.", metavar="FILE")
+TEST_HALF = advanced(False, "Only the half of --prompts that is kept from calibration.")
+PAGE = option(None, "HTML page to write: answers side by side.", metavar="PATH")
 evaluate = group("evaluate", default="run")
 
 
 @verb("run", of=evaluate)
 def run(
     opening: ModelOptions,
-    model: str = option(..., MODEL, argument=True),
-    suite: str = option("offline", "Suite by name, or a YAML file."),
+    serving: ServerOptions,
+    model: str = option(..., SERVED, argument=True),
+    suite: str | None = option(None, "Suite by name, or a YAML file.", shown="offline"),
+    prompts: str | None = PROMPTS,
+    test_half: bool = TEST_HALF,
     against: str | None = option(None, DENSE, metavar="DENSE"),
     output: Path | None = path_option(None, "JSON file to write, with every item."),
+    page: Path | None = PAGE,
     quick: bool = option(False, "Only the suite's quick slice."),
     whole: tuple[str, ...] = advanced((), "With --quick: all items of this dimension (repeat)."),
     limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1),
@@ -95,14 +108,13 @@ def run(
     measure: Measure | None = MEASURE,
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
-    """Score a model on a suite; with --against, report what it kept, with intervals."""
+    """Score a model on a suite or on your own prompts; with --against, report what it kept."""
     from calmix.calibration.texts import parse_texts, texts_for
     from calmix.evaluation import evaluate as capability
-    from calmix.models import check_models
+    from calmix.report.answers import answers_page
 
-    how = opening.opening()
     chosen = capability.choose(
-        suite,
+        _suite(suite, prompts, test_half) or "offline",
         dimensions=dimension,
         tasks=task,
         without=without,
@@ -130,38 +142,68 @@ def run(
         why = "scores in a file" if dense is not None else "a suite without generated answers"
         why = "--no-repeat" if no_repeat else why
         raise InputError(f"--repeat has no effect with {why}: leave it out")
+    if page is not None and (against is None or not chosen.own):
+        raise InputError("--page shows answers to --prompts beside those of --against: name both")
     if dense is not None:
         _kept(replace(dense, right_only=right_only), dense, measure)
-    if output is not None:
-        read = [local_file(str(path)).path for path in own_texts.values()]
-        rows = [one.file for one in chosen.tasks.values()]
-        inputs = [model, against, suites.suite_file(suite), *read, *rows]
-        check_output_file(output, inputs=inputs, overwrite=overwrite)
-    check_models(model, original, **how)
-    with Progress() as bar:
+    for path in filter(None, (output, page)):
+        inputs = [model, against, suite and suites.suite_file(suite), *own_texts.values()]
+        inputs += [local_file(one.file).path for one in chosen.tasks.values() if one.file]
+        check_output_file(path, inputs=inputs, overwrite=overwrite)
+    models = _models([model, *([original] if original else [])], opening, serving)
+    with journal_beside(output, note) as journal, Progress() as bar:
         scores, dense = evaluate_against(
-            model,
+            models[model],
             chosen,
-            dense or original,
+            dense or (original and models[original]),
             texts=None if no_distance or original is None else texts_for(chosen, own_texts),
+            on_answers=not no_distance,
             allow_code_execution=allow_code_execution,
             right_only=right_only,
             repeat=repeat or not (quick or no_repeat or original is None),
             cache=not no_cache,
             batch_tokens=batch_tokens,
+            journal=journal,
             bar=bar,
-            **how,
+            **opening.opening(),
         )
     scores = replace(scores, not_run=tuple(left_out))
     result = scores_record(scores, dense, measure)
     if output is not None:
         write_scores(output, result)
+    if page is not None and dense is not None:
+        write_text(page, answers_page({scores.model: (dense, scores)}))
     print_json(result)
     _print(scores, dense, measure)
     for name, count in scores.truncated.items():
         note(f"task {name}: {count} requests were cut to fit the model's context")
-    if output is not None:
-        note(f"wrote {output}")
+    for path in filter(None, (output, page)):
+        note(f"wrote {path}")
+
+
+def _suite(suite: str | None, prompts: str | None, test_half: bool) -> suites.Suite | str | None:
+    """Return the suite of a user's prompts, or the name of one; None if neither was given."""
+    if prompts is None:
+        if test_half:
+            raise InputError("--test-half has no effect without --prompts: leave it out")
+        return suite
+    if suite is not None:
+        raise InputError("--prompts and --suite cannot be combined: leave one out")
+    read_prompts(prompts, note)
+    return suites.prompt_suite(prompts, test_half=test_half)
+
+
+def _models(
+    names: Sequence[str], opening: ModelOptions, serving: ServerOptions
+) -> dict[str, str | Served]:
+    """Return models by name as `evaluate_against` takes them; servers are asked what they serve."""
+    from calmix.models import check_models
+
+    addresses = [name for name in names if is_served(name)]
+    if serving.model_name and not addresses:
+        raise InputError("--model names what a server serves, and no http:// address is given")
+    check_models(*(name for name in names if not is_served(name)), **opening.opening())
+    return {name: connect(name, serving) if is_served(name) else name for name in names}
 
 
 @verb("rescore", of=evaluate)
@@ -349,6 +391,10 @@ def _print(
         )
         line(UNITS)
         return
+    if (changed := compare_answers((dense, scores))) is not None:
+        _print_answers(changed, scores)
+        if all(task.prompts for task in scores.tasks):
+            return
     one = Comparison.of(short(scores.model), [(dense, scores)], measure)
     does = one.behaviour
     for text in verdict(does, one.likelihood, measuring(scores.model, dense.model)):
@@ -391,6 +437,18 @@ def _print(
     if any(row["scored by"] in BITS for row in tasks):
         line(UNITS)
     _print_comparisons([one], measure, alone=True)
+
+
+def _print_answers(found: Answers, scores: CapabilityScores) -> None:
+    """Print what changed in the answers to a user's prompts."""
+    from calmix.report.answers import fault_rows, sentences
+    from calmix.report.words import wrapped
+
+    for text in sentences(found, scores.distance):
+        line(wrapped(text))
+    line("")
+    rows = [{k.removeprefix("#"): v for k, v in row.items()} for row in fault_rows(found)]
+    print_table(rows, title="faults that a program can see", least=["repeat %", "p", "of"])
 
 
 @verb("answers", of=evaluate, json=False)

@@ -267,6 +267,28 @@ def proportion(right: int, of: int) -> Estimate:
     return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
+def behind(best: Sequence[float], other: Sequence[float]) -> Estimate:
+    """Return how far one model's share of right answers is behind another's, on the same items,
+    with its 95 % interval for paired proportions (Newcombe 1998, method 10)."""
+    pairs = [(bool(one), bool(two)) for one, two in zip(best, other, strict=True)]
+    both, first = pairs.count((True, True)), pairs.count((True, False))
+    second, none = pairs.count((False, True)), pairs.count((False, False))
+    one, two = (proportion(both + alone, len(pairs)) for alone in (first, second))
+    apart, margins = float(both * none - first * second), 1.0
+    for count in (both + first, second + none, both + second, first + none):
+        margins *= count
+    if apart > 0:
+        apart = max(0.0, apart - len(pairs) / 2)
+    phi = apart / math.sqrt(margins) if margins else 0.0
+    ends = [tuple(v or 0.0 for v in (e.value, e.low, e.high)) for e in (one, two)]
+    (p1, l1, u1), (p2, l2, u2) = ends
+
+    def reach(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+
+    return Estimate(p1 - p2, p1 - p2 - reach(p1 - l1, u2 - p2), p1 - p2 + reach(u1 - p1, p2 - l2))
+
+
 def likelihood(dense: CapabilityScores, pruned: CapabilityScores) -> Retention | None:
     """Return the retention of the tasks scored by likelihood; None if there are none, or if the
     dense model's baselines were not stored."""

@@ -77,7 +77,7 @@ def finished(answer: str, check: str) -> str:
         stated = (one for one in ANSWER_IS.finditer(answer) if re.search(r"[\d\\$]", one[1]))
         ends = [one.end() for one in stated if one[2]]
         return answer[: boxes[-1] if boxes else min(ends, default=0)]
-    if check == "request" or not line:
+    if check in ("request", "tool") or not line:
         return ""
     mark = (check == "exact" and QUOTED.match(line)) or STOP.search(line)
     return line[: mark.end()] if mark else line if "\n" in text else ""
@@ -317,7 +317,7 @@ def as_requested(answer: str, expected: Mapping[str, Any]) -> bool:
     looping = len(words) > 4 and max(Counter(words).values()) > len(words) / 2
     if "language" in expected:  # an introduction may be in another language
         text = re.sub(r"\A[^\n:]*:\s*(?=[\n\"\u00ab\u201e])", "", text)
-    return not looping and all(_REQUESTED[key](text, value) for key, value in expected.items())
+    return not looping and all(REQUESTED[key](text, value) for key, value in expected.items())
 
 
 def _plain(text: str) -> str:
@@ -373,7 +373,7 @@ def _sentences(text: str) -> int:
     return len({part.strip() for part in re.split(r"[.!?]+(?:\s+|$)", short)} - {""})
 
 
-_REQUESTED = {
+REQUESTED = {
     "words": lambda text, value: len(_plain(text).split()) == int(value),
     "is": lambda text, value: _plain(text).lower() in value.lower().split("|"),
     "same": _same,

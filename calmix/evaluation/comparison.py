@@ -11,9 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from calmix.errors import InputError
+from calmix.evaluation.answers import compare_answers
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
-from calmix.evaluation.distance import distance, reference
-from calmix.evaluation.evaluate import evaluate, how_asked
+from calmix.evaluation.distance import distance, pooled, reference
+from calmix.evaluation.evaluate import evaluate, how_asked, own_answers
+from calmix.evaluation.journal import Journal
 from calmix.evaluation.measures import PRIMARY
 from calmix.evaluation.retention import Retention, check_paired
 from calmix.evaluation.scores import (
@@ -24,6 +26,7 @@ from calmix.evaluation.scores import (
     load_pair,
     pair_record,
 )
+from calmix.evaluation.served import Served
 from calmix.evaluation.suites import Suite
 from calmix.models import OpenModel, open_model, resolve_model
 from calmix.models.opening import load_tokenizer
@@ -57,16 +60,18 @@ class Comparison:
 
 
 def evaluate_against(
-    model: str,
+    model: str | Served,
     suite: Suite,
-    against: CapabilityScores | str | None = None,
+    against: CapabilityScores | Served | str | None = None,
     *,
     texts: Callable[[OpenModel], Mapping[str, Tensor]] | None = None,
+    on_answers: bool = True,
     allow_code_execution: bool = False,
     right_only: bool = False,
     repeat: bool = False,
     cache: bool = True,
     batch_tokens: int | None = None,
+    journal: Journal | None = None,
     bar: Progress,
     **opening: Any,
 ) -> tuple[CapabilityScores, CapabilityScores | None]:
@@ -76,25 +81,31 @@ def evaluate_against(
         against: the dense model, which is scored first, or its scores.
         texts: returns rows of token ids by dimension, on which the distance to a dense model given
             by name is measured.
+        on_answers: for a suite of a user's prompts, whether it is measured on the dense model's own
+            answers.
         right_only: generate only the answers that the dense model has right.
         repeat: generate the dense model's answers twice; without one, the model's own.
         cache: whether results of the dense model may come from the cache.
-        allow_code_execution, batch_tokens: as for `calmix.evaluate`.
+        allow_code_execution, batch_tokens, journal: as for `calmix.evaluate`.
         **opening: as for `open_model`.
 
     Raises:
         InputError: the models would be asked in different forms, or scored on different suites.
     """
-    original = against if isinstance(against, str) else None
+    original = None if isinstance(against, CapabilityScores) else against
     dense = against if isinstance(against, CapabilityScores) else None
     trust = bool(opening.get("trust_remote_code"))
-    names = [model] if original is None else [model, original]
-    tokenizers = [load_tokenizer(resolve_model(name), name, trust) for name in names]
+    named = [one for one in (model, original) if isinstance(one, str)]
+    served = [one for one in (model, original) if isinstance(one, Served)]
+    tokenizers = [load_tokenizer(resolve_model(name), name, trust) for name in named]
     if dense is not None:
         check_same_suite(describe(suite), dense.suite)
-    check_same_form("" if dense is None else dense.form, *(how_asked(t, suite) for t in tokenizers))
+    forms = ["" if dense is None else dense.form, *(how_asked(t, suite) for t in tokenizers)]
+    check_same_form(*forms)
+    for one in served:  # asked in the form of the model beside it
+        one.chat = "worked examples" not in forms
 
-    def score(opened: OpenModel, first: bool) -> CapabilityScores:
+    def score(opened: OpenModel | Served, first: bool) -> CapabilityScores:
         return evaluate(
             opened,
             suite,
@@ -104,24 +115,36 @@ def evaluate_against(
             right=dense.right if dense is not None and right_only else None,
             repeat=repeat and first,
             cache=cache and first and original is not None,
+            dense=dense,
+            journal=journal,
             progress=bar.of(f"scoring {opened.name}"),
         )
 
+    def opened(one: str | Served) -> OpenModel | Served:
+        return one if isinstance(one, Served) else open_model(one, **opening)
+
     states = apart = None
     if original is not None:
-        opened = open_model(original, **opening)
-        if texts is not None:
-            states = reference(opened, texts(opened), cache=cache)
-        dense = score(opened, True)
-        del opened
-    small = open_model(model, **opening)
-    if states is not None:
+        first = opened(original)
+        if served or not isinstance(first, OpenModel):
+            dense = score(first, True)
+        else:
+            if texts is not None:
+                states = reference(first, texts(first), cache=cache)
+            dense = score(first, True)
+            if suite.own and on_answers:
+                rows, last = own_answers(first, suite, dense)
+                states = reference(first, rows, last=last) if rows else None
+        del first
+    small = opened(model)
+    if states is not None and isinstance(small, OpenModel):
         apart = distance(
             small,
             states,
             dense=lambda: open_model(str(original), **opening),
             progress=bar.of("distance to the dense model"),
         )
+        apart = pooled(apart, next(iter(suite.dimensions))) if suite.own else apart
     return replace(score(small, against is None), distance=apart), dense
 
 
@@ -132,6 +155,8 @@ def scores_record(
     more = {}
     if dense is not None:
         more = Comparison.of(scores.model, [(dense, scores)], measure).to_dict()
+        if (changed := compare_answers((dense, scores))) is not None:
+            more["prompts"] = changed.to_dict()
     return pair_record(scores, dense, **more)
 
 

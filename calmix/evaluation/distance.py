@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from calmix.models import OpenModel
 from calmix.precision import dtype_name
 
 VERSION = 2  # raised when references change, so that cached ones are not reused
+ANSWER = 128  # tokens of an answer on which the distance is measured
 POSITIONS = 128  # positions whose logits of both models are in memory at a time
 REPORTED = ("kl_median", "kl_p99", "top1")
 
@@ -41,7 +43,8 @@ Texts = Mapping[str, Tensor]  # dimension: int64 token ids, shape (rows, length)
 class Reference:
     """A dense model's fingerprints and hidden states, from which distances are computed.
 
-    `hidden` holds the inputs of its output head by text: shape (rows, length - 1, width), `dtype`.
+    `hidden` holds the inputs of its output head by text: shape (rows, positions, width), `dtype`,
+    at the last positions that predict a token.
     """
 
     dense: str
@@ -53,11 +56,18 @@ class Reference:
 
 
 @torch.inference_mode()
-def reference(opened: OpenModel, texts: Texts, *, cache: bool = False) -> Reference:
+def reference(
+    opened: OpenModel,
+    texts: Texts,
+    *,
+    last: Mapping[str, int] | None = None,
+    cache: bool = False,
+) -> Reference:
     """Run a dense model over texts and return the reference for distances.
 
-    `texts` holds int64 token ids of shape (rows, length) by dimension. With `cache`, hidden states
-    are read from and written to the cache: leave it off for a model changed in memory.
+    `texts` holds int64 token ids of shape (rows, length) by dimension; `last` limits the distance
+    to the predictions of so many last tokens of each row. With `cache`, hidden states are read from
+    and written to the cache: leave it off for a model changed in memory.
     """
     hidden = None
     kept = opened.cached("reference", texts_hash(texts), VERSION).with_suffix(".safetensors")
@@ -67,7 +77,12 @@ def reference(opened: OpenModel, texts: Texts, *, cache: bool = False) -> Refere
     if hidden is None:
         decoder, _ = likelihood.decoder_and_head(opened.model)
         hidden = {
-            name: torch.cat([part.cpu() for _, part in likelihood.hidden_states(decoder, ids)])
+            name: torch.cat(
+                [
+                    part[:, -(last or {}).get(name, ids.shape[1]) :].cpu()
+                    for _, part in likelihood.hidden_states(decoder, ids)
+                ]
+            )
             for name, ids in texts.items()
         }
         if cache:
@@ -140,7 +155,7 @@ def distance(
         divergence, agree = [], []
         for rows, states in likelihood.hidden_states(decoder, ids):
             kept = reference.hidden[name][rows].to(states.device)
-            both = (kept.flatten(0, 1), states.flatten(0, 1))
+            both = (kept.flatten(0, 1), states[:, -kept.shape[1] :].flatten(0, 1))
             for first, second in logit_pairs((before, after), both):
                 agree.append(first.argmax(-1) == second.argmax(-1))
                 divergence.append(likelihood.divergences(first, second))
@@ -163,6 +178,35 @@ def distance(
         "dimensions": found,
         "total": _record(tokens, np.mean(points, 0), others),
     }
+
+
+def answer_texts(
+    opened: OpenModel, asked: Sequence[tuple[str, list[int], str]]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return prompts with their answers as `texts` and `last` of `reference`, by item.
+
+    `asked` are an item, the ids of its prompt, and the answer, of which at most `ANSWER` tokens
+    count; rows that exceed the model's context are left out, and so are empty answers.
+    """
+    texts, last = dict[str, Tensor](), dict[str, int]()
+    for item, before, answer in asked:
+        ids = opened.tokenizer(answer, add_special_tokens=False)["input_ids"][:ANSWER]
+        if ids and before and len(before) + len(ids) <= (opened.context or math.inf):
+            texts[item], last[item] = torch.tensor([[*before, *ids]]), len(ids)
+    return texts, last
+
+
+def pooled(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a record of `distance` on answers, one per item, as that of one dimension: means over
+    items, with an interval by bootstrap over items. The mean KL of each item stays in `items`."""
+    rows = found["dimensions"].values()
+    kls = np.array([one["kl_mean"] for one in rows])
+    weights = item_weights(name, len(kls), resamples=retention.RESAMPLES, seed=0)
+    others = [np.mean([one[key] for one in rows]) for key in REPORTED]
+    points = np.append(kls.mean(), weights @ kls / len(kls))
+    record = _record(sum(one["tokens"] for one in rows), points, others)
+    items = dict(zip(found["dimensions"], kls.round(6).tolist(), strict=True))
+    return {**found, "dimensions": {name: record}, "total": record, "items": items}
 
 
 def logit_pairs(

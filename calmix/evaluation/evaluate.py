@@ -19,21 +19,25 @@ from typing import Any
 
 import numpy as np
 
-from calmix.errors import DiskError, InputError, nearest
+from calmix.errors import DiskError, InputError, ModelError, nearest
 from calmix.evaluation import checks
-from calmix.evaluation.greedy import answers, prompt
+from calmix.evaluation.distance import answer_texts
+from calmix.evaluation.greedy import Prompt, answers, prompt
+from calmix.evaluation.journal import Journal
 from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.measures import TaskScores, rounded
+from calmix.evaluation.prompts import body, properties, same_call
 from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.scorer import BATCH_TOKENS, Scorer
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
+from calmix.evaluation.served import Served
 from calmix.evaluation.suites import Suite, TaskSpec, load_suite
 from calmix.evaluation.tasks import Ask, Item, load_items, task_texts
 from calmix.evaluation.tasks import suite_items as suite_items
 from calmix.machine import cores
 from calmix.manifest import deciding_versions
 from calmix.models import OpenModel, open_model
-from calmix.models.opening import end_tokens, in_chat
+from calmix.models.opening import end_tokens, in_chat, rendered
 from calmix.precision import dtype_name
 
 ANSWER = 24  # cost of a generated answer, in likelihood requests
@@ -43,7 +47,9 @@ CHECKS: dict[str, Callable[[str, Any], bool]] = {
     "number": checks.same_number,
     "result": checks.same_result,
     "request": checks.as_requested,
+    "tool": same_call,
 }
+CHUNK = 128  # a user's prompts that are answered together, and that a kill may lose
 CUE = "Answer:"  # replaces the question when answers are scored without it
 SCORER = 2  # raised when scores change, so that cached ones are not reused
 FLOORS = 2  # the same for the baselines, which only a dense model's scores hold
@@ -106,7 +112,7 @@ def runnable(suite: Suite, allowed: bool, *, whole: bool = False) -> tuple[Suite
 
 
 def evaluate(
-    model: OpenModel | str | Path,
+    model: OpenModel | Served | str | Path,
     suite: Suite | str | Path = "offline",
     *,
     dimensions: Sequence[str] = (),
@@ -122,12 +128,14 @@ def evaluate(
     right: Mapping[str, Collection[str]] | None = None,
     repeat: bool = False,
     cache: bool = False,
+    dense: CapabilityScores | None = None,
+    journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> CapabilityScores:
     """Score a model on a suite.
 
     Args:
-        model: the name of a model, or an open model.
+        model: the name of a model, or an open model, or one behind a server.
         suite: a suite, the name of a builtin one, or the path of a YAML file.
         dimensions, tasks: score only these; all if none are named.
         quick, limit: score the suite's quick slice; at most this many items per task.
@@ -143,6 +151,8 @@ def evaluate(
             changes: the ceiling of a comparison with this model.
         cache: read scores of the same model files from the cache, or store them there. Leave it
             off for a model changed in memory, which the cache cannot detect.
+        dense: scores of the dense model, whose answers to a user's prompts set what is expected.
+        journal: answers of an interrupted run, to which new ones are added.
         progress: called with the requests done and in total; an answer counts as several.
 
     Raises:
@@ -154,17 +164,17 @@ def evaluate(
     if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     how: dict[str, Any] = {"size": batch_tokens or BATCH_TOKENS, "cache": cache}
-    how |= {"skipped": skipped, "progress": progress}
-    scores = _scored(model, chosen, floors=floors, right=right, **how)
+    how |= {"skipped": skipped, "progress": progress, "journal": journal}
+    scores = _scored(model, chosen, floors=floors, right=right, dense=dense, **how)
     if repeat and chosen.asks:
         written = choose(chosen, tasks=[name for name, one in chosen.tasks.items() if one.writes])
-        again = _scored(model, written, rearranged=True, **how)
+        again = _scored(model, written, rearranged=True, dense=dense or scores, **how)
         scores = replace(scores, repeat=again.tasks)
     return scores
 
 
 def _scored(
-    model: OpenModel,
+    model: OpenModel | Served,
     chosen: Suite,
     *,
     size: int,
@@ -174,10 +184,16 @@ def _scored(
     floors: bool = True,
     right: Mapping[str, Collection[str]] | None = None,
     rearranged: bool = False,
+    dense: CapabilityScores | None = None,
+    journal: Journal | None = None,
 ) -> CapabilityScores:
     """Score an open model on a suite that may run, or read its scores from the cache."""
-    form, kept = how_asked(model.tokenizer, chosen), None
-    if cache and floors and right is None:
+    if isinstance(model, Served):
+        form = "chat template" if model.chat else "worked examples"
+    else:
+        form = how_asked(model.tokenizer, chosen)
+    kept = None
+    if cache and floors and right is None and isinstance(model, OpenModel):
         # Items of a user's rows are named after their file.
         stems = sorted((name, Path(t.file).stem) for name, t in chosen.tasks.items() if t.file)
         about = *form_of(model, chosen), chosen.hash, size, SCORER, FLOORS, *stems
@@ -202,26 +218,35 @@ def _scored(
     ]
     if any(one.check == "program" for _, one in asked):
         check_sandbox()
-    scorer = Scorer(model, batch_tokens=size, progress=progress)
-    scorer.total += ANSWER * len(asked)
-    # All likelihood requests at once, so that common prefixes run only once.
-    likely = iter(
-        scorer.loglikelihood(
-            [
-                (name, *one)
-                for name, item in pairs
-                if not specs[name].writes
-                for one in item.requests
-            ]
+    requests = [
+        (name, *one) for name, item in pairs if not specs[name].writes for one in item.requests
+    ]
+    scorer, likely = None, iter(list[float]())
+    if isinstance(model, Served):
+        if requests:
+            raise InputError(
+                f"{model.name}: a server gives no likelihoods, which task {requests[0][0]} needs: "
+                "use --prompts, or select tasks with generated answers by --task"
+            )
+        texts = model.answers(
+            [one for _, one in asked], rearranged=rearranged, journal=journal, progress=progress
         )
-    )
-    texts = ask(scorer, asked, rearranged)
-    written = dict(zip(((name, item.id) for name, item in asked), texts, strict=True))
+    else:
+        scorer = Scorer(model, batch_tokens=size, progress=progress)
+        scorer.total += ANSWER * len(asked)
+        # All likelihood requests at once, so that common prefixes run only once.
+        likely = iter(scorer.loglikelihood(requests))
+        texts = ask(scorer, asked, rearranged, journal)
+    judged = _judged(asked, texts, dense)
     for name, spec in specs.items():
         of_task, record = items[name], dict[str, Any](chance=0.0)
         if spec.writes:
-            results = [written.get((name, item.id), (0.0, "", 0)) for item in of_task]
-            record |= zip(("values", "answers", "ended"), zip(*results, strict=True), strict=True)
+            results = [judged.get((name, item.id), (0.0, "", 0, {})) for item in of_task]
+            columns = zip(*results, strict=True)
+            record |= zip(("values", "answers", "ended", "properties"), columns, strict=True)
+            own = spec.kind == "prompts"
+            record["properties"] = record["properties"] if own else ()
+            record["prompts"] = tuple(item.own.plain for item in of_task) if own else ()
         else:
             rows = [[*islice(likely, len(item.requests))] for item in of_task]
             record = _likely(name, spec, of_task, rows, scorer if floors else None)
@@ -235,15 +260,15 @@ def _scored(
                 **record,
             )
         )
-    if model.files is not None:
+    if isinstance(model, OpenModel) and model.files is not None:
         model.files.check()
     scores = CapabilityScores(
         model.name,
         sha256,
-        dtype_name(model.model.dtype),
+        "served" if isinstance(model, Served) else dtype_name(model.model.dtype),
         describe(chosen),
         tuple(done),
-        truncated=dict(scorer.truncated),
+        truncated={} if scorer is None else dict(scorer.truncated),
         seconds=round(time.perf_counter() - start, 2),
         versions=deciding_versions(),
         not_run=tuple(skipped),
@@ -268,6 +293,18 @@ def form_of(model: OpenModel, suite: Suite) -> list[Any]:
     if not suite.asks:
         return []
     return [str(getattr(model.tokenizer, "chat_template", None)), end_tokens(model)]
+
+
+def own_answers(
+    opened: OpenModel, suite: Suite, scores: CapabilityScores
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return a model's answers to a user's prompts as `distance.answer_texts` does."""
+    asked = []
+    for task in scores.tasks:
+        known = {one.id: one for one in load_items(suite.tasks[task.name])}
+        for item, text in zip(task.items, task.answers, strict=True):
+            asked.append((item, as_prompt(opened, known[item]).ids, text))
+    return answer_texts(opened, asked)
 
 
 def accuracies(
@@ -331,35 +368,98 @@ def _likely(
 
 
 def ask(
-    scorer: Scorer, asked: Sequence[tuple[str, Ask]], rearranged: bool = False
-) -> list[tuple[float, str, int]]:
-    """Generate an answer to each item (given with its task's name). Returns whether it is right,
-    its text and whether it ended."""
-    prompts = [
-        prompt(scorer.tokenizer, one.chat, one.plain, one.tokens, one.until) for _, one in asked
-    ]
-    context = scorer.opened.context or math.inf
+    scorer: Scorer,
+    asked: Sequence[tuple[str, Ask]],
+    rearranged: bool = False,
+    journal: Journal | None = None,
+) -> list[tuple[str, bool]]:
+    """Generate an answer to each item (given with its task's name). Returns its text and whether it
+    ended. A user's prompts are answered in chunks, and not again if the `journal` has them."""
+    prompts = [as_prompt(scorer.opened, one) for _, one in asked]
+    context, journal = scorer.opened.context or math.inf, journal or Journal(None)
     scorer.truncated.update(
         name for (name, _), one in zip(asked, prompts, strict=True) if one.needs > context
     )
-    written = answers(
-        scorer.opened,
-        prompts,
-        rearranged=rearranged,
-        progress=lambda done, total: scorer.tick(ANSWER),
-    )
+    own = [at for at, (_, one) in enumerate(asked) if one.own is not None]
+    others = [at for at, (_, one) in enumerate(asked) if one.own is None]
+    found = dict[int, tuple[str, bool]]()
+    chunks = (own[at : at + CHUNK] for at in range(0, len(own), CHUNK))
+    for part in filter(None, (others, *chunks)):
+        key = ""
+        if part is not others:
+            about = [(prompts[at].ids, prompts[at].tokens) for at in part]
+            key = scorer.opened.cached("answers", rearranged, about).name
+        if (texts := journal.get(key)) is None:
+            texts = answers(
+                scorer.opened,
+                [prompts[at] for at in part],
+                rearranged=rearranged,
+                progress=lambda done, total: scorer.tick(ANSWER),
+            )
+            if key:
+                journal.add(key, texts)
+        else:
+            scorer.tick(ANSWER * len(part))
+        found |= zip(part, texts, strict=True)
+    return [found[at] for at in range(len(asked))]
+
+
+def _judged(
+    asked: Sequence[tuple[str, Ask]],
+    texts: Sequence[tuple[str, bool]],
+    dense: CapabilityScores | None,
+) -> dict[tuple[str, str], tuple[float, str, int, dict[str, bool]]]:
+    """Return by task and item whether an answer counts, its text, whether it ended, and its
+    properties. A user's prompt without a check counts if its answer has all of them."""
+    known = {
+        (task.name, item): text
+        for task in (dense.tasks if dense is not None else ())
+        for item, text in zip(task.items, task.answers, strict=False)
+    }
     with ThreadPoolExecutor(cores()) as pool:  # programs run in subprocesses
-        good = pool.map(lambda item, one: verdict(item, *one), (one for _, one in asked), written)
-    return [
-        (float(right), text, int(ended)) for right, (text, ended) in zip(good, written, strict=True)
-    ]
+        right = [*pool.map(lambda both, one: verdict(both[1], *one), asked, texts)]
+    found = {}
+    for (name, one), (text, ended), good in zip(asked, texts, right, strict=True):
+        seen, key = dict[str, bool](), (name, one.id)
+        if one.own is not None:
+            seen = properties(one.own, text, ended, known.get(key))
+            seen |= {"right": good} if one.check else {}
+            good = good if one.check else all(seen.values())
+        found[key] = float(good), text, int(ended), seen
+    return found
+
+
+def as_prompt(opened: OpenModel, one: Ask) -> Prompt:
+    """Return an item as token ids; a ModelError if the chat template refuses a user's prompt."""
+    own, how = one.own, dict[str, Any]()
+    if own is not None and own.thinking:
+        how["enable_thinking"] = True
+    if own is not None and own.tools:
+        how["tools"] = [*own.tools]
+    tokenizer = opened.tokenizer
+    made = prompt(tokenizer, one.messages, one.plain, one.tokens, one.until, **how)
+    if own is None or not getattr(tokenizer, "chat_template", None):
+        return made
+    begins = f"the prompt that begins '{own.plain[:40]}'"
+    if rendered(tokenizer, own.messages, **how) is None:
+        raise ModelError(f"the chat template of {opened.name} refuses {begins}: change its turns")
+    bare = {key: value for key, value in how.items() if key != "tools"}
+    if own.tools and rendered(tokenizer, own.messages, **bare) == rendered(
+        tokenizer, own.messages, **how
+    ):
+        raise ModelError(
+            f"the chat template of {opened.name} has no tools, which {begins} gives: leave such "
+            "prompts out, or use a template with tools"
+        )
+    return made
 
 
 def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
     """Whether an answer is right. Of one that was cut, only the part that `checks.finished` returns
     counts; an empty one is wrong. Programs run in the sandbox."""
+    answer = body(answer) if item.own is not None else answer
     answer = answer if ended else checks.finished(answer, item.check)
-    if not answer.strip():
+    if not answer.strip() or not item.check:
         return False
     if item.check == "text":
         return checks.short_match(answer, item.right, item.question)

@@ -96,7 +96,14 @@ def answer(
     """Return a model's greedy answer to each prompt, in its chat template if it has one. Answers
     longer than `TOKENS` are cut and end in an ellipsis."""
     inputs = [
-        prompt(opened.tokenizer, one.shown, one.plain, TOKENS, ("\nQuestion:",)) for one in prompts
+        prompt(
+            opened.tokenizer,
+            [{"role": "user", "content": one.shown}],
+            one.plain,
+            TOKENS,
+            ("\nQuestion:",),
+        )
+        for one in prompts
     ]
     texts = answers(opened, inputs, progress=progress)
     return tuple(text.strip() + ("" if ended else " …") for text, ended in texts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,8 +26,8 @@ from calmix.models.blocks import decoder_of
 from calmix.models.opening import (
     end_tokens,
     generating,
-    in_chat,
     quiet_transformers,
+    rendered,
     to_continue,
 )
 
@@ -68,10 +68,16 @@ class Prompt:
 
 
 def prompt(
-    tokenizer: Any, chat: str | None, plain: str, tokens: int, until: tuple[str, ...]
+    tokenizer: Any,
+    chat: Sequence[Mapping[str, Any]] | None,
+    plain: str,
+    tokens: int,
+    until: tuple[str, ...],
+    **how: Any,
 ) -> Prompt:
-    """Make a prompt of `chat` in the model's chat template if it has one, else of `plain` text."""
-    made = None if chat is None else in_chat(tokenizer, chat)
+    """Make a prompt of `chat` in the model's chat template if it has one, else of `plain` text.
+    `how` are options of the template, such as `tools`."""
+    made = None if chat is None else rendered(tokenizer, chat, **how)
     if made is None:
         return Prompt(to_continue(tokenizer, [plain])[0], tokens, until)
     return Prompt(tokenizer(made, add_special_tokens=False)["input_ids"], tokens)

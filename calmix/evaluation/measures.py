@@ -26,6 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,9 @@ class TaskScores:
         floors: this model's log-likelihoods without the question, if it is a dense model.
         unigram: log-likelihood in nats of each right answer under a unigram code.
         answers: the generated answers, if any; `ended` is 0 for those that were cut.
+        prompts: what a user's own prompts ask; empty for other tasks.
+        properties: of their answers: what is expected of each, and whether it is so
+            (`prompts.properties`).
     """
 
     name: str
@@ -76,6 +80,8 @@ class TaskScores:
     unigram: tuple[float, ...] = ()
     answers: tuple[str, ...] = ()
     ended: tuple[int, ...] = ()
+    prompts: tuple[str, ...] = ()
+    properties: tuple[dict[str, bool], ...] = ()
 
     @property
     def accuracy(self) -> float | None:
@@ -94,7 +100,8 @@ class TaskScores:
         tables = [t for t in (self.loglikelihoods, self.bytes, self.floors) if t]
         likely = self.loglikelihoods or self.primary not in RIGHT_OR_WRONG
         needed = (self.gold, self.bytes, self.loglikelihoods) if likely else ()
-        parts = (self.values, self.gold, self.unigram, self.answers, self.ended, *tables)
+        parts: tuple[Sequence[Any], ...] = (self.values, self.gold, self.unigram, *tables)
+        parts += self.answers, self.ended, self.prompts, self.properties
         choices = [len(row) for row in tables[0]] if tables else []
         return (
             all(len(part) == len(self.items) for part in (*needed, *filter(None, parts)))

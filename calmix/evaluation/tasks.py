@@ -17,6 +17,7 @@ from typing import Any
 
 from calmix import assets
 from calmix.errors import InputError, nearest
+from calmix.evaluation.prompts import OwnPrompt, number, read_prompts
 from calmix.evaluation.suites import ARCHIVE, ASKED, Suite, TaskSpec, read_rows
 from calmix.yaml_files import packaged
 
@@ -50,18 +51,27 @@ class Item:
 
 @dataclass(frozen=True)
 class Ask:
-    """An item with a generated answer: the question as a `chat` turn and as `plain` text, the right
-    answer and its `check`, the most tokens to generate, and the texts that stop an answer."""
+    """An item with a generated answer: the question as a `chat` (a turn, or all messages) and as
+    `plain` text, the right answer and its `check`, the most tokens to generate, and the texts that
+    stop an answer. `own` is the user's prompt, if it is one."""
 
     id: str
     number: int
-    chat: str | None
+    chat: str | tuple[dict[str, Any], ...] | None
     plain: str
     right: Any
     doc: Mapping[str, Any]
     check: str
     tokens: int
     until: tuple[str, ...]
+    own: OwnPrompt | None = None
+
+    @property
+    def messages(self) -> tuple[dict[str, Any], ...] | None:
+        """The messages of the chat; None for an item that is asked as plain text."""
+        if isinstance(self.chat, str):
+            return ({"role": "user", "content": self.chat},)
+        return self.chat
 
     @property
     def question(self) -> str:
@@ -77,6 +87,8 @@ def load_items(spec: TaskSpec) -> list[Any]:
         return spec.pick(load_asked(spec.asked))
     if spec.file is None:
         return spec.pick(_archive_items(str(spec.archive), str(spec.form), shots))
+    if kind == "prompts":
+        return spec.pick([_own(one) for one in read_prompts(spec.file)])
     name, rows = Path(spec.file).stem, read_rows(spec.file, kind, shots)
     if kind == "choices":
         for row in rows:
@@ -92,6 +104,23 @@ def load_items(spec: TaskSpec) -> list[Any]:
             shown = right if isinstance(right, str) else right[0]
             docs.append({"question": row["question"], "right": right, "shown": shown})
     return spec.pick(_asked(name, known | {"examples": shots}, docs))
+
+
+def _own(one: OwnPrompt) -> Ask:
+    """Return a user's prompt as an item."""
+    doc = {"question": one.question, "right": one.right}
+    return Ask(
+        one.sha256[:12],
+        number(one),
+        one.messages,
+        one.plain,
+        one.right,
+        doc,
+        one.check,
+        one.max_tokens,
+        (),
+        one,
+    )
 
 
 def _cloze(name: str, number: int, row: Mapping[str, Any]) -> Item:
@@ -295,7 +324,7 @@ def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
         if spec.writes:
             doc, keys = item.doc, ("canonical_solution", "code", "solution", "answer", "shown")
             right = next((doc[key] for key in keys if doc.get(key)), item.right)
-            right = "\n".join(doc["tests"]) if right is None else right
+            right = "\n".join(doc.get("tests", ())) if right is None else right
             text = f"{item.question}\n{right}"
         else:
             context, right = item.requests[item.gold]

@@ -39,8 +39,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def templated(tokenizer: Any, chat: Sequence[Mapping[str, Any]], **how: Any) -> str:
-    """Return a chat in the model's template: without thinking before the answer, and the same on
-    any day. Raises ModelError for a template that takes too much time or memory."""
+    """Return a chat in the model's template: without thinking before the answer, unless `how` has
+    `enable_thinking`, and the same on any day. Raises ModelError for a template that takes too much
+    time or memory."""
     from transformers.utils import chat_template_utils
 
     with (
@@ -50,7 +51,9 @@ def templated(tokenizer: Any, chat: Sequence[Mapping[str, Any]], **how: Any) -> 
     ):
         return str(
             tokenizer.apply_chat_template(
-                list(chat), tokenize=False, enable_thinking=False, date_string="1 Jan 2025", **how
+                list(chat),
+                tokenize=False,
+                **{"enable_thinking": False, "date_string": "1 Jan 2025"} | how,
             )
         )
 

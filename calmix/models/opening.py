@@ -740,16 +740,25 @@ def quiet_transformers() -> Iterator[None]:
 def in_chat(tokenizer: Any, *turns: str) -> str | None:
     """Return a chat that ends with a user's turn in the model's template, up to the answer; None
     without a template, or if it refuses turns of only user and assistant."""
+    return rendered(
+        tokenizer,
+        [{"role": ("user", "assistant")[at % 2], "content": t} for at, t in enumerate(turns)],
+    )
+
+
+def rendered(tokenizer: Any, chat: Sequence[Mapping[str, Any]], **how: Any) -> str | None:
+    """Return the messages of a chat in the model's template, up to the answer; None without a
+    template, or if it refuses or leaves out a message. Options such as `tools` are the template's.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return None
-    chat = [{"role": ("user", "assistant")[at % 2], "content": t} for at, t in enumerate(turns)]
     try:
-        text = templated(tokenizer, chat, add_generation_prompt=True)
+        text = templated(tokenizer, chat, add_generation_prompt=True, **how)
     except ModelError:
         raise
     except Exception:  # templates can raise anything
         return None
-    return text if all(turn.strip() in text for turn in turns) else None
+    return text if all(str(one["content"] or "").strip() in text for one in chat) else None
 
 
 def end_tokens(opened: OpenModel) -> list[int]:

@@ -652,7 +652,7 @@ def _of_row(key: str, template: str, row: Any, where: str) -> Document:
     name = next((one for one in CHATS if one in mapping), None) if searched else template[1:-1]
     try:
         if name is not None:
-            messages = _chat(mapping.get(name), name, searched)
+            messages = chat_messages(mapping.get(name), name, searched)
         if messages is not None:
             said = ((one["role"], one["content"] or one.get("tool_calls")) for one in messages)
             text = "\n\n".join(
@@ -677,7 +677,7 @@ def _of_row(key: str, template: str, row: Any, where: str) -> Document:
     return Document(key, text, messages)
 
 
-def _chat(value: Any, name: str, expected: bool) -> tuple[dict[str, Any], ...] | None:
+def chat_messages(value: Any, name: str, expected: bool) -> tuple[dict[str, Any], ...] | None:
     """Return the messages in a field, a list or JSON in any of the usual formats, as `role` and
     `content`; None if there are none and none are `expected`."""
     chat, messages = value, []

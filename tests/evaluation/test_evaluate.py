@@ -191,5 +191,5 @@ def test_prompt_truncation_is_reported(monkeypatch, kind, cut):
     monkeypatch.setattr("calmix.evaluation.evaluate.answers", lambda *_, **__: [("x", True)])
     scorer = Scorer(opened(kind))
     item = Ask("q/0", 0, None, "a" * 3000, ["x"], {}, "text", 8, ())
-    assert ask(scorer, [("q", item)]) == [(1.0, "x", 1)]
+    assert ask(scorer, [("q", item)]) == [("x", True)]
     assert scorer.truncated == cut

@@ -107,7 +107,7 @@ TEMPLATE = (
 
 def asked(name, template):
     tokenizer, first = tiny_tokenizer(template), load_asked(name)[0]
-    made = prompt(tokenizer, first.chat, first.plain, first.tokens, first.until)
+    made = prompt(tokenizer, first.messages, first.plain, first.tokens, first.until)
     return made, tokenizer.decode(made.ids)
 
 

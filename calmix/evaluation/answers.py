@@ -1,0 +1,169 @@
+"""Answers of a smaller model to a user's prompts beside the dense model's, without right answers.
+
+Pure functions over scores of a suite with tasks of kind `prompts`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import Any
+
+from calmix.evaluation.behaviour import Counted, Pair, TaskPair, held, proportion
+from calmix.evaluation.measures import TaskScores
+from calmix.evaluation.prompts import FAULTS, faults
+from calmix.evaluation.retention import Estimate, check_paired
+from calmix.evaluation.scores import CapabilityScores
+from calmix.evaluation.tasks import shared_start
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What changed in the answers to a user's prompts.
+
+    Attributes:
+        asked: prompts.
+        identical: share of answers with the same text under both models; `repeat` is that share for
+            the dense model's second answers, None if not measured.
+        parted: words after which different answers part, the median; None if all are identical.
+        right: right answers of the prompts that have a check; None if there are none.
+        sound: answers without faults of the prompts without a check; None if there are none.
+        faults: counts of answers without each fault, of those where it could be; `again` is the
+            share of the dense model's second answers that have it.
+    """
+
+    asked: int
+    identical: Estimate
+    repeat: float | None
+    parted: float | None
+    right: Counted | None
+    sound: Counted | None
+    faults: tuple[Counted, ...]
+    again: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-serialisable data."""
+        counts = {name: one and one.to_dict() for name, one in vars(self).items() if name in COUNTS}
+        return asdict(self) | counts | {"faults": [one.to_dict() for one in self.faults]}
+
+
+COUNTS = ("right", "sound")
+
+
+def own(task: TaskScores) -> bool:
+    """Whether a task asks a user's prompts."""
+    return bool(task.prompts)
+
+
+def compare_answers(*pairs: Pair) -> Answers | None:
+    """Compare two models' answers to a user's prompts; None if their suites have none."""
+    tasks = held(pairs, own)
+    if not tasks:
+        return None
+    again = [
+        (before, second)
+        for before, _ in tasks
+        for dense, _ in pairs
+        for second in dense.repeat
+        if second.name == before.name and second.items == before.items
+    ]
+    texts, second = _columns(tasks, "answers"), _columns(again, "answers")
+    checked, values = _columns(tasks, "properties"), _columns(tasks, "values")
+    sound = [both for both, (one, _) in zip(values, checked, strict=True) if "right" not in one]
+    apart = [words for one, other in texts if (words := parted(one, other)) is not None]
+    counts = [_counted(name, tasks) for name in FAULTS]
+    known = {one.name: one for one in counts if one is not None}
+    right = known.pop("right", None)
+    repeated = [_counted(name, again) for name in known]
+    return Answers(
+        len(texts),
+        proportion(len(texts) - len(apart), len(texts)),
+        sum(one == other for one, other in second) / len(second) if second else None,
+        statistics.median(apart) if apart else None,
+        right,
+        _paired("sound", sound) if sound else None,
+        tuple(known.values()),
+        {one.name: 1 - one.pruned / one.asked for one in repeated if one},
+    )
+
+
+def _columns(tasks: Sequence[TaskPair], field: str) -> list[tuple[Any, Any]]:
+    """Return a field of both models' items, in pairs."""
+    pairs = (zip(getattr(a, field), getattr(b, field), strict=True) for a, b in tasks)
+    return [*chain.from_iterable(pairs)]
+
+
+def _paired(name: str, values: Sequence[tuple[float, float]]) -> Counted:
+    both = [(bool(one), bool(other)) for one, other in values]
+    dense, small = (sum(column) for column in zip(*both, strict=True))
+    return Counted(name, len(both), dense, small, sum(one and other for one, other in both))
+
+
+def _counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
+    """Count the answers that have a property, of those where one of the two is expected to."""
+    values = [
+        (float(one.get(name, True)), float(other.get(name, True)))
+        for one, other in _columns(tasks, "properties")
+        if name in one or name in other
+    ]
+    return _paired(name, values) if values else None
+
+
+def parted(one: str, other: str) -> int | None:
+    """Return the number of words after which two texts part; None if they are the same."""
+    if one == other:
+        return None
+    return shared_start([one.split(), other.split()])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt with the answers of the dense model and of smaller ones, and what is wrong with
+    each; `kl` is each smaller model's distance on the dense model's answer, if known."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    faults: tuple[tuple[str, ...], ...]
+    counts: tuple[bool, ...]
+    kl: tuple[float | None, ...]
+
+    @property
+    def common(self) -> tuple[int, ...]:
+        """Characters that each answer begins with like the dense model's."""
+        return tuple(shared_start([self.answers[0], text]) for text in self.answers)
+
+    @property
+    def badness(self) -> tuple[float, ...]:
+        """A key that is largest for the prompt on which the smaller models lose most."""
+        lost = self.counts[0] * sum(not one for one in self.counts[1:])
+        more = sum(len(set(one) - set(self.faults[0])) for one in self.faults[1:])
+        changed = sum(text != self.answers[0] for text in self.answers[1:])
+        return lost, more, changed, sum(one or 0.0 for one in self.kl)
+
+
+def rows(pairs: Sequence[Pair]) -> list[Row]:
+    """Return all prompts with the answers of the dense model and of each pair's smaller one, the
+    worst first. The pairs have one dense model."""
+    found = []
+    models = [pairs[0][0], *(small for _, small in pairs)]
+    tasks = [[task for task in one.tasks if own(task)] for one in models]
+    for each in tasks[1:]:
+        check_paired(tasks[0], each)
+    for several in zip(*tasks, strict=True):
+        for at, item in enumerate(several[0].items):
+            found.append(
+                Row(
+                    several[0].prompts[at],
+                    tuple(task.answers[at] for task in several),
+                    tuple(tuple(faults(task.properties[at])) for task in several),
+                    tuple(bool(task.values[at]) for task in several),
+                    tuple(_kl(one, item) for one in models[1:]),
+                )
+            )
+    return sorted(found, key=lambda row: row.badness, reverse=True)
+
+
+def _kl(one: CapabilityScores, item: str) -> float | None:
+    return ((one.distance or {}).get("items") or {}).get(item)

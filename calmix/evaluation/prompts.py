@@ -1,0 +1,414 @@
+"""A user's own prompts, and what a program can see of their answers without a right one.
+
+A row has a `prompt` or the `messages` of a chat, up to a turn of the user, and optionally
+
+    answer      the right answer, or a list of right ones
+    check       how it is compared (`CHECKS`), or rules as in abilities/chat.yaml: {"lines": 3}
+    tools       functions the model may call, in the form of OpenAI's API
+    max_tokens  the most tokens to generate
+    thinking    whether the chat template is to let the model think first
+
+The dense model's answer to a prompt sets what is expected of others: its language, JSON, code, a
+call of a tool. A prompt that asks for JSON expects it of the dense model too.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calmix.errors import InputError, SourceError, nearest
+from calmix.evaluation import checks
+from calmix.files import parse_json
+from calmix.sources.readers import CHATS, FORMATS, TEXT, chat_messages, fill
+from calmix.sources.registry import local_file
+
+TOKENS = 256  # most tokens of an answer by default
+MOST_TOKENS = 32_768
+FIELDS = ("prompt", "question", "instruction", "input", "text")  # the first one present is read
+CHECKS = {  # how an answer is compared: the check of `tasks.Ask`
+    "text": "text",
+    "exact": "exact",
+    "number": "number",
+    "result": "result",
+    "contains": "request",
+    "json": "request",
+    "tool": "tool",
+}
+PLAIN = "{prompt}"  # an example in errors
+# Properties of an answer, and what an answer without one is called.
+FAULTS = {
+    "text": "empty",
+    "end": "unfinished",
+    "progress": "looping",
+    "language": "other language",
+    "json": "broken JSON",
+    "code": "code that does not parse",
+    "tool call": "invalid tool call",
+    "thought": "thinking without end",
+    "right": "wrong",
+}
+THOUGHT = "</think>"
+REPEATED, PERIOD = 120, 120  # characters of a loop, and of its period at most
+PYTHON = re.compile(r"```[^\S\n]*(?:python|py)[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)|\[TOOL_CALLS\](.*)", re.DOTALL)
+SCRIPTS = {  # ranges of letters that identify a language, or a group of them
+    "ja": "\u3040-\u30ff",
+    "zh": "\u4e00-\u9fff",
+    "ko": "\uac00-\ud7af",
+    "ru": "\u0400-\u04ff",
+    "ar": "\u0600-\u06ff",
+    "hi": "\u0900-\u097f",
+    "el": "\u0370-\u03ff",
+    "he": "\u0590-\u05ff",
+    "th": "\u0e00-\u0e7f",
+}
+TYPES: dict[str, Any] = {
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+}
+
+
+@dataclass(frozen=True)
+class OwnPrompt:
+    """A row of a file of prompts. `check` is "" and `right` None if nothing is compared."""
+
+    messages: tuple[dict[str, Any], ...]
+    check: str = ""
+    right: Any = None
+    tools: tuple[dict[str, Any], ...] = ()
+    max_tokens: int = TOKENS
+    thinking: bool = False
+
+    @property
+    def question(self) -> str:
+        """The last turn."""
+        return str(self.messages[-1]["content"])
+
+    @property
+    def plain(self) -> str:
+        """All turns as text, for a model without a chat template."""
+        return "\n\n".join(one["content"] for one in self.messages if one["content"])
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what is asked, which identifies the prompt and its half (`halves`)."""
+        asked = [[*self.messages], [*self.tools], self.thinking]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def read_prompts(path: str | Path, note: Callable[[str], None] | None = None) -> list[OwnPrompt]:
+    """Read prompts from rows (.jsonl, .json, .csv, .tsv, .parquet; FILE@FIELD names a field) or
+    from the lines of a .txt file. Of equal prompts only the first is kept; `note` is told how many
+    were not.
+
+    Raises:
+        InputError: a row that cannot be asked, with its line.
+    """
+    found, count = dict[str, OwnPrompt](), 0
+    for where, row in _rows(str(path)):
+        try:
+            one = _prompt(row)
+        except (ValueError, SourceError) as error:
+            raise InputError(f"{where}: {error}") from None
+        found.setdefault(one.sha256, one)
+        count += 1
+    if not found:
+        raise InputError(f"{path} has no prompts")
+    if note is not None and count > len(found):
+        note(f"{path}: {count - len(found)} prompts are in it twice and are asked once")
+    return list(found.values())
+
+
+def halves(prompts: Sequence[OwnPrompt]) -> tuple[list[OwnPrompt], list[OwnPrompt]]:
+    """Split prompts by their hash into those to calibrate with and those to test with, so that no
+    prompt serves both whatever else is in its file."""
+    test = [one for one in prompts if number(one) % 2 == 0]
+    return [one for one in prompts if number(one) % 2], test
+
+
+def number(prompt: OwnPrompt) -> int:
+    """Return a number from a prompt's hash; even ones are in the half to test with."""
+    return int(prompt.sha256[:8], 16)
+
+
+def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = local_file(name)
+    path, ending = reader.path, reader.path.suffix.lower()
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file of prompts")
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    if ending not in FORMATS or ending == ".md":
+        known = ", ".join(one for one in FORMATS if one != ".md")
+        raise InputError(f"cannot read prompts from {path}: supported endings are {known}")
+    try:
+        if (rows := FORMATS[ending]) is None:
+            for at, line in enumerate(next(reader.read()).text.splitlines(), 1):
+                if line.strip():
+                    yield f"{path} line {at}", {"prompt": line}
+            return
+        kind = "line" if ending == ".jsonl" else "row"
+        for at, row in rows(path, "{*}"):  # all columns
+            row = row if isinstance(row, dict) else {"prompt": row}
+            if reader.template != TEXT:
+                row |= {"prompt": fill(reader.template, row)}
+                row = {key: value for key, value in row.items() if key not in CHATS}
+            yield f"{path} {kind} {at}", row
+    except SourceError as error:
+        raise InputError(str(error)) from error
+
+
+def _prompt(row: dict[str, Any]) -> OwnPrompt:
+    """Check a row; a ValueError or SourceError says what is wrong."""
+    row = {key: value for key, value in row.items() if value not in (None, "")}
+    name = next((one for one in CHATS if one in row), None)
+    if name is not None:
+        messages = chat_messages(row[name], name, True) or ()
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+    else:
+        name = next((one for one in FIELDS if one in row), "prompt")
+        if not isinstance(text := row.get(name, ""), str):
+            raise ValueError(f"'{name}' must be a text")
+        messages = ({"role": "user", "content": text.strip()},)
+    if not messages or not str(messages[-1]["content"]).strip():
+        raise ValueError('the prompt is empty: write {"prompt": "..."} or {"messages": [...]}')
+    try:
+        json.dumps(messages, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("invalid Unicode: unpaired surrogate") from None
+    tokens = row.get("max_tokens", TOKENS)
+    tokens = int(tokens) if str(tokens).isdigit() else 0
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise ValueError(f"'max_tokens' must be a whole number from 1 to {MOST_TOKENS}")
+    tools = _parsed(row.get("tools", []))
+    tools = tuple(_tool(one) for one in tools) if isinstance(tools, list) else (_tool(tools),)
+    thinking = str(row.get("thinking", False)).lower() in ("true", "1", "yes")
+    return OwnPrompt(messages, *_expected(row, tools), tools, tokens, thinking)
+
+
+def _parsed(value: Any) -> Any:
+    """Return a value that a CSV file holds as JSON."""
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        return parse_json(value)
+    return value
+
+
+def _tool(value: Any) -> dict[str, Any]:
+    held = value if isinstance(value, dict) else {}
+    function = held.get("function", held)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError("a tool must be {'type': 'function', 'function': {'name': ...}}")
+    return {"type": "function", "function": function}
+
+
+def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tuple[str, Any]:
+    """Return the check of a row's answer and what is right, as `tasks.Ask` has them."""
+    answer, check = row.get("answer"), _parsed(row.get("check"))
+    if isinstance(check, dict):
+        if unknown := [key for key in check if key not in checks.REQUESTED]:
+            raise ValueError(
+                f"unknown rule '{unknown[0]}': {nearest(unknown[0], checks.REQUESTED)}"
+            )
+        return "request", {key: _rule(key, value) for key, value in check.items()}
+    if check is not None and check not in CHECKS:
+        raise ValueError(f"unknown check '{check}': {nearest(str(check), CHECKS)}")
+    if answer is None:
+        if check is not None:
+            raise ValueError(f"the check '{check}' needs an 'answer'")
+        return "", None
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and check is None:
+        check = "number"
+    some = [str(one) for one in answer] if isinstance(answer, list) else [str(answer)]
+    match check or "text":
+        case "number":
+            if not checks.numbers(some[0]):
+                raise ValueError(f"'answer' must be a number, not '{some[0]}'")
+            return "number", some[0]
+        case "result":
+            return "result", f"\\boxed{{{some[0]}}}"
+        case "contains":
+            return "request", {"contains": "|".join(some)}
+        case "json":
+            value = _parsed(answer)
+            return "request", {"json": json.dumps(value)}
+        case "tool":
+            value = _parsed(answer)
+            if not isinstance(value, dict) or not valid_call(value, tools):
+                raise ValueError(
+                    "'answer' must be a valid call of one of its 'tools', such as "
+                    '{"name": "weather", "arguments": {"city": "Rome"}}'
+                )
+            return "tool", value
+        case other:
+            return CHECKS[other], some
+
+
+def _rule(key: str, value: Any) -> Any:
+    """Return the value of a rule as `checks.as_requested` takes it."""
+    if key == "json" and not isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return "|".join(map(str, value))
+    return value if isinstance(value, bool) else str(value)
+
+
+# What can be seen of an answer
+
+
+def properties(
+    prompt: OwnPrompt, answer: str, ended: bool, dense: str | None = None
+) -> dict[str, bool]:
+    """Return what is expected of an answer (keys of `FAULTS`), and whether it is so. `dense` is the
+    dense model's answer, by default the answer itself."""
+    model = answer if dense is None else dense
+    given, known, looping = body(answer), body(model), loops(answer)
+    found = {"text": bool(given.strip()), "end": ended or looping, "progress": not looping}
+    if prompt.thinking or THOUGHT in model:
+        found["thought"] = THOUGHT in answer
+    if not found["text"]:  # counted once, as empty
+        return found
+    spoken = language(known) or language(prompt.question)
+    if spoken:
+        found["language"] = language(given) in ("", spoken)
+    if re.search(r"\bjson\b", prompt.question, re.IGNORECASE) or is_json(known):
+        found["json"] = is_json(given)
+    blocks = PYTHON.findall(given)
+    if blocks or PYTHON.search(known):
+        found["code"] = bool(blocks) and all(map(_parses, blocks))
+    calls = tool_calls(given) if prompt.tools else []
+    if calls or (prompt.tools and tool_calls(known)):
+        found["tool call"] = bool(calls) and all(valid_call(one, prompt.tools) for one in calls)
+    return found
+
+
+def faults(found: Mapping[str, bool]) -> list[str]:
+    """Return what is wrong with an answer of these properties."""
+    return [FAULTS[name] for name, met in found.items() if not met]
+
+
+def body(answer: str) -> str:
+    """Return an answer without the thinking before it."""
+    return answer.rpartition(THOUGHT)[2]
+
+
+def loops(text: str) -> bool:
+    """Whether a text ends in a short part that is repeated four times or more."""
+    tail = text.rstrip()[-4 * PERIOD :]
+    for period in range(1, PERIOD + 1):
+        size = max(REPEATED, 4 * period)
+        if len(tail) >= size and tail[-size + period :] == tail[-size:-period]:
+            return True
+    return False
+
+
+def language(text: str) -> str:
+    """Return the language of a text outside code, by script or common words; "" if unclear."""
+    text = CODE.sub(" ", text)
+    letters = sum(map(str.isalpha, text))
+    for name, letters_of in SCRIPTS.items():
+        count = len(re.findall(f"[{letters_of}]", text))
+        if count > (0.1 if name == "ja" else 0.5) * letters:
+            return name
+    words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower())
+    counts = {
+        name: sum(word in known for word in words)
+        for name, known in ((name, known.split()) for name, known in checks.LANGUAGES.items())
+    }
+    first, second, *_ = sorted(counts, key=lambda name: -counts[name])
+    return first if counts[first] >= 4 and counts[first] >= 2 * counts[second] else ""
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is a JSON object or list, perhaps in a code block."""
+    block = re.search(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
+    text = (block[1] if block else text).strip()
+    if text[:1] not in ("{", "["):
+        return False
+    try:
+        parse_json(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parses(code: str) -> bool:
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def tool_calls(text: str) -> list[Any]:
+    """Return the calls of tools in an answer, None for one that is not JSON: between the marks of
+    Hermes, Qwen or Mistral, or an answer that is nothing but calls."""
+    parts = [one or other for one, other in CALL.findall(text)]
+    if not parts:
+        bare = text.strip().removeprefix("<|python_tag|>").strip()
+        if not (bare[:1] in ("{", "[") and re.search(r'"name"\s*:', bare)):
+            return []
+        parts = [bare]
+    found: list[Any] = []
+    for part in parts:
+        try:
+            value = parse_json(part.strip())
+        except (ValueError, RecursionError):
+            value = None
+        found += value if isinstance(value, list) else [value]
+    return found
+
+
+def valid_call(call: Any, tools: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a call names one of the tools, with the arguments its schema asks for."""
+    held = call if isinstance(call, dict) else {}
+    known = {one["function"]["name"]: one["function"] for one in tools}
+    if not isinstance(held.get("name"), str) or held["name"] not in known:
+        return False
+    schema = known[held["name"]].get("parameters") or {}
+    given, types = arguments(held), schema.get("properties") or {}
+    if given is None or not set(schema.get("required") or ()) <= set(given):
+        return False
+    return all(name in types and _fits(value, types[name]) for name, value in given.items())
+
+
+def arguments(call: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of a call; None if they are not a JSON object."""
+    value = call.get("arguments", call.get("parameters", {}))
+    try:
+        value = parse_json(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _fits(value: Any, schema: Any) -> bool:
+    held = schema if isinstance(schema, dict) else {}
+    kind = TYPES.get(str(held.get("type")), object)
+    if isinstance(value, bool) and held.get("type") in ("integer", "number"):
+        return False
+    return isinstance(value, kind) and value in (held.get("enum") or [value])
+
+
+def same_call(answer: str, right: Mapping[str, Any]) -> bool:
+    """Whether an answer is one call of the right tool with the right arguments; texts are compared
+    without regard to case."""
+    calls = [one for one in tool_calls(body(answer)) if isinstance(one, dict)]
+    wanted = json.dumps(arguments(right), sort_keys=True).lower()
+    return (
+        len(calls) == 1
+        and calls[0].get("name") == right["name"]
+        and json.dumps(arguments(calls[0]), sort_keys=True).lower() == wanted
+    )

@@ -1,0 +1,332 @@
+"""A user's own prompts: how they are read, what is seen of their answers, and the page of them."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from calmix.errors import InputError
+from calmix.evaluation import evaluate as capability
+from calmix.evaluation.answers import compare_answers, parted, rows
+from calmix.evaluation.evaluate import evaluate
+from calmix.evaluation.journal import Journal, journal_beside
+from calmix.evaluation.measures import TaskScores
+from calmix.evaluation.prompts import (
+    OwnPrompt,
+    halves,
+    language,
+    loops,
+    properties,
+    read_prompts,
+    same_call,
+    tool_calls,
+    valid_call,
+)
+from calmix.evaluation.suites import prompt_suite
+from calmix.evaluation.tasks import load_items
+from calmix.models import open_model
+from calmix.report.answers import answers_page, fault_rows, sentences
+from tests.evaluation.helpers import scored
+from tests.tiny import save_tiny_model, tiny_tokenizer
+
+WEATHER = {
+    "name": "weather",
+    "parameters": {
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "required": ["city"],
+    },
+}
+TOOLS = [{"type": "function", "function": WEATHER}]
+CALL = {"name": "weather", "arguments": {"city": "Rome"}}
+
+
+def asked(text="Say something.", **more):
+    return OwnPrompt(({"role": "user", "content": text},), **more)
+
+
+def written(path, *some):
+    path.write_text("".join(json.dumps(one) + "\n" for one in some), encoding="utf-8")
+    return path
+
+
+def faulty(answer, prompt=None, ended=True, dense=None):
+    seen = properties(prompt or asked(), answer, ended, dense)
+    return [name for name, met in seen.items() if not met]
+
+
+def test_rows_are_read_in_every_form(tmp_path):
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "left out: it is the answer"},
+    ]
+    path = written(
+        tmp_path / "mine.jsonl",
+        {"prompt": "One?", "answer": "1"},
+        {"messages": chat, "max_tokens": 9, "thinking": True},
+        {"question": "Two?", "answer": 2},
+        "Three?",
+        {"prompt": "One?", "answer": "again"},
+        {"prompt": "Four?", "answer": CALL, "check": "tool", "tools": [WEATHER]},
+        {"prompt": "Five?", "check": {"lines": 3, "contains": ["a", "b"]}},
+    )
+    notes = []
+    one, two, three, four, five, six = read_prompts(path, notes.append)
+    assert (one.question, one.check, one.right) == ("One?", "text", ["1"])
+    assert [turn["role"] for turn in two.messages] == ["system", "user"]
+    assert (two.plain, two.max_tokens, two.thinking) == ("Be brief.\n\nHello", 9, True)
+    assert (three.check, three.right) == ("number", "2")
+    assert (four.question, four.check, four.max_tokens) == ("Three?", "", 256)
+    assert (five.tools, five.right) == (tuple(TOOLS), CALL)
+    assert six.right == {"lines": "3", "contains": "a|b"}
+    assert "1 prompts are in it twice" in notes[0]
+    table = tmp_path / "mine.csv"
+    tools = json.dumps([WEATHER]).replace('"', '""')
+    table.write_text(f'prompt,answer,check,tools\nA?,x,contains,\nB?,,,"{tools}"\n', "utf-8")
+    first, second = read_prompts(table)
+    assert (first.right, second.tools, second.check) == ({"contains": "x"}, tuple(TOOLS), "")
+    lines = tmp_path / "mine.txt"
+    lines.write_text("A?\n\n B? \n", encoding="utf-8")
+    assert [one.question for one in read_prompts(lines)] == ["A?", "B?"]
+    table.write_text("prompt,body\nA?,other\n", "utf-8")
+    assert read_prompts(f"{table}@body")[0].question == "other"
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": " "}, "line 2: the prompt is empty: write"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "line 2: the prompt is empty"),
+        ({"messages": [{"content": "x"}]}, "message 0 of 'messages' has no role"),
+        ({"prompt": ["x"]}, "'prompt' must be a text"),
+        ({"prompt": "x", "max_tokens": 0}, "'max_tokens' must be a whole number"),
+        ({"prompt": "x", "check": "contain", "answer": "y"}, "did you mean contains?"),
+        ({"prompt": "x", "check": "text"}, "the check 'text' needs an 'answer'"),
+        ({"prompt": "x", "check": {"line": 3}}, "unknown rule 'line': did you mean lines?"),
+        ({"prompt": "x", "check": "number", "answer": "y"}, "must be a number, not 'y'"),
+        ({"prompt": "x", "tools": [{"title": "y"}]}, "a tool must be"),
+        ({"prompt": "x", "tools": TOOLS, "check": "tool", "answer": {}}, "must be a valid call"),
+        ({"prompt": "\ud800"}, "unpaired surrogate"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_named(tmp_path, row, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        read_prompts(written(tmp_path / "mine.jsonl", {"prompt": "first"}, row))
+
+
+def test_files_that_hold_no_prompts(tmp_path, calmix):
+    empty = written(tmp_path / "empty.jsonl")
+    for path, says in (
+        (empty, "has no prompts"),
+        (tmp_path, "is a folder: name a file of prompts"),
+        (tmp_path / "none.jsonl", "there is no file"),
+        (written(tmp_path / "mine.pdf"), "supported endings are"),
+    ):
+        assert says in calmix("evaluate", "builtin:smollm2-135m", "--prompts", path).line
+    mine = written(tmp_path / "mine.jsonl", {"prompt": "x"})
+    run = ("evaluate", "builtin:smollm2-135m", "--prompts", mine)
+    assert "leave one out" in calmix(*run, "--suite", "smoke").line
+    assert "name both" in calmix(*run, "--page", tmp_path / "x.html").line
+    assert "has no effect" in calmix(*run[:2], "--test-half").line
+    assert "is the input" in calmix(*run, "-o", mine, "--overwrite").line
+
+
+def test_prompts_are_split_by_what_they_ask_whatever_else_is_there(tmp_path):
+    prompts = [asked(f"Question {n}?") for n in range(200)]
+    calibrate, test = halves(prompts)
+    assert len(calibrate) + len(test) == 200
+    assert 70 < len(test) < 130
+    assert halves(prompts[50:])[1] == [one for one in test if one in prompts[50:]]
+    path = written(tmp_path / "mine.jsonl", *({"prompt": one.question} for one in prompts))
+    suite = prompt_suite(path, test_half=True)
+    assert [one.own for one in load_items(suite.tasks["mine"])] == test
+    assert suite.hash != prompt_suite(path).hash
+
+
+def test_faults_that_need_no_right_answer():
+    english = "The cat is in the house, and it is the one that was here for a while."
+    french = "Le chat est dans la maison, et il est avec les chiens pour une heure."
+    code = "Here it is:\n```python\ndef f(x):\n    return x\n```"
+    assert faulty(english) == []
+    assert faulty("  ") == ["text"]
+    assert faulty(english, ended=False) == ["end"]
+    assert faulty("I am a cat. " * 30, ended=False) == ["progress"]
+    assert faulty(french, dense=english) == ["language"]
+    assert faulty("Oui.", dense=english) == []  # too short to tell
+    assert faulty(english, dense=french) == ["language"]
+    assert faulty('{"a": 1', dense='{"a": 1}') == ["json"]
+    assert faulty('```json\n{"a": 2}\n```', dense='{"a": 1}') == []
+    assert faulty("Sure: a is 1", asked("Return JSON.")) == ["json"]
+    assert faulty(code) == []
+    assert faulty(code.replace("return x", "return (x"), dense=code) == ["code"]
+    assert faulty("I cannot.", dense=code) == ["code"]
+    thought = "<think>\nhm\n</think>\nYes."
+    assert faulty(thought) == []
+    assert faulty("<think>\nhm", asked(thinking=True), ended=False) == ["end", "thought"]
+    assert faulty("<think>\nhm", dense=thought) == ["thought"]
+    assert faulty("<think>\nhm\n</think>\n") == ["text"]
+
+
+def test_calls_of_tools_are_valid_by_their_schema():
+    call = f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"
+    tools = asked(tools=tuple(TOOLS))
+    assert faulty(call, tools) == []
+    assert faulty("It is sunny.", tools) == []
+    assert faulty("It is sunny.", tools, dense=call) == ["tool call"]
+    assert faulty(call.replace("weather", "wether"), tools) == ["tool call"]
+    assert faulty(call.replace('"Rome"', ""), tools) == ["tool call"]
+    assert tool_calls(json.dumps({"name": "f", "parameters": {}}))[0]["name"] == "f"
+    assert tool_calls(f"[TOOL_CALLS][{json.dumps(CALL)}]") == [CALL]
+    assert tool_calls('{"named": 1}') == tool_calls("none") == []
+    for arguments, good in (
+        ({"city": "Rome", "days": 2}, True),
+        ('{"city": "Rome"}', True),
+        ({"city": "Rome", "days": True}, False),
+        ({"city": 3}, False),
+        ({"days": 2}, False),
+        ({"city": "Rome", "country": "Italy"}, False),
+        ("Rome", False),
+    ):
+        assert valid_call({"name": "weather", "arguments": arguments}, TOOLS) is good
+    assert same_call(call.lower(), CALL)
+    assert not same_call(call + call, CALL)
+    assert not same_call(call.replace("Rome", "Paris"), CALL)
+
+
+def test_languages_and_loops():
+    for text, name in (
+        ("Вода нужна всем людям", "ru"),
+        ("水は大切です", "ja"),
+        ("水很重要", "zh"),
+        ("물은 중요하다", "ko"),
+        ("Die Katze ist in dem Haus und hat eine Maus", "de"),
+        ("`the a an the is are`", ""),
+        ("ok", ""),
+        ("", ""),
+    ):
+        assert language(text) == name, text
+    assert loops("a" * 130)
+    assert loops("intro " + "and so it goes on, " * 8)
+    assert not loops("\n".join(f"{n}. item" for n in range(60)))
+
+
+def task(answers, kept, name="mine", **more):
+    """Made-up answers of a model to prompts."""
+    return TaskScores(
+        name,
+        name,
+        "as_asked",
+        "kept",
+        0.0,
+        tuple(map(str, range(len(answers)))),
+        values=tuple(map(float, kept)),
+        answers=tuple(answers),
+        ended=(1,) * len(answers),
+        prompts=("<b>Why?</b>",) * len(answers),
+        **more,
+    )
+
+
+def example():
+    """Scores of a dense model with a repeat, and of a small one that lost an answer."""
+    fine = {"text": True, "end": True}
+    dense = task(["one two three", "b", "c"], [1, 1, 1], properties=(fine,) * 3)
+    again = replace(dense, answers=("one two three", "b", "other"))
+    bad = {"text": True, "end": False}
+    small = task(
+        ["one two four", "b", "<i>c"], [1, 1, 0], properties=(fine, fine, bad | {"json": False})
+    )
+    before = replace(scored(dense), repeat=(again,))
+    far = {"total": {"kl_mean": 0.5, "kl_low": 0.4, "kl_high": 0.6, "top1": 0.9}}
+    return before, replace(scored(small), distance=far | {"items": {"0": 0.7}})
+
+
+def test_answers_are_compared_in_pairs():
+    dense, small = example()
+    found = compare_answers((dense, small))
+    assert (found.asked, found.identical.value, found.repeat) == (3, 1 / 3, 2 / 3)
+    assert (parted("a b", "a c"), parted("a", "a"), found.parted) == (1, None, 1)
+    assert found.right is None
+    assert (found.sound.lost, found.sound.gained, found.sound.p) == (1, 0, 1.0)
+    faults = {one.name: (one.asked, one.lost, one.gained) for one in found.faults}
+    assert faults == {"text": (3, 0, 0), "end": (3, 1, 0), "json": (1, 1, 0)}
+    assert found.again == {"text": 0.0, "end": 0.0}
+    assert [row["fault"] for row in fault_rows(found)] == ["empty", "unfinished", "broken JSON"]
+    said = " ".join(sentences(found, small.distance))
+    assert "Identical answers: 1 of 3, 33.3 [" in said
+    assert "(the dense model's own repeat: 66.7 %)" in said
+    assert "KL on the dense model's answers: 0.500 nats per token [0.400, 0.600]" in said
+    assert "Answers without a fault: 2 of 3 (dense model: 3), 1 lost, 0 gained" in said
+    assert compare_answers((scored(), scored())) is None
+
+
+def test_the_page_shows_the_worst_first_and_escapes_what_models_write():
+    dense, small = example()
+    assert [row.answers[0] for row in rows([(dense, small)])] == ["c", "one two three", "b"]
+    page = answers_page({"small": (dense, small)})
+    assert "<b>Why" not in page
+    assert "&lt;b&gt;Why?" in page
+    assert "<mark>&lt;i&gt;c</mark>" in page
+    assert "one two <mark>four</mark>" in page
+    assert '<span class="fault">unfinished</span>' in page
+    assert page.index("&lt;i&gt;c") < page.index("one two")
+    assert "KL 0.700" in page
+
+
+def test_answers_in_the_journal_are_not_generated_again(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(capability, "CHUNK", 2)
+    path, model = tmp_path / "mine.jsonl", open_model(str(tiny_folder))
+    suite = prompt_suite(written(path, *({"prompt": f"p{n}", "max_tokens": 3} for n in range(5))))
+    real, calls = capability.answers, []
+
+    def answers(opened, prompts, **how):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(len(prompts))
+        return real(opened, prompts, **how)
+
+    whole = evaluate(model, suite)
+    output = tmp_path / "out.json"
+    monkeypatch.setattr(capability, "answers", answers)
+    with pytest.raises(KeyboardInterrupt), journal_beside(output) as journal:
+        evaluate(model, suite, journal=journal)
+    kept = tmp_path / ".out.json.answers"
+    assert Journal(kept).count == 4
+    kept.write_bytes(kept.read_bytes() + b'["half')
+    calls.clear()
+    with journal_beside(output) as journal:
+        assert evaluate(model, suite, journal=journal).tasks == whole.tasks
+    assert calls == [1]
+    assert not kept.exists()
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """Two tiny models that answer in a chat template."""
+    folders = [save_tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    for folder in folders:
+        template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        tiny_tokenizer(template).save_pretrained(folder)
+    return folders
+
+
+def test_the_command_compares_prints_and_gates(chats, calmix, tmp_path):
+    dense, small = chats
+    mine = written(
+        tmp_path / "mine.jsonl", *({"prompt": f"Say {n}.", "max_tokens": 6} for n in range(6))
+    )
+    out, page = tmp_path / "out.json", tmp_path / "out.html"
+    run = ("evaluate", small, "--against", dense, "--prompts", mine)
+    printed = calmix(*run, "-o", out, "--page", page).ok().out
+    assert "Identical answers: 0 of 6" in printed
+    assert "KL on the dense model's answers:" in printed
+    made = json.loads(out.read_text(encoding="utf-8"))
+    assert len(made["scores"]["distance"]["items"]) == 6
+    assert made["prompts"]["faults"][0]["name"] == "text"
+    assert page.read_text(encoding="utf-8").count("<article") == 6
+    assert json.loads(calmix("compare", out, "--json").ok().out)
+    assert "has no signal" in calmix("check", out, "--keep-at-least", "mine=0.95").line
+    tools = written(mine, {"prompt": "x", "tools": [WEATHER]})
+    assert "has no tools, which the prompt that begins 'x' gives" in calmix(*run).line
+    assert tools == mine
