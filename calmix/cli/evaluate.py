@@ -147,8 +147,9 @@ def run(
     if dense is not None:
         _kept(replace(dense, right_only=right_only), dense, measure)
     for path in filter(None, (output, page)):
-        inputs = [model, against, suite and suites.suite_file(suite), *own_texts.values()]
-        inputs += [local_file(one.file).path for one in chosen.tasks.values() if one.file]
+        rows = [*own_texts.values(), *(one.file for one in chosen.tasks.values() if one.file)]
+        read = [local_file(str(one)).path for one in rows]
+        inputs = [model, against, suite and suites.suite_file(suite), *read]
         check_output_file(path, inputs=inputs, overwrite=overwrite)
     models = _models([model, *([original] if original else [])], opening, serving)
     with journal_beside(output, note) as journal, Progress() as bar:
