@@ -286,7 +286,7 @@ def check_output_folder(
                 f"{path} is or contains {mounted or 'the current folder'} and cannot be replaced: "
                 f"name a folder inside it, such as {path / 'out'}"
             )
-        names = sorted(held.name for held in path.iterdir()) if path.is_dir() else []
+        names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
         if names and not overwrite:
             other = " or --overwrite" * (overwrite is not None)
             raise InputError(f"{path} exists and is not empty: choose another folder{other}")

@@ -33,8 +33,8 @@ def host_memory() -> tuple[int, int]:
             most, used = _text(folder / limit).strip(), _text(folder / "memory.current").strip()
             if most.isdecimal() and used.isdecimal():  # `max` means no limit
                 # As kubelet and docker count it: inactive file pages can be reclaimed.
-                held = max(0, int(used) - int(stat.get("inactive_file", 0)))
-                free, total = min(free, int(most) - held), min(total, int(most))
+                in_use = max(0, int(used) - int(stat.get("inactive_file", 0)))
+                free, total = min(free, int(most) - in_use), min(total, int(most))
     return max(0, free), total
 
 
@@ -63,8 +63,8 @@ def device_memory(device: torch.device) -> tuple[int, int, int | None]:
         return psutil.Process().memory_info().rss, host_memory()[0], None
     backend = torch.get_device_module(device)
     free, total = backend.mem_get_info(device)
-    held = backend.memory_allocated(device)
-    return held, free + backend.memory_reserved(device) - held, total
+    in_use = backend.memory_allocated(device)
+    return in_use, free + backend.memory_reserved(device) - in_use, total
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -118,8 +118,8 @@ def check_inputs(
     `record` is the result's own; `inputs` are by role, and only these and the parts of `request`
     are compared. The error ends with the `remedy`.
     """
-    made = record.get("request") or {}
-    for line in differences({key: made.get(key) for key in request}, request):
+    recorded = record.get("request") or {}
+    for line in differences({key: recorded.get(key) for key in request}, request):
         raise InputError(f"{result} was made on another request ({line}): {remedy}")
     before = inputs_of(record)
     for role, now in inputs.items():
@@ -153,13 +153,13 @@ def file_hashes(
     """
     paths = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
     names = sorted({p.as_posix() for p in paths if not is_hidden(p)} - set(without))
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     with ThreadPoolExecutor(cores()) as pool:
         hashes = pool.map(lambda name: hashed(folder / name), names)
         for name, value in zip(names, hashes, strict=True):
-            found[name] = value
+            by_name[name] = value
             tick(name)
-    return found
+    return by_name
 
 
 def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:

@@ -91,10 +91,10 @@ def parse_weights(value: Any) -> Any:
 
 def parse_duration(text: Any) -> float:
     """Return the seconds of `90s`, `30m`, `30min` or `2h`."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)\s*", str(text))
-    if found is None or not float(found[1]):
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)\s*", str(text))
+    if match is None or not float(match[1]):
         raise ValueError(f"'{text}' is not a time, such as 90m or 2h")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2][0]]
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2][0]]
 
 
 Share = Annotated[float, BeforeValidator(parse_share), Field(gt=0, lt=1)]
@@ -290,12 +290,12 @@ class Recovering(DrawOptions):
     def text(self) -> str:
         """The recovery as a user writes it, with options that differ from their defaults."""
         usual = Recovering(method=self.method, calibration="")
-        given = (
+        settings = (
             f"{key}={getattr(self, key)!r}"
             for key in RECOVERY_OPTIONS
             if getattr(self, key) != getattr(usual, key)
         )
-        return ",".join([self.method, *given])
+        return ",".join([self.method, *settings])
 
 
 RECOVERY_OPTIONS = ("epochs", "lr", "batch")
@@ -378,15 +378,15 @@ PRUNE = (
 
 def named_values(what: str, parts: Iterable[str], form: str) -> dict[str, str]:
     """Return values by name from parts such as `name=value`; errors name `what` and show `form`."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for part in parts:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not (name and equals and value):
             raise InputError(f"{what}: '{part.strip()}' is not of the form {form}")
-        if name in found:
+        if name in values:
             raise InputError(f"{what} gives {name} twice")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def named_options(what: str, text: str) -> tuple[str, dict[str, str]]:

@@ -96,9 +96,9 @@ class How:
     note: Callable[[str], None] = lambda _: None
 
     @classmethod
-    def of(cls, **given: Any) -> How:
+    def of(cls, **options: Any) -> How:
         """Return the settings given; None means the default."""
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        return cls(**{name: value for name, value in options.items() if value is not None})
 
     @property
     def opening(self) -> dict[str, Any]:
@@ -128,10 +128,10 @@ def printed(target: Pattern) -> str:
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that are set; a file of the user's own sources is read."""
-    given = {name: value for name, value in options.items() if value not in (None, (), [])}
-    if "sources" in given:
-        given["sources"] = own_sources(given["sources"])
-    return given
+    present = {name: value for name, value in options.items() if value not in (None, (), [])}
+    if "sources" in present:
+        present["sources"] = own_sources(present["sources"])
+    return present
 
 
 def prune_request(
@@ -147,15 +147,15 @@ def prune_request(
     from calmix.pruning.methods import get_method
     from calmix.pruning.patterns import Blocks, Mixed, Recipe, Unstructured, as_pattern
 
-    given = _given(options)
-    own = {name: given.pop(name) for name in list(given) if name not in PRUNE}
-    request = checked(Pruning, given)
+    present = _given(options)
+    own = {name: present.pop(name) for name in list(present) if name not in PRUNE}
+    request = checked(Pruning, present)
     drops, bare = request.drop_experts is not None, sparsity is None and pattern is None
     chosen: dict[str, Any]
     if drops and bare and "bits" not in own:
         named = {} if method in (None, NONE) else {"method": method}
         where = "if only experts are dropped: leave it out, or add --sparsity or --pattern"
-        _check_unused({**own, **given, **named}.keys() - SCORED, where)
+        _check_unused({**own, **present, **named}.keys() - SCORED, where)
         chosen = {"method": NONE}
     else:
         if sparsity is not None and pattern is not None:
@@ -165,8 +165,8 @@ def prune_request(
         default = BITS_METHOD if bare and "bits" in own else METHOD
         solver, target = get_method(default if method is None else method, **own).aim(wanted)
         where = f"with method {solver.name}: leave it out, or choose another method"
-        _check_unused(_unread(solver, given), where)
-        if isinstance(target, Blocks | Mixed | Recipe) and "embeddings" in given:
+        _check_unused(_unread(solver, present), where)
+        if isinstance(target, Blocks | Mixed | Recipe) and "embeddings" in present:
             raise InputError(f"--embeddings has no effect with {target}: leave it out")
         share = target.sparsity if isinstance(target, Unstructured) else None
         chosen = {
@@ -190,7 +190,7 @@ def prune_request(
             )
     if drops and request.calibration is None:
         raise InputError("--drop-experts needs --calibration: text to score the experts on")
-    return PruneRequest(**given | chosen)
+    return PruneRequest(**present | chosen)
 
 
 def _check_unused(unused: Collection[str], where: str) -> None:
@@ -198,11 +198,11 @@ def _check_unused(unused: Collection[str], where: str) -> None:
         raise InputError(f"--{min(unused).replace('_', '-')} has no effect {where}")
 
 
-def _unread(method: Method, given: Collection[str]) -> set[str]:
+def _unread(method: Method, names: Collection[str]) -> set[str]:
     """Return the options given that have no effect because the method uses no calibration data."""
     if method.needs is not None:
         return set()
-    return set(given) & CALIBRATED - (SCORED if "drop_experts" in given else set())
+    return set(names) & CALIBRATED - (SCORED if "drop_experts" in names else set())
 
 
 def requests(
@@ -217,29 +217,29 @@ def requests(
     or patterns, and bits."""
     from calmix.pruning.methods import get_method
 
-    given = _given(options)
+    present = _given(options)
     shares, patterns = _listed("sparsity", sparsity), _listed("pattern", pattern)
     rates = [{} if each is None else {"bits": each} for each in _listed("bits", bits)]
-    made, unused = [], set(given)
+    pruning_requests, unused = [], set(present)
     # A comma separates methods, unless an option of the same method follows.
     for name in _listed("method", method, r",(?![^,]*=)"):
         unread = set[str]()
         if name is not None:
             joint = rates[0] if "bits" in get_method(name).options else {}
-            unread = _unread(get_method(name, **joint), given)
+            unread = _unread(get_method(name, **joint), present)
         unused &= unread
-        own = {key: value for key, value in given.items() if key not in unread}
-        made += [
+        own = {key: value for key, value in present.items() if key not in unread}
+        pruning_requests += [
             prune_request(method=name, sparsity=share, pattern=shape, **rate, **own)
             for share in shares
             for shape in patterns
             for rate in rates
         ]
     _check_unused(unused, f"with method {method}: leave it out")
-    names = [one.name for one in made]
+    names = [one.name for one in pruning_requests]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"two targets are the same, {twice}: leave one out")
-    return made
+    return pruning_requests
 
 
 def recover_request(**options: Any) -> Recovering:
@@ -250,11 +250,11 @@ def recover_request(**options: Any) -> Recovering:
 
 def recovery_of(text: str) -> Recovering:
     """Parse a recovery from `METHOD` or `METHOD,option=value,...`."""
-    method, given = named_options("recovery", text)
-    if unknown := given.keys() - set(RECOVERY_OPTIONS):
+    method, settings = named_options("recovery", text)
+    if unknown := settings.keys() - set(RECOVERY_OPTIONS):
         hint = nearest(min(unknown), RECOVERY_OPTIONS)
         raise InputError(f"{min(unknown)} has no effect with recovery {method}: {hint}")
-    return recover_request(method=method, calibration="", **given)
+    return recover_request(method=method, calibration="", **settings)
 
 
 def _listed(option: str, text: str | None, between: str = ",") -> list[str] | list[None]:

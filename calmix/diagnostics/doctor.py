@@ -48,11 +48,11 @@ class Check:
 
 def examine(tick: Callable[[str], None]) -> list[Check]:
     """Run all checks, which takes some seconds; `tick` receives the name of each."""
-    found: list[Check] = []
+    checks: list[Check] = []
     for check in (versions, machine, cache, archives, extras, engine):
         tick(check.__name__)
-        found += check()
-    return found
+        checks += check()
+    return checks
 
 
 def versions() -> Iterator[Check]:
@@ -77,8 +77,8 @@ def machine() -> Iterator[Check]:
     yield Check("cores", "ok", f"{usable}{limited}{fast}, {torch.get_num_threads()} threads")
     free, whole = host_memory()
     small = "less than 2 GB free: stop other programs or pass --max-memory"
-    found = f"{_size(free)} free of {_size(whole)}"
-    yield Check("memory", "ok", found, small if free < 2 << 30 else None)
+    free_text = f"{_size(free)} free of {_size(whole)}"
+    yield Check("memory", "ok", free_text, small if free < 2 << 30 else None)
     device = torch.accelerator.current_accelerator(check_available=True)
     name = "cpu, no accelerator"
     if device is not None:
@@ -110,8 +110,8 @@ def archives() -> Iterator[Check]:
         except OSError as error:
             state = f"unreadable ({error.strerror})"
         advice = f"calmix doctor assets {asset.name} --install ({size_text(asset.size)})"
-        found = ("ok", "hash matches") if state == "ok" else ("missing", state, advice)
-        yield Check(f"asset {asset.name}", *found)
+        outcome = ("ok", "hash matches") if state == "ok" else ("missing", state, advice)
+        yield Check(f"asset {asset.name}", *outcome)
 
 
 def extras() -> Iterator[Check]:
@@ -119,8 +119,8 @@ def extras() -> Iterator[Check]:
     for extra, what in WHAT_FOR.items():
         wrong = ", ".join(filter(None, map(_unmet, _requirements(extra))))
         advice = f"pip install 'calmix[{extra}]' for {what}"
-        found = ("missing", wrong, advice) if wrong else ("ok", what)
-        yield Check(f"extra {extra}", *found)
+        outcome = ("missing", wrong, advice) if wrong else ("ok", what)
+        yield Check(f"extra {extra}", *outcome)
 
 
 def engine() -> Iterator[Check]:
@@ -135,8 +135,8 @@ def engine() -> Iterator[Check]:
         yield Check("engine", "failed", wrong, advice, core=True)
     else:
         took = time.perf_counter() - began
-        found = f"two patterns prune correctly and reproducibly ({took:.1f} s)"
-        yield Check("engine", "ok", found, core=True)
+        outcome = f"two patterns prune correctly and reproducibly ({took:.1f} s)"
+        yield Check("engine", "ok", outcome, core=True)
 
 
 def _self_test(pattern: str) -> str:
@@ -183,12 +183,12 @@ def _requirements(extra: str = "") -> list[Requirement]:
 def _unmet(requirement: Requirement) -> str | None:
     """Return why the installation does not meet a requirement; None if it does."""
     try:
-        found = importlib.metadata.version(requirement.name)
+        version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
         return f"{requirement.name} is not installed"
-    if requirement.specifier.contains(found, prereleases=True):
+    if requirement.specifier.contains(version, prereleases=True):
         return None
-    return f"{requirement.name} {found} does not meet {requirement.specifier}"
+    return f"{requirement.name} {version} does not meet {requirement.specifier}"
 
 
 def _size(count: int) -> str:

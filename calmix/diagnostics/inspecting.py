@@ -85,8 +85,8 @@ def inspect(path: Path, tick: Say = lambda name: None) -> Health:
                 f"{', '.join(FILES)}"
             )
     elif health.kind != "study store":
-        found = (path for one in UNSEALED for path in target.rglob(one))
-        health.unsealed = sorted(path.relative_to(target).as_posix() for path in found)
+        unsealed = (path for one in UNSEALED for path in target.rglob(one))
+        health.unsealed = sorted(path.relative_to(target).as_posix() for path in unsealed)
     if target.is_dir() and not name:
         inside = {one.parent.name for mark in MARKS for one in target.glob(f"[!.]*/{mark}")}
         if not inside:
@@ -104,18 +104,18 @@ def inspect(path: Path, tick: Say = lambda name: None) -> Health:
     return health
 
 
-def _files(folder: Path, kept: dict[str, str], health: Health, say: Say) -> None:
+def _files(folder: Path, recorded: dict[str, str], health: Health, say: Say) -> None:
     """Compare a folder's files with their hashes, and warn of those that are not listed."""
     hashed = partial(cached_sha256, again=True)
-    found = file_hashes(folder, without=BESIDE - kept.keys(), tick=say, hashed=hashed)
-    health.problems += changed(folder, kept, found)
-    more = sorted(found.keys() - kept)
+    hashes = file_hashes(folder, without=BESIDE - recorded.keys(), tick=say, hashed=hashed)
+    health.problems += changed(folder, recorded, hashes)
+    more = sorted(hashes.keys() - recorded)
     health.warnings += [f"{folder / name} is not in the manifest" for name in more]
 
 
 def _checkpoint(folder: Path, health: Health, say: Say) -> None:
-    kept, pruned = _described(folder, health)
-    _files(folder, kept, health, say)
+    recorded, pruned = _described(folder, health)
+    _files(folder, recorded, health, say)
     if pruned is None:
         return
     done, warn = pruned["pruning"], health.warnings.append
@@ -200,15 +200,15 @@ def _versions(manifest: dict[str, Any]) -> str:
 
 
 def _pack(folder: Path, health: Health, say: Say) -> None:
-    held = read_object(folder / PACK, f"there is no {folder / PACK}")
-    if "config" in held:  # packs of older formats have no hash of their own
-        check_seal(folder / PACK, held)
-    weights, others = dict(held["weights"]), dict(held["files"])
+    manifest = read_object(folder / PACK, f"there is no {folder / PACK}")
+    if "config" in manifest:  # packs of older formats have no hash of their own
+        check_seal(folder / PACK, manifest)
+    weights, others = dict(manifest["weights"]), dict(manifest["files"])
     packed = others | {name: one["packed"] for name, one in weights.items()}
     if MANIFEST in others:
         health.kind += " of a checkpoint"
         unpacked = others | {name: one["sha256"] for name, one in weights.items()}
-        unpacked[CONFIG] = hashlib.sha256(config_of(folder, held)).hexdigest()
+        unpacked[CONFIG] = hashlib.sha256(config_of(folder, manifest)).hexdigest()
         health.problems += changed(folder, _described(folder, health)[0], unpacked)
     _files(folder, packed, health, say)
     sizes = [(folder / name).stat().st_size for name in packed if (folder / name).is_file()]
@@ -216,8 +216,8 @@ def _pack(folder: Path, health: Health, say: Say) -> None:
 
 
 def _calibration(folder: Path, health: Health, say: Say) -> None:
-    held = CalibrationSet.open(folder)
-    manifest, leakage = held.manifest, "not checked"
+    dataset = CalibrationSet.open(folder)
+    manifest, leakage = dataset.manifest, "not checked"
     guard = manifest.get("leakage")
     if isinstance(guard, dict):
         dropped = sum(map(len, guard["dropped"].values()))
@@ -226,14 +226,14 @@ def _calibration(folder: Path, health: Health, say: Say) -> None:
         "model": manifest.get("model", {}).get("name"),
         "made by": manifest.get("generated")
         or " and ".join(["drawing"] * ("sources" in manifest) + [*manifest.get("written", [])]),
-        "rows": f"{held.rows} of {held.length} tokens",
-        "from": ", ".join(f"{name} {count}" for name, count in held.counts.items()),
+        "rows": f"{dataset.rows} of {dataset.length} tokens",
+        "from": ", ".join(f"{name} {count}" for name, count in dataset.counts.items()),
         "user's turns": manifest.get("chat_turns", "not counted"),
-        "distinct tokens": int(held.ids.unique().numel()),
+        "distinct tokens": int(dataset.ids.unique().numel()),
         "leakage": leakage,
     }
-    if repeated := held.rows - len(set(map(tuple, held.ids.tolist()))):
-        health.warnings.append(f"{repeated} of {held.rows} rows are duplicates")
+    if repeated := dataset.rows - len(set(map(tuple, dataset.ids.tolist()))):
+        health.warnings.append(f"{repeated} of {dataset.rows} rows are duplicates")
 
 
 def _store(folder: Path, health: Health, say: Say) -> None:
@@ -259,13 +259,13 @@ def _store(folder: Path, health: Health, say: Say) -> None:
 def _compressed(folder: Path, health: Health, say: Say) -> None:
     """Check the result of every stage, and report what is left to do."""
     record, check = results.read_compressed(folder), results.Results()
-    asked, listed = record["request"], results.recorded(folder, record)
+    request, listed = record["request"], results.recorded(folder, record)
     leaves = {one.stage: one.path.name for one in listed}
     left = [one.stage for one in listed if not one.path.exists()]
     health.facts = {
-        "dense model": asked["model"],
-        "target": plan.target(asked),
-        "effort": asked["effort"],
+        "dense model": request["model"],
+        "target": plan.target(request),
+        "effort": request["effort"],
     }
     if left:
         health.facts["left to do"] = f"{', '.join(left)} (run its calmix compress again to resume)"
@@ -295,13 +295,16 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
 
 def _ladder(folder: Path, health: Health, say: Say) -> None:
     """Check the candidates of a walk that has chosen none, and report its progress."""
-    held = read_sealed(folder / results.LADDER, "")
-    asked, tested = plan.Request(**held["request"]), [f"{one['bits']:g}" for one in held["rungs"]]
+    ladder = read_sealed(folder / results.LADDER, "")
+    request, tested = (
+        plan.Request(**ladder["request"]),
+        [f"{one['bits']:g}" for one in ladder["rungs"]],
+    )
     health.facts = {
-        "dense model": asked.model,
-        "to keep": asked.keep_at_least,
+        "dense model": request.model,
+        "to keep": request.keep_at_least,
         "bits tested": ", ".join(tested) or "none",
-        "ended": held["ended"] or "not yet",
+        "ended": ladder["ended"] or "not yet",
     }
     places = [*folder.glob("calibration"), *sorted(folder.glob("candidates/*/model"))]
     for name in (plan.SCORES, plan.BEHAVIOUR):
@@ -322,39 +325,39 @@ def _parts(folder: Path, names: Iterable[str], health: Health, say: Say) -> dict
 def _work(folder: Path, health: Health, say: Say) -> None:
     """Report the progress of an interrupted pruning run or recovery."""
     record = read_record(folder)
-    asked, done = record["request"], record["kept"].get("done", 0)
-    unit = "steps" if asked["method"] == "distill" else "blocks"
-    health.kind = "unfinished recovery" if "against" in asked else "unfinished prune"
+    request, done = record["request"], record["kept"].get("done", 0)
+    unit = "steps" if request["method"] == "distill" else "blocks"
+    health.kind = "unfinished recovery" if "against" in request else "unfinished prune"
     health.facts = {
-        "method": asked["method"],
+        "method": request["method"],
         f"{unit} done": done,
         "to finish it": "the same command with --resume",
     }
-    kept = record["kept"].get("files", {})
-    found = {name: sha256_file(folder / name) for name in kept if (folder / name).is_file()}
-    health.problems += changed(folder, kept, found)
+    recorded = record["kept"].get("files", {})
+    hashes = {name: sha256_file(folder / name) for name in recorded if (folder / name).is_file()}
+    health.problems += changed(folder, recorded, hashes)
     if (folder / SET).is_dir():
         health.problems += inspect(folder / SET, say).problems
 
 
 def _answers(path: Path, health: Health, say: Say) -> None:
-    found = generations.load_answers(path)
-    names = ", ".join(name for name, _ in found.models)
-    health.facts = {"models": names, "prompts": len(found.prompts)}
+    answers = generations.load_answers(path)
+    names = ", ".join(name for name, _ in answers.models)
+    health.facts = {"models": names, "prompts": len(answers.prompts)}
 
 
 def _scores(path: Path, health: Health, say: Say) -> None:
-    found = scores.load_scores(path)
+    loaded = scores.load_scores(path)
     if SEAL not in read_object(path, ""):
         health.warnings.append(f"{path} has no hash of its own: a change is not noticed")
     health.facts = {
-        "model": found.model,
-        "suite": f"{found.suite['name']} version {found.suite['version']}",
-        "tasks": len(found.tasks),
-        "items": sum(len(task.items) for task in found.tasks),
-        "sha256": sha256_json([asdict(task) for task in found.tasks])[:16],
+        "model": loaded.model,
+        "suite": f"{loaded.suite['name']} version {loaded.suite['version']}",
+        "tasks": len(loaded.tasks),
+        "items": sum(len(task.items) for task in loaded.tasks),
+        "sha256": sha256_json([asdict(task) for task in loaded.tasks])[:16],
     }
-    if cut := sum(found.truncated.values()):
+    if cut := sum(loaded.truncated.values()):
         health.warnings.append(f"{cut} requests were cut to fit the model's context")
 
 

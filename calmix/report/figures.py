@@ -21,23 +21,25 @@ from calmix.report.charts import LOOKS, Cell, Chart, Key, Mark, Named
 from calmix.report.words import STRATEGIES
 
 
-def condition_charts(analysis: Analysis, found: ConditionAnalysis) -> list[Chart]:
+def condition_charts(analysis: Analysis, analysed: ConditionAnalysis) -> list[Chart]:
     """Return the charts of one condition, without empty ones."""
-    made = [
-        _abilities(analysis, found),
-        _ranking(analysis, found),
-        _tasks(found),
-        *_correlations(analysis, found),
+    charts = [
+        _abilities(analysis, analysed),
+        _ranking(analysis, analysed),
+        _tasks(analysed),
+        *_correlations(analysis, analysed),
     ]
-    label = found.condition.label
+    label = analysed.condition.label
     slug = re.sub(r"[^a-z0-9]+", "-", label.lower().replace("%", "pct")).strip("-")
-    return [replace(one, name=f"{one.name}-{slug}", title=f"{one.title}, {label}") for one in made]
+    return [
+        replace(one, name=f"{one.name}-{slug}", title=f"{one.title}, {label}") for one in charts
+    ]
 
 
 def _rows(ranking: Sequence[Ranked]) -> tuple[list[Named], list[Key]]:
     """Return calibration sets as rows of a chart, and the legend of their strategies."""
-    made = {one.strategy for one in ranking}
-    keys = [(*look, "o") for key, look in STRATEGIES.items() if key in made]
+    strategies = {one.strategy for one in ranking}
+    keys = [(*look, "o") for key, look in STRATEGIES.items() if key in strategies]
     return [(one.calibration, STRATEGIES[one.strategy][1]) for one in ranking], keys
 
 
@@ -48,25 +50,25 @@ def _cells(
     return [
         [
             (
-                kept.value,
-                words.percent(kept.value, digits),
-                f"{one.calibration}, {name}: {words.with_span(kept)} %",
+                estimate.value,
+                words.percent(estimate.value, digits),
+                f"{one.calibration}, {name}: {words.with_span(estimate)} %",
             )
-            for name, kept in by_part.items()
+            for name, estimate in by_part.items()
         ]
         for one, by_part in zip(ranking, parts, strict=True)
     ]
 
 
-def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
+def _abilities(analysis: Analysis, analysed: ConditionAnalysis) -> Chart:
     """Return the heat map of calibration sets by dimension."""
     means = [each.cells.means[:, : len(each.cells.quantities)] for each in analysis.conditions]
     # One colour range for the whole study.
     low = math.floor(10 * min(np.nanmin(one, initial=1) for one in means)) / 10
     high = math.ceil(10 * max(np.nanmax(one, initial=0) for one in means)) / 10
-    (rows, keys), best = _rows(found.ranking), found.ranking[0]
+    (rows, keys), best = _rows(analysed.ranking), analysed.ranking[0]
     columns = (*best.dimensions, TOTAL)
-    parts = ({**one.dimensions, TOTAL: one.total} for one in found.ranking)
+    parts = ({**one.dimensions, TOTAL: one.total} for one in analysed.ranking)
     return Chart(
         "heat-map",
         "Retention by calibration set and dimension",
@@ -79,16 +81,16 @@ def _abilities(analysis: Analysis, found: ConditionAnalysis) -> Chart:
             columns=columns,
             low=low,
             high=max(low + 0.1, high),
-            cells=_cells(found.ranking, parts, 1),
+            cells=_cells(analysed.ranking, parts, 1),
             keys=keys,
         ),
     )
 
 
-def _tasks(found: ConditionAnalysis) -> Chart:
+def _tasks(analysed: ConditionAnalysis) -> Chart:
     """Return the heat map of calibration sets by task."""
-    tasks = found.cells.tasks
-    cells = _cells(found.ranking, (one.tasks for one in found.ranking), 0)
+    tasks = analysed.cells.tasks
+    cells = _cells(analysed.ranking, (one.tasks for one in analysed.ranking), 0)
     known = [value for row in cells for value, _, _ in row if value is not None]
     return Chart(
         "tasks",
@@ -98,7 +100,7 @@ def _tasks(found: ConditionAnalysis) -> Chart:
         "tasks.csv of calmix study analyse.",
         partial(
             charts.heat,
-            rows=_rows(found.ranking)[0],
+            rows=_rows(analysed.ranking)[0],
             columns=[f"{task.name} {task.dense:.2f}" for task in tasks],
             cells=cells,
             low=min([0.0, *known]),
@@ -107,8 +109,8 @@ def _tasks(found: ConditionAnalysis) -> Chart:
     )
 
 
-def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
-    ranked = [one for one in found.ranking if one.total.value is not None]
+def _ranking(analysis: Analysis, analysed: ConditionAnalysis) -> Chart:
+    ranked = [one for one in analysed.ranking if one.total.value is not None]
     rows, keys = _rows(ranked)
     looks = dict(zip(analysis.dimensions, itertools.cycle(LOOKS), strict=False))
     marks = list[list[Mark]]()
@@ -122,7 +124,7 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
         for name, look in looks.items()
         if any(one.worst == name for one in ranked)
     ]
-    over = "test items and seeds" if found.joint.freedom else "test items alone (one seed each)"
+    over = "test items and seeds" if analysed.joint.freedom else "test items alone (one seed each)"
     return Chart(
         "ranking",
         "Ranking by total, with the worst dimension",
@@ -132,7 +134,7 @@ def _ranking(analysis: Analysis, found: ConditionAnalysis) -> Chart:
         + "; ".join(
             f"{one.calibration} {words.with_span(one.total)}"
             + (f", worst {one.worst} {words.percent(one.lowest.value)}" if one.worst else "")
-            for one in found.ranking
+            for one in analysed.ranking
         )
         + ".",
         partial(
@@ -149,9 +151,9 @@ def _correlation(one: Correlation) -> str:
     return f"ρ {words.rho(one.rho)}{ends}  p {words.p_value(one.p)}  q {q}"
 
 
-def _correlations(analysis: Analysis, found: ConditionAnalysis) -> Iterator[Chart]:
+def _correlations(analysis: Analysis, analysed: ConditionAnalysis) -> Iterator[Chart]:
     columns = (*analysis.dimensions, TOTAL)
-    by_pair = {(one.metric, one.quantity): one for one in found.correlations}
+    by_pair = {(one.metric, one.quantity): one for one in analysed.correlations}
     if all(one.rho is None for one in by_pair.values()):
         return
     metrics = list(dict.fromkeys(name for name, _ in by_pair))

@@ -158,17 +158,17 @@ def _headline(analysis: Analysis) -> str:
         return f"No calibration set has retention {where}: no task of the suite has signal."
     if len(main.ranking) == 1:
         share = f"{words.with_span(ranked[0].total)} %"
-        kept = f"keeps {share} of the dense model's {what}"
+        phrase = f"keeps {share} of the dense model's {what}"
         if analysis.measure == "right":
-            kept = f"gives {share} as many right answers as the dense model"
+            phrase = f"gives {share} as many right answers as the dense model"
         text = (
-            f"{ranked[0].calibration} {kept} {where}. It is the only calibration set: there is "
+            f"{ranked[0].calibration} {phrase} {where}. It is the only calibration set: there is "
             "nothing to compare."
         )
     else:
         sets, last = leaders(main.ranking), ranked[-1]
-        kept = "relative to the dense model" if analysis.measure == "right" else "kept"
-        text = f"{what.capitalize()} {kept} {where} (dense model: 100 %): "
+        phrase = "relative to the dense model" if analysis.measure == "right" else "kept"
+        text = f"{what.capitalize()} {phrase} {where} (dense model: 100 %): "
         text += f"{words.which_is_best(main.ranking)}."
         if worst := [
             f"{one.calibration} {words.percent(one.lowest.value)} % in {one.worst}"
@@ -226,7 +226,7 @@ def _methods(analysis: Analysis) -> Iterator[str]:
 
 
 def _certainty(analysis: Analysis) -> Iterator[str]:
-    found = analysis.conditions
+    conditions = analysis.conditions
     waiting = max(0, analysis.planned - analysis.finished - analysis.failed)
     if waiting or analysis.failed:
         yield (
@@ -234,7 +234,7 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
             f"{analysis.failed} failed, {waiting} not run (calmix study status lists them). All "
             "figures are of finished trials."
         )
-    if gaps := sum(len(each.missing) for each in found):
+    if gaps := sum(len(each.missing) for each in conditions):
         yield (
             f"Not every set has every seed ({words.counted(gaps, 'empty cell')}); means are over "
             "the seeds that exist."
@@ -242,24 +242,24 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
     if analysis.ceilings:
         reached = [f"{words.percent(one)} % ({name})" for name, one in analysis.ceilings.items()]
         yield f"The dense model against itself, in other batches: {words.listed(reached)}."
-    once = [each.condition.label for each in found if not each.joint.freedom]
-    if len(once) < len(found):
+    once = [each.condition.label for each in conditions if not each.joint.freedom]
+    if len(once) < len(conditions):
         yield (
             "Intervals are over both test items and seeds; the spread over seeds is pooled over "
             "all sets of a condition."
         )
-    if pooled := [each.condition.label for each in found if each.joint.pooled]:
+    if pooled := [each.condition.label for each in conditions if each.joint.pooled]:
         yield (
             f"Few sets have two seeds in {words.listed(pooled)}: there the spread over seeds is "
             "pooled over all conditions of the model."
         )
     if once:
-        where = f" in {words.listed(once)}" if len(once) < len(found) else ""
+        where = f" in {words.listed(once)}" if len(once) < len(conditions) else ""
         yield (
             f"Every set has one seed{where}: intervals are over test items alone, and the effect "
             "of the seed is unknown."
         )
-    tested = [each for each in found if each.correlations]
+    tested = [each for each in conditions if each.correlations]
     if tested:
         numbers = words.listed(str(n) for n in sorted({each.points for each in tested}))
         yield (
@@ -272,7 +272,7 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
                 f"With so few sources p cannot fall below {least:.2g}: no correlation could have "
                 "been found."
             )
-    models = words.listed(sorted({each.condition.model for each in found}))
+    models = words.listed(sorted({each.condition.model for each in conditions}))
     yield (
         f"This holds for {models} and this suite; other models were not measured."
         + " A correlation over sources does not show a cause." * bool(tested)

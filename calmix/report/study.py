@@ -37,7 +37,7 @@ def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> Non
 
 def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
     """Return the report's texts by file name: the page, and a summary in plain text."""
-    summary, found = summarise(analysis), analysis.conditions
+    summary, conditions = summarise(analysis), analysis.conditions
     settings = analysis.settings.model_dump(include=set(Settings.model_fields))
     return {
         "report.html": render(
@@ -45,10 +45,10 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
             results=results,
             analysis=analysis,
             summary=summary,
-            main=main_condition(found),
+            main=main_condition(conditions),
             conditions=[
                 (each, sentences, figures.condition_charts(analysis, each), _tables(analysis, each))
-                for each, sentences in zip(found, summary["conditions"], strict=True)
+                for each, sentences in zip(conditions, summary["conditions"], strict=True)
             ],
             made=yaml.safe_dump({"suite": results.suite, "analysis": settings}, sort_keys=False),
         ),
@@ -56,7 +56,7 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
     }
 
 
-def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict[str, Any]]]:
+def _tables(analysis: Analysis, analysed: ConditionAnalysis) -> dict[str, list[dict[str, Any]]]:
     """Return the tables of one condition: ranking, distance to the dense model, differences."""
     w, names = words, analysis.dimensions
     ranking = [
@@ -74,7 +74,7 @@ def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict
         }
         | {f"#{name} %": w.with_span(one.dimensions[name]) for name in names}
         | {f"#{name}, accuracy %": w.percent(one.accuracy[name]) for name in names}
-        for one in found.ranking
+        for one in analysed.ranking
     ]
     distance = [
         {
@@ -85,8 +85,8 @@ def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict
             "#flips %": w.percent(one.distance["flips"][TOTAL]),
         }
         | {f"#KL, {name}": w.number(one.distance["kl"][name]) for name in names}
-        for one in found.ranking
-        if any(each.distance["kl"][TOTAL] is not None for each in found.ranking)
+        for one in analysed.ranking
+        if any(each.distance["kl"][TOTAL] is not None for each in analysed.ranking)
     ]
     differences = [
         {
@@ -98,7 +98,7 @@ def _tables(analysis: Analysis, found: ConditionAnalysis) -> dict[str, list[dict
             "#corrected p": w.p_value(one.p_corrected) + " ●" * one.significant,
             "over seeds alone": w.span(one.gap.draw_low, one.gap.draw_high),
         }
-        for one in found.differences
+        for one in analysed.differences
         if one.quantity in (TOTAL, WORST)
     ]
     return {"ranking": ranking, "distance": distance, "differences": differences}

@@ -107,17 +107,17 @@ def listed(names: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def right_answers(found: Behaviour) -> str:
+def right_answers(behaviour: Behaviour) -> str:
     """Return the primary measure with losses, gains and their test; empty if gains were not
     measured."""
-    counts = found.answers
-    if found.right is None or counts is None:
+    counts = behaviour.answers
+    if behaviour.right is None or counts is None:
         return ""
-    judged = [one.name for one in found.right.dimensions if one.kept.value is not None]
+    judged = [one.name for one in behaviour.right.dimensions if one.kept.value is not None]
     text = TOO_FEW
     if judged:
-        text = f"{with_span(found.right.total)} % of the dense model's"
-        few = [one.name for one in found.abilities if one.name not in judged]
+        text = f"{with_span(behaviour.right.total)} % of the dense model's"
+        few = [one.name for one in behaviour.abilities if one.name not in judged]
         mean = f"mean of {len(judged)} abilities" if len(judged) > 1 else f"in {judged[0]}"
         text += f" ({mean}{f'; {TOO_FEW}: {listed(few)}' if few else ''})"
     return (
@@ -126,12 +126,12 @@ def right_answers(found: Behaviour) -> str:
     )
 
 
-def against_itself(found: Behaviour) -> str:
+def against_itself(behaviour: Behaviour) -> str:
     """Return a sentence on the dense model's answers generated twice, the ceiling of every
     comparison with it; empty if not measured."""
-    if found.repeat is None or (counts := found.repeat.answers) is None or not counts.dense:
+    if behaviour.repeat is None or (counts := behaviour.repeat.answers) is None or not counts.dense:
         return ""
-    right = found.repeat.right and found.repeat.right.total
+    right = behaviour.repeat.right and behaviour.repeat.right.total
     total = f"{with_span(right)} %, " if right and right.value is not None else ""
     same = "" if counts.same is None else f", {percent(counts.same)} % of its answers identical"
     return (
@@ -140,33 +140,33 @@ def against_itself(found: Behaviour) -> str:
     )
 
 
-def kept_answers(found: Behaviour) -> str:
+def kept_answers(behaviour: Behaviour) -> str:
     """Return how many of the dense model's right answers stay right, the worst ability, and how
     many were asked; empty without answers."""
-    if (counts := found.answers) is None:
+    if (counts := behaviour.answers) is None:
         return ""
-    kept = f"{counts.kept} of {counted(counts.dense, 'right answer')}, {with_span(counts.share)} %"
-    if (worst := found.worst) is not None:
-        kept += f", least in {worst.name}, {worst.kept} of {worst.dense}"
-    how = FORMS.get(found.form, "")
-    asked = f"asked: {counts.asked:,}{how}"
+    summary = f"{counts.kept} of {counted(counts.dense, 'right answer')}, {with_span(counts.share)} %"
+    if (worst := behaviour.worst) is not None:
+        summary += f", least in {worst.name}, {worst.kept} of {worst.dense}"
+    how = FORMS.get(behaviour.form, "")
+    scope = f"asked: {counts.asked:,}{how}"
     if counts.gained is None:
-        asked = f"only these were asked{how and f',{how}'}: gains were not measured"
-    return f"{kept} ({asked})"
+        scope = f"only these were asked{how and f',{how}'}: gains were not measured"
+    return f"{summary} ({scope})"
 
 
-def ability_rows(found: Behaviour) -> list[dict[str, Any]]:
+def ability_rows(behaviour: Behaviour) -> list[dict[str, Any]]:
     """Return the rows of the table of generated answers; a # marks a column of numbers."""
     rows = []
-    for one in found.abilities:
+    for one in behaviour.abilities:
         row: dict[str, Any] = {"ability": one.name, "#asked": one.asked, "#dense right": one.dense}
-        if found.right is None:
+        if behaviour.right is None:
             rows.append(row | {"#lost": one.lost, "#kept %": with_span(one.share)})
             continue
         few = one.dense < FEW
         row |= {"#small right": one.pruned, "#lost": one.lost, "#gained": one.gained}
         row["#p"] = "–" if few else p_value(one.p)
-        rows.append(row | {"#right %": TOO_FEW if few else with_span(found.right.of(one.name))})
+        rows.append(row | {"#right %": TOO_FEW if few else with_span(behaviour.right.of(one.name))})
     return rows
 
 
@@ -204,11 +204,11 @@ def distances(one: Comparison) -> dict[str, Any]:
     }
 
 
-def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
+def verdict(behaviour: Behaviour, likelihood: Any, measure: str) -> list[str]:
     """Return sentences on generated answers, choices and likelihood kept; `measure` is the command
     that measures missing answers."""
     lines = []
-    if (all_ := found.answers) is None:
+    if (all_ := behaviour.answers) is None:
         lines.append(f"Generated answers were not measured; to measure them: {measure}")
     elif not all_.dense:
         lines.append(
@@ -216,23 +216,23 @@ def verdict(found: Behaviour, likelihood: Any, measure: str) -> list[str]:
             "nothing can be kept."
         )
     else:
-        lines += [f"Right answers: {text}."] if (text := right_answers(found)) else []
-        lines += [text] if (text := against_itself(found)) else []
-        lines.append(f"Kept: {kept_answers(found)}.")
-    if found.not_run:
+        lines += [f"Right answers: {text}."] if (text := right_answers(behaviour)) else []
+        lines += [text] if (text := against_itself(behaviour)) else []
+        lines.append(f"Kept: {kept_answers(behaviour)}.")
+    if behaviour.not_run:
         lines.append(
-            f"Programs: not run ({listed(found.not_run)}; --allow-code-execution runs them)."
+            f"Programs: not run ({listed(behaviour.not_run)}; --allow-code-execution runs them)."
         )
-    if (choices := found.choices) is not None:
+    if (choices := behaviour.choices) is not None:
         before, after = choices.accuracy
         text = (
             f"Accuracy: {with_span(after)} % of {choices.asked:,} choices are right "
             f"(dense model: {percent(before.value)} %, chance: {percent(choices.chance)} %)"
         )
-        left = f"; left out, because the dense model is at chance: {listed(found.at_chance)}"
-        lines.append(f"{text}{left if found.at_chance else ''}.")
-    elif found.at_chance:
-        lines.append(f"Accuracy: the dense model is at chance ({listed(found.at_chance)}).")
+        left = f"; left out, because the dense model is at chance: {listed(behaviour.at_chance)}"
+        lines.append(f"{text}{left if behaviour.at_chance else ''}.")
+    elif behaviour.at_chance:
+        lines.append(f"Accuracy: the dense model is at chance ({listed(behaviour.at_chance)}).")
     if likelihood is not None and likelihood.total.value is None:
         lines.append("Likelihood: the dense model is not above its baseline: nothing can be kept.")
     elif likelihood is not None:
