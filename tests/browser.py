@@ -51,11 +51,11 @@ class Page:
         self._number += 1
         self._socket.send(json.dumps({"id": self._number, "method": method, "params": parameters}))
         while True:
-            told = json.loads(self._socket.recv(timeout=30))
-            if told.get("id") == self._number:
-                assert "error" not in told, told
-                return told["result"]
-            self._event(told)
+            data = json.loads(self._socket.recv(timeout=30))
+            if data.get("id") == self._number:
+                assert "error" not in data, data
+                return data["result"]
+            self._event(data)
 
     def _event(self, told):
         method, about = told.get("method"), told.get("params", {})
@@ -92,16 +92,16 @@ class Page:
 
     def run(self, script):
         """Return the value of a JavaScript expression."""
-        told = self.send(
+        reply = self.send(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
         )
-        assert "exceptionDetails" not in told, told
-        return told["result"].get("value")
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
 
     def screenshot(self, path, *, whole=False):
         """Write what is shown, or the whole page, as PNG."""
-        told = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(told["data"]))
+        reply = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(reply["data"]))
 
 
 @contextmanager
@@ -232,9 +232,9 @@ def readable(page, place, *, figures, texts, home="file:", then=lambda: None):
         assert len(boxes) == figures
         assert all(wide > 250 and high > 100 for wide, high in boxes)
         assert page.run(CUT) == []
-        found = page.run(TEXTS)
-        assert len(found) > texts
-        for text in found:
+        actual = page.run(TEXTS)
+        assert len(actual) > texts
+        for text in actual:
             assert text["size"] >= 11, text
             assert text["contrast"] >= 4.5, text
         backs.add(page.run("getComputedStyle(document.body).backgroundColor"))

@@ -65,7 +65,7 @@ SETS = (
 
 def masks():
     """Hashes of the masks of every method and pattern on a tiny model of each family."""
-    found = {}
+    results = {}
     for family, method, (name, pattern), way in itertools.product(
         FAMILIES, METHODS, PATTERNS.items(), ("sequential", "block")
     ):
@@ -77,8 +77,8 @@ def masks():
         for key, weight in sorted(model.state_dict().items()):
             digest.update(key.encode())
             digest.update((weight == 0).numpy().tobytes())
-        found[f"{family} {method} {name} {way}"] = digest.hexdigest()
-    return found
+        results[f"{family} {method} {name} {way}"] = digest.hexdigest()
+    return results
 
 
 def studies():
@@ -86,27 +86,27 @@ def studies():
     from calmix.analysis import analyse
     from calmix.study.store import read_results
 
-    found = {}
+    collected = {}
     for study in ("smollm2-offline", "two-models"):
         with tempfile.TemporaryDirectory() as folder:
             with tarfile.open(RESULTS / study / "store.tar.xz") as packed:
                 packed.extractall(folder, filter="data")
             results = read_results(Path(folder) / study)
-            made = analyse(results).to_dict()
+            analysis = analyse(results).to_dict()
         for trial in results.trials:
             parts = {"total": trial.total, **trial.dimensions}
-            found[f"{study} trial {trial.id}"] = {
+            collected[f"{study} trial {trial.id}"] = {
                 name: [one.value, one.low, one.high] for name, one in parts.items()
             }
-        for condition in made["conditions"]:
+        for condition in analysis["conditions"]:
             for row in condition["ranking"]:
                 where = f"{study} {row['condition']} {row['calibration']}"
-                found[where] = _numbers({key: row[key] for key in ("total", "dimensions")})
+                collected[where] = _numbers({key: row[key] for key in ("total", "dimensions")})
             for row in condition["differences"]:
                 if row["quantity"] == "total":
                     where = f"{study} {row['condition']} {row['left']} - {row['right']}"
-                    found[where] = _numbers(row["gap"])
-    return found
+                    collected[where] = _numbers(row["gap"])
+    return collected
 
 
 def _numbers(value):
@@ -118,20 +118,20 @@ def _numbers(value):
 def drawn():
     """Hashes of the token ids of drawn calibration sets."""
     opened = calmix.open_model(MODEL)
-    found = {}
+    results = {}
     for text in SETS:
         drawn = calmix.resolve(text, opened, rows=32, length=256)
         ids = drawn.ids.to(torch.int64).contiguous()
-        found[text] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    return found
+        results[text] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    return results
 
 
 def scores():
     """Scores of fifty items a task of the real model."""
-    made = calmix.evaluate(MODEL, "offline", limit=50)
+    result = calmix.evaluate(MODEL, "offline", limit=50)
     return {
         task.name: [[round(v, 4) for v in row] for row in task.loglikelihoods]
-        for task in made.tasks
+        for task in result.tasks
     }
 
 
@@ -156,25 +156,27 @@ def main():
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    held = json.loads(gzip.decompress(FILE.read_bytes())) if FILE.is_file() else {}
+    stored = json.loads(gzip.decompress(FILE.read_bytes())) if FILE.is_file() else {}
     machine = dict(sorted(capabilities().items())) | {"torch": torch.__version__}
     different = 0
     for name in options.parts or PARTS:
-        if not options.write and name in OF_THE_MACHINE and held["machine"] != machine:
-            print(f"{name}: left out: made on {held['machine']}, this is {machine}")
+        if not options.write and name in OF_THE_MACHINE and stored["machine"] != machine:
+            print(f"{name}: left out: made on {stored['machine']}, this is {machine}")
             continue
-        made = json.loads(json.dumps(PARTS[name]()))
+        data = json.loads(json.dumps(PARTS[name]()))
         if options.write:
-            held |= {"machine": machine, name: made}
-            print(f"{name}: {len(made)} written")
+            stored |= {"machine": machine, name: data}
+            print(f"{name}: {len(data)} written")
             continue
-        keys = [k for k in {**held[name], **made} if not same(held[name].get(k), made.get(k))]
+        keys = [k for k in {**stored[name], **data} if not same(stored[name].get(k), data.get(k))]
         different += len(keys)
         for key in keys[:20]:
-            print(f"{name}: {key}: {str(held[name].get(key))[:200]} -> {str(made.get(key))[:200]}")
-        print(f"{name}: {len(made) - len(keys)} of {len(held[name])} the same")
+            print(
+                f"{name}: {key}: {str(stored[name].get(key))[:200]} -> {str(data.get(key))[:200]}"
+            )
+        print(f"{name}: {len(data) - len(keys)} of {len(stored[name])} the same")
     if options.write:
-        text = json.dumps(held, separators=(",", ":"), sort_keys=True)
+        text = json.dumps(stored, separators=(",", ":"), sort_keys=True)
         FILE.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
     sys.exit(bool(different))
 

@@ -77,13 +77,13 @@ def study(plan, **changes):
     sets = {
         name: ("single", float(height)) for name, height in zip(plan.sources, heights, strict=True)
     }
-    sets |= {name: (made, 0.0) for name, (made, _) in (plan.others or {}).items()}
+    sets |= {name: (each, 0.0) for name, (each, _) in (plan.others or {}).items()}
     lifts = {name: lift for name, (_, lift) in (plan.others or {}).items()}
     trials = []
     for method, pattern in plan.conditions:
         sparsity = float(pattern.rstrip("%")) / 100 if pattern.endswith("%") else 0.5
         base = 0.95 - 1.6 * max(0.0, sparsity - 0.25) ** 1.1 - 0.05 * (method == "wanda")
-        for name, (made, height) in sets.items():
+        for name, (each, height) in sets.items():
             own = {
                 dimension: base
                 + slopes.get(dimension, 0.0) * height * sparsity / 0.6
@@ -93,7 +93,7 @@ def study(plan, **changes):
             }
             extra = {f"aggregation_{n}": float(rng.random()) for n in (1, 2, 3, 4)}
             for seed in plan.seeds:
-                kept = {
+                shares = {
                     dimension: max(0.01, value + plan.draw * float(rng.standard_normal()))
                     for dimension, value in own.items()
                 }
@@ -102,7 +102,7 @@ def study(plan, **changes):
                 information = {"perplexity": perplexity, "entropy": entropy, **extra}
                 trials.append(
                     trial(
-                        name, made, method, pattern, seed, kept, information | {"tokens": 32768.0}
+                        name, each, method, pattern, seed, shares, information | {"tokens": 32768.0}
                     )
                 )
     fields = {
@@ -136,19 +136,19 @@ def scores(task, of):
     off = rng.standard_normal(COUNT)
     if not task["signal"]:
         whole = 0.1 * (-1.0) ** np.arange(COUNT)
-    kept, accuracy = whole, np.ones(COUNT)
+    per_item, accuracy = whole, np.ones(COUNT)
     if of is not None:
         name = f"{task['task']} {of.calibration} {of.method} {of.pattern}"
         own = np.random.default_rng(zlib.crc32(name.encode()))
         off = 0.1 * (off + own.standard_normal(COUNT))
         off -= (off @ whole) / whole.sum() if task["signal"] else 0.0
         share = task["retention"]["value"] or 0.0
-        kept = (share + off) * whole
+        per_item = (share + off) * whole
         accuracy = 0.25 + 0.75 * 0.9 * (share + off - (0.0 if of is None else off.mean()))
     head = {"name": task["task"], "dimension": task["dimension"]}
     head["items"] = tuple(map(str, range(COUNT)))
     gold = {"gold": (0,) * COUNT}
-    rows = (-60 + 60 * kept)[:, None]
+    rows = (-60 + 60 * per_item)[:, None]
     head |= gold | {"primary": "bits", "unigram": (-60.0,) * COUNT if of is None else ()}
     if task["task"].endswith("_a"):
         return TaskScores(

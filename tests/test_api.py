@@ -51,9 +51,9 @@ def test_readme_example(tmp_path, text_file):
     scores("m", 0.5).save(tmp_path / "scores.csv")
     assert "," in (tmp_path / "scores.csv").read_text().splitlines()[0]
     assert "{" not in (tmp_path / "scores.csv").read_text()
-    kept = scores("m", 0.5).retention(scores("d", 0.1), resamples=10)
-    assert repr(kept).startswith("<Retention: ")
-    assert list(kept.to_pandas()["dimension"])[-1] == "total"
+    retained = scores("m", 0.5).retention(scores("d", 0.1), resamples=10)
+    assert repr(retained).startswith("<Retention: ")
+    assert list(retained.to_pandas()["dimension"])[-1] == "total"
 
 
 def test_path_arguments(tmp_path):

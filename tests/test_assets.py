@@ -89,8 +89,8 @@ def test_unknown_names_and_members(fake):
 
 
 def test_optional_asset_shows_its_licence(fake, calmix, monkeypatch):
-    asked = dataclasses.replace(fake[0], on_request=True, licence="Terms")
-    monkeypatch.setattr(assets, "assets", lambda: {"thing": asked})
+    request = dataclasses.replace(fake[0], on_request=True, licence="Terms")
+    monkeypatch.setattr(assets, "assets", lambda: {"thing": request})
     assert calmix("doctor", "assets", "--install").code == 0
     (row,) = json.loads(calmix("doctor", "assets", "--json").out)
     assert (row["name"], row["state"], row["licence"]) == ("thing", "missing", "Terms")

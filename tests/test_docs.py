@@ -44,14 +44,14 @@ def test_commands_in_docs_parse(page):
         words = shlex.split(said.partition(" && ")[0], comments=True)[1:]
         words = [word for word in words if not word.startswith("${SUITE")]
         name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), "")
-        given = words[len(name.split()) :]
+        inputs = words[len(name.split()) :]
         if not name:
             group = words.pop(0)
             assert group in ("calibrate", "evaluate", "doctor", "study"), said
             default = {"calibrate": "draw", "evaluate": "run", "doctor": "check"}[group]
-            name, given = f"{group} {default}", words
+            name, inputs = f"{group} {default}", words
         known = {flag for one in COMMANDS[name].params for flag in one.opts} | {"--help"}
-        flags = {word.partition("=")[0] for word in given if re.match(r"--?[a-zA-Z]", word)}
+        flags = {word.partition("=")[0] for word in inputs if re.match(r"--?[a-zA-Z]", word)}
         assert flags <= known, (said, flags - known)
 
 
@@ -105,9 +105,9 @@ def test_method_of_the_docs_prunes(monkeypatch):
 @pytest.mark.parametrize("page", ["studies.md", "tasks/compare-sets.md", "walks/two-sets.sh"])
 def test_studies_in_docs_are_valid(page):
     text = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", (ROOT / "docs" / page).read_text(encoding="utf-8"))
-    found = re.findall(r"^name: .*?(?=^```|^END)", text, re.DOTALL | re.MULTILINE)
-    assert found
-    for one in found:
+    matches = re.findall(r"^name: .*?(?=^```|^END)", text, re.DOTALL | re.MULTILINE)
+    assert matches
+    for one in matches:
         StudyFile.model_validate(yaml.safe_load(one))
 
 

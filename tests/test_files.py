@@ -189,12 +189,12 @@ def test_overwrite_replaces_only_results(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a place that takes no files is needed")
 def test_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "circle").symlink_to("circle")
-    for output, told in {
+    for output, message in {
         "/proc/deep/out": "cannot write to /proc/deep/out: cannot create files in /proc",
         tmp_path / ("x" * 300): "cannot write to",
         tmp_path / "circle": "is a file",
     }.items():
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             check_output_folder(Path(output))
     check_output_folder(tmp_path / "a" / "b")
     check_output_file(tmp_path / "c" / "d.json")
@@ -248,8 +248,8 @@ def test_non_utf8_names(calmix, tiny_folder, tmp_path):
     assert read_object(tmp_path / "a.json", "") == {"name": name}
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / name).write_text("alpha beta gamma " * 200)
-    asked = ("--model", tiny_folder, "--rows", 2, "--length", 32, "--leakage", "off")
-    calmix("calibrate", tmp_path / "texts", *asked, "-o", tmp_path / "set").ok()
+    command = ("--model", tiny_folder, "--rows", 2, "--length", 32, "--leakage", "off")
+    calmix("calibrate", tmp_path / "texts", *command, "-o", tmp_path / "set").ok()
     assert "intact" in calmix("doctor", "inspect", tmp_path / "set").out
 
 

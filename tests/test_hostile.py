@@ -246,8 +246,10 @@ def test_links_in_sets_packs_and_text(tmp_path, tiny_folder):
     texts.mkdir()
     secret.write_text("secret " * 50)
     (texts / "a.txt").write_text("alpha " * 50)
-    made = resolve(str(texts), open_tokenizer(str(tiny_folder)), rows=2, length=8, leakage="off")
-    saved, packed = made.save(tmp_path / "set"), tmp_path / "pack"
+    drawn_set = resolve(
+        str(texts), open_tokenizer(str(tiny_folder)), rows=2, length=8, leakage="off"
+    )
+    saved, packed = drawn_set.save(tmp_path / "set"), tmp_path / "pack"
     pack(tiny_folder, packed)
     for folder in (saved, packed):
         (folder / "link").symlink_to(secret)

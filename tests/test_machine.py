@@ -70,12 +70,14 @@ def test_container_and_host_limits(groups, own, files, limited):
 
 
 def test_device_memory(monkeypatch):
-    told = {"mem_get_info": (50, 200), "memory_allocated": 30, "memory_reserved": 70}
-    backend = SimpleNamespace(**{key: lambda _, value=value: value for key, value in told.items()})
+    values = {"mem_get_info": (50, 200), "memory_allocated": 30, "memory_reserved": 70}
+    backend = SimpleNamespace(
+        **{key: lambda _, value=value: value for key, value in values.items()}
+    )
     monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
     assert machine.device_memory(torch.device("cuda", 1)) == (30, 90, 200)
-    held, free, total = machine.device_memory(torch.device("cpu"))
-    assert 0 < held < free + held
+    stored, free, total = machine.device_memory(torch.device("cpu"))
+    assert 0 < stored < free + stored
     assert total is None
 
 

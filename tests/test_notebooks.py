@@ -56,8 +56,8 @@ def test_notebook_runs(name, more, made, tmp_path, tiny_folder, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(BOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebook_output_has_no_local_paths(path):
-    told = outputs(nbformat.read(path, 4))
-    assert all(told[1:]), "executed once, with the builtin model"
+    cells = outputs(nbformat.read(path, 4))
+    assert all(cells[1:]), "executed once, with the builtin model"
     text = path.read_text(encoding="utf-8")
     assert len(text) < 60_000
     for word in ("/tmp", "/root", "/home", "site-packages", "Traceback", "\\u001b"):

@@ -14,9 +14,9 @@ def test_float64_support(monkeypatch):
     for has in (True, False):
         told = SimpleNamespace(has_fp64=has)
         monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device, told=told: told)
-        found = [widest(torch.device(kind)) for kind in ("cpu", "cuda", "mps", "xpu")]
+        actual = [widest(torch.device(kind)) for kind in ("cpu", "cuda", "mps", "xpu")]
         last = torch.float64 if has else torch.float32
-        assert found == [torch.float64, torch.float64, torch.float32, last]
+        assert actual == [torch.float64, torch.float64, torch.float32, last]
 
 
 def alone(monkeypatch, yes):
@@ -30,8 +30,8 @@ def test_large_products_are_exact():
     exact = left.double() @ right.double()
     out = torch.empty(256, 200)
     assert large_product(left, right, out=out) is out
-    for found in (out, large_product(left, right)):
-        assert (found - exact).abs().max() < 1e-6 * exact.abs().max()
+    for actual in (out, large_product(left, right)):
+        assert (actual - exact).abs().max() < 1e-6 * exact.abs().max()
 
 
 @pytest.mark.parametrize("yes", [False, True])
@@ -41,8 +41,8 @@ def test_rounded_factors(yes, monkeypatch):
     left, right = torch.randn(70, 90), torch.randn(90, 90)
     factor = rounded(right)
     assert factor.dtype == (torch.bfloat16 if yes else torch.float32)
-    found, exact = product(left, factor), left.double() @ right.double()
-    assert (found - exact).norm() < 0.005 * exact.norm()
+    actual, exact = product(left, factor), left.double() @ right.double()
+    assert (actual - exact).norm() < 0.005 * exact.norm()
 
 
 def test_large_product_settings_are_temporary(monkeypatch):
@@ -64,7 +64,7 @@ def test_large_product_settings_are_temporary(monkeypatch):
 @pytest.mark.parametrize("able", [True, False])
 def test_capabilities_of_older_torch(monkeypatch, able):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    for name, told in (("amx_tile", False), ("avx512_bf16", able)):
-        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda t=told: t, raising=False)
-    found = precision.suited(torch.bfloat16, torch.device("cpu"))
-    assert found == (torch.bfloat16 if able else torch.float32)
+    for name, message in (("amx_tile", False), ("avx512_bf16", able)):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda t=message: t, raising=False)
+    actual = precision.suited(torch.bfloat16, torch.device("cpu"))
+    assert actual == (torch.bfloat16 if able else torch.float32)

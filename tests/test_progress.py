@@ -12,18 +12,18 @@ from calmix.progress import Progress
 @pytest.fixture
 def drawn(monkeypatch):
     """What a terminal would draw: text, share and time left."""
-    made = []
+    created = []
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setattr(progress, "_terminal", lambda: (lambda *what: made.append(what), list))
-    return made
+    monkeypatch.setattr(progress, "_terminal", lambda: (lambda *what: created.append(what), list))
+    return created
 
 
 @pytest.fixture
 def now(monkeypatch):
     """A clock that stands still."""
-    made = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: made[0])
-    return made
+    result = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: result[0])
+    return result
 
 
 def test_progress_share(drawn):
@@ -49,7 +49,7 @@ def test_time_left_after_resume(drawn, now):
         show(20, 30)
         now[0] += 60
         show(21, 30)
-    assert [told for *_, told in drawn] == ["", "9 min left"]
+    assert [left for *_, left in drawn] == ["", "9 min left"]
 
 
 def test_stage_lines(drawn, now):

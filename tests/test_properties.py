@@ -130,12 +130,12 @@ def test_metrics_match_plain_counts(ids, other, n):
     ]
     share = [count / ids.size for count in Counter(ids.ravel().tolist()).values()]
     entropy = -sum(p * math.log2(p) for p in share)
-    told = metrics.of_ids(ids, 20)
-    assert told[f"variety_{n}"] == len(distinct) / ids.size
-    assert told[f"aggregation_{n}"] == expected
-    assert told["entropy"] == pytest.approx(entropy, abs=1e-12)
-    assert told["volume"] == ids.size * told["entropy"]
-    assert (told["tokens"], told["scope_tokens"]) == (ids.size, len(share) / 20)
+    values = metrics.of_ids(ids, 20)
+    assert values[f"variety_{n}"] == len(distinct) / ids.size
+    assert values[f"aggregation_{n}"] == expected
+    assert values["entropy"] == pytest.approx(entropy, abs=1e-12)
+    assert values["volume"] == ids.size * values["entropy"]
+    assert (values["tokens"], values["scope_tokens"]) == (ids.size, len(share) / 20)
     alone = [metrics.aggregation(row[None], n) for row in ids]
     assert metrics.row_aggregation(ids, n) == pytest.approx(alone, abs=1e-12)
 
@@ -149,12 +149,12 @@ def test_ngrams_of_a_large_vocabulary():
 
 @given(left=token_rows(), right=token_rows())
 def test_mismatch_is_bounded_and_symmetric(left, right):
-    found = metrics.mismatch(left, [right])
-    assert found == pytest.approx(metrics.mismatch(right, [left]), abs=1e-12)
+    result = metrics.mismatch(left, [right])
+    assert result == pytest.approx(metrics.mismatch(right, [left]), abs=1e-12)
     p, q = (np.bincount(part.ravel(), minlength=12) / part.size for part in (left, right))
     apart = sum(stats.entropy(one, (p + q) / 2, base=2) for one in (p, q)) / 2
-    assert found == pytest.approx(apart, abs=1e-9)
-    assert 0 <= found <= 1
+    assert result == pytest.approx(apart, abs=1e-9)
+    assert 0 <= result <= 1
     assert metrics.mismatch(left, [left, left]) == pytest.approx(0, abs=1e-12)
     assert metrics.mismatch(left, [right + 100]) == pytest.approx(1)
 
@@ -184,20 +184,20 @@ def test_methods_prune_exactly(name, layer, pattern):
     method = get_method(name)
     statistic = None
     if method.needs is not None:
-        kept = method.needs(x.shape[1], x.device)
-        kept.add(x)
-        statistic = kept.matrix()
+        gram = method.needs(x.shape[1], x.device)
+        gram.add(x)
+        statistic = gram.matrix()
     before = weight.clone()
-    made = method.solve([weight], statistic, [pattern])
+    solution = method.solve([weight], statistic, [pattern])
     assert torch.equal(weight, before)
-    pruned = made.weights[0]
+    pruned = solution.weights[0]
     count = (
         sum(many * pattern.count(size) for many, size in method.groups(*weight.shape))
         if isinstance(pattern, Unstructured)
         else pattern.count(weight.numel())
     )
     zeros = pruned == 0
-    assert made.pruned == [count]
+    assert solution.pruned == [count]
     assert int(zeros.sum()) == count
     if isinstance(pattern, SemiStructured):
         groups = zeros.view(len(weight), -1, pattern.m).sum(2)
@@ -236,17 +236,17 @@ def test_rank_correlation_matches_scipy(x, seed):
 
 @pytest.mark.parametrize("size", [1, 3, 5])
 def test_exact_permutations(size):
-    found = orders(size, 10, 0)
-    assert sorted(map(tuple, found.tolist())) == list(itertools.permutations(range(size)))
-    assert least_p(size) == 2 / len(found)
+    result = orders(size, 10, 0)
+    assert sorted(map(tuple, result.tolist())) == list(itertools.permutations(range(size)))
+    assert least_p(size) == 2 / len(result)
 
 
 def test_sampled_permutations():
     rng = np.random.default_rng(0)
-    found = orders(9, 500, 3)
-    assert found.shape == (500, 9)
-    assert (np.sort(found, 1) == range(9)).all()
-    assert len(set(map(tuple, found.tolist()))) > 490
+    result = orders(9, 500, 3)
+    assert result.shape == (500, 9)
+    assert (np.sort(result, 1) == range(9)).all()
+    assert len(set(map(tuple, result.tolist()))) > 490
     x, y = rng.random(9), rng.random(9)
     p, exact = permutation_p(x, y, permutations=499, seed=5)
     assert not exact
@@ -261,19 +261,19 @@ def test_sampled_permutations():
 def test_benjamini_hochberg(p):
     row = make_dataclass("Row", ["p", ("p_corrected", float, None)])
     rows = corrected([row(one) for one in (None, *p[:3])], [row(one) for one in (*p[3:], None)])
-    first, *found, last = [one.p_corrected for some in rows for one in some]
+    first, *actual, last = [one.p_corrected for some in rows for one in some]
     assert (first, last) == (None, None)
     order = sorted(range(len(p)), key=lambda i: p[i])
     expected = [
         min([1.0, *(p[j] * len(p) / (at + 1) for at, j in enumerate(order) if p[j] >= p[i])])
         for i in range(len(p))
     ]
-    assert found == pytest.approx(expected)
+    assert actual == pytest.approx(expected)
 
 
 @given(p=st.lists(st.floats(0, 1), max_size=6), waiting=st.integers(0, 2))
 def test_holm_counts_pending_tests(p, waiting):
-    found = holm([*p, *[None] * waiting])
+    result = holm([*p, *[None] * waiting])
     order = sorted(range(len(p)), key=lambda at: p[at])
     count = len(p) + waiting
     expected = [
@@ -284,7 +284,7 @@ def test_holm_counts_pending_tests(p, waiting):
         )
         for each in range(len(p))
     ]
-    assert found == [*map(pytest.approx, expected), *[None] * waiting]
+    assert result == [*map(pytest.approx, expected), *[None] * waiting]
 
 
 @given(value=st.floats(-5, 5), error=st.floats(0.01, 3), freedom=st.sampled_from([1, 4, math.inf]))
@@ -299,11 +299,13 @@ def test_two_sided_p(value, error, freedom):
 def test_resample_weights(count, seed, name):
     times = item_weights(name, count, resamples=20, seed=seed)
     rng = np.random.default_rng(seed)
-    made = Parts("accuracy", rng.random(count), rng.integers(-1, 2, count).astype(float))
-    found = resampled(name, made, resamples=20, seed=seed)
-    for row, value in zip(times, found[1:], strict=True):
-        whole = row @ made.whole
-        assert math.isnan(value) if whole <= 0 else value == pytest.approx(row @ made.kept / whole)
+    result = Parts("accuracy", rng.random(count), rng.integers(-1, 2, count).astype(float))
+    actual = resampled(name, result, resamples=20, seed=seed)
+    for row, value in zip(times, actual[1:], strict=True):
+        whole = row @ result.whole
+        assert (
+            math.isnan(value) if whole <= 0 else value == pytest.approx(row @ result.kept / whole)
+        )
 
 
 @given(
@@ -314,17 +316,17 @@ def test_resample_weights(count, seed, name):
     )
 )
 def test_nan_means(rows):
-    for column, told in zip(zip(*rows, strict=True), nan_mean(np.array(rows), 0), strict=True):
+    for column, message in zip(zip(*rows, strict=True), nan_mean(np.array(rows), 0), strict=True):
         known = [one for one in column if not math.isnan(one)]
-        assert math.isnan(told) if not known else told == pytest.approx(np.mean(known))
+        assert math.isnan(message) if not known else message == pytest.approx(np.mean(known))
 
 
 @given(draws=st.lists(st.floats(-3, 3), max_size=40), lost=st.integers(0, 3))
 def test_estimate_interval(draws, lost):
-    found = estimate(np.array([0.7, *draws, *[math.nan] * lost]))
-    assert found.value == 0.7
+    actual = estimate(np.array([0.7, *draws, *[math.nan] * lost]))
+    assert actual.value == 0.7
     if draws:
-        assert [found.low, found.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]))
+        assert [actual.low, actual.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]))
     else:
-        assert (found.low, found.high) == (None, None)
+        assert (actual.low, actual.high) == (None, None)
     assert estimate(np.array([math.nan, *draws])).value is None

@@ -30,8 +30,8 @@ def test_pruned_checkpoint_and_manifest(calmix, tiny_folder, text_file, tmp_path
     )
     for name in beside:
         (source / name).write_text(f'{{"is": "{name}"}}', encoding="utf-8")
-    asked = ("prune", source, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
-    assert "weights pruned (50.0" in calmix(*asked, "-o", output).ok().out
+    command = ("prune", source, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
+    assert "weights pruned (50.0" in calmix(*command, "-o", output).ok().out
     for name in beside:
         assert (output / name).read_bytes() == (source / name).read_bytes()
     model = AutoModelForCausalLM.from_pretrained(output)
@@ -65,17 +65,17 @@ def test_several_targets_match_separate_runs(calmix, tiny_folder, text_file, tmp
     for name in names[1::2]:
         method, _, sparsity = name.replace("-refit", ",refit").rpartition("-")
         alone, data = tmp_path / name, () if method == "magnitude" else common[2:]
-        asked = ("--method", method, "--sparsity", sparsity, "-o", alone)
-        calmix("prune", tiny_folder, *data, *asked).ok()
+        command = ("--method", method, "--sparsity", sparsity, "-o", alone)
+        calmix("prune", tiny_folder, *data, *command).ok()
         assert hashes(together / name) == hashes(alone), name
     ended = calmix(*common, "--pattern", "2:4,4:8", "--json", "-o", tmp_path / "patterns")
-    told = [Path(told["output"]).name for told in json.loads(ended.out)]
-    assert told == ["sparsegpt-2of4", "sparsegpt-4of8"]
+    record = [Path(record["output"]).name for record in json.loads(ended.out)]
+    assert record == ["sparsegpt-2of4", "sparsegpt-4of8"]
     for kind, more in (("llama", ()), ("gpt_neox", ()), ("mixtral", ("--drop-experts", 0.25))):
         folder = save_tiny_model(tmp_path / kind, kind)
-        asked = ("prune", folder, *common[2:], *more, "--embeddings", 4, "--sparsity")
-        calmix(*asked, "0.5,0.6", "-o", tmp_path / f"{kind}-both").ok()
-        calmix(*asked, 0.6, "-o", tmp_path / f"{kind}-alone").ok()
+        command = ("prune", folder, *common[2:], *more, "--embeddings", 4, "--sparsity")
+        calmix(*command, "0.5,0.6", "-o", tmp_path / f"{kind}-both").ok()
+        calmix(*command, 0.6, "-o", tmp_path / f"{kind}-alone").ok()
         (both,) = (tmp_path / f"{kind}-both").glob("*0.6")
         assert hashes(both) == hashes(tmp_path / f"{kind}-alone")
 
@@ -83,11 +83,11 @@ def test_several_targets_match_separate_runs(calmix, tiny_folder, text_file, tmp
 def test_failing_target_does_not_stop_others(calmix, tiny_folder, text_file, tmp_path, monkeypatch):
     score, seen = Wanda.score, []
 
-    def fail(self, *given):
+    def fail(self, *args):
         seen.append(1)
         if len(seen) > 3:
             raise SolverError("no numbers")
-        return score(self, *given)
+        return score(self, *args)
 
     monkeypatch.setattr(Wanda, "score", fail)
     data = (tiny_folder, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
@@ -150,15 +150,15 @@ def test_failed_write_keeps_the_old_folder(calmix, tiny_folder, tmp_path, monkey
     output.mkdir()
     for name in ("calmix.json", "config.json"):
         (output / name).write_text("x", encoding="utf-8")
-    asked = ("--method", "magnitude", "--sparsity", 0.5, "-o", output, "--overwrite")
-    command = ("prune", tiny_folder, *asked)
+    arguments = ("--method", "magnitude", "--sparsity", 0.5, "-o", output, "--overwrite")
+    command = ("prune", tiny_folder, *arguments)
     with monkeypatch.context() as patched:
         full = Mock(side_effect=OSError(28, "No space left on device"))
         patched.setattr("calmix.pruning.checkpoint.write_json", full)
         ended = calmix(*command)
     assert ended.code == 2
-    kept, error = ended.err.splitlines()
-    assert kept.startswith("2 blocks are kept in ")
+    note, error = ended.err.splitlines()
+    assert note.startswith("2 blocks are kept in ")
     assert "no space left" in error
     assert {p.name for p in output.iterdir()} == {"calmix.json", "config.json"}
     # The work is kept and can resume when there is room.
@@ -186,7 +186,7 @@ def test_failed_write_keeps_the_old_folder(calmix, tiny_folder, tmp_path, monkey
 def test_prune_dry_run(calmix, tmp_path, text_file, kind, more, stages):
     model = save_tiny_model(tmp_path / "model", kind)
     before = sorted(tmp_path.iterdir())
-    asked = (
+    command = (
         "prune",
         model,
         "--calibration",
@@ -197,20 +197,20 @@ def test_prune_dry_run(calmix, tmp_path, text_file, kind, more, stages):
         "-o",
         tmp_path / "out",
     )
-    ended = calmix(*asked, "--json").ok()
-    told = json.loads(ended.out)
-    assert [one["stage"] for one in told] == stages
+    ended = calmix(*command, "--json").ok()
+    data = json.loads(ended.out)
+    assert [one["stage"] for one in data] == stages
     stored = (model / "model.safetensors").stat().st_size
-    for one in told:
+    for one in data:
         assert one["work"] == "6 rows of 32 tokens"
         assert one["memory"] > 0.2e9
         assert 0.9 * stored < one["disk"] < stored
-    assert "cannot hold one block" in calmix(*asked, "--max-memory", "1MiB").line
+    assert "cannot hold one block" in calmix(*command, "--max-memory", "1MiB").line
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_perplexity_command(calmix, tiny_folder, text_file):
-    asked = ("evaluate", "perplexity", tiny_folder, "--text", text_file, "--length", 64, "--json")
+    command = ("evaluate", "perplexity", tiny_folder, "--text", text_file, "--length", 64, "--json")
     opened, text = open_model(str(tiny_folder)), text_file.read_text(encoding="utf-8")
-    found = perplexity(opened, text, length=64)
-    assert json.loads(calmix(*asked).out).items() >= found.items()
+    actual = perplexity(opened, text, length=64)
+    assert json.loads(calmix(*command).out).items() >= actual.items()

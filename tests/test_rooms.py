@@ -74,9 +74,11 @@ def test_wheel_contains_all_files(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     build = "from setuptools.build_meta import build_wheel; build_wheel('..')"  # as pip asks
-    made = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", build], cwd=source, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
     (wheel,) = tmp_path.glob("calmix-*.whl")
-    held = {path.relative_to(source).as_posix() for path in (source / "calmix").rglob("*.*")}
+    stored = {path.relative_to(source).as_posix() for path in (source / "calmix").rglob("*.*")}
     with zipfile.ZipFile(wheel) as archive:
-        assert held <= set(archive.namelist())
+        assert stored <= set(archive.namelist())

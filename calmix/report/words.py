@@ -145,7 +145,9 @@ def kept_answers(behaviour: Behaviour) -> str:
     many were asked; empty without answers."""
     if (counts := behaviour.answers) is None:
         return ""
-    summary = f"{counts.kept} of {counted(counts.dense, 'right answer')}, {with_span(counts.share)} %"
+    summary = (
+        f"{counts.kept} of {counted(counts.dense, 'right answer')}, {with_span(counts.share)} %"
+    )
     if (worst := behaviour.worst) is not None:
         summary += f", least in {worst.name}, {worst.kept} of {worst.dense}"
     how = FORMS.get(behaviour.form, "")

@@ -51,12 +51,12 @@ def test_analysis_files_are_reproducible(tmp_path):
         "tasks.csv",
     ]
     assert not any("nan" in text.lower() for text in one.values())
-    told = json.loads(one["analysis.json"])
+    data = json.loads(one["analysis.json"])
     rows, tasks = (
         [*csv.DictReader(one[f"{name}.csv"].splitlines())] for name in ("ranking", "tasks")
     )
-    assert (len(told["conditions"]), len(rows), len(tasks)) == (3, 42, 42 * 8)
-    first = told["conditions"][0]["ranking"][0]
+    assert (len(data["conditions"]), len(rows), len(tasks)) == (3, 42, 42 * 8)
+    first = data["conditions"][0]["ranking"][0]
     assert float(rows[0]["dimensions_code_high"]) == first["dimensions"]["code"]["high"]
     assert float(rows[0]["distance_flips_total"]) == first["distance"]["flips"]["total"]
     assert float(tasks[0]["kept_value"]) == first["tasks"][tasks[0]["name"]]["value"]
@@ -109,9 +109,9 @@ def test_accuracy_and_flips_skip_right_only_tasks(tmp_path):
 @pytest.mark.parametrize(("sources", "seeds"), [(1, (0,)), (3, (0,)), (4, (0, 1))])
 def test_tiny_studies(sources, seeds):
     names = [f"s{number}" for number in range(sources)]
-    found = analyse(study(Plan(sources=names, seeds=seeds)), QUICK)
-    only = found.conditions[0]
-    json.dumps(found.to_dict(), allow_nan=False)
+    analysis = analyse(study(Plan(sources=names, seeds=seeds)), QUICK)
+    only = analysis.conditions[0]
+    json.dumps(analysis.to_dict(), allow_nan=False)
     assert len(only.ranking) == sources
     assert bool(only.correlations) == (sources >= 4)
     assert not only.differences
@@ -119,8 +119,8 @@ def test_tiny_studies(sources, seeds):
 
 
 def test_equal_sets_share_the_probability_of_being_best():
-    kept = {"general": 0.44, "math": 0.40}
-    trials = tuple(trial(name, "single", "wanda", "50%", 0, kept) for name in "abc")
+    shares = {"general": 0.44, "math": 0.40}
+    trials = tuple(trial(name, "single", "wanda", "50%", 0, shares) for name in "abc")
     for ranked in analyse(study(Plan(), trials=trials), QUICK).conditions[0].ranking:
         assert ranked.best == pytest.approx(1 / 3)
 
@@ -192,8 +192,8 @@ def test_recommend_command(calmix, tmp_path):
         "brackets: 95 % intervals over test items and seeds (",
     ):
         assert words in " ".join(text.split())
-    told = json.loads(recommended(singles, "--weights", "general=1", "--json"))
-    assert told[0]["candidates"][0]["calibration"] == "reader"
+    data = json.loads(recommended(singles, "--weights", "general=1", "--json"))
+    assert data[0]["candidates"][0]["calibration"] == "reader"
     text = recommended(singles[::2])
     for words in (
         "over test items alone, with one seed each",
@@ -215,9 +215,9 @@ def test_analyse_command(calmix, tmp_path):
     folder, quick = save(study(plan), tmp_path / "study"), ("--permutations", 99, "--resamples", 20)
     assert "findings" in calmix("study", "analyse", folder, *quick).ok().out
     ended = calmix("study", "analyse", folder, "--json", "--method", "wanda", *quick)
-    told = json.loads(ended.out)
-    assert [each["label"] for each in told["conditions"]] == ["Wanda 50%"]
-    assert json.loads((folder / "analysis" / "analysis.json").read_text()) == told
+    data = json.loads(ended.out)
+    assert [each["label"] for each in data["conditions"]] == ["Wanda 50%"]
+    assert json.loads((folder / "analysis" / "analysis.json").read_text()) == data
 
 
 def test_no_recommendation_without_signal():

@@ -50,9 +50,9 @@ def test_rho_uses_seed_means_of_single_sources():
 def test_correlation_needs_four_sources():
     for count, tested in ((3, False), (4, True)):
         results = study(full_plan(sources=SOURCES[:count], conditions=[("wanda", "50%")]))
-        found = analyse(results, QUICK).conditions[0]
-        assert bool(found.correlations) == tested
-    one = found.correlations[0]
+        condition = analyse(results, QUICK).conditions[0]
+        assert bool(condition.correlations) == tested
+    one = condition.correlations[0]
     assert (one.n, one.exact, one.least_p) == (4, True, 2 / 24)
 
 
@@ -64,8 +64,8 @@ def test_rare_metric_has_no_rho():
         else one
         for at, one in enumerate(whole.trials)
     ]
-    found = of(whole.model_copy(update={"trials": tuple(trials)})).correlations
-    assert {(one.n, one.rho, one.p) for one in found if one.metric == "odd"} == {(3, None, None)}
+    actual = of(whole.model_copy(update={"trials": tuple(trials)})).correlations
+    assert {(one.n, one.rho, one.p) for one in actual if one.metric == "odd"} == {(3, None, None)}
 
 
 def test_exploratory_tests_are_corrected_together():
@@ -73,8 +73,8 @@ def test_exploratory_tests_are_corrected_together():
     whole = analyse(results, QUICK)
     every = [
         one
-        for found in whole.conditions
-        for one in (*found.correlations, *found.differences, *found.agreements)
+        for actual in whole.conditions
+        for one in (*actual.correlations, *actual.differences, *actual.agreements)
     ] + [*whole.gains]
     expected = stats.false_discovery_control([one.p for one in every])
     assert [one.p_corrected for one in every] == pytest.approx(expected)
@@ -103,13 +103,15 @@ def test_kl_agreement_is_reported():
         for one in results.trials
         if one.distance and one.calibration == first.ranking[0].calibration
     ]
-    kept = first.ranking[0].distance
-    assert kept["kl"]["total"] == pytest.approx(np.mean([one["total"]["kl_mean"] for one in own]))
-    assert kept["flips"]["code"] == 1  # every made-up item differs from the dense one
-    found = {one.quantity: one for one in first.agreements}
-    assert list(found) == ["total", "general", "commonsense", "code", "math"]
-    assert (found["total"].n, found["total"].rho) == (16, pytest.approx(-1))
-    assert found["total"].p <= 0.05
+    divergence = first.ranking[0].distance
+    assert divergence["kl"]["total"] == pytest.approx(
+        np.mean([one["total"]["kl_mean"] for one in own])
+    )
+    assert divergence["flips"]["code"] == 1  # every made-up item differs from the dense one
+    actual = {one.quantity: one for one in first.agreements}
+    assert list(actual) == ["total", "general", "commonsense", "code", "math"]
+    assert (actual["total"].n, actual["total"].rho) == (16, pytest.approx(-1))
+    assert actual["total"].p <= 0.05
 
 
 def test_missing_or_other_distances_are_skipped():
@@ -144,7 +146,7 @@ def test_bootstrap_matches_a_plain_loop():
     for seed in range(20):
         drawn = np.random.default_rng([seed, 5]).integers(5, size=(10, 5))
         ends = bootstrap_intervals(x, rows, resamples=10, seed=seed)
-        for row, found in zip(rows, ends, strict=True):
+        for row, actual in zip(rows, ends, strict=True):
             known = [
                 stats.spearmanr(x[order], row[order]).statistic
                 for order in drawn
@@ -152,5 +154,5 @@ def test_bootstrap_matches_a_plain_loop():
             ]
             counts.add(len(known))
             expected = [math.nan] * 2 if len(known) < 5 else np.quantile(known, [0.025, 0.975])
-            assert found == pytest.approx(expected, nan_ok=True)
+            assert actual == pytest.approx(expected, nan_ok=True)
     assert {0, 4, 5} < counts

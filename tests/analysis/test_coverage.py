@@ -45,7 +45,7 @@ def made(truth, rng):
     count = len(truth.draws)
     trials = [(f"s{at}", seed) for at, draws in enumerate(truth.draws) for seed in range(draws)]
     of = np.repeat(range(count), truth.draws)
-    kept = np.broadcast_to(truth.kept, (count, len(TASKS)))
+    levels = np.broadcast_to(truth.kept, (count, len(TASKS)))
     moved = {name: truth.draw * rng.standard_normal(len(trials)) for name in "ab"}
     both = 0.5 * truth.draw * rng.standard_normal(len(trials))
     items, expected = {}, []
@@ -54,7 +54,7 @@ def made(truth, rng):
         main = truth.items * rng.standard_normal(task.items)
         own = truth.own_items * rng.standard_normal((count, task.items))
         chance = truth.draw_items * rng.standard_normal((len(trials), task.items))
-        of_set = whole * (kept[:, [at]] + main + own)
+        of_set = whole * (levels[:, [at]] + main + own)
         each = of_set[of] + whole * (chance + (moved[task.dimension] + both)[:, None])
         items[at] = each, whole
         expected.append(of_set.sum(1) / whole.sum())
@@ -95,17 +95,17 @@ CASES = quick(
 def test_interval_coverage(truth):
     """Coverage is at least 95 % and at most 98.5 %."""
     times, inside = 200, {name: [] for name in ("one", "one, draws", "gap", "gap, draws")}
-    for found, expected in studies(truth, times):
+    for actual, expected in studies(truth, times):
         for quantity in (0, 1, 3):
-            one = found.mean([2], quantity).estimate()
+            one = actual.mean([2], quantity).estimate()
             real = expected[:, quantity]
-            gap = (found.mean([0], quantity) - found.mean([2], quantity)).estimate(test=True)
+            gap = (actual.mean([0], quantity) - actual.mean([2], quantity)).estimate(test=True)
             inside["one"].append(one.low <= 0.5 <= one.high)
             inside["one, draws"].append(one.draw_low <= real[2] <= one.draw_high)
             inside["gap"].append(gap.low <= 0 <= gap.high)
             inside["gap, draws"].append(gap.draw_low <= real[0] - real[2] <= gap.draw_high)
-    for name, told in inside.items():
-        assert 0.95 - slack(times) <= np.mean(told) <= 0.985 + slack(times, 0.015), name
+    for name, message in inside.items():
+        assert 0.95 - slack(times) <= np.mean(message) <= 0.985 + slack(times, 0.015), name
 
 
 def test_coverage_with_one_seed():
@@ -116,9 +116,9 @@ def test_coverage_with_one_seed():
     for number in range(times):
         (cells, _), (others, _) = made(once, rng), made(twice, rng)
         for pool, covered in ((Seeds.of(others), inside), (None, alone)):
-            found = joint(cells, resamples=RESAMPLES, seed=number % 8, pool=pool)
-            assert (found.pooled, found.freedom) == ((True, 6) if pool else (False, 0))
-            gap = (found.mean([0], 0) - found.mean([2], 0)).estimate(test=True)
+            actual = joint(cells, resamples=RESAMPLES, seed=number % 8, pool=pool)
+            assert (actual.pooled, actual.freedom) == ((True, 6) if pool else (False, 0))
+            gap = (actual.mean([0], 0) - actual.mean([2], 0)).estimate(test=True)
             covered.append(gap.low <= 0 <= gap.high)
     assert 0.95 - slack(times) <= np.mean(inside) <= 0.985 + slack(times, 0.015)
     assert np.mean(alone) < 0.9
@@ -130,12 +130,12 @@ def test_false_positive_rate():
     truth = Truth(draws=(1, 2, 1, 2, 1, 3, 3, 2), others=3)
     for one, seed in ((truth, 1), (replace(truth, own_items=0.0), 2)):
         found_at_all.append([])
-        for found, _ in studies(one, times, seed=seed):
-            (gaps,) = corrected(compare([found]))
+        for actual, _ in studies(one, times, seed=seed):
+            (gaps,) = corrected(compare([actual]))
             claimed += [gap.p <= 0.05 for gap in gaps if gap.quantity == "total"]
             found_at_all[-1].append(any(gap.significant for gap in gaps if gap.quantity != "worst"))
-    for told in (claimed, *found_at_all):
-        assert np.mean(told) <= 0.05 + slack(times)
+    for message in (claimed, *found_at_all):
+        assert np.mean(message) <= 0.05 + slack(times)
 
 
 def test_picked_set_is_unbiased():
@@ -147,35 +147,35 @@ def test_picked_set_is_unbiased():
             level = 0.5 + spread * rng.standard_normal((12, 1))
             truth = Truth(draws=(2,) + (1,) * 9 + (2, 2), kept=level, items=0.2)
             cells, expected = made(truth, rng)
-            found = joint(cells, resamples=20, seed=number % 8)
+            actual = joint(cells, resamples=20, seed=number % 8)
             weight = np.eye(7)[0]
-            best = int(found.values[:, 0].argmax())
+            best = int(actual.values[:, 0].argmax())
             centre = expected[:, 0].mean() - level.mean()  # the common effect of these items
             real = level[best, 0] + centre
-            raw.append(found.values[best, 0] - real)
-            drawn.append(shrink(found, weight)[1][best] - real)
+            raw.append(actual.values[best, 0] - real)
+            drawn.append(shrink(actual, weight)[1][best] - real)
         assert np.mean(raw) > 0.01
         assert abs(np.mean(drawn)) < 0.3 * np.mean(raw)
 
 
 def test_noise_estimate_matches_planted_noise():
     rng = np.random.default_rng(5)
-    found = []
+    results = []
     for _ in range(60):
         level = 0.5 + 0.05 * rng.standard_normal((8, 1))
         cells, _ = made(replace(Truth(), kept=level), rng)
-        found.append({one.quantity: one for one in noise_of(joint(cells, resamples=9, seed=0))})
-    total, task = [one["total"] for one in found], [one["a1"] for one in found]
+        results.append({one.quantity: one for one in noise_of(joint(cells, resamples=9, seed=0))})
+    total, task = [one["total"] for one in results], [one["a1"] for one in results]
     assert {(one.freedom, one.items, one.sets, one.kind) for one in total} == {(8, 240, 8, "total")}
     # Weights of items w have a mean of 1, and mean squares of 13/12.
     chance = 13 / 12 * 0.15**2 / 60
-    for found, planted in (
+    for results, planted in (
         ([one.draw**2 for one in task], 0.02**2 * 1.25 + chance),
         ([one.draw**2 for one in total], 0.02**2 * (0.5 + 0.25) + chance / 4),
         ([one.item**2 for one in total], 2 * chance / 4),
         ([one.signal**2 for one in total], 0.05**2),
     ):
-        assert np.mean(found) == pytest.approx(planted, rel=0.2)
+        assert np.mean(results) == pytest.approx(planted, rel=0.2)
     one = total[0]
     assert one.ratio == pytest.approx(one.signal / math.hypot(one.draw, one.item / math.sqrt(2)))
 
@@ -196,9 +196,9 @@ def detected(difference, draws, draw, freedom, item):
     [(2, 2, 0.0), (9, 6, 0.0), (2, 40, 0.0), (3, 6, 0.004), (3, 6, 0.02), (3, 40, 0.01)],
 )
 def test_detectable_difference_has_80_percent_power(draws, freedom, item):
-    found = detectable(draws, 0.012, freedom, item)
-    assert found >= detectable(draws, 0.012, freedom)
-    assert detected(found, draws, 0.012, freedom, item) == pytest.approx(
+    result = detectable(draws, 0.012, freedom, item)
+    assert result >= detectable(draws, 0.012, freedom)
+    assert detected(result, draws, 0.012, freedom, item) == pytest.approx(
         0.80, abs=0.015 if item else 0.005
     )
 
@@ -206,9 +206,9 @@ def test_detectable_difference_has_80_percent_power(draws, freedom, item):
 @pytest.mark.parametrize("difference", [0.01, 0.02, 0.03])
 def test_needed_seeds_are_minimal(difference):
     draw, freedom, item = 0.015, 12, 0.003
-    found = needed(difference, draw, freedom, item)
-    assert found.draws_items >= found.draws > 1
-    for draws, other in ((found.draws, 0.0), (found.draws_items, item)):
+    result = needed(difference, draw, freedom, item)
+    assert result.draws_items >= result.draws > 1
+    for draws, other in ((result.draws, 0.0), (result.draws_items, item)):
         assert detectable(draws, draw, freedom, other) <= difference
         assert detectable(draws - 1, draw, freedom, other) > difference
 
@@ -218,8 +218,8 @@ def test_power_by_hand():
     assert needed(0.01, 0.01, 1e7, 0.0).draws == 16
     assert detectable(16, 0.01, 1e7) == pytest.approx(2.8016 * 0.01 * math.sqrt(1 / 8), rel=1e-4)
     assert (needed(0.01, 0.0, 3, 0.001).draws_items, detectable(2, 0.0, 3)) == (1, 0)
-    found = needed(0.01, 0.001, 12, 0.01)  # more seeds do not help
-    assert (found.draws_items, found.items) == (None, pytest.approx(7.849, rel=1e-3))
+    result = needed(0.01, 0.001, 12, 0.01)  # more seeds do not help
+    assert (result.draws_items, result.items) == (None, pytest.approx(7.849, rel=1e-3))
     # With this many times the items, unlimited seeds just detect it.
-    assert detectable(10**9, 0.001, 12, 0.01 / math.sqrt(found.items)) == pytest.approx(0.01)
-    assert needed(0.01, 0.001, 12, 0.01 / math.sqrt(1.1 * found.items)).draws_items is not None
+    assert detectable(10**9, 0.001, 12, 0.01 / math.sqrt(result.items)) == pytest.approx(0.01)
+    assert needed(0.01, 0.001, 12, 0.01 / math.sqrt(1.1 * result.items)).draws_items is not None

@@ -53,12 +53,12 @@ def made(right, *, models=("m",), methods=("sparsegpt",), seeds=(0, 1, 2), **cha
     )
 
     def scored(one):
-        given = right[one.calibration]
-        given = given[one.method] if isinstance(given, dict) else given
-        given = given if isinstance(given, tuple) else (given,) * len(TASKS)
+        inputs = right[one.calibration]
+        inputs = inputs[one.method] if isinstance(inputs, dict) else inputs
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,) * len(TASKS)
         return tuple(
             answers(*task, each(one.seed) if callable(each) else shuffled(each, one.seed))
-            for task, each in zip(TASKS, given, strict=True)
+            for task, each in zip(TASKS, inputs, strict=True)
         )
 
     dense = tuple(answers(*task, range(COUNT)) for task in TASKS)
@@ -112,9 +112,9 @@ def test_verdicts():
         "near": over("b", predict=[2, 28], refuted={"below": 30}),
         "behind": over("c", refuted={"above": 0, "below": -99}),
     }
-    found = analyse(declaring(results, said, margin=20), QUICK)
-    far, near, behind = found.comparisons
-    assert [one.verdict for one in found.comparisons] == ["more", "level", "less"]
+    analysis = analyse(declaring(results, said, margin=20), QUICK)
+    far, near, behind = analysis.comparisons
+    assert [one.verdict for one in analysis.comparisons] == ["more", "level", "less"]
     assert far.gap.value == pytest.approx(0.4)
     assert (far.seeds, far.best, far.model) == ("own", (), "m")
     assert (far.predicted, far.refuted) == (True, False)
@@ -159,18 +159,20 @@ def test_comparison_per_model_averages_methods():
         "mixed": over("a"),
         "solver": {"of": {"method": "admm"}, "over": {"method": "sparsegpt"}},
     }
-    found = analyse(declaring(results, said), QUICK).comparisons
-    assert [(one.name, one.model) for one in found] == [
+    analysis = analyse(declaring(results, said), QUICK).comparisons
+    assert [(one.name, one.model) for one in analysis] == [
         (name, model) for name in ("mixed", "solver") for model in "mn"
     ]
-    assert [one.gap.value for one in found] == pytest.approx([0.2, 0.2, 0.1, 0.1])
+    assert [one.gap.value for one in analysis] == pytest.approx([0.2, 0.2, 0.1, 0.1])
     gone = results.model_copy(update={"trials": results.trials[:6]})  # SparseGPT on one model
     part = declaring(results, said).model_copy(update={"trials": gone.trials})
-    found = analyse(part, QUICK)
-    assert [one.gap.value for one in found.comparisons] == [pytest.approx(0.1), None, None, None]
-    assert len(found.missing) == 18
-    assert found.comparisons[0].p_corrected == pytest.approx(min(1, 4 * found.comparisons[0].gap.p))
-    assert found.comparisons[1].verdict == "cannot be told"
+    analysis = analyse(part, QUICK)
+    assert [one.gap.value for one in analysis.comparisons] == [pytest.approx(0.1), None, None, None]
+    assert len(analysis.missing) == 18
+    assert analysis.comparisons[0].p_corrected == pytest.approx(
+        min(1, 4 * analysis.comparisons[0].gap.p)
+    )
+    assert analysis.comparisons[1].verdict == "cannot be told"
 
 
 def test_best_of_is_chosen_on_odd_items():
@@ -193,16 +195,16 @@ def test_best_of_is_chosen_on_odd_items():
 def test_post_hoc_exclusion_is_shown_separately():
     results = made({"mix": (80, 80, 30), "a": (70, 70, 90), "b": (60, 60, 60)})
     said = {"mixed": over("a", predict=[0, 9])}
-    found = analyse(declaring(results, said), QUICK)
-    assert found.comparisons[0].gap.value == pytest.approx((0.1 + (0.55 - 0.8)) / 2)
-    assert found.afterwards == ()
+    analysis = analyse(declaring(results, said), QUICK)
+    assert analysis.comparisons[0].gap.value == pytest.approx((0.1 + (0.55 - 0.8)) / 2)
+    assert analysis.afterwards == ()
     later = analyse(declaring(results, said), QUICK.model_copy(update={"without": ["sums"]}))
-    assert later.comparisons == found.comparisons
+    assert later.comparisons == analysis.comparisons
     assert later.afterwards[0].gap.value == pytest.approx(0.1)
     assert (later.comparisons[0].verdict, later.afterwards[0].verdict) == ("less", "more")
-    told = summarise(later)
-    assert "Left out afterwards, not declared: sums." in told["opening"]
-    (line,) = told["declared"]
+    summary = summarise(later)
+    assert "Left out afterwards, not declared: sums." in summary["opening"]
+    (line,) = summary["declared"]
     assert line.startswith("mixed: less, −7.5 [")
     assert "; prediction 0 to 9: not met. Afterwards, without sums: more, +10.0 [" in line
     declared = declaring(results, said, exclude={"sums": "one text can swing them"})
@@ -236,8 +238,8 @@ def test_summary_reports_deviations_from_the_declaration():
     left = [one for one in results.trials if one.calibration != "b" and one.id != "m-a-sparsegpt-2"]
     dates = results.dates | {left[0].id: "2025-12-31T00:00:00+00:00"}
     late = declared.model_copy(update={"trials": tuple(left), "dates": dates})
-    told = summarise(analyse(late, QUICK))["opening"]
-    assert told[1:] == [
+    summary = summarise(analyse(late, QUICK))["opening"]
+    assert summary[1:] == [
         "Older than the declaration: 1 trial of 9 that are compared.",
         "Declared and not run: b sparsegpt 50% seed 0 (m), b sparsegpt 50% seed 1 (m) and b "
         "sparsegpt 50% seed 2 (m).",
@@ -245,15 +247,17 @@ def test_summary_reports_deviations_from_the_declaration():
     ]
     changed = content.model_copy(update={"margin": 9.0})
     stored = declared.declarations[0].model_copy(update={"declaration": changed})
-    told = summarise(analyse(declared.model_copy(update={"declarations": (stored,)}), QUICK))
-    assert told["opening"][1] == f"The declaration was changed: its hash was {content.hash[:12]}."
+    summary = summarise(analyse(declared.model_copy(update={"declarations": (stored,)}), QUICK))
+    assert (
+        summary["opening"][1] == f"The declaration was changed: its hash was {content.hash[:12]}."
+    )
     amends = Amends(study="made-up", reason="five points are too few")
     again = declaring(declared, said, margin=8, amends=amends, since="2026-02-01T00:00:00+00:00")
-    told = summarise(analyse(again, QUICK))["opening"]
-    assert told[1] == (
+    summary = summarise(analyse(again, QUICK))["opening"]
+    assert summary[1] == (
         "Study made-up amends made-up, declared 2026-01-02 03:04 UTC: five points are too few."
     )
-    assert told[2] == "Older than the declaration: 9 trials of 9 that are compared."
+    assert summary[2] == "Older than the declaration: 9 trials of 9 that are compared."
 
 
 def test_kept_replaces_right_without_gains():
@@ -265,26 +269,28 @@ def test_kept_replaces_right_without_gains():
             "paired": {one.id: results.dense["m"] for one in results.trials},
         }
     )
-    found = analyse(part, QUICK)
-    assert (found.measure, found.whole) == ("primary", False)
-    assert {task.score for task in found.conditions[0].cells.tasks} == {"kept"}
-    assert any(line.startswith("Gains were not measured") for line in summarise(found)["opening"])
-    assert found.comparisons[0].verdict == "more"
+    analysis = analyse(part, QUICK)
+    assert (analysis.measure, analysis.whole) == ("primary", False)
+    assert {task.score for task in analysis.conditions[0].cells.tasks} == {"kept"}
+    assert any(
+        line.startswith("Gains were not measured") for line in summarise(analysis)["opening"]
+    )
+    assert analysis.comparisons[0].verdict == "more"
 
 
 def test_dense_repeat_is_the_ceiling():
     again = tuple(answers(*task, range(1, COUNT)) for task in TASKS)
     results = made({"mix": 80, "a": 40}, repeat={"m": again})
-    found = analyse(results, QUICK)
-    assert found.ceilings == {"m": pytest.approx(0.99)}
+    analysis = analyse(results, QUICK)
+    assert analysis.ceilings == {"m": pytest.approx(0.99)}
     line = "The dense model against itself, in other batches: 99.0 % (m)."
-    assert line in summarise(found)["certainty"]
+    assert line in summarise(analysis)["certainty"]
 
 
 def test_declared_comparisons_come_first(calmix, tmp_path):
     results = made({"mix": 80, "a": 40, "b": 60})
-    found = analyse(declaring(results, {"mixed": over("a"), "other": over("b")}), QUICK)
-    text = summary_text(found)
+    analysis = analyse(declaring(results, {"mixed": over("a"), "other": over("b")}), QUICK)
+    text = summary_text(analysis)
     assert max(map(len, text.splitlines())) <= 80
     order = (
         "declares 2 comparisons",
@@ -296,10 +302,10 @@ def test_declared_comparisons_come_first(calmix, tmp_path):
     )
     places = [text.index(part) for part in order]
     assert places == sorted(places)
-    found.save(tmp_path / "analysis")
-    told = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
-    assert [one["verdict"] for one in told["comparisons"]] == ["more", "more"]
-    assert told["declarations"][0]["intact"]
+    analysis.save(tmp_path / "analysis")
+    data = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
+    assert [one["verdict"] for one in data["comparisons"]] == ["more", "more"]
+    assert data["declarations"][0]["intact"]
     assert (tmp_path / "analysis" / "comparisons.csv").is_file()
     folder = save(results, tmp_path / "study")
     ended = calmix("study", "analyse", folder, "--without", "sums", "--resamples", 20).ok().out

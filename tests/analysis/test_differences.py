@@ -28,12 +28,12 @@ def gap(found, left, right, quantity=TOTAL):
 
 def test_seed_difference_uses_students_t():
     """One mean of 3 seeds minus 16 such means, with the pooled standard deviation of a seed."""
-    found = analyse(study(full_plan(conditions=SPARSE)), EXACT).conditions[0]
-    one = gap(found, "mix-8", SINGLES, "code").gap
-    quantity = found.cells.quantities.index("code")
-    kept, spread = found.cells.means[:, quantity], found.joint.deviations[:, quantity]
-    mix = found.cells.sets.index("mix-8")
-    assert one.value == pytest.approx(kept[mix] - kept[found.cells.of("single")].mean())
+    condition = analyse(study(full_plan(conditions=SPARSE)), EXACT).conditions[0]
+    one = gap(condition, "mix-8", SINGLES, "code").gap
+    quantity = condition.cells.quantities.index("code")
+    means, spread = condition.cells.means[:, quantity], condition.joint.deviations[:, quantity]
+    mix = condition.cells.sets.index("mix-8")
+    assert one.value == pytest.approx(means[mix] - means[condition.cells.of("single")].mean())
     error = math.sqrt((spread**2).mean() * (1 / 3 + 1 / 48))
     half = stats.t.ppf(0.975, 22 * 2) * error
     assert one.p >= 2 * stats.t.sf(abs(one.value) / error, 44)
@@ -42,19 +42,21 @@ def test_seed_difference_uses_students_t():
     assert one.high - one.low < 0.9 * ((one.item_high - one.item_low) + 2 * half)
     back = -one
     assert (back.value, back.low, back.high) == (-one.value, -one.high, -one.low)
-    assert len({d.left for d in found.differences} | {d.right for d in found.differences}) == 8
+    assert (
+        len({d.left for d in condition.differences} | {d.right for d in condition.differences}) == 8
+    )
 
 
 def test_few_seeds_use_pooled_spread():
     """As in a study with one seed for sources and three for mixes."""
     whole = study(full_plan(conditions=SPARSE))
     for single, freedom, missing in ((True, 0, 0), (False, 12, 32)):
-        kept = tuple(
+        chosen = tuple(
             one for one in whole.trials if one.seed == 0 or not (single or one.strategy == "single")
         )
-        found = analyse(whole.model_copy(update={"trials": kept}), QUICK).conditions[0]
-        one = gap(found, "mix-8", SINGLES)
-        assert (found.joint.freedom, len(found.missing)) == (freedom, missing)
+        condition = analyse(whole.model_copy(update={"trials": chosen}), QUICK).conditions[0]
+        one = gap(condition, "mix-8", SINGLES)
+        assert (condition.joint.freedom, len(condition.missing)) == (freedom, missing)
         assert one.p_corrected is not None
         assert (one.gap.draw_low is None) == single
         assert ((one.gap.low, one.gap.high) == (one.gap.item_low, one.gap.item_high)) == single
@@ -74,9 +76,10 @@ def test_worst_dimension_of_picked_source():
         for name, (general, code) in own.items()
         for seed, off in enumerate((0.4, -0.4))
     )
-    found = analyse(study(Plan(), trials=trials), QUICK).conditions[0]
+    condition = analyse(study(Plan(), trials=trials), QUICK).conditions[0]
     worst, general, code = (
-        gap(found, "m", f"{BEST}a", quantity).gap.value for quantity in (WORST, "general", "code")
+        gap(condition, "m", f"{BEST}a", quantity).gap.value
+        for quantity in (WORST, "general", "code")
     )
     assert general < 0 < code  # of the shrunken values
     assert worst == pytest.approx(general)
@@ -86,45 +89,46 @@ def test_one_seed_borrows_spread():
     pairs = [("sparsegpt", "50%"), ("sparsegpt", "60%"), ("admm", "60%")]
     few = {"sources": SOURCES[:4], "others": {"mix-8": ("mix", 0.08)}}
     whole = study(full_plan(conditions=pairs, **few))
-    kept = tuple(one for one in whole.trials if one.pattern == "50%" or one.seed == 0)
-    results = whole.model_copy(update={"trials": kept})
-    found = analyse(results, QUICK)
+    trials_left = tuple(one for one in whole.trials if one.pattern == "50%" or one.seed == 0)
+    results = whole.model_copy(update={"trials": trials_left})
+    analysis = analyse(results, QUICK)
     alone = analyse(results, QUICK, sparsity="60%")
     assert [one.ranking for one in alone.conditions] == [
-        one.ranking for one in found.conditions if one.condition.pattern == "60%"
+        one.ranking for one in analysis.conditions if one.condition.pattern == "60%"
     ]
     pooled = {
-        one.condition.label: (one.joint.pooled, one.joint.freedom) for one in found.conditions
+        one.condition.label: (one.joint.pooled, one.joint.freedom) for one in analysis.conditions
     }
     assert pooled == {
         "ADMM 60%": (True, 10),
         "SparseGPT 50%": (False, 10),
         "SparseGPT 60%": (True, 10),
     }
-    once, often = found.conditions[2].joint, found.conditions[1].joint
+    once, often = analysis.conditions[2].joint, analysis.conditions[1].joint
     assert once.by_draws == pytest.approx(often.by_draws)
-    assert all(one.draw is None for one in found.conditions[2].noise)  # of its own
-    one = gap(found.conditions[2], "mix-8", SINGLES).gap
+    assert all(one.draw is None for one in analysis.conditions[2].noise)  # of its own
+    one = gap(analysis.conditions[2], "mix-8", SINGLES).gap
     assert one.draw_low < one.value < one.draw_high
     # Seeds are not taken to move both methods alike: their covariance is unknown.
-    (gain,) = [one.gap for one in found.gains if one.quantity == TOTAL]
+    (gain,) = [one.gap for one in analysis.gains if one.quantity == TOTAL]
     weight = once.cells.weights[0]
     assert gain.draw_high - gain.draw_low > 2 * math.sqrt(2 * weight @ once.by_draws @ weight / 5)
     other = tuple(
-        one.model_copy(update={"model": "other"}) if one.pattern == "50%" else one for one in kept
+        one.model_copy(update={"model": "other"}) if one.pattern == "50%" else one
+        for one in trials_left
     )
-    told = analyse(study(Plan(), trials=other), QUICK).conditions
-    assert [one.joint.freedom for one in told if one.condition.model != "other"] == [0, 0]
+    conditions = analyse(study(Plan(), trials=other), QUICK).conditions
+    assert [one.joint.freedom for one in conditions if one.condition.model != "other"] == [0, 0]
 
 
 def test_accuracy_beside_primary_scores():
     """The made-up tasks keep 0.9 times as much in accuracy; texts have none."""
     results = study(Plan(seeds=(0,), sources=("a", "b")))
-    found, by_accuracy = (
+    actual, by_accuracy = (
         {one.calibration: one for one in analyse(results, settings).conditions[0].ranking}
         for settings in (QUICK, QUICK.model_copy(update={"measure": "accuracy"}))
     )
-    for name, one in found.items():
+    for name, one in actual.items():
         answers, text = (by_accuracy[name].tasks[task].value for task in ("code_a", "code_b"))
         assert answers == pytest.approx(0.9 * one.tasks["code_a"].value, abs=0.01)
         assert (one.accuracy["code"], text) == (pytest.approx(answers), None)
@@ -149,8 +153,8 @@ def test_accuracy_and_flips_match_evaluate():
     )
     (dense,) = results.dense.values()
     for settings in (QUICK, QUICK.model_copy(update={"measure": "accuracy"})):
-        found = analyse(results, settings).conditions[0]
-        for one in found.ranking:
+        condition = analyse(results, settings).conditions[0]
+        for one in condition.ranking:
             trial = next(t for t in results.trials if t.calibration == one.calibration)
             pruned = results.scores[trial.id]
             wanted = retention(dense, pruned, measure="accuracy", resamples=2).of("code").value
@@ -165,10 +169,10 @@ def test_bits_per_byte_are_resampled_as_a_ratio():
     results = study(Plan(seeds=(0,), sources=("a",)))
     only, by_ratio = results.trials[0], EXACT.model_copy(update={"measure": "ratio"})
     ours = analyse(results, by_ratio).conditions[0].ranking[0].tasks["code_b"]
-    made = retention(
+    result = retention(
         results.dense[only.model], results.scores[only.id], measure="ratio", resamples=2000
     )
-    theirs = next(task.kept for task in made.tasks if task.name == "code_b")
+    theirs = next(task.kept for task in result.tasks if task.name == "code_b")
     assert ours.value == pytest.approx(theirs.value)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.004)
     assert ours.high - ours.low > 0.01
@@ -177,14 +181,14 @@ def test_bits_per_byte_are_resampled_as_a_ratio():
 def test_condition_labels():
     for name, title in (("admm,refit=5 + distill", "ADMM,refit=5 + distill"), ("ours", "ours")):
         assert method_name(name) == title
-    kept = {"general": 0.5, "code": 0.5}
+    shares = {"general": 0.5, "code": 0.5}
     trials = tuple(
-        trial("a", "single", *SPARSE[0], 0, kept, **more)
+        trial("a", "single", *SPARSE[0], 0, shares, **more)
         for more in ({}, {"rows": 128}, {"propagation": "block"})
     )
-    bare = trial("none", "none", "magnitude", "60%", 0, kept, propagation=None, rows=0, length=0)
-    found = analyse(study(Plan(), trials=(*trials, bare)), QUICK)
-    assert {c.condition.label for c in found.conditions} == {
+    bare = trial("none", "none", "magnitude", "60%", 0, shares, propagation=None, rows=0, length=0)
+    analysis = analyse(study(Plan(), trials=(*trials, bare)), QUICK)
+    assert {c.condition.label for c in analysis.conditions} == {
         "SparseGPT 60%, block propagation, 64 x 512",
         "Magnitude 60%",
         *(f"SparseGPT 60%, layer propagation, {rows} x 512" for rows in (64, 128)),
@@ -231,23 +235,23 @@ def gain(found, more, less, quantity=TOTAL):
 
 
 def test_gains_between_all_methods():
-    found = analysed(KEPT)
-    assert len({(one.more, one.less) for one in found.gains}) == 3
+    analysis = analysed(KEPT)
+    assert len({(one.more, one.less) for one in analysis.gains}) == 3
     for more, less, quantity, sets, wanted in (
         (BETTER, PLAIN, TOTAL, 3, (0.05 + 0.05 + 0.2) / 3),
         (BETTER, PLAIN, "general", 3, (0.1 + 0.1 + 0.2) / 3),
         (TUNED, BETTER, TOTAL, 2, (0.2 + 0.1) / 2),  # sets that one lacks are left out
         (TUNED, PLAIN, TOTAL, 2, (0.25 + 0.3) / 2),
     ):
-        one = gain(found, more, less, quantity)
+        one = gain(analysis, more, less, quantity)
         assert (one.sets, one.gap.value) == (sets, pytest.approx(wanted, abs=1e-3))
 
 
 def test_items_and_seeds_are_paired():
     """The interval of a gap between methods accounts for their common items and seeds."""
-    found = analysed(KEPT, seeds=3)
-    one = gain(found, BETTER, PLAIN).gap
-    means = [each.joint.mean(range(3), 0).estimate() for each in found.conditions[::2]]
+    analysis = analysed(KEPT, seeds=3)
+    one = gain(analysis, BETTER, PLAIN).gap
+    means = [each.joint.mean(range(3), 0).estimate() for each in analysis.conditions[::2]]
     widths = [each.item_high - each.item_low for each in means]
     assert one.low < one.value < one.high
     assert one.item_high - one.item_low < 0.9 * math.hypot(*widths)

@@ -28,9 +28,9 @@ def opened(tiny_folder):
 @pytest.fixture
 def sources(tmp_path):
     """Two JSON-lines sources of 60 documents of 40 to 99 bytes, with different letters."""
-    found = {}
+    results = {}
     for name, letters in (("lower", "abcdefgh"), ("upper", "ABCDEFGH")):
-        found[name] = str(tmp_path / f"{name}.jsonl")
+        results[name] = str(tmp_path / f"{name}.jsonl")
         write_rows(
             tmp_path / f"{name}.jsonl",
             (
@@ -38,4 +38,4 @@ def sources(tmp_path):
                 for number in range(60)
             ),
         )
-    return found
+    return results

@@ -33,13 +33,15 @@ def mix_of(sources, lower=1, upper=1):
 def test_rows_are_full_and_reproducible(sources, tiny, rows, length, seed, packing):
     request = {"rows": rows, "length": length, "seed": seed, "packing": packing}
     mix = mix_of(sources, 1, 2)
-    made = build(mix, tiny, **request)
+    drawn_set = build(mix, tiny, **request)
     again = build(mix, tiny, **request)
-    assert made.ids.shape == (rows, length)
-    assert made.manifest == again.manifest  # the hash of the ids is in it
-    assert sum(made.counts.values()) == rows
-    assert made.counts == {n: made.manifest["sources"][n]["rows"] for n in made.counts}
-    for row, source in zip(made.ids.tolist(), made.sources, strict=True):
+    assert drawn_set.ids.shape == (rows, length)
+    assert drawn_set.manifest == again.manifest  # the hash of the ids is in it
+    assert sum(drawn_set.counts.values()) == rows
+    assert drawn_set.counts == {
+        n: drawn_set.manifest["sources"][n]["rows"] for n in drawn_set.counts
+    }
+    for row, source in zip(drawn_set.ids.tolist(), drawn_set.sources, strict=True):
         text = tiny.tokenizer.decode(row, skip_special_tokens=True)
         assert text == (text.lower() if source == sources["lower"] else text.upper())
 
@@ -73,22 +75,22 @@ def test_every_row_starts_with_the_begin_token(sources, tiny):
     assert begin_token(tokenizer) == [1]
     assert begin_token(tiny.tokenizer) == []
     opened = replace(tiny, tokenizer=tokenizer)
-    made = build(mix_of(sources), opened, rows=6, length=20)
-    assert (made.ids[:, 0] == 1).all()
-    assert (made.ids[:, 1:] != 1).all()
+    drawn_set = build(mix_of(sources), opened, rows=6, length=20)
+    assert (drawn_set.ids[:, 0] == 1).all()
+    assert (drawn_set.ids[:, 1:] != 1).all()
     with pytest.raises(InputError, match="no room for text after the begin token"):
         build(mix_of(sources), opened, rows=1, length=1)
 
 
 def test_manifest_lists_documents(sources, tiny):
-    made = build(mix_of(sources), tiny, rows=9, length=32)
-    for name, entry in made.manifest["sources"].items():
+    drawn_set = build(mix_of(sources), tiny, rows=9, length=32)
+    for name, entry in drawn_set.manifest["sources"].items():
         texts = {d.id: d.text for d in get_source(name).documents()}
-        held = [texts[document] for document in entry["drawn"]]
-        joined = "</s>".join([*held, ""])
-        assert entry["drawn_tokens"] == sum(map(len, held))
-        assert len(joined) - len(held[-1]) - 5 < 32 * entry["rows"] <= len(joined)
-        for ids, source in zip(made.ids.tolist(), made.sources, strict=True):
+        stored = [texts[document] for document in entry["drawn"]]
+        joined = "</s>".join([*stored, ""])
+        assert entry["drawn_tokens"] == sum(map(len, stored))
+        assert len(joined) - len(stored[-1]) - 5 < 32 * entry["rows"] <= len(joined)
+        for ids, source in zip(drawn_set.ids.tolist(), drawn_set.sources, strict=True):
             assert source != name or tiny.tokenizer.decode(ids) in joined
     drawn = build(parse_mix(sources["lower"]), tiny, rows=3, length=40, packing="window")
     entry = drawn.manifest["sources"][sources["lower"]]
@@ -107,7 +109,7 @@ def test_single_document_is_used_whole(tmp_path, tiny):
     path = tmp_path / "book.txt"
     path.write_text("".join(f"{number:04d} " for number in range(4000)), encoding="utf-8")
     seeds = [build(parse_mix(str(path)), tiny, rows=8, length=50, seed=seed) for seed in (0, 1, 0)]
-    rows = [set(tiny.tokenizer.batch_decode(made.ids)) for made in seeds]
+    rows = [set(tiny.tokenizer.batch_decode(result.ids)) for result in seeds]
     assert rows[0] == rows[2] != rows[1]
     assert max(rows[0]) > "2000"
     assert seeds[0].manifest["sources"][str(path)]["drawn"] == ["0"]
@@ -119,12 +121,12 @@ def test_few_long_documents_are_used_whole(tmp_path, tiny):
     for name in "ab":
         text = "".join(f"{name}{number:04d} " for number in range(4000))
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    made = build(parse_mix(str(folder)), tiny, rows=8, length=50)
-    starts = {row[0] for text in tiny.tokenizer.batch_decode(made.ids) for row in text.split()}
+    drawn_set = build(parse_mix(str(folder)), tiny, rows=8, length=50)
+    starts = {row[0] for text in tiny.tokenizer.batch_decode(drawn_set.ids) for row in text.split()}
     assert {"a", "b"} <= starts
     assert "3" in {
         row[1]
-        for text in tiny.tokenizer.batch_decode(made.ids)
+        for text in tiny.tokenizer.batch_decode(drawn_set.ids)
         for row in text.split()
         if len(row) == 5
     }
@@ -138,8 +140,8 @@ def test_chats_use_the_chat_template(tmp_path, tiny):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     rendered = replace(tiny, tokenizer=tokenizer)
-    made = build(parse_mix(str(path)), rendered, rows=1, length=30)
-    text = tokenizer.decode(made.ids[0])
+    drawn_set = build(parse_mix(str(path)), rendered, rows=1, length=30)
+    text = tokenizer.decode(drawn_set.ids[0])
     assert "[user]hello there[assistant]ye" in text
     plain = build(parse_mix(str(path)), tiny, rows=1, length=30)
     assert "user: hello there" in tiny.tokenizer.decode(plain.ids[0])
@@ -158,13 +160,16 @@ def test_calibrate_save_open_export(calmix, sources, tiny, tiny_folder, tmp_path
     mix = f"{sources['lower']}:0.5,{sources['upper']}:0.5"
     folder, text = tmp_path / "set", tmp_path / "set.jsonl"
     how = ("-m", tiny_folder, "--rows", 4, "--length", 32, "--leakage", "off")
-    told = json.loads(calmix("calibrate", mix, *how, "-o", folder, "--json").ok().out)
-    made, again = build(parse_mix(mix), tiny, rows=4, length=32), CalibrationSet.open(folder, tiny)
-    assert torch.equal(again.ids, made.ids)
-    assert again.sources == made.sources
-    assert made.sha256 == again.sha256 == again.manifest["sha256"] == told["sha256"]
-    assert again.counts == told["counts"]
-    assert again.manifest["sources"] == made.manifest["sources"]
+    data = json.loads(calmix("calibrate", mix, *how, "-o", folder, "--json").ok().out)
+    drawn_set, again = (
+        build(parse_mix(mix), tiny, rows=4, length=32),
+        CalibrationSet.open(folder, tiny),
+    )
+    assert torch.equal(again.ids, drawn_set.ids)
+    assert again.sources == drawn_set.sources
+    assert drawn_set.sha256 == again.sha256 == again.manifest["sha256"] == data["sha256"]
+    assert again.counts == data["counts"]
+    assert again.manifest["sources"] == drawn_set.manifest["sources"]
     again.save(tmp_path / "again")
     for name in (TENSORS, SET_MANIFEST):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
@@ -174,8 +179,8 @@ def test_calibrate_save_open_export(calmix, sources, tiny, tiny_folder, tmp_path
     other, export = tmp_path / "other.jsonl", ("export", folder, "-m", tiny_folder, "-o", text)
     calmix(*export).ok()
     rows = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
-    assert [row["source"] for row in rows] == list(made.sources)
-    assert rows[0]["text"] == tiny.tokenizer.decode(made.ids[0], skip_special_tokens=True)
+    assert [row["source"] for row in rows] == list(drawn_set.sources)
+    assert rows[0]["text"] == tiny.tokenizer.decode(drawn_set.ids[0], skip_special_tokens=True)
     for words, line in (
         (export, "exists: choose another file"),
         (("export", folder, "-m", foreign, "-o", other), "another tokenizer"),
@@ -194,20 +199,20 @@ def test_calibrate_save_open_export(calmix, sources, tiny, tiny_folder, tmp_path
 
 def test_damaged_set_is_refused(sources, tiny, tmp_path):
     folder = build(mix_of(sources), tiny, rows=6, length=32).save(tmp_path / "set")
-    held, told = load_file(folder / TENSORS), json.loads((folder / SET_MANIFEST).read_bytes())
-    other = torch.cat([held["ids"][:1] + 1, held["ids"][1:]])
+    weights, data = load_file(folder / TENSORS), json.loads((folder / SET_MANIFEST).read_bytes())
+    other = torch.cat([weights["ids"][:1] + 1, weights["ids"][1:]])
     for name, content, message in (
-        (TENSORS, save(held | {"ids": other}), "is damaged: make it again"),
-        (TENSORS, save(held | {"source": 1 - held["source"]}), "is damaged: make it again"),
+        (TENSORS, save(weights | {"ids": other}), "is damaged: make it again"),
+        (TENSORS, save(weights | {"source": 1 - weights["source"]}), "is damaged: make it again"),
         (TENSORS, None, "is damaged: make it again"),
         (
             SET_MANIFEST,
-            json.dumps(told | {"seed": 1}),
+            json.dumps(data | {"seed": 1}),
             r"is damaged \(manifest.json\): make it again",
         ),
         (
             SET_MANIFEST,
-            json.dumps(sealed(told | {"format": 99})),
+            json.dumps(sealed(data | {"format": 99})),
             "format 1, which .*: .* calibration set and format 99",
         ),
         (SET_MANIFEST, "{", "is damaged: not JSON"),

@@ -20,8 +20,8 @@ rows = st.lists(st.sampled_from("abcdefg"), max_size=20)
 
 def runs(row, n):
     """The runs of n words, three quarters of them distinct."""
-    found = {tuple(row[i : i + n]) for i in range(len(row) - n + 1)}
-    return {run for run in found if len(set(run)) >= 0.75 * n}
+    actual = {tuple(row[i : i + n]) for i in range(len(row) - n + 1)}
+    return {run for run in actual if len(set(run)) >= 0.75 * n}
 
 
 @given(st.lists(rows, max_size=5), rows, st.integers(2, 8))
@@ -32,9 +32,9 @@ def test_leak_search_matches_brute_force(items, document, n):
         whole = n if len(row) >= n else len(row)
         if len(row) >= min(n, 5) and runs(row, whole) & runs(document, whole):
             shares.add(str(i))
-    found = index.find(", ".join(document))
-    assert (found is not None) == bool(shares)
-    assert found is None or found[1] in shares
+    actual = index.find(", ".join(document))
+    assert (actual is not None) == bool(shares)
+    assert actual is None or actual[1] in shares
 
 
 def wrapped(columns):
@@ -109,19 +109,19 @@ def planted(tmp_path, documents, leaks, text=ITEM):
 
 @pytest.mark.parametrize("packing", ["concat", "window"])
 def test_planted_item_of_named_suite_is_dropped(tmp_path, tiny, monkeypatch, packing):
-    asked, path = [], planted(tmp_path, 100, 2)
-    monkeypatch.setattr(leakage, "suite_items", lambda suite: asked.append(suite) or ITEMS)
+    requests, path = [], planted(tmp_path, 100, 2)
+    monkeypatch.setattr(leakage, "suite_items", lambda suite: requests.append(suite) or ITEMS)
     monkeypatch.setattr(leakage, "load_suite", lambda name: None)
     how = {"rows": 95, "length": 50, "packing": packing}
-    made = resolve(path, tiny, **how)
-    assert "Janet" not in "".join(tiny.tokenizer.batch_decode(made.ids.tolist()))
-    report = made.manifest["leakage"]
+    drawn_set = resolve(path, tiny, **how)
+    assert "Janet" not in "".join(tiny.tokenizer.batch_decode(drawn_set.ids.tolist()))
+    report = drawn_set.manifest["leakage"]
     assert (report["suite"], report["words"], report["items"]) == ("offline", 13, 2)
     assert [(d["task"], d["item"]) for d in report["dropped"][path]] == [("gsm8k", "7")] * 2
     assert resolve(path, tiny, leakage="off", **how).manifest["leakage"] == "off"
-    assert asked == ["offline"]
+    assert requests == ["offline"]
     assert resolve(path, tiny, leakage="mine", **how).manifest["leakage"]["suite"] == "mine"
-    assert asked == ["offline", "mine"]
+    assert requests == ["offline", "mine"]
 
 
 def test_leaked_document_is_replaced_in_a_small_set(tmp_path, tiny, guard):
@@ -129,9 +129,9 @@ def test_leaked_document_is_replaced_in_a_small_set(tmp_path, tiny, guard):
     path = planted(tmp_path, 200, 5)
     for seed in range(200):
         watch = guard()
-        made = build(parse_mix(path), tiny, rows=3, length=50, seed=seed, guard=watch)
-        if made.manifest["leakage"]["dropped"].get(path):
-            assert made.manifest["leakage"]["checked"][path] < 10
+        drawn_set = build(parse_mix(path), tiny, rows=3, length=50, seed=seed, guard=watch)
+        if drawn_set.manifest["leakage"]["dropped"].get(path):
+            assert drawn_set.manifest["leakage"]["checked"][path] < 10
             break
     else:
         pytest.fail("no draw met the planted document")
@@ -139,8 +139,8 @@ def test_leaked_document_is_replaced_in_a_small_set(tmp_path, tiny, guard):
 
 def test_short_overlap_passes_and_leaking_source_is_refused(tmp_path, tiny, guard):
     path = planted(tmp_path, 20, 5, text=ITEM.rpartition(" ")[0])
-    made = build(parse_mix(path), tiny, rows=18, length=50, guard=guard(13))
-    assert made.manifest["leakage"]["dropped"] == {}
+    drawn_set = build(parse_mix(path), tiny, rows=18, length=50, guard=guard(13))
+    assert drawn_set.manifest["leakage"]["dropped"] == {}
     with pytest.raises(SourceError, match=r"share 11 words.*suite toy, .*task gsm8k"):
         build(parse_mix(path), tiny, rows=18, length=50, guard=guard(11))
 

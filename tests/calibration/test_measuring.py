@@ -28,13 +28,13 @@ def _files(tmp_path, monkeypatch):
 
 
 def test_metrics_match_the_drawn_set(opened):
-    found = package.measure(NAMES, opened, draws=2, seed=7, **BUDGET)
+    measured = package.measure(NAMES, opened, draws=2, seed=7, **BUDGET)
     for draw in range(2):
         how = {"leakage": "off", "seed": 7 + draw, **BUDGET}
         sets = [resolve(name, opened, **how) for name in NAMES]
-        ids = [made.ids.numpy() for made in sets]
+        ids = [result.ids.numpy() for result in sets]
         for number, name in enumerate(NAMES):
-            values = found.draws[name][draw]
+            values = measured.draws[name][draw]
             assert values["aggregation_4"] == text_metrics.aggregation(ids[number], 4)
             assert values["coverage_2"] == text_metrics.coverage(ids, 2, ids)[number]
             assert values["mismatch"] == text_metrics.mismatch(ids[number], [ids[1 - number]])
@@ -46,18 +46,18 @@ def test_metrics_match_the_drawn_set(opened):
             assert values["bits_per_byte"] == own["bits_per_byte"]
             texts = opened.tokenizer.batch_decode(ids[number].tolist())
             assert values["bytes"] == sum(len(text.encode()) for text in texts)
-    assert found["few.jsonl"]["entropy"].mean < found["many.jsonl"]["entropy"].mean
+    assert measured["few.jsonl"]["entropy"].mean < measured["many.jsonl"]["entropy"].mean
     alone = package.measure(NAMES[:1], opened, draws=1, **BUDGET)[NAMES[0]]
     assert not {"mismatch", "coverage_1"} & set(alone)
 
 
 def test_measure_is_reproducible_and_saved(opened, tmp_path):
-    found = package.measure(NAMES, opened, draws=3, **BUDGET)
-    assert found.to_dict() == package.measure(NAMES, opened, draws=3, **BUDGET).to_dict()
-    found.save(tmp_path / "a.csv")
+    measured = package.measure(NAMES, opened, draws=3, **BUDGET)
+    assert measured.to_dict() == package.measure(NAMES, opened, draws=3, **BUDGET).to_dict()
+    measured.save(tmp_path / "a.csv")
     rows = list(csv.DictReader((tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()))
     row = next(r for r in rows if (r["name"], r["metric"]) == (NAMES[1], "variety_3"))
-    value = found[NAMES[1]]["variety_3"]
+    value = measured[NAMES[1]]["variety_3"]
     assert (float(row["mean"]), float(row["low"])) == (value.mean, value.low)
     assert row["budget_tokens"] == "128"
     assert interval([3.0]).low is None
@@ -65,11 +65,11 @@ def test_measure_is_reproducible_and_saved(opened, tmp_path):
 
 
 def test_measure_mixes_saved_sets_and_bad_requests(opened, tiny, tmp_path):
-    made = resolve(f"uniform:{','.join(NAMES)}", opened, leakage="off", rows=8, length=32)
-    made.save(tmp_path / "saved")
+    drawn_set = resolve(f"uniform:{','.join(NAMES)}", opened, leakage="off", rows=8, length=32)
+    drawn_set.save(tmp_path / "saved")
     how = {"rows": 8, "length": 32, "perplexity": False, "draws": 2}
-    found = package.measure(["saved", "few.jsonl:1,many.jsonl:3"], opened, **how)
-    assert (len(found.draws["saved"]), found.notes["saved"]) == (1, "saved: one draw")
+    measured = package.measure(["saved", "few.jsonl:1,many.jsonl:3"], opened, **how)
+    assert (len(measured.draws["saved"]), measured.notes["saved"]) == (1, "saved: one draw")
     alone = package.measure(["saved", *NAMES], opened, **(how | {"rows": None}))
     assert alone.budget["rows"] == 8  # those of the saved set
     for specs, model, options, message in (

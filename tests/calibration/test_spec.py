@@ -35,8 +35,8 @@ def test_mix_clean_reads_no_scored_benchmark():
     for suite in ("offline", "abilities"):
         for name, task in load_suite(suite).tasks.items():
             assert benchmark(task) not in read, (suite, name)
-    asked = load_suite("abilities").tasks
-    assert [benchmark(asked[name]) for name in ("mbpp", "math500", "triviaqa", "sums")] == [
+    tasks = load_suite("abilities").tasks
+    assert [benchmark(tasks[name]) for name in ("mbpp", "math500", "triviaqa", "sums")] == [
         "mbpp",
         "minerva_math",
         "trivia_qa",
@@ -99,18 +99,18 @@ def test_own_sources_from_file_yaml_or_python(sources, tiny, tmp_path):
     file.write_text(f"uniform: [mine]\nsources: {{{entries}}}", encoding="utf-8")
     own.write_text(entries, encoding="utf-8")
     size = {"rows": 4, "length": 16}
-    made = drawn(file, tiny, **size)
-    assert made.manifest["mix"] == {"mine": 1.0}
-    for given in (own, own_sources(own), {"mine": get_source(sources["lower"])}):
-        assert drawn("mine", tiny, sources=given, **size).sha256 == made.sha256
+    drawn_set = drawn(file, tiny, **size)
+    assert drawn_set.manifest["mix"] == {"mine": 1.0}
+    for inputs in (own, own_sources(own), {"mine": get_source(sources["lower"])}):
+        assert drawn("mine", tiny, sources=inputs, **size).sha256 == drawn_set.sha256
     named = {"chat": own_sources(own)["mine"]}  # alone as in a mix
     assert drawn("chat", tiny, sources=named, **size).counts == {"chat": 4}
 
 
 def test_saved_set(sources, tiny, tmp_path):
-    made = drawn(sources["lower"], tiny, rows=4, length=16, seed=3)
-    folder = made.save(tmp_path / "set")
-    assert torch.equal(resolve(str(folder), tiny).ids, made.ids)
+    drawn_set = drawn(sources["lower"], tiny, rows=4, length=16, seed=3)
+    folder = drawn_set.save(tmp_path / "set")
+    assert torch.equal(resolve(str(folder), tiny).ids, drawn_set.ids)
     assert resolve(str(folder), tiny, rows=4, length=16, seed=3, packing="concat").rows == 4
     for option, value in {
         "rows": 5,

@@ -27,17 +27,17 @@ def test_own_texts_fill_rows(tmp_path, no_archive):
     rows = [json.dumps({"text": f"document {n}"}) for n in range(40)]
     (tmp_path / "b.jsonl").write_text("\n".join(rows), encoding="utf-8")
     own = parse_texts([f"code={tmp_path}/a.txt", f" law = {tmp_path}/b.jsonl "])
-    found = texts(opened(), own, rows=4, length=32)
-    assert {name: ids.shape for name, ids in found.items()} == {"code": (4, 32), "law": (4, 32)}
+    result = texts(opened(), own, rows=4, length=32)
+    assert {name: ids.shape for name, ids in result.items()} == {"code": (4, 32), "law": (4, 32)}
     tokenizer = opened().tokenizer
-    assert tokenizer.decode(found["code"].flatten()) == "abcd" * 32
-    joined = tokenizer.decode(found["law"].flatten()).split("</s>")
+    assert tokenizer.decode(result["code"].flatten()) == "abcd" * 32
+    joined = tokenizer.decode(result["law"].flatten()).split("</s>")
     assert set(joined[:-1]) < {f"document {n}" for n in range(40)}
     assert len(set(joined)) == len(joined)
     assert joined[:3] != ["document 0", "document 1", "document 2"]  # not the first of the file
-    assert torch.equal(found["law"], texts(opened(), own, rows=4, length=32)["law"])
-    assert texts_hash(found) != texts_hash({**found, "law": found["law"].flip(0)})
-    assert texts_hash(found) != texts_hash({"code": found["law"], "law": found["code"]})
+    assert torch.equal(result["law"], texts(opened(), own, rows=4, length=32)["law"])
+    assert texts_hash(result) != texts_hash({**result, "law": result["law"].flip(0)})
+    assert texts_hash(result) != texts_hash({"code": result["law"], "law": result["code"]})
     # Rows are no longer than the context, and fewer where the text ends.
     assert texts(opened(), {"x": tmp_path / "a.txt"}, length=1000)["x"].shape == (2, 256)
 
@@ -46,7 +46,7 @@ def test_invalid_texts(tmp_path, no_archive, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "a.doc"):
         Path(name).write_text("x" * 20, encoding="utf-8")
-    for given, line in (
+    for value, line in (
         (["code"], "--text: 'code' is not of the form NAME=PATH, such as code=mine.jsonl"),
         (["code=a.txt", "code=a.txt"], "--text gives code twice"),
         (["code=nowhere.txt"], "--text code: there is no file nowhere.txt"),
@@ -55,7 +55,7 @@ def test_invalid_texts(tmp_path, no_archive, monkeypatch):
         ([], "no builtin text for law: give --text"),
     ):
         with pytest.raises((InputError, SourceError), match=line):
-            texts(opened(), parse_texts(given), dimensions=["law"], length=32)
+            texts(opened(), parse_texts(value), dimensions=["law"], length=32)
 
 
 def runs(documents):
@@ -73,11 +73,11 @@ def runs(documents):
 def test_distance_texts_overlap_no_source():
     """No document of any offline source shares thirteen words or is the same."""
     documents = [d for readers in builtin_readers().values() for r in readers for d in r.read()]
-    held = runs(documents)
+    stored = runs(documents)
     assert len(documents) > 8000
-    assert len(held) > 100_000
+    assert len(stored) > 100_000
     for name, source in offline_sources().items():
-        assert held.isdisjoint(runs(source.documents())), name
+        assert stored.isdisjoint(runs(source.documents())), name
     lambada = builtin_readers()["general"][1]
     odd = runs(lambada.model_copy(update={"items": "odd"}).read())  # the check can fail
     assert odd & runs(offline_sources()["books"].documents())
@@ -85,10 +85,10 @@ def test_distance_texts_overlap_no_source():
 
 @pytest.mark.real
 def test_builtin_texts_have_eight_rows_per_dimension():
-    found = texts(open_tokenizer("builtin:smollm2-135m"))
-    assert list(found) == ["general", "commonsense", "code", "math"]
-    assert {ids.shape for ids in found.values()} == {(8, 256)}
-    assert len({tuple(row) for ids in found.values() for row in ids.tolist()}) == 32
+    rows = texts(open_tokenizer("builtin:smollm2-135m"))
+    assert list(rows) == ["general", "commonsense", "code", "math"]
+    assert {ids.shape for ids in rows.values()} == {(8, 256)}
+    assert len({tuple(row) for ids in rows.values() for row in ids.tolist()}) == 32
 
 
 def test_own_text_replaces_builtin_text(tmp_path, monkeypatch):
@@ -96,8 +96,8 @@ def test_own_text_replaces_builtin_text(tmp_path, monkeypatch):
     (tmp_path / "own.txt").write_text("o" * 600, encoding="utf-8")
     reader = LocalFile(type="file", path=tmp_path / "built.txt")
     monkeypatch.setattr(module, "builtin_readers", lambda: {"code": [reader], "math": [reader] * 3})
-    found = texts(opened(), {"code": tmp_path / "own.txt"}, rows=2, length=16)
-    decoded = {name: opened().tokenizer.decode(ids.flatten()) for name, ids in found.items()}
+    rows = texts(opened(), {"code": tmp_path / "own.txt"}, rows=2, length=16)
+    decoded = {name: opened().tokenizer.decode(ids.flatten()) for name, ids in rows.items()}
     assert decoded == {"code": "o" * 32, "math": "b" * 32}  # of three readers two have a row
     ((name, ids),) = texts(opened(), rows=2, length=16, dimensions=["math"]).items()
-    assert (name, ids.tolist()) == ("math", found["math"].tolist())
+    assert (name, ids.tolist()) == ("math", rows["math"].tolist())

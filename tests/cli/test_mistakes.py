@@ -142,7 +142,7 @@ COMMANDS = dict(commands(typer.main.get_command(app)))
 def files(tmp_path_factory):
     """Small valid inputs of every kind."""
     at = tmp_path_factory.mktemp("inputs")
-    found = {
+    actual = {
         "model": at / "models" / "model",
         "other": save_tiny_model(at / "models" / "other"),
         "text": write_text_file(at / "text.txt"),
@@ -151,40 +151,40 @@ def files(tmp_path_factory):
         **{name: at / f"{name}.yaml" for name in ("suite", "study")},
         **{name: at / f"{name}.json" for name in ("scores", "half", "x/half", "foreign", "quiz")},
     }
-    found["binary"].write_bytes(bytes(range(256)))
-    found["empty"].mkdir()
-    found["notes"].mkdir()
-    (found["notes"] / "one.txt").write_text("What is up?")
-    opened = calmix.open_model(str(found["other"]))
-    drawn = calmix.resolve(str(found["text"]), opened, rows=4, length=32, leakage="off")
-    drawn.save(found["set"])
+    actual["binary"].write_bytes(bytes(range(256)))
+    actual["empty"].mkdir()
+    actual["notes"].mkdir()
+    (actual["notes"] / "one.txt").write_text("What is up?")
+    opened = calmix.open_model(str(actual["other"]))
+    drawn = calmix.resolve(str(actual["text"]), opened, rows=4, length=32, leakage="off")
+    drawn.save(actual["set"])
     calmix.prune(opened.model, method="magnitude", pattern=calmix.Unstructured(0.5))
-    opened.model.save_pretrained(found["model"])
-    opened.tokenizer.save_pretrained(found["model"])
-    pack(found["model"], found["pack"])
+    opened.model.save_pretrained(actual["model"])
+    opened.tokenizer.save_pretrained(actual["model"])
+    pack(actual["model"], actual["pack"])
     (at / "file").touch()
-    found["suite"].write_text(REAL_SUITE)
-    asked = {
+    actual["suite"].write_text(REAL_SUITE)
+    request = {
         "name": "s",
-        "models": {"m": str(found["model"])},
-        "suite": str(found["suite"]),
-        "calibrations": {"a": str(found["text"])},
+        "models": {"m": str(actual["model"])},
+        "suite": str(actual["suite"]),
+        "calibrations": {"a": str(actual["text"])},
         "methods": {"wanda": [0.5]},
         "keep_checkpoints": True,
     }
-    found["study"].write_text(yaml.safe_dump(asked))
+    actual["study"].write_text(yaml.safe_dump(request))
     results = study(Plan(sources=("news", "books"), seeds=(0, 1)))
-    found["results"] = save(results, at / "results")
+    actual["results"] = save(results, at / "results")
     (tasks,) = results.dense.values()
     whole = CapabilityScores("m", "f", "float32", dict(results.suite) | {"hash": "h"}, tasks)
-    found["x/half"].parent.mkdir()
+    actual["x/half"].parent.mkdir()
     for name in ("scores", "half", "x/half"):
-        whole.save(found[name])
-    replace(whole, suite=dict(whole.suite) | {"hash": "other"}).save(found["quiz"])
+        whole.save(actual[name])
+    replace(whole, suite=dict(whole.suite) | {"hash": "other"}).save(actual["quiz"])
     against = replace(whole, model="other", fingerprint="o").to_dict()
-    found["foreign"].write_text(json.dumps({**whole.to_dict(), "dense": against}))
-    found["blank"].write_text("\n")
-    return found
+    actual["foreign"].write_text(json.dumps({**whole.to_dict(), "dense": against}))
+    actual["blank"].write_text("\n")
+    return actual
 
 
 def parameters(verb):
@@ -257,8 +257,8 @@ def wrong_outputs(verb, words, files):
 
     for name in ("/proc/out", str(files["text"].parent / "file" / "out")):
         yield at(Path(name + ending)), "cannot write to"
-    given = [Path(word) for word in words if word in set(map(str, files.values()))]
-    for path in given:
+    inputs = [Path(word) for word in words if word in set(map(str, files.values()))]
+    for path in inputs:
         if verb == "report":
             yield at(path / "store.json"), "is the input"
         elif path.is_dir() or path.suffix == ending:
@@ -272,7 +272,7 @@ def wrong_outputs(verb, words, files):
 def idle(monkeypatch, tmp_path):
     """An empty cache, with downloads, computation and sampling disabled."""
 
-    def worked(*given, **more):
+    def worked(*args, **more):
         raise AssertionError("work was done before the mistake was found")
 
     for name in (
@@ -313,8 +313,8 @@ def test_each_error_is_one_line(calmix, files, idle, verb):
 @pytest.mark.parametrize("words", SAID)
 def test_error_messages(calmix, files, idle, words):
     before = tree(files["text"].parent)
-    given = [word.format(out=files["text"].parent / "out", **files) for word in words.split()]
-    assert SAID[words] in calmix(*given).line
+    inputs = [word.format(out=files["text"].parent / "out", **files) for word in words.split()]
+    assert SAID[words] in calmix(*inputs).line
     assert tree(files["text"].parent) == before
 
 

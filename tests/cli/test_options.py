@@ -48,7 +48,7 @@ def test_closed_pipe_is_not_a_failed_check(tmp_path):
 
 def test_environment_defaults(calmix, monkeypatch):
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "GOMP_SPINCOUNT")
-    for given, told in (
+    for option, message in (
         ({}, ("64", "64", "2000")),
         ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9", "GOMP_SPINCOUNT": "7"}, ("9", "64", "7")),
         ({"OMP_WAIT_POLICY": "passive"}, ("64", "64", None)),
@@ -57,10 +57,10 @@ def test_environment_defaults(calmix, monkeypatch):
             monkeypatch.setenv(name, "")  # so that it is restored afterwards
             monkeypatch.delenv(name)
         # A notebook kernel passes on its matplotlib backend, which may not be installed here.
-        for name, value in ({"MPLBACKEND": "module://nowhere.backend_inline"} | given).items():
+        for name, value in ({"MPLBACKEND": "module://nowhere.backend_inline"} | option).items():
             monkeypatch.setenv(name, value)
         assert calmix("--version").out == f"calmix {importlib.metadata.version('calmix')}\n"
-        assert tuple(map(os.environ.get, names)) == told
+        assert tuple(map(os.environ.get, names)) == message
         assert os.environ["MPLBACKEND"] == "agg"
 
 

@@ -115,11 +115,11 @@ def test_lists_fit_the_terminal(calmix, monkeypatch):
     ):
         ended = calmix(*words.split()).ok()
         below = ended.out.rpartition("builtin:smollm2-135m: ")[0] if "models" in words else ""
-        told = json.loads(calmix(*words.split(), "--json").out)
-        rows = told["provenance"] if "suite " in words else [next(iter(r.values())) for r in told]
+        data = json.loads(calmix(*words.split(), "--json").out)
+        rows = data["provenance"] if "suite " in words else [next(iter(r.values())) for r in data]
         check(below or ended.out, 80, *rows)
-        assert "suite " not in words or len(told["hash"]) == 64
-    assert {(row["dimension"], row["use"]) for row in told} == {("general", "permissive")}
+        assert "suite " not in words or len(data["hash"]) == 64
+    assert {(row["dimension"], row["use"]) for row in data} == {("general", "permissive")}
 
 
 def scores(model, nats):
@@ -157,10 +157,10 @@ def test_retention_table_fits(calmix, tmp_path, monkeypatch, count):
     for number, file in enumerate(files):
         scores("out/smollm2-pruned/model", 0.6 + 0.1 * number).save(file)
     verb = ("evaluate", "rescore") if count == 1 else ("compare",)
-    told = json.loads(calmix(*verb, *files, "--against", dense, "--json").out)
+    data = json.loads(calmix(*verb, *files, "--against", dense, "--json").out)
     ended = calmix(*verb, *files, "--against", dense).ok()
     assert all(word in ended.out for word in ("worst", "flips %"))
-    for one in [told] if count == 1 else told.values():
+    for one in [data] if count == 1 else data.values():
         total = one.get("retention", one)["total"]
         low, value, high = (f"{100 * total[k]:.1f}" for k in ("low", "value", "high"))
         check(ended.out, 80, f"{value} [{low}, {high}]".replace("-", "\N{MINUS SIGN}"))

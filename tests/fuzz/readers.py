@@ -95,13 +95,13 @@ def make(folder):
     table = {"text": [f"row {n} alpha beta" for n in range(50)], "n": list(range(50))}
     pyarrow.parquet.write_table(pyarrow.table(table), folder / "rows.parquet")
     suite = resources.files("calmix.evaluation").joinpath("suites/smoke.yaml")
-    for name, held in {
+    for name, content in {
         "study": STUDY.replace("MODEL", str(model)),
         "sources": SOURCES,
         "mix": MIX,
         "suite": suite.read_text(encoding="utf-8"),
     }.items():
-        (folder / f"{name}.yaml").write_text(held)
+        (folder / f"{name}.yaml").write_text(content)
     drawn = resolve(str(text), open_tokenizer(str(model)), rows=3, length=8, leakage="off")
     drawn.save(folder / "set")
     request = prune_request(method="magnitude", pattern="2:4")
@@ -110,8 +110,8 @@ def make(folder):
     request = prune_request(method="gptq,group=32", bits=4, calibration=str(folder / "set"))
     prune_checkpoints(str(model), {folder / "rounded": request})
     pack(folder / "rounded", folder / "pack")
-    asked = recover_request(method="blocks", calibration=str(text), **how)
-    recover(str(folder / "pruned"), str(model), asked, folder / "recovered")
+    prune_args = recover_request(method="blocks", calibration=str(text), **how)
+    recover(str(folder / "pruned"), str(model), prune_args, folder / "recovered")
     few = {"sources": synthetic.SOURCES[:2], "seeds": (0,), "dimensions": ("general", "code")}
     store = synthetic.save(synthetic.study(synthetic.Plan(**few)), folder / "store")
     for name in ("scores", "dense"):

@@ -46,25 +46,25 @@ def masks(rows, positions, tokens):
 
 def torchs(query, key, value, mask, scale=None):
     """PyTorch's attention, one query head at a time."""
-    made = F.scaled_dot_product_attention(
+    result = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )
-    return made.transpose(1, 2)
+    return result.transpose(1, 2)
 
 
 def there_and_back(attend, given, *how, back=None):
     """The output, and the gradients of the inputs."""
     leaves = [one.clone().requires_grad_() for one in given]
-    made = attend(*leaves, *how)
-    made.backward(torch.ones_like(made) if back is None else back)
-    return [made.detach(), *(one.grad for one in leaves)]
+    result = attend(*leaves, *how)
+    result.backward(torch.ones_like(result) if back is None else back)
+    return [result.detach(), *(one.grad for one in leaves)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sliced_attention_matches_torch_forward_and_backward(shape, slices):
     rows, heads, shared, positions, tokens, width, wide = shape
     torch.manual_seed(0)
-    given = [
+    inputs = [
         torch.randn(rows, n, many, size)
         for n, many, size in (
             (heads, positions, width),
@@ -75,22 +75,22 @@ def test_sliced_attention_matches_torch_forward_and_backward(shape, slices):
     back = torch.randn(rows, positions, heads, wide)
     plain = [None] if positions == tokens else []
     for mask in plain + masks(rows, positions, tokens):
-        found, expected = (
-            there_and_back(attend, given, mask, 0.3, back=back)
+        actual, expected = (
+            there_and_back(attend, inputs, mask, 0.3, back=back)
             for attend in (own.sliced_attention, torchs)
         )
-        for one, other in zip(found, expected, strict=True):
+        for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
 def test_bfloat16_error_is_at_most_torchs():
     torch.manual_seed(1)
-    given = [torch.randn(2, n, 200, 32, dtype=torch.bfloat16) for n in (6, 2, 2)]
-    exact = [one.double() for one in given]
+    inputs = [torch.randn(2, n, 200, 32, dtype=torch.bfloat16) for n in (6, 2, 2)]
+    exact = [one.double() for one in inputs]
     off = [
         there_and_back(torchs, exact, None),
-        there_and_back(torchs, given, None),
-        there_and_back(sliced_attention, given, None),
+        there_and_back(torchs, inputs, None),
+        there_and_back(sliced_attention, inputs, None),
     ]
     for truth, theirs, ours in zip(*off, strict=True):
         assert (ours - truth).norm() < 1.4 * (theirs - truth).norm() < 0.02 * truth.norm()
@@ -109,7 +109,7 @@ def decoded(model, ids, cache):
 def test_models_with_sliced_attention_match(kind, slices):
     """Sliding windows of 16 and shared key heads are among the architectures."""
     ids = tiny_ids(3, 24)
-    found = []
+    results = []
     for use in (False, True):
         model = tiny_model(kind).requires_grad_(True)
         if use:
@@ -117,13 +117,13 @@ def test_models_with_sliced_attention_match(kind, slices):
         logits = model(ids).logits
         logits.square().mean().backward()
         grads = [one.grad for one in model.parameters() if one.grad is not None]
-        found.append([logits.detach(), *grads])
-    for one, other in zip(*found, strict=True):
+        results.append([logits.detach(), *grads])
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
     assert bool(slices) == (kind not in OTHERS)
     with torch.no_grad():
         stepwise = decoded(model, ids, reserved_cache(model, 24))
-    torch.testing.assert_close(stepwise, found[1][0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(stepwise, results[1][0], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -162,8 +162,8 @@ def test_single_positions_and_unknown_calls(monkeypatch, slices):
         wanted, _ = sdpa_attention_forward(who, query, key, value, mask, scaling=0.5, **how)
         seen.clear()
         slices.clear()
-        made, _ = attention(who, query, key, value, mask, scaling=0.5, **how)
-        torch.testing.assert_close(made, wanted, msg=str(number))
+        result, _ = attention(who, query, key, value, mask, scaling=0.5, **how)
+        torch.testing.assert_close(result, wanted, msg=str(number))
         assert ((2, 3, 3, 8) in seen, bool(slices)) == (folded, sliced), number
     half = [x.bfloat16() for x in (several, key, value)]
     for able, sliced in (({"amx_bf16": True}, 0), ({}, 1)):

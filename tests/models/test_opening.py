@@ -124,9 +124,9 @@ def test_duplicate_weights_are_read_once(tiny_folder, tmp_path, monkeypatch):
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
     assert open_model(str(folder)).fingerprint == before
     assert weight_files(folder) == ["model.safetensors"]
-    asked = {}
+    requests = {}
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, **how: asked.update(how) or str(folder)
+        "huggingface_hub.snapshot_download", lambda name, **how: requests.update(how) or str(folder)
     )
     resolve_model("some/one")
     # transformers leaves an old index beside the one file it saves, and does not read it then.
@@ -134,15 +134,15 @@ def test_duplicate_weights_are_read_once(tiny_folder, tmp_path, monkeypatch):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert open_model(str(folder)).fingerprint == before
     (folder / "model.safetensors.index.json").unlink()
-    held = [*(p.name for p in folder.iterdir()), "consolidated-00001-of-00002.safetensors"]
-    assert set(filter_repo_objects(held, **asked)) == {p.name for p in tiny_folder.iterdir()}
+    stored = [*(p.name for p in folder.iterdir()), "consolidated-00001-of-00002.safetensors"]
+    assert set(filter_repo_objects(stored, **requests)) == {p.name for p in tiny_folder.iterdir()}
 
 
 def test_all_models_are_checked_before_a_download(tiny_folder, monkeypatch):
-    asked = []
+    requests = []
 
     def model_info(self, name):
-        asked.append(name)
+        requests.append(name)
         if name == "some/none":
             answer = SimpleNamespace(status_code=404, headers={}, request=None)
             raise errors.RepositoryNotFoundError("no", response=answer)
@@ -151,7 +151,7 @@ def test_all_models_are_checked_before_a_download(tiny_folder, monkeypatch):
     for name in ("huggingface_hub.snapshot_download", "calmix.assets.install"):
         monkeypatch.setattr(name, lambda *of, **more: pytest.fail("fetched"))
     opening.check_models("builtin:smollm2-135m", "some/one", str(tiny_folder), None)
-    assert asked == ["some/one"]
+    assert requests == ["some/one"]
     for name, words in (
         ("some/none", "the hub has no accessible model 'some/none'"),
         ("x" * 300, "is too long for the name of a model"),
@@ -170,10 +170,10 @@ def test_noncausal_models_are_refused_before_download(tmp_path, monkeypatch):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     about = {"llava": {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}}
     for kind, (config, model) in kinds.items():
-        made = model(config(intermediate_size=8, **sizes))
-        made.save_pretrained(tmp_path / kind)
+        result = model(config(intermediate_size=8, **sizes))
+        result.save_pretrained(tmp_path / kind)
         rejected(tmp_path / kind, rf"does not continue text \({model.__name__}\): name a causal")
-        about[kind] = made.config.to_dict()
+        about[kind] = result.config.to_dict()
     monkeypatch.setattr(
         "huggingface_hub.HfApi.model_info",
         lambda _, name: SimpleNamespace(config=about[name.partition("/")[2]]),
@@ -195,8 +195,8 @@ def test_download_size_is_known_without_fetching(tmp_path, monkeypatch):
     assert opening.to_fetch("some/one") == "fetches 1 GB from the hub"
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert opening.to_fetch(str(tmp_path / "model.gguf")).startswith("unpacks model.gguf into ")
-    told = opening.to_fetch("builtin:qwen2.5-coder-0.5b")
-    assert told.startswith("fetches 478 MB and unpacks 630M weights, 2 bytes each, into ")
+    sizes = opening.to_fetch("builtin:qwen2.5-coder-0.5b")
+    assert sizes.startswith("fetches 478 MB and unpacks 630M weights, 2 bytes each, into ")
     assert opening.to_fetch(str(save_tiny_model(tmp_path / "tiny"))) == ""
     assert not list((tmp_path / "cache").glob("models/*"))
 
@@ -220,23 +220,23 @@ def test_concurrent_dequantisation_happens_once(tmp_path, monkeypatch):
     (models / f".gguf-{key}.partial-abc" / "half").mkdir(parents=True)
     rejected(file, "cannot open")
     assert list(models.iterdir()) == []
-    made = []
+    created = []
 
     def dequantise(file, folder):
-        made.append(folder)
+        created.append(folder)
         time.sleep(0.1)
         folder.mkdir()
         (folder / "config.json").touch()
 
     monkeypatch.setattr(opening, "_dequantise", dequantise)
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(resolve_model, [str(file)] * 2))
-    assert found == made * 2 == list(models.iterdir()) * 2
+        actual = list(pool.map(resolve_model, [str(file)] * 2))
+    assert actual == created * 2 == list(models.iterdir()) * 2
     # Nor is the file read again for its hash, once it has not changed for a while.
     os.utime(file, (1, 1))
-    assert resolve_model(str(file)) == found[0]
+    assert resolve_model(str(file)) == actual[0]
     monkeypatch.setattr(files, "sha256_file", lambda path: pytest.fail("read again"))
-    assert resolve_model(str(file)) == found[0]
+    assert resolve_model(str(file)) == actual[0]
 
 
 def test_gguf_file_is_read_alone(tmp_path, monkeypatch):
@@ -271,14 +271,14 @@ def test_gguf_file_is_read_alone(tmp_path, monkeypatch):
 
 def test_gguf_is_dequantised_even_with_kernels(monkeypatch):
     """For some architectures recent versions of transformers would leave them packed."""
-    asked, made = {}, (SimpleNamespace(), {"missing_keys": set()})
+    requests, result = {}, (SimpleNamespace(), {"missing_keys": set()})
     monkeypatch.setattr(
         "transformers.AutoModelForCausalLM.from_pretrained",
-        lambda *of, **how: asked.update(how) or made,
+        lambda *of, **how: requests.update(how) or result,
     )
-    assert opening.read_gguf(Path("a.gguf"), torch.float32) is made[0]
+    assert opening.read_gguf(Path("a.gguf"), torch.float32) is result[0]
     if hasattr(transformers, "GgufConfig"):
-        assert asked["quantization_config"].dequantize
+        assert requests["quantization_config"].dequantize
 
 
 REAL = {

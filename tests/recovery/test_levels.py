@@ -23,8 +23,8 @@ KINDS = {
 def quantised(request, place):
     """The folder of the models, with one more that is quantised, and its name."""
     name, output = request.param, place / request.param
-    asked = ("prune", place / "dense", "--method", *KINDS[name], "--calibration", place / "set")
-    app([str(one) for one in (*asked, "-o", output)], standalone_mode=False)
+    arguments = ("prune", place / "dense", "--method", *KINDS[name], "--calibration", place / "set")
+    app([str(one) for one in (*arguments, "-o", output)], standalone_mode=False)
     return place, name
 
 
@@ -34,11 +34,11 @@ def test_levels_stay_on_the_grid(calmix, quantised, tmp_path):
     more = ("--epochs", 4, "--lr", 0.001 if name == "ecq" else 0.02)
     ended = calmix(*command(place, output, "distill", *more, pruned=name)).ok()
     assert "weights stay on their grid" in ended.out
-    told = manifest(output)["recovery"]
-    assert told["after"] < 0.95 * told["before"]
+    recorded = manifest(output)["recovery"]
+    assert recorded["after"] < 0.95 * recorded["before"]
     before, after, grids = load_weights(place / name), load_weights(output), read_grids(output)
     assert hashes(output / SCALES) == hashes(place / name / SCALES)
-    assert told["quantised"] == sum(after[one].numel() for one in grids) == told["weights"]
+    assert recorded["quantised"] == sum(after[one].numel() for one in grids) == recorded["weights"]
     moved = 0
     for one, grid in grids.items():
         levels, old = grid.levels(after[one]), grid.levels(before[one])
@@ -48,7 +48,7 @@ def test_levels_stay_on_the_grid(calmix, quantised, tmp_path):
         if name == "joint":
             assert not after[one][before[one] == 0].any()
         moved += int((levels != old).sum())
-    assert 0.001 * told["weights"] < moved < 0.5 * told["weights"]
+    assert 0.001 * recorded["weights"] < moved < 0.5 * recorded["weights"]
     assert "problem" not in calmix("doctor", "inspect", output).ok().out  # zeros have moved too
     calmix("export", output, "--to", "pack", "-o", tmp_path / "pack").ok()
     if name != "joint":  # with a mask too: the others' state is a part of it
@@ -98,9 +98,9 @@ def test_weights_without_stored_grid_are_fixed(calmix, place, tmp_path, kind, me
     assert "weights stay on their grid (100" in ended.out
     before, after, grids = load_weights(bits), load_weights(output), read_grids(output)
     same = {name: torch.equal(before[name], after[name]) for name in before}
-    held = [name for name in before if "experts" in name or (kind == "gpt2" and ".h." in name)]
-    assert held
-    assert all(same[name] for name in held if before[name].ndim > 1)
-    assert not {*held} & grids.keys()
+    stored = [name for name in before if "experts" in name or (kind == "gpt2" and ".h." in name)]
+    assert stored
+    assert all(same[name] for name in stored if before[name].ndim > 1)
+    assert not {*stored} & grids.keys()
     assert method == "distill" or not all(same.values())
     calmix("doctor", "inspect", output).ok()

@@ -83,7 +83,7 @@ def test_recovery_keeps_zeros_and_improves(calmix, place, tmp_path, method, prun
     assert "held-out rows (2 of 32)" in ended.out
     before, after = map(load_weights, (place / pruned, output))
     assert before.keys() == after.keys()
-    kept = trained = 0
+    nonzero = trained = 0
     for name, value in after.items():
         assert value.dtype == before[name].dtype
         same, zero = torch.equal(value, before[name]), before[name] == 0
@@ -94,15 +94,18 @@ def test_recovery_keeps_zeros_and_improves(calmix, place, tmp_path, method, prun
         else:
             assert (value[zero] == 0).all()
             assert not value[zero].signbit().any()
-            kept += int((~zero).sum())
+            nonzero += int((~zero).sum())
             trained += int((value != before[name]).sum())
-    assert trained > 0.85 * kept  # what is rounded to bfloat16 moves less often
-    told = manifest(output)
-    recovery, drawn = told["recovery"], json.loads((place / "set" / "manifest.json").read_text())
+    assert trained > 0.85 * nonzero  # what is rounded to bfloat16 moves less often
+    recorded = manifest(output)
+    recovery, drawn = (
+        recorded["recovery"],
+        json.loads((place / "set" / "manifest.json").read_text()),
+    )
     assert recovery["after"] < 0.9 * recovery["before"]
     assert recovery["zeros"] == recovery["weights"] // 2
-    assert told["kind"] == "recovered checkpoint"
-    assert told["calibration"]["sha256"] == drawn["sha256"]
+    assert recorded["kind"] == "recovered checkpoint"
+    assert recorded["calibration"]["sha256"] == drawn["sha256"]
     folders = (place / pruned, output, place / "dense")
     gaps = kl(map(AutoModelForCausalLM.from_pretrained, folders), place, recovery)
     assert gaps[1] < 0.9 * gaps[0]
@@ -169,15 +172,15 @@ def test_non_finite_loss_stops(calmix, place, tmp_path, monkeypatch, method, whe
     )
     loss, seen = getattr(module, name), []
 
-    def broken(hidden, *given):
+    def broken(hidden, *args):
         seen.append(torch.is_grad_enabled())
-        return loss(hidden, *given) * (float("nan") if sum(seen) == last else 1.0)
+        return loss(hidden, *args) * (float("nan") if sum(seen) == last else 1.0)
 
     monkeypatch.setattr(module, name, broken)
     output = tmp_path / "out"
     output.mkdir()
-    for kept in ("calmix.json", "config.json"):
-        (output / kept).touch()
+    for share in ("calmix.json", "config.json"):
+        (output / share).touch()
     ended = calmix(*command(place, output, method, "--overwrite"))
     assert ended.code == 2
     assert f"error: the loss is not finite {where}: lower --lr" in ended.err
@@ -221,9 +224,9 @@ def test_recovery_after_dropping_experts(calmix, place, tmp_path, case):
         return command(place, tmp_path / "out", way, "--lr", 0.003, pruned=dropped, dense=dense)
 
     calmix(*asked(dense)).ok()
-    told = manifest(tmp_path / "out")["recovery"]
-    assert told["after"] < told["before"]
-    assert told["zeros"] == (0 if method == "none" else told["weights"] // 2)
+    recorded = manifest(tmp_path / "out")["recovery"]
+    assert recorded["after"] < recorded["before"]
+    assert recorded["zeros"] == (0 if method == "none" else recorded["weights"] // 2)
     before, after = map(load_weights, (dropped, tmp_path / "out"))
     assert before.keys() == after.keys()
     experts = [name for name in before if ".experts." in name]
@@ -266,7 +269,7 @@ def test_errors_are_one_line(calmix, place, tmp_path):
     drawn = api.resolve(str(place / "text.txt"), opened, rows=8, length=32, leakage="off")
     drawn.save(foreign)
     against = ("--against", dense)
-    for arguments, told in (
+    for arguments, message in (
         ((kind, *against, *data), "q_proj.bias is (32,) here, none in the dense model"),
         ((wide, *against, *data), "mlp.gate_proj.weight is (96, 32) here, (64, 32) in the dense"),
         ((tokens, *against, *data), "their tokenizers differ"),
@@ -280,5 +283,5 @@ def test_errors_are_one_line(calmix, place, tmp_path):
         ((half, *against, *data, "--dtype", "float16"), "--dtype float16"),
     ):
         ended = calmix("recover", *arguments, "-o", tmp_path / "out")
-        assert told in ended.line, (arguments, ended.line)
+        assert message in ended.line, (arguments, ended.line)
         assert not list(tmp_path.glob("out*")), arguments

@@ -36,8 +36,8 @@ def test_split_of_rows():
     # Each source decides by its weight when to stop.
     sources = [name for name in "aabcaabc" for _ in range(8)]  # 32, 16 and 16 rows
     for seed in range(20):
-        _, held = split_rows(sources, 4, seed)
-        assert sorted(sources[row] for row in held) == ["a", "a", "b", "c"]
+        _, stored = split_rows(sources, 4, seed)
+        assert sorted(sources[row] for row in stored) == ["a", "a", "b", "c"]
 
 
 def test_epoch_uses_each_row_once():
@@ -135,10 +135,10 @@ def test_masters_match_adam_and_keep_zeros():
     module = layer(torch.float32)
     masters = masters_of(module)
     plain = layer(torch.float32)
-    kept = [one[one != 0].square().mean().sqrt().item() for one in plain.parameters()]
+    scales = [one[one != 0].square().mean().sqrt().item() for one in plain.parameters()]
     groups = [
         {"params": [one], "lr": 1e-2 * size}
-        for one, size in zip(plain.parameters(), kept, strict=True)
+        for one, size in zip(plain.parameters(), scales, strict=True)
     ]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
     fit(module, masters, range(5))
@@ -189,13 +189,13 @@ def test_chunked_divergence(monkeypatch, cap):
     monkeypatch.setattr("calmix.machine.CACHED_VALUES", 150)  # three rows
     hidden.requires_grad_()
     ours, theirs = (partial(head, weight=weight) for weight in heads)
-    found = distill.divergence(hidden, target, ours, theirs, 50)
-    (3 * found).backward()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    actual = distill.divergence(hidden, target, ours, theirs, 50)
+    (3 * actual).backward()
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(hidden.grad, 3 * whole.grad.float(), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         again = distill.divergence(hidden, target, ours, theirs, 50)
-    assert again.item() == found.item()
+    assert again.item() == actual.item()
 
 
 def test_block_loss_weights_tokens_equally():

@@ -26,10 +26,16 @@ def whole(tmp_path_factory):
     folder = at / "whole-report"
     with FileLock(f"{folder}.lock"):
         if not (folder / "report.html").is_file():
-            made = study(full_plan(**SMALL))
-            kept = [one for one in made.trials if one.pattern == "50%" or one.calibration in FEW]
-            changes = {"trials": tuple(kept), "failed": (failed("x"),), "planned": len(kept) + 2}
-            results = made.model_copy(update=changes)
+            outcome = study(full_plan(**SMALL))
+            chosen = [
+                one for one in outcome.trials if one.pattern == "50%" or one.calibration in FEW
+            ]
+            changes = {
+                "trials": tuple(chosen),
+                "failed": (failed("x"),),
+                "planned": len(chosen) + 2,
+            }
+            results = outcome.model_copy(update=changes)
             settings = Settings(permutations=199, resamples=50)
             write_report(results, analyse(results, settings), folder)
     return folder

@@ -88,49 +88,49 @@ def stepped(lift):
     ],
 )
 def test_claims_find_planted_effects(plan, told):
-    found = SCRIPT.claims(
+    actual = SCRIPT.claims(
         analyse(study(plan), QUICK) if isinstance(plan, Plan) else analysed({**KEPT, TUNED: plan})
     )
-    assert plan is not PLANTED or found.keys() == told.keys()
+    assert plan is not PLANTED or actual.keys() == told.keys()
     where = {GROWS: "SparseGPT", SHRINKS: "ADMM + distill,epochs=4 60%"}
     for claim, start in told.items():
-        assert (start is None) == (claim not in found)
-        for one in found.get(claim, ()):
+        assert (start is None) == (claim not in actual)
+        for one in actual.get(claim, ()):
             assert one["where"] == where.get(claim, "SparseGPT 60%")
             assert "{verdict} ({figures})".format(**one).startswith(start)
     if plan is PLANTED:
-        assert "code −" in found[METRIC][0]["figures"]
+        assert "code −" in actual[METRIC][0]["figures"]
 
 
 def test_claims_use_strategy_not_label():
     others = {"mix": ("self-written", 0.2), "igsp": ("mix", 0.1), "mix-8": ("mix", 0.2)}
-    found = of(study(Plan(others=others, **SHARP)))
-    [best] = found["A mix keeps more than the best single source"]
+    actual = of(study(Plan(others=others, **SHARP)))
+    [best] = actual["A mix keeps more than the best single source"]
     assert best["figures"].startswith("igsp over ")
     assert "; mix-8 over " in best["figures"]
     assert "mix over" not in best["figures"]
-    assert "A mix keeps more than IGSP" not in found
+    assert "A mix keeps more than IGSP" not in actual
     named = of(study(Plan(others=others, **SHARP)), default="igsp")
     assert named["A mix keeps more than igsp"][0]["figures"].startswith("mix-8 over igsp ")
 
 
 def test_default_set_adds_a_claim():
-    found = of(study(PLANTED), default="news")["A mix keeps more than news"]
-    assert SCRIPT.tally(found) == "holds"
-    assert SCRIPT.tally([*found, found[0] | {"verdict": "undecided"}]) == "holds in 1 of 2"
+    actual = of(study(PLANTED), default="news")["A mix keeps more than news"]
+    assert SCRIPT.tally(actual) == "holds"
+    assert SCRIPT.tally([*actual, actual[0] | {"verdict": "undecided"}]) == "holds in 1 of 2"
 
 
 def test_few_sources_leave_claims_open():
-    [found] = of(study(Plan(others=LIFTS, seeds=(0,), sources=("a", "b", "c", "d"))))[METRIC]
-    assert found["verdict"] == "undecided"
-    assert found["figures"].endswith("; 4 sources")
+    [actual] = of(study(Plan(others=LIFTS, seeds=(0,), sources=("a", "b", "c", "d"))))[METRIC]
+    assert actual["verdict"] == "undecided"
+    assert actual["figures"].endswith("; 4 sources")
 
 
 def test_lead_growth():
     pairs = [("sparsegpt", pattern) for pattern in ("2:4", "30%", "50%", "60%")]
-    found = analyse(study(full_plan(conditions=pairs, draw=0.003, noise=0.005)), QUICK)
-    leads = [gap(each, "mix-8", SINGLES).gap.value for each in found.conditions]
-    moved = SCRIPT.changes([each.joint for each in found.conditions], None)
+    analysis = analyse(study(full_plan(conditions=pairs, draw=0.003, noise=0.005)), QUICK)
+    leads = [gap(each, "mix-8", SINGLES).gap.value for each in analysis.conditions]
+    moved = SCRIPT.changes([each.joint for each in analysis.conditions], None)
     (growth,) = [one for one in moved if (one.calibration, one.quantity) == ("mix-8", TOTAL)]
     assert growth.significant
     assert all(one.p_corrected >= one.gap.p for one in moved)
@@ -152,10 +152,10 @@ def test_lead_growth():
     ],
 )
 def test_lead_across_methods(more, less, default, quantity, wanted):
-    found = analysed(KEPT, default=default)
+    analysis = analysed(KEPT, default=default)
     (one,) = [
         each
-        for each in SCRIPT.changes([each.joint for each in found.conditions], default)
+        for each in SCRIPT.changes([each.joint for each in analysis.conditions], default)
         if (each.more, each.less) == (NAMES[more], NAMES[less])
         and (each.calibration, each.quantity) == ("mix", quantity)
     ]
@@ -163,13 +163,13 @@ def test_lead_across_methods(more, less, default, quantity, wanted):
 
 
 def test_recovery_is_told_from_allocation():
-    for kept, by in (
+    for share, by in (
         ({BETTER: KEPT[BETTER], TUNED: KEPT[PLAIN]}, "recovery"),
         ({BETTER: KEPT[PLAIN], f"{BETTER} + owl": KEPT[BETTER]}, "method"),
         ({f"{BETTER} + owl": KEPT[PLAIN], f"{BETTER} + owl + blocks": KEPT[BETTER]}, "recovery"),
     ):
-        found = SCRIPT.changes([one.joint for one in analysed(kept).conditions], "prose")
-        assert {one.by for one in found} == {by}
+        analysis = SCRIPT.changes([one.joint for one in analysed(share).conditions], "prose")
+        assert {one.by for one in analysis} == {by}
 
 
 def test_cancelling_effects():
@@ -178,11 +178,11 @@ def test_cancelling_effects():
     quiet = 0.1 * rng.standard_normal((16, 4))
     opposed = np.column_stack([gain, -gain, gain, -gain]) + quiet
     assert SCRIPT.cancellation(opposed, permutations=999, seed=0) == 0.001
-    found = [
+    actual = [
         SCRIPT.cancellation(rng.standard_normal((16, 4)), permutations=199, seed=0) <= 0.05
         for _ in range(200)
     ]
-    assert np.mean(found) == pytest.approx(0.05, abs=0.03)
+    assert np.mean(actual) == pytest.approx(0.05, abs=0.03)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -54,14 +54,14 @@ def test_ties_and_leads(kept, seeds, best):
         for seed in seeds
     )
     results = study(Plan(), trials=trials)
-    found = analyse(results, QUICK)
-    ranking = found.conditions[0].ranking
+    analysis = analyse(results, QUICK)
+    ranking = analysis.conditions[0].ranking
     assert [one.calibration for one in leaders(ranking)] == best
     assert recommend(results, resamples=200)[0].best == tuple(best)
-    sentence, summary = words.which_is_best(ranking), summarise(found)
+    sentence, summary = words.which_is_best(ranking), summarise(analysis)
     assert ("keeps the most" in sentence) == (len(best) == 1)
     assert summary["conditions"][0][0] == f"{sentence}."
-    lead = pages(results, found)["report.html"].split('<p class="lead">')[1].split("</p>")[0]
+    lead = pages(results, analysis)["report.html"].split('<p class="lead">')[1].split("</p>")[0]
     assert sentence in summary["headline"]
     assert sentence in lead
 
@@ -86,8 +86,8 @@ def test_few_sources_show_no_correlation():
         else one
         for one in many.trials
     )
-    told = of(study(Plan(noise=0.05), trials=trials))["certainty"]
-    assert not any("no correlation could" in one for one in told)
+    sentences = of(study(Plan(noise=0.05), trials=trials))["certainty"]
+    assert not any("no correlation could" in one for one in sentences)
 
 
 # Sentences
@@ -96,9 +96,9 @@ def test_few_sources_show_no_correlation():
 def test_small_and_unfinished_studies():
     whole = study(full_plan(**SMALL))
     part = whole.model_copy(update={"trials": whole.trials[:29], "failed": (failed("x"),)})
-    told = of(part)["certainty"]
-    assert told[0].startswith("29 of 40 planned trials finished, 1 failed, 10 not run")
-    assert any("empty cell" in line for line in told)
+    sentences = of(part)["certainty"]
+    assert sentences[0].startswith("29 of 40 planned trials finished, 1 failed, 10 not run")
+    assert any("empty cell" in line for line in sentences)
     assert "not run" not in " ".join(of(whole)["certainty"])
     alone = of(study(Plan(sources=("a",), seeds=(0,))))
     assert "nothing to compare" in alone["headline"]
@@ -114,23 +114,25 @@ def test_small_and_unfinished_studies():
 
 
 def test_summary_sentences():
-    found = analyse(study(full_plan(conditions=SMALL["conditions"])), QUICK)
-    told, lines = summarise(found), summary_text(found).splitlines()
+    analysis = analyse(study(full_plan(conditions=SMALL["conditions"])), QUICK)
+    summary, lines = summarise(analysis), summary_text(analysis).splitlines()
     assert max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
-    assert all(line in text for said in (*told["conditions"], told["methods"]) for line in said)
-    assert all(line in text for line in told["certainty"])
+    assert all(
+        line in text for said in (*summary["conditions"], summary["methods"]) for line in said
+    )
+    assert all(line in text for line in summary["certainty"])
     assert text.index("shrunken") < text.index("SparseGPT 50%: findings")
     assert "  and 14 more" in lines
 
 
 def test_gains_to_the_next_weaker_method():
-    told = summarise(analysed(KEPT))["methods"]
-    assert [line.split(":")[0] for line in told] == [
+    summary = summarise(analysed(KEPT))["methods"]
+    assert [line.split(":")[0] for line in summary] == [
         "ADMM 60% against SparseGPT 60%",
         "ADMM + distill,epochs=4 60% against ADMM 60%",
     ]
-    assert "points in total, mean of 3 sets (corrected p " in told[0]
+    assert "points in total, mean of 3 sets (corrected p " in summary[0]
     few = {PLAIN: {"mix": (0.5, 0.5)}, BETTER: {"mix": (0.501, 0.5)}}
     (line,) = summarise(analysed(few, default="mix"))["methods"]
     assert line.startswith("ADMM 60% against SparseGPT 60%: ")

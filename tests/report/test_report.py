@@ -27,8 +27,8 @@ def page_of(results, **settings):
 def test_figures_are_files_and_in_the_page(whole, page):
     names = {f"{kind}-sparsegpt-50pct" for kind in KINDS}
     names |= {f"{kind}-sparsegpt-60pct" for kind in KINDS[:3]}  # with few sets
-    kept = {path.name for path in (whole / "figures").iterdir()}
-    assert kept == {f"{name}.svg" for name in names}
+    original = {path.name for path in (whole / "figures").iterdir()}
+    assert original == {f"{name}.svg" for name in names}
     for name in names:
         assert f'aria-labelledby="{name}-title {name}-desc"' in page
         root = ElementTree.parse(whole / "figures" / f"{name}.svg").getroot()
@@ -79,7 +79,7 @@ def test_report_is_reproducible(tmp_path):
 
 def test_text_is_escaped():
     evil = "<script>alert('x')</script> $\\frac{1}{2}$ & \"quotes\" 漢字"
-    kept = {"general": 0.5, evil: 0.4}
+    shares = {"general": 0.5, evil: 0.4}
     trials = tuple(
         trial(
             f"{name}{evil}",
@@ -87,7 +87,7 @@ def test_text_is_escaped():
             "sparsegpt",
             "60%",
             0,
-            kept,
+            shares,
             {"perplexity": 3.0 + at, evil: float(at)},
             model=evil,
         )
@@ -128,8 +128,8 @@ ODD = {
 
 @pytest.mark.parametrize("odd", ODD)
 def test_unusual_studies(odd):
-    made = ODD[odd]
-    page = page_of(study(made) if isinstance(made, Plan) else study(Plan(), trials=made))
+    result = ODD[odd]
+    page = page_of(study(result) if isinstance(result, Plan) else study(Plan(), trials=result))
     assert "nothing" in page or "tied" in page or "keeps the most" in page
     assert "Retention by calibration set and dimension" in page
     assert "nan" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL).lower().split()

@@ -93,11 +93,11 @@ def test_hub_entries_are_read_and_cached(mirror):
 def test_damaged_cache_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
     reader = HubText(type="hub", id="a/c")
-    kept, lines = reader._kept(), "".join(f'["{n}", "{n * n % 97}"]\n' for n in range(400))
-    kept.parent.mkdir()
+    shares, lines = reader._kept(), "".join(f'["{n}", "{n * n % 97}"]\n' for n in range(400))
+    shares.parent.mkdir()
     whole = gzip.compress(lines.encode())
     for at in range(20, len(whole), 40):
-        kept.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        shares.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
         with pytest.raises(SourceError, match="is damaged: delete it"):
             list(reader.read())
 

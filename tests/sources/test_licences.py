@@ -73,8 +73,8 @@ def test_builtin_entries_have_licence_and_origin(calmix):
             assert "/" in provenance(spec)["origin"], (suite.name, name)
     assert json.loads(calmix("doctor", "models", "--json").out)[0]["use"] == "permissive"
     suites = {row["name"]: row for row in json.loads(calmix("evaluate", "suites", "--json").out)}
-    told = [suites[name]["not for commercial use"] for name in ("offline", "smoke")]
-    assert told == ["", "sciq"]
+    unlicensed = [suites[name]["not for commercial use"] for name in ("offline", "smoke")]
+    assert unlicensed == ["", "sciq"]
 
 
 def test_group_drops_forbidden_licences_and_rescales():
@@ -87,8 +87,8 @@ def test_group_drops_forbidden_licences_and_rescales():
 
 def test_licence_check_covers_seed_texts(tmp_path):
     written = {"chat": {"settings": {}}, "sgs": {"settings": {"seeds": "mix-clean"}}}
-    made = CalibrationSet(torch.zeros(1, 2, dtype=torch.int64), ("sgs",), {"written": written})
-    folder = made.save(tmp_path / "set")
+    drawn_set = CalibrationSet(torch.zeros(1, 2, dtype=torch.int64), ("sgs",), {"written": written})
+    folder = drawn_set.save(tmp_path / "set")
     assert ask(str(folder)).saved is not None
     with pytest.raises(InputError, match="source encyclopedia is share-alike"):
         ask(str(folder), licence="permissive")
@@ -109,20 +109,22 @@ def test_forbidden_source_is_refused_everywhere(calmix, tiny_folder, text_file, 
         == 0
     )
     wanted = ("--licence", "permissive", "-o", tmp_path / "out")
-    made = ("-m", tiny_folder, *wanted, *SMALL)
+    options = ("-m", tiny_folder, *wanted, *SMALL)
     prune = ("prune", tiny_folder, "--sparsity", 0.5, *wanted, "--calibration")
     for command, line in (
         (
-            ("calibrate", "textbook:0.1,python-docs:0.9", *made),
+            ("calibrate", "textbook:0.1,python-docs:0.9", *options),
             "source textbook is non-commercial (CC BY-NC 3.0 (SciQ)), not",
         ),
-        (("calibrate", "sgs", *made), "source encyclopedia is share-alike"),
-        (("calibrate", tmp_path / "mix.yaml", *made), "source alpaca"),
+        (("calibrate", "sgs", *options), "source encyclopedia is share-alike"),
+        (("calibrate", tmp_path / "mix.yaml", *options), "source alpaca"),
         ((*prune, "books", *SMALL), "source books is unstated"),
         ((*prune, tmp_path / "set"), "source history is share-alike"),
     ):
         assert line in calmix(*command).line
-    assert calmix("calibrate", text_file, *made).code == 0, "one's own text is one's own to judge"
+    assert calmix("calibrate", text_file, *options).code == 0, (
+        "one's own text is one's own to judge"
+    )
     study = tmp_path / "study.yaml"
     study.write_text(
         f"name: x\nmodels: {{m: {{name: '{tiny_folder}'}}}}\nlicence: permissive\n"

@@ -140,13 +140,13 @@ def test_chat_formats(tmp_path):
         assert list(document.messages) == CHAT
         assert document.text == "user: Hi?\n\nassistant: Ho."
     calls = [{"function": {"name": "f", "arguments": "{}"}}]
-    told = [
+    chats = [
         {"role": "Human", "content": ["Hi?"]},
         {"role": "chatgpt", "tool_calls": calls},
         {"from": "observation", "value": "1"},
     ]
     seen = [{"type": "image", "text": None}, {"type": "text", "text": "Hi?"}]
-    rows = [{"text": None, "messages": told}, {"messages": [{"role": "user", "content": seen}]}]
+    rows = [{"text": None, "messages": chats}, {"messages": [{"role": "user", "content": seen}]}]
     one, two = get_source(f"{write(tmp_path, {'odd.jsonl': rows})}/odd.jsonl").documents()
     assert [part["role"] for part in one.messages] == ["user", "assistant", "tool"]
     assert (one.messages[0]["content"], one.messages[1]["tool_calls"]) == ("Hi?", calls)
@@ -266,13 +266,13 @@ for name in ("word-problems", "arithmetic", "algebra", "logic-puzzles"):
 def test_generated_text_is_independent_of_hash_seed(capsys):
     environment = os.environ | {"PYTHONHASHSEED": "1"}
     run = [sys.executable, "-c", PROGRAM]
-    told = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
     exec(PROGRAM)
-    assert capsys.readouterr().out == told
-    assert len(told.splitlines()) == 4
-    made = {one.text for one, _ in zip(get_source("algebra").documents(), range(9), strict=False)}
-    assert len(made) == 9
-    assert all("\nAnswer: " in text and "Give only" not in text for text in made)
+    assert capsys.readouterr().out == output
+    assert len(output.splitlines()) == 4
+    result = {one.text for one, _ in zip(get_source("algebra").documents(), range(9), strict=False)}
+    assert len(result) == 9
+    assert all("\nAnswer: " in text and "Give only" not in text for text in result)
 
 
 def test_items_are_split_by_parity(monkeypatch):

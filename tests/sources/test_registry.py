@@ -87,13 +87,13 @@ def test_sources_file(tmp_path, calmix):
         "description",
     }
     assert (listed[-1]["name"], listed[-1]["available"]) == ("mine", "missing")
-    for words, told in (
+    for words, message in (
         (("sources",), "mix-clean"),
         (("sources",), "python-stdlib"),
         (("show", "web-mix-70"), "c4:7"),
         (("show", "notes", "--sources", file), "hello"),
     ):
-        assert told in calmix("calibrate", *words).ok().out
+        assert message in calmix("calibrate", *words).ok().out
     assert calmix("calibrate", "show", tmp_path / "notes.jsonl").code == 2
     assert "did you mean" in calmix("calibrate", "show", "pyton-docs").line
 

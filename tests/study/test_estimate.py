@@ -31,12 +31,12 @@ def test_model_size_from_configuration(tmp_path, kind):
 
 def test_plan_counts_shared_work_once(tiny_study):
     study = load_study(tiny_study(more="recovery: [none, distill, blocks]\nseeds: [0, 1]\n"))
-    found = estimate.estimate(study, "cpu")
-    groups = found["groups"]
-    assert (found["trials"], found["sets"], len(groups)) == (36, 6, 6)
-    assert found["prunes"] == 12
-    assert [note[:24] for note in found["notes"]] == ["the data of suite made h"]
-    assert found["disk"] > 36 * 50_000
+    actual = estimate.estimate(study, "cpu")
+    groups = actual["groups"]
+    assert (actual["trials"], actual["sets"], len(groups)) == (36, 6, 6)
+    assert actual["prunes"] == 12
+    assert [note[:24] for note in actual["notes"]] == ["the data of suite made h"]
+    assert actual["disk"] > 36 * 50_000
 
 
 def test_remote_code_needs_permission(tiny_study, tiny_folder, tmp_path):

@@ -19,8 +19,8 @@ from tests.tiny import quick
 
 
 def states(store):
-    found = open_store(store)
-    return [found.state(entry.id) for entry in found.index.trials]
+    opened_store = open_store(store)
+    return [opened_store.state(entry.id) for entry in opened_store.index.trials]
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,12 @@ def undisturbed(tmp_path_factory, tiny_folder):
 def kill_in_second_trial():
     prune, seen = Bench._prune, []
 
-    def pruned(self, *given):
-        made = prune(self, *given)
-        seen.append(made)
+    def pruned(self, *args):
+        solution = prune(self, *args)
+        seen.append(solution)
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return made
+        return solution
 
     Bench._prune = pruned
 
@@ -71,8 +71,8 @@ def killer(store, killed):
     def note(text):
         ended = text.startswith("1/3 ")
         while not killed and ended and {"pending", "running"} & set(states(store)):
-            found = open_store(store)
-            owners = (found.lock(entry.id).owner for entry in found.index.trials)
+            opened_store = open_store(store)
+            owners = (opened_store.lock(entry.id).owner for entry in opened_store.index.trials)
             pids = [one.pid for one in owners if one is not None and one.pid != os.getpid()]
             for pid in pids[:1]:
                 os.kill(pid, signal.SIGKILL)

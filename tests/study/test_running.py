@@ -57,13 +57,13 @@ def run(path, store, heard=lambda text: None, **options):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, tiny_folder):
     """A study, its store after a run, its messages, and the sets and models that were made."""
-    folder, made = tmp_path_factory.mktemp("ran"), []
+    folder, created = tmp_path_factory.mktemp("ran"), []
     with pytest.MonkeyPatch.context() as patch:
         path = writer(folder, tiny_folder, patch)()
 
         def counted(act, name):
             def run(*rest, **options):
-                made.append(name if options.get("cache") else act.__name__)
+                created.append(name if options.get("cache") else act.__name__)
                 return act(*rest, **options)
 
             return run
@@ -72,11 +72,11 @@ def ran(tmp_path_factory, tiny_folder):
         patch.setattr(bench_module, "evaluate", counted(evaluate, "dense"))
         first = run(path, folder / "store", only=["mix wanda*"])
         seen = run(path, folder / "store")
-        yield path, folder / "store", first.ran + seen.ran, made
+        yield path, folder / "store", first.ran + seen.ran, created
 
 
 def test_trial_matches_its_steps_by_hand(ran):
-    path, store, labels, made = ran
+    path, store, labels, result = ran
     assert len(labels) == 6
     results, study = read_results(store), load_study(path)
     assert (results.name, results.planned, results.failed) == ("tiny", 6, ())
@@ -88,18 +88,20 @@ def test_trial_matches_its_steps_by_hand(ran):
     text = study.file.calibrations["mix"].written
     drawn = resolve(text, opened, rows=6, length=32, leakage="off")
     prune(opened.model, drawn.ids, method="sparsegpt", pattern=Unstructured(0.6))
-    kept = evaluate(opened, study.suite).retention(dense)
-    assert (trial.total.value, trial.total.low) == (kept.total.value, kept.total.low)
-    assert [task["pruned"] for task in trial.tasks] == [task.pruned for task in kept.tasks]
+    retained = evaluate(opened, study.suite).retention(dense)
+    assert (trial.total.value, trial.total.low) == (retained.total.value, retained.total.low)
+    assert [task["pruned"] for task in trial.tasks] == [task.pruned for task in retained.tasks]
     assert trial.sparsity == pytest.approx(0.6, abs=1e-3)
-    found = measure([text], open_model(study.file.models["tiny"].name), rows=6, length=32, draws=1)
-    for name, value in found[text].items():
+    measured = measure(
+        [text], open_model(study.file.models["tiny"].name), rows=6, length=32, draws=1
+    )
+    for name, value in measured[text].items():
         name = "perplexity" if name == "distortion" else name
         assert trial.information[name] == pytest.approx(value.mean), name
     assert {"coverage_4", "mismatch"} <= set(trial.information)
     assert trial.seconds["total"] > 0
     # Shared work is done once.
-    assert [made.count(one) for one in ("dense", "evaluate", "resolve")] == [1, 6, 3]
+    assert [result.count(one) for one in ("dense", "evaluate", "resolve")] == [1, 6, 3]
     for folder in (store / "calibration").iterdir():
         assert CalibrationSet.open(folder).rows == 6
     assert not list((store / "locks").iterdir())
@@ -108,32 +110,32 @@ def test_trial_matches_its_steps_by_hand(ran):
 def test_lock_ends_with_its_process(tiny_study, tmp_path, monkeypatch):
     path, store = tiny_study(), tmp_path / "store"
     run(path, store, only=["mix wanda*"])
-    kept = open_store(store)
-    pending = next(e.id for e in kept.index.trials if e.label == "mix sparsegpt 60% seed 0")
-    with kept.lock(pending):
-        assert kept.runner(pending) == f"pid {os.getpid()} on {socket.gethostname()}"
-        assert kept.state(pending) == "running"
+    opened_store = open_store(store)
+    pending = next(e.id for e in opened_store.index.trials if e.label == "mix sparsegpt 60% seed 0")
+    with opened_store.lock(pending):
+        assert opened_store.runner(pending) == f"pid {os.getpid()} on {socket.gethostname()}"
+        assert opened_store.state(pending) == "running"
         assert run(path, store, only=["mix*"]).ran == []
     file = store / "locks" / f"{pending}.lock"
     lease = f"mode=lease\ntoken=t\nduration={SILENCE}\n"
     for pid, host, age in ((2**22 + 1, socket.gethostname(), 0), (1, "elsewhere", SILENCE + 1)):
         file.write_text(f"filelock/2\npid={pid}\nhost={host}\n{lease}")
         os.utime(file, (time.time() - age,) * 2)
-        assert kept.state(pending) == "pending"
+        assert opened_store.state(pending) == "pending"
         assert not file.exists()
     file.write_text(f"filelock/2\npid=1\nhost=elsewhere\n{lease}")
-    assert kept.runner(pending) == "pid 1 on elsewhere"
+    assert opened_store.runner(pending) == "pid 1 on elsewhere"
     with monkeypatch.context() as patch:  # as on a machine whose clock is ahead
         now = time.time()
         patch.setattr("calmix.study.store.time.time", lambda: now + 2 * SILENCE)
-        assert kept.runner(pending) == "pid 1 on elsewhere"
+        assert opened_store.runner(pending) == "pid 1 on elsewhere"
     os.utime(file, (time.time() - SILENCE - 1,) * 2)
 
     def refused(path, missing_ok=False):
         raise PermissionError(errno.EACCES, "refused")
 
     monkeypatch.setattr(Path, "unlink", refused)  # as in another user's store
-    assert kept.state(pending) == "pending"
+    assert opened_store.state(pending) == "pending"
 
 
 def test_index_has_one_writer(ran, monkeypatch):
@@ -186,12 +188,12 @@ def test_failing_trial_does_not_stop_others(ran, tmp_path, monkeypatch):
 
     assert run(ran[0], store, execute=late, retry_failed=True).errors == {}
     # A failed trial that is not run again needs no room.
-    asked = []
+    requests = []
     monkeypatch.setattr(
-        running_module, "checkpoint_bytes", lambda _, trials: asked.append(len(trials)) or 0
+        running_module, "checkpoint_bytes", lambda _, trials: requests.append(len(trials)) or 0
     )
     assert run(ran[0], store).ran == []
-    assert asked == [0]
+    assert requests == [0]
 
 
 def test_error_does_not_replace_a_result(tiny_study, tmp_path, monkeypatch):
@@ -281,8 +283,8 @@ def test_declaration_is_fixed_by_the_first_result(tiny_study, tmp_path):
     run(tiny_study(more=first.replace("5", "3"), name="early.yaml"), store, execute=broken)
     seen = run(path, store, only=["mix wanda*"])  # nothing had finished
     (declared,) = index().declarations
-    told = "study tiny declares 1 comparison by measure primary, margin 5 points (hash {})"
-    assert told.format(declared.hash[:12]) in run(path, tmp_path / "new", execute=broken).notes
+    values = "study tiny declares 1 comparison by measure primary, margin 5 points (hash {})"
+    assert values.format(declared.hash[:12]) in run(path, tmp_path / "new", execute=broken).notes
     assert seen.ran == ["mix wanda 2:4 seed 0"]
     assert (declared.study, declared.intact) == ("tiny", True)
     trial = json.loads(next(store.glob("trials/*/result.json")).read_text(encoding="utf-8"))
@@ -404,17 +406,17 @@ def test_set_metrics_and_optional_perplexity(tiny_study, tmp_path, monkeypatch):
     more = ("  mix:", f"  twin: {twin}\n  mix:")
     run(tiny_study(more, ("suite:", "perplexity: false\nsuite:")), store, only=["*wanda*"])
     before = read_results(store).trials
-    found = {trial.calibration: trial.information for trial in before}
+    actual = {trial.calibration: trial.information for trial in before}
     # Two sources with the same text: the letters differ from both.
-    assert found["code"]["mismatch"] < found["letters"]["mismatch"] <= 1
-    assert 0 < found["letters"]["coverage_4"] < found["code"]["coverage_4"] < 1
+    assert actual["code"]["mismatch"] < actual["letters"]["mismatch"] <= 1
+    assert 0 < actual["letters"]["coverage_4"] < actual["code"]["coverage_4"] < 1
     read = {}
     for folder in (store / "calibration").iterdir():
         label = json.loads((folder / "information.json").read_text())["label"]
         read[label] = CalibrationSet.open(folder).ids.numpy()
     (share,) = metrics.coverage([read["mix"]], 2, [read["code"], read["twin"], read["letters"]])
-    assert found["mix"]["coverage_2"] == share
-    for information in found.values():
+    assert actual["mix"]["coverage_2"] == share
+    for information in actual.values():
         assert "entropy" in information
         assert not {"perplexity", "distortion", "bits_per_byte"} & set(information)
     # It is added later without making the sets again.
@@ -444,24 +446,24 @@ def test_kept_checkpoints_and_recovered_levels(tiny_study, tmp_path):
     assert (seen.errors, len(seen.ran)) == ({}, 2)
     assert "embeddings 4" in seen.ran[0]
     checkpoints = [*(tmp_path / "store" / "trials").glob("*/checkpoint")]
-    told = [json.loads((one / "calmix.json").read_text(encoding="utf-8")) for one in checkpoints]
-    made = next(one for one in told if one["kind"] == "pruned checkpoint")
-    assert (made["request"]["method"], made["request"]["pattern"]) == ("ecq", "3 bits")
+    data = [json.loads((one / "calmix.json").read_text(encoding="utf-8")) for one in checkpoints]
+    result = next(one for one in data if one["kind"] == "pruned checkpoint")
+    assert (result["request"]["method"], result["request"]["pattern"]) == ("ecq", "3 bits")
     assert len(checkpoints) == 2
-    for made in checkpoints:
-        again = evaluate(str(made), load_study(path).suite, floors=False)
-        kept = load_scores(made.parent / "scores.json")
-        assert (again.tasks, again.right_only, kept.right_only) == (kept.tasks, False, True)
-        grids, found = read_grids(made), load_weights(made)
+    for result in checkpoints:
+        again = evaluate(str(result), load_study(path).suite, floors=False)
+        stored = load_scores(result.parent / "scores.json")
+        assert (again.tasks, again.right_only, stored.right_only) == (stored.tasks, False, True)
+        grids, weights = read_grids(result), load_weights(result)
         for name, grid in grids.items():
-            levels = grid.values(grid.levels(found[name])).to(found[name].dtype)
-            assert torch.equal(levels, found[name])
-    (told,) = [
+            levels = grid.values(grid.levels(weights[name])).to(weights[name].dtype)
+            assert torch.equal(levels, weights[name])
+    (data,) = [
         json.loads(file.read_text(encoding="utf-8"))
         for file in (tmp_path / "store" / "trials").glob("*/recovery.json")
     ]
     inside = [name for name in grids if ".layers." in name]
-    assert told["quantised"] == sum(found[name].numel() for name in inside) > 0
+    assert data["quantised"] == sum(weights[name].numel() for name in inside) > 0
     assert len(grids) > len(inside)
 
 
@@ -497,23 +499,23 @@ def test_allocation_and_recovery_match_their_steps(tiny_study, tmp_path):
     trial = store.result(entries[seen.ran[-1]]).trial
     assert (trial.method, trial.seconds["recover"] > 0) == ("wanda + owl + distill,epochs=1", True)
     # Trials that differ only in recovery share one pruning run, timings included.
-    told = [(folders[label] / "pruning.json").read_bytes() for label in seen.ran[1:]]
-    assert told[0] == told[1] != told[2] == told[3]
+    reports = [(folders[label] / "pruning.json").read_bytes() for label in seen.ran[1:]]
+    assert reports[0] == reports[1] != reports[2] == reports[3]
 
     study = load_study(path)
     name, text = study.file.models["tiny"].name, study.file.calibrations["mix"].written
     opened = open_model(name)
     dense = evaluate(opened, study.suite)
-    made = resolve(text, opened, rows=16, length=32, leakage="off")
-    made.save(tmp_path / "set")
-    patterns = allocate(opened.model, made.ids, 0.6, "owl")
-    prune(opened.model, made.ids, method="wanda", pattern=patterns)
+    drawn_set = resolve(text, opened, rows=16, length=32, leakage="off")
+    drawn_set.save(tmp_path / "set")
+    patterns = allocate(opened.model, drawn_set.ids, 0.6, "owl")
+    prune(opened.model, drawn_set.ids, method="wanda", pattern=patterns)
     opened.model.save_pretrained(tmp_path / "pruned")
     opened.tokenizer.save_pretrained(tmp_path / "pruned")
-    asked = recover_request(calibration=str(tmp_path / "set"), epochs=1)
-    report = recover(str(tmp_path / "pruned"), name, asked, tmp_path / "recovered")
-    told = json.loads((last / "recovery.json").read_text(encoding="utf-8"))
-    assert (told["before"], told["after"]) == (report.before, report.after)
+    prune_args = recover_request(calibration=str(tmp_path / "set"), epochs=1)
+    report = recover(str(tmp_path / "pruned"), name, prune_args, tmp_path / "recovered")
+    reports = json.loads((last / "recovery.json").read_text(encoding="utf-8"))
+    assert (reports["before"], reports["after"]) == (report.before, report.after)
     assert report.after < report.before
-    kept = evaluate(open_model(str(tmp_path / "recovered")), study.suite).retention(dense)
-    assert trial.total.value == kept.total.value  # the recovery before it had no effect on it
+    retained = evaluate(open_model(str(tmp_path / "recovered")), study.suite).retention(dense)
+    assert trial.total.value == retained.total.value  # the recovery before it had no effect on it

@@ -169,8 +169,8 @@ def test_generator_settings_distinguish_sets(tiny_study, tmp_path):
     study = load_study(tiny_study(("letters: ", sets)))
     auto, bos = resolve_all(study, plan(study)[:4:2])
     assert (auto.strategy, bos.strategy) == ("self-cal", "self-cal")
-    told = "calibration.settings.start: auto, now bos"
-    assert list(differences(auto.definition, bos.definition)) == [told]
+    message = "calibration.settings.start: auto, now bos"
+    assert list(differences(auto.definition, bos.definition)) == [message]
     assert auto.calibration_id != bos.calibration_id
 
 
@@ -293,12 +293,12 @@ def test_conditions_include_allocation_and_recovery(tmp_path):
     study = parsed(text)
     trials = plan(study)
     assert len({trial.condition for trial in trials}) == len(trials) == 7
-    found = {one.recipe: one.definition for one in resolve_all(study, trials)}
-    assert not {"allocation", "recovery"} & set(found["magnitude"])
-    request = found["sparsegpt + owl + blocks"]
+    actual = {one.recipe: one.definition for one in resolve_all(study, trials)}
+    assert not {"allocation", "recovery"} & set(actual["magnitude"])
+    request = actual["sparsegpt + owl + blocks"]
     assert request["allocation"] == "owl"
     assert request["recovery"] == {"method": "blocks", "epochs": 2, "lr": 3e-3, "batch": 4}
-    assert found["sparsegpt + distill,lr=0.002"]["recovery"]["lr"] == 2e-3
+    assert actual["sparsegpt + distill,lr=0.002"]["recovery"]["lr"] == 2e-3
 
 
 DECLARES = (
@@ -315,7 +315,7 @@ def compared(*lines):
 
 
 def test_comparison_pairs_matching_trials():
-    found = compared(
+    actual = compared(
         "{name: mixed, of: {calibration: mix}, over: {calibration: a}, where: {targets: 0.5}}",
         "{name: solver, of: {method: admm}, over: {method: sparsegpt}}",
         "{name: best, of: {calibration: mix}, over: {best_of: [a, b, c]},"
@@ -330,7 +330,7 @@ def test_comparison_pairs_matching_trials():
                 [f"{of} {how} {at} {seed}" for _, of, how, at, *_, seed, _ in side]
                 for side in (pair.of, pair.over)
             ]
-            for pair in found[name]
+            for pair in actual[name]
         ]
 
     assert sides("mixed") == [
@@ -354,9 +354,9 @@ def test_declaration_hash():
 
     def hashed(*change):
         study = parsed(whole.replace(*change))
-        found = declaration(study, plan(study))
-        assert Declaration.model_validate_json(found.model_dump_json()) == found
-        return found.hash
+        actual = declaration(study, plan(study))
+        assert Declaration.model_validate_json(actual.model_dump_json()) == actual
+        return actual.hash
 
     same = hashed("", "")
     for change in (
@@ -393,7 +393,7 @@ def test_declaration_errors_name_their_line():
         "  - name: x\n    of: {method: wanda}\n    over: {method: admm}\n"
         "    where:\n      targets: [0.7]\n      models: [q]\n      recoveries: blocks\n"
     )
-    for given, wanted in (
+    for value, wanted in (
         (
             text,
             [
@@ -428,7 +428,7 @@ def test_declaration_errors_name_their_line():
             ],
         ),
     ):
-        for line, (number, words) in zip(problems(given), wanted, strict=True):
+        for line, (number, words) in zip(problems(value), wanted, strict=True):
             assert line.startswith(f"s.yaml line {number}: {words}"), line
     for more, says in (
         ("exclude: [arc_easy]", "8: exclude: give a reason for each task, e.g. {sums: "),

@@ -28,8 +28,8 @@ def test_study_commands_end_to_end(calmix, tiny_study, tmp_path):
     store = tmp_path / "store"
     assert "6 trials over 3 calibration sets" in calmix("study", "validate", path).ok().out
     ended = calmix("study", "run", path, "-o", store, "--only", "code", "--json").ok()
-    told = json.loads(ended.out)
-    assert (told["planned"], told["finished"], told["failed"]) == (6, 2, {})
+    data = json.loads(ended.out)
+    assert (data["planned"], data["finished"], data["failed"]) == (6, 2, {})
     assert "2 of 6 trials to run" in ended.err
     assert "1/2 code sparsegpt 60% seed 0: total" in ended.err
     part = calmix("study", "analyse", store, "--resamples", 20).ok().out
@@ -37,15 +37,15 @@ def test_study_commands_end_to_end(calmix, tiny_study, tmp_path):
     assert "mixed: cannot be told, without trials on both sides." in part
     assert "2 finished, 4 pending" in calmix("study", "status", store).out
     assert "6 of 6 trials finished" in calmix("study", "run", path, "-o", store).out
-    told = json.loads(calmix("study", "status", store, "--json").out)
-    assert (told["finished"], told["pending"], len(told["trials"])) == (6, 0, 6)
+    data = json.loads(calmix("study", "status", store, "--json").out)
+    assert (data["finished"], data["pending"], len(data["trials"])) == (6, 0, 6)
     calmix("study", "report", store).ok()
     page = (store / "report" / "report.html").read_text(encoding="utf-8")
     assert "6 of 6 trials finished" in page
     assert "methods: {sparsegpt: [0.6]" in page
-    told = json.loads(calmix("study", "analyse", store, "--json").out)
-    assert [each["label"] for each in told["conditions"]] == ["SparseGPT 60%"]
-    strategies = {one["strategy"] for one in told["conditions"][0]["ranking"]}
+    data = json.loads(calmix("study", "analyse", store, "--json").out)
+    assert [each["label"] for each in data["conditions"]] == ["SparseGPT 60%"]
+    strategies = {one["strategy"] for one in data["conditions"][0]["ranking"]}
     assert strategies == {"single", "mix"}
     assert calmix("study", "recommend", store).out.count("take ") == 1
     assert "finished: 6" in calmix("doctor", "inspect", store).out
@@ -53,7 +53,7 @@ def test_study_commands_end_to_end(calmix, tiny_study, tmp_path):
     one = sorted((store / "trials").iterdir())[0]
     scores = json.loads((one / "scores.json").read_text(encoding="utf-8"))
     assert scores["distance"] is None  # the tiny suite has no texts
-    parts = {name: {"kl_mean": 1.25, "top1": 0.5} for name in told["dimensions"]}
+    parts = {name: {"kl_mean": 1.25, "top1": 0.5} for name in data["dimensions"]}
     scores["distance"] = {
         "dense": "d",
         "texts": "t",
@@ -71,12 +71,12 @@ def test_study_commands_end_to_end(calmix, tiny_study, tmp_path):
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:4] == ["study", "id", "model", "calibration"]
     assert len(rows) == 6 * 3
-    kept = [
+    texts = [
         (row["kl"], row["dimension_kl"], row["dimension_top1"])
         for row in rows
         if row["id"] == one.name
     ]
-    assert {*kept} == {("1.75", "1.25", "0.5")}
+    assert {*texts} == {("1.75", "1.25", "0.5")}
     assert {row["kl"] for row in rows if row["id"] != one.name} == {""}
     # A store passed on without its calibration sets can be read too.
     shutil.rmtree(store / "calibration")
@@ -100,9 +100,9 @@ def test_plan_as_text_and_json(calmix, tiny_study):
     path = tiny_study()
     ended = calmix("study", "plan", path).ok()
     assert "6 trials of 3000 items, 6 pruned models, 3 calibration sets; at most" in ended.out
-    told = json.loads(calmix("study", "plan", path, "--json").out)
-    assert told["trials"] == 6
-    assert [group["trials"] for group in told["groups"]] == [3, 3]
+    data = json.loads(calmix("study", "plan", path, "--json").out)
+    assert data["trials"] == 6
+    assert [group["trials"] for group in data["groups"]] == [3, 3]
 
 
 def test_validate_lists_all_errors(calmix, tiny_study):
@@ -112,8 +112,8 @@ def test_validate_lists_all_errors(calmix, tiny_study):
     first, second = ended.out.splitlines()
     assert first.startswith(f"{path} line 4: row: unknown key: did you mean rows")
     assert second.startswith(f"{path} line 5: length: must be a valid integer")
-    told = json.loads(calmix("study", "validate", path, "--json").out)
-    assert told["problems"] == [first, second]
+    data = json.loads(calmix("study", "validate", path, "--json").out)
+    assert data["problems"] == [first, second]
     run = calmix("study", "run", path, "-o", path.with_name("store"), "--workers", 2)
     assert "--workers has no effect without" in run.line
 
@@ -121,7 +121,7 @@ def test_validate_lists_all_errors(calmix, tiny_study):
 def test_retry_failed_trials(calmix, tiny_study, tmp_path):
     text, store = tmp_path / "texts" / "letters.jsonl", tmp_path / "store"
     run = "study", "run", tiny_study(), "-o", store
-    kept = text.read_text()
+    original = text.read_text()
     text.write_text('{"text": "too short"}')
     ended = calmix(*run)
     assert ended.code == 2
@@ -137,7 +137,7 @@ def test_retry_failed_trials(calmix, tiny_study, tmp_path):
     assert "letters.jsonl has text for 0 rows" in results.failed[1].error
     assert "0 of 6 trials to run" in calmix(*run).ok().err
     assert "4 of 6 trials to run" in calmix(*run, "--retry-failed").err
-    text.write_text(kept)
+    text.write_text(original)
     # Changed content is a new request, not a retry.
     assert "4 of 6 trials to run" in calmix(*run).ok().err
     assert read_results(store).failed == ()
@@ -146,13 +146,13 @@ def test_retry_failed_trials(calmix, tiny_study, tmp_path):
 def test_power_command(calmix, tmp_path):
     results = study(Plan(sources=("news", "books", "stories"), seeds=(0, 1)))
     store = save(results, tmp_path / "store")
-    told = json.loads(calmix("study", "power", store, "--difference", "1,2.5", "--json").out)
-    assert {one["noise"]["kind"] for one in told} == {"total", "dimension", "task"}
-    noise, wanted = told[0]["noise"], told[0]["needed"]
+    data = json.loads(calmix("study", "power", store, "--difference", "1,2.5", "--json").out)
+    assert {one["noise"]["kind"] for one in data} == {"total", "dimension", "task"}
+    noise, wanted = data[0]["noise"], data[0]["needed"]
     assert (noise["quantity"], noise["sets"], noise["freedom"]) == ("total", 3, 3)
     assert [one["difference"] for one in wanted] == [0.01, 0.025]
-    found = needed(0.025, noise["draw"], noise["freedom"], noise["item"])
-    assert wanted[1]["draws"] == found.draws
+    result = needed(0.025, noise["draw"], noise["freedom"], noise["item"])
+    assert wanted[1]["draws"] == result.draws
     lines = calmix("study", "power", store, "--difference", "1,20").ok().out.splitlines()
     assert "SparseGPT 60%: 3 sets, 3 degrees of freedom" in lines[0]
     assert max(map(len, lines)) <= 80
@@ -171,8 +171,8 @@ def test_power_command(calmix, tmp_path):
 
 @pytest.mark.parametrize("path", STORES, ids=lambda path: path.parent.name)
 def test_committed_store_is_readable(path, tmp_path):
-    with tarfile.open(path) as held:
-        held.extractall(tmp_path, filter="data")
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path, filter="data")
     results = read_results(tmp_path / path.parent.name)
     assert results.trials
     assert results.failed == ()

@@ -30,9 +30,9 @@ def drawn(text, opened, rows=8, **how):
 def test_row_is_a_conversation_in_the_chat_template(talker, opened, tiny, sources):
     turns = [talker.tokenizer.decode(ids) for ids in chat_turns(talker.tokenizer)]
     assert turns == ["S:be kind</s>u:", "a:", "u:"]
-    made = drawn("chat,temperature=1", talker)
-    assert made.manifest["generated"] == "chat"
-    for row in made.ids:
+    drawn_set = drawn("chat,temperature=1", talker)
+    assert drawn_set.manifest["generated"] == "chat"
+    for row in drawn_set.ids:
         first, *turns = talker.tokenizer.decode(row).split("</s>")
         assert first == "S:be kind"
         heads = [turn[:2] for turn in turns if len(turn) > 1]
@@ -49,19 +49,19 @@ def test_chats_as_part_of_a_mix(talker, opened, sources, tmp_path):
         (f"chat:0.25,{lower}:0.75", lower, {lower: 6, "chat": 2}),
         ("self-written", "self-written,chat=0", None),
     ):
-        made = drawn(text, talker)
-        assert counts in (None, made.counts)
-        assert made.counts["chat"] == made.manifest["written"]["chat"]["rows"] == 2
-        assert made.manifest["written"]["chat"]["generated"] == "chat"
-        others = made.ids[[name != "chat" for name in made.sources]]
+        drawn_set = drawn(text, talker)
+        assert counts in (None, drawn_set.counts)
+        assert drawn_set.counts["chat"] == drawn_set.manifest["written"]["chat"]["rows"] == 2
+        assert drawn_set.manifest["written"]["chat"]["generated"] == "chat"
+        others = drawn_set.ids[[name != "chat" for name in drawn_set.sources]]
         order = list if counts else sorted  # rows of a mix keep their order
         assert order(others.tolist()) == order(drawn(rest, talker, rows=6).ids.tolist())
-        texts = talker.tokenizer.batch_decode(made.ids.tolist())
-        assert made.manifest["chat_turns"] == sum(text.count("u:") for text in texts) >= 2
-        folder = made.save(tmp_path / f"set of {len(made.counts)}")
-        assert CalibrationSet.open(folder, talker).counts == made.counts
-    assert made.manifest["generated"] == "self-written"
-    assert len(made.counts) == 5
+        texts = talker.tokenizer.batch_decode(drawn_set.ids.tolist())
+        assert drawn_set.manifest["chat_turns"] == sum(text.count("u:") for text in texts) >= 2
+        folder = drawn_set.save(tmp_path / f"set of {len(drawn_set.counts)}")
+        assert CalibrationSet.open(folder, talker).counts == drawn_set.counts
+    assert drawn_set.manifest["generated"] == "self-written"
+    assert len(drawn_set.counts) == 5
     plain = drawn("self-written", opened)
     assert "chat" not in plain.counts  # no chat template
     assert "chat_turns" not in plain.manifest
@@ -69,9 +69,9 @@ def test_chats_as_part_of_a_mix(talker, opened, sources, tmp_path):
 
 def test_set_without_chats_warns(talker, opened, sources, tmp_path, monkeypatch):
     lower, lines = sources["lower"], []
-    made = drawn(lower, talker, note=lines.append)
-    assert made.manifest["chat_turns"] == 0
-    resolve(str(made.save(tmp_path / "set")), talker, note=lines.append)
+    drawn_set = drawn(lower, talker, note=lines.append)
+    assert drawn_set.manifest["chat_turns"] == 0
+    resolve(str(drawn_set.save(tmp_path / "set")), talker, note=lines.append)
     written = tmp_path / "mine.jsonl"
     written.write_text('{"text": "u:hello a:hello u:bye a:bye"}\n' * 40, encoding="utf-8")
     for text in (f"chat:0.5,{lower}:0.5", "self-written", str(written)):

@@ -65,20 +65,20 @@ def pieces(found, size=16):
 
 
 def test_row_holds_pieces_of_one_dimension(made, opened):
-    found = made(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.1)
+    generated = made(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.1)
     (request,) = made.requests
     assert (request.length, len(request.openers)) == (16, 16)
     assert (request.top_k, request.top_p, request.repetition_penalty) == (5, 0.9, 1.1)
     assert set(request.temperatures) == {0.7}
     firsts = {tuple(row[0]) for row in request.openers[0::2]}
     assert firsts == {tuple(opened.tokenizer(text)["input_ids"]) for text in ("a", "bc")}
-    assert found.ids.shape == (8, 32)
-    assert found.counts == {"x": 4, "y": 4}
+    assert generated.ids.shape == (8, 32)
+    assert generated.counts == {"x": 4, "y": 4}
     kinds = {tuple(piece): "xy"[at % 2] for at, piece in enumerate(made.ids.tolist())}
-    held = [kinds[piece] for piece in pieces(found)]
-    assert held[0::2] == held[1::2] == list(found.sources)
-    assert len(set(pieces(found))) == 16
-    assert set(found.manifest["perplexity"]) == {"x", "y"}
+    stored = [kinds[piece] for piece in pieces(generated)]
+    assert stored[0::2] == stored[1::2] == list(generated.sources)
+    assert len(set(pieces(generated))) == 16
+    assert set(generated.manifest["perplexity"]) == {"x", "y"}
     assert sorted(made(rows=7).counts.values()) == [3, 4]
     assert made(rows=1).counts == {"x": 1}
 
@@ -90,8 +90,8 @@ def test_temperatures_and_prompt_lengths(made, tmp_path):
         "y: [{text: 'abcdefghijkl'}, {text: 'abcdefghijklm'}]\n",
         "utf-8",
     )
-    found = made(prompts=path)
-    assert found.manifest["temperature"] == {"x": 0.5, "y": 0.9}
+    generated = made(prompts=path)
+    assert generated.manifest["temperature"] == {"x": 0.5, "y": 0.9}
     assert made.requests[0].temperatures[:2] == [0.5, 0.9]
     lengths = [{len(row[0]) for row in made.requests[0].openers[at::2]} for at in (0, 1)]
     assert lengths == [{3}, {12}]  # none of y fits: the shortest
@@ -102,11 +102,11 @@ def test_looping_pieces_are_rewritten(made):
         if len(ids) == 16:
             ids[[0, 2, 4, 6, 8, 10, 11]] = torch.tensor(LOOP)
 
-    found = made(fill=fill)
+    generated = made(fill=fill)
     assert [len(request.openers) for request in made.requests] == [16, 7]
     assert made.requests[1].seed != made.requests[0].seed
-    assert LOOP not in pieces(found)
-    counts = found.manifest["pieces"]
+    assert LOOP not in pieces(generated)
+    counts = generated.manifest["pieces"]
     assert (counts["refused"], counts["passed_over"], counts["looping"]) == (0, 7, 0)
     assert pieces(made(fill=fill, repeats=1.0)).count(LOOP) == 7
     assert len(made.requests) == 1
@@ -117,28 +117,28 @@ def test_least_repetitive_pieces_are_used_if_all_loop(made):
         step = 2 if len(ids) == 16 else 1
         ids[::step, : 15 - len(made.requests)] = 7  # x; less of it, round by round
 
-    found = made(fill=fill)
+    generated = made(fill=fill)
     assert [len(request.openers) for request in made.requests] == [16] + [8] * 7  # x alone
-    assert found.manifest["pieces"]["looping"] == 8
-    runs = [sum(token == 7 for token in piece) for piece in pieces(found)]
+    assert generated.manifest["pieces"]["looping"] == 8
+    runs = [sum(token == 7 for token in piece) for piece in pieces(generated)]
     assert sorted(runs) == [0] * 8 + [7] * 8
 
 
 def test_leaked_pieces_are_replaced(made, opened):
-    held, all_of = [], []
+    contents, all_of = [], []
 
     def fill(ids, nll):
         if len(ids) == 16:
-            held.extend(ids[:3].tolist())
+            contents.extend(ids[:3].tolist())
 
     class Reads(Guard):
         def passes(self, source, document, text):
-            return text not in opened.tokenizer.batch_decode(held) and not all_of
+            return text not in opened.tokenizer.batch_decode(contents) and not all_of
 
     guard = Reads("mine", ItemIndex([]))
-    found = made(fill=fill, guard=guard)
-    assert not {tuple(row) for row in held} & set(pieces(found))
-    assert found.manifest["pieces"]["refused"] == 3
+    generated = made(fill=fill, guard=guard)
+    assert not {tuple(row) for row in contents} & set(pieces(generated))
+    assert generated.manifest["pieces"]["refused"] == 3
     all_of.append(True)
     with pytest.raises(InputError, match="8 pieces of x are needed, but only 0 of 64 can"):
         made(guard=guard)
@@ -148,26 +148,26 @@ def test_igsp_selects_by_j(made):
     def plant(ids, nll):  # some loop, end in punctuation or copy another
         ids[0:4], ids[4:8], ids[8:12] = torch.tensor(LOOP), 7, ids[12:16].clone()
 
-    found = made("igsp", fill=plant, candidates=2.5)
+    generated = made("igsp", fill=plant, candidates=2.5)
     assert len(made.requests[0].openers) == 40
-    assert not {LOOP, (7,) * 16} & set(pieces(found))
-    assert len(set(pieces(found))) == 16
-    assert found.manifest["J"] < made("self-written", fill=plant, repeats=1.0).manifest["J"]
+    assert not {LOOP, (7,) * 16} & set(pieces(generated))
+    assert len(set(pieces(generated))) == 16
+    assert generated.manifest["J"] < made("self-written", fill=plant, repeats=1.0).manifest["J"]
     made("igsp")
     assert len(made.requests[0].openers) == 48  # three times as many by default
 
 
 def test_self_cal_starts_from_prompts_or_token(made, opened):
     for start, token in (("auto", 1), ("separator", 2)):
-        found = made("self-cal", start=start)
+        generated = made("self-cal", start=start)
         (request,) = made.requests
         assert request.openers == [[[token]]] * 8
         assert (request.length, set(request.temperatures), request.top_k) == (32, {1.0}, None)
-        assert found.counts == {"self-cal": 8}
-    found = made("self-cal", length=200)
+        assert generated.counts == {"self-cal": 8}
+    generated = made("self-cal", length=200)
     (request,) = made.requests
     ours = beginnings(None, opened.tokenizer)
-    assert found.counts == dict.fromkeys(ours, 2)
+    assert generated.counts == dict.fromkeys(ours, 2)
     for row, name in zip(request.openers, [*ours] * 2, strict=True):
         assert row[0] in ours[name]
     assert (request.length, set(request.temperatures)) == (200, {1.0})
@@ -185,17 +185,17 @@ def test_sgs_continues_documents_and_drops_a_fifth(made, text_file, opened, monk
         nll[[0, 1]] += 5  # one of each dimension
         ids[[0, 1]] = 9
 
-    found = made("sgs", fill=fill, seeds="three", own=sources)
+    generated = made("sgs", fill=fill, seeds="three", own=sources)
     (request,) = made.requests
     assert len(request.openers) == 10  # 8 rows, and the fifth that is dropped
     prefix = opened.tokenizer(text_file.read_text())["input_ids"][:2]
     assert request.openers[0][0] == prefix
     settings = (request.top_k, request.top_p, request.repetition_penalty, request.temperatures[0])
     assert settings == (50, 0.95, 1.2, 0.6)
-    assert found.counts == {"code": 4, "math": 4}
-    assert 9 not in found.ids
-    assert set(found.manifest["own"]) == set(own)
-    assert ask(str(found.save(tmp_path / "set"))).saved.rows == 8
+    assert generated.counts == {"code": 4, "math": 4}
+    assert 9 not in generated.ids
+    assert set(generated.manifest["own"]) == set(own)
+    assert ask(str(generated.save(tmp_path / "set"))).saved.rows == 8
 
 
 CHATML = (
@@ -211,8 +211,8 @@ HEADED = (
 def chat_tokenizer(template, bos, eos, *others):
     """The tiny tokenizer with a chat template."""
     tokenizer = tiny_tokenizer(template)
-    given = [token for token in (bos, eos) if token is not None]
-    tokenizer.add_special_tokens({"additional_special_tokens": [*others, *given]})
+    inputs = [token for token in (bos, eos) if token is not None]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*others, *inputs]})
     tokenizer.bos_token, tokenizer.eos_token = bos, eos
     return tokenizer
 
@@ -274,19 +274,19 @@ def test_invalid_prompts(tmp_path):
 
 
 def test_generate_command_and_own_prompts(calmix, tiny_folder, text_file, tmp_path):
-    held, spec = tmp_path / "prompts.yaml", tmp_path / "mine.yaml"
-    held.write_text("law: [{text: The court}]\ncooking: [{text: Stir}]\n", encoding="utf-8")
+    stored, spec = tmp_path / "prompts.yaml", tmp_path / "mine.yaml"
+    stored.write_text("law: [{text: The court}]\ncooking: [{text: Stir}]\n", encoding="utf-8")
     spec.write_text(
-        f"generate: self-written\noptions: {{prompts: '{held}', top_k: 1, repeats: 0.01}}\n"
+        f"generate: self-written\noptions: {{prompts: '{stored}', top_k: 1, repeats: 0.01}}\n"
     )
     how = ("-m", tiny_folder, "--rows", 4, "--length", 40, "--leakage", "off", "-o")
-    for text, told in (
+    for text, message in (
         ("igsp,candidates=2,temperature=1", "4-gram aggregation .*, perplexity general "),
         (spec, "[1-4] texts repeat more"),
     ):
         ended = calmix("calibrate", text, *how, tmp_path / "set", "--overwrite").ok()
         assert "4 rows of 40 tokens" in ended.out
-        assert re.match(told, ended.out.splitlines()[-2])
+        assert re.match(message, ended.out.splitlines()[-2])
     made = CalibrationSet.open(tmp_path / "set")
     assert (made.rows, made.length, made.manifest["generated"]) == (4, 40, "self-written")
     assert sorted(made.counts.items()) == [("cooking", 2), ("law", 2)]
@@ -316,12 +316,12 @@ def test_selection_matches_exhaustive_search():
     equal, gaps = 0, []
     for seed in range(20):
         ids, groups, nll, tokens = pool(seed)
-        found = select_rows(ids, groups, nll, tokens, quota)
-        assert found == select_rows(ids, groups, nll, tokens, quota)
-        assert sorted(groups[row] for row in found) == ["a"] * 3 + ["b"] * 2
-        assert len(set(found)) == 5
-        exact = defined(ids, found, groups, nll, tokens)
-        assert objective(*(part[found] for part in (ids, groups, nll, tokens))) == (
+        generated = select_rows(ids, groups, nll, tokens, quota)
+        assert generated == select_rows(ids, groups, nll, tokens, quota)
+        assert sorted(groups[row] for row in generated) == ["a"] * 3 + ["b"] * 2
+        assert len(set(generated)) == 5
+        exact = defined(ids, generated, groups, nll, tokens)
+        assert objective(*(part[generated] for part in (ids, groups, nll, tokens))) == (
             pytest.approx(exact)
         )
         pairs = itertools.product(

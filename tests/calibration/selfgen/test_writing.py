@@ -46,11 +46,11 @@ def test_sampling_matches_transformers_distribution():
     ):
         heat = torch.full((count,), temperature)
         tokens = sample(LOGITS.expand(count, -1), heat, uniform, **cut)
-        found = torch.bincount(tokens, minlength=LOGITS.shape[1]) / count
+        actual = torch.bincount(tokens, minlength=LOGITS.shape[1]) / count
         scores = LOGITS / temperature
         for name, value in cut.items():  # in the order of transformers
             scores = warpers[name](value)(None, scores)
-        torch.testing.assert_close(found, scores.softmax(-1)[0], atol=3e-4, rtol=0)
+        torch.testing.assert_close(actual, scores.softmax(-1)[0], atol=3e-4, rtol=0)
 
 
 def test_zero_probability_token_is_never_sampled():
@@ -72,15 +72,15 @@ def ending(opened, bias):
 
 
 def test_rows_start_with_openers_and_record_likelihood(opened):
-    made = write(opened, request(temperature=0.7, repetition_penalty=1.5))
-    assert made.ids.shape == (6, 24)
-    assert made.ids[:, :3].tolist() == [[10 + i, 20 + i, 30 + i] for i in range(6)]
-    assert not made.sampled[:, :3].any()
-    assert made.sampled[:, 3:4].all()
-    logits = opened.model(made.ids).logits[:, :-1].flatten(0, 1)
-    nll = F.cross_entropy(logits, made.ids[:, 1:].flatten(), reduction="none").view(6, -1)
-    torch.testing.assert_close(made.nll[:, 1:], nll, atol=1e-4, rtol=1e-4)
-    assert made.nll[:, 0].isnan().all()
+    drawn_set = write(opened, request(temperature=0.7, repetition_penalty=1.5))
+    assert drawn_set.ids.shape == (6, 24)
+    assert drawn_set.ids[:, :3].tolist() == [[10 + i, 20 + i, 30 + i] for i in range(6)]
+    assert not drawn_set.sampled[:, :3].any()
+    assert drawn_set.sampled[:, 3:4].all()
+    logits = opened.model(drawn_set.ids).logits[:, :-1].flatten(0, 1)
+    nll = F.cross_entropy(logits, drawn_set.ids[:, 1:].flatten(), reduction="none").view(6, -1)
+    torch.testing.assert_close(drawn_set.nll[:, 1:], nll, atol=1e-4, rtol=1e-4)
+    assert drawn_set.nll[:, 0].isnan().all()
 
 
 def texts_of(made, row):
@@ -95,16 +95,16 @@ def texts_of(made, row):
 
 def test_next_opener_follows_the_end_token(opened):
     with ending(opened, 4.0):
-        made = write(opened, request(rows=8, length=48))
+        drawn_set = write(opened, request(rows=8, length=48))
     restarts = 0
     for i in range(8):
-        turns, texts = [[10 + i, 20 + i, 30 + i], [40 + i]], texts_of(made, i)
-        for number, held in enumerate(texts):
+        turns, texts = [[10 + i, 20 + i, 30 + i], [40 + i]], texts_of(drawn_set, i)
+        for number, content in enumerate(texts):
             opener = turns[number % 2]
-            assert held[: len(opener)] == opener[: len(held)]
+            assert content[: len(opener)] == opener[: len(content)]
             if number < len(texts) - 1:
-                assert held[-1] == END
-                assert END not in held[len(opener) : -1]
+                assert content[-1] == END
+                assert END not in content[len(opener) : -1]
                 restarts += 1
     assert restarts > 8
 
@@ -112,10 +112,10 @@ def test_next_opener_follows_the_end_token(opened):
 @pytest.mark.parametrize("kind", quick(["gemma3_text", "gpt_bigcode", "rwkv"], ARCHITECTURES))
 def test_rows_are_independent_of_batch_size(opened, kind):
     other = dataclasses.replace(opened, model=tiny_model(kind))
-    asked, parts = request(rows=7, length=12, temperature=0.9, repetition_penalty=1.1), []
+    requests, parts = request(rows=7, length=12, temperature=0.9, repetition_penalty=1.1), []
     for batch in (1, 3, 7):
         forget()
-        parts.append(write(other, asked, batch=batch))
+        parts.append(write(other, requests, batch=batch))
     assert parts[0].nll[:, 1:].isfinite().all()
     assert all(torch.equal(parts[0].ids, part.ids) for part in parts)
 
@@ -133,7 +133,7 @@ def test_generation_config_is_ignored(opened, monkeypatch):
 def test_interrupted_writing_resumes(opened):
     whole = write(opened, request(seed=5), batch=2)
     forget()
-    told = []
+    notes = []
 
     def stop(done, total):
         if done > 2 * 2 * 24:  # within the third part
@@ -142,13 +142,13 @@ def test_interrupted_writing_resumes(opened):
     with pytest.raises(KeyboardInterrupt):
         write(opened, request(seed=5), batch=2, progress=stop)
     assert len(kept()) == 2
-    again = write(opened, request(seed=5), batch=4, progress=lambda *of: told.append(of))
-    assert told[:2] == [(2 * 24, 6 * 24), (4 * 24, 6 * 24)]  # from the cache
-    assert told[-1] == (6 * 24, 6 * 24)
+    again = write(opened, request(seed=5), batch=4, progress=lambda *of: notes.append(of))
+    assert notes[:2] == [(2 * 24, 6 * 24), (4 * 24, 6 * 24)]  # from the cache
+    assert notes[-1] == (6 * 24, 6 * 24)
     assert torch.equal(again.nll.nan_to_num(), whole.nll.nan_to_num())
     kept()[1].write_bytes(b"damaged")
-    for made in (again, write(opened, request(seed=5))):
-        assert torch.equal(made.ids, whole.ids)
+    for drawn_set in (again, write(opened, request(seed=5))):
+        assert torch.equal(drawn_set.ids, whole.ids)
 
 
 def test_batches_shrink_when_memory_is_short(opened, monkeypatch):
@@ -171,8 +171,8 @@ def test_batches_shrink_when_memory_is_short(opened, monkeypatch):
         return real(ids, **how)
 
     monkeypatch.setattr(opened.model, "generate", small_only)
-    said, told = [], []
-    how = {"note": notes.append, "progress": lambda *of: told.append(of)}
+    said, warnings = [], []
+    how = {"note": notes.append, "progress": lambda *of: warnings.append(of)}
     for line in (
         "CUDA out of memory",
         "DefaultCPUAllocator: can't allocate memory",
@@ -183,7 +183,7 @@ def test_batches_shrink_when_memory_is_short(opened, monkeypatch):
         notes.clear()
         assert torch.equal(write(opened, request(seed=7), **how).ids, plain)
         assert [n.partition(": ")[2] for n in notes] == ["resuming with 3", "resuming with 1"]
-        assert told[-1] == (6 * 24, 6 * 24)
+        assert warnings[-1] == (6 * 24, 6 * 24)
     forget()
     said.append("CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal memory access"):
