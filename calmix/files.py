@@ -229,10 +229,11 @@ def matching(folder: Path, kinds: Iterable[str]) -> list[Path]:
 
 
 def leads_out(link: Path, folder: Path) -> bool:
-    """Whether a link leads out of a folder; to a blob of the hub's cache, as a snapshot's do, it
-    does not."""
-    target = real_place(link)
-    return not (target.is_relative_to(real_place(folder)) or target.match("*--*/blobs/*"))
+    """Whether a link leads out of a folder. A snapshot in the hub's cache includes the blobs of its
+    repository."""
+    target, real = real_place(link), real_place(folder)
+    blobs = (one.parent / "blobs" for one in real.parents if one.name == "snapshots")
+    return not any(map(target.is_relative_to, (real, *blobs)))
 
 
 def check_links(folder: Path) -> None:

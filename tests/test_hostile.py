@@ -1,6 +1,8 @@
 """Hostile files are refused in one line, quickly, and nothing outside is read or written."""
 
 import json
+import os
+import resource
 import shutil
 import time
 
@@ -18,7 +20,7 @@ from calmix.models.opening import check_folder
 from calmix.models.shards import weight_files
 from calmix.sources.readers import LocalFile
 from calmix.study.store import open_store
-from tests.tiny import tiny_gguf
+from tests.tiny import tiny_gguf, tiny_tokenizer
 
 DEEP = "[" * 20_000
 
@@ -180,6 +182,19 @@ def test_chat_template_limits(calmix, tmp_path, monkeypatch, model, template):
     assert not (tmp_path / "set").exists()
 
 
+def test_a_chat_template_that_takes_no_signals_ends_the_process(monkeypatch, capfd):
+    monkeypatch.setattr(chat_template, "SECONDS", 0.1)
+    pairs = "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}"
+    template = "{% set ns = namespace(a=1, b=1) %}{% for _ in range(60) %}" + pairs + "{% endfor %}"
+    tokenizer = tiny_tokenizer(template + "{{ ns.a == ns.b }}")
+    if not (child := os.fork()):
+        resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+        chat_template.templated(tokenizer, [{"role": "user", "content": "Hi"}])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert "chat_template.py" in capfd.readouterr().err
+
+
 def store(path, **changes):
     entry = {"id": "t0", "label": "x", "key": ["m", "c", 1], "set": None} | changes
     index = {
@@ -239,6 +254,13 @@ def test_links_in_a_model_folder(calmix, tmp_path, model):
     (snapshot / "more").symlink_to("../../blobs/more")
     with pytest.raises(InputError, match=r"1/more is a link out of its folder, to .*id_rsa"):
         check_folder(snapshot)
+    (snapshot / "more").unlink()
+    other = shutil.copytree(snapshot, tmp_path / "models--c--d/snapshots/1", symlinks=True)
+    for folder in (shutil.copytree(snapshot, tmp_path / "clone"), other):
+        (folder / "NOTICE").unlink(missing_ok=True)
+        (folder / "NOTICE").symlink_to(blobs / "config.json")  # of a model of the user's own
+        with pytest.raises(InputError, match="is a link out of its folder"):
+            check_folder(folder)
 
 
 def test_links_in_sets_packs_and_text(tmp_path, tiny_folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import resource
 import signal
 import threading
@@ -18,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from calmix.errors import ModelError
 
 SECONDS, MEMORY = 20.0, 2**30  # that rendering a chat may take, and bytes above those in use
+STUCK = 3  # times SECONDS, after which the process ends: a comparison of lists takes no signals
 LARGE = 2**64  # factors from which a product is refused
 
 
@@ -72,12 +74,14 @@ def _bounded() -> Iterator[None]:
     most = psutil.Process().memory_info().vms + MEMORY
     handler = signal.signal(signal.SIGALRM, stop)
     timer = signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    faulthandler.dump_traceback_later(STUCK * SECONDS, exit=True, file=2)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (most if soft < 0 else min(soft, most), hard))
         yield
     except MemoryError:
         raise ModelError("the model's chat template takes more than 1 GiB for one chat") from None
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
