@@ -74,6 +74,15 @@ def cached_sha256(path: Path, *, again: bool = False) -> str:
     return value
 
 
+def content_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, or of the names and contents of all files in a folder."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    try:
+        return sha256_json([[p.relative_to(path).as_posix(), cached_sha256(p)] for p in files])
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
 def sha256_json(value: Any) -> str:
     """Return the hexadecimal SHA-256 of a JSON-serialisable value, independent of key order."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

@@ -18,7 +18,7 @@ from calmix.calibration.selfgen.generators import GENERATORS, Generator, SelfWri
 from calmix.calibration.selfgen.prompts import chat_turns, count_turns, load_prompts
 from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError, nearest
-from calmix.files import user_path
+from calmix.files import content_sha256, sha256_json, user_path
 from calmix.models import OpenModel
 from calmix.models.opening import check_length
 from calmix.options import DrawOptions, Strategy, checked, named_options
@@ -250,7 +250,8 @@ def recorded(text: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a request for text as the set that it gave records it."""
     settings = {name: value for name, value in options.items() if name != "sources"}
     draw = checked(DrawOptions, settings).model_dump(mode="json", exclude={"sources"})
-    return {"calibration": text, **draw}
+    own = [content_sha256(path) for path in ask(text, **options).files]
+    return {"calibration": text, **draw} | ({"files": sha256_json(own)} if own else {})
 
 
 def make(

@@ -96,11 +96,12 @@ class Results:
         return combined({name: self._hashed(path / name) for name in names})
 
     def hashes(self, folder: Path) -> dict[str, str]:
-        """Return the SHA-256 of each of a checkpoint's files; refuse one that its manifest does not
-        have."""
+        """Return the SHA-256 of each file of a checkpoint or pack; refuse one that differs from its
+        manifest's."""
         if folder not in self._known:
-            hashes = file_hashes(folder, hashed=self._hashed)
-            if wrong := changed(folder, read_record(folder)["files"], hashes):
+            hashes, record = file_hashes(folder, hashed=self._hashed), read_record(folder)
+            packed = {name: one["packed"] for name, one in record.get("weights", {}).items()}
+            if wrong := changed(folder, record["files"] | packed, hashes):
                 raise InputError(f"{wrong[0]}: put it back, or make {folder} again")
             self._known[folder] = hashes
         return self._known[folder]

@@ -17,8 +17,14 @@ from calmix.compression.results import Result
 from calmix.deploy.pack import pack
 from calmix.evaluation.comparison import evaluate_against, scores_record
 from calmix.evaluation.evaluate import choose, runnable
-from calmix.evaluation.generations import answer_all, panel, read_prompts
-from calmix.evaluation.scores import load_dense, write_scores
+from calmix.evaluation.generations import (
+    Prompt,
+    answer_all,
+    panel,
+    prompts_record,
+    read_prompts,
+)
+from calmix.evaluation.scores import describe, load_dense, write_scores
 from calmix.evaluation.suites import Suite
 from calmix.manifest import Input
 from calmix.models import open_model
@@ -198,6 +204,10 @@ class Score(StageRequest):
         return runnable(choose(self.suite, **self.part), self.allow_code_execution)
 
     @property
+    def decides(self) -> dict[str, Any]:
+        return {"suite": describe(self.chosen[0])}
+
+    @property
     def words(self) -> tuple[str, ...]:
         against = self.dense or (self.named("against") if "against" in self.reads else None)
         options = {
@@ -234,14 +244,22 @@ class Answer(StageRequest):
     prompts: Path | None
 
     @property
+    def chosen(self) -> list[Prompt]:
+        """The prompts."""
+        return panel() if self.prompts is None else read_prompts(self.prompts)
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        return prompts_record(self.chosen)
+
+    @property
     def words(self) -> tuple[str, ...]:
         names = self.named("against"), self.named("model")
         return "evaluate", "answers", *names, *option_words({"prompts": self.prompts, **self.how})
 
     def run(self, output: Path, bar: Progress) -> None:
-        prompts = panel() if self.prompts is None else read_prompts(self.prompts)
         names = self.named("against"), self.named("model")
-        answer_all(names, prompts, bar, **self.how).save(output)
+        answer_all(names, self.chosen, bar, **self.how).save(output)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from calmix.errors import InputError
 from calmix.evaluation.greedy import answers, prompt
 from calmix.evaluation.likelihood import Progress
-from calmix.files import read_object, write_json
+from calmix.files import read_object, sha256_json, write_json
 from calmix.manifest import check_seal, sealed
 from calmix.models import OpenModel, open_model
 from calmix.progress import Progress as Bar
@@ -48,7 +48,13 @@ class Answered:
         """Write everything as JSON, sealed by its hash; of two models, the first is dense."""
         named = [{"name": name, "sha256": sha256} for name, sha256 in self.models]
         roles = dict(zip(("against", "model"), named, strict=True)) if len(named) == 2 else {}
-        write_json(path, sealed({"kind": KIND, "tokens": TOKENS, **roles, **asdict(self)}))
+        head = {"kind": KIND, "tokens": TOKENS, "request": prompts_record(self.prompts)}
+        write_json(path, sealed({**head, **roles, **asdict(self)}))
+
+
+def prompts_record(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Return what a file of answers records of its prompts."""
+    return {"prompts": sha256_json([asdict(one) for one in prompts])}
 
 
 def load_answers(path: Path) -> Answered:

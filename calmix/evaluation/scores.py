@@ -163,6 +163,7 @@ def pair_record(
     both = {"scores": scores} if dense is None else {"scores": scores, "dense": dense}
     return {
         "kind": KIND,
+        "request": {"suite": scores.suite},
         **{role: {"name": one.model, "sha256": one.fingerprint} for role, one in models.items()},
         **{name: one.to_dict() for name, one in both.items()},
         **more,

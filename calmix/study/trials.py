@@ -19,9 +19,8 @@ from calmix.calibration.leakage import WORDS, guarded_suites
 from calmix.calibration.resolving import Asked
 from calmix.calibration.selfgen.generators import Generator
 from calmix.calibration.selfgen.writing import VERSION
-from calmix.errors import InputError
 from calmix.evaluation.evaluate import SCORER
-from calmix.files import sha256_file, sha256_json
+from calmix.files import content_sha256, sha256_json
 from calmix.models import resolve_model
 from calmix.models.opening import fingerprint
 from calmix.models.shards import weight_bytes
@@ -177,7 +176,7 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
 
 def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
     """Fill in the definitions and hashes of trials."""
-    content, suite, resolved = cache(_content), study.suite, []
+    content, suite, resolved = cache(content_sha256), study.suite, []
     models = {
         label: {"sha256": fingerprint(resolve_model(entry.name)), "dtype": entry.dtype}
         for label, entry in study.file.models.items()
@@ -258,12 +257,3 @@ def _calibration(
         options["written"] = {name: settings(one) for name, one in parsed.written.items()}
         options["writing"] = VERSION
     return {"mix": parsed.mix, "sources": described(parsed.sources), **options}
-
-
-def _content(path: Path) -> str:
-    """Return the hash of a file, or of all files in a folder."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    try:
-        return sha256_json([[p.relative_to(path).as_posix(), sha256_file(p)] for p in files])
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error

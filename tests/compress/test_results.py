@@ -123,6 +123,44 @@ def test_edited_scores_are_refused(calmix, lines, out):
         assert "scores.json is damaged or of an older calmix" in line
 
 
+def test_scores_of_another_slice_are_refused(calmix, lines, out, tiny_folder, place):
+    words = ("--suite", place / "made.yaml", "--limit", 1, "--no-distance", "--overwrite")
+    scored = ("evaluate", out / "model", "--against", tiny_folder, "-o", out / "scores.json")
+    calmix(*scored, *words).ok()
+    for line in lines(out):
+        assert "scores.json was made on another request (suite.hash: " in line
+
+
+def test_answers_to_other_prompts_are_refused(calmix, lines, out, tiny_folder, tmp_path):
+    (tmp_path / "mine.txt").write_text("Hello?\n", encoding="utf-8")
+    models = (tiny_folder, out / "model", "--prompts", tmp_path / "mine.txt")
+    calmix("evaluate", "answers", *models, "-o", out / "answers.json", "--overwrite").ok()
+    for line in lines(out):
+        assert "answers.json was made on another request (prompts: " in line
+
+
+def test_a_damaged_pack_is_refused(lines, out):
+    weights = max((out / "pack").glob("*.safetensors"))
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    for line in lines(out):
+        assert f"{weights} is damaged or changed" in line
+
+
+def test_text_that_changed_since_is_not_taken_for_the_one_that_was_drawn(
+    calmix, command, out, place, tmp_path
+):
+    text = place / "text.txt"
+    before = text.read_bytes()
+    try:
+        text.write_bytes(before.replace(b"apple", b"grape"))
+        line = calmix(*command(out)).line
+    finally:
+        text.write_bytes(before)
+    assert "calibration was made on another request (files: " in line
+    calmix(*command(out)).ok()
+
+
 def test_model_of_another_set_is_refused(calmix, command, lines, out, tiny_folder, place):
     shutil.rmtree(out / "calibration")
     calmix(
