@@ -186,7 +186,7 @@ def build(
         else:
             packed, used = pack_window(stream, count, body, rng)
         if guard is not None:
-            guard.verdict(name, stream)
+            guard.check_share(name, stream)
         if len(packed) < count:
             hint = "use --packing concat" if packing == "window" else "give it less weight in a mix"
             raise SourceError(

@@ -128,7 +128,7 @@ class Guard:
             self.dropped.setdefault(source, []).append(entry)
         return item is None
 
-    def verdict(self, source: str, rest: Iterable[Tokenized]) -> None:
+    def check_share(self, source: str, rest: Iterable[Tokenized]) -> None:
         """Raise SourceError for a source if more than 5 % of its documents leak.
 
         The sample can be small: if more of it leaks, the `rest` of the documents is checked too, up

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet, saved_set
-from calmix.calibration.resolving import ask, resolve
+from calmix.calibration.resolving import parse_calibration, resolve
 from calmix.calibration.text_metrics import compared, of_ids
 from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError
@@ -212,7 +212,7 @@ def check_request(specs: Sequence[str], *, draws: int, perplexity: bool, **draw:
     files: list[Path] = []
     for spec in specs:
         if (path := saved_set(spec)) is None:
-            files += ask(spec, **options.drawn()).files
+            files += parse_calibration(spec, **options.drawn()).files
             continue
         files.append(path)
         saved = CalibrationSet.open(path)

@@ -59,7 +59,7 @@ class SpecFile(DrawOptions):
 
 
 @dataclass(frozen=True)
-class Asked:
+class CalibrationRequest:
     """A request for a calibration set, checked as far as possible without its model.
 
     Attributes:
@@ -151,7 +151,9 @@ def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None)
     return weights
 
 
-def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
+def parse_calibration(
+    text: str, *, context: int | None = None, **options: Any
+) -> CalibrationRequest:
     """Check a request for a calibration set, before a model is opened or text fetched.
 
     Args:
@@ -164,7 +166,7 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
         saved = _saved(path, settings)
         check_length(saved.length, context)
         size = DrawOptions(rows=saved.rows, length=saved.length)
-        return Asked({}, saved=saved, draw=size, files=[path])
+        return CalibrationRequest({}, saved=saved, draw=size, files=[path])
     (file, where), path = _described(text, own), user_path(text)
     mix: Mix = {}
     generator: Generator | None = None
@@ -184,7 +186,9 @@ def ask(text: str, *, context: int | None = None, **options: Any) -> Asked:
     if generator is not None and draw.packing != DrawOptions().packing:
         raise InputError(f"'packing' has no effect with {generator.name}: leave it out")
     files = [path] if path.suffix.lower() in YAML else []
-    request = Asked(_grouped(mix, own, text, draw.licence), generator, None, own, draw, files)
+    request = CalibrationRequest(
+        _grouped(mix, own, text, draw.licence), generator, None, own, draw, files
+    )
     generators = request.written.values()
     for name in [*request.sources, *(name for one in generators for name in one.sources)]:
         source = get_source(name, own)
@@ -223,7 +227,7 @@ def resolve(
         InputError: the text cannot be used, an option has no effect or contradicts a saved set.
         SourceError: a source is unknown, unreadable, too small, or leaks.
     """
-    request = ask(text, context=opened.context, **options)
+    request = parse_calibration(text, context=opened.context, **options)
     if request.saved is not None:
         drawn = CalibrationSet.open(user_path(text), opened)
     else:
@@ -250,12 +254,12 @@ def recorded(text: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a request for text as the set that it gave records it."""
     settings = {name: value for name, value in options.items() if name != "sources"}
     draw = checked(DrawOptions, settings).model_dump(mode="json", exclude={"sources"})
-    own = [content_sha256(path) for path in ask(text, **options).files]
+    own = [content_sha256(path) for path in parse_calibration(text, **options).files]
     return {"calibration": text, **draw} | ({"files": sha256_json(own)} if own else {})
 
 
 def make(
-    request: Asked,
+    request: CalibrationRequest,
     opened: HasTokenizer,
     guard: Guard | None,
     *,
@@ -296,7 +300,9 @@ def make(
     return joined
 
 
-def _together(parts: Mapping[str, CalibrationSet], request: Asked, seed: int) -> CalibrationSet:
+def _together(
+    parts: Mapping[str, CalibrationSet], request: CalibrationRequest, seed: int
+) -> CalibrationSet:
     """Join the parts of a set, shuffled; the rows of each part keep their order."""
     each = list(parts.values())
     if len(each) == 1 and (request.generator is not None or not request.written):

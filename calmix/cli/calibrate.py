@@ -48,10 +48,10 @@ def draw(
     For text that the model writes, SPEC is self-written, chat, igsp, self-cal or sgs, and may have
     settings: igsp,candidates=2.
     """
-    from calmix.calibration import ask, open_tokenizer, resolve
+    from calmix.calibration import open_tokenizer, parse_calibration, resolve
     from calmix.models import check_models, open_model
 
-    request = ask(spec, **drawn.drawn())
+    request = parse_calibration(spec, **drawn.drawn())
     if request.saved is not None:
         raise InputError(f"{spec} is already a calibration set: copy the folder or export it")
     written = bool(request.written)
@@ -61,7 +61,7 @@ def draw(
     check_output_folder(output, inputs=inputs, overwrite=overwrite)
     check_models(model, **how.opening())
     opened: Any = open_tokenizer(model, trust_remote_code=how.trust_remote_code)
-    ask(spec, context=opened.context, **drawn.drawn())
+    parse_calibration(spec, context=opened.context, **drawn.drawn())
     if written:
         opened = open_model(model, **how.opening())
     with Progress() as bar:

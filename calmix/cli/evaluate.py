@@ -265,7 +265,11 @@ def compare(
         dense, small = one.pairs[-1]
         does, command = one.behaviour, words.measuring(small.model, dense.model)
         if does.answers is not None or one is found[0]:
-            line(words.wrapped(f"{one.name}: {words.verdict(does, None, command)[0]}", rest="  "))
+            line(
+                words.wrapped(
+                    f"{one.name}: {words.summary_lines(does, None, command)[0]}", rest="  "
+                )
+            )
     if ceiling := next(filter(None, (words.against_itself(one.behaviour) for one in found)), ""):
         line(words.wrapped(ceiling))
     line("")
@@ -364,7 +368,7 @@ def _print(
         measuring,
         number,
         short,
-        verdict,
+        summary_lines,
         with_span,
         wrapped,
     )
@@ -398,7 +402,7 @@ def _print(
             return
     one = Comparison.of(short(scores.model), [(dense, scores)], measure)
     does = one.behaviour
-    for text in verdict(does, one.likelihood, measuring(scores.model, dense.model)):
+    for text in summary_lines(does, one.likelihood, measuring(scores.model, dense.model)):
         line(wrapped(text))
     line("")
     if does.abilities:

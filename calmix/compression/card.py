@@ -134,7 +134,7 @@ class Card:
     @cached_property
     def verdict(self) -> list[str]:
         """The results in sentences, behaviour first."""
-        return words.verdict(self.behaved, self.kept, self.measure)
+        return words.summary_lines(self.behaved, self.kept, self.measure)
 
     @property
     def shortly(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import ask
+from calmix.calibration import parse_calibration
 from calmix.compression import plan
 from calmix.compression.plan import Request, empty_model
 from calmix.compression.running import stages
@@ -95,7 +95,7 @@ def estimate_prune(
     model, costs, rows, length = EmptyModel(name, **how), list[StageCost](), 0, 0
     work = ""
     if first is not None:
-        drawn = ask(first.calibration or "", **first.drawn())
+        drawn = parse_calibration(first.calibration or "", **first.drawn())
         rows, length = drawn.draw.rows, drawn.draw.length
         work = f"{rows} rows of {length} tokens"
         if drawn.written:
@@ -127,7 +127,7 @@ def check_room(request: Request, out: Path) -> None:
 def _drawn(request: Request) -> tuple[int, int]:
     """Return rows and length of the calibration set."""
     if request.saved:
-        draw = ask(request.calibration).draw
+        draw = parse_calibration(request.calibration).draw
         return draw.rows, draw.length
     return plan.EFFORTS[request.effort].rows, request.length
 

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from calmix.analysis.ranking import check_weights
-from calmix.calibration import ask, mix_text, open_tokenizer, parse_mix, saved_set
+from calmix.calibration import mix_text, open_tokenizer, parse_calibration, parse_mix, saved_set
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.errors import InputError, nearest
@@ -263,7 +263,7 @@ def check_options(options: Compression) -> Checked:
         "leakage": guarded(options.suite),
         "seed": options.seed,
     }
-    ask(text, licence=options.licence, **({} if saved else draw))
+    parse_calibration(text, licence=options.licence, **({} if saved else draw))
     # The checks of all stages, made before the first begins.
     bits, prompts = options.bits, None
     if options.size is not None:
@@ -374,7 +374,7 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
 
     Within a dimension the sources keep their proportions; an unnamed dimension gets nothing.
     """
-    parsed = ask(text)
+    parsed = parse_calibration(text)
     if parsed.generator is not None or user_path(text).suffix.lower() in (".yaml", ".yml"):
         raise InputError(f"--keep needs a mix of sources, and {text} is not one: leave it out")
     dimensions = {name: get_source(name, parsed.own).dimension for name in parsed.sources}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import ask, open_tokenizer, resolve
+from calmix.calibration import open_tokenizer, parse_calibration, resolve
 from calmix.calibration.resolving import recorded
 from calmix.calibration.texts import texts_for
 from calmix.compression.plan import PACK
@@ -90,7 +90,7 @@ class Draw(StageRequest):
     @property
     def written(self) -> bool:
         """Whether the model writes some of the text."""
-        return bool(ask(self.text).written)
+        return bool(parse_calibration(self.text).written)
 
     @property
     def decides(self) -> dict[str, Any]:

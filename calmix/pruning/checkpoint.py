@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calmix.calibration import CalibrationSet, ask, open_tokenizer, saved_set
+from calmix.calibration import CalibrationSet, open_tokenizer, parse_calibration, saved_set
 from calmix.calibration.dataset import identified
 from calmix.errors import InputError, SolverError, disk_errors
 from calmix.files import (
@@ -123,7 +123,7 @@ def check_request(
     for request in calibrated[:1]:
         inputs.append(saved_set(request.calibration))
         if not run.resume:
-            inputs += ask(str(request.calibration), **request.drawn()).files
+            inputs += parse_calibration(str(request.calibration), **request.drawn()).files
     for output in targets:
         check_unlocked(output)
         finished = run.resume and (output / MANIFEST).is_file()
@@ -272,7 +272,7 @@ class _Pruning:
         # Otherwise the model will shrink, or the set is known.
         if self.share is None and not any(job.work.resumes for job in self.jobs):
             asked = [one.request for one in calibrated[:1]]
-            draws = [ask(str(one.calibration), **one.drawn()).draw for one in asked]
+            draws = [parse_calibration(str(one.calibration), **one.drawn()).draw for one in asked]
             self.check_room((draws[0].rows, draws[0].length) if draws else (0, 0))
         self.drawn = self.draw(calibrated) if calibrated else None
         ids = torch.empty(0, 0) if self.drawn is None else self.drawn.ids

@@ -33,7 +33,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from calmix.calibration import CalibrationSet, OpenTokenizer, ask, resolve
+from calmix.calibration import CalibrationSet, OpenTokenizer, parse_calibration, resolve
 from calmix.errors import CalmixError, DiskError, InputError, PassingError, disk_errors
 from calmix.files import (
     atomic_folder,
@@ -280,7 +280,7 @@ def draw_set(
         held = CalibrationSet.open(kept.path / SET)
         made = CalibrationSet(held.ids, held.sources, kept.kept["calibration"])
     else:
-        written = bool(ask(calibration, context=tokenizer.context, **draw).written)
+        written = bool(parse_calibration(calibration, context=tokenizer.context, **draw).written)
         made = resolve(calibration, model() if written else tokenizer, **how, **draw)
     for work in works:
         if not work.resumes:

@@ -19,10 +19,10 @@ from calmix.options import Recovering
 from calmix.precision import widest
 from calmix.pruning.trace import TOKENS, Batch, Calls
 from calmix.pruning.work import CHECKPOINT, States
-from calmix.recovery.training import Masters, Progress, grouped, rows_at_once, steps_of, train
+from calmix.recovery.training import Masters, TrainingState, grouped, rows_at_once, steps_of, train
 
 if TYPE_CHECKING:
-    from calmix.recovery.checkpoint import Job
+    from calmix.recovery.checkpoint import RecoveryRun
 
 
 class Stream:
@@ -90,7 +90,7 @@ def tune(
             total += loss.detach().to(widest(loss.device))
         return total
 
-    progress, every = Progress(len(steps)), len(steps) // request.epochs
+    progress, every = TrainingState(len(steps)), len(steps) // request.epochs
     lr, where = request.lr, f"in block {index} "
     best_weights: dict[str, Tensor] = {}
     for _ in train(progress, masters, steps, held_out, mean, lr, every=every, where=where):
@@ -110,7 +110,7 @@ def tune(
     return report, best_weights
 
 
-def recover_blocks(job: Job) -> tuple[float, float, Any]:
+def recover_blocks(job: RecoveryRun) -> tuple[float, float, Any]:
     """Recover block by block; return the mean error per token before and after, and all reports.
 
     Finished blocks are files of the checkpoint; a resumed run recomputes the streams.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calmix.calibration import CalibrationSet, ask, open_tokenizer
+from calmix.calibration import CalibrationSet, open_tokenizer, parse_calibration
 from calmix.calibration.dataset import identified
 from calmix.errors import InputError, disk_errors
 from calmix.evaluation.likelihood import close
@@ -68,7 +68,7 @@ class RecoveryReport(Shown):
 
     `before` and `after` are the loss on the held-out rows (indices in `held_out`): mean KL per
     token in nats (distill), or the mean relative error per token over blocks (blocks). `curve` has
-    the losses during training, a `Progress` or the report of `tune` for each block. Of the
+    the losses during training, a `TrainingState` or the report of `tune` for each block. Of the
     `weights` of the linear maps, `zeros` stay zero and `quantised` stay on their grid.
     """
 
@@ -101,7 +101,7 @@ class RecoveryReport(Shown):
         return [{name: one[name] for name in ("block", "before", "after")} for one in self.curve]
 
 
-class Job:
+class RecoveryRun:
     """A running recovery.
 
     Attributes:
@@ -256,12 +256,14 @@ def recover(
         CalmixError: anything a user can fix, before an output is touched.
     """
     run = How.of(**how)
-    job, trust = Job(request, Path(output), run), run.trust_remote_code
+    job, trust = RecoveryRun(request, Path(output), run), run.trust_remote_code
     work = job.work
 
     def draw() -> CalibrationSet:
         if not work.resumes:
-            size = ask(request.calibration, context=tokenizers[1].context, **request.drawn()).draw
+            size = parse_calibration(
+                request.calibration, context=tokenizers[1].context, **request.drawn()
+            ).draw
             job.check_room(size.rows * size.length)
         return draw_set(
             [work],
@@ -275,7 +277,7 @@ def recover(
 
     check_request([pruned, against], {job.output: request}, run)
     if not run.resume:  # are there enough rows? A resumed run may lack the source files
-        rows = ask(request.calibration, **request.drawn()).draw.rows
+        rows = parse_calibration(request.calibration, **request.drawn()).draw.rows
         split_rows([""] * rows, request.batch, 0)
     models = [StreamedModel(name, **job.opening) for name in (pruned, against)]
     try:
@@ -345,7 +347,7 @@ def recover(
             one.close()
 
 
-def _finish(job: Job, identity: dict[str, Any], report: RecoveryReport) -> None:
+def _finish(job: RecoveryRun, identity: dict[str, Any], report: RecoveryReport) -> None:
     """Write the files beside the weights, and turn the work folder into the output."""
     folder, pruned = job.work.checkpoint, job.pruned
     done = report.to_dict()

@@ -21,10 +21,10 @@ from calmix.evaluation.likelihood import Head, behind, decoder_and_head, diverge
 from calmix.models import find_blocks, open_model
 from calmix.models.shards import read_file, write_file
 from calmix.recovery.memory import CHUNK, CHUNK_TOKENS
-from calmix.recovery.training import Progress, grouped, steps_of, train, trained_parameters
+from calmix.recovery.training import TrainingState, grouped, steps_of, train, trained_parameters
 
 if TYPE_CHECKING:
-    from calmix.recovery.checkpoint import Job
+    from calmix.recovery.checkpoint import RecoveryRun
 
 READINGS = 2  # evaluations of the held-out rows per epoch
 WIDE = 0.2  # nats per token: a smaller initial loss reduces the learning rate (ours)
@@ -115,7 +115,7 @@ class Student(nn.Module):
         return divergence(hidden, target.flatten(0, 1), head, dense_head, self._vocabulary)
 
 
-def distill_model(job: Job) -> tuple[float, float, Any]:
+def distill_model(job: RecoveryRun) -> tuple[float, float, Any]:
     """Distil the whole model; return the held-out loss before and after, and the curve.
 
     The work folder holds masters and moments in `state-N`, and the best weights so far, in their
@@ -148,10 +148,10 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
         return total
 
     steps = steps_of(job.training, request.batch, request.epochs, job.seed)
-    progress = Progress(len(steps))
+    progress = TrainingState(len(steps))
     state, best = counted = tuple(work.kept.get("counted", (0, 0)))
     if work.done:
-        progress = Progress(**work.kept["run"])
+        progress = TrainingState(**work.kept["run"])
         masters.restore(work.load(f"state-{state}"), progress.done)
     saved, took = time.monotonic(), 0.0
     every = max(1, -(-len(steps) // (READINGS * request.epochs)))
@@ -185,7 +185,7 @@ def distill_model(job: Job) -> tuple[float, float, Any]:
     return losses[0], losses[progress.best], asdict(progress) | {"shared_head": shared}
 
 
-def _dense_states(job: Job) -> tuple[Path, Head | None, list[Tensor]]:
+def _dense_states(job: RecoveryRun) -> tuple[Path, Head | None, list[Tensor]]:
     """Write the dense model's head inputs, one file per row, in the compute type.
 
     Returns the folder, the head and its weights.

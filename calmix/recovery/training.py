@@ -121,7 +121,7 @@ def rows_at_once(batch: int, length: int) -> list[int]:
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """The state of a training run: mean loss per token of each step, pairs of (steps done, loss) of
     the held-out rows, and the number of steps with the best held-out loss (0: initial weights).
     """
@@ -135,7 +135,7 @@ class Progress:
 
 
 def train(
-    progress: Progress,
+    progress: TrainingState,
     masters: Masters,
     steps: Sequence[list[int]],
     held_out: list[int],

@@ -206,7 +206,7 @@ def distances(one: Comparison) -> dict[str, Any]:
     }
 
 
-def verdict(behaviour: Behaviour, likelihood: Any, measure: str) -> list[str]:
+def summary_lines(behaviour: Behaviour, likelihood: Any, measure: str) -> list[str]:
     """Return sentences on generated answers, choices and likelihood kept; `measure` is the command
     that measures missing answers."""
     lines = []

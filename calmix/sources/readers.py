@@ -386,10 +386,10 @@ class HubText(Reader):
 
     @property
     def availability(self) -> str:
-        return "offline (fetched before)" if self._kept().is_file() else "hub"
+        return "offline (fetched before)" if self.cache_path().is_file() else "hub"
 
     def read(self) -> Iterator[Document]:
-        if not (cached := self._kept()).is_file():
+        if not (cached := self.cache_path()).is_file():
             with quiet():
                 rows = [json.dumps([one.id, one.text]) + "\n" for one in self._documents()]
             write_bytes(cached, gzip.compress("".join(rows).encode(), mtime=0))
@@ -402,7 +402,7 @@ class HubText(Reader):
             check_readable(cached)
             raise SourceError(f"{cached} is damaged: delete it to fetch it again") from error
 
-    def _kept(self) -> Path:
+    def cache_path(self) -> Path:
         name = sha256_json(self.model_dump(mode="json"))[:16]
         return cache_dir() / "sources" / f"{name}.jsonl.gz"
 

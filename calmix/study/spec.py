@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from calmix.calibration import ask
+from calmix.calibration import parse_calibration
 from calmix.errors import CalmixError, InputError, nearest
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.suites import Suite
@@ -335,7 +335,7 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
         check(["models", label], known_model, model.name)  # hub models are checked on opening
     for label, entry in file.calibrations.items():
         draw = {"licence": file.licence, **entry.given()}
-        check(["calibrations", label], ask, entry.written, sources=own, **draw)
+        check(["calibrations", label], parse_calibration, entry.written, sources=own, **draw)
     if NONE in file.calibrations:
         wrong(["calibrations", NONE], f"'{NONE}' is reserved for no calibration set: rename it")
     if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):

@@ -14,9 +14,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import ask, saved_set
+from calmix.calibration import parse_calibration, saved_set
 from calmix.calibration.leakage import WORDS, guarded_suites
-from calmix.calibration.resolving import Asked
+from calmix.calibration.resolving import CalibrationRequest
 from calmix.calibration.selfgen.generators import Generator
 from calmix.calibration.selfgen.writing import VERSION
 from calmix.evaluation.evaluate import SCORER
@@ -63,7 +63,7 @@ class Planned:
     length: int = 0
     seed: int = 0
     recovery: Recovering | None = None
-    parsed: Asked | None = field(default=None, compare=False)
+    parsed: CalibrationRequest | None = field(default=None, compare=False)
     label: str = field(default="", compare=False)
     id: str = ""
     definition: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -146,14 +146,14 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
             if saved_set(entry.written):  # takes only its entry and the licence
                 draw = {k: v for k, v in top.items() if k == "licence"} | entry.given()
             else:
-                if ask(entry.written, sources=study.own).generator is not None:
+                if parse_calibration(entry.written, sources=study.own).generator is not None:
                     top.pop("packing", None)  # has no effect
                 sizes = {k: v for k, v in grid.items() if k in ("rows", "length")}
                 draw = {**top, **sizes, **entry.given(), "seed": seed}
-            parsed = ask(entry.written, sources=study.own, **draw)
+            parsed = parse_calibration(entry.written, sources=study.own, **draw)
             if parsed.saved is None and "leakage" not in parsed.draw.model_fields_set:
                 draw["leakage"] = study.file.suite
-                parsed = ask(entry.written, sources=study.own, **draw)
+                parsed = parse_calibration(entry.written, sources=study.own, **draw)
             drawn = parsed.draw.seed if parsed.saved is None else parsed.saved.manifest.get("seed")
             draw |= same | {"calibration": entry.written, "propagation": grid.get("propagation")}
             variants = product(grid["allocation"], grid["recovery"], calibrated)
@@ -217,7 +217,7 @@ def checkpoint_bytes(study: Study, trials: Iterable[Planned]) -> int:
 
 
 def _calibration(
-    parsed: Asked, draw: dict[str, Any], content: Callable[[Path], str]
+    parsed: CalibrationRequest, draw: dict[str, Any], content: Callable[[Path], str]
 ) -> dict[str, Any]:
     """Return the definition of a calibration set's rows; `draw` holds the options given."""
     if parsed.saved is not None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calmix.calibration import ask, parse_mix, resolve
+from calmix.calibration import parse_calibration, parse_mix, resolve
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.suites import load_suite
 from calmix.sources import get_source, own_sources
@@ -19,13 +19,13 @@ def test_named_mix_expands_to_its_sources():
     paths = {"owner/name@part": 0.5, "./x.txt": 0.5}
     assert parse_mix("owner/name@part:1,./x.txt:1,b:0") == paths
     web = {"c4": 0.7, "github-code": 0.1, "gutenberg": 0.1, "stackexchange": 0.1}
-    assert ask("web-mix-70").mix == pytest.approx(web)
-    mix = ask("chat:1,web-mix:3").mix
+    assert parse_calibration("web-mix-70").mix == pytest.approx(web)
+    mix = parse_calibration("chat:1,web-mix:3").mix
     assert mix == {"chat": 0.25} | dict.fromkeys(web, 0.1875)
     eight = "encyclopedia,books,stories,activities,python-stdlib,code-compiled,math-solutions"
-    assert ask("mix-8") == ask(f"uniform:{eight},word-problems")
+    assert parse_calibration("mix-8") == parse_calibration(f"uniform:{eight},word-problems")
     with pytest.raises(InputError, match="names 'c4' twice: web-mix has it"):
-        ask("uniform:c4,web-mix")
+        parse_calibration("uniform:c4,web-mix")
 
 
 def test_mix_clean_reads_no_scored_benchmark():
@@ -71,7 +71,7 @@ def test_invalid_specifications(text, message, tmp_path):
     file = tmp_path / "mix.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises((InputError, SourceError), match=message):
-        ask(str(file) if ": " in text else text)
+        parse_calibration(str(file) if ": " in text else text)
 
 
 def test_name_mix_and_yaml_give_equal_sets(sources, tiny, tmp_path):

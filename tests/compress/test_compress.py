@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 import calmix as api
-from calmix.calibration import ask, parse_mix
+from calmix.calibration import parse_calibration, parse_mix
 from calmix.cli import compress as verb
 from calmix.compression.card import card_page, read_card, several_page
 from calmix.compression.compress import Compressed
@@ -367,7 +367,7 @@ def test_chat_model_gets_chats(tmp_path, tiny_folder, asked):
     assert mix == {"chat": 0.25} | {
         name: 0.75 * weight / 8 for name, weight in MIXES["mix-default"].items()
     }
-    assert ask(found.calibration).written
+    assert parse_calibration(found.calibration).written
     kept = asked(model=str(folder), keep={"code": 1})
     assert parse_mix(kept.calibration) == {
         "chat": 0.25,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from calmix.calibration.selfgen.writing import Request, Sampler
+from calmix.calibration.selfgen.writing import Sampler, WriteRequest
 from calmix.models import find_blocks
 from calmix.precision import reproducible
 from calmix.pruning.solvers.grids import Grid
@@ -109,7 +109,7 @@ CUT = {"top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}
 @pytest.mark.parametrize(("kind", "cut"), [("cuda", {}), ("cuda", CUT), ("mps", {})])
 def test_generation_step_reads_once(kind, cut):
     """Where float64 is not known, tokens are drawn on the CPU."""
-    request = Request([[[3, 4]], [[5]]], 6, [1.0, 0.9], seed=0, **cut)
+    request = WriteRequest([[[3, 4]], [[5]]], 6, [1.0, 0.9], seed=0, **cut)
     with tracing(None) as traced:
         sampler = Sampler(request, range(2), [2], torch.device(kind), lambda *of: None)
         ids = torch.ones(2, 1, dtype=torch.int64, device=kind)

@@ -178,7 +178,9 @@ def test_answer_counts_and_worst_ability():
     assert found.right is not None
     assert found.right.total.value == pytest.approx(11 / 24)  # of two abilities with enough
     assert pruned.retention(dense, resamples=2000) == found.right
-    first, kept, code, accurate, *rest = words.verdict(found, likelihood(dense, pruned), "calmix x")
+    first, kept, code, accurate, *rest = words.summary_lines(
+        found, likelihood(dense, pruned), "calmix x"
+    )
     assert first == (
         f"Right answers: {words.with_span(found.right.total)} % of the dense model's (mean of 2 "
         "abilities; too few to tell: chat), 16 of 25 lost, 2 gained, p = 0.001."
@@ -193,12 +195,17 @@ def test_answer_counts_and_worst_ability():
     )
     assert not rest  # nothing here is scored by likelihood
     guesses = behaviour((scored(guessed), scored(guessed)))
-    assert words.verdict(guesses, None, "x")[1] == "Accuracy: the dense model is at chance (coin)."
+    assert (
+        words.summary_lines(guesses, None, "x")[1]
+        == "Accuracy: the dense model is at chance (coin)."
+    )
     lost = scored(bits([3.0] * 9, [1] * 9))  # no better than the unigram code
-    assert words.verdict(found, likelihood(lost, lost), "x")[-1].startswith("Likelihood: the dense")
+    assert words.summary_lines(found, likelihood(lost, lost), "x")[-1].startswith(
+        "Likelihood: the dense"
+    )
     silent = replace(found, answers=replace(found.answers, dense=0, kept=0))
-    assert words.verdict(silent, None, "")[0].startswith("The dense model gets none of 32")
-    formed = words.verdict(replace(found, form="worked examples"), None, "")[1]
+    assert words.summary_lines(silent, None, "")[0].startswith("The dense model gets none of 32")
+    formed = words.summary_lines(replace(found, form="worked examples"), None, "")[1]
     assert "(asked: 32 with worked examples)" in formed
     with pytest.raises(InputError, match="in its chat template, the other with worked"):
         behaviour((replace(dense, form="chat template"), replace(pruned, form="worked examples")))
@@ -230,10 +237,10 @@ def test_right_only_behaviour():
     assert found.to_dict()["answers"]["p"] is None
     with pytest.raises(InputError, match="m: gains were not measured, because only answers that"):
         replace(pruned, right_only=True).retention(dense, "right")
-    (said,) = words.verdict(found, None, "")
+    (said,) = words.summary_lines(found, None, "")
     assert said.endswith("92.9] % (only these were asked: gains were not measured).")
     none = scored(written("qa", "general", [0] * 10))
-    (said,) = words.verdict(behaviour((none, replace(none, right_only=True))), None, "")
+    (said,) = words.summary_lines(behaviour((none, replace(none, right_only=True))), None, "")
     assert said.startswith("The dense model gets none of 10 generated answers right")
     hard = written("hard", "general", [0] * 30)  # of which nothing was asked
     both = scored(*dense.tasks, hard), replace(scored(*pruned.tasks, hard), right_only=True)
@@ -257,7 +264,7 @@ def test_right_only_behaviour():
     assert strict[1].retention(strict[0], "primary").total.value == pytest.approx(6 / 8)
     (task,) = replace(strict[1], right_only=True).retention(strict[0]).tasks
     assert (task.kept.value, task.pruned, task.pruned_accuracy) == (0.75, None, None)
-    assert "were not measured" in words.verdict(behaviour((chosen, chosen)), None, "x")[0]
+    assert "were not measured" in words.summary_lines(behaviour((chosen, chosen)), None, "x")[0]
     with pytest.raises(InputError, match="cannot be compared"):
         behaviour((few, pruned))
 
@@ -293,7 +300,7 @@ def test_dense_repeat():
     assert (found.choices, found.repeat) == (None, None)
     only = replace(pruned, right_only=True)  # says nothing of the dense model's own
     for small in (pruned, only):
-        lines = words.verdict(behaviour((replace(dense, repeat=again), small)), None, "")
+        lines = words.summary_lines(behaviour((replace(dense, repeat=again), small)), None, "")
         assert any(
             line.startswith("The dense model against itself, in other batches: 109.2 [")
             and line.endswith(

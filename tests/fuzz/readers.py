@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from calmix.calibration import CalibrationSet, ask, open_tokenizer, resolve
+from calmix.calibration import CalibrationSet, open_tokenizer, parse_calibration, resolve
 from calmix.calibration.tokenizer import OpenTokenizer, tokenizer_function
 from calmix.deploy.gguf import export
 from calmix.deploy.pack import pack, unpack
@@ -141,7 +141,7 @@ def _sources(_, path):
 
 
 def _mix(_, path):
-    spec = ask(str(path))
+    spec = parse_calibration(str(path))
     for name in spec.mix:
         if isinstance((source := get_source(name, spec.own)).reader, LocalFile):
             list(source.documents())

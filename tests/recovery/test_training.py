@@ -13,7 +13,7 @@ from calmix.recovery import distill
 from calmix.recovery.blocks import relative_error
 from calmix.recovery.training import (
     Masters,
-    Progress,
+    TrainingState,
     rate,
     rows_at_once,
     size_of,
@@ -73,7 +73,7 @@ def test_micro_batches(batch, length, rows):
 
 def curve(held_out, steps=20, **how):
     """Train on items of no loss, with these readings of what is held out and no step taken."""
-    readings, rates, progress = iter(held_out), [], Progress(steps)
+    readings, rates, progress = iter(held_out), [], TrainingState(steps)
     masters = SimpleNamespace(step=rates.append)
 
     def mean(items, learn):

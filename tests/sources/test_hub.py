@@ -93,7 +93,7 @@ def test_hub_entries_are_read_and_cached(mirror):
 def test_damaged_cache_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
     reader = HubText(type="hub", id="a/c")
-    shares, lines = reader._kept(), "".join(f'["{n}", "{n * n % 97}"]\n' for n in range(400))
+    shares, lines = reader.cache_path(), "".join(f'["{n}", "{n * n % 97}"]\n' for n in range(400))
     shares.parent.mkdir()
     whole = gzip.compress(lines.encode())
     for at in range(20, len(whole), 40):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from calmix.calibration import CalibrationSet, ask
+from calmix.calibration import CalibrationSet, parse_calibration
 from calmix.errors import InputError
 from calmix.evaluation.suites import builtin_suites, provenance
 from calmix.models import builtin_models
@@ -78,20 +78,20 @@ def test_builtin_entries_have_licence_and_origin(calmix):
 
 
 def test_group_drops_forbidden_licences_and_rescales():
-    spec = ask("uniform:offline", licence="permissive")
+    spec = parse_calibration("uniform:offline", licence="permissive")
     allowed = [n for n, s in offline_sources().items() if s.use == "permissive"]
     assert list(spec.mix) == allowed
     assert set(spec.mix.values()) == {1 / len(allowed)}
-    assert list(ask("offline").mix) == list(offline_sources())
+    assert list(parse_calibration("offline").mix) == list(offline_sources())
 
 
 def test_licence_check_covers_seed_texts(tmp_path):
     written = {"chat": {"settings": {}}, "sgs": {"settings": {"seeds": "mix-clean"}}}
     drawn_set = CalibrationSet(torch.zeros(1, 2, dtype=torch.int64), ("sgs",), {"written": written})
     folder = drawn_set.save(tmp_path / "set")
-    assert ask(str(folder)).saved is not None
+    assert parse_calibration(str(folder)).saved is not None
     with pytest.raises(InputError, match="source encyclopedia is share-alike"):
-        ask(str(folder), licence="permissive")
+        parse_calibration(str(folder), licence="permissive")
 
 
 def test_forbidden_source_is_refused_everywhere(calmix, tiny_folder, text_file, tmp_path):

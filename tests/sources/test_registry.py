@@ -200,4 +200,4 @@ def test_leakage_check_accepts_builtin_sources(suite):
         step = max(1, len(documents) // 100)
         rest = [one for at, one in enumerate(documents) if at % step]  # none is counted twice
         assert any(list(passed(name, documents[::step])))
-        guard.verdict(name, passed(name, rest))
+        guard.check_share(name, passed(name, rest))

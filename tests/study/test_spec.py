@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calmix.calibration import CalibrationSet
-from calmix.calibration.resolving import Asked
+from calmix.calibration.resolving import CalibrationRequest
 from calmix.errors import InputError
 from calmix.evaluation.suites import load_suite
 from calmix.manifest import differences
@@ -114,7 +114,7 @@ def test_source_with_chats_is_a_mix():
     for names, strategy in (("chat stories", "mix"), ("chat", "self-written")):
         manifest = {"names": names.split(), "written": {"chat": {}}}
         saved = CalibrationSet(torch.zeros(1, 8, dtype=torch.int64), ("chat",), manifest)
-        assert Asked({}, saved=saved).strategy == strategy
+        assert CalibrationRequest({}, saved=saved).strategy == strategy
 
 
 def test_per_set_sampling_options():

@@ -30,7 +30,7 @@ from calmix.calibration.selfgen.prompts import (
     load_prompts,
     start_token,
 )
-from calmix.calibration.selfgen.writing import Request, Written, write
+from calmix.calibration.selfgen.writing import WriteRequest, Written, write
 from calmix.calibration.text_metrics import Ids, aggregation, ngram_keys, row_aggregation
 from calmix.calibration.tokenizer import begin_token, tokenizer_function
 from calmix.errors import InputError
@@ -269,7 +269,7 @@ def generate(
     def more(pairs: list[tuple[str, int]], number: int) -> Written:
         """Write a piece for each pair of a dimension and a number."""
         at = seed + 1 + number * ANOTHER
-        request = Request(
+        request = WriteRequest(
             [generator.in_turn(starts[d], j, size, at) for d, j in pairs],
             size,
             [temps[d] for d, _ in pairs],

@@ -37,7 +37,7 @@ VERSION = 5  # raised when the same request writes other tokens, to invalidate t
 
 
 @dataclass(frozen=True)
-class Request:
+class WriteRequest:
     """Rows to write.
 
     Attributes:
@@ -77,7 +77,7 @@ class Sampler:
     """A logits processor that leaves each row one token: the opener's next, or a sampled one."""
 
     def __init__(
-        self, request: Request, rows: range, ends: Sequence[int], device: Any, tick: Tick
+        self, request: WriteRequest, rows: range, ends: Sequence[int], device: Any, tick: Tick
     ) -> None:
         self.request, self.ends, self.tick = request, set(ends), tick
         count, length = len(rows), request.length
@@ -170,7 +170,7 @@ def _passed(cumulative: Tensor, target: Tensor) -> Tensor:
 
 def write(
     opened: OpenModel,
-    request: Request,
+    request: WriteRequest,
     *,
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -232,7 +232,7 @@ def write(
     return written
 
 
-def _batch(opened: OpenModel, request: Request, rows: range, tick: Tick) -> Written:
+def _batch(opened: OpenModel, request: WriteRequest, rows: range, tick: Tick) -> Written:
     from transformers import GenerationConfig, LogitsProcessorList
 
     device = opened.model.device

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from calmix.calibration import CalibrationSet, ask
+from calmix.calibration import CalibrationSet, parse_calibration
 from calmix.calibration.leakage import Guard, ItemIndex
 from calmix.calibration.selfgen import generators, prompts
 from calmix.calibration.selfgen.generators import GENERATORS, generate, objective, select_rows
@@ -195,7 +195,7 @@ def test_sgs_continues_documents_and_drops_a_fifth(made, text_file, opened, monk
     assert generated.counts == {"code": 4, "math": 4}
     assert 9 not in generated.ids
     assert set(generated.manifest["own"]) == set(own)
-    assert ask(str(generated.save(tmp_path / "set"))).saved.rows == 8
+    assert parse_calibration(str(generated.save(tmp_path / "set"))).saved.rows == 8
 
 
 CHATML = (

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from calmix.calibration.selfgen import writing
-from calmix.calibration.selfgen.writing import Request, sample, write
+from calmix.calibration.selfgen.writing import WriteRequest, sample, write
 from calmix.errors import InputError
 from calmix.files import cache_dir
 from tests.tiny import ARCHITECTURES, quick, tiny_model
@@ -19,7 +19,7 @@ LOGITS = torch.tensor([[2.0, 0.5, 1.0, -1.0, 0.0, 1.5]])
 
 def request(rows=6, length=24, seed=0, openers=None, temperature=1.0, **how):
     openers = openers or [[[10 + i, 20 + i, 30 + i], [40 + i]] for i in range(rows)]
-    return Request(openers, length, [temperature] * len(openers), seed, **how)
+    return WriteRequest(openers, length, [temperature] * len(openers), seed, **how)
 
 
 def kept():
