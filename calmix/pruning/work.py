@@ -186,7 +186,10 @@ class WorkFolder:
             if self.output.exists():
                 replaceable = self._overwrite and holds_result(self.output)
                 if any(self.output.iterdir()) and not replaceable:
-                    raise DiskError(f"{self.output} was filled meanwhile: move it")
+                    raise DiskError(
+                        f"{self.output} was created while calmix was running: move it, then run "
+                        "again"
+                    )
             put_folder(self.checkpoint, self.output)
         self.abandon()
 

@@ -112,7 +112,7 @@ def test_foreign_files_are_not_replaced(tmp_path):
     work = claimed(tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    with pytest.raises(DiskError, match="filled meanwhile"):
+    with pytest.raises(DiskError, match="was created while calmix was running"):
         work.complete()
     work.abandon()
     mine = tmp_path / "other.unfinished"
