@@ -343,7 +343,7 @@ class Compression(TextField, Target):
     keep: Weights | None = weights_option(
         "Weights of dimensions besides chats: code=2,general=1.", shown=None
     )
-    anyway: bool = advanced(False, "Compress below 2 bits per weight too.")
+    anyway: bool = advanced(False, "Compress below 2 bits or above 70 % zeros too.")
     within: Annotated[float, BeforeValidator(parse_duration)] | None = advanced(
         None, "Time limit of --keep-at-least, e.g. 2h.", metavar="TIME"
     )

@@ -44,6 +44,7 @@ CALIBRATION, PACK = "calibration", "pack"
 # takes more than their entropy.
 LEAST, MOST = 1.5, 7.0
 SURVIVED = 2.0  # fewest bits at which a measured model keeps much of its answers
+SPARSEST = 0.7  # largest share of zeros at which answers of a model were measured
 BUILDS = 3  # candidates that a search for --keep-at-least builds at most
 SPARE = 0.015  # share of a file for scales and the overhead of the entropy coder
 HEADER = 300  # bytes of a packed tensor's names and offsets
@@ -273,8 +274,13 @@ def check_options(options: Compression) -> Checked:
     else:
         if (options.sparsity, options.pattern, bits) == (None, None, None):
             bits = BITS
-        prune_request(**aim(options.model_copy(update={"bits": bits})), calibration=text)
+        wanted = prune_request(**aim(options.model_copy(update={"bits": bits})), calibration=text)
         _check_bits(options, bits)
+        if (share := wanted.target.sparsity) > SPARSEST and not options.anyway:
+            raise InputError(
+                f"{share:.3g} of the weights as zeros: above {SPARSEST:g} no measured model keeps "
+                "its answers (SmolLM2-135M kept 2 of 86 at 0.7). Choose less, or pass --anyway"
+            )
     runnable(choose(options.suite), options.allow_code_execution)
     if options.prompts is not None:
         read_prompts(options.prompts)

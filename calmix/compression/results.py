@@ -100,7 +100,8 @@ class Results:
         manifest's."""
         if folder not in self._known:
             hashes, record = file_hashes(folder, hashed=self._hashed), read_record(folder)
-            packed = {name: one["packed"] for name, one in record.get("weights", {}).items()}
+            weights = record.get("weights", {}).items()
+            packed = {one.get("file", name): one["packed"] for name, one in weights}
             if wrong := changed(folder, record["files"] | packed, hashes):
                 raise InputError(f"{wrong[0]}: put it back, or make {folder} again")
             self._known[folder] = hashes

@@ -12,7 +12,8 @@ of level and scale are stored separately.
 
 A pack is a folder: `calmix-pack.json`, a safetensors file of plain bytes for each weight file, and
 all other files unchanged, also in subfolders, except that `config.json` has a model type of its
-own: transformers would fill the weights of any other with random numbers. Nothing in it is
+own. The weight files have other names than the model's, and so transformers and the model's class
+find none, instead of filling the model with random numbers. Nothing in it is
 executable. Memory is bounded: three tensors are packed, and a few chunks unpacked, at a time.
 SHA-256 verifies that unpacking restores the original bytes.
 """
@@ -67,9 +68,10 @@ from calmix.models.shards import (
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.solvers.grids import SCALES, Grid, as_grids, check_fit, read_grids
 
-# Without and with levels, with levels of tensors stored by another name, and with a model type of
-# their own, sealed.
-FORMATS = 1, 2, 3, 4
+# Without and with levels, with levels of tensors stored by another name, with a model type of their
+# own, sealed, and with weight files of other names.
+FORMATS = 1, 2, 3, 4, 5
+SEALED = 4  # the first format with a hash of its own
 CONFIG, TYPE = "config.json", "calmix-pack"
 AHEAD = 3  # tensors packed at a time: a small one is a single chunk, and uses one core
 CHUNK = 1 << 22  # values compressed together: a few megabytes
@@ -133,6 +135,9 @@ def pack(
     check_fit(grids, shapes, folder)
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
     total, done = sum((folder / name).stat().st_size for name in places), 0
+    stored = {name: str(Path(name).with_name(f"packed-{Path(name).name}")) for name in places}
+    if taken := {*stored.values()}.intersection(others):
+        raise InputError(f"cannot pack {folder}: it has a file {min(taken)}: rename it")
 
     def tick(size: int) -> None:
         nonlocal done
@@ -144,16 +149,21 @@ def pack(
         made = {
             name: (
                 pool.submit(sha256_file, folder / name),
-                _write(folder / name, beside / name, tensors, grids, pool, tick),
-                pool.submit(sha256_file, beside / name),
+                _write(folder / name, beside / stored[name], tensors, grids, pool, tick),
+                pool.submit(sha256_file, beside / stored[name]),
             )
             for name, tensors in places.items()
         }
         weights: dict[str, dict[str, Any]] = {
-            name: {"sha256": dense.result(), "packed": packed.result(), "tensors": tensors}
+            name: {
+                "file": stored[name],
+                "sha256": dense.result(),
+                "packed": packed.result(),
+                "tensors": tensors,
+            }
             for name, (dense, tensors, packed) in made.items()
         }
-        after = sum((beside / name).stat().st_size for name in weights)
+        after = sum((beside / name).stat().st_size for name in stored.values())
         entries = [
             (place.size, weights[name]["tensors"][tensor])
             for name, tensors in places.items()
@@ -201,7 +211,7 @@ def unpack(
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
     total = 0
     for name, entry in manifest["weights"].items():
-        header = next(_unpacked(folder / name, entry, grids))
+        header = next(_unpacked(folder / entry["file"], entry, grids))
         places = parse_header(header, folder / name).values()
         total += len(header) + sum(place.size for place in places)
     check_free(output, total, "the weights take")
@@ -212,7 +222,7 @@ def unpack(
         for name, entry in manifest["weights"].items():
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             with (beside / name).open("wb") as file:
-                for part in _unpacked(folder / name, entry, grids):
+                for part in _unpacked(folder / entry["file"], entry, grids):
                     file.write(part)
                     done += len(part)
                     if progress is not None:
@@ -238,8 +248,8 @@ def load(
     folder = user_path(folder)
     (manifest, grids), state = _opened(folder), dict[str, torch.Tensor]()
     weights = {n: one for n, one in manifest["weights"].items() if not n.startswith(SCALES)}
-    for number, (name, entry) in enumerate(weights.items(), start=1):
-        state |= _tensors(folder / name, entry, grids)
+    for number, entry in enumerate(weights.values(), start=1):
+        state |= _tensors(folder / entry["file"], entry, grids)
         if progress is not None:
             progress(number, len(weights))
     with tempfile.TemporaryDirectory() as place:
@@ -310,15 +320,18 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
                 f"{folder} is a pack of format {manifest['format']}, but this calmix reads up to "
                 f"{FORMATS[-1]}: unpack it with the version that made it"
             )
-        if manifest["format"] == FORMATS[-1]:
+        if manifest["format"] >= SEALED:
             check_seal(path, manifest)
             manifest["config"].encode()
         manifest["weights"] = dict(manifest["weights"])
         names = {str(name): str(stored) for name, stored in manifest.get("names", {}).items()}
-        for name in (*manifest["weights"], *manifest["files"]):
+        for name, entry in manifest["weights"].items():
+            entry.setdefault("file", name)  # in older formats
+        files = [*(one["file"] for one in manifest["weights"].values()), *manifest["files"]]
+        for name in (*manifest["weights"], *files):
             if {"", ".", ".."} & {*name.split("/")}:
                 raise InputError(f"{path} names a file outside the pack: {name!r}")
-            if not (folder / name).is_file():
+            if name in files and not (folder / name).is_file():
                 raise InputError(f"{folder} lacks {name}, which is part of the pack: fetch it")
         for name, expected in manifest["files"].items():
             if sha256_file(folder / name) != expected:
@@ -327,7 +340,7 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
         raise InputError(f"{path} is damaged: fetch the pack again") from error
     for name, entry in manifest["weights"].items():
         if name.startswith(SCALES):
-            scales |= _tensors(folder / name, entry, {})
+            scales |= _tensors(folder / entry["file"], entry, {})
     grids = as_grids(scales, folder)
     return manifest, {names.get(name, name): grid for name, grid in grids.items()}
 

@@ -204,7 +204,7 @@ def _pack(folder: Path, health: Health, say: Say) -> None:
     if "config" in manifest:  # packs of older formats have no hash of their own
         check_seal(folder / PACK, manifest)
     weights, others = dict(manifest["weights"]), dict(manifest["files"])
-    packed = others | {name: one["packed"] for name, one in weights.items()}
+    packed = others | {one.get("file", name): one["packed"] for name, one in weights.items()}
     if MANIFEST in others:
         health.kind += " of a checkpoint"
         unpacked = others | {name: one["sha256"] for name, one in weights.items()}

@@ -478,7 +478,10 @@ def test_low_bits_need_anyway(calmix, command, tmp_path):
     low = re.search(r"has from ([\d.]+) kB", line)[1]
     few = f"{float(low) + 0.5}kB"
     assert f"--size {few} leaves 1." in calmix(*command(out, "--size", few)).line
-    for target in (("--bits", 1, "--anyway"), ("--size", few, "--anyway"), ("--bits", 2)):
+    for sparse in (("--sparsity", 0.71), ("--pattern", "1:4"), ("--sparsity", 0.9, "--bits", 4)):
+        assert "no measured model keeps its answers" in calmix(*command(out, *sparse)).line
+    allowed = (("--bits", 2), ("--sparsity", 0.7), ("--pattern", "1:4", "--anyway"))
+    for target in (("--bits", 1, "--anyway"), ("--size", few, "--anyway"), *allowed):
         calmix(*command(out, *target, "--dry-run")).ok()
     assert not out.exists()
 

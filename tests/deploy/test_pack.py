@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from calmix.deploy import pack as packed
 from calmix.deploy.pack import load, pack, unpack
@@ -80,15 +80,20 @@ def test_transformers_refuses_a_pack(pruned, tmp_path):
     pack(pruned, tmp_path / "pack")
     with pytest.raises(ValueError, match="model type `calmix-pack`"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "pack")
+    for config in (None, AutoConfig.from_pretrained(pruned)):
+        with pytest.raises(OSError, match=r"does not appear to have a file|no file named"):
+            LlamaForCausalLM.from_pretrained(tmp_path / "pack", config=config)
 
 
 def test_older_pack_format(pruned, tmp_path):
-    """It has the model's own configuration, and no hash of its own."""
+    """It has the model's own configuration and names of files, and no hash of its own."""
     folder = tmp_path / "pack"
     pack(pruned, folder)
     manifest = json.loads((folder / PACK).read_text(encoding="utf-8"))
     (folder / "config.json").write_text(manifest.pop("config"), encoding="utf-8")
     manifest["files"]["config.json"] = sha256_file(folder / "config.json")
+    for name, entry in manifest["weights"].items():
+        (folder / entry.pop("file")).rename(folder / name)
     write_json(folder / PACK, {k: v for k, v in manifest.items() if k != SEAL} | {"format": 3})
     unpack(folder, tmp_path / "back")
     assert tree(tmp_path / "back") == tree(pruned)
@@ -117,11 +122,11 @@ def test_all_types_and_values_survive(data, tmp_path_factory, monkeypatch):
 
 def test_damaged_packs_are_one_line(pruned, tmp_path):
     pack(pruned, tmp_path / "pack")
-    whole = (tmp_path / "pack" / "model.safetensors").read_bytes()
+    whole = (tmp_path / "pack" / "packed-model.safetensors").read_bytes()
 
     def refused(match, content=whole, **manifest):
         folder = shutil.copytree(tmp_path / "pack", tmp_path / "bad", dirs_exist_ok=True)
-        (folder / "model.safetensors").write_bytes(content)
+        (folder / "packed-model.safetensors").write_bytes(content)
         kept = json.loads((folder / PACK).read_text(encoding="utf-8"))
         (folder / PACK).write_text(json.dumps(sealed(kept | manifest)), encoding="utf-8")
         for act in (lambda: unpack(folder, tmp_path / "out"), lambda: load(folder)):
@@ -135,13 +140,15 @@ def test_damaged_packs_are_one_line(pruned, tmp_path):
     for at in (0, 7, len(whole) // 2, len(whole) - 1):
         refused(altered, whole[:at])
     for match, manifest in (
-        ("is a pack of format 5, but this calmix reads up to 4", {"format": 5}),
+        ("is a pack of format 6, but this calmix reads up to 5", {"format": 6}),
         ("names a file outside the pack", {"files": {"a/../../evil": "0"}}),
         ("names a file outside the pack", {"files": {"/evil": "0"}}),
         ("lacks sub/model.safetensors", {"weights": {"sub/model.safetensors": {}}}),
         ("lacks gone.txt, which is part of the pack", {"files": {"gone.txt": "0"}}),
         (altered, {"files": {"config.json": "0"}}),
-        (altered, {"weights": {"model.safetensors": {"packed": "0"}}}),
+        (altered, {"weights": {"packed-model.safetensors": {"packed": "0"}}}),
+        ("names a file outside", {"weights": {"model.safetensors": {"file": "../model"}}}),
+        ("names a file outside", {"weights": {"../x": {"file": "packed-model.safetensors"}}}),
         *(
             ("is damaged", {key: value})
             for key, value in (
@@ -165,7 +172,7 @@ def test_pack_bomb_is_refused(tmp_path):
     zeros = {"zeros": torch.zeros(2**20, 40, dtype=torch.bfloat16)}
     save_file(zeros, tmp_path / "model" / "model.safetensors")
     pack(tmp_path / "model", tmp_path / "pack")
-    assert (tmp_path / "pack" / "model.safetensors").stat().st_size < 10_000
+    assert (tmp_path / "pack" / "packed-model.safetensors").stat().st_size < 10_000
     with pytest.raises(InputError, match="does not have its original content"):
         unpack(tmp_path / "pack", tmp_path / "out")
 

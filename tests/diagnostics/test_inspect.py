@@ -16,7 +16,7 @@ KINDS = {
     "several": ("folder of results", "sparsegpt-0.5/model-00001-of-00004.safetensors"),
     "recovered": ("recovered checkpoint", "model-00001-of-00004.safetensors"),
     "dropped": ("pruned checkpoint", "model-00001-of-00003.safetensors"),
-    "pack": ("pack of a pruned checkpoint", "model-00001-of-00004.safetensors"),
+    "pack": ("pack of a pruned checkpoint", "packed-model-00001-of-00004.safetensors"),
     "dense-pack": ("pack", "config.json"),
     "set": ("calibration set", "calibration.safetensors"),
     "written": ("calibration set", "calibration.safetensors"),

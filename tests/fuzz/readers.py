@@ -251,7 +251,7 @@ KINDS = {
     "like": Kind("tiny.gguf", "binary", _exported, 0.3),
     "scales": Kind("rounded/calmix-scales/00000", "binary", _packed, 0.5),
     "pack": Kind("pack/calmix-pack.json", "json", _unpacked, 0.5),
-    "packed": Kind("pack/model-00001-of-00004.safetensors", "binary", _unpacked, 0.5),
+    "packed": Kind("pack/packed-model-00001-of-00004.safetensors", "binary", _unpacked, 0.5),
     "safetensors": Kind("model/model.safetensors", "binary", _model),
     "config": Kind("model/config.json", "json", _model),
     "tokenizer": Kind("model/tokenizer.json", "json", _tokenizer),
