@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.evaluation import suites
 from calmix.evaluation.answers import Answers, compare_answers
+from calmix.evaluation.choosing import MARGIN, Candidate, choose_smallest
 from calmix.evaluation.comparison import (
     Comparison,
     compared_by,
@@ -33,7 +34,7 @@ from calmix.evaluation.scores import (
     write_scores,
 )
 from calmix.evaluation.served import Served, connect, is_served
-from calmix.files import check_output_file, user_path, write_text
+from calmix.files import check_output_file, user_path, write_json, write_text
 from calmix.options import (
     MEASURE,
     MODEL,
@@ -42,6 +43,7 @@ from calmix.options import (
     Measure,
     ModelOptions,
     ServerOptions,
+    Share,
     advanced,
     option,
     path_option,
@@ -240,17 +242,51 @@ def rescore(
 
 @verb("compare")
 def compare(
-    scores: tuple[Path, ...] = option(
-        ..., "Files of calmix evaluate -o, or folders of calmix compress.", argument=True
+    opening: ModelOptions,
+    serving: ServerOptions,
+    scores: tuple[str, ...] = option(
+        ...,
+        "Files of calmix evaluate -o or folders of calmix compress; with --prompts or --suite "
+        "models, the dense one first.",
+        argument=True,
     ),
     against: Path | None = option(None, "Dense model's scores.", shown="those in SCORES"),
     measure: Measure | None = MEASURE,
+    prompts: str | None = PROMPTS,
+    test_half: bool = TEST_HALF,
+    suite: str | None = option(None, "Suite to score models on, e.g. abilities."),
+    quick: bool = option(False, "Only the suite's quick slice."),
+    limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1),
+    margin: Share = advanced(MARGIN, "Share of good answers a model may be worse by."),
+    allow_code_execution: bool = RUN_CODE,
+    output: Path | None = path_option(None, "JSON file to write, with --prompts or --suite."),
+    page: Path | None = PAGE,
+    overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
-    """Compare several smaller models of one dense model, by ability."""
+    """Compare several smaller models of one dense model; with --prompts or --suite, score them."""
+    from calmix.evaluation.evaluate import choose, runnable
     from calmix.report import words
 
+    chosen = _suite(suite, prompts, test_half)
+    if chosen is not None:
+        if against is not None or measure is not None:
+            raise InputError("--against and --measure are for files: name the dense model first")
+        full = choose(chosen, quick=quick, limit=limit)
+        if not (written := [name for name, one in full.tasks.items() if one.writes]):
+            raise InputError(f"suite {full.name} has no generated answers: try abilities")
+        if len(scores) < 2 or len({*scores}) < len(scores):
+            raise InputError("name the dense model, then one or more others, each once")
+        if page is not None and not full.own:
+            raise InputError("--page shows answers to --prompts: leave it out with --suite")
+        asked, left_out = runnable(choose(full, tasks=written), allow_code_execution)
+        if left_out:
+            note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
+        _compare_models(scores, asked, opening, serving, margin, output, page, overwrite)
+        return
+    if output is not None or page is not None or serving.model_name:
+        raise InputError("-o, --page and --model need --prompts or --suite, which score models")
     files = {}
-    for path in scores:
+    for path in map(user_path, scores):
         name, files_of = _result(path)
         if name in files:
             raise InputError(f"two files are called {name}: rename one")
@@ -274,6 +310,81 @@ def compare(
         line(words.wrapped(ceiling))
     line("")
     _print_comparisons(found, measure)
+
+
+def _compare_models(
+    names: Sequence[str],
+    suite: suites.Suite,
+    opening: ModelOptions,
+    serving: ServerOptions,
+    margin: float,
+    output: Path | None,
+    page: Path | None,
+    overwrite: bool,
+) -> None:
+    """Score the first model and the others on a suite, and print which of them to use."""
+    from calmix.models.opening import size_of
+    from calmix.report.answers import answers_page, choice_text, model_rows, short_name
+    from calmix.report.words import wrapped
+
+    for path in filter(None, (output, page)):
+        rows = [local_file(one.file).path for one in suite.tasks.values() if one.file]
+        check_output_file(path, inputs=[*names, *rows], overwrite=overwrite)
+    models = _models(names, opening, serving)
+    first, *others = names
+    shorts = [short_name(name) for name in others]
+    shown = shorts if len({*shorts}) == len(shorts) else others
+    dense, found = None, list[Candidate]()
+    with journal_beside(output, note) as journal, Progress() as bar:
+        for name, called in zip(others, shown, strict=True):
+            again = suite.own and not any(map(is_served, (first, name)))  # for the distance
+            scores, dense = evaluate_against(
+                models[name],
+                suite,
+                models[first] if dense is None or again else dense,
+                allow_code_execution=True,  # `suite` has only tasks that may run
+                repeat=True,
+                journal=journal,
+                bar=bar,
+                **opening.opening(),
+            )
+            assert dense is not None
+            place = models[name]
+            speed = None
+            if isinstance(place, Served):
+                speed = place.tokens / place.seconds if place.tokens else None
+                size, weights = place.size, place.weights
+            else:
+                size, weights = size_of(name)
+            found.append(Candidate(called, (dense, scores), size, weights, speed))
+    choice = choose_smallest(found, first, margin)
+    table, said = model_rows(found, choice), choice_text(found, choice)
+    result = {
+        "dense": first,
+        "choice": asdict(choice),
+        "models": {
+            one.name: {
+                "size": one.size,
+                "bits": one.bits,
+                "speed": one.speed,
+                **scores_record(one.pair[1], one.pair[0]),
+            }
+            for one in found
+        },
+    }
+    if output is not None:
+        write_json(output, result)
+    if page is not None:
+        write_text(page, answers_page({one.name: one.pair for one in found}, table, said))
+    print_json(result)
+    print_table(
+        [{key.removeprefix("#"): cell for key, cell in row.items()} for row in table],
+        title=f"suite {suite.name}, against {first}: {found[0].counted.asked:,} answers",
+        least=["p", "tokens/s", "gained", "bits", "identical %", "KL", "lost"],
+    )
+    line(wrapped(said))
+    for path in filter(None, (output, page)):
+        note(f"wrote {path}")
 
 
 def _result(path: Path) -> tuple[str, list[Path]]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from calmix.evaluation.behaviour import Counted, Pair, TaskPair, held, proportion
+from calmix.evaluation.behaviour import Counted, Pair, TaskPair, held, paired, proportion
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.prompts import FAULTS, faults
 from calmix.evaluation.retention import Estimate, check_paired
@@ -83,7 +83,7 @@ def compare_answers(*pairs: Pair) -> Answers | None:
         sum(one == other for one, other in second) / len(second) if second else None,
         statistics.median(apart) if apart else None,
         right,
-        _paired("sound", sound) if sound else None,
+        paired("sound", sound) if sound else None,
         tuple(known.values()),
         {one.name: 1 - one.pruned / one.asked for one in repeated if one},
     )
@@ -95,12 +95,6 @@ def _columns(tasks: Sequence[TaskPair], field: str) -> list[tuple[Any, Any]]:
     return [*chain.from_iterable(pairs)]
 
 
-def _paired(name: str, values: Sequence[tuple[float, float]]) -> Counted:
-    both = [(bool(one), bool(other)) for one, other in values]
-    dense, small = (sum(column) for column in zip(*both, strict=True))
-    return Counted(name, len(both), dense, small, sum(one and other for one, other in both))
-
-
 def _counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
     """Count the answers that have a property, of those where one of the two is expected to."""
     values = [
@@ -108,7 +102,7 @@ def _counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
         for one, other in _columns(tasks, "properties")
         if name in one or name in other
     ]
-    return _paired(name, values) if values else None
+    return paired(name, values) if values else None
 
 
 def parted(one: str, other: str) -> int | None:

@@ -250,6 +250,13 @@ def counted(name: str, tasks: Sequence[TaskPair], whole: bool = True) -> Counted
     )
 
 
+def paired(name: str, values: Sequence[tuple[float, float]]) -> Counted:
+    """Count items by whether each of two models has them right."""
+    both = [(bool(one), bool(other)) for one, other in values]
+    dense, small = (sum(column) for column in zip(*both, strict=True))
+    return Counted(name, len(both), dense, small, sum(one and other for one, other in both))
+
+
 def mcnemar(lost: int, gained: int) -> float:
     """Return McNemar's exact two-sided p (a binomial test of losses against gains)."""
     changed = lost + gained

@@ -96,6 +96,9 @@ class Served:
                 journal.add(keys[at], answer)
                 if progress is not None:
                     progress(done, len(asked))
+        except BaseException:
+            self._client.close()  # ends what is under way
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         self.seconds += time.monotonic() - start
@@ -159,6 +162,8 @@ class Served:
                 said = "sends half an answer"
             except httpx2.HTTPError as error:
                 raise InputError(f"cannot ask {where}: {type(error).__name__}") from None
+            if self._client.is_closed:  # another request has failed for good
+                break
             if left:
                 time.sleep(min(LONGEST, max(wait, pause)))
                 pause *= 2
@@ -203,7 +208,8 @@ def _said(got: Any) -> str:
         text = error.get("message", "") if isinstance(error, dict) else error
     except (ValueError, AttributeError):
         return ""
-    return f" ({' '.join(str(text).split())[:200]})" if text else ""
+    text = " ".join(str(text).split()).replace(os.environ.get(KEY) or "\0", "***")
+    return f" ({text[:200]})" if text else ""
 
 
 def _text(choice: dict[str, Any]) -> str:

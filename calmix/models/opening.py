@@ -50,7 +50,13 @@ from calmix.models.attention import use_own_attention
 from calmix.models.blocks import evaluating
 from calmix.models.chat_template import templated
 from calmix.models.gguf_header import Header, read_header
-from calmix.models.shards import PACK, stored_tensors, weight_dtype, weight_files
+from calmix.models.shards import (
+    PACK,
+    stored_tensors,
+    weight_bytes,
+    weight_dtype,
+    weight_files,
+)
 from calmix.precision import dtype_name, narrower, suited
 from calmix.progress import quiet
 from calmix.yaml_files import packaged
@@ -322,6 +328,18 @@ def _unpacked(model: Path | BuiltinModel) -> Path:
         known = ((assets.get_asset(asset).sha256, member) for asset, member in model.parts.items())
         key = sha256_json([value for pair in known for value in pair])
     return cache_dir() / "models" / f"gguf-{key[:16]}"
+
+
+def size_of(name: str) -> tuple[int | None, int]:
+    """Return the bytes of a model's file or weight files, and its number of weights; the bytes of
+    a builtin model, which lies in an archive, are None."""
+    model, folder = known_model(name), resolve_model(name)
+    size: int | None = weight_bytes(folder)
+    if isinstance(model, BuiltinModel):
+        size = None
+    elif model is not None and model.is_file():
+        size = model.stat().st_size
+    return size, sum(math.prod(one.shape) for one in stored_tensors(folder).values())
 
 
 def to_fetch(name: str) -> str:

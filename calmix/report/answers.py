@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calmix.evaluation.answers import Answers, compare_answers, rows
-from calmix.evaluation.behaviour import Pair
+from calmix.evaluation.behaviour import Pair, proportion
+from calmix.evaluation.choosing import Candidate, Choice
 from calmix.evaluation.prompts import FAULTS
 from calmix.report import words
 from calmix.report.pages import render
@@ -54,6 +56,53 @@ def fault_rows(found: Answers) -> list[dict[str, Any]]:
     ]
 
 
+def model_rows(found: Sequence[Candidate], choice: Choice) -> list[dict[str, Any]]:
+    """Return the rows of the table of several models, the smallest first."""
+    rows = []
+    for one in sorted(found, key=lambda one: one.size or math.inf):
+        counts, changed, far = one.counted, one.answers, one.pair[1].distance
+        rows.append(
+            {
+                "model": one.name,
+                "#MB": one.size and words.megabytes(one.size),
+                "#bits": one.bits and f"{one.bits:.2f}",
+                "#tokens/s": one.speed and f"{one.speed:.0f}",
+                "#good %": words.with_span(proportion(counts.pruned, counts.asked)),
+                "#lost": counts.lost,
+                "#gained": counts.gained,
+                "#p": words.p_value(counts.p),
+                "#behind best": words.with_span(choice.behind[one.name]),
+                "#identical %": changed and words.with_span(changed.identical),
+                "#KL": far and words.number(far["total"]["kl_mean"]),
+            }
+        )
+    return rows
+
+
+def choice_text(found: Sequence[Candidate], choice: Choice) -> str:
+    """Return which model to use, and what that rests on."""
+    margin, best = f"{words.percent(choice.margin)} points", short_name(choice.best)
+    if choice.smallest is None:
+        text = f"No model is shown to be within {margin} of the best ({best})"
+        text += ": use a larger one, or ask more prompts."
+    else:
+        name = choice.smallest
+        text = f"Use {name}: the smallest that is not worse than the best ({best}) by {margin}"
+        text += f" or more; at most {words.percent(choice.behind[name].high)} behind."
+    unknown = [one.name for one in found if one.size is None]
+    if unknown:
+        text += f" Size unknown: {words.listed(unknown)}."
+    changed = found[0].answers
+    if changed is not None and changed.right is None:
+        text += " No prompt has an answer or a check, so this rests on faults alone."
+    return text
+
+
+def short_name(model: str) -> str:
+    """Return a model's name for a column: the address of a server, or the end of a path."""
+    return model if "://" in model else model.rstrip("/").rpartition("/")[2] or model
+
+
 def answers_page(
     pairs: Mapping[str, Pair], table: list[dict[str, Any]] | None = None, choice: str = ""
 ) -> str:
@@ -71,6 +120,6 @@ def answers_page(
         rows=rows([*pairs.values()]) if known else [],
         names=["dense", *pairs],
         suite=dense.suite["name"],
-        models=table or [],
+        models=[{k: "–" if v is None else v for k, v in row.items()} for row in table or []],
         choice=choice,
     )

@@ -1,0 +1,92 @@
+"""Which of several models: the interval of a deficit, the choice, the table and the page."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from calmix.evaluation.behaviour import behind
+from calmix.evaluation.choosing import Candidate, choose_smallest
+from calmix.report.answers import choice_text, model_rows
+from tests.evaluation.helpers import scored
+from tests.evaluation.test_prompts import chats as chats
+from tests.evaluation.test_prompts import task, written
+from tests.evaluation.test_served import Fake, reply, running
+
+
+def test_the_interval_of_a_paired_difference_is_newcombes():
+    """Table III, method 10, of Newcombe 1998 (Statistics in Medicine 17, 2635)."""
+    for (both, first, second, none), (low, high) in {
+        (36, 12, 2, 0): (0.0569, 0.3404),
+        (54, 0, 0, 0): (-0.0664, 0.0664),
+        (30, 0, 0, 24): (-0.0358, 0.0358),
+        (0, 30, 0, 0): (0.8395, 1.0),
+    }.items():
+        one = [1] * (both + first) + [0] * (second + none)
+        other = [1] * both + [0] * first + [1] * second + [0] * none
+        found = behind(one, other)
+        assert found.value == pytest.approx((first - second) / len(one))
+        assert (found.low, found.high) == pytest.approx((low, high), abs=2e-3)
+
+
+def candidate(name, kept, size):
+    pair = (
+        scored(task(["x"] * 200, [1] * right + [0] * (200 - right), properties=({},) * 200))
+        for right in (180, kept)
+    )
+    return Candidate(name, tuple(pair), size, 1000)
+
+
+def test_the_smallest_that_is_not_worse_by_the_margin():
+    found = [candidate("q8", 180, 800), candidate("q5", 178, 500), candidate("q2", 140, 200)]
+    choice = choose_smallest(found, "dense", 0.05)
+    assert (choice.best, choice.smallest) == ("dense", "q5")
+    assert choice.behind["q2"].value == pytest.approx(0.2)
+    text = choice_text(found, choice)
+    assert text.startswith("Use q5: the smallest that is not worse than the best (dense) by 5.0")
+    assert "this rests on faults alone" in text
+    rows = model_rows(found, choice)
+    assert [row["model"] for row in rows] == ["q2", "q5", "q8"]
+    assert (rows[0]["#bits"], rows[0]["#lost"], rows[1]["#lost"]) == ("1.60", 40, 2)
+    assert choose_smallest(found, "dense", 0.001).smallest is None
+    assert "No model is shown" in choice_text(found, choose_smallest(found, "dense", 0.001))
+    unknown = [replace(found[0], size=None), found[1]]
+    assert "Size unknown: q8." in choice_text(unknown, choose_smallest(unknown, "dense", 0.05))
+
+
+def test_models_and_a_server_are_compared_in_one_command(chats, calmix, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    dense, small = chats
+    mine = written(
+        tmp_path / "mine.jsonl", *({"prompt": f"Say {n}.", "max_tokens": 4} for n in range(5))
+    )
+    out, page = tmp_path / "out.json", tmp_path / "out.html"
+    with running(Fake((200, reply()))) as address:
+        run = ("compare", dense, small, address, "--prompts", mine, "-o", out, "--page", page)
+        ended = calmix(*run).ok()
+    assert max(map(len, ended.out.splitlines()[:10])) <= 80
+    made = json.loads(out.read_text(encoding="utf-8"))
+    assert list(made["models"]) == [small.name, f"{address}"]
+    assert made["models"][address]["size"] == 1000
+    assert made["models"][small.name]["scores"]["distance"]["items"]
+    assert made["models"][address]["scores"]["distance"] is None
+    assert "faults alone" in " ".join(ended.out.split())
+    html = page.read_text(encoding="utf-8")
+    assert html.count("<article") == 5
+    assert html.count('class="box"') == 15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("a.json", "-o", "x.json"), "need --prompts or --suite"),
+        (("builtin:smollm2-135m", "--suite", "abilities"), "name the dense model, then one or"),
+        (("a", "a", "--suite", "abilities"), "each once"),
+        (("a", "b", "--suite", "offline"), "has no generated answers: try abilities"),
+        (("a", "b", "--suite", "abilities", "--measure", "bits"), "are for files"),
+        (("a", "b", "--suite", "abilities", "--page", "x.html"), "leave it out with --suite"),
+    ],
+)
+def test_mistakes_are_known_before_any_work(calmix, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in calmix("compare", *arguments).line

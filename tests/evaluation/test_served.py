@@ -1,0 +1,270 @@
+"""A model behind a server: a fake one that fails in every way, and what calmix makes of it."""
+
+import json
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from calmix.errors import InputError, PassingError
+from calmix.evaluation import served
+from calmix.evaluation.evaluate import choose, evaluate
+from calmix.evaluation.journal import Journal, journal_beside
+from calmix.evaluation.served import KEY, connect
+from calmix.evaluation.suites import prompt_suite
+from calmix.options import ServerOptions
+from tests.evaluation.test_prompts import WEATHER, written
+
+SECRET = "sk-very-secret"
+MODELS = {"data": [{"id": "tiny", "meta": {"size": 1000, "n_params": 400}}]}
+
+
+def reply(text="Yes.", reason="stop", **more):
+    """The body of a good answer."""
+    message = {"role": "assistant", "content": text, **more}
+    return {
+        "choices": [{"message": message, "finish_reason": reason}],
+        "usage": {"completion_tokens": 7},
+    }
+
+
+class Fake:
+    """A server that answers each request by the next of its `plan` (the last one repeats): a
+    (status, body) or a function of the request's handler."""
+
+    def __init__(self, *plan, models=(200, MODELS)):
+        self.plan, self.models, self.bodies, self.keys = [*plan], models, [], []
+        self.lock = threading.Lock()
+
+    def next(self):
+        with self.lock:
+            return self.plan.pop(0) if len(self.plan) > 1 else self.plan[0]
+
+
+def handler(fake):
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def send(self, status, body, kind="application/json", cut=0, headers=()):
+            raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(raw) + cut))
+            for name, value in headers:
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def do_GET(self):
+            self.send(*fake.models)
+
+        def do_POST(self):
+            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            fake.bodies.append(json.loads(raw) | {"path": self.path})
+            fake.keys.append(self.headers.get("Authorization"))
+            what = fake.next()
+            what(self) if callable(what) else self.send(*what)
+
+    return Handler
+
+
+@contextmanager
+def running(fake):
+    """Yield the address of a fake server."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler(fake)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+        thread.join()
+
+
+def dropped(handler):
+    handler.close_connection = True
+    handler.connection.close()
+
+
+def half(handler):
+    handler.send(200, b'{"choices": [', cut=500)
+    handler.close_connection = True
+    handler.connection.shutdown(2)
+
+
+HTML = (200, b"<!doctype html><title>Sign in</title>", "text/html")
+BUSY = (429, {"error": {"message": "slow down"}}, "application/json", 0, [("Retry-After", "0")])
+BROKEN = (500, b"oops", "text/plain")
+CUT_JSON = (200, b'{"choices": [{"message": {"content": "Ye')
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(served, "PAUSE", 0.0)
+
+
+@pytest.fixture
+def mine(tmp_path):
+    return written(tmp_path / "mine.jsonl", {"prompt": "One?"}, {"prompt": "Two?"})
+
+
+def asked(address, path, journal=None, **how):
+    how = ServerOptions(**{"timeout": 5.0, **how})
+    scores = evaluate(connect(address, how), prompt_suite(path), journal=journal)
+    return [*scores.tasks[0].answers]
+
+
+@pytest.mark.parametrize("failure", [BUSY, BROKEN, dropped, half, CUT_JSON, (503, {})])
+def test_a_request_that_fails_is_sent_again(mine, failure):
+    fake = Fake(failure, failure, (200, reply()))
+    with running(fake) as address:
+        assert asked(address, mine) == ["Yes.", "Yes."]
+    assert len(fake.bodies) == 4
+    body = next(one for one in fake.bodies if one["messages"][0]["content"] == "One?")
+    assert (body["path"], body["model"], body["temperature"]) == ("/v1/chat/completions", "tiny", 0)
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (BUSY, r"answers 429 \(slow down\), 5 times"),
+        (BROKEN, "answers 500, 5 times"),
+        (dropped, "breaks the connection, 5 times"),
+        (half, "breaks the connection, 5 times|sends half an answer, 5 times"),
+        (CUT_JSON, "sends half an answer, 5 times"),
+    ],
+)
+def test_a_server_that_keeps_failing_is_one_line(mine, plan, says):
+    with running(Fake(plan)) as address, pytest.raises(PassingError, match=says):
+        asked(address, mine)
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (HTML, "answers with HTML, not JSON"),
+        ((401, {}), f"refuses the key .status 401.: put the right one in .* {KEY}"),
+        ((400, {"error": {"message": "exceeds the context"}}), "400 .exceeds the context.: it re"),
+        ((404, {}), "does the address end in /v1"),
+        ((200, {"object": "x"}), "answers without choices or finish_reason"),
+        ((200, {"choices": [{"message": {"content": "x"}}]}), "without choices or finish_reason"),
+    ],
+)
+def test_what_cannot_succeed_is_not_sent_again(mine, plan, says):
+    fake = Fake(plan)
+    with running(fake) as address, pytest.raises(InputError, match=says):
+        asked(address, mine, concurrency=1)
+    assert len(fake.bodies) <= 2
+
+
+def test_a_server_that_hangs(mine):
+    gate = threading.Event()
+    with running(Fake(lambda handler: gate.wait(20))) as address:
+        with pytest.raises(PassingError, match=r"gives no answer in 0\.1 s, 5 times"):
+            asked(address, mine, timeout=0.1)
+        gate.set()
+
+
+@pytest.mark.parametrize(
+    ("models", "name", "says"),
+    [
+        ((200, {"data": [{"id": "a"}, {"id": "b"}]}), "", r"name one with --model \(a, b\)"),
+        ((200, {"data": [{"id": "tiny"}]}), "tony", "serves no model 'tony': did you mean tiny"),
+        ((200, {"data": []}), "", "lists no model"),
+        ((200, [1]), "", "lists no model"),
+        (HTML, "", "answers with HTML, not JSON"),
+        ((403, {}), "", "refuses the key"),
+        ((404, {}), "", "does the address end in /v1"),
+    ],
+)
+def test_what_a_server_serves_is_known_before_anything_is_asked(models, name, says):
+    fake = Fake((200, reply()), models=models)
+    with running(fake) as address, pytest.raises(InputError, match=says):
+        connect(address, ServerOptions(model_name=name or None))
+    assert not fake.bodies
+
+
+def test_a_server_that_is_not_there_and_an_address_with_a_key(calmix, mine):
+    with running(Fake()) as address:
+        pass
+    ended = calmix("evaluate", address, "--prompts", mine)
+    assert f"no server answers at {address}: start it, or correct" in ended.line
+    for secret in ("http://me:pw@localhost/v1", f"http://localhost/v1?key={SECRET}"):
+        said = calmix("evaluate", secret, "--prompts", mine).line
+        assert KEY in said
+        assert SECRET not in said
+    assert (
+        "no http:// address is given"
+        in calmix("evaluate", "builtin:smollm2-135m", "--prompts", mine, "--model", "x").line
+    )
+    with running(Fake((200, reply()))) as address:
+        said = calmix("evaluate", address, "--suite", "smoke").line
+        assert "a server gives no likelihoods, which task" in said
+
+
+def test_the_key_is_sent_and_written_nowhere(calmix, mine, tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY, SECRET)
+    fake = Fake((200, reply()), (401, {}))
+    out = tmp_path / "out.json"
+    with running(fake) as address:
+        run = ("evaluate", address, "--prompts", mine, "-o", out, "--concurrency", 1)
+        failed = calmix(*run)
+        assert "refuses the key" in failed.line
+        assert len(Journal(tmp_path / ".out.json.answers")._known) == 1
+        fake.plan = [(200, reply())]
+        ended = calmix(*run).ok()
+    assert fake.keys[0] == f"Bearer {SECRET}"
+    assert "resumed: 1 answers" in ended.err
+    assert len(fake.bodies) == 3  # the first answer was not asked again
+    files = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(SECRET in text for text in (*files, failed.err, ended.err, ended.out))
+    assert not (tmp_path / ".out.json.answers").exists()
+
+
+def test_an_answer_is_written_as_a_local_model_would_write_it(tmp_path):
+    call = {"function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Sun?"}]
+    path = written(
+        tmp_path / "mine.jsonl", {"messages": chat, "tools": [WEATHER], "thinking": True}
+    )
+    fake = Fake((200, reply(None, "tool_calls", tool_calls=[call], reasoning_content="hm")))
+    with running(fake) as address:
+        one = connect(address, ServerOptions())
+        scores = evaluate(one, prompt_suite(path)).tasks[0]
+    assert scores.properties[0]["tool call"]
+    assert scores.answers[0].startswith("<think>\nhm\n</think>")
+    (body,) = fake.bodies
+    assert [turn["role"] for turn in body["messages"]] == ["system", "user"]
+    assert body["tools"][0]["function"]["name"] == "weather"
+    assert body["chat_template_kwargs"] == {"enable_thinking": True}
+    assert (one.size, one.weights, one.tokens) == (1000, 400, 7)
+    cut = Fake((200, reply("", "length", reasoning_content="hm")))
+    with running(cut) as address:
+        scores = evaluate(connect(address, ServerOptions()), prompt_suite(path)).tasks[0]
+    assert scores.ended == (0,)
+    assert not scores.properties[0]["thought"]
+
+
+def test_items_of_a_suite_are_asked_as_text_where_they_have_no_chat():
+    suite = choose("abilities", tasks=["requests", "sums"], limit=2)
+    fake = Fake((200, reply("5")))
+    plain = {"choices": [{"text": " 5\n", "finish_reason": "stop"}]}
+    fake.plan = [lambda one: one.send(200, plain if one.path[3:] == "/completions" else reply())]
+    with running(fake) as address:
+        scores = evaluate(connect(f"{address}#tiny", ServerOptions()), suite)
+    paths = {re.sub("/v1", "", body["path"]) for body in fake.bodies}
+    assert paths == {"/completions", "/chat/completions"}
+    assert scores.model == f"{address}#tiny"
+    assert scores.form == "chat template"
+
+
+def test_a_journal_serves_the_same_requests_alone(mine, tmp_path):
+    fake = Fake((200, reply()))
+    with running(fake) as address, journal_beside(tmp_path / "out.json") as journal:
+        asked(address, mine, journal)
+        asked(address, mine, Journal(journal.path))
+        assert len(fake.bodies) == 2
+        fake.models = (200, {"data": [{"id": "tiny", "meta": {"size": 2}}]})
+        asked(address, mine, Journal(journal.path))
+        assert len(fake.bodies) == 4  # another model behind the address
