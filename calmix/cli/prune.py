@@ -156,14 +156,17 @@ def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
         line(f"matrices by type: {kinds}{why}")
     if report.bits is not None:
         zeros = "" if types else f", {report.sparsity:.1%} zeros"
-        exported = ""
-        if LEAST <= report.bits <= MOST or report.method != BITS_METHOD:
+        exported, weights, bits = "", report.weights, report.bits
+        if types:
+            weights = sum(layer.rows * layer.columns for layer in typed)
+            taken = sum(layer.rows * layer.columns * (layer.bits or 0) for layer in typed)
+            bits = taken / weights
+        if LEAST <= bits <= MOST or report.method != BITS_METHOD:
             exported = (
-                f": {size_text(report.weights * report.bits / 8)} of "
-                f"{size_text(2 * report.weights)} in 16 bits, once exported (calmix export --to "
-                f"{'gguf' if types else 'pack'})"
+                f": {size_text(weights * bits / 8)} of {size_text(2 * weights)} in 16 bits, once "
+                f"exported (calmix export --to {'gguf' if types else 'pack'})"
             )
-        line(f"{report.bits:.2f} bits per weight{zeros}{exported}, {done}")
+        line(f"{bits:.2f} bits per weight{zeros}{exported}, {done}")
     elif report.layers:
         line(
             f"{report.pruned:,} of {report.weights:,} weights pruned ({report.sparsity:.4%}) {done}"

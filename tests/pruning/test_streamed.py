@@ -18,13 +18,13 @@ from calmix.models.attention import use_own_attention
 from calmix.models.opening import fingerprint
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import Unstructured, budget, get_method, prune
-from calmix.pruning.allocation import OutlierPass
+from calmix.pruning.allocation import LossPass, OutlierPass
 from calmix.pruning.budget import Plan
 from calmix.pruning.checkpoint import prune_streamed, write_checkpoint
 from calmix.pruning.engine import Run
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
-from calmix.pruning.solvers.grids import read_grids
+from calmix.pruning.solvers.grids import read_blocks, read_grids
 from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder, read_record
 from calmix.specs import prune_request
@@ -272,6 +272,7 @@ def command(deep, text_file):
 SPARSEGPT, DROP = ("--sparsity", 0.5), ("--drop-experts", 0.25)
 MAGNITUDE, WANDA = ((*SPARSEGPT, "--method", name) for name in ("magnitude", "wanda"))
 EMBEDDED = ("--bits", 4, "--embeddings", 5)
+MIXED = ("--method", "ggml,bits=5.5")
 DEEP = {kind: {"num_hidden_layers": 5} for kind in ("llama", "qwen3_moe")}
 
 
@@ -285,6 +286,7 @@ DEEP = {kind: {"num_hidden_layers": 5} for kind in ("llama", "qwen3_moe")}
         ("qwen3_moe", SPARSEGPT, "solved", 2),
         ("mixtral", DROP, "scored", 0),
         ("llama", (*SPARSEGPT, "--allocation", "owl"), "counted", 0),
+        ("llama", MIXED, "outside", 0),
         *(
             (kind, EMBEDDED, *at)
             for kind in ("llama", "gemma4_text")
@@ -307,6 +309,8 @@ DEEP = {kind: {"num_hidden_layers": 5} for kind in ("llama", "qwen3_moe")}
 def test_killed_prune_resumes_to_the_same_bytes(
     calmix, text_file, tmp_path, monkeypatch, kind, asked, moment, block
 ):
+    if asked == MIXED:
+        pytest.importorskip("libggml")
     model = save_tiny_model(tmp_path / "model", kind, **DEEP.get(kind, {}))
     data = () if asked == MAGNITUDE else ("--calibration", text_file, *SMALL)
     command = ("prune", model, *data, *asked, "-o")
@@ -319,7 +323,7 @@ def test_killed_prune_resumes_to_the_same_bytes(
         # Those of others, which cannot change the bytes, make no other request.
         assert versions.keys() == {"calmix", "torch", "transformers", "tokenizers"}
     with monkeypatch.context() as patched:
-        for look in (OutlierPass, ScorePass):  # what was seen is kept
+        for look in (LossPass, OutlierPass, ScorePass):  # what was seen is kept
             patched.setattr(look, "block", None)
         ended = calmix(*command, cut, "--resume").ok()
     assert ("finished by an earlier run" in ended.err) == (moment == "renamed")
@@ -327,10 +331,13 @@ def test_killed_prune_resumes_to_the_same_bytes(
     assert calmix(*command, whole).code == 0
     assert hashes(cut) == hashes(whole)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "model", "text.txt", "whole"]
-    found, grids = load_weights(whole), read_grids(whole)
-    for name in (f"{one['name']}.weight" for one in pruning_of(whole)["outer"]):
-        levels = grids[name].values(grids[name].levels(found[name]))
-        assert torch.equal(levels.to(found[name].dtype), found[name])
+    found, grids = load_weights(whole), read_grids(whole) | read_blocks(whole)
+    outer = [f"{one['name']}.weight" for one in pruning_of(whole)["outer"]]
+    assert bool(outer) == (asked in (EMBEDDED, MIXED))
+    for name in outer:
+        grid = grids[name]
+        own = grid.values(*([grid.levels(found[name])] if asked == EMBEDDED else []))
+        assert torch.equal(own.to(found[name].dtype), found[name])
 
 
 def test_other_files_are_copied_and_checked_on_resume(calmix, tmp_path):
