@@ -35,6 +35,7 @@ from calmix.pruning.solvers.libggml import quantise
 OUTLIER = 5.0  # times the mean
 SPREAD = 0.16  # difference between the highest and the lowest sparsity of `owl`
 OWL, LOSS = "owl", "loss"
+LOGIT = 2.0  # loss of a squared error of a logit, in shares of a layer's output energy
 SAMPLED = 2**16  # weights of a matrix that are rounded to every type
 FILLED = 0.98  # share of the requested size that a file has at least
 ALIGNED = 32  # bytes that a tensor of a GGUF file is padded to
@@ -224,8 +225,12 @@ def cheapest(
 class LossPass(Run):
     """A pass over the dense model that measures what each matrix loses in each type of GGML.
 
+    The loss of the head is absolute: most of the energy of its outputs is common to all tokens of
+    the vocabulary, and makes no difference to their probabilities.
+
     Attributes:
-        losses: share of the output energy lost, by layer and type; embeddings and head included.
+        losses: share of the output energy lost, by layer and type; for the head, `LOGIT` times the
+            mean squared error of a logit.
     """
 
     name: ClassVar[str] = LOSS
@@ -239,7 +244,7 @@ class LossPass(Run):
 
     def _measure(self, layers: list[Prunable], statistic: Tensor) -> None:
         for layer in layers:
-            self.losses[layer.name] = rounding_losses(layer.view(), statistic)
+            self.losses[layer.name] = rounding_losses(layer.view(), statistic)[1]
 
     def outside(self) -> None:
         """Measure head and embeddings; all inputs of separate embeddings count alike."""
@@ -247,7 +252,9 @@ class LossPass(Run):
             if name in self.outer:
                 gram = None if number else self._head_gram(weight)
                 squares = torch.ones_like(weight[0]) if gram is None else gram.diagonal()
-                self.losses[name] = rounding_losses(weight, squares)
+                energy, losses = rounding_losses(weight, squares)
+                worth = 1.0 if gram is None else LOGIT * energy / self.report.tokens
+                self.losses[name] = {kind: worth * loss for kind, loss in losses.items()}
 
     def patterns(self, target: Pattern) -> dict[str, Pattern]:
         """Return types by layer for a file of at most the target's bits per weight, once all blocks
@@ -265,21 +272,21 @@ class LossPass(Run):
         return _extreme(matrices, 0) | chosen
 
 
-def rounding_losses(weight: Tensor, squares: Tensor) -> dict[str, float]:
-    """Return the share of a matrix's output energy that GGML's rounding loses, by type.
+def rounding_losses(weight: Tensor, squares: Tensor) -> tuple[float, dict[str, float]]:
+    """Return a row's mean output energy, and the share of it that GGML's rounding loses, by type.
 
     Args:
         weight: (rows, columns); some of its rows are rounded.
         squares: sum of squares of each input, (columns,).
     """
-    some = weight[:: max(1, weight.numel() // SAMPLED)].float()
+    some = weight[:: weight.numel() // SAMPLED | 1].float()  # of all places in a head, if odd
     squares = squares.float()
     energy = float((some.square() @ squares).sum()) or 1.0
     losses = {}
     for kind in types_for(weight.shape[1]):
         wrong = quantise(some, squares, name=kind.name).values() - some
         losses[kind.name] = float((wrong.square_() @ squares).sum()) / energy
-    return losses
+    return energy / len(some), losses
 
 
 def allocate(

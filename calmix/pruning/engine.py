@@ -43,7 +43,7 @@ from calmix.pruning.experts import EXPERT_BYTES, SMOOTHING, Routed, Step
 from calmix.pruning.gram import Gram, Statistic, inverse_factor, relative_error
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.base import Quantiser
-from calmix.pruning.patterns import Blocks, Pattern, Rate, Recipe, as_pattern
+from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 from calmix.pruning.solvers.block_grid import fitting, rounded_rows
 from calmix.pruning.solvers.ggml import Encoded
@@ -123,6 +123,11 @@ def prune(
         what = str(pattern)
         if isinstance(pattern, Recipe):
             pattern = pattern.types(model, blocks)
+        elif isinstance(pattern, Mixed):
+            raise InputError(
+                f"types for {pattern.bits:g} bits are chosen first: pass "
+                f"pattern=calmix.pruning.allocate(model, ids, '{pattern.bits:g} bits')"
+            )
     check_pattern(blocks, pattern, chosen)
     if chosen.needs is not None:
         input_embeddings: Any = model.get_input_embeddings  # a method of transformers' models

@@ -98,6 +98,16 @@ def test_a_recipe_covers_other_architectures_by_the_names_of_their_matrices():
         assert [types[name].type for name in outer] == ["Q8_0", "Q4_K"][: len(outer)]
 
 
+def test_types_are_for_one_method_alone():
+    model, ids = tiny_model("llama"), tiny_ids()
+    for method, says in (("sparsegpt", "choose --method ggml"), ("gptq", "takes --bits, not ")):
+        for target in ("Q3_K_M", "Q3_K blocks", "3 bits mixed"):
+            with pytest.raises(InputError, match=says):
+                prune(model, ids, method=method, pattern=target)
+    with pytest.raises(InputError, match=r"allocate\(model, ids, '3 bits'\)"):
+        prune(model, ids, method="ggml,bits=3")
+
+
 def test_names_are_those_of_files_and_one_type_is_named_apart():
     assert as_pattern("q3_k_m") == as_pattern("Q3_K") == Recipe("Q3_K_M")
     assert as_pattern("Q2_K") == Recipe("Q2_K")

@@ -11,6 +11,7 @@ from calmix.models import find_blocks
 from calmix.models.blocks import outer_layers
 from calmix.pruning import allocate, allocation, prune
 from calmix.pruning.allocation import (
+    LOGIT,
     LossPass,
     cheapest,
     file_bytes,
@@ -73,6 +74,10 @@ def test_losses_are_those_of_the_library_on_the_inputs_of_the_dense_model():
     wrong = (after - layer.view()).square() @ squares
     found = look.losses[layer.name]["IQ4_NL"]
     assert found == pytest.approx(float(wrong.sum() / energy.sum()), rel=0.02)
+    head, inputs = model.lm_head.weight, input_gram(model, model.lm_head, ids).diagonal().float()
+    wrong = quantise(head, inputs, name="Q4_0").values() - head
+    logit = float((wrong.square() @ inputs).mean()) / ids.numel()
+    assert look.losses["lm_head"]["Q4_0"] == pytest.approx(LOGIT * logit, rel=0.02)
     assert [kind.name for kind in types_for(512)][:2] == ["IQ2_XXS", "IQ2_XS"]
     assert {kind.size for kind in types_for(96)} == {32}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calmix.errors import InputError
 from calmix.pruning.gram import OUTPUTS, Factor, Gram, Squares, Statistic, inverse_factor
-from calmix.pruning.patterns import Pattern, Rate, Unstructured, clear
+from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, Unstructured, clear
 from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import Grid, Symmetric, check_group
 from calmix.pruning.solvers.refit import refit
@@ -117,10 +117,11 @@ class Method(BaseModel, ABC):
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
         """Refuse a pattern that the method cannot use or that does not fit a layer's width."""
-        if isinstance(pattern, Rate):
+        if isinstance(pattern, Rate | Blocks | Mixed | Recipe):
+            others = "ecq or gptq" if isinstance(pattern, Rate) else "ggml"
             raise InputError(
                 f"method {self.name} takes a sparsity, not {pattern} alone: add --sparsity, or "
-                "choose --method ecq or gptq"
+                f"choose --method {others}"
             )
         if columns % pattern.group:
             raise InputError(
