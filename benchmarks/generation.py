@@ -16,7 +16,7 @@ import time
 import torch
 
 from calmix import open_model
-from calmix.calibration.selfgen.writing import Request, write
+from calmix.calibration.selfgen.writing import WriteRequest, write
 from calmix.models.attention import cache_argument
 
 
@@ -50,7 +50,7 @@ def main() -> None:
                 ("with a repetition penalty", 0.9, {"repetition_penalty": 1.1}),
                 ("SGS's settings", 0.6, {"top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2}),
             ):
-                request = Request([[[9906]]] * rows, length, [warmth] * rows, seed=0, **how)
+                request = WriteRequest([[[9906]]] * rows, length, [warmth] * rows, seed=0, **how)
                 start = time.perf_counter()
                 write(opened, request, batch=rows)
                 seconds = time.perf_counter() - start

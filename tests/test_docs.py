@@ -1,5 +1,7 @@
 """The docs: commands parse, links resolve, walkthroughs run."""
 
+import ast
+import importlib
 import os
 import re
 import shlex
@@ -76,6 +78,17 @@ def test_every_benchmark_is_in_the_index():
     scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
     assert scripts == set(re.findall(r"\b(\w+\.py)\b", index)) - {"page.py"}
     assert len(scripts) <= 25
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "docs", "studies"])
+def test_scripts_import_names_that_exist(folder):
+    for script in (ROOT / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("calmix"):
+                module = importlib.import_module(node.module)
+                for name in (alias.name for alias in node.names):
+                    if not hasattr(module, name):
+                        importlib.import_module(f"{node.module}.{name}")
 
 
 def test_the_readme_is_short():
