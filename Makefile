@@ -85,7 +85,8 @@ url = $$(sed -n 's/^$(1) = "\(.*\)"/\1/p' pyproject.toml)
 # The documentation site, in out/site. A broken link is an error.
 docs: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -e '.[docs]'
-	rm -rf out/site-src && mkdir -p out/site-src
+	rm -rf out/site-src && mkdir -p out/site-src/benchmarks
+	cp benchmarks/README.md out/site-src/benchmarks
 	cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CITATION.cff LICENSE docs studies \
 	  out/site-src
 	$(BIN)/python docs/pages.py out/site-src/docs
