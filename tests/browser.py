@@ -34,7 +34,7 @@ needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="no Chromium is inst
 
 
 class Page:
-    """One page of the browser: `complaints` are console errors and warnings, uncaught exceptions
+    """A page of the browser: `complaints` are console errors and warnings, uncaught exceptions
     and failed requests so far, `requests` addresses that the open page asked for."""
 
     def __init__(self, socket):

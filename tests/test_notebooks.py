@@ -37,7 +37,7 @@ def outputs(book):
     ],
 )
 def test_notebook_runs(name, more, made, tmp_path, tiny_folder, monkeypatch):
-    """In a folder of its own."""
+    """Each runs in its own folder."""
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "assets").symlink_to(cache_dir() / "assets")
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))

@@ -20,7 +20,7 @@ def drawn(monkeypatch):
 
 @pytest.fixture
 def now(monkeypatch):
-    """A clock that stands still."""
+    """A stopped clock."""
     result = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: result[0])
     return result

@@ -68,7 +68,7 @@ def test_mix_parsing(names, parts):
 
 @st.composite
 def documents(draw):
-    """Documents in which no token occurs twice, so that every one tells where it is from."""
+    """Documents without repeated tokens, so that each token identifies its place."""
     sizes = draw(st.lists(st.integers(0, 30), max_size=8))
     ends = itertools.accumulate(sizes, initial=0)
     return [

@@ -1,4 +1,4 @@
-"""Every kind of user error that the options allow, verb by verb: each prints one line.
+"""Every kind of user error that the options allow, command by command: each prints one line.
 
 Nothing is downloaded, computed or written before it.
 """
@@ -126,7 +126,7 @@ DISK = "compress", "prune", "recover", "export --to model", "study run"
 
 
 def commands(group, name=""):
-    """Yield every verb with its command."""
+    """Yield the name of every command, and the command."""
     for key in group.list_commands(None):
         command = group.get_command(None, key)
         if hasattr(command, "commands"):

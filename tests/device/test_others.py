@@ -33,7 +33,7 @@ def masters_of(model, names):
 
 @pytest.fixture
 def gradients(monkeypatch):
-    """Say which tensors get a gradient, of its own type, where one is asked for."""
+    """A list of tensors that get an empty gradient instead of a computed one."""
     learning = []
 
     def backward(loss):

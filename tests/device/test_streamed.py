@@ -21,7 +21,7 @@ BATCHES, ROWS, LENGTH = 3, 2, 32
 
 
 class Inline:
-    """Does at once, and in this thread, what is counted."""
+    """An executor that runs tasks immediately in this thread."""
 
     def submit(self, act, *given):
         done = Future()

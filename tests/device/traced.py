@@ -1,8 +1,8 @@
 """A simulated device: operations run on tensors without data, and are counted.
 
 PyTorch's FakeTensorMode follows types, shapes and devices through every operation, so a CPU build
-can run what a GPU would. What needs numbers on the host is answered here and counted: every such
-read makes a real host wait. Used by the tests.
+can run what a GPU would. Reads by the host are answered here and counted: each
+one would make a real host wait.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _converted(tensor: Tensor, *to: Any, copy: bool = False, **options: Any) -> 
 
 
 def _viewed(tensor: Tensor, key: Any) -> tuple[Tensor, list[Tensor | None]]:
-    """Apply the numbers, slices and new axes of an index; return what is left to choose by."""
+    """Apply the numbers, slices and new axes of an index; return the tensors that remain in it."""
     keys = list(key) if isinstance(key, tuple) else [key]
     if Ellipsis in [k for k in keys if k is Ellipsis]:
         at = next(i for i, k in enumerate(keys) if k is Ellipsis)
@@ -253,10 +253,10 @@ def _is_mask(key: Any) -> bool:
 
 @contextmanager
 def tracing(device: str | None = "cuda") -> Iterator[Traced]:
-    """Make tensors fake and count what is done with them.
+    """Make tensors fake and count the operations on them.
 
     Args:
-        device: where they are made that nobody says of where; None for the CPU.
+        device: the default device of new tensors; None for the CPU.
     """
     traced = Traced()
     where = torch.device(device or "cpu")
@@ -279,13 +279,13 @@ def empty_model(
     device: str = "cuda",
     change: Callable[[Any], None] = lambda model: None,
 ) -> Any:
-    """Return a causal language model without numbers.
+    """Return a causal language model without data.
 
     Args:
         config: transformers' configuration.
         dtype: of its weights.
-        device: where it is said to be.
-        change: puts other modules in the place of some.
+        device: where it appears to be.
+        change: replaces some of its modules.
     """
     from transformers import AutoModelForCausalLM
 

@@ -35,13 +35,13 @@ NAMES = (
     "evaluate",
     "study",
 )
-CACHED = ("generate", "evaluate", "study")  # what keeps something in the cache
+CACHED = ("generate", "evaluate", "study")  # commands that use the cache
 
 
 @dataclass(frozen=True)
 class Verb:
-    """A command that writes `out` in a folder: its arguments, and what must be the same, given that
-    folder; what reads the result and tells damage, if anything does; and options to start over."""
+    """A command that writes `out` in a folder: its arguments, its result to compare, a command that
+    detects damage in the result (if there is one), and options to start over."""
 
     arguments: Callable[[Path], tuple[object, ...]]
     result: Callable[[Path], Mapping[str, object]]
@@ -131,12 +131,12 @@ def _study(folder):
 
 
 class Place:
-    """Where a verb is tried: its folders, and what an undisturbed run gives."""
+    """The folders of one command under test, and the result of an undisturbed run."""
 
     def __init__(self, name, verb, folder):
         self.name, self.verb, self.folder = name, verb, folder
         self.log = folder / "log"
-        self.assets = cache_dir() / "assets"  # asked here: a fork has this verb's own cache
+        self.assets = cache_dir() / "assets"  # before a fork sets its own cache
         clean = self.fresh("clean")
         self.whole = self.run(clean)
         assert not self.whole.code, f"undisturbed: {self.whole.errors[-300:]}"
@@ -151,30 +151,30 @@ class Place:
         return self.folder / name
 
     def run(self, at, *options, **how):
-        """Run the verb in a fork."""
+        """Run the command in a fork."""
         return run(self.acts(at, *options), self.log, **how)
 
     def acts(self, at, *options):
-        """Return what runs the verb, with the cache of its own."""
+        """Return a function that runs the command with its own cache."""
 
         def act():
             os.environ["CALMIX_CACHE"] = str(self.folder / "cache")
-            distill.SAVING = 0  # every state is kept: there is something to damage
+            distill.SAVING = 0  # saves every state, so that there are files to damage
             command(*self.verb.arguments(at), *options)()
 
         return act
 
     def moment(self, rng):
-        """Return processor seconds at which a run is at work, or has just ended."""
+        """Return a time, in processor seconds, during a run or just after it."""
         return rng.uniform(0, 1.05) * self.whole.seconds
 
     def judge(self, at, again):
-        """Check the result of the verb asked again."""
+        """Check the result of running the command again."""
         assert not again.code or (again.line and "exists" in again.errors), again.errors
         got = self.verb.result(at)
         names = [n for n in {**self.wanted, **got} if self.wanted.get(n) != got.get(n)]
         assert not names, (names, again.errors[-600:], sorted(tree(at)))
 
     def seeded(self, fault, number):
-        """Return what decides a try."""
+        """Return the random generator of one attempt."""
         return random.Random(zlib.crc32(f"{self.name}/{fault}/0/{number}".encode()))

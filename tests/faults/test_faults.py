@@ -26,7 +26,7 @@ def place(request, chosen, tmp_path_factory):
 
 
 def tries(count, *, now=0, names=NAMES):
-    """Try a test so often upon every verb, or in `make test` as often as `now` upon one."""
+    """Repeat a test `count` times for every command; in `make test`, `now` times for one."""
     chosen = [(name, number) for name in names for number in range(count)]
     few = [("prune targets", number) for number in range(now)]
     return pytest.mark.parametrize(("place", "number"), chosen if LONG else few, indirect=["place"])
@@ -34,7 +34,7 @@ def tries(count, *, now=0, names=NAMES):
 
 @tries(60, now=1)
 def test_killed_command_resumes(place, number):
-    """End a verb at a seeded moment, up to three times in a row, and ask for it again."""
+    """Kill a command at a seeded moment, up to three times in a row, then run it again."""
     how = "kill" if number < 50 else "interrupt"
     rng, folder = place.seeded(how, number), place.fresh("tried")
     for _ in range(rng.choice([1, 1, 2, 3])):
@@ -47,10 +47,10 @@ def test_killed_command_resumes(place, number):
 
 @tries(50, now=2)
 def test_damaged_file_is_reported_or_harmless(place, number):
-    """End a verb, damage one file of what it has left, and ask for it again or read it.
+    """Stop a command, damage one of its files, then run it again or inspect the result.
 
-    Of a whole result, `inspect` must tell; of an unfinished one, the verb: it stops in one line,
-    and starts over if told to.
+    `inspect` must report damage to a finished result. With an unfinished one the command stops with
+    one line, or starts over if requested.
     """
     rng, folder, verb = place.seeded("damage", number), place.fresh("tried"), place.verb
     place.run(folder, after=None if number % 2 else place.moment(rng))
@@ -87,7 +87,7 @@ def damage(rng, files):
 
 
 def both(place, *folders):
-    """Return how a verb ended in two folders, started in both at once."""
+    """Run the command in two folders at once; return how each run ended."""
     logs = [place.folder / f"log-{number}" for number in (0, 1)]
     children = [start(place.acts(at), log) for at, log in zip(folders, logs, strict=True)]
     return [wait(child, log) for child, log in zip(children, logs, strict=True)]
@@ -113,7 +113,7 @@ def test_concurrent_cache_use(place, number):
 @pytest.mark.parametrize("share", [None, 0.1, 0.4, 0.7, 0.9, 1.0])
 @pytest.mark.parametrize("place", NAMES if LONG else [], indirect=True)
 def test_full_or_read_only_disk_is_one_line(place, share):
-    """Once there is room, the verb has its result."""
+    """Once there is room, the command succeeds."""
     disk = place.fresh("disk")
     size = sum(path.stat().st_size for path in (place.folder / "clean").rglob("*"))
     room = "ro" if share is None else f"size={max(4096, int(share * size))}"

@@ -118,7 +118,7 @@ def test_invalid_model_names(tmp_path, tiny_folder):
 
 
 def test_duplicate_weights_are_read_once(tiny_folder, tmp_path, monkeypatch):
-    """Mistral's own format is beside the shards."""
+    """Mistral's own format lies beside the shards."""
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     before = open_model(str(folder)).fingerprint
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
@@ -240,8 +240,8 @@ def test_concurrent_dequantisation_happens_once(tmp_path, monkeypatch):
 
 
 def test_gguf_file_is_read_alone(tmp_path, monkeypatch):
-    """transformers prefers a tokenizer beside it, and weights of its name in the current folder; it
-    makes up weights that the file lacks."""
+    """transformers prefers a tokenizer beside the file, and weights of its name in the current
+    folder; it initialises missing weights at random."""
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     own, here = tmp_path / "own", tmp_path / "here"
     whole = tiny_model("llama").state_dict()

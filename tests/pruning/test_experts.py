@@ -28,7 +28,7 @@ def test_expert_modules_are_refused():
 
 
 def inputs_of(model, routed, ids, step):
-    """Every expert's input at a step, of its own tokens and of those that stand for all."""
+    """Yield the inputs of every expert at a step: its own tokens and a sample of all."""
     module, count = routed.module, routed.mixture.count
     hidden, *chosen = given_to(module, model, ids)[0]
     flat = hidden.reshape(-1, hidden.shape[-1])

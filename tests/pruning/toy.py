@@ -25,7 +25,7 @@ class Absolute(Statistic):
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor on the CPU that says it lies on an accelerator, without products of its own."""
+    """A tensor on the CPU that claims to be on an accelerator."""
 
     device = property(lambda self: torch.device("xpu"))
 

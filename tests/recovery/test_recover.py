@@ -26,7 +26,7 @@ METHODS = ("distill", "blocks")
 
 
 def kl(models, place, told):
-    """KL from the last model to the others, by the held-out rows of a recovery."""
+    """KL from the last model to the others on the held-out rows of a recovery."""
     ids = load_file(place / "set" / "calibration.safetensors")["ids"][told["held_out"]]
     with torch.no_grad():
         *others, p = (model(ids).logits.float().log_softmax(-1) for model in models)
@@ -69,7 +69,7 @@ def command(place, output, method, *more, pruned="half", dense="dense"):
 
 
 def arm(moment, number):
-    """End this process once so many blocks or steps are done; a distillation keeps every state."""
+    """Kill this process after `number` blocks or steps; distillation saves every state."""
     distill.SAVING = 0
     stopper.arm(moment, number - 1)
 

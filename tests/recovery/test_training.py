@@ -72,7 +72,7 @@ def test_micro_batches(batch, length, rows):
 
 
 def curve(held_out, steps=20, **how):
-    """Train on items of no loss, with these readings of what is held out and no step taken."""
+    """Train without loss or steps, with these held-out losses."""
     readings, rates, progress = iter(held_out), [], TrainingState(steps)
     masters = SimpleNamespace(step=rates.append)
 
