@@ -27,8 +27,11 @@ LANGUAGES = {  # common words that identify a language
 }
 FENCE = "```"
 CODE = re.compile(r"```[^\S\n]*[a-zA-Z0-9+]*\s*\n(.*?)(?:```|`{0,2}\Z)", re.DOTALL)
-EXPONENT = re.compile(r"(?<=[\w)\]}])(?:\^|\*\*)\s*(?:\{[^{}]*\}|[-+]?[\w.]+)")
-FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+EXPONENT = re.compile(
+    r"(?<=[\w)\]}])(?:(?:\^|\*\*)\s*(?:\{[^{}]*\}|[-+]?[\w.]+)|[\u00b9\u00b2\u00b3\u2070-\u207b]+)"
+)
+FRACTION = re.compile(r"((?<![\w)\]}])-)?\\[dt]?frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d))")
+VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")  # one character, as in "3½"
 GAP = re.compile(r"(?<=\d)(?:\\[,;!]|\{,\}|[\u00a0\u2009\u202f])(?=\d{3})")  # between thousands
 NUMBER = re.compile(
     r"(?<![\w^./])(?P<minus>-?)\$?(?:(?P<whole>\d{1,9}) (?=\d+/\d))?"
@@ -87,7 +90,7 @@ def short_text(text: str) -> str:
     """Normalise a short answer for comparison, as SQuAD does (arXiv 1606.05250), but keep signs and
     points ("-5", "1.5", "C++"), write counts up to twelve in digits, and keep an article or
     punctuation that is the whole answer or its last word ("A", "vitamin A")."""
-    kept = text.replace("\N{MINUS SIGN}", "-").lower().strip()
+    kept = unicodedata.normalize("NFC", text).replace("\N{MINUS SIGN}", "-").lower().strip()
     kept = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", kept)
     kept = PUNCTUATION.sub(lambda sign: (sign[1] or "").replace("$", ""), kept)
     words = re.sub(r"\b(a|an|the)\s+(?=\S)", " ", kept).split()
@@ -189,7 +192,11 @@ def _listed(text: str) -> str:
 def numbers(text: str) -> list[Fraction]:
     """Return the numbers in a text: with signs, points, separated thousands ("18 000") and
     fractions ("3/4", "1 1/2"); not exponents, ordinals and parts of words or dates."""
-    text = FRACTION.sub(r" \1/\2 ", GAP.sub(",", text.replace("\N{MINUS SIGN}", "-")))
+    text = VULGAR.sub(_in_latex, text)
+    text = FRACTION.sub(
+        lambda one: f" {one[1] or ''}{one[2] or one[4]}/{one[3] or one[5]} ",
+        GAP.sub(",", text.replace("\N{MINUS SIGN}", "-")),
+    )
     found = []
     for one in NUMBER.finditer(EXPONENT.sub("^", text)):
         under = int(one["under"] or 1)
@@ -198,6 +205,12 @@ def numbers(text: str) -> list[Fraction]:
             value += int(one["whole"] or 0)
             found.append(-value if one["minus"] else value)
     return found
+
+
+def _in_latex(vulgar: re.Match[str]) -> str:
+    """Return a fraction of one character in LaTeX."""
+    over, under = unicodedata.normalize("NFKC", vulgar[0]).split("\N{FRACTION SLASH}")
+    return rf"\frac{{{over}}}{{{under}}}"
 
 
 def same_number(answer: str, right: str) -> bool:

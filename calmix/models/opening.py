@@ -71,6 +71,7 @@ TOKENIZER_FILES = (
     "*.model",
     "*.tiktoken",
 )
+ASKING_FILES = ("chat_template.*", "generation_config.json")  # how a model is asked and answers
 REPEATED = ["*consolidated*.safetensors"]  # a second copy of the weights, in Mistral's format
 # Size keys, checked against the weights: depths by their number, widths by the largest tensor.
 DEPTHS = (
@@ -149,7 +150,8 @@ class ModelFiles:
 
     def _stat(self) -> dict[str, tuple[int, ...]]:
         stats = dict[str, tuple[int, ...]]()
-        for name in [*model_files(self.folder), *map(str, matching(self.folder, TOKENIZER_FILES))]:
+        beside = map(str, matching(self.folder, (*TOKENIZER_FILES, *ASKING_FILES)))
+        for name in [*model_files(self.folder), *beside]:
             with contextlib.suppress(FileNotFoundError):
                 stat = (self.folder / name).stat()
                 stats[name] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -441,7 +441,12 @@ def test_rewritten_identical_file_is_accepted(deep, tmp_path):
     assert streamed.files.sha256 == fingerprint(model)
     file.write_bytes(file.read_bytes())
     streamed.files.check()
-    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(PassingError, match="changed while they were read"):
+        streamed.files.check()
+    (tmp_path / "tokenizer.json").rename(model / "tokenizer.json")
+    streamed.files.check()
+    (model / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(PassingError, match="changed while they were read"):
         streamed.files.check()
 
