@@ -21,7 +21,7 @@ from calmix.errors import InputError
 from calmix.files import RESULTS, is_hidden, read_object, sha256_file, sha256_json
 from calmix.machine import cores
 
-SEAL = "manifest_sha256"
+SEAL, GGUF = "manifest_sha256", ".gguf"
 ROLES = ("model", "against", "calibration")  # what a result is made from, in its record
 # Dependencies whose versions can change the bytes of a result. The others read, plot, print or move
 # files; a run saves its calibration set, so resuming does not depend on them either.
@@ -87,11 +87,18 @@ class Input(NamedTuple):
         return f"{self.name} ({self.sha256[:12]})"
 
 
+def record_file(path: Path) -> Path | None:
+    """Return the record of a result: the manifest in its folder, the one beside a GGUF file, or the
+    file itself; None if there is none."""
+    named = [path.with_name(f"{path.name}.json") if path.suffix == GGUF else path]
+    if path.is_dir():
+        named = [path / names[0] for names in RESULTS.values()]
+    return next(filter(Path.is_file, named), None)
+
+
 def read_record(path: Path) -> dict[str, Any]:
-    """Read the sealed record of a result: the file itself, or the manifest in its folder."""
-    named = [path / names[0] for names in RESULTS.values()] if path.is_dir() else [path]
-    file = next(filter(Path.is_file, named), None)
-    if file is None:
+    """Read the sealed record of a result."""
+    if (file := record_file(path)) is None:
         raise InputError(f"{path} is not a result of calmix: it has no manifest")
     return read_sealed(file, "")
 

@@ -309,9 +309,19 @@ class Target(DeviceOptions):
     sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.")
     pattern: str | None = option(None, "N:M instead of a sparsity, e.g. 2:4.")
     bits: float | None = option(
-        None, "Bits per weight: 2.8; with a sparsity, per kept weight.", shown="4.5", gt=0, le=8
+        None, "Bits per weight of the file: 3.4; with a sparsity, per kept weight.", gt=0, le=8
     )
-    size: str | None = option(None, "Packed size instead of --bits: 120MB, or 0.25 of dense.")
+    type: str | None = option(None, "GGUF: llama.cpp's recipe, e.g. Q3_K_M.", shown="Q4_K_M")
+    size: str | None = option(None, "Size of the file instead of --bits: 1.2GB, or 0.25 of dense.")
+    product: Literal["gguf", "none", "storage"] | None = option(
+        None,
+        "GGUF file, plain safetensors, or a pack for storage.",
+        flag="--for",
+        shown="gguf; none with a sparsity",
+    )
+    like: Path | None = option(
+        None, "GGUF: an existing file of the same model.", metavar="FILE", shown="its own"
+    )
     keep_at_least: str | None = option(
         None, "Smallest model that provably keeps this: code=0.9,math=0.7.", metavar="FLOORS"
     )

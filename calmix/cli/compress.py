@@ -17,7 +17,7 @@ from calmix.errors import InputError
 from calmix.evaluation.scores import load_pairs
 from calmix.files import cached_sha256, check_output_file, write_json, write_text
 from calmix.options import Compression, Share, advanced, option, path_option
-from calmix.progress import duration
+from calmix.progress import Progress, duration
 
 
 @verb("compress")
@@ -70,7 +70,7 @@ def compress(
             raise typer.Exit(1)
     page, card = output / PAGE, read_card(output)
     result |= {
-        "model": str(output / "model"),
+        "model": str(card.model),
         "card": str(page),
         "seconds": seconds,
         "behaviour": card.behaved.to_dict(),
@@ -79,15 +79,19 @@ def compress(
     for text in (card.shortly, words.against_itself(card.behaved)):
         if text:
             line(words.wrapped(text, rest="  "))
-    for text in (
-        f"size: {card.sizes}",
-        f"speed: {card.speed}",
-        f"card: {page}, after {duration(time.monotonic() - began)}",
-        f"next: {card.next}",
-    ):
-        line(text)
+    line(f"size: {card.sizes}")
+    if card.speed:
+        line(f"speed: {card.speed}")
+    if card.file and card.substitutes:
+        line(
+            f"types: {card.substitutes} matrices have a substitute: 256 does not divide their rows"
+        )
+    for command in card.runs:
+        line(f"run: {command}")
+    line(f"card: {page}, after {duration(time.monotonic() - began)}")
+    line(f"next: {card.next}")
     if card.instead:
-        line(f"at this size: {card.instead}")
+        line(f"instead: {card.instead}")
     if open:
         webbrowser.open(page.resolve().as_uri())
 
@@ -110,7 +114,8 @@ def report(
             raise InputError(f"cannot write a page to {output}: name an .html file")
     if len(folders) == 1:
         output = output or folders[0] / PAGE
-        write_card(folders[0], output)
+        with Progress() as bar:
+            write_card(folders[0], bar, output)
     elif output is None:
         raise InputError("several folders need an output page: name it with -o")
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import re
 import shlex
 from collections import Counter
@@ -18,46 +17,44 @@ from calmix.calibration import CalibrationSet, saved_set
 from calmix.compression.plan import (
     BEHAVIOUR,
     EFFORTS,
-    MOST,
     PACK,
     SCORES,
     Request,
-    packed_bytes,
     slices,
     target,
 )
-from calmix.compression.results import verified
+from calmix.compression.results import read_compressed, verified
 from calmix.compression.stages import StageRequest
-from calmix.errors import InputError
+from calmix.deploy.speed import INSTALL, engine, measure
+from calmix.errors import InputError, ModelError
 from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.generations import Answered, Prompt, load_answers
 from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import check_same_suite, load_pairs
 from calmix.evaluation.suites import load_suite, provenance
-from calmix.files import size_text, user_path, write_text
-from calmix.manifest import read_sealed
+from calmix.files import size_text, user_path, write_json, write_text
+from calmix.manifest import GGUF, read_record, read_sealed, sealed
 from calmix.models import builtin_models
-from calmix.models.shards import Place, stored_tensors, weight_dtype
+from calmix.models.shards import weight_bytes
 from calmix.options import option_words
 from calmix.progress import Progress
-from calmix.pruning.checkpoint import MANIFEST
 from calmix.pruning.solvers.grids import SCALES
 from calmix.report import charts, words
 from calmix.report.charts import LOOKS, Chart
 from calmix.report.pages import render
 from calmix.sources import builtin_sources
 from calmix.sources.licences import use_of
-from calmix.yaml_files import packaged
 
 WEIGHTS = ".safetensors"
-PAGE = "card.html"
+PAGE, README, MODELFILE, SPEED = "card.html", "README.md", "Modelfile", "speed.json"
 
 
 @dataclass(frozen=True)
 class Card:
     """The facts about one compressed model; `asked` is the request, `pruning`, `calibration` and
-    `recoveries` come from its manifest. `tasks` and `hashes` are tables."""
+    `recoveries` come from its manifest, `file` from the record of a GGUF file, and `speeds` from
+    the measurement of its speed. `tasks` and `hashes` are tables."""
 
     out: Path
     name: str
@@ -66,8 +63,11 @@ class Card:
     licence: str
     origin: str
     pruning: Mapping[str, Any]
+    model: Path
     size: int
     packed: int
+    file: Mapping[str, Any]
+    speeds: Mapping[str, Any]
     calibration: Mapping[str, Any]
     recoveries: tuple[Mapping[str, Any], ...]
     pairs: Sequence[Pair]  # the scores of both models on each suite
@@ -75,27 +75,36 @@ class Card:
     tasks: list[dict[str, str]]  # that were scored, with origin and licence
     hashes: list[dict[str, str]]  # of inputs and outputs
 
-    @cached_property
-    def stored(self) -> dict[str, Place]:
-        """The tensors in the model's files, which a page of several models does not need."""
-        return stored_tensors(self.out / "model")
-
-    @property
-    def width(self) -> int:
-        """Bits of a stored weight."""
-        return 8 * weight_dtype(self.stored).itemsize
-
-    @property
-    def outer(self) -> int:
-        """Number of weights outside the linear layers."""
-        every = sum(math.prod(place.shape) for place in self.stored.values())
-        return every - int(self.pruning["weights"])
-
     @property
     def speed(self) -> str:
-        """Speed compared with the dense model, and why."""
-        formats = "(for formats of engines: calmix export --help)"
-        return f"unchanged: plain {self.width}-bit weights {formats}"
+        """Tokens per second and memory beside the dense model; empty if no engine runs it."""
+        if not self.speeds:
+            return f"{INSTALL} to measure it with calmix report {self.out}" if self.file else ""
+        return "; ".join(
+            f"{which} in {name}: prompt {one['prompt']:.0f} tokens/s, writing "
+            f"{one['writing']:.0f}, {size_text(one['memory'])} of memory"
+            for which, name in (("the file", "llama.cpp"), ("dense", "transformers"))
+            for one in [self.speeds[name]]
+        )
+
+    @property
+    def runs(self) -> list[str]:
+        """The commands that run a GGUF file."""
+        if not self.file:
+            return []
+        file, modelfile = shlex.quote(str(self.model)), shlex.quote(str(self.out / MODELFILE))
+        return [f"llama-cli -m {file}", f"ollama create {self.name} -f {modelfile}"]
+
+    @property
+    def bits(self) -> float | None:
+        """Bits per weight of a GGUF file, embeddings and vectors included."""
+        return self.file.get("bits")
+
+    @property
+    def substitutes(self) -> int:
+        """Number of matrices of a GGUF file whose rows do not fit blocks of 256."""
+        layers = (*self.pruning["layers"], *self.pruning["outer"])
+        return sum(bool(one["type"] and one["columns"] % 256) for one in layers)
 
     @cached_property
     def kept(self) -> Retention | None:
@@ -128,7 +137,7 @@ class Card:
         """What was done to which model."""
         name = self.asked["model"].rstrip("/").rpartition("/")[2].removeprefix("builtin:")
         rate = " per kept weight" if self.done == "pruned" else " per weight"
-        rate *= bool(self.pruning.get("bits"))
+        rate *= self.asked["bits"] is not None
         return f"{name} {self.done} to {target(self.asked)}{rate}"
 
     @cached_property
@@ -150,7 +159,8 @@ class Card:
         """Bytes of the weights on disk before and after."""
         dense = self.record.get("dense_bytes") or 0
         sizes = (dense, "dense"), (self.size, self.done), (self.packed, "packed")
-        return ", ".join(f"{size_text(size)} {name}" for size, name in sizes if size)
+        line = ", ".join(f"{size_text(size)} {name}" for size, name in sizes if size)
+        return f"{line}, {self.bits:.2f} bits per weight" if self.bits else line
 
     @property
     def disk(self) -> str:
@@ -170,8 +180,7 @@ class Card:
             **request.how,
         }
         written = "-o", self.out / BEHAVIOUR, "--overwrite"
-        model = self.out / "model"
-        return words.measuring(model, request.model, *option_words(options), *written)
+        return words.measuring(self.model, request.model, *option_words(options), *written)
 
     @property
     def next(self) -> str:
@@ -179,45 +188,32 @@ class Card:
         builtin = self.asked["suite"] in ("offline", "abilities")  # else not by `measure`
         if self.behaved.answers is None or (builtin and self.behaved.not_run):
             return self.measure
-        return shlex.join(["hf", "upload", f"NAME/{self.name}", str(self.out / "model")])
+        upload = ["hf", "upload", f"NAME/{self.name}"]
+        if not self.file:
+            return shlex.join([*upload, str(self.model)])
+        files = (f"--include={one}" for one in (self.model.name, README))
+        return shlex.join([*upload, str(self.out), ".", *files])
 
     @property
     def instead(self) -> str:
-        """A hint to quantise to the size of a sparse model; empty for a quantised one."""
-        if self.pruning.get("bits") or not self.packed:
+        """A hint to quantise, for a sparse model."""
+        if self.done == "quantised":
             return ""
-        size = ["--size", size_text(self.packed).replace(" ", "")]
-        if self.packed > packed_bytes(MOST, self.pruning["weights"], self.outer):
-            size = ["--bits", f"{MOST:g}"]  # --size takes no more than that
-        command = ["calmix", "compress", self.asked["model"], "-o", f"{self.out}-bits", *size]
+        command = ["calmix", "compress", self.asked["model"], "-o", f"{self.out}-gguf"]
         return f"quantising usually keeps more than pruning; try {shlex.join(command)}"
-
-    @cached_property
-    def frontier(self) -> list[dict[str, str]]:
-        """Packs of this model at other bits, estimated, and what measured models keep there."""
-        if not self.packed:
-            return []
-        weights, kept = self.pruning["weights"], self.behaved.answers
-        measured = packaged("report/frontier.yaml")
-        models = ["this model", *measured[max(measured)]]
-        own: Any = {"this model": kept and kept.share.value}
-        rows = [(float(self.packed), f"this model, {target(self.asked)}", own)]
-        rows += [
-            (packed_bytes(bits, weights, self.outer), f"{bits:g} bits", shares)
-            for bits, shares in measured.items()
-        ]
-        return [
-            {
-                "weights at": name,
-                "#packed, MB": words.megabytes(size),
-                **{f"#{model} keeps %": words.percent(shares.get(model)) for model in models},
-            }
-            for size, name, shares in sorted(rows, key=lambda row: row[:2], reverse=True)
-        ]
 
     @property
     def removed(self) -> str:
-        """How many weights are zero, and the bits per weight."""
+        """How many weights are zero, the bits per weight, and the types of a GGUF file."""
+        if self.file:
+            types = ", ".join(f"{count} {name}" for name, count in self.file["types"].items())
+            text = f"The file has {self.bits:.2f} bits per weight, in {types} tensors."
+            if count := self.substitutes:
+                text += (
+                    f" Blocks of 256 do not fit the rows of {count} matrices, which have the types "
+                    "that llama.cpp uses instead."
+                )
+            return text
         rate, weights, pruned = "", self.pruning["weights"], self.pruning["pruned"]
         if bits := self.pruning.get("bits"):
             rate = f" Once packed, a weight takes {bits:.2f} bits"
@@ -330,12 +326,14 @@ class Card:
 
 def read_card(out: Path) -> Card:
     """Read the card of the model in a folder of `calmix compress`."""
-    record, results = verified(out, "model", SCORES)
-    asked, folder = record["request"], out / "model"
+    file = Request(**read_compressed(out)["request"]).file
+    record, results = verified(out, file, SCORES)
+    asked, folder = record["request"], out / file
     model = asked["model"]
     pairs = load_pairs([out / SCORES, *(path for path in [out / BEHAVIOUR] if path.exists())])
     recoveries = list[Mapping[str, Any]]()
-    recovered = manifest = read_sealed(folder / MANIFEST, "")
+    written = read_record(folder)
+    recovered = manifest = written["pruned"] if folder.is_file() else written
     while manifest["kind"] == "recovered checkpoint":
         recoveries.insert(0, manifest["recovery"])
         recovered, manifest = manifest, manifest["pruned"]
@@ -347,9 +345,9 @@ def read_card(out: Path) -> Card:
     if recoveries:
         hashes["pruned model, before recovery"] = recovered["model"]["sha256"]
     hashes |= {
-        f"model/{name}": value
+        name if folder.is_file() else f"{file}/{name}": value
         for name, value in results.hashes(folder).items()
-        if name.endswith(WEIGHTS) or name == "config.json"
+        if name.endswith((WEIGHTS, GGUF)) or name == "config.json"
     }
     tasks: list[dict[str, str]] = []
     with contextlib.suppress(InputError, KeyError):  # the user's own suite was moved or changed
@@ -368,12 +366,15 @@ def read_card(out: Path) -> Card:
         known.licence if known else "see the model's own card",
         known.origin if known else model,
         manifest["pruning"],
-        sum(p.stat().st_size for p in folder.iterdir() if p.suffix == WEIGHTS),
+        folder,
+        folder.stat().st_size if folder.is_file() else weight_bytes(folder),
         sum(
             p.stat().st_size
             for p in (out / PACK).rglob("*")
             if p.suffix == WEIGHTS or p.parent.name == SCALES
         ),
+        written if folder.is_file() else {},
+        _speeds(out, written),
         calibration,
         tuple(recoveries),
         pairs,
@@ -394,16 +395,33 @@ class Report(StageRequest):
         return "report", str(self.out)
 
     def run(self, output: Path, bar: Progress) -> None:
-        write_card(self.out)
+        write_card(self.out, bar)
 
 
-def write_card(out: Path, page: Path | None = None) -> Card:
+def write_card(out: Path, bar: Progress, page: Path | None = None) -> None:
     """Write the report card of the model in OUT, by default to OUT/card.html, and its model card;
-    return the facts."""
+    measure the speed of a GGUF file first where llama.cpp is installed."""
     card = read_card(out)
+    if card.file:
+        write_text(out / MODELFILE, f"FROM ./{card.model.name}\n")
+        if engine() and not card.speeds:
+            bar.show("measuring speed", None)
+            try:
+                speeds = measure(card.model, card.asked["model"], card.asked["trust_remote_code"])
+            except ModelError as error:
+                bar.note(f"speed was not measured: {error}")
+            else:
+                model = {"name": str(card.model), "sha256": card.file["opened"]}
+                write_json(out / SPEED, sealed({"kind": "speed", "model": model, **speeds}))
+                card = replace(card, speeds=speeds)
     write_text(page or out / PAGE, card_page(card))
-    write_text(out / "model" / "README.md", model_card(card))
-    return card
+    write_text((out if card.file else card.model) / README, model_card(card))
+
+
+def _speeds(out: Path, written: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the measured speed of a GGUF file; {} if it was not measured, or of another file."""
+    value = read_sealed(out / SPEED, "") if (out / SPEED).exists() else {}
+    return value if value and value["model"]["sha256"] == written.get("opened") else {}
 
 
 # Charts

@@ -36,8 +36,8 @@ class Compressed(Shown):
 
     @property
     def model(self) -> Path:
-        """The model's folder, which transformers loads."""
-        return self.folder / "model"
+        """The GGUF file, or the folder that transformers loads."""
+        return self._card.model
 
     @property
     def card(self) -> Path:
@@ -93,8 +93,8 @@ def compress(
         output: folder to write, or to resume in.
         shown: whether to show progress.
         **options: those of `calmix compress` that decide the result, such as `sparsity=0.6`,
-            `bits=2.8`, `pattern="2:4"`, `effort="quick"`, `calibration="mine.csv"`,
-            `text_field="prompt"`, `no_corpus=True` (text that the model writes itself);
+            `type="Q3_K_M"`, `bits=2.8`, `pattern="2:4"`, `effort="quick"`, `text_field="prompt"`,
+            `calibration="mine.csv"`, `no_corpus=True` (text that the model writes itself);
             `keep={"code": 2, "general": 1}`, shares of dimensions in the calibration text;
             `keep_at_least="code=0.9"`, and `within="2h"` to limit the time of its search.
 
@@ -119,6 +119,7 @@ def begin(options: Compression, out: Path) -> Walk:
         options.model,
         saved_set(options.calibration),
         options.prompts,
+        options.like,
         suite_file(options.suite),
     ]
     check_apart(out, inputs)

@@ -15,7 +15,7 @@ from calmix.calibration import parse_calibration
 from calmix.compression import plan
 from calmix.compression.plan import Request, empty_model
 from calmix.compression.running import stages
-from calmix.compression.stages import Draw, Pack, Prune, Recover, Score, Stage
+from calmix.compression.stages import Draw, Gguf, Pack, Prune, Recover, Score, Stage
 from calmix.files import check_free
 from calmix.models import check_models, resolve_model
 from calmix.models.shards import weight_bytes
@@ -74,6 +74,9 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
                 if request.bits and plan.aim(request)["method"] == BITS_METHOD:
                     sizes = plan.pack_sizes(request)
                     disk = sizes(request.bits) if sizes else disk
+            case Gguf():
+                memory = PROGRAM + 2 * 4 * model.weights  # both models in float32, compared
+                disk = plan.file_bytes(request, request.bits or plan.BITS)
             case Score() as score:
                 size = suite_size(score.chosen[0])
                 work = f"{'' if size.exact else 'about '}{size.items} items"

@@ -9,9 +9,7 @@ all must pass, and that of the first sample is kept.
 
 from __future__ import annotations
 
-import itertools
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,15 +22,17 @@ from calmix.compression.card import PAGE
 from calmix.compression.plan import CALIBRATION, SCORES, Request
 from calmix.compression.results import LADDER, MANIFEST, RUN, read_compressed
 from calmix.compression.running import scoring, stages
-from calmix.compression.stages import Draw, Pack, Stage
+from calmix.compression.stages import Draw, Gguf, Prune, Recover, Stage
 from calmix.errors import InputError
 from calmix.evaluation import floors
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.manifest import read_sealed, sealed
+from calmix.models.opening import forget
 
 RUNGS = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits per weight; wider steps where each needs a recovery
-MODELS = ("pruned", "blocks", "model")  # folders of a candidate, each made from the one before
+# Models of a candidate, each made from the one before, and the record of a file.
+MODELS = ("pruned", "blocks", "quantised", "model", "model.gguf.json", "model.gguf")
 KIND, CANDIDATES = "ladder of candidates", "candidates"
 HELPS = (
     "Try a lower floor, more rows (--effort best), or more text of the abilities that failed "
@@ -186,9 +186,9 @@ class Walk:
             held = request.calibration if request.saved else str(self.out / sample / CALIBRATION)
             folder = self.folder(bits, sample)
             parts = stages(candidate, folder, held)
-            made = itertools.takewhile(lambda one: not isinstance(one.request, Pack), parts)
-            scores = folder / self.file
-            tested = scoring(candidate, self.file, folder / "model", scores, self.dense)
+            made = (one for one in parts if isinstance(one.request, (Prune, Recover, Gguf)))
+            model, scores = folder / request.file, folder / self.file
+            tested = scoring(candidate, self.file, model, scores, self.dense)
             listed += [
                 replace(one, name=f"{bits:g} bits, {one.name}{called}") for one in (*made, tested)
             ]
@@ -249,8 +249,11 @@ class Walk:
         files.write_json(self.out / LADDER, sealed(value))
         for bits in {*RUNGS}.difference(self.left):
             for sample in self.samples:
-                for name in MODELS if sample or bits != self.bits else ():
-                    shutil.rmtree(self.folder(bits, sample) / name, ignore_errors=True)
+                folder = self.folder(bits, sample)
+                if sample or bits != self.bits:
+                    forget(folder / self.request.file)
+                    for name in MODELS:
+                        files.remove(folder / name)
 
     def _forget(self) -> None:
         """Remove scores of other items, left from earlier floors, except those of tested

@@ -10,16 +10,24 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from calmix.analysis.ranking import check_weights
-from calmix.calibration import mix_text, open_tokenizer, parse_calibration, parse_mix, saved_set
+from calmix.calibration import (
+    OpenTokenizer,
+    mix_text,
+    open_tokenizer,
+    parse_calibration,
+    parse_mix,
+    saved_set,
+)
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
+from calmix.deploy.gguf import check_export, overhead
 from calmix.errors import InputError, nearest
 from calmix.evaluation.evaluate import choose, runnable, suite_items
 from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
 from calmix.evaluation.generations import read_prompts
 from calmix.evaluation.suites import Suite, suite_file
-from calmix.files import sha256_file, size_text, user_path
-from calmix.models import check_models, resolve_model
+from calmix.files import cached_sha256, sha256_file, size_text, user_path
+from calmix.models import OpenModel, check_models, resolve_model
 from calmix.models.opening import fingerprint
 from calmix.models.shards import stored_tensors, weight_bytes, weight_dtype
 from calmix.options import (
@@ -32,6 +40,9 @@ from calmix.options import (
     parse_share,
 )
 from calmix.pruning.budget import parse_memory
+from calmix.pruning.engine import check_pattern
+from calmix.pruning.methods import get_method
+from calmix.pruning.patterns import Recipe
 from calmix.sources import get_source
 from calmix.sources.registry import MIXES, local_file
 from calmix.specs import LENGTH, SEED, prune_request
@@ -39,7 +50,8 @@ from calmix.study.estimate import EmptyModel
 
 BITS = 4.5  # the default
 SCORES, BEHAVIOUR = "scores.json", "abilities.json"
-CALIBRATION, PACK = "calibration", "pack"
+CALIBRATION, PACK, QUANTISED = "calibration", "pack", "quantised"
+TYPE = "Q4_K_M"  # default of GGUF files
 # Bits per weight that --size may result in. Above, levels do not fit a byte; below, a Huffman code
 # takes more than their entropy.
 LEAST, MOST = 1.5, 7.0
@@ -122,6 +134,7 @@ class Request(Target):
     sha256: str
     prompts_sha256: str | None
     suite_sha256: str | None = None
+    like_sha256: str | None = None
     length: int
 
     @property
@@ -146,6 +159,11 @@ class Request(Target):
         return saved_set(self.calibration) is not None
 
     @property
+    def file(self) -> str:
+        """Name of what OUT ends with: the model's folder or file."""
+        return "model.gguf" if self.product == "gguf" else "model"
+
+    @property
     def most(self) -> int | None:
         """Bytes of memory to use at most."""
         return None if self.max_memory is None else parse_memory(self.max_memory)
@@ -166,14 +184,26 @@ def target(request: Mapping[str, Any]) -> str:
     """Return the target of a request as text."""
     share = None if request["sparsity"] is None else f"{100 * request['sparsity']:g} %"
     bits = None if request.get("bits") is None else f"{request['bits']:g} bits"
-    return ", ".join(filter(None, (request["pattern"] or share, bits)))
+    return ", ".join(filter(None, (request["pattern"] or share, bits, request.get("type"))))
+
+
+def is_sparse(request: Target) -> bool:
+    """Whether weights are pruned."""
+    return (request.sparsity, request.pattern) != (None, None)
+
+
+def product_of(request: Target) -> str:
+    """Return what a request makes (`--for`)."""
+    return request.product or ("none" if is_sparse(request) else "gguf")
 
 
 def aim(request: Target) -> dict[str, Any]:
     """Return method and target as options of a pruning run."""
-    sparse = (request.sparsity, request.pattern) != (None, None)
+    if product_of(request) == "gguf":
+        kind = "" if request.type is None else f",type={request.type}"
+        return {"method": f"ggml{kind}", "bits": request.bits and f"{request.bits:g}"}
     return {
-        "method": COMPRESS_METHOD if sparse else BITS_METHOD,
+        "method": COMPRESS_METHOD if is_sparse(request) else BITS_METHOD,
         "sparsity": request.sparsity,
         "pattern": request.pattern,
         "bits": None if request.bits is None else f"{request.bits:g}",
@@ -225,11 +255,18 @@ def pack_sizes(request: Target) -> Callable[[float], float] | None:
     return partial(packed_bytes, matrices=matrices, outer=empty.outer_weights, rest=rest)
 
 
+def file_bytes(request: Target, bits: float) -> float:
+    """Return the size of a GGUF file at these bits per weight."""
+    empty = empty_model(request.model, "auto", request.device, request.trust_remote_code)
+    return overhead(request.model, request.like) + bits * empty.weights / 8
+
+
 def bits_for(request: Target) -> float:
-    """Return the bits per block weight at which a pack has the requested size."""
+    """Return the bits per weight at which a file or pack has the requested size."""
     dense = weight_bytes(resolve_model(request.model))
     wanted = parse_size(request.size or "", dense)
-    if (size := pack_sizes(request)) is None:
+    gguf = product_of(request) == "gguf"
+    if (size := partial(file_bytes, request) if gguf else pack_sizes(request)) is None:
         raise InputError(
             f"--size: {request.model} has fused or transposed matrices, or experts, whose levels a "
             "pack does not hold: use --bits"
@@ -237,17 +274,18 @@ def bits_for(request: Target) -> float:
     rates = [number / 100 for number in range(round(100 * LEAST), round(100 * MOST) + 1)]
     if not size(LEAST) <= wanted <= size(MOST):
         raise InputError(
-            f"--size {request.size} is out of reach: a pack of {request.model} has from "
+            f"--size {request.size} is out of reach: {request.model} takes from "
             f"{size_text(size(LEAST))} to {size_text(size(MOST))} (dense: {size_text(dense)})"
         )
     return max(bits for bits in rates if size(bits) <= wanted)
 
 
 class Checked(NamedTuple):
-    """What a user's options ask for, as far as it is known without the model."""
+    """What a user's options ask for, as far as it is known without the model; `target` has the
+    fields of `Request` that are filled in."""
 
     text: str
-    bits: float | None
+    target: dict[str, Any]
     prompts_sha256: str | None
 
 
@@ -266,17 +304,20 @@ def check_options(options: Compression) -> Checked:
     }
     parse_calibration(text, licence=options.licence, **({} if saved else draw))
     # The checks of all stages, made before the first begins.
-    bits, prompts = options.bits, None
+    product, prompts = product_of(options), None
+    target = {"product": product, "bits": options.bits, "type": options.type}
     if options.size is not None:
         parse_size(options.size, 2**62)
     elif options.keep_at_least is not None:
         _check_floors(options)
     else:
-        if (options.sparsity, options.pattern, bits) == (None, None, None):
-            bits = BITS
-        wanted = prune_request(**aim(options.model_copy(update={"bits": bits})), calibration=text)
-        _check_bits(options, bits)
-        if (share := wanted.target.sparsity) > SPARSEST and not options.anyway:
+        if (options.bits, options.type) == (None, None) and not is_sparse(options):
+            target |= {"type": TYPE} if product == "gguf" else {"bits": BITS}
+        request = prune_request(**aim(options.model_copy(update=target)), calibration=text)
+        if target["type"]:
+            target["type"] = request.pattern  # as llama.cpp spells it
+        _check_bits(options, options.bits)
+        if (share := request.target.sparsity) > SPARSEST and not options.anyway:
             raise InputError(
                 f"{share:.3g} of the weights as zeros: above {SPARSEST:g} no measured model keeps "
                 "its answers (SmolLM2-135M kept 2 of 86 at 0.7). Choose less, or pass --anyway"
@@ -287,42 +328,67 @@ def check_options(options: Compression) -> Checked:
         prompts = sha256_file(local_file(str(options.prompts)).path)
     if options.max_memory is not None:
         parse_memory(options.max_memory)
-    return Checked(text, bits, prompts)
+    return Checked(text, target, prompts)
 
 
 def check_request(options: Compression) -> Request:
     """Check a user's options before any work; fetches the model."""
-    text, bits, prompts = check_options(options)
+    text, target, prompts = check_options(options)
     given, trust = options.calibration, options.trust_remote_code
     check_models(options.model, device=options.device, trust_remote_code=trust)
     tokenizer = open_tokenizer(options.model, trust_remote_code=trust)
     if given is None and not options.no_corpus and chat_turns(tokenizer.tokenizer) is not None:
         rest = {name: (1 - CHAT) * weight for name, weight in parse_mix(text).items()}
         text = mix_text({"chat": CHAT} | rest)
+    if target["product"] == "gguf":
+        _check_gguf(options, target["type"], tokenizer)
     if options.size is not None:
-        bits = bits_for(options)
-        _check_bits(options, bits)
+        target["bits"] = bits_for(options)
+        _check_bits(options, target["bits"])
     return Request(
         **{name: getattr(options, name) for name in Target.model_fields}
+        | target
         | {
-            "bits": bits,
             "calibration": text,
             "seed": options.seed or SEED,
             "sha256": fingerprint(resolve_model(options.model)),
             "prompts_sha256": prompts,
             "length": min(LENGTH, tokenizer.context or LENGTH),
             "suite_sha256": suite_file(options.suite) and choose(options.suite).hash,
+            "like_sha256": options.like and cached_sha256(options.like),
         }
     )
 
 
+def _check_gguf(options: Target, kind: str | None, tokenizer: OpenTokenizer) -> None:
+    """Refuse a model that cannot be written as a GGUF file of this kind."""
+    empty = empty_model(options.model, "auto", options.device, options.trust_remote_code)
+    folder = resolve_model(options.model)
+    try:
+        opened = OpenModel(options.model, folder, empty.model, tokenizer.tokenizer)
+        check_export(opened, options.like)
+        if kind is not None:
+            types = Recipe(kind).types(empty.model, empty.blocks)
+            check_pattern(empty.blocks, types, get_method("ggml"))
+    except InputError as error:
+        raise InputError(f"{error}; or write safetensors: --for none") from error
+
+
 def _check_idle(options: Compression, saved: bool) -> None:
     """Refuse options that have no effect."""
-    sizes, walks = ("sparsity", "pattern", "bits"), options.keep_at_least is not None
+    sizes, walks = ("sparsity", "pattern", "bits", "type"), options.keep_at_least is not None
+    product = product_of(options)
+    if product == "gguf" and is_sparse(options):
+        raise InputError(
+            "a GGUF file has no use for zeros: leave out --for gguf, or --sparsity and --pattern"
+        )
     for where, holds, idle in (
         ("with --no-corpus", options.no_corpus, ("calibration", "keep", "licence")),
         (f"with {options.calibration}, a saved set", saved, ("seed", "seeds", "keep")),
         ("with --size", options.size is not None, sizes),
+        ("with --type", options.type is not None, ("bits",)),
+        (f"with --for {product}", product != "gguf", ("type", "like")),
+        ("with --for none", product == "none", ("size",)),
         ("with --keep-at-least", walks, (*sizes, "size")),
         ("without --keep-at-least", not walks, ("confidence", "within", "seeds")),
     ):

@@ -11,7 +11,16 @@ from calmix.calibration import CalibrationSet, saved_set
 from calmix.errors import InputError
 from calmix.evaluation.scores import CapabilityScores
 from calmix.files import cached_sha256, user_path
-from calmix.manifest import Input, changed, check_inputs, file_hashes, read_record, read_sealed
+from calmix.manifest import (
+    GGUF,
+    Input,
+    changed,
+    check_inputs,
+    file_hashes,
+    read_record,
+    read_sealed,
+    record_file,
+)
 from calmix.models.opening import combined, model_files
 from calmix.pruning.checkpoint import MANIFEST as CHECKPOINT
 
@@ -24,13 +33,19 @@ class Result:
     """A result and what it was made from.
 
     `reads` are its inputs by role, with an empty hash for results of other stages; `request` is
-    what its own record says of the request.
+    what its own record says of the request; `spent` is the result from which on this one is gone.
     """
 
     stage: str
     path: Path
     reads: Mapping[str, Input]
     request: Mapping[str, Any]
+    spent: Path | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it is there, or no longer needed."""
+        return ready(self.path) or ready(self.spent)
 
     def entry(self, out: Path) -> dict[str, Any]:
         """Return what OUT's record says of it: results are relative to OUT."""
@@ -38,8 +53,16 @@ class Result:
             role: (name if sha256 else str(Path(name).relative_to(out)), sha256)
             for role, (name, sha256) in self.reads.items()
         }
-        leaves = str(self.path.relative_to(out))
-        return {"name": self.stage, "leaves": leaves, "reads": reads, "request": self.request}
+        places = {"leaves": self.path, "spent": self.spent}
+        named = {key: path and str(path.relative_to(out)) for key, path in places.items()}
+        return {"name": self.stage, **named, "reads": reads, "request": self.request}
+
+
+def ready(path: Path | None) -> bool:
+    """Whether a result is there; a GGUF file with its record, which is written last."""
+    if path is None or not path.exists():
+        return False
+    return path.suffix != GGUF or record_file(path) is not None
 
 
 class Results:
@@ -66,23 +89,23 @@ class Results:
             if one.sha256 or Path(one.name).exists()
         }
         check_inputs(path, read_record(path), inputs, result.request, remedy)
-        if (path / CHECKPOINT).exists():
+        if path.suffix == GGUF or (path / CHECKPOINT).exists():
             self.hashes(path)
 
     def check_all(self, results: Iterable[Result]) -> None:
         """Check the results that exist."""
         for result in results:
-            if result.path.exists():
+            if ready(result.path):
                 self.check(result)
 
     def check_scores(self, file: Path, scores: CapabilityScores) -> bool:
-        """Refuse a file of scores if the folder of its model holds another model now; return
-        whether there is such a folder."""
-        folder = user_path(scores.model)
-        if not (folder / "config.json").is_file():
+        """Refuse a file of scores if another model lies in the place of its own now; return
+        whether there is a model: a folder, or a GGUF file of `calmix compress`."""
+        place = user_path(scores.model)
+        if not (ready(place) if place.suffix == GGUF else (place / "config.json").is_file()):
             return False
         record = {"model": {"name": scores.model, "sha256": scores.fingerprint}}
-        now = {"model": Input(scores.model, self.sha256(folder))}
+        now = {"model": Input(scores.model, self.sha256(place))}
         check_inputs(file, record, now, {}, f"put back what was there, or make {file} again")
         return True
 
@@ -90,22 +113,29 @@ class Results:
         """Return the hash that identifies a calibration set or a model."""
         if saved_set(path) is not None:
             return CalibrationSet.open(path).sha256
+        if path.suffix == GGUF:
+            self.hashes(path)
+            return str(read_record(path)["opened"])
         names = model_files(path)
         if (path / CHECKPOINT).exists():
             return combined({name: self.hashes(path)[name] for name in names})
         return combined({name: self._hashed(path / name) for name in names})
 
-    def hashes(self, folder: Path) -> dict[str, str]:
-        """Return the SHA-256 of each file of a checkpoint or pack; refuse one that differs from its
-        manifest's."""
-        if folder not in self._known:
-            hashes, record = file_hashes(folder, hashed=self._hashed), read_record(folder)
+    def hashes(self, model: Path) -> dict[str, str]:
+        """Return the SHA-256 of each file of a checkpoint or pack, or of a GGUF file; refuse one
+        that differs from its record's."""
+        if model not in self._known:
+            record, folder = read_record(model), model
+            if model.suffix == GGUF:
+                folder, hashes = model.parent, {model.name: self._hashed(model)}
+            else:
+                hashes = file_hashes(model, hashed=self._hashed)
             weights = record.get("weights", {}).items()
             packed = {one.get("file", name): one["packed"] for name, one in weights}
             if wrong := changed(folder, record["files"] | packed, hashes):
-                raise InputError(f"{wrong[0]}: put it back, or make {folder} again")
-            self._known[folder] = hashes
-        return self._known[folder]
+                raise InputError(f"{wrong[0]}: put it back, or make {model} again")
+            self._known[model] = hashes
+        return self._known[model]
 
 
 def read_compressed(out: Path) -> dict[str, Any]:
@@ -135,6 +165,7 @@ def recorded(out: Path, record: Mapping[str, Any]) -> list[Result]:
                 for role, (name, sha256) in one["reads"].items()
             },
             one["request"],
+            out / one["spent"] if one.get("spent") else None,
         )
         for one in record["stages"]
     ]
@@ -152,7 +183,7 @@ def verified(out: Path, *needed: str) -> tuple[dict[str, Any], Results]:
 
 def result_in(out: Path, name: str) -> Path:
     """Return the path of a result in OUT; InputError if it is missing."""
-    if not (path := out / name).exists():
+    if not ready(path := out / name):
         raise InputError(
             f"{out} is not finished: it lacks {name}; run its calmix compress again to resume"
         )

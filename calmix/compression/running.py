@@ -14,21 +14,23 @@ from calmix.compression.plan import (
     CALIBRATION,
     EFFORTS,
     PACK,
+    QUANTISED,
     SCORES,
     Request,
     aim,
     parse_size,
     slices,
 )
-from calmix.compression.results import LADDER, MANIFEST, RUN, Results
-from calmix.compression.stages import Answer, Draw, Pack, Prune, Recover, Score, Stage
+from calmix.compression.results import LADDER, MANIFEST, RUN, Results, ready
+from calmix.compression.stages import Answer, Draw, Gguf, Pack, Prune, Recover, Score, Stage
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation.evaluate import choose
-from calmix.files import alone, read_object, size_text, user_path, write_json
+from calmix.files import alone, read_object, remove, size_text, user_path, write_json
 from calmix.manifest import Input, run_record, sealed, versions
 from calmix.models import resolve_model
+from calmix.models.opening import forget
 from calmix.models.shards import weight_bytes
-from calmix.options import BITS_METHOD
+from calmix.options import COMPRESS_METHOD
 
 Run = Callable[[Stage], None]
 Say = Callable[[Stage, bool], None]  # receives a stage, and whether its result existed
@@ -46,31 +48,36 @@ def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:
         drawn = Draw(request.calibration, request.model, request.draw, how=how)
         what = f"{'write' if drawn.written else 'draw'} the calibration set"
         listed.append(Stage(what, drawn, out / CALIBRATION))
-    wanted = aim(request)
-    sparse = wanted["method"] != BITS_METHOD
+    target, product = aim(request), out / request.file
+    sparse = target["method"] == COMPRESS_METHOD
     trained = sparse or (request.bits is not None and request.bits <= effort.levels)
-    recoveries = effort.recoveries if trained else ()
-    before = out / ("pruned" if recoveries else "model")
+    recoveries = effort.recoveries if trained and request.product != "gguf" else ()
+    before = product
+    if recoveries or request.product == "gguf":
+        before = out / ("pruned" if recoveries else QUANTISED)
     text = Input(held, CalibrationSet.open(user_path(held)).sha256 if request.saved else "")
     work: dict[str, Any] = {"how": how, "max_memory": request.max_memory}
     reads = {"model": dense, "calibration": text}
-    wanted |= {"licence": request.licence if request.saved else None}
-    listed.append(
-        Stage("prune" if sparse else "quantise", Prune(wanted, reads=reads, **work), before)
-    )
+    target |= {"licence": request.licence if request.saved else None}
+    pruned = Prune(target, reads=reads, **work)
+    spent = None if before.name != QUANTISED else product
+    listed.append(Stage("prune" if sparse else "quantise", pruned, before, spent))
     for method in recoveries:
         last = method == effort.recoveries[-1]
-        after = out / ("model" if last else method)
+        after = product if last else out / method
         reads = {"model": Input(str(before), ""), "against": dense, "calibration": text}
         recovery = Recover(method, request.epochs if last else None, reads=reads, **work)
         listed.append(Stage(f"recover by {method}", recovery, after))
         before = after
-    made = out / "model"
-    model = {"model": Input(str(made), "")}
+    model = {"model": Input(str(product), "")}
+    if request.product == "gguf":
+        file = Gguf(request.like, reads={"model": Input(str(before), "")})
+        listed.append(Stage("write the GGUF file", file, product))
+    elif request.product == "storage":
+        listed.append(Stage("pack", Pack(reads=model), out / PACK))
     return [
         *listed,
-        Stage("pack", Pack(reads=model), out / PACK),
-        *(scoring(request, file, made, out / file) for file in slices(request)),
+        *(scoring(request, file, product, out / file) for file in slices(request)),
         Stage(
             "answer prompts",
             Answer(request.prompts, reads=model | {"against": dense}, how=how),
@@ -118,25 +125,27 @@ def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float
             }
             write_json(out / MANIFEST, sealed(record | {"versions": versions()}))
         for stage, taken in do(listed, out, run, say):
-            if isinstance(stage.request, Pack):
-                _check_pack(request, out)
+            if isinstance(stage.request, (Gguf, Pack)):
+                _check_size(request, stage.leaves or out)
             seconds[stage.name] = taken
             write_json(out / RUN, run_record(before | seconds))
+        if request.product == "gguf":
+            forget(out / request.file)
     return seconds
 
 
-def _check_pack(request: Request, out: Path) -> None:
-    """Remove a pack that is larger than requested, and refuse it."""
+def _check_size(request: Request, path: Path) -> None:
+    """Remove a file or pack that is larger than requested, and refuse it."""
     if request.size is None:
         return
     most = parse_size(request.size, weight_bytes(resolve_model(request.model)))
-    size = sum(path.stat().st_size for path in (out / PACK).rglob("*.safetensors"))
+    files = [path, *path.rglob("*.safetensors")]
+    size = sum(file.stat().st_size for file in files if file.is_file())
     if size > most:
-        shutil.rmtree(out / PACK)
+        remove(path)
         raise InputError(
-            f"the pack of {out / 'model'} has {size_text(size)}, more than --size {request.size}: "
-            f"repeat with --size {size_text(0.98 * most * most / size).replace(' ', '')} and "
-            "another -o"
+            f"{path} would have {size_text(size)}, more than --size {request.size}: repeat with "
+            f"--size {size_text(0.98 * most * most / size).replace(' ', '')} and another -o"
         )
 
 
@@ -144,11 +153,14 @@ def do(listed: Iterable[Stage], out: Path, run: Run, say: Say) -> Iterator[tuple
     """Run the stages without a result and yield each with its seconds; before that, refuse a result
     that was not made by its stage from what lies there."""
     results, listed, ran = Results(), list(listed), False
-    results.check_all(stage.result for stage in listed if stage.done)
+    results.check_all(stage.result for stage in listed if stage.leaves)
     for stage in listed:
         done = stage.done
         if done and ran:  # its input may have been missing before
-            results.check(stage.result)
+            results.check_all([stage.result])
+        for one in listed:
+            if one.leaves is not None and ready(one.spent):
+                remove(one.leaves)
         say(stage, done)
         if not done:
             began, ran = time.perf_counter(), True

@@ -13,7 +13,8 @@ from calmix.calibration import open_tokenizer, parse_calibration, resolve
 from calmix.calibration.resolving import recorded
 from calmix.calibration.texts import texts_for
 from calmix.compression.plan import PACK
-from calmix.compression.results import Result
+from calmix.compression.results import CHECKPOINT, Result, ready
+from calmix.deploy.gguf import export
 from calmix.deploy.pack import pack
 from calmix.evaluation.comparison import evaluate_against, scores_record
 from calmix.evaluation.evaluate import choose, runnable
@@ -26,14 +27,18 @@ from calmix.evaluation.generations import (
 )
 from calmix.evaluation.scores import describe, load_dense, write_scores
 from calmix.evaluation.suites import Suite
-from calmix.manifest import Input
-from calmix.models import open_model
+from calmix.files import sha256_file, write_json
+from calmix.manifest import Input, read_sealed, sealed, versions
+from calmix.models import open_model, resolve_model
+from calmix.models.opening import fingerprint
 from calmix.options import DrawOptions, Recovering, option_words
 from calmix.progress import Progress
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.checkpoint import prune_checkpoints
 from calmix.recovery import recover
 from calmix.specs import PruneRequest, prune_request, recover_request
+
+FILE_KIND = "GGUF file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +186,35 @@ class Pack(StageRequest):
 
 
 @dataclass(frozen=True)
+class Gguf(StageRequest):
+    """Write the quantised `model` as a GGUF file in the layout of another (`like`), and its record.
+
+    The record has the manifest of the quantised model, which is not kept, the file's hash, and the
+    hash of the model that it opens as.
+    """
+
+    like: Path | None
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return "export", self.named("model"), "--to", "gguf", *option_words({"like": self.like})
+
+    def run(self, output: Path, bar: Progress) -> None:
+        folder, tick = Path(self.named("model")), bar.each("export", 2)
+        facts = export(str(folder), output, like=self.like, overwrite=True, say=tick)
+        record = {
+            "kind": FILE_KIND,
+            "model": {"name": str(folder), "sha256": fingerprint(folder)},
+            "opened": fingerprint(resolve_model(str(output))),
+            "pruned": read_sealed(folder / CHECKPOINT, ""),
+            **facts,
+            "files": {output.name: sha256_file(output)},
+            "versions": versions(),
+        }
+        write_json(output.with_name(f"{output.name}.json"), sealed(record))
+
+
+@dataclass(frozen=True)
 class Score(StageRequest):
     """Score the `model`, against the dense one (`against`) if there is one.
 
@@ -265,11 +299,13 @@ class Answer(StageRequest):
 @dataclass(frozen=True)
 class Stage:
     """One step of a compression, and the result it leaves, complete or not at all; a stage that
-    leaves None always runs."""
+    leaves None always runs. A result is removed once that for which it is made, `spent`, is there.
+    """
 
     name: str
     request: StageRequest
     leaves: Path | None
+    spent: Path | None = None
 
     @property
     def command(self) -> str:
@@ -281,12 +317,13 @@ class Stage:
     def result(self) -> Result:
         """What is recorded of the result."""
         request = self.request
-        return Result(self.name, self.leaves or Path(), request.reads, request.decides)
+        path = self.leaves or Path()
+        return Result(self.name, path, request.reads, request.decides, self.spent)
 
     @property
     def done(self) -> bool:
-        """Whether the result exists."""
-        return self.leaves is not None and self.leaves.exists()
+        """Whether the result is there, or no longer needed."""
+        return ready(self.leaves) or ready(self.spent)
 
     def run(self, bar: Progress) -> None:
         """Make the result."""

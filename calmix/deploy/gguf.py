@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from torch import Tensor
 from calmix.calibration import CalibrationSet, open_tokenizer
 from calmix.deploy.checking import difference, open_as_stored
 from calmix.errors import InputError, ModelError, disk_errors
-from calmix.files import check_output_file, hidden, real_place, replacing, sync
+from calmix.files import cache_dir, check_output_file, hidden, real_place, replacing, sync
 from calmix.models import OpenModel, check_models, open_model, resolve_model
 from calmix.models.blocks import Prunable, find_blocks
 from calmix.models.opening import (
+    BuiltinModel,
     check_gguf,
     gguf_file,
     known_model,
@@ -72,29 +73,22 @@ def export(
 
     Returns the bytes of the model's weight files `before` and of the file `after`, the number of
     tensors by `types` and with our levels (`ours`), and `kl`, KL(model || file) in nats per token
-    on random ids, computed by `engine`.
+    on random ids, computed by `engine`, and `bits` per weight.
 
     Matrices without a grid that GGUF has become `weights`, one of `TYPES`. `like` is a GGUF file of
     the same model, by default the one it came from; `say` is called with each step as it begins.
     """
-    from gguf import GGUFReader
-
     template = str(like) if like is not None else _origin(name)
     check_output_file(output, inputs=[name, template], overwrite=overwrite)
     check_models(name)
     with disk_errors(output), hidden(real_place(output)) as beside:
-        origin = known_model(template)
-        if origin is None or (isinstance(origin, Path) and not origin.is_file()):
-            raise InputError(f"{template} is not a GGUF file")
-        with loading(f"cannot read {template}"):
-            check_gguf(file := gguf_file(origin, beside))
-            reader = GGUFReader(file)
+        reader = _reader(gguf_file(_template(template), beside), template)
         say("convert")
         folder = resolve_model(name)
         opened = open_as_stored(name, folder)  # levels are exact in this type alone
         places = _places(opened, reader, template)
         new = beside / f".{output.name}"  # no clash with a builtin template's name
-        types, ours = _write(new, reader, opened, places, folder, weights)
+        types, ours, size = _write(new, reader, opened, places, folder, weights)
         say("check")
         engine, run, most = "transformers", _in_transformers, TYPES[weights]
         if find_spec("llama_cpp"):
@@ -111,6 +105,7 @@ def export(
         "ours": ours,
         "kl": kl,
         "engine": engine,
+        "bits": 8 * size / sum(int(tensor.n_elements) for tensor in reader.tensors),
     }
 
 
@@ -123,10 +118,44 @@ def _origin(name: str) -> str:
         origin = known_model(name) if name.startswith("builtin:") or Path(name).is_file() else None
     if origin is None:
         raise InputError(
-            "--to gguf needs a GGUF file of the same model, for its tokenizer and names: name it "
-            "with --like FILE.gguf"
+            f"a GGUF file of {name} needs another of the same model, for its tokenizer and names: "
+            "name one with --like FILE.gguf"
         )
     return name
+
+
+def check_export(opened: OpenModel, like: Path | None = None) -> None:
+    """Refuse a model that cannot be written as GGUF; its weights may be empty."""
+    template = str(like) if like is not None else _origin(opened.name)
+    if isinstance(file := _template(template), Path):
+        _places(opened, _reader(file, template), template)
+
+
+@lru_cache(maxsize=1)
+def overhead(name: str, like: Path | None = None) -> int:
+    """Return the bytes of a model's GGUF file besides its tensors."""
+    template = str(like) if like is not None else _origin(name)
+    with hidden(cache_dir() / "template") as beside:
+        file = gguf_file(_template(template), beside)
+        tensors = _reader(file, template).tensors
+        return file.stat().st_size - sum(int(one.n_bytes) for one in tensors)
+
+
+def _template(name: str) -> Path | BuiltinModel:
+    """Return the GGUF file or builtin model of a name."""
+    origin = known_model(name)
+    if origin is None or (isinstance(origin, Path) and not origin.is_file()):
+        raise InputError(f"{name} is not a GGUF file")
+    return origin
+
+
+def _reader(file: Path, name: str) -> Any:
+    """Return a reader of a file whose header is sound."""
+    from gguf import GGUFReader
+
+    with loading(f"cannot read {name}"):
+        check_gguf(file)
+        return GGUFReader(file)
 
 
 def _first(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -160,6 +189,7 @@ def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, Place]:
     except ModelError as error:
         raise InputError(f"{other}: {error}") from error
     places, covered = {}, set()
+    owners = {name: id(p) for name, p in opened.model.named_parameters(remove_duplicate=False)}
     for tensor in reader.tensors:
         parameter = names.get(tensor.name)
         if parameter is None or parameter not in state:
@@ -170,9 +200,9 @@ def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, Place]:
         if wanted != read:
             raise InputError(f"{other}: {tensor.name} is {shape}, {parameter} {wanted}")
         places[tensor.name] = parameter, order, offset
-        covered.add(state[parameter].data_ptr())
+        covered.add(owners.get(parameter))
     for parameter, value in opened.model.named_parameters():
-        if value.data_ptr() not in covered:
+        if id(value) not in covered:
             raise InputError(f"{other}: it has no tensor for {parameter}")
     if (field := reader.get_field("tokenizer.ggml.tokens")) is not None:
         size = min(len(field.data), len(opened.tokenizer))
@@ -223,11 +253,12 @@ def _write(
     places: dict[str, Place],
     folder: Path,
     weights: str,
-) -> tuple[dict[str, int], int]:
-    """Write the file; return the number of its tensors by type, and with levels of a grid."""
+) -> tuple[dict[str, int], int, int]:
+    """Write the file; return the number of its tensors by type, the number with levels of a grid,
+    and the bytes of all."""
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, quants
 
-    kinds, state, ours = GGMLQuantizationType, opened.model.state_dict(), 0
+    kinds, state, ours, size = GGMLQuantizationType, opened.model.state_dict(), 0, 0
     shapes = {name: value.shape for name, value in state.items()}
     grids, blocks = read_grids(folder, shapes), read_blocks(folder, shapes)
     types = Counter[str]()
@@ -253,6 +284,7 @@ def _write(
             data = quants.quantize(value, kind)
         writer.add_tensor(tensor.name, data, raw_dtype=kind)
         types[kind.name] += 1
+        size += data.nbytes
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
@@ -266,7 +298,7 @@ def _write(
         inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, value, field.types[0], inner)
     _close(writer)
-    return dict(types), ours
+    return dict(types), ours, size
 
 
 def _recipe(folder: Path) -> str | None:

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from calmix.calibration import CalibrationSet
 from calmix.compression import plan, results
 from calmix.compression.card import PAGE
+from calmix.compression.stages import FILE_KIND
 from calmix.deploy.pack import CONFIG, config_of
 from calmix.errors import CalmixError, InputError, first_line
 from calmix.evaluation import generations, scores
@@ -31,7 +32,7 @@ from calmix.files import (
     sha256_file,
     sha256_json,
 )
-from calmix.manifest import SEAL, changed, check_seal, file_hashes, read_sealed
+from calmix.manifest import SEAL, changed, check_seal, file_hashes, read_sealed, record_file
 from calmix.models.shards import PACK
 from calmix.options import option_words
 from calmix.pruning.checkpoint import MANIFEST, RUN
@@ -78,7 +79,8 @@ def inspect(path: Path, tick: Say = lambda name: None) -> Health:
     health = Health(str(target), MARKS.get(name, "folder of results"))
     if target.is_file():
         with suppress(InputError):
-            health.kind = str(read_object(path, "").get("kind", scores.KIND))
+            record = read_object(record_file(path) or path, "")
+            health.kind = str(record.get("kind", scores.KIND))
         if health.kind not in FILES:
             raise InputError(
                 f"{path} cannot be checked: name a folder that calmix wrote or a file of "
@@ -114,10 +116,14 @@ def _files(folder: Path, recorded: dict[str, str], health: Health, say: Say) -> 
 
 
 def _checkpoint(folder: Path, health: Health, say: Say) -> None:
-    recorded, pruned = _described(folder, health)
+    recorded, pruned = _described(read_sealed(folder / MANIFEST, ""), health)
     _files(folder, recorded, health, say)
-    if pruned is None:
-        return
+    if pruned is not None:
+        _layers(pruned, health)
+
+
+def _layers(pruned: dict[str, Any], health: Health) -> None:
+    """Warn of what is unusual in the layers of a pruning run."""
     done, warn = pruned["pruning"], health.warnings.append
     health.layers = TypeAdapter(list[LayerReport]).validate_python(done["layers"])
     damping = done["options"].get("damping")
@@ -135,10 +141,11 @@ def _checkpoint(folder: Path, health: Health, say: Say) -> None:
         warn(f"fewer calibration tokens ({tokens}) than layer inputs ({widest}): use more rows")
 
 
-def _described(folder: Path, health: Health) -> tuple[dict[str, str], dict[str, Any] | None]:
+def _described(
+    manifest: dict[str, Any], health: Health
+) -> tuple[dict[str, str], dict[str, Any] | None]:
     """Set the facts of a checkpoint; return its files' hashes and the pruning run's manifest, None
     if another program pruned the model."""
-    manifest = read_sealed(folder / MANIFEST, "")
     pruned: dict[str, Any] | None = manifest
     command = {"command": _command(manifest)} if manifest.get("request") else {}
     health.kind = health.kind.replace("checkpoint", manifest["kind"])
@@ -209,10 +216,26 @@ def _pack(folder: Path, health: Health, say: Say) -> None:
         health.kind += " of a checkpoint"
         unpacked = others | {name: one["sha256"] for name, one in weights.items()}
         unpacked[CONFIG] = hashlib.sha256(config_of(folder, manifest)).hexdigest()
-        health.problems += changed(folder, _described(folder, health)[0], unpacked)
+        recorded, _ = _described(read_sealed(folder / MANIFEST, ""), health)
+        health.problems += changed(folder, recorded, unpacked)
     _files(folder, packed, health, say)
     sizes = [(folder / name).stat().st_size for name in packed if (folder / name).is_file()]
     health.facts["packed bytes"] = sum(sizes)
+
+
+def _gguf(path: Path, health: Health, say: Say) -> None:
+    """Check a GGUF file of calmix compress by the record beside it."""
+    record = read_sealed(record_file(path) or path, "")
+    _described(record["pruned"], health)
+    _layers(record["pruned"], health)
+    file = path.with_name(next(iter(record["files"])))
+    hashes = {file.name: cached_sha256(file, again=True)} if file.is_file() else {}
+    health.problems += changed(file.parent, record["files"], hashes)
+    health.facts |= {
+        "types": ", ".join(f"{count} {name}" for name, count in record["types"].items()),
+        "bits a weight": f"{record['bits']:.3f}",
+        "bytes": record["after"],
+    }
 
 
 def _calibration(folder: Path, health: Health, say: Say) -> None:
@@ -261,7 +284,7 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
     record, check = results.read_compressed(folder), results.Results()
     request, listed = record["request"], results.recorded(folder, record)
     leaves = {one.stage: one.path.name for one in listed}
-    left = [one.stage for one in listed if not one.path.exists()]
+    left = [one.stage for one in listed if not one.done]
     health.facts = {
         "dense model": request["model"],
         "target": plan.target(request),
@@ -282,11 +305,11 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
             for name in left
             if name in ran and leaves[name] != "pruned"
         ]
-    if "model" in parts:
-        health.layers = parts["model"].layers
-        health.facts["method"] = parts["model"].facts.get("method")
+    for name in parts.keys() & {"model", "model.gguf"}:
+        health.layers = parts[name].layers
+        health.facts["method"] = parts[name].facts.get("method")
     for one in listed:
-        if one.path.exists() and not parts[one.path.name].problems:
+        if results.ready(one.path) and not parts[one.path.name].problems:
             try:
                 check.check(one)
             except CalmixError as error:
@@ -307,6 +330,7 @@ def _ladder(folder: Path, health: Health, say: Say) -> None:
         "ended": ladder["ended"] or "not yet",
     }
     places = [*folder.glob("calibration"), *sorted(folder.glob("candidates/*/model"))]
+    places += sorted(folder.glob("candidates/*/model.gguf"))
     for name in (plan.SCORES, plan.BEHAVIOUR):
         places += sorted(folder.glob(f"candidates/**/*{name}"))
     _parts(folder, [str(path.relative_to(folder)) for path in places], health, say)
@@ -372,4 +396,8 @@ CHECKS: dict[str, Check] = {
 }
 MARKS = {names[0]: kind for kind, names in RESULTS.items() if kind in CHECKS}
 MARKS |= {results.LADDER: "ladder of candidates", RECORD: "unfinished work"}
-FILES: dict[str, Check] = {scores.KIND: _scores, generations.KIND: _answers}
+FILES: dict[str, Check] = {
+    scores.KIND: _scores,
+    generations.KIND: _answers,
+    FILE_KIND: _gguf,
+}

@@ -40,6 +40,7 @@ from calmix.files import (
     copy_files,
     hidden,
     matching,
+    remove,
     sha256_json,
     size_text,
     user_path,
@@ -342,6 +343,12 @@ def size_of(name: str) -> tuple[int | None, int]:
     elif model is not None and model.is_file():
         size = model.stat().st_size
     return size, sum(math.prod(one.shape) for one in stored_tensors(folder).values())
+
+
+def forget(file: Path) -> None:
+    """Remove the dequantised copy of a GGUF file from the cache."""
+    if file.is_file():
+        remove(_unpacked(file))
 
 
 def to_fetch(name: str) -> str:

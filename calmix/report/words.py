@@ -36,10 +36,6 @@ FOOTER = (
     "right. Likelihood kept: 100 % = dense model, 0 = no task knowledge. Brackets: 95 % intervals "
     "over items."
 )
-FRONTIER = (
-    "packs of this model at other bits, estimated, and the answers that two measured models keep "
-    "there, without the recovery that compress adds below 4 bits"
-)
 TOO_FEW = "too few to tell"  # an ability in which the dense model gets few answers right
 MINUS = "\N{MINUS SIGN}"
 WIDTH = 80  # columns of a terminal

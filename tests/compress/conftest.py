@@ -39,6 +39,8 @@ def command(options, tiny_folder):
         base = ("compress", tiny_folder, "-o", output, *words)
         sized = {"--sparsity", "--pattern", "--bits", "--size", "--keep-at-least"} & {*more}
         target = ("--sparsity", 0.6) if sparse and not sized else ()
+        if not target and "--for" not in more:
+            target = "--for", "storage" if "--size" in more else "none"
         return tuple(map(str, (*base, *target, *more)))
 
     return made
@@ -46,8 +48,9 @@ def command(options, tiny_folder):
 
 @pytest.fixture(scope="session")
 def asked(tiny_folder):
-    """Return a function that checks options and returns the request."""
-    return lambda **more: check_request(Compression(**{"model": str(tiny_folder)} | more))
+    """Return a function that checks options and returns the request, by default of safetensors."""
+    usual = {"model": str(tiny_folder), "product": "none"}
+    return lambda **more: check_request(Compression(**usual | more))
 
 
 def stopping(run, after):

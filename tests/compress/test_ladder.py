@@ -386,7 +386,7 @@ def test_search_command_ends_with_a_card(calmix, command, options, tmp_path, mon
     for said in (
         "Kept at 95 % confidence, at least: code 30 %",
         "tags: [quantized, calmix]",
-        " kB quantised, ",
+        " kB quantised.",
         "Once packed, a weight takes 5.0",
     ):
         assert said in readme

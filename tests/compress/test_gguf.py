@@ -1,0 +1,188 @@
+"""From a model to a GGUF file: the file is what is scored, and its origin is recorded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from calmix.cli import app
+from calmix.compression import card
+from calmix.compression.card import read_card
+from calmix.compression.results import read_compressed
+from calmix.compression.stages import Stage
+from calmix.deploy import speed
+from calmix.errors import ModelError
+from calmix.models import open_model
+from tests.compress.conftest import prepare, stopping
+from tests.tiny import save_tiny_model, tiny_gguf
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+STAGES = ["calibrate", "prune", "export", "evaluate", "answers", "report"]
+FILES = [
+    "Modelfile",
+    "README.md",
+    "answers.json",
+    "calibration",
+    "card.html",
+    "compress-run.json",
+    "compress.json",
+    "model.gguf",
+    "model.gguf.json",
+    "scores.json",
+]
+
+
+@pytest.fixture(scope="session")
+def file(place):
+    """A tiny model as a GGUF file."""
+    return tiny_gguf(place / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def words(options, file):
+    """Return a function that makes the arguments of a compression to a file."""
+
+    def made(output, *more, model=file):
+        given = [word for name, value in options.items() for word in (f"--{name}", value)]
+        return tuple(map(str, ("compress", model, "-o", output, *given, *more)))
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def whole(place, words):
+    """A finished compression, which tests must not change."""
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(place, patch)
+        app(list(words(place / "whole")), standalone_mode=False)
+    return place / "whole"
+
+
+@pytest.fixture
+def out(whole, tmp_path):
+    """A finished compression, moved to another folder."""
+    return Path(shutil.copytree(whole, tmp_path / "out"))
+
+
+def test_an_interrupt_after_any_stage_resumes_to_the_same_file(
+    calmix, words, whole, tmp_path, monkeypatch
+):
+    out, run = tmp_path / "out", Stage.run
+    for done in range(len(STAGES)):
+        monkeypatch.setattr(Stage, "run", stopping(run, min(done, 1)))  # one more stage each time
+        assert calmix(*words(out)).code == 130
+        assert (out / "quantised").exists() == (done == 2)
+    monkeypatch.setattr(Stage, "run", run)
+    ended = calmix(*words(out)).ok()
+    assert ended.err.count("already done") == len(STAGES) - 1
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert (out / "model.gguf").read_bytes() == (whole / "model.gguf").read_bytes()
+    record = read_compressed(out)
+    assert [one.split()[1 + (" answers " in one)] for one in record["commands"].values()] == STAGES
+    # What is scored is the file.
+    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    assert scores["model"]["name"] == str(out / "model.gguf")
+    assert scores["model"]["sha256"] == open_model(out / "model.gguf").fingerprint
+    named = [line.split(": ")[0] for line in ended.out.splitlines()[1:]]
+    assert named == ["size", "speed", "types", "run", "run", "card", "next"]
+    assert f"run: llama-cli -m {out}/model.gguf" in ended.out
+    made = read_card(out)
+    assert made.title == "tiny.gguf quantised to Q4_K_M"
+    assert made.size == (out / "model.gguf").stat().st_size
+    assert made.substitutes == 15  # its rows have 32 and 64 weights
+    assert 5 < made.bits < 7
+    for page in (out / "card.html", out / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        assert f"llama-cli -m {out}/model.gguf" in text
+        assert f"{made.bits:.2f} bits per weight" in text
+        assert "pip install llama-cpp-py-sync" in text
+    inspected = json.loads(calmix("doctor", "inspect", out, "--json").ok().out)
+    assert inspected["facts"]["model.gguf"] == "GGUF file"
+    assert "left to do" not in inspected["facts"]
+    assert len(inspected["layers"]) == 14
+
+
+def test_a_file_that_was_changed_or_moved(calmix, words, out):
+    calmix("report", out).ok()
+    assert calmix(*words(out)).ok().err.count("already done") == len(STAGES) - 1
+    assert calmix("check", out, "--keep-at-least", "0.05").code in (0, 1, 2)
+    before = (out / "model.gguf").read_bytes()
+    (out / "model.gguf").write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    for command in (("report", out), words(out), ("doctor", "inspect", out)):
+        assert "model.gguf is damaged or changed" in calmix(*command).line
+    (out / "model.gguf").unlink()
+    ended = calmix(*words(out)).ok()  # made again, from the calibration set that is left
+    assert (out / "model.gguf").read_bytes() == before
+    assert ended.err.count("already done") == 3
+    assert not (out / "quantised").exists()
+
+
+def test_what_cannot_be_written_is_refused_before_any_work(
+    calmix, words, tmp_path, tiny_folder, file
+):
+    out = tmp_path / "out"
+    save_tiny_model(tmp_path / "mixture", "mixtral")
+    save_tiny_model(tmp_path / "qwen", "qwen3")
+    shutil.copy(file, tmp_path / "cut.gguf")
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:3000])
+    for model, more, said in (
+        (tiny_folder, (), "name one with --like FILE.gguf; or write safetensors: --for none"),
+        (tmp_path / "qwen", ("--like", file), "tiny.gguf is not a file of the model"),
+        (tmp_path / "mixture", ("--like", file), "tiny.gguf is not a file of the model"),
+        (file, ("--like", tmp_path / "cut.gguf"), "cannot read"),
+        (file, ("--type", "Q3_X"), "unknown type 'Q3_X': did you mean IQ3_XS"),
+        (file, ("--type", "Q3_K_M", "--bits", 4), "--bits has no effect with --type: leave it out"),
+        (file, ("--for", "none", "--type", "Q4_0"), "--type has no effect with --for none"),
+        (file, ("--for", "gguf", "--sparsity", 0.5), "a GGUF file has no use for zeros"),
+        (file, ("--sparsity", 0.5, "--size", "1MB"), "--sparsity has no effect with --size"),
+    ):
+        assert said in calmix(*words(out, *more, model=model)).line
+        assert not out.exists()
+
+
+def test_a_folder_gets_the_layout_of_a_file_of_the_same_model(calmix, words, tmp_path, file):
+    folder = Path(shutil.copytree(open_model(file).folder, tmp_path / "folder"))
+    out = tmp_path / "out"
+    ended = calmix(*words(out, "--like", file, "--type", "q8_0", "--dry-run", model=folder)).ok()
+    assert f"--method ggml,type=Q8_0 --calibration {out}/calibration" in ended.out
+    assert f"calmix export {out}/quantised --to gguf --like {file}" in ended.out
+
+
+def test_the_speed_is_measured_where_llama_cpp_is_installed(calmix, out, monkeypatch):
+    speeds = {"prompt": 400.0, "writing": 70.0, "memory": 3e8}
+    monkeypatch.setattr(card, "engine", lambda: "llama_cpp")
+
+    def broken(*_):
+        raise ModelError("it does not run")
+
+    monkeypatch.setattr(card, "measure", broken)
+    assert "speed was not measured: it does not run" in calmix("report", out).ok().err
+    both = {"threads": 2, "llama.cpp": speeds, "transformers": speeds | {"writing": 30.0}}
+    monkeypatch.setattr(card, "measure", lambda *_: both)
+    calmix("report", out).ok()
+    said = "the file in llama.cpp: prompt 400 tokens/s, writing 70, 300 MB of memory; dense in "
+    assert said in (out / "README.md").read_text(encoding="utf-8")
+    assert "70 tokens/s" in (out / "card.html").read_text(encoding="utf-8")
+    monkeypatch.setattr(card, "measure", broken)  # once is enough
+    assert "not measured" not in calmix("report", out).ok().err
+    calmix("doctor", "inspect", out).ok()
+
+
+STUB = """
+class Llama:
+    def __init__(self, path, **options): assert path == "x.gguf"
+    def n_vocab(self): return 300
+    def reset(self): pass
+    def eval(self, ids): assert max(ids) < 300
+"""
+
+
+def test_a_binding_of_llama_cpp_is_timed_in_a_process_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "llama_cpp.py").write_text(STUB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert speed.engine() == "llama_cpp"
+    assert min(speed._measured("llama_cpp", "x.gguf").values()) > 0
+    with pytest.raises(ModelError, match=r"y\.gguf does not run in llama_cpp: AssertionError"):
+        speed._measured("llama_cpp", "y.gguf")
