@@ -20,7 +20,7 @@ from calmix.report.words import p_value, with_span
 ROOT = Path(__file__).parents[1]
 README, PICTURE = ROOT / "README.md", ROOT / "docs" / "images" / "card.png"
 BETWEEN = re.compile(r"(<!-- table: .*? -->\n).*?(<!-- end of table -->)", re.DOTALL)
-HEAD = ["compressed to", "MB, packed", "right, % of dense", "lost, gained (p)", "kept %"]
+HEAD = ["compressed to", "size", "right, % of dense", "lost, gained (p)", "kept %"]
 
 
 def row(folder: Path) -> list[str]:
@@ -31,7 +31,7 @@ def row(folder: Path) -> list[str]:
     assert counts is not None
     return [
         f"{target(card.asked)}, effort {card.asked['effort']}",
-        f"{size_text(card.size)}, {size_text(card.packed)}",
+        size_text(card.packed or card.size),
         with_span(behaved.right.total),
         f"{counts.lost} of {counts.dense}, {counts.gained} ({p_value(counts.p)})",
         with_span(counts.share),

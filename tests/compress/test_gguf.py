@@ -127,7 +127,7 @@ def test_what_cannot_be_written_is_refused_before_any_work(
     shutil.copy(file, tmp_path / "cut.gguf")
     (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:3000])
     for model, more, said in (
-        (tiny_folder, (), "name one with --like FILE.gguf; or write safetensors: --for none"),
+        (tiny_folder, (), "with --like FILE.gguf; or write safetensors: --for none"),
         (tmp_path / "qwen", ("--like", file), "tiny.gguf is not a file of the model"),
         (tmp_path / "mixture", ("--like", file), "tiny.gguf is not a file of the model"),
         (file, ("--like", tmp_path / "cut.gguf"), "cannot read"),

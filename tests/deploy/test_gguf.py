@@ -179,8 +179,8 @@ def test_plain_rounding_and_errors(calmix, quantised, tmp_path):
     (tmp_path / "cut.gguf").write_bytes((quantised / "tiny.gguf").read_bytes()[:3000])
     like = "--like", quantised / "tiny.gguf"
     for model, more, says in (
-        ("llama", (), "--to gguf needs a GGUF file of the same model"),
-        ("other", (), "--to gguf needs a GGUF file of the same model"),
+        ("llama", (), "needs another of the same model, for its tokenizer"),
+        ("other", (), "needs another of the same model, for its tokenizer"),
         ("qwen", like, "is not a file of the model"),
         ("wide", like, "is not a file of the model"),
         ("tuned", like, "its tokens differ (<s> for <turn>)"),
