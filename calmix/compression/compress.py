@@ -13,7 +13,7 @@ from typing import Any
 from calmix.calibration import saved_set
 from calmix.compression.card import PAGE, Card, read_card
 from calmix.compression.estimate import StageCost, check_room, estimate
-from calmix.compression.ladder import RUNGS, Walk
+from calmix.compression.ladder import Walk
 from calmix.compression.plan import check_request
 from calmix.compression.results import LADDER, MANIFEST
 from calmix.compression.running import Run, Say, stages
@@ -137,7 +137,7 @@ def dry(walk: Walk) -> list[StageCost]:
     """Return the cost of all stages; of a search, the most that there can be."""
     if not walk.floors:
         return estimate(walk.request, stages(walk.request, walk.out))
-    return estimate(walk.at(RUNGS[-1]), walk.longest())
+    return estimate(walk.at(walk.rates[-1]), walk.longest())
 
 
 def make(options: Compression, out: Path, *, shown: bool = True) -> tuple[Walk, dict[str, float]]:

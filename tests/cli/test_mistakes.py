@@ -28,7 +28,7 @@ WRONG = "no-such-thing"
 # A correct call of each verb, or of each of its formats; names in braces are the files below, and
 # {out} is the output.
 VERBS = {
-    "compress": "{model} -o {out}",
+    "compress": "{model} -o {out} --for none",
     "prune": "{model} --calibration {text} --sparsity 0.5 --length 64 -o {out}",
     "recover": "{model} --against {other} --calibration {text} --length 64 -o {out}",
     "export --to pack": "{model} -o {out}",
@@ -75,7 +75,7 @@ SAID = {
     COMPRESS + "--calibration {text} --sparsity 0.6 --max-memory 0.5GiB": "0.50 GiB of memory are",
     COMPRESS + "--prompts {blank}": "is empty: it has no text",
     COMPRESS + "--prompts {notes}": "is a folder: name a file of prompts",
-    COMPRESS + "--size 900GB": "is out of reach",
+    COMPRESS + "--for storage --size 900GB": "is out of reach",
     COMPRESS + "--size apples": "--size 'apples' is not a size: write",
     COMPRESS + "--size 12": "12 is above 1: did you mean 0.12?",
     COMPRESS + "--size 0.3 --bits 3": "--bits has no effect with --size",

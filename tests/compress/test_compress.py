@@ -158,7 +158,9 @@ def test_card_suites_and_foreign_models(calmix, compressed, tmp_path):
     for suite_, after in (("offline", "calmix evaluate"), ("mine.yaml", "hf upload")):
         again = replace(card, pairs=left, asked=card.asked | {"suite": suite_})
         assert again.next.startswith(after)  # a user's own programs need no abilities
-    assert replace(again, out=Path("my models")).next == "hf upload NAME/out 'my models/model'"
+    assert (
+        replace(again, model=Path("my models/model")).next == "hf upload NAME/out 'my models/model'"
+    )
     told = json.loads((out / "answers.json").read_text(encoding="utf-8"))
     swapped = {"model": told["against"], "against": told["model"]}
     write_json(out / "answers.json", sealed(told | swapped))
@@ -420,7 +422,7 @@ def test_size_and_bits(calmix, command, asked, tmp_path, undrawn):
     """Below four bits the levels are trained; the card shows the bits."""
     out = tmp_path / "out"
     line = calmix(*command(out, "--size", "1kB")).line
-    low, high = map(float, re.search(r"takes from ([\d.]+) kB to ([\d.]+) kB", line).groups())
+    low, high = map(float, re.search(r"has from ([\d.]+) kB to ([\d.]+) kB", line).groups())
     wanted = round(low + (high - low) * 2 / 7)  # between 1.5 and 7 bits
     sizes = {}
     for size in (f"{wanted}kB", f"{wanted + 4}kB"):
@@ -461,7 +463,7 @@ def test_low_bits_need_anyway(calmix, command, tmp_path):
         assert f"--bits {bits:g} bits per weight: below 2 no measured model keeps" in line
         assert line.endswith("or pass --anyway")
     line = calmix(*command(out, "--size", "1kB")).line
-    low = re.search(r"takes from ([\d.]+) kB", line)[1]
+    low = re.search(r"has from ([\d.]+) kB", line)[1]
     few = f"{float(low) + 0.5}kB"
     assert f"--size {few} leaves 1." in calmix(*command(out, "--size", few)).line
     for sparse in (("--sparsity", 0.71), ("--pattern", "1:4"), ("--sparsity", 0.9, "--bits", 4)):

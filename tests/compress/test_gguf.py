@@ -9,11 +9,15 @@ import pytest
 from calmix.cli import app
 from calmix.compression import card
 from calmix.compression.card import read_card
+from calmix.compression.plan import check_request
 from calmix.compression.results import read_compressed
+from calmix.compression.running import stages
 from calmix.compression.stages import Stage
 from calmix.deploy import speed
 from calmix.errors import ModelError
 from calmix.models import open_model
+from calmix.options import Compression
+from calmix.progress import Progress
 from tests.compress.conftest import prepare, stopping
 from tests.tiny import save_tiny_model, tiny_gguf
 
@@ -147,6 +151,26 @@ def test_a_folder_gets_the_layout_of_a_file_of_the_same_model(calmix, words, tmp
     ended = calmix(*words(out, "--like", file, "--type", "q8_0", "--dry-run", model=folder)).ok()
     assert f"--method ggml,type=Q8_0 --calibration {out}/calibration" in ended.out
     assert f"calmix export {out}/quantised --to gguf --like {file}" in ended.out
+
+
+def test_bits_and_sizes_choose_types_by_matrix(calmix, words, options, file, tmp_path):
+    """A file of the size that was asked for."""
+    out = tmp_path / "out"
+    for more, said in (
+        (("--bits", 3), "3 bits per weight are out of reach: GGUF files of this model have 4."),
+        (("--size", "1MB"), "--size 1MB: "),
+        (("--size", "1kB"), "--size 1kB leaves -"),
+        (("--bits", 1), "--bits 1 bits per weight: below 2"),
+    ):
+        assert said in calmix(*words(out, *more)).line
+    told = calmix(*words(out, "--keep-at-least", "code=0.3", "--dry-run")).ok().out
+    assert "--bits 6 " in told  # first the middle of those that the model's rows allow
+    assert "--bits 3.2" not in told
+    request = check_request(Compression(model=str(file), size="28kB", **options))
+    assert request.target == "5.88 bits"
+    for stage in stages(request, out)[:3]:
+        stage.run(Progress())
+    assert 0.98 * 28_000 < (out / "model.gguf").stat().st_size <= 28_000
 
 
 def test_the_speed_is_measured_where_llama_cpp_is_installed(calmix, out, monkeypatch):

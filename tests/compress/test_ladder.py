@@ -199,10 +199,10 @@ def test_timeout_after_a_pass_resumes(want, out, ticks):
     found = walk(want, out, run, 15)
     assert ([*found.kept], found.ended, found.bits) == ([4.5], "time", 4.5)
     assert "time ran out" in found.why()
-    for name in ("pack", "answers.json", "compress.json"):  # made from its model
+    for name in ("answers.json", "compress.json"):  # made from its model
         (out / name).write_text("of 4.5 bits")
     assert [*walk(want, out, stop, 5).kept] == [4.5]
-    assert (out / "pack").exists()  # too little time for a candidate removes nothing
+    assert (out / "answers.json").exists()  # too little time for a candidate removes nothing
     run = Fake(ALL | {3.2: 20})
     found = walk(want, out, run)
     assert run.run == ["prune", "recover", "evaluate", "prune", "evaluate"]
@@ -403,7 +403,14 @@ def test_search_command_ends_with_a_card(calmix, command, options, tmp_path, mon
     ended = calmix(*other, *floors, "--json")
     assert (ended.code, json.loads(ended.out)["model"]) == (1, None)
     with pytest.raises(NotKeptError, match=r"keeps code=0\.3: 3\.5 bits fail: code keeps"):
-        api.compress(other[1], tmp_path / "no", keep_at_least="code=0.3", shown=False, **options)
+        api.compress(
+            other[1],
+            tmp_path / "no",
+            keep_at_least="code=0.3",
+            product="none",
+            shown=False,
+            **options,
+        )
     ended = calmix(*command(tmp_path / "dry", sparse=False), *floors, "--dry-run").ok()
     assert "3.5 bits, quantise" in ended.out
     assert "must get right at least: 4 in code" in ended.out
