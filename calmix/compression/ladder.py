@@ -69,7 +69,7 @@ class Walk:
             )
         self.rungs: list[dict[str, Any]] = saved.get("rungs", [])
         self.ended: str = saved.get("ended", "")
-        self.rates = RUNGS
+        self.rates: tuple[float, ...] = RUNGS
         if request.keep_at_least is not None:
             self.rates = tuple(bits for bits in RUNGS if plan.reachable(request, bits))
         if not self.rates:
