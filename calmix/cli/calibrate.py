@@ -65,26 +65,26 @@ def draw(
     if written:
         opened = open_model(model, **how.opening())
     with Progress() as bar:
-        made = resolve(
+        drawn_set = resolve(
             spec, opened, **drawn.drawn(), writing=bar.writing, note=note, tick=bar.each("drawing")
         )
-    made.save(output, overwrite=overwrite)
-    manifest, leakage = made.manifest, made.manifest["leakage"]
+    drawn_set.save(output, overwrite=overwrite)
+    manifest, leakage = drawn_set.manifest, drawn_set.manifest["leakage"]
     dropped = {} if leakage == "off" else {k: len(ids) for k, ids in leakage["dropped"].items()}
     print_json(
         {
             "folder": str(output),
-            "rows": made.rows,
-            "length": made.length,
-            "counts": made.counts,
+            "rows": drawn_set.rows,
+            "length": drawn_set.length,
+            "counts": drawn_set.counts,
             "chat_turns": manifest.get("chat_turns"),
             **{key: manifest[key] for key in WRITTEN if key in manifest},
-            "sha256": made.sha256,
+            "sha256": drawn_set.sha256,
             "leakage": leakage if leakage == "off" else {"dropped": dropped},
         }
     )
-    shares = ", ".join(f"{name} {count}" for name, count in made.counts.items())
-    line(f"{output}: {made.rows} rows of {made.length} tokens ({shares})")
+    shares = ", ".join(f"{name} {count}" for name, count in drawn_set.counts.items())
+    line(f"{output}: {drawn_set.rows} rows of {drawn_set.length} tokens ({shares})")
     if turns := manifest.get("chat_turns"):
         line(f"{turns} user turns in the model's chat format")
     if "generated" in manifest:
@@ -141,17 +141,17 @@ def measure(
     else:
         opened = open_model(model, **how.opening())
     with Progress() as bar:
-        made = run(names, opened, **options, tick=bar.each("measured", len(names) * draws))
+        measurement = run(names, opened, **options, tick=bar.each("measured", len(names) * draws))
     if output is not None:
-        made.save(output)
-    print_json(made.to_dict())
+        measurement.save(output)
+    print_json(measurement.to_dict())
     print_table(
-        table(made),
+        table(measurement),
         least=[] if len(names) <= 4 else None,
-        title=f"{made.budget['tokens']} tokens per sample ({rows} x {size.length}), "
+        title=f"{measurement.budget['tokens']} tokens per sample ({rows} x {size.length}), "
         f"{draws} samples from seed {size.seed}; mean ± half of the 95 % interval",
     )
-    for name, text in made.notes.items():
+    for name, text in measurement.notes.items():
         line(f"{name}: {text}")
 
 

@@ -117,8 +117,8 @@ def plan(
     from calmix.study.spec import load_study
 
     file = load_study(study)
-    found = estimate(file, device, trust_remote_code=trust_remote_code)
-    print_json({"study": file.file.name, **found})
+    costs = estimate(file, device, trust_remote_code=trust_remote_code)
+    print_json({"study": file.file.name, **costs})
     rows = [
         {
             "model": each["model"] if len(file.file.models) > 1 else None,
@@ -127,7 +127,7 @@ def plan(
             "memory": size_text(each["memory"]),
             "disk": size_text(each["disk"]),
         }
-        for each in found["groups"]
+        for each in costs["groups"]
     ]
     print_table(
         rows,
@@ -135,11 +135,11 @@ def plan(
         least=["disk", "memory", "tokens", "model"],
     )
     line(
-        f"{found['trials']} trials of {found['items']} items, {found['prunes']} pruned models, "
-        f"{found['sets']} calibration sets; at most {size_text(found['memory'])} of memory, one "
-        f"trial at a time, and {size_text(found['disk'])} on disk"
+        f"{costs['trials']} trials of {costs['items']} items, {costs['prunes']} pruned models, "
+        f"{costs['sets']} calibration sets; at most {size_text(costs['memory'])} of memory, one "
+        f"trial at a time, and {size_text(costs['disk'])} on disk"
     )
-    for text in found["notes"]:
+    for text in costs["notes"]:
         line(f"note: {text}")
 
 
@@ -169,12 +169,12 @@ def run(
     from calmix.study.spec import load_study
 
     on = {"address": address, "workers": workers, "cpus": cpus, "gpus": gpus, "retries": retries}
-    given: dict[str, Any] = {key: value for key, value in on.items() if value is not None}
-    if given and executor == "local":
-        raise InputError(f"--{next(iter(given))} has no effect without --executor ray")
-    execute = on_ray(**given) if executor == "ray" else None
+    settings: dict[str, Any] = {key: value for key, value in on.items() if value is not None}
+    if settings and executor == "local":
+        raise InputError(f"--{next(iter(settings))} has no effect without --executor ray")
+    execute = on_ray(**settings) if executor == "ray" else None
     with Progress() as bar:
-        kept, left = run_study(
+        opened_store, left = run_study(
             load_study(study),
             store,
             note=note,
@@ -185,7 +185,7 @@ def run(
             retry_failed=retry_failed,
             execute=execute,
         )
-    states = [kept.state(entry.id) for entry in kept.index.trials]
+    states = [opened_store.state(entry.id) for entry in opened_store.index.trials]
     done = states.count("finished")
     failed, elsewhere = (
         {label: what for label, (how, what) in left.items() if how == ended}
@@ -218,23 +218,23 @@ def status(
     """Show which trials are finished, running, failed or pending."""
     from calmix.study.store import open_store
 
-    kept, rows, seconds = open_store(store), [], []
-    for entry in kept.index.trials:
-        state, text = kept.state(entry.id), ""
+    opened_store, rows, seconds = open_store(store), [], []
+    for entry in opened_store.index.trials:
+        state, text = opened_store.state(entry.id), ""
         if state == "failed":
-            text = kept.read_failure(entry).error
+            text = opened_store.read_failure(entry).error
         elif state == "running":
-            text = kept.runner(entry.id) or ""
+            text = opened_store.runner(entry.id) or ""
         elif state == "finished":
-            found = kept.result(entry).trial
-            seconds.append(found.seconds.get("total", 0.0))
-            text = found.told
+            trial = opened_store.result(entry).trial
+            seconds.append(trial.seconds.get("total", 0.0))
+            text = trial.summary
         rows.append({"trial": entry.label, "state": state, "note": text})
     states = [row["state"] for row in rows]
     counts = {name: states.count(name) for name in ("finished", "running", "failed", "pending")}
     left = counts["running"] + counts["pending"]
     ahead = sum(seconds) / len(seconds) * left if seconds else None
-    name = kept.index.name
+    name = opened_store.index.name
     print_json({"study": name, **counts, "seconds_left": ahead, "trials": rows})
     print_table(rows, title=f"study {name}", text=["trial", "note"], least=[])
     work = f"; {duration(ahead)} of work left" if left and ahead is not None else ""
@@ -274,10 +274,10 @@ def _analysed(
     overwrite = options.overwrite or (folder / inside).is_file()
     check_output_folder(folder, inputs=inputs, overwrite=overwrite)
     results = read_results(study)
-    found = analysis_of(results, options, method=options.method, sparsity=options.sparsity)
-    write(results, found, folder)
-    print_json(found.to_dict())
-    line(summary_text(found))
+    analysed = analysis_of(results, options, method=options.method, sparsity=options.sparsity)
+    write(results, analysed, folder)
+    print_json(analysed.to_dict())
+    line(summary_text(analysed))
     line(f"\nwritten to {folder / inside}")
 
 
@@ -292,9 +292,9 @@ def recommend(
     from calmix.report import words
     from calmix.study import read_results
 
-    found = best_of(read_results(options.study), weights, **options.model_dump(include=WHICH))
-    print_json([asdict(one) for one in found])
-    for one in found:
+    advice = best_of(read_results(options.study), weights, **options.model_dump(include=WHICH))
+    print_json([asdict(one) for one in advice])
+    for one in advice:
         if not one.candidates:
             line(f"{one.condition}: no task with signal in a weighted dimension")
             continue
@@ -325,7 +325,7 @@ def recommend(
                 f"take {first.calibration}{more}: expect {words.with_span(first.shrunken)} %{best}"
             )
         )
-    drawn = any(each.total.draw_low is not None for one in found for each in one.candidates)
+    drawn = any(each.total.draw_low is not None for one in advice for each in one.candidates)
     over = "test items and seeds" if drawn else "test items alone, with one seed each"
     line(f"brackets: 95 % intervals over {over} (docs/studies.md)")
 
@@ -343,12 +343,12 @@ def power(
     from calmix.study import read_results
 
     noisy = noises(read_results(options.study), **options.model_dump(include=WHICH))
-    found = [
+    needs = [
         (one, [needed(p / 100, one.draw, one.freedom, one.item or 0.0) for p in difference])
         for one in noisy
         if one.draw is not None
     ]
-    if not found:
+    if not needs:
         raise InputError(
             f"power needs a set with two seeds, and {options.study} has none: add a seed to the "
             "study file"
@@ -356,10 +356,10 @@ def power(
     print_json(
         [
             {"noise": asdict(noise), "needed": [asdict(one) for one in each], "ratio": noise.ratio}
-            for noise, each in found
+            for noise, each in needs
         ]
     )
-    for condition, members in groupby(found, key=lambda one: one[0].condition):
+    for condition, members in groupby(needs, key=lambda one: one[0].condition):
         same = list(members)
         rows = [
             {
@@ -386,8 +386,11 @@ def power(
     )
 
 
-def _seeds(found: Needed) -> str:
-    several = found.draws_items is not None
-    numbers = found.draws, found.draws_items if several else math.ceil(found.items)
+def _seeds(need: Needed) -> str:
+    several = need.draws_items is not None
+    numbers = (
+        need.draws,
+        need.draws_items if several else math.ceil(need.items),
+    )
     seeds, more = (f">{MANY}" if (number or 0) > MANY else str(number) for number in numbers)
-    return seeds if found.draws > MANY else f"{seeds}/{more}{'' if several else 'x'}"
+    return seeds if need.draws > MANY else f"{seeds}/{more}{'' if several else 'x'}"

@@ -38,15 +38,15 @@ def group(name: str, default: str = "") -> typer.Typer:
     text = f"{VERBS[name][1]}."
     if default:
         text += f"\n\ncalmix {name} is short for calmix {name} {default}; see its --help."
-    made = typer.Typer(
+    typer_app = typer.Typer(
         cls=type("Default", (Group,), {"default": default}),
         help=text,
         add_completion=False,
         no_args_is_help=not default,
         rich_markup_mode=None,
     )
-    app.add_typer(made, name=name)
-    return made
+    app.add_typer(typer_app, name=name)
+    return typer_app
 
 
 def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Handler], Handler]:
@@ -69,10 +69,10 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Ha
         model = create_model(handler.__name__, __base__=bases, **own, **JSON if json else {})
 
         def command(**values: Any) -> None:
-            given = checked(model, {k: v for k, v in values.items() if v not in ([], False)})
-            before, out.quiet = out.quiet, getattr(given, "as_json", False)
+            request = checked(model, {k: v for k, v in values.items() if v not in ([], False)})
+            before, out.quiet = out.quiet, getattr(request, "as_json", False)
             try:
-                handler(*[given] * len(shared), **{key: getattr(given, key) for key in own})
+                handler(*[request] * len(shared), **{key: getattr(request, key) for key in own})
             finally:
                 out.quiet = before
 
@@ -115,10 +115,10 @@ def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Par
     else:
         how |= {} if kind is bool else {"metavar": extra.get("metavar") or word}
         info = typer.Option(*flags(model, name), hidden=bool(extra.get("advanced")), **how)
-    held: Any = bool if kind is bool else list[str] if listed else str
+    annotation: Any = bool if kind is bool else list[str] if listed else str
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if required else False if kind is bool else None,
-        annotation=Annotated[held if required or kind is bool else held | None, info],
+        annotation=Annotated[annotation if required or kind is bool else annotation | None, info],
     )

@@ -125,7 +125,7 @@ def declaration(study: Study, planned: Sequence[Planned]) -> Declaration:
         exclude=file.exclude,
         models={name: one.model_dump() for name, one in file.models.items() if name in models},
         calibrations={
-            name: {"from": one.written, **file.given(), **one.given()}
+            name: {"from": one.written, **file.explicit(), **one.explicit()}
             for name, one in file.calibrations.items()
             if name in sets
         },

@@ -62,7 +62,7 @@ class Trial(BaseModel, frozen=True):
         return self.model, self.calibration, self.method, self.pattern, *sizes
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """Summary: total and worst retention, and time."""
         summary = "no retention"
         if self.total.value is not None:

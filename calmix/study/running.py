@@ -144,7 +144,7 @@ def run_study(
         line = f"{how}: {what}"
         if how == "finished":
             seconds.append(what.seconds.get("total", 0.0))
-            line = what.told
+            line = what.summary
         if how in ("finished", "failed"):
             note(f"{len(ends)}/{len(todo)} {trial.label}: {line}")
     with store.lock("results"):  # else an earlier state may replace the table of another process

@@ -90,7 +90,7 @@ class _Draw(Options):
     leakage: Leakage | None = None
     licence: Licence = None
 
-    def given(self) -> dict[str, Any]:
+    def explicit(self) -> dict[str, Any]:
         """Return the options that were given."""
         return {key: getattr(self, key) for key in _Draw.model_fields if getattr(self, key)}
 
@@ -334,7 +334,7 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
     for label, model in file.models.items():
         check(["models", label], known_model, model.name)  # hub models are checked on opening
     for label, entry in file.calibrations.items():
-        draw = {"licence": file.licence, **entry.given()}
+        draw = {"licence": file.licence, **entry.explicit()}
         check(["calibrations", label], parse_calibration, entry.written, sources=own, **draw)
     if NONE in file.calibrations:
         wrong(["calibrations", NONE], f"'{NONE}' is reserved for no calibration set: rename it")

@@ -142,14 +142,14 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
         for seed, label in product(grid["seeds"], grid["calibrations"]):
             # Precedence: the set's entry, the grid, the top of the study file, the set's own file,
             # and for the leakage guard the suite that is scored.
-            entry, top = study.file.calibrations[label], study.file.given()
+            entry, top = study.file.calibrations[label], study.file.explicit()
             if saved_set(entry.written):  # takes only its entry and the licence
-                draw = {k: v for k, v in top.items() if k == "licence"} | entry.given()
+                draw = {k: v for k, v in top.items() if k == "licence"} | entry.explicit()
             else:
                 if parse_calibration(entry.written, sources=study.own).generator is not None:
                     top.pop("packing", None)  # has no effect
                 sizes = {k: v for k, v in grid.items() if k in ("rows", "length")}
-                draw = {**top, **sizes, **entry.given(), "seed": seed}
+                draw = {**top, **sizes, **entry.explicit(), "seed": seed}
             parsed = parse_calibration(entry.written, sources=study.own, **draw)
             if parsed.saved is None and "leakage" not in parsed.draw.model_fields_set:
                 draw["leakage"] = study.file.suite
