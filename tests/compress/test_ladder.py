@@ -13,14 +13,16 @@ from calmix.compression import compress, ladder
 from calmix.compression.ladder import CANDIDATES, RUNGS
 from calmix.compression.plan import scored
 from calmix.compression.results import Results
-from calmix.compression.stages import Draw, Score, Stage
+from calmix.compression.stages import Draw, Gguf, Score, Stage
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.scores import CapabilityScores, describe, write_scores
 from calmix.evaluation.suites import EXAMPLES
+from calmix.files import write_json
 from calmix.manifest import sealed
 from tests.compress.conftest import prepare, stopping
 from tests.evaluation.helpers import new_suite, save_pair, written
+from tests.tiny import tiny_gguf
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,10 @@ class Fake:
                 return
             kept = self.kept.get(float(place.parent.name), self.rest)
             save_pair(place, scores(request), scores(request, kept))
+            return
+        if isinstance(request, Gguf):
+            place.write_text(stage.command, encoding="utf-8")
+            write_json(place.with_name("model.gguf.json"), {})
             return
         place.mkdir(parents=True)
         (place / "made").write_text(stage.command, encoding="utf-8")
@@ -141,6 +147,18 @@ def test_candidate_must_pass_for_all_seeds(want, out):
     assert not models(out)
     assert "the models of all 2 samples" in json.loads((out / "check.json").read_text())["lines"][0]
     assert walk(want, out, stop).state == found.state
+
+
+def test_search_over_gguf_files_leaves_the_chosen_file(asked, place, out):
+    """Only bits that some types give are tried; no quantised folder and no other file is left."""
+    model = str(tiny_gguf(out.with_name("tiny.gguf")))
+    text = str(place / "text.txt")
+    want = asked(model=model, product="gguf", calibration=text, keep_at_least="math=0.8")
+    found = walk(want, out, Fake({6: 95, 5: 20}))
+    assert (found.rates, [*found.kept], found.bits) == ((6, 5), [6, 5], 6)
+    assert "candidates/6/quantised" in (out / "model.gguf").read_text()
+    assert [path.name for path in out.rglob("*.gguf*")] == ["model.gguf", "model.gguf.json"]
+    assert not list(out.rglob("quantised"))
 
 
 ALL = dict.fromkeys(RUNGS, 95)
