@@ -329,7 +329,7 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
             entry.setdefault("file", name)  # in older formats
         files = [*(one["file"] for one in manifest["weights"].values()), *manifest["files"]]
         for name in (*manifest["weights"], *files):
-            if {"", ".", ".."} & {*name.split("/")}:
+            if {"", ".", ".."} & {*name.split("/")} or "\0" in name:
                 raise InputError(f"{path} names a file outside the pack: {name!r}")
             if name in files and not (folder / name).is_file():
                 raise InputError(f"{folder} lacks {name}, which is part of the pack: fetch it")

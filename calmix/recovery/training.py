@@ -28,6 +28,7 @@ WARM_UP = 0.05  # of all steps, at least one
 HELD_OUT = 16  # one row in 16, at least two
 SIZES = (1e-3, 1.0)  # bounds of a tensor's size, which scales its learning rate
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+LEVELS = 2**15  # largest level that a grid of up to 8 bits can have, with outliers
 STEP = 4.0  # size of a quantised tensor, in steps between its levels (ours)
 NEAR = 0.4999  # maximum initial distance of its masters from their level, in steps
 PATIENCE = 3  # evaluations without improvement before training stops
@@ -216,7 +217,13 @@ class Masters:
             self._dtypes[name] = full.dtype
             if grids and dense and name in grids:
                 grid, full = grids[name].to(parameter.device), full.to(parameter.device)
-                low, high = map(int, grid.levels(full).aminmax())
+                lowest, highest = map(float, grid.levels(full).aminmax())
+                if not -LEVELS <= lowest <= highest <= LEVELS:
+                    raise InputError(
+                        f"the scales of {name} are not those of its weights: fetch the model "
+                        "again, or delete its calmix-scales to use the weights as they are"
+                    )
+                low, high = int(lowest), int(highest)
                 self._levels[name] = grid, low, high
                 size, zeros = STEP * float(grid.steps().abs().mean()), full == 0
                 full = near_dense(grid, full, dense(name).to(parameter.device))

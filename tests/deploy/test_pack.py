@@ -149,6 +149,7 @@ def test_damaged_packs_are_one_line(pruned, tmp_path):
         (altered, {"weights": {"packed-model.safetensors": {"packed": "0"}}}),
         ("names a file outside", {"weights": {"model.safetensors": {"file": "../model"}}}),
         ("names a file outside", {"weights": {"../x": {"file": "packed-model.safetensors"}}}),
+        ("names a file outside", {"weights": {"a\0b": {"file": "packed-model.safetensors"}}}),
         *(
             ("is damaged", {key: value})
             for key, value in (

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from calmix.cli import app
+from calmix.errors import InputError
 from calmix.pruning.solvers.grids import SCALES, Grid, read_grids
 from calmix.recovery.training import Masters
 from tests.forks import stopped
@@ -83,6 +84,9 @@ def test_masters_start_within_their_level():
             assert moved[dense != stored].all()
     begun.fill_(99)
     assert masters.rounded("w").abs().max() == stored.abs().max()
+    other = {"w": Grid(torch.full((2, 1), 1e-30), 0.0)}
+    with pytest.raises(InputError, match="the scales of w are not those of its weights"):
+        Masters(parameters, lambda name: stored, lambda name: False, other, lambda name: dense)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
