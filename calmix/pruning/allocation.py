@@ -24,10 +24,10 @@ from calmix.errors import InputError, nearest
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks, outer_layers
 from calmix.models.opening import OpenModel
 from calmix.precision import widest
-from calmix.pruning.engine import Run, run_through
-from calmix.pruning.methods import Look
+from calmix.pruning.engine import Run, check_pattern, run_through
+from calmix.pruning.methods import Look, get_method
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, Unstructured, as_pattern
-from calmix.pruning.recipes import check_no_experts
+from calmix.pruning.recipes import check_whole
 from calmix.pruning.solvers.block_grid import fitting
 from calmix.pruning.solvers.ggml import TYPES, BlockType
 from calmix.pruning.solvers.libggml import quantise
@@ -173,7 +173,7 @@ def _extreme(matrices: Mapping[str, Tensor], end: int) -> dict[str, Pattern]:
 
 def check_bits(bits: float, model: Any, blocks: DecoderBlocks) -> None:
     """Refuse a size of a file that no types of its matrices give."""
-    check_no_experts(blocks, f"{bits:g} bits per weight")
+    check_whole(blocks, f"{bits:g} bits per weight")
     matrices, total = _matrices(model, blocks), file_weights(model)
     low, high = (8 * file_bytes(model, _extreme(matrices, end)) / total for end in (0, -1))
     if not low <= bits <= high / FILLED:
@@ -317,6 +317,7 @@ def allocate(
     rows = ids.ids if isinstance(ids, CalibrationSet) else ids
     blocks = find_blocks(net)
     if isinstance(target, Mixed):
+        check_pattern(blocks, target, get_method("ggml"))
         check_bits(target.bits, net, blocks)
         run_through(losses := LossPass(net, blocks), rows, micro_tokens)
         return losses.patterns(target)

@@ -156,9 +156,9 @@ class Job:
         self.pattern: Patterns = request.target
         if isinstance(request.target, Recipe):
             self.pattern = request.target.types(source.model, source.blocks)
+        check_pattern(source.blocks, self.pattern, self.method)
         if isinstance(request.target, Mixed):
             check_bits(request.target.bits, source.model, source.blocks)
-        check_pattern(source.blocks, self.pattern, self.method)
         check_outer(self.run(source))
         self.asked: dict[str, Any] = {
             "dtype": dtype_name(source.dtype),

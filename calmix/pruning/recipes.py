@@ -110,12 +110,13 @@ def recipe_name(name: str) -> str:
     raise InputError(f"unknown type '{name}': {nearest(short, RECIPES)}")
 
 
-def check_no_experts(blocks: DecoderBlocks, what: str) -> None:
-    """Refuse types by matrix for a model with mixtures of experts."""
-    if any(blocks.mixtures(index) for index in range(len(blocks))):
+def check_whole(blocks: DecoderBlocks, what: str) -> None:
+    """Refuse types by matrix for a model with experts or transposed matrices, whose blocks are not
+    stored."""
+    if not all(layer.whole_matrix for layer in blocks.layers):
         raise InputError(
-            f"{what} are types for models without experts: for one type everywhere, write "
-            "--pattern 'Q4_K blocks'"
+            f"{what} are types for models without experts and transposed matrices: for one type "
+            "everywhere, write --pattern 'Q4_K blocks'"
         )
 
 
@@ -124,7 +125,7 @@ def recipe_types(name: str, model: Any, blocks: DecoderBlocks) -> dict[str, str]
 
     Embeddings and output head are included, unless no block fits their rows.
     """
-    check_no_experts(blocks, name)
+    check_whole(blocks, name)
     base, rules = RECIPES[name]
     config = model.config.get_text_config(decoder=True)
     heads, keys = (

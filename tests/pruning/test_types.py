@@ -116,6 +116,9 @@ def test_the_target_is_given_once_and_within_reach(calmix, text_file, tmp_path):
         assert says in calmix(*common, method).line
     assert "--embeddings has no effect" in calmix(*common, "ggml", "--embeddings", 4).line
     assert not (tmp_path / "out").exists()
+    odd = tiny_model("llama", intermediate_size=40)
+    with pytest.raises(InputError, match=r"no type of GGML fits the 40 inputs of .* --skip"):
+        allocate(odd, tiny_ids(), "5 bits")
     told = calmix(*common, "ggml,bits=5.5", "--dry-run").ok()
     assert "of tensors in a GGUF file" in told.out
     made = calmix(*common, "ggml,bits=5.5").ok().out

@@ -64,7 +64,9 @@ class Ggml(Method):
         return bare, target
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
-        if isinstance(pattern, Mixed) or not type_of(pattern, columns, name).group:
+        mixed = isinstance(pattern, Mixed)
+        kind = type_of(Blocks("Q8_0") if mixed else pattern, columns, name)
+        if mixed or not kind.group:
             check_library()
 
     @property
