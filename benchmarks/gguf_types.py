@@ -1,7 +1,7 @@
 """GGML's types by llama.cpp's rounding and by calmix, at the same bytes: KL to the dense model.
 
     python benchmarks/gguf_types.py [--model builtin:smollm2-135m] [--types IQ4_NL Q4_0]
-        [--ways ...] [--rows 32] [--blocks 3 13 --held-out 16 --outputs 512]
+        [--ways ...] [--rows 32] [--blocks 3 13 --held-out 16 --outputs 512] [--files Q3_K_M ...]
 
 The model is a twin (twins.py): the file it came from leaves no grid. Every matrix of the blocks
 gets the type, or the one that fits its rows; embeddings and head stay dense. Ways:
@@ -19,7 +19,9 @@ gets the type, or the one that fits its rows; embeddings and head stay dense. Wa
 Printed is KL(dense || quantised) in nats per token on four texts of the data folder that no source
 reads, with a 95 % interval over rows, and the processor's seconds. With `--blocks` nothing is run
 through the quantised model: printed is the share of each matrix's output energy lost on rows that
-were not fitted, all on inputs of the dense model. Needs libggml-python.
+were not fitted, all on inputs of the dense model. With `--files`, embeddings and head get a type
+too: those of llama.cpp's recipe, those of least measured loss in the same bytes, and one type that
+takes about as many, all solved by the method. Needs libggml-python.
 """
 
 from __future__ import annotations
@@ -42,12 +44,14 @@ from calmix.calibration import resolve
 from calmix.evaluation.distance import distance, reference
 from calmix.models import OpenModel, find_blocks, open_model
 from calmix.models.blocks import Prunable
+from calmix.pruning.allocation import LossPass, file_bytes, file_weights
 from calmix.pruning.engine import Run, prune, run_through
 from calmix.pruning.gram import Factor, relative_error
 from calmix.pruning.methods import Look
 from calmix.pruning.methods.ggml import Ggml
-from calmix.pruning.patterns import Blocks
+from calmix.pruning.patterns import Blocks, Mixed, Recipe
 from calmix.pruning.solvers.block_grid import fitting
+from calmix.pruning.solvers.ggml import TYPES
 from calmix.pruning.solvers.libggml import quantise
 
 TEXTS = {  # of the data folder, and the field that holds the text
@@ -152,6 +156,37 @@ def by_model(options: argparse.Namespace, opened: OpenModel, ids: Tensor) -> Non
             )
 
 
+def by_file(options: argparse.Namespace, opened: OpenModel, ids: Tensor) -> None:
+    """Print a row for each recipe and for other types in its bytes: the distance on held-out text.
+
+    Types of least loss are those of `calmix prune --method ggml,bits=...`.
+    """
+    model, dense = opened.model, open_model(options.model)
+    make_twin(dense.model)
+    known = reference(dense, held_out(opened, options.data, options.held_out, options.length))
+    blocks = find_blocks(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run_through(losses := LossPass(model, blocks), ids)
+    print("| file | bits a weight | MB | KL | interval | top-1 |\n|---|---|---|---|---|---|")
+    for name in options.files:
+        recipe = Recipe(name).types(model, blocks)
+        bits = 8 * file_bytes(model, recipe) / file_weights(model)
+        one = min(TYPES, key=lambda kind: abs(TYPES[kind].bits - bits))
+        ways = {name: recipe, "by loss": losses.patterns(Mixed(bits))}
+        ways[f"all {one}"] = dict.fromkeys(recipe, Blocks(one))
+        for way, types in ways.items():
+            model.load_state_dict(before)
+            prune(model, ids, method="ggml", pattern=types)
+            size = file_bytes(model, types)
+            total = distance(opened, known, dense=lambda: dense)["total"]
+            print(
+                f"| {way} | {8 * size / file_weights(model):.3f} | {size / 1e6:.1f} | "
+                f"{total['kl_mean']:.4f} | {total['kl_low']:.4f} to {total['kl_high']:.4f} | "
+                f"{total['top1']:.3f} |",
+                flush=True,
+            )
+
+
 def by_matrix(options: argparse.Namespace, opened: OpenModel, ids: Tensor) -> None:
     """Print a row for each matrix and type: the error on rows that were not fitted, by way."""
     blocks = opened.model.get_decoder().layers
@@ -184,6 +219,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin:smollm2-135m")
     parser.add_argument("--data")
     parser.add_argument("--types", nargs="+", default=["IQ4_NL", "Q4_0", "Q5_0"])
+    parser.add_argument("--files", nargs="+", help="recipes of llama.cpp, such as Q3_K_M")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--calibration", default=MIX)
     parser.add_argument("--rows", type=int, default=32)
@@ -200,7 +236,8 @@ def main() -> None:
         f"commit {commit()}, {machine()}; twin of {options.model}, {opened.model.dtype}, "
         f"{options.rows} rows of {options.length} tokens of {options.calibration}\n"
     )
-    (by_matrix if options.blocks else by_model)(options, opened, drawn.ids)
+    way = by_file if options.files else by_matrix if options.blocks else by_model
+    way(options, opened, drawn.ids)
 
 
 if __name__ == "__main__":
