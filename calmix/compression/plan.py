@@ -46,7 +46,7 @@ from calmix.pruning.budget import parse_memory
 from calmix.pruning.engine import check_pattern
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Mixed, Recipe
-from calmix.pruning.recipes import check_no_experts
+from calmix.pruning.recipes import check_whole
 from calmix.sources import get_source
 from calmix.sources.registry import MIXES, local_file
 from calmix.specs import LENGTH, SEED, prune_request
@@ -398,7 +398,7 @@ def _check_gguf(options: Target, kind: str | None, tokenizer: OpenTokenizer) -> 
         check_export(opened, options.like)
         if kind is None:
             method.check(Mixed(BITS), 0)
-            check_no_experts(empty.blocks, "bits per weight")
+            check_whole(empty.blocks, "bits per weight")
         else:
             types = Recipe(kind).types(empty.model, empty.blocks)
             check_pattern(empty.blocks, types, method)
