@@ -178,6 +178,9 @@ def run(
         write_text(page, answers_page({scores.model: (dense, scores)}))
     print_json(result)
     _print(scores, dense, measure)
+    for one in scores.tasks:
+        if chosen.tasks[one.name].writes and not one.values:
+            note(f"task {one.name} was not asked: the chat template of {model} has no tools")
     for name, count in scores.truncated.items():
         note(f"task {name}: {count} requests were cut to fit the model's context")
     for path in filter(None, (output, page)):

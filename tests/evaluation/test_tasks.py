@@ -6,12 +6,21 @@ import pytest
 
 from calmix import assets
 from calmix.errors import InputError
-from calmix.evaluation.evaluate import choose, runnable, suite_items, verdict
+from calmix.evaluation.evaluate import (
+    choose,
+    evaluate,
+    runnable,
+    suite_items,
+    takes_tools,
+    verdict,
+)
 from calmix.evaluation.greedy import prompt
 from calmix.evaluation.suites import ASKED, Suite, TaskSpec, load_suite, spread
 from calmix.evaluation.tasks import item_texts, load_asked, load_items, preamble
+from calmix.models import OpenModel
 from calmix.yaml_files import packaged, parse_model
 from tests.evaluation.archive import suite_text, use_archive
+from tests.evaluation.helpers import opened
 from tests.tiny import tiny_tokenizer
 
 
@@ -188,3 +197,62 @@ def test_archive_items_have_right_answers(name):
         right = f"so the answer is {item.right}" if item.check == "number" else doc["solution"]
     assert verdict(item, right)
     assert not verdict(item, "pass")
+
+
+CALLED = (
+    "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+
+def test_tool_calls_are_asked_only_if_the_template_shows_tools(monkeypatch):
+    suite = choose("abilities", tasks=["tool_calls", "stopping"], limit=2)
+    call = '<tool_call>{"name": "get_weather", "arguments": {"city": "paris"}}</tool_call>'
+    prompts = []
+
+    def answers(opened, some, **_):
+        prompts.extend(opened.tokenizer.decode(one.ids) for one in some)
+        return [(call, True)] * len(some)
+
+    monkeypatch.setattr("calmix.evaluation.evaluate.answers", answers)
+    monkeypatch.setattr(OpenModel, "fingerprint", "x")
+    model = opened()
+    for template, values in ((TEMPLATE, ()), (CALLED, (1.0, 0.0))):
+        prompts.clear()
+        model.tokenizer.chat_template = template
+        assert takes_tools(model.tokenizer) is bool(values)
+        scores = evaluate(model, suite)
+        stopping, tools = scores.tasks
+        assert (stopping.values, tools.values) == ((1.0, 1.0), values)
+        assert scores.retention(scores).measure == "right"
+        assert [one.name for one in scores.retention(scores, "primary").tasks] == [
+            "stopping",
+            *(["tool_calls"] if values else []),
+        ]
+    assert sum("[get_weather]" in one for one in prompts) == 1
+    assert not any("[" in one for one in prompts if "tips" in one or "Explain" in one)
+
+
+def test_requests_in_five_languages_have_answers_that_count():
+    items = load_asked("languages")
+    assert len(items) == len({one.question for one in items}) == 60
+    sentences = {
+        "fr": "Le pain est dans la maison.",
+        "de": "Das Brot ist in dem Haus.",
+        "es": "El pan es bueno y está en la mesa.",
+        "it": "Il pane è buono e si mangia con gli amici.",
+        "pt": "O pão é bom e não se come com os pés.",
+    }
+    for one in items:
+        spoken = one.right.get("language")
+        good = sentences[spoken] if spoken else one.right.get("is", "a, b, c").split("|")[0]
+        assert verdict(one, good), one.question
+        wrong = "The bread is in the house." if spoken else "I do not know, sorry."
+        assert not verdict(one, wrong), one.question
+
+
+def test_an_open_request_counts_if_its_answer_ends():
+    one = load_asked("stopping")[0]
+    assert verdict(one, "Because of the air.")
+    assert not verdict(one, "Because of the air.", ended=False)
+    assert not verdict(one, "so so so so so so so")
