@@ -23,10 +23,12 @@ from calmix.evaluation.prompts import (
     tool_calls,
     valid_call,
 )
+from calmix.evaluation.scores import pair_record, write_scores
 from calmix.evaluation.suites import prompt_suite
 from calmix.evaluation.tasks import load_items
 from calmix.models import open_model
 from calmix.report.answers import answers_page, fault_rows, sentences
+from tests.browser import needs_chromium, readable
 from tests.evaluation.helpers import scored
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
@@ -274,6 +276,20 @@ def test_the_page_shows_the_worst_first_and_escapes_what_models_write():
     assert "KL 0.700" in page
 
 
+@needs_chromium
+def test_the_page_can_be_read_on_a_telephone(page, tmp_path):
+    dense, small = example()
+    (only,) = small.tasks
+    long = replace(only, answers=("x" * 900, "```\n" + "y" * 300, "c"))
+    pairs = {
+        "http://localhost:8080/v1#a-model-with-a-long-name": (dense, replace(small, tasks=(long,)))
+    }
+    row = {"model": "small", "#MB": "30", "#good %": "33.3 [6.1, 79.2]", "#behind best": None}
+    path = tmp_path / "page.html"
+    path.write_text(answers_page(pairs, [row], "Use small."), encoding="utf-8")
+    readable(page, path, figures=0, texts=20)
+
+
 def test_answers_in_the_journal_are_not_generated_again(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(capability, "CHUNK", 2)
     path, model = tmp_path / "mine.jsonl", open_model(str(tiny_folder))
@@ -299,6 +315,20 @@ def test_answers_in_the_journal_are_not_generated_again(tiny_folder, tmp_path, m
         assert evaluate(model, suite, journal=journal).tasks == whole.tasks
     assert calls == [1]
     assert not kept.exists()
+
+
+@pytest.mark.parametrize(("kept", "code"), [(60, 0), (50, 1)])
+def test_the_gate_has_an_exit_code(calmix, tmp_path, kept, code):
+    fine, bad = {"text": True}, {"text": False}
+    dense = scored(task(["x"] * 60, [1] * 60, properties=(fine,) * 60))
+    values = [1] * kept + [0] * (60 - kept)
+    seen = (fine,) * kept + (bad,) * (60 - kept)
+    small = replace(scored(task(["x"] * 60, values, properties=seen)), model="small")
+    path = tmp_path / "scores.json"
+    write_scores(path, pair_record(small, dense))
+    ended = calmix("check", path, "--keep-at-least", "mine=0.95")
+    assert ended.code == code
+    assert ("not kept" in ended.out) is bool(code)
 
 
 @pytest.fixture

