@@ -170,8 +170,10 @@ def by_file(options: argparse.Namespace, opened: OpenModel, ids: Tensor) -> None
     print("| file | bits a weight | MB | KL | interval | top-1 |\n|---|---|---|---|---|---|")
     for name in options.files:
         recipe = Recipe(name).types(model, blocks)
-        bits = 8 * file_bytes(model, recipe) / file_weights(model)
-        one = min(TYPES, key=lambda kind: abs(TYPES[kind].bits - bits))
+        size = file_bytes(model, recipe)
+        bits = 8 * size / file_weights(model)
+        each = {kind: file_bytes(model, dict.fromkeys(recipe, Blocks(kind))) for kind in TYPES}
+        one = min(each, key=lambda kind: abs(each[kind] - size))
         ways = {name: recipe, "by loss": losses.patterns(Mixed(bits))}
         ways[f"all {one}"] = dict.fromkeys(recipe, Blocks(one))
         for way, types in ways.items():
