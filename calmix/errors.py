@@ -104,6 +104,7 @@ _REFUSED = {
     errno.EROFS,
     errno.EBUSY,
     errno.EEXIST,
+    errno.EFBIG,
     errno.ENOTDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,

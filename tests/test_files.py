@@ -263,6 +263,7 @@ class ForeignError(Exception):
         (OSError(errno.EDQUOT, "anything"), "no space left"),
         (ForeignError("I/O error: Plus de place (os error 28)"), "no space left"),
         (ForeignError(f"I/O error: (os error {errno.EROFS})"), "cannot write to"),
+        (OSError(errno.EFBIG, "anything"), "cannot write to .*: File too large"),
         (ForeignError("No space left between words"), None),
         (OSError("No space left"), None),
     ],
