@@ -45,6 +45,7 @@ from calmix.options import (
     ServerOptions,
     Share,
     advanced,
+    flags,
     option,
     path_option,
 )
@@ -286,8 +287,9 @@ def compare(
             note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
         _compare_models(scores, asked, opening, serving, margin, output, page, overwrite)
         return
-    if output is not None or page is not None or serving.model_name:
-        raise InputError("-o, --page and --model need --prompts or --suite, which score models")
+    for name in sorted(opening.model_fields_set - {"scores", "against", "measure", "as_json"}):
+        flag = flags(type(opening), name)[0]
+        raise InputError(f"{flag} needs --prompts or --suite, which score models")
     files = {}
     for path in map(user_path, scores):
         name, files_of = _result(path)

@@ -79,7 +79,7 @@ def test_models_and_a_server_are_compared_in_one_command(chats, calmix, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("a.json", "-o", "x.json"), "need --prompts or --suite"),
+        (("a.json", "-o", "x.json"), "--output needs --prompts or --suite"),
         (("builtin:smollm2-135m", "--suite", "abilities"), "name the dense model, then one or"),
         (("a", "a", "--suite", "abilities"), "each once"),
         (("a", "b", "--suite", "offline"), "has no generated answers: try abilities"),
