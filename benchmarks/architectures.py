@@ -342,7 +342,8 @@ class Sweep:
         def drawn(made: Any) -> None:
             self.ids = made.ids
 
-        request = prune_request(method="sparsegpt", sparsity=0.5, **self.drawn)
+        how = {"sparsity": 0.5, "statistics": "plain"}
+        request = prune_request(method="sparsegpt", **how, **self.drawn)
         room = mock.patch.object(
             checkpoint, "States", lambda folder, device, *_: States(folder, device)
         )

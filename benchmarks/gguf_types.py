@@ -12,9 +12,8 @@ gets the type, or the one that fits its rows; embeddings and head stay dense. Wa
     gptq        feedback alone: damping 0.01, scales by a flat search on corrected weights
     both-0.01   feedback, scales weighted by 1 / U_jj^2, damping 0.01
     both        the same with damping 0.1; both-1: 1
-    sweep       as both, with a sweep: the method's default
+    sweep       as both, with a sweep
     diagonal    the same with scales weighted as llama.cpp's, by the sum of squares
-    even        as both, all tokens scaled to one norm; even-sweep: with a sweep
 
 Printed is KL(dense || quantised) in nats per token on four texts of the data folder that no source
 reads, with a 95 % interval over rows, and the processor's seconds. With `--blocks` nothing is run
@@ -84,12 +83,10 @@ ROUNDED: dict[str, Callable[[Tensor], Tensor | None]] = {
 SOLVED = {
     "gptq": Flat(damping=0.01, sweeps=0),
     "both-0.01": Ggml(damping=0.01, sweeps=0),
-    "both": Ggml(sweeps=0),
+    "both": Ggml(damping=0.1, sweeps=0),
     "both-1": Ggml(damping=1, sweeps=0),
-    "diagonal": Diagonal(sweeps=0),
-    "sweep": Ggml(),
-    "even": Ggml(even=True, sweeps=0),
-    "even-sweep": Ggml(even=True),
+    "diagonal": Diagonal(damping=0.1, sweeps=0),
+    "sweep": Ggml(damping=0.1),
 }
 WAYS = (*ROUNDED, *SOLVED)
 
@@ -122,7 +119,7 @@ def held_out(opened: OpenModel, folder: str | None, rows: int, length: int) -> d
 def apply(way: str, name: str, model: Any, ids: Tensor, squares: dict[str, Tensor]) -> None:
     """Quantise all matrices of a model's blocks, in place."""
     if way in SOLVED:
-        prune(model, ids, method=SOLVED[way], pattern=Blocks(name))
+        prune(model, ids, method=SOLVED[way], pattern=Blocks(name), statistics="plain")
         return
     for layer in find_blocks(model).layers:
         weight = layer.view()

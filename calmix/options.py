@@ -227,6 +227,7 @@ class Settings(Options):
 
 
 Propagation = Literal["sequential", "block"]
+Statistics = Literal["robust", "plain"]  # of a layer's inputs
 # How a calibration set is made; `none` is a trial without one.
 Strategy = Literal["single", "mix", "self-cal", "sgs", "igsp", "self-written", "none"]
 MOST_EMBEDDING = 6  # bits; nearly all levels then fit a byte
@@ -242,6 +243,11 @@ class Pruning(DrawOptions):
         None,
         "sequential: inputs from pruned layers; block: the papers' two passes.",
         shown="sequential",
+    )
+    statistics: Statistics | None = advanced(
+        None,
+        "robust: tokens by what their errors cost, shrunk; plain: the papers'.",
+        shown="robust",
     )
     allocation: str | None = advanced(None, "Per-layer sparsity: owl.", shown="uniform")
     drop_experts: float | None = advanced(

@@ -32,7 +32,7 @@ LENGTH, SEED = 512, 0
 BOTH = "give either --sparsity (such as 0.5) or --pattern (such as 2:4)"
 NONE = "none"  # method of a request that only drops experts
 SCORED = {"calibration", "drop_experts", *DrawOptions.model_fields}  # read to drop experts
-CALIBRATED = {"propagation", *SCORED}  # read by methods that use data
+CALIBRATED = {"propagation", "statistics", *SCORED}  # read by methods that use data
 
 
 class PruneRequest(Pruning):
@@ -175,6 +175,7 @@ def prune_request(
             "sparsity": share,
             "pattern": None if share is not None else str(target),
             "propagation": (request.propagation or "sequential") if solver.needs else None,
+            "statistics": (request.statistics or "robust") if solver.needs else None,
             "allocation": read_allocation(request.allocation, target),
         }
         if solver.needs is None and chosen["allocation"] is not None:

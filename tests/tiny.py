@@ -200,7 +200,7 @@ def longer(model, folder):
     return folder
 
 
-def tiny_gguf(path, **rope):
+def tiny_gguf(path, context=None, **rope):
     """Write the tiny llama as GGUF, in float32, with a byte-level vocabulary; `rope` are factors of
     its positions."""
     from gguf import MODEL_ARCH, GGUFWriter, TokenType, get_tensor_name_map
@@ -209,7 +209,7 @@ def tiny_gguf(path, **rope):
     writer = GGUFWriter(path, "llama")
     writer.add_file_type(0)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(context or config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)

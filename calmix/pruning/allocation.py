@@ -24,7 +24,7 @@ from calmix.errors import InputError, nearest
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks, outer_layers
 from calmix.models.opening import OpenModel
 from calmix.precision import widest
-from calmix.pruning.engine import Run, check_pattern, run_through
+from calmix.pruning.engine import Run, check_ids, check_pattern, costs_in_memory, run_through
 from calmix.pruning.methods import Look, get_method
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, Unstructured, as_pattern
 from calmix.pruning.recipes import check_whole
@@ -229,8 +229,9 @@ class LossPass(Run):
     the vocabulary, and makes no difference to their probabilities.
 
     Attributes:
-        losses: share of the output energy lost, by layer and type; for the head, `LOGIT` times the
-            mean squared error of a logit.
+        losses: what rounding costs by layer and type: nats per token if tokens are weighted, else
+            the share of the output energy lost, for the head `LOGIT` times the mean squared error
+            of a logit.
     """
 
     name: ClassVar[str] = LOSS
@@ -244,17 +245,28 @@ class LossPass(Run):
 
     def _measure(self, layers: list[Prunable], statistic: Tensor) -> None:
         for layer in layers:
-            self.losses[layer.name] = rounding_losses(layer.view(), statistic)[1]
+            self._record(layer.name, layer.view(), statistic)
+
+    def _record(
+        self, name: str, weight: Tensor, squares: Tensor, worth: float | None = None
+    ) -> None:
+        energy, losses = rounding_losses(weight, squares)
+        scale = 1.0 if worth is None else worth * energy / self.report.tokens
+        if self.report.weighted:
+            scale = energy * len(weight) / (2 * self.report.tokens)
+        self.losses[name] = {kind: scale * loss for kind, loss in losses.items()}
 
     def outside(self) -> None:
         """Measure head and embeddings; all inputs of separate embeddings count alike."""
         for number, (name, weight) in enumerate(outer_layers(self.model).items()):
             if name in self.outer:
-                gram = None if number else self._head_gram(weight)
-                squares = torch.ones_like(weight[0]) if gram is None else gram.diagonal()
-                energy, losses = rounding_losses(weight, squares)
-                worth = 1.0 if gram is None else LOGIT * energy / self.report.tokens
-                self.losses[name] = {kind: worth * loss for kind, loss in losses.items()}
+                gram = None if number else self._head_gram(name, weight)
+                if gram is not None:
+                    self._record(name, weight, gram.diagonal(), worth=LOGIT)
+                    continue
+                # A token reads one row of separate embeddings.
+                each = self.costs[name].sum() / len(weight) if name in self.costs else 1.0
+                self._record(name, weight, torch.ones_like(weight[0], dtype=torch.float32) * each)
 
     def patterns(self, target: Pattern) -> dict[str, Pattern]:
         """Return types by layer for a file of at most the target's bits per weight, once all blocks
@@ -319,7 +331,9 @@ def allocate(
     if isinstance(target, Mixed):
         check_pattern(blocks, target, get_method("ggml"))
         check_bits(target.bits, net, blocks)
-        run_through(losses := LossPass(net, blocks), rows, micro_tokens)
+        losses = LossPass(net, blocks)
+        losses.weigh(costs_in_memory(net, blocks, check_ids(rows, LOSS)), power=1)
+        run_through(losses, rows, micro_tokens)
         return losses.patterns(target)
     dense = OutlierPass(net, blocks)
     run_through(dense, rows, micro_tokens)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from calmix.calibration import CalibrationSet, open_tokenizer, parse_calibration, saved_set
 from calmix.calibration.dataset import identified
-from calmix.errors import InputError, SolverError, disk_errors
+from calmix.errors import InputError, ModelError, SolverError, disk_errors
 from calmix.files import (
     atomic_folder,
     check_free,
@@ -63,12 +63,20 @@ from calmix.options import Recovering
 from calmix.precision import dtype_name, narrower
 from calmix.pruning.allocation import LOSS, LossPass, OutlierPass, check_bits
 from calmix.pruning.budget import Plan, plan_for
-from calmix.pruning.engine import Patterns, Run, check_outer, check_pattern, memory_errors
+from calmix.pruning.engine import (
+    BACKWARD,
+    Patterns,
+    Run,
+    check_outer,
+    check_pattern,
+    memory_errors,
+)
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
 from calmix.pruning.methods import Look, Method
 from calmix.pruning.patterns import Mixed, Recipe, as_pattern
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.solvers.grids import SCALES, stored
+from calmix.pruning.token_weights import token_weights
 from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import CHECKPOINT, States, WorkFolder, draw_set
 from calmix.specs import NONE, How, PruneRequest
@@ -76,6 +84,7 @@ from calmix.specs import NONE, How, PruneRequest
 # Besides configuration and tokenizer; code runs only with --trust-remote-code, in the copy too.
 BESIDE = ("*processor_config.json", "chat_template.*", "LICENSE*", "NOTICE*", "*.py")
 MANIFEST, RUN = "calmix.json", "calmix-run.json"
+COSTS = "token-weights.safetensors"
 
 
 def prune_checkpoints(
@@ -181,6 +190,7 @@ class Job:
         )
         run.report.pattern = request.pattern or run.report.pattern
         run.report.allocation = request.allocation
+        run.shrunk = request.statistics == "robust"
         return run
 
 
@@ -279,14 +289,15 @@ class _Pruning:
         dropped = [] if self.share is None else self._drop(ids, self.share)
         self.check_room(ids.shape)
         run.started(self.drawn)
-        self._allocate(ids)
+        costs = self._token_weights(ids)
+        self._allocate(ids, costs)
         done: dict[Path, PruneReport] = {}
         failed: dict[Path, SolverError] = {}
         for number, job in enumerate(self.jobs):
             if number:
                 self.source.reset()
             try:
-                report = self._pruned(number, job, ids)
+                report = self._pruned(number, job, ids, costs)
             except SolverError as error:
                 failed[job.output] = error
                 continue
@@ -298,7 +309,9 @@ class _Pruning:
             raise SolverError(line) from failure
         return done
 
-    def _pruned(self, number: int, job: Job, ids: Tensor) -> PruneReport:
+    def _pruned(
+        self, number: int, job: Job, ids: Tensor, costs: Mapping[str, Tensor]
+    ) -> PruneReport:
         """Prune one target; the files beside the weights are written later."""
         work, count = job.work, len(self.source.blocks)
         if self.drops_alone:
@@ -309,6 +322,8 @@ class _Pruning:
             self.run.note(f"resuming after {work.done} of {count} blocks")
         run = job.run(self.source)
         run.sources = () if self.drawn is None else self.drawn.sources
+        if weighs(job):
+            run.weigh(costs)
         return prune_streamed(
             self.source,
             ids,
@@ -355,16 +370,67 @@ class _Pruning:
         self.source = made
         return dropped
 
-    def _allocate(self, ids: Tensor) -> None:
+    def _allocate(self, ids: Tensor, costs: Mapping[str, Tensor]) -> None:
         """Compute and keep per-layer targets for jobs with an allocation."""
         for kind in (OutlierPass, LossPass):
             jobs = [job for job in self.jobs if job.request.allocation == kind.name]
             if jobs := [job for job in jobs if "allocation" not in job.work.kept]:
-                self._observe(dense := kind(self.source.model, self.source.blocks), ids)
+                dense = kind(self.source.model, self.source.blocks)
+                if kind is LossPass and any(map(weighs, jobs)):
+                    dense.weigh(costs, power=1)
+                self._observe(dense, ids)
                 for job in jobs:
                     patterns = dense.patterns(job.request.target).items()
                     kept = {name: one.sparsity or str(one) for name, one in patterns}
                     job.work.keep(allocation=kept)
+
+    def _token_weights(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return what errors cost at every token, from resumed work or a pass over the dense model;
+        empty if no job asks for it, or the model has no gradient."""
+        jobs = [job for job in self.jobs if weighs(job)]
+        if not jobs:
+            return {}
+        kept = next((job.work for job in jobs if COSTS in job.work.kept.get("files", {})), None)
+        if kept is not None:
+            costs = kept.load(COSTS)
+        else:
+            self.run.note("weighing tokens: the dense model runs forward and backward")
+            costs = self._backward(ids, self.plan(ids.shape, Look()))
+        for job in jobs:
+            if not job.work.kept.get("done"):
+                job.work.save(COSTS, costs)
+        return costs
+
+    def _backward(self, ids: Tensor, plan: Plan) -> dict[str, Tensor]:
+        source, folder = self.source, self.jobs[0].work.scratch("backward")
+
+        @contextmanager
+        def loaded(index: int | None) -> Iterator[None]:
+            if index is None:
+                source.fetch_outside(head=True)
+                yield
+                source.drop_outside()
+            else:
+                source.fetch(index)
+                yield
+                source.drop(index)
+
+        try:
+            return token_weights(
+                source.model,
+                source.blocks,
+                ids,
+                device=source.device,
+                rows_at_once=max(1, plan.micro_tokens // ids.shape[1] // BACKWARD),
+                loaded=loaded,
+                states=lambda: States(folder, source.device, plan.states),
+            )
+        except ModelError as error:
+            self.run.note(f"tokens count alike, because {error}")
+            return {}
+        finally:
+            source.reset()
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _finish(self, job: Job, report: PruneReport) -> None:
         """Write the files beside the weights, and turn the work folder into the output."""
@@ -455,6 +521,11 @@ def take_through(
             run.outside()
     if run.needs_ids:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def weighs(job: Job) -> bool:
+    """Whether a job weighs tokens by what their errors cost."""
+    return job.request.statistics == "robust" and job.method.needs is not None
 
 
 def is_of(manifest: Mapping[str, Any], asked: Mapping[str, Any], output: Path) -> bool:

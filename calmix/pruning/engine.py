@@ -37,10 +37,16 @@ from calmix.machine import Laps, out_of_memory, tokens_at_once
 from calmix.models.blocks import DecoderBlocks, Prunable, evaluating, find_blocks, outer_layers
 from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
-from calmix.options import BITS_METHOD, METHOD, Propagation
+from calmix.options import BITS_METHOD, METHOD, Propagation, Statistics
 from calmix.precision import bfloat16_products, dtype_name, narrower, reproducible
 from calmix.pruning.experts import EXPERT_BYTES, SMOOTHING, Routed, Step
-from calmix.pruning.gram import Gram, Statistic, inverse_factor, relative_error
+from calmix.pruning.gram import (
+    Gram,
+    Statistic,
+    inverse_factor,
+    lost_energy,
+    raised_diagonal,
+)
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, as_pattern
@@ -48,10 +54,12 @@ from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 from calmix.pruning.solvers.block_grid import fitting, rounded_rows
 from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import Grid
+from calmix.pruning.token_weights import POWER, Weighting, token_weights, weighting
 from calmix.pruning.trace import TOKENS, Batch, Calls, SharedInput, observe_block
 from calmix.pruning.work import States
 
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one per layer name
+BACKWARD = 4  # times fewer rows run backward than forward at a time
 ROUNDED = 2**23  # weights of an embedding rounded at a time
 Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch and its arguments
 
@@ -63,6 +71,7 @@ def prune(
     method: str | Method | None = None,
     pattern: Patterns | str | float | None = None,
     propagation: Propagation = "sequential",
+    statistics: Statistics = "robust",
     micro_tokens: int | None = None,
     paused: int | None = None,
     embeddings: float | None = None,
@@ -86,6 +95,8 @@ def prune(
         pattern: a sparsity such as 0.5, `"2:4"`, `"2.8 bits"` or `"Q3_K_M"` (`as_pattern`); or a
             mapping with one for every layer name, which can include embeddings and head.
         propagation: `sequential` (inputs from already-pruned layers) or `block` (the papers').
+        statistics: `robust` (tokens weighted by what their errors cost, Gram matrices shrunk: see
+            `calmix.pruning.token_weights` and `Gram.shrinkage`) or `plain` (the papers').
         micro_tokens: tokens that run through a block at a time; None for the device's default.
         paused: micro-batches that may hold a block's activations at a time; None for all.
         embeddings: bits per weight of embeddings and output head; None to leave them unchanged.
@@ -138,6 +149,9 @@ def prune(
     if stored is not None:
         run.types = {name: narrower(stored, p.dtype) for name, p in model.named_parameters()}
     try:
+        run.shrunk = statistics == "robust"
+        if run.shrunk and run.needs_ids:
+            run.weigh(costs_in_memory(model, blocks, check_ids(ids, chosen.name)))
         run_through(run, ids, micro_tokens, progress)
     except BaseException as error:
         if run.changed:
@@ -145,6 +159,17 @@ def prune(
             error.add_note(f"the model is left pruned in blocks 0 to {last}: open it again")
         raise
     return run.report
+
+
+def costs_in_memory(model: nn.Module, blocks: DecoderBlocks, ids: Tensor) -> dict[str, Tensor]:
+    """Return the costs of errors by token (`token_weights`) of a model in memory; {} if it has no
+    gradient."""
+    device = next(model.parameters()).device
+    at_once = max(1, tokens_at_once(device) // ids.shape[1] // BACKWARD)
+    try:
+        return token_weights(model, blocks, ids, device=device, rows_at_once=at_once)
+    except ModelError:  # the report says that tokens count alike
+        return {}
 
 
 @contextmanager
@@ -279,6 +304,9 @@ class Run:
         expert_bytes: bytes that statistics of several experts may take at a time.
         seen: called with the layers of each input and its statistic, in place of pruning; then the
             pattern does not matter.
+        costs: of errors by token, `token_weights`.
+        weighting: multiplies the inputs of layers before their statistic is added up.
+        shrunk: whether Gram matrices are shrunk.
         states: hidden states entering the current block, by micro-batch number.
         types: that parameters will be stored in, by name, if narrower than in memory; pruned
             weights are rounded to them.
@@ -295,6 +323,9 @@ class Run:
     paused: int | None = None
     sources: Sequence[str] = ()
     embeddings: float | None = None
+    weighting: Weighting | None = None
+    costs: Mapping[str, Tensor] = field(default_factory=dict)
+    shrunk: bool = False
     expert_bytes: int = EXPERT_BYTES
     seen: Callable[[list[Prunable], Any], None] | None = None
     states: dict[int, Tensor] | States = field(default_factory=dict)
@@ -321,6 +352,11 @@ class Run:
         if self.embeddings is not None:
             return dict.fromkeys(outer_layers(self.model), Rate(self.embeddings))
         return _outside(self.blocks, self.pattern)
+
+    def weigh(self, costs: Mapping[str, Tensor], power: float = POWER) -> None:
+        """Weigh tokens by a power of what their errors cost (`token_weights`)."""
+        self.costs, self.report.weighted = costs, bool(costs)
+        self.weighting = weighting(costs, power)
 
     def record(self, ids: Tensor | None, micro_tokens: int | None = None) -> None:
         """Compute the states entering the first block, and keep the blocks' other arguments."""
@@ -378,9 +414,9 @@ class Run:
             return
         began = time.perf_counter()
         outer = outer_layers(self.model)
-        head = next(iter(outer.values()))
+        name, head = next(iter(outer.items()))
         with _at_work(head.device):
-            head_gram = self._head_gram(head) if self.needs_ids else None
+            head_gram = self._head_gram(name, head) if self.needs_ids else None
             for (name, weight), gram in zip(outer.items(), (head_gram, None), strict=False):
                 if (pattern := wanted.get(name)) is None:
                     continue
@@ -404,14 +440,14 @@ class Run:
         gram = torch.eye(weight.shape[1], device=weight.device) if gram is None else gram
         return round_rows(weight, gram, pattern.bits)
 
-    def _head_gram(self, head: Tensor) -> Tensor | None:
+    def _head_gram(self, name: str, head: Tensor) -> Tensor | None:
         """Return the Gram matrix of the head's inputs; None if it is never called."""
         length, gram = self.report.tokens // self.report.rows, Gram(head.shape[1], head.device)
         for number, batch in enumerate(self._batches):
             inputs = self._calls.behind(self.states[number], batch.rows, length)
             if inputs is None:
                 return None
-            gram.add(inputs)
+            gram.add(self._weighted({name: len(head)}, number, inputs))
         return gram.matrix()
 
     def _advance(self, index: int, run: Callable[[int], Tensor] | None = None) -> None:
@@ -495,11 +531,20 @@ class Run:
         def add(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             off = torch.autocast(args[0].device.type, enabled=False)
             with self._laps.lap("statistics"), off:
-                statistic.add(args[0])
+                outputs = {layer.name: layer.shape[0] for layer in shared}
+                statistic.add(self._weighted(outputs, number, args[0]))
 
         yield add
         with self._laps.lap("solve"):
-            self._prune(shared, statistic.matrix())
+            self._prune(shared, statistic)
+
+    def _weighted(self, outputs: Mapping[str, int], number: int, inputs: Tensor) -> Tensor:
+        """Return the inputs of a micro-batch, each token times the square root of its weight;
+        `outputs` are the sizes of the layers that read them, by name."""
+        if self.weighting is None:
+            return inputs
+        start = number * self.report.rows_at_once
+        return self.weighting(outputs, slice(start, start + self._batches[number].rows), inputs)
 
     def _experts(self, routed: Routed, step: Step, experts: list[int]) -> Iterator[Work]:
         """Gather the statistics of some experts at one step, smoothed by those of all tokens, then
@@ -533,10 +578,10 @@ class Run:
                 sampled += len(tokens)
                 routed.everything(step, smoothed, tokens, (args, kwargs), partial(add, every))
 
-        def summed(sums: dict[int, Statistic], expert: int) -> Tensor:
+        def popped(sums: dict[int, Statistic], expert: int) -> Statistic:
             statistic = sums[expert]  # of no tokens if none is routed to it
             del sums[expert]
-            return statistic.matrix()
+            return statistic
 
         yield collect
         if not report.experts or report.experts[-1].name != routed.name:  # once per mixture
@@ -547,14 +592,14 @@ class Run:
                 own_rows = torch.tensor([one == source for one in self.sources])
                 by_source[source] = by_row[own_rows].sum(0).tolist()
             report.experts.append(ExpertsReport(routed.name, by_row.sum(0).tolist(), by_source))
-        whole: Tensor | None = None
+        whole: Statistic | None = None
         with self._laps.lap("solve"):
             for expert in experts:
-                statistic = summed(own, expert)
+                statistic = popped(own, expert)
                 if smoothed:
                     if whole is None or not step.common:
-                        whole = summed(every, expert)
-                    statistic.add_(whole, alpha=SMOOTHING / sampled)
+                        whole = popped(every, expert)
+                    statistic.merge(whole, SMOOTHING / sampled)
                 tokens = report.experts[-1].tokens[expert]
                 self._prune(step.layers[expert], statistic, tokens)
                 del statistic
@@ -569,9 +614,10 @@ class Run:
         return next(self.blocks.blocks[index].parameters()).device
 
     def _prune(
-        self, layers: list[Prunable], statistic: Tensor | None, tokens: int | None = None
+        self, layers: list[Prunable], gathered: Statistic | None, tokens: int | None = None
     ) -> None:
         """Solve the layers of one input, write their weights and add them to the report."""
+        statistic = None if gathered is None else gathered.matrix()
         if self.seen is not None:
             self.seen(layers, statistic)
             return
@@ -583,10 +629,14 @@ class Run:
         weights, given = [layer.view() for layer in layers], self.pattern
         patterns = [given[one.name] if isinstance(given, Mapping) else given for one in layers]
         # Solvers allow rounding explicitly; all else is float32, whatever the caller has set.
-        errors: list[float | None] = [None] * len(layers)
+        energies: list[tuple[float, float] | None] = [None] * len(layers)
+        shrinkage = 0.0
         with bfloat16_products(allowed=False):
             try:
-                solved = self.method.solve(weights, statistic, patterns)
+                if self.shrunk and isinstance(gathered, Gram):
+                    shrinkage = gathered.shrinkage()
+                with raised_diagonal(statistic, shrinkage):
+                    solved = self.method.solve(weights, statistic, patterns)
             except SolverError as failure:
                 raise SolverError(f"{layers[0].name}: {failure}") from failure
             pairs = list(zip(layers, solved.weights, strict=True))
@@ -594,8 +644,8 @@ class Run:
                 kept.to(self.types.get(one.parameter_name, one.view().dtype)) for one, kept in pairs
             ]
             if statistic is not None and issubclass(self._kind, Gram):
-                errors = [
-                    relative_error(weight, kept, statistic)
+                energies = [
+                    lost_energy(weight, kept, statistic)
                     for weight, kept in zip(weights, made, strict=True)
                 ]
         if self.report.propagation == "block":
@@ -604,9 +654,13 @@ class Run:
             self._assign(layers, made)
         precision = None if solved.dtype is None else dtype_name(solved.dtype)
         grids: Sequence[Grid | Encoded | None] = solved.grids or [None] * len(layers)
-        results = zip(layers, solved.pruned, errors, grids, strict=True)
-        for layer, pruned, error, grid in results:
+        results = zip(layers, solved.pruned, energies, grids, strict=True)
+        for layer, pruned, energy, grid in results:
             rows, columns = layer.shape
+            error = None
+            if energy is not None:
+                lost, whole = energy
+                error = lost / whole if whole else 0.0
             if grid is not None and layer.whole_matrix:
                 self.report.grids[layer.parameter_name] = grid
             self.report.layers.append(
@@ -623,6 +677,7 @@ class Run:
                     tokens,
                     None if grid is None else grid.bits,
                     grid.name if isinstance(grid, Encoded) else None,
+                    shrinkage,
                 )
             )
 

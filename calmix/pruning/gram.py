@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ ROWS = 256  # the same for sums of squares, which read each value once
 LEAF = 144  # columns of a block that LAPACK factorises on a CPU; elsewhere `WIDE`
 PANEL = 256  # columns of a triangle computed in one product, on a CPU
 WIDE = 2048  # elsewhere: each product launches a kernel, and large ones are fast
+PROBES = 8  # random vectors that estimate the norm of a row's Gram matrix
+MOST_SHRINKAGE = 1.0  # of the mean diagonal, added to the diagonal
 OUTPUTS = 512  # rows of a layer processed at a time: a fast product, little extra memory
 ENTRIES = 2**25  # of a layer processed at a time on an accelerator, to launch few kernels
 # Precision and multiple of the requested damping, tried in turn until the factor exists.
@@ -60,6 +64,10 @@ class Statistic(ABC):
         """Return the sum; nothing is added afterwards."""
         return self.sum
 
+    def merge(self, other: Statistic, share: float) -> None:
+        """Add another sum, times a share."""
+        self.sum.add_(other.sum, alpha=share)
+
     @classmethod
     def memory(cls, columns: int) -> int:
         """Return the size in bytes."""
@@ -67,13 +75,36 @@ class Statistic(ABC):
 
 
 class Gram(Statistic):
-    """Running sum of x x^T in float32; only the upper triangle is computed."""
+    """Running sum of x x^T in float32; only the upper triangle is computed.
+
+    Attributes:
+        squares: estimate of the sum over rows of ||G_r||^2, G_r the Gram matrix of a row's tokens.
+        rows: how many were added.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        super().__init__(columns, device)
+        self.squares = torch.zeros((), dtype=widest(device), device=device)
+        self.rows = 0
 
     @staticmethod
     def shape(columns: int) -> tuple[int, ...]:
         return columns, columns
 
     def add(self, inputs: Tensor) -> None:
+        rows = inputs.reshape(-1, *inputs.shape[-2:])
+        rng = torch.Generator().manual_seed(inputs.shape[-1])
+        signs = torch.randint(0, 2, (inputs.shape[-1], PROBES), generator=rng)
+        probes = (2.0 * signs - 1).to(self.sum.device)
+        for some in rows.split(max(1, CHUNK // rows.shape[1])):
+            x = some.float()
+            projected = x.mT @ (x @ probes)
+            self.squares += projected.square_().sum() / PROBES
+        self.rows += len(rows)
+        self.add_product(inputs)
+
+    def add_product(self, inputs: Tensor) -> None:
+        """Add tokens to the sum alone, when no shrinkage is asked for."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         cpu = flat.device.type == "cpu"
         steps = _steps(flat.shape[1], cpu=cpu)
@@ -84,6 +115,22 @@ class Gram(Statistic):
                 x = flat[start : start + CHUNK].float()
                 for at, to in steps:
                     self.sum[at:to, at:].addmm_(x[:, at:to].T, x[:, at:])
+
+    def shrinkage(self) -> float:
+        """Return how much of its mean diagonal to add to the diagonal, by Ledoit and Wolf.
+
+        Their estimate (2004, Lemma 3.2) of the best mean of a sample's second moments and a
+        multiple of the identity, with rows of text as the independent units in place of tokens
+        (ours): tokens of one row resemble each other, and a sum over few rows is less certain than
+        its number of tokens suggests. To be called once `matrix` was.
+        """
+        whole = float(self.sum.square().sum(dtype=widest(self.sum.device)))
+        even = float(self.sum.diagonal().sum()) ** 2 / len(self.sum)
+        if self.rows < 2 or whole <= even:
+            return MOST_SHRINKAGE
+        noise = (float(self.squares) - whole / self.rows) * self.rows / (self.rows - 1)
+        share = min(max(noise / (whole - even), 0.0), 1.0)
+        return min(share / (1 - share), MOST_SHRINKAGE) if share < 1 else MOST_SHRINKAGE
 
     def matrix(self) -> Tensor:
         """Return the symmetric sum, float32 (columns, columns): the running sum itself."""
@@ -99,17 +146,19 @@ class Gram(Statistic):
         return total
 
 
-class EvenGram(Gram):
-    """The same with every token scaled to norm 1, lest a few tokens of large norm rule the sum.
-
-    Solvers see no difference between norm 1 and the tokens' median norm: they ignore the size of a
-    Gram matrix.
-    """
-
-    def add(self, inputs: Tensor) -> None:
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        for start in range(0, len(flat), CHUNK):
-            super().add(torch.nn.functional.normalize(flat[start : start + CHUNK].float(), dim=1))
+@contextmanager
+def raised_diagonal(gram: Any, share: float) -> Iterator[None]:
+    """Add a share of its mean to the diagonal of a Gram matrix, except at dead inputs."""
+    if not share:
+        yield
+        return
+    diagonal = gram.diagonal()
+    exact = diagonal.clone()
+    diagonal.add_(share * exact.mean()).masked_fill_(exact == 0, 0)
+    try:
+        yield
+    finally:
+        diagonal.copy_(exact)
 
 
 class Squares(Statistic):
@@ -168,28 +217,35 @@ def output_energy(weight: Tensor, gram: Tensor) -> Tensor:
         gram: H, float32 (columns, columns), sum or mean of x x^T.
     """
     product = Gram(len(gram), gram.device)
-    product.add(weight)
+    product.add_product(weight)
     return product.times(gram)
 
 
-def relative_error(weight: Tensor, kept: Tensor, gram: Tensor) -> float:
-    """Return the share of a layer's output energy that is lost, tr(D H D^T) / tr(W H W^T).
-
-    Gram matrices add: a mix's is the sum of its sources', weighted by share. The same weights can
-    be compared on the Gram matrix of any other text.
+def lost_energy(weight: Tensor, changed: Tensor, gram: Tensor) -> tuple[float, float]:
+    """Return the energy of a layer's output that is lost, tr(D H D^T), and all, tr(W H W^T).
 
     Args:
         weight: W, (rows, columns) of any float type.
-        kept: the weights that replace W, rounded to its type; D is the difference.
+        changed: the weights that replace W, rounded to its type; D is the difference.
         gram: H, float32 (columns, columns), sum or mean of x x^T, undamped.
     """
     lost = Gram(len(gram), gram.device)
-    for dense, sparse in zip(weight.split(CHUNK), kept.split(CHUNK), strict=True):
-        lost.add(dense.float() - sparse.to(weight.dtype))
+    for dense, sparse in zip(weight.split(CHUNK), changed.split(CHUNK), strict=True):
+        lost.add_product(dense.float() - sparse.to(weight.dtype))
     error = lost.times(gram)
     del lost
     gone, whole = torch.stack([error, output_energy(weight, gram)]).tolist()
-    return max(gone, 0.0) / whole if whole else 0.0
+    return max(gone, 0.0), whole
+
+
+def relative_error(weight: Tensor, changed: Tensor, gram: Tensor) -> float:
+    """Return the share of a layer's output energy that is lost.
+
+    Gram matrices add: a mix's is the sum of its sources', weighted by share. The same weights can
+    be compared on the Gram matrix of any other text. The arguments are those of `lost_energy`.
+    """
+    lost, whole = lost_energy(weight, changed, gram)
+    return lost / whole if whole else 0.0
 
 
 @dataclass(frozen=True)

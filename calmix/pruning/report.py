@@ -16,9 +16,10 @@ from calmix.shown import Shown, percent
 class LayerReport:
     """The result for one layer.
 
-    `error` is the share of output energy lost, `tokens` the number routed to it if it belongs to an
-    expert, `bits` the storage per quantised weight: levels, scales and mask. `type` is that of
-    GGML's blocks.
+    `error` is the share of output energy lost, in the weights of the run's tokens; `shrinkage` is
+    the share of the Gram matrix's mean diagonal added to its diagonal, `tokens` the number routed
+    to it if it belongs to an expert, `bits` the storage per quantised weight: levels, scales and
+    mask. `type` is that of GGML's blocks.
     """
 
     name: str
@@ -33,6 +34,7 @@ class LayerReport:
     tokens: int | None = None
     bits: float | None = None
     type: str | None = None
+    shrinkage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class PruneReport(Shown):
     """What a pruning run did: a report per layer, totals, and seconds by activity.
 
     `options` are the method's; `allocation` is the source of sparsities or bits by layer; `dense`
-    lists the matrices of blocks that were left unchanged. `rows_at_once` is the number of rows each
+    lists the matrices of blocks that were left unchanged; `weighted` tells whether tokens were
+    weighted by what their errors cost. `rows_at_once` is the number of rows each
     process ran at a time, which can change rounding. `grids` of quantised parameters are stored
     beside the weights, not here. `outer` are rounded matrices outside the blocks: output head and
     embeddings.
@@ -79,6 +82,7 @@ class PruneReport(Shown):
     tokens: int
     options: dict[str, Any] = field(default_factory=dict)
     allocation: str | None = None
+    weighted: bool = False
     rows: int = 0
     rows_at_once: int = 0
     layers: list[LayerReport] = field(default_factory=list)

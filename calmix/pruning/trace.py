@@ -96,7 +96,7 @@ class Calls:
     """
 
     def __init__(self, model: Any, blocks: DecoderBlocks, ids: Tensor) -> None:
-        self._model, self._decoder = model, decoder_of(model)
+        self._model, self._decoder, self.device = model, decoder_of(model), ids.device
         self._blocks = blocks
         self._known: dict[str, list[Tensor]] = defaultdict(list)
         try:
@@ -146,7 +146,7 @@ class Calls:
                 "architecture yet"
             )
 
-    def _decode(self, see: Callable[..., Tensor], ids: Tensor, model: Any = None) -> None:
+    def _decode(self, see: Callable[..., Tensor], ids: Tensor, model: Any = None) -> Any:
         """Run the decoder, or all of the model, with `see` in place of its blocks: it takes the
         block's index, hidden states and other arguments, and returns hidden states."""
 
@@ -158,7 +158,7 @@ class Calls:
         with ExitStack() as stack:
             for index, block in enumerate(self._blocks.blocks):
                 stack.enter_context(patch.object(block, "forward", partial(stub, index)))
-            (self._decoder if model is None else model)(input_ids=ids, use_cache=False)
+            return (self._decoder if model is None else model)(input_ids=ids, use_cache=False)
 
     def _handed(self, value: Any) -> Slot | None:
         """Return the slot of an argument that is one of a block's other outputs, else None."""
@@ -219,6 +219,12 @@ class Calls:
         with suppress(StopIteration), patch.object(head, "forward", stop):
             self._decode(lambda *_: hidden, ids, self._model)
         return given[0] if given else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of the last block's outputs, (rows, positions, width)."""
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        logits: Tensor = self._decode(lambda *_: hidden, ids, self._model).logits
+        return logits
 
     def _shared(self, name: str, value: Tensor) -> Tensor:
         """Return an equal tensor that was an argument of this name before, if one is kept."""

@@ -7,7 +7,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from benchmarks.twins import make_twin
 from calmix.errors import InputError
-from calmix.pruning.gram import EvenGram, Gram, inverse_factor, relative_error
+from calmix.pruning.gram import inverse_factor, relative_error
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Blocks, as_pattern
 from calmix.pruning.solvers.block_grid import BlockGrid, search, solve_blocks
@@ -230,17 +230,6 @@ def test_fallback_type_for_narrow_rows():
     assert [grid.name for grid in both.grids] == ["Q2_K", "Q8_0"]
     with pytest.raises(InputError, match=r"no type of GGML fits the 40 inputs of a\.b: .* '\*\.b'"):
         method.check(Blocks("Q4_K"), 40, "a.b")
-
-
-def test_even_token_weights():
-    x = correlated(tokens=600, columns=40)
-    x[::7] *= 100
-    even, plain = EvenGram(40, x.device), Gram(40, x.device)
-    for part in x.split(250):
-        even.add(part)
-    plain.add(torch.nn.functional.normalize(x, dim=1))
-    torch.testing.assert_close(even.matrix(), plain.matrix())
-    assert get_method("ggml,even=true").needs is EvenGram
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text"])

@@ -150,3 +150,42 @@ def test_factor_falls_back_to_the_cpu():
         assert factor.upper.device == factor.dead.device == gram.device
     assert traced.copies[("mps", "cpu")] == 2  # the matrix, and its mean
     assert traced.reads == {"_local_scalar_dense": 2}
+
+
+def test_shrinkage_is_near_the_best_one():
+    """Of Gram matrices from few rows, whose tokens resemble each other."""
+    rng = torch.Generator().manual_seed(0)
+    mixing = torch.randn(48, 48, generator=rng) * torch.linspace(0.2, 2, 48)
+    exact = 0.7 * mixing @ mixing.T + 0.3 * torch.eye(48)
+    for rows in (16, 64, 256):
+        means = torch.randn(rows, 1, 48, generator=rng) @ mixing.T
+        own = torch.randn(rows, 40, 48, generator=rng)
+        inputs = 0.7**0.5 * means + 0.3**0.5 * own
+        gram = Gram(48, CPU)
+        for part in inputs.split(3):
+            gram.add(part)
+        matrix = gram.matrix()
+        shrinkage, tokens = gram.shrinkage(), rows * 40
+
+        def distance(share, matrix=matrix, tokens=tokens):
+            mixed = matrix / tokens
+            level = mixed.diagonal().mean()
+            return float(((mixed + share * level * torch.eye(48)) / (1 + share) - exact).norm())
+
+        best = min(distance(share) for share in torch.logspace(-3, 0.5, 60).tolist())
+        assert distance(shrinkage) < 1.1 * best
+        assert gram.rows == rows
+
+
+def test_one_row_is_shrunk_most():
+    gram = Gram(8, CPU)
+    gram.add(torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(1)))
+    gram.matrix()
+    assert gram.shrinkage() == gram_module.MOST_SHRINKAGE
+
+
+def test_raised_diagonal_is_put_back():
+    gram = torch.diag(torch.tensor([1.0, 0.0, 3.0]))
+    with gram_module.raised_diagonal(gram, 0.3):
+        assert torch.allclose(gram.diagonal(), torch.tensor([1.4, 0.0, 3.4]))
+    assert torch.equal(gram.diagonal(), torch.tensor([1.0, 0.0, 3.0]))

@@ -73,7 +73,8 @@ def streamed_prune(folder, output, plan=PLENTY, embeddings=None, **opening):
 def in_memory(folder, embeddings=None, **opening):
     """Return the model of a folder, pruned in memory."""
     model = open_model(str(folder), **opening).model
-    prune(model, tiny_ids(), pattern=HALF, micro_tokens=5 * 32, embeddings=embeddings)
+    how = {"pattern": HALF, "statistics": "plain", "micro_tokens": 5 * 32}
+    prune(model, tiny_ids(), embeddings=embeddings, **how)
     return model
 
 

@@ -16,16 +16,14 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from calmix.errors import InputError
-from calmix.pruning.gram import EvenGram, Factor, Gram, Statistic, inverse_factor
-from calmix.pruning.methods.base import Damping, Method, Solution, by_kind
+from calmix.pruning.gram import Factor, Gram, inverse_factor
+from calmix.pruning.methods.base import DAMPING, Damping, Method, Solution, by_kind
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe
 from calmix.pruning.recipes import recipe_name
 from calmix.pruning.solvers.block_grid import BlockGrid, fitting, solve_blocks
 from calmix.pruning.solvers.ggml import BlockType, Encoded
 from calmix.pruning.solvers.libggml import check_library, quantise
 from calmix.pruning.solvers.surgeon import solve_columns
-
-Kind = type[Statistic]
 
 
 class Ggml(Method):
@@ -43,9 +41,8 @@ class Ggml(Method):
     bits: float = Field(
         default=0, ge=0, le=9, description="Bits per weight of the file, in place of a type."
     )
-    damping: Damping = 0.1
+    damping: Damping = DAMPING
     sweeps: int = Field(default=1, ge=0, le=10, description="Passes that choose all levels again.")
-    even: bool = Field(default=False, description="Whether to scale all tokens to one norm.")
 
     @field_validator("type")
     @classmethod
@@ -68,10 +65,6 @@ class Ggml(Method):
         kind = type_of(Blocks("Q8_0") if mixed else pattern, columns, name)
         if mixed or not kind.group:
             check_library()
-
-    @property
-    def needs(self) -> Kind:
-        return EvenGram if self.even else Gram
 
     def solve(
         self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
