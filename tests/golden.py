@@ -66,13 +66,20 @@ SETS = (
 def masks():
     """Hashes of the masks of every method and pattern on a tiny model of each family."""
     results = {}
-    for family, method, (name, pattern), way in itertools.product(
-        FAMILIES, METHODS, PATTERNS.items(), ("sequential", "block")
+    ways = {
+        "sequential": {"statistics": "plain"},
+        "block": {"statistics": "plain", "propagation": "block"},
+        "robust": {},
+    }
+    for family, method, (name, pattern), (way, how) in itertools.product(
+        FAMILIES, METHODS, PATTERNS.items(), ways.items()
     ):
-        if way == "block" and method != "sparsegpt":
+        if way != "sequential" and method not in ("sparsegpt", "admm"):
+            continue
+        if way == "block" and method == "admm":
             continue
         model = tiny_model(family)
-        calmix.prune(model, tiny_ids(), method=method, pattern=pattern, propagation=way)
+        calmix.prune(model, tiny_ids(), method=method, pattern=pattern, **how)
         digest = hashlib.sha256()
         for key, weight in sorted(model.state_dict().items()):
             digest.update(key.encode())
