@@ -92,6 +92,8 @@ class Gram(Statistic):
         return columns, columns
 
     def add(self, inputs: Tensor) -> None:
+        if not inputs.numel():  # of an expert without tokens
+            return
         rows = inputs.reshape(-1, *inputs.shape[-2:])
         rng = torch.Generator().manual_seed(inputs.shape[-1])
         signs = torch.randint(0, 2, (inputs.shape[-1], PROBES), generator=rng)

@@ -133,7 +133,7 @@ def test_card_suites_and_foreign_models(calmix, compressed, tmp_path):
     measured(out)
     card = read_card(out)
     first, second = card.suite.split(" and ")
-    assert first == "abilities version 2 (8 items of 1 task)"
+    assert first == "abilities version 3 (8 items of 1 task)"
     assert second.startswith("made version 1 (")
     named = [one["task"] for one in card.tasks if one["task"].endswith("(abilities)")]
     assert named == ["sums (abilities)"]
