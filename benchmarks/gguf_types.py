@@ -116,6 +116,16 @@ def held_out(opened: OpenModel, folder: str | None, rows: int, length: int) -> d
     return texts
 
 
+def cells(result: dict[str, Any]) -> str:
+    """Return the cells of a distance: KL, its interval, top-1, and KL by text."""
+    total, parts = result["total"], result["dimensions"].values()
+    kls = " | ".join(f"{part['kl_mean']:.4f}" for part in parts)
+    return (
+        f"{total['kl_mean']:.4f} | {total['kl_low']:.4f} to {total['kl_high']:.4f} | "
+        f"{total['top1']:.3f} | {kls}"
+    )
+
+
 def apply(way: str, name: str, model: Any, ids: Tensor, squares: dict[str, Tensor]) -> None:
     """Quantise all matrices of a model's blocks, in place."""
     if way in SOLVED:
@@ -144,13 +154,7 @@ def by_model(options: argparse.Namespace, opened: OpenModel, ids: Tensor) -> Non
             began = spent()
             apply(way, name, opened.model, ids, squares)
             seconds, result = spent() - began, distance(opened, dense)
-            total, parts = result["total"], result["dimensions"]
-            kls = " | ".join(f"{parts[text]['kl_mean']:.4f}" for text in texts)
-            print(
-                f"| {name} | {way} | {total['kl_mean']:.4f} | {total['kl_low']:.4f} to "
-                f"{total['kl_high']:.4f} | {total['top1']:.3f} | {kls} | {seconds:.0f} |",
-                flush=True,
-            )
+            print(f"| {name} | {way} | {cells(result)} | {seconds:.0f} |", flush=True)
 
 
 def by_file(options: argparse.Namespace, opened: OpenModel, ids: Tensor) -> None:

@@ -44,11 +44,12 @@ from calmix.pruning.gram import (
     Gram,
     Statistic,
     inverse_factor,
-    lost_energy,
     raised_diagonal,
+    relative_error,
 )
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.base import Quantiser
+from calmix.pruning.methods.ggml import Ggml
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 from calmix.pruning.solvers.block_grid import fitting, rounded_rows
@@ -240,14 +241,16 @@ def solve_rows(
 ) -> tuple[Tensor, Encoded]:
     """Return a matrix with many rows in blocks of a type, as `round_rows`; rounded plainly without
     a Gram matrix."""
+    assert isinstance(method, Ggml)
     made, parts = torch.empty_like(weight), -(-weight.numel() // ROUNDED)
     grids: list[Any] = []
+    factor = None if gram is None else inverse_factor(gram, method.damping)
     for rows, out in zip(weight.tensor_split(parts), made.tensor_split(parts), strict=True):
-        if gram is None:
+        if gram is None or factor is None:
             grids.append(rounded_rows(rows, fitting(pattern.type, rows.shape[1])))
             out.copy_(grids[-1].values())
         else:
-            solved = method.solve([rows], gram, [pattern])
+            solved = method.solve_factored([rows], gram, factor, [pattern])
             grids += solved.grids
             out.copy_(solved.weights[0])
     return made, Encoded(grids[0].name, torch.cat([grid.data for grid in grids]))
@@ -447,7 +450,7 @@ class Run:
             inputs = self._calls.behind(self.states[number], batch.rows, length)
             if inputs is None:
                 return None
-            gram.add(self._weighted({name: len(head)}, number, inputs))
+            gram.add_product(self._weighted({name: len(head)}, number, inputs))
         return gram.matrix()
 
     def _advance(self, index: int, run: Callable[[int], Tensor] | None = None) -> None:
@@ -629,7 +632,7 @@ class Run:
         weights, given = [layer.view() for layer in layers], self.pattern
         patterns = [given[one.name] if isinstance(given, Mapping) else given for one in layers]
         # Solvers allow rounding explicitly; all else is float32, whatever the caller has set.
-        energies: list[tuple[float, float] | None] = [None] * len(layers)
+        errors: list[float | None] = [None] * len(layers)
         shrinkage = 0.0
         with bfloat16_products(allowed=False):
             try:
@@ -644,8 +647,8 @@ class Run:
                 kept.to(self.types.get(one.parameter_name, one.view().dtype)) for one, kept in pairs
             ]
             if statistic is not None and issubclass(self._kind, Gram):
-                energies = [
-                    lost_energy(weight, kept, statistic)
+                errors = [
+                    relative_error(weight, kept, statistic)
                     for weight, kept in zip(weights, made, strict=True)
                 ]
         if self.report.propagation == "block":
@@ -654,13 +657,9 @@ class Run:
             self._assign(layers, made)
         precision = None if solved.dtype is None else dtype_name(solved.dtype)
         grids: Sequence[Grid | Encoded | None] = solved.grids or [None] * len(layers)
-        results = zip(layers, solved.pruned, energies, grids, strict=True)
-        for layer, pruned, energy, grid in results:
+        results = zip(layers, solved.pruned, errors, grids, strict=True)
+        for layer, pruned, error, grid in results:
             rows, columns = layer.shape
-            error = None
-            if energy is not None:
-                lost, whole = energy
-                error = lost / whole if whole else 0.0
             if grid is not None and layer.whole_matrix:
                 self.report.grids[layer.parameter_name] = grid
             self.report.layers.append(

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,16 +92,20 @@ class Gram(Statistic):
     def shape(columns: int) -> tuple[int, ...]:
         return columns, columns
 
+    @cached_property
+    def _probes(self) -> Tensor:
+        """Random signs, (columns, `PROBES`)."""
+        columns, device = len(self.sum), self.sum.device
+        rng = torch.Generator().manual_seed(columns)
+        return (2.0 * torch.randint(0, 2, (columns, PROBES), generator=rng) - 1).to(device)
+
     def add(self, inputs: Tensor) -> None:
         if not inputs.numel():  # of an expert without tokens
             return
         rows = inputs.reshape(-1, *inputs.shape[-2:])
-        rng = torch.Generator().manual_seed(inputs.shape[-1])
-        signs = torch.randint(0, 2, (inputs.shape[-1], PROBES), generator=rng)
-        probes = (2.0 * signs - 1).to(self.sum.device)
         for some in rows.split(max(1, CHUNK // rows.shape[1])):
             x = some.float()
-            projected = x.mT @ (x @ probes)
+            projected = x.mT @ (x @ self._probes)
             self.squares += projected.square_().sum() / PROBES
         self.rows += len(rows)
         self.add_product(inputs)
@@ -223,8 +228,11 @@ def output_energy(weight: Tensor, gram: Tensor) -> Tensor:
     return product.times(gram)
 
 
-def lost_energy(weight: Tensor, changed: Tensor, gram: Tensor) -> tuple[float, float]:
-    """Return the energy of a layer's output that is lost, tr(D H D^T), and all, tr(W H W^T).
+def relative_error(weight: Tensor, changed: Tensor, gram: Tensor) -> float:
+    """Return the share of a layer's output energy that is lost, tr(D H D^T) / tr(W H W^T).
+
+    Gram matrices add: a mix's is the sum of its sources', weighted by share. The same weights can
+    be compared on the Gram matrix of any other text.
 
     Args:
         weight: W, (rows, columns) of any float type.
@@ -237,17 +245,7 @@ def lost_energy(weight: Tensor, changed: Tensor, gram: Tensor) -> tuple[float, f
     error = lost.times(gram)
     del lost
     gone, whole = torch.stack([error, output_energy(weight, gram)]).tolist()
-    return max(gone, 0.0), whole
-
-
-def relative_error(weight: Tensor, changed: Tensor, gram: Tensor) -> float:
-    """Return the share of a layer's output energy that is lost.
-
-    Gram matrices add: a mix's is the sum of its sources', weighted by share. The same weights can
-    be compared on the Gram matrix of any other text. The arguments are those of `lost_energy`.
-    """
-    lost, whole = lost_energy(weight, changed, gram)
-    return lost / whole if whole else 0.0
+    return max(gone, 0.0) / whole if whole else 0.0
 
 
 @dataclass(frozen=True)

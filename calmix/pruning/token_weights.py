@@ -51,7 +51,6 @@ def token_weights(
     loaded: Loaded = lambda index: nullcontext(),
     states: Callable[[], Any] = dict,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Tensor]:
     """Return the cost of an error at every token, by layer: float32 (rows, tokens).
 
@@ -66,7 +65,6 @@ def token_weights(
         loaded: a context in which a block's weights are in memory, or those outside the blocks.
         states: makes an empty store of hidden states, by number.
         seed: of the drawn tokens; each row has its own, whatever runs beside it.
-        progress: called with the number of blocks done, forward and backward, and their total.
 
     Raises:
         ModelError: the gradient is not finite, or the architecture has none.
@@ -80,17 +78,12 @@ def token_weights(
             calls = Calls(model, blocks, ids[:1, :TOKENS].clone().to(device))
             each = ids.shape[1] * token_bytes(model, blocks) * (len(blocks) + 1)
         at_once = max(rows_at_once, STORED // each // rows_at_once * rows_at_once)
-        groups = ids.split(at_once)
+        seeds, outer = range(seed, seed + len(ids)), list(outer_layers(model))
         parts = []
-        for number, group in enumerate(groups):
-
-            def tick(done: int, number: int = number) -> None:
-                progress(2 * len(blocks) * number + done, 2 * len(blocks) * len(groups))
-
-            seeds = range(seed + number * at_once, seed + number * at_once + len(group))
-            batches = group.split(rows_at_once)
-            outer = list(outer_layers(model))
-            parts.append(_group(calls, blocks, outer, batches, loaded, states(), seeds, tick))
+        for start in range(0, len(ids), at_once):
+            group = slice(start, start + at_once)
+            batches = ids[group].split(rows_at_once)
+            parts.append(_group(calls, blocks, outer, batches, loaded, states(), seeds[group]))
     names = set.intersection(*(set(part) for part in parts))
     costs = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name in names}
     if not all(cost.isfinite().all() for cost in costs.values()):
@@ -106,7 +99,6 @@ def _group(
     loaded: Loaded,
     states: Any,
     seeds: Sequence[int],
-    tick: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """Return the costs for micro-batches whose hidden states are stored together."""
     count, last = len(parts), len(blocks)
@@ -123,7 +115,6 @@ def _group(
                 written[index, number] = batch.written
                 hidden = batch.run(index, states[index * count + number])
                 states[(index + 1) * count + number] = hidden
-        tick(index + 1)
     slopes: dict[int, Tensor] = {}
     with loaded(None):
         for number, batch in enumerate(batches):
@@ -139,10 +130,8 @@ def _group(
                 slopes[number], own_costs = _of_block(batch, index, layers, hidden, slopes[number])
                 for name, values in own_costs.items():
                     costs[name].append(values.view(batch.rows, -1).cpu())
-        tick(2 * last - index)
-    for number in range(count):
-        if len(outer) > 1:
-            costs[outer[1]].append(slopes[number].float().square().mean(-1).cpu())
+    if len(outer) > 1:
+        costs[outer[1]] = [slopes[number].float().square().mean(-1).cpu() for number in slopes]
     return {name: torch.cat(some) for name, some in costs.items() if len(some) == count}
 
 

@@ -71,15 +71,21 @@ class Ggml(Method):
     ) -> Solution:
         """Quantise layers, those of equal types together."""
         factor = inverse_factor(statistic, self.damping)
+        return self.solve_factored(weights, statistic, factor, patterns)
+
+    def solve_factored(
+        self, weights: Sequence[Tensor], gram: Tensor, factor: Factor, patterns: Sequence[Pattern]
+    ) -> Solution:
+        """Do the same with the factor of the Gram matrix."""
 
         def choose(some: Sequence[Tensor], _: Tensor, types: Sequence[Pattern]) -> Solution:
             kind = type_of(types[0], some[0].shape[1])
-            importance = self.importance(statistic, factor)
-            solved, grids = solve_layers(some, statistic, factor, kind, importance, self.sweeps)
+            importance = self.importance(gram, factor)
+            solved, grids = solve_layers(some, gram, factor, kind, importance, self.sweeps)
             zeros, dead = [0] * len(solved), int(factor.dead.sum())
             return Solution(solved, zeros, factor.damping, factor.dtype, dead, grids)
 
-        return by_kind(choose, weights, statistic, patterns)
+        return by_kind(choose, weights, gram, patterns)
 
     def importance(self, gram: Tensor, factor: Factor) -> Tensor:
         """Return what a squared error in each column costs, once later ones have made up for it."""
