@@ -13,12 +13,24 @@ import string
 import textwrap
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-VERSION = 3  # raised when verdicts change; part of the hash of suites with generated answers
+from calmix.evaluation.quantities import (
+    GAP,
+    MARKS,
+    OPTIONAL,
+    UNITS,
+    plain_quantities,
+    raised,
+    readings,
+    single,
+    unit_of,
+    without_unit,
+)
+
+VERSION = 4  # raised when verdicts change; part of the hash of suites with generated answers
 LANGUAGES = {  # common words that identify a language
     "en": "the a an is are and of to in it on with that was has this for",
     "fr": "le la les un une est et de des du dans sur il elle qui avec pour au c'est ciel",
@@ -28,30 +40,42 @@ LANGUAGES = {  # common words that identify a language
     "pt": "o os as um uma é de do da dos que em com por para no na ao se não são está céu",
 }
 FENCE = "```"
+LONGEST = 200  # words of a sentence that may name an answer
+FORMULA_LENGTH = 1000  # characters; longer ones are compared as they are
 CODE = re.compile(r"```[^\S\n]*[a-zA-Z0-9+]*\s*\n(.*?)(?:```|`{0,2}\Z)", re.DOTALL)
-EXPONENT = re.compile(
-    r"(?<=[\w)\]}])(?:(?:\^|\*\*)\s*(?:\{[^{}]*\}|[-+]?[\w.]+)|[\u00b9\u00b2\u00b3\u2070-\u207b]+)"
-)
-FRACTION = re.compile(r"((?<![\w)\]}])-)?\\[dt]?frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d))")
-VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")  # one character, as in "3½"
-GAP = re.compile(r"(?<=\d)(?:\\[,;!]|\{,\}|[\u00a0\u2009\u202f])(?=\d{3})")  # between thousands
-NUMBER = re.compile(
-    r"(?<![\w^./])(?P<minus>-?)\$?(?:(?P<whole>\d{1,9}) (?=\d+/\d))?"
-    r"(?P<digits>\d{1,3}([, ])\d{3}(?:\4\d{3})*(?:\.\d+)?|\d{1,999}(?:\.\d{1,999})?|\.\d{1,999})"
-    r"(?P<power>[eE][-+]?\d{1,3}(?!\w))?(?:\s?/\s?(?P<under>\d{1,999}))?"
-    r"(?!\d|[./]\d|\s?/\s?\d|\^|(?:st|nd|rd|th)\b)"
-)
 ANSWER_IS = re.compile(
     r"\banswer\s+is\b(?!\s+not\b)\s*:?\s*((?:[^.\n]|\.(?=\d))+)(\.|\n|\Z)", re.IGNORECASE
 )
+# The unit at the end of a formula: in \\text any word, otherwise one that is known and no variable.
+UNIT_END = re.compile(
+    r"(?<=[\w)}\]])(?:\s|\\[,;:! ]|~)*(?:\\(?:text|mathrm|mbox|textbf|textrm)\s*\{[\s~]*"
+    r"([a-zA-Z][^{}]*)\}\s*(\^\s*\{?-?\d\}?)?"
+    rf"|(?<![a-zA-Z])((?![a-zA-Z](?![\w.]))(?:{'|'.join(UNITS.values())}|\^\{{\\circ\}})))\Z"
+)
+FORMS = [  # of formulas that are equal
+    (re.compile(pattern), other)
+    for pattern, other in (
+        (r"\\(?:text|mathrm|mbox|textbf|textrm)\s*\{([^}]*)\}", r"\1"),
+        (r"\\[!,;:]|\\(?:left|right|displaystyle)\b|\\ |~", ""),
+        (r"\A\(([A-Za-z])\)\Z", r"\1"),
+        ("\u03c0", r"\\pi "),
+        (r"([\^_])\s*\{(\w)\}", r"\1\2"),
+        (r"\^(-?\d{2,}|-\d)", r"^{\1}"),
+        (r"\s*(?:\\cdot(?![a-z])|\*)\s*(?=[a-zA-Z(]|\\(?![dt]?frac))", ""),
+    )
+]
 # The end of a sentence: not after an initial or a short title ("W. W.", "Dr.").
 STOP = re.compile(r"(?:(?<=[^\W\d_A-Z]{2})|(?<=[A-Z]{2})|(?<=[\d)\]'\"`]))[.!?](?=\s|\Z)")
+FORMULA = re.compile(  # in text; "$5 and $6" are amounts
+    r"(?<!\\)\$(?=\S)([^$]*[^\s$])\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
 QUOTES = "'\"`"
 QUOTED = re.compile(r"(?<!\w)(['\"`])(.+?)\1(?!\w)")
-SIGNS = r"(?<=\w)[+#]+|(?<=\d)[.,:/-](?=\d)|(?<![\w.])(?:-\$?\.?|\.)(?=\d)|(?<=\b\w)-(?!\w)"
+SIGNS = (
+    r"(?<=\w)[+#]+|(?<=\w)\^(?=[{\w])|(?<=\d)[.,:/-](?=\d)|"
+    r"(?<![\w.])(?:-\$?\.?|\.)(?=\d)|(?<=\b\w)-(?!\w)"
+)
 PUNCTUATION = re.compile(rf"({SIGNS})|[{re.escape(string.punctuation)}]")
-_COUNTS = "zero one two three four five six seven eight nine ten eleven twelve"
-COUNTS = {word: str(count) for count, word in enumerate(_COUNTS.split())}
 # Beside a right phrase: words that may stand there, words that introduce it, and words that deny it
 # or make it one of several guesses.
 PLAIN, NAMING, DOUBT = (
@@ -90,13 +114,11 @@ def finished(answer: str, check: str) -> str:
 
 def short_text(text: str) -> str:
     """Normalise a short answer for comparison, as SQuAD does (arXiv 1606.05250), but keep signs and
-    points ("-5", "1.5", "C++"), write counts up to twelve in digits, and keep an article or
-    punctuation that is the whole answer or its last word ("A", "vitamin A")."""
-    kept = unicodedata.normalize("NFC", text).replace("\N{MINUS SIGN}", "-").lower().strip()
-    kept = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", kept)
-    kept = PUNCTUATION.sub(lambda sign: (sign[1] or "").replace("$", ""), kept)
-    words = re.sub(r"\b(a|an|the)\s+(?=\S)", " ", kept).split()
-    return " ".join(COUNTS.get(word, word) for word in words) or text.strip()
+    points ("-5", "1.5", "C++"), write quantities in one way (`plain_quantities`), and keep an
+    article or punctuation that is the whole answer or its last word ("A", "vitamin A")."""
+    known = plain_quantities(unicodedata.normalize("NFC", text).lower().strip())
+    known = PUNCTUATION.sub(lambda sign: (sign[1] or "").replace("$", ""), known)
+    return " ".join(re.sub(r"\b(a|an|the)\s+(?=\S)", " ", known).split()) or text.strip()
 
 
 def first_line(text: str) -> str:
@@ -112,12 +134,27 @@ def sentences(line: str) -> list[str]:
 
 def short_match(answer: str, right: Sequence[str], question: str = "") -> bool:
     """Whether the first line or sentence of an answer is a right one after normalisation, or its
-    first sentence names one (`named`)."""
-    line, known = first_line(answer), {short_text(one) for one in right}
-    if known & ({short_text(one) for one in sentences(line)} - {""}):
+    first sentence names one (`named`). It may add a unit, unless the question names another."""
+    line, asked = first_line(answer), short_text(question).split()
+    units = {unit_of(word) for word in asked if len(word) > 2} - {""} or {*UNITS}
+    given = {short_text(one) for one in sentences(line)} - {""}
+    if _same(given, right, {*units, *OPTIONAL}):
         return True
     first = min(sentences(line), key=len)
-    return any(named(first, one, short_text(question).split()) for one in known)
+    return any(
+        named(first, one, [*asked, *(units if one[-1:].isdigit() else ())])
+        for one in map(short_text, right)
+    )
+
+
+def _same(given: set[str], right: Sequence[str], units: Collection[str] = OPTIONAL) -> bool:
+    """Whether one of several normalised answers is a right one, or is but for a unit: one of
+    `units` that it adds, or an optional one that it leaves out."""
+    known = {short_text(one) for one in right}
+    bare = {without_unit(one, OPTIONAL) for one in known}
+    return not given.isdisjoint(known | bare) or not known.isdisjoint(
+        without_unit(one, units) for one in given
+    )
 
 
 def named(sentence: str, phrase: str, asked: Sequence[str]) -> bool:
@@ -130,6 +167,8 @@ def named(sentence: str, phrase: str, asked: Sequence[str]) -> bool:
     """
     sentence = re.sub(r"\([^()]*\)", " ", sentence)
     words, wanted, free = short_text(sentence).split(), phrase.split(), {*asked} | PLAIN
+    if len(words) > LONGEST:
+        return False
     parts = (len(short_text(part).split()) for part in re.split(r"[,;](?!\d)", sentence))
     commas = {*accumulate(parts)}
     for start in range(len(words) - len(wanted) + 1):
@@ -154,7 +193,7 @@ def named(sentence: str, phrase: str, asked: Sequence[str]) -> bool:
 def exact_match(answer: str, right: Sequence[str]) -> bool:
     """Whether the first line of an answer is a right one after normalisation."""
     given = short_text(first_line(answer))
-    return bool(given) and given in {short_text(one) for one in right}
+    return bool(given) and _same({given}, right)
 
 
 def own_match(answer: str, right: Sequence[str]) -> bool:
@@ -162,7 +201,7 @@ def own_match(answer: str, right: Sequence[str]) -> bool:
     given, *known = (
         "".join(
             char
-            for char in unicodedata.normalize("NFKC", text)
+            for char in unicodedata.normalize("NFKC", raised(text)).translate(MARKS)
             if char.isascii() or unicodedata.category(char)[0] != "P"
         )
         for text in (answer, *right)
@@ -191,50 +230,48 @@ def _listed(text: str) -> str:
     return re.sub(r",\s*", ", ", text) if text.startswith("[") else text
 
 
-def numbers(text: str) -> list[Fraction]:
-    """Return the numbers in a text: with signs, points, separated thousands ("18 000") and
-    fractions ("3/4", "1 1/2"); not exponents, ordinals and parts of words or dates."""
-    text = VULGAR.sub(_in_latex, text)
-    text = FRACTION.sub(
-        lambda one: f" {one[1] or ''}{one[2] or one[4]}/{one[3] or one[5]} ",
-        GAP.sub(",", text.replace("\N{MINUS SIGN}", "-")),
-    )
-    found = []
-    for one in NUMBER.finditer(EXPONENT.sub("^", text)):
-        under = int(one["under"] or 1)
-        if under:
-            value = Fraction(re.sub("[, ]", "", one["digits"]) + (one["power"] or "")) / under
-            value += int(one["whole"] or 0)
-            found.append(-value if one["minus"] else value)
-    return found
-
-
-def _in_latex(vulgar: re.Match[str]) -> str:
-    """Return a fraction of one character in LaTeX."""
-    over, under = unicodedata.normalize("NFKC", vulgar[0]).split("\N{FRACTION SLASH}")
-    return rf"\frac{{{over}}}{{{under}}}"
-
-
 def same_number(answer: str, right: str) -> bool:
     """Whether the number of an answer is the right one: that of the first sentence with "answer
     is" (behind its last "=", if any), or else the last one."""
-    stated = (numbers(one[1].rpartition("=")[2])[:1] for one in ANSWER_IS.finditer(answer))
-    given = next(filter(None, stated), None) or numbers(answer)[-1:]
-    return given == [Fraction(right.replace(",", ""))]
+    stated = (readings(one[1].rpartition("=")[2])[:1] for one in ANSWER_IS.finditer(answer))
+    given = next(filter(None, stated), None) or readings(answer)[-1:]
+    return any(one.same(other) for one in given for other in readings(right)[:1])
 
 
 def same_result(answer: str, solution: str) -> bool:
     """Whether an answer has the same result as a solution: its last `\\boxed`, or else what the
-    first "answer is" states, or else its last formula or number."""
-    given, wanted = map(_cleaned, (_result(answer), _result(solution)))
-    return same_formula(given, wanted)
+    first "answer is" states, or else its last formula or number. A unit may be added or left out,
+    but not be another one."""
+    (given, unit), (wanted, other) = (_cleaned(_result(text)) for text in (answer, solution))
+    if unit and other and unit != other:
+        return False
+    if "=" not in wanted:
+        given = given.rpartition("=")[2].strip()
+    if same_formula(given, wanted):
+        return True
+    one, two = (
+        single(f"{text}%" if of == "percent" else text)
+        for text, of in ((given, unit), (wanted, other))
+    )
+    return one is not None and two is not None and one.same(two)
 
 
-def _cleaned(text: str) -> str:
-    pieces = r"\\(?:text|mathrm|mbox)\{([^}]*)\}|\\[!,;]|\\(?:left|right)\b"
-    text = re.sub(pieces, r"\1", GAP.sub(",", text)).strip()
-    thousands = re.fullmatch(r"(-?(?:\\\$)?\d{1,3}(?:,\d{3})+)((?:\.\d+)?(?:\\?%)?)", text)
-    return thousands[1].replace(",", "") + thousands[2] if thousands else text
+def _cleaned(text: str) -> tuple[str, str]:
+    """Return a formula in a simple form, without its unit, and the unit, "" if it is not known."""
+    if len(text) > FORMULA_LENGTH:
+        return text, ""
+    text, unit = raised(GAP.sub(",", text)).replace("**", "^").strip().removesuffix("."), ""
+    if ends := UNIT_END.search(text):
+        text = text[: ends.start()]
+        unit = unit_of((ends[1] or ends[3]).strip())
+        unit += re.sub(r"[\s{}]", "", ends[2] or "") if unit else ""
+    elif sign := re.match(r"-?\\?([$\u20ac\u00a3\u00a5])", text):
+        text, unit = text[: sign.start(1)].rstrip("\\") + text[sign.end() :], unit_of(sign[1])
+    for pattern, other in FORMS:
+        text = pattern.sub(other, text)
+    text = text.strip()
+    thousands = re.fullmatch(r"(-?\d{1,3}(?:,\d{3})+)((?:\.\d+)?)", text)
+    return thousands[1].replace(",", "") + thousands[2] if thousands else text, unit
 
 
 def _boxes(text: str) -> Iterator[tuple[str, int]]:
@@ -253,10 +290,10 @@ def _result(text: str) -> str:
         return boxes[-1]
     stated = ANSWER_IS.search(text)
     for part, which in ((stated[1] if stated else "", 0), (text, -1)):
-        if formulas := re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)", part):
-            return next(filter(None, formulas[which]))
-        if found := [one[0] for one in NUMBER.finditer(GAP.sub(",", part))]:
-            return str(found[which])
+        if formulas := [one[1] or one[2] or one[3] for one in FORMULA.finditer(part)]:
+            return str(formulas[which])
+        if found := readings(part):
+            return found[which].text
     return ""
 
 
@@ -339,7 +376,7 @@ def _plain(text: str) -> str:
     return text.strip("\"'`*_.! \n")
 
 
-def _same(text: str, value: str) -> bool:
+def _copied(text: str, value: str) -> bool:
     given, wanted = (re.sub(r"\s+|(?<=,)(?=\S)", " ", _plain(one)) for one in (text, value))
     return given.lower() == wanted.lower()
 
@@ -391,7 +428,7 @@ def _sentences(text: str) -> int:
 REQUESTED = {
     "words": lambda text, value: len(_plain(text).split()) == int(value),
     "is": lambda text, value: _plain(text).lower() in value.lower().split("|"),
-    "same": _same,
+    "same": _copied,
     "case": lambda text, value: _plain(text) == _plain(text).upper(),
     "lines": lambda text, value: len(_items(text)) == int(value),
     "commas": lambda text, value: len(_items(text, comma=True)) == int(value),

@@ -25,6 +25,7 @@ from typing import Any
 
 from calmix.errors import InputError, SourceError, nearest
 from calmix.evaluation import checks
+from calmix.evaluation.quantities import numbers
 from calmix.files import parse_json
 from calmix.sources.readers import CHATS, FORMATS, TEXT, chat_messages, fill
 from calmix.sources.registry import local_file
@@ -234,7 +235,7 @@ def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tup
     some = [str(one) for one in answer] if isinstance(answer, list) else [str(answer)]
     match check or "text":
         case "number":
-            if not checks.numbers(some[0]):
+            if not numbers(some[0]):
                 raise ValueError(f"'answer' must be a number, not '{some[0]}'")
             return "number", some[0]
         case "result":

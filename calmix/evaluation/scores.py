@@ -184,7 +184,10 @@ def check_same_suite(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Raise an `InputError` unless suite, version and selection are the same, whatever its name."""
     if ours["hash"] == theirs["hash"]:
         return
-    what = "selections (--quick, --limit, --dimension, --task, --allow-code-execution) of a suite"
+    what = (
+        "selections (--quick, --limit, --dimension, --task, --allow-code-execution) of a suite, or "
+        "answers judged by different versions of calmix,"
+    )
     if (ours["name"], ours["version"]) != (theirs["name"], theirs["version"]):
         what = "suites or versions"
     named = " and ".join(

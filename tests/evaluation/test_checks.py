@@ -5,6 +5,7 @@ import random
 import pytest
 
 from calmix.evaluation import checks
+from calmix.evaluation.quantities import numbers
 
 REQUESTS = [  # answers, and what a request asks for
     ("**Paris**", {"words": 1, "is": "Paris"}, True),
@@ -258,6 +259,166 @@ def test_short_answers(question, right, answer, ok):
     assert checks.short_match(answer, [right], question) is ok
 
 
+def _result(text):
+    return rf"\boxed{{{text}}}"
+
+
+# Answers that are easily misjudged: check, answer, right answer, whether it is right.
+HARD = [
+    *(
+        ("same_result", _result(answer), _result(right), ok)
+        for answer, right, ok in [
+            # units, with any space before them
+            (r"5\text{ cm}", "5", True),
+            (r"5\text{cm}", "5", True),
+            (r"5\,\text{cm}", r"5\text{ centimeters}", True),
+            (r"5~\mathrm{cm}", "5", True),
+            (r"5\ \mathrm{cm}^2", r"5\text{ cm}^2", True),
+            (r"5\text{ cm}", r"5\text{ m}", False),
+            (r"5\text{ cm}^2", r"5\text{ cm}", False),
+            (r"5\text{ cm}", r"6\text{ cm}", False),
+            ("5 kg", r"5\text{ kilograms}", True),
+            (r"5\text{ apples}", "5", True),
+            (r"\text{east}", r"\text{west}", False),
+            (r"90^\circ", "90", True),
+            ("90\u00b0", r"90^{\circ}", True),
+            (r"2\sqrt{3}\text{ cm}", r"2\sqrt3", True),
+            (r"5m", "5", False),
+            # numbers in other forms
+            ("5.0", "5", True),
+            ("5.", "5", True),
+            ("5.01", "5", False),
+            ("0.5", r"\frac{1}{2}", True),
+            ("1/2", r"\dfrac12", True),
+            (r"2\frac{1}{2}", r"\frac{5}{2}", True),
+            ("0.33", r"\frac{1}{3}", False),
+            (r"3 \times 10^{4}", "30000", True),
+            (r"10\,000", "10000", True),
+            ("10\u2009000", "10,000", True),
+            ("(3,5)", "3.5", False),
+            # percent and currency
+            (r"50\%", "50", True),
+            ("50%", "0.5", True),
+            (r"50\%", "5", False),
+            (r"\$5.00", "5", True),
+            (r"\$5", r"5\text{ dollars}", True),
+            ("\u20ac5", r"\$5", False),
+            # exponents and indices
+            ("x^{2}", "x^2", True),
+            ("x**2", "x^2", True),
+            ("x\u00b2", "x^2", True),
+            ("x^10", "x^{10}", True),
+            ("x^{2}", "x^3", False),
+            ("x^{2}", "x2", False),
+            ("a_{1}", "a_1", True),
+            (r"3 \cdot x", "3x", True),
+            ("3\u03c0", r"3\pi", True),
+            (r"2\cdot 3", "23", False),
+            # times, ranges, letters, equations
+            ("3:15", "15", False),
+            (r"3:15\text{ p.m.}", "3:15", True),
+            (r"3:15\text{ a.m.}", r"3:15\text{ p.m.}", False),
+            ("3-5", "5", False),
+            (r"\text{(B)}", "B", True),
+            (r"\text{(B)}", "C", False),
+            ("2 + 3 = 5", "5", True),
+        ]
+    ),
+    ("same_result", "It costs $5 + $3 = $8", r"\boxed{8}", True),
+    ("same_result", "It leaves at 3:15.", r"\boxed{15}", False),
+    ("same_result", "It leaves at 3:15.", r"\boxed{3:15}", True),
+    ("same_result", r"So \[ x = 5 \]", r"\boxed{5}", True),
+    *(
+        ("same_number", answer, right, ok)
+        for answer, right, ok in [
+            ("It leaves at 3:15.", "15", False),
+            ("The answer is 3:15 for 15 people.", "15", False),
+            ("The answer is 5:00 PM.", "5", True),
+            ("The ratio is 3:2.", "2", False),
+            ("It was 2020-01-15.", "15", False),
+            ("It was 15.01.2020.", "2020", False),
+            ("The answer is 3-5.", "3", False),
+            ("It takes 10\u201315 days", "15", False),
+            ("between 3 and 5", "5", False),
+            ("3 to 5 days", "5", False),
+            ("It rose from 3 to 5", "5", True),
+            ("20-5", "5", True),
+            ("3-5 = -2", "-2", True),
+            (r"5 \pm 2", "2", False),
+            ("50%", "50", True),
+            ("50 percent", "0.5", True),
+            ("50%", "50 %", True),
+            ("500%", "50", False),
+            ("5 million", "5000000", True),
+            ("5 million", "5", True),
+            ("\u20ac1,200.50", "1200.5", True),
+            ("-\u00a35", "-5", True),
+            ("1,00,000 people", "100000", True),
+            ("10'000", "10000", True),
+            ("18\u2009000", "18000", True),
+            ("3 x 10^4", "30000", True),
+            (r"3 \times 10^{-2}", "0.03", True),
+            ("5 cm\u00b2", "5", True),
+            ("5m\u00b2", "2", False),
+        ]
+    ),
+    *(
+        ("short_match", answer, [right], ok)
+        for answer, right, ok in [
+            ("3:15", "15", False),
+            ("3:15 p.m.", "3:15 PM", True),
+            ("3:15pm", "3:15 pm", True),
+            ("03:15", "3:15", True),
+            ("3:15 am", "3:15 pm", False),
+            ("3 pm", "3:00 p.m.", True),
+            ("4 July 1776", "July 4, 1776", True),
+            ("on July 4th, 1776", "4 July 1776", True),
+            ("1776-07-04", "July 4, 1776", True),
+            ("Dec. 25", "25 December", True),
+            ("July 5, 1776", "July 4, 1776", False),
+            ("July 4", "July 4, 1776", False),
+            ("1914\u20131918", "1914-1918", True),
+            ("from 1914 to 1918", "1914-1918", True),
+            ("10-15", "15", False),
+            ("5 %", "5%", True),
+            ("5 percent", "5%", True),
+            ("5", "5%", True),
+            ("$5", "5 dollars", True),
+            ("$5.00", "$5", True),
+            ("\u20ac5", "$5", False),
+            ("$5 million", "5 million dollars", True),
+            ("5 kilometers", "5 km", True),
+            ("5\u202fkm", "5km", True),
+            ("5 km", "5 miles", False),
+            ("It weighs 5 kg.", "5", True),
+            ("18\u202f000", "18,000", True),
+            ("18 000", "18000", True),
+            ("5.0", "5", True),
+            ("Web 2.0", "Web 2", False),
+        ]
+    ),
+    ("own_match", "1914\u20131918", ["19141918"], False),
+    ("own_match", "10\u00b2", ["102"], False),
+]
+
+
+@pytest.mark.parametrize(("check", "answer", "right", "ok"), HARD)
+def test_hard_answers(check, answer, right, ok):
+    assert getattr(checks, check)(answer, right) is ok
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "ok"),
+    [
+        ("How many hours does it take?", "5 hours", True),
+        ("How many hours does it take?", "5 minutes", False),
+        ("How long does it take?", "5 minutes", True),
+    ],
+)
+def test_units_that_a_question_names(question, answer, ok):
+    assert checks.short_match(answer, ["5"], question) is ok
+
+
 @pytest.mark.parametrize(
     ("text", "values"),
     [
@@ -291,7 +452,7 @@ def test_short_answers(question, right, answer, ok):
     ],
 )
 def test_number_parsing(text, values):
-    assert [float(one) for one in checks.numbers(text)] == values
+    assert [float(one) for one in numbers(text)] == values
 
 
 @pytest.mark.parametrize(
