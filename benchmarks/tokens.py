@@ -15,6 +15,7 @@ Every solver minimises a sum over tokens of the squared error of a layer's outpu
 The model is a twin (twins.py). A way is a method and its target, such as `gptq,group=128:3 bits` or
 `ggml,damping=0.1:Q3_K`. Printed is KL(dense || compressed) in nats per token on four texts of the
 data folder that no source reads, and the mean of the layers' errors, in the weights of the run.
+`--answers` also counts right answers on the suite `abilities`, which runs programs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from torch import Tensor
 from twins import make_twin
 
 from calmix.calibration import resolve
+from calmix.evaluation.behaviour import behaviour
 from calmix.evaluation.distance import distance, reference
+from calmix.evaluation.evaluate import evaluate
+from calmix.evaluation.scores import CapabilityScores
 from calmix.models import OpenModel, find_blocks, open_model
 from calmix.pruning.engine import Run, costs_in_memory, run_through
 from calmix.pruning.methods import Look, get_method
@@ -68,6 +72,20 @@ def rounding(opened: OpenModel, name: str, weigh: Weighting | None) -> Run:
     return run
 
 
+def asked(opened: OpenModel) -> CapabilityScores:
+    return evaluate(opened, "abilities", allow_code_execution=True, floors=False)
+
+
+def right_cells(dense: CapabilityScores, scores: CapabilityScores) -> str:
+    """Return the cells of right answers: the mean over abilities, and the counts of all items."""
+    result = behaviour((dense, scores))
+    assert result.right is not None
+    assert result.answers is not None
+    total, counts = result.right.of("total"), result.answers
+    share = f"{100 * total.value:.1f} [{100 * total.low:.1f}, {100 * total.high:.1f}]"
+    return f"{share} | {counts.pruned} of {counts.dense} | {counts.lost} | {counts.gained} | "
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="builtin:smollm2-135m")
@@ -79,6 +97,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=8, help="rows of each text")
     parser.add_argument("--shrunk", action="store_true", help="shrink Gram matrices")
+    parser.add_argument("--answers", action="store_true", help="count right answers")
     options = parser.parse_args()
     opened = open_model(options.model)
     make_twin(opened.model)
@@ -87,6 +106,7 @@ def main() -> None:
     ).ids
     texts = held_out(opened, options.data, options.held_out, options.length)
     dense = reference(opened, texts)
+    answers = asked(opened) if options.answers else None
     layers = find_blocks(opened.model).layers
     weights = [layer.view().clone() for layer in layers]
     weightings = {"raw": None, "root": unit(0.5), "unit": unit(1)}
@@ -99,8 +119,10 @@ def main() -> None:
         f"commit {commit()}, {machine()}; twin of {options.model}, {opened.model.dtype}, "
         f"{options.rows} rows of {options.length} tokens of {options.calibration}\n"
     )
-    print(f"| way | tokens | KL | interval | top-1 | {' | '.join(texts)} | error | cpu s |")
-    print("|---|---|---|---|---|" + "---|" * (len(texts) + 2), flush=True)
+    columns = ["way", "tokens", "KL", "interval", "top-1", *texts, "error", "bits"]
+    columns += ["right, %", "right", "lost", "gained"] if answers else []
+    print(f"| {' | '.join([*columns, 'cpu s'])} |")
+    print("|---|" + "---|" * len(columns), flush=True)
     for way in options.ways:
         name, _, target = way.partition(":")
         for kind in options.tokens:
@@ -120,7 +142,10 @@ def main() -> None:
             seconds, result = spent() - began, distance(opened, dense)
             errors = [one.error for one in run.report.layers if one.error is not None]
             mean = sum(errors) / max(1, len(errors))
-            print(f"| {way} | {kind} | {cells(result)} | {mean:.4f} | {seconds:.0f} |", flush=True)
+            bits = f"{run.report.bits:.3f}" if run.report.bits else ""
+            row = f"| {way} | {kind} | {cells(result)} | {mean:.4f} | {bits} | "
+            row += right_cells(answers, asked(opened)) if answers else ""
+            print(f"{row}{seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
