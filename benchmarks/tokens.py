@@ -72,8 +72,8 @@ def rounding(opened: OpenModel, name: str, weigh: Weighting | None) -> Run:
     return run
 
 
-def asked(opened: OpenModel) -> CapabilityScores:
-    return evaluate(opened, "abilities", allow_code_execution=True, floors=False)
+def asked(opened: OpenModel, quick: bool) -> CapabilityScores:
+    return evaluate(opened, "abilities", quick=quick, allow_code_execution=True, floors=False)
 
 
 def right_cells(dense: CapabilityScores, scores: CapabilityScores) -> str:
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=8, help="rows of each text")
     parser.add_argument("--shrunk", action="store_true", help="shrink Gram matrices")
     parser.add_argument("--answers", action="store_true", help="count right answers")
+    parser.add_argument("--quick", action="store_true", help="of the quick slice alone")
     options = parser.parse_args()
     opened = open_model(options.model)
     make_twin(opened.model)
@@ -106,7 +107,7 @@ def main() -> None:
     ).ids
     texts = held_out(opened, options.data, options.held_out, options.length)
     dense = reference(opened, texts)
-    answers = asked(opened) if options.answers else None
+    answers = asked(opened, options.quick) if options.answers else None
     layers = find_blocks(opened.model).layers
     weights = [layer.view().clone() for layer in layers]
     weightings = {"raw": None, "root": unit(0.5), "unit": unit(1)}
@@ -137,14 +138,14 @@ def main() -> None:
                     as_pattern(f"{target} blocks" if name.startswith("ggml") else target)
                 )
                 run = Run(opened.model, find_blocks(opened.model), method, pattern)
-                run.weighting, run.shrunk = weigh, options.shrunk
+                run.weighting, run.robust = weigh, options.shrunk
             run_through(run, ids)
             seconds, result = spent() - began, distance(opened, dense)
             errors = [one.error for one in run.report.layers if one.error is not None]
             mean = sum(errors) / max(1, len(errors))
             bits = f"{run.report.bits:.3f}" if run.report.bits else ""
             row = f"| {way} | {kind} | {cells(result)} | {mean:.4f} | {bits} | "
-            row += right_cells(answers, asked(opened)) if answers else ""
+            row += right_cells(answers, asked(opened, options.quick)) if answers else ""
             print(f"{row}{seconds:.0f} |", flush=True)
 
 

@@ -207,6 +207,7 @@ def print_layers(layers: Sequence[LayerReport], *, each: bool = False) -> None:
             "blocks": len(same),
             "sparsity": _range([one.sparsity for one in same]),
             "error": _range([one.error for one in same if one.error is not None]),
+            "fitted": _range([one.fitted_error or 0 for one in same if one.held_out]),
             "damping": max(
                 (f"{one.damping:g}" for one in same if one.damping is not None),
                 key=float,
@@ -220,7 +221,17 @@ def print_layers(layers: Sequence[LayerReport], *, each: bool = False) -> None:
         for name, same in kinds.items()
     ]
     if rows:
-        print_table(rows, title="error is the relative reconstruction error: lower is better")
+        what = "error is the share of output energy lost on "
+        if any(layer.held_out for layer in layers):
+            what += "rows that were not fitted, fitted that on the others"
+        else:
+            what += "the fitted rows: too few, or --statistics plain, to hold any out"
+        print_table(rows, title=what)
+    if plain := sum(not layer.corrected for layer in layers):
+        line(
+            f"{plain} of {len(layers)} layers are left uncorrected: the correction lost more on "
+            "rows that were not fitted"
+        )
 
 
 def _range(shares: list[float]) -> str | None:

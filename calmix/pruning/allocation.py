@@ -262,7 +262,7 @@ class LossPass(Run):
             if name in self.outer:
                 gram = None if number else self._head_gram(name, weight)
                 if gram is not None:
-                    self._record(name, weight, gram.diagonal(), worth=LOGIT)
+                    self._record(name, weight, gram.sum.diagonal(), worth=LOGIT)
                     continue
                 # A token reads one row of separate embeddings.
                 each = self.costs[name].sum() / len(weight) if name in self.costs else 1.0

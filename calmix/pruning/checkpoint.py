@@ -190,7 +190,7 @@ class Job:
         )
         run.report.pattern = request.pattern or run.report.pattern
         run.report.allocation = request.allocation
-        run.shrunk = request.statistics == "robust"
+        run.robust = request.statistics == "robust"
         return run
 
 

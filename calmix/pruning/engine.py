@@ -47,6 +47,8 @@ from calmix.pruning.gram import (
     raised_diagonal,
     relative_error,
 )
+from calmix.pruning.held_out import SHARE, HeldOut, checked, held_out_rows
+from calmix.pruning.held_out import TOKENS as JUDGING
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.methods.ggml import Ggml
@@ -118,7 +120,7 @@ def prune(
     if isinstance(model, OpenModel):
         stored, model = model.stored_dtype, model.model
     if isinstance(ids, CalibrationSet):
-        ids = ids.ids
+        sources, ids = sources or ids.sources, ids.ids
     if not isinstance(model, nn.Module):
         name = model if isinstance(model, str) else "NAME"
         raise InputError(
@@ -150,8 +152,8 @@ def prune(
     if stored is not None:
         run.types = {name: narrower(stored, p.dtype) for name, p in model.named_parameters()}
     try:
-        run.shrunk = statistics == "robust"
-        if run.shrunk and run.needs_ids:
+        run.robust = statistics == "robust"
+        if run.robust and run.needs_ids:
             run.weigh(costs_in_memory(model, blocks, check_ids(ids, chosen.name)))
         run_through(run, ids, micro_tokens, progress)
     except BaseException as error:
@@ -309,7 +311,7 @@ class Run:
             pattern does not matter.
         costs: of errors by token, `token_weights`.
         weighting: multiplies the inputs of layers before their statistic is added up.
-        shrunk: whether Gram matrices are shrunk.
+        robust: whether Gram matrices are shrunk, and judged on rows that are not fitted.
         states: hidden states entering the current block, by micro-batch number.
         types: that parameters will be stored in, by name, if narrower than in memory; pruned
             weights are rounded to them.
@@ -328,7 +330,7 @@ class Run:
     embeddings: float | None = None
     weighting: Weighting | None = None
     costs: Mapping[str, Tensor] = field(default_factory=dict)
-    shrunk: bool = False
+    robust: bool = False
     expert_bytes: int = EXPERT_BYTES
     seen: Callable[[list[Prunable], Any], None] | None = None
     states: dict[int, Tensor] | States = field(default_factory=dict)
@@ -339,6 +341,7 @@ class Run:
         self._kind: Any = self.method.needs
         self.needs_ids = self._kind is not None
         self._batches: list[Batch] = []
+        self._unfitted: list[int] = []  # rows held out
         self._waiting: list[tuple[list[Prunable], list[Tensor]]] = []  # pruned weights of a block
         self.report = PruneReport(
             self.method.name,
@@ -368,6 +371,8 @@ class Run:
         self.report.tokens, self.report.rows = ids.numel(), rows
         at_once = max(1, (micro_tokens or tokens_at_once(device)) // length)
         self.report.rows_at_once = min(at_once, rows)
+        if self.robust and issubclass(self._kind, Gram):
+            self._unfitted = held_out_rows(rows, self.sources)
         with _at_work(device):
             # Blocks are observed outside inference mode: tensors have version counters there.
             with torch.inference_mode(False), torch.no_grad():
@@ -419,19 +424,28 @@ class Run:
         outer = outer_layers(self.model)
         name, head = next(iter(outer.items()))
         with _at_work(head.device):
-            head_gram = self._head_gram(name, head) if self.needs_ids else None
-            for (name, weight), gram in zip(outer.items(), (head_gram, None), strict=False):
+            held_out = self._judge()
+            gathered = self._head_gram(name, head, held_out) if self.needs_ids else None
+            for (name, weight), gram in zip(outer.items(), (gathered, None), strict=False):
                 if (pattern := wanted.get(name)) is None:
                     continue
-                numbers = [weight] if gram is None else [weight, gram]
+                numbers = [weight] if gram is None else [weight, gram.sum]
                 ends = torch.stack([end for one in numbers for end in torch.aminmax(one)])
                 if not ends.isfinite().all():
                     raise SolverError(f"{name}: its weights or inputs are not finite")
+                shrinkage = 0.0
                 with bfloat16_products(allowed=False):
-                    made, grid = self._round(weight, gram, pattern)
+                    if gram is None:
+                        made, grid = self._round(weight, None, pattern)
+                    else:
+                        statistic = gram.matrix()
+                        shrinkage = gram.shrinkage() if self.robust else 0.0
+                        with raised_diagonal(statistic, shrinkage):
+                            made, grid = self._round(weight, statistic, pattern)
+                error = held_out.error(weight, made) if gram and held_out.judges else None
                 weight.data.copy_(made)
                 self.report.grids[f"{name}.weight"] = grid
-                self.report.outer.append(_layer_report(name, weight, grid))
+                self.report.outer.append(_layer_report(name, weight, grid, error, shrinkage))
         self.report.seconds["solve"] += time.perf_counter() - began
 
     def _round(
@@ -443,15 +457,20 @@ class Run:
         gram = torch.eye(weight.shape[1], device=weight.device) if gram is None else gram
         return round_rows(weight, gram, pattern.bits)
 
-    def _head_gram(self, name: str, head: Tensor) -> Tensor | None:
-        """Return the Gram matrix of the head's inputs; None if it is never called."""
+    def _head_gram(self, name: str, head: Tensor, held_out: HeldOut | None = None) -> Gram | None:
+        """Return the statistic of the head's inputs, without the rows held out if these are asked
+        for; None if it is never called."""
         length, gram = self.report.tokens // self.report.rows, Gram(head.shape[1], head.device)
         for number, batch in enumerate(self._batches):
             inputs = self._calls.behind(self.states[number], batch.rows, length)
             if inputs is None:
                 return None
-            gram.add_product(self._weighted({name: len(head)}, number, inputs))
-        return gram.matrix()
+            weighted = self._weighted({name: len(head)}, number, inputs)
+            if held_out is None:
+                gram.add_product(weighted)
+            else:
+                self._add(gram, held_out, number, weighted)
+        return gram
 
     def _advance(self, index: int, run: Callable[[int], Tensor] | None = None) -> None:
         """Replace the states by the block's outputs if these are still needed; `run` returns those
@@ -530,16 +549,34 @@ class Run:
     def _layers(self, shared: SharedInput) -> Iterator[Work]:
         """Gather the statistic of an input, then prune the layers that share it."""
         statistic: Statistic = self._kind(shared[0].shape[1], shared[0].view().device)
+        held_out = self._judge()
 
         def add(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             off = torch.autocast(args[0].device.type, enabled=False)
             with self._laps.lap("statistics"), off:
                 outputs = {layer.name: layer.shape[0] for layer in shared}
-                statistic.add(self._weighted(outputs, number, args[0]))
+                self._add(statistic, held_out, number, self._weighted(outputs, number, args[0]))
 
         yield add
         with self._laps.lap("solve"):
-            self._prune(shared, statistic)
+            self._prune(shared, statistic, held_out)
+
+    def _judge(self) -> HeldOut:
+        """Return an empty store of a layer's inputs on the rows held out."""
+        tokens = len(self._unfitted) * self.report.tokens // max(1, self.report.rows)
+        return HeldOut(max(1, tokens // JUDGING))
+
+    def _add(self, statistic: Statistic, held_out: HeldOut, number: int, inputs: Tensor) -> None:
+        """Add the inputs of a micro-batch to the statistic, and rows held out to their store."""
+        start, rows = number * self.report.rows_at_once, self._batches[number].rows
+        apart = [row - start for row in self._unfitted if start <= row < start + rows]
+        if not apart:
+            statistic.add(inputs)
+            return
+        by_row = inputs.reshape(rows, -1, inputs.shape[-1])
+        held_out.add(by_row[apart])
+        if fitted := [row for row in range(rows) if row not in apart]:
+            statistic.add(by_row[fitted])
 
     def _weighted(self, outputs: Mapping[str, int], number: int, inputs: Tensor) -> Tensor:
         """Return the inputs of a micro-batch, each token times the square root of its weight;
@@ -556,6 +593,7 @@ class Run:
         report, kind = self.report, partial(self._kind, columns, routed.device)
         own: dict[int, Statistic] = defaultdict(kind)
         every: dict[int, Statistic] = defaultdict(kind)
+        held_out: dict[int, HeldOut] = defaultdict(HeldOut)
         length = report.tokens // report.rows
         # One in `spacing` tokens stands for all, so that each expert sees as many of them as are
         # routed to it on average. A `spacing` coprime to the row length favours no position.
@@ -567,6 +605,10 @@ class Run:
 
         def add(sums: dict[int, Statistic], expert: int, inputs: Tensor) -> None:
             with self._laps.lap("statistics"):
+                if self._unfitted and sums is own:  # rows cannot be told apart here
+                    judging = torch.arange(len(inputs), device=inputs.device) % SHARE == SHARE - 1
+                    held_out[expert].add(inputs[judging])
+                    inputs = inputs[~judging]
                 sums[expert].add(inputs)
 
         def collect(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -604,7 +646,7 @@ class Run:
                         whole = popped(every, expert)
                     statistic.merge(whole, SMOOTHING / sampled)
                 tokens = report.experts[-1].tokens[expert]
-                self._prune(step.layers[expert], statistic, tokens)
+                self._prune(step.layers[expert], statistic, held_out.pop(expert, None), tokens)
                 del statistic
 
     def _assign(self, layers: list[Prunable], weights: list[Tensor]) -> None:
@@ -617,7 +659,11 @@ class Run:
         return next(self.blocks.blocks[index].parameters()).device
 
     def _prune(
-        self, layers: list[Prunable], gathered: Statistic | None, tokens: int | None = None
+        self,
+        layers: list[Prunable],
+        gathered: Statistic | None,
+        held_out: HeldOut | None = None,
+        tokens: int | None = None,
     ) -> None:
         """Solve the layers of one input, write their weights and add them to the report."""
         statistic = None if gathered is None else gathered.matrix()
@@ -633,13 +679,19 @@ class Run:
         patterns = [given[one.name] if isinstance(given, Mapping) else given for one in layers]
         # Solvers allow rounding explicitly; all else is float32, whatever the caller has set.
         errors: list[float | None] = [None] * len(layers)
+        judged, corrected = errors, [True] * len(layers)
         shrinkage = 0.0
         with bfloat16_products(allowed=False):
             try:
-                if self.shrunk and isinstance(gathered, Gram):
+                if self.robust and isinstance(gathered, Gram):
                     shrinkage = gathered.shrinkage()
                 with raised_diagonal(statistic, shrinkage):
                     solved = self.method.solve(weights, statistic, patterns)
+                if held_out is not None and statistic is not None and held_out.judges:
+                    squares = statistic.diagonal()
+                    solved, corrected = checked(
+                        self.method, weights, solved, squares, patterns, held_out
+                    )
             except SolverError as failure:
                 raise SolverError(f"{layers[0].name}: {failure}") from failure
             pairs = list(zip(layers, solved.weights, strict=True))
@@ -651,14 +703,17 @@ class Run:
                     relative_error(weight, kept, statistic)
                     for weight, kept in zip(weights, made, strict=True)
                 ]
+                judged = errors
+                if held_out is not None and held_out.judges:
+                    judged = [held_out.error(*pair) for pair in zip(weights, made, strict=True)]
         if self.report.propagation == "block":
             self._waiting.append((layers, made))
         else:
             self._assign(layers, made)
         precision = None if solved.dtype is None else dtype_name(solved.dtype)
         grids: Sequence[Grid | Encoded | None] = solved.grids or [None] * len(layers)
-        results = zip(layers, solved.pruned, errors, grids, strict=True)
-        for layer, pruned, error, grid in results:
+        results = zip(layers, solved.pruned, judged, errors, grids, corrected, strict=True)
+        for layer, pruned, error, fitted, grid, kept_correction in results:
             rows, columns = layer.shape
             if grid is not None and layer.whole_matrix:
                 self.report.grids[layer.parameter_name] = grid
@@ -677,15 +732,21 @@ class Run:
                     None if grid is None else grid.bits,
                     grid.name if isinstance(grid, Encoded) else None,
                     shrinkage,
+                    fitted,
+                    held_out is not None and held_out.judges,
+                    kept_correction,
                 )
             )
 
 
-def _layer_report(name: str, weight: Tensor, grid: Grid | Encoded) -> LayerReport:
+def _layer_report(
+    name: str, weight: Tensor, grid: Grid | Encoded, error: float | None, shrinkage: float
+) -> LayerReport:
     """Return the report of a matrix outside the blocks."""
     rows, columns = weight.shape
     kind = grid.name if isinstance(grid, Encoded) else None
-    return LayerReport(name, rows, columns, 0, 0.0, None, None, None, 0, None, grid.bits, kind)
+    about = LayerReport(name, rows, columns, 0, 0.0, error, None, None, 0, None, grid.bits, kind)
+    return replace(about, shrinkage=shrinkage, held_out=error is not None)
 
 
 @contextmanager

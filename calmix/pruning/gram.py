@@ -81,12 +81,14 @@ class Gram(Statistic):
     Attributes:
         squares: estimate of the sum over rows of ||G_r||^2, G_r the Gram matrix of a row's tokens.
         rows: how many were added.
+        merged: variance of the sum once another was added, else None.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
         super().__init__(columns, device)
         self.squares = torch.zeros((), dtype=widest(device), device=device)
         self.rows = 0
+        self.merged: float | None = None
 
     @staticmethod
     def shape(columns: int) -> tuple[int, ...]:
@@ -133,11 +135,26 @@ class Gram(Statistic):
         """
         whole = float(self.sum.square().sum(dtype=widest(self.sum.device)))
         even = float(self.sum.diagonal().sum()) ** 2 / len(self.sum)
-        if self.rows < 2 or whole <= even:
+        noise = self._variance(whole) if self.merged is None else self.merged
+        if whole <= even:
             return MOST_SHRINKAGE
-        noise = (float(self.squares) - whole / self.rows) * self.rows / (self.rows - 1)
         share = min(max(noise / (whole - even), 0.0), 1.0)
         return min(share / (1 - share), MOST_SHRINKAGE) if share < 1 else MOST_SHRINKAGE
+
+    def _variance(self, whole: float) -> float:
+        """Return the expected squared error of the sum, whose squared norm is `whole`."""
+        if self.rows < 2:  # unknown
+            return whole
+        return (float(self.squares) - whole / self.rows) * self.rows / (self.rows - 1)
+
+    def merge(self, other: Statistic, share: float) -> None:
+        assert isinstance(other, Gram)
+        self.merged = 0.0
+        for one, scale in ((self, 1.0), (other, share)):
+            upper = one.sum.triu()
+            whole = 2 * float(upper.square().sum()) - float(upper.diagonal().square().sum())
+            self.merged += scale**2 * one._variance(whole)
+        super().merge(other, share)
 
     def matrix(self) -> Tensor:
         """Return the symmetric sum, float32 (columns, columns): the running sum itself."""

@@ -16,10 +16,12 @@ from calmix.shown import Shown, percent
 class LayerReport:
     """The result for one layer.
 
-    `error` is the share of output energy lost, in the weights of the run's tokens; `shrinkage` is
-    the share of the Gram matrix's mean diagonal added to its diagonal, `tokens` the number routed
-    to it if it belongs to an expert, `bits` the storage per quantised weight: levels, scales and
-    mask. `type` is that of GGML's blocks.
+    `error` is the share of output energy lost, in the weights of the run's tokens: on tokens that
+    were not fitted if `held_out`, else on the fitted ones; `fitted_error` is always on the latter.
+    `corrected` tells whether weights make up for each other's errors; they do not if that lost
+    more on held-out tokens. `shrinkage` is the share of the Gram matrix's mean diagonal added to
+    its diagonal, `tokens` the number routed to it if it belongs to an expert, `bits` the storage
+    per quantised weight: levels, scales and mask. `type` is that of GGML's blocks.
     """
 
     name: str
@@ -35,6 +37,9 @@ class LayerReport:
     bits: float | None = None
     type: str | None = None
     shrinkage: float = 0.0
+    fitted_error: float | None = None
+    held_out: bool = False
+    corrected: bool = True
 
 
 @dataclass(frozen=True)

@@ -260,15 +260,20 @@ class Quantiser(Method):
         self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
     ) -> Solution:
         """Quantise layers, those with equal rates together."""
-        factor = inverse_factor(statistic, self.damping)
+        return self.solve_factored(weights, inverse_factor(statistic, self.damping), patterns)
 
-        def choose(some: Sequence[Tensor], _: Tensor, rates: Sequence[Pattern]) -> Solution:
+    def solve_factored(
+        self, weights: Sequence[Tensor], factor: Factor, patterns: Sequence[Pattern]
+    ) -> Solution:
+        """Do the same with the factor of the Gram matrix."""
+
+        def choose(some: Sequence[Tensor], _: None, rates: Sequence[Pattern]) -> Solution:
             made, grids = self.round(some, factor, self.rate(rates[0]).bits)
             zeros = [weight.numel() - int(weight.count_nonzero()) for weight in made]
             dead = int(factor.dead.sum())
             return Solution(made, zeros, factor.damping, factor.dtype, dead, grids)
 
-        return by_kind(choose, weights, statistic, patterns)
+        return by_kind(choose, weights, None, patterns)
 
 
 class Sparse(Method):

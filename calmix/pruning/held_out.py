@@ -1,0 +1,147 @@
+"""Calibration rows that are not fitted: they judge what a solver did, and whether it helped.
+
+A solver's error on its own rows says how closely it fits them: in wide layers it can be half of
+that on other text. One row in 16 is therefore left out of every Gram matrix. A layer whose
+corrected weights lose more on these rows than without correction is left uncorrected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calmix.precision import bfloat16_products
+from calmix.pruning.gram import Factor
+from calmix.pruning.methods import Method, Solution
+from calmix.pruning.methods.base import Quantiser, Saliency, Sparse, by_kind
+from calmix.pruning.methods.ggml import Ggml
+from calmix.pruning.methods.wanda import Wanda
+from calmix.pruning.patterns import Pattern
+from calmix.pruning.solvers.grids import Symmetric
+from calmix.pruning.solvers.surgeon import solve_columns
+
+SHARE = 16  # one in so many rows is held out, of experts one in so many tokens
+TOKENS = 1024  # stored of them per input
+LEAST = 64  # that can judge a layer
+SAMPLED = 256  # outputs of a layer solved without correction, to compare
+
+
+def held_out_rows(rows: int, sources: Sequence[str] = ()) -> list[int]:
+    """Return the rows held out, spread over the sources; none of fewer than 16."""
+    order = sorted(range(rows), key=lambda row: sources[row]) if sources else [*range(rows)]
+    return sorted(order[SHARE // 2 :: SHARE]) if rows >= SHARE else []
+
+
+class HeldOut:
+    """Inputs of a layer on tokens that are not fitted, weighted as the others are.
+
+    Args:
+        spacing: one token in so many is stored.
+    """
+
+    def __init__(self, spacing: int = 1) -> None:
+        self.spacing = spacing
+        self._parts: list[Tensor] = []
+
+    def add(self, inputs: Tensor) -> None:
+        """Add tokens: inputs of shape (..., columns), any float dtype."""
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        self._parts.append(flat[:: self.spacing].clone())
+
+    @property
+    def judges(self) -> bool:
+        """Whether there are enough tokens to judge a layer."""
+        return sum(map(len, self._parts)) >= LEAST
+
+    def error(self, weight: Tensor, changed: Tensor) -> float:
+        """Return the share of the output energy on these tokens that is lost.
+
+        Args:
+            weight, changed: (rows, columns), dense and replaced.
+        """
+        lost, whole = torch.zeros(2, device=weight.device).unbind()
+        dense = weight.float()
+        change = dense - changed
+        with bfloat16_products():
+            for part in self._parts:
+                inputs = part.float()
+                lost += (inputs @ change.T).square_().sum()
+                whole += (inputs @ dense.T).square_().sum()
+        return float(lost / whole) if whole else 0.0
+
+
+def uncorrected(
+    method: Method, weights: Sequence[Tensor], squares: Tensor, patterns: Sequence[Pattern]
+) -> Solution | None:
+    """Return layers pruned by Wanda or rounded, where no weight makes up for another's error; None
+    if this is not known of a method.
+
+    Args:
+        squares: sum of squares of each input, (columns,).
+    """
+    if isinstance(method, Sparse):
+        masking = method if isinstance(method, Saliency) else Wanda()
+        solved = by_kind(masking.choose, weights, squares, patterns)
+        if not method.bits:
+            return solved
+        factor = _diagonal_factor(squares, method.rounding_damping)
+        rounding = Symmetric(solved.weights, method.group, method.bits)
+        rounded, grids = solve_columns(solved.weights, factor, None, rounding, solved.pruned)
+        return replace(solved, weights=rounded, grids=grids)
+    if isinstance(method, Ggml):
+        factor = _diagonal_factor(squares, method.damping)
+        alone = method.model_copy(update={"sweeps": 0})
+        return alone.solve_factored(weights, squares, factor, patterns)
+    if isinstance(method, Quantiser):
+        return method.solve_factored(weights, _diagonal_factor(squares, method.damping), patterns)
+    return None
+
+
+def _diagonal_factor(squares: Tensor, damping: float) -> Factor:
+    """Return the factor of a Gram matrix whose inputs do not depend on one another."""
+    own = (squares + damping * squares.mean()).rsqrt()
+    return Factor(torch.diag(own), damping, torch.float32, squares == 0)
+
+
+def checked(
+    method: Method,
+    weights: Sequence[Tensor],
+    solution: Solution,
+    squares: Tensor,
+    patterns: Sequence[Pattern],
+    held_out: HeldOut,
+) -> tuple[Solution, list[bool]]:
+    """Return the solution, and which layers it corrects: the others are replaced by uncorrected
+    ones, which lose less on tokens that were not fitted.
+
+    Some outputs of each layer are compared first.
+    """
+    steps = [-(-len(weight) // SAMPLED) for weight in weights]
+    some = [weight[::step] for weight, step in zip(weights, steps, strict=True)]
+    plain = uncorrected(method, some, squares, patterns)
+    corrected = [True] * len(weights)
+    if plain is None:
+        return solution, corrected
+    for at, (weight, solved) in enumerate(zip(weights, solution.weights, strict=True)):
+        few = held_out.error(some[at], plain.weights[at])
+        if held_out.error(some[at], solved[:: steps[at]]) <= few:
+            continue
+        alone = uncorrected(method, [weight], squares, [patterns[at]])
+        assert alone is not None
+        if held_out.error(weight, solved) > held_out.error(weight, alone.weights[0]):
+            corrected[at] = False
+            solution = _with_layer(solution, at, alone)
+    return solution, corrected
+
+
+def _with_layer(solution: Solution, at: int, alone: Solution) -> Solution:
+    """Return a solution with one layer replaced."""
+    parts: dict[str, Any] = {}
+    for name in ("weights", "pruned", "grids"):
+        parts[name] = [*getattr(solution, name)]
+        parts[name][at : at + 1] = getattr(alone, name)
+    return replace(solution, **parts)

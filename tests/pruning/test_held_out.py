@@ -1,0 +1,141 @@
+"""Rows that are not fitted: which, what they say of a layer, and what follows."""
+
+import pytest
+import torch
+
+from calmix.models import find_blocks
+from calmix.pruning import engine, get_method, prune
+from calmix.pruning.gram import relative_error
+from calmix.pruning.held_out import HeldOut, checked, held_out_rows
+from calmix.pruning.patterns import as_pattern
+from tests.tiny import tiny_ids, tiny_model
+
+ROWS = 32
+
+
+def weights_of(model):
+    return {layer.name: layer.view().float().clone() for layer in find_blocks(model).layers}
+
+
+def test_held_out_rows_are_spread_over_the_sources():
+    assert held_out_rows(15) == []
+    assert held_out_rows(1) == []
+    assert held_out_rows(16) == [8]
+    sources = ["code", "math"] * 32
+    rows = held_out_rows(64, sources)
+    assert len(rows) == 4
+    assert sorted(sources[row] for row in rows) == ["code", "code", "math", "math"]
+
+
+def test_error_is_that_of_the_tokens_given():
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(24, 64), torch.randn(6, 40, 64)
+    changed = weight + 0.1 * torch.randn(24, 64)
+    judge = HeldOut(spacing=2)
+    for part in inputs.split(2):
+        judge.add(part)
+    assert judge.judges
+    seen = torch.cat([part.reshape(-1, 64)[::2] for part in inputs.split(2)])
+    expected = relative_error(weight, changed, seen.T @ seen)
+    assert judge.error(weight, changed) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("propagation", ["sequential", "block"])
+def test_held_out_rows_are_not_fitted(propagation, monkeypatch):
+    """Other tokens in those rows change the errors reported, and no weight."""
+    monkeypatch.setattr(engine, "costs_in_memory", lambda *_: {})  # their mean is over all rows
+    monkeypatch.setattr(
+        engine, "checked", lambda _, weights, solved, *__: (solved, [True] * len(weights))
+    )
+    results = []
+    for changed in (False, True):
+        model, ids = tiny_model("llama"), tiny_ids(rows=ROWS)
+        apart = held_out_rows(ROWS)
+        if changed:
+            ids[apart] = tiny_ids(rows=len(apart), seed=9)
+        report = prune(model, ids, method="sparsegpt", pattern=0.5, propagation=propagation)
+        results.append((weights_of(model), report))
+    (first, one), (second, other) = results
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for before, after in zip(one.layers, other.layers, strict=True):
+        assert before.held_out
+        assert before.fitted_error == after.fitted_error
+        assert before.error != after.error
+        assert before.error != before.fitted_error
+
+
+def test_plain_statistics_fit_every_row():
+    model = tiny_model("llama")
+    report = prune(model, tiny_ids(rows=ROWS), method="sparsegpt", pattern=0.5, statistics="plain")
+    assert not any(layer.held_out for layer in report.layers)
+    assert all(layer.error == layer.fitted_error for layer in report.layers)
+
+
+def test_few_rows_are_all_fitted():
+    report = prune(tiny_model("llama"), tiny_ids(rows=8), method="sparsegpt", pattern=0.5)
+    assert not any(layer.held_out for layer in report.layers)
+
+
+def test_experts_hold_out_tokens():
+    model = tiny_model("mixtral")
+    report = prune(model, tiny_ids(rows=256), method="sparsegpt", pattern=0.5)
+    experts = [layer for layer in report.layers if layer.tokens is not None]
+    enough = [layer for layer in experts if layer.held_out]
+    assert enough
+    assert all(layer.error != layer.fitted_error for layer in enough)
+
+
+def test_head_is_judged_too():
+    model = tiny_model("llama")
+    report = prune(model, tiny_ids(rows=ROWS), bits=4, embeddings=3)
+    head = report.outer[0]
+    assert head.held_out
+    assert 0 < head.error < 0.2
+    assert head.shrinkage > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("gptq,damping=1e-6,group=32", "3 bits"),
+        ("ecq,damping=1e-6", "3 bits"),
+        ("ggml,damping=1e-6", "IQ4_NL blocks"),
+        ("sparsegpt,damping=1e-6", "0.5"),
+        ("sparsegpt,damping=1e-6,bits=4,group=32", "0.5"),
+        ("admm,damping=1e-6,rho=0.01", "0.5"),
+        ("magnitude,refit=50", "2:4"),
+    ],
+)
+def test_corrections_that_do_harm_are_dropped(method, target):
+    """A Gram matrix of few tokens is fitted, and the corrections are wrong on all others."""
+    torch.manual_seed(0)
+    weight = torch.randn(96, 128)
+    few, judge = torch.randn(10, 128), HeldOut()
+    judge.add(torch.randn(600, 128))
+    gram = few.T @ few
+    chosen, pattern = get_method(method).aim(as_pattern(target))
+    solved = chosen.solve([weight, weight], gram, [pattern] * 2)
+    harmless = torch.ones(128).diag()
+    made, corrected = checked(
+        chosen, [weight, weight], solved, gram.diagonal(), [pattern] * 2, judge
+    )
+    assert corrected == [False, False]
+    for before, after in zip(solved.weights, made.weights, strict=True):
+        assert judge.error(weight, after) < judge.error(weight, before)
+        assert relative_error(weight, after, harmless) < relative_error(weight, before, harmless)
+    assert len(made.grids) == len(solved.grids)
+    assert made.pruned == [int((one == 0).sum()) for one in made.weights] or solved.grids
+
+
+def test_corrections_that_help_stay():
+    torch.manual_seed(0)
+    mixing = torch.randn(128, 128)
+    tokens, others = (torch.randn(2048, 128) @ mixing for _ in range(2))
+    weight, judge = torch.randn(96, 128), HeldOut()
+    judge.add(others)
+    chosen, pattern = get_method("gptq,group=32").aim(as_pattern("3 bits"))
+    gram = tokens.T @ tokens
+    solved = chosen.solve([weight], gram, [pattern])
+    made, corrected = checked(chosen, [weight], solved, gram.diagonal(), [pattern], judge)
+    assert corrected == [True]
+    assert torch.equal(made.weights[0], solved.weights[0])
