@@ -199,6 +199,7 @@ class _Pruning:
 
     def __init__(self, name: str, targets: Mapping[Path, PruneRequest], run: How) -> None:
         self.run, self.began = run, time.perf_counter()
+        self.weighed = 0  # blocks run to weigh tokens, for the progress
         self.source = source = StreamedModel(name, **run.opening)
         alike = {(r.only, r.skip, r.drop_experts, r.method == NONE) for r in targets.values()}
         if len(alike) > 1:
@@ -330,7 +331,9 @@ class _Pruning:
             run,
             work,
             self.plan(ids.shape, job.method, job),
-            lambda done: self.run.progress(number * count + done, len(self.jobs) * count),
+            lambda done: self.run.progress(
+                self.weighed + number * count + done, self.weighed + len(self.jobs) * count
+            ),
         )
 
     def _observe(self, run: Run, ids: Tensor) -> None:
@@ -395,6 +398,7 @@ class _Pruning:
             costs = kept.load(COSTS)
         else:
             self.run.note("weighing tokens: the dense model runs forward and backward")
+            self.weighed = len(self.source.blocks)
             costs = self._backward(ids, self.plan(ids.shape, Look()))
         for job in jobs:
             if not job.work.kept.get("done"):
@@ -424,6 +428,9 @@ class _Pruning:
                 rows_at_once=max(1, plan.micro_tokens // ids.shape[1] // BACKWARD),
                 loaded=loaded,
                 states=lambda: States(folder, source.device, plan.states),
+                progress=lambda done, total: self.run.progress(
+                    self.weighed * done // total, self.weighed * (1 + len(self.jobs))
+                ),
             )
         except ModelError as error:
             self.run.note(f"tokens count alike, because {error}")

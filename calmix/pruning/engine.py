@@ -105,7 +105,8 @@ def prune(
         embeddings: bits per weight of embeddings and output head; None to leave them unchanged.
         only, skip: layer name patterns to prune, and to leave dense.
         sources: the source of each calibration row, to report which experts it reaches.
-        progress: called with (blocks done, blocks) after every block.
+        progress: called with (blocks done, blocks) after every block; a pass that weighs tokens
+            counts as as many blocks.
         **options: of the method, such as `damping=0.1` or `bits=4`.
 
     Raises:
@@ -154,7 +155,9 @@ def prune(
     try:
         run.robust = statistics == "robust"
         if run.robust and run.needs_ids:
-            run.weigh(costs_in_memory(model, blocks, check_ids(ids, chosen.name)))
+            rows = check_ids(ids, chosen.name)
+            run.weigh(costs_in_memory(model, blocks, rows, _half(progress, 0)))
+            progress = _half(progress, 1)
         run_through(run, ids, micro_tokens, progress)
     except BaseException as error:
         if run.changed:
@@ -164,13 +167,30 @@ def prune(
     return run.report
 
 
-def costs_in_memory(model: nn.Module, blocks: DecoderBlocks, ids: Tensor) -> dict[str, Tensor]:
+def _half(progress: Callable[[int, int], None] | None, before: int) -> Callable[[int, int], None]:
+    """Return the progress of one of two passes, after `before` of them."""
+
+    def tick(done: int, total: int) -> None:
+        if progress is not None:
+            progress(before * total + done, 2 * total)
+
+    return tick
+
+
+def costs_in_memory(
+    model: nn.Module,
+    blocks: DecoderBlocks,
+    ids: Tensor,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Tensor]:
     """Return the costs of errors by token (`token_weights`) of a model in memory; {} if it has no
     gradient."""
     device = next(model.parameters()).device
     at_once = max(1, tokens_at_once(device) // ids.shape[1] // BACKWARD)
     try:
-        return token_weights(model, blocks, ids, device=device, rows_at_once=at_once)
+        return token_weights(
+            model, blocks, ids, device=device, rows_at_once=at_once, progress=progress
+        )
     except ModelError:  # the report says that tokens count alike
         return {}
 

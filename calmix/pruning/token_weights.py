@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import count
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def token_weights(
     loaded: Loaded = lambda index: nullcontext(),
     states: Callable[[], Any] = dict,
     seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Tensor]:
     """Return the cost of an error at every token, by layer: float32 (rows, tokens).
 
@@ -65,6 +67,7 @@ def token_weights(
         loaded: a context in which a block's weights are in memory, or those outside the blocks.
         states: makes an empty store of hidden states, by number.
         seed: of the drawn tokens; each row has its own, whatever runs beside it.
+        progress: called with blocks done, forward and backward, and their total.
 
     Raises:
         ModelError: the gradient is not finite, or the architecture has none.
@@ -79,11 +82,17 @@ def token_weights(
             each = ids.shape[1] * token_bytes(model, blocks) * (len(blocks) + 1)
         at_once = max(rows_at_once, STORED // each // rows_at_once * rows_at_once)
         seeds, outer = range(seed, seed + len(ids)), list(outer_layers(model))
-        parts = []
+        parts, total, done = [], 2 * len(blocks) * -(-len(ids) // at_once), count(1)
+
+        def tick() -> None:
+            progress(next(done), total)
+
         for start in range(0, len(ids), at_once):
             group = slice(start, start + at_once)
             batches = ids[group].split(rows_at_once)
-            parts.append(_group(calls, blocks, outer, batches, loaded, states(), seeds[group]))
+            parts.append(
+                _group(calls, blocks, outer, batches, loaded, states(), seeds[group], tick)
+            )
     names = set.intersection(*(set(part) for part in parts))
     costs = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name in names}
     if not all(cost.isfinite().all() for cost in costs.values()):
@@ -99,9 +108,10 @@ def _group(
     loaded: Loaded,
     states: Any,
     seeds: Sequence[int],
+    tick: Callable[[], None],
 ) -> dict[str, Tensor]:
     """Return the costs for micro-batches whose hidden states are stored together."""
-    count, last = len(parts), len(blocks)
+    groups, last = len(parts), len(blocks)
     written: dict[tuple[int, int], list[Any]] = {}
     costs: dict[str, list[Tensor]] = defaultdict(list)
     batches: list[Batch] = []
@@ -113,26 +123,28 @@ def _group(
         with loaded(index):
             for number, batch in enumerate(batches):
                 written[index, number] = batch.written
-                hidden = batch.run(index, states[index * count + number])
-                states[(index + 1) * count + number] = hidden
+                hidden = batch.run(index, states[index * groups + number])
+                states[(index + 1) * groups + number] = hidden
+        tick()
     slopes: dict[int, Tensor] = {}
     with loaded(None):
         for number, batch in enumerate(batches):
             own, seeds = seeds[: batch.rows], seeds[batch.rows :]
-            slopes[number], at_head = _of_head(calls, states[last * count + number], own)
+            slopes[number], at_head = _of_head(calls, states[last * groups + number], own)
             costs[outer[0]].append(at_head.cpu())
     for index in reversed(range(last)):
         layers = [one for one in blocks.prunables(index) if one.expert is None]
         with loaded(index):
             for number, batch in enumerate(batches):
                 batch.written = written[index, number]
-                hidden = states[index * count + number]
+                hidden = states[index * groups + number]
                 slopes[number], own_costs = _of_block(batch, index, layers, hidden, slopes[number])
                 for name, values in own_costs.items():
                     costs[name].append(values.view(batch.rows, -1).cpu())
+        tick()
     if len(outer) > 1:
         costs[outer[1]] = [slopes[number].float().square().mean(-1).cpu() for number in slopes]
-    return {name: torch.cat(some) for name, some in costs.items() if len(some) == count}
+    return {name: torch.cat(some) for name, some in costs.items() if len(some) == groups}
 
 
 def _of_head(calls: Calls, hidden: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
