@@ -77,13 +77,18 @@ def asked(opened: OpenModel, quick: bool) -> CapabilityScores:
 
 
 def right_cells(dense: CapabilityScores, scores: CapabilityScores) -> str:
-    """Return the cells of right answers: the mean over abilities, and the counts of all items."""
+    """Return the cells of right answers: relative to the dense model's, by items and as the mean
+    over abilities, lost, gained, and the share of identical answers."""
     result = behaviour((dense, scores))
     assert result.right is not None
     assert result.answers is not None
-    total, counts = result.right.of("total"), result.answers
-    share = f"{100 * total.value:.1f} [{100 * total.low:.1f}, {100 * total.high:.1f}]"
-    return f"{share} | {counts.pruned} of {counts.dense} | {counts.lost} | {counts.gained} | "
+    counts, total = result.answers, result.right.of("total").value
+    mean = "-" if total is None else f"{100 * total:.1f}"
+    same = 100 * (counts.same or 0)
+    return (
+        f"{counts.pruned} of {counts.dense} | {mean} | {counts.lost} | {counts.gained} | "
+        f"{same:.1f} | "
+    )
 
 
 def main() -> None:
@@ -121,7 +126,7 @@ def main() -> None:
         f"{options.rows} rows of {options.length} tokens of {options.calibration}\n"
     )
     columns = ["way", "tokens", "KL", "interval", "top-1", *texts, "error", "bits"]
-    columns += ["right, %", "right", "lost", "gained"] if answers else []
+    columns += ["right", "by ability, %", "lost", "gained", "same, %"] if answers else []
     print(f"| {' | '.join([*columns, 'cpu s'])} |")
     print("|---|" + "---|" * len(columns), flush=True)
     for way in options.ways:
