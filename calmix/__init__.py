@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from calmix import sources as sources
     from calmix.calibration import CalibrationSet as CalibrationSet
     from calmix.calibration import resolve as resolve
-    from calmix.calibration.measuring import measure as measure
     from calmix.compression.compress import compress as compress
     from calmix.deploy.pack import load as load
     from calmix.deploy.pack import pack as pack
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "calibration": ("CalibrationSet", "resolve"),
-    "calibration.measuring": ("measure",),
     "compression.compress": ("compress",),
     "deploy.pack": ("load", "pack", "unpack"),
     "errors": ("CalmixError",),

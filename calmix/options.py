@@ -221,9 +221,8 @@ class Settings(Options):
     default: str | None = advanced(
         None, "Set to compare others with.", shown="mean of the single sources"
     )
-    permutations: int = advanced(19_999, "Permutations, beyond 8 sets.", ge=1)
     resamples: int = advanced(2000, "Bootstrap resamples for intervals.", ge=1)
-    seed: int = advanced(0, "Seed of permutations and bootstrap.", ge=0)
+    seed: int = advanced(0, "Seed of the bootstrap.", ge=0)
 
 
 Propagation = Literal["sequential", "block"]

@@ -4,8 +4,8 @@
 
 Printed are each claim, its verdict (holds, holds in part, does not hold, undecided, not found) and
 the figures under every condition. No study declared these claims: they are exploratory. The p of
-differences and correlations are those of the analysis; the changes of leads are corrected together
-(Benjamini-Hochberg).
+differences are those of the analysis, correlations are those of `text_metrics.py`; the changes of
+leads are corrected together (Benjamini-Hochberg).
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from text_metrics import FEWEST_SETS, Correlation, correlate, information_of, rho
 
 from calmix.analysis import Analysis, ConditionAnalysis, Settings, analyse
 from calmix.analysis.bootstrap import ALPHA, ROUNDING, Contrast, Estimate, Joint, corrected
 from calmix.analysis.cells import TOTAL
-from calmix.analysis.correlations import FEWEST_SETS
 from calmix.analysis.differences import BEST, SINGLES, Tested, between, every
 from calmix.evaluation.measures import Array
 from calmix.options import RECOVERIES
 from calmix.report import words
 from calmix.study import read_results
+from calmix.study.store import open_store
 
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
 OPEN, NOT_FOUND = "undecided", "not found"
@@ -60,7 +61,9 @@ class Change(Tested):
     p_corrected: float | None = None
 
 
-def claims(analysis: Analysis) -> dict[str, list[Verdict]]:
+def claims(
+    analysis: Analysis, correlations: Sequence[Correlation] = ()
+) -> dict[str, list[Verdict]]:
     """Return the claims that a study can judge, each with the verdicts of conditions."""
     found, default = analysis.conditions, analysis.settings.default
     compared: list[tuple[Any, ...]] = [(*one, False) for one in COMPARED]
@@ -72,7 +75,7 @@ def claims(analysis: Analysis) -> dict[str, list[Verdict]]:
             _cancelled(each, analysis.settings) for each in found
         ],
         "A metric of the text raises one dimension and lowers another": [
-            _pulled(each) for each in found
+            _pulled(each, correlations) for each in found
         ],
         "The lead of a mix grows with sparsity": [
             _moved(moved, each, "sparsity", 1, found) for each in found
@@ -265,10 +268,12 @@ def _cancelled(each: ConditionAnalysis, settings: Settings) -> Verdict | None:
     return {"where": each.condition.label, "verdict": verdict, "figures": figures}
 
 
-def _pulled(each: ConditionAnalysis) -> Verdict | None:
+def _pulled(each: ConditionAnalysis, correlations: Sequence[Correlation]) -> Verdict | None:
     """Judge whether a metric rises with one dimension and falls with another, both significant
     after correction."""
-    if not (tested := each.correlations):
+    label = each.condition.label
+    tested = [one for one in correlations if one.condition == label and one.metric != "kl"]
+    if not tested:
         return None
     pairs, verdict = list[tuple[float, str]](), HOLDS
     for metric in dict.fromkeys(one.metric for one in tested):
@@ -279,7 +284,7 @@ def _pulled(each: ConditionAnalysis) -> Verdict | None:
         )
         if strong and strong[0][0] < 0 < strong[-1][0]:
             (low, falls), (high, rises) = strong[0], strong[-1]
-            text = f"{metric}: {rises} {words.rho(high)}, {falls} {words.rho(low)}"
+            text = f"{metric}: {rises} {rho(high)}, {falls} {rho(low)}"
             pairs.append((max(low, -high), text))
     figures = [text for _, text in sorted(pairs)]  # the strongest first
     if more := figures[2:]:
@@ -289,7 +294,7 @@ def _pulled(each: ConditionAnalysis) -> Verdict | None:
         near = max(tested, key=lambda one: (one.significant, abs(one.rho or 0)))
         figures = [
             "no opposite signs survive correction",
-            f"strongest: {near.metric} with {near.quantity}, ρ {words.rho(near.rho)}, corrected p "
+            f"strongest: {near.metric} with {near.quantity}, ρ {rho(near.rho)}, corrected p "
             f"{words.p_value(near.p_corrected)}",
         ]
     figures.append(words.counted(max(one.n for one in tested), "source"))
@@ -303,7 +308,11 @@ def main() -> None:
     parser.add_argument("--measure")
     options = parser.parse_args()
     settings = Settings(default=options.default, measure=options.measure)
-    for claim, verdicts in claims(analyse(read_results(options.store), settings)).items():
+    analysis = analyse(results := read_results(options.store), settings)
+    cells = [each.cells for each in analysis.conditions]
+    information = information_of(open_store(options.store))
+    correlations = correlate(cells, results.trials, information)
+    for claim, verdicts in claims(analysis, correlations).items():
         print(words.wrapped(f"{claim}: {tally(verdicts)}", "- ", "  "))
         for one in verdicts:
             print(words.wrapped("{where}: {verdict} ({figures})".format(**one), "    ", "      "))

@@ -72,6 +72,11 @@ def full_plan(**changes):
 
 def study(plan, **changes):
     """Return the results of a made-up study."""
+    return informed(plan, **changes)[0]
+
+
+def informed(plan, **changes):
+    """Return the same, and metrics of the text of every trial by its id."""
     rng, slopes = np.random.default_rng(plan.seed), plan.slopes or {}
     heights = rng.permutation(np.linspace(-1.5, 1.5, len(plan.sources)))
     sets = {
@@ -79,7 +84,7 @@ def study(plan, **changes):
     }
     sets |= {name: (each, 0.0) for name, (each, _) in (plan.others or {}).items()}
     lifts = {name: lift for name, (_, lift) in (plan.others or {}).items()}
-    trials = []
+    trials, known = [], {}
     for method, pattern in plan.conditions:
         sparsity = float(pattern.rstrip("%")) / 100 if pattern.endswith("%") else 0.5
         base = 0.95 - 1.6 * max(0.0, sparsity - 0.25) ** 1.1 - 0.05 * (method == "wanda")
@@ -99,12 +104,9 @@ def study(plan, **changes):
                 }
                 perplexity = 15 * math.exp(height + 0.02 * float(rng.standard_normal()))
                 entropy = float(7 + rng.random())
-                information = {"perplexity": perplexity, "entropy": entropy, **extra}
-                trials.append(
-                    trial(
-                        name, each, method, pattern, seed, shares, information | {"tokens": 32768.0}
-                    )
-                )
+                trials.append(trial(name, each, method, pattern, seed, shares))
+                text = {"perplexity": perplexity, "entropy": entropy, **extra, "tokens": 32768.0}
+                known[trials[-1].id] = text
     fields = {
         "name": "made-up",
         "text": "name: made-up\nmodel: builtin:smollm2-135m\n",
@@ -113,15 +115,15 @@ def study(plan, **changes):
         "suite": {"name": "offline", "version": 1, "dimensions": list(plan.dimensions)},
     } | changes
     ordered = sorted(fields["trials"], key=lambda one: one.tasks[0]["signal"])
-    known = {(one.model, task["task"]): task for one in ordered for task in one.tasks}
+    asked = {(one.model, task["task"]): task for one in ordered for task in one.tasks}
     fields["dense"] = {
-        model: tuple(scores(task, None) for (label, _), task in known.items() if label == model)
-        for model, _ in known
+        model: tuple(scores(task, None) for (label, _), task in asked.items() if label == model)
+        for model, _ in asked
     }
     fields["scores"] = {
         one.id: tuple(scores(task, one) for task in one.tasks) for one in fields["trials"]
     }
-    return StudyResults(**fields)
+    return StudyResults(**fields), known
 
 
 def scores(task, of):
@@ -168,7 +170,7 @@ def scores(task, of):
     )
 
 
-def trial(calibration, strategy, method, pattern, seed, kept, information=None, **changes):
+def trial(calibration, strategy, method, pattern, seed, kept, **changes):
     """Return one finished trial with the retention given by dimension."""
     known = {name: value for name, value in kept.items() if value is not None}
     total = sum(known.values()) / len(known) if known else None
@@ -206,7 +208,6 @@ def trial(calibration, strategy, method, pattern, seed, kept, information=None, 
         "length": 512,
         "seed": seed,
         "suite": "offline",
-        "information": dict(information or {}),
         "total": interval(total),
         "worst": min(known, key=lambda name: known[name]) if known else None,
         "dimensions": dimensions,

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections import Counter
 from dataclasses import make_dataclass
 from fractions import Fraction
 
@@ -14,16 +13,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from calmix.analysis.bootstrap import corrected, holm, two_sided_p
-from calmix.analysis.correlations import (
-    bootstrap_intervals,
-    least_p,
-    orders,
-    permutation_p,
-    unit_ranks,
-)
 from calmix.calibration import parse_mix
-from calmix.calibration import text_metrics as metrics
 from calmix.calibration.build import make_mix, pack_concat, pack_window, rows_per_source
+from calmix.calibration.selfgen.ngrams import aggregation, ngram_keys, row_aggregation
 from calmix.evaluation.measures import Parts
 from calmix.evaluation.retention import estimate, item_weights, nan_mean, resampled
 from calmix.pruning.gram import Gram, relative_error
@@ -115,48 +107,20 @@ def grams(ids, n):
     return [tuple(row[i : i + n]) for row in ids.tolist() for i in range(len(row) - n + 1)]
 
 
-@given(ids=token_rows(), other=token_rows(), n=st.integers(1, 4))
-def test_metrics_match_plain_counts(ids, other, n):
+@given(ids=token_rows(), n=st.integers(1, 4))
+def test_aggregation_matches_plain_counts(ids, n):
     total, distinct = grams(ids, n), set(grams(ids, n))
-    expected = 1 - len(distinct) / len(total) if total else 0.0
-    assert metrics.aggregation(ids, n) == expected
-    pooled = distinct | set(grams(other, n))
-    assert metrics.coverage([ids, other], n, [ids, other]) == [
-        len(set(grams(part, n))) / len(pooled) if pooled else 0.0 for part in (ids, other)
-    ]
-    target = set(grams(other, n))
-    assert metrics.coverage([ids], n, [other]) == [
-        len(distinct & target) / len(target) if target else 0.0
-    ]
-    share = [count / ids.size for count in Counter(ids.ravel().tolist()).values()]
-    entropy = -sum(p * math.log2(p) for p in share)
-    values = metrics.of_ids(ids, 20)
-    assert values[f"variety_{n}"] == len(distinct) / ids.size
-    assert values[f"aggregation_{n}"] == expected
-    assert values["entropy"] == pytest.approx(entropy, abs=1e-12)
-    assert values["volume"] == ids.size * values["entropy"]
-    assert (values["tokens"], values["scope_tokens"]) == (ids.size, len(share) / 20)
-    alone = [metrics.aggregation(row[None], n) for row in ids]
-    assert metrics.row_aggregation(ids, n) == pytest.approx(alone, abs=1e-12)
+    assert aggregation(ids, n) == (1 - len(distinct) / len(total) if total else 0.0)
+    alone = [aggregation(row[None], n) for row in ids]
+    assert row_aggregation(ids, n) == pytest.approx(alone, abs=1e-12)
 
 
 def test_ngrams_of_a_large_vocabulary():
     ids = np.random.default_rng(0).permutation(200_000)[:100_000].reshape(100, 1000)
     ids[50:] = ids[:50]  # every n-gram twice
     for n in (3, 4, 5):
-        assert metrics.count_ngrams(ids, n) == (50 * (1001 - n), 100 * (1001 - n))
-
-
-@given(left=token_rows(), right=token_rows())
-def test_mismatch_is_bounded_and_symmetric(left, right):
-    result = metrics.mismatch(left, [right])
-    assert result == pytest.approx(metrics.mismatch(right, [left]), abs=1e-12)
-    p, q = (np.bincount(part.ravel(), minlength=12) / part.size for part in (left, right))
-    apart = sum(stats.entropy(one, (p + q) / 2, base=2) for one in (p, q)) / 2
-    assert result == pytest.approx(apart, abs=1e-9)
-    assert 0 <= result <= 1
-    assert metrics.mismatch(left, [left, left]) == pytest.approx(0, abs=1e-12)
-    assert metrics.mismatch(left, [right + 100]) == pytest.approx(1)
+        (keys,) = ngram_keys([ids], n)
+        assert (len(np.unique(keys)), len(keys)) == (50 * (1001 - n), 100 * (1001 - n))
 
 
 PATTERNS = (Unstructured(0.3), Unstructured(0.5), SemiStructured(2, 4), SemiStructured(1, 4))
@@ -209,52 +173,6 @@ def test_methods_prune_exactly(name, layer, pattern):
     whole = float((weight.double() @ x.double().T).square().sum())
     error = relative_error(weight, pruned, statistic) * whole
     assert error == pytest.approx(lost, rel=1e-2, abs=1e-3)
-
-
-def spearman(x, y):
-    return stats.spearmanr(x, y).statistic
-
-
-NUMBERS = st.lists(st.integers(0, 5), min_size=4, max_size=5)
-
-
-@given(x=NUMBERS, seed=SEEDS)
-def test_rank_correlation_matches_scipy(x, seed):
-    a = np.array(x, float)
-    b = np.random.default_rng(seed).integers(0, 5, len(x)).astype(float)
-    assume(len(set(x)) > 1 and len(set(b)) > 1)
-    rho = spearman(a, b)
-    assert unit_ranks(a) @ unit_ranks(b) == pytest.approx(rho)
-    p, exact = permutation_p(a, b)
-    every = [abs(spearman(a, b[list(order)])) for order in itertools.permutations(range(len(a)))]
-    assert exact
-    assert p == pytest.approx(np.mean([value >= abs(rho) - 1e-9 for value in every]))
-    assert float(permutation_p(a, -b)[0]) == pytest.approx(float(p))
-    low, high = bootstrap_intervals(a, b, resamples=60, seed=seed)
-    assert math.isnan(low) or -1 <= low <= high <= 1
-
-
-@pytest.mark.parametrize("size", [1, 3, 5])
-def test_exact_permutations(size):
-    result = orders(size, 10, 0)
-    assert sorted(map(tuple, result.tolist())) == list(itertools.permutations(range(size)))
-    assert least_p(size) == 2 / len(result)
-
-
-def test_sampled_permutations():
-    rng = np.random.default_rng(0)
-    result = orders(9, 500, 3)
-    assert result.shape == (500, 9)
-    assert (np.sort(result, 1) == range(9)).all()
-    assert len(set(map(tuple, result.tolist()))) > 490
-    x, y = rng.random(9), rng.random(9)
-    p, exact = permutation_p(x, y, permutations=499, seed=5)
-    assert not exact
-    every = [abs(spearman(x[order], y)) for order in orders(9, 499, 5)]
-    reached = sum(one >= abs(spearman(x, y)) - 1e-9 for one in every)
-    assert float(p) == pytest.approx((reached + 1) / 500)
-    alone = permutation_p(x, x, permutations=499, seed=5)[0]
-    assert float(alone) == least_p(9, 499) == 1 / 500
 
 
 @given(p=st.lists(st.floats(0, 1), max_size=8))

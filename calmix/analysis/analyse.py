@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from calmix.analysis.bootstrap import Joint, corrected, joints
 from calmix.analysis.cells import Cells, Condition, dimensions_of, left_out, measure_of
-from calmix.analysis.correlations import Correlation, agreements, correlate
 from calmix.analysis.declared import Comparison, judge
 from calmix.analysis.differences import Difference, Gain, compare, gains
-from calmix.analysis.power import Noise, noise_of
 from calmix.analysis.ranking import Ranked, leaders, rank
 from calmix.evaluation.retention import retention
 from calmix.files import atomic_folder, write_json, write_text
@@ -24,7 +22,7 @@ from calmix.study.results import StudyResults
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-FOUND = ("ranking", "correlations", "agreements", "differences", "noise")
+FOUND = ("ranking", "differences")
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,7 @@ class ConditionAnalysis:
 
     joint: Joint
     ranking: tuple[Ranked, ...]
-    correlations: tuple[Correlation, ...]
-    agreements: tuple[Correlation, ...]  # between retention and KL to the dense model
     differences: tuple[Difference, ...]
-    noise: tuple[Noise, ...]
 
     @property
     def cells(self) -> Cells:
@@ -47,11 +42,6 @@ class ConditionAnalysis:
     def condition(self) -> Condition:
         """The settings that the trials share."""
         return self.joint.cells.condition
-
-    @property
-    def points(self) -> int:
-        """Number of calibration sets used in correlations."""
-        return len(self.cells.of("single"))
 
     @property
     def missing(self) -> list[tuple[str, int]]:
@@ -98,7 +88,7 @@ class Analysis:
         """Number of exploratory tests, which are corrected together."""
         tested: list[Any] = [*self.gains]
         for each in self.conditions:
-            tested += [*each.correlations, *each.agreements, *each.differences]
+            tested += each.differences
         return sum(one.p is not None for one in tested)
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +121,6 @@ class Analysis:
                 asdict(analysed.condition)
                 | {
                     "seeds": analysed.cells.seeds,
-                    "points": analysed.points,
                     "missing": analysed.missing,
                     "best": [one.calibration for one in leaders(analysed.ranking)],
                     "tasks": [asdict(task) for task in analysed.cells.tasks],
@@ -158,7 +147,6 @@ class Analysis:
         each = {
             name: [one for condition in data["conditions"] for one in condition[name]]
             for name in FOUND
-            if name != "agreements"
         }
         rows_of = {
             "comparisons": data["comparisons"],
@@ -189,22 +177,16 @@ def analyse(
     """Analyse the finished trials of a study (definitions: docs/studies.md)."""
     settings = settings or Settings()
     analysed_conditions = list(joints(results, settings, method=method, sparsity=sparsity))
-    correlations, differences, between, *agreeing = corrected(
-        correlate([joint.cells for joint in analysed_conditions], settings),
-        compare(analysed_conditions, settings.default),
-        gains(analysed_conditions),
-        *(agreements(joint.cells, settings) for joint in analysed_conditions),
+    differences, between = corrected(
+        compare(analysed_conditions, settings.default), gains(analysed_conditions)
     )
     conditions = [
         ConditionAnalysis(
             joint,
             tuple(rank(joint)),
-            tuple(one for one in correlations if one.condition == joint.cells.condition.label),
-            tuple(agreed),
             tuple(one for one in differences if one.condition == joint.cells.condition.label),
-            tuple(noise_of(joint)),
         )
-        for joint, agreed in zip(analysed_conditions, agreeing, strict=True)
+        for joint in analysed_conditions
     ]
     known = {trial.key: trial.id for trial in results.trials}
     since = results.declarations[-1].since if results.declarations else ""

@@ -88,7 +88,6 @@ class Cells:
     means: Array  # retention, mean over available seeds, shape (sets, quantities)
     accuracy: Array  # retention of accuracy (the paper's), mean over seeds
     distance: dict[str, Array]  # to the dense model, mean over seeds: kl (nats), top1, flips
-    information: DataFrame  # metrics of the text, mean over seeds, one row per set
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -308,7 +307,6 @@ def _cells(
         rolled(values, tasks),
         rolled(accuracies, each),
         distance | {"flips": rolled(flips, [replace(one, weight=1.0) for one in each])},
-        table([trial.information for trial in trials]),
     )
 
 

@@ -1,4 +1,4 @@
-"""`calibrate`: make calibration sets, list and measure text."""
+"""`calibrate`: make calibration sets, list sources of text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
 from calmix.errors import InputError, nearest
-from calmix.files import check_output_folder, check_result_file
+from calmix.files import check_output_folder
 from calmix.options import (
     DrawOptions,
     Licence,
     ModelOptions,
-    SizeOptions,
     TextField,
     licence_option,
     option,
@@ -22,7 +21,7 @@ from calmix.options import (
     path_option,
 )
 from calmix.progress import Progress
-from calmix.sources import builtin_sources, get_source, offline_sources, own_sources
+from calmix.sources import builtin_sources, get_source, own_sources
 from calmix.sources.licences import allowed, short
 from calmix.sources.registry import MIXES
 from calmix.sources.registry import WRITTEN as GENERATORS
@@ -103,56 +102,6 @@ def draw(
             f"which share {leakage['words']} words in a row with an item of suite "
             f"{leakage['suite']}"
         )
-
-
-@verb("measure", of=calibrate)
-def measure(
-    size: SizeOptions,
-    how: ModelOptions,
-    specs: tuple[str, ...] = option(
-        ..., "Sources, mixes or saved sets; or offline, all offline sources.", argument=True
-    ),
-    model: str = option(..., "Model that tokenizes and scores the text.", flag="--model -m"),
-    rows: int | None = option(
-        None, "Rows per sample (default: 32, or those of a saved set), e.g. 64.", ge=1
-    ),
-    draws: int = option(3, "Samples per text, each with its own seed.", ge=1),
-    no_perplexity: bool = option(False, "Skip perplexity, which runs the model."),
-    output: Path | None = path_option(None, "A .json or .csv file to write."),
-) -> None:
-    """Measure calibration text, such as its diversity and perplexity, at one token budget."""
-    from calmix.calibration import open_tokenizer
-    from calmix.calibration.measuring import check_request, rows_of, table
-    from calmix.calibration.measuring import measure as run
-    from calmix.models import check_models, open_model
-
-    names = [name for one in specs for name in (offline_sources() if one == "offline" else [one])]
-    # These override the sizes in a file, too.
-    options = {name: getattr(size, name) for name in SizeOptions.model_fields}
-    rows = rows_of(names, rows)
-    options |= {"rows": rows, "draws": draws, "perplexity": not no_perplexity}
-    files = check_request(names, **options)
-    if output is not None:
-        check_result_file(output, [model, size.sources, *files])
-    check_models(model, **how.opening())
-    opened: Any
-    if no_perplexity:
-        opened = open_tokenizer(model, trust_remote_code=how.trust_remote_code)
-    else:
-        opened = open_model(model, **how.opening())
-    with Progress() as bar:
-        measurement = run(names, opened, **options, tick=bar.each("measured", len(names) * draws))
-    if output is not None:
-        measurement.save(output)
-    print_json(measurement.to_dict())
-    print_table(
-        table(measurement),
-        least=[] if len(names) <= 4 else None,
-        title=f"{measurement.budget['tokens']} tokens per sample ({rows} x {size.length}), "
-        f"{draws} samples from seed {size.seed}; mean ± half of the 95 % interval",
-    )
-    for name, text in measurement.notes.items():
-        line(f"{name}: {text}")
 
 
 @verb("sources", of=calibrate)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import resources
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import BeforeValidator, Field
+from typing import TYPE_CHECKING, Any, Literal
 
 from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
@@ -39,16 +35,9 @@ from calmix.progress import Progress, duration
 
 if TYPE_CHECKING:
     from calmix.analysis import Analysis
-    from calmix.analysis.power import Needed
     from calmix.study.results import StudyResults
 
 
-# Differences given to `power`: 1,2,3.
-Points = Annotated[
-    Sequence[Annotated[float, Field(gt=0, allow_inf_nan=False)]],
-    BeforeValidator(lambda text: text.split(",")),
-]
-MANY = 999  # seeds, or times the items: more print as >999
 WHICH = {"method", "sparsity", "measure"}  # options that choose trials and their measure
 FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
 studies = group("study")
@@ -328,69 +317,3 @@ def recommend(
     drawn = any(each.total.draw_low is not None for one in advice for each in one.candidates)
     over = "test items and seeds" if drawn else "test items alone, with one seed each"
     line(f"brackets: 95 % intervals over {over} (docs/studies.md)")
-
-
-@verb("power", of=studies)
-def power(
-    options: StudyOptions,
-    difference: Points = option(
-        (1.0, 2.0, 3.0), "Points of retention to detect.", shown="1,2,3", metavar="POINTS,..."
-    ),
-) -> None:
-    """Show how noisy retention is, and how many seeds and items detect a difference."""
-    from calmix.analysis.power import needed, noises
-    from calmix.report import words
-    from calmix.study import read_results
-
-    noisy = noises(read_results(options.study), **options.model_dump(include=WHICH))
-    needs = [
-        (one, [needed(p / 100, one.draw, one.freedom, one.item or 0.0) for p in difference])
-        for one in noisy
-        if one.draw is not None
-    ]
-    if not needs:
-        raise InputError(
-            f"power needs a set with two seeds, and {options.study} has none: add a seed to the "
-            "study file"
-        )
-    print_json(
-        [
-            {"noise": asdict(noise), "needed": [asdict(one) for one in each], "ratio": noise.ratio}
-            for noise, each in needs
-        ]
-    )
-    for condition, members in groupby(needs, key=lambda one: one[0].condition):
-        same = list(members)
-        rows = [
-            {
-                "quantity": noise.quantity,
-                "signal": words.percent(noise.signal),
-                "seed": words.percent(noise.draw),
-                "items": words.percent(noise.item),
-                "s/n": "-" if noise.ratio is None else f"{noise.ratio:.1f}",
-                **{f"{p:g} pt": _seeds(n) for p, n in zip(difference, each, strict=True)},
-            }
-            for noise, each in same
-        ]
-        print_table(
-            rows,
-            title=f"{condition}: {same[0][0].sets} sets, {same[0][0].freedom} degrees of freedom",
-        )
-    line(
-        words.wrapped(
-            "In points of retention. signal: spread between single sources; seed: noise of one "
-            "seed; items: noise over items of a difference of two sets; s/n: signal over noise "
-            "of one trial. N pt: seeds per set that detect N points in 80 % of studies, on these "
-            "items/on new items too; 3x: no number of seeds is enough without 3 times the items."
-        )
-    )
-
-
-def _seeds(need: Needed) -> str:
-    several = need.draws_items is not None
-    numbers = (
-        need.draws,
-        need.draws_items if several else math.ceil(need.items),
-    )
-    seeds, more = (f">{MANY}" if (number or 0) > MANY else str(number) for number in numbers)
-    return seeds if need.draws > MANY else f"{seeds}/{more}{'' if several else 'x'}"

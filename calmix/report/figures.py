@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +14,6 @@ import numpy as np
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import Estimate
 from calmix.analysis.cells import TOTAL
-from calmix.analysis.correlations import Correlation
 from calmix.analysis.ranking import Ranked
 from calmix.report import charts, words
 from calmix.report.charts import LOOKS, Cell, Chart, Key, Mark, Named
@@ -27,7 +26,6 @@ def condition_charts(analysis: Analysis, analysed: ConditionAnalysis) -> list[Ch
         _abilities(analysis, analysed),
         _ranking(analysis, analysed),
         _tasks(analysed),
-        *_correlations(analysis, analysed),
     ]
     label = analysed.condition.label
     slug = re.sub(r"[^a-z0-9]+", "-", label.lower().replace("%", "pct")).strip("-")
@@ -139,50 +137,5 @@ def _ranking(analysis: Analysis, analysed: ConditionAnalysis) -> Chart:
         + ".",
         partial(
             charts.bars, rows=rows, marks=marks, below="retention, %", keys=[*keys, *worst], rule=0
-        ),
-    )
-
-
-def _correlation(one: Correlation) -> str:
-    if one.rho is None:
-        return "too few sets for a correlation"
-    ends = f" [{words.rho(one.low)}, {words.rho(one.high)}]" if one.low is not None else ""
-    q = words.p_value(one.p_corrected) + " ●" * one.significant
-    return f"ρ {words.rho(one.rho)}{ends}  p {words.p_value(one.p)}  q {q}"
-
-
-def _correlations(analysis: Analysis, analysed: ConditionAnalysis) -> Iterator[Chart]:
-    columns = (*analysis.dimensions, TOTAL)
-    by_pair = {(one.metric, one.quantity): one for one in analysed.correlations}
-    if all(one.rho is None for one in by_pair.values()):
-        return
-    metrics = list(dict.fromkeys(name for name, _ in by_pair))
-    cells = [
-        [
-            (
-                one.rho,
-                words.rho(one.rho) + " ●" * one.significant,
-                f"{metric} and {name}: {_correlation(one)}",
-            )
-            for name in columns
-            for one in [by_pair[metric, name]]
-        ]
-        for metric in metrics
-    ]
-    strong = sum(one.significant for one in by_pair.values())
-    yield Chart(
-        "correlations",
-        "Text metrics and retention",
-        f"Spearman's ρ over {by_pair[metrics[0], TOTAL].n} calibration sets; ● survives correction "
-        f"over {analysis.tests} tests at 0.05.",
-        f"Correlation map of {len(metrics)} metrics by {len(columns)} columns; "
-        f"{words.counted(strong, 'correlation')} survive correction.",
-        partial(
-            charts.heat,
-            rows=[(metric, None) for metric in metrics],
-            columns=columns,
-            cells=cells,
-            ramp="RdBu",
-            low=-1,
         ),
     )

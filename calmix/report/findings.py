@@ -13,7 +13,6 @@ from typing import Any
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.bootstrap import ALPHA
 from calmix.analysis.cells import TOTAL
-from calmix.analysis.correlations import FEWEST_SETS
 from calmix.analysis.declared import Comparison
 from calmix.analysis.differences import Gain
 from calmix.analysis.ranking import leaders
@@ -185,29 +184,6 @@ def _condition(each: ConditionAnalysis) -> Iterator[str]:
     ranked = [one for one in each.ranking if one.total.value is not None]
     if len(ranked) > 1:
         yield f"{words.which_is_best(ranked)}."
-    if len(each.ranking) > 1 and each.points and not each.correlations:
-        yield (
-            f"With {words.counted(each.points, 'single source')} no metric can be correlated with "
-            f"retention: it takes at least {FEWEST_SETS}, with different values."
-        )
-    for one in each.agreements:
-        if one.quantity == TOTAL and one.rho is not None:
-            agrees = "ranks" if one.significant else "cannot be said to rank"
-            yield (
-                f"KL to the dense model, which needs no labels, "
-                f"{agrees if one.rho < 0 else 'does not rank'} {one.n} sets as total retention "
-                f"does (ρ {words.rho(one.rho)}, corrected p {words.p_value(one.p_corrected)}; "
-                "−1 is the same order)."
-            )
-    if faint := [
-        f"{one.quantity} ({one.ratio:.2f})"
-        for one in each.noise
-        if one.kind != "task" and one.ratio is not None and one.ratio < 1
-    ]:
-        yield (
-            "One trial per source cannot separate the sources (signal over noise below 1) in "
-            f"{words.listed(faint)}."
-        )
 
 
 def _methods(analysis: Analysis) -> Iterator[str]:
@@ -259,21 +235,5 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
             f"Every set has one seed{where}: intervals are over test items alone, and the effect "
             "of the seed is unknown."
         )
-    tested = [each for each in conditions if each.correlations]
-    if tested:
-        numbers = words.listed(str(n) for n in sorted({each.points for each in tested}))
-        yield (
-            f"Correlations are over {numbers} single sources, averaged over seeds; a mix would "
-            "count its parts twice. p is two-sided, by permutation."
-        )
-        least = min(one.least_p or 0.0 for each in tested for one in each.correlations)
-        if least > ALPHA:
-            yield (
-                f"With so few sources p cannot fall below {least:.2g}: no correlation could have "
-                "been found."
-            )
     models = words.listed(sorted({each.condition.model for each in conditions}))
-    yield (
-        f"This holds for {models} and this suite; other models were not measured."
-        + " A correlation over sources does not show a cause." * bool(tested)
-    )
+    yield f"This holds for {models} and this suite; other models were not measured."

@@ -60,11 +60,6 @@ def percent(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
     return number(None if value is None else 100 * value, digits, sign=sign)
 
 
-def rho(value: float | None) -> str:
-    """Return a correlation with its sign and two decimals."""
-    return number(value, 2, sign=True)
-
-
 def span(low: float | None, high: float | None) -> str:
     """Return an interval of shares in percent, in brackets; empty if unknown."""
     return "" if low is None or high is None else f"[{percent(low)}, {percent(high)}]"

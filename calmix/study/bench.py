@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any
 
 from calmix.calibration import CalibrationSet, resolve
-from calmix.calibration.measuring import distortion, measure_set
 from calmix.calibration.texts import builtin_readers, texts
 from calmix.errors import InputError
 from calmix.evaluation.distance import distance, reference
 from calmix.evaluation.evaluate import SCORER, evaluate, form_of
 from calmix.evaluation.scores import load_scores
-from calmix.files import atomic_folder, read_object, sha256_json, write_json
+from calmix.files import sha256_json, write_json
 from calmix.manifest import run_record, versions
 from calmix.models import OpenModel, open_model
 from calmix.options import DeviceOptions, TrialOptions
@@ -34,7 +33,7 @@ from calmix.study.spec import Study
 from calmix.study.store import RESULT, SCORES, Store
 from calmix.study.trials import Key, Planned
 
-INFORMATION, PRUNING, RECOVERY = "information.json", "pruning.json", "recovery.json"
+PRUNING, RECOVERY = "pruning.json", "recovery.json"
 CHECKPOINT = "checkpoint"
 SHARED = ("id", "model", "calibration", "strategy", "pattern", "rows", "length", "seed")
 NAMES = {"name": "task", "kept": "retention"}  # fields renamed in a trial's record of its tasks
@@ -102,7 +101,7 @@ class Bench:
             before, at = at, time.perf_counter()
             seconds[name] = round(at - before, 3)
 
-        calibration, information = self._calibration(trial, stage, note)
+        calibration = self._calibration(trial, stage, note)
         lap("calibration")
         report = self._prune(trial, calibration, lambda *of: stage("pruning", *of))
         lap("prune")
@@ -159,7 +158,6 @@ class Bench:
                 sparsity=report.sparsity,
                 propagation=trial.request.propagation,
                 suite=self.study.suite.name,
-                information=information,
                 total=retention.total,
                 worst=retention.worst,
                 seconds=seconds,
@@ -214,11 +212,10 @@ class Bench:
 
     def _calibration(
         self, trial: Planned, stage: Stage, note: Callable[[str], None]
-    ) -> tuple[CalibrationSet | None, dict[str, float]]:
-        """Return a trial's calibration set and its metrics, from the store or made with the dense
-        model."""
+    ) -> CalibrationSet | None:
+        """Return a trial's calibration set, from the store or made with the dense model."""
         if trial.calibration_id is None:
-            return None, {}
+            return None
         folder = self.store.calibration(trial.calibration_id)
         with self.store.lock(f"set-{trial.calibration_id}"):
             if not folder.is_dir():
@@ -232,19 +229,5 @@ class Bench:
                     note=note,
                     **trial.request.drawn(),
                 )
-                metrics = measure_set(drawn, self.opened, perplexity=False)
-                with atomic_folder(folder) as beside:
-                    drawn.save(beside)
-                    named = {"label": trial.calibration, "metrics": metrics}
-                    write_json(beside / INFORMATION, named)
-            calibration = CalibrationSet.open(folder, self.opened)
-            path = folder / INFORMATION
-            information = read_object(path, f"{path} is missing: delete its folder to make it anew")
-            if self.study.file.perplexity and "perplexity" not in information["metrics"]:
-                stage("measuring the set", 0, 1)
-                self._open(trial.model)
-                measured = distortion(self.opened, calibration)
-                measured["perplexity"] = measured.pop("distortion")
-                information["metrics"] |= measured
-                write_json(path, information)
-        return calibration, information["metrics"]
+                drawn.save(folder)
+            return CalibrationSet.open(folder, self.opened)

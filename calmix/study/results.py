@@ -27,7 +27,6 @@ class Trial(BaseModel, frozen=True):
         method: including non-default options, allocation and recovery.
         pattern: as printed, `60%` or `2:4`; `sparsity` is the fraction of weights pruned.
         seed: of the calibration set.
-        information: metrics of the calibration set under the dense model.
         worst: the dimension with the lowest retention.
         tasks: retention of each task by its primary score; no value without signal.
         seconds: wall time by stage.
@@ -47,7 +46,6 @@ class Trial(BaseModel, frozen=True):
     length: int
     seed: int
     suite: str
-    information: dict[str, float]
     total: Estimate
     worst: str | None
     dimensions: dict[str, Estimate]

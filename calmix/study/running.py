@@ -52,7 +52,7 @@ from calmix.study.store import (
 from calmix.study.trials import Planned, checkpoint_bytes, plan, resolve_all
 
 CSV = "results.csv"
-LEFT_OUT = {"mix", "dimensions", "tasks", "seconds", "distance", "information"}  # of the table
+LEFT_OUT = {"mix", "dimensions", "tasks", "seconds", "distance"}  # of the table
 PASSED = 2**27  # bytes of Ray's object store; large data is passed in files
 
 Note = Callable[[str], None]
@@ -175,7 +175,6 @@ def write_table(results: StudyResults, folder: Path) -> None:
                 | columns(distance["total"])
                 | task
                 | {f"dimension_{name}": one for name, one in dimension.items()}
-                | {"info": trial.information}
             )
     table = pd.json_normalize(rows, sep="_")
     table.columns = [str(name).removesuffix("_value") for name in table.columns]

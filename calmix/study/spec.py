@@ -251,8 +251,8 @@ class Amends(Options):
 
 class StudyFile(_Draw, Grid):
     """A study: models and calibrations by label. Without `grids` its top level is the only grid.
-    Without `perplexity` sets get only metrics that need no model. `primary`, `margin` (in points),
-    `exclude` (a reason for each task) and `comparisons` are declared before the first trial."""
+    `primary`, `margin` (in points), `exclude` (a reason for each task) and `comparisons` are
+    declared before the first trial."""
 
     name: Name
     description: str = ""
@@ -273,7 +273,6 @@ class StudyFile(_Draw, Grid):
     exclude: Annotated[dict[str, Text], BeforeValidator(_reasons)] = Field(default={})
     comparisons: list[Comparison] = Field(default=[])
     amends: Amends | None = None
-    perplexity: bool = True
     keep_checkpoints: bool = False
 
 

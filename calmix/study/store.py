@@ -3,7 +3,7 @@
     STORE/store.json            the study as last run, and its trials in order
     STORE/trials/ID/            request.json with result.json, scores.json and pruning.json, or
                                 with error.json; checkpoint/ if the study keeps checkpoints
-    STORE/calibration/ID/       a calibration set and information.json
+    STORE/calibration/ID/       a calibration set
     STORE/dense/ID.json         scores of a dense model
     STORE/locks/                locks of running processes
 
@@ -24,7 +24,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from filelock import SoftFileLease, Timeout
 from pydantic import BaseModel, Field, ValidationError
 
-from calmix.calibration import CalibrationSet, text_metrics
 from calmix.errors import DiskError, InputError, disk_errors
 from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.files import (
@@ -225,12 +224,10 @@ def read_results(path: Path | str) -> StudyResults:
                 f"{path} has trials of {model} asked in its chat template and others with worked "
                 "examples, so the template has changed: run the study in another folder"
             )
-    extra = _compared(store, {e.set: records[e.id].trial for e in done if e.set is not None})
-    trials = []
-    for entry in done:
-        trial, distance = records[entry.id].trial, scored[entry.id].distance
-        information = trial.information | extra.get(entry.set or "", {})
-        trials.append(trial.model_copy(update={"information": information, "distance": distance}))
+    trials = [
+        records[one.id].trial.model_copy(update={"distance": scored[one.id].distance})
+        for one in done
+    ]
     # Each kind of processor scores the dense model itself: take the scores most trials refer to.
     named = Counter((record.trial.model, record.dense) for record in records.values())
     dense = {model: key for (model, key), _ in reversed(named.most_common())}
@@ -250,29 +247,3 @@ def read_results(path: Path | str) -> StudyResults:
         dates={name: one.run.get("finished", "") for name, one in records.items()},
         declarations=store.index.declarations,
     )
-
-
-def _compared(store: Store, sets: dict[str, Trial]) -> dict[str, dict[str, float]]:
-    """Return coverage and mismatch of calibration sets, by set.
-
-    Each set is compared with the study's pooled single sources (the lowest seed of each, for the
-    same model, rows and length); mismatch leaves out the set's own source. Absent with fewer than
-    two single sources, or if the store was passed on without its sets.
-    """
-    metrics: dict[str, dict[str, float]] = {}
-    groups: dict[tuple[Any, ...], dict[str, Trial]] = {}
-    for name, trial in sets.items():
-        groups.setdefault((trial.model, trial.rows, trial.length), {})[name] = trial
-    for members in groups.values():
-        singles = {
-            trial.calibration: name  # the lowest seed comes last and wins
-            for name, trial in sorted(members.items(), key=lambda one: -one[1].seed)
-            if trial.strategy == "single"
-        }
-        if len(singles) < 2 or not all(store.calibration(name).is_dir() for name in members):
-            continue
-        ids = {name: CalibrationSet.open(store.calibration(name)).ids.numpy() for name in members}
-        named = [(trial.calibration, ids[name]) for name, trial in members.items()]
-        pool = {label: ids[name] for label, name in singles.items()}
-        metrics |= dict(zip(members, text_metrics.compared(named, pool), strict=True))
-    return metrics

@@ -14,7 +14,7 @@ from calmix.study.declaring import Declaration, Declared, Pair
 from calmix.study.spec import Amends
 from tests.synthetic import Plan, save, study, trial
 
-QUICK = Settings(permutations=19, resamples=400)
+QUICK = Settings(resamples=400)
 DATE = "2026-01-02T03:04:05+00:00"
 COUNT = 100  # items of a task
 TASKS = ("general", "facts"), ("code", "programs"), ("code", "sums")

@@ -12,8 +12,8 @@ from calmix.analysis.differences import BEST, SINGLES
 from calmix.evaluation.retention import flips, retention
 from tests.synthetic import SOURCES, Plan, full_plan, study, trial
 
-QUICK = Settings(permutations=199, resamples=50)
-EXACT = Settings(permutations=199, resamples=2000)
+QUICK = Settings(resamples=50)
+EXACT = Settings(resamples=2000)
 SPARSE = [("sparsegpt", "60%")]
 
 
@@ -106,7 +106,6 @@ def test_one_seed_borrows_spread():
     }
     once, often = analysis.conditions[2].joint, analysis.conditions[1].joint
     assert once.by_draws == pytest.approx(often.by_draws)
-    assert all(one.draw is None for one in analysis.conditions[2].noise)  # of its own
     one = gap(analysis.conditions[2], "mix-8", SINGLES).gap
     assert one.draw_low < one.value < one.draw_high
     # Seeds are not taken to move both methods alike: their covariance is unknown.
@@ -221,7 +220,7 @@ def analysed(kept, *, seeds=1, default="prose"):
         for name, (general, code) in sets.items()
         for seed in range(seeds)
     )
-    settings = Settings(permutations=9, resamples=400, default=default)
+    settings = Settings(resamples=400, default=default)
     return analyse(study(Plan(), trials=trials), settings)
 
 

@@ -36,6 +36,6 @@ def whole(tmp_path_factory):
                 "planned": len(chosen) + 2,
             }
             results = outcome.model_copy(update=changes)
-            settings = Settings(permutations=199, resamples=50)
+            settings = Settings(resamples=50)
             write_report(results, analyse(results, settings), folder)
     return folder

@@ -11,7 +11,7 @@ from tests.analysis.test_differences import BETTER, KEPT, PLAIN, analysed
 from tests.report.conftest import SMALL
 from tests.synthetic import Plan, failed, full_plan, study, trial
 
-QUICK = Settings(permutations=999, resamples=100)
+QUICK = Settings(resamples=100)
 LIFTS = {
     "mix-8": ("mix", 0.2),
     "igsp": ("igsp", 0.1),
@@ -73,23 +73,6 @@ def test_part_of_a_study():
     assert recommend(results, sparsity="60%")[0] == recommend(results)[1]
 
 
-def test_few_sources_show_no_correlation():
-    small = of(study(Plan(others=LIFTS, seeds=(0,), sources=("a", "b", "c", "d"))))
-    assert any("no correlation could have been found" in one for one in small["certainty"])
-    alone = of(study(Plan(seeds=(0,), sources=("a", "b", "c", "d"))))
-    assert any("cannot be said to rank 4 sets" in one for one in alone["conditions"][0])
-    many = study(Plan(noise=0.05))
-    known = {name: at for at, name in enumerate(Plan().sources[:3])}  # a metric that only they have
-    trials = tuple(
-        one.model_copy(update={"information": one.information | {"own": known[one.calibration]}})
-        if one.calibration in known
-        else one
-        for one in many.trials
-    )
-    sentences = of(study(Plan(noise=0.05), trials=trials))["certainty"]
-    assert not any("no correlation could" in one for one in sentences)
-
-
 # Sentences
 
 
@@ -103,12 +86,8 @@ def test_small_and_unfinished_studies():
     alone = of(study(Plan(sources=("a",), seeds=(0,))))
     assert "nothing to compare" in alone["headline"]
     assert alone["conditions"] == [[]]
-    assert not any("cause" in line for line in alone["certainty"])
-    two = of(study(Plan(sources=("a", "b"), seeds=(0,))))
-    assert any("no metric can be correlated" in line for line in two["conditions"][0])
     equal = of(study(Plan(others={"mix-8": ("mix", 0.0)}, noise=0.0, draw=0.02)))
     assert " are tied (" in equal["conditions"][0][0]
-    assert any("One trial per source cannot" in line for line in equal["conditions"][0])
     silent = trial("a", "single", "sparsegpt", "60%", 0, {"general": None})
     assert "no task of the suite has signal" in of(study(Plan(), trials=(silent,)))["headline"]
 
@@ -149,8 +128,6 @@ def test_gains_to_the_next_weaker_method():
         (words.percent(-0.046, 0), "−5"),
         (words.percent(0.012, sign=True), "+1.2"),
         (words.percent(0.0, sign=True), "0.0"),
-        (words.rho(-0.5), "−0.50"),
-        (words.rho(-0.001), "0.00"),
         (words.p_value(0.0004), "<0.001"),
         (words.p_value(0.04), "0.040"),
         (words.p_value(None), "–"),

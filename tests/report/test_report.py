@@ -11,8 +11,8 @@ from calmix.report.study import pages, write_report
 from tests.synthetic import SOURCES, Plan, full_plan, study, trial
 from tests.tiny import hashes
 
-QUICK = Settings(permutations=199, resamples=50)
-KINDS = ("heat-map", "tasks", "ranking", "correlations")
+QUICK = Settings(resamples=50)
+KINDS = ("heat-map", "tasks", "ranking")
 
 
 @pytest.fixture
@@ -25,8 +25,7 @@ def page_of(results, **settings):
 
 
 def test_figures_are_files_and_in_the_page(whole, page):
-    names = {f"{kind}-sparsegpt-50pct" for kind in KINDS}
-    names |= {f"{kind}-sparsegpt-60pct" for kind in KINDS[:3]}  # with few sets
+    names = {f"{kind}-sparsegpt-{rate}pct" for kind in KINDS for rate in (50, 60)}
     original = {path.name for path in (whole / "figures").iterdir()}
     assert original == {f"{name}.svg" for name in names}
     for name in names:
@@ -73,7 +72,7 @@ def test_report_is_reproducible(tmp_path):
     results = study(few)
     for name in ("one", "two"):
         write_report(results, analyse(results, QUICK), tmp_path / name)
-    assert len(one := hashes(tmp_path / "one")) == 2 + len(KINDS[:3])
+    assert len(one := hashes(tmp_path / "one")) == 2 + len(KINDS)
     assert hashes(tmp_path / "two") == one
 
 
@@ -88,10 +87,9 @@ def test_text_is_escaped():
             "60%",
             0,
             shares,
-            {"perplexity": 3.0 + at, evil: float(at)},
             model=evil,
         )
-        for at, name in enumerate("abcde")
+        for name in "abcde"
     )
     page = page_of(study(Plan(), trials=trials, name=evil, text=evil), default=f"a{evil}")
     assert page.count("<script>") == 1
@@ -112,7 +110,6 @@ ODD = {
                 "60%",
                 seed,
                 {"general": 0.5, "math": None},
-                {"perplexity": 4.0 + n} if n else {},
             )
             for n in range(5)
             for seed in (0, 1)
@@ -142,7 +139,6 @@ def test_unusual_studies(odd):
 def test_distance_table():
     results = study(Plan(sources=("a", "b", "c", "d"), seeds=(0,)))
     page = page_of(results)
-    assert "rank 4 sets as total retention does (ρ −1.00" in page
     kl = (results.trials[0].distance or {})["total"]["kl_mean"]
     assert f">{kl:.3f}</td>" in page
     assert "Distance to the dense model" in page

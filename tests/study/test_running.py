@@ -15,8 +15,6 @@ import pytest
 import torch
 
 from calmix.calibration import CalibrationSet, resolve
-from calmix.calibration import text_metrics as metrics
-from calmix.calibration.measuring import measure
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate, load_scores
 from calmix.evaluation.scores import write_scores
@@ -92,13 +90,6 @@ def test_trial_matches_its_steps_by_hand(ran):
     assert (trial.total.value, trial.total.low) == (retained.total.value, retained.total.low)
     assert [task["pruned"] for task in trial.tasks] == [task.pruned for task in retained.tasks]
     assert trial.sparsity == pytest.approx(0.6, abs=1e-3)
-    measured = measure(
-        [text], open_model(study.file.models["tiny"].name), rows=6, length=32, draws=1
-    )
-    for name, value in measured[text].items():
-        name = "perplexity" if name == "distortion" else name
-        assert trial.information[name] == pytest.approx(value.mean), name
-    assert {"coverage_4", "mismatch"} <= set(trial.information)
     assert trial.seconds["total"] > 0
     # Shared work is done once.
     assert [result.count(one) for one in ("dense", "evaluate", "resolve")] == [1, 6, 3]
@@ -398,35 +389,6 @@ def test_only_and_skip_patterns(ran):
         chosen_trials(trials, ["mix"], ["m*"])
     (model,) = {trial.model for trial in trials}
     assert chosen_trials(trials, [model], []) == trials
-
-
-def test_set_metrics_and_optional_perplexity(tiny_study, tmp_path, monkeypatch):
-    store, twin = tmp_path / "store", tmp_path / "texts" / "twin.jsonl"
-    twin.write_bytes((tmp_path / "texts" / "code.jsonl").read_bytes())
-    more = ("  mix:", f"  twin: {twin}\n  mix:")
-    run(tiny_study(more, ("suite:", "perplexity: false\nsuite:")), store, only=["*wanda*"])
-    before = read_results(store).trials
-    actual = {trial.calibration: trial.information for trial in before}
-    # Two sources with the same text: the letters differ from both.
-    assert actual["code"]["mismatch"] < actual["letters"]["mismatch"] <= 1
-    assert 0 < actual["letters"]["coverage_4"] < actual["code"]["coverage_4"] < 1
-    read = {}
-    for folder in (store / "calibration").iterdir():
-        label = json.loads((folder / "information.json").read_text())["label"]
-        read[label] = CalibrationSet.open(folder).ids.numpy()
-    (share,) = metrics.coverage([read["mix"]], 2, [read["code"], read["twin"], read["letters"]])
-    assert actual["mix"]["coverage_2"] == share
-    for information in actual.values():
-        assert "entropy" in information
-        assert not {"perplexity", "distortion", "bits_per_byte"} & set(information)
-    # It is added later without making the sets again.
-    monkeypatch.setattr(bench_module, "resolve", None)
-    run(tiny_study(more), store)
-    after = [
-        trial for trial in read_results(store).trials if trial.id not in {one.id for one in before}
-    ]
-    assert len(after) == 8 - len(before) == 4
-    assert all(trial.information["perplexity"] > 1 for trial in after)
 
 
 def test_duplicate_trials_are_refused(tiny_study, tmp_path):

@@ -23,6 +23,7 @@ from scipy import sparse
 from calmix.calibration.build import checks, hashed, rows_per_source
 from calmix.calibration.dataset import SET_KIND, CalibrationSet
 from calmix.calibration.leakage import Guard
+from calmix.calibration.selfgen.ngrams import Ids, aggregation, ngram_keys, row_aggregation
 from calmix.calibration.selfgen.prompts import (
     Openers,
     beginnings,
@@ -31,7 +32,6 @@ from calmix.calibration.selfgen.prompts import (
     start_token,
 )
 from calmix.calibration.selfgen.writing import WriteRequest, Written, write
-from calmix.calibration.text_metrics import Ids, aggregation, ngram_keys, row_aggregation
 from calmix.calibration.tokenizer import begin_token, tokenizer_function
 from calmix.errors import InputError
 from calmix.files import sha256_json

@@ -11,9 +11,9 @@ from calmix.calibration import CalibrationSet, parse_calibration
 from calmix.calibration.leakage import Guard, ItemIndex
 from calmix.calibration.selfgen import generators, prompts
 from calmix.calibration.selfgen.generators import GENERATORS, generate, objective, select_rows
+from calmix.calibration.selfgen.ngrams import aggregation
 from calmix.calibration.selfgen.prompts import beginnings, start_token
 from calmix.calibration.selfgen.writing import Written
-from calmix.calibration.text_metrics import aggregation
 from calmix.errors import InputError
 from calmix.sources import get_source
 from tests.tiny import tiny_tokenizer

@@ -1,25 +1,19 @@
 """The paper's claims, judged by a script: planted effects are reported, a tie is never a win."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import numpy as np
+import paper_claims as SCRIPT  # noqa: N812
 import pytest
 
 from calmix.analysis import Settings, analyse
 from calmix.analysis.cells import TOTAL, WORST
 from calmix.analysis.differences import SINGLES
 from tests.analysis.test_differences import BETTER, KEPT, NAMES, PLAIN, TUNED, analysed, gap
-from tests.synthetic import SLOPES, Plan, full_plan, save, study
+from tests.synthetic import SLOPES, Plan, full_plan, informed, save, study
 
 pytestmark = pytest.mark.long
-SPEC = importlib.util.spec_from_file_location(
-    "paper_claims", Path(__file__).parents[2] / "studies" / "paper_claims.py"
-)
-SCRIPT = sys.modules["paper_claims"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(SCRIPT)
-QUICK = Settings(permutations=999, resamples=100)
+QUICK = Settings(resamples=100)
 LIFTS = {
     "mix-8": ("mix", 0.2),
     "igsp": ("igsp", 0.1),
@@ -29,8 +23,12 @@ LIFTS = {
 METRIC = "A metric of the text raises one dimension and lowers another"
 
 
-def of(results, **settings):
-    return SCRIPT.claims(analyse(results, QUICK.model_copy(update=settings)))
+def of(results, text=None, **settings):
+    analysis = analyse(results, QUICK.model_copy(update=settings))
+    cells, more = [each.cells for each in analysis.conditions], ()
+    if text is not None:
+        more = SCRIPT.correlate(cells, results.trials, text, permutations=999)
+    return SCRIPT.claims(analysis, more)
 
 
 SHARP = {"noise": 0.01, "draw": 0.004}
@@ -88,9 +86,10 @@ def stepped(lift):
     ],
 )
 def test_claims_find_planted_effects(plan, told):
-    actual = SCRIPT.claims(
-        analyse(study(plan), QUICK) if isinstance(plan, Plan) else analysed({**KEPT, TUNED: plan})
-    )
+    if isinstance(plan, Plan):
+        actual = of(*informed(plan))
+    else:
+        actual = SCRIPT.claims(analysed({**KEPT, TUNED: plan}))
     assert plan is not PLANTED or actual.keys() == told.keys()
     where = {GROWS: "SparseGPT", SHRINKS: "ADMM + distill,epochs=4 60%"}
     for claim, start in told.items():
@@ -121,7 +120,7 @@ def test_default_set_adds_a_claim():
 
 
 def test_few_sources_leave_claims_open():
-    [actual] = of(study(Plan(others=LIFTS, seeds=(0,), sources=("a", "b", "c", "d"))))[METRIC]
+    [actual] = of(*informed(Plan(others=LIFTS, seeds=(0,), sources=("a", "b", "c", "d"))))[METRIC]
     assert actual["verdict"] == "undecided"
     assert actual["figures"].endswith("; 4 sources")
 
