@@ -15,7 +15,7 @@ from calmix.cli.common import line, not_here, note, print_costs, print_json, pri
 from calmix.cli.verbs import verb
 from calmix.errors import InputError
 from calmix.evaluation.scores import load_pairs
-from calmix.files import cached_sha256, check_output_file, write_json, write_text
+from calmix.files import cached_sha256, check_output_file, write_json
 from calmix.options import Compression, Share, advanced, option, path_option
 from calmix.progress import Progress, duration
 
@@ -98,29 +98,21 @@ def compress(
 
 @verb("report", json=False)
 def report(
-    folders: tuple[Path, ...] = option(..., "Folders of calmix compress.", argument=True),
-    output: Path | None = path_option(
-        None, "Page to write; required for several folders.", shown="OUT/card.html"
-    ),
+    folder: Path = option(..., "Folder of calmix compress.", argument=True),
+    output: Path | None = path_option(None, "Page to write.", shown="OUT/card.html"),
 ) -> None:
-    """Write the report card of a compressed model, or a page that compares several."""
-    from calmix.compression.card import PAGE, read_card, several_page, write_card
+    """Write the report card of a compressed model."""
+    from calmix.compression.card import PAGE, write_card
 
     if output is not None:  # it may stand beside the default page
-        inside = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+        inside = folder.iterdir() if folder.is_dir() else ()
         inputs = [path for path in inside if path.suffix != ".html"]
         check_output_file(output, inputs=inputs, overwrite=True)
         if output.suffix.lower() not in (".html", ".htm"):
             raise InputError(f"cannot write a page to {output}: name an .html file")
-    if len(folders) == 1:
-        output = output or folders[0] / PAGE
-        with Progress() as bar:
-            write_card(folders[0], bar, output)
-    elif output is None:
-        raise InputError("several folders need an output page: name it with -o")
-    else:
-        write_text(output, several_page([read_card(folder) for folder in folders]))
-    line(f"report: {output}")
+    with Progress() as bar:
+        write_card(folder, bar, page := output or folder / PAGE)
+    line(f"report: {page}")
 
 
 @verb("check")

@@ -17,7 +17,7 @@ VERBS = {
     "recover": ("prune", "Distil the dense model into the remaining weights"),
     "evaluate": ("evaluate", "Score a model and its retention of a dense one"),
     "compare": ("evaluate", "Compare the retention of several models"),
-    "report": ("compress", "Write the report card of one or several models"),
+    "report": ("compress", "Write the report card of a compressed model"),
     "calibrate": ("calibrate", "Draw a calibration set, or let the model write it"),
     "export": ("export", "Export a pack, GGUF, a set or an imatrix"),
     "study": ("study", "Run many sets, methods and sparsities from one file"),

@@ -1,12 +1,10 @@
-"""The report card of a result of `calmix compress`, and of several side by side."""
+"""The report card of a result of `calmix compress`."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -29,9 +27,9 @@ from calmix.deploy.speed import INSTALL, engine, measure
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
-from calmix.evaluation.generations import Answered, Prompt, load_answers
+from calmix.evaluation.generations import Answered, load_answers
 from calmix.evaluation.retention import Retention
-from calmix.evaluation.scores import check_same_suite, load_pairs
+from calmix.evaluation.scores import load_pairs
 from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import size_text, user_path, write_json, write_text
 from calmix.manifest import GGUF, read_record, read_sealed, sealed
@@ -424,44 +422,26 @@ def _speeds(out: Path, written: Mapping[str, Any]) -> dict[str, Any]:
     return value if value and value["model"]["sha256"] == written.get("opened") else {}
 
 
-# Charts
-
-
-def kept_chart(cards: Sequence[Card]) -> Chart | None:
+def kept_chart(card: Card) -> Chart | None:
     """Return the chart of right answers by ability, of those kept if gains were not measured, or of
-    likelihood without answers; each row has one mark per model."""
-    shares: list[dict[str, Any]] = []
-    answers = all(card.behaved.abilities for card in cards)
-    whole = all(card.behaved.right for card in cards)
-    for card in cards:
-        if whole and (right := card.behaved.right) is not None:
-            shares.append(right.estimates)
-        elif answers:
-            some = (*card.behaved.abilities, card.behaved.answers)
-            shares.append({one.name: one.share for one in some if one})
-        elif (kept := card.kept) is None:
-            return None
-        else:
-            shares.append(kept.estimates)
-    keys = [(card.name, *look) for card, look in zip(cards, itertools.cycle(LOOKS))]
-    marks = [
-        [
-            (values[name], f"{label}, {name}", colour, marker, None)
-            for (label, colour, marker), values in zip(keys, shares, strict=True)
-            if name in values and values[name].low is not None
-        ]
-        for name in shares[0]
-    ]
-    what, unit = "Likelihood kept, by dimension", "kept, %"
-    if answers:
-        what = "Right answers kept, by ability"
-    if whole:
+    likelihood without answers."""
+    does, what, unit = card.behaved, "Likelihood kept, by dimension", "kept, %"
+    if does.right is not None:
+        shares = does.right.estimates
         what, unit = "Right answers relative to the dense model, by ability", "right answers, %"
-    text = "; ".join(
-        f"{card.name}: "
-        + ", ".join(f"{name} {words.percent(one.value)}" for name, one in values.items())
-        for card, values in zip(cards, shares, strict=True)
-    )
+    elif does.abilities:
+        shares = {one.name: one.share for one in (*does.abilities, does.answers) if one}
+        what = "Right answers kept, by ability"
+    elif card.kept is None:
+        return None
+    else:
+        shares = card.kept.estimates
+    colour, marker = LOOKS[0]
+    marks = [
+        [(one, f"{card.name}, {name}", colour, marker, None)] if one.low is not None else []
+        for name, one in shares.items()
+    ]
+    text = ", ".join(f"{name} {words.percent(one.value)}" for name, one in shares.items())
     return Chart(
         "kept",
         what,
@@ -469,23 +449,20 @@ def kept_chart(cards: Sequence[Card]) -> Chart | None:
         f"{what}, in percent. {text}.",
         partial(
             charts.bars,
-            rows=[(name, None) for name in shares[0]],
+            rows=[(name, None) for name in shares],
             marks=marks,
             below=unit,
-            keys=keys if len(keys) > 1 else [],
+            keys=[],
             rule=100,
         ),
     )
 
 
-# Pages
-
-
 def card_page(card: Card) -> str:
     """Return the report card as HTML."""
-    return render(
-        "card.html", card=card, kept=kept_chart([card]), answers=_answers([card]), names=[card.done]
-    )
+    made = card.answers
+    answers = [] if made is None else zip(made.prompts, *made.answers, strict=True)
+    return render("card.html", card=card, kept=kept_chart(card), answers=[*answers])
 
 
 def model_card(card: Card) -> str:
@@ -498,64 +475,3 @@ def model_card(card: Card) -> str:
         base=card.origin if hub else "",
         licence=card.licence.lower() if named else "",
     )
-
-
-def several_page(cards: Sequence[Card]) -> str:
-    """Return a page that compares several models."""
-    first = cards[0]
-    for card in cards[1:]:
-        if len(card.pairs) != len(first.pairs):
-            less, beside = sorted((card, first), key=lambda one: len(one.pairs))
-            raise InputError(
-                f"{less.name} lacks {BEHAVIOUR}, which {beside.name} has: leave it out or run "
-                f"{less.measure}"
-            )
-        for (_, ours), (_, theirs) in zip(card.pairs, first.pairs, strict=True):
-            check_same_suite(ours.suite, theirs.suite)
-        if card.pairs[0][0].fingerprint != first.pairs[0][0].fingerprint:
-            raise InputError(
-                f"{card.name} and {first.name} have different dense models: compare them separately"
-            )
-    counts = Counter(card.name for card in cards)
-    named = [replace(card, name=str(card.out)) if counts[card.name] > 1 else card for card in cards]
-    rows = [
-        {
-            "model": card.name,
-            "target": target(card.asked),
-            "effort": card.asked["effort"],
-            "#right %": words.with_span(does.right and does.right.total),
-            "#lost": counts.lost if counts else "–",
-            "#gained": "–" if counts is None or counts.gained is None else counts.gained,
-            "#p": words.p_value(counts.p if counts else None),
-            "#kept %": words.with_span(counts and counts.share),
-            "least kept in": f"{worst.name}, {worst.kept} of {worst.dense}" if worst else "–",
-            "#accuracy %": words.with_span(does.choices and does.choices.accuracy[1]),
-            "#likelihood kept %": words.with_span(card.kept and card.kept.total),
-            **card.apart("total"),
-            "#MB": words.megabytes(card.packed or card.size),
-            "calibration": card.asked["calibration"],
-        }
-        for card in named
-        for does in [card.behaved]
-        for counts, worst in [(does.answers, does.worst)]
-    ]
-    return render(
-        "several.html",
-        cards=named,
-        first=first,
-        rows=rows,
-        kept=kept_chart(named),
-        answers=_answers(named),
-        names=[card.name for card in named],
-    )
-
-
-def _answers(cards: Sequence[Card]) -> list[tuple[Prompt, tuple[str, ...]]]:
-    """Return prompts with the answers of the dense model and of each card's model; empty if the
-    prompts differ."""
-    held = [card.answers for card in cards if card.answers]
-    both = [(one.prompts, one.answers[0]) for one in held]
-    if len(held) < len(cards) or any(one != both[0] for one in both):
-        return []
-    texts = zip(both[0][1], *(one.answers[1] for one in held), strict=True)
-    return list(zip(both[0][0], texts, strict=True))

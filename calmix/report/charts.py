@@ -1,4 +1,4 @@
-"""The chart kit: bars with dots, and heat maps, for pages and files.
+"""The chart kit: bars with dots, for pages and files.
 
 Matplotlib draws in plain colours. In a page the theme's colours become CSS variables, so that one
 drawing suits light and dark mode. An artist's group id carries the text of its tooltip. Every
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -59,13 +58,11 @@ SETTINGS = {
     "legend.handletextpad": 0.4,
     "figure.facecolor": PAPER,
     "axes.facecolor": PAPER,
-    "hatch.linewidth": 0.6,
 }
 WIDTH = 8.6  # inches of 72 units; drawn 1.15 times as large in a page, or more
 NARROW = 3.35  # the same on a phone
 Key = tuple[str, str, str]  # of a legend: name, colour, marker
 Named = tuple[str, str | None]  # a row: its name, and the colour of a dot before it
-Cell = tuple[float | None, str, str]  # of a heat map: value (hatched without), text and tip
 # A share with its interval: the estimate, tip, colour, a marker or `bar`, and a second value, which
 # is a notch on a bar.
 Mark = tuple[Any, str, str, str, float | None]
@@ -201,64 +198,3 @@ def bars(
     axes.set_xlabel(below)
     _legend(figure, keys, narrow)
     return figure
-
-
-def heat(
-    width: float,
-    rows: Sequence[Named],
-    columns: Sequence[str],
-    cells: Sequence[Sequence[Cell]],
-    *,
-    ramp: str = "YlGnBu",
-    low: float = 0.0,
-    high: float = 1.0,
-    keys: Sequence[Key] = (),
-) -> Any:
-    """Draw a heat map, rows by columns."""
-    narrow = width < WIDTH
-    many = len(columns) > 7
-    tilted = many or max(map(len, columns)) > 12
-    heads = 1.9 if tilted else 0.9 + 0.6 * narrow
-    wide = max(width, 2.4 + (0.55 if tilted else 1.15) * len(columns))
-    figure = Figure(
-        figsize=(width if narrow else wide, heads + 0.3 * len(rows) + 0.3 * bool(keys)),
-        layout="constrained",
-    )
-    small = narrow and many  # no room for numbers
-    axes = figure.subplots()
-    for y, row in enumerate(cells):
-        for x, (value, text, tip) in enumerate(row):
-            known = value is not None
-            share = ((value or 0) - low) / (high - low)
-            fill = mpl.colors.to_hex(mpl.colormaps[ramp](0.06 + 0.88 * share)) if known else "none"
-            box = mpl.patches.Rectangle(
-                (x + 0.02, y - 0.45),
-                0.96,
-                0.9,
-                facecolor=fill,
-                linewidth=0,
-                edgecolor=PAPER if known else GRID,
-                hatch=None if known else "///",
-            )
-            axes.add_patch(box).set_gid(f"tip: {tip}")
-            if known and not small:
-                axes.text(
-                    x + 0.5, y, text, ha="center", va="center", fontsize=9.5, color=_readable(fill)
-                )
-    _named(axes, rows, narrow)
-    axes.set(xlim=(-0.02, len(columns) + 0.02), ylim=(len(rows) - 0.5, -0.5))
-    axes.set_xticks(np.arange(len(columns)) + 0.5, [words.short(name, 22) for name in columns])
-    axes.tick_params(axis="x", labeltop=True, labelbottom=False, labelcolor=INK)
-    if tilted or narrow:
-        for label in axes.get_xticklabels():
-            label.set(rotation=90 if small else 50, ha="left", rotation_mode="anchor")
-    axes.spines[:].set_visible(False)
-    _legend(figure, keys, narrow)
-    return figure
-
-
-def _readable(colour: str) -> str:
-    """Return black or white, whichever has more contrast on a colour (WCAG's luminance)."""
-    parts = np.array(mpl.colors.to_rgb(colour))
-    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-    return "#ffffff" if linear @ (0.2126, 0.7152, 0.0722) < 0.179 else "#000000"

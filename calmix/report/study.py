@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.cells import TOTAL, WORST
 from calmix.files import atomic_folder, write_text
 from calmix.options import Settings
-from calmix.report import figures, words
+from calmix.report import charts, words
+from calmix.report.charts import LOOKS, Chart, Mark
 from calmix.report.findings import main_condition, summarise
 from calmix.report.pages import render
+from calmix.report.words import STRATEGIES
 from calmix.study.results import StudyResults
 
 FIGURES = "figures"
@@ -31,8 +36,8 @@ def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> Non
             write_text(beside / name, text)
         (beside / FIGURES).mkdir()
         for each in analysis.conditions:
-            for chart in figures.condition_charts(analysis, each):
-                write_text(beside / FIGURES / f"{chart.name}.svg", chart.file())
+            chart = ranking_chart(analysis, each)
+            write_text(beside / FIGURES / f"{chart.name}.svg", chart.file())
 
 
 def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
@@ -47,13 +52,52 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
             summary=summary,
             main=main_condition(conditions),
             conditions=[
-                (each, sentences, figures.condition_charts(analysis, each), _tables(analysis, each))
+                (each, sentences, ranking_chart(analysis, each), _tables(analysis, each))
                 for each, sentences in zip(conditions, summary["conditions"], strict=True)
             ],
             made=yaml.safe_dump({"suite": results.suite, "analysis": settings}, sort_keys=False),
         ),
         "summary.txt": summary_text(analysis) + "\n",
     }
+
+
+def ranking_chart(analysis: Analysis, analysed: ConditionAnalysis) -> Chart:
+    """Return the chart of one condition: totals with the worst dimension."""
+    ranked = [one for one in analysed.ranking if one.total.value is not None]
+    rows = [(one.calibration, STRATEGIES[one.strategy][1]) for one in ranked]
+    strategies = {one.strategy for one in ranked}
+    keys = [(*look, "o") for key, look in STRATEGIES.items() if key in strategies]
+    looks = dict(zip(analysis.dimensions, itertools.cycle(LOOKS), strict=False))
+    marks = list[list[Mark]]()
+    for one in ranked:
+        tip, colour = f"{one.calibration}, ", STRATEGIES[one.strategy][1]
+        marks.append([(one.total, f"{tip}total", colour, "bar", one.shrunken.value)])
+        if one.worst is not None:
+            marks[-1].append((one.lowest, f"{tip}worst: {one.worst}", *looks[one.worst], None))
+    worst = [
+        (f"worst: {name}", *look)
+        for name, look in looks.items()
+        if any(one.worst == name for one in ranked)
+    ]
+    over = "test items and seeds" if analysed.joint.freedom else "test items alone (one seed each)"
+    label = analysed.condition.label
+    slug = re.sub(r"[^a-z0-9]+", "-", label.lower().replace("%", "pct")).strip("-")
+    return Chart(
+        f"ranking-{slug}",
+        f"Ranking by total, with the worst dimension, {label}",
+        f"Bars: total retention; marks: each set's worst dimension; lines: 95 % intervals over "
+        f"{over}; notches: expected total of a set chosen for its rank (shrunken).",
+        "Bar chart: "
+        + "; ".join(
+            f"{one.calibration} {words.with_span(one.total)}"
+            + (f", worst {one.worst} {words.percent(one.lowest.value)}" if one.worst else "")
+            for one in analysed.ranking
+        )
+        + ".",
+        partial(
+            charts.bars, rows=rows, marks=marks, below="retention, %", keys=[*keys, *worst], rule=0
+        ),
+    )
 
 
 def _tables(analysis: Analysis, analysed: ConditionAnalysis) -> dict[str, list[dict[str, Any]]]:

@@ -13,12 +13,10 @@ SITE = Path(__file__).parents[2] / "out/site"
 
 
 @needs_chromium
-def test_pages_in_a_browser(page, whole, calmix, compressed, tmp_path):
-    several = tmp_path / "several.html"
-    assert calmix("report", compressed, compressed, "-o", several).code == 0
-    for place, texts in ((compressed / "card.html", 60), (several, 40)):
-        readable(page, place, figures=1, texts=texts, then=lambda: page.run(OPEN))
-    readable(page, whole / "report.html", figures=4, texts=200)
+def test_pages_in_a_browser(page, whole, compressed, tmp_path):
+    place = compressed / "card.html"
+    readable(page, place, figures=1, texts=60, then=lambda: page.run(OPEN))
+    readable(page, whole / "report.html", figures=1, texts=100)
     page.open(whole / "report.html", width=1280)
     page.run(OPEN)
     table = "document.querySelector('.condition[open] table')"

@@ -12,7 +12,6 @@ from tests.synthetic import SOURCES, Plan, full_plan, study, trial
 from tests.tiny import hashes
 
 QUICK = Settings(resamples=50)
-KINDS = ("heat-map", "tasks", "ranking")
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def page_of(results, **settings):
 
 
 def test_figures_are_files_and_in_the_page(whole, page):
-    names = {f"{kind}-sparsegpt-{rate}pct" for kind in KINDS for rate in (50, 60)}
+    names = {f"ranking-sparsegpt-{rate}pct" for rate in (50, 60)}
     original = {path.name for path in (whole / "figures").iterdir()}
     assert original == {f"{name}.svg" for name in names}
     for name in names:
@@ -72,7 +71,7 @@ def test_report_is_reproducible(tmp_path):
     results = study(few)
     for name in ("one", "two"):
         write_report(results, analyse(results, QUICK), tmp_path / name)
-    assert len(one := hashes(tmp_path / "one")) == 2 + len(KINDS)
+    assert len(one := hashes(tmp_path / "one")) == 3
     assert hashes(tmp_path / "two") == one
 
 
@@ -128,7 +127,7 @@ def test_unusual_studies(odd):
     result = ODD[odd]
     page = page_of(study(result) if isinstance(result, Plan) else study(Plan(), trials=result))
     assert "nothing" in page or "tied" in page or "keeps the most" in page
-    assert "Retention by calibration set and dimension" in page
+    assert "Ranking by total, with the worst dimension" in page
     assert "nan" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL).lower().split()
     assert (odd == "without values") == ("Magnitude 2:4" in page)
     assert (odd == "below nothing") == bool(re.findall(r">−20(?:\.0)?<", page))  # with a minus
