@@ -248,7 +248,6 @@ class Pruning(DrawOptions):
         "robust: tokens by what their errors cost, shrunk; plain: the papers'.",
         shown="robust",
     )
-    allocation: str | None = advanced(None, "Per-layer sparsity: owl.", shown="uniform")
     drop_experts: float | None = advanced(
         None, "Fraction of experts to drop per MoE layer: 0.25.", gt=0, lt=1
     )

@@ -52,6 +52,13 @@ class PruneRequest(Pruning):
         return as_pattern(self.pattern or self.sparsity or 0.5)
 
     @property
+    def mixed(self) -> bool:
+        """Whether the target is a size of a whole file, for which types are chosen."""
+        from calmix.pruning.patterns import Mixed
+
+        return isinstance(self.target, Mixed)
+
+    @property
     def chosen(self) -> Method:
         """The pruning method; `Look`, which changes nothing, if only experts are dropped."""
         from calmix.pruning.methods import Look, get_method
@@ -143,7 +150,6 @@ def prune_request(
 ) -> PruneRequest:
     """Check the options of `calmix.options.Pruning` and of the method, and fill in the method's
     defaults."""
-    from calmix.pruning.allocation import read_allocation
     from calmix.pruning.methods import get_method
     from calmix.pruning.patterns import Blocks, Mixed, Recipe, Unstructured, as_pattern
 
@@ -176,13 +182,7 @@ def prune_request(
             "pattern": None if share is not None else str(target),
             "propagation": (request.propagation or "sequential") if solver.needs else None,
             "statistics": (request.statistics or "robust") if solver.needs else None,
-            "allocation": read_allocation(request.allocation, target),
         }
-        if solver.needs is None and chosen["allocation"] is not None:
-            raise InputError(
-                f"--allocation {chosen['allocation']} needs calibration data, which method "
-                f"{solver.name} does not use: choose another method"
-            )
         if solver.needs is not None and request.calibration is None:
             raise InputError(
                 f"method {solver.name} needs --calibration, such as "

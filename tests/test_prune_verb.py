@@ -173,7 +173,7 @@ def test_failed_write_keeps_the_old_folder(calmix, tiny_folder, tmp_path, monkey
     [
         (
             "llama",
-            ("--sparsity", "0.4,0.6", "--allocation", "owl"),
+            ("--sparsity", "0.4,0.6"),
             [
                 "prune, sparsegpt-0.4",
                 "prune, sparsegpt-0.6",

@@ -1,7 +1,7 @@
 """Differences between calibrations and between methods.
 
 Each is a contrast of the joint bootstrap: both sides share the items, and the seeds that both have.
-A method here includes solver, options, allocation and recovery.
+A method here includes solver, options and recovery.
 """
 
 from __future__ import annotations

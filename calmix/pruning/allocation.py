@@ -1,13 +1,6 @@
-"""Sparsity, or a type of GGML, by layer at a fixed global target.
+"""A type of GGML for every matrix: those whose rounding loses least output for the size of a file.
 
-    uniform   the same sparsity in every layer
-    owl       blocks with more outliers keep more (OWL, arXiv 2310.05175): D is the share of
-              |W| ||x|| above five times its mean over a block, and a block keeps
-              r - mean(r) + 1 - S with r = 0.16 minmax(D)
-    loss      the types whose rounding loses least output for the size of a GGUF file
-
-Means are over weights, so that the total is right when blocks differ in size. `owl` and `loss` add
-one pass of the dense model over the calibration set.
+The loss is measured in one pass of the dense model over the calibration set.
 """
 
 from __future__ import annotations
@@ -20,108 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.errors import InputError, nearest
+from calmix.errors import InputError
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks, outer_layers
 from calmix.models.opening import OpenModel
-from calmix.precision import widest
 from calmix.pruning.engine import Run, check_ids, check_pattern, costs_in_memory, run_through
 from calmix.pruning.methods import Look, get_method
-from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, Unstructured, as_pattern
+from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, as_pattern
 from calmix.pruning.recipes import check_whole
 from calmix.pruning.solvers.block_grid import fitting
 from calmix.pruning.solvers.ggml import TYPES, BlockType
 from calmix.pruning.solvers.libggml import quantise
 
-OUTLIER = 5.0  # times the mean
-SPREAD = 0.16  # difference between the highest and the lowest sparsity of `owl`
-OWL, LOSS = "owl", "loss"
+LOSS = "loss"
 LOGIT = 2.0  # loss of a squared error of a logit, in shares of a layer's output energy
 SAMPLED = 2**16  # weights of a matrix that are rounded to every type
 FILLED = 0.98  # share of the requested size that a file has at least
 ALIGNED = 32  # bytes that a tensor of a GGUF file is padded to
-
-
-def read_allocation(name: str | None, target: Pattern) -> str | None:
-    """Check the name of an allocation; return None for `uniform`."""
-    if isinstance(target, Mixed) and name in (None, LOSS):
-        return LOSS
-    if name is None or name == "uniform":
-        return None
-    if name != OWL:
-        raise InputError(f"unknown allocation '{name}': {nearest(name, ['uniform', OWL])}")
-    if not isinstance(target, Unstructured):
-        raise InputError(f"--allocation {OWL} distributes a sparsity: it needs --sparsity")
-    return name
-
-
-def outlier_share(weights: Sequence[Tensor], squares: Sequence[Tensor]) -> float:
-    """Return the share of a block's |W_ij| ||x_j|| above `OUTLIER` times their mean (OWL).
-
-    Args:
-        weights: the block's matrices (rows, columns).
-        squares: sum of squares of the inputs of each, (columns,).
-    """
-    pairs = list(zip(weights, squares, strict=True))
-    size, wide = sum(weight.numel() for weight in weights), widest(squares[0].device)
-    sums = [_metric(weight, square).sum(dtype=wide) for weight, square in pairs]
-    bound = OUTLIER * torch.stack(sums).sum() / size
-    above = [(_metric(weight, square) > bound).sum() for weight, square in pairs]
-    return int(torch.stack(above).sum()) / size
-
-
-def _metric(weight: Tensor, squares: Tensor) -> Tensor:
-    return weight.abs().float().mul_(squares.sqrt())
-
-
-def spread(
-    importance: Sequence[float], sizes: Sequence[int], sparsity: float, width: float
-) -> list[float]:
-    """Return sparsities with mean `sparsity` over the weights: important parts keep more."""
-    low, high = min(importance), max(importance)
-    scale = width / (high - low) if high > low else 0.0
-    moved = [scale * (value - low) for value in importance]
-    mean = sum(m * size for m, size in zip(moved, sizes, strict=True)) / sum(sizes)
-    shares = [sparsity + mean - value for value in moved]
-    if min(shares) <= 0 or max(shares) >= 1:
-        raise InputError(
-            f"at sparsity {sparsity:g} there is no room for sparsities that differ by {width:g}: "
-            "leave out --allocation"
-        )
-    return shares
-
-
-class OutlierPass(Run):
-    """A pass that measures the share of outliers in the dense model's blocks, and changes nothing.
-
-    Attributes:
-        importance: the share of outliers by layer, the same for all layers of a block.
-    """
-
-    name: ClassVar[str] = OWL
-
-    def __init__(self, model: nn.Module, blocks: DecoderBlocks) -> None:
-        super().__init__(model, blocks, Look())
-        self.seen = self._measure
-        self._squares: dict[str, Tensor] = {}
-        self.importance: dict[str, float] = {}
-
-    def _measure(self, layers: list[Prunable], statistic: Tensor) -> None:
-        self._squares |= {layer.name: statistic for layer in layers}
-
-    def block(self, index: int) -> None:
-        super().block(index)
-        if layers := [one for one in self.blocks.prunables(index) if one.name in self._squares]:
-            squares = [self._squares.pop(layer.name) for layer in layers]
-            share = outlier_share([layer.view() for layer in layers], squares)
-            self.importance |= {layer.name: share for layer in layers}
-
-    def patterns(self, target: Pattern) -> dict[str, Unstructured]:
-        """Return patterns by layer, once all blocks are done."""
-        sizes = {one.name: one.view().numel() for one in self.blocks.layers}
-        names = [name for name in sizes if name in self.importance]
-        values, weights = [self.importance[n] for n in names], [sizes[n] for n in names]
-        shares = spread(values, weights, target.sparsity, SPREAD)
-        return {name: Unstructured(share) for name, share in zip(names, shares, strict=True)}
 
 
 def tensor_bytes(weight: Tensor, kind: str | None = None) -> int:
@@ -304,38 +211,30 @@ def rounding_losses(weight: Tensor, squares: Tensor) -> tuple[float, dict[str, f
 def allocate(
     model: nn.Module | OpenModel,
     ids: Tensor | CalibrationSet,
-    target: Pattern | str | float,
-    by: str | None = None,
+    target: Pattern | str,
     *,
     micro_tokens: int | None = None,
 ) -> dict[str, Pattern]:
-    """Return a pattern for every layer of a model in memory, for `calmix.prune`.
+    """Return a type for every matrix of a model in memory, for `calmix.prune`.
 
     Args:
         model, ids, micro_tokens: as for `calmix.prune`.
-        target: fraction pruned of all weights; for `loss` bits per weight, `"3.4 bits"`.
-        by: `owl` or `loss`.
+        target: bits per weight of the file, `"3.4 bits"`.
 
     Raises:
-        InputError: no such allocation, or no room for it.
+        InputError: no types of the model's matrices give so many bits.
         ModelError, SolverError: as `calmix.prune`.
     """
     target = as_pattern(target)
-    target = Mixed(target.bits) if isinstance(target, Rate) else target
-    by = read_allocation(by or (None if isinstance(target, Mixed) else OWL), target)
-    if by is None:
-        raise InputError("a uniform sparsity needs no look at the model: pass it alone")
+    if not isinstance(target, Rate | Mixed):
+        raise InputError(f"types are chosen for a number of bits, such as '3.4 bits', not {target}")
+    target = Mixed(target.bits)
     net: nn.Module = model.model if isinstance(model, OpenModel) else model
     rows = ids.ids if isinstance(ids, CalibrationSet) else ids
     blocks = find_blocks(net)
-    if isinstance(target, Mixed):
-        check_pattern(blocks, target, get_method("ggml"))
-        check_bits(target.bits, net, blocks)
-        losses = LossPass(net, blocks)
-        losses.weigh(costs_in_memory(net, blocks, check_ids(rows, LOSS)), power=1)
-        run_through(losses, rows, micro_tokens)
-        return losses.patterns(target)
-    dense = OutlierPass(net, blocks)
-    run_through(dense, rows, micro_tokens)
-    uniform: dict[str, Pattern] = {layer.name: target for layer in blocks.layers}
-    return uniform | dense.patterns(target)  # layers that no input reaches stay uniform
+    check_pattern(blocks, target, get_method("ggml"))
+    check_bits(target.bits, net, blocks)
+    losses = LossPass(net, blocks)
+    losses.weigh(costs_in_memory(net, blocks, check_ids(rows, LOSS)), power=1)
+    run_through(losses, rows, micro_tokens)
+    return losses.patterns(target)

@@ -61,7 +61,7 @@ from calmix.models.shards import (
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name, narrower
-from calmix.pruning.allocation import LOSS, LossPass, OutlierPass, check_bits
+from calmix.pruning.allocation import LossPass, check_bits
 from calmix.pruning.budget import Plan, plan_for
 from calmix.pruning.engine import (
     BACKWARD,
@@ -189,7 +189,6 @@ class Job:
             embeddings=request.embeddings,
         )
         run.report.pattern = request.pattern or run.report.pattern
-        run.report.allocation = request.allocation
         run.robust = request.statistics == "robust"
         return run
 
@@ -233,7 +232,7 @@ class _Pruning:
     def plan(self, shape: Sequence[int], method: Method, job: Job | None = None) -> Plan:
         """Return the memory plan of a job, or of a pass over the dense model."""
         jobs = self.jobs if job is None else [job]
-        outer = any(one.request.allocation == LOSS or one.run(self.source).outer for one in jobs)
+        outer = any(one.request.mixed or one.run(self.source).outer for one in jobs)
         how: dict[str, Any] = {}
         if job is not None:
             how["sequential"] = job.request.propagation == "sequential"
@@ -244,7 +243,7 @@ class _Pruning:
     def plans(self, shape: Sequence[int]) -> list[Plan]:
         """Return the memory plans of all jobs and of the passes before them."""
         plans = [self.plan(shape, job.method, job) for job in self.jobs]
-        if self.share is not None or any(job.request.allocation for job in self.jobs):
+        if self.share is not None or any(job.request.mixed for job in self.jobs):
             plans.append(self.plan(shape, Look()))
         return plans
 
@@ -374,18 +373,16 @@ class _Pruning:
         return dropped
 
     def _allocate(self, ids: Tensor, costs: Mapping[str, Tensor]) -> None:
-        """Compute and keep per-layer targets for jobs with an allocation."""
-        for kind in (OutlierPass, LossPass):
-            jobs = [job for job in self.jobs if job.request.allocation == kind.name]
-            if jobs := [job for job in jobs if "allocation" not in job.work.kept]:
-                dense = kind(self.source.model, self.source.blocks)
-                if kind is LossPass and any(map(weighs, jobs)):
-                    dense.weigh(costs, power=1)
-                self._observe(dense, ids)
-                for job in jobs:
-                    patterns = dense.patterns(job.request.target).items()
-                    kept = {name: one.sparsity or str(one) for name, one in patterns}
-                    job.work.keep(allocation=kept)
+        """Choose and keep types by layer for jobs that ask for the bits of a whole file."""
+        jobs = [job for job in self.jobs if job.request.mixed]
+        if jobs := [job for job in jobs if "allocation" not in job.work.kept]:
+            dense = LossPass(self.source.model, self.source.blocks)
+            if any(map(weighs, jobs)):
+                dense.weigh(costs, power=1)
+            self._observe(dense, ids)
+            for job in jobs:
+                patterns = dense.patterns(job.request.target).items()
+                job.work.keep(allocation={name: str(one) for name, one in patterns})
 
     def _token_weights(self, ids: Tensor) -> dict[str, Tensor]:
         """Return what errors cost at every token, from resumed work or a pass over the dense model;

@@ -73,7 +73,7 @@ PARTS: dict[str, Any] = {
 class PruneReport(Shown):
     """What a pruning run did: a report per layer, totals, and seconds by activity.
 
-    `options` are the method's; `allocation` is the source of sparsities or bits by layer; `dense`
+    `options` are the method's; `dense`
     lists the matrices of blocks that were left unchanged; `weighted` tells whether tokens were
     weighted by what their errors cost. `rows_at_once` is the number of rows each
     process ran at a time, which can change rounding. `grids` of quantised parameters are stored
@@ -86,7 +86,6 @@ class PruneReport(Shown):
     propagation: str | None
     tokens: int
     options: dict[str, Any] = field(default_factory=dict)
-    allocation: str | None = None
     weighted: bool = False
     rows: int = 0
     rows_at_once: int = 0

@@ -194,9 +194,9 @@ class Bench:
         model, request = self.opened, trial.request
         ids, method = None if calibration is None else calibration.ids, request.chosen.text
         pattern: Patterns = request.target
-        if request.allocation is not None:
+        if request.mixed:
             assert ids is not None
-            pattern = allocate(model.model, ids, request.target, request.allocation)
+            pattern = allocate(model.model, ids, request.target)
         self._pruned = (), None
         report = prune(
             model,

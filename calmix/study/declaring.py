@@ -156,7 +156,7 @@ def _pairs(
         if any(own[key] not in some for key, some in limits.items() if some is not None):
             continue
         same: list[Any] = [value for key, value in own.items() if key not in sides[0]]
-        same += [request.allocation, request.embeddings, *trial.condition[3:]]
+        same += [request.embeddings, *trial.condition[3:]]
         for side, keys in zip(sides, cells.setdefault(tuple(same), ([], [])), strict=True):
             if all(own[key] in some for key, some in side.items()):
                 keys.append(trial.key)

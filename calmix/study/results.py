@@ -24,7 +24,7 @@ class Trial(BaseModel, frozen=True):
         id: hash of the resolved request; names the trial's folder in the store.
         calibration: name of the calibration set in the study file; `strategy` is how it was made.
         mix: sources with their weights; empty for saved and self-written sets.
-        method: including non-default options, allocation and recovery.
+        method: including non-default options and recovery.
         pattern: as printed, `60%` or `2:4`; `sparsity` is the fraction of weights pruned.
         seed: of the calibration set.
         worst: the dimension with the lowest retention.

@@ -34,8 +34,6 @@ from calmix.specs import printed, recovery_of, target_of
 from calmix.yaml_files import locate, parse_yaml, read_text, yaml_problems
 
 NONE = "none"  # no calibration set, or no recovery
-Allocation = Literal["uniform", "owl"]
-UNIFORM = "uniform"  # allocation: the same sparsity in every layer
 
 
 def _by(act: Callable[[Any], Any]) -> AfterValidator:
@@ -123,8 +121,8 @@ class Grid(Options):
     """Part of a study: how models are pruned with each calibration set, and with which seeds. Its
     keys override those at the top of the file.
 
-    Models and calibrations are referred to by their labels. `allocation` and `recovery` (`none`, or
-    e.g. `blocks,epochs=3`) may be lists; they do not apply to methods without a calibration set.
+    Models and calibrations are referred to by their labels. `recovery` (`none`, or e.g.
+    `blocks,epochs=3`) may be a list; it does not apply to methods without a calibration set.
     """
 
     models: Annotated[list[str], Filled] | None = None
@@ -134,7 +132,6 @@ class Grid(Options):
     methods: Methods | None = None
     seeds: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Filled] | None = None
     propagation: Propagation | None = None
-    allocation: Annotated[list[Allocation], Listed, Filled] | None = None
     embeddings: Annotated[float, Field(ge=2, le=MOST_EMBEDDING)] | None = None
     recovery: Annotated[list[Recovery], Listed, Filled] | None = None
 
@@ -351,13 +348,9 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
                 if name not in labels:
                     wrong([*at, key, place], f"unknown '{name}': {nearest(name, labels)}")
         methods = part.methods or file.methods or {}
-        for key, idle in (("allocation", UNIFORM), ("recovery", NONE)):
-            if (
-                methods
-                and set(getattr(part, key) or ()) - {idle}
-                and all(get_method(name).needs is None for name in methods)
-            ):
-                wrong([*at, key], f"no effect with {', '.join(methods)}")
+        idle = methods and all(get_method(name).needs is None for name in methods)
+        if idle and set(part.recovery or ()) - {NONE}:
+            wrong([*at, "recovery"], f"no effect with {', '.join(methods)}")
     if suite is not None:
         _check_declaration(file, suite, wrong)
     if problems:

@@ -30,11 +30,11 @@ from calmix.pruning.patterns import Pattern
 from calmix.sources import get_source
 from calmix.sources.readers import LocalFile
 from calmix.specs import SEED, PruneRequest, printed, prune_request, recovery_of
-from calmix.study.spec import NONE, UNIFORM, Grid, Study
+from calmix.study.spec import NONE, Grid, Study
 
 FORMAT = 1  # of the request; raised when the same request would give another outcome
 # Added later: left out of the request if empty, so that older ids stay valid.
-LATER = ("options", "allocation", "embeddings", "recovery")
+LATER = ("options", "embeddings", "recovery")
 RECORDED = {"method", *RECOVERY_OPTIONS}
 
 Condition = tuple[Any, ...]  # everything but calibration set and seed
@@ -76,10 +76,10 @@ class Planned:
 
     @property
     def recipe(self) -> str:
-        """Method, allocation, embeddings and recovery: `sparsegpt + owl + distill,epochs=1`."""
+        """Method, embeddings and recovery: `sparsegpt + distill,epochs=1`."""
         request, recovery = self.request, None if self.recovery is None else self.recovery.text
         outside = f"embeddings {request.embeddings:g}" if request.embeddings else None
-        parts = request.chosen.text, request.allocation, outside, recovery
+        parts = request.chosen.text, outside, recovery
         return " + ".join(filter(None, parts))
 
     @property
@@ -106,7 +106,7 @@ def plan(study: Study) -> list[Planned]:
     Duplicates between grids are dropped; trials that differ only in recovery are adjacent.
     """
     planned: dict[Key, dict[Key, Planned]] = {}
-    default = {"seeds": [SEED], "allocation": [UNIFORM], "recovery": [NONE]}
+    default = {"seeds": [SEED], "recovery": [NONE]}
     top = [(name, getattr(study.file, name)) for name in Grid.model_fields]
     for grid in study.file.grids or [Grid()]:
         filled = [*default.items(), *top, *grid]  # the last given value wins
@@ -156,11 +156,8 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
                 parsed = parse_calibration(entry.written, sources=study.own, **draw)
             drawn = parsed.draw.seed if parsed.saved is None else parsed.saved.manifest.get("seed")
             draw |= same | {"calibration": entry.written, "propagation": grid.get("propagation")}
-            variants = product(grid["allocation"], grid["recovery"], calibrated)
-            for allocation, recovery, (method, target) in variants:
-                request = prune_request(
-                    method=method.text, pattern=target, allocation=allocation, **draw
-                )
+            for recovery, (method, target) in product(grid["recovery"], calibrated):
+                request = prune_request(method=method.text, pattern=target, **draw)
                 yield Planned(
                     model,
                     label,
@@ -197,7 +194,6 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
             "damping": method.options.get("damping"),
             "options": {k: v for k, v in method.changed.items() if k != "damping"},
             "suite": {"name": suite.name, "hash": suite.hash, "scorer": SCORER},
-            "allocation": pruning.allocation,
             "embeddings": pruning.embeddings,
             "recovery": trial.recovery and trial.recovery.model_dump(include=RECORDED),
         }

@@ -6,7 +6,6 @@ from torch.nn import functional
 
 from calmix.models import find_blocks
 from calmix.pruning import SemiStructured, Unstructured, get_method, prune
-from calmix.pruning.allocation import OutlierPass
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
@@ -30,10 +29,6 @@ def a_run(method, propagation="sequential", pattern=HALF, paused=None):
         return run
 
     return make
-
-
-def a_look(model):
-    return OutlierPass(model, find_blocks(model))
 
 
 def by_block(kind, make, micro_tokens=64, change=lambda model: None, more=()):
@@ -87,12 +82,6 @@ def test_reads_do_not_grow_with_rows(case):
         assert max(numbers for numbers, *_ in blocks) <= FEW * 4  # inputs
         found.append(blocks)
     assert found[0] == found[1]
-
-
-def test_allocation_pass_reads_once():
-    look, blocks = by_block("llama", a_look)
-    assert blocks == [(1, {}, {})] * 2
-    assert len(look.importance) == 14
 
 
 @pytest.mark.parametrize("kind", quick(["mixtral"], ["llama"]))
@@ -183,12 +172,11 @@ def test_experts_reads(case):
 @pytest.mark.parametrize(
     ("kind", "make"),
     [
-        ("llama", a_look),
         ("llama", a_run(QUICK)),
         pytest.param("mixtral", a_run("sparsegpt", "block"), marks=pytest.mark.long),
         ("mixtral", lambda model: ScorePass(model, find_blocks(model))),
     ],
-    ids=["owl", "admm", "experts", "scores"],
+    ids=["admm", "experts", "scores"],
 )
 def test_no_float64_on_mps(kind, make):
     """Nor is it made there on the way: the tracer refuses it, as they do."""

@@ -182,7 +182,6 @@ def test_options_without_effect_on_a_drop(text_file):
     assert one.drop_experts == other.drop_experts == 0.25  # text for what is left, or none
     for wrong, says in (
         ({"method": "wanda"}, "method has no effect if only experts are dropped"),
-        ({"allocation": "owl"}, "allocation has no effect if only experts are dropped"),
         ({"calibration": None}, "--drop-experts needs --calibration"),
         ({"method": "magnitude", "sparsity": "0.5", "propagation": "block"}, "propagation has no"),
         ({"drop_experts": None}, "give either --sparsity"),

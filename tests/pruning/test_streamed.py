@@ -18,7 +18,7 @@ from calmix.models.attention import use_own_attention
 from calmix.models.opening import fingerprint
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import Unstructured, budget, get_method, prune
-from calmix.pruning.allocation import LossPass, OutlierPass
+from calmix.pruning.allocation import LossPass
 from calmix.pruning.budget import Plan
 from calmix.pruning.checkpoint import prune_streamed, write_checkpoint
 from calmix.pruning.engine import Run
@@ -286,7 +286,6 @@ DEEP = {kind: {"num_hidden_layers": 5} for kind in ("llama", "qwen3_moe")}
         ("llama", MAGNITUDE, "claimed", 0),
         ("qwen3_moe", SPARSEGPT, "solved", 2),
         ("mixtral", DROP, "scored", 0),
-        ("llama", (*SPARSEGPT, "--allocation", "owl"), "counted", 0),
         ("llama", MIXED, "outside", 0),
         *(
             (kind, EMBEDDED, *at)
@@ -324,7 +323,7 @@ def test_killed_prune_resumes_to_the_same_bytes(
         # Those of others, which cannot change the bytes, make no other request.
         assert versions.keys() == {"calmix", "torch", "transformers", "tokenizers"}
     with monkeypatch.context() as patched:
-        for look in (LossPass, OutlierPass, ScorePass):  # what was seen is kept
+        for look in (LossPass, ScorePass):  # what was seen is kept
             patched.setattr(look, "block", None)
         ended = calmix(*command, cut, "--resume").ok()
     assert ("finished by an earlier run" in ended.err) == (moment == "renamed")

@@ -19,7 +19,7 @@ from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate, load_scores
 from calmix.evaluation.scores import write_scores
 from calmix.models import open_model
-from calmix.pruning import Unstructured, allocate, prune
+from calmix.pruning import Unstructured, prune
 from calmix.pruning.solvers.grids import read_grids
 from calmix.recovery import recover
 from calmix.specs import recover_request
@@ -429,11 +429,11 @@ def test_kept_checkpoints_and_recovered_levels(tiny_study, tmp_path):
     assert len(grids) > len(inside)
 
 
-def test_allocation_and_recovery_match_their_steps(tiny_study, tmp_path):
+def test_recovery_matches_its_steps(tiny_study, tmp_path):
     path = tiny_study(
         ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{wanda: [0.6], magnitude: 0.5}"),
         ("rows: 6", "rows: 16"),
-        more="allocation: [uniform, owl]\nrecovery: [none, 'distill,epochs=1,lr=0.001']\n",
+        more="recovery: [none, 'distill,epochs=1,lr=0.001']\n",
     )
     seen = run(path, tmp_path / "store", only=["mix*", "magnitude*"])
     assert seen.errors == {}
@@ -441,15 +441,12 @@ def test_allocation_and_recovery_match_their_steps(tiny_study, tmp_path):
         "magnitude 50%",
         "mix wanda 60% seed 0",
         "mix wanda + distill,epochs=1 60% seed 0",
-        "mix wanda + owl 60% seed 0",
-        "mix wanda + owl + distill,epochs=1 60% seed 0",
     ]
     store = open_store(tmp_path / "store")
     entries = {entry.label: entry for entry in store.index.trials}
     folders = {label: store.trial(entry.id) for label, entry in entries.items()}
     last = folders[seen.ran[-1]]
     request = json.loads((last / "request.json").read_text(encoding="utf-8"))
-    assert request["allocation"] == "owl"
     assert request["recovery"] == {"method": "distill", "epochs": 1, "lr": 1e-3, "batch": 4}
     assert sorted(p.name for p in last.iterdir()) == [
         "pruning.json",
@@ -459,10 +456,10 @@ def test_allocation_and_recovery_match_their_steps(tiny_study, tmp_path):
         "scores.json",
     ]
     trial = store.result(entries[seen.ran[-1]]).trial
-    assert (trial.method, trial.seconds["recover"] > 0) == ("wanda + owl + distill,epochs=1", True)
+    assert (trial.method, trial.seconds["recover"] > 0) == ("wanda + distill,epochs=1", True)
     # Trials that differ only in recovery share one pruning run, timings included.
     reports = [(folders[label] / "pruning.json").read_bytes() for label in seen.ran[1:]]
-    assert reports[0] == reports[1] != reports[2] == reports[3]
+    assert reports[0] == reports[1]
 
     study = load_study(path)
     name, text = study.file.models["tiny"].name, study.file.calibrations["mix"].written
@@ -470,8 +467,7 @@ def test_allocation_and_recovery_match_their_steps(tiny_study, tmp_path):
     dense = evaluate(opened, study.suite)
     drawn_set = resolve(text, opened, rows=16, length=32, leakage="off")
     drawn_set.save(tmp_path / "set")
-    patterns = allocate(opened.model, drawn_set.ids, 0.6, "owl")
-    prune(opened.model, drawn_set.ids, method="wanda", pattern=patterns)
+    prune(opened.model, drawn_set.ids, method="wanda", pattern=0.6)
     opened.model.save_pretrained(tmp_path / "pruned")
     opened.tokenizer.save_pretrained(tmp_path / "pruned")
     prune_args = recover_request(calibration=str(tmp_path / "set"), epochs=1)

@@ -179,7 +179,7 @@ def test_errors_name_their_line(tmp_path):
         "name: a b\nmodels: [builtin:smollm2-135m]\nsuit: offline\nrows: '64'\n"
         "calibrations:\n  b: {mix: {x: 1}, uniform: [y]}\n  c: {form: x}\n"
         "methods:\n  sparsegpt: [1.6]\n  wandda: 0.5\n  wanda: 4-2\n  ria: []\nseeds: [-1]\n"
-        "grids:\n  - sedes: [1]\nallocation: [olw]\n"
+        "grids:\n  - sedes: [1]\n"
         "recovery: 'distill,epochs=0'\n"
     )
     names = (
@@ -187,7 +187,7 @@ def test_errors_name_their_line(tmp_path):
         "  a: python-stdlb\n"
         f"  b: a:1,a:2\n  c: {tmp_path}/none.jsonl\n  none: news\n  d: 'igsp,repeats=5'\n"
         "  e: {from: sgs, packing: window}\nmethods:\n  sparsegpt: 0.5\n"
-        "  gptq: 2.5 bits\nallocation: owl\ngrids:\n"
+        "  gptq: 2.5 bits\ngrids:\n"
         "  - calibrations:\n      - a\n      - zz\n    models: [q]\n"
     )
     for text, wanted in (
@@ -205,8 +205,7 @@ def test_errors_name_their_line(tmp_path):
                 (12, "methods.ria: Value should have at least 1 item"),
                 (13, "seeds.0: must be greater than or equal to 0"),
                 (15, "grids.0.sedes: unknown key: did you mean seeds"),
-                (16, "allocation.0: must be 'uniform' or 'owl'"),
-                (17, "recovery: --epochs 0: must be greater"),
+                (16, "recovery: --epochs 0: must be greater"),
             ],
         ),
         (
@@ -221,8 +220,8 @@ def test_errors_name_their_line(tmp_path):
                 (10, "calibrations.d: calibration 'igsp,repeats=5': --repeats 5: must be less"),
                 (11, "calibrations.e: 'packing' has no effect with sgs"),
                 (14, "methods.gptq: gptq takes whole bits"),
-                (19, "grids.0.calibrations.1: unknown 'zz': known"),
-                (20, "grids.0.models.0: unknown 'q': known: m"),
+                (18, "grids.0.calibrations.1: unknown 'zz': known"),
+                (19, "grids.0.models.0: unknown 'q': known: m"),
             ],
         ),
     ):
@@ -249,13 +248,11 @@ def test_options_without_effect_name_their_line():
     )
     assert problems(NEWS + text) == ["s.yaml line 6: grids.0.recovery: no effect with magnitude"]
     grid = "grids:\n  - methods: {wanda: 0.5}\n"  # keys at the top apply to the grids
-    assert not problems(NEWS + "methods: {magnitude: 0.5}\nallocation: owl\n" + grid)
+    assert not problems(NEWS + "methods: {magnitude: 0.5}\nrecovery: distill\n" + grid)
     (line,) = problems(NEWS + "methods:\n  wanda,damping=1: 0.5\n")
     assert line.endswith("damping has no effect with method wanda: known: bits, group, refit")
     (line,) = problems(NEWS + "methods: {wanda: 0.5, 'wanda,refit=0': 0.6}\n")
     assert line.startswith("s.yaml line 4: methods: two names mean the same method: ")
-    with pytest.raises(InputError, match="--allocation owl distributes a sparsity"):
-        plan(parsed(NEWS + "methods: {wanda: 2:4}\nallocation: owl\n"))
 
 
 def test_empty_grids_and_invalid_files(tmp_path):
@@ -285,18 +282,17 @@ def test_own_sources_are_relative_to_the_file(tmp_path):
 
 
 @pytest.mark.real
-def test_conditions_include_allocation_and_recovery(tmp_path):
+def test_conditions_include_recovery(tmp_path):
     text = (
-        NEWS + "methods: {sparsegpt: 0.6, magnitude: 0.5}\nallocation: [owl, uniform]\n"
+        NEWS + "methods: {sparsegpt: 0.6, magnitude: 0.5}\n"
         "recovery: [none, 'blocks,epochs=2', 'distill,lr=2e-3']\n"
     )
     study = parsed(text)
     trials = plan(study)
-    assert len({trial.condition for trial in trials}) == len(trials) == 7
+    assert len({trial.condition for trial in trials}) == len(trials) == 4
     actual = {one.recipe: one.definition for one in resolve_all(study, trials)}
-    assert not {"allocation", "recovery"} & set(actual["magnitude"])
-    request = actual["sparsegpt + owl + blocks"]
-    assert request["allocation"] == "owl"
+    assert "recovery" not in actual["magnitude"]
+    request = actual["sparsegpt + blocks"]
     assert request["recovery"] == {"method": "blocks", "epochs": 2, "lr": 3e-3, "batch": 4}
     assert actual["sparsegpt + distill,lr=0.002"]["recovery"]["lr"] == 2e-3
 
