@@ -1,5 +1,7 @@
 """The leakage guard."""
 
+import html
+import json
 import random
 import textwrap
 
@@ -15,7 +17,7 @@ from tests.calibration.conftest import write_rows
 from tests.evaluation.helpers import new_suite
 from tests.tiny import quick
 
-rows = st.lists(st.sampled_from("abcdefg"), max_size=20)
+rows = st.lists(st.sampled_from(["an", "be", "co", "do", "er", "fa", "go"]), max_size=20)
 
 
 def runs(row, n):
@@ -41,6 +43,14 @@ def wrapped(columns):
     return lambda text: "\n".join(textwrap.wrap(text, columns))
 
 
+def numbered(form, first=1):
+    def reflowed(text):
+        lines = textwrap.wrap(f"begin {text} end", 40)
+        return "\n" + "\n".join(form.format(i, line) for i, line in enumerate(lines, first)) + "\n"
+
+    return reflowed
+
+
 def wide(text):
     return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
 
@@ -55,6 +65,16 @@ def wide(text):
         str.title,
         wide,
         lambda text: text.replace(" ", "\r\n> "),
+        numbered("{}: {}"),
+        numbered("> {}. {}", 9),
+        numbered("{:6}\t{}", 98),
+        numbered("Line {}: {}"),
+        lambda text: json.dumps("\u2028".join(textwrap.wrap(text, 40))),
+        lambda text: json.dumps(json.dumps({"text": numbered("{}) {}")(text)})),
+        lambda text: ascii(text.replace(" ", "\xa0")),
+        lambda text: "<br>".join(textwrap.wrap(html.escape(text), 40)),
+        lambda text: html.escape(f"<p>{html.escape(text)}</p>").replace(" ", "&nbsp;"),
+        lambda text: "<td class='x'>" + text.replace(" ", "</td>\n<td\nclass='x'>"),
         lambda text: text.replace(" ", "  "),
         lambda text: text.replace(" ", "\N{NO-BREAK SPACE}"),
         lambda text: text.replace("e", "e\N{SOFT HYPHEN}"),
@@ -62,7 +82,8 @@ def wide(text):
     ],
 )
 def test_reflowed_text_is_found(reflowed):
-    """Line breaks, spaces, capitals, punctuation, full width and marks that nobody sees."""
+    """Line breaks and their numbers, spaces, capitals, punctuation, escapes, tags, full width and
+    marks that nobody sees."""
     rng, parts = random.Random(0), ["ka", "lo", "mi", "ne", "ru", "ta", "vo", "zi"]
     words = ["".join(rng.choices(parts, k=3)) for _ in range(600)]
     long = [
@@ -74,6 +95,21 @@ def test_reflowed_text_is_found(reflowed):
     for number, text in enumerate(long + short):
         assert index.find(f"Before it. {reflowed(text)} And after.") == ("task", str(number))
     assert index.find(" ".join(words[i + 1] for i in range(0, 599, 3))) is None
+
+
+def test_runs_of_single_characters_are_not_items():
+    digits = "0 1 2 3 4 5 6 7 8 9 a b c d e f"
+    index = ItemIndex(
+        [("a", "0", f"Which of these are primes: {digits}?"), ("a", "1", digits[:15])]
+    )
+    table = "\n".join(f'    {i}: "{digit}",' for i, digit in enumerate(digits.split()))
+    assert index.find(digits) is None
+    assert index.find(table) is None
+
+
+@pytest.mark.parametrize("part", ["\\", "<a ", "&amp;", "\n ", "\\u00e", "1\n"])
+def test_time_is_linear_in_the_text(part):
+    assert ItemIndex([("a", "0", ITEM)]).find(part * 300_000) is None
 
 
 def test_scripts_without_spaces_and_short_items():
