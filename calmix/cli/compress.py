@@ -24,6 +24,9 @@ from calmix.progress import Progress, duration
 def compress(
     options: Compression,
     output: Path = path_option(..., "Folder to write, or to resume in."),
+    recipe: Path | None = option(
+        None, "YAML file of options, such as an earlier run's recipe.yaml.", metavar="FILE"
+    ),
     dry_run: bool = option(False, "Print commands, memory, disk; write nothing."),
     resume: bool = advanced(False, "Resume an interrupted run, as compress always does."),
     open: bool = option(False, "Open the card in a browser at the end."),
@@ -37,8 +40,11 @@ def compress(
     from calmix.compression.card import PAGE, read_card
     from calmix.compression.compress import begin, dry, make
     from calmix.compression.plan import check_options
+    from calmix.compression.recipe import with_recipe
     from calmix.report import words
 
+    if recipe is not None:
+        options = with_recipe(options, recipe)
     if dry_run:
         check_options(options)
         if not_here(options.model):

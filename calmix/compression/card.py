@@ -21,6 +21,7 @@ from calmix.compression.plan import (
     slices,
     target,
 )
+from calmix.compression.recipe import RECIPE, recipe_text
 from calmix.compression.results import read_compressed, verified
 from calmix.compression.stages import StageRequest
 from calmix.deploy.speed import INSTALL, engine, measure
@@ -137,6 +138,11 @@ class Card:
         rate = " per kept weight" if self.done == "pruned" else " per weight"
         rate *= self.asked["bits"] is not None
         return f"{name} {self.done} to {target(self.asked)}{rate}"
+
+    @property
+    def recipe(self) -> str:
+        """The options of the run, in YAML."""
+        return recipe_text(self.asked)
 
     @cached_property
     def verdict(self) -> list[str]:
@@ -412,6 +418,7 @@ def write_card(out: Path, bar: Progress, page: Path | None = None) -> None:
                 model = {"name": str(card.model), "sha256": card.file["opened"]}
                 write_json(out / SPEED, sealed({"kind": "speed", "model": model, **speeds}))
                 card = replace(card, speeds=speeds)
+    write_text(out / RECIPE, card.recipe)
     write_text(page or out / PAGE, card_page(card))
     write_text((out if card.file else card.model) / README, model_card(card))
 

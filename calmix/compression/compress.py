@@ -15,6 +15,7 @@ from calmix.compression.card import PAGE, Card, read_card
 from calmix.compression.estimate import StageCost, check_room, estimate
 from calmix.compression.ladder import Walk
 from calmix.compression.plan import check_request
+from calmix.compression.recipe import with_recipe
 from calmix.compression.results import LADDER, MANIFEST
 from calmix.compression.running import Run, Say, stages
 from calmix.compression.running import compress as run_stages
@@ -97,6 +98,7 @@ def compress(
             `calibration="mine.csv"`, `no_corpus=True` (text that the model writes itself);
             `keep={"code": 2, "general": 1}`, shares of dimensions in the calibration text;
             `keep_at_least="code=0.9"`, and `within="2h"` to limit the time of its search.
+            `recipe="recipe.yaml"` reads options from a file, those given beside it first.
 
     Raises:
         NotKeptError: no candidate meets the floors of `keep_at_least`.
@@ -104,7 +106,10 @@ def compress(
     """
     given = {"model": model, **options}
     given = {key: str(one) if isinstance(one, Path) else one for key, one in given.items()}
-    request, folder = checked(Compression, given), Path(output)
+    recipe, folder = given.pop("recipe", None), Path(output)
+    request = checked(Compression, given)
+    if recipe is not None:
+        request = with_recipe(request, Path(recipe))
     walked, _ = make(request, folder, shown=shown)
     if walked.floors and walked.bits is None:
         yet = " yet" * bool(walked.left)

@@ -56,6 +56,7 @@ def test_interrupted_stages_resume_to_the_same_model(
         "compress.json",
         "model",
         "pruned",
+        "recipe.yaml",
         "scores.json",
     ]
     found = load_weights(whole / "model").items()

@@ -33,6 +33,7 @@ FILES = [
     "compress.json",
     "model.gguf",
     "model.gguf.json",
+    "recipe.yaml",
     "scores.json",
 ]
 

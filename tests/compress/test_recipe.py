@@ -1,0 +1,74 @@
+"""Recipes: options of `compress` in a YAML file."""
+
+from pathlib import Path
+
+import pytest
+
+from calmix.compression.recipe import recipe_text, with_recipe
+from calmix.errors import InputError
+from calmix.options import Compression, checked
+
+RECIPES = sorted(Path("recipes").glob("*.yaml"))
+
+
+def options(**values):
+    return checked(Compression, {"model": "builtin:smollm2-135m", **values})
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_the_repository_are_options(file):
+    assert len(RECIPES) >= 4
+    assert with_recipe(options(), file) != options()
+    assert f"--recipe recipes/{file.name}" in file.read_text(encoding="utf-8")
+
+
+def test_options_beside_a_recipe_come_first(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("for: none\nsparsity: 60%\neffort: best\nkeep_at_least: code=0.9\n")
+    made = with_recipe(options(effort="quick"), file)
+    assert (made.product, made.sparsity, made.effort) == ("none", 0.6, "quick")
+    assert made.keep_at_least == "code=0.9"
+
+
+def test_recipe_of_a_run_gives_its_options(tmp_path):
+    asked = options(bits=3.4, effort="quick", seed=3, calibration="chat,c4:0.5", max_memory="9GiB")
+    record = asked.model_dump(mode="json") | {"keep_at_least": "code=0.9"}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe_text(record))
+    again = with_recipe(options(), file)
+    changed = again.model_dump(exclude_unset=True)
+    assert changed == {
+        "model": "builtin:smollm2-135m",
+        "bits": 3.4,
+        "effort": "quick",
+        "seed": 3,
+        "calibration": "chat,c4:0.5",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("quality: best\n", "unknown key 'quality'"),
+        ("sparsity: lots\n", "--sparsity"),
+        ("- type\n", "not a mapping"),
+        ("model: other\n", "unknown key 'model'"),
+        ("output: here\n", "unknown key 'output'"),
+    ],
+)
+def test_wrong_recipes_name_the_file(tmp_path, calmix, text, said):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match="mine.yaml"):
+        with_recipe(options(), file)
+    ended = calmix("compress", "builtin:smollm2-135m", "--recipe", file, "-o", tmp_path / "out")
+    assert ended.code == 2
+    assert said in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_recipe(tmp_path, calmix):
+    missing = tmp_path / "none.yaml"
+    ended = calmix("compress", "builtin:smollm2-135m", "--recipe", missing, "-o", tmp_path / "out")
+    assert ended.code == 2
+    assert str(missing) in ended.err
