@@ -17,31 +17,12 @@ VERBS = {
     "recover": ("prune", "Distil the dense model into the remaining weights"),
     "evaluate": ("evaluate", "Score a model and its retention of a dense one"),
     "compare": ("evaluate", "Compare the retention of several models"),
+    "check": ("compress", "Test whether a model meets its floors"),
     "report": ("compress", "Write the report card of a compressed model"),
     "calibrate": ("calibrate", "Draw a calibration set, or let the model write it"),
     "export": ("export", "Export a pack, GGUF, a set or an imatrix"),
     "study": ("study", "Run many sets, methods and sparsities from one file"),
     "doctor": ("doctor", "Check the installation, inspect a result"),
-}
-# Documented verbs that `calmix --help` does not list.
-CALLED = {"check": ("compress", "Test whether a compressed model meets its floors")}
-# New names of the verbs of version 0.2; for one release the old ones are refused with these.
-MOVED = {
-    "generate": "calmix calibrate SPEC, such as calmix calibrate self-written",
-    "measure": "calmix calibrate measure",
-    "sources": "calmix calibrate sources, and calmix calibrate show NAME",
-    "rescore": "calmix evaluate rescore",
-    "answer": "calmix evaluate answers",
-    "perplexity": "calmix evaluate perplexity",
-    "suites": "calmix evaluate suites, and calmix evaluate suite NAME",
-    "pack": "calmix export --to pack",
-    "unpack": "calmix export --to model",
-    "hub": "hf upload OWNER/NAME OUT/model",
-    "recommend": "calmix study recommend",
-    "inspect": "calmix doctor inspect",
-    "models": "calmix doctor models",
-    "methods": "calmix doctor methods",
-    "assets": "calmix doctor assets",
 }
 
 
@@ -114,8 +95,6 @@ class Group(Plain, TyperGroup):
         """Return the command named by the first word."""
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
-            if ctx.parent is None and name in MOVED:
-                raise InputError(f"calmix {name} is now {MOVED[name]}")
             ctx.fail(f"No such command '{name}': {nearest(name, self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 
@@ -137,7 +116,7 @@ class Root(Group):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all verbs."""
-        return [*VERBS, *CALLED]
+        return [*VERBS]
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the listed verbs without importing them."""
@@ -145,9 +124,8 @@ class Root(Group):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a verb, or None if it is unknown."""
-        known = VERBS | CALLED
-        if cmd_name in known and cmd_name not in self.commands:
-            importlib.import_module(f"calmix.cli.{known[cmd_name][0]}")
+        if cmd_name in VERBS and cmd_name not in self.commands:
+            importlib.import_module(f"calmix.cli.{VERBS[cmd_name][0]}")
             self.commands = typer.main.get_group(app).commands
         return self.commands.get(cmd_name)
 

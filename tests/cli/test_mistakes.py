@@ -16,7 +16,6 @@ import yaml
 
 import calmix
 from calmix.cli import app
-from calmix.cli.root import MOVED
 from calmix.deploy.pack import pack
 from calmix.evaluation.scores import CapabilityScores
 from tests.conftest import write_text_file
@@ -117,7 +116,6 @@ SAID = {
     "prune x -o y --bits": "error: Option '--bits' requires an argument (see calmix --help)",
     "prune x -o y --ratio 0.5": "did you mean --sparsity?",
     "quantize x": "did you mean prune?",
-    **{old: f"calmix {old} is now {new}" for old, new in MOVED.items()},
 }
 # Verbs that know beforehand how much disk space they need.
 DISK = "compress", "prune", "recover", "export --to model", "study run"

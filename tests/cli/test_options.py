@@ -84,7 +84,7 @@ def test_help_is_short(calmix):
     assert (ended.code, ended.err) == (2, "")
     top = ended.out.partition("Options:")[0]
     assert re.findall(r"^  (\w+) {2,}", top, re.MULTILINE) == list(VERBS)
-    assert len(VERBS) == 10
+    assert len(VERBS) == 11
     options = set(re.findall(r"^ .*?(--[\w-]+)", calmix("prune", "--help").out, re.MULTILINE))
     options -= {"--help", "--help-all"}
     assert len(options) == 15

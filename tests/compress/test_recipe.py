@@ -59,7 +59,7 @@ def test_recipe_of_a_run_gives_its_options(tmp_path):
 def test_wrong_recipes_name_the_file(tmp_path, calmix, text, said):
     file = tmp_path / "mine.yaml"
     file.write_text(text)
-    with pytest.raises(InputError, match="mine.yaml"):
+    with pytest.raises(InputError, match=r"mine\.yaml"):
         with_recipe(options(), file)
     ended = calmix("compress", "builtin:smollm2-135m", "--recipe", file, "-o", tmp_path / "out")
     assert ended.code == 2
