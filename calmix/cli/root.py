@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
-from calmix.errors import InputError, nearest
+from calmix.errors import nearest
 
 # What `calmix --help` shows, in this order; a verb's module is imported when it is called.
 VERBS = {

@@ -90,7 +90,6 @@ SAID = {
     "--overwrite": "text.txt is the input",
     "compress {model} -o {results}": "is not empty and was not made by calmix compress",
     "report {set}": "was not made by calmix compress: it has no",
-    "report {set} {set}": "name it with -o",
     "report {set} -o {out}.txt": "cannot write a page to",
     "check {set} --keep-at-least 0.9": "was not made by calmix compress",
     "check {set} {scores} --keep-at-least 0.9": "a folder is checked alone",
